@@ -1,0 +1,152 @@
+"""The operations a worker's step is made of: batched LoRA, paged attention, and what surrounds them.
+
+Each docstring gives the operation as torch would write it. `reference.py` is that definition in code; `cpu/` and
+`triton_ops/` are fast implementations of the same. CUDA tensors use Triton and CPU tensors the native kernels (the
+reference where no compiler was found, said once in the log); an explicit `impl=` wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Literal
+
+from torch import Tensor
+
+from lora_kernels import reference
+from lora_kernels.segments import (
+    BLOCK_TOKENS,
+    PAGE_ROWS,
+    AttentionBatch,
+    LoraBatch,
+    build_attention_batch,
+    build_lora_batch,
+)
+from lora_kernels.tables import Activation, AdapterTable, LoraSite, PackedLinear
+
+__all__ = [
+    "BLOCK_TOKENS",
+    "PAGE_ROWS",
+    "Activation",
+    "AdapterTable",
+    "AttentionBatch",
+    "Impl",
+    "LoraBatch",
+    "LoraSite",
+    "PackedLinear",
+    "build_attention_batch",
+    "build_lora_batch",
+    "gated_act",
+    "kv_write_",
+    "linear",
+    "lora_add_",
+    "pack_linear",
+    "paged_attention",
+    "rms_norm",
+    "rotary_",
+]
+
+Impl = Literal["reference", "cpu", "triton"]
+
+
+def lora_add_(
+    outs: Sequence[Tensor],
+    x: Tensor,
+    sites: Sequence[LoraSite],
+    table: AdapterTable,
+    batch: LoraBatch,
+    impl: Impl | None = None,
+) -> None:
+    """outs[i][row] += scale * (x[row] @ A_i.T) @ B_i for every row of every segment.
+
+    x: [T, K], contiguous rows. outs[i]: [T, N_i] of x's dtype, changed in place; may be a column slice of one fused
+    output. All sites share the input x. bf16, fp16 or fp32 throughout; accumulates in fp32.
+    """
+    _choose(x, impl).lora_add_(outs, x, sites, table, batch)
+
+
+def kv_write_(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, impl: Impl | None = None
+) -> None:
+    """k_cache[slot // 16, :, slot % 16] = k and the same for v, slot being batch.slot_mapping[token].
+
+    k: [T, Hkv, D], v: [T, Hkv, Dv], any strides but the last. k_cache: [blocks, Hkv, 16, D], v_cache:
+    [blocks, Hkv, 16, Dv], contiguous, changed in place.
+    """
+    _choose(k, impl).kv_write_(k, v, k_cache, v_cache, batch)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """softmax(softcap(scale * q @ k.T)) @ v per sequence, causal by absolute position: [T, Hq, Dv].
+
+    q: [T, Hq, D]; head h reads kv head h // (Hq // Hkv). window > 0: only the last `window` keys up to the query's own
+    are seen. softcap > 0: logits become softcap * tanh(logits / softcap). sinks: [Hq], a logit of each head that joins
+    the softmax's denominator and has no value. The step's own keys must have been written already.
+    """
+    return _choose(q, impl).paged_attention(
+        q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap, sinks=sinks
+    )
+
+
+def pack_linear(weight: Tensor, impl: Impl | None = None) -> PackedLinear:
+    """Lay out a weight [N, K] for `linear`. The result may share the weight's memory or hold a copy of it."""
+    return _choose(weight, impl).pack_linear(weight)
+
+
+def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, impl: Impl | None = None) -> Tensor:
+    """x @ weight.T + bias: x [T, K] -> [T, N]. `packed` must come from `pack_linear` of the same implementation."""
+    return _choose(x, impl).linear(x, packed, bias)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    plus_one: bool = False,
+    impl: Impl | None = None,
+) -> Tensor:
+    """weight * (x / sqrt(mean(x ** 2) + eps)) over the last dimension: fp32, rounded before the weight as Llama does.
+
+    residual: same shape as x; residual += x first (in place), and the sum is what is normalized. plus_one: the weight
+    is 1 + weight and rounding comes last, as in Gemma.
+    """
+    return _choose(x, impl).rms_norm(x, weight, eps, residual=residual, plus_one=plus_one)
+
+
+def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: Impl | None = None) -> None:
+    """x = x * cos + rotate_half(x) * sin for q and k, in place, on the first cos.shape[-1] entries of each head.
+
+    q: [T, Hq, D], k: [T, Hkv, D], any strides but the last. cos, sin: [T, R] with R <= D even, halves repeated as
+    Hugging Face builds them.
+    """
+    _choose(q, impl).rotary_(q, k, cos, sin)
+
+
+def gated_act(gate: Tensor, up: Tensor, act: Activation = "silu", impl: Impl | None = None) -> Tensor:
+    """act(gate) * up, in fp32, rounded once: [T, N]. gate and up may be column slices of one fused output."""
+    return _choose(gate, impl).gated_act(gate, up, act)
+
+
+def _choose(tensor: Tensor, impl: Impl | None) -> ModuleType:
+    if impl is None:
+        impl = "triton" if tensor.is_cuda else "reference"
+    if impl == "reference":
+        return reference
+    if impl == "triton":
+        from lora_kernels import triton_ops
+
+        return triton_ops
+    raise ValueError(f"impl is {impl!r}; it must be 'reference', 'cpu' or 'triton'")

@@ -1,0 +1,134 @@
+"""The operations in plain torch: the definition of correct, and what serves a CPU without a compiler.
+
+Accumulates in fp32 and rounds once, to the dtype of the output. Reads counts and ranks on the host, so on a GPU it
+waits for the device: it is for checking there, not for serving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_kernels.segments import BLOCK_TOKENS, PAGE_ROWS, AttentionBatch, LoraBatch
+from lora_kernels.tables import Activation, AdapterTable, LoraSite, PackedLinear
+
+
+def lora_add_(
+    outs: Sequence[Tensor], x: Tensor, sites: Sequence[LoraSite], table: AdapterTable, batch: LoraBatch
+) -> None:
+    slots = batch.seg_slots[: batch.num_segments].tolist()
+    starts = batch.seg_starts[: batch.num_segments + 1].tolist()
+    for segment, slot in enumerate(slots):
+        rows = batch.rows[starts[segment] : starts[segment + 1]].long()
+        row_scales = 1.0 if batch.row_scales is None else batch.row_scales[starts[segment] : starts[segment + 1], None]
+        x_rows = x[rows].float()
+        for out, site in zip(outs, sites, strict=True):
+            rank = int(table.ranks[slot, site.index])
+            if rank == 0:
+                continue
+            pool_rows = _pool_rows(table, slot, site.group, rank)
+            hidden = x_rows @ site.a_rows[pool_rows].float().T
+            delta = (hidden @ site.b_rows[pool_rows].float()) * (table.scales[slot, site.index] * row_scales)
+            out[rows] = (out[rows].float() + delta).to(out.dtype)
+
+
+def _pool_rows(table: AdapterTable, slot: int, group: int, rank: int) -> Tensor:
+    rank_rows = torch.arange(rank, device=table.pages.device)
+    pages = table.pages[slot, group].long()
+    return pages[rank_rows // PAGE_ROWS] * PAGE_ROWS + rank_rows % PAGE_ROWS
+
+
+def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:
+    blocks = batch.slot_mapping // BLOCK_TOKENS
+    offsets = batch.slot_mapping % BLOCK_TOKENS
+    k_cache[blocks, :, offsets] = k
+    v_cache[blocks, :, offsets] = v
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
+    starts = batch.query_starts.tolist()
+    for seq, kv_len in enumerate(batch.kv_lens.tolist()):
+        start, end = starts[seq], starts[seq + 1]
+        blocks = batch.block_tables[seq, : -(-kv_len // BLOCK_TOKENS)].long()
+        # [Hkv, kv_len, D]
+        keys = k_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :kv_len]
+        values = v_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :kv_len]
+        weights = _attention_weights(q[start:end], keys, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        attended = torch.einsum("hgqk,hkd->qhgd", weights, values.float())
+        out[start:end] = attended.flatten(1, 2).to(out.dtype)
+    return out
+
+
+def _attention_weights(
+    q: Tensor, keys: Tensor, *, scale: float, window: int, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    """Softmax weights of one sequence's last queries over all its keys: fp32 [Hkv, group, queries, kv_len]."""
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads, kv_len, _ = keys.shape
+    grouped = q.view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim).float()
+    logits = torch.einsum("qhgd,hkd->hgqk", grouped, keys.float()) * scale
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    key_pos = torch.arange(kv_len, device=q.device)
+    query_pos = torch.arange(kv_len - num_queries, kv_len, device=q.device)[:, None]
+    visible = key_pos <= query_pos
+    if window > 0:
+        visible &= key_pos > query_pos - window
+    logits = logits.masked_fill(~visible, -torch.inf)
+    if sinks is None:
+        return logits.softmax(-1)
+    sink = sinks.float().view(num_kv_heads, -1, 1, 1).expand(-1, -1, num_queries, 1)
+    return torch.cat([logits, sink], dim=-1).softmax(-1)[..., :-1]
+
+
+def pack_linear(weight: Tensor) -> PackedLinear:
+    return PackedLinear(weight, out_features=weight.shape[0], in_features=weight.shape[1], layout="plain")
+
+
+def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, packed.weight, bias)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, plus_one: bool = False
+) -> Tensor:
+    if residual is not None:
+        residual += x
+        x = residual
+    hidden = x.float()
+    hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
+    if plus_one:
+        return (hidden * (1.0 + weight.float())).to(x.dtype)
+    return weight * hidden.to(x.dtype)
+
+
+def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    rotary_dim = cos.shape[-1]
+    cos, sin = cos.float()[:, None], sin.float()[:, None]
+    for heads in (q, k):
+        part = heads[..., :rotary_dim]
+        first, second = part.float().chunk(2, dim=-1)
+        part.copy_(part.float() * cos + torch.cat([-second, first], dim=-1) * sin)
+
+
+def gated_act(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
+    hidden = gate.float()
+    if act == "silu":
+        hidden = F.silu(hidden)
+    else:
+        hidden = F.gelu(hidden, approximate="tanh" if act == "gelu_tanh" else "none")
+    return (hidden * up.float()).to(gate.dtype)

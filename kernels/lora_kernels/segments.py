@@ -1,0 +1,175 @@
+"""A step's work lists: which token rows belong to which adapter, and where each token lies in the paged cache.
+
+Built once per step on the host with numpy and sent in one copy; every layer reads the same lists. Knows slots and
+blocks only: which adapter or request they belong to is the caller's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PAGE_ROWS = 16  # rank rows in an adapter-pool page
+BLOCK_TOKENS = 16  # tokens in a KV block
+
+TILE_SMALL = 16  # rows of a decode tile: the smallest M of a tensor-core dot
+TILE_LARGE = 64  # rows of a prefill tile
+
+_COUNTS = 4  # num_rows, num_segments, num_small_tiles, num_large_tiles
+
+
+@dataclass(slots=True)
+class LoraBatch:
+    """The step's work list: token rows that carry an adapter, sorted by slot (stable, so tokens keep their order).
+
+    Every tensor is a view of `buffer`, whose layout depends on `num_tokens` alone: a captured graph stays valid when
+    the next step's list is copied over it. Entries past the counts are zero.
+    """
+
+    buffer: Tensor  # int32 [10 * T + 5] the whole list
+    counts: Tensor  # int32 [4] num_rows, num_segments, num_small_tiles, num_large_tiles, for kernels
+    rows: Tensor  # int32 [T] token rows grouped by slot; the first num_rows count
+    seg_slots: Tensor  # int32 [T] slot of each segment; the first num_segments count
+    seg_starts: Tensor  # int32 [T + 1] segment g is rows[seg_starts[g]:seg_starts[g + 1]]
+    small_tiles: Tensor  # int32 [T, 3] (slot, first index into rows, row count <= 16)
+    large_tiles: Tensor  # int32 [T, 3] (slot, first index into rows, row count <= 64)
+    row_scales: Tensor | None  # float32 [T] per-request factor of rows[i]; None when all are 1
+    num_rows: int
+    num_segments: int
+    num_small_tiles: int
+    num_large_tiles: int
+    num_tokens: int  # T
+    uniform: bool  # one segment that covers every token row, in order
+
+
+def build_lora_batch(
+    token_slots: np.ndarray, device: torch.device | str, token_scales: np.ndarray | None = None
+) -> LoraBatch | None:
+    """Sort a step's tokens by adapter slot.
+
+    token_slots: int [T], the pool slot of each token's adapter, -1 for the base model. token_scales: float32 [T],
+    multiplies the adapter's own scale. Returns None when no row has an adapter: such a step runs no LoRA kernel.
+    """
+    num_tokens = len(token_slots)
+    order = np.argsort(token_slots, kind="stable").astype(np.int32)
+    order = order[int(np.count_nonzero(token_slots < 0)) :]
+    num_rows = len(order)
+    if num_rows == 0:
+        return None
+    slots = token_slots[order]
+    firsts = np.flatnonzero(np.concatenate(([True], slots[1:] != slots[:-1])))
+    seg_starts = np.append(firsts, num_rows)
+    seg_slots = slots[firsts]
+    num_segments = len(firsts)
+    small = _tiles(seg_slots, seg_starts, TILE_SMALL)
+    large = _tiles(seg_slots, seg_starts, TILE_LARGE)
+
+    host = torch.zeros(_COUNTS + 10 * num_tokens + 1, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
+    batch = _view_lora_buffer(host, num_tokens)
+    batch.counts.numpy()[:] = num_rows, num_segments, len(small), len(large)
+    batch.rows.numpy()[:num_rows] = order
+    batch.seg_slots.numpy()[:num_segments] = seg_slots
+    batch.seg_starts.numpy()[: num_segments + 1] = seg_starts
+    batch.small_tiles.numpy()[: len(small)] = small
+    batch.large_tiles.numpy()[: len(large)] = large
+    if token_scales is not None and batch.row_scales is not None:
+        batch.row_scales.numpy()[:num_rows] = token_scales[order]
+    sent = _view_lora_buffer(host.to(device, non_blocking=True), num_tokens)
+    if token_scales is None:
+        sent.row_scales = None
+    sent.num_rows, sent.num_segments = num_rows, num_segments
+    sent.num_small_tiles, sent.num_large_tiles = len(small), len(large)
+    sent.uniform = num_segments == 1 and num_rows == num_tokens
+    return sent
+
+
+def _tiles(seg_slots: np.ndarray, seg_starts: np.ndarray, tile_rows: int) -> np.ndarray:
+    """Cut every segment into tiles of at most tile_rows rows: int [tiles, 3] of (slot, first, count)."""
+    lengths = np.diff(seg_starts)
+    per_segment = -(-lengths // tile_rows)
+    segment = np.repeat(np.arange(len(lengths)), per_segment)
+    tile_of_segment = np.arange(len(segment)) - np.repeat(np.cumsum(per_segment) - per_segment, per_segment)
+    first = seg_starts[segment] + tile_of_segment * tile_rows
+    count = np.minimum(tile_rows, seg_starts[segment + 1] - first)
+    return np.stack([seg_slots[segment], first, count], axis=1)
+
+
+def _view_lora_buffer(buffer: Tensor, num_tokens: int) -> LoraBatch:
+    t = num_tokens
+    counts, rows, seg_slots, seg_starts, small, large, scales = buffer.split([_COUNTS, t, t, t + 1, 3 * t, 3 * t, t])
+    return LoraBatch(
+        buffer=buffer,
+        counts=counts,
+        rows=rows,
+        seg_slots=seg_slots,
+        seg_starts=seg_starts,
+        small_tiles=small.view(t, 3),
+        large_tiles=large.view(t, 3),
+        row_scales=scales.view(torch.float32),
+        num_rows=0,
+        num_segments=0,
+        num_small_tiles=0,
+        num_large_tiles=0,
+        num_tokens=t,
+        uniform=False,
+    )
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """Where this step's tokens lie in the paged cache: S sequences, T tokens, packed in order.
+
+    Query i of a sequence stands at absolute position kv_len - query_len + i. Decodes, prefill chunks and resumed
+    prefills are all this one case.
+    """
+
+    block_tables: Tensor  # int32 [S, max_blocks] cache block of each 16 tokens of a sequence
+    query_starts: Tensor  # int32 [S + 1] sequence s owns tokens [query_starts[s], query_starts[s + 1])
+    kv_lens: Tensor  # int32 [S] tokens in the cache after this step's are written
+    slot_mapping: Tensor  # int64 [T] block * BLOCK_TOKENS + offset of each token
+    positions: Tensor  # int64 [T] absolute position of each token
+    max_query_len: int
+    max_kv_len: int
+    num_seqs: int
+    num_tokens: int
+
+
+def build_attention_batch(
+    query_lens: np.ndarray, kv_lens: np.ndarray, block_tables: np.ndarray, device: torch.device | str
+) -> AttentionBatch:
+    """Lay out a step's sequences.
+
+    query_lens, kv_lens: int [S], new tokens and tokens after this step, 1 <= query_len <= kv_len. block_tables: int
+    [S, max_blocks], at least ceil(kv_len / 16) valid entries a row.
+    """
+    num_seqs, max_blocks = block_tables.shape
+    query_starts = np.concatenate(([0], np.cumsum(query_lens)))
+    num_tokens = int(query_starts[-1])
+    seq_of_token = np.repeat(np.arange(num_seqs), query_lens)
+    positions = np.arange(num_tokens) + (kv_lens - query_starts[1:])[seq_of_token]
+    blocks = block_tables[seq_of_token, positions // BLOCK_TOKENS].astype(np.int64)
+
+    sizes = [2 * num_tokens, 2 * num_tokens, num_seqs + 1, num_seqs, num_seqs * max_blocks]
+    host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
+    parts = np.split(host.numpy(), np.cumsum(sizes)[:-1])
+    parts[0].view(np.int64)[:] = blocks * BLOCK_TOKENS + positions % BLOCK_TOKENS
+    parts[1].view(np.int64)[:] = positions
+    parts[2][:] = query_starts
+    parts[3][:] = kv_lens
+    parts[4][:] = block_tables.reshape(-1)
+    # One copy for all lists; the int64 ones come first so that they stay aligned.
+    slot_mapping, token_positions, starts, lens, tables = host.to(device, non_blocking=True).split(sizes)
+    return AttentionBatch(
+        block_tables=tables.view(num_seqs, max_blocks),
+        query_starts=starts,
+        kv_lens=lens,
+        slot_mapping=slot_mapping.view(torch.int64),
+        positions=token_positions.view(torch.int64),
+        max_query_len=int(query_lens.max()),
+        max_kv_len=int(kv_lens.max()),
+        num_seqs=num_seqs,
+        num_tokens=num_tokens,
+    )

@@ -1,0 +1,85 @@
+"""The work lists against what they are defined to say, token by token."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_kernels.ops import BLOCK_TOKENS, build_attention_batch, build_lora_batch
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(-1, 5), min_size=1, max_size=200))
+def test_lora_batch_lists_each_adapter_row_once(slots: list[int]) -> None:
+    token_slots = np.array(slots)
+    batch = build_lora_batch(token_slots, "cpu", np.arange(len(slots), dtype=np.float32))
+    expected = [row for row, slot in enumerate(slots) if slot >= 0]
+    if not expected:
+        assert batch is None
+        return
+    assert batch is not None
+    rows = batch.rows[: batch.num_rows].tolist()
+    assert sorted(rows) == expected
+    assert batch.row_scales is not None
+    assert batch.row_scales[: batch.num_rows].tolist() == rows
+    starts = batch.seg_starts.tolist()
+    seg_slots = batch.seg_slots[: batch.num_segments].tolist()
+    assert seg_slots == sorted(set(slots) - {-1})
+    for segment, slot in enumerate(seg_slots):
+        segment_rows = rows[starts[segment] : starts[segment + 1]]
+        assert segment_rows == [row for row in expected if slots[row] == slot]
+    assert batch.uniform == (len(seg_slots) == 1 and len(rows) == len(slots))
+    assert batch.counts.tolist() == [
+        batch.num_rows,
+        batch.num_segments,
+        batch.num_small_tiles,
+        batch.num_large_tiles,
+    ]
+    for tiles, num_tiles, tile_rows in (
+        (batch.small_tiles, batch.num_small_tiles, 16),
+        (batch.large_tiles, batch.num_large_tiles, 64),
+    ):
+        covered = []
+        for slot, first, count in tiles[:num_tiles].tolist():
+            assert 1 <= count <= tile_rows
+            assert {slots[row] for row in rows[first : first + count]} == {slot}
+            covered += range(first, first + count)
+        assert covered == list(range(batch.num_rows))
+        assert not tiles[num_tiles:].any()
+
+
+def test_lora_batch_layout_depends_on_the_token_count_alone() -> None:
+    mixed = build_lora_batch(np.array([0, 4, -1, 4, 2]), "cpu")
+    uniform = build_lora_batch(np.array([1, 1, 1, 1, 1]), "cpu")
+    assert mixed is not None
+    assert uniform is not None
+    assert mixed.row_scales is None
+    assert mixed.buffer.shape == uniform.buffer.shape
+    mixed.buffer.copy_(uniform.buffer)
+    assert mixed.counts.tolist() == [5, 1, 1, 1]
+    assert mixed.rows.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_attention_batch_places_each_token_in_its_block() -> None:
+    query_lens, kv_lens = np.array([1, 20, 16]), np.array([17, 33, 16])
+    block_tables = np.array([[7, 3, 0], [2, 9, 4], [5, 0, 0]])
+    batch = build_attention_batch(query_lens, kv_lens, block_tables, "cpu")
+    assert (batch.num_seqs, batch.num_tokens, batch.max_query_len, batch.max_kv_len) == (3, 37, 20, 33)
+    token = 0
+    for seq in range(3):
+        assert batch.query_starts[seq] == token
+        for position in range(kv_lens[seq] - query_lens[seq], kv_lens[seq]):
+            assert batch.positions[token] == position
+            block, offset = divmod(int(batch.slot_mapping[token]), BLOCK_TOKENS)
+            assert (block, offset) == (block_tables[seq, position // BLOCK_TOKENS], position % BLOCK_TOKENS)
+            token += 1
+    assert batch.query_starts[3] == token
+    assert torch.equal(batch.block_tables, torch.from_numpy(block_tables).int())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 17])
+def test_attention_batch_lists_are_aligned(num_tokens: int) -> None:
+    batch = build_attention_batch(np.array([num_tokens]), np.array([num_tokens]), np.array([[0, 1]]), "cpu")
+    assert batch.slot_mapping.data_ptr() % 8 == 0
+    assert batch.positions.tolist() == list(range(num_tokens))
