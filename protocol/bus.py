@@ -1,0 +1,285 @@
+"""The typed client of the queue: the only module that talks to Redis. Every method may be called twice safely."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import redis.asyncio as aioredis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from protocol import messages as m
+from protocol.errors import Internal, LorafleetError, ProtocolError
+from protocol.keys import Keys
+from protocol.scripts import Scripts
+
+logger = logging.getLogger(__name__)
+
+CONNECTION_ERRORS = (RedisConnectionError, RedisTimeoutError, ConnectionError, OSError)
+"""What a lost connection looks like; loops catch it, wait and go on."""
+
+T = TypeVar("T")
+Entry = tuple[bytes, dict[bytes, bytes]]  # stream id, fields
+_decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {}
+
+
+def now_ms() -> int:
+    """Return unix time in milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+def decode(raw: bytes, type_: type[T]) -> T:
+    """Decode one message. Raises ProtocolError with the path of what is wrong."""
+    decoder = _decoders.get(type_)
+    if decoder is None:
+        decoder = _decoders[type_] = msgspec.msgpack.Decoder(type_)
+    try:
+        return decoder.decode(raw)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"cannot decode {type_}: {error}") from error
+
+
+def error_info(error: LorafleetError) -> m.ErrorInfo:
+    """Put an error on the wire."""
+    return m.ErrorInfo(message=error.message, status=error.status, type=error.type, code=error.code, param=error.param)
+
+
+@dataclass(slots=True)
+class StepRow:
+    """One request's share of a step: tokens `[seq0, seq0 + len(ids) / 4)`, and its end if it ended."""
+
+    rid: str
+    epoch: int
+    seq0: int
+    ids: bytes = b""  # int32
+    logprobs: bytes = b""
+    state: str = ""  # "", or a value of messages.TERMINAL
+    finish: str = ""
+    error: str = ""
+
+
+@dataclass(slots=True)
+class Step:
+    """What one engine step makes visible."""
+
+    rows: list[StepRow] = field(default_factory=list)
+    outs: dict[str, list[m.Delta]] = field(default_factory=dict)  # gateway -> its deltas
+    ended: list[m.Ended] = field(default_factory=list)
+    done_entries: list[bytes] = field(default_factory=list)  # work entries whose last request this step ends
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A row that a step script would not write, and why; `length` tells the log's length in tokens."""
+
+    rid: str
+    code: Literal["missing", "terminal", "stale", "cancelled", "length"]
+    epoch: int
+    length: int
+
+
+class Bus:
+    """A service's connection to the queue."""
+
+    def __init__(self, url: str, keys: Keys | None = None) -> None:
+        self.url = url
+        self.keys = keys or Keys()
+        retry = Retry(ExponentialBackoff(cap=0.5, base=0.02), retries=4)
+        self.redis: Any = aioredis.from_url(url, socket_timeout=5, socket_connect_timeout=5, retry=retry)
+        # redis-py's default read timeout of 5 s would abort and silently repeat longer blocking reads.
+        self._blocking: Any = aioredis.from_url(url, socket_timeout=None, socket_connect_timeout=5)
+        self._scripts = Scripts(self.redis)
+
+    async def close(self) -> None:
+        await self.redis.aclose()
+        await self._blocking.aclose()
+
+    async def check(self) -> None:
+        """Refuse a server that may evict the queue. Raises Internal."""
+        policy = (await self.redis.config_get("maxmemory-policy")).get("maxmemory-policy", "noeviction")
+        if policy != "noeviction":
+            raise Internal(f"Redis has maxmemory-policy {policy}; the queue needs noeviction, or it loses requests")
+
+    # ------------------------------------------------------------ scripts
+
+    async def submit(
+        self,
+        cls: str,
+        requests: Sequence[tuple[m.Submit, m.Body]],
+        *,
+        max_queued: int,
+        idem_key: str = "",
+        idem_value: bytes = b"",
+    ) -> tuple[Literal["ok", "full", "idem"], Any]:
+        """Accept requests all together. Returns ("full", queued) or ("idem", earlier value) when not accepted."""
+        args: list[Any] = [cls, max_queued, idem_value]
+        for sub, body in requests:
+            args += [sub.rid, m.encode(sub), m.encode(body), sub.tenant, sub.digest, sub.gateway, int(sub.stored),
+                     sub.num_prompt_tokens, sub.max_new_tokens, sub.deadline_ms]  # fmt: skip
+        reply = await self._scripts.submit(keys=[self.keys.tag, self.keys.sub(cls), idem_key], args=args)
+        return reply[0].decode(), reply[1] if len(reply) > 1 else None
+
+    async def assign(
+        self, wid: str, batch: Sequence[tuple[m.Assigned, int]], *, leader: str = ""
+    ) -> tuple[Literal["ok", "deposed", "gone", "stale"], list[str]]:
+        """Hand requests to a worker; `batch` pairs each message (epoch + 1) with the epoch it had when read.
+
+        Returns ("stale", rids) when some are no longer queued as believed; nothing is assigned then.
+        """
+        args: list[Any] = [leader, wid, m.encode([message for message, _ in batch])]
+        for message, epoch in batch:
+            args += [message.rid, epoch]
+        reply = await self._scripts.assign(keys=[self.keys.tag, self.keys.leader, self.keys.work(wid)], args=args)
+        return reply[0].decode(), [rid.decode() for rid in reply[1:]]
+
+    async def step(self, wid: str, step: Step) -> list[Refused]:
+        """Write a step. Returns the refused rows; when there are any, nothing at all was written."""
+        args: list[Any] = [len(step.rows), len(step.outs), m.encode(step.ended) if step.ended else b""]
+        for row in step.rows:
+            args += [row.rid, row.epoch, row.seq0, row.ids, row.logprobs, row.state, row.finish, row.error]
+        for gid, deltas in step.outs.items():
+            args += [gid, m.encode(deltas)]
+        args += step.done_entries
+        reply = await self._scripts.step(keys=[self.keys.tag, self.keys.work(wid), self.keys.ended], args=args)
+        return [
+            Refused(reply[i].decode(), reply[i + 1].decode(), reply[i + 2], reply[i + 3])
+            for i in range(0, len(reply), 4)
+        ]
+
+    async def finish(
+        self,
+        rid: str,
+        state: str,
+        reason: m.FinishReason,
+        error: LorafleetError | None = None,
+        *,
+        dead_letter: Any = None,
+    ) -> bool:
+        """End a request from outside its worker. Returns False when it had already ended."""
+        info = msgspec.json.encode(error_info(error)).decode() if error else ""
+        delta = m.Delta(rid, 1 << 53, -1, finish=reason, error=info)
+        order = m.Control(kind="cancel", rid=rid)
+        letter = m.encode(dead_letter) if dead_letter is not None else b""
+        args = [rid, state, reason, info, m.encode([delta]), m.encode(order), letter]
+        return bool(await self._scripts.finish(keys=[self.keys.tag], args=args))
+
+    async def cancel(self, rid: str) -> str:
+        """Ask for a request's end. Returns its state after the call, "" when it is unknown."""
+        delta = m.Delta(rid, 1 << 53, -1, finish="cancelled")
+        order = m.Control(kind="cancel", rid=rid)
+        reply = await self._scripts.cancel(keys=[self.keys.tag], args=[rid, m.encode([delta]), m.encode(order)])
+        return reply.decode()
+
+    async def requeue(self, wid: str, rids: Sequence[str], *, counts: bool, max_attempts: int) -> dict[str, str]:
+        """Queue a worker's requests again. Returns each one's outcome, see `requeue.lua`."""
+        args = [wid, int(counts), max_attempts, *rids]
+        reply = await self._scripts.requeue(keys=[self.keys.tag], args=args)
+        return {reply[i].decode(): reply[i + 1].decode() for i in range(0, len(reply), 2)}
+
+    async def lead(self, token: str, candidate: str, ttl_ms: int) -> str:
+        """Take or keep the scheduler leadership. Returns the token while leading, else ""."""
+        keys = [self.keys.tag, self.keys.leader, self.keys.leader_epoch]
+        return (await self._scripts.lead(keys=keys, args=[token, candidate, ttl_ms])).decode()
+
+    async def repair(self, rid: str, seq0: int, ids: bytes, logprobs: bytes, record_bytes: int) -> int:
+        """Append to a log what a client has seen and Redis has lost. Returns the log's length in tokens."""
+        args = [rid, seq0, ids, logprobs, record_bytes]
+        return int(await self._scripts.repair(keys=[self.keys.tag], args=args))
+
+    # ------------------------------------------------------------ streams
+
+    async def read(self, last_ids: dict[str, bytes], *, block_ms: int, count: int = 256) -> dict[str, list[Entry]]:
+        """Wait for entries after `last_ids` on any of these streams; moves `last_ids` on. {} on timeout."""
+        reply = await self._blocking.xread(last_ids, count=count, block=block_ms)
+        pairs = reply.items() if isinstance(reply, dict) else reply
+        found: dict[str, list[Entry]] = {}
+        for name, entries in pairs:
+            flat: list[Entry] = list(_flatten(entries))
+            if flat:
+                found[name.decode()] = flat
+                last_ids[name.decode()] = flat[-1][0]
+        return found
+
+    async def entries(self, stream: str) -> list[Entry]:
+        """Return everything in a stream, oldest first."""
+        return list(await self.redis.xrange(stream))
+
+    async def tell(self, wid: str, order: m.Control) -> None:
+        """Give a worker an order. Lost when the worker is gone."""
+        await self.redis.xadd(
+            self.keys.ctl(wid), {"b": m.encode(order)}, nomkstream=True, minid=f"{now_ms() - 300_000}", approximate=True
+        )
+
+    async def announce(self, event: m.AdapterEvent) -> None:
+        """Publish an adapter event."""
+        await self.redis.xadd(self.keys.adapter_events, {"b": m.encode(event)}, maxlen=10_000, approximate=True)
+
+    # ------------------------------------------------------------ who is there
+
+    async def beat(
+        self, key: str, registry: str, member: str, raw: bytes, ttl_ms: int, renew: Iterable[str] = ()
+    ) -> None:
+        """Say that `member` lives, and renew the TTL of the streams it reads by 1 h."""
+        pipe = self.redis.pipeline(transaction=False)
+        pipe.set(key, raw, px=ttl_ms)
+        pipe.zadd(registry, {member: now_ms()})
+        for stream in renew:
+            pipe.expire(stream, 3600)
+        await pipe.execute()
+
+    async def create_stream(self, stream: str, ttl_s: int) -> None:
+        """Make an empty stream with a TTL, so that writers using NOMKSTREAM reach it."""
+        pipe = self.redis.pipeline(transaction=True)
+        pipe.xadd(stream, {"b": b""})
+        pipe.xtrim(stream, maxlen=0, approximate=False)
+        pipe.expire(stream, ttl_s)
+        await pipe.execute()
+
+    async def members(self, registry: str, max_age_ms: int | None = None) -> list[str]:
+        """Return who is registered, by last beat at most `max_age_ms` ago."""
+        low: float | str = "-inf" if max_age_ms is None else now_ms() - max_age_ms
+        return [wid.decode() for wid in await self.redis.zrangebyscore(registry, low, "+inf")]
+
+    async def worker_beats(self) -> dict[str, m.WorkerBeat | None]:
+        """Return each registered worker's last beat, None for one whose beat has expired."""
+        wids = await self.members(self.keys.workers)
+        if not wids:
+            return {}
+        raws = await self.redis.mget([self.keys.worker_beat(wid) for wid in wids])
+        return {wid: decode(raw, m.WorkerBeat) if raw else None for wid, raw in zip(wids, raws, strict=True)}
+
+    # ------------------------------------------------------------ values
+
+    async def get(self, key: str, type_: type[T]) -> T | None:
+        """Return a message stored under a key."""
+        raw = await self.redis.get(key)
+        return None if raw is None else decode(raw, type_)
+
+    async def set(self, key: str, value: msgspec.Struct, ttl_ms: int | None = None) -> None:
+        """Store a message under a key."""
+        await self.redis.set(key, m.encode(value), px=ttl_ms)
+
+    async def alias(self, name: str) -> m.Alias | None:
+        """Return what an adapter name stands for now."""
+        raw = await self.redis.hget(self.keys.adapters, name)
+        return None if raw is None else decode(raw, m.Alias)
+
+    async def aliases(self) -> list[m.Alias]:
+        """Return the whole catalogue of names."""
+        return [decode(raw, m.Alias) for raw in (await self.redis.hgetall(self.keys.adapters)).values()]
+
+
+def _flatten(entries: Any) -> Iterable[Entry]:
+    """Undo the extra list that RESP3 replies put around a stream's entries."""
+    for item in entries:
+        if isinstance(item, list) and item and isinstance(item[0], (tuple, list)):
+            yield from (tuple(entry) for entry in item)  # type: ignore[misc]
+        else:
+            yield tuple(item)

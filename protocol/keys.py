@@ -1,0 +1,152 @@
+"""Every Redis key, built in one place. Life times are beside each key; `is_permanent` lists the keys without one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+INTERACTIVE = "interactive"
+BATCH = "batch"
+CLASSES = (INTERACTIVE, BATCH)
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Keys of one fleet. All keys of a request share the hash tag `{shard}`, so that one script may touch them."""
+
+    namespace: str = "lf"
+    shard: str = "0"
+
+    @property
+    def tag(self) -> str:
+        """Prefix of every sharded key; scripts build request keys from it."""
+        return f"{self.namespace}:{{{self.shard}}}"
+
+    # One request. All expire: deadline + 1 h, after the end 10 min (stored: 24 h).
+    def req(self, rid: str) -> str:
+        """Hash: state, epoch, owner and the other facts of a request. Written by scripts only."""
+        return f"{self.tag}:req:{rid}"
+
+    def body(self, rid: str) -> str:
+        """String: `messages.Body`, msgpack."""
+        return f"{self.tag}:body:{rid}"
+
+    def tok(self, rid: str) -> str:
+        """String: output token ids so far, int32 little endian, appended by the owner's step script."""
+        return f"{self.tag}:tok:{rid}"
+
+    def lp(self, rid: str) -> str:
+        """String: logprob records, `messages.logprob_record_bytes` each, parallel to `tok`."""
+        return f"{self.tag}:lp:{rid}"
+
+    # Work. One reader each, which remembers the last id it saw; an entry is deleted when its work is done and never
+    # trimmed, so the stream is the list of what is not done yet. Bounded at admission.
+    def sub(self, cls: str) -> str:
+        """Stream: submitted requests of a class until they are assigned, gateway -> scheduler. Permanent."""
+        return f"{self.tag}:sub:{cls}"
+
+    def work(self, wid: str) -> str:
+        """Stream: batches for one worker until all of a batch have ended. 1 h, renewed by the worker's beat."""
+        return f"{self.tag}:w:{wid}:in"
+
+    # Control and events. Bounded streams.
+    def ctl(self, wid: str) -> str:
+        """Stream: `messages.Control` for one worker. Trimmed to 5 min; 1 h, renewed by the worker's beat."""
+        return f"{self.tag}:w:{wid}:ctl"
+
+    def out(self, gid: str) -> str:
+        """Stream: packed `messages.Delta` lists for one gateway. Trimmed to 60 s; 5 min, renewed by the gateway."""
+        return f"{self.tag}:out:{gid}"
+
+    @property
+    def ended(self) -> str:
+        """Stream: `messages.Ended`, one entry a step at most, workers -> scheduler. MAXLEN, permanent."""
+        return f"{self.tag}:ended"
+
+    @property
+    def dlq(self) -> str:
+        """Stream: dead letters. 7 days."""
+        return f"{self.tag}:dlq"
+
+    # Jobs: 24 h.
+    def job(self, jid: str) -> str:
+        """String: `messages.Job`."""
+        return f"{self.tag}:job:{jid}"
+
+    def jobs(self, tenant: str) -> str:
+        """Sorted set: a tenant's job ids by creation time."""
+        return f"{self.tag}:jobs:{tenant}"
+
+    def idem(self, tenant: str, key: str) -> str:
+        """String NX, 24 h: what an Idempotency-Key was first used for."""
+        return f"{self.tag}:idem:{tenant}:{key}"
+
+    # Who is there. Beats expire by themselves; the sorted sets are cleaned by score.
+    def worker_beat(self, wid: str) -> str:
+        """String PX 4 s: `messages.WorkerBeat`."""
+        return f"{self.namespace}:w:{wid}:hb"
+
+    def gateway_beat(self, gid: str) -> str:
+        """String PX 5 s: the gateway's address."""
+        return f"{self.namespace}:gw:{gid}:hb"
+
+    def store_beat(self, sid: str) -> str:
+        """String PX 5 s: the store's base URL."""
+        return f"{self.namespace}:store:{sid}:hb"
+
+    @property
+    def workers(self) -> str:
+        """Sorted set wid -> last beat, ms. Permanent, cleaned by the scheduler."""
+        return f"{self.namespace}:workers"
+
+    @property
+    def gateways(self) -> str:
+        """Sorted set gid -> last beat, ms. Permanent, cleaned by the scheduler."""
+        return f"{self.namespace}:gateways"
+
+    @property
+    def stores(self) -> str:
+        """Sorted set sid -> last beat, ms. Permanent, cleaned by the stores."""
+        return f"{self.namespace}:stores"
+
+    @property
+    def leader(self) -> str:
+        """String PX 3 s: the leading scheduler and its fencing epoch."""
+        return f"{self.namespace}:leader"
+
+    @property
+    def leader_epoch(self) -> str:
+        """Counter of leaderships. Permanent."""
+        return f"{self.namespace}:leader:epoch"
+
+    @property
+    def status(self) -> str:
+        """String PX 5 s: `messages.SchedulerStatus`, the leader's view of the queue, for admission and `/metrics`."""
+        return f"{self.namespace}:status"
+
+    # Model and adapters. Permanent.
+    @property
+    def base(self) -> str:
+        """String: `messages.ServedModel`, published by workers."""
+        return f"{self.namespace}:base"
+
+    @property
+    def adapters(self) -> str:
+        """Hash: alias -> `messages.Alias`. Written by adapter_store."""
+        return f"{self.namespace}:adapters"
+
+    def adapter(self, digest: str) -> str:
+        """String: `messages.AdapterRecord`. Written by adapter_store."""
+        return f"{self.namespace}:adapter:{digest}"
+
+    @property
+    def adapter_events(self) -> str:
+        """Stream: `messages.AdapterEvent`, store and workers -> all. MAXLEN."""
+        return f"{self.namespace}:adapters:ev"
+
+    def is_permanent(self, key: str) -> bool:
+        """Tell whether `key` may live without a TTL."""
+        fixed = {
+            self.ended, self.workers, self.gateways, self.stores, self.leader_epoch,
+            self.base, self.adapters, self.adapter_events, *(self.sub(c) for c in CLASSES),
+        }  # fmt: skip
+        return key in fixed or key.startswith(f"{self.namespace}:adapter:")

@@ -1,0 +1,21 @@
+-- Make a request's log at least as long as what a client has already seen (Redis came back without its tail).
+-- KEYS: prefix
+-- ARGV: rid, index of the first id given, ids, logprobs, bytes of a logprob record
+-- -> length of the log in tokens
+local tok = P .. ':tok:' .. ARGV[1]
+local len, seq0 = redis.call('STRLEN', tok) / 4, tonumber(ARGV[2])
+local num = #ARGV[3] / 4
+if redis.call('EXISTS', req_key(ARGV[1])) == 0 then return len end
+if len >= seq0 and len < seq0 + num then
+  local skip = len - seq0
+  redis.call('APPEND', tok, string.sub(ARGV[3], skip * 4 + 1))
+  local width = tonumber(ARGV[5])
+  if #ARGV[4] > 0 then redis.call('APPEND', P .. ':lp:' .. ARGV[1], string.sub(ARGV[4], skip * width + 1)) end
+  local ttl = redis.call('PTTL', req_key(ARGV[1]))
+  if ttl > 0 then
+    redis.call('PEXPIRE', tok, ttl)
+    if #ARGV[4] > 0 then redis.call('PEXPIRE', P .. ':lp:' .. ARGV[1], ttl) end
+  end
+  len = seq0 + num
+end
+return len

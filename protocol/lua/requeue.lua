@@ -1,0 +1,28 @@
+-- Take requests from a worker that died or drains, and queue them again with their tokens kept. Fences the worker.
+-- KEYS: prefix
+-- ARGV: wid, 1 if this counts as a failed attempt else 0, max attempts, then rids
+-- -> {rid, outcome, ...}, outcome: requeued | exhausted | cancelled (these two are left for `finish`) | other (not the
+--    worker's any more)
+local wid, counts, max_attempts, now = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3]), now_ms()
+local out = {}
+for i = 4, #ARGV do
+  local rid = ARGV[i]
+  local key = req_key(rid)
+  local f = redis.call('HMGET', key, 'state', 'owner', 'cancel', 'attempts', 'cls', 'sub')
+  local outcome = 'other'
+  if f[1] == 'assigned' and f[2] == wid then
+    local attempts = tonumber(f[4]) + (counts and 1 or 0)
+    local epoch = redis.call('HINCRBY', key, 'epoch', 1)
+    redis.call('HSET', key, 'attempts', attempts, 'last_owner', wid)
+    if f[3] == '1' then outcome = 'cancelled'
+    elseif attempts >= max_attempts then outcome = 'exhausted'
+    else
+      local id = redis.call('XADD', P .. ':sub:' .. f[5], '*', 'b', f[6], 'e', epoch)
+      redis.call('HSET', key, 'state', 'queued', 'owner', '', 'sub_id', id)
+      outcome = 'requeued'
+    end
+  end
+  out[#out + 1] = rid
+  out[#out + 1] = outcome
+end
+return out

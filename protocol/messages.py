@@ -1,0 +1,285 @@
+"""The wire types, one section per edge. msgpack by msgspec: unknown fields are ignored, new fields get defaults.
+
+Types on the per-token path are `array_like`: fields are added at their end only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+TERMINAL = ("completed", "failed", "cancelled")
+"""Values of a request's `state` that never change again; before them it is `queued` or `assigned`."""
+
+
+class Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of messages sent once per request or less."""
+
+
+class Packed(msgspec.Struct, frozen=True, array_like=True):
+    """Base of messages sent per step."""
+
+
+# ---------------------------------------------------------------- gateway -> everyone: a request
+
+
+class Sampling(Wire, frozen=True):
+    """How tokens are chosen. Ranges are checked by the gateway."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    seed: int = 0  # always set by the gateway: noise is a function of (seed, position)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    num_logprobs: int | None = None  # top logprobs per token besides the chosen one's; None: no logprobs at all
+    min_tokens: int = 0
+    ignore_eos: bool = False
+
+
+class Body(Wire, frozen=True):
+    """What a worker needs to run a request; lives in `Keys.body`."""
+
+    prompt: bytes  # int32 little endian token ids
+    sampling: Sampling
+    max_new_tokens: int
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    salt: str = ""  # separates the prefix caches of tenants
+    lora_scale: float = 1.0
+
+
+class Submit(Wire, frozen=True):
+    """What a scheduler needs to place a request; also kept in the request's hash to queue it again."""
+
+    rid: str
+    tenant: str
+    cls: str
+    digest: str  # "" for the base model
+    num_prompt_tokens: int
+    max_new_tokens: int
+    deadline_ms: int  # unix time
+    gateway: str  # who gets the tokens; "" when nobody listens (background jobs)
+    stored: bool = False  # lives on without its gateway
+    submitted_ms: int = 0
+    prefix: str = ""  # hash of the prompt's first blocks, for prefix affinity
+
+
+# ---------------------------------------------------------------- scheduler -> worker
+
+
+class Assigned(Packed, frozen=True):
+    """One request of an assignment."""
+
+    rid: str
+    epoch: int
+    digest: str
+    tenant: str = ""
+    gateway: str = ""
+    stored: bool = False
+    deadline_ms: int = 0
+
+
+class Control(Wire, frozen=True):
+    """An order to one worker."""
+
+    kind: Literal["cancel", "drain", "prefetch", "pin", "unpin", "evict"]
+    rid: str = ""
+    digest: str = ""
+
+
+# ---------------------------------------------------------------- worker -> gateway
+
+
+class Usage(Packed, frozen=True):
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int = 0
+
+
+class Delta(Packed, frozen=True):
+    """New tokens of one request, and its end. `seq0` is the index of the first id in the request's log.
+
+    `seq0 == -1` marks an end that was not written by the owner: the log holds whatever the reader has not seen.
+    """
+
+    rid: str
+    epoch: int
+    seq0: int
+    ids: bytes = b""  # int32
+    logprobs: bytes = b""  # `logprob_record_bytes` per id
+    finish: str = ""  # FinishReason or "" while running
+    error: str = ""  # JSON of `ErrorInfo` when finish == "error"
+    usage: Usage | None = None
+    note: str = ""  # state for a waiting client, such as "loading adapter"
+    stop: str = ""  # the stop string that ended it, if one did
+
+
+class ErrorInfo(Wire, frozen=True):
+    """A `LorafleetError` on the wire."""
+
+    message: str
+    status: int = 500
+    type: str = "server_error"
+    code: str | None = None
+    param: str | None = None
+
+
+def logprob_record_bytes(num_logprobs: int) -> int:
+    """Size of a token's record: its float32 logprob, then `num_logprobs` pairs (int32 id, float32 logprob)."""
+    return 4 + 8 * num_logprobs
+
+
+# ---------------------------------------------------------------- worker -> scheduler
+
+
+class Ended(Packed, frozen=True):
+    """A request left its worker: finished, or handed back (`requeued`)."""
+
+    rid: str
+    wid: str
+    epoch: int
+    tenant: str
+    num_output_tokens: int
+    requeued: bool = False
+
+
+class StepModel(Wire, frozen=True):
+    """Seconds of a step = a + b·tokens + c·kv_tokens + d·(sum of ranks over distinct adapters), fitted online."""
+
+    a: float = 0.0
+    b: float = 0.0
+    c: float = 0.0
+    d: float = 0.0
+
+
+class WorkerBeat(Wire, frozen=True):
+    """A worker's state, once a second and on change."""
+
+    wid: str  # unique per process start
+    name: str  # stable across restarts: a new wid with the same name means the old one is gone
+    model: str
+    capacity: int  # requests it would hold at once
+    running: int = 0
+    waiting: int = 0
+    waiting_adapter: int = 0  # of `waiting`, those whose adapter is on its way; they take no capacity
+    progress: list[tuple[str, int]] = []  # (rid, output tokens so far) of all requests it holds
+    kv_blocks_free: int = 0
+    kv_blocks_total: int = 0
+    pool_bytes_free: int = 0
+    pool_bytes_total: int = 0
+    step_ms: float = 0.0
+    tokens_per_s: float = 0.0
+    step_model: StepModel = StepModel()
+    resident: list[str] = []
+    loading: list[str] = []
+    host: list[str] = []
+    draining: bool = False
+    version: str = ""
+    sent_ms: int = 0
+
+
+class SchedulerStatus(Wire, frozen=True):
+    """The leader's view, for admission, job positions and metrics."""
+
+    queued: int
+    running: int
+    workers: int
+    drain_rate: float  # requests finished per second, smoothed
+    queued_tokens: int = 0
+    sent_ms: int = 0
+
+
+# ---------------------------------------------------------------- the base model, published by workers
+
+
+class SiteShape(Packed, frozen=True):
+    """A layer that LoRA can adapt, as the model names it."""
+
+    name: str  # "model.layers.0.self_attn.q_proj"
+    in_features: int
+    out_features: int
+    kind: Literal["linear", "conv1d", "embedding"] = "linear"
+
+
+class ServedModel(Wire, frozen=True):
+    """What the fleet serves: enough to validate requests and adapters without the weights."""
+
+    model: str  # as given to the worker
+    name: str  # served name
+    fingerprint: str  # of config and weight layout; workers with another one refuse to join
+    model_type: str
+    vocab_size: int
+    max_model_len: int  # tokens of prompt + output that a worker's cache can hold
+    sites: list[SiteShape]
+    dtype: str = ""
+    tied_embeddings: bool = False
+    created_ms: int = 0
+
+
+# ---------------------------------------------------------------- adapters, published by the store
+
+AdapterState = Literal["unknown", "downloading", "on_disk", "failed"]
+
+
+class Alias(Wire, frozen=True):
+    """A name and what it stands for now."""
+
+    name: str
+    state: AdapterState
+    digest: str = ""
+    source: str = ""  # "local:NAME", "hub:ORG/NAME@COMMIT", "s3://BUCKET/PREFIX"
+    reason: str = ""  # why it failed
+    tenant: str = ""  # "": everybody's
+    created_ms: int = 0
+    changed_ms: int = 0
+
+
+class AdapterRecord(Wire, frozen=True):
+    """The facts of one adapter content."""
+
+    digest: str
+    rank: int  # largest of its sites
+    num_bytes: int
+    config: dict[str, Any]  # canonical adapter_config
+    modules: list[str]  # kinds of sites touched, such as "q_proj"
+    source: str
+    created_ms: int
+
+
+class AdapterEvent(Wire, frozen=True):
+    """Something happened to an adapter. Events, not work: losing one costs time, never correctness."""
+
+    kind: Literal["wanted", "staged", "resident", "evicted", "failed", "alias", "removed"]
+    digest: str = ""
+    name: str = ""
+    source: str = ""  # wid or sid
+    reason: str = ""
+    ms: float = 0.0
+
+
+# ---------------------------------------------------------------- jobs
+
+
+class Job(Wire, frozen=True):
+    """A background request: which requests it is made of, and how its result is written."""
+
+    jid: str
+    endpoint: str
+    tenant: str
+    model: str  # as the client named it
+    created_ms: int
+    expires_ms: int
+    rids: list[str]
+    request: dict[str, Any]  # the HTTP body, to build the result as the endpoint would
+    metadata: dict[str, str] = {}
+
+
+encode = msgspec.msgpack.Encoder().encode
+"""Encode any message."""

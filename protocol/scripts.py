@@ -1,0 +1,30 @@
+"""The Lua scripts, loaded once. What each does, and its arguments, is at the head of its file in `lua/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from redis.asyncio import Redis
+from redis.commands.core import AsyncScript
+
+NAMES = ("submit", "assign", "step", "finish", "cancel", "requeue", "lead", "repair")
+_FOLDER = Path(__file__).parent / "lua"
+
+
+class Scripts:
+    """The scripts of one client; called by name, re-sent by redis-py when the server has forgotten them."""
+
+    submit: AsyncScript
+    assign: AsyncScript
+    step: AsyncScript
+    finish: AsyncScript
+    cancel: AsyncScript
+    requeue: AsyncScript
+    lead: AsyncScript
+    repair: AsyncScript
+
+    def __init__(self, client: Redis) -> None:
+        common = (_FOLDER / "common.lua").read_text()
+        for name in NAMES:
+            source = common + (_FOLDER / f"{name}.lua").read_text()
+            setattr(self, name, client.register_script(source))

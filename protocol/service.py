@@ -1,0 +1,55 @@
+"""How a service process runs: logging, signals, drain, exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_logging(service: str, level: str) -> None:
+    """Log one line per event to stderr, with time, level and service."""
+    logging.basicConfig(
+        level=level.upper(),
+        format=f"%(asctime)s %(levelname).1s {service} %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
+
+
+def run(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
+    """Run a service's `main(stop)` until it returns its exit code.
+
+    The first SIGINT or SIGTERM sets `stop`: the service drains. The second ends the process at once.
+    """
+
+    async def shell() -> int:
+        stop = asyncio.Event()
+
+        def on_signal() -> None:
+            if stop.is_set():
+                os._exit(130)
+            stop.set()
+
+        loop = asyncio.get_running_loop()
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(sig, on_signal)
+        return await main(stop)
+
+    return asyncio.run(shell())
+
+
+async def wait_any(event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait for `event` at most `timeout_s`; tell whether it is set. The loops' replacement for sleep."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

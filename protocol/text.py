@@ -1,0 +1,77 @@
+"""Tokens as text, the same in gateway and worker: where a stop string ends a request must not depend on who looks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+class Detokenizer:
+    """Turns ids into text one at a time, never giving out half a UTF-8 character."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._skip = skip_special_tokens
+        self._ids: list[int] = []
+        self._length = 0  # characters given out
+
+    def add(self, ids: Iterable[int]) -> str:
+        """Return the text that `ids` complete."""
+        pieces: list[str] = []
+        for id_ in ids:
+            self._ids.append(id_)
+            piece = self._stream.step(self._tokenizer, id_)
+            if piece:
+                pieces.append(piece)
+        text = "".join(pieces)
+        self._length += len(text)
+        return text
+
+    def flush(self) -> str:
+        """Return what is still held back, once no more ids come: the bytes of a cut character as U+FFFD."""
+        whole = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
+        rest = whole[self._length :]
+        self._length = len(whole)
+        return rest
+
+
+class StopMatcher:
+    """Finds the first stop string in a growing text, holding back what may still become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.matched: str | None = None
+
+    def add(self, text: str) -> str:
+        """Take new text and return what can be shown; once `matched` is set nothing more comes."""
+        if self.matched is not None:
+            return ""
+        if not self._stops:
+            return text
+        buffer = self._held + text
+        # Of matches at the same place the first in the caller's order counts.
+        found = [(at, i) for i, stop in enumerate(self._stops) if (at := buffer.find(stop)) >= 0]
+        if found:
+            at, i = min(found)
+            self.matched, self._held = self._stops[i], ""
+            return buffer[:at]
+        keep = max(_overlap(buffer, stop) for stop in self._stops)
+        self._held = buffer[len(buffer) - keep :]
+        return buffer[: len(buffer) - keep]
+
+    def flush(self) -> str:
+        """Return the held back text, once no more comes."""
+        rest, self._held = self._held, ""
+        return rest
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that begins `stop`."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-size:]):
+            return size
+    return 0
