@@ -42,7 +42,11 @@ class LoraBatch:
     num_small_tiles: int
     num_large_tiles: int
     num_tokens: int  # T
-    uniform: bool  # one segment that covers every token row, in order
+    uniform_slot: int | None  # the slot whose one segment covers every token row, in order; None: no such segment
+
+    @property
+    def uniform(self) -> bool:
+        return self.uniform_slot is not None
 
 
 def build_lora_batch(
@@ -82,7 +86,7 @@ def build_lora_batch(
         sent.row_scales = None
     sent.num_rows, sent.num_segments = num_rows, num_segments
     sent.num_small_tiles, sent.num_large_tiles = len(small), len(large)
-    sent.uniform = num_segments == 1 and num_rows == num_tokens
+    sent.uniform_slot = int(seg_slots[0]) if num_segments == 1 and num_rows == num_tokens else None
     return sent
 
 
@@ -114,7 +118,7 @@ def _view_lora_buffer(buffer: Tensor, num_tokens: int) -> LoraBatch:
         num_small_tiles=0,
         num_large_tiles=0,
         num_tokens=t,
-        uniform=False,
+        uniform_slot=None,
     )
 
 

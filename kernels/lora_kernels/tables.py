@@ -30,6 +30,7 @@ class AdapterTable:
     ranks: Tensor  # int32 [slots, sites]; 0: the adapter does not touch the site
     scales: Tensor  # float32 [slots, sites]
     pages: Tensor  # int32 [slots, groups, max_pages]
+    host: AdapterTable | None = None  # the same numbers in host memory, for plans that must not wait for the device
 
 
 @dataclass(frozen=True, slots=True)
