@@ -242,6 +242,20 @@ class Bus:
         pipe.expire(stream, ttl_s)
         await pipe.execute()
 
+    async def delete_stream(self, stream: str, num_entries: int) -> bool:
+        """Delete a stream if it still holds just `num_entries`; tell whether it is gone."""
+        script = (
+            "if redis.call('XLEN', KEYS[1]) ~= tonumber(ARGV[1]) then return 0 end redis.call('DEL', KEYS[1]) return 1"
+        )
+        return bool(await self.redis.eval(script, 1, stream, num_entries))
+
+    async def leave(self, wid: str) -> None:
+        """Take a worker, whose work is handed back, off the register."""
+        pipe = self.redis.pipeline(transaction=True)
+        pipe.delete(self.keys.work(wid), self.keys.ctl(wid), self.keys.worker_beat(wid))
+        pipe.zrem(self.keys.workers, wid)
+        await pipe.execute()
+
     async def members(self, registry: str, max_age_ms: int | None = None) -> list[str]:
         """Return who is registered, by last beat at most `max_age_ms` ago."""
         low: float | str = "-inf" if max_age_ms is None else now_ms() - max_age_ms

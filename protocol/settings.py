@@ -18,55 +18,63 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="LORAFLEET_", frozen=True, extra="forbid")
 
     # Everyone
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="the queue, redis:// or unix://")
-    model: str = Field("", description="base model: a Hub id or a local folder")
-    served_name: str = Field("", description="the base model's name in the API; default: its id or folder name")
+    redis_url: str = Field(default="redis://127.0.0.1:6379/0", description="the queue, redis:// or unix://")
+    model: str = Field(default="", description="base model: a Hub id or a local folder")
+    served_name: str = Field(default="", description="the base model's name in the API; default: its id or folder name")
     data: Path = Field(
         Path("~/.cache/lorafleet"), description="folder for the queue's data, mirrored adapters and caches"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    metrics_port: int = Field(0, description="Prometheus port of scheduler, worker and store; 0: none")
-    grace_s: float = Field(30.0, description="how long a drain may take")
+    metrics_port: int = Field(default=0, description="Prometheus port of scheduler, worker and store; 0: none")
+    grace_s: float = Field(default=30.0, description="how long a drain may take")
 
     # Gateway
     host: str = "127.0.0.1"
     port: int = 8000
-    max_queued: int = Field(10_000, description="requests waiting in the queue before new ones get 429")
+    max_queued: int = Field(default=10_000, description="requests waiting in the queue before new ones get 429")
     max_body_bytes: int = 4 << 20
-    max_choices: int = Field(128, description="largest n, and prompts times n in one call")
+    max_choices: int = Field(default=128, description="largest n, and prompts times n in one call")
     max_stop_strings: int = 64
     max_logprobs: int = 20
-    request_timeout_s: float = Field(3600.0, description="deadline of a request")
-    job_ttl_s: float = Field(86_400.0, description="how long a job and its result are kept")
-    keepalive_s: float = Field(10.0, description="pause after which a silent stream gets a comment")
+    request_timeout_s: float = Field(default=3600.0, description="deadline of a request")
+    job_ttl_s: float = Field(default=86_400.0, description="how long a job and its result are kept")
+    keepalive_s: float = Field(default=10.0, description="pause after which a silent stream gets a comment")
 
     # Scheduler
-    beat_timeout_s: float = Field(3.5, description="silence after which a worker counts as dead")
-    max_attempts: int = Field(3, description="workers that may die under a request before it is given up")
-    affinity_slack_tokens: int = Field(4096, description="how far fairness may be bent for adapter affinity")
+    beat_timeout_s: float = Field(default=3.5, description="silence after which a worker counts as dead")
+    max_attempts: int = Field(default=3, description="workers that may die under a request before it is given up")
+    affinity_slack_tokens: int = Field(default=4096, description="how far fairness may be bent for adapter affinity")
 
     # Worker
-    workers: int = Field(1, description="workers that `lorafleet up` starts")
-    worker_name: str = Field("", description="stable name across restarts; default: host name and process id")
+    workers: int = Field(default=1, description="workers that `lorafleet up` starts")
+    worker_name: str = Field(default="", description="stable name across restarts; default: host name and process id")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    max_model_len: int = Field(0, description="longest prompt + output in tokens; 0: what model and cache allow")
-    max_num_seqs: int = Field(0, description="requests running at once; 0: 64 on CPU, 256 on a GPU")
-    max_step_tokens: int = Field(0, description="tokens in one forward pass; 0: 512 on CPU, 2048 on a GPU")
-    kv_cache_bytes: int = Field(0, description="memory for KV blocks; 0: a share of what is free")
-    adapter_pool_bytes: int = Field(0, description="memory for resident adapters; 0: a share of what is free")
-    adapter_host_bytes: int = Field(0, description="host memory for packed adapters; 0: a share of what is free")
+    max_model_len: int = Field(
+        default=0, description="longest prompt + output in tokens; 0: what model and cache allow"
+    )
+    max_num_seqs: int = Field(default=0, description="requests running at once; 0: 64 on CPU, 256 on a GPU")
+    max_step_tokens: int = Field(default=0, description="tokens in one forward pass; 0: 512 on CPU, 2048 on a GPU")
+    kv_cache_bytes: int = Field(default=0, description="memory for KV blocks; 0: a share of what is free")
+    adapter_pool_bytes: int = Field(default=0, description="memory for resident adapters; 0: a share of what is free")
+    adapter_host_bytes: int = Field(
+        default=0, description="host memory for packed adapters; 0: a share of what is free"
+    )
     prefix_cache: bool = True
-    threads: int = Field(0, description="CPU threads of a worker; 0: all cores over the workers of this machine")
-    kernels: Literal["auto", "reference"] = Field("auto", description="reference: plain torch instead of native code")
-    compile: bool = Field(False, description="torch.compile each decoder layer")
+    threads: int = Field(
+        default=0, description="CPU threads of a worker; 0: all cores over the workers of this machine"
+    )
+    kernels: Literal["auto", "reference"] = Field(
+        default="auto", description="reference: plain torch instead of native code"
+    )
+    compile: bool = Field(default=False, description="torch.compile each decoder layer")
 
     # Store
-    adapters: Path | None = Field(None, description="folder whose sub-folders are adapters")
+    adapters: Path | None = Field(default=None, description="folder whose sub-folders are adapters")
     store_host: str = "127.0.0.1"
-    store_port: int = Field(0, description="0: any free port")
-    store_url: str = Field("", description="the store's address as workers see it; default: from host and port")
-    scan_interval_s: float = Field(1.0, description="how often the adapter folder is looked at")
+    store_port: int = Field(default=0, description="0: any free port")
+    store_url: str = Field(default="", description="the store's address as workers see it; default: from host and port")
+    scan_interval_s: float = Field(default=1.0, description="how often the adapter folder is looked at")
     max_adapter_bytes: int = 8 << 30
 
     @classmethod

@@ -1,0 +1,82 @@
+"""Adapters from the store, by digest. Blocking: called from loader threads only."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+import msgspec
+
+from protocol.errors import AdapterRefused, NotFound, Unavailable
+
+logger = logging.getLogger(__name__)
+
+FETCH_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """What the store keeps of an adapter."""
+
+    config: dict[str, Any]
+    weights: bytes  # a safetensors file
+
+
+class StoreClient:
+    """Fetches from any of the stores that are alive; `urls` is kept current by the service."""
+
+    def __init__(self) -> None:
+        self.urls: tuple[str, ...] = ()
+        self._known = threading.Event()
+        self._http = httpx2.Client(timeout=httpx2.Timeout(10.0, connect=2.0))
+
+    def set_urls(self, urls: tuple[str, ...]) -> None:
+        self.urls = urls
+        if urls:
+            self._known.set()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def fetch(self, digest: str) -> AdapterFiles:
+        """Return an adapter's files. Raises Unavailable when no store answers, NotFound when none has it."""
+        deadline = time.monotonic() + FETCH_TIMEOUT_S
+        pause_s = 0.1
+        while True:
+            self._known.wait(max(0.0, deadline - time.monotonic()))
+            missing = 0
+            urls = self.urls
+            for url in urls:
+                try:
+                    config = self._get(f"{url}/adapters/{digest}/adapter_config.json")
+                    weights = self._get(f"{url}/adapters/{digest}/adapter_model.safetensors")
+                except NotFound:
+                    missing += 1
+                except httpx2.HTTPError as error:
+                    logger.warning("store %s did not give adapter %.12s: %r", url, digest, error)
+                else:
+                    return AdapterFiles(_parse(config), weights)
+            if urls and missing == len(urls):
+                raise NotFound(f"no adapter store has the adapter {digest:.12}", param="model")
+            if time.monotonic() > deadline:
+                raise Unavailable(f"no adapter store gave the adapter {digest:.12} within {FETCH_TIMEOUT_S:.0f} s")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 2.0)
+
+    def _get(self, url: str) -> bytes:
+        response = self._http.get(url)
+        if response.status_code == 404:
+            raise NotFound(f"{url} is not there")
+        response.raise_for_status()
+        return response.content
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(raw, type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise AdapterRefused([f"adapter_config.json is not a JSON object: {error}"]) from error

@@ -1,0 +1,414 @@
+"""The asyncio side of a worker: assignments in, one step script per engine step out, beats, drain.
+
+The engine runs in its own thread behind `EnginePort`; this module never waits for a forward pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from gpu_worker.fetch import StoreClient
+from gpu_worker.publish import MAX_ROWS, Held, Ledger, Pending, merge, settle
+from gpu_worker.request import EngineRequest, TokenOutput
+from protocol import messages as m
+from protocol.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
+from protocol.errors import DeadlineExceeded, Internal, ProtocolError
+from protocol.service import wait_any
+from protocol.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 1.0
+BEAT_TTL_MS = 4000
+STREAM_TTL_S = 3600
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """What the engine says of itself once a second."""
+
+    capacity: int  # requests it would hold at once
+    running: int = 0
+    waiting: int = 0
+    waiting_adapter: int = 0
+    kv_blocks_free: int = 0
+    kv_blocks_total: int = 0
+    pool_bytes_free: int = 0
+    pool_bytes_total: int = 0
+    step_ms: float = 0.0
+    tokens_per_s: float = 0.0
+    step_model: m.StepModel = field(default_factory=m.StepModel)
+    resident: list[str] = field(default_factory=list)
+    loading: list[str] = field(default_factory=list)
+    host: list[str] = field(default_factory=list)
+
+
+OnOutputs = Callable[[list[TokenOutput]], object]
+OnDeath = Callable[[BaseException | None], object]
+
+
+class EnginePort(Protocol):
+    """What the service needs of an engine. All methods return at once and may be called from any thread."""
+
+    def start(self, on_outputs: OnOutputs, on_death: OnDeath) -> None:
+        """Start the thread. It calls `on_outputs` once per step that made tokens or ends, `on_death` if it crashes."""
+        ...
+
+    def submit(self, request: EngineRequest) -> None: ...
+
+    def cancel(self, rids: Sequence[str]) -> None:
+        """Forget requests; nothing more comes out for them."""
+        ...
+
+    def prefetch(self, digest: str) -> None:
+        """Bring an adapter towards the pool, for a request that will come."""
+        ...
+
+    def hand_over(self) -> Future[list[str]]:
+        """Stop at the next step boundary and forget every request; the result names them."""
+        ...
+
+    def ack_step(self) -> None:
+        """Say that one delivered step is durable; the engine pauses when too many are not."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    def stop(self) -> None:
+        """End the thread."""
+        ...
+
+
+class Worker:
+    """One engine's life on the queue."""
+
+    def __init__(self, bus: Bus, engine: EnginePort, served: m.ServedModel, settings: Settings, wid: str) -> None:
+        self.bus = bus
+        self.engine = engine
+        self.served = served
+        self.settings = settings
+        self.wid = wid
+        self.name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
+        self.ledger = Ledger(wid)
+        self.stores: StoreClient | None = None
+        self.draining = False
+        self._pending: dict[str, Pending] = {}
+        self._steps_unacked = 0
+        self._publishing = asyncio.Lock()
+        self._has_outputs = asyncio.Event()
+        self._beat_now = asyncio.Event()
+        self._gone = asyncio.Event()  # the engine died, or the drain is over
+        self._failure: BaseException | None = None
+
+    # ------------------------------------------------------------ called from the engine, through the loop
+
+    def on_outputs(self, outputs: list[TokenOutput]) -> None:
+        """Take the outputs of one engine step."""
+        merge(self._pending, outputs)
+        self._steps_unacked += 1
+        self._has_outputs.set()
+
+    def on_death(self, error: BaseException | None) -> None:
+        """The engine thread has ended; after a crash every request goes back to the queue."""
+        self._failure = error
+        self._gone.set()
+
+    # ------------------------------------------------------------ life
+
+    async def run(self, stop: asyncio.Event) -> int:
+        """Join the fleet, work until `stop`, hand over what runs. Returns the exit code."""
+        keys = self.bus.keys
+        await self.bus.create_stream(keys.work(self.wid), STREAM_TTL_S)
+        await self.bus.create_stream(keys.ctl(self.wid), STREAM_TTL_S)
+        await self._beat()
+        logger.info("worker %s (%s) serves %s", self.wid, self.name, self.served.name)
+        loops = [self._intake(), self._publish(), self._beats()]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(loop) for loop in loops]
+            await self._until_gone(stop)
+            await self._leave()
+            for task in tasks:
+                task.cancel()
+        if self._failure is not None:
+            logger.error("the engine died: %r", self._failure)
+            return 1
+        return 0
+
+    async def _until_gone(self, stop: asyncio.Event) -> None:
+        waits = [asyncio.ensure_future(event.wait()) for event in (stop, self._gone)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+
+    async def _leave(self) -> None:
+        """Take no more, let the last step become durable, put everything back on the queue, deregister."""
+        self.draining = True
+        await self._beat()
+        if self._failure is None:
+            await asyncio.wrap_future(self.engine.hand_over())
+            # The engine's last call_soon_threadsafe was made before the future was set.
+            await asyncio.sleep(0)
+        await self._publish_once()
+        keys = self.bus.keys
+        if await self._requeue_all():
+            await self.bus.leave(self.wid)
+        else:  # registered without a beat: the scheduler finds it dead and ends what is left
+            await self.bus.redis.delete(keys.worker_beat(self.wid))
+        self.engine.stop()
+
+    async def _requeue_all(self) -> bool:
+        """Queue again what this worker was given, also what comes in meanwhile, then close its stream.
+
+        Returns False when some of it can only be ended, which is for the scheduler to do.
+        """
+        stream = self.bus.keys.work(self.wid)
+        crashed = self._failure is not None
+        while True:
+            entries = await self.bus.entries(stream)
+            rids = [item.rid for entry in entries for item in _assigned(entry)]
+            if rids:
+                outcomes = await self.bus.requeue(
+                    self.wid, rids, counts=crashed, max_attempts=self.settings.max_attempts
+                )
+                logger.info("handed back %d requests", sum(o == "requeued" for o in outcomes.values()))
+                if any(outcome in ("exhausted", "cancelled") for outcome in outcomes.values()):
+                    return False
+            if await self.bus.delete_stream(stream, len(entries)):
+                return True
+
+    # ------------------------------------------------------------ in
+
+    async def _intake(self) -> None:
+        """Read assignments and orders until cancelled."""
+        keys = self.bus.keys
+        work, ctl = keys.work(self.wid), keys.ctl(self.wid)
+        last_ids: dict[str, bytes] = {work: b"0", ctl: b"0"}
+        while True:
+            try:
+                found = await self.bus.read(last_ids, block_ms=5000)
+                for entry in found.get(work, []):
+                    await self._take(entry)
+                for entry in found.get(ctl, []):
+                    self._obey(decode(entry[1][b"b"], m.Control))
+            except CONNECTION_ERRORS as error:
+                logger.warning("queue connection lost while reading: %r", error)
+                await wait_any(self._gone, 0.3)
+            except ProtocolError:
+                logger.exception("a message for this worker cannot be read; skipped")
+
+    async def _take(self, entry: Entry) -> None:
+        """Give one assignment's requests to the engine."""
+        items = _assigned(entry)
+        if not items:
+            return
+        keys = self.bus.keys
+        raws = await self.bus.redis.mget([f(item.rid) for item in items for f in (keys.body, keys.tok, keys.lp)])
+        requests: list[EngineRequest] = []
+        held: list[Held] = []
+        for i, item in enumerate(items):
+            raw, tok, lp = raws[3 * i : 3 * i + 3]
+            body = decode(raw, m.Body) if raw is not None else None
+            held.append(_hold(item, entry[0], body, tok or b"", lp or b""))
+            if body is None:  # its keys have expired; the step script will say so and it is dropped
+                self._pending[item.rid] = Pending(finish="error", error=DeadlineExceeded("the request has expired"))
+                self._has_outputs.set()
+            else:
+                requests.append(_engine_request(item, body, tok or b""))
+        self.ledger.take(entry[0], held)
+        for request in requests:
+            self.engine.submit(request)
+
+    def _obey(self, order: m.Control) -> None:
+        if order.kind == "cancel":
+            if order.rid in self.ledger.held:
+                self.engine.cancel([order.rid])
+                self._pending[order.rid] = Pending(finish="cancelled")
+                self._has_outputs.set()
+        elif order.kind == "prefetch":
+            self.engine.prefetch(order.digest)
+
+    # ------------------------------------------------------------ out
+
+    async def _publish(self) -> None:
+        """Publish steps until cancelled. What comes while Redis is slow is merged into the next script."""
+        while True:
+            await self._has_outputs.wait()
+            self._has_outputs.clear()
+            await self._publish_once()
+
+    async def _publish_once(self) -> None:
+        """Make everything pending durable, in scripts of at most MAX_ROWS rows; retry until Redis answers."""
+        async with self._publishing:
+            whole, self._pending = self._pending, {}
+            num_steps, self._steps_unacked = self._steps_unacked, 0
+            rids = list(whole)
+            for start in range(0, max(len(rids), 1), MAX_ROWS):
+                await self._write({rid: whole[rid] for rid in rids[start : start + MAX_ROWS]})
+            for _ in range(num_steps):
+                self.engine.ack_step()
+        if any(new.finish for new in whole.values()):
+            self._beat_now.set()
+
+    async def _write(self, pending: dict[str, Pending]) -> None:
+        pause_s = 0.02
+        while True:
+            step = self.ledger.build(pending)
+            if not step.rows and not step.done_entries:
+                return
+            try:
+                refused = await self.bus.step(self.wid, step)
+                if not refused:
+                    self.ledger.commit(step, pending)
+                    return
+                verdict = settle(self.ledger, pending, refused)
+                for held in verdict.repairs:
+                    await self.bus.repair(held.rid, 0, bytes(held.log), bytes(held.logprobs), held.record_bytes)
+                if verdict.dropped:
+                    self.engine.cancel(verdict.dropped)
+            except CONNECTION_ERRORS as error:
+                logger.warning("queue connection lost while publishing: %r", error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, 1.0)
+
+    # ------------------------------------------------------------ beats
+
+    async def _beats(self) -> None:
+        while True:
+            try:
+                await self._beat()
+            except CONNECTION_ERRORS as error:
+                logger.warning("queue connection lost while beating: %r", error)
+            await wait_any(self._beat_now, BEAT_S)
+            self._beat_now.clear()
+
+    async def _beat(self) -> None:
+        stats = self.engine.stats()
+        keys = self.bus.keys
+        beat = m.WorkerBeat(
+            wid=self.wid,
+            name=self.name,
+            model=self.served.name,
+            capacity=0 if self.draining else stats.capacity,
+            running=stats.running,
+            waiting=stats.waiting,
+            waiting_adapter=stats.waiting_adapter,
+            progress=[(held.rid, held.num_logged) for held in self.ledger.held.values()],
+            kv_blocks_free=stats.kv_blocks_free,
+            kv_blocks_total=stats.kv_blocks_total,
+            pool_bytes_free=stats.pool_bytes_free,
+            pool_bytes_total=stats.pool_bytes_total,
+            step_ms=stats.step_ms,
+            tokens_per_s=stats.tokens_per_s,
+            step_model=stats.step_model,
+            resident=stats.resident,
+            loading=stats.loading,
+            host=stats.host,
+            draining=self.draining,
+            sent_ms=now_ms(),
+        )
+        streams = (keys.work(self.wid), keys.ctl(self.wid))
+        key = keys.worker_beat(self.wid)
+        await self.bus.beat(key, keys.workers, self.wid, m.encode(beat), BEAT_TTL_MS, streams)
+        if self.stores is not None:
+            self.stores.set_urls(await store_urls(self.bus))
+
+
+async def store_urls(bus: Bus) -> tuple[str, ...]:
+    """Return the addresses of the adapter stores that are alive."""
+    sids = await bus.members(bus.keys.stores, 10_000)
+    if not sids:
+        return ()
+    raws = await bus.redis.mget([bus.keys.store_beat(sid) for sid in sids])
+    return tuple(sorted(raw.decode() for raw in raws if raw))
+
+
+async def publish_served(bus: Bus, served: m.ServedModel) -> None:
+    """Say what the fleet serves. Raises Internal when live workers serve something else."""
+    known = await bus.get(bus.keys.base, m.ServedModel)
+    others = [beat for beat in (await bus.worker_beats()).values() if beat is not None]
+    if known is not None and known.fingerprint != served.fingerprint and others:
+        raise Internal(f"this fleet serves {known.name} ({known.fingerprint:.12}); {served.name} cannot join it")
+    if known is not None and others:
+        # The fleet promises what its smallest worker can hold.
+        served = msgspec.structs.replace(served, max_model_len=min(served.max_model_len, known.max_model_len))
+    await bus.set(bus.keys.base, served)
+
+
+def _assigned(entry: Entry) -> list[m.Assigned]:
+    raw = entry[1].get(b"b", b"")
+    return decode(raw, list[m.Assigned]) if raw else []
+
+
+def _hold(item: m.Assigned, entry: bytes, body: m.Body | None, tok: bytes, lp: bytes) -> Held:
+    if body is None:
+        return Held(item.rid, item.epoch, entry, item.gateway, item.tenant, 0, 0)
+    num = body.sampling.num_logprobs
+    record = 0 if num is None else m.logprob_record_bytes(num)
+    return Held(
+        item.rid, item.epoch, entry, item.gateway, item.tenant, len(body.prompt) // 4, record,
+        bytearray(tok), bytearray(lp),
+    )  # fmt: skip
+
+
+def _engine_request(item: m.Assigned, body: m.Body, tok: bytes) -> EngineRequest:
+    return EngineRequest(
+        rid=item.rid,
+        epoch=item.epoch,
+        digest=item.digest,
+        prompt=np.frombuffer(body.prompt, "<i4"),
+        output=np.frombuffer(tok, "<i4").tolist(),
+        sampling=body.sampling,
+        max_new_tokens=body.max_new_tokens,
+        stop=body.stop,
+        stop_token_ids=body.stop_token_ids,
+        salt=body.salt,
+        lora_scale=body.lora_scale,
+        tenant=item.tenant,
+    )
+
+
+def new_wid() -> str:
+    """Return a worker id that no process had before."""
+    return f"w{secrets.token_hex(6)}"
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> int:
+    """Load the model and work for the queue until `stop`. Returns the exit code."""
+    bus = Bus(settings.redis_url)
+    stores = StoreClient()
+    loop = asyncio.get_running_loop()
+    try:
+        await bus.check()
+        engine, served = await asyncio.to_thread(_load, settings, stores)
+        if stop.is_set():
+            return 0
+        await publish_served(bus, served)
+        worker = Worker(bus, engine, served, settings, new_wid())
+        worker.stores = stores
+        stores.set_urls(await store_urls(bus))
+        engine.start(
+            lambda outputs: loop.call_soon_threadsafe(worker.on_outputs, outputs),
+            lambda error: loop.call_soon_threadsafe(worker.on_death, error),
+        )
+        return await worker.run(stop)
+    finally:
+        stores.close()
+        await bus.close()
+
+
+def _load(settings: Settings, stores: StoreClient) -> tuple[EnginePort, m.ServedModel]:
+    """Build the engine; imports torch, so it runs in a thread and is not part of importing this module."""
+    from gpu_worker.engine import load_engine
+
+    return load_engine(settings, stores.fetch)
