@@ -22,7 +22,7 @@ class Settings(BaseSettings):
     model: str = Field(default="", description="base model: a Hub id or a local folder")
     served_name: str = Field(default="", description="the base model's name in the API; default: its id or folder name")
     data: Path = Field(
-        Path("~/.cache/lorafleet"), description="folder for the queue's data, mirrored adapters and caches"
+        default=Path("~/.cache/lorafleet"), description="folder for the queue's data, mirrored adapters and caches"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     metrics_port: int = Field(default=0, description="Prometheus port of scheduler, worker and store; 0: none")

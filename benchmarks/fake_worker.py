@@ -1,0 +1,162 @@
+"""A worker without a model: the real service around an engine that emits tokens at a set pace.
+
+For measuring and testing the control plane alone. `python -m benchmarks.fake_worker --step-ms 25` joins a fleet;
+its output is a function of (prompt, position), so that any two workers continue each other's requests exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+from gpu_worker.request import EngineRequest, TokenOutput
+
+from gpu_worker.service import EngineStats, OnDeath, OnOutputs, Worker, new_wid, publish_served
+from protocol import messages as m
+from protocol.bus import Bus
+from protocol.service import run, set_up_logging
+from protocol.settings import Settings
+
+MAX_UNACKED = 4
+
+
+def expected_token(prompt: np.ndarray, position: int, vocab_size: int) -> int:
+    """Return the token a fake engine emits at an output position."""
+    return int((int(prompt.sum()) * 31 + position * 7) % vocab_size)
+
+
+@dataclass(slots=True)
+class _Running:
+    request: EngineRequest
+    num_output: int
+
+
+class FakeEngine:
+    """An `EnginePort` whose step takes `step_s` and gives every request one token."""
+
+    def __init__(self, *, step_s: float = 0.025, capacity: int = 256, vocab_size: int = 1000) -> None:
+        self._step_s = step_s
+        self._capacity = capacity
+        self._vocab = vocab_size
+        self._requests: dict[str, _Running] = {}
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._room = threading.Semaphore(MAX_UNACKED)
+        self._stopped = False
+        self._thread: threading.Thread | None = None
+
+    def start(self, on_outputs: OnOutputs, on_death: OnDeath) -> None:
+        self._thread = threading.Thread(target=self._loop, args=(on_outputs,), name="fake-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: EngineRequest) -> None:
+        with self._lock:
+            self._requests[request.rid] = _Running(request, len(request.output))
+        self._wake.set()
+
+    def cancel(self, rids: Sequence[str]) -> None:
+        with self._lock:
+            for rid in rids:
+                self._requests.pop(rid, None)
+
+    def prefetch(self, digest: str) -> None:
+        return None
+
+    def hand_over(self) -> Future[list[str]]:
+        done: Future[list[str]] = Future()
+        with self._lock:
+            rids = list(self._requests)
+            self._requests.clear()
+        done.set_result(rids)
+        return done
+
+    def ack_step(self) -> None:
+        self._room.release()
+
+    def stats(self) -> EngineStats:
+        with self._lock:
+            return EngineStats(capacity=self._capacity, running=len(self._requests), step_ms=self._step_s * 1e3)
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._wake.set()
+
+    def _loop(self, on_outputs: OnOutputs) -> None:
+        next_step = time.perf_counter()
+        while not self._stopped:
+            if not self._requests:
+                self._wake.wait()
+                self._wake.clear()
+                next_step = time.perf_counter()
+                continue
+            next_step = max(next_step + self._step_s, time.perf_counter())
+            time.sleep(max(0.0, next_step - time.perf_counter()))
+            self._room.acquire()
+            with self._lock:
+                outputs = [self._advance(running) for running in list(self._requests.values())]
+            on_outputs(outputs)
+
+    def _advance(self, running: _Running) -> TokenOutput:
+        request = running.request
+        seq0 = running.num_output
+        running.num_output += 1
+        finish = "length" if running.num_output >= request.max_new_tokens else ""
+        if finish:
+            del self._requests[request.rid]
+        return TokenOutput(
+            rid=request.rid,
+            epoch=request.epoch,
+            seq0=seq0,
+            ids=[expected_token(request.prompt, seq0, self._vocab)],
+            finish=finish,
+        )
+
+
+def fake_served(name: str = "fake", vocab_size: int = 1000) -> m.ServedModel:
+    """Return the description of the model that a fake engine pretends to be."""
+    return m.ServedModel(
+        model=name, name=name, fingerprint=f"fake:{vocab_size}", model_type="fake", vocab_size=vocab_size,
+        max_model_len=100_000, sites=[],
+    )  # fmt: skip
+
+
+async def serve_fake(settings: Settings, engine: FakeEngine, served: m.ServedModel, stop: asyncio.Event) -> int:
+    """Run the worker service around a fake engine."""
+    bus = Bus(settings.redis_url)
+    loop = asyncio.get_running_loop()
+    try:
+        await publish_served(bus, served)
+        worker = Worker(bus, engine, served, settings, new_wid())
+        engine.start(
+            lambda outputs: loop.call_soon_threadsafe(worker.on_outputs, outputs),
+            lambda error: loop.call_soon_threadsafe(worker.on_death, error),
+        )
+        return await worker.run(stop)
+    finally:
+        engine.stop()
+        await bus.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--step-ms", type=float, default=25.0)
+    parser.add_argument("--capacity", type=int, default=256)
+    parser.add_argument("--name", default="fake")
+    parser.add_argument("--vocab-size", type=int, default=1000)
+    args = parser.parse_args()
+    settings = Settings()
+    set_up_logging("fake-worker", settings.log_level)
+    engine = FakeEngine(step_s=args.step_ms / 1e3, capacity=args.capacity, vocab_size=args.vocab_size)
+    served = fake_served(args.name, args.vocab_size)
+    return run(lambda stop: serve_fake(settings, engine, served, stop))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""The worker's shell on a real queue, around an engine without a model: what becomes durable, and who owns it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+from waiting import wait_until
+
+from benchmarks.fake_worker import FakeEngine, expected_token, fake_served
+from gpu_worker.service import Worker, new_wid, publish_served
+from protocol import messages as m
+from protocol.bus import Bus, decode, now_ms
+from protocol.errors import Internal
+from protocol.settings import Settings
+
+GATEWAY = "g-test"
+VOCAB = 1000
+PROMPT = np.arange(1, 6, dtype="<i4")
+
+
+@asynccontextmanager
+async def running_worker(
+    bus: Bus, *, step_s: float = 0.002, name: str = "w"
+) -> AsyncIterator[tuple[Worker, asyncio.Event]]:
+    """A worker on the queue; leaving the block drains it."""
+    engine = FakeEngine(step_s=step_s, vocab_size=VOCAB)
+    own = Bus(bus.url)
+    worker = Worker(own, engine, fake_served(vocab_size=VOCAB), Settings(worker_name="w"), new_wid())
+    loop = asyncio.get_running_loop()
+    engine.start(
+        lambda outputs: loop.call_soon_threadsafe(worker.on_outputs, outputs),
+        lambda error: loop.call_soon_threadsafe(worker.on_death, error),
+    )
+    stop = asyncio.Event()
+    task = asyncio.create_task(worker.run(stop))
+    try:
+        await wait_until(lambda: bus.redis.exists(bus.keys.worker_beat(worker.wid)), "the worker beats")
+        yield worker, stop
+    finally:
+        stop.set()
+        await task
+        engine.stop()
+        await own.close()
+
+
+async def submit(bus: Bus, rid: str, *, max_new: int = 8, cls: str = "interactive") -> None:
+    sub = m.Submit(
+        rid=rid, tenant="t", cls=cls, digest="", num_prompt_tokens=len(PROMPT), max_new_tokens=max_new,
+        deadline_ms=now_ms() + 60_000, gateway=GATEWAY,
+    )  # fmt: skip
+    body = m.Body(prompt=PROMPT.tobytes(), sampling=m.Sampling(), max_new_tokens=max_new)
+    status, _ = await bus.submit(cls, [(sub, body)], max_queued=100)
+    assert status == "ok"
+
+
+async def assign(bus: Bus, wid: str, *rids: str) -> str:
+    batch = []
+    for rid in rids:
+        epoch = int(await bus.redis.hget(bus.keys.req(rid), "epoch"))
+        batch.append((m.Assigned(rid, epoch + 1, "", "t", GATEWAY), epoch))
+    status, _ = await bus.assign(wid, batch)
+    return status
+
+
+async def state(bus: Bus, rid: str) -> str:
+    return (await bus.redis.hget(bus.keys.req(rid), "state")).decode()
+
+
+async def log(bus: Bus, rid: str) -> list[int]:
+    return np.frombuffer(await bus.redis.get(bus.keys.tok(rid)) or b"", "<i4").tolist()
+
+
+async def deltas(bus: Bus, rid: str) -> list[m.Delta]:
+    entries = await bus.entries(bus.keys.out(GATEWAY))
+    return [d for entry in entries if entry[1][b"b"] for d in decode(entry[1][b"b"], list[m.Delta]) if d.rid == rid]
+
+
+def expected(num: int) -> list[int]:
+    return [expected_token(PROMPT, position, VOCAB) for position in range(num)]
+
+
+async def test_a_batch_runs_to_its_end_and_leaves_no_work_behind(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    async with running_worker(bus) as (worker, _):
+        for rid, num in (("a", 3), ("b", 8)):
+            await submit(bus, rid, max_new=num)
+        assert await assign(bus, worker.wid, "a", "b") == "ok"
+        for rid, num in (("a", 3), ("b", 8)):
+            await wait_until(lambda rid=rid: _is(bus, rid, "completed"), f"{rid} completes")
+            assert await log(bus, rid) == expected(num)
+            seen = await deltas(bus, rid)
+            assert b"".join(delta.ids for delta in seen) == np.asarray(expected(num), "<i4").tobytes()
+            assert [delta.finish for delta in seen if delta.finish] == ["length"]
+            assert seen[-1].usage == m.Usage(len(PROMPT), num, 0)
+        assert await bus.redis.xlen(bus.keys.work(worker.wid)) == 0
+        ended = [item for entry in await bus.entries(bus.keys.ended) for item in decode(entry[1][b"b"], list[m.Ended])]
+        assert sorted((item.rid, item.num_output_tokens) for item in ended) == [("a", 3), ("b", 8)]
+
+
+async def test_a_drained_worker_hands_over_and_another_goes_on_where_it_stopped(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await submit(bus, "r", max_new=60)
+    async with running_worker(bus) as (first, _):
+        await assign(bus, first.wid, "r")
+        await wait_until(lambda: _has_tokens(bus, "r", 5), "some tokens are durable")
+    assert await state(bus, "r") == "queued"
+    assert not await bus.redis.exists(bus.keys.work(first.wid), bus.keys.ctl(first.wid))
+    assert first.wid not in await bus.members(bus.keys.workers)
+    done = len(await log(bus, "r"))
+    assert 5 <= done < 60
+    async with running_worker(bus) as (second, _):
+        await assign(bus, second.wid, "r")
+        await wait_until(lambda: _is(bus, "r", "completed"), "the second worker finishes")
+    assert await log(bus, "r") == expected(60)
+    assert int(await bus.redis.hget(bus.keys.req("r"), "attempts")) == 0
+
+
+async def test_a_fenced_worker_writes_nothing_more(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await submit(bus, "r", max_new=500)
+    async with running_worker(bus) as (worker, _):
+        await assign(bus, worker.wid, "r")
+        await wait_until(lambda: _has_tokens(bus, "r", 3), "some tokens are durable")
+        assert await bus.requeue(worker.wid, ["r"], counts=True, max_attempts=3) == {"r": "requeued"}
+        length = len(await log(bus, "r"))
+        await wait_until(lambda: "r" not in worker.ledger.held, "the worker lets go")
+        assert len(await log(bus, "r")) == length
+        assert worker.engine.stats().running == 0
+    assert await state(bus, "r") == "queued"
+
+
+async def test_cancel_ends_a_running_request_once_with_its_usage(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await submit(bus, "r", max_new=5000)
+    async with running_worker(bus) as (worker, _):
+        await assign(bus, worker.wid, "r")
+        await wait_until(lambda: _has_tokens(bus, "r", 3), "some tokens are durable")
+        await bus.cancel("r")
+        await wait_until(lambda: _is(bus, "r", "cancelled"), "it is cancelled")
+        ends = [delta for delta in await deltas(bus, "r") if delta.finish]
+        assert [delta.finish for delta in ends] == ["cancelled"]
+        assert ends[0].usage is not None
+        assert ends[0].usage.num_output_tokens == len(await log(bus, "r"))
+        assert await bus.redis.xlen(bus.keys.work(worker.wid)) == 0
+        assert worker.engine.stats().running == 0
+
+
+async def test_the_order_to_cancel_may_get_lost(bus: Bus) -> None:
+    """The flag alone stops a request: the next step is refused for it, and only for it."""
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    for rid in ("r", "other"):
+        await submit(bus, rid, max_new=200)
+    async with running_worker(bus) as (worker, _):
+        await assign(bus, worker.wid, "r", "other")
+        await wait_until(lambda: _has_tokens(bus, "r", 3), "some tokens are durable")
+        await bus.redis.hset(bus.keys.req("r"), "cancel", 1)
+        await wait_until(lambda: _is(bus, "r", "cancelled"), "it is cancelled")
+        await wait_until(lambda: _is(bus, "other", "completed"), "the other one completes")
+        assert await log(bus, "other") == expected(200)
+
+
+async def test_a_log_that_lost_its_end_is_mended_before_more_is_written(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await submit(bus, "r", max_new=100)
+    async with running_worker(bus, step_s=0.01) as (worker, _):
+        await assign(bus, worker.wid, "r")
+        await wait_until(lambda: _has_tokens(bus, "r", 10), "some tokens are durable")
+        short = (await bus.redis.get(bus.keys.tok("r")))[: 4 * 4]
+        await bus.redis.set(bus.keys.tok("r"), short, ex=600)
+        await wait_until(lambda: _is(bus, "r", "completed"), "it completes")
+    assert await log(bus, "r") == expected(100)
+
+
+async def test_workers_of_another_model_may_not_join(bus: Bus) -> None:
+    await publish_served(bus, fake_served(vocab_size=VOCAB))
+    async with running_worker(bus):
+        with pytest.raises(Internal, match="cannot join"):
+            await publish_served(bus, fake_served("other", vocab_size=17))
+    await publish_served(bus, fake_served("other", vocab_size=17))  # nobody serves the old one any more
+
+
+async def _is(bus: Bus, rid: str, value: str) -> bool:
+    return await state(bus, rid) == value
+
+
+async def _has_tokens(bus: Bus, rid: str, num: int) -> bool:
+    return len(await log(bus, rid)) >= num
