@@ -1,0 +1,57 @@
+# Everything a newcomer needs: `make demo` to see it, `make test` to trust it. CI calls these targets only.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+MODEL ?=
+ADAPTERS ?=
+ARGS ?=
+
+.PHONY: demo up test check lint-fix bench docker-smoke clean help
+
+help:  ## say what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.stamp-demo  ## fetch a small model, start the fleet, ask the base and three adapters at once
+	$(BIN)/lorafleet demo $(ARGS)
+
+up: $(VENV)/.stamp-demo  ## make up MODEL=org/name ADAPTERS=folder: start a fleet here
+	$(BIN)/lorafleet up "$(MODEL)" $(if $(ADAPTERS),--adapters "$(ADAPTERS)") $(ARGS)
+
+test: $(VENV)/.stamp-dev  ## run every test: no network, GPU, Docker or Redis needed
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.stamp-dev  ## lint, format, types, file length, import graph
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python .ci/file_length.py
+	$(BIN)/python -m pytest tests/test_packaging.py
+
+lint-fix: $(VENV)/.stamp-dev  ## let ruff repair and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.stamp-demo  ## make bench ARGS="http://127.0.0.1:8000 --adapters a,b": load a server
+	$(BIN)/lorafleet bench $(ARGS)
+
+docker-smoke:  ## build the images, start two workers, kill one, ask again, take it all down
+	deploy/smoke.sh
+
+clean:  ## forget the virtual environment and what tools cached
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist build
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: set PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# pip's own checks make these cheap to repeat; the stamp spares them while pyproject.toml is unchanged.
+$(VENV)/.stamp-demo: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --disable-pip-version-check --progress-bar on -e '.[worker,demo,bench]'
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --disable-pip-version-check --quiet -e '.[worker,demo,bench,dev]'
+	@touch $@ $(VENV)/.stamp-demo

@@ -1,0 +1,51 @@
+"""The `lorafleet` command. Each subcommand is a module with `add_arguments(parser)` and `run(args) -> exit code`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import NoReturn
+
+from protocol.errors import ClientError, LorafleetError
+
+COMMANDS = {
+    "up": ("lorafleet.up", "start a whole fleet on this machine"),
+    "serve": ("lorafleet.serve", "run one service against a queue"),
+    "demo": ("lorafleet.demo", "start a fleet with a small model and three adapters, and ask them"),
+    "bench": ("lorafleet.bench.cli", "put load on an OpenAI-compatible server and measure it"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 2 for wrong usage or settings, 1 for what failed."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(prog="lorafleet", description="Thousands of LoRA adapters from one base model.")
+    parser.add_argument("--version", action="version", version=version("lorafleet"))
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if name == chosen:  # only what runs is imported
+            imported = importlib.import_module(module)
+            imported.add_arguments(command)
+            command.set_defaults(run=imported.run)
+    args = parser.parse_args(words)
+    try:
+        return args.run(args)
+    except LorafleetError as error:
+        print(f"lorafleet {chosen}: error: {error.message}", file=sys.stderr)
+        return 2 if isinstance(error, ClientError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

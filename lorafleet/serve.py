@@ -1,0 +1,34 @@
+"""`lorafleet serve SERVICE`: one service in this process, until a signal ends it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from lorafleet.flags import add_settings, load_settings
+from protocol.errors import BadRequest
+from protocol.service import run as run_service
+from protocol.service import set_up_logging
+
+SERVICES = {"gateway": "gateway", "scheduler": "scheduler", "worker": "gpu_worker", "store": "adapter_store"}
+"""Service name -> the package whose `service.serve(settings, stop)` it is."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.usage = f"{parser.prog} {'|'.join(SERVICES)} [flags]"
+    parser.add_argument("service", choices=SERVICES, help="the first signal drains it, the second ends it at once")
+    add_settings(parser, first=("redis_url", "model"), skip=("workers",))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the service; return its exit code."""
+    settings = load_settings(args)
+    if args.service in ("worker", "gateway") and not settings.model:
+        raise BadRequest(f"--model: the {args.service} needs the base model, a Hub id or a local folder")
+    set_up_logging(args.service, settings.log_level)
+    try:
+        module = importlib.import_module(f"{SERVICES[args.service]}.service")
+    except ModuleNotFoundError as error:
+        raise BadRequest(f"{error.name} is not installed: pip install 'lorafleet[worker]'") from error
+    return run_service(lambda stop: module.serve(settings, stop))

@@ -1,0 +1,117 @@
+"""The import graph is as designed, and a wheel holds what it should under the right names."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVICES = {"gateway", "scheduler", "gpu_worker", "adapter_store"}
+PACKAGES = {
+    "protocol": "protocol",
+    "lora_kernels": "kernels/lora_kernels",
+    "lorafleet": "lorafleet",
+    **{service: service for service in SERVICES},
+}
+MAY_IMPORT = {
+    "protocol": set(),
+    "lora_kernels": set(),
+    "gateway": {"protocol"},
+    "scheduler": {"protocol"},
+    "adapter_store": {"protocol"},
+    "gpu_worker": {"protocol", "lora_kernels"},
+    "lorafleet": {"protocol"},  # it starts services by name, in processes of their own
+}
+HEAVY = {"torch", "transformers", "peft", "accelerate", "triton"}
+HTTP_FRAMEWORKS = {"fastapi", "starlette", "uvicorn"}
+MAY_BE_HEAVY = {"gpu_worker", "lora_kernels"}
+CONVERTER = ROOT / "lorafleet/convert_gguf.py"  # a process of its own, which only the quickstart starts
+
+
+def sources(package: str) -> list[Path]:
+    """Return the Python files of a package."""
+    return sorted((ROOT / PACKAGES[package]).rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the top-level name of every import in a file, also of those inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(), path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
+            yield str(node.module).split(".")[0]
+
+
+def run_python(code: str) -> str:
+    """Run code in a fresh interpreter at the repository's root; return what it printed."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_what_the_design_allows(package: str) -> None:
+    assert sources(package), "the check would prove nothing"
+    allowed = MAY_IMPORT[package] | {package}
+    for path in sources(package):
+        found = set(imports(path))
+        assert found & PACKAGES.keys() <= allowed, path
+        assert "kernels" not in found, f"{path}: our kernels are imported as lora_kernels"
+        if package not in MAY_BE_HEAVY and path != CONVERTER:
+            assert not found & HEAVY, path
+        if package == "protocol":
+            assert not found & HTTP_FRAMEWORKS, path
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES.keys() - MAY_BE_HEAVY))
+def test_importing_a_light_package_loads_no_torch(package: str) -> None:
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sources(package)
+        if path != CONVERTER and path.name not in ("__init__.py", "__main__.py")
+    ]
+    assert modules
+    lines = [f"import {module}" for module in modules]
+    loaded = run_python("\n".join([*lines, "import sys", f"print(*({HEAVY!r} & sys.modules.keys()))"]))
+    assert loaded == ""
+
+
+def test_the_worker_shell_imports_torch_only_when_it_loads_a_model() -> None:
+    assert run_python("import sys, gpu_worker.service; print('torch' in sys.modules)") == "False"
+
+
+def test_kernels_never_finds_our_code(tmp_path: Path) -> None:
+    """Transformers imports Hugging Face's `kernels` by that name: ours must not answer to it, nor stand before it."""
+    assert not (ROOT / "kernels/__init__.py").exists()
+    origin = "import importlib.util as u; s = u.find_spec('kernels'); print(s and s.origin)"
+    assert run_python(origin) == "None"
+    other = tmp_path / "kernels"
+    other.mkdir()
+    (other / "__init__.py").write_text("get_kernel = 'theirs'\n")
+    behind_us = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.get_kernel)"
+    assert run_python(behind_us) == "theirs"
+
+
+def test_transformers_and_peft_import_beside_us() -> None:
+    code = "from transformers import LlamaForCausalLM; import peft, lora_kernels; print(LlamaForCausalLM.__name__)"
+    assert run_python(code) == "LlamaForCausalLM"
+
+
+def test_the_wheel_holds_every_package_and_nothing_else(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert top == PACKAGES.keys()
+    for package, folder in PACKAGES.items():
+        for path in sources(package):
+            assert f"{package}/{path.relative_to(ROOT / folder)}" in names
+    scripts = {f"protocol/lua/{path.name}" for path in (ROOT / "protocol/lua").glob("*.lua")}
+    assert scripts
+    assert scripts <= set(names)
