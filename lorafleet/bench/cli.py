@@ -1,0 +1,126 @@
+"""The `lorafleet bench` command: arguments in, run, report out."""
+
+import argparse
+import os
+from pathlib import Path
+
+import httpx2
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lorafleet.bench.client import api_base
+from lorafleet.bench.load import WarmupError, run_bench
+from lorafleet.bench.report import print_result, save_json, save_plot
+from lorafleet.bench.result import BenchResult, RequestRecord
+from lorafleet.bench.workload import BenchConfig, Target
+
+_OPEN_LOOP_CONCURRENCY = 1024
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.add_argument("url", help="server, for example http://127.0.0.1:8000")
+    what = parser.add_argument_group("what to ask")
+    what.add_argument("--model", help="base model to ask (default without --adapters: the first of /v1/models)")
+    what.add_argument("--adapters", metavar="A,B,…|N", help="adapters to ask: names, or how many made by the format")
+    what.add_argument("--adapter-format", default="adapter-{i}", help="name of the i-th of N adapters (%(default)s)")
+    what.add_argument(
+        "--zipf", type=float, metavar="S", help="popularity of the i-th target ~ 1/i^S (default: in turn)"
+    )
+    what.add_argument("--chat", action="store_true", help="ask /v1/chat/completions, not /v1/completions")
+    what.add_argument("--prompt-words", type=int, default=64, help="random words per prompt (%(default)s)")
+    what.add_argument("--output-tokens", type=int, default=64, help="tokens to generate per request (%(default)s)")
+    what.add_argument("--stop-at-eos", action="store_true", help="let an answer end early (default: ignore_eos)")
+    what.add_argument("--seed", type=int, default=0, help="of prompts, popularity and arrivals (%(default)s)")
+    load = parser.add_argument_group("how much")
+    load.add_argument("--requests", type=int, help="measured requests (default: 8 × concurrency, in open loop 256)")
+    load.add_argument("--concurrency", type=int, help=f"in flight (8; with --rate at most {_OPEN_LOOP_CONCURRENCY})")
+    load.add_argument(
+        "--rate", type=float, metavar="R", help="Poisson arrivals, R per second, instead of a closed loop"
+    )
+    load.add_argument("--warmup", type=int, help="requests before measuring (default: the concurrency, at most 32)")
+    load.add_argument("--timeout", type=float, default=300.0, metavar="S", help="of one request, seconds (%(default)g)")
+    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench.json"), help="JSON file; the plot goes beside it as PNG"
+    )
+    parser.add_argument("--no-plot", action="store_true", help="write no PNG")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit status: 0, 1 if a request failed, 2 if the run could not start."""
+    console = Console()
+    try:
+        config = config_of(args)
+        result = _run_with_progress(config, console)
+    except (ValueError, OSError, WarmupError, httpx2.HTTPError) as error:
+        console.print(f"[red]can't run the load:[/] {error}")
+        return 2
+    print_result(result, console)
+    save_json(result, args.out)
+    written = [args.out]
+    if not args.no_plot:
+        plot = args.out.with_suffix(".png")
+        try:
+            save_plot(result, plot)
+            written.append(plot)
+        except ImportError:
+            console.print("no plot: pip install 'lorafleet[bench]' brings matplotlib")
+    console.print("wrote " + " and ".join(str(path) for path in written))
+    return 1 if result.summary.num_errors else 0
+
+
+def config_of(args: argparse.Namespace) -> BenchConfig:
+    """Turn parsed arguments into a BenchConfig. Raises ValueError for values that make no load."""
+    concurrency = args.concurrency or (_OPEN_LOOP_CONCURRENCY if args.rate else 8)
+    return BenchConfig(
+        url=args.url,
+        targets=_targets(args),
+        zipf_s=args.zipf,
+        num_requests=args.requests or (256 if args.rate else 8 * concurrency),
+        concurrency=concurrency,
+        rate_per_s=args.rate,
+        prompt_words=args.prompt_words,
+        output_tokens=args.output_tokens,
+        ignore_eos=not args.stop_at_eos,
+        chat=args.chat,
+        num_warmup=min(concurrency, 32) if args.warmup is None else args.warmup,
+        timeout_s=args.timeout,
+        seed=args.seed,
+        api_key=args.api_key,
+    )
+
+
+def _targets(args: argparse.Namespace) -> tuple[Target, ...]:
+    names = [args.model] if args.model else []
+    if args.adapters:
+        if args.adapters.isdecimal():
+            names += [args.adapter_format.format(i=i) for i in range(int(args.adapters))]
+        else:
+            names += [name.strip() for name in args.adapters.split(",") if name.strip()]
+    if not names:
+        names = [_first_model(args.url, args.api_key)]
+    return tuple(Target.model(name) for name in names)
+
+
+def _first_model(url: str, api_key: str | None) -> str:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    response = httpx2.get(f"{api_base(url)}/v1/models", headers=headers, timeout=10).raise_for_status()
+    models = response.json().get("data") or []
+    if not models:
+        raise ValueError("the server lists no model; name one with --model")
+    return models[0]["id"]
+
+
+def _run_with_progress(config: BenchConfig, console: Console) -> BenchResult:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[failed]}"), console=console, transient=True) as progress:
+        task = progress.add_task("Asking", total=config.num_requests, failed="")
+        num_failed = 0
+
+        def note(record: RequestRecord) -> None:
+            nonlocal num_failed
+            num_failed += record.error is not None
+            progress.update(task, advance=1, failed=f"[red]{num_failed} failed" if num_failed else "")
+
+        return run_bench(config, note)

@@ -1,0 +1,176 @@
+"""A small HTTP/1.1 client that streams server-sent events and notes when each arrived.
+
+It shares the machine with the server it measures, so it must be cheap: one callback per socket read, no task switch
+per event. It knows nothing of load patterns.
+"""
+
+import asyncio
+import ssl
+import time
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import httptools
+import orjson
+
+from lorafleet.bench.result import RequestRecord
+
+_MAX_ERROR_CHARS = 200
+_MAX_IDLE_S = 2.0  # servers close idle connections after 5 s or more; a request must not meet that moment
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection. It carries one exchange at a time."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.closed = False
+        self.idle_since_s = 0.0
+        self._parser = httptools.HttpResponseParser(self)
+        self._record: RequestRecord | None = None
+        self._done: asyncio.Future[None] | None = None
+        self._buffer = b""
+        self._now = 0.0
+        self._status = 0
+
+    async def exchange(self, request: bytes, record: RequestRecord) -> None:
+        """Send `request` and fill `record` until the answer ends. Raises ConnectionError if the peer goes away."""
+        assert self.transport is not None
+        self._record, self._buffer, self._status = record, b"", 0
+        self._done = asyncio.get_running_loop().create_future()
+        self.transport.write(request)
+        try:
+            await self._done
+        except BaseException:
+            self.close()  # the rest of this answer may still come
+            raise
+        finally:
+            self._record = self._done = None
+
+    def close(self) -> None:
+        self.closed = True
+        if self.transport is not None:
+            self.transport.close()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # other loops' transports need not inherit from it
+
+    def data_received(self, data: bytes) -> None:
+        self._now = time.perf_counter()
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._finish(ConnectionError(f"unreadable answer: {error.__context__ or error}"))
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        self._finish(ConnectionError(f"connection lost ({exc or 'closed by the server'})"))
+
+    # httptools callbacks
+
+    def on_headers_complete(self) -> None:
+        self._status = self._parser.get_status_code()
+
+    def on_body(self, body: bytes) -> None:
+        if self._record is None:
+            return
+        self._buffer += body
+        if self._status != 200:
+            return
+        if b"\r" in self._buffer:
+            self._buffer = self._buffer.replace(b"\r\n", b"\n")
+        *events, self._buffer = self._buffer.split(b"\n\n")
+        for event in events:
+            if event.startswith(b"data:"):
+                _note_event(self._record, event[5:].strip(), self._now)
+
+    def on_message_complete(self) -> None:
+        if self._record is not None:
+            self._record.end_s = self._now
+            if self._status != 200:
+                text = self._buffer.decode(errors="replace")[:_MAX_ERROR_CHARS]
+                self._record.error = f"HTTP {self._status}: {text}"
+        if not self._parser.should_keep_alive():
+            self.close()
+        self._finish(None)
+
+    def _finish(self, error: Exception | None) -> None:
+        if self._done is not None and not self._done.done():
+            if error is None:
+                self._done.set_result(None)
+            else:
+                self._done.set_exception(error)
+
+
+def _note_event(record: RequestRecord, payload: bytes, now_s: float) -> None:
+    if payload == b"[DONE]":
+        record.complete = True
+        return
+    chunk = orjson.loads(payload)
+    if (error := chunk.get("error")) is not None:
+        record.error = str(error)[:_MAX_ERROR_CHARS]
+        return
+    if (usage := chunk.get("usage")) is not None:
+        record.prompt_tokens = usage["prompt_tokens"]
+        record.output_tokens = usage["completion_tokens"]
+    choices = chunk.get("choices")
+    if not choices:
+        return
+    choice = choices[0]
+    # Text that a server holds back (half a character, a possible stop string) arrives with a later chunk.
+    if choice.get("text") or (choice.get("delta") or {}).get("content"):
+        record.arrivals_s.append(now_s)
+    record.finish_reason = choice.get("finish_reason") or record.finish_reason
+
+
+def api_base(url: str) -> str:
+    """Return `url` with a scheme and without a trailing slash or /v1. Raises ValueError unless it is http(s)."""
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r} is not an http(s) URL")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
+
+
+class Client:
+    """Ask one server over as many connections as requests are in flight."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        """`url` names the server, with or without a trailing /v1."""
+        parts = urlsplit(api_base(url))
+        self._host, self._tls = parts.hostname or "", parts.scheme == "https"
+        self._port = parts.port or (443 if self._tls else 80)
+        self._prefix = parts.path
+        self._headers = f"Host: {parts.netloc.rpartition('@')[2]}\r\nContent-Type: application/json\r\n"
+        if api_key is not None:
+            self._headers += f"Authorization: Bearer {api_key}\r\n"
+        self._idle: list[Connection] = []
+
+    async def post(self, path: str, body: dict[str, Any], record: RequestRecord) -> None:
+        """Stream the answer to one POST into `record`. Raises OSError if the server can't be reached or goes away."""
+        content = orjson.dumps(body)
+        head = f"POST {self._prefix}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(content)}\r\n\r\n"
+        connection = await self._connect()
+        await connection.exchange(head.encode() + content, record)
+        if not connection.closed:
+            connection.idle_since_s = time.perf_counter()
+            self._idle.append(connection)
+
+    async def _connect(self) -> Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.closed and time.perf_counter() - connection.idle_since_s < _MAX_IDLE_S:
+                return connection
+            connection.close()
+        context = ssl.create_default_context() if self._tls else None
+        _, connection = await asyncio.get_running_loop().create_connection(
+            Connection, self._host, self._port, ssl=context
+        )
+        return connection
+
+    def close(self) -> None:
+        """Close every idle connection."""
+        while self._idle:
+            self._idle.pop().close()

@@ -1,0 +1,102 @@
+"""Run the planned load against a server and collect what came back."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from lorafleet.bench.client import Client
+from lorafleet.bench.result import BenchResult, RequestRecord
+from lorafleet.bench.workload import BenchConfig, PlannedRequest, plan_requests, plan_warmup
+
+OnRecord = Callable[[RequestRecord], None]
+
+
+class WarmupError(RuntimeError):
+    """The server did not answer a warm-up request."""
+
+
+def run_bench(config: BenchConfig, on_record: OnRecord | None = None) -> BenchResult:
+    """Run the load of `config` to its end, on an event loop of its own.
+
+    `on_record` is called with each measured request as it ends. A measured request that fails is a record with `error`
+    set; a warm-up request that fails raises WarmupError, since what follows would measure something else.
+    """
+    return asyncio.run(run_load(config, on_record))
+
+
+async def run_load(config: BenchConfig, on_record: OnRecord | None = None) -> BenchResult:
+    """Do what `run_bench` does, on the running loop."""
+    client = Client(config.url, config.api_key)
+    try:
+        await _run(config, client, plan_warmup(config), _refuse_failure)
+        records: list[RequestRecord] = []
+
+        def note(record: RequestRecord) -> None:
+            records.append(record)
+            if on_record is not None:
+                on_record(record)
+
+        started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        cpu_s = time.process_time()
+        await _run(config, client, plan_requests(config), note)
+        cpu_s = time.process_time() - cpu_s
+    finally:
+        client.close()
+    wall_s = max(record.end_s for record in records) - min(record.start_s for record in records)
+    return BenchResult(_public(config), started_at, wall_s, cpu_s, records)
+
+
+def _refuse_failure(record: RequestRecord) -> None:
+    if record.error is not None:
+        raise WarmupError(f"warm-up request to {record.target!r} failed: {record.error}")
+
+
+def _public(config: BenchConfig) -> dict[str, Any]:
+    fields = asdict(config)
+    del fields["api_key"]
+    return fields | {"targets": [target.name for target in config.targets]}
+
+
+async def _run(config: BenchConfig, client: Client, requests: Iterator[PlannedRequest], note: OnRecord) -> None:
+    """Send `requests` when due, at most `concurrency` at once, and `note` each as it ends.
+
+    That many loops take turns at one iterator: so the order of sending is the planned order, and a late request in
+    open loop is sent as soon as a slot is free.
+    """
+    origin_s = time.perf_counter()
+
+    async def send_in_turn() -> None:
+        for request in requests:
+            if (delay_s := origin_s + request.due_s - time.perf_counter()) > 0:
+                await asyncio.sleep(delay_s)
+            note(await _ask(config, client, request))
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(config.concurrency):
+                group.create_task(send_in_turn())
+    except* WarmupError as errors:
+        raise errors.exceptions[0] from None
+
+
+async def _ask(config: BenchConfig, client: Client, request: PlannedRequest) -> RequestRecord:
+    record = RequestRecord(request.target.name)
+    path = "/v1/chat/completions" if config.chat else "/v1/completions"
+    record.start_s = time.perf_counter()
+    try:
+        async with asyncio.timeout(config.timeout_s):
+            await client.post(path, request.body, record)
+    except TimeoutError:
+        record.error = f"no end after {config.timeout_s:g} s"
+    except OSError as error:
+        record.error = str(error)
+    if record.error is None and not record.complete:
+        record.error = "the stream ended without [DONE]"
+    if record.error is not None:
+        record.end_s = time.perf_counter()
+    elif record.output_tokens == 0:
+        record.output_tokens = len(record.arrivals_s)  # a server that sends no usage: one token per chunk
+    return record

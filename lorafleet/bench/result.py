@@ -1,0 +1,162 @@
+"""What a load run measured, per request and summed up.
+
+Definitions, all seen from the client: TTFT = request sent to the first chunk with text. Inter-token latency = the gap
+between two chunks with text, as a reader of the stream sees it; where a server puts several tokens into a chunk
+(`tokens_per_chunk` above 1), TPOT, (last chunk - first chunk) / (output tokens - 1) of a request, is the fair figure
+beside it. Output tokens are those of the server's `usage`.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request, filled while its answer streams in. Times are seconds of one monotonic clock."""
+
+    target: str
+    start_s: float = 0.0
+    end_s: float = 0.0
+    arrivals_s: list[float] = field(default_factory=list)  # of each chunk with text
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    finish_reason: str | None = None
+    complete: bool = False  # the closing [DONE] was seen
+    error: str | None = None
+
+    def as_row(self, origin_s: float) -> dict[str, Any]:
+        """Return the request without its single chunks, times in seconds after `origin_s`."""
+        return {
+            "target": self.target,
+            "start_s": round(self.start_s - origin_s, 6),
+            "ttft_s": round(self.arrivals_s[0] - self.start_s, 6) if self.arrivals_s else None,
+            "e2e_s": round(self.end_s - self.start_s, 6),
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+            "num_chunks": len(self.arrivals_s),
+            "finish_reason": self.finish_reason,
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """A distribution in milliseconds; all zero where nothing was measured."""
+
+    mean_ms: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+
+    @classmethod
+    def of(cls, samples_s: Sequence[float] | np.ndarray) -> "Latency":
+        if len(samples_s) == 0:
+            return cls(0.0, 0.0, 0.0, 0.0)
+        samples_ms = np.asarray(samples_s) * 1e3
+        p50, p90, p99 = np.percentile(samples_ms, [50, 90, 99])
+        return cls(float(samples_ms.mean()), float(p50), float(p90), float(p99))
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The figures of a group of requests; latencies are of the successful ones."""
+
+    num_requests: int
+    num_errors: int
+    prompt_tokens: int
+    output_tokens: int
+    output_tokens_per_s: float
+    requests_per_s: float
+    tokens_per_chunk: float
+    ttft: Latency
+    inter_token: Latency
+    tpot: Latency
+    e2e: Latency
+
+    @classmethod
+    def of(cls, records: Sequence[RequestRecord], wall_s: float) -> "Summary":
+        good = [record for record in records if record.error is None]
+        output_tokens = sum(record.output_tokens for record in good)
+        num_chunks = sum(len(record.arrivals_s) for record in good)
+        return cls(
+            num_requests=len(records),
+            num_errors=len(records) - len(good),
+            prompt_tokens=sum(record.prompt_tokens for record in good),
+            output_tokens=output_tokens,
+            output_tokens_per_s=output_tokens / wall_s,
+            requests_per_s=len(good) / wall_s,
+            tokens_per_chunk=output_tokens / num_chunks if num_chunks else 0.0,
+            ttft=Latency.of([record.arrivals_s[0] - record.start_s for record in good if record.arrivals_s]),
+            inter_token=Latency.of(inter_token_gaps_s(good)),
+            tpot=Latency.of(_tpots_s(good)),
+            e2e=Latency.of([record.end_s - record.start_s for record in good]),
+        )
+
+
+def inter_token_gaps_s(records: Iterable[RequestRecord]) -> np.ndarray:
+    """Return the gaps between successive chunks of each request, all in one float64 array, seconds."""
+    gaps = [np.diff(record.arrivals_s) for record in records if len(record.arrivals_s) > 1]
+    return np.concatenate(gaps) if gaps else np.empty(0)
+
+
+def _tpots_s(records: Iterable[RequestRecord]) -> list[float]:
+    return [
+        (record.arrivals_s[-1] - record.arrivals_s[0]) / (record.output_tokens - 1)
+        for record in records
+        if record.output_tokens > 1 and len(record.arrivals_s) > 1
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """A finished load run."""
+
+    config: dict[str, Any]  # the BenchConfig without its key
+    started_at: str  # ISO 8601, UTC
+    wall_s: float  # first request sent to last answer ended
+    generator_cpu_s: float  # what the load generator itself used
+    records: list[RequestRecord]  # in the order in which they ended
+
+    @property
+    def summary(self) -> Summary:
+        return Summary.of(self.records, self.wall_s)
+
+    @property
+    def per_target(self) -> dict[str, Summary]:
+        """The figures of each target, most asked first."""
+        groups: dict[str, list[RequestRecord]] = {}
+        for record in self.records:
+            groups.setdefault(record.target, []).append(record)
+        ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+        return {target: Summary.of(records, self.wall_s) for target, records in ordered}
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """How often each error text came."""
+        counts: dict[str, int] = {}
+        for record in self.records:
+            if record.error is not None:
+                counts[record.error] = counts.get(record.error, 0) + 1
+        return counts
+
+    @property
+    def generator_cpu_ms_per_chunk(self) -> float:
+        num_chunks = sum(len(record.arrivals_s) for record in self.records)
+        return self.generator_cpu_s * 1e3 / num_chunks if num_chunks else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the single chunks' times, ready for JSON."""
+        origin_s = min((record.start_s for record in self.records), default=0.0)
+        return {
+            "started_at": self.started_at,
+            "config": self.config,
+            "wall_s": self.wall_s,
+            "generator_cpu_ms_per_chunk": self.generator_cpu_ms_per_chunk,
+            "summary": asdict(self.summary),
+            "per_target": {target: asdict(summary) for target, summary in self.per_target.items()},
+            "errors": self.errors,
+            "requests": [record.as_row(origin_s) for record in self.records],
+        }
