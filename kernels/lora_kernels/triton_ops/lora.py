@@ -1,0 +1,368 @@
+"""Batched LoRA in two launches per set of sibling layers: shrink (hidden = x @ A.T) and expand (out += hidden @ B).
+
+The tile list comes from the host (segments.py), the true ranks and the pages from the adapter table. Programs stride
+over the tiles up to a count read on the device, so a grid's size says nothing about the mix of adapters and one
+captured graph serves them all. Split-K writes partial planes which expand sums in order: no memset, no atomics, and
+the same bits every time. Nothing waits for the device.
+"""
+
+# The kernel language is not typed as Python is: a loop to unroll is no iterator, for one.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.segments import PAGE_ROWS, TILE_LARGE, TILE_SMALL, LoraBatch
+from lora_kernels.tables import AdapterTable, LoraSite
+from lora_kernels.triton_ops import tuning
+from lora_kernels.triton_ops.launch import Device, Launch, device_of, is_capturing
+
+MAX_SITES = 4  # siblings in one launch; a site's column and group are packed into one integer each
+_SITE_BITS = 15
+MAX_RANK_PROGRAMS = 4  # programs that share one tile's rank blocks; higher ranks loop
+
+# Arguments whose value changes from step to step must not pick a kernel variant: a variant is a compilation.
+_PER_STEP = ("num_tokens", "site_columns", "site_groups")
+_UNALIGNED = ("rows", "tiles", "num_tiles", "row_scales")
+
+
+@triton.jit
+def _pick(site, values, NUM_SITES: tl.constexpr):
+    """values[site] for a tuple of one value a site."""
+    chosen = values[0]
+    for other in tl.static_range(1, NUM_SITES):
+        chosen = tl.where(site == other, values[other], chosen)
+    return chosen
+
+
+@triton.jit
+def _unpack(packed, site, SITE_BITS: tl.constexpr):
+    return ((packed >> (site * SITE_BITS)) & ((1 << SITE_BITS) - 1)).to(tl.int32)
+
+
+@triton.jit
+def _pool_rows(pages, rank_rows, rank, PAGE_ROWS: tl.constexpr):
+    """Rows of the pool that hold an adapter's rank rows; 0 for rows beyond its rank, which are not to be read."""
+    page = tl.load(pages + rank_rows // PAGE_ROWS, mask=rank_rows < rank, other=0)
+    return page.to(tl.int64) * PAGE_ROWS + rank_rows % PAGE_ROWS
+
+
+@triton.jit(do_not_specialize=_PER_STEP, do_not_specialize_on_alignment=_UNALIGNED)
+def shrink_kernel(
+    planes,  # float32 [SPLITS, NUM_SITES, num_tokens, max_rank]
+    x,  # [num_tokens, k]
+    a_rows,  # tuple of [pool rows, k]
+    ranks,  # int32 [slots, table_sites]
+    pages,  # int32 [slots, groups, max_pages]
+    rows,  # int32 [num_tokens]
+    tiles,  # int32 [tiles, 3]
+    num_tiles,  # int32 [1]
+    site_columns,  # packed, see _pack
+    site_groups,
+    num_tokens,
+    k,
+    x_stride,
+    ranks_stride,
+    pages_stride,
+    max_pages,
+    NUM_SITES: tl.constexpr,
+    SITE_BITS: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    site = tl.program_id(1) % NUM_SITES
+    rank_program = tl.program_id(1) // NUM_SITES
+    num_rank_programs = tl.num_programs(1) // NUM_SITES
+    split = tl.program_id(2)
+    split_k = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLITS) * BLOCK_K
+    a = _pick(site, a_rows, NUM_SITES)
+    column = _unpack(site_columns, site, SITE_BITS)
+    group = _unpack(site_groups, site, SITE_BITS)
+    plane = planes + (split * NUM_SITES + site).to(tl.int64) * num_tokens * max_pages * PAGE_ROWS
+    tile_rows = tl.arange(0, BLOCK_M)
+
+    for tile in range(tl.program_id(0), tl.load(num_tiles), tl.num_programs(0)):
+        slot = tl.load(tiles + tile * 3).to(tl.int64)
+        first = tl.load(tiles + tile * 3 + 1)
+        count = tl.load(tiles + tile * 3 + 2)
+        rank = tl.load(ranks + slot * ranks_stride + column)
+        # Rows past the tile's count read its last row again: cheaper than a mask on every load, and never stored.
+        token = tl.load(rows + first + tl.minimum(tile_rows, count - 1)).to(tl.int64)
+        x_row = x + token[:, None] * x_stride
+        for rank_block in range(rank_program, tl.cdiv(rank, BLOCK_R), num_rank_programs):
+            rank_rows = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+            live_rank = rank_rows < rank
+            pool_rows = _pool_rows(pages + slot * pages_stride + group * max_pages, rank_rows, rank, PAGE_ROWS)
+            a_row = a + pool_rows[:, None] * k
+            acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+            for k_start in range(split * split_k, tl.minimum(k, (split + 1) * split_k), BLOCK_K):
+                k_range = k_start + tl.arange(0, BLOCK_K)
+                if EVEN_K:
+                    x_block = tl.load(x_row + k_range[None, :])
+                    a_block = tl.load(a_row + k_range[None, :], mask=live_rank[:, None], other=0.0)
+                else:
+                    live_k = k_range[None, :] < k
+                    x_block = tl.load(x_row + k_range[None, :], mask=live_k, other=0.0)
+                    a_block = tl.load(a_row + k_range[None, :], mask=live_rank[:, None] & live_k, other=0.0)
+                if UPCAST:
+                    x_block = x_block.to(tl.float32)
+                    a_block = a_block.to(tl.float32)
+                acc = tl.dot(x_block, tl.trans(a_block), acc, input_precision="ieee")
+            target = plane + (first + tile_rows)[:, None].to(tl.int64) * max_pages * PAGE_ROWS + rank_rows[None, :]
+            tl.store(target, acc, mask=(tile_rows < count)[:, None] & live_rank[None, :])
+
+
+@triton.jit(do_not_specialize=_PER_STEP, do_not_specialize_on_alignment=_UNALIGNED)
+def expand_kernel(
+    outs,  # tuple of [num_tokens, widths[i]]
+    planes,  # float32 [SPLITS, NUM_SITES, num_tokens, max_rank]
+    b_rows,  # tuple of [pool rows, widths[i]]
+    ranks,  # int32 [slots, table_sites]
+    scales,  # float32 [slots, table_sites]
+    pages,  # int32 [slots, groups, max_pages]
+    rows,  # int32 [num_tokens]
+    row_scales,  # float32 [num_tokens] or None
+    tiles,  # int32 [tiles, 3]
+    num_tiles,  # int32 [1]
+    site_columns,  # packed, see _pack
+    site_groups,
+    num_tokens,
+    widths,
+    out_strides,
+    ranks_stride,
+    pages_stride,
+    max_pages,
+    NUM_SITES: tl.constexpr,
+    SITE_BITS: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    # Axis 1 runs over the column blocks of all sites one after the other: no program is empty for a narrow sibling.
+    block = tl.program_id(1)
+    site = 0
+    site_start = 0
+    blocks_before = 0
+    for other in tl.static_range(1, NUM_SITES):
+        blocks_before += tl.cdiv(widths[other - 1], BLOCK_N)
+        site = tl.where(block >= blocks_before, other, site)
+        site_start = tl.where(block >= blocks_before, blocks_before, site_start)
+    out = _pick(site, outs, NUM_SITES)
+    b = _pick(site, b_rows, NUM_SITES)
+    width = _pick(site, widths, NUM_SITES)
+    out_stride = _pick(site, out_strides, NUM_SITES)
+    column = _unpack(site_columns, site, SITE_BITS)
+    group = _unpack(site_groups, site, SITE_BITS)
+    n_range = (block - site_start) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_n = n_range < width
+    plane_size = num_tokens.to(tl.int64) * max_pages * PAGE_ROWS
+    tile_rows = tl.arange(0, BLOCK_M)
+
+    for tile in range(tl.program_id(0), tl.load(num_tiles), tl.num_programs(0)):
+        slot = tl.load(tiles + tile * 3).to(tl.int64)
+        first = tl.load(tiles + tile * 3 + 1)
+        count = tl.load(tiles + tile * 3 + 2)
+        rank = tl.load(ranks + slot * ranks_stride + column)
+        live = tile_rows < count
+        if rank > 0:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            hidden_row = planes + site * plane_size + (first + tile_rows)[:, None].to(tl.int64) * max_pages * PAGE_ROWS
+            for rank_start in range(0, rank, BLOCK_R):
+                rank_rows = rank_start + tl.arange(0, BLOCK_R)
+                live_rank = rank_rows < rank
+                pool_rows = _pool_rows(pages + slot * pages_stride + group * max_pages, rank_rows, rank, PAGE_ROWS)
+                b_block = tl.load(
+                    b + pool_rows[:, None] * width + n_range[None, :],
+                    mask=live_rank[:, None] & live_n[None, :],
+                    other=0.0,
+                )
+                hidden = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+                for split in tl.static_range(SPLITS):
+                    hidden += tl.load(
+                        hidden_row + split * NUM_SITES * plane_size + rank_rows[None, :],
+                        mask=live[:, None] & live_rank[None, :],
+                        other=0.0,
+                    )
+                if UPCAST:
+                    b_block = b_block.to(tl.float32)
+                acc = tl.dot(hidden.to(b_block.dtype), b_block, acc, input_precision="ieee")
+            scale = tl.load(scales + slot * ranks_stride + column)
+            if row_scales is not None:
+                acc *= tl.load(row_scales + first + tile_rows, mask=live, other=0.0)[:, None]
+            token = tl.load(rows + first + tile_rows, mask=live, other=0).to(tl.int64)
+            target = out + token[:, None] * out_stride + n_range[None, :]
+            mask = live[:, None] & live_n[None, :]
+            base = tl.load(target, mask=mask, other=0.0)
+            tl.store(target, (base.to(tl.float32) + acc * scale).to(base.dtype), mask=mask)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """The tile list one step uses, and how many entries the launch must be able to reach."""
+
+    tiles: Tensor
+    num_tiles: Tensor  # on the device
+    max_tiles: int
+    rows: int  # of a full tile
+
+
+def lora_add_(
+    outs: Sequence[Tensor], x: Tensor, sites: Sequence[LoraSite], table: AdapterTable, batch: LoraBatch
+) -> None:
+    """outs[i][row] += scale * (x[row] @ A_i.T) @ B_i for every row of every segment. See ops.lora_add_."""
+    if _uniform_gemms_(outs, x, sites, table, batch):
+        return
+    device = device_of(x)
+    for first in range(0, len(sites), MAX_SITES):
+        part = slice(first, first + MAX_SITES)
+        for launch in plan_lora(outs[part], x, sites[part], table, batch, device):
+            launch()
+
+
+def plan_lora(
+    outs: Sequence[Tensor],
+    x: Tensor,
+    sites: Sequence[LoraSite],
+    table: AdapterTable,
+    batch: LoraBatch,
+    device: Device,
+) -> tuple[Launch, Launch]:
+    """The shrink and the expand of up to MAX_SITES siblings. Allocates the planes between them, runs nothing."""
+    k = x.shape[1]
+    max_rank = table.pages.shape[2] * PAGE_ROWS
+    tiles = _choose_tiles(batch, capturing=is_capturing(x))
+    blocks = tuning.shrink_blocks(tiles.rows, max_rank, k, x.element_size(), device)
+    rank_programs = min(MAX_RANK_PROGRAMS, -(-max_rank // blocks.rank))
+    columns = len(sites) * rank_programs
+    splits = tuning.lora_splits(tiles.max_tiles * columns, k // blocks.k, device)
+    planes = x.new_empty(splits, len(sites), batch.num_tokens, max_rank, dtype=torch.float32)
+
+    shared = {
+        "ranks": table.ranks,
+        "pages": table.pages,
+        "rows": batch.rows,
+        "tiles": tiles.tiles,
+        "num_tiles": tiles.num_tiles,
+        "site_columns": _pack([site.index for site in sites]),
+        "site_groups": _pack([site.group for site in sites]),
+        "num_tokens": batch.num_tokens,
+        "ranks_stride": table.ranks.stride(0),
+        "pages_stride": table.pages.stride(0),
+        "max_pages": table.pages.shape[2],
+        "NUM_SITES": len(sites),
+        "SITE_BITS": _SITE_BITS,
+        "PAGE_ROWS": PAGE_ROWS,
+        "SPLITS": splits,
+        "BLOCK_M": tiles.rows,
+        "UPCAST": device.upcast,
+    }
+    shrink_args = {
+        "planes": planes,
+        "x": x,
+        "a_rows": tuple(site.a_rows for site in sites),
+        "k": k,
+        "x_stride": x.stride(0),
+        "BLOCK_R": blocks.rank,
+        "BLOCK_K": blocks.k,
+        "EVEN_K": k % blocks.k == 0,
+    }
+    grid = (_tile_programs(tiles, columns * splits, device), columns, splits)
+    shrink = Launch(shrink_kernel, grid, shared | shrink_args, blocks.num_warps, blocks.num_stages)
+    shared |= {"scales": table.scales, "row_scales": batch.row_scales}
+    expand = _plan_expand(outs, planes, sites, tiles, shared, device)
+    return shrink, expand
+
+
+def _plan_expand(
+    outs: Sequence[Tensor],
+    planes: Tensor,
+    sites: Sequence[LoraSite],
+    tiles: _Tiles,
+    shared: dict[str, object],
+    device: Device,
+) -> Launch:
+    widths = tuple(site.b_rows.shape[1] for site in sites)
+    blocks = tuning.expand_blocks(tiles.rows, planes.shape[3], max(widths), device)
+    columns = sum(-(-width // blocks.n) for width in widths)
+    args = {
+        "outs": tuple(outs),
+        "planes": planes,
+        "b_rows": tuple(site.b_rows for site in sites),
+        "widths": widths,
+        "out_strides": tuple(out.stride(0) for out in outs),
+        "BLOCK_R": blocks.rank,
+        "BLOCK_N": blocks.n,
+    }
+    grid = (_tile_programs(tiles, columns, device), columns, 1)
+    return Launch(expand_kernel, grid, shared | args, blocks.num_warps, blocks.num_stages)
+
+
+def _choose_tiles(batch: LoraBatch, capturing: bool) -> _Tiles:
+    if capturing:
+        # The replayed steps have other lists of the same capacity; small tiles never need more entries than tokens.
+        return _Tiles(batch.small_tiles, batch.counts[2:3], batch.num_tokens, TILE_SMALL)
+    if batch.num_rows >= tuning.LARGE_TILE_ROWS_PER_SEGMENT * batch.num_segments:
+        return _Tiles(batch.large_tiles, batch.counts[3:4], batch.num_large_tiles, TILE_LARGE)
+    return _Tiles(batch.small_tiles, batch.counts[2:3], batch.num_small_tiles, TILE_SMALL)
+
+
+def _tile_programs(tiles: _Tiles, programs_per_tile: int, device: Device) -> int:
+    return min(tiles.max_tiles, max(1, tuning.GRID_WAVES * device.num_sms // programs_per_tile))
+
+
+def _pack(values: list[int]) -> int:
+    """Put one small integer a site into one argument: a tuple of integers would compile a variant for each 1 and 16n.
+
+    The bit above the sites' makes it a 64-bit integer to Triton whatever the values.
+    """
+    assert len(values) <= MAX_SITES
+    assert all(0 <= value < 1 << _SITE_BITS for value in values), values
+    return sum((value << (_SITE_BITS * i) for i, value in enumerate(values)), start=1 << (_SITE_BITS * MAX_SITES))
+
+
+def _uniform_gemms_(
+    outs: Sequence[Tensor], x: Tensor, sites: Sequence[LoraSite], table: AdapterTable, batch: LoraBatch
+) -> bool:
+    """Serve a long step of one adapter with two library GEMMs a site; False, with nothing done, where that can't be.
+
+    Needs the table's host copy (to know rank, scale and pages without waiting for the device) and an adapter whose
+    pages follow one another in the pool.
+    """
+    host, slot = table.host, batch.uniform_slot
+    if host is None or slot is None or batch.row_scales is not None or is_capturing(x):
+        return False
+    if batch.num_tokens < tuning.UNIFORM_GEMM_ROWS:
+        return False
+    runs = [_pool_run(host, slot, site) for site in sites]
+    if None in runs:
+        return False
+    for out, site, run in zip(outs, sites, runs, strict=True):
+        if run is not None and run.stop > run.start:
+            hidden = x @ site.a_rows[run].T
+            out.addmm_(hidden, site.b_rows[run], alpha=float(host.scales[slot, site.index]))
+    return True
+
+
+def _pool_run(host: AdapterTable, slot: int, site: LoraSite) -> slice | None:
+    """The pool rows of an adapter at a site, empty where it does not touch it; None when they are not one run."""
+    rank = int(host.ranks[slot, site.index])
+    pages = host.pages[slot, site.group, : -(-rank // PAGE_ROWS)].tolist()
+    if not pages:
+        return slice(0, 0)
+    first = pages[0] * PAGE_ROWS
+    return slice(first, first + rank) if pages == list(range(pages[0], pages[0] + len(pages))) else None
