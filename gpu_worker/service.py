@@ -12,7 +12,6 @@ import secrets
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -20,7 +19,7 @@ import numpy as np
 
 from gpu_worker.fetch import StoreClient
 from gpu_worker.publish import MAX_ROWS, Held, Ledger, Pending, merge, settle
-from gpu_worker.request import EngineRequest, TokenOutput
+from gpu_worker.request import EngineRequest, EngineStats, TokenOutput
 from protocol import messages as m
 from protocol.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
 from protocol.errors import DeadlineExceeded, Internal, ProtocolError
@@ -32,26 +31,6 @@ logger = logging.getLogger(__name__)
 BEAT_S = 1.0
 BEAT_TTL_MS = 4000
 STREAM_TTL_S = 3600
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """What the engine says of itself once a second."""
-
-    capacity: int  # requests it would hold at once
-    running: int = 0
-    waiting: int = 0
-    waiting_adapter: int = 0
-    kv_blocks_free: int = 0
-    kv_blocks_total: int = 0
-    pool_bytes_free: int = 0
-    pool_bytes_total: int = 0
-    step_ms: float = 0.0
-    tokens_per_s: float = 0.0
-    step_model: m.StepModel = field(default_factory=m.StepModel)
-    resident: list[str] = field(default_factory=list)
-    loading: list[str] = field(default_factory=list)
-    host: list[str] = field(default_factory=list)
 
 
 OnOutputs = Callable[[list[TokenOutput]], object]
