@@ -7,6 +7,7 @@ reference where no compiler was found, said once in the log); an explicit `impl=
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal
@@ -142,11 +143,29 @@ def gated_act(gate: Tensor, up: Tensor, act: Activation = "silu", impl: Impl | N
 
 def _choose(tensor: Tensor, impl: Impl | None) -> ModuleType:
     if impl is None:
-        impl = "triton" if tensor.is_cuda else "reference"
+        return _cuda_default() if tensor.is_cuda else _cpu_default()
     if impl == "reference":
         return reference
     if impl == "triton":
-        from lora_kernels import triton_ops
+        return _cuda_default()
+    if impl == "cpu":
+        from lora_kernels import cpu
 
-        return triton_ops
+        if not cpu.load():
+            raise RuntimeError("the native CPU kernels cannot be used on this machine; the log says why")
+        return cpu
     raise ValueError(f"impl is {impl!r}; it must be 'reference', 'cpu' or 'triton'")
+
+
+@functools.cache
+def _cuda_default() -> ModuleType:
+    from lora_kernels import triton_ops
+
+    return triton_ops
+
+
+@functools.cache
+def _cpu_default() -> ModuleType:
+    from lora_kernels import cpu
+
+    return cpu if cpu.load() else reference

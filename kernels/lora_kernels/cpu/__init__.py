@@ -1,0 +1,151 @@
+"""The operations in native C++: AVX2, AVX-512 or AVX-512 with bf16, chosen at run time; torch's own thread pool.
+
+Same functions as `reference`, as `torch.library` operators. Call `load` first; it says whether they can be used.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_kernels.cpu.build import BuildError, build
+from lora_kernels.segments import AttentionBatch, LoraBatch
+from lora_kernels.tables import Activation, AdapterTable, LoraSite, PackedLinear
+
+_log = logging.getLogger(__name__)
+_ops = torch.ops.lorafleet
+
+
+@functools.cache
+def load() -> bool:
+    """Build and load the kernels. False, with the reason in the log, where this machine cannot have them."""
+    try:
+        torch.ops.load_library(str(build()))
+        if not _ops.isa():
+            raise BuildError("the processor has no AVX2")
+    except (BuildError, OSError) as error:
+        _log.warning("CPU operations run in plain torch, several times slower than the native kernels: %s", error)
+        return False
+    _register_fakes()
+    return True
+
+
+def isa() -> str:
+    """The instruction set in use: avx2, avx512 or avx512_bf16."""
+    return _ops.isa()
+
+
+def set_isa(name: str) -> None:
+    """Use one instruction set instead of the best. Raises ValueError where the processor lacks it."""
+    if not _ops.set_isa(name):
+        raise ValueError(f"this processor has no {name}")
+
+
+def lora_add_(
+    outs: Sequence[Tensor], x: Tensor, sites: Sequence[LoraSite], table: AdapterTable, batch: LoraBatch
+) -> None:
+    _ops.lora_add_.default(
+        outs,
+        x,
+        [site.a_rows for site in sites],
+        [site.b_rows for site in sites],
+        [site.index for site in sites],
+        [site.group for site in sites],
+        table.ranks,
+        table.scales,
+        table.pages,
+        batch.rows,
+        batch.small_tiles,
+        batch.counts,
+        batch.row_scales,
+    )
+
+
+def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:
+    _ops.kv_write_.default(k, v, k_cache, v_cache, batch.slot_mapping)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    return _ops.paged_attention.default(
+        q,
+        k_cache,
+        v_cache,
+        batch.block_tables,
+        batch.query_starts,
+        batch.kv_lens,
+        scale,
+        window,
+        softcap,
+        sinks,
+    )
+
+
+def pack_linear(weight: Tensor) -> PackedLinear:
+    out_features, in_features = weight.shape
+    # fp32, fp16 and odd widths stay with torch, and so does everything where AMX makes oneDNN the faster one.
+    if weight.dtype != torch.bfloat16 or in_features % 2 or torch.cpu._is_amx_tile_supported():
+        return PackedLinear(weight, out_features, in_features, "plain")
+    return PackedLinear(_ops.pack_linear.default(weight), out_features, in_features, "vnni")
+
+
+def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
+    if packed.layout == "plain":
+        return F.linear(x, packed.weight, bias)
+    return _ops.linear.default(x, packed.weight, bias, packed.out_features)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, plus_one: bool = False
+) -> Tensor:
+    return _ops.rms_norm.default(x, weight, eps, residual, plus_one)
+
+
+def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    _ops.rotary_.default(q, k, cos, sin)
+
+
+def gated_act(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
+    return _ops.gated_act.default(gate, up, act)
+
+
+def _register_fakes() -> None:
+    """Tell torch.compile the shapes of results; operators that only mutate need nothing said."""
+    fake = torch.library.register_fake
+
+    @fake("lorafleet::pack_linear")
+    def _(weight: Tensor) -> Tensor:
+        return weight.new_empty(-(-weight.shape[0] // 32), weight.shape[1] // 2, 32, 2)
+
+    @fake("lorafleet::linear")
+    def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+        return x.new_empty(*x.shape[:-1], out_features)
+
+    @fake("lorafleet::paged_attention")
+    def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> Tensor:
+        return q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
+
+    @fake("lorafleet::rms_norm")
+    def _(x: Tensor, *_: object) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @fake("lorafleet::gated_act")
+    def _(gate: Tensor, *_: object) -> Tensor:
+        return gate.new_empty(gate.shape)
+
+    for name in ("lora_add_", "kv_write_", "rotary_"):
+        fake(f"lorafleet::{name}", lambda *_: None)

@@ -1,0 +1,5 @@
+"""Build the native kernels and say where they are."""
+
+from lora_kernels.cpu.build import build
+
+print(build())

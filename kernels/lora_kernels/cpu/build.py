@@ -1,0 +1,91 @@
+"""Compiles the native kernels once per machine and keeps the result in the user's cache.
+
+The file's name carries a hash of everything that went into it, so a new version never meets an old build. Run
+`python -m lora_kernels.cpu` to build ahead of time, for a container image say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+_SOURCE_DIR = Path(__file__).parent / "csrc"
+_COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+_ISA_FLAGS = {
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-march=skylake-avx512",),
+    "avx512_bf16": ("-march=skylake-avx512", "-mavx512bf16"),
+}
+
+
+class BuildError(Exception):
+    """The native kernels cannot be built or used on this machine; the message says why."""
+
+
+def build() -> Path:
+    """Return the compiled library, building it first if this version is not in the cache (about 10 s)."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise BuildError(f"they are written for x86-64, this is {platform.machine()}")
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise BuildError(f"no C++ compiler: {os.environ.get('CXX', 'g++')} is not on the path")
+    library = cache_dir() / f"lora_kernels-{_fingerprint(compiler)}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as build_dir:
+            built = _compile(compiler, Path(build_dir))
+            # Two processes may build at once; each puts a whole file in place.
+            os.replace(built, library)
+    return library
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels are kept: $LORAFLEET_CACHE_DIR, else lorafleet/ in the user's cache."""
+    chosen = os.environ.get("LORAFLEET_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafleet"
+
+
+def _fingerprint(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(version)
+    digest.update(repr((torch.__version__, _COMMON_FLAGS, _ISA_FLAGS)).encode())
+    for source in sorted(_SOURCE_DIR.iterdir()):
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(compiler: str, build_dir: Path) -> Path:
+    torch_dir = Path(torch.__file__).parent
+    include = torch_dir / "include"
+    # The OpenMP runtime is not linked: its symbols come with torch's, so that there is one thread pool.
+    bind_flags = [
+        "-fopenmp",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *("-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")),
+    ]
+    jobs = [[*bind_flags, str(_SOURCE_DIR / "bind.cpp"), "-o", str(build_dir / "bind.o")]]
+    for isa, flags in _ISA_FLAGS.items():
+        source, output = str(_SOURCE_DIR / "isa.cpp"), str(build_dir / f"{isa}.o")
+        jobs.append([f"-DLORAFLEET_ISA={isa}", *flags, source, "-o", output])
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(lambda job: _run([compiler, *_COMMON_FLAGS, "-c", *job]), jobs))
+    library = build_dir / "lora_kernels.so"
+    objects = [job[-1] for job in jobs]
+    _run([compiler, "-shared", "-o", str(library), *objects, f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"])
+    return library
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise BuildError(f"{' '.join(command)} failed:\n{result.stderr[-4000:]}")

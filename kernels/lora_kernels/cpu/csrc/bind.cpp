@@ -1,0 +1,438 @@
+// torch's side of the native kernels: operator schemas, checks, the intra-op thread pool, scratch memory.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace lorafleet {
+
+// Every thread takes the next task until none is left: tasks differ in length, and another process may hold a core.
+void run_tasks(int64_t num_tasks, void (*task)(const void*, int64_t), const void* context) {
+  const int64_t threads = std::min<int64_t>(num_tasks, at::get_num_threads());
+  if (threads <= 1 || at::in_parallel_region()) {
+    for (int64_t i = 0; i < num_tasks; ++i) task(context, i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < num_tasks; i = next++) task(context, i);
+  });
+}
+
+int64_t num_threads() { return at::get_num_threads(); }
+
+float* scratch(int64_t num_floats) {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local int64_t size = 0;
+  if (num_floats > size) {
+    size = (num_floats + num_floats / 2 + 15) / 16 * 16;
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, size * sizeof(float))));
+    TORCH_CHECK(memory, "no memory for ", size, " floats of kernel scratch");
+  }
+  return memory.get();
+}
+
+namespace {
+
+using at::Tensor;
+
+const Kernels* find_kernels(const std::string& isa) {
+  __builtin_cpu_init();
+  if (isa == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2_kernels();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (isa == "avx512" && avx512) return &avx512_kernels();
+  if (isa == "avx512_bf16" && avx512 && __builtin_cpu_supports("avx512bf16")) return &avx512_bf16_kernels();
+  return nullptr;
+}
+
+const Kernels* best_kernels() {
+  for (const char* isa : {"avx512_bf16", "avx512", "avx2"})
+    if (const Kernels* found = find_kernels(isa)) return found;
+  return nullptr;
+}
+
+const Kernels* active = best_kernels();
+
+std::string isa() { return active ? active->name : ""; }
+
+bool set_isa(const std::string& name) {
+  const Kernels* found = find_kernels(name);
+  if (found) active = found;
+  return found;
+}
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kF32;
+    case at::kBFloat16:
+      return Dtype::kBf16;
+    case at::kHalf:
+      return Dtype::kF16;
+    default:
+      TORCH_CHECK(false, "dtype is ", t.scalar_type(), "; the native kernels know float32, bfloat16 and float16");
+  }
+}
+
+void check_same_dtype(const Tensor& t, const Tensor& like, const char* name) {
+  TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " is ", t.scalar_type(), ", not ", like.scalar_type());
+}
+
+int64_t rows_in(const Tensor& t) { return t.size(-1) == 0 ? 0 : t.numel() / t.size(-1); }
+
+// A tensor of any number of dimensions as rows of its last one.
+Matrix rows_of(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.dim() >= 2 && t.stride(-1) == 1, name, " needs rows whose entries are contiguous");
+  int64_t expected = t.stride(-2) * t.size(-2);
+  for (int64_t d = t.dim() - 3; d >= 0; --d) {
+    TORCH_CHECK(t.size(d) == 1 || t.stride(d) == expected, name, " needs rows at one stride");
+    expected *= t.size(d);
+  }
+  return {t.data_ptr(), t.stride(-2)};
+}
+
+template <typename T>
+const T* ints(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  return t.const_data_ptr<T>();
+}
+
+Tensor pack_linear(const Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kBFloat16 && weight.size(1) % 2 == 0,
+              "a packed weight is bfloat16 [N, K] with K even");
+  const Tensor source = weight.contiguous();
+  const int64_t out_features = weight.size(0), pairs = weight.size(1) / 2;
+  const int64_t panels = (out_features + kPanel - 1) / kPanel;
+  Tensor packed = at::empty({panels, pairs, kPanel, 2}, weight.options());
+  const auto* from = static_cast<const uint32_t*>(source.data_ptr());
+  auto* to = static_cast<uint32_t*>(packed.data_ptr());
+  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      for (int64_t k = 0; k < pairs; ++k)
+        for (int64_t c = 0; c < kPanel; ++c) {
+          const int64_t column = p * kPanel + c;
+          to[(p * pairs + k) * kPanel + c] = column < out_features ? from[column * pairs + k] : 0;
+        }
+  });
+  return packed;
+}
+
+Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features) {
+  TORCH_CHECK(packed.dim() == 4 && packed.is_contiguous() && packed.scalar_type() == at::kBFloat16,
+              "the weight is not packed");
+  TORCH_CHECK(x.size(-1) == 2 * packed.size(1), "x has ", x.size(-1), " features; the weight takes ",
+              2 * packed.size(1));
+  check_same_dtype(x, packed, "x");
+  if (bias) {
+    check_same_dtype(*bias, packed, "bias");
+    TORCH_CHECK(bias->is_contiguous() && bias->numel() == out_features, "bias needs ", out_features, " entries");
+  }
+  auto shape = x.sizes().vec();
+  shape.back() = out_features;
+  Tensor out = at::empty(shape, x.options());
+  active->linear({
+      .x = rows_of(x, "x"),
+      .panels = static_cast<const uint16_t*>(packed.data_ptr()),
+      .bias = bias ? static_cast<const uint16_t*>(bias->data_ptr()) : nullptr,
+      .out = {out.data_ptr(), out_features},
+      .rows = rows_in(x),
+      .in_features = x.size(-1),
+      .out_features = out_features,
+  });
+  return out;
+}
+
+void lora_add_(at::TensorList outs, const Tensor& x, at::TensorList a_rows, at::TensorList b_rows,
+               at::IntArrayRef indices, at::IntArrayRef groups, const Tensor& ranks, const Tensor& scales,
+               const Tensor& pages, const Tensor& rows, const Tensor& tiles, const Tensor& counts,
+               const std::optional<Tensor>& row_scales) {
+  const size_t num_sites = outs.size();
+  TORCH_CHECK(a_rows.size() == num_sites && b_rows.size() == num_sites && indices.size() == num_sites &&
+                  groups.size() == num_sites,
+              "every output needs one site");
+  std::vector<LoraSiteArgs> sites(num_sites);
+  for (size_t i = 0; i < num_sites; ++i) {
+    check_same_dtype(outs[i], x, "an output");
+    check_same_dtype(a_rows[i], x, "a_rows");
+    check_same_dtype(b_rows[i], x, "b_rows");
+    TORCH_CHECK(a_rows[i].is_contiguous() && b_rows[i].is_contiguous() && a_rows[i].size(1) == x.size(-1) &&
+                    b_rows[i].size(1) == outs[i].size(-1) && rows_in(outs[i]) == rows_in(x),
+                "site ", i, " does not fit its input and output");
+    sites[i] = {rows_of(outs[i], "an output"), a_rows[i].data_ptr(), b_rows[i].data_ptr(), outs[i].size(-1),
+                indices[i],                    groups[i]};
+  }
+  active->lora_add({
+      .dtype = dtype_of(x),
+      .x = rows_of(x, "x"),
+      .in_features = x.size(-1),
+      .sites = sites.data(),
+      .num_sites = static_cast<int64_t>(num_sites),
+      .ranks = ints<int32_t>(ranks, "ranks"),
+      .scales = ints<float>(scales, "scales"),
+      .table_sites = ranks.size(1),
+      .pages = ints<int32_t>(pages, "pages"),
+      .groups = pages.size(1),
+      .max_pages = pages.size(2),
+      .tiles = ints<int32_t>(tiles, "tiles"),
+      .num_tiles = ints<int32_t>(counts, "counts")[2],
+      .rows = ints<int32_t>(rows, "rows"),
+      .row_scales = row_scales ? ints<float>(*row_scales, "row_scales") : nullptr,
+  });
+}
+
+void check_cache(const Tensor& cache, int64_t kv_heads, int64_t dim, const char* name) {
+  TORCH_CHECK(cache.dim() == 4 && cache.is_contiguous() && cache.size(1) == kv_heads &&
+                  cache.size(2) == kBlockTokens && cache.size(3) == dim,
+              name, " must be contiguous [blocks, ", kv_heads, ", ", kBlockTokens, ", ", dim, "]");
+}
+
+void kv_write_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+               const Tensor& slot_mapping) {
+  TORCH_CHECK(k.dim() == 3 && v.dim() == 3 && k.stride(2) == 1 && v.stride(2) == 1 && k.size(0) == v.size(0) &&
+                  k.size(1) == v.size(1) && k.size(0) == slot_mapping.numel(),
+              "k and v must be [T, Hkv, D] with contiguous heads, T as slot_mapping has it");
+  check_cache(k_cache, k.size(1), k.size(2), "k_cache");
+  check_cache(v_cache, v.size(1), v.size(2), "v_cache");
+  check_same_dtype(k, k_cache, "k");
+  check_same_dtype(v, v_cache, "v");
+  check_same_dtype(k, v, "k");
+  active->kv_write({
+      .element_bytes = static_cast<int64_t>(k.element_size()),
+      .k = static_cast<const char*>(k.data_ptr()),
+      .v = static_cast<const char*>(v.data_ptr()),
+      .k_token = k.stride(0),
+      .k_head = k.stride(1),
+      .v_token = v.stride(0),
+      .v_head = v.stride(1),
+      .k_cache = static_cast<char*>(k_cache.data_ptr()),
+      .v_cache = static_cast<char*>(v_cache.data_ptr()),
+      .slots = ints<int64_t>(slot_mapping, "slot_mapping"),
+      .num_tokens = k.size(0),
+      .kv_heads = k.size(1),
+      .k_dim = k.size(2),
+      .v_dim = v.size(2),
+  });
+}
+
+constexpr int64_t kTaskRows = 32;    // rows of an attention task: enough to share the transposed keys
+constexpr int64_t kSplitKeys = 256;  // no task is split into runs of fewer keys
+
+struct AttentionPlan {
+  std::vector<AttentionTask> tasks;
+  std::vector<AttentionMerge> merges;
+  int64_t num_partials = 0;
+  int64_t task_queries;
+};
+
+// Prefill chunks stand last in a step and make the longest tasks, so sequences are taken from the end.
+AttentionPlan plan_attention(const AttentionArgs& args) {
+  AttentionPlan plan;
+  plan.task_queries = std::max<int64_t>(1, kTaskRows / (args.heads / args.kv_heads));
+  int64_t num_tasks = 0;
+  for (int64_t s = 0; s < args.num_seqs; ++s) {
+    const int64_t query_len = args.query_starts[s + 1] - args.query_starts[s];
+    num_tasks += (query_len + plan.task_queries - 1) / plan.task_queries * args.kv_heads;
+  }
+  const int64_t wanted = 4 * num_threads();
+  const int64_t max_splits = num_tasks >= wanted ? 1 : (wanted + num_tasks - 1) / std::max<int64_t>(1, num_tasks);
+  plan.tasks.reserve(num_tasks * max_splits);
+  for (int64_t s = args.num_seqs - 1; s >= 0; --s) {
+    const int64_t query_len = args.query_starts[s + 1] - args.query_starts[s];
+    for (int64_t first = 0; first < query_len; first += plan.task_queries) {
+      const int64_t queries = std::min(plan.task_queries, query_len - first);
+      const int64_t position = args.kv_lens[s] - query_len + first;
+      const int64_t begin = args.window > 0 ? std::max<int64_t>(0, position + 1 - args.window) : 0;
+      const int64_t first_block = begin / kBlockTokens;
+      const int64_t end = position + queries;
+      const int64_t keys = end - first_block * kBlockTokens;
+      const int64_t splits = std::clamp<int64_t>(keys / kSplitKeys, 1, max_splits);
+      const int64_t split_blocks = ((keys + kBlockTokens - 1) / kBlockTokens + splits - 1) / splits;
+      for (int64_t h = 0; h < args.kv_heads; ++h) {
+        const int64_t first_task = plan.tasks.size();
+        for (int64_t key = first_block * kBlockTokens; key < end; key += split_blocks * kBlockTokens) {
+          AttentionTask task;
+          task.seq = s, task.kv_head = h, task.first_query = first, task.num_queries = queries;
+          task.first_key = key, task.end_key = std::min(end, key + split_blocks * kBlockTokens);
+          task.partial = task.end_key - task.first_key == keys ? -1 : plan.num_partials++;
+          plan.tasks.push_back(task);
+        }
+        const int64_t parts = plan.tasks.size() - first_task;
+        if (parts > 1) plan.merges.push_back({static_cast<int32_t>(first_task), static_cast<int32_t>(parts)});
+      }
+    }
+  }
+  return plan;
+}
+
+Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables,
+                       const Tensor& query_starts, const Tensor& kv_lens, double scale, int64_t window, double softcap,
+                       const std::optional<Tensor>& sinks) {
+  TORCH_CHECK(q.dim() == 3 && q.stride(2) == 1, "q must be [T, Hq, D] with contiguous heads");
+  const int64_t heads = q.size(1), kv_heads = k_cache.size(1);
+  TORCH_CHECK(heads % kv_heads == 0, heads, " query heads cannot share ", kv_heads, " kv heads");
+  check_cache(k_cache, kv_heads, q.size(2), "k_cache");
+  check_cache(v_cache, kv_heads, v_cache.size(3), "v_cache");
+  check_same_dtype(q, k_cache, "q");
+  check_same_dtype(v_cache, k_cache, "v_cache");
+  std::optional<Tensor> sink_logits;
+  if (sinks) {
+    TORCH_CHECK(sinks->numel() == heads, "sinks needs ", heads, " entries");
+    sink_logits = sinks->to(at::kFloat).contiguous();
+  }
+  Tensor out = at::empty({q.size(0), heads, v_cache.size(3)}, q.options());
+  AttentionArgs args = {
+      .dtype = dtype_of(q),
+      .q = q.data_ptr(),
+      .q_token = q.stride(0),
+      .q_head = q.stride(1),
+      .k_cache = k_cache.data_ptr(),
+      .v_cache = v_cache.data_ptr(),
+      .out = out.data_ptr(),
+      .block_tables = ints<int32_t>(block_tables, "block_tables"),
+      .max_blocks = block_tables.size(1),
+      .query_starts = ints<int32_t>(query_starts, "query_starts"),
+      .kv_lens = ints<int32_t>(kv_lens, "kv_lens"),
+      .num_seqs = kv_lens.numel(),
+      .heads = heads,
+      .kv_heads = kv_heads,
+      .k_dim = q.size(2),
+      .v_dim = v_cache.size(3),
+      .scale = static_cast<float>(scale),
+      .softcap = static_cast<float>(softcap),
+      .window = window,
+      .sinks = sink_logits ? sink_logits->const_data_ptr<float>() : nullptr,
+      .tasks = nullptr,
+      .num_tasks = 0,
+      .merges = nullptr,
+      .num_merges = 0,
+      .partials = nullptr,
+      .partial_floats = 0,
+  };
+  const AttentionPlan plan = plan_attention(args);
+  args.tasks = plan.tasks.data();
+  args.num_tasks = plan.tasks.size();
+  args.merges = plan.merges.data();
+  args.num_merges = plan.merges.size();
+  args.partial_floats = plan.task_queries * (heads / kv_heads) * (args.v_dim + 2);
+  const Tensor partials = at::empty({plan.num_partials, args.partial_floats}, q.options().dtype(at::kFloat));
+  args.partials = partials.mutable_data_ptr<float>();
+  active->attention(args);
+  return out;
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const std::optional<Tensor>& residual,
+                bool plus_one) {
+  check_same_dtype(weight, x, "weight");
+  TORCH_CHECK(weight.is_contiguous() && weight.numel() == x.size(-1), "weight needs ", x.size(-1), " entries");
+  Matrix sum = {nullptr, 0};
+  if (residual) {
+    TORCH_CHECK(residual->sizes() == x.sizes(), "residual must have the shape of x");
+    check_same_dtype(*residual, x, "residual");
+    sum = rows_of(*residual, "residual");
+  }
+  Tensor out = at::empty(x.sizes(), x.options());
+  active->rms_norm({
+      .dtype = dtype_of(x),
+      .x = rows_of(x, "x"),
+      .residual = sum,
+      .out = {out.data_ptr(), x.size(-1)},
+      .weight = weight.data_ptr(),
+      .rows = rows_in(x),
+      .width = x.size(-1),
+      .eps = static_cast<float>(eps),
+      .plus_one = plus_one,
+  });
+  return out;
+}
+
+void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin) {
+  TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && q.stride(2) == 1 && k.stride(2) == 1 && q.size(0) == k.size(0),
+              "q and k must be [T, H, D] with contiguous heads");
+  TORCH_CHECK(cos.sizes() == sin.sizes() && rows_in(cos) == q.size(0) && cos.size(-1) % 2 == 0 &&
+                  cos.size(-1) <= std::min(q.size(2), k.size(2)),
+              "cos and sin must be [T, R], R even and at most D");
+  for (const Tensor* t : {&k, &cos, &sin}) check_same_dtype(*t, q, "k, cos or sin");
+  active->rotary({
+      .dtype = dtype_of(q),
+      .q = q.data_ptr(),
+      .k = k.data_ptr(),
+      .q_token = q.stride(0),
+      .q_head = q.stride(1),
+      .k_token = k.stride(0),
+      .k_head = k.stride(1),
+      .cos = rows_of(cos, "cos"),
+      .sin = rows_of(sin, "sin"),
+      .num_tokens = q.size(0),
+      .q_heads = q.size(1),
+      .k_heads = k.size(1),
+      .rotary_dim = cos.size(-1),
+  });
+}
+
+Activation activation_of(c10::string_view act) {
+  if (act == "silu") return Activation::kSilu;
+  if (act == "gelu") return Activation::kGelu;
+  TORCH_CHECK(act == "gelu_tanh", "act is ", act, "; it must be silu, gelu or gelu_tanh");
+  return Activation::kGeluTanh;
+}
+
+Tensor gated_act(const Tensor& gate, const Tensor& up, c10::string_view act) {
+  TORCH_CHECK(gate.sizes() == up.sizes(), "gate and up must have one shape");
+  check_same_dtype(up, gate, "up");
+  Tensor out = at::empty(gate.sizes(), gate.options());
+  active->gated_act({
+      .dtype = dtype_of(gate),
+      .gate = rows_of(gate, "gate"),
+      .up = rows_of(up, "up"),
+      .out = {out.data_ptr(), gate.size(-1)},
+      .rows = rows_in(gate),
+      .width = gate.size(-1),
+      .act = activation_of(act),
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(lorafleet, m) {
+  m.def("isa() -> str", &isa);
+  m.def("set_isa(str name) -> bool", &set_isa);
+  m.def("pack_linear(Tensor weight) -> Tensor");
+  m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
+  m.def(
+      "lora_add_(Tensor(a!)[] outs, Tensor x, Tensor[] a_rows, Tensor[] b_rows, int[] indices, int[] groups, "
+      "Tensor ranks, Tensor scales, Tensor pages, Tensor rows, Tensor tiles, Tensor counts, Tensor? row_scales) -> ()");
+  m.def("kv_write_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
+  m.def(
+      "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor query_starts, "
+      "Tensor kv_lens, float scale, int window, float softcap, Tensor? sinks) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual, bool plus_one) -> Tensor");
+  m.def("rotary_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()");
+  m.def("gated_act(Tensor gate, Tensor up, str act) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
+  m.impl("pack_linear", &pack_linear);
+  m.impl("linear", &linear);
+  m.impl("lora_add_", &lora_add_);
+  m.impl("kv_write_", &kv_write_);
+  m.impl("paged_attention", &paged_attention);
+  m.impl("rms_norm", &rms_norm);
+  m.impl("rotary_", &rotary_);
+  m.impl("gated_act", &gated_act);
+}
+
+}  // namespace lorafleet

@@ -1,0 +1,58 @@
+// The kernels for one instruction set, named by LORAFLEET_ISA (avx2, avx512 or avx512_bf16) to match the compiler's
+// flags. No standard library templates here: the linker could pick this file's copy for code that runs everywhere.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#define LORAFLEET_JOIN_(a, b) a##b
+#define LORAFLEET_JOIN(a, b) LORAFLEET_JOIN_(a, b)
+#define LORAFLEET_STRING_(a) #a
+#define LORAFLEET_STRING(a) LORAFLEET_STRING_(a)
+
+namespace lorafleet {
+namespace LORAFLEET_ISA {
+namespace {
+
+#ifdef __AVX512F__
+#include "vec_avx512.h"
+#else
+#include "vec_avx2.h"
+#endif
+
+// Two bf16 products per lane in one instruction.
+template <typename T>
+constexpr bool kHasPairDot = false;
+#ifdef __AVX512BF16__
+template <>
+constexpr bool kHasPairDot<bf16> = true;
+#endif
+
+template <typename F>
+inline void with_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return f.template operator()<float>();
+    case Dtype::kBf16:
+      return f.template operator()<bf16>();
+    case Dtype::kF16:
+      return f.template operator()<f16>();
+  }
+}
+
+#include "math.h"
+#include "tiles.h"
+#include "attention.h"
+#include "linear.h"
+#include "lora.h"
+#include "pointwise.h"
+
+constexpr Kernels kKernels = {
+    LORAFLEET_STRING(LORAFLEET_ISA), linear, lora_add, kv_write, attention, rms_norm, rotary, gated_act,
+};
+
+}  // namespace
+}  // namespace LORAFLEET_ISA
+
+const Kernels& LORAFLEET_JOIN(LORAFLEET_ISA, _kernels)() { return LORAFLEET_ISA::kKernels; }
+
+}  // namespace lorafleet

@@ -1,0 +1,151 @@
+// The native kernels as plain C++: raw pointers, element strides, no torch. bind.cpp checks and calls them; isa.cpp is
+// compiled once per instruction set and fills one Kernels table each.
+#pragma once
+
+#include <cstdint>
+
+namespace lorafleet {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+enum class Dtype { kF32, kBf16, kF16 };
+
+constexpr int kPageRows = 16;     // rank rows in an adapter-pool page
+constexpr int kBlockTokens = 16;  // tokens in a KV block
+constexpr int kPanel = 32;        // output columns in a packed weight panel
+
+// Rows of a matrix whose last dimension is contiguous.
+struct Matrix {
+  void* data;
+  int64_t stride;  // elements from row to row
+};
+
+struct LinearArgs {
+  Matrix x;                // bf16 [rows, in_features]
+  const uint16_t* panels;  // bf16 [panels, in_features / 2, kPanel, 2]
+  const uint16_t* bias;    // bf16 [out_features] or null
+  Matrix out;              // bf16 [rows, out_features]
+  int64_t rows, in_features, out_features;
+};
+
+struct LoraSiteArgs {
+  Matrix out;  // [tokens, width]
+  const void* a_rows;
+  const void* b_rows;
+  int64_t width;
+  int64_t index, group;  // column of ranks and scales; row of pages
+};
+
+struct LoraArgs {
+  Dtype dtype;
+  Matrix x;  // [tokens, in_features]
+  int64_t in_features;
+  const LoraSiteArgs* sites;
+  int64_t num_sites;
+  const int32_t* ranks;  // [slots, table_sites]
+  const float* scales;   // [slots, table_sites]
+  int64_t table_sites;
+  const int32_t* pages;  // [slots, groups, max_pages]
+  int64_t groups, max_pages;
+  const int32_t* tiles;  // [num_tiles, 3] slot, first index into rows, row count
+  int64_t num_tiles;
+  const int32_t* rows;
+  const float* row_scales;  // by index into rows, or null
+};
+
+struct KvWriteArgs {
+  int64_t element_bytes;
+  const char *k, *v;
+  int64_t k_token, k_head, v_token, v_head;  // strides in elements
+  char *k_cache, *v_cache;                   // [blocks, kv_heads, kBlockTokens, dim]
+  const int64_t* slots;
+  int64_t num_tokens, kv_heads, k_dim, v_dim;
+};
+
+// Queries [first_query, first_query + num_queries) of a sequence, one kv head, keys [first_key, end_key).
+// Consecutive tasks that differ only in their keys form a split: each leaves its partial result in a slot of
+// AttentionArgs.partials, and the rows are merged afterwards.
+struct AttentionTask {
+  int32_t seq, kv_head, first_query, num_queries;
+  int32_t first_key, end_key;  // first_key is a multiple of kBlockTokens
+  int32_t partial;             // slot, or -1: the task sees all keys of its queries and writes the output
+};
+struct AttentionMerge {
+  int32_t first_task, num_tasks;
+};
+
+struct AttentionArgs {
+  Dtype dtype;
+  const void* q;
+  int64_t q_token, q_head;  // strides in elements
+  const void *k_cache, *v_cache;
+  void* out;  // [tokens, heads, v_dim] contiguous
+  const int32_t* block_tables;
+  int64_t max_blocks;
+  const int32_t *query_starts, *kv_lens;
+  int64_t num_seqs, heads, kv_heads, k_dim, v_dim;
+  float scale, softcap;
+  int64_t window;
+  const float* sinks;  // [heads] or null
+  const AttentionTask* tasks;
+  int64_t num_tasks;
+  const AttentionMerge* merges;
+  int64_t num_merges;
+  float* partials;         // [slots, partial_floats]
+  int64_t partial_floats;  // at least (v_dim + 2) * rows of a task
+};
+
+struct RmsNormArgs {
+  Dtype dtype;
+  Matrix x, residual, out;  // residual.data may be null
+  const void* weight;
+  int64_t rows, width;
+  float eps;
+  bool plus_one;
+};
+
+struct RotaryArgs {
+  Dtype dtype;
+  void *q, *k;
+  int64_t q_token, q_head, k_token, k_head;  // strides in elements
+  Matrix cos, sin;                           // [tokens, rotary_dim]
+  int64_t num_tokens, q_heads, k_heads, rotary_dim;
+};
+
+enum class Activation { kSilu, kGelu, kGeluTanh };
+
+struct GatedActArgs {
+  Dtype dtype;
+  Matrix gate, up, out;
+  int64_t rows, width;
+  Activation act;
+};
+
+struct Kernels {
+  const char* name;
+  void (*linear)(const LinearArgs&);
+  void (*lora_add)(const LoraArgs&);
+  void (*kv_write)(const KvWriteArgs&);
+  void (*attention)(const AttentionArgs&);
+  void (*rms_norm)(const RmsNormArgs&);
+  void (*rotary)(const RotaryArgs&);
+  void (*gated_act)(const GatedActArgs&);
+};
+
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+const Kernels& avx512_bf16_kernels();
+
+// Runs task(context, i) for i in [0, num_tasks) on torch's intra-op pool, in order of i, each thread taking the next.
+void run_tasks(int64_t num_tasks, void (*task)(const void* context, int64_t index), const void* context);
+int64_t num_threads();
+
+// The calling thread's scratch memory, 64-byte aligned; valid until its next call of scratch.
+float* scratch(int64_t num_floats);
+
+}  // namespace lorafleet

@@ -1,0 +1,88 @@
+// bf16 matrix product with a packed weight. Included inside the instruction set's namespace.
+//
+// A panel holds kPanel output columns for every pair of inputs, so one pass over a panel needs one load per vector of
+// weights and one broadcast per row. Rows are cut evenly into tiles that fill the register file. With few rows the
+// weights' way from memory decides: while a panel is computed, its first tile prefetches the next.
+#pragma once
+
+constexpr int kPanelVecs = kPanel / kLanes;
+constexpr int kMaxRows = kLanes == 16 ? 14 : 2;  // kMaxRows * kPanelVecs accumulators
+
+template <int Rows, bool Prefetch>
+inline void panel_tile(const uint16_t* x, int64_t x_stride, const uint16_t* panel, int64_t pairs, Vec (*acc)[kPanelVecs]) {
+  // Every third row has its own pointer and the rest are one or two strides off: more pointers than registers
+  // would cost a load per broadcast.
+  const char* base[(Rows + 2) / 3];
+  for (int i = 0; i < (Rows + 2) / 3; ++i) base[i] = reinterpret_cast<const char*>(x + 3 * i * x_stride);
+  const int64_t stride_bytes = 2 * x_stride;
+  const int64_t panel_bytes = pairs * kPanel * 4;
+  for (int i = 0; i < Rows; ++i)
+    for (int v = 0; v < kPanelVecs; ++v) acc[i][v] = zero();
+  for (int64_t p = 0; p < pairs; ++p) {
+    Pairs w[kPanelVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVecs; ++v) {
+      const uint16_t* from = panel + (p * kPanelVecs + v) * 2 * kLanes;
+      w[v] = load_pairs(from);
+      if (Prefetch) _mm_prefetch(reinterpret_cast<const char*>(from) + panel_bytes, _MM_HINT_T0);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      int pair;
+      __builtin_memcpy(&pair, base[i / 3] + (i % 3) * stride_bytes + p * 4, 4);
+      const Pairs xv = set1_pair(pair);
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVecs; ++v) acc[i][v] = dot_pairs(acc[i][v], w[v], xv);
+    }
+  }
+}
+
+template <int Rows>
+inline void linear_tile(const LinearArgs& args, int64_t row, int64_t panel, bool prefetch) {
+  const auto* x = static_cast<const uint16_t*>(args.x.data) + row * args.x.stride;
+  const int64_t pairs = args.in_features / 2;
+  const uint16_t* weights = args.panels + panel * pairs * kPanel * 2;
+  const int64_t col = panel * kPanel;
+  Vec acc[Rows][kPanelVecs];
+  if (prefetch)
+    panel_tile<Rows, true>(x, args.x.stride, weights, pairs, acc);
+  else
+    panel_tile<Rows, false>(x, args.x.stride, weights, pairs, acc);
+  auto* out = static_cast<bf16*>(args.out.data) + row * args.out.stride + col;
+  for (int v = 0; v < kPanelVecs; ++v) {
+    const int64_t n = min(kLanes, args.out_features - col - v * kLanes);
+    if (n <= 0) break;
+    const auto* bias = reinterpret_cast<const bf16*>(args.bias);
+    const Vec b = bias ? load_n(bias + col + v * kLanes, n) : zero();
+    for (int i = 0; i < Rows; ++i) {
+      bf16* to = out + i * args.out.stride + v * kLanes;
+      const Vec sum = add(acc[i][v], b);
+      n == kLanes ? store(to, sum) : store_n(to, sum, n);
+    }
+  }
+}
+
+void linear(const LinearArgs& args) {
+  const int64_t panels = ceil_div(args.out_features, kPanel);
+  // Rows of x that stay in the second-level cache while all panels pass by.
+  const int64_t block_rows = min(args.rows, max(8 * kMaxRows, 256 * 1024 / args.in_features));
+  const int64_t row_blocks = ceil_div(args.rows, block_rows);
+  // Tasks are runs of panels: long enough to hide a task's start, short enough to share the work evenly.
+  const int64_t run_length = max(1, panels / (4 * num_threads()));
+  const int64_t runs = ceil_div(panels, run_length);
+  run(row_blocks * runs, [&](int64_t task) {
+    const int64_t first_row = task / runs * block_rows;
+    const int64_t rows = min(block_rows, args.rows - first_row);
+    const int64_t tiles = ceil_div(rows, kMaxRows);
+    const int64_t first_panel = task % runs * run_length;
+    const int64_t end_panel = min(panels, first_panel + run_length);
+    for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;
+        const bool prefetch = tile == 0 && panel + 1 < panels;
+        with_size<kMaxRows>(end - begin,
+                            [&]<int Rows>() { linear_tile<Rows>(args, first_row + begin, panel, prefetch); });
+      }
+    }
+  });
+}

@@ -1,0 +1,124 @@
+// Operations on single rows: KV write, RMS norm, rotary embedding, gated activation. Included inside the instruction
+// set's namespace.
+#pragma once
+
+// Rows are handed out in runs of about this many elements, so that a small step stays on the calling thread.
+constexpr int64_t kRunElements = 16384;
+
+template <typename F>
+inline void run_rows(int64_t rows, int64_t width, const F& row) {
+  const int64_t run_rows = max(1, kRunElements / width);
+  run(ceil_div(rows, run_rows), [&](int64_t i) {
+    for (int64_t r = i * run_rows; r < min(rows, (i + 1) * run_rows); ++r) row(r);
+  });
+}
+
+void kv_write(const KvWriteArgs& args) {
+  const auto copy = [&](const char* from, int64_t token_stride, int64_t head_stride, char* cache, int64_t dim, int64_t t) {
+    const int64_t block = args.slots[t] / kBlockTokens, offset = args.slots[t] % kBlockTokens;
+    const int64_t bytes = dim * args.element_bytes;
+    for (int64_t h = 0; h < args.kv_heads; ++h)
+      __builtin_memcpy(cache + ((block * args.kv_heads + h) * kBlockTokens + offset) * bytes,
+                       from + (t * token_stride + h * head_stride) * args.element_bytes, bytes);
+  };
+  run_rows(args.num_tokens, args.kv_heads * (args.k_dim + args.v_dim), [&](int64_t t) {
+    copy(args.k, args.k_token, args.k_head, args.k_cache, args.k_dim, t);
+    copy(args.v, args.v_token, args.v_head, args.v_cache, args.v_dim, t);
+  });
+}
+
+template <typename T>
+inline void rms_norm_row(const RmsNormArgs& args, int64_t row) {
+  const T* x = static_cast<const T*>(args.x.data) + row * args.x.stride;
+  if (args.residual.data) {
+    T* residual = static_cast<T*>(args.residual.data) + row * args.residual.stride;
+    for (int64_t j = 0; j < args.width; j += kLanes) {
+      const int64_t n = min(kLanes, args.width - j);
+      store_n(residual + j, add(load_n(residual + j, n), load_n(x + j, n)), n);
+    }
+    x = residual;
+  }
+  Vec squares = zero();
+  for (int64_t j = 0; j < args.width; j += kLanes) {
+    const Vec v = load_n(x + j, min(kLanes, args.width - j));
+    squares = fma(v, v, squares);
+  }
+  const Vec factor = set1(1.0f / __builtin_sqrtf(sum(squares) / args.width + args.eps));
+  const T* weight = static_cast<const T*>(args.weight);
+  T* out = static_cast<T*>(args.out.data) + row * args.out.stride;
+  for (int64_t j = 0; j < args.width; j += kLanes) {
+    const int64_t n = min(kLanes, args.width - j);
+    Vec v = mul(load_n(x + j, n), factor);
+    Vec w = load_n(weight + j, n);
+    if (args.plus_one) {
+      w = add(w, set1(1.0f));
+    } else {
+      T rounded[kLanes];
+      store(rounded, v);
+      v = load(rounded);
+    }
+    store_n(out + j, mul(v, w), n);
+  }
+}
+
+void rms_norm(const RmsNormArgs& args) {
+  run_rows(args.rows, args.width, [&](int64_t row) {
+    with_dtype(args.dtype, [&]<typename T>() { rms_norm_row<T>(args, row); });
+  });
+}
+
+template <typename T>
+inline void rotate_head(T* head, const T* cos, const T* sin, int64_t rotary_dim) {
+  const int64_t half = rotary_dim / 2;
+  for (int64_t j = 0; j < half; j += kLanes) {
+    const int64_t n = min(kLanes, half - j);
+    const Vec first = load_n(head + j, n), second = load_n(head + half + j, n);
+    const Vec turned_first = mul(second, load_n(sin + j, n)), turned_second = mul(first, load_n(sin + half + j, n));
+    store_n(head + j, sub(mul(first, load_n(cos + j, n)), turned_first), n);
+    store_n(head + half + j, fma(second, load_n(cos + half + j, n), turned_second), n);
+  }
+}
+
+template <typename T>
+inline void rotate_token(const RotaryArgs& args, int64_t token) {
+  const T* cos = static_cast<const T*>(args.cos.data) + token * args.cos.stride;
+  const T* sin = static_cast<const T*>(args.sin.data) + token * args.sin.stride;
+  for (int64_t h = 0; h < args.q_heads; ++h)
+    rotate_head(static_cast<T*>(args.q) + token * args.q_token + h * args.q_head, cos, sin, args.rotary_dim);
+  for (int64_t h = 0; h < args.k_heads; ++h)
+    rotate_head(static_cast<T*>(args.k) + token * args.k_token + h * args.k_head, cos, sin, args.rotary_dim);
+}
+
+void rotary(const RotaryArgs& args) {
+  run_rows(args.num_tokens, (args.q_heads + args.k_heads) * args.rotary_dim, [&](int64_t token) {
+    with_dtype(args.dtype, [&]<typename T>() { rotate_token<T>(args, token); });
+  });
+}
+
+inline Vec activate(Vec x, Activation act) {
+  switch (act) {
+    case Activation::kSilu:
+      return div(x, add(set1(1.0f), exp(sub(zero(), x))));
+    case Activation::kGelu:
+      return mul(mul(set1(0.5f), x), add(set1(1.0f), erf(mul(x, set1(0.70710678f)))));
+    case Activation::kGeluTanh: {
+      const Vec inner = mul(set1(0.79788456f), fma(mul(mul(x, x), x), set1(0.044715f), x));
+      return mul(mul(set1(0.5f), x), add(set1(1.0f), tanh(inner)));
+    }
+  }
+  __builtin_unreachable();
+}
+
+void gated_act(const GatedActArgs& args) {
+  run_rows(args.rows, args.width, [&](int64_t row) {
+    with_dtype(args.dtype, [&]<typename T>() {
+      const T* gate = static_cast<const T*>(args.gate.data) + row * args.gate.stride;
+      const T* up = static_cast<const T*>(args.up.data) + row * args.up.stride;
+      T* out = static_cast<T*>(args.out.data) + row * args.out.stride;
+      for (int64_t j = 0; j < args.width; j += kLanes) {
+        const int64_t n = min(kLanes, args.width - j);
+        store_n(out + j, mul(activate(load_n(gate + j, n), args.act), load_n(up + j, n)), n);
+      }
+    });
+  });
+}

@@ -1,0 +1,106 @@
+// Eight fp32 lanes. Included inside the instruction set's namespace; vec_avx512.h offers the same functions.
+#pragma once
+
+constexpr int kLanes = 8;
+using Vec = __m256;
+
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec set1(float x) { return _mm256_set1_ps(x); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline float sum(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float first_lane(Vec a) { return _mm256_cvtss_f32(a); }
+inline float max_lane(Vec a) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+inline Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec pow2(Vec n) {  // n integral; underflows to zero
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  const Vec power = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+  return _mm256_and_ps(power, _mm256_cmp_ps(n, set1(-126.0f), _CMP_GE_OQ));
+}
+inline Vec copysign(Vec magnitude, Vec sign) {
+  const Vec mask = set1(-0.0f);
+  return _mm256_or_ps(_mm256_and_ps(mask, sign), _mm256_andnot_ps(mask, magnitude));
+}
+
+inline Vec widen(__m128i bits) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)); }
+
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+template <typename T>
+inline Vec load_n(const T* p, int64_t n) {
+  T lanes[kLanes] = {};
+  __builtin_memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+
+inline __m128i narrow(Vec v) {
+  // Round to nearest even; a NaN would round to infinity, so it is put back.
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+}
+inline __m128i narrow_f16(Vec v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+inline void store(bf16* p, Vec v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
+inline void store(f16* p, Vec v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_f16(v)); }
+
+template <typename T>
+inline void store_n(T* p, Vec v, int64_t n) {
+  T lanes[kLanes];
+  store(lanes, v);
+  __builtin_memcpy(p, lanes, n * sizeof(T));
+}
+
+// The two halves of 8 bf16 pairs: elements 0, 2, 4... and 1, 3, 5...
+inline Vec even_half(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+inline Vec odd_half(__m256i pairs) {
+  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+using Pairs = __m256i;
+inline Pairs load_pairs(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Pairs set1_pair(int pair) { return _mm256_set1_epi32(pair); }
+
+// acc[i] += a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1]
+inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
+  return fma(odd_half(a), odd_half(b), fma(even_half(a), even_half(b), acc));
+}
+
+// rows[i] lane j <-> rows[j] lane i
+inline void transpose(Vec rows[kLanes]) {
+  Vec t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    rows[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    rows[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    rows[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    rows[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) rows[i] = t[i];
+}
