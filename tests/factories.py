@@ -1,0 +1,80 @@
+"""Tiny real models and adapters, made in a second: a random Llama with a byte tokenizer, and PEFT adapters for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per byte, four special tokens and a chat template."""
+    vocab = {text: i for i, text in enumerate([*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", model_max_length=512
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def make_tiny_model(
+    folder: Path, *, num_layers: int = 2, hidden: int = 64, seed: int = 0, max_len: int = 512, scale: float = 0.2
+) -> Path:
+    """Write a random fp32 Llama (4 heads over 2 KV heads) and its tokenizer to `folder`; return it.
+
+    `scale` is the standard deviation of the weights: large enough that greedy choices differ between prompts.
+    """
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=num_layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=max_len, initializer_range=scale,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(
+    folder: Path,
+    model_folder: Path,
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    targets: Sequence[str] = ALL_LINEAR,
+    seed: int = 1,
+    scale: float = 0.3,
+) -> Path:
+    """Write a PEFT LoRA adapter for the model in `model_folder` to `folder`; return it.
+
+    Both matrices are random (normal, standard deviation `scale`), so that the adapter changes the answer.
+    """
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, scale / rank**0.5, generator=generator)
+    model.save_pretrained(folder)
+    return folder
