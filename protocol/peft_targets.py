@@ -1,0 +1,137 @@
+"""Which layers a LoRA config means: PEFT's own matching rules (`check_target_module_exists`, `get_pattern_key`, 0.21).
+
+Patterns come from strangers' files, so they run on RE2, whose time is linear in the text: Python's `re` would let one
+config hold the interpreter lock for hours. A pattern counts only if both read it the same way; otherwise it is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import re2
+
+MAX_PATTERN_CHARS = 16_384
+MIN_CONDENSED_TARGETS = 20
+"""From this many targets on, PEFT replaces the list by shorter suffixes before it looks at `layers_to_transform`."""
+
+_LITERAL = re.compile(r"[\w.-]+", re.ASCII)
+_READ_DIFFERENTLY = re.compile(r"\[[:.=]|\{,")  # POSIX classes in RE2, a lower bound of 0 in Python
+
+
+class BadPattern(ValueError):
+    """A regular expression that PEFT or RE2 does not take, or that they would read differently."""
+
+
+def compile_pattern(pattern: str) -> Any:
+    """Return `pattern` for RE2. Raises BadPattern."""
+    if len(pattern) > MAX_PATTERN_CHARS:
+        raise BadPattern(f"is {len(pattern)} characters long; the limit is {MAX_PATTERN_CHARS}")
+    if not pattern.isascii() or not pattern.isprintable() or _READ_DIFFERENTLY.search(pattern):
+        raise BadPattern("uses a construct that is not served in patterns")
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        compiled = re2.compile(pattern, options)
+        re.compile(pattern)  # what Python cannot read, PEFT cannot either
+    except (re2.error, re.error, OverflowError, RecursionError) as error:
+        detail = error.args[0] if error.args else ""
+        detail = detail.decode(errors="replace") if isinstance(detail, bytes) else str(detail)
+        raise BadPattern(f"is not a pattern that can be served: {detail[:100]}") from None
+    return compiled
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Modules chosen by a list of names or name endings, or by one pattern that must match the whole name."""
+
+    endings: frozenset[str]
+    pattern: Any = None
+
+    @classmethod
+    def read(cls, value: str | Sequence[str]) -> Names:
+        """Read a config's list or pattern. Raises BadPattern."""
+        if isinstance(value, str):
+            return cls(frozenset(), compile_pattern(value))
+        return cls(frozenset(value))
+
+    def chosen(self, module: str) -> bool:
+        if self.pattern is not None:
+            return self.pattern.fullmatch(module) is not None
+        return any(ending in self.endings for ending in _endings(module))
+
+
+def _endings(module: str) -> Iterable[str]:
+    """Yield `a.b.c`, `b.c`, `c`: what a target may be called in a list."""
+    yield module
+    at = module.find(".")
+    while at >= 0:
+        yield module[at + 1 :]
+        at = module.find(".", at + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """`layers_to_transform`: modules chosen by an ending must lie in one of these layers."""
+
+    indices: frozenset[int]
+    patterns: tuple[Any, ...]
+
+    @classmethod
+    def read(cls, indices: Sequence[int], layers_pattern: Sequence[str]) -> Layers:
+        """Read the two config fields. Raises BadPattern."""
+        if not layers_pattern:
+            return cls(frozenset(indices), (compile_pattern(r".*?\.[^.]*\.(?P<idx>\d+)\."),))
+        for pattern in layers_pattern:
+            compile_pattern(pattern)  # alone, so that a stray bracket cannot pair up with ours
+        return cls(
+            frozenset(indices), tuple(compile_pattern(rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\.") for p in layers_pattern)
+        )
+
+    def hold(self, module: str) -> bool:
+        match = next((found for pattern in self.patterns if (found := pattern.match(module))), None)
+        return match is not None and int(match.groupdict()["idx"]) in self.indices
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """All of a config's fields that decide which modules are adapted."""
+
+    targets: Names
+    excluded: Names | None = None
+    layers: Layers | None = None
+
+    def chosen(self, module: str) -> bool:
+        """Tell whether PEFT would adapt `module`, as `model.named_modules()` calls it."""
+        if self.excluded is not None and self.excluded.chosen(module):
+            return False
+        if not self.targets.chosen(module):
+            return False
+        return self.layers is None or module in self.targets.endings or self.layers.hold(module)
+
+
+class PatternMap:
+    """`rank_pattern` or `alpha_pattern`: a number per module name or pattern, the first that matches counts."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        """Raises BadPattern with the offending key in front."""
+        self._values = values
+        self._patterns: list[tuple[str, str, Any]] = []
+        for key in values:
+            try:
+                compile_pattern(key)
+                compiled = compile_pattern(rf"(.*\.)?({key})$")
+            except BadPattern as error:
+                raise BadPattern(f"{key[:100]!r} {error}") from None
+            # A key without special characters can only match names that end as it does: most are passed over cheaply.
+            tail = key.rpartition(".")[2] if _LITERAL.fullmatch(key) else ""
+            self._patterns.append((key, tail, compiled))
+
+    def get(self, module: str, default: Any) -> Any:
+        """Return the number for `module`, `default` if no key matches."""
+        for key, tail, compiled in self._patterns:
+            if module.endswith(tail) and compiled.match(module) is not None:
+                return self._values[key]
+        return self._values.get(module, default)
