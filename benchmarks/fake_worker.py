@@ -16,8 +16,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
-from gpu_worker.request import EngineRequest, TokenOutput
 
+from gpu_worker.request import EngineRequest, TokenOutput
 from gpu_worker.service import EngineStats, OnDeath, OnOutputs, Worker, new_wid, publish_served
 from protocol import messages as m
 from protocol.bus import Bus
