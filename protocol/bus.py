@@ -85,6 +85,27 @@ class Refused:
     length: int
 
 
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """What the queue knows of a request; times are unix milliseconds, 0 for what has not happened."""
+
+    state: str
+    epoch: int
+    finish: str
+    error: str  # JSON of `messages.ErrorInfo`
+    gateway: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+    attempts: int
+    submitted_ms: int
+    first_ms: int
+    ended_ms: int
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.state in m.TERMINAL
+
+
 class Bus:
     """A service's connection to the queue."""
 
@@ -193,6 +214,57 @@ class Bus:
         args = [rid, seq0, ids, logprobs, record_bytes]
         return int(await self._scripts.repair(keys=[self.keys.tag], args=args))
 
+    async def position(self, rid: str, *, limit: int = 1000) -> int | None:
+        """Return how many requests were submitted before a queued one, at most `limit`; None when it is not queued."""
+        ahead = int(await self._scripts.position(keys=[self.keys.tag], args=[rid, limit]))
+        return None if ahead < 0 else ahead
+
+    # ------------------------------------------------------------ requests
+
+    async def requests(self, rids: Sequence[str]) -> list[RequestFacts | None]:
+        """Return the facts of requests, None for one that has expired or never was."""
+        fields = ("state", "epoch", "finish", "error", "gateway", "n_prompt", "attempts", "t_submit", "t_first", "t_end")
+        pipe = self.redis.pipeline(transaction=False)
+        for rid in rids:
+            pipe.hmget(self.keys.req(rid), fields)
+            pipe.strlen(self.keys.tok(rid))
+        replies = await pipe.execute()
+        found: list[RequestFacts | None] = []
+        for row, length in zip(replies[::2], replies[1::2], strict=True):
+            if row[0] is None:
+                found.append(None)
+                continue
+            state, epoch, finish, error, gateway, num_prompt, attempts, *times = ((v or b"").decode() for v in row)
+            submitted, first, ended = (int(t or 0) for t in times)
+            found.append(
+                RequestFacts(
+                    state, int(epoch), finish, error, gateway, int(num_prompt), length // 4, int(attempts or 0),
+                    submitted, first, ended,
+                )
+            )  # fmt: skip
+        return found
+
+    async def read_log(self, rid: str, seq0: int, record_bytes: int = 0) -> m.Delta | None:
+        """Return a request's tokens from index `seq0` on, and its end if it has ended, as if delivered just now.
+
+        `record_bytes` is the size of its logprob records, 0 without them. None when the request is unknown.
+        """
+        pipe = self.redis.pipeline(transaction=False)
+        # The state first: if it is terminal, the tokens read after it are complete.
+        pipe.hmget(self.keys.req(rid), "state", "epoch", "finish", "error")
+        pipe.getrange(self.keys.tok(rid), seq0 * 4, -1)
+        if record_bytes:
+            pipe.getrange(self.keys.lp(rid), seq0 * record_bytes, -1)
+        (state, epoch, finish, error), ids, *rest = await pipe.execute()
+        if state is None:
+            return None
+        ended = state.decode() in m.TERMINAL
+        logprobs = rest[0][: len(ids) // 4 * record_bytes] if rest else b""
+        return m.Delta(
+            rid, int(epoch), seq0, ids, logprobs,
+            finish=(finish or b"").decode() if ended else "", error=(error or b"").decode() if ended else "",
+        )  # fmt: skip
+
     # ------------------------------------------------------------ streams
 
     async def read(self, last_ids: dict[str, bytes], *, block_ms: int, count: int = 256) -> dict[str, list[Entry]]:
@@ -255,6 +327,13 @@ class Bus:
         pipe.delete(self.keys.work(wid), self.keys.ctl(wid), self.keys.worker_beat(wid))
         pipe.zrem(self.keys.workers, wid)
         await pipe.execute()
+
+    async def keep_stream(self, stream: str, *, ttl_s: int, max_age_ms: int) -> bool:
+        """Renew a stream's TTL and drop its entries older than `max_age_ms`. Returns False when it is gone."""
+        pipe = self.redis.pipeline(transaction=False)
+        pipe.expire(stream, ttl_s)
+        pipe.xtrim(stream, minid=now_ms() - max_age_ms, approximate=True)
+        return bool((await pipe.execute())[0])
 
     async def members(self, registry: str, max_age_ms: int | None = None) -> list[str]:
         """Return who is registered, by last beat at most `max_age_ms` ago."""

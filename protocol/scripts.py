@@ -7,7 +7,7 @@ from pathlib import Path
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 
-NAMES = ("submit", "assign", "step", "finish", "cancel", "requeue", "lead", "repair")
+NAMES = ("submit", "assign", "step", "finish", "cancel", "requeue", "lead", "repair", "position")
 _FOLDER = Path(__file__).parent / "lua"
 
 
@@ -22,6 +22,7 @@ class Scripts:
     requeue: AsyncScript
     lead: AsyncScript
     repair: AsyncScript
+    position: AsyncScript
 
     def __init__(self, client: Redis) -> None:
         common = (_FOLDER / "common.lua").read_text()

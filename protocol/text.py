@@ -75,3 +75,56 @@ def _overlap(text: str, stop: str) -> int:
         if stop.startswith(text[-size:]):
             return size
     return 0
+
+
+class OutputText:
+    """The text of one request's output tokens: what of it can be shown so far, and where it ends.
+
+    It ends before the first stop string and before the first token of `end_ids`; neither counts within the first
+    `min_tokens` tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stop: Sequence[str] = (),
+        end_ids: frozenset[int] = frozenset(),
+        min_tokens: int = 0,
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._matcher = StopMatcher(stop)
+        self._end_ids = end_ids
+        self._min_tokens = min_tokens
+        self.num_tokens = 0  # seen, the one that ended the text included
+        self.ended = False
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._matcher.matched
+
+    def add(self, ids: Iterable[int]) -> str:
+        """Return the text that `ids` let out; nothing once the text has ended."""
+        pieces: list[str] = []
+        for id_ in ids:
+            if self.ended:
+                break
+            self.num_tokens += 1
+            may_end = self.num_tokens > self._min_tokens
+            if may_end and id_ in self._end_ids:
+                self.ended = True
+                break
+            text = self._detokenizer.add((id_,))
+            if may_end:
+                text = self._matcher.add(text)
+                self.ended = self._matcher.matched is not None
+            pieces.append(text)
+        return "".join(pieces)
+
+    def finish(self) -> str:
+        """Return what was still held back, once no more ids come."""
+        if self._matcher.matched is not None:
+            return ""
+        self.ended = True
+        return self._matcher.add(self._detokenizer.flush()) + self._matcher.flush()
