@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 CONFIG_VARIABLE = "LORAFLEET_CONFIG"
@@ -15,7 +15,7 @@ CONFIG_VARIABLE = "LORAFLEET_CONFIG"
 class Settings(BaseSettings):
     """Settings of all services; each reads what concerns it. Sizes in the unit their name says."""
 
-    model_config = SettingsConfigDict(env_prefix="LORAFLEET_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="LORAFLEET_", frozen=True, extra="forbid", validate_default=True)
 
     # Everyone
     redis_url: str = Field(default="redis://127.0.0.1:6379/0", description="the queue, redis:// or unix://")
@@ -24,18 +24,20 @@ class Settings(BaseSettings):
     data: Path = Field(
         default=Path("~/.cache/lorafleet"), description="folder for the queue's data, mirrored adapters and caches"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    metrics_port: int = Field(default=0, description="Prometheus port of scheduler, worker and store; 0: none")
-    grace_s: float = Field(default=30.0, description="how long a drain may take")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
+    metrics_port: int = Field(
+        default=0, ge=0, le=65535, description="Prometheus port of scheduler, worker and store; 0: none"
+    )
+    grace_s: float = Field(default=30.0, ge=0, description="how long a drain may take")
 
     # Gateway
-    host: str = "127.0.0.1"
-    port: int = 8000
-    max_queued: int = Field(default=10_000, description="requests waiting in the queue before new ones get 429")
-    max_body_bytes: int = 4 << 20
-    max_choices: int = Field(default=128, description="largest n, and prompts times n in one call")
-    max_stop_strings: int = 64
-    max_logprobs: int = 20
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0: any free one (`up` only)")
+    max_queued: int = Field(default=10_000, ge=1, description="requests waiting in the queue before new ones get 429")
+    max_body_bytes: int = Field(default=4 << 20, ge=1, description="largest HTTP body")
+    max_choices: int = Field(default=128, ge=1, description="largest n, and prompts times n in one call")
+    max_stop_strings: int = Field(default=64, ge=0, description="stop strings in one request")
+    max_logprobs: int = Field(default=20, ge=0, description="largest top_logprobs")
     request_timeout_s: float = Field(default=3600.0, description="deadline of a request")
     job_ttl_s: float = Field(default=86_400.0, description="how long a job and its result are kept")
     keepalive_s: float = Field(default=10.0, description="pause after which a silent stream gets a comment")
@@ -46,10 +48,15 @@ class Settings(BaseSettings):
     affinity_slack_tokens: int = Field(default=4096, description="how far fairness may be bent for adapter affinity")
 
     # Worker
-    workers: int = Field(default=1, description="workers that `lorafleet up` starts")
+    workers: int = Field(default=1, ge=1, description="workers that `lorafleet up` starts")
     worker_name: str = Field(default="", description="stable name across restarts; default: host name and process id")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where a worker computes; auto: a GPU if any"
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto",
+        description="of weights and activations; auto: bfloat16 where the hardware multiplies it, else float32",
+    )
     max_model_len: int = Field(
         default=0, description="longest prompt + output in tokens; 0: what model and cache allow"
     )
@@ -60,7 +67,7 @@ class Settings(BaseSettings):
     adapter_host_bytes: int = Field(
         default=0, description="host memory for packed adapters; 0: a share of what is free"
     )
-    prefix_cache: bool = True
+    prefix_cache: bool = Field(default=True, description="reuse the KV blocks of equal prompt beginnings")
     threads: int = Field(
         default=0, description="CPU threads of a worker; 0: all cores over the workers of this machine"
     )
@@ -71,11 +78,16 @@ class Settings(BaseSettings):
 
     # Store
     adapters: Path | None = Field(default=None, description="folder whose sub-folders are adapters")
-    store_host: str = "127.0.0.1"
-    store_port: int = Field(default=0, description="0: any free port")
+    store_host: str = Field(default="127.0.0.1", description="address the store listens on, for workers")
+    store_port: int = Field(default=0, ge=0, le=65535, description="port the store listens on; 0: any free port")
     store_url: str = Field(default="", description="the store's address as workers see it; default: from host and port")
     scan_interval_s: float = Field(default=1.0, description="how often the adapter folder is looked at")
-    max_adapter_bytes: int = 8 << 30
+    max_adapter_bytes: int = Field(default=8 << 30, ge=1, description="largest adapter")
+
+    @field_validator("data", "adapters")
+    @classmethod
+    def _expand(cls, path: Path | None) -> Path | None:
+        return path.expanduser() if path else path
 
     @classmethod
     def settings_customise_sources(
