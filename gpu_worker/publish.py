@@ -162,20 +162,30 @@ def settle(ledger: Ledger, pending: dict[str, Pending], refused: Sequence[Refuse
         request, new = ledger.held.get(row.rid), pending.get(row.rid)
         if request is None or new is None:
             continue
+        if row.code in ("cancelled", "length"):
+            _adopt(request, new, row.length)
         if row.code == "cancelled":
             pending[row.rid] = Pending(finish="cancelled", num_cached_tokens=new.num_cached_tokens)
             verdict.dropped.append(row.rid)
         elif row.code == "length" and row.length < request.num_logged:
             verdict.repairs.append(request)
-        elif row.code == "length" and row.length == request.num_logged + len(new.ids) // 4:
-            request.log += new.ids
-            request.logprobs += new.logprobs
-            del pending[row.rid]
+        elif row.code == "length" and row.length == request.num_logged:
+            if not new.ids and not new.finish:
+                del pending[row.rid]
         else:  # ended, fenced or expired: somebody else's now
             del pending[row.rid]
             ledger.drop(row.rid)
             verdict.dropped.append(row.rid)
     return verdict
+
+
+def _adopt(request: Held, new: Pending, length: int) -> None:
+    """Count as durable what an earlier try of the same step has written although its reply was lost."""
+    written = min(length - request.num_logged, len(new.ids) // 4)
+    if written > 0:
+        request.log += new.ids[: 4 * written]
+        request.logprobs += new.logprobs[: written * request.record_bytes]
+        new.ids, new.logprobs = new.ids[4 * written :], new.logprobs[written * request.record_bytes :]
 
 
 def _error_text(error: LorafleetError | None) -> str:

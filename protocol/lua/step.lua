@@ -11,15 +11,12 @@ for i = 0, rows - 1 do
   local a = 3 + i * 8
   local rid, epoch, seq0, state = ARGV[a + 1], ARGV[a + 2], tonumber(ARGV[a + 3]), ARGV[a + 6]
   local f = redis.call('HMGET', req_key(rid), 'epoch', 'cancel', 'state')
-  local len, code = 0, nil
+  local len, code = redis.call('STRLEN', P .. ':tok:' .. rid) / 4, nil
   if not f[1] then code = 'missing'
   elseif is_terminal(f[3]) then code = 'terminal'
   elseif f[1] ~= epoch then code = 'stale'
-  elseif f[2] == '1' and state ~= 'cancelled' then code = 'cancelled' end
-  if not code then
-    len = redis.call('STRLEN', P .. ':tok:' .. rid) / 4
-    if len ~= seq0 then code = 'length' end
-  end
+  elseif f[2] == '1' and state ~= 'cancelled' then code = 'cancelled'
+  elseif len ~= seq0 then code = 'length' end
   if code then
     bad[#bad + 1] = rid
     bad[#bad + 1] = code
