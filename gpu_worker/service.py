@@ -388,6 +388,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
 
 def _load(settings: Settings, stores: StoreClient) -> tuple[EnginePort, m.ServedModel]:
     """Build the engine; imports torch, so it runs in a thread and is not part of importing this module."""
-    from gpu_worker.engine import load_engine
+    from gpu_worker.load import load_engine
 
     return load_engine(settings, stores.fetch)

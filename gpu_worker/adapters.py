@@ -1,0 +1,223 @@
+"""Adapters on their way: store → host memory → pool. Loading happens in threads; a step only sees what has arrived.
+
+Everything here but `_run_job` and what it calls runs in the engine's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from gpu_worker.adapter_weights import HostAdapter, PoolWeights
+from protocol.errors import AdapterRefused, Internal, LorafleetError
+
+logger = logging.getLogger(__name__)
+
+NUM_LOADERS = 2
+MAX_STARVED_LOADS = 64
+"""Times an adapter may find no room before those in its way get no new requests until it has been loaded."""
+
+
+class HostTier:
+    """Packed adapters in host memory, least recently used first, within a budget of bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._adapters: OrderedDict[str, HostAdapter] = OrderedDict()
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._adapters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def get(self, digest: str) -> HostAdapter | None:
+        adapter = self._adapters.get(digest)
+        if adapter is not None:
+            self._adapters.move_to_end(digest)
+        return adapter
+
+    def put(self, adapter: HostAdapter, keep: Container[str]) -> None:
+        """Keep an adapter and drop the least recently used ones for it, but none in `keep`, even over the budget."""
+        self._adapters[adapter.digest] = adapter
+        self.num_bytes += adapter.num_bytes
+        for digest in list(self._adapters):
+            if self.num_bytes <= self.max_bytes:
+                break
+            if digest != adapter.digest and digest not in keep:
+                self.num_bytes -= self._adapters.pop(digest).num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """The end of a loader job."""
+
+    digest: str
+    adapter: HostAdapter | None  # None: it failed
+    error: LorafleetError | None
+    copied: bool  # into the pool, not only to the host
+    seconds: float
+
+
+class AdapterCache:
+    """The adapters of one worker in all tiers. Implements the batcher's `AdapterGate`."""
+
+    def __init__(self, weights: PoolWeights, read: Callable[[str], HostAdapter], host_bytes: int) -> None:
+        """`read` fetches and packs an adapter by digest; it runs in a loader thread and may raise LorafleetError."""
+        self.weights = weights
+        self.pool = weights.new_pool()
+        self.pool.cost = self._reload_s
+        self.host = HostTier(host_bytes)
+        self.on_loaded: Callable[[], object] = _ignore  # called from a loader thread when `poll` has news
+        self.on_evicted: Callable[[str], object] = _ignore  # called when an adapter leaves the pool
+        self._read = read
+        self._jobs: dict[str, bool] = {}  # digest -> its job copies into the pool
+        self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
+        self._wanted: set[str] = set()  # of the last `load`
+        self._prefetches: set[str] = set()
+        self._seconds: dict[str, float] = {}  # measured: staging of an adapter
+        self._starved: dict[str, int] = {}  # digest -> loads that found no room
+        self._draining: set[str] = set()  # in the way of a starved one: no new requests
+        self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="loader")
+
+    def close(self) -> None:
+        self._loaders.shutdown(cancel_futures=True)
+
+    # ------------------------------------------------------------ the batcher's gate
+
+    def acquire(self, digest: str) -> int | None:
+        return None if digest in self._draining else self.pool.acquire(digest)
+
+    def release(self, digest: str) -> None:
+        self.pool.release(digest)
+
+    # ------------------------------------------------------------ loading
+
+    @property
+    def loading(self) -> list[str]:
+        return list(self._jobs)
+
+    @property
+    def resident(self) -> list[str]:
+        return [digest for digest, resident in self.pool.residents.items() if resident.visible]
+
+    def prefetch(self, digest: str) -> None:
+        """Bring an adapter to the host and, if there is room without sending another away, into the pool."""
+        if digest not in self.pool.residents:
+            self._prefetches.add(digest)
+            self._advance(digest, self.pool.residents)
+
+    def load(self, wanted: Iterable[str]) -> dict[str, LorafleetError]:
+        """Start what waiting requests need next. Returns the adapters that cannot be loaded.
+
+        wanted: digests, most urgent first. An adapter never pushes out one that is wanted more.
+        """
+        failed: dict[str, LorafleetError] = {}
+        ahead: dict[str, None] = {}
+        for digest in wanted:
+            if digest in ahead:
+                continue
+            if digest not in self.pool.residents:
+                error = self._advance(digest, ahead)
+                if error is not None:
+                    failed[digest] = error
+            ahead[digest] = None
+        self._wanted = set(ahead)
+        for digest in self._starved.keys() - self._wanted:
+            self._end_starving(digest)
+        return failed
+
+    def _advance(self, digest: str, keep: Container[str]) -> LorafleetError | None:
+        """Start an adapter's next step towards the pool, if one can be started."""
+        if digest in self._jobs:
+            return None
+        adapter = self.host.get(digest)
+        if adapter is None:
+            self._start(digest, copies=False, job=lambda: self._read(digest))
+            return None
+        if not self.pool.can_ever_hold(adapter.num_pages):
+            needed, total = self.pool.bytes_of(adapter.num_pages), self.pool.total_bytes
+            return AdapterRefused([f"it needs {needed} bytes of the adapter pool, whose groups share {total}"])
+        evicted = self.pool.reserve(digest, adapter.num_pages, keep)
+        if evicted is None:
+            if keep is not self.pool.residents:
+                self._starve(digest, adapter, keep)
+            return None
+        for other in evicted:
+            self.on_evicted(other)
+        self._end_starving(digest)
+        pages = self.pool.residents[digest].pages
+        self._start(digest, copies=True, job=lambda: self._copy(adapter, pages))
+        return None
+
+    def _start(self, digest: str, *, copies: bool, job: Callable[[], HostAdapter]) -> None:
+        self._jobs[digest] = copies
+        self._loaders.submit(self._run_job, digest, copies, job)
+
+    def _starve(self, digest: str, adapter: HostAdapter, keep: Container[str]) -> None:
+        self._starved[digest] = self._starved.get(digest, 0) + 1
+        if self._starved[digest] > MAX_STARVED_LOADS and not self._draining:
+            self._draining = set(self.pool.blockers(adapter.num_pages, keep))
+
+    def _end_starving(self, digest: str) -> None:
+        if self._starved.pop(digest, None) is not None and not self._starved:
+            self._draining = set()
+
+    def poll(self) -> dict[str, LorafleetError]:
+        """Take in what the loaders have finished. Returns the adapters that failed."""
+        failed: dict[str, LorafleetError] = {}
+        while not self._done.empty():
+            done = self._done.get()
+            del self._jobs[done.digest]
+            if done.adapter is None:
+                assert done.error is not None
+                failed[done.digest] = done.error
+                self._prefetches.discard(done.digest)
+                if done.copied:
+                    self.pool.remove(done.digest)
+            elif done.copied:
+                resident = self.pool.residents[done.digest]
+                self.weights.publish(resident.slot, done.adapter, resident.pages)
+                self.pool.publish(done.digest)
+            else:
+                self._seconds[done.digest] = done.seconds
+                self.host.put(done.adapter, self._wanted)
+                if done.digest in self._prefetches:
+                    self._prefetches.discard(done.digest)
+                    self._advance(done.digest, self.pool.residents)
+        return failed
+
+    def _reload_s(self, digest: str) -> float:
+        """Return the seconds it would take to bring an adapter back from where it would fall to."""
+        copy_s = 1e-3
+        return copy_s if digest in self.host else copy_s + self._seconds.get(digest, 0.1)
+
+    # ------------------------------------------------------------ in loader threads
+
+    def _run_job(self, digest: str, copies: bool, job: Callable[[], HostAdapter]) -> None:
+        started = time.perf_counter()
+        adapter: HostAdapter | None = None
+        error: LorafleetError | None = None
+        try:
+            adapter = job()
+        except LorafleetError as known:
+            error = known
+        except Exception:  # a loader's edge: the adapter's requests must hear of it
+            logger.exception("loading adapter %.12s failed", digest)
+            error = Internal(f"loading adapter {digest:.12} failed")
+        self._done.put(_Done(digest, adapter, error, copies, time.perf_counter() - started))
+        self.on_loaded()
+
+    def _copy(self, adapter: HostAdapter, pages: list[list[int]]) -> HostAdapter:
+        self.weights.copy_rows(adapter, pages)
+        return adapter
+
+
+def _ignore(*_: object) -> None:
+    """Nobody wants to know."""

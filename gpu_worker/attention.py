@@ -1,0 +1,124 @@
+"""Paged attention inside a Hugging Face model: the function registered with its AttentionInterface.
+
+The model calls it with the step's queries, keys and values; where they belong is in the `StepContext` that the layer's
+`PagedLayer` points to. No mask function is registered: transformers then builds no mask, and causality, windows and
+sequence borders come from the paged cache. No `Cache` object is passed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from lora_kernels import ops
+
+ATTENTION = "lorafleet"
+_SLOT = "_lorafleet_layer"
+
+
+@dataclass(slots=True)
+class StepContext:
+    """The step's work lists, set before each forward pass; every layer of the model reads them here."""
+
+    attention: ops.AttentionBatch | None = None
+    lora: ops.LoraBatch | None = None  # None: no token of the step has an adapter
+    lora_logits: ops.LoraBatch | None = None  # the same for the rows that go through the head
+
+
+@dataclass(slots=True)
+class AttentionCall:
+    """How a layer calls attention, seen in a trial run."""
+
+    module: nn.Module
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    window: int
+    is_causal: bool
+
+
+class PagedLayer:
+    """One attention layer's share of the KV cache."""
+
+    def __init__(self, call: AttentionCall, context: StepContext, impl: ops.Impl | None) -> None:
+        self.call = call
+        self.context = context
+        self.impl: ops.Impl | None = impl
+        self.k_cache: Tensor | None = None  # [blocks, Hkv, 16, D]
+        self.v_cache: Tensor | None = None  # [blocks, Hkv, 16, Dv]
+
+    def block_bytes(self, dtype: torch.dtype) -> int:
+        call = self.call
+        return ops.BLOCK_TOKENS * call.num_kv_heads * (call.head_dim + call.value_dim) * dtype.itemsize
+
+    def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        call = self.call
+        shape = (num_blocks, call.num_kv_heads, ops.BLOCK_TOKENS)
+        self.k_cache = torch.zeros(*shape, call.head_dim, dtype=dtype, device=device)
+        self.v_cache = torch.zeros(*shape, call.value_dim, dtype=dtype, device=device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
+        """Write the step's k [T, Hkv, D] and v [T, Hkv, Dv], attend with q [T, Hq, D]: [T, Hq, Dv]."""
+        batch = self.context.attention
+        if batch is None or self.k_cache is None or self.v_cache is None:
+            raise RuntimeError("attention was called before the step's work list and the cache were there")
+        ops.kv_write_(k, v, self.k_cache, self.v_cache, batch, impl=self.impl)
+        return ops.paged_attention(
+            q, self.k_cache, self.v_cache, batch,
+            scale=scale, window=self.call.window, softcap=softcap, sinks=sinks, impl=self.impl,
+        )  # fmt: skip
+
+
+class Recorder:
+    """Collects the attention calls of a trial run, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[AttentionCall] = []
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> None:
+        self.calls.append(
+            AttentionCall(
+                module=module,
+                num_heads=q.shape[1],
+                num_kv_heads=k.shape[1],
+                head_dim=q.shape[3],
+                value_dim=v.shape[3],
+                window=kwargs.get("sliding_window") or 0,
+                is_causal=kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False,
+            )
+        )
+
+
+def bind(module: nn.Module, layer: PagedLayer | Recorder) -> None:
+    """Make `paged_attention_forward` use `layer` for calls from `module`."""
+    module.__dict__[_SLOT] = layer
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend over the paged cache, as transformers calls it. q, k, v: [1, heads, T, D]; returns [1, T, heads, Dv]."""
+    layer = module.__dict__[_SLOT]
+    if type(layer) is Recorder:
+        layer.attend(module, query, key, value, kwargs)
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    out = layer.attend(
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
+        scale, kwargs.get("softcap") or 0.0, kwargs.get("s_aux"),
+    )  # fmt: skip
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION, paged_attention_forward)

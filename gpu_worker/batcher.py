@@ -1,0 +1,206 @@
+"""Which tokens of which requests the next step computes. Pure.
+
+There is no prefill phase and no decode phase: every sequence has `num_computed` chasing `num_tokens`, and a step gives
+each some tokens within a budget. What lacks blocks, budget or its adapter is passed over; nothing waits for it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from gpu_worker.blocks import BlockPool, chain_hash, chain_seed
+from gpu_worker.request import Sequence
+
+BLOCK_TOKENS = 16
+
+MAX_SKIPS = 64
+"""Plans in which others may overtake a request that lacks blocks; then admission waits for it."""
+
+
+class AdapterGate(Protocol):
+    """The adapter pool as the batcher sees it."""
+
+    def acquire(self, digest: str) -> int | None:
+        """Take a reference to a resident adapter and return its slot; None while it is not resident."""
+        ...
+
+    def release(self, digest: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_num_seqs: int
+    max_step_tokens: int
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_num_seqs <= self.max_step_tokens:
+            raise ValueError("max_step_tokens must be at least max_num_seqs, so that every step can decode all")
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """Tokens to compute per sequence, decodes first."""
+
+    num_new: dict[Sequence, int] = field(default_factory=dict)
+    preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.num_new.values())
+
+
+class Batcher:
+    """The running and waiting sequences of one engine."""
+
+    def __init__(self, limits: Limits, blocks: BlockPool, gate: AdapterGate, fingerprint: str) -> None:
+        self.limits = limits
+        self.blocks = blocks
+        self.running: list[Sequence] = []  # in order of admission
+        self.waiting: deque[Sequence] = deque()  # in the scheduler's order; preempted ones first
+        self._gate = gate
+        self._fingerprint = fingerprint
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self.running
+        yield from self.waiting
+
+    def __len__(self) -> int:
+        return len(self.running) + len(self.waiting)
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """Forget a sequence and free what it holds. It must not be part of a plan that is still to be completed."""
+        if seq in self.running:
+            self.running.remove(seq)
+            self._free(seq)
+        else:
+            self.waiting.remove(seq)
+
+    def plan(self) -> StepPlan:
+        """Choose the next step's tokens and give each chosen sequence the blocks it needs."""
+        plan = StepPlan()
+        budget = self.limits.max_step_tokens
+        for seq in sorted(self.running, key=lambda seq: seq.num_pending > 1):
+            if budget > 0 and seq not in plan.preempted:
+                plan_new = min(seq.num_pending, budget)
+                budget += self._grow(seq, plan_new, plan)
+                if seq not in plan.preempted:
+                    plan.num_new[seq] = plan_new
+                    budget -= plan_new
+        if not plan.preempted:
+            self._admit_waiting(plan, budget)
+        return plan
+
+    def complete(self, plan: StepPlan) -> None:
+        """Note that a plan's tokens are computed; their full blocks can be hit from now on."""
+        for seq, num_new in plan.num_new.items():
+            first = seq.num_computed // BLOCK_TOKENS
+            seq.num_computed += num_new
+            if self.limits.prefix_cache:
+                last = seq.num_computed // BLOCK_TOKENS
+                self._extend_hashes(seq, last)
+                for i in range(first, last):
+                    self.blocks.publish(seq.blocks[i], seq.hashes[i], seq.request.digest)
+
+    def _grow(self, seq: Sequence, num_new: int, plan: StepPlan) -> int:
+        """Give a running sequence the blocks for `num_new` more tokens, preempting the latest arrivals if need be.
+
+        Returns the token budget that preempted members of the plan give back. `seq` itself may be what is preempted.
+        """
+        given_back = 0
+        missing = _num_blocks(seq.num_computed + num_new) - len(seq.blocks)
+        while missing > self.blocks.num_free:
+            victim = self.running[-1]
+            given_back += plan.num_new.pop(victim, 0)
+            self._preempt(victim)
+            plan.preempted.append(victim)
+            if victim is seq:
+                return given_back
+        if missing > 0:
+            seq.blocks += self.blocks.allocate(missing)
+        return given_back
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take back a sequence's blocks and adapter but keep its tokens; it is first in line again."""
+        self.running.remove(seq)
+        self._free(seq)
+        self.waiting.appendleft(seq)
+
+    def _free(self, seq: Sequence) -> None:
+        self.blocks.release(seq.blocks)
+        seq.blocks = []
+        seq.num_computed = 0
+        if seq.request.digest:
+            self._gate.release(seq.request.digest)
+            seq.slot = -1
+
+    def _admit_waiting(self, plan: StepPlan, budget: int) -> None:
+        for seq in list(self.waiting):
+            if budget == 0 or len(self.running) == self.limits.max_num_seqs:
+                return
+            num_new = self._admit(seq, budget)
+            if num_new:
+                plan.num_new[seq] = num_new
+                budget -= num_new
+            elif seq.num_skips > MAX_SKIPS:
+                return
+
+    def _admit(self, seq: Sequence, budget: int) -> int:
+        """Start a waiting sequence if its blocks and adapter are there. Returns its tokens in this step, 0 if not."""
+        cached = self._lookup(seq)
+        num_cached = len(cached) * BLOCK_TOKENS
+        num_new = min(seq.num_tokens - num_cached, budget)
+        # It must fit whole, with a block of growth for everyone who runs, or it would soon be preempted again.
+        wanted = _num_blocks(seq.num_tokens) - len(cached) + len(self.running)
+        if wanted > self.blocks.num_free - self.blocks.num_idle(cached):
+            seq.num_skips += 1
+            return 0
+        if seq.request.digest:
+            slot = self._gate.acquire(seq.request.digest)
+            if slot is None:
+                return 0
+            seq.slot = slot
+        self.blocks.take(cached)
+        seq.blocks = cached + self.blocks.allocate(_num_blocks(num_cached + num_new) - len(cached))
+        seq.num_computed = num_cached
+        seq.num_skips = 0
+        if seq.num_cached is None:
+            seq.num_cached = min(num_cached, seq.num_prompt)
+        self.waiting.remove(seq)
+        self.running.append(seq)
+        return num_new
+
+    def _lookup(self, seq: Sequence) -> list[int]:
+        """Return the cached blocks of a sequence's beginning; its last token is always computed, for its logits."""
+        if not self.limits.prefix_cache:
+            return []
+        num_full = (seq.num_tokens - 1) // BLOCK_TOKENS
+        self._extend_hashes(seq, num_full)
+        return self.blocks.lookup(seq.hashes[:num_full])
+
+    def _extend_hashes(self, seq: Sequence, num_blocks: int) -> None:
+        request = seq.request
+        while len(seq.hashes) < num_blocks:
+            start = len(seq.hashes) * BLOCK_TOKENS
+            if seq.hashes:
+                parent = seq.hashes[-1]
+            else:
+                parent = chain_seed(self._fingerprint, request.digest, request.lora_scale, request.salt)
+            seq.hashes.append(chain_hash(parent, seq.tokens[start : start + BLOCK_TOKENS]))
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless blocks and sequences agree."""
+        self.blocks.check_integrity([seq.blocks for seq in self])
+        for seq in self.waiting:
+            if seq.blocks or seq.num_computed or seq.slot >= 0:
+                raise AssertionError(f"{seq.rid} waits but holds blocks or an adapter slot")
+
+
+def _num_blocks(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_TOKENS)

@@ -1,0 +1,221 @@
+"""The engine: requests in, one `step` at a time, tokens out. One thread; see `thread.py` for the one that runs it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from gpu_worker.adapters import AdapterCache
+from gpu_worker.batcher import Batcher, Limits
+from gpu_worker.blocks import BlockPool
+from gpu_worker.finish import StopCheck
+from gpu_worker.model import BaseModel
+from gpu_worker.request import EngineRequest, EngineStats, Sequence, TokenOutput
+from gpu_worker.runner import Runner
+from gpu_worker.sampling import SampleRow, sample
+from protocol.errors import BadRequest, Internal, LorafleetError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Sizes of one engine, all decided."""
+
+    limits: Limits
+    num_blocks: int
+    max_model_len: int  # tokens of prompt and output of one request
+
+
+class Engine:
+    """Runs requests of any adapters together, step by step."""
+
+    def __init__(
+        self, model: BaseModel, config: EngineConfig, adapters: AdapterCache, tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.adapters = adapters
+        self.runner = Runner(model, config.num_blocks)
+        self.runner.check()
+        self.blocks = BlockPool(config.num_blocks)
+        self.batcher = Batcher(config.limits, self.blocks, adapters, model.fingerprint)
+        adapters.on_evicted = self.blocks.demote
+        self.can_step = False  # whether the next step may do something without a new request or adapter
+        self._tokenizer = tokenizer
+        self._seqs: dict[str, Sequence] = {}
+        self._stops: dict[str, StopCheck] = {}
+        self._outputs: list[TokenOutput] = []  # made outside a forward pass, given out by the next step
+        self._step_s = 0.0
+        self._tokens_per_s = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is held or any output waits to be given out."""
+        return bool(self._seqs or self._outputs)
+
+    def add(self, request: EngineRequest) -> None:
+        """Take a request. What is wrong with it comes out of the next step as its error."""
+        try:
+            self._start(request)
+        except LorafleetError as error:
+            self._outputs.append(
+                TokenOutput(request.rid, request.epoch, len(request.output), finish="error", error=error)
+            )
+
+    def _start(self, request: EngineRequest) -> None:
+        if request.rid in self._seqs:
+            raise Internal(f"request {request.rid} is running already")
+        _check(request, self.config.max_model_len, self.model.vocab_size)
+        seq = Sequence(request, self.config.max_model_len)
+        stop = StopCheck(seq, self.model.eos_ids, self._tokenizer)
+        finish = ""
+        for token in request.output:
+            finish = finish or stop.add(token)
+        if finish:  # its last worker died between its last token and its end
+            self._outputs.append(_output(seq, [], b"", finish, stop.stop))
+            return
+        self._seqs[request.rid], self._stops[request.rid] = seq, stop
+        self.batcher.add(seq)
+
+    def cancel(self, rid: str) -> None:
+        """Forget a request; nothing more comes out for it."""
+        self._outputs = [output for output in self._outputs if output.rid != rid]
+        if rid in self._seqs:
+            self._end(self._seqs[rid])
+
+    def hand_over(self) -> list[str]:
+        """Forget all requests; returns their ids."""
+        rids = list(self._seqs)
+        for seq in list(self._seqs.values()):
+            self._end(seq)
+        self._outputs = []
+        return rids
+
+    def _end(self, seq: Sequence) -> None:
+        self.batcher.remove(seq)
+        del self._seqs[seq.rid], self._stops[seq.rid]
+        if not self._seqs:
+            self.batcher.check_integrity()
+            self.adapters.pool.check_integrity()
+
+    def step(self) -> list[TokenOutput]:
+        """Compute one batch. Returns what it made of each request that got a token or ended."""
+        started = time.perf_counter()
+        self._fail_adapters(self.adapters.poll())
+        plan = self.batcher.plan()
+        # After the plan, so that no adapter leaves the pool that the plan could use.
+        self._fail_adapters(self.adapters.load(self._wanted_adapters()))
+        if plan.num_new:
+            ready, logits = self.runner.run(plan)
+            self.batcher.complete(plan)
+            if logits is not None:
+                self._choose_tokens(ready, logits)
+            self._note_step(time.perf_counter() - started, len(ready))
+        outputs, self._outputs = self._outputs, []
+        self.can_step = bool(plan.num_new and self._seqs)
+        return outputs
+
+    def _wanted_adapters(self) -> list[str]:
+        return [seq.request.digest for seq in self.batcher.waiting if seq.request.digest]
+
+    def _fail_adapters(self, failed: dict[str, LorafleetError]) -> None:
+        """End the requests that wait for an adapter that cannot be loaded."""
+        if not failed:
+            return
+        for seq in list(self.batcher.waiting):
+            error = failed.get(seq.request.digest)
+            if error is not None:
+                self._outputs.append(_failed(seq, error))
+                self._end(seq)
+
+    def prefetch(self, digest: str) -> None:
+        """Bring an adapter towards the pool, for a request that will come."""
+        self.adapters.prefetch(digest)
+
+    def _choose_tokens(self, ready: list[Sequence], logits: Tensor) -> None:
+        sampled = sample(logits, [self._sample_row(seq) for seq in ready])
+        for i, seq in enumerate(ready):
+            if sampled.finite[i]:
+                self._outputs.append(self._take(seq, int(sampled.ids[i]), sampled.logprobs[i]))
+            else:
+                self._outputs.append(_failed(seq, Internal("the model's logits are not finite")))
+                self._end(seq)
+
+    def _sample_row(self, seq: Sequence) -> SampleRow:
+        return SampleRow(seq.request.sampling, seq.tokens[: seq.num_prompt], seq.output, self._stops[seq.rid].banned)
+
+    def _take(self, seq: Sequence, token: int, logprobs: bytes) -> TokenOutput:
+        """Append a chosen token and see whether it ends the request."""
+        stop = self._stops[seq.rid]
+        seq.append(token)
+        finish = stop.add(token)
+        if finish:
+            self._end(seq)
+        return _output(seq, [token], logprobs, finish, stop.stop)
+
+    def _note_step(self, seconds: float, num_tokens: int) -> None:
+        old = 0.9 if self._step_s else 0.0
+        self._step_s = old * self._step_s + (1 - old) * seconds
+        self._tokens_per_s = old * self._tokens_per_s + (1 - old) * num_tokens / seconds
+
+    def stats(self) -> EngineStats:
+        pool = self.adapters.pool
+        resident = set(self.adapters.resident)
+        return EngineStats(
+            capacity=self.config.limits.max_num_seqs,
+            running=len(self.batcher.running),
+            waiting=len(self.batcher.waiting),
+            waiting_adapter=sum(digest not in resident for digest in self._wanted_adapters()),
+            kv_blocks_free=self.blocks.num_free,
+            kv_blocks_total=self.blocks.num_blocks,
+            pool_bytes_free=pool.free_bytes,
+            pool_bytes_total=pool.total_bytes,
+            step_ms=1000 * self._step_s,
+            tokens_per_s=self._tokens_per_s,
+            resident=list(resident),
+            loading=self.adapters.loading,
+            host=list(self.adapters.host),
+        )
+
+
+def _check(request: EngineRequest, max_model_len: int, vocab_size: int) -> None:
+    """Raise BadRequest for what no step could compute."""
+    num = len(request.prompt)
+    if num == 0:
+        raise BadRequest("the prompt is empty", param="prompt")
+    if num >= max_model_len:
+        raise BadRequest(
+            f"the prompt has {num} tokens, this model takes at most {max_model_len} with the output",
+            code="context_length_exceeded",
+        )
+    if request.prompt.min() < 0 or request.prompt.max() >= vocab_size:
+        raise BadRequest(f"the prompt holds token ids outside 0 … {vocab_size - 1}", param="prompt")
+    ids = [*request.sampling.logit_bias, *request.stop_token_ids]
+    if any(not 0 <= token < vocab_size for token in ids):
+        raise BadRequest(f"logit_bias or stop_token_ids holds ids outside 0 … {vocab_size - 1}")
+    if request.max_new_tokens < 1:
+        raise BadRequest("max_new_tokens must be at least 1", param="max_tokens")
+
+
+def _output(seq: Sequence, ids: list[int], logprobs: bytes, finish: str, stop: str) -> TokenOutput:
+    return TokenOutput(
+        rid=seq.rid,
+        epoch=seq.request.epoch,
+        seq0=seq.num_output - len(ids),
+        ids=ids,
+        logprobs=logprobs,
+        finish=finish,
+        stop=stop if finish == "stop" else "",
+        num_cached_tokens=seq.num_cached or 0,
+    )
+
+
+def _failed(seq: Sequence, error: LorafleetError) -> TokenOutput:
+    output = _output(seq, [], b"", "error", "")
+    output.error = error
+    return output

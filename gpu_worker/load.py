@@ -1,0 +1,107 @@
+"""From settings to a running engine: the model, the sizes of its caches, what the fleet may know of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+from tokenizers import Tokenizer
+
+from gpu_worker.adapter_weights import HostAdapter, PoolWeights, pack_adapter
+from gpu_worker.adapters import AdapterCache
+from gpu_worker.batcher import BLOCK_TOKENS, Limits
+from gpu_worker.engine import Engine, EngineConfig
+from gpu_worker.fetch import AdapterFiles
+from gpu_worker.memory import GiB, free_bytes, share
+from gpu_worker.model import BaseModel, choose_device, choose_dtype, load_model
+from gpu_worker.thread import EngineThread
+from lora_kernels import ops
+from protocol import messages as m
+from protocol.bus import now_ms
+from protocol.errors import BadRequest
+from protocol.model_files import WEIGHT_FILES, model_folder, served_name
+from protocol.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+def load_engine(settings: Settings, fetch: Callable[[str], AdapterFiles]) -> tuple[EngineThread, m.ServedModel]:
+    """Load the model and build an engine around it. Takes seconds to minutes. Raises BadRequest, Internal.
+
+    `fetch` returns an adapter's files by digest; it is called in loader threads and may block.
+    """
+    started = time.monotonic()
+    device = choose_device(settings.device)
+    if device.type == "cpu":
+        torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.workers))
+    impl: ops.Impl | None = "reference" if settings.kernels == "reference" else None
+    folder = model_folder(settings.model, WEIGHT_FILES)
+    model = load_model(folder, device, choose_dtype(settings.dtype, device), impl)
+    tokenizer_file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(tokenizer_file)) if tokenizer_file.is_file() else None
+    engine, served = build_engine(model, settings, fetch, tokenizer)
+    logger.info(
+        "%s in %s on %s: room for %d KV tokens, %d tokens a request, %.1f MiB of adapters; ready in %.1f s",
+        served.name, served.dtype, device, engine.blocks.num_blocks * BLOCK_TOKENS, served.max_model_len,
+        engine.adapters.pool.total_bytes / (1 << 20), time.monotonic() - started,
+    )  # fmt: skip
+    return EngineThread(engine), served
+
+
+def build_engine(
+    model: BaseModel, settings: Settings, fetch: Callable[[str], AdapterFiles], tokenizer: Tokenizer | None
+) -> tuple[Engine, m.ServedModel]:
+    """Allocate the caches of a loaded model and put the engine together."""
+    config = engine_config(model, settings)
+    served = served_model(model, config, settings)
+    # Two workers of one machine start at the same time: what is free is for all of them.
+    free = free_bytes(model.device) // (settings.workers if model.device.type == "cpu" else 1)
+    on_cpu = model.device.type == "cpu"
+    pool_bytes = share(settings.adapter_pool_bytes, free, 0.25, 2 * GiB if on_cpu else 16 * GiB)
+    host_bytes = share(settings.adapter_host_bytes, free_bytes(torch.device("cpu")), 0.1, 2 * GiB)
+    weights = PoolWeights(model.sites, model.shared, pool_bytes, model.device)
+
+    def read(digest: str) -> HostAdapter:
+        files = fetch(digest)
+        return pack_adapter(digest, files.config, files.weights, model.sites, served)
+
+    return Engine(model, config, AdapterCache(weights, read, host_bytes), tokenizer), served
+
+
+def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:
+    """Decide every size of the engine. Raises BadRequest when settings contradict each other."""
+    on_cpu = model.device.type == "cpu"
+    max_num_seqs = settings.max_num_seqs or (64 if on_cpu else 256)
+    max_step_tokens = max(settings.max_step_tokens or (512 if on_cpu else 2048), max_num_seqs)
+    limits = Limits(max_num_seqs, max_step_tokens, settings.prefix_cache)
+    free = free_bytes(model.device) // (settings.workers if on_cpu else 1)
+    kv_bytes = share(settings.kv_cache_bytes, free, 0.25 if on_cpu else 0.6, 2 * GiB if on_cpu else 1 << 62)
+    num_blocks = kv_bytes // sum(layer.block_bytes(model.dtype) for layer in model.layers)
+    room = num_blocks * BLOCK_TOKENS
+    longest = model.max_positions or room
+    if settings.max_model_len > longest:
+        raise BadRequest(f"max_model_len is {settings.max_model_len}, the model is made for {longest} tokens")
+    max_model_len = settings.max_model_len or min(longest, room)
+    if room < max(max_model_len, BLOCK_TOKENS):
+        raise BadRequest(f"kv_cache_bytes holds {room} tokens: too few for one request of {max_model_len}")
+    num_blocks = min(num_blocks, max_num_seqs * -(-max_model_len // BLOCK_TOKENS))
+    return EngineConfig(limits, num_blocks, max_model_len)
+
+
+def served_model(model: BaseModel, config: EngineConfig, settings: Settings) -> m.ServedModel:
+    """Return what the fleet may know of the model."""
+    sites = [m.SiteShape(site.name, site.in_features, site.out_features, site.kind) for site in model.sites]
+    return m.ServedModel(
+        model=settings.model,
+        name=served_name(settings.model, settings.served_name),
+        fingerprint=model.fingerprint,
+        model_type=model.config.model_type,
+        vocab_size=model.vocab_size,
+        max_model_len=config.max_model_len,
+        sites=sites + [m.SiteShape(name, *shape, "embedding") for name, shape in model.embeddings.items()],
+        dtype=str(model.dtype).removeprefix("torch."),
+        tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
+        created_ms=now_ms(),
+    )

@@ -1,0 +1,156 @@
+"""The linear layers of a model as LoRA sites: each computes its base output and adds what the step's adapters say.
+
+Layers that read the same input (q, k, v; gate, up) are siblings: found by watching a trial run, they share one GEMM
+and one LoRA operation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gpu_worker.attention import StepContext
+from lora_kernels import ops
+
+GROUPS = ("attention", "mlp", "other")
+"""Page spaces of the adapter pool: an adapter that leaves a group alone takes no page of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteInfo:
+    """A linear layer that LoRA can adapt."""
+
+    name: str  # in the model, such as "model.layers.0.self_attn.q_proj"
+    index: int  # column in the adapter table
+    group: int  # index into GROUPS
+    in_features: int
+    out_features: int
+    kind: Literal["linear", "conv1d"]
+    dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class LinearCall:
+    """A call of a linear layer, seen in a trial run."""
+
+    name: str
+    module: nn.Module
+    x: Tensor  # kept, so that equal inputs can be told by identity
+    is_head: bool  # its rows are the positions that need logits, not all tokens
+
+
+class SharedInput:
+    """Sibling linear layers: the first one called computes the outputs of all."""
+
+    def __init__(self, linears: list[nn.Module], context: StepContext, *, is_head: bool, impl: ops.Impl | None) -> None:
+        self.context = context
+        self.is_head = is_head
+        self.impl: ops.Impl | None = impl
+        self.sites: list[ops.LoraSite] = []  # set once the pool is allocated
+        self.table: ops.AdapterTable | None = None
+        weights = [_weight(linear) for linear in linears]
+        self._sizes = [len(weight) for weight in weights]
+        self._weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        self._bias = _joint_bias(linears, weights)
+        self._x: Tensor | None = None
+        self._outs: list[Tensor] = []
+
+    @property
+    def num_siblings(self) -> int:
+        return len(self._sizes)
+
+    def output(self, index: int, x: Tensor) -> Tensor:
+        """Return the output of sibling `index` for x [..., K]."""
+        if len(self._sizes) == 1:
+            return self._compute(x)[0]
+        if x is not self._x:
+            self._x, self._outs = x, self._compute(x)
+        out = self._outs[index]
+        if index == len(self._outs) - 1:
+            self._x, self._outs = None, []
+        return out
+
+    def _compute(self, x: Tensor) -> list[Tensor]:
+        rows = x.reshape(-1, x.shape[-1])
+        out = F.linear(rows, self._weight, self._bias)
+        outs = list(out.split(self._sizes, dim=-1)) if len(self._sizes) > 1 else [out]
+        batch = self.context.lora_logits if self.is_head else self.context.lora
+        if batch is not None and self.table is not None:
+            ops.lora_add_(outs, rows, self.sites, self.table, batch, impl=self.impl)
+        return [out.view(*x.shape[:-1], out.shape[-1]) for out in outs]
+
+
+class SiteLinear(nn.Module):
+    """Stands in the model for a linear layer; keeps its parameters and their names."""
+
+    def __init__(self, linear: nn.Module, shared: SharedInput, index: int) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.out_features, self.in_features = _weight(linear).shape
+        self._shared = shared
+        self._index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._shared.output(self._index, x)
+
+
+def find_siblings(calls: list[LinearCall]) -> list[list[LinearCall]]:
+    """Group the calls of a trial run by the tensor they read, keeping the order of calls."""
+    groups: dict[tuple[int, torch.dtype], list[LinearCall]] = {}
+    for call in calls:
+        groups.setdefault((id(call.x), _weight(call.module).dtype), []).append(call)
+    return list(groups.values())
+
+
+def install_sites(
+    model: nn.Module, calls: list[LinearCall], attention_names: set[str], context: StepContext, impl: ops.Impl | None
+) -> tuple[list[SiteInfo], list[SharedInput]]:
+    """Replace every linear layer that was called by a `SiteLinear`. Returns the sites, and the groups in their order.
+
+    attention_names: names of the modules that call attention; linear layers under them form the attention group.
+    """
+    infos: list[SiteInfo] = []
+    shareds: list[SharedInput] = []
+    for siblings in find_siblings(calls):
+        shared = SharedInput([call.module for call in siblings], context, is_head=siblings[0].is_head, impl=impl)
+        shareds.append(shared)
+        for index, call in enumerate(siblings):
+            infos.append(_site_info(call, len(infos), attention_names))
+            parent, _, child = call.name.rpartition(".")
+            setattr(model.get_submodule(parent), child, SiteLinear(call.module, shared, index))
+    return infos, shareds
+
+
+def _site_info(call: LinearCall, index: int, attention_names: set[str]) -> SiteInfo:
+    parent = call.name.rpartition(".")[0]
+    in_layer = any(part.isdigit() for part in parent.split("."))
+    if any(parent == name or parent.startswith(f"{name}.") for name in attention_names):
+        group = 0
+    else:
+        group = 1 if in_layer else 2
+    weight = _weight(call.module)
+    kind = "conv1d" if isinstance(call.module, Conv1D) else "linear"
+    return SiteInfo(call.name, index, group, weight.shape[1], weight.shape[0], kind, weight.dtype)
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """Return the weight as [out, in]; transformers' Conv1D keeps it transposed."""
+    weight = linear.get_parameter("weight").detach()
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def _joint_bias(linears: list[nn.Module], weights: list[Tensor]) -> Tensor | None:
+    biases = [dict(linear.named_parameters(recurse=False)).get("bias") for linear in linears]
+    if all(bias is None for bias in biases):
+        return None
+    parts = [
+        weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        for bias, weight in zip(biases, weights, strict=True)
+    ]
+    return torch.cat(parts)

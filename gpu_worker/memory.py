@@ -1,0 +1,33 @@
+"""How much memory there is for the KV cache and the adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+GiB = 1 << 30
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that is free on a device; on a CPU also within the limit of this container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(psutil.virtual_memory().available, _cgroup_free_bytes())
+
+
+def _cgroup_free_bytes() -> int:
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+    except OSError:  # no cgroup v2 here
+        return 1 << 62
+    return 1 << 62 if limit == "max" else max(0, int(limit) - used)
+
+
+def share(given: int, free: int, fraction: float, most: int) -> int:
+    """Return a budget in bytes: as given, or if 0 a fraction of what is free, at most `most`."""
+    return given or min(int(free * fraction), most)

@@ -1,0 +1,228 @@
+"""The base model: a Hugging Face causal LM whose attention and linear layers are ours.
+
+What the layers are is found by watching one trial run, never by the model's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from gpu_worker.attention import ATTENTION, AttentionCall, PagedLayer, Recorder, StepContext, bind
+from gpu_worker.lora import LinearCall, SharedInput, SiteInfo, install_sites
+from lora_kernels import ops
+from protocol.errors import BadRequest
+
+SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(slots=True)
+class BaseModel:
+    """A loaded model, ready for packed steps once its caches are allocated."""
+
+    module: PreTrainedModel
+    device: torch.device
+    dtype: torch.dtype
+    context: StepContext
+    layers: list[PagedLayer]
+    sites: list[SiteInfo]
+    shared: list[SharedInput]  # in the order of their sites
+    eos_ids: frozenset[int]
+    max_positions: int  # longest sequence the model can serve; 0: no limit known
+    fingerprint: str
+    keeps_logits: bool  # forward takes logits_to_keep
+    check: LogitsCheck | None = None
+
+    @property
+    def config(self) -> Any:
+        return self.module.config.get_text_config()
+
+    @property
+    def embeddings(self) -> dict[str, tuple[int, int]]:
+        """Name and (entries, width) of every embedding: LoRA on them is not served, the adapter reader must know."""
+        return {
+            name: (child.num_embeddings, child.embedding_dim)
+            for name, child in self.module.named_modules()
+            if isinstance(child, nn.Embedding)
+        }
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, logit_rows: Tensor) -> Tensor:
+        """Return the logits [rows, V] of a packed step: input_ids, position_ids [T] int64, logit_rows [rows] int64."""
+        inputs = {"input_ids": input_ids[None], "position_ids": position_ids[None], "use_cache": False}
+        if self.keeps_logits:
+            return self.module(**inputs, logits_to_keep=logit_rows).logits[0]
+        return self.module(**inputs).logits[0, logit_rows]
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsCheck:
+    """What the untouched model said to a random prompt, to hold the finished engine against."""
+
+    input_ids: Tensor  # int64 [T]
+    logits: Tensor  # [T, V]
+
+
+@dataclass(slots=True)
+class Trial:
+    """What a trial run of the model called."""
+
+    attention: list[AttentionCall] = field(default_factory=list)
+    linears: list[LinearCall] = field(default_factory=list)
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device for a setting of auto, cpu or cuda."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadRequest("device is cuda, but torch finds no CUDA device")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the dtype for a setting; auto is bfloat16 where the hardware multiplies it natively, else float32."""
+    if dtype != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[dtype]
+    capabilities = torch.cpu.get_capabilities()
+    native = device.type == "cuda" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype, impl: ops.Impl | None) -> BaseModel:
+    """Load a model folder for serving. Raises BadRequest naming what cannot be served."""
+    config = AutoConfig.from_pretrained(folder)
+    module = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="eager")
+    nn.Module.to(module, device)
+    module.eval().requires_grad_(False)
+    return prepare_model(module, _eos_ids(folder, config), impl)
+
+
+def prepare_model(module: PreTrainedModel, eos_ids: frozenset[int], impl: ops.Impl | None) -> BaseModel:
+    """Turn a Hugging Face causal LM into one that runs packed steps over paged caches. Changes `module`."""
+    config = module.config.get_text_config()
+    _refuse_layer_types(module, config)
+    fingerprint = fingerprint_of(module)
+    device, dtype = module.device, module.dtype
+    keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
+    with torch.inference_mode():
+        check = _ask_untouched(module, config.vocab_size)
+        module.set_attn_implementation(ATTENTION)
+        trial = _run_trial(module, keeps_logits)
+    _refuse_calls(trial, config)
+    context = StepContext()
+    layers = [PagedLayer(call, context, impl) for call in trial.attention]
+    for layer in layers:
+        bind(layer.call.module, layer)
+    names = {module_: name for name, module_ in module.named_modules()}
+    attention_names = {names[layer.call.module] for layer in layers}
+    sites, shared = install_sites(module, trial.linears, attention_names, context, impl)
+    return BaseModel(
+        module=module, device=device, dtype=dtype, context=context, layers=layers, sites=sites, shared=shared,
+        eos_ids=eos_ids, max_positions=_max_positions(config), fingerprint=fingerprint, keeps_logits=keeps_logits,
+        check=check,
+    )  # fmt: skip
+
+
+def fingerprint_of(module: PreTrainedModel) -> str:
+    """Return a hash of the config and of the names and shapes of all weights."""
+    config = module.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"):
+        config.pop(volatile, None)
+    layout = sorted((name, list(weight.shape)) for name, weight in module.state_dict().items())
+    text = json.dumps([config, layout], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _ask_untouched(module: PreTrainedModel, vocab_size: int, num_tokens: int = 24) -> LogitsCheck:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (num_tokens,), generator=generator).to(module.device)
+    return LogitsCheck(ids, module(input_ids=ids[None], use_cache=False).logits[0])
+
+
+def _run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
+    """Run a few tokens through the model and note the attention and linear calls."""
+    trial, recorder = Trial(), Recorder()
+    num_tokens, num_rows = 5, 2
+    handles = []
+
+    def watch(name: str, linear: nn.Module, x: Tensor) -> None:
+        num = x.numel() // x.shape[-1]
+        if num in (num_tokens, num_rows):
+            trial.linears.append(LinearCall(name, linear, x, is_head=num == num_rows))
+
+    for name, child in module.named_modules():
+        bind(child, recorder)
+        if type(child) in (nn.Linear, Conv1D):
+            handles.append(
+                child.register_forward_pre_hook(lambda linear, args, name=name: watch(name, linear, args[0]))
+            )
+    ids = torch.arange(num_tokens, device=module.device)[None]
+    keep = {"logits_to_keep": torch.arange(num_rows, device=module.device)} if keeps_logits else {}
+    module(input_ids=ids, position_ids=ids, use_cache=False, **keep)
+    for handle in handles:
+        handle.remove()
+    trial.attention = recorder.calls
+    return trial
+
+
+def _refuse_layer_types(module: PreTrainedModel, config: Any) -> None:
+    reasons = []
+    if not module._supports_attention_backend:
+        reasons.append("its attention cannot be replaced (no AttentionInterface)")
+    unknown = set(getattr(config, "layer_types", None) or ()) - SERVED_LAYER_TYPES
+    if unknown:
+        reasons.append(f"layers of type {', '.join(sorted(unknown))}")
+    if getattr(config, "num_kv_shared_layers", 0):
+        reasons.append("layers that share keys and values")
+    if getattr(config, "is_encoder_decoder", False):
+        reasons.append("an encoder")
+    if reasons:
+        raise BadRequest(f"model type {config.model_type} cannot be served: it has {'; '.join(reasons)}")
+
+
+def _refuse_calls(trial: Trial, config: Any) -> None:
+    reasons = []
+    calls = trial.attention
+    if len(calls) != config.num_hidden_layers or len({id(call.module) for call in calls}) != len(calls):
+        reasons.append(f"{len(calls)} attention calls for {config.num_hidden_layers} layers")
+    if any(not call.is_causal for call in calls):
+        reasons.append("attention in both directions")
+    windows = getattr(config, "layer_types", None) or ()
+    for kind, call in zip(windows, calls, strict=False):
+        if kind == "sliding_attention" and not call.window:
+            reasons.append("a sliding window it does not tell the attention function")
+            break
+    if reasons:
+        raise BadRequest(f"model type {config.model_type} cannot be served: it has {'; '.join(reasons)}")
+
+
+def _max_positions(config: Any) -> int:
+    limits = [getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)]
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        limits.append(config.attention_chunk_size)  # exact as long as all fits one chunk
+    return min((limit for limit in limits if limit), default=0)
+
+
+def _eos_ids(folder: Path, config: Any) -> frozenset[int]:
+    """Return the ids that end a text: of the generation config and of the model config."""
+    found: set[int] = set()
+    sources: list[Any] = [config, config.get_text_config()]
+    if (folder / "generation_config.json").is_file():
+        sources.append(GenerationConfig.from_pretrained(folder))
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return frozenset(found)

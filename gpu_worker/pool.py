@@ -1,0 +1,150 @@
+"""Which adapters are in the pool and which pages and slot each holds. Pure: the weights are moved by `adapters.py`.
+
+Pages are counted in groups, one page space each (attention, MLP, other): an adapter takes pages only where it has
+weights, as many as its true rank needs. Who leaves is decided by GDSF: recency and frequency, times the seconds that a
+reload would take, per byte.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Resident:
+    """An adapter's place in the pool."""
+
+    digest: str
+    slot: int
+    pages: list[list[int]]  # by group
+    num_bytes: int
+    refs: int = 0  # running requests
+    pinned: bool = False
+    visible: bool = False  # its weights have arrived: steps may use the slot
+    uses: int = 0
+    priority: float = 0.0  # the lowest leaves first
+
+
+@dataclass(slots=True)
+class PagePool:
+    """The pages and slots of one adapter pool.
+
+    capacity: pages by group. page_bytes: bytes of a page by group. cost: seconds to load an adapter again.
+    """
+
+    capacity: Sequence[int]
+    page_bytes: Sequence[int]
+    num_slots: int
+    cost: Callable[[str], float] = field(default=lambda _digest: 1.0)
+    residents: dict[str, Resident] = field(default_factory=dict, init=False)
+    _free_pages: list[list[int]] = field(init=False)
+    _free_slots: list[int] = field(init=False)
+    _clock: float = field(default=0.0, init=False)  # priority of the last one that left, so that age counts
+
+    def __post_init__(self) -> None:
+        self._free_pages = [list(range(num)) for num in self.capacity]  # heaps: low pages first, to touch less memory
+        self._free_slots = list(range(self.num_slots))
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(num * size for num, size in zip(self.capacity, self.page_bytes, strict=True))
+
+    @property
+    def free_bytes(self) -> int:
+        return sum(len(free) * size for free, size in zip(self._free_pages, self.page_bytes, strict=True))
+
+    def bytes_of(self, num_pages: Sequence[int]) -> int:
+        """Return the bytes of `num_pages` by group."""
+        return sum(num * size for num, size in zip(num_pages, self.page_bytes, strict=True))
+
+    def can_ever_hold(self, num_pages: Sequence[int]) -> bool:
+        """Tell whether an adapter of `num_pages` by group fits the empty pool."""
+        return all(num <= have for num, have in zip(num_pages, self.capacity, strict=True))
+
+    def reserve(self, digest: str, num_pages: Sequence[int], keep: Container[str] = ()) -> list[str] | None:
+        """Give an adapter a slot and pages, not visible yet. Returns the digests that had to leave for it.
+
+        Adapters that are referenced, pinned or in `keep` never leave. None, and nothing changed, if that is not enough.
+        """
+        if digest in self.residents:
+            raise ValueError(f"adapter {digest:.12} is in the pool already")
+        idle = [r for r in self.residents.values() if r.refs == 0 and not r.pinned and r.digest not in keep]
+        victims = self._choose(num_pages, idle)
+        if victims is None:
+            return None
+        for victim in victims:
+            self._clock = max(self._clock, victim.priority)
+            self.remove(victim.digest)
+        pages = [[heapq.heappop(free) for _ in range(n)] for free, n in zip(self._free_pages, num_pages, strict=True)]
+        resident = Resident(digest, heapq.heappop(self._free_slots), pages, self.bytes_of(num_pages))
+        self.residents[digest] = resident
+        self._touch(resident)
+        return [victim.digest for victim in victims]
+
+    def blockers(self, num_pages: Sequence[int], keep: Container[str] = ()) -> list[str]:
+        """Return the digests in use that would have to finish first for an adapter of `num_pages` to get room."""
+        movable = [r for r in self.residents.values() if not r.pinned and r.digest not in keep]
+        victims = self._choose(num_pages, movable) or []
+        return [victim.digest for victim in victims if victim.refs]
+
+    def _choose(self, num_pages: Sequence[int], candidates: Iterable[Resident]) -> list[Resident] | None:
+        """Return the lowest-priority candidates that make room, None if all together do not."""
+        lacking = [num - len(free) for num, free in zip(num_pages, self._free_pages, strict=True)]
+        lacks_slot = not self._free_slots
+        victims: list[Resident] = []
+        for resident in sorted(candidates, key=lambda resident: resident.priority):
+            if not lacks_slot and all(num <= 0 for num in lacking):
+                break
+            if lacks_slot or any(num > 0 and pages for num, pages in zip(lacking, resident.pages, strict=True)):
+                victims.append(resident)
+                lacks_slot = False
+                lacking = [num - len(pages) for num, pages in zip(lacking, resident.pages, strict=True)]
+        return None if lacks_slot or any(num > 0 for num in lacking) else victims
+
+    def remove(self, digest: str) -> None:
+        """Take an adapter's slot and pages back. Its load, if one is under way, must have ended."""
+        resident = self.residents[digest]
+        if resident.refs:
+            raise ValueError(f"adapter {digest:.12} is in use")
+        del self.residents[digest]
+        heapq.heappush(self._free_slots, resident.slot)
+        for free, pages in zip(self._free_pages, resident.pages, strict=True):
+            for page in pages:
+                heapq.heappush(free, page)
+
+    def publish(self, digest: str) -> None:
+        """Let steps use an adapter whose weights have arrived."""
+        self.residents[digest].visible = True
+
+    def acquire(self, digest: str) -> int | None:
+        """Take a reference and return the slot; None if the adapter is not visible."""
+        resident = self.residents.get(digest)
+        if resident is None or not resident.visible:
+            return None
+        resident.refs += 1
+        resident.uses += 1
+        self._touch(resident)
+        return resident.slot
+
+    def release(self, digest: str) -> None:
+        """Drop a reference."""
+        self.residents[digest].refs -= 1
+
+    def _touch(self, resident: Resident) -> None:
+        value = max(resident.uses, 1) * self.cost(resident.digest)
+        resident.priority = self._clock + value / max(resident.num_bytes, 1)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every slot and page is free or held by exactly one adapter."""
+        residents = self.residents.values()
+        slots = sorted([*self._free_slots, *(resident.slot for resident in residents)])
+        if slots != list(range(self.num_slots)):
+            raise AssertionError(f"slots are lost or held twice: {slots}")
+        for group, num in enumerate(self.capacity):
+            held = [page for resident in residents for page in resident.pages[group]]
+            if sorted([*self._free_pages[group], *held]) != list(range(num)):
+                raise AssertionError(f"pages of group {group} are lost or held twice")
+        if any(resident.refs < 0 or (resident.refs and not resident.visible) for resident in residents):
+            raise AssertionError("references do not match what is visible")

@@ -1,0 +1,192 @@
+"""Choosing tokens for a mixed batch. The noise of a token is a function of (seed, position) alone.
+
+Order: repetition, frequency and presence penalties, bias, temperature, top-k, top-p, min-p, typical. Temperature 0 is
+greedy. Logprobs are of the model's own distribution, before any of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protocol.messages import Sampling
+
+TOP_P_CANDIDATES = 1024
+"""Most likely tokens looked at first for top-p; only a flatter distribution is sorted whole."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One sequence's wishes."""
+
+    sampling: Sampling
+    prompt: np.ndarray  # int32
+    output: np.ndarray  # int32; its length is the position of the token to choose
+    banned: tuple[int, ...] = ()  # ids that may not be chosen now
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    ids: np.ndarray  # int64 [n]
+    finite: np.ndarray  # bool [n]; False: the logits hold no usable maximum, the id means nothing
+    logprobs: list[bytes]  # `messages.logprob_record_bytes` each, b"" where none were asked for
+
+
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
+    """Choose one token per row of logits [n, V]."""
+    device = logits.device
+    wanting = [i for i, row in enumerate(rows) if row.sampling.num_logprobs is not None]
+    raw = logits[wanting].float().log_softmax(-1) if wanting else None
+    if any(_changes_logits(row) for row in rows):
+        logits = logits.float().clone()
+        for i, row in enumerate(rows):
+            if _changes_logits(row):
+                _adjust_(logits[i], row)
+    best, ids = logits.max(-1)
+    finite = torch.isfinite(best).cpu().numpy()
+    random = [i for i, row in enumerate(rows) if row.sampling.temperature > 0 and finite[i]]
+    if random:
+        chosen = rows if len(random) == len(rows) else [rows[i] for i in random]
+        index = torch.tensor(random, device=device)
+        ids[index] = _draw(logits[index].float(), chosen)
+    host_ids = ids.cpu().numpy()
+    records = [b""] * len(rows)
+    if raw is not None:
+        for i, record in zip(wanting, _records(raw, [rows[i] for i in wanting], host_ids[wanting]), strict=True):
+            records[i] = record
+    return Sampled(host_ids, finite, records)
+
+
+def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return float64 [n] in [0, 1), a hash of (seed, position): two rounds of splitmix64's finalizer, 48 bits kept."""
+    with np.errstate(over="ignore"):
+        state = _mix(seeds.astype(np.uint64) + _GOLDEN)
+        state = _mix(state ^ (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    return (state >> np.uint64(16)).astype(np.float64) / float(1 << 48)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _changes_logits(row: SampleRow) -> bool:
+    s = row.sampling
+    return bool(
+        row.banned
+        or s.logit_bias
+        or s.repetition_penalty != 1.0
+        or ((s.presence_penalty or s.frequency_penalty) and len(row.output))
+    )
+
+
+def _adjust_(logits: Tensor, row: SampleRow) -> None:
+    """Apply penalties, bias and bans to one row of fp32 logits [V], in place."""
+    s = row.sampling
+    device = logits.device
+    if s.repetition_penalty != 1.0:
+        seen = torch.from_numpy(np.unique(np.concatenate((row.prompt, row.output))).astype(np.int64)).to(device)
+        scores = logits[seen]
+        logits[seen] = torch.where(scores > 0, scores / s.repetition_penalty, scores * s.repetition_penalty)
+    if s.presence_penalty or s.frequency_penalty:
+        unique, counts = np.unique(row.output, return_counts=True)
+        penalty = s.presence_penalty + s.frequency_penalty * counts
+        seen = torch.from_numpy(unique.astype(np.int64)).to(device)
+        logits[seen] -= torch.from_numpy(penalty.astype(np.float32)).to(device)
+    for token, bias in s.logit_bias.items():
+        logits[token] += bias
+    if row.banned:
+        logits[list(row.banned)] = -torch.inf
+
+
+def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Draw from fp32 logits [n, V] by inverting the cumulative distribution in the order of ids: int64 [n]."""
+    device = logits.device
+    settings = [row.sampling for row in rows]
+    temperature = torch.tensor([s.temperature for s in settings], device=device)
+    logits = logits / temperature[:, None]
+    _keep_top_k_(logits, [s.top_k for s in settings])
+    _keep_top_p_(logits, [s.top_p for s in settings])
+    _keep_min_p_(logits, [s.min_p for s in settings])
+    _keep_typical_(logits, [s.typical_p for s in settings])
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    seeds = np.array([s.seed & 0xFFFFFFFFFFFFFFFF for s in settings], np.uint64)
+    positions = np.array([len(row.output) for row in rows], np.uint64)
+    u = torch.from_numpy(uniforms(seeds, positions)).to(device)
+    return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+def _keep_top_k_(logits: Tensor, top_k: list[int]) -> None:
+    """Set all but the k largest of each row to -inf. Ties with the k-th stay."""
+    vocab = logits.shape[-1]
+    index = [i for i, k in enumerate(top_k) if 0 < k < vocab]
+    if not index:
+        return
+    ks = torch.tensor([top_k[i] for i in index], device=logits.device)
+    top = logits[index].topk(int(ks.max()), dim=-1).values
+    threshold = top.gather(-1, ks[:, None] - 1)
+    logits[index] = logits[index].masked_fill(logits[index] < threshold, -torch.inf)
+
+
+def _keep_top_p_(logits: Tensor, top_p: list[float]) -> None:
+    """Set all but the most likely tokens that together reach p to -inf. Ties with the last of them stay."""
+    index = [i for i, p in enumerate(top_p) if p < 1.0]
+    if not index:
+        return
+    probs = logits[index].softmax(-1)
+    p = torch.tensor([top_p[i] for i in index], device=logits.device)
+    top = probs.topk(min(TOP_P_CANDIDATES, probs.shape[-1]), dim=-1).values
+    threshold = _nucleus_threshold(top, p)
+    flat = (top.sum(-1) < p).nonzero()[:, 0]
+    if len(flat):
+        threshold[flat] = _nucleus_threshold(probs[flat].sort(dim=-1, descending=True).values, p[flat])
+    logits[index] = logits[index].masked_fill(probs < threshold, -torch.inf)
+
+
+def _nucleus_threshold(probs: Tensor, p: Tensor) -> Tensor:
+    """Return the probability of the last token that is kept: [n, 1], of descending probs [n, m]."""
+    before = probs.cumsum(-1) - probs
+    num_kept = (before < p[:, None]).sum(-1, keepdim=True).clamp(min=1)
+    return probs.gather(-1, num_kept - 1)
+
+
+def _keep_min_p_(logits: Tensor, min_p: list[float]) -> None:
+    """Set tokens less likely than min_p times the likeliest to -inf."""
+    if not any(min_p):
+        return
+    floor = torch.tensor(min_p, device=logits.device).log()  # log 0 is -inf: keeps all
+    logits.masked_fill_(logits < logits.amax(-1, keepdim=True) + floor[:, None], -torch.inf)
+
+
+def _keep_typical_(logits: Tensor, typical_p: list[float]) -> None:
+    """Keep the tokens whose surprise is closest to the entropy, until they reach typical_p together."""
+    index = [i for i, p in enumerate(typical_p) if p < 1.0]
+    if not index:
+        return
+    logp = logits[index].log_softmax(-1)
+    probs = logp.exp()
+    entropy = -(probs * logp).nan_to_num(0.0).sum(-1, keepdim=True)
+    distance, order = (-logp - entropy).abs().sort(dim=-1, stable=True)
+    p = torch.tensor([typical_p[i] for i in index], device=logits.device)
+    num_kept = (probs.gather(-1, order).cumsum(-1) < p[:, None]).sum(-1, keepdim=True)
+    threshold = distance.gather(-1, num_kept.clamp(max=logits.shape[-1] - 1))
+    logits[index] = logits[index].masked_fill((-logp - entropy).abs() > threshold, -torch.inf)
+
+
+def _records(logprobs: Tensor, rows: Sequence[SampleRow], ids: np.ndarray) -> list[bytes]:
+    """Pack the chosen token's logprob and the top ones of each row of [n, V]."""
+    chosen = logprobs.gather(-1, torch.from_numpy(ids).to(logprobs.device)[:, None])[:, 0].cpu().numpy()
+    nums = [row.sampling.num_logprobs or 0 for row in rows]
+    values, tokens = logprobs.topk(max(nums), dim=-1)
+    top = np.empty((len(rows), max(nums)), np.dtype([("id", "<i4"), ("logprob", "<f4")]))
+    top["id"], top["logprob"] = tokens.cpu().numpy(), values.cpu().numpy()
+    return [
+        chosen[i].astype("<f4").tobytes() + top[i, :num].tobytes() for i, num in enumerate(nums)
+    ]  # fmt: skip
