@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpu_worker.request import EngineRequest, TokenOutput
-from gpu_worker.service import EngineStats, OnDeath, OnOutputs, Worker, new_wid, publish_served
+from gpu_worker.service import EngineStats, OnDeath, OnOutputs, Worker, publish_served
 from protocol import messages as m
 from protocol.bus import Bus
 from protocol.service import run, set_up_logging
@@ -133,7 +133,7 @@ async def serve_fake(settings: Settings, engine: FakeEngine, served: m.ServedMod
     loop = asyncio.get_running_loop()
     try:
         await publish_served(bus, served)
-        worker = Worker(bus, engine, served, settings, new_wid())
+        worker = Worker(bus, engine, served, settings)
         engine.start(
             lambda outputs: loop.call_soon_threadsafe(worker.on_outputs, outputs),
             lambda error: loop.call_soon_threadsafe(worker.on_death, error),

@@ -69,17 +69,21 @@ class EnginePort(Protocol):
         ...
 
 
+class Fenced(Exception):
+    """The fleet took this worker for dead and gave its requests away; it may come back under a new id."""
+
+
 class Worker:
     """One engine's life on the queue."""
 
-    def __init__(self, bus: Bus, engine: EnginePort, served: m.ServedModel, settings: Settings, wid: str) -> None:
+    def __init__(self, bus: Bus, engine: EnginePort, served: m.ServedModel, settings: Settings) -> None:
         self.bus = bus
         self.engine = engine
         self.served = served
         self.settings = settings
-        self.wid = wid
         self.name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
-        self.ledger = Ledger(wid)
+        self.wid = ""  # no two memberships of a fleet share one
+        self.ledger = Ledger("")
         self.stores: StoreClient | None = None
         self.draining = False
         self._pending: dict[str, Pending] = {}
@@ -87,7 +91,7 @@ class Worker:
         self._publishing = asyncio.Lock()
         self._has_outputs = asyncio.Event()
         self._beat_now = asyncio.Event()
-        self._gone = asyncio.Event()  # the engine died, or the drain is over
+        self._gone = asyncio.Event()  # the engine died
         self._failure: BaseException | None = None
 
     # ------------------------------------------------------------ called from the engine, through the loop
@@ -106,23 +110,38 @@ class Worker:
     # ------------------------------------------------------------ life
 
     async def run(self, stop: asyncio.Event) -> int:
-        """Join the fleet, work until `stop`, hand over what runs. Returns the exit code."""
+        """Work for the fleet until `stop`, hand over what runs. Returns the exit code."""
+        while True:
+            try:
+                await self._be_member(stop)
+                break
+            except* Fenced:
+                logger.warning("worker %s was taken for dead; joining again", self.wid)
+                self.engine.cancel(list(self.ledger.held))
+        if self._failure is not None:
+            logger.error("the engine died: %r", self._failure)
+            return 1
+        return 0
+
+    async def _be_member(self, stop: asyncio.Event) -> None:
+        """Join under a new id, work until `stop` or the engine's death, leave. Raises Fenced in a group."""
+        await self._join()
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(loop) for loop in (self._intake(), self._publish(), self._beats())]
+            await self._until_gone(stop)
+            await self._leave()
+            for task in tasks:
+                task.cancel()
+
+    async def _join(self) -> None:
+        self.wid = f"w{secrets.token_hex(6)}"
+        self.ledger = Ledger(self.wid)
+        self._pending = {}
         keys = self.bus.keys
         await self.bus.create_stream(keys.work(self.wid), STREAM_TTL_S)
         await self.bus.create_stream(keys.ctl(self.wid), STREAM_TTL_S)
         await self._beat()
         logger.info("worker %s (%s) serves %s", self.wid, self.name, self.served.name)
-        loops = [self._intake(), self._publish(), self._beats()]
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(loop) for loop in loops]
-            await self._until_gone(stop)
-            await self._leave()
-            for task in tasks:
-                task.cancel()
-        if self._failure is not None:
-            logger.error("the engine died: %r", self._failure)
-            return 1
-        return 0
 
     async def _until_gone(self, stop: asyncio.Event) -> None:
         waits = [asyncio.ensure_future(event.wait()) for event in (stop, self._gone)]
@@ -298,7 +317,9 @@ class Worker:
         )
         streams = (keys.work(self.wid), keys.ctl(self.wid))
         key = keys.worker_beat(self.wid)
-        await self.bus.beat(key, keys.workers, self.wid, m.encode(beat), BEAT_TTL_MS, streams)
+        if not await self.bus.beat(key, keys.workers, self.wid, m.encode(beat), BEAT_TTL_MS, streams):
+            await self.bus.leave(self.wid)
+            raise Fenced
         if self.stores is not None:
             self.stores.set_urls(await store_urls(self.bus))
 
@@ -357,11 +378,6 @@ def _engine_request(item: m.Assigned, body: m.Body, tok: bytes) -> EngineRequest
     )
 
 
-def new_wid() -> str:
-    """Return a worker id that no process had before."""
-    return f"w{secrets.token_hex(6)}"
-
-
 async def serve(settings: Settings, stop: asyncio.Event) -> int:
     """Load the model and work for the queue until `stop`. Returns the exit code."""
     bus = Bus(settings.redis_url)
@@ -373,7 +389,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         if stop.is_set():
             return 0
         await publish_served(bus, served)
-        worker = Worker(bus, engine, served, settings, new_wid())
+        worker = Worker(bus, engine, served, settings)
         worker.stores = stores
         stores.set_urls(await store_urls(bus))
         engine.start(

@@ -223,7 +223,8 @@ class Bus:
 
     async def requests(self, rids: Sequence[str]) -> list[RequestFacts | None]:
         """Return the facts of requests, None for one that has expired or never was."""
-        fields = ("state", "epoch", "finish", "error", "gateway", "n_prompt", "attempts", "t_submit", "t_first", "t_end")
+        fields = ("state", "epoch", "finish", "error", "gateway", "n_prompt", "attempts",
+                  "t_submit", "t_first", "t_end")  # fmt: skip
         pipe = self.redis.pipeline(transaction=False)
         for rid in rids:
             pipe.hmget(self.keys.req(rid), fields)
@@ -297,14 +298,14 @@ class Bus:
 
     async def beat(
         self, key: str, registry: str, member: str, raw: bytes, ttl_ms: int, renew: Iterable[str] = ()
-    ) -> None:
-        """Say that `member` lives, and renew the TTL of the streams it reads by 1 h."""
+    ) -> bool:
+        """Say that `member` lives, and renew the TTL of the streams it reads by 1 h. Returns False if one is gone."""
         pipe = self.redis.pipeline(transaction=False)
         pipe.set(key, raw, px=ttl_ms)
         pipe.zadd(registry, {member: now_ms()})
         for stream in renew:
             pipe.expire(stream, 3600)
-        await pipe.execute()
+        return all((await pipe.execute())[2:])
 
     async def create_stream(self, stream: str, ttl_s: int) -> None:
         """Make an empty stream with a TTL, so that writers using NOMKSTREAM reach it."""

@@ -11,7 +11,7 @@ import pytest
 from waiting import wait_until
 
 from benchmarks.fake_worker import FakeEngine, expected_token, fake_served
-from gpu_worker.service import Worker, new_wid, publish_served
+from gpu_worker.service import Worker, publish_served
 from protocol import messages as m
 from protocol.bus import Bus, decode, now_ms
 from protocol.errors import Internal
@@ -29,7 +29,7 @@ async def running_worker(
     """A worker on the queue; leaving the block drains it."""
     engine = FakeEngine(step_s=step_s, vocab_size=VOCAB)
     own = Bus(bus.url)
-    worker = Worker(own, engine, fake_served(vocab_size=VOCAB), Settings(worker_name="w"), new_wid())
+    worker = Worker(own, engine, fake_served(vocab_size=VOCAB), Settings(worker_name="w"))
     loop = asyncio.get_running_loop()
     engine.start(
         lambda outputs: loop.call_soon_threadsafe(worker.on_outputs, outputs),
@@ -38,7 +38,7 @@ async def running_worker(
     stop = asyncio.Event()
     task = asyncio.create_task(worker.run(stop))
     try:
-        await wait_until(lambda: bus.redis.exists(bus.keys.worker_beat(worker.wid)), "the worker beats")
+        await wait_until(lambda: _beats(bus, worker), "the worker beats")
         yield worker, stop
     finally:
         stop.set()
@@ -181,6 +181,31 @@ async def test_workers_of_another_model_may_not_join(bus: Bus) -> None:
         with pytest.raises(Internal, match="cannot join"):
             await publish_served(bus, fake_served("other", vocab_size=17))
     await publish_served(bus, fake_served("other", vocab_size=17))  # nobody serves the old one any more
+
+
+async def test_a_worker_taken_for_dead_joins_again_under_a_new_id(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    for rid in ("r", "next"):
+        await submit(bus, rid, max_new=300)
+    async with running_worker(bus) as (worker, _):
+        old = worker.wid
+        await assign(bus, old, "r")
+        await wait_until(lambda: _has_tokens(bus, "r", 3), "some tokens are durable")
+        await bus.requeue(old, ["r"], counts=True, max_attempts=3)
+        await bus.leave(old)
+        length = len(await log(bus, "r"))
+        await wait_until(lambda: worker.wid != old, "it has a new id")
+        await wait_until(lambda: _beats(bus, worker), "it beats again")
+        assert await bus.members(bus.keys.workers) == [worker.wid]
+        assert len(await log(bus, "r")) == length
+        assert await assign(bus, worker.wid, "next", "r") == "ok"
+        for rid in ("r", "next"):
+            await wait_until(lambda rid=rid: _is(bus, rid, "completed"), f"{rid} completes")
+            assert await log(bus, rid) == expected(300)
+
+
+async def _beats(bus: Bus, worker: Worker) -> bool:
+    return bool(worker.wid) and bool(await bus.redis.exists(bus.keys.worker_beat(worker.wid)))
 
 
 async def _is(bus: Bus, rid: str, value: str) -> bool:
