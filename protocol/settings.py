@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     store_url: str = Field(default="", description="the store's address as workers see it; default: from host and port")
     scan_interval_s: float = Field(default=1.0, description="how often the adapter folder is looked at")
     max_adapter_bytes: int = Field(default=8 << 30, ge=1, description="largest adapter")
+    store_quota_bytes: int = Field(
+        default=0, ge=0, description="disk for mirrored adapters, least used ones leave first; 0: no limit"
+    )
 
     @field_validator("data", "adapters")
     @classmethod

@@ -1,0 +1,12 @@
+"""`python -m adapter_store`: one adapter store."""
+
+import sys
+
+from adapter_store.service import serve
+from protocol.service import run, set_up_logging
+from protocol.settings import Settings
+
+if __name__ == "__main__":
+    settings = Settings()
+    set_up_logging("store", settings.log_level)
+    sys.exit(run(lambda stop: serve(settings, stop)))

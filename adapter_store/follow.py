@@ -1,0 +1,144 @@
+"""Keeps the catalogue equal to the adapter folder: what is whole and fits the base is served, the rest says why."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+from redis.exceptions import RedisError
+
+from adapter_store.catalogue import Catalogue
+from adapter_store.mirror import Mirror
+from adapter_store.sources import Changed
+from adapter_store.sources.local import NAME, LocalSource
+from adapter_store.watch import Watch
+from protocol.errors import ClientError, LorafleetError
+from protocol.messages import Alias, ServedModel
+
+logger = logging.getLogger(__name__)
+
+FIRST_RETRY_S = 1.0
+MAX_RETRY_S = 60.0
+MAX_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """When to take up a name again whose last try failed for a reason that may pass."""
+
+    at_s: float  # monotonic
+    pause_s: float
+
+
+class Follower:
+    """Follows one local source."""
+
+    def __init__(self, source: LocalSource, mirror: Mirror, catalogue: Catalogue, settle_s: float) -> None:
+        self._source = source
+        self._mirror = mirror
+        self._catalogue = catalogue
+        known = [alias.name for alias in catalogue.aliases.values() if alias.source.startswith("local:")]
+        self._watch = Watch(int(settle_s * 1e9), known)
+        self._base: ServedModel | None = None
+        self._busy: set[str] = set()
+        self._slots = asyncio.Semaphore(MAX_AT_ONCE)
+        self._retries: dict[str, Retry] = {}
+        self._root_error = ""
+
+    @property
+    def num_busy(self) -> int:
+        """Adapters being taken in."""
+        return len(self._busy)
+
+    def set_base(self, base: ServedModel) -> None:
+        """Say what adapters must fit; everything is checked again when it has changed."""
+        if self._base is None or self._base.fingerprint != base.fingerprint:
+            self._watch.all_again()
+        self._base = base
+
+    async def tick(self, tasks: asyncio.TaskGroup) -> None:
+        """Scan once, start in `tasks` what has to be done for single adapters; wait for none of it."""
+        try:
+            seen = await asyncio.to_thread(self._source.scan)
+        except OSError as error:
+            self._complain_about_root(error)
+            return
+        self._root_error = ""
+        for name, retry in list(self._retries.items()):
+            if retry.at_s <= time.monotonic():
+                self._watch.again(name)
+        changes = self._watch.observe(seen, time.time_ns())
+        await self._catalogue.announce(
+            [
+                Alias(name=name, state="downloading", source=f"local:{name}")
+                for name in changes.appeared
+                if NAME.fullmatch(name)
+            ]
+        )
+        for name in changes.removed:
+            self._retries.pop(name, None)
+            logger.info("adapter %s is gone", name)
+            await self._catalogue.remove(name)
+        for name in changes.settled:
+            if NAME.fullmatch(name) is None:
+                logger.warning("the folder %.200r is not served: its name is not one an adapter may have", name)
+            elif name in self._busy:
+                self._watch.again(name)  # once the try under way has ended
+            else:
+                self._busy.add(name)
+                tasks.create_task(self._take(name))
+
+    def _complain_about_root(self, error: OSError) -> None:
+        """Say it once. A root that cannot be read, such as a lost mount, takes no adapter away."""
+        if str(error) != self._root_error:
+            logger.error("cannot read the adapter folder: %s", error)
+        self._root_error = str(error)
+
+    async def _take(self, name: str) -> None:
+        """Take one folder in and publish the outcome; whatever goes wrong concerns this name only."""
+        try:
+            try:
+                async with self._slots:
+                    await self._admit(name)
+            except (LorafleetError, OSError) as error:
+                await self._fail(name, error)
+        except (Changed, RedisError) as error:
+            logger.info("adapter %s is taken up again: %s", name, error or "it was changed meanwhile")
+            self._watch.again(name)
+        except Exception:
+            logger.exception("adapter %s cannot be taken in", name)
+            self._retry_later(name)
+        finally:
+            self._busy.discard(name)
+
+    async def _admit(self, name: str) -> None:
+        base = self._base
+        taken = await self._mirror.take(self._source, name, base)
+        if base is None:
+            return  # `set_base` brings it here again; until then the name stays "downloading"
+        record = await self._mirror.describe(taken, base)
+        self._retries.pop(name, None)
+        if name in self._watch:
+            alias = Alias(name=name, state="on_disk", digest=taken.digest, source=taken.version.source)
+            await self._catalogue.publish(alias, record)
+            logger.info("adapter %s is served: %.12s, rank %d", name, taken.digest, record.rank)
+
+    async def _fail(self, name: str, error: LorafleetError | OSError) -> None:
+        if isinstance(error, LorafleetError):
+            reason = error.message
+        else:
+            reason = f"{error.strerror or error}"  # without the path, which is nobody's business
+        if isinstance(error, ClientError):
+            self._retries.pop(name, None)  # its files must change first
+        else:
+            self._retry_later(name)
+        logger.warning("adapter %s is not served: %s", name, reason)
+        if name in self._watch:
+            await self._catalogue.publish(Alias(name=name, state="failed", source=f"local:{name}", reason=reason))
+
+    def _retry_later(self, name: str) -> None:
+        last = self._retries.get(name)
+        pause_s = min(2 * last.pause_s, MAX_RETRY_S) if last else FIRST_RETRY_S
+        self._retries[name] = Retry(time.monotonic() + pause_s, pause_s)

@@ -1,0 +1,194 @@
+"""The store's HTTP for workers: files of an adapter by digest, sent by the kernel (sendfile), with ranges.
+
+    GET|HEAD /adapters/{digest}/{adapter_config.json|adapter_model.safetensors}     Range, If-None-Match; ETag = digest
+    GET      /health
+
+Hand-written on asyncio because ASGI servers copy every byte through Python; small enough to stay correct.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from adapter_store.sources import FILES
+from protocol.errors import LorafleetError
+
+logger = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 16 << 10
+IDLE_S = 75.0
+SEND_S = 600.0
+MAX_CONNECTIONS = 1024
+
+Locate = Callable[[str], Awaitable[Path | None]]
+"""Finds the verified folder of a digest, fetching it again if need be."""
+
+_PATH = re.compile(r"/adapters/([0-9a-f]{64})/([a-z_.]+)")
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_REASONS = {200: "OK", 206: "Partial Content", 304: "Not Modified", 400: "Bad Request", 404: "Not Found",
+            405: "Method Not Allowed", 416: "Range Not Satisfiable", 500: "Internal Server Error",
+            503: "Service Unavailable"}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Request:
+    method: str
+    path: str
+    headers: dict[str, str]  # names in lower case
+
+    @property
+    def keep_alive(self) -> bool:
+        return self.headers.get("connection", "").lower() != "close"
+
+
+@dataclass(slots=True)
+class Answer:
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    file: Path | None = None  # sent instead of `body`
+    begin: int = 0
+    count: int = 0
+
+
+class BlobServer:
+    """Serves until closed."""
+
+    def __init__(self, locate: Locate, health: Callable[[], dict[str, object]]) -> None:
+        self._locate = locate
+        self._health = health
+        self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; return the port."""
+        self._server = await asyncio.start_server(self._connection, host, port, limit=MAX_HEAD_BYTES)
+        return self._server.sockets[0].getsockname()[1]
+
+    async def close(self) -> None:
+        """Stop listening and cut what is still being sent."""
+        if self._server is None:
+            return
+        self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+        await self._server.wait_closed()
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            async with self._slots:
+                while await self._serve_one(reader, writer):
+                    pass
+        except (ConnectionError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            logger.debug("a connection ended early")
+        except Exception:
+            logger.exception("cannot answer a request")
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Answer one request; tell whether another may follow on this connection."""
+        async with asyncio.timeout(IDLE_S):
+            head = await reader.readuntil(b"\r\n\r\n")
+        request = _parse(head)
+        answer = Answer(400) if request is None else await self._answer(request)
+        keep = request is not None and request.keep_alive
+        length = answer.count if answer.file else len(answer.body)
+        lines = [f"HTTP/1.1 {answer.status} {_REASONS[answer.status]}"]
+        headers = {"Content-Length": str(length), **answer.headers, "Connection": "keep-alive" if keep else "close"}
+        if answer.status == 304:
+            del headers["Content-Length"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        async with asyncio.timeout(SEND_S):
+            if answer.file is not None and request is not None and request.method == "GET":
+                with answer.file.open("rb") as file:
+                    writer.write("\r\n".join([*lines, "", ""]).encode())
+                    await writer.drain()
+                    await _send(writer, file, answer.begin, answer.count)
+            else:
+                head_only = request is not None and request.method == "HEAD"
+                writer.write("\r\n".join([*lines, "", ""]).encode() + (b"" if head_only else answer.body))
+                await writer.drain()
+        return keep
+
+    async def _answer(self, request: Request) -> Answer:
+        if request.method not in ("GET", "HEAD"):
+            return Answer(405, {"Allow": "GET, HEAD"})
+        if request.path == "/health":
+            return _json(200, self._health())
+        match = _PATH.fullmatch(request.path)
+        if match is None or match[2] not in FILES:
+            return _json(404, {"error": {"message": f"no such path: {request.path}"}})
+        try:
+            folder = await self._locate(match[1])
+        except LorafleetError as error:
+            return _json(503 if error.retryable else 404, {"error": {"message": error.message}})
+        if folder is None:
+            return _json(404, {"error": {"message": f"no such adapter: {match[1]}"}})
+        try:
+            size = os.stat(folder / match[2]).st_size
+        except FileNotFoundError:  # evicted just now
+            return _json(503, {"error": {"message": "the adapter left the disk: ask again"}})
+        return _file_answer(request, folder / match[2], size, match[1])
+
+
+def _file_answer(request: Request, path: Path, size: int, digest: str) -> Answer:
+    """Return the whole file, a range of it, or 304. `If-Range` is honoured."""
+    etag = f'"{digest}"'
+    headers = {
+        "Content-Type": "application/json" if path.suffix == ".json" else "application/octet-stream",
+        "ETag": etag,
+        "Accept-Ranges": "bytes",
+    }
+    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    if etag in known or "*" in known:
+        return Answer(304, headers)
+    wanted = request.headers.get("range")
+    match = _RANGE.fullmatch(wanted) if wanted and request.headers.get("if-range", etag) == etag else None
+    if match is None or match[1] == match[2] == "":
+        return Answer(200, headers, file=path, count=size)
+    first = int(match[1]) if match[1] else max(0, size - int(match[2]))
+    last = min(int(match[2]), size - 1) if match[1] and match[2] else size - 1
+    if first > last:
+        return Answer(416, headers | {"Content-Range": f"bytes */{size}"})
+    headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+    return Answer(206, headers, file=path, begin=first, count=last - first + 1)
+
+
+async def _send(writer: asyncio.StreamWriter, file: BinaryIO, begin: int, count: int) -> None:
+    if count:
+        sent = await asyncio.get_running_loop().sendfile(writer.transport, file, begin, count)
+        if sent != count:
+            raise ConnectionError(f"the file ended after {sent} of {count} bytes")
+
+
+def _json(status: int, value: object) -> Answer:
+    return Answer(status, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+
+def _parse(head: bytes) -> Request | None:
+    """Parse a request's head; None if it is not HTTP/1.1, or has a body, which no request here needs."""
+    first, *lines = head.decode("latin-1").split("\r\n")[:-2]
+    parts = first.split(" ")
+    if len(parts) != 3 or parts[2] != "HTTP/1.1":
+        return None
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon:
+            return None
+        headers[name.strip().lower()] = value.strip()
+    if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+        return None
+    return Request(parts[0], parts[1].partition("?")[0], headers)

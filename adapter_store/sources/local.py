@@ -1,0 +1,155 @@
+"""Adapters in folders under one root: `NAME` or `ORG/NAME` with an adapter_config.json. Nothing leaves the root."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapter_store.sources import Changed, RemoteFile, Version
+from protocol.errors import AdapterRefused, NotFound
+from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What a file looks like from outside. Any write changes it: the change time cannot be set by hand."""
+
+    num_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+@dataclass(frozen=True, slots=True)
+class FolderState:
+    """What a scan saw of one adapter folder."""
+
+    config: Stamp | None = None
+    weights: Stamp | None = None
+    problem: str = ""  # why it cannot be an adapter, whatever the files hold
+
+    @property
+    def changed_ns(self) -> int:
+        """Unix time of the last change, ns."""
+        return max((stamp.ctime_ns for stamp in (self.config, self.weights) if stamp), default=0)
+
+
+class LocalSource:
+    """The folder of `--adapters`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(os.path.realpath(root.expanduser()))
+
+    def scan(self) -> dict[str, FolderState]:
+        """Return the state of every adapter folder by name, badly named ones included. Raises OSError for the root."""
+        states: dict[str, FolderState] = {}
+        for entry in _folders(self.root):
+            state = self._state(entry.path, entry.is_symlink())
+            if state is not None:
+                states[entry.name] = state
+                continue
+            for inner in _folders(entry.path):
+                state = self._state(inner.path, inner.is_symlink())
+                if state is not None:
+                    states[f"{entry.name}/{inner.name}"] = state
+        return states
+
+    def _state(self, folder: str, maybe_outside: bool) -> FolderState | None:
+        """Look at a folder; None if it holds no adapter_config.json."""
+        try:
+            if maybe_outside and not self._inside(folder):
+                return FolderState(problem="the folder is a symbolic link that leaves the adapter root")
+            config = self._stamp(folder, CONFIG_FILE)
+            return None if config is None else FolderState(config, self._stamp(folder, WEIGHTS_FILE))
+        except AdapterRefused as error:
+            return FolderState(problem=error.message)
+        except OSError as error:
+            return FolderState(problem=f"the folder cannot be read: {error.strerror}")
+
+    def _stamp(self, folder: str, name: str) -> Stamp | None:
+        path = os.path.join(folder, name)
+        try:
+            status = os.stat(path, follow_symlinks=False)
+            if stat.S_ISLNK(status.st_mode):
+                if not self._inside(path):
+                    raise AdapterRefused([f"{name} is a symbolic link that leaves the adapter root"])
+                status = os.stat(path)
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            raise AdapterRefused([f"{name} is not a regular file"])
+        return Stamp.of(status)
+
+    def _inside(self, path: str) -> bool:
+        return os.path.commonpath((os.path.realpath(path), self.root)) == str(self.root)
+
+    # ------------------------------------------------------------ Source
+
+    async def resolve(self, target: str, token: str = "") -> Version:
+        return await asyncio.to_thread(self._resolve, target)
+
+    def _resolve(self, name: str) -> Version:
+        state = self._state(str(self.root / name), maybe_outside=True) if NAME.fullmatch(name) else None
+        if state is None:
+            raise NotFound(f"there is no adapter folder {name!r}")
+        if state.problem:
+            raise AdapterRefused([state.problem])
+        if state.config is None or state.weights is None:
+            raise AdapterRefused([self._why_no_weights(name)])
+        return Version(
+            key=f"local:{self.root}:{name}:{state.config}:{state.weights}",
+            source=f"local:{name}",
+            target=name,
+            at_hand=True,
+            files={
+                CONFIG_FILE: RemoteFile(state.config.num_bytes, str(state.config)),
+                WEIGHTS_FILE: RemoteFile(state.weights.num_bytes, str(state.weights)),
+            },
+        )
+
+    def _why_no_weights(self, name: str) -> str:
+        for pickle in PICKLES:
+            if (self.root / name / pickle).exists():
+                return f"{pickle} is a pickle, which can run code: convert it to {WEIGHTS_FILE}"
+        return f"{WEIGHTS_FILE} is missing"
+
+    async def fetch(self, version: Version, name: str, path: Path, end: int, token: str = "") -> None:
+        await asyncio.to_thread(self._copy, version, name, path, end)
+
+    def _copy(self, version: Version, name: str, path: Path, end: int) -> None:
+        real = os.path.realpath(self.root / version.target / name)
+        if not self._inside(real):
+            raise Changed
+        source = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            with path.open("ab") as out:
+                at = out.tell()
+                while at < end and (chunk := os.pread(source, min(end - at, CHUNK_BYTES), at)):
+                    out.write(chunk)
+                    at += len(chunk)
+            # Looked at last: what was copied before it was of this version, then.
+            if str(Stamp.of(os.fstat(source))) != version.files[name].etag:
+                raise Changed
+        finally:
+            os.close(source)
+
+
+def _folders(path: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
+    """Yield the sub-folders of `path`, hidden ones aside."""
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if not entry.name.startswith(".") and entry.is_dir():
+                yield entry

@@ -1,0 +1,66 @@
+"""Adapters written byte by byte, without torch: good ones for BASE, and whatever an attacker may think of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from protocol import messages as m
+from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+
+HIDDEN = 16
+BASE = m.ServedModel(
+    model="tiny",
+    name="tiny",
+    fingerprint="f1",
+    model_type="llama",
+    vocab_size=64,
+    max_model_len=128,
+    sites=[
+        m.SiteShape(f"model.layers.{layer}.self_attn.{site}", HIDDEN, HIDDEN)
+        for layer in range(2)
+        for site in ("q_proj", "v_proj")
+    ],
+)
+
+
+def safetensors(tensors: Mapping[str, np.ndarray[Any, Any]], **changes: Any) -> bytes:
+    """Return a safetensors file of float32 tensors; `changes` replace header entries, None removes one."""
+    header: dict[str, Any] = {}
+    body = b""
+    for name, tensor in tensors.items():
+        raw = np.ascontiguousarray(tensor, dtype="<f4").tobytes()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(body), len(body) + len(raw)]}
+        body += raw
+    header |= changes
+    head = json.dumps({name: entry for name, entry in header.items() if entry is not None}).encode()
+    return len(head).to_bytes(8, "little") + head + body
+
+
+def lora_tensors(
+    seed: int = 0, rank: int = 4, sites: Sequence[m.SiteShape] = BASE.sites
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Return random lora_A and lora_B for the sites of BASE."""
+    generator = np.random.default_rng(seed)
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    for site in sites:
+        prefix = f"base_model.model.{site.name}"
+        tensors[f"{prefix}.lora_A.weight"] = generator.normal(size=(rank, site.in_features))
+        tensors[f"{prefix}.lora_B.weight"] = generator.normal(size=(site.out_features, rank))
+    return tensors
+
+
+def lora_config(rank: int = 4, **fields: Any) -> dict[str, Any]:
+    return {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **fields}
+
+
+def write_adapter(folder: Path, seed: int = 0, rank: int = 4, **fields: Any) -> Path:
+    """Write a good adapter for BASE, in place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WEIGHTS_FILE).write_bytes(safetensors(lora_tensors(seed, rank)))
+    (folder / CONFIG_FILE).write_text(json.dumps(lora_config(rank, **fields)))
+    return folder
