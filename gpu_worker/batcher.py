@@ -87,12 +87,10 @@ class Batcher:
         plan = StepPlan()
         budget = self.limits.max_step_tokens
         for seq in sorted(self.running, key=lambda seq: seq.num_pending > 1):
-            if budget > 0 and seq not in plan.preempted:
-                plan_new = min(seq.num_pending, budget)
-                budget += self._grow(seq, plan_new, plan)
-                if seq not in plan.preempted:
-                    plan.num_new[seq] = plan_new
-                    budget -= plan_new
+            num_new = min(seq.num_pending, budget)
+            if num_new and seq not in plan.preempted and self._grow(seq, num_new, plan):
+                plan.num_new[seq] = num_new
+                budget -= num_new
         if not plan.preempted:
             self._admit_waiting(plan, budget)
         return plan
@@ -108,23 +106,22 @@ class Batcher:
                 for i in range(first, last):
                     self.blocks.publish(seq.blocks[i], seq.hashes[i], seq.request.digest)
 
-    def _grow(self, seq: Sequence, num_new: int, plan: StepPlan) -> int:
+    def _grow(self, seq: Sequence, num_new: int, plan: StepPlan) -> bool:
         """Give a running sequence the blocks for `num_new` more tokens, preempting the latest arrivals if need be.
 
-        Returns the token budget that preempted members of the plan give back. `seq` itself may be what is preempted.
+        Returns False when that is the sequence itself.
         """
-        given_back = 0
         missing = _num_blocks(seq.num_computed + num_new) - len(seq.blocks)
         while missing > self.blocks.num_free:
             victim = self.running[-1]
-            given_back += plan.num_new.pop(victim, 0)
-            self._preempt(victim)
+            plan.num_new.pop(victim, None)
             plan.preempted.append(victim)
+            self._preempt(victim)
             if victim is seq:
-                return given_back
+                return False
         if missing > 0:
             seq.blocks += self.blocks.allocate(missing)
-        return given_back
+        return True
 
     def _preempt(self, seq: Sequence) -> None:
         """Take back a sequence's blocks and adapter but keep its tokens; it is first in line again."""

@@ -1,0 +1,258 @@
+"""The batcher against a simulated cache: whatever it plans, every token's keys and values are where they must be."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from gpu_worker.batcher import BLOCK_TOKENS, MAX_SKIPS, Batcher, Limits, StepPlan
+from gpu_worker.blocks import BlockPool
+from gpu_worker.request import EngineRequest, Sequence
+from protocol.messages import Sampling
+
+
+class Gate:
+    """Adapters that are there or not."""
+
+    def __init__(self) -> None:
+        self.resident: set[str] = set()
+        self.refs: dict[str, int] = {}
+
+    def acquire(self, digest: str) -> int | None:
+        if digest not in self.resident:
+            return None
+        self.refs[digest] = self.refs.get(digest, 0) + 1
+        return ord(digest)
+
+    def release(self, digest: str) -> None:
+        self.refs[digest] -= 1
+        assert self.refs[digest] >= 0
+
+
+def make_seq(rid: str, prompt: np.ndarray, max_new: int, digest: str = "", output: list[int] | None = None) -> Sequence:
+    request = EngineRequest(rid, 1, digest, prompt.astype(np.int32), Sampling(), max_new, output or [])
+    return Sequence(request, 1 << 20)
+
+
+def make_batcher(
+    num_blocks: int, max_num_seqs: int = 8, max_step_tokens: int = 64, *, prefix_cache: bool = True
+) -> tuple[Batcher, Gate]:
+    gate = Gate()
+    limits = Limits(max_num_seqs, max_step_tokens, prefix_cache)
+    return Batcher(limits, BlockPool(num_blocks), gate, "base"), gate
+
+
+class Cache:
+    """What each slot of the paged cache holds: a hash of all the tokens up to it and of the adapter."""
+
+    def __init__(self) -> None:
+        self.slots: dict[tuple[int, int], bytes] = {}
+
+    def run(self, plan: StepPlan) -> None:
+        """Compute a plan's tokens, checking that all tokens before them are in place."""
+        for seq, num_new in plan.num_new.items():
+            chain = hashlib.sha256(seq.request.digest.encode()).digest()
+            assert len(seq.blocks) * BLOCK_TOKENS >= seq.num_computed + num_new
+            for at in range(seq.num_computed + num_new):
+                chain = hashlib.sha256(chain + seq.tokens[at].tobytes()).digest()
+                slot = (seq.blocks[at // BLOCK_TOKENS], at % BLOCK_TOKENS)
+                if at < seq.num_computed:
+                    assert self.slots[slot] == chain, f"{seq.rid} reads a wrong cache entry at {at}"
+                else:
+                    self.slots[slot] = chain
+
+
+class BatcherMachine(RuleBasedStateMachine):
+    """Requests of three adapters with common beginnings come, run, are cancelled; adapters come late."""
+
+    @initialize(num_blocks=st.integers(6, 20), step_tokens=st.integers(4, 40), prefix_cache=st.booleans())
+    def start(self, num_blocks: int, step_tokens: int, prefix_cache: bool) -> None:
+        self.limits = Limits(4, step_tokens, prefix_cache)
+        self.gate = Gate()
+        self.blocks = BlockPool(num_blocks)
+        self.batcher = Batcher(self.limits, self.blocks, self.gate, "base")
+        self.cache = Cache()
+        self.rng = np.random.default_rng(0)
+        self.max_len = num_blocks * BLOCK_TOKENS
+        self.count = 0
+
+    @rule(
+        kind=st.integers(0, 2), length=st.integers(1, 80), max_new=st.integers(1, 40),
+        digest=st.sampled_from(["", "a", "b"]), resumed=st.integers(0, 20),
+    )  # fmt: skip
+    def add(self, kind: int, length: int, max_new: int, digest: str, resumed: int) -> None:
+        length = min(length, self.max_len - 1)
+        max_new = min(max_new, self.max_len - length)
+        prompt = np.arange(length) * (kind + 1)
+        output = [7 * kind] * min(resumed, max_new - 1)
+        self.count += 1
+        self.batcher.add(make_seq(str(self.count), prompt, max_new, digest, output))
+
+    @rule(digest=st.sampled_from(["a", "b"]))
+    def adapter_arrives(self, digest: str) -> None:
+        self.gate.resident.add(digest)
+
+    @rule(digest=st.sampled_from(["a", "b"]))
+    def adapter_leaves(self, digest: str) -> None:
+        if not self.gate.refs.get(digest):
+            self.gate.resident.discard(digest)
+
+    @precondition(lambda self: len(self.batcher))
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.batcher.remove(data.draw(st.sampled_from(list(self.batcher))))
+
+    @rule()
+    def step(self) -> None:
+        running = list(self.batcher.running)
+        plan = self.batcher.plan()
+        assert plan.num_tokens <= self.limits.max_step_tokens
+        assert len(self.batcher.running) <= self.limits.max_num_seqs
+        assert set(plan.num_new) <= set(self.batcher.running)
+        decodes = [seq for seq in running if seq.num_pending == 1 and seq not in plan.preempted]
+        assert list(plan.num_new)[: len(decodes)] == decodes
+        if any(not seq.request.digest or seq.request.digest in self.gate.resident for seq in self.batcher):
+            assert plan.num_new, "nothing runs though something could"
+        self.cache.run(plan)
+        self.batcher.complete(plan)
+        for seq in plan.num_new:
+            if seq.num_pending == 0:
+                seq.append(int(self.rng.integers(5)))
+                if seq.num_tokens >= seq.max_tokens:
+                    self.batcher.remove(seq)
+
+    @invariant()
+    def consistent(self) -> None:
+        self.batcher.check_integrity()
+        refs = [seq.request.digest for seq in self.batcher.running if seq.request.digest]
+        assert {d: n for d, n in self.gate.refs.items() if n} == {d: refs.count(d) for d in set(refs)}
+
+    def teardown(self) -> None:
+        """Whatever happened: once all adapters are there, everything ends within a bounded number of steps."""
+        if not hasattr(self, "batcher"):
+            return
+        self.gate.resident = {"a", "b"}
+        most = sum(2 * seq.max_tokens for seq in self.batcher) + MAX_SKIPS
+        for _ in range(most):
+            if not len(self.batcher):
+                break
+            self.step()
+        assert not len(self.batcher)
+        assert self.blocks.num_free == self.blocks.num_blocks
+
+
+TestBatcherMachine = BatcherMachine.TestCase
+TestBatcherMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+def finish_step(batcher: Batcher, plan: StepPlan) -> None:
+    batcher.complete(plan)
+    for seq in plan.num_new:
+        if seq.num_pending == 0:
+            seq.append(1)
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_decodes() -> None:
+    batcher, _ = make_batcher(64, max_step_tokens=32)
+    short, long = make_seq("short", np.arange(4), 50), make_seq("long", np.arange(100), 50)
+    batcher.add(short)
+    finish_step(batcher, batcher.plan())
+    batcher.add(long)
+    chunks = []
+    while long.num_computed < 100:
+        plan = batcher.plan()
+        assert plan.num_new[short] == 1
+        chunks.append(plan.num_new[long])
+        finish_step(batcher, plan)
+    assert chunks == [31, 31, 31, 7]
+
+
+def test_a_second_equal_prompt_computes_only_its_last_block() -> None:
+    batcher, _ = make_batcher(64)
+    first, second = make_seq("1", np.arange(48), 4), make_seq("2", np.arange(48), 4)
+    batcher.add(first)
+    finish_step(batcher, batcher.plan())
+    batcher.add(second)
+    assert batcher.plan().num_new[second] == 16
+    assert second.num_cached == 32
+    assert second.blocks[:2] == first.blocks[:2]
+
+
+def test_another_adapter_shares_no_block() -> None:
+    batcher, gate = make_batcher(64)
+    gate.resident = {"a"}
+    batcher.add(make_seq("1", np.arange(48), 4))
+    finish_step(batcher, batcher.plan())
+    other = make_seq("2", np.arange(48), 4, digest="a")
+    batcher.add(other)
+    assert batcher.plan().num_new[other] == 48
+
+
+def test_a_request_without_its_adapter_is_passed_over() -> None:
+    batcher, gate = make_batcher(64)
+    cold, warm = make_seq("cold", np.arange(8), 4, digest="a"), make_seq("warm", np.arange(8), 4)
+    batcher.add(cold)
+    batcher.add(warm)
+    assert list(batcher.plan().num_new) == [warm]
+    gate.resident = {"a"}
+    assert set(batcher.plan().num_new) == {cold, warm}
+    assert cold.slot == ord("a")
+
+
+def test_the_latest_arrival_is_preempted_and_keeps_its_tokens() -> None:
+    batcher, _ = make_batcher(4, prefix_cache=False)
+    first, second = make_seq("1", np.arange(31), 20), make_seq("2", np.arange(15), 20)
+    batcher.add(first)
+    finish_step(batcher, batcher.plan())
+    batcher.add(second)
+    preempted = []
+    for _ in range(4):
+        plan = batcher.plan()
+        preempted += plan.preempted
+        finish_step(batcher, plan)
+    assert preempted == [second]
+    assert second.num_computed == 0
+    assert second.num_tokens > 15
+    assert list(batcher.waiting) == [second]
+    batcher.remove(first)
+    assert batcher.plan().num_new == {second: second.num_tokens}
+
+
+def test_small_requests_overtake_a_large_one_only_for_a_while() -> None:
+    batcher, _ = make_batcher(8, prefix_cache=False)
+    holder = make_seq("holder", np.arange(16), 1000)
+    batcher.add(holder)
+    batcher.complete(batcher.plan())
+    large = make_seq("large", np.arange(112), 4)
+    batcher.add(large)
+    overtaking = 0
+    for i in range(2 * MAX_SKIPS):
+        small = make_seq(f"small{i}", np.arange(8), 1)
+        batcher.add(small)
+        plan = batcher.plan()
+        batcher.complete(plan)
+        if small in plan.num_new:
+            overtaking += 1
+            batcher.remove(small)
+    assert overtaking == MAX_SKIPS
+    batcher.remove(holder)
+    assert large in batcher.plan().num_new
+
+
+def test_hits_on_free_blocks_count_as_taken() -> None:
+    batcher, _ = make_batcher(6)
+    first = make_seq("first", np.arange(33), 40)
+    batcher.add(first)
+    finish_step(batcher, batcher.plan())
+    batcher.remove(first)
+    holder = make_seq("holder", np.arange(40) + 100, 40)
+    batcher.add(holder)
+    finish_step(batcher, batcher.plan())
+    # Three blocks are free, two of them hold the beginning: its third and a spare one for the holder are one too many.
+    again = make_seq("again", np.arange(33), 40)
+    batcher.add(again)
+    assert list(batcher.plan().num_new) == [holder]
