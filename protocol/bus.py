@@ -106,6 +106,19 @@ class RequestFacts:
         return self.state in m.TERMINAL
 
 
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """A request and who has it, as the scheduler needs it after a death."""
+
+    submit: m.Submit
+    state: str
+    owner: str
+    epoch: int
+    attempts: int
+    lost: list[str]  # workers that died under it
+    num_output_tokens: int
+
+
 class Bus:
     """A service's connection to the queue."""
 
@@ -181,21 +194,22 @@ class Bus:
         reason: m.FinishReason,
         error: LorafleetError | None = None,
         *,
-        dead_letter: Any = None,
+        dead_letter: m.DeadLetter | None = None,
     ) -> bool:
         """End a request from outside its worker. Returns False when it had already ended."""
         info = msgspec.json.encode(error_info(error)).decode() if error else ""
         delta = m.Delta(rid, 1 << 53, -1, finish=reason, error=info)
         order = m.Control(kind="cancel", rid=rid)
         letter = m.encode(dead_letter) if dead_letter is not None else b""
-        args = [rid, state, reason, info, m.encode([delta]), m.encode(order), letter]
+        args = [rid, state, reason, info, m.encode([delta]), m.encode(order), _ended(rid), letter]
         return bool(await self._scripts.finish(keys=[self.keys.tag], args=args))
 
     async def cancel(self, rid: str) -> str:
         """Ask for a request's end. Returns its state after the call, "" when it is unknown."""
         delta = m.Delta(rid, 1 << 53, -1, finish="cancelled")
         order = m.Control(kind="cancel", rid=rid)
-        reply = await self._scripts.cancel(keys=[self.keys.tag], args=[rid, m.encode([delta]), m.encode(order)])
+        args = [rid, m.encode([delta]), m.encode(order), _ended(rid)]
+        reply = await self._scripts.cancel(keys=[self.keys.tag], args=args)
         return reply.decode()
 
     async def requeue(self, wid: str, rids: Sequence[str], *, counts: bool, max_attempts: int) -> dict[str, str]:
@@ -266,6 +280,36 @@ class Bus:
             finish=(finish or b"").decode() if ended else "", error=(error or b"").decode() if ended else "",
         )  # fmt: skip
 
+    async def owned(self, rids: Sequence[str]) -> list[Owned | None]:
+        """Return requests with their submissions, None for one that has expired."""
+        pipe = self.redis.pipeline(transaction=False)
+        for rid in rids:
+            pipe.hmget(self.keys.req(rid), "sub", "state", "owner", "epoch", "attempts", "lost")
+            pipe.strlen(self.keys.tok(rid))
+        replies = await pipe.execute()
+        found: list[Owned | None] = []
+        for (sub, state, owner, epoch, attempts, lost), length in zip(replies[::2], replies[1::2], strict=True):
+            if state is None:
+                found.append(None)
+                continue
+            workers = (lost or b"").decode().split()
+            submit = decode(sub, m.Submit)
+            found.append(
+                Owned(submit, state.decode(), owner.decode(), int(epoch), int(attempts), workers, length // 4)
+            )
+        return found
+
+    async def work_of(self, wid: str) -> list[m.Assigned]:
+        """Return everything on a worker's stream: at least what it has not ended. Unreadable entries are rejected."""
+        stream = self.keys.work(wid)
+        items: list[m.Assigned] = []
+        for entry in await self.entries(stream):
+            try:
+                items += decode(entry[1][b"b"], list[m.Assigned])
+            except (ProtocolError, KeyError) as error:
+                await self.reject(stream, entry, repr(error))
+        return items
+
     # ------------------------------------------------------------ streams
 
     async def read(self, last_ids: dict[str, bytes], *, block_ms: int, count: int = 256) -> dict[str, list[Entry]]:
@@ -283,6 +327,21 @@ class Bus:
     async def entries(self, stream: str) -> list[Entry]:
         """Return everything in a stream, oldest first."""
         return list(await self.redis.xrange(stream))
+
+    async def last_id(self, stream: str) -> bytes:
+        """Return the id of a stream's newest entry, to read on from there."""
+        newest = await self.redis.xrevrange(stream, count=1)
+        return newest[0][0] if newest else b"0"
+
+    async def reject(self, stream: str, entry: Entry, reason: str) -> None:
+        """Move an entry that cannot be used to the dead letters."""
+        logger.error("%s on %s goes to the dead letters: %s", entry[0].decode(), stream, reason)
+        letter = m.DeadLetter(reason=reason, stream=stream, raw=entry[1].get(b"b", b""), ms=now_ms())
+        pipe = self.redis.pipeline(transaction=True)
+        pipe.xdel(stream, entry[0])
+        pipe.xadd(self.keys.dlq, {"b": m.encode(letter)}, minid=now_ms() - 604_800_000, approximate=True)
+        pipe.expire(self.keys.dlq, 604_800)
+        await pipe.execute()
 
     async def tell(self, wid: str, order: m.Control) -> None:
         """Give a worker an order. Lost when the worker is gone."""
@@ -341,13 +400,25 @@ class Bus:
         low: float | str = "-inf" if max_age_ms is None else now_ms() - max_age_ms
         return [wid.decode() for wid in await self.redis.zrangebyscore(registry, low, "+inf")]
 
+    async def gateways_alive(self) -> dict[str, bool]:
+        """Return each registered gateway and whether its beat is there."""
+        gids = await self.members(self.keys.gateways)
+        if not gids:
+            return {}
+        raws = await self.redis.mget([self.keys.gateway_beat(gid) for gid in gids])
+        return {gid: raw is not None for gid, raw in zip(gids, raws, strict=True)}
+
+    async def forget_gateway(self, gid: str) -> None:
+        """Take a dead gateway off the register. Its stream runs out by itself, should it only have slept."""
+        await self.redis.zrem(self.keys.gateways, gid)
+
     async def worker_beats(self) -> dict[str, m.WorkerBeat | None]:
         """Return each registered worker's last beat, None for one whose beat has expired."""
         wids = await self.members(self.keys.workers)
         if not wids:
             return {}
         raws = await self.redis.mget([self.keys.worker_beat(wid) for wid in wids])
-        return {wid: decode(raw, m.WorkerBeat) if raw else None for wid, raw in zip(wids, raws, strict=True)}
+        return {wid: _beat(raw) for wid, raw in zip(wids, raws, strict=True)}
 
     # ------------------------------------------------------------ values
 
@@ -360,6 +431,11 @@ class Bus:
         """Store a message under a key."""
         await self.redis.set(key, m.encode(value), px=ttl_ms)
 
+    async def adapter_records(self, digests: Sequence[str]) -> list[m.AdapterRecord]:
+        """Return what the catalogue knows of adapter contents."""
+        raws = await self.redis.mget([self.keys.adapter(digest) for digest in digests])
+        return [decode(raw, m.AdapterRecord) for raw in raws if raw is not None]
+
     async def alias(self, name: str) -> m.Alias | None:
         """Return what an adapter name stands for now."""
         raw = await self.redis.hget(self.keys.adapters, name)
@@ -368,6 +444,20 @@ class Bus:
     async def aliases(self) -> list[m.Alias]:
         """Return the whole catalogue of names."""
         return [decode(raw, m.Alias) for raw in (await self.redis.hgetall(self.keys.adapters)).values()]
+
+
+def _beat(raw: bytes | None) -> m.WorkerBeat | None:
+    """Decode a beat; one that cannot be read is none, and must not hide the others."""
+    try:
+        return decode(raw, m.WorkerBeat) if raw else None
+    except ProtocolError:
+        logger.exception("a worker's beat cannot be read")
+        return None
+
+
+def _ended(rid: str) -> bytes:
+    """Tell the scheduler that a request has ended without a worker."""
+    return m.encode([m.Ended(rid, "", 0, "", 0)])
 
 
 def _flatten(entries: Any) -> Iterable[Entry]:

@@ -69,6 +69,7 @@ class Submit(Wire, frozen=True):
     stored: bool = False  # lives on without its gateway
     submitted_ms: int = 0
     prefix: str = ""  # hash of the prompt's first blocks, for prefix affinity
+    weight: float = 1.0  # the tenant's share relative to others
 
 
 # ---------------------------------------------------------------- scheduler -> worker
@@ -140,7 +141,7 @@ def logprob_record_bytes(num_logprobs: int) -> int:
 
 
 class Ended(Packed, frozen=True):
-    """A request left its worker: finished, or handed back (`requeued`)."""
+    """A request left its worker: finished, or handed back (`requeued`). `wid` is "" for an end from outside."""
 
     rid: str
     wid: str
@@ -194,6 +195,19 @@ class SchedulerStatus(Wire, frozen=True):
     drain_rate: float  # requests finished per second, smoothed
     queued_tokens: int = 0
     sent_ms: int = 0
+
+
+class DeadLetter(Wire, frozen=True):
+    """What could not be served or not even be read, and why."""
+
+    reason: str
+    stream: str = ""  # where an unreadable message lay
+    raw: bytes = b""  # that message
+    submit: Submit | None = None
+    attempts: int = 0
+    num_output_tokens: int = 0
+    workers: list[str] = []  # that died under it
+    ms: int = 0
 
 
 # ---------------------------------------------------------------- the base model, published by workers

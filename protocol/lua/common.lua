@@ -23,6 +23,11 @@ local function write_end(rid, state, finish, error, now)
   end
 end
 
+-- Say that requests have ended, to whoever counts them.
+local function tell_scheduler(message)
+  redis.call('XADD', P .. ':ended', 'MAXLEN', '~', '10000', '*', 'b', message)
+end
+
 -- Take a request's entry out of the submit stream, if it is still there.
 local function drop_submit(rid)
   local f = redis.call('HMGET', req_key(rid), 'cls', 'sub_id')

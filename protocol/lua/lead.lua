@@ -4,7 +4,8 @@
 -- -> my token while I lead, '' otherwise
 local current = redis.call('GET', KEYS[2])
 if current then
-  if current ~= ARGV[1] then return '' end
+  -- With my id in front it is mine, even if the reply that said so was lost.
+  if current ~= ARGV[1] and string.sub(current, 1, #ARGV[2] + 1) ~= ARGV[2] .. ':' then return '' end
   redis.call('PEXPIRE', KEYS[2], ARGV[3])
   return current
 end

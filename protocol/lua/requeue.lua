@@ -1,6 +1,8 @@
 -- Take requests from a worker that died or drains, and queue them again with their tokens kept. Fences the worker.
 -- KEYS: prefix
--- ARGV: wid, 1 if this counts as a failed attempt else 0, max attempts, then rids
+-- ARGV: wid, 1 if the worker died else 0, max attempts, then rids
+-- A death counts as a failed attempt of the requests that had made no progress: what kills a worker kills the next one
+-- at the same token, while its neighbours move on. Dying under a request four times as often ends it in any case.
 -- -> {rid, outcome, ...}, outcome: requeued | exhausted | cancelled (these two are left for `finish`) | other (not the
 --    worker's any more)
 local wid, counts, max_attempts, now = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3]), now_ms()
@@ -8,16 +10,21 @@ local out = {}
 for i = 4, #ARGV do
   local rid = ARGV[i]
   local key = req_key(rid)
-  local f = redis.call('HMGET', key, 'state', 'owner', 'cancel', 'attempts', 'cls', 'sub')
+  local f = redis.call('HMGET', key, 'state', 'owner', 'cancel', 'attempts', 'cls', 'sub', 'start', 'lost')
   local outcome = 'other'
   if f[1] == 'assigned' and f[2] == wid then
-    local attempts = tonumber(f[4]) + (counts and 1 or 0)
+    local attempts, lost = tonumber(f[4]), f[8] or ''
+    if counts then
+      if redis.call('STRLEN', P .. ':tok:' .. rid) / 4 <= tonumber(f[7] or '0') then attempts = attempts + 1 end
+      lost = lost .. wid .. ' '
+    end
+    local _, num_lost = string.gsub(lost, ' ', '')
     local epoch = redis.call('HINCRBY', key, 'epoch', 1)
-    redis.call('HSET', key, 'attempts', attempts, 'last_owner', wid)
+    redis.call('HSET', key, 'attempts', attempts, 'lost', lost)
     if f[3] == '1' then outcome = 'cancelled'
-    elseif attempts >= max_attempts then outcome = 'exhausted'
+    elseif attempts >= max_attempts or num_lost >= 4 * max_attempts then outcome = 'exhausted'
     else
-      local id = redis.call('XADD', P .. ':sub:' .. f[5], '*', 'b', f[6], 'e', epoch)
+      local id = redis.call('XADD', P .. ':sub:' .. f[5], '*', 'b', f[6], 'e', epoch, 'a', attempts)
       redis.call('HSET', key, 'state', 'queued', 'owner', '', 'sub_id', id)
       outcome = 'requeued'
     end

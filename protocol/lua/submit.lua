@@ -4,6 +4,8 @@
 --       rid, submit message, body, tenant, digest, gateway, stored, n_prompt, max_new, deadline_ms
 -- -> {'ok'} | {'full', queued} | {'idem', value stored under the key}
 local cls, max_queued, idem_value = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+-- Accepted before, and the reply was lost: a second entry, or a reset epoch, would run the request twice.
+if redis.call('EXISTS', req_key(ARGV[4])) == 1 then return {'ok'} end
 if KEYS[3] ~= '' then
   local seen = redis.call('GET', KEYS[3])
   if seen then return {'idem', seen} end

@@ -1,0 +1,12 @@
+"""`python -m scheduler`: one scheduler, until a signal ends it."""
+
+import sys
+
+from protocol.service import run, set_up_logging
+from protocol.settings import Settings
+from scheduler.service import serve
+
+if __name__ == "__main__":
+    settings = Settings()
+    set_up_logging("scheduler", settings.log_level)
+    sys.exit(run(lambda stop: serve(settings, stop)))

@@ -1,0 +1,47 @@
+"""Virtual token counters: who has had how much. Sheng et al., "Fairness in serving large language models", 2024."""
+
+from __future__ import annotations
+
+INPUT_WEIGHT = 1.0
+OUTPUT_WEIGHT = 2.0
+
+
+class TokenCounters:
+    """Service per tenant, in tokens over its weight. The tenant with the least is served first.
+
+    `level` is the least counter among the tenants being served. A tenant that had nothing queued gained no claim by
+    that: `lift` raises it to `level`. One whose requests could not run, because their adapters were not there, may
+    be behind `level` by at most `max_lag`. Counters never fall.
+    """
+
+    def __init__(self, max_lag: float) -> None:
+        self._max_lag = max_lag
+        self._counters: dict[str, float] = {}
+        self._prune_at = 1024
+        self.level = 0.0
+
+    def __getitem__(self, tenant: str) -> float:
+        """Return a tenant's counter; one that is not known is at `level`."""
+        return self._counters.get(tenant, self.level)
+
+    def __len__(self) -> int:
+        return len(self._counters)
+
+    def lift(self, tenant: str) -> float:
+        """Return the counter of a tenant that becomes active, raised to `level`."""
+        counter = self._counters[tenant] = max(self[tenant], self.level)
+        return counter
+
+    def serve(self, tenant: str, least_passed_over: float | None) -> None:
+        """Note that a request of `tenant` is dispatched, while one at `least_passed_over` could have been."""
+        counter = self._counters[tenant] = max(self[tenant], self.level - self._max_lag)
+        self.level = max(self.level, counter if least_passed_over is None else min(counter, least_passed_over))
+
+    def charge(self, tenant: str, num_input_tokens: int, num_output_tokens: int, weight: float) -> None:
+        """Add service that a tenant has had."""
+        cost = (INPUT_WEIGHT * num_input_tokens + OUTPUT_WEIGHT * num_output_tokens) / weight
+        self._counters[tenant] = self[tenant] + cost
+        if len(self._counters) > self._prune_at:
+            # What is at or below `level` would be lifted to it anyway when its tenant returns.
+            self._counters = {name: value for name, value in self._counters.items() if value > self.level}
+            self._prune_at = max(1024, 2 * len(self._counters))

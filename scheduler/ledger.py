@@ -1,0 +1,126 @@
+"""What is assigned where, and what each tenant has been charged for it.
+
+An entry comes with an assignment and goes with the worker's `Ended`, with a newer epoch of the same request, or with
+the worker. Beats say in between how far each request is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from scheduler.fairness import TokenCounters
+from scheduler.fleet import Fleet, Tier, Worker
+from scheduler.request import BASE, Request, decrement
+
+OUTPUT_SMOOTHING = 0.02
+"""Weight of the latest request in the mean output length."""
+
+
+class Ledger:
+    """Requests on workers. Keeps the workers' counts in `Fleet` right and charges tenants as tokens come."""
+
+    def __init__(self, fleet: Fleet, counters: TokenCounters, rank_of: Callable[[str], int]) -> None:
+        self._fleet = fleet
+        self._counters = counters
+        self._rank_of = rank_of
+        self.mean_output_tokens = 128.0
+        self.num_ended = 0
+
+    def expected_tokens(self, request: Request) -> int:
+        """Return prompt and expected output of a request."""
+        sub = request.submit
+        return sub.num_prompt_tokens + min(sub.max_new_tokens, round(self.mean_output_tokens))
+
+    def assign(self, request: Request, worker: Worker) -> None:
+        """Enter a request as given to a worker, and charge its prompt, once."""
+        sub = request.submit
+        request.wid, request.started, request.held_since_ms = worker.wid, False, -1.0
+        request.start_tokens = -1 if request.resumed or request.output_charged else 0
+        request.ready = worker.tier(sub.digest) is Tier.RESIDENT
+        request.reserved_tokens = self.expected_tokens(request)
+        worker.requests[request.rid] = request
+        if not worker.by_digest[sub.digest] and sub.digest != BASE:
+            worker.ranks[sub.digest] = self._rank_of(sub.digest)
+            worker.rank_sum += worker.ranks[sub.digest]
+        worker.by_digest[sub.digest] += 1
+        worker.num_tokens += request.reserved_tokens
+        if request.ready:
+            worker.num_ready += 1
+        else:
+            worker.cold[sub.digest] += 1
+        if request.attempts:
+            worker.suspects[request.attempts] += 1
+        if not request.input_charged:
+            request.input_charged = True
+            self._counters.charge(sub.tenant, sub.num_prompt_tokens, 0, sub.weight)
+
+    def remove(self, request: Request) -> None:
+        """Take a request off its worker."""
+        worker = self._fleet.workers.get(request.wid)
+        request.wid = ""
+        if worker is None or worker.requests.get(request.rid) is not request:
+            return
+        digest = request.submit.digest
+        del worker.requests[request.rid]
+        decrement(worker.by_digest, digest)
+        if digest in worker.ranks and digest not in worker.by_digest:
+            worker.rank_sum -= worker.ranks.pop(digest)
+        worker.num_tokens -= request.reserved_tokens
+        if request.ready:
+            worker.num_ready -= 1
+        else:
+            decrement(worker.cold, digest)
+        if request.attempts and not request.started:
+            decrement(worker.suspects, request.attempts)
+
+    def end(self, request: Request, num_output_tokens: int) -> None:
+        """Settle a request that has ended on its worker."""
+        worker = self._fleet.workers.get(request.wid)
+        if worker is not None and not request.ready and num_output_tokens > max(request.start_tokens, 0):
+            self._fleet.note_resident(worker, request.submit.digest)
+        self.hand_back(request, num_output_tokens)
+        self.mean_output_tokens += OUTPUT_SMOOTHING * (num_output_tokens - self.mean_output_tokens)
+        self.num_ended += 1
+
+    def hand_back(self, request: Request, num_output_tokens: int) -> None:
+        """Settle a request that its worker gave back."""
+        self._charge(request, num_output_tokens)
+        self.remove(request)
+
+    def observe(self, worker: Worker) -> None:
+        """Take a new beat of a worker: how far its requests are, and whose adapter has come."""
+        for rid, num_output_tokens in worker.beat.progress:
+            request = worker.requests.get(rid)
+            if request is not None:
+                self._progress(worker, request, num_output_tokens)
+        if not worker.cold:
+            return
+        for digest in [digest for digest in worker.cold if digest in worker.resident]:
+            for request in worker.requests.values():
+                if request.submit.digest == digest:
+                    self._make_ready(worker, request)
+
+    def _charge(self, request: Request, num_output_tokens: int) -> None:
+        """Charge the output of a request up to `num_output_tokens`, the length of its log."""
+        sub = request.submit
+        if request.output_charged < 0:
+            request.output_charged = num_output_tokens
+        elif num_output_tokens > request.output_charged:
+            self._counters.charge(sub.tenant, 0, num_output_tokens - request.output_charged, sub.weight)
+            request.output_charged = num_output_tokens
+
+    def _progress(self, worker: Worker, request: Request, num_output_tokens: int) -> None:
+        self._charge(request, num_output_tokens)
+        if request.start_tokens < 0:
+            request.start_tokens = num_output_tokens
+        elif num_output_tokens > request.start_tokens and not request.started:
+            request.started = True
+            if request.attempts:
+                decrement(worker.suspects, request.attempts)
+            self._make_ready(worker, request)
+
+    def _make_ready(self, worker: Worker, request: Request) -> None:
+        if not request.ready:
+            request.ready = True
+            worker.num_ready += 1
+            decrement(worker.cold, request.submit.digest)

@@ -1,0 +1,285 @@
+"""Which worker a request should go to: the one with the least estimated wait, in ms.
+
+The wait is the queue in front of it, the way its adapter still has to come, and what its decoding takes in that
+worker's batch, which depends on the ranks in it. An adapter that is nowhere goes to its rendezvous worker, a hot
+one to as many as its load needs; and no worker gets more than 1.25 times the mean load while others are free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from scheduler.backlog import Verdict
+from scheduler.fleet import Fleet, Tier, Worker
+from scheduler.request import BASE, Request
+
+LOAD_BOUND = 1.25
+"""Largest load of a worker in units of the mean."""
+
+FREE_BATCH = 8
+"""A worker with less than its capacity over this is never too loaded: a small batch costs little."""
+
+MAX_CANDIDATES = 12
+"""Workers scored for one request, of a large fleet."""
+
+SHRINK_TICKS = 3
+"""Ticks in a row with less load before an adapter loses a home."""
+
+MAX_PREFIXES = 16_384
+"""Prompt beginnings remembered with the worker that computed them."""
+
+SUSPECTS_PER_WORKER = 8
+"""Requests whose worker has died that may start together on another; those with one life left start alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """What placement knows of an adapter."""
+
+    rank: int = 16
+    num_bytes: int = 20_000_000
+
+
+DEFAULT_FACTS = AdapterFacts()
+"""Of an adapter that the catalogue does not describe."""
+
+
+@dataclass(slots=True)
+class Bandwidths:
+    """Bytes per ms on an adapter's way to a worker's pool, and what each way costs at least, in ms."""
+
+    host: float = 2e6
+    remote: float = 2e5
+    host_ms: float = 1.0
+    remote_ms: float = 10.0
+
+    def cost_ms(self, tier: Tier, num_bytes: int) -> float:
+        """Estimate how long an adapter at `tier` takes until it is resident."""
+        if tier is Tier.RESIDENT:
+            return 0.0
+        if tier is Tier.HOST:
+            return self.host_ms + num_bytes / self.host
+        whole_ms = self.remote_ms + num_bytes / self.remote
+        return whole_ms / 2 if tier is Tier.LOADING else whole_ms  # on its way: half of it, on average
+
+
+@dataclass(slots=True)
+class _Homes:
+    """How many workers an adapter belongs on."""
+
+    num: int = 1
+    ticks_below: int = 0
+
+
+class Homes:
+    """On how many workers each adapter belongs: grows with its load at once, shrinks after a while."""
+
+    def __init__(self) -> None:
+        self._homes: dict[str, _Homes] = {}
+
+    def __getitem__(self, digest: str) -> int:
+        home = self._homes.get(digest)
+        return home.num if home else 1
+
+    def tick(self, demand: Mapping[str, int], worker_share: float) -> None:
+        """Take the requests queued or running per adapter, and how many of one adapter a worker should have."""
+        for digest in [*demand, *(self._homes.keys() - demand.keys())]:
+            needed = max(1, math.ceil(demand.get(digest, 0) / worker_share))
+            home = self._homes.get(digest)
+            if home is None:
+                if needed > 1:
+                    self._homes[digest] = _Homes(needed)
+            elif needed >= home.num:
+                home.num, home.ticks_below = needed, 0
+            else:
+                home.ticks_below += 1
+                if home.ticks_below >= SHRINK_TICKS:
+                    home.num, home.ticks_below = home.num - 1, 0
+                    if home.num == 1:
+                        del self._homes[digest]
+
+
+class Rendezvous:
+    """Order of workers by adapter, by highest random weight: a worker that comes or goes moves only its share."""
+
+    def __init__(self) -> None:
+        self._members: dict[str, tuple[str, int]] = {}
+        self._orders: dict[str, tuple[str, ...]] = {}
+
+    def set_members(self, members: Mapping[str, tuple[str, int]]) -> None:
+        """Take the workers there are: wid -> (name, capacity)."""
+        if members != self._members:
+            self._members = dict(members)
+            self._orders.clear()
+
+    def order(self, digest: str) -> tuple[str, ...]:
+        """Return the wids, the one where `digest` belongs first. The name counts, so a restart moves nothing."""
+        order = self._orders.get(digest)
+        if order is None:
+            if len(self._orders) > 10_000:
+                self._orders.clear()
+            scores = {wid: _weight(digest, name, capacity) for wid, (name, capacity) in self._members.items()}
+            order = self._orders[digest] = tuple(sorted(scores, key=scores.__getitem__, reverse=True))
+        return order
+
+
+def _weight(digest: str, name: str, capacity: int) -> float:
+    raw = int.from_bytes(blake2b(f"{digest}\0{name}".encode(), digest_size=8).digest(), "big")
+    return -capacity / math.log((raw + 0.5) / 2**64)
+
+
+@dataclass(slots=True)
+class _Best:
+    """The least wait among the workers seen."""
+
+    wait_ms: float = math.inf
+    worker: Worker | None = None
+
+
+class Placement:
+    """Chooses workers. What it keeps between decisions are only hints."""
+
+    def __init__(self, fleet: Fleet, max_attempts: int) -> None:
+        self._fleet = fleet
+        self._max_attempts = max_attempts
+        self.bandwidths = Bandwidths()
+        self.homes = Homes()
+        self.facts: dict[str, AdapterFacts] = {}
+        self._rendezvous = Rendezvous()
+        self._prefixes: dict[str, str] = {}  # prompt's first blocks -> worker that computed them last
+        self._workers: list[Worker] = []
+        self._open: list[Worker] = []  # those that may have room
+        self._total_load = 0
+        self._total_capacity = 0
+        self._turn = 0
+
+    def begin(self) -> None:
+        """Look at the fleet anew. Until the next call it changes only by `took`."""
+        self._workers = [worker for worker in self._fleet.workers.values() if worker.available]
+        self._open = list(self._workers)
+        self._total_load = sum(worker.load for worker in self._workers)
+        self._total_capacity = sum(worker.beat.capacity for worker in self._workers)
+        self._rendezvous.set_members({w.wid: (w.beat.name, w.beat.capacity) for w in self._workers})
+
+    def took(self, request: Request, worker: Worker) -> None:
+        """Note an assignment made since `begin`."""
+        self._total_load += 1
+        if prefix := request.submit.prefix:
+            self._prefixes.pop(prefix, None)
+            self._prefixes[prefix] = worker.wid
+            if len(self._prefixes) > MAX_PREFIXES:
+                del self._prefixes[next(iter(self._prefixes))]
+
+    def rank_of(self, digest: str) -> int:
+        return self.facts.get(digest, DEFAULT_FACTS).rank
+
+    def home(self, digest: str) -> str | None:
+        """Return the worker on which an adapter should be first."""
+        order = self._rendezvous.order(digest)
+        return order[0] if order else None
+
+    def has_room(self, request: Request) -> bool:
+        """Tell whether any worker takes requests like this one: of its class, and their adapter there, or not."""
+        cls, digest = request.submit.cls, request.submit.digest
+        if digest == BASE or digest in self._fleet.holders:
+            return any(worker.ready_credit(cls) > 0 for worker in self._workers)
+        return any(worker.takes_cold("?", cls) for worker in self._workers)
+
+    def tick(self, queued: Mapping[str, int]) -> None:
+        """Adapt the homes of hot adapters, once a second, to the requests queued per adapter and those assigned."""
+        if not self._workers:
+            return
+        demand = Counter(queued)
+        for worker in self._workers:
+            demand.update(worker.by_digest)
+        del demand[BASE]
+        mean_load, mean_capacity = self._total_load / len(self._workers), self._total_capacity / len(self._workers)
+        self.homes.tick(demand, max(LOAD_BOUND * mean_load, mean_capacity / FREE_BATCH, 1.0))
+
+    def choose(self, request: Request, output_tokens: float, now_ms: float, *, final: bool) -> Worker | Verdict:
+        """Return the worker with the least wait, or HELD when a warmer one is worth waiting for, or BLOCKED.
+
+        A request is held no longer than its adapter would take to come to the worker that is free, so it never
+        takes more than twice as long as the better of both choices; with `final` it is not held at all.
+        """
+        digest = request.submit.digest
+        facts = self.facts.get(digest, DEFAULT_FACTS)
+        holders = self._fleet.holders.get(digest, ())
+        homes = self._rendezvous.order(digest)[: self.homes[digest]] if digest != BASE else ()
+        best, crowded = _Best(), _Best()
+        preferred_open = digest == BASE
+        for worker in self._candidates(holders, homes, request.submit.cls):
+            tier = worker.tier(digest)
+            if not self._takes(worker, request, tier, bool(holders)):
+                continue
+            is_preferred = worker.wid in (holders or homes)
+            preferred_open = preferred_open or is_preferred
+            wait_ms = self.bandwidths.cost_ms(tier, facts.num_bytes)
+            if not is_preferred:
+                wait_ms *= 2  # a move has to be worth one more load
+            wait_ms += self._batch_ms(worker, request, output_tokens, facts.rank)
+            place = crowded if self._is_crowded(worker) else best
+            if wait_ms < place.wait_ms:
+                place.wait_ms, place.worker = wait_ms, worker
+        worker = best.worker or crowded.worker
+        if worker is None:
+            return Verdict.BLOCKED
+        if preferred_open or final:
+            return worker
+        patience_ms = self.bandwidths.cost_ms(worker.tier(digest), facts.num_bytes)
+        if request.held_since_ms < 0:
+            request.held_since_ms = now_ms
+        request.held_until_ms = request.held_since_ms + patience_ms
+        return Verdict.HELD if now_ms < request.held_until_ms else worker
+
+    def _takes(self, worker: Worker, request: Request, tier: Tier, warm_elsewhere: bool) -> bool:
+        cls, digest = request.submit.cls, request.submit.digest
+        if request.attempts:
+            if request.attempts >= self._max_attempts - 1:
+                if any(attempts >= request.attempts for attempts in worker.suspects):
+                    return False
+            elif worker.suspects.total() >= SUSPECTS_PER_WORKER:
+                return False
+        if tier is Tier.RESIDENT:
+            return worker.ready_credit(cls) > 0
+        # Bringing an adapter to one more worker only helps where there is room to run it.
+        return worker.takes_cold(digest, cls) and (not warm_elsewhere or worker.ready_credit(cls) > 0)
+
+    def _batch_ms(self, worker: Worker, request: Request, output_tokens: float, rank: int) -> float:
+        """Estimate how long the request queues and decodes in a worker's batch."""
+        sub = request.submit
+        step_ms = 1000 * worker.step_s(request, sub.num_prompt_tokens + round(output_tokens), rank)
+        decode_ms = output_tokens * step_ms
+        num_ahead = worker.num_ready + 1 - worker.beat.capacity
+        if num_ahead > 0:
+            decode_ms *= 1 + num_ahead / worker.beat.capacity  # slots come free evenly
+        if sub.prefix and self._prefixes.get(sub.prefix) == worker.wid:
+            decode_ms -= 1000 * worker.model.b * sub.num_prompt_tokens
+        return decode_ms
+
+    def _is_crowded(self, worker: Worker) -> bool:
+        capacity = worker.beat.capacity
+        fair_load = LOAD_BOUND * (self._total_load + 1) * capacity / self._total_capacity
+        return worker.load + 1 > max(fair_load, capacity / FREE_BATCH, 1)
+
+    def _candidates(self, holders: Collection[str], homes: Collection[str], cls: str) -> Iterable[Worker]:
+        """Return the workers to score: all of a small fleet; else where the adapter is or belongs, and some others."""
+        if len(self._workers) <= MAX_CANDIDATES:
+            return self._workers
+        self._turn += 1
+        known = [worker for wid in (*holders, *homes) if (worker := self._fleet.workers[wid]).ready_credit(cls) > 0]
+        self._open = [worker for worker in self._open if worker.ready_credit(cls) > 0]
+        half = MAX_CANDIDATES // 2
+        return {w.wid: w for w in (*_some(known, half, self._turn), *_some(self._open, half, self._turn))}.values()
+
+
+def _some(workers: list[Worker], num: int, turn: int) -> list[Worker]:
+    """Return `num` of the workers, others at each turn."""
+    if len(workers) <= num:
+        return workers
+    start = turn * num % len(workers)
+    return (workers + workers)[start : start + num]

@@ -1,0 +1,126 @@
+"""What the scheduler does when something has died or gone astray. Every step may be repeated by the next leader."""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+
+from protocol import messages as m
+from protocol.bus import Bus, Entry, Owned, now_ms
+from protocol.errors import Internal, LorafleetError, WorkerLost
+from protocol.keys import CLASSES
+from scheduler.core import Scheduler
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 128
+"""Requests in one script, so that none blocks the queue for long."""
+
+
+class Recovery:
+    """Brings queue and scheduler back in line."""
+
+    def __init__(self, bus: Bus, scheduler: Scheduler, max_attempts: int) -> None:
+        self._bus = bus
+        self._scheduler = scheduler
+        self._max_attempts = max_attempts
+        self._missing: dict[str, int] = {}  # rid -> epoch, of requests their worker did not list at the last look
+
+    async def rebuild(self) -> dict[str, bytes]:
+        """Take over what earlier leaders assigned. Returns the stream positions from which to read on."""
+        bus, scheduler = self._bus, self._scheduler
+        # In this order: what ends after this is read, so nothing adopted below is counted for ever.
+        last_ids = {bus.keys.ended: await bus.last_id(bus.keys.ended)}
+        beats = await bus.worker_beats()
+        scheduler.beats(beats, 0.0)
+        num_adopted = 0
+        for wid in beats:
+            rids = list({item.rid for item in await bus.work_of(wid)})
+            for start in range(0, len(rids), CHUNK):
+                for owned in await bus.owned(rids[start : start + CHUNK]):
+                    if owned is not None and owned.state == "assigned" and owned.owner == wid:
+                        scheduler.adopt(wid, owned.submit, owned.epoch, owned.attempts)
+                        num_adopted += 1
+        logger.info("%d workers registered, %d requests running", len(beats), num_adopted)
+        # All that lies on the submit streams is not assigned: the first read brings it.
+        return last_ids | {bus.keys.sub(cls): b"0" for cls in CLASSES}
+
+    async def bury(self, wid: str) -> None:
+        """Queue a dead worker's requests again, end those that cannot be, then delete what it leaves."""
+        assigned = {item.rid for item in await self._bus.work_of(wid)}
+        rids = list(assigned | set(self._scheduler.assigned_to(wid)))
+        logger.warning("worker %s is dead; it had %d requests", wid, len(rids))
+        await self._requeue(wid, rids, counts=True)
+        self._scheduler.remove_worker(wid)
+        await self._bus.leave(wid)
+
+    async def _requeue(self, wid: str, rids: list[str], *, counts: bool) -> None:
+        for start in range(0, len(rids), CHUNK):
+            outcomes = await self._bus.requeue(
+                wid, rids[start : start + CHUNK], counts=counts, max_attempts=self._max_attempts
+            )
+            mine = set(self._scheduler.assigned_to(wid))
+            for rid, outcome in outcomes.items():
+                if outcome == "exhausted":
+                    await self._give_up(rid)
+                elif outcome == "cancelled":
+                    await self._bus.finish(rid, "cancelled", "cancelled")
+                if outcome != "requeued" and rid in mine:
+                    self._scheduler.forget(rid)
+
+    async def _give_up(self, rid: str) -> None:
+        owned = (await self._bus.owned([rid]))[0]
+        if owned is None:
+            return
+        reason = f"{len(owned.lost)} workers died while they ran this request"
+        logger.error("request %s is given up: %s: %s", rid, reason, ", ".join(owned.lost))
+        letter = m.DeadLetter(
+            reason=reason, submit=owned.submit, attempts=owned.attempts, num_output_tokens=owned.num_output_tokens,
+            workers=owned.lost, ms=now_ms(),
+        )  # fmt: skip
+        await self._bus.finish(rid, "failed", "error", WorkerLost(reason), dead_letter=letter)
+
+    async def end(self, rid: str, error: LorafleetError) -> None:
+        """Fail a request, wherever it is."""
+        await self._bus.finish(rid, "failed", "error", error)
+        self._scheduler.forget(rid)
+
+    async def reject(self, stream: str, entry: Entry, reason: str) -> None:
+        """Put an unreadable submission aside, and end its request if its id at least can be read."""
+        await self._bus.reject(stream, entry, reason)
+        try:
+            loose = msgspec.msgpack.decode(entry[1].get(b"b", b""))
+        except msgspec.MsgspecError:
+            return
+        rid = loose.get("rid") if isinstance(loose, dict) else None
+        if isinstance(rid, str):
+            await self._bus.finish(rid, "failed", "error", Internal(f"the request could not be read: {reason}"))
+
+    async def cancel_gateway(self, gid: str) -> None:
+        """End what only a dead gateway waited for."""
+        rids = self._scheduler.of_gateway(gid)
+        logger.warning("gateway %s is dead; %d requests are cancelled", gid, len(rids))
+        for rid in rids:
+            await self._bus.cancel(rid)
+        await self._bus.forget_gateway(gid)
+
+    async def reconcile(self) -> None:
+        """Look up requests that their workers' beats have not listed twice in a row.
+
+        They have ended and the message was lost, or their entry on the work stream was; then they are queued again.
+        """
+        missing = self._scheduler.unlisted()
+        suspects = [rid for rid, epoch in missing.items() if self._missing.get(rid) == epoch]
+        self._missing = missing
+        for start in range(0, len(suspects), CHUNK):
+            chunk = suspects[start : start + CHUNK]
+            for rid, owned in zip(chunk, await self._bus.owned(chunk), strict=True):
+                if owned is None or owned.state in m.TERMINAL:
+                    self._scheduler.forget(rid)
+                elif owned.state == "assigned" and owned.epoch == missing[rid] and not await self._is_on_its_way(owned):
+                    logger.error("request %s was lost on its way to %s", rid, owned.owner)
+                    await self._requeue(owned.owner, [rid], counts=False)
+
+    async def _is_on_its_way(self, owned: Owned) -> bool:
+        return owned.submit.rid in {item.rid for item in await self._bus.work_of(owned.owner)}

@@ -1,0 +1,55 @@
+"""The scheduler on the queue: one leads, the others stand by and take over when its lock runs out.
+
+A leadership is one `Session`. It begins by reading what is there, so that nothing has to survive it, and ends when
+the lock or the connection is lost; then a new one begins, here or in a standby.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+
+from protocol.bus import CONNECTION_ERRORS, Bus
+from protocol.service import wait_any
+from protocol.settings import Settings
+from scheduler.fairness import TokenCounters
+from scheduler.session import Deposed, Lock, Session
+
+logger = logging.getLogger(__name__)
+
+LEASE_MS = 2500
+TRY_S = 0.25
+"""A standby leads at most LEASE_MS + TRY_S after the leader's last sign of life, which is under 3 s."""
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> int:
+    """Lead or stand by until `stop`. Returns the exit code. Raises Internal when the queue may lose requests."""
+    bus = Bus(settings.redis_url)
+    candidate = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    counters: TokenCounters | None = None
+    checked = False
+    try:
+        while not stop.is_set():
+            try:
+                if not checked:
+                    await bus.check()
+                    checked = True
+                token = await bus.lead("", candidate, LEASE_MS)
+                if token:
+                    session = Session(bus, settings, Lock(token, candidate, LEASE_MS), counters)
+                    counters = session.scheduler.counters
+                    logger.info("leading as %s", token)
+                    await session.run(stop)
+                    await bus.lead(token, candidate, 0)  # a lease of 0 ms is the lock given back
+                    return 0
+            except Deposed:
+                logger.warning("another scheduler leads now")
+            except CONNECTION_ERRORS as error:
+                logger.warning("queue connection lost: %r", error)
+            await wait_any(stop, TRY_S)
+        return 0
+    finally:
+        await bus.close()

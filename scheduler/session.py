@@ -1,0 +1,243 @@
+"""One leadership: messages from the queue to the pure scheduler, its assignments back to the queue.
+
+Three loops share the `Scheduler`: `_read` feeds it what was submitted and what has ended, `_dispatch` assigns what
+it plans, `_watch` looks after beats, deaths, deadlines and the lock. What arrives while an assignment is on its way
+goes into the next one together, so under load batches grow by themselves and an idle queue waits for nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from protocol import messages as m
+from protocol.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
+from protocol.errors import DeadlineExceeded, ProtocolError
+from protocol.keys import CLASSES
+from protocol.service import wait_any
+from protocol.settings import Settings
+from scheduler.core import Policy, Scheduler
+from scheduler.fairness import TokenCounters
+from scheduler.placement import AdapterFacts
+from scheduler.recovery import Recovery
+from scheduler.request import Request
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 0.5
+READ_BLOCK_MS = 1000
+GATEWAY_GRACE_S = 2.0
+"""Silence after which a gateway whose beat has expired counts as dead."""
+
+WORK_STREAM_TTL_S = 3600
+STATUS_TTL_MS = 5000
+DRAIN_SMOOTHING = 0.2
+MAX_KNOWN_DIGESTS = 100_000
+
+
+class Deposed(Exception):
+    """The lock belongs to somebody else, or to nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lock:
+    """The leadership as this process holds it."""
+
+    token: str
+    candidate: str
+    lease_ms: int
+
+
+class Session:
+    """A leadership, from taking the lock to losing it."""
+
+    def __init__(self, bus: Bus, settings: Settings, lock: Lock, counters: TokenCounters | None = None) -> None:
+        self._bus = bus
+        self._lock = lock
+        self.scheduler = Scheduler(Policy.of(settings), counters)
+        self._recovery = Recovery(bus, self.scheduler, settings.max_attempts)
+        self._last_ids: dict[str, bytes] = {}
+        self._wake = asyncio.Event()
+        self._assigning = asyncio.Lock()
+        self._silent_gateways: dict[str, float] = {}
+        self._known_digests: set[str] = set()
+        self._drain_rate = 0.0
+        self._num_ended = 0
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Lead until `stop`. Raises Deposed, or a connection error."""
+        self._last_ids = await self._recovery.rebuild()
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(loop) for loop in (self._read(), self._dispatch(), self._watch(), self._renew())
+                ]
+                await stop.wait()
+                async with self._assigning:  # let an assignment on its way arrive
+                    for task in tasks:
+                        task.cancel()
+        except ExceptionGroup as group:
+            if group.subgroup(Deposed):
+                raise Deposed from group
+            lost, other = group.split(CONNECTION_ERRORS)
+            if other is not None or lost is None:
+                raise
+            raise ConnectionError(str(lost.exceptions[0])) from group
+
+    # ------------------------------------------------------------ in
+
+    async def _read(self) -> None:
+        """Feed the scheduler with submissions and ends."""
+        keys = self._bus.keys
+        while True:
+            found = await self._bus.read(self._last_ids, block_ms=READ_BLOCK_MS)
+            for entry in found.get(keys.ended, ()):
+                try:
+                    for message in decode(entry[1][b"b"], list[m.Ended]):
+                        self.scheduler.ended(message)
+                except (ProtocolError, KeyError) as error:
+                    await self._bus.reject(keys.ended, entry, repr(error))
+            for cls in CLASSES:
+                if entries := found.get(keys.sub(cls)):
+                    await self._take(cls, entries)
+            if found:
+                self._wake.set()
+
+    async def _take(self, cls: str, entries: list[Entry]) -> None:
+        submits: list[tuple[m.Submit, int, int]] = []
+        for entry in entries:
+            fields = entry[1]
+            try:
+                sub = decode(fields[b"b"], m.Submit)
+                if sub.cls != cls:
+                    raise ProtocolError(f"class {sub.cls!r} on the stream of {cls!r}")
+                submits.append((sub, int(fields[b"e"]), int(fields.get(b"a", 0))))
+            except (ProtocolError, KeyError, ValueError) as error:
+                await self._recovery.reject(self._bus.keys.sub(cls), entry, repr(error))
+        await self._learn({sub.digest for sub, _, _ in submits})
+        for sub, epoch, attempts in submits:
+            self.scheduler.submit(sub, epoch, attempts)
+
+    async def _learn(self, digests: Iterable[str]) -> None:
+        """Look up adapters that are asked for the first time."""
+        new = [digest for digest in digests if digest and digest not in self._known_digests]
+        if not new:
+            return
+        if len(self._known_digests) > MAX_KNOWN_DIGESTS:
+            self._known_digests.clear()
+        self._known_digests.update(new)
+        for record in await self._bus.adapter_records(new):
+            self.scheduler.learn(record.digest, AdapterFacts(record.rank, record.num_bytes))
+
+    # ------------------------------------------------------------ out
+
+    async def _dispatch(self) -> None:
+        """Assign whenever something has changed."""
+        again_ms: float | None = None
+        while True:
+            if again_ms is None:
+                await self._wake.wait()
+            else:
+                await wait_any(self._wake, max(0.0, again_ms - now_ms()) / 1000)
+            self._wake.clear()
+            async with self._assigning:
+                plan = self.scheduler.plan(now_ms())
+                again_ms = plan.again_ms
+                if len(plan.batches) == 1:
+                    ((wid, batch),) = plan.batches.items()
+                    await self._assign(wid, batch)
+                elif plan.batches:
+                    async with asyncio.TaskGroup() as group:
+                        for wid, batch in plan.batches.items():
+                            group.create_task(self._assign(wid, batch))
+            for wid, digest in plan.prefetches:
+                await self._bus.tell(wid, m.Control(kind="prefetch", digest=digest))
+
+    async def _assign(self, wid: str, batch: list[Request]) -> None:
+        """Write one assignment; what cannot be assigned goes back to the backlog."""
+        pairs = [(_assigned(request), request.epoch) for request in batch]
+        status, stale = await self._bus.assign(wid, pairs, leader=self._lock.token)
+        if status == "ok":
+            return
+        if status == "deposed":
+            raise Deposed
+        if status == "gone":
+            # A worker that was taken for dead and lives: give it a new stream; its next beat brings it back.
+            logger.warning("worker %s has no work stream", wid)
+            self.scheduler.fleet.set_unreachable(wid)
+            await self._bus.create_stream(self._bus.keys.work(wid), WORK_STREAM_TTL_S)
+            await self._bus.create_stream(self._bus.keys.ctl(wid), WORK_STREAM_TTL_S)
+        self.scheduler.undo(batch, stale)
+        self._wake.set()
+
+    # ------------------------------------------------------------ watch
+
+    async def _renew(self) -> None:
+        """Keep the lock."""
+        while True:
+            lock = self._lock
+            if await self._bus.lead(lock.token, lock.candidate, lock.lease_ms) != lock.token:
+                raise Deposed
+            await asyncio.sleep(lock.lease_ms / 5000)
+
+    async def _watch(self) -> None:
+        """Look after beats, deaths, deadlines and lost messages; publish the status."""
+        last = time.monotonic()
+        rounds = 0
+        while True:
+            now = time.monotonic()
+            elapsed_s, last = min(now - last, 2 * WATCH_S), now
+            await self._watch_workers(elapsed_s)
+            await self._watch_gateways(elapsed_s)
+            for rid in self.scheduler.expired(now_ms()):
+                await self._recovery.end(rid, DeadlineExceeded("the request's deadline has passed"))
+            if rounds % 2 == 0:
+                self.scheduler.tick()
+                await self._publish_status()
+            if rounds % 10 == 9:
+                await self._recovery.reconcile()
+            rounds += 1
+            self._wake.set()
+            await asyncio.sleep(WATCH_S)
+
+    async def _watch_workers(self, elapsed_s: float) -> None:
+        for wid in self.scheduler.beats(await self._bus.worker_beats(), elapsed_s):
+            # An assignment on its way to it would be deleted unseen.
+            async with self._assigning:
+                await self._recovery.bury(wid)
+
+    async def _watch_gateways(self, elapsed_s: float) -> None:
+        silent = self._silent_gateways
+        for gid, alive in (await self._bus.gateways_alive()).items():
+            if alive:
+                silent.pop(gid, None)
+                continue
+            silent[gid] = silent.get(gid, 0.0) + elapsed_s
+            if silent[gid] >= GATEWAY_GRACE_S:
+                await self._recovery.cancel_gateway(gid)
+                del silent[gid]
+
+    async def _publish_status(self) -> None:
+        scheduler = self.scheduler
+        num_ended, self._num_ended = scheduler.ledger.num_ended - self._num_ended, scheduler.ledger.num_ended
+        self._drain_rate += DRAIN_SMOOTHING * (num_ended / (2 * WATCH_S) - self._drain_rate)
+        workers = list(scheduler.fleet.available())
+        status = m.SchedulerStatus(
+            queued=scheduler.backlog.num_queued,
+            running=sum(worker.load for worker in scheduler.fleet.workers.values()),
+            workers=len(workers),
+            drain_rate=self._drain_rate,
+            queued_tokens=scheduler.backlog.num_tokens,
+            sent_ms=now_ms(),
+        )
+        await self._bus.set(self._bus.keys.status, status, STATUS_TTL_MS)
+
+
+def _assigned(request: Request) -> m.Assigned:
+    sub = request.submit
+    return m.Assigned(
+        sub.rid, request.epoch + 1, sub.digest, sub.tenant, sub.gateway, sub.stored, sub.deadline_ms
+    )  # fmt: skip

@@ -1,0 +1,129 @@
+"""A worker played by a test, and requests to schedule."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from protocol import messages as m
+from protocol.bus import Bus, Step, StepRow, decode, now_ms
+from protocol.settings import Settings
+from scheduler.service import serve
+
+GATEWAY = "g-test"
+
+
+def make_submit(rid: str, *, digest: str = "", tenant: str = "t", cls: str = "interactive", **more: object) -> m.Submit:
+    facts: dict[str, object] = {"num_prompt_tokens": 4, "max_new_tokens": 4, "deadline_ms": now_ms() + 60_000}
+    facts |= {"gateway": GATEWAY, "submitted_ms": now_ms()} | more
+    return m.Submit(rid=rid, tenant=tenant, cls=cls, digest=digest, **facts)  # type: ignore[arg-type]
+
+
+async def submit(bus: Bus, *subs: m.Submit, max_queued: int = 1000) -> str:
+    prompt = np.arange(4, dtype="<i4").tobytes()
+    pairs = [(s, m.Body(prompt=prompt, sampling=m.Sampling(), max_new_tokens=s.max_new_tokens)) for s in subs]
+    status, _ = await bus.submit(subs[0].cls, pairs, max_queued=max_queued)
+    return status
+
+
+@dataclass(slots=True)
+class FakeWorker:
+    """Beats, reads its work stream and writes what the test tells it to."""
+
+    bus: Bus
+    wid: str
+    name: str = ""
+    capacity: int = 8
+    resident: list[str] = field(default_factory=list)
+    held: dict[str, m.Assigned] = field(default_factory=dict)
+    batches: list[list[m.Assigned]] = field(default_factory=list)
+    orders: list[m.Control] = field(default_factory=list)
+    draining: bool = False
+    _entries: dict[bytes, set[str]] = field(default_factory=dict)
+    _last: dict[str, bytes] = field(default_factory=dict)
+    _sent: int = 0
+
+    async def join(self) -> FakeWorker:
+        keys = self.bus.keys
+        for stream in (keys.work(self.wid), keys.ctl(self.wid)):
+            await self.bus.create_stream(stream, 3600)
+            self._last[stream] = b"0"
+        await self.beat()
+        return self
+
+    async def beat(self) -> None:
+        self._sent += 1
+        lengths = [await self.bus.redis.strlen(self.bus.keys.tok(rid)) for rid in self.held]
+        beat = m.WorkerBeat(
+            wid=self.wid, name=self.name or self.wid, model="fake", capacity=self.capacity, running=len(self.held),
+            progress=[(rid, length // 4) for rid, length in zip(self.held, lengths, strict=True)],
+            resident=self.resident, draining=self.draining, sent_ms=now_ms() * 1000 + self._sent,
+        )  # fmt: skip
+        keys = self.bus.keys
+        streams = (keys.work(self.wid), keys.ctl(self.wid))
+        await self.bus.beat(keys.worker_beat(self.wid), keys.workers, self.wid, m.encode(beat), 4000, streams)
+
+    async def read(self) -> None:
+        """Take what has come."""
+        keys = self.bus.keys
+        work, ctl = keys.work(self.wid), keys.ctl(self.wid)
+        for entry, fields in await self._new(work):
+            items = decode(fields[b"b"], list[m.Assigned])
+            self.batches.append(items)
+            self._entries[entry] = {item.rid for item in items}
+            self.held |= {item.rid: item for item in items}
+        self.orders += [decode(fields[b"b"], m.Control) for _, fields in await self._new(ctl)]
+
+    async def _new(self, stream: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        last = self._last[stream]
+        entries = await self.bus.redis.xrange(stream, min="-" if last == b"0" else b"(" + last)
+        if entries:
+            self._last[stream] = entries[-1][0]
+        return entries
+
+    async def write(self, rid: str, num_tokens: int = 1, *, end: bool = False) -> list[str]:
+        """Write tokens of one request, and its end. Returns the codes with which it was refused."""
+        item = self.held[rid]
+        seq0 = await self.bus.redis.strlen(self.bus.keys.tok(rid)) // 4
+        ids = np.arange(seq0, seq0 + num_tokens, dtype="<i4").tobytes()
+        row = StepRow(rid, item.epoch, seq0, ids, state="completed" if end else "", finish="length" if end else "")
+        step = Step(rows=[row])
+        if item.gateway:
+            step.outs = {item.gateway: [m.Delta(rid, item.epoch, seq0, ids, finish=row.finish)]}
+        if end:
+            step.ended = [m.Ended(rid, self.wid, item.epoch, item.tenant, seq0 + num_tokens)]
+            step.done_entries = [e for e, rids in self._entries.items() if rids == {rid}]
+        refused = await self.bus.step(self.wid, step)
+        if not refused and end:
+            self.drop(rid)
+        return [row.code for row in refused]
+
+    def drop(self, rid: str) -> None:
+        self.held.pop(rid, None)
+        for rids in self._entries.values():
+            rids.discard(rid)
+
+    async def run(self, stop: Callable[[], bool]) -> None:
+        """Complete everything that comes, beating all the time, until `stop`."""
+        while not stop():
+            await self.read()
+            for rid in list(self.held):
+                await self.write(rid, self.held[rid].epoch and 4, end=True)
+            await self.beat()
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def running_scheduler(bus: Bus, **settings: object) -> AsyncIterator[asyncio.Event]:
+    """A scheduler on the queue; leaving the block stops it."""
+    stop = asyncio.Event()
+    task = asyncio.create_task(serve(Settings(redis_url=bus.url, **settings), stop))  # type: ignore[arg-type]
+    try:
+        yield stop
+    finally:
+        stop.set()
+        assert await task == 0
