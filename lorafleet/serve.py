@@ -6,6 +6,7 @@ import argparse
 import importlib
 
 from lorafleet.flags import add_settings, load_settings
+from lorafleet.lifeline import hold_lifeline
 from protocol.errors import BadRequest
 from protocol.service import run as run_service
 from protocol.service import set_up_logging
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the service; return its exit code."""
+    hold_lifeline()
     settings = load_settings(args)
     if args.service in ("worker", "gateway") and not settings.model:
         raise BadRequest(f"--model: the {args.service} needs the base model, a Hub id or a local folder")

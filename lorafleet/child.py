@@ -1,0 +1,152 @@
+"""One service process that the launcher keeps alive: its log, its restarts, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.markup import escape
+
+from lorafleet import lifeline
+from protocol.bus import now_ms
+from protocol.errors import LorafleetError
+from protocol.service import wait_any
+
+MAX_FAILED_STARTS = 3
+STEADY_S = 30.0  # who lived that long after being ready starts again at once
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 10.0
+WRONG_USAGE = 2  # exit code of a service whose settings are wrong: another start would fail the same way
+TAIL_BYTES = 4000
+
+_LOG_LINE = re.compile(r"^\d\d:\d\d:\d\d ([DIWEC]) \S+ (?:\S+: )?(.*)$")
+
+
+class ServiceFailed(LorafleetError):
+    """A service does not come up; the message has the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What to run."""
+
+    service: str  # as `lorafleet serve` knows it
+    name: str  # of this one, such as "worker-0"
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    log: Path
+
+
+class Child:
+    """A service process and its successors."""
+
+    def __init__(self, spec: Spec, lifeline_fd: int, say: Callable[[str], None]) -> None:
+        """Prepare; `lifeline_fd` becomes its standard input, `say` shows a line to the user."""
+        self.spec = spec
+        self.ready = asyncio.Event()  # set by whoever can tell, cleared when the process ends
+        self.started_ms = 0  # unix time of the latest start
+        self.activity = "starting"  # what its log last said
+        self._lifeline_fd = lifeline_fd
+        self._say = say
+        self._stopping = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._process: asyncio.subprocess.Process | None = None
+        self._log_offset = 0
+        spec.log.touch()
+
+    async def supervise(self) -> None:
+        """Run the process until `stop`, starting it again when it ends by itself.
+
+        Raises ServiceFailed when it ends before it was ever ready, again and again or for wrong settings.
+        """
+        name, failed, pause_s, proven = self.spec.name, 0, FIRST_PAUSE_S, False
+        try:
+            while not self._stopping.is_set():
+                started = time.monotonic()
+                code = await self._run_once()
+                was_ready = self.ready.is_set()
+                self.ready.clear()
+                self.follow_log()
+                if self._stopping.is_set():
+                    return
+                proven = proven or was_ready
+                failed += 1
+                if not proven and (code == WRONG_USAGE or failed == MAX_FAILED_STARTS):
+                    raise ServiceFailed(f"{name} does not start ({_ending(code)}); its log ends:\n{self.log_tail()}")
+                if was_ready and time.monotonic() - started > STEADY_S:
+                    pause_s = FIRST_PAUSE_S
+                self._say(f"[yellow]{name}[/] {_ending(code)}; starting it again in {pause_s:g} s")
+                await wait_any(self._stopping, pause_s)
+                pause_s = min(2 * pause_s, MAX_PAUSE_S)
+        finally:
+            self._ended.set()
+
+    async def stop(self, grace_s: float) -> None:
+        """Ask it to drain; kill it when that takes longer than `grace_s`. Returns when it is gone."""
+        self._stopping.set()
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(signal.SIGTERM)
+        if not await wait_any(self._ended, grace_s):
+            self._say(f"[yellow]{self.spec.name}[/] did not drain within {grace_s:g} s; killing it")
+            self.kill()
+            await self._ended.wait()
+
+    def kill(self) -> None:
+        """End the process and everything it started, at once, without a successor."""
+        self._stopping.set()
+        if self._process is not None:
+            _kill_group(self._process.pid)
+
+    def follow_log(self) -> None:
+        """Read what the log has gained: warnings go to the user, the last line becomes `activity`."""
+        with self.spec.log.open("rb") as log:
+            log.seek(self._log_offset)
+            gained = log.read()
+        whole, newline, _ = gained.replace(b"\r", b"\n").rpartition(b"\n")
+        self._log_offset += len(whole) + len(newline)
+        for line in whole.decode(errors="replace").splitlines():
+            match = _LOG_LINE.match(line)
+            text = match[2] if match else line.strip()
+            self.activity = text or self.activity
+            if match and match[1] in "WEC":
+                self._say(f"[yellow]{self.spec.name}[/] {escape(text)}")
+
+    def log_tail(self) -> str:
+        """Return the last lines of the log."""
+        with self.spec.log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+        return "\n".join(f"  {line}" for line in lines[-15:])
+
+    async def _run_once(self) -> int:
+        self.started_ms = now_ms()
+        with self.spec.log.open("ab") as log:
+            # Own session: the terminal's Ctrl-C reaches the launcher alone, and the group can be killed as one.
+            self._process = await asyncio.create_subprocess_exec(
+                *self.spec.command, stdin=self._lifeline_fd, stdout=log, stderr=log, start_new_session=True,
+                env={**self.spec.environment, lifeline.VARIABLE: "1"},
+            )  # fmt: skip
+        if self._stopping.is_set():  # asked to stop while it was being started
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            return await self._process.wait()
+        finally:
+            _kill_group(self._process.pid)  # what it may have left behind
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _ending(code: int) -> str:
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"

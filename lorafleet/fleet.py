@@ -1,0 +1,177 @@
+"""All services of one machine as child processes: start order, readiness, drain order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx2
+
+from lorafleet.child import Child, ServiceFailed, Spec
+from lorafleet.embedded import EmbeddedServer
+from lorafleet.machine import num_cores, visible_gpus
+from lorafleet.screen import Screen
+from protocol import messages as m
+from protocol.bus import CONNECTION_ERRORS, Bus
+from protocol.settings import CONFIG_VARIABLE, Settings
+
+START_POLL_S, POLL_S = 0.1, 1.0
+KILL_AFTER_S = 5.0  # beyond the grace that a service gives itself
+DRAIN_ORDER = ("gateway", "scheduler", "worker", "store")
+"""The gateway finishes what it accepted while everything behind it still runs; the store goes when nobody fetches."""
+
+
+def service_specs(settings: Settings, logs: Path) -> list[Spec]:
+    """Return what to start: store, scheduler, gateway, then the workers, which share the machine's cores and GPUs."""
+    common = {name: value for name, value in os.environ.items() if name != CONFIG_VARIABLE}
+    common |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
+    threads = settings.threads or max(1, num_cores() // settings.workers)
+    gpus = [] if settings.device == "cpu" else visible_gpus(os.environ)
+    specs: list[Spec] = []
+    for name in ["store", "scheduler", "gateway", *(f"worker-{i}" for i in range(settings.workers))]:
+        service, _, number = name.partition("-")
+        own: dict[str, str] = {}
+        if settings.metrics_port:  # one port each, since they share this machine
+            own["LORAFLEET_METRICS_PORT"] = str(settings.metrics_port + len(specs))
+        if service == "worker":
+            own |= {"LORAFLEET_WORKER_NAME": name, "LORAFLEET_THREADS": str(threads)}
+            own["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+            if gpus:
+                own["CUDA_VISIBLE_DEVICES"] = gpus[int(number) % len(gpus)]
+        command = (sys.executable, "-m", "lorafleet", "serve", service)
+        specs.append(Spec(service, name, command, common | own, logs / f"{name}.log"))
+    return specs
+
+
+def local_url(settings: Settings) -> str:
+    """Return the gateway's address as seen from this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+
+
+@dataclass(slots=True)
+class Fleet:
+    """The running services of one machine; `on_ready` is called once, when the gateway first says that it is."""
+
+    settings: Settings
+    children: list[Child]
+    queue: EmbeddedServer | None
+    screen: Screen
+    on_ready: Callable[[], Awaitable[None]]
+    _failure: ServiceFailed | None = None
+    _stop: asyncio.Event = field(default_factory=asyncio.Event)
+    _hurry: bool = False
+
+    async def run(self) -> int:
+        """Run until a signal has drained everything. Returns the exit code; raises ServiceFailed.
+
+        No child outlives this call, whatever ends it.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for child in self.children:
+                    group.create_task(self._keep(child))
+                watch = group.create_task(self._watch(group))
+                await self._stop.wait()
+                await self._drain()
+                watch.cancel()
+        finally:
+            self.screen.close()
+            for child in self.children:
+                child.kill()
+        if self._failure is not None:
+            raise self._failure
+        return 130 if self._hurry else 0
+
+    def _on_signal(self) -> None:
+        if not self._stop.is_set():
+            self.screen.close()
+            self.screen.say("Finishing what was accepted; once more stops at once.")
+            self._stop.set()
+        else:
+            self._hurry = True
+            for child in self.children:
+                child.kill()
+
+    async def _keep(self, child: Child) -> None:
+        try:
+            await child.supervise()
+        except ServiceFailed as error:
+            self._failure = self._failure or error
+            self._stop.set()
+
+    async def _drain(self) -> None:
+        grace_s = self.settings.grace_s + KILL_AFTER_S
+        for service in DRAIN_ORDER:
+            children = [child for child in self.children if child.spec.service == service]
+            await asyncio.gather(*(child.stop(grace_s) for child in children))
+
+    async def _watch(self, group: asyncio.TaskGroup) -> None:
+        """Show who is starting, who is ready and what the logs warn of; keep the queue server running."""
+        bus = Bus(self.settings.redis_url)
+        announcement: asyncio.Task[None] | None = None
+        try:
+            async with httpx2.AsyncClient(base_url=local_url(self.settings), timeout=2, trust_env=False) as gateway:
+                while True:
+                    self._revive_queue()
+                    for child in self.children:
+                        child.follow_log()
+                        await self._note(child, bus, gateway)
+                    if announcement is None and await _health(gateway) == 200:
+                        self.screen.close()
+                        announcement = group.create_task(self._announce())
+                    settled = announcement is not None and all(child.ready.is_set() for child in self.children)
+                    await asyncio.sleep(POLL_S if settled else START_POLL_S)
+        finally:
+            if announcement is not None:
+                announcement.cancel()
+            await bus.close()
+
+    async def _announce(self) -> None:
+        await self.on_ready()
+
+    async def _note(self, child: Child, bus: Bus, gateway: httpx2.AsyncClient) -> None:
+        if child.ready.is_set() or self._stop.is_set():
+            return
+        self.screen.starting(child.spec.name, child.activity)
+        try:
+            ready = await self._is_ready(child, bus, gateway)
+        except CONNECTION_ERRORS:
+            return  # the queue is on its way
+        if ready:
+            child.ready.set()
+            self.screen.ready(child.spec.name)
+
+    async def _is_ready(self, child: Child, bus: Bus, gateway: httpx2.AsyncClient) -> bool:
+        """Tell whether the child has been heard of since its latest start."""
+        since, keys = child.started_ms, bus.keys
+        if child.spec.service == "gateway":
+            return await _health(gateway) != 0
+        if child.spec.service == "scheduler":
+            status = await bus.get(keys.status, m.SchedulerStatus)
+            return status is not None and status.sent_ms >= since
+        if child.spec.service == "store":
+            return bool(await bus.redis.zrangebyscore(keys.stores, since, "+inf", start=0, num=1))
+        beats = (await bus.worker_beats()).values()
+        return any(beat and beat.name == child.spec.name and beat.sent_ms >= since for beat in beats)
+
+    def _revive_queue(self) -> None:
+        if self.queue is not None and self.queue.process.poll() is not None:
+            self.screen.say(f"[yellow]queue[/] ended with exit code {self.queue.process.returncode}; starting it again")
+            self.queue.start()
+
+
+async def _health(gateway: httpx2.AsyncClient) -> int:
+    """Return the status of the gateway's health page, 0 when it doesn't answer."""
+    try:
+        return (await gateway.get("/health")).status_code
+    except httpx2.HTTPError:
+        return 0

@@ -1,0 +1,52 @@
+"""What this machine has: cores, GPUs, ports."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from protocol.errors import BadRequest, Conflict
+
+CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
+
+
+def num_cores(cgroup_cpu: Path = CGROUP_CPU) -> int:
+    """Return how many cores this process may use: its affinity, cut by the container's CPU quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = cgroup_cpu.read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
+
+
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """Return the ids of the CUDA devices that workers may use, as CUDA_VISIBLE_DEVICES takes them."""
+    if (given := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu.strip() for gpu in given.split(",") if gpu.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return listed.stdout.split() if listed.returncode == 0 else []
+
+
+def claim_port(host: str, port: int) -> int:
+    """Return `port`, or a free one for 0. Raises Conflict when it is taken, BadRequest when it can't be listened on."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
+            return probe.getsockname()[1]
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise Conflict(f"port {port} on {host} is in use; choose another with --port") from error
+        raise BadRequest(f"cannot listen on {host} port {port}: {error.strerror}") from error

@@ -1,0 +1,50 @@
+"""What `lorafleet up` shows: a spinner per service until it is ready, then single lines."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+MAX_ACTIVITY = 60
+
+
+class Screen:
+    """Lines and spinners on standard output; without a terminal only the lines."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self._rows: dict[str, TaskID] = {}
+        self._since: dict[str, float] = {}
+
+    def say(self, text: str) -> None:
+        """Print a line of rich markup."""
+        self.console.print(text)
+
+    def starting(self, name: str, activity: str) -> None:
+        """Show that a service is on its way, and what it does."""
+        self._since.setdefault(name, time.monotonic())
+        text = f"{name:10} [dim]{escape(activity[:MAX_ACTIVITY])}[/]"
+        if name in self._rows:
+            self._progress.update(self._rows[name], description=text)
+        else:
+            self._progress.start()
+            self._rows[name] = self._progress.add_task(text, total=None)
+
+    def ready(self, name: str) -> None:
+        """Replace a service's spinner by a line."""
+        if name in self._rows:
+            self._progress.remove_task(self._rows.pop(name))
+        seconds = time.monotonic() - self._since.pop(name, time.monotonic())
+        self.say(f"[green]✓[/] {name:10} ready in {seconds:.1f} s")
+        if not self._rows:
+            self._progress.stop()
+
+    def close(self) -> None:
+        """Remove what still spins."""
+        self._progress.stop()
+        self._rows.clear()

@@ -1,0 +1,152 @@
+"""A service process is kept alive, drained, killed with all it started, and never outlives its launcher."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+from processes import is_running, read_pid
+from waiting import wait_until
+
+from lorafleet import child as child_module
+from lorafleet.child import Child, ServiceFailed, Spec
+
+WRITE_PID = "import os, pathlib, sys; pathlib.Path('pid').write_text(f'{os.getpid()}\\n');"
+RUN = f"{WRITE_PID} import signal; signal.pause()"
+WITH_GRANDCHILD = (
+    "import subprocess, sys;"
+    "from lorafleet.lifeline import hold_lifeline; hold_lifeline();"
+    f"subprocess.Popen([sys.executable, '-c', {RUN!r}]).wait()"
+)
+
+
+@pytest.fixture
+def lifeline() -> Iterator[tuple[int, int]]:
+    reading, writing = os.pipe()
+    yield reading, writing
+    for fd in (reading, writing):
+        with suppress(OSError):  # a test may have closed it
+            os.close(fd)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(child_module, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.chdir(tmp_path)
+
+
+def make_child(code: str, folder: Path, lifeline_fd: int, said: list[str] | None = None) -> Child:
+    environment = {**os.environ, "PYTHONPATH": str(Path(child_module.__file__).parents[1])}
+    spec = Spec("worker", "worker-0", (sys.executable, "-c", code), environment, folder / "worker-0.log")
+    return Child(spec, lifeline_fd, (said if said is not None else []).append)
+
+
+@asynccontextmanager
+async def supervised(child: Child) -> AsyncIterator[asyncio.Task[None]]:
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(child.supervise())
+        try:
+            yield task
+        finally:
+            child.kill()
+
+
+async def test_a_killed_process_is_started_again(tmp_path: Path, lifeline: tuple[int, int]) -> None:
+    said: list[str] = []
+    child = make_child(RUN, tmp_path, lifeline[0], said)
+    async with supervised(child):
+        first = await wait_until(lambda: read_pid(tmp_path / "pid"), "it runs")
+        child.ready.set()
+        os.kill(first, signal.SIGKILL)
+        second = await wait_until(lambda: (p := read_pid(tmp_path / "pid")) != first and p, "its successor runs")
+        assert is_running(second)
+        assert not child.ready.is_set()
+    assert any("SIGKILL" in line for line in said)
+
+
+async def test_a_process_that_never_gets_ready_is_given_up_with_its_last_words(
+    tmp_path: Path, lifeline: tuple[int, int]
+) -> None:
+    code = "import sys; open('starts', 'a').write('x'); sys.exit('the disk is on fire')"
+    child = make_child(code, tmp_path, lifeline[0])
+    with pytest.raises(ServiceFailed, match=r"(?s)worker-0 does not start \(ended with exit code 1\).*disk is on fire"):
+        await child.supervise()
+    assert len((tmp_path / "starts").read_text()) == child_module.MAX_FAILED_STARTS
+
+
+async def test_wrong_settings_are_not_tried_twice(tmp_path: Path, lifeline: tuple[int, int]) -> None:
+    child = make_child("import sys; open('starts', 'a').write('x'); sys.exit(2)", tmp_path, lifeline[0])
+    with pytest.raises(ServiceFailed, match="exit code 2"):
+        await child.supervise()
+    assert (tmp_path / "starts").read_text() == "x"
+
+
+async def test_who_was_ready_once_is_never_given_up(tmp_path: Path, lifeline: tuple[int, int]) -> None:
+    starts = tmp_path / "starts"
+    starts.touch()
+    child = make_child("open('starts', 'a').write('x')", tmp_path, lifeline[0])
+    child.ready.set()
+    more_than_a_newcomer = child_module.MAX_FAILED_STARTS + 2
+    async with supervised(child):
+        await wait_until(lambda: len(starts.read_text()) == more_than_a_newcomer, "it was started again and again")
+
+
+async def test_stop_lets_it_drain(tmp_path: Path, lifeline: tuple[int, int]) -> None:
+    code = f"import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('drained'))); {RUN}"
+    child = make_child(WRITE_PID + code, tmp_path, lifeline[0])
+    async with supervised(child) as life:
+        await wait_until(lambda: read_pid(tmp_path / "pid"), "it runs")
+        await child.stop(60)
+        assert not is_running(read_pid(tmp_path / "pid"))
+        await life  # no successor
+    assert "drained" in (tmp_path / "worker-0.log").read_text()
+
+
+async def test_stop_kills_what_does_not_drain(tmp_path: Path, lifeline: tuple[int, int]) -> None:
+    said: list[str] = []
+    code = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {RUN}"
+    child = make_child(code, tmp_path, lifeline[0], said)
+    async with supervised(child):
+        pid = await wait_until(lambda: read_pid(tmp_path / "pid"), "it runs")
+        await child.stop(0.05)
+        assert not is_running(pid)
+    assert any("did not drain" in line for line in said)
+
+
+async def test_killing_reaches_grandchildren(tmp_path: Path, lifeline: tuple[int, int]) -> None:
+    child = make_child(WITH_GRANDCHILD, tmp_path, lifeline[0])
+    async with supervised(child):
+        grandchild = await wait_until(lambda: read_pid(tmp_path / "pid"), "the grandchild runs")
+        child.kill()
+        await wait_until(lambda: not is_running(grandchild), "it is gone")
+
+
+async def test_the_end_of_the_lifeline_reaches_grandchildren(tmp_path: Path, lifeline: tuple[int, int]) -> None:
+    child = make_child(WITH_GRANDCHILD, tmp_path, lifeline[0])
+    async with supervised(child) as life:
+        grandchild = await wait_until(lambda: read_pid(tmp_path / "pid"), "the grandchild runs")
+        child._stopping.set()  # no successor
+        os.close(lifeline[1])
+        await life
+        await wait_until(lambda: not is_running(grandchild), "it is gone")
+
+
+async def test_warnings_are_shown_and_the_last_line_tells_what_it_does(
+    tmp_path: Path, lifeline: tuple[int, int]
+) -> None:
+    said: list[str] = []
+    child = make_child("", tmp_path, lifeline[0], said)
+    log = tmp_path / "worker-0.log"
+    log.write_text("12:00:00 I worker gpu_worker.engine: loading\n12:00:01 W worker gpu_worker.pool: [low] memory\nhal")
+    child.follow_log()
+    assert said == [r"[yellow]worker-0[/] \[low] memory"]
+    assert child.activity == "[low] memory"
+    with log.open("a") as more:
+        more.write("f a line\rLoading weights:  50%\r")
+    child.follow_log()
+    assert child.activity == "Loading weights:  50%"
+    assert len(said) == 1

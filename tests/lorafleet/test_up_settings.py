@@ -1,0 +1,194 @@
+"""Flags over variables over the file, wrong values in one line, and what each service is started with."""
+
+import argparse
+import socket
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from lorafleet import fleet
+from lorafleet.__main__ import main
+from lorafleet.flags import add_settings, load_settings
+from lorafleet.fleet import local_url, service_specs
+from lorafleet.machine import claim_port, num_cores, visible_gpus
+from lorafleet.up import curl_example, fleet_name, prepare
+from protocol.errors import BadRequest, Conflict
+from protocol.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    monkeypatch.delenv("LORAFLEET_CONFIG", raising=False)
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"LORAFLEET_{name.upper()}", raising=False)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "my model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+def load(*words: str) -> Settings:
+    parser = argparse.ArgumentParser()
+    add_settings(parser)
+    return load_settings(parser.parse_args(words))
+
+
+def error_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the single line that a wrong command line prints; its exit code must be 2."""
+    try:
+        code = main(words)
+    except SystemExit as exit_:
+        code = exit_.code
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1, printed.err
+    return printed.err
+
+
+def test_every_setting_has_a_flag() -> None:
+    parser = argparse.ArgumentParser()
+    add_settings(parser)
+    flags = {option for action in parser._actions for option in action.option_strings}
+    assert {"--" + name.replace("_", "-") for name in Settings.model_fields} <= flags
+    assert parser.format_help()
+
+
+def test_a_flag_wins_over_a_variable_and_a_variable_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "fleet.toml"
+    config.write_text('port = 1001\nworkers = 3\nmodel = "from/file"\nprefix_cache = false\n')
+    monkeypatch.setenv("LORAFLEET_PORT", "1002")
+    monkeypatch.setenv("LORAFLEET_WORKERS", "4")
+    settings = load("--config", str(config), "--port", "1003", "--compile")
+    assert (settings.port, settings.workers, settings.model) == (1003, 4, "from/file")
+    assert (settings.prefix_cache, settings.compile) == (False, True)
+    assert load("--prefix-cache").prefix_cache
+
+
+def test_redis_url_is_read_under_its_common_name_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://common:1")
+    assert load().redis_url == "redis://common:1"
+    monkeypatch.setenv("LORAFLEET_REDIS_URL", "redis://ours:1")
+    assert load().redis_url == "redis://ours:1"
+    assert load("--redis-url", "redis://flag:1").redis_url == "redis://flag:1"
+
+
+def test_settings_survive_the_way_to_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(adapters=Path("/adapters"), prefix_cache=False, grace_s=1.5, device="cuda", served_name="a b")
+    for name, value in settings.environment().items():
+        monkeypatch.setenv(name, value)
+    assert Settings() == settings
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "COMMAND"),
+        (["upp"], "invalid choice: 'upp'"),
+        (["up"], "MODEL is missing"),
+        (["up", "x/y", "--port", "web"], "--port: Input should be a valid integer"),
+        (["up", "x/y", "--port", "70000"], "--port: Input should be less than or equal to 65535"),
+        (["up", "x/y", "--device", "tpu"], "--device: Input should be 'auto', 'cpu' or 'cuda', not 'tpu'"),
+        (["up", "x/y", "--workers", "0"], "--workers: Input should be greater than or equal to 1"),
+        (["up", "x/y", "--prot", "1"], "unrecognized arguments: --prot"),
+        (["up", "./nowhere", "--port", "0"], "'./nowhere' is neither a folder nor a Hub id"),
+        (["up", "x/y", "--adapters", "./nowhere"], "--adapters: nowhere is not a folder"),
+        (["up", "x/y", "--config", "./nowhere.toml"], "there is no file ./nowhere.toml"),
+        (["up", "x/y", "--port", "0"], "cannot fetch x/y from the Hub: "),
+        (["up", "x/y", "--redis-url", "http://host"], "--redis-url: "),
+        (["serve", "cook"], "invalid choice: 'cook'"),
+        (["serve", "worker"], "--model: the worker needs"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert expected in error_of(words, capsys)
+
+
+def test_a_wrong_value_names_the_variable_or_file_it_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "fleet.toml"
+    config.write_text("prot = 1\n")
+    monkeypatch.setenv("LORAFLEET_PORT", "web")
+    assert "LORAFLEET_PORT: " in error_of(["up", "x/y"], capsys)
+    assert f"{config}: prot: Extra inputs" in error_of(["up", "x/y", "--config", str(config)], capsys)
+    config.write_text("port = = 1\n")
+    assert f"{config}: Invalid value (at line 1" in error_of(["up", "x/y", "--config", str(config)], capsys)
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(model: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(Conflict, match=f"port {port} on 127.0.0.1 is in use"):
+            prepare(Settings(model=str(model), port=port, data=tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+    assert claim_port("127.0.0.1", 0) > 0
+    with pytest.raises(BadRequest, match=r"cannot listen on 192\.0\.2\.1"):
+        claim_port("192.0.2.1", 0)
+
+
+def test_preparing_makes_folders_absolute_and_picks_a_port(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = prepare(Settings(model="my model", adapters=Path(), data=Path("data"), port=0))
+    assert settings.model == str(model)
+    assert settings.adapters == tmp_path
+    assert settings.data == tmp_path / "data"
+    assert settings.served_name == "my model"
+    assert settings.port > 0
+
+
+def test_each_model_has_its_own_queue(model: Path, tmp_path: Path) -> None:
+    one = prepare(Settings(model=str(model), data=tmp_path, port=0))
+    assert fleet_name(one) == fleet_name(one.model_copy(update={"port": 1}))
+    assert fleet_name(one) != fleet_name(one.model_copy(update={"model": "other/model"}))
+
+
+def test_workers_share_cores_gpus_and_ports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fleet, "num_cores", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    specs = {spec.name: spec.environment for spec in service_specs(Settings(workers=3, metrics_port=9100), tmp_path)}
+    assert list(specs) == ["store", "scheduler", "gateway", "worker-0", "worker-1", "worker-2"]
+    workers = [specs[f"worker-{i}"] for i in range(3)]
+    assert [worker["CUDA_VISIBLE_DEVICES"] for worker in workers] == ["3", "5", "3"]
+    assert {worker["LORAFLEET_THREADS"] for worker in workers} == {worker["OMP_NUM_THREADS"] for worker in workers}
+    assert workers[0]["LORAFLEET_THREADS"] == "2"
+    assert len({environment["LORAFLEET_METRICS_PORT"] for environment in specs.values()}) == 6
+    on_cpu = service_specs(Settings(workers=1, device="cpu"), tmp_path)
+    assert on_cpu[-1].environment["CUDA_VISIBLE_DEVICES"] == "3,5"  # untouched
+
+
+def test_cores_are_cut_by_a_container_quota(tmp_path: Path) -> None:
+    limit = tmp_path / "cpu.max"
+    everything = num_cores(limit)
+    limit.write_text("max 100000\n")
+    assert num_cores(limit) == everything
+    limit.write_text("50000 100000\n")
+    assert num_cores(limit) == 1
+
+
+def test_gpus_are_those_the_user_left_visible() -> None:
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-1, 2"}) == ["GPU-1", "2"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
+
+
+def test_the_example_asks_as_the_model_can_answer(model: Path) -> None:
+    settings = Settings(model=str(model), host="0.0.0.0", port=8001)
+    assert "http://127.0.0.1:8001/v1/completions" in curl_example(settings, "it's")
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    assert "/v1/chat/completions" in curl_example(settings, "it's")
+    assert local_url(Settings(host="::")) == "http://[::1]:8000"
