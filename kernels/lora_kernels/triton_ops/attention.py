@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_kernels.segments import BLOCK_TOKENS, AttentionBatch
 from lora_kernels.triton_ops import tuning
-from lora_kernels.triton_ops.launch import Device, Launch, device_of, pad_to_power_of_2
+from lora_kernels.triton_ops.launch import Device, Launch, Limits, device_of, pad_to_power_of_2
 
 _LOG2_E = tl.constexpr(1.4426950408889634)  # logits are kept in base 2: exp2 is what the hardware has
 MAX_DECODE_ROWS = 64  # (query, head) rows up to which a step of short queries is served as decodes
@@ -59,8 +59,8 @@ def _logits(q, k, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit(do_not_specialize=_PER_STEP, do_not_specialize_on_alignment=_UNALIGNED)
 def attention_kernel(
-    out,  # [num_tokens, heads, HEAD_DIM_V]; the unnormalized parts (see reduce_kernel) when SPLITS > 1
-    part_max,  # float32 [SPLITS, num_seqs, DECODE_QUERIES, heads] or None
+    out,  # [num_tokens, heads, HEAD_DIM_V]; the unnormalized parts (see reduce_kernel) when SPLIT
+    part_max,  # float32 [splits, num_seqs, DECODE_QUERIES, heads] or None
     part_sum,  # as part_max
     q,  # [num_tokens, heads, HEAD_DIM]
     k_cache,  # [blocks, kv heads, BLOCK_TOKENS, HEAD_DIM]
@@ -87,7 +87,7 @@ def attention_kernel(
     QUERIES: tl.constexpr,
     DECODE_QUERIES: tl.constexpr,
     DECODE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -130,7 +130,7 @@ def attention_kernel(
 
     row_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    if SPLITS == 1 and sinks is not None:
+    if not SPLIT and sinks is not None:
         row_max = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32) * _LOG2_E
         row_sum += 1.0
     acc = tl.zeros((BLOCK_M, BLOCK_DV), dtype=tl.float32)
@@ -139,8 +139,8 @@ def attention_kernel(
     kv_end = kv_len - query_len + tl.minimum(first_query + QUERIES, query_len)
     if WINDOW:
         kv_begin = tl.maximum(kv_len - query_len + first_query - window + 1, 0) // BLOCK_N * BLOCK_N
-    if SPLITS > 1:
-        part = tl.cdiv(tl.cdiv(kv_end - kv_begin, BLOCK_N), SPLITS) * BLOCK_N
+    if SPLIT:
+        part = tl.cdiv(tl.cdiv(kv_end - kv_begin, BLOCK_N), tl.num_programs(2)) * BLOCK_N
         kv_begin += split * part
         kv_end = tl.minimum(kv_end, kv_begin + part)
 
@@ -179,7 +179,7 @@ def attention_kernel(
 
     num_heads = num_kv_heads * GROUP
     out_row = token * num_heads + head
-    if SPLITS > 1:
+    if SPLIT:
         out_row = ((split.to(tl.int64) * num_seqs + seq) * DECODE_QUERIES + query) * num_heads + head
         tl.store(part_max + out_row, row_max, mask=live)
         tl.store(part_sum + out_row, row_sum, mask=live)
@@ -336,23 +336,23 @@ def _plan_decode(
         parts = out.new_empty(*shape, head_dim_v, dtype=torch.float32)
         part_max, part_sum = out.new_empty(2, *shape, dtype=torch.float32)
     own = {"out": parts, "part_max": part_max, "part_sum": part_sum, "BLOCK_M": rows, "BLOCK_N": blocks.keys}
-    own |= {"QUERIES": queries, "DECODE": True, "SPLITS": splits}
+    own |= {"QUERIES": queries, "DECODE": True, "SPLIT": splits > 1}
     grid = (batch.num_seqs, num_kv_heads, splits)
-    yield Launch(attention_kernel, grid, args | own, blocks.num_warps, blocks.num_stages)
+    yield Launch(attention_kernel, grid, args | own, blocks.limits)
     if splits > 1:
         names = ("sinks", "query_starts", "num_seqs", "HEAD_DIM_V", "BLOCK_DV", "DECODE_QUERIES")
         own = {"out": out, "parts": parts, "part_max": part_max, "part_sum": part_sum, "SPLITS": splits}
         reduce_args = {name: args[name] for name in names} | own
-        yield Launch(reduce_kernel, (batch.num_seqs, num_heads, 1), reduce_args, num_warps=4, num_stages=1)
+        yield Launch(reduce_kernel, (batch.num_seqs, num_heads, 1), reduce_args, Limits())
 
 
 def _plan_prefill(out: Tensor, args: dict[str, Any], batch: AttentionBatch, device: Device) -> Launch:
     num_heads, group = out.shape[1], args["GROUP"]
     head_dim = max(args["BLOCK_D"], args["BLOCK_DV"])
-    rows = pad_to_power_of_2(group, at_least=tuning.prefill_rows(head_dim, out.element_size()))
+    rows = pad_to_power_of_2(group, at_least=tuning.prefill_rows(head_dim, out.element_size(), device))
     blocks = tuning.attention_blocks(rows, head_dim, out.element_size(), device)
     queries = rows // group
     own = {"out": out, "part_max": None, "part_sum": None, "BLOCK_M": rows, "BLOCK_N": blocks.keys}
-    own |= {"QUERIES": queries, "DECODE": False, "SPLITS": 1}
+    own |= {"QUERIES": queries, "DECODE": False, "SPLIT": False}
     grid = (batch.num_tokens // queries + batch.num_seqs, num_heads // group, 1)
-    return Launch(attention_kernel, grid, args | own, blocks.num_warps, blocks.num_stages)
+    return Launch(attention_kernel, grid, args | own, blocks.limits)

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +21,24 @@ class Device:
 
     backend: Literal["cuda", "hip"]
     num_sms: int  # streaming multiprocessors, or compute units
+    capability: int  # CUDA compute capability times ten; says nothing on HIP
     upcast: bool = False  # cast to fp32 after load: the interpreter's bf16 arithmetic is silently wrong
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the compiler may spend on a program."""
+
+    num_warps: int = 4
+    num_stages: int = 1  # loop iterations whose loads are under way at once
+    max_registers: int = 0  # of a thread; 0: the compiler's choice
+
+    def options(self) -> dict[str, int]:
+        # Fusion is what Triton always did; from 3.9 on it warns where the choice is left open.
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        if self.max_registers:
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,30 +48,27 @@ class Launch:
     kernel: Any  # a @triton.jit function: a JITFunction, or its interpreted twin
     grid: tuple[int, int, int]
     args: dict[str, object]
-    num_warps: int
-    num_stages: int
+    limits: Limits
 
     def __call__(self) -> None:
-        # Fusion is what Triton always did; from 3.9 on it warns where the choice is left open.
-        self.kernel[self.grid](**self.args, num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
+        self.kernel[self.grid](**self.args, **self.limits.options())
 
 
 def device_of(tensor: Tensor) -> Device:
     """Describe the device a tensor lives on. A CPU tensor is served by Triton's interpreter."""
     if tensor.is_cuda:
         return _gpu(tensor.get_device())
-    return Device(backend="cuda", num_sms=4, upcast=True)
+    return Device(backend="cuda", num_sms=4, capability=80, upcast=True)
 
 
 @cache
 def _gpu(index: int) -> Device:
-    backend = "hip" if torch.version.hip else "cuda"
-    return Device(backend=backend, num_sms=torch.cuda.get_device_properties(index).multi_processor_count)
-
-
-def is_interpreted(kernel: object) -> bool:
-    """True when TRITON_INTERPRET was set as the kernel was defined."""
-    return isinstance(kernel, InterpretedFunction)
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        backend="hip" if torch.version.hip else "cuda",
+        num_sms=properties.multi_processor_count,
+        capability=properties.major * 10 + properties.minor,
+    )
 
 
 def is_capturing(tensor: Tensor) -> bool:

@@ -56,7 +56,7 @@ def _pool_rows(pages, rank_rows, rank, PAGE_ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=_PER_STEP, do_not_specialize_on_alignment=_UNALIGNED)
 def shrink_kernel(
-    planes,  # float32 [SPLITS, NUM_SITES, num_tokens, max_rank]
+    planes,  # float32 [splits, NUM_SITES, num_tokens, plane_width]
     x,  # [num_tokens, k]
     a_rows,  # tuple of [pool rows, k]
     ranks,  # int32 [slots, table_sites]
@@ -67,6 +67,7 @@ def shrink_kernel(
     site_columns,  # packed, see _pack
     site_groups,
     num_tokens,
+    plane_width,
     k,
     x_stride,
     ranks_stride,
@@ -75,7 +76,6 @@ def shrink_kernel(
     NUM_SITES: tl.constexpr,
     SITE_BITS: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -86,11 +86,11 @@ def shrink_kernel(
     rank_program = tl.program_id(1) // NUM_SITES
     num_rank_programs = tl.num_programs(1) // NUM_SITES
     split = tl.program_id(2)
-    split_k = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLITS) * BLOCK_K
+    split_k = tl.cdiv(tl.cdiv(k, BLOCK_K), tl.num_programs(2)) * BLOCK_K
     a = _pick(site, a_rows, NUM_SITES)
     column = _unpack(site_columns, site, SITE_BITS)
     group = _unpack(site_groups, site, SITE_BITS)
-    plane = planes + (split * NUM_SITES + site).to(tl.int64) * num_tokens * max_pages * PAGE_ROWS
+    plane = planes + (split * NUM_SITES + site).to(tl.int64) * num_tokens * plane_width
     tile_rows = tl.arange(0, BLOCK_M)
 
     for tile in range(tl.program_id(0), tl.load(num_tiles), tl.num_programs(0)):
@@ -120,14 +120,15 @@ def shrink_kernel(
                     x_block = x_block.to(tl.float32)
                     a_block = a_block.to(tl.float32)
                 acc = tl.dot(x_block, tl.trans(a_block), acc, input_precision="ieee")
-            target = plane + (first + tile_rows)[:, None].to(tl.int64) * max_pages * PAGE_ROWS + rank_rows[None, :]
-            tl.store(target, acc, mask=(tile_rows < count)[:, None] & live_rank[None, :])
+            # Columns past the rank are zeros, written so that expand may read whole blocks.
+            target = plane + (first + tile_rows)[:, None].to(tl.int64) * plane_width + rank_rows[None, :]
+            tl.store(target, acc, mask=(tile_rows < count)[:, None])
 
 
 @triton.jit(do_not_specialize=_PER_STEP, do_not_specialize_on_alignment=_UNALIGNED)
 def expand_kernel(
     outs,  # tuple of [num_tokens, widths[i]]
-    planes,  # float32 [SPLITS, NUM_SITES, num_tokens, max_rank]
+    planes,  # float32 [SPLITS, NUM_SITES, num_tokens, plane_width]
     b_rows,  # tuple of [pool rows, widths[i]]
     ranks,  # int32 [slots, table_sites]
     scales,  # float32 [slots, table_sites]
@@ -139,6 +140,7 @@ def expand_kernel(
     site_columns,  # packed, see _pack
     site_groups,
     num_tokens,
+    plane_width,
     widths,
     out_strides,
     ranks_stride,
@@ -170,7 +172,7 @@ def expand_kernel(
     group = _unpack(site_groups, site, SITE_BITS)
     n_range = (block - site_start) * BLOCK_N + tl.arange(0, BLOCK_N)
     live_n = n_range < width
-    plane_size = num_tokens.to(tl.int64) * max_pages * PAGE_ROWS
+    plane_size = num_tokens.to(tl.int64) * plane_width
     tile_rows = tl.arange(0, BLOCK_M)
 
     for tile in range(tl.program_id(0), tl.load(num_tiles), tl.num_programs(0)):
@@ -181,7 +183,9 @@ def expand_kernel(
         live = tile_rows < count
         if rank > 0:
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            hidden_row = planes + site * plane_size + (first + tile_rows)[:, None].to(tl.int64) * max_pages * PAGE_ROWS
+            hidden_rows = (first + tl.minimum(tile_rows, count - 1)).to(tl.int64)
+            hidden_plane = planes + (tl.arange(0, SPLITS)[:, None, None] * NUM_SITES + site) * plane_size
+            hidden_row = hidden_plane + hidden_rows[None, :, None] * plane_width
             for rank_start in range(0, rank, BLOCK_R):
                 rank_rows = rank_start + tl.arange(0, BLOCK_R)
                 live_rank = rank_rows < rank
@@ -191,13 +195,7 @@ def expand_kernel(
                     mask=live_rank[:, None] & live_n[None, :],
                     other=0.0,
                 )
-                hidden = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-                for split in tl.static_range(SPLITS):
-                    hidden += tl.load(
-                        hidden_row + split * NUM_SITES * plane_size + rank_rows[None, :],
-                        mask=live[:, None] & live_rank[None, :],
-                        other=0.0,
-                    )
+                hidden = tl.sum(tl.load(hidden_row + rank_rows[None, None, :]), axis=0)
                 if UPCAST:
                     b_block = b_block.to(tl.float32)
                 acc = tl.dot(hidden.to(b_block.dtype), b_block, acc, input_precision="ieee")
@@ -247,10 +245,11 @@ def plan_lora(
     max_rank = table.pages.shape[2] * PAGE_ROWS
     tiles = _choose_tiles(batch, capturing=is_capturing(x))
     blocks = tuning.shrink_blocks(tiles.rows, max_rank, k, x.element_size(), device)
-    rank_programs = min(MAX_RANK_PROGRAMS, -(-max_rank // blocks.rank))
-    columns = len(sites) * rank_programs
+    rank_blocks = -(-max_rank // blocks.rank)
+    columns = len(sites) * min(MAX_RANK_PROGRAMS, rank_blocks)
     splits = tuning.lora_splits(tiles.max_tiles * columns, k // blocks.k, device)
-    planes = x.new_empty(splits, len(sites), batch.num_tokens, max_rank, dtype=torch.float32)
+    plane_width = rank_blocks * blocks.rank
+    planes = x.new_empty(splits, len(sites), batch.num_tokens, plane_width, dtype=torch.float32)
 
     shared = {
         "ranks": table.ranks,
@@ -261,13 +260,13 @@ def plan_lora(
         "site_columns": _pack([site.index for site in sites]),
         "site_groups": _pack([site.group for site in sites]),
         "num_tokens": batch.num_tokens,
+        "plane_width": plane_width,
         "ranks_stride": table.ranks.stride(0),
         "pages_stride": table.pages.stride(0),
         "max_pages": table.pages.shape[2],
         "NUM_SITES": len(sites),
         "SITE_BITS": _SITE_BITS,
         "PAGE_ROWS": PAGE_ROWS,
-        "SPLITS": splits,
         "BLOCK_M": tiles.rows,
         "UPCAST": device.upcast,
     }
@@ -282,9 +281,9 @@ def plan_lora(
         "EVEN_K": k % blocks.k == 0,
     }
     grid = (_tile_programs(tiles, columns * splits, device), columns, splits)
-    shrink = Launch(shrink_kernel, grid, shared | shrink_args, blocks.num_warps, blocks.num_stages)
+    shrink = Launch(shrink_kernel, grid, shared | shrink_args, blocks.limits)
     shared |= {"scales": table.scales, "row_scales": batch.row_scales}
-    expand = _plan_expand(outs, planes, sites, tiles, shared, device)
+    expand = _plan_expand(outs, planes, sites, max_rank, tiles, shared, device)
     return shrink, expand
 
 
@@ -292,12 +291,14 @@ def _plan_expand(
     outs: Sequence[Tensor],
     planes: Tensor,
     sites: Sequence[LoraSite],
+    max_rank: int,
     tiles: _Tiles,
     shared: dict[str, object],
     device: Device,
 ) -> Launch:
     widths = tuple(site.b_rows.shape[1] for site in sites)
-    blocks = tuning.expand_blocks(tiles.rows, planes.shape[3], max(widths), device)
+    blocks = tuning.expand_blocks(tiles.rows, max_rank, max(widths), outs[0].element_size(), planes.shape[0], device)
+    assert planes.shape[3] % blocks.rank == 0, "expand reads whole blocks of what shrink wrote"
     columns = sum(-(-width // blocks.n) for width in widths)
     args = {
         "outs": tuple(outs),
@@ -305,11 +306,12 @@ def _plan_expand(
         "b_rows": tuple(site.b_rows for site in sites),
         "widths": widths,
         "out_strides": tuple(out.stride(0) for out in outs),
+        "SPLITS": planes.shape[0],
         "BLOCK_R": blocks.rank,
         "BLOCK_N": blocks.n,
     }
     grid = (_tile_programs(tiles, columns, device), columns, 1)
-    return Launch(expand_kernel, grid, shared | args, blocks.num_warps, blocks.num_stages)
+    return Launch(expand_kernel, grid, shared | args, blocks.limits)
 
 
 def _choose_tiles(batch: LoraBatch, capturing: bool) -> _Tiles:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_kernels.segments import BLOCK_TOKENS, AttentionBatch
 from lora_kernels.tables import Activation
-from lora_kernels.triton_ops.launch import Launch, pad_to_power_of_2
+from lora_kernels.triton_ops.launch import Launch, Limits, pad_to_power_of_2
 
 _TILE_ELEMENTS = 4096  # of one program: 32 a thread with 4 warps
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -173,7 +173,7 @@ def plan_kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch:
         "BLOCK_H": block_h,
         "BLOCK_D": block_d,
     }
-    return Launch(kv_write_kernel, (num_tokens, triton.cdiv(num_heads, block_h), 1), args, num_warps=4, num_stages=1)
+    return Launch(kv_write_kernel, (num_tokens, triton.cdiv(num_heads, block_h), 1), args, Limits())
 
 
 def rms_norm(
@@ -210,7 +210,7 @@ def plan_rms_norm(
         "BLOCK": block,
     }
     num_warps = min(16, max(1, block // 512))
-    return Launch(rms_norm_kernel, (x.shape[0] * x.shape[1], 1, 1), args, num_warps=num_warps, num_stages=1)
+    return Launch(rms_norm_kernel, (x.shape[0] * x.shape[1], 1, 1), args, Limits(num_warps))
 
 
 def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -237,7 +237,7 @@ def plan_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Launch:
         "BLOCK_H": block_h,
         "BLOCK_D": block_d,
     }
-    return Launch(rotary_kernel, (num_tokens, triton.cdiv(num_heads, block_h), 1), args, num_warps=4, num_stages=1)
+    return Launch(rotary_kernel, (num_tokens, triton.cdiv(num_heads, block_h), 1), args, Limits())
 
 
 def gated_act(gate: Tensor, up: Tensor, act: Activation = "silu") -> Tensor:
@@ -260,7 +260,7 @@ def plan_gated_act(out: Tensor, gate: Tensor, up: Tensor, act: Activation) -> La
         "ACT": act,
         "BLOCK": block,
     }
-    return Launch(gated_act_kernel, (num_tokens, triton.cdiv(size, block), 1), args, num_warps=4, num_stages=1)
+    return Launch(gated_act_kernel, (num_tokens, triton.cdiv(size, block), 1), args, Limits())
 
 
 def _heads_per_program(num_heads: int, elements_per_head: int) -> int:

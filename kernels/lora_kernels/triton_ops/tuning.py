@@ -6,10 +6,10 @@ ahead-of-time compilation (no spills, shared memory within the card's limit); no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_kernels.segments import TILE_LARGE, TILE_SMALL
-from lora_kernels.triton_ops.launch import Device
+from lora_kernels.triton_ops.launch import Device, Limits
 
 MEASURED_ON: str | None = None  # card and date of the measurement behind this table
 
@@ -27,8 +27,7 @@ class ShrinkBlocks:
 
     rank: int
     k: int
-    num_warps: int
-    num_stages: int
+    limits: Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +36,7 @@ class ExpandBlocks:
 
     rank: int
     n: int
-    num_warps: int
-    num_stages: int
+    limits: Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +45,7 @@ class AttentionBlocks:
 
     rows: int
     keys: int
-    num_warps: int
-    num_stages: int
+    limits: Limits
 
 
 def rank_class(max_rank: int) -> int:
@@ -57,22 +54,22 @@ def rank_class(max_rank: int) -> int:
 
 
 # Decode reads each weight once, so a block is wide in K or N to keep many bytes in flight. Prefill is a GEMM whose
-# rank dimension is short: the row tile does the work, and BLOCK_N 128 halves the number of times hidden is read.
+# rank dimension is short: the row tile does the work, and 128 columns halve the number of times hidden is read.
 _SHRINK = {
-    (TILE_SMALL, 16): ShrinkBlocks(rank=16, k=256, num_warps=4, num_stages=3),
-    (TILE_SMALL, 32): ShrinkBlocks(rank=32, k=128, num_warps=4, num_stages=4),
-    (TILE_SMALL, 64): ShrinkBlocks(rank=32, k=128, num_warps=4, num_stages=4),
-    (TILE_LARGE, 16): ShrinkBlocks(rank=16, k=128, num_warps=4, num_stages=3),
-    (TILE_LARGE, 32): ShrinkBlocks(rank=32, k=64, num_warps=4, num_stages=4),
-    (TILE_LARGE, 64): ShrinkBlocks(rank=64, k=64, num_warps=4, num_stages=4),
+    (TILE_SMALL, 16): ShrinkBlocks(rank=16, k=256, limits=Limits(num_warps=4, num_stages=3)),
+    (TILE_SMALL, 32): ShrinkBlocks(rank=32, k=128, limits=Limits(num_warps=4, num_stages=4)),
+    (TILE_SMALL, 64): ShrinkBlocks(rank=32, k=128, limits=Limits(num_warps=4, num_stages=4)),
+    (TILE_LARGE, 16): ShrinkBlocks(rank=16, k=128, limits=Limits(num_warps=4, num_stages=3)),
+    (TILE_LARGE, 32): ShrinkBlocks(rank=32, k=64, limits=Limits(num_warps=4, num_stages=4)),
+    (TILE_LARGE, 64): ShrinkBlocks(rank=64, k=64, limits=Limits(num_warps=4, num_stages=4)),
 }
 _EXPAND = {
-    (TILE_SMALL, 16): ExpandBlocks(rank=16, n=256, num_warps=4, num_stages=2),
-    (TILE_SMALL, 32): ExpandBlocks(rank=32, n=128, num_warps=4, num_stages=3),
-    (TILE_SMALL, 64): ExpandBlocks(rank=32, n=128, num_warps=4, num_stages=3),
-    (TILE_LARGE, 16): ExpandBlocks(rank=16, n=128, num_warps=4, num_stages=2),
-    (TILE_LARGE, 32): ExpandBlocks(rank=32, n=128, num_warps=4, num_stages=2),
-    (TILE_LARGE, 64): ExpandBlocks(rank=32, n=128, num_warps=4, num_stages=2),
+    (TILE_SMALL, 16): ExpandBlocks(rank=16, n=256, limits=Limits(num_warps=4, num_stages=1)),
+    (TILE_SMALL, 32): ExpandBlocks(rank=32, n=128, limits=Limits(num_warps=4, num_stages=2)),
+    (TILE_SMALL, 64): ExpandBlocks(rank=32, n=128, limits=Limits(num_warps=4, num_stages=2)),
+    (TILE_LARGE, 16): ExpandBlocks(rank=16, n=128, limits=Limits(num_warps=4, num_stages=1)),
+    (TILE_LARGE, 32): ExpandBlocks(rank=32, n=128, limits=Limits(num_warps=4, num_stages=2)),
+    (TILE_LARGE, 64): ExpandBlocks(rank=32, n=128, limits=Limits(num_warps=4, num_stages=2)),
 }
 
 
@@ -80,33 +77,50 @@ def shrink_blocks(tile_rows: int, max_rank: int, k: int, element_bytes: int, dev
     blocks = _SHRINK[tile_rows, rank_class(max_rank)]
     # A block of K never exceeds what K fills, and fp32 halves it so that a stage keeps its size in bytes.
     block_k = max(16, min(blocks.k * 2 // element_bytes, _power_of_2_below(k)))
-    return ShrinkBlocks(blocks.rank, block_k, blocks.num_warps, _stages(blocks.num_stages, device))
+    rank = min(blocks.rank, 32) if element_bytes == 4 else blocks.rank
+    return ShrinkBlocks(rank, block_k, _on(device, blocks.limits, element_bytes))
 
 
-def expand_blocks(tile_rows: int, max_rank: int, n: int, device: Device) -> ExpandBlocks:
+def expand_blocks(
+    tile_rows: int, max_rank: int, n: int, element_bytes: int, splits: int, device: Device
+) -> ExpandBlocks:
     blocks = _EXPAND[tile_rows, rank_class(max_rank)]
     block_n = max(16, min(blocks.n, _power_of_2_below(n)))
-    return ExpandBlocks(blocks.rank, block_n, blocks.num_warps, _stages(blocks.num_stages, device))
+    if splits == 1:
+        return ExpandBlocks(blocks.rank, block_n, _on(device, blocks.limits, element_bytes))
+    # All planes of a block are in registers at once; buffering ahead would put them all in shared memory.
+    limits = replace(blocks.limits, num_stages=1)
+    return ExpandBlocks(blocks.rank if splits < 16 else 16, block_n, _on(device, limits, element_bytes))
+
+
+def prefill_rows(head_dim: int, element_bytes: int, device: Device) -> int:
+    """Rows of a chunk's tile: as many as leave the fp32 accumulator in registers."""
+    if element_bytes == 4:
+        return 16
+    rows = 128 if head_dim <= 128 else 64 if head_dim <= 256 else 32
+    return min(rows, 64) if device.backend == "hip" else rows
 
 
 def attention_blocks(rows: int, head_dim: int, element_bytes: int, device: Device) -> AttentionBlocks:
-    """rows: what the tile must hold, a power of two >= 16. head_dim: the wider of K and V, padded to a power of 2."""
-    row_bytes = head_dim * element_bytes
-    if device.backend == "hip":
-        keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-        return AttentionBlocks(rows, keys, num_warps=4, num_stages=1)
-    keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 1024 else 16
-    return AttentionBlocks(rows, keys, num_warps=4 if rows * head_dim <= 64 * 128 else 8, num_stages=2)
-
-
-def prefill_rows(head_dim: int, element_bytes: int) -> int:
-    """Rows of a prefill tile: 64 until the fp32 accumulator would no longer fit the register file."""
-    return 64 if head_dim * element_bytes <= 512 else 32
+    """rows: a power of two >= 16, fixed by the step. head_dim: the wider of K's and V's, padded to a power of two."""
+    num_warps = 4 if rows < 128 and rows * head_dim <= 64 * 128 else 8
+    limits = Limits(num_warps, num_stages=2)
+    if element_bytes == 4:  # products without tensor cores: many registers to an output element
+        keys, limits = 16, replace(limits, num_stages=1)
+    elif device.backend == "hip":
+        keys = 64 if head_dim <= 128 else 32 if head_dim <= 256 else 16
+        limits = Limits(num_warps=4, num_stages=1)
+    else:
+        # Ampere keeps both operands of a product in registers; Hopper reads them from shared memory.
+        keys = 64 if rows < 128 or device.capability >= 90 else 32
+        keys = keys if head_dim <= 128 else 32 if head_dim <= 256 else 16
+    return AttentionBlocks(rows, keys, _on(device, limits, element_bytes, crowded=rows >= 64 or head_dim > 256))
 
 
 def lora_splits(programs: int, num_k_blocks: int, device: Device) -> int:
-    """Parts K is cut into so that a small shrink still fills the device: a power of two, few distinct kernels."""
-    return _splits(programs, min(MAX_LORA_SPLITS, num_k_blocks), device)
+    """Parts K is cut into so that a small shrink still fills the device: 1, 4 or 16, to have few expand kernels."""
+    splits = _splits(programs, min(MAX_LORA_SPLITS, num_k_blocks), device)
+    return 16 if splits >= 16 else 4 if splits >= 4 else 1
 
 
 def kv_splits(programs: int, device: Device) -> int:
@@ -123,6 +137,12 @@ def _power_of_2_below(size: int) -> int:
     return 1 << (size.bit_length() - 1)
 
 
-def _stages(num_stages: int, device: Device) -> int:
-    # AMD's 64 KiB of LDS hold two stages of these blocks; more is a CUDA habit (cp.async).
-    return min(num_stages, 2) if device.backend == "hip" else num_stages
+def _on(device: Device, limits: Limits, element_bytes: int, crowded: bool = False) -> Limits:
+    """Fit limits to a device. crowded: the accumulator alone takes more registers than the common cap leaves."""
+    if element_bytes == 4 or device.backend == "hip":
+        # fp32 products use no tensor cores and need the registers; AMD's 64 KiB of LDS hold two stages.
+        limits = replace(limits, num_stages=min(limits.num_stages, 2))
+    if device.backend == "hip":
+        return limits
+    # 168 let three blocks of four warps share an SM. Left to itself ptxas stops at lower steps and spills a few.
+    return replace(limits, max_registers=255 if crowded or element_bytes == 4 else 168)
