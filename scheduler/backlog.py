@@ -7,8 +7,9 @@ adapter is on some worker (or who need none), and `cold`. Requests that a worker
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum
 from heapq import heapify, heappop, heappush, heapreplace
@@ -144,12 +145,16 @@ class Lane:
         if not tenants:
             del self._waiting[digest]
 
-    def scan(self, offer: Offer, *, slack: float, max_refused: int) -> None:
+    def scan(self, offer: Offer, *, slack: float, max_refused: int) -> float | None:
         """Offer requests by their tenants' counters until no worker takes more.
 
         A tenant more than `slack` above one whose request was held is not served before it: the held request is
         then offered once more, and may not be held any more.
+        Returns None when every request was refused or no worker takes more; else, when it stopped after
+        `max_refused` tenants or a tenant had more queues than are looked at, the counter up to which it may go on
+        with `scan_adapters`.
         """
+        looked_at_all = True
         aside: list[tuple[float, int, str]] = []  # tenants of which nothing was placed
         held: deque[tuple[float, Request]] = deque()  # by counter
         while max_refused > 0 and (top := self._top()) is not None:
@@ -158,19 +163,62 @@ class Lane:
                 level, request = held.popleft()
                 verdict = self._offer(offer, request, True, level)
             else:
-                verdict, request = self._visit(self._tenants[name], offer, held[0][0] if held else None)
+                tenant = self._tenants[name]
+                verdict, request = self._visit(tenant, offer, held[0][0] if held else None)
+                looked_at_all = looked_at_all and (
+                    verdict is Verdict.PLACED or len(tenant.queues) <= MAX_QUEUES_PER_VISIT
+                )
                 if verdict in (Verdict.HELD, Verdict.BLOCKED):
                     aside.append(heappop(self._heap))
                     max_refused -= 1
                 if verdict is Verdict.HELD and request is not None:
                     held.append((counter, request))
             if verdict is Verdict.FULL:
+                looked_at_all = True
                 break
+        else:
+            looked_at_all = looked_at_all and max_refused > 0
         for entry in aside:
             heappush(self._heap, entry)
         if len(self._heap) > 2 * len(self._tenants) + 16:
             self._heap = [entry for entry in self._heap if self._is_current(entry)]
             heapify(self._heap)
+        if looked_at_all:
+            return None
+        return held[0][0] + slack if held else math.inf
+
+    def scan_adapters(self, digests: Collection[str], offer: Offer, max_counter: float) -> int:
+        """Offer requests for these adapters alone, by counter up to `max_counter`, until one is refused.
+
+        Finds work for a worker whose adapters are those of requests far back. Returns how many were placed.
+        """
+        few, many = sorted((digests, self._waiting), key=len)
+        num_placed = 0
+        queues = [(digest, name) for digest in few if digest in many for name in self._waiting[digest]]
+        heads: list[tuple[float, int, int, str, str]] = []
+        for digest, name in queues:
+            head = self._tenants[name].queues[digest].head()
+            if head is not None and self._counters[name] <= max_counter:
+                heads.append((self._counters[name], *head.sort_key, digest, name))
+        heapify(heads)
+        while heads and heads[0][0] <= max_counter:
+            counter, deadline, order, digest, name = heads[0]
+            if counter < self._counters[name]:
+                heapreplace(heads, (self._counters[name], deadline, order, digest, name))
+                continue
+            head = self._tenants[name].queues[digest].head()
+            # What is passed over was not looked at, so this must not raise the level of service.
+            if head is None or self._offer(offer, head, False, 0.0) is not Verdict.PLACED:
+                break
+            num_placed += 1
+            tenant = self._tenants.get(name)
+            queue = tenant.queues.get(digest) if tenant else None
+            head = queue.head() if queue else None
+            if head is None:
+                heappop(heads)
+            else:
+                heapreplace(heads, (self._counters[name], *head.sort_key, digest, name))
+        return num_placed
 
     def _top(self) -> tuple[float, int, str] | None:
         """Return the tenant with the least counter, after putting outdated entries right."""
@@ -210,9 +258,11 @@ class Lane:
     def _offer(self, offer: Offer, request: Request, final: bool, least_held: float | None) -> Verdict:
         if request.dropped:
             return Verdict.BLOCKED
+        tenant = request.submit.tenant
+        counter = self._counters[tenant]
         verdict = offer(request, final)
         if verdict is Verdict.PLACED:
-            self._counters.serve(request.submit.tenant, least_held)
+            self._counters.serve(tenant, counter, least_held)
         return verdict
 
 
@@ -220,6 +270,8 @@ class Backlog:
     """All queued requests."""
 
     def __init__(self, counters: TokenCounters) -> None:
+        self._counters = counters
+        self._last_tenant = ""
         self._lanes = {(cls, warm): Lane(counters) for cls in CLASSES for warm in (True, False)}
         self._warm = {BASE}
         self.resumed: dict[str, Request] = {}
@@ -234,6 +286,8 @@ class Backlog:
     def push(self, request: Request) -> None:
         """Queue a request. One that was removed comes back as a copy: containers may still hold the old object."""
         assert not request.dropped
+        if self.num_queued == 0:
+            self._counters.rise_to(self._last_tenant)
         self.num_queued += 1
         self.by_digest[request.submit.digest] += 1
         self.num_tokens += _max_tokens(request)
@@ -245,6 +299,7 @@ class Backlog:
     def remove(self, request: Request) -> None:
         """Take a queued request out: it was dispatched, or has ended."""
         request.dropped = True
+        self._last_tenant = request.submit.tenant
         self.num_queued -= 1
         decrement(self.by_digest, request.submit.digest)
         self.num_tokens -= _max_tokens(request)

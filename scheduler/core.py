@@ -228,7 +228,10 @@ class Scheduler:
         def offer(request: Request, final: bool) -> Verdict:
             return self._offer(request, final, plan, now_ms)
 
-        lane.scan(offer, slack=self.policy.slack_tokens, max_refused=MAX_REFUSED)
+        max_counter = lane.scan(offer, slack=self.policy.slack_tokens, max_refused=MAX_REFUSED)
+        if warm and max_counter is not None:
+            for worker in self.placement.with_room(cls):
+                lane.scan_adapters(worker.resident, offer, max_counter)
 
     def _offer(self, request: Request, final: bool, plan: Plan, now_ms: float) -> Verdict:
         if plan.num_placed >= MAX_PLACED:

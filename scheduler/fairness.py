@@ -32,10 +32,17 @@ class TokenCounters:
         counter = self._counters[tenant] = max(self[tenant], self.level)
         return counter
 
-    def serve(self, tenant: str, least_passed_over: float | None) -> None:
-        """Note that a request of `tenant` is dispatched, while one at `least_passed_over` could have been."""
-        counter = self._counters[tenant] = max(self[tenant], self.level - self._max_lag)
+    def serve(self, tenant: str, counter: float, least_passed_over: float | None) -> None:
+        """Note that a tenant at `counter` was served, though one at `least_passed_over` could have been."""
+        missed = self.level - self._max_lag - counter
+        if missed > 0:
+            self._counters[tenant] = self[tenant] + missed
+            counter += missed
         self.level = max(self.level, counter if least_passed_over is None else min(counter, least_passed_over))
+
+    def rise_to(self, tenant: str) -> None:
+        """Note that nothing was queued for a while, after the last request of `tenant`: nobody waited for anybody."""
+        self.level = max(self.level, self[tenant])
 
     def charge(self, tenant: str, num_input_tokens: int, num_output_tokens: int, weight: float) -> None:
         """Add service that a tenant has had."""

@@ -186,8 +186,12 @@ class Placement:
         """Tell whether any worker takes requests like this one: of its class, and their adapter there, or not."""
         cls, digest = request.submit.cls, request.submit.digest
         if digest == BASE or digest in self._fleet.holders:
-            return any(worker.ready_credit(cls) > 0 for worker in self._workers)
+            return bool(self.with_room(cls))
         return any(worker.takes_cold("?", cls) for worker in self._workers)
+
+    def with_room(self, cls: str) -> list[Worker]:
+        """Return the workers that take requests whose adapter is there."""
+        return [worker for worker in self._workers if worker.ready_credit(cls) > 0]
 
     def tick(self, queued: Mapping[str, int]) -> None:
         """Adapt the homes of hot adapters, once a second, to the requests queued per adapter and those assigned."""

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-
 from waiting import wait_until
 
-from protocol import messages as m
-from protocol.bus import Bus, decode
+from protocol.bus import Bus
 from tests.scheduler.fakes import FakeWorker, make_submit, running_scheduler, submit
 
 
