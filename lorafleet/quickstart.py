@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lorafleet.convert_gguf import STEPS
+from protocol.errors import LorafleetError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ _HUB_FILES = [
 _HUB_TIMEOUT_S = 5.0
 
 
-class QuickstartError(RuntimeError):
+class QuickstartError(LorafleetError):
     """The quickstart model could not be fetched from any source."""
 
 

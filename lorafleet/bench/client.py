@@ -16,7 +16,10 @@ import orjson
 from lorafleet.bench.result import RequestRecord
 
 _MAX_ERROR_CHARS = 200
-_MAX_IDLE_S = 2.0  # servers close idle connections after 5 s or more; a request must not meet that moment
+
+
+class StaleConnectionError(ConnectionError):
+    """A kept connection was closed by the server just as it was used again: nothing has been answered on it."""
 
 
 class Connection(asyncio.Protocol):
@@ -25,19 +28,21 @@ class Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
         self.closed = False
-        self.idle_since_s = 0.0
+        self._kept = False  # it has carried an exchange before
         self._parser = httptools.HttpResponseParser(self)
         self._record: RequestRecord | None = None
         self._done: asyncio.Future[None] | None = None
         self._buffer = b""
-        self._now = 0.0
+        self._sent_s = 0.0
+        self._now = 0.0  # when the latest bytes came
         self._status = 0
 
     async def exchange(self, request: bytes, record: RequestRecord) -> None:
-        """Send `request` and fill `record` until the answer ends. Raises ConnectionError if the peer goes away."""
+        """Send `request` and fill `record` until the answer ends. Raises ConnectionError if the server goes away."""
         assert self.transport is not None
         self._record, self._buffer, self._status = record, b"", 0
         self._done = asyncio.get_running_loop().create_future()
+        self._sent_s = time.perf_counter()
         self.transport.write(request)
         try:
             await self._done
@@ -46,6 +51,7 @@ class Connection(asyncio.Protocol):
             raise
         finally:
             self._record = self._done = None
+            self._kept = True
 
     def close(self) -> None:
         self.closed = True
@@ -67,7 +73,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
-        self._finish(ConnectionError(f"connection lost ({exc or 'closed by the server'})"))
+        stale = self._kept and self._now < self._sent_s
+        kind = StaleConnectionError if stale else ConnectionError
+        self._finish(kind(f"connection lost ({exc or 'closed by the server'})"))
 
     # httptools callbacks
 
@@ -152,18 +160,21 @@ class Client:
         """Stream the answer to one POST into `record`. Raises OSError if the server can't be reached or goes away."""
         content = orjson.dumps(body)
         head = f"POST {self._prefix}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(content)}\r\n\r\n"
-        connection = await self._connect()
-        await connection.exchange(head.encode() + content, record)
-        if not connection.closed:
-            connection.idle_since_s = time.perf_counter()
-            self._idle.append(connection)
+        while True:
+            connection = await self._connect()
+            try:
+                await connection.exchange(head.encode() + content, record)
+            except StaleConnectionError:
+                continue
+            if not connection.closed:
+                self._idle.append(connection)
+            return
 
     async def _connect(self) -> Connection:
         while self._idle:
             connection = self._idle.pop()
-            if not connection.closed and time.perf_counter() - connection.idle_since_s < _MAX_IDLE_S:
+            if not connection.closed:
                 return connection
-            connection.close()
         context = ssl.create_default_context() if self._tls else None
         _, connection = await asyncio.get_running_loop().create_connection(
             Connection, self._host, self._port, ssl=context

@@ -265,6 +265,43 @@ async def test_request_without_end_times_out_and_the_next_is_clean() -> None:
     assert result.per_target["base"].output_tokens == 4
 
 
+async def read_request(reader: asyncio.StreamReader) -> None:
+    """Read one request to its end: closing a socket with unread bytes would reset it."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = next(line for line in head.split(b"\r\n") if line.startswith(b"Content-Length: "))
+    await reader.readexactly(int(length.partition(b": ")[2]))
+
+
+async def test_connection_closed_between_requests_is_replaced() -> None:
+    """Some servers announce that they keep a connection, and close it after a stream all the same."""
+    num_connections = 0
+
+    async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_connections
+        num_connections += 1
+        await read_request(reader)
+        writer.write(HEAD + ANSWER)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer_once, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        result = await run_load(replace(config(num_requests=6, concurrency=2), url=url))
+    assert result.errors == {}
+    assert num_connections == 6
+
+
+async def test_server_that_dies_before_it_answers_is_an_error() -> None:
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.close()
+
+    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        result = await run_load(replace(config(num_requests=2, concurrency=1), url=url))
+    assert result.errors == {"connection lost (closed by the server)": 2}
+
+
 async def test_unreachable_server_is_an_error_per_request_and_fails_a_warmup() -> None:
     result = await run_load(config(num_requests=2))
     assert result.summary.num_errors == 2
