@@ -51,6 +51,18 @@ def error_info(error: LorafleetError) -> m.ErrorInfo:
     return m.ErrorInfo(message=error.message, status=error.status, type=error.type, code=error.code, param=error.param)
 
 
+def error_from(raw: str | bytes) -> LorafleetError:
+    """Take an error off the wire; `raw` is the JSON of an `ErrorInfo`."""
+    try:
+        info = msgspec.json.decode(raw, type=m.ErrorInfo)
+    except msgspec.MsgspecError:
+        return Internal("the request failed and its error cannot be read")
+    error = LorafleetError(info.message, param=info.param, code=info.code)
+    error.status, error.type = info.status, info.type
+    error.retryable = info.status == 429 or (info.status >= 500 and info.code != Internal.code)
+    return error
+
+
 @dataclass(slots=True)
 class StepRow:
     """One request's share of a step: tokens `[seq0, seq0 + len(ids) / 4)`, and its end if it ended."""

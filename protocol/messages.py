@@ -293,6 +293,17 @@ class Job(Wire, frozen=True):
     rids: list[str]
     request: dict[str, Any]  # the HTTP body, to build the result as the endpoint would
     metadata: dict[str, str] = {}
+    digest: str = ""
+
+
+class Idempotent(Wire, frozen=True):
+    """What an Idempotency-Key was first used for, so that a repetition finds the same requests."""
+
+    body_hash: str  # sha256 of endpoint and HTTP body
+    created_ms: int
+    rids: list[str]
+    digest: str = ""
+    jid: str = ""  # of a background job
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -1,0 +1,20 @@
+"""`python -m gateway`: one gateway in this process, configured by `LORAFLEET_*` variables."""
+
+from __future__ import annotations
+
+import sys
+
+from gateway.service import serve
+from protocol.service import run, set_up_logging
+from protocol.settings import Settings
+
+
+def main() -> int:
+    """Run until a signal; return the exit code."""
+    settings = Settings()
+    set_up_logging("gateway", settings.log_level)
+    return run(lambda stop: serve(settings, stop))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

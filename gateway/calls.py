@@ -1,0 +1,315 @@
+"""From an HTTP body to running requests: resolve the name, make tokens, check lengths, submit all or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from gateway.catalogue import Catalogue, Fleet, Target
+from gateway.chat import normalize_messages
+from gateway.choices import Choice, Prompt
+from gateway.generation import Generation, Terms
+from gateway.openai_api import (
+    ChatRequest,
+    CompletionRequest,
+    Options,
+    check_token_ids,
+    choice_seed,
+    fingerprint,
+    max_new_tokens,
+    options_of,
+)
+from gateway.replies import Replies
+from gateway.sse import GenerationResponse
+from gateway.tokenizer import ModelFiles
+from gateway.writers import ChatWriter, CompletionWriter, Head, Writer
+from protocol import messages as m
+from protocol.bus import Bus, RequestFacts, decode, now_ms
+from protocol.errors import BadRequest, ClientError, NotFound, Overloaded
+from protocol.metrics import KIND_ADAPTER, KIND_BASE, PROMPT_TOKENS
+from protocol.settings import Settings
+
+OWNER = "public"
+"""Who jobs and idempotency keys belong to: everybody, as long as there are no API keys."""
+
+PREFIX_TOKENS = 128  # of a prompt, hashed for the scheduler's prefix affinity
+ATTACHED_POLL_S = 0.1
+
+AnyRequest = ChatRequest | CompletionRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked call, ready to be submitted."""
+
+    request: AnyRequest
+    options: Options
+    base: m.ServedModel
+    target: Target
+    prompts: list[Prompt]
+    limits: list[int]  # most output tokens, per prompt
+
+
+class Calls:
+    """Makes requests of HTTP calls."""
+
+    def __init__(
+        self, settings: Settings, bus: Bus, files: ModelFiles, fleet: Fleet, catalogue: Catalogue, replies: Replies
+    ) -> None:
+        self.settings = settings
+        self.bus = bus
+        self.files = files
+        self.fleet = fleet
+        self.catalogue = catalogue
+        self.replies = replies
+
+    # ------------------------------------------------------------ a new call
+
+    async def prepare(self, request: AnyRequest) -> Prepared:
+        """Check a request against the model and make its tokens. Raises what the client did wrong, and Unavailable."""
+        options = options_of(request, self.settings)
+        base = await self.fleet.require(worker=not options.background)
+        target = await self.catalogue.resolve(request.model, base, self.settings.request_timeout_s)
+        check_token_ids(options, base.vocab_size)
+        if isinstance(request, ChatRequest):
+            param, prompts = "messages", [await self._chat_prompt(request)]
+        else:
+            param, prompts = "prompt", await self._completion_prompts(request, options, base.vocab_size)
+        if len(prompts) * options.n > self.settings.max_choices:
+            message = f"{len(prompts)} prompts with n = {options.n}; the limit is {self.settings.max_choices} choices"
+            raise BadRequest(message, param="n")
+        limits = [max_new_tokens(options, prompt.num_tokens, base.max_model_len, param) for prompt in prompts]
+        return Prepared(request, options, base, target, prompts, limits)
+
+    async def answer(self, prepared: Prepared, endpoint: str, idem_key: str, raw: bytes) -> GenerationResponse:
+        """Submit a call and return the response that follows it. Raises Overloaded, and Conflict on a reused key."""
+        options, target = prepared.options, prepared.target
+        call, created_ms = uuid.uuid4().hex, now_ms()
+        terms = Terms(
+            deadline_ms=created_ms + int(self.settings.request_timeout_s * 1000),
+            eager=options.stream,
+            durable=bool(idem_key),
+            adapter=bool(target.digest),
+            empty=options.max_tokens == 0,
+        )
+        choices = self.choices(call, prepared.prompts, options)
+        response = self._response(prepared.request, options, choices, terms, created_ms, target.digest)
+        if terms.empty:
+            return response
+        try:
+            record = m.Idempotent(
+                body_hash=body_hash(endpoint, raw), created_ms=created_ms, digest=target.digest,
+                rids=[choice.rid for choice in choices],
+            )  # fmt: skip
+            earlier = await self.submit(
+                prepared, call, terms.deadline_ms, gateway=self.replies.gid, idem=(idem_key, record)
+            )
+        except BaseException:
+            self.replies.unsubscribe(response.generation.mail)
+            raise
+        if earlier is not None:
+            self.replies.unsubscribe(response.generation.mail)
+            return await self.attach(prepared.request, endpoint, earlier, raw)
+        return response
+
+    async def submit(
+        self, prepared: Prepared, call: str, deadline_ms: int, *, gateway: str, idem: tuple[str, m.Idempotent]
+    ) -> m.Idempotent | None:
+        """Put a call's requests into the queue. Returns what its idempotency key, if any, was used for before.
+
+        `gateway` gets the tokens; "" if nobody listens. Raises Overloaded.
+        """
+        options, target = prepared.options, prepared.target
+        idem_key, record = idem
+        submits: list[tuple[m.Submit, m.Body]] = []
+        for index in range(len(prepared.prompts) * options.n):
+            which, sample = divmod(index, options.n)
+            prompt, limit = prepared.prompts[which], prepared.limits[which]
+            sampling = msgspec.structs.replace(options.sampling, seed=choice_seed(options.sampling.seed, sample))
+            submit = m.Submit(
+                rid=rid_of(call, index), tenant=target.tenant, cls=options.cls, digest=target.digest,
+                num_prompt_tokens=prompt.num_tokens, max_new_tokens=limit, deadline_ms=deadline_ms, gateway=gateway,
+                stored=bool(idem_key) or not gateway, submitted_ms=now_ms(), prefix=prefix_hash(prompt.ids),
+            )  # fmt: skip
+            body = m.Body(
+                prompt=prompt.ids, sampling=sampling, max_new_tokens=limit, stop=options.stop,
+                stop_token_ids=options.stop_token_ids,
+            )  # fmt: skip
+            submits.append((submit, body))
+        outcome, value = await self.bus.submit(
+            options.cls,
+            submits,
+            max_queued=self.settings.max_queued,
+            idem_key=self.idem_key(idem_key) if idem_key else "",
+            idem_value=m.encode(record) if idem_key else b"",
+        )
+        if outcome == "idem":
+            return decode(value, m.Idempotent)
+        if outcome == "full":
+            raise Overloaded(
+                f"{value} requests are waiting; the limit is {self.settings.max_queued}",
+                self.fleet.retry_after_s(int(value)),
+            )
+        kind = KIND_ADAPTER if target.digest else KIND_BASE
+        PROMPT_TOKENS.labels(kind).inc(sum(prompt.num_tokens for prompt in prepared.prompts))
+        return None
+
+    # ------------------------------------------------------------ a call that was submitted before
+
+    def idem_key(self, key: str) -> str:
+        """Return the queue's key of an Idempotency-Key."""
+        return self.bus.keys.idem(OWNER, key)
+
+    async def earlier(self, key: str) -> m.Idempotent | None:
+        """Return what an Idempotency-Key was first used for, if it was."""
+        return await self.bus.get(self.idem_key(key), m.Idempotent)
+
+    async def attach(self, request: AnyRequest, endpoint: str, record: m.Idempotent, raw: bytes) -> GenerationResponse:
+        """Follow a call submitted before, from its first token. Raises ClientError when the body was another one."""
+        check_same_body(record, endpoint, raw)
+        options = options_of(request, self.settings)
+        facts = await self.bus.requests(record.rids)
+        prompts = self.known_prompts(request, options, facts)
+        terms = Terms(
+            deadline_ms=record.created_ms + int(self.settings.request_timeout_s * 1000),
+            eager=options.stream,
+            durable=True,
+            poll_s=ATTACHED_POLL_S,
+            adapter=bool(record.digest),
+        )
+        choices = self.choices(call_of(record.rids[0]), prompts, options)
+        return self._response(request, options, choices, terms, record.created_ms, record.digest)
+
+    def known_prompts(
+        self, request: AnyRequest, options: Options, facts: Sequence[RequestFacts | None]
+    ) -> list[Prompt]:
+        """Return the prompts of submitted requests without tokenizing again. Raises NotFound when they have expired."""
+        sources = prompt_sources(request) if isinstance(request, CompletionRequest) else [""]
+        prompts: list[Prompt] = []
+        for source, fact in zip(sources, facts[:: options.n], strict=True):
+            if fact is None:
+                raise NotFound("the result has expired", code="result_expired")
+            prompts.append(Prompt(b"", fact.num_prompt_tokens, self._echo_text(source) if options.echo else ""))
+        return prompts
+
+    # ------------------------------------------------------------ parts
+
+    def choices(self, call: str, prompts: Sequence[Prompt], options: Options) -> list[Choice]:
+        """Return the choices of a call: for each prompt `n`, in the API's order."""
+        model = (self.files.tokenizer, self.files.eos_ids)
+        return [
+            Choice(i, rid_of(call, i), prompts[i // options.n], options, model) for i in range(len(prompts) * options.n)
+        ]
+
+    def writer(
+        self, request: AnyRequest, options: Options, call: str, created_ms: int, system_fingerprint: str
+    ) -> Writer:
+        """Return what writes this endpoint's answers."""
+        kind = ChatWriter if isinstance(request, ChatRequest) else CompletionWriter
+        head = Head(kind.id_prefix + call, created_ms // 1000, request.model, system_fingerprint)
+        logprobs = options.sampling.num_logprobs is not None
+        return kind(head, self.files.token_text, include_usage=options.include_usage, logprobs=logprobs)
+
+    def _response(
+        self,
+        request: AnyRequest,
+        options: Options,
+        choices: Sequence[Choice],
+        terms: Terms,
+        created_ms: int,
+        digest: str,
+    ) -> GenerationResponse:
+        base = self.fleet.base
+        mark = fingerprint(base, digest) if base is not None else ""
+        writer = self.writer(request, options, call_of(choices[0].rid), created_ms, mark)
+        return GenerationResponse(
+            Generation(self.replies, choices, terms),
+            writer,
+            stream=options.stream,
+            include_usage=options.include_usage,
+            keepalive_s=self.settings.keepalive_s,
+        )
+
+    async def _chat_prompt(self, request: ChatRequest) -> Prompt:
+        template = self.files.template
+        if template is None:
+            raise BadRequest("this model has no chat template; use /v1/completions", code="no_chat_template")
+        text = template.render(
+            normalize_messages(request.messages),
+            add_generation_prompt=request.add_generation_prompt is not False,
+            variables=request.chat_template_kwargs or {},
+        )
+        [ids] = await self.files.encode([text], add_special_tokens=False)
+        if not ids:
+            raise BadRequest("the chat template makes an empty prompt of these messages", param="messages")
+        return Prompt(pack(ids), len(ids), "")
+
+    async def _completion_prompts(self, request: CompletionRequest, options: Options, vocab_size: int) -> list[Prompt]:
+        sources = prompt_sources(request)
+        if not sources:
+            raise BadRequest("prompt is an empty list", param="prompt")
+        texts = [source for source in sources if isinstance(source, str)]
+        encoded = iter(await self.files.encode(texts, add_special_tokens=True) if texts else [])
+        prompts: list[Prompt] = []
+        for source in sources:
+            ids = next(encoded) if isinstance(source, str) else source
+            if not ids:
+                raise BadRequest("a prompt is empty", param="prompt")
+            if not isinstance(source, str) and not (min(ids) >= 0 and max(ids) < vocab_size):
+                raise BadRequest(f"prompt: token ids must be from 0 to {vocab_size - 1}", param="prompt")
+            prompts.append(Prompt(pack(ids), len(ids), self._echo_text(source) if options.echo else ""))
+        return prompts
+
+    def _echo_text(self, source: str | list[int]) -> str:
+        return source if isinstance(source, str) else self.files.tokenizer.decode(source)
+
+
+# ---------------------------------------------------------------- pure helpers
+
+
+def prompt_sources(request: CompletionRequest) -> list[str | list[int]]:
+    """Return a completion request's prompts, as texts or token ids."""
+    prompt: Any = request.prompt
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [prompt]
+    return prompt
+
+
+def rid_of(call: str, index: int) -> str:
+    """Return the queue's id of a call's choice."""
+    return f"{call}-{index}"
+
+
+def call_of(rid: str) -> str:
+    """Return the call that a request belongs to."""
+    return rid.rpartition("-")[0]
+
+
+def pack(ids: Sequence[int]) -> bytes:
+    """Return token ids as int32."""
+    return array("i", ids).tobytes()
+
+
+def prefix_hash(ids: bytes) -> str:
+    """Return a hash of a long prompt's beginning, "" for a short prompt."""
+    size = PREFIX_TOKENS * 4
+    return hashlib.blake2b(ids[:size], digest_size=8).hexdigest() if len(ids) >= size else ""
+
+
+def body_hash(endpoint: str, raw: bytes) -> str:
+    """Return what identifies a call's body."""
+    return hashlib.sha256(endpoint.encode() + b"\0" + raw).hexdigest()
+
+
+def check_same_body(record: m.Idempotent, endpoint: str, raw: bytes) -> None:
+    """Refuse an Idempotency-Key that comes back with another body. Raises ClientError (422)."""
+    if record.body_hash != body_hash(endpoint, raw):
+        error = ClientError("this Idempotency-Key was used with another body", code="idempotency_key_reused")
+        error.status = 422
+        raise error

@@ -1,0 +1,169 @@
+"""What a `model` name stands for, and what the fleet looks like right now."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from protocol import messages as m
+from protocol.bus import CONNECTION_ERRORS, Bus, decode, now_ms
+from protocol.errors import AdapterRefused, ModelNotFound, Unavailable
+from protocol.metrics import FLEET_QUEUED, FLEET_RUNNING, FLEET_WORKERS
+
+logger = logging.getLogger(__name__)
+
+BASE = "base"
+REFRESH_S = 1.0
+DOWNLOAD_POLL_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A resolved name."""
+
+    name: str  # as the API shows it
+    digest: str  # "" for the base model
+
+    @property
+    def tenant(self) -> str:
+        """Who the request counts for in the scheduler's fairness, as long as there are no API keys."""
+        return self.digest or BASE
+
+
+class Fleet:
+    """The base model, the number of live workers and the scheduler's view, refreshed once a second."""
+
+    def __init__(self, bus: Bus, beat_timeout_s: float) -> None:
+        self._bus = bus
+        self._beat_timeout_ms = int(beat_timeout_s * 1000)
+        self.base: m.ServedModel | None = None
+        self.status: m.SchedulerStatus | None = None
+        self.num_workers = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a worker that is alive has said what it serves."""
+        return self.base is not None and self.num_workers > 0
+
+    async def refresh(self) -> None:
+        """Look at the queue once."""
+        keys = self._bus.keys
+        pipe = self._bus.redis.pipeline(transaction=False)
+        pipe.zcount(keys.workers, now_ms() - self._beat_timeout_ms, "+inf")
+        pipe.get(keys.base)
+        pipe.get(keys.status)
+        num_workers, base, status = await pipe.execute()
+        self.num_workers = num_workers
+        self.base = decode(base, m.ServedModel) if base else None
+        self.status = decode(status, m.SchedulerStatus) if status else None
+        FLEET_WORKERS.set(num_workers)
+        FLEET_QUEUED.set(self.status.queued if self.status else 0)
+        FLEET_RUNNING.set(self.status.running if self.status else 0)
+
+    async def watch(self) -> None:
+        """Refresh until cancelled."""
+        while True:
+            try:
+                await self.refresh()
+            except CONNECTION_ERRORS as error:
+                logger.warning("the fleet cannot be seen: %s", error)
+            await asyncio.sleep(REFRESH_S)
+
+    async def require(self, *, worker: bool) -> m.ServedModel:
+        """Return the base model. Raises Unavailable while no worker has told it, or, with `worker`, none is alive."""
+        if self.base is None or (worker and not self.is_ready):
+            await self.refresh()  # one may just have come up
+        if self.base is None or (worker and not self.is_ready):
+            raise Unavailable("no worker is ready to serve the model; it may still be loading")
+        return self.base
+
+    def retry_after_s(self, queued: int) -> float:
+        """Return when a full queue is worth another try: the time to drain a tenth of it, between 1 and 60 s."""
+        rate = self.status.drain_rate if self.status else 0.0
+        return min(max(queued / 10 / rate, 1.0), 60.0) if rate > 0 else 5.0
+
+
+class Catalogue:
+    """Names of the base model and the adapters. Reads what adapter_store writes."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+
+    async def resolve(self, name: str, base: m.ServedModel, timeout_s: float) -> Target:
+        """Return what a name stands for: `base`, the base's name, an adapter's name or `base:adapter`.
+
+        Waits while the adapter is being downloaded. Raises ModelNotFound, AdapterRefused, Unavailable.
+        """
+        if name in (BASE, base.name):
+            return Target(base.name, "")
+        deadline = time.monotonic() + timeout_s
+        while True:
+            alias = await self._find(name, base)
+            if alias is None or alias.state == "unknown":
+                raise ModelNotFound(name)
+            if alias.state == "failed":
+                raise AdapterRefused([f"the adapter `{alias.name}` cannot be served: {alias.reason}"])
+            if alias.state == "on_disk":
+                return Target(alias.name, alias.digest)
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the adapter `{alias.name}` is still being downloaded", code="adapter_loading")
+            await asyncio.sleep(DOWNLOAD_POLL_S)
+
+    async def _find(self, name: str, base: m.ServedModel) -> m.Alias | None:
+        alias = await self._bus.alias(name)
+        if alias is not None:
+            return alias
+        for prefix in (f"{base.name}:", f"{BASE}:"):
+            if name.startswith(prefix):
+                return await self._bus.alias(name.removeprefix(prefix))
+        return None
+
+    async def models(self, base: m.ServedModel) -> list[dict[str, Any]]:
+        """Return the model objects of the API: the base first, then the adapters by name."""
+        aliases = sorted(await self._bus.aliases(), key=lambda alias: alias.name)
+        digests = sorted({alias.digest for alias in aliases if alias.digest})
+        raws = await self._bus.redis.mget([self._bus.keys.adapter(digest) for digest in digests]) if digests else []
+        records = {d: decode(raw, m.AdapterRecord) for d, raw in zip(digests, raws, strict=True) if raw}
+        return [base_object(base), *(adapter_object(alias, records.get(alias.digest), base) for alias in aliases)]
+
+    async def model(self, name: str, base: m.ServedModel) -> dict[str, Any]:
+        """Return one model object, in whatever state. Raises ModelNotFound."""
+        if name in (BASE, base.name):
+            return base_object(base)
+        alias = await self._find(name, base)
+        if alias is None:
+            raise ModelNotFound(name)
+        record = await self._bus.get(self._bus.keys.adapter(alias.digest), m.AdapterRecord) if alias.digest else None
+        return adapter_object(alias, record, base)
+
+
+def base_object(base: m.ServedModel) -> dict[str, Any]:
+    """Return the base model as the API shows it."""
+    return {
+        "id": base.name,
+        "object": "model",
+        "created": base.created_ms // 1000,
+        "owned_by": "lorafleet",
+        "root": base.name,
+        "parent": None,
+        "max_model_len": base.max_model_len,
+    }
+
+
+def adapter_object(alias: m.Alias, record: m.AdapterRecord | None, base: m.ServedModel) -> dict[str, Any]:
+    """Return an adapter as the API shows it; `root` is its source, never a path of this machine."""
+    return {
+        "id": alias.name,
+        "object": "model",
+        "created": alias.created_ms // 1000,
+        "owned_by": alias.tenant or "lorafleet",
+        "root": alias.source or alias.name,
+        "parent": base.name,
+        "digest": alias.digest or None,
+        "rank": record.rank if record else None,
+        "state": alias.state,
+        "reason": alias.reason or None,
+    }

@@ -1,0 +1,110 @@
+"""One choice of an answer: from the deltas of its request to text, logprobs and an end. Pure."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+
+from gateway.openai_api import Options
+from gateway.replies import Cursor
+from protocol import messages as m
+from protocol.bus import error_from
+from protocol.errors import Conflict
+from protocol.text import OutputText
+
+
+class TokenLogprob(NamedTuple):
+    """A token's logprob, and the most likely tokens at its place."""
+
+    id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(slots=True)
+class Piece:
+    """What a choice gained since it was last looked at."""
+
+    index: int
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: str = ""  # "stop" or "length" at the end
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of a call."""
+
+    ids: bytes  # int32; b"" when it has been submitted before and is not needed again
+    num_tokens: int
+    text: str  # to be echoed, or ""
+
+
+class Choice:
+    """The state of one choice, which is one request in the queue."""
+
+    def __init__(
+        self, index: int, rid: str, prompt: Prompt, options: Options, model: tuple[Tokenizer, frozenset[int]]
+    ) -> None:
+        tokenizer, eos_ids = model
+        end_ids = frozenset(options.stop_token_ids)
+        if not options.sampling.ignore_eos:
+            end_ids |= eos_ids
+        self.index = index
+        self.rid = rid
+        self.prompt = prompt
+        self.cursor = Cursor()
+        self.num_cached_tokens = 0
+        self._echo = prompt.text if options.echo else ""
+        self._record_bytes = options.record_bytes
+        self._output = OutputText(tokenizer, stop=options.stop, end_ids=end_ids, min_tokens=options.sampling.min_tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far, the one that ended the text included."""
+        return self.cursor.next
+
+    @property
+    def record_bytes(self) -> int:
+        """Size of a token's logprob record, 0 without logprobs."""
+        return self._record_bytes
+
+    def take(self, delta: m.Delta, piece: Piece) -> None:
+        """Add to `piece` what a delta that needs no log brings. Raises the error that ended the request."""
+        if self.cursor.is_stale(delta):
+            return
+        ids, records = self.cursor.take(delta, self._record_bytes)
+        if self._echo:
+            piece.text, self._echo = self._echo, ""
+        if self._record_bytes and ids:
+            self._take_with_logprobs(ids, records, piece)
+        elif ids:
+            piece.text += self._output.add(memoryview(ids).cast("i"))
+        if delta.usage is not None:
+            self.num_cached_tokens = delta.usage.num_cached_tokens
+        if delta.finish == "error":
+            raise error_from(delta.error)
+        if delta.finish == "cancelled":
+            raise Conflict("the request was cancelled", code="cancelled")
+        if delta.finish:
+            piece.text += self._output.finish()
+            piece.finish = delta.finish
+
+    def skip(self, piece: Piece) -> None:
+        """End a choice for which no token is wanted: it is its prompt."""
+        self.cursor.ended = True
+        piece.text, piece.finish = self._echo, "length"
+
+    def _take_with_logprobs(self, ids: bytes, records: bytes, piece: Piece) -> None:
+        num_top = (self._record_bytes - 4) // 8
+        layout = struct.Struct("<f" + "if" * num_top)
+        for id_, (logprob, *top) in zip(memoryview(ids).cast("i"), layout.iter_unpack(records), strict=True):
+            if self._output.ended:
+                break
+            piece.text += self._output.add((id_,))
+            # The token that only says "end" is no part of the text.
+            if not self._output.ended or self._output.stop is not None:
+                piece.logprobs.append(TokenLogprob(id_, logprob, list(zip(top[::2], top[1::2], strict=True))))

@@ -1,0 +1,111 @@
+"""Errors as HTTP: the OpenAI shape on every status, and what tells a client whether to try again."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from protocol.bus import CONNECTION_ERRORS
+from protocol.errors import BadRequest, ClientError, LorafleetError, NotFound, TooLarge, Unavailable
+
+logger = logging.getLogger(__name__)
+
+_MAX_LISTED = 3  # reasons of one field that are shown
+_OWN_WORDS = {  # pydantic's error type -> what it means to who wrote the JSON
+    "missing": "it is missing",
+    "string_type": "it must be a string",
+    "int_type": "it must be an integer",
+    "float_type": "it must be a number",
+    "bool_type": "it must be true or false",
+    "list_type": "it must be a list",
+    "dict_type": "it must be an object",
+    "model_type": "it must be an object",
+    "model_attributes_type": "it must be an object",
+    "finite_number": "it must be a finite number",
+    "string_unicode": "it is not valid Unicode",
+}
+
+
+def error_body(error: LorafleetError) -> bytes:
+    """Return the JSON of an error."""
+    fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return orjson.dumps({"error": fields})
+
+
+def error_response(error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
+    """Return the response that an error is."""
+    extra = {"x-should-retry": "true" if error.retryable else "false"}
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is not None:
+        extra["retry-after"] = str(math.ceil(retry_after_s))
+    return Response(error_body(error), error.status, {**extra, **(headers or {})}, "application/json")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Make every error that leaves a route an OpenAI-shaped response."""
+
+    async def own(request: Request, error: Exception) -> Response:
+        assert isinstance(error, LorafleetError)
+        return error_response(error)
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(_from_validation(error.errors(), request.headers.get("content-type", "")))
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return error_response(_from_http(request, error), error.headers)
+
+    async def queue(request: Request, error: Exception) -> Response:
+        logger.error("the queue cannot be reached: %r", error)
+        return error_response(Unavailable("the queue cannot be reached", code="queue_unavailable"))
+
+    app.add_exception_handler(LorafleetError, own)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    for kind in CONNECTION_ERRORS:
+        app.add_exception_handler(kind, queue)
+
+
+def _from_http(request: Request, error: HTTPException) -> LorafleetError:
+    if error.status_code == 404:
+        return NotFound(f"Unknown request URL: {request.method} {request.url.path}", code="unknown_url")
+    if error.status_code == 405:
+        own: LorafleetError = ClientError(f"{request.method} is not allowed on {request.url.path}")
+        own.code = "method_not_allowed"
+    elif error.status_code == 413:
+        own = TooLarge(str(error.detail), code="body_too_large")
+    else:
+        own = ClientError(str(error.detail))
+    own.status = error.status_code
+    return own
+
+
+def _from_validation(errors: Sequence[Any], content_type: str) -> LorafleetError:
+    """Return the first wrong field's error. The alternatives of a union appear as one error each: all are named."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return BadRequest(f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
+    place: tuple[Any, ...] = tuple(first["loc"][1:2])
+    if not place:
+        if content_type and "json" not in content_type and first["type"] != "missing":
+            error = ClientError(f"the body must be JSON, not {content_type}", code="unsupported_media_type")
+            error.status = 415
+            return error
+        return BadRequest("the body must be a JSON object")
+    field = str(place[0])
+    reasons = [_words(e) for e in errors if tuple(e["loc"][1:2]) == place]
+    listed = " or ".join(list(dict.fromkeys(reasons))[:_MAX_LISTED])
+    return BadRequest(f"{field}: {listed}", param=field)
+
+
+def _words(error: Mapping[str, Any]) -> str:
+    return _OWN_WORDS.get(error["type"]) or error["msg"][:1].lower() + error["msg"][1:]

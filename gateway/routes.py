@@ -1,0 +1,110 @@
+"""The HTTP routes. Each reads its request, calls what knows the answer, and wraps it."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import orjson
+from fastapi import FastAPI, Query, Request
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from gateway.calls import AnyRequest, Calls, body_hash
+from gateway.jobs import Jobs
+from gateway.openai_api import CHAT, COMPLETIONS, ChatRequest, CompletionRequest
+from protocol.errors import BadRequest, Unavailable
+
+MAX_KEY_CHARACTERS = 255
+_PREFER_WAIT = re.compile(r"\bwait=(\d{1,6})\b")
+
+
+class Endpoints:
+    """The routes' handlers."""
+
+    def __init__(self, calls: Calls, jobs: Jobs) -> None:
+        self._calls = calls
+        self._jobs = jobs
+        self.draining = False
+
+    # ------------------------------------------------------------ generation
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        return await self._generate(CHAT, body, request)
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        return await self._generate(COMPLETIONS, body, request)
+
+    async def _generate(self, endpoint: str, body: AnyRequest, request: Request) -> Response:
+        if self.draining:
+            raise Unavailable("this gateway is shutting down; another one can take the request", code="shutting_down")
+        raw = await request.body()
+        key = request.headers.get("idempotency-key", "")
+        if len(key) > MAX_KEY_CHARACTERS:
+            raise BadRequest(f"an Idempotency-Key may have at most {MAX_KEY_CHARACTERS} characters")
+        if key and (earlier := await self._calls.earlier(key)):
+            if earlier.jid:
+                return _json(await self._jobs.repeated(earlier, endpoint, raw), 202)
+            return await self._calls.attach(body, endpoint, earlier, raw)
+        prepared = await self._calls.prepare(body)
+        if prepared.options.background:
+            idem = (key, body_hash(endpoint, raw)) if key else ("", "")
+            return _json(await self._jobs.create(prepared, endpoint, raw, idem), 202)
+        return await self._calls.answer(prepared, endpoint, key, raw)
+
+    # ------------------------------------------------------------ models
+
+    async def models(self) -> Response:
+        base = await self._calls.fleet.require(worker=False)
+        return _json({"object": "list", "data": await self._calls.catalogue.models(base)})
+
+    async def model(self, name: str) -> Response:
+        base = await self._calls.fleet.require(worker=False)
+        return _json(await self._calls.catalogue.model(name, base))
+
+    # ------------------------------------------------------------ jobs
+
+    async def jobs(
+        self,
+        status: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        after: str | None = None,
+    ) -> Response:
+        return _json(await self._jobs.list(status, limit, after))
+
+    async def job(self, jid: str, request: Request) -> Response:
+        wait = _PREFER_WAIT.search(request.headers.get("prefer", ""))
+        return _json(await self._jobs.get(jid, float(wait[1]) if wait else 0.0))
+
+    async def cancel_job(self, jid: str) -> Response:
+        return _json(await self._jobs.cancel(jid))
+
+    # ------------------------------------------------------------ operation
+
+    async def health(self) -> Response:
+        fleet = self._calls.fleet
+        await fleet.refresh()
+        ready = fleet.is_ready and not self.draining
+        state = "draining" if self.draining else "ready" if ready else "no_worker"
+        return _json({"status": state, "workers": fleet.num_workers}, 200 if ready else 503)
+
+    async def metrics(self) -> Response:
+        return Response(await run_in_threadpool(generate_latest), headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
+    """Bind paths to handlers."""
+    app.post(CHAT)(endpoints.chat)
+    app.post(COMPLETIONS)(endpoints.completions)
+    app.get("/v1/models")(endpoints.models)
+    app.get("/v1/models/{name:path}")(endpoints.model)
+    app.get("/v1/jobs")(endpoints.jobs)
+    app.get("/v1/jobs/{jid}")(endpoints.job)
+    app.post("/v1/jobs/{jid}/cancel")(endpoints.cancel_job)
+    app.get("/health")(endpoints.health)
+    app.get("/metrics")(endpoints.metrics)
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status, media_type="application/json")

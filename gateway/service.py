@@ -1,0 +1,115 @@
+"""The gateway process: its parts, its loops, and how it ends.
+
+Order of the end: refuse new calls (the port stays open, so that they get a 503), let running ones finish within
+`grace_s`, fail the rest with an error their clients may retry, close the port, stop the loops, leave the fleet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import uuid
+from collections.abc import Iterator
+
+import uvicorn
+
+from gateway.app import Envelope, build_app
+from gateway.calls import Calls
+from gateway.catalogue import Catalogue, Fleet
+from gateway.jobs import Jobs
+from gateway.replies import Replies
+from gateway.routes import Endpoints
+from gateway.tokenizer import load_model_files
+from protocol.bus import Bus
+from protocol.errors import Unavailable
+from protocol.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+LAST_WORDS_S = 5  # for error frames to reach their clients once the grace is over
+KEEP_ALIVE_S = 75  # longer than the usual 60 s of load balancers, so that they close first
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with the signals left to `protocol.service`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> int:
+    """Run a gateway until `stop`, then drain. Returns the exit code. Raises BadRequest on a wrong model."""
+    files = await asyncio.to_thread(load_model_files, settings)
+    bus = Bus(settings.redis_url)
+    try:
+        await bus.check()
+        replies = Replies(bus, uuid.uuid4().hex)
+        fleet = Fleet(bus, settings.beat_timeout_s)
+        calls = Calls(settings, bus, files, fleet, Catalogue(bus), replies)
+        endpoints = Endpoints(calls, Jobs(calls))
+        app = build_app(endpoints, settings.max_body_bytes)
+        listener = _listen(settings.host, settings.port)
+        replies.address = _address(listener)
+        await replies.open()
+        await replies.beat_once()
+        await _run(_server(app), listener, (app, endpoints, replies, fleet), settings, stop)
+        await replies.close()
+    finally:
+        await bus.close()
+    return 0
+
+
+async def _run(
+    server: uvicorn.Server,
+    listener: socket.socket,
+    parts: tuple[Envelope, Endpoints, Replies, Fleet],
+    settings: Settings,
+    stop: asyncio.Event,
+) -> None:
+    app, endpoints, replies, fleet = parts
+    async with asyncio.TaskGroup() as group:
+        loops = [group.create_task(loop) for loop in (replies.read(), replies.beat(), fleet.watch())]
+        serving = group.create_task(server.serve([listener]))
+        logger.info("listening on %s", replies.address)
+        await stop.wait()
+        endpoints.draining = True
+        logger.info("draining")
+        if not await _idle(app, settings.grace_s):
+            replies.fail_all(Unavailable("this gateway is shutting down", code="shutting_down"))
+            await _idle(app, LAST_WORDS_S)
+        server.should_exit = True
+        await serving
+        for loop in loops:
+            loop.cancel()
+
+
+async def _idle(app: Envelope, timeout_s: float) -> bool:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await app.wait_idle()
+    except TimeoutError:
+        return False
+    return True
+
+
+def _server(app: Envelope) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=LAST_WORDS_S,
+    )  # fmt: skip
+    return _Server(config)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=2048)
+    listener.setblocking(False)
+    return listener
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,120 @@
+"""The response of a call: server-sent events, or one JSON object. Watches whether its client is still there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gateway.choices import Piece
+from gateway.errors import error_body, error_response
+from gateway.generation import ClientGoneError, Generation
+from gateway.writers import DONE, PING, Writer, event
+from protocol.bus import CONNECTION_ERRORS
+from protocol.errors import Internal, LorafleetError, Unavailable
+from protocol.metrics import CLIENTS_GONE
+
+logger = logging.getLogger(__name__)
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class GenerationResponse(Response):
+    """Answers a call from its running generation; ends the generation in every case."""
+
+    def __init__(
+        self, generation: Generation, writer: Writer, *, stream: bool, include_usage: bool, keepalive_s: float
+    ) -> None:
+        self.generation = generation
+        self.writer = writer
+        self.stream = stream
+        self.include_usage = include_usage
+        self.keepalive_s = keepalive_s
+        self.background = None
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with asyncio.TaskGroup() as group:
+            watch = group.create_task(self._watch(receive))
+            try:
+                await self._answer(scope, receive, send)
+            finally:
+                watch.cancel()
+                await self.generation.close()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.generation.hang_up()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await (self._send_stream(send) if self.stream else self._send_whole(scope, receive, send))
+            return
+        except ClientGoneError:
+            CLIENTS_GONE.inc()
+            return
+        except LorafleetError as failure:
+            error = failure
+        except CONNECTION_ERRORS as failure:
+            logger.error("the queue cannot be reached: %r", failure)
+            error = Unavailable("the queue cannot be reached", code="queue_unavailable")
+        except Exception:
+            logger.exception("a call failed")
+            error = Internal("the gateway failed while answering")
+        if self._started:
+            # No [DONE]: a client must not take this for a normal end.
+            await send({"type": "http.response.body", "body": event(error_body(error)), "more_body": False})
+        else:
+            await error_response(error)(scope, receive, send)
+
+    async def _send_stream(self, send: Send) -> None:
+        """Send frames as they come. The headers wait for the first of them, so that early errors are HTTP errors."""
+        loop = asyncio.get_running_loop()
+        last_s = loop.time()
+        generation = self.generation
+        while True:
+            pieces = await generation.advance(self.keepalive_s)
+            frames = b"".join([self.writer.frames(piece) for piece in pieces])
+            if generation.is_done:
+                break
+            if not frames:
+                if loop.time() - last_s < self.keepalive_s:
+                    continue
+                frames = PING
+            await self._send_frames(send, frames, more=True)
+            last_s = loop.time()
+        if self.include_usage:
+            frames += self.writer.usage_frame(generation.usage)
+        await self._send_frames(send, frames + DONE, more=False)
+
+    async def _send_frames(self, send: Send, frames: bytes, *, more: bool) -> None:
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
+        await send({"type": "http.response.body", "body": frames, "more_body": more})
+
+    async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        whole = [Piece(choice.index) for choice in self.generation.choices]
+        while True:
+            for piece in await self.generation.advance(self.keepalive_s):
+                merge(whole[piece.index], piece)
+            if self.generation.is_done:
+                break
+        body = orjson.dumps(self.writer.whole(whole, self.generation.usage))
+        self._started = True
+        await Response(body, media_type="application/json")(scope, receive, send)
+
+
+def merge(whole: Piece, piece: Piece) -> None:
+    """Add a later piece of a choice to an earlier one."""
+    whole.text += piece.text
+    whole.logprobs += piece.logprobs
+    whole.finish = piece.finish or whole.finish

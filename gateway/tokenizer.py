@@ -1,0 +1,115 @@
+"""The base model's tokenizer and what belongs to it. Encoding runs in threads: the library releases the GIL."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from gateway.chat import ChatTemplate
+from protocol.model_files import TOKENIZER_FILES, model_folder, served_name
+from protocol.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """What the gateway knows of the base model from its files."""
+
+    name: str  # served name
+    tokenizer: Tokenizer
+    token_text: TokenText
+    template: ChatTemplate | None
+    eos_ids: frozenset[int]
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Return the token ids of each text."""
+        encodings = await asyncio.to_thread(
+            self.tokenizer.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens
+        )
+        return [encoding.ids for encoding in encodings]
+
+
+def load_model_files(settings: Settings) -> ModelFiles:
+    """Read tokenizer, chat template and end tokens of `settings.model`. Blocks; raises BadRequest if it is no model."""
+    folder = model_folder(settings.model, TOKENIZER_FILES)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return ModelFiles(
+        name=served_name(settings.model, settings.served_name),
+        tokenizer=tokenizer,
+        token_text=TokenText(tokenizer),
+        template=ChatTemplate.load(folder),
+        eos_ids=_eos_ids(folder),
+    )
+
+
+def _eos_ids(folder: Path) -> frozenset[int]:
+    """Return the ids that end a text: of the generation config and of the model config, as the worker does."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        for source in (config, config.get("text_config") or {}):
+            ids = source.get("eos_token_id")
+            found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return frozenset(found)
+
+
+class TokenText:
+    """The bytes and the printable form of single tokens, for logprobs."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._special = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._byte_level = _has_byte_level(json.loads(tokenizer.to_str()).get("decoder"))
+        self.bytes = lru_cache(maxsize=1 << 16)(self._bytes)
+        self.text = lru_cache(maxsize=1 << 16)(self._text)
+
+    def _bytes(self, id_: int) -> bytes:
+        """Return a token's UTF-8 bytes; also of a token that holds only a part of a character."""
+        token = self._tokenizer.id_to_token(id_)
+        if token is None:
+            return b""
+        if id_ in self._special:
+            return token.encode()
+        if self._byte_level:
+            values = [_BYTE_OF_CHARACTER.get(character) for character in token]
+            # An added token is stored as it is written, not in the byte alphabet.
+            return token.encode() if None in values else bytes(value for value in values if value is not None)
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode()
+
+    def _text(self, id_: int) -> str:
+        r"""Return a token as text; `bytes:\xe2\x80`, as OpenAI does, when it isn't valid UTF-8 alone."""
+        raw = self.bytes(id_)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{value:02x}" for value in raw)
+
+
+def _has_byte_level(decoder: dict[str, Any] | None) -> bool:
+    if decoder is None:
+        return False
+    return decoder["type"] == "ByteLevel" or any(_has_byte_level(inner) for inner in decoder.get("decoders", []))
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return the byte that each character of byte-level BPE's alphabet stands for.
+
+    Printable Latin-1 characters stand for themselves, the other 68 bytes are moved to U+0100 and up, in order.
+    """
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [value for value in range(256) if value not in kept]
+    return {chr(value): value for value in kept} | {chr(0x100 + i): value for i, value in enumerate(moved)}
+
+
+_BYTE_OF_CHARACTER = _byte_alphabet()

@@ -1,0 +1,212 @@
+"""How each endpoint writes an answer: whole, and as SSE frames. Per token nothing but the changing parts is encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import orjson
+
+from gateway.choices import Piece, TokenLogprob
+from gateway.tokenizer import TokenText
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this for what is impossible
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What all parts of an answer carry."""
+
+    id: str
+    created: int  # unix seconds
+    model: str
+    fingerprint: str
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens of a whole call; each prompt counts once."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+def event(body: bytes) -> bytes:
+    """Frame one JSON text."""
+    return b"data: " + body + b"\n\n"
+
+
+class Writer(Protocol):
+    """One endpoint's way of writing."""
+
+    def frames(self, piece: Piece) -> bytes:
+        """Return the SSE frames of a piece; b"" when it shows nothing yet."""
+        ...
+
+    def usage_frame(self, usage: Usage) -> bytes:
+        """Return the frame after the last choice's end."""
+        ...
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        """Return the answer of a call that was not streamed."""
+        ...
+
+
+class _Frames:
+    """The parts of a chunk that do not change, encoded once."""
+
+    def __init__(self, head: Head, kind: str, include_usage: bool) -> None:
+        fixed = {"id": head.id, "object": kind, "created": head.created, "model": head.model,
+                 "system_fingerprint": head.fingerprint}  # fmt: skip
+        self._start = b"data: " + orjson.dumps(fixed)[:-1] + b',"choices":['
+        self._end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+
+    def choice(self, body: bytes) -> bytes:
+        return self._start + body + self._end
+
+    def usage(self, usage: Usage) -> bytes:
+        return self._start + b'],"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
+
+
+class ChatWriter:
+    """`chat.completion` and its chunks."""
+
+    id_prefix = "chatcmpl-"
+
+    def __init__(self, head: Head, tokens: TokenText, *, include_usage: bool, logprobs: bool) -> None:
+        self._head = head
+        self._tokens = tokens
+        self._logprobs = logprobs
+        self._frames = _Frames(head, "chat.completion.chunk", include_usage)
+        self._started: set[int] = set()
+
+    def frames(self, piece: Piece) -> bytes:
+        start = b'{"index":%d,"delta":' % piece.index
+        out = b""
+        if piece.index not in self._started and (piece.text or piece.logprobs or piece.finish):
+            self._started.add(piece.index)
+            role = b'{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null}'
+            out = self._frames.choice(start + role)
+        if piece.text or piece.logprobs:
+            logprobs = orjson.dumps(self._content(piece.logprobs)) if self._logprobs else b"null"
+            body = b'{"content":%b},"logprobs":%b,"finish_reason":null}' % (orjson.dumps(piece.text), logprobs)
+            out += self._frames.choice(start + body)
+        if piece.finish:
+            out += self._frames.choice(start + b'{},"logprobs":null,"finish_reason":"%b"}' % piece.finish.encode())
+        return out
+
+    def usage_frame(self, usage: Usage) -> bytes:
+        return self._frames.usage(usage)
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        return {
+            "id": self._head.id,
+            "object": "chat.completion",
+            "created": self._head.created,
+            "model": self._head.model,
+            "system_fingerprint": self._head.fingerprint,
+            "choices": [
+                {
+                    "index": piece.index,
+                    "message": {"role": "assistant", "content": piece.text, "refusal": None},
+                    "logprobs": self._content(piece.logprobs) if self._logprobs else None,
+                    "finish_reason": piece.finish,
+                }
+                for piece in choices
+            ],
+            "usage": usage.json(),
+        }
+
+    def _content(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        entries = [
+            {**self._entry(token.id, token.logprob), "top_logprobs": [self._entry(*pair) for pair in token.top]}
+            for token in logprobs
+        ]
+        return {"content": entries, "refusal": None}
+
+    def _entry(self, id_: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self._tokens.text(id_),
+            "logprob": max(logprob, MIN_LOGPROB),
+            "bytes": list(self._tokens.bytes(id_)),
+        }
+
+
+class CompletionWriter:
+    """`text_completion`, whole and in chunks."""
+
+    id_prefix = "cmpl-"
+
+    def __init__(self, head: Head, tokens: TokenText, *, include_usage: bool, logprobs: bool) -> None:
+        self._head = head
+        self._tokens = tokens
+        self._logprobs = logprobs
+        self._frames = _Frames(head, "text_completion", include_usage)
+        self._offsets: dict[int, int] = {}  # characters of tokens written so far, per choice
+
+    def frames(self, piece: Piece) -> bytes:
+        start = b'{"index":%d,"text":' % piece.index
+        out = b""
+        if piece.text or piece.logprobs:
+            logprobs = orjson.dumps(self._lists(piece)) if self._logprobs else b"null"
+            body = b'%b,"logprobs":%b,"finish_reason":null}' % (orjson.dumps(piece.text), logprobs)
+            out = self._frames.choice(start + body)
+        if piece.finish:
+            out += self._frames.choice(start + b'"","logprobs":null,"finish_reason":"%b"}' % piece.finish.encode())
+        return out
+
+    def usage_frame(self, usage: Usage) -> bytes:
+        return self._frames.usage(usage)
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        return {
+            "id": self._head.id,
+            "object": "text_completion",
+            "created": self._head.created,
+            "model": self._head.model,
+            "system_fingerprint": self._head.fingerprint,
+            "choices": [
+                {
+                    "index": piece.index,
+                    "text": piece.text,
+                    "logprobs": self._lists(piece) if self._logprobs else None,
+                    "finish_reason": piece.finish,
+                }
+                for piece in choices
+            ],
+            "usage": usage.json(),
+        }
+
+    def _lists(self, piece: Piece) -> dict[str, Any]:
+        offset = self._offsets.get(piece.index, 0)
+        offsets: list[int] = []
+        for token in piece.logprobs:
+            offsets.append(offset)
+            offset += len(self._tokens.text(token.id))
+        self._offsets[piece.index] = offset
+        return {
+            "text_offset": offsets,
+            "tokens": [self._tokens.text(token.id) for token in piece.logprobs],
+            "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in piece.logprobs],
+            "top_logprobs": [self._top(token) for token in piece.logprobs],
+        }
+
+    def _top(self, token: TokenLogprob) -> dict[str, float]:
+        """Return the most likely tokens by text, and the chosen one; of tokens with equal text the likeliest."""
+        best: dict[str, float] = {}
+        for id_, logprob in (*token.top, (token.id, token.logprob)):
+            text = self._tokens.text(id_)
+            best[text] = max(best.get(text, MIN_LOGPROB), logprob)
+        return best

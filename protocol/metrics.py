@@ -1,0 +1,33 @@
+"""Every Prometheus metric, declared once. Units are in the names; adapters are never labels, there are too many."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+# ---------------------------------------------------------------- gateway
+
+HTTP_REQUESTS = Counter("lorafleet_http_requests_total", "HTTP responses.", ["route", "method", "status"])
+HTTP_REQUESTS_OPEN = Gauge("lorafleet_http_requests_open", "HTTP requests being answered.")
+GENERATIONS = Counter("lorafleet_generations_total", "Choices that have ended, by reason.", ["finish"])
+PROMPT_TOKENS = Counter("lorafleet_prompt_tokens_total", "Prompt tokens of accepted calls.", ["kind"])
+OUTPUT_TOKENS = Counter("lorafleet_output_tokens_total", "Tokens delivered to clients.", ["kind"])
+FIRST_TOKEN_SECONDS = Histogram(
+    "lorafleet_time_to_first_token_seconds", "From a call's arrival to its first token.", ["kind"], buckets=_LATENCY_S
+)
+CALL_SECONDS = Histogram(
+    "lorafleet_call_seconds", "From a call's arrival to its last token.", ["kind"], buckets=_LATENCY_S
+)
+CLIENTS_GONE = Counter("lorafleet_clients_gone_total", "Calls whose client left before the end.")
+GATEWAY_LOG_READS = Counter("lorafleet_gateway_log_reads_total", "Times a call read its tokens from the log.")
+GATEWAY_STALE_DELTAS = Counter("lorafleet_gateway_stale_deltas_total", "Deltas that nobody waited for.")
+
+# ---------------------------------------------------------------- the fleet, as the leading scheduler reports it
+
+FLEET_QUEUED = Gauge("lorafleet_queued_requests", "Requests waiting for a worker.")
+FLEET_RUNNING = Gauge("lorafleet_running_requests", "Requests assigned to workers.")
+FLEET_WORKERS = Gauge("lorafleet_workers", "Workers alive.")
+
+KIND_BASE = "base"
+KIND_ADAPTER = "adapter"

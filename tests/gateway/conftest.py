@@ -1,0 +1,60 @@
+"""A scripted fleet with a real gateway in front of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx2
+import pytest
+import pytest_asyncio
+from openai import AsyncOpenAI
+from scripted_fleet import RunningGateway, ScriptedFleet, make_model_folder, running_gateway
+from tokenizers import Tokenizer
+
+from protocol.bus import Bus
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+
+
+@pytest_asyncio.fixture
+async def fleet(bus: Bus, tokenizer: Tokenizer) -> AsyncIterator[ScriptedFleet]:
+    """A fleet that answers every request with the default script."""
+    own = Bus(bus.url)
+    scripted = ScriptedFleet(own, tokenizer)
+    scripted.assigning.set()
+    await scripted.register()
+    task = asyncio.create_task(scripted.run())
+    yield scripted
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    await own.close()
+
+
+@pytest_asyncio.fixture
+async def gateway(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncIterator[RunningGateway]:
+    async with running_gateway(bus, model_folder) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def client(gateway: RunningGateway) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="any", max_retries=0) as openai:
+        yield openai
+
+
+@pytest_asyncio.fixture
+async def http(gateway: RunningGateway) -> AsyncIterator[httpx2.AsyncClient]:
+    async with httpx2.AsyncClient(base_url=gateway.url, timeout=30) as plain:
+        yield plain

@@ -1,0 +1,76 @@
+"""The official client, unchanged, against a real gateway over a scripted worker."""
+
+from __future__ import annotations
+
+import pytest
+from openai import AsyncOpenAI
+from scripted_fleet import BASE_NAME, Script, ScriptedFleet
+
+TEXT = Script().text
+
+
+async def test_chat_answers_with_the_worker_s_text(client: AsyncOpenAI, fleet: ScriptedFleet) -> None:
+    answer = await client.chat.completions.create(model="base", messages=[{"role": "user", "content": "hi"}])
+    assert answer.object == "chat.completion"
+    assert answer.id.startswith("chatcmpl-")
+    assert answer.choices[0].message.content == TEXT
+    assert answer.choices[0].finish_reason == "stop"
+    [(submit, body)] = fleet.seen
+    prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert memoryview(body.prompt).cast("i").tolist() == fleet.tokenizer.encode(prompt).ids
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == submit.num_prompt_tokens == len(body.prompt) // 4
+    assert answer.usage.completion_tokens == len(fleet.tokenizer.encode(TEXT).ids) + 1
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == 3
+
+
+async def test_chat_stream_has_role_text_one_end_and_usage(client: AsyncOpenAI, fleet: ScriptedFleet) -> None:
+    stream = await client.chat.completions.create(
+        model=BASE_NAME,
+        messages=[{"role": "user", "content": "hi"}],
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = [chunk async for chunk in stream]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == TEXT
+    ends = [chunk.choices[0].finish_reason for chunk in chunks[:-1] if chunk.choices[0].finish_reason]
+    assert ends == ["stop"]
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert len({(chunk.id, chunk.created) for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_completions_of_several_prompts_and_choices(
+    client: AsyncOpenAI, fleet: ScriptedFleet, stream: bool
+) -> None:
+    fleet.script = lambda submit, body: Script(text=f"answer {submit.rid.rpartition('-')[2]} é")
+    prompts = ["the quick", "dog"]
+    wanted = [f"answer {i} é" for i in range(4)]
+    if stream:
+        texts = [""] * 4
+        async for chunk in await client.completions.create(
+            model="base", prompt=prompts, n=2, max_tokens=60, stream=True
+        ):
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+        assert texts == wanted
+    else:
+        answer = await client.completions.create(model="base", prompt=prompts, n=2, max_tokens=60)
+        assert [choice.text for choice in answer.choices] == wanted
+        assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == sum(len(fleet.tokenizer.encode(prompt).ids) for prompt in prompts)
+    seeds = [body.sampling.seed for _, body in sorted(fleet.seen, key=lambda pair: pair[0].rid)]
+    assert seeds[0] == seeds[2] != seeds[1] == seeds[3]
+
+
+async def test_an_adapter_is_asked_by_name_and_by_base_and_name(client: AsyncOpenAI, fleet: ScriptedFleet) -> None:
+    await fleet.add_adapter("org/pirate", "d1")
+    for model in ("org/pirate", f"{BASE_NAME}:org/pirate", "base:org/pirate"):
+        await client.completions.create(model=model, prompt="hi")
+    await client.completions.create(model="base", prompt="hi")
+    assert [(submit.digest, submit.tenant) for submit, _ in fleet.seen] == [("d1", "d1")] * 3 + [("", "base")]

@@ -1,0 +1,231 @@
+"""Scheduler, worker and store in one task, for tests of the gateway: plays scripted tokens through the real scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from array import array
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from waiting import wait_until
+
+from gateway.service import serve
+from protocol import messages as m
+from protocol.bus import Bus, Step, StepRow, decode, error_info, now_ms
+from protocol.errors import LorafleetError
+from protocol.keys import CLASSES
+from protocol.settings import Settings
+from protocol.text import OutputText
+
+BASE_NAME = "tiny/base"
+MAX_MODEL_LEN = 256
+CORPUS = "the quick brown fox jumps over the lazy dog and the dog sleeps in the sun all day long"
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_model_folder(folder: Path) -> Path:
+    """Write the files a gateway reads: a byte-level tokenizer with few merges, so that characters span tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([CORPUS] * 3, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "tiny"}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1]}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@dataclass(slots=True)
+class Script:
+    """What the worker says to one request."""
+
+    text: str = "Hello wörld 😀, how are you?"
+    finish: str = "stop"
+    eos: bool = True  # ends with the end-of-text token, if there is room
+    chunk: int = 1  # tokens per step
+    error: LorafleetError | None = None
+    hold_after: int | None = None  # tokens after which it waits for `ScriptedFleet.go`
+
+
+Scripter = Callable[[m.Submit, m.Body], Script]
+
+
+@dataclass(slots=True)
+class ScriptedFleet:
+    """A worker with its scheduler. `seen` holds what was submitted."""
+
+    bus: Bus
+    tokenizer: Tokenizer
+    script: Scripter = lambda submit, body: Script()
+    seen: list[tuple[m.Submit, m.Body]] = field(default_factory=list)
+    go: asyncio.Event = field(default_factory=asyncio.Event)
+    assigning: asyncio.Event = field(default_factory=asyncio.Event)  # cleared: requests stay in the queue
+    wid: str = "w1"
+    cancelled: list[str] = field(default_factory=list)
+
+    async def register(self, *, worker: bool = True) -> None:
+        """Publish the base model and one worker's beat."""
+        base = m.ServedModel(
+            model=BASE_NAME, name=BASE_NAME, fingerprint="f00d", model_type="tiny",
+            vocab_size=self.tokenizer.get_vocab_size(), max_model_len=MAX_MODEL_LEN, sites=[], created_ms=now_ms(),
+        )  # fmt: skip
+        await self.bus.set(self.bus.keys.base, base)
+        await self.bus.create_stream(self.bus.keys.work(self.wid), 300)
+        await self.bus.create_stream(self.bus.keys.ctl(self.wid), 300)
+        if worker:
+            await self.beat()
+
+    async def beat(self) -> None:
+        beat = m.WorkerBeat(wid=self.wid, name=self.wid, model=BASE_NAME, capacity=64)
+        await self.bus.beat(self.bus.keys.worker_beat(self.wid), self.bus.keys.workers, self.wid, m.encode(beat), 4000)
+
+    async def add_adapter(
+        self, name: str, digest: str = "", *, state: m.AdapterState = "on_disk", reason: str = ""
+    ) -> None:
+        """Write an adapter into the catalogue, as the store does."""
+        alias = m.Alias(name=name, state=state, digest=digest, source=f"local:{name}", reason=reason, created_ms=1000)
+        await self.bus.redis.hset(self.bus.keys.adapters, name, m.encode(alias))
+        if digest:
+            record = m.AdapterRecord(
+                digest=digest, rank=8, num_bytes=10, config={}, modules=["q_proj"], source=f"local:{name}", created_ms=1
+            )
+            await self.bus.set(self.bus.keys.adapter(digest), record)
+
+    async def run(self) -> None:
+        """Play until cancelled."""
+        last = {self.bus.keys.sub(cls): b"0" for cls in CLASSES}
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._beats())
+            while True:
+                await self.assigning.wait()
+                for entries in (await self.bus.read(last, block_ms=200)).values():
+                    for _, fields in entries:
+                        submit = decode(fields[b"b"], m.Submit)
+                        group.create_task(self._play(submit, int(fields[b"e"])))
+
+    async def _beats(self) -> None:
+        while True:
+            await self.beat()
+            await asyncio.sleep(1)
+
+    async def _play(self, submit: m.Submit, epoch: int) -> None:
+        body = await self.bus.get(self.bus.keys.body(submit.rid), m.Body)
+        assert body is not None
+        self.seen.append((submit, body))
+        order = m.Assigned(submit.rid, epoch + 1, submit.digest, submit.tenant, submit.gateway, submit.stored)
+        if (await self.bus.assign(self.wid, [(order, epoch)]))[0] != "ok":
+            return
+        script = self.script(submit, body)
+        ids, finish = self.tokens(script, body)
+        sent = 0
+        while True:
+            if script.hold_after is not None and sent >= script.hold_after:
+                await self.go.wait()
+            size = min(script.chunk, len(ids) - sent)
+            last = sent + size >= len(ids)
+            if not await self.step(
+                order, sent, ids[sent : sent + size], body, end=finish if last else "", error=script.error
+            ):
+                self.cancelled.append(submit.rid)
+                return
+            sent += size
+            if last:
+                return
+
+    async def step(
+        self,
+        order: m.Assigned,
+        seq0: int,
+        ids: list[int],
+        body: m.Body,
+        *,
+        end: str,
+        error: LorafleetError | None = None,
+    ) -> bool:
+        """Write one step of one request; returns False when it was refused, and ends a cancelled request."""
+        raw = array("i", ids).tobytes()
+        records = b"".join(logprob_record(id_, body.sampling.num_logprobs) for id_ in ids)
+        info = msgspec.json.encode(error_info(error)).decode() if error and end else ""
+        finish = "error" if info else end
+        state = {"": "", "error": "failed"}.get(finish, "completed")
+        usage = m.Usage(len(body.prompt) // 4, seq0 + len(ids), 3) if end else None
+        row = StepRow(order.rid, order.epoch, seq0, raw, records, state, finish, info)
+        delta = m.Delta(order.rid, order.epoch, seq0, raw, records, finish=finish, error=info, usage=usage)
+        outs = {order.gateway: [delta]} if order.gateway else {}
+        refused = await self.bus.step(self.wid, Step([row], outs))
+        if refused and refused[0].code == "cancelled":
+            row = StepRow(order.rid, order.epoch, seq0, b"", b"", "cancelled", "cancelled")
+            delta = m.Delta(order.rid, order.epoch, seq0, finish="cancelled")
+            await self.bus.step(self.wid, Step([row], {order.gateway: [delta]} if order.gateway else {}))
+        return not refused
+
+    def tokens(self, script: Script, body: m.Body) -> tuple[list[int], str]:
+        """Return a request's output and how it ends: what a worker with the same rules would make of the script."""
+        wanted = self.tokenizer.encode(script.text).ids + ([1] if script.eos else [])
+        end_ids = frozenset(body.stop_token_ids) | (frozenset() if body.sampling.ignore_eos else frozenset([1]))
+        output = OutputText(self.tokenizer, stop=body.stop, end_ids=end_ids, min_tokens=body.sampling.min_tokens)
+        for i, id_ in enumerate(wanted):
+            output.add([id_])
+            if output.ended:
+                return wanted[: i + 1], "stop"
+            if i + 1 == body.max_new_tokens:
+                return wanted[: i + 1], "length"
+        return wanted, script.finish
+
+
+def logprob_record(id_: int, num_top: int | None) -> bytes:
+    """Return the record of a token: -0.5 for itself, then the following ids with -1, -2, ..."""
+    if num_top is None:
+        return b""
+    top = [value for i in range(num_top) for value in (id_ + i, -1.0 * (i + 1))]
+    return struct.pack("<f" + "if" * num_top, -0.5, *top)
+
+
+@dataclass(slots=True)
+class RunningGateway:
+    """A gateway on a free port of this machine, in this process."""
+
+    url: str
+    gid: str
+    stop: asyncio.Event
+    task: asyncio.Task[int]
+
+
+@asynccontextmanager
+async def running_gateway(bus: Bus, model: Path, **settings: object) -> AsyncIterator[RunningGateway]:
+    """Start a gateway; drain it at the end."""
+    before = set(await bus.members(bus.keys.gateways))
+    stop = asyncio.Event()
+    values = {"redis_url": bus.url, "model": str(model), "port": 0, "grace_s": 5.0, **settings}
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(serve(Settings(**values), stop))  # type: ignore[arg-type]
+
+        async def came_up() -> str | None:
+            assert not task.done(), "the gateway ended"
+            return next(iter(set(await bus.members(bus.keys.gateways)) - before), None)
+
+        gid = await wait_until(came_up, "a gateway has come up")
+        address = await bus.redis.get(bus.keys.gateway_beat(gid))
+        try:
+            yield RunningGateway(address.decode(), gid, stop, task)
+        finally:
+            stop.set()
