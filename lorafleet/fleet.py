@@ -18,6 +18,7 @@ from lorafleet.machine import num_cores, visible_gpus
 from lorafleet.screen import Screen
 from protocol import messages as m
 from protocol.bus import CONNECTION_ERRORS, Bus
+from protocol.errors import LorafleetError, Unavailable
 from protocol.settings import CONFIG_VARIABLE, Settings
 
 START_POLL_S, POLL_S = 0.1, 1.0
@@ -62,13 +63,13 @@ class Fleet:
     children: list[Child]
     queue: EmbeddedServer | None
     screen: Screen
-    on_ready: Callable[[], Awaitable[None]]
-    _failure: ServiceFailed | None = None
+    on_ready: Callable[[], Awaitable[bool]]  # tells whether to go on serving
+    _failure: LorafleetError | None = None
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _hurry: bool = False
 
     async def run(self) -> int:
-        """Run until a signal has drained everything. Returns the exit code; raises ServiceFailed.
+        """Run until a signal has drained everything. Returns the exit code; raises LorafleetError.
 
         No child outlives this call, whatever ends it.
         """
@@ -105,8 +106,7 @@ class Fleet:
         try:
             await child.supervise()
         except ServiceFailed as error:
-            self._failure = self._failure or error
-            self._stop.set()
+            self._fail(error)
 
     async def _drain(self) -> None:
         grace_s = self.settings.grace_s + KILL_AFTER_S
@@ -136,7 +136,17 @@ class Fleet:
             await bus.close()
 
     async def _announce(self) -> None:
-        await self.on_ready()
+        try:
+            if not await self.on_ready():
+                self._stop.set()
+        except httpx2.HTTPError as error:
+            self._fail(Unavailable(f"the gateway does not answer: {error!r}"))
+        except LorafleetError as error:
+            self._fail(error)
+
+    def _fail(self, error: LorafleetError) -> None:
+        self._failure = self._failure or error
+        self._stop.set()
 
     async def _note(self, child: Child, bus: Bus, gateway: httpx2.AsyncClient) -> None:
         if child.ready.is_set() or self._stop.is_set():

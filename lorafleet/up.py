@@ -29,7 +29,8 @@ from protocol.settings import Settings
 
 MAIN_FLAGS = ("adapters", "host", "port", "data", "workers", "device", "dtype")
 
-OnReady = Callable[[Settings, Screen], Awaitable[None]]
+OnReady = Callable[[Settings, Screen], Awaitable[bool]]
+"""Called once the fleet answers; tells whether to go on serving."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +111,7 @@ def fleet_name(settings: Settings) -> str:
     return f"{slug}-{hashlib.sha256(settings.model.encode()).hexdigest()[:8]}"
 
 
-async def announce(settings: Settings, screen: Screen) -> None:
+async def announce(settings: Settings, screen: Screen) -> bool:
     """Say where the fleet answers, and show how to ask it."""
     url = local_url(settings)
     async with httpx2.AsyncClient(base_url=url, trust_env=False) as client:
@@ -120,6 +121,7 @@ async def announce(settings: Settings, screen: Screen) -> None:
     screen.say(f"\nAnother worker joins with\n  REDIS_URL={shlex.quote(settings.redis_url)} lorafleet serve worker "
                f"--model {shlex.quote(settings.model)}")  # fmt: skip
     screen.say("Ctrl-C finishes what was accepted and stops; a second one stops at once.")
+    return True
 
 
 def curl_example(settings: Settings, model: str, question: str = "Who are you?") -> str:

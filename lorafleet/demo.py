@@ -1,0 +1,163 @@
+"""`lorafleet demo`: a small model, the adapters of `examples/`, and one question to all of them in one batch."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+import httpx2
+import orjson
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lorafleet.flags import add_settings, load_settings
+from lorafleet.fleet import local_url
+from lorafleet.quickstart import QuickstartError, fetch_quickstart_model
+from lorafleet.screen import Screen
+from lorafleet.up import MAIN_FLAGS, curl_example, launch
+from protocol import messages as m
+from protocol.bus import Bus, decode
+from protocol.errors import BadRequest, Internal, Unavailable
+from protocol.settings import Settings
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "adapters"
+QUESTION = "Why is the sky blue?"
+MAX_TOKENS = 80
+COLORS = ("white", "cyan", "magenta", "green", "yellow", "blue")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.usage = f"{parser.prog} [flags]"
+    parser.add_argument("--question", default=QUESTION, help="what to ask (%(default)s)")
+    parser.add_argument("--once", action="store_true", help="stop after the answers instead of serving on")
+    add_settings(parser, first=("model", *MAIN_FLAGS), skip=("worker_name", "store_url"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo; return the exit code."""
+    settings = load_settings(args)
+    if not settings.model:
+        try:
+            folder = fetch_quickstart_model(settings.data / "models")
+        except QuickstartError as error:
+            raise Unavailable(str(error)) from error
+        settings = settings.model_copy(update={"model": str(folder)})
+    if settings.adapters is None:
+        if not EXAMPLES.is_dir():
+            raise BadRequest("--adapters: the example adapters come with the repository; name a folder of your own")
+        settings = settings.model_copy(update={"adapters": EXAMPLES})
+
+    async def on_ready(settings: Settings, screen: Screen) -> bool:
+        await show_answers(settings, screen, args.question)
+        if not args.once:
+            screen.say("\nThe fleet stays up; ask it yourself, or stop it with Ctrl-C:\n")
+            for name in await model_names(settings):
+                screen.say(escape(curl_example(settings, name, args.question)))
+        return not args.once
+
+    return launch(settings, on_ready)
+
+
+@dataclass(slots=True)
+class Answer:
+    """One model's answer as it arrives."""
+
+    model: str
+    text: str = ""
+    num_tokens: int = 0
+
+
+async def model_names(settings: Settings) -> list[str]:
+    """Return the base model's name and those of the adapters, once the store has read all of their folder."""
+    folder = settings.adapters or EXAMPLES
+    expected = len(list(folder.glob("*/adapter_config.json")))
+    try:
+        async with asyncio.timeout(60), httpx2.AsyncClient(base_url=local_url(settings), trust_env=False) as client:
+            while True:
+                models = (await client.get("/v1/models")).raise_for_status().json()["data"]
+                if len(models) > expected:
+                    return [model["id"] for model in models]
+                await asyncio.sleep(0.1)
+    except TimeoutError as error:
+        raise Unavailable(f"the store does not list the {expected} adapters of {folder}; see its log") from error
+
+
+async def show_answers(settings: Settings, screen: Screen, question: str) -> None:
+    """Ask the base and every adapter at once, show the answers grow, and count the forward passes they shared."""
+    answers = [Answer(name) for name in await model_names(settings)]
+    started = time.monotonic()
+    screen.say(f"\n[bold]{escape(question)}[/]")
+    live = Live(console=screen.console, auto_refresh=False)
+
+    def show() -> None:
+        live.update(_panels(answers), refresh=screen.console.is_terminal)
+
+    async with httpx2.AsyncClient(base_url=local_url(settings), timeout=300, trust_env=False) as client:
+        with live:
+            await asyncio.gather(*(_ask(client, answer, question, show) for answer in answers))
+    seconds = time.monotonic() - started
+    num_tokens = sum(answer.num_tokens for answer in answers)
+    num_shared, num_steps = await shared_steps(settings, len(answers))
+    screen.say(
+        f"{len(answers)} models, {num_tokens} tokens, {seconds:.1f} s: {num_tokens / seconds:.0f} tokens/s. "
+        f"{num_shared} of {num_steps} engine steps wrote a token for all {len(answers)} of them."
+    )
+
+
+async def _ask(client: httpx2.AsyncClient, answer: Answer, question: str, show: Callable[[], None]) -> None:
+    """Stream one answer into `answer`. Raises Internal when the fleet refuses."""
+    body = {
+        "model": answer.model, "messages": [{"role": "user", "content": question}], "max_tokens": MAX_TOKENS,
+        "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.status_code != 200:
+            raise Internal(f"{answer.model}: {(await response.aread()).decode()}")
+        async for line in response.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            chunk = orjson.loads(line.removeprefix("data: "))
+            if "error" in chunk:
+                raise Internal(f"{answer.model}: {chunk['error']['message']}")
+            answer.text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+            answer.num_tokens = (chunk.get("usage") or {}).get("completion_tokens", answer.num_tokens)
+            show()
+
+
+async def shared_steps(settings: Settings, num_models: int) -> tuple[int, int]:
+    """Return how many of the latest engine steps carried tokens of `num_models` requests, and how many there were.
+
+    Read from the gateways' reply streams, which hold one entry per step for a minute.
+    """
+    bus = Bus(settings.redis_url)
+    try:
+        sizes: list[int] = []
+        for gid in await bus.members(bus.keys.gateways):
+            for _, fields in await bus.entries(bus.keys.out(gid)):
+                deltas = decode(fields[b"b"], list[m.Delta])
+                sizes.append(len({delta.rid for delta in deltas if delta.ids}))
+    finally:
+        await bus.close()
+    return sum(size == num_models for size in sizes), sum(size > 0 for size in sizes)
+
+
+def _panels(answers: list[Answer]) -> Table:
+    grid = Table.grid(expand=True)
+    for _ in range(2):
+        grid.add_column(ratio=1)
+    panels = [
+        Panel(Text(answer.text.strip()), title=f"[bold]{escape(answer.model)}[/]", border_style=color, expand=True)
+        for answer, color in zip(answers, cycle(COLORS), strict=False)
+    ]
+    for i in range(0, len(panels), 2):
+        grid.add_row(*panels[i : i + 2])
+    return grid
