@@ -61,6 +61,7 @@ def lora_add_(
         table.pages,
         batch.rows,
         batch.small_tiles,
+        batch.large_tiles,
         batch.counts,
         batch.row_scales,
     )

@@ -1,7 +1,7 @@
 // Paged attention by online softmax. Included inside the instruction set's namespace.
 //
 // A task's rows are its queries times the query heads of one kv head, so that a decode with grouped heads reads each
-// key and value once. Keys are transposed 64 at a time into scratch memory; the rest is rank-1 updates.
+// key and value once. Keys and values are packed 64 at a time into scratch memory for the tile product.
 #pragma once
 
 constexpr int64_t kKeys = 64;        // keys per round
@@ -16,31 +16,26 @@ inline SoftmaxState softmax_state(float* memory, int64_t rows, int64_t v_dim) {
 }
 
 template <typename T>
-inline const T* cache_block(const void* cache, const AttentionArgs& args, const AttentionTask& task, int64_t key,
-                            int64_t dim) {
+inline const T* cache_block(const AttentionArgs& args, const AttentionTask& task, const void* cache, int64_t dim,
+                            int64_t key) {
   const int64_t block = args.block_tables[task.seq * args.max_blocks + key / kBlockTokens];
   return static_cast<const T*>(cache) + (block * args.kv_heads + task.kv_head) * kBlockTokens * dim;
 }
 
-// out[d * kKeys + j] = k[j * dim + d] for the 16 keys of a block.
+// The block that takes the place of the one at `key` a round later: of this task, else of the next one's first round.
 template <typename T>
-inline void transpose_block(const T* k, int64_t dim, float* out) {
-  for (int64_t j = 0; j < kBlockTokens; j += kLanes) {
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      const int64_t n = min(kLanes, dim - d);
-      Vec tile[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const T* from = k + (j + i) * dim + d;
-        tile[i] = n == kLanes ? load(from) : load_n(from, n);
-      }
-      transpose(tile);
-      for (int64_t i = 0; i < n; ++i) store(out + (d + i) * kKeys + j, tile[i]);
-    }
+inline const T* block_after(const AttentionArgs& args, const AttentionTask& task, const AttentionTask* next,
+                            const void* cache, int64_t dim, int64_t key) {
+  if (key + kKeys < task.end_key) return cache_block<T>(args, task, cache, dim, key + kKeys);
+  if (next) {
+    const int64_t next_key = next->first_key + (key - task.first_key) % kKeys;
+    if (next_key < next->end_key) return cache_block<T>(args, *next, cache, dim, next_key);
   }
+  return cache_block<T>(args, task, cache, dim, key);
 }
 
 template <typename T>
-inline void load_queries(const AttentionArgs& args, const AttentionTask& task, float* q) {
+inline void load_queries(const AttentionArgs& args, const AttentionTask& task, typename Product<T>::Left* q) {
   const int64_t group = args.heads / args.kv_heads;
   const int64_t token = args.query_starts[task.seq] + task.first_query;
   for (int64_t i = 0; i < task.num_queries * group; ++i) {
@@ -48,46 +43,52 @@ inline void load_queries(const AttentionArgs& args, const AttentionTask& task, f
                     (task.kv_head * group + i % group) * args.q_head;
     for (int64_t d = 0; d < args.k_dim; d += kLanes) {
       const int64_t n = min(kLanes, args.k_dim - d);
-      store_n(q + i * args.k_dim + d, mul(load_n(from + d, n), set1(args.scale)), n);
+      store_n(q + i * args.k_dim + d, load_n(from + d, n), n);
     }
   }
 }
 
-// One row's step: turns logits [kKeys] into weights, of which only [begin, end) are not zero, and rescales the state.
-inline void softmax_row(float* logits, int64_t begin, int64_t end, float softcap, float* acc, int64_t v_dim,
-                        float& peak, float& total) {
+// One row's step: turns products [kKeys] into weights, of which only [begin, end) are not zero, and rescales the state.
+template <typename Weight>
+inline void softmax_row(const AttentionArgs& args, float* products, int64_t begin, int64_t end, Weight* weights,
+                        float* acc, float& peak, float& total) {
   constexpr int kVecs = kKeys / kLanes;
   if (begin >= end) {
-    for (int v = 0; v < kVecs; ++v) store(logits + v * kLanes, zero());
+    for (int v = 0; v < kVecs; ++v) store(weights + v * kLanes, zero());
     return;
   }
-  if (softcap > 0) {
-    for (int v = 0; v < kVecs; ++v) {
-      const Vec capped = tanh(mul(load(logits + v * kLanes), set1(1.0f / softcap)));
-      store(logits + v * kLanes, mul(capped, set1(softcap)));
-    }
+  Vec logits[kVecs];
+  if (begin > 0 || end < kKeys) {
+    for (int64_t j = 0; j < begin; ++j) products[j] = 0;
+    for (int64_t j = end; j < kKeys; ++j) products[j] = 0;
   }
-  for (int64_t j = 0; j < begin; ++j) logits[j] = kMasked;
-  for (int64_t j = end; j < kKeys; ++j) logits[j] = kMasked;
+  for (int v = 0; v < kVecs; ++v) logits[v] = mul(load(products + v * kLanes), set1(args.scale));
+  if (args.softcap > 0) {
+    for (int v = 0; v < kVecs; ++v)
+      logits[v] = mul(tanh(mul(logits[v], set1(1.0f / args.softcap))), set1(args.softcap));
+  }
+  if (begin > 0 || end < kKeys) {
+    for (int v = 0; v < kVecs; ++v) logits[v] = keep_range(logits[v], begin - v * kLanes, end - v * kLanes, kMasked);
+  }
   Vec highest = set1(peak);
-  for (int v = 0; v < kVecs; ++v) highest = max(highest, load(logits + v * kLanes));
+  for (int v = 0; v < kVecs; ++v) highest = max(highest, logits[v]);
   const float new_peak = max_lane(highest);
   if (new_peak > peak) {
     const Vec decay = exp(set1(peak - new_peak));
-    for (int64_t d = 0; d < v_dim; d += kLanes) {
-      const int64_t n = min(kLanes, v_dim - d);
+    for (int64_t d = 0; d < args.v_dim; d += kLanes) {
+      const int64_t n = min(kLanes, args.v_dim - d);
       store_n(acc + d, mul(load_n(acc + d, n), decay), n);
     }
     total *= first_lane(decay);
     peak = new_peak;
   }
-  Vec weights = zero();
+  Vec added = zero();
   for (int v = 0; v < kVecs; ++v) {
-    const Vec weight = exp(sub(load(logits + v * kLanes), set1(peak)));
-    store(logits + v * kLanes, weight);
-    weights = add(weights, weight);
+    const Vec weight = exp(sub(logits[v], set1(peak)));
+    store(weights + v * kLanes, weight);
+    added = add(added, weight);
   }
-  total += sum(weights);
+  total += sum(added);
 }
 
 template <typename T>
@@ -112,17 +113,56 @@ inline void write_rows(const AttentionArgs& args, const AttentionTask& task, con
   }
 }
 
+template <typename P>
+struct AttentionScratch {
+  typename P::Left *q, *weights;      // [rows, k_dim], [rows, kKeys]
+  typename P::Right *keys, *values;   // [k_dim / kDepth, kKeys], [kKeys / kDepth, v_dim]
+  float *products, *state;            // [rows, kKeys], [rows, v_dim + 2]
+
+  AttentionScratch(int64_t rows, int64_t k_dim, int64_t v_dim) {
+    // Every part is counted in floats, the widest entry, and starts on a cache line.
+    const int64_t sizes[] = {rows * k_dim, rows * kKeys, k_dim * kKeys, kKeys * v_dim, rows * kKeys, rows * (v_dim + 2)};
+    float* parts[6];
+    int64_t total = 0;
+    for (const int64_t size : sizes) total += ceil_div(size, 16) * 16;
+    float* next = scratch(total);
+    for (int i = 0; i < 6; ++i) {
+      parts[i] = next;
+      next += ceil_div(sizes[i], 16) * 16;
+    }
+    q = reinterpret_cast<typename P::Left*>(parts[0]), weights = reinterpret_cast<typename P::Left*>(parts[1]);
+    keys = reinterpret_cast<typename P::Right*>(parts[2]), values = reinterpret_cast<typename P::Right*>(parts[3]);
+    products = parts[4], state = parts[5];
+  }
+};
+
+// Packs the keys and values [key, key + num_keys), num_keys <= kKeys. The blocks of the round after are asked for
+// in between, a block at a time: all at once, the requests would hold up the work until they are answered.
 template <typename T>
-void attention_task(const AttentionArgs& args, const AttentionTask& task) {
+inline void pack_round(const AttentionArgs& args, const AttentionTask& task, const AttentionTask* next, int64_t key,
+                       int64_t num_keys, const AttentionScratch<Product<T>>& s) {
+  using P = Product<T>;
+  for (int64_t b = 0; b < num_keys; b += kBlockTokens) {
+    const T* k = cache_block<T>(args, task, args.k_cache, args.k_dim, key + b);
+    for (int64_t i = 0; i < kBlockTokens; i += kLanes)
+      P::pack_columns(k + i * args.k_dim, args.k_dim, args.k_dim, s.keys + b + i, kKeys);
+    prefetch(block_after<T>(args, task, next, args.k_cache, args.k_dim, key + b), kBlockTokens * args.k_dim * sizeof(T));
+    const T* v = cache_block<T>(args, task, args.v_cache, args.v_dim, key + b);
+    P::pack_rows(v, args.v_dim, min(kBlockTokens, num_keys - b), args.v_dim, s.values + b / P::kDepth * args.v_dim,
+                 args.v_dim);
+    prefetch(block_after<T>(args, task, next, args.v_cache, args.v_dim, key + b), kBlockTokens * args.v_dim * sizeof(T));
+  }
+}
+
+template <typename T>
+void attention_task(const AttentionArgs& args, const AttentionTask& task, const AttentionTask* next) {
+  using P = Product<T>;
   const int64_t group = args.heads / args.kv_heads;
   const int64_t rows = task.num_queries * group;
-  float* q = scratch(rows * (args.k_dim + kKeys + args.v_dim + 2) + args.k_dim * kKeys);
-  float* keys = q + rows * args.k_dim;           // [k_dim, kKeys]
-  float* logits = keys + args.k_dim * kKeys;     // [rows, kKeys]
-  float* memory = logits + rows * kKeys;
-  if (task.partial >= 0) memory = args.partials + task.partial * args.partial_floats;
+  const AttentionScratch<P> s(rows, args.k_dim, args.v_dim);
+  float* memory = task.partial < 0 ? s.state : args.partials + task.partial * args.partial_floats;
   const SoftmaxState state = softmax_state(memory, rows, args.v_dim);
-  load_queries<T>(args, task, q);
+  load_queries<T>(args, task, s.q);
   for (int64_t i = 0; i < rows * args.v_dim; ++i) state.acc[i] = 0;
   for (int64_t r = 0; r < rows; ++r) state.peak[r] = kMasked, state.total[r] = 0;
 
@@ -130,25 +170,19 @@ void attention_task(const AttentionArgs& args, const AttentionTask& task) {
   const int64_t first_position = args.kv_lens[task.seq] - query_len + task.first_query;
   for (int64_t key = task.first_key; key < task.end_key; key += kKeys) {
     const int64_t num_keys = min(kKeys, task.end_key - key);
-    const int64_t num_blocks = ceil_div(num_keys, kBlockTokens);
-    for (int64_t b = 0; b < num_blocks; ++b) {
-      const T* k = cache_block<T>(args.k_cache, args, task, key + b * kBlockTokens, args.k_dim);
-      transpose_block(k, args.k_dim, keys + b * kBlockTokens);
-    }
-    for (int64_t i = 0; i < rows * kKeys; i += kLanes) store(logits + i, zero());
-    update(q, args.k_dim, keys, kKeys, logits, kKeys, rows, args.k_dim, num_blocks * kBlockTokens);
+    pack_round<T>(args, task, next, key, num_keys, s);
+    for (int64_t i = 0; i < rows * kKeys; i += kLanes) store(s.products + i, zero());
+    const auto products_row = [&](int64_t r) { return s.products + r * kKeys; };
+    update<P>(s.q, args.k_dim, s.keys, kKeys, products_row, rows, args.k_dim / P::kDepth, ceil_div(num_keys, kBlockTokens) * kBlockTokens);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t position = first_position + r / group;
       const int64_t begin = args.window > 0 ? max(0, position + 1 - args.window - key) : 0;
       const int64_t end = min(num_keys, position + 1 - key);
-      softmax_row(logits + r * kKeys, begin, end, args.softcap, state.acc + r * args.v_dim, args.v_dim, state.peak[r],
-                  state.total[r]);
+      softmax_row(args, s.products + r * kKeys, begin, end, s.weights + r * kKeys, state.acc + r * args.v_dim,
+                  state.peak[r], state.total[r]);
     }
-    for (int64_t b = 0; b < num_blocks; ++b) {
-      const T* v = cache_block<T>(args.v_cache, args, task, key + b * kBlockTokens, args.v_dim);
-      const int64_t depth = min(kBlockTokens, num_keys - b * kBlockTokens);
-      update(logits + b * kBlockTokens, kKeys, v, args.v_dim, state.acc, args.v_dim, rows, depth, args.v_dim);
-    }
+    const auto acc_row = [&](int64_t r) { return state.acc + r * args.v_dim; };
+    update<P>(s.weights, kKeys, s.values, args.v_dim, acc_row, rows, ceil_div(num_keys, P::kDepth), args.v_dim);
   }
   if (task.partial < 0) write_rows<T>(args, task, state);
 }
@@ -181,8 +215,14 @@ void merge_tasks(const AttentionArgs& args, const AttentionMerge& merge) {
 }
 
 void attention(const AttentionArgs& args) {
-  run(args.num_tasks, [&](int64_t i) {
-    with_dtype(args.dtype, [&]<typename T>() { attention_task<T>(args, args.tasks[i]); });
+  // Runs of tasks, so that a task's first keys can be asked for while the one before it ends.
+  const int64_t run_length = max(1, args.num_tasks / (8 * num_threads()));
+  run(ceil_div(args.num_tasks, run_length), [&](int64_t i) {
+    const int64_t end = min(args.num_tasks, (i + 1) * run_length);
+    for (int64_t t = i * run_length; t < end; ++t) {
+      const AttentionTask* next = t + 1 < end ? &args.tasks[t + 1] : nullptr;
+      with_dtype(args.dtype, [&]<typename T>() { attention_task<T>(args, args.tasks[t], next); });
+    }
   });
   run(args.num_merges, [&](int64_t i) {
     with_dtype(args.dtype, [&]<typename T>() { merge_tasks<T>(args, args.merges[i]); });

@@ -157,8 +157,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
 
 void lora_add_(at::TensorList outs, const Tensor& x, at::TensorList a_rows, at::TensorList b_rows,
                at::IntArrayRef indices, at::IntArrayRef groups, const Tensor& ranks, const Tensor& scales,
-               const Tensor& pages, const Tensor& rows, const Tensor& tiles, const Tensor& counts,
-               const std::optional<Tensor>& row_scales) {
+               const Tensor& pages, const Tensor& rows, const Tensor& small_tiles, const Tensor& large_tiles,
+               const Tensor& counts, const std::optional<Tensor>& row_scales) {
   const size_t num_sites = outs.size();
   TORCH_CHECK(a_rows.size() == num_sites && b_rows.size() == num_sites && indices.size() == num_sites &&
                   groups.size() == num_sites,
@@ -174,6 +174,8 @@ void lora_add_(at::TensorList outs, const Tensor& x, at::TensorList a_rows, at::
     sites[i] = {rows_of(outs[i], "an output"), a_rows[i].data_ptr(), b_rows[i].data_ptr(), outs[i].size(-1),
                 indices[i],                    groups[i]};
   }
+  const int32_t* num_tiles = ints<int32_t>(counts, "counts") + 2;
+  const bool large = num_tiles[1] >= 2 * num_threads();  // else there would be too few to share out
   active->lora_add({
       .dtype = dtype_of(x),
       .x = rows_of(x, "x"),
@@ -186,8 +188,8 @@ void lora_add_(at::TensorList outs, const Tensor& x, at::TensorList a_rows, at::
       .pages = ints<int32_t>(pages, "pages"),
       .groups = pages.size(1),
       .max_pages = pages.size(2),
-      .tiles = ints<int32_t>(tiles, "tiles"),
-      .num_tiles = ints<int32_t>(counts, "counts")[2],
+      .tiles = ints<int32_t>(large ? large_tiles : small_tiles, "tiles"),
+      .num_tiles = num_tiles[large],
       .rows = ints<int32_t>(rows, "rows"),
       .row_scales = row_scales ? ints<float>(*row_scales, "row_scales") : nullptr,
   });
@@ -414,7 +416,8 @@ TORCH_LIBRARY(lorafleet, m) {
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   m.def(
       "lora_add_(Tensor(a!)[] outs, Tensor x, Tensor[] a_rows, Tensor[] b_rows, int[] indices, int[] groups, "
-      "Tensor ranks, Tensor scales, Tensor pages, Tensor rows, Tensor tiles, Tensor counts, Tensor? row_scales) -> ()");
+      "Tensor ranks, Tensor scales, Tensor pages, Tensor rows, Tensor small_tiles, Tensor large_tiles, Tensor counts, "
+      "Tensor? row_scales) -> ()");
   m.def("kv_write_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor query_starts, "

@@ -19,14 +19,6 @@ namespace {
 #include "vec_avx2.h"
 #endif
 
-// Two bf16 products per lane in one instruction.
-template <typename T>
-constexpr bool kHasPairDot = false;
-#ifdef __AVX512BF16__
-template <>
-constexpr bool kHasPairDot<bf16> = true;
-#endif
-
 template <typename F>
 inline void with_dtype(Dtype dtype, const F& f) {
   switch (dtype) {

@@ -1,4 +1,4 @@
-// Register tiles every kernel is built from. Included inside the instruction set's namespace.
+// Register tiles the kernels are built from. Included inside the instruction set's namespace.
 #pragma once
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -19,56 +19,143 @@ inline void with_size(int64_t n, const F& f) {
   f.template operator()<Max>();
 }
 
-// Rows of `a` times a block of `b`, both walked once: c[r][j] += sum_k a[r][k] * b[k][j].
-// a, c: fp32; b: any type, rows of contiguous columns. Columns: kTileVecs vectors; see update_tile for the rest.
-constexpr int kTileRows = 4;
+inline void prefetch_line(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) prefetch_line(static_cast<const char*>(from) + i);
+}
+
+// How left [rows, depth] times right [depth, columns] is computed. Left rows are broadcast, right rows are vectors.
+// A packed right operand has an entry per column for every kDepth rows.
+template <typename T>
+struct Product {  // in fp32
+  using Left = float;
+  using Right = float;
+  static constexpr int kDepth = 1;
+  static Vec broadcast(const Left* left, int64_t k) { return set1(left[k]); }
+  static Vec load_right(const Right* right) { return load(right); }
+  static Vec load_right_n(const Right* right, int64_t n) { return load_n(right, n); }
+  static Vec add_product(Vec acc, Vec left, Vec right) { return fma(left, right, acc); }
+
+  // out[i][j] = rows[i][j]
+  static void pack_rows(const T* rows, int64_t stride, int64_t num_rows, int64_t cols, Right* out, int64_t out_stride) {
+    for (int64_t i = 0; i < num_rows; ++i) {
+      for (int64_t j = 0; j < cols; j += kLanes) {
+        const int64_t n = min(kLanes, cols - j);
+        store_n(out + i * out_stride + j, load_n(rows + i * stride + j, n), n);
+      }
+    }
+  }
+  // out[j][i] = rows[i][j] for kLanes rows
+  static void pack_columns(const T* rows, int64_t stride, int64_t cols, Right* out, int64_t out_stride) {
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      const int64_t n = min(kLanes, cols - j);
+      Vec tile[kLanes];
+      for (int i = 0; i < kLanes; ++i) tile[i] = load_n(rows + i * stride + j, n);
+      transpose(tile);
+      for (int64_t i = 0; i < n; ++i) store(out + (j + i) * out_stride, tile[i]);
+    }
+  }
+};
+
+#ifdef __AVX512BF16__
+struct Pair {
+  bf16 values[2];
+};
+
+template <>
+struct Product<bf16> {  // two bf16 products per lane and instruction, added up in fp32
+  using Left = bf16;
+  using Right = Pair;
+  static constexpr int kDepth = 2;
+  static Pairs broadcast(const Left* left, int64_t k) {
+    int pair;
+    __builtin_memcpy(&pair, left + 2 * k, 4);
+    return set1_pair(pair);
+  }
+  static Pairs load_right(const Right* right) { return load_pairs(&right->values[0].bits); }
+  static Pairs load_right_n(const Right* right, int64_t n) { return _mm512_maskz_loadu_epi32(first_lanes(n), right); }
+  static Vec add_product(Vec acc, Pairs left, Pairs right) { return dot_pairs(acc, right, left); }
+
+  // out[i / 2][j] = (rows[i][j], rows[i + 1][j]), zero in place of a row past the last
+  static void pack_rows(const bf16* rows, int64_t stride, int64_t num_rows, int64_t cols, Right* out,
+                        int64_t out_stride) {
+    for (int64_t i = 0; i < num_rows; i += 2) {
+      for (int64_t j = 0; j < cols; j += kLanes) {
+        const __mmask16 mask = first_lanes(min(kLanes, cols - j));
+        const bf16* from = rows + i * stride + j;
+        __m512i pairs = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+        if (i + 1 < num_rows) {
+          const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + stride));
+          pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(odd, 16));
+        }
+        _mm512_mask_storeu_epi32(out + i / 2 * out_stride + j, mask, pairs);
+      }
+    }
+  }
+  // out[j / 2][i] = (rows[i][j], rows[i][j + 1]) for kLanes rows; cols is even
+  static void pack_columns(const bf16* rows, int64_t stride, int64_t cols, Right* out, int64_t out_stride) {
+    Product<float>::pack_columns(reinterpret_cast<const float*>(rows), stride / 2, cols / 2,
+                                 reinterpret_cast<float*>(out), out_stride);
+  }
+};
+#endif
+
+// In fp32, the right operand as it lies in memory: for so few rows that packing would cost more than it saves.
+template <typename T>
+struct DirectProduct {
+  using Left = float;
+  using Right = T;
+  static constexpr int kDepth = 1;
+  static Vec broadcast(const Left* left, int64_t k) { return set1(left[k]); }
+  static Vec load_right(const Right* right) { return load(right); }
+  static Vec load_right_n(const Right* right, int64_t n) { return load_n(right, n); }
+  static Vec add_product(Vec acc, Vec left, Vec right) { return fma(left, right, acc); }
+};
+
+constexpr int kTileRows = 6;
 constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
 constexpr int kTileCols = kTileVecs * kLanes;
 
-template <int Rows, int Vecs, typename T>
-inline void update_full(const float* a, int64_t a_stride, const T* b, int64_t b_stride, float* c, int64_t c_stride,
-                        int64_t depth) {
+template <typename P, int Rows, int Vecs, typename OutRow>
+inline void update_tile(const typename P::Left* left, int64_t left_stride, const typename P::Right* right,
+                        int64_t right_stride, const OutRow& out_row, int64_t depth, int64_t cols) {
   Vec acc[Rows][Vecs];
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vecs; ++v) acc[r][v] = load(c + r * c_stride + v * kLanes);
+    for (int v = 0; v < Vecs; ++v) acc[r][v] = zero();
+  const bool whole = cols >= Vecs * kLanes;
   for (int64_t k = 0; k < depth; ++k) {
-    Vec bv[Vecs];
-    for (int v = 0; v < Vecs; ++v) bv[v] = load(b + k * b_stride + v * kLanes);
+    const typename P::Right* from = right + k * right_stride;
+    decltype(P::load_right(right)) b[Vecs];
+    for (int v = 0; v < Vecs; ++v) b[v] = whole ? P::load_right(from + v * kLanes) : P::load_right_n(from, cols);
     for (int r = 0; r < Rows; ++r) {
-      const Vec ar = set1(a[r * a_stride + k]);
-      for (int v = 0; v < Vecs; ++v) acc[r][v] = fma(ar, bv[v], acc[r][v]);
+      const auto a = P::broadcast(left + r * left_stride, k);
+      for (int v = 0; v < Vecs; ++v) acc[r][v] = P::add_product(acc[r][v], a, b[v]);
     }
   }
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vecs; ++v) store(c + r * c_stride + v * kLanes, acc[r][v]);
-}
-
-template <int Rows, typename T>
-inline void update_edge(const float* a, int64_t a_stride, const T* b, int64_t b_stride, float* c, int64_t c_stride,
-                        int64_t depth, int64_t cols) {
-  Vec acc[Rows];
-  for (int r = 0; r < Rows; ++r) acc[r] = load_n(c + r * c_stride, cols);
-  for (int64_t k = 0; k < depth; ++k) {
-    const Vec bv = load_n(b + k * b_stride, cols);
-    for (int r = 0; r < Rows; ++r) acc[r] = fma(set1(a[r * a_stride + k]), bv, acc[r]);
+  for (int r = 0; r < Rows; ++r) {
+    auto* out = out_row(r);
+    for (int v = 0; v < Vecs; ++v, out += kLanes) {
+      if (whole)
+        store(out, add(load(out), acc[r][v]));
+      else
+        store_n(out, add(load_n(out, cols), acc[r][v]), cols);
+    }
   }
-  for (int r = 0; r < Rows; ++r) store_n(c + r * c_stride, acc[r], cols);
 }
 
-// The same over any number of rows and columns.
-template <typename T>
-inline void update(const float* a, int64_t a_stride, const T* b, int64_t b_stride, float* c, int64_t c_stride,
-                   int64_t rows, int64_t depth, int64_t cols) {
-  for (int64_t r = 0; r < rows; r += kTileRows) {
-    with_size<kTileRows>(min(kTileRows, rows - r), [&]<int Rows>() {
-      const float* ar = a + r * a_stride;
-      float* cr = c + r * c_stride;
+// out_row(r)[j] += left[r, depth * kDepth] times column j of a right operand with `depth` entries a column.
+template <typename P, typename OutRow>
+inline void update(const typename P::Left* left, int64_t left_stride, const typename P::Right* right,
+                   int64_t right_stride, const OutRow& out_row, int64_t rows, int64_t depth, int64_t cols) {
+  for (int64_t first = 0; first < rows; first += kTileRows) {
+    with_size<kTileRows>(min(kTileRows, rows - first), [&]<int Rows>() {
+      const typename P::Left* a = left + first * left_stride;
       int64_t j = 0;
+      const auto at = [&](int64_t r) { return out_row(first + r) + j; };
       for (; j + kTileCols <= cols; j += kTileCols)
-        update_full<Rows, kTileVecs>(ar, a_stride, b + j, b_stride, cr + j, c_stride, depth);
-      for (; j + kLanes <= cols; j += kLanes)
-        update_full<Rows, 1>(ar, a_stride, b + j, b_stride, cr + j, c_stride, depth);
-      if (j < cols) update_edge<Rows>(ar, a_stride, b + j, b_stride, cr + j, c_stride, depth, cols - j);
+        update_tile<P, Rows, kTileVecs>(a, left_stride, right + j, right_stride, at, depth, kTileCols);
+      for (; j < cols; j += kLanes)
+        update_tile<P, Rows, 1>(a, left_stride, right + j, right_stride, at, depth, min(kLanes, cols - j));
     });
   }
 }
@@ -80,7 +167,7 @@ inline void dots_tile(const T* const* x, const T* y, int64_t y_stride, int64_t d
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < Cols; ++j) acc[i][j] = zero();
   int64_t k = 0;
-  if constexpr (kHasPairDot<T>) {
+  if constexpr (Product<T>::kDepth == 2) {
     for (; k + 2 * kLanes <= depth; k += 2 * kLanes) {
       Pairs yv[Cols];
       for (int j = 0; j < Cols; ++j) yv[j] = load_pairs(&y[j * y_stride + k].bits);
@@ -93,14 +180,19 @@ inline void dots_tile(const T* const* x, const T* y, int64_t y_stride, int64_t d
   for (; k < depth; k += kLanes) {
     const int64_t n = min(kLanes, depth - k);
     Vec yv[Cols];
-    for (int j = 0; j < Cols; ++j) yv[j] = n == kLanes ? load(y + j * y_stride + k) : load_n(y + j * y_stride + k, n);
+    for (int j = 0; j < Cols; ++j) yv[j] = load_n(y + j * y_stride + k, n);
     for (int i = 0; i < Rows; ++i) {
-      const Vec xv = n == kLanes ? load(x[i] + k) : load_n(x[i] + k, n);
+      const Vec xv = load_n(x[i] + k, n);
       for (int j = 0; j < Cols; ++j) acc[i][j] = fma(xv, yv[j], acc[i][j]);
     }
   }
-  for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Cols; ++j) out[i * out_stride + j] = sum(acc[i][j]);
+  for (int i = 0; i < Rows; ++i) {
+    if constexpr (Cols == 4) {
+      _mm_storeu_ps(out + i * out_stride, sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]));
+    } else {
+      for (int j = 0; j < Cols; ++j) out[i * out_stride + j] = sum(acc[i][j]);
+    }
+  }
 }
 
 template <typename T>

@@ -24,11 +24,25 @@ inline float max_lane(Vec a) {
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));
   return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
+// The sums of four vectors.
+inline __m128 sum4(Vec a, Vec b, Vec c, Vec d) {
+  const Vec ab = add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  const Vec cd = add(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+  const Vec quads = add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  return _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1));
+}
 inline Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec pow2(Vec n) {  // n integral; underflows to zero
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   const Vec power = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
   return _mm256_and_ps(power, _mm256_cmp_ps(n, set1(-126.0f), _CMP_GE_OQ));
+}
+// Lanes outside [begin, end) replaced; both may lie outside the vector.
+inline Vec keep_range(Vec a, int64_t begin, int64_t end, float other) {
+  const Vec lane = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
+  const Vec from = _mm256_cmp_ps(lane, set1(static_cast<float>(begin)), _CMP_GE_OQ);
+  const Vec until = _mm256_cmp_ps(lane, set1(static_cast<float>(end)), _CMP_LT_OQ);
+  return _mm256_blendv_ps(set1(other), a, _mm256_and_ps(from, until));
 }
 inline Vec copysign(Vec magnitude, Vec sign) {
   const Vec mask = set1(-0.0f);
