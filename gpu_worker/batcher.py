@@ -47,6 +47,7 @@ class StepPlan:
 
     num_new: dict[Sequence, int] = field(default_factory=dict)
     preempted: list[Sequence] = field(default_factory=list)
+    num_cached: int = 0  # tokens of newly admitted sequences that were found in the prefix cache
 
     @property
     def num_tokens(self) -> int:
@@ -144,6 +145,7 @@ class Batcher:
             num_new = self._admit(seq, budget)
             if num_new:
                 plan.num_new[seq] = num_new
+                plan.num_cached += seq.num_computed
                 budget -= num_new
             elif seq.num_skips > MAX_SKIPS:
                 return

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from gpu_worker.adapters import AdapterCache
-from gpu_worker.batcher import Batcher, Limits
+from gpu_worker.batcher import Batcher, Limits, StepPlan
 from gpu_worker.blocks import BlockPool
 from gpu_worker.finish import StopCheck
 from gpu_worker.model import BaseModel
-from gpu_worker.request import EngineRequest, EngineStats, Sequence, TokenOutput
+from gpu_worker.request import EngineCounters, EngineRequest, EngineStats, Sequence, TokenOutput
 from gpu_worker.runner import Runner
-from gpu_worker.sampling import SampleRow, sample
+from gpu_worker.sampling import Sampled, SampleRow, sample
 from protocol.errors import BadRequest, Internal, LorafleetError
 
 logger = logging.getLogger(__name__)
@@ -50,6 +49,7 @@ class Engine:
         self._seqs: dict[str, Sequence] = {}
         self._stops: dict[str, StopCheck] = {}
         self._outputs: list[TokenOutput] = []  # made outside a forward pass, given out by the next step
+        self.counters = EngineCounters()
         self._step_s = 0.0
         self._tokens_per_s = 0.0
 
@@ -105,20 +105,43 @@ class Engine:
 
     def step(self) -> list[TokenOutput]:
         """Compute one batch. Returns what it made of each request that got a token or ended."""
-        started = time.perf_counter()
+        clock = time.perf_counter
+        started = clock()
         self._fail_adapters(self.adapters.poll())
         plan = self.batcher.plan()
         # After the plan, so that no adapter leaves the pool that the plan could use.
         self._fail_adapters(self.adapters.load(self._wanted_adapters()))
         if plan.num_new:
-            ready, logits = self.runner.run(plan)
+            planned = clock()
+            inputs = self.runner.prepare(plan)
+            prepared = clock()
+            logits = self.runner.run(inputs)
+            ran = clock()
             self.batcher.complete(plan)
-            if logits is not None:
-                self._choose_tokens(ready, logits)
-            self._note_step(time.perf_counter() - started, len(ready))
+            sampled = sample(logits, [self._sample_row(seq) for seq in inputs.ready]) if inputs.ready else None
+            chosen = clock()
+            if sampled is not None:
+                self._take_all(inputs.ready, sampled)
+            self._count(plan, [started, planned, prepared, ran, chosen, clock()])
         outputs, self._outputs = self._outputs, []
         self.can_step = bool(plan.num_new and self._seqs)
         return outputs
+
+    def _count(self, plan: StepPlan, times: list[float]) -> None:
+        counters = self.counters
+        counters.num_steps += 1
+        counters.num_preemptions += len(plan.preempted)
+        counters.num_computed_tokens += plan.num_tokens
+        counters.num_cached_tokens += plan.num_cached
+        counters.plan_s += times[1] - times[0]
+        counters.inputs_s += times[2] - times[1]
+        counters.forward_s += times[3] - times[2]
+        counters.sample_s += times[4] - times[3]
+        counters.finish_s += times[5] - times[4]
+        seconds = times[5] - times[0]
+        old = 0.9 if self._step_s else 0.0
+        self._step_s = old * self._step_s + (1 - old) * seconds
+        self._tokens_per_s = old * self._tokens_per_s + (1 - old) * len(plan.num_new) / seconds
 
     def _wanted_adapters(self) -> list[str]:
         return [seq.request.digest for seq in self.batcher.waiting if seq.request.digest]
@@ -137,8 +160,7 @@ class Engine:
         """Bring an adapter towards the pool, for a request that will come."""
         self.adapters.prefetch(digest)
 
-    def _choose_tokens(self, ready: list[Sequence], logits: Tensor) -> None:
-        sampled = sample(logits, [self._sample_row(seq) for seq in ready])
+    def _take_all(self, ready: list[Sequence], sampled: Sampled) -> None:
         for i, seq in enumerate(ready):
             if sampled.finite[i]:
                 self._outputs.append(self._take(seq, int(sampled.ids[i]), sampled.logprobs[i]))
@@ -153,15 +175,11 @@ class Engine:
         """Append a chosen token and see whether it ends the request."""
         stop = self._stops[seq.rid]
         seq.append(token)
+        self.counters.num_output_tokens += 1
         finish = stop.add(token)
         if finish:
             self._end(seq)
         return _output(seq, [token], logprobs, finish, stop.stop)
-
-    def _note_step(self, seconds: float, num_tokens: int) -> None:
-        old = 0.9 if self._step_s else 0.0
-        self._step_s = old * self._step_s + (1 - old) * seconds
-        self._tokens_per_s = old * self._tokens_per_s + (1 - old) * num_tokens / seconds
 
     def stats(self) -> EngineStats:
         pool = self.adapters.pool
@@ -180,6 +198,7 @@ class Engine:
             resident=list(resident),
             loading=self.adapters.loading,
             host=list(self.adapters.host),
+            counters=replace(self.counters),
         )
 
 

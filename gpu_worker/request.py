@@ -93,6 +93,22 @@ class Sequence:
 
 
 @dataclass(slots=True)
+class EngineCounters:
+    """Totals since the engine's start."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_computed_tokens: int = 0  # of prompts and outputs, recomputed ones too
+    num_cached_tokens: int = 0  # found in the prefix cache instead
+    num_output_tokens: int = 0
+    plan_s: float = 0.0  # choosing the tokens of the step, moving adapters along
+    inputs_s: float = 0.0  # building and sending the work lists
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+    finish_s: float = 0.0  # stop checks and outputs
+
+
+@dataclass(slots=True)
 class EngineStats:
     """What the engine says of itself once a second."""
 
@@ -110,3 +126,4 @@ class EngineStats:
     resident: list[str] = field(default_factory=list)
     loading: list[str] = field(default_factory=list)
     host: list[str] = field(default_factory=list)
+    counters: EngineCounters = field(default_factory=EngineCounters)

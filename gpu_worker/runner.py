@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +15,16 @@ from lora_kernels import ops
 from protocol.errors import Internal
 
 
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One step's inputs on the device; the work lists are in the model's context."""
+
+    input_ids: Tensor  # int64 [T]
+    positions: Tensor  # int64 [T]
+    logit_rows: Tensor  # int64 [n]
+    ready: list[Sequence]  # whose next token can be chosen, in the order of logit_rows
+
+
 class Runner:
     """Runs plans on a model whose KV cache it allocates."""
 
@@ -21,40 +33,33 @@ class Runner:
         for layer in model.layers:
             layer.allocate(num_blocks, model.dtype, model.device)
 
-    def run(self, plan: StepPlan) -> tuple[list[Sequence], Tensor | None]:
-        """Compute a plan's tokens. Returns the sequences whose next token can be chosen, and their logits [n, V]."""
+    def prepare(self, plan: StepPlan) -> StepInputs:
+        """Build a plan's inputs and work lists with numpy and send them to the device."""
+        device, context = self.model.device, self.model.context
         seqs = list(plan.num_new)
         num_new = np.fromiter(plan.num_new.values(), np.int64, len(seqs))
-        computed = np.array([seq.num_computed for seq in seqs], np.int64)
-        ends = computed + num_new
+        ends = np.array([seq.num_computed for seq in seqs]) + num_new
         complete = ends == np.array([seq.num_tokens for seq in seqs])
         ids = np.concatenate([seq.tokens[seq.num_computed : end] for seq, end in zip(seqs, ends, strict=True)])
-        rows = (np.cumsum(num_new) - 1)[complete]
-        logits = self._forward(ids, num_new, ends, block_tables(seqs), rows, seqs)
-        ready = [seq for seq, is_complete in zip(seqs, complete, strict=True) if is_complete]
-        return ready, logits if ready else None
-
-    def _forward(
-        self, ids: np.ndarray, num_new: np.ndarray, ends: np.ndarray, tables: np.ndarray, rows: np.ndarray,
-        seqs: list[Sequence],
-    ) -> Tensor:  # fmt: skip
-        device = self.model.device
-        context = self.model.context
-        context.attention = ops.build_attention_batch(num_new, ends, tables, device)
+        # At least one row goes through the head: an empty batch is nothing that every kernel must know.
+        heads = np.flatnonzero(complete) if complete.any() else np.zeros(1, np.int64)
+        rows = np.cumsum(num_new)[heads] - 1
+        context.attention = ops.build_attention_batch(num_new, ends, block_tables(seqs), device)
         slots = np.array([seq.slot for seq in seqs], np.int32)
         scales = np.array([seq.request.lora_scale for seq in seqs], np.float32)
-        scales_given = None if (scales == 1).all() else scales
-        context.lora = _lora_batch(slots, scales_given, num_new, device)
-        # At least one row goes through the head: an empty batch is nothing that every kernel must know.
-        head_rows = rows if len(rows) else np.zeros(1, np.int64)
-        seq_of_row = np.searchsorted(np.cumsum(num_new), head_rows, side="right")
-        context.lora_logits = _lora_batch(
-            slots[seq_of_row], None if scales_given is None else scales[seq_of_row], None, device
+        context.lora = _lora_batch(slots, scales, num_new, device)
+        context.lora_logits = _lora_batch(slots[heads], scales[heads], None, device)
+        return StepInputs(
+            input_ids=torch.from_numpy(ids.astype(np.int64)).to(device, non_blocking=True),
+            positions=context.attention.positions,
+            logit_rows=torch.from_numpy(rows).to(device, non_blocking=True),
+            ready=[seq for seq, is_complete in zip(seqs, complete, strict=True) if is_complete],
         )
-        input_ids = torch.from_numpy(ids.astype(np.int64)).to(device, non_blocking=True)
-        logit_rows = torch.from_numpy(head_rows).to(device, non_blocking=True)
+
+    def run(self, inputs: StepInputs) -> Tensor:
+        """Compute a step. Returns the logits [n, V] of the sequences in `inputs.ready` (one useless row if none)."""
         with torch.inference_mode():
-            return self.model.forward(input_ids, context.attention.positions, logit_rows)
+            return self.model.forward(inputs.input_ids, inputs.positions, inputs.logit_rows)
 
     def check(self) -> float:
         """Hold the finished engine against the untouched model on a random prompt, computed in two chunks.
@@ -64,20 +69,18 @@ class Runner:
         """
         check = self.model.check
         assert check is not None
-        ids = check.input_ids.cpu().numpy()
+        ids = check.input_ids
         first = len(ids) // 2 + 1
         table = np.arange(-(-len(ids) // ops.BLOCK_TOKENS), dtype=np.int32)[None]
+        context = self.model.context
+        context.lora = context.lora_logits = None
         parts = []
         for start, end in ((0, first), (first, len(ids))):
             num_new = np.array([end - start])
-            rows = np.arange(end - start)
-            context = self.model.context
             context.attention = ops.build_attention_batch(num_new, np.array([end]), table, self.model.device)
-            context.lora = context.lora_logits = None
-            with torch.inference_mode():
-                input_ids = torch.from_numpy(ids[start:end]).to(self.model.device)
-                logit_rows = torch.from_numpy(rows).to(self.model.device)
-                parts.append(self.model.forward(input_ids, context.attention.positions, logit_rows))
+            rows = torch.arange(end - start, device=self.model.device)
+            part = StepInputs(check.input_ids[start:end], context.attention.positions, rows, [])
+            parts.append(self.run(part))
         got, expected = torch.cat(parts).float(), check.logits.float()
         error = ((got - expected).abs().max() / expected.std()).item()
         limit = {torch.float32: 1e-3, torch.float16: 0.1}.get(self.model.dtype, 0.5)
@@ -98,11 +101,11 @@ def block_tables(seqs: list[Sequence]) -> np.ndarray:
 
 
 def _lora_batch(
-    slots: np.ndarray, scales: np.ndarray | None, repeats: np.ndarray | None, device: torch.device
+    slots: np.ndarray, scales: np.ndarray, repeats: np.ndarray | None, device: torch.device
 ) -> ops.LoraBatch | None:
+    """Build the list of rows with adapters: slots int32 [S], scales float32 [S], each repeated if repeats is given."""
     if (slots < 0).all():
         return None
     if repeats is not None:
-        slots = np.repeat(slots, repeats)
-        scales = None if scales is None else np.repeat(scales, repeats)
-    return ops.build_lora_batch(slots, device, scales)
+        slots, scales = np.repeat(slots, repeats), np.repeat(scales, repeats)
+    return ops.build_lora_batch(slots, device, None if (scales == 1).all() else scales)

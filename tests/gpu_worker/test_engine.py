@@ -1,0 +1,269 @@
+"""The engine and its thread: every request ends once, whatever goes wrong with it or beside it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from factories import make_adapter, make_tiny_model
+
+from gpu_worker.engine import Engine
+from gpu_worker.fetch import AdapterFiles
+from gpu_worker.load import load_engine
+from gpu_worker.request import EngineRequest, TokenOutput
+from protocol.errors import AdapterRefused, BadRequest, LorafleetError, NotFound
+from protocol.messages import Sampling
+from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE, parse_config
+from protocol.settings import Settings
+
+PROMPT = (5, 6, 7, 8)
+GREEDY = Sampling(temperature=0.0, ignore_eos=True)
+
+
+class Store:
+    """Adapters of a folder, which can be held back."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.open = threading.Event()
+        self.open.set()
+        self.fetched: list[str] = []
+
+    def fetch(self, digest: str) -> AdapterFiles:
+        assert self.open.wait(timeout=60)
+        self.fetched.append(digest)
+        folder = self.folder / digest
+        if not folder.is_dir():
+            raise NotFound(f"no adapter {digest}")
+        if digest == "crash":
+            raise RuntimeError("a fault of ours")
+        return AdapterFiles(parse_config((folder / CONFIG_FILE).read_bytes()), (folder / WEIGHTS_FILE).read_bytes())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engine")
+    make_tiny_model(folder / "model")
+    make_adapter(folder / "warm", folder / "model", seed=1)
+    make_adapter(folder / "cold", folder / "model", seed=2)
+    make_adapter(folder / "wide", folder / "model", rank=64, seed=3)
+    make_adapter(folder / "cut", folder / "model", seed=4)
+    (folder / "crash").mkdir()
+    weights = folder / "cut" / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-8])
+    return folder
+
+
+class Running:
+    """An engine in its thread, and its outputs."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.store = Store(folder)
+        values = {"model": str(folder / "model"), "device": "cpu", "dtype": "float32"} | settings
+        values = {"adapter_pool_bytes": 16 << 20, "kv_cache_bytes": 16 << 20} | values
+        self.thread, self.served = load_engine(Settings(**values), self.store.fetch)
+        self.steps: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
+        self.death: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self.acks = True
+        self.thread.start(self._on_outputs, self.death.put)
+
+    def _on_outputs(self, outputs: list[TokenOutput]) -> None:
+        self.steps.put(outputs)
+        if self.acks:
+            self.thread.ack_step()
+
+    def ends(self, rids: set[str]) -> dict[str, TokenOutput]:
+        """Wait for the ends of requests; every output before them must follow on the one before."""
+        ends: dict[str, TokenOutput] = {}
+        self.ids: dict[str, list[int]] = {}
+        while rids - ends.keys():
+            for output in self.steps.get(timeout=60):
+                assert output.rid not in ends
+                ids = self.ids.setdefault(output.rid, [])
+                assert output.seq0 == len(ids)
+                ids += output.ids
+                if output.finish:
+                    ends[output.rid] = output
+        return ends
+
+
+@pytest.fixture
+def running(folder: Path) -> Iterator[Running]:
+    running = Running(folder)
+    yield running
+    running.thread.stop()
+
+
+def request(
+    rid: str, digest: str = "", num_tokens: int = 4, prompt: list[int] | None = None, **fields: Any
+) -> EngineRequest:
+    tokens = np.array([5, 6, 7, 8] if prompt is None else prompt, np.int32)
+    return EngineRequest(rid, 1, digest, tokens, fields.pop("sampling", GREEDY), num_tokens, **fields)
+
+
+def test_an_adapter_that_cannot_be_had_fails_its_requests_only(running: Running) -> None:
+    wanted = {"missing": "missing", "cut": "cut", "crash": "crash", "good": "warm", "base": ""}
+    for rid, digest in wanted.items():
+        running.thread.submit(request(rid, digest))
+    ends = running.ends(set(wanted))
+    assert {rid: end.finish for rid, end in ends.items()} == {
+        "missing": "error", "cut": "error", "crash": "error", "good": "length", "base": "length",
+    }  # fmt: skip
+    assert isinstance(ends["missing"].error, NotFound)
+    assert isinstance(ends["cut"].error, AdapterRefused)
+    assert isinstance(ends["crash"].error, LorafleetError)
+    assert "fault of ours" not in str(ends["crash"].error)
+
+
+def test_a_failed_adapter_is_tried_again_for_a_new_request(running: Running) -> None:
+    for _ in range(2):
+        running.thread.submit(request("x", "missing"))
+        running.ends({"x"})
+    assert running.store.fetched == ["missing", "missing"]
+
+
+def test_nothing_waits_for_a_cold_adapter(running: Running) -> None:
+    running.store.open.clear()
+    running.thread.submit(request("cold", "cold"))
+    running.thread.submit(request("base"))
+    assert running.ends({"base"})["base"].finish == "length"
+    assert running.thread.stats().waiting_adapter == 1
+    running.store.open.set()
+    assert running.ends({"cold"})["cold"].finish == "length"
+    assert "cold" in running.thread.stats().resident
+
+
+def test_an_adapter_larger_than_the_pool_is_refused_with_the_reason(folder: Path) -> None:
+    running = Running(folder, adapter_pool_bytes=1 << 18)
+    running.thread.submit(request("wide", "wide"))
+    running.thread.submit(request("base"))
+    ends = running.ends({"wide", "base"})
+    assert isinstance(ends["wide"].error, AdapterRefused)
+    assert "adapter pool" in str(ends["wide"].error)
+    assert ends["base"].finish == "length"
+    running.thread.stop()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (request("bad", prompt=[]), "empty"),
+        (request("bad", prompt=[5] * 512), "at most 512"),
+        (request("bad", prompt=[5, 100_000]), "outside"),
+        (request("bad", prompt=[5, -1]), "outside"),
+        (request("bad", num_tokens=0), "max_new_tokens"),
+        (request("bad", sampling=Sampling(logit_bias={100_000: 1.0})), "outside"),
+        (request("bad", stop_token_ids=[-3]), "outside"),
+    ],
+    ids=["empty", "long", "high id", "negative id", "no tokens", "bias", "stop id"],
+)
+def test_what_cannot_be_computed_is_refused(running: Running, bad: EngineRequest, message: str) -> None:
+    running.thread.submit(bad)
+    running.thread.submit(request("good"))
+    ends = running.ends({"bad", "good"})
+    assert isinstance(ends["bad"].error, BadRequest)
+    assert message in str(ends["bad"].error)
+    assert ends["good"].finish == "length"
+
+
+def test_output_ends_at_the_models_length(running: Running) -> None:
+    running.thread.submit(request("x", prompt=[5] * 500, num_tokens=100))
+    assert running.ends({"x"})["x"].finish == "length"
+    assert len(running.ids["x"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("fields", "finish"),
+    [({"output": [9, 9, 9, 9]}, "length"), ({"output": [9, 0], "sampling": Sampling()}, "stop")],
+    ids=["length", "stop"],
+)
+def test_a_resumed_request_that_had_ended_only_ends(running: Running, fields: dict[str, Any], finish: str) -> None:
+    running.thread.submit(request("x", **fields))
+    (end,) = running.steps.get(timeout=60)
+    assert (end.finish, end.ids, end.seq0) == (finish, [], len(fields["output"]))
+
+
+def test_a_cancelled_request_is_silent_and_frees_everything(running: Running) -> None:
+    running.thread.submit(request("x", "warm", num_tokens=400))
+    running.steps.get(timeout=60)
+    running.thread.cancel(["x", "never-seen"])
+    running.thread.submit(request("y"))
+    while "y" not in {output.rid for output in running.steps.get(timeout=60)}:
+        pass
+    stats = running.thread.stats()
+    assert (stats.running, stats.waiting) == (1, 0)
+    running.thread.cancel(["y"])
+    assert running.thread.hand_over().result(timeout=60) == []
+    assert running.thread.stats().kv_blocks_free == running.thread.stats().kv_blocks_total
+
+
+def test_handing_over_names_every_request_and_forgets_it(running: Running) -> None:
+    running.store.open.clear()
+    for rid, digest in (("a", "warm"), ("b", ""), ("c", "")):
+        running.thread.submit(request(rid, digest, num_tokens=400))
+    assert sorted(running.thread.hand_over().result(timeout=60)) == ["a", "b", "c"]
+    running.store.open.set()
+    running.thread.submit(request("d"))
+    assert running.ends({"d"})["d"].finish == "length"
+
+
+def test_the_engine_waits_for_steps_to_be_acknowledged(folder: Path) -> None:
+    running = Running(folder)
+    running.acks = False
+    running.thread.submit(request("x", num_tokens=50))
+    running.thread.submit(request("last", num_tokens=1))
+    most = running.thread._max_unacked
+    steps = [running.steps.get(timeout=60) for _ in range(most)]
+    assert running.thread.hand_over().result(timeout=60) == ["x"]
+    assert running.steps.empty()
+    assert sum(len(output.ids) for step in steps for output in step if output.rid == "x") <= most
+    for _ in range(most):
+        running.thread.ack_step()
+    running.thread.submit(request("y", num_tokens=2))
+    assert running.steps.get(timeout=60)[0].rid == "y"
+    running.thread.stop()
+
+
+def test_a_crash_is_reported_once_and_nothing_hangs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Running(folder)
+
+    def crash(_engine: Engine) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(Engine, "step", crash)
+    running.thread.submit(request("x"))
+    assert str(running.death.get(timeout=60)) == "out of luck"
+    running.thread.submit(request("y"))
+    assert running.thread.hand_over().cancelled()
+    running.thread.stop()
+    assert running.death.empty()
+
+
+def test_stopping_ends_the_thread_without_a_death(folder: Path) -> None:
+    running = Running(folder)
+    running.thread.submit(request("x", num_tokens=400))
+    running.thread.stop()
+    assert running.death.empty()
+    assert not running.thread._thread.is_alive()
+
+
+def test_prefetching_makes_an_adapter_resident(running: Running) -> None:
+    running.thread.prefetch("warm")
+    running.thread.prefetch("missing")
+    running.thread.submit(request("x", "warm"))
+    running.ends({"x"})
+    assert running.store.fetched.count("warm") == 1
+
+
+def test_served_model_tells_what_adapters_can_target(running: Running) -> None:
+    sites = {site.name: site for site in running.served.sites}
+    assert sites["model.layers.1.self_attn.k_proj"].out_features == 32
+    assert sites["lm_head"].kind == "linear"
+    assert sites["model.embed_tokens"].kind == "embedding"
+    assert len(sites) == 2 * 7 + 2
+    assert running.served.max_model_len == 512

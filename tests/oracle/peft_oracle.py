@@ -1,0 +1,194 @@
+"""What is right: a Hugging Face model and PEFT, one request at a time. And the engine, asked for the same."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from gpu_worker.engine import Engine
+from gpu_worker.fetch import AdapterFiles
+from gpu_worker.load import build_engine
+from gpu_worker.model import prepare_model
+from gpu_worker.request import EngineRequest, TokenOutput
+from protocol.messages import Sampling
+from protocol.settings import Settings
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TINY_VOCAB = 199
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A random adapter to be made: no matrix is zero."""
+
+    rank: int
+    targets: tuple[str, ...] = (*ATTENTION, *MLP)
+    options: dict[str, Any] = field(default_factory=dict)  # further LoraConfig fields
+
+
+class Oracle:
+    """A base model in fp32 and adapters by name; "" is the base."""
+
+    def __init__(self, base: PreTrainedModel, loras: dict[str, Lora], *, scale: float) -> None:
+        """scale: standard deviation of the adapter matrices times sqrt(rank)."""
+        self.untouched = copy.deepcopy(base)
+        self.names = ["", *loras]
+        self._model: Any = base
+        self._files: dict[str, AdapterFiles] = {}
+        generator = torch.Generator().manual_seed(99)
+        for name, lora in loras.items():
+            options = {"lora_alpha": 2 * lora.rank, **lora.options}
+            config = LoraConfig(r=lora.rank, target_modules=list(lora.targets), task_type="CAUSAL_LM", **options)
+            if isinstance(self._model, PeftModel):
+                self._model.add_adapter(name, config)
+            else:
+                self._model = get_peft_model(base, config, adapter_name=name)
+            with torch.no_grad():
+                for parameter_name, parameter in self._model.named_parameters():
+                    if f".{name}." in parameter_name:
+                        parameter.normal_(0.0, scale / lora.rank**0.5, generator=generator)
+            tensors = get_peft_model_state_dict(self._model, adapter_name=name, save_embedding_layers=False)
+            weights = save({key: tensor.contiguous() for key, tensor in tensors.items()})
+            self._files[name] = AdapterFiles(json.loads(json.dumps(config.to_dict(), default=list)), weights)
+        self._model.eval()
+
+    def fetch(self, name: str) -> AdapterFiles:
+        return self._files[name]
+
+    def greedy(self, name: str, prompt: np.ndarray, num_tokens: int) -> list[int]:
+        """Return the greedy continuation under one adapter, computed alone."""
+        ids = torch.from_numpy(prompt.astype(np.int64))[None]
+        options: dict[str, Any] = {
+            "attention_mask": torch.ones_like(ids), "max_new_tokens": num_tokens, "do_sample": False,
+            "eos_token_id": None, "pad_token_id": 0,
+        }  # fmt: skip
+        with torch.inference_mode():
+            if not name and not isinstance(self._model, PeftModel):
+                out = self._model.generate(ids, **options)
+            elif not name:
+                with self._model.disable_adapter():
+                    out = self._model.generate(input_ids=ids, **options)
+            else:
+                self._model.set_adapter(name)
+                out = self._model.generate(input_ids=ids, **options)
+        return out[0, len(prompt) :].tolist()
+
+    def engine(self, tokenizer: Tokenizer | None = None, **settings: Any) -> Engine:
+        """Return an engine over a copy of the base that fetches these adapters."""
+        values = {"model": "oracle", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | settings
+        model = prepare_model(copy.deepcopy(self.untouched), frozenset(), None)
+        engine, _ = build_engine(model, Settings(**values), self.fetch, tokenizer)
+        return engine
+
+
+class Asked:
+    """Outputs of an engine, by request."""
+
+    def __init__(self) -> None:
+        self.ids: dict[str, list[int]] = {}
+        self.logprobs: dict[str, bytes] = {}
+        self.finish: dict[str, TokenOutput] = {}
+        self.most_adapters_in_a_step = 0
+
+    def take(self, output: TokenOutput) -> None:
+        ids = self.ids.setdefault(output.rid, [])
+        assert output.rid not in self.finish, "an ended request must stay silent"
+        ids += output.ids
+        self.logprobs[output.rid] = self.logprobs.get(output.rid, b"") + output.logprobs
+        if output.finish:
+            self.finish[output.rid] = output
+
+
+def warm(engine: Engine, names: Iterable[str]) -> None:
+    """Bring adapters into the pool, so that how many run together does not depend on how fast they load."""
+    loaded = threading.Event()
+    engine.adapters.on_loaded = loaded.set
+    wanted = {name for name in names if name}
+    for name in wanted:
+        engine.prefetch(name)
+    while not wanted <= set(engine.adapters.resident):
+        assert loaded.wait(timeout=60), "no adapter arrived"
+        loaded.clear()
+        assert not engine.adapters.poll()
+
+
+def ask(engine: Engine, requests: Iterable[EngineRequest], after_step: Callable[[int], object] | None = None) -> Asked:
+    """Run requests to their ends. after_step: called with the number of steps made so far."""
+    loaded = threading.Event()
+    engine.adapters.on_loaded = loaded.set
+    asked = Asked()
+    for request in requests:
+        engine.add(request)
+    num_steps = 0
+    while engine.has_work:
+        outputs = engine.step()
+        num_steps += 1
+        slots = {seq.slot for seq in engine.batcher.running if seq.slot >= 0}
+        asked.most_adapters_in_a_step = max(asked.most_adapters_in_a_step, len(slots))
+        for output in outputs:
+            asked.take(output)
+        if after_step is not None:
+            after_step(num_steps)
+        if not engine.can_step and engine.has_work:
+            assert loaded.wait(timeout=60), "no adapter arrived"
+            loaded.clear()
+    return asked
+
+
+def greedy_request(rid: str, name: str, prompt: np.ndarray, num_tokens: int, **fields: Any) -> EngineRequest:
+    sampling = Sampling(temperature=0.0, ignore_eos=True)
+    return EngineRequest(rid, 1, name, prompt.astype(np.int32), sampling, num_tokens, **fields)
+
+
+def random_llama(*, std: float, **fields: Any) -> LlamaForCausalLM:
+    """Return a random fp32 Llama. std: of its weights, large enough that its answers vary."""
+    config = LlamaConfig(
+        initializer_range=std, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, **fields
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """Return a random Llama of 2 layers."""
+    return random_llama(
+        std=0.2, vocab_size=TINY_VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+
+
+def sixteen_loras(*, head: bool) -> dict[str, Lora]:
+    """Return 16 adapters of mixed ranks, targets and options, some of them on the head if wished."""
+    ranks = (1, 3, 8, 16, 64)
+    with_head = (*ATTENTION, "lm_head") if head else ATTENTION
+    targets = ((*ATTENTION, *MLP), ("q_proj", "v_proj"), MLP, ("o_proj", "down_proj"), with_head, ("gate_proj",))
+    loras = {f"a{i}": Lora(ranks[i % 5], targets[i % 6]) for i in range(13)}
+    loras["rslora"] = Lora(16, options={"use_rslora": True, "lora_alpha": 4})
+    loras["some-layers"] = Lora(8, options={"layers_to_transform": [1]})
+    loras["patterns"] = Lora(
+        8, options={"rank_pattern": {"q_proj": 3, "down_proj": 17}, "alpha_pattern": {"v_proj": 40}}
+    )
+    return loras
+
+
+def prompts(num: int, vocab: int, lengths: Sequence[int] = (3, 17, 32, 45, 70)) -> list[np.ndarray]:
+    rng = np.random.default_rng(5)
+    return [rng.integers(vocab, size=lengths[i % len(lengths)]).astype(np.int32) for i in range(num)]
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -1,0 +1,154 @@
+"""One request's answer: the same whoever runs beside it, wherever it is resumed, and as Hugging Face computes it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, tiny_llama, warm
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from gpu_worker.request import EngineRequest
+from protocol.messages import Sampling
+
+LORAS = {"x8": Lora(8), "x3": Lora(3, ("q_proj", "v_proj")), "x17": Lora(17)}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Oracle:
+    return Oracle(tiny_llama(), LORAS, scale=0.3)
+
+
+def sampled_requests(num_tokens: int = 20) -> list[EngineRequest]:
+    """Requests of every adapter and every way to sample."""
+    ways: list[dict[str, Any]] = [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 20},
+        {"temperature": 1.3, "top_p": 0.9, "presence_penalty": 0.5},
+        {"temperature": 0.9, "min_p": 0.05, "frequency_penalty": 0.3},
+        {"temperature": 1.1, "typical_p": 0.9, "repetition_penalty": 1.2},
+        {"temperature": 0.0, "repetition_penalty": 1.5},
+    ]
+    names = ["", *LORAS]
+    return [
+        EngineRequest(
+            str(i), 1, names[i % len(names)], prompt, Sampling(seed=i, ignore_eos=True, num_logprobs=2, **ways[i % 6]),
+            num_tokens,
+        )
+        for i, prompt in enumerate(prompts(24, TINY_VOCAB))
+    ]  # fmt: skip
+
+
+def test_seeded_sampling_repeats_whatever_else_is_in_the_batch(tiny: Oracle) -> None:
+    requests = sampled_requests()
+    together = ask(tiny.engine(), requests)
+    crowded = ask(tiny.engine(kv_cache_bytes=24 * 8192, max_model_len=96, max_step_tokens=64), reversed(requests))
+    alone = tiny.engine()
+    for request in requests[::3]:
+        assert ask(alone, [request]).ids[request.rid] == together.ids[request.rid]
+    assert crowded.ids == together.ids
+    assert len({tuple(ids) for ids in together.ids.values()}) == len(requests)
+    reseeded = [replace(r, sampling=Sampling(seed=1000, ignore_eos=True)) for r in requests[:1]]
+    assert ask(alone, reseeded).ids["0"] != together.ids["0"]
+
+
+@pytest.mark.parametrize("cut", [1, 7, 19])
+def test_a_resumed_request_goes_on_exactly(tiny: Oracle, cut: int) -> None:
+    requests = sampled_requests()
+    whole = ask(tiny.engine(), requests)
+    resumed = ask(tiny.engine(), [replace(r, epoch=2, output=whole.ids[r.rid][:cut]) for r in requests])
+    for request in requests:
+        assert resumed.ids[request.rid] == whole.ids[request.rid][cut:]
+        assert resumed.finish[request.rid].seq0 == 19
+        record = len(whole.logprobs[request.rid]) // 20
+        got = np.frombuffer(resumed.logprobs[request.rid], "<f4")
+        assert np.allclose(got, np.frombuffer(whole.logprobs[request.rid][cut * record :], "<f4"), atol=1e-4)
+
+
+def test_logprobs_are_those_of_the_model(tiny: Oracle) -> None:
+    prompt = prompts(1, TINY_VOCAB, (30,))[0]
+    requests = [
+        EngineRequest(name, 1, name, prompt, Sampling(seed=4, ignore_eos=True, num_logprobs=3), 6)
+        for name in tiny.names
+    ]
+    asked = ask(tiny.engine(), requests)
+    for name in tiny.names:
+        ids = np.concatenate([prompt, asked.ids[name]]).astype(np.int64)
+        logits = logits_under(tiny, name, ids)[len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)
+        records = np.frombuffer(asked.logprobs[name], [("chosen", "<f4"), ("top", [("id", "<i4"), ("lp", "<f4")], 3)])
+        chosen = expected[torch.arange(6), torch.from_numpy(ids[len(prompt) :])]
+        assert np.allclose(records["chosen"], chosen.numpy(), atol=1e-4)
+        values, top = expected.topk(3)
+        assert records["top"]["id"].tolist() == top.tolist()
+        assert np.allclose(records["top"]["lp"], values.numpy(), atol=1e-4)
+
+
+def logits_under(oracle: Oracle, name: str, ids: np.ndarray) -> torch.Tensor:
+    """Return the logits [T, V] that PEFT computes."""
+    model: PeftModel = oracle._model
+    inputs = torch.from_numpy(ids)[None]
+    with torch.inference_mode():
+        if name:
+            model.set_adapter(name)
+            return model(input_ids=inputs).logits[0]
+        with model.disable_adapter():
+            return model(input_ids=inputs).logits[0]
+
+
+def test_a_requests_own_scale_multiplies_the_adapters(tiny: Oracle) -> None:
+    prompt = prompts(1, TINY_VOCAB, (30,))[0]
+    scales = {"x8": 0.5, "x3": 2.0, "x17": 0.0}
+    requests = [
+        replace(greedy_request(f"{name}/{scale}", name, prompt, 12), lora_scale=scale)
+        for name, scale in scales.items()
+        for scale in (1.0, scale)
+    ]
+    engine = tiny.engine()
+    warm(engine, scales)
+    asked = ask(engine, requests)
+    for name, scale in scales.items():
+        assert asked.ids[f"{name}/1.0"] == tiny.greedy(name, prompt, 12)
+        layers = [
+            module for module in tiny._model.modules() if isinstance(module, LoraLayer) and name in module.scaling
+        ]
+        try:
+            for layer in layers:
+                layer.scaling[name] *= scale
+            scaled = tiny.greedy(name, prompt, 12)
+        finally:
+            for layer in layers:
+                layer.set_scale(name, 1.0)
+        assert asked.ids[f"{name}/{scale}"] == scaled
+        assert scaled != tiny.greedy(name, prompt, 12)
+
+
+def test_penalties_equal_generate(tiny: Oracle) -> None:
+    prompt = prompts(1, TINY_VOCAB, (30,))[0]
+    sampling = Sampling(temperature=0.0, repetition_penalty=1.8, ignore_eos=True)
+    asked = ask(tiny.engine(), [EngineRequest("x", 1, "x8", prompt, sampling, 20)])
+    assert asked.ids["x"] != tiny.greedy("x8", prompt, 20)
+    ids = torch.from_numpy(prompt.astype(np.int64))[None]
+    tiny._model.set_adapter("x8")
+    expected = tiny._model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=None,
+        pad_token_id=0, repetition_penalty=1.8,
+    )  # fmt: skip
+    assert asked.ids["x"] == expected[0, 30:].tolist()
+
+
+def test_adapters_that_arrive_late_join_the_batch(tiny: Oracle) -> None:
+    """The pool holds two pages, one of the adapters needs both: they must take turns."""
+    prompt = prompts(1, TINY_VOCAB, (12,))[0]
+    engine = tiny.engine(adapter_pool_bytes=300_000)
+    assert engine.adapters.pool.capacity[0] == 2
+    requests = [greedy_request(f"{name}{i}", name, prompt, 8) for i in range(2) for name in tiny.names]
+    asked = ask(engine, requests)
+    for request in requests:
+        assert asked.ids[request.rid] == tiny.greedy(request.digest, prompt, 8)
+    assert asked.most_adapters_in_a_step <= 2
+    assert len({tuple(ids) for ids in asked.ids.values()}) == 4
