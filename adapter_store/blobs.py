@@ -80,8 +80,8 @@ class Blobs:
         self._verified: set[str] = set()
         for folder in (self._blobs, self._staging, self._versions, self._trash):
             folder.mkdir(parents=True, exist_ok=True)
+        self._sizes: dict[str, int] = {}
         self._clean()
-        self._sizes = {entry.name: _folder_bytes(Path(entry.path)) for entry in os.scandir(self._blobs)}
 
     @property
     def num_bytes(self) -> int:
@@ -217,15 +217,19 @@ class Blobs:
     # ------------------------------------------------------------ cleaning
 
     def _clean(self) -> None:
-        for folder in (self._trash, self._blobs):
-            for entry in os.scandir(folder):
-                if folder is self._trash or not {CONFIG_FILE, WEIGHTS_FILE} <= set(os.listdir(entry.path)):
-                    shutil.rmtree(entry.path)
+        """Find the blobs; throw away what a crash left half done or half removed."""
+        for entry in os.scandir(self._trash):
+            shutil.rmtree(entry.path)
+        for entry in os.scandir(self._blobs):
+            if {CONFIG_FILE, WEIGHTS_FILE} <= set(os.listdir(entry.path)):
+                self._sizes[entry.name] = sum(file.stat().st_size for file in os.scandir(entry.path))
+            else:
+                shutil.rmtree(entry.path)
         for entry in os.scandir(self._staging):
             if entry.stat().st_mtime < time.time() - STALE_STAGING_S:
                 shutil.rmtree(entry.path)
         for entry in os.scandir(self._versions):
-            if not (self._blobs / Path(entry.path).read_text()[:64]).is_dir():
+            if Path(entry.path).read_text(errors="replace") not in self._sizes:
                 os.unlink(entry.path)
 
     def _remove(self, folder: Path) -> None:
@@ -234,10 +238,6 @@ class Blobs:
         with contextlib.suppress(FileNotFoundError):
             os.rename(folder, trash)
             shutil.rmtree(trash)
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(entry.stat().st_size for entry in os.scandir(folder))
 
 
 def _fsync(path: Path) -> None:

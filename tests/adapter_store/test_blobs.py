@@ -1,0 +1,109 @@
+"""Blobs are whole and checked, or not there: damage, crashes, quota."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from adapter_files import write_adapter
+
+from adapter_store.blobs import AdapterFiles, Blobs
+from protocol.errors import AdapterRefused, Unavailable
+from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+
+
+def put(blobs: Blobs, seed: int, *, sync: bool = True, version: str = "") -> str:
+    version = version or f"version-{seed}"
+    folder = write_adapter(blobs.staging(version), seed)
+    return blobs.put(version, AdapterFiles.open(folder), sync=sync)
+
+
+def test_a_blob_survives_restarts(tmp_path: Path) -> None:
+    digest = put(Blobs(tmp_path), 1)
+    again = Blobs(tmp_path)
+    assert digest in again
+    assert again.digest_of("version-1") == digest
+    assert again.digest_of("version-2") is None
+    folder = again.verified(digest)
+    assert folder is not None
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+    assert again.num_bytes == sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_equal_content_is_one_blob(tmp_path: Path) -> None:
+    """Also when configs differ in what does not matter: the kept config is the canonical one."""
+    blobs = Blobs(tmp_path)
+    first = put(blobs, 1)
+    folder = write_adapter(blobs.staging("other"), 1, lora_dropout=0.5, base_model_name_or_path="/secret/path")
+    assert blobs.put("other", AdapterFiles.open(folder), sync=True) == first
+    assert len(blobs) == 1
+    assert not list((tmp_path / "staging").iterdir())
+    kept = blobs.verified(first)
+    assert kept is not None
+    assert set(json.loads((kept / CONFIG_FILE).read_text())) == {"peft_type", "r", "target_modules"}
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+@pytest.mark.parametrize("damage", ["flip", "cut", "grow", "remove"])
+def test_damage_is_found_before_it_is_served(tmp_path: Path, name: str, damage: str) -> None:
+    digest = put(Blobs(tmp_path), 1)
+    path = tmp_path / "blobs" / digest / name
+    raw = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    else:
+        at = raw.index(b'r": 4') + 4 if name == CONFIG_FILE else len(raw) - 1
+        path.write_bytes({"flip": raw[:at] + b"5" + raw[at + 1 :], "cut": raw[:-1], "grow": raw + b"x"}[damage])
+    blobs = Blobs(tmp_path)
+    assert blobs.verified(digest) is None
+    assert blobs.open(digest) is None
+    assert digest not in blobs
+    assert put(blobs, 1) == digest
+    assert blobs.verified(digest) is not None
+
+
+def test_leftovers_of_a_crash_go_but_downloads_stay(tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path)
+    (blobs.staging("v") / WEIGHTS_FILE).write_bytes(b"half")
+    (tmp_path / "trash" / "x").mkdir()
+    (tmp_path / "blobs" / ("0" * 64)).mkdir()
+    (tmp_path / "versions" / "torn").write_text("")
+    again = Blobs(tmp_path)
+    assert len(again) == 0
+    assert (again.staging("v") / WEIGHTS_FILE).read_bytes() == b"half"
+    assert not list((tmp_path / "trash").iterdir())
+    assert not list((tmp_path / "versions").iterdir())
+
+
+def test_the_least_recently_used_leave_first(tmp_path: Path) -> None:
+    one = Blobs(tmp_path / "size")
+    put(one, 0)
+    blobs = Blobs(tmp_path / "b", quota_bytes=3 * one.num_bytes + 50)
+    digests = [put(blobs, seed) for seed in range(3)]
+    assert blobs.verified(digests[0]) is not None, "used again: now the second is the oldest"
+    fourth = put(blobs, 3)
+    assert [digest in blobs for digest in [*digests, fourth]] == [True, False, True, True]
+    assert blobs.digest_of("version-1") is None
+    assert blobs.num_bytes <= 3 * one.num_bytes + 50
+    with pytest.raises(Unavailable, match="may use"):
+        put(Blobs(tmp_path / "c", quota_bytes=100), 1)
+
+
+def test_readers_keep_what_they_opened(tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path)
+    digest = put(blobs, 1)
+    folder = blobs.verified(digest)
+    assert folder is not None
+    with (folder / WEIGHTS_FILE).open("rb") as file:
+        assert blobs.drop(digest) > 0
+        assert blobs.verified(digest) is None
+        assert len(file.read()) > 0
+    assert blobs.drop(digest) == 0
+
+
+def test_refuses_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "x")
+    (folder / WEIGHTS_FILE).write_bytes(b"")
+    with pytest.raises(AdapterRefused, match="too short"):
+        AdapterFiles.open(folder)

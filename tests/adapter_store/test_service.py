@@ -1,0 +1,373 @@
+"""A whole store on a real queue and a real folder: what is served, what is refused, what changes and crashes leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import msgspec
+import numpy as np
+import pytest
+from adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from store_run import RunStore, ask, in_state
+from waiting import wait_until
+
+from protocol import messages as m
+from protocol.bus import Bus
+from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.settings import Settings
+
+
+@pytest.fixture
+def root(settings: Settings) -> Path:
+    assert settings.adapters is not None
+    return settings.adapters
+
+
+# ---------------------------------------------------------------- what is served
+
+
+async def test_serves_a_folder_as_an_adapter(bus: Bus, root: Path, run_store: RunStore) -> None:
+    await bus.set(bus.keys.base, BASE)
+    write_adapter(root / "one", seed=1)
+    store = run_store()
+    alias = await in_state(bus, "one", "on_disk")
+    assert alias.source == "local:one"
+    record = await bus.get(bus.keys.adapter(alias.digest), m.AdapterRecord)
+    assert record is not None
+    assert (record.rank, record.modules, record.source) == (4, ["q_proj", "v_proj"], "local:one")
+    assert record.num_bytes == (root / "one" / WEIGHTS_FILE).stat().st_size
+    config, weights = await ask(await store.url(), alias.digest)
+    assert config == record.config
+    assert weights == (root / "one" / WEIGHTS_FILE).read_bytes()
+
+
+async def test_follows_the_folder(bus: Bus, root: Path, run_store: RunStore) -> None:
+    """An adapter that appears later, in a nested folder, one that changes, one that is removed: no restart."""
+    await bus.set(bus.keys.base, BASE)
+    store = run_store()
+    url = await store.url()
+    write_adapter(root / "org" / "late", seed=1)
+    first = await in_state(bus, "org/late", "on_disk")
+    write_adapter(root / "org" / "late", seed=2, rank=8)
+    second = await in_state(bus, "org/late", "on_disk", not_digest=first.digest)
+    assert second.created_ms == first.created_ms
+    for alias in (first, second):
+        await ask(url, alias.digest)
+    shutil.rmtree(root / "org" / "late")
+
+    async def is_gone() -> bool:
+        return await bus.alias("org/late") is None
+
+    await wait_until(is_gone, "the name is removed")
+    await ask(url, second.digest)
+    kinds = [m_event.kind for m_event in await events(bus)]
+    assert kinds == ["alias", "alias", "removed"]
+
+
+async def events(bus: Bus) -> list[m.AdapterEvent]:
+    entries = await bus.entries(bus.keys.adapter_events)
+    return [msgspec.msgpack.decode(fields[b"b"], type=m.AdapterEvent) for _, fields in entries]
+
+
+async def test_nothing_is_on_disk_before_the_base_is_known(bus: Bus, root: Path, run_store: RunStore) -> None:
+    write_adapter(root / "good")
+    write_adapter(root / "wide")
+    (root / "wide" / WEIGHTS_FILE).write_bytes(
+        safetensors(lora_tensors(sites=[m.SiteShape(site.name, 32, 16) for site in BASE.sites]))
+    )
+    store = run_store()
+    await in_state(bus, "good", "downloading")
+    await in_state(bus, "wide", "downloading")
+
+    async def both_are_staged() -> bool:
+        async with httpx2.AsyncClient() as http:
+            return (await http.get(f"{await store.url()}/health")).json()["num_blobs"] == 2
+
+    await wait_until(both_are_staged, "both were found well formed")
+    assert {alias.state for alias in await bus.aliases()} == {"downloading"}
+    await bus.set(bus.keys.base, BASE)
+    good = await in_state(bus, "good", "on_disk")
+    wide = await in_state(bus, "wide", "failed")
+    assert "[4, 16]" in wide.reason
+    other = msgspec.structs.replace(BASE, fingerprint="f2", sites=[m.SiteShape("lm_head", 16, 64)])
+    await bus.set(bus.keys.base, other)
+    assert "does not have" in (await in_state(bus, "good", "failed")).reason
+    await bus.set(bus.keys.base, BASE)
+    assert (await in_state(bus, "good", "on_disk")).digest == good.digest
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def drop(prefix: str) -> bytes:
+    return safetensors({name: tensor for name, tensor in lora_tensors().items() if prefix not in name})
+
+
+def overlap() -> bytes:
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+    return safetensors(lora_tensors(), **{name: {"dtype": "F32", "shape": [16, 4], "data_offsets": [0, 256]}})
+
+
+GOOD = safetensors(lora_tensors())
+BAD: dict[str, tuple[dict[str, Any] | bytes | None, bytes | None, str]] = {
+    "no-weights": (lora_config(), None, "adapter_model.safetensors is missing"),
+    "empty": (lora_config(), b"", "too short"),
+    "half": (lora_config(), GOOD[: len(GOOD) // 2], "bytes where its header describes"),
+    "header-cut": (lora_config(), GOOD[:40], "is cut"),
+    "overlap": (lora_config(), overlap(), "overlaps"),
+    "size-bomb": (lora_config(), (1 << 63).to_bytes(8, "little") + b"{}", "the limit is"),
+    "missing-tensors": (lora_config(), drop("layers.1.self_attn.q_proj.lora_A"), "missing"),
+    "loha": (lora_config(peft_type="LOHA"), GOOD, "LOHA"),
+    "rank-0": (lora_config(r=0), GOOD, "rank 0"),
+    "dora": (lora_config(use_dora=True), GOOD, "use_dora"),
+    "no-json": (b"{", GOOD, "not valid JSON"),
+    "extra": (lora_config(), safetensors({**lora_tensors(), "lm_head.weight": np.zeros((2, 2))}), "lm_head.weight"),
+    "wrong-base": (lora_config(), safetensors(lora_tensors(sites=[m.SiteShape("h.0.q_proj", 8, 8)])), "does not have"),
+}
+
+
+def write_bad(folder: Path, config: dict[str, Any] | bytes | None, weights: bytes | None) -> None:
+    folder.mkdir()
+    if weights is not None:
+        (folder / WEIGHTS_FILE).write_bytes(weights)
+    if config is not None:
+        (folder / CONFIG_FILE).write_bytes(config if isinstance(config, bytes) else json.dumps(config).encode())
+
+
+async def test_bad_adapters_say_why_and_disturb_nobody(bus: Bus, root: Path, run_store: RunStore) -> None:
+    """All of them at once, beside a good one; each is served once its files are put right."""
+    await bus.set(bus.keys.base, BASE)
+    for name, (config, weights, _) in BAD.items():
+        write_bad(root / name, config, weights)
+    write_adapter(root / "good", seed=100)
+    store = run_store()
+    for name, (_, _, part) in BAD.items():
+        alias = await in_state(bus, name, "failed")
+        assert part in alias.reason, alias
+        assert alias.digest == ""
+        assert str(root) not in alias.reason
+    good = await in_state(bus, "good", "on_disk")
+    await ask(await store.url(), good.digest)
+    for seed, name in enumerate(BAD):
+        write_adapter(root / name, seed=seed)
+    for name in BAD:
+        await in_state(bus, name, "on_disk")
+    assert await bus.alias("good") == good
+
+
+async def test_a_good_one_gone_bad_is_not_served_on(bus: Bus, root: Path, run_store: RunStore) -> None:
+    await bus.set(bus.keys.base, BASE)
+    write_adapter(root / "a")
+    run_store()
+    await in_state(bus, "a", "on_disk")
+    (root / "a" / WEIGHTS_FILE).write_bytes(GOOD[:-1])
+    assert (await in_state(bus, "a", "failed")).digest == ""
+
+
+async def test_pickles_are_refused_without_being_opened(bus: Bus, root: Path, run_store: RunStore) -> None:
+    """The pickle is a pipe without a writer: whoever opened it would hang."""
+    (root / "old").mkdir()
+    (root / "old" / CONFIG_FILE).write_text(json.dumps(lora_config()))
+    os.mkfifo(root / "old" / "adapter_model.bin")
+    (root / "pipe").mkdir()
+    (root / "pipe" / CONFIG_FILE).write_text(json.dumps(lora_config()))
+    os.mkfifo(root / "pipe" / WEIGHTS_FILE)
+    run_store()
+    assert "adapter_model.bin is a pickle" in (await in_state(bus, "old", "failed")).reason
+    assert "not a regular file" in (await in_state(bus, "pipe", "failed")).reason
+
+
+async def test_nothing_leaves_the_root(bus: Bus, root: Path, tmp_path: Path, run_store: RunStore) -> None:
+    """Links inside the root are fine; links out of it are refused, for a folder, a file or a parent."""
+    await bus.set(bus.keys.base, BASE)
+    outside = write_adapter(tmp_path / "outside" / "secret")
+    inside = write_adapter(root / "real")
+    (root / "alias").symlink_to(inside)
+    (root / "folder").symlink_to(outside)
+    (root / "parent").symlink_to(outside.parent)
+    (root / "file").mkdir()
+    shutil.copy(outside / CONFIG_FILE, root / "file")
+    (root / "file" / WEIGHTS_FILE).symlink_to(outside / WEIGHTS_FILE)
+    (root / "linked").mkdir()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (root / "linked" / name).symlink_to(inside / name)
+    run_store()
+    for name in ("real", "alias", "linked"):
+        await in_state(bus, name, "on_disk")
+    for name in ("folder", "file", "parent"):
+        assert "leaves the adapter root" in (await in_state(bus, name, "failed")).reason
+    assert await bus.alias("parent/secret") is None
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc", "a/../b", "a/b/c", "a\x00b", ".hidden", "a//b", "", "é", "a" * 97])
+async def test_names_that_are_none_are_not_looked_up(root: Path, name: str) -> None:
+    from adapter_store.sources.local import LocalSource
+    from protocol.errors import NotFound
+
+    with pytest.raises(NotFound):
+        await LocalSource(root).resolve(name)
+
+
+async def test_badly_named_folders_are_told_once(
+    bus: Bus, root: Path, run_store: RunStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    await bus.set(bus.keys.base, BASE)
+    write_adapter(root / "not a name")
+    write_adapter(root / "good")
+    run_store()
+    await in_state(bus, "good", "on_disk")
+    write_adapter(root / "better", seed=2)
+    await in_state(bus, "better", "on_disk")
+    assert {alias.name for alias in await bus.aliases()} == {"good", "better"}
+    assert len([record for record in caplog.records if "not a name" in record.getMessage()]) == 1
+
+
+async def test_a_folder_being_written_is_not_served(bus: Bus, root: Path, run_store: RunStore) -> None:
+    """Written in twenty pieces, each seen by a scan: no state but "downloading" and, at the end, the whole."""
+    await bus.set(bus.keys.base, BASE)
+    write_adapter(root / "other")
+    run_store(scan_interval_s=0.02)
+    (root / "slow").mkdir()
+    (root / "slow" / CONFIG_FILE).write_text(json.dumps(lora_config()))
+    pieces = [GOOD[i : i + len(GOOD) // 20] for i in range(0, len(GOOD), len(GOOD) // 20)]
+    with (root / "slow" / WEIGHTS_FILE).open("wb", buffering=0) as file:
+        for seed, piece in enumerate(pieces):
+            file.write(piece)
+            other = await bus.alias("other")
+            write_adapter(root / "other", seed=seed)
+            await in_state(bus, "other", "on_disk", not_digest=other.digest if other else "")
+            alias = await bus.alias("slow")
+            assert alias is None or alias.state != "on_disk" or piece is pieces[-1]
+    await in_state(bus, "slow", "on_disk")
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+async def test_a_restart_keeps_all_and_notices_what_happened_meanwhile(
+    bus: Bus, root: Path, settings: Settings, run_store: RunStore
+) -> None:
+    await bus.set(bus.keys.base, BASE)
+    for seed, name in enumerate(("same", "changed", "removed")):
+        write_adapter(root / name, seed=seed)
+    store = run_store()
+    before = {name: await in_state(bus, name, "on_disk") for name in ("same", "changed", "removed")}
+    await store.end()
+    assert await bus.members(bus.keys.stores) == []
+    blob = settings.data / "adapters" / "blobs" / before["same"].digest / WEIGHTS_FILE
+    written = blob.stat()
+    shutil.rmtree(root / "removed")
+    write_adapter(root / "changed", seed=9)
+    again = run_store()
+    await in_state(bus, "changed", "on_disk", not_digest=before["changed"].digest)
+
+    async def is_gone() -> bool:
+        return await bus.alias("removed") is None
+
+    await wait_until(is_gone, "the name is removed")
+    assert await bus.alias("same") == before["same"]
+    assert (blob.stat().st_ino, blob.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+    await ask(await again.url(), before["same"].digest)
+
+
+async def test_a_lost_catalogue_is_published_again(bus: Bus, root: Path, run_store: RunStore) -> None:
+    await bus.set(bus.keys.base, BASE)
+    write_adapter(root / "a")
+    run_store()
+    alias = await in_state(bus, "a", "on_disk")
+    await bus.redis.flushall()
+    assert await in_state(bus, "a", "on_disk") == alias
+    assert await bus.get(bus.keys.adapter(alias.digest), m.AdapterRecord) is not None
+
+
+async def test_a_lost_mount_takes_nothing_away(bus: Bus, root: Path, run_store: RunStore) -> None:
+    await bus.set(bus.keys.base, BASE)
+    write_adapter(root / "a")
+    store = run_store()
+    alias = await in_state(bus, "a", "on_disk")
+    os.rename(root, root.with_name("elsewhere"))
+    url = await store.url()
+    await ask(url, alias.digest)
+    os.rename(root.with_name("elsewhere"), root)
+    write_adapter(root / "b", seed=2)
+    await in_state(bus, "b", "on_disk")
+    assert await bus.alias("a") == alias
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove"])
+async def test_damaged_blobs_are_fetched_again(
+    bus: Bus, root: Path, settings: Settings, run_store: RunStore, damage: str
+) -> None:
+    await bus.set(bus.keys.base, BASE)
+    write_adapter(root / "a")
+    alias_before = run_store()
+    alias = await in_state(bus, "a", "on_disk")
+    await alias_before.end()
+    blob = settings.data / "adapters" / "blobs" / alias.digest
+    if damage == "flip":
+        raw = (blob / WEIGHTS_FILE).read_bytes()
+        (blob / WEIGHTS_FILE).write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    else:
+        shutil.rmtree(blob)
+    url = await run_store().url()
+    await ask(url, alias.digest)
+
+
+async def test_more_adapters_than_disk(bus: Bus, root: Path, run_store: RunStore) -> None:
+    """Ten adapters, room for three: each can be asked at any time, again and again."""
+    await bus.set(bus.keys.base, BASE)
+    size = (write_adapter(root / "a0") / WEIGHTS_FILE).stat().st_size + 300
+    for seed in range(10):
+        write_adapter(root / f"a{seed}", seed=seed)
+    store = run_store(store_quota_bytes=3 * size)
+    digests = [(await in_state(bus, f"a{seed}", "on_disk")).digest for seed in range(10)]
+    for digest in [*digests, *digests]:
+        await ask(await store.url(), digest)
+    async with httpx2.AsyncClient() as http:
+        assert (await http.get(f"{await store.url()}/health")).json()["num_bytes"] <= 3 * size
+
+
+async def test_full_disk(
+    bus: Bus, root: Path, settings: Settings, run_store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clear reason; what is there is served on; once there is room, the adapter comes by itself."""
+    await bus.set(bus.keys.base, BASE)
+    write_adapter(root / "old")
+    store = run_store()
+    old = await in_state(bus, "old", "on_disk")
+    limited: Callable[..., int] = os.pread
+
+    def full(*args: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pread", full)
+    write_adapter(root / "new", seed=2)
+    assert "disk is full" in (await in_state(bus, "new", "failed")).reason
+    await ask(await store.url(), old.digest)
+    monkeypatch.setattr(os, "pread", limited)
+    await in_state(bus, "new", "on_disk")
+
+
+async def test_a_thousand_adapters(bus: Bus, root: Path, run_store: RunStore) -> None:
+    """Registered at once, any of them can be asked; equal contents share one blob."""
+    await bus.set(bus.keys.base, BASE)
+    for seed in range(1000):
+        write_adapter(root / f"a{seed}", seed=seed % 500, rank=1)
+    store = run_store()
+
+    async def all_on_disk() -> bool:
+        return sum(alias.state == "on_disk" for alias in await bus.aliases()) == 1000
+
+    await wait_until(all_on_disk, "all are on disk", timeout_s=90, every_s=0.2)
+    for seed in (0, 499, 999):
+        alias = await bus.alias(f"a{seed}")
+        assert alias is not None
+        await ask(await store.url(), alias.digest)
+    async with httpx2.AsyncClient() as http:
+        assert (await http.get(f"{await store.url()}/health")).json()["num_blobs"] == 500

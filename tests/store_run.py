@@ -1,0 +1,63 @@
+"""A store running in the test's own event loop, and what tests ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import httpx2
+from waiting import wait_until
+
+from protocol import messages as m
+from protocol.bus import Bus
+from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE, adapter_digest, parse_config, parse_header
+
+
+class StoreRun:
+    """A store running in this test."""
+
+    def __init__(self, task: asyncio.Task[int], stop: asyncio.Event, bus: Bus) -> None:
+        self.task = task
+        self.stop = stop
+        self.bus = bus
+
+    async def url(self) -> str:
+        """Wait for the store's address."""
+
+        async def find() -> str:
+            assert not self.task.done(), self.task
+            for sid in await self.bus.members(self.bus.keys.stores):
+                raw = await self.bus.redis.get(self.bus.keys.store_beat(sid))
+                if raw:
+                    return raw.decode()
+            return ""
+
+        return await wait_until(find, "a store has registered")
+
+    async def end(self) -> None:
+        self.stop.set()
+        assert await self.task == 0
+
+
+RunStore = Callable[..., StoreRun]
+
+
+async def in_state(bus: Bus, name: str, state: str, *, not_digest: str = "") -> m.Alias:
+    """Wait until a name is in a state, with a digest other than `not_digest`."""
+
+    async def look() -> m.Alias | None:
+        alias = await bus.alias(name)
+        return alias if alias and alias.state == state and (not not_digest or alias.digest != not_digest) else None
+
+    return await wait_until(look, f"{name} is {state}")
+
+
+async def ask(url: str, digest: str) -> tuple[dict[str, Any], bytes]:
+    """Fetch an adapter as a worker does, and check that it is the one asked for."""
+    async with httpx2.AsyncClient() as http:
+        answers = [await http.get(f"{url}/adapters/{digest}/{name}") for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    assert [answer.status_code for answer in answers] == [200, 200], answers
+    config, weights = parse_config(answers[0].content), answers[1].content
+    assert adapter_digest(config, parse_header(weights, len(weights)), weights) == digest
+    return config, weights
