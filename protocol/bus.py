@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import msgspec
-import redis.asyncio as aioredis
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from protocol import messages as m
 from protocol.errors import Internal, LorafleetError, ProtocolError
 from protocol.keys import Keys
+from protocol.redis_client import connect
 from protocol.scripts import Scripts
 
 logger = logging.getLogger(__name__)
@@ -137,10 +135,9 @@ class Bus:
     def __init__(self, url: str, keys: Keys | None = None) -> None:
         self.url = url
         self.keys = keys or Keys()
-        retry = Retry(ExponentialBackoff(cap=0.5, base=0.02), retries=4)
-        self.redis: Any = aioredis.from_url(url, socket_timeout=5, socket_connect_timeout=5, retry=retry)
+        self.redis = connect(url, timeout_s=5)
         # redis-py's default read timeout of 5 s would abort and silently repeat longer blocking reads.
-        self._blocking: Any = aioredis.from_url(url, socket_timeout=None, socket_connect_timeout=5)
+        self._blocking = connect(url, timeout_s=None)
         self._scripts = Scripts(self.redis)
 
     async def close(self) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from protocol import messages as m
-from protocol.bus import Bus, decode, now_ms
+from protocol.bus import CONNECTION_ERRORS, Bus, decode, now_ms
 from protocol.errors import Internal, ProtocolError
 from protocol.keys import Keys
+from protocol.redis_client import connect
 
 
 async def test_read_waits_for_new_entries_and_moves_on(bus: Bus) -> None:
@@ -178,6 +180,45 @@ async def test_a_queue_that_may_evict_is_refused(bus: Bus) -> None:
             await bus.check()
     finally:
         await bus.redis.config_set("maxmemory-policy", "noeviction")
+
+
+@pytest.mark.parametrize("kind", ["write", "pipeline", "script", "blocking read"])
+async def test_a_cancelled_call_ends_its_task_whenever_the_cancellation_comes(bus: Bus, kind: str) -> None:
+    calls = {
+        "write": lambda: bus.redis.xadd("s", {"b": "1"}, maxlen=10),
+        "pipeline": lambda: bus.owned(["a", "b"]),
+        "script": lambda: bus.position("a"),
+        "blocking read": lambda: bus.read({"none": b"0"}, block_ms=1),
+    }
+
+    async def call_for_ever() -> None:
+        while True:
+            await calls[kind]()
+
+    for turns in range(200):
+        task = asyncio.create_task(call_for_ever())
+        for _ in range(turns % 40):
+            await asyncio.sleep(0)
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=2)
+        assert done, f"went on after {turns % 40} turns of the loop"
+    await bus.redis.delete("s")
+
+
+async def test_a_server_that_does_not_answer_is_a_lost_connection(tmp_path: Path) -> None:
+    """Not a hang: neither while connecting nor while waiting for a reply."""
+
+    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(1000):
+            pass
+        writer.close()
+
+    silent = await asyncio.start_unix_server(swallow, tmp_path / "s")
+    client = connect(f"unix://{tmp_path / 's'}", timeout_s=0.05)
+    async with silent:
+        with pytest.raises(CONNECTION_ERRORS):
+            await client.get("x")
+        await client.aclose()
 
 
 def test_decode_says_what_is_wrong_and_ignores_what_it_does_not_know() -> None:
