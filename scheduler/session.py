@@ -197,7 +197,7 @@ class Session:
             if rounds % 2 == 0:
                 self.scheduler.tick()
                 await self._publish_status()
-            if rounds % 10 == 9:
+            if rounds % 4 == 3:
                 await self._recovery.reconcile()
             rounds += 1
             self._wake.set()

@@ -117,6 +117,12 @@ class FakeWorker:
             await asyncio.sleep(0.005)
 
 
+async def start_scheduler(bus: Bus, **settings: object) -> asyncio.Task[int]:
+    """Start a scheduler that the test will end by cancelling it, which leaves its lock behind."""
+    stop = asyncio.Event()
+    return asyncio.create_task(serve(Settings(redis_url=bus.url, **settings), stop))  # type: ignore[arg-type]
+
+
 @asynccontextmanager
 async def running_scheduler(bus: Bus, **settings: object) -> AsyncIterator[asyncio.Event]:
     """A scheduler on the queue; leaving the block stops it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ DIGESTS = ("", "a", "b", "c")
 TENANTS = ("t0", "t1", "t2")
 
 
-def request(order: int, tenant: str = "t", digest: str = "", *, tokens: int = 10, **more: object) -> Request:
+def request(order: int, tenant: str = "t", digest: str = "", *, tokens: int = 10, **more: Any) -> Request:
     sub = make_submit(f"r{order}", tenant=tenant, digest=digest, num_prompt_tokens=tokens, **more)
     return Request(sub, epoch=0, order=order)
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+
+from msgspec import json
 from waiting import wait_until
 
-from protocol.bus import Bus
-from tests.scheduler.fakes import FakeWorker, make_submit, running_scheduler, submit
+from protocol import messages as m
+from protocol.bus import Bus, decode, now_ms
+from tests.scheduler.fakes import (
+    GATEWAY,
+    FakeWorker,
+    make_submit,
+    running_scheduler,
+    start_scheduler,
+    submit,
+)
 
 
 async def holds(worker: FakeWorker, *rids: str) -> None:
@@ -30,6 +41,20 @@ async def becomes(bus: Bus, rid: str, value: str, *living: FakeWorker) -> None:
         return await state(bus, rid) == value
 
     await wait_until(has, f"{rid} becomes {value}")
+
+
+async def deltas(bus: Bus) -> list[m.Delta]:
+    entries = await bus.entries(bus.keys.out(GATEWAY))
+    return [delta for _, fields in entries for delta in decode(fields[b"b"], list[m.Delta])]
+
+
+async def status_is(bus: Bus, **expected: int) -> bool:
+    status = await bus.get(bus.keys.status, m.SchedulerStatus)
+    return status is not None and all(getattr(status, name) == value for name, value in expected.items())
+
+
+async def gateways_are(bus: Bus, *gids: str) -> bool:
+    return await bus.members(bus.keys.gateways) == list(gids)
 
 
 async def test_a_batch_of_several_adapters_goes_out_in_one_entry(bus: Bus) -> None:
@@ -57,3 +82,277 @@ async def test_a_dead_workers_requests_go_to_another_with_their_tokens(bus: Bus)
         assert await bus.redis.strlen(bus.keys.tok("r")) == 4 * 4
         assert not await bus.redis.exists(bus.keys.work("w1"), bus.keys.ctl("w1"))
         assert await bus.members(bus.keys.workers) == ["w2"]
+
+
+async def test_a_request_that_kills_its_workers_ends_as_a_dead_letter_and_the_fleet_lives(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    async with running_scheduler(bus, beat_timeout_s=0.6, max_attempts=2):
+        await submit(bus, make_submit("poison"))
+        for number in (1, 2):
+            worker = await FakeWorker(bus, f"w{number}").join()
+            await holds(worker, "poison")  # and never beats again
+        await becomes(bus, "poison", "failed")
+        ends = [delta for delta in await deltas(bus) if delta.finish]
+        assert [(delta.rid, delta.finish) for delta in ends] == [("poison", "error")]
+        assert json.decode(ends[0].error, type=m.ErrorInfo).code == "worker_lost"
+        ((_, fields),) = await bus.entries(bus.keys.dlq)
+        letter = decode(fields[b"b"], m.DeadLetter)
+        assert (letter.workers, letter.attempts) == (["w1", "w2"], 2)
+        assert letter.submit is not None
+        assert letter.submit.rid == "poison"
+        third = await FakeWorker(bus, "w3").join()
+        await submit(bus, make_submit("next"))
+        await holds(third, "next")
+
+
+async def test_a_cancelled_request_of_a_dead_worker_ends_and_is_not_run_again(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    first = await FakeWorker(bus, "w1").join()
+    async with running_scheduler(bus, beat_timeout_s=0.6):
+        await submit(bus, make_submit("r"))
+        await holds(first, "r")
+        await bus.cancel("r")
+        await becomes(bus, "r", "cancelled")
+        assert [delta.finish for delta in await deltas(bus)] == ["cancelled"]
+        assert await bus.redis.xlen(bus.keys.sub("interactive")) == 0
+
+
+async def test_a_queued_request_can_be_cancelled_and_leaves_the_schedulers_books(bus: Bus) -> None:
+    async with running_scheduler(bus):
+        await submit(bus, make_submit("r"), make_submit("other"))
+        await wait_until(lambda: status_is(bus, queued=2), "both are queued")
+        await bus.cancel("r")
+        await wait_until(lambda: status_is(bus, queued=1), "one is left")
+        worker = await FakeWorker(bus, "w1").join()
+        await holds(worker, "other")
+        assert worker.held.keys() == {"other"}
+
+
+async def test_a_queued_request_fails_at_its_deadline(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    async with running_scheduler(bus):
+        await submit(bus, make_submit("late", deadline_ms=now_ms() + 300), make_submit("r"))
+        await becomes(bus, "late", "failed")
+        (delta,) = await deltas(bus)
+        assert json.decode(delta.error, type=m.ErrorInfo).code == "deadline_exceeded"
+        assert await state(bus, "r") == "queued"
+
+
+async def test_a_running_request_is_fenced_at_its_deadline(bus: Bus) -> None:
+    worker = await FakeWorker(bus, "w1").join()
+    async with running_scheduler(bus):
+        await submit(bus, make_submit("late", deadline_ms=now_ms() + 500))
+        await holds(worker, "late")
+        await becomes(bus, "late", "failed", worker)
+        assert await worker.write("late") == ["terminal"]
+        await worker.read()
+        assert worker.orders == [m.Control(kind="cancel", rid="late")]
+        await wait_until(lambda: status_is(bus, running=0), "the scheduler lets go")
+
+
+async def test_a_dead_gateways_requests_are_cancelled_unless_stored(bus: Bus) -> None:
+    worker = await FakeWorker(bus, "w1", capacity=1).join()
+    await bus.beat(bus.keys.gateway_beat("alive"), bus.keys.gateways, "alive", b"url", 60_000)
+    await bus.beat(bus.keys.gateway_beat(GATEWAY), bus.keys.gateways, GATEWAY, b"url", 60_000)
+    async with running_scheduler(bus):
+        await submit(bus, make_submit("running"), make_submit("stored", stored=True))
+        await submit(bus, make_submit("alive", gateway="alive"), make_submit("queued"))
+        await holds(worker, "running", "stored", "alive")
+        await bus.redis.delete(bus.keys.gateway_beat(GATEWAY))
+        await becomes(bus, "queued", "cancelled", worker)
+        assert await worker.write("running") == ["cancelled"]
+        assert await worker.write("stored") == []
+        assert await worker.write("alive") == []
+        await wait_until(lambda: gateways_are(bus, "alive"), "the register is cleaned")
+
+
+async def test_a_standby_takes_over_and_nothing_is_lost_or_doubled(bus: Bus) -> None:
+    worker = await FakeWorker(bus, "w1", capacity=1).join()
+    leading = await start_scheduler(bus)
+    await submit(bus, *(make_submit(f"r{i}") for i in range(6)))
+    await holds(worker, "r0", "r1", "r2")
+    async with running_scheduler(bus):
+        before = await bus.redis.get(bus.keys.leader)
+        leading.cancel()  # as dead as a process can be inside another one: the lock stays
+        await asyncio.wait([leading])
+        assert await bus.redis.get(bus.keys.leader) == before
+        await submit(bus, make_submit("r6"))
+
+        async def finished() -> bool:
+            await worker.read()
+            for rid in list(worker.held):
+                await worker.write(rid, 4, end=True)
+            await worker.beat()
+            return all([await state(bus, f"r{i}") == "completed" for i in range(7)])
+
+        await wait_until(finished, "all complete under the new leader")
+        assert await bus.redis.get(bus.keys.leader) != before
+        batches = [item.rid for batch in worker.batches for item in batch]
+        assert sorted(batches) == [f"r{i}" for i in range(7)]
+        for stream in (bus.keys.work("w1"), bus.keys.sub("interactive")):
+            assert await bus.redis.xlen(stream) == 0
+        await wait_until(lambda: status_is(bus, queued=0, running=0), "the books are empty")
+
+
+async def test_a_new_leader_counts_what_runs_and_gives_no_worker_too_much(bus: Bus) -> None:
+    worker = await FakeWorker(bus, "w1", capacity=2).join()
+    leading = await start_scheduler(bus)
+    await submit(bus, *(make_submit(f"r{i}") for i in range(8)))
+    await holds(worker, "r0", "r1", "r2", "r3")
+    leading.cancel()
+    await asyncio.wait([leading])
+    await bus.redis.delete(bus.keys.leader, bus.keys.status)
+    async with running_scheduler(bus):
+        await wait_until(lambda: status_is(bus, queued=4, running=4), "the new leader has rebuilt")
+        await worker.read()
+        assert len(worker.held) == 4
+        await worker.write("r0", 4, end=True)
+        await holds(worker, "r4")
+        assert len(worker.held) == 4
+
+
+async def test_a_leader_that_stops_gives_the_lock_back(bus: Bus) -> None:
+    async with running_scheduler(bus):
+        await wait_until(lambda: bus.redis.exists(bus.keys.leader), "it leads")
+    assert not await bus.redis.exists(bus.keys.leader)
+
+
+async def test_a_deposed_leader_assigns_nothing(bus: Bus) -> None:
+    worker = await FakeWorker(bus, "w1").join()
+    async with running_scheduler(bus):
+        await wait_until(lambda: status_is(bus, workers=1), "it leads")
+        await bus.redis.set(bus.keys.leader, "another:99", px=60_000)
+        await submit(bus, make_submit("r"))
+        await wait_until(lambda: _stands_by(bus), "it has noticed")
+        await worker.read()
+        assert worker.held == {}
+        await bus.redis.delete(bus.keys.leader)
+        await holds(worker, "r")
+
+
+async def test_a_worker_taken_for_dead_that_wakes_gets_work_again(bus: Bus) -> None:
+    worker = await FakeWorker(bus, "w1").join()
+    async with running_scheduler(bus, beat_timeout_s=0.6):
+        await submit(bus, make_submit("r"))
+        await holds(worker, "r")
+        await becomes(bus, "r", "queued")
+        await wait_until(lambda: _is_gone(bus, bus.keys.work("w1")), "its streams are deleted")
+        await worker.beat()
+        worker.drop("r")
+        await holds(worker, "r")
+        assert worker.held["r"].epoch == 3
+
+
+async def test_a_restarted_worker_is_known_by_its_name(bus: Bus) -> None:
+    old = await FakeWorker(bus, "w1", name="gpu0").join()
+    async with running_scheduler(bus, beat_timeout_s=60.0):
+        await submit(bus, make_submit("r"))
+        await holds(old, "r")
+        new = await FakeWorker(bus, "w2", name="gpu0").join()
+        await holds(new, "r")
+
+
+async def test_a_draining_worker_gets_nothing_and_what_it_hands_back_goes_on_elsewhere(bus: Bus) -> None:
+    first = await FakeWorker(bus, "w1").join()
+    async with running_scheduler(bus):
+        await submit(bus, make_submit("r"))
+        await holds(first, "r")
+        first.draining = True
+        await first.beat()
+        second = await FakeWorker(bus, "w2").join()
+        await bus.requeue("w1", ["r"], counts=False, max_attempts=3)
+        first.drop("r")
+        await bus.leave("w1")
+        await submit(bus, make_submit("r2"))
+        await holds(second, "r", "r2")
+        await wait_until(lambda: status_is(bus, workers=1, running=2), "only one is left")
+        assert int(await bus.redis.hget(bus.keys.req("r"), "attempts")) == 0
+
+
+async def test_an_unreadable_submission_is_a_dead_letter_once_and_its_request_ends(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    stream = bus.keys.sub("interactive")
+    await submit(bus, make_submit("broken"))
+    await bus.redis.xtrim(stream, maxlen=0)
+    await bus.redis.xadd(stream, {"b": m.encode({"rid": "broken", "tenant": 7}), "e": "0"})
+    await bus.redis.xadd(stream, {"b": b"\xc1\xc1", "e": "0"})
+    await bus.redis.xadd(stream, {"nothing": "at all"})
+    await bus.redis.xadd(bus.keys.ended, {"b": b"\xc1"})
+    worker = await FakeWorker(bus, "w1").join()
+    async with running_scheduler(bus):
+        await submit(bus, make_submit("r"))
+        await holds(worker, "r")
+        await bus.redis.xadd(bus.keys.ended, {"b": b"\xc1"})
+        await wait_until(lambda: _has_length(bus, bus.keys.dlq, 4), "all are put aside")
+        assert await state(bus, "broken") == "failed"
+        assert [delta.rid for delta in await deltas(bus)] == ["broken"]
+        assert await bus.redis.xlen(stream) == 0
+
+
+async def test_a_request_lost_on_its_way_to_a_worker_is_queued_again(bus: Bus) -> None:
+    worker = await FakeWorker(bus, "w1").join()
+    async with running_scheduler(bus):
+        await submit(bus, make_submit("lost"), make_submit("kept"))
+        await wait_until(lambda: _has_length(bus, bus.keys.work("w1"), 1), "they are assigned")
+        await bus.redis.xtrim(bus.keys.work("w1"), maxlen=0)  # as a server does that comes back without its tail
+        await holds(worker, "lost", "kept")
+        assert worker.held["lost"].epoch == 3
+        assert int(await bus.redis.hget(bus.keys.req("lost"), "attempts")) == 0
+
+
+async def test_an_end_that_the_scheduler_was_not_told_of_frees_its_place(bus: Bus) -> None:
+    worker = await FakeWorker(bus, "w1", capacity=1).join()
+    async with running_scheduler(bus):
+        await submit(bus, *(make_submit(f"r{i}") for i in range(4)))
+        await holds(worker, "r0", "r1", "r2")
+        await bus.finish("r0", "failed", "error")  # from outside, so no worker reports it
+        worker.drop("r0")
+        await holds(worker, "r3")
+
+
+async def test_an_adapter_that_is_nowhere_holds_up_nobody_and_is_fetched_ahead(bus: Bus) -> None:
+    worker = await FakeWorker(bus, "w1", capacity=4, resident=["warm"]).join()
+    async with running_scheduler(bus):
+        await submit(bus, *(make_submit(f"cold{i}", digest=f"c{i}") for i in range(20)))
+        await submit(bus, *(make_submit(f"warm{i}", digest="warm") for i in range(4)))
+        await holds(worker, *(f"warm{i}" for i in range(4)))
+        assert sum(rid.startswith("cold") for rid in worker.held) == 4
+        await wait_until(lambda: _prefetches(worker), "it is told to fetch others")
+
+
+async def _prefetches(worker: FakeWorker) -> bool:
+    await worker.read()
+    return {order.kind for order in worker.orders} == {"prefetch"}
+
+
+async def test_five_hundred_requests_over_three_workers_complete_once_each(bus: Bus) -> None:
+    workers = [await FakeWorker(bus, f"w{i}", capacity=16).join() for i in range(3)]
+    done = False
+    async with running_scheduler(bus), asyncio.TaskGroup() as group:
+        for worker in workers:
+            group.create_task(worker.run(lambda: done))
+        rids = [f"r{i}" for i in range(500)]
+        for i, rid in enumerate(rids):
+            await submit(bus, make_submit(rid, digest=f"a{i % 7}", tenant=f"t{i % 5}"))
+
+        async def finished() -> bool:
+            return all(facts is not None and facts.is_terminal for facts in await bus.requests(rids))
+
+        await wait_until(finished, "all complete")
+        done = True
+        assigned = [item.rid for worker in workers for batch in worker.batches for item in batch]
+        assert sorted(assigned) == sorted(rids)
+        assert await bus.redis.xlen(bus.keys.sub("interactive")) == 0
+
+
+async def _is_gone(bus: Bus, key: str) -> bool:
+    return not await bus.redis.exists(key)
+
+
+async def _has_length(bus: Bus, stream: str, length: int) -> bool:
+    return await bus.redis.xlen(stream) == length
+
+
+async def _stands_by(bus: Bus) -> bool:
+    """The status runs out, or is renewed, with the leadership."""
+    return not await bus.redis.exists(bus.keys.status)
