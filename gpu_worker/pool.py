@@ -66,12 +66,12 @@ class PagePool:
     def reserve(self, digest: str, num_pages: Sequence[int], keep: Container[str] = ()) -> list[str] | None:
         """Give an adapter a slot and pages, not visible yet. Returns the digests that had to leave for it.
 
-        Adapters that are referenced, pinned or in `keep` never leave. None, and nothing changed, if that is not enough.
+        Adapters that are referenced, pinned, in `keep` or still being written to never leave. None, and nothing
+        changed, if that is not enough.
         """
         if digest in self.residents:
             raise ValueError(f"adapter {digest:.12} is in the pool already")
-        idle = [r for r in self.residents.values() if r.refs == 0 and not r.pinned and r.digest not in keep]
-        victims = self._choose(num_pages, idle)
+        victims = self._choose(num_pages, [r for r in self._movable(keep) if r.refs == 0])
         if victims is None:
             return None
         for victim in victims:
@@ -85,9 +85,12 @@ class PagePool:
 
     def blockers(self, num_pages: Sequence[int], keep: Container[str] = ()) -> list[str]:
         """Return the digests in use that would have to finish first for an adapter of `num_pages` to get room."""
-        movable = [r for r in self.residents.values() if not r.pinned and r.digest not in keep]
-        victims = self._choose(num_pages, movable) or []
+        victims = self._choose(num_pages, self._movable(keep)) or []
         return [victim.digest for victim in victims if victim.refs]
+
+    def _movable(self, keep: Container[str]) -> list[Resident]:
+        """Return the adapters that may leave once nobody uses them. A loader still writes to the invisible ones."""
+        return [r for r in self.residents.values() if r.visible and not r.pinned and r.digest not in keep]
 
     def _choose(self, num_pages: Sequence[int], candidates: Iterable[Resident]) -> list[Resident] | None:
         """Return the lowest-priority candidates that make room, None if all together do not."""

@@ -27,7 +27,7 @@ class PoolMachine(RuleBasedStateMachine):
         if digest in self.pool.residents:
             return
         before = dict(self.pool.residents)
-        movable = [r for r in before.values() if not r.refs and not r.pinned and r.digest not in keep]
+        movable = [r for r in before.values() if r.visible and not r.refs and not r.pinned and r.digest not in keep]
         staying = [r for r in before.values() if r not in movable]
         room = [n - sum(len(r.pages[g]) for r in staying) for g, n in enumerate(CAPACITY)]
         possible = all(n <= have for n, have in zip(num_pages, room, strict=True)) and len(staying) < 4
@@ -119,6 +119,15 @@ def test_an_attention_adapter_does_not_push_out_an_mlp_adapter() -> None:
     load(pool, "mlp", (0, 1), uses=1)
     load(pool, "attention", (1, 0), uses=9)
     assert load(pool, "new", (1, 0)) == ["attention"]
+
+
+def test_what_a_loader_still_writes_to_is_nobody_elses() -> None:
+    pool = PagePool((1,), (100,), num_slots=8)
+    assert pool.reserve("loading", (1,)) == []
+    assert pool.reserve("next", (1,)) is None
+    assert pool.blockers((1,)) == []
+    pool.publish("loading")
+    assert pool.reserve("next", (1,)) == ["loading"]
 
 
 def test_blockers_are_those_in_use_that_stand_in_the_way() -> None:

@@ -1,0 +1,194 @@
+"""The whole path as separate processes: load, a killed worker, a joining one, a thousand adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import torch
+from conftest import untimed_keys
+from e2e.services import Services
+from factories import make_adapter, make_tiny_model
+from openai import AsyncOpenAI
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from waiting import wait_until
+
+RANKS = {"one": 1, "three": 3, "eight": 8, "sixteen": 16}
+PROMPTS = ["The first prompt", "Another", "and a third, rather longer one: " + 20 * "abc ", "x"]
+
+
+class Oracle:
+    """What transformers and PEFT answer, one request at a time."""
+
+    def __init__(self, model: Path, adapters: Path, names: list[str]) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.model = PeftModel.from_pretrained(base, str(adapters / names[0]), adapter_name=names[0])
+        for name in names[1:]:
+            self.model.load_adapter(str(adapters / name), adapter_name=name)
+        self._known: dict[tuple[str, str, int], str] = {}
+
+    def text(self, name: str, prompt: str, num: int) -> str:
+        key = (name, prompt, num)
+        if key not in self._known:
+            self._known[key] = self._generate(*key)
+        return self._known[key]
+
+    def _generate(self, name: str, prompt: str, num: int) -> str:
+        ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        options = {"max_new_tokens": num, "min_new_tokens": num, "do_sample": False}
+        with torch.no_grad():
+            if name == "base":
+                with self.model.disable_adapter():
+                    out = self.model.generate(**ids, **options)
+            else:
+                self.model.set_adapter(name)
+                out = self.model.generate(**ids, **options)
+        return self.tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, (name, rank) in enumerate(RANKS.items(), start=1):
+        make_adapter(folder / name, model, rank=rank, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def oracle(model: Path, adapters: Path) -> Iterator[Oracle]:
+    oracle = Oracle(model, adapters, list(RANKS))
+    texts = {name: oracle.text(name, PROMPTS[0], 24) for name in ("base", *RANKS)}
+    assert len(set(texts.values())) == len(texts), "each adapter must change the answer"
+    return oracle
+
+
+@pytest_asyncio.fixture
+async def services(tmp_path: Path, model: Path, adapters: Path) -> AsyncIterator[Services]:
+    fleet = Services(tmp_path, model, adapters)
+    yield fleet
+    await fleet.close()
+
+
+async def ask(client: AsyncOpenAI, name: str, prompt: str, num: int, seen: asyncio.Event | None = None) -> str:
+    """Stream one completion; `seen` is set once some tokens are there."""
+    text = ""
+    stream = await client.completions.create(
+        model=name, prompt=prompt, max_tokens=num, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    num_chunks = 0
+    async for chunk in stream:
+        text += chunk.choices[0].text
+        num_chunks += 1
+        if seen is not None and num_chunks == 5:
+            seen.set()
+    return text
+
+
+@pytest.mark.timeout(240)
+async def test_500_requests_of_mixed_adapters_all_come_back_right_and_nothing_stays(
+    services: Services, oracle: Oracle
+) -> None:
+    await services.start_all("w0", "w1")
+    client = AsyncOpenAI(base_url=f"{services.url}/v1", api_key="none", timeout=200, max_retries=0)
+    names = ["base", *RANKS]
+    jobs = [(names[i % len(names)], PROMPTS[i % len(PROMPTS)], 8 + i % 5) for i in range(500)]
+    room = asyncio.Semaphore(64)
+
+    async def one(name: str, prompt: str, num: int) -> str:
+        async with room:
+            return await ask(client, name, prompt, num)
+
+    texts = await asyncio.gather(*(one(*job) for job in jobs))
+    assert [text for job, text in zip(jobs, texts, strict=True) if text != oracle.text(*job)] == []
+    keys = services.bus.keys
+    await wait_until(lambda: _is_idle(services), "nothing is queued or running")
+    assert await services.bus.redis.xlen(keys.dlq) == 0
+    assert await untimed_keys(services.bus) == []
+    assert len(await services.bus.worker_beats()) == 2
+    await client.close()
+
+
+@pytest.mark.timeout(240)
+async def test_a_worker_is_killed_in_mid_stream_another_joins_and_no_client_notices(
+    services: Services, oracle: Oracle
+) -> None:
+    num = 300
+    await services.start_all("w0", "w1")
+    client = AsyncOpenAI(base_url=f"{services.url}/v1", api_key="none", timeout=200, max_retries=0)
+    names = [*(["base", *RANKS] * 3)]
+    started = [asyncio.Event() for _ in names]
+    streams = [
+        asyncio.create_task(ask(client, name, PROMPTS[0], num, event))
+        for name, event in zip(names, started, strict=True)
+    ]
+    await asyncio.gather(*(event.wait() for event in started))
+    assert not any(stream.done() for stream in streams), "the streams must still run when their worker is killed"
+    services.kill("w0")
+    services.start("worker", "w2")
+    texts = await asyncio.gather(*streams)
+    assert texts == [oracle.text(name, PROMPTS[0], num) for name in names]
+    keys = [key async for key in services.bus.redis.scan_iter(services.bus.keys.req("*").encode())]
+    epochs = [int(await services.bus.redis.hget(key, "epoch")) for key in keys]
+    assert max(epochs) > 1, "no request was moved: the kill showed nothing"
+    await wait_until(lambda: services.num_workers(2), "the new worker has joined", timeout_s=60)
+    services.kill("w1")
+    assert await ask(client, "eight", PROMPTS[1], 12) == oracle.text("eight", PROMPTS[1], 12)
+    await client.close()
+
+
+@pytest.mark.timeout(240)
+async def test_any_of_a_thousand_registered_adapters_can_be_asked_at_once(
+    tmp_path: Path, model: Path, adapters: Path
+) -> None:
+    many = tmp_path / "many"
+    weights = load_file(adapters / "three" / "adapter_model.safetensors")
+    config = json.loads((adapters / "three" / "adapter_config.json").read_text())
+    for i in range(1000):
+        folder = many / f"a{i:04}"
+        folder.mkdir(parents=True)
+        generator = torch.Generator().manual_seed(i)
+        new = {name: torch.empty_like(t).normal_(0, 0.2, generator=generator) for name, t in weights.items()}
+        save_file(new, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    # Room for some of them only: the pool has to let adapters come and go.
+    services = Services(tmp_path, model, many, adapter_pool_bytes=4 << 20, adapter_host_bytes=8 << 20)
+    try:
+        await services.start_all("w0")
+        client = AsyncOpenAI(base_url=f"{services.url}/v1", api_key="none", timeout=200, max_retries=0)
+        listed = await wait_until(lambda: _all_listed(client, 1001), "all are listed", timeout_s=100, every_s=0.3)
+        assert listed
+        chosen = [f"a{i:04}" for i in range(3, 1000, 13)]
+        texts = await asyncio.gather(*(ask(client, name, PROMPTS[0], 12) for name in chosen))
+        sample = chosen[::11]
+        oracle = Oracle(model, many, sample)
+        assert {name: text for name, text in zip(chosen, texts, strict=True) if name in sample} == {
+            name: oracle.text(name, PROMPTS[0], 12) for name in sample
+        }
+        assert len(set(texts)) == len(chosen), "each adapter must change the answer"
+        await client.close()
+    finally:
+        await services.close()
+
+
+async def _all_listed(client: AsyncOpenAI, num: int) -> bool:
+    return len((await client.models.list()).data) == num
+
+
+async def _is_idle(services: Services) -> bool:
+    bus = services.bus
+    beats = (await bus.worker_beats()).values()
+    queued = [await bus.redis.xlen(bus.keys.sub(cls)) for cls in ("interactive", "batch")]
+    work = [await bus.redis.xlen(bus.keys.work(beat.wid)) for beat in beats if beat is not None]
+    return not any(queued) and not any(work)
