@@ -445,14 +445,37 @@ class Bus:
         raws = await self.redis.mget([self.keys.adapter(digest) for digest in digests])
         return [decode(raw, m.AdapterRecord) for raw in raws if raw is not None]
 
-    async def alias(self, name: str) -> m.Alias | None:
-        """Return what an adapter name stands for now."""
-        raw = await self.redis.hget(self.keys.adapters, name)
+    async def alias(self, name: str, tenant: str = "") -> m.Alias | None:
+        """Return what an adapter name stands for now: everybody's, or a tenant's private one."""
+        raw = await self.redis.hget(self.keys.adapters, private_name(name, tenant))
         return None if raw is None else decode(raw, m.Alias)
 
-    async def aliases(self) -> list[m.Alias]:
-        """Return the whole catalogue of names."""
-        return [decode(raw, m.Alias) for raw in (await self.redis.hgetall(self.keys.adapters)).values()]
+    async def aliases(self, tenant: str | None = "") -> list[m.Alias]:
+        """Return everybody's names and those of `tenant`; None: all there are."""
+        found = [decode(raw, m.Alias) for raw in (await self.redis.hgetall(self.keys.adapters)).values()]
+        return found if tenant is None else [alias for alias in found if alias.tenant in ("", tenant)]
+
+    async def register(self, registration: m.Registration) -> None:
+        """Have the stores serve a name from a remote source. Asking again renews a refusal's chance."""
+        name = private_name(registration.name, registration.tenant)
+        await self.redis.hset(self.keys.registrations, name, m.encode(registration))
+        await self.announce(m.AdapterEvent(kind="wanted", name=registration.name))
+
+    async def unregister(self, name: str, tenant: str = "") -> bool:
+        """Take a registration back; the stores then remove the name. False if there was none."""
+        removed = await self.redis.hdel(self.keys.registrations, private_name(name, tenant))
+        await self.announce(m.AdapterEvent(kind="wanted", name=name))
+        return bool(removed)
+
+    async def registrations(self) -> dict[str, m.Registration]:
+        """Return all registrations by the name that the catalogue has for them."""
+        raws = await self.redis.hgetall(self.keys.registrations)
+        return {name.decode(): decode(raw, m.Registration) for name, raw in raws.items()}
+
+
+def private_name(name: str, tenant: str) -> str:
+    """Return the catalogue's field for a name. Names hold no NUL, so nobody's name can look like another's."""
+    return f"{tenant}\0{name}" if tenant else name
 
 
 def _beat(raw: bytes | None) -> m.WorkerBeat | None:

@@ -131,12 +131,21 @@ class Keys:
 
     @property
     def adapters(self) -> str:
-        """Hash: alias -> `messages.Alias`. Written by adapter_store."""
+        """Hash: name, or tenant NUL name for private ones -> `messages.Alias`. Written by adapter_store."""
         return f"{self.namespace}:adapters"
 
     def adapter(self, digest: str) -> str:
         """String: `messages.AdapterRecord`. Written by adapter_store."""
         return f"{self.namespace}:adapter:{digest}"
+
+    @property
+    def registrations(self) -> str:
+        """Hash: as `adapters` -> `messages.Registration`, what stores have to fetch. Permanent; holds secrets."""
+        return f"{self.namespace}:adapters:registered"
+
+    def fetching(self, name: str) -> str:
+        """String PX 15 s: the store that fetches a registered name."""
+        return f"{self.namespace}:adapters:fetching:{name}"
 
     @property
     def adapter_events(self) -> str:
@@ -147,6 +156,6 @@ class Keys:
         """Tell whether `key` may live without a TTL."""
         fixed = {
             self.ended, self.workers, self.gateways, self.stores, self.leader_epoch,
-            self.base, self.adapters, self.adapter_events, *(self.sub(c) for c in CLASSES),
+            self.base, self.adapters, self.registrations, self.adapter_events, *(self.sub(c) for c in CLASSES),
         }  # fmt: skip
         return key in fixed or key.startswith(f"{self.namespace}:adapter:")

@@ -255,6 +255,17 @@ class Alias(Wire, frozen=True):
     changed_ms: int = 0
 
 
+class Registration(Wire, frozen=True):
+    """A name that is to be served from a remote source until it is taken back; stores make it true."""
+
+    name: str
+    source: str  # `Reference.source`
+    token: str = ""  # for the source; "": the store's own
+    tenant: str = ""  # who sees the name; "": everybody
+    asked_ms: int = 0  # when it was last asked for: a refusal older than this may be tried again
+    on_request: bool = False  # a request named the source itself
+
+
 class AdapterRecord(Wire, frozen=True):
     """The facts of one adapter content."""
 

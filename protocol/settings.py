@@ -86,6 +86,15 @@ class Settings(BaseSettings):
     store_quota_bytes: int = Field(
         default=0, ge=0, description="disk for mirrored adapters, least used ones leave first; 0: no limit"
     )
+    request_sources: str = Field(
+        default="", description="remote sources a request may name unregistered: hub, s3, or hub,s3"
+    )
+    hub_orgs: str = Field(default="", description="Hub organisations adapters may come from, with commas; empty: any")
+    s3_buckets: str = Field(default="", description="S3 buckets adapters may come from, with commas; empty: none")
+    s3_endpoint: str = Field(default="", description="URL of an S3-compatible server; default: AWS, or its variables")
+    refresh_s: float = Field(default=300.0, gt=0, description="how often a remote name is looked up again")
+    max_downloads: int = Field(default=4, ge=1, description="adapters a store fetches at once")
+    store_bucket: str = Field(default="", description="s3://BUCKET/PREFIX that several stores share as second tier")
 
     @field_validator("data", "adapters")
     @classmethod
