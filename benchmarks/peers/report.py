@@ -1,0 +1,106 @@
+"""Tables and plot of a comparison."""
+
+from pathlib import Path
+from typing import Any
+
+OURS = "Lorafleet"
+COLORS = {"Lorafleet": "#2f6fde", "vLLM": "#e8833a", "llama.cpp": "#2a9d6f"}
+_INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
+
+Report = dict[str, Any]  # as run.py writes it to JSON
+
+
+def markdown(report: Report) -> str:
+    """Return the figures of every server, then ours over the better peer for each load."""
+    machine, load = report["machine"], report["load"]
+    bf16 = ", AVX-512 bf16" if machine["avx512_bf16"] else ""
+    lines = [
+        f"{report['started_at']}, {machine['cpu']}, {machine['num_cpus']} CPUs{bf16}; {load['prompt_words']} words in, "
+        f"{load['output_tokens']} tokens out, median of {load['rounds']} rounds.",
+        "",
+    ]
+    levels = sorted({point["concurrency"] for point in report["points"]})
+    shown = " / ".join(str(level) for level in levels)
+    lines += [
+        f"| server | load | tok/s at {shown} | inter-token p50, ms | TTFT p50, ms |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    rows = dict.fromkeys((point["server"], point["scenario"]) for point in report["points"])
+    for server, scenario in rows:
+        cells = []
+        for key in ("tokens_per_s", "inter_token_p50_ms", "ttft_p50_ms"):
+            found = {
+                p["concurrency"]: p[key] for p in report["points"] if (p["server"], p["scenario"]) == (server, scenario)
+            }
+            cells.append(" / ".join(f"{found[level]:.0f}" if level in found else "-" for level in levels))
+        lines.append(f"| {server} | {scenario} | {' | '.join(cells)} |")
+    if ratios := ratio_lines(report, levels):
+        lines += ["", *ratios]
+    if failed := sum(point["num_errors"] for point in report["points"]):
+        lines += ["", f"{failed} requests failed: these figures are not comparable."]
+    return "\n".join(lines) + "\n"
+
+
+def ratio_lines(report: Report, levels: list[int]) -> list[str]:
+    """Return the table of our tok/s over the best peer's; empty unless both were measured."""
+    best: dict[tuple[str, int], dict[str, float]] = {}
+    for point in report["points"]:
+        systems = best.setdefault((point["scenario"], point["concurrency"]), {})
+        systems[point["system"]] = max(point["tokens_per_s"], systems.get(point["system"], 0.0))
+    peers = sorted({point["system"] for point in report["points"]} - {OURS})
+    if not peers or not any(OURS in systems for systems in best.values()):
+        return []
+    header = " | ".join(f"× at {level}" for level in levels)
+    lines = [f"| {OURS} ÷ | load | {header} |", "| --- | --- |" + " --- |" * len(levels)]
+    for scenario in dict.fromkeys(point["scenario"] for point in report["points"]):
+        for peer in ["the better peer", *peers]:
+            cells = []
+            for level in levels:
+                systems = best.get((scenario, level), {})
+                rivals = [systems[name] for name in peers if name in systems and peer in (name, "the better peer")]
+                known = OURS in systems and rivals and max(rivals) > 0
+                cells.append(f"{systems[OURS] / max(rivals):.2f}" if known else "-")
+            lines.append(f"| {peer} | {scenario} | {' | '.join(cells)} |")
+    return lines
+
+
+def save_plot(report: Report, path: Path) -> None:
+    """Draw tok/s of each system, one panel per load, bars grouped by concurrency."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {"axes.edgecolor": _MUTED, "axes.labelcolor": _MUTED, "xtick.color": _MUTED}
+    style |= {"ytick.color": _MUTED, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+    style |= {"axes.titlecolor": _INK, "axes.titlelocation": "left", "axes.grid": True, "grid.color": _GRID}
+    style |= {"axes.axisbelow": True}
+    scenarios = list(dict.fromkeys(point["scenario"] for point in report["points"]))
+    levels = sorted({point["concurrency"] for point in report["points"]})
+    systems = [name for name in COLORS if any(point["system"] == name for point in report["points"])]
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(3.6 * len(scenarios), 3.4), layout="constrained", facecolor="white")
+        axes = figure.subplots(1, len(scenarios), squeeze=False)[0]
+        for axis, scenario in zip(axes, scenarios, strict=True):
+            width = 0.8 / len(systems)
+            for offset, system in enumerate(systems):
+                heights = [_best(report, system, scenario, level) for level in levels]
+                places = [index + (offset - (len(systems) - 1) / 2) * width for index in range(len(levels))]
+                bars = axis.bar(places, heights, width * 0.92, color=COLORS[system], label=system)
+                axis.bar_label(bars, [f"{h:.0f}" if h else "" for h in heights], color=_MUTED, fontsize=7, padding=1)
+            axis.set_title(scenario)
+            axis.set_xticks(range(len(levels)), [str(level) for level in levels])
+            axis.set_xlabel("requests in flight")
+            axis.grid(axis="x", visible=False)
+        axes[0].set_ylabel("output tokens per second")
+        axes[0].legend(frameon=False, labelcolor=_INK)
+        figure.savefig(path, dpi=150)
+
+
+def _best(report: Report, system: str, scenario: str, level: int) -> float:
+    return max(
+        (
+            point["tokens_per_s"]
+            for point in report["points"]
+            if (point["system"], point["scenario"], point["concurrency"]) == (system, scenario, level)
+        ),
+        default=0.0,
+    )

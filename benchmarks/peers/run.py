@@ -1,0 +1,187 @@
+"""Compare Lorafleet with vLLM and llama.cpp on this machine, in one run, under one load.
+
+    python benchmarks/peers/run.py --peers /opt/peers [--systems lorafleet,vllm,llama.cpp] [--rounds 2]
+
+The servers run one after the other, each asked for the base model, one adapter, and many adapters in turn, at each
+concurrency: 64 random words in, 64 tokens out, streamed, end of text ignored. With several rounds each figure is the
+median, so that a machine that slows down over time does not favour whoever ran first. Writes JSON, a Markdown table and
+a plot to benchmarks/results/.
+"""
+
+import argparse
+import os
+import platform
+import signal
+import statistics
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import httpx2
+import orjson
+from report import markdown, save_plot
+from servers import SYSTEMS, Lab, Server, running
+
+from lorafleet.bench import BenchConfig, Target, run_bench
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One server under one load."""
+
+    server: str
+    system: str
+    scenario: str
+    concurrency: int
+    tokens_per_s: float
+    inter_token_p50_ms: float
+    inter_token_p99_ms: float
+    ttft_p50_ms: float
+    num_errors: int
+    tokens_per_chunk: float
+    generator_cpu_ms_per_chunk: float
+
+
+def measure(server: Server, url: str, scenario: str, concurrency: int, args: argparse.Namespace) -> Point:
+    """Run one load, after a short one that brings caches and adapters in."""
+    targets = server.scenarios[scenario]
+    num_warmup = max(concurrency, len(targets))
+    shared = {"url": url, "targets": targets, "concurrency": concurrency}
+    run_bench(BenchConfig(**shared, num_requests=num_warmup, output_tokens=8, prompt_words=args.prompt_words, seed=1))
+    result = run_bench(
+        BenchConfig(
+            **shared,
+            num_requests=max(args.waves, -(-args.min_requests // concurrency)) * concurrency,
+            prompt_words=args.prompt_words,
+            output_tokens=args.output_tokens,
+        )
+    )
+    summary = result.summary
+    for text, count in result.errors.items():
+        print(f"  {count} × {text}", flush=True)
+    return Point(
+        server=server.name,
+        system=server.system,
+        scenario=scenario,
+        concurrency=concurrency,
+        tokens_per_s=summary.output_tokens_per_s,
+        inter_token_p50_ms=summary.inter_token.p50_ms,
+        inter_token_p99_ms=summary.inter_token.p99_ms,
+        ttft_p50_ms=summary.ttft.p50_ms,
+        num_errors=summary.num_errors,
+        tokens_per_chunk=summary.tokens_per_chunk,
+        generator_cpu_ms_per_chunk=result.generator_cpu_ms_per_chunk,
+    )
+
+
+def check_adapters_differ(server: Server, url: str) -> None:
+    """Raise RuntimeError if an adapter answers as the base does, or two adapters alike: then no LoRA was applied."""
+    answers: dict[str, str] = {}
+    for targets in server.scenarios.values():
+        for target in targets[:3]:
+            answers[target.name] = _answer(target, url)
+    if len(set(answers.values())) != len(answers):
+        raise RuntimeError(f"{server.name}: different adapters gave one answer: {answers}")
+
+
+def _answer(target: Target, url: str) -> str:
+    body = {"prompt": "Once upon a time", "max_tokens": 48, "temperature": 0, **target.body}
+    response = httpx2.post(f"{url}/v1/completions", json=body, timeout=120).raise_for_status()
+    return response.json()["choices"][0]["text"]
+
+
+def run_round(lab: Lab, args: argparse.Namespace, scratch: Path) -> list[Point]:
+    """Start, measure and stop every server once."""
+    points = []
+    for system in args.systems:
+        for server in SYSTEMS[system](lab, scratch):
+            log_path = scratch / f"{server.name.replace(', ', '-').replace(' ', '-')}.log"
+            with running(server, log_path) as url:
+                print(server.name, flush=True)
+                check_adapters_differ(server, url)
+                for scenario in server.scenarios:
+                    for concurrency in args.concurrency:
+                        point = measure(server, url, scenario, concurrency, args)
+                        points.append(point)
+                        print(
+                            f"  {scenario:12} × {concurrency:2}: {point.tokens_per_s:6.1f} tok/s, "
+                            f"inter-token {point.inter_token_p50_ms:6.1f} ms, {point.num_errors} errors",
+                            flush=True,
+                        )
+    return points
+
+
+def median_points(rounds: list[list[Point]]) -> list[Point]:
+    """Merge the rounds: the median of each figure, the sum of the errors."""
+    merged = []
+    for group in zip(*rounds, strict=True):
+        rows = [asdict(point) for point in group]
+        figures = {
+            key: statistics.median(row[key] for row in rows) if isinstance(value, float) else value
+            for key, value in rows[0].items()
+        }
+        merged.append(Point(**{**figures, "num_errors": sum(row["num_errors"] for row in rows)}))
+    return merged
+
+
+def machine() -> dict[str, str | float]:
+    """Describe where the run took place."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    return {
+        "cpu": cpu,
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "avx512_bf16": "avx512_bf16" in flags,
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "load_average_before": round(os.getloadavg()[0], 1),
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare Lorafleet with vLLM and llama.cpp.")
+    parser.add_argument("--peers", type=Path, required=True, help="the folder that setup.sh made")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="which to run, in order (%(default)s)")
+    parser.add_argument("--concurrency", default="1,8,32", help="requests in flight (%(default)s)")
+    parser.add_argument("--num-adapters", type=int, default=32)
+    parser.add_argument("--prompt-words", type=int, default=64)
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--waves", type=int, default=3, help="measured requests per slot (%(default)s)")
+    parser.add_argument("--min-requests", type=int, default=8, help="at least so many requests a load (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="without ending (default: benchmarks/results/peers-DATE)")
+    args = parser.parse_args()
+    args.systems = args.systems.split(",")
+    args.concurrency = [int(number) for number in args.concurrency.split(",")]
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a server must not outlive this process
+    lab = Lab(args.peers.resolve(), args.num_adapters, max(args.concurrency), len(os.sched_getaffinity(0)))
+    started_at = datetime.now(UTC)
+    out = args.out or RESULTS / f"peers-{started_at:%Y-%m-%d}"
+    about = {"started_at": started_at.isoformat(timespec="seconds"), "machine": machine()}
+    about["load"] = {
+        key: getattr(args, key)
+        for key in ("num_adapters", "prompt_words", "output_tokens", "waves", "min_requests", "rounds")
+    }
+    with tempfile.TemporaryDirectory(prefix="lorafleet-peers-") as scratch:
+        rounds = [run_round(lab, args, Path(scratch)) for _ in range(args.rounds)]
+    points = median_points(rounds)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report = {**about, "points": [asdict(point) for point in points]}
+    out.with_suffix(".json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
+    out.with_suffix(".md").write_text(markdown(report))
+    save_plot(report, out.with_suffix(".png"))
+    print(f"\n{markdown(report)}\nwrote {out}.json, .md and .png")
+
+
+if __name__ == "__main__":
+    main()

