@@ -136,21 +136,31 @@ def _launches(model: Model, dtype: torch.dtype, device: Device) -> Iterator[Laun
     for token_slots in (np.arange(1), np.arange(8), np.arange(256) % 64, np.arange(4096) // 512):
         for max_pages in (1, 2, 4):
             for k, widths in layers:
-                yield from _lora_launches(token_slots, max_pages, k, widths, dtype, device)
+                yield from lora_launches(token_slots, max_pages, k, widths, dtype, device)
     for query_lens in ((1,), (1,) * 16, (1,) * 256, (1,) * 32 + (2048,)):
-        yield from _attention_launches(model, np.array(query_lens), dtype, device)
+        yield from attention_launches(model, np.array(query_lens), 4096, dtype, device)
 
 
-def _lora_launches(
-    token_slots: np.ndarray, max_pages: int, k: int, widths: tuple[int, ...], dtype: torch.dtype, device: Device
+def lora_launches(
+    token_slots: np.ndarray,
+    max_pages: int,
+    k: int,
+    widths: tuple[int, ...],
+    dtype: torch.dtype,
+    device: Device,
+    first_site: int = 0,
 ) -> Iterator[Launch]:
+    """The launches of one set of sibling layers."""
     num_slots, rows = 64, 64 * max_pages * PAGE_ROWS
     table = AdapterTable(
         ranks=_meta(num_slots, 7, dtype=torch.int32),
         scales=_meta(num_slots, 7),
         pages=_meta(num_slots, 2, max_pages, dtype=torch.int32),
     )
-    sites = [LoraSite(i, 0, _meta(rows, k, dtype=dtype), _meta(rows, n, dtype=dtype)) for i, n in enumerate(widths)]
+    sites = [
+        LoraSite(first_site + i, first_site % 2, _meta(rows, k, dtype=dtype), _meta(rows, n, dtype=dtype))
+        for i, n in enumerate(widths)
+    ]
     num_tokens = len(token_slots)
     # Per-request factors add one multiplication; the mixed decode step stands for all.
     ones = np.ones(num_tokens, dtype=np.float32)
@@ -161,9 +171,13 @@ def _lora_launches(
         yield from plan_lora(outs, _meta(num_tokens, k, dtype=dtype), sites, table, batch, device)
 
 
-def _attention_launches(model: Model, query_lens: np.ndarray, dtype: torch.dtype, device: Device) -> Iterator[Launch]:
-    num_tokens, num_blocks = int(query_lens.sum()), 256
-    batch = build_attention_batch(query_lens, query_lens + 1000, np.zeros((len(query_lens), 256), np.int32), "meta")
+def attention_launches(
+    model: Model, query_lens: np.ndarray, kv_len: int, dtype: torch.dtype, device: Device
+) -> Iterator[Launch]:
+    """The launches of one attention layer, and of what surrounds it."""
+    num_seqs, num_tokens, num_blocks = len(query_lens), int(query_lens.sum()), 256
+    tables = np.zeros((num_seqs, -(-kv_len // 16)), np.int32)
+    batch = build_attention_batch(query_lens, np.full(num_seqs, kv_len), tables, "meta")
     q = _meta(num_tokens, model.num_heads, model.head_dim, dtype=dtype)
     k = _meta(num_tokens, model.num_kv_heads, model.head_dim, dtype=dtype)
     v = _meta(num_tokens, model.num_kv_heads, model.head_dim_v, dtype=dtype)
@@ -210,8 +224,8 @@ def _tensors(args: Iterable[object]) -> Iterator[torch.Tensor]:
             yield from _tensors(arg)
 
 
-def compile_launch(launch: Launch, gpu: GPUTarget) -> Resources:
-    """Compile one launch exactly as it would be on the card, and read the resources from the machine code."""
+def source_of(launch: Launch, gpu: GPUTarget) -> tuple[ASTSource, dict[str, object]]:
+    """What Triton compiles for a launch, with its options: the kernel specialized by its arguments, as at run time."""
     backend, kernel = make_backend(gpu), launch.kernel
     bind: Any = create_function_from_signature(kernel.signature, kernel.params, backend)
     settings = launch.limits.options()
@@ -219,8 +233,13 @@ def compile_launch(launch: Launch, gpu: GPUTarget) -> Resources:
     options, signature, constants, attrs = kernel._pack_args(
         backend, settings | {"debug": False}, bound, specialization, options
     )
-    source = ASTSource(kernel, signature, constants, attrs)
-    compiled: Any = triton.compile(source, target=gpu, options=options.__dict__)
+    return ASTSource(kernel, signature, constants, attrs), options.__dict__
+
+
+def compile_launch(launch: Launch, gpu: GPUTarget) -> Resources:
+    """Compile one launch exactly as it would be on the card, and read the resources from the machine code."""
+    source, options = source_of(launch, gpu)
+    compiled: Any = triton.compile(source, target=gpu, options=options)
     if gpu.backend == "hip":
         return _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
     return _nvidia_resources(compiled.asm["cubin"], compiled.metadata.shared)

@@ -16,7 +16,7 @@ from lora_kernels.triton_ops.launch import Launch, Limits, pad_to_power_of_2
 
 _TILE_ELEMENTS = 4096  # of one program: 32 a thread with 4 warps
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
-_SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+_SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
 
 
 @triton.jit
@@ -138,8 +138,8 @@ def gated_act_kernel(
     elif ACT == "gelu":
         x *= 0.5 * (1.0 + tl.math.erf(x * _SQRT_HALF))
     else:
-        # 0.5 * (1 + tanh(a)) is sigmoid(2 a).
-        x *= tl.sigmoid(2.0 * _SQRT_2_OVER_PI * (x + 0.044715 * x * x * x))
+        # 0.5 * (1 + tanh(a)) is sigmoid(2 a), with a = sqrt(2 / pi) * (x + 0.044715 x^3).
+        x *= tl.sigmoid((x + 0.044715 * x * x * x) * _SQRT_8_OVER_PI)
     x *= tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row * size + column, x.to(out.dtype.element_ty), mask=mask)
 
