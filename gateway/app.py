@@ -13,13 +13,13 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.errors import add_handlers, error_response
+from gateway.errors import add_handlers
 from gateway.routes import Endpoints, add_routes
-from protocol.errors import Internal, TooLarge
 from protocol.metrics import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
 
 logger = logging.getLogger(__name__)
 
+DISCARDED_BODIES = 8  # of the largest size: so much of a body that is too large is read and thrown away
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -32,7 +32,7 @@ def build_app(endpoints: Endpoints, max_body_bytes: int) -> Envelope:
 
 
 class Envelope:
-    """Around every request: an id, the body's size limit, the count of open requests, metrics, the last resort."""
+    """Around every request: an id, the body's size limit, the count of open requests, metrics, the log of faults."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app = app
@@ -79,33 +79,29 @@ class Envelope:
                 ]
             await send(message)
 
-        length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self._max_body_bytes:
-            # The body is not read, so the connection cannot be used again.
-            await error_response(self._too_large(), {"connection": "close"})(scope, receive, send_marked)
-        else:
-            try:
-                await self._app(scope, self._limited(receive), send_marked)
-            except Exception:
-                logger.exception("%s %s failed, x-request-id %s", scope["method"], scope["path"], request_id)
-                if status == 0:
-                    await error_response(Internal("the gateway failed"))(scope, receive, send_marked)
+        try:
+            await self._app(scope, self._limited(receive), send_marked)
+        except Exception:
+            # It has been answered, see `errors.add_handlers`.
+            logger.exception("%s %s failed, x-request-id %s", scope["method"], scope["path"], request_id)
         route = getattr(scope.get("route"), "path", "unknown")
         HTTP_REQUESTS.labels(route, scope["method"], str(status)).inc()
 
     def _limited(self, receive: Receive) -> Receive:
-        """Return a `receive` that refuses a body of unknown length once it has become too large."""
+        """Return a `receive` that refuses a body once it has become too large."""
         num_bytes = 0
 
         async def receive_limited() -> Message:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
-                raise HTTPException(413, self._too_large().message, {"connection": "close"})
-            return message
+            if num_bytes <= self._max_body_bytes:
+                return message
+            # A client that is still sending would meet a closed connection instead of the answer.
+            while message.get("more_body") and num_bytes < DISCARDED_BODIES * self._max_body_bytes:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+            detail = f"the body is larger than {self._max_body_bytes} bytes"
+            raise HTTPException(413, detail, {"connection": "close"})
 
         return receive_limited
-
-    def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body is larger than {self._max_body_bytes} bytes", code="body_too_large")

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from protocol.bus import CONNECTION_ERRORS
-from protocol.errors import BadRequest, ClientError, LorafleetError, NotFound, TooLarge, Unavailable
+from protocol.errors import BadRequest, ClientError, Internal, LorafleetError, NotFound, TooLarge, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,10 @@ def add_handlers(app: FastAPI) -> None:
         logger.error("the queue cannot be reached: %r", error)
         return error_response(Unavailable("the queue cannot be reached", code="queue_unavailable"))
 
+    async def fault(request: Request, error: Exception) -> Response:
+        return error_response(Internal("the gateway failed"))
+
+    app.add_exception_handler(Exception, fault)
     app.add_exception_handler(LorafleetError, own)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)

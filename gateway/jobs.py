@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -24,6 +24,7 @@ MAX_WAIT_S = 120.0
 KEPT_AFTER_EXPIRY_S = 3600
 _PAGE = 100
 
+JobStatus = Literal["queued", "running", "completed", "failed", "cancelled", "expired"]
 Facts = Sequence[RequestFacts | None]
 
 
@@ -85,7 +86,7 @@ class Jobs:
         await asyncio.gather(*(self._bus.cancel(rid) for rid in job.rids))
         return await self._view(job, await self._facts(job), whole=True)
 
-    async def list(self, status: str | None, limit: int, after: str | None) -> dict[str, Any]:
+    async def list(self, status: JobStatus | None, limit: int, after: str | None) -> dict[str, Any]:
         """Return jobs, newest first, without their results. Raises NotFound when `after` is unknown."""
         index = self._bus.keys.jobs(OWNER)
         start = 0
@@ -203,7 +204,7 @@ class Jobs:
         return calls.writer(request, options, call, job.created_ms, mark).whole(pieces, usage)
 
 
-def state_of(facts: Facts) -> tuple[str, dict[str, Any] | None]:
+def state_of(facts: Facts) -> tuple[JobStatus, dict[str, Any] | None]:
     """Return a job's state and error: failed or cancelled as soon as one of its requests is."""
     if any(fact is None for fact in facts):
         return "expired", None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 import orjson
 from fastapi import FastAPI, Query, Request
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from gateway.calls import AnyRequest, Calls, body_hash
-from gateway.jobs import Jobs
+from gateway.jobs import Jobs, JobStatus
 from gateway.openai_api import CHAT, COMPLETIONS, ChatRequest, CompletionRequest
 from protocol.errors import BadRequest, Unavailable
 
@@ -67,7 +69,7 @@ class Endpoints:
 
     async def jobs(
         self,
-        status: str | None = None,
+        status: JobStatus | None = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         after: str | None = None,
     ) -> Response:
@@ -93,8 +95,26 @@ class Endpoints:
         return Response(await run_in_threadpool(generate_latest), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
+class _JsonRequest(Request):
+    """Parses bodies with orjson, which refuses what is not JSON (NaN) or no text (lone surrogates)."""
+
+    async def json(self) -> Any:
+        return orjson.loads(await self.body())
+
+
+class _Route(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(_JsonRequest(request.scope, request.receive))
+
+        return handle
+
+
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     """Bind paths to handlers."""
+    app.router.route_class = _Route
     app.post(CHAT)(endpoints.chat)
     app.post(COMPLETIONS)(endpoints.completions)
     app.get("/v1/models")(endpoints.models)

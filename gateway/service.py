@@ -51,11 +51,11 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         calls = Calls(settings, bus, files, fleet, Catalogue(bus), replies)
         endpoints = Endpoints(calls, Jobs(calls))
         app = build_app(endpoints, settings.max_body_bytes)
-        listener = _listen(settings.host, settings.port)
-        replies.address = _address(listener)
-        await replies.open()
-        await replies.beat_once()
-        await _run(_server(app), listener, (app, endpoints, replies, fleet), settings, stop)
+        with _listen(settings.host, settings.port) as listener:
+            replies.address = _address(listener)
+            await replies.open()
+            await replies.beat_once()
+            await _run(_server(app), listener, (app, endpoints, replies, fleet), settings, stop)
         await replies.close()
     finally:
         await bus.close()
@@ -98,7 +98,7 @@ async def _idle(app: Envelope, timeout_s: float) -> bool:
 def _server(app: Envelope) -> uvicorn.Server:
     config = uvicorn.Config(
         app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=LAST_WORDS_S,
+        proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=LAST_WORDS_S,
     )  # fmt: skip
     return _Server(config)
 

@@ -80,7 +80,7 @@ class ScriptedFleet:
     go: asyncio.Event = field(default_factory=asyncio.Event)
     assigning: asyncio.Event = field(default_factory=asyncio.Event)  # cleared: requests stay in the queue
     wid: str = "w1"
-    cancelled: list[str] = field(default_factory=list)
+    beating: bool = True
 
     async def register(self, *, worker: bool = True) -> None:
         """Publish the base model and one worker's beat."""
@@ -116,7 +116,6 @@ class ScriptedFleet:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._beats())
             while True:
-                await self.assigning.wait()
                 for entries in (await self.bus.read(last, block_ms=200)).values():
                     for _, fields in entries:
                         submit = decode(fields[b"b"], m.Submit)
@@ -124,13 +123,15 @@ class ScriptedFleet:
 
     async def _beats(self) -> None:
         while True:
-            await self.beat()
+            if self.beating:
+                await self.beat()
             await asyncio.sleep(1)
 
     async def _play(self, submit: m.Submit, epoch: int) -> None:
         body = await self.bus.get(self.bus.keys.body(submit.rid), m.Body)
         assert body is not None
         self.seen.append((submit, body))
+        await self.assigning.wait()
         order = m.Assigned(submit.rid, epoch + 1, submit.digest, submit.tenant, submit.gateway, submit.stored)
         if (await self.bus.assign(self.wid, [(order, epoch)]))[0] != "ok":
             return
@@ -145,7 +146,6 @@ class ScriptedFleet:
             if not await self.step(
                 order, sent, ids[sent : sent + size], body, end=finish if last else "", error=script.error
             ):
-                self.cancelled.append(submit.rid)
                 return
             sent += size
             if last:

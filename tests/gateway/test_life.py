@@ -1,0 +1,257 @@
+"""Clients that leave, streams that break, gateways that end: nothing runs on for nobody, nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import httpx2
+import pytest
+from scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
+from waiting import wait_until
+
+from protocol import messages as m
+from protocol.bus import Bus
+
+COMPLETION = {"model": "base", "prompt": "hi", "max_tokens": 60}
+ROOT = Path(__file__).parents[2]
+
+
+async def state_of(bus: Bus, rid: str) -> str:
+    [facts] = await bus.requests([rid])
+    return facts.state if facts else ""
+
+
+async def is_in_state(bus: Bus, rid: str, state: str) -> bool:
+    return await state_of(bus, rid) == state
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_is_cancelled(
+    bus: Bus, fleet: ScriptedFleet, gateway: RunningGateway, stream: bool
+) -> None:
+    fleet.script = lambda submit, body: Script(hold_after=2)
+    async with httpx2.AsyncClient(base_url=gateway.url) as http, asyncio.TaskGroup() as group:
+        asked = group.create_task(http.post("/v1/completions", json={**COMPLETION, "n": 2, "stream": stream}))
+        await wait_until(lambda: len(fleet.seen) == 2, "both choices run")
+        asked.cancel()
+    for submit, _ in fleet.seen:
+        [facts] = await bus.requests([submit.rid])
+        assert facts is not None
+
+    async def both_told() -> bool:
+        values = [await bus.redis.hget(bus.keys.req(submit.rid), "cancel") for submit, _ in fleet.seen]
+        return values == [b"1", b"1"]
+
+    await wait_until(both_told, "the queue knows")
+    fleet.go.set()
+    for submit, _ in fleet.seen:
+        await wait_until(lambda rid=submit.rid: is_in_state(bus, rid, "cancelled"), "the worker has let go")
+
+
+async def test_a_queued_call_whose_client_leaves_is_taken_out_of_the_queue(
+    bus: Bus, fleet: ScriptedFleet, gateway: RunningGateway
+) -> None:
+    fleet.assigning.clear()
+    async with httpx2.AsyncClient(base_url=gateway.url) as http, asyncio.TaskGroup() as group:
+        asked = group.create_task(http.post("/v1/completions", json=COMPLETION))
+        await wait_until(lambda: fleet.seen, "it is queued")
+        asked.cancel()
+
+    async def is_gone() -> bool:
+        return await bus.redis.xlen(bus.keys.sub("interactive")) == 0
+
+    await wait_until(is_gone, "the queue is empty")
+    assert await state_of(bus, fleet.seen[0][0].rid) == "cancelled"
+
+
+async def test_a_burst_beyond_every_pool_is_answered(fleet: ScriptedFleet, gateway: RunningGateway) -> None:
+    limits = httpx2.Limits(max_connections=200)
+    async with httpx2.AsyncClient(base_url=gateway.url, limits=limits, timeout=60) as http:
+        answers = await asyncio.gather(*(http.post("/v1/completions", json=COMPLETION) for _ in range(200)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert {answer.json()["choices"][0]["text"] for answer in answers} == {Script().text}
+    assert len({answer.json()["id"] for answer in answers}) == 200
+
+
+async def test_lost_entries_are_read_from_the_log(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
+    """Everything but the last delta is lost, then also the last."""
+    async with (
+        running_gateway(bus, model_folder, keepalive_s=0.05) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url) as http,
+    ):
+        for lost in ("all but the last", "all"):
+            fleet.seen.clear()
+            fleet.assigning.clear()
+            async with asyncio.TaskGroup() as group:
+                asked = group.create_task(http.post("/v1/completions", json=COMPLETION))
+                await wait_until(lambda: fleet.seen, "it is queued")
+                submit, body = fleet.seen[0]
+                order = m.Assigned(submit.rid, 1, "", "base", "nobody" if lost == "all" else "")
+                await bus.assign(fleet.wid, [(order, 0)])
+                ids, _ = fleet.tokens(Script(), body)
+                assert await fleet.step(order, 0, ids[:-1], body, end="")
+                last = m.Assigned(submit.rid, 1, "", "base", "nobody" if lost == "all" else gateway.gid)
+                assert await fleet.step(last, len(ids) - 1, ids[-1:], body, end="stop")
+                answer = await asked
+            fleet.assigning.set()
+            assert answer.json()["choices"][0]["text"] == Script().text
+            assert answer.json()["usage"]["completion_tokens"] == len(ids)
+
+
+async def test_a_new_owner_s_overlap_is_cut(bus: Bus, fleet: ScriptedFleet, gateway: RunningGateway) -> None:
+    """A delta is delivered twice and an old owner speaks late, around a hand-over."""
+    fleet.assigning.clear()
+    async with httpx2.AsyncClient(base_url=gateway.url) as http, asyncio.TaskGroup() as group:
+        asked = group.create_task(http.post("/v1/completions", json={**COMPLETION, "stream": True}))
+        await wait_until(lambda: fleet.seen, "it is queued")
+        submit, body = fleet.seen[0]
+        first = m.Assigned(submit.rid, 1, "", "base", gateway.gid)
+        await bus.assign(fleet.wid, [(first, 0)])
+        ids, _ = fleet.tokens(Script(), body)
+        assert await fleet.step(first, 0, ids[:4], body, end="")
+        outcome = await bus.requeue(fleet.wid, [submit.rid], counts=True, max_attempts=3)
+        assert outcome == {submit.rid: "requeued"}
+        second = m.Assigned(submit.rid, 3, "", "base", gateway.gid)
+        await bus.assign(fleet.wid, [(second, 2)])
+        assert not await fleet.step(first, 4, ids[4:6], body, end="")  # the queue refuses the old owner
+        out = bus.keys.out(gateway.gid)
+        for delta in (
+            m.Delta(submit.rid, 3, 2, m_ids(ids[2:5])),  # an overlap; its new token is not in the log yet
+            m.Delta(submit.rid, 1, 4, m_ids([9, 9])),  # the old owner, whom the gateway must not hear
+            m.Delta(submit.rid, 3, 2, m_ids(ids[2:5])),
+        ):
+            await bus.redis.xadd(out, {"b": m.encode([delta])})
+        assert await fleet.step(second, 4, ids[4:], body, end="stop")
+        raw = (await asked).content
+    fleet.assigning.set()
+    text = "".join(
+        httpx2.Response(200, content=frame.removeprefix(b"data: ")).json()["choices"][0]["text"]
+        for frame in raw.split(b"\n\n")
+        if frame.startswith(b"data: {")
+    )
+    assert text == Script().text
+
+
+def m_ids(ids: list[int]) -> bytes:
+    return b"".join(id_.to_bytes(4, "little") for id_ in ids)
+
+
+async def test_a_lost_out_stream_comes_back(bus: Bus, fleet: ScriptedFleet, gateway: RunningGateway) -> None:
+    fleet.script = lambda submit, body: Script(hold_after=2)
+    async with httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http, asyncio.TaskGroup() as group:
+        asked = group.create_task(http.post("/v1/completions", json=COMPLETION))
+        await wait_until(lambda: fleet.seen, "it runs")
+        await bus.redis.delete(bus.keys.out(gateway.gid))
+        fleet.go.set()
+        await wait_until(lambda: is_in_state(bus, fleet.seen[0][0].rid, "completed"), "the worker is done")
+        assert (await asked).json()["choices"][0]["text"] == Script().text
+    assert await bus.redis.ttl(bus.keys.out(gateway.gid)) > 0
+
+
+async def test_a_request_that_the_queue_forgot_is_an_error(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
+    fleet.assigning.clear()
+    async with (
+        running_gateway(bus, model_folder, keepalive_s=0.05) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url) as http,
+        asyncio.TaskGroup() as group,
+    ):
+        asked = group.create_task(http.post("/v1/completions", json=COMPLETION))
+        await wait_until(lambda: fleet.seen, "it is queued")
+        await bus.redis.delete(bus.keys.req(fleet.seen[0][0].rid))
+        answer = await asked
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "request_lost"
+
+
+async def test_a_deadline_ends_a_call_even_without_a_scheduler(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.generation.DEADLINE_SLACK_MS", 0)
+    fleet.assigning.clear()
+    async with (
+        running_gateway(bus, model_folder, keepalive_s=0.02, request_timeout_s=0.1) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url) as http,
+    ):
+        answer = await http.post("/v1/completions", json=COMPLETION)
+    assert answer.status_code == 504
+    assert answer.json()["error"]["code"] == "deadline_exceeded"
+    assert await state_of(bus, fleet.seen[0][0].rid) == "cancelled"
+
+
+async def test_draining_refuses_new_calls_and_finishes_running_ones(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
+) -> None:
+    fleet.script = lambda submit, body: Script(hold_after=2)
+    async with (
+        running_gateway(bus, model_folder, grace_s=30) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url) as http,
+        asyncio.TaskGroup() as group,
+    ):
+        asked = group.create_task(http.post("/v1/completions", json={**COMPLETION, "stream": True}))
+        await wait_until(lambda: fleet.seen, "it runs")
+        gateway.stop.set()
+
+        async def refuses() -> bool:
+            return (await http.get("/health")).json()["status"] == "draining"
+
+        await wait_until(refuses, "it drains")
+        answer = await http.post("/v1/completions", json=COMPLETION)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "shutting_down"
+        assert answer.headers["x-should-retry"] == "true"
+        fleet.go.set()
+        assert (await asked).content.endswith(b"data: [DONE]\n\n")
+        assert await gateway.task == 0
+    assert await bus.redis.zscore(bus.keys.gateways, gateway.gid) is None
+    assert not await bus.redis.exists(bus.keys.out(gateway.gid), bus.keys.gateway_beat(gateway.gid))
+
+
+async def test_what_outlasts_the_grace_is_told_and_cancelled(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
+) -> None:
+    fleet.script = lambda submit, body: Script(hold_after=2)
+    async with (
+        running_gateway(bus, model_folder, grace_s=0.05) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url) as http,
+        http.stream("POST", "/v1/completions", json={**COMPLETION, "stream": True}) as answer,
+    ):
+        raw = b""
+        async for part in answer.aiter_raw():
+            raw += part
+            gateway.stop.set()
+        assert b'"code":"shutting_down"' in raw
+        assert b"[DONE]" not in raw
+        assert await gateway.task == 0
+    assert await bus.redis.hget(bus.keys.req(fleet.seen[0][0].rid), "cancel") == b"1"
+    fleet.go.set()
+    await wait_until(lambda: is_in_state(bus, fleet.seen[0][0].rid, "cancelled"), "the worker has let go")
+
+
+async def test_the_process_runs_and_ends_by_signal(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
+    environment = {
+        **os.environ, "LORAFLEET_REDIS_URL": bus.url, "LORAFLEET_MODEL": str(model_folder), "LORAFLEET_PORT": "0"
+    }  # fmt: skip
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "gateway", cwd=ROOT, env=environment)
+    try:
+
+        async def came_up() -> str:
+            assert process.returncode is None
+            members = await bus.members(bus.keys.gateways)
+            return (await bus.redis.get(bus.keys.gateway_beat(members[0]))).decode() if members else ""
+
+        url = await wait_until(came_up, "the gateway is registered")
+        async with httpx2.AsyncClient(base_url=url) as http:
+            answer = await http.post("/v1/completions", json=COMPLETION)
+        assert answer.json()["choices"][0]["text"] == Script().text
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(20):
+            assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert await bus.members(bus.keys.gateways) == []
