@@ -7,7 +7,6 @@ reference where no compiler was found, said once in the log); an explicit `impl=
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal
@@ -141,31 +140,27 @@ def gated_act(gate: Tensor, up: Tensor, act: Activation = "silu", impl: Impl | N
     return _choose(gate, impl).gated_act(gate, up, act)
 
 
+# Filled on first use, so that nothing heavy is imported until chosen. A plain dict, because torch.compile can read it.
+_implementations: dict[str, ModuleType] = {"reference": reference}
+
+
 def _choose(tensor: Tensor, impl: Impl | None) -> ModuleType:
-    if impl is None:
-        return _cuda_default() if tensor.is_cuda else _cpu_default()
-    if impl == "reference":
-        return reference
-    if impl == "triton":
-        return _cuda_default()
-    if impl == "cpu":
+    name = impl or ("triton" if tensor.is_cuda else "host")
+    found = _implementations.get(name)
+    return found if found is not None else _load(name)
+
+
+def _load(name: str) -> ModuleType:
+    if name == "triton":
+        from lora_kernels import triton_ops as module
+    elif name in ("cpu", "host"):
         from lora_kernels import cpu
 
-        if not cpu.load():
+        loaded = cpu.load()
+        if name == "cpu" and not loaded:
             raise RuntimeError("the native CPU kernels cannot be used on this machine; the log says why")
-        return cpu
-    raise ValueError(f"impl is {impl!r}; it must be 'reference', 'cpu' or 'triton'")
-
-
-@functools.cache
-def _cuda_default() -> ModuleType:
-    from lora_kernels import triton_ops
-
-    return triton_ops
-
-
-@functools.cache
-def _cpu_default() -> ModuleType:
-    from lora_kernels import cpu
-
-    return cpu if cpu.load() else reference
+        module = cpu if loaded else reference
+    else:
+        raise ValueError(f"impl is {name!r}; it must be 'reference', 'cpu' or 'triton'")
+    _implementations[name] = module
+    return module

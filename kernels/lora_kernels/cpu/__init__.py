@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels.cpu.build import BuildError, build
+from lora_kernels.cpu.build import BuildError, build_library
 from lora_kernels.segments import AttentionBatch, LoraBatch
 from lora_kernels.tables import Activation, AdapterTable, LoraSite, PackedLinear
 
@@ -25,7 +25,7 @@ _ops = torch.ops.lorafleet
 def load() -> bool:
     """Build and load the kernels. False, with the reason in the log, where this machine cannot have them."""
     try:
-        torch.ops.load_library(str(build()))
+        torch.ops.load_library(str(build_library()))
         if not _ops.isa():
             raise BuildError("the processor has no AVX2")
     except (BuildError, OSError) as error:

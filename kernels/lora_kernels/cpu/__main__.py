@@ -1,5 +1,5 @@
 """Build the native kernels and say where they are."""
 
-from lora_kernels.cpu.build import build
+from lora_kernels.cpu.build import build_library
 
-print(build())
+print(build_library())

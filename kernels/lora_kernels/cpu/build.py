@@ -30,7 +30,7 @@ class BuildError(Exception):
     """The native kernels cannot be built or used on this machine; the message says why."""
 
 
-def build() -> Path:
+def build_library() -> Path:
     """Return the compiled library, building it first if this version is not in the cache (about 10 s)."""
     if platform.machine() not in ("x86_64", "AMD64"):
         raise BuildError(f"they are written for x86-64, this is {platform.machine()}")

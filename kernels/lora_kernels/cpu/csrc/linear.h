@@ -63,6 +63,7 @@ inline void linear_tile(const LinearArgs& args, int64_t row, int64_t panel, bool
 }
 
 void linear(const LinearArgs& args) {
+  if (args.rows == 0) return;
   const int64_t panels = ceil_div(args.out_features, kPanel);
   // Rows of x that stay in the second-level cache while all panels pass by.
   const int64_t block_rows = min(args.rows, max(8 * kMaxRows, 256 * 1024 / args.in_features));

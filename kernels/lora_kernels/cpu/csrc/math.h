@@ -2,8 +2,8 @@
 #pragma once
 
 inline Vec exp(Vec x) {
-  // exp(x) = 2^n * exp(r), |r| <= ln2 / 2; a Taylor polynomial of degree 7 leaves 2e-9. Below -104 the result is zero.
-  x = max(min(x, set1(88.72f)), set1(-150.0f));
+  // exp(x) = 2^n * exp(r), |r| <= ln2 / 2; a Taylor polynomial of degree 7 leaves 2e-9. Infinite from 88.73, zero below -104.
+  x = max(min(x, set1(89.0f)), set1(-150.0f));
   const Vec n = round(mul(x, set1(1.44269504f)));
   Vec r = fma(n, set1(-0.693359375f), x);
   r = fma(n, set1(2.12194440e-4f), r);

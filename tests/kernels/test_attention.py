@@ -1,0 +1,129 @@
+"""kv_write_ and paged_attention against fp32: decodes, chunks and both in one step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import AttentionCase, assert_close, attention_case
+
+from lora_kernels import ops
+from lora_kernels.ops import BLOCK_TOKENS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STEPS = {
+    "decodes": ((1, 1, 1, 1), (1, 16, 65, 130)),
+    "one long decode": ((1,), (1100,)),  # long enough to be split over threads
+    "chunks": ((40, 3, 17), (40, 80, 17)),
+    "mixed": ((1, 33, 1, 2, 7), (65, 33, 16, 90, 600)),
+}
+OPTIONS = [
+    {},
+    {"window": 1},
+    {"window": 20},
+    {"softcap": 2.0},
+    {"sinks": True},
+    {"window": 33, "softcap": 5.0, "sinks": True},
+]
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_steps_and_options(step, options, impl):
+    for dtype in DTYPES:
+        case = attention_case(*STEPS[step], (6, 2), (32, 32), dtype, **options)
+        assert_close(case.run(impl), case.expected())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "head_dims"),
+    [
+        ((4, 4), (64, 64)),
+        ((9, 3), (64, 64)),
+        ((8, 1), (128, 128)),
+        ((2, 2), (80, 80)),
+        ((5, 1), (20, 12)),  # fills no vector
+        ((4, 2), (192, 128)),  # multi-head latent attention
+        ((40, 1), (16, 24)),  # more rows per query than a task usually has
+    ],
+)
+def test_head_shapes(heads, head_dims, dtype, impl):
+    case = attention_case(*STEPS["mixed"], heads, head_dims, dtype)
+    assert_close(case.run(impl), case.expected())
+
+
+def test_queries_may_be_a_view_of_a_fused_projection(impl):
+    case = attention_case(*STEPS["mixed"], (6, 2), (32, 32), torch.bfloat16)
+    fused = torch.randn(case.q.shape[0], 10 * 32).to(torch.bfloat16)
+    fused[:, : 6 * 32] = case.q.flatten(1)
+    expected = case.expected()
+    case.q = fused[:, : 6 * 32].view(-1, 6, 32)
+    assert not case.q.is_contiguous()
+    assert_close(case.run(impl), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kv_write_puts_each_token_in_its_slot(dtype, impl):
+    case = attention_case(*STEPS["mixed"], (6, 2), (32, 24), dtype)
+    fused = torch.randn(case.batch.num_tokens, 2 * 32 + 2 * 24).to(dtype)
+    k, v = fused[:, :64].view(-1, 2, 32), fused[:, 64:].view(-1, 2, 24)
+    k_cache, v_cache = case.k_cache.clone(), case.v_cache.clone()
+    ops.kv_write_(k, v, k_cache, v_cache, case.batch, impl=impl)
+    for token, slot in enumerate(case.batch.slot_mapping.tolist()):
+        block, offset = divmod(slot, BLOCK_TOKENS)
+        assert torch.equal(k_cache[block, :, offset], k[token])
+        assert torch.equal(v_cache[block, :, offset], v[token])
+        k_cache[block, :, offset] = case.k_cache[block, :, offset]
+        v_cache[block, :, offset] = case.v_cache[block, :, offset]
+    torch.testing.assert_close(k_cache, case.k_cache, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(v_cache, case.v_cache, equal_nan=True, rtol=0, atol=0)
+
+
+def test_a_chunked_prompt_equals_the_whole_prompt(impl):
+    whole = attention_case((75,), (75,), (6, 2), (32, 32), torch.float32)
+    expected = whole.run(impl)
+    for end, size in ((40, 40), (60, 20), (75, 15)):
+        batch = ops.build_attention_batch(
+            torch.tensor([size]).numpy(), torch.tensor([end]).numpy(), whole.batch.block_tables.numpy(), "cpu"
+        )
+        chunk = AttentionCase(whole.q[end - size : end], whole.k_cache, whole.v_cache, batch, whole.logits)
+        assert_close(chunk.run(impl), expected[end - size : end])
+
+
+def _one_key_more(case: AttentionCase) -> None:
+    case.logits["window"] = 21
+
+
+def _no_sinks(case: AttentionCase) -> None:
+    case.logits["sinks"] = None
+
+
+def _no_softcap(case: AttentionCase) -> None:
+    case.logits["softcap"] = 0.0
+
+
+def _no_scale(case: AttentionCase) -> None:
+    case.logits["scale"] = 1.0
+
+
+def _one_token_short(case: AttentionCase) -> None:
+    case.batch.kv_lens -= 1
+
+
+def _another_block(case: AttentionCase) -> None:
+    case.batch.block_tables[:, [0, 1]] = case.batch.block_tables[:, [1, 0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "mistake", [_one_key_more, _no_sinks, _no_softcap, _no_scale, _one_token_short, _another_block]
+)
+def test_the_comparison_notices(mistake, dtype, native):
+    """What a broken kernel would compute: the tolerance of each dtype must tell it from the right answer."""
+    options = {"window": 20, "softcap": 2.0, "sinks": True}
+    case = attention_case((30, 1), (30, 31), (6, 2), (32, 32), dtype, **options)
+    expected = case.expected()
+    assert_close(case.run(native), expected)
+    mistake(case)
+    with pytest.raises(AssertionError):
+        assert_close(case.run(native), expected)

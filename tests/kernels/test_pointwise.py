@@ -1,0 +1,97 @@
+"""RMS norm, rotary embedding and gated activation against fp32, and against Hugging Face's own modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_cases import assert_close
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from lora_kernels import ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 64), (5, 33), (70, 576)]
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_rms_norm_is_hugging_faces(shape, plus_one, dtype, impl):
+    x = randn(*shape, dtype=dtype) * 3
+    module = (GemmaRMSNorm if plus_one else LlamaRMSNorm)(shape[1], eps=1e-2).to(dtype)
+    module.weight.data = randn(shape[1], dtype=dtype, seed=1)
+    actual = ops.rms_norm(x, module.weight.data, 1e-2, plus_one=plus_one, impl=impl)
+    assert_close(actual, module(x).detach())
+    assert not torch.allclose(actual, ops.rms_norm(x, module.weight.data, 1e-2, plus_one=not plus_one, impl=impl))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm_adds_the_residual_first(shape, dtype, impl):
+    x, residual, weight = (randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=1), randn(shape[1], dtype=dtype))
+    total = x + residual
+    kept = x.clone()
+    actual = ops.rms_norm(x, weight, 1e-5, residual=residual, impl=impl)
+    assert torch.equal(residual, total)
+    assert torch.equal(x, kept)
+    assert torch.equal(actual, ops.rms_norm(total, weight, 1e-5, impl=impl))
+
+
+def test_rms_norm_of_strided_rows(impl):
+    fused = randn(9, 100, dtype=torch.bfloat16)
+    weight = randn(40, dtype=torch.bfloat16)
+    assert torch.equal(
+        ops.rms_norm(fused[:, 60:], weight, 1e-5, impl=impl),
+        ops.rms_norm(fused[:, 60:].contiguous(), weight, 1e-5, impl=impl),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (20, 20), (64, 16)])
+def test_rotary_is_hugging_faces(head_dim, rotary_dim, dtype, impl):
+    tokens, q_heads, k_heads = 37, 6, 2
+    fused = randn(tokens, (q_heads + k_heads) * head_dim, dtype=dtype)
+    angles = torch.arange(tokens)[:, None] * 0.7 ** torch.arange(rotary_dim // 2)
+    angles = torch.cat([angles, angles], dim=-1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    q, k = fused.split([q_heads * head_dim, k_heads * head_dim], dim=1)
+    q, k = q.view(tokens, q_heads, head_dim), k.view(tokens, k_heads, head_dim)
+    before_q, before_k = q.clone(), k.clone()
+
+    heads_first = [part[None, :, :, :rotary_dim].float().transpose(1, 2) for part in (before_q, before_k)]
+    turned = apply_rotary_pos_emb(heads_first[0], heads_first[1], cos[None].float(), sin[None].float())
+    ops.rotary_(q, k, cos, sin, impl=impl)
+    for actual, before, expected in zip((q, k), (before_q, before_k), turned, strict=True):
+        assert_close(actual[..., :rotary_dim], expected[0].transpose(0, 1), dtype)
+        assert torch.equal(actual[..., rotary_dim:], before[..., rotary_dim:])
+        assert not torch.equal(actual, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gated_act(shape, dtype, impl):
+    fused = randn(shape[0], 2 * shape[1], dtype=dtype) * 4
+    gate, up = fused.chunk(2, dim=1)
+    expected = {
+        "silu": F.silu(gate.float()),
+        "gelu": F.gelu(gate.float()),
+        "gelu_tanh": F.gelu(gate.float(), approximate="tanh"),
+    }
+    for act in ("silu", "gelu", "gelu_tanh"):
+        assert_close(ops.gated_act(gate, up, act, impl=impl), expected[act] * up.float())
+    with pytest.raises(AssertionError):
+        assert_close(ops.gated_act(up, gate, "silu", impl=impl), expected["silu"] * up.float())
+
+
+def test_activations_are_right_far_out(native):
+    """At zero, and where exp overflows or underflows."""
+    gate = torch.tensor([[0.0, -0.0, 1e-30, -200.0, 200.0, 89.0, -89.0, -104.0, 1e38, -1e38]])
+    up = torch.ones_like(gate)
+    for act, function in (("silu", F.silu), ("gelu", F.gelu)):
+        torch.testing.assert_close(ops.gated_act(gate, up, act, impl=native), function(gate), rtol=1e-5, atol=1e-30)
