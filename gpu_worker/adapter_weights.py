@@ -90,7 +90,7 @@ class PoolWeights:
         self.lora_sites = [self._lora_site(site) for site in sites]
         first = 0
         for inputs in shared:
-            inputs.sites = self.lora_sites[first : first + inputs.num_siblings]
+            inputs.lora_sites = self.lora_sites[first : first + inputs.num_siblings]
             inputs.table = self.table
             first += inputs.num_siblings
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None

@@ -39,6 +39,9 @@ class AttentionCall:
     head_dim: int
     value_dim: int
     window: int
+    scale: float
+    softcap: float
+    sinks: Tensor | None
     is_causal: bool
 
 
@@ -80,7 +83,7 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[AttentionCall] = []
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> None:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
         self.calls.append(
             AttentionCall(
                 module=module,
@@ -88,8 +91,11 @@ class Recorder:
                 num_kv_heads=k.shape[1],
                 head_dim=q.shape[3],
                 value_dim=v.shape[3],
-                window=kwargs.get("sliding_window") or 0,
-                is_causal=kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False,
+                window=options.get("sliding_window") or 0,
+                scale=q.shape[3] ** -0.5 if options.get("scaling") is None else options["scaling"],
+                softcap=options.get("softcap") or 0.0,
+                sinks=options.get("s_aux"),
+                is_causal=options.get("is_causal", getattr(module, "is_causal", True)) is not False,
             )
         )
 
@@ -97,6 +103,11 @@ class Recorder:
 def bind(module: nn.Module, layer: PagedLayer | Recorder) -> None:
     """Make `paged_attention_forward` use `layer` for calls from `module`."""
     module.__dict__[_SLOT] = layer
+
+
+def unbind(module: nn.Module) -> None:
+    """Undo `bind`."""
+    module.__dict__.pop(_SLOT, None)
 
 
 def paged_attention_forward(
@@ -111,7 +122,7 @@ def paged_attention_forward(
     """Attend over the paged cache, as transformers calls it. q, k, v: [1, heads, T, D]; returns [1, T, heads, Dv]."""
     layer = module.__dict__[_SLOT]
     if type(layer) is Recorder:
-        layer.attend(module, query, key, value, kwargs)
+        layer.attend(module, query, key, value, {"scaling": scaling, **kwargs})
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     out = layer.attend(

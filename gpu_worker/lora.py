@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -51,53 +50,51 @@ class SharedInput:
         self.context = context
         self.is_head = is_head
         self.impl: ops.Impl | None = impl
-        self.sites: list[ops.LoraSite] = []  # set once the pool is allocated
+        self.lora_sites: list[ops.LoraSite] = []  # set once the pool is allocated
         self.table: ops.AdapterTable | None = None
         weights = [_weight(linear) for linear in linears]
-        self._sizes = [len(weight) for weight in weights]
-        self._weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        self.sizes = [len(weight) for weight in weights]
+        self.in_features = weights[0].shape[1]
+        self._packed = ops.pack_linear(torch.cat(weights) if len(weights) > 1 else weights[0].contiguous(), impl=impl)
         self._bias = _joint_bias(linears, weights)
         self._x: Tensor | None = None
         self._outs: list[Tensor] = []
 
     @property
     def num_siblings(self) -> int:
-        return len(self._sizes)
+        return len(self.sizes)
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """Return the output of sibling `index` for x [..., K]."""
-        if len(self._sizes) == 1:
-            return self._compute(x)[0]
         if x is not self._x:
-            self._x, self._outs = x, self._compute(x)
+            self._x, self._outs = x, self.project(x.reshape(-1, x.shape[-1]))
         out = self._outs[index]
         if index == len(self._outs) - 1:
             self._x, self._outs = None, []
-        return out
+        return out.view(*x.shape[:-1], out.shape[-1])
 
-    def _compute(self, x: Tensor) -> list[Tensor]:
-        rows = x.reshape(-1, x.shape[-1])
-        out = F.linear(rows, self._weight, self._bias)
-        outs = list(out.split(self._sizes, dim=-1)) if len(self._sizes) > 1 else [out]
+    def project(self, rows: Tensor) -> list[Tensor]:
+        """Return the outputs [T, N] of all siblings for rows [T, K]: column slices of one tensor."""
+        out = ops.linear(rows, self._packed, self._bias, impl=self.impl)
+        outs = list(out.split(self.sizes, dim=-1)) if len(self.sizes) > 1 else [out]
         batch = self.context.lora_logits if self.is_head else self.context.lora
         if batch is not None and self.table is not None:
-            ops.lora_add_(outs, rows, self.sites, self.table, batch, impl=self.impl)
-        return [out.view(*x.shape[:-1], out.shape[-1]) for out in outs]
+            ops.lora_add_(outs, rows, self.lora_sites, self.table, batch, impl=self.impl)
+        return outs
 
 
 class SiteLinear(nn.Module):
-    """Stands in the model for a linear layer; keeps its parameters and their names."""
+    """Stands in the model for a linear layer. The weight is in `shared`; here it is but a shape and a dtype."""
 
     def __init__(self, linear: nn.Module, shared: SharedInput, index: int) -> None:
         super().__init__()
-        self.weight = linear.weight
-        self.bias = linear.bias
-        self.out_features, self.in_features = _weight(linear).shape
-        self._shared = shared
+        self.weight = nn.Parameter(linear.get_parameter("weight").to("meta"), requires_grad=False)
+        self.out_features, self.in_features = shared.sizes[index], shared.in_features
+        self.shared = shared
         self._index = index
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._shared.output(self._index, x)
+        return self.shared.output(self._index, x)
 
 
 def find_siblings(calls: list[LinearCall]) -> list[list[LinearCall]]:

@@ -8,19 +8,24 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from gpu_worker.attention import ATTENTION, AttentionCall, PagedLayer, Recorder, StepContext, bind
-from gpu_worker.lora import LinearCall, SharedInput, SiteInfo, install_sites
+from gpu_worker.attention import ATTENTION, PagedLayer, StepContext, bind
+from gpu_worker.lora import SharedInput, SiteInfo, install_sites
+from gpu_worker.shortcuts import install_shortcuts
+from gpu_worker.trial import NUM_TOKENS, Trial, run_trial
 from lora_kernels import ops
 from protocol.errors import BadRequest
+
+logger = logging.getLogger(__name__)
 
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -75,14 +80,6 @@ class LogitsCheck:
     logits: Tensor  # [T, V]
 
 
-@dataclass(slots=True)
-class Trial:
-    """What a trial run of the model called."""
-
-    attention: list[AttentionCall] = field(default_factory=list)
-    linears: list[LinearCall] = field(default_factory=list)
-
-
 def choose_device(device: str) -> torch.device:
     """Return the device for a setting of auto, cpu or cuda."""
     if device == "auto":
@@ -120,7 +117,7 @@ def prepare_model(module: PreTrainedModel, eos_ids: frozenset[int], impl: ops.Im
     with torch.inference_mode():
         check = _ask_untouched(module, config.vocab_size)
         module.set_attn_implementation(ATTENTION)
-        trial = _run_trial(module, keeps_logits)
+        trial = run_trial(module, keeps_logits)
     _refuse_calls(trial, config)
     context = StepContext()
     layers = [PagedLayer(call, context, impl) for call in trial.attention]
@@ -129,11 +126,25 @@ def prepare_model(module: PreTrainedModel, eos_ids: frozenset[int], impl: ops.Im
     names = {module_: name for name, module_ in module.named_modules()}
     attention_names = {names[layer.call.module] for layer in layers}
     sites, shared = install_sites(module, trial.linears, attention_names, context, impl)
+    num_short = _shorten(module, trial, layers, context, impl)
+    logger.info("%d of %d layers of %s run by shortcuts", num_short, len(layers), config.model_type)
     return BaseModel(
         module=module, device=device, dtype=dtype, context=context, layers=layers, sites=sites, shared=shared,
         eos_ids=eos_ids, max_positions=_max_positions(config), fingerprint=fingerprint, keeps_logits=keeps_logits,
         check=check,
     )  # fmt: skip
+
+
+def _shorten(
+    module: PreTrainedModel, trial: Trial, layers: list[PagedLayer], context: StepContext, impl: ops.Impl | None
+) -> int:
+    """Install the shortcuts, checking them on the trial's tokens in a cache of one block."""
+    for layer in layers:
+        layer.allocate(1, module.dtype, module.device)
+    num_tokens = np.array([NUM_TOKENS])
+    context.attention = ops.build_attention_batch(num_tokens, num_tokens, np.zeros((1, 1), np.int32), module.device)
+    with torch.inference_mode():
+        return install_shortcuts(module, trial, layers, impl)
 
 
 def fingerprint_of(module: PreTrainedModel) -> str:
@@ -150,32 +161,6 @@ def _ask_untouched(module: PreTrainedModel, vocab_size: int, num_tokens: int = 2
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (num_tokens,), generator=generator).to(module.device)
     return LogitsCheck(ids, module(input_ids=ids[None], use_cache=False).logits[0])
-
-
-def _run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
-    """Run a few tokens through the model and note the attention and linear calls."""
-    trial, recorder = Trial(), Recorder()
-    num_tokens, num_rows = 5, 2
-    handles = []
-
-    def watch(name: str, linear: nn.Module, x: Tensor) -> None:
-        num = x.numel() // x.shape[-1]
-        if num in (num_tokens, num_rows):
-            trial.linears.append(LinearCall(name, linear, x, is_head=num == num_rows))
-
-    for name, child in module.named_modules():
-        bind(child, recorder)
-        if type(child) in (nn.Linear, Conv1D):
-            handles.append(
-                child.register_forward_pre_hook(lambda linear, args, name=name: watch(name, linear, args[0]))
-            )
-    ids = torch.arange(num_tokens, device=module.device)[None]
-    keep = {"logits_to_keep": torch.arange(num_rows, device=module.device)} if keeps_logits else {}
-    module(input_ids=ids, position_ids=ids, use_cache=False, **keep)
-    for handle in handles:
-        handle.remove()
-    trial.attention = recorder.calls
-    return trial
 
 
 def _refuse_layer_types(module: PreTrainedModel, config: Any) -> None:

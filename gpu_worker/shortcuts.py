@@ -1,0 +1,232 @@
+"""Shorter ways through the blocks that most decoders share: a few native operations instead of many small ones.
+
+A block is recognised by what it is made of, never by its model's name, and replaced only after the replacement has
+computed what the original computes, on the original's own input. What is not recognised stays as Hugging Face wrote it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpu_worker.attention import PagedLayer
+from gpu_worker.lora import SharedInput, SiteLinear
+from gpu_worker.trial import ModuleCall, Trial
+from lora_kernels import ops
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest difference allowed between a block and its shortcut, relative to the largest output: rounding only."""
+
+_ACTIVATIONS: dict[ops.Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class Norm:
+    """RMSNorm."""
+
+    def __init__(self, weight: Tensor, eps: float, *, plus_one: bool, impl: ops.Impl | None) -> None:
+        self.weight = weight
+        self.eps = eps
+        self.plus_one = plus_one
+        self.impl: ops.Impl | None = impl
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps, plus_one=self.plus_one, impl=self.impl)
+
+    def add_forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual += x, in place, and normalize the sum."""
+        return ops.rms_norm(x, self.weight, self.eps, residual=residual, plus_one=self.plus_one, impl=self.impl)
+
+
+class GatedMlp:
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, gate_up: SharedInput, down: SharedInput, act: ops.Activation, impl: ops.Impl | None) -> None:
+        self.gate_up = gate_up
+        self.down = down
+        self.act: ops.Activation = act
+        self.impl: ops.Impl | None = impl
+
+    def run(self, rows: Tensor) -> Tensor:
+        outs = self.gate_up.project(rows)
+        gate, up = outs if len(outs) == 2 else outs[0].chunk(2, dim=-1)
+        return self.down.project(ops.gated_act(gate, up, self.act, impl=self.impl))[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x.view(-1, x.shape[-1])).view(x.shape)
+
+
+class RotaryAttention:
+    """Projections, RMSNorm of queries and keys in some models, rotary embedding, paged attention, output projection."""
+
+    def __init__(self, layer: PagedLayer, qkv: SharedInput, out: SharedInput, norms: tuple[Norm, Norm] | None) -> None:
+        self.layer = layer
+        self.qkv = qkv
+        self.out = out
+        self.norms = norms
+
+    def run(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        call = self.layer.call
+        q, k, v = self.qkv.project(rows)
+        q = q.view(-1, call.num_heads, call.head_dim)
+        k = k.view(-1, call.num_kv_heads, call.head_dim)
+        v = v.view(-1, call.num_kv_heads, call.value_dim)
+        if self.norms is not None:
+            q, k = self.norms[0].forward(q), self.norms[1].forward(k)
+        ops.rotary_(q, k, cos, sin, impl=self.layer.impl)
+        attended = self.layer.attend(q, k, v, call.scale, call.softcap, call.sinks)
+        return self.out.project(attended.view(len(rows), -1))[0]
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *_: Any, **__: Any
+    ) -> tuple[Tensor, None]:
+        cos, sin = position_embeddings
+        out = self.run(hidden_states.view(-1, hidden_states.shape[-1]), cos[0], sin[0])
+        return out.view(*hidden_states.shape[:-1], out.shape[-1]), None
+
+
+class PreNormLayer:
+    """x += attention(norm(x)); x += mlp(norm(x)). Changes its input in place."""
+
+    def __init__(self, attention: RotaryAttention, mlp: GatedMlp, first: Norm, second: Norm) -> None:
+        self.attention = attention
+        self.mlp = mlp
+        self.first = first
+        self.second = second
+
+    def forward(self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **__: Any) -> Tensor:
+        rows = hidden_states.view(-1, hidden_states.shape[-1])
+        cos, sin = position_embeddings
+        attended = self.attention.run(self.first.forward(rows), cos[0], sin[0])
+        rows += self.mlp.run(self.second.add_forward(attended, rows))
+        return hidden_states
+
+
+def install_shortcuts(model: nn.Module, trial: Trial, layers: list[PagedLayer], impl: ops.Impl | None) -> int:
+    """Replace the recognised blocks of a model whose linear layers are sites. Returns how many layers are whole ones.
+
+    The context must describe a step of the trial's tokens and the caches must have room for it.
+    """
+    norms: dict[nn.Module, Norm] = {}
+    for module in model.modules():
+        norm = find_norm(module, impl)
+        if norm is not None:
+            norms[module] = norm
+            module.forward = norm.forward
+    by_module = {layer.call.module: layer for layer in layers}
+    blocks: dict[nn.Module, Any] = {}
+    # Inner blocks come first: a layer is recognised by the shortcuts found for what it holds.
+    for name, call in sorted(trial.modules.items(), key=lambda item: -item[0].count(".")):
+        module = model.get_submodule(name)
+        for candidate in _candidates(module, by_module.get(module), norms, blocks, impl):
+            if _agrees(module, candidate, call):
+                module.forward = candidate.forward
+                blocks[module] = candidate
+                break
+    return sum(type(block) is PreNormLayer for block in blocks.values())
+
+
+def _candidates(
+    module: nn.Module, layer: PagedLayer | None, norms: dict[nn.Module, Norm], blocks: dict[nn.Module, Any],
+    impl: ops.Impl | None,
+) -> Iterator[GatedMlp | RotaryAttention | PreNormLayer]:  # fmt: skip
+    """Yield what a module might be shortened to, judging by its children."""
+    children = list(module.children())
+    linears = [child for child in children if isinstance(child, SiteLinear)]
+    shared = list(dict.fromkeys(linear.shared for linear in linears))
+    own_norms = [norms[child] for child in children if child in norms]
+    if layer is not None and len(shared) == 2 and [inputs.num_siblings for inputs in shared] == [3, 1]:
+        pair = (own_norms[0], own_norms[1]) if len(own_norms) == 2 else None
+        if len(own_norms) in (0, 2):
+            yield RotaryAttention(layer, shared[0], shared[1], pair)
+    elif layer is None and len(shared) == 2 and shared[0].num_siblings <= 2 and shared[1].num_siblings == 1:
+        act = _find_activation(module)
+        if act is not None and sum(shared[0].sizes) == 2 * shared[1].in_features:
+            yield GatedMlp(shared[0], shared[1], act, impl)
+    elif len(own_norms) == 2:
+        attentions = [blocks[child] for child in children if isinstance(blocks.get(child), RotaryAttention)]
+        mlps = [blocks[child] for child in children if isinstance(blocks.get(child), GatedMlp)]
+        if len(attentions) == 1 and len(mlps) == 1:
+            yield PreNormLayer(attentions[0], mlps[0], *own_norms)
+            yield PreNormLayer(attentions[0], mlps[0], *reversed(own_norms))
+
+
+def find_norm(module: nn.Module, impl: ops.Impl | None) -> Norm | None:
+    """Return the RMSNorm that computes exactly what a module computes, if there is one."""
+    parameters = list(module.named_parameters(recurse=False))
+    if [name for name, _ in parameters] != ["weight"] or next(module.children(), None) is not None:
+        return None
+    weight = parameters[0][1].detach()
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if weight.ndim != 1 or not isinstance(eps, float):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    # Small enough numbers that eps matters.
+    x = (eps**0.5 * torch.randn(3, len(weight), generator=generator)).to(weight.device)
+    try:
+        expected = module(x)
+    except Exception:  # noqa: BLE001 - not a norm: any module with one vector may stand here
+        return None
+    for plus_one in (False, True):
+        norm = Norm(weight, eps, plus_one=plus_one, impl=impl)
+        got = ops.rms_norm(x, weight.float(), eps, plus_one=plus_one, impl=impl)
+        if isinstance(expected, Tensor) and _close(got, expected, 1e-4):
+            return norm
+    return None
+
+
+def _find_activation(module: nn.Module) -> ops.Activation | None:
+    """Return which activation function a module holds, as a child or an attribute."""
+    x = torch.linspace(-6, 6, 101)
+    held = [child for child in module.children() if next(child.parameters(), None) is None]
+    held += [value for value in vars(module).values() if callable(value)]
+    for value in held:
+        try:
+            y = value(x)
+        except Exception:  # noqa: BLE001 - any attribute that can be called may stand here
+            continue
+        for name, function in _ACTIVATIONS.items():
+            if isinstance(y, Tensor) and torch.allclose(y, function(x), rtol=1e-5, atol=1e-6):
+                return name
+    return None
+
+
+def _agrees(module: nn.Module, shortcut: Any, call: ModuleCall) -> bool:
+    """Tell whether a shortcut computes what a module computes from the arguments of the trial run."""
+    expected = module.forward(*_copies(call.args), **_copies(call.kwargs))
+    try:
+        got = shortcut.forward(*_copies(call.args), **_copies(call.kwargs))
+    except (TypeError, ValueError, RuntimeError) as error:  # arguments or shapes that the shortcut does not take
+        logger.debug("no shortcut for %s: %s", type(module).__name__, error)
+        return False
+    if isinstance(expected, tuple):
+        expected, got = expected[0], got[0] if isinstance(got, tuple) else None
+    if not isinstance(got, Tensor) or not isinstance(expected, Tensor) or got.shape != expected.shape:
+        return False
+    return _close(got, expected, TOLERANCE[expected.dtype])
+
+
+def _copies(values: Any) -> Any:
+    """Copy the tensors of a module's arguments: shortcuts may change them."""
+    if isinstance(values, Tensor):
+        return values.clone()
+    if isinstance(values, (tuple, list)):
+        return type(values)(_copies(value) for value in values)
+    if isinstance(values, dict):
+        return {key: _copies(value) for key, value in values.items()}
+    return values
+
+
+def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
+    difference = (got.float() - expected.float()).abs().max()
+    return bool(difference <= tolerance * expected.float().abs().max())
