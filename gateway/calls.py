@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 
 from gateway.catalogue import Catalogue, Fleet, Target
-from gateway.chat import normalize_messages
 from gateway.choices import Choice, Prompt
 from gateway.generation import Generation, Terms
 from gateway.openai_api import (
@@ -237,15 +236,11 @@ class Calls:
         )
 
     async def _chat_prompt(self, request: ChatRequest) -> Prompt:
-        template = self.files.template
-        if template is None:
-            raise BadRequest("this model has no chat template; use /v1/completions", code="no_chat_template")
-        text = template.render(
-            normalize_messages(request.messages),
+        ids = await self.files.encode_chat(
+            request.messages,
             add_generation_prompt=request.add_generation_prompt is not False,
             variables=request.chat_template_kwargs or {},
         )
-        [ids] = await self.files.encode([text], add_special_tokens=False)
         if not ids:
             raise BadRequest("the chat template makes an empty prompt of these messages", param="messages")
         return Prompt(pack(ids), len(ids), "")
@@ -255,7 +250,7 @@ class Calls:
         if not sources:
             raise BadRequest("prompt is an empty list", param="prompt")
         texts = [source for source in sources if isinstance(source, str)]
-        encoded = iter(await self.files.encode(texts, add_special_tokens=True) if texts else [])
+        encoded = iter(await self.files.encode(texts) if texts else [])
         prompts: list[Prompt] = []
         for source in sources:
             ids = next(encoded) if isinstance(source, str) else source

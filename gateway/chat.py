@@ -21,10 +21,13 @@ _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
-    """A compiled chat template with the model's special tokens."""
+    """A compiled chat template with the model's special tokens. Raises BadRequest when it does not compile."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        self._template = _environment().from_string(source)
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise BadRequest(f"the model's chat template is broken: {error}") from error
         self._special_tokens = special_tokens
 
     @classmethod

@@ -12,7 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from gateway.chat import ChatTemplate
+from gateway.chat import ChatTemplate, normalize_messages
+from protocol.errors import BadRequest
 from protocol.model_files import TOKENIZER_FILES, model_folder, served_name
 from protocol.settings import Settings
 
@@ -27,12 +28,26 @@ class ModelFiles:
     template: ChatTemplate | None
     eos_ids: frozenset[int]
 
-    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """Return the token ids of each text."""
-        encodings = await asyncio.to_thread(
-            self.tokenizer.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens
-        )
+    async def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, with the special tokens that the tokenizer puts around it."""
+        encodings = await asyncio.to_thread(self.tokenizer.encode_batch_fast, list(texts))
         return [encoding.ids for encoding in encodings]
+
+    async def encode_chat(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, variables: dict[str, Any]
+    ) -> list[int]:
+        """Return the token ids of a conversation. Raises BadRequest when it cannot be rendered."""
+        template = self.template
+        if template is None:
+            raise BadRequest("this model has no chat template; use /v1/completions", code="no_chat_template")
+
+        def encode() -> list[int]:
+            normal = normalize_messages(messages)
+            text = template.render(normal, add_generation_prompt=add_generation_prompt, variables=variables)
+            # The template has written the special tokens.
+            return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+        return await asyncio.to_thread(encode)
 
 
 def load_model_files(settings: Settings) -> ModelFiles:
