@@ -16,6 +16,7 @@ COMMANDS = {
     "serve": ("lorafleet.serve", "run one service against a queue"),
     "demo": ("lorafleet.demo", "start a fleet with a small model and three adapters, and ask them"),
     "bench": ("lorafleet.bench.cli", "put load on an OpenAI-compatible server and measure it"),
+    "simulate": ("scheduler.simulate", "try scheduling policies on a simulated fleet"),
 }
 
 

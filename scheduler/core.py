@@ -67,7 +67,9 @@ class Scheduler:
         self.requests: dict[str, Request] = {}
         self._deadlines: list[tuple[int, str]] = []
         self._num_seen = 0
+        self._now_ms = 0.0  # of the last plan
         self._unplaced: set[str] = set()  # digests of requests submitted since the last plan
+        self._wanted: list[tuple[str, str]] = []  # (wid, digest) of new homes
         self._prefetched: dict[str, float] = {}  # digest -> when, ms
 
     # ------------------------------------------------------------ what happened
@@ -84,6 +86,7 @@ class Scheduler:
         else:
             heappush(self._deadlines, (sub.deadline_ms, sub.rid))
         self._enqueue(request)
+        self.ledger.headroom.asked(sub.tenant, self._now_ms)
         if sub.digest != BASE and sub.digest not in self.fleet.holders:
             self._unplaced.add(sub.digest)
 
@@ -132,13 +135,14 @@ class Scheduler:
     def tick(self) -> None:
         """Once a second: follow the load of adapters."""
         self.placement.begin()
-        self.placement.tick(self.backlog.by_digest)
+        self._wanted = self.placement.tick(self.backlog.by_digest)
 
     # ------------------------------------------------------------ what to do
 
     def plan(self, now_ms: float) -> Plan:
         """Choose what to dispatch now."""
         plan = Plan()
+        self._now_ms = now_ms
         for digest, warm in self.fleet.take_moved().items():
             self.backlog.set_warm(digest, warm)
         if self.backlog.num_queued:
@@ -149,6 +153,8 @@ class Scheduler:
                     self._dispatch_lane(cls, warm, plan, now_ms)
             self._prefetch(plan, now_ms)
         self._unplaced.clear()
+        plan.prefetches += self._wanted
+        self._wanted = []
         return plan
 
     def undo(self, requests: Iterable[Request], ended: Iterable[str] = ()) -> None:
@@ -237,12 +243,15 @@ class Scheduler:
         if plan.num_placed >= MAX_PLACED:
             plan.again_ms = now_ms
             return Verdict.FULL
+        capacity = self.placement.total_capacity
+        if not (request.resumed or self.ledger.headroom.allows(request.submit.tenant, capacity, now_ms)):
+            return Verdict.BLOCKED
         output_tokens = min(request.submit.max_new_tokens, self.ledger.mean_output_tokens)
         choice = self.placement.choose(request, output_tokens, now_ms, final=final)
         if isinstance(choice, Worker):
             self.backlog.remove(request)
             self.ledger.assign(request, choice)
-            self.placement.took(request, choice)
+            self.placement.took(request, choice, now_ms)
             plan.batches.setdefault(choice.wid, []).append(request)
             plan.num_placed += 1
             return Verdict.PLACED

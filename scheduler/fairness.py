@@ -2,8 +2,38 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 INPUT_WEIGHT = 1.0
 OUTPUT_WEIGHT = 2.0
+
+HEADROOM = 0.125
+"""Share of the fleet's capacity that no tenant takes alone, while others come now and then."""
+
+RECENT_MS = 60_000.0
+
+
+class Headroom:
+    """Keeps room for those who ask now and then. A flood on an idle fleet would else fill it whole, at one moment,
+    with requests that also end at one moment: counters decide only about what is free."""
+
+    def __init__(self) -> None:
+        self.running: Counter[str] = Counter()
+        """Tenant -> requests it has on workers."""
+        self._last_ms: dict[str, float] = {}  # tenant -> when it last asked, the longest ago first
+
+    def asked(self, tenant: str, now_ms: float) -> None:
+        """Note that a tenant has sent a request."""
+        self._last_ms.pop(tenant, None)
+        self._last_ms[tenant] = now_ms
+
+    def allows(self, tenant: str, capacity: int, now_ms: float) -> bool:
+        """Tell whether a tenant may have one more request on a fleet of this capacity."""
+        if self.running[tenant] < capacity - max(1, int(capacity * HEADROOM)):
+            return True
+        while self._last_ms and now_ms - (oldest := next(iter(self._last_ms.items())))[1] > RECENT_MS:
+            del self._last_ms[oldest[0]]
+        return not (self._last_ms.keys() - {tenant})
 
 
 class TokenCounters:

@@ -53,6 +53,7 @@ class Worker:
     ranks: dict[str, int] = field(default_factory=dict)  # of the distinct adapters of its requests
     rank_sum: int = 0
     num_tokens: int = 0  # prompt and expected output of its requests
+    prefill_until_ms: float = 0.0  # when it should be through with the prompts it was given
 
     @property
     def wid(self) -> str:
@@ -79,12 +80,12 @@ class Worker:
         return Tier.HOST if digest in self.host else Tier.REMOTE
 
     def ready_credit(self, cls: str) -> int:
-        """Return how many requests whose adapter is there it may get. Batch work leaves a tenth of it free."""
+        """Return how many requests whose adapter is there it may get. Batch work leaves a quarter of it free."""
         beat = self.beat
         if beat.kv_blocks_free * 16 < beat.kv_blocks_total and beat.waiting > beat.waiting_adapter:
             return 0  # memory, not the number of requests, limits it now
         if cls == BATCH:
-            return beat.capacity - max(1, beat.capacity // 10) - self.num_ready
+            return beat.capacity - max(1, beat.capacity // 4) - self.num_ready
         return beat.capacity + QUEUED_AHEAD - self.num_ready
 
     def takes_cold(self, digest: str, cls: str) -> bool:

@@ -106,7 +106,7 @@ def test_ready_requests_fill_the_capacity_and_two_wait() -> None:
 
 def test_batch_work_leaves_room_and_never_queues_ahead() -> None:
     fleet = make_fleet(beat("w", capacity=20))
-    assert fleet.workers["w"].ready_credit("batch") == 18
+    assert fleet.workers["w"].ready_credit("batch") == 15
 
 
 def test_waiting_for_an_adapter_takes_no_capacity_but_is_bounded() -> None:

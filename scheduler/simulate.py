@@ -1,0 +1,174 @@
+"""The `lorafleet simulate` command: a load, a fleet size and policies in; throughput, waits, loads and fairness out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from protocol import messages as m
+from protocol.errors import BadRequest
+from scheduler.core import Policy
+from scheduler.placement import AdapterFacts, Bandwidths
+from scheduler.request import BASE
+from scheduler.simulation.policies import POLICIES, make_dispatcher
+from scheduler.simulation.run import Arrival, Simulation, jain
+from scheduler.simulation.trace import Load, adapters, generate, read
+from scheduler.simulation.worker import SMALL_GPU_STEP, WorkerModel
+
+T = TypeVar("T", int, float)
+
+DEFAULT_STEP_MODEL = ",".join(f"{getattr(SMALL_GPU_STEP, term):g}" for term in "abcd")
+MEAN_ADAPTER_BYTES = 37_500_000
+"""Of the adapters that `trace.adapters` makes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One policy on one fleet. Times in ms of virtual time."""
+
+    policy: str
+    workers: int
+    requests: int
+    seconds: float
+    requests_per_s: float
+    output_tokens_per_s: float
+    first_token_p50_ms: float
+    first_token_p90_ms: float
+    first_token_p99_ms: float
+    adapter_loads: int
+    adapter_fetches: int
+    busy: float
+    jain: float
+
+
+HEADINGS = ("policy", "workers", "requests", "s", "req/s", "tok/s", "TTFT p50 ms", "p90", "p99", "loads", "fetches",
+            "busy", "Jain")  # fmt: skip
+"""Of the fields of `Row`."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    load = parser.add_argument_group("load")
+    load.add_argument("--trace", type=Path, help="recorded load: a JSON object a line (default: a made load)")
+    load.add_argument("--rate", type=float, default=10.0, help="requests per second and worker (%(default)g)")
+    load.add_argument("--seconds", type=float, default=60.0, help="how long requests come (%(default)g)")
+    load.add_argument("--adapters", type=int, default=1000, help="how many there are; 0: only the base (%(default)s)")
+    load.add_argument("--zipf", type=float, default=1.0, help="popularity of the i-th adapter ~ 1/i^S (%(default)g)")
+    load.add_argument("--tenants", type=int, default=8, help="0: each adapter is its own (%(default)s)")
+    load.add_argument("--prompt-tokens", type=int, default=256, help="mean (%(default)s)")
+    load.add_argument("--output-tokens", type=int, default=128, help="mean (%(default)s)")
+    load.add_argument("--seed", type=int, default=0)
+    fleet = parser.add_argument_group("fleet")
+    fleet.add_argument("--workers", default="4,16,64", help="fleet sizes to compare (%(default)s)")
+    fleet.add_argument("--capacity", type=int, default=64, help="requests a worker runs at once (%(default)s)")
+    fleet.add_argument("--step-tokens", type=int, default=2048, help="tokens in one step (%(default)s)")
+    fleet.add_argument(
+        "--step-model",
+        default=DEFAULT_STEP_MODEL,
+        metavar="A,B,C,D",
+        help="seconds of a step = A + B tokens + C KV tokens + D ranks, as beats report it (%(default)s)",
+    )
+    fleet.add_argument("--pool-adapters", type=int, default=32, help="adapters that fit a worker (%(default)s)")
+    fleet.add_argument("--host-adapters", type=int, default=200, help="adapters in its host cache (%(default)s)")
+    fleet.add_argument("--host-mb-s", type=float, default=2000.0, help="host to pool (%(default)g)")
+    fleet.add_argument("--remote-mb-s", type=float, default=200.0, help="store to host (%(default)g)")
+    parser.add_argument("--policies", default=",".join(POLICIES), help="%(default)s")
+    parser.add_argument("--slack", type=float, default=4096.0, help="affinity slack, tokens (%(default)g)")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit status. Raises BadRequest for arguments that make no sense."""
+    policies = args.policies.split(",")
+    if unknown := set(policies) - set(POLICIES):
+        raise BadRequest(f"--policies: unknown {', '.join(sorted(unknown))}; there are {', '.join(POLICIES)}")
+    model = _worker_model(args)
+    rows: list[Row] = []
+    table = Table(*HEADINGS, box=None, pad_edge=False, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for num_workers in _numbers(args.workers, int, "--workers"):
+        trace, facts = _load(args, num_workers)
+        for policy in policies:
+            row = simulate(policy, trace, facts, model, num_workers, args.slack)
+            rows.append(row)
+            table.add_row(*(_text(value) for value in asdict(row).values()))
+    Console(width=max(120, Console().width)).print(table)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return 0
+
+
+def simulate(
+    policy: str,
+    trace: Sequence[Arrival],
+    facts: dict[str, AdapterFacts],
+    model: WorkerModel,
+    num_workers: int,
+    slack_tokens: float,
+) -> Row:
+    """Run one policy over a trace. Fairness is counted while requests come, over the tenants of the trace."""
+    dispatcher = make_dispatcher(policy, Policy(slack_tokens=slack_tokens), facts)
+    outcome = Simulation(dispatcher, model, num_workers, facts).run(trace)
+    seconds = outcome.end_ms / 1000
+    return Row(
+        policy=policy,
+        workers=num_workers,
+        requests=len(outcome.requests),
+        seconds=seconds,
+        requests_per_s=len(outcome.requests) / max(seconds, 1e-9),
+        output_tokens_per_s=outcome.output_tokens_per_s,
+        first_token_p50_ms=outcome.first_token_ms(0.5),
+        first_token_p90_ms=outcome.first_token_ms(0.9),
+        first_token_p99_ms=outcome.first_token_ms(0.99),
+        adapter_loads=outcome.num_loads,
+        adapter_fetches=outcome.num_fetches,
+        busy=outcome.busy,
+        jain=jain(list(outcome.attained(0.0, trace[-1].at_ms).values())) if trace else 1.0,
+    )
+
+
+def _load(args: argparse.Namespace, num_workers: int) -> tuple[list[Arrival], dict[str, AdapterFacts]]:
+    if args.trace:
+        trace = read(args.trace)
+        names = sorted({arrival.submit.digest for arrival in trace} - {BASE})
+        return trace, dict(zip(names, adapters(len(names), args.seed).values(), strict=True))
+    load = Load(
+        rate=args.rate * num_workers, seconds=args.seconds, num_adapters=args.adapters, zipf=args.zipf,
+        num_tenants=args.tenants, prompt_tokens=args.prompt_tokens, output_tokens=args.output_tokens, seed=args.seed,
+    )  # fmt: skip
+    return list(generate(load)), adapters(args.adapters, args.seed)
+
+
+def _worker_model(args: argparse.Namespace) -> WorkerModel:
+    terms = _numbers(args.step_model, float, "--step-model")
+    if len(terms) != 4:
+        raise BadRequest(f"--step-model: four numbers are needed, not {len(terms)}")
+    return WorkerModel(
+        capacity=args.capacity,
+        max_step_tokens=args.step_tokens,
+        step=m.StepModel(a=terms[0], b=terms[1], c=terms[2], d=terms[3]),
+        pool_bytes=args.pool_adapters * MEAN_ADAPTER_BYTES,
+        host_bytes=args.host_adapters * MEAN_ADAPTER_BYTES,
+        bandwidths=Bandwidths(host=args.host_mb_s * 1000, remote=args.remote_mb_s * 1000),
+    )
+
+
+def _numbers(text: str, type_: Callable[[str], T], flag: str) -> list[T]:
+    try:
+        return [type_(word) for word in text.split(",")]
+    except ValueError as error:
+        raise BadRequest(f"{flag}: {error}") from error
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}" if value < 10 else f"{value:,.0f}"
+    return str(value)

@@ -1,0 +1,179 @@
+"""Runs a trace through a policy and a fleet in virtual time, and sums up what came out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from heapq import heappop, heappush
+
+from protocol import messages as m
+from scheduler.placement import AdapterFacts
+from scheduler.simulation.policies import Dispatcher
+from scheduler.simulation.worker import Running, SimWorker, WorkerModel
+
+BEATS_MS = 500.0
+"""How often the scheduler looks at the beats, which is when it learns what is resident."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request of a trace."""
+
+    at_ms: float
+    submit: m.Submit
+    num_output_tokens: int
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run came to. Times in ms of virtual time."""
+
+    requests: list[Running] = field(default_factory=list)
+    end_ms: float = 0.0
+    num_loads: int = 0  # of adapters, into pools
+    num_fetches: int = 0  # of adapters, from the store
+    busy: float = 0.0  # mean share of time in which a worker computed
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        return 1000 * sum(request.num_output_tokens for request in self.requests) / max(self.end_ms, 1e-9)
+
+    def first_token_ms(self, percentile: float, keep: Callable[[Running], bool] = lambda request: True) -> float:
+        """Return a percentile, in [0, 1], of the times to the first token."""
+        waits = sorted(request.first_ms - request.submitted_ms for request in self.requests if keep(request))
+        return waits[min(len(waits) - 1, int(percentile * len(waits)))] if waits else 0.0
+
+    def attained(self, start_ms: float, end_ms: float) -> dict[str, float]:
+        """Return the tokens each tenant got in `[start_ms, end_ms)`: prompts at their first token, output evenly."""
+        tokens: dict[str, float] = defaultdict(float)
+        for request in self.requests:
+            tenant = request.submit.tenant
+            if start_ms <= request.first_ms < end_ms:
+                tokens[tenant] += request.submit.num_prompt_tokens
+            whole_ms = max(request.ended_ms - request.first_ms, 1e-9)
+            inside_ms = max(0.0, min(request.ended_ms, end_ms) - max(request.first_ms, start_ms))
+            tokens[tenant] += 2 * request.num_output_tokens * min(1.0, inside_ms / whole_ms)
+        return tokens
+
+
+def jain(values: Sequence[float]) -> float:
+    """Return Jain's fairness index: 1 when all are equal, 1 / n when one has everything."""
+    total = sum(values)
+    return total * total / (len(values) * sum(value * value for value in values)) if total else 1.0
+
+
+class _Event(IntEnum):
+    """What happens at a moment; of several at once, in this order."""
+
+    STEP_END = 0
+    LOAD_END = 1
+    ARRIVAL = 2
+    BEATS = 3
+    PLAN = 4
+
+
+class Simulation:
+    """One run."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, model: WorkerModel, num_workers: int, facts: Mapping[str, AdapterFacts]
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._workers = {f"w{i}": SimWorker(f"w{i}", model, facts) for i in range(num_workers)}
+        self._events: list[tuple[float, _Event, int, str]] = []
+        self._num_events = 0
+        self._open: dict[str, Running] = {}
+        self._next_plan_ms: float | None = None
+        self._outcome = Outcome()
+
+    def run(self, trace: Sequence[Arrival]) -> Outcome:
+        """Run a trace, ordered by time, to the end of its last request."""
+        outcome = self._outcome
+        arrivals = iter(trace)
+        arrival = next(arrivals, None)
+        self._look_at_beats(0.0)
+        self._push(BEATS_MS, _Event.BEATS)
+        if arrival is not None:
+            self._push(arrival.at_ms, _Event.ARRIVAL)
+        while arrival is not None or self._open:
+            now_ms, event, _, wid = heappop(self._events)
+            outcome.end_ms = now_ms
+            if event is _Event.ARRIVAL:
+                assert arrival is not None
+                self._arrive(arrival)
+                arrival = next(arrivals, None)
+                if arrival is not None:
+                    self._push(arrival.at_ms, _Event.ARRIVAL)
+            elif event is _Event.BEATS:
+                self._look_at_beats(now_ms)
+                self._push(now_ms + BEATS_MS, _Event.BEATS)
+            elif event is _Event.STEP_END:
+                self._end_step(self._workers[wid], now_ms)
+            elif event is _Event.LOAD_END:
+                self._workers[wid].end_load()
+                self._go_on(self._workers[wid], now_ms)
+            else:
+                self._next_plan_ms = None
+                self._plan(now_ms)
+        outcome.num_loads = sum(worker.num_loads for worker in self._workers.values())
+        outcome.num_fetches = sum(worker.num_fetches for worker in self._workers.values())
+        busy_ms = sum(worker.busy_ms for worker in self._workers.values())
+        outcome.busy = busy_ms / max(outcome.end_ms, 1e-9) / len(self._workers)
+        return outcome
+
+    def _push(self, at_ms: float, event: _Event, wid: str = "") -> None:
+        self._num_events += 1
+        heappush(self._events, (at_ms, event, self._num_events, wid))
+
+    def _plan_at(self, at_ms: float) -> None:
+        if self._next_plan_ms is None or at_ms < self._next_plan_ms:
+            self._next_plan_ms = at_ms
+            self._push(at_ms, _Event.PLAN)
+
+    def _arrive(self, arrival: Arrival) -> None:
+        request = Running(arrival.submit, arrival.num_output_tokens, submitted_ms=arrival.at_ms)
+        self._open[arrival.submit.rid] = request
+        self._outcome.requests.append(request)
+        self._dispatcher.submit(arrival.submit, 0)
+        self._plan_at(arrival.at_ms)
+
+    def _look_at_beats(self, now_ms: float) -> None:
+        self._dispatcher.beats({wid: worker.beat(now_ms) for wid, worker in self._workers.items()}, BEATS_MS / 1000)
+        self._dispatcher.tick()
+        self._plan_at(now_ms)
+
+    def _end_step(self, worker: SimWorker, now_ms: float) -> None:
+        ended = worker.end_step(now_ms)
+        for request in ended:
+            sub = request.submit
+            del self._open[sub.rid]
+            message = m.Ended(sub.rid, worker.wid, request.epoch, sub.tenant, request.num_output_tokens)
+            self._dispatcher.ended(message)
+        if ended:
+            self._plan_at(now_ms)
+        self._go_on(worker, now_ms)
+
+    def _go_on(self, worker: SimWorker, now_ms: float) -> None:
+        if (at_ms := worker.start_load(now_ms)) is not None:
+            self._push(at_ms, _Event.LOAD_END, worker.wid)
+        if (at_ms := worker.start_step(now_ms)) is not None:
+            self._push(at_ms, _Event.STEP_END, worker.wid)
+
+    def _plan(self, now_ms: float) -> None:
+        plan = self._dispatcher.plan(now_ms)
+        touched: set[str] = set()
+        for wid, batch in plan.batches.items():
+            touched.add(wid)
+            for item in batch:
+                request = self._open[item.rid]
+                request.epoch = item.epoch + 1
+                self._workers[wid].take(request)
+        for wid, digest in plan.prefetches:
+            touched.add(wid)
+            self._workers[wid].prefetch(digest)
+        for wid in touched:
+            self._go_on(self._workers[wid], now_ms)
+        if plan.again_ms is not None:
+            self._plan_at(max(plan.again_ms, now_ms + 1.0))

@@ -1,0 +1,82 @@
+"""Loads to simulate: made from popularity and rates, or read from a file."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from protocol import messages as m
+from protocol.errors import BadRequest
+from protocol.keys import INTERACTIVE
+from scheduler.placement import AdapterFacts
+from scheduler.simulation.run import Arrival
+
+RANKS = (8, 16, 32, 64)
+BYTES_PER_RANK = 1_250_000
+FAR_AHEAD_MS = 1 << 50
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A made load: Poisson arrivals, Zipf-popular adapters, lengths spread exponentially around their means."""
+
+    rate: float  # requests per second
+    seconds: float
+    num_adapters: int = 1000
+    zipf: float = 1.0  # popularity of the i-th adapter ~ 1 / i^zipf
+    num_tenants: int = 8  # 0: each adapter is its own
+    prompt_tokens: int = 256
+    output_tokens: int = 128
+    seed: int = 0
+
+
+def adapters(num: int, seed: int = 0) -> dict[str, AdapterFacts]:
+    """Make adapters of mixed ranks."""
+    rng = random.Random(f"adapters {seed}")
+    ranks = {f"a{i}": rng.choice(RANKS) for i in range(num)}
+    return {digest: AdapterFacts(rank, rank * BYTES_PER_RANK) for digest, rank in ranks.items()}
+
+
+def generate(load: Load) -> Iterator[Arrival]:
+    """Make the requests of a load, in order of time."""
+    rng = random.Random(load.seed)
+    popularity = list(accumulate((i + 1) ** -load.zipf for i in range(load.num_adapters)))
+    at_ms, number = 0.0, 0
+    while (at_ms := at_ms + 1000 * rng.expovariate(load.rate)) < 1000 * load.seconds:
+        digest = f"a{bisect.bisect(popularity, rng.random() * popularity[-1])}" if popularity else ""
+        tenant = f"t{rng.randrange(load.num_tenants)}" if load.num_tenants else digest
+        num_prompt = 1 + int(rng.expovariate(1 / load.prompt_tokens))
+        num_output = 1 + int(rng.expovariate(1 / load.output_tokens))
+        sub = m.Submit(
+            rid=f"r{number}", tenant=tenant, cls=INTERACTIVE, digest=digest, num_prompt_tokens=num_prompt,
+            max_new_tokens=4 * load.output_tokens + num_output, deadline_ms=FAR_AHEAD_MS, gateway="",
+        )  # fmt: skip
+        number += 1
+        yield Arrival(at_ms, sub, num_output)
+
+
+def read(path: Path) -> list[Arrival]:
+    """Read a recorded load: a JSON object a line with at_s, adapter, prompt_tokens, output_tokens, perhaps tenant.
+
+    Raises BadRequest naming the line.
+    """
+    arrivals: list[Arrival] = []
+    for number, line in enumerate(path.read_text().splitlines()):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            sub = m.Submit(
+                rid=f"r{number}", tenant=str(item.get("tenant", item["adapter"])), cls=INTERACTIVE,
+                digest=str(item["adapter"]), num_prompt_tokens=int(item["prompt_tokens"]),
+                max_new_tokens=int(item["output_tokens"]), deadline_ms=FAR_AHEAD_MS, gateway="",
+            )  # fmt: skip
+            arrivals.append(Arrival(1000 * float(item["at_s"]), sub, int(item["output_tokens"])))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadRequest(f"{path}, line {number + 1}: {error!r}") from error
+    return sorted(arrivals, key=lambda arrival: arrival.at_ms)

@@ -1,0 +1,232 @@
+"""A worker in virtual time: steps that take what the step-time model says, adapters that take their bytes to load."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from protocol import messages as m
+from scheduler.placement import AdapterFacts, Bandwidths
+from scheduler.request import BASE
+
+SMALL_GPU_STEP = m.StepModel(a=0.02, b=5e-5, c=2e-8, d=2e-6)
+"""s, and s per token, KV token and rank: about an 8-billion-parameter model on a small GPU. Assumed, not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerModel:
+    """What a worker can do."""
+
+    capacity: int = 64  # requests at once
+    max_step_tokens: int = 2048
+    step: m.StepModel = SMALL_GPU_STEP
+    pool_bytes: int = 64 * 20_000_000
+    host_bytes: int = 400 * 20_000_000
+    bandwidths: Bandwidths = field(default_factory=Bandwidths)
+
+
+@dataclass(slots=True)
+class Running:
+    """One request of the trace on its way through a worker. Times in ms of virtual time, -1 before they happen."""
+
+    submit: m.Submit
+    num_output_tokens: int  # it will make
+    epoch: int = 0
+    left_prompt: int = 0
+    submitted_ms: float = 0.0
+    first_ms: float = -1.0
+    ended_ms: float = -1.0
+
+
+class _Cache:
+    """Adapters by last use, within a budget of bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self.digests: OrderedDict[str, int] = OrderedDict()
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self.digests
+
+    def touch(self, digest: str) -> None:
+        if digest in self.digests:
+            self.digests.move_to_end(digest)
+
+    def make_room(self, num_bytes: int, pinned: Counter[str]) -> bool:
+        """Evict what was not used longest; False, and nothing happens, when too much is pinned."""
+        free = self._max_bytes - self._bytes
+        leaving = []
+        for digest, size in self.digests.items():
+            if free >= num_bytes:
+                break
+            if not pinned[digest]:
+                leaving.append(digest)
+                free += size
+        if free < num_bytes:
+            return False
+        for digest in leaving:
+            self._bytes -= self.digests.pop(digest)
+        return True
+
+    def add(self, digest: str, num_bytes: int) -> None:
+        if digest not in self.digests:
+            self.digests[digest] = num_bytes
+            self._bytes += num_bytes
+
+
+class SimWorker:
+    """Continuous batching with chunked prefill, an adapter pool and one loader, all without a model."""
+
+    def __init__(self, wid: str, model: WorkerModel, facts: Mapping[str, AdapterFacts]) -> None:
+        self.wid = wid
+        self._model = model
+        self._facts = facts
+        self._ready: deque[Running] = deque()
+        self._blocked: dict[str, list[Running]] = {}  # digest -> requests that wait for it, in order of their coming
+        self._num_prefilled = 0
+        self._running: dict[str, Running] = {}
+        self._ends: list[tuple[int, str]] = []  # (step after which it ends, rid)
+        self._step = 0
+        self._starting: list[Running] = []  # whose prompt is complete with this step
+        self._kv_tokens = 0
+        self._pinned: Counter[str] = Counter()
+        self._pool = _Cache(model.pool_bytes)
+        self._host = _Cache(model.host_bytes)
+        self._fetches: deque[str] = deque()
+        self.step_ends_ms: float | None = None
+        self.loading: tuple[str, bool] | None = None  # digest, and whether it goes to the pool
+        self.load_ends_ms = 0.0
+        self.num_loads = 0
+        self.num_fetches = 0
+        self.busy_ms = 0.0
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._running) + len(self._ready) + len(self._starting) + sum(map(len, self._blocked.values()))
+
+    def take(self, request: Running) -> None:
+        """Get a request."""
+        digest = request.submit.digest
+        request.left_prompt = request.submit.num_prompt_tokens
+        if digest == BASE or digest in self._pool:
+            self._make_ready(request)
+        else:
+            self._blocked.setdefault(digest, []).append(request)
+
+    def prefetch(self, digest: str) -> None:
+        """Bring an adapter to the host cache when there is nothing better to load."""
+        if digest not in self._host:
+            self._fetches.append(digest)
+
+    def start_load(self, now_ms: float) -> float | None:
+        """Let the loader begin its next load. Returns when that ends, None if it has none or is busy."""
+        if self.loading is not None:
+            return None
+        bandwidths = self._model.bandwidths
+        for digest in self._blocked:
+            size = self._facts[digest].num_bytes
+            if not self._pool.make_room(size, self._pinned):
+                break
+            cost_ms = bandwidths.host_ms + size / bandwidths.host
+            if digest not in self._host:
+                cost_ms += bandwidths.remote_ms + size / bandwidths.remote
+                self.num_fetches += 1
+            self.loading, self.load_ends_ms = (digest, True), now_ms + cost_ms
+            return self.load_ends_ms
+        while self._fetches:
+            digest = self._fetches.popleft()
+            if digest not in self._host and digest not in self._pool:
+                self.num_fetches += 1
+                cost_ms = bandwidths.remote_ms + self._facts[digest].num_bytes / bandwidths.remote
+                self.loading, self.load_ends_ms = (digest, False), now_ms + cost_ms
+                return self.load_ends_ms
+        return None
+
+    def end_load(self) -> None:
+        """Finish the load in progress."""
+        assert self.loading is not None
+        digest, to_pool = self.loading
+        self.loading = None
+        size = self._facts[digest].num_bytes
+        if self._host.make_room(size, Counter()):
+            self._host.add(digest, size)
+        if to_pool:
+            self.num_loads += 1
+            self._pool.add(digest, size)
+            for request in self._blocked.pop(digest):
+                self._make_ready(request)
+
+    def start_step(self, now_ms: float) -> float | None:
+        """Begin a step. Returns when it ends, None if there is nothing to do or one is in progress."""
+        if self.step_ends_ms is not None or not (self._running or self._ready):
+            return None
+        budget = self._model.max_step_tokens - len(self._running)
+        num_tokens = len(self._running)
+        adapters = {running.submit.digest for running in self._running.values()}
+        while self._ready and budget > 0 and len(self._running) + len(self._starting) < self._model.capacity:
+            request = self._ready[0]
+            chunk = min(budget, request.left_prompt)
+            request.left_prompt -= chunk
+            budget -= chunk
+            num_tokens += chunk
+            self._kv_tokens += chunk
+            adapters.add(request.submit.digest)
+            if request.left_prompt:
+                break
+            self._starting.append(self._ready.popleft())
+        rank = sum(self._facts[digest].rank for digest in adapters if digest != BASE)
+        model = self._model.step
+        step_ms = 1000 * (model.a + model.b * num_tokens + model.c * self._kv_tokens + model.d * rank)
+        self.busy_ms += step_ms
+        self.step_ends_ms = now_ms + step_ms
+        return self.step_ends_ms
+
+    def end_step(self, now_ms: float) -> list[Running]:
+        """Finish the step in progress. Returns the requests that end with it."""
+        self.step_ends_ms = None
+        self._step += 1
+        self._kv_tokens += len(self._running)
+        for request in self._starting:
+            request.first_ms = now_ms
+            self._running[request.submit.rid] = request
+            heappush(self._ends, (self._step + request.num_output_tokens - 1, request.submit.rid))
+        self._starting.clear()
+        ended: list[Running] = []
+        while self._ends and self._ends[0][0] <= self._step:
+            request = self._running.pop(heappop(self._ends)[1])
+            request.ended_ms = now_ms
+            self._kv_tokens -= request.submit.num_prompt_tokens + request.num_output_tokens - 1
+            self._pinned[request.submit.digest] -= 1
+            ended.append(request)
+        return ended
+
+    def beat(self, now_ms: float) -> m.WorkerBeat:
+        """Report as a worker does."""
+        lengths = {rid: end - self._step for end, rid in self._ends}
+        waiting = [*self._ready, *self._starting]
+        blocked = [request for requests in self._blocked.values() for request in requests]
+        progress = [(rid, r.num_output_tokens - lengths[rid]) for rid, r in self._running.items()]
+        return m.WorkerBeat(
+            wid=self.wid,
+            name=self.wid,
+            model="simulated",
+            capacity=self._model.capacity,
+            running=len(self._running),
+            waiting=len(waiting) + len(blocked),
+            waiting_adapter=len(blocked),
+            progress=progress + [(request.submit.rid, 0) for request in (*waiting, *blocked)],
+            step_model=self._model.step,
+            resident=list(self._pool.digests),
+            loading=[self.loading[0]] if self.loading and self.loading[1] else [],
+            host=list(self._host.digests),
+            sent_ms=round(now_ms) + 1,
+        )
+
+    def _make_ready(self, request: Running) -> None:
+        digest = request.submit.digest
+        self._pinned[digest] += 1
+        self._pool.touch(digest)
+        self._ready.append(request)

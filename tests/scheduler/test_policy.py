@@ -1,0 +1,331 @@
+"""The whole policy against simulated fleets: fairness, floods, starvation, and what the alternatives would do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorafleet.__main__ import main
+from protocol import messages as m
+from protocol.errors import BadRequest
+from scheduler.core import Policy, Scheduler
+from scheduler.fleet import QUEUED_AHEAD
+from scheduler.placement import AdapterFacts
+from scheduler.simulation.policies import POLICIES, make_dispatcher
+from scheduler.simulation.run import Arrival, Outcome, Simulation, jain
+from scheduler.simulation.trace import Load, adapters, generate, read
+from scheduler.simulation.worker import Running, WorkerModel
+from tests.scheduler.fakes import make_submit
+
+FACTS = adapters(200)
+SMALL = WorkerModel(capacity=16, pool_bytes=40 * 37_500_000, host_bytes=100 * 37_500_000)
+
+
+def arrival(rid: str, at_ms: float = 0.0, *, tenant: str = "t", digest: str = "", output: int = 50, **more: object):
+    sub = make_submit(rid, tenant=tenant, digest=digest, max_new_tokens=200, deadline_ms=1 << 50, **more)
+    return Arrival(at_ms, sub, output)
+
+
+def simulate(
+    trace: list[Arrival], num_workers: int = 2, policy: str = POLICIES[0], model: WorkerModel = SMALL
+) -> Outcome:
+    dispatcher = make_dispatcher(policy, Policy(), FACTS)
+    trace = sorted(trace, key=lambda item: item.at_ms)
+    outcome = Simulation(dispatcher, model, num_workers, FACTS).run(trace)
+    assert sorted(r.submit.rid for r in outcome.requests) == sorted(item.submit.rid for item in trace)
+    assert all(0 <= r.submitted_ms <= r.first_ms <= r.ended_ms for r in outcome.requests)
+    return outcome
+
+
+@pytest.mark.parametrize("digests", [1, 20], ids=["one adapter", "many adapters"])
+def test_backlogged_equals_get_the_same(digests: int) -> None:
+    """Though one asks in long prompts, one for long answers, and one has all of its requests in first."""
+    trace: list[Arrival] = []
+    for i in range(400):
+        digest = f"a{i % digests}"
+        trace.append(arrival(f"early{i}", 0.0, tenant="early", digest=digest, num_prompt_tokens=100))
+        trace.append(arrival(f"long{i}", 1.0, tenant="prompts", digest=digest, num_prompt_tokens=900, output=10))
+        trace.append(arrival(f"answer{i}", 1.0, tenant="answers", digest=digest, num_prompt_tokens=10, output=120))
+    outcome = simulate(trace)
+    first_done = min(
+        max(r.ended_ms for r in outcome.requests if r.submit.tenant == tenant)
+        for tenant in ("early", "prompts", "answers")
+    )
+    start_ms = 2000.0  # once the first, unavoidable advantage of who was there alone has been made up for
+    assert first_done > 4 * start_ms
+    assert jain(list(outcome.attained(start_ms, first_done).values())) >= 0.95
+
+
+def test_weights_are_kept() -> None:
+    trace = [
+        arrival(f"{tenant}{i}", tenant=tenant, weight=weight)
+        for i in range(500)
+        for tenant, weight in (("light", 1.0), ("heavy", 3.0))
+    ]
+    outcome = simulate(trace)
+    end_ms = max(r.ended_ms for r in outcome.requests if r.submit.tenant == "heavy")
+    tokens = outcome.attained(1000.0, end_ms)
+    assert tokens["heavy"] / tokens["light"] == pytest.approx(3.0, rel=0.15)
+
+
+def test_a_flood_of_one_hardly_delays_the_quiet() -> None:
+    """20 quiet tenants ask now and then; one comes with 200 requests at once."""
+    load = Load(rate=4.0, seconds=60.0, num_adapters=20, num_tenants=20, prompt_tokens=100, output_tokens=40)
+    quiet = list(generate(load))
+    flood = [arrival(f"flood{i}", 10_000.0, tenant="flood", digest="a0", output=60) for i in range(200)]
+
+    def p99(outcome: Outcome) -> float:
+        return outcome.first_token_ms(0.99, lambda r: r.submit.tenant != "flood")
+
+    alone, flooded = p99(simulate(quiet)), p99(simulate(quiet + flood))
+    assert flooded <= 2 * alone
+    assert p99(simulate(quiet + flood, policy="least-loaded")) > 2 * alone, "the test would prove nothing"
+
+
+def test_no_adapter_starves_beside_a_hot_one() -> None:
+    """Always more work for the hot adapter than the fleet can do; all of it, and the rest, is one tenant's."""
+    hot = [arrival(f"hot{i}", 15.0 * i, digest="a0") for i in range(2000)]
+    cold = [arrival(f"cold{i}", 2000.0 + 700.0 * i, digest=f"a{1 + i}") for i in range(30)]
+    outcome = simulate(hot + cold)
+
+    def waits(start: str) -> list[float]:
+        return [r.first_ms - r.submitted_ms for r in outcome.requests if r.submit.rid.startswith(start)]
+
+    assert max(waits("cold")) <= max(waits("hot")) + 1000.0
+
+
+def test_batch_work_fills_only_slack() -> None:
+    batch = [arrival(f"batch{i}", 0.0, cls="batch", tenant="b", output=100) for i in range(300)]
+    interactive = list(generate(Load(rate=6.0, seconds=30.0, num_adapters=10, num_tenants=4, output_tokens=40)))
+    together, alone = simulate(batch + interactive), simulate(interactive)
+
+    def p90(outcome: Outcome) -> float:
+        return outcome.first_token_ms(0.9, lambda r: r.submit.cls == "interactive")
+
+    assert p90(together) <= p90(alone) + 60.0  # a fuller batch has longer steps; nobody queues behind batch work
+    assert together.end_ms <= simulate(batch).end_ms + 20_000.0
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(1, 5),
+    st.lists(
+        st.tuples(
+            st.floats(0, 3000), st.integers(0, 12), st.integers(0, 4), st.sampled_from(["interactive", "batch"]),
+            st.integers(1, 800), st.integers(1, 60),
+        ),
+        max_size=120,
+    ),
+)  # fmt: skip
+def test_every_request_ends_whatever_comes(
+    num_workers: int, items: list[tuple[float, int, int, str, int, int]]
+) -> None:
+    model = WorkerModel(capacity=4, max_step_tokens=256, pool_bytes=300_000_000, host_bytes=400_000_000)
+    trace = [
+        arrival(f"r{i}", at, tenant=f"t{tenant}", digest=f"a{adapter}" if adapter else "", cls=cls,
+                num_prompt_tokens=prompt, output=output)
+        for i, (at, adapter, tenant, cls, prompt, output) in enumerate(items)
+    ]  # fmt: skip
+    simulate(trace, num_workers, model=model)
+
+
+def test_affinity_with_fairness_beats_the_alternatives() -> None:
+    trace = list(generate(Load(rate=30.0, seconds=30.0, num_adapters=200, zipf=0.9, output_tokens=60)))
+    outcomes = {policy: simulate(trace, 8, policy) for policy in POLICIES}
+    ours = outcomes.pop(POLICIES[0])
+    for policy, other in outcomes.items():
+        assert ours.output_tokens_per_s >= 0.99 * other.output_tokens_per_s, policy
+        assert ours.first_token_ms(0.9) <= 1.05 * other.first_token_ms(0.9), policy
+    for policy in ("round-robin", "least-loaded"):
+        assert ours.num_loads < 0.7 * outcomes[policy].num_loads
+
+
+# ---------------------------------------------------------------- the core, move by move
+
+
+def beats(num: int, sent_ms: int = 1, **more: object) -> dict[str, m.WorkerBeat | None]:
+    facts: dict[str, object] = {"model": "x", "capacity": 4, "sent_ms": sent_ms} | more
+    return {f"w{i}": m.WorkerBeat(wid=f"w{i}", name=f"w{i}", **facts) for i in range(num)}  # type: ignore[arg-type]
+
+
+def make_scheduler(num_workers: int = 1, **more: object) -> Scheduler:
+    scheduler = Scheduler(Policy())
+    scheduler.beats(beats(num_workers, **more), 0.0)
+    return scheduler
+
+
+def planned(scheduler: Scheduler, now_ms: float = 0.0) -> dict[str, list[str]]:
+    return {wid: [r.rid for r in batch] for wid, batch in scheduler.plan(now_ms).batches.items()}
+
+
+def test_one_batch_holds_requests_of_different_adapters_up_to_the_credit() -> None:
+    scheduler = make_scheduler(resident=["a", "b"])
+    for i in range(10):
+        scheduler.submit(make_submit(f"r{i}", digest=("", "a", "b")[i % 3]), 0)
+    assert planned(scheduler) == {"w0": [f"r{i}" for i in range(4 + QUEUED_AHEAD)]}
+    assert planned(scheduler) == {}
+    scheduler.ended(m.Ended("r0", "w0", 1, "t", 5))
+    assert planned(scheduler) == {"w0": ["r6"]}
+
+
+def test_resumed_requests_come_first() -> None:
+    scheduler = make_scheduler()
+    for i in range(20):
+        scheduler.submit(make_submit(f"r{i}"), 0)
+    scheduler.submit(make_submit("resumed", tenant="greedy"), 2, 1)
+    assert planned(scheduler)["w0"][0] == "resumed"
+
+
+def test_repeated_and_outdated_messages_change_nothing() -> None:
+    scheduler = make_scheduler()
+    for _ in range(2):
+        scheduler.submit(make_submit("r"), 0)
+    assert scheduler.backlog.num_queued == 1
+    assert planned(scheduler) == {"w0": ["r"]}
+    scheduler.submit(make_submit("r"), 0)
+    assert planned(scheduler) == {}
+    scheduler.submit(make_submit("r"), 2)  # handed back
+    scheduler.submit(make_submit("r"), 2)
+    scheduler.ended(m.Ended("r", "w0", 1, "t", 5))  # of the first assignment, late
+    assert planned(scheduler) == {"w0": ["r"]}
+    for _ in range(2):
+        scheduler.ended(m.Ended("r", "w0", 3, "t", 5))
+    assert scheduler.requests == {}
+    assert scheduler.fleet.workers["w0"].load == 0
+
+
+def test_what_was_not_assigned_goes_back_and_what_had_ended_is_forgotten() -> None:
+    scheduler = make_scheduler()
+    for i in range(3):
+        scheduler.submit(make_submit(f"r{i}"), 0)
+    (batch,) = scheduler.plan(0.0).batches.values()
+    paid = scheduler.counters["t"]
+    scheduler.undo(batch, ["r1"])
+    assert scheduler.fleet.workers["w0"].load == 0
+    assert planned(scheduler) == {"w0": ["r0", "r2"]}
+    assert scheduler.counters["t"] == paid  # nobody pays twice for a prompt
+    assert "r1" not in scheduler.requests
+
+
+def test_a_request_that_ends_while_its_assignment_is_undone_stays_ended() -> None:
+    scheduler = make_scheduler()
+    scheduler.submit(make_submit("r"), 0)
+    (batch,) = scheduler.plan(0.0).batches.values()
+    scheduler.ended(m.Ended("r", "w0", 1, "t", 1))
+    scheduler.undo(batch)
+    assert scheduler.backlog.num_queued == 0
+
+
+def test_deadlines_come_once_and_only_for_what_is_there() -> None:
+    scheduler = make_scheduler(0)
+    for i in range(5):
+        scheduler.submit(make_submit(f"r{i}", deadline_ms=100 * (i + 1)), 0)
+    scheduler.forget("r1")
+    assert scheduler.expired(99.0) == []
+    assert scheduler.expired(300.0) == ["r0", "r2"]
+    assert scheduler.expired(300.0) == []
+
+
+def test_an_adapter_that_cannot_be_loaded_yet_is_fetched_ahead_once() -> None:
+    scheduler = make_scheduler(capacity=1)
+    for i in range(4):
+        scheduler.submit(make_submit(f"r{i}", digest=f"d{i}"), 0)
+    plan = scheduler.plan(0.0)
+    assert [[r.rid for r in batch] for batch in plan.batches.values()] == [["r0"]]
+    assert sorted(plan.prefetches) == [("w0", f"d{i}") for i in (1, 2, 3)]
+    scheduler.submit(make_submit("again", digest="d1"), 0)
+    assert scheduler.plan(0.0).prefetches == []
+
+
+def test_a_held_request_wakes_the_plan_when_its_patience_ends() -> None:
+    scheduler = make_scheduler(1, resident=["d"], capacity=1)
+    scheduler.learn("d", AdapterFacts(16, 20_000_000))
+    for i in range(3):
+        scheduler.submit(make_submit(f"r{i}", digest="d"), 0)
+    assert planned(scheduler) == {"w0": ["r0", "r1", "r2"]}
+    cold = m.WorkerBeat(wid="w1", name="w1", model="x", capacity=1, sent_ms=1)
+    scheduler.beats(beats(1, resident=["d"], capacity=1) | {"w1": cold}, 0.0)
+    scheduler.submit(make_submit("held", digest="d"), 0)
+    plan = scheduler.plan(5.0)
+    assert not plan.batches
+    assert plan.again_ms is not None
+    assert planned(scheduler, plan.again_ms) == {"w1": ["held"]}
+
+
+def test_a_lot_at_once_is_planned_in_pieces() -> None:
+    scheduler = make_scheduler(4, capacity=1000)
+    for i in range(1200):
+        scheduler.submit(make_submit(f"r{i}"), 0)
+    sizes = []
+    while True:
+        plan = scheduler.plan(1.0)
+        if not plan.num_placed:
+            break
+        sizes.append(plan.num_placed)
+        assert plan.again_ms == (1.0 if scheduler.backlog.num_queued else None)
+    assert sizes == [512, 512, 176]
+
+
+# ---------------------------------------------------------------- the simulator
+
+
+def test_a_simulated_request_takes_what_its_steps_take() -> None:
+    model = WorkerModel(step=m.StepModel(a=0.01, b=0.001), max_step_tokens=64)
+    (only,) = simulate([arrival("r", 100.0, num_prompt_tokens=100, output=3)], 1, model=model).requests
+    assert only.first_ms - 100.0 == pytest.approx((10 + 64) + (10 + 36))
+    assert only.ended_ms - only.first_ms == pytest.approx(2 * 11)
+
+
+def test_a_simulated_adapter_takes_what_its_bytes_take() -> None:
+    free = m.StepModel(a=0.0, b=0.0)
+    trace = [arrival("first", 0.0, digest="a0", output=1), arrival("second", 1000.0, digest="a0", output=1)]
+    outcome = simulate(trace, 1, model=WorkerModel(step=free))
+    size = FACTS["a0"].num_bytes
+    first, second = outcome.requests
+    assert first.first_ms == pytest.approx(10 + size / 2e5 + 1 + size / 2e6)
+    assert second.first_ms == 1000.0
+    assert (outcome.num_loads, outcome.num_fetches) == (1, 1)
+
+
+def test_attained_tokens_are_counted_within_a_window() -> None:
+    outcome = Outcome()
+    sub = make_submit("r", tenant="t", num_prompt_tokens=10)
+    outcome.requests.append(Running(sub, 100, first_ms=100.0, ended_ms=200.0))
+    assert outcome.attained(0.0, 1000.0) == {"t": 210.0}
+    assert outcome.attained(150.0, 1000.0) == {"t": 100.0}
+    assert jain([1.0, 1.0]) == 1.0
+    assert jain([1.0, 0.0]) == 0.5
+    assert jain([0.0, 0.0]) == 1.0
+
+
+def test_the_command_prints_and_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.json"
+    words = ["simulate", "--workers", "1,2", "--seconds", "3", "--policies", "affinity+fairness,round-robin"]
+    assert main([*words, "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert [(row["policy"], row["workers"]) for row in rows] == [
+        ("affinity+fairness", 1), ("round-robin", 1), ("affinity+fairness", 2), ("round-robin", 2),
+    ]  # fmt: skip
+    assert all(row["requests"] > 0 and row["output_tokens_per_s"] > 0 for row in rows)
+    assert "round-robin" in capsys.readouterr().out
+
+
+def test_a_recorded_trace_is_read_and_a_bad_line_named(tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    good = {"at_s": 1.5, "adapter": "x", "prompt_tokens": 3, "output_tokens": 4}
+    file.write_text(json.dumps(good | {"at_s": 2.0}) + "\n\n" + json.dumps(good))
+    first, second = read(file)
+    assert (first.at_ms, second.at_ms, first.submit.tenant, first.num_output_tokens) == (1500.0, 2000.0, "x", 4)
+    file.write_text(json.dumps(good) + '\n{"at_s": 1}')
+    with pytest.raises(BadRequest, match="line 2"):
+        read(file)
+    assert main(["simulate", "--trace", str(file)]) == 2
+
+
+@pytest.mark.parametrize("words", [["--policies", "best"], ["--step-model", "1,2"], ["--workers", "x"]])
+def test_the_command_refuses_what_makes_no_sense(words: list[str]) -> None:
+    assert main(["simulate", *words]) == 2
