@@ -141,9 +141,12 @@ class Blobs:
                 self._verified.add(digest)
         if sync:
             _fsync(self._blobs)
-        # Lost or torn by a crash it only costs reading the source again.
-        self._version_file(version).write_text(digest)
+        self.note_version(version, digest)
         return digest
+
+    def note_version(self, version: str, digest: str) -> None:
+        """Remember which digest a source's version has. Lost in a crash, it only costs reading the source again."""
+        self._version_file(version).write_text(digest)
 
     def _make_room(self, num_bytes: int, keep: str) -> None:
         if not self._quota_bytes:

@@ -9,34 +9,57 @@ import msgspec
 
 from protocol import messages as m
 from protocol.bus import Bus, now_ms
+from protocol.keys import private_name
 
 logger = logging.getLogger(__name__)
 
 
+def field_of(alias: m.Alias) -> str:
+    """Return the name under which the catalogue keeps an alias."""
+    return private_name(alias.name, alias.tenant)
+
+
 class Catalogue:
-    """What this store has published, and Redis' copy of it."""
+    """What the fleet's names stand for, and this store's part in it."""
 
     def __init__(self, bus: Bus, sid: str) -> None:
         self._bus = bus
         self._sid = sid
-        self.aliases: dict[str, m.Alias] = {}
+        self._mine: dict[str, m.Alias] = {}  # published by this process, by field
         self._records: dict[str, m.AdapterRecord] = {}
+        self._run_id = ""
+        self._last_event: object = None
+        self.aliases: dict[str, m.Alias] = {}  # everybody's, as last seen, by field
 
     async def load(self) -> None:
-        """Read what an earlier process or another store has published."""
-        self.aliases = {alias.name: alias for alias in await self._bus.aliases()}
+        """Look at what all stores have published. If Redis came back without it, publish this store's part again."""
+        pipe = self._bus.redis.pipeline(transaction=False)
+        pipe.info("server")
+        pipe.hlen(self._bus.keys.adapters)
+        pipe.xrevrange(self._bus.keys.adapter_events, count=1)
+        server, num_names, last_event = await pipe.execute()
+        lost = num_names == 0 or server["run_id"] != self._run_id
+        if lost and self._mine:
+            logger.warning("Redis was restarted or emptied: publishing %d names again", len(self._mine))
+            await self._write(self._mine.values())
+        self._run_id = server["run_id"]
+        if not lost and last_event == self._last_event:
+            return  # every change of the catalogue is followed by an event
+        self._last_event = last_event
+        self.aliases = {field_of(alias): alias for alias in await self._bus.aliases(tenant=None)}
 
     async def publish(self, alias: m.Alias, record: m.AdapterRecord | None = None) -> None:
         """Point a name at its content, or say why it has none. In one step: a reader sees the old state or the new."""
-        old = self.aliases.get(alias.name)
+        old = self.aliases.get(field_of(alias))
         created = old.created_ms if old else now_ms()
         alias = msgspec.structs.replace(alias, created_ms=created, changed_ms=now_ms())
         if record is not None:
             self._records[record.digest] = record
+        self._mine[field_of(alias)] = alias
         if old is not None and msgspec.structs.replace(old, changed_ms=alias.changed_ms) == alias:
             return
         await self._write([alias])
-        self.aliases[alias.name] = alias
+        self.aliases[field_of(alias)] = alias
         kind = "failed" if alias.state == "failed" else "alias"
         await self._bus.announce(
             m.AdapterEvent(kind=kind, name=alias.name, digest=alias.digest, source=self._sid, reason=alias.reason)
@@ -48,11 +71,11 @@ class Catalogue:
         new = [
             msgspec.structs.replace(alias, created_ms=now, changed_ms=now)
             for alias in aliases
-            if alias.name not in self.aliases
+            if field_of(alias) not in self.aliases
         ]
         if new:
             await self._write(new)
-            self.aliases |= {alias.name: alias for alias in new}
+            self.aliases |= {field_of(alias): alias for alias in new}
 
     async def _write(self, aliases: Iterable[m.Alias]) -> None:
         pipe = self._bus.redis.pipeline(transaction=True)
@@ -60,22 +83,17 @@ class Catalogue:
             record = self._records.get(alias.digest)
             if record is not None:
                 pipe.set(self._bus.keys.adapter(record.digest), m.encode(record))
-            pipe.hset(self._bus.keys.adapters, alias.name, m.encode(alias))
+            pipe.hset(self._bus.keys.adapters, field_of(alias), m.encode(alias))
         await pipe.execute()
 
-    async def repair(self) -> None:
-        """Publish everything again if Redis came back without it."""
-        if self.aliases and await self._bus.redis.hlen(self._bus.keys.adapters) < len(self.aliases):
-            logger.warning("the catalogue in Redis has lost names: publishing %d again", len(self.aliases))
-            await self._write(self.aliases.values())
-
-    async def remove(self, name: str) -> None:
+    async def remove(self, field: str) -> None:
         """Take a name out of the catalogue. Its content stays until nothing wants it."""
-        alias = self.aliases.pop(name, None)
+        self._mine.pop(field, None)
+        alias = self.aliases.pop(field, None)
         if alias is None:
             return
-        await self._bus.redis.hdel(self._bus.keys.adapters, name)
-        await self._bus.announce(m.AdapterEvent(kind="removed", name=name, digest=alias.digest, source=self._sid))
+        await self._bus.redis.hdel(self._bus.keys.adapters, field)
+        await self._bus.announce(m.AdapterEvent(kind="removed", name=alias.name, digest=alias.digest, source=self._sid))
 
     async def record(self, digest: str) -> m.AdapterRecord | None:
         """Return the facts of a content, whoever published them."""

@@ -118,7 +118,7 @@ class Follower:
         taken = await self._mirror.take(self._source, name, base)
         if base is None:
             return  # `set_base` brings it here again; until then the name stays "downloading"
-        record = await self._mirror.describe(taken, base)
+        record = await self._mirror.describe(taken.digest, taken.version.source, base)
         self._retries.pop(name, None)
         if name in self._watch:
             alias = Alias(name=name, state="on_disk", digest=taken.digest, source=taken.version.source)

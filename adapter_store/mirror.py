@@ -6,12 +6,14 @@ import asyncio
 import errno
 import hashlib
 import logging
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 from adapter_store.blobs import AdapterFiles, Blobs
 from adapter_store.sources import Changed, Source, Version
+from adapter_store.tier import Tier
 from protocol.bus import now_ms
 from protocol.errors import AdapterRefused, Unavailable
 from protocol.messages import AdapterRecord, ServedModel
@@ -42,10 +44,12 @@ class Taken:
 class Mirror:
     """Fetches into one store's blobs."""
 
-    def __init__(self, blobs: Blobs, *, max_bytes: int, max_parallel: int = 4) -> None:
+    def __init__(self, blobs: Blobs, *, max_bytes: int, max_parallel: int = 4, tier: Tier | None = None) -> None:
+        """`max_parallel` is per source, so that a slow one keeps nobody else waiting."""
         self.blobs = blobs
         self._max_bytes = max_bytes
-        self._slots = asyncio.Semaphore(max_parallel)
+        self._tier = tier
+        self._slots: defaultdict[Source, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(max_parallel))
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def take(self, source: Source, target: str, base: ServedModel | None, token: str = "") -> Taken:
@@ -54,27 +58,51 @@ class Mirror:
         A version already there costs no fetch. Raises AdapterRefused before the weights are fetched when their header
         says enough; the source's errors; Changed; Unavailable when the disk is full.
         """
-        version = await source.resolve(target, token)
-        for name, file in version.files.items():
-            if file.num_bytes > self._max_bytes:
-                raise AdapterRefused([f"{name} has {file.num_bytes} bytes; the limit is {self._max_bytes}"])
-        lock = self._locks.setdefault(version.key, asyncio.Lock())
-        async with lock:
-            digest = await asyncio.to_thread(self.blobs.digest_of, version.key)
-            if digest is None:
-                async with self._slots:
+        fixed = source.fixed(target)
+        if fixed is not None and not token:  # with a token, it is asked whether that may still read it
+            digest = await asyncio.to_thread(self.blobs.digest_of, fixed.key)
+            if digest is not None:
+                return Taken(digest, fixed)
+        async with self._slots[source]:
+            version = await source.resolve(target, token)
+            for name, file in version.files.items():
+                if file.num_bytes > self._max_bytes:
+                    raise AdapterRefused([f"{name} has {file.num_bytes} bytes; the limit is {self._max_bytes}"])
+            async with self._locks.setdefault(version.key, asyncio.Lock()):
+                digest = await asyncio.to_thread(self.blobs.digest_of, version.key)
+                if digest is None:
                     digest = await self._bring(source, version, base, token)
         return Taken(digest, version)
 
+    async def restore(self, digest: str) -> bool:
+        """Bring a digest from the shared bucket; tell whether it is there, and is it."""
+        if self._tier is None:
+            return False
+        key = f"tier:{digest}"
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            return digest in self.blobs or await asyncio.to_thread(self._pull, self._tier, key, digest)
+
+    def _pull(self, tier: Tier, version: str, digest: str) -> bool:
+        folder = self.blobs.staging(version)
+        try:
+            found = tier.pull(digest, folder) and AdapterFiles.open(folder).digest() == digest
+            if found:
+                self.blobs.put(version, AdapterFiles.open(folder), sync=True)
+            return found
+        except AdapterRefused as error:
+            logger.error("the shared bucket's adapter %.12s is damaged: %s", digest, error)
+            return False
+        finally:
+            self.blobs.discard(version)
+
     async def _bring(self, source: Source, version: Version, base: ServedModel | None, token: str) -> str:
         try:
-            folder = await asyncio.to_thread(self.blobs.staging, version.key)
-            weights = version.files[WEIGHTS_FILE].num_bytes
-            await source.fetch(version, CONFIG_FILE, folder / CONFIG_FILE, version.files[CONFIG_FILE].num_bytes, token)
-            await source.fetch(version, WEIGHTS_FILE, folder / WEIGHTS_FILE, min(weights, HEAD_BYTES), token)
-            await asyncio.to_thread(_check_head, folder, weights, base)
-            await source.fetch(version, WEIGHTS_FILE, folder / WEIGHTS_FILE, weights, token)
-            return await asyncio.to_thread(self._finish, version, folder)
+            if self._tier is not None and not version.at_hand:
+                digest = await asyncio.to_thread(self._tier.digest_of, version.key)
+                if digest is not None and await self.restore(digest):
+                    await asyncio.to_thread(self.blobs.note_version, version.key, digest)
+                    return digest
+            digest = await self._fetch(source, version, base, token)
         except (AdapterRefused, Changed):
             await asyncio.to_thread(self.blobs.discard, version.key)
             raise
@@ -83,6 +111,20 @@ class Mirror:
                 raise
             await asyncio.to_thread(self.blobs.discard, version.key)
             raise Unavailable("the adapter store's disk is full") from error
+        if self._tier is not None:
+            folder = await asyncio.to_thread(self.blobs.verified, digest)
+            if folder is not None:
+                await asyncio.to_thread(self._tier.push, version.key, digest, folder)
+        return digest
+
+    async def _fetch(self, source: Source, version: Version, base: ServedModel | None, token: str) -> str:
+        folder = await asyncio.to_thread(self.blobs.staging, version.key)
+        num_bytes = version.files[WEIGHTS_FILE].num_bytes
+        await source.fetch(version, CONFIG_FILE, folder / CONFIG_FILE, version.files[CONFIG_FILE].num_bytes, token)
+        await source.fetch(version, WEIGHTS_FILE, folder / WEIGHTS_FILE, min(num_bytes, HEAD_BYTES), token)
+        await asyncio.to_thread(_check_head, folder, num_bytes, base)
+        await source.fetch(version, WEIGHTS_FILE, folder / WEIGHTS_FILE, num_bytes, token)
+        return await asyncio.to_thread(self._finish, version, folder)
 
     def _finish(self, version: Version, folder: Path) -> str:
         for name, file in version.files.items():
@@ -90,22 +132,22 @@ class Mirror:
                 raise Changed(f"{name} of {version.source} does not have the {file.checksum[0]} its source gives")
         return self.blobs.put(version.key, AdapterFiles.open(folder), sync=not version.at_hand)
 
-    async def describe(self, taken: Taken, base: ServedModel) -> AdapterRecord:
+    async def describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
         """Check a blob against the base model and return its catalogue record. Raises AdapterRefused, Changed."""
-        return await asyncio.to_thread(self._describe, taken, base)
+        return await asyncio.to_thread(self._describe, digest, source, base)
 
-    def _describe(self, taken: Taken, base: ServedModel) -> AdapterRecord:
-        files = self.blobs.open(taken.digest)
+    def _describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
+        files = self.blobs.open(digest)
         if files is None:
-            raise Changed(f"adapter {taken.digest:.12} has left the disk")
+            raise Changed(f"adapter {digest:.12} has left the disk")
         spec = read_adapter(files.config, files.tensors, base)
         return AdapterRecord(
-            digest=taken.digest,
+            digest=digest,
             rank=spec.rank,
             num_bytes=files.num_bytes,
             config=canonical_config(files.config),
             modules=spec.modules,
-            source=taken.version.source,
+            source=source,
             created_ms=now_ms(),
         )
 
@@ -119,5 +161,11 @@ def _check_head(folder: Path, num_bytes: int, base: ServedModel | None) -> None:
 
 
 def _checksum(path: Path, algorithm: str) -> str:
+    """Return a file's sha256 or md5, or its id as a blob of git."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
+        if algorithm != "git":
+            return hashlib.file_digest(file, algorithm).hexdigest()
+        content = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        while chunk := file.read(1 << 20):
+            content.update(chunk)
+        return content.hexdigest()

@@ -13,11 +13,16 @@ from adapter_store.catalogue import Catalogue
 from adapter_store.follow import Follower
 from adapter_store.http import BlobServer
 from adapter_store.mirror import Mirror
+from adapter_store.registrar import Registrar
 from adapter_store.sources import Changed, Source
+from adapter_store.sources.hub import HubSource
 from adapter_store.sources.local import LocalSource
-from protocol.bus import CONNECTION_ERRORS, Bus, now_ms
-from protocol.errors import LorafleetError
-from protocol.messages import ServedModel
+from adapter_store.sources.s3 import S3Source, make_client
+from adapter_store.tier import Tier
+from protocol.adapter_refs import Policy
+from protocol.bus import CONNECTION_ERRORS, Bus, decode, now_ms
+from protocol.errors import ProtocolError, Unavailable
+from protocol.messages import AdapterEvent, ServedModel
 from protocol.service import wait_any
 from protocol.settings import Settings
 
@@ -65,13 +70,21 @@ class Store:
         self.settings = settings
         self.sid = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self.blobs = blobs
-        self.mirror = Mirror(blobs, max_bytes=settings.max_adapter_bytes)
+        s3 = make_client(settings.s3_endpoint) if settings.s3_buckets or settings.store_bucket else None
+        tier = Tier(s3, settings.store_bucket) if settings.store_bucket else None
+        self.mirror = Mirror(
+            blobs, max_bytes=settings.max_adapter_bytes, max_parallel=settings.max_downloads, tier=tier
+        )
         self.catalogue = Catalogue(bus, self.sid)
         self.server = BlobServer(self.locate, self.health)
         self.base: ServedModel | None = None
-        self.sources: dict[str, Source] = {}
+        self.hub = HubSource()
+        self.sources: dict[str, Source] = {"hub": self.hub}
+        if s3 is not None:
+            self.sources["s3"] = S3Source(s3)
         if settings.adapters is not None:
             self.sources["local"] = LocalSource(settings.adapters)
+        self.registrar = Registrar(bus, self.sources, self.mirror, self.catalogue, Policy.of(settings))
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop`; what is being fetched then is left for the next start."""
@@ -84,12 +97,13 @@ class Store:
                 work.cancel()
         finally:
             await self.server.close()
+            await self.hub.close()
             await self._leave()
 
     async def _work(self, url: str, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._beat(url, stop))
-            tasks.create_task(self._follow(tasks, stop))
+            tasks.create_task(self._keep(tasks, stop))
             logger.info("adapter store ready at %s: %d adapters on disk", url, len(self.blobs))
 
     def health(self) -> dict[str, object]:
@@ -115,23 +129,45 @@ class Store:
                 logger.warning("cannot beat: %s", error)
             await wait_any(stop, BEAT_S)
 
-    async def _follow(self, tasks: asyncio.TaskGroup, stop: asyncio.Event) -> None:
-        """Follow base model and adapter folder."""
+    async def _keep(self, tasks: asyncio.TaskGroup, stop: asyncio.Event) -> None:
+        """Keep the catalogue: follow base model, adapter folder and registrations."""
         follower: Follower | None = None
+        wake = asyncio.Event()
+        tasks.create_task(self._listen(wake, stop))
         while not stop.is_set():
+            wake.clear()
             try:
-                if follower is None:
-                    await self.catalogue.load()
-                    follower = self._follower()
-                self.base = await self.bus.get(self.bus.keys.base, ServedModel) or self.base
+                await self.catalogue.load()
+                follower = follower or self._follower()
+                self._set_base(await self.bus.get(self.bus.keys.base, ServedModel), follower)
                 if follower is not None:
-                    if self.base is not None:
-                        follower.set_base(self.base)
                     await follower.tick(tasks)
-                await self.catalogue.repair()
+                await self.registrar.tick(tasks, self.settings.refresh_s)
             except CONNECTION_ERRORS as error:
                 logger.warning("cannot keep the catalogue: %s", error)
-            await wait_any(stop, self.settings.scan_interval_s)
+            await wait_any(wake, self.settings.scan_interval_s)
+
+    def _set_base(self, base: ServedModel | None, follower: Follower | None) -> None:
+        if base is not None:
+            self.base = base
+            self.registrar.set_base(base)
+            if follower is not None:
+                follower.set_base(base)
+
+    async def _listen(self, wake: asyncio.Event, stop: asyncio.Event) -> None:
+        """Set `wake` when somebody registers a name, and at the end."""
+        last_ids = {self.bus.keys.adapter_events: b"$"}
+        while not stop.is_set():
+            try:
+                for _, fields in (await self.bus.read(last_ids, block_ms=1000)).get(self.bus.keys.adapter_events, []):
+                    if decode(fields[b"b"], AdapterEvent).kind == "wanted":
+                        wake.set()
+            except CONNECTION_ERRORS as error:
+                logger.warning("cannot hear events: %s", error)
+                await wait_any(stop, BEAT_S)
+            except ProtocolError:
+                logger.exception("an event cannot be read")
+        wake.set()
 
     def _follower(self) -> Follower | None:
         source = self.sources.get("local")
@@ -150,28 +186,32 @@ class Store:
     # ------------------------------------------------------------ blobs on request
 
     async def locate(self, digest: str) -> Path | None:
-        """Return the folder of a digest, its content verified; bring it from its source again if it left the disk.
+        """Return the folder of a digest, its content verified; if it left the disk, bring it again.
 
         None when it is unknown. Raises the source's errors.
         """
         folder = await asyncio.to_thread(self.blobs.verified, digest)
-        if folder is not None:
-            return folder
+        if folder is None and (await self.mirror.restore(digest) or await self._fetch_again(digest)):
+            folder = await asyncio.to_thread(self.blobs.verified, digest)
+        return folder
+
+    async def _fetch_again(self, digest: str) -> bool:
+        """Bring a content from its source again; tell whether that is still what the source has."""
         record = await self.catalogue.record(digest)
         if record is None:
-            return None
+            return False
         scheme, _, target = record.source.partition(":")
         source = self.sources.get(scheme)
         if source is None:
-            return None
+            return False
         try:
-            taken = await self.mirror.take(source, target, self.base)
+            taken = await self.mirror.take(source, target, self.base, self.registrar.token_for(digest))
         except Changed as error:
             logger.warning("adapter %.12s is not at %s any more: %s", digest, record.source, error)
-            return None
+            return False
         except OSError as error:
-            raise LorafleetError(f"the source cannot be read: {error.strerror}") from error
-        return await asyncio.to_thread(self.blobs.verified, digest) if taken.digest == digest else None
+            raise Unavailable(f"the source cannot be read: {error.strerror}") from error
+        return taken.digest == digest
 
 
 def _reachable(host: str) -> str:

@@ -19,7 +19,7 @@ class RemoteFile:
 
     num_bytes: int
     etag: str = ""  # what the source says when asked for the same version again
-    checksum: tuple[Literal["sha256", "md5"], str] | None = None  # hex, if the source knows it
+    checksum: tuple[Literal["sha256", "md5", "git"], str] | None = None  # hex, if the source knows it; git: blob id
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,10 @@ class Version:
 
 class Source(Protocol):
     """One kind of place. Errors are LorafleetErrors: retryable ones are worth another try, the others say why not."""
+
+    def fixed(self, target: str) -> Version | None:
+        """Return the version of a target that always means the same content, without asking; its files are unknown."""
+        ...
 
     async def resolve(self, target: str, token: str = "") -> Version:
         """Return what `target` stands for now.

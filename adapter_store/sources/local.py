@@ -98,6 +98,9 @@ class LocalSource:
 
     # ------------------------------------------------------------ Source
 
+    def fixed(self, target: str) -> Version | None:
+        return None
+
     async def resolve(self, target: str, token: str = "") -> Version:
         return await asyncio.to_thread(self._resolve, target)
 

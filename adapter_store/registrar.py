@@ -1,0 +1,210 @@
+"""Makes registrations true: each name registered from the Hub or S3 is fetched, kept fresh, retried, or says why not.
+
+Registrations lie in Redis, so that any store can take up what another was fetching when it died; a lease keeps two
+from fetching the same at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+from redis.exceptions import RedisError
+
+from adapter_store.catalogue import Catalogue
+from adapter_store.mirror import Mirror
+from adapter_store.sources import Changed, Source
+from protocol.adapter_refs import Policy, Reference, parse_reference
+from protocol.bus import Bus, now_ms
+from protocol.errors import AdapterRefused, BadRequest, ClientError, LorafleetError
+from protocol.messages import Alias, Registration, ServedModel
+
+logger = logging.getLogger(__name__)
+
+LEASE_MS = 15_000
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Pauses after failures in a row."""
+
+    first_s: float
+    max_s: float
+
+    def pause_s(self, num_failures: int) -> float:
+        return min(self.first_s * 2.0 ** min(num_failures - 1, 30), self.max_s)
+
+
+TROUBLE = Backoff(1.0, 60.0)
+"""The source did not answer, the disk is full: tried again by itself."""
+REFUSAL = Backoff(5.0, 600.0)
+"""It does not exist, is private, is no good: tried again when somebody asks, but not before this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the last try of this process for a name ended."""
+
+    registration: Registration
+    ended_s: float  # monotonic
+    ended_ms: int  # unix
+    pause_s: float  # before the next try
+    num_failures: int = 0
+    refused: bool = False
+
+
+class Registrar:
+    """One store's share in the registrations."""
+
+    def __init__(
+        self, bus: Bus, sources: Mapping[str, Source], mirror: Mirror, catalogue: Catalogue, policy: Policy,
+    ) -> None:  # fmt: skip
+        self._bus = bus
+        self._sources = sources
+        self._mirror = mirror
+        self._catalogue = catalogue
+        self._policy = policy
+        self._base: ServedModel | None = None
+        self._busy: set[str] = set()
+        self._outcomes: dict[str, Outcome] = {}
+        self._registrations: dict[str, Registration] = {}
+
+    def set_base(self, base: ServedModel) -> None:
+        """Say what adapters must fit; everything is looked at again when it has changed."""
+        if self._base is None or self._base.fingerprint != base.fingerprint:
+            self._outcomes.clear()
+        self._base = base
+
+    async def tick(self, tasks: asyncio.TaskGroup, refresh_s: float) -> None:
+        """Start in `tasks` what is due; wait for none of it. Names are looked up again every `refresh_s`."""
+        await self._renew_leases()
+        self._registrations = await self._bus.registrations()
+        for field, alias in list(self._catalogue.aliases.items()):
+            if field not in self._registrations and not alias.source.startswith("local:"):
+                self._outcomes.pop(field, None)
+                await self._catalogue.remove(field)
+        for field, registration in self._registrations.items():
+            if field not in self._busy and self._is_due(field, registration):
+                self._busy.add(field)
+                tasks.create_task(self._take(field, registration, refresh_s))
+
+    def _is_due(self, field: str, registration: Registration) -> bool:
+        alias = self._catalogue.aliases.get(field)
+        if alias is not None and alias.source.startswith("local:"):
+            return False  # a folder of that name comes first
+        outcome = self._outcomes.get(field)
+        if outcome is None or (outcome.registration.source, outcome.registration.token) != (
+            registration.source, registration.token,
+        ):  # fmt: skip
+            return True
+        if alias is None and not outcome.num_failures:
+            return True
+        if outcome.refused and registration.asked_ms <= outcome.ended_ms:
+            return False
+        return time.monotonic() >= outcome.ended_s + outcome.pause_s
+
+    async def _renew_leases(self) -> None:
+        pipe = self._bus.redis.pipeline(transaction=False)
+        for field in self._busy:
+            pipe.pexpire(self._bus.keys.fetching(field), LEASE_MS)
+        await pipe.execute()
+
+    def token_for(self, digest: str) -> str:
+        """Return a token with which some registration has reached this content."""
+        for field, alias in self._catalogue.aliases.items():
+            registration = self._registrations.get(field)
+            if alias.digest == digest and registration is not None and registration.token:
+                return registration.token
+        return ""
+
+    # ------------------------------------------------------------ one name
+
+    async def _take(self, field: str, registration: Registration, refresh_s: float) -> None:
+        """Bring one name up to date, unless another store does; what goes wrong concerns this name only."""
+        lease = self._bus.keys.fetching(field)
+        try:
+            if not await self._bus.redis.set(lease, "1", nx=True, px=LEASE_MS):
+                return
+            try:
+                await self._bring(field, registration, refresh_s)
+            finally:
+                await self._bus.redis.delete(lease)
+        except RedisError as error:
+            logger.warning("adapter %s is taken up again: %s", registration.name, error)
+        except Exception:
+            logger.exception("adapter %s cannot be brought", registration.name)
+            self._note_failure(field, registration, refused=False)
+        finally:
+            self._busy.discard(field)
+
+    async def _bring(self, field: str, registration: Registration, refresh_s: float) -> None:
+        alias = Alias(
+            name=registration.name, tenant=registration.tenant, state="downloading", source=registration.source
+        )
+        await self._catalogue.announce([alias])
+        base = self._base
+        try:
+            reference, source = self._place(registration)
+            target = reference.source.partition(":")[2]
+            taken = await self._mirror.take(source, target, base, registration.token)
+            if base is None:
+                return  # due until the base is known
+            record = await self._mirror.describe(taken.digest, taken.version.source, base)
+        except (LorafleetError, OSError, Changed) as error:
+            await self._fail(field, registration, error)
+            return
+        # What a commit holds never changes; whether a token may still read it does.
+        pause_s = math.inf if reference.is_fixed and not registration.token else refresh_s
+        self._outcomes[field] = Outcome(registration, time.monotonic(), now_ms(), pause_s)
+        if field in self._registrations:
+            served = msgspec.structs.replace(alias, state="on_disk", digest=taken.digest, source=taken.version.source)
+            await self._catalogue.publish(served, record)
+            logger.info("adapter %s is served: %.12s of %s", registration.name, taken.digest, taken.version.source)
+
+    def _place(self, registration: Registration) -> tuple[Reference, Source]:
+        """Return where to fetch from. Raises BadRequest, PermissionDenied."""
+        reference = parse_reference(registration.source)
+        source = self._sources.get(reference.scheme) if reference else None
+        if reference is None or source is None:
+            raise BadRequest(f"{registration.source!r} is not a place adapters can be fetched from")
+        self._policy.check(reference, on_request=registration.on_request)
+        return reference, source
+
+    async def _fail(self, field: str, registration: Registration, error: LorafleetError | OSError | Changed) -> None:
+        if isinstance(error, LorafleetError):
+            reason = error.message
+        else:
+            reason = str(error.strerror if isinstance(error, OSError) else error)
+        logger.warning("adapter %s: %s", registration.name, reason)
+        refused = isinstance(error, ClientError)
+        self._note_failure(field, registration, refused=refused)
+        if field not in self._registrations or (not refused and await self._serve_on(field, reason)):
+            return
+        failed = Alias(
+            name=registration.name, tenant=registration.tenant, state="failed", source=registration.source,
+            reason=reason,
+        )  # fmt: skip
+        await self._catalogue.publish(failed)
+
+    async def _serve_on(self, field: str, reason: str) -> bool:
+        """Go on serving what is here though its source does not answer, and say so; False if nothing is."""
+        known = self._catalogue.aliases.get(field)
+        if known is None or known.state != "on_disk" or self._base is None:
+            return False
+        try:
+            record = await self._mirror.describe(known.digest, known.source, self._base)
+        except (AdapterRefused, Changed):
+            return False
+        await self._catalogue.publish(msgspec.structs.replace(known, reason=f"may be out of date: {reason}"), record)
+        return True
+
+    def _note_failure(self, field: str, registration: Registration, *, refused: bool) -> None:
+        last = self._outcomes.get(field)
+        failures = 1 + (last.num_failures if last is not None and last.refused == refused else 0)
+        pause_s = (REFUSAL if refused else TROUBLE).pause_s(failures)
+        self._outcomes[field] = Outcome(registration, time.monotonic(), now_ms(), pause_s, failures, refused)

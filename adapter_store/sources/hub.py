@@ -1,0 +1,210 @@
+"""Adapters on the Hugging Face Hub: a revision is resolved to its commit, the files are fetched by commit.
+
+The client library's own download is not used: it does not resume across calls, does not retry 429 and 5xx, and gives
+out a cached snapshot as if it were fresh when the Hub does not answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import httpx2
+from huggingface_hub import HfApi, constants, get_token, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from adapter_store.sources import FILES, Changed, RemoteFile, Version
+from adapter_store.sources.retry import Attempts
+from protocol.adapter_refs import parse_reference
+from protocol.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
+from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+
+CHUNK_BYTES = 1 << 20
+TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
+RETRIED = (429, 500, 502, 503, 504)
+PICKLE = re.compile(r"adapter_model\.(bin|pt|pth)")
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+
+
+class HubSource:
+    """One Hub: huggingface.co, or what HF_ENDPOINT says."""
+
+    def __init__(self, endpoint: str = "", *, token: str | None = None, first_pause_s: float = 0.5) -> None:
+        """`token` is the server's, used where the caller gives none; default: HF_TOKEN or the logged-in one."""
+        self._endpoint = endpoint or constants.ENDPOINT
+        self._token = token or get_token()
+        self._first_pause_s = first_pause_s
+        self._api = HfApi(endpoint=self._endpoint)
+        self._http = httpx2.AsyncClient(timeout=TIMEOUT, follow_redirects=True, headers={"Accept-Encoding": "identity"})
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    # ------------------------------------------------------------ resolve
+
+    def fixed(self, target: str) -> Version | None:
+        reference = parse_reference(f"hub:{target}")
+        return self._version(target) if reference is not None and reference.is_fixed else None
+
+    def _version(self, target: str, files: Mapping[str, RemoteFile] | None = None) -> Version:
+        """Return the version of ORG/NAME@COMMIT."""
+        return Version(f"hub:{self._endpoint}/{target}", source=f"hub:{target}", target=target, files=files or {})
+
+    async def resolve(self, target: str, token: str = "") -> Version:
+        reference = parse_reference(f"hub:{target}")
+        if reference is None:
+            raise NotFound(f"{target!r} is not an id on the Hub")
+        if constants.is_offline_mode():
+            raise Unavailable("the store is in offline mode (HF_HUB_OFFLINE)")
+        repo = f"{reference.owner}/{reference.path}"
+
+        def ask() -> Any:
+            return self._api.repo_info(
+                repo,
+                revision=reference.revision or None,
+                files_metadata=True,
+                timeout=TIMEOUT.read,
+                token=token or self._token or False,
+            )
+
+        info = await self._retrying(lambda: asyncio.to_thread(ask), repo, reference.revision)
+        files = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+        for name in FILES:
+            if name not in files:
+                raise AdapterRefused([_why_missing(name, files)])
+        return self._version(f"{repo}@{info.sha}", {name: _remote_file(files[name]) for name in FILES})
+
+    async def _retrying(self, call: Callable[[], Any], repo: str, revision: str) -> Any:
+        """Await `call()`, again after answers that may pass. Raises LorafleetErrors."""
+        attempts = Attempts(self._first_pause_s)
+        while True:
+            try:
+                return await call()
+            except GatedRepoError as error:
+                raise PermissionDenied(f"{repo} is gated: ask for access on the Hub, then give a token") from error
+            except RevisionNotFoundError as error:
+                raise NotFound(f"{repo} has no revision {revision!r}") from error
+            except RepositoryNotFoundError as error:
+                raise NotFound(f"{repo} does not exist on the Hub, or is private and not for this token") from error
+            except OfflineModeIsEnabled as error:
+                raise Unavailable("the store is in offline mode (HF_HUB_OFFLINE)") from error
+            except HfHubHTTPError as error:
+                refusal = _refusal(error.response, repo)
+                if refusal is not None:
+                    raise refusal from error
+                await attempts.pause(f"the Hub answers {error.response.status_code}", error.response.headers)
+            except httpx2.TransportError as error:
+                await attempts.pause(f"the Hub cannot be reached: {type(error).__name__}")
+
+    # ------------------------------------------------------------ fetch
+
+    async def fetch(self, version: Version, name: str, path: Path, end: int, token: str = "") -> None:
+        repo, _, commit = version.target.partition("@")
+        url = hf_hub_url(repo, name, revision=commit, endpoint=self._endpoint)
+        attempts = Attempts(self._first_pause_s)
+        with path.open("ab") as file:
+            while (at := file.tell()) < end:
+                try:
+                    await self._read(url, file, end, version.files[name].num_bytes, token or self._token or "")
+                except _Answer as answer:
+                    refusal = _refusal(answer.response, repo)
+                    if refusal is not None:
+                        raise refusal from None
+                    await attempts.pause(f"the Hub answers {answer.response.status_code}", answer.response.headers)
+                except (httpx2.TransportError, _Cut) as error:
+                    if file.tell() > at:
+                        attempts = Attempts(self._first_pause_s)  # it does get on
+                    await attempts.pause(f"the download of {repo} broke off: {type(error).__name__}")
+
+    async def _read(self, url: str, file: BinaryIO, end: int, num_bytes: int, token: str) -> None:
+        """Append bytes `[file.tell(), end)` of a remote file of `num_bytes`."""
+        at = file.tell()
+        headers = {"Range": f"bytes={at}-{end - 1}"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        # The Authorization header is dropped when the Hub sends us on to another host.
+        async with self._http.stream("GET", url, headers=headers) as response:
+            if response.status_code == 206:
+                match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
+                if match is None or int(match[1]) != at or int(match[3]) != num_bytes:
+                    raise Changed(f"the Hub does not give bytes {at}- of {num_bytes}")
+            elif response.status_code == 200:
+                at = 0
+                file.seek(0)
+                file.truncate()
+            elif response.status_code == 416:
+                raise Changed(f"the Hub says that the file is shorter than {num_bytes} bytes")
+            else:
+                raise _Answer(response)
+            await _append(response, file, end - at)
+
+
+async def _append(response: httpx2.Response, file: BinaryIO, num_bytes: int) -> None:
+    """Append that many bytes of a body to a file; what came before a body broke off is kept. Raises _Cut."""
+    pending = bytearray()
+    try:
+        # In pieces as they come: asked for larger ones, the client would drop what it has when the body breaks off.
+        async for piece in response.aiter_raw():
+            pending += piece[:num_bytes]
+            num_bytes -= min(len(piece), num_bytes)
+            if not num_bytes:
+                break
+            if len(pending) >= CHUNK_BYTES:
+                await asyncio.to_thread(file.write, pending)
+                pending = bytearray()
+    finally:
+        file.write(pending)
+        file.flush()
+    if num_bytes:
+        raise _Cut
+
+
+class _Answer(Exception):
+    """A status that is neither the file nor a part of it."""
+
+    def __init__(self, response: httpx2.Response) -> None:
+        self.response = response
+
+
+class _Cut(Exception):
+    """The body ended before its end."""
+
+
+def _refusal(response: httpx2.Response, repo: str) -> LorafleetError | None:
+    """Turn a status that will not pass into its error; None for one that is worth another try."""
+    status, code = response.status_code, response.headers.get("x-error-code", "")
+    if status in RETRIED:
+        return None
+    if code == "GatedRepo":
+        return PermissionDenied(f"{repo} is gated: ask for access on the Hub, then give a token")
+    if status == 401 and code != "RepoNotFound":
+        return PermissionDenied(f"the Hub does not accept the token given for {repo}")
+    if status == 403:
+        return PermissionDenied(f"the token has no access to {repo}")
+    if status in (401, 404):
+        return NotFound(f"{repo} does not exist on the Hub, or is private and not for this token")
+    return Unavailable(f"the Hub answers {status} for {repo}")
+
+
+def _remote_file(sibling: Any) -> RemoteFile:
+    if sibling.lfs is not None:
+        return RemoteFile(sibling.lfs.size, checksum=("sha256", sibling.lfs.sha256))
+    if sibling.size is None:
+        raise Unavailable(f"the Hub does not give the size of {sibling.rfilename}")
+    return RemoteFile(sibling.size, checksum=("git", sibling.blob_id) if sibling.blob_id else None)
+
+
+def _why_missing(name: str, files: dict[str, Any]) -> str:
+    if name == CONFIG_FILE:
+        return f"the repository has no {CONFIG_FILE}: it is not a PEFT adapter"
+    pickle = next((file for file in files if PICKLE.fullmatch(file)), None)
+    if pickle:
+        return f"{pickle} is a pickle, which can run code: convert it to {WEIGHTS_FILE}"
+    return f"the repository has no {WEIGHTS_FILE}"

@@ -1,0 +1,130 @@
+"""Adapters in S3 or anything that speaks it: `s3://bucket/prefix`, the two files right under the prefix.
+
+The objects' ETags are the version: every read says If-Match, so that an object replaced meanwhile is noticed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from urllib3.exceptions import HTTPError
+
+from adapter_store.sources import FILES, Changed, RemoteFile, Version
+from adapter_store.sources.retry import Attempts
+from protocol.adapter_refs import parse_reference
+from protocol.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
+from protocol.peft_format import WEIGHTS_FILE
+
+CHUNK_BYTES = 64 << 10
+"""Also what is lost when a body breaks off."""
+_MD5 = re.compile(r"[0-9a-f]{32}")
+
+
+def make_client(endpoint: str = "") -> Any:
+    """Return a boto3 client; credentials and region come from the usual AWS variables and files."""
+    config = Config(connect_timeout=10, read_timeout=30, retries={"max_attempts": 3, "mode": "standard"})
+    return boto3.client("s3", endpoint_url=endpoint or None, config=config)
+
+
+class S3Source:
+    """One S3 endpoint."""
+
+    def __init__(self, client: Any, *, first_pause_s: float = 0.5) -> None:
+        self._s3 = client
+        self._endpoint: str = client.meta.endpoint_url
+        self._first_pause_s = first_pause_s
+
+    def fixed(self, target: str) -> Version | None:
+        return None
+
+    async def resolve(self, target: str, token: str = "") -> Version:
+        return await asyncio.to_thread(self._resolve, target)
+
+    def _resolve(self, target: str) -> Version:
+        reference = parse_reference(f"s3:{target}")
+        if reference is None:
+            raise NotFound(f"s3:{target} is not an address of the form s3://bucket/prefix")
+        bucket, prefix = reference.owner, reference.path
+        files: dict[str, RemoteFile] = {}
+        for name in FILES:
+            try:
+                head = self._s3.head_object(Bucket=bucket, Key=f"{prefix}/{name}")
+            except ClientError as error:
+                if name == WEIGHTS_FILE and _status(error) == 404:
+                    raise AdapterRefused([f"{reference.source} has no {WEIGHTS_FILE}"]) from error
+                raise _refusal(error, f"{reference.source}/{name}") from error
+            except BotoCoreError as error:
+                raise _unreachable(error) from error
+            files[name] = RemoteFile(head["ContentLength"], head["ETag"], _checksum(head))
+        etags = ",".join(file.etag for file in files.values())
+        return Version(
+            key=f"s3:{self._endpoint}/{bucket}/{prefix}:{etags}", source=reference.source, target=target, files=files
+        )
+
+    async def fetch(self, version: Version, name: str, path: Path, end: int, token: str = "") -> None:
+        attempts = Attempts(self._first_pause_s)
+        with path.open("ab") as file:
+            while (at := file.tell()) < end:
+                try:
+                    await asyncio.to_thread(self._read, version, name, file, end)
+                except ClientError as error:
+                    if _status(error) < 500:
+                        raise _refusal(error, f"{version.source}/{name}") from error
+                    await attempts.pause(f"S3 answers {_status(error)}")
+                except (BotoCoreError, HTTPError, _Cut) as error:
+                    if file.tell() > at:
+                        attempts = Attempts(self._first_pause_s)  # it does get on
+                    await attempts.pause(f"the download of {version.source} broke off: {type(error).__name__}")
+
+    def _read(self, version: Version, name: str, file: BinaryIO, end: int) -> None:
+        bucket, _, prefix = version.target.removeprefix("//").partition("/")
+        reply = self._s3.get_object(
+            Bucket=bucket,
+            Key=f"{prefix.rstrip('/')}/{name}",
+            Range=f"bytes={file.tell()}-{end - 1}",
+            IfMatch=version.files[name].etag,
+        )
+        with reply["Body"] as body:
+            for chunk in body.iter_chunks(CHUNK_BYTES):
+                file.write(chunk)
+        file.flush()
+        if file.tell() < end:
+            raise _Cut
+
+
+class _Cut(Exception):
+    """The body ended before its end."""
+
+
+def _checksum(head: dict[str, Any]) -> Any:
+    """Return the MD5 of an object put in one piece and not encrypted with a key: then it is the ETag."""
+    etag = head["ETag"].strip('"')
+    plain = head.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in head
+    return ("md5", etag) if plain and _MD5.fullmatch(etag) else None
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
+
+
+def _refusal(error: ClientError, what: str) -> LorafleetError | Changed:
+    status = _status(error)
+    if status == 404:
+        return NotFound(f"{what} does not exist")
+    if status in (400, 401, 403):  # a HEAD with a wrong key is a bare 400 or 403
+        return PermissionDenied(f"the store has no access to {what}")
+    if status in (412, 416):
+        return Changed(f"{what} was replaced")
+    return Unavailable(f"S3 answers {status} for {what}")
+
+
+def _unreachable(error: BotoCoreError) -> LorafleetError:
+    if isinstance(error, NoCredentialsError):
+        return PermissionDenied("the store has no S3 credentials")
+    return Unavailable(f"S3 cannot be reached: {type(error).__name__}")

@@ -1,0 +1,291 @@
+"""The real Hub client and our download against a small Hub: access, revisions, faults, resuming."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from adapter_files import BASE, lora_config, lora_tensors, safetensors
+from hub_stub import HubStub, Repo, run_hub
+from huggingface_hub import constants
+
+from adapter_store.blobs import Blobs
+from adapter_store.mirror import Mirror
+from adapter_store.sources import Changed
+from adapter_store.sources.hub import HubSource
+from protocol.errors import AdapterRefused, NotFound, PermissionDenied, Unavailable
+from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+
+
+def adapter(seed: int = 0, **fields: Any) -> dict[str, bytes]:
+    return {
+        CONFIG_FILE: json.dumps(lora_config(**fields)).encode(),
+        WEIGHTS_FILE: safetensors(lora_tensors(seed)),
+        "README.md": b"hello",
+    }
+
+
+@pytest_asyncio.fixture
+async def hub(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HubStub]:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    async with run_hub() as stub:
+        stub.repos["org/public"] = Repo()
+        stub.repos["org/public"].commit(adapter())
+        yield stub
+
+
+@pytest_asyncio.fixture
+async def source(hub: HubStub) -> AsyncIterator[HubSource]:
+    source = HubSource(hub.url, first_pause_s=0.001)
+    yield source
+    await source.close()
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Mirror:
+    return Mirror(Blobs(tmp_path / "blobs"), max_bytes=1 << 20)
+
+
+async def test_a_branch_becomes_a_commit(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
+    """Only the two files are taken, by commit; the branch moving on does not change what was resolved."""
+    repo = hub.repos["org/public"]
+    first = repo.refs["main"]
+    old = await source.resolve("org/public")
+    assert old.source == f"hub:org/public@{first}"
+    repo.commit(adapter(1))
+    new = await mirror.take(source, "org/public", BASE)
+    assert new.version.target == f"org/public@{repo.refs['main']}"
+    pinned = await mirror.take(source, f"org/public@{first}", BASE)
+    assert pinned.version.key == old.key
+    assert pinned.digest != new.digest
+    assert {seen.path.rpartition("/")[2] for seen in hub.requests("/resolve/")} == {CONFIG_FILE, WEIGHTS_FILE}
+    assert not any("/resolve/main/" in seen.path for seen in hub.seen)
+
+
+async def test_what_is_known_is_not_fetched_again(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
+    first = await mirror.take(source, "org/public", BASE)
+    hub.seen.clear()
+    assert await mirror.take(source, "org/public", BASE) == first
+    assert [seen.path for seen in hub.seen] == ["/api/models/org/public"]
+    hub.down = True
+    commit = hub.repos["org/public"].refs["main"]
+    assert (await mirror.take(source, f"org/public@{commit}", BASE)).digest == first.digest
+    assert len(hub.seen) == 1, "a commit always means the same: nobody is asked"
+
+
+async def test_single_flight(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        taken = [tasks.create_task(mirror.take(source, "org/public", BASE)) for _ in range(8)]
+    assert len({task.result().digest for task in taken}) == 1
+    assert len(hub.requests(CONFIG_FILE)) == 1
+
+
+# ---------------------------------------------------------------- access
+
+
+@pytest.fixture
+def closed(hub: HubStub) -> HubStub:
+    hub.repos["org/private"] = Repo(private=True)
+    hub.repos["org/gated"] = Repo(gated=True)
+    for seed, name in enumerate(("org/private", "org/gated")):
+        hub.repos[name].commit(adapter(seed))
+    hub.tokens = {"hf_member": {"org/private", "org/gated"}, "hf_stranger": set()}
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "error", "part"),
+    [
+        ("org/private", "", NotFound, "is private"),
+        ("org/private", "hf_stranger", NotFound, "is private"),
+        ("org/private", "hf_wrong", PermissionDenied, "does not accept the token"),
+        ("org/public", "hf_wrong", PermissionDenied, "does not accept the token"),
+        ("org/gated", "", PermissionDenied, "gated"),
+        ("org/gated", "hf_stranger", PermissionDenied, "gated"),
+        ("org/nothing", "", NotFound, "does not exist"),
+        ("org/public@v9", "", NotFound, "no revision 'v9'"),
+        ("org/public@" + "0" * 40, "", NotFound, "no revision"),
+        ("org/../x", "", NotFound, "not an id"),
+    ],
+)
+async def test_no_access(
+    closed: HubStub, source: HubSource, mirror: Mirror, name: str, token: str, error: type[Exception], part: str
+) -> None:
+    with pytest.raises(error, match=part) as raised:
+        await mirror.take(source, name, BASE, token)
+    assert token == "" or token not in str(raised.value)
+    assert len(mirror.blobs) == 0
+
+
+@pytest.mark.parametrize("name", ["org/private", "org/gated"])
+async def test_access(closed: HubStub, source: HubSource, mirror: Mirror, name: str) -> None:
+    assert (await mirror.take(source, name, BASE, "hf_member")).digest in mirror.blobs
+    with pytest.raises((NotFound, PermissionDenied)):
+        await source.fetch(
+            await source.resolve(name, "hf_member"), CONFIG_FILE, Path(os.devnull), 10, ""
+        )  # nothing was kept open for others
+
+
+async def test_the_servers_token_is_used_where_the_caller_has_none(closed: HubStub, mirror: Mirror) -> None:
+    source = HubSource(closed.url, token="hf_member", first_pause_s=0.001)
+    await mirror.take(source, "org/private", BASE)
+    assert {seen.token for seen in closed.seen} == {"hf_member"}
+    with pytest.raises(NotFound):
+        await source.resolve("org/private", "hf_stranger")
+    await source.close()
+
+
+async def test_offline(hub: HubStub, source: HubSource, mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = await mirror.take(source, "org/public", BASE)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.seen.clear()
+    with pytest.raises(Unavailable, match="offline"):
+        await mirror.take(source, "org/public", BASE)
+    assert (await mirror.take(source, known.version.target, BASE)).digest == known.digest
+    assert hub.seen == []
+
+
+# ---------------------------------------------------------------- what it holds
+
+
+@pytest.mark.parametrize(
+    ("files", "part"),
+    [
+        ({CONFIG_FILE: b"{}"}, "no adapter_model.safetensors"),
+        ({CONFIG_FILE: b"{}", "adapter_model.bin": b"\x80"}, "adapter_model.bin is a pickle"),
+        ({"model.safetensors": b"x"}, "not a PEFT adapter"),
+        (adapter(use_dora=True), "use_dora"),
+        (adapter() | {WEIGHTS_FILE: b"x"}, "too short"),
+    ],
+)
+async def test_refusals(hub: HubStub, source: HubSource, mirror: Mirror, files: dict[str, bytes], part: str) -> None:
+    hub.repos["org/bad"] = Repo()
+    hub.repos["org/bad"].commit(files)
+    with pytest.raises(AdapterRefused, match=part):
+        await mirror.take(source, "org/bad", BASE)
+    assert not hub.requests(".bin")
+
+
+async def test_a_bad_header_costs_no_body(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
+    hub.repos["org/big"] = Repo()
+    hub.repos["org/big"].commit(adapter() | {WEIGHTS_FILE: safetensors(lora_tensors())[:50] + bytes(3 << 20)})
+    mirror = Mirror(mirror.blobs, max_bytes=4 << 20)
+    with pytest.raises(AdapterRefused):
+        await mirror.take(source, "org/big", BASE)
+    assert [seen.range for seen in hub.requests(WEIGHTS_FILE)] == [f"bytes=0-{(1 << 20) + 7}"]
+
+
+async def test_size_is_checked_before_anything_is_fetched(hub: HubStub, source: HubSource, tmp_path: Path) -> None:
+    with pytest.raises(AdapterRefused, match="the limit is 100"):
+        await Mirror(Blobs(tmp_path), max_bytes=100).take(source, "org/public", BASE)
+    assert not hub.requests("/resolve/")
+
+
+# ---------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+async def test_passing_trouble_is_waited_out(hub: HubStub, source: HubSource, mirror: Mirror, status: int) -> None:
+    hub.failures = [(status, {"Retry-After": "0"}), (status, {})]
+    assert await mirror.take(source, "org/public", BASE)
+    hub.seen.clear()
+    hub.repos["org/public"].commit(adapter(5))
+    version = await source.resolve("org/public")
+    hub.failures = [(status, {}), (status, {})]
+    await source.fetch(version, CONFIG_FILE, mirror.blobs.staging("x") / CONFIG_FILE, 10)
+    assert len(hub.requests(CONFIG_FILE)) == 3
+
+
+async def test_lasting_trouble_is_told(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
+    """Also for what is in the blobs: an old answer is never given out as a new one."""
+    await mirror.take(source, "org/public", BASE)
+    hub.down = True
+    with pytest.raises(Unavailable, match="503, 5 times"):
+        await mirror.take(source, "org/public", BASE)
+
+
+async def test_a_long_retry_after_is_not_waited_for(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
+    hub.failures = [(429, {"Retry-After": "3600"})]
+    with pytest.raises(Unavailable, match="429"):
+        await mirror.take(source, "org/public", BASE)
+
+
+async def test_nobody_there(mirror: Mirror) -> None:
+    source = HubSource("http://127.0.0.1:9", first_pause_s=0.001)
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        await mirror.take(source, "org/public", BASE)
+    await source.close()
+
+
+@pytest.mark.parametrize("ignore_ranges", [False, True])
+async def test_cut_bodies_are_resumed(hub: HubStub, source: HubSource, mirror: Mirror, ignore_ranges: bool) -> None:
+    """Each cut costs what was not received yet, or, where ranges are not served, the whole; the content is right."""
+    expected = hub.repos["org/public"].commits[hub.repos["org/public"].refs["main"]][WEIGHTS_FILE]
+    hub.cut_at, hub.num_cuts, hub.ignore_ranges = 1000, 2, ignore_ranges
+    taken = await mirror.take(source, "org/public", BASE)
+    folder = mirror.blobs.verified(taken.digest)
+    assert folder is not None
+    assert (folder / WEIGHTS_FILE).read_bytes() == expected
+    last = len(expected) - 1
+    assert [seen.range for seen in hub.requests(WEIGHTS_FILE)] == [
+        f"bytes=0-{last}", f"bytes=1000-{last}", f"bytes={1000 if ignore_ranges else 2000}-{last}"
+    ]  # fmt: skip
+
+
+async def test_an_unfinished_download_goes_on_in_the_next_process(
+    hub: HubStub, source: HubSource, tmp_path: Path
+) -> None:
+    hub.cut_at, hub.num_cuts = 700, 1
+    hub.failures = []
+    with pytest.raises(Unavailable):
+        await Mirror(Blobs(tmp_path), max_bytes=1 << 20).take(_Failing(source, hub), "org/public", BASE)
+    hub.down = False
+    hub.seen.clear()
+    assert await Mirror(Blobs(tmp_path), max_bytes=1 << 20).take(source, "org/public", BASE)
+    assert [seen.range.partition("-")[0] for seen in hub.requests(WEIGHTS_FILE)] == ["bytes=700"]
+    assert not hub.requests(CONFIG_FILE)
+
+
+class _Failing(HubSource):
+    """A source whose Hub goes down with the first cut."""
+
+    def __init__(self, real: HubSource, hub: HubStub) -> None:
+        self.__dict__.update(real.__dict__)
+        self._hub = hub
+
+    async def _read(self, url: str, file: Any, end: int, num_bytes: int, token: str) -> None:
+        try:
+            await super()._read(url, file, end, num_bytes, token)
+        except Exception:
+            self._hub.down = True
+            raise
+
+
+async def test_changed_content_is_not_taken(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
+    """Bytes that are not those the Hub announced: never taken in, and fetched anew the next time."""
+    repo = hub.repos["org/public"]
+    version = await source.resolve("org/public")
+    files = repo.commits[repo.refs["main"]]
+    good = files[WEIGHTS_FILE]
+
+    class Replaced(HubSource):
+        def __init__(self) -> None:
+            self.__dict__.update(source.__dict__)
+
+        async def resolve(self, target: str, token: str = "") -> Any:
+            return version
+
+    files[WEIGHTS_FILE] = good[:-1] + bytes([good[-1] ^ 1])
+    with pytest.raises(Changed, match="sha256"):
+        await mirror.take(Replaced(), "org/public", BASE)
+    files[WEIGHTS_FILE] = good + b"x"
+    with pytest.raises(Changed, match="does not give"):
+        await mirror.take(Replaced(), "org/public", BASE)
+    files[WEIGHTS_FILE] = good
+    assert await mirror.take(Replaced(), "org/public", BASE)
