@@ -128,7 +128,7 @@ def fake_served(name: str = "fake", vocab_size: int = 1000) -> m.ServedModel:
 
 
 async def serve_fake(settings: Settings, engine: FakeEngine, served: m.ServedModel, stop: asyncio.Event) -> int:
-    """Run the worker service around a fake engine."""
+    """Run the worker service around a fake engine; several may run in one process."""
     bus = Bus(settings.redis_url)
     loop = asyncio.get_running_loop()
     try:
@@ -144,18 +144,28 @@ async def serve_fake(settings: Settings, engine: FakeEngine, served: m.ServedMod
         await bus.close()
 
 
+async def serve_many(args: argparse.Namespace, settings: Settings, stop: asyncio.Event) -> int:
+    """Run `args.count` workers in this process."""
+    served = fake_served(args.name, args.vocab_size)
+    async with asyncio.TaskGroup() as group:
+        for i in range(args.count):
+            engine = FakeEngine(step_s=args.step_ms / 1e3, capacity=args.capacity, vocab_size=args.vocab_size)
+            own = settings.model_copy(update={"worker_name": f"fake-{i}"})
+            group.create_task(serve_fake(own, engine, served, stop))
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--step-ms", type=float, default=25.0)
     parser.add_argument("--capacity", type=int, default=256)
+    parser.add_argument("--count", type=int, default=1, help="workers in this process")
     parser.add_argument("--name", default="fake")
     parser.add_argument("--vocab-size", type=int, default=1000)
     args = parser.parse_args()
     settings = Settings()
     set_up_logging("fake-worker", settings.log_level)
-    engine = FakeEngine(step_s=args.step_ms / 1e3, capacity=args.capacity, vocab_size=args.vocab_size)
-    served = fake_served(args.name, args.vocab_size)
-    return run(lambda stop: serve_fake(settings, engine, served, stop))
+    return run(lambda stop: serve_many(args, settings, stop))
 
 
 if __name__ == "__main__":
