@@ -99,7 +99,7 @@ class Worker:
         model = self.model
         return (
             model.a
-            + model.b * (self.load + 1)
+            + model.b * (len(self.requests) + 1)
             + model.c * (self.num_tokens + num_tokens)
             + model.d * (self.rank_sum + more)
         )
@@ -113,6 +113,10 @@ class Fleet:
         self.workers: dict[str, Worker] = {}
         self._silent_s: dict[str, float] = {}  # registered, but never heard
         self._moved: set[str] = set()
+        self.version = 0
+        """Changes when the available workers or their capacities do."""
+        self.num_assigned = 0
+        """Requests on all workers."""
         self.holders: dict[str, set[str]] = {}
         """Adapter -> available workers on which it is resident."""
 
@@ -151,8 +155,11 @@ class Fleet:
         return dead
 
     def _take(self, worker: Worker, beat: m.WorkerBeat) -> Worker:
+        before = worker.available, worker.beat.capacity
         worker.beat = beat
         worker.unreachable = False
+        if before != (worker.available, beat.capacity) or beat.wid not in self.workers:
+            self.version += 1
         worker.resident, worker.loading = frozenset(beat.resident), frozenset(beat.loading)
         worker.host = frozenset(beat.host)
         worker.model = UNFITTED_STEP if beat.step_model == m.StepModel() else beat.step_model
@@ -169,13 +176,16 @@ class Fleet:
         """Give a worker nothing until its next beat."""
         if worker := self.workers.get(wid):
             worker.unreachable = True
+            self.version += 1
             self._index(worker)
 
     def remove(self, wid: str) -> None:
         """Forget a dead worker."""
         self._silent_s.pop(wid, None)
         if worker := self.workers.pop(wid, None):
+            self.num_assigned -= worker.load
             worker.unreachable = True
+            self.version += 1
             self._index(worker)
 
     def take_moved(self) -> dict[str, bool]:

@@ -40,6 +40,7 @@ class Ledger:
         request.ready = worker.tier(sub.digest) is Tier.RESIDENT
         request.reserved_tokens = self.expected_tokens(request)
         worker.requests[request.rid] = request
+        self._fleet.num_assigned += 1
         self.headroom.running[sub.tenant] += 1
         if not worker.by_digest[sub.digest] and sub.digest != BASE:
             worker.ranks[sub.digest] = self._rank_of(sub.digest)
@@ -64,6 +65,7 @@ class Ledger:
             return
         digest = request.submit.digest
         del worker.requests[request.rid]
+        self._fleet.num_assigned -= 1
         decrement(self.headroom.running, request.submit.tenant)
         decrement(worker.by_digest, digest)
         if digest in worker.ranks and digest not in worker.by_digest:

@@ -28,7 +28,7 @@ FREE_SHARE = 0.75
 HOME_SHARE = 0.125
 """Requests for one adapter that are worth a home of their own, as a share of a worker's capacity."""
 
-MAX_CANDIDATES = 12
+MAX_CANDIDATES = 8
 """Workers scored for one request, of a large fleet."""
 
 SHRINK_TICKS = 3
@@ -166,22 +166,21 @@ class Placement:
         self._rendezvous = Rendezvous()
         self._prefixes: dict[str, str] = {}  # prompt's first blocks -> worker that computed them last
         self._workers: list[Worker] = []
-        self._open: list[Worker] = []  # those that may have room
-        self._total_load = 0
+        self._version = -1
         self.total_capacity = 0
         self._turn = 0
 
     def begin(self) -> None:
-        """Look at the fleet anew. Until the next call it changes only by `took`."""
-        self._workers = [worker for worker in self._fleet.workers.values() if worker.available]
-        self._open = list(self._workers)
-        self._total_load = sum(worker.load for worker in self._workers)
+        """Look at the fleet anew. Until the next call no worker comes or goes."""
+        if self._version == self._fleet.version:
+            return
+        self._version = self._fleet.version
+        self._workers = list(self._fleet.available())
         self.total_capacity = sum(worker.beat.capacity for worker in self._workers)
         self._rendezvous.set_members({w.wid: (w.beat.name, w.beat.capacity) for w in self._workers})
 
     def took(self, request: Request, worker: Worker, now_ms: float) -> None:
-        """Note an assignment made since `begin`."""
-        self._total_load += 1
+        """Note an assignment."""
         worker.prefill_until_ms = max(worker.prefill_until_ms, now_ms) + self._prefill_ms(worker, request)
         if prefix := request.submit.prefix:
             self._prefixes.pop(prefix, None)
@@ -219,7 +218,8 @@ class Placement:
         for worker in self._workers:
             demand.update(worker.by_digest)
         del demand[BASE]
-        mean_load, mean_capacity = self._total_load / len(self._workers), self.total_capacity / len(self._workers)
+        mean_load = self._fleet.num_assigned / len(self._workers)
+        mean_capacity = self.total_capacity / len(self._workers)
         self.homes.tick(demand, max(LOAD_BOUND * mean_load, mean_capacity * HOME_SHARE, 1.0))
         return [
             (wid, digest)
@@ -240,7 +240,7 @@ class Placement:
         homes = self._rendezvous.order(digest)[: self.homes[digest]] if digest != BASE else ()
         best, crowded = _Best(), _Best()
         preferred_open = digest == BASE
-        for worker in self._candidates(holders, homes, request.submit.cls):
+        for worker in self._candidates(digest, holders, homes, request.submit.cls):
             tier = worker.tier(digest)
             if not self._takes(worker, request, tier, bool(holders)):
                 continue
@@ -296,23 +296,30 @@ class Placement:
 
     def _is_crowded(self, worker: Worker) -> bool:
         capacity = worker.beat.capacity
-        fair_load = LOAD_BOUND * (self._total_load + 1) * capacity / self.total_capacity
-        return worker.load + 1 > max(fair_load, capacity * FREE_SHARE, 1)
+        fair_load = LOAD_BOUND * (self._fleet.num_assigned + 1) * capacity / self.total_capacity
+        return len(worker.requests) + 1 > max(fair_load, capacity * FREE_SHARE, 1)
 
-    def _candidates(self, holders: Collection[str], homes: Collection[str], cls: str) -> Iterable[Worker]:
+    def _candidates(self, digest: str, holders: Collection[str], homes: Collection[str], cls: str) -> Iterable[Worker]:
         """Return the workers to score: all of a small fleet; else where the adapter is or belongs, and some others."""
         if len(self._workers) <= MAX_CANDIDATES:
             return self._workers
         self._turn += 1
-        known = [worker for wid in (*holders, *homes) if (worker := self._fleet.workers[wid]).ready_credit(cls) > 0]
-        self._open = [worker for worker in self._open if worker.ready_credit(cls) > 0]
         half = MAX_CANDIDATES // 2
-        return {w.wid: w for w in (*_some(known, half, self._turn), *_some(self._open, half, self._turn))}.values()
+        if digest != BASE and not holders:
+            known = [self._fleet.workers[wid] for wid in homes]
+            return {worker.wid: worker for worker in (*known[:half], *self._some(self._workers, half, None))}.values()
+        known = [self._fleet.workers[wid] for wid in (*holders, *homes)]
+        chosen = (*self._some(known, half, cls), *self._some(self._workers, half, cls))
+        return {worker.wid: worker for worker in chosen}.values()
 
-
-def _some(workers: list[Worker], num: int, turn: int) -> list[Worker]:
-    """Return `num` of the workers, others at each turn."""
-    if len(workers) <= num:
-        return workers
-    start = turn * num % len(workers)
-    return (workers + workers)[start : start + num]
+    def _some(self, workers: list[Worker], num: int, cls: str | None) -> list[Worker]:
+        """Return `num` of the workers, others at each turn; with a class, of those that have room for it."""
+        found: list[Worker] = []
+        start = self._turn * num
+        for i in range(start, start + len(workers)):
+            worker = workers[i % len(workers)]
+            if cls is None or worker.ready_credit(cls) > 0:
+                found.append(worker)
+                if len(found) == num:
+                    break
+        return found

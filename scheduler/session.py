@@ -227,7 +227,7 @@ class Session:
         workers = list(scheduler.fleet.available())
         status = m.SchedulerStatus(
             queued=scheduler.backlog.num_queued,
-            running=sum(worker.load for worker in scheduler.fleet.workers.values()),
+            running=scheduler.fleet.num_assigned,
             workers=len(workers),
             drain_rate=self._drain_rate,
             queued_tokens=scheduler.backlog.num_tokens,
