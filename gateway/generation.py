@@ -85,10 +85,10 @@ class Generation:
         if self.mail.failure is not None:
             raise self.mail.failure
         pieces: dict[str, Piece] = {}
-        if deltas:
-            for delta in deltas:
-                await self._apply(delta, pieces)
-        else:
+        for delta in deltas:
+            await self._apply(delta, pieces)
+        if not deltas or self.mail.nudged:
+            self.mail.nudged = False
             await self._catch_up(pieces)
         if pieces and not self._has_token:
             self._has_token = True

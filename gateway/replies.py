@@ -81,6 +81,7 @@ class Subscription:
         self.rids = rids
         self.client_gone = False
         self.failure: LorafleetError | None = None
+        self.nudged = False
         self._eager = eager  # wake for every delta, not only for ends and a full mailbox
         self._max_pending = max(MAX_PENDING, 2 * len(rids))
         self._pending: list[m.Delta] = []
@@ -101,7 +102,8 @@ class Subscription:
         self._wake()
 
     def nudge(self) -> None:
-        """Make `take` return now, so that the call looks into the log."""
+        """Say that deltas may have been lost: the call must look into the log."""
+        self.nudged = True
         self._wake()
 
     def fail(self, error: LorafleetError) -> None:
@@ -124,7 +126,7 @@ class Subscription:
         return deltas
 
     def _ready(self) -> bool:
-        return bool(self._pending) or self.client_gone or self.failure is not None
+        return bool(self._pending) or self.client_gone or self.nudged or self.failure is not None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
