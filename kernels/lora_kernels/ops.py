@@ -21,6 +21,7 @@ from lora_kernels.segments import (
     LoraBatch,
     build_attention_batch,
     build_lora_batch,
+    recordable_lora_batch,
 )
 from lora_kernels.tables import Activation, AdapterTable, LoraSite, PackedLinear
 
@@ -42,6 +43,7 @@ __all__ = [
     "lora_add_",
     "pack_linear",
     "paged_attention",
+    "recordable_lora_batch",
     "rms_norm",
     "rotary_",
 ]

@@ -79,8 +79,9 @@ def build_lora_batch(
     batch.seg_starts.numpy()[: num_segments + 1] = seg_starts
     batch.small_tiles.numpy()[: len(small)] = small
     batch.large_tiles.numpy()[: len(large)] = large
-    if token_scales is not None and batch.row_scales is not None:
-        batch.row_scales.numpy()[:num_rows] = token_scales[order]
+    if batch.row_scales is not None:
+        # Written also where all are 1: a recorded batch always reads them.
+        batch.row_scales.numpy()[:num_rows] = 1.0 if token_scales is None else token_scales[order]
     sent = _view_lora_buffer(host.to(device, non_blocking=True), num_tokens)
     if token_scales is None:
         sent.row_scales = None
@@ -88,6 +89,18 @@ def build_lora_batch(
     sent.num_small_tiles, sent.num_large_tiles = len(small), len(large)
     sent.uniform_slot = int(seg_slots[0]) if num_segments == 1 and num_rows == num_tokens else None
     return sent
+
+
+def recordable_lora_batch(num_tokens: int, device: torch.device | str) -> LoraBatch:
+    """An empty batch to capture a graph with, for any step of num_tokens: copy that step's `buffer` over this one's.
+
+    Its counts on the host are the most there can be, so that a launch planned from them reaches every step's list. A
+    step without LoRA rows has no batch: zero the buffer.
+    """
+    buffer = torch.zeros(_COUNTS + 10 * num_tokens + 1, dtype=torch.int32, device=device)
+    batch = _view_lora_buffer(buffer, num_tokens)
+    batch.num_rows = batch.num_segments = batch.num_small_tiles = batch.num_large_tiles = num_tokens
+    return batch
 
 
 def _tiles(seg_slots: np.ndarray, seg_starts: np.ndarray, tile_rows: int) -> np.ndarray:

@@ -71,10 +71,5 @@ def _gpu(index: int) -> Device:
     )
 
 
-def is_capturing(tensor: Tensor) -> bool:
-    """True while a graph is recorded: this step's counts are then no guide to the steps that will replay it."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def pad_to_power_of_2(size: int, at_least: int = 1) -> int:
     return max(at_least, triton.next_power_of_2(size))

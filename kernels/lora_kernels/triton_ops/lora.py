@@ -22,7 +22,7 @@ from torch import Tensor
 from lora_kernels.segments import PAGE_ROWS, TILE_LARGE, TILE_SMALL, LoraBatch
 from lora_kernels.tables import AdapterTable, LoraSite
 from lora_kernels.triton_ops import tuning
-from lora_kernels.triton_ops.launch import Device, Launch, device_of, is_capturing
+from lora_kernels.triton_ops.launch import Device, Launch, device_of
 
 MAX_SITES = 4  # siblings in one launch; a site's column and group are packed into one integer each
 _SITE_BITS = 15
@@ -243,7 +243,7 @@ def plan_lora(
     """The shrink and the expand of up to MAX_SITES siblings. Allocates the planes between them, runs nothing."""
     k = x.shape[1]
     max_rank = table.pages.shape[2] * PAGE_ROWS
-    tiles = _choose_tiles(batch, capturing=is_capturing(x))
+    tiles = _choose_tiles(batch)
     blocks = tuning.shrink_blocks(tiles.rows, max_rank, k, x.element_size(), device)
     rank_blocks = -(-max_rank // blocks.rank)
     columns = len(sites) * min(MAX_RANK_PROGRAMS, rank_blocks)
@@ -314,10 +314,7 @@ def _plan_expand(
     return Launch(expand_kernel, grid, shared | args, blocks.limits)
 
 
-def _choose_tiles(batch: LoraBatch, capturing: bool) -> _Tiles:
-    if capturing:
-        # The replayed steps have other lists of the same capacity; small tiles never need more entries than tokens.
-        return _Tiles(batch.small_tiles, batch.counts[2:3], batch.num_tokens, TILE_SMALL)
+def _choose_tiles(batch: LoraBatch) -> _Tiles:
     if batch.num_rows >= tuning.LARGE_TILE_ROWS_PER_SEGMENT * batch.num_segments:
         return _Tiles(batch.large_tiles, batch.counts[3:4], batch.num_large_tiles, TILE_LARGE)
     return _Tiles(batch.small_tiles, batch.counts[2:3], batch.num_small_tiles, TILE_SMALL)
@@ -346,7 +343,7 @@ def _uniform_gemms_(
     pages follow one another in the pool.
     """
     host, slot = table.host, batch.uniform_slot
-    if host is None or slot is None or batch.row_scales is not None or is_capturing(x):
+    if host is None or slot is None or batch.row_scales is not None:
         return False
     if batch.num_tokens < tuning.UNIFORM_GEMM_ROWS:
         return False

@@ -91,17 +91,18 @@ def test_a_program_strides_over_tiles(monkeypatch):
     assert [grid[0] for grid in grids] == [1, 1], "one program must have served all six tiles"
 
 
-def test_a_recorded_step_serves_any_mix(monkeypatch):
+def test_a_recorded_step_serves_any_mix():
     """What a CUDA graph replays is the launches of one step, while the work list is overwritten in place."""
     num_tokens, ranks = 18, [16, 3, 64, 8]
     mixes = [token_slots(d, num_tokens, len(ranks)) for d in ("identical", "distinct", "zipf", "some base", "none")]
     case = lora_case(mixes[0], ranks, 32, (24, 16), FP32)
+    case.batch = ops.recordable_lora_batch(num_tokens, "cpu")
     originals = [out.clone() for out in case.outs]
-    monkeypatch.setattr(lora, "is_capturing", lambda _: True)
     device = Device(backend="cuda", num_sms=4, capability=80, upcast=True)
     recorded = lora.plan_lora(case.outs, case.x, case.sites, case.table, case.batch, device)
-    for slots in mixes:
-        batch = ops.build_lora_batch(slots, "cpu")
+    factors = np.linspace(0.5, 2, num_tokens, dtype=np.float32)
+    for slots, scales in zip(mixes, (None, factors, None, factors, None), strict=True):
+        batch = ops.build_lora_batch(slots, "cpu", scales)
         replayed = torch.zeros_like(case.batch.buffer) if batch is None else batch.buffer
         case.batch.buffer.copy_(replayed)
         for out, original in zip(case.outs, originals, strict=True):

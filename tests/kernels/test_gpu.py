@@ -1,0 +1,261 @@
+"""Every operation on a CUDA device: against fp32, captured in a graph, without waiting, and timed against its floor.
+
+Written without a GPU at hand: none of it has run yet. Nothing here asserts a time; the last test prints what it
+measured, to be kept in docs/triton.md with the card's name and the date.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import DISTRIBUTIONS, RANKS, LoraCase, assert_close, attention_case, lora_case, token_slots
+
+from lora_kernels import ops
+
+# cuBLAS asks for this where uninitialized memory is filled (kernel_cases.poisoned_memory). Read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(600),  # the first run compiles every variant
+]
+
+DEVICE = "cuda"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LLAMA_8B_LAYER = ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Fail where the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check(case: LoraCase) -> None:
+    expected = case.expected()
+    actual = case.run("triton")
+    again = case.run("triton")
+    for out, repeated, answer in zip(actual, again, expected, strict=True):
+        assert_close(out, answer)
+        assert torch.equal(out, repeated), "the same step must give the same bits"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("num_tokens", [1, 7, 32, 257, 1000])
+def test_lora_for_every_mix(distribution, num_tokens, dtype):
+    slots = token_slots(distribution, num_tokens, num_slots=12, seed=num_tokens)
+    if (slots < 0).all():
+        slots[0] = 2
+    ranks = [16, 8, 64, 3, 128, 1, 16, 48, 32, 16, 8, 16]
+    check(lora_case(slots, ranks, 576, (576, 192, 200), dtype, row_scales=num_tokens == 7, device=DEVICE))
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("num_tokens", [4, 300])
+def test_lora_for_every_rank(rank, num_tokens):
+    slots = np.where(np.arange(num_tokens) % 50 == 1, 1, 0)
+    check(lora_case(slots, [rank, 16], 4096, (1024,), torch.bfloat16, device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lora_of_one_adapter_by_library_products(dtype):
+    """An adapter of one page is always in order, and this step is long."""
+    check(lora_case(np.zeros(600, dtype=int), [16], 1024, (512, 512), dtype, device=DEVICE))
+
+
+def test_lora_never_waits_for_the_device():
+    case = lora_case(token_slots("zipf", 64, 8), [16] * 8, 1024, (1024, 256), torch.bfloat16, device=DEVICE)
+    case.run("triton")
+    outs = [out.clone() for out in case.outs]
+    with no_waiting():
+        ops.lora_add_(outs, case.x, case.sites, case.table, case.batch, impl="triton")
+
+
+def test_one_graph_serves_any_mix():
+    """Captured with an empty list of rows, replayed with others copied over it, also with none."""
+    num_tokens, ranks = 64, [16, 3, 64, 8, 128]
+    mixes = [token_slots(d, num_tokens, len(ranks)) for d in ("identical", "distinct", "zipf", "some base", "none")]
+    case = lora_case(mixes[0], ranks, 1024, (1024, 256), torch.bfloat16, device=DEVICE)
+    case.batch = ops.recordable_lora_batch(num_tokens, DEVICE)
+    outs = [out.clone() for out in case.outs]
+
+    def step() -> None:
+        for out, original in zip(outs, case.outs, strict=True):
+            out.copy_(original)
+        ops.lora_add_(outs, case.x, case.sites, case.table, case.batch, impl="triton")
+
+    graph = capture(step)
+    for slots in mixes:
+        batch = ops.build_lora_batch(slots, DEVICE)
+        expected = [out.float() for out in case.outs]
+        if batch is None:
+            case.batch.buffer.zero_()
+        else:
+            case.batch.buffer.copy_(batch.buffer)
+            expected = LoraCase(case.outs, case.x, case.sites, case.table, batch).expected()
+        graph.replay()
+        for out, answer in zip(outs, expected, strict=True):
+            assert_close(out, answer)
+
+
+def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """Warm a step up on a side stream, as graphs ask for, and record it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "head_dims"),
+    [((32, 8), (128, 128)), ((9, 3), (64, 64)), ((16, 16), (192, 128)), ((16, 8), (256, 256)), ((71, 1), (64, 64))],
+)
+@pytest.mark.parametrize("options", [{}, {"window": 100, "softcap": 30.0, "sinks": True}], ids=["plain", "options"])
+@pytest.mark.parametrize(
+    ("query_lens", "kv_lens"),
+    [((1,), (5000,)), ((1,) * 20, tuple(range(1, 4000, 200))), ((300, 77), (900, 77)), ((1, 1, 200), (64, 700, 333))],
+    ids=["one decode", "decodes", "chunks", "mixed"],
+)
+def test_attention(query_lens, kv_lens, heads, head_dims, options, dtype):
+    case = attention_case(query_lens, kv_lens, heads, head_dims, dtype, device=DEVICE, **options)
+    actual = case.run("triton")
+    assert_close(actual, case.expected())
+    assert torch.equal(actual, case.run("triton")), "the same step must give the same bits"
+
+
+def test_attention_never_waits_for_the_device():
+    case = attention_case((1,) * 8, (700,) * 8, (32, 8), (128, 128), torch.bfloat16, device=DEVICE)
+    case.run("triton")
+    with no_waiting():
+        ops.paged_attention(case.q, case.k_cache, case.v_cache, case.batch, impl="triton", **case.logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kv_write(dtype):
+    tables = np.array([[4, 1], [2, 3]], dtype=np.int32)
+    batch = ops.build_attention_batch(np.array([3, 17]), np.array([18, 17]), tables, DEVICE)
+    k, v = torch.randn(20, 8, 128 + 64, device=DEVICE).to(dtype).split([128, 64], dim=-1)
+    k_cache, v_cache = (torch.randn(5, 8, 16, d, device=DEVICE).to(dtype) for d in (128, 64))
+    expected_k, expected_v = k_cache.clone(), v_cache.clone()
+    ops.kv_write_(k, v, k_cache, v_cache, batch, impl="triton")
+    ops.kv_write_(k, v, expected_k, expected_v, batch, impl="reference")
+    assert torch.equal(k_cache, expected_k)
+    assert torch.equal(v_cache, expected_v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pointwise(dtype):
+    x, residual = torch.randn(2, 33, 4096, device=DEVICE).to(dtype)
+    weight = torch.randn(4096, device=DEVICE).to(dtype)
+    for plus_one in (False, True):
+        carried, expected_carried = residual.clone(), residual.clone()
+        normed = ops.rms_norm(x, weight, 1e-5, residual=carried, plus_one=plus_one, impl="triton")
+        expected = ops.rms_norm(x, weight, 1e-5, residual=expected_carried, plus_one=plus_one, impl="reference")
+        assert_close(normed, expected)
+        assert torch.equal(carried, expected_carried)
+    for act in ("silu", "gelu", "gelu_tanh"):
+        assert_close(ops.gated_act(x, residual, act, impl="triton"), ops.gated_act(x, residual, act, impl="reference"))
+    angles = torch.randn(33, 64, device=DEVICE).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    rotated, expected = x.clone(), x.clone()
+    q, k = rotated.unflatten(1, (32, 128)).split([24, 8], dim=1)
+    ops.rotary_(q, k, cos, sin, impl="triton")
+    q, k = expected.unflatten(1, (32, 128)).split([24, 8], dim=1)
+    ops.rotary_(q, k, cos, sin, impl="reference")
+    assert_close(rotated, expected)
+
+
+def graph_seconds(step: Callable[[], object], repeats: int = 20) -> float:
+    """Time a step inside a graph, where launches cost what they cost in serving."""
+
+    def many() -> None:
+        for _ in range(repeats):
+            step()
+
+    graph = capture(many)
+    graph.replay()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(5):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / 5 / repeats
+
+
+class Stopwatch:
+    """Times steps that find nothing of theirs in the L2 cache, as a layer does whose turn comes once a forward."""
+
+    def __init__(self) -> None:
+        self.other = torch.empty(1 << 28, dtype=torch.int8, device=DEVICE)
+        self.flush_s = graph_seconds(self.other.zero_)
+        source = torch.empty(1 << 30, dtype=torch.int8, device=DEVICE)
+        target = torch.empty_like(source)
+        self.bytes_per_s = 2 * source.nbytes / graph_seconds(lambda: target.copy_(source), repeats=3)
+
+    def line(self, name: str, step: Callable[[], object], num_bytes: int) -> str:
+        """Measure a step, and say how far it is from reading its bytes once."""
+
+        def flushed() -> None:
+            self.other.zero_()
+            step()
+
+        measured_s = graph_seconds(flushed) - self.flush_s
+        return f"{name}: {measured_s * 1e6:.1f} us, floor {num_bytes / self.bytes_per_s * 1e6:.1f} us"
+
+
+def test_time_against_the_bandwidth_floor(capsys):
+    """Print, for the layers of Llama-3.1-8B in bf16, the time of LoRA and of decode attention beside their floors."""
+    watch = Stopwatch()
+    lines = [f"{torch.cuda.get_device_name()}, copies at {watch.bytes_per_s / 1e9:.0f} GB/s"]
+    for num_tokens, num_adapters in ((1, 1), (32, 1), (32, 8), (32, 32), (256, 32), (4096, 1), (4096, 8)):
+        for rank in (16, 64):
+            for k, widths in LLAMA_8B_LAYER:
+                lines.append(lora_time(watch, num_tokens, num_adapters, rank, k, widths))
+    for num_seqs, kv_len in ((1, 1000), (1, 32000), (32, 1000), (32, 8000), (256, 1000)):
+        lines.append(attention_time(watch, num_seqs, kv_len))
+    with capsys.disabled():
+        print("", *lines, sep="\n")
+
+
+def lora_time(watch: Stopwatch, num_tokens: int, num_adapters: int, rank: int, k: int, widths: tuple[int, ...]) -> str:
+    slots = np.arange(num_tokens) * num_adapters // num_tokens
+    case = lora_case(slots, [rank] * num_adapters, k, widths, torch.bfloat16, device=DEVICE)
+    case.table.ranks.fill_(rank)  # every adapter on every site, also where the case leaves one out
+    for site in case.sites:
+        site.a_rows.nan_to_num_()
+        site.b_rows.nan_to_num_()
+
+    def step() -> None:
+        ops.lora_add_(case.outs, case.x, case.sites, case.table, case.batch, impl="triton")
+
+    weights = num_adapters * rank * (len(widths) * k + sum(widths))
+    num_bytes = 2 * (weights + num_tokens * (k + 2 * sum(widths)))
+    return watch.line(f"LoRA {k} -> {widths}, rank {rank}, {num_tokens} rows of {num_adapters}", step, num_bytes)
+
+
+def attention_time(watch: Stopwatch, num_seqs: int, kv_len: int) -> str:
+    case = attention_case((1,) * num_seqs, (kv_len,) * num_seqs, (32, 8), (128, 128), torch.bfloat16, device=DEVICE)
+
+    def step() -> None:
+        ops.paged_attention(case.q, case.k_cache, case.v_cache, case.batch, impl="triton", **case.logits)
+
+    num_bytes = 2 * 2 * num_seqs * kv_len * 8 * 128
+    return watch.line(f"attention, {num_seqs} decodes over {kv_len} keys", step, num_bytes)
