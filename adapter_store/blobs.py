@@ -177,7 +177,8 @@ class Blobs:
             return None
         try:
             return AdapterFiles.open(self._blobs / digest)
-        except FileNotFoundError:  # evicted by another thread
+        except FileNotFoundError:  # evicted by another thread, or removed by hand
+            self.drop(digest)
             return None
         except AdapterRefused as error:
             self._drop_damaged(digest, error)
@@ -197,7 +198,8 @@ class Blobs:
                     raise AdapterRefused(["its content has another digest"])
                 self._verified.add(digest)
             os.utime(folder)
-        except FileNotFoundError:  # evicted by another thread
+        except FileNotFoundError:  # evicted by another thread, or removed by hand
+            self.drop(digest)
             return None
         except AdapterRefused as error:
             self._drop_damaged(digest, error)

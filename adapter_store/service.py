@@ -78,7 +78,7 @@ class Store:
         self.catalogue = Catalogue(bus, self.sid)
         self.server = BlobServer(self.locate, self.health)
         self.base: ServedModel | None = None
-        self.hub = HubSource()
+        self.hub = HubSource(settings.hub_endpoint)
         self.sources: dict[str, Source] = {"hub": self.hub}
         if s3 is not None:
             self.sources["s3"] = S3Source(s3)

@@ -14,7 +14,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from protocol import messages as m
 from protocol.errors import Internal, LorafleetError, ProtocolError
-from protocol.keys import Keys
+from protocol.keys import Keys, private_name
 from protocol.redis_client import connect
 from protocol.scripts import Scripts
 
@@ -471,11 +471,6 @@ class Bus:
         """Return all registrations by the name that the catalogue has for them."""
         raws = await self.redis.hgetall(self.keys.registrations)
         return {name.decode(): decode(raw, m.Registration) for name, raw in raws.items()}
-
-
-def private_name(name: str, tenant: str) -> str:
-    """Return the catalogue's field for a name. Names hold no NUL, so nobody's name can look like another's."""
-    return f"{tenant}\0{name}" if tenant else name
 
 
 def _beat(raw: bytes | None) -> m.WorkerBeat | None:

@@ -159,3 +159,8 @@ class Keys:
             self.base, self.adapters, self.registrations, self.adapter_events, *(self.sub(c) for c in CLASSES),
         }  # fmt: skip
         return key in fixed or key.startswith(f"{self.namespace}:adapter:")
+
+
+def private_name(name: str, tenant: str) -> str:
+    """Return the catalogue's field for a name. Names hold no NUL, so nobody's name can look like another's."""
+    return f"{tenant}\0{name}" if tenant else name

@@ -91,9 +91,10 @@ class Settings(BaseSettings):
     )
     hub_orgs: str = Field(default="", description="Hub organisations adapters may come from, with commas; empty: any")
     s3_buckets: str = Field(default="", description="S3 buckets adapters may come from, with commas; empty: none")
+    hub_endpoint: str = Field(default="", description="URL of the Hub; default: HF_ENDPOINT or huggingface.co")
     s3_endpoint: str = Field(default="", description="URL of an S3-compatible server; default: AWS, or its variables")
     refresh_s: float = Field(default=300.0, gt=0, description="how often a remote name is looked up again")
-    max_downloads: int = Field(default=4, ge=1, description="adapters a store fetches at once")
+    max_downloads: int = Field(default=8, ge=1, description="adapters a store fetches at once")
     store_bucket: str = Field(default="", description="s3://BUCKET/PREFIX that several stores share as second tier")
 
     @field_validator("data", "adapters")

@@ -1,0 +1,304 @@
+"""Registered names through a whole store: served, kept fresh, re-pointed, private, refused, retried, taken back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import pytest_asyncio
+from adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from hub_stub import HubStub, Repo, run_hub
+from store_run import RunStore, ask, in_state
+from waiting import wait_until
+
+from adapter_store import registrar
+from adapter_store.registrar import Backoff
+from adapter_store.sources import retry
+from protocol import messages as m
+from protocol.bus import Bus, now_ms
+from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.settings import Settings
+
+
+def adapter(seed: int = 0, **fields: Any) -> dict[str, bytes]:
+    return {CONFIG_FILE: json.dumps(lora_config(**fields)).encode(), WEIGHTS_FILE: safetensors(lora_tensors(seed))}
+
+
+@pytest_asyncio.fixture
+async def hub(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HubStub]:
+    """A Hub that stores use, with short pauses, and a base model in the fleet."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(registrar, "TROUBLE", Backoff(0.05, 0.1))
+    monkeypatch.setattr(registrar, "REFUSAL", Backoff(0.05, 0.1))
+    monkeypatch.setattr(retry, "MAX_TRIES", 1)
+    await bus.set(bus.keys.base, BASE)
+    async with run_hub() as stub:
+        stub.repos["org/a"] = Repo()
+        stub.repos["org/a"].commit(adapter())
+        yield stub
+
+
+@pytest.fixture
+def settings(settings: Settings, hub: HubStub) -> Settings:
+    return settings.model_copy(update={"hub_endpoint": hub.url})
+
+
+async def register(bus: Bus, name: str = "a", source: str = "hub:org/a", **fields: Any) -> None:
+    await bus.register(m.Registration(name=name, source=source, asked_ms=now_ms(), **fields))
+
+
+async def is_gone(bus: Bus, name: str, tenant: str = "") -> None:
+    async def look() -> bool:
+        return await bus.alias(name, tenant) is None
+
+    await wait_until(look, f"{name} is gone")
+
+
+async def test_a_registered_name_is_served_and_kept_fresh(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
+    store = run_store(refresh_s=0.1)
+    url = await store.url()
+    await register(bus)
+    first = await in_state(bus, "a", "on_disk")
+    assert first.source == f"hub:org/a@{hub.repos['org/a'].refs['main']}"
+    hub.repos["org/a"].commit(adapter(1))
+    second = await in_state(bus, "a", "on_disk", not_digest=first.digest)
+    for alias in (first, second):
+        await ask(url, alias.digest)
+    await bus.unregister("a")
+    await is_gone(bus, "a")
+    assert await bus.registrations() == {}
+
+
+async def test_a_name_can_be_pointed_elsewhere(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
+    """To another repository, or to a commit; what it stands for changes in one step, and never goes away."""
+    old_commit = hub.repos["org/a"].refs["main"]
+    hub.repos["org/a"].commit(adapter(1))
+    hub.repos["org/b"] = Repo()
+    hub.repos["org/b"].commit(adapter(2))
+    run_store()
+    digests = set()
+    for source in ("hub:org/a", "hub:org/b", f"hub:org/a@{old_commit}"):
+        await register(bus, source=source)
+
+        async def is_there(source: str = source) -> m.Alias | None:
+            alias = await bus.alias("a")
+            assert alias is None or alias.state != "failed"
+            assert not digests or (alias is not None and alias.state == "on_disk")
+            return alias if alias and alias.state == "on_disk" and alias.source.startswith(source) else None
+
+        digests.add((await wait_until(is_there, f"the name stands for {source}")).digest)
+    assert len(digests) == 3
+
+
+async def test_stale_is_said_and_fresh_again_too(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
+    store = run_store(refresh_s=0.1)
+    await register(bus)
+    first = await in_state(bus, "a", "on_disk")
+    hub.down = True
+
+    async def says(text: str) -> bool:
+        alias = await bus.alias("a")
+        assert alias is not None
+        assert (alias.state, alias.digest) == ("on_disk", first.digest)
+        return alias.reason == "" if text == "" else text in alias.reason
+
+    await wait_until(lambda: says("may be out of date: the Hub answers 503"), "it is marked stale")
+    await ask(await store.url(), first.digest)
+    hub.down = False
+    await wait_until(lambda: says(""), "it is fresh again")
+
+
+async def test_refusals_say_why_and_are_looked_at_again_when_asked(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
+    hub.repos["org/bad"] = Repo()
+    hub.repos["org/bad"].commit(adapter(use_dora=True))
+    run_store()
+    await register(bus, "bad", "hub:org/bad")
+    await register(bus, "none", "hub:org/none")
+    await register(bus, "nowhere", "ftp://x")
+    await register(bus, "bucket", "s3://secret/adapters/a")
+    assert "use_dora" in (await in_state(bus, "bad", "failed")).reason
+    assert "does not exist" in (await in_state(bus, "none", "failed")).reason
+    assert "not a place" in (await in_state(bus, "nowhere", "failed")).reason
+    assert "not a place" in (await in_state(bus, "bucket", "failed")).reason
+    hub.repos["org/bad"].commit(adapter(3))
+    hub.seen.clear()
+    await register(bus)
+    await in_state(bus, "a", "on_disk")
+    assert not hub.requests("org/bad"), "nobody asked for it again"
+    await register(bus, "bad", "hub:org/bad")
+    await in_state(bus, "bad", "on_disk")
+
+
+async def test_a_repository_that_goes_away_is_not_served_on(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
+    run_store(refresh_s=0.1)
+    await register(bus)
+    await in_state(bus, "a", "on_disk")
+    del hub.repos["org/a"]
+    assert (await in_state(bus, "a", "failed")).digest == ""
+
+
+async def test_trouble_passes_by_itself(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
+    hub.down = True
+    run_store()
+    await register(bus)
+    assert "503" in (await in_state(bus, "a", "failed")).reason
+    hub.down = False
+    await in_state(bus, "a", "on_disk")
+
+
+async def test_private_names(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
+    """Reached with a registration's token, seen by its tenant only; a token that is revoked ends it."""
+    hub.repos["org/p"] = Repo(private=True)
+    hub.repos["org/p"].commit(adapter(7))
+    hub.tokens = {"hf_mine": {"org/p"}, "hf_other": set()}
+    store = run_store(refresh_s=0.1)
+    await register(bus, "p", "hub:org/p", token="hf_mine", tenant="me")
+    await register(bus, "p", "hub:org/p", token="hf_other", tenant="you")
+
+    async def of(tenant: str, state: str) -> m.Alias:
+        async def look() -> m.Alias | None:
+            alias = await bus.alias("p", tenant)
+            return alias if alias is not None and alias.state == state else None
+
+        return await wait_until(look, f"{tenant}'s name is {state}")
+
+    mine = await of("me", "on_disk")
+    await of("you", "failed")
+    assert await bus.alias("p") is None
+    assert [alias.tenant for alias in await bus.aliases("me")] == ["me"]
+    assert await bus.aliases() == []
+    await ask(await store.url(), mine.digest)
+    hub.tokens["hf_mine"] = set()
+    await of("me", "failed")
+    shown = [await bus.redis.hgetall(bus.keys.adapters), await bus.entries(bus.keys.adapter_events)]
+    assert "hf_" not in repr(shown)
+
+
+@pytest.mark.parametrize(
+    ("changes", "on_request", "part"),
+    [({}, True, "requests may not name hub"), ({"hub_orgs": "acme"}, False, "organisation"),
+     ({"request_sources": "hub", "hub_orgs": "acme, corp"}, True, "organisation")],
+)  # fmt: skip
+async def test_policy(
+    bus: Bus, hub: HubStub, run_store: RunStore, changes: dict[str, Any], on_request: bool, part: str
+) -> None:
+    run_store(**changes)
+    await register(bus, on_request=on_request)
+    assert part in (await in_state(bus, "a", "failed")).reason
+    assert hub.seen == []
+
+
+async def test_requests_may_name_what_policy_lets_them(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
+    run_store(request_sources="hub", hub_orgs="org")
+    await register(bus, "org/a", on_request=True)
+    await in_state(bus, "org/a", "on_disk")
+
+
+async def test_a_folder_of_that_name_comes_first(
+    bus: Bus, hub: HubStub, settings: Settings, run_store: RunStore
+) -> None:
+    assert settings.adapters is not None
+    run_store()
+    await register(bus)
+    remote = await in_state(bus, "a", "on_disk")
+    write_adapter(settings.adapters / "a", seed=50)
+    local = await in_state(bus, "a", "on_disk", not_digest=remote.digest)
+    assert local.source == "local:a"
+    shutil.rmtree(settings.adapters / "a")
+    assert (await in_state(bus, "a", "on_disk", not_digest=local.digest)).digest == remote.digest
+
+
+async def test_slow_ones_keep_nobody_waiting(bus: Bus, hub: HubStub, settings: Settings, run_store: RunStore) -> None:
+    """Every download of the Hub stands still; folders are taken in meanwhile, and names say "downloading"."""
+    assert settings.adapters is not None
+    hub.gate = asyncio.Event()
+    for i in range(10):
+        hub.repos[f"slow/{i}"] = Repo()
+        hub.repos[f"slow/{i}"].commit(adapter(10 + i))
+    store = run_store(max_downloads=4)
+    for i in range(10):
+        await register(bus, f"slow{i}", f"hub:slow/{i}")
+    await wait_until(lambda: len(hub.requests(WEIGHTS_FILE)) == 4, "four downloads have begun")
+    write_adapter(settings.adapters / "folder", seed=60)
+    await ask(await store.url(), (await in_state(bus, "folder", "on_disk")).digest)
+    assert {(await in_state(bus, f"slow{i}", "downloading")).digest for i in range(10)} == {""}
+    assert len(hub.requests(WEIGHTS_FILE)) == 4
+    hub.gate.set()
+    for i in range(10):
+        await in_state(bus, f"slow{i}", "on_disk")
+
+
+async def test_one_of_two_stores_fetches(bus: Bus, hub: HubStub, tmp_path: Path, run_store: RunStore) -> None:
+    """At a time; and each can give the content out, from its own disk or by fetching it."""
+    hub.gate = asyncio.Event()
+    stores = [run_store(data=tmp_path / f"data{i}", adapters=None) for i in range(2)]
+    await wait_until(lambda: _num_stores(bus, 2), "both have registered")
+    await register(bus)
+    await wait_until(lambda: hub.requests(WEIGHTS_FILE), "a download has begun")
+    assert await bus.redis.exists(bus.keys.fetching("a"))
+    write = await bus.redis.set(bus.keys.fetching("a"), "2", nx=True)
+    assert not write
+    assert len(hub.requests(WEIGHTS_FILE)) == 1
+    hub.gate.set()
+    alias = await in_state(bus, "a", "on_disk")
+    for sid in await bus.members(bus.keys.stores):
+        await ask((await bus.redis.get(bus.keys.store_beat(sid))).decode(), alias.digest)
+    assert len(stores) == 2
+
+
+async def _num_stores(bus: Bus, num: int) -> bool:
+    return len(await bus.members(bus.keys.stores)) == num
+
+
+async def test_a_restart_fetches_nothing_and_serves_on_without_a_hub(
+    bus: Bus, hub: HubStub, run_store: RunStore
+) -> None:
+    store = run_store()
+    await register(bus)
+    alias = await in_state(bus, "a", "on_disk")
+    await store.end()
+    hub.down = True
+    hub.seen.clear()
+    again = run_store()
+
+    async def is_stale() -> bool:
+        now = await bus.alias("a")
+        assert now is not None
+        assert (now.state, now.digest) == ("on_disk", alias.digest)
+        return "may be out of date" in now.reason
+
+    await wait_until(is_stale, "it is marked stale")
+    await ask(await again.url(), alias.digest)
+    assert not hub.requests("/resolve/")
+
+
+async def test_evicted_content_is_fetched_again_with_the_registrations_token(
+    bus: Bus, hub: HubStub, settings: Settings, run_store: RunStore
+) -> None:
+    hub.repos["org/p"] = Repo(private=True)
+    hub.repos["org/p"].commit(adapter(7))
+    hub.tokens = {"hf_mine": {"org/p"}}
+    store = run_store()
+    await register(bus, "p", "hub:org/p", token="hf_mine", tenant="me")
+    digest = (await wait_until(lambda: _on_disk(bus, "p", "me"), "p is there")).digest
+    shutil.rmtree(settings.data / "adapters" / "blobs" / digest)
+    await ask(await store.url(), digest)
+    async with httpx2.AsyncClient() as http:
+        missing = await http.get(f"{await store.url()}/adapters/{'0' * 64}/{CONFIG_FILE}")
+    assert missing.status_code == 404
+
+
+async def _on_disk(bus: Bus, name: str, tenant: str) -> m.Alias | None:
+    alias = await bus.alias(name, tenant)
+    return alias if alias is not None and alias.state == "on_disk" else None
+
+
+def test_backoff() -> None:
+    backoff = Backoff(5.0, 600.0)
+    assert [backoff.pause_s(n) for n in (1, 2, 3, 8, 9, 10_000)] == [5.0, 10.0, 20.0, 600.0, 600.0, 600.0]
