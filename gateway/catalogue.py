@@ -70,6 +70,8 @@ class Fleet:
                 await self.refresh()
             except CONNECTION_ERRORS as error:
                 logger.warning("the fleet cannot be seen: %s", error)
+            except Exception:
+                logger.exception("the fleet cannot be seen")
             await asyncio.sleep(REFRESH_S)
 
     async def require(self, *, worker: bool) -> m.ServedModel:

@@ -23,6 +23,7 @@ STREAM_TTL_S = 300
 STREAM_MAX_AGE_MS = 60_000
 BEAT_TTL_MS = 5000
 BEAT_S = 1.0
+RETRY_S = 0.2
 MAX_PENDING = 64  # deltas held for one call; a client that takes them more slowly is served from the log
 
 
@@ -191,10 +192,14 @@ class Replies:
                 found = await self.bus.read(last_ids, block_ms=2000)
             except CONNECTION_ERRORS as error:
                 logger.warning("the out stream cannot be read: %s", error)
-                await wait_any(never, 0.2)
+                await wait_any(never, RETRY_S)
+                continue
+            except Exception:
+                logger.exception("the out stream cannot be read")
+                await wait_any(never, RETRY_S)
                 continue
             for _, fields in found.get(self._stream, ()):
-                self._deliver(fields[b"b"])
+                self._deliver(fields.get(b"b", b""))
 
     async def beat(self) -> None:
         """Say once a second that this gateway lives, and keep its stream, until cancelled."""
@@ -204,6 +209,8 @@ class Replies:
                 await self.beat_once()
             except CONNECTION_ERRORS as error:
                 logger.warning("no beat: %s", error)
+            except Exception:
+                logger.exception("no beat")
             await wait_any(never, BEAT_S)
 
     async def beat_once(self) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Gauge, Histogram
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
 _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -14,10 +17,10 @@ GENERATIONS = Counter("lorafleet_generations_total", "Choices that have ended, b
 PROMPT_TOKENS = Counter("lorafleet_prompt_tokens_total", "Prompt tokens of accepted calls.", ["kind"])
 OUTPUT_TOKENS = Counter("lorafleet_output_tokens_total", "Tokens delivered to clients.", ["kind"])
 FIRST_TOKEN_SECONDS = Histogram(
-    "lorafleet_time_to_first_token_seconds", "From a call's arrival to its first token.", ["kind"], buckets=_LATENCY_S
+    "lorafleet_time_to_first_token_seconds", "From a call's admission to its first token.", ["kind"], buckets=_LATENCY_S
 )
 CALL_SECONDS = Histogram(
-    "lorafleet_call_seconds", "From a call's arrival to its last token.", ["kind"], buckets=_LATENCY_S
+    "lorafleet_call_seconds", "From a call's admission to its last token.", ["kind"], buckets=_LATENCY_S
 )
 CLIENTS_GONE = Counter("lorafleet_clients_gone_total", "Calls whose client left before the end.")
 GATEWAY_LOG_READS = Counter("lorafleet_gateway_log_reads_total", "Times a call read its tokens from the log.")
@@ -29,5 +32,34 @@ FLEET_QUEUED = Gauge("lorafleet_queued_requests", "Requests waiting for a worker
 FLEET_RUNNING = Gauge("lorafleet_running_requests", "Requests assigned to workers.")
 FLEET_WORKERS = Gauge("lorafleet_workers", "Workers alive.")
 
+# ---------------------------------------------------------------- scheduler
+
+SCHEDULER_LEADS = Gauge("lorafleet_scheduler_leads", "1 in the scheduler that leads, 0 in a standby.")
+ASSIGNED = Counter("lorafleet_assigned_requests_total", "Requests given to workers.", ["adapter"])
+QUEUE_SECONDS = Histogram("lorafleet_queue_seconds", "From submission to assignment.", buckets=_LATENCY_S)
+PLAN_SECONDS = Histogram(
+    "lorafleet_plan_seconds", "Time to decide what goes where.", buckets=(1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
+)
+WORKERS_LOST = Counter("lorafleet_workers_lost_total", "Workers found dead.")
+REQUEUED = Counter("lorafleet_requeued_requests_total", "Requests taken from dead workers.", ["outcome"])
+
+ADAPTER_THERE = "there"
+ADAPTER_COMING = "coming"
+
 KIND_BASE = "base"
 KIND_ADAPTER = "adapter"
+
+
+@contextmanager
+def serve_metrics(port: int) -> Iterator[None]:
+    """Answer `GET /metrics` on a port, in a thread, until the block is left; on none if `port` is 0."""
+    if not port:
+        yield
+        return
+    server, thread = start_http_server(port)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -179,6 +179,20 @@ async def test_a_request_that_the_queue_forgot_is_an_error(bus: Bus, fleet: Scri
     assert answer.json()["error"]["code"] == "request_lost"
 
 
+async def test_unreadable_messages_break_neither_the_gateway_nor_a_call(
+    bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient, gateway: RunningGateway
+) -> None:
+    base = await bus.redis.get(bus.keys.base)
+    await bus.redis.set(bus.keys.base, b"\xc1")
+    assert (await http.get("/health")).status_code == 500
+    await bus.redis.xadd(bus.keys.out(gateway.gid), {"b": b"\xc1"})
+    await bus.redis.xadd(bus.keys.out(gateway.gid), {"other": b"field"})
+    await bus.redis.set(bus.keys.base, base)
+    answer = await http.post("/v1/completions", json=COMPLETION)
+    assert answer.json()["choices"][0]["text"] == Script().text
+    assert not gateway.task.done()
+
+
 async def test_a_deadline_ends_a_call_even_without_a_scheduler(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
