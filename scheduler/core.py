@@ -22,9 +22,6 @@ MAX_REFUSED = 64
 MAX_PLACED = 512
 """Requests of one plan; the rest comes with the next, so that the loop can breathe."""
 
-MAX_LAG_SLACKS = 4
-"""How far a tenant whose requests could not run may be behind the others, in units of the affinity slack."""
-
 PREFETCH_AGAIN_MS = 10_000
 
 
@@ -35,6 +32,11 @@ class Policy:
     slack_tokens: float = 4096.0
     max_attempts: int = 3
     beat_timeout_s: float = 3.5
+
+    @property
+    def max_lag(self) -> float:
+        """How far a tenant whose requests could not run may be behind the others, in tokens."""
+        return 4 * self.slack_tokens
 
     @classmethod
     def of(cls, settings: Settings) -> Policy:
@@ -59,7 +61,7 @@ class Scheduler:
 
     def __init__(self, policy: Policy, counters: TokenCounters | None = None) -> None:
         self.policy = policy
-        self.counters = counters or TokenCounters(MAX_LAG_SLACKS * policy.slack_tokens)
+        self.counters = counters or TokenCounters(policy.max_lag)
         self.fleet = Fleet(policy.beat_timeout_s)
         self.placement = Placement(self.fleet, policy.max_attempts)
         self.ledger = Ledger(self.fleet, self.counters, self.placement.rank_of)

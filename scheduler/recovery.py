@@ -7,6 +7,7 @@ import logging
 import msgspec
 
 from protocol import messages as m
+from protocol import metrics
 from protocol.bus import Bus, Entry, Owned, now_ms
 from protocol.errors import Internal, LorafleetError, WorkerLost
 from protocol.keys import CLASSES
@@ -50,6 +51,7 @@ class Recovery:
         """Queue a dead worker's requests again, end those that cannot be, then delete what it leaves."""
         assigned = {item.rid for item in await self._bus.work_of(wid)}
         rids = list(assigned | set(self._scheduler.assigned_to(wid)))
+        metrics.WORKERS_LOST.inc()
         logger.warning("worker %s is dead; it had %d requests", wid, len(rids))
         await self._requeue(wid, rids, counts=True)
         self._scheduler.remove_worker(wid)
@@ -62,6 +64,7 @@ class Recovery:
             )
             mine = set(self._scheduler.assigned_to(wid))
             for rid, outcome in outcomes.items():
+                metrics.REQUEUED.labels(outcome).inc()
                 if outcome == "exhausted":
                     await self._give_up(rid)
                 elif outcome == "cancelled":

@@ -12,9 +12,11 @@ import os
 import secrets
 import socket
 
+from protocol import metrics
 from protocol.bus import CONNECTION_ERRORS, Bus
 from protocol.service import wait_any
 from protocol.settings import Settings
+from scheduler.core import Policy
 from scheduler.fairness import TokenCounters
 from scheduler.session import Deposed, Lock, Session
 
@@ -29,27 +31,32 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     """Lead or stand by until `stop`. Returns the exit code. Raises Internal when the queue may lose requests."""
     bus = Bus(settings.redis_url)
     candidate = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    counters: TokenCounters | None = None
-    checked = False
+    counters = TokenCounters(Policy.of(settings).max_lag)  # what tenants have had outlives a lost connection
     try:
-        while not stop.is_set():
-            try:
-                if not checked:
-                    await bus.check()
-                    checked = True
-                token = await bus.lead("", candidate, LEASE_MS)
-                if token:
-                    session = Session(bus, settings, Lock(token, candidate, LEASE_MS), counters)
-                    counters = session.scheduler.counters
-                    logger.info("leading as %s", token)
-                    await session.run(stop)
-                    await bus.lead(token, candidate, 0)  # a lease of 0 ms is the lock given back
-                    return 0
-            except Deposed:
-                logger.warning("another scheduler leads now")
-            except CONNECTION_ERRORS as error:
-                logger.warning("queue connection lost: %r", error)
-            await wait_any(stop, TRY_S)
-        return 0
+        with metrics.serve_metrics(settings.metrics_port):
+            while not stop.is_set():
+                try:
+                    await _lead(bus, settings, candidate, counters, stop)
+                except Deposed:
+                    logger.warning("another scheduler leads now")
+                except CONNECTION_ERRORS as error:
+                    logger.warning("queue connection lost: %r", error)
+                await wait_any(stop, TRY_S)
+            return 0
     finally:
         await bus.close()
+
+
+async def _lead(bus: Bus, settings: Settings, candidate: str, counters: TokenCounters, stop: asyncio.Event) -> None:
+    """Try to take the lock; if that works, lead until `stop` and give it back."""
+    token = await bus.lead("", candidate, LEASE_MS)
+    if not token:
+        return
+    await bus.check()
+    logger.info("leading as %s", token)
+    metrics.SCHEDULER_LEADS.set(1)
+    try:
+        await Session(bus, settings, Lock(token, candidate, LEASE_MS), counters).run(stop)
+        await bus.lead(token, candidate, 0)  # a lease of 0 ms gives the lock back
+    finally:
+        metrics.SCHEDULER_LEADS.set(0)

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from protocol import messages as m
+from protocol import metrics
 from protocol.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
 from protocol.errors import DeadlineExceeded, ProtocolError
 from protocol.keys import CLASSES
@@ -54,7 +55,7 @@ class Lock:
 class Session:
     """A leadership, from taking the lock to losing it."""
 
-    def __init__(self, bus: Bus, settings: Settings, lock: Lock, counters: TokenCounters | None = None) -> None:
+    def __init__(self, bus: Bus, settings: Settings, lock: Lock, counters: TokenCounters) -> None:
         self._bus = bus
         self._lock = lock
         self.scheduler = Scheduler(Policy.of(settings), counters)
@@ -129,8 +130,11 @@ class Session:
         if len(self._known_digests) > MAX_KNOWN_DIGESTS:
             self._known_digests.clear()
         self._known_digests.update(new)
-        for record in await self._bus.adapter_records(new):
-            self.scheduler.learn(record.digest, AdapterFacts(record.rank, record.num_bytes))
+        try:
+            for record in await self._bus.adapter_records(new):
+                self.scheduler.learn(record.digest, AdapterFacts(record.rank, record.num_bytes))
+        except ProtocolError:
+            logger.exception("an adapter's record cannot be read; its size is guessed")
 
     # ------------------------------------------------------------ out
 
@@ -144,7 +148,8 @@ class Session:
                 await wait_any(self._wake, max(0.0, again_ms - now_ms()) / 1000)
             self._wake.clear()
             async with self._assigning:
-                plan = self.scheduler.plan(now_ms())
+                with metrics.PLAN_SECONDS.time():
+                    plan = self.scheduler.plan(now_ms())
                 again_ms = plan.again_ms
                 if len(plan.batches) == 1:
                     ((wid, batch),) = plan.batches.items()
@@ -161,6 +166,7 @@ class Session:
         pairs = [(_assigned(request), request.epoch) for request in batch]
         status, stale = await self._bus.assign(wid, pairs, leader=self._lock.token)
         if status == "ok":
+            _count(batch)
             return
         if status == "deposed":
             raise Deposed
@@ -234,6 +240,17 @@ class Session:
             sent_ms=now_ms(),
         )
         await self._bus.set(self._bus.keys.status, status, STATUS_TTL_MS)
+
+
+def _count(batch: list[Request]) -> None:
+    """Tell the metrics of an assignment."""
+    num_ready = sum(request.ready for request in batch)
+    metrics.ASSIGNED.labels(metrics.ADAPTER_THERE).inc(num_ready)
+    metrics.ASSIGNED.labels(metrics.ADAPTER_COMING).inc(len(batch) - num_ready)
+    now = now_ms()
+    for request in batch:
+        if request.submit.submitted_ms and not request.resumed:
+            metrics.QUEUE_SECONDS.observe(max(0, now - request.submit.submitted_ms) / 1000)
 
 
 def _assigned(request: Request) -> m.Assigned:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from urllib.request import urlopen
 
+import pytest
 from msgspec import json
 from waiting import wait_until
 
+from lorafleet.embedded import start_embedded
 from protocol import messages as m
 from protocol.bus import Bus, decode, now_ms
+from protocol.errors import Internal
+from protocol.settings import Settings
+from scheduler.service import serve
 from tests.scheduler.fakes import (
     GATEWAY,
     FakeWorker,
@@ -356,3 +363,81 @@ async def _has_length(bus: Bus, stream: str, length: int) -> bool:
 async def _stands_by(bus: Bus) -> bool:
     """The status runs out, or is renewed, with the leadership."""
     return not await bus.redis.exists(bus.keys.status)
+
+
+async def test_a_restarted_queue_finds_everything_where_it_was(tmp_path: Path) -> None:
+    server = start_embedded(tmp_path)
+    bus = Bus(server.url)
+    worker = await FakeWorker(bus, "w1", capacity=1).join()
+    try:
+        async with running_scheduler(bus):
+            await submit(bus, *(make_submit(f"r{i}") for i in range(5)))
+            await holds(worker, "r0", "r1", "r2")
+            await bus.redis.execute_command(
+                "WAITAOF", 1, 0, 5000
+            )  # what was not synced may be lost, and is another test's matter
+            server.process.kill()
+            server.process.wait()
+            server = start_embedded(tmp_path)
+            for rid in ("r0", "r1", "r2"):
+                await worker.write(rid, 4, end=True)
+            await holds(worker, "r3", "r4")
+            assert [await state(bus, f"r{i}") for i in range(5)] == ["completed"] * 3 + ["assigned"] * 2
+            assert all(item.epoch == 1 for batch in worker.batches for item in batch)
+    finally:
+        await bus.close()
+        server.stop()
+
+
+async def test_a_scheduler_waits_for_a_queue_that_is_not_there_yet(tmp_path: Path) -> None:
+    server = start_embedded(tmp_path)
+    server.stop()
+    waiting = asyncio.Event()
+    task = asyncio.create_task(serve(Settings(redis_url=server.url), waiting))
+    server = start_embedded(tmp_path)
+    bus = Bus(server.url)
+    try:
+        await wait_until(lambda: bus.redis.exists(bus.keys.leader), "it leads")
+        waiting.set()
+        assert await task == 0
+    finally:
+        await bus.close()
+        server.stop()
+
+
+async def test_metrics_say_who_leads_and_what_was_assigned(bus: Bus, unused_tcp_port: int) -> None:
+    worker = await FakeWorker(bus, "w1", resident=["a"]).join()
+
+    def scrape() -> str:
+        with urlopen(f"http://127.0.0.1:{unused_tcp_port}/metrics", timeout=5) as page:
+            return page.read().decode()
+
+    def value(text: str, name: str) -> float:
+        return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+    async with running_scheduler(bus, metrics_port=unused_tcp_port):
+        await submit(bus, make_submit("r", digest="a"))
+        await holds(worker, "r")
+        text = await asyncio.to_thread(scrape)
+        assert value(text, "lorafleet_scheduler_leads ") == 1
+        assert value(text, 'lorafleet_assigned_requests_total{adapter="there"}') >= 1
+        assert value(text, "lorafleet_queue_seconds_count") >= 1
+    with pytest.raises(OSError, match="refused"):
+        await asyncio.to_thread(scrape)
+
+
+async def test_a_queue_that_may_evict_is_refused_and_the_lock_runs_out(bus: Bus) -> None:
+    await bus.redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(Internal, match="noeviction"):
+            await serve(Settings(redis_url=bus.url), asyncio.Event())
+    finally:
+        await bus.redis.config_set("maxmemory-policy", "noeviction")
+
+
+async def test_an_unreadable_adapter_record_stops_nothing(bus: Bus) -> None:
+    await bus.redis.set(bus.keys.adapter("a"), b"\xc1")
+    worker = await FakeWorker(bus, "w1").join()
+    async with running_scheduler(bus):
+        await submit(bus, make_submit("r", digest="a"))
+        await holds(worker, "r")
