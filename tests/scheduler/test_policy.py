@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +26,9 @@ FACTS = adapters(200)
 SMALL = WorkerModel(capacity=16, pool_bytes=40 * 37_500_000, host_bytes=100 * 37_500_000)
 
 
-def arrival(rid: str, at_ms: float = 0.0, *, tenant: str = "t", digest: str = "", output: int = 50, **more: object):
+def arrival(
+    rid: str, at_ms: float = 0.0, *, tenant: str = "t", digest: str = "", output: int = 50, **more: Any
+) -> Arrival:
     sub = make_submit(rid, tenant=tenant, digest=digest, max_new_tokens=200, deadline_ms=1 << 50, **more)
     return Arrival(at_ms, sub, output)
 
@@ -147,12 +150,12 @@ def test_affinity_with_fairness_beats_the_alternatives() -> None:
 # ---------------------------------------------------------------- the core, move by move
 
 
-def beats(num: int, sent_ms: int = 1, **more: object) -> dict[str, m.WorkerBeat | None]:
-    facts: dict[str, object] = {"model": "x", "capacity": 4, "sent_ms": sent_ms} | more
+def beats(num: int, sent_ms: int = 1, **more: Any) -> dict[str, m.WorkerBeat | None]:
+    facts: dict[str, Any] = {"model": "x", "capacity": 4, "sent_ms": sent_ms} | more
     return {f"w{i}": m.WorkerBeat(wid=f"w{i}", name=f"w{i}", **facts) for i in range(num)}  # type: ignore[arg-type]
 
 
-def make_scheduler(num_workers: int = 1, **more: object) -> Scheduler:
+def make_scheduler(num_workers: int = 1, **more: Any) -> Scheduler:
     scheduler = Scheduler(Policy())
     scheduler.beats(beats(num_workers, **more), 0.0)
     return scheduler
