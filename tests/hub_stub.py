@@ -56,7 +56,8 @@ class HubStub:
         self.cut_at = 0  # bytes after which a body breaks off
         self.num_cuts = 0
         self.ignore_ranges = False
-        self.gate: asyncio.Event | None = None  # bodies wait for it
+        self.gate: asyncio.Event | None = None  # larger bodies wait for it after their first bytes
+        self.drop_gated = False  # and break off then
         self.down = False
         self.seen: list[Seen] = []
 
@@ -134,6 +135,8 @@ class HubStub:
         if self.gate is not None and len(body) > LFS_BYTES:
             yield body[:LFS_BYTES]
             await self.gate.wait()
+            if self.drop_gated:
+                raise ConnectionError("the body is cut here on purpose")
             body = body[LFS_BYTES:]
         if self.num_cuts and len(body) > self.cut_at:
             self.num_cuts -= 1

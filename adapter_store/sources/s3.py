@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,7 +65,10 @@ class S3Source:
             files[name] = RemoteFile(head["ContentLength"], head["ETag"], _checksum(head))
         etags = ",".join(file.etag for file in files.values())
         return Version(
-            key=f"s3:{self._endpoint}/{bucket}/{prefix}:{etags}", source=reference.source, target=target, files=files
+            key=f"s3:{self._endpoint}/{bucket}/{prefix}:{etags}",
+            source=reference.source,
+            target=f"//{bucket}/{prefix}",
+            files=files,
         )
 
     async def fetch(self, version: Version, name: str, path: Path, end: int, token: str = "") -> None:
@@ -86,11 +90,11 @@ class S3Source:
         bucket, _, prefix = version.target.removeprefix("//").partition("/")
         reply = self._s3.get_object(
             Bucket=bucket,
-            Key=f"{prefix.rstrip('/')}/{name}",
+            Key=f"{prefix}/{name}",
             Range=f"bytes={file.tell()}-{end - 1}",
             IfMatch=version.files[name].etag,
         )
-        with reply["Body"] as body:
+        with closing(reply["Body"]) as body:
             for chunk in body.iter_chunks(CHUNK_BYTES):
                 file.write(chunk)
         file.flush()

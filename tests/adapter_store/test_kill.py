@@ -1,0 +1,129 @@
+"""A store process killed at the worst moments: it comes back, goes on, and nothing half done was ever given out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import pytest
+import pytest_asyncio
+from adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from hub_stub import LFS_BYTES, HubStub, Repo, run_hub
+from store_run import ask, in_state
+from waiting import wait_until
+
+from protocol import messages as m
+from protocol.bus import Bus, now_ms
+from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.settings import Settings
+
+
+@contextmanager
+def store_process(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a store in a process of its own; at the end it is killed without a warning."""
+    environment = os.environ | settings.environment()
+    process = subprocess.Popen([sys.executable, "-m", "adapter_store"], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def url_of(bus: Bus, before: set[str]) -> str:
+    """Wait for the address of a store that was not there `before`."""
+
+    async def find() -> str:
+        for sid in set(await bus.members(bus.keys.stores)) - before:
+            raw = await bus.redis.get(bus.keys.store_beat(sid))
+            if raw:
+                return raw.decode()
+        return ""
+
+    return await wait_until(find, "a store has registered")
+
+
+@pytest_asyncio.fixture
+async def hub() -> AsyncIterator[HubStub]:
+    async with run_hub() as stub:
+        yield stub
+
+
+async def test_killed_in_mid_download(bus: Bus, settings: Settings, hub: HubStub) -> None:
+    """The next process goes on where the bytes end, as soon as the lease of the dead one has run out."""
+    await bus.set(bus.keys.base, BASE)
+    hub.repos["org/a"] = Repo()
+    hub.repos["org/a"].commit(
+        {CONFIG_FILE: json.dumps(lora_config()).encode(), WEIGHTS_FILE: safetensors(lora_tensors())}
+    )
+    settings = settings.model_copy(update={"hub_endpoint": hub.url})
+    await bus.register(m.Registration(name="a", source="hub:org/a", asked_ms=now_ms()))
+    hub.gate = asyncio.Event()
+    staging = settings.data / "adapters" / "staging"
+
+    def received() -> bool:
+        return any(path.stat().st_size == LFS_BYTES for path in staging.glob(f"*/{WEIGHTS_FILE}"))
+
+    with store_process(settings) as process:
+        await wait_until(lambda: hub.requests(WEIGHTS_FILE), "the download has begun")
+        assert (await in_state(bus, "a", "downloading")).digest == ""
+        # What has come lies in memory until there is a megabyte or the body breaks off.
+        hub.drop_gated = True
+        hub.gate.set()
+        await wait_until(received, "the first bytes are on disk")
+        hub.drop_gated = False
+        hub.down = True
+        process.kill()
+    before = set(await bus.members(bus.keys.stores))
+    await bus.redis.delete(bus.keys.fetching("a"))  # instead of waiting for its end
+    hub.down = False
+    hub.gate = None
+    hub.seen.clear()
+    with store_process(settings):
+        alias = await in_state(bus, "a", "on_disk")
+        await ask(await url_of(bus, before), alias.digest)
+        assert [seen.range.partition("-")[0] for seen in hub.requests(WEIGHTS_FILE)] == [f"bytes={LFS_BYTES}"]
+
+
+@pytest.mark.parametrize("num_blobs", [0, 1, 5, 12])
+async def test_killed_in_mid_write(bus: Bus, settings: Settings, num_blobs: int) -> None:
+    """Killed once some of twenty adapters are in: all that was announced can be fetched, and all come in the end."""
+    await bus.set(bus.keys.base, BASE)
+    assert settings.adapters is not None
+    for seed in range(20):
+        write_adapter(settings.adapters / f"a{seed}", seed=seed)
+    blobs = settings.data / "adapters" / "blobs"
+
+    def some_are_in() -> bool:
+        return blobs.is_dir() and len(list(blobs.iterdir())) >= num_blobs
+
+    with store_process(settings) as process:
+        await wait_until(some_are_in, "some are in", every_s=0.0005)
+        process.kill()
+    announced = [alias.digest for alias in await bus.aliases() if alias.state == "on_disk"]
+    before = set(await bus.members(bus.keys.stores))
+    with store_process(settings):
+        url = await url_of(bus, before)
+        for digest in announced:
+            await ask(url, digest)
+        for seed in range(20):
+            await ask(url, (await in_state(bus, f"a{seed}", "on_disk")).digest)
+        async with httpx2.AsyncClient() as http:
+            assert (await http.get(f"{url}/health")).json()["num_blobs"] == 20
+    assert not list((settings.data / "adapters" / "trash").iterdir())
+
+
+async def test_ends_when_told(bus: Bus, settings: Settings, tmp_path: Path) -> None:
+    """SIGTERM: exit code 0, off the register."""
+    with store_process(settings) as process:
+        await url_of(bus, set())
+        process.terminate()
+        assert await asyncio.to_thread(process.wait, 30) == 0
+    assert await bus.members(bus.keys.stores) == []

@@ -1,0 +1,246 @@
+"""S3 as a source and as the tier that stores share, against a real server that checks credentials."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from s3_server import BUCKET, S3Server, run_cutter, run_s3
+from store_run import RunStore, ask, in_state
+
+from adapter_store.blobs import Blobs
+from adapter_store.mirror import Mirror
+from adapter_store.sources import Changed
+from adapter_store.sources.local import LocalSource
+from adapter_store.sources.s3 import S3Source
+from adapter_store.tier import Tier
+from protocol import messages as m
+from protocol.bus import Bus, now_ms
+from protocol.errors import AdapterRefused, BadRequest, NotFound, PermissionDenied, Unavailable
+from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.settings import Settings
+
+WIDE = [m.SiteShape(site.name, 20_000, 16) for site in BASE.sites]  # makes the weights 1.3 MB
+WIDE_BASE = m.ServedModel(**{f: getattr(BASE, f) for f in BASE.__struct_fields__} | {"sites": WIDE})
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3Server]:
+    with run_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Mirror:
+    return Mirror(Blobs(tmp_path / "blobs"), max_bytes=64 << 20)
+
+
+@pytest.fixture
+def source(s3: S3Server) -> S3Source:
+    return S3Source(s3.client(), first_pause_s=0.001)
+
+
+def upload(s3: S3Server, prefix: str, weights: bytes | None = None, **fields: Any) -> None:
+    client = s3.client()
+    client.put_object(Bucket=BUCKET, Key=f"{prefix}/{CONFIG_FILE}", Body=json.dumps(lora_config(**fields)).encode())
+    if weights is not None:
+        client.put_object(Bucket=BUCKET, Key=f"{prefix}/{WEIGHTS_FILE}", Body=weights)
+
+
+def weights(seed: int = 0) -> bytes:
+    return safetensors(lora_tensors(seed))
+
+
+async def test_takes_and_refreshes(s3: S3Server, source: S3Source, mirror: Mirror) -> None:
+    """The ETags are the version: unchanged objects cost no download, changed ones are a new content."""
+    upload(s3, "team/a", weights())
+    first = await mirror.take(source, f"//{BUCKET}/team/a", BASE)
+    assert first.version.source == f"s3://{BUCKET}/team/a"
+    assert await mirror.take(source, f"//{BUCKET}/team/a/", BASE) == first
+    upload(s3, "team/a", weights(1))
+    second = await mirror.take(source, f"//{BUCKET}/team/a", BASE)
+    assert second.digest != first.digest
+    upload(s3, "team/a", weights(1), lora_alpha=99)
+    assert (await mirror.take(source, f"//{BUCKET}/team/a", BASE)).digest not in (first.digest, second.digest)
+
+
+async def test_an_object_replaced_meanwhile_is_noticed(s3: S3Server, source: S3Source, tmp_path: Path) -> None:
+    upload(s3, "swap", weights())
+    version = await source.resolve(f"//{BUCKET}/swap")
+    await source.fetch(version, WEIGHTS_FILE, tmp_path / "w", 100)
+    upload(s3, "swap", weights(1))
+    with pytest.raises(Changed):
+        await source.fetch(version, WEIGHTS_FILE, tmp_path / "w", version.files[WEIGHTS_FILE].num_bytes)
+    assert (tmp_path / "w").read_bytes() == weights()[:100]
+
+
+async def test_objects_in_parts(s3: S3Server, source: S3Source, mirror: Mirror) -> None:
+    """Put in parts, the ETag is no checksum; the content is right all the same."""
+    content = safetensors(lora_tensors(sites=[m.SiteShape(site.name, 50_000, 16) for site in WIDE], rank=8))
+    base = m.ServedModel(
+        **{f: getattr(BASE, f) for f in BASE.__struct_fields__}
+        | {"sites": [m.SiteShape(site.name, 50_000, 16) for site in WIDE]}
+    )
+    upload(s3, "parts", r=8)
+    client, key = s3.client(), {"Bucket": BUCKET, "Key": f"parts/{WEIGHTS_FILE}"}
+    upload_id = client.create_multipart_upload(**key)["UploadId"]
+    pieces = [content[: 5 << 20], content[5 << 20 :]]
+    tags = [client.upload_part(**key, UploadId=upload_id, PartNumber=i + 1, Body=p) for i, p in enumerate(pieces)]
+    parts = [{"PartNumber": i + 1, "ETag": tag["ETag"]} for i, tag in enumerate(tags)]
+    client.complete_multipart_upload(**key, UploadId=upload_id, MultipartUpload={"Parts": parts})
+    version = await source.resolve(f"//{BUCKET}/parts")
+    assert version.files[WEIGHTS_FILE].checksum is None
+    assert version.files[CONFIG_FILE].checksum is not None
+    taken = await mirror.take(source, f"//{BUCKET}/parts", base)
+    folder = mirror.blobs.verified(taken.digest)
+    assert folder is not None
+    assert (folder / WEIGHTS_FILE).read_bytes() == content
+
+
+async def test_cut_bodies_are_resumed(s3: S3Server, mirror: Mirror) -> None:
+    content = safetensors(lora_tensors(sites=WIDE))
+    upload(s3, "cut", content)
+    async with run_cutter(s3.url) as cutter:
+        source = S3Source(s3.client(url=cutter.url), first_pause_s=0.001)
+        version = await source.resolve(f"//{BUCKET}/cut")
+        path = mirror.blobs.staging("x") / WEIGHTS_FILE
+        cutter.cut_at, cutter.num_cuts = 300_000, 3
+        await source.fetch(version, WEIGHTS_FILE, path, len(content))
+        assert cutter.num_cuts == 0
+        assert path.read_bytes() == content
+        cutter.cut_at, cutter.num_cuts = 0, 1000
+        with pytest.raises(Unavailable, match="broke off"):
+            await source.fetch(version, CONFIG_FILE, path.with_name("c"), 10)
+
+
+@pytest.mark.parametrize(
+    ("target", "error"),
+    [(f"//{BUCKET}/nothing", NotFound), ("//no-such-bucket/a", NotFound), ("//UPPER/a", NotFound),
+     (f"//{BUCKET}/../a", NotFound), (f"//{BUCKET}/bare", AdapterRefused), (f"//{BUCKET}/dora", AdapterRefused)],
+)  # fmt: skip
+async def test_refusals(s3: S3Server, source: S3Source, mirror: Mirror, target: str, error: type[Exception]) -> None:
+    upload(s3, "bare")
+    upload(s3, "dora", weights(), use_dora=True)
+    with pytest.raises(error):
+        await mirror.take(source, target, BASE)
+
+
+async def test_wrong_credentials(s3: S3Server) -> None:
+    upload(s3, "team/a", weights())
+    with pytest.raises(PermissionDenied, match="no access"):
+        await S3Source(s3.client(secret="wrong" * 8)).resolve(f"//{BUCKET}/team/a")
+
+
+async def test_nobody_there(s3: S3Server) -> None:
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        await S3Source(s3.client(url="http://127.0.0.1:9")).resolve(f"//{BUCKET}/team/a")
+
+
+# ---------------------------------------------------------------- the tier that stores share
+
+
+@pytest.fixture
+def tier(s3: S3Server, tmp_path: Path) -> Tier:
+    return Tier(s3.client(), f"s3://{BUCKET}/{tmp_path.name}")
+
+
+async def test_what_one_store_has_another_need_not_fetch(
+    s3: S3Server, source: S3Source, tier: Tier, tmp_path: Path
+) -> None:
+    upload(s3, "shared", weights())
+    first = Mirror(Blobs(tmp_path / "1"), max_bytes=1 << 20, tier=tier)
+    taken = await first.take(source, f"//{BUCKET}/shared", BASE)
+    second = Mirror(Blobs(tmp_path / "2"), max_bytes=1 << 20, tier=tier)
+
+    class Unreadable(S3Source):
+        def __init__(self) -> None:
+            self.__dict__.update(source.__dict__)
+
+        async def fetch(self, *args: Any, **kwargs: Any) -> None:
+            raise AssertionError("fetched from the source")
+
+    assert (await second.take(Unreadable(), f"//{BUCKET}/shared", BASE)).digest == taken.digest
+    folder = second.blobs.verified(taken.digest)
+    assert folder is not None
+    assert (folder / WEIGHTS_FILE).read_bytes() == weights()
+    third = Mirror(Blobs(tmp_path / "3"), max_bytes=1 << 20, tier=tier)
+    assert await third.restore(taken.digest)
+    assert not await third.restore("0" * 64)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "config"])
+async def test_damage_in_the_bucket_is_not_taken_in(s3: S3Server, tier: Tier, tmp_path: Path, damage: str) -> None:
+    local = LocalSource(tmp_path / "root")
+    write_adapter(tmp_path / "root" / "a")
+    first = Mirror(Blobs(tmp_path / "1"), max_bytes=1 << 20, tier=tier)
+    digest = (await first.take(local, "a", BASE)).digest
+    raw = weights()
+    name, body = {
+        "flip": (WEIGHTS_FILE, raw[:-1] + bytes([raw[-1] ^ 1])),
+        "cut": (WEIGHTS_FILE, raw[:-1]),
+        "config": (CONFIG_FILE, json.dumps(lora_config(lora_alpha=1)).encode()),
+    }[damage]
+    s3.client().put_object(Bucket=BUCKET, Key=f"{tmp_path.name}/blobs/{digest}/{name}", Body=body)
+    second = Mirror(Blobs(tmp_path / "2"), max_bytes=1 << 20, tier=tier)
+    assert not await second.restore(digest)
+    assert len(second.blobs) == 0
+    assert not list((tmp_path / "2" / "staging").iterdir())
+
+
+async def test_without_the_bucket_a_store_works_alone(s3: S3Server, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "root" / "a")
+    tier = Tier(s3.client(secret="wrong" * 8), f"s3://{BUCKET}/x")
+    mirror = Mirror(Blobs(tmp_path / "1"), max_bytes=1 << 20, tier=tier)
+    assert (await mirror.take(LocalSource(tmp_path / "root"), "a", BASE)).digest in mirror.blobs
+    assert not await mirror.restore("0" * 64)
+
+
+def test_the_buckets_address_is_checked(s3: S3Server) -> None:
+    for url in ("bucket", "s3://", "s3://b", "https://x/y", "hub:org/name"):
+        with pytest.raises(BadRequest):
+            Tier(s3.client(), url)
+
+
+# ---------------------------------------------------------------- whole stores
+
+
+@pytest.fixture
+def settings(settings: Settings, s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Settings:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    changes = {"s3_endpoint": s3.url, "s3_buckets": BUCKET, "store_bucket": f"s3://{BUCKET}/tier-{tmp_path.name}"}
+    return settings.model_copy(update=changes)
+
+
+async def test_a_registered_bucket_is_followed(bus: Bus, s3: S3Server, run_store: RunStore) -> None:
+    await bus.set(bus.keys.base, BASE)
+    upload(s3, "followed", weights())
+    store = run_store(refresh_s=0.1)
+    await bus.register(m.Registration(name="f", source=f"s3://{BUCKET}/followed", asked_ms=now_ms()))
+    await bus.register(m.Registration(name="g", source="s3://other-bucket/a", asked_ms=now_ms()))
+    first = await in_state(bus, "f", "on_disk")
+    upload(s3, "followed", weights(1))
+    second = await in_state(bus, "f", "on_disk", not_digest=first.digest)
+    for alias in (first, second):
+        await ask(await store.url(), alias.digest)
+    assert "not allowed" in (await in_state(bus, "g", "failed")).reason
+
+
+async def test_a_store_gives_out_what_only_another_has(
+    bus: Bus, settings: Settings, tmp_path: Path, run_store: RunStore
+) -> None:
+    """The first sees the adapter folder, the second only the bucket."""
+    await bus.set(bus.keys.base, BASE)
+    assert settings.adapters is not None
+    write_adapter(settings.adapters / "a")
+    first = run_store()
+    alias = await in_state(bus, "a", "on_disk")
+    await first.end()
+    second = run_store(adapters=None, data=tmp_path / "other")
+    await ask(await second.url(), alias.digest)
+    assert await bus.alias("a") == alias
