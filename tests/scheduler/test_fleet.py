@@ -134,7 +134,7 @@ def test_only_so_many_adapters_are_on_their_way_to_a_worker() -> None:
 
 
 def test_a_worker_short_of_cache_gets_nothing_until_what_waits_there_runs() -> None:
-    full = {"kv_blocks_total": 100, "kv_blocks_free": 5}
+    full: dict[str, Any] = {"kv_blocks_total": 100, "kv_blocks_free": 5}
     assert make_fleet(beat("w", waiting=1, **full)).workers["w"].ready_credit("interactive") == 0
     assert make_fleet(beat("w", waiting=0, **full)).workers["w"].ready_credit("interactive") > 0
     assert make_fleet(beat("w", waiting=1, waiting_adapter=1, **full)).workers["w"].ready_credit("interactive") > 0
