@@ -15,6 +15,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from protocol import messages as m
 from protocol.errors import Internal, LorafleetError, ProtocolError
 from protocol.keys import Keys, private_name
+from protocol.records import Owned, RequestFacts
 from protocol.redis_client import connect
 from protocol.scripts import Scripts
 
@@ -93,40 +94,6 @@ class Refused:
     code: Literal["missing", "terminal", "stale", "cancelled", "length"]
     epoch: int
     length: int
-
-
-@dataclass(frozen=True, slots=True)
-class RequestFacts:
-    """What the queue knows of a request; times are unix milliseconds, 0 for what has not happened."""
-
-    state: str
-    epoch: int
-    finish: str
-    error: str  # JSON of `messages.ErrorInfo`
-    gateway: str
-    num_prompt_tokens: int
-    num_output_tokens: int
-    attempts: int
-    submitted_ms: int
-    first_ms: int
-    ended_ms: int
-
-    @property
-    def is_terminal(self) -> bool:
-        return self.state in m.TERMINAL
-
-
-@dataclass(frozen=True, slots=True)
-class Owned:
-    """A request and who has it, as the scheduler needs it after a death."""
-
-    submit: m.Submit
-    state: str
-    owner: str
-    epoch: int
-    attempts: int
-    lost: list[str]  # workers that died under it
-    num_output_tokens: int
 
 
 class Bus:
@@ -303,9 +270,7 @@ class Bus:
                 continue
             workers = (lost or b"").decode().split()
             submit = decode(sub, m.Submit)
-            found.append(
-                Owned(submit, state.decode(), owner.decode(), int(epoch), int(attempts), workers, length // 4)
-            )
+            found.append(Owned(submit, state.decode(), owner.decode(), int(epoch), int(attempts), workers, length // 4))
         return found
 
     async def work_of(self, wid: str) -> list[m.Assigned]:
@@ -352,11 +317,13 @@ class Bus:
         pipe.expire(self.keys.dlq, 604_800)
         await pipe.execute()
 
-    async def tell(self, wid: str, order: m.Control) -> None:
-        """Give a worker an order. Lost when the worker is gone."""
-        await self.redis.xadd(
-            self.keys.ctl(wid), {"b": m.encode(order)}, nomkstream=True, minid=f"{now_ms() - 300_000}", approximate=True
-        )
+    async def tell(self, orders: Sequence[tuple[str, m.Control]]) -> None:
+        """Give workers (wid) orders. Lost when the worker is gone."""
+        pipe = self.redis.pipeline(transaction=False)
+        oldest = now_ms() - 300_000
+        for wid, order in orders:
+            pipe.xadd(self.keys.ctl(wid), {"b": m.encode(order)}, nomkstream=True, minid=oldest, approximate=True)
+        await pipe.execute()
 
     async def announce(self, event: m.AdapterEvent) -> None:
         """Publish an adapter event."""
@@ -455,11 +422,14 @@ class Bus:
         found = [decode(raw, m.Alias) for raw in (await self.redis.hgetall(self.keys.adapters)).values()]
         return found if tenant is None else [alias for alias in found if alias.tenant in ("", tenant)]
 
-    async def register(self, registration: m.Registration) -> None:
-        """Have the stores serve a name from a remote source. Asking again renews a refusal's chance."""
-        name = private_name(registration.name, registration.tenant)
+    async def register(self, registration: m.Registration, max_registered: int = 10_000) -> bool:
+        """Have the stores serve a name from a remote source; asking again renews a refusal's chance. False if full."""
+        name, registered = private_name(registration.name, registration.tenant), self.keys.registrations
+        if await self.redis.hlen(registered) >= max_registered and not await self.redis.hexists(registered, name):
+            return False
         await self.redis.hset(self.keys.registrations, name, m.encode(registration))
         await self.announce(m.AdapterEvent(kind="wanted", name=registration.name))
+        return True
 
     async def unregister(self, name: str, tenant: str = "") -> bool:
         """Take a registration back; the stores then remove the name. False if there was none."""

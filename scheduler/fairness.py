@@ -10,7 +10,7 @@ OUTPUT_WEIGHT = 2.0
 HEADROOM = 0.125
 """Share of the fleet's capacity that no tenant takes alone, while others come now and then."""
 
-RECENT_MS = 60_000.0
+RECENT_MS = 20_000.0
 
 
 class Headroom:

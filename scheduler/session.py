@@ -1,8 +1,8 @@
 """One leadership: messages from the queue to the pure scheduler, its assignments back to the queue.
 
-Three loops share the `Scheduler`: `_read` feeds it what was submitted and what has ended, `_dispatch` assigns what
-it plans, `_watch` looks after beats, deaths, deadlines and the lock. What arrives while an assignment is on its way
-goes into the next one together, so under load batches grow by themselves and an idle queue waits for nothing.
+Four loops: `_read` feeds the `Scheduler` with what was submitted and what has ended, `_dispatch` assigns what it
+plans, `_watch` looks after beats, deaths and deadlines, `_renew` keeps the lock. What arrives while an assignment is
+on its way goes into the next one together, so under load batches grow by themselves and an idle queue waits for nothing.
 """
 
 from __future__ import annotations
@@ -158,8 +158,9 @@ class Session:
                     async with asyncio.TaskGroup() as group:
                         for wid, batch in plan.batches.items():
                             group.create_task(self._assign(wid, batch))
-            for wid, digest in plan.prefetches:
-                await self._bus.tell(wid, m.Control(kind="prefetch", digest=digest))
+            if plan.prefetches:
+                orders = [(wid, m.Control(kind="prefetch", digest=digest)) for wid, digest in plan.prefetches]
+                await self._bus.tell(orders)
 
     async def _assign(self, wid: str, batch: list[Request]) -> None:
         """Write one assignment; what cannot be assigned goes back to the backlog."""

@@ -74,8 +74,7 @@ async def test_a_stream_with_something_unseen_is_not_deleted(bus: Bus) -> None:
 async def test_an_order_reaches_a_worker_that_is_there(bus: Bus) -> None:
     await bus.create_stream(bus.keys.ctl("w"), 60)
     order = m.Control(kind="prefetch", digest="d")
-    await bus.tell("w", order)
-    await bus.tell("gone", order)
+    await bus.tell([("w", order), ("gone", order)])
     assert [decode(fields[b"b"], m.Control) for _, fields in await bus.entries(bus.keys.ctl("w"))] == [order]
     assert not await bus.redis.exists(bus.keys.ctl("gone"))
 
