@@ -44,6 +44,11 @@ class AttentionCall:
     sinks: Tensor | None
     is_causal: bool
 
+    @property
+    def widths(self) -> list[int]:
+        """Entries of a token's queries, keys and values."""
+        return [self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.value_dim]
+
 
 class PagedLayer:
     """One attention layer's share of the KV cache."""

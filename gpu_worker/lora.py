@@ -49,6 +49,7 @@ class SharedInput:
     def __init__(self, linears: list[nn.Module], context: StepContext, *, is_head: bool, impl: ops.Impl | None) -> None:
         self.context = context
         self.is_head = is_head
+        self.position = 0  # among all of the model, in the order of calls
         self.impl: ops.Impl | None = impl
         self.lora_sites: list[ops.LoraSite] = []  # set once the pool is allocated
         self.table: ops.AdapterTable | None = None
@@ -116,6 +117,7 @@ def install_sites(
     shareds: list[SharedInput] = []
     for siblings in find_siblings(calls):
         shared = SharedInput([call.module for call in siblings], context, is_head=siblings[0].is_head, impl=impl)
+        shared.position = len(shareds)
         shareds.append(shared)
         for index, call in enumerate(siblings):
             infos.append(_site_info(call, len(infos), attention_names))

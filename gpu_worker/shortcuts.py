@@ -41,6 +41,8 @@ class Norm:
         self.impl: ops.Impl | None = impl
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim > 2 and not x.is_contiguous():  # heads cut from a fused projection
+            x = x.contiguous()
         return ops.rms_norm(x, self.weight, self.eps, plus_one=self.plus_one, impl=self.impl)
 
     def add_forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ class GatedMlp:
 
 
 class RotaryAttention:
-    """Projections, RMSNorm of queries and keys in some models, rotary embedding, paged attention, output projection."""
+    """Projections, in some models RMSNorm of queries and keys, rotary embedding, paged attention, output projection."""
 
     def __init__(self, layer: PagedLayer, qkv: SharedInput, out: SharedInput, norms: tuple[Norm, Norm] | None) -> None:
         self.layer = layer
@@ -77,7 +79,8 @@ class RotaryAttention:
 
     def run(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         call = self.layer.call
-        q, k, v = self.qkv.project(rows)
+        outs = self.qkv.project(rows)
+        q, k, v = outs if len(outs) == 3 else outs[0].split(call.widths, dim=-1)
         q = q.view(-1, call.num_heads, call.head_dim)
         k = k.view(-1, call.num_kv_heads, call.head_dim)
         v = v.view(-1, call.num_kv_heads, call.value_dim)
@@ -142,12 +145,12 @@ def _candidates(
 ) -> Iterator[GatedMlp | RotaryAttention | PreNormLayer]:  # fmt: skip
     """Yield what a module might be shortened to, judging by its children."""
     children = list(module.children())
-    linears = [child for child in children if isinstance(child, SiteLinear)]
-    shared = list(dict.fromkeys(linear.shared for linear in linears))
+    shared = {child.shared for child in children if isinstance(child, SiteLinear)}
+    shared = sorted(shared, key=lambda inputs: inputs.position)
     own_norms = [norms[child] for child in children if child in norms]
-    if layer is not None and len(shared) == 2 and [inputs.num_siblings for inputs in shared] == [3, 1]:
+    if layer is not None and len(shared) == 2 and shared[0].num_siblings in (1, 3) and shared[1].num_siblings == 1:
         pair = (own_norms[0], own_norms[1]) if len(own_norms) == 2 else None
-        if len(own_norms) in (0, 2):
+        if len(own_norms) in (0, 2) and sum(shared[0].sizes) == sum(layer.call.widths):
             yield RotaryAttention(layer, shared[0], shared[1], pair)
     elif layer is None and len(shared) == 2 and shared[0].num_siblings <= 2 and shared[1].num_siblings == 1:
         act = _find_activation(module)

@@ -153,6 +153,14 @@ def greedy_request(rid: str, name: str, prompt: np.ndarray, num_tokens: int, **f
     return EngineRequest(rid, 1, name, prompt.astype(np.int32), sampling, num_tokens, **fields)
 
 
+def vary_norms(model: PreTrainedModel) -> None:
+    """Move the vectors of a random model off their ones and zeros, which would hide how they are used."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn(parameter.shape)
+
+
 def random_llama(*, std: float, **fields: Any) -> LlamaForCausalLM:
     """Return a random fp32 Llama. std: of its weights, large enough that its answers vary."""
     config = LlamaConfig(
@@ -160,7 +168,9 @@ def random_llama(*, std: float, **fields: Any) -> LlamaForCausalLM:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
+        model = LlamaForCausalLM(config).eval()
+        vary_norms(model)
+    return model
 
 
 def tiny_llama() -> LlamaForCausalLM:
