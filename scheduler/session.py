@@ -2,7 +2,7 @@
 
 Four loops: `_read` feeds the `Scheduler` with what was submitted and what has ended, `_dispatch` assigns what it
 plans, `_watch` looks after beats, deaths and deadlines, `_renew` keeps the lock. What arrives while an assignment is
-on its way goes into the next one together, so under load batches grow by themselves and an idle queue waits for nothing.
+on its way goes into the next one together: under load batches grow by themselves, an idle queue waits for nothing.
 """
 
 from __future__ import annotations
