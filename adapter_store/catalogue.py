@@ -31,8 +31,11 @@ class Catalogue:
         self._last_event: object = None
         self.aliases: dict[str, m.Alias] = {}  # everybody's, as last seen, by field
 
-    async def load(self) -> None:
-        """Look at what all stores have published. If Redis came back without it, publish this store's part again."""
+    async def load(self) -> bool:
+        """Look at what all stores have published; tell whether anything happened since the last look.
+
+        If Redis came back without this store's part, it is published again.
+        """
         pipe = self._bus.redis.pipeline(transaction=False)
         pipe.info("server")
         pipe.hlen(self._bus.keys.adapters)
@@ -44,9 +47,10 @@ class Catalogue:
             await self._write(self._mine.values())
         self._run_id = server["run_id"]
         if not lost and last_event == self._last_event:
-            return  # every change of the catalogue is followed by an event
+            return False  # every change of the catalogue is followed by an event
         self._last_event = last_event
         self.aliases = {field_of(alias): alias for alias in await self._bus.aliases(tenant=None)}
+        return True
 
     async def publish(self, alias: m.Alias, record: m.AdapterRecord | None = None) -> None:
         """Point a name at its content, or say why it has none. In one step: a reader sees the old state or the new."""

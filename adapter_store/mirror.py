@@ -17,6 +17,7 @@ from adapter_store.tier import Tier
 from protocol.bus import now_ms
 from protocol.errors import AdapterRefused, Unavailable
 from protocol.messages import AdapterRecord, ServedModel
+from protocol.metrics import STORE_FETCH_SECONDS, STORE_FETCHES
 from protocol.peft_format import (
     CONFIG_FILE,
     MAX_HEADER_BYTES,
@@ -71,8 +72,21 @@ class Mirror:
             async with self._locks.setdefault(version.key, asyncio.Lock()):
                 digest = await asyncio.to_thread(self.blobs.digest_of, version.key)
                 if digest is None:
-                    digest = await self._bring(source, version, base, token)
+                    digest = await self._bring_measured(source, version, base, token)
         return Taken(digest, version)
+
+    async def _bring_measured(self, source: Source, version: Version, base: ServedModel | None, token: str) -> str:
+        scheme, outcome = version.source.partition(":")[0], "failed"
+        try:
+            with STORE_FETCH_SECONDS.labels(scheme).time():
+                digest = await self._bring(source, version, base, token)
+            outcome = "taken"
+            return digest
+        except AdapterRefused:
+            outcome = "refused"
+            raise
+        finally:
+            STORE_FETCHES.labels(scheme, outcome).inc()
 
     async def restore(self, digest: str) -> bool:
         """Bring a digest from the shared bucket; tell whether it is there, and is it."""

@@ -27,6 +27,9 @@ from protocol.messages import Alias, Registration, ServedModel
 logger = logging.getLogger(__name__)
 
 LEASE_MS = 15_000
+RELOAD_S = 10.0
+FORGET_REFUSED_MS = 600_000
+"""A name from a request that was refused is forgotten when nobody has asked for it as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ class Registrar:
         self._busy: set[str] = set()
         self._outcomes: dict[str, Outcome] = {}
         self._registrations: dict[str, Registration] = {}
+        self._reload_at_s = 0.0  # monotonic
 
     def set_base(self, base: ServedModel) -> None:
         """Say what adapters must fit; everything is looked at again when it has changed."""
@@ -80,18 +84,32 @@ class Registrar:
             self._outcomes.clear()
         self._base = base
 
-    async def tick(self, tasks: asyncio.TaskGroup, refresh_s: float) -> None:
-        """Start in `tasks` what is due; wait for none of it. Names are looked up again every `refresh_s`."""
+    async def tick(self, tasks: asyncio.TaskGroup, refresh_s: float, *, reload: bool) -> None:
+        """Start in `tasks` what is due; wait for none of it. Names are looked up again every `refresh_s`.
+
+        `reload` says that registrations may have changed; now and then they are read again anyway.
+        """
         await self._renew_leases()
-        self._registrations = await self._bus.registrations()
-        for field, alias in list(self._catalogue.aliases.items()):
-            if field not in self._registrations and not alias.source.startswith("local:"):
-                self._outcomes.pop(field, None)
-                await self._catalogue.remove(field)
+        if reload or time.monotonic() >= self._reload_at_s:
+            await self._reload()
         for field, registration in self._registrations.items():
             if field not in self._busy and self._is_due(field, registration):
                 self._busy.add(field)
                 tasks.create_task(self._take(field, registration, refresh_s))
+
+    async def _reload(self) -> None:
+        """Read the registrations; remove the names that have none any more, and what nobody has asked for again."""
+        self._reload_at_s = time.monotonic() + RELOAD_S
+        self._registrations = await self._bus.registrations()
+        for field, registration in self._registrations.items():
+            outcome = self._outcomes.get(field)
+            refused = registration.on_request and outcome is not None and outcome.refused
+            if refused and registration.asked_ms < now_ms() - FORGET_REFUSED_MS:
+                await self._bus.unregister(registration.name, registration.tenant)
+        for field, alias in list(self._catalogue.aliases.items()):
+            if field not in self._registrations and not alias.source.startswith("local:"):
+                self._outcomes.pop(field, None)
+                await self._catalogue.remove(field)
 
     def _is_due(self, field: str, registration: Registration) -> bool:
         alias = self._catalogue.aliases.get(field)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import socket
+from collections import Counter
 from pathlib import Path
 
 from adapter_store.blobs import Blobs
@@ -19,6 +20,7 @@ from adapter_store.sources.hub import HubSource
 from adapter_store.sources.local import LocalSource
 from adapter_store.sources.s3 import S3Source, make_client
 from adapter_store.tier import Tier
+from protocol import metrics
 from protocol.adapter_refs import Policy
 from protocol.bus import CONNECTION_ERRORS, Bus, decode, now_ms
 from protocol.errors import ProtocolError, Unavailable
@@ -39,7 +41,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     bus = Bus(settings.redis_url)
     try:
         if await _reach(bus, stop):
-            await Store(bus, settings, await asyncio.to_thread(_open_blobs, settings)).run(stop)
+            with metrics.serve_metrics(settings.metrics_port):
+                await Store(bus, settings, await asyncio.to_thread(_open_blobs, settings)).run(stop)
         return 0
     finally:
         await bus.close()
@@ -137,15 +140,23 @@ class Store:
         while not stop.is_set():
             wake.clear()
             try:
-                await self.catalogue.load()
+                changed = await self.catalogue.load()
                 follower = follower or self._follower()
                 self._set_base(await self.bus.get(self.bus.keys.base, ServedModel), follower)
                 if follower is not None:
                     await follower.tick(tasks)
-                await self.registrar.tick(tasks, self.settings.refresh_s)
+                await self.registrar.tick(tasks, self.settings.refresh_s, reload=changed)
+                self._measure()
             except CONNECTION_ERRORS as error:
                 logger.warning("cannot keep the catalogue: %s", error)
             await wait_any(wake, self.settings.scan_interval_s)
+
+    def _measure(self) -> None:
+        metrics.STORE_BLOBS.set(len(self.blobs))
+        metrics.STORE_BYTES.set(self.blobs.num_bytes)
+        states = Counter(alias.state for alias in self.catalogue.aliases.values())
+        for state in ("downloading", "on_disk", "failed"):
+            metrics.STORE_NAMES.labels(state).set(states[state])
 
     def _set_base(self, base: ServedModel | None, follower: Follower | None) -> None:
         if base is not None:

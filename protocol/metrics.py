@@ -43,6 +43,16 @@ PLAN_SECONDS = Histogram(
 WORKERS_LOST = Counter("lorafleet_workers_lost_total", "Workers found dead.")
 REQUEUED = Counter("lorafleet_requeued_requests_total", "Requests taken from dead workers.", ["outcome"])
 
+# ---------------------------------------------------------------- adapter store
+
+STORE_BLOBS = Gauge("lorafleet_store_blobs", "Adapters on the store's disk.")
+STORE_BYTES = Gauge("lorafleet_store_bytes", "Bytes of the adapters on the store's disk.")
+STORE_NAMES = Gauge("lorafleet_store_names", "Names in the catalogue, by state.", ["state"])
+STORE_FETCHES = Counter("lorafleet_store_fetches_total", "Versions fetched from a source.", ["scheme", "outcome"])
+STORE_FETCH_SECONDS = Histogram(
+    "lorafleet_store_fetch_seconds", "From a version's resolution to its blob.", ["scheme"], buckets=_LATENCY_S
+)
+
 ADAPTER_THERE = "there"
 ADAPTER_COMING = "coming"
 

@@ -200,6 +200,28 @@ async def test_requests_may_name_what_policy_lets_them(bus: Bus, hub: HubStub, r
     await in_state(bus, "org/a", "on_disk")
 
 
+async def test_refused_requests_are_forgotten(
+    bus: Bus, hub: HubStub, run_store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that requests made up do not pile up; what was registered on purpose stays, with its reason."""
+    monkeypatch.setattr(registrar, "FORGET_REFUSED_MS", 0)
+    monkeypatch.setattr(registrar, "RELOAD_S", 0.05)
+    run_store(request_sources="hub")
+    await register(bus, "kept", "hub:org/none")
+    await register(bus, "org/typo", "hub:org/typo", on_request=True)
+    await in_state(bus, "kept", "failed")
+    await wait_until(lambda: hub.requests("org/typo"), "it was looked up")
+    await is_gone(bus, "org/typo")
+    assert list(await bus.registrations()) == ["kept"]
+
+
+async def test_registrations_are_bounded(bus: Bus) -> None:
+    for i in range(2):
+        assert await bus.register(m.Registration(name=f"n{i}", source="hub:org/a"), max_registered=2)
+    assert not await bus.register(m.Registration(name="n2", source="hub:org/a"), max_registered=2)
+    assert await bus.register(m.Registration(name="n1", source="hub:org/b"), max_registered=2), "it is there already"
+
+
 async def test_a_folder_of_that_name_comes_first(
     bus: Bus, hub: HubStub, settings: Settings, run_store: RunStore
 ) -> None:
