@@ -89,7 +89,8 @@ class Oracle:
     def engine(self, tokenizer: Tokenizer | None = None, **settings: Any) -> Engine:
         """Return an engine over a copy of the base that fetches these adapters."""
         values = {"model": "oracle", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | settings
-        model = prepare_model(copy.deepcopy(self.untouched), frozenset(), None)
+        impl = "reference" if values.get("kernels") == "reference" else None
+        model = prepare_model(copy.deepcopy(self.untouched), frozenset(), impl)
         engine, _ = build_engine(model, Settings(**values), self.fetch, tokenizer)
         return engine
 

@@ -20,6 +20,7 @@ from oracle.peft_oracle import (
 )
 
 NUM_TOKENS = 24
+FEW_BLOCKS = {"kv_cache_bytes": 30 * 16 * 512, "max_model_len": 96}
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +55,11 @@ def test_every_adapter_changes_the_answer(
         ({}, False, False),
         ({"prefix_cache": False, "max_step_tokens": 40, "max_num_seqs": 40}, True, False),
         ({"max_step_tokens": 40, "max_num_seqs": 40}, True, False),
-        ({"prefix_cache": False, "kv_cache_bytes": 30 * 16 * 512, "max_model_len": 96}, False, True),
-        (
-            {"prefix_cache": True, "kv_cache_bytes": 30 * 16 * 512, "max_model_len": 96, "max_step_tokens": 64},
-            True,
-            True,
-        ),
+        ({"prefix_cache": False, **FEW_BLOCKS}, False, True),
+        ({"kernels": "reference"}, False, False),
+        ({"max_step_tokens": 64, **FEW_BLOCKS}, True, True),
     ],
-    ids=["plain", "prefix", "chunked", "prefix-chunked", "preempted", "all"],
+    ids=["plain", "prefix", "chunked", "prefix-chunked", "preempted", "reference", "all"],
 )
 def test_a_mixed_batch_equals_one_by_one(
     tiny: Oracle,
