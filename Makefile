@@ -37,7 +37,7 @@ lint-fix: $(VENV)/.stamp-dev  ## let ruff repair and format
 bench: $(VENV)/.stamp-demo  ## make bench ARGS="http://127.0.0.1:8000 --adapters a,b": load a server
 	$(BIN)/lorafleet bench $(ARGS)
 
-docker-smoke:  ## build the images, start two workers, kill one, ask again, take it all down
+docker-smoke: $(VENV)/.stamp-demo  ## build the images, ask two workers, kill one, ask again, take it all down
 	deploy/smoke.sh
 
 clean:  ## forget the virtual environment and what tools cached

@@ -22,7 +22,7 @@ from protocol.errors import LorafleetError, Unavailable
 from protocol.settings import CONFIG_VARIABLE, Settings
 
 START_POLL_S, POLL_S = 0.1, 1.0
-KILL_AFTER_S = 5.0  # beyond the grace that a service gives itself
+KILL_AFTER_S = 10.0  # beyond the grace that a service gives its requests
 DRAIN_ORDER = ("gateway", "scheduler", "worker", "store")
 """The gateway finishes what it accepted while everything behind it still runs; the store goes when nobody fetches."""
 

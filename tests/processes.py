@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,14 +17,23 @@ def is_running(pid: int) -> bool:
 
 
 def with_variable(name: str, value: str) -> list[psutil.Process]:
-    """Return the processes that were started with an environment variable, this one not among them."""
+    """Return the processes that were started with an environment variable."""
+    return _processes(lambda process: process.environ().get(name) == value)
+
+
+def working_below(folder: Path) -> list[psutil.Process]:
+    """Return the processes whose working directory lies in a folder."""
+    return _processes(lambda process: Path(process.cwd()).is_relative_to(folder))
+
+
+def _processes(matches: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(name) == value and is_running(process.pid):
+            if matches(process) and is_running(process.pid):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
+            continue  # ended meanwhile, or another user's
     return found
 
 

@@ -1,0 +1,48 @@
+"""Ask a fleet the same questions at once, of its base model and all adapters; print the answers as JSON.
+
+    python deploy/ask.py URL NUM_PER_MODEL NUM_TOKENS
+
+Needs nothing but Python. Greedy, so that the answers are the same each time. Exit code 1 if one fails or is short.
+"""
+
+import json
+import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+TIMEOUT_S = 600
+
+
+def get(url: str, body: dict[str, object] | None = None) -> dict:
+    """Return the JSON that a GET, or with a body a POST, answers. Raises OSError on any other status than 200."""
+    request = urllib.request.Request(url, headers={"Content-Type": "application/json"})
+    if body is not None:
+        request.data = json.dumps(body).encode()
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=TIMEOUT_S) as response:
+        return json.load(response)
+
+
+def ask(url: str, model: str, number: int, num_tokens: int) -> tuple[str, str]:
+    """Return a name for the question, and its answer of exactly `num_tokens` tokens."""
+    body = {
+        "model": model, "prompt": f"Question {number}: why is the sky blue? Answer:", "max_tokens": num_tokens,
+        "temperature": 0, "ignore_eos": True,
+    }  # fmt: skip
+    answer = get(f"{url}/v1/completions", body)
+    if answer["usage"]["completion_tokens"] != num_tokens:
+        sys.exit(f"{model} {number}: {answer['usage']} instead of {num_tokens} tokens")
+    return f"{model} {number}", answer["choices"][0]["text"]
+
+
+def main() -> None:
+    """Ask, and print what came back, sorted by question."""
+    url, num_per_model, num_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    models = [model["id"] for model in get(f"{url}/v1/models")["data"]]
+    questions = [(model, number) for number in range(num_per_model) for model in models]
+    with ThreadPoolExecutor(len(questions)) as pool:
+        answers = dict(pool.map(lambda question: ask(url, *question, num_tokens), questions))
+    json.dump(answers, sys.stdout, indent=1, sort_keys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""`lorafleet up` as a user runs it: answers, adapters that come later, and nothing left when it ends."""
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import make_adapter, make_tiny_model
+from fleets import RunningFleet, chunks, completion, fleet_up
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from waiting import wait_until
+
+PROMPT = "Once upon a time"
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Transformers and PEFT, asked for the same."""
+
+    model: Path
+
+    def greedy(self, prompt: str, max_tokens: int, adapter: Path | None = None) -> str:
+        """Return the greedy continuation of exactly `max_tokens` tokens."""
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        model: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        model.generation_config.eos_token_id = None
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter)
+        prompt_ids = tokenizer(prompt, return_tensors="pt")
+        ids = model.generate(**prompt_ids, max_new_tokens=max_tokens, do_sample=False)
+        return tokenizer.decode(ids[0, prompt_ids.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", max_len=1024)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    make_adapter(folder / "first", model, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, model: Path, adapters: Path) -> Iterator[RunningFleet]:
+    with fleet_up(tmp_path_factory.mktemp("fleet"), model, "--adapters", str(adapters)) as running:
+        asyncio.run(wait_until(running.is_ready, "the fleet is ready", timeout_s=100))
+        yield running
+
+
+async def text_of(fleet: RunningFleet, model: str, **more: object) -> str:
+    async with fleet.client() as client:
+        response = await client.post("/v1/completions", json=completion(model, PROMPT, **more))
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["text"]
+
+
+async def has_model(fleet: RunningFleet, name: str) -> bool:
+    async with fleet.client() as client:
+        models = (await client.get("/v1/models")).json()["data"]
+    return any(model["id"] == name for model in models)
+
+
+async def test_it_answers_as_transformers_and_peft_do(fleet: RunningFleet, model: Path, adapters: Path) -> None:
+    async with fleet.client() as client:
+        assert (await client.get("/health")).status_code == 200
+    await wait_until(lambda: has_model(fleet, "first"), "the store has read the adapter")
+    base, adapted = await asyncio.gather(text_of(fleet, "tiny"), text_of(fleet, "first"))
+    assert base == Oracle(model).greedy(PROMPT, 12)
+    assert adapted == Oracle(model).greedy(PROMPT, 12, adapters / "first")
+    assert adapted != base
+
+
+async def test_a_folder_that_appears_later_is_served(
+    fleet: RunningFleet, model: Path, adapters: Path, tmp_path: Path
+) -> None:
+    async with fleet.client() as client:
+        response = await client.post("/v1/completions", json=completion("later", PROMPT))
+    assert response.status_code == 404
+    make_adapter(tmp_path / "later", model, seed=2, rank=3).rename(adapters / "later")
+    await wait_until(lambda: has_model(fleet, "later"), "the new adapter is listed")
+    assert await text_of(fleet, "later") == Oracle(model).greedy(PROMPT, 12, adapters / "later")
+
+
+async def test_ctrl_c_finishes_what_was_accepted_and_leaves_nothing(tmp_path: Path, model: Path) -> None:
+    num_tokens = 300
+    with fleet_up(tmp_path, model) as fleet:
+        await wait_until(fleet.is_ready, "the fleet is ready", timeout_s=100)
+        expected = await text_of(fleet, "tiny", max_tokens=num_tokens)
+        text = ""
+        async with (
+            fleet.client() as client,
+            client.stream(
+                "POST", "/v1/completions", json=completion("tiny", PROMPT, max_tokens=num_tokens, stream=True)
+            ) as response,
+        ):
+            async for chunk in chunks(response):
+                if not text:
+                    fleet.process.send_signal(signal.SIGINT)
+                text += chunk
+        assert text == expected
+        await wait_until(fleet.has_ended, "the launcher has ended", timeout_s=60)
+        assert fleet.process.returncode == 0, fleet.output
+        assert fleet.is_gone()
+
+
+async def test_a_second_ctrl_c_stops_at_once_even_while_starting(tmp_path: Path, model: Path) -> None:
+    with fleet_up(tmp_path, model) as fleet:
+        await wait_until(lambda: "scheduler  ready" in fleet.output, "services are running", timeout_s=100)
+        fleet.process.send_signal(signal.SIGINT)
+        await wait_until(lambda: "once more" in fleet.output or fleet.has_ended(), "the first was heard")
+        fleet.process.send_signal(signal.SIGINT)
+        await wait_until(fleet.has_ended, "the launcher has ended")
+        assert fleet.process.returncode == 130, fleet.output
+        assert fleet.is_gone()
+
+
+async def test_a_launcher_killed_by_sigkill_leaves_nothing(tmp_path: Path, model: Path) -> None:
+    with fleet_up(tmp_path, model) as fleet:
+        await wait_until(fleet.is_ready, "the fleet is ready", timeout_s=100)
+        assert len(fleet.left_running()) >= 6  # launcher, queue, store, scheduler, gateway, worker
+        assert not fleet.port_is_free()
+        fleet.process.kill()
+        await wait_until(fleet.is_gone, "everything is gone")
+
+
+async def test_a_second_fleet_on_the_same_port_or_data_is_refused(
+    fleet: RunningFleet, model: Path, tmp_path: Path
+) -> None:
+    with fleet_up(tmp_path / "port", model, "--port", str(fleet.port)) as second:
+        await wait_until(second.has_ended, "it was refused")
+        assert second.process.returncode == 2
+        assert (
+            second.output
+            == f"lorafleet up: error: port {fleet.port} on 127.0.0.1 is in use; choose another with --port\n"
+        )
+    with fleet_up(tmp_path / "data", model, "--data", str(fleet.output_file.parent / "data")) as second:
+        await wait_until(second.has_ended, "it was refused")
+        assert second.process.returncode == 2
+        assert "another fleet is running with the data in" in second.output

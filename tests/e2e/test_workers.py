@@ -1,0 +1,129 @@
+"""A worker joins, leaves and is killed while people wait for their answers."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from factories import make_adapter, make_tiny_model
+from fleets import RunningFleet, chunks, completion, fleet_up
+from processes import is_running, working_below
+from waiting import wait_until
+
+from protocol.bus import Bus
+from protocol.messages import WorkerBeat
+
+NUM_TOKENS = 400
+PROMPTS = ("Once upon a time", "The king said", "In the forest", "A ship sailed")
+MODELS = ("tiny", "pirate")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", max_len=1024)
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[RunningFleet]:
+    folder = tmp_path_factory.mktemp("fleet")
+    make_adapter(folder / "adapters" / "pirate", model)
+    with fleet_up(folder, model, "--adapters", str(folder / "adapters")) as running:
+        asyncio.run(wait_until(running.is_ready, "the fleet is ready", timeout_s=100))
+        yield running
+
+
+@pytest_asyncio.fixture
+async def queue(fleet: RunningFleet) -> AsyncIterator[Bus]:
+    bus = Bus(fleet.redis_url)
+    yield bus
+    await bus.close()
+
+
+async def live_workers(queue: Bus) -> dict[str, WorkerBeat]:
+    """Return the last beats of workers that take requests, by name."""
+    beats = (await queue.worker_beats()).values()
+    return {beat.name: beat for beat in beats if beat is not None and not beat.draining}
+
+
+async def ask_all(fleet: RunningFleet, texts: dict[tuple[str, str], str]) -> None:
+    """Stream an answer to every prompt from every model at once, into `texts` as it comes."""
+
+    async def ask(model: str, prompt: str) -> None:
+        body = completion(model, prompt, max_tokens=NUM_TOKENS, stream=True)
+        async with fleet.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
+            async for chunk in chunks(response):
+                texts[model, prompt] = texts.get((model, prompt), "") + chunk
+
+    await asyncio.gather(*(ask(model, prompt) for model in MODELS for prompt in PROMPTS))
+
+
+async def test_clients_get_their_whole_text_whatever_happens_to_workers(
+    fleet: RunningFleet, queue: Bus, model: Path, tmp_path: Path
+) -> None:
+    expected: dict[tuple[str, str], str] = {}
+    await ask_all(fleet, expected)
+    assert len(set(expected.values())) == len(MODELS) * len(PROMPTS)
+
+    # A second worker joins the running fleet.
+    fleet.add_worker(model, "joined", tmp_path)
+    await wait_until(lambda: joined(queue, 2), "two workers take requests", timeout_s=100)
+
+    # One is killed while it holds requests that have brought some tokens: the other resumes them.
+    texts: dict[tuple[str, str], str] = {}
+    asking = asyncio.create_task(ask_all(fleet, texts))
+    victim = await wait_until(lambda: holder(queue), "a worker is in the middle of its work")
+    fleet.worker(victim).send_signal(signal.SIGKILL)
+    assert not asking.done()
+    await asking
+    assert texts == expected
+    if victim == "joined":
+        fleet.add_worker(model, "joined", tmp_path)
+    await wait_until(lambda: joined(queue, 2), "somebody has taken its place", timeout_s=100)
+
+    # One leaves in the middle of its work: it hands over, and the launcher replaces its own.
+    texts.clear()
+    asking = asyncio.create_task(ask_all(fleet, texts))
+    leaver = fleet.worker(await wait_until(lambda: holder(queue), "a worker is in the middle of its work"))
+    leaver.send_signal(signal.SIGTERM)
+    await wait_until(lambda: not is_running(leaver.pid), "it has left")
+    await asking
+    assert texts == expected
+
+
+async def test_the_launcher_replaces_a_killed_worker_and_a_killed_queue(fleet: RunningFleet, queue: Bus) -> None:
+    before = (await live_workers(queue))["worker-0"].wid
+    fleet.worker("worker-0").send_signal(signal.SIGKILL)
+    await wait_until(lambda: successor(queue, before), "another worker-0 takes requests", timeout_s=100)
+    assert "worker-0 was killed by SIGKILL; starting it again" in fleet.output
+
+    (server,) = working_below(fleet.output_file.parent / "data")
+    server.send_signal(signal.SIGKILL)
+    await wait_until(lambda: "queue ended" in fleet.output, "the launcher has noticed")
+    texts: dict[tuple[str, str], str] = {}
+    await wait_until(lambda: is_healthy(fleet), "the fleet is ready again", timeout_s=100)
+    await ask_all(fleet, texts)
+    assert len(texts) == len(MODELS) * len(PROMPTS)
+
+
+async def successor(queue: Bus, wid: str) -> bool:
+    beat = (await live_workers(queue)).get("worker-0")
+    return beat is not None and beat.wid != wid
+
+
+async def is_healthy(fleet: RunningFleet) -> bool:
+    async with fleet.client() as client:
+        return (await client.get("/health")).status_code == 200
+
+
+async def joined(queue: Bus, num_workers: int) -> bool:
+    return len(await live_workers(queue)) == num_workers
+
+
+async def holder(queue: Bus) -> str:
+    """Return the name of a worker that holds a request which is neither at its beginning nor near its end."""
+    for name, beat in (await live_workers(queue)).items():
+        if any(0 < num_tokens < NUM_TOKENS // 2 for _, num_tokens in beat.progress):
+            return name
+    return ""

@@ -1,0 +1,153 @@
+"""Real fleets for tests: `lorafleet up` as a process of its own, and how to ask, watch and end it."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import orjson
+import psutil
+from processes import with_variable, working_below
+
+from lorafleet.machine import claim_port
+from protocol.errors import Conflict
+
+MARKER = "LORAFLEET_TEST_MARKER"
+QUICK = ("--device", "cpu", "--dtype", "float32", "--kernels", "reference", "--grace-s", "20")
+
+
+@dataclass
+class RunningFleet:
+    """A `lorafleet up` process and what is known of it."""
+
+    process: subprocess.Popen[bytes]
+    marker: str
+    port: int
+    output_file: Path
+    more: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def output(self) -> str:
+        return self.output_file.read_text()
+
+    @property
+    def redis_url(self) -> str:
+        """The embedded queue, once the launcher has named it."""
+        found = re.search(r"unix://\S+", self.output)
+        return found[0] if found else ""
+
+    def is_ready(self) -> bool:
+        """Tell whether the launcher has announced the fleet. Raises AssertionError when it has ended instead."""
+        assert self.process.poll() is None, self.output
+        return "ready http://" in self.output
+
+    def has_ended(self) -> bool:
+        """Tell whether the launcher is gone."""
+        return self.process.poll() is not None
+
+    def left_running(self) -> list[psutil.Process]:
+        """Return what runs of it: the launcher, services, whatever they started, and the queue server."""
+        # The queue server writes its title over its environment; it works in its own folder.
+        return [*with_variable(MARKER, self.marker), *working_below(self.output_file.parent / "data")]
+
+    def worker(self, name: str) -> psutil.Process:
+        """Return a worker's process."""
+        (found,) = (process for process in self.left_running() if _is_worker(process, name))
+        return found
+
+    def port_is_free(self) -> bool:
+        """Tell whether somebody else could listen on the port now."""
+        try:
+            return claim_port("127.0.0.1", self.port) == self.port
+        except Conflict:
+            return False
+
+    def is_gone(self) -> bool:
+        """Tell whether nothing is left of it."""
+        return not self.left_running() and self.port_is_free()
+
+    def client(self) -> httpx2.AsyncClient:
+        """Return a client of its gateway."""
+        return httpx2.AsyncClient(base_url=self.url, timeout=60, trust_env=False)
+
+    def add_worker(self, model: Path, name: str, folder: Path) -> None:
+        """Start another worker, as a user would on this machine."""
+        command = [sys.executable, "-m", "lorafleet", "serve", "worker", "--model", str(model), "--worker-name", name]
+        environment = {**os.environ, MARKER: self.marker, "REDIS_URL": self.redis_url}
+        with (folder / f"{name}.log").open("wb") as log:
+            self.more.append(subprocess.Popen([*command, *QUICK], env=environment, stdout=log, stderr=log))
+
+
+@contextmanager
+def fleet_up(folder: Path, model: Path, *flags: str) -> Iterator[RunningFleet]:
+    """Start `lorafleet up`; at the end whatever still runs of it is killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    marker, port, output = secrets.token_hex(8), free_port(), folder / "output.txt"
+    command = [sys.executable, "-m", "lorafleet", "up", str(model), "--port", str(port), "--data", str(folder / "data")]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("REDIS_URL", "LORAFLEET_REDIS_URL")
+    }
+    with output.open("wb") as out:
+        process = subprocess.Popen(
+            [*command, *QUICK, *flags], env={**environment, MARKER: marker}, stdout=out, stderr=out,
+            start_new_session=True,
+        )  # fmt: skip
+    fleet = RunningFleet(process, marker, port, output)
+    try:
+        yield fleet
+    except BaseException as error:
+        logs = [f"{log.name}:\n{log.read_text()[-2000:]}" for log in folder.glob("data/logs/*/*.log")]
+        error.add_note("\n".join([fleet.output, *logs]))
+        raise
+    finally:
+        for left in fleet.left_running():
+            left.send_signal(signal.SIGKILL)
+        for child in (process, *fleet.more):
+            child.wait()
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def completion(model: str, prompt: str, **more: Any) -> dict[str, Any]:
+    """Return the body of a greedy completion that runs to its length."""
+    return {"model": model, "prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True, **more}
+
+
+async def chunks(response: httpx2.Response) -> AsyncIterator[str]:
+    """Yield the texts of a streamed completion. Raises AssertionError when it does not end as it should."""
+    assert response.status_code == 200, await response.aread()
+    finish = None
+    async for line in response.aiter_lines():
+        if line == "data: [DONE]":
+            assert finish == "length"
+            return
+        if line.startswith("data: "):
+            choice = orjson.loads(line.removeprefix("data: "))["choices"][0]
+            finish = choice["finish_reason"] or finish
+            yield choice["text"]
+    raise AssertionError("the stream was cut off")
+
+
+def _is_worker(process: psutil.Process, name: str) -> bool:
+    command = process.cmdline()
+    named = name in command or process.environ().get("LORAFLEET_WORKER_NAME") == name
+    return named and {"serve", "worker"} <= set(command)
