@@ -1,4 +1,4 @@
-"""Adapters from the store, by digest. Blocking: called from loader threads only."""
+"""Adapters from the store, by digest, checked against it. Blocking: called from loader threads only."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import httpx2
 import msgspec
 
 from protocol.errors import AdapterRefused, NotFound, Unavailable
+from protocol.peft_format import MAX_HEADER_BYTES, adapter_digest, parse_header
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,10 @@ class StoreClient:
                 except httpx2.HTTPError as error:
                     logger.warning("store %s did not give adapter %.12s: %r", url, digest, error)
                 else:
-                    return AdapterFiles(_parse(config), weights)
+                    files = AdapterFiles(_parse(config), weights)
+                    if digest_of(files) == digest:
+                        return files
+                    logger.error("store %s gave other content for adapter %.12s; asking again", url, digest)
             if urls and missing == len(urls):
                 raise NotFound(f"no adapter store has the adapter {digest:.12}", param="model")
             if time.monotonic() > deadline:
@@ -73,6 +77,13 @@ class StoreClient:
             raise NotFound(f"{url} is not there")
         response.raise_for_status()
         return response.content
+
+
+def digest_of(files: AdapterFiles) -> str:
+    """Return the digest of what was received. Raises AdapterRefused when it is no safetensors file."""
+    weights = memoryview(files.weights)
+    tensors = parse_header(bytes(weights[: 8 + MAX_HEADER_BYTES]), len(weights))
+    return adapter_digest(files.config, tensors, weights)
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

@@ -1,0 +1,100 @@
+"""Fetching adapters: from whichever store answers, and only what the digest stands for."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from gpu_worker.fetch import AdapterFiles, StoreClient, digest_of
+from protocol.errors import NotFound
+
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+
+
+def weights(value: float) -> bytes:
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    return save(
+        {
+            f"{prefix}.lora_A.weight": np.full((2, 4), value, np.float32),
+            f"{prefix}.lora_B.weight": np.full((4, 2), value, np.float32),
+        }
+    )
+
+
+GOOD = AdapterFiles(CONFIG, weights(1.0))
+
+
+@contextmanager
+def store(files: dict[str, bytes]) -> Iterator[str]:
+    """A store that holds `files`, by path."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = files.get(self.path)
+            self.send_response(404 if body is None else 200)
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, format: str, *args: object) -> None:
+            return
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def files_of(digest: str, adapter: AdapterFiles) -> dict[str, bytes]:
+    folder = f"/adapters/{digest}"
+    return {
+        f"{folder}/adapter_config.json": json.dumps(adapter.config).encode(),
+        f"{folder}/adapter_model.safetensors": adapter.weights,
+    }
+
+
+@pytest.fixture
+def client() -> Iterator[StoreClient]:
+    client = StoreClient()
+    yield client
+    client.close()
+
+
+def test_a_store_that_lacks_it_or_gives_something_else_is_passed_over(client: StoreClient, tmp_path: Path) -> None:
+    digest = digest_of(GOOD)
+    with (
+        store({}) as empty,
+        store(files_of(digest, AdapterFiles(CONFIG, weights(2.0)))) as wrong,
+        store(files_of(digest, GOOD)) as good,
+    ):
+        client.set_urls((empty, wrong, "http://127.0.0.1:9", good))
+        assert client.fetch(digest) == GOOD
+
+
+def test_what_no_store_has_is_not_found_at_once(client: StoreClient) -> None:
+    with store({}) as one, store({}) as other:
+        client.set_urls((one, other))
+        with pytest.raises(NotFound, match="no adapter store has"):
+            client.fetch("0" * 64)
+
+
+def test_a_fetch_waits_for_the_first_store(client: StoreClient) -> None:
+    digest = digest_of(GOOD)
+    with store(files_of(digest, GOOD)) as good:
+        found: list[AdapterFiles] = []
+        thread = threading.Thread(target=lambda: found.append(client.fetch(digest)))
+        thread.start()
+        client.set_urls((good,))
+        thread.join(30)
+        assert found == [GOOD]
