@@ -13,6 +13,8 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
+
 from gpu_worker.adapter_weights import HostAdapter, PoolWeights
 from protocol.errors import AdapterRefused, Internal, LorafleetError
 
@@ -74,6 +76,7 @@ class AdapterCache:
         self.pool = weights.new_pool()
         self.pool.cost = self._reload_s
         self.host = HostTier(host_bytes)
+        self.slot_ranks = np.zeros(weights.num_slots, np.int64)  # largest rank of the adapter in each slot
         self.on_loaded: Callable[[], object] = _ignore  # called from a loader thread when `poll` has news
         self.on_evicted: Callable[[str], object] = _ignore  # called when an adapter leaves the pool
         self._read = read
@@ -184,6 +187,7 @@ class AdapterCache:
             elif done.copied:
                 resident = self.pool.residents[done.digest]
                 self.weights.publish(resident.slot, done.adapter, resident.pages)
+                self.slot_ranks[resident.slot] = done.adapter.ranks.max()
                 self.pool.publish(done.digest)
             else:
                 self._seconds[done.digest] = done.seconds

@@ -16,6 +16,7 @@ from gpu_worker.model import BaseModel
 from gpu_worker.request import EngineCounters, EngineRequest, EngineStats, Sequence, TokenOutput
 from gpu_worker.runner import Runner
 from gpu_worker.sampling import Sampled, SampleRow, sample
+from gpu_worker.step_model import StepFit
 from protocol.errors import BadRequest, Internal, LorafleetError
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Engine:
         self._stops: dict[str, StopCheck] = {}
         self._outputs: list[TokenOutput] = []  # made outside a forward pass, given out by the next step
         self.counters = EngineCounters()
+        self._fit = StepFit()
         self._step_s = 0.0
         self._tokens_per_s = 0.0
 
@@ -139,6 +141,9 @@ class Engine:
         counters.sample_s += times[4] - times[3]
         counters.finish_s += times[5] - times[4]
         seconds = times[5] - times[0]
+        slots = {seq.slot for seq in plan.num_new if seq.slot >= 0}
+        num_kv_tokens = sum(seq.num_computed for seq in plan.num_new)
+        self._fit.add(seconds, plan.num_tokens, num_kv_tokens, int(self.adapters.slot_ranks[list(slots)].sum()))
         old = 0.9 if self._step_s else 0.0
         self._step_s = old * self._step_s + (1 - old) * seconds
         self._tokens_per_s = old * self._tokens_per_s + (1 - old) * len(plan.num_new) / seconds
@@ -195,6 +200,7 @@ class Engine:
             pool_bytes_total=pool.total_bytes,
             step_ms=1000 * self._step_s,
             tokens_per_s=self._tokens_per_s,
+            step_model=self._fit.model(),
             resident=list(resident),
             loading=self.adapters.loading,
             host=list(self.adapters.host),

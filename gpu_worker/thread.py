@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -15,6 +16,9 @@ logger = logging.getLogger(__name__)
 MAX_UNACKED_STEPS = 8
 """Steps whose outputs may be on their way to the queue; then the engine waits, so that a slow queue bounds memory."""
 
+STATS_S = 0.1
+"""How old the engine's figures may be while it is busy; when it has nothing to do they are exact."""
+
 
 class EngineThread:
     """Runs `engine.step` while there is work. Commands are applied between steps, in the order they were given."""
@@ -23,12 +27,14 @@ class EngineThread:
         self.engine = engine
         self._max_unacked = max_unacked_steps
         self._changed = threading.Condition()
-        self._commands: list[Callable[[], object]] = []  # guarded by _changed, as the next three
+        self._commands: list[Callable[[], object]] = []  # guarded by _changed, as the next four
+        self._handovers: list[Future[list[str]]] = []
         self._num_unacked = 0
         self._stopping = False
         self._dead = False
         self._can_step = False  # used by the engine's thread alone
         self._stats = engine.stats()
+        self._stats_due = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         engine.adapters.on_loaded = lambda: self._post(_nothing)
 
@@ -54,10 +60,14 @@ class EngineThread:
         self._post(lambda: self.engine.prefetch(digest))
 
     def hand_over(self) -> Future[list[str]]:
-        """Forget every request at the next step boundary; the result names them."""
+        """Forget every request at the next step boundary; the result names them. Empty if the engine has ended."""
         future: Future[list[str]] = Future()
-        if not self._post(lambda: future.set_result(self.engine.hand_over())):
-            future.cancel()
+        with self._changed:
+            if self._dead:
+                future.set_result([])
+            else:
+                self._handovers.append(future)
+                self._changed.notify()
         return future
 
     def ack_step(self) -> None:
@@ -67,7 +77,7 @@ class EngineThread:
             self._changed.notify()
 
     def stats(self) -> EngineStats:
-        """Return the engine's figures as of its last step."""
+        """Return the engine's figures of at most `STATS_S` ago."""
         return self._stats
 
     def stop(self) -> None:
@@ -78,13 +88,11 @@ class EngineThread:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _post(self, command: Callable[[], object]) -> bool:
+    def _post(self, command: Callable[[], object]) -> None:
         with self._changed:
-            if self._dead:
-                return False
-            self._commands.append(command)
-            self._changed.notify()
-            return True
+            if not self._dead:
+                self._commands.append(command)
+                self._changed.notify()
 
     def _run(self) -> None:
         error: BaseException | None = None
@@ -95,14 +103,22 @@ class EngineThread:
             error = crash
         with self._changed:
             self._dead = True
-            self._commands = []
+            handovers, self._commands, self._handovers = self._handovers, [], []
+        for future in handovers:
+            future.set_result([])
         self.engine.adapters.close()
         if error is not None:
             self._on_death(error)
 
+    def _refresh_stats(self) -> None:
+        now = time.monotonic()
+        if not self._can_step or now > self._stats_due:
+            self._stats = self.engine.stats()
+            self._stats_due = now + STATS_S
+
     def _has_work(self) -> bool:
         can_step = self._can_step and self._num_unacked < self._max_unacked
-        return self._stopping or bool(self._commands) or can_step
+        return self._stopping or bool(self._commands or self._handovers) or can_step
 
     def _loop(self) -> None:
         while True:
@@ -111,14 +127,17 @@ class EngineThread:
                 if self._stopping:
                     return
                 commands, self._commands = self._commands, []
+                handovers, self._handovers = self._handovers, []
             for command in commands:
                 command()
+            for future in handovers:
+                future.set_result(self.engine.hand_over())
             outputs: list[TokenOutput] = []
             self._can_step = True
             if self._num_unacked < self._max_unacked:
                 outputs = self.engine.step()
                 self._can_step = self.engine.can_step
-            self._stats = self.engine.stats()
+            self._refresh_stats()
             if outputs:
                 with self._changed:
                     self._num_unacked += 1
