@@ -115,13 +115,14 @@ inline void write_rows(const AttentionArgs& args, const AttentionTask& task, con
 
 template <typename P>
 struct AttentionScratch {
-  typename P::Left *q, *weights;      // [rows, k_dim], [rows, kKeys]
-  typename P::Right *keys, *values;   // [k_dim / kDepth, kKeys], [kKeys / kDepth, v_dim]
-  float *products, *state;            // [rows, kKeys], [rows, v_dim + 2]
+  typename P::Left *q, *weights;     // [rows, k_dim], [rows, kKeys]
+  typename P::Right *keys, *values;  // [k_dim / kDepth, kKeys], [kKeys / kDepth, v_dim]
+  float *products, *state;           // [rows, kKeys], [rows, v_dim + 2]
 
   AttentionScratch(int64_t rows, int64_t k_dim, int64_t v_dim) {
     // Every part is counted in floats, the widest entry, and starts on a cache line.
-    const int64_t sizes[] = {rows * k_dim, rows * kKeys, k_dim * kKeys, kKeys * v_dim, rows * kKeys, rows * (v_dim + 2)};
+    const int64_t sizes[] = {rows * k_dim,  rows * kKeys, k_dim * kKeys,
+                             kKeys * v_dim, rows * kKeys, rows * (v_dim + 2)};
     float* parts[6];
     int64_t total = 0;
     for (const int64_t size : sizes) total += ceil_div(size, 16) * 16;
@@ -146,11 +147,13 @@ inline void pack_round(const AttentionArgs& args, const AttentionTask& task, con
     const T* k = cache_block<T>(args, task, args.k_cache, args.k_dim, key + b);
     for (int64_t i = 0; i < kBlockTokens; i += kLanes)
       P::pack_columns(k + i * args.k_dim, args.k_dim, args.k_dim, s.keys + b + i, kKeys);
-    prefetch(block_after<T>(args, task, next, args.k_cache, args.k_dim, key + b), kBlockTokens * args.k_dim * sizeof(T));
+    prefetch(block_after<T>(args, task, next, args.k_cache, args.k_dim, key + b),
+             kBlockTokens * args.k_dim * sizeof(T));
     const T* v = cache_block<T>(args, task, args.v_cache, args.v_dim, key + b);
     P::pack_rows(v, args.v_dim, min(kBlockTokens, num_keys - b), args.v_dim, s.values + b / P::kDepth * args.v_dim,
                  args.v_dim);
-    prefetch(block_after<T>(args, task, next, args.v_cache, args.v_dim, key + b), kBlockTokens * args.v_dim * sizeof(T));
+    prefetch(block_after<T>(args, task, next, args.v_cache, args.v_dim, key + b),
+             kBlockTokens * args.v_dim * sizeof(T));
   }
 }
 
@@ -173,7 +176,8 @@ void attention_task(const AttentionArgs& args, const AttentionTask& task, const 
     pack_round<T>(args, task, next, key, num_keys, s);
     for (int64_t i = 0; i < rows * kKeys; i += kLanes) store(s.products + i, zero());
     const auto products_row = [&](int64_t r) { return s.products + r * kKeys; };
-    update<P>(s.q, args.k_dim, s.keys, kKeys, products_row, rows, args.k_dim / P::kDepth, ceil_div(num_keys, kBlockTokens) * kBlockTokens);
+    update<P>(s.q, args.k_dim, s.keys, kKeys, products_row, rows, args.k_dim / P::kDepth,
+              ceil_div(num_keys, kBlockTokens) * kBlockTokens);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t position = first_position + r / group;
       const int64_t begin = args.window > 0 ? max(0, position + 1 - args.window - key) : 0;
@@ -215,16 +219,10 @@ void merge_tasks(const AttentionArgs& args, const AttentionMerge& merge) {
 }
 
 void attention(const AttentionArgs& args) {
-  // Runs of tasks, so that a task's first keys can be asked for while the one before it ends.
-  const int64_t run_length = max(1, args.num_tasks / (8 * num_threads()));
-  run(ceil_div(args.num_tasks, run_length), [&](int64_t i) {
-    const int64_t end = min(args.num_tasks, (i + 1) * run_length);
-    for (int64_t t = i * run_length; t < end; ++t) {
-      const AttentionTask* next = t + 1 < end ? &args.tasks[t + 1] : nullptr;
-      with_dtype(args.dtype, [&]<typename T>() { attention_task<T>(args, args.tasks[t], next); });
-    }
+  run(args.num_tasks, [&](int64_t i) {
+    const AttentionTask* next = i + 1 < args.num_tasks ? &args.tasks[i + 1] : nullptr;
+    with_dtype(args.dtype, [&]<typename T>() { attention_task<T>(args, args.tasks[i], next); });
   });
-  run(args.num_merges, [&](int64_t i) {
-    with_dtype(args.dtype, [&]<typename T>() { merge_tasks<T>(args, args.merges[i]); });
-  });
+  run(args.num_merges,
+      [&](int64_t i) { with_dtype(args.dtype, [&]<typename T>() { merge_tasks<T>(args, args.merges[i]); }); });
 }

@@ -15,20 +15,30 @@
 
 namespace lorafleet {
 
-// Every thread takes the next task until none is left: tasks differ in length, and another process may hold a core.
+// Every thread has a run of neighbouring tasks, so that what one prefetches is used by the next, and helps the others
+// when it has done its own: tasks differ in length, and another process may hold a core.
 void run_tasks(int64_t num_tasks, void (*task)(const void*, int64_t), const void* context) {
   const int64_t threads = std::min<int64_t>(num_tasks, at::get_num_threads());
   if (threads <= 1 || at::in_parallel_region()) {
     for (int64_t i = 0; i < num_tasks; ++i) task(context, i);
     return;
   }
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < num_tasks; i = next++) task(context, i);
+  struct alignas(64) Run {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Run> runs(threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    runs[t].next = num_tasks * t / threads;
+    runs[t].end = num_tasks * (t + 1) / threads;
+  }
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    for (int64_t t = 0; t < threads; ++t) {
+      Run& run = runs[(begin + t) % threads];
+      for (int64_t i = run.next++; i < run.end; i = run.next++) task(context, i);
+    }
   });
 }
-
-int64_t num_threads() { return at::get_num_threads(); }
 
 float* scratch(int64_t num_floats) {
   struct Free {
@@ -171,11 +181,15 @@ void lora_add_(at::TensorList outs, const Tensor& x, at::TensorList a_rows, at::
     TORCH_CHECK(a_rows[i].is_contiguous() && b_rows[i].is_contiguous() && a_rows[i].size(1) == x.size(-1) &&
                     b_rows[i].size(1) == outs[i].size(-1) && rows_in(outs[i]) == rows_in(x),
                 "site ", i, " does not fit its input and output");
-    sites[i] = {rows_of(outs[i], "an output"), a_rows[i].data_ptr(), b_rows[i].data_ptr(), outs[i].size(-1),
-                indices[i],                    groups[i]};
+    sites[i] = {rows_of(outs[i], "an output"),
+                a_rows[i].data_ptr(),
+                b_rows[i].data_ptr(),
+                outs[i].size(-1),
+                indices[i],
+                groups[i]};
   }
   const int32_t* num_tiles = ints<int32_t>(counts, "counts") + 2;
-  const bool large = num_tiles[1] >= 2 * num_threads();  // else there would be too few to share out
+  const bool large = num_tiles[1] >= 2 * at::get_num_threads();  // else there would be too few to share out
   active->lora_add({
       .dtype = dtype_of(x),
       .x = rows_of(x, "x"),
@@ -196,8 +210,8 @@ void lora_add_(at::TensorList outs, const Tensor& x, at::TensorList a_rows, at::
 }
 
 void check_cache(const Tensor& cache, int64_t kv_heads, int64_t dim, const char* name) {
-  TORCH_CHECK(cache.dim() == 4 && cache.is_contiguous() && cache.size(1) == kv_heads &&
-                  cache.size(2) == kBlockTokens && cache.size(3) == dim,
+  TORCH_CHECK(cache.dim() == 4 && cache.is_contiguous() && cache.size(1) == kv_heads && cache.size(2) == kBlockTokens &&
+                  cache.size(3) == dim,
               name, " must be contiguous [blocks, ", kv_heads, ", ", kBlockTokens, ", ", dim, "]");
 }
 
@@ -248,7 +262,7 @@ AttentionPlan plan_attention(const AttentionArgs& args) {
     const int64_t query_len = args.query_starts[s + 1] - args.query_starts[s];
     num_tasks += (query_len + plan.task_queries - 1) / plan.task_queries * args.kv_heads;
   }
-  const int64_t wanted = 4 * num_threads();
+  const int64_t wanted = 4 * at::get_num_threads();
   const int64_t max_splits = num_tasks >= wanted ? 1 : (wanted + num_tasks - 1) / std::max<int64_t>(1, num_tasks);
   plan.tasks.reserve(num_tasks * max_splits);
   for (int64_t s = args.num_seqs - 1; s >= 0; --s) {

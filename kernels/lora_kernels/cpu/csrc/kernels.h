@@ -141,9 +141,8 @@ const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
 
-// Runs task(context, i) for i in [0, num_tasks) on torch's intra-op pool, in order of i, each thread taking the next.
+// Runs task(context, i) for i in [0, num_tasks) on torch's thread pool; neighbours mostly on one thread, in order.
 void run_tasks(int64_t num_tasks, void (*task)(const void* context, int64_t index), const void* context);
-int64_t num_threads();
 
 // The calling thread's scratch memory, 64-byte aligned; valid until its next call of scratch.
 float* scratch(int64_t num_floats);

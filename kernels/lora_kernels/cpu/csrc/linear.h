@@ -6,10 +6,17 @@
 #pragma once
 
 constexpr int kPanelVecs = kPanel / kLanes;
-constexpr int kMaxRows = kLanes == 16 ? 14 : 2;  // kMaxRows * kPanelVecs accumulators
+#if defined(__AVX512BF16__)
+constexpr int kMaxRows = 14;  // 28 accumulators, 2 vectors of weights, 1 of inputs
+#elif defined(__AVX512F__)
+constexpr int kMaxRows = 12;  // products in fp32 need the even and odd halves apart
+#else
+constexpr int kMaxRows = 2;
+#endif
 
 template <int Rows, bool Prefetch>
-inline void panel_tile(const uint16_t* x, int64_t x_stride, const uint16_t* panel, int64_t pairs, Vec (*acc)[kPanelVecs]) {
+inline void panel_tile(const uint16_t* x, int64_t x_stride, const uint16_t* panel, int64_t pairs,
+                       Vec (*acc)[kPanelVecs]) {
   // Every third row has its own pointer and the rest are one or two strides off: more pointers than registers
   // would cost a load per broadcast.
   const char* base[(Rows + 2) / 3];
@@ -68,22 +75,15 @@ void linear(const LinearArgs& args) {
   // Rows of x that stay in the second-level cache while all panels pass by.
   const int64_t block_rows = min(args.rows, max(8 * kMaxRows, 256 * 1024 / args.in_features));
   const int64_t row_blocks = ceil_div(args.rows, block_rows);
-  // Tasks are runs of panels: long enough to hide a task's start, short enough to share the work evenly.
-  const int64_t run_length = max(1, panels / (4 * num_threads()));
-  const int64_t runs = ceil_div(panels, run_length);
-  run(row_blocks * runs, [&](int64_t task) {
-    const int64_t first_row = task / runs * block_rows;
+  run(row_blocks * panels, [&](int64_t task) {
+    const int64_t first_row = task / panels * block_rows, panel = task % panels;
     const int64_t rows = min(block_rows, args.rows - first_row);
     const int64_t tiles = ceil_div(rows, kMaxRows);
-    const int64_t first_panel = task % runs * run_length;
-    const int64_t end_panel = min(panels, first_panel + run_length);
-    for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;
-        const bool prefetch = tile == 0 && panel + 1 < panels;
-        with_size<kMaxRows>(end - begin,
-                            [&]<int Rows>() { linear_tile<Rows>(args, first_row + begin, panel, prefetch); });
-      }
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;
+      const bool prefetch = tile == 0 && panel + 1 < panels;
+      with_size<kMaxRows>(end - begin,
+                          [&]<int Rows>() { linear_tile<Rows>(args, first_row + begin, panel, prefetch); });
     }
   });
 }

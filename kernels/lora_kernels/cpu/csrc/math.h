@@ -2,7 +2,8 @@
 #pragma once
 
 inline Vec exp(Vec x) {
-  // exp(x) = 2^n * exp(r), |r| <= ln2 / 2; a Taylor polynomial of degree 7 leaves 2e-9. Infinite from 88.73, zero below -104.
+  // exp(x) = 2^n * exp(r), |r| <= ln2 / 2; a Taylor polynomial of degree 7 leaves 2e-9.
+  // Infinite from 88.73, zero below -104.
   x = max(min(x, set1(89.0f)), set1(-150.0f));
   const Vec n = round(mul(x, set1(1.44269504f)));
   Vec r = fma(n, set1(-0.693359375f), x);

@@ -14,7 +14,8 @@ inline void run_rows(int64_t rows, int64_t width, const F& row) {
 }
 
 void kv_write(const KvWriteArgs& args) {
-  const auto copy = [&](const char* from, int64_t token_stride, int64_t head_stride, char* cache, int64_t dim, int64_t t) {
+  const auto copy = [&](const char* from, int64_t token_stride, int64_t head_stride, char* cache, int64_t dim,
+                        int64_t t) {
     const int64_t block = args.slots[t] / kBlockTokens, offset = args.slots[t] % kBlockTokens;
     const int64_t bytes = dim * args.element_bytes;
     for (int64_t h = 0; h < args.kv_heads; ++h)
@@ -62,9 +63,8 @@ inline void rms_norm_row(const RmsNormArgs& args, int64_t row) {
 }
 
 void rms_norm(const RmsNormArgs& args) {
-  run_rows(args.rows, args.width, [&](int64_t row) {
-    with_dtype(args.dtype, [&]<typename T>() { rms_norm_row<T>(args, row); });
-  });
+  run_rows(args.rows, args.width,
+           [&](int64_t row) { with_dtype(args.dtype, [&]<typename T>() { rms_norm_row<T>(args, row); }); });
 }
 
 template <typename T>
@@ -90,9 +90,8 @@ inline void rotate_token(const RotaryArgs& args, int64_t token) {
 }
 
 void rotary(const RotaryArgs& args) {
-  run_rows(args.num_tokens, (args.q_heads + args.k_heads) * args.rotary_dim, [&](int64_t token) {
-    with_dtype(args.dtype, [&]<typename T>() { rotate_token<T>(args, token); });
-  });
+  run_rows(args.num_tokens, (args.q_heads + args.k_heads) * args.rotary_dim,
+           [&](int64_t token) { with_dtype(args.dtype, [&]<typename T>() { rotate_token<T>(args, token); }); });
 }
 
 inline Vec activate(Vec x, Activation act) {
