@@ -90,6 +90,16 @@ def test_a_chunked_prompt_equals_the_whole_prompt(impl):
         assert_close(chunk.run(impl), expected[end - size : end])
 
 
+def test_nothing_is_left_of_an_earlier_step(native):
+    """The kernels keep their working memory: what a step of NaN leaves there must not be read by the next."""
+    for dtype in DTYPES:
+        spoiled = attention_case((64,), (64,), (6, 2), (64, 64), dtype)
+        spoiled.v_cache.fill_(torch.nan)
+        assert spoiled.run(native).isnan().all()
+        case = attention_case((3, 1), (3, 17), (6, 2), (32, 20), dtype)
+        assert_close(case.run(native), case.expected())
+
+
 def _one_key_more(case: AttentionCase) -> None:
     case.logits["window"] = 21
 

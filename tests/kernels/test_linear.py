@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import assert_close, poisoned_memory
 
-from lora_kernels import cpu, ops
+from lora_kernels import ops
 
 BF16 = torch.bfloat16
 
@@ -69,32 +69,3 @@ def test_the_comparison_notices_one_weight_row(native):
     broken[17] = weight[18]
     with pytest.raises(AssertionError):
         assert_close(ops.linear(x, ops.pack_linear(broken, impl=native), impl=native), x.float() @ weight.float().T)
-
-
-def test_operators_compile_without_graph_breaks(native):
-    weight, x = weight_and_input(48, 64, 5, BF16)
-    packed, norm_weight = ops.pack_linear(weight, impl=native), torch.ones(64, dtype=BF16)
-
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        gate, up = ops.linear(ops.rms_norm(x, norm_weight, 1e-5, impl=native), packed, impl=native).chunk(2, dim=-1)
-        return ops.gated_act(gate, up, impl=native)
-
-    expected = layer(x)
-    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), expected)
-
-
-def test_registered_operators_are_consistent():
-    """torch's own check: schema, fake kernels, and what each operator says it mutates."""
-    if not cpu.load():
-        return
-    native = torch.ops.lorafleet
-    weight, x = weight_and_input(48, 64, 5, BF16)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(native.pack_linear.default, (weight,), test_utils=checks)
-    packed = native.pack_linear(weight)
-    torch.library.opcheck(native.linear.default, (x, packed, None, 48), test_utils=checks)
-    residual = torch.ones_like(x)
-    torch.library.opcheck(native.rms_norm.default, (x, x[0].clone(), 1e-5, residual, False), test_utils=checks)
-    torch.library.opcheck(native.gated_act.default, (x, x.clone(), "silu"), test_utils=checks)
-    q, k, cos = torch.randn(5, 2, 8), torch.randn(5, 1, 8), torch.rand(5, 8)
-    torch.library.opcheck(native.rotary_.default, (q, k, cos, cos.clone()), test_utils=checks)

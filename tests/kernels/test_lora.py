@@ -60,6 +60,15 @@ def test_rows_without_an_adapter_are_not_touched(impl):
     assert not torch.equal(out[~base], case.outs[0][~base])
 
 
+def test_nothing_is_left_of_an_earlier_step(native):
+    """The kernels keep their working memory: what a step of NaN leaves there must not be read by the next."""
+    for dtype in DTYPES:
+        spoiled = lora_case(np.repeat([0, 1], [40, 2]), [64, 64], 96, (80,), dtype)
+        spoiled.x.fill_(torch.nan)
+        assert spoiled.run(native)[0].isnan().all()
+        check(lora_case(np.repeat([0, 1], [40, 2]), [3, 17], 96, (80,), dtype), native)
+
+
 def _drop_last_rank_row(case: LoraCase) -> None:
     case.table.ranks -= (case.table.ranks > 0).int()
 

@@ -1,0 +1,94 @@
+"""The native kernels as torch operators: torch's own checks, torch.compile, and clear refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import assert_close, attention_case, lora_case
+
+from lora_kernels import ops
+
+BF16 = torch.bfloat16
+
+
+def test_schemas_and_fake_kernels_are_true(native):
+    """What an operator says it mutates is what it mutates, and its fake result has the shape of the real one."""
+    del native
+    checks = ("test_schema", "test_faketensor")
+    lorafleet = torch.ops.lorafleet
+    x, weight, residual = torch.randn(5, 64).to(BF16), torch.randn(48, 64).to(BF16), torch.ones(5, 64, dtype=BF16)
+    torch.library.opcheck(lorafleet.pack_linear.default, (weight,), test_utils=checks)
+    packed = lorafleet.pack_linear(weight)
+    torch.library.opcheck(lorafleet.linear.default, (x, packed, None, 48), test_utils=checks)
+    torch.library.opcheck(lorafleet.rms_norm.default, (x, x[0].clone(), 1e-5, residual, False), test_utils=checks)
+    torch.library.opcheck(lorafleet.gated_act.default, (x, x.clone(), "silu"), test_utils=checks)
+    q, k, cos = torch.randn(5, 2, 8), torch.randn(5, 1, 8), torch.rand(5, 8)
+    torch.library.opcheck(lorafleet.rotary_.default, (q, k, cos, cos.clone()), test_utils=checks)
+
+    case = attention_case((1, 20), (33, 20), (4, 2), (16, 8), torch.float32)
+    caches = [cache.nan_to_num() for cache in (case.k_cache, case.v_cache)]
+    lists = (case.batch.block_tables, case.batch.query_starts, case.batch.kv_lens)
+    attention = lorafleet.paged_attention.default
+    torch.library.opcheck(attention, (case.q, *caches, *lists, 0.25, 0, 0.0, None), test_utils=checks)
+    k, v = torch.randn(21, 2, 16), torch.randn(21, 2, 8)
+    torch.library.opcheck(lorafleet.kv_write_.default, (k, v, *caches, case.batch.slot_mapping), test_utils=checks)
+
+    lora = lora_case(np.array([0, 1, -1, 1]), [16, 16], 32, (24,), torch.float32)
+    sites, table, batch = lora.sites, lora.table, lora.batch
+    arguments = (
+        *(
+            lora.outs,
+            lora.x,
+            [site.a_rows.nan_to_num() for site in sites],
+            [site.b_rows.nan_to_num() for site in sites],
+        ),
+        *([site.index for site in sites], [site.group for site in sites], table.ranks, table.scales, table.pages),
+        *(batch.rows, batch.small_tiles, batch.large_tiles, batch.counts, batch.row_scales),
+    )
+    torch.library.opcheck(lorafleet.lora_add_.default, arguments, test_utils=checks)
+
+
+def test_a_layer_compiles_as_one_graph(native):
+    lora = lora_case(np.array([0, 1, -1, 1]), [16, 3], 32, (24, 24), torch.float32)
+    attention = attention_case((1, 3), (20, 3), (3, 1), (8, 8), torch.float32)
+    weight = ops.pack_linear(torch.randn(48, 32), impl=native)
+    norm_weight = torch.rand(32)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        hidden = ops.rms_norm(x, norm_weight, 1e-5, impl=native)
+        gate, up = ops.linear(hidden, weight, impl=native).split([24, 24], dim=-1)
+        ops.lora_add_([gate, up], hidden, lora.sites, lora.table, lora.batch, impl=native)
+        q = ops.gated_act(gate, up, impl=native).view(4, 3, 8)
+        return ops.paged_attention(q, attention.k_cache, attention.v_cache, attention.batch, scale=1.0, impl=native)
+
+    expected = layer(lora.x)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(lora.x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.gated_act(torch.ones(2, 4), torch.ones(2, 5), impl="cpu"), "gate and up must have one shape"),
+        (lambda: ops.gated_act(torch.ones(4, 2).T, torch.ones(2, 4), impl="cpu"), "rows whose entries are contiguous"),
+        (lambda: ops.rms_norm(torch.ones(2, 4), torch.ones(5), 1e-5, impl="cpu"), "weight needs 4 entries"),
+        (lambda: ops.rms_norm(torch.ones(2, 4), torch.ones(4, dtype=BF16), 1e-5, impl="cpu"), "weight is BFloat16"),
+        (lambda: ops.rms_norm(torch.ones(2, 4).double(), torch.ones(4).double(), 1e-5, impl="cpu"), "dtype is Double"),
+    ],
+)
+def test_wrong_arguments_are_refused(call, message, native):
+    del native
+    with pytest.raises(RuntimeError, match=message):
+        call()
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="impl is 'fastest'"):
+        ops.gated_act(torch.ones(1, 1), torch.ones(1, 1), impl="fastest")  # pyright: ignore[reportArgumentType]
+
+
+def test_the_default_on_a_cpu_is_native(native):
+    x = torch.randn(3, 8)
+    assert torch.equal(ops.gated_act(x, x), ops.gated_act(x, x, impl=native))
+    assert_close(ops.gated_act(x, x), ops.gated_act(x, x, impl="reference"))
