@@ -151,7 +151,7 @@ class Lane:
         A tenant more than `slack` above one whose request was held is not served before it: the held request is
         then offered once more, and may not be held any more.
         Returns None when every request was refused or no worker takes more; else, when it stopped after
-        `max_refused` tenants or a tenant had more queues than are looked at, the counter up to which it may go on
+        `max_refused` offers or a tenant had more queues than are looked at, the counter up to which it may go on
         with `scan_adapters`.
         """
         looked_at_all = True
@@ -164,13 +164,13 @@ class Lane:
                 verdict = self._offer(offer, request, True, level)
             else:
                 tenant = self._tenants[name]
-                verdict, request = self._visit(tenant, offer, held[0][0] if held else None)
+                verdict, request, num_refused = self._visit(tenant, offer, held[0][0] if held else None)
+                max_refused -= num_refused
                 looked_at_all = looked_at_all and (
                     verdict is Verdict.PLACED or len(tenant.queues) <= MAX_QUEUES_PER_VISIT
                 )
                 if verdict in (Verdict.HELD, Verdict.BLOCKED):
                     aside.append(heappop(self._heap))
-                    max_refused -= 1
                 if verdict is Verdict.HELD and request is not None:
                     held.append((counter, request))
             if verdict is Verdict.FULL:
@@ -236,8 +236,11 @@ class Lane:
         tenant = self._tenants.get(entry[2])
         return tenant is not None and tenant.token == entry[1]
 
-    def _visit(self, tenant: _Tenant, offer: Offer, least_held: float | None) -> tuple[Verdict, Request | None]:
-        """Offer the heads of a tenant's queues until one is placed. Returns the first one held, if none is."""
+    def _visit(self, tenant: _Tenant, offer: Offer, least_held: float | None) -> tuple[Verdict, Request | None, int]:
+        """Offer the heads of a tenant's queues until one is placed.
+
+        Returns the verdict, the first one held if none was placed, and how many were refused.
+        """
         seen: list[Request] = []
         held: Request | None = None
         verdict = Verdict.BLOCKED
@@ -253,7 +256,7 @@ class Lane:
                 heappush(tenant.order, (*request.sort_key, request.submit.digest))
         if held is not None and verdict is Verdict.BLOCKED:
             verdict = Verdict.HELD
-        return verdict, held
+        return verdict, held, len(seen) - (verdict is Verdict.PLACED)
 
     def _offer(self, offer: Offer, request: Request, final: bool, least_held: float | None) -> Verdict:
         if request.dropped:

@@ -16,8 +16,8 @@ from scheduler.ledger import Ledger
 from scheduler.placement import AdapterFacts, Placement
 from scheduler.request import BASE, Request
 
-MAX_REFUSED = 64
-"""Requests that find no worker before a scan of a lane stops."""
+MAX_REFUSED = 32
+"""Requests that find no worker before a scan of a lane stops. What is further back is found by its adapter."""
 
 MAX_PLACED = 512
 """Requests of one plan; the rest comes with the next, so that the loop can breathe."""

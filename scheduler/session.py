@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 WATCH_S = 0.5
 READ_BLOCK_MS = 1000
+COALESCE_S = 0.003
+"""Pause between plans while something is left over, so that a full fleet does not cost a plan for every end."""
+
 GATEWAY_GRACE_S = 2.0
 """Silence after which a gateway whose beat has expired counts as dead."""
 
@@ -158,6 +161,8 @@ class Session:
                     async with asyncio.TaskGroup() as group:
                         for wid, batch in plan.batches.items():
                             group.create_task(self._assign(wid, batch))
+            if self.scheduler.backlog.num_queued:
+                await asyncio.sleep(COALESCE_S)
             if plan.prefetches:
                 orders = [(wid, m.Control(kind="prefetch", digest=digest)) for wid, digest in plan.prefetches]
                 await self._bus.tell(orders)

@@ -114,7 +114,7 @@ class Simulation:
             elif event is _Event.LOAD_END:
                 self._workers[wid].end_load()
                 self._go_on(self._workers[wid], now_ms)
-            else:
+            elif now_ms == self._next_plan_ms:  # else an earlier plan has taken its place
                 self._next_plan_ms = None
                 self._plan(now_ms)
         outcome.num_loads = sum(worker.num_loads for worker in self._workers.values())
@@ -176,4 +176,4 @@ class Simulation:
         for wid in touched:
             self._go_on(self._workers[wid], now_ms)
         if plan.again_ms is not None:
-            self._plan_at(max(plan.again_ms, now_ms + 1.0))
+            self._plan_at(max(plan.again_ms, now_ms + 3.0))
