@@ -8,6 +8,9 @@ PIP := $(BIN)/python -m pip
 MODEL ?=
 ADAPTERS ?=
 ARGS ?=
+# PyPI's torch brings 3 GB of CUDA libraries. Without a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
 .PHONY: demo up test check lint-fix bench docker-smoke clean help
 
@@ -49,9 +52,11 @@ $(VENV)/bin/python:
 
 # pip's own checks make these cheap to repeat; the stamp spares them while pyproject.toml is unchanged.
 $(VENV)/.stamp-demo: pyproject.toml | $(VENV)/bin/python
+	$(TORCH)
 	$(PIP) install --disable-pip-version-check --progress-bar on -e '.[worker,demo,bench]'
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml | $(VENV)/bin/python
+	$(TORCH)
 	$(PIP) install --disable-pip-version-check --quiet -e '.[worker,demo,bench,dev]'
 	@touch $@ $(VENV)/.stamp-demo

@@ -6,6 +6,7 @@ import argparse
 import os
 import tomllib
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -13,10 +14,12 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
+from lorafleet import lifeline
 from protocol.errors import BadRequest
 from protocol.settings import CONFIG_VARIABLE, Settings
 
 PREFIX = str(Settings.model_config.get("env_prefix"))
+OTHER_VARIABLES = {CONFIG_VARIABLE, lifeline.VARIABLE, "LORAFLEET_CACHE_DIR"}
 _UNITS = {"_s": "SECONDS", "_bytes": "BYTES", "_tokens": "TOKENS"}
 
 
@@ -45,6 +48,7 @@ def load_settings(args: argparse.Namespace, **given: Any) -> Settings:
         raise BadRequest(f"--config: there is no file {config}")
     if url := os.environ.get("REDIS_URL"):
         os.environ.setdefault(f"{PREFIX}REDIS_URL", url)
+    _refuse_unknown_variables()
     flags = {name: value for name, value in vars(args).items() if name in Settings.model_fields} | given
     try:
         return Settings(**flags)
@@ -58,6 +62,15 @@ def load_settings(args: argparse.Namespace, **given: Any) -> Settings:
             for problem in error.errors()
         ]
         raise BadRequest("; ".join(problems)) from error
+
+
+def _refuse_unknown_variables() -> None:
+    """A misspelt variable would otherwise be a setting that silently does nothing."""
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | OTHER_VARIABLES
+    for name in sorted(os.environ.keys() - known):
+        if name.startswith(PREFIX):
+            close = get_close_matches(name, known, n=1)
+            raise BadRequest(f"{name}: no such setting" + (f"; did you mean {close[0]}?" if close else ""))
 
 
 def _add_flag(group: argparse._ActionsContainer, name: str) -> None:

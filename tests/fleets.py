@@ -23,7 +23,7 @@ from processes import with_variable, working_below
 from lorafleet.machine import claim_port
 from protocol.errors import Conflict
 
-MARKER = "LORAFLEET_TEST_MARKER"
+MARKER = "TEST_FLEET_MARKER"
 QUICK = ("--device", "cpu", "--dtype", "float32", "--kernels", "reference", "--grace-s", "20")
 
 
