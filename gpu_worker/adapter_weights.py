@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.lora import GROUPS, SharedInput, SiteInfo
+from gpu_worker.memory import zeros
 from gpu_worker.pool import PagePool
 from lora_kernels.ops import PAGE_ROWS, AdapterTable, LoraSite
 from protocol.errors import AdapterRefused, BadRequest
@@ -110,8 +111,8 @@ class PoolWeights:
     def _lora_site(self, site: SiteInfo) -> LoraSite:
         num_rows = self.capacity[site.group] * PAGE_ROWS
         # Zeros, not garbage: a kernel may read the unused rows of a page and multiply them by zero.
-        a = torch.zeros(num_rows, site.in_features, dtype=site.dtype, device=self._device)
-        b = torch.zeros(num_rows, site.out_features, dtype=site.dtype, device=self._device)
+        a = zeros((num_rows, site.in_features), site.dtype, self._device)
+        b = zeros((num_rows, site.out_features), site.dtype, self._device)
         return LoraSite(site.index, site.group, a, b)
 
     def new_pool(self) -> PagePool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from gpu_worker.memory import zeros
 from lora_kernels import ops
 
 ATTENTION = "lorafleet"
@@ -67,8 +68,8 @@ class PagedLayer:
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         call = self.call
         shape = (num_blocks, call.num_kv_heads, ops.BLOCK_TOKENS)
-        self.k_cache = torch.zeros(*shape, call.head_dim, dtype=dtype, device=device)
-        self.v_cache = torch.zeros(*shape, call.value_dim, dtype=dtype, device=device)
+        self.k_cache = zeros((*shape, call.head_dim), dtype, device)
+        self.v_cache = zeros((*shape, call.value_dim), dtype, device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
         """Write the step's k [T, Hkv, D] and v [T, Hkv, Dv], attend with q [T, Hq, D]: [T, Hq, Dv]."""

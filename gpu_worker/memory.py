@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 GiB = 1 << 30
 
@@ -31,3 +36,12 @@ def _cgroup_free_bytes() -> int:
 def share(given: int, free: int, fraction: float, most: int) -> int:
     """Return a budget in bytes: as given, or if 0 a fraction of what is free, at most `most`."""
     return given or min(int(free * fraction), most)
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros that take memory only where they are written, on a CPU; `torch.zeros` would touch all of it."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or num_bytes == 0:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    pages = np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(*shape)

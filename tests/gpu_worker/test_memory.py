@@ -1,0 +1,34 @@
+"""Memory: budgets, and caches that take none before they are used."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from gpu_worker.memory import free_bytes, share, zeros
+
+CPU = torch.device("cpu")
+
+
+def test_zeros_take_memory_where_they_are_written() -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    tensor = zeros((64, 1024, 1024), torch.bfloat16, CPU)
+    assert process.memory_info().rss - before < tensor.nbytes // 4
+    assert not tensor[::7, ::13].any()
+    tensor[3, 5] = 1
+    assert tensor[3].sum() == 1024
+
+
+def test_nothing_is_zeros_too() -> None:
+    assert zeros((0, 5), torch.float32, CPU).shape == (0, 5)
+
+
+def test_a_budget_is_as_given_or_a_bounded_share() -> None:
+    assert share(123, 1000, 0.5, 10) == 123
+    assert share(0, 1000, 0.5, 10_000) == 500
+    assert share(0, 1000, 0.5, 10) == 10
+
+
+def test_there_is_memory() -> None:
+    assert 0 < free_bytes(CPU) <= psutil.virtual_memory().total
