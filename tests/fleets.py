@@ -141,7 +141,9 @@ async def chunks(response: httpx2.Response) -> AsyncIterator[str]:
             assert finish == "length"
             return
         if line.startswith("data: "):
-            choice = orjson.loads(line.removeprefix("data: "))["choices"][0]
+            event = orjson.loads(line.removeprefix("data: "))
+            assert "error" not in event, event
+            choice = event["choices"][0]
             finish = choice["finish_reason"] or finish
             yield choice["text"]
     raise AssertionError("the stream was cut off")

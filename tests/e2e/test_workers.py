@@ -12,8 +12,8 @@ from fleets import RunningFleet, chunks, completion, fleet_up
 from processes import is_running, working_below
 from waiting import wait_until
 
-from protocol.bus import Bus
-from protocol.messages import WorkerBeat
+from protocol.bus import Bus, decode
+from protocol.messages import Assigned, WorkerBeat
 
 NUM_TOKENS = 400
 PROMPTS = ("Once upon a time", "The king said", "In the forest", "A ship sailed")
@@ -122,8 +122,11 @@ async def joined(queue: Bus, num_workers: int) -> bool:
 
 
 async def holder(queue: Bus) -> str:
-    """Return the name of a worker that holds a request which is neither at its beginning nor near its end."""
+    """Return the name of a worker that holds a request whose first tokens are there, but not half of them."""
     for name, beat in (await live_workers(queue)).items():
-        if any(0 < num_tokens < NUM_TOKENS // 2 for _, num_tokens in beat.progress):
-            return name
+        for _, fields in await queue.entries(queue.keys.work(beat.wid)):
+            for item in decode(fields[b"b"], list[Assigned]):
+                num_tokens = await queue.redis.strlen(queue.keys.tok(item.rid)) // 4
+                if 0 < num_tokens < NUM_TOKENS // 2:
+                    return name
     return ""
