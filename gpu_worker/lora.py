@@ -77,7 +77,7 @@ class SharedInput:
     def project(self, rows: Tensor) -> list[Tensor]:
         """Return the outputs [T, N] of all siblings for rows [T, K]: column slices of one tensor."""
         out = ops.linear(rows, self._packed, self._bias, impl=self.impl)
-        outs = list(out.split(self.sizes, dim=-1)) if len(self.sizes) > 1 else [out]
+        outs = list(out.split_with_sizes(self.sizes, -1)) if len(self.sizes) > 1 else [out]
         batch = self.context.lora_logits if self.is_head else self.context.lora
         if batch is not None and self.table is not None:
             ops.lora_add_(outs, rows, self.lora_sites, self.table, batch, impl=self.impl)

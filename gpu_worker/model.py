@@ -195,10 +195,23 @@ def _refuse_calls(trial: Trial, config: Any) -> None:
 
 
 def _max_positions(config: Any) -> int:
+    """Return the longest sequence that is computed exactly whatever else is in its step; 0 if there is no limit."""
     limits = [getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)]
+    limits += _rope_limits(config)
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         limits.append(config.attention_chunk_size)  # exact as long as all fits one chunk
     return min((limit for limit in limits if limit), default=0)
+
+
+def _rope_limits(config: Any) -> list[int]:
+    """Return the lengths beyond which rotary frequencies depend on the longest sequence of the step."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # by layer type in some models
+    return [
+        part.get("original_max_position_embeddings") or config.max_position_embeddings
+        for part in parts
+        if part.get("rope_type") in ("dynamic", "longrope")
+    ]
 
 
 def _eos_ids(folder: Path, config: Any) -> frozenset[int]:

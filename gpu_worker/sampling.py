@@ -18,6 +18,9 @@ from protocol.messages import Sampling
 TOP_P_CANDIDATES = 1024
 """Most likely tokens looked at first for top-p; only a flatter distribution is sorted whole."""
 
+GREEDY_TEMPERATURE = 1e-5
+"""Below this a temperature is 0: dividing by it would overflow."""
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -50,7 +53,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
                 _adjust_(logits[i], row)
     best, ids = logits.max(-1)
     finite = torch.isfinite(best).cpu().numpy()
-    random = [i for i, row in enumerate(rows) if row.sampling.temperature > 0 and finite[i]]
+    random = [i for i, row in enumerate(rows) if row.sampling.temperature >= GREEDY_TEMPERATURE and finite[i]]
     if random:
         chosen = rows if len(random) == len(rows) else [rows[i] for i in random]
         index = torch.tensor(random, device=device)

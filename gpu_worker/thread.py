@@ -19,6 +19,9 @@ MAX_UNACKED_STEPS = 8
 STATS_S = 0.1
 """How old the engine's figures may be while it is busy; when it has nothing to do they are exact."""
 
+CHECK_S = 10.0
+"""How often an idle engine looks for lost blocks and pages; a leak is a crash, not a slow death."""
+
 
 class EngineThread:
     """Runs `engine.step` while there is work. Commands are applied between steps, in the order they were given."""
@@ -35,6 +38,7 @@ class EngineThread:
         self._can_step = False  # used by the engine's thread alone
         self._stats = engine.stats()
         self._stats_due = 0.0
+        self._check_due = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         engine.adapters.on_loaded = lambda: self._post(_nothing)
 
@@ -142,6 +146,9 @@ class EngineThread:
                 with self._changed:
                     self._num_unacked += 1
                 self._on_outputs(outputs)
+            if not self.engine.has_work and time.monotonic() > self._check_due:
+                self.engine.check_integrity()
+                self._check_due = time.monotonic() + CHECK_S
 
 
 def _nothing() -> None:

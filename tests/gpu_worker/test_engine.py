@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,24 @@ def test_a_cancelled_request_is_silent_and_frees_everything(running: Running) ->
     stats = running.thread.stats()
     assert (stats.running, stats.waiting) == (0, 0)
     assert stats.kv_blocks_free == stats.kv_blocks_total
+
+
+def test_a_request_delivered_twice_runs_once_and_a_newer_epoch_takes_its_place(running: Running) -> None:
+    running.store.open.clear()
+    for epoch in (1, 1, 3, 2):
+        running.thread.submit(replace(request("x", "warm"), epoch=epoch))
+    running.store.open.set()
+    assert running.ends({"x"})["x"].epoch == 3
+    assert len(running.ids["x"]) == 4
+    assert running.thread.stats().running == 0
+
+
+def test_a_leak_is_a_crash(folder: Path) -> None:
+    running = Running(folder)
+    running.thread.engine.blocks.allocate(1)
+    running.thread.submit(request("x"))
+    assert isinstance(running.death.get(timeout=60), AssertionError)
+    running.thread.stop()
 
 
 def test_handing_over_names_every_request_and_forgets_it(running: Running) -> None:

@@ -146,6 +146,7 @@ def ask(engine: Engine, requests: Iterable[EngineRequest], after_step: Callable[
         if not engine.can_step and engine.has_work:
             assert loaded.wait(timeout=60), "no adapter arrived"
             loaded.clear()
+    engine.check_integrity()
     return asked
 
 

@@ -102,3 +102,23 @@ def test_a_norm_is_only_taken_for_what_it_computes() -> None:
     assert (plain.plus_one, plus_one.plus_one) == (False, True)
     assert find_norm(torch.nn.LayerNorm(64, elementwise_affine=True, bias=False), "reference") is None
     assert find_norm(torch.nn.Embedding(3, 4), "reference") is None
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, 512),
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 512),
+        (
+            {
+                "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128,
+                "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+            },
+            128,
+        ),
+    ],
+    ids=["default", "dynamic", "longrope"],
+)  # fmt: skip
+def test_length_is_bounded_where_frequencies_would_depend_on_the_batch(rope: dict[str, Any], longest: int) -> None:
+    model = prepare_model(make_model("llama", {"rope_parameters": rope}), frozenset(), None)
+    assert model.max_positions == longest
