@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ class Oracle:
     def __init__(self, model: Path, adapters: Path, names: list[str]) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        base.generation_config.eos_token_id = None  # as `ignore_eos`: the end token is a token like others
         self.model = PeftModel.from_pretrained(base, str(adapters / names[0]), adapter_name=names[0])
         for name in names[1:]:
             self.model.load_adapter(str(adapters / name), adapter_name=name)
@@ -42,7 +44,7 @@ class Oracle:
 
     def _generate(self, name: str, prompt: str, num: int) -> str:
         ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        options = {"max_new_tokens": num, "min_new_tokens": num, "do_sample": False}
+        options = {"max_new_tokens": num, "do_sample": False}
         with torch.no_grad():
             if name == "base":
                 with self.model.disable_adapter():
@@ -74,6 +76,18 @@ def oracle(model: Path, adapters: Path) -> Iterator[Oracle]:
     return oracle
 
 
+@asynccontextmanager
+async def openai_client(services: Services) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"{services.url}/v1", api_key="none", timeout=200, max_retries=0) as client:
+        yield client
+
+
+@pytest_asyncio.fixture
+async def client(services: Services) -> AsyncIterator[AsyncOpenAI]:
+    async with openai_client(services) as client:
+        yield client
+
+
 @pytest_asyncio.fixture
 async def services(tmp_path: Path, model: Path, adapters: Path) -> AsyncIterator[Services]:
     fleet = Services(tmp_path, model, adapters)
@@ -98,10 +112,9 @@ async def ask(client: AsyncOpenAI, name: str, prompt: str, num: int, seen: async
 
 @pytest.mark.timeout(240)
 async def test_500_requests_of_mixed_adapters_all_come_back_right_and_nothing_stays(
-    services: Services, oracle: Oracle
+    services: Services, client: AsyncOpenAI, oracle: Oracle
 ) -> None:
     await services.start_all("w0", "w1")
-    client = AsyncOpenAI(base_url=f"{services.url}/v1", api_key="none", timeout=200, max_retries=0)
     names = ["base", *RANKS]
     jobs = [(names[i % len(names)], PROMPTS[i % len(PROMPTS)], 8 + i % 5) for i in range(500)]
     room = asyncio.Semaphore(64)
@@ -117,16 +130,14 @@ async def test_500_requests_of_mixed_adapters_all_come_back_right_and_nothing_st
     assert await services.bus.redis.xlen(keys.dlq) == 0
     assert await untimed_keys(services.bus) == []
     assert len(await services.bus.worker_beats()) == 2
-    await client.close()
 
 
 @pytest.mark.timeout(240)
 async def test_a_worker_is_killed_in_mid_stream_another_joins_and_no_client_notices(
-    services: Services, oracle: Oracle
+    services: Services, client: AsyncOpenAI, oracle: Oracle
 ) -> None:
     num = 300
     await services.start_all("w0", "w1")
-    client = AsyncOpenAI(base_url=f"{services.url}/v1", api_key="none", timeout=200, max_retries=0)
     names = [*(["base", *RANKS] * 3)]
     started = [asyncio.Event() for _ in names]
     streams = [
@@ -145,7 +156,6 @@ async def test_a_worker_is_killed_in_mid_stream_another_joins_and_no_client_noti
     await wait_until(lambda: services.num_workers(2), "the new worker has joined", timeout_s=60)
     services.kill("w1")
     assert await ask(client, "eight", PROMPTS[1], 12) == oracle.text("eight", PROMPTS[1], 12)
-    await client.close()
 
 
 @pytest.mark.timeout(240)
@@ -166,18 +176,16 @@ async def test_any_of_a_thousand_registered_adapters_can_be_asked_at_once(
     services = Services(tmp_path, model, many, adapter_pool_bytes=4 << 20, adapter_host_bytes=8 << 20)
     try:
         await services.start_all("w0")
-        client = AsyncOpenAI(base_url=f"{services.url}/v1", api_key="none", timeout=200, max_retries=0)
-        listed = await wait_until(lambda: _all_listed(client, 1001), "all are listed", timeout_s=100, every_s=0.3)
-        assert listed
         chosen = [f"a{i:04}" for i in range(3, 1000, 13)]
-        texts = await asyncio.gather(*(ask(client, name, PROMPTS[0], 12) for name in chosen))
+        async with openai_client(services) as client:
+            await wait_until(lambda: _all_listed(client, 1001), "all are listed", timeout_s=100, every_s=0.3)
+            texts = await asyncio.gather(*(ask(client, name, PROMPTS[0], 12) for name in chosen))
         sample = chosen[::11]
         oracle = Oracle(model, many, sample)
         assert {name: text for name, text in zip(chosen, texts, strict=True) if name in sample} == {
             name: oracle.text(name, PROMPTS[0], 12) for name in sample
         }
         assert len(set(texts)) == len(chosen), "each adapter must change the answer"
-        await client.close()
     finally:
         await services.close()
 
