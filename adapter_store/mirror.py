@@ -134,8 +134,7 @@ class Mirror:
     async def _fetch(self, source: Source, version: Version, base: ServedModel | None, token: str) -> str:
         folder = await asyncio.to_thread(self.blobs.staging, version.key)
         num_bytes = version.files[WEIGHTS_FILE].num_bytes
-        # A store that died here may have left the config rewritten in canonical form: only weights are resumed.
-        await asyncio.to_thread((folder / CONFIG_FILE).unlink, missing_ok=True)
+        await asyncio.to_thread(_drop_unless, folder / CONFIG_FILE, version.files[CONFIG_FILE].num_bytes)
         await source.fetch(version, CONFIG_FILE, folder / CONFIG_FILE, version.files[CONFIG_FILE].num_bytes, token)
         await source.fetch(version, WEIGHTS_FILE, folder / WEIGHTS_FILE, min(num_bytes, HEAD_BYTES), token)
         await asyncio.to_thread(_check_head, folder, num_bytes, base)
@@ -166,6 +165,12 @@ class Mirror:
             source=source,
             created_ms=now_ms(),
         )
+
+
+def _drop_unless(config: Path, num_bytes: int) -> None:
+    """Delete a config of another length: a store that died here may have left it rewritten in canonical form."""
+    if config.exists() and config.stat().st_size != num_bytes:
+        config.unlink()
 
 
 def _check_head(folder: Path, num_bytes: int, base: ServedModel | None) -> None:

@@ -19,10 +19,10 @@ from protocol.settings import Settings
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("REDIS_URL", raising=False)
-    monkeypatch.delenv("LORAFLEET_CONFIG", raising=False)
-    for name in Settings.model_fields:
-        monkeypatch.delenv(f"LORAFLEET_{name.upper()}", raising=False)
+    names = ["REDIS_URL", "LORAFLEET_CONFIG", *(f"LORAFLEET_{name.upper()}" for name in Settings.model_fields)]
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that what the command line itself sets is taken back too
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture
