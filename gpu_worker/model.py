@@ -115,7 +115,7 @@ def prepare_model(module: PreTrainedModel, eos_ids: frozenset[int], impl: ops.Im
     device, dtype = module.device, module.dtype
     keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
     with torch.inference_mode():
-        check = _ask_untouched(module, config.vocab_size)
+        check = _ask_untouched(module, config)
         module.set_attn_implementation(ATTENTION)
         trial = run_trial(module, keeps_logits)
     _refuse_calls(trial, config)
@@ -157,9 +157,11 @@ def fingerprint_of(module: PreTrainedModel) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _ask_untouched(module: PreTrainedModel, vocab_size: int, num_tokens: int = 24) -> LogitsCheck:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (num_tokens,), generator=generator).to(module.device)
+def _ask_untouched(module: PreTrainedModel, config: Any) -> LogitsCheck:
+    """Ask the model with Hugging Face's own attention; the prompt is longer than the window, if that is short."""
+    window = getattr(config, "sliding_window", None) or 0
+    num_tokens = window + 8 if 16 < window <= 512 else 24
+    ids = torch.randint(config.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0)).to(module.device)
     return LogitsCheck(ids, module(input_ids=ids[None], use_cache=False).logits[0])
 
 

@@ -14,6 +14,9 @@ from gpu_worker.request import Sequence
 from lora_kernels import ops
 from protocol.errors import Internal
 
+CHECK_LIMITS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
+"""Differences of logits that rounding may make: 0.06 measured in bf16 with 30 layers. Wrong attention makes about 1."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
@@ -30,6 +33,7 @@ class Runner:
 
     def __init__(self, model: BaseModel, num_blocks: int) -> None:
         self.model = model
+        self.num_blocks = num_blocks
         for layer in model.layers:
             layer.allocate(num_blocks, model.dtype, model.device)
 
@@ -64,12 +68,12 @@ class Runner:
     def check(self) -> float:
         """Hold the finished engine against the untouched model on a random prompt, computed in two chunks.
 
-        Returns the largest difference of logits relative to their spread. Raises Internal when it is too large.
-        Overwrites blocks 0 and 1.
+        Returns the root mean square difference of logits relative to their spread. Raises Internal if it is too large.
+        Overwrites the first blocks.
         """
         check = self.model.check
         assert check is not None
-        ids = check.input_ids
+        ids = check.input_ids[: self.num_blocks * ops.BLOCK_TOKENS]
         first = len(ids) // 2 + 1
         table = np.arange(-(-len(ids) // ops.BLOCK_TOKENS), dtype=np.int32)[None]
         context = self.model.context
@@ -81,9 +85,9 @@ class Runner:
             rows = torch.arange(end - start, device=self.model.device)
             part = StepInputs(check.input_ids[start:end], context.attention.positions, rows, [])
             parts.append(self.run(part))
-        got, expected = torch.cat(parts).float(), check.logits.float()
-        error = ((got - expected).abs().max() / expected.std()).item()
-        limit = {torch.float32: 1e-3, torch.float16: 0.1}.get(self.model.dtype, 0.5)
+        got, expected = torch.cat(parts).float(), check.logits[: len(ids)].float()
+        error = ((got - expected).square().mean().sqrt() / expected.std()).item()
+        limit = CHECK_LIMITS[self.model.dtype]
         if not error < limit:
             raise Internal(
                 f"model type {self.model.config.model_type} cannot be served: with paged attention its logits are off "

@@ -10,9 +10,10 @@ import torch
 from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, vary_norms
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from gpu_worker.attention import PagedLayer
 from gpu_worker.model import prepare_model
 from gpu_worker.shortcuts import find_norm
-from protocol.errors import BadRequest
+from protocol.errors import BadRequest, Internal
 
 TINY = {
     "vocab_size": TINY_VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -122,3 +123,17 @@ def test_a_norm_is_only_taken_for_what_it_computes() -> None:
 def test_length_is_bounded_where_frequencies_would_depend_on_the_batch(rope: dict[str, Any], longest: int) -> None:
     model = prepare_model(make_model("llama", {"rope_parameters": rope}), frozenset(), None)
     assert model.max_positions == longest
+
+
+def test_a_model_that_computes_something_else_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here every query sees three keys at most."""
+    whole = PagedLayer.attend
+
+    def narrowed(self: PagedLayer, *args: Any) -> torch.Tensor:
+        self.call.window = 3
+        return whole(self, *args)
+
+    monkeypatch.setattr(PagedLayer, "attend", narrowed)
+    oracle = Oracle(make_model("llama", {}), {}, scale=1.0)
+    with pytest.raises(Internal, match="llama cannot be served"):
+        oracle.engine()
