@@ -50,7 +50,7 @@ inline void load_queries(const AttentionArgs& args, const AttentionTask& task, t
 
 // One row's step: turns products [kKeys] into weights, of which only [begin, end) are not zero, and rescales the state.
 template <typename Weight>
-inline void softmax_row(const AttentionArgs& args, float* products, int64_t begin, int64_t end, Weight* weights,
+inline void softmax_row(const AttentionArgs& args, const float* products, int64_t begin, int64_t end, Weight* weights,
                         float* acc, float& peak, float& total) {
   constexpr int kVecs = kKeys / kLanes;
   if (begin >= end) {
@@ -58,10 +58,6 @@ inline void softmax_row(const AttentionArgs& args, float* products, int64_t begi
     return;
   }
   Vec logits[kVecs];
-  if (begin > 0 || end < kKeys) {
-    for (int64_t j = 0; j < begin; ++j) products[j] = 0;
-    for (int64_t j = end; j < kKeys; ++j) products[j] = 0;
-  }
   for (int v = 0; v < kVecs; ++v) logits[v] = mul(load(products + v * kLanes), set1(args.scale));
   if (args.softcap > 0) {
     for (int v = 0; v < kVecs; ++v)
