@@ -50,6 +50,9 @@ def test_a_second_build_takes_the_cached_file(monkeypatch, tmp_path):
     first = build_library()
     assert build_library() == first
     assert len(compiled) == 1
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build_library() == first  # a finished build needs no compiler
+    monkeypatch.delenv("CXX")
     monkeypatch.setattr(build_module, "_COMMON_FLAGS", ("-O0",))
     assert build_library() != first
     assert [path.suffix for path in tmp_path.iterdir()] == [".so", ".so"]

@@ -34,16 +34,17 @@ def build_library() -> Path:
     """Return the compiled library, building it first if this version is not in the cache (about 10 s)."""
     if platform.machine() not in ("x86_64", "AMD64"):
         raise BuildError(f"they are written for x86-64, this is {platform.machine()}")
+    library = cache_dir() / f"lora_kernels-{_fingerprint()}.so"
+    if library.exists():
+        return library
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise BuildError(f"no C++ compiler: {os.environ.get('CXX', 'g++')} is not on the path")
-    library = cache_dir() / f"lora_kernels-{_fingerprint(compiler)}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as build_dir:
-            built = _compile(compiler, Path(build_dir))
-            # Two processes may build at once; each puts a whole file in place.
-            os.replace(built, library)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as build_dir:
+        built = _compile(compiler, Path(build_dir))
+        # Two processes may build at once; each puts a whole file in place.
+        os.replace(built, library)
     return library
 
 
@@ -55,10 +56,9 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafleet"
 
 
-def _fingerprint(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    digest = hashlib.sha256(version)
-    digest.update(repr((torch.__version__, _COMMON_FLAGS, _ISA_FLAGS)).encode())
+def _fingerprint() -> str:
+    """Hash all that the library depends on but the compiler, which a machine with a finished build need not have."""
+    digest = hashlib.sha256(repr((torch.__version__, _COMMON_FLAGS, _ISA_FLAGS)).encode())
     for source in sorted(_SOURCE_DIR.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
