@@ -122,6 +122,8 @@ class PoolWeights:
     def copy_rows(self, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> None:
         """Write an adapter's rows into pages that no step sees. For a loader thread: returns when they have arrived."""
         if self._stream is not None:
+            # The pages may have been another adapter's until now: steps that were launched may still read them.
+            self._stream.wait_stream(torch.cuda.default_stream(self._device))
             with torch.cuda.stream(self._stream):
                 self._copy_rows(adapter, pages)
             self._stream.synchronize()

@@ -20,7 +20,9 @@ from protocol.errors import AdapterRefused, Internal, LorafleetError
 
 logger = logging.getLogger(__name__)
 
-NUM_LOADERS = 2
+NUM_STAGERS = 4
+"""Adapters on their way to the host at once. Copies into the pool have their own thread: no slow store stops them."""
+
 MAX_STARVED_LOADS = 64
 """Times an adapter may find no room before those in its way get no new requests until it has been loaded."""
 
@@ -87,10 +89,13 @@ class AdapterCache:
         self._seconds: dict[str, float] = {}  # measured: staging of an adapter
         self._starved: dict[str, int] = {}  # digest -> loads that found no room
         self._draining: set[str] = set()  # in the way of a starved one: no new requests
-        self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="loader")
+        self._stagers = ThreadPoolExecutor(NUM_STAGERS, thread_name_prefix="stager")
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="copier")
 
     def close(self) -> None:
-        self._loaders.shutdown(cancel_futures=True)
+        """Start nothing more; does not wait for what runs."""
+        self._stagers.shutdown(wait=False, cancel_futures=True)
+        self._copier.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------ the batcher's gate
 
@@ -161,7 +166,7 @@ class AdapterCache:
 
     def _start(self, digest: str, *, copies: bool, job: Callable[[], HostAdapter]) -> None:
         self._jobs[digest] = copies
-        self._loaders.submit(self._run_job, digest, copies, job)
+        (self._copier if copies else self._stagers).submit(self._run_job, digest, copies, job)
 
     def _starve(self, digest: str, adapter: HostAdapter, keep: Container[str]) -> None:
         self._starved[digest] = self._starved.get(digest, 0) + 1
@@ -202,7 +207,7 @@ class AdapterCache:
         copy_s = 1e-3
         return copy_s if digest in self.host else copy_s + self._seconds.get(digest, 0.1)
 
-    # ------------------------------------------------------------ in loader threads
+    # ------------------------------------------------------------ in the loaders' threads
 
     def _run_job(self, digest: str, copies: bool, job: Callable[[], HostAdapter]) -> None:
         started = time.perf_counter()

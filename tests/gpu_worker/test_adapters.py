@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpu_worker.adapter_weights import HostAdapter, PoolWeights, pack_adapter, split_budget
-from gpu_worker.adapters import MAX_STARVED_LOADS, AdapterCache
+from gpu_worker.adapters import MAX_STARVED_LOADS, NUM_STAGERS, AdapterCache
 from gpu_worker.lora import SiteInfo
 from lora_kernels.ops import PAGE_ROWS
 from protocol.errors import AdapterRefused, BadRequest
@@ -48,6 +48,8 @@ class Loading:
         self.weights = PoolWeights(SITES, [], budget, "cpu")
         self.known = {adapter.digest: adapter for adapter in adapters}
         self.reads: list[str] = []
+        self.store_answers = threading.Event()
+        self.store_answers.set()
         self.news = threading.Event()
         self.evicted: list[str] = []
         self.cache = AdapterCache(self.weights, self._read, host_bytes)
@@ -56,6 +58,7 @@ class Loading:
 
     def _read(self, digest: str) -> HostAdapter:
         self.reads.append(digest)
+        assert self.store_answers.wait(timeout=60)
         return self.known[digest]
 
     def load(self, *wanted: str, until: str) -> None:
@@ -121,6 +124,17 @@ def test_a_more_urgent_waiting_request_keeps_its_adapter() -> None:
         loading.cache.poll()
     assert loading.cache.resident == ["a"]
     loading.load("b", "a", until="b")
+
+
+def test_a_store_that_does_not_answer_stops_no_copy_from_the_host() -> None:
+    stuck = [make_adapter(f"stuck{i}", 8) for i in range(2 * NUM_STAGERS)]
+    loading = Loading(1, [make_adapter("a", 8), make_adapter("b", 8), *stuck])
+    loading.load("a", until="a")
+    loading.load("b", until="b")
+    loading.store_answers.clear()
+    loading.cache.load([adapter.digest for adapter in stuck])
+    loading.load("a", *[adapter.digest for adapter in stuck], until="a")
+    loading.store_answers.set()
 
 
 def test_a_starved_adapter_gets_its_turn() -> None:
