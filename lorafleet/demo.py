@@ -22,10 +22,10 @@ from lorafleet.flags import add_settings, load_settings
 from lorafleet.fleet import local_url
 from lorafleet.quickstart import QuickstartError, fetch_quickstart_model
 from lorafleet.screen import Screen
-from lorafleet.up import MAIN_FLAGS, curl_example, launch
+from lorafleet.up import MAIN_FLAGS, Prepared, launch
 from protocol import messages as m
 from protocol.bus import Bus, decode
-from protocol.errors import BadRequest, Internal, Unavailable
+from protocol.errors import BadRequest, Internal, LorafleetError, Unavailable
 from protocol.settings import Settings
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "adapters"
@@ -56,12 +56,13 @@ def run(args: argparse.Namespace) -> int:
             raise BadRequest("--adapters: the example adapters come with the repository; name a folder of your own")
         settings = settings.model_copy(update={"adapters": EXAMPLES})
 
-    async def on_ready(settings: Settings, screen: Screen) -> bool:
-        await show_answers(settings, screen, args.question)
+    async def on_ready(prepared: Prepared, screen: Screen) -> bool:
+        names = await model_names(prepared.settings)
+        await show_answers(prepared.settings, screen, names, args.question)
         if not args.once:
             screen.say("\nThe fleet stays up; ask it yourself, or stop it with Ctrl-C:\n")
-            for name in await model_names(settings):
-                screen.say(escape(curl_example(settings, name, args.question)))
+            for name in names:
+                screen.say(escape(prepared.curl(name, args.question)))
         return not args.once
 
     return launch(settings, on_ready)
@@ -91,9 +92,8 @@ async def model_names(settings: Settings) -> list[str]:
         raise Unavailable(f"the store does not list the {expected} adapters of {folder}; see its log") from error
 
 
-async def show_answers(settings: Settings, screen: Screen, question: str) -> None:
+async def show_answers(settings: Settings, screen: Screen, names: list[str], question: str) -> None:
     """Ask the base and every adapter at once, show the answers grow, and count the forward passes they shared."""
-    names = await model_names(settings)
     answers = [Answer(name) for name in names]
     screen.say(f"\n[bold]{escape(question)}[/]")
     live = Live(console=screen.console, auto_refresh=False)
@@ -103,10 +103,10 @@ async def show_answers(settings: Settings, screen: Screen, question: str) -> Non
 
     async with httpx2.AsyncClient(base_url=local_url(settings), timeout=300, trust_env=False) as client:
         # A first token each brings the adapters to the worker; what follows shows the batch, not the loading.
-        await asyncio.gather(*(_ask(client, Answer(name), question, 1) for name in names))
+        await _ask_all(client, [Answer(name) for name in names], question, 1, lambda: None)
         started = time.monotonic()
         with live:
-            await asyncio.gather(*(_ask(client, answer, question, MAX_TOKENS, show) for answer in answers))
+            await _ask_all(client, answers, question, MAX_TOKENS, show)
     seconds = time.monotonic() - started
     num_tokens = sum(answer.num_tokens for answer in answers)
     num_shared, num_steps = await shared_steps(settings, len(answers))
@@ -116,8 +116,20 @@ async def show_answers(settings: Settings, screen: Screen, question: str) -> Non
     )
 
 
+async def _ask_all(
+    client: httpx2.AsyncClient, answers: list[Answer], question: str, max_tokens: int, show: Callable[[], None]
+) -> None:
+    """Stream all answers at once. Raises what the first that fails raises."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for answer in answers:
+                group.create_task(_ask(client, answer, question, max_tokens, show))
+    except* (LorafleetError, httpx2.HTTPError) as failed:
+        raise failed.exceptions[0] from None
+
+
 async def _ask(
-    client: httpx2.AsyncClient, answer: Answer, question: str, max_tokens: int, show: Callable[[], object] = bool
+    client: httpx2.AsyncClient, answer: Answer, question: str, max_tokens: int, show: Callable[[], None]
 ) -> None:
     """Stream one answer into `answer`. Raises Internal when the fleet refuses."""
     body = {

@@ -94,9 +94,9 @@ class Fleet:
 
     def _on_signal(self) -> None:
         if not self._stop.is_set():
+            self._stop.set()
             self.screen.close()
             self.screen.say("Finishing what was accepted; once more stops at once.")
-            self._stop.set()
         else:
             self._hurry = True
             for child in self.children:
@@ -118,21 +118,24 @@ class Fleet:
         """Show who is starting, who is ready and what the logs warn of; keep the queue server running."""
         bus = Bus(self.settings.redis_url)
         announcement: asyncio.Task[None] | None = None
+        gateway = httpx2.AsyncClient(base_url=local_url(self.settings), timeout=2, trust_env=False)
         try:
-            async with httpx2.AsyncClient(base_url=local_url(self.settings), timeout=2, trust_env=False) as gateway:
-                while True:
-                    self._revive_queue()
-                    for child in self.children:
-                        child.follow_log()
-                        await self._note(child, bus, gateway)
-                    if announcement is None and await _health(gateway) == 200:
-                        self.screen.close()
-                        announcement = group.create_task(self._announce())
-                    settled = announcement is not None and all(child.ready.is_set() for child in self.children)
-                    await asyncio.sleep(POLL_S if settled else START_POLL_S)
+            while True:
+                self._revive_queue()
+                for child in self.children:
+                    child.follow_log()
+                    await self._note(child, bus, gateway)
+                if announcement is None and await _health(gateway) == 200:
+                    self.screen.close()
+                    announcement = group.create_task(self._announce())
+                settled = announcement is not None and all(child.ready.is_set() for child in self.children)
+                await asyncio.sleep(POLL_S if settled else START_POLL_S)
+        except LorafleetError as error:
+            self._fail(error)
         finally:
             if announcement is not None:
                 announcement.cancel()
+            await gateway.aclose()
             await bus.close()
 
     async def _announce(self) -> None:

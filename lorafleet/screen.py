@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,8 +23,9 @@ class Screen:
         self._since: dict[str, float] = {}
 
     def say(self, text: str) -> None:
-        """Print a line of rich markup."""
-        self.console.print(text)
+        """Print a line of rich markup. Nobody may be there to read it: a fleet drains after its terminal has closed."""
+        with suppress(OSError):
+            self.console.print(text)
 
     def starting(self, name: str, activity: str) -> None:
         """Show that a service is on its way, and what it does."""
@@ -46,5 +48,6 @@ class Screen:
 
     def close(self) -> None:
         """Remove what still spins."""
-        self._progress.stop()
+        with suppress(OSError):
+            self._progress.stop()
         self._rows.clear()

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx2
@@ -29,7 +30,25 @@ from protocol.settings import Settings
 
 MAIN_FLAGS = ("adapters", "host", "port", "data", "workers", "device", "dtype")
 
-OnReady = Callable[[Settings, Screen], Awaitable[bool]]
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a fleet is started with."""
+
+    settings: Settings
+    folder: Path  # of the model
+
+    def curl(self, model: str, question: str = "Who are you?") -> str:
+        """Return a shell command that asks `model` a question, indented by two."""
+        chat = has_chat_template(self.folder)
+        body: dict[str, object] = {"model": model, "max_tokens": 60}
+        body |= {"messages": [{"role": "user", "content": question}]} if chat else {"prompt": question}
+        route = "/v1/chat/completions" if chat else "/v1/completions"
+        head = f"curl {local_url(self.settings)}{route} -H 'Content-Type: application/json'"
+        return f"  {head} \\\n    -d {shlex.quote(orjson.dumps(body).decode())}"
+
+
+OnReady = Callable[[Prepared, Screen], Awaitable[bool]]
 """Called once the fleet answers; tells whether to go on serving."""
 
 
@@ -53,18 +72,18 @@ def launch(settings: Settings, on_ready: OnReady) -> int:
 
     Raises LorafleetError when it can't start. Whatever happens, nothing of it is left running.
     """
-    settings = prepare(settings)
+    prepared = prepare(settings)
     screen = Screen()
     queue: EmbeddedServer | None = None
     lifeline, held = os.pipe()
     try:
         if not _has_queue(settings):
-            queue = start_embedded(settings.data / "queue" / fleet_name(settings))
-            settings = settings.model_copy(update={"redis_url": queue.url})
+            queue = start_embedded(prepared.settings.data / "queue" / fleet_name(prepared.settings))
+            prepared = replace(prepared, settings=prepared.settings.model_copy(update={"redis_url": queue.url}))
             screen.say(f"[green]✓[/] {'queue':10} {queue.url}")
-        specs = service_specs(settings, _fresh_logs(settings))
+        specs = service_specs(prepared.settings, _fresh_logs(prepared.settings))
         children = [Child(spec, lifeline, screen.say) for spec in specs]
-        fleet = Fleet(settings, children, queue, screen, lambda: on_ready(settings, screen))
+        fleet = Fleet(prepared.settings, children, queue, screen, lambda: on_ready(prepared, screen))
         return asyncio.run(fleet.run())
     finally:
         os.close(held)
@@ -73,10 +92,10 @@ def launch(settings: Settings, on_ready: OnReady) -> int:
             queue.stop()
 
 
-def prepare(settings: Settings) -> Settings:
+def prepare(settings: Settings) -> Prepared:
     """Check what can be checked before anything is started; a Hub model is fetched, with its progress bar.
 
-    Returns the settings with a port that is free and absolute folders. Raises BadRequest, Conflict or Unavailable.
+    The settings come back with a port that is free and absolute folders. Raises BadRequest, Conflict or Unavailable.
     """
     if not settings.model:
         raise BadRequest("MODEL is missing: give a Hub id or a local folder")
@@ -86,7 +105,7 @@ def prepare(settings: Settings) -> Settings:
         _check_queue(settings.redis_url)
     port = claim_port(settings.host, settings.port)
     try:
-        model_folder(settings.model, WEIGHT_FILES)
+        folder = model_folder(settings.model, WEIGHT_FILES)
     except OSError as error:  # of the Hub: not found, gated, not reachable
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadRequest(f"cannot fetch {settings.model} from the Hub: {reason}") from error
@@ -102,7 +121,7 @@ def prepare(settings: Settings) -> Settings:
         "model": str(local.resolve()) if local.is_dir() else settings.model,
         "served_name": served_name(settings.model, settings.served_name),
     }
-    return settings.model_copy(update=update)
+    return Prepared(settings.model_copy(update=update), folder)
 
 
 def fleet_name(settings: Settings) -> str:
@@ -111,29 +130,18 @@ def fleet_name(settings: Settings) -> str:
     return f"{slug}-{hashlib.sha256(settings.model.encode()).hexdigest()[:8]}"
 
 
-async def announce(settings: Settings, screen: Screen) -> bool:
+async def announce(prepared: Prepared, screen: Screen) -> bool:
     """Say where the fleet answers, and show how to ask it."""
+    settings = prepared.settings
     url = local_url(settings)
     async with httpx2.AsyncClient(base_url=url, trust_env=False) as client:
         models = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
     screen.say(f"\n[bold green]ready[/] [bold]{url}[/] serves {models[0]} and {len(models) - 1} adapters; try\n")
-    screen.say(escape(curl_example(settings, models[-1])))
+    screen.say(escape(prepared.curl(models[-1])))
     screen.say(f"\nAnother worker joins with\n  REDIS_URL={shlex.quote(settings.redis_url)} lorafleet serve worker "
                f"--model {shlex.quote(settings.model)}")  # fmt: skip
     screen.say("Ctrl-C finishes what was accepted and stops; a second one stops at once.")
     return True
-
-
-def curl_example(settings: Settings, model: str, question: str = "Who are you?") -> str:
-    """Return a shell command that asks `model` a question, indented by two."""
-    chat = has_chat_template(model_folder(settings.model, WEIGHT_FILES))
-    body: dict[str, object] = {"model": model, "max_tokens": 60}
-    body |= {"messages": [{"role": "user", "content": question}]} if chat else {"prompt": question}
-    route = "/v1/chat/completions" if chat else "/v1/completions"
-    data = shlex.quote(orjson.dumps(body).decode())
-    return f"  curl {local_url(settings)}{route} -H 'Content-Type: application/json' \\\n    -d {data}".replace(
-        "[", r"\["
-    )
 
 
 def has_chat_template(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from lorafleet.__main__ import main
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.fleet import local_url, service_specs
 from lorafleet.machine import claim_port, num_cores, visible_gpus
-from lorafleet.up import curl_example, fleet_name, prepare
+from lorafleet.up import Prepared, fleet_name, prepare
 from protocol.errors import BadRequest, Conflict
 from protocol.settings import Settings
 
@@ -146,7 +146,7 @@ def test_preparing_makes_folders_absolute_and_picks_a_port(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = prepare(Settings(model="my model", adapters=Path(), data=Path("data"), port=0))
+    settings = prepare(Settings(model="my model", adapters=Path(), data=Path("data"), port=0)).settings
     assert settings.model == str(model)
     assert settings.adapters == tmp_path
     assert settings.data == tmp_path / "data"
@@ -155,7 +155,7 @@ def test_preparing_makes_folders_absolute_and_picks_a_port(
 
 
 def test_each_model_has_its_own_queue(model: Path, tmp_path: Path) -> None:
-    one = prepare(Settings(model=str(model), data=tmp_path, port=0))
+    one = prepare(Settings(model=str(model), data=tmp_path, port=0)).settings
     assert fleet_name(one) == fleet_name(one.model_copy(update={"port": 1}))
     assert fleet_name(one) != fleet_name(one.model_copy(update={"model": "other/model"}))
 
@@ -190,8 +190,8 @@ def test_gpus_are_those_the_user_left_visible() -> None:
 
 
 def test_the_example_asks_as_the_model_can_answer(model: Path) -> None:
-    settings = Settings(model=str(model), host="0.0.0.0", port=8001)
-    assert "http://127.0.0.1:8001/v1/completions" in curl_example(settings, "it's")
+    prepared = Prepared(Settings(model=str(model), host="0.0.0.0", port=8001), model)
+    assert "http://127.0.0.1:8001/v1/completions" in prepared.curl("it's")
     (model / "chat_template.jinja").write_text("{{ messages }}")
-    assert "/v1/chat/completions" in curl_example(settings, "it's")
+    assert "/v1/chat/completions" in prepared.curl("it's")
     assert local_url(Settings(host="::")) == "http://[::1]:8000"
