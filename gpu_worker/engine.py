@@ -119,6 +119,7 @@ class Engine:
         # After the plan, so that no adapter leaves the pool that the plan could use.
         self._fail_adapters(self.adapters.load(self._wanted_adapters()))
         if plan.num_new:
+            work = self._work_of(plan)
             planned = clock()
             inputs = self.runner.prepare(plan)
             prepared = clock()
@@ -129,12 +130,18 @@ class Engine:
             chosen = clock()
             if sampled is not None:
                 self._take_all(inputs.ready, sampled)
-            self._count(plan, [started, planned, prepared, ran, chosen, clock()])
+            self._count(plan, work, [started, planned, prepared, ran, chosen, clock()])
         outputs, self._outputs = self._outputs, []
         self.can_step = bool(plan.num_new and self._seqs)
         return outputs
 
-    def _count(self, plan: StepPlan, times: list[float]) -> None:
+    def _work_of(self, plan: StepPlan) -> tuple[int, int, int]:
+        """Return a plan's tokens, the cached tokens they attend to, and the sum of ranks of its distinct adapters."""
+        slots = {seq.slot for seq in plan.num_new if seq.slot >= 0}
+        num_kv_tokens = sum(seq.num_computed + num_new for seq, num_new in plan.num_new.items())
+        return plan.num_tokens, num_kv_tokens, int(self.adapters.slot_ranks[list(slots)].sum())
+
+    def _count(self, plan: StepPlan, work: tuple[int, int, int], times: list[float]) -> None:
         counters = self.counters
         counters.num_steps += 1
         counters.num_preemptions += len(plan.preempted)
@@ -146,9 +153,7 @@ class Engine:
         counters.sample_s += times[4] - times[3]
         counters.finish_s += times[5] - times[4]
         seconds = times[5] - times[0]
-        slots = {seq.slot for seq in plan.num_new if seq.slot >= 0}
-        num_kv_tokens = sum(seq.num_computed for seq in plan.num_new)
-        self._fit.add(seconds, plan.num_tokens, num_kv_tokens, int(self.adapters.slot_ranks[list(slots)].sum()))
+        self._fit.add(seconds, *work)
         old = 0.9 if self._step_s else 0.0
         self._step_s = old * self._step_s + (1 - old) * seconds
         self._tokens_per_s = old * self._tokens_per_s + (1 - old) * len(plan.num_new) / seconds

@@ -33,6 +33,8 @@ def load_engine(settings: Settings, fetch: Callable[[str], AdapterFiles]) -> tup
     `fetch` returns an adapter's files by digest; it is called in loader threads and may block.
     """
     started = time.monotonic()
+    if settings.compile:
+        raise BadRequest("compile is not supported by this version: leave it off")
     device = choose_device(settings.device)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.workers))

@@ -288,3 +288,14 @@ def test_served_model_tells_what_adapters_can_target(running: Running) -> None:
     assert sites["model.embed_tokens"].kind == "embedding"
     assert len(sites) == 2 * 7 + 2
     assert running.served.max_model_len == 512
+
+
+def test_what_steps_cost_is_learnt_with_the_adapters_that_ran(running: Running) -> None:
+    engine = running.thread.engine
+    learnt: list[tuple[float, int, int, int]] = []
+    engine._fit.add = lambda *step: learnt.append(step)
+    running.thread.submit(request("x", "warm", num_tokens=3))
+    running.ends({"x"})
+    works = [work for _, *work in learnt]
+    assert works == [[4, 4, 8], [1, 5, 8], [1, 6, 8]]
+    assert all(seconds > 0 for seconds, *_ in learnt)
