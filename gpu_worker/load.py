@@ -67,7 +67,7 @@ def build_engine(
 
     def read(digest: str) -> HostAdapter:
         files = fetch(digest)
-        return pack_adapter(digest, files.config, files.weights, model.sites, served)
+        return pack_adapter(digest, files.config, files.weights, model.sites, served, pin=not on_cpu)
 
     return Engine(model, config, AdapterCache(weights, read, host_bytes), tokenizer), served
 
