@@ -93,7 +93,7 @@ async def test_clients_get_their_whole_text_whatever_happens_to_workers(
 
 
 async def test_the_launcher_replaces_a_killed_worker_and_a_killed_queue(fleet: RunningFleet, queue: Bus) -> None:
-    before = (await live_workers(queue))["worker-0"].wid
+    before = await wait_until(lambda: wid_of(queue, "worker-0"), "worker-0 takes requests", timeout_s=100)
     fleet.worker("worker-0").send_signal(signal.SIGKILL)
     await wait_until(lambda: successor(queue, before), "another worker-0 takes requests", timeout_s=100)
     assert "worker-0 was killed by SIGKILL; starting it again" in fleet.output
@@ -107,9 +107,14 @@ async def test_the_launcher_replaces_a_killed_worker_and_a_killed_queue(fleet: R
     assert len(texts) == len(MODELS) * len(PROMPTS)
 
 
+async def wid_of(queue: Bus, name: str) -> str:
+    """Return the id of the worker that has this name now, "" if there is none."""
+    beat = (await live_workers(queue)).get(name)
+    return beat.wid if beat else ""
+
+
 async def successor(queue: Bus, wid: str) -> bool:
-    beat = (await live_workers(queue)).get("worker-0")
-    return beat is not None and beat.wid != wid
+    return await wid_of(queue, "worker-0") not in ("", wid)
 
 
 async def is_healthy(fleet: RunningFleet) -> bool:
