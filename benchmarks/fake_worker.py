@@ -130,14 +130,9 @@ def fake_served(name: str = "fake", vocab_size: int = 1000) -> m.ServedModel:
 async def serve_fake(settings: Settings, engine: FakeEngine, served: m.ServedModel, stop: asyncio.Event) -> int:
     """Run the worker service around a fake engine; several may run in one process."""
     bus = Bus(settings.redis_url)
-    loop = asyncio.get_running_loop()
     try:
         await publish_served(bus, served)
         worker = Worker(bus, engine, served, settings)
-        engine.start(
-            lambda outputs: loop.call_soon_threadsafe(worker.on_outputs, outputs),
-            lambda error: loop.call_soon_threadsafe(worker.on_death, error),
-        )
         return await worker.run(stop)
     finally:
         engine.stop()

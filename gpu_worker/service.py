@@ -10,8 +10,9 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -110,7 +111,12 @@ class Worker:
     # ------------------------------------------------------------ life
 
     async def run(self, stop: asyncio.Event) -> int:
-        """Work for the fleet until `stop`, hand over what runs. Returns the exit code."""
+        """Start the engine, work for the fleet until `stop`, hand over what runs. Returns the exit code."""
+        loop = asyncio.get_running_loop()
+        self.engine.start(
+            lambda outputs: loop.call_soon_threadsafe(self.on_outputs, outputs),
+            lambda error: loop.call_soon_threadsafe(self.on_death, error),
+        )
         while True:
             try:
                 await self._be_member(stop)
@@ -129,9 +135,10 @@ class Worker:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(loop) for loop in (self._intake(), self._publish(), self._beats())]
             await self._until_gone(stop)
-            await self._leave()
+            await self._drain()
             for task in tasks:
                 task.cancel()
+        await self._leave()  # when nothing beats any more, which would find the streams gone
 
     async def _join(self) -> None:
         self.wid = f"w{secrets.token_hex(6)}"
@@ -149,8 +156,8 @@ class Worker:
         for wait in waits:
             wait.cancel()
 
-    async def _leave(self) -> None:
-        """Take no more, let the last step become durable, put everything back on the queue, deregister."""
+    async def _drain(self) -> None:
+        """Take no more, and let the last step become durable."""
         self.draining = True
         await self._beat()
         if self._failure is None:
@@ -158,11 +165,13 @@ class Worker:
             # The engine's last call_soon_threadsafe was made before the future was set.
             await asyncio.sleep(0)
         await self._publish_once()
-        keys = self.bus.keys
+
+    async def _leave(self) -> None:
+        """Put everything back on the queue, deregister, end the engine."""
         if await self._requeue_all():
             await self.bus.leave(self.wid)
         else:  # registered without a beat: the scheduler finds it dead and ends what is left
-            await self.bus.redis.delete(keys.worker_beat(self.wid))
+            await self.bus.redis.delete(self.bus.keys.worker_beat(self.wid))
         self.engine.stop()
 
     async def _requeue_all(self) -> bool:
@@ -195,15 +204,25 @@ class Worker:
         while True:
             try:
                 found = await self.bus.read(last_ids, block_ms=5000)
-                for entry in found.get(work, []):
-                    await self._take(entry)
-                for entry in found.get(ctl, []):
-                    self._obey(decode(entry[1][b"b"], m.Control))
             except CONNECTION_ERRORS as error:
                 logger.warning("queue connection lost while reading: %r", error)
                 await wait_any(self._gone, 0.3)
-            except ProtocolError:
-                logger.exception("a message for this worker cannot be read; skipped")
+                continue
+            for entry in found.get(work, []):
+                await self._handle(work, entry, self._take)
+            for entry in found.get(ctl, []):
+                await self._handle(ctl, entry, self._obey)
+
+    async def _handle(self, stream: str, entry: Entry, do: Callable[[Entry], Awaitable[None]]) -> None:
+        """Do what an entry says, until it is done: it is not read a second time."""
+        while True:
+            try:
+                return await do(entry)
+            except ProtocolError as error:
+                do = partial(self.bus.reject, stream, reason=error.message)
+            except CONNECTION_ERRORS as error:
+                logger.warning("queue connection lost while taking %s: %r", entry[0].decode(), error)
+                await wait_any(self._gone, 0.3)
 
     async def _take(self, entry: Entry) -> None:
         """Give one assignment's requests to the engine."""
@@ -227,7 +246,8 @@ class Worker:
         for request in requests:
             self.engine.submit(request)
 
-    def _obey(self, order: m.Control) -> None:
+    async def _obey(self, entry: Entry) -> None:
+        order = decode(entry[1][b"b"], m.Control)
         if order.kind == "cancel":
             if order.rid in self.ledger.held:
                 self.engine.cancel([order.rid])
@@ -251,10 +271,12 @@ class Worker:
             whole, self._pending = self._pending, {}
             num_steps, self._steps_unacked = self._steps_unacked, 0
             rids = list(whole)
-            for start in range(0, max(len(rids), 1), MAX_ROWS):
-                await self._write({rid: whole[rid] for rid in rids[start : start + MAX_ROWS]})
-            for _ in range(num_steps):
-                self.engine.ack_step()
+            try:
+                for start in range(0, max(len(rids), 1), MAX_ROWS):
+                    await self._write({rid: whole[rid] for rid in rids[start : start + MAX_ROWS]})
+            finally:  # also when they are given up with the membership: the engine waits for none of them
+                for _ in range(num_steps):
+                    self.engine.ack_step()
         if any(new.finish for new in whole.values()):
             self._beat_now.set()
 
@@ -382,7 +404,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     """Load the model and work for the queue until `stop`. Returns the exit code."""
     bus = Bus(settings.redis_url)
     stores = StoreClient()
-    loop = asyncio.get_running_loop()
     try:
         await bus.check()
         engine, served = await asyncio.to_thread(_load, settings, stores)
@@ -392,10 +413,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         worker = Worker(bus, engine, served, settings)
         worker.stores = stores
         stores.set_urls(await store_urls(bus))
-        engine.start(
-            lambda outputs: loop.call_soon_threadsafe(worker.on_outputs, outputs),
-            lambda error: loop.call_soon_threadsafe(worker.on_death, error),
-        )
         return await worker.run(stop)
     finally:
         stores.close()

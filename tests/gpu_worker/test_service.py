@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from waiting import wait_until
 
-from benchmarks.fake_worker import FakeEngine, expected_token, fake_served
+from benchmarks.fake_worker import MAX_UNACKED, FakeEngine, expected_token, fake_served
 from gpu_worker.service import Worker, publish_served
 from protocol import messages as m
-from protocol.bus import Bus, decode, now_ms
+from protocol.bus import Bus, Refused, Step, decode, now_ms
 from protocol.errors import Internal
 from protocol.settings import Settings
 
@@ -30,11 +30,6 @@ async def running_worker(
     engine = FakeEngine(step_s=step_s, vocab_size=VOCAB)
     own = Bus(bus.url)
     worker = Worker(own, engine, fake_served(vocab_size=VOCAB), Settings(worker_name="w"))
-    loop = asyncio.get_running_loop()
-    engine.start(
-        lambda outputs: loop.call_soon_threadsafe(worker.on_outputs, outputs),
-        lambda error: loop.call_soon_threadsafe(worker.on_death, error),
-    )
     stop = asyncio.Event()
     task = asyncio.create_task(worker.run(stop))
     try:
@@ -202,6 +197,73 @@ async def test_a_worker_taken_for_dead_joins_again_under_a_new_id(bus: Bus) -> N
         for rid in ("r", "next"):
             await wait_until(lambda rid=rid: _is(bus, rid, "completed"), f"{rid} completes")
             assert await log(bus, rid) == expected(300)
+
+
+async def test_steps_given_up_when_fenced_are_not_owed_to_the_engine(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    async with running_worker(bus, step_s=0.0005) as (worker, _):
+        write, writing = worker.bus.step, asyncio.Event()
+
+        async def never_answer(wid: str, step: Step) -> list[Refused]:
+            writing.set()
+            return await asyncio.Future()
+
+        for i in range(MAX_UNACKED + 1):
+            rid, old = f"r{i}", worker.wid
+            writing.clear()
+            monkeypatch.setattr(worker.bus, "step", never_answer)
+            await submit(bus, rid, max_new=100_000)
+            assert await assign(bus, old, rid) == "ok"
+            await wait_until(writing.is_set, "a step is being written")
+            await bus.finish(rid, "failed", "error")
+            await bus.leave(old)
+            worker._beat_now.set()
+            await wait_until(lambda old=old: worker.wid != old and _beats(bus, worker), "it is back")
+        monkeypatch.setattr(worker.bus, "step", write)
+        await submit(bus, "last", max_new=50)
+        assert await assign(bus, worker.wid, "last") == "ok"
+        await wait_until(lambda: _is(bus, "last", "completed"), "it still works")
+
+
+async def test_a_worker_that_leaves_does_not_come_back(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_worker(bus) as (worker, stop):
+        wid, delete_stream = worker.wid, worker.bus.delete_stream
+
+        async def delete_and_ask_for_a_beat(stream: str, num_entries: int) -> bool:
+            gone = await delete_stream(stream, num_entries)
+            worker._beat_now.set()
+            for _ in range(20):  # time for a beat, if anything still beats
+                await bus.redis.ping()
+            return gone
+
+        monkeypatch.setattr(worker.bus, "delete_stream", delete_and_ask_for_a_beat)
+        stop.set()
+        await wait_until(lambda: _is_off(bus, worker), "it has left")
+    assert worker.wid == wid
+
+
+async def test_a_message_nobody_can_read_does_not_take_its_neighbours_along(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await submit(bus, "r", max_new=5)
+    async with running_worker(bus) as (worker, _):
+        keys = bus.keys
+        async with bus.redis.pipeline(transaction=True) as pipe:  # so that one read brings both
+            pipe.xadd(keys.work(worker.wid), {"b": b"\xc1 no message"})
+            pipe.xadd(keys.ctl(worker.wid), {"b": b"\xc1 no message"})
+            pipe.hset(keys.req("r"), mapping={"state": "assigned", "epoch": 1, "owner": worker.wid})
+            pipe.xadd(keys.work(worker.wid), {"b": m.encode([m.Assigned("r", 1, "", "t", GATEWAY)])})
+            await pipe.execute()
+        await wait_until(lambda: _is(bus, "r", "completed"), "the readable one completes")
+        await wait_until(lambda: _num_letters(bus, 2), "the others are dead letters")
+        assert await bus.redis.xlen(keys.work(worker.wid)) == 0
+
+
+async def _num_letters(bus: Bus, num: int) -> bool:
+    return await bus.redis.xlen(bus.keys.dlq) == num
+
+
+async def _is_off(bus: Bus, worker: Worker) -> bool:
+    return worker.wid not in await bus.members(bus.keys.workers)
 
 
 async def _beats(bus: Bus, worker: Worker) -> bool:
