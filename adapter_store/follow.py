@@ -47,11 +47,6 @@ class Follower:
         self._retries: dict[str, Retry] = {}
         self._root_error = ""
 
-    @property
-    def num_busy(self) -> int:
-        """Adapters being taken in."""
-        return len(self._busy)
-
     def set_base(self, base: ServedModel) -> None:
         """Say what adapters must fit; everything is checked again when it has changed."""
         if self._base is None or self._base.fingerprint != base.fingerprint:

@@ -144,11 +144,6 @@ class Replies:
         self._stream = bus.keys.out(gid)
         self._subscriptions: dict[str, list[Subscription]] = {}
 
-    @property
-    def num_open(self) -> int:
-        """Requests that somebody waits for."""
-        return len(self._subscriptions)
-
     def subscribe(self, rids: Sequence[str], *, eager: bool) -> Subscription:
         """Open a mailbox; to be done before the requests are submitted, so that nothing is missed."""
         subscription = Subscription(rids, eager=eager)

@@ -25,6 +25,15 @@ class Head:
     model: str
     fingerprint: str
 
+    def json(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
 
 @dataclass(slots=True)
 class Usage:
@@ -68,9 +77,7 @@ class _Frames:
     """The parts of a chunk that do not change, encoded once."""
 
     def __init__(self, head: Head, kind: str, include_usage: bool) -> None:
-        fixed = {"id": head.id, "object": kind, "created": head.created, "model": head.model,
-                 "system_fingerprint": head.fingerprint}  # fmt: skip
-        self._start = b"data: " + orjson.dumps(fixed)[:-1] + b',"choices":['
+        self._start = b"data: " + orjson.dumps(head.json(kind))[:-1] + b',"choices":['
         self._end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
 
     def choice(self, body: bytes) -> bytes:
@@ -112,11 +119,7 @@ class ChatWriter:
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         return {
-            "id": self._head.id,
-            "object": "chat.completion",
-            "created": self._head.created,
-            "model": self._head.model,
-            "system_fingerprint": self._head.fingerprint,
+            **self._head.json("chat.completion"),
             "choices": [
                 {
                     "index": piece.index,
@@ -172,11 +175,7 @@ class CompletionWriter:
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         return {
-            "id": self._head.id,
-            "object": "text_completion",
-            "created": self._head.created,
-            "model": self._head.model,
-            "system_fingerprint": self._head.fingerprint,
+            **self._head.json("text_completion"),
             "choices": [
                 {
                     "index": piece.index,

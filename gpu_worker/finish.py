@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 
 from gpu_worker.request import Sequence
 from protocol.errors import BadRequest
-from protocol.text import Detokenizer, StopMatcher
+from protocol.text import OutputText
 
 
 class StopCheck:
@@ -25,12 +25,11 @@ class StopCheck:
         self._max_tokens = seq.max_tokens
         self._num_prompt = seq.num_prompt
         self._num_output = 0
-        self._text: Detokenizer | None = None
-        self._matcher = StopMatcher(request.stop)
+        self._text: OutputText | None = None  # only where stop strings have to be looked for
         if any(request.stop):
             if tokenizer is None:
                 raise BadRequest("this model has no tokenizer.json: stop strings cannot be served", param="stop")
-            self._text = Detokenizer(tokenizer)
+            self._text = OutputText(tokenizer, stop=request.stop, min_tokens=self._min_tokens)
 
     @property
     def banned(self) -> tuple[int, ...]:
@@ -40,15 +39,13 @@ class StopCheck:
     @property
     def stop(self) -> str:
         """The stop string that was found, or ""."""
-        return self._matcher.matched or ""
+        return (self._text and self._text.stop) or ""
 
     def add(self, token: int) -> str:
         """Take the next output token; return how it ends the request: "stop", "length" or ""."""
         self._num_output += 1
         if self._text is not None:
-            text = self._text.add([token])
-            if self._num_output > self._min_tokens:
-                self._matcher.add(text)
-        if token in self._stop_ids or self._matcher.matched is not None:
+            self._text.add([token])
+        if token in self._stop_ids or self.stop:
             return "stop"
         return "length" if self._num_prompt + self._num_output >= self._max_tokens else ""

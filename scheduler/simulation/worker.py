@@ -86,7 +86,6 @@ class SimWorker:
         self._facts = facts
         self._ready: deque[Running] = deque()
         self._blocked: dict[str, list[Running]] = {}  # digest -> requests that wait for it, in order of their coming
-        self._num_prefilled = 0
         self._running: dict[str, Running] = {}
         self._ends: list[tuple[int, str]] = []  # (step after which it ends, rid)
         self._step = 0
