@@ -25,9 +25,7 @@ class Settings(BaseSettings):
         default=Path("~/.cache/lorafleet"), description="folder for the queue's data, mirrored adapters and caches"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
-    metrics_port: int = Field(
-        default=0, ge=0, le=65535, description="Prometheus port of scheduler and store; 0: none"
-    )
+    metrics_port: int = Field(default=0, ge=0, le=65535, description="Prometheus port of scheduler and store; 0: none")
     grace_s: float = Field(default=30.0, ge=0, description="how long a drain may take")
 
     # Gateway
