@@ -186,7 +186,7 @@ class Worker:
             rids = [item.rid for entry in entries for item in _assigned(entry)]
             if rids:
                 outcomes = await self.bus.requeue(
-                    self.wid, rids, counts=crashed, max_attempts=self.settings.max_attempts
+                    self.wid, rids, counts=crashed, max_attempts=self.settings.max_attempts, name=self.name
                 )
                 logger.info("handed back %d requests", sum(o == "requeued" for o in outcomes.values()))
                 if any(outcome in ("exhausted", "cancelled") for outcome in outcomes.values()):

@@ -55,6 +55,11 @@ class EmbeddedServer:
         """Where the server logs."""
         return self.folder / "queue.log"
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a server answers here, whoever started it."""
+        return self._answers()
+
     def start(self) -> None:
         """Start the server and return when it answers. Call it from the main thread only: see `die_with_parent`.
 

@@ -188,9 +188,11 @@ class Bus:
         reply = await self._scripts.cancel(keys=[self.keys.tag], args=args)
         return reply.decode()
 
-    async def requeue(self, wid: str, rids: Sequence[str], *, counts: bool, max_attempts: int) -> dict[str, str]:
-        """Queue a worker's requests again. Returns each one's outcome, see `requeue.lua`."""
-        args = [wid, int(counts), max_attempts, *rids]
+    async def requeue(
+        self, wid: str, rids: Sequence[str], *, counts: bool, max_attempts: int, name: str = ""
+    ) -> dict[str, str]:
+        """Queue the requests of a worker, called `name`, again. Returns each one's outcome, see `requeue.lua`."""
+        args = [wid, int(counts), name, max_attempts, *rids]
         reply = await self._scripts.requeue(keys=[self.keys.tag], args=args)
         return {reply[i].decode(): reply[i + 1].decode() for i in range(0, len(reply), 2)}
 
@@ -268,9 +270,9 @@ class Bus:
             if state is None:
                 found.append(None)
                 continue
-            workers = (lost or b"").decode().split()
+            deaths = [msgspec.json.decode(line, type=m.Death) for line in (lost or b"").splitlines()]
             submit = decode(sub, m.Submit)
-            found.append(Owned(submit, state.decode(), owner.decode(), int(epoch), int(attempts), workers, length // 4))
+            found.append(Owned(submit, state.decode(), owner.decode(), int(epoch), int(attempts), deaths, length // 4))
         return found
 
     async def work_of(self, wid: str) -> list[m.Assigned]:

@@ -21,7 +21,7 @@ class Keys:
         """Prefix of every sharded key; scripts build request keys from it."""
         return f"{self.namespace}:{{{self.shard}}}"
 
-    # One request. All expire: deadline + 1 h, after the end 10 min (stored: 24 h).
+    # One request. All expire: deadline + 1 h, after the end 10 min (stored: 24 h, dead-lettered: 7 days).
     def req(self, rid: str) -> str:
         """Hash: state, epoch, owner and the other facts of a request. Written by scripts only."""
         return f"{self.tag}:req:{rid}"

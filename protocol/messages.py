@@ -197,6 +197,22 @@ class SchedulerStatus(Wire, frozen=True):
     sent_ms: int = 0
 
 
+class Death(Packed, frozen=True):
+    """A worker's death under a request. Times are unix milliseconds."""
+
+    wid: str
+    name: str  # the worker's, "" if nobody knew it any more
+    ms: int  # when it was noticed
+    assigned_ms: int
+    num_output_tokens: int  # of the request's log at the death
+    num_at_start: int  # and when the worker got it
+
+    @property
+    def phase(self) -> str:
+        """`prefill` until a token has come of it there: adapter, prompt, or its very next token."""
+        return "decode" if self.num_output_tokens > self.num_at_start else "prefill"
+
+
 class DeadLetter(Wire, frozen=True):
     """What could not be served or not even be read, and why."""
 
@@ -206,7 +222,7 @@ class DeadLetter(Wire, frozen=True):
     submit: Submit | None = None
     attempts: int = 0
     num_output_tokens: int = 0
-    workers: list[str] = []  # that died under it
+    deaths: list[Death] = []  # workers that died under it, oldest first
     ms: int = 0
 
 

@@ -37,5 +37,5 @@ class Owned:
     owner: str
     epoch: int
     attempts: int
-    lost: list[str]  # workers that died under it
+    deaths: list[m.Death]  # workers that died under it
     num_output_tokens: int

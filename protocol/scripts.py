@@ -7,7 +7,7 @@ from pathlib import Path
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 
-NAMES = ("submit", "assign", "step", "finish", "cancel", "requeue", "lead", "repair", "position")
+NAMES = ("submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position")
 _FOLDER = Path(__file__).parent / "lua"
 
 
@@ -20,6 +20,7 @@ class Scripts:
     finish: AsyncScript
     cancel: AsyncScript
     requeue: AsyncScript
+    retry: AsyncScript
     lead: AsyncScript
     repair: AsyncScript
     position: AsyncScript

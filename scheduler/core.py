@@ -191,6 +191,11 @@ class Scheduler:
         worker = self.fleet.workers.get(wid)
         return list(worker.requests) if worker else []
 
+    def is_assigned_to(self, rid: str, wid: str) -> bool:
+        """Tell whether a worker has a request."""
+        request = self.requests.get(rid)
+        return request is not None and request.wid == wid
+
     def unlisted(self) -> dict[str, int]:
         """Return assigned requests, and their epochs there, that their living worker's beat does not list."""
         found: dict[str, int] = {}

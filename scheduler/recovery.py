@@ -53,34 +53,35 @@ class Recovery:
         rids = list(assigned | set(self._scheduler.assigned_to(wid)))
         metrics.WORKERS_LOST.inc()
         logger.warning("worker %s is dead; it had %d requests", wid, len(rids))
-        await self._requeue(wid, rids, counts=True)
+        worker = self._scheduler.fleet.workers.get(wid)
+        await self._requeue(wid, rids, counts=True, name=worker.beat.name if worker else "")
         self._scheduler.remove_worker(wid)
         await self._bus.leave(wid)
 
-    async def _requeue(self, wid: str, rids: list[str], *, counts: bool) -> None:
+    async def _requeue(self, wid: str, rids: list[str], *, counts: bool, name: str = "") -> None:
         for start in range(0, len(rids), CHUNK):
             outcomes = await self._bus.requeue(
-                wid, rids[start : start + CHUNK], counts=counts, max_attempts=self._max_attempts
+                wid, rids[start : start + CHUNK], counts=counts, max_attempts=self._max_attempts, name=name
             )
-            mine = set(self._scheduler.assigned_to(wid))
             for rid, outcome in outcomes.items():
                 metrics.REQUEUED.labels(outcome).inc()
                 if outcome == "exhausted":
                     await self._give_up(rid)
                 elif outcome == "cancelled":
                     await self._bus.finish(rid, "cancelled", "cancelled")
-                if outcome != "requeued" and rid in mine:
+                # Asked now: by the time the others are finished, it may be back from the submit stream.
+                if outcome != "requeued" and self._scheduler.is_assigned_to(rid, wid):
                     self._scheduler.forget(rid)
 
     async def _give_up(self, rid: str) -> None:
         owned = (await self._bus.owned([rid]))[0]
         if owned is None:
             return
-        reason = f"{len(owned.lost)} workers died while they ran this request"
-        logger.error("request %s is given up: %s: %s", rid, reason, ", ".join(owned.lost))
+        reason = f"{len(owned.deaths)} workers died while they ran this request"
+        logger.error("request %s is given up: %s: %s", rid, reason, ", ".join(death.wid for death in owned.deaths))
         letter = m.DeadLetter(
             reason=reason, submit=owned.submit, attempts=owned.attempts, num_output_tokens=owned.num_output_tokens,
-            workers=owned.lost, ms=now_ms(),
+            deaths=owned.deaths, ms=now_ms(),
         )  # fmt: skip
         await self._bus.finish(rid, "failed", "error", WorkerLost(reason), dead_letter=letter)
 

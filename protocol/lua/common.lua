@@ -12,13 +12,15 @@ local function is_terminal(state)
   return state == 'completed' or state == 'failed' or state == 'cancelled'
 end
 
+local request_kinds = {':req:', ':body:', ':tok:', ':lp:'}
+
 -- Write the end of a request: state, reason, times; shorten the life of its keys.
 local function write_end(rid, state, finish, error, now)
   local key = req_key(rid)
   local stored = redis.call('HGET', key, 'stored')
   redis.call('HSET', key, 'state', state, 'finish', finish, 'error', error, 'owner', '', 't_end', now)
   local ttl = stored == '1' and 86400 or 600
-  for _, kind in ipairs({':req:', ':body:', ':tok:', ':lp:'}) do
+  for _, kind in ipairs(request_kinds) do
     redis.call('EXPIRE', P .. kind .. rid, ttl)
   end
 end

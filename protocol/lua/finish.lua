@@ -17,5 +17,6 @@ if f[3] ~= '' then redis.call('XADD', P .. ':out:' .. f[3], 'NOMKSTREAM', '*', '
 if ARGV[8] ~= '' then
   redis.call('XADD', P .. ':dlq', 'MINID', '~', now - 604800000, '*', 'b', ARGV[8])
   redis.call('EXPIRE', P .. ':dlq', 604800)
+  for _, kind in ipairs(request_kinds) do redis.call('EXPIRE', P .. kind .. rid, 604800) end  -- to be retried
 end
 return 1

@@ -1,24 +1,26 @@
 -- Take requests from a worker that died or drains, and queue them again with their tokens kept. Fences the worker.
 -- KEYS: prefix
--- ARGV: wid, 1 if the worker died else 0, max attempts, then rids
+-- ARGV: wid, 1 if the worker died else 0, its name, max attempts, then rids
 -- A death counts as a failed attempt of the requests that had made no progress: what kills a worker kills the next one
 -- at the same token, while its neighbours move on. Dying under a request four times as often ends it in any case.
+-- `lost` holds one JSON line per death, a `messages.Death`.
 -- -> {rid, outcome, ...}, outcome: requeued | exhausted | cancelled (these two are left for `finish`) | other (not the
 --    worker's any more)
-local wid, counts, max_attempts, now = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3]), now_ms()
+local wid, counts, name, max_attempts, now = ARGV[1], ARGV[2] == '1', ARGV[3], tonumber(ARGV[4]), now_ms()
 local out = {}
-for i = 4, #ARGV do
+for i = 5, #ARGV do
   local rid = ARGV[i]
   local key = req_key(rid)
-  local f = redis.call('HMGET', key, 'state', 'owner', 'cancel', 'attempts', 'cls', 'sub', 'start', 'lost')
+  local f = redis.call('HMGET', key, 'state', 'owner', 'cancel', 'attempts', 'cls', 'sub', 'start', 'lost', 't_assign')
   local outcome = 'other'
   if f[1] == 'assigned' and f[2] == wid then
     local attempts, lost = tonumber(f[4]), f[8] or ''
     if counts then
-      if redis.call('STRLEN', P .. ':tok:' .. rid) / 4 <= tonumber(f[7] or '0') then attempts = attempts + 1 end
-      lost = lost .. wid .. ' '
+      local length, start = redis.call('STRLEN', P .. ':tok:' .. rid) / 4, tonumber(f[7] or '0')
+      if length <= start then attempts = attempts + 1 end
+      lost = lost .. cjson.encode({wid, name, now, tonumber(f[9] or '0'), length, start}) .. '\n'
     end
-    local _, num_lost = string.gsub(lost, ' ', '')
+    local _, num_lost = string.gsub(lost, '\n', '')
     local epoch = redis.call('HINCRBY', key, 'epoch', 1)
     redis.call('HSET', key, 'attempts', attempts, 'lost', lost)
     if f[3] == '1' then outcome = 'cancelled'

@@ -50,7 +50,7 @@ class Queue:
         assert (await self.assign(*rids))[0] == "ok"
 
     async def requeue(self, *rids: str, counts: bool = True, wid: str = "w") -> dict[str, str]:
-        return await self.bus.requeue(wid, rids, counts=counts, max_attempts=3)
+        return await self.bus.requeue(wid, rids, counts=counts, max_attempts=3, name='gpu "0"\n')
 
     async def fields(self, rid: str) -> dict[str, str]:
         found = await self.bus.redis.hgetall(self.keys.req(rid))
@@ -306,7 +306,7 @@ async def test_cancel_after_the_end_changes_nothing(queue: Queue) -> None:
 
 async def test_finish_ends_once_fences_the_owner_and_leaves_a_dead_letter(queue: Queue) -> None:
     await queue.running("a")
-    letter = m.DeadLetter(reason="poison", workers=["w"])
+    letter = m.DeadLetter(reason="poison", deaths=[m.Death("w", "worker-0", 5, 4, 3, 2)])
     error = WorkerLost("gone")
     assert await queue.bus.finish("a", "failed", "error", error, dead_letter=letter)
     assert not await queue.bus.finish("a", "failed", "error", error, dead_letter=letter)
@@ -381,7 +381,9 @@ async def test_a_request_that_kills_its_workers_is_exhausted(queue: Queue) -> No
     assert await queue.queued() == []
     owned = (await queue.bus.owned(["a"]))[0]
     assert owned is not None
-    assert (owned.attempts, owned.lost, owned.state) == (3, ["w", "w", "w"], "assigned")
+    assert (owned.attempts, owned.state) == (3, "assigned")
+    assert [(death.wid, death.name, death.phase) for death in owned.deaths] == [("w", 'gpu "0"\n', "prefill")] * 3
+    assert all(0 < death.assigned_ms <= death.ms <= now_ms() for death in owned.deaths)
     assert await queue.bus.finish("a", "failed", "error")
 
 
@@ -389,6 +391,11 @@ async def test_a_request_that_gets_on_survives_more_deaths_but_not_any_number(qu
     await queue.submit("a")
     assert await _die(queue, "a", 12, progress=True) == ["requeued"] * 11 + ["exhausted"]
     assert (await queue.fields("a"))["attempts"] == "0"
+    owned = (await queue.bus.owned(["a"]))[0]
+    assert owned is not None
+    assert [(death.num_at_start, death.num_output_tokens, death.phase) for death in owned.deaths] == [
+        (i, i + 1, "decode") for i in range(12)
+    ]
 
 
 async def test_the_submit_entry_of_a_requeued_request_carries_its_attempts(queue: Queue) -> None:

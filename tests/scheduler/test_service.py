@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -15,6 +16,8 @@ from protocol import messages as m
 from protocol.bus import Bus, decode, now_ms
 from protocol.errors import Internal
 from protocol.settings import Settings
+from scheduler.core import Policy, Scheduler
+from scheduler.recovery import Recovery
 from scheduler.service import serve
 from tests.scheduler.fakes import (
     GATEWAY,
@@ -104,7 +107,13 @@ async def test_a_request_that_kills_its_workers_ends_as_a_dead_letter_and_the_fl
         assert json.decode(ends[0].error, type=m.ErrorInfo).code == "worker_lost"
         ((_, fields),) = await bus.entries(bus.keys.dlq)
         letter = decode(fields[b"b"], m.DeadLetter)
-        assert (letter.workers, letter.attempts) == (["w1", "w2"], 2)
+        assert [(death.wid, death.name, death.phase) for death in letter.deaths] == [
+            ("w1", "w1", "prefill"), ("w2", "w2", "prefill"),
+        ]  # fmt: skip
+        assert letter.attempts == 2
+        for death in letter.deaths:
+            assert letter.submit is not None
+            assert letter.submit.submitted_ms <= death.assigned_ms <= death.ms <= letter.ms
         assert letter.submit is not None
         assert letter.submit.rid == "poison"
         third = await FakeWorker(bus, "w3").join()
@@ -441,3 +450,28 @@ async def test_an_unreadable_adapter_record_stops_nothing(bus: Bus) -> None:
     async with running_scheduler(bus):
         await submit(bus, make_submit("r", digest="a"))
         await holds(worker, "r")
+
+
+async def test_what_came_back_while_a_death_is_settled_is_not_forgotten(bus: Bus) -> None:
+    """One of a dead worker's requests ends meanwhile; another, handed back by the worker itself, is read meanwhile."""
+    scheduler = Scheduler(Policy())
+    recovery = Recovery(bus, scheduler, 3)
+    await FakeWorker(bus, "w1").join()
+    scheduler.beats(await bus.worker_beats(), 0.0)
+    subs = [make_submit("cancelled"), make_submit("back")]
+    await submit(bus, *subs)
+    await bus.assign("w1", [(m.Assigned(sub.rid, 1, ""), 0) for sub in subs])
+    for sub in subs:
+        scheduler.adopt("w1", sub, 1, 0)
+    await bus.cancel("cancelled")
+    await bus.requeue("w1", ["back"], counts=False, max_attempts=3)
+    finish = bus.finish
+
+    async def finish_and_read(rid: str, *args: Any, **more: Any) -> bool:
+        scheduler.submit(subs[1], 2)  # what the session's reading loop does
+        return await finish(rid, *args, **more)
+
+    bus.finish = finish_and_read  # type: ignore[method-assign]
+    await recovery.bury("w1")
+    assert scheduler.requests.keys() == {"back"}
+    assert scheduler.backlog.num_queued == 1

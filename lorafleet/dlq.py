@@ -1,0 +1,113 @@
+"""`lorafleet dlq`: what was given up, why, and once more."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lorafleet.embedded import EmbeddedServer
+from lorafleet.flags import add_settings, load_settings
+from protocol import messages as m
+from protocol.bus import CONNECTION_ERRORS, Bus
+from protocol.dead_letters import DeadLetters
+from protocol.errors import BadRequest, Unavailable
+from protocol.settings import Settings
+
+FLAGS = ("redis_url", "data", "request_timeout_s")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    actions = parser.add_subparsers(metavar="list|show|retry", required=True)
+    listing = actions.add_parser("list", help="the newest first")
+    listing.add_argument("--limit", type=int, default=50, help="how many at most (%(default)s)")
+    show = actions.add_parser("show", help="one in full: its request, and who died under it, when, doing what")
+    retry = actions.add_parser("retry", help="queue requests again, with their attempts forgotten")
+    show.add_argument("letter", metavar="ID")
+    retry.add_argument("letters", metavar="ID", nargs="+")
+    for action, do in ((listing, _list), (show, _show), (retry, _retry)):
+        action.set_defaults(do=do)
+        add_settings(action, first=FLAGS, skip=tuple(Settings.model_fields))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit code. Raises NotFound, Conflict, Unavailable."""
+    settings = load_settings(args)
+    url = settings.redis_url if "redis_url" in settings.model_fields_set else _embedded_url(settings.data)
+    return asyncio.run(_with_letters(url, settings, args))
+
+
+async def _with_letters(url: str, settings: Settings, args: argparse.Namespace) -> int:
+    do: Callable[[DeadLetters, Settings, argparse.Namespace], Awaitable[None]] = args.do
+    bus = Bus(url)
+    try:
+        await do(DeadLetters(bus), settings, args)
+    except CONNECTION_ERRORS as error:
+        raise Unavailable(f"no queue answers at {url}: {error}") from error
+    finally:
+        await bus.close()
+    return 0
+
+
+async def _list(letters: DeadLetters, settings: Settings, args: argparse.Namespace) -> None:
+    table = Table("id", "when", "request", "adapter", "tokens", "deaths", "why", box=None, header_style="bold")
+    found = await letters.newest(args.limit)
+    for letter_id, letter in found:
+        sub = letter.submit
+        rid, digest = (sub.rid, sub.digest[:12] or "base") if sub else ("", letter.stream)
+        table.add_row(
+            letter_id, _time(letter.ms), rid, digest, str(letter.num_output_tokens), str(len(letter.deaths)),
+            escape(letter.reason),
+        )  # fmt: skip
+    console = Console(width=max(140, Console().width))
+    console.print(table if found else "no dead letters")
+
+
+async def _show(letters: DeadLetters, settings: Settings, args: argparse.Namespace) -> None:
+    letter = await letters.get(args.letter)
+    lines = [f"{args.letter}  {_time(letter.ms)}", f"why       {letter.reason}"]
+    if letter.stream:
+        lines += [f"stream    {letter.stream}", f"message   {letter.raw[:400]!r}"]
+    if sub := letter.submit:
+        lines += [
+            f"request   {sub.rid} of {sub.tenant}, {sub.cls}, submitted {_time(sub.submitted_ms)}",
+            f"adapter   {sub.digest or 'none (the base model)'}",
+            f"tokens    {sub.num_prompt_tokens} in the prompt, {letter.num_output_tokens} of at most "
+            f"{sub.max_new_tokens} made",
+            f"attempts  {letter.attempts} without progress, {len(letter.deaths)} in all",
+        ]
+    print("\n".join([*lines, *(_told(death) for death in letter.deaths)]))
+
+
+async def _retry(letters: DeadLetters, settings: Settings, args: argparse.Namespace) -> None:
+    for letter_id in args.letters:
+        rid = await letters.retry(letter_id, settings.request_timeout_s)
+        print(f"{letter_id}: {rid} is queued again")
+
+
+def _told(death: m.Death) -> str:
+    after_s = max(0, death.ms - death.assigned_ms) / 1000
+    done = f"{death.num_output_tokens} tokens" if death.phase == "decode" else "before a token of its own"
+    who = f"{death.name or '?'} ({death.wid})"
+    return f"  {_time(death.ms)}  {who} in {death.phase}, {done}, {after_s:.1f} s after it got it"
+
+
+def _time(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000).isoformat(" ", "milliseconds") if ms else "-"
+
+
+def _embedded_url(data: Path) -> str:
+    """Return the queue of the one `lorafleet up` that runs with this data folder. Raises BadRequest."""
+    folders = sorted(folder for folder in (data / "queue").glob("*") if folder.is_dir())
+    running = [server for folder in folders if (server := EmbeddedServer(folder, durable=True)).is_running]
+    if len(running) != 1:
+        found = ", ".join(server.url for server in running) or "none"
+        raise BadRequest(f"which queue? Give --redis-url (or REDIS_URL); running with --data {data}: {found}")
+    return running[0].url
