@@ -37,8 +37,8 @@ lint-fix: $(VENV)/.stamp-dev  ## let ruff repair and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.stamp-demo  ## make bench ARGS="http://127.0.0.1:8000 --adapters a,b": load a server
-	$(BIN)/lorafleet bench $(ARGS)
+bench: $(VENV)/.stamp-demo  ## measure whole fleets for a few minutes; ARGS= for flags, see benchmarks/README.md
+	$(BIN)/python -m benchmarks --short --out build/bench $(ARGS)
 
 docker-smoke: $(VENV)/.stamp-demo  ## build the images, ask two workers, kill one, ask again, take it all down
 	deploy/smoke.sh

@@ -81,6 +81,8 @@ class AdapterCache:
         self.slot_ranks = np.zeros(weights.num_slots, np.int64)  # largest rank of the adapter in each slot
         self.on_loaded: Callable[[], object] = _ignore  # called from a loader thread when `poll` has news
         self.on_evicted: Callable[[str], object] = _ignore  # called when an adapter leaves the pool
+        self.num_loads = 0  # into the pool
+        self.num_fetches = 0  # to the host
         self._read = read
         self._jobs: dict[str, bool] = {}  # digest -> its job copies into the pool
         self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
@@ -194,7 +196,9 @@ class AdapterCache:
                 self.weights.publish(resident.slot, done.adapter, resident.pages)
                 self.slot_ranks[resident.slot] = done.adapter.ranks.max()
                 self.pool.publish(done.digest)
+                self.num_loads += 1
             else:
+                self.num_fetches += 1
                 self._seconds[done.digest] = done.seconds
                 self.host.put(done.adapter, self._wanted)
                 if done.digest in self._prefetches:

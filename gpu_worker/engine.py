@@ -214,6 +214,8 @@ class Engine:
             resident=list(resident),
             loading=self.adapters.loading,
             host=list(self.adapters.host),
+            num_loads=self.adapters.num_loads,
+            num_fetches=self.adapters.num_fetches,
             counters=replace(self.counters),
         )
 

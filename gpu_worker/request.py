@@ -126,4 +126,6 @@ class EngineStats:
     resident: list[str] = field(default_factory=list)
     loading: list[str] = field(default_factory=list)
     host: list[str] = field(default_factory=list)
+    num_loads: int = 0  # adapters copied into the pool
+    num_fetches: int = 0  # adapters fetched and packed
     counters: EngineCounters = field(default_factory=EngineCounters)

@@ -334,6 +334,8 @@ class Worker:
             resident=stats.resident,
             loading=stats.loading,
             host=stats.host,
+            num_loads=stats.num_loads,
+            num_fetches=stats.num_fetches,
             draining=self.draining,
             sent_ms=now_ms(),
         )

@@ -10,13 +10,11 @@ a plot to benchmarks/results/.
 
 import argparse
 import os
-import platform
 import signal
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import httpx2
@@ -24,6 +22,7 @@ import orjson
 from report import markdown, save_plot
 from servers import SYSTEMS, Lab, Server, running
 
+from benchmarks.report import machine
 from lorafleet.bench import BenchConfig, Target, run_bench
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -126,21 +125,6 @@ def median_points(rounds: list[list[Point]]) -> list[Point]:
         }
         merged.append(Point(**{**figures, "num_errors": sum(row["num_errors"] for row in rows)}))
     return merged
-
-
-def machine() -> dict[str, str | float]:
-    """Describe where the run took place."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    flags = next((line for line in lines if line.startswith("flags")), "").split()
-    return {
-        "cpu": cpu,
-        "num_cpus": len(os.sched_getaffinity(0)),
-        "avx512_bf16": "avx512_bf16" in flags,
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "load_average_before": round(os.getloadavg()[0], 1),
-    }
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -129,8 +129,9 @@ def _note_event(record: RequestRecord, payload: bytes, now_s: float) -> None:
         return
     choice = choices[0]
     # Text that a server holds back (half a character, a possible stop string) arrives with a later chunk.
-    if choice.get("text") or (choice.get("delta") or {}).get("content"):
+    if text := choice.get("text") or (choice.get("delta") or {}).get("content"):
         record.arrivals_s.append(now_s)
+        record.text += text
     record.finish_reason = choice.get("finish_reason") or record.finish_reason
 
 

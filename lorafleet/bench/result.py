@@ -23,12 +23,13 @@ class RequestRecord:
     arrivals_s: list[float] = field(default_factory=list)  # of each chunk with text
     prompt_tokens: int = 0
     output_tokens: int = 0
+    text: str = ""
     finish_reason: str | None = None
     complete: bool = False  # the closing [DONE] was seen
     error: str | None = None
 
     def as_row(self, origin_s: float) -> dict[str, Any]:
-        """Return the request without its single chunks, times in seconds after `origin_s`."""
+        """Return the request without its text and single chunks, times in seconds after `origin_s`."""
         return {
             "target": self.target,
             "start_s": round(self.start_s - origin_s, 6),

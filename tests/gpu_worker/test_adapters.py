@@ -97,6 +97,7 @@ def test_an_idle_adapter_leaves_for_a_wanted_one_and_comes_back_from_the_host() 
     assert loading.evicted == ["a"]
     loading.load("a", until="a")
     assert loading.reads == ["a", "b"]
+    assert (loading.cache.num_fetches, loading.cache.num_loads) == (2, 3)
     assert loading.cache.pool.residents.keys() == {"a"}
 
 

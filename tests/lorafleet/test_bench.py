@@ -196,7 +196,7 @@ def test_answer_reads_the_same_wherever_the_network_cuts_it(cuts: set[int]) -> N
 
     record = asyncio.run(receive())
     assert (record.prompt_tokens, record.output_tokens, len(record.arrivals_s)) == (3, 2, 2)
-    assert (record.finish_reason, record.complete, record.error) == ("length", True, None)
+    assert (record.text, record.finish_reason, record.complete, record.error) == ("é one two", "length", True, None)
 
 
 def test_summary_defines_latencies_as_documented() -> None:

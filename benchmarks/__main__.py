@@ -1,0 +1,38 @@
+"""Run the benchmarks that need nothing but this repository, one after the other.
+
+    python -m benchmarks [--model FOLDER] [--short]      # `make bench` runs the short set
+
+Each is a process of its own, so that none finds the memory and threads of another.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from benchmarks import report
+from benchmarks.fleet import quickstart_model
+
+FULL = ("kernels", "distinct_adapters", "adapters", "cold_loads", "mixed_ranks", "control_plane")
+SHORT = ("distinct_adapters", "adapters", "cold_loads", "mixed_ranks")
+OWN_FLAGS = ("kernels", "control_plane")  # they have sizes and an output file of their own
+
+
+def command(name: str, model: str, out: str, short: bool) -> list[str]:
+    """Return the command line of one benchmark."""
+    flags = [f"--out={out}", f"--model={model}", *(["--short"] if short else [])]
+    if name in OWN_FLAGS:
+        flags = [f"--out={out}/{name}.json", *([f"--model={model}"] if name == "control_plane" else [])]
+    return [sys.executable, "-m", f"benchmarks.{name}", *flags]
+
+
+def main() -> None:
+    args = report.parser(__doc__).parse_args()
+    model = args.model or quickstart_model()
+    for name in SHORT if args.short else FULL:
+        print(f"\n== {name}", flush=True)
+        subprocess.run(command(name, str(model), str(args.out), args.short), check=True)
+
+
+if __name__ == "__main__":
+    main()

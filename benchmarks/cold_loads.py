@@ -1,0 +1,155 @@
+"""What streams of warm adapters notice of adapters never seen before.
+
+    python -m benchmarks.cold_loads [--model FOLDER] [--short]
+
+Eight streams of eight resident adapters are measured in turns: alone; beside short requests for resident adapters;
+beside as many for adapters that have to be loaded first, each asked for once. What loading costs is the difference of
+the last two. The same once more with the store behind a slow link: 200 ms before every answer, then 5 MB/s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import report
+from benchmarks.fleet import Fleet, Setup, adapter_bytes, fleet, make_adapters, quickstart_model, scratch_folder
+from benchmarks.neighbours import Beside, run_beside, streams
+from benchmarks.slow_link import Link, free_port, slow_link
+from lorafleet.bench import BenchConfig, RequestRecord, Target
+
+WARM = [f"warm-{index}" for index in range(8)]
+RESIDENT = [f"resident-{index}" for index in range(4)]
+RANK = 8
+RATE_PER_S = 3.0
+COLD_PER_TURN = 60  # names kept for a turn: more than it can ask for
+LATENCY_S, BYTES_PER_S = 0.2, 5e6
+
+ALONE, RESIDENTS, COLD = "alone", "beside resident adapters", "beside cold adapters"
+
+
+@dataclass(slots=True)
+class Case:
+    """The turns of one kind, pooled."""
+
+    gaps_ms: list[np.ndarray] = field(default_factory=list)
+    others: list[RequestRecord] = field(default_factory=list)
+    texts: list[list[tuple[str, str]]] = field(default_factory=list)
+
+    def add(self, run: Beside) -> None:
+        self.gaps_ms.append(run.gaps_ms())
+        self.others += run.others
+        self.texts.append(run.texts())
+
+    @property
+    def pooled_ms(self) -> np.ndarray:
+        return np.concatenate(self.gaps_ms)
+
+    def figures(self) -> dict[str, float]:
+        quantiles = {f"p{q:g}_ms": float(np.percentile(self.pooled_ms, q)) for q in (50, 90, 99, 99.9)}
+        ttft_ms = [1e3 * (record.arrivals_s[0] - record.start_s) for record in self.others if record.arrivals_s]
+        others = {"num_others": len(self.others), "others_ttft_p50_ms": float(np.median(ttft_ms)) if ttft_ms else 0.0}
+        return {**quantiles, "max_ms": float(self.pooled_ms.max()), **others}
+
+
+def short_requests(url: str, names: Sequence[str]) -> BenchConfig:
+    """Return a load of requests so short that they cost the others next to nothing, for `names` in turn."""
+    targets = tuple(Target.model(name) for name in names)
+    return BenchConfig(
+        url=url, targets=targets, rate_per_s=RATE_PER_S, num_requests=COLD_PER_TURN, concurrency=COLD_PER_TURN,
+        prompt_words=4, output_tokens=2,
+    )  # fmt: skip
+
+
+def take_turns(running: Fleet, cold: Iterator[str], rounds: int, output_tokens: int) -> dict[str, Case]:
+    """Measure the cases in turns on one fleet."""
+    run_beside(streams(running.url, [*WARM, *RESIDENT], 8), None)  # brings the adapters in
+    cases = {name: Case() for name in (ALONE, RESIDENTS, COLD)}
+    for _ in range(rounds):
+        names = {RESIDENTS: RESIDENT, COLD: list(islice(cold, COLD_PER_TURN))}
+        for name, case in cases.items():
+            others = short_requests(running.url, names[name]) if name in names else None
+            case.add(run_beside(streams(running.url, WARM, output_tokens), others))
+            print(f"  {name}: {case.figures()}", flush=True)
+    return cases
+
+
+def identical(cases: dict[str, Case]) -> bool:
+    """Tell whether the warm streams said the same in every turn."""
+    texts = [turn for case in cases.values() for turn in case.texts]
+    return all(turn == texts[0] for turn in texts)
+
+
+def run_source(slow: bool, args: Any, model: Path, adapters: Path, cold: Iterator[str]) -> dict[str, Case]:
+    """Start a fleet whose store is near or far, and measure."""
+    rounds, output_tokens = (1, 400) if args.short else (4, 1000)
+    with ExitStack() as stack:
+        scratch = stack.enter_context(scratch_folder())
+        flags, environment = [], {}
+        if slow:
+            port = free_port()
+            link = stack.enter_context(slow_link(Link(port, LATENCY_S, BYTES_PER_S)))
+            flags, environment = [f"--store-port={port}"], {"LORAFLEET_STORE_URL": f"http://127.0.0.1:{link}"}
+        running = stack.enter_context(fleet(Setup(model, adapters, scratch, flags, environment)))
+        return take_turns(running, cold, rounds, output_tokens)
+
+
+def draw(axes: Sequence[Any], sources: dict[str, dict[str, Case]]) -> None:
+    colors = (report.GREEN, report.BLUE, report.ORANGE)
+    for axis, (source, cases) in zip(axes, sources.items(), strict=True):
+        for color, (name, case) in zip(colors, cases.items(), strict=True):
+            gaps = np.sort(case.pooled_ms)
+            axis.plot(gaps, 1 - np.arange(len(gaps)) / len(gaps), color=color, label=name)
+        axis.set(title=f"warm streams, {source}", xlabel="inter-token latency, ms", yscale="log")
+        axis.set_ylabel("share of tokens that took longer")
+        axis.set_xlim(left=0)
+        axis.legend(fontsize=7)
+
+
+def markdown(sources: dict[str, dict[str, Case]]) -> str:
+    rows = []
+    for source, cases in sources.items():
+        figures = {name: case.figures() for name, case in cases.items()}
+        for name, row in figures.items():
+            quantiles = [f"{row[key]:.1f}" for key in ("p50_ms", "p99_ms", "p99.9_ms", "max_ms")]
+            ratios = [f"{row['p99_ms'] / figures[other]['p99_ms']:.2f}" for other in (ALONE, RESIDENTS)]
+            others = f"{row['num_others']}, {row['others_ttft_p50_ms']:.0f}" if row["num_others"] else ""
+            rows.append((source, name, *quantiles, *ratios, others))
+    header = ("source", "warm streams", "p50, ms", "p99", "p99.9", "max", "p99 ÷ alone", "÷ beside resident")
+    return report.table((*header, "others: number, TTFT p50 ms"), rows)
+
+
+def main() -> None:
+    args = report.parser(__doc__).parse_args()
+    machine, model = report.machine(), args.model or quickstart_model()
+    num_cold = COLD_PER_TURN * (1 if args.short else 4)
+    with scratch_folder() as scratch:
+        adapters = scratch / "adapters"
+        cold = [f"cold-{index}" for index in range(num_cold)]
+        make_adapters(model, adapters, [*WARM, *RESIDENT, *cold], [RANK])
+        num_bytes = adapter_bytes(adapters, cold[0])
+        sources = {"local disk": run_source(False, args, model, adapters, iter(cold))}
+        slow = f"{1e3 * LATENCY_S:.0f} ms, {BYTES_PER_S / 1e6:.0f} MB/s"
+        sources[slow] = run_source(True, args, model, adapters, iter(cold))
+    results = {
+        "machine": machine, "rank": RANK, "adapter_bytes": num_bytes, "requests_per_s": RATE_PER_S,
+        "sources": {
+            source: {"same_text": identical(cases), **{name: case.figures() for name, case in cases.items()}}
+            for source, cases in sources.items()
+        },
+    }  # fmt: skip
+    report.save(args.out / "cold-loads", results, len(sources), lambda axes: draw(axes, sources))
+    print(markdown(sources))
+    for source, cases in sources.items():
+        same = "the same text" if identical(cases) else "DIFFERENT TEXT"
+        print(f"{source}: the warm streams gave {same} in every turn")
+
+
+if __name__ == "__main__":
+    main()

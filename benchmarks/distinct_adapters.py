@@ -1,0 +1,118 @@
+"""A decode step of 32 requests beside its floor: the base model, one adapter, 32 distinct adapters; the engine alone.
+
+    python -m benchmarks.distinct_adapters [--model FOLDER] [--short]
+
+Floor of the distinct adapters: the base model's step, measured, plus the bytes of their weights over the memory
+bandwidth, measured. No HTTP and no queue: `Engine.step` in this process, in turns, medians of whole steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+
+from benchmarks import report
+from benchmarks.fleet import adapter_bytes, make_adapters, quickstart_model, scratch_folder
+from benchmarks.kernels import memory_gb_s
+from gpu_worker.engine import Engine
+from gpu_worker.fetch import AdapterFiles
+from gpu_worker.load import build_engine
+from gpu_worker.model import load_model
+from gpu_worker.request import EngineRequest
+from protocol.messages import Sampling
+from protocol.settings import Settings
+
+NUM_REQUESTS = 32
+RANK = 16
+PROMPT_TOKENS = 64
+NAMES = [f"adapter-{index}" for index in range(NUM_REQUESTS)]
+CASES = {"base model": [""], "one adapter": NAMES[:1], "32 adapters": NAMES}
+
+
+def start_engine(model: Path, adapters: Path) -> Engine:
+    """Build an engine that finds its adapters in a folder; their digests are their names."""
+
+    def fetch(name: str) -> AdapterFiles:
+        config = orjson.loads((adapters / name / "adapter_config.json").read_bytes())
+        return AdapterFiles(config, (adapters / name / "adapter_model.safetensors").read_bytes())
+
+    settings = Settings(model=str(model), dtype="bfloat16", prefix_cache=False)
+    return build_engine(load_model(model, torch.device("cpu"), torch.bfloat16, None), settings, fetch, None)[0]
+
+
+def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int) -> list[float]:
+    """Run 32 requests, adapters in turn, and return the milliseconds of each step that decoded all of them."""
+    rng = np.random.default_rng(0)
+    for index in range(NUM_REQUESTS):
+        prompt = rng.integers(engine.model.vocab_size, size=PROMPT_TOKENS, dtype=np.int32)
+        engine.add(
+            EngineRequest(
+                rid=str(index), epoch=1, digest=digests[index % len(digests)], prompt=prompt,
+                sampling=Sampling(temperature=0, ignore_eos=True), max_new_tokens=engine.config.max_model_len,
+            )
+        )  # fmt: skip
+    times: list[float] = []
+    while len(times) < num_steps:
+        decodes = len(engine.batcher.running) == NUM_REQUESTS and all(
+            seq.num_pending == 1 for seq in engine.batcher.running
+        )
+        started = time.perf_counter()
+        outputs = engine.step()
+        if decodes:
+            times.append(1e3 * (time.perf_counter() - started))
+        if error := next((output.error for output in outputs if output.error), None):
+            raise error
+    engine.hand_over()
+    return times
+
+
+def draw(axes: Sequence[Any], medians: dict[str, float], floor_ms: float) -> None:
+    bars = axes[0].bar(list(medians), list(medians.values()), color=(report.GREEN, report.BLUE, report.ORANGE))
+    axes[0].bar_label(bars, [f"{value:.1f}" for value in medians.values()], color=report.MUTED, padding=2)
+    axes[0].hlines(floor_ms, 1.6, 2.4, color=report.RED, label=f"floor {floor_ms:.1f}")
+    axes[0].set(title="a decode step of 32 requests, ms")
+    axes[0].grid(axis="x", visible=False)
+    axes[0].legend()
+
+
+def main() -> None:
+    args = report.parser(__doc__).parse_args()
+    machine, model = report.machine(), args.model or quickstart_model()
+    rounds, num_steps = (3, 32) if args.short else (8, 64)
+    torch.manual_seed(0)
+    times: dict[str, list[float]] = {name: [] for name in CASES}
+    bandwidths: list[float] = []
+    with scratch_folder() as scratch:
+        make_adapters(model, scratch / "adapters", NAMES, [RANK])
+        num_bytes = NUM_REQUESTS * adapter_bytes(scratch / "adapters", NAMES[0])
+        engine = start_engine(model, scratch / "adapters")
+        decode_ms(engine, NAMES, 8)  # brings the adapters in
+        for _ in range(rounds):
+            bandwidths.append(memory_gb_s())
+            for name, digests in CASES.items():
+                times[name] += decode_ms(engine, digests, num_steps)
+    medians = {name: float(np.median(values)) for name, values in times.items()}
+    base_ms, one_ms, distinct_ms = medians.values()
+    gb_s = float(np.median(bandwidths))
+    floor_ms = base_ms + num_bytes / gb_s / 1e6
+    figures = {
+        "step_ms": medians, "memory_gb_s": gb_s, "adapter_bytes": num_bytes, "floor_ms": floor_ms,
+        "distinct_over_floor": distinct_ms / floor_ms, "one_adapter_over_base_tokens_per_s": base_ms / one_ms,
+    }  # fmt: skip
+    about = {"machine": machine, "rank": RANK, "requests": NUM_REQUESTS, "steps_each": rounds * num_steps}
+    report.save(args.out / "distinct-adapters", {**about, **figures}, 1, lambda axes: draw(axes, medians, floor_ms))
+    rows = [
+        (name, f"{ms:.2f}", f"{1e3 * NUM_REQUESTS / ms:.0f}", f"{base_ms / ms:.2f}") for name, ms in medians.items()
+    ]
+    print(report.table(("32 requests", "step, ms", "tok/s", "of base"), rows))
+    print(f"floor {floor_ms:.2f} ms ({num_bytes / 1e6:.0f} MB at {gb_s:.0f} GB/s): {distinct_ms / floor_ms:.2f} x")
+
+
+if __name__ == "__main__":
+    main()

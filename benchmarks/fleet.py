@@ -1,0 +1,134 @@
+"""What the scripts share that measure a whole fleet: its start, adapters to ask it for, its workers' figures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx2
+
+from benchmarks.peers.make_adapters import make_adapter
+from benchmarks.peers.servers import PORT, Server, running
+from lorafleet.embedded import start_embedded
+from lorafleet.quickstart import fetch_quickstart_model
+from protocol.bus import Bus
+from protocol.messages import WorkerBeat
+from protocol.settings import Settings
+
+LIST_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a fleet is started with."""
+
+    model: Path
+    adapters: Path
+    scratch: Path  # the queue, the store's blobs and the logs go here
+    flags: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """A fleet that runs."""
+
+    url: str
+    queue_url: str
+
+    def beats(self) -> list[WorkerBeat]:
+        """Return the latest beat of every worker that is alive."""
+        return asyncio.run(_beats(self.queue_url))
+
+    def num_loads(self) -> tuple[int, int]:
+        """Return the adapters copied into pools and those fetched from the store, since the workers' start.
+
+        Waits for a beat of now: workers beat once a second.
+        """
+        now_ms = time.time_ns() // 1_000_000
+        while True:
+            beats = self.beats()
+            if beats and all(beat.sent_ms > now_ms for beat in beats):
+                return sum(beat.num_loads for beat in beats), sum(beat.num_fetches for beat in beats)
+            time.sleep(0.1)
+
+
+async def _beats(queue_url: str) -> list[WorkerBeat]:
+    bus = Bus(queue_url)
+    try:
+        return [beat for beat in (await bus.worker_beats()).values() if beat is not None]
+    finally:
+        await bus.close()
+
+
+def quickstart_model() -> Path:
+    """Return the folder of the small model that `lorafleet demo` uses; fetched if it is not here yet."""
+    return fetch_quickstart_model(Settings().data / "models")
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield a folder that is gone afterwards, also when this process is asked to end."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="lorafleet-bench-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def fleet(setup: Setup) -> Iterator[Fleet]:
+    """Run `lorafleet up` on a free port until the block is left; yields once all adapters are listed."""
+    queue = start_embedded(setup.scratch / "queue")
+    command = [sys.executable, "-m", "lorafleet", "up", str(setup.model), "--adapters", str(setup.adapters)]
+    command += ["--host", "127.0.0.1", "--port", PORT, "--data", str(setup.scratch / "data"), "--dtype", "bfloat16"]
+    command += ["--redis-url", queue.url, *setup.flags]
+    try:
+        with running(Server("Lorafleet", command, {}, dict(setup.environment)), setup.scratch / "fleet.log") as url:
+            _wait_listed(url, len(list(setup.adapters.glob("*/adapter_config.json"))))
+            yield Fleet(url, queue.url)
+    finally:
+        queue.stop()
+
+
+def _wait_listed(url: str, num_adapters: int) -> None:
+    deadline = time.monotonic() + LIST_TIMEOUT_S
+    while time.monotonic() < deadline:
+        models = httpx2.get(f"{url}/v1/models", timeout=60).raise_for_status().json()["data"]
+        served = [model for model in models if model.get("parent")]
+        if len(served) >= num_adapters:
+            return
+        time.sleep(0.5)
+    raise RuntimeError(f"not all of {num_adapters} adapters are served after {LIST_TIMEOUT_S:.0f} s")
+
+
+def make_adapters(model: Path, root: Path, names: Sequence[str], ranks: Sequence[int]) -> None:
+    """Write adapters on every linear layer, their ranks taken in turn from `ranks`.
+
+    Those of one rank share one weights file by hard links and differ in `lora_alpha`: other digests, other answers.
+    """
+    templates: dict[int, Path] = {}
+    for rank in ranks:
+        templates[rank] = root.with_name(f"{root.name}-templates") / f"rank-{rank}"
+        if not templates[rank].exists():
+            make_adapter(model, templates[rank], rank, seed=rank)
+    for index, name in enumerate(names):
+        rank = ranks[index % len(ranks)]
+        folder = root / name
+        folder.mkdir(parents=True)
+        config = json.loads((templates[rank] / "adapter_config.json").read_text())
+        config["lora_alpha"] = rank * (0.5 + 1.5 * (index + 1) / len(names))
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        os.link(templates[rank] / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+
+
+def adapter_bytes(root: Path, name: str) -> int:
+    """Return the bytes of an adapter's weights file."""
+    return (root / name / "adapter_model.safetensors").stat().st_size

@@ -1,0 +1,59 @@
+"""Streams that are measured while other requests come and go beside them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+
+from lorafleet.bench import BenchConfig, BenchResult, RequestRecord, Target, run_load
+from lorafleet.bench.result import inter_token_gaps_s
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What came of measured streams and of those beside them."""
+
+    measured: BenchResult
+    others: list[RequestRecord]  # those that ended before the last measured stream did
+
+    def gaps_ms(self) -> np.ndarray:
+        """Return all inter-token gaps of the measured streams: float64."""
+        return 1e3 * inter_token_gaps_s(self.measured.records)
+
+    def texts(self) -> list[tuple[str, str]]:
+        """Return what each measured stream said, in an order that depends on nothing else."""
+        return sorted((record.target, record.text) for record in self.measured.records)
+
+
+def run_beside(config: BenchConfig, others: BenchConfig | None) -> Beside:
+    """Run `config` to its end while `others` runs, whose rest is given up then. Raises RuntimeError on errors."""
+    return asyncio.run(_run_beside(config, others))
+
+
+async def _run_beside(config: BenchConfig, others: BenchConfig | None) -> Beside:
+    ended: list[RequestRecord] = []
+    task = asyncio.create_task(run_load(others, ended.append)) if others is not None else None
+    try:
+        measured = await run_load(config)
+    finally:
+        if task is not None:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+    errors = [record.error for record in (*measured.records, *ended) if record.error is not None]
+    if errors:
+        raise RuntimeError(f"{len(errors)} requests failed: {errors[0]}")
+    return Beside(measured, ended)
+
+
+def streams(url: str, names: Sequence[str], output_tokens: int) -> BenchConfig:
+    """Return the load of one long stream per adapter, all at once."""
+    targets = tuple(Target.model(name) for name in names)
+    num = len(names)
+    return BenchConfig(
+        url=url, targets=targets, num_requests=num, concurrency=num, prompt_words=16, output_tokens=output_tokens
+    )

@@ -1,0 +1,53 @@
+"""What the benchmark scripts share: adapters that are really different, a slow link that changes no byte."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+
+from transformers import LlamaConfig
+
+from benchmarks.fleet import make_adapters
+from benchmarks.slow_link import Link, slow_link
+from gpu_worker.fetch import AdapterFiles, digest_of
+from protocol.peft_format import parse_config
+
+
+def test_adapters_that_share_a_file_are_different_adapters(tmp_path: Path) -> None:
+    model, root = tmp_path / "model", tmp_path / "adapters"
+    LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(model)
+    names = [f"adapter-{index}" for index in range(6)]
+    make_adapters(model, root, names, ranks=[2, 3])
+    folders = [root / name for name in names]
+    assert len({(folder / "adapter_model.safetensors").stat().st_ino for folder in folders}) == 2
+    files = [
+        AdapterFiles(
+            parse_config((folder / "adapter_config.json").read_bytes()),
+            (folder / "adapter_model.safetensors").read_bytes(),
+        )
+        for folder in folders
+    ]
+    assert len({digest_of(one) for one in files}) == len(names)
+
+
+def test_a_slow_link_changes_no_byte() -> None:
+    sent = bytes(range(256)) * 1000
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=_answer, args=(server, sent))
+        thread.start()
+        link = Link(server.getsockname()[1], latency_s=0.0, bytes_per_s=1e9)
+        with slow_link(link) as port, socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"please")
+            received = b""
+            while piece := client.recv(1 << 16):
+                received += piece
+        thread.join()
+    assert received == sent
+
+
+def _answer(server: socket.socket, body: bytes) -> None:
+    connection, _ = server.accept()
+    with connection:
+        assert connection.recv(100) == b"please"
+        connection.sendall(body)
