@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 
 import msgspec
+from redis.exceptions import WatchError
 
 from protocol import messages as m
-from protocol.bus import Bus, now_ms
+from protocol.bus import Bus, decode, now_ms
 from protocol.keys import private_name
 
 logger = logging.getLogger(__name__)
+
+RECORD_KEPT_S = 60.0
+"""How long the record of a content stays after its last name, for requests that were accepted before."""
 
 
 def field_of(alias: m.Alias) -> str:
     """Return the name under which the catalogue keeps an alias."""
     return private_name(alias.name, alias.tenant)
+
+
+def is_folder(alias: m.Alias) -> bool:
+    """Tell whether a name is that of a folder under the adapter root, and not one that was registered."""
+    return not alias.tenant and alias.source == f"local:{alias.name}"
 
 
 class Catalogue:
@@ -29,6 +39,7 @@ class Catalogue:
         self._records: dict[str, m.AdapterRecord] = {}
         self._run_id = ""
         self._last_event: object = None
+        self._unnamed: dict[str, float] | None = None  # digest that had no name when last seen -> when its record goes
         self.aliases: dict[str, m.Alias] = {}  # everybody's, as last seen, by field
 
     async def load(self) -> bool:
@@ -49,8 +60,42 @@ class Catalogue:
         if not lost and last_event == self._last_event:
             return False  # every change of the catalogue is followed by an event
         self._last_event = last_event
+        before = {alias.digest for alias in self.aliases.values()}
         self.aliases = {field_of(alias): alias for alias in await self._bus.aliases(tenant=None)}
+        self._note_unnamed(before)
         return True
+
+    def _note_unnamed(self, digests: Iterable[str]) -> None:
+        if self._unnamed is not None:
+            named = {alias.digest for alias in self.aliases.values()}
+            at_s = time.monotonic() + RECORD_KEPT_S
+            self._unnamed.update({digest: at_s for digest in digests if digest and digest not in named})
+
+    async def sweep(self) -> None:
+        """Delete the records of contents that no name stands for any more, unless one comes meanwhile."""
+        keys = self._bus.keys
+        if self._unnamed is None:  # what earlier processes left
+            self._unnamed = {}
+            found = [key.decode() async for key in self._bus.redis.scan_iter(match=keys.adapter("*"), count=1000)]
+            self._note_unnamed(key.removeprefix(keys.adapter("")) for key in found)
+        due = [digest for digest, at_s in self._unnamed.items() if at_s <= time.monotonic()]
+        if not due:
+            return
+        async with self._bus.redis.pipeline(transaction=True) as pipe:
+            await pipe.watch(keys.adapters)
+            named = {decode(raw, m.Alias).digest for raw in await pipe.hvals(keys.adapters)}
+            gone = [digest for digest in due if digest not in named]
+            pipe.multi()
+            for digest in gone:
+                pipe.delete(keys.adapter(digest))
+            try:
+                await pipe.execute()
+            except WatchError:
+                return  # the next time
+        for digest in due:
+            del self._unnamed[digest]
+        for digest in gone:
+            self._records.pop(digest, None)
 
     async def publish(self, alias: m.Alias, record: m.AdapterRecord | None = None) -> None:
         """Point a name at its content, or say why it has none. In one step: a reader sees the old state or the new."""
@@ -64,6 +109,8 @@ class Catalogue:
             return
         await self._write([alias])
         self.aliases[field_of(alias)] = alias
+        if old is not None:
+            self._note_unnamed([old.digest])
         kind = "failed" if alias.state == "failed" else "alias"
         await self._bus.announce(
             m.AdapterEvent(kind=kind, name=alias.name, digest=alias.digest, source=self._sid, reason=alias.reason)
@@ -97,6 +144,7 @@ class Catalogue:
         if alias is None:
             return
         await self._bus.redis.hdel(self._bus.keys.adapters, field)
+        self._note_unnamed([alias.digest])
         await self._bus.announce(m.AdapterEvent(kind="removed", name=alias.name, digest=alias.digest, source=self._sid))
 
     async def record(self, digest: str) -> m.AdapterRecord | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from redis.exceptions import RedisError
 
-from adapter_store.catalogue import Catalogue
+from adapter_store.catalogue import Catalogue, is_folder
 from adapter_store.mirror import Mirror
 from adapter_store.sources import Changed
 from adapter_store.sources.local import NAME, LocalSource
@@ -39,7 +39,7 @@ class Follower:
         self._source = source
         self._mirror = mirror
         self._catalogue = catalogue
-        known = [alias.name for alias in catalogue.aliases.values() if alias.source.startswith("local:")]
+        known = [alias.name for alias in catalogue.aliases.values() if is_folder(alias)]
         self._watch = Watch(int(settle_s * 1e9), known)
         self._base: ServedModel | None = None
         self._busy: set[str] = set()
@@ -122,16 +122,17 @@ class Follower:
 
     async def _fail(self, name: str, error: LorafleetError | OSError) -> None:
         if isinstance(error, LorafleetError):
-            reason = error.message
+            reason, status = error.message, error.status
         else:
-            reason = f"{error.strerror or error}"  # without the path, which is nobody's business
+            reason, status = f"{error.strerror or error}", 503  # without the path, which is nobody's business
         if isinstance(error, ClientError):
             self._retries.pop(name, None)  # its files must change first
         else:
             self._retry_later(name)
         logger.warning("adapter %s is not served: %s", name, reason)
         if name in self._watch:
-            await self._catalogue.publish(Alias(name=name, state="failed", source=f"local:{name}", reason=reason))
+            failed = Alias(name=name, state="failed", source=f"local:{name}", reason=reason, status=status)
+            await self._catalogue.publish(failed)
 
     def _retry_later(self, name: str) -> None:
         last = self._retries.get(name)

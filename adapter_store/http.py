@@ -1,14 +1,17 @@
-"""The store's HTTP for workers: files of an adapter by digest, sent by the kernel (sendfile), with ranges.
+"""The store's HTTP for the fleet: files of an adapter by digest, sent by the kernel (sendfile), with ranges.
 
     GET|HEAD /adapters/{digest}/{adapter_config.json|adapter_model.safetensors}     Range, If-None-Match; ETag = digest
+    DELETE   /adapters/{digest}     200 with the bytes freed, 409 while a name stands for it
     GET      /health
 
-Hand-written on asyncio because ASGI servers copy every byte through Python; small enough to stay correct.
+All but `/health` is for those who show the fleet's bearer. Hand-written on asyncio because ASGI servers copy every byte
+through Python; small enough to stay correct.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import logging
 import os
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adapter_store.sources import FILES
-from protocol.errors import LorafleetError
+from protocol.errors import Conflict, LorafleetError
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +34,14 @@ MAX_CONNECTIONS = 1024
 Locate = Callable[[str], Awaitable[Path | None]]
 """Finds the verified folder of a digest, fetching it again if need be."""
 
-_PATH = re.compile(r"/adapters/([0-9a-f]{64})/([a-z_.]+)")
+Drop = Callable[[str], Awaitable[int]]
+"""Removes a digest from the disk and returns the bytes freed. Raises Conflict while a name stands for it."""
+
+_PATH = re.compile(r"/adapters/([0-9a-f]{64})(?:/([a-z_.]+))?")
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
-_REASONS = {200: "OK", 206: "Partial Content", 304: "Not Modified", 400: "Bad Request", 404: "Not Found",
-            405: "Method Not Allowed", 416: "Range Not Satisfiable", 500: "Internal Server Error",
-            503: "Service Unavailable"}  # fmt: skip
+_REASONS = {200: "OK", 206: "Partial Content", 304: "Not Modified", 400: "Bad Request", 401: "Unauthorized",
+            404: "Not Found", 405: "Method Not Allowed", 409: "Conflict", 416: "Range Not Satisfiable",
+            500: "Internal Server Error", 503: "Service Unavailable"}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -62,9 +68,12 @@ class Answer:
 class BlobServer:
     """Serves until closed."""
 
-    def __init__(self, locate: Locate, health: Callable[[], dict[str, object]]) -> None:
+    def __init__(self, locate: Locate, drop: Drop, health: Callable[[], dict[str, object]], bearer: str = "") -> None:
+        """`bearer` is what clients must show; "": nothing."""
         self._locate = locate
+        self._drop = drop
         self._health = health
+        self._bearer = f"Bearer {bearer}".encode() if bearer else b""
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
@@ -123,23 +132,30 @@ class BlobServer:
         return keep
 
     async def _answer(self, request: Request) -> Answer:
-        if request.method not in ("GET", "HEAD"):
-            return Answer(405, {"Allow": "GET, HEAD"})
-        if request.path == "/health":
+        if request.method not in ("GET", "HEAD", "DELETE"):
+            return Answer(405, {"Allow": "GET, HEAD, DELETE"})
+        if request.path == "/health" and request.method != "DELETE":
             return _json(200, self._health())
+        shown = request.headers.get("authorization", "").encode("latin-1")
+        if self._bearer and not hmac.compare_digest(shown, self._bearer):
+            return _error(401, "this store serves only its own fleet", {"WWW-Authenticate": "Bearer"})
         match = _PATH.fullmatch(request.path)
-        if match is None or match[2] not in FILES:
-            return _json(404, {"error": {"message": f"no such path: {request.path}"}})
+        if match is None or (match[2] not in FILES if request.method != "DELETE" else match[2]):
+            return _error(404, f"no such path: {request.path}")
         try:
+            if request.method == "DELETE":
+                return _json(200, {"freed_bytes": await self._drop(match[1])})
             folder = await self._locate(match[1])
+        except Conflict as error:
+            return _error(409, error.message)
         except LorafleetError as error:
-            return _json(503 if error.retryable else 404, {"error": {"message": error.message}})
+            return _error(503 if error.retryable else 404, error.message)
         if folder is None:
-            return _json(404, {"error": {"message": f"no such adapter: {match[1]}"}})
+            return _error(404, f"no such adapter: {match[1]}")
         try:
             size = os.stat(folder / match[2]).st_size
         except FileNotFoundError:  # evicted just now
-            return _json(503, {"error": {"message": "the adapter left the disk: ask again"}})
+            return _error(503, "the adapter left the disk: ask again")
         return _file_answer(request, folder / match[2], size, match[1])
 
 
@@ -175,6 +191,12 @@ async def _send(writer: asyncio.StreamWriter, file: BinaryIO, begin: int, count:
 
 def _json(status: int, value: object) -> Answer:
     return Answer(status, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+
+def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Answer:
+    answer = _json(status, {"error": {"message": message}})
+    answer.headers |= headers or {}
+    return answer
 
 
 def _parse(head: bytes) -> Request | None:

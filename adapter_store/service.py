@@ -23,7 +23,8 @@ from adapter_store.tier import Tier
 from protocol import metrics
 from protocol.adapter_refs import Policy
 from protocol.bus import CONNECTION_ERRORS, Bus, decode, now_ms
-from protocol.errors import ProtocolError, Unavailable
+from protocol.errors import BadRequest, Conflict, ProtocolError, Unavailable
+from protocol.fleet_secret import FleetSecret
 from protocol.messages import AdapterEvent, ServedModel
 from protocol.service import wait_any
 from protocol.settings import Settings
@@ -37,12 +38,19 @@ FORGET_MS = 60_000
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> int:
-    """Run a store until `stop`; return the process' exit code."""
+    """Run a store until `stop`; return the process' exit code. Raises BadRequest for settings it cannot serve with."""
+    secret = FleetSecret.of(settings)
+    if secret is None and not _is_loopback(settings.store_host):
+        raise BadRequest(
+            f"store_host {settings.store_host} can be reached from other machines: the services need a secret or a"
+            " secret_file in common, so that the store serves its own fleet only"
+        )
     bus = Bus(settings.redis_url)
     try:
         if await _reach(bus, stop):
             with metrics.serve_metrics(settings.metrics_port):
-                await Store(bus, settings, await asyncio.to_thread(_open_blobs, settings)).run(stop)
+                blobs = await asyncio.to_thread(_open_blobs, settings)
+                await Store(bus, settings, blobs, secret).run(stop)
         return 0
     finally:
         await bus.close()
@@ -68,18 +76,18 @@ async def _reach(bus: Bus, stop: asyncio.Event) -> bool:
 class Store:
     """One store."""
 
-    def __init__(self, bus: Bus, settings: Settings, blobs: Blobs) -> None:
+    def __init__(self, bus: Bus, settings: Settings, blobs: Blobs, secret: FleetSecret | None = None) -> None:
         self.bus = bus
         self.settings = settings
         self.sid = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self.blobs = blobs
         s3 = make_client(settings.s3_endpoint) if settings.s3_buckets or settings.store_bucket else None
-        tier = Tier(s3, settings.store_bucket) if settings.store_bucket else None
+        self.tier = Tier(s3, settings.store_bucket) if settings.store_bucket else None
         self.mirror = Mirror(
-            blobs, max_bytes=settings.max_adapter_bytes, max_parallel=settings.max_downloads, tier=tier
+            blobs, max_bytes=settings.max_adapter_bytes, max_parallel=settings.max_downloads, tier=self.tier
         )
         self.catalogue = Catalogue(bus, self.sid)
-        self.server = BlobServer(self.locate, self.health)
+        self.server = BlobServer(self.locate, self.drop, self.health, secret.bearer if secret else "")
         self.base: ServedModel | None = None
         self.hub = HubSource(settings.hub_endpoint)
         self.sources: dict[str, Source] = {"hub": self.hub}
@@ -87,7 +95,7 @@ class Store:
             self.sources["s3"] = S3Source(s3)
         if settings.adapters is not None:
             self.sources["local"] = LocalSource(settings.adapters)
-        self.registrar = Registrar(bus, self.sources, self.mirror, self.catalogue, Policy.of(settings))
+        self.registrar = Registrar(bus, self.sources, self.mirror, self.catalogue, Policy.of(settings), secret)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop`; what is being fetched then is left for the next start."""
@@ -146,6 +154,7 @@ class Store:
                 if follower is not None:
                     await follower.tick(tasks)
                 await self.registrar.tick(tasks, self.settings.refresh_s, reload=changed)
+                await self.catalogue.sweep()
                 self._measure()
             except CONNECTION_ERRORS as error:
                 logger.warning("cannot keep the catalogue: %s", error)
@@ -206,6 +215,17 @@ class Store:
             folder = await asyncio.to_thread(self.blobs.verified, digest)
         return folder
 
+    async def drop(self, digest: str) -> int:
+        """Remove a digest from this disk and from the shared bucket; return the bytes freed here. Raises Conflict."""
+        await self.catalogue.load()
+        names = [alias.name for alias in self.catalogue.aliases.values() if alias.digest == digest]
+        if names:
+            raise Conflict(f"the name {names[0]} stands for it")
+        num_bytes = await asyncio.to_thread(self.blobs.drop, digest)
+        if self.tier is not None:
+            await asyncio.to_thread(self.tier.drop, digest)
+        return num_bytes
+
     async def _fetch_again(self, digest: str) -> bool:
         """Bring a content from its source again; tell whether that is still what the source has."""
         record = await self.catalogue.record(digest)
@@ -223,6 +243,10 @@ class Store:
         except OSError as error:
             raise Unavailable(f"the source cannot be read: {error.strerror}") from error
         return taken.digest == digest
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host.startswith("127.") or host == "::1"
 
 
 def _reachable(host: str) -> str:

@@ -60,6 +60,14 @@ class Tier:
             return False
         return True
 
+    def drop(self, digest: str) -> None:
+        """Remove a blob's files; the versions that name it then mean nothing."""
+        try:
+            for name in FILES:
+                self._s3.delete_object(Bucket=self._bucket, Key=f"{self._prefix}/blobs/{digest}/{name}")
+        except ERRORS as error:
+            logger.warning("adapter %.12s cannot be removed from the shared bucket: %s", digest, error)
+
     def _has(self, key: str) -> bool:
         try:
             self._s3.head_object(Bucket=self._bucket, Key=f"{self._prefix}/{key}")

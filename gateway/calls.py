@@ -70,11 +70,14 @@ class Calls:
 
     # ------------------------------------------------------------ a new call
 
-    async def prepare(self, request: AnyRequest) -> Prepared:
-        """Check a request against the model and make its tokens. Raises what the client did wrong, and Unavailable."""
+    async def prepare(self, request: AnyRequest, token: str = "") -> Prepared:
+        """Check a request against the model, wait for its adapter and make its tokens; `token` is for the Hub.
+
+        Raises what the client did wrong, and Unavailable.
+        """
         options = options_of(request, self.settings)
         base = await self.fleet.require(worker=not options.background)
-        target = await self.catalogue.resolve(request.model, base, self.settings.request_timeout_s)
+        target = await self.catalogue.resolve(request.model, base, self.settings.request_timeout_s, token)
         check_token_ids(options, base.vocab_size)
         if isinstance(request, ChatRequest):
             param, prompts = "messages", [await self._chat_prompt(request)]

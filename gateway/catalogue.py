@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.names import Names
 from protocol import messages as m
 from protocol.bus import CONNECTION_ERRORS, Bus, decode, now_ms
-from protocol.errors import AdapterRefused, ModelNotFound, Unavailable
+from protocol.errors import ModelNotFound, Unavailable
 from protocol.metrics import FLEET_QUEUED, FLEET_RUNNING, FLEET_WORKERS
 
 logger = logging.getLogger(__name__)
 
 BASE = "base"
 REFRESH_S = 1.0
-DOWNLOAD_POLL_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,37 +90,27 @@ class Fleet:
 class Catalogue:
     """Names of the base model and the adapters. Reads what adapter_store writes."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, names: Names) -> None:
         self._bus = bus
+        self.names = names
 
-    async def resolve(self, name: str, base: m.ServedModel, timeout_s: float) -> Target:
-        """Return what a name stands for: `base`, the base's name, an adapter's name or `base:adapter`.
+    async def resolve(self, name: str, base: m.ServedModel, timeout_s: float, token: str = "") -> Target:
+        """Return what a name stands for: `base`, the base's name, an adapter's name or place, or `base:adapter`.
 
-        Waits while the adapter is being downloaded. Raises ModelNotFound, AdapterRefused, Unavailable.
+        Waits while the adapter is being fetched; `token` opens what is private there. Raises ModelNotFound,
+        PermissionDenied, AdapterRefused, Unavailable.
         """
         if name in (BASE, base.name):
             return Target(base.name, "")
-        deadline = time.monotonic() + timeout_s
-        while True:
-            alias = await self._find(name, base)
-            if alias is None or alias.state == "unknown":
-                raise ModelNotFound(name)
-            if alias.state == "failed":
-                raise AdapterRefused([f"the adapter `{alias.name}` cannot be served: {alias.reason}"])
-            if alias.state == "on_disk":
-                return Target(alias.name, alias.digest)
-            if time.monotonic() > deadline:
-                raise Unavailable(f"the adapter `{alias.name}` is still being downloaded", code="adapter_loading")
-            await asyncio.sleep(DOWNLOAD_POLL_S)
+        alias = await self.names.served(self._plain(name, base), timeout_s, token)
+        return Target(alias.name, alias.digest)
 
-    async def _find(self, name: str, base: m.ServedModel) -> m.Alias | None:
-        alias = await self._bus.alias(name)
-        if alias is not None:
-            return alias
+    def _plain(self, name: str, base: m.ServedModel) -> str:
+        """Return an adapter's name without the base's before it."""
         for prefix in (f"{base.name}:", f"{BASE}:"):
             if name.startswith(prefix):
-                return await self._bus.alias(name.removeprefix(prefix))
-        return None
+                return name.removeprefix(prefix)
+        return name
 
     async def models(self, base: m.ServedModel) -> list[dict[str, Any]]:
         """Return the model objects of the API: the base first, then the adapters by name."""
@@ -135,7 +124,7 @@ class Catalogue:
         """Return one model object, in whatever state. Raises ModelNotFound."""
         if name in (BASE, base.name):
             return base_object(base)
-        alias = await self._find(name, base)
+        alias = await self._bus.alias(self._plain(name, base))
         if alias is None:
             raise ModelNotFound(name)
         record = await self._bus.get(self._bus.keys.adapter(alias.digest), m.AdapterRecord) if alias.digest else None

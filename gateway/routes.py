@@ -15,10 +15,12 @@ from starlette.responses import Response
 
 from gateway.calls import AnyRequest, Calls, body_hash
 from gateway.jobs import Jobs, JobStatus
+from gateway.late import in_time
 from gateway.openai_api import CHAT, COMPLETIONS, ChatRequest, CompletionRequest
 from protocol.errors import BadRequest, Unavailable
 
 MAX_KEY_CHARACTERS = 255
+HUB_TOKEN_PREFIX = "hf_"
 _PREFER_WAIT = re.compile(r"\bwait=(\d{1,6})\b")
 
 
@@ -49,7 +51,14 @@ class Endpoints:
             if earlier.jid:
                 return _json(await self._jobs.repeated(earlier, endpoint, raw), 202)
             return await self._calls.attach(body, endpoint, earlier, raw)
-        prepared = await self._calls.prepare(body)
+        answer = self._answer(endpoint, body, (key, raw), hub_token(request))
+        stream = bool(body.stream) and not body.background
+        return await in_time(answer, stream=stream, keepalive_s=self._calls.settings.keepalive_s)
+
+    async def _answer(self, endpoint: str, body: AnyRequest, sent: tuple[str, bytes], token: str) -> Response:
+        """Answer a call that was `sent` with an Idempotency-Key, or "", and these bytes."""
+        key, raw = sent
+        prepared = await self._calls.prepare(body, token)
         if prepared.options.background:
             idem = (key, body_hash(endpoint, raw)) if key else ("", "")
             return _json(await self._jobs.create(prepared, endpoint, raw, idem), 202)
@@ -110,6 +119,12 @@ class _Route(APIRoute):
             return await handler(_JsonRequest(request.scope, request.receive))
 
         return handle
+
+
+def hub_token(request: Request) -> str:
+    """Return the Hub token that a caller shows as its bearer, "" if it shows another kind of bearer, or none."""
+    kind, _, value = request.headers.get("authorization", "").partition(" ")
+    return value.strip() if kind.lower() == "bearer" and value.strip().startswith(HUB_TOKEN_PREFIX) else ""
 
 
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:

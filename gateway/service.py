@@ -19,11 +19,13 @@ from gateway.app import Envelope, build_app
 from gateway.calls import Calls
 from gateway.catalogue import Catalogue, Fleet
 from gateway.jobs import Jobs
+from gateway.names import Names
 from gateway.replies import Replies
 from gateway.routes import Endpoints
 from gateway.tokenizer import load_model_files
 from protocol.bus import Bus
 from protocol.errors import Unavailable
+from protocol.fleet_secret import FleetSecret
 from protocol.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -42,20 +44,22 @@ class _Server(uvicorn.Server):
 
 async def serve(settings: Settings, stop: asyncio.Event) -> int:
     """Run a gateway until `stop`, then drain. Returns the exit code. Raises BadRequest on a wrong model."""
+    secret = FleetSecret.of(settings)
     files = await asyncio.to_thread(load_model_files, settings)
     bus = Bus(settings.redis_url)
     try:
         await bus.check()
         replies = Replies(bus, uuid.uuid4().hex)
         fleet = Fleet(bus, settings.beat_timeout_s)
-        calls = Calls(settings, bus, files, fleet, Catalogue(bus), replies)
+        names = Names(bus, settings, secret)
+        calls = Calls(settings, bus, files, fleet, Catalogue(bus, names), replies)
         endpoints = Endpoints(calls, Jobs(calls))
         app = build_app(endpoints, settings.max_body_bytes)
         with _listen(settings.host, settings.port) as listener:
             replies.address = _address(listener)
             await replies.open()
             await replies.beat_once()
-            await _run(_server(app), listener, (app, endpoints, replies, fleet), settings, stop)
+            await _run(_server(app), listener, (app, endpoints, replies, (fleet, names)), settings, stop)
         await replies.close()
     finally:
         await bus.close()
@@ -65,20 +69,21 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
 async def _run(
     server: uvicorn.Server,
     listener: socket.socket,
-    parts: tuple[Envelope, Endpoints, Replies, Fleet],
+    parts: tuple[Envelope, Endpoints, Replies, tuple[Fleet, Names]],
     settings: Settings,
     stop: asyncio.Event,
 ) -> None:
-    app, endpoints, replies, fleet = parts
+    app, endpoints, replies, (fleet, names) = parts
     async with asyncio.TaskGroup() as group:
-        loops = [group.create_task(loop) for loop in (replies.read(), replies.beat(), fleet.watch())]
+        loops = [group.create_task(loop) for loop in (replies.read(), replies.beat(), fleet.watch(), names.listen())]
         serving = group.create_task(server.serve([listener]))
         logger.info("listening on %s", replies.address)
         await stop.wait()
         endpoints.draining = True
         logger.info("draining")
         if not await _idle(app, settings.grace_s):
-            replies.fail_all(Unavailable("this gateway is shutting down", code="shutting_down"))
+            for waiters in (replies, names):
+                waiters.fail_all(Unavailable("this gateway is shutting down", code="shutting_down"))
             await _idle(app, LAST_WORDS_S)
         server.should_exit = True
         await serving

@@ -19,7 +19,7 @@ from protocol.metrics import CLIENTS_GONE
 
 logger = logging.getLogger(__name__)
 
-_STREAM_HEADERS = [
+STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
@@ -38,7 +38,7 @@ class GenerationResponse(Response):
         self.include_usage = include_usage
         self.keepalive_s = keepalive_s
         self.background = None
-        self._started = False
+        self.started = False  # the headers have been sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with asyncio.TaskGroup() as group:
@@ -69,7 +69,7 @@ class GenerationResponse(Response):
         except Exception:
             logger.exception("a call failed")
             error = Internal("the gateway failed while answering")
-        if self._started:
+        if self.started:
             # No [DONE]: a client must not take this for a normal end.
             await send({"type": "http.response.body", "body": event(error_body(error)), "more_body": False})
         else:
@@ -96,9 +96,9 @@ class GenerationResponse(Response):
         await self._send_frames(send, frames + DONE, more=False)
 
     async def _send_frames(self, send: Send, frames: bytes, *, more: bool) -> None:
-        if not self._started:
-            self._started = True
-            await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
+        if not self.started:
+            self.started = True
+            await send({"type": "http.response.start", "status": 200, "headers": list(STREAM_HEADERS)})
         await send({"type": "http.response.body", "body": frames, "more_body": more})
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,7 +109,7 @@ class GenerationResponse(Response):
             if self.generation.is_done:
                 break
         body = orjson.dumps(self.writer.whole(whole, self.generation.usage))
-        self._started = True
+        self.started = True
         await Response(body, media_type="application/json")(scope, receive, send)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import msgspec
 
-from protocol.errors import AdapterRefused, NotFound, Unavailable
+from protocol.errors import AdapterRefused, Internal, NotFound, Unavailable
 from protocol.peft_format import MAX_HEADER_BYTES, adapter_digest, parse_header
 
 logger = logging.getLogger(__name__)
@@ -30,10 +30,12 @@ class AdapterFiles:
 class StoreClient:
     """Fetches from any of the stores that are alive; `urls` is kept current by the service."""
 
-    def __init__(self) -> None:
+    def __init__(self, bearer: str = "") -> None:
+        """`bearer` is what the stores want to see, `FleetSecret.bearer`."""
         self.urls: tuple[str, ...] = ()
         self._known = threading.Event()
-        self._http = httpx2.Client(timeout=httpx2.Timeout(10.0, connect=2.0))
+        headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+        self._http = httpx2.Client(timeout=httpx2.Timeout(10.0, connect=2.0), headers=headers, trust_env=False)
 
     def set_urls(self, urls: tuple[str, ...]) -> None:
         self.urls = urls
@@ -44,7 +46,7 @@ class StoreClient:
         self._http.close()
 
     def fetch(self, digest: str) -> AdapterFiles:
-        """Return an adapter's files. Raises Unavailable when no store answers, NotFound when none has it."""
+        """Return an adapter's files. Raises Unavailable when no store answers, NotFound when none has it, Internal."""
         deadline = time.monotonic() + FETCH_TIMEOUT_S
         pause_s = 0.1
         while True:
@@ -75,6 +77,8 @@ class StoreClient:
         response = self._http.get(url)
         if response.status_code == 404:
             raise NotFound(f"{url} is not there")
+        if response.status_code == 401:
+            raise Internal("the adapter store does not know this worker: their secrets differ")
         response.raise_for_status()
         return response.content
 

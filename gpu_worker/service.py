@@ -24,6 +24,7 @@ from gpu_worker.request import EngineRequest, EngineStats, TokenOutput
 from protocol import messages as m
 from protocol.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
 from protocol.errors import DeadlineExceeded, Internal, ProtocolError
+from protocol.fleet_secret import FleetSecret
 from protocol.service import wait_any
 from protocol.settings import Settings
 
@@ -404,8 +405,9 @@ def _engine_request(item: m.Assigned, body: m.Body, tok: bytes) -> EngineRequest
 
 async def serve(settings: Settings, stop: asyncio.Event) -> int:
     """Load the model and work for the queue until `stop`. Returns the exit code."""
+    secret = FleetSecret.of(settings)
     bus = Bus(settings.redis_url)
-    stores = StoreClient()
+    stores = StoreClient(secret.bearer if secret else "")
     try:
         await bus.check()
         engine, served = await asyncio.to_thread(_load, settings, stores)

@@ -117,6 +117,7 @@ def prepare(settings: Settings) -> Prepared:
     update = {
         "port": port,
         "data": settings.data.resolve(),
+        "secret_file": (settings.secret_file or settings.data / "secret").resolve(),
         "adapters": settings.adapters and settings.adapters.resolve(),
         "model": str(local.resolve()) if local.is_dir() else settings.model,
         "served_name": served_name(settings.model, settings.served_name),
@@ -138,8 +139,9 @@ async def announce(prepared: Prepared, screen: Screen) -> bool:
         models = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
     screen.say(f"\n[bold green]ready[/] [bold]{url}[/] serves {models[0]} and {len(models) - 1} adapters; try\n")
     screen.say(escape(prepared.curl(models[-1])))
-    screen.say(f"\nAnother worker joins with\n  REDIS_URL={shlex.quote(settings.redis_url)} lorafleet serve worker "
-               f"--model {shlex.quote(settings.model)}")  # fmt: skip
+    variables = {"REDIS_URL": settings.redis_url, "LORAFLEET_SECRET_FILE": str(settings.secret_file)}
+    shared = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+    screen.say(f"\nAnother worker joins with\n  {shared} lorafleet serve worker --model {shlex.quote(settings.model)}")
     screen.say("Ctrl-C finishes what was accepted and stops; a second one stops at once.")
     return True
 

@@ -14,6 +14,7 @@ from protocol.settings import Settings
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB = re.compile(rf"(?:hub:)?({_NAME})/({_NAME})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,127}}))?")
+_FOLDER = re.compile(rf"{_NAME}(?:/{_NAME})?")
 _S3 = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([A-Za-z0-9!_.*'()/-]{1,900}?)/?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -22,16 +23,18 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 class Reference:
     """A place an adapter may be fetched from."""
 
-    scheme: Literal["hub", "s3"]
-    owner: str  # organisation or bucket
-    path: str  # repository name or key prefix
+    scheme: Literal["hub", "s3", "local"]
+    owner: str  # organisation or bucket; "" for a folder
+    path: str  # repository name, key prefix or folder name
     revision: str = ""  # Hub only; "": the default branch
 
     @property
     def source(self) -> str:
-        """One spelling of it: "hub:ORG/NAME@REVISION" or "s3://BUCKET/PREFIX"."""
+        """One spelling of it: "hub:ORG/NAME@REVISION", "s3://BUCKET/PREFIX" or "local:FOLDER"."""
         if self.scheme == "s3":
             return f"s3://{self.owner}/{self.path}"
+        if self.scheme == "local":
+            return f"local:{self.path}"
         return f"hub:{self.owner}/{self.path}" + (f"@{self.revision}" if self.revision else "")
 
     @property
@@ -49,6 +52,14 @@ def parse_reference(name: str) -> Reference | None:
         revision = match[3] or ""
         return None if ".." in revision else Reference("hub", match[1], match[2], revision)
     return None
+
+
+def parse_source(source: str) -> Reference | None:
+    """Read what an adapter may be registered from: also "local:FOLDER", which no request can name as a place."""
+    if source.startswith("local:"):
+        path = source.removeprefix("local:")
+        return Reference("local", "", path) if _FOLDER.fullmatch(path) else None
+    return parse_reference(source)
 
 
 @dataclass(frozen=True, slots=True)

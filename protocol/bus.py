@@ -433,11 +433,24 @@ class Bus:
         await self.announce(m.AdapterEvent(kind="wanted", name=registration.name))
         return True
 
-    async def unregister(self, name: str, tenant: str = "") -> bool:
-        """Take a registration back; the stores then remove the name. False if there was none."""
-        removed = await self.redis.hdel(self.keys.registrations, private_name(name, tenant))
+    async def registration(self, name: str, tenant: str = "") -> m.Registration | None:
+        """Return what a name is registered for."""
+        raw = await self.redis.hget(self.keys.registrations, private_name(name, tenant))
+        return None if raw is None else decode(raw, m.Registration)
+
+    async def unregister(self, name: str, tenant: str = "", *, unless_asked_after: int | None = None) -> bool:
+        """Take a registration back; the stores then remove the name. False if there was none, or a newer one."""
+        field, registered = private_name(name, tenant), self.keys.registrations
+        raw = await self.redis.hget(registered, field)
+        if raw is None:
+            return False
+        if unless_asked_after is not None and decode(raw, m.Registration).asked_ms > unless_asked_after:
+            return False
+        script = "return redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] and redis.call('HDEL', KEYS[1], ARGV[1]) or 0"
+        if not await self.redis.eval(script, 1, registered, field, raw):
+            return False
         await self.announce(m.AdapterEvent(kind="wanted", name=name))
-        return bool(removed)
+        return True
 
     async def registrations(self) -> dict[str, m.Registration]:
         """Return all registrations by the name that the catalogue has for them."""

@@ -51,8 +51,9 @@ class ModelNotFound(NotFound):
 
     code = "model_not_found"
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"The model `{name}` does not exist or you do not have access to it.", param="model")
+    def __init__(self, name: str, more: str = "") -> None:
+        text = f"The model `{name}` does not exist or you do not have access to it."
+        super().__init__(f"{text} {more}".strip(), param="model")
 
 
 class Conflict(ClientError):

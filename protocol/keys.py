@@ -140,7 +140,7 @@ class Keys:
 
     @property
     def registrations(self) -> str:
-        """Hash: as `adapters` -> `messages.Registration`, what stores have to fetch. Permanent; holds secrets."""
+        """Hash: as `adapters` -> `messages.Registration`, what stores have to fetch, tokens sealed. Permanent."""
         return f"{self.namespace}:adapters:registered"
 
     def fetching(self, name: str) -> str:

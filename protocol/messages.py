@@ -271,6 +271,10 @@ class Alias(Wire, frozen=True):
     tenant: str = ""  # "": everybody's
     created_ms: int = 0
     changed_ms: int = 0
+    status: int = 0  # HTTP status of the reason, if it failed
+    retry_ms: int = 0  # when a failure may be tried again, unix time
+    asked_ms: int = 0  # of the registration that the last look at its source was for
+    on_request: bool = False  # a request named the source itself
 
 
 class Registration(Wire, frozen=True):
@@ -278,9 +282,9 @@ class Registration(Wire, frozen=True):
 
     name: str
     source: str  # `Reference.source`
-    token: str = ""  # for the source; "": the store's own
+    token: str = ""  # for the source, sealed by `FleetSecret`; "": the store's own
     tenant: str = ""  # who sees the name; "": everybody
-    asked_ms: int = 0  # when it was last asked for: a refusal older than this may be tried again
+    asked_ms: int = 0  # when it was last asked for: a look at the source before that is out of date
     on_request: bool = False  # a request named the source itself
 
 

@@ -27,6 +27,10 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
     metrics_port: int = Field(default=0, ge=0, le=65535, description="Prometheus port of scheduler and store; 0: none")
     grace_s: float = Field(default=30.0, ge=0, description="how long a drain may take")
+    secret: str = Field(default="", repr=False, description="shared by all services; better in a variable or a file")
+    secret_file: Path | None = Field(
+        default=None, description="file with the secret, made if it is not there; `up`: in the data folder"
+    )
 
     # Gateway
     host: str = Field(default="127.0.0.1", description="address to listen on")
@@ -95,7 +99,7 @@ class Settings(BaseSettings):
     max_downloads: int = Field(default=8, ge=1, description="adapters a store fetches at once")
     store_bucket: str = Field(default="", description="s3://BUCKET/PREFIX that several stores share as second tier")
 
-    @field_validator("data", "adapters")
+    @field_validator("data", "adapters", "secret_file")
     @classmethod
     def _expand(cls, path: Path | None) -> Path | None:
         return path.expanduser() if path else path

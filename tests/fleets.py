@@ -89,6 +89,7 @@ class RunningFleet:
         """Start another worker, as a user would on this machine."""
         command = [sys.executable, "-m", "lorafleet", "serve", "worker", "--model", str(model), "--worker-name", name]
         environment = {**os.environ, MARKER: self.marker, "REDIS_URL": self.redis_url}
+        environment["LORAFLEET_SECRET_FILE"] = str(self.output_file.parent / "data" / "secret")
         with (folder / f"{name}.log").open("wb") as log:
             self.more.append(subprocess.Popen([*command, *QUICK], env=environment, stdout=log, stderr=log))
 

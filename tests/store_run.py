@@ -11,6 +11,7 @@ from waiting import wait_until
 
 from protocol import messages as m
 from protocol.bus import Bus
+from protocol.fleet_secret import FleetSecret
 from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE, adapter_digest, parse_config, parse_header
 
 
@@ -53,9 +54,10 @@ async def in_state(bus: Bus, name: str, state: str, *, not_digest: str = "") -> 
     return await wait_until(look, f"{name} is {state}")
 
 
-async def ask(url: str, digest: str) -> tuple[dict[str, Any], bytes]:
+async def ask(url: str, digest: str, secret: str = "") -> tuple[dict[str, Any], bytes]:
     """Fetch an adapter as a worker does, and check that it is the one asked for."""
-    async with httpx2.AsyncClient() as http:
+    headers = {"Authorization": f"Bearer {FleetSecret(secret).bearer}"} if secret else {}
+    async with httpx2.AsyncClient(headers=headers) as http:
         answers = [await http.get(f"{url}/adapters/{digest}/{name}") for name in (CONFIG_FILE, WEIGHTS_FILE)]
     assert [answer.status_code for answer in answers] == [200, 200], answers
     config, weights = parse_config(answers[0].content), answers[1].content

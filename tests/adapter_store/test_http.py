@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_store.http import BlobServer, Request, _file_answer
-from protocol.errors import NotFound, Unavailable
+from protocol.errors import Conflict, NotFound, Unavailable
 from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
 
 DIGEST = "a" * 64
+BEARER = "0123abcd"
 WEIGHTS = bytes(range(256)) * 4096  # 1 MiB: more than a socket takes at once
 
 
@@ -32,9 +33,15 @@ async def client(tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
             raise NotFound("the repository is gone")
         return tmp_path if digest == DIGEST else None
 
-    server = BlobServer(locate, lambda: {"status": "ok"})
+    async def drop(digest: str) -> int:
+        if digest == DIGEST:
+            raise Conflict("the name x stands for it")
+        return 17
+
+    server = BlobServer(locate, drop, lambda: {"status": "ok"}, BEARER)
     port = await server.start("127.0.0.1", 0)
-    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+    headers = {"Authorization": f"Bearer {BEARER}"}
+    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers) as http:
         yield http
     await server.close()
 
@@ -111,9 +118,28 @@ async def test_what_is_not_there(client: httpx2.AsyncClient, path: str, status: 
     assert answer.json()["error"]["message"]
 
 
-async def test_only_reading_is_possible(client: httpx2.AsyncClient) -> None:
-    answer = await client.delete(PATH)
-    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
+async def test_writing_is_not_possible(client: httpx2.AsyncClient) -> None:
+    answer = await client.put(PATH)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD, DELETE")
+
+
+async def test_blobs_without_a_name_can_be_removed(client: httpx2.AsyncClient) -> None:
+    answer = await client.delete(f"/adapters/{'e' * 64}")
+    assert (answer.status_code, answer.json()) == (200, {"freed_bytes": 17})
+    assert (await client.delete(f"/adapters/{DIGEST}")).status_code == 409
+    for path in (PATH, "/adapters/x", "/health"):
+        assert (await client.delete(path)).status_code == 404
+
+
+@pytest.mark.parametrize("shown", ["", f"Bearer {BEARER}x", "Bearer", f"Basic {BEARER}", BEARER, "Bearer \xe9"])
+async def test_only_the_fleet_is_served(client: httpx2.AsyncClient, shown: str) -> None:
+    """A stranger learns nothing, not even whether an adapter is there; health is for everybody."""
+    headers = {"Authorization": shown.encode("latin-1")}
+    for method, path in (("GET", PATH), ("GET", "/adapters/nothing"), ("DELETE", f"/adapters/{DIGEST}")):
+        answer = await client.request(method, path, headers=headers)
+        assert answer.status_code == 401
+        assert DIGEST not in answer.text
+    assert (await client.get("/health", headers=headers)).status_code == 200
 
 
 @pytest.mark.parametrize(

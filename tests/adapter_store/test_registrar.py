@@ -22,8 +22,12 @@ from adapter_store.registrar import Backoff
 from adapter_store.sources import retry
 from protocol import messages as m
 from protocol.bus import Bus, now_ms
+from protocol.fleet_secret import FleetSecret
+from protocol.keys import private_name
 from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.settings import Settings
+
+SECRET = "a secret of the tests"
 
 
 def adapter(seed: int = 0, **fields: Any) -> dict[str, bytes]:
@@ -46,11 +50,12 @@ async def hub(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HubStu
 
 @pytest.fixture
 def settings(settings: Settings, hub: HubStub) -> Settings:
-    return settings.model_copy(update={"hub_endpoint": hub.url})
+    return settings.model_copy(update={"hub_endpoint": hub.url, "secret": SECRET})
 
 
-async def register(bus: Bus, name: str = "a", source: str = "hub:org/a", **fields: Any) -> None:
-    await bus.register(m.Registration(name=name, source=source, asked_ms=now_ms(), **fields))
+async def register(bus: Bus, name: str = "a", source: str = "hub:org/a", token: str = "", **fields: Any) -> None:
+    sealed = FleetSecret(SECRET).seal(token, private_name(name, fields.get("tenant", "")))
+    await bus.register(m.Registration(name=name, source=source, token=sealed, asked_ms=now_ms(), **fields))
 
 
 async def is_gone(bus: Bus, name: str, tenant: str = "") -> None:
@@ -69,7 +74,7 @@ async def test_a_registered_name_is_served_and_kept_fresh(bus: Bus, hub: HubStub
     hub.repos["org/a"].commit(adapter(1))
     second = await in_state(bus, "a", "on_disk", not_digest=first.digest)
     for alias in (first, second):
-        await ask(url, alias.digest)
+        await ask(url, alias.digest, SECRET)
     await bus.unregister("a")
     await is_gone(bus, "a")
     assert await bus.registrations() == {}
@@ -109,7 +114,7 @@ async def test_stale_is_said_and_fresh_again_too(bus: Bus, hub: HubStub, run_sto
         return alias.reason == "" if text == "" else text in alias.reason
 
     await wait_until(lambda: says("may be out of date: the Hub answers 503"), "it is marked stale")
-    await ask(await store.url(), first.digest)
+    await ask(await store.url(), first.digest, SECRET)
     hub.down = False
     await wait_until(lambda: says(""), "it is fresh again")
 
@@ -173,7 +178,7 @@ async def test_private_names(bus: Bus, hub: HubStub, run_store: RunStore) -> Non
     assert await bus.alias("p") is None
     assert [alias.tenant for alias in await bus.aliases("me")] == ["me"]
     assert await bus.aliases() == []
-    await ask(await store.url(), mine.digest)
+    await ask(await store.url(), mine.digest, SECRET)
     hub.tokens["hf_mine"] = set()
     await of("me", "failed")
     shown = [await bus.redis.hgetall(bus.keys.adapters), await bus.entries(bus.keys.adapter_events)]
@@ -248,7 +253,7 @@ async def test_slow_ones_keep_nobody_waiting(bus: Bus, hub: HubStub, settings: S
         await register(bus, f"slow{i}", f"hub:slow/{i}")
     await wait_until(lambda: len(hub.requests(WEIGHTS_FILE)) == 4, "four downloads have begun")
     write_adapter(settings.adapters / "folder", seed=60)
-    await ask(await store.url(), (await in_state(bus, "folder", "on_disk")).digest)
+    await ask(await store.url(), (await in_state(bus, "folder", "on_disk")).digest, SECRET)
     assert {(await in_state(bus, f"slow{i}", "downloading")).digest for i in range(10)} == {""}
     assert len(hub.requests(WEIGHTS_FILE)) == 4
     hub.gate.set()
@@ -270,7 +275,7 @@ async def test_one_of_two_stores_fetches(bus: Bus, hub: HubStub, tmp_path: Path,
     hub.gate.set()
     alias = await in_state(bus, "a", "on_disk")
     for sid in await bus.members(bus.keys.stores):
-        await ask((await bus.redis.get(bus.keys.store_beat(sid))).decode(), alias.digest)
+        await ask((await bus.redis.get(bus.keys.store_beat(sid))).decode(), alias.digest, SECRET)
     assert len(stores) == 2
 
 
@@ -296,7 +301,7 @@ async def test_a_restart_fetches_nothing_and_serves_on_without_a_hub(
         return "may be out of date" in now.reason
 
     await wait_until(is_stale, "it is marked stale")
-    await ask(await again.url(), alias.digest)
+    await ask(await again.url(), alias.digest, SECRET)
     assert not hub.requests("/resolve/")
 
 
@@ -310,9 +315,10 @@ async def test_evicted_content_is_fetched_again_with_the_registrations_token(
     await register(bus, "p", "hub:org/p", token="hf_mine", tenant="me")
     digest = (await wait_until(lambda: _on_disk(bus, "p", "me"), "p is there")).digest
     shutil.rmtree(settings.data / "adapters" / "blobs" / digest)
-    await ask(await store.url(), digest)
+    await ask(await store.url(), digest, SECRET)
     async with httpx2.AsyncClient() as http:
-        missing = await http.get(f"{await store.url()}/adapters/{'0' * 64}/{CONFIG_FILE}")
+        url = f"{await store.url()}/adapters/{'0' * 64}/{CONFIG_FILE}"
+        missing = await http.get(url, headers={"Authorization": f"Bearer {FleetSecret(SECRET).bearer}"})
     assert missing.status_code == 404
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -17,8 +18,10 @@ from adapter_files import BASE, lora_config, lora_tensors, safetensors, write_ad
 from store_run import RunStore, ask, in_state
 from waiting import wait_until
 
+from adapter_store.service import serve
 from protocol import messages as m
 from protocol.bus import Bus
+from protocol.errors import BadRequest
 from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.settings import Settings
 
@@ -371,3 +374,35 @@ async def test_a_thousand_adapters(bus: Bus, root: Path, run_store: RunStore) ->
         await ask(await store.url(), alias.digest)
     async with httpx2.AsyncClient() as http:
         assert (await http.get(f"{await store.url()}/health")).json()["num_blobs"] == 500
+
+
+async def test_records_go_with_their_last_name(
+    bus: Bus, root: Path, run_store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those an earlier process left, too; one that still has a name stays."""
+    monkeypatch.setattr("adapter_store.catalogue.RECORD_KEPT_S", 0.0)
+    await bus.set(bus.keys.base, BASE)
+    stale = m.AdapterRecord(digest="0" * 64, rank=1, num_bytes=1, config={}, modules=[], source="local:x", created_ms=1)
+    await bus.set(bus.keys.adapter(stale.digest), stale)
+    for name, seed in (("a", 1), ("twin", 1), ("b", 2)):
+        write_adapter(root / name, seed=seed)
+    run_store()
+    a, b = [await in_state(bus, name, "on_disk") for name in ("a", "b")]
+    await in_state(bus, "twin", "on_disk")
+
+    async def only(*digests: str) -> bool:
+        found = {key.decode() async for key in bus.redis.scan_iter(match=bus.keys.adapter("*"))}
+        return found == {bus.keys.adapter(digest) for digest in digests}
+
+    await wait_until(lambda: only(a.digest, b.digest), "the stale one is gone")
+    shutil.rmtree(root / "a")
+    shutil.rmtree(root / "b")
+    await wait_until(lambda: only(a.digest), "the record without a name is gone")
+    write_adapter(root / "twin", seed=3)
+    twin = await in_state(bus, "twin", "on_disk", not_digest=a.digest)
+    await wait_until(lambda: only(twin.digest), "a name that points elsewhere leaves none behind")
+
+
+async def test_a_store_that_others_can_reach_needs_a_secret(bus: Bus, settings: Settings) -> None:
+    with pytest.raises(BadRequest, match="secret"):
+        await serve(settings.model_copy(update={"store_host": "0.0.0.0"}), asyncio.Event())
