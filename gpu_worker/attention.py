@@ -71,6 +71,17 @@ class PagedLayer:
         self.k_cache = zeros((*shape, call.head_dim), dtype, device)
         self.v_cache = zeros((*shape, call.value_dim), dtype, device)
 
+    @property
+    def attention(self) -> ops.PagedAttention:
+        """What an operation over whole layers needs to know of this one. The cache must be there."""
+        call, k_cache, v_cache = self.call, self.k_cache, self.v_cache
+        assert k_cache is not None
+        assert v_cache is not None
+        return ops.PagedAttention(
+            call.num_heads, call.num_kv_heads, call.head_dim, call.value_dim, call.window, call.scale, call.softcap,
+            call.sinks, k_cache, v_cache,
+        )  # fmt: skip
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
         """Write the step's k [T, Hkv, D] and v [T, Hkv, Dv], attend with q [T, Hq, D]: [T, Hq, Dv]."""
         batch = self.context.attention

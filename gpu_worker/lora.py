@@ -62,6 +62,11 @@ class SharedInput:
         self._outs: list[Tensor] = []
 
     @property
+    def linears(self) -> ops.SiblingLinears:
+        """What an operation over whole layers needs to know of them."""
+        return ops.SiblingLinears(self._packed, self._bias, self.sizes, self.lora_sites)
+
+    @property
     def num_siblings(self) -> int:
         return len(self.sizes)
 

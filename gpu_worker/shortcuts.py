@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
 
 from gpu_worker.attention import PagedLayer
 from gpu_worker.lora import SharedInput, SiteLinear
@@ -44,6 +45,10 @@ class Norm:
         if x.ndim > 2 and not x.is_contiguous():  # heads cut from a fused projection
             x = x.contiguous()
         return ops.rms_norm(x, self.weight, self.eps, plus_one=self.plus_one, impl=self.impl)
+
+    @property
+    def norm(self) -> ops.RmsNorm:
+        return ops.RmsNorm(self.weight, self.eps, self.plus_one)
 
     def add_forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual += x, in place, and normalize the sum."""
@@ -114,6 +119,53 @@ class PreNormLayer:
         rows += self.mlp.run(self.second.add_forward(attended, rows))
         return hidden_states
 
+    @property
+    def layer(self) -> ops.DecoderLayer:
+        attention, mlp, norms = self.attention, self.mlp, self.attention.norms
+        return ops.DecoderLayer(
+            attention_norm=self.first.norm,
+            mlp_norm=self.second.norm,
+            head_norms=(norms[0].norm, norms[1].norm) if norms else None,
+            qkv=attention.qkv.linears,
+            attention=attention.layer.attention,
+            out=attention.out.linears,
+            gate_up=mlp.gate_up.linears,
+            act=mlp.act,
+            down=mlp.down.linears,
+        )
+
+
+class LayerStack:
+    """Pre-norm layers that follow each other, as one call; stands in the model for the first of them."""
+
+    def __init__(self, layers: list[PreNormLayer], impl: ops.Impl | None) -> None:
+        self.layers = layers
+        self.impl: ops.Impl | None = impl
+        self._stack: ops.DecoderStack | None = None
+        self._built_for: tuple[object, object] = (None, None)  # KV cache and adapter table the stack knows
+
+    def forward(self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **__: Any) -> Tensor:
+        first = self.layers[0].attention
+        table = first.qkv.table
+        if self._built_for[0] is not first.layer.k_cache or self._built_for[1] is not table:
+            self._stack = ops.decoder_stack([layer.layer for layer in self.layers], impl=self.impl)
+            self._built_for = (first.layer.k_cache, table)
+        if self._stack is None:
+            for layer in self.layers:
+                layer.forward(hidden_states, position_embeddings=position_embeddings)
+            return hidden_states
+        context = first.layer.context
+        assert context.attention is not None
+        cos, sin = position_embeddings
+        rows = hidden_states.view(-1, hidden_states.shape[-1])
+        self._stack.run(rows, cos[0], sin[0], context.attention, table, context.lora)
+        return hidden_states
+
+
+def _pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The forward of a layer whose work the stack before it has done."""
+    return hidden_states
+
 
 def install_shortcuts(model: nn.Module, trial: Trial, layers: list[PagedLayer], impl: ops.Impl | None) -> int:
     """Replace the recognised blocks of a model whose linear layers are sites. Returns how many layers are whole ones.
@@ -136,7 +188,45 @@ def install_shortcuts(model: nn.Module, trial: Trial, layers: list[PagedLayer], 
                 module.forward = candidate.forward
                 blocks[module] = candidate
                 break
+    _install_stacks(model, trial, blocks, impl)
     return sum(type(block) is PreNormLayer for block in blocks.values())
+
+
+def _install_stacks(model: nn.Module, trial: Trial, blocks: dict[nn.Module, Any], impl: ops.Impl | None) -> None:
+    """Let lists of pre-norm layers run as one call, where what holds them then computes what it computed before."""
+    for name, module in model.named_modules():
+        children = list(module.children())
+        layers = [blocks.get(child) for child in children]
+        holder = name.rpartition(".")[0]
+        if len(layers) < 2 or holder not in trial.modules or any(type(layer) is not PreNormLayer for layer in layers):
+            continue
+        stack = LayerStack([layer for layer in layers if layer is not None], impl)
+        stacked = _Stacked(model.get_submodule(holder), children, stack)
+        if _agrees(stacked.holder, stacked, trial.modules[holder], exact=True):
+            stacked.install()
+
+
+class _Stacked:
+    """What holds a list of layers, with the stack in their place while it runs."""
+
+    def __init__(self, holder: nn.Module, layers: list[nn.Module], stack: LayerStack) -> None:
+        self.holder = holder
+        self._layers = layers
+        self._stack = stack
+
+    def install(self) -> None:
+        self._layers[0].forward = self._stack.forward
+        for layer in self._layers[1:]:
+            layer.forward = _pass_on
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        before = [layer.forward for layer in self._layers]
+        self.install()
+        try:
+            return self.holder.forward(*args, **kwargs)
+        finally:
+            for layer, forward in zip(self._layers, before, strict=True):
+                layer.forward = forward
 
 
 def _candidates(
@@ -204,7 +294,7 @@ def _find_activation(module: nn.Module) -> ops.Activation | None:
     return None
 
 
-def _agrees(module: nn.Module, shortcut: Any, call: ModuleCall) -> bool:
+def _agrees(module: nn.Module, shortcut: Any, call: ModuleCall, *, exact: bool = False) -> bool:
     """Tell whether a shortcut computes what a module computes from the arguments of the trial run."""
     expected = module.forward(*_copies(call.args), **_copies(call.kwargs))
     try:
@@ -212,11 +302,14 @@ def _agrees(module: nn.Module, shortcut: Any, call: ModuleCall) -> bool:
     except (TypeError, ValueError, RuntimeError) as error:  # arguments or shapes that the shortcut does not take
         logger.debug("no shortcut for %s: %s", type(module).__name__, error)
         return False
-    if isinstance(expected, tuple):
-        expected, got = expected[0], got[0] if isinstance(got, tuple) else None
+    if type(got) is not type(expected):
+        return False
+    if isinstance(expected, (tuple, ModelOutput)):
+        expected, got = expected[0], got[0]
     if not isinstance(got, Tensor) or not isinstance(expected, Tensor) or got.shape != expected.shape:
         return False
-    return _close(got, expected, TOLERANCE[expected.dtype])
+    # A stack runs what its layers run: a difference as small as another rotary embedding makes is not rounding.
+    return torch.equal(got, expected) if exact else _close(got, expected, TOLERANCE[expected.dtype])
 
 
 def _copies(values: Any) -> Any:

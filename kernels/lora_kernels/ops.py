@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -23,7 +23,16 @@ from lora_kernels.segments import (
     build_lora_batch,
     recordable_lora_batch,
 )
-from lora_kernels.tables import Activation, AdapterTable, LoraSite, PackedLinear
+from lora_kernels.tables import (
+    Activation,
+    AdapterTable,
+    DecoderLayer,
+    LoraSite,
+    PackedLinear,
+    PagedAttention,
+    RmsNorm,
+    SiblingLinears,
+)
 
 __all__ = [
     "BLOCK_TOKENS",
@@ -31,12 +40,18 @@ __all__ = [
     "Activation",
     "AdapterTable",
     "AttentionBatch",
+    "DecoderLayer",
+    "DecoderStack",
     "Impl",
     "LoraBatch",
     "LoraSite",
     "PackedLinear",
+    "PagedAttention",
+    "RmsNorm",
+    "SiblingLinears",
     "build_attention_batch",
     "build_lora_batch",
+    "decoder_stack",
     "gated_act",
     "kv_write_",
     "linear",
@@ -140,6 +155,25 @@ def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: Impl | None = 
 def gated_act(gate: Tensor, up: Tensor, act: Activation = "silu", impl: Impl | None = None) -> Tensor:
     """act(gate) * up, in fp32, rounded once: [T, N]. gate and up may be column slices of one fused output."""
     return _choose(gate, impl).gated_act(gate, up, act)
+
+
+class DecoderStack(Protocol):
+    """Consecutive decoder layers that run as one call."""
+
+    def run(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBatch, table: AdapterTable | None,
+        lora: LoraBatch | None,
+    ) -> None:  # fmt: skip
+        """Turn x [T, width] into what the last layer gives, in place. cos, sin: as `rotary_` takes them."""
+        ...
+
+
+def decoder_stack(layers: Sequence[DecoderLayer], impl: Impl | None = None) -> DecoderStack | None:
+    """Prepare layers to run as one call that computes what the operations above compute one by one.
+
+    None where the implementation has nothing better than one by one.
+    """
+    return _choose(layers[0].qkv.packed.weight, impl).decoder_stack(layers)
 
 
 # Filled on first use, so that nothing heavy is imported until chosen. A plain dict, because torch.compile can read it.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.segments import BLOCK_TOKENS, PAGE_ROWS, AttentionBatch, LoraBatch
-from lora_kernels.tables import Activation, AdapterTable, LoraSite, PackedLinear
+from lora_kernels.tables import Activation, AdapterTable, DecoderLayer, LoraSite, PackedLinear
 
 
 def lora_add_(
@@ -132,3 +132,7 @@ def gated_act(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
     else:
         hidden = F.gelu(hidden, approximate="tanh" if act == "gelu_tanh" else "none")
     return (hidden * up.float()).to(gate.dtype)
+
+
+def decoder_stack(layers: Sequence[DecoderLayer]) -> None:
+    """Nothing is better than one by one here."""

@@ -41,3 +41,53 @@ class PackedLinear:
     out_features: int
     in_features: int
     layout: Literal["plain", "vnni"]  # plain: [N, K] as torch has it; vnni: pairs of K interleaved over columns
+
+
+@dataclass(frozen=True, slots=True)
+class SiblingLinears:
+    """Linear layers that read one input, packed as one weight, and their share of the adapter pool."""
+
+    packed: PackedLinear
+    bias: Tensor | None
+    sizes: list[int]  # output width of each
+    sites: list[LoraSite]  # one each; empty: no adapter touches them
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNorm:
+    """The arguments of `ops.rms_norm` that do not change."""
+
+    weight: Tensor
+    eps: float
+    plus_one: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PagedAttention:
+    """An attention layer: its geometry and its share of the KV cache."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    window: int
+    scale: float
+    softcap: float
+    sinks: Tensor | None
+    k_cache: Tensor  # [blocks, Hkv, 16, D]
+    v_cache: Tensor  # [blocks, Hkv, 16, Dv]
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """x += out(attention(rotary(qkv(norm(x))))); x += down(act(gate(norm(x))) * up(norm(x)))."""
+
+    attention_norm: RmsNorm
+    mlp_norm: RmsNorm
+    head_norms: tuple[RmsNorm, RmsNorm] | None  # of each head's queries and keys
+    qkv: SiblingLinears
+    attention: PagedAttention
+    out: SiblingLinears
+    gate_up: SiblingLinears
+    act: Activation
+    down: SiblingLinears

@@ -1,4 +1,4 @@
-"""The operations in native C++: AVX2, AVX-512 or AVX-512 with bf16, chosen at run time; torch's own thread pool.
+"""The operations in native C++: AVX2, AVX-512 or AVX-512 with bf16, chosen at run time.
 
 Same functions as `reference`, as `torch.library` operators. Call `load` first; it says whether they can be used.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_kernels.cpu.build import BuildError, build_library
 from lora_kernels.segments import AttentionBatch, LoraBatch
-from lora_kernels.tables import Activation, AdapterTable, LoraSite, PackedLinear
+from lora_kernels.tables import Activation, AdapterTable, DecoderLayer, LoraSite, PackedLinear, RmsNorm, SiblingLinears
 
 _log = logging.getLogger(__name__)
 _ops = torch.ops.lorafleet
@@ -122,6 +122,66 @@ def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 def gated_act(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
     return _ops.gated_act.default(gate, up, act)
+
+
+class DecoderStack:
+    """The native object behind `ops.decoder_stack`: csrc/stack.cpp."""
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        self._native = torch.classes.lorafleet.DecoderStack()
+        for layer in layers:
+            attention = layer.attention
+            norms = (layer.attention_norm, layer.mlp_norm, *(layer.head_norms or ()))
+            self._native.add_layer(
+                [_norm(norm) for norm in norms],
+                *(_linears(linears) for linears in (layer.qkv, layer.out, layer.gate_up, layer.down)),
+                [
+                    attention.num_heads,
+                    attention.num_kv_heads,
+                    attention.head_dim,
+                    attention.value_dim,
+                    attention.window,
+                ],
+                [attention.scale, attention.softcap],
+                [attention.k_cache, attention.v_cache],
+                attention.sinks,
+                layer.act,
+            )
+
+    def run(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBatch, table: AdapterTable | None,
+        lora: LoraBatch | None,
+    ) -> None:  # fmt: skip
+        self._native.run(
+            x,
+            cos,
+            sin,
+            [attention.block_tables, attention.query_starts, attention.kv_lens, attention.slot_mapping],
+            [] if table is None else [table.ranks, table.scales, table.pages],
+            [] if lora is None or table is None else [lora.rows, lora.small_tiles, lora.large_tiles, lora.counts],
+            None if lora is None else lora.row_scales,
+        )
+
+
+def decoder_stack(layers: Sequence[DecoderLayer]) -> DecoderStack:
+    return DecoderStack(layers)
+
+
+def _norm(norm: RmsNorm) -> tuple[Tensor, float, bool]:
+    return norm.weight, norm.eps, norm.plus_one
+
+
+def _linears(linears: SiblingLinears) -> tuple[object, ...]:
+    sites = linears.sites
+    return (
+        linears.packed.weight,
+        linears.bias,
+        linears.sizes,
+        [site.a_rows for site in sites],
+        [site.b_rows for site in sites],
+        [site.index for site in sites],
+        [site.group for site in sites],
+    )
 
 
 def _register_fakes() -> None:

@@ -19,6 +19,7 @@ import torch
 
 _SOURCE_DIR = Path(__file__).parent / "csrc"
 _COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+_HOST_PARTS = ("bind", "stack", "team")
 _ISA_FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-march=skylake-avx512",),
@@ -67,13 +68,13 @@ def _fingerprint() -> str:
 def _compile(compiler: str, build_dir: Path) -> Path:
     torch_dir = Path(torch.__file__).parent
     include = torch_dir / "include"
-    # The OpenMP runtime is not linked: its symbols come with torch's, so that there is one thread pool.
+    # The OpenMP runtime is not linked: its symbols come with torch's.
     bind_flags = [
         "-fopenmp",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *("-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")),
     ]
-    jobs = [[*bind_flags, str(_SOURCE_DIR / "bind.cpp"), "-o", str(build_dir / "bind.o")]]
+    jobs = [[*bind_flags, str(_SOURCE_DIR / f"{name}.cpp"), "-o", str(build_dir / f"{name}.o")] for name in _HOST_PARTS]
     for isa, flags in _ISA_FLAGS.items():
         source, output = str(_SOURCE_DIR / "isa.cpp"), str(build_dir / f"{isa}.o")
         jobs.append([f"-DLORAFLEET_ISA={isa}", *flags, source, "-o", output])

@@ -4,12 +4,13 @@ Matrix products with the base weights are the library's: `linear` is torch's own
 environment before the first import the same kernels run on CPU tensors, which is how they are tested without a GPU.
 """
 
-from lora_kernels.reference import linear, pack_linear
+from lora_kernels.reference import decoder_stack, linear, pack_linear
 from lora_kernels.triton_ops.attention import paged_attention
 from lora_kernels.triton_ops.lora import lora_add_
 from lora_kernels.triton_ops.pointwise import gated_act, kv_write_, rms_norm, rotary_
 
 __all__ = [
+    "decoder_stack",
     "gated_act",
     "kv_write_",
     "linear",

@@ -1,43 +1,21 @@
-// torch's side of the native kernels: operator schemas, checks, the intra-op thread pool, scratch memory.
+// torch's side of the native kernels: operator schemas, checks, the number of threads, scratch memory.
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "bind.h"
 #include "kernels.h"
 
 namespace lorafleet {
 
-// Every thread has a run of neighbouring tasks, so that what one prefetches is used by the next, and helps the others
-// when it has done its own: tasks differ in length, and another process may hold a core.
 void run_tasks(int64_t num_tasks, void (*task)(const void*, int64_t), const void* context) {
-  const int64_t threads = std::min<int64_t>(num_tasks, at::get_num_threads());
-  if (threads <= 1 || at::in_parallel_region()) {
-    for (int64_t i = 0; i < num_tasks; ++i) task(context, i);
-    return;
-  }
-  struct alignas(64) Run {
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
-  std::vector<Run> runs(threads);
-  for (int64_t t = 0; t < threads; ++t) {
-    runs[t].next = num_tasks * t / threads;
-    runs[t].end = num_tasks * (t + 1) / threads;
-  }
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    for (int64_t t = 0; t < threads; ++t) {
-      Run& run = runs[(begin + t) % threads];
-      for (int64_t i = run.next++; i < run.end; i = run.next++) task(context, i);
-    }
-  });
+  run_tasks(at::in_parallel_region() ? 1 : at::get_num_threads(), num_tasks, task, context);
 }
 
 float* scratch(int64_t num_floats) {
@@ -53,10 +31,6 @@ float* scratch(int64_t num_floats) {
   }
   return memory.get();
 }
-
-namespace {
-
-using at::Tensor;
 
 const Kernels* find_kernels(const std::string& isa) {
   __builtin_cpu_init();
@@ -421,8 +395,6 @@ Tensor gated_act(const Tensor& gate, const Tensor& up, c10::string_view act) {
   return out;
 }
 
-}  // namespace
-
 TORCH_LIBRARY(lorafleet, m) {
   m.def("isa() -> str", &isa);
   m.def("set_isa(str name) -> bool", &set_isa);
@@ -439,6 +411,7 @@ TORCH_LIBRARY(lorafleet, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual, bool plus_one) -> Tensor");
   m.def("rotary_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()");
   m.def("gated_act(Tensor gate, Tensor up, str act) -> Tensor");
+  register_stack(m);
 }
 
 TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {

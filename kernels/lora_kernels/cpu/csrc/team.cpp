@@ -1,0 +1,122 @@
+// The threads that share an operation's tasks.
+//
+// Tasks are claimed one by one from a published job, and the caller waits for claimed tasks only. With OpenMP every
+// operation ends in a barrier that all threads must reach: a thread whose core another process holds stops the step
+// until it is scheduled again. Here it just claims nothing.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+
+#include "kernels.h"
+
+namespace lorafleet {
+namespace {
+
+constexpr int kMaxThreads = 256;
+constexpr int64_t kMaxTasks = 1 << 20;  // of one job
+// A helper that waits for work keeps its core this long: the next operation of a step comes within microseconds.
+constexpr auto kSpin = std::chrono::microseconds(100);
+constexpr int kPatience = 2000;  // pauses of a caller before it offers its core to whoever holds up its helper
+
+// A run of neighbouring tasks: job number << 40 | next task << 20 | end. A claim is one compare-and-swap of the word,
+// so a helper that wakes up late cannot claim from a job that is over. (The number returns after 16 million jobs.)
+struct alignas(64) Run {
+  std::atomic<uint64_t> word{0};
+};
+
+// The fields of a job are written before its runs and read after a claim, which is when they cannot change.
+struct Team {
+  std::mutex busy;
+  int num_helpers = 0;
+  Run runs[kMaxThreads];
+  alignas(64) std::atomic<int> number{0};
+  std::atomic<int> num_runs{1};
+  std::atomic<void (*)(const void*, int64_t)> task{nullptr};
+  std::atomic<const void*> context{nullptr};
+  alignas(64) std::atomic<int64_t> num_done{0};
+};
+
+// Never destroyed: its helpers live as long as the process.
+Team& team() {
+  static Team& only = *new Team;
+  return only;
+}
+
+thread_local bool in_task = false;
+
+int64_t claim(Run& run, uint64_t number) {
+  uint64_t word = run.word.load(std::memory_order_acquire);
+  while (word >> 40 == number) {
+    const int64_t next = word >> 20 & (kMaxTasks - 1), end = word & (kMaxTasks - 1);
+    if (next == end) return -1;
+    if (run.word.compare_exchange_weak(word, word + (1 << 20), std::memory_order_acquire)) return next;
+  }
+  return -1;
+}
+
+// Do the thread's own run, in order, so that what one task prefetches is used by the next; then help the others.
+void work(Team& team, int self, int number) {
+  const uint64_t tag = number & 0xffffff;
+  const int num_runs = team.num_runs.load(std::memory_order_relaxed);
+  int64_t num_done = 0;
+  in_task = true;
+  for (int i = 0; i < num_runs; ++i) {
+    Run& run = team.runs[(self + i) % num_runs];
+    for (int64_t index; (index = claim(run, tag)) >= 0; ++num_done)
+      team.task.load(std::memory_order_relaxed)(team.context.load(std::memory_order_relaxed), index);
+  }
+  in_task = false;
+  if (num_done) team.num_done.fetch_add(num_done, std::memory_order_release);
+}
+
+void help(Team& team, int self) {
+  int seen = 0;
+  for (;;) {
+    const auto until = std::chrono::steady_clock::now() + kSpin;
+    while (team.number.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
+      for (int i = 0; i < 16; ++i) _mm_pause();
+    team.number.wait(seen, std::memory_order_acquire);
+    seen = team.number.load(std::memory_order_acquire);
+    work(team, self, seen);
+  }
+}
+
+void run_job(Team& team, int num_runs, int64_t num_tasks, void (*task)(const void*, int64_t), const void* context) {
+  for (; team.num_helpers < num_runs - 1; ++team.num_helpers)
+    std::thread(help, std::ref(team), team.num_helpers + 1).detach();
+  const int number = team.number.load(std::memory_order_relaxed) + 1;
+  team.task.store(task, std::memory_order_relaxed);
+  team.context.store(context, std::memory_order_relaxed);
+  team.num_runs.store(num_runs, std::memory_order_relaxed);
+  team.num_done.store(0, std::memory_order_relaxed);
+  for (int64_t t = 0; t < num_runs; ++t) {
+    const uint64_t next = num_tasks * t / num_runs, end = num_tasks * (t + 1) / num_runs;
+    team.runs[t].word.store((number & 0xffffffull) << 40 | next << 20 | end, std::memory_order_release);
+  }
+  team.number.store(number, std::memory_order_release);
+  team.number.notify_all();
+  work(team, 0, number);
+  for (int i = 0; team.num_done.load(std::memory_order_acquire) < num_tasks; ++i)
+    i < kPatience ? _mm_pause() : std::this_thread::yield();
+}
+
+}  // namespace
+
+void run_tasks(int num_threads, int64_t num_tasks, void (*task)(const void*, int64_t), const void* context) {
+  num_threads = std::min<int64_t>({num_threads, num_tasks, kMaxThreads});
+  Team& shared = team();
+  // A task that has tasks of its own, or a second thread that computes: alone.
+  if (num_threads <= 1 || num_tasks >= kMaxTasks || in_task || !shared.busy.try_lock()) {
+    for (int64_t i = 0; i < num_tasks; ++i) task(context, i);
+    return;
+  }
+  const std::lock_guard<std::mutex> lock(shared.busy, std::adopt_lock);
+  run_job(shared, num_threads, num_tasks, task, context);
+}
+
+}  // namespace lorafleet

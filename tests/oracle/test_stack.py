@@ -1,0 +1,81 @@
+"""Layers run as one native call give, bit for bit, what they give one by one; where that is not so they stay apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, warm
+from oracle.test_architectures import MODELS, make_model
+from torch import Tensor
+
+from gpu_worker.engine import Engine
+from gpu_worker.shortcuts import LayerStack
+from lora_kernels import cpu
+
+pytestmark = pytest.mark.skipif(not cpu.load(), reason="no native kernels: layers run one by one")
+
+STACKED = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+
+
+def stacks(engine: Engine) -> list[LayerStack]:
+    forwards = [getattr(module, "forward", None) for module in engine.model.module.modules()]
+    return [owner for forward in forwards if type(owner := getattr(forward, "__self__", None)) is LayerStack]
+
+
+def logits_of(engine: Engine, names: list[str]) -> list[Tensor]:
+    """Return the logits of every step of a mixed batch with chunked prefill."""
+    seen: list[Tensor] = []
+    run = engine.runner.run
+
+    def watch(inputs: Any) -> Tensor:
+        logits = run(inputs)
+        seen.append(logits.clone())
+        return logits
+
+    engine.runner.run = watch
+    warm(engine, names)
+    asked_prompts = prompts(3, TINY_VOCAB, (5, 33, 20))
+    ask(engine, [greedy_request(f"{n}/{i}", n, p, 6) for i, p in enumerate(asked_prompts) for n in names])
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", STACKED)
+def test_a_stack_computes_what_its_layers_compute(model_type: str, dtype: torch.dtype) -> None:
+    fields, targets = MODELS[model_type]
+    base = make_model(model_type, fields).to(dtype)
+    oracle = Oracle(base, {"one": Lora(5, targets), "two": Lora(17, targets[:1])}, scale=0.4)
+    stacked, apart = (oracle.engine(max_step_tokens=16, max_num_seqs=12) for _ in range(2))
+    (stack,) = stacks(stacked)
+    assert len(stack.layers) == base.config.num_hidden_layers
+    for layer in stacks(apart):
+        layer.impl = "reference"  # which has no way but one by one; the layers keep their own implementation
+    got, expected = logits_of(stacked, ["", "one", "two"]), logits_of(apart, ["", "one", "two"])
+    assert type(stack._stack) is cpu.DecoderStack
+    assert len(got) == len(expected)
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def test_layers_with_rotary_embeddings_of_their_own_stay_apart() -> None:
+    """Each layer of a list must get what the first gets."""
+    model = make_model("llama", {})
+    for i, layer in enumerate(model.get_submodule("model.layers")):
+        layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: (args, turned(kwargs, i)), with_kwargs=True)
+    oracle = Oracle(model, {"one": Lora(5, ("q_proj",))}, scale=0.4)
+    assert stacks(oracle.engine()) == []
+
+
+def turned(kwargs: dict[str, Any], layer: int) -> dict[str, Any]:
+    cos, sin = kwargs["position_embeddings"]
+    return kwargs | {"position_embeddings": (cos * (1 + 1e-3 * layer), sin)}
+
+
+def test_a_batch_without_adapters_needs_no_table() -> None:
+    fields, targets = MODELS["llama"]
+    oracle = Oracle(make_model("llama", fields), {"one": Lora(5, targets)}, scale=0.4)
+    prompt = np.arange(1, 20, dtype=np.int32)
+    asked = ask(oracle.engine(), [greedy_request("base", "", prompt, 8)])
+    assert asked.ids["base"] == oracle.greedy("", prompt, 8) != oracle.greedy("one", prompt, 8)
