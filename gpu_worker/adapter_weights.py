@@ -1,102 +1,37 @@
-"""Adapter weights in host memory, packed as the pool wants them, and the pool's tensors."""
+"""The pool's tensors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_worker.extras import Extras, map_tensors
 from gpu_worker.lora import GROUPS, SharedInput, SiteInfo
 from gpu_worker.memory import zeros
+from gpu_worker.packing import EXTRA_PAGE_BYTES, MAX_RANK, HostAdapter
 from gpu_worker.pool import PagePool
 from lora_kernels.ops import PAGE_ROWS, AdapterTable, LoraSite
-from protocol.errors import AdapterRefused, BadRequest
-from protocol.messages import ServedModel
-from protocol.peft_format import AdapterSpec, parse_header, read_adapter
-from protocol.safetensors_header import MAX_HEADER_BYTES, TensorInfo
+from protocol.errors import BadRequest
 
 OTHER_SHARE = 0.05
 """Part of the pool for adapters of the head: few have any, and its pages are large."""
 
 MAX_SLOTS = 4096
-MAX_RANK = 4096
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class HostAdapter:
-    """An adapter in host memory: the rows to copy, in the pool's dtype."""
-
-    digest: str
-    ranks: np.ndarray  # int32 [sites]; 0: not touched
-    scales: np.ndarray  # float32 [sites]
-    rows: list[tuple[int, Tensor, Tensor]]  # (site, A [rank, K], B transposed [rank, N])
-    num_pages: tuple[int, ...]  # by group
-    num_bytes: int
-
-
-def pack_adapter(
-    digest: str, config: dict[str, Any], weights: Any, sites: Sequence[SiteInfo], served: ServedModel, *, pin: bool
-) -> HostAdapter:
-    """Read a PEFT adapter for the model's sites. weights: a safetensors file as a buffer. Raises AdapterRefused.
-
-    pin: keep the rows in page-locked memory, from which a GPU copies beside its computing.
-    """
-    view = memoryview(weights)
-    tensors = parse_header(bytes(view[: 8 + MAX_HEADER_BYTES]), len(view))
-    spec = read_adapter(config, tensors, served)
-    if spec.rank > MAX_RANK:
-        raise AdapterRefused([f"rank {spec.rank} is over this worker's limit of {MAX_RANK}"])
-    by_name = {site.name: site for site in sites}
-    ranks, scales = np.zeros(len(sites), np.int32), np.zeros(len(sites), np.float32)
-    group_ranks = [0] * len(GROUPS)
-    rows: list[tuple[int, Tensor, Tensor]] = []
-    file = torch.frombuffer(bytearray(view), dtype=torch.uint8)
-    for part in spec.sites:
-        site = by_name[part.site]
-        a = _tensor(file, tensors[part.a], site.dtype)
-        b = _tensor(file, tensors[part.b], site.dtype)
-        rows.append((site.index, a, b.T.contiguous()))
-        ranks[site.index], scales[site.index] = part.rank, part.scale
-        group_ranks[site.group] = max(group_ranks[site.group], part.rank)
-    _check_finite(spec, rows)
-    if pin:
-        rows = [(index, a.pin_memory(), b.pin_memory()) for index, a, b in rows]
-    num_bytes = sum(a.nbytes + b.nbytes for _, a, b in rows)
-    num_pages = tuple(-(-rank // PAGE_ROWS) for rank in group_ranks)
-    return HostAdapter(digest, ranks, scales, rows, num_pages, num_bytes)
-
-
-def _tensor(file: Tensor, info: TensorInfo, dtype: torch.dtype) -> Tensor:
-    """Return one tensor of a file (uint8 [bytes]), converted."""
-    part = file[info.begin : info.end]
-    if info.begin % _DTYPES[info.dtype].itemsize:
-        part = part.clone()  # a view needs aligned numbers
-    return part.view(_DTYPES[info.dtype]).view(info.shape).to(dtype)
-
-
-def _check_finite(spec: AdapterSpec, rows: Sequence[tuple[int, Tensor, Tensor]]) -> None:
-    """Raise AdapterRefused when a number is not finite in the pool's dtype."""
-    # isfinite is twenty times slower on bf16 than this, which NaN and infinity pass through as well.
-    extremes = [torch.stack(torch.aminmax(tensor)).float() for _, a, b in rows for tensor in (a, b)]
-    bad = ~torch.isfinite(torch.stack(extremes)).all(-1)
-    if bad.any():
-        names = [name for part in spec.sites for name in (part.a, part.b)]
-        found = [names[i] for i in bad.nonzero()[:, 0].tolist()]
-        raise AdapterRefused([f"numbers that are not finite in {rows[0][1].dtype}: {', '.join(found[:5])}"])
 
 
 class PoolWeights:
     """The pool's tensors: rank rows of every site, and the table by which kernels find them."""
 
-    def __init__(self, sites: Sequence[SiteInfo], shared: Sequence[SharedInput], budget: int, device: Any) -> None:
+    def __init__(
+        self, sites: Sequence[SiteInfo], shared: Sequence[SharedInput], budget: int, device: Any, extra_bytes: int = 0
+    ) -> None:
+        """budget: bytes for the rows, allocated now. extra_bytes: for extras, allocated as adapters bring them."""
         self.sites = sites
+        self.extra_bytes = extra_bytes
         self.page_bytes = [_page_bytes(sites, group) for group in range(len(GROUPS))]
         self.capacity = split_budget(self.page_bytes, budget)
         self.num_slots = max(1, min(sum(self.capacity), MAX_SLOTS))
@@ -122,18 +57,27 @@ class PoolWeights:
 
     def new_pool(self) -> PagePool:
         """Return the bookkeeping of these tensors' pages and slots."""
-        return PagePool(self.capacity, self.page_bytes, self.num_slots)
+        capacity = [*self.capacity, self.extra_bytes // EXTRA_PAGE_BYTES]
+        return PagePool(capacity, [*self.page_bytes, EXTRA_PAGE_BYTES], self.num_slots)
 
-    def copy_rows(self, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> None:
-        """Write an adapter's rows into pages that no step sees. For a loader thread: returns when they have arrived."""
-        if self._stream is not None:
-            # The pages may have been another adapter's until now: steps that were launched may still read them.
-            self._stream.wait_stream(torch.cuda.default_stream(self._device))
-            with torch.cuda.stream(self._stream):
-                self._copy_rows(adapter, pages)
-            self._stream.synchronize()
-        else:
+    def copy(self, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> Extras:
+        """Write an adapter's rows into pages that no step sees, and return its extras on the device.
+
+        For a loader thread: returns when all has arrived.
+        """
+        if self._stream is None:
             self._copy_rows(adapter, pages)
+            return adapter.extras
+        # The pages may have been another adapter's until now: steps that were launched may still read them.
+        self._stream.wait_stream(torch.cuda.default_stream(self._device))
+        # Allocated outside the copy stream, whose memory a step on the default stream may not use.
+        extras = map_tensors(adapter.extras, lambda tensor: torch.empty_like(tensor, device=self._device))
+        with torch.cuda.stream(self._stream):
+            self._copy_rows(adapter, pages)
+            for target, source in zip(_tensors(extras), _tensors(adapter.extras), strict=True):
+                target.copy_(source, non_blocking=True)
+        self._stream.synchronize()
+        return extras
 
     def _copy_rows(self, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> None:
         for index, a, b in adapter.rows:
@@ -153,7 +97,7 @@ class PoolWeights:
                 continue
             table.ranks[slot] = torch.from_numpy(adapter.ranks).to(table.ranks.device)
             table.scales[slot] = torch.from_numpy(adapter.scales).to(table.scales.device)
-            for group, group_pages in enumerate(pages):
+            for group, group_pages in enumerate(pages[: len(GROUPS)]):
                 table.pages[slot, group, : len(group_pages)] = torch.tensor(group_pages, dtype=torch.int32)
 
 
@@ -184,3 +128,9 @@ def _empty_table(num_slots: int, num_sites: int, max_pages: int, device: torch.d
         scales=torch.zeros(num_slots, num_sites, dtype=torch.float32, device=device),
         pages=torch.zeros(num_slots, len(GROUPS), max_pages, dtype=torch.int32, device=device),
     )
+
+
+def _tensors(extras: Extras) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(extras, lambda tensor: found.append(tensor) or tensor)
+    return found

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu_worker.adapter_weights import HostAdapter, PoolWeights
+from gpu_worker.adapter_weights import PoolWeights
+from gpu_worker.extras import Extras
+from gpu_worker.packing import HostAdapter
 from protocol.errors import AdapterRefused, Internal, LorafleetError
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,11 @@ class _Done:
     error: LorafleetError | None
     copied: bool  # into the pool, not only to the host
     seconds: float
+    extras: Extras | None = None  # on the device, of one that was copied
+
+
+Job = Callable[[], tuple[HostAdapter, Extras | None]]
+"""What a loader thread does: an adapter, and its extras on the device if it was copied there."""
 
 
 class AdapterCache:
@@ -79,6 +86,8 @@ class AdapterCache:
         self.pool.cost = self._reload_s
         self.host = HostTier(host_bytes)
         self.slot_ranks = np.zeros(weights.num_slots, np.int64)  # largest rank of the adapter in each slot
+        self.extras: dict[str, Extras] = {}  # of the adapters in the pool that have any, on the device
+        self.invocations: dict[str, tuple[int, ...]] = {}  # of the activated LoRA in the pool
         self.on_loaded: Callable[[], object] = _ignore  # called from a loader thread when `poll` has news
         self.on_evicted: Callable[[str], object] = _ignore  # called when an adapter leaves the pool
         self.num_loads = 0  # into the pool
@@ -117,6 +126,10 @@ class AdapterCache:
     def resident(self) -> list[str]:
         return [digest for digest, resident in self.pool.residents.items() if resident.visible]
 
+    def is_resident(self, digest: str) -> bool:
+        resident = self.pool.residents.get(digest)
+        return resident is not None and resident.visible
+
     def prefetch(self, digest: str) -> None:
         """Bring an adapter to the host and, if there is room without sending another away, into the pool."""
         if digest not in self.pool.residents:
@@ -149,7 +162,7 @@ class AdapterCache:
             return None
         adapter = self.host.get(digest)
         if adapter is None:
-            self._start(digest, copies=False, job=lambda: self._read(digest))
+            self._start(digest, copies=False, job=lambda: (self._read(digest), None))
             return None
         if not self.pool.can_ever_hold(adapter.num_pages):
             needed, total = self.pool.bytes_of(adapter.num_pages), self.pool.total_bytes
@@ -160,13 +173,15 @@ class AdapterCache:
                 self._starve(digest, adapter, keep)
             return None
         for other in evicted:
+            self.extras.pop(other, None)
+            self.invocations.pop(other, None)
             self.on_evicted(other)
         self._end_starving(digest)
         pages = self.pool.residents[digest].pages
-        self._start(digest, copies=True, job=lambda: self._copy(adapter, pages))
+        self._start(digest, copies=True, job=lambda: (adapter, self.weights.copy(adapter, pages)))
         return None
 
-    def _start(self, digest: str, *, copies: bool, job: Callable[[], HostAdapter]) -> None:
+    def _start(self, digest: str, *, copies: bool, job: Job) -> None:
         self._jobs[digest] = copies
         (self._copier if copies else self._stagers).submit(self._run_job, digest, copies, job)
 
@@ -193,6 +208,10 @@ class AdapterCache:
                     self.pool.remove(done.digest)
             elif done.copied:
                 resident = self.pool.residents[done.digest]
+                if done.extras:
+                    self.extras[done.digest] = done.extras
+                if done.adapter.invocation:
+                    self.invocations[done.digest] = done.adapter.invocation
                 self.weights.publish(resident.slot, done.adapter, resident.pages)
                 self.slot_ranks[resident.slot] = done.adapter.ranks.max()
                 self.pool.publish(done.digest)
@@ -213,23 +232,20 @@ class AdapterCache:
 
     # ------------------------------------------------------------ in the loaders' threads
 
-    def _run_job(self, digest: str, copies: bool, job: Callable[[], HostAdapter]) -> None:
+    def _run_job(self, digest: str, copies: bool, job: Job) -> None:
         started = time.perf_counter()
         adapter: HostAdapter | None = None
+        extras: Extras | None = None
         error: LorafleetError | None = None
         try:
-            adapter = job()
+            adapter, extras = job()
         except LorafleetError as known:
             error = known
         except Exception:  # a loader's edge: the adapter's requests must hear of it
             logger.exception("loading adapter %.12s failed", digest)
             error = Internal(f"loading adapter {digest:.12} failed")
-        self._done.put(_Done(digest, adapter, error, copies, time.perf_counter() - started))
+        self._done.put(_Done(digest, adapter, error, copies, time.perf_counter() - started, extras))
         self.on_loaded()
-
-    def _copy(self, adapter: HostAdapter, pages: list[list[int]]) -> HostAdapter:
-        self.weights.copy_rows(adapter, pages)
-        return adapter
 
 
 def _ignore(*_: object) -> None:

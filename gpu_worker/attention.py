@@ -7,13 +7,14 @@ sequence borders come from the paged cache. No `Cache` object is passed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from gpu_worker.extras import ExtraRows
 from gpu_worker.memory import zeros
 from lora_kernels import ops
 
@@ -28,6 +29,8 @@ class StepContext:
     attention: ops.AttentionBatch | None = None
     lora: ops.LoraBatch | None = None  # None: no token of the step has an adapter
     lora_logits: ops.LoraBatch | None = None  # the same for the rows that go through the head
+    extras: list[ExtraRows] = field(default_factory=list)  # tokens whose adapters do more than plain LoRA
+    extras_logits: list[ExtraRows] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -105,7 +105,7 @@ class Batcher:
                 last = seq.num_computed // BLOCK_TOKENS
                 self._extend_hashes(seq, last)
                 for i in range(first, last):
-                    self.blocks.publish(seq.blocks[i], seq.hashes[i], seq.request.digest)
+                    self.blocks.publish(seq.blocks[i], seq.hashes[i], self._owner(seq, i))
 
     def _grow(self, seq: Sequence, num_new: int, plan: StepPlan) -> bool:
         """Give a running sequence the blocks for `num_new` more tokens, preempting the latest arrivals if need be.
@@ -152,6 +152,8 @@ class Batcher:
 
     def _admit(self, seq: Sequence, budget: int) -> int:
         """Start a waiting sequence if its blocks and adapter are there. Returns its tokens in this step, 0 if not."""
+        if not seq.is_bound:
+            return 0  # its adapter has not been in the pool yet
         cached = self._lookup(seq)
         num_cached = len(cached) * BLOCK_TOKENS
         num_new = min(seq.num_tokens - num_cached, budget)
@@ -187,11 +189,20 @@ class Batcher:
         request = seq.request
         while len(seq.hashes) < num_blocks:
             start = len(seq.hashes) * BLOCK_TOKENS
-            if seq.hashes:
-                parent = seq.hashes[-1]
+            end = start + BLOCK_TOKENS
+            digest = self._owner(seq, len(seq.hashes))
+            if not seq.hashes:
+                parent = chain_seed(self._fingerprint, digest, request.lora_scale, request.salt)
             else:
-                parent = chain_seed(self._fingerprint, request.digest, request.lora_scale, request.salt)
-            seq.hashes.append(chain_hash(parent, seq.tokens[start : start + BLOCK_TOKENS]))
+                parent = seq.hashes[-1]
+            if seq.activates and end > seq.active_from:
+                # What the block holds depends on where the adapter set in.
+                parent = chain_seed(f"{parent.hex()}:{seq.active_from}", digest, request.lora_scale, "")
+            seq.hashes.append(chain_hash(parent, seq.tokens[start:end]))
+
+    def _owner(self, seq: Sequence, block: int) -> str:
+        """Return whose keys and values a block of a sequence holds: an adapter's digest, "" for the base model's."""
+        return "" if (block + 1) * BLOCK_TOKENS <= seq.num_base else seq.request.digest
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks and sequences agree."""

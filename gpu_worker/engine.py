@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import dataclass, replace
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from gpu_worker.adapters import AdapterCache
@@ -20,6 +21,9 @@ from gpu_worker.step_model import StepFit
 from protocol.errors import BadRequest, Internal, LorafleetError
 
 logger = logging.getLogger(__name__)
+
+NEVER = 1 << 40
+"""A position behind every text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Engine:
         self.model = model
         self.config = config
         self.adapters = adapters
-        self.runner = Runner(model, config.num_blocks)
+        self.runner = Runner(model, config.num_blocks, adapters.extras)
         self.runner.check()
         self.blocks = BlockPool(config.num_blocks)
         self.batcher = Batcher(config.limits, self.blocks, adapters, model.fingerprint)
@@ -75,7 +79,9 @@ class Engine:
             if running.request.epoch >= request.epoch:  # delivered twice
                 return
             self._end(running)
-        _check(request, self.config.max_model_len, self.model.vocab_size)
+        _check(request, self.config.max_model_len)
+        if not request.digest:  # an adapter may know other ids, and need not be here yet
+            _check_ids(request, self.model.vocab_size)
         seq = Sequence(request, self.config.max_model_len)
         stop = StopCheck(seq, self.model.eos_ids, self._tokenizer)
         finish = ""
@@ -115,6 +121,7 @@ class Engine:
         clock = time.perf_counter
         started = clock()
         self._fail_adapters(self.adapters.poll())
+        self._bind_waiting()
         plan = self.batcher.plan()
         # After the plan, so that no adapter leaves the pool that the plan could use.
         self._fail_adapters(self.adapters.load(self._wanted_adapters()))
@@ -171,6 +178,26 @@ class Engine:
                 self._outputs.append(_failed(seq, error))
                 self._end(seq)
 
+    def _bind_waiting(self) -> None:
+        """Settle for requests whose adapter has come where it sets in, and end those it cannot serve."""
+        for seq in [seq for seq in self.batcher.waiting if not seq.is_bound]:
+            digest = seq.request.digest
+            if not self.adapters.is_resident(digest):
+                continue
+            extras = self.adapters.extras.get(digest)
+            own_vocab = extras.vocab_size if extras is not None else 0
+            try:
+                _check_ids(seq.request, own_vocab or self.model.vocab_size)
+            except LorafleetError as error:
+                self._outputs.append(_failed(seq, error))
+                self._end(seq)
+                continue
+            invocation = self.adapters.invocations.get(digest)
+            if invocation:
+                seq.activates, seq.active_from = True, activation(seq.request.prompt, invocation)
+                seq.num_base = 0 if extras is not None and extras.reaches_all_rows else seq.active_from
+            seq.is_bound = True
+
     def prefetch(self, digest: str) -> None:
         """Bring an adapter towards the pool, for a request that will come."""
         self.adapters.prefetch(digest)
@@ -220,7 +247,7 @@ class Engine:
         )
 
 
-def _check(request: EngineRequest, max_model_len: int, vocab_size: int) -> None:
+def _check(request: EngineRequest, max_model_len: int) -> None:
     """Raise BadRequest for what no step could compute."""
     num = len(request.prompt)
     if num == 0:
@@ -230,13 +257,27 @@ def _check(request: EngineRequest, max_model_len: int, vocab_size: int) -> None:
             f"the prompt has {num} tokens, this model takes at most {max_model_len} with the output",
             code="context_length_exceeded",
         )
+    if request.max_new_tokens < 1:
+        raise BadRequest("max_new_tokens must be at least 1", param="max_tokens")
+
+
+def _check_ids(request: EngineRequest, vocab_size: int) -> None:
+    """Raise BadRequest for token ids that the model, or the adapter, does not have."""
     if request.prompt.min() < 0 or request.prompt.max() >= vocab_size:
         raise BadRequest(f"the prompt holds token ids outside 0 … {vocab_size - 1}", param="prompt")
     ids = [*request.sampling.logit_bias, *request.stop_token_ids]
     if any(not 0 <= token < vocab_size for token in ids):
         raise BadRequest(f"logit_bias or stop_token_ids holds ids outside 0 … {vocab_size - 1}")
-    if request.max_new_tokens < 1:
-        raise BadRequest("max_new_tokens must be at least 1", param="max_tokens")
+
+
+def activation(prompt: np.ndarray, invocation: tuple[int, ...]) -> int:
+    """Return where the last `invocation` in the prompt begins; far behind every text if it is not there."""
+    wanted = np.array(invocation, prompt.dtype)
+    if len(wanted) > len(prompt):
+        return NEVER
+    windows = np.lib.stride_tricks.sliding_window_view(prompt, len(wanted))
+    found = np.flatnonzero((windows == wanted).all(-1))
+    return int(found[-1]) if len(found) else NEVER
 
 
 def _output(seq: Sequence, ids: list[int], logprobs: bytes, finish: str, stop: str) -> TokenOutput:

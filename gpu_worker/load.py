@@ -9,13 +9,14 @@ from collections.abc import Callable
 import torch
 from tokenizers import Tokenizer
 
-from gpu_worker.adapter_weights import HostAdapter, PoolWeights, pack_adapter
+from gpu_worker.adapter_weights import PoolWeights
 from gpu_worker.adapters import AdapterCache
 from gpu_worker.batcher import BLOCK_TOKENS, Limits
 from gpu_worker.engine import Engine, EngineConfig
 from gpu_worker.fetch import AdapterFiles
 from gpu_worker.memory import GiB, free_bytes, share
 from gpu_worker.model import BaseModel, choose_device, choose_dtype, load_model
+from gpu_worker.packing import HostAdapter, Packer
 from gpu_worker.thread import EngineThread
 from lora_kernels import ops
 from protocol import messages as m
@@ -63,11 +64,13 @@ def build_engine(
     on_cpu = model.device.type == "cpu"
     pool_bytes = share(settings.adapter_pool_bytes, free, 0.25, 2 * GiB if on_cpu else 16 * GiB)
     host_bytes = share(settings.adapter_host_bytes, free_bytes(torch.device("cpu")), 0.1, 2 * GiB)
-    weights = PoolWeights(model.sites, model.shared, pool_bytes, model.device)
+    extra_bytes = share(settings.adapter_extra_bytes, free, 0.05, 2 * GiB if on_cpu else 8 * GiB)
+    weights = PoolWeights(model.sites, model.shared, pool_bytes, model.device, extra_bytes)
+    packer = Packer(model.sites, served, model.places, pin=not on_cpu)
 
     def read(digest: str) -> HostAdapter:
         files = fetch(digest)
-        return pack_adapter(digest, files.config, files.weights, model.sites, served, pin=not on_cpu)
+        return packer.pack(digest, files.config, files.weights)
 
     return Engine(model, config, AdapterCache(weights, read, host_bytes), tokenizer), served
 
@@ -94,7 +97,6 @@ def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:
 
 def served_model(model: BaseModel, config: EngineConfig, settings: Settings) -> m.ServedModel:
     """Return what the fleet may know of the model."""
-    sites = [m.SiteShape(site.name, site.in_features, site.out_features, site.kind) for site in model.sites]
     return m.ServedModel(
         model=settings.model,
         name=served_name(settings.model, settings.served_name),
@@ -102,7 +104,7 @@ def served_model(model: BaseModel, config: EngineConfig, settings: Settings) -> 
         model_type=model.config.model_type,
         vocab_size=model.vocab_size,
         max_model_len=config.max_model_len,
-        sites=sites + [m.SiteShape(name, *shape, "embedding") for name, shape in model.embeddings.items()],
+        sites=model.places.shapes(model.sites),
         dtype=str(model.dtype).removeprefix("torch."),
         tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
         created_ms=now_ms(),

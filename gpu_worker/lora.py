@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gpu_worker.attention import StepContext
+from gpu_worker.extras import apply_linear
 from lora_kernels import ops
 
 GROUPS = ("attention", "mlp", "other")
@@ -31,6 +32,7 @@ class SiteInfo:
     out_features: int
     kind: Literal["linear", "conv1d"]
     dtype: torch.dtype
+    has_bias: bool = False
 
 
 @dataclass(slots=True)
@@ -58,6 +60,7 @@ class SharedInput:
         self.in_features = weights[0].shape[1]
         self._packed = ops.pack_linear(torch.cat(weights) if len(weights) > 1 else weights[0].contiguous(), impl=impl)
         self._bias = _joint_bias(linears, weights)
+        self._biases = [None] * len(self.sizes) if self._bias is None else list(self._bias.split(self.sizes))
         self._x: Tensor | None = None
         self._outs: list[Tensor] = []
 
@@ -86,7 +89,20 @@ class SharedInput:
         batch = self.context.lora_logits if self.is_head else self.context.lora
         if batch is not None and self.table is not None:
             ops.lora_add_(outs, rows, self.lora_sites, self.table, batch, impl=self.impl)
+        extras = self.context.extras_logits if self.is_head else self.context.extras
+        if extras:
+            for i, site in enumerate(self.lora_sites):
+                outs[i] = apply_linear(extras, site.index, outs[i], rows, self._biases[i])
         return outs
+
+    def weight(self, index: int) -> Tensor:
+        """Return the weight [N, K] of sibling `index`."""
+        first = sum(self.sizes[:index])
+        return ops.unpack_linear(self._packed)[first : first + self.sizes[index]]
+
+    def bias(self, index: int) -> Tensor | None:
+        """Return the bias [N] of sibling `index`."""
+        return self._biases[index]
 
 
 class SiteLinear(nn.Module):
@@ -140,7 +156,8 @@ def _site_info(call: LinearCall, index: int, attention_names: set[str]) -> SiteI
         group = 1 if in_layer else 2
     weight = _weight(call.module)
     kind = "conv1d" if isinstance(call.module, Conv1D) else "linear"
-    return SiteInfo(call.name, index, group, weight.shape[1], weight.shape[0], kind, weight.dtype)
+    has_bias = call.module._parameters.get("bias") is not None
+    return SiteInfo(call.name, index, group, weight.shape[1], weight.shape[0], kind, weight.dtype, has_bias)
 
 
 def _weight(linear: nn.Module) -> Tensor:

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from gpu_worker.attention import ATTENTION, PagedLayer, StepContext, bind
 from gpu_worker.lora import SharedInput, SiteInfo, install_sites
+from gpu_worker.places import Places, find_places
 from gpu_worker.shortcuts import install_shortcuts
 from gpu_worker.trial import NUM_TOKENS, Trial, run_trial
 from lora_kernels import ops
@@ -41,6 +42,7 @@ class BaseModel:
     layers: list[PagedLayer]
     sites: list[SiteInfo]
     shared: list[SharedInput]  # in the order of their sites
+    places: Places
     eos_ids: frozenset[int]
     max_positions: int  # longest sequence the model can serve; 0: no limit known
     fingerprint: str
@@ -50,15 +52,6 @@ class BaseModel:
     @property
     def config(self) -> Any:
         return self.module.config.get_text_config()
-
-    @property
-    def embeddings(self) -> dict[str, tuple[int, int]]:
-        """Name and (entries, width) of every embedding: LoRA on them is not served, the adapter reader must know."""
-        return {
-            name: (child.num_embeddings, child.embedding_dim)
-            for name, child in self.module.named_modules()
-            if isinstance(child, nn.Embedding)
-        }
 
     @property
     def vocab_size(self) -> int:
@@ -126,25 +119,29 @@ def prepare_model(module: PreTrainedModel, eos_ids: frozenset[int], impl: ops.Im
     names = {module_: name for name, module_ in module.named_modules()}
     attention_names = {names[layer.call.module] for layer in layers}
     sites, shared = install_sites(module, trial.linears, attention_names, context, impl)
-    num_short = _shorten(module, trial, layers, context, impl)
+    places = find_places(module, trial.per_token, sites, shared, context)
+    num_short = _shorten(module, trial, layers, places, impl)
+    places.watch()
     logger.info("%d of %d layers of %s run by shortcuts", num_short, len(layers), config.model_type)
     return BaseModel(
         module=module, device=device, dtype=dtype, context=context, layers=layers, sites=sites, shared=shared,
-        eos_ids=eos_ids, max_positions=_max_positions(config), fingerprint=fingerprint, keeps_logits=keeps_logits,
-        check=check,
+        places=places, eos_ids=eos_ids, max_positions=_max_positions(config), fingerprint=fingerprint,
+        keeps_logits=keeps_logits, check=check,
     )  # fmt: skip
 
 
 def _shorten(
-    module: PreTrainedModel, trial: Trial, layers: list[PagedLayer], context: StepContext, impl: ops.Impl | None
+    module: PreTrainedModel, trial: Trial, layers: list[PagedLayer], places: Places, impl: ops.Impl | None
 ) -> int:
     """Install the shortcuts, checking them on the trial's tokens in a cache of one block."""
     for layer in layers:
         layer.allocate(1, module.dtype, module.device)
     num_tokens = np.array([NUM_TOKENS])
-    context.attention = ops.build_attention_batch(num_tokens, num_tokens, np.zeros((1, 1), np.int32), module.device)
+    places.context.attention = ops.build_attention_batch(
+        num_tokens, num_tokens, np.zeros((1, 1), np.int32), module.device
+    )
     with torch.inference_mode():
-        return install_shortcuts(module, trial, layers, impl)
+        return install_shortcuts(module, trial, layers, places, impl)
 
 
 def fingerprint_of(module: PreTrainedModel) -> str:

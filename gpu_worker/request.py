@@ -62,6 +62,10 @@ class Sequence:
         self.blocks: list[int] = []
         self.hashes: list[bytes] = []  # of the full blocks, as far as known
         self.slot = -1  # adapter slot while running, -1 for the base model
+        self.is_bound = not request.digest  # what its adapter means for it is known: the next three
+        self.activates = False  # the adapter's LoRA counts from some token on only
+        self.active_from = 0  # that token
+        self.num_base = 0  # tokens from the beginning whose keys and values are the base model's
         self.num_skips = 0  # plans that passed it over for lack of blocks
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.batcher import StepPlan
+from gpu_worker.extras import ExtraRows, Extras
 from gpu_worker.model import BaseModel
 from gpu_worker.request import Sequence
 from lora_kernels import ops
@@ -26,14 +28,17 @@ class StepInputs:
     positions: Tensor  # int64 [T]
     logit_rows: Tensor  # int64 [n]
     ready: list[Sequence]  # whose next token can be chosen, in the order of logit_rows
+    vocab_sizes: Tensor | None = None  # int64 [n], where an adapter of the step has a vocabulary of its own
 
 
 class Runner:
     """Runs plans on a model whose KV cache it allocates."""
 
-    def __init__(self, model: BaseModel, num_blocks: int) -> None:
+    def __init__(self, model: BaseModel, num_blocks: int, extras: Mapping[str, Extras] | None = None) -> None:
+        """extras: by digest, of the adapters in the pool that do more than plain LoRA; it may change between steps."""
         self.model = model
         self.num_blocks = num_blocks
+        self._extras: Mapping[str, Extras] = {} if extras is None else extras
         for layer in model.layers:
             layer.allocate(num_blocks, model.dtype, model.device)
 
@@ -51,19 +56,58 @@ class Runner:
         context.attention = ops.build_attention_batch(num_new, ends, block_tables(seqs), device)
         slots = np.array([seq.slot for seq in seqs], np.int32)
         scales = np.array([seq.request.lora_scale for seq in seqs], np.float32)
-        context.lora = _lora_batch(slots, scales, num_new, device)
-        context.lora_logits = _lora_batch(slots[heads], scales[heads], None, device)
+        token_slots, token_scales = np.repeat(slots, num_new), np.repeat(scales, num_new)
+        late = [i for i, seq in enumerate(seqs) if seq.active_from > seq.num_computed]
+        for i in late:  # an activated LoRA before its invocation
+            first = int(num_new[:i].sum())
+            token_slots[first : first + min(num_new[i], seqs[i].active_from - seqs[i].num_computed)] = -1
+        context.lora = _lora_batch(token_slots, token_scales, device)
+        context.lora_logits = _lora_batch(token_slots[rows], token_scales[rows], device)
+        context.extras, context.extras_logits = [], []
+        vocab_sizes = self._set_extras(seqs, num_new, heads) if self._extras else None
         return StepInputs(
             input_ids=torch.from_numpy(ids.astype(np.int64)).to(device, non_blocking=True),
             positions=context.attention.positions,
             logit_rows=torch.from_numpy(rows).to(device, non_blocking=True),
             ready=[seq for seq, is_complete in zip(seqs, complete, strict=True) if is_complete],
+            vocab_sizes=vocab_sizes,
         )
+
+    def _set_extras(self, seqs: list[Sequence], num_new: np.ndarray, heads: np.ndarray) -> Tensor | None:
+        """Note in the context which rows have extras. Returns the vocabulary sizes of the logits' rows if they differ.
+
+        heads: int [n], the sequences whose last token goes through the head.
+        """
+        context = self.model.context
+        owners: dict[tuple[str, float], list[int]] = {}
+        for i, seq in enumerate(seqs):
+            if seq.request.digest in self._extras:
+                owners.setdefault((seq.request.digest, seq.request.lora_scale), []).append(i)
+        if not owners:
+            return None
+        device, starts = self.model.device, np.cumsum(num_new) - num_new
+        sizes = np.full(len(heads), self.model.vocab_size)
+        for (digest, scale), members in owners.items():
+            extras = self._extras[digest]
+            rows = np.concatenate([np.arange(starts[i], starts[i] + num_new[i]) for i in members])
+            positions = np.concatenate([np.arange(num_new[i]) + seqs[i].num_computed for i in members])
+            active = positions >= np.repeat([seqs[i].active_from for i in members], num_new[members])
+            context.extras.append(_extra_rows(extras, rows, active, scale, device))
+            head_rows = np.flatnonzero(np.isin(heads, members))
+            lasts = np.array([seqs[i].num_computed + num_new[i] - 1 >= seqs[i].active_from for i in heads[head_rows]])
+            if len(head_rows):
+                context.extras_logits.append(_extra_rows(extras, head_rows, lasts, scale, device))
+                sizes[head_rows] = extras.vocab_size or self.model.vocab_size
+        return torch.from_numpy(sizes).to(device) if (sizes != self.model.vocab_size).any() else None
 
     def run(self, inputs: StepInputs) -> Tensor:
         """Compute a step. Returns the logits [n, V] of the sequences in `inputs.ready` (one useless row if none)."""
         with torch.inference_mode():
-            return self.model.forward(inputs.input_ids, inputs.positions, inputs.logit_rows)
+            logits = self.model.forward(inputs.input_ids, inputs.positions, inputs.logit_rows)
+            if inputs.vocab_sizes is not None:
+                ids = torch.arange(logits.shape[-1], device=logits.device)
+                logits = logits.masked_fill(ids >= inputs.vocab_sizes[:, None], -torch.inf)
+            return logits
 
     def check(self) -> float:
         """Hold the finished engine against the untouched model on a random prompt, computed in two chunks.
@@ -78,6 +122,7 @@ class Runner:
         table = np.arange(-(-len(ids) // ops.BLOCK_TOKENS), dtype=np.int32)[None]
         context = self.model.context
         context.lora = context.lora_logits = None
+        context.extras = context.extras_logits = []
         parts = []
         for start, end in ((0, first), (first, len(ids))):
             num_new = np.array([end - start])
@@ -104,12 +149,15 @@ def block_tables(seqs: list[Sequence]) -> np.ndarray:
     return table
 
 
-def _lora_batch(
-    slots: np.ndarray, scales: np.ndarray, repeats: np.ndarray | None, device: torch.device
-) -> ops.LoraBatch | None:
-    """Build the list of rows with adapters: slots int32 [S], scales float32 [S], each repeated if repeats is given."""
+def _lora_batch(slots: np.ndarray, scales: np.ndarray, device: torch.device) -> ops.LoraBatch | None:
+    """Build the list of rows with adapters: slots int32 [T], scales float32 [T]."""
     if (slots < 0).all():
         return None
-    if repeats is not None:
-        slots, scales = np.repeat(slots, repeats), np.repeat(scales, repeats)
     return ops.build_lora_batch(slots, device, None if (scales == 1).all() else scales)
+
+
+def _extra_rows(extras: Extras, rows: np.ndarray, active: np.ndarray, scale: float, device: torch.device) -> ExtraRows:
+    """Send one group of rows to the device. rows: int [n]; active: bool [n], rows on which the LoRA counts."""
+    whole = torch.from_numpy(rows.astype(np.int64)).to(device)
+    part = whole if active.all() else torch.from_numpy(rows[active].astype(np.int64)).to(device)
+    return ExtraRows(extras, whole, part, scale)

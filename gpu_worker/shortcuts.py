@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from gpu_worker.attention import PagedLayer
+from gpu_worker.attention import PagedLayer, StepContext
+from gpu_worker.extras import ModulePlace
 from gpu_worker.lora import SharedInput, SiteLinear
+from gpu_worker.places import Places
 from gpu_worker.trial import ModuleCall, Trial
 from lora_kernels import ops
 
@@ -40,11 +42,13 @@ class Norm:
         self.eps = eps
         self.plus_one = plus_one
         self.impl: ops.Impl | None = impl
+        self.place: ModulePlace | None = None  # where adapters may replace the weight
+        self.context = StepContext()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim > 2 and not x.is_contiguous():  # heads cut from a fused projection
             x = x.contiguous()
-        return ops.rms_norm(x, self.weight, self.eps, plus_one=self.plus_one, impl=self.impl)
+        return self._finish(ops.rms_norm(x, self.weight, self.eps, plus_one=self.plus_one, impl=self.impl), x)
 
     @property
     def norm(self) -> ops.RmsNorm:
@@ -52,7 +56,13 @@ class Norm:
 
     def add_forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual += x, in place, and normalize the sum."""
-        return ops.rms_norm(x, self.weight, self.eps, residual=residual, plus_one=self.plus_one, impl=self.impl)
+        out = ops.rms_norm(x, self.weight, self.eps, residual=residual, plus_one=self.plus_one, impl=self.impl)
+        return self._finish(out, residual)
+
+    def _finish(self, out: Tensor, x: Tensor) -> Tensor:
+        if self.context.extras and self.place is not None:
+            self.place.apply_norms(self.context.extras, out, x)
+        return out
 
 
 class GatedMlp:
@@ -167,7 +177,9 @@ def _pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
 
 
-def install_shortcuts(model: nn.Module, trial: Trial, layers: list[PagedLayer], impl: ops.Impl | None) -> int:
+def install_shortcuts(
+    model: nn.Module, trial: Trial, layers: list[PagedLayer], places: Places, impl: ops.Impl | None
+) -> int:
     """Replace the recognised blocks of a model whose linear layers are sites. Returns how many layers are whole ones.
 
     The context must describe a step of the trial's tokens and the caches must have room for it.
@@ -177,6 +189,7 @@ def install_shortcuts(model: nn.Module, trial: Trial, layers: list[PagedLayer], 
         norm = find_norm(module, impl)
         if norm is not None:
             norms[module] = norm
+            norm.place, norm.context = places.norm_of(module), places.context
             module.forward = norm.forward
     by_module = {layer.call.module: layer for layer in layers}
     blocks: dict[nn.Module, Any] = {}

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gpu_worker.attention import AttentionCall, Recorder, bind, unbind
+from gpu_worker.extras import TokenLayout
 from gpu_worker.lora import LinearCall
 
 NUM_TOKENS = 5
@@ -32,12 +33,14 @@ class Trial:
     attention: list[AttentionCall] = field(default_factory=list)
     linears: list[LinearCall] = field(default_factory=list)
     modules: dict[str, ModuleCall] = field(default_factory=dict)  # first call of every module that has children
+    per_token: dict[str, TokenLayout] = field(default_factory=dict)  # modules with own parameters, called once
 
 
 def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
     """Run a few tokens through a model whose attention is ours, and note what is called."""
     trial, recorder = Trial(), Recorder()
     handles = []
+    called: set[str] = set()
 
     def watch_linear(name: str, linear: nn.Module, args: tuple[Tensor, ...]) -> None:
         num_rows = args[0].numel() // args[0].shape[-1]
@@ -47,8 +50,21 @@ def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
     def watch_module(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         trial.modules.setdefault(name, ModuleCall(args, kwargs))
 
+    def watch_parameters(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        layout = TokenLayout.of([*args, *kwargs.values()], out, NUM_TOKENS)
+        trial.per_token.pop(name, None)
+        if name not in called and layout is not None:
+            trial.per_token[name] = layout
+        called.add(name)
+
     for name, child in module.named_modules():
         bind(child, recorder)
+        if next(child.parameters(recurse=False), None) is not None and type(child) not in (nn.Linear, Conv1D):
+            handles.append(
+                child.register_forward_hook(
+                    lambda _, args, kwargs, out, name=name: watch_parameters(name, args, kwargs, out), with_kwargs=True
+                )
+            )
         if type(child) in (nn.Linear, Conv1D):
             handles.append(
                 child.register_forward_pre_hook(lambda linear, args, name=name: watch_linear(name, linear, args))

@@ -232,12 +232,14 @@ class DeadLetter(Wire, frozen=True):
 
 
 class SiteShape(Packed, frozen=True):
-    """A layer that LoRA can adapt, as the model names it."""
+    """A part of the model that an adapter can change, as the model names it."""
 
-    name: str  # "model.layers.0.self_attn.q_proj"
-    in_features: int
+    name: str  # "model.layers.0.self_attn.q_proj"; of a parameter with the parameter: "….mlp.experts.gate_up_proj"
+    in_features: int  # of an embedding: its entries; of a norm: its width
     out_features: int
-    kind: Literal["linear", "conv1d", "embedding"] = "linear"
+    kind: Literal["linear", "conv1d", "embedding", "norm", "parameter"] = "linear"
+    has_bias: bool = False
+    num_experts: int = 0  # of a parameter: matrices in it
 
 
 class ServedModel(Wire, frozen=True):

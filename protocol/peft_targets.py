@@ -96,8 +96,33 @@ class Layers:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedModules:
+    """`modules_to_save`: modules whose names end so, with all that is in them. PEFT adapts nothing that they hold."""
+
+    endings: tuple[str, ...]
+    patterns: tuple[Any, ...]
+
+    @classmethod
+    def read(cls, names: Sequence[str]) -> SavedModules:
+        """Read the config's list. Raises BadPattern."""
+        return cls(tuple(names), tuple(compile_pattern(rf"(?:^|.*\.){name}(?:$|\..*)") for name in names))
+
+    def saves(self, module: str) -> bool:
+        """Tell whether `module` or one that holds it is saved."""
+        while module:
+            if module.endswith(self.endings):
+                return True
+            module = module.rpartition(".")[0]
+        return False
+
+    def excludes(self, module: str) -> bool:
+        """Tell whether `module` cannot be adapted for it."""
+        return any(pattern.match(module) is not None for pattern in self.patterns)
+
+
+@dataclass(frozen=True, slots=True)
 class Targets:
-    """All of a config's fields that decide which modules are adapted."""
+    """The config's fields that say which modules are adapted."""
 
     targets: Names
     excluded: Names | None = None

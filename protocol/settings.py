@@ -66,6 +66,10 @@ class Settings(BaseSettings):
     max_step_tokens: int = Field(default=0, description="tokens in one forward pass; 0: 512 on CPU, 2048 on a GPU")
     kv_cache_bytes: int = Field(default=0, description="memory for KV blocks; 0: a share of what is free")
     adapter_pool_bytes: int = Field(default=0, description="memory for resident adapters; 0: a share of what is free")
+    adapter_extra_bytes: int = Field(
+        default=0,
+        description="memory for what adapters bring besides low-rank rows, as whole heads; 0: a share of what is free",
+    )
     adapter_host_bytes: int = Field(
         default=0, description="host memory for packed adapters; 0: a share of what is free"
     )

@@ -61,6 +61,7 @@ __all__ = [
     "recordable_lora_batch",
     "rms_norm",
     "rotary_",
+    "unpack_linear",
 ]
 
 Impl = Literal["reference", "cpu", "triton"]
@@ -124,6 +125,13 @@ def pack_linear(weight: Tensor, impl: Impl | None = None) -> PackedLinear:
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, impl: Impl | None = None) -> Tensor:
     """x @ weight.T + bias: x [T, K] -> [T, N]. `packed` must come from `pack_linear` of the same implementation."""
     return _choose(x, impl).linear(x, packed, bias)
+
+
+def unpack_linear(packed: PackedLinear) -> Tensor:
+    """Return the weight [N, K] that was packed, bit for bit; a copy unless the layout is plain."""
+    if packed.layout == "plain":
+        return packed.weight
+    return packed.weight.permute(0, 2, 1, 3).reshape(-1, packed.in_features)[: packed.out_features]
 
 
 def rms_norm(

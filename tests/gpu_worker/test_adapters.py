@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker.adapter_weights import HostAdapter, PoolWeights, pack_adapter, split_budget
+from gpu_worker.adapter_weights import PoolWeights, split_budget
 from gpu_worker.adapters import MAX_STARVED_LOADS, NUM_STAGERS, AdapterCache
+from gpu_worker.attention import StepContext
 from gpu_worker.lora import SiteInfo
+from gpu_worker.packing import HostAdapter, Packer
+from gpu_worker.places import Places
 from lora_kernels.ops import PAGE_ROWS
 from protocol.errors import AdapterRefused, BadRequest
 from protocol.messages import ServedModel, SiteShape
@@ -35,7 +38,7 @@ def make_adapter(digest: str, rank: int, where: int = ATTENTION) -> HostAdapter:
             ranks[site.index] = rank
             a, b = torch.full((rank, site.in_features), value), torch.full((rank, site.out_features), -value)
             rows.append((site.index, a, b))
-    pages = tuple(-(-rank // PAGE_ROWS) if where & 1 << group else 0 for group in range(3))
+    pages = tuple(-(-rank // PAGE_ROWS) if where & 1 << group else 0 for group in range(4))
     num_bytes = sum(a.nbytes + b.nbytes for _, a, b in rows)
     return HostAdapter(digest, ranks, np.full(len(SITES), 0.5, np.float32), rows, pages, num_bytes)
 
@@ -205,9 +208,10 @@ def test_numbers_that_are_not_finite_in_the_pools_dtype_are_refused() -> None:
     def pack(largest: float) -> HostAdapter:
         a, b = torch.ones(2, 4), torch.full((6, 2), largest)
         names = ("base_model.model.layers.0.q.lora_A.weight", "base_model.model.layers.0.q.lora_B.weight")
-        return pack_adapter("d", config, save(dict(zip(names, (a, b), strict=True))), sites, served, pin=False)
+        packer = Packer(sites, served, Places(StepContext()), pin=False)
+        return packer.pack("d", config, save(dict(zip(names, (a, b), strict=True))))
 
-    assert pack(60_000.0).num_pages == (1, 0, 0)
+    assert pack(60_000.0).num_pages == (1, 0, 0, 0)
     for bad in (70_000.0, float("nan"), -float("inf")):
         with pytest.raises(AdapterRefused, match=r"not finite in .*lora_B"):
             pack(bad)

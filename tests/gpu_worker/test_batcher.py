@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -35,7 +36,9 @@ class Gate:
 
 def make_seq(rid: str, prompt: np.ndarray, max_new: int, digest: str = "", output: list[int] | None = None) -> Sequence:
     request = EngineRequest(rid, 1, digest, prompt.astype(np.int32), Sampling(), max_new, output or [])
-    return Sequence(request, 1 << 20)
+    seq = Sequence(request, 1 << 20)
+    seq.is_bound = True
+    return seq
 
 
 def make_batcher(
@@ -190,6 +193,54 @@ def test_another_adapter_shares_no_block() -> None:
     other = make_seq("2", np.arange(48), 4, digest="a")
     batcher.add(other)
     assert batcher.plan().num_new[other] == 48
+
+
+def activated(rid: str, prompt: np.ndarray, active_from: int, num_base: int) -> Sequence:
+    """Return a sequence whose adapter sets in at a token, `num_base` tokens being the base model's before it."""
+    seq = make_seq(rid, prompt, 4, digest="a")
+    seq.activates, seq.active_from, seq.num_base = True, active_from, num_base
+    return seq
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ((40, 40), None, 2),  # the base model's blocks before the invocation, either way
+        (None, (40, 40), 2),
+        ((40, 40), (40, 40), 3),
+        ((40, 40), (24, 24), 1),
+        ((40, 40), (20, 20), 1),
+        ((0, 0), (40, 40), 0),
+        ((0, 0), (40, 0), 0),  # what sets in is not all it changes: nothing is the base model's
+        ((40, 0), (40, 0), 3),
+        ((40, 0), None, 0),
+        ((1 << 40, 1 << 40), None, 3),  # never
+    ],
+)
+def test_blocks_before_an_invocation_are_shared_with_the_base(
+    first: tuple[int, int] | None, second: tuple[int, int] | None, shared: int
+) -> None:
+    batcher, gate = make_batcher(64, max_step_tokens=256)
+    gate.resident = {"a"}
+    prompt = np.arange(50)
+    seqs = [make_seq(str(i), prompt, 4) if at is None else activated(str(i), prompt, *at) for i, at in
+            enumerate((first, second))]  # fmt: skip
+    batcher.add(seqs[0])
+    finish_step(batcher, batcher.plan())
+    batcher.add(seqs[1])
+    assert batcher.plan().num_new[seqs[1]] == 50 - 16 * shared
+    batcher.check_integrity()
+
+
+def test_a_request_not_bound_to_its_adapter_waits() -> None:
+    batcher, gate = make_batcher(64)
+    gate.resident = {"a"}
+    seq = make_seq("x", np.arange(8), 4, digest="a")
+    seq.is_bound = False
+    batcher.add(seq)
+    assert not batcher.plan().num_new
+    seq.is_bound = True
+    assert batcher.plan().num_new == {seq: 8}
 
 
 def test_a_request_without_its_adapter_is_passed_over() -> None:

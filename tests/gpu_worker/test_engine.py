@@ -286,7 +286,8 @@ def test_served_model_tells_what_adapters_can_target(running: Running) -> None:
     assert sites["model.layers.1.self_attn.k_proj"].out_features == 32
     assert sites["lm_head"].kind == "linear"
     assert sites["model.embed_tokens"].kind == "embedding"
-    assert len(sites) == 2 * 7 + 2
+    assert sites["model.layers.0.input_layernorm"].kind == "norm"
+    assert len(sites) == 2 * 7 + 2 + 2 * 2 + 1
     assert running.served.max_model_len == 512
 
 

@@ -61,9 +61,10 @@ def served(model: PreTrainedModel) -> m.ServedModel:
     sites: list[m.SiteShape] = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            sites.append(m.SiteShape(name, module.in_features, module.out_features))
+            has_bias = module.bias is not None
+            sites.append(m.SiteShape(name, module.in_features, module.out_features, has_bias=has_bias))
         elif isinstance(module, Conv1D):
-            sites.append(m.SiteShape(name, *module.weight.shape, kind="conv1d"))
+            sites.append(m.SiteShape(name, *module.weight.shape, kind="conv1d", has_bias=True))
         elif isinstance(module, torch.nn.Embedding):
             sites.append(m.SiteShape(name, module.num_embeddings, module.embedding_dim, kind="embedding"))
     return m.ServedModel(
@@ -184,30 +185,23 @@ def test_reads_what_peft_applies(family: str, data: st.DataObject) -> None:
             with pytest.raises(AdapterRefused):
                 read_adapter({"peft_type": "LORA", **fields}, {}, base)
             return
-    embedded = any(layer.lora_embedding_A for layer in model.modules() if isinstance(layer, LoraLayer))
-    if embedded or "base_layer" in repr(parse_header(saved.weights, len(saved.weights))):
-        with pytest.raises(AdapterRefused, match=r"embedding|not understood"):
-            saved.read(saved.config, base)
-        return
     for config in (saved.asked, saved.config, canonical_config(saved.config)):
         spec = saved.read(config, base)
-        assert {site.site: (site.rank, site.scale) for site in spec.sites} == saved.applied
+        assert {s.site: (s.rank, s.scale) for s in (*spec.sites, *spec.embeddings)} == saved.applied
         assert spec.rank == max(rank for rank, _ in saved.applied.values())
-    assert {site.site for site in saved.read(saved.config, None).sites} == set(saved.applied)
+    spec = saved.read(saved.config, None)
+    assert {site.site for site in (*spec.sites, *spec.embeddings)} == set(saved.applied)
 
 
-def test_lm_head_is_a_layer_like_others() -> None:
-    """LoRA on the head alone, saved without the base's own weights, is served where the worker offers the head."""
+def test_the_base_weights_that_peft_saves_with_a_head_are_read_as_replacements() -> None:
     model = tiny_llama()
     base = served(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         saved = save(model, LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
-    with pytest.raises(AdapterRefused, match=r"not understood.*lm_head\.base_layer\.weight"):
-        saved.read(saved.config, base)
-    tensors = parse_header(saved.weights, len(saved.weights))
-    without = {name: tensor for name, tensor in tensors.items() if "base_layer" not in name}
-    assert "lm_head" in {site.site for site in read_adapter(saved.config, without, base).sites}
+    spec = saved.read(saved.config, base)
+    assert "lm_head" in {site.site for site in spec.sites}
+    assert [(part.site, part.parameter) for part in spec.replaced] == [("lm_head", "weight")]
 
 
 # ---------------------------------------------------------------- refusals
@@ -227,13 +221,6 @@ def reasons(config: dict[str, Any], base: m.ServedModel | None = BASE, **tensor_
 
 
 UNSERVED: dict[str, Any] = {
-    "use_dora": True,
-    "lora_bias": True,
-    "bias": "lora_only",
-    "modules_to_save": ["lm_head"],
-    "trainable_token_indices": [1],
-    "target_parameters": ["mlp.experts.gate_up_proj"],
-    "alora_invocation_tokens": [1, 2],
     "layer_replication": [[0, 2], [1, 3]],
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
@@ -242,9 +229,20 @@ UNSERVED: dict[str, Any] = {
     "monteclora_config": {"num_samples": 2},
     "velora_config": {"num_groups": 4},
     "megatron_config": {"a": 1},
-    "ensure_weight_tying": True,
     "brand_new_option": 3,
+    "init_r": 4,
+    "bias": "some",
 }
+SERVED: dict[str, Any] = {
+    "use_dora": "lora_magnitude_vector",
+    "lora_bias": "lora_bias",
+    "trainable_token_indices": "trainable_token_indices",
+    "target_parameters": "target_parameters",
+    "modules_to_save": "modules_to_save",
+    "ensure_weight_tying": "",
+    "alora_invocation_tokens": "alora_invocation_tokens",
+}
+"""Fields that change the maths -> a word of the refusal of what is no value for them."""
 
 
 def test_the_helper_adapter_is_good() -> None:
@@ -258,20 +256,20 @@ def test_refuses_features_by_name(field: str) -> None:
     assert any(field in reason for reason in reasons(lora_config(**{field: UNSERVED[field]}), None))
 
 
-@pytest.mark.parametrize("field", sorted(set(UNSERVED) - {"bias"}))
+@pytest.mark.parametrize("field", sorted({*UNSERVED, *SERVED} - {"bias"}))
 @pytest.mark.parametrize("off", [None, False, 0, "", [], {}])
 def test_features_switched_off_are_no_matter(field: str, off: Any) -> None:
     assert read(lora_config(**{field: off}))
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "mica", "x"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "x"])
 def test_refuses_inits_that_change_the_base(init: str) -> None:
     assert any(init in reason and "base weights" in reason for reason in reasons(lora_config(init_lora_weights=init)))
 
 
-@pytest.mark.parametrize("peft_type", ["LOHA", "ADALORA", "IA3", "lora", None, 3, ["LORA"]])
+@pytest.mark.parametrize("peft_type", ["LOHA", "LOKR", "IA3", "VERA", "lora", None, 3, ["LORA"]])
 def test_refuses_other_types(peft_type: Any) -> None:
-    assert "only LORA is" in reasons(lora_config(peft_type=peft_type))[0]
+    assert "only LORA and ADALORA are" in reasons(lora_config(peft_type=peft_type))[0]
 
 
 def test_gives_every_reason_at_once() -> None:
@@ -279,12 +277,12 @@ def test_gives_every_reason_at_once() -> None:
     q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     v1 = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
     found = reasons(
-        lora_config(use_dora=True, init_lora_weights="pissa", rank_pattern={"layers.0.self_attn.v_proj": 0}),
+        lora_config(use_qalora=True, init_lora_weights="pissa", rank_pattern={"layers.0.self_attn.v_proj": 0}),
         **{q0: None, v1: np.zeros((16, 5)), "base_model.model.lm_head.weight": np.zeros((2, 2)),
            "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": np.zeros((4, 16))},
     )  # fmt: skip
     text = "\n".join(found)
-    for part in ("use_dora", "pissa", "rank 0", "missing", "layers.0.self_attn.q_proj.lora_A", "[16, 5]",
+    for part in ("use_qalora", "pissa", "rank 0", "missing", "layers.0.self_attn.q_proj.lora_A", "[16, 5]",
                  "lm_head.weight", "layers.7"):  # fmt: skip
         assert part in text
 
@@ -322,6 +320,26 @@ def test_gives_every_reason_at_once() -> None:
         ({"layers_to_transform": [0.5]}, "layers_to_transform"),
         ({"layers_pattern": "layers"}, "layers_pattern"),
         ({"target_modules": ".*_proj", "layers_to_transform": [0]}, "layers_to_transform"),
+        ({"use_dora": "yes"}, "use_dora"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"lora_bias": 1}, "lora_bias"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"lora_bias": True, "use_dora": True}, "combine lora_bias and use_dora"),
+        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "combine lora_bias"),
+        ({"use_dora": True, "alora_invocation_tokens": [1]}, "combine use_dora and alora"),
+        ({"alora_invocation_tokens": "abc"}, "alora_invocation_tokens"),
+        ({"alora_invocation_tokens": [64]}, "outside 0 … 63"),
+        ({"alora_invocation_tokens": [-1]}, "alora_invocation_tokens"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save"),
+        ({"modules_to_save": ["("]}, "modules_to_save"),
+        ({"modules_to_save": ["q_proj"]}, "tensors missing for modules_to_save"),
+        ({"trainable_token_indices": [1, 1]}, "names a token twice"),
+        ({"trainable_token_indices": [1.5]}, "trainable_token_indices"),
+        ({"trainable_token_indices": [1]}, "names no module"),
+        ({"trainable_token_indices": {"q_proj": [1]}}, "also adapted"),
+        ({"target_parameters": "q_proj.weight"}, "target_parameters"),
+        ({"target_parameters": ["q_proj.weight"]}, "layer and its parameter"),
+        ({"target_parameters": ["x"], "use_dora": True}, "combine target_parameters and use_dora"),
     ],
 )
 def test_refuses_bad_fields(fields: dict[str, Any], part: str) -> None:
@@ -414,14 +432,19 @@ def test_digest_is_of_the_maths_only() -> None:
         {"lora_dropout": 0.5},
         {"base_model_name_or_path": "/home/me"},
         {"use_dora": False},
+        {"trainable_token_indices": []},
         {"bias": "none"},
         {"target_modules": ["v_proj", "q_proj"]},
         {"init_lora_weights": "gaussian"},
         {"rank_pattern": {}},
+        {"modules_to_save": None},
+        {"init_lora_weights": "mica"},
     ):
         assert digest(lora_config(**same), raw) == expected, same
     others = [{"r": 5}, {"lora_alpha": 9}, {"use_rslora": True}, {"target_modules": ["q_proj"]}, {"use_dora": True},
-              {"alpha_pattern": {"q_proj": 1}}, {"exclude_modules": ["x"]}, {"layers_to_transform": [0]}]  # fmt: skip
+              {"alpha_pattern": {"q_proj": 1}}, {"exclude_modules": ["x"]}, {"layers_to_transform": [0]},
+              {"lora_bias": True},
+              {"modules_to_save": ["x"]}, {"alora_invocation_tokens": [1]}]  # fmt: skip
     for other in others:
         assert digest(lora_config(**other), raw) != expected, other
     assert digest(lora_config(rank_pattern={"a": 1, "b": 2}), raw) != digest(

@@ -1,0 +1,236 @@
+"""From an adapter's files to what the pool wants: low-rank rows in the pool's dtype, and extras."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpu_worker.extras import (
+    Dora,
+    EmbeddingExtras,
+    Extras,
+    LinearExtras,
+    LowRank,
+    ParameterLora,
+    Tokens,
+    map_tensors,
+)
+from gpu_worker.lora import GROUPS, SiteInfo
+from gpu_worker.places import Places
+from lora_kernels.ops import PAGE_ROWS
+from protocol.errors import AdapterRefused
+from protocol.messages import ServedModel
+from protocol.peft_format import AdapterSpec, LoraWeights, ReplacedWeights, parse_header, read_adapter
+from protocol.safetensors_header import MAX_HEADER_BYTES, TensorInfo
+
+MAX_RANK = 4096
+
+EXTRA_PAGE_BYTES = 1 << 16
+"""Extras are counted in pages of this size; they are not stored in pages."""
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+GetTensor = Callable[[str], Tensor]
+"""A tensor of the adapter by name, in the file's dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostAdapter:
+    """An adapter in host memory: the rows to copy, in the pool's dtype, and its extras."""
+
+    digest: str
+    ranks: np.ndarray  # int32 [sites]; 0: not touched
+    scales: np.ndarray  # float32 [sites]
+    rows: list[tuple[int, Tensor, Tensor]]  # (site, A [rank, K], B transposed [rank, N])
+    num_pages: tuple[int, ...]  # by group of the pool, extras last
+    num_bytes: int
+    extras: Extras = field(default_factory=Extras)
+    invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
+
+
+@dataclass(frozen=True, slots=True)
+class Packer:
+    """Packs adapters for one model."""
+
+    sites: Sequence[SiteInfo]
+    served: ServedModel
+    places: Places
+    pin: bool  # keep the rows in page-locked memory, from which a GPU copies beside its computing
+
+    def pack(self, digest: str, config: dict[str, Any], weights: Any) -> HostAdapter:
+        """Read a PEFT adapter. weights: a safetensors file as a buffer. Raises AdapterRefused."""
+        view = memoryview(weights)
+        tensors = parse_header(bytes(view[: 8 + MAX_HEADER_BYTES]), len(view))
+        spec = read_adapter(config, tensors, self.served)
+        file = torch.frombuffer(bytearray(view), dtype=torch.uint8)
+        return self.pack_spec(digest, spec, lambda name: _read(file, tensors[name]))
+
+    def pack_spec(self, digest: str, spec: AdapterSpec, get: GetTensor) -> HostAdapter:
+        """Pack what has been read. Raises AdapterRefused."""
+        if spec.rank > MAX_RANK:
+            raise AdapterRefused([f"rank {spec.rank} is over this worker's limit of {MAX_RANK}"])
+        by_name = {site.name: site for site in self.sites}
+        ranks, scales = np.zeros(len(self.sites), np.int32), np.zeros(len(self.sites), np.float32)
+        group_ranks = [0] * len(GROUPS)
+        rows: list[tuple[int, Tensor, Tensor]] = []
+        names: list[str] = []
+        with torch.inference_mode():
+            for part in spec.sites:
+                site = by_name[part.site]
+                a, b = lora_matrices(part, get)
+                if len(b) != site.out_features:
+                    continue  # of another vocabulary: with the extras
+                rows.append((site.index, a.to(site.dtype), b.T.to(site.dtype).contiguous()))
+                names += [part.a, part.b]
+                ranks[site.index], scales[site.index] = part.rank, part.scale
+                group_ranks[site.group] = max(group_ranks[site.group], part.rank)
+            extras = _ExtrasPacker(by_name, self.places, get).pack(spec)
+        _check_finite(rows, names, extras)
+        if self.pin:
+            rows = [(index, a.pin_memory(), b.pin_memory()) for index, a, b in rows]
+            extras = map_tensors(extras, Tensor.pin_memory)
+        extra_bytes = extras.num_bytes
+        num_pages = (*(-(-rank // PAGE_ROWS) for rank in group_ranks), -(-extra_bytes // EXTRA_PAGE_BYTES))
+        num_bytes = sum(a.nbytes + b.nbytes for _, a, b in rows) + extra_bytes
+        return HostAdapter(digest, ranks, scales, rows, num_pages, num_bytes, extras, spec.invocation)
+
+
+def lora_matrices(part: LoraWeights, get: GetTensor) -> tuple[Tensor, Tensor]:
+    """Return A [rank, in] and B [out, rank] of one place in the file's dtype, AdaLoRA's values multiplied in."""
+    a, b = get(part.a), get(part.b)
+    return (a * get(part.singular) if part.singular else a), b
+
+
+def _read(file: Tensor, info: TensorInfo) -> Tensor:
+    """Return one tensor of a file (uint8 [bytes])."""
+    part = file[info.begin : info.end]
+    if info.begin % _DTYPES[info.dtype].itemsize:
+        part = part.clone()  # a view needs aligned numbers
+    return part.view(_DTYPES[info.dtype]).view(info.shape)
+
+
+def _check_finite(rows: Sequence[tuple[int, Tensor, Tensor]], names: Sequence[str], extras: Extras) -> None:
+    """Raise AdapterRefused when a number is not finite in the pool's dtype. names: of the rows' tensors."""
+    # isfinite is twenty times slower on bf16 than this, which NaN and infinity pass through as well.
+    tensors = [tensor for _, a, b in rows for tensor in (a, b)]
+    others: list[Tensor] = []
+    map_tensors(extras, lambda tensor: others.append(tensor) or tensor)
+    extremes = [torch.stack(torch.aminmax(tensor)).float() for tensor in (*tensors, *others) if tensor.numel()]
+    if not extremes:
+        return
+    bad = ~torch.isfinite(torch.stack(extremes)).all(-1)
+    if bad.any():
+        places = [*names, *["what it changes besides"] * len(others)]
+        found = dict.fromkeys(places[i] for i in bad.nonzero()[:, 0].tolist())
+        dtype = rows[0][1].dtype if rows else torch.float32
+        raise AdapterRefused([f"numbers that are not finite in {dtype}: {', '.join(list(found)[:5])}"])
+
+
+class _ExtrasPacker:
+    """Packs one adapter's extras."""
+
+    def __init__(self, sites: dict[str, SiteInfo], places: Places, get: GetTensor) -> None:
+        self._sites = sites
+        self._places = places
+        self._get = get
+        self._linear: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+        self._embeddings: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+        self._norms: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+
+    def pack(self, spec: AdapterSpec) -> Extras:
+        for part in spec.replaced:
+            self._replace(part)
+        for part in spec.sites:
+            self._pack_linear(part)
+        for part in spec.embeddings:
+            a, b = (tensor.to(self._dtype(part.site)) for tensor in lora_matrices(part, self._get))
+            self._embeddings[part.site]["lora"] = LowRank(a, b.T.contiguous(), part.scale)
+            if part.magnitude:
+                # DoRA takes an embedding for a linear layer of its transpose.
+                self._embeddings[part.site]["dora"] = self._dora(part, self._weight(part.site).T)
+        for part in spec.tokens:
+            order = sorted(range(len(part.indices)), key=part.indices.__getitem__)
+            rows = self._get(part.tensor)[order].to(self._dtype(part.site))
+            fields = self._linear if part.site in self._sites else self._embeddings
+            fields[part.site]["tokens"] = Tokens(torch.tensor(sorted(part.indices)), rows)
+        parameters: defaultdict[str, list[ParameterLora]] = defaultdict(list)
+        for part in spec.parameters:
+            module, _, parameter = part.site.rpartition(".")
+            parameters[module].append(self._parameter(part, module, parameter))
+        return Extras(
+            linear={self._sites[name].index: LinearExtras(**fields) for name, fields in self._linear.items()},
+            embeddings={name: EmbeddingExtras(**fields) for name, fields in self._embeddings.items()},
+            norms=dict(self._norms),
+            parameters=dict(parameters),
+            vocab_size=spec.vocab_size,
+        )
+
+    def _replace(self, part: ReplacedWeights) -> None:
+        """Take a replaced parameter, unless it is just the base's: PEFT saves those too."""
+        base = self._places.parameter(part.site, part.parameter)
+        assert base is not None
+        tensor = self._get(part.tensor).to(base.dtype)
+        site = self._sites.get(part.site)
+        if site is not None and site.kind == "conv1d" and part.parameter == "weight":
+            tensor = tensor.T.contiguous()
+        if tensor.shape == base.shape and torch.equal(tensor, base.cpu()):
+            return
+        if site is not None:
+            self._linear[part.site][part.parameter] = tensor
+        elif part.site in self._places.embeddings:
+            self._embeddings[part.site][part.parameter] = tensor
+        else:
+            self._norms[part.site][part.parameter] = tensor
+
+    def _pack_linear(self, part: LoraWeights) -> None:
+        site = self._sites[part.site]
+        a, b = lora_matrices(part, self._get)
+        if len(b) != site.out_features:
+            self._linear[part.site]["lora"] = LowRank(a.to(site.dtype), b.T.to(site.dtype).contiguous(), part.scale)
+        if part.bias:
+            self._linear[part.site]["lora_bias"] = part.scale * self._get(part.bias).float()
+        if part.magnitude:
+            self._linear[part.site]["dora"] = self._dora(part, self._weight(part.site))
+
+    def _weight(self, site: str) -> Tensor:
+        """Return the weight that is in force under the adapter."""
+        own = (self._linear if site in self._sites else self._embeddings)[site].get("weight")
+        base = own if own is not None else self._places.parameter(site, "weight")
+        assert base is not None
+        return base
+
+    def _dora(self, part: LoraWeights, weight: Tensor) -> Dora:
+        """Compute DoRA's factors as PEFT does: fp32, from the weight [N, K] and what LoRA adds to it."""
+        a, b = (tensor.to(weight.device).float() for tensor in lora_matrices(part, self._get))
+        weight = weight.float()
+        delta = b @ a
+        magnitude = self._get(part.magnitude).float()
+        norm = torch.linalg.norm(weight + part.scale * delta, dim=1).cpu()
+        squares = [
+            weight.square().sum(1),
+            2 * part.scale * (weight * delta).sum(1),
+            (part.scale * delta).square().sum(1),
+        ]
+        return Dora(magnitude, magnitude / norm, torch.stack(squares).cpu())
+
+    def _parameter(self, part: LoraWeights, module: str, parameter: str) -> ParameterLora:
+        owner = self._places.modules[module].module
+        weight = owner.get_parameter(parameter)
+        a, b = self._get(part.a).to(weight.dtype), self._get(part.b).to(weight.dtype)
+        if weight.ndim == 2:
+            return ParameterLora(parameter, b, a, part.scale)
+        num_experts = len(weight)
+        a = a.reshape(num_experts, -1, a.shape[-1])  # [experts, rank, in]
+        b = b.reshape(len(b), -1, num_experts).permute(2, 0, 1)  # [experts, out, rank]
+        if getattr(owner, "is_transposed", False):
+            a, b = b.transpose(-2, -1), a.transpose(-2, -1)
+        return ParameterLora(parameter, b.contiguous(), a.contiguous(), part.scale)
+
+    def _dtype(self, site: str) -> torch.dtype:
+        return self._weight(site).dtype
