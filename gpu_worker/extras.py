@@ -89,6 +89,7 @@ class Extras:
     norms: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # module -> its parameters
     parameters: dict[str, list[ParameterLora]] = field(default_factory=dict)  # module -> LoRA on its parameters
     vocab_size: int = 0  # 0: the base's
+    in_layers: bool = False  # some of it is within the decoder layers
 
     def __bool__(self) -> bool:
         return bool(self.linear or self.embeddings or self.norms or self.parameters or self.vocab_size)

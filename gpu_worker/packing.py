@@ -163,12 +163,14 @@ class _ExtrasPacker:
         for part in spec.parameters:
             module, _, parameter = part.site.rpartition(".")
             parameters[module].append(self._parameter(part, module, parameter))
+        inner = [*self._linear, *self._norms, *parameters]
         return Extras(
             linear={self._sites[name].index: LinearExtras(**fields) for name, fields in self._linear.items()},
             embeddings={name: EmbeddingExtras(**fields) for name, fields in self._embeddings.items()},
             norms=dict(self._norms),
             parameters=dict(parameters),
             vocab_size=spec.vocab_size,
+            in_layers=any(part.isdigit() for name in inner for part in name.split(".")),
         )
 
     def _replace(self, part: ReplacedWeights) -> None:

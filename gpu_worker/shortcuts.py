@@ -160,11 +160,11 @@ class LayerStack:
         if self._built_for[0] is not first.layer.k_cache or self._built_for[1] is not table:
             self._stack = ops.decoder_stack([layer.layer for layer in self.layers], impl=self.impl)
             self._built_for = (first.layer.k_cache, table)
-        if self._stack is None:
+        context = first.layer.context
+        if self._stack is None or any(group.extras.in_layers for group in context.extras):
             for layer in self.layers:
                 layer.forward(hidden_states, position_embeddings=position_embeddings)
             return hidden_states
-        context = first.layer.context
         assert context.attention is not None
         cos, sin = position_embeddings
         rows = hidden_states.view(-1, hidden_states.shape[-1])
