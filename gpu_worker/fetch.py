@@ -24,7 +24,7 @@ class AdapterFiles:
     """What the store keeps of an adapter."""
 
     config: dict[str, Any]
-    weights: bytes  # a safetensors file
+    weights: bytes | memoryview  # a safetensors file
 
 
 class StoreClient:

@@ -18,7 +18,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from gpu_worker.fetch import StoreClient
+from gpu_worker.loader import Loader
 from gpu_worker.publish import MAX_ROWS, Held, Ledger, Pending, merge, settle
 from gpu_worker.request import EngineRequest, EngineStats, TokenOutput
 from protocol import messages as m
@@ -86,7 +86,7 @@ class Worker:
         self.name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
         self.wid = ""  # no two memberships of a fleet share one
         self.ledger = Ledger("")
-        self.stores: StoreClient | None = None
+        self.stores: Loader | None = None
         self.draining = False
         self._pending: dict[str, Pending] = {}
         self._steps_unacked = 0
@@ -407,7 +407,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     """Load the model and work for the queue until `stop`. Returns the exit code."""
     secret = FleetSecret.of(settings)
     bus = Bus(settings.redis_url)
-    stores = StoreClient(secret.bearer if secret else "")
+    stores = Loader(secret.bearer if secret else "")
     try:
         await bus.check()
         engine, served = await asyncio.to_thread(_load, settings, stores)
@@ -423,7 +423,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         await bus.close()
 
 
-def _load(settings: Settings, stores: StoreClient) -> tuple[EnginePort, m.ServedModel]:
+def _load(settings: Settings, stores: Loader) -> tuple[EnginePort, m.ServedModel]:
     """Build the engine; imports torch, so it runs in a thread and is not part of importing this module."""
     from gpu_worker.load import load_engine
 

@@ -7,13 +7,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
 from gpu_worker.fetch import AdapterFiles, StoreClient, digest_of
+from gpu_worker.loader import Loader
 from protocol.errors import NotFound
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
@@ -60,18 +60,19 @@ def files_of(digest: str, adapter: AdapterFiles) -> dict[str, bytes]:
     folder = f"/adapters/{digest}"
     return {
         f"{folder}/adapter_config.json": json.dumps(adapter.config).encode(),
-        f"{folder}/adapter_model.safetensors": adapter.weights,
+        f"{folder}/adapter_model.safetensors": bytes(adapter.weights),
     }
 
 
-@pytest.fixture
-def client() -> Iterator[StoreClient]:
-    client = StoreClient()
+@pytest.fixture(params=[StoreClient, Loader])
+def client(request: pytest.FixtureRequest) -> Iterator[StoreClient | Loader]:
+    """Both in this process and in one of its own."""
+    client = request.param()
     yield client
     client.close()
 
 
-def test_a_store_that_lacks_it_or_gives_something_else_is_passed_over(client: StoreClient, tmp_path: Path) -> None:
+def test_a_store_that_lacks_it_or_gives_something_else_is_passed_over(client: StoreClient | Loader) -> None:
     digest = digest_of(GOOD)
     with (
         store({}) as empty,
@@ -82,14 +83,14 @@ def test_a_store_that_lacks_it_or_gives_something_else_is_passed_over(client: St
         assert client.fetch(digest) == GOOD
 
 
-def test_what_no_store_has_is_not_found_at_once(client: StoreClient) -> None:
+def test_what_no_store_has_is_not_found_at_once(client: StoreClient | Loader) -> None:
     with store({}) as one, store({}) as other:
         client.set_urls((one, other))
         with pytest.raises(NotFound, match="no adapter store has"):
             client.fetch("0" * 64)
 
 
-def test_a_fetch_waits_for_the_first_store(client: StoreClient) -> None:
+def test_a_fetch_waits_for_the_first_store(client: StoreClient | Loader) -> None:
     digest = digest_of(GOOD)
     with store(files_of(digest, GOOD)) as good:
         found: list[AdapterFiles] = []
