@@ -7,6 +7,7 @@ import uuid
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -41,6 +42,7 @@ PREFIX_TOKENS = 128  # of a prompt, hashed for the scheduler's prefix affinity
 ATTACHED_POLL_S = 0.1
 
 AnyRequest = ChatRequest | CompletionRequest
+Requests = list[tuple[m.Submit, m.Body]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,48 +111,26 @@ class Calls:
                 body_hash=body_hash(endpoint, raw), created_ms=created_ms, digest=target.digest,
                 rids=[choice.rid for choice in choices],
             )  # fmt: skip
-            earlier = await self.submit(
-                prepared, call, terms.deadline_ms, gateway=self.replies.gid, idem=(idem_key, record)
-            )
+            requests = requests_of(prepared, call, terms.deadline_ms, gateway=self.replies.gid, stored=bool(idem_key))
+            earlier = await self.submit(prepared, requests, (idem_key, record))
         except BaseException:
             self.replies.unsubscribe(response.generation.mail)
             raise
         if earlier is not None:
             self.replies.unsubscribe(response.generation.mail)
             return await self.attach(prepared.request, endpoint, earlier, raw)
+        # What was accepted may not be refused when a queue that lost its last second is told of it again.
+        response.generation.resubmit = partial(self._put, prepared, requests, (idem_key, record), max_queued=1 << 31)
         return response
 
     async def submit(
-        self, prepared: Prepared, call: str, deadline_ms: int, *, gateway: str, idem: tuple[str, m.Idempotent]
+        self, prepared: Prepared, requests: Requests, idem: tuple[str, m.Idempotent]
     ) -> m.Idempotent | None:
         """Put a call's requests into the queue. Returns what its idempotency key, if any, was used for before.
 
-        `gateway` gets the tokens; "" if nobody listens. Raises Overloaded.
+        Raises Overloaded.
         """
-        options, target = prepared.options, prepared.target
-        idem_key, record = idem
-        submits: list[tuple[m.Submit, m.Body]] = []
-        for index in range(len(prepared.prompts) * options.n):
-            which, sample = divmod(index, options.n)
-            prompt, limit = prepared.prompts[which], prepared.limits[which]
-            sampling = msgspec.structs.replace(options.sampling, seed=choice_seed(options.sampling.seed, sample))
-            submit = m.Submit(
-                rid=rid_of(call, index), tenant=target.tenant, cls=options.cls, digest=target.digest,
-                num_prompt_tokens=prompt.num_tokens, max_new_tokens=limit, deadline_ms=deadline_ms, gateway=gateway,
-                stored=bool(idem_key) or not gateway, submitted_ms=now_ms(), prefix=prefix_hash(prompt.ids),
-            )  # fmt: skip
-            body = m.Body(
-                prompt=prompt.ids, sampling=sampling, max_new_tokens=limit, stop=options.stop,
-                stop_token_ids=options.stop_token_ids,
-            )  # fmt: skip
-            submits.append((submit, body))
-        outcome, value = await self.bus.submit(
-            options.cls,
-            submits,
-            max_queued=self.settings.max_queued,
-            idem_key=self.idem_key(idem_key) if idem_key else "",
-            idem_value=m.encode(record) if idem_key else b"",
-        )
+        outcome, value = await self._put(prepared, requests, idem, max_queued=self.settings.max_queued)
         if outcome == "idem":
             return decode(value, m.Idempotent)
         if outcome == "full":
@@ -158,9 +138,18 @@ class Calls:
                 f"{value} requests are waiting; the limit is {self.settings.max_queued}",
                 self.fleet.retry_after_s(int(value)),
             )
-        kind = KIND_ADAPTER if target.digest else KIND_BASE
+        kind = KIND_ADAPTER if prepared.target.digest else KIND_BASE
         PROMPT_TOKENS.labels(kind).inc(sum(prompt.num_tokens for prompt in prepared.prompts))
         return None
+
+    async def _put(
+        self, prepared: Prepared, requests: Requests, idem: tuple[str, m.Idempotent], *, max_queued: int
+    ) -> tuple[str, Any]:
+        key, record = idem
+        return await self.bus.submit(
+            prepared.options.cls, requests, max_queued=max_queued, idem_key=self.idem_key(key) if key else "",
+            idem_value=m.encode(record) if key else b"",
+        )  # fmt: skip
 
     # ------------------------------------------------------------ a call that was submitted before
 
@@ -269,6 +258,27 @@ class Calls:
 
 
 # ---------------------------------------------------------------- pure helpers
+
+
+def requests_of(prepared: Prepared, call: str, deadline_ms: int, *, gateway: str, stored: bool) -> Requests:
+    """Return the queue's requests of a call, one per choice. `gateway` gets the tokens; "" if nobody listens."""
+    options, target = prepared.options, prepared.target
+    requests: Requests = []
+    for index in range(len(prepared.prompts) * options.n):
+        which, sample = divmod(index, options.n)
+        prompt, limit = prepared.prompts[which], prepared.limits[which]
+        sampling = msgspec.structs.replace(options.sampling, seed=choice_seed(options.sampling.seed, sample))
+        submit = m.Submit(
+            rid=rid_of(call, index), tenant=target.tenant, cls=options.cls, digest=target.digest,
+            num_prompt_tokens=prompt.num_tokens, max_new_tokens=limit, deadline_ms=deadline_ms, gateway=gateway,
+            stored=stored, submitted_ms=now_ms(), prefix=prefix_hash(prompt.ids),
+        )  # fmt: skip
+        body = m.Body(
+            prompt=prompt.ids, sampling=sampling, max_new_tokens=limit, stop=options.stop,
+            stop_token_ids=options.stop_token_ids,
+        )  # fmt: skip
+        requests.append((submit, body))
+    return requests
 
 
 def prompt_sources(request: CompletionRequest) -> list[str | list[int]]:

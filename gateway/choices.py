@@ -60,12 +60,18 @@ class Choice:
         self.num_cached_tokens = 0
         self._echo = prompt.text if options.echo else ""
         self._record_bytes = options.record_bytes
+        self._shown, self._shown_records = bytearray(), bytearray()  # as in the log
         self._output = OutputText(tokenizer, stop=options.stop, end_ids=end_ids, min_tokens=options.sampling.min_tokens)
 
     @property
     def num_output_tokens(self) -> int:
         """Tokens generated so far, the one that ended the text included."""
         return self.cursor.next
+
+    @property
+    def shown(self) -> tuple[bytes, bytes]:
+        """The ids and logprob records delivered so far, to mend a log that has lost its end."""
+        return bytes(self._shown), bytes(self._shown_records)
 
     @property
     def record_bytes(self) -> int:
@@ -77,6 +83,8 @@ class Choice:
         if self.cursor.is_stale(delta):
             return
         ids, records = self.cursor.take(delta, self._record_bytes)
+        self._shown += ids
+        self._shown_records += records
         if self._echo:
             piece.text, self._echo = self._echo, ""
         if self._record_bytes and ids:

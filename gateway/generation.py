@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from gateway.choices import Choice, Piece
 from gateway.replies import Replies
 from gateway.writers import Usage
 from protocol import messages as m
 from protocol.bus import CONNECTION_ERRORS, now_ms
-from protocol.errors import DeadlineExceeded, Internal, LorafleetError
+from protocol.errors import DeadlineExceeded, LorafleetError, Unavailable
 from protocol.metrics import CALL_SECONDS, FIRST_TOKEN_SECONDS, GENERATIONS, KIND_ADAPTER, KIND_BASE, OUTPUT_TOKENS
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DEADLINE_SLACK_MS = 5000  # the scheduler ends late requests; this is for when there is none
 RECONNECT_S = 0.2
@@ -48,6 +52,7 @@ class Generation:
         self._by_rid = {choice.rid: choice for choice in choices}
         self._open = {choice.rid for choice in choices}
         self.mail = replies.subscribe(list(self._by_rid), eager=terms.eager)
+        self.resubmit: Callable[[], Awaitable[object]] | None = None  # repeatable; for a queue that has lost them
         self._started_s = time.monotonic()
         self._has_token = False
         self._kind = KIND_ADAPTER if terms.adapter else KIND_BASE
@@ -87,6 +92,9 @@ class Generation:
         pieces: dict[str, Piece] = {}
         for delta in deltas:
             await self._apply(delta, pieces)
+        if self.mail.restarted:
+            self.mail.restarted = False
+            await self._mend()
         if not deltas or self.mail.nudged:
             self.mail.nudged = False
             await self._catch_up(pieces)
@@ -122,10 +130,21 @@ class Generation:
         if choice.cursor.needs_log(delta):
             self._take(choice, await self._read_log(choice), pieces)
             if choice.cursor.needs_log(delta):
-                if delta.seq0 >= 0:
-                    raise Internal(f"the queue has lost tokens of {choice.rid}", code="tokens_lost")
+                # The queue has lost what stood before it; its owner, or whoever comes after, will write that again.
                 return
         self._take(choice, delta, pieces)
+
+    async def _mend(self) -> None:
+        """Give a queue that came back without its last second what it has lost of the open requests."""
+        if self.resubmit is not None:
+            await self._insist(self.resubmit)
+        for rid in self._open:
+            choice = self._by_rid[rid]
+            choice.cursor.epoch = 0  # owners are counted from what the queue still knows
+            ids, records = choice.shown
+            if ids:
+                repair = partial(self._replies.bus.repair, rid, 0, ids, records, choice.record_bytes)
+                await self._insist(repair)
 
     async def _catch_up(self, pieces: dict[str, Piece]) -> None:
         """Look into the logs of all open requests: what was not delivered is there."""
@@ -153,15 +172,22 @@ class Generation:
 
     async def _read_log(self, choice: Choice) -> m.Delta:
         """Return what a choice's log holds beyond its cursor, however long the queue cannot be reached."""
+        read = partial(self._replies.read_log, choice.rid, choice.cursor, choice.record_bytes)
+        delta = await self._insist(read)
+        if delta is None:
+            await self._mend()
+            delta = await self._insist(read)
+        if delta is None:
+            self._open.discard(choice.rid)
+            raise Unavailable(f"the queue does not know the request {choice.rid} any more", code="request_lost")
+        return delta
+
+    async def _insist(self, do: Callable[[], Awaitable[T]]) -> T:
+        """Do something on the queue, however long it cannot be reached before the deadline."""
         while True:
             try:
-                delta = await self._replies.read_log(choice.rid, choice.cursor, choice.record_bytes)
+                return await do()
             except CONNECTION_ERRORS:
                 if now_ms() > self._terms.deadline_ms:
                     raise
                 await asyncio.sleep(RECONNECT_S)
-                continue
-            if delta is None:
-                self._open.discard(choice.rid)
-                raise Internal(f"the queue does not know the request {choice.rid} any more", code="request_lost")
-            return delta

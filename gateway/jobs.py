@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import orjson
 
-from gateway.calls import OWNER, Calls, Prepared, check_same_body, rid_of
+from gateway.calls import OWNER, Calls, Prepared, check_same_body, requests_of, rid_of
 from gateway.choices import Piece
 from gateway.openai_api import REQUESTS, fingerprint, options_of
 from gateway.writers import Usage
@@ -55,7 +55,8 @@ class Jobs:
         await self._save(job, ttl_s)
         record = m.Idempotent(body_hash=idem[1], created_ms=created_ms, rids=job.rids, jid=job.jid)
         try:
-            earlier = await self._calls.submit(prepared, call, job.expires_ms, gateway="", idem=(idem[0], record))
+            requests = requests_of(prepared, call, job.expires_ms, gateway="", stored=True)
+            earlier = await self._calls.submit(prepared, requests, (idem[0], record))
         except LorafleetError:
             await self._forget(job)
             raise

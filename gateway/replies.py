@@ -83,6 +83,7 @@ class Subscription:
         self.client_gone = False
         self.failure: LorafleetError | None = None
         self.nudged = False
+        self.restarted = False  # the queue was, since the call last looked
         self._eager = eager  # wake for every delta, not only for ends and a full mailbox
         self._max_pending = max(MAX_PENDING, 2 * len(rids))
         self._pending: list[m.Delta] = []
@@ -102,9 +103,10 @@ class Subscription:
         self.client_gone = True
         self._wake()
 
-    def nudge(self) -> None:
-        """Say that deltas may have been lost: the call must look into the log."""
+    def nudge(self, *, restarted: bool = False) -> None:
+        """Say that deltas may have been lost: the call must look into the log. `restarted`: the log may have, too."""
         self.nudged = True
+        self.restarted = self.restarted or restarted
         self._wake()
 
     def fail(self, error: LorafleetError) -> None:
@@ -211,12 +213,15 @@ class Replies:
     async def beat_once(self) -> None:
         keys = self.bus.keys
         await self.bus.beat(keys.gateway_beat(self.gid), keys.gateways, self.gid, self.address.encode(), BEAT_TTL_MS)
-        if not await self.bus.keep_stream(self._stream, ttl_s=STREAM_TTL_S, max_age_ms=STREAM_MAX_AGE_MS):
+        gone = not await self.bus.keep_stream(self._stream, ttl_s=STREAM_TTL_S, max_age_ms=STREAM_MAX_AGE_MS)
+        if gone:
             logger.warning("the out stream was gone; calls catch up from the log")
             await self.open()
+        restarted = await self.bus.restarted()
+        if gone or restarted:
             for listeners in self._subscriptions.values():
                 for subscription in listeners:
-                    subscription.nudge()
+                    subscription.nudge(restarted=restarted)
 
     async def close(self) -> None:
         """Leave the fleet."""

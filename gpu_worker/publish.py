@@ -43,12 +43,24 @@ class Held:
 class Pending:
     """Outputs of one request that are not durable yet; later steps are merged into earlier ones."""
 
+    seq0: int = -1  # index of ids[0] in the log; -1: wherever the log ends
     ids: bytes = b""
     logprobs: bytes = b""
     finish: str = ""  # messages.FinishReason
     stop: str = ""
     error: LorafleetError | None = None
     num_cached_tokens: int = 0
+
+    def cut(self, request: Held) -> bool:
+        """Drop what the log holds already. Returns False when nothing is left, or what is left does not follow it."""
+        num_known = request.num_logged - self.seq0 if self.seq0 >= 0 else 0
+        if num_known == 0:
+            return True
+        if not 0 < num_known <= len(self.ids) // 4:
+            return False
+        self.ids, self.logprobs = self.ids[4 * num_known :], self.logprobs[num_known * request.record_bytes :]
+        self.seq0 = request.num_logged
+        return bool(self.ids or self.finish)
 
 
 class Ledger:
@@ -60,11 +72,23 @@ class Ledger:
         self._left: dict[bytes, int] = {}  # work entry -> requests not ended
         self.released: list[bytes] = []  # entries emptied outside a step, deleted with the next one
 
-    def take(self, entry: bytes, requests: Sequence[Held]) -> None:
-        """Own the requests of a work entry."""
+    def knows(self, entry: bytes) -> bool:
+        """Tell whether a work entry was taken and is not done."""
+        return entry in self._left
+
+    def take(self, entry: bytes, requests: Sequence[Held]) -> list[str]:
+        """Own the requests of a work entry.
+
+        Returns those it owned already: a queue that lost its last second has given them away once more. What the
+        engine still makes of them does not continue the log as it is now.
+        """
+        again = [request.rid for request in requests if request.rid in self.held]
+        for rid in again:
+            self.drop(rid)
         self._left[entry] = len(requests)
         for request in requests:
             self.held[request.rid] = request
+        return again
 
     def drop(self, rid: str) -> None:
         """Stop owning a request that ended elsewhere."""
@@ -78,12 +102,12 @@ class Ledger:
             self.released.append(entry)
 
     def build(self, pending: dict[str, Pending]) -> Step:
-        """Return the step that makes `pending` durable. Requests not held any more are left out."""
+        """Return the step that makes `pending` durable. Left out: requests not held any more, or since held anew."""
         step = Step(done_entries=list(self.released))
         ending: dict[bytes, int] = {}
         for rid, new in pending.items():
             request = self.held.get(rid)
-            if request is None:
+            if request is None or not new.cut(request):
                 continue
             step.rows.append(self._row(request, new))
             if request.gateway:
@@ -135,8 +159,8 @@ def merge(pending: dict[str, Pending], outputs: Iterable[TokenOutput]) -> None:
     """Add a step's outputs to what waits to be published."""
     for output in outputs:
         new = pending.get(output.rid)
-        if new is None:
-            new = pending[output.rid] = Pending()
+        if new is None or (new.seq0 >= 0 and output.seq0 != new.seq0 + len(new.ids) // 4):
+            new = pending[output.rid] = Pending(output.seq0)
         new.ids += np.asarray(output.ids, "<i4").tobytes()
         new.logprobs += output.logprobs
         new.num_cached_tokens = output.num_cached_tokens
@@ -149,6 +173,7 @@ class Verdict:
     """What to do after a refusal."""
 
     dropped: list[str] = field(default_factory=list)  # the engine should forget these
+    returned: list[str] = field(default_factory=list)  # also dropped; to be queued again, from what the log holds
     repairs: list[Held] = field(default_factory=list)  # logs in Redis that are shorter than what was shown
 
 
@@ -173,6 +198,8 @@ def settle(ledger: Ledger, pending: dict[str, Pending], refused: Sequence[Refuse
             if not new.ids and not new.finish:
                 del pending[row.rid]
         else:  # ended, fenced or expired: somebody else's now
+            if row.code == "length":  # or a gateway mended the log after this worker took it: begin again from there
+                verdict.returned.append(row.rid)
             del pending[row.rid]
             ledger.drop(row.rid)
             verdict.dropped.append(row.rid)
@@ -183,9 +210,10 @@ def _adopt(request: Held, new: Pending, length: int) -> None:
     """Count as durable what an earlier try of the same step has written although its reply was lost."""
     written = min(length - request.num_logged, len(new.ids) // 4)
     if written > 0:
+        new.seq0 = request.num_logged
         request.log += new.ids[: 4 * written]
         request.logprobs += new.logprobs[: written * request.record_bytes]
-        new.ids, new.logprobs = new.ids[4 * written :], new.logprobs[written * request.record_bytes :]
+        new.cut(request)
 
 
 def _error_text(error: LorafleetError | None) -> str:

@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -146,6 +147,7 @@ class Worker:
         self.ledger = Ledger(self.wid)
         self._pending = {}
         keys = self.bus.keys
+        await self.bus.restarted()  # from now on
         await self.bus.create_stream(keys.work(self.wid), STREAM_TTL_S)
         await self.bus.create_stream(keys.ctl(self.wid), STREAM_TTL_S)
         await self._beat()
@@ -195,6 +197,13 @@ class Worker:
             if await self.bus.delete_stream(stream, len(entries)):
                 return True
 
+    async def _hand_back(self, rids: list[str]) -> None:
+        """Queue single requests again."""
+        outcomes = await self.bus.requeue(self.wid, rids, counts=False, max_attempts=self.settings.max_attempts)
+        for rid, outcome in outcomes.items():
+            if outcome == "cancelled":
+                await self.bus.finish(rid, "cancelled", "cancelled")
+
     # ------------------------------------------------------------ in
 
     async def _intake(self) -> None:
@@ -225,8 +234,14 @@ class Worker:
                 logger.warning("queue connection lost while taking %s: %r", entry[0].decode(), error)
                 await wait_any(self._gone, 0.3)
 
+    async def _take_again(self) -> None:
+        """Look through the work stream from its beginning: a restarted queue may hold work that had been done."""
+        work = self.bus.keys.work(self.wid)
+        for entry in await self.bus.entries(work):
+            await self._handle(work, entry, self._take)
+
     async def _take(self, entry: Entry) -> None:
-        """Give one assignment's requests to the engine."""
+        """Give one assignment's requests to the engine, unless it has them."""
         items = _assigned(entry)
         if not items:
             return
@@ -238,13 +253,18 @@ class Worker:
             raw, tok, lp = raws[3 * i : 3 * i + 3]
             body = decode(raw, m.Body) if raw is not None else None
             held.append(_hold(item, entry[0], body, tok or b"", lp or b""))
-            if body is None:  # its keys have expired; the step script will say so and it is dropped
-                self._pending[item.rid] = Pending(finish="error", error=DeadlineExceeded("the request has expired"))
-                self._has_outputs.set()
-            else:
+            if body is not None:
                 requests.append(_engine_request(item, body, tok or b""))
-        self.ledger.take(entry[0], held)
+        if self.ledger.knows(entry[0]):
+            return
+        if again := self.ledger.take(entry[0], held):
+            self.engine.cancel(again)
+        for rid in {item.rid for item in items} - {request.rid for request in requests}:
+            # Its keys have expired; the step script will say so and it is dropped.
+            self._pending[rid] = Pending(finish="error", error=DeadlineExceeded("the request has expired"))
+            self._has_outputs.set()
         for request in requests:
+            self._pending.pop(request.rid, None)
             self.engine.submit(request)
 
     async def _obey(self, entry: Entry) -> None:
@@ -297,6 +317,8 @@ class Worker:
                     await self.bus.repair(held.rid, 0, bytes(held.log), bytes(held.logprobs), held.record_bytes)
                 if verdict.dropped:
                     self.engine.cancel(verdict.dropped)
+                if verdict.returned:
+                    await self._hand_back(verdict.returned)
             except CONNECTION_ERRORS as error:
                 logger.warning("queue connection lost while publishing: %r", error)
                 await asyncio.sleep(pause_s)
@@ -305,9 +327,16 @@ class Worker:
     # ------------------------------------------------------------ beats
 
     async def _beats(self) -> None:
+        look_s, restarted = 0.0, False
         while True:
             try:
                 await self._beat()
+                if time.monotonic() > look_s:  # a beat may also come with every end
+                    look_s = time.monotonic() + BEAT_S
+                    restarted = await self.bus.restarted() or restarted
+                    if restarted:
+                        await self._take_again()
+                        restarted = False
             except CONNECTION_ERRORS as error:
                 logger.warning("queue connection lost while beating: %r", error)
             await wait_any(self._beat_now, BEAT_S)

@@ -106,6 +106,7 @@ class Bus:
         # redis-py's default read timeout of 5 s would abort and silently repeat longer blocking reads.
         self._blocking = connect(url, timeout_s=None)
         self._scripts = Scripts(self.redis)
+        self._run_id = ""  # of the server, when last asked
 
     async def close(self) -> None:
         await self.redis.aclose()
@@ -116,6 +117,11 @@ class Bus:
         policy = (await self.redis.config_get("maxmemory-policy")).get("maxmemory-policy", "noeviction")
         if policy != "noeviction":
             raise Internal(f"Redis has maxmemory-policy {policy}; the queue needs noeviction, or it loses requests")
+
+    async def restarted(self) -> bool:
+        """Tell whether the server has started anew since the last call: then it may have lost its last second."""
+        before, self._run_id = self._run_id, (await self.redis.info("server"))["run_id"]
+        return before not in ("", self._run_id)
 
     # ------------------------------------------------------------ scripts
 

@@ -53,6 +53,7 @@ async def _lead(bus: Bus, settings: Settings, candidate: str, counters: TokenCou
     if not token:
         return
     await bus.check()
+    await bus.restarted()  # from now on
     logger.info("leading as %s", token)
     metrics.SCHEDULER_LEADS.set(1)
     try:

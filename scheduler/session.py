@@ -193,6 +193,8 @@ class Session:
             lock = self._lock
             if await self._bus.lead(lock.token, lock.candidate, lock.lease_ms) != lock.token:
                 raise Deposed
+            if await self._bus.restarted():  # and a new connection may have hidden it: begin from what is there
+                raise ConnectionError("the queue was started anew")
             await asyncio.sleep(lock.lease_ms / 5000)
 
     async def _watch(self) -> None:

@@ -164,19 +164,106 @@ async def test_a_lost_out_stream_comes_back(bus: Bus, fleet: ScriptedFleet, mode
     assert "".join(texts) == Script().text
 
 
-async def test_a_request_that_the_queue_forgot_is_an_error(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
+async def test_a_request_that_the_queue_forgot_is_submitted_again(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
+) -> None:
     fleet.assigning.clear()
     async with (
         running_gateway(bus, model_folder, keepalive_s=0.05) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=60) as http,
         asyncio.TaskGroup() as group,
     ):
-        asked = group.create_task(http.post("/v1/completions", json=COMPLETION))
-        await wait_until(lambda: fleet.seen, "it is queued")
-        await bus.redis.delete(bus.keys.req(fleet.seen[0][0].rid))
+        asked = group.create_task(http.post("/v1/completions", json={**COMPLETION, "n": 2}))
+        await wait_until(lambda: len(fleet.seen) == 2, "it is queued")
+        for submit, _ in fleet.seen:
+            await bus.redis.delete(bus.keys.req(submit.rid), bus.keys.body(submit.rid))
+        await wait_until(lambda: len(fleet.seen) == 4, "it is queued again")
+        fleet.assigning.set()
         answer = await asked
-    assert answer.status_code == 500
+    assert sorted(submit.rid for submit, _ in fleet.seen[:2]) == sorted(submit.rid for submit, _ in fleet.seen[2:])
+    assert [choice["text"] for choice in answer.json()["choices"]] == [Script().text] * 2
+
+
+async def test_a_forgotten_request_of_another_gateway_is_an_error_worth_a_retry(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
+) -> None:
+    fleet.assigning.clear()
+    key = {"idempotency-key": "k"}
+    async with (
+        running_gateway(bus, model_folder) as first,
+        running_gateway(bus, model_folder) as second,
+        httpx2.AsyncClient(base_url=first.url) as http,
+        httpx2.AsyncClient(base_url=second.url) as other,
+        asyncio.TaskGroup() as group,
+    ):
+        asked = group.create_task(http.post("/v1/completions", json=COMPLETION, headers=key))
+        await wait_until(lambda: fleet.seen, "it is queued")
+        again = group.create_task(other.post("/v1/completions", json=COMPLETION, headers=key))
+        # Both gateways count in this process; the page of metrics is the third.
+        await wait_until(lambda: _metrics_say(other, "lorafleet_http_requests_open 3.0"), "both are being answered")
+        asked.cancel()
+        await bus.redis.delete(bus.keys.req(fleet.seen[0][0].rid))
+        answer = await again
+    assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "request_lost"
+    assert answer.headers["x-should-retry"] == "true"
+
+
+async def _metrics_say(http: httpx2.AsyncClient, line: str) -> bool:
+    return line in (await http.get("/metrics")).text
+
+
+async def test_a_queue_that_lost_its_last_second_is_told_what_clients_have_seen(
+    bus: Bus, fleet: ScriptedFleet, gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log, owner and epoch are older than what the client has been shown, and go on from there."""
+    restarted = asyncio.Event()
+
+    async def was_restarted(self: Bus) -> bool:
+        was, _ = restarted.is_set(), restarted.clear()
+        return was
+
+    monkeypatch.setattr(Bus, "restarted", was_restarted)
+    fleet.assigning.clear()
+    raw = b""
+    async with httpx2.AsyncClient(base_url=gateway.url, timeout=60) as http, asyncio.TaskGroup() as group:
+        shown = asyncio.Event()
+
+        async def ask() -> None:
+            nonlocal raw
+            body = {**COMPLETION, "stream": True}
+            async with http.stream("POST", "/v1/completions", json=body) as answer:
+                async for part in answer.aiter_raw():
+                    raw += part
+                    if raw.count(b"data:") == 4:
+                        shown.set()
+
+        group.create_task(ask())
+        await wait_until(lambda: fleet.seen, "it is queued")
+        submit, body = fleet.seen[0]
+        first = m.Assigned(submit.rid, 1, "", "base", gateway.gid)
+        await bus.assign(fleet.wid, [(first, 0)])
+        ids, _ = fleet.tokens(Script(), body)
+        req, tok = bus.keys.req(submit.rid), bus.keys.tok(submit.rid)
+        before = await bus.redis.hgetall(req)
+        await bus.requeue(fleet.wid, [submit.rid], counts=True, max_attempts=3)
+        second = m.Assigned(submit.rid, 3, "", "base", gateway.gid)
+        await bus.assign(fleet.wid, [(second, 2)])
+        for i in range(4):
+            assert await fleet.step(second, i, ids[i : i + 1], body, end="")
+        await shown.wait()
+        await bus.redis.hset(req, mapping=before)
+        await bus.redis.set(tok, m_ids(ids[:2]), keepttl=True)
+        restarted.set()
+
+        async def is_mended() -> bool:
+            return await bus.redis.get(tok) == m_ids(ids[:4])
+
+        await wait_until(is_mended, "the log holds what was shown")
+        assert await fleet.step(first, 4, ids[4:], body, end="stop")
+    fleet.assigning.set()
+    texts = [orjson.loads(frame)["choices"][0]["text"] for frame in re.findall(rb"{.*}", raw)]
+    assert "".join(texts) == Script().text
 
 
 async def test_unreadable_messages_break_neither_the_gateway_nor_a_call(

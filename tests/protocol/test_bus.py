@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lorafleet.embedded import start_embedded
 from protocol import messages as m
 from protocol.bus import CONNECTION_ERRORS, Bus, decode, now_ms
 from protocol.errors import Internal, ProtocolError
@@ -234,3 +235,17 @@ def test_fleets_with_other_names_share_no_key() -> None:
         assert getattr(one, key)("x") != getattr(two, key)("x")
     assert one.is_permanent(one.ended)
     assert not one.is_permanent(one.req("x"))
+
+
+async def test_a_restarted_server_is_noticed_once(tmp_path: Path) -> None:
+    server = start_embedded(tmp_path)
+    bus = Bus(server.url)
+    try:
+        assert [await bus.restarted() for _ in range(3)] == [False] * 3
+        server.process.kill()
+        server.process.wait()
+        server.start()
+        assert [await bus.restarted() for _ in range(3)] == [True, False, False]
+    finally:
+        await bus.close()
+        server.stop()

@@ -106,6 +106,9 @@ class World:
             return
         self.submitted.add(rid)
         self.cursors[rid] = Cursor()
+        self.send(rid)
+
+    def send(self, rid: str) -> None:
         sub = m.Submit(
             rid=rid, tenant="t", cls="interactive", digest="", num_prompt_tokens=1, max_new_tokens=LENGTH,
             deadline_ms=now_ms() + 60_000, gateway=GATEWAY,
@@ -121,8 +124,8 @@ class World:
         assigned = [(m.Assigned(sub.rid, epoch + 1, "", "t", GATEWAY), epoch) for sub, epoch in batch]
         if not assigned:
             return
-        self.run(self.bus.assign(self.lives[slot].wid, assigned))
-        if self._maybe():
+        status, _ = self.run(self.bus.assign(self.lives[slot].wid, assigned))
+        if status == "ok" and self._maybe():
             status, _ = self.run(self.bus.assign(self.lives[1 - slot].wid, assigned))
             assert status == "stale"
         if self._maybe():
