@@ -11,7 +11,7 @@ from gateway.names import Names
 from protocol import messages as m
 from protocol.bus import CONNECTION_ERRORS, Bus, decode, now_ms
 from protocol.errors import ModelNotFound, Unavailable
-from protocol.metrics import FLEET_QUEUED, FLEET_RUNNING, FLEET_WORKERS
+from protocol.metrics import FLEET_QUEUED, FLEET_RUNNING, FLEET_WORKERS, WORKERS
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,15 @@ class Fleet:
             except Exception:
                 logger.exception("the fleet cannot be seen")
             await asyncio.sleep(REFRESH_S)
+
+    async def show_workers(self) -> None:
+        """Let the metrics tell of every live worker, of none while the queue is out of reach."""
+        try:
+            beats = await self._bus.worker_beats()
+        except CONNECTION_ERRORS as error:
+            logger.warning("the workers cannot be seen: %s", error)
+            beats = {}
+        WORKERS.show(beat for beat in beats.values() if beat is not None)
 
     async def require(self, *, worker: bool) -> m.ServedModel:
         """Return the base model. Raises Unavailable while no worker has told it, or, with `worker`, none is alive."""

@@ -101,6 +101,7 @@ class Endpoints:
         return _json({"status": state, "workers": fleet.num_workers}, 200 if ready else 503)
 
     async def metrics(self) -> Response:
+        await self._calls.fleet.show_workers()
         return Response(await run_in_threadpool(generate_latest), headers={"content-type": CONTENT_TYPE_LATEST})
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -14,11 +15,12 @@ from gpu_worker.batcher import Batcher, Limits, StepPlan
 from gpu_worker.blocks import BlockPool
 from gpu_worker.finish import StopCheck
 from gpu_worker.model import BaseModel
-from gpu_worker.request import EngineCounters, EngineRequest, EngineStats, Sequence, TokenOutput
+from gpu_worker.request import EngineRequest, EngineStats, Sequence, TokenOutput
 from gpu_worker.runner import Runner
 from gpu_worker.sampling import Sampled, SampleRow, sample
 from gpu_worker.step_model import StepFit
 from protocol.errors import BadRequest, Internal, LorafleetError
+from protocol.messages import WorkerCounters
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +50,13 @@ class Engine:
         self.runner.check()
         self.blocks = BlockPool(config.num_blocks)
         self.batcher = Batcher(config.limits, self.blocks, adapters, model.fingerprint)
-        adapters.on_evicted = self.blocks.demote
+        adapters.on_evicted = self._on_evicted
         self.can_step = False  # whether the next step may do something without a new request or adapter
         self._tokenizer = tokenizer
         self._seqs: dict[str, Sequence] = {}
         self._stops: dict[str, StopCheck] = {}
         self._outputs: list[TokenOutput] = []  # made outside a forward pass, given out by the next step
-        self.counters = EngineCounters()
+        self.counters = WorkerCounters()
         self._fit = StepFit()
         self._step_s = 0.0
         self._tokens_per_s = 0.0
@@ -198,6 +200,10 @@ class Engine:
                 seq.num_base = 0 if extras is not None and extras.reaches_all_rows else seq.active_from
             seq.is_bound = True
 
+    def _on_evicted(self, digest: str) -> None:
+        self.counters.num_evictions += 1
+        self.blocks.demote(digest)
+
     def prefetch(self, digest: str) -> None:
         """Bring an adapter towards the pool, for a request that will come."""
         self.adapters.prefetch(digest)
@@ -243,7 +249,7 @@ class Engine:
             host=list(self.adapters.host),
             num_loads=self.adapters.num_loads,
             num_fetches=self.adapters.num_fetches,
-            counters=replace(self.counters),
+            counters=copy(self.counters),
         )
 
 

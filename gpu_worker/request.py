@@ -97,22 +97,6 @@ class Sequence:
 
 
 @dataclass(slots=True)
-class EngineCounters:
-    """Totals since the engine's start."""
-
-    num_steps: int = 0
-    num_preemptions: int = 0
-    num_computed_tokens: int = 0  # of prompts and outputs, recomputed ones too
-    num_cached_tokens: int = 0  # found in the prefix cache instead
-    num_output_tokens: int = 0
-    plan_s: float = 0.0  # choosing the tokens of the step, moving adapters along
-    inputs_s: float = 0.0  # building and sending the work lists
-    forward_s: float = 0.0
-    sample_s: float = 0.0
-    finish_s: float = 0.0  # stop checks and outputs
-
-
-@dataclass(slots=True)
 class EngineStats:
     """What the engine says of itself once a second."""
 
@@ -132,4 +116,4 @@ class EngineStats:
     host: list[str] = field(default_factory=list)
     num_loads: int = 0  # adapters copied into the pool
     num_fetches: int = 0  # adapters fetched and packed
-    counters: EngineCounters = field(default_factory=EngineCounters)
+    counters: m.WorkerCounters = field(default_factory=m.WorkerCounters)

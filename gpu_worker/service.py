@@ -23,6 +23,7 @@ from gpu_worker.loader import Loader
 from gpu_worker.publish import MAX_ROWS, Held, Ledger, Pending, merge, settle
 from gpu_worker.request import EngineRequest, EngineStats, TokenOutput
 from protocol import messages as m
+from protocol import metrics
 from protocol.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
 from protocol.errors import DeadlineExceeded, Internal, ProtocolError
 from protocol.fleet_secret import FleetSecret
@@ -92,6 +93,7 @@ class Worker:
         self._pending: dict[str, Pending] = {}
         self._steps_unacked = 0
         self._publishing = asyncio.Lock()
+        self._publish_s = 0.0  # waited for step scripts, since the start
         self._has_outputs = asyncio.Event()
         self._beat_now = asyncio.Event()
         self._gone = asyncio.Event()  # the engine died
@@ -114,6 +116,10 @@ class Worker:
 
     async def run(self, stop: asyncio.Event) -> int:
         """Start the engine, work for the fleet until `stop`, hand over what runs. Returns the exit code."""
+        with metrics.serve_metrics(self.settings.metrics_port):
+            return await self._work(stop)
+
+    async def _work(self, stop: asyncio.Event) -> int:
         loop = asyncio.get_running_loop()
         self.engine.start(
             lambda outputs: loop.call_soon_threadsafe(self.on_outputs, outputs),
@@ -308,7 +314,9 @@ class Worker:
             if not step.rows and not step.done_entries:
                 return
             try:
+                started = time.perf_counter()
                 refused = await self.bus.step(self.wid, step)
+                self._publish_s += time.perf_counter() - started
                 if not refused:
                     self.ledger.commit(step, pending)
                     return
@@ -366,6 +374,7 @@ class Worker:
             host=stats.host,
             num_loads=stats.num_loads,
             num_fetches=stats.num_fetches,
+            counters=msgspec.structs.replace(stats.counters, publish_s=self._publish_s),
             draining=self.draining,
             sent_ms=now_ms(),
         )
@@ -376,6 +385,8 @@ class Worker:
             raise Fenced
         if self.stores is not None:
             self.stores.set_urls(await store_urls(self.bus))
+        if self.settings.metrics_port:  # else nobody reads them here
+            metrics.WORKERS.show([beat])
 
 
 async def store_urls(bus: Bus) -> tuple[str, ...]:

@@ -160,6 +160,23 @@ class StepModel(Wire, frozen=True):
     d: float = 0.0
 
 
+class WorkerCounters(msgspec.Struct, omit_defaults=True):
+    """Totals since a worker's start. The worker adds to its own; a beat carries a copy."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_computed_tokens: int = 0  # of prompts and outputs, recomputed ones too
+    num_cached_tokens: int = 0  # found in the prefix cache instead
+    num_output_tokens: int = 0
+    num_evictions: int = 0  # adapters that left the pool for others
+    plan_s: float = 0.0  # choosing the tokens of the step, moving adapters along
+    inputs_s: float = 0.0  # building and sending the work lists
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+    finish_s: float = 0.0  # stop checks and outputs
+    publish_s: float = 0.0  # making steps durable and visible, while the next ones are computed
+
+
 class WorkerBeat(Wire, frozen=True):
     """A worker's state, once a second and on change."""
 
@@ -183,6 +200,7 @@ class WorkerBeat(Wire, frozen=True):
     host: list[str] = []
     num_loads: int = 0  # adapters copied into the pool since its start
     num_fetches: int = 0  # adapters fetched from a store
+    counters: WorkerCounters = msgspec.field(default_factory=WorkerCounters)
     draining: bool = False
     version: str = ""
     sent_ms: int = 0

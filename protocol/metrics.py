@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from protocol.messages import WorkerBeat
 
 _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -52,6 +56,67 @@ STORE_FETCHES = Counter("lorafleet_store_fetches_total", "Versions fetched from 
 STORE_FETCH_SECONDS = Histogram(
     "lorafleet_store_fetch_seconds", "From a version's resolution to its blob.", ["scheme"], buckets=_LATENCY_S
 )
+
+# ---------------------------------------------------------------- workers, each as its last beat tells it
+
+PHASES = ("plan", "inputs", "forward", "sample", "finish", "publish")
+"""What a step's time goes to; the last runs beside the next steps."""
+
+
+class Workers(Collector):
+    """What workers count where they run. Gateways show all of them, a worker's own port shows that one."""
+
+    def __init__(self) -> None:
+        self._beats: list[WorkerBeat] = []
+
+    def show(self, beats: Iterable[WorkerBeat]) -> None:
+        """Let the next reader see these workers; of two with one name the one heard last."""
+        self._beats = list({beat.name: beat for beat in sorted(beats, key=lambda beat: beat.sent_ms)}.values())
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics, as Prometheus asks for them; none where no worker is shown."""
+        if not self._beats:
+            return
+        steps = _total("steps", "Steps computed.")
+        seconds = _total("phase_seconds", "Time that steps took, by phase.", "phase")
+        tokens = _total("tokens", "Tokens computed, found in the prefix cache, and made.", "kind")
+        preemptions = _total("preemptions", "Requests that lost their KV blocks to others.")
+        adapters = _total("adapter_events", "Adapters fetched, loaded into the pool, and evicted from it.", "event")
+        requests = _now("requests", "Requests it holds, by state.", "state")
+        blocks = _now("kv_blocks", "KV blocks, by state.", "state")
+        pool = _now("adapter_pool_bytes", "Memory for resident adapters, by state.", "state")
+        resident = _now("resident_adapters", "Adapters in the pool.")
+        for beat in self._beats:
+            name, counters = beat.name, beat.counters
+            steps.add_metric([name], counters.num_steps)
+            for phase in PHASES:
+                seconds.add_metric([name, phase], getattr(counters, f"{phase}_s"))
+            for kind in ("computed", "cached", "output"):
+                tokens.add_metric([name, kind], getattr(counters, f"num_{kind}_tokens"))
+            preemptions.add_metric([name], counters.num_preemptions)
+            events = {"fetch": beat.num_fetches, "load": beat.num_loads, "eviction": counters.num_evictions}
+            for event, num in events.items():
+                adapters.add_metric([name, event], num)
+            requests.add_metric([name, "running"], beat.running)
+            requests.add_metric([name, "waiting"], beat.waiting)
+            blocks.add_metric([name, "free"], beat.kv_blocks_free)
+            blocks.add_metric([name, "used"], beat.kv_blocks_total - beat.kv_blocks_free)
+            pool.add_metric([name, "free"], beat.pool_bytes_free)
+            pool.add_metric([name, "used"], beat.pool_bytes_total - beat.pool_bytes_free)
+            resident.add_metric([name], len(beat.resident))
+        yield from (steps, seconds, tokens, preemptions, adapters, requests, blocks, pool, resident)
+
+
+def _total(name: str, text: str, *labels: str) -> CounterMetricFamily:
+    return CounterMetricFamily(f"lorafleet_worker_{name}", text, labels=["worker", *labels])
+
+
+def _now(name: str, text: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"lorafleet_worker_{name}", text, labels=["worker", *labels])
+
+
+WORKERS = Workers()
+REGISTRY.register(WORKERS)
 
 ADAPTER_THERE = "there"
 ADAPTER_COMING = "coming"

@@ -25,7 +25,9 @@ class Settings(BaseSettings):
         default=Path("~/.cache/lorafleet"), description="folder for the queue's data, mirrored adapters and caches"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
-    metrics_port: int = Field(default=0, ge=0, le=65535, description="Prometheus port of scheduler and store; 0: none")
+    metrics_port: int = Field(
+        default=0, ge=0, le=65535, description="Prometheus port of scheduler, store and worker; 0: none"
+    )
     grace_s: float = Field(default=30.0, ge=0, description="how long a drain may take")
     secret: str = Field(default="", repr=False, description="shared by all services; better in a variable or a file")
     secret_file: Path | None = Field(

@@ -289,3 +289,37 @@ async def test_metrics_count_without_naming_adapters(
     assert {line: await value(line) - before[line] for line in lines} == lines
     assert await value("lorafleet_workers ") == 1
     assert "text/plain" in (await http.get("/metrics")).headers["content-type"]
+
+
+async def test_metrics_tell_of_every_live_worker(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, gateway: RunningGateway, bus: Bus
+) -> None:
+    counters = m.WorkerCounters(num_steps=7, num_cached_tokens=32, num_evictions=3, plan_s=0.25, publish_s=0.5)
+    facts: dict[str, Any] = {"model": BASE_NAME, "capacity": 8, "resident": ["secret"], "num_loads": 5}
+    facts |= {"kv_blocks_free": 10, "kv_blocks_total": 12}
+    beats = [
+        m.WorkerBeat(wid="w1", name="one", sent_ms=2, counters=counters, **facts),
+        m.WorkerBeat(wid="w0", name="one", sent_ms=1, **facts),  # what it was before it was started again
+        m.WorkerBeat(wid="w2", name="two", sent_ms=1, **facts),
+    ]
+    for beat in beats:
+        await bus.beat(bus.keys.worker_beat(beat.wid), bus.keys.workers, beat.wid, m.encode(beat), 60_000)
+
+    rows = (await http.get("/metrics")).text.splitlines()
+    lines = {
+        'lorafleet_worker_steps_total{worker="one"}': 7,
+        'lorafleet_worker_phase_seconds_total{phase="plan",worker="one"}': 0.25,
+        'lorafleet_worker_phase_seconds_total{phase="publish",worker="one"}': 0.5,
+        'lorafleet_worker_tokens_total{kind="cached",worker="one"}': 32,
+        'lorafleet_worker_adapter_events_total{event="load",worker="one"}': 5,
+        'lorafleet_worker_adapter_events_total{event="eviction",worker="one"}': 3,
+        'lorafleet_worker_kv_blocks{state="used",worker="one"}': 2,
+        'lorafleet_worker_resident_adapters{worker="one"}': 1,
+        'lorafleet_worker_steps_total{worker="two"}': 0,
+    }
+    for line, value in lines.items():
+        assert [float(row.split()[-1]) for row in rows if row.startswith(f"{line} ")] == [value], line
+    assert not any("secret" in row for row in rows)
+
+    await bus.leave("w2")
+    assert 'worker="two"' not in (await http.get("/metrics")).text

@@ -300,3 +300,22 @@ def test_what_steps_cost_is_learnt_with_the_adapters_that_ran(running: Running) 
     works = [work for _, *work in learnt]
     assert works == [[4, 4, 8], [1, 5, 8], [1, 6, 8]]
     assert all(seconds > 0 for seconds, *_ in learnt)
+
+
+def test_a_worker_counts_what_it_did(folder: Path) -> None:
+    """In a pool with room for one adapter."""
+    running = Running(folder, adapter_pool_bytes=160_000)
+    prompt = list(range(5, 45))
+    for rid, digest in (("a", "warm"), ("b", "warm"), ("c", "cold")):
+        running.thread.submit(request(rid, digest, num_tokens=3, prompt=prompt))
+        running.ends({rid})
+    running.thread.stop()
+    stats = running.thread.engine.stats()
+    counters = stats.counters
+    assert counters.num_steps == 9
+    assert counters.num_output_tokens == 9
+    assert counters.num_cached_tokens == 32  # of the second request, whose prompt and adapter were known
+    assert counters.num_computed_tokens == 3 * (40 + 2) - 32
+    assert (stats.num_loads, counters.num_evictions) == (2, 1)
+    phases = (counters.plan_s, counters.inputs_s, counters.forward_s, counters.sample_s, counters.finish_s)
+    assert all(seconds > 0 for seconds in phases)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -24,12 +26,12 @@ PROMPT = np.arange(1, 6, dtype="<i4")
 
 @asynccontextmanager
 async def running_worker(
-    bus: Bus, *, step_s: float = 0.002, name: str = "w"
+    bus: Bus, *, step_s: float = 0.002, **settings: Any
 ) -> AsyncIterator[tuple[Worker, asyncio.Event]]:
     """A worker on the queue; leaving the block drains it."""
     engine = FakeEngine(step_s=step_s, vocab_size=VOCAB)
     own = Bus(bus.url)
-    worker = Worker(own, engine, fake_served(vocab_size=VOCAB), Settings(worker_name="w"))
+    worker = Worker(own, engine, fake_served(vocab_size=VOCAB), Settings(worker_name="w", **settings))
     stop = asyncio.Event()
     task = asyncio.create_task(worker.run(stop))
     try:
@@ -276,3 +278,25 @@ async def _is(bus: Bus, rid: str, value: str) -> bool:
 
 async def _has_tokens(bus: Bus, rid: str, num: int) -> bool:
     return len(await log(bus, rid)) >= num
+
+
+async def test_a_worker_shows_its_own_metrics_on_its_port(bus: Bus, unused_tcp_port: int) -> None:
+    def scrape() -> dict[str, float]:
+        with urlopen(f"http://127.0.0.1:{unused_tcp_port}/metrics", timeout=5) as page:
+            lines = page.read().decode().splitlines()
+        return {line.rpartition(" ")[0]: float(line.split()[-1]) for line in lines if not line.startswith("#")}
+
+    async with running_worker(bus, metrics_port=unused_tcp_port) as (worker, _):
+        assert (await asyncio.to_thread(scrape))[
+            'lorafleet_worker_phase_seconds_total{phase="publish",worker="w"}'
+        ] == 0
+        await submit(bus, "r")
+        await assign(bus, worker.wid, "r")
+
+        async def published() -> bool:
+            found = await asyncio.to_thread(scrape)
+            return found['lorafleet_worker_phase_seconds_total{phase="publish",worker="w"}'] > 0
+
+        await wait_until(published, "the time of step scripts is shown")
+    with pytest.raises(OSError, match="refused"):
+        await asyncio.to_thread(scrape)
