@@ -12,8 +12,10 @@ from tokenizers import Tokenizer
 from gpu_worker.adapter_weights import PoolWeights
 from gpu_worker.adapters import AdapterCache
 from gpu_worker.batcher import BLOCK_TOKENS, Limits
+from gpu_worker.cuda_graphs import CudaRecorder
 from gpu_worker.engine import Engine, EngineConfig
 from gpu_worker.fetch import AdapterFiles
+from gpu_worker.graphs import Unrecordable
 from gpu_worker.memory import GiB, free_bytes, share
 from gpu_worker.model import BaseModel, choose_device, choose_dtype, load_model
 from gpu_worker.packing import HostAdapter, Packer
@@ -72,7 +74,27 @@ def build_engine(
         files = fetch(digest)
         return packer.pack(digest, files.config, files.weights)
 
-    return Engine(model, config, AdapterCache(weights, read, host_bytes), tokenizer), served
+    engine = Engine(model, config, AdapterCache(weights, read, host_bytes), tokenizer)
+    record_steps(engine, settings)
+    return engine, served
+
+
+def record_steps(engine: Engine, settings: Settings) -> None:
+    """Record the decode steps where there is a GPU. Raises BadRequest where that is demanded and cannot be done."""
+    device = engine.model.device
+    if device.type != "cuda" and settings.cuda_graphs == "on":
+        raise BadRequest(f"cuda_graphs is on, but the device is {device.type}")
+    if device.type != "cuda" or settings.cuda_graphs == "off":
+        return
+    started = time.monotonic()
+    try:
+        engine.runner.record(CudaRecorder(device), engine.config.limits.max_num_seqs, engine.config.max_model_len)
+    except Unrecordable as error:
+        if settings.cuda_graphs == "on":
+            raise BadRequest(f"cuda_graphs is on, but this model's steps cannot be recorded: {error}") from error
+        logger.warning("no CUDA graphs, decode steps are launched kernel by kernel: %s", error)
+    else:
+        logger.info("decode steps recorded in %.1f s", time.monotonic() - started)
 
 
 def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:

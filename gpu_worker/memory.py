@@ -45,3 +45,14 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
         return torch.zeros(*shape, dtype=dtype, device=device)
     pages = np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
     return torch.from_numpy(pages).view(dtype).view(*shape)
+
+
+def host_tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array as a host tensor that can be copied to a device without waiting: page-locked for a GPU."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def send(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return a copy of an array on a device, in order with what is launched there; the host does not wait."""
+    return host_tensor(array, device).to(device, non_blocking=True)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from gpu_worker.batcher import StepPlan
 from gpu_worker.extras import ExtraRows, Extras
+from gpu_worker.graphs import DecodeGraph, DecodeGraphs, DecodeLists, Recorder
+from gpu_worker.memory import send
 from gpu_worker.model import BaseModel
 from gpu_worker.request import Sequence
 from lora_kernels import ops
@@ -29,6 +31,7 @@ class StepInputs:
     logit_rows: Tensor  # int64 [n]
     ready: list[Sequence]  # whose next token can be chosen, in the order of logit_rows
     vocab_sizes: Tensor | None = None  # int64 [n], where an adapter of the step has a vocabulary of its own
+    graph: DecodeGraph | None = None  # replayed instead of running the model on the tensors above, which are its own
 
 
 class Runner:
@@ -39,8 +42,19 @@ class Runner:
         self.model = model
         self.num_blocks = num_blocks
         self._extras: Mapping[str, Extras] = {} if extras is None else extras
+        self._graphs: DecodeGraphs | None = None
         for layer in model.layers:
-            layer.allocate(num_blocks, model.dtype, model.device)
+            layer.allocate(num_blocks + 1, model.dtype, model.device)  # the last is for the padding of recorded steps
+
+    def record(self, recorder: Recorder, max_num_seqs: int, max_model_len: int) -> None:
+        """Record the decode steps of up to max_num_seqs sequences, to be replayed from now on. Raises Unrecordable.
+
+        The adapter pool must be there.
+        """
+        max_blocks = -(-max_model_len // ops.BLOCK_TOKENS)
+        graphs = DecodeGraphs(self.model, max_num_seqs, max_blocks, dummy_block=self.num_blocks)
+        graphs.record(recorder)
+        self._graphs = graphs
 
     def prepare(self, plan: StepPlan) -> StepInputs:
         """Build a plan's inputs and work lists with numpy and send them to the device."""
@@ -50,10 +64,7 @@ class Runner:
         ends = np.array([seq.num_computed for seq in seqs]) + num_new
         complete = ends == np.array([seq.num_tokens for seq in seqs])
         ids = np.concatenate([seq.tokens[seq.num_computed : end] for seq, end in zip(seqs, ends, strict=True)])
-        # At least one row goes through the head: an empty batch is nothing that every kernel must know.
-        heads = np.flatnonzero(complete) if complete.any() else np.zeros(1, np.int64)
-        rows = np.cumsum(num_new)[heads] - 1
-        context.attention = ops.build_attention_batch(num_new, ends, block_tables(seqs), device)
+        ready = [seq for seq, is_complete in zip(seqs, complete, strict=True) if is_complete]
         slots = np.array([seq.slot for seq in seqs], np.int32)
         scales = np.array([seq.request.lora_scale for seq in seqs], np.float32)
         token_slots, token_scales = np.repeat(slots, num_new), np.repeat(scales, num_new)
@@ -61,15 +72,24 @@ class Runner:
         for i in late:  # an activated LoRA before its invocation
             first = int(num_new[:i].sum())
             token_slots[first : first + min(num_new[i], seqs[i].active_from - seqs[i].num_computed)] = -1
+        has_extras = any(seq.request.digest in self._extras for seq in seqs)
+        graph = None if has_extras or self._graphs is None else self._graphs.find(num_new, complete)
+        if graph is not None:
+            graph.fill(DecodeLists(ids.astype(np.int64), ends, block_tables(seqs), token_slots, token_scales))
+            return StepInputs(graph.input_ids, graph.attention.positions, graph.rows, ready, graph=graph)
+        # At least one row goes through the head: an empty batch is nothing that every kernel must know.
+        heads = np.flatnonzero(complete) if complete.any() else np.zeros(1, np.int64)
+        rows = np.cumsum(num_new)[heads] - 1
+        context.attention = ops.build_attention_batch(num_new, ends, block_tables(seqs), device)
         context.lora = _lora_batch(token_slots, token_scales, device)
         context.lora_logits = _lora_batch(token_slots[rows], token_scales[rows], device)
         context.extras, context.extras_logits = [], []
-        vocab_sizes = self._set_extras(seqs, num_new, heads) if self._extras else None
+        vocab_sizes = self._set_extras(seqs, num_new, heads) if has_extras else None
         return StepInputs(
-            input_ids=torch.from_numpy(ids.astype(np.int64)).to(device, non_blocking=True),
+            input_ids=send(ids.astype(np.int64), device),
             positions=context.attention.positions,
-            logit_rows=torch.from_numpy(rows).to(device, non_blocking=True),
-            ready=[seq for seq, is_complete in zip(seqs, complete, strict=True) if is_complete],
+            logit_rows=send(rows, device),
+            ready=ready,
             vocab_sizes=vocab_sizes,
         )
 
@@ -83,8 +103,6 @@ class Runner:
         for i, seq in enumerate(seqs):
             if seq.request.digest in self._extras:
                 owners.setdefault((seq.request.digest, seq.request.lora_scale), []).append(i)
-        if not owners:
-            return None
         device, starts = self.model.device, np.cumsum(num_new) - num_new
         sizes = np.full(len(heads), self.model.vocab_size)
         for (digest, scale), members in owners.items():
@@ -98,10 +116,12 @@ class Runner:
             if len(head_rows):
                 context.extras_logits.append(_extra_rows(extras, head_rows, lasts, scale, device))
                 sizes[head_rows] = extras.vocab_size or self.model.vocab_size
-        return torch.from_numpy(sizes).to(device) if (sizes != self.model.vocab_size).any() else None
+        return send(sizes, device) if (sizes != self.model.vocab_size).any() else None
 
     def run(self, inputs: StepInputs) -> Tensor:
         """Compute a step. Returns the logits [n, V] of the sequences in `inputs.ready` (one useless row if none)."""
+        if inputs.graph is not None:
+            return inputs.graph.replay()
         with torch.inference_mode():
             logits = self.model.forward(inputs.input_ids, inputs.positions, inputs.logit_rows)
             if inputs.vocab_sizes is not None:

@@ -82,6 +82,10 @@ class Settings(BaseSettings):
     kernels: Literal["auto", "reference"] = Field(
         default="auto", description="reference: plain torch instead of native code"
     )
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="replay recorded decode steps on a GPU; auto: unless the model cannot be recorded; on: or fail",
+    )
     compile: bool = Field(default=False, description="torch.compile each decoder layer")
 
     # Store

@@ -21,6 +21,7 @@ from lora_kernels.segments import (
     LoraBatch,
     build_attention_batch,
     build_lora_batch,
+    recordable_attention_batch,
     recordable_lora_batch,
 )
 from lora_kernels.tables import (
@@ -58,6 +59,7 @@ __all__ = [
     "lora_add_",
     "pack_linear",
     "paged_attention",
+    "recordable_attention_batch",
     "recordable_lora_batch",
     "rms_norm",
     "rotary_",

@@ -50,12 +50,16 @@ class LoraBatch:
 
 
 def build_lora_batch(
-    token_slots: np.ndarray, device: torch.device | str, token_scales: np.ndarray | None = None
+    token_slots: np.ndarray,
+    device: torch.device | str,
+    token_scales: np.ndarray | None = None,
+    into: LoraBatch | None = None,
 ) -> LoraBatch | None:
     """Sort a step's tokens by adapter slot.
 
     token_slots: int [T], the pool slot of each token's adapter, -1 for the base model. token_scales: float32 [T],
-    multiplies the adapter's own scale. Returns None when no row has an adapter: such a step runs no LoRA kernel.
+    multiplies the adapter's own scale. into: a recordable batch of T tokens to write the list to, instead of a new one.
+    Returns None, with nothing written, when no row has an adapter: such a step runs no LoRA kernel.
     """
     num_tokens = len(token_slots)
     order = np.argsort(token_slots, kind="stable").astype(np.int32)
@@ -82,6 +86,9 @@ def build_lora_batch(
     if batch.row_scales is not None:
         # Written also where all are 1: a recorded batch always reads them.
         batch.row_scales.numpy()[:num_rows] = 1.0 if token_scales is None else token_scales[order]
+    if into is not None:
+        into.buffer.copy_(host, non_blocking=True)
+        return into
     sent = _view_lora_buffer(host.to(device, non_blocking=True), num_tokens)
     if token_scales is None:
         sent.row_scales = None
@@ -92,7 +99,7 @@ def build_lora_batch(
 
 
 def recordable_lora_batch(num_tokens: int, device: torch.device | str) -> LoraBatch:
-    """An empty batch to capture a graph with, for any step of num_tokens: copy that step's `buffer` over this one's.
+    """An empty batch to capture a graph with, for any step of num_tokens: `build_lora_batch` writes steps into it.
 
     Its counts on the host are the most there can be, so that a launch planned from them reaches every step's list. A
     step without LoRA rows has no batch: zero the buffer.
@@ -140,9 +147,10 @@ class AttentionBatch:
     """Where this step's tokens lie in the paged cache: S sequences, T tokens, packed in order.
 
     Query i of a sequence stands at absolute position kv_len - query_len + i. Decodes, prefill chunks and resumed
-    prefills are all this one case.
+    prefills are all this one case. Every list but the tables is a view of `buffer`.
     """
 
+    buffer: Tensor  # int32 [4 * T + 2 * S + 1]
     block_tables: Tensor  # int32 [S, max_blocks] cache block of each 16 tokens of a sequence
     query_starts: Tensor  # int32 [S + 1] sequence s owns tokens [query_starts[s], query_starts[s + 1])
     kv_lens: Tensor  # int32 [S] tokens in the cache after this step's are written
@@ -155,12 +163,17 @@ class AttentionBatch:
 
 
 def build_attention_batch(
-    query_lens: np.ndarray, kv_lens: np.ndarray, block_tables: np.ndarray, device: torch.device | str
+    query_lens: np.ndarray,
+    kv_lens: np.ndarray,
+    block_tables: np.ndarray,
+    device: torch.device | str,
+    into: AttentionBatch | None = None,
 ) -> AttentionBatch:
     """Lay out a step's sequences.
 
     query_lens, kv_lens: int [S], new tokens and tokens after this step, 1 <= query_len <= kv_len. block_tables: int
-    [S, max_blocks], at least ceil(kv_len / 16) valid entries a row.
+    [S, max_blocks], at least ceil(kv_len / 16) valid entries a row. into: a recordable batch of S sequences and as many
+    tokens, to write the lists to instead of a new one; its tables may be wider.
     """
     num_seqs, max_blocks = block_tables.shape
     query_starts = np.concatenate(([0], np.cumsum(query_lens)))
@@ -169,24 +182,54 @@ def build_attention_batch(
     positions = np.arange(num_tokens) + (kv_lens - query_starts[1:])[seq_of_token]
     blocks = block_tables[seq_of_token, positions // BLOCK_TOKENS].astype(np.int64)
 
-    sizes = [2 * num_tokens, 2 * num_tokens, num_seqs + 1, num_seqs, num_seqs * max_blocks]
-    host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
-    parts = np.split(host.numpy(), np.cumsum(sizes)[:-1])
-    parts[0].view(np.int64)[:] = blocks * BLOCK_TOKENS + positions % BLOCK_TOKENS
-    parts[1].view(np.int64)[:] = positions
-    parts[2][:] = query_starts
-    parts[3][:] = kv_lens
-    parts[4][:] = block_tables.reshape(-1)
-    # One copy for all lists; the int64 ones come first so that they stay aligned.
-    slot_mapping, token_positions, starts, lens, tables = host.to(device, non_blocking=True).split(sizes)
+    num_listed = 4 * num_tokens + 2 * num_seqs + 1
+    pinned = torch.device(device).type == "cuda"
+    host = torch.empty(num_listed + num_seqs * max_blocks, dtype=torch.int32, pin_memory=pinned)
+    batch = _view_attention_buffer(host[:num_listed], host[num_listed:].view(num_seqs, max_blocks))
+    batch.slot_mapping.numpy()[:] = blocks * BLOCK_TOKENS + positions % BLOCK_TOKENS
+    batch.positions.numpy()[:] = positions
+    batch.query_starts.numpy()[:] = query_starts
+    batch.kv_lens.numpy()[:] = kv_lens
+    batch.block_tables.numpy()[:] = block_tables
+    if into is not None:
+        into.buffer.copy_(batch.buffer, non_blocking=True)
+        into.block_tables[:, :max_blocks].copy_(batch.block_tables, non_blocking=True)
+        return into
+    sent = host.to(device, non_blocking=True)  # one copy for all lists
+    batch = _view_attention_buffer(sent[:num_listed], sent[num_listed:].view(num_seqs, max_blocks))
+    batch.max_query_len, batch.max_kv_len = int(query_lens.max()), int(kv_lens.max())
+    return batch
+
+
+def recordable_attention_batch(block_tables: Tensor) -> AttentionBatch:
+    """A batch of decodes to capture a graph with: `build_attention_batch` writes the steps of S sequences into it.
+
+    block_tables: int32 [S, max_blocks], as wide as the longest sequence needs; batches of different sizes may share it.
+    Until a step is written every sequence is one token long and lies in block 0.
+    """
+    num_seqs = len(block_tables)
+    buffer = torch.zeros(6 * num_seqs + 1, dtype=torch.int32, device=block_tables.device)
+    batch = _view_attention_buffer(buffer, block_tables)
+    batch.query_starts.copy_(torch.arange(num_seqs + 1, dtype=torch.int32))
+    batch.kv_lens.fill_(1)
+    batch.max_query_len, batch.max_kv_len = 1, block_tables.shape[1] * BLOCK_TOKENS
+    return batch
+
+
+def _view_attention_buffer(buffer: Tensor, block_tables: Tensor) -> AttentionBatch:
+    num_seqs = len(block_tables)
+    num_tokens = (len(buffer) - 2 * num_seqs - 1) // 4
+    # The int64 lists come first so that they stay aligned.
+    slots, positions, starts, lens = buffer.split([2 * num_tokens, 2 * num_tokens, num_seqs + 1, num_seqs])
     return AttentionBatch(
-        block_tables=tables.view(num_seqs, max_blocks),
+        buffer=buffer,
+        block_tables=block_tables,
         query_starts=starts,
         kv_lens=lens,
-        slot_mapping=slot_mapping.view(torch.int64),
-        positions=token_positions.view(torch.int64),
-        max_query_len=int(query_lens.max()),
-        max_kv_len=int(kv_lens.max()),
+        slot_mapping=slots.view(torch.int64),
+        positions=positions.view(torch.int64),
+        max_query_len=0,
+        max_kv_len=0,
         num_seqs=num_seqs,
         num_tokens=num_tokens,
     )

@@ -6,7 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels.ops import BLOCK_TOKENS, build_attention_batch, build_lora_batch
+from lora_kernels.ops import (
+    BLOCK_TOKENS,
+    build_attention_batch,
+    build_lora_batch,
+    recordable_attention_batch,
+    recordable_lora_batch,
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -83,3 +89,33 @@ def test_attention_batch_lists_are_aligned(num_tokens: int) -> None:
     batch = build_attention_batch(np.array([num_tokens]), np.array([num_tokens]), np.array([[0, 1]]), "cpu")
     assert batch.slot_mapping.data_ptr() % 8 == 0
     assert batch.positions.tolist() == list(range(num_tokens))
+
+
+def test_recordable_batches_take_in_every_step_and_stay_where_they_are() -> None:
+    tables = torch.full((3, 5), 8, dtype=torch.int32)
+    recorded = recordable_attention_batch(tables)
+    assert recorded.kv_lens.tolist() == [1, 1, 1]
+    memory = {name: getattr(recorded, name).data_ptr() for name in ("positions", "kv_lens", "block_tables")}
+    for kv_lens, num_blocks in (([17, 3, 40], 3), ([1, 2, 3], 1)):
+        lens = np.array(kv_lens)
+        step = np.arange(3 * num_blocks, dtype=np.int32).reshape(3, num_blocks)
+        built = build_attention_batch(np.ones(3, np.int64), lens, step, "cpu")
+        assert build_attention_batch(np.ones(3, np.int64), lens, step, "cpu", into=recorded) is recorded
+        for name in ("query_starts", "kv_lens", "slot_mapping", "positions"):
+            assert torch.equal(getattr(recorded, name), getattr(built, name)), name
+        assert torch.equal(recorded.block_tables[:, :num_blocks], built.block_tables)
+    assert memory == {name: getattr(recorded, name).data_ptr() for name in memory}
+    assert tables[:, 0].tolist() == [0, 1, 2], "the tables may be shared"
+    assert (recorded.max_query_len, recorded.max_kv_len) == (1, 80), "what a launch is planned from does not change"
+
+
+def test_a_recordable_lora_batch_keeps_the_counts_it_was_planned_with() -> None:
+    recorded = recordable_lora_batch(4, "cpu")
+    slots, scales = np.array([3, -1, 3, 0]), np.array([1, 1, 0.5, 1], np.float32)
+    built = build_lora_batch(slots, "cpu", scales)
+    assert built is not None
+    assert build_lora_batch(slots, "cpu", scales, into=recorded) is recorded
+    assert torch.equal(recorded.buffer, built.buffer)
+    assert (recorded.num_rows, recorded.num_segments, recorded.uniform_slot) == (4, 4, None)
+    assert build_lora_batch(np.full(4, -1), "cpu", into=recorded) is None
+    assert torch.equal(recorded.buffer, built.buffer), "nothing is written for a step without adapters"
