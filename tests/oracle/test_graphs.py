@@ -104,6 +104,20 @@ def test_padding_touches_no_block_of_anybody(oracle: Oracle, recorder: type[Reru
         assert written == num_written
 
 
+@pytest.mark.parametrize(("recorder", "kernels"), RECORDERS)
+def test_steps_whose_adapters_do_more_than_lora_run_as_they_are(recorder: type[Rerun], kernels: str) -> None:
+    oracle = Oracle(tiny_llama(), {"one": Lora(3), "dora": Lora(5, options={"use_dora": True})}, scale=0.4)
+    recordings = recorder()
+    engine = recorded(oracle, recordings, kernels, max_num_seqs=4)
+    prompt = prompts(1, TINY_VOCAB)[0]
+    nums = {"dora": 5, "one": 9, "": 9}
+    asked = ask(engine, [greedy_request(name, name, prompt, num) for name, num in nums.items()])
+    expected = {name: oracle.greedy(name, prompt, num) for name, num in nums.items()}
+    assert asked.ids == expected
+    assert expected["one"][:5] != expected["dora"] != expected[""][:5]
+    assert sum(recordings.num_replays) == 9 - 5, "from the end of the one with DoRA on"
+
+
 @NATIVE
 def test_a_step_that_reads_from_the_device_cannot_be_recorded(oracle: Oracle) -> None:
     """The tape would notice what a capture dies of: the reference takes the lists' counts to the host."""
