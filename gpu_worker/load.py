@@ -18,7 +18,8 @@ from gpu_worker.fetch import AdapterFiles
 from gpu_worker.graphs import Unrecordable
 from gpu_worker.memory import GiB, free_bytes, share
 from gpu_worker.model import BaseModel, choose_device, choose_dtype, load_model
-from gpu_worker.packing import HostAdapter, Packer
+from gpu_worker.packing import HostAdapter, Packer, row_sites
+from gpu_worker.rows import Rows, RowSite
 from gpu_worker.thread import EngineThread
 from lora_kernels import ops
 from protocol import messages as m
@@ -30,11 +31,17 @@ from protocol.settings import Settings
 logger = logging.getLogger(__name__)
 
 
-def load_engine(settings: Settings, fetch: Callable[[str], AdapterFiles]) -> tuple[EngineThread, m.ServedModel]:
-    """Load the model and build an engine around it. Takes seconds to minutes. Raises BadRequest, Internal.
+Fetch = Callable[[str], AdapterFiles | Rows]
+"""An adapter's files by digest, or what has been packed of them. Called in loader threads; may block."""
 
-    `fetch` returns an adapter's files by digest; it is called in loader threads and may block.
-    """
+Describe = Callable[[list[RowSite], m.ServedModel], object]
+"""Tells who fetches for which model to pack."""
+
+
+def load_engine(
+    settings: Settings, fetch: Fetch, describe: Describe | None = None
+) -> tuple[EngineThread, m.ServedModel]:
+    """Load the model and build an engine around it. Takes seconds to minutes. Raises BadRequest, Internal."""
     started = time.monotonic()
     if settings.compile:
         raise BadRequest("compile is not supported by this version: leave it off")
@@ -47,6 +54,8 @@ def load_engine(settings: Settings, fetch: Callable[[str], AdapterFiles]) -> tup
     tokenizer_file = folder / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(tokenizer_file)) if tokenizer_file.is_file() else None
     engine, served = build_engine(model, settings, fetch, tokenizer)
+    if describe is not None:
+        describe(row_sites(model.sites), served)
     logger.info(
         "%s in %s on %s: room for %d KV tokens, %d tokens a request, %.1f MiB of adapters; ready in %.1f s",
         served.name, served.dtype, device, engine.blocks.num_blocks * BLOCK_TOKENS, served.max_model_len,
@@ -56,7 +65,7 @@ def load_engine(settings: Settings, fetch: Callable[[str], AdapterFiles]) -> tup
 
 
 def build_engine(
-    model: BaseModel, settings: Settings, fetch: Callable[[str], AdapterFiles], tokenizer: Tokenizer | None
+    model: BaseModel, settings: Settings, fetch: Fetch, tokenizer: Tokenizer | None
 ) -> tuple[Engine, m.ServedModel]:
     """Allocate the caches of a loaded model and put the engine together."""
     config = engine_config(model, settings)
@@ -72,6 +81,8 @@ def build_engine(
 
     def read(digest: str) -> HostAdapter:
         files = fetch(digest)
+        if isinstance(files, Rows):
+            return packer.wrap(digest, files)
         return packer.pack(digest, files.config, files.weights)
 
     engine = Engine(model, config, AdapterCache(weights, read, host_bytes), tokenizer)

@@ -1,7 +1,7 @@
-"""Adapters are fetched and checked in a process of their own, at low priority.
+"""Adapters are fetched, checked and packed in a process of their own, at low priority.
 
 Each is some ten milliseconds of Python, during which the engine's thread would wait for the interpreter after every
-operation of its steps. What comes back is a file in memory, which costs the worker a message. The process ends when its
+operation of its steps. What comes back lies in shared memory and costs the worker a message. The process ends when its
 socket does, however the worker ends; if it dies first, it is started again and asked again.
 """
 
@@ -22,10 +22,13 @@ from contextlib import suppress
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from gpu_worker.fetch import AdapterFiles, StoreClient
+from gpu_worker.rows import RowPacker, Rows, RowSite
 from protocol import errors
 from protocol.errors import Internal, LorafleetError, Unavailable
+from protocol.messages import ServedModel
 from protocol.service import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,13 @@ class Urls(msgspec.Struct, tag=True):
     urls: tuple[str, ...]
 
 
+class Describe(msgspec.Struct, tag=True):
+    """The model that adapters are for; what comes before it is fetched, not packed."""
+
+    sites: list[RowSite]
+    served: ServedModel
+
+
 class Fetch(msgspec.Struct, tag=True):
     number: int
     digest: str
@@ -59,6 +69,15 @@ class Fetched(msgspec.Struct, tag=True):
     config: dict[str, Any]
 
 
+class Packed(msgspec.Struct, tag=True):
+    """Comes with the descriptor of the rows."""
+
+    number: int
+    ranks: bytes  # int32 [sites]
+    scales: bytes  # float32 [sites]
+    invocation: tuple[int, ...]
+
+
 class Failed(msgspec.Struct, tag=True):
     number: int
     error: str  # its class in protocol.errors
@@ -66,7 +85,7 @@ class Failed(msgspec.Struct, tag=True):
     param: str | None
 
 
-Message = Start | Urls | Fetch | Fetched | Failed
+Message = Start | Urls | Describe | Fetch | Fetched | Packed | Failed
 
 
 class _Died(Exception):
@@ -79,7 +98,7 @@ class Loader:
     def __init__(self, bearer: str = "") -> None:
         """`bearer` is what the stores want to see, `FleetSecret.bearer`."""
         self._bearer = bearer
-        self._urls: tuple[str, ...] = ()
+        self._told: dict[type[Message], Message] = {}  # what every process must know
         self._lock = threading.Lock()
         self._closed = False
         self._process = _Process(bearer)  # now, to have imported everything when it is needed
@@ -90,13 +109,23 @@ class Loader:
 
     def set_urls(self, urls: tuple[str, ...]) -> None:
         """Say which stores are alive."""
-        with self._lock:
-            if urls != self._urls:
-                self._urls = urls
-                self._process.tell(Urls(urls))
+        self._tell(Urls(urls))
 
-    def fetch(self, digest: str) -> AdapterFiles:
-        """Return an adapter's files. Raises Unavailable when no store answers, NotFound when none has it, Internal."""
+    def describe(self, sites: list[RowSite], served: ServedModel) -> None:
+        """Say for which model to pack adapters."""
+        self._tell(Describe(sites, served))
+
+    def _tell(self, message: Message) -> None:
+        with self._lock:
+            if self._told.get(type(message)) != message:
+                self._told[type(message)] = message
+                self._process.tell(message)
+
+    def fetch(self, digest: str) -> AdapterFiles | Rows:
+        """Return an adapter's files, or their rows if that is all there is to them and the model is known.
+
+        Raises Unavailable when no store answers, NotFound when none has it, Internal.
+        """
         for _ in range(MAX_DEATHS):
             try:
                 return self._living().ask(digest).result()
@@ -111,7 +140,8 @@ class Loader:
             if self._process.ended:
                 self._process.close()
                 self._process = _Process(self._bearer)
-                self._process.tell(Urls(self._urls))
+                for message in self._told.values():
+                    self._process.tell(message)
             return self._process
 
     def close(self) -> None:
@@ -131,7 +161,7 @@ class _Process:
             self.popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         self._numbers = itertools.count()
         self._sending = threading.Lock()
-        self._asked: dict[int, Future[AdapterFiles]] = {}
+        self._asked: dict[int, Future[AdapterFiles | Rows]] = {}
         self._asking = threading.Lock()
         self.ended = False  # guarded by _asking
         self._receiver = threading.Thread(target=self._receive, name="loader", daemon=True)
@@ -146,9 +176,9 @@ class _Process:
             except OSError as error:
                 logger.debug("the loader process takes nothing more: %r", error)
 
-    def ask(self, digest: str) -> Future[AdapterFiles]:
+    def ask(self, digest: str) -> Future[AdapterFiles | Rows]:
         """Ask for an adapter's files. The future raises `_Died` if the process ends first."""
-        future: Future[AdapterFiles] = Future()
+        future: Future[AdapterFiles | Rows] = Future()
         number = next(self._numbers)
         with self._asking:
             if self.ended:
@@ -170,16 +200,20 @@ class _Process:
             future.set_exception(_Died())
 
     def _settle(self, message: Message, fd: int | None) -> None:
-        assert isinstance(message, Fetched | Failed)
+        assert isinstance(message, Fetched | Packed | Failed)
         with self._asking:
             future = self._asked.pop(message.number)
         if isinstance(message, Failed):
             future.set_exception(_rebuild(message))
         else:
             assert fd is not None
-            with open(fd, "rb") as file:
-                weights = memoryview(mmap.mmap(file.fileno(), 0))
-            future.set_result(AdapterFiles(message.config, weights))
+            memory = memoryview(mmap.mmap(fd, 0))
+            os.close(fd)
+            if isinstance(message, Fetched):
+                future.set_result(AdapterFiles(message.config, memory))
+            else:
+                ranks, scales = np.frombuffer(message.ranks, np.int32), np.frombuffer(message.scales, np.float32)
+                future.set_result(Rows(memory, ranks.copy(), scales.copy(), message.invocation))
 
     def close(self) -> None:
         """End the process and wait for that."""
@@ -236,21 +270,22 @@ class _Server:
     def __init__(self, worker: socket.socket, bearer: str) -> None:
         self._worker = worker
         self._stores = StoreClient(bearer)
+        self._packer: RowPacker | None = None
         self._fetchers = ThreadPoolExecutor(NUM_FETCHES, thread_name_prefix="fetcher")
         self._sending = threading.Lock()
 
     def take(self, message: Message) -> None:
         if isinstance(message, Urls):
             self._stores.set_urls(message.urls)
+        elif isinstance(message, Describe):
+            self._packer = RowPacker(message.sites, message.served)
         elif isinstance(message, Fetch):
             self._fetchers.submit(self._answer, message)
 
     def _answer(self, order: Fetch) -> None:
         fd: int | None = None
         try:
-            files = self._stores.fetch(order.digest)
-            fd = _in_memory(files.weights)
-            message: Message = Fetched(order.number, files.config)
+            message, fd = self._bring(order)
         except LorafleetError as error:
             message = Failed(order.number, type(error).__name__, error.message, error.param)
         except Exception:  # a thread's edge: the worker must hear of it
@@ -261,16 +296,34 @@ class _Server:
         if fd is not None:
             os.close(fd)
 
+    def _bring(self, order: Fetch) -> tuple[Message, int]:
+        files = self._stores.fetch(order.digest)
+        if self._packer is not None:
+            memory: list[int] = []
 
-def _in_memory(content: bytes | memoryview) -> int:
-    """Return the descriptor of a file without a name that holds `content`, in memory where the system can do that."""
+            def allocate(num_bytes: int) -> mmap.mmap:
+                memory.append(_memory(num_bytes))
+                return mmap.mmap(memory[0], num_bytes)
+
+            rows = self._packer.pack(files.config, files.weights, allocate)
+            if rows is not None:
+                return Packed(order.number, rows.ranks.tobytes(), rows.scales.tobytes(), rows.invocation), memory[0]
+            for fd in memory:
+                os.close(fd)
+        fd = _memory(len(files.weights))
+        with mmap.mmap(fd, len(files.weights)) as content:
+            content.write(files.weights)
+        return Fetched(order.number, files.config), fd
+
+
+def _memory(num_bytes: int) -> int:
+    """Return the descriptor of a file without a name, in memory where the system can do that."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("lorafleet-adapter")
     else:
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
-    with open(fd, "wb", closefd=False) as file:
-        file.write(content)
+    os.truncate(fd, num_bytes)
     return fd
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,12 @@ from gpu_worker.extras import (
 )
 from gpu_worker.lora import GROUPS, SiteInfo
 from gpu_worker.places import Places
+from gpu_worker.rows import MAX_RANK, Rows, RowSite, layout
 from lora_kernels.ops import PAGE_ROWS
 from protocol.errors import AdapterRefused
 from protocol.messages import ServedModel
 from protocol.peft_format import AdapterSpec, LoraWeights, ReplacedWeights, parse_header, read_adapter
 from protocol.safetensors_header import MAX_HEADER_BYTES, TensorInfo
-
-MAX_RANK = 4096
 
 EXTRA_PAGE_BYTES = 1 << 16
 """Extras are counted in pages of this size; they are not stored in pages."""
@@ -54,7 +54,7 @@ class HostAdapter:
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Packer:
     """Packs adapters for one model."""
 
@@ -63,6 +63,10 @@ class Packer:
     places: Places
     pin: bool  # keep the rows in page-locked memory, from which a GPU copies beside its computing
 
+    @cached_property
+    def row_sites(self) -> list[RowSite]:
+        return row_sites(self.sites)
+
     def pack(self, digest: str, config: dict[str, Any], weights: Any) -> HostAdapter:
         """Read a PEFT adapter. weights: a safetensors file as a buffer. Raises AdapterRefused."""
         view = memoryview(weights)
@@ -70,6 +74,26 @@ class Packer:
         spec = read_adapter(config, tensors, self.served)
         file = torch.frombuffer(bytearray(view), dtype=torch.uint8)
         return self.pack_spec(digest, spec, lambda name: _read(file, tensors[name]))
+
+    def wrap(self, digest: str, packed: Rows) -> HostAdapter:
+        """Return an adapter whose rows have been packed elsewhere; they stay where they are."""
+        memory = torch.frombuffer(packed.buffer, dtype=torch.uint8)
+        if self.pin:
+            memory = memory.pin_memory()
+        typed = {site.dtype: memory.view(site.dtype) for site in self.sites}
+        rows: list[tuple[int, Tensor, Tensor]] = []
+        group_ranks = [0] * len(GROUPS)
+        for index, begin_a, begin_b, _ in layout(packed.ranks, self.row_sites):
+            site, rank, item_bytes = self.sites[index], int(packed.ranks[index]), self.row_sites[index].item_bytes
+            numbers, k, n = typed[site.dtype], site.in_features, site.out_features
+            a = numbers.as_strided((rank, k), (k, 1), begin_a // item_bytes)
+            b = numbers.as_strided((rank, n), (n, 1), begin_b // item_bytes)
+            rows.append((index, a, b))
+            group_ranks[site.group] = max(group_ranks[site.group], rank)
+        num_pages = (*(-(-rank // PAGE_ROWS) for rank in group_ranks), 0)
+        return HostAdapter(
+            digest, packed.ranks, packed.scales, rows, num_pages, memory.nbytes, invocation=packed.invocation
+        )
 
     def pack_spec(self, digest: str, spec: AdapterSpec, get: GetTensor) -> HostAdapter:
         """Pack what has been read. Raises AdapterRefused."""
@@ -99,6 +123,11 @@ class Packer:
         num_pages = (*(-(-rank // PAGE_ROWS) for rank in group_ranks), -(-extra_bytes // EXTRA_PAGE_BYTES))
         num_bytes = sum(a.nbytes + b.nbytes for _, a, b in rows) + extra_bytes
         return HostAdapter(digest, ranks, scales, rows, num_pages, num_bytes, extras, spec.invocation)
+
+
+def row_sites(sites: Sequence[SiteInfo]) -> list[RowSite]:
+    """Return what packing rows elsewhere needs to know of the sites."""
+    return [RowSite(s.name, s.in_features, s.out_features, str(s.dtype).removeprefix("torch.")) for s in sites]
 
 
 def lora_matrices(part: LoraWeights, get: GetTensor) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -14,7 +16,9 @@ from safetensors.numpy import save
 
 from gpu_worker.fetch import AdapterFiles, StoreClient, digest_of
 from gpu_worker.loader import Loader
+from gpu_worker.rows import RowPacker, Rows, RowSite
 from protocol.errors import NotFound
+from protocol.messages import ServedModel, SiteShape
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
 
@@ -93,9 +97,31 @@ def test_what_no_store_has_is_not_found_at_once(client: StoreClient | Loader) ->
 def test_a_fetch_waits_for_the_first_store(client: StoreClient | Loader) -> None:
     digest = digest_of(GOOD)
     with store(files_of(digest, GOOD)) as good:
-        found: list[AdapterFiles] = []
+        found: list[AdapterFiles | Rows] = []
         thread = threading.Thread(target=lambda: found.append(client.fetch(digest)))
         thread.start()
         client.set_urls((good,))
         thread.join(30)
         assert found == [GOOD]
+
+
+def test_adapters_for_a_known_model_come_packed_also_after_a_death() -> None:
+    digest, name = digest_of(GOOD), "model.layers.0.self_attn.q_proj"
+    served = ServedModel(
+        model="m", name="m", fingerprint="", model_type="", vocab_size=10, max_model_len=10,
+        sites=[SiteShape(name, 4, 4)],
+    )  # fmt: skip
+    sites = [RowSite(name, 4, 4, "bfloat16")]
+    expected = RowPacker(sites, served).pack(GOOD.config, GOOD.weights, bytearray)
+    assert expected is not None
+    loader = Loader()
+    with closing(loader), store(files_of(digest, GOOD)) as good:
+        loader.set_urls((good,))
+        assert isinstance(loader.fetch(digest), AdapterFiles)
+        loader.describe(sites, served)
+        for _ in range(2):
+            rows = loader.fetch(digest)
+            assert isinstance(rows, Rows)
+            assert bytes(rows.buffer) == bytes(expected.buffer)
+            assert (rows.ranks.tolist(), rows.scales.tolist()) == ([2], [2.0])
+            os.kill(loader.pid, signal.SIGKILL)

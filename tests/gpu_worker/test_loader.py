@@ -17,6 +17,7 @@ from processes import is_running
 
 from gpu_worker.fetch import AdapterFiles
 from gpu_worker.loader import MAX_DEATHS, Loader
+from gpu_worker.rows import Rows
 from protocol.errors import Internal, LorafleetError, NotFound, Unavailable
 
 DIGEST = "0" * 64
@@ -65,8 +66,8 @@ def loader(store: SlowStore) -> Iterator[Loader]:
     loader.close()
 
 
-def fetch(loader: Loader) -> Future[AdapterFiles]:
-    future: Future[AdapterFiles] = Future()
+def fetch(loader: Loader) -> Future[AdapterFiles | Rows]:
+    future: Future[AdapterFiles | Rows] = Future()
 
     def run() -> None:
         try:
