@@ -21,7 +21,8 @@ from protocol.safetensors_header import MAX_HEADER_BYTES, TensorInfo, parse_head
 MAX_RANK = 4096
 ALIGN_BYTES = 64
 
-_ITEMS: dict[str, type[np.uint16] | type[np.uint32]] = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
+_Item = type[np.uint16] | type[np.uint32]
+_ITEMS: dict[str, _Item] = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
 _EXPONENTS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
 """Bits that are all set in infinities and NaN alone."""
 
