@@ -47,6 +47,12 @@ class AttentionCall:
     softcap: float
     sinks: Tensor | None
     is_causal: bool
+    mask: Tensor | None  # as it was given, forgotten after the trial
+    kv: (
+        tuple[Tensor, Tensor] | None
+    )  # kept until layers are made, so that a layer given another's keys and values can be told by identity
+    chunk: int = 0  # queries see only keys of their own chunk of that many positions; 0: there are no chunks
+    has_own_mask: bool = False  # one that transformers did not make for it
 
     @property
     def widths(self) -> list[int]:
@@ -55,20 +61,30 @@ class AttentionCall:
 
 
 class PagedLayer:
-    """One attention layer's share of the KV cache."""
+    """One attention call's share of the KV cache."""
 
-    def __init__(self, call: AttentionCall, context: StepContext, impl: ops.Impl | None) -> None:
+    def __init__(
+        self, call: AttentionCall, context: StepContext, impl: ops.Impl | None, owner: PagedLayer | None = None
+    ) -> None:
+        """owner: the layer whose keys and values this one is given too; they are kept once."""
         self.call = call
         self.context = context
         self.impl: ops.Impl | None = impl
+        self.owner = owner
         self.k_cache: Tensor | None = None  # [blocks, Hkv, 16, D]
         self.v_cache: Tensor | None = None  # [blocks, Hkv, 16, Dv]
 
     def block_bytes(self, dtype: torch.dtype) -> int:
+        if self.owner is not None:
+            return 0
         call = self.call
         return ops.BLOCK_TOKENS * call.num_kv_heads * (call.head_dim + call.value_dim) * dtype.itemsize
 
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Make room for blocks; of a shared cache its owner must have done so before."""
+        if self.owner is not None:
+            self.k_cache, self.v_cache = self.owner.k_cache, self.owner.v_cache
+            return
         call = self.call
         shape = (num_blocks, call.num_kv_heads, ops.BLOCK_TOKENS)
         self.k_cache = zeros((*shape, call.head_dim), dtype, device)
@@ -90,11 +106,30 @@ class PagedLayer:
         batch = self.context.attention
         if batch is None or self.k_cache is None or self.v_cache is None:
             raise RuntimeError("attention was called before the step's work list and the cache were there")
-        ops.kv_write_(k, v, self.k_cache, self.v_cache, batch, impl=self.impl)
+        if self.owner is None:
+            ops.kv_write_(k, v, self.k_cache, self.v_cache, batch, impl=self.impl)
         return ops.paged_attention(
             q, self.k_cache, self.v_cache, batch,
             scale=scale, window=self.call.window, softcap=softcap, sinks=sinks, impl=self.impl,
         )  # fmt: skip
+
+
+class Turns:
+    """The layers of a module that calls attention several times in one forward pass, as a looped model does."""
+
+    def __init__(self, layers: list[PagedLayer], context: StepContext) -> None:
+        self.layers = layers
+        self.context = context
+        self._batch: ops.AttentionBatch | None = None
+        self._next = 0
+
+    def take(self) -> PagedLayer:
+        """Return the layer of the next call of this step."""
+        if self.context.attention is not self._batch:
+            self._batch, self._next = self.context.attention, 0
+        layer = self.layers[self._next % len(self.layers)]
+        self._next += 1
+        return layer
 
 
 class Recorder:
@@ -116,13 +151,34 @@ class Recorder:
                 softcap=options.get("softcap") or 0.0,
                 sinks=options.get("s_aux"),
                 is_causal=options.get("is_causal", getattr(module, "is_causal", True)) is not False,
+                mask=options["attention_mask"],
+                kv=(k, v),
             )
         )
 
 
-def bind(module: nn.Module, layer: PagedLayer | Recorder) -> None:
+def bind(module: nn.Module, layer: PagedLayer | Turns | Recorder) -> None:
     """Make `paged_attention_forward` use `layer` for calls from `module`."""
     module.__dict__[_SLOT] = layer
+
+
+def make_layers(calls: list[AttentionCall], context: StepContext, impl: ops.Impl | None) -> list[PagedLayer]:
+    """Make a layer for each attention call of a trial run and bind the calling modules to them."""
+    layers: list[PagedLayer] = []
+    owners: dict[tuple[int, int], PagedLayer] = {}
+    by_module: dict[nn.Module, list[PagedLayer]] = {}
+    for call in calls:
+        assert call.kv is not None
+        key = (id(call.kv[0]), id(call.kv[1]))
+        layer = PagedLayer(call, context, impl, owners.get(key))
+        owners.setdefault(key, layer)
+        layers.append(layer)
+        by_module.setdefault(call.module, []).append(layer)
+    for call in calls:
+        call.kv = None
+    for module, own in by_module.items():
+        bind(module, own[0] if len(own) == 1 else Turns(own, context))
+    return layers
 
 
 def unbind(module: nn.Module) -> None:
@@ -142,8 +198,10 @@ def paged_attention_forward(
     """Attend over the paged cache, as transformers calls it. q, k, v: [1, heads, T, D]; returns [1, T, heads, Dv]."""
     layer = module.__dict__[_SLOT]
     if type(layer) is Recorder:
-        layer.attend(module, query, key, value, {"scaling": scaling, **kwargs})
+        layer.attend(module, query, key, value, {"attention_mask": attention_mask, "scaling": scaling, **kwargs})
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    if type(layer) is Turns:
+        layer = layer.take()
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     out = layer.attend(
         query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),

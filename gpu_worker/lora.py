@@ -7,7 +7,7 @@ and one LoRA operation.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from gpu_worker.attention import StepContext
 from gpu_worker.extras import apply_linear
 from lora_kernels import ops
+from protocol.errors import AdapterRefused
 
 GROUPS = ("attention", "mlp", "other")
 """Page spaces of the adapter pool: an adapter that leaves a group alone takes no page of it."""
@@ -37,11 +38,11 @@ class SiteInfo:
 
 @dataclass(slots=True)
 class LinearCall:
-    """A call of a linear layer, seen in a trial run."""
+    """The calls of a linear layer, seen in a trial run."""
 
     name: str
     module: nn.Module
-    x: Tensor  # kept, so that equal inputs can be told by identity
+    xs: list[Tensor]  # inputs, kept so that equal ones can be told by identity; several if the model loops
     is_head: bool  # its rows are the positions that need logits, not all tokens
 
 
@@ -55,12 +56,19 @@ class SharedInput:
         self.impl: ops.Impl | None = impl
         self.lora_sites: list[ops.LoraSite] = []  # set once the pool is allocated
         self.table: ops.AdapterTable | None = None
-        weights = [_weight(linear) for linear in linears]
-        self.sizes = [len(weight) for weight in weights]
-        self.in_features = weights[0].shape[1]
-        self._packed = ops.pack_linear(torch.cat(weights) if len(weights) > 1 else weights[0].contiguous(), impl=impl)
-        self._bias = _joint_bias(linears, weights)
-        self._biases = [None] * len(self.sizes) if self._bias is None else list(self._bias.split(self.sizes))
+        shapes = [_shape(linear) for linear in linears]
+        self.sizes = [out_features for out_features, _ in shapes]
+        self.in_features = shapes[0][1]
+        self._opaque: list[nn.Module] = []  # quantised and other layers of a kind of their own: called as they are
+        if is_plain(linears[0]):
+            weights = [_weight(linear) for linear in linears]
+            joint = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
+            self._packed = ops.pack_linear(joint, impl=impl)
+            self._bias = _joint_bias(linears, weights)
+            self._biases = [None] * len(self.sizes) if self._bias is None else list(self._bias.split(self.sizes))
+        else:
+            self._opaque = linears
+            self._biases = [getattr(linear, "bias", None) for linear in linears]
         self._x: Tensor | None = None
         self._outs: list[Tensor] = []
 
@@ -68,6 +76,11 @@ class SharedInput:
     def linears(self) -> ops.SiblingLinears:
         """What an operation over whole layers needs to know of them."""
         return ops.SiblingLinears(self._packed, self._bias, self.sizes, self.lora_sites)
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether the layers can only be called, not taken apart."""
+        return bool(self._opaque)
 
     @property
     def num_siblings(self) -> int:
@@ -83,9 +96,12 @@ class SharedInput:
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def project(self, rows: Tensor) -> list[Tensor]:
-        """Return the outputs [T, N] of all siblings for rows [T, K]: column slices of one tensor."""
-        out = ops.linear(rows, self._packed, self._bias, impl=self.impl)
-        outs = list(out.split_with_sizes(self.sizes, -1)) if len(self.sizes) > 1 else [out]
+        """Return the outputs [T, N] of all siblings for rows [T, K]; of plain layers they are slices of one tensor."""
+        if self._opaque:
+            outs = [linear(rows) for linear in self._opaque]
+        else:
+            out = ops.linear(rows, self._packed, self._bias, impl=self.impl)
+            outs = list(out.split_with_sizes(self.sizes, -1)) if len(self.sizes) > 1 else [out]
         batch = self.context.lora_logits if self.is_head else self.context.lora
         if batch is not None and self.table is not None:
             ops.lora_add_(outs, rows, self.lora_sites, self.table, batch, impl=self.impl)
@@ -96,7 +112,9 @@ class SharedInput:
         return outs
 
     def weight(self, index: int) -> Tensor:
-        """Return the weight [N, K] of sibling `index`."""
+        """Return the weight [N, K] of sibling `index`. Raises AdapterRefused where it is quantised."""
+        if self._opaque:
+            raise AdapterRefused(["it needs weights of the base model, which are quantised"])
         first = sum(self.sizes[:index])
         return ops.unpack_linear(self._packed)[first : first + self.sizes[index]]
 
@@ -108,10 +126,13 @@ class SharedInput:
 class SiteLinear(nn.Module):
     """Stands in the model for a linear layer. The weight is in `shared`; here it is but a shape and a dtype."""
 
-    def __init__(self, linear: nn.Module, shared: SharedInput, index: int) -> None:
+    def __init__(self, linear: nn.Module, shared: SharedInput, index: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(linear.get_parameter("weight").to("meta"), requires_grad=False)
         self.out_features, self.in_features = shared.sizes[index], shared.in_features
+        if is_plain(linear):
+            self.weight = nn.Parameter(linear.get_parameter("weight").to("meta"), requires_grad=False)
+        else:
+            self.weight = nn.Parameter(torch.empty(_shape(linear), dtype=dtype, device="meta"), requires_grad=False)
         self.shared = shared
         self._index = index
 
@@ -119,11 +140,34 @@ class SiteLinear(nn.Module):
         return self.shared.output(self._index, x)
 
 
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return the output and input features of a module that looks like a linear layer, None of any other.
+
+    Quantisation libraries bring classes of their own; all of them keep the attributes of `nn.Linear`.
+    """
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    if next(module.children(), None) is not None or not all(isinstance(size, int) for size in shape):
+        return None
+    return shape  # pyright: ignore[reportReturnType] - both are int
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Tell whether a layer is nothing but x @ weight.T + bias: only then its weight may be taken out of it."""
+    if type(linear) not in (nn.Linear, Conv1D) or "forward" in vars(linear):
+        return False
+    names = {name for name, _ in (*linear.named_parameters(), *linear.named_buffers())}
+    weight = linear.get_parameter("weight")
+    return names <= {"weight", "bias"} and type(weight) is nn.Parameter and weight.is_floating_point()
+
+
 def find_siblings(calls: list[LinearCall]) -> list[list[LinearCall]]:
-    """Group the calls of a trial run by the tensor they read, keeping the order of calls."""
-    groups: dict[tuple[int, torch.dtype], list[LinearCall]] = {}
+    """Group the layers of a trial run by the tensors they read, keeping the order of calls."""
+    groups: dict[tuple[Any, ...], list[LinearCall]] = {}
     for call in calls:
-        groups.setdefault((id(call.x), _weight(call.module).dtype), []).append(call)
+        key = (*map(id, call.xs), _dtype(call), is_plain(call.module))
+        groups.setdefault(key, []).append(call)
     return list(groups.values())
 
 
@@ -143,7 +187,7 @@ def install_sites(
         for index, call in enumerate(siblings):
             infos.append(_site_info(call, len(infos), attention_names))
             parent, _, child = call.name.rpartition(".")
-            setattr(model.get_submodule(parent), child, SiteLinear(call.module, shared, index))
+            setattr(model.get_submodule(parent), child, SiteLinear(call.module, shared, index, _dtype(call)))
     return infos, shareds
 
 
@@ -154,10 +198,21 @@ def _site_info(call: LinearCall, index: int, attention_names: set[str]) -> SiteI
         group = 0
     else:
         group = 1 if in_layer else 2
-    weight = _weight(call.module)
+    out_features, in_features = _shape(call.module)
     kind = "conv1d" if isinstance(call.module, Conv1D) else "linear"
-    has_bias = call.module._parameters.get("bias") is not None
-    return SiteInfo(call.name, index, group, weight.shape[1], weight.shape[0], kind, weight.dtype, has_bias)
+    has_bias = getattr(call.module, "bias", None) is not None
+    return SiteInfo(call.name, index, group, in_features, out_features, kind, _dtype(call), has_bias)
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    shape = linear_shape(linear)
+    assert shape is not None
+    return shape
+
+
+def _dtype(call: LinearCall) -> torch.dtype:
+    """Return the dtype in which a layer computes: of its weight, of its input if the weight is quantised."""
+    return _weight(call.module).dtype if is_plain(call.module) else call.xs[0].dtype
 
 
 def _weight(linear: nn.Module) -> Tensor:

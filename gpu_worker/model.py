@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from gpu_worker.attention import ATTENTION, PagedLayer, StepContext, bind
+from gpu_worker.attention import ATTENTION, AttentionCall, PagedLayer, StepContext, make_layers
+from gpu_worker.checkpoint import one_line, read_eos_ids, read_model
 from gpu_worker.lora import SharedInput, SiteInfo, install_sites
 from gpu_worker.places import Places, find_places
 from gpu_worker.shortcuts import install_shortcuts
-from gpu_worker.trial import NUM_TOKENS, Trial, run_trial
+from gpu_worker.trial import Trial, run_trial
 from lora_kernels import ops
 from protocol.errors import BadRequest
 
@@ -47,6 +47,7 @@ class BaseModel:
     max_positions: int  # longest sequence the model can serve; 0: no limit known
     fingerprint: str
     keeps_logits: bool  # forward takes logits_to_keep
+    num_shortcuts: int  # layers that run by shortcut as a whole
     check: LogitsCheck | None = None
 
     @property
@@ -67,10 +68,10 @@ class BaseModel:
 
 @dataclass(frozen=True, slots=True)
 class LogitsCheck:
-    """What the untouched model said to a random prompt, to hold the finished engine against."""
+    """What the untouched model said to a few random prompts, each alone, to hold the finished engine against."""
 
-    input_ids: Tensor  # int64 [T]
-    logits: Tensor  # [T, V]
+    prompts: list[Tensor]  # int64 [T]
+    logits: list[Tensor]  # [T, V] of each
 
 
 def choose_device(device: str) -> torch.device:
@@ -93,11 +94,8 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype, impl: ops.Impl | None) -> BaseModel:
     """Load a model folder for serving. Raises BadRequest naming what cannot be served."""
-    config = AutoConfig.from_pretrained(folder)
-    module = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="eager")
-    nn.Module.to(module, device)
-    module.eval().requires_grad_(False)
-    return prepare_model(module, _eos_ids(folder, config), impl)
+    module = read_model(folder, device, dtype)
+    return prepare_model(module, read_eos_ids(folder, module.config), impl)
 
 
 def prepare_model(module: PreTrainedModel, eos_ids: frozenset[int], impl: ops.Impl | None) -> BaseModel:
@@ -107,26 +105,28 @@ def prepare_model(module: PreTrainedModel, eos_ids: frozenset[int], impl: ops.Im
     fingerprint = fingerprint_of(module)
     device, dtype = module.device, module.dtype
     keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
-    with torch.inference_mode():
-        check = _ask_untouched(module, config)
-        module.set_attn_implementation(ATTENTION)
-        trial = run_trial(module, keeps_logits)
-    _refuse_calls(trial, config)
+    try:
+        with torch.inference_mode():
+            check = _ask_untouched(module, config)
+            module.set_attn_implementation(ATTENTION)
+            trial = run_trial(module, keeps_logits)
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, NotImplementedError) as error:
+        # What a model raises that wants images, a mask or a cache of its own.
+        raise _refusal(module, [f"a forward pass that needs more than tokens: {one_line(error)}"]) from error
+    _refuse_calls(module, trial, config)
     context = StepContext()
-    layers = [PagedLayer(call, context, impl) for call in trial.attention]
-    for layer in layers:
-        bind(layer.call.module, layer)
+    layers = make_layers(trial.attention, context, impl)
     names = {module_: name for name, module_ in module.named_modules()}
     attention_names = {names[layer.call.module] for layer in layers}
     sites, shared = install_sites(module, trial.linears, attention_names, context, impl)
     places = find_places(module, trial.per_token, sites, shared, context)
     num_short = _shorten(module, trial, layers, places, impl)
     places.watch()
-    logger.info("%d of %d layers of %s run by shortcuts", num_short, len(layers), config.model_type)
+    logger.info("%d of %d layers of %s run by shortcuts", num_short, len(layers), module.config.model_type)
     return BaseModel(
         module=module, device=device, dtype=dtype, context=context, layers=layers, sites=sites, shared=shared,
-        places=places, eos_ids=eos_ids, max_positions=_max_positions(config), fingerprint=fingerprint,
-        keeps_logits=keeps_logits, check=check,
+        places=places, eos_ids=eos_ids, max_positions=_max_positions(config, trial.attention), fingerprint=fingerprint,
+        keeps_logits=keeps_logits, num_shortcuts=num_short, check=check,
     )  # fmt: skip
 
 
@@ -136,10 +136,6 @@ def _shorten(
     """Install the shortcuts, checking them on the trial's tokens in a cache of one block."""
     for layer in layers:
         layer.allocate(1, module.dtype, module.device)
-    num_tokens = np.array([NUM_TOKENS])
-    places.context.attention = ops.build_attention_batch(
-        num_tokens, num_tokens, np.zeros((1, 1), np.int32), module.device
-    )
     with torch.inference_mode():
         return install_shortcuts(module, trial, layers, places, impl)
 
@@ -155,50 +151,58 @@ def fingerprint_of(module: PreTrainedModel) -> str:
 
 
 def _ask_untouched(module: PreTrainedModel, config: Any) -> LogitsCheck:
-    """Ask the model with Hugging Face's own attention; the prompt is longer than the window, if that is short."""
+    """Ask the model with Hugging Face's own attention; the prompts are longer than the window, if that is short."""
     window = getattr(config, "sliding_window", None) or 0
-    num_tokens = window + 8 if 16 < window <= 512 else 24
-    ids = torch.randint(config.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0)).to(module.device)
-    return LogitsCheck(ids, module(input_ids=ids[None], use_cache=False).logits[0])
+    longest = window + 8 if 16 < window <= 512 else 24
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(config.vocab_size, (num,), generator=generator) for num in (longest, longest - 7)]
+    prompts = [ids.to(module.device) for ids in prompts]
+    logits = []
+    for ids in prompts:
+        positions = torch.arange(len(ids), device=ids.device)
+        logits.append(module(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0])
+    return LogitsCheck(prompts, logits)
+
+
+def _refusal(module: PreTrainedModel, reasons: list[str]) -> BadRequest:
+    return BadRequest(f"model type {module.config.model_type} cannot be served: it has {'; '.join(reasons)}")
 
 
 def _refuse_layer_types(module: PreTrainedModel, config: Any) -> None:
     reasons = []
     if not module._supports_attention_backend:
-        reasons.append("its attention cannot be replaced (no AttentionInterface)")
+        reasons.append("attention that cannot be replaced (no AttentionInterface)")
     unknown = set(getattr(config, "layer_types", None) or ()) - SERVED_LAYER_TYPES
     if unknown:
         reasons.append(f"layers of type {', '.join(sorted(unknown))}")
-    if getattr(config, "num_kv_shared_layers", 0):
-        reasons.append("layers that share keys and values")
     if getattr(config, "is_encoder_decoder", False):
         reasons.append("an encoder")
+    if "position_ids" not in inspect.signature(module.forward).parameters:
+        reasons.append("no way to be told the tokens' positions")
     if reasons:
-        raise BadRequest(f"model type {config.model_type} cannot be served: it has {'; '.join(reasons)}")
+        raise _refusal(module, reasons)
 
 
-def _refuse_calls(trial: Trial, config: Any) -> None:
+def _refuse_calls(module: PreTrainedModel, trial: Trial, config: Any) -> None:
     reasons = []
     calls = trial.attention
-    if len(calls) != config.num_hidden_layers or len({id(call.module) for call in calls}) != len(calls):
+    if len(calls) < config.num_hidden_layers:
         reasons.append(f"{len(calls)} attention calls for {config.num_hidden_layers} layers")
     if any(not call.is_causal for call in calls):
         reasons.append("attention in both directions")
-    windows = getattr(config, "layer_types", None) or ()
-    for kind, call in zip(windows, calls, strict=False):
-        if kind == "sliding_attention" and not call.window:
-            reasons.append("a sliding window it does not tell the attention function")
-            break
+    if any(call.has_own_mask for call in calls):
+        reasons.append("attention with a mask of its own making")
     if reasons:
-        raise BadRequest(f"model type {config.model_type} cannot be served: it has {'; '.join(reasons)}")
+        raise _refusal(module, reasons)
 
 
-def _max_positions(config: Any) -> int:
+def _max_positions(config: Any, calls: list[AttentionCall]) -> int:
     """Return the longest sequence that is computed exactly whatever else is in its step; 0 if there is no limit."""
     limits = [getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)]
     limits += _rope_limits(config)
-    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        limits.append(config.attention_chunk_size)  # exact as long as all fits one chunk
+    limits += [call.chunk for call in calls]  # exact as long as all fits one chunk
+    if not getattr(config, "layer_types", None) and not any(call.window for call in calls):
+        limits.append(getattr(config, "sliding_window", None))  # which only Hugging Face's own cache keeps then
     return min((limit for limit in limits if limit), default=0)
 
 
@@ -211,15 +215,3 @@ def _rope_limits(config: Any) -> list[int]:
         for part in parts
         if part.get("rope_type") in ("dynamic", "longrope")
     ]
-
-
-def _eos_ids(folder: Path, config: Any) -> frozenset[int]:
-    """Return the ids that end a text: of the generation config and of the model config."""
-    found: set[int] = set()
-    sources: list[Any] = [config, config.get_text_config()]
-    if (folder / "generation_config.json").is_file():
-        sources.append(GenerationConfig.from_pretrained(folder))
-    for source in sources:
-        ids = getattr(source, "eos_token_id", None)
-        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
-    return frozenset(found)

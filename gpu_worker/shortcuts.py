@@ -7,9 +7,11 @@ computed what the original computes, on the original's own input. What is not re
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,10 +21,13 @@ from gpu_worker.attention import PagedLayer, StepContext
 from gpu_worker.extras import ModulePlace
 from gpu_worker.lora import SharedInput, SiteLinear
 from gpu_worker.places import Places
-from gpu_worker.trial import ModuleCall, Trial
+from gpu_worker.trial import NUM_TOKENS, ModuleCall, Trial
 from lora_kernels import ops
 
 logger = logging.getLogger(__name__)
+
+LOUD = 32.0
+"""How much larger the numbers of the second comparison are, so that a block that clips them is found out."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference allowed between a block and its shortcut, relative to the largest output: rounding only."""
@@ -46,9 +51,10 @@ class Norm:
         self.context = StepContext()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim > 2 and not x.is_contiguous():  # heads cut from a fused projection
-            x = x.contiguous()
-        return self._finish(ops.rms_norm(x, self.weight, self.eps, plus_one=self.plus_one, impl=self.impl), x)
+        # Heads cut from a fused projection, or transposed, are copied: the operation wants rows at one stride.
+        rows = x.reshape(-1, x.shape[-1])
+        out = ops.rms_norm(rows, self.weight, self.eps, plus_one=self.plus_one, impl=self.impl)
+        return self._finish(out.view(x.shape), x)
 
     @property
     def norm(self) -> ops.RmsNorm:
@@ -130,6 +136,12 @@ class PreNormLayer:
         return hidden_states
 
     @property
+    def is_opaque(self) -> bool:
+        """Whether some of its linear layers cannot be taken apart, which one call for everything would need."""
+        mine = (self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down)
+        return any(inputs.is_opaque for inputs in mine)
+
+    @property
     def layer(self) -> ops.DecoderLayer:
         attention, mlp, norms = self.attention, self.mlp, self.attention.norms
         return ops.DecoderLayer(
@@ -182,7 +194,7 @@ def install_shortcuts(
 ) -> int:
     """Replace the recognised blocks of a model whose linear layers are sites. Returns how many layers are whole ones.
 
-    The context must describe a step of the trial's tokens and the caches must have room for it.
+    The caches must have room for the trial's tokens.
     """
     norms: dict[nn.Module, Norm] = {}
     for module in model.modules():
@@ -191,13 +203,14 @@ def install_shortcuts(
             norms[module] = norm
             norm.place, norm.context = places.norm_of(module), places.context
             module.forward = norm.forward
-    by_module = {layer.call.module: layer for layer in layers}
+    num_calls = Counter(layer.call.module for layer in layers)
+    by_module = {layer.call.module: layer for layer in layers if num_calls[layer.call.module] == 1 and not layer.owner}
     blocks: dict[nn.Module, Any] = {}
     # Inner blocks come first: a layer is recognised by the shortcuts found for what it holds.
     for name, call in sorted(trial.modules.items(), key=lambda item: -item[0].count(".")):
         module = model.get_submodule(name)
         for candidate in _candidates(module, by_module.get(module), norms, blocks, impl):
-            if _agrees(module, candidate, call):
+            if _agrees(module, candidate, call, places.context):
                 module.forward = candidate.forward
                 blocks[module] = candidate
                 break
@@ -212,6 +225,8 @@ def _install_stacks(model: nn.Module, trial: Trial, blocks: dict[nn.Module, Any]
         layers = [blocks.get(child) for child in children]
         holder = name.rpartition(".")[0]
         if len(layers) < 2 or holder not in trial.modules or any(type(layer) is not PreNormLayer for layer in layers):
+            continue
+        if any(layer is not None and layer.is_opaque for layer in layers):
             continue
         stack = LayerStack([layer for layer in layers if layer is not None], impl)
         stacked = _Stacked(model.get_submodule(holder), children, stack)
@@ -307,8 +322,25 @@ def _find_activation(module: nn.Module) -> ops.Activation | None:
     return None
 
 
-def _agrees(module: nn.Module, shortcut: Any, call: ModuleCall, *, exact: bool = False) -> bool:
-    """Tell whether a shortcut computes what a module computes from the arguments of the trial run."""
+def _agrees(
+    module: nn.Module, shortcut: Any, call: ModuleCall, context: StepContext, *, exact: bool = False
+) -> bool:
+    """Tell whether a shortcut computes what a module computes from the arguments of the trial run.
+
+    Those of its parts are tried on large numbers too, with one token: then attention only passes the values on.
+    """
+    device = next(part.device for part in (*call.args, *call.kwargs.values()) if isinstance(part, Tensor))
+    _set_tokens(context, NUM_TOKENS, device)
+    if not _same(module, shortcut, call, exact=exact):
+        return False
+    if not isinstance(shortcut, (RotaryAttention, GatedMlp)):
+        return True
+    _set_tokens(context, 1, device)
+    loud = ModuleCall(_loud(call.args), _loud(call.kwargs))
+    return _same(module, shortcut, loud, exact=exact)
+
+
+def _same(module: nn.Module, shortcut: Any, call: ModuleCall, *, exact: bool) -> bool:
     expected = module.forward(*_copies(call.args), **_copies(call.kwargs))
     try:
         got = shortcut.forward(*_copies(call.args), **_copies(call.kwargs))
@@ -325,6 +357,30 @@ def _agrees(module: nn.Module, shortcut: Any, call: ModuleCall, *, exact: bool =
     return torch.equal(got, expected) if exact else _close(got, expected, TOLERANCE[expected.dtype])
 
 
+def _set_tokens(context: StepContext, num: int, device: torch.device) -> None:
+    """Describe a step of `num` tokens of one sequence, in the first block."""
+    num_tokens = np.array([num])
+    context.attention = ops.build_attention_batch(num_tokens, num_tokens, np.zeros((1, 1), np.int32), device)
+
+
+def _loud(values: Any) -> Any:
+    """Return a module's arguments for their last token alone, the hidden states LOUD times as large.
+
+    The first token may be padding. Hidden states are what has no tuple around it; rotary embeddings come in pairs and stay what they are.
+    """
+
+    def cut(value: Any, factor: float) -> Any:
+        if isinstance(value, tuple):
+            return tuple(cut(part, 1.0) for part in value)
+        if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != NUM_TOKENS:
+            return value
+        return value[:, -1:] * factor if value.is_floating_point() else value[:, -1:]
+
+    if isinstance(values, dict):
+        return {key: cut(value, LOUD) for key, value in values.items()}
+    return tuple(cut(value, LOUD) for value in values)
+
+
 def _copies(values: Any) -> Any:
     """Copy the tensors of a module's arguments: shortcuts may change them."""
     if isinstance(values, Tensor):
@@ -337,5 +393,7 @@ def _copies(values: Any) -> Any:
 
 
 def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
+    if not expected.isfinite().all():  # too large for the dtype: no evidence
+        return True
     difference = (got.float() - expected.float()).abs().max()
     return bool(difference <= tolerance * expected.float().abs().max())

@@ -1,4 +1,4 @@
-"""One trial run of a model, watched: which modules call attention and linear layers, and with what."""
+"""Trial runs of a model, watched: which modules call attention and linear layers, and with what."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gpu_worker.attention import AttentionCall, Recorder, bind, unbind
 from gpu_worker.extras import TokenLayout
-from gpu_worker.lora import LinearCall
+from gpu_worker.lora import LinearCall, linear_shape
+from gpu_worker.masks import record_masks
 
 NUM_TOKENS = 5
 NUM_HEAD_ROWS = 2  # another number, to tell the head's rows from all tokens
@@ -38,49 +39,85 @@ class Trial:
 
 def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
     """Run a few tokens through a model whose attention is ours, and note what is called."""
-    trial, recorder = Trial(), Recorder()
-    handles = []
-    called: set[str] = set()
-
-    def watch_linear(name: str, linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-        num_rows = args[0].numel() // args[0].shape[-1]
-        if num_rows in (NUM_TOKENS, NUM_HEAD_ROWS):
-            trial.linears.append(LinearCall(name, linear, args[0], is_head=num_rows == NUM_HEAD_ROWS))
-
-    def watch_module(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        trial.modules.setdefault(name, ModuleCall(args, kwargs))
-
-    def watch_parameters(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        layout = TokenLayout.of([*args, *kwargs.values()], out, NUM_TOKENS)
-        trial.per_token.pop(name, None)
-        if name not in called and layout is not None:
-            trial.per_token[name] = layout
-        called.add(name)
-
-    for name, child in module.named_modules():
-        bind(child, recorder)
-        if next(child.parameters(recurse=False), None) is not None and type(child) not in (nn.Linear, Conv1D):
-            handles.append(
-                child.register_forward_hook(
-                    lambda _, args, kwargs, out, name=name: watch_parameters(name, args, kwargs, out), with_kwargs=True
-                )
-            )
-        if type(child) in (nn.Linear, Conv1D):
-            handles.append(
-                child.register_forward_pre_hook(lambda linear, args, name=name: watch_linear(name, linear, args))
-            )
-        elif name and next(child.children(), None) is not None:
-            handles.append(
-                child.register_forward_pre_hook(
-                    lambda _, args, kwargs, name=name: watch_module(name, args, kwargs), with_kwargs=True
-                )
-            )
-    ids = torch.arange(NUM_TOKENS, device=module.device)[None]
-    keep = {"logits_to_keep": torch.arange(NUM_HEAD_ROWS, device=module.device)} if keeps_logits else {}
-    module(input_ids=ids, position_ids=ids, use_cache=False, **keep)
-    for handle in handles:
-        handle.remove()
-    for child in module.modules():
-        unbind(child)
-    trial.attention = recorder.calls
+    trial = _Watch(module, NUM_TOKENS, NUM_HEAD_ROWS).run(keeps_logits)
+    # An expert's layers see the tokens sent to it: all of them by chance, but not twice.
+    again = _Watch(module, 2 * NUM_TOKENS + 1, NUM_HEAD_ROWS + 1)
+    with record_masks() as masks:
+        other = again.run(keeps_logits)
+    always = {call.name for call in other.linears}
+    trial.linears = [call for call in trial.linears if call.name in always]
+    trial.per_token = {n: layout for n, layout in trial.per_token.items() if other.per_token.get(n) == layout}
+    for call, masked in zip(trial.attention, other.attention, strict=True):
+        shape = masks.shape_of(masked)
+        call.has_own_mask = call.mask is not None or shape is None
+        if shape is not None:
+            call.window, call.chunk = shape.window, shape.chunk
+        call.mask = None
     return trial
+
+
+class _Watch:
+    """One run of a model with hooks on its modules."""
+
+    def __init__(self, module: PreTrainedModel, num_tokens: int, num_head_rows: int) -> None:
+        self.module = module
+        self.num_tokens = num_tokens
+        self.num_head_rows = num_head_rows
+        self.trial = Trial()
+        self._recorder = Recorder()
+        self._linears: dict[str, LinearCall | None] = {}  # None: was called with other rows
+        self._called: set[str] = set()
+
+    def run(self, keeps_logits: bool) -> Trial:
+        handles = []
+        for name, child in self.module.named_modules():
+            bind(child, self._recorder)
+            if type(child) not in (nn.Linear, Conv1D) and next(child.parameters(recurse=False), None) is not None:
+                handles.append(child.register_forward_hook(self._parameters_hook(name), with_kwargs=True))
+            if linear_shape(child) is not None:
+                handles.append(child.register_forward_hook(self._linear_hook(name)))
+            elif name and next(child.children(), None) is not None:
+                handles.append(child.register_forward_pre_hook(self._module_hook(name), with_kwargs=True))
+        ids = torch.arange(self.num_tokens, device=self.module.device)[None]
+        keep = {"logits_to_keep": torch.arange(self.num_head_rows, device=ids.device)} if keeps_logits else {}
+        try:
+            self.module(input_ids=ids, position_ids=ids, use_cache=False, **keep)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for child in self.module.modules():
+                unbind(child)
+        self.trial.attention = self._recorder.calls
+        self.trial.linears = [call for call in self._linears.values() if call is not None]
+        return self.trial
+
+    def _linear_hook(self, name: str) -> Any:
+        def hook(linear: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            x = args[0] if args and isinstance(args[0], Tensor) else None
+            shape = linear_shape(linear)
+            num_rows = -1 if x is None else x.numel() // x.shape[-1]
+            regular = num_rows in (self.num_tokens, self.num_head_rows) and isinstance(out, Tensor)
+            if x is None or shape is None or not regular or out.shape != (*x.shape[:-1], shape[0]):
+                self._linears[name] = None
+                return
+            known = self._linears.setdefault(name, LinearCall(name, linear, [], num_rows == self.num_head_rows))
+            if known is not None:
+                known.xs.append(x)
+
+        return hook
+
+    def _module_hook(self, name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.trial.modules.setdefault(name, ModuleCall(args, kwargs))
+
+        return hook
+
+    def _parameters_hook(self, name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            layout = TokenLayout.of([*args, *kwargs.values()], out, self.num_tokens)
+            self.trial.per_token.pop(name, None)
+            if name not in self._called and layout is not None:
+                self.trial.per_token[name] = layout
+            self._called.add(name)
+
+        return hook

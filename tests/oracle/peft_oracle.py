@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,16 +76,27 @@ class Oracle:
             "attention_mask": torch.ones_like(ids), "max_new_tokens": num_tokens, "do_sample": False,
             "eos_token_id": None, "pad_token_id": 0,
         }  # fmt: skip
-        with torch.inference_mode():
-            if not name and not isinstance(self._model, PeftModel):
-                out = self._model.generate(ids, **options)
-            elif not name:
-                with self._model.disable_adapter():
-                    out = self._model.generate(input_ids=ids, **options)
-            else:
-                self._model.set_adapter(name)
-                out = self._model.generate(input_ids=ids, **options)
+        with torch.inference_mode(), self._under(name) as model:
+            out = model.generate(input_ids=ids, **options)
         return out[0, len(prompt) :].tolist()
+
+    def logits(self, name: str, ids: np.ndarray) -> torch.Tensor:
+        """Return the logits [T, V] of a text under one adapter, computed alone."""
+        with torch.inference_mode(), self._under(name) as model:
+            positions = torch.arange(len(ids))[None]
+            inputs = {"input_ids": torch.from_numpy(ids.astype(np.int64))[None], "position_ids": positions}
+            return model(**inputs, use_cache=False).logits[0]
+
+    @contextlib.contextmanager
+    def _under(self, name: str) -> Iterator[Any]:
+        if name:
+            self._model.set_adapter(name)
+        with (
+            contextlib.nullcontext()
+            if name or not isinstance(self._model, PeftModel)
+            else self._model.disable_adapter()
+        ):
+            yield self._model
 
     def engine(self, tokenizer: Tokenizer | None = None, **settings: Any) -> Engine:
         """Return an engine over a copy of the base that fetches these adapters."""

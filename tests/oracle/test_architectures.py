@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from gpu_worker.attention import PagedLayer
 from gpu_worker.model import prepare_model
 from gpu_worker.shortcuts import find_norm
-from protocol.errors import BadRequest, Internal
+from protocol.errors import BadRequest
 
 TINY = {
     "vocab_size": TINY_VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -135,5 +135,5 @@ def test_a_model_that_computes_something_else_is_not_served(monkeypatch: pytest.
 
     monkeypatch.setattr(PagedLayer, "attend", narrowed)
     oracle = Oracle(make_model("llama", {}), {}, scale=1.0)
-    with pytest.raises(Internal, match="llama cannot be served"):
+    with pytest.raises(BadRequest, match="llama cannot be served"):
         oracle.engine()

@@ -1,0 +1,97 @@
+"""A model folder becomes a Hugging Face model, or one line that says what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from protocol.errors import BadRequest
+
+MAX_NAMED = 3
+
+_UNREADABLE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError,
+    SafetensorError,
+)  # fmt: skip
+"""What transformers and the quantisation libraries raise on files they cannot use."""
+
+
+def read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the causal LM of a folder onto a device, in eval mode. Raises BadRequest in one line."""
+    config = read_config(folder)
+    quantised = getattr(config, "quantization_config", None)
+    # A quantised model must be born where it is to live; others come through host memory, whatever accelerate thinks.
+    place: dict[str, Any] = {"device_map": {"": device}} if quantised else {}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation="eager", trust_remote_code=False,
+            output_loading_info=True, **place,
+        )  # fmt: skip
+    except _UNREADABLE as error:
+        how = f", quantised with {_method(quantised)}," if quantised else ""
+        raise BadRequest(f"the model in {folder}{how} cannot be loaded: {one_line(error)}") from error
+    module, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers makes random numbers of them, and a warning
+        names = ", ".join(missing[:MAX_NAMED]) + (" …" if len(missing) > MAX_NAMED else "")
+        raise BadRequest(f"the weights in {folder} lack {len(missing)} of the model's tensors: {names}")
+    if not quantised:
+        torch.nn.Module.to(module, device)
+    return module.eval().requires_grad_(False)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Read a folder's config.json. Raises BadRequest when it describes no causal LM that transformers knows."""
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+        model_type = raw.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadRequest(f"{folder / 'config.json'} is not a readable model config: {one_line(error)}") from error
+    if model_type not in CONFIG_MAPPING:
+        raise BadRequest(f"model type {model_type!r} is not known to transformers {transformers.__version__}")
+    if CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise BadRequest(f"model type {model_type} is not a causal language model")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except _UNREADABLE as error:
+        raise BadRequest(f"{folder / 'config.json'} is not a valid {model_type} config: {one_line(error)}") from error
+
+
+def read_eos_ids(folder: Path, config: PreTrainedConfig) -> frozenset[int]:
+    """Return the ids that end a text: of the generation config and of the model config. Raises BadRequest."""
+    found: set[int] = set()
+    sources: list[Any] = [config, config.get_text_config()]
+    if (folder / "generation_config.json").is_file():
+        try:
+            sources.append(GenerationConfig.from_pretrained(folder))
+        except _UNREADABLE as error:
+            raise BadRequest(f"{folder / 'generation_config.json'} is not readable: {one_line(error)}") from error
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return frozenset(found)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def _method(quantised: Any) -> str:
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+    return str(getattr(method, "value", method))
