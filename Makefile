@@ -12,7 +12,7 @@ ARGS ?=
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
-.PHONY: demo up test check lint-fix bench docker-smoke clean help
+.PHONY: demo up test test-models models-table check lint-fix bench docker-smoke clean help
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,12 @@ up: $(VENV)/.stamp-demo  ## make up MODEL=org/name ADAPTERS=folder: start a flee
 
 test: $(VENV)/.stamp-dev  ## run every test: no network, GPU, Docker or Redis needed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+
+test-models: $(VENV)/.stamp-dev  ## hold the engine to docs/models.md: every model type of transformers, about two minutes
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "" tests/oracle/test_models.py $(ARGS)
+
+models-table: $(VENV)/.stamp-dev  ## try every model type of transformers and write docs/models.md
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests $(BIN)/python -m oracle.models_table
 
 check: $(VENV)/.stamp-dev  ## lint, format, types, file length, import graph
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ def read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTra
     # A quantised model must be born where it is to live; others come through host memory, whatever accelerate thinks.
     place: dict[str, Any] = {"device_map": {"": device}} if quantised else {}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation="eager", trust_remote_code=False,
             output_loading_info=True, **place,
         )  # fmt: skip

@@ -163,8 +163,8 @@ class Runner:
         limit = CHECK_LIMITS[self.model.dtype]
         if not error < limit:
             raise BadRequest(
-                f"model type {self.model.module.config.model_type} cannot be served: with paged attention its logits are off "
-                f"by {error:.2g} of their spread (limit {limit})"
+                f"model type {self.model.module.config.model_type} cannot be served: with paged attention its logits "
+                f"are off by {error:.2g} of their spread (limit {limit})"
             )
         return error
 

@@ -214,11 +214,13 @@ def install_shortcuts(
                 module.forward = candidate.forward
                 blocks[module] = candidate
                 break
-    _install_stacks(model, trial, blocks, impl)
+    _install_stacks(model, trial, blocks, context, impl)
     return sum(type(block) is PreNormLayer for block in blocks.values())
 
 
-def _install_stacks(model: nn.Module, trial: Trial, blocks: dict[nn.Module, Any], impl: ops.Impl | None) -> None:
+def _install_stacks(
+    model: nn.Module, trial: Trial, blocks: dict[nn.Module, Any], context: StepContext, impl: ops.Impl | None
+) -> None:
     """Let lists of pre-norm layers run as one call, where what holds them then computes what it computed before."""
     for name, module in model.named_modules():
         children = list(module.children())
@@ -230,7 +232,7 @@ def _install_stacks(model: nn.Module, trial: Trial, blocks: dict[nn.Module, Any]
             continue
         stack = LayerStack([layer for layer in layers if layer is not None], impl)
         stacked = _Stacked(model.get_submodule(holder), children, stack)
-        if _agrees(stacked.holder, stacked, trial.modules[holder], exact=True):
+        if _agrees(stacked.holder, stacked, trial.modules[holder], context, exact=True):
             stacked.install()
 
 
@@ -322,9 +324,7 @@ def _find_activation(module: nn.Module) -> ops.Activation | None:
     return None
 
 
-def _agrees(
-    module: nn.Module, shortcut: Any, call: ModuleCall, context: StepContext, *, exact: bool = False
-) -> bool:
+def _agrees(module: nn.Module, shortcut: Any, call: ModuleCall, context: StepContext, *, exact: bool = False) -> bool:
     """Tell whether a shortcut computes what a module computes from the arguments of the trial run.
 
     Those of its parts are tried on large numbers too, with one token: then attention only passes the values on.
@@ -366,7 +366,7 @@ def _set_tokens(context: StepContext, num: int, device: torch.device) -> None:
 def _loud(values: Any) -> Any:
     """Return a module's arguments for their last token alone, the hidden states LOUD times as large.
 
-    The first token may be padding. Hidden states are what has no tuple around it; rotary embeddings come in pairs and stay what they are.
+    The first token may be padding. Hidden states have no tuple around them; rotary embeddings do, and stay as they are.
     """
 
     def cut(value: Any, factor: float) -> Any:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts
+from oracle.tiny_models import TINY, tiny_model
 from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from gpu_worker.checkpoint import one_line
 from gpu_worker.engine import Engine
 from gpu_worker.lora import SiteInfo
 from gpu_worker.model import prepare_model
@@ -30,59 +33,75 @@ class Outcome:
     """What the engine made of a model type."""
 
     refused: str = ""  # why
-    difference: float = 0.0  # largest of any logit, all adapters
-    effect: float = 0.0  # smallest change that an adapter makes to the largest logit
-    num_layers: int = 0  # attention calls of a forward pass
-    num_shortcuts: int = 0
-    longest: int = 0
-    unserved: tuple[str, ...] = ()  # linear layers that no adapter can change, by their last name
+    difference: float = 0.0  # largest of any logit, under any adapter
+    effect: float = 0.0  # smallest change that an adapter makes to a prompt's logits, the largest of them
+    num_calls: int = 0  # of attention, in a forward pass
+    num_shortcuts: int = 0  # layers that run by shortcut as a whole
+    notes: str = ""
+
+
+def try_type(model_type: str) -> Outcome:
+    """Try a tiny model of a type."""
+    try:
+        model = tiny_model(model_type)
+    except ImportError as error:
+        return Outcome(refused=f"not tried: {one_line(error).partition(' but ')[0]}")
+    return conform(model)
 
 
 def conform(model: PreTrainedModel) -> Outcome:
-    """Compare tokens and logits. Raises AssertionError where they differ."""
+    """Compare tokens and logits of the engine with PEFT's. Raises AssertionError where they differ."""
     try:
         sites = prepare_model(copy.deepcopy(model), frozenset(), None).sites
-    except BadRequest as refusal:
-        return Outcome(refused=refusal.message)
-    oracle = Oracle(model, adapters_for(model, sites), scale=0.4)
-    try:
+        oracle = Oracle(model, adapters_for(model, sites), scale=0.4)
         engine = oracle.engine(max_step_tokens=16, max_num_seqs=8)
     except BadRequest as refusal:
-        return Outcome(refused=refusal.message)
+        return Outcome(refused=refusal.message.partition(" cannot be served: ")[2].removeprefix("it has "))
     logits = watch_logits(engine)
-    asked_prompts = prompts(len(LENGTHS), TINY_VOCAB, LENGTHS)
-    asked = ask(
-        engine,
-        [
-            greedy_request(f"{name}/{i}", name, prompt, NUM_NEW)
-            for i, prompt in enumerate(asked_prompts)
-            for name in oracle.names
-        ],
-    )
-    errors = {output.error.message for output in asked.finish.values() if output.error is not None}
-    assert not errors
+    texts = prompts(len(LENGTHS), TINY_VOCAB, LENGTHS)
+    requests = [
+        greedy_request(f"{name}/{i}", name, prompt, NUM_NEW) for i, prompt in enumerate(texts) for name in oracle.names
+    ]
+    asked = ask(engine, requests)
+    assert not {output.error.message for output in asked.finish.values() if output.error is not None}
     differences, effects = [], []
-    for name in oracle.names:
-        for i, prompt in enumerate(asked_prompts):
-            got = asked.ids[f"{name}/{i}"]
-            ids = np.concatenate([prompt, got])
-            expected, base = (oracle.logits(who, ids)[len(prompt) - 1 : -1] for who in (name, ""))
-            rows = torch.stack([logits[f"{name}/{i}", n] for n in range(NUM_NEW)])
-            differences.append((rows - expected).abs().max().item())
-            tokens = oracle.greedy(name, prompt, NUM_NEW)
-            assert got == tokens, (
-                f"adapter {name!r}, prompt {i}: {got} is not {tokens}; logits {differences[-1]:.1g} off"
-            )
-            if name:
-                effects.append((expected - base).abs().max().item())
+    for request in requests:
+        name, prompt, got = request.digest, request.prompt, asked.ids[request.rid]
+        ids = np.concatenate([prompt, got])
+        expected, base = (oracle.logits(who, ids)[len(prompt) - 1 : -1] for who in (name, ""))
+        rows = torch.stack([logits[request.rid, number] for number in range(NUM_NEW)])
+        differences.append((rows - expected).abs().max().item())
+        tokens = oracle.greedy(name, prompt, NUM_NEW)
+        assert got == tokens, f"{request.rid}: {got} is not {tokens}, its logits {differences[-1]:.1g} off"
+        if name:
+            effects.append((expected - base).abs().max().item())
     return Outcome(
         difference=max(differences),
         effect=min(effects),
-        num_layers=len(engine.model.layers),
+        num_calls=len(engine.model.layers),
         num_shortcuts=engine.model.num_shortcuts,
-        longest=engine.model.max_positions,
-        unserved=unserved_linears(oracle.untouched, sites),
+        notes="; ".join(notes_on(oracle.untouched, engine, sites)),
     )
+
+
+def notes_on(model: PreTrainedModel, engine: Engine, sites: list[SiteInfo]) -> list[str]:
+    """Return what a user of the type must know."""
+    notes = []
+    if model.config.get_text_config() is not model.config:
+        notes.append("text only")
+    layers = engine.model.layers
+    if any(layer.call.chunk for layer in layers):
+        notes.append("sequences of one attention chunk at most")
+    elif engine.model.max_positions < TINY["max_position_embeddings"]:
+        notes.append("sequences of one sliding window at most")
+    if any(layer.owner for layer in layers):
+        notes.append("layers that share keys and values keep them once")
+    if len({layer.call.module for layer in layers}) < len(layers):
+        notes.append("layers that run several times")
+    unserved = unserved_linears(model, sites)
+    if unserved:
+        notes.append(f"no adapter on {', '.join(unserved)}")
+    return notes
 
 
 def adapters_for(model: PreTrainedModel, sites: list[SiteInfo]) -> dict[str, Lora]:
@@ -122,8 +141,10 @@ def watch_logits(engine: Engine) -> dict[tuple[str, int], Tensor]:
     return seen
 
 
-def unserved_linears(model: PreTrainedModel, sites: list[SiteInfo]) -> tuple[str, ...]:
-    """Return the last names of the linear layers that no adapter can change."""
+def unserved_linears(model: PreTrainedModel, sites: list[SiteInfo]) -> list[str]:
+    """Return the last names of the text model's linear layers that no adapter can change."""
     names = {site.name for site in sites}
+    layers = next(name[: match.end()] for name in sorted(names) if (match := re.match(r".*?\.(?=\d+\.)", name)))
     linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    return tuple(sorted({name.rpartition(".")[2] for name in linears if name not in names}))
+    missing = [name for name in linears if name.startswith(layers) and name not in names]
+    return sorted({name.rpartition(".")[2] for name in missing})

@@ -1,108 +1,57 @@
-"""Other model families, tiny and random: packed steps through our attention give the tokens that `generate` gives."""
+"""What is found out about a model before it serves: what it is made of, how far it can go, why it is refused."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
 import torch
-from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, vary_norms
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from oracle.peft_oracle import Oracle
+from oracle.tiny_models import tiny_model
+from torch import Tensor, nn
+from transformers.masking_utils import and_masks, causal_mask_function, chunked_causal_mask_function
+from transformers.masking_utils import sliding_window_causal_mask_function as window_mask
 
 from gpu_worker.attention import PagedLayer
+from gpu_worker.masks import AS_TOLD, MaskShape, read_shape
 from gpu_worker.model import prepare_model
-from gpu_worker.shortcuts import find_norm
+from gpu_worker.shortcuts import RotaryAttention, find_norm
 from protocol.errors import BadRequest
-
-TINY = {
-    "vocab_size": TINY_VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
-    "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": False,
-}  # fmt: skip
-WINDOW = {"sliding_window": 12}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4}
-
-MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "llama": ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, ("q_proj", "down_proj")),
-    "mistral": (WINDOW, ("k_proj", "up_proj")),
-    "qwen2": ({}, ("q_proj", "v_proj")),  # biases
-    "qwen3": ({"head_dim": 32}, ("o_proj", "gate_proj")),  # norms of queries and keys, heads wider than the model
-    "phi3": ({}, ("qkv_proj", "gate_up_proj")),  # fused projections
-    "gemma2": ({"head_dim": 16, **WINDOW}, ("q_proj", "down_proj")),  # softcaps, four norms, every other layer a window
-    "gemma3_text": ({"head_dim": 16, **WINDOW}, ("q_proj", "down_proj")),
-    "gpt_oss": ({"head_dim": 16, **WINDOW, **EXPERTS}, ("q_proj", "v_proj")),  # attention sinks
-    "mixtral": (EXPERTS, ("q_proj", "o_proj")),
-    "qwen3_moe": (EXPERTS, ("q_proj", "k_proj")),
-    "gpt2": ({"n_inner": 96}, ("c_attn", "c_fc")),  # Conv1D, learned positions
-    "gpt_neox": ({}, ("query_key_value", "dense_h_to_4h")),  # partial rotary, parallel residual
-    "opt": ({"ffn_dim": 96, "word_embed_proj_dim": 64}, ("q_proj", "fc1")),
-    "olmo2": ({}, ("v_proj", "up_proj")),  # norms after the blocks
-    "cohere2": (WINDOW, ("q_proj", "gate_proj")),  # interleaved rotary, layers without positions
-    "glm4": ({"head_dim": 16}, ("q_proj", "gate_up_proj")),
-    "granite": ({"residual_multiplier": 0.5, "attention_multiplier": 0.3}, ("q_proj", "v_proj")),
-    "starcoder2": ({"norm_epsilon": 1e-5}, ("c_fc", "c_proj")),
-}
-WHOLE_LAYERS = {"llama", "mistral", "qwen2", "qwen3", "phi3"}
-"""Types whose every layer must run by shortcut: a silent loss of speed is a fault too."""
-
-
-def make_model(model_type: str, fields: dict[str, Any]) -> PreTrainedModel:
-    config_class = type(AutoConfig.for_model(model_type))
-    config = config_class(**TINY | fields)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-        vary_norms(model)
-    return model
-
-
-@pytest.mark.parametrize("model_type", MODELS)
-def test_tokens_equal_generate(model_type: str, caplog: pytest.LogCaptureFixture) -> None:
-    fields, targets = MODELS[model_type]
-    options = {"fan_in_fan_out": True} if model_type == "gpt2" else {}
-    oracle = Oracle(make_model(model_type, fields), {"tuned": Lora(5, targets, options)}, scale=0.4)
-    with caplog.at_level(logging.INFO, "gpu_worker.model"):
-        engine = oracle.engine(max_step_tokens=16, max_num_seqs=8)
-    asked_prompts = prompts(3, TINY_VOCAB, (5, 33, 20))
-    requests = [
-        greedy_request(f"{name}/{i}", name, prompt, 8)
-        for i, prompt in enumerate(asked_prompts)
-        for name in oracle.names
-    ]
-    asked = ask(engine, requests)
-    for name in oracle.names:
-        got = [asked.ids[f"{name}/{i}"] for i in range(3)]
-        assert got == [oracle.greedy(name, prompt, 8) for prompt in asked_prompts]
-        assert not name or got != [asked.ids[f"/{i}"] for i in range(3)]
-    if model_type in WHOLE_LAYERS:
-        assert f"2 of 2 layers of {model_type} run by shortcuts" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("model_type", "reason"),
+    ("model_type", "fields", "reason"),
     [
-        ("bert", "both directions"),
-        ("bloom", "AttentionInterface"),
-        ("qwen3_next", "linear_attention"),
+        ("bert", {"is_decoder": False}, "both directions"),
+        ("bloom", {}, "AttentionInterface"),
+        ("lfm2", {}, "layers of type conv"),
+        ("doge", {}, "a mask of its own making"),
     ],
 )
-def test_what_cannot_be_served_is_refused_by_name(model_type: str, reason: str) -> None:
-    fields = {"is_decoder": False} if model_type == "bert" else {}
+def test_what_cannot_be_served_is_refused_by_name(model_type: str, fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRequest, match=reason) as refusal:
-        prepare_model(make_model(model_type, fields), frozenset(), None)
+        prepare_model(tiny_model(model_type, **fields), frozenset(), None)
     assert model_type in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_norm_is_only_taken_for_what_it_computes() -> None:
-    llama = make_model("llama", {}).get_submodule("model.norm")
-    gemma = make_model("gemma2", {}).get_submodule("model.norm")
+    llama = tiny_model("llama").get_submodule("model.norm")
+    gemma = tiny_model("gemma2").get_submodule("model.norm")
     plain, plus_one = find_norm(llama, "reference"), find_norm(gemma, "reference")
     assert plain is not None
     assert plus_one is not None
     assert (plain.plus_one, plus_one.plus_one) == (False, True)
     assert find_norm(torch.nn.LayerNorm(64, elementwise_affine=True, bias=False), "reference") is None
     assert find_norm(torch.nn.Embedding(3, 4), "reference") is None
+
+
+@pytest.mark.parametrize(("clip", "is_short"), [(None, True), (20.0, False)])
+def test_attention_that_clips_large_numbers_keeps_its_own_forward(clip: float | None, is_short: bool) -> None:
+    """No query, key or value of a trial run is that large."""
+    model = prepare_model(tiny_model("olmo", clip_qkv=clip), frozenset(), None)
+    attention = model.layers[0].call.module
+    assert isinstance(getattr(attention.forward, "__self__", None), RotaryAttention) is is_short
 
 
 @pytest.mark.parametrize(
@@ -121,8 +70,52 @@ def test_a_norm_is_only_taken_for_what_it_computes() -> None:
     ids=["default", "dynamic", "longrope"],
 )  # fmt: skip
 def test_length_is_bounded_where_frequencies_would_depend_on_the_batch(rope: dict[str, Any], longest: int) -> None:
-    model = prepare_model(make_model("llama", {"rope_parameters": rope}), frozenset(), None)
+    model = prepare_model(tiny_model("llama", rope_parameters=rope), frozenset(), None)
     assert model.max_positions == longest
+
+
+def test_length_is_bounded_by_the_attention_chunk() -> None:
+    assert prepare_model(tiny_model("llama4_text"), frozenset(), None).max_positions == 64
+
+
+@pytest.mark.parametrize(
+    ("mask", "shape"),
+    [
+        (causal_mask_function, MaskShape()),
+        (window_mask(1000), MaskShape(window=1000)),
+        (chunked_causal_mask_function(300, torch.zeros(1, dtype=torch.long)), MaskShape(chunk=300)),
+        (lambda batch, head, query, key: (query >= 0) & (key >= 0), None),
+        (and_masks(causal_mask_function, lambda batch, head, query, key: torch.ones(11).bool()[query]), AS_TOLD),
+    ],
+    ids=["causal", "window", "chunk", "both ways", "of these tokens"],
+)
+def test_a_mask_is_asked_where_it_hides_keys(mask: Any, shape: MaskShape | None) -> None:
+    assert read_shape(mask, 11, "cpu") == shape
+
+
+def test_shared_keys_and_values_take_memory_once() -> None:
+    layers = prepare_model(tiny_model("gemma4_text"), frozenset(), None).layers
+    assert [layer.owner for layer in layers] == [None, None, layers[0], layers[1]]
+    assert [layer.block_bytes(torch.float32) > 0 for layer in layers] == [True, True, False, False]
+
+
+class Routed(nn.Module):
+    """Sends five tokens to its first expert, and of more tokens only some."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.experts[0](x[:, :5]), self.experts[1](x[:, 5:])], 1)
+
+
+def test_an_expert_that_happens_to_see_all_tokens_is_no_site() -> None:
+    llama = tiny_model("llama")
+    llama.get_submodule("model.layers.0").mlp = Routed(64)
+    sites = {site.name for site in prepare_model(llama, frozenset(), None).sites}
+    assert "model.layers.1.mlp.up_proj" in sites
+    assert not any("experts" in name for name in sites)
 
 
 def test_a_model_that_computes_something_else_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +127,6 @@ def test_a_model_that_computes_something_else_is_not_served(monkeypatch: pytest.
         return whole(self, *args)
 
     monkeypatch.setattr(PagedLayer, "attend", narrowed)
-    oracle = Oracle(make_model("llama", {}), {}, scale=1.0)
+    oracle = Oracle(tiny_model("llama", rope_parameters=None), {}, scale=1.0)
     with pytest.raises(BadRequest, match="llama cannot be served"):
-        oracle.engine()
+        oracle.engine(kernels="reference")

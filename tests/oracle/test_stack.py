@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, warm
-from oracle.test_architectures import MODELS, make_model
+from oracle.tiny_models import tiny_model
 from torch import Tensor
 
 from gpu_worker.engine import Engine
@@ -17,7 +17,14 @@ from lora_kernels import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no native kernels: layers run one by one")
 
-STACKED = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+STACKED = {
+    "llama": ("q_proj", "down_proj"),
+    "mistral": ("k_proj", "up_proj"),
+    "qwen2": ("q_proj", "v_proj"),
+    "qwen3": ("o_proj", "gate_proj"),
+    "phi3": ("qkv_proj", "gate_up_proj"),
+}
+"""Types that consist of such layers, and what an adapter may target there."""
 
 
 def stacks(engine: Engine) -> list[LayerStack]:
@@ -45,8 +52,8 @@ def logits_of(engine: Engine, names: list[str]) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_type", STACKED)
 def test_a_stack_computes_what_its_layers_compute(model_type: str, dtype: torch.dtype) -> None:
-    fields, targets = MODELS[model_type]
-    base = make_model(model_type, fields).to(dtype)
+    targets = STACKED[model_type]
+    base = tiny_model(model_type).to(dtype)
     oracle = Oracle(base, {"one": Lora(5, targets), "two": Lora(17, targets[:1])}, scale=0.4)
     stacked, apart = (oracle.engine(max_step_tokens=16, max_num_seqs=12) for _ in range(2))
     (stack,) = stacks(stacked)
@@ -62,7 +69,7 @@ def test_a_stack_computes_what_its_layers_compute(model_type: str, dtype: torch.
 
 def test_layers_with_rotary_embeddings_of_their_own_stay_apart() -> None:
     """Each layer of a list must get what the first gets."""
-    model = make_model("llama", {})
+    model = tiny_model("llama")
     for i, layer in enumerate(model.get_submodule("model.layers")):
         layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: (args, turned(kwargs, i)), with_kwargs=True)
     oracle = Oracle(model, {"one": Lora(5, ("q_proj",))}, scale=0.4)
@@ -75,8 +82,7 @@ def turned(kwargs: dict[str, Any], layer: int) -> dict[str, Any]:
 
 
 def test_a_batch_without_adapters_needs_no_table() -> None:
-    fields, targets = MODELS["llama"]
-    oracle = Oracle(make_model("llama", fields), {"one": Lora(5, targets)}, scale=0.4)
+    oracle = Oracle(tiny_model("llama"), {"one": Lora(5, STACKED["llama"])}, scale=0.4)
     prompt = np.arange(1, 20, dtype=np.int32)
     asked = ask(oracle.engine(), [greedy_request("base", "", prompt, 8)])
     assert asked.ids["base"] == oracle.greedy("", prompt, 8) != oracle.greedy("one", prompt, 8)

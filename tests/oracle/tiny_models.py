@@ -61,7 +61,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8}},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, **_MIXED4},
-    "dots3_note": {"vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64}, "audio_config": {"adapter_input_size": 64}},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "longcat_flash": {"head_dim": 8},
     "gemma3n_text": _SHARED_KV,
@@ -75,6 +78,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
     "mellum": _MIXED,
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
+    "mllama": {"text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]}},
     "moshi": {"sliding_window": 64},
     "qwen2": _WINDOWS,
     "qwen2_moe": _WINDOWS,
@@ -97,9 +102,9 @@ def causal_types() -> list[str]:
     )
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
+def tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:
     """Return the config of a tiny model of `model_type` that has every kind of layer the type's default has."""
-    return _shrink(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}))
+    return _shrink(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}) | fields)
 
 
 def _shrink(config_class: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedConfig:
@@ -130,9 +135,9 @@ def _layer_kinds(default: PreTrainedConfig, names: set[str]) -> dict[str, Any]:
     return {"num_hidden_layers": len(kinds)} | {name: list(part) for name, part in zip(lists, per_list, strict=True)}
 
 
-def tiny_model(model_type: str) -> PreTrainedModel:
-    """Return a random fp32 model of `model_type`, the same each time."""
-    config = tiny_config(model_type)
+def tiny_model(model_type: str, **fields: Any) -> PreTrainedModel:
+    """Return a random fp32 model of `model_type`, the same each time. fields: of its config, instead."""
+    config = tiny_config(model_type, **fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

@@ -1,0 +1,100 @@
+"""A model folder that cannot be used is refused in one line that names what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from oracle.tiny_models import tiny_model
+from safetensors.torch import load_file, save_file
+
+from gpu_worker.checkpoint import read_eos_ids, read_model
+from gpu_worker.service import serve
+from protocol.bus import Bus
+from protocol.errors import BadRequest
+from protocol.settings import Settings
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def test_a_good_folder_is_read_whole(folder: Path) -> None:
+    model = read_model(folder, CPU, torch.float32)
+    assert torch.equal(model.get_parameter("lm_head.weight"), tiny_model("llama").get_parameter("lm_head.weight"))
+    assert not model.training
+    assert read_eos_ids(folder, model.config) == {2}
+
+
+BREAK: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no json": (lambda folder: (folder / "config.json").write_text("{"), "not a readable model config"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), "not a readable model config"),
+    "no type": (lambda folder: edit_config(folder, model_type=None), "model type None is not known"),
+    "unknown": (lambda folder: edit_config(folder, model_type="llama9"), "model type 'llama9' is not known to transf"),
+    "no causal LM": (lambda folder: edit_config(folder, model_type="t5"), "model type t5 is not a causal language"),
+    "bad field": (lambda folder: edit_config(folder, hidden_size="big"), "not a valid llama config"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded: .*no file named"),
+    "truncated": (truncate, "cannot be loaded: .*deserializing"),
+    "no safetensors": (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 64), "cannot be loaded: "),
+    "missing tensors": (
+        lambda folder: edit_weights(folder, lambda tensors: tensors.pop("model.norm.weight")),
+        "lack 1 of the model's tensors: model.norm.weight",
+    ),
+    "wrong shape": (
+        lambda folder: edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)})),
+        "cannot be loaded: .*model.norm.weight",
+    ),
+    "unknown quantisation": (
+        lambda folder: edit_config(folder, quantization_config={"quant_method": "origami"}),
+        "quantised with origami, cannot be loaded: .*origami",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BREAK)
+def test_what_is_wrong_is_said_in_one_line(folder: Path, how: str) -> None:
+    breaks, said = BREAK[how]
+    breaks(folder)
+    with pytest.raises(BadRequest, match=said) as refusal:
+        read_model(folder, CPU, torch.float32)
+    assert "\n" not in refusal.value.message
+
+
+def test_a_bad_generation_config_is_named(folder: Path) -> None:
+    model = read_model(folder, CPU, torch.float32)
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(BadRequest, match=r"generation_config\.json is not readable"):
+        read_eos_ids(folder, model.config)
+
+
+async def test_a_worker_leaves_with_the_refusal(folder: Path, bus: Bus, queue_server: object) -> None:
+    """The command line makes exit code 2 of it, after which `up` does not try again."""
+    truncate(folder)
+    settings = Settings(redis_url=queue_server.url, model=str(folder), device="cpu")  # pyright: ignore
+    with pytest.raises(BadRequest, match="cannot be loaded"):
+        await serve(settings, asyncio.Event())
