@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
@@ -18,14 +20,18 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from protocol.errors import BadRequest
 
 MAX_NAMED = 3
+MAX_LINE = 400
+
+QUANTISATIONS = {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"}
 
 _UNREADABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError,
-    SafetensorError,
+    SafetensorError, StrictDataclassError,
 )  # fmt: skip
 """What transformers and the quantisation libraries raise on files they cannot use."""
 
@@ -34,24 +40,32 @@ def read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTra
     """Load the causal LM of a folder onto a device, in eval mode. Raises BadRequest in one line."""
     config = read_config(folder)
     quantised = getattr(config, "quantization_config", None)
+    if quantised and _method(quantised) not in QUANTISATIONS:  # transformers would read the weights as they lie
+        raise BadRequest(f"the model in {folder} is quantised with {_method(quantised)}, unknown to transformers")
     # A quantised model must be born where it is to live; others come through host memory, whatever accelerate thinks.
     place: dict[str, Any] = {"device_map": {"": device}} if quantised else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation="eager", trust_remote_code=False,
-            output_loading_info=True, **place,
+            output_loading_info=True, ignore_mismatched_sizes=True, **place,
         )  # fmt: skip
     except _UNREADABLE as error:
         how = f", quantised with {_method(quantised)}," if quantised else ""
         raise BadRequest(f"the model in {folder}{how} cannot be loaded: {one_line(error)}") from error
     module, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:  # transformers makes random numbers of them, and a warning
-        names = ", ".join(missing[:MAX_NAMED]) + (" …" if len(missing) > MAX_NAMED else "")
-        raise BadRequest(f"the weights in {folder} lack {len(missing)} of the model's tensors: {names}")
+    # transformers makes random numbers of these, and a warning.
+    _refuse_tensors(folder, "lack", info["missing_keys"])
+    _refuse_tensors(folder, "have other shapes for", (name for name, *_ in info["mismatched_keys"]))
     if not quantised:
         torch.nn.Module.to(module, device)
     return module.eval().requires_grad_(False)
+
+
+def _refuse_tensors(folder: Path, what: str, found: Iterable[str]) -> None:
+    names = sorted(found)
+    if names:
+        shown = ", ".join(names[:MAX_NAMED]) + (" …" if len(names) > MAX_NAMED else "")
+        raise BadRequest(f"the weights in {folder} {what} {len(names)} of the model's tensors: {shown}")
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -87,9 +101,9 @@ def read_eos_ids(folder: Path, config: PreTrainedConfig) -> frozenset[int]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    """Return an error's text on one line, or its type where it has none."""
+    text = " ".join(str(error).split())
+    return (text if len(text) <= MAX_LINE else f"{text[:MAX_LINE]} …") or type(error).__name__
 
 
 def _method(quantised: Any) -> str:

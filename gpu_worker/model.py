@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gpu_worker.attention import ATTENTION, AttentionCall, PagedLayer, StepContext, make_layers

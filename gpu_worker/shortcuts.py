@@ -214,7 +214,7 @@ def install_shortcuts(
                 module.forward = candidate.forward
                 blocks[module] = candidate
                 break
-    _install_stacks(model, trial, blocks, context, impl)
+    _install_stacks(model, trial, blocks, places.context, impl)
     return sum(type(block) is PreNormLayer for block in blocks.values())
 
 
