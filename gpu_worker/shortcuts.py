@@ -163,6 +163,7 @@ class LayerStack:
     def __init__(self, layers: list[PreNormLayer], impl: ops.Impl | None) -> None:
         self.layers = layers
         self.impl: ops.Impl | None = impl
+        self.one_call = True  # False: one by one, for who wants to see the parts
         self._stack: ops.DecoderStack | None = None
         self._built_for: tuple[object, object] = (None, None)  # KV cache and adapter table the stack knows
 
@@ -173,7 +174,7 @@ class LayerStack:
             self._stack = ops.decoder_stack([layer.layer for layer in self.layers], impl=self.impl)
             self._built_for = (first.layer.k_cache, table)
         context = first.layer.context
-        if self._stack is None or any(group.extras.in_layers for group in context.extras):
+        if self._stack is None or not self.one_call or any(group.extras.in_layers for group in context.extras):
             for layer in self.layers:
                 layer.forward(hidden_states, position_embeddings=position_embeddings)
             return hidden_states
@@ -182,6 +183,12 @@ class LayerStack:
         rows = hidden_states.view(-1, hidden_states.shape[-1])
         self._stack.run(rows, cos[0], sin[0], context.attention, table, context.lora)
         return hidden_states
+
+
+def stacks_of(model: nn.Module) -> list[LayerStack]:
+    """Return the stacks that stand in a model."""
+    owners = [getattr(module.forward, "__self__", None) for module in model.modules()]
+    return [owner for owner in owners if type(owner) is LayerStack]
 
 
 def _pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": ("lorafleet.demo", "start a fleet with a small model and three adapters, and ask them"),
     "dlq": ("lorafleet.dlq", "list, show and retry the requests that were given up"),
     "bench": ("lorafleet.bench.cli", "put load on an OpenAI-compatible server and measure it"),
+    "profile": ("lorafleet.profile", "measure what a worker's steps spend their time on"),
     "simulate": ("scheduler.simulate", "try scheduling policies on a simulated fleet"),
 }
 
