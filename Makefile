@@ -12,7 +12,7 @@ ARGS ?=
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
-.PHONY: demo up test test-models models-table check lint-fix bench docker-smoke clean help
+.PHONY: demo up test test-models models-table peft-table check lint-fix bench docker-smoke clean help
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ lint-fix: $(VENV)/.stamp-dev  ## let ruff repair and format
 
 bench: $(VENV)/.stamp-demo  ## measure whole fleets for a few minutes; ARGS= for flags, see benchmarks/README.md
 	$(BIN)/python -m benchmarks --short --out build/bench $(ARGS)
+
+peft-table: $(VENV)/.stamp-dev  ## measure every kind of adapter against PEFT, into docs/peft.md
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m oracle.peft_table
 
 docker-smoke: $(VENV)/.stamp-demo  ## build the images, ask two workers, kill one, ask again, take it all down
 	deploy/smoke.sh

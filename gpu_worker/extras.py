@@ -46,6 +46,7 @@ class Tokens:
 
     indices: Tensor  # int64 [n], ascending
     rows: Tensor  # [n, D]
+    lora: LowRank | None = None  # the head's LoRA for these tokens: it is added to the trained rows as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +161,7 @@ def _apply_linear(part: LinearExtras, group: ExtraRows, out: Tensor, x: Tensor, 
     elif part.bias is not None and bias is not None:
         out[rows] += part.bias - bias
     if part.lora is not None:
-        lora = part.lora
-        delta = (x[active].float() @ lora.a.float().T) @ lora.b.float() * (lora.scale * group.scale)
+        delta = _low_rank(part.lora, x[active], group.scale)
         width = delta.shape[-1]
         out[active, :width] = (out[active, :width].float() + delta).to(out.dtype)
     if part.lora_bias is not None:
@@ -172,10 +172,18 @@ def _apply_linear(part: LinearExtras, group: ExtraRows, out: Tensor, x: Tensor, 
         offset = 0.0 if own_bias is None else own_bias.float()
         out[rows, : len(factor)] = (factor * (y - offset) + offset).to(out.dtype)
     if part.tokens is not None:
-        logits = F.linear(x[rows], part.tokens.rows)
-        out = _widen(out, int(part.tokens.indices[-1]) + 1)
-        out[rows[:, None], part.tokens.indices] = logits
+        tokens = part.tokens
+        out = _widen(out, int(tokens.indices[-1]) + 1)
+        out[rows[:, None], tokens.indices] = F.linear(x[rows], tokens.rows)
+        if tokens.lora is not None:
+            delta = _low_rank(tokens.lora, x[active], group.scale)
+            out[active[:, None], tokens.indices] += delta.to(out.dtype)
     return out
+
+
+def _low_rank(lora: LowRank, x: Tensor, scale: float) -> Tensor:
+    """Return what LoRA adds, in fp32."""
+    return (x.float() @ lora.a.float().T) @ lora.b.float() * (lora.scale * scale)
 
 
 def _put(out: Tensor, rows: Tensor, values: Tensor) -> Tensor:

@@ -69,11 +69,15 @@ class Packer:
 
     def pack(self, digest: str, config: dict[str, Any], weights: Any) -> HostAdapter:
         """Read a PEFT adapter. weights: a safetensors file as a buffer. Raises AdapterRefused."""
+        return self.pack_spec(digest, *self.read(config, weights))
+
+    def read(self, config: dict[str, Any], weights: Any) -> tuple[AdapterSpec, GetTensor]:
+        """Read a PEFT adapter without packing it. Raises AdapterRefused."""
         view = memoryview(weights)
         tensors = parse_header(bytes(view[: 8 + MAX_HEADER_BYTES]), len(view))
         spec = read_adapter(config, tensors, self.served)
         file = torch.frombuffer(bytearray(view), dtype=torch.uint8)
-        return self.pack_spec(digest, spec, lambda name: _read(file, tensors[name]))
+        return spec, lambda name: _read(file, tensors[name])
 
     def wrap(self, digest: str, packed: Rows) -> HostAdapter:
         """Return an adapter whose rows have been packed elsewhere; they stay where they are."""
@@ -186,8 +190,10 @@ class _ExtrasPacker:
         for part in spec.tokens:
             order = sorted(range(len(part.indices)), key=part.indices.__getitem__)
             rows = self._get(part.tensor)[order].to(self._dtype(part.site))
+            indices = torch.tensor(sorted(part.indices))
+            lora = next((self._columns(lora, indices) for lora in spec.sites if lora.site == part.site), None)
             fields = self._linear if part.site in self._sites else self._embeddings
-            fields[part.site]["tokens"] = Tokens(torch.tensor(sorted(part.indices)), rows)
+            fields[part.site]["tokens"] = Tokens(indices, rows, lora)
         parameters: defaultdict[str, list[ParameterLora]] = defaultdict(list)
         for part in spec.parameters:
             module, _, parameter = part.site.rpartition(".")
@@ -228,6 +234,11 @@ class _ExtrasPacker:
             self._linear[part.site]["lora_bias"] = part.scale * self._get(part.bias).float()
         if part.magnitude:
             self._linear[part.site]["dora"] = self._dora(part, self._weight(part.site))
+
+    def _columns(self, part: LoraWeights, indices: Tensor) -> LowRank:
+        """Return the LoRA of a layer for some of its outputs."""
+        a, b = (tensor.to(self._dtype(part.site)) for tensor in lora_matrices(part, self._get))
+        return LowRank(a, b[indices].T.contiguous(), part.scale)
 
     def _weight(self, site: str) -> Tensor:
         """Return the weight that is in force under the adapter."""

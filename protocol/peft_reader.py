@@ -195,7 +195,8 @@ class Reader:
             chosen[self._head] = indices
         found: list[TrainedTokens] = []
         for module, indices in chosen.items():
-            if module in targeted or self._config.saved.saves(module):
+            is_tied = tied_to and module == self._head  # PEFT trains the layer inside its LoRA then
+            if (module in targeted and not (is_tied and not self._config.use_dora)) or self._config.saved.saves(module):
                 self._reasons.add("trained tokens of a module that is also adapted or saved whole", module)
             found.extend(self._read_trained(module, indices, tied_to if module == self._head else ""))
         return found
@@ -218,7 +219,7 @@ class Reader:
 
     def _read_replaced(self, targeted: Mapping[str, SiteShape], tokens: list[TrainedTokens]) -> list[ReplacedWeights]:
         """Return the parameters that the file brings whole: `modules_to_save`, biases, saved base weights."""
-        wrapped = dict.fromkeys(targeted, WRAPPED) | {part.site: TOKENS_WRAPPED for part in tokens}
+        wrapped = {part.site: TOKENS_WRAPPED for part in tokens} | dict.fromkeys(targeted, WRAPPED)
         found: dict[tuple[str, str], ReplacedWeights] = {}
         loaded: dict[str, ReplacedWeights] = {}  # weights that PEFT loads into the base's own modules
         for site in self._sites.values():

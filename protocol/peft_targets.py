@@ -143,6 +143,7 @@ class PatternMap:
     def __init__(self, values: Mapping[str, Any]) -> None:
         """Raises BadPattern with the offending key in front."""
         self._values = values
+        self.values = list(values.values())
         self._patterns: list[tuple[str, str, Any]] = []
         for key in values:
             try:

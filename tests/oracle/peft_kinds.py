@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracle.peft_oracle import TINY_VOCAB, ask, vary_norms
+from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, prompts, vary_norms
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -35,6 +35,7 @@ TINY = {
 BIASES = {"attention_bias": True, "mlp_bias": True}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4}
 INVOCATION = [7, 11, 13]
+NUM_TOKENS = 5  # of output
 
 Base = tuple[str, dict[str, Any]]
 """Model type, and fields of its config besides TINY."""
@@ -69,13 +70,13 @@ class Kind:
     config: type[PeftConfig] = LoraConfig
 
 
-def make_adapter(kind: Kind, folder: Path, scale: float = 0.3) -> None:
+def make_adapter(kind: Kind, folder: Path, scale: float = 0.3, seed: int = 5) -> None:
     """Let PEFT make and save an adapter in which everything that is trained is random."""
     model = base_for(kind)
     fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
     if kind.config is AdaLoraConfig:
         fields["total_step"] = 10
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied weights, layers without a bias, and the like
         peft = get_peft_model(model, kind.config(**fields | kind.options))
@@ -89,6 +90,26 @@ def make_adapter(kind: Kind, folder: Path, scale: float = 0.3) -> None:
                     )
         resized = kind.num_tokens != TINY_VOCAB
         peft.save_pretrained(str(folder), save_embedding_layers=True if resized else "auto")
+
+
+def train_adapter(kind: Kind, folder: Path) -> bool:
+    """Let PEFT make an adapter, train it for three steps and save it. Returns whether every part of it changed."""
+    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(1)
+        peft = get_peft_model(base_for(kind), kind.config(**fields | kind.options))
+        trained = {name: p for name, p in peft.named_parameters() if p.requires_grad}
+        before = {name: p.detach().clone() for name, p in trained.items()}
+        optimizer = torch.optim.AdamW(trained.values(), lr=0.05)
+        for _ in range(3):
+            ids = torch.randint(kind.num_tokens, (4, 24))
+            loss = peft(input_ids=ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        peft.save_pretrained(str(folder))
+    return bool(trained) and all(not torch.equal(before[name], p) for name, p in trained.items())
 
 
 def base_for(kind: Kind) -> PreTrainedModel:
@@ -169,3 +190,98 @@ def difference(ours: Tensor, peft: Tensor) -> float:
     width = peft.shape[-1]
     assert (ours[:, width:] == -torch.inf).all(), "a token of another vocabulary is possible"
     return (ours[:, :width] - peft).abs().max().item()
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """How one kind of adapter compares."""
+
+    difference: float  # of a logit from PEFT's
+    change: float  # of a logit from the base model's, by PEFT
+
+
+def measure(kind: Kind, folder: Path, **settings: Any) -> Measured:
+    """Run a saved adapter in a mixed batch with its base, which must stay itself, and hold it against PEFT."""
+    engine = make_engine(kind.base, {"tuned": folder}, **settings)
+    requests = [greedy_request(f"{i}", "tuned", prompt, NUM_TOKENS) for i, prompt in enumerate(asked_prompts(kind))]
+    beside = greedy_request("base", "", asked_prompts(Kind(LLAMA))[2], NUM_TOKENS)
+    got = engine_logits(engine, [requests[0], beside, *requests[1:]])
+    peft, base = load(kind, folder), base_for(kind)
+    largest, change = 0.0, 0.0
+    for request in requests:
+        ids, logits = got[request.rid]
+        expected = peft_logits(peft, request.prompt, ids)
+        largest = max(largest, difference(logits, expected))
+        change = max(change, (expected - model_logits(base, request.prompt, ids)).abs().max().item())
+    ids, logits = got["base"]
+    largest = max(largest, difference(logits, model_logits(make_base(kind.base), beside.prompt, ids)))
+    engine.check_integrity()
+    return Measured(largest, change)
+
+
+def asked_prompts(kind: Kind) -> list[np.ndarray]:
+    """Return prompts that use the adapter's own tokens and, once, its invocation."""
+    vocab = min(kind.num_tokens, TINY_VOCAB) if kind.num_tokens < TINY_VOCAB else kind.num_tokens
+    found = [prompt % vocab for prompt in prompts(3, vocab, (5, 40, 23))]
+    found[0][1], found[1][3], found[1][20] = 3, vocab - 1, 150 % vocab
+    found[1][8:11] = found[1][30:33] = INVOCATION
+    return found
+
+
+# ---------------------------------------------------------------- the kinds
+
+GPT2_TARGETS = {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}
+BOTH_ENDS = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+EXPERT_PARAMETERS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+KINDS: dict[str, Kind] = {
+    "lora": Kind(LLAMA),
+    "rslora": Kind(LLAMA, {"use_rslora": True, "lora_alpha": 4}),
+    "patterns": Kind(LLAMA, {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"down_proj": 30}}),
+    "regex": Kind(LLAMA, {"target_modules": r".*\.1\..*_proj"}),
+    "all-linear": Kind(LLAMA, {"target_modules": "all-linear", "exclude_modules": ["up_proj"]}),
+    "some layers": Kind(LLAMA, {"layers_to_transform": [1], "layers_pattern": "layers"}),
+    "conv1d": Kind(GPT2, GPT2_TARGETS),
+    "lora_bias": Kind(BIASED, {"lora_bias": True}),
+    "lora_bias without a bias": Kind(LLAMA, {"lora_bias": True}),
+    "bias all": Kind(GPT2, {**GPT2_TARGETS, "bias": "all"}),
+    "bias lora_only": Kind(BIASED, {"bias": "lora_only"}),
+    "dora": Kind(BIASED, {"use_dora": True}),
+    "dora conv1d": Kind(GPT2, {**GPT2_TARGETS, "use_dora": True}),
+    "dora and biases": Kind(BIASED, {"use_dora": True, "bias": "lora_only"}),
+    "dora embedding": Kind(GEMMA, {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]}),
+    "head": Kind(LLAMA, {"target_modules": ["q_proj", "lm_head"]}),
+    "embedding": Kind(LLAMA, {"target_modules": ["q_proj", "embed_tokens"]}),
+    "embedding and head, tied": Kind(TIED, BOTH_ENDS),
+    "embedding and head, tied adapters": Kind(TIED, {**BOTH_ENDS, "ensure_weight_tying": True}),
+    "scaled embedding": Kind(GEMMA, BOTH_ENDS),
+    "positions": Kind(GPT2, {"target_modules": ["c_attn", "wte", "wpe"], "fan_in_fan_out": True}),
+    "modules_to_save": Kind(LLAMA, {"modules_to_save": ["lm_head", "embed_tokens"]}),
+    "modules_to_save, tied": Kind(TIED, {"modules_to_save": ["embed_tokens"]}),
+    "modules_to_save, kept tied": Kind(TIED, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "modules_to_save norms": Kind(GEMMA, {"modules_to_save": ["input_layernorm", "q_norm", "norm"]}),
+    "modules_to_save blocks": Kind(BIASED, {"target_modules": "all-linear", "modules_to_save": ["1.mlp"]}),
+    "modules_to_save conv1d": Kind(GPT2, {"target_modules": ["c_fc"], "modules_to_save": ["c_attn", "ln_f"]}),
+    "trained tokens": Kind(LLAMA, {"trainable_token_indices": [3, 150, 17]}),
+    "trained tokens, tied": Kind(TIED, {"trainable_token_indices": [3, 150, 17]}),
+    "trained tokens, tied to an adapted head": Kind(
+        TIED, {"trainable_token_indices": [3, 150, 17], "target_modules": ["q_proj", "lm_head"]}
+    ),
+    "trained tokens of both": Kind(LLAMA, {"trainable_token_indices": {"embed_tokens": [9], "lm_head": [12, 4]}}),
+    "trained tokens, scaled": Kind(GEMMA, {"trainable_token_indices": [3, 150, 17]}),
+    "added tokens": Kind(LLAMA, {"modules_to_save": ["lm_head", "embed_tokens"]}, TINY_VOCAB + 9),
+    "added tokens, tied": Kind(TIED, {}, TINY_VOCAB + 9),
+    "added tokens, trained": Kind(TIED, {"trainable_token_indices": list(range(190, TINY_VOCAB + 5))}, TINY_VOCAB + 5),
+    "added tokens, adapted": Kind(LLAMA, BOTH_ENDS, TINY_VOCAB + 9),
+    "added tokens, dora": Kind(LLAMA, {**BOTH_ENDS, "use_dora": True}, TINY_VOCAB + 9),
+    "fewer tokens": Kind(LLAMA, {"modules_to_save": ["lm_head", "embed_tokens"]}, TINY_VOCAB - 20),
+    "alora": Kind(LLAMA, {"alora_invocation_tokens": INVOCATION}),
+    "alora, bias": Kind(BIASED, {"alora_invocation_tokens": INVOCATION, "lora_bias": True, "bias": "all"}),
+    "experts": Kind(MIXTRAL, EXPERT_PARAMETERS),
+    "experts, down alone": Kind(MIXTRAL, {"target_parameters": ["experts.down_proj"], "target_modules": []}),
+    "experts, transposed": Kind(GPT_OSS, {**EXPERT_PARAMETERS, "target_modules": ["q_proj"]}),
+    "router": Kind(MIXTRAL, {"target_parameters": ["mlp.gate.weight"], "rank_pattern": {"gate.weight": 2}}),
+    "weights as parameters": Kind(LLAMA, {"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"]}),
+    "adalora": Kind(LLAMA, {"init_r": 6, "target_r": 3}, config=AdaLoraConfig),
+    "mica": Kind(LLAMA, {"init_lora_weights": "mica"}),
+}  # fmt: skip
