@@ -17,6 +17,7 @@ from gpu_worker.engine import Engine, EngineConfig
 from gpu_worker.fetch import AdapterFiles
 from gpu_worker.graphs import Unrecordable
 from gpu_worker.memory import GiB, free_bytes, share
+from gpu_worker.merging import merge_adapters
 from gpu_worker.model import BaseModel, choose_device, choose_dtype, load_model
 from gpu_worker.packing import HostAdapter, Packer, row_sites
 from gpu_worker.rows import Rows, RowSite
@@ -25,6 +26,7 @@ from lora_kernels import ops
 from protocol import messages as m
 from protocol.bus import now_ms
 from protocol.errors import BadRequest
+from protocol.merging import merge_of
 from protocol.model_files import WEIGHT_FILES, model_folder, served_name
 from protocol.settings import Settings
 
@@ -34,12 +36,15 @@ logger = logging.getLogger(__name__)
 Fetch = Callable[[str], AdapterFiles | Rows]
 """An adapter's files by digest, or what has been packed of them. Called in loader threads; may block."""
 
+FetchFiles = Callable[[str], AdapterFiles]
+"""An adapter's files by digest, always."""
+
 Describe = Callable[[list[RowSite], m.ServedModel], object]
 """Tells who fetches for which model to pack."""
 
 
 def load_engine(
-    settings: Settings, fetch: Fetch, describe: Describe | None = None
+    settings: Settings, fetch: Fetch, describe: Describe | None = None, fetch_files: FetchFiles | None = None
 ) -> tuple[EngineThread, m.ServedModel]:
     """Load the model and build an engine around it. Takes seconds to minutes. Raises BadRequest, Internal."""
     started = time.monotonic()
@@ -53,7 +58,7 @@ def load_engine(
     model = load_model(folder, device, choose_dtype(settings.dtype, device), impl)
     tokenizer_file = folder / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(tokenizer_file)) if tokenizer_file.is_file() else None
-    engine, served = build_engine(model, settings, fetch, tokenizer)
+    engine, served = build_engine(model, settings, fetch, tokenizer, fetch_files)
     if describe is not None:
         describe(row_sites(model.sites), served)
     logger.info(
@@ -65,9 +70,16 @@ def load_engine(
 
 
 def build_engine(
-    model: BaseModel, settings: Settings, fetch: Fetch, tokenizer: Tokenizer | None
+    model: BaseModel,
+    settings: Settings,
+    fetch: Fetch,
+    tokenizer: Tokenizer | None,
+    fetch_files: FetchFiles | None = None,
 ) -> tuple[Engine, m.ServedModel]:
-    """Allocate the caches of a loaded model and put the engine together."""
+    """Allocate the caches of a loaded model and put the engine together.
+
+    fetch_files is only needed where `fetch` may return rows: they cannot be merged.
+    """
     config = engine_config(model, settings)
     served = served_model(model, config, settings)
     # Two workers of one machine start at the same time: what is free is for all of them.
@@ -79,7 +91,13 @@ def build_engine(
     weights = PoolWeights(model.sites, model.shared, pool_bytes, model.device, extra_bytes)
     packer = Packer(model.sites, served, model.places, pin=not on_cpu)
 
+    order = [name for name, _ in model.module.named_modules()]
+    whole = fetch_files or _whole(fetch)
+
     def read(digest: str) -> HostAdapter:
+        merge = merge_of(digest)
+        if merge is not None:
+            return merge_adapters(digest, merge, [whole(part) for part in merge.digests], packer, order)
         files = fetch(digest)
         if isinstance(files, Rows):
             return packer.wrap(digest, files)
@@ -88,6 +106,15 @@ def build_engine(
     engine = Engine(model, config, AdapterCache(weights, read, host_bytes), tokenizer)
     record_steps(engine, settings)
     return engine, served
+
+
+def _whole(fetch: Fetch) -> FetchFiles:
+    def whole(digest: str) -> AdapterFiles:
+        files = fetch(digest)
+        assert isinstance(files, AdapterFiles), "rows were given where files are needed"
+        return files
+
+    return whole
 
 
 def record_steps(engine: Engine, settings: Settings) -> None:

@@ -60,6 +60,7 @@ class Describe(msgspec.Struct, tag=True):
 class Fetch(msgspec.Struct, tag=True):
     number: int
     digest: str
+    whole: bool = False  # the files themselves are wanted
 
 
 class Fetched(msgspec.Struct, tag=True):
@@ -126,9 +127,18 @@ class Loader:
 
         Raises Unavailable when no store answers, NotFound when none has it, Internal.
         """
+        return self._ask(digest, whole=False)
+
+    def fetch_files(self, digest: str) -> AdapterFiles:
+        """Return an adapter's files. Raises as `fetch`."""
+        files = self._ask(digest, whole=True)
+        assert isinstance(files, AdapterFiles)
+        return files
+
+    def _ask(self, digest: str, *, whole: bool) -> AdapterFiles | Rows:
         for _ in range(MAX_DEATHS):
             try:
-                return self._living().ask(digest).result()
+                return self._living().ask(digest, whole=whole).result()
             except _Died:
                 logger.warning("the loader process died while it fetched adapter %.12s", digest)
         raise Internal(f"the loader process died {MAX_DEATHS} times while it fetched adapter {digest:.12}")
@@ -176,7 +186,7 @@ class _Process:
             except OSError as error:
                 logger.debug("the loader process takes nothing more: %r", error)
 
-    def ask(self, digest: str) -> Future[AdapterFiles | Rows]:
+    def ask(self, digest: str, *, whole: bool) -> Future[AdapterFiles | Rows]:
         """Ask for an adapter's files. The future raises `_Died` if the process ends first."""
         future: Future[AdapterFiles | Rows] = Future()
         number = next(self._numbers)
@@ -184,7 +194,7 @@ class _Process:
             if self.ended:
                 raise _Died
             self._asked[number] = future
-        self.tell(Fetch(number, digest))
+        self.tell(Fetch(number, digest, whole))
         return future
 
     def _receive(self) -> None:
@@ -298,7 +308,7 @@ class _Server:
 
     def _bring(self, order: Fetch) -> tuple[Message, int]:
         files = self._stores.fetch(order.digest)
-        if self._packer is not None:
+        if self._packer is not None and not order.whole:
             memory: list[int] = []
 
             def allocate(num_bytes: int) -> mmap.mmap:

@@ -467,4 +467,4 @@ def _load(settings: Settings, stores: Loader) -> tuple[EnginePort, m.ServedModel
     """Build the engine; imports torch, so it runs in a thread and is not part of importing this module."""
     from gpu_worker.load import load_engine
 
-    return load_engine(settings, stores.fetch, stores.describe)
+    return load_engine(settings, stores.fetch, stores.describe, stores.fetch_files)

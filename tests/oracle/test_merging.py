@@ -1,0 +1,200 @@
+"""Adapters merged at request time are what PEFT's `add_weighted_adapter` makes of them, whatever runs beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from oracle.peft_kinds import (
+    GPT2,
+    LLAMA,
+    MAX_DIFFERENCE,
+    TIED,
+    Base,
+    Kind,
+    base_for,
+    difference,
+    engine_logits,
+    make_adapter,
+    make_base,
+    model_logits,
+    read_files,
+)
+from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, prompts
+from peft import PeftModel
+
+from gpu_worker.engine import Engine
+from gpu_worker.load import build_engine
+from gpu_worker.model import prepare_model
+from protocol.errors import BadRequest
+from protocol.merging import Merge, check_merge, digest_of_merge, merge_of
+from protocol.settings import Settings
+
+WEIGHTS = [0.7, -0.4, 1.3]
+NAMES = ["a", "b", "c"]
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "linear": {}, "cat": {}, "svd": {"svd_rank": 5}, "ties": {"density": 0.6}, "ties_svd": {"density": 0.6},
+    "dare_linear": {"density": 0.7}, "dare_ties": {"density": 0.7}, "dare_linear_svd": {"density": 0.7},
+    "dare_ties_svd": {"density": 0.7}, "magnitude_prune": {"density": 0.5}, "magnitude_prune_svd": {"density": 0.5},
+}  # fmt: skip
+
+
+def digest_of(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+class Merging:
+    """An engine and PEFT with the same adapters."""
+
+    def __init__(self, base: Base, options: dict[str, dict[str, Any]], root: Path) -> None:
+        self.base = base
+        self.folders: dict[str, Path] = {}
+        self.reads: list[str] = []
+        for i, (name, fields) in enumerate(options.items()):
+            self.folders[digest_of(name)] = root / name
+            make_adapter(Kind(base, fields), root / name, seed=i)
+        model = prepare_model(make_base(base), frozenset(), None)
+        settings = Settings(model="oracle", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20)
+        self.engine: Engine = build_engine(model, settings, self._fetch, None)[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            first, *others = options
+            self.peft = PeftModel.from_pretrained(base_for(Kind(base)), str(root / first), adapter_name=first)
+            for name in others:
+                self.peft.load_adapter(str(root / name), adapter_name=name)
+        self.peft.eval()
+
+    def _fetch(self, digest: str) -> Any:
+        self.reads.append(digest)
+        return read_files(self.folders[digest])
+
+    def expected(self, name: str, prompt: np.ndarray, ids: list[int], **options: Any) -> torch.Tensor:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            torch.manual_seed(options.pop("seed", 0))
+            self.peft.add_weighted_adapter(adapter_name=name, **options)
+            self.peft.set_adapter(name)
+        return model_logits(self.peft, prompt, ids)
+
+
+def merge_digest(names: list[str], weights: list[float], **fields: Any) -> str:
+    return digest_of_merge(
+        Merge(adapters=[bytes.fromhex(digest_of(name)) for name in names], weights=weights, **fields)
+    )
+
+
+@pytest.fixture(scope="module")
+def merging(tmp_path_factory: pytest.TempPathFactory) -> Merging:
+    targets = {"a": ["q_proj", "down_proj"], "b": ["q_proj", "v_proj"], "c": ["q_proj", "down_proj"]}
+    options = {
+        name: {"target_modules": leaves, "lora_alpha": 4 + i} for i, (name, leaves) in enumerate(targets.items())
+    }
+    return Merging(LLAMA, options, tmp_path_factory.mktemp("merging"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_merges_are_those_of_peft(strategy: str, merging: Merging) -> None:
+    fields = STRATEGIES[strategy]
+    prompt = prompts(1, TINY_VOCAB, (20,))[0]
+    digest = merge_digest(NAMES, WEIGHTS, strategy=strategy, seed=3, **fields)
+    requests = [greedy_request("merged", digest, prompt, 4), greedy_request("a", digest_of("a"), prompt, 4)]
+    got = engine_logits(merging.engine, requests)
+    ids, logits = got["merged"]
+    expected = merging.expected(
+        strategy, prompt, ids, adapters=NAMES, weights=WEIGHTS, combination_type=strategy, seed=3, **fields
+    )
+    assert difference(logits, expected) <= MAX_DIFFERENCE
+    base = model_logits(make_base(LLAMA), prompt, ids)
+    assert (expected - base).abs().max() >= 100 * MAX_DIFFERENCE
+    merging.peft.set_adapter("a")
+    assert difference(got["a"][1], model_logits(merging.peft, prompt, got["a"][0])) <= MAX_DIFFERENCE
+    merging.peft.delete_adapter(strategy)
+
+
+@pytest.mark.parametrize(
+    ("base", "fields"),
+    [
+        (GPT2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+        (TIED, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+        (LLAMA, {"target_modules": r".*\.1\..*_proj", "use_rslora": True}),
+        (LLAMA, {"layers_to_transform": [1], "rank_pattern": {"q_proj": 6}}),
+    ],
+    ids=["conv1d", "both ends", "pattern", "some layers"],
+)
+@pytest.mark.parametrize("strategy", ["cat", "dare_ties_svd", "ties"])
+def test_merges_of_other_adapters_too(base: Base, fields: dict[str, Any], strategy: str, tmp_path: Path) -> None:
+    options = STRATEGIES[strategy]
+    merging = Merging(base, {name: fields for name in NAMES}, tmp_path)
+    prompt = prompts(1, TINY_VOCAB, (20,))[0]
+    digest = merge_digest(NAMES, WEIGHTS, strategy=strategy, **options)
+    ids, logits = engine_logits(merging.engine, [greedy_request("merged", digest, prompt, 3)])["merged"]
+    expected = merging.expected(
+        "merged", prompt, ids, adapters=NAMES, weights=WEIGHTS, combination_type=strategy, **options
+    )
+    assert difference(logits, expected) <= MAX_DIFFERENCE
+
+
+def test_a_merge_is_loaded_once_and_kept_under_its_own_digest(merging: Merging) -> None:
+    digest = merge_digest(["a", "c"], [0.5, 0.5])
+    merging.reads.clear()
+    prompt = prompts(1, TINY_VOCAB, (20,))[0]
+    for i in range(2):
+        ask(merging.engine, [greedy_request(f"{i}{j}", digest, prompt, 3) for j in range(3)])
+    assert merging.reads == [digest_of("a"), digest_of("c")]
+    assert digest in merging.engine.adapters.resident
+    other = merge_digest(["a", "c"], [0.5, 0.25])
+    assert other != digest
+    assert merge_of(other) == Merge(adapters=[bytes.fromhex(digest_of(n)) for n in "ac"], weights=[0.5, 0.25])
+
+
+def test_lorax_arithmetic(merging: Merging) -> None:
+    """Both factors carry the weight, the first adapter's scale counts: one adapter at half weight is a quarter of it."""
+    prompt = prompts(1, TINY_VOCAB, (20,))[0]
+    quarter = greedy_request("scaled", digest_of("a"), prompt, 4, lora_scale=0.25)
+    halved = greedy_request("lorax", merge_digest(["a"], [0.5], arithmetic="lorax"), prompt, 4)
+    twice = greedy_request("twice", merge_digest(["a", "a"], [0.5, 0.5], arithmetic="lorax"), prompt, 4)
+    plain = greedy_request("plain", digest_of("a"), prompt, 4)
+    got = engine_logits(merging.engine, [quarter, halved, twice, plain])
+    assert torch.allclose(got["lorax"][1], got["scaled"][1], atol=MAX_DIFFERENCE)
+    assert torch.allclose(got["twice"][1], got["plain"][1], atol=MAX_DIFFERENCE)
+    assert not torch.allclose(got["lorax"][1], got["plain"][1], atol=0.1)
+
+
+def test_what_cannot_be_merged_is_refused_with_the_reason(tmp_path: Path) -> None:
+    options = {"a": {}, "wide": {"r": 9}, "dora": {"use_dora": True}, "pattern": {"target_modules": ".*q_proj"}}
+    merging = Merging(LLAMA, {"a": {}}, tmp_path)
+    for name, fields in options.items():
+        make_adapter(Kind(LLAMA, fields), tmp_path / f"{name}2")
+        merging.folders[digest_of(name)] = tmp_path / f"{name}2"
+    prompt = prompts(1, TINY_VOCAB, (8,))[0]
+    for name, reason in {"wide": "equal ranks", "dora": "DoRA", "pattern": "patterns"}.items():
+        digest = merge_digest(["a", name], [0.5, 0.5])
+        end = ask(merging.engine, [greedy_request(name, digest, prompt, 3)]).finish[name]
+        assert end.error is not None
+        assert reason in end.error.message
+        assert end.error.status == 422 or end.error.status == 400
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"adapters": [], "weights": []}, "from 1 to 8"),
+        ({"weights": [1.0]}, "1 weights for 2 adapters"),
+        ({"strategy": "dare_ties", "density": 0.0}, "density is 0"),
+        ({"strategy": "cat", "arithmetic": "lorax"}, "LoRAX has no"),
+    ],
+)
+def test_nonsense_is_no_merge(fields: dict[str, Any], reason: str) -> None:
+    good = Merge(adapters=[b"1", b"2"], weights=[0.5, 0.5])
+    check_merge(good)
+    with pytest.raises(BadRequest, match=reason):
+        check_merge(msgspec.structs.replace(good, **fields))
+    for digest in ("merge-", "merge-%%%", "merge-AAAA"):
+        with pytest.raises(BadRequest, match="no merge"):
+            merge_of(digest)
