@@ -6,7 +6,7 @@ import hashlib
 import uuid
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -52,9 +52,17 @@ class Prepared:
     request: AnyRequest
     options: Options
     base: m.ServedModel
-    target: Target
-    prompts: list[Prompt]
+    targets: list[Target]
+    prompts: list[Prompt]  # for each target every one
     limits: list[int]  # most output tokens, per prompt
+
+    @property
+    def digests(self) -> list[str]:
+        return [target.digest for target in self.targets]
+
+    def target_of(self, which: int) -> Target:
+        """Return who answers a prompt."""
+        return self.targets[which * len(self.targets) // len(self.prompts)]
 
 
 class Calls:
@@ -79,36 +87,49 @@ class Calls:
         """
         options = options_of(request, self.settings)
         base = await self.fleet.require(worker=not options.background)
-        target = await self.catalogue.resolve(request.model, base, self.settings.request_timeout_s, token)
+        targets = await self._targets(request, base, token)
         check_token_ids(options, base.vocab_size)
         if isinstance(request, ChatRequest):
             param, prompts = "messages", [await self._chat_prompt(request)]
         else:
             param, prompts = "prompt", await self._completion_prompts(request, options, base.vocab_size)
+        prompts = [replace(prompt) for _ in targets for prompt in prompts]  # copies: each is computed, and counted
         if len(prompts) * options.n > self.settings.max_choices:
-            message = f"{len(prompts)} prompts with n = {options.n}; the limit is {self.settings.max_choices} choices"
+            asked = f"{len(prompts) // len(targets)} prompts for {len(targets)} models with n = {options.n}"
+            message = f"{asked}; the limit is {self.settings.max_choices} choices"
             raise BadRequest(message, param="n")
         limits = [max_new_tokens(options, prompt.num_tokens, base.max_model_len, param) for prompt in prompts]
-        return Prepared(request, options, base, target, prompts, limits)
+        return Prepared(request, options, base, targets, prompts, limits)
+
+    async def _targets(self, request: AnyRequest, base: m.ServedModel, token: str) -> list[Target]:
+        timeout_s = self.settings.request_timeout_s
+        targets = await self.catalogue.resolve_all(request.models, base, timeout_s, token)
+        if request.merged_adapters is not None:
+            if len(targets) > 1 or targets[0].digest:
+                raise BadRequest("with merged_adapters, model must be the base model", param="merged_adapters")
+            targets = [await self.catalogue.resolve_merged(request.merged_adapters, base, timeout_s, token)]
+        if request.lora_scale is not None and not any(target.digest for target in targets):
+            raise BadRequest("lora_scale scales an adapter, and the base model has none", param="lora_scale")
+        return targets
 
     async def answer(self, prepared: Prepared, endpoint: str, idem_key: str, raw: bytes) -> GenerationResponse:
         """Submit a call and return the response that follows it. Raises Overloaded, and Conflict on a reused key."""
-        options, target = prepared.options, prepared.target
+        options, digests = prepared.options, prepared.digests
         call, created_ms = uuid.uuid4().hex, now_ms()
         terms = Terms(
             deadline_ms=created_ms + int(self.settings.request_timeout_s * 1000),
             eager=options.stream,
             durable=bool(idem_key),
-            adapter=bool(target.digest),
+            adapter=any(digests),
             empty=options.max_tokens == 0,
         )
         choices = self.choices(call, prepared.prompts, options)
-        response = self._response(prepared.request, options, choices, terms, created_ms, target.digest)
+        response = self._response(prepared.request, options, choices, terms, created_ms, digests)
         if terms.empty:
             return response
         try:
             record = m.Idempotent(
-                body_hash=body_hash(endpoint, raw), created_ms=created_ms, digest=target.digest,
+                body_hash=body_hash(endpoint, raw), created_ms=created_ms, digests=digests,
                 rids=[choice.rid for choice in choices],
             )  # fmt: skip
             requests = requests_of(prepared, call, terms.deadline_ms, gateway=self.replies.gid, stored=bool(idem_key))
@@ -138,8 +159,9 @@ class Calls:
                 f"{value} requests are waiting; the limit is {self.settings.max_queued}",
                 self.fleet.retry_after_s(int(value)),
             )
-        kind = KIND_ADAPTER if prepared.target.digest else KIND_BASE
-        PROMPT_TOKENS.labels(kind).inc(sum(prompt.num_tokens for prompt in prepared.prompts))
+        for which, prompt in enumerate(prepared.prompts):
+            kind = KIND_ADAPTER if prepared.target_of(which).digest else KIND_BASE
+            PROMPT_TOKENS.labels(kind).inc(prompt.num_tokens)
         return None
 
     async def _put(
@@ -172,16 +194,17 @@ class Calls:
             eager=options.stream,
             durable=True,
             poll_s=ATTACHED_POLL_S,
-            adapter=bool(record.digest),
+            adapter=any(record.digests),
         )
         choices = self.choices(call_of(record.rids[0]), prompts, options)
-        return self._response(request, options, choices, terms, record.created_ms, record.digest)
+        return self._response(request, options, choices, terms, record.created_ms, record.digests)
 
     def known_prompts(
         self, request: AnyRequest, options: Options, facts: Sequence[RequestFacts | None]
     ) -> list[Prompt]:
         """Return the prompts of submitted requests without tokenizing again. Raises NotFound when they have expired."""
         sources = prompt_sources(request) if isinstance(request, CompletionRequest) else [""]
+        sources = sources * len(request.models)
         prompts: list[Prompt] = []
         for source, fact in zip(sources, facts[:: options.n], strict=True):
             if fact is None:
@@ -192,7 +215,7 @@ class Calls:
     # ------------------------------------------------------------ parts
 
     def choices(self, call: str, prompts: Sequence[Prompt], options: Options) -> list[Choice]:
-        """Return the choices of a call: for each prompt `n`, in the API's order."""
+        """Return the choices of a call: for each model, for each prompt `n`, in the API's order."""
         model = (self.files.tokenizer, self.files.eos_ids)
         return [
             Choice(i, rid_of(call, i), prompts[i // options.n], options, model) for i in range(len(prompts) * options.n)
@@ -203,7 +226,10 @@ class Calls:
     ) -> Writer:
         """Return what writes this endpoint's answers."""
         kind = ChatWriter if isinstance(request, ChatRequest) else CompletionWriter
-        head = Head(kind.id_prefix + call, created_ms // 1000, request.model, system_fingerprint)
+        head = Head(kind.id_prefix + call, created_ms // 1000, request.model_name, system_fingerprint)
+        if isinstance(request.model, list):
+            num = options.n * (len(prompt_sources(request)) if isinstance(request, CompletionRequest) else 1)
+            head = replace(head, model_of=[name for name in request.models for _ in range(num)])
         logprobs = options.sampling.num_logprobs is not None
         return kind(head, self.files.token_text, include_usage=options.include_usage, logprobs=logprobs)
 
@@ -214,10 +240,10 @@ class Calls:
         choices: Sequence[Choice],
         terms: Terms,
         created_ms: int,
-        digest: str,
+        digests: Sequence[str],
     ) -> GenerationResponse:
         base = self.fleet.base
-        mark = fingerprint(base, digest) if base is not None else ""
+        mark = fingerprint(base, digests) if base is not None else ""
         writer = self.writer(request, options, call_of(choices[0].rid), created_ms, mark)
         return GenerationResponse(
             Generation(self.replies, choices, terms),
@@ -262,11 +288,11 @@ class Calls:
 
 def requests_of(prepared: Prepared, call: str, deadline_ms: int, *, gateway: str, stored: bool) -> Requests:
     """Return the queue's requests of a call, one per choice. `gateway` gets the tokens; "" if nobody listens."""
-    options, target = prepared.options, prepared.target
+    options = prepared.options
     requests: Requests = []
     for index in range(len(prepared.prompts) * options.n):
         which, sample = divmod(index, options.n)
-        prompt, limit = prepared.prompts[which], prepared.limits[which]
+        prompt, limit, target = prepared.prompts[which], prepared.limits[which], prepared.target_of(which)
         sampling = msgspec.structs.replace(options.sampling, seed=choice_seed(options.sampling.seed, sample))
         submit = m.Submit(
             rid=rid_of(call, index), tenant=target.tenant, cls=options.cls, digest=target.digest,
@@ -275,7 +301,7 @@ def requests_of(prepared: Prepared, call: str, deadline_ms: int, *, gateway: str
         )  # fmt: skip
         body = m.Body(
             prompt=prompt.ids, sampling=sampling, max_new_tokens=limit, stop=options.stop,
-            stop_token_ids=options.stop_token_ids,
+            stop_token_ids=options.stop_token_ids, lora_scale=options.lora_scale if target.digest else 1.0,
         )  # fmt: skip
         requests.append((submit, body))
     return requests

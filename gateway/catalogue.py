@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.merged import MergedAdapters, merge_of_request
 from gateway.names import Names
 from protocol import messages as m
 from protocol.bus import CONNECTION_ERRORS, Bus, decode, now_ms
 from protocol.errors import ModelNotFound, Unavailable
+from protocol.merging import digest_of_merge
 from protocol.metrics import FLEET_QUEUED, FLEET_RUNNING, FLEET_WORKERS, WORKERS
 
 logger = logging.getLogger(__name__)
@@ -113,6 +116,20 @@ class Catalogue:
             return Target(base.name, "")
         alias = await self.names.served(self._plain(name, base), timeout_s, token)
         return Target(alias.name, alias.digest)
+
+    async def resolve_all(
+        self, names: Sequence[str], base: m.ServedModel, timeout_s: float, token: str = ""
+    ) -> list[Target]:
+        """Return what several names stand for, waiting for all at once. Raises as `resolve`."""
+        return await asyncio.gather(*(self.resolve(name, base, timeout_s, token) for name in names))
+
+    async def resolve_merged(
+        self, request: MergedAdapters, base: m.ServedModel, timeout_s: float, token: str = ""
+    ) -> Target:
+        """Return the adapter that a request has made of others. Raises as `resolve`, and BadRequest."""
+        parts = await self.resolve_all(request.ids, base, timeout_s, token)
+        digest = digest_of_merge(merge_of_request(request, [part.digest for part in parts]))
+        return Target("+".join(part.name for part in parts), digest)
 
     def _plain(self, name: str, base: m.ServedModel) -> str:
         """Return an adapter's name without the base's before it."""

@@ -43,13 +43,13 @@ class Jobs:
             jid=ID_PREFIX + call,
             endpoint=endpoint,
             tenant=OWNER,
-            model=prepared.request.model,
+            model=prepared.request.model_name,
             created_ms=created_ms,
             expires_ms=created_ms + int(ttl_s * 1000),
             rids=[rid_of(call, i) for i in range(len(prepared.prompts) * prepared.options.n)],
             request=orjson.loads(raw),
             metadata=prepared.request.metadata or {},
-            digest=prepared.target.digest,
+            digests=prepared.digests,
         )
         # The job first: an accepted request without its job could never be found.
         await self._save(job, ttl_s)
@@ -201,7 +201,7 @@ class Jobs:
             pieces.append(piece)
             usage.completion_tokens += choice.num_output_tokens
         base = calls.fleet.base
-        mark = fingerprint(base, job.digest) if base is not None else ""
+        mark = fingerprint(base, job.digests) if base is not None else ""
         return calls.writer(request, options, call, job.created_ms, mark).whole(pieces, usage)
 
 

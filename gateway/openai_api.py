@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gateway.merged import MergedAdapters
 from protocol import messages as m
 from protocol.errors import BadRequest
 from protocol.keys import BATCH, INTERACTIVE
@@ -22,6 +23,7 @@ from protocol.settings import Settings
 MAX_STOP_CHARACTERS = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 UNLIMITED = 1 << 31  # more than any context
+MAX_LORA_SCALE = 100.0
 _SEED_BITS = 63
 _GOLDEN = 0x9E3779B97F4A7C15  # odd: multiples of it spread the seeds of the choices over all bits
 
@@ -37,7 +39,9 @@ class StreamOptions(_Body):
 class GenerationRequest(_Body):
     """What both routes share. null means the default, everywhere."""
 
-    model: str
+    model: str | Annotated[list[str], Field(min_length=1)]  # of a list each gives its own choices
+    lora_scale: Annotated[float, Field(ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)] | None = None
+    merged_adapters: MergedAdapters | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
@@ -59,6 +63,16 @@ class GenerationRequest(_Body):
     service_tier: str | None = None
     background: bool | None = None
     metadata: dict[str, str] | None = None
+
+    @property
+    def models(self) -> list[str]:
+        """The names asked for."""
+        return [self.model] if isinstance(self.model, str) else self.model
+
+    @property
+    def model_name(self) -> str:
+        """The name that the answer carries."""
+        return ",".join(self.models)
 
 
 class ChatRequest(GenerationRequest):
@@ -112,6 +126,7 @@ class Options:
     echo: bool
     background: bool
     cls: str
+    lora_scale: float
 
     @property
     def record_bytes(self) -> int:
@@ -151,6 +166,7 @@ def options_of(request: ChatRequest | CompletionRequest, settings: Settings) -> 
         echo=echo,
         background=background,
         cls=BATCH if background or request.service_tier == "flex" else INTERACTIVE,
+        lora_scale=1.0 if request.lora_scale is None else request.lora_scale,
     )
 
 
@@ -262,6 +278,6 @@ def choice_seed(seed: int, index: int) -> int:
     return (seed + index * _GOLDEN) % (1 << _SEED_BITS)
 
 
-def fingerprint(base: m.ServedModel, digest: str) -> str:
-    """Return the `system_fingerprint`: the same as long as base weights and adapter are."""
-    return "fp_" + hashlib.sha256(f"{base.fingerprint}:{digest}".encode()).hexdigest()[:12]
+def fingerprint(base: m.ServedModel, digests: Sequence[str]) -> str:
+    """Return the `system_fingerprint`: the same as long as base weights and adapters are."""
+    return "fp_" + hashlib.sha256(f"{base.fingerprint}:{','.join(digests)}".encode()).hexdigest()[:12]

@@ -24,6 +24,15 @@ class Head:
     created: int  # unix seconds
     model: str
     fingerprint: str
+    model_of: Sequence[str] = ()  # of each choice, where several models answer
+
+    def choice(self, index: int) -> dict[str, Any]:
+        """Return how the object of a choice begins."""
+        return {"index": index, "model": self.model_of[index]} if self.model_of else {"index": index}
+
+    def choice_start(self, index: int) -> bytes:
+        """Return the same as the beginning of JSON that goes on."""
+        return orjson.dumps(self.choice(index))[:-1]
 
     def json(self, kind: str) -> dict[str, Any]:
         return {
@@ -100,7 +109,7 @@ class ChatWriter:
         self._started: set[int] = set()
 
     def frames(self, piece: Piece) -> bytes:
-        start = b'{"index":%d,"delta":' % piece.index
+        start = self._head.choice_start(piece.index) + b',"delta":'
         out = b""
         if piece.index not in self._started and (piece.text or piece.logprobs or piece.finish):
             self._started.add(piece.index)
@@ -122,7 +131,7 @@ class ChatWriter:
             **self._head.json("chat.completion"),
             "choices": [
                 {
-                    "index": piece.index,
+                    **self._head.choice(piece.index),
                     "message": {"role": "assistant", "content": piece.text, "refusal": None},
                     "logprobs": self._content(piece.logprobs) if self._logprobs else None,
                     "finish_reason": piece.finish,
@@ -160,7 +169,7 @@ class CompletionWriter:
         self._offsets: dict[int, int] = {}  # characters of tokens written so far, per choice
 
     def frames(self, piece: Piece) -> bytes:
-        start = b'{"index":%d,"text":' % piece.index
+        start = self._head.choice_start(piece.index) + b',"text":'
         out = b""
         if piece.text or piece.logprobs:
             logprobs = orjson.dumps(self._lists(piece)) if self._logprobs else b"null"
@@ -178,7 +187,7 @@ class CompletionWriter:
             **self._head.json("text_completion"),
             "choices": [
                 {
-                    "index": piece.index,
+                    **self._head.choice(piece.index),
                     "text": piece.text,
                     "logprobs": self._lists(piece) if self._logprobs else None,
                     "finish_reason": piece.finish,

@@ -82,9 +82,12 @@ def needs_density(strategy: str) -> bool:
 def digests_of(digests: Sequence[str]) -> list[bytes]:
     """Return adapters' digests as a merge holds them. Raises BadRequest for what is no adapter's own."""
     try:
-        return [bytes.fromhex(digest) for digest in digests]
+        found = [bytes.fromhex(digest) for digest in digests]
     except ValueError:
-        raise _bad("only single adapters can be merged, neither the base model nor merges") from None
+        found = [b""]
+    if not all(found):
+        raise _bad("only single adapters can be merged, neither the base model nor merges")
+    return found
 
 
 def _bad(message: str) -> BadRequest:

@@ -346,7 +346,7 @@ class Job(Wire, frozen=True):
     rids: list[str]
     request: dict[str, Any]  # the HTTP body, to build the result as the endpoint would
     metadata: dict[str, str] = {}
-    digest: str = ""
+    digests: list[str] = []  # of the adapters that answer, "" for the base model
 
 
 class Idempotent(Wire, frozen=True):
@@ -355,7 +355,7 @@ class Idempotent(Wire, frozen=True):
     body_hash: str  # sha256 of endpoint and HTTP body
     created_ms: int
     rids: list[str]
-    digest: str = ""
+    digests: list[str] = []  # of the adapters that answer, "" for the base model
     jid: str = ""  # of a background job
 
 
