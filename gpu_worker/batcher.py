@@ -35,6 +35,8 @@ class Limits:
     max_num_seqs: int
     max_step_tokens: int
     prefix_cache: bool = True
+    max_draft_tokens: int = 0  # guesses a sequence may add to a step, 0: none
+    max_draft_step_tokens: int = 0  # guesses are added as long as the step has no more tokens than that
 
     def __post_init__(self) -> None:
         if not 0 < self.max_num_seqs <= self.max_step_tokens:
@@ -46,6 +48,7 @@ class StepPlan:
     """Tokens to compute per sequence, decodes first."""
 
     num_new: dict[Sequence, int] = field(default_factory=dict)
+    drafts: dict[Sequence, list[int]] = field(default_factory=dict)  # guessed tokens, counted in num_new
     preempted: list[Sequence] = field(default_factory=list)
     num_cached: int = 0  # tokens of newly admitted sequences that were found in the prefix cache
 
@@ -94,18 +97,46 @@ class Batcher:
                 budget -= num_new
         if not plan.preempted:
             self._admit_waiting(plan, budget)
+            if self.limits.max_draft_tokens:
+                self._add_drafts(plan)
         return plan
 
     def complete(self, plan: StepPlan) -> None:
-        """Note that a plan's tokens are computed; their full blocks can be hit from now on."""
+        """Note that a plan's tokens are computed; their full blocks can be hit from now on.
+
+        Guesses are not among them before they have proved right, see `advance`.
+        """
         for seq, num_new in plan.num_new.items():
-            first = seq.num_computed // BLOCK_TOKENS
-            seq.num_computed += num_new
-            if self.limits.prefix_cache:
-                last = seq.num_computed // BLOCK_TOKENS
-                self._extend_hashes(seq, last)
-                for i in range(first, last):
-                    self.blocks.publish(seq.blocks[i], seq.hashes[i], self._owner(seq, i))
+            self.advance(seq, num_new - len(plan.drafts.get(seq, ())))
+
+    def advance(self, seq: Sequence, num_new: int) -> None:
+        """Note that the next tokens of a running sequence are computed."""
+        first = seq.num_computed // BLOCK_TOKENS
+        seq.num_computed += num_new
+        if self.limits.prefix_cache:
+            last = seq.num_computed // BLOCK_TOKENS
+            self._extend_hashes(seq, last)
+            for i in range(first, last):
+                self.blocks.publish(seq.blocks[i], seq.hashes[i], self._owner(seq, i))
+
+    def _add_drafts(self, plan: StepPlan) -> None:
+        """Let decoding sequences guess, where the step has room to spare and the blocks are there."""
+        decoding = [seq for seq, num_new in plan.num_new.items() if seq.num_pending == num_new == 1 and seq.drafter]
+        room = min(self.limits.max_draft_step_tokens, self.limits.max_step_tokens) - plan.num_tokens
+        for i, seq in enumerate(decoding):
+            share = room // (len(decoding) - i)  # what one leaves is the next one's
+            limit = min(share, self.limits.max_draft_tokens, seq.max_tokens - seq.num_tokens - 1)
+            if limit < 1 or seq.drafter is None:
+                continue
+            guesses = seq.drafter.propose(seq.tokens, limit)
+            missing = _num_blocks(seq.num_tokens + len(guesses)) - len(seq.blocks)
+            if not guesses or missing > self.blocks.num_free:
+                continue
+            if missing > 0:
+                seq.blocks += self.blocks.allocate(missing)
+            plan.drafts[seq] = guesses
+            plan.num_new[seq] += len(guesses)
+            room -= len(guesses)
 
     def _grow(self, seq: Sequence, num_new: int, plan: StepPlan) -> bool:
         """Give a running sequence the blocks for `num_new` more tokens, preempting the latest arrivals if need be.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from gpu_worker.model import BaseModel
 from gpu_worker.request import EngineRequest, EngineStats, Sequence, TokenOutput
 from gpu_worker.runner import Runner
 from gpu_worker.sampling import Sampled, SampleRow, sample
+from gpu_worker.speculate import Drafter
 from gpu_worker.step_model import StepFit
 from protocol.errors import BadRequest, Internal, LorafleetError
 from protocol.messages import WorkerCounters
@@ -85,6 +87,8 @@ class Engine:
         if not request.digest:  # an adapter may know other ids, and need not be here yet
             _check_ids(request, self.model.vocab_size)
         seq = Sequence(request, self.config.max_model_len)
+        if self.config.limits.max_draft_tokens:
+            seq.drafter = Drafter(self.config.limits.max_draft_tokens)
         stop = StopCheck(seq, self.model.eos_ids, self._tokenizer)
         finish = ""
         for token in request.output:
@@ -128,18 +132,20 @@ class Engine:
         # After the plan, so that no adapter leaves the pool that the plan could use.
         self._fail_adapters(self.adapters.load(self._wanted_adapters()))
         if plan.num_new:
-            work = self._work_of(plan)
+            work, before = self._work_of(plan), self.counters.num_output_tokens
             planned = clock()
             inputs = self.runner.prepare(plan)
             prepared = clock()
             logits = self.runner.run(inputs)
             ran = clock()
             self.batcher.complete(plan)
-            sampled = sample(logits, [self._sample_row(seq) for seq in inputs.ready]) if inputs.ready else None
+            rows = [row for seq in inputs.ready for row in self._sample_rows(seq, plan.drafts.get(seq, []))]
+            sampled = sample(logits, rows) if rows else None
             chosen = clock()
             if sampled is not None:
-                self._take_all(inputs.ready, sampled)
-            self._count(plan, work, [started, planned, prepared, ran, chosen, clock()])
+                self._take_all(inputs.ready, plan.drafts, sampled)
+            num_output = self.counters.num_output_tokens - before
+            self._count(plan, work, [started, planned, prepared, ran, chosen, clock()], num_output)
         outputs, self._outputs = self._outputs, []
         self.can_step = bool(plan.num_new and self._seqs)
         return outputs
@@ -150,7 +156,7 @@ class Engine:
         num_kv_tokens = sum(seq.num_computed + num_new for seq, num_new in plan.num_new.items())
         return plan.num_tokens, num_kv_tokens, int(self.adapters.slot_ranks[list(slots)].sum())
 
-    def _count(self, plan: StepPlan, work: tuple[int, int, int], times: list[float]) -> None:
+    def _count(self, plan: StepPlan, work: tuple[int, int, int], times: list[float], num_output: int) -> None:
         counters = self.counters
         counters.num_steps += 1
         counters.num_preemptions += len(plan.preempted)
@@ -165,7 +171,7 @@ class Engine:
         self._fit.add(seconds, *work)
         old = 0.9 if self._step_s else 0.0
         self._step_s = old * self._step_s + (1 - old) * seconds
-        self._tokens_per_s = old * self._tokens_per_s + (1 - old) * len(plan.num_new) / seconds
+        self._tokens_per_s = old * self._tokens_per_s + (1 - old) * num_output / seconds
 
     def _wanted_adapters(self) -> list[str]:
         return [seq.request.digest for seq in self.batcher.waiting if seq.request.digest]
@@ -208,26 +214,57 @@ class Engine:
         """Bring an adapter towards the pool, for a request that will come."""
         self.adapters.prefetch(digest)
 
-    def _take_all(self, ready: list[Sequence], sampled: Sampled) -> None:
-        for i, seq in enumerate(ready):
-            if sampled.finite[i]:
-                self._outputs.append(self._take(seq, int(sampled.ids[i]), sampled.logprobs[i]))
+    def _sample_rows(self, seq: Sequence, guesses: list[int]) -> Iterator[SampleRow]:
+        """Yield what to choose by: for the next token, and for the one after each guess, as if that were right."""
+        prompt, stop, num = seq.tokens[: seq.num_prompt], self._stops[seq.rid], seq.num_output
+        output = np.concatenate((seq.output, np.array(guesses, np.int32))) if guesses else seq.output
+        for i in range(len(guesses) + 1):
+            yield SampleRow(seq.request.sampling, prompt, output[: num + i], stop.banned(i))
+
+    def _take_all(self, ready: list[Sequence], drafts: Mapping[Sequence, list[int]], sampled: Sampled) -> None:
+        row = 0
+        for seq in ready:
+            guesses = drafts.get(seq, [])
+            if sampled.finite[row]:
+                self._take(seq, guesses, sampled, row)
             else:
                 self._outputs.append(_failed(seq, Internal("the model's logits are not finite")))
                 self._end(seq)
+            row += 1 + len(guesses)
 
-    def _sample_row(self, seq: Sequence) -> SampleRow:
-        return SampleRow(seq.request.sampling, seq.tokens[: seq.num_prompt], seq.output, self._stops[seq.rid].banned)
+    def _take(self, seq: Sequence, guesses: list[int], sampled: Sampled, row: int) -> None:
+        """Append the chosen token, and those after it as long as the guesses they were computed from are right.
 
-    def _take(self, seq: Sequence, token: int, logprobs: bytes) -> TokenOutput:
-        """Append a chosen token and see whether it ends the request."""
+        row: of the first in `sampled`; that of the token after each guess follows.
+        """
         stop = self._stops[seq.rid]
-        seq.append(token)
-        self.counters.num_output_tokens += 1
-        finish = stop.add(token)
+        ids: list[int] = []
+        finish = ""
+        for i in range(row, row + len(guesses) + 1):
+            if not sampled.finite[i]:  # the next step finds the same
+                break
+            token = int(sampled.ids[i])
+            seq.append(token)
+            ids.append(token)
+            finish = stop.add(token)
+            if finish or i - row == len(guesses) or token != guesses[i - row]:
+                break
+        self.counters.num_output_tokens += len(ids)
+        if guesses:
+            self._settle(seq, guesses, ids)
         if finish:
             self._end(seq)
-        return _output(seq, [token], logprobs, finish, stop.stop)
+        logprobs = b"".join(sampled.logprobs[row : row + len(ids)])
+        self._outputs.append(_output(seq, ids, logprobs, finish, stop.stop))
+
+    def _settle(self, seq: Sequence, guesses: list[int], ids: list[int]) -> None:
+        """Keep the keys and values of the guesses that are right, which all tokens but the last came from."""
+        num_right = len(ids) - 1
+        self.counters.num_drafted_tokens += len(guesses)
+        self.counters.num_accepted_tokens += num_right
+        self.batcher.advance(seq, num_right)
+        if seq.drafter is not None:
+            seq.drafter.learn(len(guesses), num_right)
 
     def stats(self) -> EngineStats:
         pool = self.adapters.pool

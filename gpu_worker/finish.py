@@ -31,10 +31,9 @@ class StopCheck:
                 raise BadRequest("this model has no tokenizer.json: stop strings cannot be served", param="stop")
             self._text = OutputText(tokenizer, stop=request.stop, min_tokens=self._min_tokens)
 
-    @property
-    def banned(self) -> tuple[int, ...]:
-        """Ids that the next token may not be."""
-        return self._all_ids if self._num_output < self._min_tokens else ()
+    def banned(self, num_ahead: int = 0) -> tuple[int, ...]:
+        """Return the ids that the next token may not be, or the one that follows so many more."""
+        return self._all_ids if self._num_output + num_ahead < self._min_tokens else ()
 
     @property
     def stop(self) -> str:

@@ -140,7 +140,13 @@ def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:
     on_cpu = model.device.type == "cpu"
     max_num_seqs = settings.max_num_seqs or (64 if on_cpu else 256)
     max_step_tokens = max(settings.max_step_tokens or (512 if on_cpu else 2048), max_num_seqs)
-    limits = Limits(max_num_seqs, max_step_tokens, settings.prefix_cache)
+    limits = Limits(
+        max_num_seqs,
+        max_step_tokens,
+        settings.prefix_cache,
+        settings.max_draft_tokens,
+        max_draft_step_tokens=16 if on_cpu else 256,  # about where a step begins to cost more by the token
+    )
     free = free_bytes(model.device) // (settings.workers if on_cpu else 1)
     kv_bytes = share(settings.kv_cache_bytes, free, 0.25 if on_cpu else 0.6, 2 * GiB if on_cpu else 1 << 62)
     num_blocks = kv_bytes // sum(layer.block_bytes(model.dtype) for layer in model.layers)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gpu_worker.speculate import Drafter
 from protocol import messages as m
 from protocol.errors import LorafleetError
 
@@ -66,6 +67,7 @@ class Sequence:
         self.activates = False  # the adapter's LoRA counts from some token on only
         self.active_from = 0  # that token
         self.num_base = 0  # tokens from the beginning whose keys and values are the base model's
+        self.drafter: Drafter | None = None  # guesses its next tokens, if that is wished
         self.num_skips = 0  # plans that passed it over for lack of blocks
 
     @property

@@ -29,7 +29,9 @@ class StepInputs:
     input_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
     logit_rows: Tensor  # int64 [n]
-    ready: list[Sequence]  # whose next token can be chosen, in the order of logit_rows
+    ready: list[
+        Sequence
+    ]  # whose next token can be chosen; logit_rows has their rows in this order: one, and one per guess
     vocab_sizes: Tensor | None = None  # int64 [n], where an adapter of the step has a vocabulary of its own
     graph: DecodeGraph | None = None  # replayed instead of running the model on the tensors above, which are its own
 
@@ -62,8 +64,13 @@ class Runner:
         seqs = list(plan.num_new)
         num_new = np.fromiter(plan.num_new.values(), np.int64, len(seqs))
         ends = np.array([seq.num_computed for seq in seqs]) + num_new
-        complete = ends == np.array([seq.num_tokens for seq in seqs])
-        ids = np.concatenate([seq.tokens[seq.num_computed : end] for seq, end in zip(seqs, ends, strict=True)])
+        complete = ends >= np.array([seq.num_tokens for seq in seqs])
+        parts: list[np.ndarray] = []
+        for seq, end in zip(seqs, ends, strict=True):
+            parts.append(seq.tokens[seq.num_computed : end])
+            if seq in plan.drafts:
+                parts.append(np.array(plan.drafts[seq], np.int32))
+        ids = np.concatenate(parts)
         ready = [seq for seq, is_complete in zip(seqs, complete, strict=True) if is_complete]
         slots = np.array([seq.slot for seq in seqs], np.int32)
         scales = np.array([seq.request.lora_scale for seq in seqs], np.float32)
@@ -80,11 +87,14 @@ class Runner:
         # At least one row goes through the head: an empty batch is nothing that every kernel must know.
         heads = np.flatnonzero(complete) if complete.any() else np.zeros(1, np.int64)
         rows = np.cumsum(num_new)[heads] - 1
+        if plan.drafts:
+            num_guesses = np.array([len(plan.drafts.get(seqs[i], ())) for i in heads])
+            heads, rows = _with_guesses(heads, rows, num_guesses)
         context.attention = ops.build_attention_batch(num_new, ends, block_tables(seqs), device)
         context.lora = _lora_batch(token_slots, token_scales, device)
         context.lora_logits = _lora_batch(token_slots[rows], token_scales[rows], device)
         context.extras, context.extras_logits = [], []
-        vocab_sizes = self._set_extras(seqs, num_new, heads) if has_extras else None
+        vocab_sizes = self._set_extras(seqs, num_new, heads, rows) if has_extras else None
         return StepInputs(
             input_ids=send(ids.astype(np.int64), device),
             positions=context.attention.positions,
@@ -93,10 +103,12 @@ class Runner:
             vocab_sizes=vocab_sizes,
         )
 
-    def _set_extras(self, seqs: list[Sequence], num_new: np.ndarray, heads: np.ndarray) -> Tensor | None:
+    def _set_extras(
+        self, seqs: list[Sequence], num_new: np.ndarray, heads: np.ndarray, rows_of_heads: np.ndarray
+    ) -> Tensor | None:
         """Note in the context which rows have extras. Returns the vocabulary sizes of the logits' rows if they differ.
 
-        heads: int [n], the sequences whose last token goes through the head.
+        heads, rows_of_heads: int [n], the sequences of the tokens that go through the head, and these tokens' rows.
         """
         context = self.model.context
         owners: dict[tuple[str, float], list[int]] = {}
@@ -112,7 +124,10 @@ class Runner:
             active = positions >= np.repeat([seqs[i].active_from for i in members], num_new[members])
             context.extras.append(_extra_rows(extras, rows, active, scale, device))
             head_rows = np.flatnonzero(np.isin(heads, members))
-            lasts = np.array([seqs[i].num_computed + num_new[i] - 1 >= seqs[i].active_from for i in heads[head_rows]])
+            lasts = np.array(
+                [seqs[i].num_computed + row - starts[i] >= seqs[i].active_from
+                 for i, row in zip(heads[head_rows], rows_of_heads[head_rows], strict=True)]
+            )  # fmt: skip
             if len(head_rows):
                 context.extras_logits.append(_extra_rows(extras, head_rows, lasts, scale, device))
                 sizes[head_rows] = extras.vocab_size or self.model.vocab_size
@@ -175,6 +190,16 @@ def block_tables(seqs: list[Sequence]) -> np.ndarray:
     for row, seq in zip(table, seqs, strict=True):
         row[: len(seq.blocks)] = seq.blocks
     return table
+
+
+def _with_guesses(heads: np.ndarray, rows: np.ndarray, num_guesses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Put the rows before each last one that guesses follow too among those that go through the head.
+
+    heads, rows, num_guesses: int [n], see `Runner.prepare`.
+    """
+    counts = num_guesses + 1
+    back = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(counts.sum())
+    return np.repeat(heads, counts), np.repeat(rows, counts) - back
 
 
 def _lora_batch(slots: np.ndarray, scales: np.ndarray, device: torch.device) -> ops.LoraBatch | None:

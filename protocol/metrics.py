@@ -79,7 +79,7 @@ class Workers(Collector):
             return
         steps = _total("steps", "Steps computed.")
         seconds = _total("phase_seconds", "Time that steps took, by phase.", "phase")
-        tokens = _total("tokens", "Tokens computed, found in the prefix cache, and made.", "kind")
+        tokens = _total("tokens", "Tokens computed, found in the prefix cache, made, guessed, guessed right.", "kind")
         preemptions = _total("preemptions", "Requests that lost their KV blocks to others.")
         adapters = _total("adapter_events", "Adapters fetched, loaded into the pool, and evicted from it.", "event")
         requests = _now("requests", "Requests it holds, by state.", "state")
@@ -91,7 +91,7 @@ class Workers(Collector):
             steps.add_metric([name], counters.num_steps)
             for phase in PHASES:
                 seconds.add_metric([name, phase], getattr(counters, f"{phase}_s"))
-            for kind in ("computed", "cached", "output"):
+            for kind in ("computed", "cached", "output", "drafted", "accepted"):
                 tokens.add_metric([name, kind], getattr(counters, f"num_{kind}_tokens"))
             preemptions.add_metric([name], counters.num_preemptions)
             events = {"fetch": beat.num_fetches, "load": beat.num_loads, "eviction": counters.num_evictions}

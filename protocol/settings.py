@@ -82,6 +82,11 @@ class Settings(BaseSettings):
     kernels: Literal["auto", "reference"] = Field(
         default="auto", description="reference: plain torch instead of native code"
     )
+    max_draft_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="tokens a request may guess from its own text and check in one step; 0: none are guessed",
+    )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="replay recorded decode steps on a GPU; auto: unless the model cannot be recorded; on: or fail",

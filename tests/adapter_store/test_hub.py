@@ -160,7 +160,7 @@ async def test_offline(hub: HubStub, source: HubSource, mirror: Mirror, monkeypa
         ({CONFIG_FILE: b"{}"}, "no adapter_model.safetensors"),
         ({CONFIG_FILE: b"{}", "adapter_model.bin": b"\x80"}, "adapter_model.bin is a pickle"),
         ({"model.safetensors": b"x"}, "not a PEFT adapter"),
-        (adapter(use_dora=True), "use_dora"),
+        (adapter(use_qalora=True), "use_qalora"),
         (adapter() | {WEIGHTS_FILE: b"x"}, "too short"),
     ],
 )

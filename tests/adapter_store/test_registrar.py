@@ -121,13 +121,13 @@ async def test_stale_is_said_and_fresh_again_too(bus: Bus, hub: HubStub, run_sto
 
 async def test_refusals_say_why_and_are_looked_at_again_when_asked(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
     hub.repos["org/bad"] = Repo()
-    hub.repos["org/bad"].commit(adapter(use_dora=True))
+    hub.repos["org/bad"].commit(adapter(use_qalora=True))
     run_store()
     await register(bus, "bad", "hub:org/bad")
     await register(bus, "none", "hub:org/none")
     await register(bus, "nowhere", "ftp://x")
     await register(bus, "bucket", "s3://secret/adapters/a")
-    assert "use_dora" in (await in_state(bus, "bad", "failed")).reason
+    assert "use_qalora" in (await in_state(bus, "bad", "failed")).reason
     assert "does not exist" in (await in_state(bus, "none", "failed")).reason
     assert "not a place" in (await in_state(bus, "nowhere", "failed")).reason
     assert "not a place" in (await in_state(bus, "bucket", "failed")).reason

@@ -128,7 +128,7 @@ BAD: dict[str, tuple[dict[str, Any] | bytes | None, bytes | None, str]] = {
     "missing-tensors": (lora_config(), drop("layers.1.self_attn.q_proj.lora_A"), "missing"),
     "loha": (lora_config(peft_type="LOHA"), GOOD, "LOHA"),
     "rank-0": (lora_config(r=0), GOOD, "rank 0"),
-    "dora": (lora_config(use_dora=True), GOOD, "use_dora"),
+    "qalora": (lora_config(use_qalora=True), GOOD, "use_qalora"),
     "no-json": (b"{", GOOD, "not valid JSON"),
     "extra": (lora_config(), safetensors({**lora_tensors(), "lm_head.weight": np.zeros((2, 2))}), "lm_head.weight"),
     "wrong-base": (lora_config(), safetensors(lora_tensors(sites=[m.SiteShape("h.0.q_proj", 8, 8)])), "does not have"),

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from gpu_worker.batcher import BLOCK_TOKENS, MAX_SKIPS, Batcher, Limits, StepPlan
 from gpu_worker.blocks import BlockPool
 from gpu_worker.request import EngineRequest, Sequence
+from gpu_worker.speculate import Drafter
 from protocol.messages import Sampling
 
 
@@ -59,9 +60,10 @@ class Cache:
         """Compute a plan's tokens, checking that all tokens before them are in place."""
         for seq, num_new in plan.num_new.items():
             chain = hashlib.sha256(seq.request.digest.encode()).digest()
+            tokens = np.concatenate((seq.tokens, np.array(plan.drafts.get(seq, []), np.int32)))
             assert len(seq.blocks) * BLOCK_TOKENS >= seq.num_computed + num_new
             for at in range(seq.num_computed + num_new):
-                chain = hashlib.sha256(chain + seq.tokens[at].tobytes()).digest()
+                chain = hashlib.sha256(chain + tokens[at].tobytes()).digest()
                 slot = (seq.blocks[at // BLOCK_TOKENS], at % BLOCK_TOKENS)
                 if at < seq.num_computed:
                     assert self.slots[slot] == chain, f"{seq.rid} reads a wrong cache entry at {at}"
@@ -72,9 +74,12 @@ class Cache:
 class BatcherMachine(RuleBasedStateMachine):
     """Requests of three adapters with common beginnings come, run, are cancelled; adapters come late."""
 
-    @initialize(num_blocks=st.integers(6, 20), step_tokens=st.integers(4, 40), prefix_cache=st.booleans())
-    def start(self, num_blocks: int, step_tokens: int, prefix_cache: bool) -> None:
-        self.limits = Limits(4, step_tokens, prefix_cache)
+    @initialize(
+        num_blocks=st.integers(6, 20), step_tokens=st.integers(4, 40), prefix_cache=st.booleans(),
+        drafts=st.sampled_from([0, 3, 20]),
+    )  # fmt: skip
+    def start(self, num_blocks: int, step_tokens: int, prefix_cache: bool, drafts: int) -> None:
+        self.limits = Limits(4, step_tokens, prefix_cache, drafts, max_draft_step_tokens=step_tokens)
         self.gate = Gate()
         self.blocks = BlockPool(num_blocks)
         self.batcher = Batcher(self.limits, self.blocks, self.gate, "base")
@@ -93,7 +98,9 @@ class BatcherMachine(RuleBasedStateMachine):
         prompt = np.arange(length) * (kind + 1)
         output = [7 * kind] * min(resumed, max_new - 1)
         self.count += 1
-        self.batcher.add(make_seq(str(self.count), prompt, max_new, digest, output))
+        seq = make_seq(str(self.count), prompt, max_new, digest, output)
+        seq.drafter = Drafter(self.limits.max_draft_tokens) if self.limits.max_draft_tokens else None
+        self.batcher.add(seq)
 
     @rule(digest=st.sampled_from(["a", "b"]))
     def adapter_arrives(self, digest: str) -> None:
@@ -124,7 +131,14 @@ class BatcherMachine(RuleBasedStateMachine):
         self.batcher.complete(plan)
         for seq in plan.num_new:
             if seq.num_pending == 0:
+                guesses = plan.drafts.get(seq, [])
+                num_right = int(self.rng.integers(len(guesses) + 1))
+                for token in guesses[:num_right]:
+                    seq.append(token)
                 seq.append(int(self.rng.integers(5)))
+                self.batcher.advance(seq, num_right)
+                if seq.drafter is not None and guesses:
+                    seq.drafter.learn(len(guesses), num_right)
                 if seq.num_tokens >= seq.max_tokens:
                     self.batcher.remove(seq)
 
