@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_worker.memory import send
 from protocol.messages import Sampling
 
 TOP_P_CANDIDATES = 1024
@@ -42,28 +43,42 @@ class Sampled:
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
-    """Choose one token per row of logits [n, V]."""
-    device = logits.device
+    """Choose one token per row of logits [n, V]. Waits for the device once, unless logprobs are asked for."""
     wanting = [i for i, row in enumerate(rows) if row.sampling.num_logprobs is not None]
-    raw = logits[wanting].float().log_softmax(-1) if wanting else None
+    raw = logits[_index(wanting, logits.device)].float().log_softmax(-1) if wanting else None
+    ids, finite = choose(logits, rows)
+    host_ids, host_finite = torch.stack((ids, finite)).cpu().numpy()
+    records = [b""] * len(rows)
+    if raw is not None:
+        for i, record in zip(wanting, _records(raw, [rows[i] for i in wanting], host_ids[wanting]), strict=True):
+            records[i] = record
+    return Sampled(host_ids, host_finite.astype(bool), records)
+
+
+def choose(logits: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Tensor]:
+    """Return int64 ids [n] and bool finite [n] as in `Sampled`, on the device of logits [n, V].
+
+    The host waits for the device only where top-p must know whether a distribution is flat.
+    """
+    device = logits.device
     if any(_changes_logits(row) for row in rows):
         logits = logits.float().clone()
         for i, row in enumerate(rows):
             if _changes_logits(row):
                 _adjust_(logits[i], row)
     best, ids = logits.max(-1)
-    finite = torch.isfinite(best).cpu().numpy()
-    random = [i for i, row in enumerate(rows) if row.sampling.temperature >= GREEDY_TEMPERATURE and finite[i]]
+    finite = torch.isfinite(best)
+    random = [i for i, row in enumerate(rows) if row.sampling.temperature >= GREEDY_TEMPERATURE]
     if random:
-        chosen = rows if len(random) == len(rows) else [rows[i] for i in random]
-        index = torch.tensor(random, device=device)
-        ids[index] = _draw(logits[index].float(), chosen)
-    host_ids = ids.cpu().numpy()
-    records = [b""] * len(rows)
-    if raw is not None:
-        for i, record in zip(wanting, _records(raw, [rows[i] for i in wanting], host_ids[wanting]), strict=True):
-            records[i] = record
-    return Sampled(host_ids, finite, records)
+        index = _index(random, device)
+        drawn = _draw(logits[index].float(), [rows[i] for i in random])
+        ids[index] = drawn.clamp(max=logits.shape[-1] - 1)  # of a row that is not finite anything may come
+    return ids, finite
+
+
+def _index(rows: Sequence[int], device: torch.device) -> Tensor:
+    """Return row numbers as an index on the device; a list would be copied there while the host waits."""
+    return send(np.array(rows, np.int64), device)
 
 
 def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -95,25 +110,25 @@ def _adjust_(logits: Tensor, row: SampleRow) -> None:
     s = row.sampling
     device = logits.device
     if s.repetition_penalty != 1.0:
-        seen = torch.from_numpy(np.unique(np.concatenate((row.prompt, row.output))).astype(np.int64)).to(device)
+        seen = send(np.unique(np.concatenate((row.prompt, row.output))).astype(np.int64), device)
         scores = logits[seen]
         logits[seen] = torch.where(scores > 0, scores / s.repetition_penalty, scores * s.repetition_penalty)
     if s.presence_penalty or s.frequency_penalty:
         unique, counts = np.unique(row.output, return_counts=True)
         penalty = s.presence_penalty + s.frequency_penalty * counts
-        seen = torch.from_numpy(unique.astype(np.int64)).to(device)
-        logits[seen] -= torch.from_numpy(penalty.astype(np.float32)).to(device)
-    for token, bias in s.logit_bias.items():
-        logits[token] += bias
+        logits[send(unique.astype(np.int64), device)] -= send(penalty.astype(np.float32), device)
+    if s.logit_bias:
+        biases = send(np.array(list(s.logit_bias.values()), np.float32), device)
+        logits[_index(list(s.logit_bias), device)] += biases
     if row.banned:
-        logits[list(row.banned)] = -torch.inf
+        logits.index_fill_(0, _index(row.banned, device), -torch.inf)
 
 
 def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Draw from fp32 logits [n, V] by inverting the cumulative distribution in the order of ids: int64 [n]."""
     device = logits.device
     settings = [row.sampling for row in rows]
-    temperature = torch.tensor([s.temperature for s in settings], device=device)
+    temperature = send(np.array([s.temperature for s in settings], np.float32), device)
     logits = logits / temperature[:, None]
     _keep_top_k_(logits, [s.top_k for s in settings])
     _keep_top_p_(logits, [s.top_p for s in settings])
@@ -122,29 +137,31 @@ def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     seeds = np.array([s.seed & 0xFFFFFFFFFFFFFFFF for s in settings], np.uint64)
     positions = np.array([len(row.output) for row in rows], np.uint64)
-    u = torch.from_numpy(uniforms(seeds, positions)).to(device)
+    u = send(uniforms(seeds, positions), device)
     return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
 def _keep_top_k_(logits: Tensor, top_k: list[int]) -> None:
     """Set all but the k largest of each row to -inf. Ties with the k-th stay."""
     vocab = logits.shape[-1]
-    index = [i for i, k in enumerate(top_k) if 0 < k < vocab]
-    if not index:
+    chosen = [i for i, k in enumerate(top_k) if 0 < k < vocab]
+    if not chosen:
         return
-    ks = torch.tensor([top_k[i] for i in index], device=logits.device)
-    top = logits[index].topk(int(ks.max()), dim=-1).values
+    index, wanted = _index(chosen, logits.device), np.array([top_k[i] for i in chosen])
+    ks = send(wanted, logits.device)
+    top = logits[index].topk(int(wanted.max()), dim=-1).values
     threshold = top.gather(-1, ks[:, None] - 1)
     logits[index] = logits[index].masked_fill(logits[index] < threshold, -torch.inf)
 
 
 def _keep_top_p_(logits: Tensor, top_p: list[float]) -> None:
     """Set all but the most likely tokens that together reach p to -inf. Ties with the last of them stay."""
-    index = [i for i, p in enumerate(top_p) if p < 1.0]
-    if not index:
+    chosen = [i for i, p in enumerate(top_p) if p < 1.0]
+    if not chosen:
         return
+    index = _index(chosen, logits.device)
     probs = logits[index].softmax(-1)
-    p = torch.tensor([top_p[i] for i in index], device=logits.device)
+    p = send(np.array([top_p[i] for i in chosen], np.float32), logits.device)
     top = probs.topk(min(TOP_P_CANDIDATES, probs.shape[-1]), dim=-1).values
     threshold = _nucleus_threshold(top, p)
     flat = (top.sum(-1) < p).nonzero()[:, 0]
@@ -164,20 +181,21 @@ def _keep_min_p_(logits: Tensor, min_p: list[float]) -> None:
     """Set tokens less likely than min_p times the likeliest to -inf."""
     if not any(min_p):
         return
-    floor = torch.tensor(min_p, device=logits.device).log()  # log 0 is -inf: keeps all
+    floor = send(np.array(min_p, np.float32), logits.device).log()  # log 0 is -inf: keeps all
     logits.masked_fill_(logits < logits.amax(-1, keepdim=True) + floor[:, None], -torch.inf)
 
 
 def _keep_typical_(logits: Tensor, typical_p: list[float]) -> None:
     """Keep the tokens whose surprise is closest to the entropy, until they reach typical_p together."""
-    index = [i for i, p in enumerate(typical_p) if p < 1.0]
-    if not index:
+    chosen = [i for i, p in enumerate(typical_p) if p < 1.0]
+    if not chosen:
         return
+    index = _index(chosen, logits.device)
     logp = logits[index].log_softmax(-1)
     probs = logp.exp()
     entropy = -(probs * logp).nan_to_num(0.0).sum(-1, keepdim=True)
     distance, order = (-logp - entropy).abs().sort(dim=-1, stable=True)
-    p = torch.tensor([typical_p[i] for i in index], device=logits.device)
+    p = send(np.array([typical_p[i] for i in chosen], np.float32), logits.device)
     num_kept = (probs.gather(-1, order).cumsum(-1) < p[:, None]).sum(-1, keepdim=True)
     threshold = distance.gather(-1, num_kept.clamp(max=logits.shape[-1] - 1))
     logits[index] = logits[index].masked_fill((-logp - entropy).abs() > threshold, -torch.inf)

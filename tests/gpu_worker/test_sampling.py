@@ -184,3 +184,21 @@ def test_seeds_of_any_size_are_taken() -> None:
     logits = torch.zeros(2, 100)
     wide, same = sample(logits, [row(seed=-1), row(seed=(1 << 64) - 1)]).ids
     assert wide == same
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_choosing_never_waits_for_a_gpu() -> None:
+    logits = torch.randn(6, 500, device="cuda")
+    rows = [
+        row(temperature=0.0), row(temperature=1.0, top_k=7), row(temperature=1.0, min_p=0.1, logit_bias={3: 2.0}),
+        row(temperature=0.9, typical_p=0.5), row(output=np.arange(5), temperature=0.0, presence_penalty=1.0),
+        row(prompt=np.arange(9), temperature=0.0, repetition_penalty=1.3, banned=(1, 2)),
+    ]  # fmt: skip
+    sampling.choose(logits, rows)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ids, _ = sampling.choose(logits, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert ids.tolist() == sample(logits.cpu(), rows).ids.tolist()
