@@ -11,6 +11,7 @@ from redis.exceptions import WatchError
 
 from protocol import messages as m
 from protocol.bus import Bus, decode, now_ms
+from protocol.errors import ProtocolError
 from protocol.keys import private_name
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,14 @@ def is_folder(alias: m.Alias) -> bool:
     return not alias.tenant and alias.source == f"local:{alias.name}"
 
 
+def _is_of_a_name(event: bytes) -> bool:
+    """Tell whether an event may be about the catalogue; one that cannot be read may be."""
+    try:
+        return decode(event, m.AdapterEvent).name != ""
+    except ProtocolError:
+        return True
+
+
 class Catalogue:
     """What the fleet's names stand for, and this store's part in it."""
 
@@ -38,7 +47,7 @@ class Catalogue:
         self._mine: dict[str, m.Alias] = {}  # published by this process, by field
         self._records: dict[str, m.AdapterRecord] = {}
         self._run_id = ""
-        self._last_event: object = None
+        self._events_from = "-"  # the first event not seen yet
         self._unnamed: dict[str, float] | None = None  # digest that had no name when last seen -> when its record goes
         self.aliases: dict[str, m.Alias] = {}  # everybody's, as last seen, by field
 
@@ -50,16 +59,20 @@ class Catalogue:
         pipe = self._bus.redis.pipeline(transaction=False)
         pipe.info("server")
         pipe.hlen(self._bus.keys.adapters)
-        pipe.xrevrange(self._bus.keys.adapter_events, count=1)
-        server, num_names, last_event = await pipe.execute()
+        pipe.xrange(self._bus.keys.adapter_events, min=self._events_from)
+        server, num_names, entries = await pipe.execute()
         lost = num_names == 0 or server["run_id"] != self._run_id
         if lost and self._mine:
             logger.warning("Redis was restarted or emptied: publishing %d names again", len(self._mine))
             await self._write(self._mine.values())
         self._run_id = server["run_id"]
-        if not lost and last_event == self._last_event:
-            return False  # every change of the catalogue is followed by an event
-        self._last_event = last_event
+        if entries:
+            self._events_from = "(" + entries[-1][0].decode()
+        elif lost:
+            self._events_from = "-"
+        # Every change of the catalogue is followed by an event with a name; what workers tell has none.
+        if not lost and not any(_is_of_a_name(fields[b"b"]) for _, fields in entries):
+            return False
         before = {alias.digest for alias in self.aliases.values()}
         self.aliases = {field_of(alias): alias for alias in await self._bus.aliases(tenant=None)}
         self._note_unnamed(before)

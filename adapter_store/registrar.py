@@ -132,7 +132,7 @@ class Registrar:
 
     def _is_due(self, field: str, registration: Registration) -> bool:
         alias = self._catalogue.aliases.get(field)
-        if alias is not None and is_folder(alias):
+        if alias is not None and is_folder(alias) and registration.source != alias.source:
             return False  # a folder of that name comes first
         outcome = self._outcomes.get(field)
         if outcome is None and alias is not None and alias.state == "failed" and registration.on_request:
@@ -193,7 +193,7 @@ class Registrar:
     async def _bring(self, field: str, registration: Registration, refresh_s: float) -> None:
         alias = Alias(
             name=registration.name, tenant=registration.tenant, state="downloading", source=registration.source,
-            asked_ms=registration.asked_ms, on_request=registration.on_request,
+            registered=registration.source, asked_ms=registration.asked_ms, on_request=registration.on_request,
         )  # fmt: skip
         await self._catalogue.announce([alias])
         base = self._base
@@ -233,7 +233,9 @@ class Registrar:
         logger.warning("adapter %s: %s", registration.name, reason)
         refused = isinstance(error, ClientError)
         pause_s = self._note_failure(field, registration, refused=refused)
-        if field not in self._registrations or await self._serve_on(field, registration, reason, refused=refused):
+        if field not in self._registrations or await self._serve_on(
+            field, registration, reason, status, refused=refused
+        ):
             return
         await self._catalogue.publish(
             msgspec.structs.replace(
@@ -241,7 +243,9 @@ class Registrar:
             )
         )
 
-    async def _serve_on(self, field: str, registration: Registration, reason: str, *, refused: bool) -> bool:
+    async def _serve_on(
+        self, field: str, registration: Registration, reason: str, status: int, *, refused: bool
+    ) -> bool:
         """Go on serving what the name stood for, and say why it is not newer; False if there is nothing to serve.
 
         What its own source refuses is not served on; what a name was to be pointed to instead is no reason to stop.
@@ -249,7 +253,7 @@ class Registrar:
         known = self._catalogue.aliases.get(field)
         if known is None or known.state != "on_disk" or self._base is None:
             return False
-        moving = not known.source.startswith(registration.source)
+        moving = known.registered != registration.source
         if refused and not moving:
             return False
         try:
@@ -257,7 +261,7 @@ class Registrar:
         except (AdapterRefused, Changed):
             return False
         said = f"not {registration.source}: {reason}" if moving else f"may be out of date: {reason}"
-        served = msgspec.structs.replace(known, reason=said, asked_ms=registration.asked_ms)
+        served = msgspec.structs.replace(known, reason=said, status=status, asked_ms=registration.asked_ms)
         await self._catalogue.publish(served, record)
         return True
 

@@ -13,6 +13,7 @@ from adapter_store.blobs import Blobs
 from adapter_store.catalogue import Catalogue
 from adapter_store.follow import Follower
 from adapter_store.http import BlobServer
+from adapter_store.keeper import Keeper
 from adapter_store.mirror import Mirror
 from adapter_store.registrar import Registrar
 from adapter_store.sources import Changed, Source
@@ -95,6 +96,7 @@ class Store:
             self.sources["s3"] = S3Source(s3)
         if settings.adapters is not None:
             self.sources["local"] = LocalSource(settings.adapters)
+        self.keeper = Keeper(bus, self.catalogue, settings)
         self.registrar = Registrar(bus, self.sources, self.mirror, self.catalogue, Policy.of(settings), secret)
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -154,6 +156,7 @@ class Store:
                 if follower is not None:
                     await follower.tick(tasks)
                 await self.registrar.tick(tasks, self.settings.refresh_s, reload=changed)
+                await self.keeper.tick()
                 await self.catalogue.sweep()
                 self._measure()
             except CONNECTION_ERRORS as error:

@@ -17,10 +17,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu_worker.request import EngineRequest, TokenOutput
-from gpu_worker.service import EngineStats, OnDeath, OnOutputs, Worker, publish_served
+from gpu_worker.port import OnDeath, OnOutputs
+from gpu_worker.request import EngineRequest, EngineStats, TokenOutput
+from gpu_worker.service import Worker, publish_served
 from protocol import messages as m
 from protocol.bus import Bus
+from protocol.messages import AdapterEvent
+from protocol.records import AdapterUse
 from protocol.service import run, set_up_logging
 from protocol.settings import Settings
 
@@ -50,6 +53,8 @@ class FakeEngine:
         self._wake = threading.Event()
         self._room = threading.Semaphore(MAX_UNACKED)
         self._stopped = False
+        self.orders: list[tuple[str, str]] = []  # about adapters, of which it has none
+        self.events: list[AdapterEvent] = []
         self._thread: threading.Thread | None = None
 
     def start(self, on_outputs: OnOutputs, on_death: OnDeath) -> None:
@@ -67,7 +72,24 @@ class FakeEngine:
                 self._requests.pop(rid, None)
 
     def prefetch(self, digest: str) -> None:
-        return None
+        self.orders.append(("prefetch", digest))
+
+    def pin(self, digest: str) -> None:
+        self.orders.append(("pin", digest))
+
+    def unpin(self, digest: str) -> None:
+        self.orders.append(("unpin", digest))
+
+    def evict(self, digest: str, order: str) -> None:
+        self.orders.append(("evict", digest))
+        self.events.append(AdapterEvent(kind="evicted", digest=digest, order=order, pool_bytes=1))
+
+    def set_queued(self, digests: list[str]) -> None:
+        self.orders.append(("queued", ",".join(digests)))
+
+    def take_news(self) -> tuple[list[AdapterEvent], dict[str, AdapterUse]]:
+        events, self.events = self.events, []
+        return events, {}
 
     def hand_over(self) -> Future[list[str]]:
         done: Future[list[str]] = Future()

@@ -17,8 +17,10 @@ import numpy as np
 
 from gpu_worker.adapter_weights import PoolWeights
 from gpu_worker.extras import Extras
+from gpu_worker.news import News
 from gpu_worker.packing import HostAdapter
-from protocol.errors import AdapterRefused, Internal, LorafleetError
+from protocol.errors import AdapterRefused, Internal, LorafleetError, Unavailable
+from protocol.messages import AdapterEvent
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +51,29 @@ class HostTier:
             self._adapters.move_to_end(digest)
         return adapter
 
-    def put(self, adapter: HostAdapter, keep: Container[str]) -> None:
-        """Keep an adapter and drop the least recently used ones for it, but none in `keep`, even over the budget."""
+    def put(self, adapter: HostAdapter, keep: Container[str]) -> dict[str, int]:
+        """Keep an adapter and drop the least recently used ones for it, but none in `keep`, even over the budget.
+
+        Returns the bytes of each that was dropped.
+        """
+        self.drop(adapter.digest)
         self._adapters[adapter.digest] = adapter
         self.num_bytes += adapter.num_bytes
+        dropped: dict[str, int] = {}
         for digest in list(self._adapters):
             if self.num_bytes <= self.max_bytes:
                 break
             if digest != adapter.digest and digest not in keep:
-                self.num_bytes -= self._adapters.pop(digest).num_bytes
+                dropped[digest] = self.drop(digest)
+        return dropped
+
+    def drop(self, digest: str) -> int:
+        """Forget an adapter; returns the bytes freed."""
+        adapter = self._adapters.pop(digest, None)
+        if adapter is None:
+            return 0
+        self.num_bytes -= adapter.num_bytes
+        return adapter.num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +108,7 @@ class AdapterCache:
         self.on_evicted: Callable[[str], object] = _ignore  # called when an adapter leaves the pool
         self.num_loads = 0  # into the pool
         self.num_fetches = 0  # to the host
+        self.news = News()
         self._read = read
         self._jobs: dict[str, bool] = {}  # digest -> its job copies into the pool
         self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
@@ -164,22 +181,54 @@ class AdapterCache:
         if adapter is None:
             self._start(digest, copies=False, job=lambda: (self._read(digest), None))
             return None
-        if not self.pool.can_ever_hold(adapter.num_pages):
-            needed, total = self.pool.bytes_of(adapter.num_pages), self.pool.total_bytes
-            return AdapterRefused([f"it needs {needed} bytes of the adapter pool, whose groups share {total}"])
+        if error := self._why_never(adapter):
+            return error
         evicted = self.pool.reserve(digest, adapter.num_pages, keep)
         if evicted is None:
             if keep is not self.pool.residents:
                 self._starve(digest, adapter, keep)
             return None
-        for other in evicted:
-            self.extras.pop(other, None)
-            self.invocations.pop(other, None)
-            self.on_evicted(other)
+        for other, num_bytes in evicted.items():
+            self._forget(other)
+            self.news.tell(AdapterEvent(kind="evicted", digest=other, pool_bytes=num_bytes))
         self._end_starving(digest)
         pages = self.pool.residents[digest].pages
         self._start(digest, copies=True, job=lambda: (adapter, self.weights.copy(adapter, pages)))
         return None
+
+    def _why_never(self, adapter: HostAdapter) -> LorafleetError | None:
+        """Return why no adapter leaving would make room."""
+        needed, total = self.pool.bytes_of(adapter.num_pages), self.pool.total_bytes
+        if not self.pool.can_ever_hold(adapter.num_pages):
+            return AdapterRefused([f"it needs {needed} bytes of the adapter pool, whose groups share {total}"])
+        if not self.pool.can_hold_beside_pins(adapter.num_pages):
+            return Unavailable(f"it needs {needed} bytes of the adapter pool's {total}, and pinned adapters leave less")
+        return None
+
+    def _forget(self, digest: str) -> None:
+        """Drop what goes with a place in the pool."""
+        self.extras.pop(digest, None)
+        self.invocations.pop(digest, None)
+        self.on_evicted(digest)
+
+    def set_pinned(self, digest: str, pinned: bool) -> None:
+        """Say whether an adapter, once in the pool, may leave it."""
+        self.pool.set_pinned(digest, pinned)
+
+    def set_queued(self, digests: Iterable[str]) -> None:
+        """Say which adapters the fleet's queue holds requests for: of those in the pool they leave last."""
+        self.pool.queued = frozenset(digests)
+
+    def drop(self, digest: str) -> tuple[int, int] | None:
+        """Send an adapter away from pool and host; returns the bytes freed in each. None while it is used or comes."""
+        resident = self.pool.residents.get(digest)
+        if digest in self._jobs or (resident is not None and resident.refs):
+            return None
+        self._prefetches.discard(digest)
+        if resident is not None:
+            self.pool.remove(digest)
+            self._forget(digest)
+        return resident.num_bytes if resident is not None else 0, self.host.drop(digest)
 
     def _start(self, digest: str, *, copies: bool, job: Job) -> None:
         self._jobs[digest] = copies
@@ -203,6 +252,7 @@ class AdapterCache:
             if done.adapter is None:
                 assert done.error is not None
                 failed[done.digest] = done.error
+                self.news.tell(AdapterEvent(kind="failed", digest=done.digest, reason=done.error.message))
                 self._prefetches.discard(done.digest)
                 if done.copied:
                     self.pool.remove(done.digest)
@@ -216,10 +266,16 @@ class AdapterCache:
                 self.slot_ranks[resident.slot] = done.adapter.ranks.max()
                 self.pool.publish(done.digest)
                 self.num_loads += 1
+                ms = 1000 * done.seconds
+                self.news.tell(AdapterEvent(kind="resident", digest=done.digest, ms=ms, pool_bytes=resident.num_bytes))
             else:
                 self.num_fetches += 1
                 self._seconds[done.digest] = done.seconds
-                self.host.put(done.adapter, self._wanted)
+                dropped = self.host.put(done.adapter, self._wanted)
+                ms, num_bytes = 1000 * done.seconds, done.adapter.num_bytes
+                self.news.tell(AdapterEvent(kind="staged", digest=done.digest, ms=ms, host_bytes=num_bytes))
+                for other, freed in dropped.items():
+                    self.news.tell(AdapterEvent(kind="evicted", digest=other, host_bytes=freed))
                 if done.digest in self._prefetches:
                     self._prefetches.discard(done.digest)
                     self._advance(done.digest, self.pool.residents)

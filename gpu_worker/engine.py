@@ -16,6 +16,7 @@ from gpu_worker.batcher import Batcher, Limits, StepPlan
 from gpu_worker.blocks import BlockPool
 from gpu_worker.finish import StopCheck
 from gpu_worker.model import BaseModel
+from gpu_worker.orders import Orders
 from gpu_worker.request import EngineRequest, EngineStats, Sequence, TokenOutput
 from gpu_worker.runner import Runner
 from gpu_worker.sampling import Sampled, SampleRow, sample
@@ -48,6 +49,7 @@ class Engine:
         self.model = model
         self.config = config
         self.adapters = adapters
+        self.orders = Orders(adapters)
         self.runner = Runner(model, config.num_blocks, adapters.extras)
         self.runner.check()
         self.blocks = BlockPool(config.num_blocks)
@@ -97,6 +99,8 @@ class Engine:
             self._outputs.append(_output(seq, [], b"", finish, stop.stop))
             return
         self._seqs[request.rid], self._stops[request.rid] = seq, stop
+        if request.digest:
+            self.adapters.news.used(request.digest, resident=self.adapters.is_resident(request.digest))
         self.batcher.add(seq)
 
     def cancel(self, rid: str) -> None:
@@ -130,7 +134,9 @@ class Engine:
         self._bind_waiting()
         plan = self.batcher.plan()
         # After the plan, so that no adapter leaves the pool that the plan could use.
-        self._fail_adapters(self.adapters.load(self._wanted_adapters()))
+        wanted = self._wanted_adapters()
+        self._fail_adapters(self.adapters.load([*wanted, *self.orders.wanted()]))
+        self.orders.settle(wanted)
         if plan.num_new:
             work, before = self._work_of(plan), self.counters.num_output_tokens
             planned = clock()
@@ -180,6 +186,7 @@ class Engine:
         """End the requests that wait for an adapter that cannot be loaded."""
         if not failed:
             return
+        self.orders.note(failed)
         for seq in list(self.batcher.waiting):
             error = failed.get(seq.request.digest)
             if error is not None:
@@ -284,6 +291,7 @@ class Engine:
             resident=list(resident),
             loading=self.adapters.loading,
             host=list(self.adapters.host),
+            pinned=self.orders.pins,
             num_loads=self.adapters.num_loads,
             num_fetches=self.adapters.num_fetches,
             counters=copy(self.counters),

@@ -2,13 +2,13 @@
 
 Pages are counted in groups, one page space each (attention, MLP, other): an adapter takes pages only where it has
 weights, as many as its true rank needs. Who leaves is decided by GDSF: recency and frequency, times the seconds that a
-reload would take, per byte.
+reload would take, per byte; but those the fleet has requests waiting for leave after all others.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 
 
@@ -39,6 +39,8 @@ class PagePool:
     num_slots: int
     cost: Callable[[str], float] = field(default=lambda _digest: 1.0)
     residents: dict[str, Resident] = field(default_factory=dict, init=False)
+    pins: set[str] = field(default_factory=set, init=False)  # digests that stay once they are in
+    queued: Set[str] = field(default=frozenset(), init=False)  # digests that leave after all others
     _free_pages: list[list[int]] = field(init=False)
     _free_slots: list[int] = field(init=False)
     _clock: float = field(default=0.0, init=False)  # priority of the last one that left, so that age counts
@@ -63,8 +65,34 @@ class PagePool:
         """Tell whether an adapter of `num_pages` by group fits the empty pool."""
         return all(num <= have for num, have in zip(num_pages, self.capacity, strict=True))
 
-    def reserve(self, digest: str, num_pages: Sequence[int], keep: Container[str] = ()) -> list[str] | None:
-        """Give an adapter a slot and pages, not visible yet. Returns the digests that had to leave for it.
+    def can_hold_beside_pins(self, num_pages: Sequence[int]) -> bool:
+        """Tell whether an adapter fits what pinned ones leave."""
+        slots, pages = self._pinned()
+        return slots < self.num_slots and all(
+            num <= have - pinned for num, have, pinned in zip(num_pages, self.capacity, pages, strict=True)
+        )
+
+    def can_pin(self, digest: str, num_pages: Sequence[int]) -> bool:
+        """Tell whether pinned adapters take at most half of the slots and of every group with this one."""
+        slots, pages = self._pinned(but=digest)
+        return 2 * (slots + 1) <= self.num_slots and all(
+            2 * (pinned + num) <= have or not num
+            for num, have, pinned in zip(num_pages, self.capacity, pages, strict=True)
+        )
+
+    def _pinned(self, but: str = "") -> tuple[int, list[int]]:
+        """Return the slots, and pages by group, that pinned adapters hold."""
+        held = [resident for resident in self.residents.values() if resident.pinned and resident.digest != but]
+        return len(held), [sum(len(resident.pages[g]) for resident in held) for g in range(len(self.capacity))]
+
+    def set_pinned(self, digest: str, pinned: bool) -> None:
+        """Say whether an adapter is to stay once it is in. It does if `can_pin`."""
+        (self.pins.add if pinned else self.pins.discard)(digest)
+        if resident := self.residents.get(digest):
+            resident.pinned = pinned and self.can_pin(digest, [len(pages) for pages in resident.pages])
+
+    def reserve(self, digest: str, num_pages: Sequence[int], keep: Container[str] = ()) -> dict[str, int] | None:
+        """Give an adapter a slot and pages, not visible yet. Returns who had to leave for it, and their bytes.
 
         Adapters that are referenced, pinned, in `keep` or still being written to never leave. None, and nothing
         changed, if that is not enough.
@@ -79,9 +107,10 @@ class PagePool:
             self.remove(victim.digest)
         pages = [[heapq.heappop(free) for _ in range(n)] for free, n in zip(self._free_pages, num_pages, strict=True)]
         resident = Resident(digest, heapq.heappop(self._free_slots), pages, self.bytes_of(num_pages))
+        resident.pinned = digest in self.pins and self.can_pin(digest, num_pages)
         self.residents[digest] = resident
         self._touch(resident)
-        return [victim.digest for victim in victims]
+        return {victim.digest: victim.num_bytes for victim in victims}
 
     def blockers(self, num_pages: Sequence[int], keep: Container[str] = ()) -> list[str]:
         """Return the digests in use that would have to finish first for an adapter of `num_pages` to get room."""
@@ -97,7 +126,7 @@ class PagePool:
         lacking = [num - len(free) for num, free in zip(num_pages, self._free_pages, strict=True)]
         lacks_slot = not self._free_slots
         victims: list[Resident] = []
-        for resident in sorted(candidates, key=lambda resident: resident.priority):
+        for resident in sorted(candidates, key=lambda resident: (resident.digest in self.queued, resident.priority)):
             if not lacks_slot and all(num <= 0 for num in lacking):
                 break
             if lacks_slot or any(num > 0 and pages for num, pages in zip(lacking, resident.pages, strict=True)):

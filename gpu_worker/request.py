@@ -116,6 +116,7 @@ class EngineStats:
     resident: list[str] = field(default_factory=list)
     loading: list[str] = field(default_factory=list)
     host: list[str] = field(default_factory=list)
+    pinned: dict[str, str] = field(default_factory=dict)  # digest -> why it is not in the pool
     num_loads: int = 0  # adapters copied into the pool
     num_fetches: int = 0  # adapters fetched and packed
     counters: m.WorkerCounters = field(default_factory=m.WorkerCounters)

@@ -11,17 +11,16 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Protocol
 
 import msgspec
 import numpy as np
 
 from gpu_worker.loader import Loader
+from gpu_worker.port import EnginePort
 from gpu_worker.publish import MAX_ROWS, Held, Ledger, Pending, merge, settle
-from gpu_worker.request import EngineRequest, EngineStats, TokenOutput
+from gpu_worker.request import EngineRequest, TokenOutput
 from protocol import messages as m
 from protocol import metrics
 from protocol.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
@@ -35,42 +34,6 @@ logger = logging.getLogger(__name__)
 BEAT_S = 1.0
 BEAT_TTL_MS = 4000
 STREAM_TTL_S = 3600
-
-
-OnOutputs = Callable[[list[TokenOutput]], object]
-OnDeath = Callable[[BaseException | None], object]
-
-
-class EnginePort(Protocol):
-    """What the service needs of an engine. All methods return at once and may be called from any thread."""
-
-    def start(self, on_outputs: OnOutputs, on_death: OnDeath) -> None:
-        """Start the thread. It calls `on_outputs` once per step that made tokens or ends, `on_death` if it crashes."""
-        ...
-
-    def submit(self, request: EngineRequest) -> None: ...
-
-    def cancel(self, rids: Sequence[str]) -> None:
-        """Forget requests; nothing more comes out for them."""
-        ...
-
-    def prefetch(self, digest: str) -> None:
-        """Bring an adapter towards the pool, for a request that will come."""
-        ...
-
-    def hand_over(self) -> Future[list[str]]:
-        """Stop at the next step boundary and forget every request; the result names them."""
-        ...
-
-    def ack_step(self) -> None:
-        """Say that one delivered step is durable; the engine pauses when too many are not."""
-        ...
-
-    def stats(self) -> EngineStats: ...
-
-    def stop(self) -> None:
-        """End the thread."""
-        ...
 
 
 class Fenced(Exception):
@@ -282,6 +245,14 @@ class Worker:
                 self._has_outputs.set()
         elif order.kind == "prefetch":
             self.engine.prefetch(order.digest)
+        elif order.kind == "pin":
+            self.engine.pin(order.digest)
+        elif order.kind == "unpin":
+            self.engine.unpin(order.digest)
+        elif order.kind == "evict":
+            self.engine.evict(order.digest, order.order)
+        elif order.kind == "queued":
+            self.engine.set_queued(order.digests)
 
     # ------------------------------------------------------------ out
 
@@ -372,6 +343,7 @@ class Worker:
             resident=stats.resident,
             loading=stats.loading,
             host=stats.host,
+            pinned=stats.pinned,
             num_loads=stats.num_loads,
             num_fetches=stats.num_fetches,
             counters=msgspec.structs.replace(stats.counters, publish_s=self._publish_s),
@@ -383,10 +355,19 @@ class Worker:
         if not await self.bus.beat(key, keys.workers, self.wid, m.encode(beat), BEAT_TTL_MS, streams):
             await self.bus.leave(self.wid)
             raise Fenced
+        await self._tell_news()
         if self.stores is not None:
             self.stores.set_urls(await store_urls(self.bus))
         if self.settings.metrics_port:  # else nobody reads them here
             metrics.WORKERS.show([beat])
+
+    async def _tell_news(self) -> None:
+        """Tell the fleet what happened to adapters here. Lost with the connection: nobody depends on it."""
+        events, uses = self.engine.take_news()
+        if events:
+            await self.bus.announce(*(msgspec.structs.replace(event, source=self.wid) for event in events))
+        if uses:
+            await self.bus.note_use(uses)
 
 
 async def store_urls(bus: Bus) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ from concurrent.futures import Future
 
 from gpu_worker.engine import Engine
 from gpu_worker.request import EngineRequest, EngineStats, TokenOutput
+from protocol.messages import AdapterEvent
+from protocol.records import AdapterUse
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,26 @@ class EngineThread:
     def prefetch(self, digest: str) -> None:
         """Bring an adapter towards the pool, for a request that will come."""
         self._post(lambda: self.engine.prefetch(digest))
+
+    def pin(self, digest: str) -> None:
+        """Keep an adapter in the pool from now on."""
+        self._post(lambda: self.engine.orders.pin(digest))
+
+    def unpin(self, digest: str) -> None:
+        """Let an adapter leave the pool again."""
+        self._post(lambda: self.engine.orders.unpin(digest))
+
+    def evict(self, digest: str, order: str) -> None:
+        """Send an adapter away as soon as nobody uses it; the event of that repeats `order`."""
+        self._post(lambda: self.engine.orders.evict(digest, order))
+
+    def set_queued(self, digests: list[str]) -> None:
+        """Say which adapters requests in the fleet's queue wait for."""
+        self._post(lambda: self.engine.adapters.set_queued(digests))
+
+    def take_news(self) -> tuple[list[AdapterEvent], dict[str, AdapterUse]]:
+        """Return what happened to adapters since the last call."""
+        return self.engine.adapters.news.take()
 
     def hand_over(self) -> Future[list[str]]:
         """Forget every request at the next step boundary; the result names them. Empty if the engine has ended."""

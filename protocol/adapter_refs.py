@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from protocol.errors import PermissionDenied
-from protocol.settings import Settings
+from protocol.settings import Settings, names_of
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB = re.compile(rf"(?:hub:)?({_NAME})/({_NAME})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,127}}))?")
@@ -72,7 +72,8 @@ class Policy:
 
     @classmethod
     def of(cls, settings: Settings) -> Policy:
-        return cls(*map(_split, (settings.request_sources, settings.hub_orgs, settings.s3_buckets)))
+        lists = (settings.request_sources, settings.hub_orgs, settings.s3_buckets)
+        return cls(*(frozenset(names_of(names)) for names in lists))
 
     def check(self, reference: Reference, *, on_request: bool) -> None:
         """Raise PermissionDenied unless adapters may come from there; `on_request`: for a request that names it."""
@@ -82,7 +83,3 @@ class Policy:
             raise PermissionDenied(f"adapters of the organisation {reference.owner} are not allowed here")
         if reference.scheme == "s3" and reference.owner not in self.s3_buckets:
             raise PermissionDenied(f"adapters from the bucket {reference.owner} are not allowed here")
-
-
-def _split(names: str) -> frozenset[str]:
-    return frozenset(name.strip() for name in names.split(",") if name.strip())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -13,8 +12,10 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from protocol import messages as m
+from protocol.bus_adapters import AdapterBus
+from protocol.codec import decode, now_ms
 from protocol.errors import Internal, LorafleetError, ProtocolError
-from protocol.keys import Keys, private_name
+from protocol.keys import Keys
 from protocol.records import Owned, RequestFacts
 from protocol.redis_client import connect
 from protocol.scripts import Scripts
@@ -26,23 +27,6 @@ CONNECTION_ERRORS = (RedisConnectionError, RedisTimeoutError, ConnectionError, O
 
 T = TypeVar("T")
 Entry = tuple[bytes, dict[bytes, bytes]]  # stream id, fields
-_decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {}
-
-
-def now_ms() -> int:
-    """Return unix time in milliseconds."""
-    return time.time_ns() // 1_000_000
-
-
-def decode(raw: bytes, type_: type[T]) -> T:
-    """Decode one message. Raises ProtocolError with the path of what is wrong."""
-    decoder = _decoders.get(type_)
-    if decoder is None:
-        decoder = _decoders[type_] = msgspec.msgpack.Decoder(type_)
-    try:
-        return decoder.decode(raw)
-    except msgspec.MsgspecError as error:
-        raise ProtocolError(f"cannot decode {type_}: {error}") from error
 
 
 def error_info(error: LorafleetError) -> m.ErrorInfo:
@@ -96,7 +80,7 @@ class Refused:
     length: int
 
 
-class Bus:
+class Bus(AdapterBus):
     """A service's connection to the queue."""
 
     def __init__(self, url: str, keys: Keys | None = None) -> None:
@@ -333,10 +317,6 @@ class Bus:
             pipe.xadd(self.keys.ctl(wid), {"b": m.encode(order)}, nomkstream=True, minid=oldest, approximate=True)
         await pipe.execute()
 
-    async def announce(self, event: m.AdapterEvent) -> None:
-        """Publish an adapter event."""
-        await self.redis.xadd(self.keys.adapter_events, {"b": m.encode(event)}, maxlen=10_000, approximate=True)
-
     # ------------------------------------------------------------ who is there
 
     async def beat(
@@ -414,54 +394,6 @@ class Bus:
     async def set(self, key: str, value: msgspec.Struct, ttl_ms: int | None = None) -> None:
         """Store a message under a key."""
         await self.redis.set(key, m.encode(value), px=ttl_ms)
-
-    async def adapter_records(self, digests: Sequence[str]) -> list[m.AdapterRecord]:
-        """Return what the catalogue knows of adapter contents."""
-        raws = await self.redis.mget([self.keys.adapter(digest) for digest in digests])
-        return [decode(raw, m.AdapterRecord) for raw in raws if raw is not None]
-
-    async def alias(self, name: str, tenant: str = "") -> m.Alias | None:
-        """Return what an adapter name stands for now: everybody's, or a tenant's private one."""
-        raw = await self.redis.hget(self.keys.adapters, private_name(name, tenant))
-        return None if raw is None else decode(raw, m.Alias)
-
-    async def aliases(self, tenant: str | None = "") -> list[m.Alias]:
-        """Return everybody's names and those of `tenant`; None: all there are."""
-        found = [decode(raw, m.Alias) for raw in (await self.redis.hgetall(self.keys.adapters)).values()]
-        return found if tenant is None else [alias for alias in found if alias.tenant in ("", tenant)]
-
-    async def register(self, registration: m.Registration, max_registered: int = 10_000) -> bool:
-        """Have the stores serve a name from a remote source; asking again renews a refusal's chance. False if full."""
-        name, registered = private_name(registration.name, registration.tenant), self.keys.registrations
-        if await self.redis.hlen(registered) >= max_registered and not await self.redis.hexists(registered, name):
-            return False
-        await self.redis.hset(self.keys.registrations, name, m.encode(registration))
-        await self.announce(m.AdapterEvent(kind="wanted", name=registration.name))
-        return True
-
-    async def registration(self, name: str, tenant: str = "") -> m.Registration | None:
-        """Return what a name is registered for."""
-        raw = await self.redis.hget(self.keys.registrations, private_name(name, tenant))
-        return None if raw is None else decode(raw, m.Registration)
-
-    async def unregister(self, name: str, tenant: str = "", *, unless_asked_after: int | None = None) -> bool:
-        """Take a registration back; the stores then remove the name. False if there was none, or a newer one."""
-        field, registered = private_name(name, tenant), self.keys.registrations
-        raw = await self.redis.hget(registered, field)
-        if raw is None:
-            return False
-        if unless_asked_after is not None and decode(raw, m.Registration).asked_ms > unless_asked_after:
-            return False
-        script = "return redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] and redis.call('HDEL', KEYS[1], ARGV[1]) or 0"
-        if not await self.redis.eval(script, 1, registered, field, raw):
-            return False
-        await self.announce(m.AdapterEvent(kind="wanted", name=name))
-        return True
-
-    async def registrations(self) -> dict[str, m.Registration]:
-        """Return all registrations by the name that the catalogue has for them."""
-        raws = await self.redis.hgetall(self.keys.registrations)
-        return {name.decode(): decode(raw, m.Registration) for name, raw in raws.items()}
 
 
 def _beat(raw: bytes | None) -> m.WorkerBeat | None:

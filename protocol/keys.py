@@ -148,6 +148,15 @@ class Keys:
         return f"{self.namespace}:adapters:fetching:{name}"
 
     @property
+    def pins(self) -> str:
+        """Hash: name of an adapter that workers keep in their pools -> whose wish, "settings" or "api". Permanent."""
+        return f"{self.namespace}:adapters:pins"
+
+    def adapter_use(self, digest: str) -> str:
+        """Hash: `records.AdapterUse`, added to by workers. 7 days after the last use."""
+        return f"{self.namespace}:use:{digest}"
+
+    @property
     def adapter_events(self) -> str:
         """Stream: `messages.AdapterEvent`, store and workers -> all. MAXLEN."""
         return f"{self.namespace}:adapters:ev"
@@ -156,7 +165,8 @@ class Keys:
         """Tell whether `key` may live without a TTL."""
         fixed = {
             self.ended, self.workers, self.gateways, self.stores, self.leader_epoch,
-            self.base, self.adapters, self.registrations, self.adapter_events, *(self.sub(c) for c in CLASSES),
+            self.base, self.adapters, self.registrations, self.pins, self.adapter_events,
+            *(self.sub(c) for c in CLASSES),
         }  # fmt: skip
         return key in fixed or key.startswith(f"{self.namespace}:adapter:")
 

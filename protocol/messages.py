@@ -90,9 +90,11 @@ class Assigned(Packed, frozen=True):
 class Control(Wire, frozen=True):
     """An order to one worker."""
 
-    kind: Literal["cancel", "drain", "prefetch", "pin", "unpin", "evict"]
+    kind: Literal["cancel", "drain", "prefetch", "pin", "unpin", "evict", "queued"]
     rid: str = ""
     digest: str = ""
+    digests: list[str] = []  # of `queued`: adapters that requests wait for, which should not leave meanwhile
+    order: str = ""  # of `evict`: repeated in the event that answers it
 
 
 # ---------------------------------------------------------------- worker -> gateway
@@ -200,6 +202,7 @@ class WorkerBeat(Wire, frozen=True):
     resident: list[str] = []
     loading: list[str] = []
     host: list[str] = []
+    pinned: dict[str, str] = {}  # digest that is to stay in the pool -> why it is not there, "" if it is, or comes
     num_loads: int = 0  # adapters copied into the pool since its start
     num_fetches: int = 0  # adapters fetched from a store
     counters: WorkerCounters = msgspec.field(default_factory=WorkerCounters)
@@ -297,6 +300,7 @@ class Alias(Wire, frozen=True):
     retry_ms: int = 0  # when a failure may be tried again, unix time
     asked_ms: int = 0  # of the registration that the last look at its source was for
     on_request: bool = False  # a request named the source itself
+    registered: str = ""  # the registration's source, of which `source` is what was found there
 
 
 class Registration(Wire, frozen=True):
@@ -323,14 +327,20 @@ class AdapterRecord(Wire, frozen=True):
 
 
 class AdapterEvent(Wire, frozen=True):
-    """Something happened to an adapter. Events, not work: losing one costs time, never correctness."""
+    """Something happened to an adapter. Events, not work: losing one costs time, never correctness.
+
+    Gateways say that a name is `wanted`; stores speak of names; workers speak of digests, without a name.
+    """
 
     kind: Literal["wanted", "staged", "resident", "evicted", "failed", "alias", "removed"]
     digest: str = ""
     name: str = ""
     source: str = ""  # wid or sid
     reason: str = ""
-    ms: float = 0.0
+    ms: float = 0.0  # what it took
+    order: str = ""  # of an `evicted` that an order asked for
+    pool_bytes: int = 0  # taken or freed in a worker's pool
+    host_bytes: int = 0  # and in its host memory
 
 
 # ---------------------------------------------------------------- jobs

@@ -28,6 +28,19 @@ class RequestFacts:
         return self.state in m.TERMINAL
 
 
+@dataclass(slots=True)
+class AdapterUse:
+    """How often an adapter was used in the whole fleet, or since a worker last told. Times in ms."""
+
+    hits: int = 0  # requests that found it in the pool when they came to their worker
+    misses: int = 0  # and those that did not
+    last_ms: int = 0  # unix time of the last request
+    fetches: int = 0  # from a store to a worker's host memory
+    fetch_ms: int = 0  # what these took together
+    loads: int = 0  # from host memory into a pool
+    load_ms: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Owned:
     """A request and who has it, as the scheduler needs it after a death."""

@@ -110,6 +110,10 @@ class Settings(BaseSettings):
     s3_buckets: str = Field(default="", description="S3 buckets adapters may come from, with commas; empty: none")
     hub_endpoint: str = Field(default="", description="URL of the Hub; default: HF_ENDPOINT or huggingface.co")
     s3_endpoint: str = Field(default="", description="URL of an S3-compatible server; default: AWS, or its variables")
+    preload: str = Field(
+        default="", description="adapters every worker fetches at its start, with commas: names, Hub ids, s3:// places"
+    )
+    pin: str = Field(default="", description="adapters that never leave a worker's pool, with commas: as preload")
     refresh_s: float = Field(default=300.0, gt=0, description="how often a remote name is looked up again")
     max_downloads: int = Field(default=8, ge=1, description="adapters a store fetches at once")
     store_bucket: str = Field(default="", description="s3://BUCKET/PREFIX that several stores share as second tier")
@@ -135,3 +139,8 @@ class Settings(BaseSettings):
         """Return the `LORAFLEET_*` variables that make another process read exactly these settings."""
         values: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
         return {f"LORAFLEET_{name.upper()}": str(value) for name, value in values.items()}
+
+
+def names_of(text: str) -> tuple[str, ...]:
+    """Return the names in a setting that lists them with commas."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
+from itertools import islice
 
 from protocol import messages as m
 from protocol.keys import CLASSES
@@ -23,6 +24,8 @@ MAX_PLACED = 512
 """Requests of one plan; the rest comes with the next, so that the loop can breathe."""
 
 PREFETCH_AGAIN_MS = 10_000
+MAX_QUEUED_TOLD = 1024
+"""Adapters that a worker is told are waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Plan:
 
     batches: dict[str, list[Request]] = field(default_factory=dict)  # wid -> requests, of any adapters
     prefetches: list[tuple[str, str]] = field(default_factory=list)  # (wid, digest) worth fetching ahead
+    queued: list[tuple[str, list[str]]] = field(default_factory=list)  # (wid, adapters there that requests wait for)
     num_placed: int = 0
     again_ms: float | None = None  # when the next plan may find more, without anything else happening
 
@@ -73,6 +77,8 @@ class Scheduler:
         self._unplaced: set[str] = set()  # digests of requests submitted since the last plan
         self._wanted: list[tuple[str, str]] = []  # (wid, digest) of new homes
         self._prefetched: dict[str, float] = {}  # digest -> when, ms
+        self._queued: dict[str, frozenset[str]] = {}  # wid -> adapters it was told that requests wait for
+        self._queued_news: list[tuple[str, list[str]]] = []
 
     # ------------------------------------------------------------ what happened
 
@@ -138,6 +144,13 @@ class Scheduler:
         """Once a second: follow the load of adapters."""
         self.placement.begin()
         self._wanted = self.placement.tick(self.backlog.by_digest)
+        queued = {wid: self._queued_at(worker) for wid, worker in self.fleet.workers.items()}
+        self._queued_news = [(wid, sorted(d)) for wid, d in queued.items() if d != self._queued.get(wid, frozenset())]
+        self._queued = queued
+
+    def _queued_at(self, worker: Worker) -> frozenset[str]:
+        """Return the adapters in a worker's pool that requests in the backlog wait for: they should not leave now."""
+        return frozenset(islice((d for d in worker.resident if self.backlog.by_digest.get(d)), MAX_QUEUED_TOLD))
 
     # ------------------------------------------------------------ what to do
 
@@ -157,6 +170,7 @@ class Scheduler:
         self._unplaced.clear()
         plan.prefetches += self._wanted
         self._wanted = []
+        plan.queued, self._queued_news = self._queued_news, []
         return plan
 
     def undo(self, requests: Iterable[Request], ended: Iterable[str] = ()) -> None:

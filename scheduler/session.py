@@ -163,8 +163,9 @@ class Session:
                             group.create_task(self._assign(wid, batch))
             if self.scheduler.backlog.num_queued:
                 await asyncio.sleep(COALESCE_S)
-            if plan.prefetches:
-                orders = [(wid, m.Control(kind="prefetch", digest=digest)) for wid, digest in plan.prefetches]
+            orders = [(wid, m.Control(kind="prefetch", digest=digest)) for wid, digest in plan.prefetches]
+            orders += [(wid, m.Control(kind="queued", digests=digests)) for wid, digests in plan.queued]
+            if orders:
                 await self._bus.tell(orders)
 
     async def _assign(self, wid: str, batch: list[Request]) -> None:

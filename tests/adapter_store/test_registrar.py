@@ -140,9 +140,12 @@ async def test_refusals_say_why_and_are_looked_at_again_when_asked(bus: Bus, hub
     await in_state(bus, "bad", "on_disk")
 
 
-async def test_a_repository_that_goes_away_is_not_served_on(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
+@pytest.mark.parametrize("source", ["hub:org/a", "hub:org/a@main"])
+async def test_a_repository_that_goes_away_is_not_served_on(
+    bus: Bus, hub: HubStub, run_store: RunStore, source: str
+) -> None:
     run_store(refresh_s=0.1)
-    await register(bus)
+    await register(bus, source=source)
     await in_state(bus, "a", "on_disk")
     del hub.repos["org/a"]
     assert (await in_state(bus, "a", "failed")).digest == ""

@@ -12,11 +12,12 @@ from gpu_worker.adapter_weights import PoolWeights, split_budget
 from gpu_worker.adapters import MAX_STARVED_LOADS, NUM_STAGERS, AdapterCache
 from gpu_worker.attention import StepContext
 from gpu_worker.lora import SiteInfo
+from gpu_worker.orders import Orders
 from gpu_worker.packing import HostAdapter, Packer
 from gpu_worker.places import Places
 from lora_kernels.ops import PAGE_ROWS
 from protocol.errors import AdapterRefused, BadRequest
-from protocol.messages import ServedModel, SiteShape
+from protocol.messages import AdapterEvent, ServedModel, SiteShape
 
 SITES = [
     SiteInfo("model.layers.0.attn.q", 0, 0, 4, 6, "linear", torch.float32),
@@ -185,6 +186,112 @@ def test_the_host_keeps_what_is_wanted_and_drops_the_oldest_of_the_rest() -> Non
     loading.load("a", "b", until="a")
     assert "b" in loading.cache.host
     assert loading.cache.host.num_bytes == sum(loading.known[name].num_bytes for name in loading.cache.host)
+
+
+class Ordered(Loading):
+    """Orders given to a cache, carried out as the engine does it: load what is wanted, then send away what may go."""
+
+    def __init__(self, num_pages: int, adapters: list[HostAdapter]) -> None:
+        super().__init__(num_pages, adapters)
+        self.orders = Orders(self.cache)
+        self.queued: list[str] = []
+
+    def run(self) -> list[AdapterEvent]:
+        """Step until nothing is on its way any more; returns what was told of evictions."""
+        events: list[AdapterEvent] = []
+        while True:
+            self.news.clear()
+            self.orders.note(self.cache.poll())
+            self.orders.note(self.cache.load([*self.queued, *self.orders.wanted()]))
+            self.orders.settle(self.queued)
+            events += [event for event in self.cache.news.take()[0] if event.kind == "evicted"]
+            if not self.cache.loading:
+                return events
+            assert self.news.wait(timeout=60)
+
+
+def test_a_pinned_adapter_comes_and_stays() -> None:
+    loading = Ordered(2, [make_adapter(name, 8) for name in "abc"])
+    loading.orders.pin("a")
+    assert loading.run() == []
+    assert loading.cache.resident == ["a"]
+    for name in "bcb":
+        loading.queued = [name]
+        loading.run()
+        assert sorted(loading.cache.resident) == ["a", name]
+    loading.orders.unpin("a")
+    loading.queued = ["b", "c"]
+    assert [event.digest for event in loading.run()] == ["a"]
+    assert loading.orders.pins == {}
+
+
+def test_pins_take_at_most_half_of_the_pool() -> None:
+    """The one too many is served like any other, says why it is not kept, and is kept once there is room."""
+    loading = Ordered(4, [make_adapter(name, 8) for name in "abcd"] + [make_adapter("wide", 33)])
+    for name in "abc":
+        loading.orders.pin(name)
+    loading.run()
+    assert loading.orders.pins["a"] == loading.orders.pins["b"] == ""
+    assert "half of the pool" in loading.orders.pins["c"]
+    failed = {}
+    loading.cache.load(["wide"])
+    while not failed:
+        loading.news.wait(timeout=60)
+        loading.news.clear()
+        failed = {**loading.cache.poll(), **loading.cache.load(["wide"])}
+    assert "pinned adapters leave less" in failed["wide"].message
+    assert failed["wide"].retryable
+    loading.orders.unpin("a")
+    loading.orders.pin("c")
+    loading.run()
+    assert loading.orders.pins == {"b": "", "c": ""}
+
+
+def test_a_pin_that_fails_says_why_and_is_tried_when_it_is_ordered_again() -> None:
+    loading = Ordered(2, [make_adapter("huge", 100)])
+    loading.orders.pin("huge")
+    loading.run()
+    assert "bytes of the adapter pool" in loading.orders.pins["huge"]
+    assert loading.orders.wanted() == []
+    loading.orders.pin("huge")
+    assert loading.orders.wanted() == ["huge"]
+
+
+def test_an_eviction_frees_pool_and_host_and_says_how_much() -> None:
+    adapter = make_adapter("a", 8)
+    loading = Ordered(2, [adapter, make_adapter("b", 8)])
+    loading.queued = ["a"]
+    loading.run()
+    free_bytes = loading.cache.pool.free_bytes
+    loading.orders.evict("a", "order 1")
+    assert loading.run() == [], "requests wait for it"
+    loading.queued = []
+    loading.cache.acquire("a")
+    assert loading.run() == [], "a request uses it"
+    loading.cache.release("a")
+    (told,) = loading.run()
+    assert (told.digest, told.order) == ("a", "order 1")
+    assert told.pool_bytes == loading.cache.pool.free_bytes - free_bytes == PAGE_BYTES[0]
+    assert told.host_bytes == adapter.num_bytes
+    assert loading.evicted == ["a"], "its KV blocks are the next to be reused"
+    assert not loading.cache.resident
+    assert "a" not in loading.cache.host
+    loading.orders.evict("b", "order 2")
+    (told,) = loading.run()
+    assert (told.order, told.pool_bytes, told.host_bytes) == ("order 2", 0, 0), "it was not there"
+
+
+def test_what_happens_is_told() -> None:
+    loading = Ordered(1, [make_adapter("a", 8), make_adapter("b", 8)])
+    loading.queued = ["a"]
+    loading.run()
+    loading.cache.news.used("a", resident=True)
+    loading.cache.news.used("a", resident=False)
+    loading.queued = ["b"]
+    loading.load("b", until="b")
+    events, uses = loading.cache.news.take()
+    assert [(event.kind, event.digest) for event in events] == [("staged", "b"), ("evicted", "a"), ("resident", "b")]
+    assert (uses["a"].hits, uses["a"].misses, uses["b"].fetches, uses["b"].loads) == (1, 1, 1, 1)
 
 
 def test_a_budget_is_split_by_pages() -> None:

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gpu_worker.pool import PagePool
+from gpu_worker.pool import PagePool, Resident
 
 CAPACITY = (6, 5, 1)
 DIGESTS = [f"d{i}" for i in range(8)]
@@ -18,6 +18,10 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = PagePool(CAPACITY, (100, 300, 1000), num_slots=4)
+
+    def _pages_of(self, before: dict[str, Resident], digests: set[str]) -> list[int]:
+        """Return the pages by group that adapters held."""
+        return [sum(len(before[digest].pages[group]) for digest in digests) for group in range(len(CAPACITY))]
 
     def _pick(self, data: st.DataObject) -> str:
         return data.draw(st.sampled_from(sorted(self.pool.residents)))
@@ -37,6 +41,14 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.pool.residents == before
             return
         assert {before[d].digest for d in evicted} <= {r.digest for r in movable}
+        assert evicted == {d: before[d].num_bytes for d in evicted}
+        queued = {d for d in evicted if d in self.pool.queued}
+        for r in movable if queued else ():
+            # One that is waited for leaves only when those nobody waits for have left or are of no use.
+            spared = r.digest not in evicted and r.digest not in self.pool.queued
+            assert not spared or all(
+                not (lost and have) for lost, have in zip(self._pages_of(before, queued), r.pages, strict=True)
+            )
         assert [len(pages) for pages in self.pool.residents[digest].pages] == list(num_pages)
         assert self.pool.acquire(digest) is None, "it must not be seen before its weights have arrived"
 
@@ -61,6 +73,25 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data(), pinned=st.booleans())
     def pin(self, data: st.DataObject, pinned: bool) -> None:
         self.pool.residents[self._pick(data)].pinned = pinned
+
+    @rule(digest=st.sampled_from(DIGESTS), pinned=st.booleans())
+    def set_pinned(self, digest: str, pinned: bool) -> None:
+        """Whether it is there or not; kept only while half of the pool is left to others."""
+        others = [r for r in self.pool.residents.values() if r.pinned and r.digest != digest]
+        self.pool.set_pinned(digest, pinned)
+        assert (digest in self.pool.pins) == pinned
+        if resident := self.pool.residents.get(digest):
+            held = [*others, resident]
+            pages = [sum(len(r.pages[g]) for r in held) for g in range(len(CAPACITY))]
+            fits = 2 * len(held) <= 4 and all(
+                2 * num <= have or not own
+                for num, have, own in zip(pages, CAPACITY, map(len, resident.pages), strict=True)
+            )
+            assert resident.pinned == (pinned and fits)
+
+    @rule(queued=st.frozensets(st.sampled_from(DIGESTS), max_size=4))
+    def set_queued(self, queued: frozenset[str]) -> None:
+        self.pool.queued = queued
 
     @precondition(lambda self: self.pool.residents)
     @rule(data=st.data())
@@ -90,7 +121,7 @@ def load(pool: PagePool, digest: str, num_pages: tuple[int, ...], uses: int = 0)
     for _ in range(uses):
         pool.acquire(digest)
         pool.release(digest)
-    return evicted
+    return None if evicted is None else list(evicted)
 
 
 def test_the_often_used_one_stays() -> None:
@@ -105,6 +136,17 @@ def test_the_one_that_is_slow_to_reload_stays() -> None:
     load(pool, "far", (1,), uses=1)
     load(pool, "near", (1,), uses=3)
     assert load(pool, "new", (1,)) == ["near"]
+
+
+def test_those_waited_for_leave_last() -> None:
+    pool = PagePool((3,), (100,), num_slots=8)
+    load(pool, "often", (1,), uses=5)
+    load(pool, "waited for", (1,), uses=1)
+    load(pool, "seldom", (1,), uses=2)
+    pool.queued = frozenset({"waited for"})
+    assert load(pool, "a", (1,)) == ["seldom"]
+    assert load(pool, "b", (2,)) == ["a", "often"]
+    assert load(pool, "c", (3,)) == ["b", "waited for"]
 
 
 def test_old_fame_fades() -> None:
@@ -123,11 +165,11 @@ def test_an_attention_adapter_does_not_push_out_an_mlp_adapter() -> None:
 
 def test_what_a_loader_still_writes_to_is_nobody_elses() -> None:
     pool = PagePool((1,), (100,), num_slots=8)
-    assert pool.reserve("loading", (1,)) == []
+    assert pool.reserve("loading", (1,)) == {}
     assert pool.reserve("next", (1,)) is None
     assert pool.blockers((1,)) == []
     pool.publish("loading")
-    assert pool.reserve("next", (1,)) == ["loading"]
+    assert pool.reserve("next", (1,)) == {"loading": 100}
 
 
 def test_blockers_are_those_in_use_that_stand_in_the_way() -> None:

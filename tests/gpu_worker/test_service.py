@@ -300,3 +300,25 @@ async def test_a_worker_shows_its_own_metrics_on_its_port(bus: Bus, unused_tcp_p
         await wait_until(published, "the time of step scripts is shown")
     with pytest.raises(OSError, match="refused"):
         await asyncio.to_thread(scrape)
+
+
+async def test_orders_about_adapters_are_obeyed_and_what_they_freed_is_told(bus: Bus) -> None:
+    async with running_worker(bus) as (worker, _):
+        engine = worker.engine
+        assert isinstance(engine, FakeEngine)
+        orders = [
+            m.Control(kind="prefetch", digest="a"),
+            m.Control(kind="pin", digest="b"),
+            m.Control(kind="unpin", digest="b"),
+            m.Control(kind="queued", digests=["c", "d"]),
+            m.Control(kind="evict", digest="b", order="o1"),
+        ]
+        await bus.tell([(worker.wid, order) for order in orders])
+
+        async def told() -> list[m.AdapterEvent]:
+            return [decode(fields[b"b"], m.AdapterEvent) for _, fields in await bus.entries(bus.keys.adapter_events)]
+
+        (event,) = await wait_until(told, "the eviction is told")
+        assert (event.kind, event.digest, event.order, event.source) == ("evicted", "b", "o1", worker.wid)
+        expected_orders = [("prefetch", "a"), ("pin", "b"), ("unpin", "b"), ("queued", "c,d"), ("evict", "b")]
+        assert engine.orders == expected_orders

@@ -244,6 +244,21 @@ def test_an_adapter_that_cannot_be_loaded_yet_is_fetched_ahead_once() -> None:
     assert scheduler.plan(0.0).prefetches == []
 
 
+def test_workers_hear_which_of_their_adapters_the_queue_waits_for() -> None:
+    scheduler = make_scheduler(1, resident=["d0", "d1", "d2"], capacity=1)
+    for i in range(8):
+        scheduler.submit(make_submit(f"r{i}", digest=f"d{i % 2}"), 0)
+    scheduler.plan(0.0)
+    scheduler.tick()
+    assert scheduler.plan(0.0).queued == [("w0", ["d0", "d1"])]
+    scheduler.tick()
+    assert scheduler.plan(0.0).queued == [], "told once"
+    for i in range(8):
+        scheduler.forget(f"r{i}")
+    scheduler.tick()
+    assert scheduler.plan(0.0).queued == [("w0", [])]
+
+
 def test_a_held_request_wakes_the_plan_when_its_patience_ends() -> None:
     scheduler = make_scheduler(1, resident=["d"], capacity=1)
     scheduler.learn("d", AdapterFacts(16, 20_000_000))

@@ -1,0 +1,86 @@
+"""What workers should hold is compared with what they say they hold; the difference becomes orders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from adapter_files import BASE, write_adapter
+from store_run import RunStore, in_state
+from waiting import wait_until
+
+from adapter_store.catalogue import Catalogue
+from adapter_store.keeper import AGAIN_S, Keeper
+from protocol import messages as m
+from protocol.bus import Bus, decode
+from protocol.settings import Settings
+
+
+def beat(wid: str, **fields: object) -> m.WorkerBeat:
+    return m.WorkerBeat(wid=wid, name=wid, model="tiny", capacity=1, **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def keeper(bus: Bus, settings: Settings) -> Keeper:
+    return Keeper(bus, Catalogue(bus, "s"), settings)
+
+
+def kinds(orders: list[tuple[str, m.Control]]) -> list[tuple[str, str, str]]:
+    return [(wid, order.kind, order.digest) for wid, order in orders]
+
+
+def test_a_pin_is_ordered_until_the_worker_has_it(keeper: Keeper) -> None:
+    beats = {"w1": beat("w1"), "w2": beat("w2", pinned={"d": ""})}
+    assert kinds(keeper.orders(beats, {"d"}, set(), 0.0)) == [("w1", "pin", "d")]
+    assert keeper.orders(beats, {"d"}, set(), AGAIN_S - 0.1) == [], "it may be on its way"
+    assert kinds(keeper.orders(beats, {"d"}, set(), AGAIN_S)) == [("w1", "pin", "d")]
+    failed = {"w1": beat("w1", pinned={"d": "no room"})}
+    assert kinds(keeper.orders(failed, {"d"}, set(), 2 * AGAIN_S)) == [("w1", "pin", "d")]
+
+
+def test_what_is_pinned_no_more_is_unpinned(keeper: Keeper) -> None:
+    """Also when the name stands for other content now."""
+    beats = {"w1": beat("w1", pinned={"old": ""})}
+    assert kinds(keeper.orders(beats, {"new"}, set(), 0.0)) == [("w1", "pin", "new"), ("w1", "unpin", "old")]
+
+
+def test_preloads_are_ordered_once_for_each_worker_and_content(keeper: Keeper) -> None:
+    beats = {"w1": beat("w1"), "w2": beat("w2", host=["d"])}
+    assert kinds(keeper.orders(beats, set(), {"d"}, 0.0)) == [("w1", "prefetch", "d")]
+    assert keeper.orders(beats, set(), {"d"}, 9.0) == []
+    assert kinds(keeper.orders(beats | {"w3": beat("w3")}, set(), {"d"}, 9.0)) == [("w3", "prefetch", "d")]
+    beats["w2"] = beat("w2")  # evicted since: that is the worker's decision, but nobody had told it to fetch
+    assert kinds(keeper.orders(beats, set(), {"e"}, 9.0)) == [("w1", "prefetch", "e"), ("w2", "prefetch", "e")]
+
+
+async def test_settings_pin_and_preload_beside_what_comes_later(
+    bus: Bus, settings: Settings, run_store: RunStore, tmp_path: Path
+) -> None:
+    """A store with `pin` and `preload` orders both of each worker; pins of earlier settings end, the API's stay."""
+    await bus.set(bus.keys.base, BASE)
+    await bus.pin("gone", "settings")
+    await bus.pin("c", "api")
+    assert settings.adapters is not None
+    for seed, name in enumerate("abc"):
+        write_adapter(settings.adapters / name, seed=seed)
+    await bus.create_stream(bus.keys.ctl("w1"), 60)
+    await bus.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat("w1")), 60_000)
+    run_store(pin="a", preload="b, a", refresh_s=3600)
+    digests = {name: (await in_state(bus, name, "on_disk")).digest for name in "abc"}
+
+    async def told() -> set[tuple[str, str]]:
+        orders = [decode(fields[b"b"], m.Control) for _, fields in await bus.entries(bus.keys.ctl("w1"))]
+        return {(order.kind, order.digest) for order in orders}
+
+    wanted = {("pin", digests["a"]), ("prefetch", digests["b"]), ("pin", digests["c"])}
+
+    async def all_told() -> bool:
+        return wanted <= await told()
+
+    await wait_until(all_told, "the worker has its orders")
+    assert await told() == wanted
+    assert await bus.pins() == {"a": "settings", "c": "api"}
+    write_adapter(settings.adapters / "a", seed=7)
+    new = (await in_state(bus, "a", "on_disk", not_digest=digests["a"])).digest
+    wanted |= {("pin", new)}
+    await wait_until(all_told, "the pin has moved with the name")
