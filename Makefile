@@ -12,7 +12,7 @@ ARGS ?=
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
-.PHONY: demo up test test-models models-table peft-table check lint-fix bench docker-smoke clean help
+.PHONY: demo up test test-models models-table peft-table check lint-fix bench chaos chaos-short docker-smoke clean help
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,12 @@ bench: $(VENV)/.stamp-demo  ## measure whole fleets for a few minutes; ARGS= for
 
 peft-table: $(VENV)/.stamp-dev  ## measure every kind of adapter against PEFT, into docs/peft.md
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m oracle.peft_table
+
+chaos-short: $(VENV)/.stamp-dev  ## kill every kind of process under load for three minutes, check every answer
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 60 --every 2.5 --out build/chaos-short $(ARGS)
+
+chaos: $(VENV)/.stamp-dev  ## the same, a thousand times: an hour or two; the report is build/chaos/report.md
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 1000 $(ARGS)
 
 docker-smoke: $(VENV)/.stamp-demo  ## build the images, ask two workers, kill one, ask again, take it all down
 	deploy/smoke.sh

@@ -12,13 +12,14 @@ import pytest
 import pytest_asyncio
 import torch
 from conftest import untimed_keys
-from e2e.services import Services
 from factories import make_adapter, make_tiny_model
 from openai import AsyncOpenAI
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from waiting import wait_until
+
+from chaos.fleet import ProcessFleet, Shape
 
 RANKS = {"one": 1, "three": 3, "eight": 8, "sixteen": 16}
 PROMPTS = ["The first prompt", "Another", "and a third, rather longer one: " + 20 * "abc ", "x"]
@@ -77,20 +78,20 @@ def oracle(model: Path, adapters: Path) -> Iterator[Oracle]:
 
 
 @asynccontextmanager
-async def openai_client(services: Services) -> AsyncIterator[AsyncOpenAI]:
+async def openai_client(services: ProcessFleet) -> AsyncIterator[AsyncOpenAI]:
     async with AsyncOpenAI(base_url=f"{services.url}/v1", api_key="none", timeout=200, max_retries=0) as client:
         yield client
 
 
 @pytest_asyncio.fixture
-async def client(services: Services) -> AsyncIterator[AsyncOpenAI]:
+async def client(services: ProcessFleet) -> AsyncIterator[AsyncOpenAI]:
     async with openai_client(services) as client:
         yield client
 
 
 @pytest_asyncio.fixture
-async def services(tmp_path: Path, model: Path, adapters: Path) -> AsyncIterator[Services]:
-    fleet = Services(tmp_path, model, adapters)
+async def services(tmp_path: Path, model: Path, adapters: Path) -> AsyncIterator[ProcessFleet]:
+    fleet = ProcessFleet.prepare(tmp_path, model, adapters, durable=False)
     yield fleet
     await fleet.close()
 
@@ -112,9 +113,9 @@ async def ask(client: AsyncOpenAI, name: str, prompt: str, num: int, seen: async
 
 @pytest.mark.timeout(240)
 async def test_500_requests_of_mixed_adapters_all_come_back_right_and_nothing_stays(
-    services: Services, client: AsyncOpenAI, oracle: Oracle
+    services: ProcessFleet, client: AsyncOpenAI, oracle: Oracle
 ) -> None:
-    await services.start_all("w0", "w1")
+    await services.start_all(Shape(workers=("w0", "w1")))
     names = ["base", *RANKS]
     jobs = [(names[i % len(names)], PROMPTS[i % len(PROMPTS)], 8 + i % 5) for i in range(500)]
     room = asyncio.Semaphore(64)
@@ -134,10 +135,10 @@ async def test_500_requests_of_mixed_adapters_all_come_back_right_and_nothing_st
 
 @pytest.mark.timeout(240)
 async def test_a_worker_is_killed_in_mid_stream_another_joins_and_no_client_notices(
-    services: Services, client: AsyncOpenAI, oracle: Oracle
+    services: ProcessFleet, client: AsyncOpenAI, oracle: Oracle
 ) -> None:
     num = 400
-    await services.start_all("w0", "w1")
+    await services.start_all(Shape(workers=("w0", "w1")))
     names = [*(["base", *RANKS] * 3)]
     started = [asyncio.Event() for _ in names]
     streams = [
@@ -152,7 +153,7 @@ async def test_a_worker_is_killed_in_mid_stream_another_joins_and_no_client_noti
     keys = [key async for key in services.bus.redis.scan_iter(services.bus.keys.req("*").encode())]
     epochs = [int(await services.bus.redis.hget(key, "epoch")) for key in keys]
     assert max(epochs) > 1, "no request was moved: the kill showed nothing"
-    await wait_until(lambda: services.num_workers(2), "the new worker has joined", timeout_s=60)
+    await wait_until(lambda: services.is_up(services.members["w2"]), "the new worker has joined", timeout_s=60)
     services.kill("w1")
     assert await ask(client, "eight", PROMPTS[1], 12) == oracle.text("eight", PROMPTS[1], 12)
 
@@ -172,9 +173,11 @@ async def test_any_of_a_thousand_registered_adapters_can_be_asked_at_once(
         save_file(new, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(json.dumps(config))
     # Room for some of them only: the pool has to let adapters come and go.
-    services = Services(tmp_path, model, many, adapter_pool_bytes=4 << 20, adapter_host_bytes=8 << 20)
+    services = ProcessFleet.prepare(
+        tmp_path, model, many, durable=False, adapter_pool_bytes=4 << 20, adapter_host_bytes=8 << 20
+    )
     try:
-        await services.start_all("w0")
+        await services.start_all(Shape())
         chosen = [f"a{i:04}" for i in range(3, 1000, 13)]
         async with openai_client(services) as client:
             await wait_until(lambda: _all_listed(client, 1001), "all are listed", timeout_s=100, every_s=0.3)
@@ -193,7 +196,7 @@ async def _all_listed(client: AsyncOpenAI, num: int) -> bool:
     return len((await client.models.list()).data) == num
 
 
-async def _is_idle(services: Services) -> bool:
+async def _is_idle(services: ProcessFleet) -> bool:
     bus = services.bus
     beats = (await bus.worker_beats()).values()
     queued = [await bus.redis.xlen(bus.keys.sub(cls)) for cls in ("interactive", "batch")]

@@ -1,0 +1,62 @@
+"""Kill a fleet at random under load, check everything, write a report. Exit code 1 when anything was wrong."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from chaos.fleet import Shape
+from chaos.report import as_json, as_markdown
+from chaos.run import Plan, Tally, prepared
+from protocol.service import set_up_logging
+
+RANKS = {"one": 1, "three": 3, "eight": 8, "sixteen": 16}
+
+
+def main() -> int:
+    """Run as the arguments say."""
+    parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
+    parser.add_argument("--faults", type=int, default=50, help="how many kills, stops, drains and power cuts")
+    parser.add_argument("--every", type=float, default=3.0, help="mean seconds from one to the next")
+    parser.add_argument("--clients", type=int, default=8, help="calls at a time")
+    parser.add_argument("--gateways", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1, help="of faults and calls")
+    parser.add_argument("--minutes", type=float, default=240.0, help="begin no more faults after so long")
+    parser.add_argument("--out", type=Path, default=Path("build/chaos"), help="folder for the report and the logs")
+    args = parser.parse_args()
+    shape = Shape(args.gateways, 2, tuple(f"w{i}" for i in range(args.workers)))
+    plan = Plan(args.faults, args.every, args.clients, args.seed, args.minutes * 60, shape)
+    set_up_logging("chaos", "info")
+    logging.getLogger("httpx2").setLevel("WARNING")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="lorafleet-chaos-") as scratch:
+        tally = asyncio.run(_run(plan, Path(scratch)))
+        args.out.mkdir(parents=True, exist_ok=True)
+        for log in Path(scratch).glob("*.log"):
+            shutil.copy(log, args.out / log.name)
+    (args.out / "report.json").write_bytes(as_json(tally, plan, sys.argv[1:]))
+    report = as_markdown(tally, plan, sys.argv[1:])
+    (args.out / "report.md").write_text(report)
+    print(report)
+    return 1 if tally.violations else 0
+
+
+async def _run(plan: Plan, folder: Path) -> Tally:
+    from tests.factories import make_adapter, make_tiny_model
+
+    model = make_tiny_model(folder / "model", max_len=2048)
+    for seed, (name, rank) in enumerate(RANKS.items(), start=1):
+        make_adapter(folder / "adapters" / name, model, rank=rank, seed=seed)
+    async with prepared(plan, folder, model, list(RANKS)) as run:
+        return await run.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

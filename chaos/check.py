@@ -1,0 +1,107 @@
+"""What must be true of everything a client was shown, and of what the queue says of it. Pure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+from chaos.asks import Expected
+from chaos.client import Attempt, Call
+from chaos.faults import Hit
+from protocol.records import RequestFacts
+
+SLACK_S = 2.0
+"""How long before a client sees it a fault may have happened."""
+
+DEAD_AFTER_S = 10.0
+"""How long a request may still be told of a gateway, or a queue, that stood still and has come back."""
+
+EXCUSES = {
+    "cut": {"gateway"},
+    "shutting_down": {"gateway"},
+    "cancelled": {"gateway"},  # it stood still so long that it counted as dead
+    "no_worker": {"worker", "queue"},
+    "queue_unavailable": {"queue"},
+    "request_lost": {"queue"},
+    "job_not_found": {"queue"},
+    "expired": {"queue"},
+}
+"""What a client may be told instead of its answer -> what must have been hit."""
+
+
+def shown_wrongly(attempt: Attempt, expected: Expected) -> list[str]:
+    """Return what is wrong with what an attempt showed: every text is the beginning of the right one, and ends once."""
+    wrong: list[str] = []
+    if attempt.outcome == "complete":
+        if attempt.text != expected.text:
+            wrong.append(f"text differs from character {_common(attempt.text, expected.text)}")
+        if attempt.finishes != [expected.finish]:
+            wrong.append(f"ends: {attempt.finishes}")
+        if attempt.num_done != 1:
+            wrong.append(f"{attempt.num_done} times [DONE]")
+        usage = (attempt.usage.get("prompt_tokens"), attempt.usage.get("completion_tokens"))
+        if usage != (expected.num_prompt_tokens, expected.num_tokens):
+            wrong.append(f"usage {usage} instead of {expected.num_prompt_tokens, expected.num_tokens}")
+    else:
+        if not expected.text.startswith(attempt.text):
+            wrong.append(f"unfinished text differs from character {_common(attempt.text, expected.text)}")
+        if len(attempt.finishes) > 1 or (attempt.finishes and attempt.text != expected.text):
+            wrong.append(f"unfinished, but ends: {attempt.finishes}")
+        if attempt.num_done:
+            wrong.append("unfinished, but [DONE]")
+    return wrong
+
+
+def logged_wrongly(attempt: Attempt, expected: Expected, facts: RequestFacts | None, ids: bytes) -> list[str]:
+    """Return what is wrong with a request's log: never anything but the right tokens, all of them at the end."""
+    if attempt.outcome != "complete":
+        return [] if expected.ids.startswith(ids) else [f"the log holds {_words(ids, expected.ids)}"]
+    if facts is None:
+        return ["the queue does not know the request"]
+    wrong: list[str] = []
+    if ids != expected.ids:
+        wrong.append(f"the log holds {_words(ids, expected.ids)}")
+    if (facts.state, facts.finish) != ("completed", expected.finish):
+        wrong.append(f"the queue says {facts.state}, {facts.finish!r}")
+    return wrong
+
+
+def unexcused(attempt: Attempt, hits: Iterable[Hit]) -> str:
+    """Return why a client may not have been told what it was, "" if it may."""
+    if attempt.outcome == "complete":
+        return ""
+    code = "cut" if attempt.outcome == "cut" else attempt.code
+    kinds = EXCUSES.get(code, set())
+    for hit in hits:
+        same = hit.kind != "gateway" or hit.url == attempt.url
+        over_s = (hit.until_s or attempt.ended_s) + DEAD_AFTER_S
+        if hit.kind in kinds and same and hit.at_s - SLACK_S <= attempt.ended_s and attempt.began_s <= over_s:
+            return ""
+    return f"{attempt.outcome} {attempt.code} {attempt.detail}".strip()
+
+
+def longest_pause(call: Call, at_s: float, horizon_s: float) -> float | None:
+    """Return for how long the text of a call that had begun stood still around `at_s`; None when it was not running.
+
+    `horizon_s`: pauses that begin later have nothing to do with it.
+    """
+    times = [when for when, _ in call.progress]
+    if len(times) < 2 or not times[0] <= at_s < times[-1]:
+        return None
+    gaps = [(b - a) for a, b in itertools.pairwise(times) if b > at_s and a < at_s + horizon_s]
+    return max(gaps, default=None)
+
+
+def percentile(values: list[float], q: float) -> float:
+    """Return the q-quantile (0 to 1), the nearest value."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
+
+
+def _common(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _words(ids: bytes, right: bytes) -> str:
+    same = next((i for i in range(0, len(ids), 4) if ids[i : i + 4] != right[i : i + 4]), len(ids))
+    return f"{len(ids) // 4} tokens, right up to {same // 4} of {len(right) // 4}"

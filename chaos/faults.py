@@ -1,0 +1,219 @@
+"""What is done to whom. The choice is pure; the doing is on real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import signal
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from chaos.fleet import ProcessFleet, gateway_url, until
+from protocol.bus import CONNECTION_ERRORS
+from protocol.service import wait_any
+
+logger = logging.getLogger(__name__)
+
+How = Literal["kill", "stop", "drain", "power cut"]
+WEIGHTS: dict[tuple[str, How], float] = {
+    ("worker", "kill"): 6, ("worker", "stop"): 3, ("worker", "drain"): 3,
+    ("gateway", "kill"): 3, ("gateway", "stop"): 1, ("gateway", "drain"): 2,
+    ("scheduler", "kill"): 3, ("scheduler", "stop"): 1, ("scheduler", "drain"): 1,
+    ("store", "kill"): 1, ("store", "stop"): 1, ("store", "drain"): 1,
+    ("queue", "kill"): 2, ("queue", "stop"): 1, ("queue", "power cut"): 1,
+}  # fmt: skip
+NEEDS_ANOTHER = {"worker", "gateway", "scheduler"}
+"""Of these one is always left alone: without any, nothing can go on, which shows nothing."""
+
+STOP_S = 10.0
+DRAIN_SLACK_S = 15.0  # beyond the grace
+POWER_CUT_S = 1.0
+"""What a queue without power may lose: its file is synced every second."""
+
+
+@dataclass(slots=True)
+class Hit:
+    """A fault that was done."""
+
+    kind: str
+    name: str
+    how: How
+    at_s: float  # time.monotonic
+    until_s: float = 0.0  # when it was up again; 0: not yet
+    url: str = ""  # of a gateway
+    rids: frozenset[str] = frozenset()  # what a worker held
+
+
+def draw(rng: random.Random, up: Mapping[str, Sequence[str]]) -> tuple[str, str, How] | None:
+    """Choose (kind, name, how) among the members that are up; None when none can be spared."""
+    possible: dict[tuple[str, How], float] = {
+        (kind, how): weight
+        for (kind, how), weight in WEIGHTS.items()
+        if len(up.get(kind, ())) > (1 if kind in NEEDS_ANOTHER else 0)
+    }
+    if not possible:
+        return None
+    kind, how = rng.choices(list(possible), list(possible.values()))[0]
+    return kind, rng.choice(list(up[kind])), how
+
+
+class PowerCut:
+    """Knows what the queue's file held up to a second ago, which is all that a power cut is sure to leave."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "appendonlydir"
+        self._sizes: deque[tuple[float, Path, int]] = deque(maxlen=100)
+
+    async def watch(self) -> None:
+        """Note the file's size until cancelled."""
+        while True:
+            self.note()
+            await asyncio.sleep(0.03)
+
+    def note(self) -> None:
+        """Note the file's size now."""
+        if (file := self._newest()) is not None:
+            self._sizes.append((time.monotonic(), file, file.stat().st_size))
+
+    def cut(self, age_s: float) -> int:
+        """Take from the file of a server that is dead what it wrote in its last `age_s`. Returns the bytes."""
+        file, now_s = self._newest(), time.monotonic()
+        sizes = [size for at_s, path, size in self._sizes if path == file and at_s >= now_s - age_s]
+        if file is None or not sizes:
+            return 0
+        lost = file.stat().st_size - sizes[0]
+        with file.open("r+b") as log:
+            log.truncate(sizes[0])
+        return lost
+
+    def _newest(self) -> Path | None:
+        with contextlib.suppress(FileNotFoundError):
+            files = sorted(self._folder.glob("*.incr.aof"), key=lambda file: int(file.name.split(".")[-3]))
+            return files[-1] if files else None
+        return None
+
+
+class Havoc:
+    """Does faults, one after another and several at a time, and brings everything back."""
+
+    def __init__(self, fleet: ProcessFleet, rng: random.Random) -> None:
+        self.fleet = fleet
+        self.hits: list[Hit] = []
+        self.troubles: list[str] = []  # what a member did wrong by itself
+        self._rng = rng
+        self._queue_is_down = False
+        self._power = PowerCut(fleet.queue.folder)
+        self._busy: set[str] = set()  # members that are being hit, until they are up again
+
+    async def run(self, num: int, every_s: float, stop: asyncio.Event) -> None:
+        """Do `num` faults, one every `every_s` in the mean, or fewer if `stop` is set; wait until all is up again."""
+        async with asyncio.TaskGroup() as group:
+            always = [group.create_task(loop) for loop in (self._power.watch(), self._keep())]
+            async with asyncio.TaskGroup() as faults:
+                while len(self.hits) < num and not stop.is_set():
+                    await wait_any(stop, self._rng.expovariate(1 / every_s))
+                    choice = draw(self._rng, await self._up())
+                    if choice is not None:
+                        faults.create_task(self._hit(await self._aimed(*choice)))
+            for task in always:
+                task.cancel()
+
+    async def _up(self) -> dict[str, list[str]]:
+        up: dict[str, list[str]] = {"queue": [] if "queue" in self._busy else ["queue"]}
+        members = [m for m in self.fleet.members.values() if m.name not in self._busy]
+        states = await asyncio.gather(*(self.fleet.is_up(member) for member in members))
+        for member, is_up in zip(members, states, strict=True):
+            if is_up:
+                up.setdefault(member.service, []).append(member.name)
+        return up
+
+    async def _aimed(self, kind: str, name: str, how: How) -> Hit:
+        """Return a fault that is about to be done."""
+        self._busy.add(name)
+        hit = Hit(kind, name, how, 0.0)
+        if kind == "gateway":
+            hit.url = gateway_url(self.fleet.members[name])
+        if kind == "worker":
+            hit.rids = await self._held_by(name)
+        hit.at_s = time.monotonic()
+        self.hits.append(hit)
+        logger.info("%d: %s %s", len(self.hits), how, name)
+        return hit
+
+    async def _hit(self, hit: Hit) -> None:
+        await (self._hit_queue(hit) if hit.kind == "queue" else self._hit_member(hit))
+        hit.until_s = time.monotonic()
+        self._busy.discard(hit.name)
+
+    async def _held_by(self, name: str) -> frozenset[str]:
+        bus = self.fleet.bus
+        try:
+            return frozenset(item.rid for item in await bus.work_of(await self.fleet.wid_of(name)))
+        except CONNECTION_ERRORS:
+            return frozenset()
+
+    async def _hit_member(self, hit: Hit) -> None:
+        fleet, member = self.fleet, self.fleet.members[hit.name]
+        if hit.how == "stop":
+            fleet.signal(hit.name, signal.SIGSTOP)
+            await asyncio.sleep(STOP_S)
+            fleet.signal(hit.name, signal.SIGCONT)
+        elif hit.how == "drain":
+            fleet.signal(hit.name, signal.SIGTERM)
+            await self._drained(hit)
+        else:
+            fleet.kill(hit.name)
+        if hit.how != "stop":
+            fleet.start(member.service, hit.name)
+        while not await fleet.is_up(member):
+            self._revive(hit.name)
+            await asyncio.sleep(0.2)
+
+    async def _drained(self, hit: Hit) -> None:
+        member = self.fleet.members[hit.name]
+        if not await until(lambda: not member.is_running, member.settings.grace_s + DRAIN_SLACK_S):
+            self.troubles.append(f"{hit.name} did not drain: {member.log_tail()}")
+            self.fleet.kill(hit.name)
+        elif member.process is not None and member.process.returncode != 0 and not self._queue_was_hit():
+            self.troubles.append(f"{hit.name} drained with {member.process.returncode}: {member.log_tail()}")
+
+    async def _hit_queue(self, hit: Hit) -> None:
+        queue = self.fleet.queue
+        self._queue_is_down = True
+        if hit.how == "stop":
+            queue.process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(STOP_S)
+            queue.process.send_signal(signal.SIGCONT)
+        else:
+            queue.process.send_signal(signal.SIGKILL)
+            queue.process.wait()
+            if hit.how == "power cut":
+                self._power.cut(self._rng.uniform(0, POWER_CUT_S))
+            queue.start()  # in this thread, as it must be; nobody gets anything meanwhile anyway
+        self._queue_is_down = False
+
+    async def _keep(self) -> None:
+        """Start again what ends by itself, which it may only when it finds no queue."""
+        while True:
+            await asyncio.sleep(0.3)
+            for name in self.fleet.members:
+                if name not in self._busy:
+                    self._revive(name)
+
+    def _revive(self, name: str) -> None:
+        member = self.fleet.members[name]
+        if member.is_running:
+            return
+        if not self._queue_was_hit():
+            self.troubles.append(f"{name} ended by itself: {member.log_tail()}")
+        self.fleet.start(member.service, name)
+
+    def _queue_was_hit(self) -> bool:
+        since = time.monotonic() - 30
+        return self._queue_is_down or any(hit.kind == "queue" and hit.until_s > since for hit in self.hits)

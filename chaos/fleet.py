@@ -1,0 +1,220 @@
+"""A fleet of real processes, one `lorafleet serve` each, that may be killed, stopped, drained and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx2
+
+from lorafleet import lifeline
+from lorafleet.embedded import EmbeddedServer, start_embedded
+from protocol.bus import CONNECTION_ERRORS, Bus, now_ms
+from protocol.settings import Settings
+
+STANDBY_S = 3.0
+"""Age at which a scheduler counts as up: one that stands by gives no sign of it."""
+
+
+@dataclass(slots=True)
+class Member:
+    """One service process and its successors."""
+
+    service: str  # as `lorafleet serve` knows it
+    name: str
+    settings: Settings
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    started_ms: int = 0  # unix time
+    paused: bool = False  # by SIGSTOP
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def log_tail(self, num_bytes: int = 2000) -> str:
+        """Return the end of its log."""
+        return self.log.read_text(errors="replace")[-num_bytes:] if self.log.exists() else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How many of each service."""
+
+    gateways: int = 1
+    schedulers: int = 1
+    workers: tuple[str, ...] = ("w0",)
+    stores: int = 1
+
+
+@dataclass(slots=True)
+class ProcessFleet:
+    """The queue server and the members, in one folder. Whatever happens, they end with this process."""
+
+    folder: Path
+    settings: Settings
+    queue: EmbeddedServer
+    bus: Bus
+    http: httpx2.AsyncClient
+    members: dict[str, Member] = field(default_factory=dict)
+    _lifeline: tuple[int, int] = field(default_factory=os.pipe)  # its writing end dies with us, and they with it
+
+    @classmethod
+    def prepare(cls, folder: Path, model: Path, adapters: Path, *, durable: bool, **settings: object) -> ProcessFleet:
+        """Start the queue alone. `settings` are for every member."""
+        queue = start_embedded(folder / "queue", durable=durable)
+        values: dict[str, object] = {
+            "redis_url": queue.url, "model": str(model), "adapters": adapters, "data": folder / "data", "device": "cpu",
+            "dtype": "float32", "threads": 1, "kv_cache_bytes": 64 << 20, "adapter_pool_bytes": 64 << 20,
+            "adapter_host_bytes": 64 << 20,
+        }  # fmt: skip
+        http = httpx2.AsyncClient(timeout=2, trust_env=False)
+        return cls(folder, Settings.model_validate(values | settings), queue, Bus(queue.url), http)
+
+    # ------------------------------------------------------------ members
+
+    def add(self, service: str, name: str = "", **settings: object) -> Member:
+        """Declare a member without starting it."""
+        name = name or service
+        own = {"worker_name": name, **settings}
+        if service == "gateway":
+            own["port"] = free_port()
+        member = Member(service, name, self.settings.model_copy(update=own), self.folder / f"{name}.log")
+        self.members[name] = member
+        return member
+
+    def start(self, service: str, name: str = "") -> Member:
+        """Start a member, declared or new."""
+        member = self.members.get(name or service) or self.add(service, name)
+        environment = os.environ | member.settings.environment() | {lifeline.VARIABLE: "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "lorafleet", "serve", service]
+        member.started_ms, member.paused = now_ms(), False
+        with member.log.open("ab") as log:
+            member.process = subprocess.Popen(
+                command, env=environment, stdin=self._lifeline[0], stdout=log, stderr=log, start_new_session=True
+            )
+        return member
+
+    async def start_all(self, shape: Shape) -> None:
+        """Start everything; wait until a gateway says that it can answer and all workers have joined."""
+        kinds = (("store", shape.stores), ("scheduler", shape.schedulers), ("gateway", shape.gateways))
+        for service, num in kinds:
+            for i in range(num):
+                self.start(service, service if num == 1 else f"{service}-{i}")
+        for name in shape.workers:
+            self.start("worker", name)
+        deadline = time.monotonic() + 120
+        while not all([await self.is_up(member) for member in self.members.values()]):
+            for member in self.members.values():
+                if not member.is_running:
+                    raise RuntimeError(f"{member.name} ended: {member.log_tail()}")
+            if time.monotonic() > deadline:
+                raise RuntimeError("the fleet did not come up")
+            await asyncio.sleep(0.1)
+
+    def signal(self, name: str, number: int) -> None:
+        """Send a member a signal."""
+        member = self.members[name]
+        if number in (signal.SIGSTOP, signal.SIGCONT):
+            member.paused = number == signal.SIGSTOP
+        if member.process is not None:
+            member.process.send_signal(number)
+
+    def kill(self, name: str) -> None:
+        """End a member as a crash would."""
+        self.signal(name, signal.SIGKILL)
+        process = self.members[name].process
+        assert process is not None
+        process.wait()
+
+    async def is_up(self, member: Member) -> bool:
+        """Tell whether a member does its work: not whether it runs, but whether it has been heard of since its start.
+
+        A gateway is not up before it would take a request.
+        """
+        if not member.is_running or member.paused:
+            return False
+        if member.service == "scheduler":
+            return now_ms() - member.started_ms > STANDBY_S * 1000
+        if member.service == "gateway":
+            with contextlib.suppress(httpx2.HTTPError):
+                return (await self.http.get(f"{gateway_url(member)}/health")).status_code == 200
+            return False
+        try:
+            if member.service == "store":
+                keys = self.bus.keys
+                return bool(await self.bus.redis.zrangebyscore(keys.stores, member.started_ms, "+inf"))
+            beats = (await self.bus.worker_beats()).values()
+        except CONNECTION_ERRORS:
+            return False
+        since = member.started_ms
+        return any(b and b.name == member.name and b.sent_ms >= since and not b.draining for b in beats)
+
+    async def wid_of(self, name: str) -> str:
+        """Return the id under which a worker is a member of the fleet now, "" if it is none."""
+        beats = [b for b in (await self.bus.worker_beats()).values() if b is not None and b.name == name]
+        return max(beats, key=lambda b: b.sent_ms).wid if beats else ""
+
+    # ------------------------------------------------------------ addresses
+
+    @property
+    def urls(self) -> list[str]:
+        """Where the gateways listen."""
+        return [gateway_url(member) for member in self.members.values() if member.service == "gateway"]
+
+    @property
+    def url(self) -> str:
+        """Where the first gateway listens."""
+        return self.urls[0]
+
+    async def close(self) -> None:
+        """Kill everything and wait for it."""
+        for member in self.members.values():
+            if member.process is not None and member.process.poll() is None:
+                os.killpg(member.process.pid, signal.SIGKILL)
+        for member in self.members.values():
+            if member.process is not None:
+                member.process.wait()
+        for end in self._lifeline:
+            os.close(end)
+        await self.http.aclose()
+        await self.bus.close()
+        with contextlib.suppress(ProcessLookupError):
+            self.queue.process.send_signal(signal.SIGCONT)
+        self.queue.stop()
+
+
+def gateway_url(member: Member) -> str:
+    return f"http://127.0.0.1:{member.settings.port}"
+
+
+async def until(holds: Callable[[], bool], timeout_s: float = math.inf) -> bool:
+    """Wait until something holds, at most `timeout_s`; tell whether it does."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        if holds():
+            return True
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.02)
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]

@@ -1,0 +1,260 @@
+"""One run: clients, faults, and the check of everything, on a fleet that was first asked while nothing happened."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from chaos import check
+from chaos.asks import Ask, Expected, Transformers, catalogue, decidable
+from chaos.client import STYLES, Attempt, Call, Client
+from chaos.faults import Havoc, Hit
+from chaos.fleet import ProcessFleet, Shape
+from protocol import messages as m
+from protocol.bus import CONNECTION_ERRORS
+from protocol.keys import CLASSES
+
+logger = logging.getLogger(__name__)
+
+SETTLE_S = 60.0
+"""In this time a log must be as it should: a queue that lost its end is mended meanwhile."""
+
+HORIZON_S = 5.0
+MAX_ATTEMPTS = 20  # a killed worker is no sign here that its request is poison
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run is made of."""
+
+    num_faults: int
+    every_s: float
+    num_clients: int
+    seed: int
+    max_s: float
+    shape: Shape
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a run has shown."""
+
+    violations: list[str] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)  # style -> complete
+    told: Counter[str] = field(default_factory=Counter)  # what unfinished attempts were told
+    pauses: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))  # s, per kind and how
+    num_tokens: int = 0
+    hits: list[Hit] = field(default_factory=list)
+    elapsed_s: float = 0.0
+    rss_mb: dict[str, tuple[float, float]] = field(default_factory=dict)  # of each process, at begin and end
+    num_dead_letters: int = 0
+
+
+class Run:
+    """Clients and checks against one fleet."""
+
+    def __init__(self, fleet: ProcessFleet, plan: Plan, asks: list[Ask]) -> None:
+        self.fleet = fleet
+        self.plan = plan
+        self.asks = asks
+        self.expected: dict[Ask, Expected] = {}
+        self.tally = Tally()
+        self.havoc = Havoc(fleet, random.Random(plan.seed))
+        self._client = Client(fleet.urls)
+        self._checks: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    # ------------------------------------------------------------ before
+
+    async def ask_undisturbed(self, greedy: dict[Ask, list[int]]) -> None:
+        """Ask everything twice, in different orders; the answers must agree with each other and with transformers."""
+        for order in (self.asks, self.asks[::-1]):
+            room = asyncio.Semaphore(8)
+            found = dict(zip(order, await asyncio.gather(*(self._ask_once(ask, room) for ask in order)), strict=True))
+            self.expected = self.expected or found
+            for ask in order:
+                if found[ask] != self.expected[ask]:
+                    raise RuntimeError(f"undisturbed, two answers to {ask}")
+        for ask, ids in greedy.items():
+            if list(memoryview(self.expected[ask].ids).cast("i")) != ids:
+                raise RuntimeError(f"transformers answers {ask} in another way")
+
+    async def _ask_once(self, ask: Ask, room: asyncio.Semaphore) -> Expected:
+        async with room:
+            call = Call(ask, "stream", time.monotonic())
+            await self._client.ask(ask, "stream", call)
+        attempt = call.attempts[-1]
+        if not call.is_complete or len(call.attempts) > 1:
+            raise RuntimeError(f"undisturbed, {ask} was not answered: {attempt.code} {attempt.detail}")
+        ids = await self.fleet.bus.redis.get(self.fleet.bus.keys.tok(f"{attempt.call}-0"))
+        return Expected(attempt.text, ids, attempt.usage["prompt_tokens"])
+
+    # ------------------------------------------------------------ under fire
+
+    async def run(self) -> Tally:
+        """Do the faults under load; everything is checked when this returns."""
+        stop, began_s = asyncio.Event(), time.monotonic()
+        before = self._rss()
+        self.tally.hits = self.havoc.hits
+        async with asyncio.TaskGroup() as group:
+            for number in range(self.plan.num_clients):
+                group.create_task(self._be_client(number, stop))
+            timer = asyncio.get_running_loop().call_later(self.plan.max_s, stop.set)
+            await self.havoc.run(self.plan.num_faults, self.plan.every_s, stop)
+            timer.cancel()
+            stop.set()
+        self.tally.elapsed_s = time.monotonic() - began_s
+        await asyncio.gather(*self._checks)
+        self.tally.violations += self.havoc.troubles
+        after = self._rss()
+        self.tally.rss_mb = {name: (before[name], after.get(name, 0.0)) for name in before}
+        await self._check_end()
+        return self.tally
+
+    async def _be_client(self, number: int, stop: asyncio.Event) -> None:
+        rng = random.Random(f"{self.plan.seed} {number}")
+        while not stop.is_set():
+            call = Call(rng.choice(self.asks), rng.choice(STYLES), time.monotonic())
+            await self._client.ask(call.ask, call.style, call)
+            self._take(call)
+
+    def _take(self, call: Call) -> None:
+        tally, expected = self.tally, self.expected[call.ask]
+        for attempt in call.attempts:
+            wrong = check.shown_wrongly(attempt, expected)
+            if reason := check.unexcused(attempt, self.havoc.hits[-200:]):
+                wrong.append(reason)
+            self._accuse(call, attempt, wrong)
+            if attempt.outcome != "complete":
+                tally.told[attempt.code or attempt.outcome] += 1
+        if call.is_complete:
+            tally.calls[call.style] += 1
+            tally.num_tokens += expected.num_tokens
+        else:
+            self._accuse(call, call.attempts[-1], ["was never answered"])
+        self._note_pauses(call)
+        task = asyncio.create_task(self._check_logs(call))
+        self._checks.add(task)
+        task.add_done_callback(self._checks.discard)
+
+    def _note_pauses(self, call: Call) -> None:
+        if "stream" not in call.style:
+            return
+        rids = {f"{attempt.call}-0" for attempt in call.attempts}
+        urls = {attempt.url for attempt in call.attempts}
+        for hit in self.havoc.hits[-200:]:
+            concerned = {"worker": bool(rids & hit.rids), "gateway": hit.url in urls}.get(hit.kind, True)
+            pause_s = check.longest_pause(call, hit.at_s, HORIZON_S) if concerned else None
+            if pause_s is not None:
+                self.tally.pauses[hit.kind, hit.how].append(pause_s)
+
+    def _accuse(self, call: Call, attempt: Attempt, wrong: list[str]) -> None:
+        for what in wrong:
+            after_s = attempt.ended_s - attempt.began_s
+            self.tally.violations.append(f"{call.style} {attempt.call} {call.ask} ({after_s:.1f} s): {what}")
+            logger.error("%s", self.tally.violations[-1])
+
+    async def _check_logs(self, call: Call) -> None:
+        for attempt in call.attempts:
+            if not attempt.call:
+                continue
+            deadline = time.monotonic() + SETTLE_S
+            while wrong := await self._log_faults(attempt, self.expected[call.ask]):
+                if time.monotonic() > deadline:
+                    if not self._may_be_forgotten(attempt):
+                        self._accuse(call, attempt, wrong)
+                    break
+                await asyncio.sleep(1.0)
+
+    async def _log_faults(self, attempt: Attempt, expected: Expected) -> list[str]:
+        bus, rid = self.fleet.bus, f"{attempt.call}-0"
+        try:
+            (facts,) = await bus.requests([rid])
+            ids = await bus.redis.get(bus.keys.tok(rid)) or b""
+        except CONNECTION_ERRORS:
+            return ["the queue cannot be reached"]
+        return check.logged_wrongly(attempt, expected, facts, ids)
+
+    def _may_be_forgotten(self, attempt: Attempt) -> bool:
+        """Tell whether a queue without power may have lost what nobody was there to tell it again."""
+        cuts = [hit for hit in self.havoc.hits if hit.how == "power cut"]
+        return any(hit.at_s - 5 <= attempt.ended_s <= hit.at_s + 15 for hit in cuts)
+
+    # ------------------------------------------------------------ after
+
+    async def _check_end(self) -> None:
+        """Nothing is left: no work, no request without an end, no key without a life time."""
+        deadline = time.monotonic() + SETTLE_S
+        while left := await self._left_over():
+            if time.monotonic() > deadline:
+                self.tally.violations += left
+                break
+            await asyncio.sleep(0.5)
+        self.tally.num_dead_letters = await self.fleet.bus.redis.xlen(self.fleet.bus.keys.dlq)
+        if self.tally.num_dead_letters:
+            self.tally.violations.append(f"{self.tally.num_dead_letters} dead letters")
+
+    async def _left_over(self) -> list[str]:
+        bus = self.fleet.bus
+        left = [f"{cls}: queued" for cls in CLASSES if await bus.redis.xlen(bus.keys.sub(cls))]
+        for wid in await bus.members(bus.keys.workers):
+            left += [f"{wid} has {item.rid}" for item in await bus.work_of(wid)]
+        async for key in bus.redis.scan_iter(count=1000):
+            name = key.decode()
+            if await bus.redis.pttl(name) == -1 and not bus.keys.is_permanent(name):
+                left.append(f"{name} has no life time")
+            if name.startswith(bus.keys.req("")):
+                state = await bus.redis.hget(name, "state")
+                if state is not None and state.decode() not in m.TERMINAL:
+                    left.append(f"{name} is {state.decode()}")
+        return left
+
+    def _rss(self) -> dict[str, float]:
+        found = {"driver": psutil.Process().memory_info().rss / 1e6}
+        found["queue"] = psutil.Process(self.fleet.queue.process.pid).memory_info().rss / 1e6
+        for member in self.fleet.members.values():
+            if member.is_running:
+                found[member.name] = psutil.Process(member.pid).memory_info().rss / 1e6
+        return found
+
+
+@asynccontextmanager
+async def prepared(plan: Plan, folder: Path, model: Path, names: Sequence[str]) -> AsyncIterator[Run]:
+    """Start a fleet with the adapters `names` of `folder`/adapters, ask it everything undisturbed, yield the run that
+    may begin; end the fleet.
+    """
+    adapters = folder / "adapters"
+    asks = catalogue(["base", *names], random.Random(plan.seed))
+    asks, greedy = await asyncio.to_thread(decidable, asks, Transformers(model, adapters, names))
+    logger.info("%d asks, %d of them greedy and known from transformers", len(asks), len(greedy))
+    fleet = ProcessFleet.prepare(folder, model, adapters, durable=True, max_attempts=MAX_ATTEMPTS)
+    try:
+        await fleet.start_all(plan.shape)
+        run = Run(fleet, plan, asks)
+        try:
+            logger.info("the fleet is up")
+            await run.ask_undisturbed(greedy)
+            logger.info("undisturbed answers are known")
+            yield run
+        finally:
+            await run.close()
+    finally:
+        await fleet.close()
+
+
+def by_kind(hits: list[Hit]) -> dict[tuple[str, str], int]:
+    """Count faults by kind and how."""
+    pairs = sorted((hit.kind, hit.how) for hit in hits)
+    return {pair: len(list(group)) for pair, group in itertools.groupby(pairs)}

@@ -1,0 +1,111 @@
+"""The checker of chaos runs is worth something: it lets right answers pass and finds each way to be wrong."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from pathlib import Path
+
+import pytest
+
+from chaos.asks import GREEDY, Ask, Expected
+from chaos.check import logged_wrongly, longest_pause, shown_wrongly, unexcused
+from chaos.client import Attempt, Call, Outcome
+from chaos.faults import WEIGHTS, Hit, PowerCut, draw
+from protocol.records import RequestFacts
+
+IDS = array("i", range(5)).tobytes()
+EXPECTED = Expected("abcde", IDS, num_prompt_tokens=3)
+RIGHT = {"prompt_tokens": 3, "completion_tokens": 5}
+FACTS = RequestFacts("completed", 1, "length", "", "g", 3, 5, 0, 0, 0, 0)
+
+
+def attempt(text: str, outcome: Outcome = "complete", **more: object) -> Attempt:
+    made = Attempt("http://a", 10.0, 20.0, outcome, text=text)
+    if outcome == "complete":
+        made.finishes, made.num_done, made.usage = ["length"], 1, RIGHT
+    for name, value in more.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.mark.parametrize("right", [attempt("abcde"), attempt("abc", "cut"), attempt("", "refused")])
+def test_right_answers_and_beginnings_of_them_pass(right: Attempt) -> None:
+    assert shown_wrongly(right, EXPECTED) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        attempt("abde"),  # a gap
+        attempt("abccde"),  # a token twice
+        attempt("abcdef"),
+        attempt("abcd"),
+        attempt("abcde", finishes=["length", "length"]),
+        attempt("abcde", finishes=[]),
+        attempt("abcde", num_done=2),
+        attempt("abcde", usage={"prompt_tokens": 3, "completion_tokens": 4}),
+        attempt("abd", "cut"),
+        attempt("abc", "cut", finishes=["length"]),
+        attempt("abcde", "failed", num_done=1),
+    ],
+)
+def test_every_wrong_answer_is_found(wrong: Attempt) -> None:
+    assert len(shown_wrongly(wrong, EXPECTED)) == 1
+
+
+def test_logs_hold_the_right_tokens_and_their_end() -> None:
+    assert logged_wrongly(attempt("abcde"), EXPECTED, FACTS, IDS) == []
+    assert logged_wrongly(attempt("ab", "cut"), EXPECTED, None, IDS[:8]) == []
+    assert logged_wrongly(attempt("abcde"), EXPECTED, FACTS, IDS[:16]) == ["the log holds 4 tokens, right up to 4 of 5"]
+    assert logged_wrongly(attempt("ab", "cut"), EXPECTED, None, IDS[4:8]) == [
+        "the log holds 1 tokens, right up to 0 of 5"
+    ]
+    assert logged_wrongly(attempt("abcde"), EXPECTED, None, b"") == ["the queue does not know the request"]
+    running = RequestFacts("assigned", 1, "", "", "g", 3, 5, 0, 0, 0, 0)
+    assert logged_wrongly(attempt("abcde"), EXPECTED, running, IDS) == ["the queue says assigned, ''"]
+
+
+def test_only_a_fault_of_the_right_kind_place_and_time_excuses_a_cut() -> None:
+    cut = attempt("ab", "cut")
+    assert unexcused(cut, []) == "cut"
+    assert unexcused(cut, [Hit("gateway", "g", "kill", 15.0, 17.0, url="http://a")]) == ""
+    assert unexcused(cut, [Hit("gateway", "g", "kill", 15.0, 17.0, url="http://b")])
+    assert unexcused(cut, [Hit("gateway", "g", "kill", 25.0, 27.0, url="http://a")])
+    assert unexcused(cut, [Hit("worker", "w", "kill", 15.0, 17.0)])
+    assert unexcused(attempt("", "failed", code="internal_error"), [Hit("queue", "queue", "kill", 15.0, 16.0)])
+
+
+def test_the_pause_of_a_fault_is_the_longest_one_that_begins_with_it() -> None:
+    call = Call(Ask("base", "x", 5, tuple(GREEDY.items())), "stream", 0.0)
+    call.progress = [(1.0, 1), (2.0, 2), (7.0, 3), (8.0, 4), (30.0, 5)]
+    assert longest_pause(call, 2.5, 5.0) == 5.0
+    assert longest_pause(call, 7.5, 5.0) == 22.0
+    assert longest_pause(call, 0.5, 5.0) is None
+    assert longest_pause(call, 31.0, 5.0) is None
+
+
+def test_one_of_those_that_have_standbys_is_always_left_alone() -> None:
+    rng = random.Random(0)
+    everything = {"worker": ["w0", "w1"], "gateway": ["g0", "g1"], "scheduler": ["s0", "s1"]}
+    everything |= {"store": ["store"], "queue": ["queue"]}
+    assert {(kind, how) for kind, _, how in (draw(rng, everything) or ("", "", "kill") for _ in range(500))} == set(
+        WEIGHTS
+    )
+    few = {"worker": ["w0"], "gateway": ["g1"], "scheduler": [], "store": ["store"]}
+    assert {choice[0] for _ in range(50) if (choice := draw(rng, few))} == {"store"}
+    assert draw(rng, {"worker": ["w0"]}) is None
+
+
+def test_a_power_cut_takes_the_end_of_the_queues_file(tmp_path: Path) -> None:
+    folder = tmp_path / "appendonlydir"
+    folder.mkdir()
+    file = folder / "appendonly.aof.2.incr.aof"
+    (folder / "appendonly.aof.1.incr.aof").write_bytes(b"older")
+    power = PowerCut(tmp_path)
+    for size in (10, 20, 30):
+        file.write_bytes(bytes(size))
+        power.note()
+    file.write_bytes(bytes(35))
+    assert power.cut(60.0) == 25
+    assert file.stat().st_size == 10
