@@ -11,8 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from chaos.fleet import Shape
-from chaos.report import as_json, as_markdown
+from chaos.report import as_markdown, report_of
 from chaos.run import Plan, Tally, prepared
 from protocol.service import set_up_logging
 
@@ -22,7 +24,7 @@ RANKS = {"one": 1, "three": 3, "eight": 8, "sixteen": 16}
 def main() -> int:
     """Run as the arguments say."""
     parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
-    parser.add_argument("--faults", type=int, default=50, help="how many kills, stops, drains and power cuts")
+    parser.add_argument("--faults", type=int, default=50, help="kills, stops, drains and power cuts")
     parser.add_argument("--every", type=float, default=3.0, help="mean seconds from one to the next")
     parser.add_argument("--clients", type=int, default=8, help="calls at a time")
     parser.add_argument("--gateways", type=int, default=2)
@@ -41,10 +43,10 @@ def main() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         for log in Path(scratch).glob("*.log"):
             shutil.copy(log, args.out / log.name)
-    (args.out / "report.json").write_bytes(as_json(tally, plan, sys.argv[1:]))
-    report = as_markdown(tally, plan, sys.argv[1:])
-    (args.out / "report.md").write_text(report)
-    print(report)
+    report = report_of(tally, plan, sys.argv[1:])
+    (args.out / "report.json").write_bytes(msgspec.json.encode(report))
+    (args.out / "report.md").write_text(as_markdown(report))
+    print(as_markdown(report))
     return 1 if tally.violations else 0
 
 

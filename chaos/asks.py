@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROMPTS = ("The first prompt", "Another", "and a third, rather longer one: " + 20 * "abc ", "x")
-NUM_TOKENS = (40, 120, 300)
+import numpy as np
+
+from gpu_worker.sampling import SampleRow, sample
+from protocol.messages import Sampling
+
+PROMPTS = ("The first prompt", "and another, rather longer one: " + 20 * "abc ", "x")
+NUM_TOKENS = (40, 100, 250)
 SEEDED = {"temperature": 0.9, "top_p": 0.95}
 PENALISED = {"temperature": 0.7, "top_k": 40, "frequency_penalty": 0.4, "presence_penalty": 0.2}
 GREEDY = {"temperature": 0}
-MIN_MARGIN = 1e-4
-"""Least distance of the two best logits at every greedy step, so that rounding cannot decide what is right."""
+NUDGE, NUM_NUDGES = 1e-4, 16
+"""Logits are nudged by so much (standard deviation), so often, to see whether rounding could decide what is right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +31,6 @@ class Ask:
     prompt: str
     num_tokens: int
     sampling: tuple[tuple[str, Any], ...]
-
-    @property
-    def is_greedy(self) -> bool:
-        return dict(self.sampling) == GREEDY
 
     def body(self, *, stream: bool, background: bool = False) -> dict[str, Any]:
         """Return the body of a completion."""
@@ -64,7 +66,7 @@ def catalogue(models: Sequence[str], rng: random.Random) -> list[Ask]:
 
 
 class Transformers:
-    """What transformers and PEFT answer, one request at a time."""
+    """What transformers and PEFT answer, one request at a time, with the worker's own way to draw."""
 
     def __init__(self, model: Path, adapters: Path, names: Sequence[str]) -> None:
         import torch
@@ -72,42 +74,44 @@ class Transformers:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._torch = torch
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        base.generation_config.eos_token_id = None  # as `ignore_eos`: the end token is a token like others
         self._model = PeftModel.from_pretrained(base, str(adapters / names[0]), adapter_name=names[0])
         for name in names[1:]:
             self._model.load_adapter(str(adapters / name), adapter_name=name)
 
-    def greedy(self, ask: Ask) -> tuple[list[int], float]:
-        """Return an ask's greedy continuation, and the least margin of a choice in it."""
-        if ask.model == "base":
-            with self._model.disable_adapter():
-                return self._generate(ask)
-        self._model.set_adapter(ask.model)
-        return self._generate(ask)
+    def answer(self, ask: Ask) -> list[int] | None:
+        """Return the tokens of an ask's answer; None when rounding could decide one of them."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._torch.inference_mode())
+            if ask.model == "base":
+                stack.enter_context(self._model.disable_adapter())
+            else:
+                self._model.set_adapter(ask.model)
+            return self._generate(ask)
 
-    def _generate(self, ask: Ask) -> tuple[list[int], float]:
+    def _generate(self, ask: Ask) -> list[int] | None:
         torch = self._torch
-        ids = self.tokenizer(ask.prompt, return_tensors="pt", add_special_tokens=False)
-        with torch.no_grad():
-            out = self._model.generate(
-                **ids, max_new_tokens=ask.num_tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
-            )
-        best = torch.stack(out.logits).float().topk(2, dim=-1).values
-        margin = float((best[..., 0] - best[..., 1]).min())
-        return out.sequences[0, ids["input_ids"].shape[1] :].tolist(), margin
+        sampling = Sampling(**dict(ask.sampling))
+        prompt = np.array(self._tokenizer(ask.prompt, add_special_tokens=False)["input_ids"], np.int32)
+        noise = torch.randn((NUM_NUDGES, self._model.config.vocab_size), generator=torch.Generator().manual_seed(0))
+        nudges = noise * NUDGE
+        nudges[0] = 0.0
+        output: list[int] = []
+        ids, past = torch.from_numpy(prompt.astype(np.int64))[None], None
+        while len(output) < ask.num_tokens:
+            step = self._model(input_ids=ids, past_key_values=past, use_cache=True)
+            past = step.past_key_values
+            row = SampleRow(sampling, prompt, np.array(output, np.int32))
+            drawn = sample(step.logits[:, -1] + nudges, [row] * NUM_NUDGES).ids
+            if (drawn != drawn[0]).any():
+                return None
+            output.append(int(drawn[0]))
+            ids = torch.tensor([[output[-1]]])
+        return output
 
 
-def decidable(asks: Iterable[Ask], oracle: Transformers) -> tuple[list[Ask], dict[Ask, list[int]]]:
-    """Return the asks without those whose greedy answer rounding could change, and the ids of the greedy ones."""
-    kept: list[Ask] = []
-    answers: dict[Ask, list[int]] = {}
-    for ask in asks:
-        if ask.is_greedy:
-            ids, margin = oracle.greedy(ask)
-            if margin < MIN_MARGIN:
-                continue
-            answers[ask] = ids
-        kept.append(ask)
-    return kept, answers
+def decidable(asks: Iterable[Ask], oracle: Transformers) -> dict[Ask, list[int]]:
+    """Return the tokens of those asks whose answer rounding cannot change."""
+    answers = ((ask, oracle.answer(ask)) for ask in asks)
+    return {ask: ids for ask, ids in answers if ids is not None}

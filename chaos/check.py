@@ -52,9 +52,9 @@ def shown_wrongly(attempt: Attempt, expected: Expected) -> list[str]:
     return wrong
 
 
-def logged_wrongly(attempt: Attempt, expected: Expected, facts: RequestFacts | None, ids: bytes) -> list[str]:
-    """Return what is wrong with a request's log: never anything but the right tokens, all of them at the end."""
-    if attempt.outcome != "complete":
+def logged_wrongly(expected: Expected, facts: RequestFacts | None, ids: bytes, *, whole: bool) -> list[str]:
+    """Return what is wrong with a request's log: never anything but the right tokens, if `whole` all, and its end."""
+    if not whole:
         return [] if expected.ids.startswith(ids) else [f"the log holds {_words(ids, expected.ids)}"]
     if facts is None:
         return ["the queue does not know the request"]
@@ -104,4 +104,5 @@ def _common(a: str, b: str) -> int:
 
 def _words(ids: bytes, right: bytes) -> str:
     same = next((i for i in range(0, len(ids), 4) if ids[i : i + 4] != right[i : i + 4]), len(ids))
-    return f"{len(ids) // 4} tokens, right up to {same // 4} of {len(right) // 4}"
+    more = list(memoryview(ids[same : same + 12]).cast("i"))
+    return f"{len(ids) // 4} tokens, right up to {same // 4} of {len(right) // 4}, then {more}"

@@ -1,17 +1,71 @@
-"""A run as a report."""
+"""Runs as a report. `python -m chaos.report A/report.json B/report.json` tells several as one."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import orjson
+import msgspec
 
 from chaos.check import percentile
-from chaos.run import Plan, Tally, by_kind
+from chaos.run import Plan, Tally
+
+
+class Report(msgspec.Struct):
+    """What is kept of a run, or of several."""
+
+    command: str
+    machine: str
+    dates: list[str]
+    elapsed_s: float
+    faults: dict[str, int]  # "kind: how" -> times
+    calls: dict[str, int]  # style -> answered whole
+    told: dict[str, int]  # what unfinished attempts were told -> times
+    pauses_s: dict[str, list[float]]  # "kind: how" -> of each stream concerned
+    num_tokens: int
+    rss_mb: dict[str, tuple[float, float]]  # process -> at begin and end
+    violations: list[str]
+    num_runs: int = 1
+
+
+def report_of(tally: Tally, plan: Plan, words: Sequence[str]) -> Report:
+    """Return the report of one run that was started with these `words`."""
+    pauses = {f"{kind}: {how}": [round(s, 3) for s in values] for (kind, how), values in tally.pauses.items()}
+    return Report(
+        command=f"python -m chaos {' '.join(words)}",
+        machine=machine(),
+        dates=[str(datetime.date.today())],
+        elapsed_s=tally.elapsed_s,
+        faults=dict(Counter(f"{hit.kind}: {hit.how}" for hit in tally.hits)),
+        calls=dict(tally.calls),
+        told=dict(tally.told),
+        pauses_s=pauses,
+        num_tokens=tally.num_tokens,
+        rss_mb=tally.rss_mb,
+        violations=[f"seed {plan.seed}: {violation}" for violation in tally.violations],
+    )
+
+
+def merged(reports: Sequence[Report]) -> Report:
+    """Return several runs as one."""
+    first, *others = reports
+    for other in others:
+        for mine, theirs in ((first.faults, other.faults), (first.calls, other.calls), (first.told, other.told)):
+            for name, num in theirs.items():
+                mine[name] = mine.get(name, 0) + num
+        for name, pauses in other.pauses_s.items():
+            first.pauses_s.setdefault(name, []).extend(pauses)
+        first.dates = sorted({*first.dates, *other.dates})
+        first.elapsed_s += other.elapsed_s
+        first.num_tokens += other.num_tokens
+        first.violations += other.violations
+        first.num_runs += other.num_runs
+    return first
 
 
 def machine() -> str:
@@ -22,54 +76,36 @@ def machine() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {name}, Python {platform.python_version()}"
 
 
-def as_markdown(tally: Tally, plan: Plan, words: Sequence[str]) -> str:
+def as_markdown(report: Report) -> str:
     """Return the report as Markdown."""
-    total = sum(tally.calls.values())
-    calls = ", ".join(f"{num:,} {style}" for style, num in sorted(tally.calls.items()))
-    told = ", ".join(f"{num} {code}" for code, num in tally.told.most_common()) or "nothing"
+    calls = ", ".join(f"{num:,} {style}" for style, num in sorted(report.calls.items()))
+    told = ", ".join(f"{num} {code}" for code, num in sorted(report.told.items())) or "nothing"
+    runs = "" if report.num_runs == 1 else f", {report.num_runs} such runs with a seed each"
     lines = [
-        f"`python -m chaos {' '.join(words)}` on {machine()}, {datetime.date.today()}: {len(tally.hits)} faults in "
-        f"{tally.elapsed_s / 60:.1f} minutes, {total:,} calls answered whole ({calls}), {tally.num_tokens:,} tokens; "
-        f"unfinished attempts were told: {told}. Violations: {len(tally.violations)}.",
+        f"`{report.command}`{runs} on {report.machine}, {', '.join(report.dates)}: {sum(report.faults.values()):,} "
+        f"faults in {report.elapsed_s / 60:.0f} min, {sum(report.calls.values()):,} calls answered whole ({calls}), "
+        f"{report.num_tokens:,} tokens. Attempts that were not: {told}. **Violations: {len(report.violations)}.**",
         "",
         "| fault | times | streams concerned | pause p50, s | p99 | longest |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    everything: list[float] = []
-    for (kind, how), num in by_kind(tally.hits).items():
-        pauses = tally.pauses.get((kind, how), [])
-        everything += pauses
-        lines.append(f"| {kind}: {how} | {num} | {len(pauses)} | {_quantiles(pauses)} |")
-    lines.append(f"| all | {len(tally.hits)} | {len(everything)} | {_quantiles(everything)} |")
-    lines += ["", "RSS in MB at begin and end: "]
-    lines[-1] += ", ".join(f"{name} {a:.0f} → {b:.0f}" for name, (a, b) in tally.rss_mb.items()) + "."
-    lines += [f"- {violation}" for violation in tally.violations[:50]]
+    for name, num in sorted(report.faults.items()):
+        lines.append(_row(name, num, report.pauses_s.get(name, [])))
+    everything = [pause for pauses in report.pauses_s.values() for pause in pauses]
+    lines.append(_row("all", sum(report.faults.values()), everything))
+    if report.num_runs == 1:
+        grown = ", ".join(f"{name} {a:.0f} → {b:.0f}" for name, (a, b) in report.rss_mb.items())
+        lines += ["", f"RSS in MB at begin and end: {grown}."]
+    lines += [f"- {violation}" for violation in report.violations[:50]]
     return "\n".join(lines) + "\n"
 
 
-def as_json(tally: Tally, plan: Plan, words: Sequence[str]) -> bytes:
-    """Return everything that was measured."""
-    values = {
-        "command": ["python", "-m", "chaos", *words],
-        "machine": machine(),
-        "date": str(datetime.date.today()),
-        "seed": plan.seed,
-        "elapsed_s": tally.elapsed_s,
-        "faults": {f"{kind}: {how}": num for (kind, how), num in by_kind(tally.hits).items()},
-        "calls": dict(tally.calls),
-        "told": dict(tally.told),
-        "num_tokens": tally.num_tokens,
-        "pauses_s": {
-            f"{kind}: {how}": sorted(round(pause, 3) for pause in pauses)
-            for (kind, how), pauses in tally.pauses.items()
-        },
-        "rss_mb": tally.rss_mb,
-        "violations": tally.violations,
-    }
-    return orjson.dumps(values, option=orjson.OPT_INDENT_2)
+def _row(name: str, num: int, pauses: list[float]) -> str:
+    shown = "- | - | -"
+    if pauses:
+        shown = f"{percentile(pauses, 0.5):.2f} | {percentile(pauses, 0.99):.2f} | {max(pauses):.2f}"
+    return f"| {name} | {num:,} | {len(pauses):,} | {shown} |"
 
 
-def _quantiles(values: list[float]) -> str:
-    if not values:
-        return "- | - | -"
-    return f"{percentile(values, 0.5):.2f} | {percentile(values, 0.99):.2f} | {max(values):.2f}"
+if __name__ == "__main__":
+    print(as_markdown(merged([msgspec.json.decode(Path(name).read_bytes(), type=Report) for name in sys.argv[1:]])))

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "adapter_store": {"protocol"},
     "gpu_worker": {"protocol", "lora_kernels"},
     "lorafleet": {"protocol"},  # it starts services by name, in processes of their own
-    "chaos": {"protocol", "lorafleet"},
+    "chaos": {"protocol", "lorafleet", "gpu_worker"},  # of the worker only how it draws tokens
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "triton"}
 HTTP_FRAMEWORKS = {"fastapi", "starlette", "uvicorn"}

@@ -55,15 +55,17 @@ def test_every_wrong_answer_is_found(wrong: Attempt) -> None:
 
 
 def test_logs_hold_the_right_tokens_and_their_end() -> None:
-    assert logged_wrongly(attempt("abcde"), EXPECTED, FACTS, IDS) == []
-    assert logged_wrongly(attempt("ab", "cut"), EXPECTED, None, IDS[:8]) == []
-    assert logged_wrongly(attempt("abcde"), EXPECTED, FACTS, IDS[:16]) == ["the log holds 4 tokens, right up to 4 of 5"]
-    assert logged_wrongly(attempt("ab", "cut"), EXPECTED, None, IDS[4:8]) == [
-        "the log holds 1 tokens, right up to 0 of 5"
+    assert logged_wrongly(EXPECTED, FACTS, IDS, whole=True) == []
+    assert logged_wrongly(EXPECTED, None, IDS[:8], whole=False) == []
+    assert logged_wrongly(EXPECTED, FACTS, IDS[:16], whole=True) == [
+        "the log holds 4 tokens, right up to 4 of 5, then []"
     ]
-    assert logged_wrongly(attempt("abcde"), EXPECTED, None, b"") == ["the queue does not know the request"]
+    assert logged_wrongly(EXPECTED, None, IDS[4:8], whole=False) == [
+        "the log holds 1 tokens, right up to 0 of 5, then [1]"
+    ]
+    assert logged_wrongly(EXPECTED, None, b"", whole=True) == ["the queue does not know the request"]
     running = RequestFacts("assigned", 1, "", "", "g", 3, 5, 0, 0, 0, 0)
-    assert logged_wrongly(attempt("abcde"), EXPECTED, running, IDS) == ["the queue says assigned, ''"]
+    assert logged_wrongly(EXPECTED, running, IDS, whole=True) == ["the queue says assigned, ''"]
 
 
 def test_only_a_fault_of_the_right_kind_place_and_time_excuses_a_cut() -> None:

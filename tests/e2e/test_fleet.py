@@ -92,6 +92,7 @@ async def client(services: ProcessFleet) -> AsyncIterator[AsyncOpenAI]:
 @pytest_asyncio.fixture
 async def services(tmp_path: Path, model: Path, adapters: Path) -> AsyncIterator[ProcessFleet]:
     fleet = ProcessFleet.prepare(tmp_path, model, adapters, durable=False)
+    fleet.add("gateway")
     yield fleet
     await fleet.close()
 
