@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.admission import Admission, Load
 from gateway.catalogue import Catalogue, Fleet, Target
 from gateway.choices import Choice, Prompt
 from gateway.generation import Generation, Terms
@@ -31,7 +32,7 @@ from gateway.tokenizer import ModelFiles
 from gateway.writers import ChatWriter, CompletionWriter, Head, Writer
 from protocol import messages as m
 from protocol.bus import Bus, RequestFacts, decode, now_ms
-from protocol.errors import BadRequest, ClientError, NotFound, Overloaded
+from protocol.errors import BadRequest, ClientError, NotFound
 from protocol.metrics import KIND_ADAPTER, KIND_BASE, PROMPT_TOKENS
 from protocol.settings import Settings
 
@@ -77,6 +78,7 @@ class Calls:
         self.fleet = fleet
         self.catalogue = catalogue
         self.replies = replies
+        self.admission = Admission(settings)
 
     # ------------------------------------------------------------ a new call
 
@@ -151,14 +153,14 @@ class Calls:
 
         Raises Overloaded.
         """
+        load = load_of(prepared.options.cls, [submit for submit, _ in requests])
+        self.admission.check(load, self.fleet.status)
         outcome, value = await self._put(prepared, requests, idem, max_queued=self.settings.max_queued)
         if outcome == "idem":
             return decode(value, m.Idempotent)
         if outcome == "full":
-            raise Overloaded(
-                f"{value} requests are waiting; the limit is {self.settings.max_queued}",
-                self.fleet.retry_after_s(int(value)),
-            )
+            raise self.admission.full(load, int(value), self.fleet.status)
+        self.admission.note(load, now_ms())
         for which, prompt in enumerate(prepared.prompts):
             kind = KIND_ADAPTER if prepared.target_of(which).digest else KIND_BASE
             PROMPT_TOKENS.labels(kind).inc(prompt.num_tokens)
@@ -305,6 +307,12 @@ def requests_of(prepared: Prepared, call: str, deadline_ms: int, *, gateway: str
         )  # fmt: skip
         requests.append((submit, body))
     return requests
+
+
+def load_of(cls: str, submits: Sequence[m.Submit]) -> Load:
+    """Return what requests of a class would add to the queue."""
+    num_tokens = sum(submit.num_prompt_tokens + submit.max_new_tokens for submit in submits)
+    return Load(cls, len(submits), num_tokens, (submits[0].deadline_ms - now_ms()) / 1000)
 
 
 def prompt_sources(request: CompletionRequest) -> list[str | list[int]]:

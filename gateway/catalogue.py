@@ -93,11 +93,6 @@ class Fleet:
             raise Unavailable("no worker is ready to serve the model; it may still be loading")
         return self.base
 
-    def retry_after_s(self, queued: int) -> float:
-        """Return when a full queue is worth another try: the time to drain a tenth of it, between 1 and 60 s."""
-        rate = self.status.drain_rate if self.status else 0.0
-        return min(max(queued / 10 / rate, 1.0), 60.0) if rate > 0 else 5.0
-
 
 class Catalogue:
     """Names of the base model and the adapters. Reads what adapter_store writes."""

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from gateway.choices import Choice, Piece
 from gateway.replies import Replies
+from gateway.waiting import waiting_state
 from gateway.writers import Usage
 from protocol import messages as m
 from protocol.bus import CONNECTION_ERRORS, now_ms
@@ -102,6 +103,16 @@ class Generation:
             self._has_token = True
             FIRST_TOKEN_SECONDS.labels(self._kind).observe(time.monotonic() - self._started_s)
         return list(pieces.values())
+
+    async def waiting_for(self) -> str:
+        """Return in a few words what a call waits for that has shown nothing yet; "" once it has."""
+        if self._has_token or not self._open:
+            return ""
+        first = next(choice.rid for choice in self.choices if choice.rid in self._open)
+        try:
+            return await waiting_state(self._replies.bus, first)
+        except CONNECTION_ERRORS:
+            return "the queue cannot be reached"
 
     async def close(self) -> None:
         """Stop following. Requests that still run are cancelled, unless they are durable."""

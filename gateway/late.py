@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.errors import error_body
 from gateway.sse import STREAM_HEADERS, GenerationResponse
-from gateway.writers import PING, event
+from gateway.writers import comment, event
 from protocol.errors import LorafleetError
 from protocol.metrics import CLIENTS_GONE
 
@@ -65,7 +65,9 @@ class LateResponse(Response):
             await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
         while not self._task.done():
             if self._stream:
-                await send({"type": "http.response.body", "body": PING, "more_body": True})
+                await send(
+                    {"type": "http.response.body", "body": comment("its adapter is being fetched"), "more_body": True}
+                )
             await asyncio.wait([self._task, gone], timeout=self._keepalive_s, return_when=asyncio.FIRST_COMPLETED)
             if gone.done() and not self._task.done():
                 return False

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.choices import Piece
 from gateway.errors import error_body, error_response
 from gateway.generation import ClientGoneError, Generation
-from gateway.writers import DONE, PING, Writer, event
+from gateway.writers import DONE, Writer, comment, event
 from protocol.bus import CONNECTION_ERRORS
 from protocol.errors import Internal, LorafleetError, Unavailable
 from protocol.metrics import CLIENTS_GONE
@@ -88,7 +88,7 @@ class GenerationResponse(Response):
             if not frames:
                 if loop.time() - last_s < self.keepalive_s:
                     continue
-                frames = PING
+                frames = comment(await generation.waiting_for())
             await self._send_frames(send, frames, more=True)
             last_s = loop.time()
         if self.include_usage:

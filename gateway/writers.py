@@ -12,7 +12,6 @@ from gateway.choices import Piece, TokenLogprob
 from gateway.tokenizer import TokenText
 
 DONE = b"data: [DONE]\n\n"
-PING = b": ping\n\n"
 MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this for what is impossible
 
 
@@ -64,6 +63,11 @@ class Usage:
 def event(body: bytes) -> bytes:
     """Frame one JSON text."""
     return b"data: " + body + b"\n\n"
+
+
+def comment(text: str) -> bytes:
+    """Frame what keeps a connection alive and is no event; with a text, tell whoever reads along what it waits for."""
+    return f": {text or 'ping'}\n\n".encode()
 
 
 class Writer(Protocol):

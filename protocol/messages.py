@@ -217,8 +217,9 @@ class SchedulerStatus(Wire, frozen=True):
     queued: int
     running: int
     workers: int
-    drain_rate: float  # requests finished per second, smoothed
+    drain_rate: float  # requests finished per second while others waited; 0: not known yet
     queued_tokens: int = 0
+    queued_batch: int = 0  # of `queued`, those of class batch
     sent_ms: int = 0
 
 

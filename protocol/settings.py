@@ -38,6 +38,14 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0: any free one (`up` only)")
     max_queued: int = Field(default=10_000, ge=1, description="requests waiting in the queue before new ones get 429")
+    max_queued_tokens: int = Field(
+        default=100_000_000, ge=1, description="tokens, prompt and longest output, waiting before new requests get 429"
+    )
+    max_wait_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="predicted wait for a first token from which on requests get 429; 0: the deadline",
+    )
     max_body_bytes: int = Field(default=4 << 20, ge=1, description="largest HTTP body")
     max_choices: int = Field(default=128, ge=1, description="largest n, and prompts times n in one call")
     max_stop_strings: int = Field(default=64, ge=0, description="stop strings in one request")

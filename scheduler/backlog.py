@@ -281,6 +281,7 @@ class Backlog:
         """Requests that a worker has had before, oldest first."""
         self.num_queued = 0
         self.num_tokens = 0
+        self.by_class: Counter[str] = Counter()
         self.by_digest: Counter[str] = Counter()
 
     def lane(self, cls: str, warm: bool) -> Lane:
@@ -292,6 +293,7 @@ class Backlog:
         if self.num_queued == 0:
             self._counters.rise_to(self._last_tenant)
         self.num_queued += 1
+        self.by_class[request.submit.cls] += 1
         self.by_digest[request.submit.digest] += 1
         self.num_tokens += _max_tokens(request)
         if request.resumed:
@@ -304,6 +306,7 @@ class Backlog:
         request.dropped = True
         self._last_tenant = request.submit.tenant
         self.num_queued -= 1
+        self.by_class[request.submit.cls] -= 1
         decrement(self.by_digest, request.submit.digest)
         self.num_tokens -= _max_tokens(request)
         if self.resumed.pop(request.rid, None) is None:

@@ -17,10 +17,11 @@ from protocol import messages as m
 from protocol import metrics
 from protocol.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
 from protocol.errors import DeadlineExceeded, ProtocolError
-from protocol.keys import CLASSES
+from protocol.keys import BATCH, CLASSES
 from protocol.service import wait_any
 from protocol.settings import Settings
 from scheduler.core import Policy, Scheduler
+from scheduler.drain import DrainRate
 from scheduler.fairness import TokenCounters
 from scheduler.placement import AdapterFacts
 from scheduler.recovery import Recovery
@@ -38,7 +39,6 @@ GATEWAY_GRACE_S = 2.0
 
 WORK_STREAM_TTL_S = 3600
 STATUS_TTL_MS = 5000
-DRAIN_SMOOTHING = 0.2
 MAX_KNOWN_DIGESTS = 100_000
 
 
@@ -68,8 +68,7 @@ class Session:
         self._assigning = asyncio.Lock()
         self._silent_gateways: dict[str, float] = {}
         self._known_digests: set[str] = set()
-        self._drain_rate = 0.0
-        self._num_ended = 0
+        self._drain = DrainRate()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Lead until `stop`. Raises Deposed, or a connection error."""
@@ -237,15 +236,15 @@ class Session:
 
     async def _publish_status(self) -> None:
         scheduler = self.scheduler
-        num_ended, self._num_ended = scheduler.ledger.num_ended - self._num_ended, scheduler.ledger.num_ended
-        self._drain_rate += DRAIN_SMOOTHING * (num_ended / (2 * WATCH_S) - self._drain_rate)
+        self._drain.observe(time.monotonic(), scheduler.ledger.num_ended, scheduler.backlog.num_queued > 0)
         workers = list(scheduler.fleet.available())
         status = m.SchedulerStatus(
             queued=scheduler.backlog.num_queued,
             running=scheduler.fleet.num_assigned,
             workers=len(workers),
-            drain_rate=self._drain_rate,
+            drain_rate=self._drain.rate,
             queued_tokens=scheduler.backlog.num_tokens,
+            queued_batch=scheduler.backlog.by_class[BATCH],
             sent_ms=now_ms(),
         )
         await self._bus.set(self._bus.keys.status, status, STATUS_TTL_MS)

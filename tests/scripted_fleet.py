@@ -81,6 +81,8 @@ class ScriptedFleet:
     assigning: asyncio.Event = field(default_factory=asyncio.Event)  # cleared: requests stay in the queue
     wid: str = "w1"
     beating: bool = True
+    resident: list[str] = field(default_factory=list)
+    host: list[str] = field(default_factory=list)
 
     async def register(self, *, worker: bool = True) -> None:
         """Publish the base model and one worker's beat."""
@@ -95,7 +97,9 @@ class ScriptedFleet:
             await self.beat()
 
     async def beat(self) -> None:
-        beat = m.WorkerBeat(wid=self.wid, name=self.wid, model=BASE_NAME, capacity=64)
+        beat = m.WorkerBeat(
+            wid=self.wid, name=self.wid, model=BASE_NAME, capacity=64, resident=self.resident, host=self.host
+        )
         await self.bus.beat(self.bus.keys.worker_beat(self.wid), self.bus.keys.workers, self.wid, m.encode(beat), 4000)
 
     async def add_adapter(

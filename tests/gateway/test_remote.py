@@ -239,7 +239,7 @@ async def test_a_slow_one_keeps_its_client_company_and_nobody_else_waiting(
         waiting = group.create_task(ask(http, "org/a"))
         async with http.stream("POST", "/v1/completions", json=body) as stream:
             lines = stream.aiter_lines()
-            assert await anext(lines) == ": ping"
+            assert await anext(lines) == ": its adapter is being fetched"
             assert (await ask(http, "base")).status_code == 200
             assert [submit.digest for submit, _ in fleet.seen] == [""]
             hub.gate.set()
@@ -259,7 +259,7 @@ async def test_a_stream_that_has_begun_to_wait_gets_its_error_as_an_event(
         body = {"model": "org/a", "prompt": "fox", "stream": True}
         async with http.stream("POST", "/v1/completions", json=body) as stream:
             lines = stream.aiter_lines()
-            assert await anext(lines) == ": ping"
+            assert await anext(lines) == ": its adapter is being fetched"
             hub.gate.set()
             text = "\n".join([line async for line in lines])
     assert '"code":"adapter_unavailable"' in text
@@ -275,7 +275,7 @@ async def test_a_client_that_leaves_while_its_adapter_comes_submits_nothing(
         httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
     ):
         async with http.stream("POST", "/v1/completions", json={"model": "org/a", "prompt": "f", "stream": True}) as s:
-            assert await anext(s.aiter_lines()) == ": ping"
+            assert await anext(s.aiter_lines()) == ": its adapter is being fetched"
         hub.gate.set()
         assert (await ask(http, "org/a")).status_code == 200
     assert len(fleet.seen) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -143,7 +144,7 @@ async def test_a_queued_stream_gets_headers_and_pings_before_its_first_token(
         async for part in answer.aiter_raw():
             raw += part
             fleet.assigning.set()
-    assert raw.startswith(b": ping\n\n")
+    assert raw.startswith(b": queued, 0 before it\n\n")
     assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks_of(raw)) == Script().text
 
 
@@ -191,3 +192,44 @@ async def test_one_failing_choice_ends_the_others(
         return facts is not None and facts.state == "cancelled"
 
     await wait_until(is_cancelled, "the other choice is cancelled")
+
+
+async def test_who_waits_is_told_for_what(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
+    """A place in the queue, then how far the adapter is on its worker, then the answer."""
+    await fleet.add_adapter("mine", "d1")
+    fleet.assigning.clear()
+    fleet.script = lambda submit, body: Script(hold_after=0)
+    async with (
+        running_gateway(bus, model_folder, keepalive_s=0.05) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        asyncio.TaskGroup() as group,
+    ):
+        first = group.create_task(http.post("/v1/chat/completions", json=CHAT))
+        await wait_until(lambda: fleet.seen, "the first is queued")
+        async with http.stream("POST", "/v1/chat/completions", json={**CHAT, "model": "mine"}) as answer:
+            lines = answer.aiter_lines()
+
+            async def comes(line: str) -> None:
+                async for found in lines:
+                    assert not found.startswith("data"), found
+                    if found == line:
+                        return
+
+            await comes(": queued, 1 before it")
+            fleet.assigning.set()
+            await comes(": its adapter is being fetched")
+            fleet.host = ["d1"]
+            await fleet.beat()
+            await comes(": its adapter is being loaded")
+            fleet.resident = ["d1"]
+            await fleet.beat()
+            await comes(": its prompt is being read")
+            fleet.go.set()
+            rest = [line async for line in lines]
+            assert rest[-2] == "data: [DONE]"
+            assert not any(line.startswith(":") for line in rest[rest.index(first_data(rest)) :])
+        await first
+
+
+def first_data(lines: list[str]) -> str:
+    return next(line for line in lines if line.startswith("data"))

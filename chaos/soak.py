@@ -1,0 +1,234 @@
+"""Load for a long time, below what a fleet can do or far above it: memory of every process, refusals, answers.
+
+python -m chaos.soak --minutes 60 --share 0.8                     a soak
+python -m chaos.soak --minutes 10 --share 10 --max-queued 200     an overload
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime
+import json
+import logging
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx2
+import orjson
+import psutil
+
+from chaos.check import percentile
+from chaos.fleet import ProcessFleet, Shape
+from chaos.report import machine
+from protocol.service import set_up_logging
+
+logger = logging.getLogger(__name__)
+
+PROBE_S, PROBE_CLIENTS = 20.0, 32
+SAMPLE_S = 5.0
+NUM_TOKENS = 32
+NUM_TEMPLATES = 8
+READ_TIMEOUT_S = 300.0
+
+
+@dataclass(slots=True)
+class Course:
+    """What happened."""
+
+    num_asked: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    ttft_s: list[float] = field(default_factory=list)
+    retry_after_s: list[float] = field(default_factory=list)
+    rss_mb: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # process -> (s since begin, MB)
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """What should not have happened: whatever is neither a whole answer nor a refusal that says when to return."""
+        return {name: num for name, num in self.outcomes.items() if name not in ("complete", "429")}
+
+
+class Load:
+    """Calls of random adapters at given moments."""
+
+    def __init__(self, fleet: ProcessFleet, models: list[str], seed: int) -> None:
+        self._fleet = fleet
+        self._models = models
+        self._rng = random.Random(seed)
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
+        self._http = httpx2.AsyncClient(timeout=READ_TIMEOUT_S, trust_env=False, limits=limits)
+        self.course = Course()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def probe(self) -> float:
+        """Return how many calls a second the fleet answers with PROBE_CLIENTS that ask without a pause."""
+        course, until_s = Course(), time.monotonic() + PROBE_S
+
+        async def be_client() -> None:
+            while time.monotonic() < until_s:
+                await self._call(course)
+
+        await asyncio.gather(*(be_client() for _ in range(PROBE_CLIENTS)))
+        return course.outcomes["complete"] / (time.monotonic() - until_s + PROBE_S)
+
+    async def run(self, rate: float, seconds: float) -> None:
+        """Ask `rate` times a second (a Poisson process) for so long; wait for every answer."""
+        began_s, next_s = time.monotonic(), time.monotonic()
+        watch = asyncio.create_task(self._watch(began_s))
+        async with asyncio.TaskGroup() as group:
+            while next_s < began_s + seconds:
+                await asyncio.sleep(max(0.0, next_s - time.monotonic()))
+                group.create_task(self._call(self.course))
+                next_s += self._rng.expovariate(rate)
+        watch.cancel()
+
+    async def _call(self, course: Course) -> None:
+        course.num_asked += 1
+        body = {
+            "model": self._rng.choice(self._models), "prompt": f"Prompt {self._rng.randrange(1000)}", "stream": True,
+            "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        try:
+            course.outcomes[await self._outcome(course, body)] += 1
+        except httpx2.TransportError as error:
+            course.outcomes[type(error).__name__] += 1
+
+    async def _outcome(self, course: Course, body: dict[str, object]) -> str:
+        began_s, num_done, usage, finishes = time.monotonic(), 0, {}, []
+        url = f"{self._rng.choice(self._fleet.urls)}/v1/completions"
+        async with self._http.stream("POST", url, json=body) as answer:
+            if answer.status_code == 429 and answer.headers.get("x-should-retry") == "true":
+                course.retry_after_s.append(float(answer.headers["retry-after"]))
+            if answer.status_code != 200:
+                await answer.aread()
+                return str(answer.status_code)
+            async for line in answer.aiter_lines():
+                num_done += line == "data: [DONE]"
+                if line.startswith("data: {"):
+                    event = orjson.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        return str(event["error"]["code"])
+                    if event["choices"] and not finishes and event["choices"][0]["text"]:
+                        course.ttft_s.append(time.monotonic() - began_s)
+                        finishes = [None]
+                    finishes += [choice["finish_reason"] for choice in event["choices"] if choice["finish_reason"]]
+                    usage = event.get("usage") or usage
+        whole = finishes[1:] == ["length"] and num_done == 1 and usage["completion_tokens"] == NUM_TOKENS
+        return "complete" if whole else "broken"
+
+    async def _watch(self, began_s: float) -> None:
+        while True:
+            for name, pid in self._pids().items():
+                rss = sum(p.memory_info().rss for p in _family(pid)) / 1e6
+                self.course.rss_mb.setdefault(name, []).append((time.monotonic() - began_s, rss))
+            await asyncio.sleep(SAMPLE_S)
+
+    def _pids(self) -> dict[str, int]:
+        return {"queue": self._fleet.queue.process.pid} | {m.name: m.pid for m in self._fleet.members.values()}
+
+
+def slope_mb_per_h(samples: list[tuple[float, float]]) -> float:
+    """Return the slope of the line through the second half of samples (s, MB): the first is when caches fill."""
+    late = samples[len(samples) // 2 :]
+    mean_s = sum(s for s, _ in late) / len(late)
+    mean_mb = sum(mb for _, mb in late) / len(late)
+    spread = sum((s - mean_s) ** 2 for s, _ in late)
+    return 3600 * sum((s - mean_s) * (mb - mean_mb) for s, mb in late) / spread if spread else 0.0
+
+
+def as_markdown(course: Course, rates: tuple[float, float], seconds: float, words: list[str]) -> str:
+    """Return the report; `rates`: calls per second sustained and asked."""
+    outcomes = ", ".join(f"{num:,} {name}" for name, num in course.outcomes.most_common())
+    lines = [
+        f"`python -m chaos.soak {' '.join(words)}` on {machine()}, {datetime.date.today()}: {seconds / 60:.0f} minutes "
+        f"at {rates[1]:.1f} calls/s where the fleet sustains {rates[0]:.1f}; {course.num_asked:,} calls: {outcomes}. "
+        f"**Errors: {sum(course.errors.values())}.**",
+    ]
+    if course.ttft_s:
+        p50, p99 = percentile(course.ttft_s, 0.5), percentile(course.ttft_s, 0.99)
+        lines[0] += f" TTFT p50 {p50:.2f} s, p99 {p99:.2f} s."
+    if course.retry_after_s:
+        p50, most = percentile(course.retry_after_s, 0.5), max(course.retry_after_s)
+        lines[0] += f" Retry-After p50 {p50:.0f} s, at most {most:.0f} s."
+    lines += ["", "| process | RSS at begin, MB | middle | end | largest | slope of the second half, MB/h |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for name, samples in course.rss_mb.items():
+        mb = [value for _, value in samples]
+        shown = " | ".join(f"{value:.0f}" for value in (mb[0], mb[len(mb) // 2], mb[-1], max(mb)))
+        lines.append(f"| {name} | {shown} | {slope_mb_per_h(samples):+.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+async def _soak(args: argparse.Namespace, folder: Path) -> tuple[Course, tuple[float, float]]:
+    from tests.factories import make_adapter, make_tiny_model
+
+    model, adapters = make_tiny_model(folder / "model", max_len=2048), folder / "adapters"
+    for i in range(NUM_TEMPLATES):
+        make_adapter(folder / "templates" / str(i), model, rank=8 if i % 2 else 16, seed=i)
+    names = [f"a{i:03}" for i in range(args.adapters)]
+    for i, name in enumerate(names):
+        _copy(folder / "templates" / str(i % NUM_TEMPLATES), adapters / name, 16 + i)
+    limits = {"max_queued": args.max_queued, "adapter_pool_bytes": 8 << 20, "adapter_host_bytes": 16 << 20}
+    fleet = ProcessFleet.prepare(folder, model, adapters, durable=True, **limits)
+    try:
+        await fleet.start_all(Shape(gateways=2, schedulers=2, workers=("w0", "w1")))
+        while True:
+            if len(await fleet.bus.aliases()) == len(names):
+                break
+            await asyncio.sleep(0.2)
+        load = Load(fleet, names, args.seed)
+        sustained = await load.probe()
+        rate = sustained * args.share
+        logger.info("sustained: %.1f calls/s; asking for %.1f", sustained, rate)
+        await load.run(rate, args.minutes * 60)
+        await load.close()
+        return load.course, (sustained, rate)
+    finally:
+        await fleet.close()
+
+
+def _copy(template: Path, folder: Path, alpha: int) -> None:
+    """Write an adapter with a template's weights and an alpha of its own: another adapter, another answer."""
+    folder.mkdir(parents=True)
+    config = json.loads((template / "adapter_config.json").read_text()) | {"lora_alpha": alpha / 8}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").hardlink_to(template / "adapter_model.safetensors")
+
+
+def main() -> int:
+    """Run as the arguments say. Exit code 1 on an error."""
+    parser = argparse.ArgumentParser(prog="python -m chaos.soak", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--share", type=float, default=0.8, help="of the load that the fleet sustains")
+    parser.add_argument("--adapters", type=int, default=200)
+    parser.add_argument("--max-queued", type=int, default=10_000, help="of the gateways")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("build/soak"), help="folder for the report")
+    args = parser.parse_args()
+    set_up_logging("soak", "info")
+    logging.getLogger("httpx2").setLevel("WARNING")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="lorafleet-soak-") as scratch:
+        course, rates = asyncio.run(_soak(args, Path(scratch)))
+    args.out.mkdir(parents=True, exist_ok=True)
+    report = as_markdown(course, rates, args.minutes * 60, sys.argv[1:])
+    (args.out / "report.md").write_text(report)
+    print(report)
+    return 1 if course.errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
