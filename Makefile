@@ -12,7 +12,7 @@ ARGS ?=
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
-.PHONY: demo up test test-models models-table peft-table check lint-fix bench chaos chaos-short docker-smoke clean help
+.PHONY: demo up test test-models models-table peft-table check lint-fix bench chaos chaos-short soak docker-smoke clean help
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ peft-table: $(VENV)/.stamp-dev  ## measure every kind of adapter against PEFT, i
 
 chaos-short: $(VENV)/.stamp-dev  ## kill every kind of process under load for three minutes, check every answer
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 60 --every 2.5 --out build/chaos-short $(ARGS)
+
+soak: $(VENV)/.stamp-dev  ## an hour of load at 80 %, 200 adapters; ARGS="--minutes 10 --share 10 --max-queued 200": far too much
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos.soak $(ARGS)
 
 chaos: $(VENV)/.stamp-dev  ## the same, a thousand times: an hour or two; the report is build/chaos/report.md
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 1000 $(ARGS)
