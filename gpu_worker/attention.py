@@ -71,6 +71,7 @@ class PagedLayer:
         self.context = context
         self.impl: ops.Impl | None = impl
         self.owner = owner
+        self.handle: Tensor | None = None  # how compiled layers name it, see `compiled.py`
         self.k_cache: Tensor | None = None  # [blocks, Hkv, 16, D]
         self.v_cache: Tensor | None = None  # [blocks, Hkv, 16, Dv]
 
@@ -181,6 +182,11 @@ def make_layers(calls: list[AttentionCall], context: StepContext, impl: ops.Impl
     return layers
 
 
+def bound_to(module: nn.Module) -> PagedLayer | Turns | Recorder | None:
+    """Return what was bound to a module."""
+    return module.__dict__.get(_SLOT)
+
+
 def unbind(module: nn.Module) -> None:
     """Undo `bind`."""
     module.__dict__.pop(_SLOT, None)
@@ -203,11 +209,12 @@ def paged_attention_forward(
     if type(layer) is Turns:
         layer = layer.take()
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    out = layer.attend(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
-        scale, kwargs.get("softcap") or 0.0, kwargs.get("s_aux"),
-    )  # fmt: skip
-    return out[None], None
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    softcap, sinks = kwargs.get("softcap") or 0.0, kwargs.get("s_aux")
+    if torch.compiler.is_compiling():
+        attend = torch.ops.lorafleet_layers.attend
+        return attend(q, k, v, layer.handle, scale, softcap, sinks, v.shape[2])[None], None
+    return layer.attend(q, k, v, scale, softcap, sinks)[None], None
 
 
 AttentionInterface.register(ATTENTION, paged_attention_forward)

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from gpu_worker.adapter_weights import PoolWeights
 from gpu_worker.adapters import AdapterCache
 from gpu_worker.batcher import BLOCK_TOKENS, Limits
+from gpu_worker.compiled import compile_errors, warm
 from gpu_worker.cuda_graphs import CudaRecorder
 from gpu_worker.engine import Engine, EngineConfig
 from gpu_worker.fetch import AdapterFiles
@@ -48,14 +49,13 @@ def load_engine(
 ) -> tuple[EngineThread, m.ServedModel]:
     """Load the model and build an engine around it. Takes seconds to minutes. Raises BadRequest, Internal."""
     started = time.monotonic()
-    if settings.compile:
-        raise BadRequest("compile is not supported by this version: leave it off")
     device = choose_device(settings.device)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.workers))
     impl: ops.Impl | None = "reference" if settings.kernels == "reference" else None
     folder = model_folder(settings.model, WEIGHT_FILES)
-    model = load_model(folder, device, choose_dtype(settings.dtype, device), impl)
+    dtype = choose_dtype(settings.dtype, device)
+    model = load_model(folder, device, dtype, impl, compiled=settings.compile)
     tokenizer_file = folder / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(tokenizer_file)) if tokenizer_file.is_file() else None
     engine, served = build_engine(model, settings, fetch, tokenizer, fetch_files)
@@ -103,7 +103,10 @@ def build_engine(
             return packer.wrap(digest, files)
         return packer.pack(digest, files.config, files.weights)
 
-    engine = Engine(model, config, AdapterCache(weights, read, host_bytes), tokenizer)
+    with compile_errors():
+        engine = Engine(model, config, AdapterCache(weights, read, host_bytes), tokenizer)  # which checks it
+        if settings.compile:
+            warm(model)
     record_steps(engine, settings)
     return engine, served
 

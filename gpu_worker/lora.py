@@ -69,6 +69,7 @@ class SharedInput:
         else:
             self._opaque = linears
             self._biases = [getattr(linear, "bias", None) for linear in linears]
+        self.handle: Tensor | None = None  # how compiled layers name them, see `compiled.py`
         self._x: Tensor | None = None
         self._outs: list[Tensor] = []
 
@@ -89,7 +90,11 @@ class SharedInput:
     def output(self, index: int, x: Tensor) -> Tensor:
         """Return the output of sibling `index` for x [..., K]."""
         if x is not self._x:
-            self._x, self._outs = x, self.project(x.reshape(-1, x.shape[-1]))
+            rows = x.reshape(-1, x.shape[-1])
+            if torch.compiler.is_compiling():
+                self._x, self._outs = x, torch.ops.lorafleet_layers.project(rows, self.handle, self.sizes)
+            else:
+                self._x, self._outs = x, self.project(rows)
         out = self._outs[index]
         if index == len(self._outs) - 1:
             self._x, self._outs = None, []

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from gpu_worker.attention import ATTENTION, AttentionCall, PagedLayer, StepContext, make_layers
 from gpu_worker.checkpoint import one_line, read_eos_ids, read_model
+from gpu_worker.compiled import install_compiled
 from gpu_worker.lora import SharedInput, SiteInfo, install_sites
 from gpu_worker.places import Places, find_places
 from gpu_worker.shortcuts import install_shortcuts
@@ -92,14 +93,21 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype, impl: ops.Impl | None) -> BaseModel:
+def load_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, impl: ops.Impl | None, *, compiled: bool = False
+) -> BaseModel:
     """Load a model folder for serving. Raises BadRequest naming what cannot be served."""
     module = read_model(folder, device, dtype)
-    return prepare_model(module, read_eos_ids(folder, module.config), impl)
+    return prepare_model(module, read_eos_ids(folder, module.config), impl, compiled=compiled)
 
 
-def prepare_model(module: PreTrainedModel, eos_ids: frozenset[int], impl: ops.Impl | None) -> BaseModel:
-    """Turn a Hugging Face causal LM into one that runs packed steps over paged caches. Changes `module`."""
+def prepare_model(
+    module: PreTrainedModel, eos_ids: frozenset[int], impl: ops.Impl | None, *, compiled: bool = False
+) -> BaseModel:
+    """Turn a Hugging Face causal LM into one that runs packed steps over paged caches. Changes `module`.
+
+    compiled: let torch compile each layer as Hugging Face wrote it, instead of shortcuts.
+    """
     config = module.config.get_text_config()
     _refuse_layer_types(module, config)
     fingerprint = fingerprint_of(module)
@@ -120,9 +128,13 @@ def prepare_model(module: PreTrainedModel, eos_ids: frozenset[int], impl: ops.Im
     attention_names = {names[layer.call.module] for layer in layers}
     sites, shared = install_sites(module, trial.linears, attention_names, context, impl)
     places = find_places(module, trial.per_token, sites, shared, context)
-    num_short = _shorten(module, trial, layers, places, impl)
+    num_short = 0 if compiled else _shorten(module, trial, layers, places, impl)
     places.watch()
-    logger.info("%d of %d layers of %s run by shortcuts", num_short, len(layers), module.config.model_type)
+    if compiled:
+        num_compiled = install_compiled(module, layers, shared, context)
+        logger.info("%d layers of %s are compiled", num_compiled, module.config.model_type)
+    else:
+        logger.info("%d of %d layers of %s run by shortcuts", num_short, len(layers), module.config.model_type)
     return BaseModel(
         module=module, device=device, dtype=dtype, context=context, layers=layers, sites=sites, shared=shared,
         places=places, eos_ids=eos_ids, max_positions=_max_positions(config, trial.attention), fingerprint=fingerprint,
