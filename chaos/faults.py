@@ -111,8 +111,11 @@ class Havoc:
         self._power = PowerCut(fleet.queue.folder)
         self._busy: set[str] = set()  # members that are being hit, until they are up again
 
-    async def run(self, num: int, every_s: float, stop: asyncio.Event) -> None:
-        """Do `num` faults, one every `every_s` in the mean, or fewer if `stop` is set; wait until all is up again."""
+    async def run(self, num: int, every_s: float, stop: asyncio.Event, *, alone: bool = False) -> None:
+        """Do `num` faults, one every `every_s` in the mean, or fewer if `stop` is set; wait until all is up again.
+
+        `alone`: begin none before the one before is over.
+        """
         async with asyncio.TaskGroup() as group:
             always = [group.create_task(loop) for loop in (self._power.watch(), self._keep())]
             async with asyncio.TaskGroup() as faults:
@@ -120,7 +123,9 @@ class Havoc:
                     await wait_any(stop, self._rng.expovariate(1 / every_s))
                     choice = draw(self._rng, await self._up())
                     if choice is not None:
-                        faults.create_task(self._hit(await self._aimed(*choice)))
+                        task = faults.create_task(self._hit(await self._aimed(*choice)))
+                        if alone:
+                            await task
             for task in always:
                 task.cancel()
 

@@ -42,6 +42,7 @@ class Plan:
     seed: int
     max_s: float
     shape: Shape
+    alone: bool = False  # one fault at a time
 
 
 @dataclass(slots=True)
@@ -107,7 +108,7 @@ class Run:
             for number in range(self.plan.num_clients):
                 group.create_task(self._be_client(number, stop))
             timer = asyncio.get_running_loop().call_later(self.plan.max_s, stop.set)
-            await self.havoc.run(self.plan.num_faults, self.plan.every_s, stop)
+            await self.havoc.run(self.plan.num_faults, self.plan.every_s, stop, alone=self.plan.alone)
             timer.cancel()
             stop.set()
         self.tally.elapsed_s = time.monotonic() - began_s
