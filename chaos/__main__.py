@@ -40,10 +40,12 @@ def main() -> int:
     logging.getLogger("httpx2").setLevel("WARNING")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="lorafleet-chaos-") as scratch:
-        tally = asyncio.run(_run(plan, Path(scratch)))
         args.out.mkdir(parents=True, exist_ok=True)
-        for log in Path(scratch).glob("*.log"):
-            shutil.copy(log, args.out / log.name)
+        try:
+            tally = asyncio.run(_run(plan, Path(scratch)))
+        finally:
+            for log in Path(scratch).glob("*.log"):
+                shutil.copy(log, args.out / log.name)
     report = report_of(tally, plan, sys.argv[1:])
     (args.out / "report.json").write_bytes(msgspec.json.encode(report))
     (args.out / "report.md").write_text(as_markdown(report))

@@ -66,7 +66,11 @@ class Attempt:
 
     def refuse(self, status: int, raw: bytes, headers: httpx2.Headers) -> None:
         """Take an answer that is none."""
-        error = orjson.loads(raw)["error"]
+        try:
+            error = orjson.loads(raw)["error"]
+        except orjson.JSONDecodeError:  # every error should be JSON: this is one more thing that is wrong
+            self.outcome, self.code, self.detail = "failed", "not_json", f"{status}: {raw[:200]!r}"
+            return
         self.outcome = "refused" if headers.get("x-should-retry") == "true" and status in (429, 503) else "failed"
         self.code, self.detail = str(error["code"]), f"{status}: {error['message']}"
 

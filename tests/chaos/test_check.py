@@ -6,6 +6,7 @@ import random
 from array import array
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from chaos.asks import GREEDY, Ask, Expected
@@ -52,6 +53,13 @@ def test_right_answers_and_beginnings_of_them_pass(right: Attempt) -> None:
 )
 def test_every_wrong_answer_is_found(wrong: Attempt) -> None:
     assert len(shown_wrongly(wrong, EXPECTED)) == 1
+
+
+def test_an_error_that_is_not_json_is_one_thing_more_that_is_wrong() -> None:
+    told = attempt("", "cut")
+    told.refuse(500, b"Internal Server Error", httpx2.Headers())
+    assert (told.outcome, told.code) == ("failed", "not_json")
+    assert unexcused(told, [Hit("queue", "queue", "kill", 15.0, 16.0)])
 
 
 def test_logs_hold_the_right_tokens_and_their_end() -> None:
