@@ -13,7 +13,9 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway import lorax_metrics
 from gateway.errors import add_handlers
+from gateway.lorax_routes import NativeEndpoints, add_native_routes, shape_of
 from gateway.routes import Endpoints, add_routes
 from protocol.metrics import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
 
@@ -23,11 +25,12 @@ DISCARDED_BODIES = 8  # of the largest size: so much of a body that is too large
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-def build_app(endpoints: Endpoints, max_body_bytes: int) -> Envelope:
+def build_app(endpoints: Endpoints, native: NativeEndpoints, max_body_bytes: int) -> Envelope:
     """Return the application."""
     app = FastAPI(title="Lorafleet", docs_url=None, redoc_url=None)
-    add_handlers(app)
+    add_handlers(app, shape_of)
     add_routes(app, endpoints)
+    add_native_routes(app, native)
     return Envelope(app, max_body_bytes)
 
 
@@ -86,6 +89,7 @@ class Envelope:
             logger.exception("%s %s failed, x-request-id %s", scope["method"], scope["path"], request_id)
         route = getattr(scope.get("route"), "path", "unknown")
         HTTP_REQUESTS.labels(route, scope["method"], str(status)).inc()
+        lorax_metrics.answered(scope["path"], status, time.monotonic() - started_s)
 
     def _limited(self, receive: Receive) -> Receive:
         """Return a `receive` that refuses a body once it has become too large."""

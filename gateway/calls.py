@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from gateway import lorax_metrics
 from gateway.admission import Admission, Load
 from gateway.catalogue import Catalogue, Fleet, Target
 from gateway.choices import Choice, Prompt
@@ -47,12 +48,10 @@ Requests = list[tuple[m.Submit, m.Body]]
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """A checked call, ready to be submitted."""
+class Work:
+    """What a call is in the queue: for each prompt as many requests as choices are wanted."""
 
-    request: AnyRequest
     options: Options
-    base: m.ServedModel
     targets: list[Target]
     prompts: list[Prompt]  # for each target every one
     limits: list[int]  # most output tokens, per prompt
@@ -64,6 +63,14 @@ class Prepared:
     def target_of(self, which: int) -> Target:
         """Return who answers a prompt."""
         return self.targets[which * len(self.targets) // len(self.prompts)]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared(Work):
+    """A checked call of OpenAI's routes, ready to be submitted."""
+
+    request: AnyRequest
+    base: m.ServedModel
 
 
 class Calls:
@@ -101,7 +108,7 @@ class Calls:
             message = f"{asked}; the limit is {self.settings.max_choices} choices"
             raise BadRequest(message, param="n")
         limits = [max_new_tokens(options, prompt.num_tokens, base.max_model_len, param) for prompt in prompts]
-        return Prepared(request, options, base, targets, prompts, limits)
+        return Prepared(options, targets, prompts, limits, request, base)
 
     async def _targets(self, request: AnyRequest, base: m.ServedModel, token: str) -> list[Target]:
         timeout_s = self.settings.request_timeout_s
@@ -143,35 +150,35 @@ class Calls:
             self.replies.unsubscribe(response.generation.mail)
             return await self.attach(prepared.request, endpoint, earlier, raw)
         # What was accepted may not be refused when a queue that lost its last second is told of it again.
-        response.generation.resubmit = partial(self._put, prepared, requests, (idem_key, record), max_queued=1 << 31)
+        response.generation.resubmit = partial(self.put, prepared, requests, (idem_key, record), max_queued=1 << 31)
         return response
 
-    async def submit(
-        self, prepared: Prepared, requests: Requests, idem: tuple[str, m.Idempotent]
-    ) -> m.Idempotent | None:
+    async def submit(self, work: Work, requests: Requests, idem: tuple[str, m.Idempotent]) -> m.Idempotent | None:
         """Put a call's requests into the queue. Returns what its idempotency key, if any, was used for before.
 
         Raises Overloaded.
         """
-        load = load_of(prepared.options.cls, [submit for submit, _ in requests])
+        load = load_of(work.options.cls, [submit for submit, _ in requests])
         self.admission.check(load, self.fleet.status)
-        outcome, value = await self._put(prepared, requests, idem, max_queued=self.settings.max_queued)
+        outcome, value = await self.put(work, requests, idem, max_queued=self.settings.max_queued)
         if outcome == "idem":
             return decode(value, m.Idempotent)
         if outcome == "full":
             raise self.admission.full(load, int(value), self.fleet.status)
         self.admission.note(load, now_ms())
-        for which, prompt in enumerate(prepared.prompts):
-            kind = KIND_ADAPTER if prepared.target_of(which).digest else KIND_BASE
+        for which, prompt in enumerate(work.prompts):
+            kind = KIND_ADAPTER if work.target_of(which).digest else KIND_BASE
             PROMPT_TOKENS.labels(kind).inc(prompt.num_tokens)
+        lorax_metrics.accepted([prompt.num_tokens for prompt in work.prompts], work.limits)
         return None
 
-    async def _put(
-        self, prepared: Prepared, requests: Requests, idem: tuple[str, m.Idempotent], *, max_queued: int
+    async def put(
+        self, work: Work, requests: Requests, idem: tuple[str, m.Idempotent], *, max_queued: int
     ) -> tuple[str, Any]:
+        """Put requests into the queue, or find them there; see `Bus.submit`."""
         key, record = idem
         return await self.bus.submit(
-            prepared.options.cls, requests, max_queued=max_queued, idem_key=self.idem_key(key) if key else "",
+            work.options.cls, requests, max_queued=max_queued, idem_key=self.idem_key(key) if key else "",
             idem_value=m.encode(record) if key else b"",
         )  # fmt: skip
 
@@ -288,13 +295,13 @@ class Calls:
 # ---------------------------------------------------------------- pure helpers
 
 
-def requests_of(prepared: Prepared, call: str, deadline_ms: int, *, gateway: str, stored: bool) -> Requests:
+def requests_of(work: Work, call: str, deadline_ms: int, *, gateway: str, stored: bool) -> Requests:
     """Return the queue's requests of a call, one per choice. `gateway` gets the tokens; "" if nobody listens."""
-    options = prepared.options
+    options = work.options
     requests: Requests = []
-    for index in range(len(prepared.prompts) * options.n):
+    for index in range(len(work.prompts) * options.n):
         which, sample = divmod(index, options.n)
-        prompt, limit, target = prepared.prompts[which], prepared.limits[which], prepared.target_of(which)
+        prompt, limit, target = work.prompts[which], work.limits[which], work.target_of(which)
         sampling = msgspec.structs.replace(options.sampling, seed=choice_seed(options.sampling.seed, sample))
         submit = m.Submit(
             rid=rid_of(call, index), tenant=target.tenant, cls=options.cls, digest=target.digest,

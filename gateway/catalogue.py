@@ -126,6 +126,11 @@ class Catalogue:
         digest = digest_of_merge(merge_of_request(request, [part.digest for part in parts]))
         return Target("+".join(part.name for part in parts), digest)
 
+    async def source(self, name: str) -> str | None:
+        """Return where everybody's adapter of this name comes from, None if there is none."""
+        alias = await self._bus.alias(name)
+        return alias.source if alias is not None else None
+
     def _plain(self, name: str, base: m.ServedModel) -> str:
         """Return an adapter's name without the base's before it."""
         for prefix in (f"{base.name}:", f"{BASE}:"):

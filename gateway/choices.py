@@ -87,10 +87,8 @@ class Choice:
         self._shown_records += records
         if self._echo:
             piece.text, self._echo = self._echo, ""
-        if self._record_bytes and ids:
-            self._take_with_logprobs(ids, records, piece)
-        elif ids:
-            piece.text += self._output.add(memoryview(ids).cast("i"))
+        if ids:
+            self.absorb(ids, records, piece)
         if delta.usage is not None:
             self.num_cached_tokens = delta.usage.num_cached_tokens
         if delta.finish == "error":
@@ -106,13 +104,25 @@ class Choice:
         self.cursor.ended = True
         piece.text, piece.finish = self._echo, "length"
 
-    def _take_with_logprobs(self, ids: bytes, records: bytes, piece: Piece) -> None:
-        num_top = (self._record_bytes - 4) // 8
-        layout = struct.Struct("<f" + "if" * num_top)
-        for id_, (logprob, *top) in zip(memoryview(ids).cast("i"), layout.iter_unpack(records), strict=True):
+    def absorb(self, ids: bytes, records: bytes, piece: Piece) -> None:
+        """Add to `piece` new tokens (int32) and their logprob records, if there are any."""
+        if not self._record_bytes:
+            piece.text += self._output.add(memoryview(ids).cast("i"))
+            return
+        for token in unpack(ids, records):
             if self._output.ended:
                 break
-            piece.text += self._output.add((id_,))
+            piece.text += self._output.add((token.id,))
             # The token that only says "end" is no part of the text.
             if not self._output.ended or self._output.stop is not None:
-                piece.logprobs.append(TokenLogprob(id_, logprob, list(zip(top[::2], top[1::2], strict=True))))
+                piece.logprobs.append(token)
+
+
+def unpack(ids: bytes, records: bytes) -> list[TokenLogprob]:
+    """Return tokens (int32, at least one) with what their logprob records, all of one size, say."""
+    num_top = (len(records) * 4 // len(ids) - 4) // 8
+    layout = struct.Struct("<f" + "if" * num_top)
+    return [
+        TokenLogprob(id_, logprob, list(zip(top[::2], top[1::2], strict=True)))
+        for id_, (logprob, *top) in zip(memoryview(ids).cast("i"), layout.iter_unpack(records), strict=True)
+    ]

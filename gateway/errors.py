@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import orjson
 from fastapi import FastAPI, Request
@@ -34,42 +34,66 @@ _OWN_WORDS = {  # pydantic's error type -> what it means to who wrote the JSON
 }
 
 
-def error_body(error: LorafleetError) -> bytes:
-    """Return the JSON of an error."""
-    fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-    return orjson.dumps({"error": fields})
+class ErrorShape(Protocol):
+    """How an API writes errors."""
+
+    def body(self, error: LorafleetError) -> bytes:
+        """Return the JSON of an error."""
+        ...
+
+    def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
+        """Return the response that an error is."""
+        ...
 
 
-def error_response(error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
-    """Return the response that an error is."""
-    extra = {"x-should-retry": "true" if error.retryable else "false"}
+class OpenAIErrors:
+    """OpenAI's shape."""
+
+    def body(self, error: LorafleetError) -> bytes:
+        fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+        return orjson.dumps({"error": fields})
+
+    def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
+        all_headers = {**retry_headers(error), **(headers or {})}
+        return Response(self.body(error), error.status, all_headers, "application/json")
+
+
+OPENAI_ERRORS = OpenAIErrors()
+
+
+def retry_headers(error: LorafleetError) -> dict[str, str]:
+    """Return the headers that tell a client whether and when to try again."""
+    headers = {"x-should-retry": "true" if error.retryable else "false"}
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
-        extra["retry-after"] = str(math.ceil(retry_after_s))
-    return Response(error_body(error), error.status, {**extra, **(headers or {})}, "application/json")
+        headers["retry-after"] = str(math.ceil(retry_after_s))
+    return headers
 
 
-def add_handlers(app: FastAPI) -> None:
-    """Make every error that leaves a route an OpenAI-shaped response."""
+def add_handlers(app: FastAPI, shape_of: Callable[[str], ErrorShape]) -> None:
+    """Make every error that leaves a route a response in the shape that belongs to the request's path."""
+
+    def error_response(request: Request, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
+        return shape_of(request.url.path).response(error, headers)
 
     async def own(request: Request, error: Exception) -> Response:
         assert isinstance(error, LorafleetError)
-        return error_response(error)
+        return error_response(request, error)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(_from_validation(error.errors(), request.headers.get("content-type", "")))
+        return error_response(request, _from_validation(error.errors(), request.headers.get("content-type", "")))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return error_response(_from_http(request, error), error.headers)
+        return error_response(request, _from_http(request, error), error.headers)
 
     async def queue(request: Request, error: Exception) -> Response:
         logger.error("the queue cannot be reached: %r", error)
-        return error_response(Unavailable("the queue cannot be reached", code="queue_unavailable"))
+        return error_response(request, Unavailable("the queue cannot be reached", code="queue_unavailable"))
 
     async def fault(request: Request, error: Exception) -> Response:
-        return error_response(Internal("the gateway failed"))
+        return error_response(request, Internal("the gateway failed"))
 
     app.add_exception_handler(Exception, fault)
     app.add_exception_handler(LorafleetError, own)
@@ -97,16 +121,18 @@ def _from_validation(errors: Sequence[Any], content_type: str) -> LorafleetError
     """Return the first wrong field's error. The alternatives of a union appear as one error each: all are named."""
     first = errors[0]
     if first["type"] == "json_invalid":
-        return BadRequest(f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
-    place: tuple[Any, ...] = tuple(first["loc"][1:2])
+        message = f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
+        return BadRequest(message, code="invalid_json")
+    depth = 3 if tuple(first["loc"][1:2]) == ("parameters",) else 2  # LoRAX's bodies have all but one field in there
+    place: tuple[Any, ...] = tuple(first["loc"][1:depth])
     if not place:
         if content_type and "json" not in content_type and first["type"] != "missing":
             error = ClientError(f"the body must be JSON, not {content_type}", code="unsupported_media_type")
             error.status = 415
             return error
         return BadRequest("the body must be a JSON object")
-    field = str(place[0])
-    reasons = [_words(e) for e in errors if tuple(e["loc"][1:2]) == place]
+    field = ".".join(map(str, place))
+    reasons = [_words(e) for e in errors if tuple(e["loc"][1:depth]) == place]
     listed = " or ".join(list(dict.fromkeys(reasons))[:_MAX_LISTED])
     return BadRequest(f"{field}: {listed}", param=field)
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from gateway import lorax_metrics
 from gateway.choices import Choice, Piece
 from gateway.replies import Replies
 from gateway.waiting import waiting_state
 from gateway.writers import Usage
 from protocol import messages as m
-from protocol.bus import CONNECTION_ERRORS, now_ms
+from protocol.bus import CONNECTION_ERRORS, RequestFacts, now_ms
 from protocol.errors import DeadlineExceeded, LorafleetError, Unavailable
 from protocol.metrics import CALL_SECONDS, FIRST_TOKEN_SECONDS, GENERATIONS, KIND_ADAPTER, KIND_BASE, OUTPUT_TOKENS
 
@@ -73,6 +74,14 @@ class Generation:
             cached_tokens=sum(choice.num_cached_tokens for choice in prompts),
         )
 
+    async def facts(self) -> RequestFacts | None:
+        """Return what the queue says of the first choice; None when it does not know it, or cannot be reached."""
+        try:
+            return (await self._replies.bus.requests([self.choices[0].rid]))[0]
+        except CONNECTION_ERRORS as error:
+            logger.warning("the times of a call cannot be read: %s", error)
+            return None
+
     def hang_up(self) -> None:
         """Say that the client has gone; `advance` raises ClientGoneError."""
         self.mail.hang_up()
@@ -119,7 +128,9 @@ class Generation:
         self._replies.unsubscribe(self.mail)
         OUTPUT_TOKENS.labels(self._kind).inc(sum(choice.num_output_tokens for choice in self.choices))
         if self.is_done:
-            CALL_SECONDS.labels(self._kind).observe(time.monotonic() - self._started_s)
+            seconds = time.monotonic() - self._started_s
+            CALL_SECONDS.labels(self._kind).observe(seconds)
+            lorax_metrics.succeeded(seconds, self.usage.completion_tokens)
         elif not self._terms.durable:
             try:
                 await asyncio.gather(*(self._replies.bus.cancel(rid) for rid in self._open))

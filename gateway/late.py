@@ -9,14 +9,16 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway.errors import error_body
+from gateway.errors import OPENAI_ERRORS, ErrorShape
 from gateway.sse import STREAM_HEADERS, GenerationResponse
 from gateway.writers import comment, event
 from protocol.errors import LorafleetError
 from protocol.metrics import CLIENTS_GONE
 
 
-async def in_time(answer: Coroutine[Any, Any, Response], *, stream: bool, keepalive_s: float) -> Response:
+async def in_time(
+    answer: Coroutine[Any, Any, Response], *, stream: bool, keepalive_s: float, errors: ErrorShape = OPENAI_ERRORS
+) -> Response:
     """Return the response that `answer` comes to, or after `keepalive_s` one that waits for it with the client.
 
     What goes wrong before that is raised, so that it is an HTTP error.
@@ -27,14 +29,15 @@ async def in_time(answer: Coroutine[Any, Any, Response], *, stream: bool, keepal
     except asyncio.CancelledError:
         task.cancel()
         raise
-    return task.result() if done else LateResponse(task, stream=stream, keepalive_s=keepalive_s)
+    return task.result() if done else LateResponse(task, errors, stream=stream, keepalive_s=keepalive_s)
 
 
 class LateResponse(Response):
     """Waits for another response and becomes it. A stream gets its headers now, and a comment now and then."""
 
-    def __init__(self, answer: asyncio.Task[Response], *, stream: bool, keepalive_s: float) -> None:
+    def __init__(self, answer: asyncio.Task[Response], errors: ErrorShape, *, stream: bool, keepalive_s: float) -> None:
         self._task = answer
+        self._errors = errors
         self._stream = stream
         self._keepalive_s = keepalive_s
         self.background = None
@@ -53,7 +56,7 @@ class LateResponse(Response):
         except LorafleetError as error:
             if not self._stream:
                 raise
-            await send({"type": "http.response.body", "body": event(error_body(error)), "more_body": False})
+            await send({"type": "http.response.body", "body": event(self._errors.body(error)), "more_body": False})
             return
         if isinstance(response, GenerationResponse):
             response.started = self._stream

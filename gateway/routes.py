@@ -9,8 +9,6 @@ from typing import Annotated, Any
 import orjson
 from fastapi import FastAPI, Query, Request
 from fastapi.routing import APIRoute
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from gateway.calls import AnyRequest, Calls, body_hash
@@ -98,11 +96,10 @@ class Endpoints:
         await fleet.refresh()
         ready = fleet.is_ready and not self.draining
         state = "draining" if self.draining else "ready" if ready else "no_worker"
-        return _json({"status": state, "workers": fleet.num_workers}, 200 if ready else 503)
-
-    async def metrics(self) -> Response:
-        await self._calls.fleet.show_workers()
-        return Response(await run_in_threadpool(generate_latest), headers={"content-type": CONTENT_TYPE_LATEST})
+        body = {"status": state, "workers": fleet.num_workers}
+        if ready:
+            return _json(body)
+        return _json({**body, "error": "unhealthy", "error_type": "healthcheck"}, 503)
 
 
 class _JsonRequest(Request):
@@ -112,7 +109,7 @@ class _JsonRequest(Request):
         return orjson.loads(await self.body())
 
 
-class _Route(APIRoute):
+class JsonRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
@@ -130,7 +127,7 @@ def hub_token(request: Request) -> str:
 
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = _Route
+    app.router.route_class = JsonRoute
     app.post(CHAT)(endpoints.chat)
     app.post(COMPLETIONS)(endpoints.completions)
     app.get("/v1/models")(endpoints.models)
@@ -138,8 +135,6 @@ def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     app.get("/v1/jobs")(endpoints.jobs)
     app.get("/v1/jobs/{jid}")(endpoints.job)
     app.post("/v1/jobs/{jid}/cancel")(endpoints.cancel_job)
-    app.get("/health")(endpoints.health)
-    app.get("/metrics")(endpoints.metrics)
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -19,6 +19,7 @@ from gateway.app import Envelope, build_app
 from gateway.calls import Calls
 from gateway.catalogue import Catalogue, Fleet
 from gateway.jobs import Jobs
+from gateway.lorax_routes import NativeEndpoints
 from gateway.names import Names
 from gateway.replies import Replies
 from gateway.routes import Endpoints
@@ -54,7 +55,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         names = Names(bus, settings, secret)
         calls = Calls(settings, bus, files, fleet, Catalogue(bus, names), replies)
         endpoints = Endpoints(calls, Jobs(calls))
-        app = build_app(endpoints, settings.max_body_bytes)
+        app = build_app(endpoints, NativeEndpoints(endpoints, calls), settings.max_body_bytes)
         with _listen(settings.host, settings.port) as listener:
             replies.address = _address(listener)
             await replies.open()

@@ -9,8 +9,9 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from gateway import lorax_metrics
 from gateway.choices import Piece
-from gateway.errors import error_body, error_response
+from gateway.errors import OPENAI_ERRORS
 from gateway.generation import ClientGoneError, Generation
 from gateway.writers import DONE, Writer, comment, event
 from protocol.bus import CONNECTION_ERRORS
@@ -28,6 +29,9 @@ STREAM_HEADERS = [
 
 class GenerationResponse(Response):
     """Answers a call from its running generation; ends the generation in every case."""
+
+    errors = OPENAI_ERRORS
+    done = DONE  # the last frame of a stream
 
     def __init__(
         self, generation: Generation, writer: Writer, *, stream: bool, include_usage: bool, keepalive_s: float
@@ -60,6 +64,7 @@ class GenerationResponse(Response):
             return
         except ClientGoneError:
             CLIENTS_GONE.inc()
+            lorax_metrics.failed("dropped")
             return
         except LorafleetError as failure:
             error = failure
@@ -70,10 +75,11 @@ class GenerationResponse(Response):
             logger.exception("a call failed")
             error = Internal("the gateway failed while answering")
         if self.started:
+            lorax_metrics.failed("incomplete")
             # No [DONE]: a client must not take this for a normal end.
-            await send({"type": "http.response.body", "body": event(error_body(error)), "more_body": False})
+            await send({"type": "http.response.body", "body": event(self.errors.body(error)), "more_body": False})
         else:
-            await error_response(error)(scope, receive, send)
+            await self.errors.response(error)(scope, receive, send)
 
     async def _send_stream(self, send: Send) -> None:
         """Send frames as they come. The headers wait for the first of them, so that early errors are HTTP errors."""
@@ -93,13 +99,22 @@ class GenerationResponse(Response):
             last_s = loop.time()
         if self.include_usage:
             frames += self.writer.usage_frame(generation.usage)
-        await self._send_frames(send, frames + DONE, more=False)
+        await self._send_frames(send, frames + self.done, more=False)
 
     async def _send_frames(self, send: Send, frames: bytes, *, more: bool) -> None:
         if not self.started:
             self.started = True
-            await send({"type": "http.response.start", "status": 200, "headers": list(STREAM_HEADERS)})
+            await send({"type": "http.response.start", "status": 200, "headers": self.stream_headers()})
         await send({"type": "http.response.body", "body": frames, "more_body": more})
+
+    def stream_headers(self) -> list[tuple[bytes, bytes]]:
+        """Return the headers of a streamed answer."""
+        return list(STREAM_HEADERS)
+
+    async def whole(self, choices: list[Piece]) -> Response:
+        """Return the answer of a call that is not streamed."""
+        body = orjson.dumps(self.writer.whole(choices, self.generation.usage))
+        return Response(body, media_type="application/json")
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         whole = [Piece(choice.index) for choice in self.generation.choices]
@@ -108,9 +123,9 @@ class GenerationResponse(Response):
                 merge(whole[piece.index], piece)
             if self.generation.is_done:
                 break
-        body = orjson.dumps(self.writer.whole(whole, self.generation.usage))
+        response = await self.whole(whole)
         self.started = True
-        await Response(body, media_type="application/json")(scope, receive, send)
+        await response(scope, receive, send)
 
 
 def merge(whole: Piece, piece: Piece) -> None:

@@ -87,6 +87,10 @@ class TokenText:
         self.bytes = lru_cache(maxsize=1 << 16)(self._bytes)
         self.text = lru_cache(maxsize=1 << 16)(self._text)
 
+    def is_special(self, id_: int) -> bool:
+        """Tell whether a token is none of the text's."""
+        return id_ in self._special
+
     def _bytes(self, id_: int) -> bytes:
         """Return a token's UTF-8 bytes; also of a token that holds only a part of a character."""
         token = self._tokenizer.id_to_token(id_)

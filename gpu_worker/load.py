@@ -177,4 +177,5 @@ def served_model(model: BaseModel, config: EngineConfig, settings: Settings) -> 
         dtype=str(model.dtype).removeprefix("torch."),
         tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
         created_ms=now_ms(),
+        device=model.device.type,
     )

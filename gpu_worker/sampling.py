@@ -1,7 +1,8 @@
 """Choosing tokens for a mixed batch. The noise of a token is a function of (seed, position) alone.
 
-Order: repetition, frequency and presence penalties, bias, temperature, top-k, top-p, min-p, typical. Temperature 0 is
-greedy. Logprobs are of the model's own distribution, before any of these.
+Order: watermark, repetition, frequency and presence penalties, bias, temperature, top-k, top-p, min-p, typical.
+Temperature 0 is greedy. Logprobs are of the model's own distribution, before any of these, or of the last one if a
+request wants that.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ TOP_P_CANDIDATES = 1024
 
 GREEDY_TEMPERATURE = 1e-5
 """Below this a temperature is 0: dividing by it would overflow."""
+
+WATERMARK_KEY, WATERMARK_GAMMA, WATERMARK_DELTA = 15485863, 0.5, 2.0
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -45,18 +48,37 @@ class Sampled:
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
     """Choose one token per row of logits [n, V]. Waits for the device once, unless logprobs are asked for."""
     wanting = [i for i, row in enumerate(rows) if row.sampling.num_logprobs is not None]
-    raw = logits[_index(wanting, logits.device)].float().log_softmax(-1) if wanting else None
-    ids, finite = choose(logits, rows)
-    host_ids, host_finite = torch.stack((ids, finite)).cpu().numpy()
+    shown = logits[_index(wanting, logits.device)].float() if wanting else None  # those whose logprobs are recorded
+    chosen = choose(logits, rows)
+    host_ids, host_finite = torch.stack((chosen.ids, chosen.finite)).cpu().numpy()
     records = [b""] * len(rows)
-    if raw is not None:
-        for i, record in zip(wanting, _records(raw, [rows[i] for i in wanting], host_ids[wanting]), strict=True):
+    if shown is not None:
+        for at, i in enumerate(wanting):
+            if rows[i].sampling.logprobs_of == "choice":
+                shown[at] = chosen.drawn_from(i)
+        packed = _records(shown.log_softmax(-1), [rows[i] for i in wanting], host_ids[wanting])
+        for i, record in zip(wanting, packed, strict=True):
             records[i] = record
     return Sampled(host_ids, host_finite.astype(bool), records)
 
 
-def choose(logits: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Tensor]:
-    """Return int64 ids [n] and bool finite [n] as in `Sampled`, on the device of logits [n, V].
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Tokens on the device, and what they were chosen from."""
+
+    ids: Tensor  # int64 [n]
+    finite: Tensor  # bool [n], as in `Sampled`
+    logits: Tensor  # [n, V], adjusted
+    warped: Tensor | None  # fp32 [m, V], tempered and cut, of the rows that are drawn
+    row_of: dict[int, int]  # row -> its place in `warped`
+
+    def drawn_from(self, row: int) -> Tensor:
+        """Return the logits [V] that a row's token was chosen by."""
+        return self.logits[row] if self.warped is None or row not in self.row_of else self.warped[self.row_of[row]]
+
+
+def choose(logits: Tensor, rows: Sequence[SampleRow]) -> Chosen:
+    """Choose a token per row of logits [n, V], on their device.
 
     The host waits for the device only where top-p must know whether a distribution is flat.
     """
@@ -69,11 +91,13 @@ def choose(logits: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Tensor]:
     best, ids = logits.max(-1)
     finite = torch.isfinite(best)
     random = [i for i, row in enumerate(rows) if row.sampling.temperature >= GREEDY_TEMPERATURE]
+    warped = None
     if random:
         index = _index(random, device)
-        drawn = _draw(logits[index].float(), [rows[i] for i in random])
-        ids[index] = drawn.clamp(max=logits.shape[-1] - 1)  # of a row that is not finite anything may come
-    return ids, finite
+        drawn_rows = [rows[i] for i in random]
+        warped = _warp(logits[index].float(), drawn_rows)
+        ids[index] = _draw(warped, drawn_rows).clamp(max=logits.shape[-1] - 1)  # where not finite anything may come
+    return Chosen(ids, finite, logits, warped, {row: at for at, row in enumerate(random)})
 
 
 def _index(rows: Sequence[int], device: torch.device) -> Tensor:
@@ -100,8 +124,9 @@ def _changes_logits(row: SampleRow) -> bool:
     return bool(
         row.banned
         or s.logit_bias
+        or s.watermark
         or s.repetition_penalty != 1.0
-        or ((s.presence_penalty or s.frequency_penalty) and len(row.output))
+        or ((s.presence_penalty or s.frequency_penalty) and (len(row.output) or s.penalties == "lorax"))
     )
 
 
@@ -109,13 +134,19 @@ def _adjust_(logits: Tensor, row: SampleRow) -> None:
     """Apply penalties, bias and bans to one row of fp32 logits [V], in place."""
     s = row.sampling
     device = logits.device
+    if s.watermark:
+        last = row.output[-1] if len(row.output) else row.prompt[-1]
+        logits[watermark_ids(int(last), len(logits)).to(device)] += WATERMARK_DELTA
     if s.repetition_penalty != 1.0:
         seen = send(np.unique(np.concatenate((row.prompt, row.output))).astype(np.int64), device)
         scores = logits[seen]
         logits[seen] = torch.where(scores > 0, scores / s.repetition_penalty, scores * s.repetition_penalty)
     if s.presence_penalty or s.frequency_penalty:
-        unique, counts = np.unique(row.output, return_counts=True)
-        penalty = s.presence_penalty + s.frequency_penalty * counts
+        # OpenAI counts what was written, LoRAX the share of a token in all text so far, prompt included.
+        counted = row.output if s.penalties == "openai" else np.concatenate((row.prompt, row.output))
+        unique, counts = np.unique(counted, return_counts=True)
+        weights = counts if s.penalties == "openai" else counts / len(counted)
+        penalty = s.presence_penalty + s.frequency_penalty * weights
         logits[send(unique.astype(np.int64), device)] -= send(penalty.astype(np.float32), device)
     if s.logit_bias:
         biases = send(np.array(list(s.logit_bias.values()), np.float32), device)
@@ -124,20 +155,33 @@ def _adjust_(logits: Tensor, row: SampleRow) -> None:
         logits.index_fill_(0, _index(row.banned, device), -torch.inf)
 
 
-def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Draw from fp32 logits [n, V] by inverting the cumulative distribution in the order of ids: int64 [n]."""
-    device = logits.device
+def watermark_ids(last: int, vocab_size: int) -> Tensor:
+    """Return the tokens that a watermark favours after token `last`: int64 [vocab_size / 2].
+
+    Kirchenbauer et al., arXiv 2301.10226, with TGI's and LoRAX's key and generator, so that their detectors find it.
+    """
+    generator = torch.Generator().manual_seed(WATERMARK_KEY * last)
+    return torch.randperm(vocab_size, generator=generator)[: int(vocab_size * WATERMARK_GAMMA)]
+
+
+def _warp(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Return what tokens are drawn from, of fp32 logits [n, V]: tempered, all that may not be drawn at -inf."""
     settings = [row.sampling for row in rows]
-    temperature = send(np.array([s.temperature for s in settings], np.float32), device)
+    temperature = send(np.array([s.temperature for s in settings], np.float32), logits.device)
     logits = logits / temperature[:, None]
     _keep_top_k_(logits, [s.top_k for s in settings])
     _keep_top_p_(logits, [s.top_p for s in settings])
     _keep_min_p_(logits, [s.min_p for s in settings])
     _keep_typical_(logits, [s.typical_p for s in settings])
+    return logits
+
+
+def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Draw from fp32 logits [n, V] by inverting the cumulative distribution in the order of ids: int64 [n]."""
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    seeds = np.array([s.seed & 0xFFFFFFFFFFFFFFFF for s in settings], np.uint64)
+    seeds = np.array([row.sampling.seed & 0xFFFFFFFFFFFFFFFF for row in rows], np.uint64)
     positions = np.array([len(row.output) for row in rows], np.uint64)
-    u = send(uniforms(seeds, positions), device)
+    u = send(uniforms(seeds, positions), logits.device)
     return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 

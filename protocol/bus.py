@@ -206,7 +206,7 @@ class Bus(AdapterBus):
     async def requests(self, rids: Sequence[str]) -> list[RequestFacts | None]:
         """Return the facts of requests, None for one that has expired or never was."""
         fields = ("state", "epoch", "finish", "error", "gateway", "n_prompt", "attempts",
-                  "t_submit", "t_first", "t_end")  # fmt: skip
+                  "t_submit", "t_first", "t_end", "t_assign")  # fmt: skip
         pipe = self.redis.pipeline(transaction=False)
         for rid in rids:
             pipe.hmget(self.keys.req(rid), fields)
@@ -218,11 +218,11 @@ class Bus(AdapterBus):
                 found.append(None)
                 continue
             state, epoch, finish, error, gateway, num_prompt, attempts, *times = ((v or b"").decode() for v in row)
-            submitted, first, ended = (int(t or 0) for t in times)
+            submitted, first, ended, given = (int(t or 0) for t in times)
             found.append(
                 RequestFacts(
                     state, int(epoch), finish, error, gateway, int(num_prompt), length // 4, int(attempts or 0),
-                    submitted, first, ended,
+                    submitted, first, ended, given,
                 )
             )  # fmt: skip
         return found

@@ -41,6 +41,9 @@ class Sampling(Wire, frozen=True):
     num_logprobs: int | None = None  # top logprobs per token besides the chosen one's; None: no logprobs at all
     min_tokens: int = 0
     ignore_eos: bool = False
+    penalties: Literal["openai", "lorax"] = "openai"  # what frequency and presence count, see `sampling._adjust_`
+    watermark: bool = False
+    logprobs_of: Literal["model", "choice"] = "model"  # the model's own distribution, or the one drawn from
 
 
 class Body(Wire, frozen=True):
@@ -279,6 +282,7 @@ class ServedModel(Wire, frozen=True):
     dtype: str = ""
     tied_embeddings: bool = False
     created_ms: int = 0
+    device: str = ""  # "cpu" or "cuda"
 
 
 # ---------------------------------------------------------------- adapters, published by the store

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric, start_http_server
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric, Summary, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -29,6 +29,32 @@ CALL_SECONDS = Histogram(
 CLIENTS_GONE = Counter("lorafleet_clients_gone_total", "Calls whose client left before the end.")
 GATEWAY_LOG_READS = Counter("lorafleet_gateway_log_reads_total", "Times a call read its tokens from the log.")
 GATEWAY_STALE_DELTAS = Counter("lorafleet_gateway_stale_deltas_total", "Deltas that nobody waited for.")
+
+# ---------------------------------------------------------------- gateway, under LoRAX's names and with its buckets
+
+_LORAX_S = tuple(0.00015 * 1.5**i for i in range(35))
+_LORAX_TOKENS = tuple(1 << i for i in range(21))
+
+LORAX_COUNT = Counter("lorax_request_count", "Generations that were asked for.")
+LORAX_SUCCESS = Counter("lorax_request_success", "Generations that came to their end.")
+LORAX_FAILURE = Counter("lorax_request_failure", "Generations that failed, by cause.", ["err"])
+LORAX_SECONDS = Histogram("lorax_request_duration", "Seconds from a request to its answer's end.", buckets=_LORAX_S)
+LORAX_VALIDATION_SECONDS = Histogram(
+    "lorax_request_validation_duration", "Seconds before submission, native routes.", buckets=_LORAX_S
+)
+LORAX_QUEUE_SECONDS = Histogram("lorax_request_queue_duration", "Seconds queued, native routes.", buckets=_LORAX_S)
+LORAX_INFERENCE_SECONDS = Histogram(
+    "lorax_request_inference_duration", "Seconds with a worker, native routes.", buckets=_LORAX_S
+)
+LORAX_TOKEN_SECONDS = Histogram(
+    "lorax_request_mean_time_per_token_duration", "Seconds per token of a call.", buckets=_LORAX_S
+)
+LORAX_INPUT_LENGTH = Histogram("lorax_request_input_length", "Tokens of a prompt.", buckets=_LORAX_TOKENS)
+LORAX_MAX_NEW = Histogram("lorax_request_max_new_tokens", "Tokens a request may make.", buckets=_LORAX_TOKENS)
+LORAX_GENERATED = Histogram("lorax_request_generated_tokens", "Tokens of an answer.", buckets=_LORAX_TOKENS)
+LORAX_INPUT_COUNT = Summary("lorax_request_input_count", "Prompts of a call.")
+LORAX_QUEUE_LENGTH = Gauge("lorax_queue_length", "Requests waiting for a worker.")
+LORAX_BATCH_SIZE = Gauge("lorax_batch_current_size", "Requests that workers run.")
 
 # ---------------------------------------------------------------- the fleet, as the leading scheduler reports it
 

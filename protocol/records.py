@@ -22,6 +22,7 @@ class RequestFacts:
     submitted_ms: int
     first_ms: int
     ended_ms: int
+    assigned_ms: int = 0  # to its last worker
 
     @property
     def is_terminal(self) -> bool:

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from gpu_worker import sampling
-from gpu_worker.sampling import SampleRow, sample, uniforms
+from gpu_worker.sampling import SampleRow, sample, uniforms, watermark_ids
 from protocol.messages import Sampling, logprob_record_bytes
 
 NOTHING = np.zeros(0, np.int32)
@@ -198,7 +198,58 @@ def test_choosing_never_waits_for_a_gpu() -> None:
     sampling.choose(logits, rows)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ids, _ = sampling.choose(logits, rows)
+        ids = sampling.choose(logits, rows).ids
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert ids.tolist() == sample(logits.cpu(), rows).ids.tolist()
+
+
+# ---------------------------------------------------------------- what LoRAX does otherwise
+
+PAIR = np.dtype([("id", "<i4"), ("logprob", "<f4")])
+
+
+def test_lorax_counts_the_share_of_a_token_in_all_text() -> None:
+    wish = row(
+        np.array([1, 1, 2]), np.array([3]), temperature=0.0, frequency_penalty=1.0, presence_penalty=0.5,
+        penalties="lorax", num_logprobs=5, logprobs_of="choice",
+    )  # fmt: skip
+    record = np.frombuffer(sample(torch.zeros(1, 6), [wish]).logprobs[0][4:], PAIR)
+    expected = torch.tensor([0, -1.0, -0.75, -0.75, 0, 0]).log_softmax(-1)
+    assert record["logprob"].tolist() == pytest.approx(expected[record["id"].tolist()].tolist(), abs=1e-6)
+    assert len(set(record["id"].tolist())) == 5
+
+
+def test_logprobs_may_be_of_what_was_drawn_from() -> None:
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(3))
+    rows = [
+        row(temperature=0.5, top_k=4, num_logprobs=4, logprobs_of="choice", seed=1),
+        row(temperature=0.5, top_k=4, num_logprobs=4, seed=1),
+        row(temperature=0.0, num_logprobs=0, logprobs_of="choice"),
+    ]
+    drawn, raw, greedy = sample(logits, rows).logprobs
+    record = np.frombuffer(drawn[4:], PAIR)
+    assert np.exp(record["logprob"]).sum() == pytest.approx(1.0, abs=1e-5)
+    top = (logits[0] / 0.5).topk(4)
+    assert record["id"].tolist() == top.indices.tolist()
+    assert record["logprob"].tolist() == pytest.approx(top.values.log_softmax(-1).tolist(), abs=1e-5)
+    expected = logits[1].log_softmax(-1).topk(4).values.tolist()
+    assert np.frombuffer(raw[4:], PAIR)["logprob"].tolist() == pytest.approx(expected, abs=1e-5)
+    assert np.frombuffer(greedy, "<f4")[0] == pytest.approx(logits[2].log_softmax(-1).max().item(), abs=1e-5)
+
+
+def test_a_watermark_can_be_found() -> None:
+    vocab = 400
+    num_green = {True: 0, False: 0}
+    generator = torch.Generator().manual_seed(9)
+    for watermark in (True, False):
+        text = [7]
+        for _ in range(200):
+            logits = torch.randn(1, vocab, generator=generator)
+            wish = row(np.array([7]), np.array(text[1:]), seed=4, watermark=watermark)
+            token = int(sample(logits, [wish]).ids[0])
+            num_green[watermark] += token in set(watermark_ids(text[-1], vocab).tolist())
+            text.append(token)
+    # Of 200 tokens 100 are green by chance, with a deviation of 7; the watermark makes it e^2 / (1 + e^2) = 88 %.
+    assert num_green[True] > 150
+    assert num_green[False] < 135

@@ -1,0 +1,84 @@
+"""From a native HTTP body to running requests."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from functools import partial
+
+from gateway.calls import Calls, Work, pack, requests_of, rid_of
+from gateway.choices import Prompt
+from gateway.generation import Generation, Terms
+from gateway.lorax_adapters import NativeAdapters
+from gateway.lorax_answer import NativeChoice, NativeFacts, NativeResponse, NativeWriter
+from gateway.lorax_api import GenerateRequest, NativeOptions, Parameters, native_limit, native_options
+from protocol import messages as m
+from protocol.bus import now_ms
+from protocol.errors import BadRequest
+
+
+class NativeCalls:
+    """Makes requests of native calls."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self.adapters = NativeAdapters(calls.catalogue, calls.settings)
+
+    async def answer(
+        self, request: GenerateRequest, token: str, started_s: float, *, stream: bool, as_list: bool
+    ) -> NativeResponse:
+        """Check a request, wait for its adapter, submit it, and return the response that follows it.
+
+        token: for the adapter's source, unless the parameters have one. started_s: monotonic, of the request's arrival.
+        Raises what the client did wrong, GenerationFailed, Overloaded and Unavailable.
+        """
+        calls, p = self._calls, request.parameters or Parameters()
+        base = await calls.fleet.require(worker=True)
+        native = native_options(request, calls.settings, base.max_model_len, stream=stream)
+        target = await self.adapters.resolve(p, base, p.api_token or token)
+        prompt = await self._prompt(request.inputs, native)
+        limit = native_limit(native.options, prompt.num_tokens, base.max_model_len)
+        work = Work(native.options, [target], [prompt], [limit])
+        facts = NativeFacts(
+            model=base.name,
+            adapter_id=target.name,
+            adapter_source=(p.adapter_source or "").lower() or "hub",
+            compute_type=_compute_type(base),
+            num_characters=len(request.inputs),
+            started_s=started_s,
+            submitted_s=time.monotonic(),
+        )
+        writer = NativeWriter(calls.files, native, request.inputs)
+        writer.as_list, writer.num_prompt_tokens = as_list, prompt.num_tokens
+        generation = await self._submit(work, eager=stream)
+        return NativeResponse(generation, writer, facts, stream=stream, keepalive_s=calls.settings.keepalive_s)
+
+    async def _submit(self, work: Work, *, eager: bool) -> Generation:
+        calls, options = self._calls, work.options
+        call, created_ms = uuid.uuid4().hex, now_ms()
+        deadline_ms = created_ms + int(calls.settings.request_timeout_s * 1000)
+        model = (calls.files.tokenizer, calls.files.eos_ids)
+        choices = [NativeChoice(i, rid_of(call, i), work.prompts[0], options, model) for i in range(options.n)]
+        terms = Terms(deadline_ms=deadline_ms, eager=eager, adapter=any(work.digests))
+        generation = Generation(calls.replies, choices, terms)
+        no_idem = ("", m.Idempotent(body_hash="", created_ms=created_ms, rids=[]))
+        requests = requests_of(work, call, deadline_ms, gateway=calls.replies.gid, stored=False)
+        try:
+            await calls.submit(work, requests, no_idem)
+        except BaseException:
+            calls.replies.unsubscribe(generation.mail)
+            raise
+        generation.resubmit = partial(calls.put, work, requests, no_idem, max_queued=1 << 31)
+        return generation
+
+    async def _prompt(self, inputs: str, native: NativeOptions) -> Prompt:
+        [ids] = await self._calls.files.encode([inputs])
+        if native.truncate is not None:
+            ids = ids[-native.truncate :]
+        if not ids:
+            raise BadRequest("`inputs` cannot be empty", param="inputs")
+        return Prompt(pack(ids), len(ids), "")
+
+
+def _compute_type(base: m.ServedModel) -> str:
+    return "gpu+optimized" if base.device == "cuda" else "cpu+optimized"

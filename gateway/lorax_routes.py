@@ -1,0 +1,167 @@
+"""LoRAX's native routes. What is shared with ours, as `/health`, answers both."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from gateway import lorax_metrics
+from gateway.calls import Calls
+from gateway.errors import OPENAI_ERRORS, ErrorShape
+from gateway.generation import Generation
+from gateway.late import in_time
+from gateway.lorax_api import CompatRequest, GenerateRequest, Parameters, TokenizeRequest
+from gateway.lorax_calls import NativeCalls
+from gateway.lorax_errors import LORAX_ERRORS
+from gateway.routes import Endpoints, JsonRoute
+from protocol.errors import Unavailable
+from protocol.metrics import LORAX_BATCH_SIZE, LORAX_QUEUE_LENGTH
+
+VERSION = "0.1.0"
+"""As every LoRAX says of itself; clients compare it."""
+
+MAX_LISTED = 1000
+NATIVE_PATHS = frozenset(
+    {"/", "/generate", "/generate_stream", "/invocations", "/tokenize", "/info", "/ping", "/startup", "/embed",
+     "/classify", "/classify_batch"}
+)  # fmt: skip
+
+
+def shape_of(path: str) -> ErrorShape:
+    """Return how errors on a path are told."""
+    return LORAX_ERRORS if path in NATIVE_PATHS else OPENAI_ERRORS
+
+
+class NativeEndpoints:
+    """The native routes' handlers."""
+
+    def __init__(self, endpoints: Endpoints, calls: Calls) -> None:
+        self.endpoints = endpoints
+        self._calls = calls
+        self._native = NativeCalls(calls)
+
+    # ------------------------------------------------------------ generation
+
+    async def compat(self, body: CompatRequest, request: Request) -> Response:
+        return await self._generate(body, request, stream=body.stream, as_list=not body.stream)
+
+    async def generate(self, body: GenerateRequest, request: Request) -> Response:
+        return await self._generate(body, request, stream=False)
+
+    async def generate_stream(self, body: GenerateRequest, request: Request) -> Response:
+        return await self._generate(body, request, stream=True)
+
+    async def _generate(
+        self, body: GenerateRequest, request: Request, *, stream: bool, as_list: bool = False
+    ) -> Response:
+        started_s = time.monotonic()
+        if self.endpoints.draining:
+            raise Unavailable("this gateway is shutting down; another one can take the request", code="shutting_down")
+        answer = self._native.answer(body, bearer(request), started_s, stream=stream, as_list=as_list)
+        keepalive_s = self._calls.settings.keepalive_s
+        return await in_time(answer, stream=stream, keepalive_s=keepalive_s, errors=LORAX_ERRORS)
+
+    async def tokenize(self, body: TokenizeRequest) -> Response:
+        special = body.add_special_tokens is not False
+        tokenizer = self._calls.files.tokenizer
+        encoding = await run_in_threadpool(tokenizer.encode, body.inputs, add_special_tokens=special)
+        return _json(
+            [
+                {"id": id_, "text": text, "start": start, "stop": stop}
+                for id_, text, (start, stop) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
+            ]
+        )
+
+    # ------------------------------------------------------------ operation
+
+    async def info(self) -> Response:
+        calls, settings = self._calls, self._calls.settings
+        base = await calls.fleet.require(worker=False)
+        adapters = sorted(alias.name for alias in await calls.bus.aliases() if alias.state == "on_disk")
+        return _json(
+            {
+                "model_id": base.name,
+                "model_sha": None,
+                "model_dtype": f"torch.{base.dtype}",
+                "model_device_type": base.device,
+                "model_pipeline_tag": "text-generation",
+                "max_concurrent_requests": settings.max_queued,
+                "max_best_of": settings.max_choices,
+                "max_stop_sequences": settings.max_stop_strings,
+                "max_input_length": base.max_model_len - 1,
+                "max_total_tokens": base.max_model_len,
+                # What batches are limited by here is blocks and step tokens, see docs/engine.md.
+                "waiting_served_ratio": 0.0,
+                "max_batch_total_tokens": None,
+                "max_waiting_tokens": 0,
+                "validation_workers": 1,
+                "eager_prefill": True,
+                "version": VERSION,
+                "sha": None,
+                "docker_label": None,
+                "request_logger_url": None,
+                "num_adapters": len(adapters),
+                "adapters": adapters[:MAX_LISTED],
+                "workers": calls.fleet.num_workers,
+            }
+        )
+
+    async def startup(self) -> Response:
+        """Generate one token, as LoRAX's probe does."""
+        body = GenerateRequest(inputs="Where should Johnny live?", parameters=Parameters(max_new_tokens=1))
+        answer = await self._native.answer(body, "", time.monotonic(), stream=False, as_list=False)
+        if not await _makes_tokens(answer.generation):
+            return _json({"error": "Empty generation", "error_type": "failed healthcheck"}, 500)
+        return Response()
+
+    async def metrics(self, request: Request) -> Response:
+        fleet = self._calls.fleet
+        await fleet.show_workers()
+        LORAX_QUEUE_LENGTH.set(fleet.status.queued if fleet.status else 0)
+        LORAX_BATCH_SIZE.set(fleet.status.running if fleet.status else 0)
+        if "application/json" in request.headers.get("accept", ""):
+            return _json(await run_in_threadpool(lorax_metrics.as_json))
+        text = await run_in_threadpool(lorax_metrics.as_text)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _makes_tokens(generation: Generation) -> bool:
+    """Follow a call to its end without a client; tell whether any token came."""
+    found = False
+    try:
+        while not generation.is_done:
+            pieces = await generation.advance(1.0)
+            found = found or any(piece.logprobs for piece in pieces)
+    finally:
+        await generation.close()
+    return found
+
+
+def bearer(request: Request) -> str:
+    """Return the token that a caller shows, "" without one: on native routes it opens private adapters."""
+    kind, _, value = request.headers.get("authorization", "").partition(" ")
+    return value.strip() if kind.lower() == "bearer" else ""
+
+
+def add_native_routes(app: FastAPI, native: NativeEndpoints) -> None:
+    """Bind LoRAX's paths to handlers."""
+    app.router.route_class = JsonRoute
+    for path in ("/", "/invocations"):
+        app.post(path)(native.compat)
+    app.post("/generate")(native.generate)
+    app.post("/generate_stream")(native.generate_stream)
+    app.post("/tokenize")(native.tokenize)
+    app.get("/info")(native.info)
+    app.get("/startup")(native.startup)
+    app.get("/metrics")(native.metrics)
+    for path in ("/", "/ping", "/health"):
+        app.get(path)(native.endpoints.health)
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status, media_type="application/json")
