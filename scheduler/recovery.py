@@ -126,5 +126,29 @@ class Recovery:
                     logger.error("request %s was lost on its way to %s", rid, owned.owner)
                     await self._requeue(owned.owner, [rid], counts=False)
 
+    async def find_orphans(self) -> int:
+        """Queue again what is assigned to a worker that nobody knows any more; return how many these were.
+
+        Workers register before they get work and leave after they have handed it back, so there are none, unless a
+        queue that lost its last second has brought back the one without the other.
+        """
+        bus, prefix, num_found = self._bus, self._bus.keys.req(""), 0
+        cursor = -1
+        while cursor:
+            cursor, found = await bus.redis.scan(max(cursor, 0), match=f"{prefix}*", count=CHUNK)
+            pipe = bus.redis.pipeline(transaction=False)
+            for key in found:
+                pipe.hmget(key, "state", "owner")
+            facts: list[tuple[bytes | None, bytes | None]] = await pipe.execute()
+            owned = [(key, owner) for key, (state, owner) in zip(found, facts, strict=True) if state == b"assigned"]
+            registered = {wid.encode() for wid in await bus.members(bus.keys.workers)} if owned else set()
+            for key, owner in owned:
+                if owner and owner not in registered:
+                    rid = key.decode().removeprefix(prefix)
+                    logger.error("request %s was lost with worker %s", rid, owner.decode())
+                    await self._requeue(owner.decode(), [rid], counts=False)
+                    num_found += 1
+        return num_found
+
     async def _is_on_its_way(self, owned: Owned) -> bool:
         return owned.submit.rid in {item.rid for item in await self._bus.work_of(owned.owner)}

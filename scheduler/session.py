@@ -1,8 +1,9 @@
 """One leadership: messages from the queue to the pure scheduler, its assignments back to the queue.
 
-Four loops: `_read` feeds the `Scheduler` with what was submitted and what has ended, `_dispatch` assigns what it
-plans, `_watch` looks after beats, deaths and deadlines, `_renew` keeps the lock. What arrives while an assignment is
-on its way goes into the next one together: under load batches grow by themselves, an idle queue waits for nothing.
+Five loops: `_read` feeds the `Scheduler` with what was submitted and what has ended, `_dispatch` assigns what it
+plans, `_watch` looks after beats, deaths and deadlines, `_renew` keeps the lock, `_search` finds what belongs to
+nobody. What arrives while an assignment is on its way goes into the next one together: under load batches grow by
+themselves, an idle queue waits for nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from scheduler.request import Request
 logger = logging.getLogger(__name__)
 
 WATCH_S = 0.5
+SEARCH_S = 30.0
 READ_BLOCK_MS = 1000
 COALESCE_S = 0.003
 """Pause between plans while something is left over, so that a full fleet does not cost a plan for every end."""
@@ -76,7 +78,8 @@ class Session:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(loop) for loop in (self._read(), self._dispatch(), self._watch(), self._renew())
+                    group.create_task(loop)
+                    for loop in (self._read(), self._dispatch(), self._watch(), self._renew(), self._search())
                 ]
                 await stop.wait()
                 async with self._assigning:  # let an assignment on its way arrive
@@ -196,6 +199,12 @@ class Session:
             if await self._bus.restarted():  # and a new connection may have hidden it: begin from what is there
                 raise ConnectionError("the queue was started anew")
             await asyncio.sleep(lock.lease_ms / 5000)
+
+    async def _search(self) -> None:
+        """Look for requests that belong to nobody, which a restarted queue may have brought back."""
+        while True:
+            await self._recovery.find_orphans()
+            await asyncio.sleep(SEARCH_S)
 
     async def _watch(self) -> None:
         """Look after beats, deaths, deadlines and lost messages; publish the status."""
