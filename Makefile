@@ -12,7 +12,7 @@ ARGS ?=
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
-.PHONY: demo up test test-models models-table peft-table check lint-fix bench chaos chaos-short soak docker-smoke clean help
+.PHONY: demo up test test-models models-table peft-table check lint-fix bench chaos chaos-short soak tour docker-smoke clean help
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,11 @@ soak: $(VENV)/.stamp-dev  ## an hour of load at 80 %, 200 adapters; ARGS="--minu
 
 chaos: $(VENV)/.stamp-dev  ## the same, a thousand times: an hour or two; the report is build/chaos/report.md
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 1000 $(ARGS)
+
+tour:  ## LoRAX's own client against a running fleet: make tour URL=http://127.0.0.1:8000 ADAPTER=name
+	test -x build/tour-lorax/bin/python || $(PYTHON) -m venv build/tour-lorax
+	build/tour-lorax/bin/python -m pip install --disable-pip-version-check --quiet lorax-client==0.6.3
+	build/tour-lorax/bin/python examples/lorax_tour.py $(or $(URL),http://127.0.0.1:8000) $(ADAPTER)
 
 docker-smoke: $(VENV)/.stamp-demo  ## build the images, ask two workers, kill one, ask again, take it all down
 	deploy/smoke.sh
