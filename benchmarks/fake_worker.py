@@ -21,13 +21,14 @@ from gpu_worker.port import OnDeath, OnOutputs
 from gpu_worker.request import EngineRequest, EngineStats, TokenOutput
 from gpu_worker.service import Worker, publish_served
 from protocol import messages as m
-from protocol.bus import Bus
+from protocol.bus import Bus, now_ms
 from protocol.messages import AdapterEvent
 from protocol.records import AdapterUse
 from protocol.service import run, set_up_logging
 from protocol.settings import Settings
 
 MAX_UNACKED = 4
+ADAPTER_BYTES = 1000
 
 
 def expected_token(prompt: np.ndarray, position: int, vocab_size: int) -> int:
@@ -53,8 +54,14 @@ class FakeEngine:
         self._wake = threading.Event()
         self._room = threading.Semaphore(MAX_UNACKED)
         self._stopped = False
-        self.orders: list[tuple[str, str]] = []  # about adapters, of which it has none
-        self.events: list[AdapterEvent] = []
+        self.steps = threading.Event()  # cleared: no step is made
+        self.steps.set()
+        self.orders: list[tuple[str, str]] = []  # about adapters
+        self._resident: set[str] = set()
+        self._host: set[str] = set()
+        self._pinned: dict[str, str] = {}
+        self._leaving: dict[str, str] = {}  # digest -> order
+        self._uses: dict[str, AdapterUse] = {}
         self._thread: threading.Thread | None = None
 
     def start(self, on_outputs: OnOutputs, on_death: OnDeath) -> None:
@@ -64,6 +71,12 @@ class FakeEngine:
     def submit(self, request: EngineRequest) -> None:
         with self._lock:
             self._requests[request.rid] = _Running(request, len(request.output))
+            if request.digest:
+                use = self._uses.setdefault(request.digest, AdapterUse(last_ms=now_ms()))
+                use.hits += request.digest in self._resident
+                use.misses += request.digest not in self._resident
+        if request.digest:
+            self._bring(request.digest, self._host, self._resident)
         self._wake.set()
 
     def cancel(self, rids: Sequence[str]) -> None:
@@ -71,25 +84,48 @@ class FakeEngine:
             for rid in rids:
                 self._requests.pop(rid, None)
 
+    # ------------------------------------------------------------ adapters, which take no time and no room here
+
+    def _bring(self, digest: str, *tiers: set[str]) -> None:
+        with self._lock:
+            self._leaving.pop(digest, None)
+            for tier in tiers:
+                tier.add(digest)
+
     def prefetch(self, digest: str) -> None:
         self.orders.append(("prefetch", digest))
+        self._bring(digest, self._host)
 
     def pin(self, digest: str) -> None:
         self.orders.append(("pin", digest))
+        self._bring(digest, self._host, self._resident)
+        self._pinned[digest] = ""
 
     def unpin(self, digest: str) -> None:
         self.orders.append(("unpin", digest))
+        self._pinned.pop(digest, None)
 
     def evict(self, digest: str, order: str) -> None:
         self.orders.append(("evict", digest))
-        self.events.append(AdapterEvent(kind="evicted", digest=digest, order=order, pool_bytes=1))
+        self._leaving[digest] = order
 
     def set_queued(self, digests: list[str]) -> None:
         self.orders.append(("queued", ",".join(digests)))
 
     def take_news(self) -> tuple[list[AdapterEvent], dict[str, AdapterUse]]:
-        events, self.events = self.events, []
-        return events, {}
+        events: list[AdapterEvent] = []
+        with self._lock:
+            used = {running.request.digest for running in self._requests.values()}
+            for digest in [digest for digest in self._leaving if digest not in used]:
+                sizes = [ADAPTER_BYTES * (digest in tier) for tier in (self._resident, self._host)]
+                order = self._leaving.pop(digest)
+                events.append(
+                    AdapterEvent(kind="evicted", digest=digest, order=order, pool_bytes=sizes[0], host_bytes=sizes[1])
+                )
+                self._resident.discard(digest)
+                self._host.discard(digest)
+            uses, self._uses = self._uses, {}
+        return events, uses
 
     def hand_over(self) -> Future[list[str]]:
         done: Future[list[str]] = Future()
@@ -104,10 +140,14 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         with self._lock:
-            return EngineStats(capacity=self._capacity, running=len(self._requests), step_ms=self._step_s * 1e3)
+            return EngineStats(
+                capacity=self._capacity, running=len(self._requests), step_ms=self._step_s * 1e3,
+                resident=sorted(self._resident), host=sorted(self._host), pinned=dict(self._pinned),
+            )  # fmt: skip
 
     def stop(self) -> None:
         self._stopped = True
+        self.steps.set()
         self._wake.set()
 
     def _loop(self, on_outputs: OnOutputs) -> None:
@@ -121,6 +161,7 @@ class FakeEngine:
             next_step = max(next_step + self._step_s, time.perf_counter())
             time.sleep(max(0.0, next_step - time.perf_counter()))
             self._room.acquire()
+            self.steps.wait()
             with self._lock:
                 outputs = [self._advance(running) for running in list(self._requests.values())]
             on_outputs(outputs)

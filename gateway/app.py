@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import lorax_metrics
+from gateway.adapter_routes import AdapterEndpoints, add_adapter_routes
 from gateway.errors import add_handlers
 from gateway.lorax_routes import NativeEndpoints, add_native_routes, shape_of
 from gateway.routes import Endpoints, add_routes
@@ -25,12 +26,15 @@ DISCARDED_BODIES = 8  # of the largest size: so much of a body that is too large
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-def build_app(endpoints: Endpoints, native: NativeEndpoints, max_body_bytes: int) -> Envelope:
+def build_app(
+    endpoints: Endpoints, native: NativeEndpoints, adapters: AdapterEndpoints, max_body_bytes: int
+) -> Envelope:
     """Return the application."""
     app = FastAPI(title="Lorafleet", docs_url=None, redoc_url=None)
     add_handlers(app, shape_of)
     add_routes(app, endpoints)
     add_native_routes(app, native)
+    add_adapter_routes(app, adapters)
     return Envelope(app, max_body_bytes)
 
 

@@ -52,6 +52,7 @@ class Names:
         self._waiters: dict[str, set[asyncio.Event]] = {}
         self._asked: dict[str, int] = {}  # field -> when a look that is still awaited was asked for
         self._failure: LorafleetError | None = None
+        self.hearers: list[Callable[[m.AdapterEvent], object]] = []  # told of every event
 
     async def listen(self) -> None:
         """Wake those who wait for a name when something happens to it, until cancelled."""
@@ -61,8 +62,11 @@ class Names:
             try:
                 last_ids = last_ids or {stream: await self._bus.last_id(stream)}
                 for _, fields in (await self._bus.read(last_ids, block_ms=LISTEN_MS)).get(stream, []):
-                    for event in self._waiters.get(decode(fields[b"b"], m.AdapterEvent).name, ()):
+                    told = decode(fields[b"b"], m.AdapterEvent)
+                    for event in self._waiters.get(told.name, ()):
                         event.set()
+                    for hear in self.hearers:
+                        hear(told)
             except CONNECTION_ERRORS as error:
                 logger.warning("cannot hear of adapters: %s", error)
                 await asyncio.sleep(LISTEN_MS / 1000)
@@ -96,12 +100,9 @@ class Names:
         return await self._looked_up(name, reference, "", timeout_s)
 
     async def _settled(self, alias: m.Alias, timeout_s: float) -> m.Alias:
-        def is_settled(found: m.Alias | None) -> bool:
-            return found is None or found.state in ("on_disk", "failed")
-
         found: m.Alias | None = alias
-        if not is_settled(found):
-            found = await self._wait(alias.name, alias.tenant, is_settled, timeout_s)
+        if not is_settled(alias):
+            found = await self.wait(alias.name, alias.tenant, lambda now: now is None or is_settled(now), timeout_s)
         if found is None or found.state == "unknown":
             raise ModelNotFound(alias.name)
         return _or_raise(found)
@@ -114,16 +115,16 @@ class Names:
         alias = await self._bus.alias(name, tenant)
         now = now_ms()
         if alias is not None and alias.state == "failed" and now < alias.retry_ms:
-            raise _error(alias)
+            raise error_of(alias)
         if alias is not None and alias.state == "on_disk" and (forever or now < alias.asked_ms + self._refresh_ms):
             return alias
         asked_ms = self._asked.get(field, 0) or await self._ask(name, reference, token)
 
         def is_answered(found: m.Alias | None) -> bool:
-            return found is not None and found.state in ("on_disk", "failed") and found.asked_ms >= asked_ms
+            return found is not None and is_settled(found) and found.asked_ms >= asked_ms
 
         try:
-            found = await self._wait(name, tenant, is_answered, timeout_s)
+            found = await self.wait(name, tenant, is_answered, timeout_s)
         finally:
             if self._asked.get(field) == asked_ms:
                 del self._asked[field]
@@ -152,7 +153,7 @@ class Names:
 
     # ------------------------------------------------------------ waiting
 
-    async def _wait(
+    async def wait(
         self, name: str, tenant: str, is_over: Callable[[m.Alias | None], bool], timeout_s: float
     ) -> m.Alias | None:
         """Wait until a name's alias is as wanted. Raises Unavailable when it takes too long or no store lives."""
@@ -188,13 +189,18 @@ class Names:
                 self._waiters.pop(name, None)
 
 
+def is_settled(alias: m.Alias) -> bool:
+    """Tell whether the stores have come to an end with a name, for now."""
+    return alias.state in ("on_disk", "failed")
+
+
 def _or_raise(alias: m.Alias) -> m.Alias:
     if alias.state == "failed":
-        raise _error(alias)
+        raise error_of(alias)
     return alias
 
 
-def _error(alias: m.Alias) -> LorafleetError:
+def error_of(alias: m.Alias) -> LorafleetError:
     """Return why a name is not served, as its clients see it."""
     text = f"the adapter `{alias.name}` cannot be served: {alias.reason}"
     if alias.status >= 500:

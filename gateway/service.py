@@ -15,6 +15,8 @@ from collections.abc import Iterator
 
 import uvicorn
 
+from gateway.adapter_life import AdapterLife
+from gateway.adapter_routes import AdapterEndpoints
 from gateway.app import Envelope, build_app
 from gateway.calls import Calls
 from gateway.catalogue import Catalogue, Fleet
@@ -55,7 +57,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         names = Names(bus, settings, secret)
         calls = Calls(settings, bus, files, fleet, Catalogue(bus, names), replies)
         endpoints = Endpoints(calls, Jobs(calls))
-        app = build_app(endpoints, NativeEndpoints(endpoints, calls), settings.max_body_bytes)
+        adapters = AdapterEndpoints(AdapterLife(bus, settings, names, secret))
+        app = build_app(endpoints, NativeEndpoints(endpoints, calls), adapters, settings.max_body_bytes)
         with _listen(settings.host, settings.port) as listener:
             replies.address = _address(listener)
             await replies.open()

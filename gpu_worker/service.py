@@ -357,7 +357,7 @@ class Worker:
             raise Fenced
         await self._tell_news()
         if self.stores is not None:
-            self.stores.set_urls(await store_urls(self.bus))
+            self.stores.set_urls(await self.bus.store_urls())
         if self.settings.metrics_port:  # else nobody reads them here
             metrics.WORKERS.show([beat])
 
@@ -368,15 +368,6 @@ class Worker:
             await self.bus.announce(*(msgspec.structs.replace(event, source=self.wid) for event in events))
         if uses:
             await self.bus.note_use(uses)
-
-
-async def store_urls(bus: Bus) -> tuple[str, ...]:
-    """Return the addresses of the adapter stores that are alive."""
-    sids = await bus.members(bus.keys.stores, 10_000)
-    if not sids:
-        return ()
-    raws = await bus.redis.mget([bus.keys.store_beat(sid) for sid in sids])
-    return tuple(sorted(raw.decode() for raw in raws if raw))
 
 
 async def publish_served(bus: Bus, served: m.ServedModel) -> None:
@@ -437,7 +428,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         await publish_served(bus, served)
         worker = Worker(bus, engine, served, settings)
         worker.stores = stores
-        stores.set_urls(await store_urls(bus))
+        stores.set_urls(await bus.store_urls())
         return await worker.run(stop)
     finally:
         stores.close()

@@ -14,7 +14,7 @@ from protocol.settings import Settings, names_of
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB = re.compile(rf"(?:hub:)?({_NAME})/({_NAME})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,127}}))?")
-_FOLDER = re.compile(rf"{_NAME}(?:/{_NAME})?")
+FOLDER = re.compile(rf"{_NAME}(?:/{_NAME})?")
 _S3 = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([A-Za-z0-9!_.*'()/-]{1,900}?)/?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -58,7 +58,7 @@ def parse_source(source: str) -> Reference | None:
     """Read what an adapter may be registered from: also "local:FOLDER", which no request can name as a place."""
     if source.startswith("local:"):
         path = source.removeprefix("local:")
-        return Reference("local", "", path) if _FOLDER.fullmatch(path) else None
+        return Reference("local", "", path) if FOLDER.fullmatch(path) else None
     return parse_reference(source)
 
 

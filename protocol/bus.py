@@ -364,6 +364,12 @@ class Bus(AdapterBus):
         low: float | str = "-inf" if max_age_ms is None else now_ms() - max_age_ms
         return [wid.decode() for wid in await self.redis.zrangebyscore(registry, low, "+inf")]
 
+    async def store_urls(self) -> tuple[str, ...]:
+        """Return the addresses of the adapter stores that are alive."""
+        sids = await self.members(self.keys.stores, 10_000)
+        raws = await self.redis.mget([self.keys.store_beat(sid) for sid in sids]) if sids else []
+        return tuple(sorted(raw.decode() for raw in raws if raw))
+
     async def gateways_alive(self) -> dict[str, bool]:
         """Return each registered gateway and whether its beat is there."""
         gids = await self.members(self.keys.gateways)

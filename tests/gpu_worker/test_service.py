@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from waiting import wait_until
 
-from benchmarks.fake_worker import MAX_UNACKED, FakeEngine, expected_token, fake_served
+from benchmarks.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine, expected_token, fake_served
 from gpu_worker.service import Worker, publish_served
 from protocol import messages as m
 from protocol.bus import Bus, Refused, Step, decode, now_ms
@@ -319,6 +319,7 @@ async def test_orders_about_adapters_are_obeyed_and_what_they_freed_is_told(bus:
             return [decode(fields[b"b"], m.AdapterEvent) for _, fields in await bus.entries(bus.keys.adapter_events)]
 
         (event,) = await wait_until(told, "the eviction is told")
+        assert event.pool_bytes == event.host_bytes == ADAPTER_BYTES
         assert (event.kind, event.digest, event.order, event.source) == ("evicted", "b", "o1", worker.wid)
         expected_orders = [("prefetch", "a"), ("pin", "b"), ("unpin", "b"), ("queued", "c,d"), ("evict", "b")]
         assert engine.orders == expected_orders
