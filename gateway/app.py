@@ -18,6 +18,7 @@ from gateway.adapter_routes import AdapterEndpoints, add_adapter_routes
 from gateway.errors import add_handlers
 from gateway.lorax_routes import NativeEndpoints, add_native_routes, shape_of
 from gateway.routes import Endpoints, add_routes
+from protocol.errors import Unavailable
 from protocol.metrics import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,11 @@ class Envelope:
 
         try:
             await self._app(scope, self._limited(receive), send_marked)
+        except asyncio.CancelledError:
+            if not status:  # the server is closing and waits no longer; uvicorn would say so in plain text
+                error = Unavailable("this gateway is shutting down; another one can take it", code="shutting_down")
+                await shape_of(scope["path"]).response(error)(scope, receive, send_marked)
+            raise
         except Exception:
             # It has been answered, see `errors.add_handlers`.
             logger.exception("%s %s failed, x-request-id %s", scope["method"], scope["path"], request_id)

@@ -83,7 +83,8 @@ class Endpoints:
         return _json(await self._jobs.list(status, limit, after))
 
     async def job(self, jid: str, request: Request) -> Response:
-        wait = _PREFER_WAIT.search(request.headers.get("prefer", ""))
+        # A gateway that ends must not be waited for.
+        wait = None if self.draining else _PREFER_WAIT.search(request.headers.get("prefer", ""))
         return _json(await self._jobs.get(jid, float(wait[1]) if wait else 0.0))
 
     async def cancel_job(self, jid: str) -> Response:

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import orjson
@@ -15,6 +16,7 @@ import pytest
 from scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
 from waiting import wait_until
 
+from gateway.app import Envelope
 from protocol import messages as m
 from protocol.bus import Bus
 
@@ -321,6 +323,52 @@ async def test_draining_refuses_new_calls_and_finishes_running_ones(
         assert await gateway.task == 0
     assert await bus.redis.zscore(bus.keys.gateways, gateway.gid) is None
     assert not await bus.redis.exists(bus.keys.out(gateway.gid), bus.keys.gateway_beat(gateway.gid))
+
+
+async def test_a_job_is_not_waited_for_at_a_gateway_that_ends(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
+) -> None:
+    fleet.script = lambda submit, body: Script(hold_after=2)
+    async with (
+        running_gateway(bus, model_folder, grace_s=60) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=60) as http,
+        asyncio.TaskGroup() as group,
+    ):
+        job = (await http.post("/v1/completions", json={**COMPLETION, "background": True})).json()
+        group.create_task(http.post("/v1/completions", json=COMPLETION))
+        await wait_until(lambda: len(fleet.seen) == 2, "both run")
+        gateway.stop.set()
+
+        async def drains() -> bool:
+            return (await http.get("/health")).json()["status"] == "draining"
+
+        await wait_until(drains, "it drains")
+        answer = await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=100"})
+        assert answer.json()["status"] in ("queued", "running")
+        fleet.go.set()
+
+
+async def test_a_call_that_the_closing_server_drops_is_told_so_in_json() -> None:
+    async def never(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.Event().wait()
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    scope = {"type": "http", "method": "GET", "path": "/v1/jobs/job_1", "headers": []}
+    call = asyncio.create_task(Envelope(never, 1000)(scope, receive, send))
+    await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert sent[0]["status"] == 503
+    assert (b"x-should-retry", b"true") in sent[0]["headers"]
+    assert orjson.loads(sent[1]["body"])["error"]["code"] == "shutting_down"
 
 
 async def test_what_outlasts_the_grace_is_told_and_cancelled(
