@@ -11,6 +11,7 @@ import uuid
 from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import lorax_metrics
@@ -24,19 +25,30 @@ from protocol.metrics import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
 logger = logging.getLogger(__name__)
 
 DISCARDED_BODIES = 8  # of the largest size: so much of a body that is too large is read and thrown away
+EXPOSED_HEADERS = ("x-request-id", "openai-processing-ms", "retry-after", "x-should-retry")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def build_app(
-    endpoints: Endpoints, native: NativeEndpoints, adapters: AdapterEndpoints, max_body_bytes: int
+    endpoints: Endpoints,
+    native: NativeEndpoints,
+    adapters: AdapterEndpoints,
+    max_body_bytes: int,
+    cors_origins: str,
 ) -> Envelope:
-    """Return the application."""
+    """Return the application. cors_origins: whose pages may call it from a browser, with commas; "*": anybody's."""
     app = FastAPI(title="Lorafleet", docs_url=None, redoc_url=None)
     add_handlers(app, shape_of)
     add_routes(app, endpoints)
     add_native_routes(app, native)
     add_adapter_routes(app, adapters)
-    return Envelope(app, max_body_bytes)
+    origins = [origin.strip() for origin in cors_origins.split(",") if origin.strip()]
+    if not origins:
+        return Envelope(app, max_body_bytes)
+    open_app = CORSMiddleware(
+        app, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS
+    )
+    return Envelope(open_app, max_body_bytes)
 
 
 class Envelope:

@@ -58,7 +58,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         calls = Calls(settings, bus, files, fleet, Catalogue(bus, names), replies)
         endpoints = Endpoints(calls, Jobs(calls))
         adapters = AdapterEndpoints(AdapterLife(bus, settings, names, secret))
-        app = build_app(endpoints, NativeEndpoints(endpoints, calls), adapters, settings.max_body_bytes)
+        native = NativeEndpoints(endpoints, calls)
+        app = build_app(endpoints, native, adapters, settings.max_body_bytes, settings.cors_origins)
         with _listen(settings.host, settings.port) as listener:
             replies.address = _address(listener)
             await replies.open()

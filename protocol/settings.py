@@ -47,6 +47,9 @@ class Settings(BaseSettings):
         description="predicted wait for a first token from which on requests get 429; 0: the deadline",
     )
     max_body_bytes: int = Field(default=4 << 20, ge=1, description="largest HTTP body")
+    cors_origins: str = Field(
+        default="", description="origins whose pages may call from a browser, with commas; * for any; empty: none"
+    )
     max_choices: int = Field(default=128, ge=1, description="largest n, and prompts times n in one call")
     max_stop_strings: int = Field(default=64, ge=0, description="stop strings in one request")
     max_logprobs: int = Field(default=20, ge=0, description="largest top_logprobs")

@@ -89,6 +89,33 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+async def test_browsers_are_let_in_from_the_origins_that_are_set(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
+) -> None:
+    ours, other = {"origin": "https://ours.example"}, {"origin": "https://other.example"}
+    preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    async with (
+        running_gateway(bus, model_folder, cors_origins="https://ours.example, https://too.example") as running,
+        httpx2.AsyncClient(base_url=running.url) as http,
+    ):
+        asked = await http.options("/v1/chat/completions", headers={**ours, **preflight})
+        assert asked.status_code == 200
+        assert asked.headers["access-control-allow-origin"] == "https://ours.example"
+        refused = await http.options("/v1/chat/completions", headers={**other, **preflight})
+        assert "access-control-allow-origin" not in refused.headers
+        for body, status in ((CHAT, 200), ({}, 400)):
+            answer = await http.post("/v1/chat/completions", json=body, headers=ours)
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == "https://ours.example"
+            assert "x-request-id" in answer.headers["access-control-expose-headers"]
+
+
+async def test_no_origin_is_let_in_by_default(http: httpx2.AsyncClient) -> None:
+    answer = await http.post("/v1/chat/completions", json=CHAT, headers={"origin": "https://ours.example"})
+    assert answer.status_code == 200
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
 def test_there_is_a_real_table() -> None:
     assert len(BAD_FIELDS) > 60
 
