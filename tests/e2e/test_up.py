@@ -145,3 +145,50 @@ async def test_a_second_fleet_on_the_same_port_or_data_is_refused(
         await wait_until(second.has_ended, "it was refused")
         assert second.process.returncode == 2
         assert "another fleet is running with the data in" in second.output
+
+
+async def test_a_hot_swap_under_32_streams(fleet: RunningFleet, model: Path, adapters: Path) -> None:
+    """No error, every answer is that of one version, and after the swap that of the new one; unloading then frees."""
+    folders = [make_adapter(adapters / f"version-{i}", model, seed=20 + i) for i in (1, 2)]
+    old, new = (Oracle(model).greedy(PROMPT, 12, folder) for folder in folders)
+    assert old != new
+    ends = asyncio.Event()
+    swapped = asyncio.Event()
+    answered: list[set[bool]] = [set() for _ in range(32)]  # whether a stream's answers had begun after the swap
+
+    async with fleet.client() as client:
+
+        async def register(source: str) -> None:
+            body = {"name": "swapped", "source": source, "replace": True}
+            response = await client.post("/v1/adapters", json=body)
+            assert response.status_code in (200, 201), response.text
+
+        async def keep_asking(stream: int) -> None:
+            while not ends.is_set():
+                begun_after = swapped.is_set()
+                body = completion("swapped", PROMPT, stream=True)
+                async with client.stream("POST", "/v1/completions", json=body) as response:
+                    text = "".join([chunk async for chunk in chunks(response)])
+                assert text == new if begun_after else text in (old, new)
+                answered[stream].add(begun_after)
+
+        await register("local:version-1")
+        async with asyncio.TaskGroup() as group:
+            for stream in range(32):
+                group.create_task(keep_asking(stream))
+            await wait_until(lambda: all(answered), "every stream has an answer", timeout_s=60)
+            await register("local:version-2")
+            swapped.set()
+            await wait_until(lambda: all(True in begun for begun in answered), "all have the new one", timeout_s=60)
+            ends.set()
+        for folder in folders:
+            (folder / "adapter_config.json").unlink()  # else their own names keep the content
+        await wait_until(lambda: _is_gone(fleet, "version-2"), "the folder's own name is gone")
+        gone = (await client.delete("/v1/adapters/swapped")).json()
+    assert (gone["kept_by"], gone["waiting"]) == ([], [])
+    assert gone["freed"]["pool_bytes"] > 0
+    assert gone["freed"]["host_bytes"] > 0
+
+
+async def _is_gone(fleet: RunningFleet, name: str) -> bool:
+    return not await has_model(fleet, name)
