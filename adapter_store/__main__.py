@@ -9,4 +9,4 @@ from protocol.settings import Settings
 if __name__ == "__main__":
     settings = Settings()
     set_up_logging("store", settings.log_level)
-    sys.exit(run(lambda stop: serve(settings, stop)))
+    sys.exit(run(lambda stop: serve(settings, stop), sendfile=True))

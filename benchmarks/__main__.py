@@ -14,15 +14,15 @@ from benchmarks import report
 from benchmarks.fleet import quickstart_model
 
 FULL = ("kernels", "distinct_adapters", "adapters", "cold_loads", "mixed_ranks", "control_plane")
-SHORT = ("distinct_adapters", "adapters", "cold_loads", "mixed_ranks")
-OWN_FLAGS = ("kernels", "control_plane")  # they have sizes and an output file of their own
+SHORT = ("distinct_adapters", "adapters", "cold_loads", "mixed_ranks", "control_plane")
+OWN_FLAGS = ("kernels",)  # it has sizes and an output file of its own
 
 
 def command(name: str, model: str, out: str, short: bool) -> list[str]:
     """Return the command line of one benchmark."""
     flags = [f"--out={out}", f"--model={model}", *(["--short"] if short else [])]
     if name in OWN_FLAGS:
-        flags = [f"--out={out}/{name}.json", *([f"--model={model}"] if name == "control_plane" else [])]
+        flags = [f"--out={out}/{name}.json"]
     return [sys.executable, "-m", f"benchmarks.{name}", *flags]
 
 

@@ -1,33 +1,47 @@
 """What the control plane alone can carry: gateway, scheduler and queue around workers without a model.
 
-    python -m benchmarks.control_plane --model FOLDER [--out benchmarks/results/control_plane.json]
+    python -m benchmarks.control_plane [--model FOLDER] [--before CHECKOUT] [--short]
 
-FOLDER needs a tokenizer only. The client reads sockets and counts events, so that it costs little beside the server.
+FOLDER needs a tokenizer only. With `--before` the services of another checkout are measured in the same run, each load
+on them first and then on these; client and engine are the same. The client reads sockets and counts events, so that it
+costs little beside the server; what it costs is told.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
-import platform
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import uvloop
 
+from benchmarks import report
+from benchmarks.fleet import quickstart_model
 from lorafleet.embedded import start_embedded
 from protocol.bus import Bus
 from protocol.settings import Settings
+
+HERE = Path(__file__).resolve().parent.parent
+LOAD_S = 120.0  # a load that takes longer is stuck
+TARGETS = {
+    "ttft_ms": ("TTFT idle, p50", "ms", 5.0, min),
+    "req_s": ("1-token requests", "req/s", 500.0, max),
+    "tok_s": ("800 streams", "tok/s", 20_000.0, max),
+    "queue_us": ("queue CPU per token, 256 streams", "µs", 6.0, min),
+    "scaling": ("16 workers ÷ 1", "×", 15.0, max),
+}
+"""Figure -> what it is, its unit, what is wanted, and whether less or more is better."""
 
 
 @dataclass
@@ -41,7 +55,8 @@ class Fleet:
     def cpu_s(self) -> dict[str, float]:
         """Return CPU seconds used so far, by process."""
         pids = {name: process.pid for name, process in self.processes.items()} | {"queue": self.queue_pid}
-        return {name: sum(psutil.Process(pid).cpu_times()[:2]) for name, pid in pids.items()}
+        used = {name: sum(psutil.Process(pid).cpu_times()[:2]) for name, pid in pids.items()}
+        return used | {"client": time.process_time()}
 
 
 @dataclass
@@ -102,7 +117,8 @@ async def load(port: int, *, num: int, concurrency: int, tokens: int) -> list[St
 async def measure(fleet: Fleet, name: str, *, num: int, concurrency: int, tokens: int) -> dict[str, Any]:
     """Run one load and return its figures."""
     before, started = fleet.cpu_s(), time.perf_counter()
-    streams = await load(fleet.url_port, num=num, concurrency=concurrency, tokens=tokens)
+    async with asyncio.timeout(LOAD_S):
+        streams = await load(fleet.url_port, num=num, concurrency=concurrency, tokens=tokens)
     wall_s = time.perf_counter() - started
     after = fleet.cpu_s()
     failed = [stream.failed for stream in streams if stream.failed]
@@ -120,31 +136,33 @@ async def measure(fleet: Fleet, name: str, *, num: int, concurrency: int, tokens
     return result
 
 
-def start(folder: Path, model: Path, *, workers: int, step_ms: float, capacity: int) -> tuple[Fleet, Any]:
-    """Start queue, scheduler, gateway and `workers` fake workers in one process; wait for health."""
+def start(folder: Path, model: Path, tree: Path, *, workers: int, step_ms: float, capacity: int) -> tuple[Fleet, Any]:
+    """Start queue, scheduler, gateway and `workers` fake workers in one process, with the services of a checkout."""
     queue = start_embedded(folder / "queue")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = Settings(redis_url=queue.url, model=str(model), data=folder, port=port, log_level="warning")
-    environment = os.environ | settings.environment()
+    environment = os.environ | settings.environment() | {"PYTHONPATH": f"{tree}:{tree / 'kernels'}"}
     commands = {
         "scheduler": ["-m", "lorafleet", "serve", "scheduler"],
         "gateway": ["-m", "lorafleet", "serve", "gateway"],
-        "workers": ["-m", "benchmarks.fake_worker", f"--count={workers}", f"--step-ms={step_ms}",
+        "workers": ["-P", str(HERE / "benchmarks/fake_worker.py"), f"--count={workers}", f"--step-ms={step_ms}",
                     f"--capacity={capacity}", "--vocab-size=40000"],
     }  # fmt: skip
     processes = {
-        name: subprocess.Popen([sys.executable, *args], env=environment, stdin=subprocess.DEVNULL)
+        name: subprocess.Popen([sys.executable, *args], env=environment, cwd=tree, stdin=subprocess.DEVNULL)
         for name, args in commands.items()
     }
     return Fleet(port, processes, queue.process.pid), queue
 
 
-async def run(model: Path, *, workers: int, step_ms: float, capacity: int, loads: list[dict[str, Any]]) -> list[Any]:
-    """Measure `loads` on a fresh fleet."""
+async def run(
+    model: Path, tree: Path, *, workers: int, step_ms: float, capacity: int, loads: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Measure `loads` on a fresh fleet of a checkout."""
     with tempfile.TemporaryDirectory() as folder:
-        fleet, queue = start(Path(folder), model, workers=workers, step_ms=step_ms, capacity=capacity)
+        fleet, queue = start(Path(folder), model, tree, workers=workers, step_ms=step_ms, capacity=capacity)
         try:
             await _ready(queue.url, fleet, workers)
             await load(fleet.url_port, num=16, concurrency=8, tokens=2)
@@ -177,32 +195,86 @@ async def _listens(port: int) -> bool:
     return True
 
 
-async def everything(model: Path) -> list[Any]:
-    idle = {"name": "idle: one request at a time", "num": 200, "concurrency": 1, "tokens": 1}
-    short = {"name": "short requests", "num": 3000, "concurrency": 64, "tokens": 1}
-    streams = {"name": "256 streams", "num": 512, "concurrency": 256, "tokens": 200}
-    full = {"name": "640 streams", "num": 1280, "concurrency": 640, "tokens": 200}
-    results = await run(model, workers=1, step_ms=0.5, capacity=256, loads=[idle, short])
-    results += await run(model, workers=2, step_ms=25, capacity=128, loads=[streams])
-    results += await run(model, workers=2, step_ms=25, capacity=320, loads=[full])
-    for workers in (1, 4, 16):
-        scale = {"name": "scaling", "num": 24 * workers, "concurrency": 8 * workers, "tokens": 160}
-        results += await run(model, workers=workers, step_ms=25, capacity=8, loads=[scale])
-    return results
+def fleets(short: bool) -> list[dict[str, Any]]:
+    """Return the fleets and what is asked of each; `short` is half as long."""
+    part = 2 if short else 1
+    idle = {"name": "idle", "num": 200 // part, "concurrency": 1, "tokens": 1}
+    requests = {"name": "requests", "num": 3000 // part, "concurrency": 64, "tokens": 1}
+    streams = {"name": "256 streams", "num": 512 // part, "concurrency": 256, "tokens": 200}
+    full = {"name": "800 streams", "num": 1600 // part, "concurrency": 800, "tokens": 200}
+    one, many = ({"name": "scaling", "num": 24 * n, "concurrency": 8 * n, "tokens": 160 // part} for n in (1, 16))
+    return [
+        {"workers": 1, "step_ms": 0.5, "capacity": 256, "loads": [idle, requests]},
+        {"workers": 2, "step_ms": 25, "capacity": 128, "loads": [streams]},
+        {"workers": 2, "step_ms": 25, "capacity": 400, "loads": [full]},
+        {"workers": 1, "step_ms": 25, "capacity": 8, "loads": [one]},
+        {"workers": 16, "step_ms": 25, "capacity": 8, "loads": [many]},
+    ]
+
+
+def figures(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the figures of `TARGETS`."""
+    named = {result["name"]: result for result in results}
+    one, many = (next(r for r in results if r["name"] == "scaling" and r["workers"] == n) for n in (1, 16))
+    return {
+        "ttft_ms": named["idle"]["ttft_ms"]["p50"],
+        "req_s": named["requests"]["req_s"],
+        "tok_s": named["800 streams"]["tok_s"],
+        "queue_us": named["256 streams"]["cpu_us_per_token"]["queue"],
+        "scaling": round(many["tok_s"] / one["tok_s"], 2),
+    }
+
+
+def draw(axes: Sequence[Any], results: dict[str, list[dict[str, Any]]]) -> None:
+    """Plot how far each target is reached, and what a token costs whom."""
+    towards, cost = axes
+    colours = dict(zip(results, (report.MUTED, report.BLUE) if len(results) > 1 else (report.BLUE,), strict=True))
+    names = [text for text, _, _, _ in TARGETS.values()]
+    for i, (label, found) in enumerate(results.items()):
+        reached = [
+            value / wanted if better is max else wanted / value
+            for value, (_, _, wanted, better) in zip(figures(found).values(), TARGETS.values(), strict=True)
+        ]
+        places = np.arange(len(names)) + (i - (len(results) - 1) / 2) * 0.38
+        towards.barh(places, reached, height=0.36, color=colours[label], label=label)
+    towards.axvline(1, color=report.RED, linewidth=1)
+    towards.set(yticks=range(len(names)), yticklabels=names, title="Times the target", xlabel="more is better")
+    towards.invert_yaxis()
+    towards.legend(loc="lower right")
+    parts = ("gateway", "queue", "workers", "scheduler", "client")
+    shades = (report.BLUE, report.ORANGE, report.GREEN, report.RED, report.MUTED)
+    for label, found in results.items():
+        (full,) = (result for result in found if result["name"] == "800 streams")
+        bottom = 0.0
+        for part, shade in zip(parts, shades, strict=True):
+            height = full["cpu_us_per_token"][part]
+            first = label == next(iter(results))
+            cost.bar(label, height, bottom=bottom, width=0.5, color=shade, label=part if first else None)
+            bottom += height
+    cost.set(title="CPU per token, 800 streams", ylabel="µs")
+    cost.legend()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/control_plane.json"))
+    parser = report.parser(__doc__)
+    parser.add_argument("--before", type=Path, help="another checkout, to be measured in the same run")
     args = parser.parse_args()
-    results = asyncio.run(everything(args.model))
-    about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "cores": os.cpu_count(),
-             "machine": platform.processor() or platform.machine()}  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
-    one, many = (next(r for r in results if r["name"] == "scaling" and r["workers"] == n) for n in (1, 16))
-    print(f"16 workers carry {many['tok_s'] / one['tok_s']:.1f} times what one does")
+    about = report.machine()
+    model = args.model or quickstart_model()
+    trees = ({"before": args.before.resolve()} if args.before else {}) | {"now": HERE}
+    results: dict[str, list[dict[str, Any]]] = {label: [] for label in trees}
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        for one in fleets(args.short):
+            for label, tree in trees.items():
+                results[label] += runner.run(run(model, tree, **one))
+    found = {label: figures(result) for label, result in results.items()}
+    rows = [
+        [text, *(f"{found[label][key]:,} {unit}" for label in trees), f"{'≥' if better is max else '≤'} {wanted:,.0f}"]
+        for key, (text, unit, wanted, better) in TARGETS.items()
+    ]
+    print(report.table(["", *trees, "wanted"], rows))
+    saved = {"machine": about, "figures": found, "results": results}
+    report.save(args.out / "control_plane", saved, 2, lambda axes: draw(axes, results))
 
 
 if __name__ == "__main__":

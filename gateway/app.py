@@ -19,6 +19,7 @@ from gateway.adapter_routes import AdapterEndpoints, add_adapter_routes
 from gateway.errors import add_handlers
 from gateway.lorax_routes import NativeEndpoints, add_native_routes, shape_of
 from gateway.routes import Endpoints, add_routes
+from gateway.sse import RAW_SEND
 from protocol.errors import Unavailable
 from protocol.metrics import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
 
@@ -99,6 +100,7 @@ class Envelope:
                 ]
             await send(message)
 
+        scope[RAW_SEND] = send
         try:
             await self._app(scope, self._limited(receive), send_marked)
         except asyncio.CancelledError:

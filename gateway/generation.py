@@ -101,7 +101,13 @@ class Generation:
             raise self.mail.failure
         pieces: dict[str, Piece] = {}
         for delta in deltas:
-            await self._apply(delta, pieces)
+            choice = self._by_rid[delta.rid]
+            if choice.cursor.needs_log(delta):
+                self._take(choice, await self._read_log(choice), pieces)
+                if choice.cursor.needs_log(delta):
+                    # The queue has lost what stood before it; its owner, or whoever comes after, will write that again.
+                    continue
+            self._take(choice, delta, pieces)
         if self.mail.restarted:
             self.mail.restarted = False
             await self._mend()
@@ -146,15 +152,6 @@ class Generation:
             choice.skip(piece)
         self._open.clear()
         return pieces
-
-    async def _apply(self, delta: m.Delta, pieces: dict[str, Piece]) -> None:
-        choice = self._by_rid[delta.rid]
-        if choice.cursor.needs_log(delta):
-            self._take(choice, await self._read_log(choice), pieces)
-            if choice.cursor.needs_log(delta):
-                # The queue has lost what stood before it; its owner, or whoever comes after, will write that again.
-                return
-        self._take(choice, delta, pieces)
 
     async def _mend(self) -> None:
         """Give a queue that came back without its last second what it has lost of the open requests."""

@@ -88,6 +88,8 @@ class Subscription:
         self._max_pending = max(MAX_PENDING, 2 * len(rids))
         self._pending: list[m.Delta] = []
         self._waiter: asyncio.Future[None] | None = None
+        self._until_s = 0.0  # when the present wait is over, as the loop counts
+        self._timer: asyncio.TimerHandle | None = None
 
     def push(self, delta: m.Delta) -> None:
         """Add a delta. Over the limit only the newest of each request is kept."""
@@ -119,14 +121,36 @@ class Subscription:
         if not self._ready():
             loop = asyncio.get_running_loop()
             self._waiter = loop.create_future()
-            timer = loop.call_later(timeout_s, self._wake)
+            self._set_timer(loop, loop.time() + timeout_s)
             try:
                 await self._waiter
             finally:
-                timer.cancel()
                 self._waiter = None
         deltas, self._pending = self._pending, []
         return deltas
+
+    def close(self) -> None:
+        """Leave nothing behind on the loop."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _set_timer(self, loop: asyncio.AbstractEventLoop, until_s: float) -> None:
+        """End the wait at `until_s`. A timer that is set goes off first and is set again: not one for every token."""
+        self._until_s = until_s
+        if self._timer is not None and self._timer.when() > until_s:
+            self.close()
+        if self._timer is None:
+            self._timer = loop.call_at(until_s, self._time_over, loop)
+
+    def _time_over(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        if self._waiter is None:
+            return
+        if loop.time() < self._until_s:
+            self._timer = loop.call_at(self._until_s, self._time_over, loop)
+        else:
+            self._wake()
 
     def _ready(self) -> bool:
         return bool(self._pending) or self.client_gone or self.nudged or self.failure is not None
@@ -155,6 +179,7 @@ class Replies:
 
     def unsubscribe(self, subscription: Subscription) -> None:
         """Close a mailbox."""
+        subscription.close()
         for rid in subscription.rids:
             listeners = self._subscriptions.get(rid, [])
             if subscription in listeners:

@@ -20,6 +20,9 @@ from protocol.metrics import CLIENTS_GONE
 
 logger = logging.getLogger(__name__)
 
+RAW_SEND = "lorafleet.send"
+"""Key of a scope: the server's own `send`. The layers between it and a route look at the start of a response only."""
+
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -45,6 +48,7 @@ class GenerationResponse(Response):
         self.started = False  # the headers have been sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._send_body: Send = scope[RAW_SEND]
         async with asyncio.TaskGroup() as group:
             watch = group.create_task(self._watch(receive))
             try:
@@ -105,7 +109,7 @@ class GenerationResponse(Response):
         if not self.started:
             self.started = True
             await send({"type": "http.response.start", "status": 200, "headers": self.stream_headers()})
-        await send({"type": "http.response.body", "body": frames, "more_body": more})
+        await self._send_body({"type": "http.response.body", "body": frames, "more_body": more})
 
     def stream_headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers of a streamed answer."""

@@ -5,11 +5,11 @@ A token counts once its step script has been accepted; a refused row says what b
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
-import numpy as np
 
 from gpu_worker.request import TokenOutput
 from protocol import messages as m
@@ -161,7 +161,7 @@ def merge(pending: dict[str, Pending], outputs: Iterable[TokenOutput]) -> None:
         new = pending.get(output.rid)
         if new is None or (new.seq0 >= 0 and output.seq0 != new.seq0 + len(new.ids) // 4):
             new = pending[output.rid] = Pending(output.seq0)
-        new.ids += np.asarray(output.ids, "<i4").tobytes()
+        new.ids += array("i", output.ids).tobytes()
         new.logprobs += output.logprobs
         new.num_cached_tokens = output.num_cached_tokens
         if output.finish:

@@ -33,4 +33,4 @@ def run(args: argparse.Namespace) -> int:
         module = importlib.import_module(f"{SERVICES[args.service]}.service")
     except ModuleNotFoundError as error:
         raise BadRequest(f"{error.name} is not installed: pip install 'lorafleet[worker]'") from error
-    return run_service(lambda stop: module.serve(settings, stop))
+    return run_service(lambda stop: module.serve(settings, stop), sendfile=args.service == "store")

@@ -141,13 +141,22 @@ class Bus(AdapterBus):
 
     async def step(self, wid: str, step: Step) -> list[Refused]:
         """Write a step. Returns the refused rows; when there are any, nothing at all was written."""
-        args: list[Any] = [len(step.rows), len(step.outs), m.encode(step.ended) if step.ended else b""]
+        rows: list[Any] = []
+        logprobs: list[Any] = []
+        ends: list[Any] = []
         for row in step.rows:
-            args += [row.rid, row.epoch, row.seq0, row.ids, row.logprobs, row.state, row.finish, row.error]
-        for gid, deltas in step.outs.items():
-            args += [gid, m.encode(deltas)]
-        args += step.done_entries
-        reply = await self._scripts.step(keys=[self.keys.tag, self.keys.work(wid), self.keys.ended], args=args)
+            rows += (row.rid, row.epoch, row.seq0, row.ids)
+            if row.ids and row.logprobs:
+                logprobs += (row.rid, row.seq0, row.logprobs)
+            if row.state:
+                ends += (row.rid, row.state, row.finish, row.error)
+        outs = [part for gid, deltas in step.outs.items() for part in (gid, m.encode(deltas))]
+        ended = m.encode(step.ended) if step.ended else b""
+        head = [len(step.rows), len(logprobs) // 3, len(ends) // 4, len(step.outs), ended]
+        reply = await self._scripts.step(
+            keys=[self.keys.tag, self.keys.work(wid), self.keys.ended, self.keys.own(wid)],
+            args=[*head, *rows, *logprobs, *ends, *outs, *step.done_entries],
+        )
         return [
             Refused(reply[i].decode(), reply[i + 1].decode(), reply[i + 2], reply[i + 3])
             for i in range(0, len(reply), 4)
@@ -348,7 +357,7 @@ class Bus(AdapterBus):
     async def leave(self, wid: str) -> None:
         """Take a worker, whose work is handed back, off the register."""
         pipe = self.redis.pipeline(transaction=True)
-        pipe.delete(self.keys.work(wid), self.keys.ctl(wid), self.keys.worker_beat(wid))
+        pipe.delete(self.keys.work(wid), self.keys.own(wid), self.keys.ctl(wid), self.keys.worker_beat(wid))
         pipe.zrem(self.keys.workers, wid)
         await pipe.execute()
 

@@ -48,6 +48,10 @@ class Keys:
         """Stream: batches for one worker until all of a batch have ended. 1 h, renewed by the worker's beat."""
         return f"{self.tag}:w:{wid}:in"
 
+    def own(self, wid: str) -> str:
+        """Hash rid -> epoch: what a worker may write. 1 h after the last assignment; written by scripts only."""
+        return f"{self.tag}:w:{wid}:own"
+
     # Control and events. Bounded streams.
     def ctl(self, wid: str) -> str:
         """Stream: `messages.Control` for one worker. Trimmed to 5 min; 1 h, renewed by the worker's beat."""

@@ -3,12 +3,15 @@
 -- ARGV: leader token ('' skips the check), wid, assignment message, then per request: rid, epoch it had when read
 -- -> {'ok'} | {'deposed'} | {'gone'} | {'stale', rid, ...}
 if ARGV[1] ~= '' and redis.call('GET', KEYS[2]) ~= ARGV[1] then return {'deposed'} end
-local stale, num_mine = {'stale'}, 0
+local stale, num_mine, subs = {'stale'}, 0, {}
 for i = 4, #ARGV, 2 do
-  local f = redis.call('HMGET', req_key(ARGV[i]), 'state', 'epoch', 'cancel', 'owner')
+  local f = redis.call('HMGET', req_key(ARGV[i]), 'state', 'epoch', 'cancel', 'owner', 'cls', 'sub_id')
   if f[1] ~= 'queued' or f[2] ~= ARGV[i + 1] or f[3] == '1' then
     stale[#stale + 1] = ARGV[i]
     if f[1] == 'assigned' and f[4] == ARGV[2] and tonumber(f[2]) == ARGV[i + 1] + 1 then num_mine = num_mine + 1 end
+  elseif f[6] and f[6] ~= '' then
+    subs[f[5]] = subs[f[5]] or {}
+    table.insert(subs[f[5]], f[6])
   end
 end
 -- All assigned just as asked: this is the repetition of a call whose reply was lost.
@@ -17,12 +20,15 @@ if #stale > 1 then return stale end
 -- NOMKSTREAM: a dead worker's stream must not come back without a TTL.
 local id = redis.call('XADD', KEYS[3], 'NOMKSTREAM', '*', 'b', ARGV[3])
 if not id then return {'gone'} end
-local now = now_ms()
+for cls, ids in pairs(subs) do redis.call('XDEL', P .. ':sub:' .. cls, unpack(ids)) end
+local now, owned = now_ms(), {}
 for i = 4, #ARGV, 2 do
-  local rid = ARGV[i]
-  drop_submit(rid)
-  redis.call('HINCRBY', req_key(rid), 'epoch', 1)
-  redis.call('HSET', req_key(rid), 'state', 'assigned', 'owner', ARGV[2], 't_assign', now,
+  local rid, epoch = ARGV[i], ARGV[i + 1] + 1
+  redis.call('HSET', req_key(rid), 'state', 'assigned', 'owner', ARGV[2], 'epoch', epoch, 'sub_id', '', 't_assign', now,
     'start', redis.call('STRLEN', P .. ':tok:' .. rid) / 4)
+  owned[#owned + 1] = rid
+  owned[#owned + 1] = epoch
 end
+redis.call('HSET', own_key(ARGV[2]), unpack(owned))
+redis.call('EXPIRE', own_key(ARGV[2]), 3600)  -- once it is gone, steps take longer: that is all
 return {'ok'}

@@ -3,6 +3,10 @@
 local P = KEYS[1]
 local function req_key(rid) return P .. ':req:' .. rid end
 
+-- Hash rid -> epoch of what a worker may write: just those that are assigned to it at that epoch and not cancelled.
+-- Whatever changes one of these facts must change this too.
+local function own_key(wid) return P .. ':w:' .. wid .. ':own' end
+
 local function now_ms()
   local t = redis.call('TIME')
   return t[1] * 1000 + math.floor(t[2] / 1000)

@@ -1,56 +1,106 @@
 -- Make one engine step's tokens and endings durable and visible: all of them, or nothing.
--- KEYS: prefix, work stream, ended stream
--- ARGV: num rows, num outs, ended message or '', then
---   per row: rid, epoch, seq0, ids, logprobs, state ('' while running), finish, error
+-- KEYS: prefix, work stream, ended stream, what the worker owns
+-- ARGV: num rows, num logprobs, num ends, num outs, ended message or '', then
+--   per row: rid, epoch, seq0, ids
+--   per logprobs: rid, seq0, records
+--   per end: rid, state, finish, error; each has a row, maybe without ids
 --   per out: gateway id, packed deltas
 --   then the ids of work entries whose last request this step ends
 -- -> {} | {rid, code, epoch, len, ...}, code: missing | terminal | stale | cancelled | length
-local rows, outs = tonumber(ARGV[1]), tonumber(ARGV[2])
-local bad = {}
-for i = 0, rows - 1 do
-  local a = 3 + i * 8
-  local rid, epoch, seq0, state = ARGV[a + 1], ARGV[a + 2], tonumber(ARGV[a + 3]), ARGV[a + 6]
-  local f = redis.call('HMGET', req_key(rid), 'epoch', 'cancel', 'state')
-  local len, code = redis.call('STRLEN', P .. ':tok:' .. rid) / 4, nil
-  if not f[1] then code = 'missing'
-  elseif is_terminal(f[3]) then code = 'terminal'
-  elseif f[1] ~= epoch then code = 'stale'
-  elseif f[2] == '1' and state ~= 'cancelled' then code = 'cancelled'
-  elseif len ~= seq0 then code = 'length' end
-  if code then
-    bad[#bad + 1] = rid
-    bad[#bad + 1] = code
-    bad[#bad + 1] = tonumber(f[1] or '0')
-    bad[#bad + 1] = len
-  end
-end
-if #bad > 0 then return bad end
+local call, rows, tok = redis.call, tonumber(ARGV[1]), P .. ':tok:'
+local first_lp = 6 + rows * 4
+local first_end = first_lp + ARGV[2] * 3
+local first_out = first_end + ARGV[3] * 4
+local first_done = first_out + ARGV[4] * 2
+local last_row = first_lp - 4
 
-local now = now_ms()
-for i = 0, rows - 1 do
-  local a = 3 + i * 8
-  local rid, seq0, ids, lps, state = ARGV[a + 1], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5], ARGV[a + 6]
-  if #ids > 0 then
-    redis.call('APPEND', P .. ':tok:' .. rid, ids)
-    if #lps > 0 then redis.call('APPEND', P .. ':lp:' .. rid, lps) end
-    if seq0 == '0' then
-      -- The first token: the log takes over the request's life time.
-      redis.call('HSET', req_key(rid), 't_first', now)
-      local ttl = redis.call('PTTL', req_key(rid))
-      if ttl > 0 then
-        redis.call('PEXPIRE', P .. ':tok:' .. rid, ttl)
-        if #lps > 0 then redis.call('PEXPIRE', P .. ':lp:' .. rid, ttl) end
-      end
+-- Look at each request itself, and say what is wrong with whose.
+local function refused()
+  local bad, ending = {}, {}
+  for a = first_end, first_out - 4, 4 do ending[ARGV[a]] = ARGV[a + 1] end
+  for a = 6, last_row, 4 do
+    local rid, epoch, seq0 = ARGV[a], ARGV[a + 1], tonumber(ARGV[a + 2])
+    local f = call('HMGET', req_key(rid), 'epoch', 'cancel', 'state')
+    local len, code = call('STRLEN', tok .. rid) / 4, nil
+    if not f[1] then code = 'missing'
+    elseif is_terminal(f[3]) then code = 'terminal'
+    elseif f[1] ~= epoch then code = 'stale'
+    elseif f[2] == '1' and ending[rid] ~= 'cancelled' then code = 'cancelled'
+    elseif len ~= seq0 then code = 'length' end
+    if code then
+      bad[#bad + 1] = rid
+      bad[#bad + 1] = code
+      bad[#bad + 1] = tonumber(f[1] or '0')
+      bad[#bad + 1] = len
     end
   end
-  if state ~= '' then write_end(rid, state, ARGV[a + 7], ARGV[a + 8], now) end
+  return bad
 end
-local a = 3 + rows * 8
-for i = 0, outs - 1 do
+
+-- Tell whether the worker owns every row's request, at its epoch. Nearly always; then nothing else needs a look.
+-- A request without a log may have expired.
+local function owns_all()
+  if rows == 0 then return true end
+  local rids = {}
+  for i = 1, rows do rids[i] = ARGV[2 + i * 4] end
+  local epochs = call('HMGET', KEYS[4], unpack(rids))
+  for i = 1, rows do
+    local a = 2 + i * 4
+    if epochs[i] ~= ARGV[a + 1] or ARGV[a + 2] == '0' and call('EXISTS', req_key(ARGV[a])) == 0 then return false end
+  end
+  return true
+end
+
+-- Append every row, or none if a log is not as long as its row believes; tell whether they are written.
+local function append_all()
+  for a = 6, last_row, 4 do
+    local key, ids = tok .. ARGV[a], ARGV[a + 3]
+    local len = #ids > 0 and call('APPEND', key, ids) or call('STRLEN', key)
+    if len ~= ARGV[a + 2] * 4 + #ids then
+      for b = 6, a, 4 do
+        local num = #ARGV[b + 3]
+        if num > 0 then
+          local log = call('GET', tok .. ARGV[b])
+          if #log > num then call('SET', tok .. ARGV[b], string.sub(log, 1, #log - num), 'KEEPTTL')
+          else call('DEL', tok .. ARGV[b]) end
+        end
+      end
+      return false
+    end
+  end
+  return true
+end
+
+if not owns_all() then
+  local bad = refused()
+  if #bad > 0 then return bad end
+end
+if not append_all() then return refused() end
+
+for a = first_lp, first_end - 3, 3 do call('APPEND', P .. ':lp:' .. ARGV[a], ARGV[a + 2]) end
+local now = now_ms()
+for a = 6, last_row, 4 do
+  if ARGV[a + 2] == '0' and #ARGV[a + 3] > 0 then
+    -- The first token: the log takes over the request's life time.
+    call('HSET', req_key(ARGV[a]), 't_first', now)
+    local ttl = call('PTTL', req_key(ARGV[a]))
+    if ttl > 0 then call('PEXPIRE', tok .. ARGV[a], ttl) end
+  end
+end
+for a = first_lp, first_end - 3, 3 do
+  if ARGV[a + 1] == '0' then
+    local ttl = call('PTTL', req_key(ARGV[a]))
+    if ttl > 0 then call('PEXPIRE', P .. ':lp:' .. ARGV[a], ttl) end
+  end
+end
+for a = first_end, first_out - 4, 4 do
+  call('HDEL', KEYS[4], ARGV[a])
+  write_end(ARGV[a], ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], now)
+end
+for a = first_out, first_done - 2, 2 do
   -- NOMKSTREAM: a dead gateway's stream must not come back without a TTL.
-  redis.call('XADD', P .. ':out:' .. ARGV[a + i * 2 + 1], 'NOMKSTREAM', '*', 'b', ARGV[a + i * 2 + 2])
+  call('XADD', P .. ':out:' .. ARGV[a], 'NOMKSTREAM', '*', 'b', ARGV[a + 1])
 end
-a = a + outs * 2
-for i = a + 1, #ARGV do redis.call('XDEL', KEYS[2], ARGV[i]) end
-if ARGV[3] ~= '' then redis.call('XADD', KEYS[3], 'MAXLEN', '~', '10000', '*', 'b', ARGV[3]) end
+for a = first_done, #ARGV do call('XDEL', KEYS[2], ARGV[a]) end
+if ARGV[5] ~= '' then call('XADD', KEYS[3], 'MAXLEN', '~', '10000', '*', 'b', ARGV[5]) end
 return {}

@@ -154,7 +154,9 @@ async def test_the_order_to_cancel_may_get_lost(bus: Bus) -> None:
     async with running_worker(bus) as (worker, _):
         await assign(bus, worker.wid, "r", "other")
         await wait_until(lambda: _has_tokens(bus, "r", 3), "some tokens are durable")
+        # What the cancel script does, but for the order.
         await bus.redis.hset(bus.keys.req("r"), "cancel", 1)
+        await bus.redis.hdel(bus.keys.own(worker.wid), "r")
         await wait_until(lambda: _is(bus, "r", "cancelled"), "it is cancelled")
         await wait_until(lambda: _is(bus, "other", "completed"), "the other one completes")
         assert await log(bus, "other") == expected(200)

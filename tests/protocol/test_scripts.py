@@ -2,99 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import msgspec
-import numpy as np
 import pytest
-import pytest_asyncio
+from script_queue import DEADLINE_MS, GATEWAY, Queue, ids, make_body, make_submit, row
 
 from protocol import messages as m
-from protocol.bus import Bus, Refused, Step, StepRow, decode, now_ms
+from protocol.bus import Refused, Step, decode, now_ms
 from protocol.errors import WorkerLost
-
-GATEWAY = "g"
-DEADLINE_MS = 60_000
-
-
-def make_submit(rid: str, **more: object) -> m.Submit:
-    facts: dict[str, object] = {"tenant": "t", "cls": "interactive", "digest": "", "gateway": GATEWAY}
-    facts |= {"num_prompt_tokens": 3, "max_new_tokens": 8, "deadline_ms": now_ms() + DEADLINE_MS} | more
-    return m.Submit(rid=rid, **facts)  # type: ignore[arg-type]
-
-
-def make_body() -> m.Body:
-    return m.Body(prompt=b"\1\0\0\0" * 3, sampling=m.Sampling(), max_new_tokens=8)
-
-
-def ids(*tokens: int) -> bytes:
-    return np.array(tokens, dtype="<i4").tobytes()
-
-
-class Queue:
-    """The bus with a gateway and a worker, and what a test likes to look at."""
-
-    def __init__(self, bus: Bus) -> None:
-        self.bus = bus
-        self.keys = bus.keys
-
-    async def submit(self, *rids: str, max_queued: int = 100, **more: object) -> tuple[str, object]:
-        pairs = [(make_submit(rid, **more), make_body()) for rid in rids]
-        return await self.bus.submit("interactive", pairs, max_queued=max_queued)
-
-    async def assign(self, *rids: str, wid: str = "w", epoch: int = 0, leader: str = "") -> tuple[str, list[str]]:
-        return await self.bus.assign(wid, [(m.Assigned(rid, epoch + 1, ""), epoch) for rid in rids], leader=leader)
-
-    async def running(self, *rids: str) -> None:
-        await self.submit(*rids)
-        assert (await self.assign(*rids))[0] == "ok"
-
-    async def requeue(self, *rids: str, counts: bool = True, wid: str = "w") -> dict[str, str]:
-        return await self.bus.requeue(wid, rids, counts=counts, max_attempts=3, name='gpu "0"\n')
-
-    async def fields(self, rid: str) -> dict[str, str]:
-        found = await self.bus.redis.hgetall(self.keys.req(rid))
-        return {name.decode(): value.decode(errors="replace") for name, value in found.items()}
-
-    async def log(self, rid: str) -> bytes:
-        return await self.bus.redis.get(self.keys.tok(rid)) or b""
-
-    async def queued(self) -> list[tuple[str, int]]:
-        entries = await self.bus.entries(self.keys.sub("interactive"))
-        return [(decode(fields[b"b"], m.Submit).rid, int(fields[b"e"])) for _, fields in entries]
-
-    async def deltas(self) -> list[m.Delta]:
-        entries = await self.bus.entries(self.keys.out(GATEWAY))
-        return [delta for _, fields in entries for delta in decode(fields[b"b"], list[m.Delta])]
-
-    async def ended(self) -> list[m.Ended]:
-        entries = await self.bus.entries(self.keys.ended)
-        return [item for _, fields in entries for item in decode(fields[b"b"], list[m.Ended])]
-
-    async def orders(self, wid: str = "w") -> list[m.Control]:
-        return [decode(fields[b"b"], m.Control) for _, fields in await self.bus.entries(self.keys.ctl(wid))]
-
-    async def work(self, wid: str = "w") -> list[bytes]:
-        return [entry for entry, _ in await self.bus.entries(self.keys.work(wid))]
-
-    async def ttl_s(self, key: str) -> float:
-        return await self.bus.redis.pttl(key) / 1000
-
-
-def row(rid: str, seq0: int, *tokens: int, epoch: int = 1, finish: str = "", logprobs: bytes = b"") -> StepRow:
-    state = {"": "", "cancelled": "cancelled", "error": "failed"}.get(finish, "completed")
-    return StepRow(rid, epoch, seq0, ids(*tokens), logprobs, state=state, finish=finish)
-
-
-@pytest_asyncio.fixture
-async def queue(bus: Bus) -> AsyncIterator[Queue]:
-    await bus.create_stream(bus.keys.out(GATEWAY), 300)
-    for stream in (bus.keys.work("w"), bus.keys.ctl("w")):
-        await bus.create_stream(stream, 3600)
-    yield Queue(bus)
-
-
-# ---------------------------------------------------------------- submit
 
 
 async def test_submit_queues_a_group_with_its_facts_and_life_times(queue: Queue) -> None:

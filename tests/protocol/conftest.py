@@ -1,0 +1,19 @@
+"""Fixtures of the queue's tests."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest_asyncio
+from script_queue import GATEWAY, Queue
+
+from protocol.bus import Bus
+
+
+@pytest_asyncio.fixture
+async def queue(bus: Bus) -> AsyncIterator[Queue]:
+    """A queue with a gateway and a worker."""
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    for stream in (bus.keys.work("w"), bus.keys.ctl("w")):
+        await bus.create_stream(stream, 3600)
+    yield Queue(bus)
