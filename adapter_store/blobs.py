@@ -1,7 +1,7 @@
 """Adapters on disk, by digest: what the store serves. A blob is whole and checked, or it is not there.
 
-Layout under one root: `blobs/<digest>/` with the two files, `staging/` for what is being fetched, `versions/` for
-which digest a source's version turned out to have. All methods block: call them in threads.
+Layout under one root: `blobs/<digest>/` with the two files and perhaps texts, `staging/` for what is being fetched,
+`versions/` for which digest a source's version turned out to have. All methods block: call them in threads.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from protocol.adapter_texts import TEXT_FILES, TEXTS_FIELD, TEXTS_FILE, join_texts, split_texts
 from protocol.errors import AdapterRefused, Unavailable
 from protocol.peft_format import (
     CONFIG_FILE,
@@ -60,12 +61,30 @@ class AdapterFiles:
         return cls(folder, config, tensors, num_bytes)
 
     def digest(self) -> str:
-        """Hash the content. The file must not be written meanwhile: it is mapped."""
+        """Hash the content. The file must not be written meanwhile: it is mapped. Raises AdapterRefused, OSError."""
+        if TEXTS_FIELD in self.config:
+            split_texts((self.folder / TEXTS_FILE).read_bytes(), self.config[TEXTS_FIELD])
         with (
             (self.folder / WEIGHTS_FILE).open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
         ):
             return adapter_digest(self.config, self.tensors, view)
+
+    @classmethod
+    def open_fetched(cls, folder: Path) -> AdapterFiles:
+        """Read what was fetched from a source, making one file of its texts. Raises AdapterRefused, OSError."""
+        files = cls.open(folder)
+        found = {name: (folder / name).read_bytes() for name in TEXT_FILES if (folder / name).exists()}
+        texts = join_texts(found)
+        files.config.pop(TEXTS_FIELD, None)
+        if texts:
+            (folder / TEXTS_FILE).write_bytes(texts)
+            files.config[TEXTS_FIELD] = hashlib.sha256(texts).hexdigest()
+        return files
+
+    def names(self) -> list[str]:
+        """Return the files that make up the adapter."""
+        return [CONFIG_FILE, WEIGHTS_FILE, *([TEXTS_FILE] if TEXTS_FIELD in self.config else [])]
 
 
 class Blobs:
@@ -126,11 +145,13 @@ class Blobs:
         """
         digest = files.digest()
         config = json.dumps(canonical_config(files.config)).encode()
-        num_bytes = files.num_bytes + len(config)
-        self._make_room(num_bytes, keep=digest)
         (files.folder / CONFIG_FILE).write_bytes(config)
+        num_bytes = sum((files.folder / name).stat().st_size for name in files.names())
+        self._make_room(num_bytes, keep=digest)
+        for name in set(os.listdir(files.folder)).difference(files.names()):
+            (files.folder / name).unlink()
         if sync:
-            for path in (files.folder / CONFIG_FILE, files.folder / WEIGHTS_FILE, files.folder):
+            for path in (*(files.folder / name for name in files.names()), files.folder):
                 _fsync(path)
         with self._lock:
             if digest in self._sizes:

@@ -1,6 +1,7 @@
 """The store's HTTP for the fleet: files of an adapter by digest, sent by the kernel (sendfile), with ranges.
 
-    GET|HEAD /adapters/{digest}/{adapter_config.json|adapter_model.safetensors}     Range, If-None-Match; ETag = digest
+    GET|HEAD /adapters/{digest}/{adapter_config.json|adapter_model.safetensors|texts.json}
+                                    Range, If-None-Match; ETag = digest
     DELETE   /adapters/{digest}     200 with the bytes freed, 409 while a name stands for it
     GET      /health
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adapter_store.sources import FILES
+from protocol.adapter_texts import TEXTS_FILE
 from protocol.errors import Conflict, LorafleetError
 
 logger = logging.getLogger(__name__)
@@ -140,7 +142,7 @@ class BlobServer:
         if self._bearer and not hmac.compare_digest(shown, self._bearer):
             return _error(401, "this store serves only its own fleet", {"WWW-Authenticate": "Bearer"})
         match = _PATH.fullmatch(request.path)
-        if match is None or (match[2] not in FILES if request.method != "DELETE" else match[2]):
+        if match is None or (match[2] not in (*FILES, TEXTS_FILE) if request.method != "DELETE" else match[2]):
             return _error(404, f"no such path: {request.path}")
         try:
             if request.method == "DELETE":
@@ -155,6 +157,8 @@ class BlobServer:
         try:
             size = os.stat(folder / match[2]).st_size
         except FileNotFoundError:  # evicted just now
+            if match[2] == TEXTS_FILE and folder.exists():
+                return _error(404, f"the adapter brings no texts: {match[1]}")
             return _error(503, "the adapter left the disk: ask again")
         return _file_answer(request, folder / match[2], size, match[1])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from adapter_store.blobs import AdapterFiles, Blobs
-from adapter_store.sources import Changed, Source, Version
+from adapter_store.sources import MORE_FILES, Changed, Source, Version
 from adapter_store.tier import Tier
 from protocol.bus import now_ms
 from protocol.errors import AdapterRefused, Unavailable
@@ -139,13 +139,15 @@ class Mirror:
         await source.fetch(version, WEIGHTS_FILE, folder / WEIGHTS_FILE, min(num_bytes, HEAD_BYTES), token)
         await asyncio.to_thread(_check_head, folder, num_bytes, base)
         await source.fetch(version, WEIGHTS_FILE, folder / WEIGHTS_FILE, num_bytes, token)
+        for name in version.files.keys() & set(MORE_FILES):
+            await source.fetch(version, name, folder / name, version.files[name].num_bytes, token)
         return await asyncio.to_thread(self._finish, version, folder)
 
     def _finish(self, version: Version, folder: Path) -> str:
         for name, file in version.files.items():
             if file.checksum is not None and _checksum(folder / name, file.checksum[0]) != file.checksum[1]:
                 raise Changed(f"{name} of {version.source} does not have the {file.checksum[0]} its source gives")
-        return self.blobs.put(version.key, AdapterFiles.open(folder), sync=not version.at_hand)
+        return self.blobs.put(version.key, AdapterFiles.open_fetched(folder), sync=not version.at_hand)
 
     async def describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
         """Check a blob against the base model and return its catalogue record. Raises AdapterRefused, Changed."""
@@ -159,6 +161,7 @@ class Mirror:
         return AdapterRecord(
             digest=digest,
             rank=spec.rank,
+            vocab_size=spec.vocab_size,
             num_bytes=files.num_bytes,
             config=canonical_config(files.config),
             modules=spec.modules,

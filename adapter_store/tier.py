@@ -12,7 +12,9 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from adapter_store.sources import FILES
 from protocol.adapter_refs import parse_reference
+from protocol.adapter_texts import TEXTS_FIELD, TEXTS_FILE
 from protocol.errors import BadRequest
+from protocol.peft_format import CONFIG_FILE, parse_config
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ class Tier:
     def push(self, version: str, digest: str, folder: Path) -> None:
         """Put a blob in, and which version it is; large files in parts."""
         try:
-            for name in FILES:
+            for name in (*FILES, *([TEXTS_FILE] if (folder / TEXTS_FILE).exists() else [])):
                 if not self._has(f"blobs/{digest}/{name}"):
                     self._s3.upload_file(str(folder / name), self._bucket, f"{self._prefix}/blobs/{digest}/{name}")
             self._s3.put_object(Bucket=self._bucket, Key=self._version_key(version), Body=digest.encode())
@@ -52,9 +54,15 @@ class Tier:
 
     def pull(self, digest: str, folder: Path) -> bool:
         """Fetch a blob's files into a folder; tell whether they are there. Their content is the caller's to check."""
+
+        def fetch(name: str) -> None:
+            self._s3.download_file(self._bucket, f"{self._prefix}/blobs/{digest}/{name}", str(folder / name))
+
         try:
             for name in FILES:
-                self._s3.download_file(self._bucket, f"{self._prefix}/blobs/{digest}/{name}", str(folder / name))
+                fetch(name)
+            if TEXTS_FIELD in parse_config((folder / CONFIG_FILE).read_bytes()):
+                fetch(TEXTS_FILE)
         except ERRORS as error:
             self._log_unless_missing(error)
             return False
@@ -63,7 +71,7 @@ class Tier:
     def drop(self, digest: str) -> None:
         """Remove a blob's files; the versions that name it then mean nothing."""
         try:
-            for name in FILES:
+            for name in (*FILES, TEXTS_FILE):
                 self._s3.delete_object(Bucket=self._bucket, Key=f"{self._prefix}/blobs/{digest}/{name}")
         except ERRORS as error:
             logger.warning("adapter %.12s cannot be removed from the shared bucket: %s", digest, error)

@@ -60,6 +60,10 @@ class Work:
     def digests(self) -> list[str]:
         return [target.digest for target in self.targets]
 
+    @property
+    def texts(self) -> list[str]:
+        return [target.texts for target in self.targets]
+
     def target_of(self, which: int) -> Target:
         """Return who answers a prompt."""
         return self.targets[which * len(self.targets) // len(self.prompts)]
@@ -97,12 +101,15 @@ class Calls:
         options = options_of(request, self.settings)
         base = await self.fleet.require(worker=not options.background)
         targets = await self._targets(request, base, token)
-        check_token_ids(options, base.vocab_size)
-        if isinstance(request, ChatRequest):
-            param, prompts = "messages", [await self._chat_prompt(request)]
-        else:
-            param, prompts = "prompt", await self._completion_prompts(request, options, base.vocab_size)
-        prompts = [replace(prompt) for _ in targets for prompt in prompts]  # copies: each is computed, and counted
+        param = "messages" if isinstance(request, ChatRequest) else "prompt"
+        prompts: list[Prompt] = []
+        for target in targets:
+            vocab_size = target.vocab_size or base.vocab_size
+            check_token_ids(options, vocab_size)
+            if isinstance(request, ChatRequest):
+                prompts.append(await self._chat_prompt(request, target.files))
+            else:
+                prompts += await self._completion_prompts(request, options, target.files, vocab_size)
         if len(prompts) * options.n > self.settings.max_choices:
             asked = f"{len(prompts) // len(targets)} prompts for {len(targets)} models with n = {options.n}"
             message = f"{asked}; the limit is {self.settings.max_choices} choices"
@@ -138,10 +145,12 @@ class Calls:
             return response
         try:
             record = m.Idempotent(
-                body_hash=body_hash(endpoint, raw), created_ms=created_ms, digests=digests,
+                body_hash=body_hash(endpoint, raw), created_ms=created_ms, digests=digests, texts=prepared.texts,
                 rids=[choice.rid for choice in choices],
             )  # fmt: skip
-            requests = requests_of(prepared, call, terms.deadline_ms, gateway=self.replies.gid, stored=bool(idem_key))
+            requests = requests_of(
+                prepared, call, terms.deadline_ms, self.files.eos_ids, gateway=self.replies.gid, stored=bool(idem_key)
+            )
             earlier = await self.submit(prepared, requests, (idem_key, record))
         except BaseException:
             self.replies.unsubscribe(response.generation.mail)
@@ -197,7 +206,7 @@ class Calls:
         check_same_body(record, endpoint, raw)
         options = options_of(request, self.settings)
         facts = await self.bus.requests(record.rids)
-        prompts = self.known_prompts(request, options, facts)
+        prompts = self.known_prompts(request, options, facts, await self.known_files(record.digests, record.texts))
         terms = Terms(
             deadline_ms=record.created_ms + int(self.settings.request_timeout_s * 1000),
             eager=options.stream,
@@ -208,39 +217,47 @@ class Calls:
         choices = self.choices(call_of(record.rids[0]), prompts, options)
         return self._response(request, options, choices, terms, record.created_ms, record.digests)
 
+    async def known_files(self, digests: Sequence[str], texts: Sequence[str]) -> list[ModelFiles]:
+        """Return the files of those who answer submitted requests. Raises NotFound when they are gone."""
+        return [await self.catalogue.own.files(digest, own) for digest, own in zip(digests, texts, strict=True)]
+
     def known_prompts(
-        self, request: AnyRequest, options: Options, facts: Sequence[RequestFacts | None]
+        self,
+        request: AnyRequest,
+        options: Options,
+        facts: Sequence[RequestFacts | None],
+        answering: Sequence[ModelFiles],
     ) -> list[Prompt]:
         """Return the prompts of submitted requests without tokenizing again. Raises NotFound when they have expired."""
         sources = prompt_sources(request) if isinstance(request, CompletionRequest) else [""]
-        sources = sources * len(request.models)
+        pairs = [(files, source) for files in answering for source in sources]
         prompts: list[Prompt] = []
-        for source, fact in zip(sources, facts[:: options.n], strict=True):
+        for (files, source), fact in zip(pairs, facts[:: options.n], strict=True):
             if fact is None:
                 raise NotFound("the result has expired", code="result_expired")
-            prompts.append(Prompt(b"", fact.num_prompt_tokens, self._echo_text(source) if options.echo else ""))
+            echo = _echo_text(source, files) if options.echo else ""
+            prompts.append(Prompt(b"", fact.num_prompt_tokens, echo, files))
         return prompts
 
     # ------------------------------------------------------------ parts
 
     def choices(self, call: str, prompts: Sequence[Prompt], options: Options) -> list[Choice]:
         """Return the choices of a call: for each model, for each prompt `n`, in the API's order."""
-        model = (self.files.tokenizer, self.files.eos_ids)
-        return [
-            Choice(i, rid_of(call, i), prompts[i // options.n], options, model) for i in range(len(prompts) * options.n)
-        ]
+        return [Choice(i, rid_of(call, i), prompts[i // options.n], options) for i in range(len(prompts) * options.n)]
 
     def writer(
-        self, request: AnyRequest, options: Options, call: str, created_ms: int, system_fingerprint: str
+        self, request: AnyRequest, options: Options, choices: Sequence[Choice], created_ms: int, system_fingerprint: str
     ) -> Writer:
         """Return what writes this endpoint's answers."""
+        call = call_of(choices[0].rid)
         kind = ChatWriter if isinstance(request, ChatRequest) else CompletionWriter
         head = Head(kind.id_prefix + call, created_ms // 1000, request.model_name, system_fingerprint)
         if isinstance(request.model, list):
-            num = options.n * (len(prompt_sources(request)) if isinstance(request, CompletionRequest) else 1)
+            num = len(choices) // len(request.model)
             head = replace(head, model_of=[name for name in request.models for _ in range(num)])
         logprobs = options.sampling.num_logprobs is not None
-        return kind(head, self.files.token_text, include_usage=options.include_usage, logprobs=logprobs)
+        tokens = [choice.prompt.files.token_text for choice in choices]
+        return kind(head, tokens, include_usage=options.include_usage, logprobs=logprobs)
 
     def _response(
         self,
@@ -253,7 +270,7 @@ class Calls:
     ) -> GenerationResponse:
         base = self.fleet.base
         mark = fingerprint(base, digests) if base is not None else ""
-        writer = self.writer(request, options, call_of(choices[0].rid), created_ms, mark)
+        writer = self.writer(request, options, choices, created_ms, mark)
         return GenerationResponse(
             Generation(self.replies, choices, terms),
             writer,
@@ -262,22 +279,24 @@ class Calls:
             keepalive_s=self.settings.keepalive_s,
         )
 
-    async def _chat_prompt(self, request: ChatRequest) -> Prompt:
-        ids = await self.files.encode_chat(
+    async def _chat_prompt(self, request: ChatRequest, files: ModelFiles) -> Prompt:
+        ids = await files.encode_chat(
             request.messages,
             add_generation_prompt=request.add_generation_prompt is not False,
             variables=request.chat_template_kwargs or {},
         )
         if not ids:
             raise BadRequest("the chat template makes an empty prompt of these messages", param="messages")
-        return Prompt(pack(ids), len(ids), "")
+        return Prompt(pack(ids), len(ids), "", files)
 
-    async def _completion_prompts(self, request: CompletionRequest, options: Options, vocab_size: int) -> list[Prompt]:
+    async def _completion_prompts(
+        self, request: CompletionRequest, options: Options, files: ModelFiles, vocab_size: int
+    ) -> list[Prompt]:
         sources = prompt_sources(request)
         if not sources:
             raise BadRequest("prompt is an empty list", param="prompt")
         texts = [source for source in sources if isinstance(source, str)]
-        encoded = iter(await self.files.encode(texts) if texts else [])
+        encoded = iter(await files.encode(texts) if texts else [])
         prompts: list[Prompt] = []
         for source in sources:
             ids = next(encoded) if isinstance(source, str) else source
@@ -285,18 +304,20 @@ class Calls:
                 raise BadRequest("a prompt is empty", param="prompt")
             if not isinstance(source, str) and not (min(ids) >= 0 and max(ids) < vocab_size):
                 raise BadRequest(f"prompt: token ids must be from 0 to {vocab_size - 1}", param="prompt")
-            prompts.append(Prompt(pack(ids), len(ids), self._echo_text(source) if options.echo else ""))
+            prompts.append(Prompt(pack(ids), len(ids), _echo_text(source, files) if options.echo else "", files))
         return prompts
-
-    def _echo_text(self, source: str | list[int]) -> str:
-        return source if isinstance(source, str) else self.files.tokenizer.decode(source)
 
 
 # ---------------------------------------------------------------- pure helpers
 
 
-def requests_of(work: Work, call: str, deadline_ms: int, *, gateway: str, stored: bool) -> Requests:
-    """Return the queue's requests of a call, one per choice. `gateway` gets the tokens; "" if nobody listens."""
+def requests_of(
+    work: Work, call: str, deadline_ms: int, base_ends: frozenset[int], *, gateway: str, stored: bool
+) -> Requests:
+    """Return the queue's requests of a call, one per choice. `gateway` gets the tokens; "" if nobody listens.
+
+    base_ends: tokens that end a text of the base model, which workers know.
+    """
     options = work.options
     requests: Requests = []
     for index in range(len(work.prompts) * options.n):
@@ -308,9 +329,11 @@ def requests_of(work: Work, call: str, deadline_ms: int, *, gateway: str, stored
             num_prompt_tokens=prompt.num_tokens, max_new_tokens=limit, deadline_ms=deadline_ms, gateway=gateway,
             stored=stored, submitted_ms=now_ms(), prefix=prefix_hash(prompt.ids),
         )  # fmt: skip
+        own_ends = [] if sampling.ignore_eos else sorted(prompt.files.eos_ids - base_ends)
         body = m.Body(
             prompt=prompt.ids, sampling=sampling, max_new_tokens=limit, stop=options.stop,
-            stop_token_ids=options.stop_token_ids, lora_scale=options.lora_scale if target.digest else 1.0,
+            stop_token_ids=[*options.stop_token_ids, *own_ends],
+            lora_scale=options.lora_scale if target.digest else 1.0,
         )  # fmt: skip
         requests.append((submit, body))
     return requests
@@ -320,6 +343,10 @@ def load_of(cls: str, submits: Sequence[m.Submit]) -> Load:
     """Return what requests of a class would add to the queue."""
     num_tokens = sum(submit.num_prompt_tokens + submit.max_new_tokens for submit in submits)
     return Load(cls, len(submits), num_tokens, (submits[0].deadline_ms - now_ms()) / 1000)
+
+
+def _echo_text(source: str | list[int], files: ModelFiles) -> str:
+    return source if isinstance(source, str) else files.tokenizer.decode(source)
 
 
 def prompt_sources(request: CompletionRequest) -> list[str | list[int]]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from gateway.merged import MergedAdapters, merge_of_request
 from gateway.names import Names
+from gateway.own_files import OwnFiles
+from gateway.tokenizer import ModelFiles
 from protocol import messages as m
 from protocol.bus import CONNECTION_ERRORS, Bus, decode, now_ms
 from protocol.errors import ModelNotFound, Unavailable
@@ -28,6 +30,9 @@ class Target:
 
     name: str  # as the API shows it
     digest: str  # "" for the base model
+    files: ModelFiles  # its own, or the base's
+    texts: str = ""  # hash of its own files
+    vocab_size: int = 0  # tokens it knows, 0: those of the base
 
     @property
     def tenant(self) -> str:
@@ -97,9 +102,10 @@ class Fleet:
 class Catalogue:
     """Names of the base model and the adapters. Reads what adapter_store writes."""
 
-    def __init__(self, bus: Bus, names: Names) -> None:
+    def __init__(self, bus: Bus, names: Names, own: OwnFiles) -> None:
         self._bus = bus
         self.names = names
+        self.own = own
 
     async def resolve(self, name: str, base: m.ServedModel, timeout_s: float, token: str = "") -> Target:
         """Return what a name stands for: `base`, the base's name, an adapter's name or place, or `base:adapter`.
@@ -108,9 +114,10 @@ class Catalogue:
         PermissionDenied, AdapterRefused, Unavailable.
         """
         if name in (BASE, base.name):
-            return Target(base.name, "")
+            return Target(base.name, "", self.own.base)
         alias = await self.names.served(self._plain(name, base), timeout_s, token)
-        return Target(alias.name, alias.digest)
+        texts, vocab_size = await self.own.facts(alias.digest)
+        return Target(alias.name, alias.digest, await self.own.files(alias.digest, texts), texts, vocab_size)
 
     async def resolve_all(
         self, names: Sequence[str], base: m.ServedModel, timeout_s: float, token: str = ""
@@ -124,7 +131,7 @@ class Catalogue:
         """Return the adapter that a request has made of others. Raises as `resolve`, and BadRequest."""
         parts = await self.resolve_all(request.ids, base, timeout_s, token)
         digest = digest_of_merge(merge_of_request(request, [part.digest for part in parts]))
-        return Target("+".join(part.name for part in parts), digest)
+        return Target("+".join(part.name for part in parts), digest, self.own.base)
 
     async def source(self, name: str) -> str | None:
         """Return where everybody's adapter of this name comes from, None if there is none."""

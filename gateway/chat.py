@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from protocol.adapter_texts import TEXT_FILES, special_tokens, template_of
 from protocol.errors import BadRequest
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -33,15 +34,13 @@ class ChatTemplate:
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
         """Read the template of a model folder; None when the model has none."""
-        config_file = folder / "tokenizer_config.json"
-        config: dict[str, Any] = json.loads(config_file.read_text()) if config_file.is_file() else {}
-        template_file = folder / "chat_template.jinja"
-        source = template_file.read_text() if template_file.is_file() else config.get("chat_template")
-        if isinstance(source, list):  # several named templates
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        if source is None:
-            return None
-        return cls(source, _special_tokens(folder, config))
+        return cls.of({name: (folder / name).read_text() for name in TEXT_FILES if (folder / name).is_file()})
+
+    @classmethod
+    def of(cls, texts: Mapping[str, str]) -> ChatTemplate | None:
+        """Return the template among a model's text files; None when there is none."""
+        source = template_of(texts)
+        return None if source is None else cls(source, special_tokens(texts))
 
     def render(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, variables: dict[str, Any]
@@ -125,18 +124,6 @@ def _tool_calls(calls: object, place: str) -> list[dict[str, Any]]:
                 raise BadRequest(f"{where} is not JSON: {error}", param=where) from error
         normal.append({**call, "function": {**function, "arguments": arguments}})
     return normal
-
-
-def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Return the special tokens by name, as templates use them."""
-    map_file = folder / "special_tokens_map.json"
-    older: dict[str, Any] = json.loads(map_file.read_text()) if map_file.is_file() else {}
-    tokens: dict[str, str] = {}
-    for name, value in {**older, **config}.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str) and (name in _SPECIAL_TOKENS or (name.endswith("_token") and name in older)):
-            tokens[name] = text
-    return tokens
 
 
 # ---------------------------------------------------------------- the sandbox

@@ -6,10 +6,9 @@ import struct
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tokenizers import Tokenizer
-
 from gateway.openai_api import Options
 from gateway.replies import Cursor
+from gateway.tokenizer import ModelFiles
 from protocol import messages as m
 from protocol.bus import error_from
 from protocol.errors import Conflict
@@ -41,18 +40,16 @@ class Prompt:
     ids: bytes  # int32; b"" when it has been submitted before and is not needed again
     num_tokens: int
     text: str  # to be echoed, or ""
+    files: ModelFiles  # of who answers it
 
 
 class Choice:
     """The state of one choice, which is one request in the queue."""
 
-    def __init__(
-        self, index: int, rid: str, prompt: Prompt, options: Options, model: tuple[Tokenizer, frozenset[int]]
-    ) -> None:
-        tokenizer, eos_ids = model
+    def __init__(self, index: int, rid: str, prompt: Prompt, options: Options) -> None:
         end_ids = frozenset(options.stop_token_ids)
         if not options.sampling.ignore_eos:
-            end_ids |= eos_ids
+            end_ids |= prompt.files.eos_ids
         self.index = index
         self.rid = rid
         self.prompt = prompt
@@ -61,7 +58,9 @@ class Choice:
         self._echo = prompt.text if options.echo else ""
         self._record_bytes = options.record_bytes
         self._shown, self._shown_records = bytearray(), bytearray()  # as in the log
-        self._output = OutputText(tokenizer, stop=options.stop, end_ids=end_ids, min_tokens=options.sampling.min_tokens)
+        self._output = OutputText(
+            prompt.files.tokenizer, stop=options.stop, end_ids=end_ids, min_tokens=options.sampling.min_tokens
+        )
 
     @property
     def num_output_tokens(self) -> int:

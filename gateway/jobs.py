@@ -50,12 +50,13 @@ class Jobs:
             request=orjson.loads(raw),
             metadata=prepared.request.metadata or {},
             digests=prepared.digests,
+            texts=prepared.texts,
         )
         # The job first: an accepted request without its job could never be found.
         await self._save(job, ttl_s)
         record = m.Idempotent(body_hash=idem[1], created_ms=created_ms, rids=job.rids, jid=job.jid)
         try:
-            requests = requests_of(prepared, call, job.expires_ms, gateway="", stored=True)
+            requests = requests_of(prepared, call, job.expires_ms, self._calls.files.eos_ids, gateway="", stored=True)
             earlier = await self._calls.submit(prepared, requests, (idem[0], record))
         except LorafleetError:
             await self._forget(job)
@@ -189,10 +190,11 @@ class Jobs:
         request = REQUESTS[job.endpoint].model_validate(job.request)
         options = options_of(request, calls.settings)
         call = job.jid.removeprefix(ID_PREFIX)
-        prompts = calls.known_prompts(request, options, facts)
+        prompts = calls.known_prompts(request, options, facts, await calls.known_files(job.digests, job.texts))
         pieces: list[Piece] = []
         usage = Usage(prompt_tokens=sum(prompt.num_tokens for prompt in prompts))
-        for choice in calls.choices(call, prompts, options):
+        choices = calls.choices(call, prompts, options)
+        for choice in choices:
             delta = await self._bus.read_log(choice.rid, 0, choice.record_bytes)
             if delta is None:
                 raise NotFound("the result has expired", code="result_expired")
@@ -202,7 +204,7 @@ class Jobs:
             usage.completion_tokens += choice.num_output_tokens
         base = calls.fleet.base
         mark = fingerprint(base, job.digests) if base is not None else ""
-        return calls.writer(request, options, call, job.created_ms, mark).whole(pieces, usage)
+        return calls.writer(request, options, choices, job.created_ms, mark).whole(pieces, usage)
 
 
 def state_of(facts: Facts) -> tuple[JobStatus, dict[str, Any] | None]:

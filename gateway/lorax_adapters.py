@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 from gateway.catalogue import BASE, Catalogue, Target
@@ -38,7 +39,7 @@ class NativeAdapters:
 
     async def _one(self, adapter_id: str, source: str | None, base: m.ServedModel, token: str) -> Target:
         if adapter_id in ("", BASE, base.name):
-            return Target("", "")
+            return Target("", "", self._catalogue.own.base)
         try:
             name = await self._name(adapter_id, source, base)
             target = await self._catalogue.resolve(name, base, self._timeout_s, token)
@@ -46,7 +47,7 @@ class NativeAdapters:
             raise
         except LorafleetError as error:
             raise GenerationFailed(error) from error
-        return Target(adapter_id, target.digest)
+        return replace(target, name=adapter_id)
 
     async def _name(self, adapter_id: str, source: str | None, base: m.ServedModel) -> str:
         """Return the name that the catalogue knows an adapter of this source by. Raises ClientError."""
@@ -87,4 +88,4 @@ class NativeAdapters:
             raise BadRequest("number of adapter IDs must match number of adapter weights", param="merged_adapters")
         targets = await asyncio.gather(*(self._one(name, source, base, token) for name in asked.ids))
         merge = merge_of_request(asked, [target.digest or BASE for target in targets])
-        return Target(",".join(asked.ids), digest_of_merge(merge))
+        return Target(",".join(asked.ids), digest_of_merge(merge), self._catalogue.own.base)

@@ -12,6 +12,7 @@ from gateway.generation import Generation, Terms
 from gateway.lorax_adapters import NativeAdapters
 from gateway.lorax_answer import NativeChoice, NativeFacts, NativeResponse, NativeWriter
 from gateway.lorax_api import GenerateRequest, NativeOptions, Parameters, native_limit, native_options
+from gateway.tokenizer import ModelFiles
 from protocol import messages as m
 from protocol.bus import now_ms
 from protocol.errors import BadRequest
@@ -36,7 +37,7 @@ class NativeCalls:
         base = await calls.fleet.require(worker=True)
         native = native_options(request, calls.settings, base.max_model_len, stream=stream)
         target = await self.adapters.resolve(p, base, p.api_token or token)
-        prompt = await self._prompt(request.inputs, native)
+        prompt = await self._prompt(request.inputs, native, target.files)
         limit = native_limit(native.options, prompt.num_tokens, base.max_model_len)
         work = Work(native.options, [target], [prompt], [limit])
         facts = NativeFacts(
@@ -48,7 +49,7 @@ class NativeCalls:
             started_s=started_s,
             submitted_s=time.monotonic(),
         )
-        writer = NativeWriter(calls.files, native, request.inputs)
+        writer = NativeWriter(target.files, native, request.inputs)
         writer.as_list, writer.num_prompt_tokens = as_list, prompt.num_tokens
         generation = await self._submit(work, eager=stream)
         return NativeResponse(generation, writer, facts, stream=stream, keepalive_s=calls.settings.keepalive_s)
@@ -57,12 +58,11 @@ class NativeCalls:
         calls, options = self._calls, work.options
         call, created_ms = uuid.uuid4().hex, now_ms()
         deadline_ms = created_ms + int(calls.settings.request_timeout_s * 1000)
-        model = (calls.files.tokenizer, calls.files.eos_ids)
-        choices = [NativeChoice(i, rid_of(call, i), work.prompts[0], options, model) for i in range(options.n)]
+        choices = [NativeChoice(i, rid_of(call, i), work.prompts[0], options) for i in range(options.n)]
         terms = Terms(deadline_ms=deadline_ms, eager=eager, adapter=any(work.digests))
         generation = Generation(calls.replies, choices, terms)
         no_idem = ("", m.Idempotent(body_hash="", created_ms=created_ms, rids=[]))
-        requests = requests_of(work, call, deadline_ms, gateway=calls.replies.gid, stored=False)
+        requests = requests_of(work, call, deadline_ms, calls.files.eos_ids, gateway=calls.replies.gid, stored=False)
         try:
             await calls.submit(work, requests, no_idem)
         except BaseException:
@@ -71,13 +71,13 @@ class NativeCalls:
         generation.resubmit = partial(calls.put, work, requests, no_idem, max_queued=1 << 31)
         return generation
 
-    async def _prompt(self, inputs: str, native: NativeOptions) -> Prompt:
-        [ids] = await self._calls.files.encode([inputs])
+    async def _prompt(self, inputs: str, native: NativeOptions, files: ModelFiles) -> Prompt:
+        [ids] = await files.encode([inputs])
         if native.truncate is not None:
             ids = ids[-native.truncate :]
         if not ids:
             raise BadRequest("`inputs` cannot be empty", param="inputs")
-        return Prompt(pack(ids), len(ids), "")
+        return Prompt(pack(ids), len(ids), "", files)
 
 
 def _compute_type(base: m.ServedModel) -> str:

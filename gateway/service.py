@@ -23,8 +23,10 @@ from gateway.catalogue import Catalogue, Fleet
 from gateway.jobs import Jobs
 from gateway.lorax_routes import NativeEndpoints
 from gateway.names import Names
+from gateway.own_files import OwnFiles
 from gateway.replies import Replies
 from gateway.routes import Endpoints
+from gateway.sandbox import Sandbox
 from gateway.tokenizer import load_model_files
 from protocol.bus import Bus
 from protocol.errors import Unavailable
@@ -55,7 +57,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         replies = Replies(bus, uuid.uuid4().hex)
         fleet = Fleet(bus, settings.beat_timeout_s)
         names = Names(bus, settings, secret)
-        calls = Calls(settings, bus, files, fleet, Catalogue(bus, names), replies)
+        sandbox = Sandbox()
+        own = OwnFiles(bus, files, sandbox, secret.bearer if secret else "")
+        calls = Calls(settings, bus, files, fleet, Catalogue(bus, names, own), replies)
         endpoints = Endpoints(calls, Jobs(calls))
         adapters = AdapterEndpoints(AdapterLife(bus, settings, names, secret))
         native = NativeEndpoints(endpoints, calls)
@@ -66,6 +70,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
             await replies.beat_once()
             await _run(_server(app), listener, (app, endpoints, replies, (fleet, names)), settings, stop)
         await replies.close()
+        await own.close()
+        await sandbox.close()
     finally:
         await bus.close()
     return 0

@@ -1,10 +1,10 @@
-"""The base model's tokenizer and what belongs to it. Encoding runs in threads: the library releases the GIL."""
+"""A model's or adapter's tokenizer and what belongs to it. Encoding runs in threads: the library releases the GIL."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from gateway.chat import ChatTemplate, normalize_messages
+from gateway.sandbox import SandboxedTemplate
+from protocol.adapter_texts import TEXT_FILES, TOKENIZER
 from protocol.errors import BadRequest
 from protocol.model_files import TOKENIZER_FILES, model_folder, served_name
 from protocol.settings import Settings
@@ -20,13 +22,14 @@ from protocol.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """What the gateway knows of the base model from its files."""
+    """What the gateway knows of the base model, or of an adapter that brings its own, from their files."""
 
-    name: str  # served name
+    name: str  # served name of the base
     tokenizer: Tokenizer
     token_text: TokenText
-    template: ChatTemplate | None
+    template: ChatTemplate | SandboxedTemplate | None
     eos_ids: frozenset[int]
+    texts: Mapping[str, str]  # the files
 
     async def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, with the special tokens that the tokenizer puts around it."""
@@ -41,28 +44,47 @@ class ModelFiles:
         if template is None:
             raise BadRequest("this model has no chat template; use /v1/completions", code="no_chat_template")
 
+        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "variables": variables}
+        if isinstance(template, SandboxedTemplate):
+            text = await template.render(normalize_messages(messages), **options)
+            return await asyncio.to_thread(self._encode_rendered, text)
+
         def encode() -> list[int]:
-            normal = normalize_messages(messages)
-            text = template.render(normal, add_generation_prompt=add_generation_prompt, variables=variables)
-            # The template has written the special tokens.
-            return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return self._encode_rendered(template.render(normalize_messages(messages), **options))
 
         return await asyncio.to_thread(encode)
+
+    def _encode_rendered(self, text: str) -> list[int]:
+        # The template has written the special tokens.
+        return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def load_model_files(settings: Settings) -> ModelFiles:
     """Read tokenizer, chat template and end tokens of `settings.model`. Blocks; raises BadRequest if it is no model."""
     folder = model_folder(settings.model, TOKENIZER_FILES)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    texts = {name: (folder / name).read_text() for name in TEXT_FILES if (folder / name).is_file()}
+    if TOKENIZER not in texts:
+        raise BadRequest(f"{folder} has no {TOKENIZER}")
+    tokenizer, token_text = read_tokenizer(texts[TOKENIZER])
     return ModelFiles(
         name=served_name(settings.model, settings.served_name),
         tokenizer=tokenizer,
-        token_text=TokenText(tokenizer),
-        template=ChatTemplate.load(folder),
+        token_text=token_text,
+        template=ChatTemplate.of(texts),
         eos_ids=_eos_ids(folder),
+        texts=texts,
     )
+
+
+def read_tokenizer(text: str) -> tuple[Tokenizer, TokenText]:
+    """Return the tokenizer of a tokenizer.json. Raises BadRequest."""
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library has no type of its own for what it cannot read
+        raise BadRequest(f"{TOKENIZER} cannot be read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, TokenText(tokenizer)
 
 
 def _eos_ids(folder: Path) -> frozenset[int]:

@@ -105,7 +105,7 @@ class ChatWriter:
 
     id_prefix = "chatcmpl-"
 
-    def __init__(self, head: Head, tokens: TokenText, *, include_usage: bool, logprobs: bool) -> None:
+    def __init__(self, head: Head, tokens: Sequence[TokenText], *, include_usage: bool, logprobs: bool) -> None:
         self._head = head
         self._tokens = tokens
         self._logprobs = logprobs
@@ -120,7 +120,7 @@ class ChatWriter:
             role = b'{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null}'
             out = self._frames.choice(start + role)
         if piece.text or piece.logprobs:
-            logprobs = orjson.dumps(self._content(piece.logprobs)) if self._logprobs else b"null"
+            logprobs = orjson.dumps(self._content(piece)) if self._logprobs else b"null"
             body = b'{"content":%b},"logprobs":%b,"finish_reason":null}' % (orjson.dumps(piece.text), logprobs)
             out += self._frames.choice(start + body)
         if piece.finish:
@@ -137,7 +137,7 @@ class ChatWriter:
                 {
                     **self._head.choice(piece.index),
                     "message": {"role": "assistant", "content": piece.text, "refusal": None},
-                    "logprobs": self._content(piece.logprobs) if self._logprobs else None,
+                    "logprobs": self._content(piece) if self._logprobs else None,
                     "finish_reason": piece.finish,
                 }
                 for piece in choices
@@ -145,19 +145,16 @@ class ChatWriter:
             "usage": usage.json(),
         }
 
-    def _content(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def _content(self, piece: Piece) -> dict[str, Any]:
+        tokens = self._tokens[piece.index]
         entries = [
-            {**self._entry(token.id, token.logprob), "top_logprobs": [self._entry(*pair) for pair in token.top]}
-            for token in logprobs
+            {
+                **_entry(tokens, token.id, token.logprob),
+                "top_logprobs": [_entry(tokens, *pair) for pair in token.top],
+            }
+            for token in piece.logprobs
         ]
         return {"content": entries, "refusal": None}
-
-    def _entry(self, id_: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": self._tokens.text(id_),
-            "logprob": max(logprob, MIN_LOGPROB),
-            "bytes": list(self._tokens.bytes(id_)),
-        }
 
 
 class CompletionWriter:
@@ -165,7 +162,7 @@ class CompletionWriter:
 
     id_prefix = "cmpl-"
 
-    def __init__(self, head: Head, tokens: TokenText, *, include_usage: bool, logprobs: bool) -> None:
+    def __init__(self, head: Head, tokens: Sequence[TokenText], *, include_usage: bool, logprobs: bool) -> None:
         self._head = head
         self._tokens = tokens
         self._logprobs = logprobs
@@ -206,19 +203,24 @@ class CompletionWriter:
         offsets: list[int] = []
         for token in piece.logprobs:
             offsets.append(offset)
-            offset += len(self._tokens.text(token.id))
+            offset += len(self._tokens[piece.index].text(token.id))
         self._offsets[piece.index] = offset
         return {
             "text_offset": offsets,
-            "tokens": [self._tokens.text(token.id) for token in piece.logprobs],
+            "tokens": [self._tokens[piece.index].text(token.id) for token in piece.logprobs],
             "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in piece.logprobs],
-            "top_logprobs": [self._top(token) for token in piece.logprobs],
+            "top_logprobs": [_top(self._tokens[piece.index], token) for token in piece.logprobs],
         }
 
-    def _top(self, token: TokenLogprob) -> dict[str, float]:
-        """Return the most likely tokens by text, and the chosen one; of tokens with equal text the likeliest."""
-        best: dict[str, float] = {}
-        for id_, logprob in (*token.top, (token.id, token.logprob)):
-            text = self._tokens.text(id_)
-            best[text] = max(best.get(text, MIN_LOGPROB), logprob)
-        return best
+
+def _entry(tokens: TokenText, id_: int, logprob: float) -> dict[str, Any]:
+    return {"token": tokens.text(id_), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(tokens.bytes(id_))}
+
+
+def _top(tokens: TokenText, token: TokenLogprob) -> dict[str, float]:
+    """Return the most likely tokens by text, and the chosen one; of tokens with equal text the likeliest."""
+    best: dict[str, float] = {}
+    for id_, logprob in (*token.top, (token.id, token.logprob)):
+        text = tokens.text(id_)
+        best[text] = max(best.get(text, MIN_LOGPROB), logprob)
+    return best

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from gpu_worker.adapter_weights import PoolWeights
 from gpu_worker.extras import Extras
@@ -104,6 +105,7 @@ class AdapterCache:
         self.slot_ranks = np.zeros(weights.num_slots, np.int64)  # largest rank of the adapter in each slot
         self.extras: dict[str, Extras] = {}  # of the adapters in the pool that have any, on the device
         self.invocations: dict[str, tuple[int, ...]] = {}  # of the activated LoRA in the pool
+        self.tokenizers: dict[str, Tokenizer] = {}  # of the adapters in the pool that bring their own
         self.on_loaded: Callable[[], object] = _ignore  # called from a loader thread when `poll` has news
         self.on_evicted: Callable[[str], object] = _ignore  # called when an adapter leaves the pool
         self.num_loads = 0  # into the pool
@@ -209,6 +211,7 @@ class AdapterCache:
         """Drop what goes with a place in the pool."""
         self.extras.pop(digest, None)
         self.invocations.pop(digest, None)
+        self.tokenizers.pop(digest, None)
         self.on_evicted(digest)
 
     def set_pinned(self, digest: str, pinned: bool) -> None:
@@ -262,6 +265,8 @@ class AdapterCache:
                     self.extras[done.digest] = done.extras
                 if done.adapter.invocation:
                     self.invocations[done.digest] = done.adapter.invocation
+                if done.adapter.tokenizer is not None:
+                    self.tokenizers[done.digest] = done.adapter.tokenizer
                 self.weights.publish(resident.slot, done.adapter, resident.pages)
                 self.slot_ranks[resident.slot] = done.adapter.ranks.max()
                 self.pool.publish(done.digest)

@@ -91,17 +91,24 @@ class Engine:
         seq = Sequence(request, self.config.max_model_len)
         if self.config.limits.max_draft_tokens:
             seq.drafter = Drafter(self.config.limits.max_draft_tokens)
-        stop = StopCheck(seq, self.model.eos_ids, self._tokenizer)
+        # Where an adapter brings its own tokenizer, only that tells what the text is in which stop strings are found.
+        if (request.digest and any(request.stop)) or self._replay(seq, self._tokenizer):
+            self._seqs[request.rid] = seq
+            if request.digest:
+                self.adapters.news.used(request.digest, resident=self.adapters.is_resident(request.digest))
+            self.batcher.add(seq)
+
+    def _replay(self, seq: Sequence, tokenizer: Tokenizer | None) -> bool:
+        """Start a request's stop check on the tokens it has. False if they end it: then that is put out."""
+        stop = StopCheck(seq, self.model.eos_ids, tokenizer)
         finish = ""
-        for token in request.output:
+        for token in seq.request.output:
             finish = finish or stop.add(token)
         if finish:  # its last worker died between its last token and its end
             self._outputs.append(_output(seq, [], b"", finish, stop.stop))
-            return
-        self._seqs[request.rid], self._stops[request.rid] = seq, stop
-        if request.digest:
-            self.adapters.news.used(request.digest, resident=self.adapters.is_resident(request.digest))
-        self.batcher.add(seq)
+            return False
+        self._stops[seq.rid] = stop
+        return True
 
     def cancel(self, rid: str) -> None:
         """Forget a request; nothing more comes out for it."""
@@ -119,7 +126,8 @@ class Engine:
 
     def _end(self, seq: Sequence) -> None:
         self.batcher.remove(seq)
-        del self._seqs[seq.rid], self._stops[seq.rid]
+        del self._seqs[seq.rid]
+        self._stops.pop(seq.rid, None)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every block, page and reference is accounted for. Takes milliseconds."""
@@ -203,8 +211,14 @@ class Engine:
             own_vocab = extras.vocab_size if extras is not None else 0
             try:
                 _check_ids(seq.request, own_vocab or self.model.vocab_size)
+                goes_on = seq.rid in self._stops or self._replay(
+                    seq, self.adapters.tokenizers.get(digest, self._tokenizer)
+                )
             except LorafleetError as error:
                 self._outputs.append(_failed(seq, error))
+                self._end(seq)
+                continue
+            if not goes_on:
                 self._end(seq)
                 continue
             invocation = self.adapters.invocations.get(digest)

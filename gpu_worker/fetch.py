@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 import msgspec
 
+from protocol.adapter_texts import TEXTS_FIELD, TEXTS_FILE, TOKENIZER, split_texts
 from protocol.errors import AdapterRefused, Internal, NotFound, Unavailable
 from protocol.peft_format import MAX_HEADER_BYTES, adapter_digest, parse_header
 
@@ -25,6 +26,7 @@ class AdapterFiles:
 
     config: dict[str, Any]
     weights: bytes | memoryview  # a safetensors file
+    tokenizer: str = ""  # its own tokenizer.json, if it brings one
 
 
 class StoreClient:
@@ -57,12 +59,15 @@ class StoreClient:
                 try:
                     config = self._get(f"{url}/adapters/{digest}/adapter_config.json")
                     weights = self._get(f"{url}/adapters/{digest}/adapter_model.safetensors")
+                    parsed = _parse(config)
+                    own = parsed.get(TEXTS_FIELD)
+                    texts = split_texts(self._get(f"{url}/adapters/{digest}/{TEXTS_FILE}"), own) if own else {}
                 except NotFound:
                     missing += 1
                 except httpx2.HTTPError as error:
                     logger.warning("store %s did not give adapter %.12s: %r", url, digest, error)
                 else:
-                    files = AdapterFiles(_parse(config), weights)
+                    files = AdapterFiles(parsed, weights, texts.get(TOKENIZER, ""))
                     if digest_of(files) == digest:
                         return files
                     logger.error("store %s gave other content for adapter %.12s; asking again", url, digest)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from tokenizers import Tokenizer
@@ -17,6 +20,7 @@ from gpu_worker.cuda_graphs import CudaRecorder
 from gpu_worker.engine import Engine, EngineConfig
 from gpu_worker.fetch import AdapterFiles
 from gpu_worker.graphs import Unrecordable
+from gpu_worker.loader import hash_of
 from gpu_worker.memory import GiB, free_bytes, share
 from gpu_worker.merging import merge_adapters
 from gpu_worker.model import BaseModel, choose_device, choose_dtype, load_model
@@ -25,8 +29,9 @@ from gpu_worker.rows import Rows, RowSite
 from gpu_worker.thread import EngineThread
 from lora_kernels import ops
 from protocol import messages as m
+from protocol.adapter_texts import TOKENIZER
 from protocol.bus import now_ms
-from protocol.errors import BadRequest
+from protocol.errors import AdapterRefused, BadRequest
 from protocol.merging import merge_of
 from protocol.model_files import WEIGHT_FILES, model_folder, served_name
 from protocol.settings import Settings
@@ -40,8 +45,8 @@ Fetch = Callable[[str], AdapterFiles | Rows]
 FetchFiles = Callable[[str], AdapterFiles]
 """An adapter's files by digest, always."""
 
-Describe = Callable[[list[RowSite], m.ServedModel], object]
-"""Tells who fetches for which model to pack."""
+Describe = Callable[[list[RowSite], m.ServedModel, str], object]
+"""Tells who fetches for which model to pack, and the hash of the model's tokenizer.json."""
 
 
 def load_engine(
@@ -56,11 +61,12 @@ def load_engine(
     folder = model_folder(settings.model, WEIGHT_FILES)
     dtype = choose_dtype(settings.dtype, device)
     model = load_model(folder, device, dtype, impl, compiled=settings.compile)
-    tokenizer_file = folder / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(tokenizer_file)) if tokenizer_file.is_file() else None
+    tokenizer_file = folder / TOKENIZER
+    tokenizer_text = tokenizer_file.read_text() if tokenizer_file.is_file() else ""
+    tokenizer = Tokenizer.from_str(tokenizer_text) if tokenizer_text else None
     engine, served = build_engine(model, settings, fetch, tokenizer, fetch_files)
     if describe is not None:
-        describe(row_sites(model.sites), served)
+        describe(row_sites(model.sites), served, hash_of(tokenizer_text))
     logger.info(
         "%s in %s on %s: room for %d KV tokens, %d tokens a request, %.1f MiB of adapters; ready in %.1f s",
         served.name, served.dtype, device, engine.blocks.num_blocks * BLOCK_TOKENS, served.max_model_len,
@@ -93,6 +99,7 @@ def build_engine(
 
     order = [name for name, _ in model.module.named_modules()]
     whole = fetch_files or _whole(fetch)
+    tokenizers = _Tokenizers()
 
     def read(digest: str) -> HostAdapter:
         merge = merge_of(digest)
@@ -100,8 +107,10 @@ def build_engine(
             return merge_adapters(digest, merge, [whole(part) for part in merge.digests], packer, order)
         files = fetch(digest)
         if isinstance(files, Rows):
-            return packer.wrap(digest, files)
-        return packer.pack(digest, files.config, files.weights)
+            adapter = packer.wrap(digest, files)
+        else:
+            adapter = packer.pack(digest, files.config, files.weights)
+        return replace(adapter, tokenizer=tokenizers.read(files.tokenizer)) if files.tokenizer else adapter
 
     with compile_errors():
         engine = Engine(model, config, AdapterCache(weights, read, host_bytes), tokenizer)  # which checks it
@@ -136,6 +145,30 @@ def record_steps(engine: Engine, settings: Settings) -> None:
         logger.warning("no CUDA graphs, decode steps are launched kernel by kernel: %s", error)
     else:
         logger.info("decode steps recorded in %.1f s", time.monotonic() - started)
+
+
+class _Tokenizers:
+    """The last few tokenizers that adapters brought: many bring the same. For several threads."""
+
+    def __init__(self, max_kept: int = 8) -> None:
+        self._max_kept = max_kept
+        self._kept: OrderedDict[str, Tokenizer] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, text: str) -> Tokenizer:
+        """Return the tokenizer of a tokenizer.json. Raises AdapterRefused."""
+        key = hash_of(text)
+        with self._lock:
+            found = self._kept.pop(key, None)
+            if found is None:
+                try:
+                    found = Tokenizer.from_str(text)
+                except Exception as error:  # the library has no type of its own for what it cannot read
+                    raise AdapterRefused([f"its {TOKENIZER} cannot be read: {error}"]) from error
+            self._kept[key] = found
+            if len(self._kept) > self._max_kept:
+                self._kept.popitem(last=False)
+            return found
 
 
 def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:

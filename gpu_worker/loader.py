@@ -7,6 +7,7 @@ socket does, however the worker ends; if it dies first, it is started again and 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import mmap
@@ -55,6 +56,7 @@ class Describe(msgspec.Struct, tag=True):
 
     sites: list[RowSite]
     served: ServedModel
+    tokenizer: str  # hash of the model's tokenizer.json: who brings the same brings none
 
 
 class Fetch(msgspec.Struct, tag=True):
@@ -68,6 +70,7 @@ class Fetched(msgspec.Struct, tag=True):
 
     number: int
     config: dict[str, Any]
+    tokenizer: str
 
 
 class Packed(msgspec.Struct, tag=True):
@@ -77,6 +80,7 @@ class Packed(msgspec.Struct, tag=True):
     ranks: bytes  # int32 [sites]
     scales: bytes  # float32 [sites]
     invocation: tuple[int, ...]
+    tokenizer: str
 
 
 class Failed(msgspec.Struct, tag=True):
@@ -112,9 +116,9 @@ class Loader:
         """Say which stores are alive."""
         self._tell(Urls(urls))
 
-    def describe(self, sites: list[RowSite], served: ServedModel) -> None:
-        """Say for which model to pack adapters."""
-        self._tell(Describe(sites, served))
+    def describe(self, sites: list[RowSite], served: ServedModel, tokenizer: str) -> None:
+        """Say for which model to pack adapters. tokenizer: hash of its tokenizer.json, see `hash_of`."""
+        self._tell(Describe(sites, served, tokenizer))
 
     def _tell(self, message: Message) -> None:
         with self._lock:
@@ -220,10 +224,10 @@ class _Process:
             memory = memoryview(mmap.mmap(fd, 0))
             os.close(fd)
             if isinstance(message, Fetched):
-                future.set_result(AdapterFiles(message.config, memory))
+                future.set_result(AdapterFiles(message.config, memory, message.tokenizer))
             else:
                 ranks, scales = np.frombuffer(message.ranks, np.int32), np.frombuffer(message.scales, np.float32)
-                future.set_result(Rows(memory, ranks.copy(), scales.copy(), message.invocation))
+                future.set_result(Rows(memory, ranks.copy(), scales.copy(), message.invocation, message.tokenizer))
 
     def close(self) -> None:
         """End the process and wait for that."""
@@ -281,6 +285,7 @@ class _Server:
         self._worker = worker
         self._stores = StoreClient(bearer)
         self._packer: RowPacker | None = None
+        self._tokenizer = ""
         self._fetchers = ThreadPoolExecutor(NUM_FETCHES, thread_name_prefix="fetcher")
         self._sending = threading.Lock()
 
@@ -289,6 +294,7 @@ class _Server:
             self._stores.set_urls(message.urls)
         elif isinstance(message, Describe):
             self._packer = RowPacker(message.sites, message.served)
+            self._tokenizer = message.tokenizer
         elif isinstance(message, Fetch):
             self._fetchers.submit(self._answer, message)
 
@@ -308,6 +314,7 @@ class _Server:
 
     def _bring(self, order: Fetch) -> tuple[Message, int]:
         files = self._stores.fetch(order.digest)
+        tokenizer = files.tokenizer if hash_of(files.tokenizer) != self._tokenizer else ""
         if self._packer is not None and not order.whole:
             memory: list[int] = []
 
@@ -317,13 +324,19 @@ class _Server:
 
             rows = self._packer.pack(files.config, files.weights, allocate)
             if rows is not None:
-                return Packed(order.number, rows.ranks.tobytes(), rows.scales.tobytes(), rows.invocation), memory[0]
+                ranks, scales = rows.ranks.tobytes(), rows.scales.tobytes()
+                return Packed(order.number, ranks, scales, rows.invocation, tokenizer), memory[0]
             for fd in memory:
                 os.close(fd)
         fd = _memory(len(files.weights))
         with mmap.mmap(fd, len(files.weights)) as content:
             content.write(files.weights)
-        return Fetched(order.number, files.config), fd
+        return Fetched(order.number, files.config, tokenizer), fd
+
+
+def hash_of(tokenizer: str) -> str:
+    """Return what tells a tokenizer.json from others."""
+    return hashlib.sha256(tokenizer.encode()).hexdigest()
 
 
 def _memory(num_bytes: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from gpu_worker.extras import (
@@ -52,6 +53,7 @@ class HostAdapter:
     num_bytes: int
     extras: Extras = field(default_factory=Extras)
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
+    tokenizer: Tokenizer | None = None  # its own, if it brings one
 
 
 @dataclass(frozen=True)

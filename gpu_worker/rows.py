@@ -50,6 +50,7 @@ class Rows:
     ranks: np.ndarray  # int32 [sites]; 0: not touched
     scales: np.ndarray  # float32 [sites]
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
+    tokenizer: str = ""  # its own tokenizer.json, if it brings one
 
 
 def layout(ranks: np.ndarray, sites: Sequence[RowSite]) -> Iterator[tuple[int, int, int, int]]:

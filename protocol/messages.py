@@ -329,6 +329,7 @@ class AdapterRecord(Wire, frozen=True):
     modules: list[str]  # kinds of sites touched, such as "q_proj"
     source: str
     created_ms: int
+    vocab_size: int = 0  # tokens it knows, 0: those of the base
 
 
 class AdapterEvent(Wire, frozen=True):
@@ -364,6 +365,7 @@ class Job(Wire, frozen=True):
     request: dict[str, Any]  # the HTTP body, to build the result as the endpoint would
     metadata: dict[str, str] = {}
     digests: list[str] = []  # of the adapters that answer, "" for the base model
+    texts: list[str] = []  # of each, the hash of the tokenizer and template it brings, "" if none
 
 
 class Idempotent(Wire, frozen=True):
@@ -373,6 +375,7 @@ class Idempotent(Wire, frozen=True):
     created_ms: int
     rids: list[str]
     digests: list[str] = []  # of the adapters that answer, "" for the base model
+    texts: list[str] = []  # of each, the hash of the tokenizer and template it brings, "" if none
     jid: str = ""  # of a background job
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from protocol.adapter_texts import TEXTS_FIELD
 from protocol.errors import AdapterRefused
 from protocol.peft_targets import MIN_CONDENSED_TARGETS, BadPattern, Layers, Names, PatternMap, SavedModules, Targets
 from protocol.reasons import Reasons, load_json_object, show
@@ -42,10 +43,10 @@ _UNSERVED = {
 _NO_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "lora_dropout", "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "qalora_group_size", "runtime_config", "bias", "init_lora_weights",
+    "qalora_group_size", "runtime_config", "bias", "init_lora_weights", TEXTS_FIELD,
 }  # fmt: skip
-"""Fields without effect on inference. The last two have their own check: biases are told by their tensors. Of
-`fan_in_fan_out` PEFT takes the layer's own value; the `*_config` ones configure an `init_lora_weights`."""
+"""Fields without effect on the weights. `bias` and `init_lora_weights` have their own check: biases are told by their
+tensors. Of `fan_in_fan_out` PEFT takes the layer's own value; the `*_config` ones configure an `init_lora_weights`."""
 
 _ADALORA_TRAINING = {
     "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"
@@ -103,7 +104,7 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Read again it gives the same adapter. The order of a pattern map is kept: its first match counts.
     """
     canonical: dict[str, Any] = {}
-    for key in (*_DEFAULTS, *_SERVED, *_UNSERVED, "bias", "init_lora_weights"):
+    for key in (*_DEFAULTS, *_SERVED, *_UNSERVED, "bias", "init_lora_weights", TEXTS_FIELD):
         value = config.get(key)
         if key in ("target_modules", "exclude_modules", "modules_to_save") and isinstance(value, list):
             value = sorted(set(map(str, value)))

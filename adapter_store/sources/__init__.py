@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from protocol.adapter_texts import TEXT_FILES
 from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
-"""All that is ever taken from a source. A pickle (`.bin`) is refused by its name."""
+"""What every adapter has. A pickle (`.bin`) is refused by its name."""
+
+MORE_FILES = TEXT_FILES
+"""What is taken from a source besides, if it is there. Nothing else ever is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class Version:
     key: str  # equal keys, equal content
     source: str  # as shown to users: "local:NAME", "hub:ORG/NAME@COMMIT", "s3://BUCKET/PREFIX"
     target: str
-    files: Mapping[str, RemoteFile] = field(default_factory=dict)  # by name, all of FILES
+    files: Mapping[str, RemoteFile] = field(default_factory=dict)  # by name: FILES, and what there is of MORE_FILES
     at_hand: bool = False  # fetching it again costs next to nothing: not worth syncing to disk
 
 

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from adapter_store.sources import FILES, Changed, RemoteFile, Version
+from adapter_store.sources import FILES, MORE_FILES, Changed, RemoteFile, Version
 from adapter_store.sources.retry import Attempts
 from protocol.adapter_refs import parse_reference
 from protocol.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
@@ -81,7 +81,8 @@ class HubSource:
         for name in FILES:
             if name not in files:
                 raise AdapterRefused([_why_missing(name, files)])
-        return self._version(f"{repo}@{info.sha}", {name: _remote_file(files[name]) for name in FILES})
+        found = {name: _remote_file(files[name]) for name in (*FILES, *MORE_FILES) if name in files}
+        return self._version(f"{repo}@{info.sha}", found)
 
     async def _retrying(self, call: Callable[[], Any], repo: str, revision: str) -> Any:
         """Await `call()`, again after answers that may pass. Raises LorafleetErrors."""

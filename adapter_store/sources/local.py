@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapter_store.sources import Changed, RemoteFile, Version
+from adapter_store.sources import MORE_FILES, Changed, RemoteFile, Version
 from protocol.errors import AdapterRefused, NotFound
 from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
 
@@ -39,12 +39,14 @@ class FolderState:
 
     config: Stamp | None = None
     weights: Stamp | None = None
+    more: tuple[tuple[str, Stamp], ...] = ()  # of MORE_FILES, by name
     problem: str = ""  # why it cannot be an adapter, whatever the files hold
 
     @property
     def changed_ns(self) -> int:
         """Unix time of the last change, ns."""
-        return max((stamp.ctime_ns for stamp in (self.config, self.weights) if stamp), default=0)
+        stamps = (self.config, self.weights, *(stamp for _, stamp in self.more))
+        return max((stamp.ctime_ns for stamp in stamps if stamp), default=0)
 
 
 class LocalSource:
@@ -73,7 +75,10 @@ class LocalSource:
             if maybe_outside and not self._inside(folder):
                 return FolderState(problem="the folder is a symbolic link that leaves the adapter root")
             config = self._stamp(folder, CONFIG_FILE)
-            return None if config is None else FolderState(config, self._stamp(folder, WEIGHTS_FILE))
+            if config is None:
+                return None
+            more = [(name, stamp) for name in MORE_FILES if (stamp := self._stamp(folder, name))]
+            return FolderState(config, self._stamp(folder, WEIGHTS_FILE), tuple(more))
         except AdapterRefused as error:
             return FolderState(problem=error.message)
         except OSError as error:
@@ -113,13 +118,14 @@ class LocalSource:
         if state.config is None or state.weights is None:
             raise AdapterRefused([self._why_no_weights(name)])
         return Version(
-            key=f"local:{self.root}:{name}:{state.config}:{state.weights}",
+            key=f"local:{self.root}:{name}:{state.config}:{state.weights}" + "".join(f":{part}" for part in state.more),
             source=f"local:{name}",
             target=name,
             at_hand=True,
             files={
                 CONFIG_FILE: RemoteFile(state.config.num_bytes, str(state.config)),
                 WEIGHTS_FILE: RemoteFile(state.weights.num_bytes, str(state.weights)),
+                **{name: RemoteFile(stamp.num_bytes, str(stamp)) for name, stamp in state.more},
             },
         )
 

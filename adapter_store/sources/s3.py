@@ -16,7 +16,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from urllib3.exceptions import HTTPError
 
-from adapter_store.sources import FILES, Changed, RemoteFile, Version
+from adapter_store.sources import FILES, MORE_FILES, Changed, RemoteFile, Version
 from adapter_store.sources.retry import Attempts
 from protocol.adapter_refs import parse_reference
 from protocol.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
@@ -53,10 +53,15 @@ class S3Source:
             raise NotFound(f"s3:{target} is not an address of the form s3://bucket/prefix")
         bucket, prefix = reference.owner, reference.path
         files: dict[str, RemoteFile] = {}
-        for name in FILES:
+        for name in (*FILES, *MORE_FILES):
             try:
                 head = self._s3.head_object(Bucket=bucket, Key=f"{prefix}/{name}")
             except ClientError as error:
+                if name in MORE_FILES and _status(error) in (
+                    403,
+                    404,
+                ):  # who may not list gets 403 for what is not there
+                    continue
                 if name == WEIGHTS_FILE and _status(error) == 404:
                     raise AdapterRefused([f"{reference.source} has no {WEIGHTS_FILE}"]) from error
                 raise _refusal(error, f"{reference.source}/{name}") from error

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from factories import make_adapter, make_tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from gpu_worker.engine import Engine
 from gpu_worker.fetch import AdapterFiles
@@ -34,6 +36,7 @@ class Store:
         self.open = threading.Event()
         self.open.set()
         self.fetched: list[str] = []
+        self.tokenizers: dict[str, str] = {}  # what some of them bring
 
     def fetch(self, digest: str) -> AdapterFiles:
         assert self.open.wait(timeout=60)
@@ -43,7 +46,8 @@ class Store:
             raise NotFound(f"no adapter {digest}")
         if digest == "crash":
             raise RuntimeError("a fault of ours")
-        return AdapterFiles(parse_config((folder / CONFIG_FILE).read_bytes()), (folder / WEIGHTS_FILE).read_bytes())
+        config, weights = parse_config((folder / CONFIG_FILE).read_bytes()), (folder / WEIGHTS_FILE).read_bytes()
+        return AdapterFiles(config, weights, self.tokenizers.get(digest, ""))
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +141,30 @@ def test_nothing_waits_for_a_cold_adapter(running: Running) -> None:
     running.store.open.set()
     assert running.ends({"cold"})["cold"].finish == "length"
     assert "cold" in running.thread.stats().resident
+
+
+def test_stop_strings_are_found_in_the_text_of_the_adapters_own_tokenizer(folder: Path) -> None:
+    running = Running(folder)
+    own = Tokenizer(WordLevel({f"word{i}": i for i in range(running.served.vocab_size)}, "word0"))
+    running.store.tokenizers = {"warm": own.to_str(), "cut": "{"}
+    running.thread.submit(request("plain", "warm"))
+    running.ends({"plain"})
+    ids = running.ids["plain"]
+    stop = [f"word{ids[1]}"]
+    assert ids[1] != ids[0]
+    wanted = {"own": "warm", "base": "", "other": "cold"}
+    for rid, digest in wanted.items():
+        running.thread.submit(request(rid, digest, stop=stop))
+    running.thread.submit(request("cut", "cut", stop=stop))
+    ends = running.ends({*wanted, "cut"})
+    finishes = {rid: end.finish for rid, end in ends.items()}
+    assert finishes == {"own": "stop", "base": "length", "other": "length", "cut": "error"}
+    assert (running.ids["own"], ends["own"].stop) == (ids[:2], stop[0])
+    for num_known, num_new in ((1, 1), (2, 0)):  # with two, its last worker died before it said that this is the end
+        running.thread.submit(request("resumed", "warm", stop=stop, output=ids[:num_known]))
+        [end] = running.steps.get(timeout=60)
+        assert (end.finish, end.stop, end.seq0, end.ids) == ("stop", stop[0], num_known, ids[num_known:][:num_new])
+    running.thread.stop()
 
 
 def test_an_adapter_larger_than_the_pool_is_refused_with_the_reason(folder: Path) -> None:

@@ -118,7 +118,7 @@ def test_adapters_for_a_known_model_come_packed_also_after_a_death() -> None:
     with closing(loader), store(files_of(digest, GOOD)) as good:
         loader.set_urls((good,))
         assert isinstance(loader.fetch(digest), AdapterFiles)
-        loader.describe(sites, served)
+        loader.describe(sites, served, "")
         for _ in range(2):
             rows = loader.fetch(digest)
             assert isinstance(rows, Rows)

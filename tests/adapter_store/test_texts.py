@@ -1,0 +1,167 @@
+"""Adapters that bring a tokenizer or a chat template: taken from every source, part of the digest, never lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from hub_stub import Repo, run_hub
+from s3_server import BUCKET, run_s3
+from store_run import RunStore, ask, in_state
+
+from adapter_store.blobs import Blobs
+from adapter_store.mirror import Mirror
+from adapter_store.sources.hub import HubSource
+from adapter_store.sources.s3 import S3Source
+from adapter_store.tier import Tier
+from protocol.adapter_texts import (
+    MAX_TEXT_BYTES,
+    TEXTS_FIELD,
+    TEXTS_FILE,
+    join_texts,
+    special_tokens,
+    split_texts,
+    template_of,
+)
+from protocol.bus import Bus
+from protocol.errors import AdapterRefused
+from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.settings import Settings
+
+TEXTS = {"tokenizer.json": b'{"model": "\xc3\xa4"}', "chat_template.jinja": b"{{ messages }}"}
+ADAPTER = {
+    CONFIG_FILE: json.dumps(lora_config()).encode(),
+    WEIGHTS_FILE: safetensors(lora_tensors()),
+    "tokenizer_config.json": b'{"eos_token": "<end>"}',
+    **TEXTS,
+}
+
+
+def texts_of(blobs: Blobs, digest: str) -> dict[str, str]:
+    files = blobs.open(digest)
+    assert files is not None
+    return split_texts((files.folder / TEXTS_FILE).read_bytes(), files.config[TEXTS_FIELD])
+
+
+def write_texts(folder: Path, **texts: str) -> None:
+    for name, text in texts.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+async def test_texts_are_served_and_part_of_the_digest(bus: Bus, settings: Settings, run_store: RunStore) -> None:
+    root = settings.adapters
+    assert root is not None
+    await bus.set(bus.keys.base, BASE)
+    write_adapter(root / "plain", seed=1)
+    # What a config says of texts does not count.
+    own = write_adapter(root / "own", seed=1, lorafleet_texts="ab")
+    url = await run_store().url()
+    plain, alone = await in_state(bus, "plain", "on_disk"), await in_state(bus, "own", "on_disk")
+    assert alone.digest == plain.digest
+    write_texts(own, chat_template__jinja="{{ 1 }}", tokenizer_config__json='{"bos_token": {"content": "<s>"}}')
+    first = await in_state(bus, "own", "on_disk", not_digest=plain.digest)
+    config, _ = await ask(url, first.digest)
+    async with httpx2.AsyncClient() as http:
+        answer = await http.get(f"{url}/adapters/{first.digest}/{TEXTS_FILE}")
+        missing = await http.get(f"{url}/adapters/{plain.digest}/{TEXTS_FILE}")
+    assert hashlib.sha256(answer.content).hexdigest() == config[TEXTS_FIELD]
+    texts = split_texts(answer.content, config[TEXTS_FIELD])
+    assert (template_of(texts), special_tokens(texts)) == ("{{ 1 }}", {"bos_token": "<s>"})
+    assert missing.status_code == 404
+    write_texts(own, chat_template__jinja="{{ 2 }}")
+    second = await in_state(bus, "own", "on_disk", not_digest=first.digest)
+    assert second.digest != plain.digest
+
+
+async def test_damaged_texts_are_fetched_again(bus: Bus, settings: Settings, run_store: RunStore) -> None:
+    root = settings.adapters
+    assert root is not None
+    await bus.set(bus.keys.base, BASE)
+    write_texts(write_adapter(root / "own"), chat_template__jinja="{{ 1 }}")
+    store = run_store()
+    digest = (await in_state(bus, "own", "on_disk")).digest
+    await store.end()
+    kept = settings.data / "adapters" / "blobs" / digest / TEXTS_FILE
+    good = kept.read_bytes()
+    kept.write_bytes(good.replace(b"1", b"2"))
+    url = await run_store().url()
+    async with httpx2.AsyncClient() as http:
+        assert (await http.get(f"{url}/adapters/{digest}/{TEXTS_FILE}")).content == good
+
+
+async def test_a_text_that_is_none_refuses_the_adapter(bus: Bus, settings: Settings, run_store: RunStore) -> None:
+    root = settings.adapters
+    assert root is not None
+    await bus.set(bus.keys.base, BASE)
+    write_texts(write_adapter(root / "bad"), tokenizer__json="{")
+    run_store()
+    assert "tokenizer.json cannot be read" in (await in_state(bus, "bad", "failed")).reason
+
+
+async def test_from_the_hub(tmp_path: Path) -> None:
+    async with run_hub() as hub:
+        repo = hub.repos["org/own"] = Repo()
+        repo.commit({**ADAPTER, "README.md": b"hello", "vocab.txt": b"a"})
+        source, blobs = HubSource(hub.url, first_pause_s=0.001), Blobs(tmp_path)
+        taken = await Mirror(blobs, max_bytes=1 << 20).take(source, "org/own", BASE)
+        await source.close()
+    texts = texts_of(blobs, taken.digest)
+    assert texts == {name: ADAPTER[name].decode() for name in (*TEXTS, "tokenizer_config.json")}
+    assert blobs.verified(taken.digest)
+    assert sorted(path.name for path in (tmp_path / "blobs" / taken.digest).iterdir()) == [
+        CONFIG_FILE, WEIGHTS_FILE, TEXTS_FILE,
+    ]  # fmt: skip
+
+
+async def test_from_s3_and_through_the_shared_bucket(tmp_path: Path) -> None:
+    with run_s3() as server:
+        client = server.client()
+        for name, content in ADAPTER.items():
+            client.put_object(Bucket=BUCKET, Key=f"own/{name}", Body=content)
+        tier = Tier(client, f"s3://{BUCKET}/tier")
+        source = S3Source(client, first_pause_s=0.001)
+        first, second = Blobs(tmp_path / "one"), Blobs(tmp_path / "two")
+        taken = await Mirror(first, max_bytes=1 << 20, tier=tier).take(source, f"//{BUCKET}/own", BASE)
+        client.delete_object(Bucket=BUCKET, Key=f"own/{WEIGHTS_FILE}")
+        assert await Mirror(second, max_bytes=1 << 20, tier=tier).restore(taken.digest)
+        assert texts_of(second, taken.digest) == texts_of(first, taken.digest)
+        tier.drop(taken.digest)
+        assert not await Mirror(Blobs(tmp_path / "three"), max_bytes=1 << 20, tier=tier).restore(taken.digest)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"tokenizer.json": b"[]"}, "tokenizer.json cannot be read"),
+        ({"chat_template.jinja": b"\xff"}, "chat_template.jinja cannot be read"),
+        ({"chat_template.jinja": b"x" * (MAX_TEXT_BYTES + 1)}, f"the limit is {MAX_TEXT_BYTES}"),
+    ],
+)
+def test_what_is_no_text_is_refused(files: dict[str, bytes], said: str) -> None:
+    with pytest.raises(AdapterRefused, match=said):
+        join_texts(files)
+
+
+@pytest.mark.parametrize(
+    ("config", "template"),
+    [
+        ({"chat_template": "t"}, "t"),
+        ({"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]}, "d"),
+        ({"chat_template": [{"name": "rag", "template": "r"}]}, None),
+        ({"model_max_length": 8}, None),
+    ],
+)
+def test_only_a_tokenizer_or_a_template_counts(config: dict[str, Any], template: str | None) -> None:
+    files = {"tokenizer_config.json": json.dumps(config).encode()}
+    assert bool(join_texts(files)) == (template is not None)
+    assert template_of({name: text.decode() for name, text in files.items()}) == template
+
+
+def test_another_hash_is_noticed() -> None:
+    with pytest.raises(AdapterRefused, match="another hash"):
+        split_texts(join_texts(TEXTS), "0" * 64)
