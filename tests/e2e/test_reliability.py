@@ -204,6 +204,10 @@ async def test_two_hundred_long_streams_whose_clients_leave_are_forgotten_at_onc
 async def test_the_store_may_be_down_while_what_is_resident_is_asked_for(
     fleet: ProcessFleet, right: dict[Ask, str]
 ) -> None:
+    digests = [alias.digest for alias in await fleet.bus.aliases()]
+    for beat in await beats(fleet):  # else a worker that has lately become free would have to fetch them
+        await fleet.bus.tell([(beat.wid, m.Control(kind="prefetch", digest=digest)) for digest in digests])
+    await wait_until(lambda: have_all(fleet, digests), "every worker has every adapter")
     fleet.kill("store")
     calls = await asyncio.gather(*(ask_once(fleet, ask) for ask in asks()))
     assert {call.ask: call.attempts[0].text for call in calls} == right
@@ -235,6 +239,10 @@ async def beats(fleet: ProcessFleet) -> list[m.WorkerBeat]:
 
 async def num_computed(fleet: ProcessFleet) -> int:
     return sum(beat.counters.num_output_tokens for beat in await beats(fleet))
+
+
+async def have_all(fleet: ProcessFleet, digests: list[str]) -> bool:
+    return all({*digests} <= {*beat.resident} for beat in await beats(fleet))
 
 
 async def has_free_blocks(fleet: ProcessFleet) -> bool:
