@@ -209,9 +209,11 @@ async def test_the_store_may_be_down_while_what_is_resident_is_asked_for(
         await fleet.bus.tell([(beat.wid, m.Control(kind="prefetch", digest=digest)) for digest in digests])
     await wait_until(lambda: have_all(fleet, digests), "every worker has every adapter")
     fleet.kill("store")
-    calls = await asyncio.gather(*(ask_once(fleet, ask) for ask in asks()))
+    try:
+        calls = await asyncio.gather(*(ask_once(fleet, ask) for ask in asks()))
+    finally:
+        fleet.start("store")
     assert {call.ask: call.attempts[0].text for call in calls} == right
-    fleet.start("store")
     await wait_until(lambda: fleet.is_up(fleet.members["store"]), "the store is back", timeout_s=60)
 
 
