@@ -25,11 +25,6 @@ def field_of(alias: m.Alias) -> str:
     return private_name(alias.name, alias.tenant)
 
 
-def is_folder(alias: m.Alias) -> bool:
-    """Tell whether a name is that of a folder under the adapter root, and not one that was registered."""
-    return not alias.tenant and alias.source == f"local:{alias.name}"
-
-
 def _is_of_a_name(event: bytes) -> bool:
     """Tell whether an event may be about the catalogue; one that cannot be read may be."""
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from redis.exceptions import RedisError
 
-from adapter_store.catalogue import Catalogue, is_folder
+from adapter_store.catalogue import Catalogue
 from adapter_store.mirror import Mirror
 from adapter_store.sources import Changed
 from adapter_store.sources.local import NAME, LocalSource
@@ -39,7 +39,7 @@ class Follower:
         self._source = source
         self._mirror = mirror
         self._catalogue = catalogue
-        known = [alias.name for alias in catalogue.aliases.values() if is_folder(alias)]
+        known = [alias.name for alias in catalogue.aliases.values() if alias.is_folder]
         self._watch = Watch(int(settle_s * 1e9), known)
         self._base: ServedModel | None = None
         self._busy: set[str] = set()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import msgspec
 from redis.exceptions import RedisError
 
-from adapter_store.catalogue import Catalogue, field_of, is_folder
+from adapter_store.catalogue import Catalogue, field_of
 from adapter_store.mirror import Mirror
 from adapter_store.sources import Changed, Source
 from protocol.adapter_refs import Policy, Reference, parse_source
@@ -111,7 +111,7 @@ class Registrar:
             registration = self._registrations.pop(field)
             await self._bus.unregister(registration.name, registration.tenant, unless_asked_after=registration.asked_ms)
         for field, alias in list(self._catalogue.aliases.items()):
-            if field not in self._registrations and not is_folder(alias):
+            if field not in self._registrations and not alias.is_folder:
                 self._outcomes.pop(field, None)
                 await self._catalogue.remove(field)
 
@@ -132,7 +132,7 @@ class Registrar:
 
     def _is_due(self, field: str, registration: Registration) -> bool:
         alias = self._catalogue.aliases.get(field)
-        if alias is not None and is_folder(alias) and registration.source != alias.source:
+        if alias is not None and alias.is_folder and registration.source != alias.source:
             return False  # a folder of that name comes first
         outcome = self._outcomes.get(field)
         if outcome is None and alias is not None and alias.state == "failed" and registration.on_request:

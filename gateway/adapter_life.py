@@ -17,6 +17,7 @@ import msgspec
 
 from gateway.adapter_memory import LOOK_S, AdapterMemory, Freed
 from gateway.adapter_views import FleetView
+from gateway.catalogue import BASE
 from gateway.names import Names, error_of, is_settled
 from protocol import messages as m
 from protocol.adapter_refs import FOLDER, Policy, Reference, parse_reference, parse_source
@@ -27,7 +28,6 @@ from protocol.settings import Settings
 
 API = "api"
 SETTINGS = "settings"
-RESERVED = ("base",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class AdapterLife:
         _check_name(wanted.name)
         self._policy.check(reference, on_request=False)
         alias, before = await self._bus.alias(wanted.name), await self._bus.registration(wanted.name)
-        if alias is not None and is_folder(alias) and reference.source != alias.source:
+        if alias is not None and alias.is_folder and reference.source != alias.source:
             raise Conflict(f"`{wanted.name}` is a folder under the adapter root, which comes first", code="name_taken")
         is_known = await self.is_registered(wanted.name)
         source_before = before.source if before is not None else alias.source if alias is not None else ""
@@ -227,7 +227,7 @@ class AdapterLife:
         alias, registration = await self._bus.alias(name), await self._bus.registration(name)
         if alias is None and registration is None:
             raise ModelNotFound(name)
-        if alias is not None and is_folder(alias):
+        if alias is not None and alias.is_folder:
             raise Conflict(
                 f"`{name}` is a folder under the adapter root, served as long as it is there; evict frees its memory",
                 code="adapter_folder",
@@ -235,7 +235,7 @@ class AdapterLife:
         if (await self._bus.pins()).get(name) == API:
             await self._bus.unpin(name)
         await self._bus.unregister(name)
-        await self._names.wait(name, "", lambda found: found is None or is_folder(found), max(wait_s, 10.0))
+        await self._names.wait(name, "", lambda found: found is None or found.is_folder, max(wait_s, 10.0))
         digest = alias.digest if alias is not None else ""
         kept_by = sorted(other.name for other in await self._bus.aliases(None) if other.digest == digest)
         if not digest or kept_by:
@@ -250,14 +250,9 @@ class AdapterLife:
         return Unloaded(name, digest, freed, [], num_ended)
 
 
-def is_folder(alias: m.Alias) -> bool:
-    """Tell whether a name is that of a folder under the adapter root."""
-    return not alias.tenant and alias.source == f"local:{alias.name}"
-
-
 def _check_name(name: str) -> None:
     """Raise BadRequest for what cannot be an adapter's name."""
-    if name in RESERVED or not (FOLDER.fullmatch(name) or parse_reference(name)):
+    if name == BASE or not (FOLDER.fullmatch(name) or parse_reference(name)):
         raise BadRequest(
             f"{name!r:.200} cannot be an adapter's name: NAME or ORG/NAME of letters, digits, dots, dashes and"
             " underscores, at most 96 each, or the place itself",

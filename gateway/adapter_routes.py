@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import orjson
 from fastapi import FastAPI, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse, Response
 
 from gateway.adapter_life import AdapterLife, Unloaded, Wanted
 from gateway.adapter_memory import Freed
-from gateway.routes import hub_token
+from gateway.routes import hub_token, json_response
 from protocol.errors import BadRequest, Conflict, NotFound, Unavailable
 from protocol.fleet_secret import owner_of
 
@@ -66,10 +65,10 @@ class AdapterEndpoints:
     async def list(
         self, request: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=10_000)] = 1000
     ) -> Response:
-        return _json(await self._life.list(owner_of(hub_token(request)), after, limit))
+        return json_response(await self._life.list(owner_of(hub_token(request)), after, limit))
 
     async def get(self, name: str, request: Request) -> Response:
-        return _json(await self._life.get(name, owner_of(hub_token(request))))
+        return json_response(await self._life.get(name, owner_of(hub_token(request))))
 
     async def register(self, body: RegisterRequest, request: Request) -> Response:
         """201 once a new name is served, 200 if it was there, 202 if it has not come within `wait_s`."""
@@ -79,7 +78,7 @@ class AdapterEndpoints:
             await self._life.pin_when_served(body.name)
         if body.preload and is_served:
             await self._life.preload(body.name, 0.0)
-        return _json(await self._life.get(body.name), (201 if is_new else 200) if is_served else 202)
+        return json_response(await self._life.get(body.name), (201 if is_new else 200) if is_served else 202)
 
     async def unload(self, name: str, force: bool = False, blob: bool = False, wait_s: Wait = 30.0) -> Response:
         """200 with the bytes given back; 202 when workers will give some back later, after their requests."""
@@ -87,19 +86,19 @@ class AdapterEndpoints:
 
     async def preload(self, name: str, wait_s: Wait = 0.0) -> Response:
         done = await self._life.preload(name, wait_s)
-        return _json(await self._life.get(name), 200 if done else 202)
+        return json_response(await self._life.get(name), 200 if done else 202)
 
     async def pin(self, name: str, wait_s: Wait = 0.0) -> Response:
         done = await self._life.pin(name, wait_s)
-        return _json(await self._life.get(name), 200 if done else 202)
+        return json_response(await self._life.get(name), 200 if done else 202)
 
     async def unpin(self, name: str) -> Response:
         await self._life.unpin(name)
-        return _json(await self._life.get(name))
+        return json_response(await self._life.get(name))
 
     async def evict(self, name: str, wait_s: Wait = 30.0) -> Response:
         freed = await self._life.evict(name, wait_s)
-        return _json({"name": name, **_freed(freed)}, 202 if freed.waiting else 200)
+        return json_response({"name": name, **_freed(freed)}, 202 if freed.waiting else 200)
 
     # ------------------------------------------------------------ vLLM
 
@@ -166,8 +165,4 @@ def _unloaded(unloaded: Unloaded) -> Response:
         "kept_by": unloaded.kept_by,
         "num_ended": unloaded.num_ended,
     }
-    return _json(shown, 202 if unloaded.freed.waiting else 200)
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(value), status, media_type="application/json")
+    return json_response(shown, 202 if unloaded.freed.waiting else 200)

@@ -57,15 +57,12 @@ class NativeAdapters:
         if kind not in SOURCES:
             text = f"Invalid source '{source}' when downloading adapter '{adapter_id}': it may be {', '.join(SOURCES)}"
             raise ClientError(text, param="adapter_source")
-        known = await self._catalogue.source(adapter_id)
-        if kind == "local":
-            name = self._in_folder(adapter_id)
-            known = await self._catalogue.source(name)
-            if known is not None and known.startswith("local:"):
-                return name
-            raise ModelNotFound(adapter_id, "No adapter of this name lies in the folder that is served.")
+        name = self._in_folder(adapter_id) if kind == "local" else adapter_id
+        known = await self._catalogue.source(name)
         if known is not None and known.startswith(f"{kind}:"):
-            return adapter_id
+            return name
+        if kind == "local":
+            raise ModelNotFound(adapter_id, "No adapter of this name lies in the folder that is served.")
         if kind == "s3":
             return adapter_id if adapter_id.startswith("s3://") else f"s3://{adapter_id}"
         return adapter_id if adapter_id.startswith("hub:") else f"hub:{adapter_id}"

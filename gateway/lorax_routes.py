@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
-import orjson
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
@@ -18,7 +16,7 @@ from gateway.late import in_time
 from gateway.lorax_api import CompatRequest, GenerateRequest, Parameters, TokenizeRequest
 from gateway.lorax_calls import NativeCalls
 from gateway.lorax_errors import LORAX_ERRORS
-from gateway.routes import Endpoints, JsonRoute
+from gateway.routes import Endpoints, JsonRoute, bearer, json_response
 from protocol.errors import Unavailable
 from protocol.metrics import LORAX_BATCH_SIZE, LORAX_QUEUE_LENGTH
 
@@ -70,7 +68,7 @@ class NativeEndpoints:
         special = body.add_special_tokens is not False
         tokenizer = self._calls.files.tokenizer
         encoding = await run_in_threadpool(tokenizer.encode, body.inputs, add_special_tokens=special)
-        return _json(
+        return json_response(
             [
                 {"id": id_, "text": text, "start": start, "stop": stop}
                 for id_, text, (start, stop) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
@@ -83,7 +81,7 @@ class NativeEndpoints:
         calls, settings = self._calls, self._calls.settings
         base = await calls.fleet.require(worker=False)
         adapters = sorted(alias.name for alias in await calls.bus.aliases() if alias.state == "on_disk")
-        return _json(
+        return json_response(
             {
                 "model_id": base.name,
                 "model_sha": None,
@@ -116,7 +114,7 @@ class NativeEndpoints:
         body = GenerateRequest(inputs="Where should Johnny live?", parameters=Parameters(max_new_tokens=1))
         answer = await self._native.answer(body, "", time.monotonic(), stream=False, as_list=False)
         if not await _makes_tokens(answer.generation):
-            return _json({"error": "Empty generation", "error_type": "failed healthcheck"}, 500)
+            return json_response({"error": "Empty generation", "error_type": "failed healthcheck"}, 500)
         return Response()
 
     async def metrics(self, request: Request) -> Response:
@@ -125,7 +123,7 @@ class NativeEndpoints:
         LORAX_QUEUE_LENGTH.set(fleet.status.queued if fleet.status else 0)
         LORAX_BATCH_SIZE.set(fleet.status.running if fleet.status else 0)
         if "application/json" in request.headers.get("accept", ""):
-            return _json(await run_in_threadpool(lorax_metrics.as_json))
+            return json_response(await run_in_threadpool(lorax_metrics.as_json))
         text = await run_in_threadpool(lorax_metrics.as_text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -142,12 +140,6 @@ async def _makes_tokens(generation: Generation) -> bool:
     return found
 
 
-def bearer(request: Request) -> str:
-    """Return the token that a caller shows, "" without one: on native routes it opens private adapters."""
-    kind, _, value = request.headers.get("authorization", "").partition(" ")
-    return value.strip() if kind.lower() == "bearer" else ""
-
-
 def add_native_routes(app: FastAPI, native: NativeEndpoints) -> None:
     """Bind LoRAX's paths to handlers."""
     app.router.route_class = JsonRoute
@@ -161,7 +153,3 @@ def add_native_routes(app: FastAPI, native: NativeEndpoints) -> None:
     app.get("/metrics")(native.metrics)
     for path in ("/", "/ping", "/health"):
         app.get(path)(native.endpoints.health)
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(value), status, media_type="application/json")

@@ -47,7 +47,7 @@ class Endpoints:
             raise BadRequest(f"an Idempotency-Key may have at most {MAX_KEY_CHARACTERS} characters")
         if key and (earlier := await self._calls.earlier(key)):
             if earlier.jid:
-                return _json(await self._jobs.repeated(earlier, endpoint, raw), 202)
+                return json_response(await self._jobs.repeated(earlier, endpoint, raw), 202)
             return await self._calls.attach(body, endpoint, earlier, raw)
         answer = self._answer(endpoint, body, (key, raw), hub_token(request))
         stream = bool(body.stream) and not body.background
@@ -59,18 +59,18 @@ class Endpoints:
         prepared = await self._calls.prepare(body, token)
         if prepared.options.background:
             idem = (key, body_hash(endpoint, raw)) if key else ("", "")
-            return _json(await self._jobs.create(prepared, endpoint, raw, idem), 202)
+            return json_response(await self._jobs.create(prepared, endpoint, raw, idem), 202)
         return await self._calls.answer(prepared, endpoint, key, raw)
 
     # ------------------------------------------------------------ models
 
     async def models(self) -> Response:
         base = await self._calls.fleet.require(worker=False)
-        return _json({"object": "list", "data": await self._calls.catalogue.models(base)})
+        return json_response({"object": "list", "data": await self._calls.catalogue.models(base)})
 
     async def model(self, name: str) -> Response:
         base = await self._calls.fleet.require(worker=False)
-        return _json(await self._calls.catalogue.model(name, base))
+        return json_response(await self._calls.catalogue.model(name, base))
 
     # ------------------------------------------------------------ jobs
 
@@ -80,15 +80,15 @@ class Endpoints:
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         after: str | None = None,
     ) -> Response:
-        return _json(await self._jobs.list(status, limit, after))
+        return json_response(await self._jobs.list(status, limit, after))
 
     async def job(self, jid: str, request: Request) -> Response:
         # A gateway that ends must not be waited for.
         wait = None if self.draining else _PREFER_WAIT.search(request.headers.get("prefer", ""))
-        return _json(await self._jobs.get(jid, float(wait[1]) if wait else 0.0))
+        return json_response(await self._jobs.get(jid, float(wait[1]) if wait else 0.0))
 
     async def cancel_job(self, jid: str) -> Response:
-        return _json(await self._jobs.cancel(jid))
+        return json_response(await self._jobs.cancel(jid))
 
     # ------------------------------------------------------------ operation
 
@@ -99,8 +99,8 @@ class Endpoints:
         state = "draining" if self.draining else "ready" if ready else "no_worker"
         body = {"status": state, "workers": fleet.num_workers}
         if ready:
-            return _json(body)
-        return _json({**body, "error": "unhealthy", "error_type": "healthcheck"}, 503)
+            return json_response(body)
+        return json_response({**body, "error": "unhealthy", "error_type": "healthcheck"}, 503)
 
 
 class _JsonRequest(Request):
@@ -120,10 +120,16 @@ class JsonRoute(APIRoute):
         return handle
 
 
+def bearer(request: Request) -> str:
+    """Return the token that a caller shows as its bearer, "" without one."""
+    kind, _, value = request.headers.get("authorization", "").partition(" ")
+    return value.strip() if kind.lower() == "bearer" else ""
+
+
 def hub_token(request: Request) -> str:
     """Return the Hub token that a caller shows as its bearer, "" if it shows another kind of bearer, or none."""
-    kind, _, value = request.headers.get("authorization", "").partition(" ")
-    return value.strip() if kind.lower() == "bearer" and value.strip().startswith(HUB_TOKEN_PREFIX) else ""
+    token = bearer(request)
+    return token if token.startswith(HUB_TOKEN_PREFIX) else ""
 
 
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
@@ -138,5 +144,6 @@ def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     app.post("/v1/jobs/{jid}/cancel")(endpoints.cancel_job)
 
 
-def _json(value: Any, status: int = 200) -> Response:
+def json_response(value: Any, status: int = 200) -> Response:
+    """Return a value as a JSON answer."""
     return Response(orjson.dumps(value), status, media_type="application/json")

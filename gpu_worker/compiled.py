@@ -8,6 +8,7 @@ of a kind share one graph, and another mix of adapters is no reason to compile a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 """The sibling layers and attention layers behind the operators, by the number in their handles."""
+
+_numbers = itertools.count()  # none is given twice
 
 _library = torch.library.Library("lorafleet_layers", "DEF")
 _library.define("project(Tensor x, Tensor handle, SymInt[] sizes) -> Tensor[]")
@@ -65,9 +68,7 @@ for _name, _run, _fake in (("project", _project, _fake_project), ("attend", _att
 
 def _handle(owner: SharedInput | PagedLayer) -> Tensor:
     """Return a tensor by which the operators find an owner; on the host, so that reading it waits for no device."""
-    number = len(_owners) + 1
-    while number in _owners:
-        number += 1
+    number = next(_numbers)
     _owners[number] = owner
     return torch.tensor(number)
 

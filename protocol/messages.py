@@ -307,6 +307,11 @@ class Alias(Wire, frozen=True):
     on_request: bool = False  # a request named the source itself
     registered: str = ""  # the registration's source, of which `source` is what was found there
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder under the adapter root, under its own name."""
+        return not self.tenant and self.source == f"local:{self.name}"
+
 
 class Registration(Wire, frozen=True):
     """A name that is to be served from a remote source until it is taken back; stores make it true."""

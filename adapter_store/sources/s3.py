@@ -57,10 +57,8 @@ class S3Source:
             try:
                 head = self._s3.head_object(Bucket=bucket, Key=f"{prefix}/{name}")
             except ClientError as error:
-                if name in MORE_FILES and _status(error) in (
-                    403,
-                    404,
-                ):  # who may not list gets 403 for what is not there
+                # Who may not list gets 403 for what is not there.
+                if name in MORE_FILES and _status(error) in (403, 404):
                     continue
                 if name == WEIGHTS_FILE and _status(error) == 404:
                     raise AdapterRefused([f"{reference.source} has no {WEIGHTS_FILE}"]) from error
