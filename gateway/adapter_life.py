@@ -17,6 +17,7 @@ import msgspec
 
 from gateway.adapter_memory import LOOK_S, AdapterMemory, Freed
 from gateway.adapter_views import FleetView
+from gateway.callers import Caller
 from gateway.catalogue import BASE
 from gateway.names import Names, error_of, is_settled
 from protocol import messages as m
@@ -24,8 +25,10 @@ from protocol.adapter_refs import FOLDER, Policy, Reference, parse_reference, pa
 from protocol.bus import Bus, decode, now_ms
 from protocol.errors import BadRequest, Conflict, ModelNotFound, Unavailable
 from protocol.fleet_secret import FleetSecret
+from protocol.keys import private_name
 from protocol.settings import Settings
 
+OTHERS = "(another tenant's)"
 API = "api"
 SETTINGS = "settings"
 
@@ -39,6 +42,7 @@ class Wanted:
     token: str = ""
     replace: bool = False  # if the name stands for something else now
     wait_s: float = 60.0
+    tenant: str = ""  # who sees the name, "" for everybody
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ class Unloaded:
     name: str
     digest: str
     freed: Freed
-    kept_by: list[str]  # other names for the same content, which therefore stays
+    kept_by: list[str]  # other names for the same content, which therefore stays; a tenant's as `OTHERS`
     num_ended: int  # requests that were ended for it
 
 
@@ -65,20 +69,29 @@ class AdapterLife:
 
     # ------------------------------------------------------------ looking
 
-    async def list(self, tenant: str, after: str, limit: int) -> dict[str, Any]:
-        """Return the adapters by name, everybody's and the tenant's own, as a page of at most `limit`."""
-        aliases = sorted(
-            (alias for alias in await self._bus.aliases(tenant) if alias.name > after), key=lambda alias: alias.name
-        )
+    async def list(self, caller: Caller, tenant: str | None, after: str, limit: int) -> dict[str, Any]:
+        """Return the adapters by name that the caller sees, or a tenant's own, as a page of at most `limit`."""
+        owner = None if tenant is None else caller.namespace(tenant)
+        found = [
+            alias for alias in await self._bus.aliases(None)
+            if alias.name > after and (caller.sees(alias) if owner is None else alias.tenant == owner)
+        ]  # fmt: skip
+        aliases = sorted(found, key=lambda alias: alias.name)
         page = aliases[:limit]
         return {"object": "list", "data": await self._show(page), "has_more": len(aliases) > len(page)}
 
-    async def get(self, name: str, tenant: str = "") -> dict[str, Any]:
-        """Return one adapter. Raises ModelNotFound."""
-        alias = (await self._bus.alias(name, tenant) if tenant else None) or await self._bus.alias(name)
-        if alias is None:
-            raise ModelNotFound(name)
-        return (await self._show([alias]))[0]
+    async def get(self, name: str, caller: Caller, tenant: str | None = None) -> dict[str, Any]:
+        """Return one adapter, as the caller sees it. Raises ModelNotFound."""
+        return (await self._show([await self.seen(name, caller, tenant)]))[0]
+
+    async def seen(self, name: str, caller: Caller, tenant: str | None) -> m.Alias:
+        """Return what a name stands for to a caller, its own before everybody's, or to a tenant it may name."""
+        owners = [caller.namespace(tenant)] if tenant is not None else sorted(caller.names, reverse=True)
+        for owner in owners:
+            alias = await self._bus.alias(name, owner)
+            if alias is not None and (tenant is not None or caller.sees(alias)):
+                return alias
+        raise ModelNotFound(name)
 
     async def _show(self, aliases: Sequence[m.Alias]) -> list[dict[str, Any]]:
         digests = sorted({alias.digest for alias in aliases if alias.digest})
@@ -99,18 +112,21 @@ class AdapterLife:
         reference = self.place(wanted.source or wanted.name)
         _check_name(wanted.name)
         self._policy.check(reference, on_request=False)
-        alias, before = await self._bus.alias(wanted.name), await self._bus.registration(wanted.name)
+        tenant = wanted.tenant
+        alias, before = await self._bus.alias(wanted.name, tenant), await self._bus.registration(wanted.name, tenant)
         if alias is not None and alias.is_folder and reference.source != alias.source:
             raise Conflict(f"`{wanted.name}` is a folder under the adapter root, which comes first", code="name_taken")
-        is_known = await self.is_registered(wanted.name)
+        is_known = await self.is_registered(wanted.name, tenant)
         source_before = before.source if before is not None else alias.source if alias is not None else ""
         if is_known and source_before != reference.source and not wanted.replace:
             raise Conflict(f"`{wanted.name}` stands for {source_before}: replace it", code="name_taken")
         asked_ms = now_ms()
-        token = self._names.sealed(wanted.token, wanted.name)
+        token = self._names.sealed(wanted.token, private_name(wanted.name, tenant))
         if not token and before is not None and source_before == reference.source:
             token = before.token
-        registration = m.Registration(name=wanted.name, source=reference.source, token=token, asked_ms=asked_ms)
+        registration = m.Registration(
+            name=wanted.name, source=reference.source, token=token, tenant=tenant, asked_ms=asked_ms
+        )
         if not await self._bus.register(registration):
             raise Unavailable("too many adapters are registered", code="too_many_adapters")
 
@@ -118,7 +134,7 @@ class AdapterLife:
             return found is not None and is_settled(found) and found.asked_ms >= asked_ms
 
         try:
-            found = await self._names.wait(wanted.name, "", is_answered, wanted.wait_s)
+            found = await self._names.wait(wanted.name, tenant, is_answered, wanted.wait_s)
         except Unavailable as error:
             if error.code != "adapter_loading":
                 await self._take_back(registration, before)
@@ -133,10 +149,10 @@ class AdapterLife:
     async def _take_back(self, registration: m.Registration, before: m.Registration | None) -> None:
         """Undo a registration, unless a newer one has come."""
         if before is None:
-            await self._bus.unregister(registration.name, unless_asked_after=registration.asked_ms)
+            await self._bus.unregister(registration.name, registration.tenant, unless_asked_after=registration.asked_ms)
             return
         is_other = (before.source, before.token) != (registration.source, registration.token)
-        if is_other and await self._bus.registration(registration.name) == registration:
+        if is_other and await self._bus.registration(registration.name, registration.tenant) == registration:
             await self._bus.register(msgspec.structs.replace(before, asked_ms=now_ms()))
 
     def place(self, source: str) -> Reference:
@@ -157,9 +173,9 @@ class AdapterLife:
             )
         return reference
 
-    async def preload(self, name: str, wait_s: float) -> bool:
+    async def preload(self, name: str, wait_s: float, tenant: str = "") -> bool:
         """Have every worker fetch an adapter; tell whether all of them have it within `wait_s`."""
-        alias = await self._served(name, wait_s)
+        alias = await self._served(name, wait_s, tenant)
         await self.memory.prefetch(alias.digest)
         return await self._wait_workers(lambda beat: alias.digest in beat.resident or alias.digest in beat.host, wait_s)
 
@@ -175,9 +191,9 @@ class AdapterLife:
         """Have every worker keep what a name will stand for."""
         await self._bus.pin(name, API)
 
-    async def is_registered(self, name: str) -> bool:
+    async def is_registered(self, name: str, tenant: str = "") -> bool:
         """Tell whether a name is served, or to be served, without a request having named its place."""
-        alias, registration = await self._bus.alias(name), await self._bus.registration(name)
+        alias, registration = await self._bus.alias(name, tenant), await self._bus.registration(name, tenant)
         return any(known is not None and not known.on_request for known in (alias, registration))
 
     async def unpin(self, name: str) -> None:
@@ -189,10 +205,10 @@ class AdapterLife:
             raise ModelNotFound(name)
         await self._bus.unpin(name)
 
-    async def _served(self, name: str, wait_s: float) -> m.Alias:
-        alias = await self._bus.alias(name)
+    async def _served(self, name: str, wait_s: float, tenant: str = "") -> m.Alias:
+        alias = await self._bus.alias(name, tenant)
         if alias is not None and not is_settled(alias):
-            alias = await self._names.wait(name, "", lambda found: found is None or is_settled(found), wait_s)
+            alias = await self._names.wait(name, tenant, lambda found: found is None or is_settled(found), wait_s)
         if alias is None:
             raise ModelNotFound(name)
         if alias.state == "failed":
@@ -218,13 +234,15 @@ class AdapterLife:
                 raise Conflict(f"`{pinned}` is pinned: unpin it first", code="adapter_pinned")
         return await self.memory.evict(alias.digest, wait_s)
 
-    async def unload(self, name: str, *, force: bool, blob: bool, wait_s: float) -> Unloaded:
-        """Serve a name no more, and give back what its content takes unless another name stands for it.
+    async def unload(
+        self, name: str, caller: Caller, tenant: str, *, force: bool, blob: bool, wait_s: float
+    ) -> Unloaded:
+        """Serve a tenant's name no more, and give back what its content takes unless another name stands for it.
 
         New requests are refused at once; those accepted before end first, or with `force` are ended. `blob`: also on
         the stores' disks. Raises ModelNotFound, Conflict for a folder of the adapter root, Unavailable without a store.
         """
-        alias, registration = await self._bus.alias(name), await self._bus.registration(name)
+        alias, registration = await self._bus.alias(name, tenant), await self._bus.registration(name, tenant)
         if alias is None and registration is None:
             raise ModelNotFound(name)
         if alias is not None and alias.is_folder:
@@ -232,12 +250,13 @@ class AdapterLife:
                 f"`{name}` is a folder under the adapter root, served as long as it is there; evict frees its memory",
                 code="adapter_folder",
             )
-        if (await self._bus.pins()).get(name) == API:
+        if not tenant and (await self._bus.pins()).get(name) == API:
             await self._bus.unpin(name)
-        await self._bus.unregister(name)
-        await self._names.wait(name, "", lambda found: found is None or found.is_folder, max(wait_s, 10.0))
+        await self._bus.unregister(name, tenant)
+        await self._names.wait(name, tenant, lambda found: found is None or found.is_folder, max(wait_s, 10.0))
         digest = alias.digest if alias is not None else ""
-        kept_by = sorted(other.name for other in await self._bus.aliases(None) if other.digest == digest)
+        others = [other for other in await self._bus.aliases(None) if other.digest == digest]
+        kept_by = sorted({other.name if caller.sees(other) else OTHERS for other in others})
         if not digest or kept_by:
             return Unloaded(name, digest, Freed(), kept_by if digest else [], 0)
         deadline_s = time.monotonic() + wait_s

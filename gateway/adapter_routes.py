@@ -13,9 +13,9 @@ from starlette.responses import PlainTextResponse, Response
 
 from gateway.adapter_life import AdapterLife, Unloaded, Wanted
 from gateway.adapter_memory import Freed
-from gateway.routes import hub_token, json_response
-from protocol.errors import BadRequest, Conflict, NotFound, Unavailable
-from protocol.fleet_secret import owner_of
+from gateway.callers import Caller, caller_of
+from gateway.routes import json_response
+from protocol.errors import BadRequest, Conflict, NotFound, PermissionDenied, Unavailable
 
 MAX_WAIT_S = 600.0
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S)]
@@ -35,6 +35,7 @@ class RegisterRequest(_Body):
     pin: bool = False
     preload: bool = False
     wait_s: Annotated[float, Field(ge=0, le=MAX_WAIT_S)] = 60.0
+    tenant: Annotated[str, Field(max_length=64)] | None = None  # whose name it is; an admin may name one
 
 
 class LoadRequest(BaseModel):
@@ -63,38 +64,66 @@ class AdapterEndpoints:
         self._life = life
 
     async def list(
-        self, request: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=10_000)] = 1000
+        self,
+        request: Request,
+        after: str = "",
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+        tenant: str | None = None,
     ) -> Response:
-        return json_response(await self._life.list(owner_of(hub_token(request)), after, limit))
+        return json_response(await self._life.list(caller_of(request), tenant, after, limit))
 
-    async def get(self, name: str, request: Request) -> Response:
-        return json_response(await self._life.get(name, owner_of(hub_token(request))))
+    async def get(self, name: str, request: Request, tenant: str | None = None) -> Response:
+        return json_response(await self._life.get(name, caller_of(request), tenant))
 
     async def register(self, body: RegisterRequest, request: Request) -> Response:
         """201 once a new name is served, 200 if it was there, 202 if it has not come within `wait_s`."""
-        wanted = Wanted(body.name, body.source, body.token or hub_token(request), body.replace, body.wait_s)
+        caller = caller_of(request)
+        tenant = caller.namespace(body.tenant)
+        if body.pin and tenant:
+            raise BadRequest("only an adapter for everybody can be pinned", param="pin")
+        wanted = Wanted(body.name, body.source, body.token or caller.token, body.replace, body.wait_s, tenant)
+        self._check_folder(wanted, caller)
         is_served, is_new = await self._life.register(wanted)
         if body.pin:
             await self._life.pin_when_served(body.name)
         if body.preload and is_served:
-            await self._life.preload(body.name, 0.0)
-        return json_response(await self._life.get(body.name), (201 if is_new else 200) if is_served else 202)
+            await self._life.preload(body.name, 0.0, tenant)
+        status = (201 if is_new else 200) if is_served else 202
+        return json_response(await self._life.get(body.name, caller, tenant), status)
 
-    async def unload(self, name: str, force: bool = False, blob: bool = False, wait_s: Wait = 30.0) -> Response:
+    def _check_folder(self, wanted: Wanted, caller: Caller) -> None:
+        """Raise PermissionDenied for a folder that is not for this caller."""
+        reference = self._life.place(wanted.source or wanted.name)
+        if reference.scheme == "local" and not caller.may_use(reference.source.removeprefix("local:")):
+            raise PermissionDenied(f"the folder {reference.source!r:.200} is not for this tenant", param="source")
+
+    async def unload(
+        self,
+        name: str,
+        request: Request,
+        force: bool = False,
+        blob: bool = False,
+        wait_s: Wait = 30.0,
+        tenant: str | None = None,
+    ) -> Response:
         """200 with the bytes given back; 202 when workers will give some back later, after their requests."""
-        return _unloaded(await self._life.unload(name, force=force, blob=blob, wait_s=wait_s))
+        caller = caller_of(request)
+        owner = caller.namespace(tenant)
+        return _unloaded(await self._life.unload(name, caller, owner, force=force, blob=blob, wait_s=wait_s))
 
-    async def preload(self, name: str, wait_s: Wait = 0.0) -> Response:
-        done = await self._life.preload(name, wait_s)
-        return json_response(await self._life.get(name), 200 if done else 202)
+    async def preload(self, name: str, request: Request, wait_s: Wait = 0.0, tenant: str | None = None) -> Response:
+        caller = caller_of(request)
+        known = await self._life.seen(name, caller, tenant)
+        done = await self._life.preload(name, wait_s, known.tenant)
+        return json_response(await self._life.get(name, caller, tenant), 200 if done else 202)
 
-    async def pin(self, name: str, wait_s: Wait = 0.0) -> Response:
+    async def pin(self, name: str, request: Request, wait_s: Wait = 0.0) -> Response:
         done = await self._life.pin(name, wait_s)
-        return json_response(await self._life.get(name), 200 if done else 202)
+        return json_response(await self._life.get(name, caller_of(request), ""), 200 if done else 202)
 
-    async def unpin(self, name: str) -> Response:
+    async def unpin(self, name: str, request: Request) -> Response:
         await self._life.unpin(name)
-        return json_response(await self._life.get(name))
+        return json_response(await self._life.get(name, caller_of(request), ""))
 
     async def evict(self, name: str, wait_s: Wait = 30.0) -> Response:
         freed = await self._life.evict(name, wait_s)
@@ -105,26 +134,31 @@ class AdapterEndpoints:
     async def load_lora(self, body: LoadRequest, request: Request) -> Response:
         if not body.lora_name or not body.lora_path:
             raise BadRequest("Both 'lora_name' and 'lora_path' must be provided.")
-        if not body.load_inplace and await self._life.is_registered(body.lora_name):
+        caller = caller_of(request)
+        tenant = caller.namespace(None)
+        if not body.load_inplace and await self._life.is_registered(body.lora_name, tenant):
             raise BadRequest(
                 f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load the adapter in"
                 " place, set 'load_inplace' to True."
             )
-        wanted = Wanted(body.lora_name, body.lora_path, hub_token(request), body.load_inplace, MAX_WAIT_S)
+        wanted = Wanted(body.lora_name, body.lora_path, caller.token, body.load_inplace, MAX_WAIT_S, tenant)
+        self._check_folder(wanted, caller)
         try:
             is_served, _ = await self._life.register(wanted)
         except Conflict as error:
             raise BadRequest(error.message, code=error.code) from None
         if not is_served:
             raise Unavailable(f"the adapter `{body.lora_name}` is still being downloaded", code="adapter_loading")
-        await self._life.preload(body.lora_name, 0.0)
+        await self._life.preload(body.lora_name, 0.0, tenant)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    async def unload_lora(self, body: UnloadRequest) -> Response:
+    async def unload_lora(self, body: UnloadRequest, request: Request) -> Response:
         if not body.lora_name:
             raise BadRequest("'lora_name' needs to be provided to unload a LoRA adapter.")
         try:
-            unloaded = await self._life.unload(body.lora_name, force=False, blob=False, wait_s=30.0)
+            caller = caller_of(request)
+            owner = caller.namespace(None)
+            unloaded = await self._life.unload(body.lora_name, caller, owner, force=False, blob=False, wait_s=30.0)
         except NotFound:
             raise NotFound(f"The lora adapter '{body.lora_name}' cannot be found.") from None
         except Conflict as error:

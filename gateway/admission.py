@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from protocol import messages as m
-from protocol.errors import Overloaded
+from protocol.errors import BadRequest, Overloaded
 from protocol.keys import INTERACTIVE
 from protocol.settings import Settings
 
@@ -57,7 +57,15 @@ class Admission:
             self.num_new_tokens -= load.num_tokens
 
     def check(self, load: Load, status: m.SchedulerStatus | None) -> None:
-        """Let a call in, or raise Overloaded: too many tokens wait, or it would have to wait for too long."""
+        """Let a call in, or raise Overloaded: too many tokens wait, or it would have to wait for too long.
+
+        Raises BadRequest for one that no queue has a place for, however empty.
+        """
+        if load.num > self.settings.max_queued:
+            raise BadRequest(
+                f"the call makes {load.num} choices; the queue takes {self.settings.max_queued}",
+                param="n", code="limit_exceeded",
+            )  # fmt: skip
         if status is None:
             return
         self._forget(status.sent_ms)

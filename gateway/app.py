@@ -16,17 +16,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import lorax_metrics
 from gateway.adapter_routes import AdapterEndpoints, add_adapter_routes
+from gateway.callers import CALLER
 from gateway.errors import add_handlers
+from gateway.gate import Gate
 from gateway.lorax_routes import NativeEndpoints, add_native_routes, shape_of
 from gateway.routes import Endpoints, add_routes
 from gateway.sse import RAW_SEND
+from protocol.api_keys import ApiKeys
 from protocol.errors import Unavailable
 from protocol.metrics import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
+from protocol.settings import Settings, names_of
 
 logger = logging.getLogger(__name__)
 
 DISCARDED_BODIES = 8  # of the largest size: so much of a body that is too large is read and thrown away
-EXPOSED_HEADERS = ("x-request-id", "openai-processing-ms", "retry-after", "x-should-retry")
+EXPOSED_HEADERS = (
+    "x-request-id", "openai-processing-ms", "retry-after", "x-should-retry",
+    *(f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset") for what in ("requests", "tokens")),
+)  # fmt: skip
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -34,22 +41,23 @@ def build_app(
     endpoints: Endpoints,
     native: NativeEndpoints,
     adapters: AdapterEndpoints,
-    max_body_bytes: int,
-    cors_origins: str,
+    settings: Settings,
+    keys: ApiKeys | None,
 ) -> Envelope:
-    """Return the application. cors_origins: whose pages may call it from a browser, with commas; "*": anybody's."""
+    """Return the application. `keys`: None when it answers to anybody."""
     app = FastAPI(title="Lorafleet", docs_url=None, redoc_url=None)
     add_handlers(app, shape_of)
     add_routes(app, endpoints)
     add_native_routes(app, native)
     add_adapter_routes(app, adapters)
-    origins = [origin.strip() for origin in cors_origins.split(",") if origin.strip()]
+    gate = Gate(app, keys, shape_of)
+    origins = names_of(settings.cors_origins)
     if not origins:
-        return Envelope(app, max_body_bytes)
+        return Envelope(gate, settings.max_body_bytes)
     open_app = CORSMiddleware(
-        app, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS
+        gate, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS
     )
-    return Envelope(open_app, max_body_bytes)
+    return Envelope(open_app, settings.max_body_bytes)
 
 
 class Envelope:
@@ -93,8 +101,10 @@ class Envelope:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 elapsed_ms = int((time.monotonic() - started_s) * 1000)
+                limits = scope[CALLER].headers if CALLER in scope else {}
                 message["headers"] = [
                     *message.get("headers", ()),
+                    *((name.encode(), value.encode()) for name, value in limits.items()),
                     (b"x-request-id", request_id.encode()),
                     (b"openai-processing-ms", b"%d" % elapsed_ms),
                 ]

@@ -14,9 +14,11 @@ import msgspec
 
 from gateway import lorax_metrics
 from gateway.admission import Admission, Load
+from gateway.callers import Caller
 from gateway.catalogue import Catalogue, Fleet, Target
 from gateway.choices import Choice, Prompt
 from gateway.generation import Generation, Terms
+from gateway.limits import RETRY_S, check_quota, limit_headers, limit_text
 from gateway.openai_api import (
     ChatRequest,
     CompletionRequest,
@@ -33,12 +35,10 @@ from gateway.tokenizer import ModelFiles
 from gateway.writers import ChatWriter, CompletionWriter, Head, Writer
 from protocol import messages as m
 from protocol.bus import Bus, RequestFacts, decode, now_ms
-from protocol.errors import BadRequest, ClientError, NotFound
+from protocol.errors import BadRequest, ClientError, NotFound, Overloaded
 from protocol.metrics import KIND_ADAPTER, KIND_BASE, PROMPT_TOKENS
+from protocol.quota import Standing
 from protocol.settings import Settings
-
-OWNER = "public"
-"""Who jobs and idempotency keys belong to: everybody, as long as there are no API keys."""
 
 PREFIX_TOKENS = 128  # of a prompt, hashed for the scheduler's prefix affinity
 ATTACHED_POLL_S = 0.1
@@ -51,6 +51,7 @@ Requests = list[tuple[m.Submit, m.Body]]
 class Work:
     """What a call is in the queue: for each prompt as many requests as choices are wanted."""
 
+    caller: Caller
     options: Options
     targets: list[Target]
     prompts: list[Prompt]  # for each target every one
@@ -93,14 +94,14 @@ class Calls:
 
     # ------------------------------------------------------------ a new call
 
-    async def prepare(self, request: AnyRequest, token: str = "") -> Prepared:
-        """Check a request against the model, wait for its adapter and make its tokens; `token` is for the Hub.
+    async def prepare(self, request: AnyRequest, caller: Caller) -> Prepared:
+        """Check a request against the model, wait for its adapter and make its tokens.
 
         Raises what the client did wrong, and Unavailable.
         """
         options = options_of(request, self.settings)
         base = await self.fleet.require(worker=not options.background)
-        targets = await self._targets(request, base, token)
+        targets = await self._targets(request, base, caller)
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
         prompts: list[Prompt] = []
         for target in targets:
@@ -115,15 +116,15 @@ class Calls:
             message = f"{asked}; the limit is {self.settings.max_choices} choices"
             raise BadRequest(message, param="n")
         limits = [max_new_tokens(options, prompt.num_tokens, base.max_model_len, param) for prompt in prompts]
-        return Prepared(options, targets, prompts, limits, request, base)
+        return Prepared(caller, options, targets, prompts, limits, request, base)
 
-    async def _targets(self, request: AnyRequest, base: m.ServedModel, token: str) -> list[Target]:
+    async def _targets(self, request: AnyRequest, base: m.ServedModel, caller: Caller) -> list[Target]:
         timeout_s = self.settings.request_timeout_s
-        targets = await self.catalogue.resolve_all(request.models, base, timeout_s, token)
+        targets = await self.catalogue.resolve_all(request.models, base, timeout_s, caller)
         if request.merged_adapters is not None:
             if len(targets) > 1 or targets[0].digest:
                 raise BadRequest("with merged_adapters, model must be the base model", param="merged_adapters")
-            targets = [await self.catalogue.resolve_merged(request.merged_adapters, base, timeout_s, token)]
+            targets = [await self.catalogue.resolve_merged(request.merged_adapters, base, timeout_s, caller)]
         if request.lora_scale is not None and not any(target.digest for target in targets):
             raise BadRequest("lora_scale scales an adapter, and the base model has none", param="lora_scale")
         return targets
@@ -159,21 +160,30 @@ class Calls:
             self.replies.unsubscribe(response.generation.mail)
             return await self.attach(prepared.request, endpoint, earlier, raw)
         # What was accepted may not be refused when a queue that lost its last second is told of it again.
-        response.generation.resubmit = partial(self.put, prepared, requests, (idem_key, record), max_queued=1 << 31)
+        response.generation.resubmit = partial(self.put, prepared, requests, (idem_key, record), forced=True)
         return response
 
     async def submit(self, work: Work, requests: Requests, idem: tuple[str, m.Idempotent]) -> m.Idempotent | None:
         """Put a call's requests into the queue. Returns what its idempotency key, if any, was used for before.
 
-        Raises Overloaded.
+        Raises Overloaded, and BadRequest for more than can ever be let in.
         """
         load = load_of(work.options.cls, [submit for submit, _ in requests])
+        quota, caller = work.caller.quota, work.caller
+        if quota is not None:
+            check_quota(quota, load.num, load.num_tokens)
         self.admission.check(load, self.fleet.status)
-        outcome, value = await self.put(work, requests, idem, max_queued=self.settings.max_queued)
+        outcome, value = await self.put(work, requests, idem)
         if outcome == "idem":
             return decode(value, m.Idempotent)
         if outcome == "full":
             raise self.admission.full(load, int(value), self.fleet.status)
+        if isinstance(value, Standing):
+            caller.headers.update(limit_headers(value))
+            if value.over:
+                assert quota is not None
+                text = limit_text(quota, value, load.num, load.num_tokens)
+                raise Overloaded(text, value.retry_ms / 1000 if value.retry_ms else RETRY_S)
         self.admission.note(load, now_ms())
         for which, prompt in enumerate(work.prompts):
             kind = KIND_ADAPTER if work.target_of(which).digest else KIND_BASE
@@ -182,24 +192,25 @@ class Calls:
         return None
 
     async def put(
-        self, work: Work, requests: Requests, idem: tuple[str, m.Idempotent], *, max_queued: int
+        self, work: Work, requests: Requests, idem: tuple[str, m.Idempotent], *, forced: bool = False
     ) -> tuple[str, Any]:
-        """Put requests into the queue, or find them there; see `Bus.submit`."""
+        """Put requests into the queue, or find them there; see `Bus.submit`. `forced`: whatever the limits are."""
         key, record = idem
         return await self.bus.submit(
-            work.options.cls, requests, max_queued=max_queued, idem_key=self.idem_key(key) if key else "",
-            idem_value=m.encode(record) if key else b"",
+            work.options.cls, requests, max_queued=1 << 31 if forced else self.settings.max_queued,
+            idem_key=self.idem_key(key, work.caller) if key else "", idem_value=m.encode(record) if key else b"",
+            quota=work.caller.quota, forced=forced,
         )  # fmt: skip
 
     # ------------------------------------------------------------ a call that was submitted before
 
-    def idem_key(self, key: str) -> str:
-        """Return the queue's key of an Idempotency-Key."""
-        return self.bus.keys.idem(OWNER, key)
+    def idem_key(self, key: str, caller: Caller) -> str:
+        """Return the queue's key of a caller's Idempotency-Key."""
+        return self.bus.keys.idem(caller.owner, key)
 
-    async def earlier(self, key: str) -> m.Idempotent | None:
-        """Return what an Idempotency-Key was first used for, if it was."""
-        return await self.bus.get(self.idem_key(key), m.Idempotent)
+    async def earlier(self, key: str, caller: Caller) -> m.Idempotent | None:
+        """Return what a caller first used an Idempotency-Key for, if it has."""
+        return await self.bus.get(self.idem_key(key, caller), m.Idempotent)
 
     async def attach(self, request: AnyRequest, endpoint: str, record: m.Idempotent, raw: bytes) -> GenerationResponse:
         """Follow a call submitted before, from its first token. Raises ClientError when the body was another one."""
@@ -319,21 +330,22 @@ def requests_of(
     base_ends: tokens that end a text of the base model, which workers know.
     """
     options = work.options
+    weight = work.caller.tenant.weight if work.caller.tenant is not None else 1.0
     requests: Requests = []
     for index in range(len(work.prompts) * options.n):
         which, sample = divmod(index, options.n)
         prompt, limit, target = work.prompts[which], work.limits[which], work.target_of(which)
         sampling = msgspec.structs.replace(options.sampling, seed=choice_seed(options.sampling.seed, sample))
         submit = m.Submit(
-            rid=rid_of(call, index), tenant=target.tenant, cls=options.cls, digest=target.digest,
+            rid=rid_of(call, index), tenant=work.caller.name or target.tenant, cls=options.cls, digest=target.digest,
             num_prompt_tokens=prompt.num_tokens, max_new_tokens=limit, deadline_ms=deadline_ms, gateway=gateway,
-            stored=stored, submitted_ms=now_ms(), prefix=prefix_hash(prompt.ids),
+            stored=stored, submitted_ms=now_ms(), prefix=prefix_hash(prompt.ids), weight=weight,
         )  # fmt: skip
         own_ends = [] if sampling.ignore_eos else sorted(prompt.files.eos_ids - base_ends)
         body = m.Body(
             prompt=prompt.ids, sampling=sampling, max_new_tokens=limit, stop=options.stop,
             stop_token_ids=[*options.stop_token_ids, *own_ends],
-            lora_scale=options.lora_scale if target.digest else 1.0,
+            lora_scale=options.lora_scale if target.digest else 1.0, salt=work.caller.name,
         )  # fmt: skip
         requests.append((submit, body))
     return requests

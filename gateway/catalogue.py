@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.callers import EVERYBODY, Caller
 from gateway.merged import MergedAdapters, merge_of_request
 from gateway.names import Names
 from gateway.own_files import OwnFiles
@@ -36,7 +37,7 @@ class Target:
 
     @property
     def tenant(self) -> str:
-        """Who the request counts for in the scheduler's fairness, as long as there are no API keys."""
+        """Who the request counts for in the scheduler's fairness where there are no API keys."""
         return self.digest or BASE
 
 
@@ -107,36 +108,43 @@ class Catalogue:
         self.names = names
         self.own = own
 
-    async def resolve(self, name: str, base: m.ServedModel, timeout_s: float, token: str = "") -> Target:
+    async def resolve(self, name: str, base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY) -> Target:
         """Return what a name stands for: `base`, the base's name, an adapter's name or place, or `base:adapter`.
 
-        Waits while the adapter is being fetched; `token` opens what is private there. Raises ModelNotFound,
-        PermissionDenied, AdapterRefused, Unavailable.
+        Waits while the adapter is being fetched, on behalf of the caller. Raises ModelNotFound, PermissionDenied,
+        AdapterRefused, Unavailable.
         """
         if name in (BASE, base.name):
             return Target(base.name, "", self.own.base)
-        alias = await self.names.served(self._plain(name, base), timeout_s, token)
+        alias = await self.names.served(self._plain(name, base), timeout_s, caller)
         texts, vocab_size = await self.own.facts(alias.digest)
         return Target(alias.name, alias.digest, await self.own.files(alias.digest, texts), texts, vocab_size)
 
     async def resolve_all(
-        self, names: Sequence[str], base: m.ServedModel, timeout_s: float, token: str = ""
+        self, names: Sequence[str], base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY
     ) -> list[Target]:
         """Return what several names stand for, waiting for all at once. Raises as `resolve`."""
-        return await asyncio.gather(*(self.resolve(name, base, timeout_s, token) for name in names))
+        return await asyncio.gather(*(self.resolve(name, base, timeout_s, caller) for name in names))
 
     async def resolve_merged(
-        self, request: MergedAdapters, base: m.ServedModel, timeout_s: float, token: str = ""
+        self, request: MergedAdapters, base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY
     ) -> Target:
         """Return the adapter that a request has made of others. Raises as `resolve`, and BadRequest."""
-        parts = await self.resolve_all(request.ids, base, timeout_s, token)
+        parts = await self.resolve_all(request.ids, base, timeout_s, caller)
         digest = digest_of_merge(merge_of_request(request, [part.digest for part in parts]))
         return Target("+".join(part.name for part in parts), digest, self.own.base)
 
-    async def source(self, name: str) -> str | None:
-        """Return where everybody's adapter of this name comes from, None if there is none."""
-        alias = await self._bus.alias(name)
-        return alias.source if alias is not None else None
+    async def known(self, name: str, caller: Caller) -> m.Alias | None:
+        """Return a name as the caller sees it, in whatever state: its own, or everybody's; None if there is none."""
+        alias = await self._bus.alias(name, caller.name) if caller.name else None
+        if alias is None:
+            alias = await self._bus.alias(name)
+        return alias if alias is not None and caller.sees(alias) else None
+
+    async def visible(self, caller: Caller) -> list[m.Alias]:
+        """Return the names that the caller sees, in order. A tenant's own hides everybody's of the same name."""
+        found = [alias for alias in await self._bus.aliases(caller.name) if caller.sees(alias)]
+        return sorted({alias.name: alias for alias in sorted(found, key=_is_own)}.values(), key=_name_of)
 
     def _plain(self, name: str, base: m.ServedModel) -> str:
         """Return an adapter's name without the base's before it."""
@@ -145,23 +153,31 @@ class Catalogue:
                 return name.removeprefix(prefix)
         return name
 
-    async def models(self, base: m.ServedModel) -> list[dict[str, Any]]:
-        """Return the model objects of the API: the base first, then the adapters by name."""
-        aliases = sorted(await self._bus.aliases(), key=lambda alias: alias.name)
+    async def models(self, base: m.ServedModel, caller: Caller) -> list[dict[str, Any]]:
+        """Return the model objects that a caller sees: the base first, then the adapters by name."""
+        aliases = await self.visible(caller)
         digests = sorted({alias.digest for alias in aliases if alias.digest})
         raws = await self._bus.redis.mget([self._bus.keys.adapter(digest) for digest in digests]) if digests else []
         records = {d: decode(raw, m.AdapterRecord) for d, raw in zip(digests, raws, strict=True) if raw}
         return [base_object(base), *(adapter_object(alias, records.get(alias.digest), base) for alias in aliases)]
 
-    async def model(self, name: str, base: m.ServedModel) -> dict[str, Any]:
+    async def model(self, name: str, base: m.ServedModel, caller: Caller) -> dict[str, Any]:
         """Return one model object, in whatever state. Raises ModelNotFound."""
         if name in (BASE, base.name):
             return base_object(base)
-        alias = await self._bus.alias(self._plain(name, base))
+        alias = await self.known(self._plain(name, base), caller)
         if alias is None:
             raise ModelNotFound(name)
         record = await self._bus.get(self._bus.keys.adapter(alias.digest), m.AdapterRecord) if alias.digest else None
         return adapter_object(alias, record, base)
+
+
+def _name_of(alias: m.Alias) -> str:
+    return alias.name
+
+
+def _is_own(alias: m.Alias) -> bool:
+    return bool(alias.tenant)
 
 
 def base_object(base: m.ServedModel) -> dict[str, Any]:

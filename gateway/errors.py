@@ -70,6 +70,12 @@ def retry_headers(error: LorafleetError) -> dict[str, str]:
     return headers
 
 
+def unreachable_queue(cause: Exception) -> Unavailable:
+    """Log a lost connection to the queue and return what its client is told."""
+    logger.error("the queue cannot be reached: %r", cause)
+    return Unavailable("the queue cannot be reached", code="queue_unavailable")
+
+
 def add_handlers(app: FastAPI, shape_of: Callable[[str], ErrorShape]) -> None:
     """Make every error that leaves a route a response in the shape that belongs to the request's path."""
 
@@ -89,8 +95,7 @@ def add_handlers(app: FastAPI, shape_of: Callable[[str], ErrorShape]) -> None:
         return error_response(request, _from_http(request, error), error.headers)
 
     async def queue(request: Request, error: Exception) -> Response:
-        logger.error("the queue cannot be reached: %r", error)
-        return error_response(request, Unavailable("the queue cannot be reached", code="queue_unavailable"))
+        return error_response(request, unreachable_queue(error))
 
     async def fault(request: Request, error: Exception) -> Response:
         return error_response(request, Internal("the gateway failed"))

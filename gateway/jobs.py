@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import orjson
 
-from gateway.calls import OWNER, Calls, Prepared, check_same_body, requests_of, rid_of
+from gateway.callers import Caller
+from gateway.calls import Calls, Prepared, check_same_body, requests_of, rid_of
 from gateway.choices import Piece
 from gateway.openai_api import REQUESTS, fingerprint, options_of
 from gateway.writers import Usage
@@ -42,7 +43,7 @@ class Jobs:
         job = m.Job(
             jid=ID_PREFIX + call,
             endpoint=endpoint,
-            tenant=OWNER,
+            tenant=prepared.caller.owner,
             model=prepared.request.model_name,
             created_ms=created_ms,
             expires_ms=created_ms + int(ttl_s * 1000),
@@ -63,17 +64,17 @@ class Jobs:
             raise
         if earlier is not None:
             await self._forget(job)
-            return await self.repeated(earlier, endpoint, raw)
+            return await self.repeated(earlier, endpoint, raw, prepared.caller)
         return await self._view(job, await self._facts(job), whole=True)
 
-    async def repeated(self, record: m.Idempotent, endpoint: str, raw: bytes) -> dict[str, Any]:
+    async def repeated(self, record: m.Idempotent, endpoint: str, raw: bytes, caller: Caller) -> dict[str, Any]:
         """Return the job that an Idempotency-Key was first used for."""
         check_same_body(record, endpoint, raw)
-        return await self.get(record.jid)
+        return await self.get(record.jid, caller)
 
-    async def get(self, jid: str, wait_s: float = 0.0) -> dict[str, Any]:
+    async def get(self, jid: str, caller: Caller, wait_s: float = 0.0) -> dict[str, Any]:
         """Return a job; with `wait_s`, wait at most so long until it has ended. Raises NotFound."""
-        job = await self._load(jid)
+        job = await self._load(jid, caller)
         deadline_s = time.monotonic() + min(wait_s, MAX_WAIT_S)
         while True:
             facts = await self._facts(job)
@@ -82,15 +83,15 @@ class Jobs:
                 return await self._view(job, facts, whole=True)
             await asyncio.sleep(min(POLL_S, left_s))
 
-    async def cancel(self, jid: str) -> dict[str, Any]:
+    async def cancel(self, jid: str, caller: Caller) -> dict[str, Any]:
         """Cancel what still runs of a job and return it. Raises NotFound."""
-        job = await self._load(jid)
+        job = await self._load(jid, caller)
         await asyncio.gather(*(self._bus.cancel(rid) for rid in job.rids))
         return await self._view(job, await self._facts(job), whole=True)
 
-    async def list(self, status: JobStatus | None, limit: int, after: str | None) -> dict[str, Any]:
-        """Return jobs, newest first, without their results. Raises NotFound when `after` is unknown."""
-        index = self._bus.keys.jobs(OWNER)
+    async def list(self, caller: Caller, status: JobStatus | None, limit: int, after: str | None) -> dict[str, Any]:
+        """Return the caller's jobs, newest first, without results. Raises NotFound when `after` is unknown."""
+        index = self._bus.keys.jobs(caller.owner)
         start = 0
         if after is not None:
             rank = await self._bus.redis.zrevrank(index, after)
@@ -122,21 +123,21 @@ class Jobs:
         keys, ttl_ms = self._bus.keys, int((ttl_s + KEPT_AFTER_EXPIRY_S) * 1000)
         pipe = self._bus.redis.pipeline(transaction=True)
         pipe.set(keys.job(job.jid), m.encode(job), px=ttl_ms)
-        pipe.zadd(keys.jobs(OWNER), {job.jid: job.created_ms})
-        pipe.zremrangebyscore(keys.jobs(OWNER), "-inf", job.created_ms - ttl_ms)
-        pipe.pexpire(keys.jobs(OWNER), ttl_ms)
+        pipe.zadd(keys.jobs(job.tenant), {job.jid: job.created_ms})
+        pipe.zremrangebyscore(keys.jobs(job.tenant), "-inf", job.created_ms - ttl_ms)
+        pipe.pexpire(keys.jobs(job.tenant), ttl_ms)
         await pipe.execute()
 
     async def _forget(self, job: m.Job) -> None:
         keys = self._bus.keys
         pipe = self._bus.redis.pipeline(transaction=True)
         pipe.delete(keys.job(job.jid))
-        pipe.zrem(keys.jobs(OWNER), job.jid)
+        pipe.zrem(keys.jobs(job.tenant), job.jid)
         await pipe.execute()
 
-    async def _load(self, jid: str) -> m.Job:
+    async def _load(self, jid: str, caller: Caller) -> m.Job:
         job = await self._bus.get(self._bus.keys.job(jid), m.Job)
-        if job is None:
+        if job is None or job.tenant != caller.owner:
             raise NotFound(f"there is no job {jid}", code="job_not_found")
         return job
 

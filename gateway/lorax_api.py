@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.merged import MergedAdapters
-from gateway.openai_api import MAX_STOP_CHARACTERS, UNLIMITED, Options
+from gateway.openai_api import UNLIMITED, Options
 from protocol import messages as m
 from protocol.errors import BadRequest
 from protocol.keys import INTERACTIVE
@@ -219,8 +219,11 @@ def _check_sizes(p: Parameters, settings: Settings, max_model_len: int) -> None:
     if num_stops > settings.max_stop_strings:
         message = f"`stop` supports up to {settings.max_stop_strings} stop sequences. Given: {num_stops}"
         raise _bad(message, "stop")
-    if any(len(stop) > MAX_STOP_CHARACTERS for stop in p.stop or []):
-        raise _bad(f"a `stop` sequence may have at most {MAX_STOP_CHARACTERS} characters", "stop")
+    longest = max(map(len, p.stop or []), default=0)
+    if longest > settings.max_stop_characters:
+        raise _bad(
+            f"a `stop` sequence may have at most {settings.max_stop_characters} characters. Given: {longest}", "stop"
+        )
     if p.truncate is not None and not 0 < p.truncate < max_model_len:
         message = f"`truncate` must be strictly positive and less than {max_model_len}. Given: {p.truncate}"
         raise _bad(message, "truncate")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
+from dataclasses import replace
 from functools import partial
 
+from gateway.callers import Caller
 from gateway.calls import Calls, Work, pack, requests_of, rid_of
 from gateway.choices import Prompt
 from gateway.generation import Generation, Terms
@@ -26,20 +28,21 @@ class NativeCalls:
         self.adapters = NativeAdapters(calls.catalogue, calls.settings)
 
     async def answer(
-        self, request: GenerateRequest, token: str, started_s: float, *, stream: bool, as_list: bool
+        self, request: GenerateRequest, caller: Caller, started_s: float, *, stream: bool, as_list: bool
     ) -> NativeResponse:
         """Check a request, wait for its adapter, submit it, and return the response that follows it.
 
-        token: for the adapter's source, unless the parameters have one. started_s: monotonic, of the request's arrival.
+        caller: its token is for the adapter's source, unless the parameters have one. started_s: monotonic, of the
+        request's arrival.
         Raises what the client did wrong, GenerationFailed, Overloaded and Unavailable.
         """
         calls, p = self._calls, request.parameters or Parameters()
         base = await calls.fleet.require(worker=True)
         native = native_options(request, calls.settings, base.max_model_len, stream=stream)
-        target = await self.adapters.resolve(p, base, p.api_token or token)
+        target = await self.adapters.resolve(p, base, replace(caller, token=p.api_token) if p.api_token else caller)
         prompt = await self._prompt(request.inputs, native, target.files)
         limit = native_limit(native.options, prompt.num_tokens, base.max_model_len)
-        work = Work(native.options, [target], [prompt], [limit])
+        work = Work(caller, native.options, [target], [prompt], [limit])
         facts = NativeFacts(
             model=base.name,
             adapter_id=target.name,
@@ -68,7 +71,7 @@ class NativeCalls:
         except BaseException:
             calls.replies.unsubscribe(generation.mail)
             raise
-        generation.resubmit = partial(calls.put, work, requests, no_idem, max_queued=1 << 31)
+        generation.resubmit = partial(calls.put, work, requests, no_idem, forced=True)
         return generation
 
     async def _prompt(self, inputs: str, native: NativeOptions, files: ModelFiles) -> Prompt:

@@ -9,6 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from gateway import lorax_metrics
+from gateway.callers import caller_of
 from gateway.calls import Calls
 from gateway.errors import OPENAI_ERRORS, ErrorShape
 from gateway.generation import Generation
@@ -16,7 +17,7 @@ from gateway.late import in_time
 from gateway.lorax_api import CompatRequest, GenerateRequest, Parameters, TokenizeRequest
 from gateway.lorax_calls import NativeCalls
 from gateway.lorax_errors import LORAX_ERRORS
-from gateway.routes import Endpoints, JsonRoute, bearer, json_response
+from gateway.routes import Endpoints, JsonRoute, json_response
 from protocol.errors import Unavailable
 from protocol.metrics import LORAX_BATCH_SIZE, LORAX_QUEUE_LENGTH
 
@@ -60,7 +61,7 @@ class NativeEndpoints:
         started_s = time.monotonic()
         if self.endpoints.draining:
             raise Unavailable("this gateway is shutting down; another one can take the request", code="shutting_down")
-        answer = self._native.answer(body, bearer(request), started_s, stream=stream, as_list=as_list)
+        answer = self._native.answer(body, caller_of(request), started_s, stream=stream, as_list=as_list)
         keepalive_s = self._calls.settings.keepalive_s
         return await in_time(answer, stream=stream, keepalive_s=keepalive_s, errors=LORAX_ERRORS)
 
@@ -77,10 +78,12 @@ class NativeEndpoints:
 
     # ------------------------------------------------------------ operation
 
-    async def info(self) -> Response:
+    async def info(self, request: Request) -> Response:
         calls, settings = self._calls, self._calls.settings
         base = await calls.fleet.require(worker=False)
-        adapters = sorted(alias.name for alias in await calls.bus.aliases() if alias.state == "on_disk")
+        adapters = [
+            alias.name for alias in await calls.catalogue.visible(caller_of(request)) if alias.state == "on_disk"
+        ]
         return json_response(
             {
                 "model_id": base.name,
@@ -109,10 +112,10 @@ class NativeEndpoints:
             }
         )
 
-    async def startup(self) -> Response:
+    async def startup(self, request: Request) -> Response:
         """Generate one token, as LoRAX's probe does."""
         body = GenerateRequest(inputs="Where should Johnny live?", parameters=Parameters(max_new_tokens=1))
-        answer = await self._native.answer(body, "", time.monotonic(), stream=False, as_list=False)
+        answer = await self._native.answer(body, caller_of(request), time.monotonic(), stream=False, as_list=False)
         if not await _makes_tokens(answer.generation):
             return json_response({"error": "Empty generation", "error_type": "failed healthcheck"}, 500)
         return Response()

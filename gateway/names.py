@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from gateway.callers import EVERYBODY, Caller
 from protocol import messages as m
 from protocol.adapter_refs import Policy, Reference, parse_reference
 from protocol.bus import CONNECTION_ERRORS, Bus, decode, now_ms
@@ -81,11 +82,17 @@ class Names:
 
     # ------------------------------------------------------------ a request's name
 
-    async def served(self, name: str, timeout_s: float, token: str = "") -> m.Alias:
-        """Return the alias of a name, once it is served; `token` opens what is private on the Hub.
+    async def served(self, name: str, timeout_s: float, caller: Caller = EVERYBODY) -> m.Alias:
+        """Return the alias of a name, once it is served: the caller's own, or everybody's if the caller may use that.
 
         Raises ModelNotFound, PermissionDenied, AdapterRefused and others with the reason why it is not, Unavailable.
         """
+        own = await self._bus.alias(name, caller.name) if caller.name else None
+        if own is not None:
+            return await self._settled(own, timeout_s)
+        if not caller.may_use(name):
+            raise ModelNotFound(name)
+        token = caller.token
         alias = await self._bus.alias(name)
         reference = parse_reference(name)
         if alias is not None and not alias.on_request:

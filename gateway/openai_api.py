@@ -20,7 +20,6 @@ from protocol.errors import BadRequest
 from protocol.keys import BATCH, INTERACTIVE
 from protocol.settings import Settings
 
-MAX_STOP_CHARACTERS = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 UNLIMITED = 1 << 31  # more than any context
 MAX_LORA_SCALE = 100.0
@@ -144,6 +143,7 @@ def options_of(request: ChatRequest | CompletionRequest, settings: Settings) -> 
     if num_logprobs is not None and num_logprobs > settings.max_logprobs:
         param = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
         raise BadRequest(f"{param} is {num_logprobs}; the limit is {settings.max_logprobs}", param=param)
+    _check_sizes(request, settings)
     n = request.n or 1
     if n > settings.max_choices:
         raise BadRequest(f"n is {n}; the limit is {settings.max_choices}", param="n")
@@ -168,6 +168,16 @@ def options_of(request: ChatRequest | CompletionRequest, settings: Settings) -> 
         cls=BATCH if background or request.service_tier == "flex" else INTERACTIVE,
         lora_scale=1.0 if request.lora_scale is None else request.lora_scale,
     )
+
+
+def _check_sizes(request: GenerationRequest, settings: Settings) -> None:
+    """Refuse lists that are longer than the settings allow. Raises BadRequest."""
+    sizes = [("logit_bias", len(request.logit_bias or {}), settings.max_logit_bias)]
+    if isinstance(request, ChatRequest):
+        sizes.append(("messages", len(request.messages), settings.max_messages))
+    for param, num, limit in sizes:
+        if num > limit:
+            raise BadRequest(f"{param} has {num} entries; the limit is {limit}", param=param)
 
 
 def _check_chat(request: ChatRequest) -> tuple[int | None, int | None, bool]:
@@ -236,8 +246,10 @@ def _stop(request: GenerationRequest, settings: Settings) -> list[str]:
     if len(stops) > settings.max_stop_strings:
         message = f"stop has {len(stops)} strings; the limit is {settings.max_stop_strings}"
         raise BadRequest(message, param="stop")
-    if any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
-        raise BadRequest(f"a stop string may have at most {MAX_STOP_CHARACTERS} characters", param="stop")
+    longest = max(map(len, stops), default=0)
+    if longest > settings.max_stop_characters:
+        message = f"a stop string has {longest} characters; the limit is {settings.max_stop_characters}"
+        raise BadRequest(message, param="stop")
     return [stop for stop in stops if stop]
 
 

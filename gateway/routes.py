@@ -11,6 +11,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
+from gateway.callers import Caller, caller_of
 from gateway.calls import AnyRequest, Calls, body_hash
 from gateway.jobs import Jobs, JobStatus
 from gateway.late import in_time
@@ -18,7 +19,6 @@ from gateway.openai_api import CHAT, COMPLETIONS, ChatRequest, CompletionRequest
 from protocol.errors import BadRequest, Unavailable
 
 MAX_KEY_CHARACTERS = 255
-HUB_TOKEN_PREFIX = "hf_"
 _PREFER_WAIT = re.compile(r"\bwait=(\d{1,6})\b")
 
 
@@ -45,18 +45,19 @@ class Endpoints:
         key = request.headers.get("idempotency-key", "")
         if len(key) > MAX_KEY_CHARACTERS:
             raise BadRequest(f"an Idempotency-Key may have at most {MAX_KEY_CHARACTERS} characters")
-        if key and (earlier := await self._calls.earlier(key)):
+        caller = caller_of(request)
+        if key and (earlier := await self._calls.earlier(key, caller)):
             if earlier.jid:
-                return json_response(await self._jobs.repeated(earlier, endpoint, raw), 202)
+                return json_response(await self._jobs.repeated(earlier, endpoint, raw, caller), 202)
             return await self._calls.attach(body, endpoint, earlier, raw)
-        answer = self._answer(endpoint, body, (key, raw), hub_token(request))
+        answer = self._answer(endpoint, body, (key, raw), caller)
         stream = bool(body.stream) and not body.background
         return await in_time(answer, stream=stream, keepalive_s=self._calls.settings.keepalive_s)
 
-    async def _answer(self, endpoint: str, body: AnyRequest, sent: tuple[str, bytes], token: str) -> Response:
+    async def _answer(self, endpoint: str, body: AnyRequest, sent: tuple[str, bytes], caller: Caller) -> Response:
         """Answer a call that was `sent` with an Idempotency-Key, or "", and these bytes."""
         key, raw = sent
-        prepared = await self._calls.prepare(body, token)
+        prepared = await self._calls.prepare(body, caller)
         if prepared.options.background:
             idem = (key, body_hash(endpoint, raw)) if key else ("", "")
             return json_response(await self._jobs.create(prepared, endpoint, raw, idem), 202)
@@ -64,31 +65,32 @@ class Endpoints:
 
     # ------------------------------------------------------------ models
 
-    async def models(self) -> Response:
+    async def models(self, request: Request) -> Response:
         base = await self._calls.fleet.require(worker=False)
-        return json_response({"object": "list", "data": await self._calls.catalogue.models(base)})
+        return json_response({"object": "list", "data": await self._calls.catalogue.models(base, caller_of(request))})
 
-    async def model(self, name: str) -> Response:
+    async def model(self, name: str, request: Request) -> Response:
         base = await self._calls.fleet.require(worker=False)
-        return json_response(await self._calls.catalogue.model(name, base))
+        return json_response(await self._calls.catalogue.model(name, base, caller_of(request)))
 
     # ------------------------------------------------------------ jobs
 
     async def jobs(
         self,
+        request: Request,
         status: JobStatus | None = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         after: str | None = None,
     ) -> Response:
-        return json_response(await self._jobs.list(status, limit, after))
+        return json_response(await self._jobs.list(caller_of(request), status, limit, after))
 
     async def job(self, jid: str, request: Request) -> Response:
         # A gateway that ends must not be waited for.
         wait = None if self.draining else _PREFER_WAIT.search(request.headers.get("prefer", ""))
-        return json_response(await self._jobs.get(jid, float(wait[1]) if wait else 0.0))
+        return json_response(await self._jobs.get(jid, caller_of(request), float(wait[1]) if wait else 0.0))
 
-    async def cancel_job(self, jid: str) -> Response:
-        return json_response(await self._jobs.cancel(jid))
+    async def cancel_job(self, jid: str, request: Request) -> Response:
+        return json_response(await self._jobs.cancel(jid, caller_of(request)))
 
     # ------------------------------------------------------------ operation
 
@@ -118,18 +120,6 @@ class JsonRoute(APIRoute):
             return await handler(_JsonRequest(request.scope, request.receive))
 
         return handle
-
-
-def bearer(request: Request) -> str:
-    """Return the token that a caller shows as its bearer, "" without one."""
-    kind, _, value = request.headers.get("authorization", "").partition(" ")
-    return value.strip() if kind.lower() == "bearer" else ""
-
-
-def hub_token(request: Request) -> str:
-    """Return the Hub token that a caller shows as its bearer, "" if it shows another kind of bearer, or none."""
-    token = bearer(request)
-    return token if token.startswith(HUB_TOKEN_PREFIX) else ""
 
 
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:

@@ -20,6 +20,7 @@ from gateway.adapter_routes import AdapterEndpoints
 from gateway.app import Envelope, build_app
 from gateway.calls import Calls
 from gateway.catalogue import Catalogue, Fleet
+from gateway.gate import is_loopback
 from gateway.jobs import Jobs
 from gateway.lorax_routes import NativeEndpoints
 from gateway.names import Names
@@ -28,6 +29,7 @@ from gateway.replies import Replies
 from gateway.routes import Endpoints
 from gateway.sandbox import Sandbox
 from gateway.tokenizer import load_model_files
+from protocol.api_keys import ApiKeys
 from protocol.bus import Bus
 from protocol.errors import Unavailable
 from protocol.fleet_secret import FleetSecret
@@ -63,7 +65,13 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         endpoints = Endpoints(calls, Jobs(calls))
         adapters = AdapterEndpoints(AdapterLife(bus, settings, names, secret))
         native = NativeEndpoints(endpoints, calls)
-        app = build_app(endpoints, native, adapters, settings.max_body_bytes, settings.cors_origins)
+        if not settings.api_keys and not is_loopback(settings.host):
+            logger.warning(
+                "API KEYS ARE OFF, and this gateway listens on %s: whoever reaches it may use, load and unload every"
+                " adapter. Turn keys on with --api-keys, and make one with `lorafleet keys create`",
+                settings.host or "every address",
+            )
+        app = build_app(endpoints, native, adapters, settings, ApiKeys(bus) if settings.api_keys else None)
         with _listen(settings.host, settings.port) as listener:
             replies.address = _address(listener)
             await replies.open()

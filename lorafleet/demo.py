@@ -45,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demo; return the exit code."""
     settings = load_settings(args)
+    if settings.api_keys:
+        raise BadRequest("--api-keys: the demo asks without a key; `lorafleet up` takes it")
     if not settings.model:
         try:
             folder = fetch_quickstart_model(settings.data / "models")

@@ -6,18 +6,17 @@ import argparse
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import datetime
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lorafleet.embedded import EmbeddedServer
+from lorafleet.embedded import queue_url
 from lorafleet.flags import add_settings, load_settings
 from protocol import messages as m
 from protocol.bus import CONNECTION_ERRORS, Bus
 from protocol.dead_letters import DeadLetters
-from protocol.errors import BadRequest, Unavailable
+from protocol.errors import Unavailable
 from protocol.settings import Settings
 
 FLAGS = ("redis_url", "data", "request_timeout_s")
@@ -40,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code. Raises NotFound, Conflict, Unavailable."""
     settings = load_settings(args)
-    url = settings.redis_url if "redis_url" in settings.model_fields_set else _embedded_url(settings.data)
+    url = queue_url(settings)
     return asyncio.run(_with_letters(url, settings, args))
 
 
@@ -101,13 +100,3 @@ def _told(death: m.Death) -> str:
 
 def _time(ms: int) -> str:
     return datetime.fromtimestamp(ms / 1000).isoformat(" ", "milliseconds") if ms else "-"
-
-
-def _embedded_url(data: Path) -> str:
-    """Return the queue of the one `lorafleet up` that runs with this data folder. Raises BadRequest."""
-    folders = sorted(folder for folder in (data / "queue").glob("*") if folder.is_dir())
-    running = [server for folder in folders if (server := EmbeddedServer(folder, durable=True)).is_running]
-    if len(running) != 1:
-        found = ", ".join(server.url for server in running) or "none"
-        raise BadRequest(f"which queue? Give --redis-url (or REDIS_URL); running with --data {data}: {found}")
-    return running[0].url

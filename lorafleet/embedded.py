@@ -17,7 +17,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 
 from lorafleet.lifeline import die_with_parent
-from protocol.errors import Conflict, Internal
+from protocol.errors import BadRequest, Conflict, Internal
+from protocol.settings import Settings
 
 MAX_SOCKET_PATH = 100  # bytes; Linux allows 107
 START_S = 60.0  # a long append-only file takes a while to load
@@ -148,3 +149,18 @@ def _lock(folder: Path) -> int:
                 os.close(fd)
                 raise Conflict(f"another fleet is running with the data in {folder}: choose another --data") from None
         time.sleep(0.05)
+
+
+def queue_url(settings: Settings) -> str:
+    """Return the queue that settings name, or that of the one `lorafleet up` with their data folder.
+
+    Raises BadRequest.
+    """
+    if "redis_url" in settings.model_fields_set:
+        return settings.redis_url
+    folders = sorted(folder for folder in (settings.data / "queue").glob("*") if folder.is_dir())
+    running = [server for folder in folders if (server := EmbeddedServer(folder, durable=True)).is_running]
+    if len(running) != 1:
+        found = ", ".join(server.url for server in running) or "none"
+        raise BadRequest(f"which queue? Give --redis-url (or REDIS_URL); running with --data {settings.data}: {found}")
+    return running[0].url

@@ -135,10 +135,14 @@ async def announce(prepared: Prepared, screen: Screen) -> bool:
     """Say where the fleet answers, and show how to ask it."""
     settings = prepared.settings
     url = local_url(settings)
-    async with httpx2.AsyncClient(base_url=url, trust_env=False) as client:
-        models = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
-    screen.say(f"\n[bold green]ready[/] [bold]{url}[/] serves {models[0]} and {len(models) - 1} adapters; try\n")
-    screen.say(escape(prepared.curl(models[-1])))
+    if settings.api_keys:
+        screen.say(f"\n[bold green]ready[/] [bold]{url}[/] answers to API keys; make one with\n")
+        screen.say(escape(f"  REDIS_URL={shlex.quote(settings.redis_url)} lorafleet keys create --tenant NAME"))
+    else:
+        async with httpx2.AsyncClient(base_url=url, trust_env=False) as client:
+            models = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
+        screen.say(f"\n[bold green]ready[/] [bold]{url}[/] serves {models[0]} and {len(models) - 1} adapters; try\n")
+        screen.say(escape(prepared.curl(models[-1])))
     variables = {"REDIS_URL": settings.redis_url, "LORAFLEET_SECRET_FILE": str(settings.secret_file)}
     shared = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
     screen.say(f"\nAnother worker joins with\n  {shared} lorafleet serve worker --model {shlex.quote(settings.model)}")

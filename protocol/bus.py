@@ -16,6 +16,7 @@ from protocol.bus_adapters import AdapterBus
 from protocol.codec import decode, now_ms
 from protocol.errors import Internal, LorafleetError, ProtocolError
 from protocol.keys import Keys
+from protocol.quota import Quota, standing_of
 from protocol.records import Owned, RequestFacts
 from protocol.redis_client import connect
 from protocol.scripts import Scripts
@@ -117,14 +118,24 @@ class Bus(AdapterBus):
         max_queued: int,
         idem_key: str = "",
         idem_value: bytes = b"",
-    ) -> tuple[Literal["ok", "full", "idem"], Any]:
-        """Accept requests all together. Returns ("full", queued) or ("idem", earlier value) when not accepted."""
-        args: list[Any] = [cls, max_queued, idem_value]
+        quota: Quota | None = None,
+        forced: bool = False,
+    ) -> tuple[Literal["ok", "full", "idem", "limit"], Any]:
+        """Accept requests all together, and reserve their use. `forced`: whatever the tenant's limits say.
+
+        Returns ("ok", `Standing` of the tenant, or None); or, not accepted, ("full", queued), ("idem", earlier value)
+        or ("limit", `Standing`).
+        """
+        limits = [quota.tenant, quota.requests_per_minute, quota.tokens_per_minute, quota.concurrency] if quota else []
+        args: list[Any] = [cls, max_queued, idem_value, *(limits or ["", 0, 0, 0]), int(forced)]
         for sub, body in requests:
             args += [sub.rid, m.encode(sub), m.encode(body), sub.tenant, sub.digest, sub.gateway, int(sub.stored),
                      sub.num_prompt_tokens, sub.max_new_tokens, sub.deadline_ms]  # fmt: skip
         reply = await self._scripts.submit(keys=[self.keys.tag, self.keys.sub(cls), idem_key], args=args)
-        return reply[0].decode(), reply[1] if len(reply) > 1 else None
+        outcome, *rest = reply[0].decode(), *reply[1:]
+        if quota is not None and outcome in ("ok", "limit") and rest:
+            return outcome, standing_of(quota, rest)
+        return outcome, rest[0] if rest else None
 
     async def assign(
         self, wid: str, batch: Sequence[tuple[m.Assigned, int]], *, leader: str = ""

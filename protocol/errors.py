@@ -2,7 +2,7 @@
 
 LorafleetError
 ├── ClientError      4xx: the request is wrong, repeating it will not help
-│   ├── BadRequest · PermissionDenied · NotFound · Conflict · TooLarge
+│   ├── BadRequest · Unauthorized · PermissionDenied · NotFound · Conflict · TooLarge
 │   └── AdapterRefused: the adapter cannot be served exactly, with the list of reasons
 └── ServerError      5xx and 429: the request was fine, it may be retried
     ├── Overloaded (429) · Unavailable (503) · WorkerLost (500)
@@ -35,6 +35,13 @@ class ClientError(LorafleetError):
 
 class BadRequest(ClientError):
     """A value is out of range, of the wrong type, or not understood."""
+
+
+class Unauthorized(ClientError):
+    """No API key was given, or one that is not good (any more)."""
+
+    status = 401
+    code = "invalid_api_key"
 
 
 class PermissionDenied(ClientError):

@@ -84,6 +84,26 @@ class Keys:
         """String NX, 24 h: what an Idempotency-Key was first used for."""
         return f"{self.tag}:idem:{tenant}:{key}"
 
+    # What a tenant has used. Written by the scripts that accept and end requests.
+    def quota(self, tenant: str) -> str:
+        """Hash: how much of a minute's requests and tokens is used, and when. Until all of it is there again."""
+        return f"{self.tag}:q:{tenant}"
+
+    def running(self, tenant: str) -> str:
+        """Sorted set: rid -> unix ms after which it counts no more. Until the last deadline."""
+        return f"{self.tag}:q:{tenant}:run"
+
+    # API keys. Permanent.
+    @property
+    def api_keys(self) -> str:
+        """Hash: sha256 of a key -> `api_keys.ApiKey`. Written by operators."""
+        return f"{self.namespace}:keys"
+
+    @property
+    def tenants(self) -> str:
+        """Hash: tenant -> `api_keys.Tenant`, its limits. Written by operators."""
+        return f"{self.namespace}:tenants"
+
     # Who is there. Beats expire by themselves; the sorted sets are cleaned by score.
     def worker_beat(self, wid: str) -> str:
         """String PX 4 s: `messages.WorkerBeat`."""
@@ -169,7 +189,7 @@ class Keys:
         """Tell whether `key` may live without a TTL."""
         fixed = {
             self.ended, self.workers, self.gateways, self.stores, self.leader_epoch,
-            self.base, self.adapters, self.registrations, self.pins, self.adapter_events,
+            self.base, self.adapters, self.registrations, self.pins, self.adapter_events, self.api_keys, self.tenants,
             *(self.sub(c) for c in CLASSES),
         }  # fmt: skip
         return key in fixed or key.startswith(f"{self.namespace}:adapter:")

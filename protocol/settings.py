@@ -37,6 +37,10 @@ class Settings(BaseSettings):
     # Gateway
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0: any free one (`up` only)")
+    api_keys: bool = Field(
+        default=False,
+        description="answer only to API keys, see `lorafleet keys`; off, whoever reaches it may everything",
+    )
     max_queued: int = Field(default=10_000, ge=1, description="requests waiting in the queue before new ones get 429")
     max_queued_tokens: int = Field(
         default=100_000_000, ge=1, description="tokens, prompt and longest output, waiting before new requests get 429"
@@ -52,6 +56,9 @@ class Settings(BaseSettings):
     )
     max_choices: int = Field(default=128, ge=1, description="largest n, and prompts times n in one call")
     max_stop_strings: int = Field(default=64, ge=0, description="stop strings in one request")
+    max_stop_characters: int = Field(default=1024, ge=1, description="characters of one stop string")
+    max_logit_bias: int = Field(default=1024, ge=0, description="tokens in one logit_bias")
+    max_messages: int = Field(default=2048, ge=1, description="messages in one chat")
     max_logprobs: int = Field(default=20, ge=0, description="largest top_logprobs")
     request_timeout_s: float = Field(default=3600.0, description="deadline of a request")
     job_ttl_s: float = Field(default=86_400.0, description="how long a job and its result are kept")

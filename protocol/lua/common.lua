@@ -18,12 +18,27 @@ end
 
 local request_kinds = {':req:', ':body:', ':tok:', ':lp:'}
 
+-- What a tenant has used: a hash of two buckets that empty evenly over a minute, and a sorted set of what runs.
+-- No tenant's name has a colon, so that none's keys can be another's.
+local function quota_key(tenant) return P .. ':q:' .. tenant end
+
+-- Give back what a request had reserved and did not use. The field goes with it, so that nothing is given back twice.
+local function settle(rid, tenant, max_new, num_prompt, assigned)
+  local key = quota_key(tenant)
+  redis.call('HDEL', req_key(rid), 'quota')
+  redis.call('ZREM', key .. ':run', rid)
+  local unused = assigned and max_new - redis.call('STRLEN', P .. ':tok:' .. rid) / 4 or max_new + num_prompt
+  -- A bucket that is gone is full again.
+  if unused > 0 and redis.call('HEXISTS', key, 'tokens') == 1 then redis.call('HINCRBYFLOAT', key, 'tokens', -unused) end
+end
+
 -- Write the end of a request: state, reason, times; shorten the life of its keys.
 local function write_end(rid, state, finish, error, now)
   local key = req_key(rid)
-  local stored = redis.call('HGET', key, 'stored')
+  local f = redis.call('HMGET', key, 'stored', 'quota', 'max_new', 'n_prompt', 't_assign')
   redis.call('HSET', key, 'state', state, 'finish', finish, 'error', error, 'owner', '', 't_end', now)
-  local ttl = stored == '1' and 86400 or 600
+  if f[2] then settle(rid, f[2], f[3], f[4], f[5]) end
+  local ttl = f[1] == '1' and 86400 or 600
   for _, kind in ipairs(request_kinds) do
     redis.call('EXPIRE', P .. kind .. rid, ttl)
   end

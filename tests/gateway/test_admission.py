@@ -6,7 +6,7 @@ import pytest
 
 from gateway.admission import Admission, Load
 from protocol import messages as m
-from protocol.errors import Overloaded
+from protocol.errors import BadRequest, Overloaded
 from protocol.keys import BATCH, INTERACTIVE
 from protocol.settings import Settings
 
@@ -90,3 +90,12 @@ def test_a_full_queue_tells_when_there_will_be_room() -> None:
     assert admission.full(load(num=2), 100, status(100)).retry_after_s == pytest.approx(1.2)
     assert admission.full(load(), 100, status(100, rate=0.0)).retry_after_s == 5.0
     assert admission.full(load(), 100, None).retry_after_s == 5.0
+
+
+def test_more_choices_than_the_queue_ever_takes_are_the_client_s_fault() -> None:
+    admission = Admission(Settings(max_queued=4))
+    assert refusal(admission, load(num=4), status(0)) is None
+    for told in (None, status(0)):
+        with pytest.raises(BadRequest, match="the call makes 5 choices; the queue takes 4") as refused:
+            admission.check(load(num=5), told)
+        assert (refused.value.status, refused.value.param, refused.value.retryable) == (400, "n", False)

@@ -256,12 +256,22 @@ async def test_a_full_queue_is_429_with_a_time(bus: Bus, fleet: ScriptedFleet, m
         running_gateway(bus, model_folder, max_queued=2) as gateway,
         AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="k", max_retries=0) as client,
     ):
-        with pytest.raises(openai.RateLimitError) as caught:
+        with pytest.raises(openai.BadRequestError, match="the call makes 3 choices; the queue takes 2"):
             await client.completions.create(model="base", prompt="hi", n=3)
+        waiting = asyncio.create_task(client.completions.create(model="base", prompt="hi"))
+
+        async def is_queued() -> bool:
+            return await bus.redis.xlen(bus.keys.sub("interactive")) == 1
+
+        await wait_until(is_queued, "one request waits")
+        with pytest.raises(openai.RateLimitError) as caught:
+            await client.completions.create(model="base", prompt="hi", n=2)
         assert caught.value.code == "rate_limit_exceeded"
         assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
         assert caught.value.response.headers["x-should-retry"] == "true"
-        assert await bus.redis.xlen(bus.keys.sub("interactive")) == 0
+        assert await bus.redis.xlen(bus.keys.sub("interactive")) == 1
+        fleet.assigning.set()
+        assert (await waiting).choices[0].finish_reason
         jobs = await client.get("/jobs", cast_to=dict)  # type: ignore[type-var]
         assert jobs["data"] == []
 

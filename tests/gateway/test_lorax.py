@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ import httpx2
 import pytest
 from scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, ScriptedFleet, running_gateway
 from tokenizers import Tokenizer
+from waiting import wait_until
 
 from protocol import messages as m
 from protocol.bus import Bus
@@ -323,10 +325,21 @@ async def test_wrong_methods_and_sizes(bus: Bus, fleet: ScriptedFleet, model_fol
         large = await http.post("/generate", json={"inputs": "a" * 200})
         assert (large.status_code, large.json()["error_type"]) == (413, "payload_too_large")
         body = {"inputs": "a", "parameters": {"best_of": 2, "do_sample": True}}
-        full = await http.post("/generate", json=body)
+        never = await http.post("/generate", json=body)
+        assert (never.status_code, never.json()["error_type"]) == (422, "validation")
+        fleet.assigning.clear()
+        waiting = asyncio.create_task(http.post("/generate", json={"inputs": "a"}))
+
+        async def is_queued() -> bool:
+            return await bus.redis.xlen(bus.keys.sub("interactive")) == 1
+
+        await wait_until(is_queued, "one request waits")
+        full = await http.post("/generate", json={"inputs": "a"})
         assert (full.status_code, full.json()["error_type"]) == (429, "overloaded")
         assert full.json()["error"].startswith("Model is overloaded")
         assert int(full.headers["retry-after"]) >= 1
+        fleet.assigning.set()
+        assert (await waiting).status_code == 200
 
 
 async def test_a_failing_engine(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:

@@ -1,0 +1,133 @@
+"""`lorafleet keys`: who may use the fleet, and how much."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lorafleet.embedded import queue_url
+from lorafleet.flags import add_settings, load_settings
+from protocol.api_keys import SCOPES, ApiKeys, Tenant
+from protocol.bus import CONNECTION_ERRORS, Bus, now_ms
+from protocol.errors import BadRequest, Unavailable
+from protocol.settings import Settings, names_of
+
+FLAGS = ("redis_url", "data")
+LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency", "weight")
+_UNITS_S = {"m": 60, "h": 3600, "d": 86_400, "y": 365 * 86_400}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    actions = parser.add_subparsers(metavar="create|list|revoke", required=True)
+    create = actions.add_parser("create", help="make a key; it is shown once, and only its hash is kept")
+    create.add_argument("--tenant", required=True, help="whose key it is")
+    create.add_argument(
+        "--scopes", default="infer", help=f"what it is good for, with commas: {', '.join(SCOPES)} (%(default)s)"
+    )
+    create.add_argument("--expires", default="never", metavar="TIME", help="30m, 12h, 90d, 1y or never (%(default)s)")
+    create.add_argument("--note", default="", help="what it is for")
+    limits = create.add_argument_group(
+        "limits of the tenant, for all its keys together", "what is given replaces what it had; 0: no limit"
+    )
+    limits.add_argument("--requests-per-minute", type=int, metavar="N")
+    limits.add_argument("--tokens-per-minute", type=int, metavar="N", help="of prompts and outputs")
+    limits.add_argument("--concurrency", type=int, metavar="N", help="choices queued or running at once")
+    limits.add_argument("--weight", type=float, metavar="X", help="its share relative to others, at first 1")
+    limits.add_argument(
+        "--visible",
+        metavar="PATTERNS",
+        help="names of everybody's adapters that it may use, as acme-*,org/*; at first *",
+    )
+    listing = actions.add_parser("list", help="all keys, without the keys themselves")
+    revoke = actions.add_parser("revoke", help="have every gateway refuse a key from its next request on")
+    revoke.add_argument("key", metavar="ID")
+    for action, do in ((create, _create), (listing, _list), (revoke, _revoke)):
+        action.set_defaults(do=do)
+        add_settings(action, first=FLAGS, skip=tuple(Settings.model_fields))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit code. Raises BadRequest, NotFound, Unavailable."""
+    return asyncio.run(_with_keys(queue_url(load_settings(args)), args))
+
+
+async def _with_keys(url: str, args: argparse.Namespace) -> int:
+    do: Callable[[ApiKeys, argparse.Namespace], Awaitable[None]] = args.do
+    bus = Bus(url)
+    try:
+        await do(ApiKeys(bus), args)
+    except CONNECTION_ERRORS as error:
+        raise Unavailable(f"no queue answers at {url}: {error}") from error
+    finally:
+        await bus.close()
+    return 0
+
+
+async def _create(keys: ApiKeys, args: argparse.Namespace) -> None:
+    changes: dict[str, Any] = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
+    if args.visible is not None:
+        changes["adapters"] = names_of(args.visible)
+    expires_ms = expiry_ms(args.expires)
+    if changes:
+        await keys.set_tenant(msgspec.structs.replace(await keys.tenant(args.tenant), **changes))
+    secret, key = await keys.create(args.tenant, names_of(args.scopes), expires_ms, args.note)
+    print(secret)
+    Console(stderr=True).print(f"{key.id} of {key.tenant}, {_scopes(key.scopes)}; it will not be shown again")
+
+
+async def _list(keys: ApiKeys, args: argparse.Namespace) -> None:
+    table = Table(
+        "id", "tenant", "scopes", "created", "expires", "requests/min", "tokens/min", "at once", "weight", "adapters",
+        "note", box=None, header_style="bold",
+    )  # fmt: skip
+    found = await keys.all()
+    for key, tenant in found:
+        table.add_row(
+            key.id, key.tenant, _scopes(key.scopes), _time(key.created_ms), _expiry(key.expires_ms), *_limits(tenant),
+            f"{tenant.weight:g}", escape(" ".join(tenant.adapters)), escape(key.note),
+        )  # fmt: skip
+    console = Console(width=max(160, Console().width))
+    console.print(table if found else "no keys")
+
+
+async def _revoke(keys: ApiKeys, args: argparse.Namespace) -> None:
+    key = await keys.revoke(args.key)
+    print(f"{key.id} of {key.tenant} is revoked; what it has running goes on")
+
+
+def expiry_ms(text: str) -> int:
+    """Return when something ends that begins now, unix ms; 0 for never. Raises BadRequest."""
+    if text == "never":
+        return 0
+    found = re.fullmatch(r"(\d{1,6})([mhdy])", text)
+    if found is None or not int(found[1]):
+        raise BadRequest(f"--expires: {text!r} is no time: give 30m, 12h, 90d, 1y or never")
+    return now_ms() + int(found[1]) * _UNITS_S[found[2]] * 1000
+
+
+def _limits(tenant: Tenant) -> list[str]:
+    return [str(getattr(tenant, name)) if getattr(tenant, name) else "-" for name in LIMITS[:3]]
+
+
+def _scopes(scopes: list[str]) -> str:
+    return ", ".join(scopes)
+
+
+def _time(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000).isoformat(" ", "minutes")
+
+
+def _expiry(ms: int) -> str:
+    if not ms:
+        return "never"
+    return f"{_time(ms)} (over)" if ms <= now_ms() else _time(ms)

@@ -1,0 +1,89 @@
+"""`lorafleet keys` as an operator runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import pytest
+
+from lorafleet.__main__ import main
+from lorafleet.embedded import EmbeddedServer
+from protocol.api_keys import PREFIX, ApiKey, ApiKeys, Tenant
+from protocol.bus import Bus, now_ms
+
+
+@pytest.fixture
+def flags(queue_server: EmbeddedServer) -> list[str]:
+    async def empty() -> None:
+        bus = Bus(queue_server.url)
+        await bus.redis.flushall()
+        await bus.close()
+
+    asyncio.run(empty())
+    return ["--redis-url", queue_server.url]
+
+
+def found(queue_server: EmbeddedServer, key: str) -> tuple[ApiKey, Tenant] | None:
+    async def find() -> tuple[ApiKey, Tenant] | None:
+        bus = Bus(queue_server.url)
+        try:
+            for raw in (await bus.redis.hgetall(bus.keys.api_keys)).items():
+                assert key.encode() not in b" ".join(raw)
+            return await ApiKeys(bus).find(key)
+        finally:
+            await bus.close()
+
+    return asyncio.run(find())
+
+
+def test_a_key_is_made_listed_and_revoked(
+    queue_server: EmbeddedServer, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = ["--requests-per-minute", "60", "--concurrency", "4", "--visible", "acme-*,org/*"]
+    create = ["keys", "create", "--tenant", "acme", *flags]
+    assert main([*create, "--scopes", "infer,adapters", "--expires", "90d", *limits]) == 0
+    key = capsys.readouterr().out.strip()
+    assert key.startswith(PREFIX)
+    known = found(queue_server, key)
+    assert known is not None
+    assert known[0].scopes == ["infer", "adapters"]
+    assert known[0].expires_ms - now_ms() == pytest.approx(90 * 86_400_000, abs=60_000)
+    expected = Tenant(name="acme", requests_per_minute=60, concurrency=4, adapters=("acme-*", "org/*"))
+    assert known[1] == expected
+    assert main([*create, "--tokens-per-minute", "9000"]) == 0  # the rest of the tenant's limits stays
+    other = capsys.readouterr().out.strip()
+    known = found(queue_server, other)
+    assert known is not None
+    assert (known[1].tokens_per_minute, known[1].requests_per_minute) == (9000, 60)
+    assert main(["keys", "list", *flags]) == 0
+    listed = capsys.readouterr().out
+    assert key not in listed
+    assert "acme-* org/*" in listed
+    first, second = re.findall(r"key_\w+", listed)
+    assert main(["keys", "revoke", first, *flags]) == 0
+    assert found(queue_server, key) is None
+    assert found(queue_server, other) is not None
+    assert main(["keys", "revoke", first, *flags]) == 2
+    assert f"there is no key {first}" in capsys.readouterr().err
+    assert main(["keys", "revoke", second, *flags]) == 0
+    capsys.readouterr()
+    assert main(["keys", "list", *flags]) == 0
+    assert "no keys" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tenant", "a:b"], "'a:b' cannot be a tenant's name"),
+        (["--tenant", "public"], "'public' cannot be a tenant's name"),
+        (["--tenant", "a", "--scopes", "root"], "root cannot be a key's scopes, which are infer, adapters, admin"),
+        (["--tenant", "a", "--expires", "soon"], "'soon' is no time"),
+        (["--tenant", "a", "--concurrency", "-1"], "limits must not be negative"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    flags: list[str], words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["keys", "create", *words, *flags]) == 2
+    assert said in capsys.readouterr().err
