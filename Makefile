@@ -23,8 +23,8 @@ demo: $(VENV)/.stamp-demo  ## fetch a small model, start the fleet, ask the base
 up: $(VENV)/.stamp-demo  ## make up MODEL=org/name ADAPTERS=folder: start a fleet here
 	$(BIN)/lorafleet up "$(MODEL)" $(if $(ADAPTERS),--adapters "$(ADAPTERS)") $(ARGS)
 
-test: $(VENV)/.stamp-dev  ## run every test: no network, GPU, Docker or Redis needed
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.stamp-dev  ## run every test, two files at a time: no network, GPU, Docker or Redis needed
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-models: $(VENV)/.stamp-dev  ## hold the engine to docs/models.md: every model type of transformers, about two minutes
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "" tests/oracle/test_models.py $(ARGS)

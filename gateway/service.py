@@ -7,11 +7,9 @@ Order of the end: refuse new calls (the port stays open, so that they get a 503)
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import uuid
-from collections.abc import Iterator
 
 import uvicorn
 
@@ -21,6 +19,7 @@ from gateway.app import Envelope, build_app
 from gateway.calls import Calls
 from gateway.catalogue import Catalogue, Fleet
 from gateway.gate import is_loopback
+from gateway.http_server import BACKLOG, HttpServer
 from gateway.jobs import Jobs
 from gateway.lorax_routes import NativeEndpoints
 from gateway.names import Names
@@ -39,14 +38,6 @@ logger = logging.getLogger(__name__)
 
 LAST_WORDS_S = 5  # for error frames to reach their clients once the grace is over
 KEEP_ALIVE_S = 75  # longer than the usual 60 s of load balancers, so that they close first
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, with the signals left to `protocol.service`."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> int:
@@ -86,7 +77,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
 
 
 async def _run(
-    server: uvicorn.Server,
+    server: HttpServer,
     listener: socket.socket,
     parts: tuple[Envelope, Endpoints, Replies, tuple[Fleet, Names]],
     settings: Settings,
@@ -119,17 +110,17 @@ async def _idle(app: Envelope, timeout_s: float) -> bool:
     return True
 
 
-def _server(app: Envelope) -> uvicorn.Server:
+def _server(app: Envelope) -> HttpServer:
     config = uvicorn.Config(
         app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, server_header=False,
         proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=LAST_WORDS_S,
     )  # fmt: skip
-    return _Server(config)
+    return HttpServer(config)
 
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family, backlog=2048)
+    listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     listener.setblocking(False)
     return listener
 
