@@ -18,6 +18,7 @@ from gateway.callers import Caller
 from gateway.catalogue import Catalogue, Fleet, Target
 from gateway.choices import Choice, Prompt
 from gateway.generation import Generation, Terms
+from gateway.grammar_check import GrammarCheck
 from gateway.limits import RETRY_S, check_quota, limit_headers, limit_text
 from gateway.openai_api import (
     ChatRequest,
@@ -31,6 +32,7 @@ from gateway.openai_api import (
 )
 from gateway.replies import Replies
 from gateway.sse import GenerationResponse
+from gateway.structured import grammar_text
 from gateway.tokenizer import ModelFiles
 from gateway.writers import ChatWriter, CompletionWriter, Head, Writer
 from protocol import messages as m
@@ -82,7 +84,14 @@ class Calls:
     """Makes requests of HTTP calls."""
 
     def __init__(
-        self, settings: Settings, bus: Bus, files: ModelFiles, fleet: Fleet, catalogue: Catalogue, replies: Replies
+        self,
+        settings: Settings,
+        bus: Bus,
+        files: ModelFiles,
+        fleet: Fleet,
+        catalogue: Catalogue,
+        replies: Replies,
+        grammars: GrammarCheck,
     ) -> None:
         self.settings = settings
         self.bus = bus
@@ -90,6 +99,7 @@ class Calls:
         self.fleet = fleet
         self.catalogue = catalogue
         self.replies = replies
+        self.grammars = grammars
         self.admission = Admission(settings)
 
     # ------------------------------------------------------------ a new call
@@ -115,6 +125,7 @@ class Calls:
             asked = f"{len(prompts) // len(targets)} prompts for {len(targets)} models with n = {options.n}"
             message = f"{asked}; the limit is {self.settings.max_choices} choices"
             raise BadRequest(message, param="n")
+        prompts = await self.constrained(prompts, options, param_of(request))
         limits = [max_new_tokens(options, prompt.num_tokens, base.max_model_len, param) for prompt in prompts]
         return Prepared(caller, options, targets, prompts, limits, request, base)
 
@@ -290,6 +301,14 @@ class Calls:
             keepalive_s=self.settings.keepalive_s,
         )
 
+    async def constrained(self, prompts: Sequence[Prompt], options: Options, param: str) -> list[Prompt]:
+        """Return prompts with the grammar of their answers. Raises BadRequest naming `param` if there can be none."""
+        if options.constraint is None:
+            return list(prompts)
+        grammar = grammar_text(options.constraint)
+        await self.grammars.check(grammar, param)
+        return [replace(prompt, grammar=grammar) for prompt in prompts]
+
     async def _chat_prompt(self, request: ChatRequest, files: ModelFiles) -> Prompt:
         ids = await files.encode_chat(
             request.messages,
@@ -345,7 +364,7 @@ def requests_of(
         body = m.Body(
             prompt=prompt.ids, sampling=sampling, max_new_tokens=limit, stop=options.stop,
             stop_token_ids=[*options.stop_token_ids, *own_ends],
-            lora_scale=options.lora_scale if target.digest else 1.0, salt=work.caller.name,
+            lora_scale=options.lora_scale if target.digest else 1.0, salt=work.caller.name, grammar=prompt.grammar,
         )  # fmt: skip
         requests.append((submit, body))
     return requests
@@ -355,6 +374,11 @@ def load_of(cls: str, submits: Sequence[m.Submit]) -> Load:
     """Return what requests of a class would add to the queue."""
     num_tokens = sum(submit.num_prompt_tokens + submit.max_new_tokens for submit in submits)
     return Load(cls, len(submits), num_tokens, (submits[0].deadline_ms - now_ms()) / 1000)
+
+
+def param_of(request: AnyRequest) -> str:
+    """Return the field that demands something of the output's form."""
+    return "response_format" if request.structured_outputs is None else "structured_outputs"
 
 
 def _echo_text(source: str | list[int], files: ModelFiles) -> str:

@@ -41,6 +41,7 @@ class Prompt:
     num_tokens: int
     text: str  # to be echoed, or ""
     files: ModelFiles  # of who answers it
+    grammar: str = ""  # that the answers must follow, as in `messages.Body`
 
 
 class Choice:

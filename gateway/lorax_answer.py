@@ -100,7 +100,7 @@ class NativeWriter:
                 chunk["generated_text"] = self._prefix + self._streamed.text
                 if self._native.details:
                     chunk["details"] = {
-                        "finish_reason": self._reason(piece.finish, token["id"]),
+                        "finish_reason": self._reason(piece.finish, token["id"], self._streamed.text),
                         "prompt_tokens": self.num_prompt_tokens,
                         "generated_tokens": self._num_streamed,
                         "seed": self._native.seed,
@@ -128,17 +128,20 @@ class NativeWriter:
         tokens = writer.tokens(piece.logprobs, ended=True)
         return {
             "generated_text": self._prefix + writer.text,
-            "finish_reason": self._reason(piece.finish, piece.logprobs[-1].id if piece.logprobs else -1),
+            "finish_reason": self._reason(piece.finish, piece.logprobs[-1].id if piece.logprobs else -1, writer.text),
             "generated_tokens": len(piece.logprobs),
             "seed": self._native.seed,
             "prefill": [],
             "tokens": tokens,
         }
 
-    def _reason(self, finish: str, last: int) -> str:
+    def _reason(self, finish: str, last: int, text: str) -> str:
         if finish == "length":
             return "length"
-        return "eos_token" if last in self._eos_ids else "stop_sequence"
+        options = self._native.options
+        # A grammar's output ends where nothing can follow, with no token that says so.
+        by_grammar = options.constraint is not None and not any(stop in text for stop in options.stop)
+        return "eos_token" if last in self._eos_ids or by_grammar else "stop_sequence"
 
 
 def _mean_logprob(piece: Piece) -> float:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.merged import MergedAdapters
 from gateway.openai_api import UNLIMITED, Options
+from gateway.structured import native_constraint
 from protocol import messages as m
 from protocol.errors import BadRequest
 from protocol.keys import INTERACTIVE
@@ -147,6 +148,7 @@ def native_options(request: GenerateRequest, settings: Settings, max_model_len: 
         sampling=sampling, n=best_of, max_tokens=p.max_new_tokens, default_tokens=UNLIMITED,
         stop=[stop for stop in p.stop or [] if stop], stop_token_ids=[], stream=stream, include_usage=False, echo=False,
         background=False, lora_scale=1.0, cls=INTERACTIVE,
+        constraint=native_constraint(p.response_format, settings),
     )  # fmt: skip
     return NativeOptions(
         options=options,
@@ -173,10 +175,6 @@ def _refuse_unsupported(p: Parameters) -> None:
         raise _bad(
             "`decoder_input_details` is not supported: logprobs of the prompt are not kept", "decoder_input_details"
         )
-    form = p.response_format
-    # The client sends a null schema for "any": LoRAX constrains nothing then.
-    if form is not None and form.get("type") != "text" and form.get("schema", ...) is not None:
-        raise _bad(f"`response_format` of type {form.get('type')!r} is not supported", "response_format")
 
 
 def _is_sampled(p: Parameters) -> bool:

@@ -42,6 +42,7 @@ class NativeCalls:
         target = await self.adapters.resolve(p, base, replace(caller, token=p.api_token) if p.api_token else caller)
         prompt = await self._prompt(request.inputs, native, target.files)
         limit = native_limit(native.options, prompt.num_tokens, base.max_model_len)
+        [prompt] = await calls.constrained([prompt], native.options, "response_format")
         work = Work(caller, native.options, [target], [prompt], [limit])
         facts = NativeFacts(
             model=base.name,

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.merged import MergedAdapters
+from gateway.structured import Constraint, constraint_of
 from protocol import messages as m
 from protocol.errors import BadRequest
 from protocol.keys import BATCH, INTERACTIVE
@@ -62,6 +63,8 @@ class GenerationRequest(_Body):
     service_tier: str | None = None
     background: bool | None = None
     metadata: dict[str, str] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
 
     @property
     def models(self) -> list[str]:
@@ -83,7 +86,6 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     functions: list[dict[str, Any]] | None = None
@@ -126,6 +128,7 @@ class Options:
     background: bool
     cls: str
     lora_scale: float
+    constraint: Constraint | None = None  # on the form of the output
 
     @property
     def record_bytes(self) -> int:
@@ -167,6 +170,7 @@ def options_of(request: ChatRequest | CompletionRequest, settings: Settings) -> 
         background=background,
         cls=BATCH if background or request.service_tier == "flex" else INTERACTIVE,
         lora_scale=1.0 if request.lora_scale is None else request.lora_scale,
+        constraint=constraint_of(request.response_format, request.structured_outputs, settings),
     )
 
 
@@ -190,9 +194,6 @@ def _check_chat(request: ChatRequest) -> tuple[int | None, int | None, bool]:
         raise BadRequest("functions are not supported", param="functions")
     if request.modalities is not None and request.modalities != ["text"]:
         raise BadRequest("the only modality is text", param="modalities")
-    kind = (request.response_format or {"type": "text"}).get("type")
-    if kind != "text":
-        raise BadRequest(f"response_format of type {kind!r} is not supported", param="response_format")
     max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     if max_tokens == 0:
         raise BadRequest("max_tokens must be at least 1", param="max_tokens")

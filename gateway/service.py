@@ -19,6 +19,7 @@ from gateway.app import Envelope, build_app
 from gateway.calls import Calls
 from gateway.catalogue import Catalogue, Fleet
 from gateway.gate import is_loopback
+from gateway.grammar_check import GrammarCheck
 from gateway.http_server import BACKLOG, HttpServer
 from gateway.jobs import Jobs
 from gateway.lorax_routes import NativeEndpoints
@@ -28,10 +29,12 @@ from gateway.replies import Replies
 from gateway.routes import Endpoints
 from gateway.sandbox import Sandbox
 from gateway.tokenizer import load_model_files
+from protocol.adapter_texts import TOKENIZER
 from protocol.api_keys import ApiKeys
 from protocol.bus import Bus
 from protocol.errors import Unavailable
 from protocol.fleet_secret import FleetSecret
+from protocol.model_files import TOKENIZER_FILES, model_folder
 from protocol.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -52,7 +55,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         names = Names(bus, settings, secret)
         sandbox = Sandbox()
         own = OwnFiles(bus, files, sandbox, secret.bearer if secret else "")
-        calls = Calls(settings, bus, files, fleet, Catalogue(bus, names, own), replies)
+        tokenizer = model_folder(settings.model, TOKENIZER_FILES) / TOKENIZER
+        grammars = GrammarCheck(str(tokenizer), settings.grammar_timeout_s)
+        calls = Calls(settings, bus, files, fleet, Catalogue(bus, names, own), replies, grammars)
         endpoints = Endpoints(calls, Jobs(calls))
         adapters = AdapterEndpoints(AdapterLife(bus, settings, names, secret))
         native = NativeEndpoints(endpoints, calls)
@@ -71,6 +76,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         await replies.close()
         await own.close()
         await sandbox.close()
+        await grammars.close()
     finally:
         await bus.close()
     return 0

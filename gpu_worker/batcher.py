@@ -129,6 +129,8 @@ class Batcher:
             if limit < 1 or seq.drafter is None:
                 continue
             guesses = seq.drafter.propose(seq.tokens, limit)
+            if seq.matcher is not None:
+                guesses = seq.matcher.possible(guesses)
             missing = _num_blocks(seq.num_tokens + len(guesses)) - len(seq.blocks)
             if not guesses or missing > self.blocks.num_free:
                 continue
@@ -184,7 +186,7 @@ class Batcher:
     def _admit(self, seq: Sequence, budget: int) -> int:
         """Start a waiting sequence if its blocks and adapter are there. Returns its tokens in this step, 0 if not."""
         if not seq.is_bound:
-            return 0  # its adapter has not been in the pool yet
+            return 0  # its adapter has not been in the pool yet, or its grammar is being compiled
         cached = self._lookup(seq)
         num_cached = len(cached) * BLOCK_TOKENS
         num_new = min(seq.num_tokens - num_cached, budget)

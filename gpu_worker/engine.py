@@ -15,6 +15,7 @@ from gpu_worker.adapters import AdapterCache
 from gpu_worker.batcher import Batcher, Limits, StepPlan
 from gpu_worker.blocks import BlockPool
 from gpu_worker.finish import StopCheck
+from gpu_worker.grammars import Grammars
 from gpu_worker.model import BaseModel
 from gpu_worker.orders import Orders
 from gpu_worker.request import EngineRequest, EngineStats, Sequence, TokenOutput
@@ -26,6 +27,9 @@ from protocol.errors import BadRequest, Internal, LorafleetError
 from protocol.messages import WorkerCounters
 
 logger = logging.getLogger(__name__)
+
+Masks = dict[Sequence, np.ndarray]
+"""Of each sequence with a grammar, int32 [1 + guesses, W]: the tokens that may come, and that may follow each guess."""
 
 NEVER = 1 << 40
 """A position behind every text."""
@@ -55,6 +59,7 @@ class Engine:
         self.blocks = BlockPool(config.num_blocks)
         self.batcher = Batcher(config.limits, self.blocks, adapters, model.fingerprint)
         adapters.on_evicted = self._on_evicted
+        self.grammars = Grammars(model.vocab_size, model.eos_ids)
         self.can_step = False  # whether the next step may do something without a new request or adapter
         self._tokenizer = tokenizer
         self._seqs: dict[str, Sequence] = {}
@@ -94,6 +99,8 @@ class Engine:
         # Where an adapter brings its own tokenizer, only that tells what the text is in which stop strings are found.
         if (request.digest and any(request.stop)) or self._replay(seq, self._tokenizer):
             self._seqs[request.rid] = seq
+            if request.grammar and not request.digest:
+                self._compile(seq, self._tokenizer)
             if request.digest:
                 self.adapters.news.used(request.digest, resident=self.adapters.is_resident(request.digest))
             self.batcher.add(seq)
@@ -126,6 +133,8 @@ class Engine:
 
     def _end(self, seq: Sequence) -> None:
         self.batcher.remove(seq)
+        if seq.coming is not None:
+            seq.coming.cancel()
         del self._seqs[seq.rid]
         self._stops.pop(seq.rid, None)
 
@@ -153,7 +162,8 @@ class Engine:
             logits = self.runner.run(inputs)
             ran = clock()
             self.batcher.complete(plan)
-            rows = [row for seq in inputs.ready for row in self._sample_rows(seq, plan.drafts.get(seq, []))]
+            masks = self._masks(inputs.ready, plan.drafts)
+            rows = [row for seq in inputs.ready for row in self._sample_rows(seq, plan.drafts.get(seq, []), masks)]
             sampled = sample(logits, rows) if rows else None
             chosen = clock()
             if sampled is not None:
@@ -204,28 +214,65 @@ class Engine:
     def _bind_waiting(self) -> None:
         """Settle for requests whose adapter has come where it sets in, and end those it cannot serve."""
         for seq in [seq for seq in self.batcher.waiting if not seq.is_bound]:
-            digest = seq.request.digest
-            if not self.adapters.is_resident(digest):
+            if seq.request.digest and not self.adapters.is_resident(seq.request.digest):
                 continue
-            extras = self.adapters.extras.get(digest)
-            own_vocab = extras.vocab_size if extras is not None else 0
             try:
-                _check_ids(seq.request, own_vocab or self.model.vocab_size)
-                goes_on = seq.rid in self._stops or self._replay(
-                    seq, self.adapters.tokenizers.get(digest, self._tokenizer)
-                )
+                goes_on = self._bind_adapter(seq) and self._bind_grammar(seq)
             except LorafleetError as error:
                 self._outputs.append(_failed(seq, error))
                 self._end(seq)
                 continue
             if not goes_on:
                 self._end(seq)
-                continue
-            invocation = self.adapters.invocations.get(digest)
-            if invocation:
-                seq.activates, seq.active_from = True, activation(seq.request.prompt, invocation)
-                seq.num_base = 0 if extras is not None and extras.reaches_all_rows else seq.active_from
-            seq.is_bound = True
+
+    def _bind_adapter(self, seq: Sequence) -> bool:
+        """Settle what a request's adapter means for it. False if it has ended, which is then put out."""
+        digest = seq.request.digest
+        if not digest:
+            return True
+        extras = self.adapters.extras.get(digest)
+        own_vocab = extras.vocab_size if extras is not None else 0
+        _check_ids(seq.request, own_vocab or self.model.vocab_size)
+        tokenizer = self.adapters.tokenizers.get(digest, self._tokenizer)
+        if seq.rid not in self._stops and not self._replay(seq, tokenizer):
+            return False
+        if seq.request.grammar and seq.coming is None:
+            self._compile(seq, tokenizer)
+        invocation = self.adapters.invocations.get(digest)
+        if invocation:
+            seq.activates, seq.active_from = True, activation(seq.request.prompt, invocation)
+            seq.num_base = 0 if extras is not None and extras.reaches_all_rows else seq.active_from
+        return True
+
+    def _compile(self, seq: Sequence, tokenizer: Tokenizer | None) -> None:
+        """Start making a request's matcher. It is let into a step once it has it."""
+        request = seq.request
+        seq.coming = self.grammars.make(request.grammar, tokenizer, request.output, request.stop_token_ids)
+
+    def _bind_grammar(self, seq: Sequence) -> bool:
+        """Take a request's matcher if it has been made. False if the output is whole, which is then put out."""
+        if seq.coming is not None:
+            if not seq.coming.done():
+                return True
+            seq.matcher = seq.coming.result()
+            if seq.matcher.is_complete:  # its last worker died between its last token and its end
+                self._outputs.append(_output(seq, [], b"", "stop", ""))
+                return False
+        seq.is_bound = True
+        return True
+
+    def _masks(self, ready: list[Sequence], drafts: Mapping[Sequence, list[int]]) -> Masks:
+        """Find out which tokens the sequences' grammars allow, while a GPU still computes the logits."""
+        started = time.perf_counter()
+        guided = [(seq, seq.matcher) for seq in ready if seq.matcher is not None]
+        if not guided:
+            return {}
+        masks = self.grammars.fill([(matcher, drafts.get(seq, [])) for seq, matcher in guided])
+        for (seq, matcher), own in zip(guided, masks, strict=True):
+            for i, mask in enumerate(own):
+                matcher.settle_ends(mask, self._stops[seq.rid].banned(i))
+        self.counters.mask_s += time.perf_counter() - started
+        return {seq: own for (seq, _), own in zip(guided, masks, strict=True)}
 
     def _on_evicted(self, digest: str) -> None:
         self.counters.num_evictions += 1
@@ -235,21 +282,26 @@ class Engine:
         """Bring an adapter towards the pool, for a request that will come."""
         self.adapters.prefetch(digest)
 
-    def _sample_rows(self, seq: Sequence, guesses: list[int]) -> Iterator[SampleRow]:
+    def _sample_rows(self, seq: Sequence, guesses: list[int], masks: Masks) -> Iterator[SampleRow]:
         """Yield what to choose by: for the next token, and for the one after each guess, as if that were right."""
         prompt, stop, num = seq.tokens[: seq.num_prompt], self._stops[seq.rid], seq.num_output
         output = np.concatenate((seq.output, np.array(guesses, np.int32))) if guesses else seq.output
+        own = masks.get(seq)
         for i in range(len(guesses) + 1):
-            yield SampleRow(seq.request.sampling, prompt, output[: num + i], stop.banned(i))
+            if own is None:
+                yield SampleRow(seq.request.sampling, prompt, output[: num + i], stop.banned(i))
+            else:
+                yield SampleRow(seq.request.sampling, prompt, output[: num + i], mask=own[i])
 
     def _take_all(self, ready: list[Sequence], drafts: Mapping[Sequence, list[int]], sampled: Sampled) -> None:
         row = 0
         for seq in ready:
             guesses = drafts.get(seq, [])
-            if sampled.finite[row]:
+            error = seq.matcher.error if seq.matcher is not None else None
+            if error is None and sampled.finite[row]:
                 self._take(seq, guesses, sampled, row)
             else:
-                self._outputs.append(_failed(seq, Internal("the model's logits are not finite")))
+                self._outputs.append(_failed(seq, error or Internal("the model's logits are not finite")))
                 self._end(seq)
             row += 1 + len(guesses)
 
@@ -267,7 +319,7 @@ class Engine:
             token = int(sampled.ids[i])
             seq.append(token)
             ids.append(token)
-            finish = stop.add(token)
+            finish = _finish(seq, token, stop.add(token))
             if finish or i - row == len(guesses) or token != guesses[i - row]:
                 break
         self.counters.num_output_tokens += len(ids)
@@ -310,6 +362,14 @@ class Engine:
             num_fetches=self.adapters.num_fetches,
             counters=copy(self.counters),
         )
+
+
+def _finish(seq: Sequence, token: int, finish: str) -> str:
+    """Let a sequence's matcher take a token; return how it ends the request: as the stop check says, or the grammar."""
+    if seq.matcher is None or finish == "stop":
+        return finish
+    seq.matcher.consume(token)
+    return "stop" if seq.matcher.is_complete else finish
 
 
 def _check(request: EngineRequest, max_model_len: int) -> None:

@@ -65,6 +65,8 @@ def load_engine(
     tokenizer_text = tokenizer_file.read_text() if tokenizer_file.is_file() else ""
     tokenizer = Tokenizer.from_str(tokenizer_text) if tokenizer_text else None
     engine, served = build_engine(model, settings, fetch, tokenizer, fetch_files)
+    if tokenizer is not None:
+        engine.grammars.vocabulary(tokenizer)
     if describe is not None:
         describe(row_sites(model.sites), served, hash_of(tokenizer_text))
     logger.info(

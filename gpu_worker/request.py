@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from gpu_worker.grammars import Matcher
 from gpu_worker.speculate import Drafter
 from protocol import messages as m
 from protocol.errors import LorafleetError
@@ -27,6 +29,7 @@ class EngineRequest:
     salt: str = ""  # separates the prefix caches of tenants
     lora_scale: float = 1.0  # multiplies the adapter's own scale
     tenant: str = ""
+    grammar: str = ""  # that the output must follow, as in `messages.Body`
 
 
 @dataclass(slots=True)
@@ -63,10 +66,12 @@ class Sequence:
         self.blocks: list[int] = []
         self.hashes: list[bytes] = []  # of the full blocks, as far as known
         self.slot = -1  # adapter slot while running, -1 for the base model
-        self.is_bound = not request.digest  # what its adapter means for it is known: the next three
+        self.is_bound = not (request.digest or request.grammar)  # what its adapter and grammar mean is known: the next
         self.activates = False  # the adapter's LoRA counts from some token on only
         self.active_from = 0  # that token
         self.num_base = 0  # tokens from the beginning whose keys and values are the base model's
+        self.matcher: Matcher | None = None  # of its grammar, if it has one
+        self.coming: Future[Matcher] | None = None  # it, while it is made
         self.drafter: Drafter | None = None  # guesses its next tokens, if that is wished
         self.num_skips = 0  # plans that passed it over for lack of blocks
 

@@ -1,8 +1,8 @@
 """Choosing tokens for a mixed batch. The noise of a token is a function of (seed, position) alone.
 
-Order: watermark, repetition, frequency and presence penalties, bias, temperature, top-k, top-p, min-p, typical.
-Temperature 0 is greedy. Logprobs are of the model's own distribution, before any of these, or of the last one if a
-request wants that.
+Order: watermark, repetition, frequency and presence penalties, bias, grammar, temperature, top-k, top-p, min-p,
+typical. Temperature 0 is greedy. Logprobs are of the model's own distribution, before any of these, or of the last one
+if a request wants that.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ GREEDY_TEMPERATURE = 1e-5
 WATERMARK_KEY, WATERMARK_GAMMA, WATERMARK_DELTA = 15485863, 0.5, 2.0
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_BITS = np.array([1 << bit for bit in range(8)], np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class SampleRow:
     prompt: np.ndarray  # int32
     output: np.ndarray  # int32; its length is the position of the token to choose
     banned: tuple[int, ...] = ()  # ids that may not be chosen now
+    mask: np.ndarray | None = None  # int32 [W], bits of the ids that may be chosen, none beyond; None: all ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +85,14 @@ def choose(logits: Tensor, rows: Sequence[SampleRow]) -> Chosen:
     The host waits for the device only where top-p must know whether a distribution is flat.
     """
     device = logits.device
-    if any(_changes_logits(row) for row in rows):
+    masked = [i for i, row in enumerate(rows) if row.mask is not None]
+    if masked or any(_changes_logits(row) for row in rows):
         logits = logits.float().clone()
         for i, row in enumerate(rows):
             if _changes_logits(row):
                 _adjust_(logits[i], row)
+    if masked:
+        _mask_(logits, masked, rows)
     best, ids = logits.max(-1)
     finite = torch.isfinite(best)
     random = [i for i, row in enumerate(rows) if row.sampling.temperature >= GREEDY_TEMPERATURE]
@@ -153,6 +158,20 @@ def _adjust_(logits: Tensor, row: SampleRow) -> None:
         logits[_index(list(s.logit_bias), device)] += biases
     if row.banned:
         logits.index_fill_(0, _index(row.banned, device), -torch.inf)
+
+
+def _mask_(logits: Tensor, masked: list[int], rows: Sequence[SampleRow]) -> None:
+    """Set what grammars do not allow to -inf in the masked rows of logits [n, V]. Each row's bits cross as they are."""
+    device, vocab = logits.device, logits.shape[-1]
+    words = np.zeros((len(masked), -(-vocab // 32)), np.int32)
+    for row, i in zip(words, masked, strict=True):
+        mask = rows[i].mask
+        if mask is not None:
+            row[: len(mask)] = mask[: len(row)]
+    bits = send(words.view(np.uint8), device)[..., None] & send(_BITS, device)
+    index = _index(masked, device)
+    forbidden = (bits == 0).view(len(masked), -1)[:, :vocab]
+    logits[index] = logits[index].masked_fill_(forbidden, -torch.inf)
 
 
 def watermark_ids(last: int, vocab_size: int) -> Tensor:

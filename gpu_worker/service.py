@@ -412,6 +412,7 @@ def _engine_request(item: m.Assigned, body: m.Body, tok: bytes) -> EngineRequest
         salt=body.salt,
         lora_scale=body.lora_scale,
         tenant=item.tenant,
+        grammar=body.grammar,
     )
 
 

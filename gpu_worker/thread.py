@@ -43,7 +43,7 @@ class EngineThread:
         self._stats_due = 0.0
         self._check_due = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        engine.adapters.on_loaded = lambda: self._post(_nothing)
+        engine.adapters.on_loaded = engine.grammars.on_ready = lambda: self._post(_nothing)
 
     def start(
         self,
@@ -138,6 +138,7 @@ class EngineThread:
         for future in handovers:
             future.set_result([])
         self.engine.adapters.close()
+        self.engine.grammars.close()
         if error is not None:
             self._on_death(error)
 

@@ -56,6 +56,7 @@ class Body(Wire, frozen=True):
     stop_token_ids: list[int] = []
     salt: str = ""  # separates the prefix caches of tenants
     lora_scale: float = 1.0
+    grammar: str = ""  # that the output must follow: llguidance's list of grammars as JSON; "": none
 
 
 class Submit(Wire, frozen=True):
@@ -180,6 +181,7 @@ class WorkerCounters(msgspec.Struct, omit_defaults=True):
     inputs_s: float = 0.0  # building and sending the work lists
     forward_s: float = 0.0
     sample_s: float = 0.0
+    mask_s: float = 0.0  # of it, finding out which tokens grammars allow
     finish_s: float = 0.0  # stop checks and outputs
     publish_s: float = 0.0  # making steps durable and visible, while the next ones are computed
 

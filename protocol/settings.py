@@ -59,6 +59,13 @@ class Settings(BaseSettings):
     max_stop_characters: int = Field(default=1024, ge=1, description="characters of one stop string")
     max_logit_bias: int = Field(default=1024, ge=0, description="tokens in one logit_bias")
     max_messages: int = Field(default=2048, ge=1, description="messages in one chat")
+    max_grammar_bytes: int = Field(
+        default=65_536, ge=1, description="largest JSON schema, regular expression or grammar of a request"
+    )
+    max_grammar_depth: int = Field(default=64, ge=1, description="deepest nesting of a request's JSON schema")
+    grammar_timeout_s: float = Field(
+        default=5.0, gt=0, description="how long the gateway lets a schema or grammar be compiled before refusing it"
+    )
     max_logprobs: int = Field(default=20, ge=0, description="largest top_logprobs")
     request_timeout_s: float = Field(default=3600.0, description="deadline of a request")
     job_ttl_s: float = Field(default=86_400.0, description="how long a job and its result are kept")

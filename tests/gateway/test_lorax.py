@@ -12,6 +12,7 @@ from scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, Scr
 from tokenizers import Tokenizer
 from waiting import wait_until
 
+from gateway.structured import JSON_STYLE
 from protocol import messages as m
 from protocol.bus import Bus
 from protocol.errors import Internal, WorkerLost
@@ -56,6 +57,23 @@ async def test_generate(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     for name in ("compute-time", "total-time", "validation-time", "queue-time", "inference-time", "time-per-token",
                  "time-to-first-token", "time-per-output-token"):  # fmt: skip
         assert int(headers[f"x-{name}"]) >= 0
+
+
+async def test_what_the_output_must_be(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    """No schema is any object, a null one nothing at all; the end of a grammar is told as an end of text."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    fleet.script = lambda submit, body: Script('{"a": 1}', eos=False)
+    forms = [{"type": "json_object"}, {"type": "json_schema", "schema": schema}, {"type": "text"}]
+    for form in [*forms, {"type": "json_object", "schema": None}]:
+        answer = await http.post("/generate", json=generate_body(response_format=form, details=True))
+        assert answer.status_code == 200, answer.text
+    grammars = [json.loads(body.grammar)["grammars"][0] if body.grammar else None for _, body in fleet.seen]
+    style = {"x-guidance": JSON_STYLE}
+    assert grammars == [{"json_schema": {"type": "object", **style}}, {"json_schema": {**schema, **style}}, None, None]
+    for stop, reason in (([], "eos_token"), (["}"], "stop_sequence")):
+        body = generate_body(response_format=forms[0], details=True, stop=stop)
+        answer = await http.post("/generate", json=body)
+        assert answer.json()["details"]["finish_reason"] == reason
 
 
 @pytest.mark.parametrize("path", ["/", "/invocations"])
@@ -269,8 +287,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": "x"}, "parameters"),
     ({"do_sample": 1}, "parameters"),
     ({"decoder_input_details": True}, "`decoder_input_details` is not supported"),
-    ({"response_format": {"type": "json_object"}}, "`response_format` of type 'json_object' is not supported"),
-    ({"response_format": {"type": "json_schema", "schema": {}}}, "`response_format` of type 'json_schema'"),
+    ({"response_format": {"type": "regex", "schema": {}}}, "`response_format` of type 'regex' is not supported"),
+    (
+        {"response_format": {"type": "json_object", "schema": {"type": "array", "uniqueItems": True}}},
+        'response_format cannot be served: Unimplemented keys: ["uniqueItems"]',
+    ),
 ]
 
 

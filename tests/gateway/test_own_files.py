@@ -15,7 +15,7 @@ from scripted_fleet import Script, ScriptedFleet
 from tokenizers import AddedToken, Tokenizer
 
 from adapter_store.http import BlobServer
-from gateway.sandbox import Job, Sandbox
+from gateway.sandbox import Render, Sandbox
 from protocol import messages as m
 from protocol.adapter_texts import TEXTS_FIELD, TEXTS_FILE, join_texts
 from protocol.bus import Bus
@@ -123,10 +123,10 @@ async def test_its_tokenizer_makes_the_answer(
 
 
 async def test_a_template_without_end_costs_itself_alone(http: httpx2.AsyncClient, store: Store) -> None:
-    sandbox = Sandbox(render_s=0.5)
+    sandbox = Sandbox(limit_s=0.5)
 
-    def job(source: str) -> Job:
-        return Job(source, {}, QUESTION["messages"], True, {})
+    def job(source: str) -> Render:
+        return Render(source, {}, QUESTION["messages"], True, {})
 
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(BadRequest, match=r"longer than 0\.5 s"):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 from openai import AsyncOpenAI
-from scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, ScriptedFleet
+from scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, ScriptedFleet, running_gateway
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gateway.openai_api import choice_seed
+from gateway.structured import JSON_STYLE
 from gateway.tokenizer import TokenText
 from protocol import messages as m
 from protocol.bus import Bus
@@ -37,6 +40,60 @@ async def test_every_parameter_reaches_the_worker(http: httpx2.AsyncClient, flee
     assert (body.max_new_tokens, submit.max_new_tokens) == (9, 9)
     assert body.stop == ["a", "b"]
     assert body.stop_token_ids == [7]
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+FORMS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
+    ({"response_format": {"type": "text"}}, None),
+    ({"structured_outputs": None}, None),
+    ({"response_format": {"type": "json_object"}}, {"json_schema": {"type": "object", "x-guidance": JSON_STYLE}}),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": SCHEMA}}},
+        {"json_schema": {**SCHEMA, "x-guidance": JSON_STYLE}},
+    ),
+    (
+        {"structured_outputs": {"json": json.dumps(SCHEMA), "disable_any_whitespace": True}},
+        {"json_schema": {**SCHEMA, "x-guidance": {"whitespace_flexible": False, "lenient": False}}},
+    ),
+    (
+        {"structured_outputs": {"json": {**SCHEMA, "x-guidance": {"lenient": True}}, "whitespace_pattern": " "}},
+        {"json_schema": {**SCHEMA, "x-guidance": {**JSON_STYLE, "whitespace_pattern": " "}}},
+    ),
+    ({"structured_outputs": {"choice": ["yes", 'n"o', "ü"]}}, {"lark_grammar": 'start: "yes" | "n\\"o" | "ü"'}),
+    ({"structured_outputs": {"regex": r"a/b\/c\d"}}, {"lark_grammar": r"start: /a\/b\/c\d/"}),
+    (
+        {"structured_outputs": {"grammar": "start: WORD\nWORD: /[a-z]+/"}},
+        {"lark_grammar": "start: WORD\nWORD: /[a-z]+/"},
+    ),
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_what_the_output_must_be_reaches_the_worker(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str
+) -> None:
+    good = CHAT if "chat" in path else COMPLETION
+    for fields, constraint in FORMS:
+        fleet.seen.clear()
+        answer = await http.post(path, json={**good, **fields})
+        assert answer.status_code == 200, answer.text
+        grammar = fleet.seen[0][1].grammar
+        assert (json.loads(grammar) if grammar else None) == (constraint and {"grammars": [constraint]})
+
+
+async def test_a_grammar_that_takes_too_long_is_refused_at_its_limit(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
+) -> None:
+    async with (
+        running_gateway(bus, model_folder, grammar_timeout_s=0.001) as running,
+        httpx2.AsyncClient(base_url=running.url) as http,
+    ):
+        for _ in range(2):
+            answer = await http.post("/v1/completions", json={**COMPLETION, "structured_outputs": {"regex": "a+"}})
+            assert answer.status_code == 400
+            assert "compiling the output's grammar took longer than 0.001 s" in answer.json()["error"]["message"]
+        assert (await http.post("/v1/completions", json=COMPLETION)).status_code == 200
+    assert len(fleet.seen) == 1
 
 
 async def test_defaults(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:

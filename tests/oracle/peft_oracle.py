@@ -141,7 +141,7 @@ def warm(engine: Engine, names: Iterable[str]) -> None:
 def ask(engine: Engine, requests: Iterable[EngineRequest], after_step: Callable[[int], object] | None = None) -> Asked:
     """Run requests to their ends. after_step: called with the number of steps made so far."""
     loaded = threading.Event()
-    engine.adapters.on_loaded = loaded.set
+    engine.adapters.on_loaded = engine.grammars.on_ready = loaded.set
     asked = Asked()
     for request in requests:
         engine.add(request)

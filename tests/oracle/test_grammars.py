@@ -1,0 +1,205 @@
+"""Outputs that must follow a grammar: in mixed batches, with guesses, after preemption and elsewhere, the same tokens.
+
+What is right: the likeliest token by transformers' and PEFT's logits that a matcher made for the purpose accepts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from factories import make_tokenizer
+from jsonschema import Draft202012Validator
+from llguidance import LLMatcher, LLTokenizer
+from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, random_llama, warm
+from tokenizers import Tokenizer
+
+from gpu_worker.request import EngineRequest
+from protocol.errors import BadRequest
+from protocol.messages import Sampling
+
+NUM_TOKENS = 60
+TOKENIZER: Tokenizer = make_tokenizer().backend_tokenizer
+VOCAB = TOKENIZER.get_vocab_size()
+END = 0
+FEW_BLOCKS: dict[str, Any] = {"kv_cache_bytes": 8 * 16 * 512, "max_model_len": 96}
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "size": {"enum": ["small", "large"]},
+        "count": {"type": "integer", "minimum": 3, "maximum": 40},
+        "flags": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["size", "count"],
+    "additionalProperties": False,
+}
+
+
+def grammar(**entry: Any) -> str:
+    return json.dumps({"grammars": [entry]})
+
+
+GRAMMARS = {
+    "schema": grammar(json_schema={**SCHEMA, "x-guidance": {"whitespace_flexible": False}}),
+    "choice": grammar(lark_grammar='start: "yes" | "yes, but" | "no"'),
+    "regex": grammar(lark_grammar=r"start: /[a-f]{4}(-[0-9]{2}){2,14}/"),
+    "rows": grammar(lark_grammar=r'start: ("<row/>\n"){4,7}'),
+    "nested": grammar(lark_grammar='start: group\ngroup: "(" (group | WORD){1,3} ")"\nWORD: /[a-z]{1,4} /'),
+}
+NAMES = ["", *GRAMMARS]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Oracle:
+    base = random_llama(
+        std=0.2, vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return Oracle(base, {"x1": Lora(4), "x2": Lora(9)}, scale=0.3)
+
+
+def by_hand(oracle: Oracle, request: EngineRequest) -> list[int]:
+    """Return the greedy output, every token looked for by a matcher that has no masks."""
+    matcher = LLMatcher(LLTokenizer(TOKENIZER.to_str(), n_vocab=VOCAB, eos_token=END), request.grammar)
+    ids: list[int] = []
+    while len(ids) < request.max_new_tokens:
+        logits = oracle.logits(request.digest, np.concatenate((request.prompt, np.array(ids, np.int32))))[-1]
+        token = next(token for token in logits.argsort(descending=True).tolist() if matcher.validate_tokens([token]))
+        ids.append(token)
+        assert matcher.consume_token(token)
+        if matcher.is_stopped():
+            break
+    return ids
+
+
+def requests_of(oracle: Oracle) -> list[EngineRequest]:
+    """Return one request per adapter and grammar, and some without any."""
+    texts = prompts(4, VOCAB, (3, 17, 9, 24))
+    made: list[EngineRequest] = []
+    for i, name in enumerate(oracle.names):
+        for k, which in enumerate(NAMES):
+            request = greedy_request(f"{name}/{which}", name, texts[(i + k) % 4], NUM_TOKENS)
+            made.append(replace(request, grammar=GRAMMARS.get(which, "")))
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Oracle) -> dict[str, list[int]]:
+    return {
+        request.rid: by_hand(tiny, request)
+        if request.grammar
+        else tiny.greedy(request.digest, request.prompt, NUM_TOKENS)
+        for request in requests_of(tiny)
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_draft_tokens": 6}, {"max_step_tokens": 12, "max_num_seqs": 12, **FEW_BLOCKS, "max_draft_tokens": 3}],
+    ids=["plain", "guessing", "preempted"],
+)
+def test_every_output_is_its_grammars_likeliest(
+    tiny: Oracle, expected: dict[str, list[int]], settings: dict[str, Any]
+) -> None:
+    engine = tiny.engine(TOKENIZER, **settings)
+    warm(engine, tiny.names)
+    asked = ask(engine, requests_of(tiny))
+    assert asked.ids == expected
+    for request in requests_of(tiny):
+        finish, ids = asked.finish[request.rid].finish, asked.ids[request.rid]
+        assert finish == ("length" if len(ids) == NUM_TOKENS else "stop"), request.rid
+        if request.rid.endswith("/schema"):
+            assert finish == "stop"
+            Draft202012Validator(SCHEMA).validate(json.loads(TOKENIZER.decode(ids)))
+    assert {asked.finish[f"{name}/choice"].finish for name in tiny.names} == {"stop"}
+    assert (engine.counters.num_preemptions > 0) == ("kv_cache_bytes" in settings)
+    assert (engine.counters.num_accepted_tokens > 0) == ("max_draft_tokens" in settings)
+    assert 0 < engine.counters.mask_s < engine.counters.sample_s
+
+
+def test_a_request_resumed_elsewhere_goes_on_exactly(tiny: Oracle, expected: dict[str, list[int]]) -> None:
+    resumed: list[EngineRequest] = []
+    for request in requests_of(tiny):
+        whole = expected[request.rid]
+        for cut in {1, len(whole) // 2, len(whole) - 1} if request.grammar else {5}:
+            resumed.append(replace(request, rid=f"{request.rid}/{cut}", output=whole[:cut]))
+    asked = ask(tiny.engine(TOKENIZER, max_draft_tokens=4), resumed)
+    for request in resumed:
+        assert request.output + asked.ids[request.rid] == expected[request.rid.rpartition("/")[0]], request.rid
+
+
+def test_an_output_that_is_whole_ends_without_another_token(tiny: Oracle, expected: dict[str, list[int]]) -> None:
+    request = next(request for request in requests_of(tiny) if request.rid == "x1/schema")
+    asked = ask(tiny.engine(TOKENIZER), [replace(request, output=expected["x1/schema"])])
+    assert (asked.ids["x1/schema"], asked.finish["x1/schema"].finish) == ([], "stop")
+
+
+def test_drawn_outputs_follow_their_grammars_too(tiny: Oracle) -> None:
+    """Whatever else a request wants of its tokens: the mask comes last before they are drawn."""
+    ways: list[dict[str, Any]] = [
+        {"temperature": 1.5, "logit_bias": {END: 100.0}},
+        {"temperature": 0.9, "top_p": 0.7, "min_tokens": 50, "ignore_eos": False},
+        {"temperature": 2.0, "top_k": 3, "num_logprobs": 2, "logprobs_of": "choice"},
+        {"temperature": 1.0, "typical_p": 0.5, "frequency_penalty": 2.0, "repetition_penalty": 1.3},
+        {"temperature": 0.0, "watermark": True, "min_tokens": 3},
+    ]
+    [prompt] = prompts(1, VOCAB, (9,))
+    requests = [
+        EngineRequest(
+            f"{which}/{i}/{seed}", 1, tiny.names[seed % 3], prompt, Sampling(**{"seed": seed, **way}), 200,
+            stop_token_ids=[END], grammar=text,
+        )
+        for which, text in GRAMMARS.items() for i, way in enumerate(ways) for seed in range(3)
+    ]  # fmt: skip
+    plain, guessing = tiny.engine(TOKENIZER), tiny.engine(TOKENIZER, max_draft_tokens=5)
+    asked = ask(plain, requests)
+    assert ask(guessing, requests).ids == asked.ids
+    vocabulary = LLTokenizer(TOKENIZER.to_str(), n_vocab=VOCAB, eos_token=END)
+    for request in requests:
+        ids, finish = asked.ids[request.rid], asked.finish[request.rid]
+        assert finish.error is None, finish.error
+        matcher = LLMatcher(vocabulary, request.grammar)
+        assert matcher.consume_tokens(ids), (request.rid, TOKENIZER.decode(ids))
+        assert finish.finish == ("stop" if matcher.is_accepting() or ids[-1] == END else "length"), request.rid
+    assert len({tuple(ids) for ids in asked.ids.values()}) > len(requests) / 2
+
+
+def test_what_cannot_be_followed_fails_its_own_request_only(tiny: Oracle) -> None:
+    good = greedy_request("good", "x1", prompts(1, VOCAB)[0], 8)
+    bad = {
+        "syntax": grammar(lark_grammar="start: ("),
+        "keyword": grammar(json_schema={"type": "array", "uniqueItems": True}),
+        "json": "no grammar",
+    }
+    asked = ask(
+        tiny.engine(TOKENIZER), [good, *(replace(good, rid=rid, digest="", grammar=text) for rid, text in bad.items())]
+    )
+    errors = {rid: output.error for rid, output in asked.finish.items() if output.error is not None}
+    assert errors.keys() == bad.keys()
+    assert all(isinstance(error, BadRequest) for error in errors.values())
+    assert "uniqueItems" in str(errors["keyword"])
+    assert asked.ids["good"] == tiny.greedy("x1", good.prompt, 8)
+    without = ask(tiny.engine(), [replace(good, grammar=GRAMMARS["choice"])]).finish["good"].error
+    assert without is not None
+    assert "no tokenizer.json" in without.message
+
+
+def test_a_grammar_is_compiled_once(tiny: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny.engine(TOKENIZER)
+    made: list[str] = []
+
+    def counted(tokens: LLTokenizer, text: str, **options: Any) -> LLMatcher:
+        made.append(text)
+        return LLMatcher(tokens, text, **options)
+
+    monkeypatch.setattr("gpu_worker.grammars.LLMatcher", counted)
+    [prompt] = prompts(1, VOCAB)
+    request = replace(greedy_request("0", "", prompt, 4), grammar=GRAMMARS["choice"])
+    first = ask(engine, [request])
+    again = ask(engine, [replace(request, rid=str(i)) for i in range(1, 5)])
+    assert set(map(tuple, again.ids.values())) == {tuple(first.ids["0"])}
+    assert made == [GRAMMARS["choice"]]
