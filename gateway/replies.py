@@ -89,7 +89,8 @@ class Subscription:
         self._pending: list[m.Delta] = []
         self._waiter: asyncio.Future[None] | None = None
         self._until_s = 0.0  # when the present wait is over, as the loop counts
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_s = 0.0  # when it goes off
 
     def push(self, delta: m.Delta) -> None:
         """Add a delta. Over the limit only the newest of each request is kept."""
@@ -138,17 +139,21 @@ class Subscription:
     def _set_timer(self, loop: asyncio.AbstractEventLoop, until_s: float) -> None:
         """End the wait at `until_s`. A timer that is set goes off first and is set again: not one for every token."""
         self._until_s = until_s
-        if self._timer is not None and self._timer.when() > until_s:
+        if self._timer is not None and self._timer_s > until_s:
             self.close()
         if self._timer is None:
-            self._timer = loop.call_at(until_s, self._time_over, loop)
+            self._start_timer(loop)
+
+    def _start_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        # What is due within half a millisecond is no timer of uvloop's and cannot tell when it goes off.
+        self._timer, self._timer_s = loop.call_at(self._until_s, self._time_over, loop), self._until_s
 
     def _time_over(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
         if self._waiter is None:
             return
         if loop.time() < self._until_s:
-            self._timer = loop.call_at(self._until_s, self._time_over, loop)
+            self._start_timer(loop)
         else:
             self._wake()
 

@@ -6,6 +6,7 @@ import asyncio
 from array import array
 from dataclasses import dataclass, field
 
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -166,3 +167,19 @@ async def test_a_patient_mailbox_wakes_before_it_overflows() -> None:
         for i in range(MAX_PENDING // 2):
             mail.push(m.Delta(RID, 1, i, ids_of(i, i + 1)))
         assert [delta.seq0 for delta in await taken] == list(range(MAX_PENDING // 2))
+
+
+def test_waits_shorter_than_the_services_loop_can_time() -> None:
+    """One is ended by a delta before its time is over; the next is for longer."""
+
+    async def wait() -> list[list[m.Delta]]:
+        subscription = Subscription([RID], eager=True)
+        taken: list[list[m.Delta]] = []
+        for timeout_s in [0.0004, 60] * 20:
+            asyncio.get_running_loop().call_soon(subscription.push, m.Delta(RID, 1, 0, ids_of(0, 1)))
+            taken.append(await subscription.take(timeout_s))
+        subscription.close()
+        return taken
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert all(len(deltas) == 1 for deltas in runner.run(wait()))
