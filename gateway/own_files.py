@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 MAX_KEPT = 32
 """Adapters whose files are kept; those with equal tokenizers share one."""
 
+MAX_FACTS = 10_000
+
 TIMEOUT = httpx2.Timeout(30.0, connect=2.0)
 
 
@@ -42,6 +44,7 @@ class OwnFiles:
         self.base = base
         self._sandbox = sandbox
         self._kept: OrderedDict[str, ModelFiles] = OrderedDict()
+        self._facts: OrderedDict[str, tuple[str, int]] = OrderedDict()  # a digest's never change
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
         self._http = httpx2.AsyncClient(timeout=TIMEOUT, headers=headers, trust_env=False)
@@ -51,10 +54,17 @@ class OwnFiles:
 
     async def facts(self, digest: str) -> tuple[str, int]:
         """Return the hash of an adapter's own texts, "" if it brings none, and of how many tokens it knows, or 0."""
-        record = await self._bus.get(self._bus.keys.adapter(digest), m.AdapterRecord)
-        if record is None:
-            raise NotFound(f"the adapter {digest:.12} has just left the catalogue", param="model")
-        return record.config.get(TEXTS_FIELD, ""), record.vocab_size
+        facts = self._facts.get(digest)
+        if facts is None:
+            record = await self._bus.get(self._bus.keys.adapter(digest), m.AdapterRecord)
+            if record is None:
+                raise NotFound(f"the adapter {digest:.12} has just left the catalogue", param="model")
+            facts = record.config.get(TEXTS_FIELD, ""), record.vocab_size
+        self._facts[digest] = facts
+        self._facts.move_to_end(digest)
+        if len(self._facts) > MAX_FACTS:
+            self._facts.popitem(last=False)
+        return facts
 
     async def files(self, digest: str, texts: str) -> ModelFiles:
         """Return the files to serve an adapter with: the base's, where it brings none (`texts` is ""), or its own.

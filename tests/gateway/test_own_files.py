@@ -99,6 +99,8 @@ async def test_its_template_and_tokenizer_make_the_prompt(
     assert fleet.seen[-1][1].stop_token_ids == []
     beyond = await http.post("/v1/completions", json={**body, "model": "base"})
     assert (beyond.status_code, "is not a token id" in beyond.text) == (400, True)
+    await fleet.bus.redis.delete(fleet.bus.keys.adapter(OWN))
+    assert (await http.post("/v1/completions", json=body)).status_code == 200, "what it brings is known by now"
     assert store.num_asked == 1
 
 
