@@ -20,6 +20,7 @@ from adapter_store.catalogue import Catalogue, field_of
 from adapter_store.mirror import Mirror
 from adapter_store.sources import Changed, Source
 from protocol.adapter_refs import Policy, Reference, parse_source
+from protocol.backoff import REFUSAL, TROUBLE
 from protocol.bus import Bus, now_ms
 from protocol.errors import AdapterRefused, BadRequest, ClientError, LorafleetError, PermissionDenied
 from protocol.fleet_secret import FleetSecret
@@ -35,23 +36,6 @@ FORGET_UNUSED_MS = 7 * 86_400_000
 """So is one that was served. Its content stays on disk until the space is needed."""
 MAX_ON_REQUEST = 5000
 """Names from requests that are kept; the ones not asked for the longest go first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Backoff:
-    """Pauses after failures in a row."""
-
-    first_s: float
-    max_s: float
-
-    def pause_s(self, num_failures: int) -> float:
-        return min(self.first_s * 2.0 ** min(num_failures - 1, 30), self.max_s)
-
-
-TROUBLE = Backoff(1.0, 60.0)
-"""The source did not answer, the disk is full: tried again by itself."""
-REFUSAL = Backoff(5.0, 600.0)
-"""It does not exist, is private, is no good: tried again when somebody asks, but not before this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +253,7 @@ class Registrar:
         """Return the pause before the next try, s."""
         last = self._outcomes.get(field)
         failures = 1 + (last.num_failures if last is not None and last.refused == refused else 0)
+        # Refused: tried again when somebody asks, but not before. In trouble: by itself.
         pause_s = (REFUSAL if refused else TROUBLE).pause_s(failures)
         self._outcomes[field] = Outcome(registration, time.monotonic(), pause_s, failures, refused)
         return pause_s

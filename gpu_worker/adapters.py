@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from gpu_worker.adapter_weights import PoolWeights
 from gpu_worker.extras import Extras
+from gpu_worker.failures import Failures
 from gpu_worker.news import News
 from gpu_worker.packing import HostAdapter
 from protocol.errors import AdapterRefused, Internal, LorafleetError, Unavailable
@@ -112,6 +113,7 @@ class AdapterCache:
         self.num_fetches = 0  # to the host
         self.news = News()
         self._read = read
+        self._failures = Failures()
         self._jobs: dict[str, bool] = {}  # digest -> its job copies into the pool
         self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
         self._wanted: set[str] = set()  # of the last `load`
@@ -181,6 +183,8 @@ class AdapterCache:
             return None
         adapter = self.host.get(digest)
         if adapter is None:
+            if error := self._failures.error(digest, time.monotonic()):
+                return error
             self._start(digest, copies=False, job=lambda: (self._read(digest), None))
             return None
         if error := self._why_never(adapter):
@@ -215,7 +219,8 @@ class AdapterCache:
         self.on_evicted(digest)
 
     def set_pinned(self, digest: str, pinned: bool) -> None:
-        """Say whether an adapter, once in the pool, may leave it."""
+        """Say whether an adapter, once in the pool, may leave it. Who pins one wants it tried now."""
+        self._failures.forget(digest)
         self.pool.set_pinned(digest, pinned)
 
     def set_queued(self, digests: Iterable[str]) -> None:
@@ -255,6 +260,7 @@ class AdapterCache:
             if done.adapter is None:
                 assert done.error is not None
                 failed[done.digest] = done.error
+                self._failures.note(done.digest, done.error, time.monotonic())
                 self.news.tell(AdapterEvent(kind="failed", digest=done.digest, reason=done.error.message))
                 self._prefetches.discard(done.digest)
                 if done.copied:
@@ -275,6 +281,7 @@ class AdapterCache:
                 self.news.tell(AdapterEvent(kind="resident", digest=done.digest, ms=ms, pool_bytes=resident.num_bytes))
             else:
                 self.num_fetches += 1
+                self._failures.forget(done.digest)
                 self._seconds[done.digest] = done.seconds
                 dropped = self.host.put(done.adapter, self._wanted)
                 ms, num_bytes = 1000 * done.seconds, done.adapter.num_bytes

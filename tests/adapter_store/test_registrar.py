@@ -18,9 +18,9 @@ from store_run import RunStore, ask, in_state
 from waiting import wait_until
 
 from adapter_store import registrar
-from adapter_store.registrar import Backoff
 from adapter_store.sources import retry
 from protocol import messages as m
+from protocol.backoff import Backoff
 from protocol.bus import Bus, now_ms
 from protocol.fleet_secret import FleetSecret
 from protocol.keys import private_name

@@ -19,10 +19,10 @@ from scripted_fleet import BASE_NAME, RunningGateway, Script, ScriptedFleet, run
 from waiting import wait_until
 
 from adapter_store import registrar
-from adapter_store.registrar import Backoff
 from adapter_store.service import serve
 from adapter_store.sources import retry
 from protocol import messages as m
+from protocol.backoff import Backoff
 from protocol.bus import Bus
 from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.settings import Settings

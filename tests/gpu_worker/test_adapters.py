@@ -16,7 +16,7 @@ from gpu_worker.orders import Orders
 from gpu_worker.packing import HostAdapter, Packer
 from gpu_worker.places import Places
 from lora_kernels.ops import PAGE_ROWS
-from protocol.errors import AdapterRefused, BadRequest
+from protocol.errors import AdapterRefused, BadRequest, LorafleetError, NotFound
 from protocol.messages import AdapterEvent, ServedModel, SiteShape
 
 SITES = [
@@ -63,6 +63,8 @@ class Loading:
     def _read(self, digest: str) -> HostAdapter:
         self.reads.append(digest)
         assert self.store_answers.wait(timeout=60)
+        if digest not in self.known:
+            raise NotFound(f"no adapter store has the adapter {digest}")
         return self.known[digest]
 
     def load(self, *wanted: str, until: str) -> None:
@@ -255,6 +257,27 @@ def test_a_pin_that_fails_says_why_and_is_tried_when_it_is_ordered_again() -> No
     assert loading.orders.wanted() == []
     loading.orders.pin("huge")
     assert loading.orders.wanted() == ["huge"]
+
+
+def test_one_that_failed_is_not_tried_by_every_request_but_by_a_new_pin() -> None:
+    loading = Ordered(2, [])
+
+    def ask() -> dict[str, LorafleetError]:
+        failed = loading.cache.load(["a"])
+        while loading.cache.loading:
+            assert loading.news.wait(timeout=60)
+            loading.news.clear()
+            failed |= loading.cache.poll()
+        return failed
+
+    first, second = ask(), ask()
+    assert first["a"] is second["a"]
+    assert loading.reads == ["a"]
+    loading.known["a"] = make_adapter("a", 8)
+    assert ask() == first
+    loading.orders.pin("a")
+    loading.run()
+    assert loading.cache.resident == ["a"]
 
 
 def test_an_eviction_frees_pool_and_host_and_says_how_much() -> None:
