@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from protocol.backoff import REFUSAL, TROUBLE
-from protocol.errors import ClientError, LorafleetError
+from protocol.errors import AdapterRefused, LorafleetError
 
 MAX_KEPT = 10_000
 
@@ -28,7 +28,7 @@ class Failures:
         """Remember that an adapter could not be loaded; the more often in a row, the longer."""
         last = self._kept.pop(digest, None)
         num_in_row = last.num_in_row + 1 if last is not None else 1
-        pause_s = (REFUSAL if isinstance(error, ClientError) else TROUBLE).pause_s(num_in_row)
+        pause_s = (REFUSAL if isinstance(error, AdapterRefused) else TROUBLE).pause_s(num_in_row)
         self._kept[digest] = _Failure(error, num_in_row, now_s + pause_s)
         if len(self._kept) > MAX_KEPT:
             self._kept.popitem(last=False)

@@ -1,4 +1,4 @@
-"""A store process killed at the worst moments: it comes back, goes on, and nothing half done was ever given out."""
+"""A store process killed at the worst moments, and on a full disk: it goes on, nothing half done is ever given out."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from protocol.settings import Settings
 
 
 @contextmanager
-def store_process(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a store in a process of its own; at the end it is killed without a warning."""
-    environment = os.environ | settings.environment()
-    process = subprocess.Popen([sys.executable, "-m", "adapter_store"], env=environment, stderr=subprocess.DEVNULL)
+def store_process(settings: Settings, *within: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a store in a process of its own, by way of a command that becomes it; at the end it is killed unwarned."""
+    command = [*within, sys.executable, "-m", "adapter_store"]
+    process = subprocess.Popen(command, env=os.environ | settings.environment(), stderr=subprocess.DEVNULL)
     try:
         yield process
     finally:
@@ -56,14 +56,16 @@ async def hub() -> AsyncIterator[HubStub]:
         yield stub
 
 
-async def test_killed_in_mid_download(bus: Bus, settings: Settings, hub: HubStub) -> None:
+async def test_killed_in_mid_download(
+    bus: Bus, settings: Settings, hub: HubStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The next process goes on where the bytes end, as soon as the lease of the dead one has run out."""
     await bus.set(bus.keys.base, BASE)
     hub.repos["org/a"] = Repo()
     hub.repos["org/a"].commit(
         {CONFIG_FILE: json.dumps(lora_config()).encode(), WEIGHTS_FILE: safetensors(lora_tensors())}
     )
-    settings = settings.model_copy(update={"hub_endpoint": hub.url})
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
     await bus.register(m.Registration(name="a", source="hub:org/a", asked_ms=now_ms()))
     hub.gate = asyncio.Event()
     staging = settings.data / "adapters" / "staging"
@@ -118,6 +120,26 @@ async def test_killed_in_mid_write(bus: Bus, settings: Settings, num_blobs: int)
         async with httpx2.AsyncClient() as http:
             assert (await http.get(f"{url}/health")).json()["num_blobs"] == 20
     assert not list((settings.data / "adapters" / "trash").iterdir())
+
+
+async def test_full_disk(bus: Bus, settings: Settings) -> None:
+    """A clear reason; what is there is served on; once there is room, the adapter comes by itself."""
+    await bus.set(bus.keys.base, BASE)
+    assert settings.adapters is not None
+    write_adapter(settings.adapters / "old")
+    settings.data.mkdir()
+    small_disk = f"mount -t tmpfs -o size=256k none '{settings.data}'; exec \"$@\""
+    with store_process(settings, "unshare", "--map-root-user", "--mount", "sh", "-ec", small_disk, "-") as process:
+        old = await in_state(bus, "old", "on_disk")
+        url = await url_of(bus, set())
+        write_adapter(settings.adapters / "new", seed=2, rank=1000)
+        assert "disk is full" in (await in_state(bus, "new", "failed")).reason
+        await ask(url, old.digest)
+        there = ["nsenter", f"--target={process.pid}", "--user", "--preserve-credentials", "--mount", "--"]
+        await asyncio.to_thread(
+            subprocess.run, [*there, "mount", "-o", "remount,size=4m", str(settings.data)], check=True
+        )
+        await ask(url, (await in_state(bus, "new", "on_disk")).digest)
 
 
 async def test_ends_when_told(bus: Bus, settings: Settings, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -334,27 +333,6 @@ async def test_more_adapters_than_disk(bus: Bus, root: Path, run_store: RunStore
         await ask(await store.url(), digest)
     async with httpx2.AsyncClient() as http:
         assert (await http.get(f"{await store.url()}/health")).json()["num_bytes"] <= 3 * size
-
-
-async def test_full_disk(
-    bus: Bus, root: Path, settings: Settings, run_store: RunStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A clear reason; what is there is served on; once there is room, the adapter comes by itself."""
-    await bus.set(bus.keys.base, BASE)
-    write_adapter(root / "old")
-    store = run_store()
-    old = await in_state(bus, "old", "on_disk")
-    limited: Callable[..., int] = os.pread
-
-    def full(*args: Any) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "pread", full)
-    write_adapter(root / "new", seed=2)
-    assert "disk is full" in (await in_state(bus, "new", "failed")).reason
-    await ask(await store.url(), old.digest)
-    monkeypatch.setattr(os, "pread", limited)
-    await in_state(bus, "new", "on_disk")
 
 
 async def test_a_thousand_adapters(bus: Bus, root: Path, run_store: RunStore) -> None:

@@ -15,10 +15,12 @@ from factories import make_adapter, make_tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from gpu_worker import failures
 from gpu_worker.engine import Engine
 from gpu_worker.fetch import AdapterFiles
 from gpu_worker.load import load_engine
 from gpu_worker.request import EngineRequest, TokenOutput
+from protocol.backoff import Backoff
 from protocol.errors import AdapterRefused, BadRequest, LorafleetError, NotFound
 from protocol.messages import Sampling
 from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE, parse_config
@@ -125,7 +127,8 @@ def test_an_adapter_that_cannot_be_had_fails_its_requests_only(running: Running)
     assert "fault of ours" not in str(ends["crash"].error)
 
 
-def test_a_failed_adapter_is_tried_again_for_a_new_request(running: Running) -> None:
+def test_a_failed_adapter_is_tried_again_for_a_new_request(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "TROUBLE", Backoff(0.0, 0.0))
     for _ in range(2):
         running.thread.submit(request("x", "missing"))
         running.ends({"x"})
