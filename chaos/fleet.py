@@ -37,6 +37,7 @@ class Member:
     process: subprocess.Popen[bytes] | None = None
     started_ms: int = 0  # unix time
     paused: bool = False  # by SIGSTOP
+    within: tuple[str, ...] = ()  # a command that runs the service's, such as nsenter; it must become it
 
     @property
     def is_running(self) -> bool:
@@ -102,7 +103,7 @@ class ProcessFleet:
         """Start a member, declared or new."""
         member = self.members.get(name or service) or self.add(service, name)
         environment = os.environ | member.settings.environment() | {lifeline.VARIABLE: "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "lorafleet", "serve", service]
+        command = [*member.within, sys.executable, "-m", "lorafleet", "serve", service]
         member.started_ms, member.paused = now_ms(), False
         with member.log.open("ab") as log:
             member.process = subprocess.Popen(
