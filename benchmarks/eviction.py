@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,35 +47,56 @@ class Outcome:
     load_s: float
 
 
-def run(policy: str, zipf: float, *, num_adapters: int, num_slots: int, num_requests: int, num_running: int) -> Outcome:
-    """Play one trace; the first tenth warms the pool and is not counted."""
-    random = np.random.default_rng(0)
+def zipf_trace(random: np.random.Generator, num_adapters: int, num_requests: int, zipf: float) -> np.ndarray:
+    """Return which adapter each request is for: int64 [requests], 0 the most popular one."""
     weights = np.arange(1, num_adapters + 1) ** -zipf
-    trace = random.choice(num_adapters, num_requests, p=weights / weights.sum())
-    pages = [-(-RANKS[rank] // PAGE_ROWS) for rank in random.integers(0, len(RANKS), num_adapters)]
-    cost: Callable[[str], float] = lambda digest: LATENCY_S + pages[int(digest)] * PAGE_BYTES / BYTES_PER_S  # noqa: E731
+    return random.choice(num_adapters, num_requests, p=weights / weights.sum())
+
+
+def play(policy: str, trace: np.ndarray, pages: Sequence[int], *, capacity: int, num_running: int) -> np.ndarray:
+    """Play a trace from an empty pool of `capacity` pages; adapters take `pages`, so many requests run at once.
+
+    Returns whether each request found its adapter: bool [requests].
+    """
+    cost: Callable[[str], float] = lambda digest: load_s(pages[int(digest)])  # noqa: E731
     kind = LruPool if policy == "LRU" else PagePool
-    pool = kind((round(num_slots * float(np.mean(pages))),), (PAGE_BYTES,), num_adapters, cost)
+    pool = kind((capacity,), (PAGE_BYTES,), len(pages), cost)
     running: deque[str] = deque()
-    hits = loads = loaded_bytes = 0
-    load_s = 0.0
+    hits = np.zeros(len(trace), bool)
     for i, adapter in enumerate(trace):
-        digest, counted = str(adapter), i >= num_requests // 10
+        digest = str(adapter)
         if len(running) == num_running:
             pool.release(running.popleft())
         if digest in pool.residents:
-            hits += counted
+            hits[i] = True
         else:
             while pool.reserve(digest, (pages[adapter],)) is None:
                 pool.release(running.popleft())  # those in use never leave: it waits for one of them
             pool.publish(digest)
-            loads += counted
-            loaded_bytes += counted * pages[adapter] * PAGE_BYTES
-            load_s += counted * cost(digest)
         pool.acquire(digest)
         running.append(digest)
     pool.check_integrity()
-    return Outcome(policy, zipf, round(hits / (hits + loads), 4), loads, loaded_bytes, round(load_s, 2))
+    return hits
+
+
+def load_s(num_pages: int) -> float:
+    """Return the seconds that loading an adapter takes."""
+    return LATENCY_S + num_pages * PAGE_BYTES / BYTES_PER_S
+
+
+def run(policy: str, zipf: float, *, num_adapters: int, num_slots: int, num_requests: int, num_running: int) -> Outcome:
+    """Play one trace over adapters of all `RANKS`; the first tenth warms the pool and is not counted."""
+    random = np.random.default_rng(0)
+    trace = zipf_trace(random, num_adapters, num_requests, zipf)
+    pages = [-(-RANKS[rank] // PAGE_ROWS) for rank in random.integers(0, len(RANKS), num_adapters)]
+    capacity = round(num_slots * float(np.mean(pages)))
+    warm = num_requests // 10
+    hits = play(policy, trace, pages, capacity=capacity, num_running=num_running)[warm:]
+    loaded = [pages[adapter] for adapter, hit in zip(trace[warm:], hits, strict=True) if not hit]
+    return Outcome(
+        policy, zipf, round(float(hits.mean()), 4), len(loaded), sum(loaded) * PAGE_BYTES,
+        round(sum(map(load_s, loaded)), 2),
+    )  # fmt: skip
 
 
 def main() -> None:
