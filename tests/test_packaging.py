@@ -56,7 +56,7 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", sorted(PACKAGES))
 def test_packages_import_only_what_the_design_allows(package: str) -> None:
     assert sources(package), "the check would prove nothing"
     allowed = MAY_IMPORT[package] | {package}

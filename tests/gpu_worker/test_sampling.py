@@ -99,7 +99,7 @@ def test_temperature_zero_is_greedy_inside_a_mixed_batch() -> None:
         ({"min_p": 0.2}, MinPLogitsWarper(0.2)),
         ({"typical_p": 0.6}, TypicalLogitsWarper(0.6)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else type(value).__name__,
 )
 def test_each_filter_keeps_what_hugging_face_keeps(fields: dict[str, Any], warper: Any) -> None:
     logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(5))
