@@ -1,10 +1,11 @@
 """What streams of warm adapters notice of adapters never seen before.
 
-    python -m benchmarks.cold_loads [--model FOLDER] [--short]
+    python -m benchmarks.cold_loads [--model FOLDER] [--short] [--sources near,slow] [--rounds N]
 
 Eight streams of eight resident adapters are measured in turns: alone; beside short requests for resident adapters;
 beside as many for adapters that have to be loaded first, each asked for once. What loading costs is the difference of
-the last two. The same once more with the store behind a slow link: 200 ms before every answer, then 5 MB/s.
+the last two. The same once more with the store behind a slow link: 200 ms before every answer, then 5 MB/s. How many
+adapters were loaded depends on how long the streams take: about 60 a round.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def identical(cases: dict[str, Case]) -> bool:
 
 def run_source(slow: bool, args: Any, model: Path, adapters: Path, cold: Iterator[str]) -> dict[str, Case]:
     """Start a fleet whose store is near or far, and measure."""
-    rounds, output_tokens = (1, 400) if args.short else (4, 1000)
+    rounds, output_tokens = (1, 400) if args.short else (args.rounds, 1000)
     with ExitStack() as stack:
         scratch = stack.enter_context(scratch_folder())
         flags, environment = [], {}
@@ -126,17 +127,20 @@ def markdown(sources: dict[str, dict[str, Case]]) -> str:
 
 
 def main() -> None:
-    args = report.parser(__doc__).parse_args()
+    parser = report.parser(__doc__)
+    parser.add_argument("--sources", default="near,slow", help="near, slow, or both (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each case (%(default)s)")
+    args = parser.parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
-    num_cold = COLD_PER_TURN * (1 if args.short else 4)
+    kinds = args.sources.split(",")
+    num_cold = COLD_PER_TURN * (1 if args.short else args.rounds)
     with scratch_folder() as scratch:
         adapters = scratch / "adapters"
         cold = [f"cold-{index}" for index in range(num_cold)]
         make_adapters(model, adapters, [*WARM, *RESIDENT, *cold], [RANK])
         num_bytes = adapter_bytes(adapters, cold[0])
-        sources = {"local disk": run_source(False, args, model, adapters, iter(cold))}
-        slow = f"{1e3 * LATENCY_S:.0f} ms, {BYTES_PER_S / 1e6:.0f} MB/s"
-        sources[slow] = run_source(True, args, model, adapters, iter(cold))
+        names = {"near": "local disk", "slow": f"{1e3 * LATENCY_S:.0f} ms, {BYTES_PER_S / 1e6:.0f} MB/s"}
+        sources = {names[kind]: run_source(kind == "slow", args, model, adapters, iter(cold)) for kind in kinds}
     results = {
         "machine": machine, "rank": RANK, "adapter_bytes": num_bytes, "requests_per_s": RATE_PER_S,
         "sources": {
