@@ -13,7 +13,8 @@ import sys
 from benchmarks import report
 from benchmarks.fleet import quickstart_model
 
-FULL = ("kernels", "distinct_adapters", "adapters", "cold_loads", "hit_rate", "mixed_ranks", "control_plane")
+FULL = ("kernels", "distinct_adapters", "adapters", "cold_loads", "hit_rate", "mixed_ranks", "fairness", "prediction",
+        "control_plane")  # fmt: skip
 SHORT = ("distinct_adapters", "adapters", "cold_loads", "mixed_ranks", "control_plane")
 OWN_FLAGS = ("kernels",)  # it has sizes and an output file of its own
 

@@ -23,6 +23,7 @@ def set_up_logging(service: str, level: str) -> None:
         stream=sys.stderr,
         force=True,
     )
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells of every request
 
 
 def run(main: Callable[[asyncio.Event], Awaitable[int]], *, sendfile: bool = False) -> int:

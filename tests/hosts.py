@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 FIRST, SECOND = "10.77.0.1", "10.77.0.2"
 
@@ -48,3 +50,38 @@ def _kept(*command: str) -> Iterator[int]:
         assert process.stdout is not None
         assert process.stdout.readline() == b"\n"
         yield process.pid
+
+
+RELAY = """
+import asyncio, sys
+port, path = sys.argv[1:]
+async def copy(reader, writer):
+    try:
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    except OSError:
+        pass
+    writer.close()
+async def serve(reader, writer):
+    ahead = await asyncio.open_unix_connection(path)
+    await asyncio.gather(copy(reader, ahead[1]), copy(ahead[0], writer))
+async def main():
+    async with await asyncio.start_server(serve, "0.0.0.0", int(port)):
+        print(flush=True)
+        await asyncio.Future()
+asyncio.run(main())
+"""
+
+
+@contextmanager
+def relay(host: Host, port: int, path: Path) -> Iterator[str]:
+    """Yield an address of a host, `address:port`, at which the server of a Unix socket answers."""
+    command = [*host.within, sys.executable, "-c", RELAY, str(port), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n"
+        try:
+            yield f"{host.address}:{port}"
+        finally:
+            process.terminate()

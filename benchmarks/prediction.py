@@ -1,0 +1,139 @@
+"""How well `lorafleet simulate` foretells a real fleet of this machine.
+
+    python -m benchmarks.prediction [--model FOLDER] [--short]
+
+A fleet of one worker and 32 adapters is asked at Poisson times, once for less and once for more than it can do. What it
+was asked, and when, is then played to the simulation, with the step-time model that the worker itself had fitted before
+the load and the sizes it reported. Nothing is fitted to what is foretold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from benchmarks import report
+from benchmarks.fleet import Setup, adapter_bytes, fleet, make_adapters, quickstart_model, scratch_folder
+from lorafleet.bench import BenchConfig, BenchResult, Target, run_bench
+from protocol import messages as m
+from protocol.keys import INTERACTIVE
+from scheduler.core import Policy
+from scheduler.placement import AdapterFacts, Bandwidths
+from scheduler.simulation.policies import POLICIES, make_dispatcher
+from scheduler.simulation.run import Arrival, Simulation
+from scheduler.simulation.trace import FAR_AHEAD_MS
+from scheduler.simulation.worker import WorkerModel
+
+NAMES = [f"adapter-{index}" for index in range(32)]
+RANK = 16
+PROMPT_WORDS, OUTPUT_TOKENS = 64, 64
+SHARES = {"below capacity": 0.7, "above capacity": 1.4}
+CPU_STEP_TOKENS = 512  # what a worker takes on a CPU
+AT_ONCE = Bandwidths(host=1e12, remote=1e12, host_ms=0, remote_ms=0)  # the fleet's adapters are in its pool already
+CONCURRENCY = 32  # of the load that shows what the fleet can do
+
+
+def config(url: str, **fields: Any) -> BenchConfig:
+    """Return a load of all adapters, Zipf-popular."""
+    targets = tuple(Target.model(name) for name in NAMES)
+    return BenchConfig(
+        url=url, targets=targets, zipf_s=1.0, prompt_words=PROMPT_WORDS, output_tokens=OUTPUT_TOKENS, **fields
+    )
+
+
+def trace(result: BenchResult) -> list[Arrival]:
+    """Return what the fleet was asked, as the simulation takes it. Raises RuntimeError on errors."""
+    if result.errors:
+        raise RuntimeError(f"requests failed: {result.errors}")
+    records = sorted(result.records, key=lambda record: record.start_s)
+    arrivals: list[Arrival] = []
+    for number, record in enumerate(records):
+        submit = m.Submit(
+            rid=f"r{number}", tenant=record.target, cls=INTERACTIVE, digest=record.target,
+            num_prompt_tokens=record.prompt_tokens, max_new_tokens=record.output_tokens, deadline_ms=FAR_AHEAD_MS,
+            gateway="",
+        )  # fmt: skip
+        arrivals.append(Arrival(1000 * (record.start_s - records[0].start_s), submit, record.output_tokens))
+    return arrivals
+
+
+def real_figures(result: BenchResult) -> dict[str, float]:
+    """Return what is compared, as measured by the client."""
+    summary = result.summary
+    return {
+        "tok/s": summary.output_tokens_per_s, "TTFT p50, ms": summary.ttft.p50_ms, "TTFT p90, ms": summary.ttft.p90_ms,
+        "answer p50, ms": summary.e2e.p50_ms, "answer p90, ms": summary.e2e.p90_ms,
+    }  # fmt: skip
+
+
+def foretold_figures(
+    arrivals: Sequence[Arrival], model: WorkerModel, facts: dict[str, AdapterFacts]
+) -> dict[str, float]:
+    """Return the same of the simulation."""
+    outcome = Simulation(make_dispatcher(POLICIES[0], Policy(), facts), model, 1, facts).run(arrivals)
+    first = np.array([request.first_ms - request.submitted_ms for request in outcome.requests])
+    whole = np.array([request.ended_ms - request.submitted_ms for request in outcome.requests])
+    return {
+        "tok/s": outcome.output_tokens_per_s, "TTFT p50, ms": float(np.percentile(first, 50)),
+        "TTFT p90, ms": float(np.percentile(first, 90)), "answer p50, ms": float(np.percentile(whole, 50)),
+        "answer p90, ms": float(np.percentile(whole, 90)),
+    }  # fmt: skip
+
+
+def worker_model(beat: m.WorkerBeat) -> WorkerModel:
+    """Return a worker like the one that sent a beat."""
+    return WorkerModel(
+        capacity=beat.capacity, max_step_tokens=CPU_STEP_TOKENS, step=beat.step_model,
+        pool_bytes=beat.pool_bytes_total, host_bytes=beat.pool_bytes_total, bandwidths=AT_ONCE,
+    )  # fmt: skip
+
+
+def draw(axes: Sequence[Any], results: dict[str, dict[str, dict[str, float]]]) -> None:
+    for axis, (load, rows) in zip(axes, results.items(), strict=True):
+        names = list(rows["real"])
+        ratios = [rows["foretold"][name] / rows["real"][name] for name in names]
+        axis.barh(range(len(names)), ratios, color=report.BLUE)
+        axis.axvspan(0.9, 1.1, color=report.GREEN, alpha=0.25)
+        axis.axvline(1, color=report.INK, linewidth=1)
+        axis.set(yticks=range(len(names)), yticklabels=names, title=load, xlabel="foretold ÷ real")
+        axis.invert_yaxis()
+
+
+def main() -> None:
+    args = report.parser(__doc__).parse_args()
+    machine, model = report.machine(), args.model or quickstart_model()
+    seconds = 20 if args.short else 60
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    models: dict[str, Any] = {}
+    with scratch_folder() as scratch:
+        adapters = scratch / "adapters"
+        make_adapters(model, adapters, NAMES, [RANK])
+        facts = {name: AdapterFacts(RANK, adapter_bytes(adapters, name)) for name in NAMES}
+        with fleet(Setup(model, adapters, scratch)) as running:
+            run_bench(config(running.url, num_requests=len(NAMES) * 2, concurrency=CONCURRENCY))
+            at_full = run_bench(config(running.url, num_requests=8 * CONCURRENCY, concurrency=CONCURRENCY, seed=1))
+            requests_per_s = at_full.summary.requests_per_s
+            for load, share in SHARES.items():
+                rate = share * requests_per_s
+                beat = running.beats()[0]
+                result = run_bench(
+                    config(running.url, num_requests=round(rate * seconds), concurrency=512, rate_per_s=rate, seed=2)
+                )
+                foretold = foretold_figures(trace(result), worker_model(beat), facts)
+                results[load] = {"real": real_figures(result), "foretold": foretold}
+                models[load] = {"rate_per_s": rate, "step_model": msgspec.to_builtins(beat.step_model)}
+    rows = [
+        (load, name, f"{value:,.0f}", f"{both['foretold'][name]:,.0f}", f"{both['foretold'][name] / value:.2f}")
+        for load, both in results.items()
+        for name, value in both["real"].items()
+    ]
+    print(report.table(("load", "figure", "real", "foretold", "foretold ÷ real"), rows))
+    saved = {"machine": machine, "seconds": seconds, "worker": models, "figures": results}
+    report.save(args.out / "prediction", saved, 2, lambda axes: draw(axes, results))
+
+
+if __name__ == "__main__":
+    main()
