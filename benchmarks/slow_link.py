@@ -1,12 +1,15 @@
-"""A TCP relay that is as slow as a distant source: latency before every request, a rate for every answer."""
+"""A TCP relay that is as slow as a distant source: latency before every request, a rate for every answer.
+
+It runs in a process of its own, as far from the clients that measure as from those that are measured.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-import threading
+import subprocess
+import sys
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -51,20 +54,18 @@ def free_port() -> int:
 
 @contextmanager
 def slow_link(link: Link) -> Iterator[int]:
-    """Relay in a thread until the block is left; yields the port to connect to."""
-    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event, int]] = Future()
+    """Relay until the block is left; yields the port to connect to."""
+    command = [sys.executable, "-m", "benchmarks.slow_link", str(link.port), str(link.latency_s), str(link.bytes_per_s)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        yield int(process.stdout.readline())
 
-    async def run() -> None:
-        stop = asyncio.Event()
-        async with await asyncio.start_server(link.serve, "127.0.0.1", 0) as server:
-            started.set_result((asyncio.get_running_loop(), stop, server.sockets[0].getsockname()[1]))
-            await stop.wait()
 
-    thread = threading.Thread(target=asyncio.run, args=(run(),))
-    thread.start()
-    loop, stop, port = started.result()
-    try:
-        yield port
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join()
+async def _run(link: Link) -> None:
+    async with await asyncio.start_server(link.serve, "127.0.0.1", 0) as server:
+        print(server.sockets[0].getsockname()[1], flush=True)
+        await asyncio.to_thread(sys.stdin.read)  # until whoever started this ends, or closes it
+
+
+if __name__ == "__main__":
+    asyncio.run(_run(Link(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))))

@@ -26,7 +26,7 @@ from protocol.messages import AdapterEvent
 
 logger = logging.getLogger(__name__)
 
-NUM_STAGERS = 4
+NUM_STAGERS = 16
 """Adapters on their way to the host at once. Copies into the pool have their own thread: no slow store stops them."""
 
 MAX_STARVED_LOADS = 64

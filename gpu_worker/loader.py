@@ -34,10 +34,12 @@ from protocol.service import set_up_logging
 
 logger = logging.getLogger(__name__)
 
-NICE = 10
-"""Where the cores are busy, the loader gets a tenth of one: steps of warm requests go first."""
+NICE = 19
+"""Where the cores are busy, the loader gets what steps of warm requests leave, and a hundredth."""
 
-NUM_FETCHES = 4
+NUM_FETCHES = 16
+"""Adapters on their way at once: slow ones keep no fast one waiting. They are packed one by one."""
+
 MAX_DEATHS = 3
 """Loaders that may die under one adapter."""
 
@@ -287,6 +289,7 @@ class _Server:
         self._packer: RowPacker | None = None
         self._tokenizer = ""
         self._fetchers = ThreadPoolExecutor(NUM_FETCHES, thread_name_prefix="fetcher")
+        self._packing = threading.Lock()
         self._sending = threading.Lock()
 
     def take(self, message: Message) -> None:
@@ -322,7 +325,8 @@ class _Server:
                 memory.append(_memory(num_bytes))
                 return mmap.mmap(memory[0], num_bytes)
 
-            rows = self._packer.pack(files.config, files.weights, allocate)
+            with self._packing:
+                rows = self._packer.pack(files.config, files.weights, allocate)
             if rows is not None:
                 ranks, scales = rows.ranks.tobytes(), rows.scales.tobytes()
                 return Packed(order.number, ranks, scales, rows.invocation, tokenizer), memory[0]

@@ -73,7 +73,8 @@ def client(request: pytest.FixtureRequest) -> Iterator[StoreClient | Loader]:
     """Both in this process and in one of its own."""
     client = request.param()
     yield client
-    client.close()
+    if isinstance(client, Loader):
+        client.close()
 
 
 def test_a_store_that_lacks_it_or_gives_something_else_is_passed_over(client: StoreClient | Loader) -> None:
