@@ -39,7 +39,9 @@ class AdapterBus:
     async def alias(self, name: str, tenant: str = "") -> m.Alias | None:
         """Return what an adapter name stands for now: everybody's, or a tenant's private one."""
         raw = await self.redis.hget(self.keys.adapters, private_name(name, tenant))
-        return None if raw is None else decode(raw, m.Alias)
+        found = decode(raw, m.Alias) if raw is not None else None
+        # A name from outside may hold a NUL, and so be the field of another tenant's.
+        return found if found is not None and found.tenant == tenant else None
 
     async def aliases(self, tenant: str | None = "") -> list[m.Alias]:
         """Return everybody's names and those of `tenant`; None: all there are."""
@@ -58,15 +60,17 @@ class AdapterBus:
     async def registration(self, name: str, tenant: str = "") -> m.Registration | None:
         """Return what a name is registered for."""
         raw = await self.redis.hget(self.keys.registrations, private_name(name, tenant))
-        return None if raw is None else decode(raw, m.Registration)
+        found = decode(raw, m.Registration) if raw is not None else None
+        return found if found is not None and found.tenant == tenant else None
 
     async def unregister(self, name: str, tenant: str = "", *, unless_asked_after: int | None = None) -> bool:
         """Take a registration back; the stores then remove the name. False if there was none, or a newer one."""
         field, registered = private_name(name, tenant), self.keys.registrations
         raw = await self.redis.hget(registered, field)
-        if raw is None:
+        found = decode(raw, m.Registration) if raw is not None else None
+        if found is None or found.tenant != tenant:
             return False
-        if unless_asked_after is not None and decode(raw, m.Registration).asked_ms > unless_asked_after:
+        if unless_asked_after is not None and found.asked_ms > unless_asked_after:
             return False
         script = "return redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] and redis.call('HDEL', KEYS[1], ARGV[1]) or 0"
         if not await self.redis.eval(script, 1, registered, field, raw):

@@ -145,6 +145,7 @@ async def test_tenants_see_their_own_adapters_and_those_that_are_for_them(
         return submit.digest
 
     assert [await digest(acme, name) for name in ("acme-de", "common", "secret")] == ["d1", "d4", 404]
+    assert [await digest(headers, "acme\0common") for headers in (acme, other, ops)] == [404, 404, 404]
     assert [await digest(other, name) for name in ("acme-de", "common", "secret")] == ["d1", "d2", 404]
     assert {submit.tenant for submit, _ in fleet.seen} == {"acme", "other"}
     assert (await http.get("/v1/models/secret", headers=acme)).status_code == 404
