@@ -11,6 +11,7 @@ from fastapi import FastAPI, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse, Response
 
+from gateway import openapi
 from gateway.adapter_life import AdapterLife, Unloaded, Wanted
 from gateway.adapter_memory import Freed
 from gateway.callers import Caller, caller_of
@@ -172,16 +173,16 @@ class AdapterEndpoints:
 
 def add_adapter_routes(app: FastAPI, endpoints: AdapterEndpoints) -> None:
     """Bind paths to handlers."""
-    app.get("/v1/adapters")(endpoints.list)
-    app.post("/v1/adapters")(endpoints.register)
+    app.get("/v1/adapters", responses=openapi.PAGE)(endpoints.list)
+    app.post("/v1/adapters", responses=openapi.REGISTERED)(endpoints.register)
     for what, handler in (
         ("preload", endpoints.preload), ("pin", endpoints.pin), ("unpin", endpoints.unpin), ("evict", endpoints.evict),
     ):  # fmt: skip
-        app.post(f"/v1/adapters/{{name:path}}/{what}")(handler)
+        app.post(f"/v1/adapters/{{name:path}}/{what}", responses=openapi.LATER)(handler)
     app.get("/v1/adapters/{name:path}")(endpoints.get)
-    app.delete("/v1/adapters/{name:path}")(endpoints.unload)
-    app.post("/v1/load_lora_adapter")(endpoints.load_lora)
-    app.post("/v1/unload_lora_adapter")(endpoints.unload_lora)
+    app.delete("/v1/adapters/{name:path}", responses=openapi.LATER)(endpoints.unload)
+    app.post("/v1/load_lora_adapter", response_class=openapi.PlainText)(endpoints.load_lora)
+    app.post("/v1/unload_lora_adapter", response_class=openapi.PlainText)(endpoints.unload_lora)
 
 
 def _freed(freed: Freed) -> dict[str, Any]:

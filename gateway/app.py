@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import lorax_metrics
+from gateway import lorax_metrics, openapi
 from gateway.adapter_routes import AdapterEndpoints, add_adapter_routes
 from gateway.callers import CALLER
 from gateway.errors import add_handlers
@@ -45,7 +45,7 @@ def build_app(
     keys: ApiKeys | None,
 ) -> Envelope:
     """Return the application. `keys`: None when it answers to anybody."""
-    app = FastAPI(title="Lorafleet", docs_url=None, redoc_url=None)
+    app = FastAPI(title="Lorafleet", docs_url=None, redoc_url=None, responses=openapi.OPENAI)
     add_handlers(app, shape_of)
     add_routes(app, endpoints)
     add_native_routes(app, native)

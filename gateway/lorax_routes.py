@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from gateway import lorax_metrics
+from gateway import lorax_metrics, openapi
 from gateway.callers import caller_of
 from gateway.calls import Calls
 from gateway.errors import OPENAI_ERRORS, ErrorShape
@@ -146,13 +146,14 @@ async def _makes_tokens(generation: Generation) -> bool:
 def add_native_routes(app: FastAPI, native: NativeEndpoints) -> None:
     """Bind LoRAX's paths to handlers."""
     app.router.route_class = JsonRoute
+    errors = openapi.NATIVE
     for path in ("/", "/invocations"):
-        app.post(path)(native.compat)
-    app.post("/generate")(native.generate)
-    app.post("/generate_stream")(native.generate_stream)
-    app.post("/tokenize")(native.tokenize)
-    app.get("/info")(native.info)
-    app.get("/startup")(native.startup)
-    app.get("/metrics")(native.metrics)
+        app.post(path, responses={**errors, **openapi.STREAMED})(native.compat)
+    app.post("/generate", responses=errors)(native.generate)
+    app.post("/generate_stream", responses=errors, response_class=openapi.EventStream)(native.generate_stream)
+    app.post("/tokenize", responses=errors)(native.tokenize)
+    app.get("/info", responses=errors)(native.info)
+    app.get("/startup", responses=errors, response_class=Response)(native.startup)
+    app.get("/metrics", responses=openapi.METRICS)(native.metrics)
     for path in ("/", "/ping", "/health"):
-        app.get(path)(native.endpoints.health)
+        app.get(path, responses=openapi.HEALTH)(native.endpoints.health)

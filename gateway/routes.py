@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import orjson
 from fastapi import FastAPI, Query, Request
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from gateway import openapi
 from gateway.callers import Caller, caller_of
 from gateway.calls import AnyRequest, Calls, body_hash
 from gateway.jobs import Jobs, JobStatus
@@ -19,6 +21,9 @@ from gateway.openai_api import CHAT, COMPLETIONS, ChatRequest, CompletionRequest
 from protocol.errors import BadRequest, Unavailable
 
 MAX_KEY_CHARACTERS = 255
+MAX_DEPTH = 100
+"""Lists and objects in each other in a body. Whatever else reads it, templates and encoders, takes more than that."""
+
 _PREFER_WAIT = re.compile(r"\bwait=(\d{1,6})\b")
 
 
@@ -109,7 +114,25 @@ class _JsonRequest(Request):
     """Parses bodies with orjson, which refuses what is not JSON (NaN) or no text (lone surrogates)."""
 
     async def json(self) -> Any:
-        return orjson.loads(await self.body())
+        raw = await self.body()
+        value = orjson.loads(raw)
+        if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+            raise HTTPException(400, f"the body is nested too deeply; the limit is {MAX_DEPTH} levels")
+        return value
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    """Tell whether lists and objects lie in each other more than `limit` deep."""
+    level = [value]
+    for _ in range(limit):
+        level = [
+            inner for outer in level if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]  # fmt: skip
+        if not level:
+            return False
+    return True
 
 
 class JsonRoute(APIRoute):
@@ -125,13 +148,13 @@ class JsonRoute(APIRoute):
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     """Bind paths to handlers."""
     app.router.route_class = JsonRoute
-    app.post(CHAT)(endpoints.chat)
-    app.post(COMPLETIONS)(endpoints.completions)
-    app.get("/v1/models")(endpoints.models)
+    app.post(CHAT, responses=openapi.GENERATED)(endpoints.chat)
+    app.post(COMPLETIONS, responses=openapi.GENERATED)(endpoints.completions)
+    app.get("/v1/models", responses=openapi.PAGE)(endpoints.models)
     app.get("/v1/models/{name:path}")(endpoints.model)
-    app.get("/v1/jobs")(endpoints.jobs)
-    app.get("/v1/jobs/{jid}")(endpoints.job)
-    app.post("/v1/jobs/{jid}/cancel")(endpoints.cancel_job)
+    app.get("/v1/jobs", responses=openapi.PAGE)(endpoints.jobs)
+    app.get("/v1/jobs/{jid}", responses=openapi.JOB)(endpoints.job)
+    app.post("/v1/jobs/{jid}/cancel", responses=openapi.JOB)(endpoints.cancel_job)
 
 
 def json_response(value: Any, status: int = 200) -> Response:

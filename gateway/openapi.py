@@ -1,0 +1,101 @@
+"""What `/openapi.json` says of answers: the shapes of errors, and which statuses and media types a route has.
+
+The routes write their answers as bytes; nothing here is run for a request. `make api-check` holds the page against
+them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.responses import Response
+
+JSON = "application/json"
+EVENTS = "text/event-stream"
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+class Health(BaseModel):
+    """Whether requests are served."""
+
+    status: str
+    workers: int
+    error: str | None = None
+    error_type: str | None = None
+
+
+class Page(BaseModel):
+    """A list."""
+
+    object: str
+    data: list[dict[str, Any]]
+
+
+class Usage(BaseModel):
+    """Tokens of a call."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Generated(BaseModel):
+    """A chat completion, or a text completion."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[dict[str, Any]]
+    usage: Usage
+
+
+class Job(BaseModel):
+    """A background job."""
+
+    id: str
+    object: str
+    status: str
+    created_at: int
+    result: dict[str, Any] | None = None
+
+
+class EventStream(Response):
+    media_type = EVENTS
+
+
+class PlainText(Response):
+    media_type = "text/plain"
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _json(description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {JSON: {"schema": schema}}}
+
+
+def _errors(schema: dict[str, Any]) -> Responses:
+    return {status: _json("An error", schema) for status in ("4XX", "5XX")}
+
+
+_TEXT = {"type": "string"}
+_MAYBE = {"type": ["string", "null"]}
+
+OPENAI = _errors(_object(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE)))
+NATIVE = _errors(_object(error=_TEXT, error_type=_TEXT))
+HEALTH: Responses = {200: {"model": Health}, 503: {"model": Health, "description": "Nothing is served now"}}
+PAGE: Responses = {200: {"model": Page}}
+JOB: Responses = {200: {"model": Job}}
+LATER: Responses = {202: _json("Accepted; it is not done yet", {"type": "object"})}
+REGISTERED: Responses = {201: _json("A new name, served", {"type": "object"}), **LATER}
+STREAMED: Responses = {200: {"content": {EVENTS: {"schema": _TEXT}}}}
+GENERATED: Responses = {
+    200: {"model": Generated, "content": {EVENTS: {"schema": _TEXT}}},
+    202: {"model": Job, "description": "A background job"},
+}
+METRICS: Responses = {200: {"content": {"text/plain": {"schema": _TEXT}}}}
