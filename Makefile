@@ -12,7 +12,7 @@ ARGS ?=
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
-.PHONY: demo up test test-models models-table peft-table check lint-fix bench chaos chaos-short soak tour docker-smoke clean help
+.PHONY: demo up test test-models models-table peft-table check lint-fix bench chaos chaos-short soak tour tour-lorax tour-tgi tour-openai api-check docker-smoke clean help
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,10 +58,27 @@ soak: $(VENV)/.stamp-dev  ## an hour of load at 80 %, 200 adapters; ARGS="--minu
 chaos: $(VENV)/.stamp-dev  ## the same, a thousand times: an hour or two; the report is build/chaos/report.md
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 1000 $(ARGS)
 
-tour:  ## LoRAX's own client against a running fleet: make tour URL=http://127.0.0.1:8000 ADAPTER=name
-	test -x build/tour-lorax/bin/python || $(PYTHON) -m venv build/tour-lorax
-	build/tour-lorax/bin/python -m pip install --disable-pip-version-check --quiet lorax-client==0.6.3
-	build/tour-lorax/bin/python examples/lorax_tour.py $(or $(URL),http://127.0.0.1:8000) $(ADAPTER)
+tour: tour-lorax tour-tgi tour-openai  ## other servers' clients against a running fleet: make tour URL=http://127.0.0.1:8000 ADAPTER=name
+
+build/tour-%/bin/python:
+	$(PYTHON) -m venv build/tour-$*
+
+tour-lorax: build/tour-lorax/bin/python
+	$< -m pip install --disable-pip-version-check --quiet lorax-client==0.6.3
+	$< examples/lorax_tour.py $(or $(URL),http://127.0.0.1:8000) $(ADAPTER)
+
+tour-tgi: build/tour-tgi/bin/python
+	$< -m pip install --disable-pip-version-check --quiet text-generation==0.7.0
+	$< examples/tgi_tour.py $(or $(URL),http://127.0.0.1:8000)
+
+tour-openai: build/tour-openai/bin/python
+	$< -m pip install --disable-pip-version-check --quiet 'openai>=2,<3' 'litellm>=1.110' 'langchain-openai>=1.7'
+	$< examples/openai_tour.py $(or $(URL),http://127.0.0.1:8000) $(or $(ADAPTER),base) $(or $(KEY),any)
+
+api-check: build/tour-schemathesis/bin/python  ## hold every route to /openapi.json with generated requests: make api-check URL=http://127.0.0.1:8000
+	$< -m pip install --disable-pip-version-check --quiet 'schemathesis>=4.32,<5'
+	build/tour-schemathesis/bin/schemathesis run $(or $(URL),http://127.0.0.1:8000)/openapi.json --max-examples 60 --request-timeout 20 --phases examples,coverage,fuzzing \
+	  --checks not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance $(ARGS)
 
 docker-smoke: $(VENV)/.stamp-demo  ## build the images, ask two workers, kill one, ask again, take it all down
 	deploy/smoke.sh
