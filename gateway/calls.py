@@ -272,14 +272,14 @@ class Calls:
     ) -> Writer:
         """Return what writes this endpoint's answers."""
         call = call_of(choices[0].rid)
+        shown = [choice for choice in choices if choice.index % options.n < (options.num_best or options.n)]
         kind = ChatWriter if isinstance(request, ChatRequest) else CompletionWriter
         head = Head(kind.id_prefix + call, created_ms // 1000, request.model_name, system_fingerprint)
         if isinstance(request.model, list):
-            num = len(choices) // len(request.model)
+            num = len(shown) // len(request.model)
             head = replace(head, model_of=[name for name in request.models for _ in range(num)])
-        logprobs = options.sampling.num_logprobs is not None
-        tokens = [choice.prompt.files.token_text for choice in choices]
-        return kind(head, tokens, include_usage=options.include_usage, logprobs=logprobs)
+        tokens = [choice.prompt.files.token_text for choice in shown]
+        return kind(head, tokens, include_usage=options.include_usage, logprobs=options.shows_logprobs)
 
     def _response(
         self,

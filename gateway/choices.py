@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from gateway.openai_api import Options
@@ -16,7 +17,7 @@ from protocol.text import OutputText
 
 
 class TokenLogprob(NamedTuple):
-    """A token's logprob, and the most likely tokens at its place."""
+    """A token's logprob, NaN for a prompt's first, and the most likely tokens at its place."""
 
     id: int
     logprob: float
@@ -30,6 +31,7 @@ class Piece:
     index: int
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt: list[TokenLogprob] = field(default_factory=list)  # those of the prompt's tokens, if asked for
     finish: str = ""  # "stop" or "length" at the end
 
 
@@ -56,6 +58,10 @@ class Choice:
         self.prompt = prompt
         self.cursor = Cursor()
         self.num_cached_tokens = 0
+        self.options = options
+        self.needs_prompt = options.sampling.prompt_logprobs
+        """Whether the logprobs of the prompt are still to be given to it, which must be before its first token."""
+        self._prompt: list[TokenLogprob] = []
         self._echo = prompt.text if options.echo else ""
         self._record_bytes = options.record_bytes
         self._shown, self._shown_records = bytearray(), bytearray()  # as in the log
@@ -66,7 +72,7 @@ class Choice:
     @property
     def num_output_tokens(self) -> int:
         """Tokens generated so far, the one that ended the text included."""
-        return self.cursor.next
+        return 0 if self.options.scores_only else self.cursor.next
 
     @property
     def shown(self) -> tuple[bytes, bytes]:
@@ -78,6 +84,11 @@ class Choice:
         """Size of a token's logprob record, 0 without logprobs."""
         return self._record_bytes
 
+    def give_prompt(self, ids: bytes, records: bytes) -> None:
+        """Take the prompt's tokens (int32) and their logprob records, to be shown with the next piece."""
+        self.needs_prompt = False
+        self._prompt = unpack(ids, records)
+
     def take(self, delta: m.Delta, piece: Piece) -> None:
         """Add to `piece` what a delta that needs no log brings. Raises the error that ended the request."""
         if self.cursor.is_stale(delta):
@@ -87,7 +98,9 @@ class Choice:
         self._shown_records += records
         if self._echo:
             piece.text, self._echo = self._echo, ""
-        if ids:
+        if self._prompt:
+            piece.prompt, self._prompt = self._prompt, []
+        if ids and not self.options.scores_only:
             self.absorb(ids, records, piece)
         if delta.usage is not None:
             self.num_cached_tokens = delta.usage.num_cached_tokens
@@ -95,7 +108,9 @@ class Choice:
             raise error_from(delta.error)
         if delta.finish == "cancelled":
             raise Conflict("the request was cancelled", code="cancelled")
-        if delta.finish:
+        if delta.finish and self.options.scores_only:
+            piece.finish = "length"
+        elif delta.finish:
             piece.text += self._output.finish()
             piece.finish = delta.finish
 
@@ -116,6 +131,23 @@ class Choice:
             # The token that only says "end" is no part of the text.
             if not self._output.ended or self._output.stop is not None:
                 piece.logprobs.append(token)
+
+
+def mean_logprob(piece: Piece) -> float:
+    """Return the mean logprob of a choice's output, 0 without one."""
+    return sum(token.logprob for token in piece.logprobs) / max(len(piece.logprobs), 1)
+
+
+def best_of(pieces: Sequence[Piece], options: Options) -> Sequence[Piece]:
+    """Return the choices that are shown: for each prompt all `n`, or those with the best mean logprob, best first."""
+    n, num_best = options.n, options.num_best or options.n
+    if num_best == n:
+        return pieces
+    shown: list[Piece] = []
+    for start in range(0, len(pieces), n):
+        ranked = sorted(pieces[start : start + n], key=mean_logprob, reverse=True)
+        shown += ranked[:num_best]
+    return [replace(piece, index=i) for i, piece in enumerate(shown)]
 
 
 def unpack(ids: bytes, records: bytes) -> list[TokenLogprob]:

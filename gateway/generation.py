@@ -103,11 +103,11 @@ class Generation:
         for delta in deltas:
             choice = self._by_rid[delta.rid]
             if choice.cursor.needs_log(delta):
-                self._take(choice, await self._read_log(choice), pieces)
+                await self._take(choice, await self._read_log(choice), pieces)
                 if choice.cursor.needs_log(delta):
                     # The queue has lost what stood before it; its owner, or whoever comes after, will write that again.
                     continue
-            self._take(choice, delta, pieces)
+            await self._take(choice, delta, pieces)
         if self.mail.restarted:
             self.mail.restarted = False
             await self._mend()
@@ -171,13 +171,18 @@ class Generation:
             choice = self._by_rid[rid]
             delta = await self._read_log(choice)
             if delta.ids or delta.finish:
-                self._take(choice, delta, pieces)
+                await self._take(choice, delta, pieces)
         if self._open and now_ms() > self._terms.deadline_ms + DEADLINE_SLACK_MS:
             raise DeadlineExceeded("the request took longer than it may")
 
-    def _take(self, choice: Choice, delta: m.Delta, pieces: dict[str, Piece]) -> None:
+    async def _take(self, choice: Choice, delta: m.Delta, pieces: dict[str, Piece]) -> None:
         if choice.cursor.is_stale(delta):
             return
+        if choice.needs_prompt and delta.ids:
+            found = await self._insist(partial(self._replies.bus.prompt_logprobs, choice.rid))
+            if found is None:
+                raise Unavailable("the queue has lost the logprobs of a prompt", code="request_lost")
+            choice.give_prompt(*found)
         piece = pieces.setdefault(choice.rid, Piece(choice.index))
         try:
             choice.take(delta, piece)

@@ -12,7 +12,7 @@ import orjson
 
 from gateway.callers import Caller
 from gateway.calls import Calls, Prepared, check_same_body, requests_of, rid_of
-from gateway.choices import Piece
+from gateway.choices import Piece, best_of
 from gateway.openai_api import REQUESTS, fingerprint, options_of
 from gateway.writers import Usage
 from protocol import messages as m
@@ -199,13 +199,18 @@ class Jobs:
             delta = await self._bus.read_log(choice.rid, 0, choice.record_bytes)
             if delta is None:
                 raise NotFound("the result has expired", code="result_expired")
+            if choice.needs_prompt:
+                found = await self._bus.prompt_logprobs(choice.rid)
+                if found is None:
+                    raise NotFound("the result has expired", code="result_expired")
+                choice.give_prompt(*found)
             piece = Piece(choice.index)
             choice.take(delta, piece)
             pieces.append(piece)
             usage.completion_tokens += choice.num_output_tokens
         base = calls.fleet.base
         mark = fingerprint(base, job.digests) if base is not None else ""
-        return calls.writer(request, options, choices, job.created_ms, mark).whole(pieces, usage)
+        return calls.writer(request, options, choices, job.created_ms, mark).whole(best_of(pieces, options), usage)
 
 
 def state_of(facts: Facts) -> tuple[JobStatus, dict[str, Any] | None]:

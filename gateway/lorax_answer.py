@@ -11,13 +11,13 @@ import orjson
 from starlette.responses import Response
 
 from gateway import lorax_metrics
-from gateway.choices import Choice, Piece, TokenLogprob, unpack
+from gateway.choices import Choice, Piece, TokenLogprob, mean_logprob, unpack
 from gateway.generation import Generation
 from gateway.lorax_api import NativeOptions
 from gateway.lorax_errors import LORAX_GENERATION_ERRORS
 from gateway.sse import STREAM_HEADERS, GenerationResponse
 from gateway.tokenizer import ModelFiles
-from gateway.writers import MIN_LOGPROB, Usage
+from gateway.writers import MIN_LOGPROB, Usage, shown_logprob
 from protocol.text import Detokenizer
 
 
@@ -113,7 +113,7 @@ class NativeWriter:
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """Return the answer: the choice with the best mean logprob, the others beside it."""
-        order = sorted(choices, key=_mean_logprob, reverse=True)
+        order = sorted(choices, key=mean_logprob, reverse=True)
         best, *others = [self._sequence(piece) for piece in order]
         answer: dict[str, Any] = {"generated_text": best["generated_text"]}
         if self._native.details:
@@ -131,7 +131,14 @@ class NativeWriter:
             "finish_reason": self._reason(piece.finish, piece.logprobs[-1].id if piece.logprobs else -1, writer.text),
             "generated_tokens": len(piece.logprobs),
             "seed": self._native.seed,
-            "prefill": [],
+            "prefill": [
+                {
+                    "id": token.id,
+                    "text": self._files.token_text.text(token.id),
+                    "logprob": shown_logprob(token.logprob),
+                }
+                for token in piece.prompt
+            ],
             "tokens": tokens,
         }
 
@@ -142,10 +149,6 @@ class NativeWriter:
         # A grammar's output ends where nothing can follow, with no token that says so.
         by_grammar = options.constraint is not None and not any(stop in text for stop in options.stop)
         return "eos_token" if last in self._eos_ids or by_grammar else "stop_sequence"
-
-
-def _mean_logprob(piece: Piece) -> float:
-    return sum(token.logprob for token in piece.logprobs) / max(len(piece.logprobs), 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,6 @@ def native_options(request: GenerateRequest, settings: Settings, max_model_len: 
     best_of = _best_of(p, settings.max_choices, stream=stream)
     if stream and p.decoder_input_details:
         raise _bad("`decoder_input_details` == true is not supported when streaming tokens", "decoder_input_details")
-    _refuse_unsupported(p)
     sampled = _is_sampled(p)
     _check_ranges(p)
     _check_sizes(p, settings, max_model_len)
@@ -141,6 +140,7 @@ def native_options(request: GenerateRequest, settings: Settings, max_model_len: 
         penalties="lorax",
         watermark=p.watermark,
         num_logprobs=p.return_k_alternatives or 0,
+        prompt_logprobs=p.decoder_input_details,
         logprobs_of="choice",
         ignore_eos=p.ignore_eos_token,
     )
@@ -154,7 +154,7 @@ def native_options(request: GenerateRequest, settings: Settings, max_model_len: 
         options=options,
         seed=seed if sampled else None,
         truncate=p.truncate,
-        details=p.details,
+        details=p.details or p.decoder_input_details,
         alternatives=p.return_k_alternatives is not None,
         full_text=bool(p.return_full_text),
     )
@@ -167,14 +167,6 @@ def _best_of(p: Parameters, limit: int, *, stream: bool) -> int:
     if stream and best_of != 1:
         raise _bad("`best_of` != 1 is not supported when streaming tokens", "best_of")
     return best_of
-
-
-def _refuse_unsupported(p: Parameters) -> None:
-    """Raise BadRequest for what would change the answer and is not served."""
-    if p.decoder_input_details:
-        raise _bad(
-            "`decoder_input_details` is not supported: logprobs of the prompt are not kept", "decoder_input_details"
-        )
 
 
 def _is_sampled(p: Parameters) -> bool:

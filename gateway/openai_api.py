@@ -129,6 +129,9 @@ class Options:
     cls: str
     lora_scale: float
     constraint: Constraint | None = None  # on the form of the output
+    num_best: int = 0  # of the n choices of a prompt only so many are shown, those with the best mean logprob; 0: all
+    shows_logprobs: bool = False
+    scores_only: bool = False  # no token is wanted, only the logprobs of the prompt
 
     @property
     def record_bytes(self) -> int:
@@ -147,9 +150,16 @@ def options_of(request: ChatRequest | CompletionRequest, settings: Settings) -> 
         param = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
         raise BadRequest(f"{param} is {num_logprobs}; the limit is {settings.max_logprobs}", param=param)
     _check_sizes(request, settings)
-    n = request.n or 1
+    n = num_best = request.n or 1
     if n > settings.max_choices:
         raise BadRequest(f"n is {n}; the limit is {settings.max_choices}", param="n")
+    if isinstance(request, CompletionRequest) and request.best_of is not None:
+        n = _best_of(request, num_best, settings)
+    shows_logprobs, scores_only = num_logprobs is not None, False
+    if n > num_best and num_logprobs is None:
+        num_logprobs = 0  # to choose by
+    if echo and shows_logprobs and max_tokens == 0:
+        max_tokens, scores_only = 1, True  # a prompt is computed for its next token, which nobody sees
     stream, background = bool(request.stream), bool(request.background)
     if request.stream_options is not None and not stream:
         raise BadRequest("stream_options is only allowed when stream is true", param="stream_options")
@@ -158,7 +168,7 @@ def options_of(request: ChatRequest | CompletionRequest, settings: Settings) -> 
     if background and max_tokens == 0:
         raise BadRequest("max_tokens is 0: there is nothing to do in the background", param="max_tokens")
     return Options(
-        sampling=_sampling(request, num_logprobs),
+        sampling=_sampling(request, num_logprobs, prompt_logprobs=echo and shows_logprobs),
         n=n,
         max_tokens=max_tokens,
         default_tokens=UNLIMITED if isinstance(request, ChatRequest) else DEFAULT_COMPLETION_TOKENS,
@@ -171,6 +181,9 @@ def options_of(request: ChatRequest | CompletionRequest, settings: Settings) -> 
         cls=BATCH if background or request.service_tier == "flex" else INTERACTIVE,
         lora_scale=1.0 if request.lora_scale is None else request.lora_scale,
         constraint=constraint_of(request.response_format, request.structured_outputs, settings),
+        num_best=num_best,
+        shows_logprobs=shows_logprobs,
+        scores_only=scores_only,
     )
 
 
@@ -205,16 +218,24 @@ def _check_completion(request: CompletionRequest) -> tuple[int | None, int | Non
     echo = bool(request.echo)
     if request.suffix:
         raise BadRequest("suffix is not supported", param="suffix")
-    if request.best_of is not None and request.best_of != (request.n or 1):
-        raise BadRequest("best_of is only supported when it equals n", param="best_of")
-    if echo and request.logprobs is not None:
-        raise BadRequest("logprobs of the prompt are not supported: echo excludes logprobs", param="logprobs")
     if request.max_tokens == 0 and not echo:
         raise BadRequest("max_tokens is 0, which is only meaningful with echo", param="max_tokens")
     return request.max_tokens, request.logprobs, echo
 
 
-def _sampling(request: GenerationRequest, num_logprobs: int | None) -> m.Sampling:
+def _best_of(request: CompletionRequest, n: int, settings: Settings) -> int:
+    """Return how many choices of a prompt are made, of which the best `n` are shown. Raises BadRequest."""
+    best_of = request.best_of or n
+    if best_of < n:
+        raise BadRequest(f"best_of is {best_of}; it must be at least n, which is {n}", param="best_of")
+    if best_of > settings.max_choices:
+        raise BadRequest(f"best_of is {best_of}; the limit is {settings.max_choices}", param="best_of")
+    if best_of > n and request.stream:
+        raise BadRequest("the best of several choices is known at their end: it cannot be streamed", param="best_of")
+    return best_of
+
+
+def _sampling(request: GenerationRequest, num_logprobs: int | None, *, prompt_logprobs: bool) -> m.Sampling:
     def given(value: Any, default: Any) -> Any:
         return default if value is None else value
 
@@ -230,6 +251,7 @@ def _sampling(request: GenerationRequest, num_logprobs: int | None) -> m.Samplin
         repetition_penalty=given(request.repetition_penalty, 1.0),
         logit_bias=_logit_bias(request.logit_bias or {}),
         num_logprobs=num_logprobs,
+        prompt_logprobs=prompt_logprobs,
         min_tokens=given(request.min_tokens, 0),
         ignore_eos=bool(request.ignore_eos),
     )

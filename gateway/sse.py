@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gateway import lorax_metrics
-from gateway.choices import Piece
+from gateway.choices import Piece, best_of
 from gateway.errors import OPENAI_ERRORS
 from gateway.generation import ClientGoneError, Generation
 from gateway.writers import DONE, Writer, comment, event
@@ -117,7 +117,8 @@ class GenerationResponse(Response):
 
     async def whole(self, choices: list[Piece]) -> Response:
         """Return the answer of a call that is not streamed."""
-        body = orjson.dumps(self.writer.whole(choices, self.generation.usage))
+        shown = best_of(choices, self.generation.choices[0].options)
+        body = orjson.dumps(self.writer.whole(shown, self.generation.usage))
         return Response(body, media_type="application/json")
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -136,4 +137,5 @@ def merge(whole: Piece, piece: Piece) -> None:
     """Add a later piece of a choice to an earlier one."""
     whole.text += piece.text
     whole.logprobs += piece.logprobs
+    whole.prompt += piece.prompt
     whole.finish = piece.finish or whole.finish

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -172,7 +173,7 @@ class CompletionWriter:
     def frames(self, piece: Piece) -> bytes:
         start = self._head.choice_start(piece.index) + b',"text":'
         out = b""
-        if piece.text or piece.logprobs:
+        if piece.text or piece.logprobs or piece.prompt:
             logprobs = orjson.dumps(self._lists(piece)) if self._logprobs else b"null"
             body = b'%b,"logprobs":%b,"finish_reason":null}' % (orjson.dumps(piece.text), logprobs)
             out = self._frames.choice(start + body)
@@ -199,17 +200,18 @@ class CompletionWriter:
         }
 
     def _lists(self, piece: Piece) -> dict[str, Any]:
-        offset = self._offsets.get(piece.index, 0)
+        offset, tokens = self._offsets.get(piece.index, 0), [*piece.prompt, *piece.logprobs]
+        texts = [self._tokens[piece.index].text(token.id) for token in tokens]
         offsets: list[int] = []
-        for token in piece.logprobs:
+        for text in texts:
             offsets.append(offset)
-            offset += len(self._tokens[piece.index].text(token.id))
+            offset += len(text)
         self._offsets[piece.index] = offset
         return {
             "text_offset": offsets,
-            "tokens": [self._tokens[piece.index].text(token.id) for token in piece.logprobs],
-            "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in piece.logprobs],
-            "top_logprobs": [_top(self._tokens[piece.index], token) for token in piece.logprobs],
+            "tokens": texts,
+            "token_logprobs": [shown_logprob(token.logprob) for token in tokens],
+            "top_logprobs": [_top(self._tokens[piece.index], token) for token in tokens],
         }
 
 
@@ -217,8 +219,15 @@ def _entry(tokens: TokenText, id_: int, logprob: float) -> dict[str, Any]:
     return {"token": tokens.text(id_), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(tokens.bytes(id_))}
 
 
-def _top(tokens: TokenText, token: TokenLogprob) -> dict[str, float]:
+def shown_logprob(logprob: float) -> float | None:
+    """Return a logprob as JSON has it; None for a prompt's first token, which nothing comes before."""
+    return None if math.isnan(logprob) else max(logprob, MIN_LOGPROB)
+
+
+def _top(tokens: TokenText, token: TokenLogprob) -> dict[str, float] | None:
     """Return the most likely tokens by text, and the chosen one; of tokens with equal text the likeliest."""
+    if math.isnan(token.logprob):
+        return None
     best: dict[str, float] = {}
     for id_, logprob in (*token.top, (token.id, token.logprob)):
         text = tokens.text(id_)

@@ -19,6 +19,9 @@ BLOCK_TOKENS = 16
 MAX_SKIPS = 64
 """Plans in which others may overtake a request that lacks blocks; then admission waits for it."""
 
+MAX_PROMPT_ROWS = 256
+"""Tokens of a step that lie in prompts whose logprobs are recorded; the logits of each take the vocabulary's size."""
+
 
 class AdapterGate(Protocol):
     """The adapter pool as the batcher sees it."""
@@ -50,6 +53,7 @@ class StepPlan:
     num_new: dict[Sequence, int] = field(default_factory=dict)
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)  # guessed tokens, counted in num_new
     preempted: list[Sequence] = field(default_factory=list)
+    num_prompt_rows: int = 0  # tokens of sequences whose prompt's logprobs are recorded
     num_cached: int = 0  # tokens of newly admitted sequences that were found in the prefix cache
 
     @property
@@ -91,7 +95,7 @@ class Batcher:
         plan = StepPlan()
         budget = self.limits.max_step_tokens
         for seq in sorted(self.running, key=lambda seq: seq.num_pending > 1):
-            num_new = min(seq.num_pending, budget)
+            num_new = _chunk(seq, min(seq.num_pending, budget), plan)
             if num_new and seq not in plan.preempted and self._grow(seq, num_new, plan):
                 plan.num_new[seq] = num_new
                 budget -= num_new
@@ -175,7 +179,7 @@ class Batcher:
         for seq in list(self.waiting):
             if budget == 0 or len(self.running) == self.limits.max_num_seqs:
                 return
-            num_new = self._admit(seq, budget)
+            num_new = self._admit(seq, budget, plan)
             if num_new:
                 plan.num_new[seq] = num_new
                 plan.num_cached += seq.num_computed
@@ -183,13 +187,15 @@ class Batcher:
             elif seq.num_skips > MAX_SKIPS:
                 return
 
-    def _admit(self, seq: Sequence, budget: int) -> int:
+    def _admit(self, seq: Sequence, budget: int, plan: StepPlan) -> int:
         """Start a waiting sequence if its blocks and adapter are there. Returns its tokens in this step, 0 if not."""
         if not seq.is_bound:
             return 0  # its adapter has not been in the pool yet, or its grammar is being compiled
         cached = self._lookup(seq)
         num_cached = len(cached) * BLOCK_TOKENS
-        num_new = min(seq.num_tokens - num_cached, budget)
+        num_new = _chunk(seq, min(seq.num_tokens - num_cached, budget), plan)
+        if not num_new:
+            return 0
         # It must fit whole, with a block of growth for everyone who runs, or it would soon be preempted again.
         wanted = _num_blocks(seq.num_tokens) - len(cached) + len(self.running)
         if wanted > self.blocks.num_free - self.blocks.num_idle(cached):
@@ -212,7 +218,7 @@ class Batcher:
 
     def _lookup(self, seq: Sequence) -> list[int]:
         """Return the cached blocks of a sequence's beginning; its last token is always computed, for its logits."""
-        if not self.limits.prefix_cache:
+        if not self.limits.prefix_cache or seq.prompt_logprobs is not None:
             return []
         num_full = (seq.num_tokens - 1) // BLOCK_TOKENS
         self._extend_hashes(seq, num_full)
@@ -243,6 +249,15 @@ class Batcher:
         for seq in self.waiting:
             if seq.blocks or seq.num_computed or seq.slot >= 0:
                 raise AssertionError(f"{seq.rid} waits but holds blocks or an adapter slot")
+
+
+def _chunk(seq: Sequence, num_new: int, plan: StepPlan) -> int:
+    """Return how many of a sequence's next tokens a step takes: all, but where the logits of each are kept."""
+    if seq.prompt_logprobs is None:
+        return num_new
+    num_new = min(num_new, MAX_PROMPT_ROWS - plan.num_prompt_rows)
+    plan.num_prompt_rows += num_new
+    return num_new
 
 
 def _num_blocks(num_tokens: int) -> int:

@@ -18,6 +18,7 @@ from gpu_worker.finish import StopCheck
 from gpu_worker.grammars import Grammars
 from gpu_worker.model import BaseModel
 from gpu_worker.orders import Orders
+from gpu_worker.prompt_logprobs import PromptLogprobs, take_parts
 from gpu_worker.request import EngineRequest, EngineStats, Sequence, TokenOutput
 from gpu_worker.runner import Runner
 from gpu_worker.sampling import Sampled, SampleRow, sample
@@ -94,6 +95,8 @@ class Engine:
         if not request.digest:  # an adapter may know other ids, and need not be here yet
             _check_ids(request, self.model.vocab_size)
         seq = Sequence(request, self.config.max_model_len)
+        if request.sampling.prompt_logprobs and not request.output:
+            seq.prompt_logprobs = PromptLogprobs(request.prompt, request.sampling.num_logprobs or 0)
         if self.config.limits.max_draft_tokens:
             seq.drafter = Drafter(self.config.limits.max_draft_tokens)
         # Where an adapter brings its own tokenizer, only that tells what the text is in which stop strings are found.
@@ -163,6 +166,8 @@ class Engine:
             ran = clock()
             self.batcher.complete(plan)
             masks = self._masks(inputs.ready, plan.drafts)
+            if inputs.prompt_parts:
+                logits = take_parts(logits, inputs.prompt_parts)
             rows = [row for seq in inputs.ready for row in self._sample_rows(seq, plan.drafts.get(seq, []), masks)]
             sampled = sample(logits, rows) if rows else None
             chosen = clock()
@@ -328,7 +333,10 @@ class Engine:
         if finish:
             self._end(seq)
         logprobs = b"".join(sampled.logprobs[row : row + len(ids)])
-        self._outputs.append(_output(seq, ids, logprobs, finish, stop.stop))
+        output = _output(seq, ids, logprobs, finish, stop.stop)
+        if seq.prompt_logprobs is not None:
+            output.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs.records, None
+        self._outputs.append(output)
 
     def _settle(self, seq: Sequence, guesses: list[int], ids: list[int]) -> None:
         """Keep the keys and values of the guesses that are right, which all tokens but the last came from."""

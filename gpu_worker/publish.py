@@ -46,6 +46,7 @@ class Pending:
     seq0: int = -1  # index of ids[0] in the log; -1: wherever the log ends
     ids: bytes = b""
     logprobs: bytes = b""
+    prompt_logprobs: bytes = b""
     finish: str = ""  # messages.FinishReason
     stop: str = ""
     error: LorafleetError | None = None
@@ -137,7 +138,8 @@ class Ledger:
             state = {"error": "failed", "cancelled": "cancelled"}.get(new.finish, "completed")
             error = _error_text(new.error)
         return StepRow(
-            request.rid, request.epoch, request.num_logged, new.ids, new.logprobs, state, new.finish, error
+            request.rid, request.epoch, request.num_logged, new.ids, new.logprobs, state, new.finish, error,
+            new.prompt_logprobs,
         )  # fmt: skip
 
     def _delta(self, request: Held, new: Pending) -> m.Delta:
@@ -163,6 +165,7 @@ def merge(pending: dict[str, Pending], outputs: Iterable[TokenOutput]) -> None:
             new = pending[output.rid] = Pending(output.seq0)
         new.ids += array("i", output.ids).tobytes()
         new.logprobs += output.logprobs
+        new.prompt_logprobs += output.prompt_logprobs
         new.num_cached_tokens = output.num_cached_tokens
         if output.finish:
             new.finish, new.stop, new.error = output.finish, output.stop, output.error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from gpu_worker.grammars import Matcher
 from gpu_worker.speculate import Drafter
 from protocol import messages as m
 from protocol.errors import LorafleetError
+
+if TYPE_CHECKING:
+    from gpu_worker.prompt_logprobs import PromptLogprobs  # torch: the worker's shell does without
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,7 @@ class TokenOutput:
     stop: str = ""  # the stop string that ended it
     error: LorafleetError | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    prompt_logprobs: bytes = b""  # records of the whole prompt, with the first token of a request that wants them
 
 
 class Sequence:
@@ -73,6 +78,7 @@ class Sequence:
         self.matcher: Matcher | None = None  # of its grammar, if it has one
         self.coming: Future[Matcher] | None = None  # it, while it is made
         self.drafter: Drafter | None = None  # guesses its next tokens, if that is wished
+        self.prompt_logprobs: PromptLogprobs | None = None  # being recorded, until its first token comes
         self.num_skips = 0  # plans that passed it over for lack of blocks
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from gpu_worker.extras import ExtraRows, Extras
 from gpu_worker.graphs import DecodeGraph, DecodeGraphs, DecodeLists, Recorder
 from gpu_worker.memory import send
 from gpu_worker.model import BaseModel
+from gpu_worker.prompt_logprobs import PromptPart
 from gpu_worker.request import Sequence
 from lora_kernels import ops
 from protocol.errors import BadRequest
@@ -32,6 +33,7 @@ class StepInputs:
     ready: list[
         Sequence
     ]  # whose next token can be chosen; logit_rows has their rows in this order: one, and one per guess
+    prompt_parts: list[PromptPart] = field(default_factory=list)  # whose rows follow in logit_rows
     vocab_sizes: Tensor | None = None  # int64 [n], where an adapter of the step has a vocabulary of its own
     graph: DecodeGraph | None = None  # replayed instead of running the model on the tensors above, which are its own
 
@@ -80,7 +82,9 @@ class Runner:
             first = int(num_new[:i].sum())
             token_slots[first : first + min(num_new[i], seqs[i].active_from - seqs[i].num_computed)] = -1
         has_extras = any(seq.request.digest in self._extras for seq in seqs)
-        graph = None if has_extras or self._graphs is None else self._graphs.find(num_new, complete)
+        parts_of_prompts = _prompt_parts(seqs, ends)
+        can_replay = self._graphs is not None and not has_extras and not parts_of_prompts
+        graph = self._graphs.find(num_new, complete) if self._graphs is not None and can_replay else None
         if graph is not None:
             graph.fill(DecodeLists(ids.astype(np.int64), ends, block_tables(seqs), token_slots, token_scales))
             return StepInputs(graph.input_ids, graph.attention.positions, graph.rows, ready, graph=graph)
@@ -90,6 +94,8 @@ class Runner:
         if plan.drafts:
             num_guesses = np.array([len(plan.drafts.get(seqs[i], ())) for i in heads])
             heads, rows = _with_guesses(heads, rows, num_guesses)
+        if parts_of_prompts:
+            heads, rows = _with_prompts(heads, rows, np.cumsum(num_new) - num_new, seqs, parts_of_prompts)
         context.attention = ops.build_attention_batch(num_new, ends, block_tables(seqs), device)
         context.lora = _lora_batch(token_slots, token_scales, device)
         context.lora_logits = _lora_batch(token_slots[rows], token_scales[rows], device)
@@ -100,6 +106,7 @@ class Runner:
             positions=context.attention.positions,
             logit_rows=send(rows, device),
             ready=ready,
+            prompt_parts=parts_of_prompts,
             vocab_sizes=vocab_sizes,
         )
 
@@ -134,7 +141,10 @@ class Runner:
         return send(sizes, device) if (sizes != self.model.vocab_size).any() else None
 
     def run(self, inputs: StepInputs) -> Tensor:
-        """Compute a step. Returns the logits [n, V] of the sequences in `inputs.ready` (one useless row if none)."""
+        """Compute a step. Returns the logits [n, V] of the sequences in `inputs.ready` (one useless row if none).
+
+        Those of `inputs.prompt_parts` follow.
+        """
         if inputs.graph is not None:
             return inputs.graph.replay()
         with torch.inference_mode():
@@ -200,6 +210,26 @@ def _with_guesses(heads: np.ndarray, rows: np.ndarray, num_guesses: np.ndarray) 
     counts = num_guesses + 1
     back = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(counts.sum())
     return np.repeat(heads, counts), np.repeat(rows, counts) - back
+
+
+def _prompt_parts(seqs: list[Sequence], ends: np.ndarray) -> list[PromptPart]:
+    """Return the rows that tell of prompts, of the tokens up to `ends` (int [S])."""
+    parts: list[PromptPart] = []
+    for seq, end in zip(seqs, ends.tolist(), strict=True):
+        if seq.prompt_logprobs is not None and (num := seq.prompt_logprobs.num_rows(seq.num_computed, end)):
+            parts.append(PromptPart(seq, seq.num_computed, num))
+    return parts
+
+
+def _with_prompts(
+    heads: np.ndarray, rows: np.ndarray, starts: np.ndarray, seqs: list[Sequence], parts: list[PromptPart]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put the rows that tell of prompts behind those of the head. starts: int [S], the sequences' first rows."""
+    for part in parts:
+        i = seqs.index(part.seq)
+        heads = np.concatenate((heads, np.full(part.num_rows, i)))
+        rows = np.concatenate((rows, starts[i] + np.arange(part.num_rows)))
+    return heads, rows
 
 
 def _lora_batch(slots: np.ndarray, scales: np.ndarray, device: torch.device) -> ops.LoraBatch | None:

@@ -58,7 +58,8 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
         for at, i in enumerate(wanting):
             if rows[i].sampling.logprobs_of == "choice":
                 shown[at] = chosen.drawn_from(i)
-        packed = _records(shown.log_softmax(-1), [rows[i] for i in wanting], host_ids[wanting])
+        nums = [rows[i].sampling.num_logprobs or 0 for i in wanting]
+        packed = pack_logprobs(shown.log_softmax(-1), nums, host_ids[wanting])
         for i, record in zip(wanting, packed, strict=True):
             records[i] = record
     return Sampled(host_ids, host_finite.astype(bool), records)
@@ -264,12 +265,11 @@ def _keep_typical_(logits: Tensor, typical_p: list[float]) -> None:
     logits[index] = logits[index].masked_fill((-logp - entropy).abs() > threshold, -torch.inf)
 
 
-def _records(logprobs: Tensor, rows: Sequence[SampleRow], ids: np.ndarray) -> list[bytes]:
-    """Pack the chosen token's logprob and the top ones of each row of [n, V]."""
+def pack_logprobs(logprobs: Tensor, nums: Sequence[int], ids: np.ndarray) -> list[bytes]:
+    """Pack the logprob of a token (int64 [n]) and the top `nums` ones of each row of [n, V]."""
     chosen = logprobs.gather(-1, torch.from_numpy(ids).to(logprobs.device)[:, None])[:, 0].cpu().numpy()
-    nums = [row.sampling.num_logprobs or 0 for row in rows]
     values, tokens = logprobs.topk(max(nums), dim=-1)
-    top = np.empty((len(rows), max(nums)), np.dtype([("id", "<i4"), ("logprob", "<f4")]))
+    top = np.empty((len(nums), max(nums)), np.dtype([("id", "<i4"), ("logprob", "<f4")]))
     top["id"], top["logprob"] = tokens.cpu().numpy(), values.cpu().numpy()
     return [
         chosen[i].astype("<f4").tobytes() + top[i, :num].tobytes() for i, num in enumerate(nums)

@@ -59,6 +59,7 @@ class StepRow:
     state: str = ""  # "", or a value of messages.TERMINAL
     finish: str = ""
     error: str = ""
+    prompt_logprobs: bytes = b""  # with the first token
 
 
 @dataclass(slots=True)
@@ -159,6 +160,8 @@ class Bus(AdapterBus):
             rows += (row.rid, row.epoch, row.seq0, row.ids)
             if row.ids and row.logprobs:
                 logprobs += (row.rid, row.seq0, row.logprobs)
+            if row.prompt_logprobs:
+                logprobs += (row.rid, "prompt", row.prompt_logprobs)
             if row.state:
                 ends += (row.rid, row.state, row.finish, row.error)
         outs = [part for gid, deltas in step.outs.items() for part in (gid, m.encode(deltas))]
@@ -267,6 +270,11 @@ class Bus(AdapterBus):
             rid, int(epoch), seq0, ids, logprobs,
             finish=(finish or b"").decode() if ended else "", error=(error or b"").decode() if ended else "",
         )  # fmt: skip
+
+    async def prompt_logprobs(self, rid: str) -> tuple[bytes, bytes] | None:
+        """Return a request's prompt (int32) and the logprob record of each token; None if they are not there."""
+        body, records = await self.redis.mget(self.keys.body(rid), self.keys.plp(rid))
+        return None if body is None or records is None else (decode(body, m.Body).prompt, records)
 
     async def owned(self, rids: Sequence[str]) -> list[Owned | None]:
         """Return requests with their submissions, None for one that has expired."""

@@ -38,6 +38,10 @@ class Keys:
         """String: logprob records, `messages.logprob_record_bytes` each, parallel to `tok`."""
         return f"{self.tag}:lp:{rid}"
 
+    def plp(self, rid: str) -> str:
+        """String: logprob records of the prompt's tokens, the first NaN, if asked for; with the first token."""
+        return f"{self.tag}:plp:{rid}"
+
     # Work. One reader each, which remembers the last id it saw; an entry is deleted when its work is done and never
     # trimmed, so the stream is the list of what is not done yet. Bounded at admission.
     def sub(self, cls: str) -> str:

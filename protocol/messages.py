@@ -43,6 +43,7 @@ class Sampling(Wire, frozen=True):
     ignore_eos: bool = False
     penalties: Literal["openai", "lorax"] = "openai"  # what frequency and presence count, see `sampling._adjust_`
     watermark: bool = False
+    prompt_logprobs: bool = False  # those of the prompt's tokens too, `num_logprobs` of each; into `Keys.plp`
     logprobs_of: Literal["model", "choice"] = "model"  # the model's own distribution, or the one drawn from
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import struct
 from array import array
 from collections.abc import AsyncIterator, Callable
@@ -63,6 +64,7 @@ class Script:
     eos: bool = True  # ends with the end-of-text token, if there is room
     chunk: int = 1  # tokens per step
     error: LorafleetError | None = None
+    logprob: float = -0.5  # of every token
     hold_after: int | None = None  # tokens after which it waits for `ScriptedFleet.go`
 
 
@@ -148,7 +150,13 @@ class ScriptedFleet:
             size = min(script.chunk, len(ids) - sent)
             last = sent + size >= len(ids)
             if not await self.step(
-                order, sent, ids[sent : sent + size], body, end=finish if last else "", error=script.error
+                order,
+                sent,
+                ids[sent : sent + size],
+                body,
+                end=finish if last else "",
+                error=script.error,
+                logprob=script.logprob,
             ):
                 return
             sent += size
@@ -164,15 +172,19 @@ class ScriptedFleet:
         *,
         end: str,
         error: LorafleetError | None = None,
+        logprob: float = -0.5,
     ) -> bool:
         """Write one step of one request; returns False when it was refused, and ends a cancelled request."""
         raw = array("i", ids).tobytes()
-        records = b"".join(logprob_record(id_, body.sampling.num_logprobs) for id_ in ids)
+        records = b"".join(logprob_record(id_, body.sampling.num_logprobs, logprob) for id_ in ids)
         info = msgspec.json.encode(error_info(error)).decode() if error and end else ""
         finish = "error" if info else end
         state = {"": "", "error": "failed"}.get(finish, "completed")
         usage = m.Usage(len(body.prompt) // 4, seq0 + len(ids), 3) if end else None
         row = StepRow(order.rid, order.epoch, seq0, raw, records, state, finish, info)
+        if body.sampling.prompt_logprobs and not seq0:
+            prompt = [logprob_record(id_, body.sampling.num_logprobs) for id_ in memoryview(body.prompt).cast("i")]
+            row.prompt_logprobs = struct.pack("<f", math.nan) + b"".join(prompt)[4:]
         delta = m.Delta(order.rid, order.epoch, seq0, raw, records, finish=finish, error=info, usage=usage)
         outs = {order.gateway: [delta]} if order.gateway else {}
         refused = await self.bus.step(self.wid, Step([row], outs))
@@ -196,12 +208,12 @@ class ScriptedFleet:
         return wanted, script.finish
 
 
-def logprob_record(id_: int, num_top: int | None) -> bytes:
-    """Return the record of a token: -0.5 for itself, then the following ids with -1, -2, ..."""
+def logprob_record(id_: int, num_top: int | None, logprob: float = -0.5) -> bytes:
+    """Return the record of a token: `logprob` for itself, then the following ids with -1, -2, ..."""
     if num_top is None:
         return b""
     top = [value for i in range(num_top) for value in (id_ + i, -1.0 * (i + 1))]
-    return struct.pack("<f" + "if" * num_top, -0.5, *top)
+    return struct.pack("<f" + "if" * num_top, logprob, *top)
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ local function is_terminal(state)
   return state == 'completed' or state == 'failed' or state == 'cancelled'
 end
 
-local request_kinds = {':req:', ':body:', ':tok:', ':lp:'}
+local request_kinds = {':req:', ':body:', ':tok:', ':lp:', ':plp:'}
 
 -- What a tenant has used: a hash of two buckets that empty evenly over a minute, and a sorted set of what runs.
 -- No tenant's name has a colon, so that none's keys can be another's.

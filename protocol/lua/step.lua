@@ -2,7 +2,7 @@
 -- KEYS: prefix, work stream, ended stream, what the worker owns
 -- ARGV: num rows, num logprobs, num ends, num outs, ended message or '', then
 --   per row: rid, epoch, seq0, ids
---   per logprobs: rid, seq0, records
+--   per logprobs: rid, seq0 or 'prompt', records
 --   per end: rid, state, finish, error; each has a row, maybe without ids
 --   per out: gateway id, packed deltas
 --   then the ids of work entries whose last request this step ends
@@ -77,7 +77,14 @@ if not owns_all() then
 end
 if not append_all() then return refused() end
 
-for a = first_lp, first_end - 3, 3 do call('APPEND', P .. ':lp:' .. ARGV[a], ARGV[a + 2]) end
+for a = first_lp, first_end - 3, 3 do
+  if ARGV[a + 1] == 'prompt' then
+    local ttl = call('PTTL', req_key(ARGV[a]))
+    if ttl > 0 then call('SET', P .. ':plp:' .. ARGV[a], ARGV[a + 2], 'PX', ttl) end
+  else
+    call('APPEND', P .. ':lp:' .. ARGV[a], ARGV[a + 2])
+  end
+end
 local now = now_ms()
 for a = 6, last_row, 4 do
   if ARGV[a + 2] == '0' and #ARGV[a + 3] > 0 then

@@ -145,6 +145,17 @@ async def test_full_text_and_truncation(http: httpx2.AsyncClient, fleet: Scripte
     assert answer.headers["x-prompt-tokens"] == "4"
 
 
+async def test_decoder_input_details_tell_of_the_prompt(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    answer = await http.post("/generate", json=generate_body(decoder_input_details=True))
+    ids = fleet.tokenizer.encode("the dog").ids
+    texts = [fleet.tokenizer.decode([id_]) for id_ in ids]
+    logprobs = [None, *[-0.5] * (len(ids) - 1)]
+    assert answer.json()["details"]["prefill"] == [
+        {"id": id_, "text": text, "logprob": logprob} for id_, text, logprob in zip(ids, texts, logprobs, strict=True)
+    ]
+    assert len(answer.json()["details"]["tokens"]) == answer.json()["details"]["generated_tokens"]
+
+
 async def test_best_of_answers_with_the_likeliest(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     lengths = {0: 2, 1: 4, 2: 3}
     fleet.script = lambda submit, body: Script(text="the dog" * lengths[int(submit.rid[-1])], eos=False)
@@ -286,7 +297,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "parameters"),
     ({"seed": "x"}, "parameters"),
     ({"do_sample": 1}, "parameters"),
-    ({"decoder_input_details": True}, "`decoder_input_details` is not supported"),
     ({"response_format": {"type": "regex", "schema": {}}}, "`response_format` of type 'regex' is not supported"),
     (
         {"response_format": {"type": "json_object", "schema": {"type": "array", "uniqueItems": True}}},

@@ -179,6 +179,74 @@ async def test_streamed_echo_comes_first(http: httpx2.AsyncClient, fleet: Script
     assert "".join(texts) == "the dog" + Script().text
 
 
+def scored(fleet: ScriptedFleet, ids: list[int]) -> dict[str, Any]:
+    """Return the logprobs object of tokens that begin with a prompt, as the scripted worker knows them."""
+    texts = [fleet.tokenizer.decode([id_]) for id_ in ids]
+    return {
+        "tokens": texts,
+        "token_logprobs": [None, *[-0.5] * (len(ids) - 1)],
+        "top_logprobs": [None, *({text: -0.5} for text in texts[1:])],
+        "text_offset": [len("".join(texts[:i])) for i in range(len(texts))],
+    }
+
+
+@pytest.mark.parametrize("background", [False, True])
+async def test_echo_with_logprobs_scores_the_prompt_too(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, background: bool
+) -> None:
+    fleet.script = lambda submit, body: Script(text=" lazy", eos=False, finish="length")
+    body = {**COMPLETION, "prompt": ["the dog", "fox"], "echo": True, "logprobs": 0, "background": background}
+    answer = (await http.post("/v1/completions", json=body)).json()
+    if background:
+        job = await http.get(f"/v1/jobs/{answer['id']}", headers={"prefer": "wait=20"})
+        answer = job.json()["result"]
+    for choice, prompt in zip(answer["choices"], body["prompt"], strict=True):
+        ids = fleet.tokenizer.encode(prompt).ids + fleet.tokenizer.encode(" lazy").ids
+        assert choice["text"] == prompt + " lazy"
+        assert choice["logprobs"] == scored(fleet, ids)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_can_be_scored_alone(client: AsyncOpenAI, fleet: ScriptedFleet, stream: bool) -> None:
+    ids = fleet.tokenizer.encode("the quick dog").ids
+    if stream:
+        chunks = await client.completions.create(
+            model="base", prompt="the quick dog", echo=True, logprobs=0, max_tokens=0, stream=True
+        )
+        first, last = [chunk.choices[0] async for chunk in chunks]
+        assert (first.text, last.text, last.finish_reason) == ("the quick dog", "", "length")
+    else:
+        whole = await client.completions.create(model="base", prompt=ids, echo=True, logprobs=0, max_tokens=0)
+        first = whole.choices[0]
+        assert (first.text, first.finish_reason) == ("the quick dog", "length")
+        assert whole.usage is not None
+        assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(ids), 0)
+    assert first.logprobs is not None
+    assert first.logprobs.model_dump() == scored(fleet, ids)
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+async def test_the_best_of_several_choices_are_shown(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, logprobs: int | None
+) -> None:
+    def worse(submit: m.Submit, body: m.Body) -> Script:
+        return Script(text=str(submit.rid[-1]), logprob=-1.0 * (int(submit.rid[-1]) * 3 % 4), eos=False)
+
+    fleet.script = worse
+    body = {**COMPLETION, "prompt": ["the dog", "fox"], "n": 2, "best_of": 4, "logprobs": logprobs}
+    answer = (await http.post("/v1/completions", json=body)).json()
+    # Of the choices 0 to 3 the mean logprobs are 0, -3, -2 and -1; the second prompt's are 4 to 7.
+    assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [
+        (0, "0"),
+        (1, "3"),
+        (2, "4"),
+        (3, "7"),
+    ]
+    assert all((choice["logprobs"] is None) == (logprobs is None) for choice in answer["choices"])
+    assert answer["usage"]["completion_tokens"] == 8
+    assert len(fleet.seen) == 8
+
+
 # ---------------------------------------------------------------- ends
 
 

@@ -113,6 +113,7 @@ class Asked:
     def __init__(self) -> None:
         self.ids: dict[str, list[int]] = {}
         self.logprobs: dict[str, bytes] = {}
+        self.prompt_logprobs: dict[str, bytes] = {}
         self.finish: dict[str, TokenOutput] = {}
         self.most_adapters_in_a_step = 0
 
@@ -121,6 +122,9 @@ class Asked:
         assert output.rid not in self.finish, "an ended request must stay silent"
         ids += output.ids
         self.logprobs[output.rid] = self.logprobs.get(output.rid, b"") + output.logprobs
+        if output.prompt_logprobs:
+            assert output.rid not in self.prompt_logprobs
+            self.prompt_logprobs[output.rid] = output.prompt_logprobs
         if output.finish:
             self.finish[output.rid] = output
 

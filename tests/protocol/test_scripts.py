@@ -379,3 +379,17 @@ async def test_position_counts_what_was_submitted_before(queue: Queue) -> None:
     await queue.assign("a")
     assert [await queue.bus.position(rid) for rid in ("a", "c")] == [None, 1]
     assert await queue.bus.position("c", limit=1) == 1
+
+
+async def test_a_prompt_s_logprobs_come_with_the_first_token_and_live_as_long_as_the_request(queue: Queue) -> None:
+    await queue.running("a")
+    first = row("a", 0, 5)
+    first.prompt_logprobs = b"12345678"
+    assert await queue.bus.step("w", Step([first])) == []
+    assert await queue.bus.prompt_logprobs("a") == (make_body().prompt, b"12345678")
+    assert 3600 < await queue.ttl_s(queue.keys.plp("a")) <= 3600 + DEADLINE_MS / 1000
+    assert (await queue.bus.step("w", Step([first])))[0].code == "length"  # its reply was lost
+    assert await queue.bus.prompt_logprobs("a") == (make_body().prompt, b"12345678")
+    await queue.bus.step("w", Step([row("a", 1, 6, finish="stop")]))
+    assert await queue.ttl_s(queue.keys.plp("a")) <= 600
+    assert await queue.bus.prompt_logprobs("b") is None
