@@ -14,6 +14,7 @@ import msgspec
 
 from gateway import lorax_metrics
 from gateway.admission import Admission, Load
+from gateway.answer_form import answer_grammar, form_of, marker_ids
 from gateway.callers import Caller
 from gateway.catalogue import Catalogue, Fleet, Target
 from gateway.choices import Choice, Prompt
@@ -67,6 +68,12 @@ class Work:
     def texts(self) -> list[str]:
         return [target.texts for target in self.targets]
 
+    @property
+    def opened(self) -> list[bool]:
+        """Of each target, whether its prompt ends within the model's reasoning."""
+        forms = [prompt.form for prompt in self.prompts[:: len(self.prompts) // len(self.targets)]]
+        return [form is not None and form.opened for form in forms]
+
     def target_of(self, which: int) -> Target:
         """Return who answers a prompt."""
         return self.targets[which * len(self.targets) // len(self.prompts)]
@@ -118,7 +125,7 @@ class Calls:
             vocab_size = target.vocab_size or base.vocab_size
             check_token_ids(options, vocab_size)
             if isinstance(request, ChatRequest):
-                prompts.append(await self._chat_prompt(request, target.files))
+                prompts.append(await self._chat_prompt(request, options, target.files))
             else:
                 prompts += await self._completion_prompts(request, options, target.files, vocab_size)
         if len(prompts) * options.n > self.settings.max_choices:
@@ -158,6 +165,7 @@ class Calls:
         try:
             record = m.Idempotent(
                 body_hash=body_hash(endpoint, raw), created_ms=created_ms, digests=digests, texts=prepared.texts,
+                opened=prepared.opened,
                 rids=[choice.rid for choice in choices],
             )  # fmt: skip
             requests = requests_of(
@@ -228,7 +236,8 @@ class Calls:
         check_same_body(record, endpoint, raw)
         options = options_of(request, self.settings)
         facts = await self.bus.requests(record.rids)
-        prompts = self.known_prompts(request, options, facts, await self.known_files(record.digests, record.texts))
+        files = await self.known_files(record.digests, record.texts)
+        prompts = self.known_prompts(request, options, facts, files, record.opened)
         terms = Terms(
             deadline_ms=record.created_ms + int(self.settings.request_timeout_s * 1000),
             eager=options.stream,
@@ -249,16 +258,22 @@ class Calls:
         options: Options,
         facts: Sequence[RequestFacts | None],
         answering: Sequence[ModelFiles],
+        opened: Sequence[bool],
     ) -> list[Prompt]:
         """Return the prompts of submitted requests without tokenizing again. Raises NotFound when they have expired."""
         sources = prompt_sources(request) if isinstance(request, CompletionRequest) else [""]
-        pairs = [(files, source) for files in answering for source in sources]
+        is_chat = isinstance(request, ChatRequest)
+        forms = [
+            form_of(files, options.tools, opened=i < len(opened) and opened[i]) if is_chat else None
+            for i, files in enumerate(answering)
+        ]
+        pairs = [(files, form, source) for files, form in zip(answering, forms, strict=True) for source in sources]
         prompts: list[Prompt] = []
-        for (files, source), fact in zip(pairs, facts[:: options.n], strict=True):
+        for (files, form, source), fact in zip(pairs, facts[:: options.n], strict=True):
             if fact is None:
                 raise NotFound("the result has expired", code="result_expired")
             echo = _echo_text(source, files) if options.echo else ""
-            prompts.append(Prompt(b"", fact.num_prompt_tokens, echo, files))
+            prompts.append(Prompt(b"", fact.num_prompt_tokens, echo, files, form=form))
         return prompts
 
     # ------------------------------------------------------------ parts
@@ -279,7 +294,10 @@ class Calls:
             num = len(shown) // len(request.model)
             head = replace(head, model_of=[name for name in request.models for _ in range(num)])
         tokens = [choice.prompt.files.token_text for choice in shown]
-        return kind(head, tokens, include_usage=options.include_usage, logprobs=options.shows_logprobs)
+        writer = kind(head, tokens, include_usage=options.include_usage, logprobs=options.shows_logprobs)
+        if isinstance(writer, ChatWriter):
+            writer.forms = {choice.index: (choice.prompt.form, choice.rid) for choice in choices if choice.prompt.form}
+        return writer
 
     def _response(
         self,
@@ -303,21 +321,27 @@ class Calls:
 
     async def constrained(self, prompts: Sequence[Prompt], options: Options, param: str) -> list[Prompt]:
         """Return prompts with the grammar of their answers. Raises BadRequest naming `param` if there can be none."""
-        if options.constraint is None:
+        if options.constraint is None and options.tools is None:
             return list(prompts)
-        grammar = grammar_text(options.constraint)
-        await self.grammars.check(grammar, param)
-        return [replace(prompt, grammar=grammar) for prompt in prompts]
+        made: list[Prompt] = []
+        for prompt in prompts:
+            marker = marker_ids(prompt.files)
+            grammar = grammar_text(*answer_grammar(options.constraint, options.tools, prompt.form, marker))
+            await self.grammars.check(grammar, param)
+            made.append(replace(prompt, grammar=grammar))
+        return made
 
-    async def _chat_prompt(self, request: ChatRequest, files: ModelFiles) -> Prompt:
-        ids = await files.encode_chat(
+    async def _chat_prompt(self, request: ChatRequest, options: Options, files: ModelFiles) -> Prompt:
+        encoded = await files.encode_chat(
             request.messages,
             add_generation_prompt=request.add_generation_prompt is not False,
             variables=request.chat_template_kwargs or {},
+            tools=options.tools.definitions if options.tools is not None else None,
         )
+        ids = encoded.ids
         if not ids:
             raise BadRequest("the chat template makes an empty prompt of these messages", param="messages")
-        return Prompt(pack(ids), len(ids), "", files)
+        return Prompt(pack(ids), len(ids), "", files, form=form_of(files, options.tools, opened=encoded.opened))
 
     async def _completion_prompts(
         self, request: CompletionRequest, options: Options, files: ModelFiles, vocab_size: int
@@ -378,6 +402,8 @@ def load_of(cls: str, submits: Sequence[m.Submit]) -> Load:
 
 def param_of(request: AnyRequest) -> str:
     """Return the field that demands something of the output's form."""
+    if isinstance(request, ChatRequest) and request.tools and request.tool_choice != "none":
+        return "tools"
     return "response_format" if request.structured_outputs is None else "structured_outputs"
 
 

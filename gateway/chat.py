@@ -30,6 +30,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise BadRequest(f"the model's chat template is broken: {error}") from error
         self._special_tokens = special_tokens
+        self.source = source
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:

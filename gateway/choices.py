@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from gateway.answer_form import AnswerForm
 from gateway.openai_api import Options
 from gateway.replies import Cursor
 from gateway.tokenizer import ModelFiles
@@ -44,6 +45,7 @@ class Prompt:
     text: str  # to be echoed, or ""
     files: ModelFiles  # of who answers it
     grammar: str = ""  # that the answers must follow, as in `messages.Body`
+    form: AnswerForm | None = None  # what the answers may consist of besides text
 
 
 class Choice:
@@ -66,7 +68,11 @@ class Choice:
         self._record_bytes = options.record_bytes
         self._shown, self._shown_records = bytearray(), bytearray()  # as in the log
         self._output = OutputText(
-            prompt.files.tokenizer, stop=options.stop, end_ids=end_ids, min_tokens=options.sampling.min_tokens
+            prompt.files.tokenizer,
+            stop=options.stop,
+            end_ids=end_ids,
+            min_tokens=options.sampling.min_tokens,
+            shown=prompt.form.shown if prompt.form is not None else {},
         )
 
     @property

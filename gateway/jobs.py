@@ -52,6 +52,7 @@ class Jobs:
             metadata=prepared.request.metadata or {},
             digests=prepared.digests,
             texts=prepared.texts,
+            opened=prepared.opened,
         )
         # The job first: an accepted request without its job could never be found.
         await self._save(job, ttl_s)
@@ -191,7 +192,8 @@ class Jobs:
         request = REQUESTS[job.endpoint].model_validate(job.request)
         options = options_of(request, calls.settings)
         call = job.jid.removeprefix(ID_PREFIX)
-        prompts = calls.known_prompts(request, options, facts, await calls.known_files(job.digests, job.texts))
+        files = await calls.known_files(job.digests, job.texts)
+        prompts = calls.known_prompts(request, options, facts, files, job.opened)
         pieces: list[Piece] = []
         usage = Usage(prompt_tokens=sum(prompt.num_tokens for prompt in prompts))
         choices = calls.choices(call, prompts, options)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.merged import MergedAdapters
 from gateway.structured import Constraint, constraint_of
+from gateway.tools import Tools, tools_of
 from protocol import messages as m
 from protocol.errors import BadRequest
 from protocol.keys import BATCH, INTERACTIVE
@@ -88,6 +89,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     functions: list[dict[str, Any]] | None = None
     modalities: list[str] | None = None
 
@@ -132,6 +134,7 @@ class Options:
     num_best: int = 0  # of the n choices of a prompt only so many are shown, those with the best mean logprob; 0: all
     shows_logprobs: bool = False
     scores_only: bool = False  # no token is wanted, only the logprobs of the prompt
+    tools: Tools | None = None  # that may be called
 
     @property
     def record_bytes(self) -> int:
@@ -184,6 +187,7 @@ def options_of(request: ChatRequest | CompletionRequest, settings: Settings) -> 
         num_best=num_best,
         shows_logprobs=shows_logprobs,
         scores_only=scores_only,
+        tools=_tools(request, settings) if isinstance(request, ChatRequest) else None,
     )
 
 
@@ -197,12 +201,14 @@ def _check_sizes(request: GenerationRequest, settings: Settings) -> None:
             raise BadRequest(f"{param} has {num} entries; the limit is {limit}", param=param)
 
 
+def _tools(request: ChatRequest, settings: Settings) -> Tools | None:
+    return tools_of(request.tools, request.tool_choice, request.parallel_tool_calls, settings)
+
+
 def _check_chat(request: ChatRequest) -> tuple[int | None, int | None, bool]:
     """Return (max tokens, logprobs, echo) of a chat request."""
     if request.top_logprobs is not None and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
-    if request.tools and request.tool_choice != "none":
-        raise BadRequest("tools are not supported", param="tools")
     if request.functions:
         raise BadRequest("functions are not supported", param="functions")
     if request.modalities is not None and request.modalities != ["text"]:

@@ -14,10 +14,19 @@ from tokenizers import Tokenizer
 
 from gateway.chat import ChatTemplate, normalize_messages
 from gateway.sandbox import SandboxedTemplate
+from gateway.tool_prompt import explain_tools, knows_tools
 from protocol.adapter_texts import TEXT_FILES, TOKENIZER
 from protocol.errors import BadRequest
 from protocol.model_files import TOKENIZER_FILES, model_folder, served_name
 from protocol.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedChat:
+    """A conversation as tokens."""
+
+    ids: list[int]
+    opened: bool  # it ends with the beginning of the model's reasoning
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +46,33 @@ class ModelFiles:
         return [encoding.ids for encoding in encodings]
 
     async def encode_chat(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, variables: dict[str, Any]
-    ) -> list[int]:
-        """Return the token ids of a conversation. Raises BadRequest when it cannot be rendered."""
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, variables: dict[str, Any],
+        tools: list[dict[str, Any]] | None = None,
+    ) -> EncodedChat:  # fmt: skip
+        """Return the tokens of a conversation. Raises BadRequest when it cannot be rendered."""
         template = self.template
         if template is None:
             raise BadRequest("this model has no chat template; use /v1/completions", code="no_chat_template")
 
+        normal = normalize_messages(messages)
+        if tools and not knows_tools(template.source):
+            normal = explain_tools(normal, tools)
+        elif tools:
+            variables = {"tools": tools, **variables}
         options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "variables": variables}
         if isinstance(template, SandboxedTemplate):
-            text = await template.render(normalize_messages(messages), **options)
+            text = await template.render(normal, **options)
             return await asyncio.to_thread(self._encode_rendered, text)
 
-        def encode() -> list[int]:
-            return self._encode_rendered(template.render(normalize_messages(messages), **options))
+        def encode() -> EncodedChat:
+            return self._encode_rendered(template.render(normal, **options))
 
         return await asyncio.to_thread(encode)
 
-    def _encode_rendered(self, text: str) -> list[int]:
+    def _encode_rendered(self, text: str) -> EncodedChat:
         # The template has written the special tokens.
-        return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        ids = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return EncodedChat(ids, opened=text.rstrip().endswith("<think>"))
 
 
 def load_model_files(settings: Settings) -> ModelFiles:
@@ -104,10 +120,15 @@ class TokenText:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._added = frozenset(tokenizer.get_added_tokens_decoder())
         self._special = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._byte_level = _has_byte_level(json.loads(tokenizer.to_str()).get("decoder"))
         self.bytes = lru_cache(maxsize=1 << 16)(self._bytes)
         self.text = lru_cache(maxsize=1 << 16)(self._text)
+
+    def is_added(self, id_: int) -> bool:
+        """Tell whether a token was added to the vocabulary as a whole, as markers are."""
+        return id_ in self._added
 
     def is_special(self, id_: int) -> bool:
         """Tell whether a token is none of the text's."""

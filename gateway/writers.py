@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import orjson
 
+from gateway.answer_form import AnswerForm
+from gateway.answer_parts import AnswerParts, Part
 from gateway.choices import Piece, TokenLogprob
 from gateway.tokenizer import TokenText
 
@@ -107,10 +109,13 @@ class ChatWriter:
     id_prefix = "chatcmpl-"
 
     def __init__(self, head: Head, tokens: Sequence[TokenText], *, include_usage: bool, logprobs: bool) -> None:
+        self.forms: dict[int, tuple[AnswerForm, str]] = {}
+        """Choices that may consist of more than text: how they are to be read, and their request."""
         self._head = head
         self._tokens = tokens
         self._logprobs = logprobs
         self._frames = _Frames(head, "chat.completion.chunk", include_usage)
+        self._splitters: dict[int, AnswerParts] = {}
         self._started: set[int] = set()
 
     def frames(self, piece: Piece) -> bytes:
@@ -120,6 +125,8 @@ class ChatWriter:
             self._started.add(piece.index)
             role = b'{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null}'
             out = self._frames.choice(start + role)
+        if piece.index in self.forms:
+            return out + self._split_frames(piece, start)
         if piece.text or piece.logprobs:
             logprobs = orjson.dumps(self._content(piece)) if self._logprobs else b"null"
             body = b'{"content":%b},"logprobs":%b,"finish_reason":null}' % (orjson.dumps(piece.text), logprobs)
@@ -128,22 +135,49 @@ class ChatWriter:
             out += self._frames.choice(start + b'{},"logprobs":null,"finish_reason":"%b"}' % piece.finish.encode())
         return out
 
+    def _split_frames(self, piece: Piece, start: bytes) -> bytes:
+        """Return the frames of a piece of an answer that may be more than text."""
+        form, rid = self.forms[piece.index]
+        splitter = self._splitters.setdefault(piece.index, form.splitter())
+        parts = splitter.add(piece.text)
+        if piece.finish:
+            parts += splitter.finish()
+        deltas = [_delta(part, form, rid) for part in parts]
+        logprobs = self._content(piece) if self._logprobs and piece.logprobs else None
+        if logprobs is not None and not deltas:
+            deltas = [{}]
+        out = b""
+        for i, delta in enumerate(deltas):
+            body = {"logprobs": logprobs if i == 0 else None, "finish_reason": None}
+            out += self._frames.choice(start + orjson.dumps(delta) + b"," + orjson.dumps(body)[1:])
+        if piece.finish:
+            finish = _finish(piece.finish, splitter)
+            out += self._frames.choice(start + b'{},"logprobs":null,"finish_reason":"%b"}' % finish.encode())
+        return out
+
     def usage_frame(self, usage: Usage) -> bytes:
         return self._frames.usage(usage)
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         return {
             **self._head.json("chat.completion"),
-            "choices": [
-                {
-                    **self._head.choice(piece.index),
-                    "message": {"role": "assistant", "content": piece.text, "refusal": None},
-                    "logprobs": self._content(piece) if self._logprobs else None,
-                    "finish_reason": piece.finish,
-                }
-                for piece in choices
-            ],
+            "choices": [self._choice(piece) for piece in choices],
             "usage": usage.json(),
+        }
+
+    def _choice(self, piece: Piece) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
+        finish = piece.finish
+        if piece.index in self.forms:
+            form, rid = self.forms[piece.index]
+            splitter = form.splitter()
+            message |= _message([*splitter.add(piece.text), *splitter.finish()], form, rid)
+            finish = _finish(finish, splitter)
+        return {
+            **self._head.choice(piece.index),
+            "message": message,
+            "logprobs": self._content(piece) if self._logprobs else None,
+            "finish_reason": finish,
         }
 
     def _content(self, piece: Piece) -> dict[str, Any]:
@@ -156,6 +190,42 @@ class ChatWriter:
             for token in piece.logprobs
         ]
         return {"content": entries, "refusal": None}
+
+
+def _delta(part: Part, form: AnswerForm, rid: str) -> dict[str, Any]:
+    """Return what a part adds to a streamed message."""
+    if part.kind == "text":
+        return {"content": part.text}
+    if part.kind == "reasoning":
+        return {"reasoning_content": part.text}
+    if part.kind == "arguments":
+        return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
+    return {"tool_calls": [{"index": part.index, **_call(part, form, rid, "")}]}
+
+
+def _message(parts: Sequence[Part], form: AnswerForm, rid: str) -> dict[str, Any]:
+    """Return what parts make of a message."""
+    text = "".join(part.text for part in parts if part.kind == "text")
+    calls = [
+        _call(call, form, rid, "".join(p.text for p in parts if p.kind == "arguments" and p.index == call.index))
+        for call in parts
+        if call.kind == "call"
+    ]
+    message: dict[str, Any] = {"content": text or (None if calls else "")}
+    if calls:
+        message["tool_calls"] = calls
+    if form.reasons:
+        message["reasoning_content"] = "".join(part.text for part in parts if part.kind == "reasoning") or None
+    return message
+
+
+def _call(part: Part, form: AnswerForm, rid: str, arguments: str) -> dict[str, Any]:
+    function = {"name": part.text, "arguments": arguments}
+    return {"id": form.call_id(rid, part.index), "type": "function", "function": function}
+
+
+def _finish(finish: str, splitter: AnswerParts) -> str:
+    return "tool_calls" if finish == "stop" and splitter.num_calls else finish
 
 
 class CompletionWriter:

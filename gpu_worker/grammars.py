@@ -7,6 +7,7 @@ it alone, and a request that goes on elsewhere has its output replayed into a ne
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -14,12 +15,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmask_par_with_draft_tokens
+from llguidance.numpy import (
+    fill_next_token_bitmask,
+    fill_next_token_bitmask_par,
+    fill_next_token_bitmask_par_with_draft_tokens,
+)
 from tokenizers import Tokenizer
 
 from protocol.errors import BadRequest, Internal
 
 NUM_COMPILERS = 2
+NUM_FILLERS = max(1, min(8, (os.cpu_count() or 1) // 2))
+MIN_PARALLEL = 4
+"""Masks that are worth waking threads for: one is some ten microseconds."""
+
 MAX_COMPILED = 128
 MAX_TOKENIZERS = 4
 
@@ -176,8 +185,6 @@ class Grammars:
         W is of the row's tokenizer. What follows a guess that the grammar does not allow means nothing. A matcher that
         came to its limits has an error afterwards.
         """
-        if self._executor is None:
-            self._executor = LLExecutor()
         masks: list[np.ndarray] = [np.empty(0)] * len(rows)
         for vocab_size in {matcher.vocab_size for matcher, _ in rows}:
             mine = [i for i, (matcher, _) in enumerate(rows) if matcher.vocab_size == vocab_size]
@@ -193,11 +200,19 @@ class Grammars:
                     guessing.append((matcher.state, first, guesses))
                 else:
                     plain.append((matcher.state, first))
-            if plain:
-                fill_next_token_bitmask_par(self._executor, plain, whole)
+            if len(plain) < MIN_PARALLEL or NUM_FILLERS == 1:
+                for state, first in plain:
+                    fill_next_token_bitmask(state, whole, first)
+            elif plain:
+                fill_next_token_bitmask_par(self._threads(), plain, whole)
             if guessing:
-                fill_next_token_bitmask_par_with_draft_tokens(self._executor, guessing, whole)
+                fill_next_token_bitmask_par_with_draft_tokens(self._threads(), guessing, whole)
         return masks
+
+    def _threads(self) -> LLExecutor:
+        if self._executor is None:
+            self._executor = LLExecutor(NUM_FILLERS)
+        return self._executor
 
 
 def one_line(text: str) -> str:

@@ -27,6 +27,8 @@ WATERMARK_KEY, WATERMARK_GAMMA, WATERMARK_DELTA = 15485863, 0.5, 2.0
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _BITS = np.array([1 << bit for bit in range(8)], np.uint8)
+_ALL_BITS = -((np.arange(256)[:, None] >> np.arange(8)) & 1)
+"""Of each byte of a mask, the 8 tokens it is about: -1, all bits set, for one that may come, or 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Sampled:
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
-    """Choose one token per row of logits [n, V]. Waits for the device once, unless logprobs are asked for."""
+    """Choose one token per row of logits [n, V], which may change. Waits for the device once, but for logprobs."""
     wanting = [i for i, row in enumerate(rows) if row.sampling.num_logprobs is not None]
     shown = logits[_index(wanting, logits.device)].float() if wanting else None  # those whose logprobs are recorded
     chosen = choose(logits, rows)
@@ -81,13 +83,13 @@ class Chosen:
 
 
 def choose(logits: Tensor, rows: Sequence[SampleRow]) -> Chosen:
-    """Choose a token per row of logits [n, V], on their device.
+    """Choose a token per row of logits [n, V], on their device; what grammars do not allow becomes -inf in them.
 
     The host waits for the device only where top-p must know whether a distribution is flat.
     """
     device = logits.device
     masked = [i for i, row in enumerate(rows) if row.mask is not None]
-    if masked or any(_changes_logits(row) for row in rows):
+    if any(_changes_logits(row) for row in rows):
         logits = logits.float().clone()
         for i, row in enumerate(rows):
             if _changes_logits(row):
@@ -162,16 +164,40 @@ def _adjust_(logits: Tensor, row: SampleRow) -> None:
 
 
 def _mask_(logits: Tensor, masked: list[int], rows: Sequence[SampleRow]) -> None:
-    """Set what grammars do not allow to -inf in the masked rows of logits [n, V]. Each row's bits cross as they are."""
-    device, vocab = logits.device, logits.shape[-1]
+    """Set what grammars do not allow to -inf in the masked rows of logits [n, V], in place."""
+    vocab = logits.shape[-1]
     words = np.zeros((len(masked), -(-vocab // 32)), np.int32)
-    for row, i in zip(words, masked, strict=True):
+    for own, i in zip(words, masked, strict=True):
         mask = rows[i].mask
         if mask is not None:
-            row[: len(mask)] = mask[: len(row)]
+            own[: len(mask)] = mask[: len(own)]
+    if logits.device.type == "cpu":
+        _mask_on_host_(logits, masked, words)
+    else:
+        mask_on_device_(logits, masked, words)
+
+
+def _mask_on_host_(logits: Tensor, masked: list[int], words: np.ndarray) -> None:
+    # Not by torch: its threads go on looking for work on the cores that the next step's kernels want.
+    as_ints = torch.int32 if logits.element_size() == 4 else torch.int16
+    numbers = logits.view(as_ints).numpy()
+    minus_infinity = torch.full((1,), -torch.inf, dtype=logits.dtype).view(as_ints).numpy()
+    table = _ALL_BITS.astype(numbers.dtype)
+    for own, i in zip(words, masked, strict=True):
+        allowed = table[own.view(np.uint8)].reshape(-1)[: logits.shape[-1]]
+        numbers[i] &= allowed
+        np.invert(allowed, out=allowed)
+        allowed &= minus_infinity
+        numbers[i] |= allowed
+
+
+@torch.inference_mode()
+def mask_on_device_(logits: Tensor, masked: list[int], words: np.ndarray) -> None:
+    """Do the same where the logits are. words: int32 [len(masked), V / 32], a bit per token that may come."""
+    device = logits.device
     bits = send(words.view(np.uint8), device)[..., None] & send(_BITS, device)
+    forbidden = (bits == 0).view(len(masked), -1)[:, : logits.shape[-1]]
     index = _index(masked, device)
-    forbidden = (bits == 0).view(len(masked), -1)[:, :vocab]
     logits[index] = logits[index].masked_fill_(forbidden, -torch.inf)
 
 

@@ -374,6 +374,7 @@ class Job(Wire, frozen=True):
     metadata: dict[str, str] = {}
     digests: list[str] = []  # of the adapters that answer, "" for the base model
     texts: list[str] = []  # of each, the hash of the tokenizer and template it brings, "" if none
+    opened: list[bool] = []  # of each, whether its prompt ends within the model's reasoning
 
 
 class Idempotent(Wire, frozen=True):
@@ -385,6 +386,7 @@ class Idempotent(Wire, frozen=True):
     digests: list[str] = []  # of the adapters that answer, "" for the base model
     texts: list[str] = []  # of each, the hash of the tokenizer and template it brings, "" if none
     jid: str = ""  # of a background job
+    opened: list[bool] = []  # as in `Job`
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -59,7 +59,7 @@ class StopMatcher:
             at, i = min(found)
             self.matched, self._held = self._stops[i], ""
             return buffer[:at]
-        keep = max(_overlap(buffer, stop) for stop in self._stops)
+        keep = max(overlap(buffer, stop) for stop in self._stops)
         self._held = buffer[len(buffer) - keep :]
         return buffer[: len(buffer) - keep]
 
@@ -69,8 +69,8 @@ class StopMatcher:
         return rest
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that begins `stop`."""
+def overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that begins `stop`, without all of it."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[-size:]):
             return size
@@ -91,11 +91,14 @@ class OutputText:
         stop: Sequence[str] = (),
         end_ids: frozenset[int] = frozenset(),
         min_tokens: int = 0,
+        shown: Mapping[int, str] = {},
     ) -> None:
+        """shown: special tokens that are part of the text, and how they are written."""
         self._detokenizer = Detokenizer(tokenizer)
         self._matcher = StopMatcher(stop)
         self._end_ids = end_ids
         self._min_tokens = min_tokens
+        self._shown = shown
         self.num_tokens = 0  # seen, the one that ended the text included
         self.ended = False
 
@@ -115,7 +118,7 @@ class OutputText:
             if may_end and id_ in self._end_ids:
                 self.ended = True
                 break
-            text = self._detokenizer.add((id_,))
+            text = self._shown.get(id_) or self._detokenizer.add((id_,))
             if may_end:
                 text = self._matcher.add(text)
                 self.ended = self._matcher.matched is not None

@@ -82,6 +82,7 @@ class ScriptedFleet:
     go: asyncio.Event = field(default_factory=asyncio.Event)
     assigning: asyncio.Event = field(default_factory=asyncio.Event)  # cleared: requests stay in the queue
     wid: str = "w1"
+    max_model_len: int = MAX_MODEL_LEN
     beating: bool = True
     resident: list[str] = field(default_factory=list)
     host: list[str] = field(default_factory=list)
@@ -90,7 +91,7 @@ class ScriptedFleet:
         """Publish the base model and one worker's beat."""
         base = m.ServedModel(
             model=BASE_NAME, name=BASE_NAME, fingerprint="f00d", model_type="tiny",
-            vocab_size=self.tokenizer.get_vocab_size(), max_model_len=MAX_MODEL_LEN, sites=[], created_ms=now_ms(),
+            vocab_size=self.tokenizer.get_vocab_size(), max_model_len=self.max_model_len, sites=[], created_ms=now_ms(),
         )  # fmt: skip
         await self.bus.set(self.bus.keys.base, base)
         await self.bus.create_stream(self.bus.keys.work(self.wid), 300)

@@ -1,14 +1,18 @@
 """A worker joins, leaves and is killed while people wait for their answers."""
 
 import asyncio
+import json
+import re
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 from factories import make_adapter, make_tiny_model
 from fleets import RunningFleet, chunks, completion, fleet_up
+from jsonschema import Draft202012Validator
 from processes import is_running, working_below
 from waiting import wait_until
 
@@ -18,6 +22,8 @@ from protocol.messages import Assigned, WorkerBeat
 NUM_TOKENS = 400
 PROMPTS = ("Once upon a time", "The king said", "In the forest", "A ship sailed")
 MODELS = ("tiny", "pirate")
+FORMS = {"In the forest": r"([a-e]{6}-[0-9]{3} ){30,90}"}
+"""Regular expressions that answers to some prompts must follow."""
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +58,8 @@ async def ask_all(fleet: RunningFleet, texts: dict[tuple[str, str], str]) -> Non
 
     async def ask(model: str, prompt: str) -> None:
         body = completion(model, prompt, max_tokens=NUM_TOKENS, stream=True)
+        if prompt in FORMS:
+            body["structured_outputs"] = {"regex": FORMS[prompt]}
         async with fleet.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
             async for chunk in chunks(response):
                 texts[model, prompt] = texts.get((model, prompt), "") + chunk
@@ -65,6 +73,8 @@ async def test_clients_get_their_whole_text_whatever_happens_to_workers(
     expected: dict[tuple[str, str], str] = {}
     await ask_all(fleet, expected)
     assert len(set(expected.values())) == len(MODELS) * len(PROMPTS)
+    for (_, prompt), text in expected.items():
+        assert prompt not in FORMS or re.fullmatch(r"([a-e]{6}-[0-9]{3} )+.{0,10}", text), text
 
     # A second worker joins the running fleet.
     fleet.add_worker(model, "joined", tmp_path)
@@ -90,6 +100,31 @@ async def test_clients_get_their_whole_text_whatever_happens_to_workers(
     await wait_until(lambda: not is_running(leaver.pid), "it has left")
     await asking
     assert texts == expected
+
+
+async def test_a_worker_calls_the_tool_it_must(fleet: RunningFleet) -> None:
+    """A model of random weights and a template that knows no tools: what they say, the grammar says."""
+    schema = {
+        "type": "object",
+        "properties": {"size": {"enum": ["small", "large"]}, "count": {"type": "integer", "minimum": 1, "maximum": 99}},
+        "required": ["size", "count"],
+        "additionalProperties": False,
+    }
+    function = {"name": "buy", "parameters": schema}
+    body: dict[str, Any] = {
+        "model": "pirate",
+        "messages": [{"role": "user", "content": "Two, please"}],
+        "tools": [{"type": "function", "function": function}],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_tokens": 200,
+    }
+    async with fleet.client() as client:
+        answer = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]
+    assert answer["finish_reason"] == "tool_calls", answer
+    [call] = answer["message"]["tool_calls"]
+    assert call["function"]["name"] == "buy"
+    Draft202012Validator(schema).validate(json.loads(call["function"]["arguments"]))
 
 
 async def test_the_launcher_replaces_a_killed_worker_and_a_killed_queue(fleet: RunningFleet, queue: Bus) -> None:

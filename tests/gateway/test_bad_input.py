@@ -66,7 +66,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"stream_options": {"include_usage": True}}, "stream_options"),
     ("chat", {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options"),
     ("chat", {"stream": True, "background": True}, "stream"),
-    ("chat", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ("chat", {"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name"),
     ("chat", {"response_format": {"type": "xml"}}, "response_format"),
     ("chat", {"response_format": {}}, "response_format"),
     ("chat", {"response_format": {"type": "json_schema"}}, "response_format.json_schema"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from gpu_worker import sampling
-from gpu_worker.sampling import SampleRow, sample, uniforms, watermark_ids
+from gpu_worker.sampling import SampleRow, mask_on_device_, sample, uniforms, watermark_ids
 from protocol.messages import Sampling, logprob_record_bytes
 
 NOTHING = np.zeros(0, np.int32)
@@ -236,6 +237,31 @@ def test_logprobs_may_be_of_what_was_drawn_from() -> None:
     expected = logits[1].log_softmax(-1).topk(4).values.tolist()
     assert np.frombuffer(raw[4:], PAIR)["logprob"].tolist() == pytest.approx(expected, abs=1e-5)
     assert np.frombuffer(greedy, "<f4")[0] == pytest.approx(logits[2].log_softmax(-1).max().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("vocab", "num_known"), [(1000, 1000), (1000, 600), (70, 96)])
+def test_what_a_mask_forbids_is_never_chosen(dtype: torch.dtype, vocab: int, num_known: int) -> None:
+    """num_known: tokens that the mask is about; those beyond are forbidden."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(4, vocab, generator=generator).to(dtype)
+    may = np.random.default_rng(1).random((4, -(-num_known // 32) * 32)) < 0.1
+    may[:, num_known:] = False
+    words = np.packbits(may, bitorder="little").view(np.int32).reshape(4, -1)
+    allowed = torch.zeros(4, vocab, dtype=torch.bool)
+    width = min(vocab, may.shape[1])
+    allowed[:, :width] = torch.from_numpy(may)[:, :width]
+    expected = logits.masked_fill(~allowed, -torch.inf)
+    expected[2] = logits[2]
+    rows = [SampleRow(Sampling(temperature=0.0), NOTHING, NOTHING, mask=None if i == 2 else words[i]) for i in range(4)]
+    assert sample(logits.clone(), rows).ids.tolist() == expected.float().argmax(-1).tolist()
+    wide = np.zeros((3, -(-vocab // 32)), np.int32)
+    wide[:, : words.shape[1]] = words[[0, 1, 3], : wide.shape[1]]
+    on_device = logits.clone()
+    mask_on_device_(on_device, [0, 1, 3], wide)
+    assert torch.equal(on_device, expected)
+    drawn = sample(logits.clone(), [replace(row, sampling=Sampling(temperature=3.0, seed=9)) for row in rows]).ids
+    assert all(expected[i, id_] > -torch.inf for i, id_ in enumerate(drawn))
 
 
 def test_a_watermark_can_be_found() -> None:

@@ -1,0 +1,56 @@
+"""Tools in plain words, for models whose chat template knows none: as Hermes' and Qwen's templates put it. Pure."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+_TAG = re.compile(r"\{[%{].*?[%}]\}", re.DOTALL)
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
+_VARIABLE = re.compile(r"\btools\b")
+
+_INTRODUCTION = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+
+def knows_tools(template: str) -> bool:
+    """Tell whether a chat template, its source, puts tools into its prompts."""
+    return any(_VARIABLE.search(_QUOTED.sub("", tag)) for tag in _TAG.findall(template))
+
+
+def explain_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return normalized messages with tools, their calls and results written as text."""
+    introduction = _INTRODUCTION.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+    plain = [_plain(message) for message in messages]
+    if plain[0]["role"] == "system":
+        first = {**plain[0], "content": f"{plain[0]['content']}\n\n{introduction}"}
+        return [first, *plain[1:]]
+    return [{"role": "system", "content": introduction}, *plain]
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    if message["role"] in ("tool", "function"):
+        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        "<tool_call>\n" + json.dumps({"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False)
+        + "\n</tool_call>"
+        for function in (call["function"] for call in message["tool_calls"])
+    ]  # fmt: skip
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    text = message.get("content", "")
+    return {**rest, "content": "\n".join([*([text] if text else []), *calls])}
