@@ -1,13 +1,17 @@
 """A decode step of 32 requests beside its floor: the base model, one adapter, 32 distinct adapters; the engine alone.
 
-    python -m benchmarks.distinct_adapters [--model FOLDER] [--short]
+    python -m benchmarks.distinct_adapters [--model FOLDER] [--short] [--before CHECKOUT]
 
 Floor of the distinct adapters: the base model's step, measured, plus the bytes of their weights over the memory
 bandwidth, measured. No HTTP and no queue: `Engine.step` in this process, in turns, medians of whole steps.
+With `--before` only the steps are measured, of this and of another checkout, a process each, round by round in turns.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,10 +85,68 @@ def draw(axes: Sequence[Any], medians: dict[str, float], floor_ms: float) -> Non
     axes[0].legend()
 
 
+STEPS = """
+import json, sys
+from pathlib import Path
+import torch
+from benchmarks.distinct_adapters import CASES, NAMES, decode_ms, start_engine
+torch.manual_seed(0)
+engine = start_engine(Path(sys.argv[1]), Path(sys.argv[2]))
+decode_ms(engine, NAMES, 8)
+print("ready", flush=True)
+for line in sys.stdin:
+    name, num_steps = json.loads(line)
+    print(json.dumps(decode_ms(engine, CASES[name], num_steps)), flush=True)
+"""
+"""What a checkout's process does: a line in, the case and how many steps; a line out, their milliseconds."""
+
+
+def compare(before: Path, model: Path, adapters: Path, rounds: int, num_steps: int) -> dict[str, dict[str, float]]:
+    """Return the median milliseconds of each case's steps, of another checkout and of this one, and their ratio."""
+    processes: dict[str, subprocess.Popen[str]] = {}
+    for label, folder in {"before": before, "after": Path.cwd()}.items():
+        command = [sys.executable, "-c", STEPS, str(model), str(adapters)]
+        processes[label] = subprocess.Popen(
+            command, cwd=folder, env={**os.environ, "PYTHONPATH": ".:kernels"}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert _tell(processes[label]) == "ready"
+    times: dict[str, dict[str, list[float]]] = {name: {label: [] for label in processes} for name in CASES}
+    for index in range(rounds):
+        labels = [*processes] if index % 2 else [*processes][::-1]
+        for name in CASES:
+            for label in labels:
+                times[name][label] += orjson.loads(_tell(processes[label], orjson.dumps([name, num_steps]).decode()))
+    for process in processes.values():
+        process.communicate()
+    figures = {name: {label: float(np.median(ms)) for label, ms in by.items()} for name, by in times.items()}
+    return {name: {**medians, "ratio": medians["after"] / medians["before"]} for name, medians in figures.items()}
+
+
+def _tell(process: subprocess.Popen[str], line: str = "") -> str:
+    """Send a line, if there is one, and return the line that comes back."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    if line:
+        print(line, file=process.stdin, flush=True)
+    return process.stdout.readline().strip()
+
+
 def main() -> None:
-    args = report.parser(__doc__).parse_args()
+    parser = report.parser(__doc__)
+    parser.add_argument("--before", type=Path, help="another checkout, whose steps are measured beside this one's")
+    args = parser.parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
     rounds, num_steps = (3, 32) if args.short else (8, 64)
+    if args.before:
+        with scratch_folder() as scratch:
+            make_adapters(model, scratch / "adapters", NAMES, [RANK])
+            found = compare(args.before, model, scratch / "adapters", 2 * rounds, num_steps // 2)
+        rows = [(name, *(f"{value:.2f}" for value in figures.values())) for name, figures in found.items()]
+        print(report.table(("32 requests", "before, ms", "after, ms", "ratio"), rows))
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "distinct-adapters-before.json").write_bytes(orjson.dumps({"machine": machine, "step_ms": found}))
+        return
     torch.manual_seed(0)
     times: dict[str, list[float]] = {name: [] for name in CASES}
     bandwidths: list[float] = []
