@@ -38,7 +38,7 @@ _UNSERVED = {
     "arrow_config": "Arrow routing", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA",
     "velora_config": "VeLoRA", "megatron_config": "Megatron layers",
 }  # fmt: skip
-"""Features refused by name when they are switched on."""
+"""Features refused by name when they are switched on: a `…_config` is by whatever is not null, {} too."""
 
 _NO_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -114,7 +114,7 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if value is None or (key in _DEFAULTS and value == _DEFAULTS[key]):
             continue
-        if not value and key not in _DEFAULTS:
+        if key not in _DEFAULTS and not _is_on(key, value):
             continue
         canonical[key] = value
     return canonical
@@ -158,7 +158,7 @@ def read_config(config: Mapping[str, Any], reasons: Reasons) -> AdapterConfig | 
 def _check_features(config: Mapping[str, Any], kind: str, reasons: Reasons) -> None:
     """Note every feature that is switched on and not served, and every field that is not known."""
     for key, feature in _UNSERVED.items():
-        if config.get(key):
+        if _is_on(key, config.get(key)):
             reasons.add(f"{key} ({feature}) is not served")
     if config.get("bias") not in (None, "none", "all", "lora_only"):
         reasons.add(f"bias {show(config['bias'])} is not none, all or lora_only")
@@ -173,6 +173,10 @@ def _check_features(config: Mapping[str, Any], kind: str, reasons: Reasons) -> N
     for key, value in config.items():
         if value and key not in known:
             reasons.add("config fields that are not understood", key)
+
+
+def _is_on(key: str, value: Any) -> bool:
+    return value is not None if key in _UNSERVED and key.endswith("_config") else bool(value)
 
 
 def _check_combinations(config: Mapping[str, Any], read: AdapterConfig, reasons: Reasons) -> None:

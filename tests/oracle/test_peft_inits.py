@@ -1,0 +1,119 @@
+"""Inits that take a part out of the base: refused by name as saved, unless PEFT converted them for the whole base."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle.peft_kinds import (
+    LLAMA,
+    MAX_DIFFERENCE,
+    Kind,
+    asked_prompts,
+    difference,
+    engine_logits,
+    make_adapter,
+    make_base,
+    make_engine,
+    measure,
+    model_logits,
+    read_files,
+)
+from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+from peft.tuners.lora.loraga import preprocess_loraga
+from transformers import PreTrainedModel
+
+from gpu_worker.load import build_engine
+from gpu_worker.model import prepare_model
+from protocol.peft_format import CONFIG_FILE
+from protocol.settings import Settings
+
+PROMPT = asked_prompts(Kind(LLAMA))[1]
+IDS = torch.arange(TINY_VOCAB)[None]
+
+
+def start(init: str, model: PreTrainedModel, **fields: Any) -> PeftModel:
+    """Let PEFT begin as for training: the base loses what the adapter gets."""
+    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"} | fields
+    config = LoraConfig(**fields, init_lora_weights=init)
+    if init == "corda":
+        pytest.importorskip("attr", reason="PEFT's CorDA imports attrs")
+        from peft.tuners.lora.corda import preprocess_corda
+
+        config.corda_config = CordaConfig(corda_method="kpm")
+        preprocess_corda(model, config, run_model=lambda: model(input_ids=IDS))
+    elif init == "lora_ga":
+        config.lora_ga_config = LoraGAConfig()
+        preprocess_loraga(model, config, lambda: model(input_ids=IDS, labels=IDS).loss.backward())
+    return get_peft_model(model, config).eval()
+
+
+def train_and_save(peft: PeftModel, init: str, root: Path) -> None:
+    """Save as PEFT's guides say: `raw` as it is, `converted` for the base as it was."""
+    peft.peft_config["default"].init_lora_weights = True
+    peft.save_pretrained(str(root / "start"))
+    peft.peft_config["default"].init_lora_weights = init
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    peft.save_pretrained(str(root / "raw"))
+    peft.save_pretrained(str(root / "converted"), path_initial_model_for_weight_conversion=str(root / "start"))
+
+
+@pytest.mark.parametrize(
+    ("init", "fields"),
+    [("pissa", {}), ("pissa_niter_4", {"use_rslora": True}), ("olora", {}), ("corda", {}), ("lora_ga", {})],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_converted_save_is_served_and_an_unconverted_one_refused(init: str, fields: Any, tmp_path: Path) -> None:
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(1)
+        peft = start(init, make_base(LLAMA), **fields)
+        train_and_save(peft, init, tmp_path)
+    engine = make_engine(LLAMA, {name: tmp_path / name for name in ("raw", "converted")})
+    refusal = ask(engine, [greedy_request("raw", "raw", PROMPT, 2)]).finish["raw"].error
+    assert refusal is not None
+    assert refusal.status == 422
+    assert f"init_lora_weights {init} changes the base weights" in refusal.message
+    ids, logits = engine_logits(engine, [greedy_request("converted", "converted", PROMPT, 5)])["converted"]
+    trained = model_logits(peft, PROMPT, ids)
+    assert difference(logits, trained) <= MAX_DIFFERENCE, "not what was trained"
+    assert (trained - model_logits(make_base(LLAMA), PROMPT, ids)).abs().max() >= 100 * MAX_DIFFERENCE
+    assert measure(Kind(LLAMA), tmp_path / "converted").difference <= MAX_DIFFERENCE, "not what PEFT loads"
+
+
+def test_as_saved_it_is_served_on_the_base_that_was_saved_with_it(tmp_path: Path) -> None:
+    """The other way of PEFT's guides: the base without that part is saved too, and the adapter is plain LoRA on it."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(1)
+        peft = start("pissa", make_base(LLAMA))
+        peft.peft_config["default"].init_lora_weights = True
+        peft.save_pretrained(str(tmp_path))
+        base = copy.deepcopy(peft).unload()
+    settings = Settings(model="oracle", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20)
+    engine, _ = build_engine(prepare_model(base, frozenset(), None), settings, lambda _: read_files(tmp_path), None)
+    ids, logits = engine_logits(engine, [greedy_request("a", "a", PROMPT, 5)])["a"]
+    assert difference(logits, model_logits(peft, PROMPT, ids)) <= MAX_DIFFERENCE
+    assert difference(logits, model_logits(make_base(LLAMA), PROMPT, ids)) <= MAX_DIFFERENCE, "nothing was trained"
+
+
+def test_loftq_is_refused_by_name(tmp_path: Path) -> None:
+    """PEFT makes it on a GPU alone; what it saves is an adapter whose config says so."""
+    make_adapter(Kind(LLAMA), tmp_path)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    config |= {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    refusal = ask(make_engine(LLAMA, {"a": tmp_path}), [greedy_request("a", "a", PROMPT, 2)]).finish["a"].error
+    assert refusal is not None
+    assert "loftq" in refusal.message
