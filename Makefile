@@ -4,6 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+QUANT := build/quantised
 PIP := $(BIN)/python -m pip
 MODEL ?=
 ADAPTERS ?=
@@ -12,10 +13,10 @@ ARGS ?=
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
-.PHONY: demo up test test-models models-table peft-table check lint-fix bench chaos chaos-short soak tour tour-lorax tour-tgi tour-openai api-check docker-smoke clean help
+.PHONY: demo up test test-models test-quantised models-table peft-table quantised-table check lint-fix bench chaos chaos-short soak tour tour-lorax tour-tgi tour-openai api-check docker-smoke clean help
 
 help:  ## say what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.stamp-demo  ## fetch a small model, start the fleet, ask the base and three adapters at once
 	$(BIN)/lorafleet demo $(ARGS)
@@ -48,6 +49,12 @@ bench: $(VENV)/.stamp-demo  ## measure whole fleets for a few minutes; ARGS= for
 
 peft-table: $(VENV)/.stamp-dev  ## measure every kind of adapter against PEFT, into docs/peft.md
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m oracle.peft_table
+
+test-quantised: $(QUANT)/.stamp  ## hold adapters on quantised bases to PEFT, with the libraries that need no GPU
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(QUANT)/bin/python -m pytest tests/oracle/test_quantised.py $(ARGS)
+
+quantised-table: $(QUANT)/.stamp  ## measure them, into docs/peft.md; rows whose library is missing stay
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests $(QUANT)/bin/python -m oracle.quantised_table
 
 chaos-short: $(VENV)/.stamp-dev  ## kill every kind of process under load for three minutes, check every answer
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 60 --every 2.5 --out build/chaos-short $(ARGS)
@@ -100,3 +107,11 @@ $(VENV)/.stamp-dev: pyproject.toml | $(VENV)/bin/python
 	$(TORCH)
 	$(PIP) install --disable-pip-version-check --quiet -e '.[worker,demo,bench,dev]'
 	@touch $@ $(VENV)/.stamp-demo
+
+# Apart from the others: every worker and every PEFT model would import these libraries, which takes seconds.
+$(QUANT)/.stamp: pyproject.toml | $(VENV)/.stamp-dev
+	$(BIN)/python -m venv $(QUANT)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$($(QUANT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dev.pth
+	$(BIN)/python deploy/requirements.py quant | $(QUANT)/bin/python -m pip install --disable-pip-version-check --quiet -r /dev/stdin
+	@touch $@

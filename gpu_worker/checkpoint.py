@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,11 @@ _UNREADABLE = (
 def read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Load the causal LM of a folder onto a device, in eval mode. Raises BadRequest in one line."""
     config = read_config(folder)
-    quantised = getattr(config, "quantization_config", None)
-    if quantised and _method(quantised) not in QUANTISATIONS:  # transformers would read the weights as they lie
-        raise BadRequest(f"the model in {folder} is quantised with {_method(quantised)}, unknown to transformers")
+    quantised = quantisation_of(config)
+    if quantised and quantised not in QUANTISATIONS:  # transformers would read the weights as they lie
+        raise BadRequest(f"the model in {folder} is quantised with {quantised}, unknown to transformers")
+    if quantised == "bitsandbytes":  # it warns in every step of every layer that it rounds activations
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # A quantised model must be born where it is to live; others come through host memory, whatever accelerate thinks.
     place: dict[str, Any] = {"device_map": {"": device}} if quantised else {}
     try:
@@ -50,7 +53,7 @@ def read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTra
             output_loading_info=True, ignore_mismatched_sizes=True, **place,
         )  # fmt: skip
     except _UNREADABLE as error:
-        how = f", quantised with {_method(quantised)}," if quantised else ""
+        how = f", quantised with {quantised}," if quantised else ""
         raise BadRequest(f"the model in {folder}{how} cannot be loaded: {one_line(error)}") from error
     module, info = loaded
     # transformers makes random numbers of these, and a warning.
@@ -106,6 +109,10 @@ def one_line(error: BaseException) -> str:
     return (text if len(text) <= MAX_LINE else f"{text[:MAX_LINE]} …") or type(error).__name__
 
 
-def _method(quantised: Any) -> str:
+def quantisation_of(config: PreTrainedConfig) -> str:
+    """Return the method that a model's weights are quantised with, "" if they are not."""
+    quantised: Any = getattr(config, "quantization_config", None)
+    if not quantised:
+        return ""
     method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
     return str(getattr(method, "value", method))

@@ -17,6 +17,7 @@ from gpu_worker.attention import StepContext
 from gpu_worker.extras import apply_linear
 from lora_kernels import ops
 from protocol.errors import AdapterRefused
+from protocol.messages import OPAQUE
 
 GROUPS = ("attention", "mlp", "other")
 """Page spaces of the adapter pool: an adapter that leaves a group alone takes no page of it."""
@@ -31,7 +32,7 @@ class SiteInfo:
     group: int  # index into GROUPS
     in_features: int
     out_features: int
-    kind: Literal["linear", "conv1d"]
+    kind: Literal["linear", "conv1d", "opaque"]
     dtype: torch.dtype
     has_bias: bool = False
 
@@ -49,7 +50,16 @@ class LinearCall:
 class SharedInput:
     """Sibling linear layers: the first one called computes the outputs of all."""
 
-    def __init__(self, linears: list[nn.Module], context: StepContext, *, is_head: bool, impl: ops.Impl | None) -> None:
+    def __init__(
+        self,
+        linears: list[nn.Module],
+        context: StepContext,
+        *,
+        is_head: bool,
+        impl: ops.Impl | None,
+        num_lead: int = 0,
+    ) -> None:
+        """num_lead: dimensions before the tokens in what the model gives them."""
         self.context = context
         self.is_head = is_head
         self.position = 0  # among all of the model, in the order of calls
@@ -60,6 +70,7 @@ class SharedInput:
         self.sizes = [out_features for out_features, _ in shapes]
         self.in_features = shapes[0][1]
         self._opaque: list[nn.Module] = []  # quantised and other layers of a kind of their own: called as they are
+        self._lead: list[int] = [1] * num_lead  # and as the model calls them: dimensions tell some what a token is
         if is_plain(linears[0]):
             weights = [_weight(linear) for linear in linears]
             joint = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
@@ -103,7 +114,8 @@ class SharedInput:
     def project(self, rows: Tensor) -> list[Tensor]:
         """Return the outputs [T, N] of all siblings for rows [T, K]; of plain layers they are slices of one tensor."""
         if self._opaque:
-            outs = [linear(rows) for linear in self._opaque]
+            x = rows.view(*self._lead, *rows.shape)
+            outs = [linear(x).reshape(len(rows), -1).contiguous() for linear in self._opaque]
         else:
             out = ops.linear(rows, self._packed, self._bias, impl=self.impl)
             outs = list(out.split_with_sizes(self.sizes, -1)) if len(self.sizes) > 1 else [out]
@@ -163,8 +175,12 @@ def is_plain(linear: nn.Module) -> bool:
     if type(linear) not in (nn.Linear, Conv1D) or "forward" in vars(linear):
         return False
     names = {name for name, _ in (*linear.named_parameters(), *linear.named_buffers())}
-    weight = linear.get_parameter("weight")
-    return names <= {"weight", "bias"} and type(weight) is nn.Parameter and weight.is_floating_point()
+    return names <= {"weight", "bias"} and is_number(linear.get_parameter("weight"))
+
+
+def is_number(parameter: Tensor) -> bool:
+    """Tell whether a parameter holds the numbers that are computed with, and not a code for them."""
+    return type(parameter) is nn.Parameter and parameter.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 def find_siblings(calls: list[LinearCall]) -> list[list[LinearCall]]:
@@ -186,7 +202,9 @@ def install_sites(
     infos: list[SiteInfo] = []
     shareds: list[SharedInput] = []
     for siblings in find_siblings(calls):
-        shared = SharedInput([call.module for call in siblings], context, is_head=siblings[0].is_head, impl=impl)
+        modules, first = [call.module for call in siblings], siblings[0]
+        num_lead = first.xs[0].ndim - 2
+        shared = SharedInput(modules, context, is_head=first.is_head, impl=impl, num_lead=num_lead)
         shared.position = len(shareds)
         shareds.append(shared)
         for index, call in enumerate(siblings):
@@ -204,7 +222,7 @@ def _site_info(call: LinearCall, index: int, attention_names: set[str]) -> SiteI
     else:
         group = 1 if in_layer else 2
     out_features, in_features = _shape(call.module)
-    kind = "conv1d" if isinstance(call.module, Conv1D) else "linear"
+    kind = "conv1d" if isinstance(call.module, Conv1D) else "linear" if is_plain(call.module) else OPAQUE
     has_bias = getattr(call.module, "bias", None) is not None
     return SiteInfo(call.name, index, group, in_features, out_features, kind, _dtype(call), has_bias)
 

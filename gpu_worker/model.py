@@ -5,20 +5,22 @@ What the layers are is found by watching one trial run, never by the model's nam
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gpu_worker.attention import ATTENTION, AttentionCall, PagedLayer, StepContext, make_layers
-from gpu_worker.checkpoint import one_line, read_eos_ids, read_model
+from gpu_worker.checkpoint import one_line, quantisation_of, read_eos_ids, read_model
 from gpu_worker.compiled import install_compiled
 from gpu_worker.lora import SharedInput, SiteInfo, install_sites
 from gpu_worker.places import Places, find_places
@@ -28,6 +30,14 @@ from lora_kernels import ops
 from protocol.errors import BadRequest
 
 logger = logging.getLogger(__name__)
+
+_CANNOT_RUN = (
+    TypeError, ValueError, LookupError, AttributeError, RuntimeError, NotImplementedError, ImportError, AssertionError
+)  # fmt: skip
+"""What a model raises that wants images, a mask or a cache of its own, or kernels that this machine lacks."""
+
+LAST_DIGITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Relative differences that rounding and another order of sums may make of a number."""
 
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -73,6 +83,7 @@ class LogitsCheck:
 
     prompts: list[Tensor]  # int64 [T]
     logits: list[Tensor]  # [T, V] of each
+    sensitivity: float = 0.0  # difference that the last digits of its embeddings make, see `spread_of`
 
 
 def choose_device(device: str) -> torch.device:
@@ -118,9 +129,10 @@ def prepare_model(
             check = _ask_untouched(module, config)
             module.set_attn_implementation(ATTENTION)
             trial = run_trial(module, keeps_logits)
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, NotImplementedError) as error:
-        # What a model raises that wants images, a mask or a cache of its own.
-        raise _refusal(module, [f"a forward pass that needs more than tokens: {one_line(error)}"]) from error
+    except _CANNOT_RUN as error:
+        method, what = quantisation_of(module.config), "a forward pass that needs more than tokens"
+        what = f"layers quantised with {method} that cannot run here" if method else what
+        raise _refusal(module, [f"{what}: {one_line(error)}"]) from error
     _refuse_calls(module, trial, config)
     context = StepContext()
     layers = make_layers(trial.attention, context, impl)
@@ -169,11 +181,44 @@ def _ask_untouched(module: PreTrainedModel, config: Any) -> LogitsCheck:
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(config.vocab_size, (num,), generator=generator) for num in (longest, longest - 7)]
     prompts = [ids.to(module.device) for ids in prompts]
-    logits = []
+    logits = _logits_of(module, prompts)
+    if not quantisation_of(module.config):
+        return LogitsCheck(prompts, logits)
+    with last_digits_changed(module):
+        return LogitsCheck(prompts, logits, spread_of(_logits_of(module, prompts), logits))
+
+
+def _logits_of(module: PreTrainedModel, prompts: list[Tensor]) -> list[Tensor]:
+    found = []
     for ids in prompts:
         positions = torch.arange(len(ids), device=ids.device)
-        logits.append(module(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0])
-    return LogitsCheck(prompts, logits)
+        found.append(module(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0])
+    return found
+
+
+@contextlib.contextmanager
+def last_digits_changed(module: PreTrainedModel) -> Iterator[None]:
+    """Change the embeddings as little as another order of sums would.
+
+    Layers that round what they are given, to int8 say, make more of it: a number on the edge becomes the next one.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def hook(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+        noise = torch.randn(out.shape, generator=generator).to(out.device)
+        return (out.float() * (1 + LAST_DIGITS[out.dtype] * noise)).to(out.dtype)
+
+    handle = module.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def spread_of(logits: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the root mean square difference of logits relative to the spread of those expected."""
+    got, right = torch.cat(list(logits)).float(), torch.cat(list(expected)).float()
+    return ((got - right).square().mean().sqrt() / right.std()).item()
 
 
 def _refusal(module: PreTrainedModel, reasons: list[str]) -> BadRequest:

@@ -111,16 +111,17 @@ class Packer:
         rows: list[tuple[int, Tensor, Tensor]] = []
         names: list[str] = []
         with torch.inference_mode():
+            extras = _ExtrasPacker(by_name, self.places, get).pack(spec)
             for part in spec.sites:
                 site = by_name[part.site]
                 a, b = lora_matrices(part, get)
-                if len(b) != site.out_features:
-                    continue  # of another vocabulary: with the extras
+                own = extras.linear.get(site.index)
+                if own is not None and own.lora is not None:
+                    continue  # not in the pool
                 rows.append((site.index, a.to(site.dtype), b.T.to(site.dtype).contiguous()))
                 names += [part.a, part.b]
                 ranks[site.index], scales[site.index] = part.rank, part.scale
                 group_ranks[site.group] = max(group_ranks[site.group], part.rank)
-            extras = _ExtrasPacker(by_name, self.places, get).pack(spec)
         _check_finite(rows, names, extras)
         if self.pin:
             rows = [(index, a.pin_memory(), b.pin_memory()) for index, a, b in rows]
@@ -230,7 +231,8 @@ class _ExtrasPacker:
     def _pack_linear(self, part: LoraWeights) -> None:
         site = self._sites[part.site]
         a, b = lora_matrices(part, self._get)
-        if len(b) != site.out_features:
+        # The pool holds what is added to the base's output: not to another layer's, or to that of another vocabulary.
+        if len(b) != site.out_features or "weight" in self._linear.get(part.site, {}):
             self._linear[part.site]["lora"] = LowRank(a.to(site.dtype), b.T.to(site.dtype).contiguous(), part.scale)
         if part.bias:
             self._linear[part.site]["lora_bias"] = part.scale * self._get(part.bias).float()
@@ -266,6 +268,8 @@ class _ExtrasPacker:
     def _parameter(self, part: LoraWeights, module: str, parameter: str) -> ParameterLora:
         owner = self._places.modules[module].module
         weight = owner.get_parameter(parameter)
+        if part.experts:
+            return ParameterLora(parameter, *self._experts(part, weight.dtype), part.scale)
         a, b = self._get(part.a).to(weight.dtype), self._get(part.b).to(weight.dtype)
         if weight.ndim == 2:
             return ParameterLora(parameter, b, a, part.scale)
@@ -275,6 +279,12 @@ class _ExtrasPacker:
         if getattr(owner, "is_transposed", False):
             a, b = b.transpose(-2, -1), a.transpose(-2, -1)
         return ParameterLora(parameter, b.contiguous(), a.contiguous(), part.scale)
+
+    def _experts(self, part: LoraWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return b [experts, out, rank] and a [experts, rank, in] of experts whose layers have their own matrices."""
+        a = [torch.cat([self._get(name) for name, _ in pairs]) for pairs in part.experts]
+        b = [torch.block_diag(*(self._get(name) for _, name in pairs)) for pairs in part.experts]
+        return torch.stack(b).to(dtype), torch.stack(a).to(dtype)
 
     def _dtype(self, site: str) -> torch.dtype:
         return self._weight(site).dtype

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gpu_worker.attention import StepContext
 from gpu_worker.extras import EmbeddingPlace, ModulePlace, TokenLayout, original_forward
-from gpu_worker.lora import SharedInput, SiteInfo
+from gpu_worker.lora import SharedInput, SiteInfo, is_number
 from protocol.messages import SiteShape
 
 
@@ -95,7 +95,7 @@ def adaptable(module: nn.Module) -> list[str]:
     return [
         name
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 2 or (parameter.ndim == 3 and len(parameter) > 1)
+        if is_number(parameter) and (parameter.ndim == 2 or (parameter.ndim == 3 and len(parameter) > 1))
     ]
 
 
@@ -118,6 +118,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _is_plain_lookup(module: nn.Embedding) -> bool:
     """Tell whether an embedding returns its rows, perhaps scaled, and nothing else."""
+    if not is_number(module.weight):
+        return False
     ids = torch.arange(min(3, module.num_embeddings), device=module.weight.device)[None]
     try:
         found = original_forward(module)(ids)

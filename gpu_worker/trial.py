@@ -100,6 +100,9 @@ class _Watch:
             if x is None or shape is None or not regular or out.shape != (*x.shape[:-1], shape[0]):
                 self._linears[name] = None
                 return
+            if out.dtype != x.dtype:  # nothing that LoRA could be added to
+                self._linears[name] = None
+                return
             known = self._linears.setdefault(name, LinearCall(name, linear, [], num_rows == self.num_head_rows))
             if known is not None:
                 known.xs.append(x)

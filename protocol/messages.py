@@ -261,13 +261,17 @@ class DeadLetter(Wire, frozen=True):
 # ---------------------------------------------------------------- the base model, published by workers
 
 
+OPAQUE = "opaque"
+"""Kind of a linear layer that can only be called, such as a quantised one: adapters add to it, and do nothing else."""
+
+
 class SiteShape(Packed, frozen=True):
     """A part of the model that an adapter can change, as the model names it."""
 
     name: str  # "model.layers.0.self_attn.q_proj"; of a parameter with the parameter: "….mlp.experts.gate_up_proj"
     in_features: int  # of an embedding: its entries; of a norm: its width
     out_features: int
-    kind: Literal["linear", "conv1d", "embedding", "norm", "parameter"] = "linear"
+    kind: Literal["linear", "conv1d", "opaque", "embedding", "norm", "parameter"] = "linear"  # opaque: see `OPAQUE`
     has_bias: bool = False
     num_experts: int = 0  # of a parameter: matrices in it
 

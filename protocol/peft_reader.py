@@ -6,15 +6,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
-from protocol.messages import ServedModel, SiteShape
+from protocol import peft_experts
+from protocol.messages import OPAQUE, ServedModel, SiteShape
 from protocol.peft_config import ADALORA, AdapterConfig
+from protocol.peft_experts import OldNames
 from protocol.peft_spec import AdapterSpec, LoraWeights, ReplacedWeights, TrainedTokens
 from protocol.peft_targets import Names
 from protocol.peft_tensors import Parts, nested
 from protocol.reasons import Reasons
 from protocol.safetensors_header import TensorInfo
 
-LINEAR = ("linear", "conv1d")
+LINEAR = ("linear", "conv1d", OPAQUE)
 
 WRAPPED, TOKENS_WRAPPED, ORIGINAL, SAVED_TWICE = (
     ".base_layer", ".token_adapter.base_layer", ".original_module", ".modules_to_save"
@@ -34,7 +36,8 @@ class Reader:
         base: ServedModel | None,
         reasons: Reasons,
     ) -> None:
-        self._config = config
+        self._old = peft_experts.FAMILIES.get(base.model_type) if base else None
+        self._config, self._converts = config, False  # experts as they were
         self._parts = parts
         self._tensors = tensors
         self._base = base
@@ -45,6 +48,15 @@ class Reader:
         self._is_tied = base is not None and base.tied_embeddings and bool(self._embedding and self._head)
         self._vocab_size = 0  # of the replaced embedding or head, if it is not the base's
         self._used: set[str] = set()
+        if self._old is not None:
+            self._convert(self._old)
+
+    def _convert(self, old: OldNames) -> None:
+        """Read names of transformers 4 as PEFT does."""
+        converted = peft_experts.convert(self._config, old, self._sites, self._reasons)
+        if converted is not None:
+            self._config, self._converts = converted, True
+            self._parts.lora = peft_experts.rename(self._parts.lora, old)
 
     def read(self) -> AdapterSpec:
         """Return what the adapter changes; meaningless when there are reasons against it."""
@@ -93,6 +105,8 @@ class Reader:
     def _check_target(self, site: SiteShape) -> None:
         if site.kind == "norm":
             self._reasons.add("PEFT cannot adapt modules of this kind", site.name)
+        elif site.kind == OPAQUE and self._config.use_dora:
+            self._reasons.add("DoRA is not served on quantised layers", site.name)
         elif site.kind == "embedding":
             config = self._config
             kinds = {"lora_bias": config.lora_bias, "alora_invocation_tokens": bool(config.invocation)}
@@ -168,11 +182,35 @@ class Reader:
             if rank < 1:
                 self._reasons.add(f"rank {rank} is not positive", name)
                 continue
+            if layers := self._layers_of(module, parameter):
+                yield from self._read_experts(site, rank, layers)
+                continue
             names = self._parts.lora.get(nested(module, len(parameters) - 1 - i), {})
             a = self._take(names.get("A"), name, "lora_A", (rank * experts, site.in_features))
             b = self._take(names.get("B"), name, "lora_B", (site.out_features, rank * experts))
             if len(self._reasons) == before:
                 yield LoraWeights(site.name, rank, self._config.scale(name), a, b)
+
+    def _layers_of(self, module: str, parameter: str) -> tuple[str, ...]:
+        """Return the old layers of one expert that the file has instead of a parameter; none if it has none."""
+        layers = self._old.layers_of(parameter) if self._converts and self._old is not None else ()
+        return layers if any(f"{module}.0.{layer}" in self._parts.lora for layer in layers) else ()
+
+    def _read_experts(self, site: SiteShape, rank: int, layers: tuple[str, ...]) -> Iterator[LoraWeights]:
+        """Yield the LoRA of experts that were layers: none, with reasons, if something is wrong with it."""
+        before, module, share = len(self._reasons), site.name.rpartition(".")[0], len(layers)
+        experts: list[tuple[tuple[str, str], ...]] = []
+        for expert in range(site.num_experts):
+            pairs: list[tuple[str, str]] = []
+            for layer in layers:
+                name = f"{module}.{expert}.{layer}"
+                found = self._parts.lora.get(name, {})
+                a = self._take(found.get("A"), name, "lora_A", (rank // share, site.in_features))
+                b = self._take(found.get("B"), name, "lora_B", (site.out_features // share, rank // share))
+                pairs.append((a, b))
+            experts.append(tuple(pairs))
+        if len(self._reasons) == before:
+            yield LoraWeights(site.name, rank, self._config.scale(site.name), "", "", experts=tuple(experts))
 
     def _is_linear(self, lora: LoraWeights) -> bool:
         return self._sites[lora.site].kind in LINEAR
@@ -224,6 +262,9 @@ class Reader:
         loaded: dict[str, ReplacedWeights] = {}  # weights that PEFT loads into the base's own modules
         for site in self._sites.values():
             is_saved = self._config.saved.saves(site.name)
+            if site.kind == OPAQUE and (is_saved or self._parts.has_weight(site.name)):
+                self._reasons.add("whole weights of quantised layers are not served", site.name)
+                continue
             for parameter in _parameters_of(site):
                 own = self._replacement(site, wrapped.get(site.name, ""), parameter)
                 if own is not None:

@@ -22,6 +22,8 @@ class LoraWeights:
     bias: str = ""  # of b: [out]
     magnitude: str = ""  # DoRA's: [out], at an embedding [width]
     singular: str = ""  # AdaLoRA's values: [rank, 1], they multiply the rows of a
+    experts: tuple[tuple[tuple[str, str], ...], ...] = ()
+    """Instead of a and b, for each expert: a [rank / n, in] and b [out / n, rank / n] of each of its n layers."""
 
 
 @dataclass(frozen=True, slots=True)

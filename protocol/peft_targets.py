@@ -144,6 +144,7 @@ class PatternMap:
         """Raises BadPattern with the offending key in front."""
         self._values = values
         self.values = list(values.values())
+        self.items = values.items
         self._patterns: list[tuple[str, str, Any]] = []
         for key in values:
             try:

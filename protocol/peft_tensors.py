@@ -33,6 +33,10 @@ class Parts:
     tokens: dict[str, str] = field(default_factory=dict)
     plain: dict[tuple[str, str, str], str] = field(default_factory=dict)  # (module, what wraps it, parameter) -> tensor
 
+    def has_weight(self, module: str) -> bool:
+        """Tell whether the file brings a module's own weight, whatever wraps it."""
+        return any(owner == module and parameter == "weight" for owner, _, parameter in self.plain)
+
     def by_module(self) -> Iterator[tuple[str, str]]:
         """Yield (module, tensor) for every tensor."""
         for groups in (self.lora, self.embedding):

@@ -73,6 +73,10 @@ BREAK: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: edit_config(folder, quantization_config={"quant_method": "origami"}),
         "quantised with origami, unknown to transformers",
     ),
+    "a library that is missing": (
+        lambda folder: edit_config(folder, quantization_config={"quant_method": "aqlm"}),
+        "quantised with aqlm, cannot be loaded: .*aqlm",
+    ),
 }
 
 

@@ -66,11 +66,11 @@ def replace_block(text: str, name: str, lines: Iterable[str]) -> str:
     return "\n".join([before + begin, "", *lines, "", end + after])
 
 
-def read_table(name: str) -> dict[str, list[str]]:
+def read_table(name: str, document: Path = DOC) -> dict[str, list[str]]:
     """Return the rows of a generated table by their first column."""
-    text = DOC.read_text().partition(f"<!-- {name}: generated -->")[2].partition(f"<!-- end of {name} -->")[0]
+    text = document.read_text().partition(f"<!-- {name}: generated -->")[2].partition(f"<!-- end of {name} -->")[0]
     rows = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    return {row[0]: row[1:] for row in rows if row[0] not in ("type", "---")}
+    return {row[0]: row[1:] for row in rows[2:]}
 
 
 if __name__ == "__main__":

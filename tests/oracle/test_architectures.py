@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from oracle.conformance import MAX_DIFFERENCE, conform
 from oracle.peft_oracle import Oracle
 from oracle.tiny_models import tiny_model
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from gpu_worker.masks import AS_TOLD, MaskShape, read_shape
 from gpu_worker.model import prepare_model
 from gpu_worker.shortcuts import RotaryAttention, find_norm
 from protocol.errors import BadRequest
+from protocol.messages import OPAQUE
 
 
 @pytest.mark.parametrize(
@@ -116,6 +119,27 @@ def test_an_expert_that_happens_to_see_all_tokens_is_no_site() -> None:
     sites = {site.name for site in prepare_model(llama, frozenset(), None).sites}
     assert "model.layers.1.mlp.up_proj" in sites
     assert not any("experts" in name for name in sites)
+
+
+class ByToken(nn.Linear):
+    """Scales each token, which is what the first two dimensions tell: as compressed-tensors does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = x.abs().amax(tuple(range(2, x.ndim)), keepdim=True) if x.ndim > 2 else x.abs()
+        return super().forward(x / (1 + largest))
+
+
+def test_a_linear_layer_of_another_kind_is_called_as_the_model_calls_it() -> None:
+    """And carries adapters, but gives its weight to nobody."""
+    llama = tiny_model("llama")
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        llama.get_submodule(name).__class__ = ByToken
+    kinds = {site.name: site.kind for site in prepare_model(copy.deepcopy(llama), frozenset(), None).sites}
+    assert kinds["model.layers.0.self_attn.q_proj"] == kinds["model.layers.1.mlp.down_proj"] == OPAQUE
+    assert kinds["model.layers.1.self_attn.q_proj"] == "linear"
+    outcome = conform(llama)
+    assert not outcome.refused
+    assert outcome.difference <= MAX_DIFFERENCE
 
 
 def test_a_model_that_computes_something_else_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -26,12 +27,17 @@ from oracle.peft_kinds import (
     engine_logits,
     load,
     make_adapter,
+    make_base,
     make_engine,
     measure,
+    model_logits,
     peft_logits,
     train_adapter,
 )
 from oracle.peft_oracle import TINY_VOCAB, greedy_request, warm
+from safetensors.torch import load_file, save_file
+
+from protocol.peft_format import WEIGHTS_FILE
 
 TABLE = Path(__file__).parents[2] / "docs" / "peft.md"
 
@@ -67,6 +73,49 @@ def test_trained_adapters_too(name: str, tmp_path: Path) -> None:
     measured = measure(TRAINED[name], tmp_path)
     assert measured.difference <= MAX_DIFFERENCE
     assert measured.change >= 100 * MAX_DIFFERENCE
+
+
+HALVED = {
+    "lora": KINDS["all-linear"],
+    "dora": KINDS["dora and biases"],
+    "ends": KINDS["embedding and head, tied"],
+    "saved": KINDS["added tokens"],
+    "tokens": KINDS["trained tokens"],
+    "experts": KINDS["experts"],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", HALVED)
+def test_tensors_in_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    make_adapter(HALVED[name], tmp_path)
+    file = tmp_path / WEIGHTS_FILE
+    save_file({key: tensor.to(dtype) for key, tensor in load_file(file).items()}, file)
+    measured = measure(HALVED[name], tmp_path)
+    assert measured.difference <= MAX_DIFFERENCE
+    assert measured.change >= 100 * MAX_DIFFERENCE
+
+
+def test_an_activated_adapter_and_the_base_share_what_is_before_the_invocation(tmp_path: Path) -> None:
+    """Whole blocks of it, whoever computed them first; what comes after is computed anew and is PEFT's."""
+    kinds = {"alora": KINDS["alora"], "lora": KINDS["lora"]}
+    for name, kind in kinds.items():
+        make_adapter(kind, tmp_path / name)
+    engine = make_engine(LLAMA, {name: tmp_path / name for name in kinds})
+    peft = load(kinds["alora"], tmp_path / "alora")
+    shared = 70 // 16 * 16
+    for first, second in (("", "alora"), ("alora", "")):
+        prompt = np.random.default_rng(len(first)).integers(20, TINY_VOCAB, size=100).astype(np.int32)
+        prompt[70:73] = INVOCATION
+        got = {}
+        for name in (first, "lora", second):
+            before = engine.counters.num_cached_tokens
+            got[name] = (*engine_logits(engine, [greedy_request(f"{first}/{name}", name, prompt, 5)]).values(),)[0]
+            assert engine.counters.num_cached_tokens - before == (shared if name == second else 0)
+        ids, logits = got["alora"]
+        assert difference(logits, peft_logits(peft, prompt, ids)) <= MAX_DIFFERENCE
+        ids, logits = got[""]
+        assert difference(logits, model_logits(make_base(LLAMA), prompt, ids)) <= MAX_DIFFERENCE
 
 
 # ---------------------------------------------------------------- together

@@ -1,0 +1,129 @@
+"""Adapters saved when experts were linear layers give what PEFT gives, which reads them as LoRA on fused parameters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle.peft_kinds import (
+    EXPERTS,
+    MAX_DIFFERENCE,
+    MIXTRAL,
+    Base,
+    Kind,
+    asked_prompts,
+    make_base,
+    make_engine,
+    measure,
+)
+from oracle.peft_oracle import ask, greedy_request
+from peft.utils.transformers_weight_conversion import (
+    _MODEL_TO_CONVERSION_PATTERN,
+    _MOE_FUSED_TARGETS,
+    _MOE_TARGET_MODULE_MAPPING,
+)
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
+from protocol.peft_experts import FAMILIES
+from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+
+QWEN3_MOE: Base = ("qwen3_moe", {"head_dim": 16, "decoder_sparse_step": 1, **EXPERTS})
+RANK = 3
+WHERE = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp"}
+
+
+def old_tensors(base: Base, targets: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what transformers 4 and PEFT saved for these targets, random."""
+    model, generator = make_base(base), torch.Generator().manual_seed(2)
+    names = FAMILIES[base[0]]
+    fused = {**dict.fromkeys(names.fused, "gate_up_proj"), names.down: "down_proj"}
+
+    def pair(module: str, rows: int, width: int) -> Iterator[tuple[str, Tensor]]:
+        for half, shape in (("A", (RANK, width)), ("B", (rows, RANK))):
+            name = f"base_model.model.{module}.lora_{half}.weight"
+            yield name, 0.3 * torch.randn(shape, generator=generator)
+
+    for i, layer in enumerate(model.get_submodule("model.layers").children()):
+        prefix = f"model.layers.{i}"
+        for target in targets:
+            if target == "q_proj":
+                yield from pair(f"{prefix}.self_attn.q_proj", *layer.get_parameter("self_attn.q_proj.weight").shape)
+            elif target == names.router:
+                yield from pair(f"{prefix}.{WHERE[base[0]]}.gate", *layer.get_parameter("mlp.gate.weight").shape)
+            else:
+                num, rows, width = layer.get_parameter(f"mlp.experts.{fused[target]}").shape
+                for expert in range(num):
+                    module = f"{prefix}.{WHERE[base[0]]}.experts.{expert}.{target}"
+                    yield from pair(module, rows // (2 if target in names.fused else 1), width)
+
+
+def write(base: Base, targets: list[str], folder: Path, without: str = "?", **fields: Any) -> None:
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 6, "target_modules": targets, **fields
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    found = {name: tensor for name, tensor in old_tensors(base, targets) if without not in name}
+    save_file(found, folder / WEIGHTS_FILE)
+
+
+CASES: dict[str, tuple[Base, list[str], dict[str, Any]]] = {
+    "mixtral": (MIXTRAL, ["q_proj", "gate", "w1", "w2", "w3"], {}),
+    "mixtral, rslora": (MIXTRAL, ["w1", "w2", "w3"], {"use_rslora": True}),
+    "mixtral, down alone": (MIXTRAL, ["w2", "q_proj"], {"alpha_pattern": {"down_proj": 9}}),
+    "qwen3_moe": (QWEN3_MOE, ["q_proj", "gate_proj", "up_proj", "down_proj"], {}),
+    "qwen3_moe, router": (QWEN3_MOE, ["gate", "down_proj"], {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_experts_that_were_layers(name: str, tmp_path: Path) -> None:
+    base, targets, fields = CASES[name]
+    write(base, targets, tmp_path, **fields)
+    measured = measure(Kind(base), tmp_path, max_step_tokens=16, max_num_seqs=8)
+    assert measured.difference <= MAX_DIFFERENCE
+    assert measured.change >= 100 * MAX_DIFFERENCE
+
+
+def test_what_peft_cannot_convert_is_refused_by_name(tmp_path: Path) -> None:
+    write(MIXTRAL, ["w1", "q_proj"], tmp_path / "half")
+    write(MIXTRAL, ["w2", "q_proj"], tmp_path / "hole", without="layers.1.block_sparse_moe.experts.2.w2.lora_B")
+    write(MIXTRAL, ["w2", "q_proj"], tmp_path / "pattern")
+    write(MIXTRAL, ["q_proj"], tmp_path / "whole")
+    write(MIXTRAL, ["w1", "w3"], tmp_path / "lost")
+    for name, targets in {"pattern": r".*\.(w2|q_proj)", "whole": "all-linear"}.items():
+        file = tmp_path / name / CONFIG_FILE
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": targets}))
+    reasons = {
+        "half": "only one of w1 and w3",
+        "hole": "missing for targeted layers: model.layers.1.mlp.experts.2.w2.lora_B",
+        "lost": "loses what is adapted of w1 and w3",
+        "pattern": "list the layers",
+        "whole": "list the layers",
+    }
+    engine = make_engine(MIXTRAL, {name: tmp_path / name for name in reasons})
+    asked = ask(engine, [greedy_request(name, name, asked_prompts(Kind(MIXTRAL))[0], 2) for name in reasons])
+    for name, reason in reasons.items():
+        error = asked.finish[name].error
+        assert error is not None
+        assert reason in error.message
+        assert error.status == 422
+
+
+def test_the_families_are_those_of_peft() -> None:
+    theirs = {
+        model_type: family
+        for model_type, family in _MODEL_TO_CONVERSION_PATTERN.items()
+        if family in _MOE_FUSED_TARGETS and model_type in CONFIG_MAPPING
+    }
+    assert sorted(theirs) == sorted(FAMILIES)
+    for model_type, family in theirs.items():
+        names = FAMILIES[model_type]
+        assert names.parameters == _MOE_TARGET_MODULE_MAPPING[family]
+        assert list(names.fused) == _MOE_FUSED_TARGETS[family]["gate_up_proj"]
