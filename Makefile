@@ -84,7 +84,7 @@ tour-openai: build/tour-openai/bin/python
 
 api-check: build/tour-schemathesis/bin/python  ## hold every route to /openapi.json with generated requests: make api-check URL=http://127.0.0.1:8000
 	$< -m pip install --disable-pip-version-check --quiet 'schemathesis>=4.32,<5'
-	build/tour-schemathesis/bin/schemathesis run $(or $(URL),http://127.0.0.1:8000)/openapi.json --max-examples 60 --request-timeout 20 --phases examples,coverage,fuzzing \
+	build/tour-schemathesis/bin/schemathesis run $(or $(URL),http://127.0.0.1:8000)/openapi.json --max-examples 20 --request-timeout 60 --phases examples,coverage,fuzzing \
 	  --checks not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance $(ARGS)
 
 docker-smoke: $(VENV)/.stamp-demo  ## build the images, ask two workers, kill one, ask again, take it all down

@@ -146,11 +146,11 @@ async def _makes_tokens(generation: Generation) -> bool:
 def add_native_routes(app: FastAPI, native: NativeEndpoints) -> None:
     """Bind LoRAX's paths to handlers."""
     app.router.route_class = JsonRoute
-    errors = openapi.NATIVE
+    errors, streamed = openapi.NATIVE, {**openapi.NATIVE, **openapi.STREAMED}
     for path in ("/", "/invocations"):
-        app.post(path, responses={**errors, **openapi.STREAMED})(native.compat)
+        app.post(path, responses=streamed)(native.compat)
     app.post("/generate", responses=errors)(native.generate)
-    app.post("/generate_stream", responses=errors, response_class=openapi.EventStream)(native.generate_stream)
+    app.post("/generate_stream", responses=streamed, response_class=openapi.EventStream)(native.generate_stream)
     app.post("/tokenize", responses=errors)(native.tokenize)
     app.get("/info", responses=errors)(native.info)
     app.get("/startup", responses=errors, response_class=Response)(native.startup)
