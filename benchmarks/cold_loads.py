@@ -1,6 +1,6 @@
 """What streams of warm adapters notice of adapters never seen before.
 
-    python -m benchmarks.cold_loads [--model FOLDER] [--short] [--sources near,slow] [--rounds N]
+    python -m benchmarks.cold_loads [--model FOLDER] [--short] [--sources near,slow] [--rounds N] [--pool-adapters N]
 
 Eight streams of eight resident adapters are measured in turns: alone; beside short requests for resident adapters;
 beside as many for adapters that have to be loaded first, each asked for once. What loading costs is the difference of
@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.fleet import Fleet, Setup, adapter_bytes, fleet, make_adapters, quickstart_model, scratch_folder
+from benchmarks.hit_rate import pool_bytes
 from benchmarks.neighbours import Beside, run_beside, streams
 from benchmarks.slow_link import Link, free_port, slow_link
 from lorafleet.bench import BenchConfig, RequestRecord, Target
@@ -68,9 +69,11 @@ def short_requests(url: str, names: Sequence[str]) -> BenchConfig:
     )  # fmt: skip
 
 
-def take_turns(running: Fleet, cold: Iterator[str], rounds: int, output_tokens: int) -> dict[str, Case]:
+def take_turns(
+    running: Fleet, fill: Sequence[str], cold: Iterator[str], rounds: int, output_tokens: int
+) -> dict[str, Case]:
     """Measure the cases in turns on one fleet."""
-    run_beside(streams(running.url, [*WARM, *RESIDENT], 8), None)  # brings the adapters in
+    run_beside(streams(running.url, [*fill, *WARM, *RESIDENT], 8), None)  # brings the adapters in
     cases = {name: Case() for name in (ALONE, RESIDENTS, COLD)}
     for _ in range(rounds):
         names = {RESIDENTS: RESIDENT, COLD: list(islice(cold, COLD_PER_TURN))}
@@ -93,12 +96,20 @@ def run_source(slow: bool, args: Any, model: Path, adapters: Path, cold: Iterato
     with ExitStack() as stack:
         scratch = stack.enter_context(scratch_folder())
         flags, environment = [], {}
+        if args.pool_adapters:
+            flags.append(f"--adapter-pool-bytes={pool_bytes(model, args.pool_adapters, 2)}")
         if slow:
             port = free_port()
             link = stack.enter_context(slow_link(Link(port, LATENCY_S, BYTES_PER_S)))
-            flags, environment = [f"--store-port={port}"], {"LORAFLEET_STORE_URL": f"http://127.0.0.1:{link}"}
+            flags.append(f"--store-port={port}")
+            environment = {"LORAFLEET_STORE_URL": f"http://127.0.0.1:{link}"}
         running = stack.enter_context(fleet(Setup(model, adapters, scratch, flags, environment)))
-        return take_turns(running, cold, rounds, output_tokens)
+        return take_turns(running, fill_names(args), cold, rounds, output_tokens)
+
+
+def fill_names(args: Any) -> list[str]:
+    """Return the adapters that fill a small pool beside the warm ones."""
+    return [f"fill-{index}" for index in range(args.pool_adapters - len(WARM) - len(RESIDENT))]
 
 
 def draw(axes: Sequence[Any], sources: dict[str, dict[str, Case]]) -> None:
@@ -130,6 +141,10 @@ def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--sources", default="near,slow", help="near, slow, or both (%(default)s)")
     parser.add_argument("--rounds", type=int, default=4, help="turns of each case (%(default)s)")
+    parser.add_argument(
+        "--pool-adapters", type=int, default=0,
+        help="a pool for so many, full; 0: the default one, whose memory the cold adapters are the first to touch",
+    )  # fmt: skip
     args = parser.parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
     kinds = args.sources.split(",")
@@ -137,12 +152,13 @@ def main() -> None:
     with scratch_folder() as scratch:
         adapters = scratch / "adapters"
         cold = [f"cold-{index}" for index in range(num_cold)]
-        make_adapters(model, adapters, [*WARM, *RESIDENT, *cold], [RANK])
+        make_adapters(model, adapters, [*fill_names(args), *WARM, *RESIDENT, *cold], [RANK])
         num_bytes = adapter_bytes(adapters, cold[0])
         names = {"near": "local disk", "slow": f"{1e3 * LATENCY_S:.0f} ms, {BYTES_PER_S / 1e6:.0f} MB/s"}
         sources = {names[kind]: run_source(kind == "slow", args, model, adapters, iter(cold)) for kind in kinds}
     results = {
         "machine": machine, "rank": RANK, "adapter_bytes": num_bytes, "requests_per_s": RATE_PER_S,
+        "pool_adapters": args.pool_adapters,
         "sources": {
             source: {"same_text": identical(cases), **{name: case.figures() for name, case in cases.items()}}
             for source, cases in sources.items()

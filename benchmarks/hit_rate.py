@@ -80,8 +80,8 @@ def write_adapters(model: Path, root: Path, names: Sequence[str]) -> None:
         (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def pool_bytes(model: Path, num_adapters: int) -> int:
-    """Return the least budget in bytes whose pool, in fp32, has a page of each layer for so many adapters."""
+def pool_bytes(model: Path, num_adapters: int, item_bytes: int = 4) -> int:
+    """Return the least budget in bytes whose pool has a page of each layer for so many adapters."""
     from transformers import AutoConfig
 
     from gpu_worker.adapter_weights import split_budget
@@ -91,7 +91,7 @@ def pool_bytes(model: Path, num_adapters: int) -> int:
     widths = {"self_attn": 0, "mlp": 0}
     for module, shape in module_shapes(model).items():
         widths[module.partition(".")[0]] += config.num_hidden_layers * sum(shape)
-    pages = [4 * PAGE_ROWS * width for width in (*widths.values(), config.hidden_size + config.vocab_size)]
+    pages = [item_bytes * PAGE_ROWS * width for width in (*widths.values(), config.hidden_size + config.vocab_size)]
     budgets = itertools.count(num_adapters * sum(pages[:2]), pages[0] // 8)
     return next(budget for budget in budgets if split_budget(pages, budget)[0] >= num_adapters)
 

@@ -1,19 +1,21 @@
 """A TCP relay that is as slow as a distant source: latency before every request, a rate for every answer.
 
-It runs in a process of its own, as far from the clients that measure as from those that are measured.
+It stands for a machine elsewhere: a process of its own, which takes from this machine's cores only what nobody wants.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-CHUNK_BYTES = 64 << 10
+CHUNK_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Link:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Relay one connection until either side ends it."""
         try:
-            upstream = await asyncio.open_connection("127.0.0.1", self.port)
+            upstream = await asyncio.open_connection("127.0.0.1", self.port, limit=CHUNK_BYTES)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._relay(reader, upstream[1], delay_s=self.latency_s))
                 group.create_task(self._relay(upstream[0], writer, bytes_per_s=self.bytes_per_s))
@@ -56,16 +58,20 @@ def free_port() -> int:
 def slow_link(link: Link) -> Iterator[int]:
     """Relay until the block is left; yields the port to connect to."""
     command = [sys.executable, "-m", "benchmarks.slow_link", str(link.port), str(link.latency_s), str(link.bytes_per_s)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdout is not None
         yield int(process.stdout.readline())
 
 
 async def _run(link: Link) -> None:
-    async with await asyncio.start_server(link.serve, "127.0.0.1", 0) as server:
+    async with await asyncio.start_server(link.serve, "127.0.0.1", 0, limit=CHUNK_BYTES) as server:
         print(server.sockets[0].getsockname()[1], flush=True)
         await asyncio.to_thread(sys.stdin.read)  # until whoever started this ends, or closes it
 
 
 if __name__ == "__main__":
+    os.nice(19)
+    group = Path("/proc/self/autogroup")  # where there is one, priorities count inside a session only
+    if group.exists():
+        group.write_text("19")
     asyncio.run(_run(Link(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))))
