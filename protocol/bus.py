@@ -157,7 +157,7 @@ class Bus(AdapterBus):
         logprobs: list[Any] = []
         ends: list[Any] = []
         for row in step.rows:
-            rows += (row.rid, row.epoch, row.seq0, row.ids)
+            rows += (row.rid, str(row.epoch), row.seq0, len(row.ids))
             if row.ids and row.logprobs:
                 logprobs += (row.rid, row.seq0, row.logprobs)
             if row.prompt_logprobs:
@@ -166,10 +166,11 @@ class Bus(AdapterBus):
                 ends += (row.rid, row.state, row.finish, row.error)
         outs = [part for gid, deltas in step.outs.items() for part in (gid, m.encode(deltas))]
         ended = m.encode(step.ended) if step.ended else b""
-        head = [len(step.rows), len(logprobs) // 3, len(ends) // 4, len(step.outs), ended]
+        ids = b"".join([row.ids for row in step.rows])
+        head = [msgspec.msgpack.encode(rows), ids, len(logprobs) // 3, len(ends) // 4, len(step.outs), ended]
         reply = await self._scripts.step(
             keys=[self.keys.tag, self.keys.work(wid), self.keys.ended, self.keys.own(wid)],
-            args=[*head, *rows, *logprobs, *ends, *outs, *step.done_entries],
+            args=[*head, *logprobs, *ends, *outs, *step.done_entries],
         )
         return [
             Refused(reply[i].decode(), reply[i + 1].decode(), reply[i + 2], reply[i + 3])

@@ -1,25 +1,24 @@
 -- Make one engine step's tokens and endings durable and visible: all of them, or nothing.
 -- KEYS: prefix, work stream, ended stream, what the worker owns
--- ARGV: num rows, num logprobs, num ends, num outs, ended message or '', then
---   per row: rid, epoch, seq0, ids
+-- ARGV: rows as one packed table (cheaper than hundreds of arguments): rid, epoch, seq0, bytes of ids, rid, ...; the
+--   rows' ids, one after the other; num logprobs, num ends, num outs, ended message or '', then
 --   per logprobs: rid, seq0 or 'prompt', records
 --   per end: rid, state, finish, error; each has a row, maybe without ids
 --   per out: gateway id, packed deltas
 --   then the ids of work entries whose last request this step ends
 -- -> {} | {rid, code, epoch, len, ...}, code: missing | terminal | stale | cancelled | length
-local call, rows, tok = redis.call, tonumber(ARGV[1]), P .. ':tok:'
-local first_lp = 6 + rows * 4
-local first_end = first_lp + ARGV[2] * 3
-local first_out = first_end + ARGV[3] * 4
-local first_done = first_out + ARGV[4] * 2
-local last_row = first_lp - 4
+local call, tok, rows, all_ids = redis.call, P .. ':tok:', cmsgpack.unpack(ARGV[1]), ARGV[2]
+local first_lp = 7
+local first_end = first_lp + ARGV[3] * 3
+local first_out = first_end + ARGV[4] * 4
+local first_done = first_out + ARGV[5] * 2
 
 -- Look at each request itself, and say what is wrong with whose.
 local function refused()
   local bad, ending = {}, {}
   for a = first_end, first_out - 4, 4 do ending[ARGV[a]] = ARGV[a + 1] end
-  for a = 6, last_row, 4 do
-    local rid, epoch, seq0 = ARGV[a], ARGV[a + 1], tonumber(ARGV[a + 2])
+  for a = 1, #rows, 4 do
+    local rid, epoch, seq0 = rows[a], rows[a + 1], rows[a + 2]
     local f = call('HMGET', req_key(rid), 'epoch', 'cancel', 'state')
     local len, code = call('STRLEN', tok .. rid) / 4, nil
     if not f[1] then code = 'missing'
@@ -40,29 +39,31 @@ end
 -- Tell whether the worker owns every row's request, at its epoch. Nearly always; then nothing else needs a look.
 -- A request without a log may have expired.
 local function owns_all()
-  if rows == 0 then return true end
   local rids = {}
-  for i = 1, rows do rids[i] = ARGV[2 + i * 4] end
+  for a = 1, #rows, 4 do rids[#rids + 1] = rows[a] end
+  if #rids == 0 then return true end
   local epochs = call('HMGET', KEYS[4], unpack(rids))
-  for i = 1, rows do
-    local a = 2 + i * 4
-    if epochs[i] ~= ARGV[a + 1] or ARGV[a + 2] == '0' and call('EXISTS', req_key(ARGV[a])) == 0 then return false end
+  for i, rid in ipairs(rids) do
+    local a = i * 4 - 3
+    if epochs[i] ~= rows[a + 1] or rows[a + 2] == 0 and call('EXISTS', req_key(rid)) == 0 then return false end
   end
   return true
 end
 
 -- Append every row, or none if a log is not as long as its row believes; tell whether they are written.
 local function append_all()
-  for a = 6, last_row, 4 do
-    local key, ids = tok .. ARGV[a], ARGV[a + 3]
-    local len = #ids > 0 and call('APPEND', key, ids) or call('STRLEN', key)
-    if len ~= ARGV[a + 2] * 4 + #ids then
-      for b = 6, a, 4 do
-        local num = #ARGV[b + 3]
-        if num > 0 then
-          local log = call('GET', tok .. ARGV[b])
-          if #log > num then call('SET', tok .. ARGV[b], string.sub(log, 1, #log - num), 'KEEPTTL')
-          else call('DEL', tok .. ARGV[b]) end
+  local at = 1
+  for a = 1, #rows, 4 do
+    local key, size = tok .. rows[a], rows[a + 3]
+    local len = size > 0 and call('APPEND', key, string.sub(all_ids, at, at + size - 1)) or call('STRLEN', key)
+    at = at + size
+    if len ~= rows[a + 2] * 4 + size then
+      for b = 1, a, 4 do
+        local written = rows[b + 3]
+        if written > 0 then
+          local log = call('GET', tok .. rows[b])
+          if #log > written then call('SET', tok .. rows[b], string.sub(log, 1, #log - written), 'KEEPTTL')
+          else call('DEL', tok .. rows[b]) end
         end
       end
       return false
@@ -86,12 +87,12 @@ for a = first_lp, first_end - 3, 3 do
   end
 end
 local now = now_ms()
-for a = 6, last_row, 4 do
-  if ARGV[a + 2] == '0' and #ARGV[a + 3] > 0 then
+for a = 1, #rows, 4 do
+  if rows[a + 2] == 0 and rows[a + 3] > 0 then
     -- The first token: the log takes over the request's life time.
-    call('HSET', req_key(ARGV[a]), 't_first', now)
-    local ttl = call('PTTL', req_key(ARGV[a]))
-    if ttl > 0 then call('PEXPIRE', tok .. ARGV[a], ttl) end
+    call('HSET', req_key(rows[a]), 't_first', now)
+    local ttl = call('PTTL', req_key(rows[a]))
+    if ttl > 0 then call('PEXPIRE', tok .. rows[a], ttl) end
   end
 end
 for a = first_lp, first_end - 3, 3 do
@@ -109,5 +110,5 @@ for a = first_out, first_done - 2, 2 do
   call('XADD', P .. ':out:' .. ARGV[a], 'NOMKSTREAM', '*', 'b', ARGV[a + 1])
 end
 for a = first_done, #ARGV do call('XDEL', KEYS[2], ARGV[a]) end
-if ARGV[5] ~= '' then call('XADD', KEYS[3], 'MAXLEN', '~', '10000', '*', 'b', ARGV[5]) end
+if ARGV[6] ~= '' then call('XADD', KEYS[3], 'MAXLEN', '~', '10000', '*', 'b', ARGV[6]) end
 return {}

@@ -307,7 +307,7 @@ def test_no_interleaving_loses_or_doubles_a_token(queue_server: EmbeddedServer) 
     [
         ("step", "elseif f[1] ~= epoch then", "elseif false then"),
         ("step", "elseif len ~= seq0 then", "elseif false then"),
-        ("step", "if len ~= ARGV[a + 2] * 4 + #ids then", "if false then"),
+        ("step", "if len ~= rows[a + 2] * 4 + size then", "if false then"),
         ("finish", "redis.call('HDEL', own_key(f[2]), rid)", ""),
         ("assign", "f[1] ~= 'queued' or f[2] ~= ARGV[i + 1]", "false"),
         ("finish", "if not f[1] or is_terminal(f[1]) then", "if not f[1] then"),
