@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from gateway.tools import ToolStyle
+from gateway.xml_calls import XmlArguments
 from protocol.text import overlap
 
-THINK, END_THINK = "<think>", "</think>"
+Thought = tuple[str, str]
+"""What stands before and after a model's reasoning."""
 
-_HEAD = re.compile(r'[^{]*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\S)')
+THOUGHTS: tuple[Thought, ...] = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+"""As Qwen, DeepSeek and most others have it; as Mistral has it."""
+
+_HEADS = {  # of a call, by how its body is written; the name is the group
+    "json": re.compile(r'[^{]*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\S)'),
+    "named": re.compile(r"\s*(?:\[TOOL_CALLS\])?\s*([\w-]+)(?:\[CALL_ID\][^\[]*)?\[ARGS\]\s*(?=\S)"),
+    "xml": re.compile(r"(?s:.*?)<function=([^>\n]+)>\n"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +34,11 @@ class Part:
 
 
 class ReasoningSplitter:
-    """Tells reasoning, which stands between <think> and </think> at the beginning, from what follows."""
+    """Tells reasoning, which stands between two marks at the beginning, from what follows."""
 
-    def __init__(self, *, opened: bool) -> None:
+    def __init__(self, thought: Thought, *, opened: bool) -> None:
         """opened: the prompt ends within the reasoning."""
+        self._begin, self._end = thought
         self._state: Literal["start", "inside", "gap", "after"] = "inside" if opened else "start"
         self._held = ""
 
@@ -38,13 +48,13 @@ class ReasoningSplitter:
         parts: list[Part] = []
         if self._state == "start":
             begun = self._held.lstrip()
-            if begun.startswith(THINK):
-                self._state, self._held = "inside", begun.removeprefix(THINK)
-            elif not THINK.startswith(begun):
+            if begun.startswith(self._begin):
+                self._state, self._held = "inside", begun.removeprefix(self._begin)
+            elif not self._begin.startswith(begun):
                 self._state = "after"
         if self._state == "inside":
-            reasoning, found, rest = self._held.partition(END_THINK)
-            keep = 0 if found else overlap(reasoning, END_THINK)
+            reasoning, found, rest = self._held.partition(self._end)
+            keep = 0 if found else overlap(reasoning, self._end)
             self._held = rest if found else reasoning[len(reasoning) - keep :]
             _append(parts, "reasoning", reasoning[: len(reasoning) - keep])
             if found:
@@ -70,12 +80,15 @@ class ReasoningSplitter:
 class CallSplitter:
     """Tells tool calls from the text before them. After the first call nothing but calls comes."""
 
-    def __init__(self, style: ToolStyle) -> None:
+    def __init__(self, style: ToolStyle, raw: Mapping[str, Collection[str]]) -> None:
+        """raw: of each tool, the parameters that stand in tags as they are."""
+        self._style = style
+        self._raw_parameters = raw
         self._marker = style.marker
         self._state: Literal["start", "text", "head", "arguments", "plain"] = "text" if style.marker else "start"
         self._held = ""
         self._raw = ""  # what a first call began with, to be shown if none comes of it
-        self._scan = _ValueScan()
+        self._scan: _ValueScan | XmlArguments = _ValueScan()
         self.num_calls = 0
 
     def add(self, text: str) -> list[Part]:
@@ -118,18 +131,19 @@ class CallSplitter:
         return False
 
     def _head(self, parts: list[Part]) -> bool:
-        head = _HEAD.match(self._held)
+        head = _HEADS[self._style.body].match(self._held)
         if head is None:
             return False
-        parts.append(Part("call", json.loads(head[1]), self.num_calls))
+        parts.append(Part("call", head[1], self.num_calls))
         self.num_calls += 1
-        self._state, self._held, self._scan = "arguments", self._held[head.end() :], _ValueScan()
+        self._state, self._held = "arguments", self._held[head.end() :]
+        in_tags = self._style.body == "xml"
+        self._scan = XmlArguments(self._raw_parameters.get(head[1], ())) if in_tags else _ValueScan()
         return True
 
     def _arguments(self, parts: list[Part]) -> bool:
-        size = self._scan.add(self._held)
-        _append(parts, "arguments", self._held[:size], self.num_calls - 1)
-        self._held = self._held[size:]
+        arguments, self._held = self._scan.take(self._held)
+        _append(parts, "arguments", arguments, self.num_calls - 1)
         if self._scan.ended:
             self._state = "head"
         return self._scan.ended
@@ -154,8 +168,8 @@ class _ValueScan:
         self._escaped = False
         self.ended = False
 
-    def add(self, text: str) -> int:
-        """Take a text that goes on; return how much of it belongs to the object."""
+    def take(self, text: str) -> tuple[str, str]:
+        """Return what of a text that goes on belongs to the object, and what does not."""
         for i, character in enumerate(text):
             if self._escaped:
                 self._escaped = False
@@ -170,8 +184,8 @@ class _ValueScan:
                 self._depth -= 1
                 if not self._depth:
                     self.ended = True
-                    return i + 1
-        return len(text)
+                    return text[: i + 1], text[i + 1 :]
+        return text, ""
 
 
 def _append(parts: list[Part], kind: Literal["text", "reasoning", "arguments"], text: str, index: int = 0) -> None:
@@ -182,10 +196,16 @@ def _append(parts: list[Part], kind: Literal["text", "reasoning", "arguments"], 
 class AnswerParts:
     """Splits one choice's answer as far as its request and its model's template ask for it."""
 
-    def __init__(self, *, reasons: bool, opened: bool, style: ToolStyle | None) -> None:
-        """reasons: the template knows reasoning; opened: the prompt ends within it; style: of calls that may come."""
-        self._reasoning = ReasoningSplitter(opened=opened) if reasons else None
-        self._calls = CallSplitter(style) if style is not None else None
+    def __init__(
+        self, *, thought: Thought | None, opened: bool, style: ToolStyle | None,
+        raw: Mapping[str, Collection[str]] | None = None,
+    ) -> None:  # fmt: skip
+        """thought: what marks reasoning, if any; opened: the prompt ends within it; style: of calls that may come.
+
+        raw: of each tool, the parameters that stand in tags as they are.
+        """
+        self._reasoning = ReasoningSplitter(thought, opened=opened) if thought is not None else None
+        self._calls = CallSplitter(style, raw or {}) if style is not None else None
 
     @property
     def num_calls(self) -> int:

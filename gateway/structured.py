@@ -7,6 +7,7 @@ found out in `grammar_check`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -148,6 +149,11 @@ def _choice(choices: Any, place: str, settings: Settings) -> Constraint:
 def lark_string(text: str) -> str:
     """Return a text as a literal of llguidance's Lark."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def lark_regex(text: str) -> str:
+    """Return a text as a part of a regular expression of llguidance's Lark."""
+    return re.escape(text).replace("/", "\\/")
 
 
 def _regex_literal(pattern: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from gateway.answer_parts import THOUGHTS
 from gateway.chat import ChatTemplate, normalize_messages
 from gateway.sandbox import SandboxedTemplate
 from gateway.tool_prompt import explain_tools, knows_tools
@@ -72,7 +73,7 @@ class ModelFiles:
     def _encode_rendered(self, text: str) -> EncodedChat:
         # The template has written the special tokens.
         ids = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return EncodedChat(ids, opened=text.rstrip().endswith("<think>"))
+        return EncodedChat(ids, opened=text.rstrip().endswith(tuple(begin for begin, _ in THOUGHTS)))
 
 
 def load_model_files(settings: Settings) -> ModelFiles:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from gateway.structured import Constraint, checked_schema, lark_string
+from gateway.structured import Constraint, checked_schema, lark_regex, lark_string
+from gateway.xml_calls import RAW_VALUE_RULES, arguments_rules
 from protocol.errors import BadRequest
 from protocol.settings import Settings
 
@@ -24,7 +25,7 @@ MarkerId = Callable[[str], int | None]
 
 @dataclass(frozen=True, slots=True)
 class ToolStyle:
-    """How calls are written: prefix, each as open, {"name": …, ARGUMENTS: …}, close, with `between`; suffix."""
+    """How calls are written: prefix, each as open, a body, close, with `between`; suffix."""
 
     marker: str  # text that only calls begin with; "": calls begin the answer
     prefix: str
@@ -32,7 +33,9 @@ class ToolStyle:
     close: str
     between: str
     suffix: str
-    arguments: str  # the key
+    arguments: str = ""  # the key, of bodies that are {"name": …, ARGUMENTS: …}
+    body: Literal["json", "named", "xml"] = "json"  # or NAME[ARGS]{…}, or tags, see xml_calls
+    call_ids: bool = False  # named bodies are NAME[CALL_ID]…[ARGS]{…}
     id_characters: int = 24  # of a call's id, after "call_"; 9: without that, as Mistral's templates demand
 
 
@@ -40,12 +43,19 @@ HERMES = ToolStyle("<tool_call>", "", "<tool_call>\n", "\n</tool_call>", "\n", "
 LLAMA = ToolStyle("", "", "", "", "; ", "", "parameters")
 MISTRAL = ToolStyle("[TOOL_CALLS]", "[TOOL_CALLS][", "", "", ", ", "]", "arguments", id_characters=9)
 MISTRAL_SPACED = ToolStyle("[TOOL_CALLS]", "[TOOL_CALLS] [", "", "", ", ", "]", "arguments", id_characters=9)
+MISTRAL_NAMED = ToolStyle("[TOOL_CALLS]", "", "[TOOL_CALLS]", "", "", "", body="named", id_characters=9)
+MISTRAL_WITH_IDS = replace(MISTRAL_NAMED, call_ids=True)
+QWEN_CODER = ToolStyle("<tool_call>", "", "<tool_call>\n", "\n</tool_call>", "\n", "", body="xml")
 
 
 def style_of(template: str) -> ToolStyle:
     """Return how a chat template, its source, has calls written; as Hermes does where it knows nothing of tools."""
+    if "[TOOL_CALLS]" in template and "[ARGS]" in template:
+        return MISTRAL_WITH_IDS if "[CALL_ID]" in template else MISTRAL_NAMED
     if "[TOOL_CALLS]" in template:
         return MISTRAL_SPACED if "[TOOL_CALLS] [" in template else MISTRAL
+    if "<function=" in template and "<parameter=" in template:
+        return QWEN_CODER
     if "<tool_call>" in template:
         return HERMES
     if "<|python_tag|>" in template or ('"parameters": ' in template and "ipython" in template):
@@ -147,11 +157,11 @@ def _known(tool: Any, names: list[str]) -> str:
 
 
 def tool_grammar(
-    tools: Tools, style: ToolStyle, marker: MarkerId, text: Constraint | None, *, reasons: bool
+    tools: Tools, style: ToolStyle, marker: MarkerId, text: Constraint | None, *, thought: str = ""
 ) -> list[Constraint]:
     """Return the grammars of an answer that may hold calls, the first of them its own.
 
-    text: what an answer without calls must be, None for any text. reasons: what begins with <think> is no such answer.
+    text: what an answer without calls must be, None for any text. thought: what begins with it is no such answer.
     """
     bodies = " | ".join(f"body_{i}" for i in range(len(tools.names)))
     more = f" ({_literal(style.between + style.open, marker)} body)*" if tools.parallel else ""
@@ -159,11 +169,8 @@ def tool_grammar(
         f"calls: {_literal(style.prefix + style.open, marker)} tail",
         f"tail: body{more} {_literal(style.suffix, marker)}",
         f"body: {bodies}",
+        *_body_rules(tools, style, marker),
     ]
-    for i, (name, schema) in enumerate(tools.schemas.items()):
-        before = lark_string('{"name": "' + name + f'", "{style.arguments}": ')
-        rules.append(f"body_{i}: {before} args_{i} {_literal('}' + style.close, marker)}")
-        rules.append(f"args_{i}: %json {json.dumps(schema, ensure_ascii=False)}")
     if tools.required:
         rules.insert(0, "start: calls")
     elif text is not None:
@@ -172,11 +179,31 @@ def tool_grammar(
     else:
         any_text = "/(?s:.*)/"
         if style.marker and marker(style.marker) is not None:
-            any_text += f" & ~/(?s:.*){re.escape(style.marker)}(?s:.*)/"  # spelled out it would look like a call
-        if reasons and marker("<think>") is None:
-            any_text += " & ~/<think>(?s:.*)/"
+            any_text += f" & ~/(?s:.*){lark_regex(style.marker)}(?s:.*)/"  # spelled out it would look like a call
+        if thought and marker(thought) is None:
+            any_text += f" & ~/{lark_regex(thought)}(?s:.*)/"
         rules = [*_beside_text(style, marker, any_text), *rules]
     return [_lark(rules)]
+
+
+def _body_rules(tools: Tools, style: ToolStyle, marker: MarkerId) -> list[str]:
+    """Return the rules of what a call of each tool consists of, body_0 and so on."""
+    rules: list[str] = []
+    for i, (name, schema) in enumerate(tools.schemas.items()):
+        after = _literal(style.close, marker)
+        if style.body == "xml":
+            rules.append(f"body_{i}: {lark_string(f'<function={name}>' + chr(10))} args_{i} {after}")
+            rules += arguments_rules(name, schema, f"args_{i}")
+            continue
+        if style.body == "named":
+            call_id = f"{_literal('[CALL_ID]', marker)} /[a-zA-Z0-9]{{9}}/" if style.call_ids else ""
+            before = f"{lark_string(name)} {call_id} {_literal('[ARGS]', marker)}"
+        else:
+            before = lark_string('{"name": "' + name + f'", "{style.arguments}": ')
+            after = _literal("}" + style.close, marker)
+        rules.append(f"body_{i}: {before} args_{i} {after}")
+        rules.append(f"args_{i}: %json {json.dumps(schema, ensure_ascii=False)}")
+    return [*rules, *(RAW_VALUE_RULES if style.body == "xml" else [])]
 
 
 def _lark(rules: list[str]) -> Constraint:
@@ -200,7 +227,7 @@ def _beside_text(style: ToolStyle, marker: MarkerId, any_text: str) -> list[str]
 def _literal(text: str, marker: MarkerId) -> str:
     """Return a text as literals of Lark, the markers in it that are tokens of their own by their ids."""
     parts: list[str] = []
-    for piece in re.split(r"(\[TOOL_CALLS\]|</?tool_call>)", text):
+    for piece in re.split(r"(\[(?:TOOL_CALLS|CALL_ID|ARGS)\]|</?tool_call>)", text):
         id_ = marker(piece) if piece else None
         if id_ is not None:
             parts.append(f"<[{id_}]>")

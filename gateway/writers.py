@@ -214,7 +214,7 @@ def _message(parts: Sequence[Part], form: AnswerForm, rid: str) -> dict[str, Any
     message: dict[str, Any] = {"content": text or (None if calls else "")}
     if calls:
         message["tool_calls"] = calls
-    if form.reasons:
+    if form.thought is not None:
         message["reasoning_content"] = "".join(part.text for part in parts if part.kind == "reasoning") or None
     return message
 

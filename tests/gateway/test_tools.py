@@ -18,11 +18,24 @@ from scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gat
 from tokenizers import AddedToken, Tokenizer
 
 from gateway.answer_form import AnswerForm, answer_grammar
-from gateway.answer_parts import AnswerParts
+from gateway.answer_parts import THOUGHTS, AnswerParts, Thought
 from gateway.structured import grammar_text
 from gateway.tool_prompt import knows_tools
-from gateway.tools import HERMES, LLAMA, MISTRAL, MISTRAL_SPACED, ToolStyle, style_of, tools_of
+from gateway.tools import (
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    MISTRAL_NAMED,
+    MISTRAL_SPACED,
+    MISTRAL_WITH_IDS,
+    QWEN_CODER,
+    ToolStyle,
+    style_of,
+    tools_of,
+)
+from gateway.xml_calls import raw_parameters
 from protocol.bus import Bus
+from protocol.errors import BadRequest
 from protocol.settings import Settings
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -52,7 +65,11 @@ ADD: dict[str, Any] = {
     },
 }
 TOOLS = [WEATHER, ADD]
-STYLES = {"hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL, "mistral-spaced": MISTRAL_SPACED}
+STYLES = {
+    "hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL, "mistral-spaced": MISTRAL_SPACED,
+    "mistral-named": MISTRAL_NAMED, "mistral-ids": MISTRAL_WITH_IDS, "qwen-coder": QWEN_CODER,
+}  # fmt: skip
+QWEN_THOUGHT, MISTRAL_THOUGHT = THOUGHTS
 OSLO, THREE = {"city": 'Oslo {"}]ü'}, {"p": 3}
 
 
@@ -62,10 +79,17 @@ def as_json(value: Any) -> str:
 
 def written(style: ToolStyle, *calls: tuple[str, dict[str, Any]]) -> str:
     """Return calls as a model of this style writes them."""
-    bodies = [
-        f'{style.open}{{"name": "{name}", "{style.arguments}": {as_json(arguments)}}}{style.close}'
-        for name, arguments in calls
-    ]
+
+    def body(name: str, arguments: dict[str, Any]) -> str:
+        if style.body == "json":
+            return f'{{"name": "{name}", "{style.arguments}": {as_json(arguments)}}}'
+        if style.body == "named":
+            return f"{name}{'[CALL_ID]a1b2c3d4e' if style.call_ids else ''}[ARGS]{as_json(arguments)}"
+        values = {key: value if isinstance(value, str) else as_json(value) for key, value in arguments.items()}
+        tags = [f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items()]
+        return f"<function={name}>\n{''.join(tags)}</function>"
+
+    bodies = [style.open + body(*call) + style.close for call in calls]
     return style.prefix + style.between.join(bodies) + style.suffix
 
 
@@ -77,7 +101,8 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """Markers are text, or tokens of their own, which llguidance takes for special ones, or special tokens."""
     folder = make_model_folder(tmp_path_factory.mktemp("markers"))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    markers = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<think>", "</think>", "<|python_tag|>")
+    markers = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<think>", "</think>",
+               "[THINK]", "[/THINK]", "<|python_tag|>")  # fmt: skip
     if request.param is not None:
         tokenizer.add_tokens([AddedToken(marker, special=request.param) for marker in markers])
     return tokenizer
@@ -89,26 +114,27 @@ def test_answers_are_text_or_calls_of_the_tools(tokenizer: Tokenizer, style: Too
     vocabulary = LLTokenizer(tokenizer.to_str(), eos_token=1)
     one, two = written(style, ("get_weather", OSLO)), written(style, ("get_weather", OSLO), ("add", THREE))
     other = written(style, ("add", THREE))
+    own = MISTRAL_THOUGHT if style.body == "named" else QWEN_THOUGHT
     wrong: list[str] = []
     for choice in ("auto", "required", {"type": "function", "function": {"name": "add"}}):
         for parallel in (None, False):
-            for reasons, opened in ((False, False), (True, False), (True, True)):
+            for thought, opened in ((None, False), (own, False), (own, True)):
                 auto, named = choice == "auto", isinstance(choice, dict)
                 tools = tools_of(TOOLS, choice, parallel, Settings())
-                form = AnswerForm(reasons, opened, style, {})
+                form = AnswerForm(thought, opened, style, {}, {})
                 matcher = LLMatcher(vocabulary, grammar_text(*answer_grammar(None, tools, form, added.get)))
                 assert not matcher.is_error(), matcher.get_error()
-                thought = "" if not reasons else "" if opened else "<think>\n"
-                thought += "a {x} <tool\n</think>\n\n" if reasons else ""
+                before = "" if thought is None or opened else f"{thought[0]}\n"
+                before += f"a {{x}} <tool\n{thought[1]}\n\n" if thought is not None else ""
                 cases = {
-                    thought + one: not named,
-                    thought + two: not named and parallel is not False,
-                    thought + other: True,
-                    thought + "Hello, how < are {you}?": auto,
-                    thought + "Sure:\n" + one: auto,
-                    thought + one.replace("get_weather", "unknown"): False,
-                    thought + one.replace("city", "place"): False,
-                    thought + other.replace("3", '"3"'): False,
+                    before + one: not named,
+                    before + two: not named and parallel is not False,
+                    before + other: True,
+                    before + "Hello, how < are {you}?": auto,
+                    before + "Sure:\n" + one: auto,
+                    before + one.replace("get_weather", "unknown"): False,
+                    before + one.replace("city", "place"): False,
+                    before + other.replace("3", '"3"'): False,
                     "<b>hi</b>": auto and not opened,
                     other: not opened,
                 }
@@ -117,14 +143,14 @@ def test_answers_are_text_or_calls_of_the_tools(tokenizer: Tokenizer, style: Too
                     copy = matcher.deep_copy()
                     taken = copy.try_consume_tokens(ids)
                     if (taken == len(ids) and copy.is_accepting()) != good:
-                        wrong.append(f"{choice} {parallel} {reasons} {opened}: {text!r}: {taken} of {len(ids)}")
+                        wrong.append(f"{choice} {parallel} {thought} {opened}: {text!r}: {taken} of {len(ids)}")
     assert not wrong, "\n".join(wrong)
 
 
 def test_text_beside_calls_may_have_a_form_too(tokenizer: Tokenizer) -> None:
     tools = tools_of([ADD], None, None, Settings())
     constraint = {"json_schema": {"type": "array", "items": {"type": "integer"}}}
-    form = AnswerForm(True, False, HERMES, {})
+    form = AnswerForm(QWEN_THOUGHT, False, HERMES, {}, {})
     added = {token.content: id_ for id_, token in tokenizer.get_added_tokens_decoder().items()}
     vocabulary = LLTokenizer(tokenizer.to_str(), eos_token=1)
     matcher = LLMatcher(vocabulary, grammar_text(*answer_grammar(constraint, tools, form, added.get)))
@@ -138,10 +164,15 @@ def test_text_beside_calls_may_have_a_form_too(tokenizer: Tokenizer) -> None:
 
 # ---------------------------------------------------------------- reading
 
+RAW = {tool["function"]["name"]: raw_parameters(tool["function"]["parameters"]) for tool in TOOLS}
 
-def read(text: str, size: int, *, style: ToolStyle | None, reasons: bool = False, opened: bool = False) -> list[Any]:
+
+def read(
+    text: str, size: int, *, style: ToolStyle | None, thought: Thought | None = None, opened: bool = False,
+    raw: dict[str, frozenset[str]] | None = None,
+) -> list[Any]:  # fmt: skip
     """Return the parts of an answer that comes in pieces of so many characters, those that go on put together."""
-    splitter = AnswerParts(reasons=reasons, opened=opened, style=style)
+    splitter = AnswerParts(thought=thought, opened=opened, style=style, raw=raw or RAW)
     parts = [part for at in range(0, len(text), size) for part in splitter.add(text[at : at + size])]
     whole: list[list[Any]] = []
     for part in [*parts, *splitter.finish()]:
@@ -169,12 +200,84 @@ def test_pieces_of_any_size_are_read_alike(size: int) -> None:
     cut = written(HERMES, *CALLS)
     assert read(cut[:18], size, style=HERMES) == [("text", cut[:18], 0)]  # nothing to be called yet
     assert read(cut[:59], size, style=HERMES) == [("call", "get_weather", 0), ("arguments", '{"city": "', 0)]
-    both = f"<think>\nWhat < is?</think>\n\n{cut}"
-    thought = ("reasoning", "\nWhat < is?", 0)
-    assert read(both, size, style=HERMES, reasons=True) == [thought, *CALL_PARTS]
-    assert read(both.removeprefix("<think>"), size, style=HERMES, reasons=True, opened=True) == [thought, *CALL_PARTS]
-    assert read("<b>bold</b>", size, style=None, reasons=True) == [("text", "<b>bold</b>", 0)]
-    assert read("<think>no end </thi", size, style=None, reasons=True) == [("reasoning", "no end </thi", 0)]
+    for thought in THOUGHTS:
+        begin, end = thought
+        both = f"{begin}\nWhat < is?{end}\n\n{cut}"
+        parts = [("reasoning", "\nWhat < is?", 0), *CALL_PARTS]
+        assert read(both, size, style=HERMES, thought=thought) == parts
+        assert read(both.removeprefix(begin), size, style=HERMES, thought=thought, opened=True) == parts
+    assert read("<b>bold</b>", size, style=None, thought=QWEN_THOUGHT) == [("text", "<b>bold</b>", 0)]
+    assert read("<think>no end </thi", size, style=None, thought=QWEN_THOUGHT) == [("reasoning", "no end </thi", 0)]
+
+
+EDIT: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "path": {"type": "string", "description": "of the file"},
+        "mode": {"enum": ["add", "replace"]},
+        "line": {"$ref": "#/$defs/line"},
+        "dry": {"type": "boolean"},
+        "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "code": {"type": "string", "pattern": "^[a-z]+$"},
+        "more": {"type": "object", "properties": {"tags": {"type": "array", "items": {"type": "string"}}}},
+    },
+    "required": ["path", "line", "owner"],
+    "$defs": {"line": {"type": "integer", "minimum": 1}},
+}  # fmt: skip
+EDITS: list[tuple[str, Any]] = [  # what stands between the tags, and what it means
+    ("path", 'a "b"\\n\n{"c": 1}\n<parameter=x>\n'), ("path", ""), ("mode", "replace"), ("line", 12), ("dry", False),
+    ("note", None), ("note", "so"), ("code", "abc"), ("more", {"tags": ["\n</parameter>", "ü"]}), ("owner", [{}]),
+]  # fmt: skip
+NO_EDITS = [("mode", "remove"), ("line", 0), ("line", "12"), ("dry", "no"), ("code", "A"), ("more", 1), ("what", 1)]
+
+
+def test_arguments_in_tags_are_strings_as_they_are_and_json(tokenizer: Tokenizer) -> None:
+    """Each value of each kind, allowed and not; what was allowed is read as the JSON that it means, cut anywhere."""
+    tool = {"type": "function", "function": {"name": "edit", "parameters": EDIT}}
+    tools = tools_of([tool], "required", None, Settings())
+    assert tools is not None
+    raw = {"edit": raw_parameters(tools.schemas["edit"])}
+    assert raw["edit"] == {"path", "mode"}
+    added = {token.content: id_ for id_, token in tokenizer.get_added_tokens_decoder().items()}
+    vocabulary = LLTokenizer(tokenizer.to_str(), eos_token=1)
+    form = AnswerForm(None, False, QWEN_CODER, {}, raw)
+    matcher = LLMatcher(vocabulary, grammar_text(*answer_grammar(None, tools, form, added.get)))
+    assert not matcher.is_error(), matcher.get_error()
+    for key, value, good in (*((*edit, True) for edit in EDITS), *((*edit, False) for edit in NO_EDITS)):
+        meant = {"path": "a", "line": 3, "owner": "me", key: value}
+        order = [*EDIT["properties"], "owner", "what"]
+        meant = dict(sorted(meant.items(), key=lambda pair: order.index(pair[0])))
+        tags = "".join(
+            f"<parameter={k}>\n{v if k in raw['edit'] else as_json(v)}\n</parameter>\n" for k, v in meant.items()
+        )
+        text = f"<tool_call>\n<function=edit>\n{tags}</function>\n</tool_call>"
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        copy = matcher.deep_copy()
+        assert (copy.try_consume_tokens(ids) == len(ids) and copy.is_accepting()) == good, text
+        for size in (1, 5, 1000):
+            [(_, name, _), (_, arguments, _)] = read(text, size, style=QWEN_CODER, raw=raw)
+            assert (name, json.loads(arguments)) == ("edit", meant)
+
+
+def test_arguments_without_names_may_have_any_and_what_tags_cannot_say_is_refused() -> None:
+    def tools(parameters: dict[str, Any]) -> Any:
+        return tools_of(
+            [{"type": "function", "function": {"name": "f", "parameters": parameters}}], None, None, Settings()
+        )
+
+    form = AnswerForm(None, False, QWEN_CODER, {}, {})
+    free = answer_grammar(None, tools({"type": "object", "additionalProperties": {"type": "integer"}}), form, {}.get)
+    assert LLMatcher.validate_grammar(grammar_text(*free)) == ""
+    text = "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n2\n</parameter>\n</function>"
+    assert read(text, 3, style=QWEN_CODER) == [("call", "f", 0), ("arguments", '{"a": 1, "b": 2}', 0)]
+    for parameters, said in (
+        ({"oneOf": [{"required": ["a"]}]}, "the arguments of f have oneOf, which cannot be enforced"),
+        ({"properties": {"a>b": {}}}, "a parameter 'a>b'"),
+        ({"properties": []}, "properties must be an object"),
+        ({"required": "a"}, "required must be a list"),
+    ):
+        with pytest.raises(BadRequest, match=said):
+            answer_grammar(None, tools(parameters), form, {}.get)
 
 
 # ---------------------------------------------------------------- the whole way
@@ -188,12 +291,24 @@ class Family:
     style: ToolStyle
     tokens: tuple[str, ...] = ()
     special: bool = True
+    thought: str = ""  # before its answers
 
 
 FAMILIES = [
     Family("llama3", LLAMA, ("<|python_tag|>",)),
-    Family("qwen", HERMES, ("<tool_call>", "</tool_call>", "<think>", "</think>"), special=False),
+    Family(
+        "qwen",
+        HERMES,
+        ("<tool_call>", "</tool_call>", "<think>", "</think>"),
+        special=False,
+        thought="<think>\nHm.\n</think>\n\n",
+    ),
     Family("mistral", MISTRAL, ("[TOOL_CALLS]",)),
+    Family(
+        "mistral_named", MISTRAL_NAMED, ("[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]"), thought="[THINK]Hm.[/THINK]"
+    ),
+    Family("mistral_ids", MISTRAL_WITH_IDS, ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")),
+    Family("qwen_coder", QWEN_CODER, ("<tool_call>", "</tool_call>"), special=False),
     Family("hermes", HERMES),
 ]
 
@@ -246,13 +361,14 @@ async def test_a_conversation_with_tools(bus: Bus, tmp_path: Path, family: Famil
     async with served(bus, tmp_path / "model", family) as it:
         messages: list[Any] = [{"role": "user", "content": "Weather in Oslo?"}]
         ask: dict[str, Any] = {"model": "base", "messages": messages, "tools": TOOLS}
-        it.fleet.script = lambda submit, body: Script(written(family.style, *CALLS))
+        it.fleet.script = lambda submit, body: Script(family.thought + written(family.style, *CALLS))
         whole = (await it.openai.chat.completions.create(**ask)).choices[0]
         assert "get_weather" in it.prompt()
         assert "The weather at a place." in it.prompt()
         assert it.fleet.seen[-1][1].grammar
         assert whole.finish_reason == "tool_calls"
         assert whole.message.content is None
+        assert ("Hm." in getattr(whole.message, "reasoning_content", "")) == bool(family.thought)
         calls = whole.message.tool_calls or []
         assert [(call.function.name, json.loads(call.function.arguments)) for call in calls] == CALLS  # type: ignore[union-attr]
 
@@ -286,7 +402,7 @@ async def test_a_conversation_with_tools(bus: Bus, tmp_path: Path, family: Famil
         assert (answer.finish_reason, answer.message.content) == ("stop", "Take an umbrella.")
         assert answer.message.tool_calls is None
         assert "rain" in it.prompt()
-        assert '"city": "Oslo' in it.prompt()
+        assert OSLO["city"] in it.prompt().replace("\\", "")
 
 
 async def test_a_template_that_knows_no_tools_has_them_explained(bus: Bus, tmp_path: Path) -> None:
