@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.memory import send
+from lora_kernels import ops
 from protocol.messages import Sampling
 
 TOP_P_CANDIDATES = 1024
@@ -26,9 +27,6 @@ GREEDY_TEMPERATURE = 1e-5
 WATERMARK_KEY, WATERMARK_GAMMA, WATERMARK_DELTA = 15485863, 0.5, 2.0
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_BITS = np.array([1 << bit for bit in range(8)], np.uint8)
-_ALL_BITS = -((np.arange(256)[:, None] >> np.arange(8)) & 1)
-"""Of each byte of a mask, the 8 tokens it is about: -1, all bits set, for one that may come, or 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +94,7 @@ def choose(logits: Tensor, rows: Sequence[SampleRow]) -> Chosen:
                 _adjust_(logits[i], row)
     if masked:
         _mask_(logits, masked, rows)
-    best, ids = logits.max(-1)
-    finite = torch.isfinite(best)
+    ids, finite = ops.argmax(logits)
     random = [i for i, row in enumerate(rows) if row.sampling.temperature >= GREEDY_TEMPERATURE]
     warped = None
     if random:
@@ -163,42 +160,15 @@ def _adjust_(logits: Tensor, row: SampleRow) -> None:
         logits.index_fill_(0, _index(row.banned, device), -torch.inf)
 
 
+@torch.inference_mode()
 def _mask_(logits: Tensor, masked: list[int], rows: Sequence[SampleRow]) -> None:
     """Set what grammars do not allow to -inf in the masked rows of logits [n, V], in place."""
-    vocab = logits.shape[-1]
-    words = np.zeros((len(masked), -(-vocab // 32)), np.int32)
+    words = np.zeros((len(masked), -(-logits.shape[-1] // 32)), np.int32)
     for own, i in zip(words, masked, strict=True):
         mask = rows[i].mask
         if mask is not None:
             own[: len(mask)] = mask[: len(own)]
-    if logits.device.type == "cpu":
-        _mask_on_host_(logits, masked, words)
-    else:
-        mask_on_device_(logits, masked, words)
-
-
-def _mask_on_host_(logits: Tensor, masked: list[int], words: np.ndarray) -> None:
-    # Not by torch: its threads go on looking for work on the cores that the next step's kernels want.
-    as_ints = torch.int32 if logits.element_size() == 4 else torch.int16
-    numbers = logits.view(as_ints).numpy()
-    minus_infinity = torch.full((1,), -torch.inf, dtype=logits.dtype).view(as_ints).numpy()
-    table = _ALL_BITS.astype(numbers.dtype)
-    for own, i in zip(words, masked, strict=True):
-        allowed = table[own.view(np.uint8)].reshape(-1)[: logits.shape[-1]]
-        numbers[i] &= allowed
-        np.invert(allowed, out=allowed)
-        allowed &= minus_infinity
-        numbers[i] |= allowed
-
-
-@torch.inference_mode()
-def mask_on_device_(logits: Tensor, masked: list[int], words: np.ndarray) -> None:
-    """Do the same where the logits are. words: int32 [len(masked), V / 32], a bit per token that may come."""
-    device = logits.device
-    bits = send(words.view(np.uint8), device)[..., None] & send(_BITS, device)
-    forbidden = (bits == 0).view(len(masked), -1)[:, : logits.shape[-1]]
-    index = _index(masked, device)
-    logits[index] = logits[index].masked_fill_(forbidden, -torch.inf)
+    ops.mask_logits_(logits, _index(masked, logits.device), send(words, logits.device))
 
 
 def watermark_ids(last: int, vocab_size: int) -> Tensor:

@@ -50,6 +50,7 @@ __all__ = [
     "PagedAttention",
     "RmsNorm",
     "SiblingLinears",
+    "argmax",
     "build_attention_batch",
     "build_lora_batch",
     "decoder_stack",
@@ -57,6 +58,7 @@ __all__ = [
     "kv_write_",
     "linear",
     "lora_add_",
+    "mask_logits_",
     "pack_linear",
     "paged_attention",
     "recordable_attention_batch",
@@ -165,6 +167,22 @@ def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: Impl | None = 
 def gated_act(gate: Tensor, up: Tensor, act: Activation = "silu", impl: Impl | None = None) -> Tensor:
     """act(gate) * up, in fp32, rounded once: [T, N]. gate and up may be column slices of one fused output."""
     return _choose(gate, impl).gated_act(gate, up, act)
+
+
+def mask_logits_(logits: Tensor, rows: Tensor, words: Tensor, impl: Impl | None = None) -> None:
+    """logits[rows[i], v] = -inf wherever bit v % 32 of words[i, v // 32] is 0, in place.
+
+    logits: [n, V]. rows: int64 [m], each at most once. words: int32 [m, V / 32 rounded up].
+    """
+    _choose(logits, impl).mask_logits_(logits, rows, words)
+
+
+def argmax(x: Tensor, impl: Impl | None = None) -> tuple[Tensor, Tensor]:
+    """x.max(-1).indices, the first of equals, and isfinite(x.max(-1).values): int64 and bool [n] of x [n, V].
+
+    A row that holds a NaN is not finite, and its index means nothing. Either 0 may win over the other.
+    """
+    return _choose(x, impl).argmax(x)
 
 
 class DecoderStack(Protocol):

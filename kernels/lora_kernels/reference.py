@@ -134,5 +134,16 @@ def gated_act(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
     return (hidden * up.float()).to(gate.dtype)
 
 
+def mask_logits_(logits: Tensor, rows: Tensor, words: Tensor) -> None:
+    bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+    forbidden = (bits == 0).flatten(1)[:, : logits.shape[-1]]
+    logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
+
+
+def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    values, ids = x.max(-1)
+    return ids, torch.isfinite(values)
+
+
 def decoder_stack(layers: Sequence[DecoderLayer]) -> None:
     """Nothing is better than one by one here."""

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from gpu_worker import sampling
-from gpu_worker.sampling import SampleRow, mask_on_device_, sample, uniforms, watermark_ids
+from gpu_worker.sampling import SampleRow, sample, uniforms, watermark_ids
 from protocol.messages import Sampling, logprob_record_bytes
 
 NOTHING = np.zeros(0, np.int32)
@@ -255,11 +255,6 @@ def test_what_a_mask_forbids_is_never_chosen(dtype: torch.dtype, vocab: int, num
     expected[2] = logits[2]
     rows = [SampleRow(Sampling(temperature=0.0), NOTHING, NOTHING, mask=None if i == 2 else words[i]) for i in range(4)]
     assert sample(logits.clone(), rows).ids.tolist() == expected.float().argmax(-1).tolist()
-    wide = np.zeros((3, -(-vocab // 32)), np.int32)
-    wide[:, : words.shape[1]] = words[[0, 1, 3], : wide.shape[1]]
-    on_device = logits.clone()
-    mask_on_device_(on_device, [0, 1, 3], wide)
-    assert torch.equal(on_device, expected)
     drawn = sample(logits.clone(), [replace(row, sampling=Sampling(temperature=3.0, seed=9)) for row in rows]).ids
     assert all(expected[i, id_] > -torch.inf for i, id_ in enumerate(drawn))
 

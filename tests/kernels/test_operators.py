@@ -10,6 +10,7 @@ from kernel_cases import assert_close, attention_case, lora_case
 from lora_kernels import ops
 
 BF16 = torch.bfloat16
+ROW, WORDS = torch.tensor([1]), torch.zeros(1, 2, dtype=torch.int32)
 
 
 def test_schemas_and_fake_kernels_are_true(native):
@@ -23,6 +24,9 @@ def test_schemas_and_fake_kernels_are_true(native):
     torch.library.opcheck(lorafleet.linear.default, (x, packed, None, 48), test_utils=checks)
     torch.library.opcheck(lorafleet.rms_norm.default, (x, x[0].clone(), 1e-5, residual, False), test_utils=checks)
     torch.library.opcheck(lorafleet.gated_act.default, (x, x.clone(), "silu"), test_utils=checks)
+    rows, words = torch.tensor([3, 1]), torch.tensor([[5, -1], [0, 7]], dtype=torch.int32)
+    torch.library.opcheck(lorafleet.mask_logits_.default, (x, rows, words), test_utils=checks)
+    torch.library.opcheck(lorafleet.argmax.default, (x,), test_utils=checks)
     q, k, cos = torch.randn(5, 2, 8), torch.randn(5, 1, 8), torch.rand(5, 8)
     torch.library.opcheck(lorafleet.rotary_.default, (q, k, cos, cos.clone()), test_utils=checks)
 
@@ -74,6 +78,9 @@ def test_a_layer_compiles_as_one_graph(native):
         (lambda: ops.gated_act(torch.ones(4, 2).T, torch.ones(2, 4), impl="cpu"), "rows whose entries are contiguous"),
         (lambda: ops.rms_norm(torch.ones(2, 4), torch.ones(5), 1e-5, impl="cpu"), "weight needs 4 entries"),
         (lambda: ops.rms_norm(torch.ones(2, 4), torch.ones(4, dtype=BF16), 1e-5, impl="cpu"), "weight is BFloat16"),
+        (lambda: ops.mask_logits_(torch.ones(2, 33), ROW, WORDS[:, :1], impl="cpu"), r"words must be \[rows, 2\]"),
+        (lambda: ops.mask_logits_(torch.ones(2, 33), ROW + 1, WORDS, impl="cpu"), "row 2 is not there"),
+        (lambda: ops.argmax(torch.ones(2, 0), impl="cpu"), "V > 0"),
         (lambda: ops.rms_norm(torch.ones(2, 4).double(), torch.ones(4).double(), 1e-5, impl="cpu"), "dtype is Double"),
     ],
 )

@@ -1,4 +1,4 @@
-"""RMS norm, rotary embedding and gated activation against fp32, and against Hugging Face's own modules."""
+"""RMS norm, rotary embedding, gated activation, masks and argmax against torch, and Hugging Face's own modules."""
 
 from __future__ import annotations
 
@@ -95,3 +95,37 @@ def test_activations_are_right_far_out(native):
     up = torch.ones_like(gate)
     for act, function in (("silu", F.silu), ("gelu", F.gelu)):
         torch.testing.assert_close(ops.gated_act(gate, up, act, impl=native), function(gate), rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 31, 96, 5000])
+def test_mask_logits_forbids_what_has_no_bit(vocab, dtype, impl):
+    may = torch.rand(3, -(-vocab // 32) * 32, generator=torch.Generator().manual_seed(vocab)) < 0.5
+    words = (may.view(3, -1, 32).long() << torch.arange(32)).sum(-1).to(torch.int32)
+    wide = randn(5, vocab + 7, dtype=dtype)
+    before, logits = wide.clone(), wide[:, 3 : 3 + vocab]
+    ops.mask_logits_(logits, torch.tensor([4, 0, 2]), words, impl=impl)
+    expected = before.clone()
+    for row, allowed in zip((4, 0, 2), may, strict=True):
+        for token in range(vocab):
+            if not allowed[token]:
+                expected[row, 3 + token] = -torch.inf
+    assert torch.equal(wide, expected)
+    assert not torch.equal(wide, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 33, 5000])
+def test_argmax_is_the_first_of_the_largest(vocab, dtype, impl):
+    x = randn(8, vocab, dtype=dtype)  # many are equal in bf16
+    x[1] = -x[1].abs() - 1  # none above zero
+    x[2] = -torch.inf
+    x[2, vocab // 2] = -5
+    x[3] = x[3, 0]
+    x[4] = -torch.inf
+    x[5, vocab // 3] = torch.inf
+    x[6, -1], x[7, 0] = torch.nan, -torch.tensor(torch.nan, dtype=dtype)
+    ids, finite = ops.argmax(x, impl=impl)
+    assert ids[:6].tolist() == [int((row == row.max()).nonzero()[0]) for row in x[:6]]
+    assert ((ids >= 0) & (ids < vocab)).all()
+    assert finite.tolist() == [True] * 4 + [False] * 4

@@ -124,6 +124,14 @@ def gated_act(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
     return _ops.gated_act.default(gate, up, act)
 
 
+def mask_logits_(logits: Tensor, rows: Tensor, words: Tensor) -> None:
+    _ops.mask_logits_.default(logits, rows, words)
+
+
+def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _ops.argmax.default(x)
+
+
 class DecoderStack:
     """The native object behind `ops.decoder_stack`: csrc/stack.cpp."""
 
@@ -208,5 +216,9 @@ def _register_fakes() -> None:
     def _(gate: Tensor, *_: object) -> Tensor:
         return gate.new_empty(gate.shape)
 
-    for name in ("lora_add_", "kv_write_", "rotary_"):
+    @fake("lorafleet::argmax")
+    def _(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=torch.bool)
+
+    for name in ("lora_add_", "kv_write_", "rotary_", "mask_logits_"):
         fake(f"lorafleet::{name}", lambda *_: None)

@@ -1,20 +1,22 @@
 """The operations as Triton kernels, for CUDA and HIP tensors. Needs triton; `ops.py` imports this on first use.
 
-Matrix products with the base weights are the library's: `linear` is torch's own. With TRITON_INTERPRET=1 in the
-environment before the first import the same kernels run on CPU tensors, which is how they are tested without a GPU.
+Matrix products with the base weights, masks and argmax are torch's own. With TRITON_INTERPRET=1 in the environment
+before the first import the same kernels run on CPU tensors, which is how they are tested without a GPU.
 """
 
-from lora_kernels.reference import decoder_stack, linear, pack_linear
+from lora_kernels.reference import argmax, decoder_stack, linear, mask_logits_, pack_linear
 from lora_kernels.triton_ops.attention import paged_attention
 from lora_kernels.triton_ops.lora import lora_add_
 from lora_kernels.triton_ops.pointwise import gated_act, kv_write_, rms_norm, rotary_
 
 __all__ = [
+    "argmax",
     "decoder_stack",
     "gated_act",
     "kv_write_",
     "linear",
     "lora_add_",
+    "mask_logits_",
     "pack_linear",
     "paged_attention",
     "rms_norm",

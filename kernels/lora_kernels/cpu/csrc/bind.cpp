@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bind.h"
@@ -395,6 +396,39 @@ Tensor gated_act(const Tensor& gate, const Tensor& up, c10::string_view act) {
   return out;
 }
 
+void mask_logits_(const Tensor& logits, const Tensor& rows, const Tensor& words) {
+  TORCH_CHECK(logits.dim() == 2 && words.dim() == 2 && words.size(0) == rows.numel() &&
+                  words.size(1) == (logits.size(1) + 31) / 32,
+              "words must be [rows, ", (logits.size(-1) + 31) / 32, "] for logits [n, ", logits.size(-1), "]");
+  const int64_t* row_numbers = ints<int64_t>(rows, "rows");
+  for (int64_t i = 0; i < rows.numel(); ++i)
+    TORCH_CHECK(0 <= row_numbers[i] && row_numbers[i] < logits.size(0), "row ", row_numbers[i], " is not there");
+  active->mask_logits({
+      .dtype = dtype_of(logits),
+      .logits = rows_of(logits, "logits"),
+      .width = logits.size(1),
+      .rows = row_numbers,
+      .words = reinterpret_cast<const uint32_t*>(ints<int32_t>(words, "words")),
+      .num_rows = rows.numel(),
+      .num_words = words.size(1),
+  });
+}
+
+std::tuple<Tensor, Tensor> argmax(const Tensor& x) {
+  TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "x must be [n, V], V > 0");
+  Tensor ids = at::empty({x.size(0)}, x.options().dtype(at::kLong));
+  Tensor finite = at::empty({x.size(0)}, x.options().dtype(at::kBool));
+  active->argmax({
+      .dtype = dtype_of(x),
+      .x = rows_of(x, "x"),
+      .rows = x.size(0),
+      .width = x.size(1),
+      .ids = ids.mutable_data_ptr<int64_t>(),
+      .finite = finite.mutable_data_ptr<bool>(),
+  });
+  return {ids, finite};
+}
+
 TORCH_LIBRARY(lorafleet, m) {
   m.def("isa() -> str", &isa);
   m.def("set_isa(str name) -> bool", &set_isa);
@@ -411,6 +445,8 @@ TORCH_LIBRARY(lorafleet, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual, bool plus_one) -> Tensor");
   m.def("rotary_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()");
   m.def("gated_act(Tensor gate, Tensor up, str act) -> Tensor");
+  m.def("mask_logits_(Tensor(a!) logits, Tensor rows, Tensor words) -> ()");
+  m.def("argmax(Tensor x) -> (Tensor, Tensor)");
   register_stack(m);
 }
 
@@ -423,6 +459,8 @@ TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
   m.impl("rms_norm", &rms_norm);
   m.impl("rotary_", &rotary_);
   m.impl("gated_act", &gated_act);
+  m.impl("mask_logits_", &mask_logits_);
+  m.impl("argmax", &argmax);
 }
 
 }  // namespace lorafleet

@@ -39,7 +39,8 @@ inline void with_dtype(Dtype dtype, const F& f) {
 #include "pointwise.h"
 
 constexpr Kernels kKernels = {
-    LORAFLEET_STRING(LORAFLEET_ISA), linear, lora_add, kv_write, attention, rms_norm, rotary, gated_act,
+    LORAFLEET_STRING(LORAFLEET_ISA), linear, lora_add, kv_write, attention, rms_norm, rotary, gated_act, mask_logits,
+    argmax,
 };
 
 }  // namespace

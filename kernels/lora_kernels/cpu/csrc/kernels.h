@@ -126,6 +126,24 @@ struct GatedActArgs {
   Activation act;
 };
 
+// Sets logits[rows[i], v] to -inf wherever bit v % 32 of words[i, v / 32] is 0.
+struct MaskArgs {
+  Dtype dtype;
+  Matrix logits;  // [rows, width]
+  int64_t width;
+  const int64_t* rows;
+  const uint32_t* words;  // [num_rows, num_words]
+  int64_t num_rows, num_words;
+};
+
+struct ArgmaxArgs {
+  Dtype dtype;
+  Matrix x;  // [rows, width]
+  int64_t rows, width;
+  int64_t* ids;  // [rows]
+  bool* finite;  // [rows]
+};
+
 struct Kernels {
   const char* name;
   void (*linear)(const LinearArgs&);
@@ -135,6 +153,8 @@ struct Kernels {
   void (*rms_norm)(const RmsNormArgs&);
   void (*rotary)(const RotaryArgs&);
   void (*gated_act)(const GatedActArgs&);
+  void (*mask_logits)(const MaskArgs&);
+  void (*argmax)(const ArgmaxArgs&);
 };
 
 const Kernels& avx2_kernels();

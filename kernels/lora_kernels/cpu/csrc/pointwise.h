@@ -1,5 +1,5 @@
-// Operations on single rows: KV write, RMS norm, rotary embedding, gated activation. Included inside the instruction
-// set's namespace.
+// Operations on single rows: KV write, RMS norm, rotary embedding, gated activation, masks, argmax. Included inside
+// the instruction set's namespace.
 #pragma once
 
 // Rows are handed out in runs of about this many elements, so that a small step stays on the calling thread.
@@ -119,5 +119,72 @@ void gated_act(const GatedActArgs& args) {
         store_n(out + j, mul(activate(load_n(gate + j, n), args.act), load_n(up + j, n)), n);
       }
     });
+  });
+}
+
+template <typename Bits>
+inline void mask_row(Bits* logits, const uint32_t* words, int64_t width, Bits minus_infinity) {
+  const auto mask = [&](int64_t first, int64_t n) {
+    const uint32_t word = words[first / 32];
+    for (int64_t j = 0; j < n; ++j) logits[first + j] = word >> j & 1 ? logits[first + j] : minus_infinity;
+  };
+  int64_t first = 0;
+  for (; first + 32 <= width; first += 32) mask(first, 32);
+  if (first < width) mask(first, width - first);
+}
+
+void mask_logits(const MaskArgs& args) {
+  run_rows(args.num_rows, args.width, [&](int64_t i) {
+    const int64_t at = args.rows[i] * args.logits.stride;
+    const uint32_t* words = args.words + i * args.num_words;
+    if (args.dtype == Dtype::kF32) {
+      mask_row<uint32_t>(static_cast<uint32_t*>(args.logits.data) + at, words, args.width, 0xff800000u);
+    } else {
+      mask_row<uint16_t>(static_cast<uint16_t*>(args.logits.data) + at, words, args.width,
+                         args.dtype == Dtype::kBf16 ? 0xff80 : 0xfc00);
+    }
+  });
+}
+
+// Compared as integers: the bits of a number above zero order as it does, of one below zero the other way round.
+template <typename Int>
+constexpr Int kNoSign = static_cast<Int>(~(Int{1} << (8 * sizeof(Int) - 1)));
+
+template <typename Int>
+inline Int order(Int bits) {
+  return bits ^ ((bits >> (8 * sizeof(Int) - 1)) & kNoSign<Int>);
+}
+
+template <typename Int>
+inline void argmax_row(const Int* x, int64_t width, Int infinity, int64_t* id, bool* finite) {
+  constexpr int64_t kRun = 2048;  // numbers whose maximum is found first, and its place later
+  Int best = order(x[0]), largest = 0;
+  int64_t best_run = 0;
+  for (int64_t first = 0; first < width; first += kRun) {
+    const int64_t end = min(width, first + kRun);
+    Int top = best;
+    for (int64_t j = first; j < end; ++j) {
+      const Int key = order(x[j]), magnitude = x[j] & kNoSign<Int>;
+      top = top < key ? key : top;
+      largest = largest < magnitude ? magnitude : largest;
+    }
+    if (top > best) best = top, best_run = first;
+  }
+  *id = best_run;
+  while (order(x[*id]) != best) ++*id;
+  *finite = largest <= infinity && (x[*id] & kNoSign<Int>) < infinity;  // larger than infinity: a NaN
+}
+
+void argmax(const ArgmaxArgs& args) {
+  run_rows(args.rows, args.width, [&](int64_t row) {
+    const int64_t at = row * args.x.stride;
+    if (args.dtype == Dtype::kF32) {
+      const auto* x = static_cast<const int32_t*>(args.x.data) + at;
+      argmax_row<int32_t>(x, args.width, 0x7f800000, args.ids + row, args.finite + row);
+    } else {
+      const auto* x = static_cast<const int16_t*>(args.x.data) + at;
+      const int16_t infinity = args.dtype == Dtype::kBf16 ? 0x7f80 : 0x7c00;
+      argmax_row<int16_t>(x, args.width, infinity, args.ids + row, args.finite + row);
+    }
   });
 }
