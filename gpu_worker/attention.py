@@ -8,7 +8,7 @@ sequence borders come from the paged cache. No `Cache` object is passed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,14 @@ class AttentionCall:
     def widths(self) -> list[int]:
         """Entries of a token's queries, keys and values."""
         return [self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.value_dim]
+
+
+class AttentionLayer(Protocol):
+    """What a module's attention is done by."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
+        """Attend with the step's q [T, Hq, D], k [T, Hkv, D] and v [T, Hkv, Dv]: [T, Hq, Dv]."""
+        ...
 
 
 class PagedLayer:
@@ -158,7 +166,7 @@ class Recorder:
         )
 
 
-def bind(module: nn.Module, layer: PagedLayer | Turns | Recorder) -> None:
+def bind(module: nn.Module, layer: AttentionLayer | Turns | Recorder) -> None:
     """Make `paged_attention_forward` use `layer` for calls from `module`."""
     module.__dict__[_SLOT] = layer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Iterable
@@ -15,8 +16,13 @@ from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForTokenClassification,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,9 +30,12 @@ from transformers import (
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from protocol.errors import BadRequest
+from protocol.messages import Task
 
 MAX_NAMED = 3
 MAX_LINE = 400
+
+UNSERVED_HEADS = ("SequenceClassification", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
 
 QUANTISATIONS = {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"}
 
@@ -38,8 +47,10 @@ _UNREADABLE = (
 
 
 def read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the causal LM of a folder onto a device, in eval mode. Raises BadRequest in one line."""
+    """Load the model of a folder, for its `task_of`, onto a device, in eval mode. Raises BadRequest in one line."""
     config = read_config(folder)
+    task = task_of(config)
+    auto = {"generate": AutoModelForCausalLM, "embed": AutoModel, "classify": AutoModelForTokenClassification}[task]
     quantised = quantisation_of(config)
     if quantised and quantised not in QUANTISATIONS:  # transformers would read the weights as they lie
         raise BadRequest(f"the model in {folder} is quantised with {quantised}, unknown to transformers")
@@ -47,8 +58,10 @@ def read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTra
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # A quantised model must be born where it is to live; others come through host memory, whatever accelerate thinks.
     place: dict[str, Any] = {"device_map": {"": device}} if quantised else {}
+    if task == "embed" and _has_pooler(config):
+        place["add_pooling_layer"] = False  # made for the pretraining task, and missing in many checkpoints
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation="eager", trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, **place,
         )  # fmt: skip
@@ -72,7 +85,7 @@ def _refuse_tensors(folder: Path, what: str, found: Iterable[str]) -> None:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """Read a folder's config.json. Raises BadRequest when it describes no causal LM that transformers knows."""
+    """Read a folder's config.json. Raises BadRequest when it describes no causal LM or encoder transformers knows."""
     try:
         raw = json.loads((folder / "config.json").read_text())
         model_type = raw.get("model_type")
@@ -80,12 +93,31 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise BadRequest(f"{folder / 'config.json'} is not a readable model config: {one_line(error)}") from error
     if model_type not in CONFIG_MAPPING:
         raise BadRequest(f"model type {model_type!r} is not known to transformers {transformers.__version__}")
-    if CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise BadRequest(f"model type {model_type} is not a causal language model")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except _UNREADABLE as error:
         raise BadRequest(f"{folder / 'config.json'} is not a valid {model_type} config: {one_line(error)}") from error
+    if task_of(config) == "generate" and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise BadRequest(f"model type {model_type} is not a causal language model, nor an encoder that is served")
+    return config
+
+
+def task_of(config: PreTrainedConfig) -> Task:
+    """Return what a model was made for, by its config. Raises BadRequest for a head that nothing is served of."""
+    name = next(iter(getattr(config, "architectures", None) or ()), "")
+    if name.endswith("ForTokenClassification") and type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        return "classify"
+    if name.endswith(tuple(f"For{head}" for head in UNSERVED_HEADS)):
+        raise BadRequest(f"{name} is not served: of encoders embeddings and token classification are")
+    decodes = name.endswith(("ForCausalLM", "LMHeadModel")) or getattr(config, "is_decoder", False)
+    if decodes or getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        return "generate"
+    return "embed"
+
+
+def _has_pooler(config: PreTrainedConfig) -> bool:
+    model: Any = MODEL_MAPPING[type(config)]
+    return "add_pooling_layer" in inspect.signature(model.__init__).parameters
 
 
 def read_eos_ids(folder: Path, config: PreTrainedConfig) -> frozenset[int]:

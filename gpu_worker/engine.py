@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 
@@ -140,6 +140,15 @@ class Engine:
             seq.coming.cancel()
         del self._seqs[seq.rid]
         self._stops.pop(seq.rid, None)
+
+    def wake_with(self, wake: Callable[[], object]) -> None:
+        """Call `wake`, from any thread, when something has come that a step may go on with."""
+        self.adapters.on_loaded = self.grammars.on_ready = wake
+
+    def close(self) -> None:
+        """Start nothing more in other threads."""
+        self.adapters.close()
+        self.grammars.close()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every block, page and reference is accounted for. Takes milliseconds."""
@@ -382,6 +391,8 @@ def _finish(seq: Sequence, token: int, finish: str) -> str:
 
 def _check(request: EngineRequest, max_model_len: int) -> None:
     """Raise BadRequest for what no step could compute."""
+    if request.task != "generate":
+        raise BadRequest(f"this worker's model generates text; it does not {request.task}")
     num = len(request.prompt)
     if num == 0:
         raise BadRequest("the prompt is empty", param="prompt")

@@ -15,8 +15,11 @@ from tokenizers import Tokenizer
 from gpu_worker.adapter_weights import PoolWeights
 from gpu_worker.adapters import AdapterCache
 from gpu_worker.batcher import BLOCK_TOKENS, Limits
+from gpu_worker.checkpoint import read_config, read_model, task_of
 from gpu_worker.compiled import compile_errors, warm
 from gpu_worker.cuda_graphs import CudaRecorder
+from gpu_worker.encoder import EncoderModel, prepare_encoder
+from gpu_worker.encoder_engine import EncoderConfig, EncoderEngine
 from gpu_worker.engine import Engine, EngineConfig
 from gpu_worker.fetch import AdapterFiles
 from gpu_worker.graphs import Unrecordable
@@ -25,6 +28,7 @@ from gpu_worker.memory import GiB, free_bytes, share
 from gpu_worker.merging import merge_adapters
 from gpu_worker.model import BaseModel, choose_device, choose_dtype, load_model
 from gpu_worker.packing import HostAdapter, Packer, row_sites
+from gpu_worker.pooling import read_pooling
 from gpu_worker.rows import Rows, RowSite
 from gpu_worker.thread import EngineThread
 from lora_kernels import ops
@@ -60,18 +64,26 @@ def load_engine(
     impl: ops.Impl | None = "reference" if settings.kernels == "reference" else None
     folder = model_folder(settings.model, WEIGHT_FILES)
     dtype = choose_dtype(settings.dtype, device)
-    model = load_model(folder, device, dtype, impl, compiled=settings.compile)
+    task = task_of(read_config(folder))
     tokenizer_file = folder / TOKENIZER
     tokenizer_text = tokenizer_file.read_text() if tokenizer_file.is_file() else ""
     tokenizer = Tokenizer.from_str(tokenizer_text) if tokenizer_text else None
-    engine, served = build_engine(model, settings, fetch, tokenizer, fetch_files)
-    if tokenizer is not None:
-        engine.grammars.vocabulary(tokenizer)
+    if task == "generate":
+        model = load_model(folder, device, dtype, impl, compiled=settings.compile)
+        engine, served = build_engine(model, settings, fetch, tokenizer, fetch_files)
+        if tokenizer is not None:
+            engine.grammars.vocabulary(tokenizer)
+        room = f"room for {engine.blocks.num_blocks * BLOCK_TOKENS} KV tokens, "
+    else:
+        pooling = read_pooling(folder) if task == "embed" else None
+        model = prepare_encoder(read_model(folder, device, dtype), task, impl, pooling)
+        engine, served = build_encoder_engine(model, settings, fetch, fetch_files)
+        room = f"pooled by {pooling.mode}, " if pooling is not None else ""
     if describe is not None:
         describe(row_sites(model.sites), served, hash_of(tokenizer_text))
     logger.info(
-        "%s in %s on %s: room for %d KV tokens, %d tokens a request, %.1f MiB of adapters; ready in %.1f s",
-        served.name, served.dtype, device, engine.blocks.num_blocks * BLOCK_TOKENS, served.max_model_len,
+        "%s in %s on %s: %s%d tokens a request, %.1f MiB of adapters; ready in %.1f s",
+        served.name, served.dtype, device, room, served.max_model_len,
         engine.adapters.pool.total_bytes / (1 << 20), time.monotonic() - started,
     )  # fmt: skip
     return EngineThread(engine), served
@@ -89,7 +101,39 @@ def build_engine(
     fetch_files is only needed where `fetch` may return rows: they cannot be merged.
     """
     config = engine_config(model, settings)
-    served = served_model(model, config, settings)
+    served = served_model(model, config.max_model_len, settings)
+    cache = adapter_cache(model, served, settings, fetch, fetch_files)
+    with compile_errors():
+        engine = Engine(model, config, cache, tokenizer)  # which checks it
+        if settings.compile:
+            warm(model)
+    record_steps(engine, settings)
+    return engine, served
+
+
+def build_encoder_engine(
+    model: EncoderModel, settings: Settings, fetch: Fetch, fetch_files: FetchFiles | None = None
+) -> tuple[EncoderEngine, m.ServedModel]:
+    """Put the engine of a loaded encoder together; as `build_engine`."""
+    if settings.compile or settings.cuda_graphs == "on":
+        raise BadRequest("compile and cuda_graphs are for models that generate text, not for encoders")
+    max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
+    longest = model.max_positions or max_step_tokens
+    if settings.max_model_len > longest:
+        raise BadRequest(f"max_model_len is {settings.max_model_len}, the model is made for {longest} tokens")
+    config = EncoderConfig(max_num_seqs, max_step_tokens, settings.max_model_len or longest)
+    served = served_model(model, config.max_model_len, settings)
+    return EncoderEngine(model, config, adapter_cache(model, served, settings, fetch, fetch_files)), served
+
+
+def adapter_cache(
+    model: BaseModel | EncoderModel,
+    served: m.ServedModel,
+    settings: Settings,
+    fetch: Fetch,
+    fetch_files: FetchFiles | None = None,
+) -> AdapterCache:
+    """Allocate the adapter pool of a loaded model; see `build_engine`."""
     # Two workers of one machine start at the same time: what is free is for all of them.
     free = free_bytes(model.device) // (settings.workers if model.device.type == "cpu" else 1)
     on_cpu = model.device.type == "cpu"
@@ -114,12 +158,7 @@ def build_engine(
             adapter = packer.pack(digest, files.config, files.weights)
         return replace(adapter, tokenizer=tokenizers.read(files.tokenizer)) if files.tokenizer else adapter
 
-    with compile_errors():
-        engine = Engine(model, config, AdapterCache(weights, read, host_bytes), tokenizer)  # which checks it
-        if settings.compile:
-            warm(model)
-    record_steps(engine, settings)
-    return engine, served
+    return AdapterCache(weights, read, host_bytes)
 
 
 def _whole(fetch: Fetch) -> FetchFiles:
@@ -176,8 +215,7 @@ class _Tokenizers:
 def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:
     """Decide every size of the engine. Raises BadRequest when settings contradict each other."""
     on_cpu = model.device.type == "cpu"
-    max_num_seqs = settings.max_num_seqs or (64 if on_cpu else 256)
-    max_step_tokens = max(settings.max_step_tokens or (512 if on_cpu else 2048), max_num_seqs)
+    max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
     limits = Limits(
         max_num_seqs,
         max_step_tokens,
@@ -199,18 +237,29 @@ def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:
     return EngineConfig(limits, num_blocks, max_model_len)
 
 
-def served_model(model: BaseModel, config: EngineConfig, settings: Settings) -> m.ServedModel:
+def _step_sizes(device: torch.device, settings: Settings) -> tuple[int, int]:
+    """Return how many requests and how many tokens a step may have."""
+    on_cpu = device.type == "cpu"
+    max_num_seqs = settings.max_num_seqs or (64 if on_cpu else 256)
+    return max_num_seqs, max(settings.max_step_tokens or (512 if on_cpu else 2048), max_num_seqs)
+
+
+def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: Settings) -> m.ServedModel:
     """Return what the fleet may know of the model."""
+    is_encoder = isinstance(model, EncoderModel)
     return m.ServedModel(
         model=settings.model,
         name=served_name(settings.model, settings.served_name),
         fingerprint=model.fingerprint,
         model_type=model.config.model_type,
         vocab_size=model.vocab_size,
-        max_model_len=config.max_model_len,
+        max_model_len=max_model_len,
         sites=model.places.shapes(model.sites),
         dtype=str(model.dtype).removeprefix("torch."),
         tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
         created_ms=now_ms(),
         device=model.device.type,
+        task=model.task if is_encoder else "generate",
+        labels=model.labels if is_encoder else [],
+        unit_length=is_encoder and model.pooling.unit_length,
     )

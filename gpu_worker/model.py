@@ -31,7 +31,7 @@ from protocol.errors import BadRequest
 
 logger = logging.getLogger(__name__)
 
-_CANNOT_RUN = (
+CANNOT_RUN = (
     TypeError, ValueError, LookupError, AttributeError, RuntimeError, NotImplementedError, ImportError, AssertionError
 )  # fmt: skip
 """What a model raises that wants images, a mask or a cache of its own, or kernels that this machine lacks."""
@@ -129,10 +129,10 @@ def prepare_model(
             check = _ask_untouched(module, config)
             module.set_attn_implementation(ATTENTION)
             trial = run_trial(module, keeps_logits)
-    except _CANNOT_RUN as error:
+    except CANNOT_RUN as error:
         method, what = quantisation_of(module.config), "a forward pass that needs more than tokens"
         what = f"layers quantised with {method} that cannot run here" if method else what
-        raise _refusal(module, [f"{what}: {one_line(error)}"]) from error
+        raise refusal(module, [f"{what}: {one_line(error)}"]) from error
     _refuse_calls(module, trial, config)
     context = StepContext()
     layers = make_layers(trial.attention, context, impl)
@@ -221,7 +221,8 @@ def spread_of(logits: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return ((got - right).square().mean().sqrt() / right.std()).item()
 
 
-def _refusal(module: PreTrainedModel, reasons: list[str]) -> BadRequest:
+def refusal(module: PreTrainedModel, reasons: list[str]) -> BadRequest:
+    """Return the refusal of a model for what it has."""
     return BadRequest(f"model type {module.config.model_type} cannot be served: it has {'; '.join(reasons)}")
 
 
@@ -237,7 +238,7 @@ def _refuse_layer_types(module: PreTrainedModel, config: Any) -> None:
     if "position_ids" not in inspect.signature(module.forward).parameters:
         reasons.append("no way to be told the tokens' positions")
     if reasons:
-        raise _refusal(module, reasons)
+        raise refusal(module, reasons)
 
 
 def _refuse_calls(module: PreTrainedModel, trial: Trial, config: Any) -> None:
@@ -250,7 +251,7 @@ def _refuse_calls(module: PreTrainedModel, trial: Trial, config: Any) -> None:
     if any(call.has_own_mask for call in calls):
         reasons.append("attention with a mask of its own making")
     if reasons:
-        raise _refusal(module, reasons)
+        raise refusal(module, reasons)
 
 
 def _max_positions(config: Any, calls: list[AttentionCall]) -> int:

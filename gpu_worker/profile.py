@@ -108,6 +108,8 @@ def run_profile(settings: Settings, plan: ProfilePlan, on_progress: OnProgress) 
     on_progress(f"loading {settings.model}", 0, 0)
     thread, served = load_engine(settings, lambda name: read_files(folders[name]))
     engine = thread.engine
+    if not isinstance(engine, Engine):
+        raise BadRequest(f"{settings.model} is an encoder; what is measured here are models that generate text")
     queue = Queue(settings.redis_url)
     try:
         names = load_adapters(engine, list(folders)[: max(plan.num_sequences)], on_progress)

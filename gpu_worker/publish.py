@@ -33,10 +33,15 @@ class Held:
     record_bytes: int  # of a logprob record, 0 without logprobs
     log: bytearray = field(default_factory=bytearray)  # int32 ids that are durable, to mend a log that lost its end
     logprobs: bytearray = field(default_factory=bytearray)
+    task: m.Task = "generate"
 
     @property
     def num_logged(self) -> int:
         return len(self.log) // 4
+
+    def num_output(self, new: Pending) -> int:
+        """Return how many tokens have come out of it with `new`; what encoders make is none."""
+        return self.num_logged + len(new.ids) // 4 if self.task == "generate" else 0
 
 
 @dataclass(slots=True)
@@ -145,16 +150,14 @@ class Ledger:
     def _delta(self, request: Held, new: Pending) -> m.Delta:
         usage = None
         if new.finish:
-            num_output = request.num_logged + len(new.ids) // 4
-            usage = m.Usage(request.num_prompt_tokens, num_output, new.num_cached_tokens)
+            usage = m.Usage(request.num_prompt_tokens, request.num_output(new), new.num_cached_tokens)
         return m.Delta(
             request.rid, request.epoch, request.num_logged, new.ids, new.logprobs, new.finish,
             _error_text(new.error), usage, "", new.stop,
         )  # fmt: skip
 
     def _ended(self, request: Held, new: Pending) -> m.Ended:
-        num_output = request.num_logged + len(new.ids) // 4
-        return m.Ended(request.rid, self.wid, request.epoch, request.tenant, num_output)
+        return m.Ended(request.rid, self.wid, request.epoch, request.tenant, request.num_output(new))
 
 
 def merge(pending: dict[str, Pending], outputs: Iterable[TokenOutput]) -> None:

@@ -34,6 +34,7 @@ class EngineRequest:
     lora_scale: float = 1.0  # multiplies the adapter's own scale
     tenant: str = ""
     grammar: str = ""  # that the output must follow, as in `messages.Body`
+    task: m.Task = "generate"
 
 
 @dataclass(slots=True)

@@ -100,8 +100,8 @@ class Runner:
         if parts_of_prompts:
             heads, rows = _with_prompts(heads, rows, np.cumsum(num_new) - num_new, seqs, parts_of_prompts)
         context.attention = ops.build_attention_batch(num_new, ends, block_tables(seqs), device)
-        context.lora = _lora_batch(token_slots, token_scales, device)
-        context.lora_logits = _lora_batch(token_slots[rows], token_scales[rows], device)
+        context.lora = lora_batch(token_slots, token_scales, device)
+        context.lora_logits = lora_batch(token_slots[rows], token_scales[rows], device)
         context.extras, context.extras_logits = [], []
         vocab_sizes = self._set_extras(seqs, num_new, heads, rows) if has_extras else None
         return StepInputs(
@@ -132,14 +132,14 @@ class Runner:
             rows = np.concatenate([np.arange(starts[i], starts[i] + num_new[i]) for i in members])
             positions = np.concatenate([np.arange(num_new[i]) + seqs[i].num_computed for i in members])
             active = positions >= np.repeat([seqs[i].active_from for i in members], num_new[members])
-            context.extras.append(_extra_rows(extras, rows, active, scale, device))
+            context.extras.append(extra_rows(extras, rows, active, scale, device))
             head_rows = np.flatnonzero(np.isin(heads, members))
             lasts = np.array(
                 [seqs[i].num_computed + row - starts[i] >= seqs[i].active_from
                  for i, row in zip(heads[head_rows], rows_of_heads[head_rows], strict=True)]
             )  # fmt: skip
             if len(head_rows):
-                context.extras_logits.append(_extra_rows(extras, head_rows, lasts, scale, device))
+                context.extras_logits.append(extra_rows(extras, head_rows, lasts, scale, device))
                 sizes[head_rows] = extras.vocab_size or self.model.vocab_size
         return send(sizes, device) if (sizes != self.model.vocab_size).any() else None
 
@@ -234,14 +234,14 @@ def _with_prompts(
     return heads, rows
 
 
-def _lora_batch(slots: np.ndarray, scales: np.ndarray, device: torch.device) -> ops.LoraBatch | None:
+def lora_batch(slots: np.ndarray, scales: np.ndarray, device: torch.device) -> ops.LoraBatch | None:
     """Build the list of rows with adapters: slots int32 [T], scales float32 [T]."""
     if (slots < 0).all():
         return None
     return ops.build_lora_batch(slots, device, None if (scales == 1).all() else scales)
 
 
-def _extra_rows(extras: Extras, rows: np.ndarray, active: np.ndarray, scale: float, device: torch.device) -> ExtraRows:
+def extra_rows(extras: Extras, rows: np.ndarray, active: np.ndarray, scale: float, device: torch.device) -> ExtraRows:
     """Send one group of rows to the device. rows: int [n]; active: bool [n], rows on which the LoRA counts."""
     whole = torch.from_numpy(rows.astype(np.int64)).to(device)
     part = whole if active.all() else torch.from_numpy(rows[active].astype(np.int64)).to(device)

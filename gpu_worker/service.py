@@ -394,7 +394,7 @@ def _hold(item: m.Assigned, entry: bytes, body: m.Body | None, tok: bytes, lp: b
     record = 0 if num is None else m.logprob_record_bytes(num)
     return Held(
         item.rid, item.epoch, entry, item.gateway, item.tenant, len(body.prompt) // 4, record,
-        bytearray(tok), bytearray(lp),
+        bytearray(tok), bytearray(lp), body.task,
     )  # fmt: skip
 
 
@@ -413,6 +413,7 @@ def _engine_request(item: m.Assigned, body: m.Body, tok: bytes) -> EngineRequest
         lora_scale=body.lora_scale,
         tenant=item.tenant,
         grammar=body.grammar,
+        task=body.task,
     )
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+from gpu_worker.encoder_engine import EncoderEngine
 from gpu_worker.engine import Engine
 from gpu_worker.request import EngineRequest, EngineStats, TokenOutput
 from protocol.messages import AdapterEvent
@@ -29,7 +30,7 @@ CHECK_S = 10.0
 class EngineThread:
     """Runs `engine.step` while there is work. Commands are applied between steps, in the order they were given."""
 
-    def __init__(self, engine: Engine, max_unacked_steps: int = MAX_UNACKED_STEPS) -> None:
+    def __init__(self, engine: Engine | EncoderEngine, max_unacked_steps: int = MAX_UNACKED_STEPS) -> None:
         self.engine = engine
         self._max_unacked = max_unacked_steps
         self._changed = threading.Condition()
@@ -43,7 +44,7 @@ class EngineThread:
         self._stats_due = 0.0
         self._check_due = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        engine.adapters.on_loaded = engine.grammars.on_ready = lambda: self._post(_nothing)
+        engine.wake_with(lambda: self._post(_nothing))
 
     def start(
         self,
@@ -137,8 +138,7 @@ class EngineThread:
             handovers, self._commands, self._handovers = self._handovers, [], []
         for future in handovers:
             future.set_result([])
-        self.engine.adapters.close()
-        self.engine.grammars.close()
+        self.engine.close()
         if error is not None:
             self._on_death(error)
 

@@ -40,13 +40,8 @@ class Trial:
 def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
     """Run a few tokens through a model whose attention is ours, and note what is called."""
     trial = _Watch(module, NUM_TOKENS, NUM_HEAD_ROWS).run(keeps_logits)
-    # An expert's layers see the tokens sent to it: all of them by chance, but not twice.
-    again = _Watch(module, 2 * NUM_TOKENS + 1, NUM_HEAD_ROWS + 1)
     with record_masks() as masks:
-        other = again.run(keeps_logits)
-    always = {call.name for call in other.linears}
-    trial.linears = [call for call in trial.linears if call.name in always]
-    trial.per_token = {n: layout for n, layout in trial.per_token.items() if other.per_token.get(n) == layout}
+        other = _watch_again(module, trial, keeps_logits)
     for call, masked in zip(trial.attention, other.attention, strict=True):
         shape = masks.shape_of(masked)
         call.has_own_mask = call.mask is not None or shape is None
@@ -54,6 +49,23 @@ def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
             call.window, call.chunk = shape.window, shape.chunk
         call.mask = None
     return trial
+
+
+def run_encoder_trial(module: PreTrainedModel) -> Trial:
+    """Run a few tokens through an encoder whose attention is ours, and note what is called; masks stay where given."""
+    trial = _Watch(module, NUM_TOKENS, NUM_HEAD_ROWS).run(keeps_logits=False)
+    _watch_again(module, trial, keeps_logits=False)
+    return trial
+
+
+def _watch_again(module: PreTrainedModel, trial: Trial, keeps_logits: bool) -> Trial:
+    """Run other tokens through the model, and keep of `trial` only the modules that see all tokens every time."""
+    # An expert's layers see the tokens sent to it: all of them by chance, but not twice.
+    other = _Watch(module, 2 * NUM_TOKENS + 1, NUM_HEAD_ROWS + 1).run(keeps_logits)
+    always = {call.name for call in other.linears}
+    trial.linears = [call for call in trial.linears if call.name in always]
+    trial.per_token = {n: layout for n, layout in trial.per_token.items() if other.per_token.get(n) == layout}
+    return other
 
 
 class _Watch:

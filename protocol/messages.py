@@ -10,6 +10,8 @@ from typing import Any, Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+Task = Literal["generate", "embed", "classify"]
+"""What a request wants, and what a base model does: text, an embedding, or the labels of its tokens."""
 TERMINAL = ("completed", "failed", "cancelled")
 """Values of a request's `state` that never change again; before them it is `queued` or `assigned`."""
 
@@ -58,6 +60,7 @@ class Body(Wire, frozen=True):
     salt: str = ""  # separates the prefix caches of tenants
     lora_scale: float = 1.0
     grammar: str = ""  # that the output must follow: llguidance's list of grammars as JSON; "": none
+    task: Task = "generate"  # embed: the log becomes float32 [width]; classify: per prompt token (int32 label, float32)
 
 
 class Submit(Wire, frozen=True):
@@ -290,6 +293,9 @@ class ServedModel(Wire, frozen=True):
     tied_embeddings: bool = False
     created_ms: int = 0
     device: str = ""  # "cpu" or "cuda"
+    task: Task = "generate"
+    labels: list[str] = []  # of `classify`, by index
+    unit_length: bool = False  # of `embed`: its vectors have length 1
 
 
 # ---------------------------------------------------------------- adapters, published by the store

@@ -6,13 +6,16 @@ import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from factories import LABELS, make_tiny_encoder
 from oracle.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
 
-from gpu_worker.checkpoint import read_eos_ids, read_model
+from gpu_worker.checkpoint import read_config, read_eos_ids, read_model, task_of
+from gpu_worker.pooling import Pooling, read_pooling
 from gpu_worker.service import serve
 from protocol.bus import Bus
 from protocol.errors import BadRequest
@@ -94,6 +97,58 @@ def test_a_bad_generation_config_is_named(folder: Path) -> None:
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(BadRequest, match=r"generation_config\.json is not readable"):
         read_eos_ids(folder, model.config)
+
+
+def test_an_encoder_is_read_for_what_it_was_made_for(tmp_path: Path) -> None:
+    embedder = make_tiny_encoder(tmp_path / "embedder")
+    assert task_of(read_config(embedder)) == "embed"
+    model: Any = read_model(embedder, CPU, torch.float32)
+    assert model.pooler is None
+    edit_config(embedder, architectures=["BertForMaskedLM"])  # as most checkpoints say
+    assert task_of(read_config(embedder)) == "embed"
+    edit_config(embedder, architectures=["BertForSequenceClassification"])
+    with pytest.raises(BadRequest, match="BertForSequenceClassification is not served: of encoders"):
+        read_model(embedder, CPU, torch.float32)
+    edit_config(embedder, architectures=["BertLMHeadModel"], is_decoder=True)
+    assert task_of(read_config(embedder)) == "generate"
+    tagger = make_tiny_encoder(tmp_path / "tagger", labels=LABELS)
+    assert task_of(read_config(tagger)) == "classify"
+    assert read_model(tagger, CPU, torch.float32).config.num_labels == len(LABELS)
+
+
+TRANSFORMER = {"type": "sentence_transformers.models.Transformer", "path": ""}
+POOLING = {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}
+NORMALIZE = {"type": "sentence_transformers.models.Normalize", "path": "2_Normalize"}
+DENSE = {"type": "sentence_transformers.models.Dense", "path": "2_Dense"}
+MEAN = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "include_prompt": True}
+
+
+@pytest.mark.parametrize(
+    ("modules", "config", "expected"),
+    [
+        (None, {}, Pooling("cls")),
+        ([TRANSFORMER, POOLING, NORMALIZE], MEAN, Pooling("mean", unit_length=True)),
+        ([TRANSFORMER, POOLING], {"pooling_mode_cls_token": True}, Pooling("cls")),
+        ([TRANSFORMER, POOLING], {"pooling_mode": "lasttoken"}, Pooling("lasttoken")),
+        ([TRANSFORMER, POOLING], {**MEAN, "pooling_mode_max_tokens": True}, "pooling by mean and max is not served"),
+        ([TRANSFORMER, POOLING], {"pooling_mode_mean_sqrt_len_tokens": True}, "by mean_sqrt_len is not served"),
+        ([TRANSFORMER, POOLING], {}, "pooling by nothing is not served"),
+        ([TRANSFORMER, POOLING, DENSE], MEAN, "has Transformer, Pooling, Dense; what is served is"),
+        ([{**TRANSFORMER, "path": "0_Transformer"}, POOLING], MEAN, "has its Transformer in 0_Transformer"),
+    ],
+)
+def test_pooling_is_what_sentence_transformers_files_say(
+    tmp_path: Path, modules: list[dict[str, str]] | None, config: dict[str, object], expected: Pooling | str
+) -> None:
+    if modules is not None:
+        (tmp_path / "1_Pooling").mkdir()
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
+        (tmp_path / "modules.json").write_text(json.dumps(modules))
+    if isinstance(expected, str):
+        with pytest.raises(BadRequest, match=expected):
+            read_pooling(tmp_path)
+    else:
+        assert read_pooling(tmp_path) == expected
 
 
 async def test_a_worker_leaves_with_the_refusal(folder: Path, bus: Bus, queue_server: object) -> None:
