@@ -21,9 +21,11 @@ from chaos.asks import Ask
 
 Style = Literal["stream", "whole", "keyed stream", "keyed whole", "job"]
 STYLES: tuple[Style, ...] = ("stream", "stream", "whole", "keyed stream", "keyed stream", "keyed whole", "job")
-GIVE_UP_S = 180.0
+GIVE_UP_S = 300.0
+"""Far longer than any pause: of what a call may be told within it, only what is wrong counts, not that it was late."""
+
 PAUSE_S = 0.2
-READ_TIMEOUT_S = 60.0
+READ_TIMEOUT_S = GIVE_UP_S
 
 Outcome = Literal["complete", "cut", "refused", "failed"]
 

@@ -28,11 +28,14 @@ WEIGHTS: dict[tuple[str, How], float] = {
     ("store", "kill"): 1, ("store", "stop"): 1, ("store", "drain"): 1,
     ("queue", "kill"): 2, ("queue", "stop"): 1, ("queue", "power cut"): 1,
 }  # fmt: skip
+KILLS: tuple[How, ...] = ("kill", "power cut")
+"""What ends a process without a word."""
+
 NEEDS_ANOTHER = {"worker", "gateway", "scheduler"}
 """Of these one is always left alone: without any, nothing can go on, which shows nothing."""
 
 STOP_S = 10.0
-DRAIN_SLACK_S = 15.0  # beyond the grace
+DRAIN_SLACK_S = 60.0  # beyond the grace: a machine may have more to do than this
 POWER_CUT_S = 1.0
 """What a queue without power may lose: its file is synced every second."""
 
@@ -50,11 +53,13 @@ class Hit:
     rids: frozenset[str] = frozenset()  # what a worker held
 
 
-def draw(rng: random.Random, up: Mapping[str, Sequence[str]]) -> tuple[str, str, How] | None:
+def draw(
+    rng: random.Random, up: Mapping[str, Sequence[str]], weights: Mapping[tuple[str, How], float] = WEIGHTS
+) -> tuple[str, str, How] | None:
     """Choose (kind, name, how) among the members that are up; None when none can be spared."""
     possible: dict[tuple[str, How], float] = {
         (kind, how): weight
-        for (kind, how), weight in WEIGHTS.items()
+        for (kind, how), weight in weights.items()
         if len(up.get(kind, ())) > (1 if kind in NEEDS_ANOTHER else 0)
     }
     if not possible:
@@ -102,11 +107,14 @@ class PowerCut:
 class Havoc:
     """Does faults, one after another and several at a time, and brings everything back."""
 
-    def __init__(self, fleet: ProcessFleet, rng: random.Random) -> None:
+    def __init__(self, fleet: ProcessFleet, rng: random.Random, *, kills_only: bool = False) -> None:
+        """kills_only: once each fault has been done, do only those that end a process without a word."""
         self.fleet = fleet
         self.hits: list[Hit] = []
         self.troubles: list[str] = []  # what a member did wrong by itself
         self._rng = rng
+        self._due = rng.sample(list(WEIGHTS), len(WEIGHTS))  # every fault once, before chance decides
+        self._weights = {fault: w for fault, w in WEIGHTS.items() if fault[1] in KILLS or not kills_only}
         self._queue_is_down = False
         self._power = PowerCut(fleet.queue.folder)
         self._busy: set[str] = set()  # members that are being hit, until they are up again
@@ -121,13 +129,21 @@ class Havoc:
             async with asyncio.TaskGroup() as faults:
                 while len(self.hits) < num and not stop.is_set():
                     await wait_any(stop, self._rng.expovariate(1 / every_s))
-                    choice = draw(self._rng, await self._up())
+                    choice = self.choose(await self._up())
                     if choice is not None:
                         task = faults.create_task(self._hit(await self._aimed(*choice)))
                         if alone:
                             await task
             for task in always:
                 task.cancel()
+
+    def choose(self, up: Mapping[str, Sequence[str]]) -> tuple[str, str, How] | None:
+        """Choose the next fault among the members that are up, as `draw` does."""
+        for fault in self._due:
+            if choice := draw(self._rng, up, {fault: 1.0}):
+                self._due.remove(fault)
+                return choice
+        return draw(self._rng, up, self._weights)
 
     async def _up(self) -> dict[str, list[str]]:
         up: dict[str, list[str]] = {"queue": [] if "queue" in self._busy else ["queue"]}
@@ -220,5 +236,5 @@ class Havoc:
         self.fleet.start(member.service, name)
 
     def _queue_was_hit(self) -> bool:
-        since = time.monotonic() - 30
+        since = time.monotonic() - 60
         return self._queue_is_down or any(hit.kind == "queue" and hit.until_s > since for hit in self.hits)

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from chaos.check import percentile
+from chaos.faults import KILLS
 from chaos.run import Plan, Tally
 
 
@@ -81,9 +82,11 @@ def as_markdown(report: Report) -> str:
     calls = ", ".join(f"{num:,} {style}" for style, num in sorted(report.calls.items()))
     told = ", ".join(f"{num} {code}" for code, num in sorted(report.told.items())) or "nothing"
     runs = "" if report.num_runs == 1 else f", {report.num_runs} such runs with a seed each"
+    num_kills = sum(num for name, num in report.faults.items() if name.partition(": ")[2] in KILLS)
     lines = [
         f"`{report.command}`{runs} on {report.machine}, {', '.join(report.dates)}: {sum(report.faults.values()):,} "
-        f"faults in {report.elapsed_s / 60:.0f} min, {sum(report.calls.values()):,} calls answered whole ({calls}), "
+        f"faults, {num_kills:,} of them kills, in {report.elapsed_s / 60:.0f} min, "
+        f"{sum(report.calls.values()):,} calls answered whole ({calls}), "
         f"{report.num_tokens:,} tokens. Attempts that were not: {told}. **Violations: {len(report.violations)}.**",
         "",
         "| fault | times | streams concerned | pause p50, s | p99 | longest |",

@@ -25,8 +25,10 @@ from protocol.keys import CLASSES
 
 logger = logging.getLogger(__name__)
 
-SETTLE_S = 60.0
+SETTLE_S = 120.0
 """In this time a log must be as it should: a queue that lost its end is mended meanwhile."""
+
+UNREACHABLE = ["the queue cannot be reached"]
 
 HORIZON_S = 5.0
 MAX_ATTEMPTS = 20  # a killed worker is no sign here that its request is poison
@@ -43,6 +45,7 @@ class Plan:
     max_s: float
     shape: Shape
     alone: bool = False  # one fault at a time
+    kills_only: bool = False  # once each fault has been done
 
 
 @dataclass(slots=True)
@@ -69,7 +72,7 @@ class Run:
         self.asks = asks
         self.expected: dict[Ask, Expected] = {}
         self.tally = Tally()
-        self.havoc = Havoc(fleet, random.Random(plan.seed))
+        self.havoc = Havoc(fleet, random.Random(plan.seed), kills_only=plan.kills_only)
         self._client = Client(fleet.urls)
         self._checks: set[asyncio.Task[None]] = set()
 
@@ -168,7 +171,7 @@ class Run:
                 continue
             deadline = time.monotonic() + SETTLE_S
             while wrong := await self._log_faults(attempt, self.expected[call.ask]):
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline and wrong is not UNREACHABLE:
                     self._accuse(call, attempt, wrong)
                     break
                 await asyncio.sleep(1.0)
@@ -179,7 +182,7 @@ class Run:
             (facts,) = await bus.requests([rid])
             ids = await bus.redis.get(bus.keys.tok(rid)) or b""
         except CONNECTION_ERRORS:
-            return ["the queue cannot be reached"]
+            return UNREACHABLE
         whole = attempt.outcome == "complete" and not self._may_be_forgotten(attempt)
         return check.logged_wrongly(expected, facts, ids, whole=whole)
 

@@ -2,15 +2,19 @@
 
 python -m chaos.soak --minutes 60 --share 0.8                     a soak
 python -m chaos.soak --minutes 10 --share 10 --max-queued 200     an overload
+
+With `--fleet-cpus 1 --client-cpus 0` clients that ask for ten times what a fleet can do take nothing from it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
 import datetime
 import json
 import logging
+import os
 import random
 import signal
 import sys
@@ -43,15 +47,23 @@ class Course:
     """What happened."""
 
     num_asked: int = 0
+    seconds: float = 0.0  # in which calls were begun
     outcomes: Counter[str] = field(default_factory=Counter)
     ttft_s: list[float] = field(default_factory=list)
-    retry_after_s: list[float] = field(default_factory=list)
+    refusals: list[tuple[float, float]] = field(default_factory=list)  # (when, Retry-After), s
+    completed_s: list[float] = field(default_factory=list)  # when each whole answer was there, in order
     rss_mb: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # process -> (s since begin, MB)
 
     @property
     def errors(self) -> dict[str, int]:
         """What should not have happened: whatever is neither a whole answer nor a refusal that says when to return."""
         return {name: num for name, num in self.outcomes.items() if name not in ("complete", "429")}
+
+    def share_kept(self, num: int) -> float:
+        """Return after which share of the refusals, in [0, 1], `num` answers ended within the Retry-After told."""
+        done = self.completed_s
+        kept = [bisect.bisect(done, at + told) - bisect.bisect(done, at) >= num for at, told in self.refusals]
+        return sum(kept) / max(len(kept), 1)
 
 
 class Load:
@@ -88,6 +100,7 @@ class Load:
                 await asyncio.sleep(max(0.0, next_s - time.monotonic()))
                 group.create_task(self._call(self.course))
                 next_s += self._rng.expovariate(rate)
+            self.course.seconds = time.monotonic() - began_s
         watch.cancel()
 
     async def _call(self, course: Course) -> None:
@@ -97,7 +110,10 @@ class Load:
             "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         try:
-            course.outcomes[await self._outcome(course, body)] += 1
+            outcome = await self._outcome(course, body)
+            course.outcomes[outcome] += 1
+            if outcome == "complete":
+                course.completed_s.append(time.monotonic())
         except httpx2.TransportError as error:
             course.outcomes[type(error).__name__] += 1
 
@@ -106,7 +122,7 @@ class Load:
         url = f"{self._rng.choice(self._fleet.urls)}/v1/completions"
         async with self._http.stream("POST", url, json=body) as answer:
             if answer.status_code == 429 and answer.headers.get("x-should-retry") == "true":
-                course.retry_after_s.append(float(answer.headers["retry-after"]))
+                course.refusals.append((time.monotonic(), float(answer.headers["retry-after"])))
             if answer.status_code != 200:
                 await answer.aread()
                 return str(answer.status_code)
@@ -144,20 +160,24 @@ def slope_mb_per_h(samples: list[tuple[float, float]]) -> float:
     return 3600 * sum((s - mean_s) * (mb - mean_mb) for s, mb in late) / spread if spread else 0.0
 
 
-def as_markdown(course: Course, rates: tuple[float, float], seconds: float, words: list[str]) -> str:
-    """Return the report; `rates`: calls per second sustained and asked."""
+def as_markdown(course: Course, sustained: float, max_queued: int, where: str) -> str:
+    """Return the report. `sustained`: calls per second; `where`: command and machine."""
     outcomes = ", ".join(f"{num:,} {name}" for name, num in course.outcomes.most_common())
+    minutes, rate = course.seconds / 60, course.num_asked / course.seconds
     lines = [
-        f"`python -m chaos.soak {' '.join(words)}` on {machine()}, {datetime.date.today()}: {seconds / 60:.0f} minutes "
-        f"at {rates[1]:.1f} calls/s where the fleet sustains {rates[0]:.1f}; {course.num_asked:,} calls: {outcomes}. "
+        f"{where}, {datetime.date.today()}: {minutes:.0f} minutes at {rate:.1f} calls/s where the fleet "
+        f"sustains {sustained:.1f}; {course.num_asked:,} calls: {outcomes}. "
         f"**Errors: {sum(course.errors.values())}.**",
     ]
     if course.ttft_s:
         p50, p99 = percentile(course.ttft_s, 0.5), percentile(course.ttft_s, 0.99)
         lines[0] += f" TTFT p50 {p50:.2f} s, p99 {p99:.2f} s."
-    if course.retry_after_s:
-        p50, most = percentile(course.retry_after_s, 0.5), max(course.retry_after_s)
-        lines[0] += f" Retry-After p50 {p50:.0f} s, at most {most:.0f} s."
+    if course.refusals:
+        told = [seconds for _, seconds in course.refusals]
+        lines[0] += f" Retry-After p50 {percentile(told, 0.5):.0f} s, at most {max(told):.0f} s: within it a tenth of "
+        lines[0] += (
+            f"`max_queued` was answered after {100 * course.share_kept(max_queued // 10):.1f} % of the refusals."
+        )
     lines += ["", "| process | RSS at begin, MB | middle | end | largest | slope of the second half, MB/h |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for name, samples in course.rss_mb.items():
@@ -172,7 +192,8 @@ def _family(pid: int) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
-async def _soak(args: argparse.Namespace, folder: Path) -> tuple[Course, tuple[float, float]]:
+async def _soak(args: argparse.Namespace, folder: Path) -> tuple[Course, float]:
+    """Return what happened, and the calls per second that the fleet sustains."""
     from tests.factories import make_adapter, make_tiny_model
 
     model, adapters = make_tiny_model(folder / "model", max_len=2048), folder / "adapters"
@@ -181,10 +202,12 @@ async def _soak(args: argparse.Namespace, folder: Path) -> tuple[Course, tuple[f
     names = [f"a{i:03}" for i in range(args.adapters)]
     for i, name in enumerate(names):
         _copy(folder / "templates" / str(i % NUM_TEMPLATES), adapters / name, 16 + i)
+    _stay_on(args.fleet_cpus)  # as whatever begins from here on
     limits = {"max_queued": args.max_queued, "adapter_pool_bytes": 8 << 20, "adapter_host_bytes": 16 << 20}
     fleet = ProcessFleet.prepare(folder, model, adapters, durable=True, **limits)
     try:
         await fleet.start_all(Shape(gateways=2, schedulers=2, workers=("w0", "w1")))
+        _stay_on(args.client_cpus)
         while True:
             if len(await fleet.bus.aliases()) == len(names):
                 break
@@ -195,9 +218,14 @@ async def _soak(args: argparse.Namespace, folder: Path) -> tuple[Course, tuple[f
         logger.info("sustained: %.1f calls/s; asking for %.1f", sustained, rate)
         await load.run(rate, args.minutes * 60)
         await load.close()
-        return load.course, (sustained, rate)
+        return load.course, sustained
     finally:
         await fleet.close()
+
+
+def _stay_on(cpus: str) -> None:
+    if cpus:
+        os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
 
 
 def _copy(template: Path, folder: Path, alpha: int) -> None:
@@ -215,16 +243,19 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=0.8, help="of the load that the fleet sustains")
     parser.add_argument("--adapters", type=int, default=200)
     parser.add_argument("--max-queued", type=int, default=10_000, help="of the gateways")
+    parser.add_argument("--fleet-cpus", default="", help="CPUs of every process of the fleet, as 0,1 (default: all)")
+    parser.add_argument("--client-cpus", default="", help="CPUs of the clients")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("build/soak"), help="folder for the report")
     args = parser.parse_args()
     set_up_logging("soak", "info")
     logging.getLogger("httpx2").setLevel("WARNING")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    where = f"`python -m chaos.soak {' '.join(sys.argv[1:])}` on {machine()}"
     with tempfile.TemporaryDirectory(prefix="lorafleet-soak-") as scratch:
-        course, rates = asyncio.run(_soak(args, Path(scratch)))
+        course, sustained = asyncio.run(_soak(args, Path(scratch)))
     args.out.mkdir(parents=True, exist_ok=True)
-    report = as_markdown(course, rates, args.minutes * 60, sys.argv[1:])
+    report = as_markdown(course, sustained, args.max_queued, where)
     (args.out / "report.md").write_text(report)
     print(report)
     return 1 if course.errors else 0

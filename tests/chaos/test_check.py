@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx2
 import pytest
@@ -12,7 +14,8 @@ import pytest
 from chaos.asks import GREEDY, Ask, Expected
 from chaos.check import logged_wrongly, longest_pause, shown_wrongly, unexcused
 from chaos.client import Attempt, Call, Outcome
-from chaos.faults import WEIGHTS, Hit, PowerCut, draw
+from chaos.faults import KILLS, WEIGHTS, Havoc, Hit, PowerCut, draw
+from chaos.soak import Course
 from protocol.records import RequestFacts
 
 IDS = array("i", range(5)).tobytes()
@@ -105,6 +108,27 @@ def test_one_of_those_that_have_standbys_is_always_left_alone() -> None:
     few = {"worker": ["w0"], "gateway": ["g1"], "scheduler": [], "store": ["store"]}
     assert {choice[0] for _ in range(50) if (choice := draw(rng, few))} == {"store"}
     assert draw(rng, {"worker": ["w0"]}) is None
+
+
+def test_every_fault_is_done_once_before_chance_decides(tmp_path: Path) -> None:
+    fleet: Any = SimpleNamespace(queue=SimpleNamespace(folder=tmp_path))
+    havoc = Havoc(fleet, random.Random(0), kills_only=True)
+    assert {havoc.choose({"store": ["store"]}) for _ in range(3)} == {
+        ("store", "store", "kill"), ("store", "store", "stop"), ("store", "store", "drain")
+    }  # fmt: skip
+    everything = {kind: ["a", "b"] for kind, _ in WEIGHTS}
+    chosen = [choice for _ in range(100) if (choice := havoc.choose(everything))]
+    first, others = chosen[: len(WEIGHTS) - 3], chosen[len(WEIGHTS) - 3 :]
+    assert len({(kind, how) for kind, _, how in first}) == len(first)
+    assert "store" not in {kind for kind, _, _ in first}
+    assert {how for _, _, how in others} == set(KILLS)
+    assert {kind for kind, _, _ in others} == {kind for kind, _ in WEIGHTS}
+
+
+def test_a_refusal_is_honest_when_enough_has_ended_in_the_time_it_told() -> None:
+    course = Course(completed_s=[1.0, 2.0, 3.0, 9.0], refusals=[(0.5, 2.0), (1.5, 1.0), (2.5, 7.0), (8.0, 2.0)])
+    assert course.share_kept(1) == 1.0
+    assert course.share_kept(2) == 0.5
 
 
 def test_a_power_cut_takes_the_end_of_the_queues_file(tmp_path: Path) -> None:
