@@ -1,15 +1,22 @@
-"""Two hosts on this machine with a cable between them: network namespaces below a user namespace, for any user."""
+"""Two hosts on this machine with a cable between them: network namespaces below a user namespace, for any user.
+
+And a limit on the memory of some processes, which needs root and the memory controller of cgroups v1.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 FIRST, SECOND = "10.77.0.1", "10.77.0.2"
+MEMORY = Path("/sys/fs/cgroup/memory")
 
 
 @dataclass(frozen=True)
@@ -85,3 +92,42 @@ def relay(host: Host, port: int, path: Path) -> Iterator[str]:
             yield f"{host.address}:{port}"
         finally:
             process.terminate()
+
+
+@dataclass(frozen=True)
+class MemoryGroup:
+    """Processes whose memory the kernel counts together, and whose largest it kills when a limit is reached."""
+
+    folder: Path
+
+    @property
+    def within(self) -> tuple[str, ...]:
+        """A command that runs another one there, and becomes it."""
+        return ("sh", "-ec", f'echo $$ > {self.folder}/cgroup.procs; exec "$@"', "sh")
+
+    def exhaust(self) -> None:
+        """Leave no page free, and let one more process ask for some: the kernel kills, beginning with the largest."""
+        usage = int((self.folder / "memory.usage_in_bytes").read_text())
+        (self.folder / "memory.limit_in_bytes").write_text(str(usage))
+        subprocess.run([*self.within, "tail", "/dev/zero"], check=False)  # which it keeps until it is killed itself
+
+    @property
+    def num_killed(self) -> int:
+        lines = (self.folder / "memory.oom_control").read_text().splitlines()
+        return int(dict(line.split() for line in lines)["oom_kill"])
+
+
+@contextmanager
+def memory_group(name: str) -> Iterator[MemoryGroup]:
+    """Make one; its processes end with the block. Raises OSError where this cannot be done."""
+    group = MemoryGroup(MEMORY / name)
+    group.folder.mkdir()
+    try:
+        yield group
+    finally:
+        while group.folder.exists():  # the kernel lets it go a moment after its last process
+            with suppress(OSError):
+                for pid in (group.folder / "cgroup.procs").read_text().split():
+                    os.kill(int(pid), signal.SIGKILL)
+                group.folder.rmdir()
+            time.sleep(0.01)

@@ -1,16 +1,21 @@
-"""A worker on another host whose cable is pulled: packets are lost, nothing is refused, nobody is told."""
+"""A worker on another host whose cable is pulled: packets are lost, nothing is refused, nobody is told.
+
+And one that the kernel kills because it takes too much memory.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from factories import make_adapter, make_tiny_model
-from hosts import Host, relay, two_hosts
+from hosts import MEMORY, Host, MemoryGroup, memory_group, relay, two_hosts
 from waiting import wait_until
 
 from chaos.asks import GREEDY, Ask
@@ -23,8 +28,20 @@ PORT = 7001
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
 
+@pytest.fixture(scope="module")
+def memory() -> Iterator[MemoryGroup | None]:
+    """What the memory of `near` is limited by."""
+    if not os.access(MEMORY, os.W_OK):
+        yield None
+        return
+    with memory_group(f"lorafleet-{os.getpid()}") as group:
+        yield group
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def hosts_and_fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Host, ProcessFleet]]:
+async def hosts_and_fleet(
+    tmp_path_factory: pytest.TempPathFactory, memory: MemoryGroup | None
+) -> AsyncIterator[tuple[Host, ProcessFleet]]:
     """Worker `far` reaches the queue through a cable; `near` is beside it."""
     folder: Path = tmp_path_factory.mktemp("fleet")
     model = make_tiny_model(folder / "model", max_len=12_000)
@@ -58,16 +75,14 @@ async def ask(fleet: ProcessFleet, model: str) -> Call:
     return call
 
 
-async def running_on(fleet: ProcessFleet, name: str) -> int | None:
-    """Return how many requests a worker says it runs; None while it is not heard."""
-    for beat in (await fleet.bus.worker_beats()).values():
-        if beat is not None and beat.name == name:
-            return beat.running
-    return None
+async def running_on(fleet: ProcessFleet, name: str, least: int = 1) -> bool:
+    """Tell whether a worker is heard of, and runs at least so many requests."""
+    beats = [beat for beat in (await fleet.bus.worker_beats()).values() if beat is not None]
+    return any(beat.name == name and beat.running >= least for beat in beats)
 
 
 async def test_a_network_cut_moves_streams_and_a_worker_from_behind_it_joins_again(
-    hosts_and_fleet: tuple[Host, ProcessFleet],
+    hosts_and_fleet: tuple[Host, ProcessFleet], memory: MemoryGroup | None
 ) -> None:
     near, fleet = hosts_and_fleet
     right = {model: (await ask(fleet, model)).attempts[-1].text for model in ("base", "one")}
@@ -75,19 +90,37 @@ async def test_a_network_cut_moves_streams_and_a_worker_from_behind_it_joins_aga
     streams = [asyncio.create_task(ask(fleet, model)) for model in ("base", "one") * 2]
     await wait_until(lambda: running_on(fleet, "far"), "the far worker runs them", timeout_s=60)
     near.run("ip link set cable1 down")
-    fleet.add("worker", "near").within = near.within
+    fleet.add("worker", "near").within = (*(memory.within if memory else ()), *near.within)
     fleet.start("worker", "near")  # only now: so the streams must move here
     for call in await asyncio.gather(*streams):
         assert len(call.attempts) == 1, "the client did not notice"
         assert call.attempts[-1].text == right[call.ask.model]
-    assert await running_on(fleet, "far") is None
+    assert not await running_on(fleet, "far", 0)
 
     near.run("ip link set cable1 up")
     far = fleet.members["far"]
-    await wait_until(lambda: fleet.is_up(far), "the far worker is heard of again", timeout_s=60)
-    fleet.kill("near")
-    for model, text in right.items():
-        call = await ask(fleet, model)
-        assert call.attempts[-1].text == text
+    again = "was taken for dead; joining again"
+    await wait_until(lambda: again in far.log.read_text(), "the far worker hears that it is dead", timeout_s=60)
+    await wait_until(lambda: running_on(fleet, "far", 0), "it is heard of again", timeout_s=60)
     assert far.is_running
-    assert "was taken for dead; joining again" in far.log.read_text()
+
+
+async def test_a_worker_that_the_kernel_kills_for_its_memory_loses_no_stream(
+    hosts_and_fleet: tuple[Host, ProcessFleet], memory: MemoryGroup | None
+) -> None:
+    """One that comes later takes what `near` had begun."""
+    if memory is None:
+        pytest.skip(f"{MEMORY}, the memory controller of cgroups v1, is not there or may not be written to")
+    _, fleet = hosts_and_fleet
+    right = {model: (await ask(fleet, model)).attempts[-1].text for model in ("base", "one")}
+    fleet.signal("far", signal.SIGTERM)
+    await wait_until(lambda: not fleet.members["far"].is_running, "the far worker has left", timeout_s=60)
+    streams = [asyncio.create_task(ask(fleet, model)) for model in ("base", "one") * 2]
+    await wait_until(lambda: running_on(fleet, "near"), "the near worker runs them", timeout_s=60)
+    await asyncio.to_thread(memory.exhaust)
+    await wait_until(lambda: not fleet.members["near"].is_running, "there is no page left for it", timeout_s=60)
+    assert memory.num_killed >= 2
+    fleet.start("worker", "far")
+    for call in await asyncio.gather(*streams):
+        assert len(call.attempts) == 1, "the client did not notice"
+        assert call.attempts[-1].text == right[call.ask.model]
