@@ -20,7 +20,7 @@ MAX_LOADS = 8
 MISSED_BEATS_S = 1.5
 """Silence after which a worker whose name has come back under a new id counts as dead."""
 
-# Of a model whose workers have not fitted it yet: seconds of a step, and per sequence in it.
+# Of a model that no worker has fitted yet: seconds of a step, and per sequence in it.
 UNFITTED_STEP = m.StepModel(a=0.02, b=0.0005, d=1e-6)
 
 
@@ -162,9 +162,14 @@ class Fleet:
             self.version += 1
         worker.resident, worker.loading = frozenset(beat.resident), frozenset(beat.loading)
         worker.host = frozenset(beat.host)
-        worker.model = UNFITTED_STEP if beat.step_model == m.StepModel() else beat.step_model
+        worker.model = self._usual_model() if beat.step_model == m.StepModel() else beat.step_model
         self._index(worker)
         return worker
+
+    def _usual_model(self) -> m.StepModel:
+        """Return how long steps take on a worker that knows: a new one runs the same base, likely no slower."""
+        models = (worker.beat.step_model for worker in self.workers.values())
+        return next((model for model in models if model != m.StepModel()), UNFITTED_STEP)
 
     def note_resident(self, worker: Worker, digest: str) -> None:
         """Note before the next beat says so that an adapter has come."""

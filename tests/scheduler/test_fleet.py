@@ -157,7 +157,15 @@ def test_step_time_counts_the_rank_of_an_adapter_once() -> None:
     ledger.assign(request("a", "d", num_prompt_tokens=60, max_new_tokens=40), worker)
     assert worker.step_s(request("b", "d"), 100, 16) == pytest.approx(0.01 + 0.002 + 2e-4 + 16e-4)
     assert worker.step_s(request("b", "e"), 100, 64) == pytest.approx(0.01 + 0.002 + 2e-4 + 80e-4)
-    assert make_fleet(beat("w")).workers["w"].model == UNFITTED_STEP
+
+
+def test_a_new_worker_counts_as_fast_as_one_that_has_measured() -> None:
+    model = m.StepModel(a=0.001, b=0.0001)
+    fleet = make_fleet(beat("w"))
+    assert fleet.workers["w"].model == UNFITTED_STEP
+    fleet.observe({"w": beat("w", 2), "x": beat("x", step_model=model)}, 1.0)
+    fleet.observe({"w": beat("w", 3), "x": beat("x", 2, step_model=model)}, 1.0)
+    assert fleet.workers["w"].model == model
 
 
 def test_draining_and_unreachable_workers_hold_nothing_for_others() -> None:
