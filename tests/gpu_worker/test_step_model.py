@@ -36,6 +36,17 @@ def test_the_terms_are_found() -> None:
     assert found.d == pytest.approx(truth.d, rel=0.15)
 
 
+def test_steps_that_are_slow_by_chance_count_as_much_as_others() -> None:
+    """The sum of many steps comes out right."""
+    fitted, rng, sums = StepFit(), np.random.default_rng(2), np.zeros(2)
+    for tokens, kv, ranks in steps(3000):
+        seconds = (0.01 + 5e-4 * tokens) * rng.gamma(6.0, 1 / 6.0)  # standard deviation 40 %
+        model = fitted.model()
+        sums += (seconds, model.a + model.b * tokens + model.c * kv + model.d * ranks)
+        fitted.add(seconds, tokens, kv, ranks)
+    assert sums[1] == pytest.approx(sums[0], rel=0.05)
+
+
 def test_no_term_is_negative() -> None:
     truth = StepModel(a=0.01, b=5e-4, c=-1e-8, d=0.0)
     found = fit(truth, 400, noise=0.05)
