@@ -10,7 +10,7 @@ scheduler counts them) in the middle of that.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,11 +39,11 @@ def attained(result: BenchResult, names: Sequence[str]) -> list[float]:
     """Return the tokens each tenant got in the middle half of a run, a request's output spread over its chunks."""
     start = min(record.start_s for record in result.records)
     low, high = start + 0.25 * result.wall_s, start + 0.75 * result.wall_s
-    tokens: Counter[str] = Counter()
+    tokens: defaultdict[str, float] = defaultdict(float)
     for record in result.records:
         times = np.array(record.arrivals_s)
         inside = np.count_nonzero((times >= low) & (times < high))
-        tokens[record.target] += OUTPUT_WEIGHT * record.output_tokens * inside / max(len(times), 1)
+        tokens[record.target] += OUTPUT_WEIGHT * record.output_tokens * int(inside) / max(len(times), 1)
         tokens[record.target] += record.prompt_tokens * bool(len(times) and low <= times[0] < high)
     return [float(tokens[name]) for name in names]
 
@@ -60,7 +60,7 @@ def draw(axes: Sequence[Any], ttft_ms: dict[str, np.ndarray], shares: Sequence[f
 def main() -> None:
     args = report.parser(__doc__).parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
-    rounds, per_round = (1, 40) if args.short else (2, 100)
+    rounds, per_round = (1, 40) if args.short else (2, 64)
     ttft: dict[str, list[float]] = {"alone": [], "beside the flood": []}
     num_flood = 0
     with scratch_folder() as scratch:
@@ -68,7 +68,7 @@ def main() -> None:
         make_adapters(model, adapters, [*QUIET, FLOOD], [RANK])
         with fleet(Setup(model, adapters, scratch)) as running:
             run_bench(load(running.url, [*QUIET, FLOOD], num_requests=42, concurrency=21))  # brings the adapters in
-            full = run_bench(load(running.url, QUIET, num_requests=160, concurrency=32, seed=1))
+            full = run_bench(load(running.url, QUIET, num_requests=96, concurrency=32, seed=1))
             rate = full.summary.requests_per_s / 6
             for turn in range(rounds):
                 for name, values in ttft.items():
@@ -81,7 +81,7 @@ def main() -> None:
                     num_flood += len(beside.others)
                     if name != "alone":
                         run_bench(load(running.url, QUIET, num_requests=1, concurrency=1))  # the rest was given up
-            equals = load(running.url, EQUALS, num_requests=(2 if args.short else 4) * 128, concurrency=128)
+            equals = load(running.url, EQUALS, num_requests=(2 if args.short else 3) * 128, concurrency=128)
             shares = attained(run_bench(equals), EQUALS)
     pooled = {name: np.array(values) for name, values in ttft.items()}
     figures = {name: {f"p{q}_ms": float(np.percentile(v, q)) for q in (50, 90, 99)} for name, v in pooled.items()}

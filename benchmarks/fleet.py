@@ -49,17 +49,19 @@ class Fleet:
         """Return the latest beat of every worker that is alive."""
         return asyncio.run(_beats(self.queue_url))
 
-    def num_loads(self) -> tuple[int, int]:
-        """Return the adapters copied into pools and those fetched from the store, since the workers' start.
-
-        Waits for a beat of now: workers beat once a second.
-        """
+    def beats_of_now(self) -> list[WorkerBeat]:
+        """Wait for the next beat of every worker: they come once a second."""
         now_ms = time.time_ns() // 1_000_000
         while True:
             beats = self.beats()
             if beats and all(beat.sent_ms > now_ms for beat in beats):
-                return sum(beat.num_loads for beat in beats), sum(beat.num_fetches for beat in beats)
+                return beats
             time.sleep(0.1)
+
+    def num_loads(self) -> tuple[int, int]:
+        """Return the adapters copied into pools and those fetched from the store, since the workers' start."""
+        beats = self.beats_of_now()
+        return sum(beat.num_loads for beat in beats), sum(beat.num_fetches for beat in beats)
 
 
 async def _beats(queue_url: str) -> list[WorkerBeat]:

@@ -4,19 +4,21 @@
 
 A fleet of one worker and 32 adapters is asked at Poisson times, once for less and once for more than it can do. What it
 was asked, and when, is then played to the simulation, with the step-time model that the worker itself had fitted before
-the load and the sizes it reported. Nothing is fitted to what is foretold.
+the load, the sizes it reported, and what single requests had taken beside their steps. Nothing is fitted to what is
+foretold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from benchmarks import report
-from benchmarks.fleet import Setup, adapter_bytes, fleet, make_adapters, quickstart_model, scratch_folder
+from benchmarks.fleet import Fleet, Setup, adapter_bytes, fleet, make_adapters, quickstart_model, scratch_folder
 from lorafleet.bench import BenchConfig, BenchResult, Target, run_bench
 from protocol import messages as m
 from protocol.keys import INTERACTIVE
@@ -31,9 +33,12 @@ NAMES = [f"adapter-{index}" for index in range(32)]
 RANK = 16
 PROMPT_WORDS, OUTPUT_TOKENS = 64, 64
 SHARES = {"below capacity": 0.7, "above capacity": 1.4}
-CPU_STEP_TOKENS = 512  # what a worker takes on a CPU
 AT_ONCE = Bandwidths(host=1e12, remote=1e12, host_ms=0, remote_ms=0)  # the fleet's adapters are in its pool already
+RAMP = (64, 32, 8, 2)
+"""Requests in flight, twice each, from which the worker learns how long steps of different sizes take."""
+
 CONCURRENCY = 32  # of the load that shows what the fleet can do
+NUM_ALONE = 20
 
 
 def config(url: str, **fields: Any) -> BenchConfig:
@@ -83,11 +88,26 @@ def foretold_figures(
     }  # fmt: skip
 
 
-def worker_model(beat: m.WorkerBeat) -> WorkerModel:
+def step_s(running: Fleet) -> float:
+    """Return the seconds that the worker's steps have taken since its start."""
+    total = running.beats_of_now()[0].counters
+    return total.plan_s + total.inputs_s + total.forward_s + total.sample_s + total.finish_s
+
+
+def measure_way_ms(running: Fleet) -> float:
+    """Return what a request takes beside its steps: alone, asking for one token, it takes one step."""
+    before_s = step_s(running)
+    alone = replace(config(running.url, num_requests=NUM_ALONE, concurrency=1, seed=4), output_tokens=1)
+    whole_s = sum(record.end_s - record.start_s for record in run_bench(alone).records)
+    return 1000 * (whole_s - (step_s(running) - before_s)) / NUM_ALONE
+
+
+def worker_model(beat: m.WorkerBeat, way_ms: float) -> WorkerModel:
     """Return a worker like the one that sent a beat."""
     return WorkerModel(
-        capacity=beat.capacity, max_step_tokens=CPU_STEP_TOKENS, step=beat.step_model,
+        capacity=beat.capacity, max_step_tokens=beat.max_step_tokens, step=beat.step_model,
         pool_bytes=beat.pool_bytes_total, host_bytes=beat.pool_bytes_total, bandwidths=AT_ONCE,
+        way_ms=way_ms,
     )  # fmt: skip
 
 
@@ -105,7 +125,7 @@ def draw(axes: Sequence[Any], results: dict[str, dict[str, dict[str, float]]]) -
 def main() -> None:
     args = report.parser(__doc__).parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
-    seconds = 20 if args.short else 60
+    seconds = 20 if args.short else 45
     results: dict[str, dict[str, dict[str, float]]] = {}
     models: dict[str, Any] = {}
     with scratch_folder() as scratch:
@@ -114,15 +134,18 @@ def main() -> None:
         facts = {name: AdapterFacts(RANK, adapter_bytes(adapters, name)) for name in NAMES}
         with fleet(Setup(model, adapters, scratch)) as running:
             run_bench(config(running.url, num_requests=len(NAMES) * 2, concurrency=CONCURRENCY))
-            at_full = run_bench(config(running.url, num_requests=8 * CONCURRENCY, concurrency=CONCURRENCY, seed=1))
-            requests_per_s = at_full.summary.requests_per_s
-            for load, share in SHARES.items():
-                rate = share * requests_per_s
-                beat = running.beats()[0]
-                result = run_bench(
-                    config(running.url, num_requests=round(rate * seconds), concurrency=512, rate_per_s=rate, seed=2)
+            at_full = run_bench(config(running.url, num_requests=4 * CONCURRENCY, concurrency=CONCURRENCY, seed=1))
+            way_ms = measure_way_ms(running)
+            for number, (load, share) in enumerate(SHARES.items()):
+                for size in RAMP:
+                    run_bench(config(running.url, num_requests=2 * size, concurrency=size, seed=100 * number + size))
+                rate = share * at_full.summary.requests_per_s
+                beat = running.beats_of_now()[0]
+                asked = config(
+                    running.url, num_requests=round(rate * seconds), concurrency=512, rate_per_s=rate, seed=2 + number
                 )
-                foretold = foretold_figures(trace(result), worker_model(beat), facts)
+                result = run_bench(asked)
+                foretold = foretold_figures(trace(result), worker_model(beat, way_ms), facts)
                 results[load] = {"real": real_figures(result), "foretold": foretold}
                 models[load] = {"rate_per_s": rate, "step_model": msgspec.to_builtins(beat.step_model)}
     rows = [
@@ -131,7 +154,8 @@ def main() -> None:
         for name, value in both["real"].items()
     ]
     print(report.table(("load", "figure", "real", "foretold", "foretold ÷ real"), rows))
-    saved = {"machine": machine, "seconds": seconds, "worker": models, "figures": results}
+    print(f"a request takes {way_ms:.1f} ms beside its steps")
+    saved = {"machine": machine, "seconds": seconds, "way_ms": way_ms, "worker": models, "figures": results}
     report.save(args.out / "prediction", saved, 2, lambda axes: draw(axes, results))
 
 

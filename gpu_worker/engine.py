@@ -361,6 +361,7 @@ class Engine:
         resident = set(self.adapters.resident)
         return EngineStats(
             capacity=self.config.limits.max_num_seqs,
+            max_step_tokens=self.config.limits.max_step_tokens,
             running=len(self.batcher.running),
             waiting=len(self.batcher.waiting),
             waiting_adapter=sum(digest not in resident for digest in self._wanted_adapters()),

@@ -115,6 +115,7 @@ class EngineStats:
     """What the engine says of itself once a second."""
 
     capacity: int  # requests it would hold at once
+    max_step_tokens: int = 0
     running: int = 0
     waiting: int = 0
     waiting_adapter: int = 0  # of `waiting`, those whose adapter is on its way

@@ -329,6 +329,7 @@ class Worker:
             name=self.name,
             model=self.served.name,
             capacity=0 if self.draining else stats.capacity,
+            max_step_tokens=stats.max_step_tokens,
             running=stats.running,
             waiting=stats.waiting,
             waiting_adapter=stats.waiting_adapter,

@@ -197,6 +197,7 @@ class WorkerBeat(Wire, frozen=True):
     name: str  # stable across restarts: a new wid with the same name means the old one is gone
     model: str
     capacity: int  # requests it would hold at once
+    max_step_tokens: int = 0  # tokens of prompts and outputs that one step takes at most
     running: int = 0
     waiting: int = 0
     waiting_adapter: int = 0  # of `waiting`, those whose adapter is on its way; they take no capacity

@@ -79,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fleet.add_argument("--host-adapters", type=int, default=200, help="adapters in its host cache (%(default)s)")
     fleet.add_argument("--host-mb-s", type=float, default=2000.0, help="host to pool (%(default)g)")
     fleet.add_argument("--remote-mb-s", type=float, default=200.0, help="store to host (%(default)g)")
+    fleet.add_argument("--way-ms", type=float, default=0.0, help="client to worker and back (%(default)g)")
     parser.add_argument("--policies", default=",".join(POLICIES), help="%(default)s")
     parser.add_argument("--slack", type=float, default=4096.0, help="affinity slack, tokens (%(default)g)")
     parser.add_argument("--json", type=Path, help="write the figures here too")
@@ -158,6 +159,7 @@ def _worker_model(args: argparse.Namespace) -> WorkerModel:
         pool_bytes=args.pool_adapters * MEAN_ADAPTER_BYTES,
         host_bytes=args.host_adapters * MEAN_ADAPTER_BYTES,
         bandwidths=Bandwidths(host=args.host_mb_s * 1000, remote=args.remote_mb_s * 1000),
+        way_ms=args.way_ms,
     )
 
 

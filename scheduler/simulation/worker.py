@@ -25,6 +25,7 @@ class WorkerModel:
     pool_bytes: int = 64 * 20_000_000
     host_bytes: int = 400 * 20_000_000
     bandwidths: Bandwidths = field(default_factory=Bandwidths)
+    way_ms: float = 0.0  # what a request takes beside its steps, from the client to the worker and back
 
 
 @dataclass(slots=True)
@@ -189,14 +190,14 @@ class SimWorker:
         self._step += 1
         self._kv_tokens += len(self._running)
         for request in self._starting:
-            request.first_ms = now_ms
+            request.first_ms = now_ms + self._model.way_ms
             self._running[request.submit.rid] = request
             heappush(self._ends, (self._step + request.num_output_tokens - 1, request.submit.rid))
         self._starting.clear()
         ended: list[Running] = []
         while self._ends and self._ends[0][0] <= self._step:
             request = self._running.pop(heappop(self._ends)[1])
-            request.ended_ms = now_ms
+            request.ended_ms = now_ms + self._model.way_ms
             self._kv_tokens -= request.submit.num_prompt_tokens + request.num_output_tokens - 1
             self._pinned[request.submit.digest] -= 1
             ended.append(request)
