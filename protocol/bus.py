@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from protocol import messages as m
@@ -20,6 +21,7 @@ from protocol.quota import Quota, standing_of
 from protocol.records import Owned, RequestFacts
 from protocol.redis_client import connect
 from protocol.scripts import Scripts
+from protocol.verified import Verified
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,7 @@ class Bus(AdapterBus):
         self._blocking = connect(url, timeout_s=None)
         self._scripts = Scripts(self.redis)
         self._run_id = ""  # of the server, when last asked
+        self._verified: dict[str, Verified] = {}  # wid -> what it owns
 
     async def close(self) -> None:
         await self.redis.aclose()
@@ -153,28 +156,19 @@ class Bus(AdapterBus):
 
     async def step(self, wid: str, step: Step) -> list[Refused]:
         """Write a step. Returns the refused rows; when there are any, nothing at all was written."""
-        rows: list[Any] = []
-        logprobs: list[Any] = []
-        ends: list[Any] = []
-        for row in step.rows:
-            rows += (row.rid, str(row.epoch), row.seq0, len(row.ids))
-            if row.ids and row.logprobs:
-                logprobs += (row.rid, row.seq0, row.logprobs)
-            if row.prompt_logprobs:
-                logprobs += (row.rid, "prompt", row.prompt_logprobs)
-            if row.state:
-                ends += (row.rid, row.state, row.finish, row.error)
-        outs = [part for gid, deltas in step.outs.items() for part in (gid, m.encode(deltas))]
-        ended = m.encode(step.ended) if step.ended else b""
-        ids = b"".join([row.ids for row in step.rows])
-        head = [msgspec.msgpack.encode(rows), ids, len(logprobs) // 3, len(ends) // 4, len(step.outs), ended]
-        reply = await self._scripts.step(
-            keys=[self.keys.tag, self.keys.work(wid), self.keys.ended, self.keys.own(wid)],
-            args=[*head, *logprobs, *ends, *outs, *step.done_entries],
-        )
+        verified = self._verified.setdefault(wid, Verified())
+        keys = [self.keys.tag, self.keys.work(wid), self.keys.ended, self.keys.own(wid)]
+        script = self._scripts.step
+        try:
+            reply = await self.redis.evalsha(script.sha, len(keys), *keys, *_step_args(step, verified))
+        except NoScriptError:  # a new server process, maybe without its last second
+            verified.forget()
+            reply = await self.redis.eval(script.script, len(keys), *keys, *_step_args(step, verified))
+        if len(reply) == 1:
+            verified.note(reply[0], step.rows)
         return [
             Refused(reply[i].decode(), reply[i + 1].decode(), reply[i + 2], reply[i + 3])
-            for i in range(0, len(reply), 4)
+            for i in range(1, len(reply), 4)
         ]
 
     async def finish(
@@ -452,3 +446,25 @@ def _flatten(entries: Any) -> Iterable[Entry]:
             yield from (tuple(entry) for entry in item)  # type: ignore[misc]
         else:
             yield tuple(item)
+
+
+def _step_args(step: Step, verified: Verified) -> list[Any]:
+    """Return the arguments of `step.lua`."""
+    rows, num_unknown = verified.split(step.rows)
+    packed: list[Any] = []
+    logprobs: list[Any] = []
+    ends: list[Any] = []
+    for row in rows:
+        packed += (row.rid, str(row.epoch), row.seq0, len(row.ids))
+        if row.ids and row.logprobs:
+            logprobs += (row.rid, row.seq0, row.logprobs)
+        if row.prompt_logprobs:
+            logprobs += (row.rid, "prompt", row.prompt_logprobs)
+        if row.state:
+            ends += (row.rid, row.state, row.finish, row.error)
+    outs = [part for gid, deltas in step.outs.items() for part in (gid, m.encode(deltas))]
+    ended = m.encode(step.ended) if step.ended else b""
+    ids = b"".join([row.ids for row in rows])
+    counts = [len(logprobs) // 3, len(ends) // 4, len(step.outs)]
+    head = [msgspec.msgpack.encode(packed), ids, *counts, ended, verified.version, num_unknown]
+    return [*head, *logprobs, *ends, *outs, *step.done_entries]

@@ -30,5 +30,6 @@ for i = 4, #ARGV, 2 do
   owned[#owned + 1] = epoch
 end
 redis.call('HSET', own_key(ARGV[2]), unpack(owned))
+redis.call('HSETNX', own_key(ARGV[2]), '', new_version())
 redis.call('EXPIRE', own_key(ARGV[2]), 3600)  -- once it is gone, steps take longer: that is all
 return {'ok'}

@@ -15,6 +15,6 @@ if f[1] == 'queued' then
   if f[3] ~= '' then redis.call('XADD', P .. ':out:' .. f[3], 'NOMKSTREAM', '*', 'b', ARGV[2]) end
   return 'cancelled'
 end
-redis.call('HDEL', own_key(f[2]), rid)
+disown(f[2], rid)
 redis.call('XADD', P .. ':w:' .. f[2] .. ':ctl', 'NOMKSTREAM', 'MINID', '~', now - 300000, '*', 'b', ARGV[3])
 return f[1]

@@ -4,8 +4,20 @@ local P = KEYS[1]
 local function req_key(rid) return P .. ':req:' .. rid end
 
 -- Hash rid -> epoch of what a worker may write: just those that are assigned to it at that epoch and not cancelled.
--- Whatever changes one of these facts must change this too.
+-- Whatever changes one of these facts must change this too. Its field '' is the version: another one whenever something
+-- was taken away. What a worker was once found to own it still owns while the version is the same.
 local function own_key(wid) return P .. ':w:' .. wid .. ':own' end
+
+local function new_version()
+  local t = redis.call('TIME')
+  return t[1] .. '.' .. t[2]
+end
+
+-- Take a request from its worker, before its end or another owner.
+local function disown(wid, rid)
+  redis.call('HDEL', own_key(wid), rid)
+  redis.call('HSET', own_key(wid), '', new_version())
+end
 
 local function now_ms()
   local t = redis.call('TIME')

@@ -11,7 +11,7 @@ redis.call('HINCRBY', req_key(rid), 'epoch', 1)
 write_end(rid, ARGV[2], ARGV[3], ARGV[4], now)
 tell_scheduler(ARGV[7])
 if f[2] ~= '' then
-  redis.call('HDEL', own_key(f[2]), rid)
+  disown(f[2], rid)
   redis.call('XADD', P .. ':w:' .. f[2] .. ':ctl', 'NOMKSTREAM', 'MINID', '~', now - 300000, '*', 'b', ARGV[6])
 end
 if f[3] ~= '' then redis.call('XADD', P .. ':out:' .. f[3], 'NOMKSTREAM', '*', 'b', ARGV[5]) end

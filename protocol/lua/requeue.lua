@@ -21,7 +21,7 @@ for i = 5, #ARGV do
       lost = lost .. cjson.encode({wid, name, now, tonumber(f[9] or '0'), length, start}) .. '\n'
     end
     local _, num_lost = string.gsub(lost, '\n', '')
-    redis.call('HDEL', own_key(wid), rid)
+    disown(wid, rid)
     local epoch = redis.call('HINCRBY', key, 'epoch', 1)
     redis.call('HSET', key, 'attempts', attempts, 'lost', lost)
     if f[3] == '1' then outcome = 'cancelled'

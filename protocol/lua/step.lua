@@ -1,21 +1,22 @@
 -- Make one engine step's tokens and endings durable and visible: all of them, or nothing.
 -- KEYS: prefix, work stream, ended stream, what the worker owns
 -- ARGV: rows as one packed table (cheaper than hundreds of arguments): rid, epoch, seq0, bytes of ids, rid, ...; the
---   rows' ids, one after the other; num logprobs, num ends, num outs, ended message or '', then
+--   rows' ids, one after the other; num logprobs, num ends, num outs, ended message or '', version of what the worker
+--   owns at which it was found to own all rows but the first N or '', N, then
 --   per logprobs: rid, seq0 or 'prompt', records
 --   per end: rid, state, finish, error; each has a row, maybe without ids
 --   per out: gateway id, packed deltas
 --   then the ids of work entries whose last request this step ends
--- -> {} | {rid, code, epoch, len, ...}, code: missing | terminal | stale | cancelled | length
+-- -> {version that the rows have now been checked at, or ''} | {'', rid, code, epoch, len, ...}, code: missing | terminal | stale | cancelled | length
 local call, tok, rows, all_ids = redis.call, P .. ':tok:', cmsgpack.unpack(ARGV[1]), ARGV[2]
-local first_lp = 7
+local first_lp = 9
 local first_end = first_lp + ARGV[3] * 3
 local first_out = first_end + ARGV[4] * 4
 local first_done = first_out + ARGV[5] * 2
 
 -- Look at each request itself, and say what is wrong with whose.
 local function refused()
-  local bad, ending = {}, {}
+  local bad, ending = {''}, {}
   for a = first_end, first_out - 4, 4 do ending[ARGV[a]] = ARGV[a + 1] end
   for a = 1, #rows, 4 do
     local rid, epoch, seq0 = rows[a], rows[a + 1], rows[a + 2]
@@ -38,9 +39,11 @@ end
 
 -- Tell whether the worker owns every row's request, at its epoch. Nearly always; then nothing else needs a look.
 -- A request without a log may have expired.
+local version = call('HGET', KEYS[4], '') or ''
 local function owns_all()
   local rids = {}
-  for a = 1, #rows, 4 do rids[#rids + 1] = rows[a] end
+  local num = version ~= '' and ARGV[7] == version and ARGV[8] or #rows / 4
+  for a = 1, num * 4, 4 do rids[#rids + 1] = rows[a] end
   if #rids == 0 then return true end
   local epochs = call('HMGET', KEYS[4], unpack(rids))
   for i, rid in ipairs(rids) do
@@ -74,7 +77,7 @@ end
 
 if not owns_all() then
   local bad = refused()
-  if #bad > 0 then return bad end
+  if #bad > 1 then return bad end
 end
 if not append_all() then return refused() end
 
@@ -111,4 +114,4 @@ for a = first_out, first_done - 2, 2 do
 end
 for a = first_done, #ARGV do call('XDEL', KEYS[2], ARGV[a]) end
 if ARGV[6] ~= '' then call('XADD', KEYS[3], 'MAXLEN', '~', '10000', '*', 'b', ARGV[6]) end
-return {}
+return {version}

@@ -49,6 +49,8 @@ class LosingWorld(World):
         "gateway_notices",
     )
 
+    may_mend = True
+
     def __init__(self, url: str, seed: int) -> None:
         self.engines: dict[str, dict[str, int]] = {}  # wid -> request -> next position
         self.in_flight: dict[str, dict[str, Pending]] = {}  # wid -> what it is writing
@@ -70,6 +72,7 @@ class LosingWorld(World):
         if not self.saved:
             return
         self.run(self.bus.redis.flushall())
+        self.run(self.bus.redis.script_flush())  # as any new server process
         for key, (raw, ttl_ms) in self.saved.items():
             self.run(self.bus.redis.restore(key, ttl_ms, raw))
         time.sleep(0.002)  # no server starts within the millisecond of its last entry's id

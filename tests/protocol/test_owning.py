@@ -25,13 +25,16 @@ async def test_a_step_that_meets_another_log_takes_back_what_it_appended(queue: 
 
 
 async def _owned(queue: Queue, wid: str = "w") -> dict[bytes, bytes]:
-    return await queue.bus.redis.hgetall(queue.keys.own(wid))
+    owned = await queue.bus.redis.hgetall(queue.keys.own(wid))
+    assert owned.pop(b"")  # its version
+    return owned
 
 
 @pytest.mark.parametrize(("outside", "code"), [("finish", "terminal"), ("cancel", "cancelled"), ("requeue", "stale")])
 async def test_what_a_worker_owns_follows_every_change_from_outside(queue: Queue, outside: str, code: str) -> None:
     await queue.running("a", "b")
     assert await _owned(queue) == {b"a": b"1", b"b": b"1"}
+    assert await queue.bus.step("w", Step(rows=[row("a", 0, 1), row("b", 0, 1)])) == []  # they are known from now on
     change = {
         "finish": lambda: queue.bus.finish("a", "failed", "error"),
         "cancel": lambda: queue.bus.cancel("a"),
@@ -39,8 +42,8 @@ async def test_what_a_worker_owns_follows_every_change_from_outside(queue: Queue
     }[outside]
     await change()
     assert await _owned(queue) == {b"b": b"1"}
-    assert [r.code for r in await queue.bus.step("w", Step(rows=[row("b", 0, 1), row("a", 0, 1)]))] == [code]
-    assert await queue.bus.step("w", Step(rows=[row("b", 0, 1, finish="stop")])) == []
+    assert [r.code for r in await queue.bus.step("w", Step(rows=[row("b", 1, 1), row("a", 1, 1)]))] == [code]
+    assert await queue.bus.step("w", Step(rows=[row("b", 1, 1, finish="stop")])) == []
     assert await _owned(queue) == {}
 
 
@@ -57,3 +60,36 @@ async def test_a_request_that_expired_before_its_first_token_leaves_no_log(queue
     await queue.bus.redis.delete(queue.keys.req("a"))
     assert await queue.bus.step("w", Step(rows=[row("a", 0, 1)])) == [Refused("a", "missing", 0, 0)]
     assert await queue.log("a") == b""
+
+
+async def test_a_known_row_is_looked_at_again_once_something_was_taken_away_or_the_server_is_another(
+    queue: Queue,
+) -> None:
+    await queue.running("a", "b")
+
+    async def try_token(position: int) -> list[str]:
+        return [refused.code for refused in await queue.bus.step("w", Step(rows=[row("a", position, 1)]))]
+
+    assert await try_token(0) == []
+    for key, field in ((queue.keys.own("w"), "a"), (queue.keys.req("a"), "epoch")):
+        await queue.bus.redis.hset(key, field, 9)  # no script does that; it shows who looks
+    assert await try_token(1) == []
+    await queue.bus.redis.script_flush()
+    assert await try_token(2) == ["stale"]
+
+    for key, field in ((queue.keys.own("w"), "a"), (queue.keys.req("a"), "epoch")):
+        await queue.bus.redis.hset(key, field, 1)
+    assert await try_token(2) == []
+    for key, field in ((queue.keys.own("w"), "a"), (queue.keys.req("a"), "epoch")):
+        await queue.bus.redis.hset(key, field, 9)
+    assert await try_token(3) == []
+    await queue.bus.cancel("b")
+    assert await try_token(4) == ["stale"]
+
+
+async def test_an_end_without_tokens_is_written_once(queue: Queue) -> None:
+    await queue.running("a")
+    assert await queue.bus.step("w", Step(rows=[row("a", 0, 1)])) == []
+    end = Step(rows=[row("a", 1, finish="stop")])
+    assert await queue.bus.step("w", end) == []
+    assert [refused.code for refused in await queue.bus.step("w", end)] == ["terminal"]
