@@ -12,7 +12,7 @@ from protocol.settings import Settings
 def main() -> int:
     """Run until a signal; return the exit code."""
     settings = Settings()
-    set_up_logging("gateway", settings.log_level)
+    set_up_logging("gateway", settings.log_level, settings.log_format)
     return run(lambda stop: serve(settings, stop))
 
 

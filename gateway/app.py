@@ -53,19 +53,20 @@ def build_app(
     gate = Gate(app, keys, shape_of)
     origins = names_of(settings.cors_origins)
     if not origins:
-        return Envelope(gate, settings.max_body_bytes)
+        return Envelope(gate, settings)
     open_app = CORSMiddleware(
         gate, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS
     )
-    return Envelope(open_app, settings.max_body_bytes)
+    return Envelope(open_app, settings)
 
 
 class Envelope:
     """Around every request: an id, the body's size limit, the count of open requests, metrics, the log of faults."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes = settings.max_body_bytes
+        self._prefix = settings.path_prefix.rstrip("/")
         self._num_open = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -78,6 +79,8 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if self._prefix and f"{scope['path']}/".startswith(f"{self._prefix}/"):
+            scope = {**scope, "path": scope["path"].removeprefix(self._prefix) or "/"}
         self._num_open += 1
         self._idle.clear()
         HTTP_REQUESTS_OPEN.inc()

@@ -16,7 +16,7 @@ from gateway import lorax_metrics
 from gateway.admission import Admission, Load
 from gateway.answer_form import answer_grammar, form_of, marker_ids
 from gateway.callers import Caller
-from gateway.catalogue import Catalogue, Fleet, Target
+from gateway.catalogue import Catalogue, Fleet, Target, is_base
 from gateway.choices import Choice, Prompt
 from gateway.generation import Generation, Terms
 from gateway.grammar_check import GrammarCheck
@@ -138,7 +138,13 @@ class Calls:
 
     async def _targets(self, request: AnyRequest, base: m.ServedModel, caller: Caller) -> list[Target]:
         timeout_s = self.settings.request_timeout_s
-        targets = await self.catalogue.resolve_all(request.models, base, timeout_s, caller)
+        if request.api_token:
+            caller = replace(caller, token=request.api_token)
+        names = [
+            name if is_base(name, base) else await self.catalogue.name_in(request.adapter_source, name, caller)
+            for name in request.models
+        ]
+        targets = await self.catalogue.resolve_all(names, base, timeout_s, caller)
         if request.merged_adapters is not None:
             if len(targets) > 1 or targets[0].digest:
                 raise BadRequest("with merged_adapters, model must be the base model", param="merged_adapters")
@@ -335,7 +341,7 @@ class Calls:
         encoded = await files.encode_chat(
             request.messages,
             add_generation_prompt=request.add_generation_prompt is not False,
-            variables=request.chat_template_kwargs or {},
+            variables=request.template_variables,
             tools=options.tools.definitions if options.tools is not None else None,
         )
         ids = encoded.ids

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gateway.callers import EVERYBODY, Caller
@@ -15,13 +16,14 @@ from gateway.own_files import OwnFiles
 from gateway.tokenizer import ModelFiles
 from protocol import messages as m
 from protocol.bus import CONNECTION_ERRORS, Bus, decode, now_ms
-from protocol.errors import ModelNotFound, Unavailable
+from protocol.errors import ClientError, ModelNotFound, Unavailable
 from protocol.merging import digest_of_merge
 from protocol.metrics import FLEET_QUEUED, FLEET_RUNNING, FLEET_WORKERS, WORKERS
 
 logger = logging.getLogger(__name__)
 
 BASE = "base"
+SOURCES = ("hub", "local", "s3")
 REFRESH_S = 1.0
 
 
@@ -34,6 +36,7 @@ class Target:
     files: ModelFiles  # its own, or the base's
     texts: str = ""  # hash of its own files
     vocab_size: int = 0  # tokens it knows, 0: those of the base
+    source: str = ""  # where it lies: one of SOURCES; "" for the base model
 
     @property
     def tenant(self) -> str:
@@ -103,22 +106,25 @@ class Fleet:
 class Catalogue:
     """Names of the base model and the adapters. Reads what adapter_store writes."""
 
-    def __init__(self, bus: Bus, names: Names, own: OwnFiles) -> None:
+    def __init__(self, bus: Bus, names: Names, own: OwnFiles, folder: Path | None) -> None:
+        """folder: whose folders are adapters."""
         self._bus = bus
+        self._folder = folder
         self.names = names
         self.own = own
 
     async def resolve(self, name: str, base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY) -> Target:
-        """Return what a name stands for: `base`, the base's name, an adapter's name or place, or `base:adapter`.
+        """Return what a name stands for: `base`, the base's name or "", an adapter's name or place, or `base:adapter`.
 
         Waits while the adapter is being fetched, on behalf of the caller. Raises ModelNotFound, PermissionDenied,
         AdapterRefused, Unavailable.
         """
-        if name in (BASE, base.name):
+        if is_base(name, base):
             return Target(base.name, "", self.own.base)
         alias = await self.names.served(self._plain(name, base), timeout_s, caller)
         texts, vocab_size = await self.own.facts(alias.digest)
-        return Target(alias.name, alias.digest, await self.own.files(alias.digest, texts), texts, vocab_size)
+        files = await self.own.files(alias.digest, texts)
+        return Target(alias.name, alias.digest, files, texts, vocab_size, alias.source.partition(":")[0])
 
     async def resolve_all(
         self, names: Sequence[str], base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY
@@ -133,6 +139,35 @@ class Catalogue:
         parts = await self.resolve_all(request.ids, base, timeout_s, caller)
         digest = digest_of_merge(merge_of_request(request, [part.digest for part in parts]))
         return Target("+".join(part.name for part in parts), digest, self.own.base)
+
+    async def name_in(self, source: str | None, adapter_id: str, caller: Caller) -> str:
+        """Return the name that an adapter of a source, in LoRAX's words, is known by; its id where none is given.
+
+        Raises ClientError, and ModelNotFound for a folder that is not served.
+        """
+        kind = (source or "").lower()
+        if not kind:
+            return adapter_id
+        if kind not in SOURCES:
+            text = f"Invalid source '{source}' when downloading adapter '{adapter_id}': it may be {', '.join(SOURCES)}"
+            raise ClientError(text, param="adapter_source")
+        name = self._in_folder(adapter_id) if kind == "local" else adapter_id
+        known = await self.known(name, caller)
+        if known is not None and known.source.startswith(f"{kind}:"):
+            return name
+        if kind == "local":
+            raise ModelNotFound(adapter_id, "No adapter of this name lies in the folder that is served.")
+        scheme = "s3://" if kind == "s3" else "hub:"
+        return adapter_id if adapter_id.startswith(scheme) else f"{scheme}{adapter_id}"
+
+    def _in_folder(self, adapter_id: str) -> str:
+        """Return the name of a folder that was named by its path. What lies elsewhere has no name here."""
+        if self._folder is None or not adapter_id.startswith("/"):
+            return adapter_id
+        try:
+            return str(Path(adapter_id).relative_to(self._folder.absolute()))
+        except ValueError:
+            return adapter_id
 
     async def known(self, name: str, caller: Caller) -> m.Alias | None:
         """Return a name as the caller sees it, in whatever state: its own, or everybody's; None if there is none."""
@@ -170,6 +205,11 @@ class Catalogue:
             raise ModelNotFound(name)
         record = await self._bus.get(self._bus.keys.adapter(alias.digest), m.AdapterRecord) if alias.digest else None
         return adapter_object(alias, record, base)
+
+
+def is_base(name: str, base: m.ServedModel) -> bool:
+    """Tell whether a request that names this wants the base model."""
+    return name in ("", BASE, base.name)
 
 
 def _name_of(alias: m.Alias) -> str:

@@ -48,7 +48,7 @@ class Jobs:
             created_ms=created_ms,
             expires_ms=created_ms + int(ttl_s * 1000),
             rids=[rid_of(call, i) for i in range(len(prepared.prompts) * prepared.options.n)],
-            request=orjson.loads(raw),
+            request={key: value for key, value in orjson.loads(raw).items() if key != "api_token"},  # never kept
             metadata=prepared.request.metadata or {},
             digests=prepared.digests,
             texts=prepared.texts,

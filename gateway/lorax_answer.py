@@ -111,6 +111,9 @@ class NativeWriter:
     def usage_frame(self, usage: Usage) -> bytes:
         return b""
 
+    def show_usage(self, usage: Usage) -> None:
+        """LoRAX's events tell of none."""
+
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """Return the answer: the choice with the best mean logprob, the others beside it."""
         order = sorted(choices, key=mean_logprob, reverse=True)

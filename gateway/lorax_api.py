@@ -84,8 +84,8 @@ class CompatRequest(GenerateRequest):
     stream: bool = False
 
 
-class TokenizeRequest(_Body):
-    """`POST /tokenize`."""
+class TokenizeRequest(AdapterParameters):
+    """`POST /tokenize`. The adapter, whose tokenizer may be its own, is not LoRAX's."""
 
     inputs: str
     add_special_tokens: bool | None = None

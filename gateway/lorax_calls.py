@@ -9,11 +9,19 @@ from functools import partial
 
 from gateway.callers import Caller
 from gateway.calls import Calls, Work, pack, requests_of, rid_of
+from gateway.catalogue import Target
 from gateway.choices import Prompt
 from gateway.generation import Generation, Terms
 from gateway.lorax_adapters import NativeAdapters
 from gateway.lorax_answer import NativeChoice, NativeFacts, NativeResponse, NativeWriter
-from gateway.lorax_api import GenerateRequest, NativeOptions, Parameters, native_limit, native_options
+from gateway.lorax_api import (
+    AdapterParameters,
+    GenerateRequest,
+    NativeOptions,
+    Parameters,
+    native_limit,
+    native_options,
+)
 from gateway.tokenizer import ModelFiles
 from protocol import messages as m
 from protocol.bus import now_ms
@@ -39,7 +47,7 @@ class NativeCalls:
         calls, p = self._calls, request.parameters or Parameters()
         base = await calls.fleet.require(worker=True)
         native = native_options(request, calls.settings, base.max_model_len, stream=stream)
-        target = await self.adapters.resolve(p, base, replace(caller, token=p.api_token) if p.api_token else caller)
+        target = await self.target(p, base, caller)
         prompt = await self._prompt(request.inputs, native, target.files)
         limit = native_limit(native.options, prompt.num_tokens, base.max_model_len)
         [prompt] = await calls.constrained([prompt], native.options, "response_format")
@@ -47,7 +55,7 @@ class NativeCalls:
         facts = NativeFacts(
             model=base.name,
             adapter_id=target.name,
-            adapter_source=(p.adapter_source or "").lower() or "hub",
+            adapter_source=target.source,
             compute_type=_compute_type(base),
             num_characters=len(request.inputs),
             started_s=started_s,
@@ -57,6 +65,10 @@ class NativeCalls:
         writer.as_list, writer.num_prompt_tokens = as_list, prompt.num_tokens
         generation = await self._submit(work, eager=stream)
         return NativeResponse(generation, writer, facts, stream=stream, keepalive_s=calls.settings.keepalive_s)
+
+    async def target(self, p: AdapterParameters, base: m.ServedModel, caller: Caller) -> Target:
+        """Return what a request is for. Raises as `NativeAdapters.resolve`."""
+        return await self.adapters.resolve(p, base, replace(caller, token=p.api_token) if p.api_token else caller)
 
     async def _submit(self, work: Work, *, eager: bool) -> Generation:
         calls, options = self._calls, work.options

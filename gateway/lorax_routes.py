@@ -65,9 +65,12 @@ class NativeEndpoints:
         keepalive_s = self._calls.settings.keepalive_s
         return await in_time(answer, stream=stream, keepalive_s=keepalive_s, errors=LORAX_ERRORS)
 
-    async def tokenize(self, body: TokenizeRequest) -> Response:
+    async def tokenize(self, body: TokenizeRequest, request: Request) -> Response:
         special = body.add_special_tokens is not False
         tokenizer = self._calls.files.tokenizer
+        if body.adapter_id or body.merged_adapters is not None:
+            base = await self._calls.fleet.require(worker=False)
+            tokenizer = (await self._native.target(body, base, caller_of(request))).files.tokenizer
         encoding = await run_in_threadpool(tokenizer.encode, body.inputs, add_special_tokens=special)
         return json_response(
             [
@@ -157,3 +160,4 @@ def add_native_routes(app: FastAPI, native: NativeEndpoints) -> None:
     app.get("/metrics", responses=openapi.METRICS)(native.metrics)
     for path in ("/", "/ping", "/health"):
         app.get(path, responses=openapi.HEALTH)(native.endpoints.health)
+        app.head(path, include_in_schema=False)(native.endpoints.health)

@@ -35,6 +35,7 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: with the former, every chunk tells the usage so far
 
 
 class GenerationRequest(_Body):
@@ -66,6 +67,9 @@ class GenerationRequest(_Body):
     metadata: dict[str, str] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
+    adapter_source: str | None = None  # this and the next two are LoRAX's
+    api_token: str | None = None
+    ignore_eos_token: bool | None = None
 
     @property
     def models(self) -> list[str]:
@@ -87,11 +91,18 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    guideline: str | None = None  # LoRAX's: for templates that have one
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     functions: list[dict[str, Any]] | None = None
     modalities: list[str] | None = None
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template is given besides the messages."""
+        own = {} if self.guideline is None else {"guideline": self.guideline}
+        return own | (self.chat_template_kwargs or {})
 
 
 class CompletionRequest(GenerationRequest):
@@ -135,6 +146,7 @@ class Options:
     shows_logprobs: bool = False
     scores_only: bool = False  # no token is wanted, only the logprobs of the prompt
     tools: Tools | None = None  # that may be called
+    running_usage: bool = False  # every chunk tells the usage so far
 
     @property
     def record_bytes(self) -> int:
@@ -170,6 +182,8 @@ def options_of(request: ChatRequest | CompletionRequest, settings: Settings) -> 
         raise BadRequest("a background job cannot be streamed; leave out stream, or background", param="stream")
     if background and max_tokens == 0:
         raise BadRequest("max_tokens is 0: there is nothing to do in the background", param="max_tokens")
+    usage_wish = request.stream_options
+    include_usage = bool(usage_wish and usage_wish.include_usage)
     return Options(
         sampling=_sampling(request, num_logprobs, prompt_logprobs=echo and shows_logprobs),
         n=n,
@@ -178,7 +192,8 @@ def options_of(request: ChatRequest | CompletionRequest, settings: Settings) -> 
         stop=_stop(request, settings),
         stop_token_ids=request.stop_token_ids or [],
         stream=stream,
-        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        include_usage=include_usage,
+        running_usage=include_usage and bool(usage_wish and usage_wish.continuous_usage_stats),
         echo=echo,
         background=background,
         cls=BATCH if background or request.service_tier == "flex" else INTERACTIVE,
@@ -259,7 +274,7 @@ def _sampling(request: GenerationRequest, num_logprobs: int | None, *, prompt_lo
         num_logprobs=num_logprobs,
         prompt_logprobs=prompt_logprobs,
         min_tokens=given(request.min_tokens, 0),
-        ignore_eos=bool(request.ignore_eos),
+        ignore_eos=bool(request.ignore_eos or request.ignore_eos_token),
     )
 
 

@@ -57,7 +57,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         own = OwnFiles(bus, files, sandbox, secret.bearer if secret else "")
         tokenizer = model_folder(settings.model, TOKENIZER_FILES) / TOKENIZER
         grammars = GrammarCheck(str(tokenizer), settings.grammar_timeout_s)
-        calls = Calls(settings, bus, files, fleet, Catalogue(bus, names, own), replies, grammars)
+        catalogue = Catalogue(bus, names, own, settings.adapters)
+        calls = Calls(settings, bus, files, fleet, catalogue, replies, grammars)
         endpoints = Endpoints(calls, Jobs(calls))
         adapters = AdapterEndpoints(AdapterLife(bus, settings, names, secret))
         native = NativeEndpoints(endpoints, calls)

@@ -92,6 +92,8 @@ class GenerationResponse(Response):
         generation = self.generation
         while True:
             pieces = await generation.advance(self.keepalive_s)
+            if generation.choices[0].options.running_usage:
+                self.writer.show_usage(generation.usage)
             frames = b"".join([self.writer.frames(piece) for piece in pieces])
             if generation.is_done:
                 break

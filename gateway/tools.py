@@ -95,7 +95,7 @@ def tools_of(
     wanted, required = _chosen(choice, list(schemas))
     if not wanted:
         return None
-    one = isinstance(choice, dict) and choice.get("type") == "function"
+    one = choice in schemas if isinstance(choice, str) else choice is not None and choice.get("type") == "function"
     chosen = {name: schemas[name] for name in wanted}
     return Tools(list(tools), chosen, required, parallel=parallel is not False and not one)
 
@@ -128,6 +128,8 @@ def _chosen(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[list
         return [], False
     if choice == "required":
         return names, True
+    if isinstance(choice, str) and choice in names:  # as LoRAX has it
+        return [choice], True
     if isinstance(choice, dict) and choice.get("type") == "function":
         return [_known(choice, names)], True
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":

@@ -84,6 +84,10 @@ class Writer(Protocol):
         """Return the frame after the last choice's end."""
         ...
 
+    def show_usage(self, usage: Usage) -> None:
+        """Let the frames from now on tell a call's usage so far."""
+        ...
+
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """Return the answer of a call that was not streamed."""
         ...
@@ -98,6 +102,9 @@ class _Frames:
 
     def choice(self, body: bytes) -> bytes:
         return self._start + body + self._end
+
+    def show_usage(self, usage: Usage) -> None:
+        self._end = b'],"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
 
     def usage(self, usage: Usage) -> bytes:
         return self._start + b'],"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
@@ -157,6 +164,9 @@ class ChatWriter:
 
     def usage_frame(self, usage: Usage) -> bytes:
         return self._frames.usage(usage)
+
+    def show_usage(self, usage: Usage) -> None:
+        self._frames.show_usage(usage)
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         return {
@@ -253,6 +263,9 @@ class CompletionWriter:
 
     def usage_frame(self, usage: Usage) -> bytes:
         return self._frames.usage(usage)
+
+    def show_usage(self, usage: Usage) -> None:
+        self._frames.show_usage(usage)
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         return {

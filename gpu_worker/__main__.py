@@ -8,5 +8,5 @@ from protocol.settings import Settings
 
 if __name__ == "__main__":
     settings = Settings()
-    set_up_logging("worker", settings.log_level)
+    set_up_logging("worker", settings.log_level, settings.log_format)
     sys.exit(run(lambda stop: serve(settings, stop)))

@@ -30,7 +30,7 @@ from gpu_worker.rows import RowPacker, Rows, RowSite
 from protocol import errors
 from protocol.errors import Internal, LorafleetError, Unavailable
 from protocol.messages import ServedModel
-from protocol.service import set_up_logging
+from protocol.service import log_format, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ MAX_DEATHS = 3
 class Start(msgspec.Struct, tag=True):
     bearer: str
     log_level: int
+    log_format: str
 
 
 class Urls(msgspec.Struct, tag=True):
@@ -182,7 +183,7 @@ class _Process:
         self.ended = False  # guarded by _asking
         self._receiver = threading.Thread(target=self._receive, name="loader", daemon=True)
         self._receiver.start()
-        self.tell(Start(bearer, logging.getLogger().getEffectiveLevel()))
+        self.tell(Start(bearer, logging.getLogger().getEffectiveLevel(), log_format()))
 
     def tell(self, message: Message) -> None:
         """Send a message; that the process has ended shows elsewhere."""
@@ -365,7 +366,7 @@ def main() -> None:
         received = _receive(worker)
         assert received is not None
         assert isinstance(received[0], Start)
-        set_up_logging("loader", logging.getLevelName(received[0].log_level))
+        set_up_logging("loader", logging.getLevelName(received[0].log_level), received[0].log_format)
         server = _Server(worker, received[0].bearer)
         while received := _receive(worker):
             server.take(received[0])

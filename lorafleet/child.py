@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -25,6 +26,16 @@ WRONG_USAGE = 2  # exit code of a service whose settings are wrong: another star
 TAIL_BYTES = 4000
 
 _LOG_LINE = re.compile(r"^\d\d:\d\d:\d\d ([DIWEC]) \S+ (?:\S+: )?(.*)$")
+
+
+def _read_line(line: str) -> tuple[str, str]:
+    """Return a log line's level, D, I, W, E or C, and its message; "" and the line when it is none of a service's."""
+    if match := _LOG_LINE.match(line):
+        return match[1], match[2]
+    if line.startswith('{"time": '):
+        entry = json.loads(line)
+        return entry["level"][0].upper(), entry["message"]
+    return "", line.strip()
 
 
 class ServiceFailed(LorafleetError):
@@ -110,10 +121,9 @@ class Child:
         whole, newline, _ = gained.replace(b"\r", b"\n").rpartition(b"\n")
         self._log_offset += len(whole) + len(newline)
         for line in whole.decode(errors="replace").splitlines():
-            match = _LOG_LINE.match(line)
-            text = match[2] if match else line.strip()
+            level, text = _read_line(line)
             self.activity = text or self.activity
-            if match and match[1] in "WEC":
+            if level in ("W", "E", "C"):
                 self._say(f"[yellow]{self.spec.name}[/] {escape(text)}")
 
     def log_tail(self) -> str:

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     settings = load_settings(args)
     if args.service in ("worker", "gateway") and not settings.model:
         raise BadRequest(f"--model: the {args.service} needs the base model, a Hub id or a local folder")
-    set_up_logging(args.service, settings.log_level)
+    set_up_logging(args.service, settings.log_level, settings.log_format)
     try:
         module = importlib.import_module(f"{SERVICES[args.service]}.service")
     except ModuleNotFoundError as error:

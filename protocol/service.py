@@ -3,27 +3,51 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 
 import uvloop
 
 logger = logging.getLogger(__name__)
 
 
-def set_up_logging(service: str, level: str) -> None:
-    """Log one line per event to stderr, with time, level and service."""
-    logging.basicConfig(
-        level=level.upper(),
-        format=f"%(asctime)s %(levelname).1s {service} %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-        force=True,
-    )
+class JsonLines(logging.Formatter):
+    """One JSON object a line, for those who collect logs."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "service": self._service,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def set_up_logging(service: str, level: str, form: str = "text") -> None:
+    """Log one line per event to stderr, with time, level and service: as text, or as "json"."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter(f"%(asctime)s %(levelname).1s {service} %(name)s: %(message)s", "%H:%M:%S")
+    handler.setFormatter(JsonLines(service) if form == "json" else text)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells of every request
+
+
+def log_format() -> str:
+    """Return how this process logs, for another that is to log alike."""
+    return "json" if any(isinstance(h.formatter, JsonLines) for h in logging.getLogger().handlers) else "text"
 
 
 def run(main: Callable[[asyncio.Event], Awaitable[int]], *, sendfile: bool = False) -> int:

@@ -25,6 +25,7 @@ class Settings(BaseSettings):
         default=Path("~/.cache/lorafleet"), description="folder for the queue's data, mirrored adapters and caches"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
+    log_format: Literal["text", "json"] = Field(default="text", description="how the logs' lines are written")
     metrics_port: int = Field(
         default=0, ge=0, le=65535, description="Prometheus port of scheduler, store and worker; 0: none"
     )
@@ -53,6 +54,10 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=4 << 20, ge=1, description="largest HTTP body")
     cors_origins: str = Field(
         default="", description="origins whose pages may call from a browser, with commas; * for any; empty: none"
+    )
+    path_prefix: str = Field(
+        default="",
+        description="path that may stand before every route, for clients whose URL has one: /tenant/llms/name",
     )
     max_choices: int = Field(default=128, ge=1, description="largest n, and prompts times n in one call")
     max_stop_strings: int = Field(default=64, ge=0, description="stop strings in one request")

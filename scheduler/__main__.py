@@ -8,5 +8,5 @@ from scheduler.service import serve
 
 if __name__ == "__main__":
     settings = Settings()
-    set_up_logging("scheduler", settings.log_level)
+    set_up_logging("scheduler", settings.log_level, settings.log_format)
     sys.exit(run(lambda stop: serve(settings, stop)))

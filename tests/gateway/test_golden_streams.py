@@ -76,7 +76,7 @@ STREAMS = {
     "openai-completions-logprobs": Stream(
         COMPLETIONS,
         {"model": "base", "prompt": "hi", "max_tokens": 4, "stream": True, "echo": True, "logprobs": 1,
-         "stream_options": {"include_usage": True}},
+         "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
     ),
     "litellm": Stream(CHAT, GREEDY),
     "langchain": Stream(

@@ -110,8 +110,8 @@ async def test_orders_about_adapters_need_their_scope(http: httpx2.AsyncClient, 
 async def test_tenants_see_their_own_adapters_and_those_that_are_for_them(
     bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient, keys: ApiKeys
 ) -> None:
-    for name, digest in (("acme-de", "d1"), ("common", "d2"), ("secret", "d3")):
-        await fleet.add_adapter(name, digest)
+    for name, content in (("acme-de", "d1"), ("common", "d2"), ("secret", "d3")):
+        await fleet.add_adapter(name, content)
     own = m.Alias(name="common", state="on_disk", digest="d4", source="hub:a/b", tenant="acme")
     await bus.redis.hset(bus.keys.adapters, "acme\0common", m.encode(own))
     record = m.AdapterRecord(

@@ -19,6 +19,7 @@ from waiting import wait_until
 from gateway.app import Envelope
 from protocol import messages as m
 from protocol.bus import Bus
+from protocol.settings import Settings
 
 COMPLETION = {"model": "base", "prompt": "hi", "max_tokens": 60}
 ROOT = Path(__file__).parents[2]
@@ -361,7 +362,7 @@ async def test_a_call_that_the_closing_server_drops_is_told_so_in_json() -> None
         return {"type": "http.request", "body": b"", "more_body": False}
 
     scope = {"type": "http", "method": "GET", "path": "/v1/jobs/job_1", "headers": []}
-    call = asyncio.create_task(Envelope(never, 1000)(scope, receive, send))
+    call = asyncio.create_task(Envelope(never, Settings())(scope, receive, send))
     await asyncio.sleep(0)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):

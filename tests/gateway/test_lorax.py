@@ -205,7 +205,7 @@ async def test_adapters(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     for fields in ({"adapter_id": "fox"}, {"adapter_id": "fox", "adapter_source": "Local"}):
         answer = await http.post("/generate", json=generate_body(**fields))
         assert answer.status_code == 200
-        assert answer.headers["x-adapter-id"] == "fox"
+        assert (answer.headers["x-adapter-id"], answer.headers["x-adapter-source"]) == ("fox", "local")
     assert [submit.digest for submit, _ in fleet.seen] == [ADAPTER, ADAPTER]
     for base in (None, "", BASE_NAME):
         await http.post("/generate", json=generate_body(adapter_id=base))
@@ -236,6 +236,29 @@ async def test_an_adapter_that_cannot_be_served_is_424(
     assert body["error"].startswith("Request failed during generation: ")
     assert word in body["error"]
     assert fleet.seen == []
+
+
+async def test_openai_s_routes_take_lorax_s_fields(http: httpx2.AsyncClient, fleet: ScriptedFleet, bus: Bus) -> None:
+    await fleet.add_adapter("fox", ADAPTER)
+    body = {"prompt": "hi", "max_tokens": 2}
+    for model, source, digest in (
+        ("", "hub", ""),
+        ("base", "s3", ""),
+        ("fox", "local", ADAPTER),
+        ("fox", None, ADAPTER),
+    ):
+        fields = {"model": model, "adapter_source": source, "ignore_eos_token": True, "top_k": 3}
+        assert (await http.post("/v1/completions", json={**body, **fields})).status_code == 200
+        assert (fleet.seen[-1][0].digest, fleet.seen[-1][1].sampling.ignore_eos) == (digest, True)
+    for source, status, param in (("hub", 404, "model"), ("pbase", 400, "adapter_source")):
+        answer = await http.post("/v1/completions", json={**body, "model": "fox", "adapter_source": source})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+    job = await http.post(
+        "/v1/completions", json={**body, "model": "fox", "background": True, "api_token": "hf_secret"}
+    )
+    kept = await bus.redis.get(bus.keys.job(job.json()["id"]))
+    assert b"fox" in kept
+    assert b"hf_secret" not in kept
 
 
 async def test_a_source_is_part_of_an_adapters_name(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
@@ -348,11 +371,15 @@ async def test_frame_errors_are_json_too(
 
 async def test_wrong_methods_and_sizes(bus: Bus, fleet: ScriptedFleet, model_folder: Any) -> None:
     async with (
-        running_gateway(bus, model_folder, max_body_bytes=100, max_queued=1) as running,
+        running_gateway(bus, model_folder, max_body_bytes=100, max_queued=1, path_prefix="/llms/a") as running,
         httpx2.AsyncClient(base_url=running.url) as http,
     ):
-        wrong = await http.get("/generate")
-        assert (wrong.status_code, wrong.json()["error_type"]) == (405, "method_not_allowed")
+        for path in ("/generate", "/llms/a/generate"):
+            wrong = await http.get(path)
+            assert (wrong.status_code, wrong.json()["error_type"]) == (405, "method_not_allowed")
+        for path in ("/llms/a", "/llms/a/", "/"):  # as LoRAX's client posts to its URL
+            assert (await http.post(path, json={"inputs": "a"})).json() == [{"generated_text": TEXT}]
+        assert (await http.post("/llms/ab", json={"inputs": "a"})).status_code == 404
         large = await http.post("/generate", json={"inputs": "a" * 200})
         assert (large.status_code, large.json()["error_type"]) == (413, "payload_too_large")
         body = {"inputs": "a", "parameters": {"best_of": 2, "do_sample": True}}
@@ -396,6 +423,8 @@ async def test_tokenize(http: httpx2.AsyncClient, tokenizer: Tokenizer) -> None:
     assert [token["text"] for token in answer] == encoding.tokens
     assert all(set(token) == {"id", "text", "start", "stop"} for token in answer)
     assert (answer[0]["start"], answer[-1]["stop"]) == (0, 13)
+    unknown = await http.post("/tokenize", json={"inputs": "the dog", "adapter_id": "nobody"})
+    assert (unknown.status_code, unknown.json()["error_type"]) == (424, "generation")
 
 
 async def test_info_and_probes(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
@@ -404,8 +433,16 @@ async def test_info_and_probes(http: httpx2.AsyncClient, fleet: ScriptedFleet) -
     assert (info["model_id"], info["max_total_tokens"], info["max_input_length"]) == (BASE_NAME, 256, 255)
     assert (info["max_best_of"], info["max_stop_sequences"], info["version"]) == (128, 64, "0.1.0")
     assert (info["adapters"], info["num_adapters"]) == (["fox"], 1)
+    assert set(info) >= {
+        "model_id", "model_sha", "model_dtype", "model_device_type", "model_pipeline_tag", "max_concurrent_requests",
+        "max_best_of", "max_stop_sequences", "max_input_length", "max_total_tokens", "waiting_served_ratio",
+        "max_batch_total_tokens", "max_waiting_tokens", "validation_workers", "eager_prefill", "version", "sha",
+        "docker_label", "request_logger_url",
+    }  # fmt: skip
     for path in ("/", "/health", "/ping", "/startup"):
         assert (await http.get(path)).status_code == 200
+    for path in ("/", "/health", "/ping"):
+        assert ((await http.head(path)).status_code, (await http.head(path)).content) == (200, b"")
     fleet.script = lambda submit, body: Script(text="", eos=False)
     failed = await http.get("/startup")
     assert (failed.status_code, failed.json()["error"]) == (500, "Empty generation")

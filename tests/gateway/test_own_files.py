@@ -97,6 +97,8 @@ async def test_its_template_and_tokenizer_make_the_prompt(
     body = {"model": "own", "prompt": [word, 5], "max_tokens": 3, "ignore_eos": True, "logit_bias": {str(word): 1}}
     assert (await http.post("/v1/completions", json=body)).status_code == 200
     assert fleet.seen[-1][1].stop_token_ids == []
+    tokens = (await http.post("/tokenize", json={"inputs": "zebra", "adapter_id": "own"})).json()
+    assert [token["id"] for token in tokens] == [word]
     beyond = await http.post("/v1/completions", json={**body, "model": "base"})
     assert (beyond.status_code, "is not a token id" in beyond.text) == (400, True)
     await fleet.bus.redis.delete(fleet.bus.keys.adapter(OWN))

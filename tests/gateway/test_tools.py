@@ -116,10 +116,10 @@ def test_answers_are_text_or_calls_of_the_tools(tokenizer: Tokenizer, style: Too
     other = written(style, ("add", THREE))
     own = MISTRAL_THOUGHT if style.body == "named" else QWEN_THOUGHT
     wrong: list[str] = []
-    for choice in ("auto", "required", {"type": "function", "function": {"name": "add"}}):
+    for choice in ("auto", "required", "add", {"type": "function", "function": {"name": "add"}}):
         for parallel in (None, False):
             for thought, opened in ((None, False), (own, False), (own, True)):
-                auto, named = choice == "auto", isinstance(choice, dict)
+                auto, named = choice == "auto", choice not in ("auto", "required")
                 tools = tools_of(TOOLS, choice, parallel, Settings())
                 form = AnswerForm(thought, opened, style, {}, {})
                 matcher = LLMatcher(vocabulary, grammar_text(*answer_grammar(None, tools, form, added.get)))
@@ -464,7 +464,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
         "tools[0].function.parameters",
     ),
-    ({"tools": [ADD], "tool_choice": "add"}, "tool_choice"),
+    ({"tools": [ADD], "tool_choice": "sub"}, "tool_choice"),
     ({"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice"),
     ({"tools": [ADD], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),

@@ -1,6 +1,8 @@
 """A service process is kept alive, drained, killed with all it started, and never outlives its launcher."""
 
 import asyncio
+import json
+import logging
 import os
 import signal
 import sys
@@ -14,6 +16,7 @@ from waiting import wait_until
 
 from lorafleet import child as child_module
 from lorafleet.child import Child, ServiceFailed, Spec
+from protocol.service import JsonLines
 
 WRITE_PID = "import os, pathlib, sys; pathlib.Path('pid').write_text(f'{os.getpid()}\\n');"
 RUN = f"{WRITE_PID} import signal; signal.pause()"
@@ -150,3 +153,15 @@ async def test_warnings_are_shown_and_the_last_line_tells_what_it_does(
     child.follow_log()
     assert child.activity == "Loading weights:  50%"
     assert len(said) == 1
+    try:
+        raise ValueError("ü")
+    except ValueError as error:
+        fields = ("a.b", logging.ERROR, "", 1, "low %s", ("disk",), (type(error), error, error.__traceback__))
+    line = JsonLines("worker").format(logging.LogRecord(*fields))
+    with log.open("a") as more:
+        more.write(f"{line}\n")
+    child.follow_log()
+    assert (child.activity, len(said)) == ("low disk", 2)
+    entry = json.loads(line)
+    assert (entry["level"], entry["service"], entry["logger"]) == ("error", "worker", "a.b")
+    assert entry["exception"].endswith("ValueError: ü")

@@ -8,9 +8,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+from waiting import wait_until
 
 from protocol import messages as m
 from protocol.bus import Bus, Step, StepRow, decode, now_ms
+from protocol.quota import Quota
 from protocol.settings import Settings
 from scheduler.service import serve
 
@@ -23,10 +25,10 @@ def make_submit(rid: str, *, digest: str = "", tenant: str = "t", cls: str = "in
     return m.Submit(rid=rid, tenant=tenant, cls=cls, digest=digest, **facts)  # type: ignore[arg-type]
 
 
-async def submit(bus: Bus, *subs: m.Submit, max_queued: int = 1000) -> str:
+async def submit(bus: Bus, *subs: m.Submit, max_queued: int = 1000, quota: Quota | None = None) -> str:
     prompt = np.arange(4, dtype="<i4").tobytes()
     pairs = [(s, m.Body(prompt=prompt, sampling=m.Sampling(), max_new_tokens=s.max_new_tokens)) for s in subs]
-    status, _ = await bus.submit(subs[0].cls, pairs, max_queued=max_queued)
+    status, _ = await bus.submit(subs[0].cls, pairs, max_queued=max_queued, quota=quota)
     return status
 
 
@@ -133,3 +135,27 @@ async def running_scheduler(bus: Bus, **settings: object) -> AsyncIterator[async
     finally:
         stop.set()
         assert await task == 0
+
+
+async def holds(worker: FakeWorker, *rids: str) -> None:
+    """Wait until a worker has got these requests; it beats meanwhile."""
+
+    async def has() -> bool:
+        await worker.read()
+        await worker.beat()
+        return set(rids) <= worker.held.keys()
+
+    await wait_until(has, f"{worker.wid} holds {rids}")
+
+
+async def state(bus: Bus, rid: str) -> str:
+    return (await bus.redis.hget(bus.keys.req(rid), "state")).decode()
+
+
+async def becomes(bus: Bus, rid: str, value: str, *living: FakeWorker) -> None:
+    async def has() -> bool:
+        for worker in living:
+            await worker.beat()
+        return await state(bus, rid) == value
+
+    await wait_until(has, f"{rid} becomes {value}")

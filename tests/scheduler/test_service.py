@@ -22,35 +22,14 @@ from scheduler.service import serve
 from tests.scheduler.fakes import (
     GATEWAY,
     FakeWorker,
+    becomes,
+    holds,
     make_submit,
     running_scheduler,
     start_scheduler,
+    state,
     submit,
 )
-
-
-async def holds(worker: FakeWorker, *rids: str) -> None:
-    """Wait until a worker has got these requests; it beats meanwhile."""
-
-    async def has() -> bool:
-        await worker.read()
-        await worker.beat()
-        return set(rids) <= worker.held.keys()
-
-    await wait_until(has, f"{worker.wid} holds {rids}")
-
-
-async def state(bus: Bus, rid: str) -> str:
-    return (await bus.redis.hget(bus.keys.req(rid), "state")).decode()
-
-
-async def becomes(bus: Bus, rid: str, value: str, *living: FakeWorker) -> None:
-    async def has() -> bool:
-        for worker in living:
-            await worker.beat()
-        return await state(bus, rid) == value
-
-    await wait_until(has, f"{rid} becomes {value}")
 
 
 async def deltas(bus: Bus) -> list[m.Delta]:
