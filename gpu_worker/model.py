@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,14 @@ class BaseModel:
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, logit_rows: Tensor) -> Tensor:
-        """Return the logits [rows, V] of a packed step: input_ids, position_ids [T] int64, logit_rows [rows] int64."""
+    def forward(self, input_ids: Tensor, position_ids: Tensor, logit_rows: Tensor | None) -> Tensor:
+        """Return the logits [rows, V] of a packed step: input_ids, position_ids [T] int64, logit_rows [rows] int64.
+
+        logit_rows: None for all T.
+        """
         inputs = {"input_ids": input_ids[None], "position_ids": position_ids[None], "use_cache": False}
+        if logit_rows is None:
+            return self.module(**inputs).logits[0]
         if self.keeps_logits:
             return self.module(**inputs, logits_to_keep=logit_rows).logits[0]
         return self.module(**inputs).logits[0, logit_rows]
@@ -142,6 +147,8 @@ def prepare_model(
     places = find_places(module, trial.per_token, sites, shared, context)
     num_short = 0 if compiled else _shorten(module, trial, layers, places, impl)
     places.watch()
+    if device.type == "cpu" and not compiled:
+        _compute_angles_alone(module)
     if compiled:
         num_compiled = install_compiled(module, layers, shared, context)
         logger.info("%d layers of %s are compiled", num_compiled, module.config.model_type)
@@ -152,6 +159,29 @@ def prepare_model(
         places=places, eos_ids=eos_ids, max_positions=_max_positions(config, trial.attention), fingerprint=fingerprint,
         keeps_logits=keeps_logits, num_shortcuts=num_short, check=check,
     )  # fmt: skip
+
+
+def _compute_angles_alone(module: PreTrainedModel) -> None:
+    """Let rotary embeddings be computed by the calling thread.
+
+    Their sines are a few microseconds, which torch shares among its threads all the same, and waits for every one of
+    them: for milliseconds where another process holds its core.
+    """
+    for part in module.modules():
+        if any(name.endswith("inv_freq") for name, _ in part.named_buffers(recurse=False)):
+            part.forward = _alone(part.forward)
+
+
+def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(num_threads)
+
+    return run
 
 
 def _shorten(

@@ -32,7 +32,7 @@ class StepInputs:
 
     input_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
-    logit_rows: Tensor  # int64 [n]
+    logit_rows: Tensor | None  # int64 [n]; None: all
     ready: list[
         Sequence
     ]  # whose next token can be chosen; logit_rows has their rows in this order: one, and one per guess
@@ -107,7 +107,7 @@ class Runner:
         return StepInputs(
             input_ids=send(ids.astype(np.int64), device),
             positions=context.attention.positions,
-            logit_rows=send(rows, device),
+            logit_rows=None if len(rows) == len(ids) and not parts_of_prompts else send(rows, device),
             ready=ready,
             prompt_parts=parts_of_prompts,
             vocab_sizes=vocab_sizes,

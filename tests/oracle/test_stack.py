@@ -86,3 +86,25 @@ def test_a_batch_without_adapters_needs_no_table() -> None:
     prompt = np.arange(1, 20, dtype=np.int32)
     asked = ask(oracle.engine(), [greedy_request("base", "", prompt, 8)])
     assert asked.ids["base"] == oracle.greedy("", prompt, 8) != oracle.greedy("one", prompt, 8)
+
+
+def test_a_few_sines_wake_no_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_model("llama")
+    rotary, seen = type(base.model.rotary_emb), list[int]()
+    compute = rotary.forward
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(rotary, "forward", watch)
+    engine = Oracle(base, {"one": Lora(5, STACKED["llama"])}, scale=0.4).engine()
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        seen.clear()
+        ask(engine, [greedy_request("a", "", prompts(1, TINY_VOCAB, (5,))[0], 3)])
+        assert seen == [1, 1, 1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
