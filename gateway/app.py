@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway import lorax_metrics, openapi
 from gateway.adapter_routes import AdapterEndpoints, add_adapter_routes
 from gateway.callers import CALLER
+from gateway.encoder_routes import EncoderEndpoints, add_encoder_routes
 from gateway.errors import add_handlers
 from gateway.gate import Gate
 from gateway.lorax_routes import NativeEndpoints, add_native_routes, shape_of
@@ -41,6 +42,7 @@ def build_app(
     endpoints: Endpoints,
     native: NativeEndpoints,
     adapters: AdapterEndpoints,
+    encoders: EncoderEndpoints,
     settings: Settings,
     keys: ApiKeys | None,
 ) -> Envelope:
@@ -50,6 +52,7 @@ def build_app(
     add_routes(app, endpoints)
     add_native_routes(app, native)
     add_adapter_routes(app, adapters)
+    add_encoder_routes(app, encoders)
     gate = Gate(app, keys, shape_of)
     origins = names_of(settings.cors_origins)
     if not origins:

@@ -18,6 +18,7 @@ from gateway.answer_form import answer_grammar, form_of, marker_ids
 from gateway.callers import Caller
 from gateway.catalogue import Catalogue, Fleet, Target, is_base
 from gateway.choices import Choice, Prompt
+from gateway.encoder_api import check_task
 from gateway.generation import Generation, Terms
 from gateway.grammar_check import GrammarCheck
 from gateway.limits import RETRY_S, check_quota, limit_headers, limit_text
@@ -118,6 +119,7 @@ class Calls:
         """
         options = options_of(request, self.settings)
         base = await self.fleet.require(worker=not options.background)
+        check_task(base, "generate")
         targets = await self._targets(request, base, caller)
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
         prompts: list[Prompt] = []

@@ -18,6 +18,7 @@ from gateway.lorax_errors import LORAX_GENERATION_ERRORS
 from gateway.sse import STREAM_HEADERS, GenerationResponse
 from gateway.tokenizer import ModelFiles
 from gateway.writers import MIN_LOGPROB, Usage, shown_logprob
+from protocol import messages as m
 from protocol.text import Detokenizer
 
 
@@ -196,38 +197,44 @@ class NativeResponse(GenerationResponse):
 
     async def whole(self, choices: list[Piece]) -> Response:
         answer = self.writer.whole(choices, self.generation.usage)
-        headers = {**self._facts.headers(), **await self._times()}
+        times = await times_of(self.generation, self._facts.started_s, self._facts.submitted_s)
+        headers = {**self._facts.headers(), **times}
         return Response(orjson.dumps([answer] if self._as_list else answer), 200, headers, "application/json")
 
-    async def _times(self) -> dict[str, str]:
-        """Return the headers with counts and, in whole milliseconds, the times of the call's parts."""
-        facts = self._facts
-        usage = self.generation.usage
-        total_ms = 1000 * (time.monotonic() - facts.started_s)
-        validation_ms = 1000 * (facts.submitted_s - facts.started_s)
-        known = await self.generation.facts()
-        queue_ms = first_ms = output_ms = 0.0
-        if known is not None:  # None: the queue has lost it
-            queue_ms = max(known.assigned_ms - known.submitted_ms, 0)
-            first_ms = validation_ms + max(known.first_ms - known.submitted_ms, 0)
-            output_ms = max(known.ended_ms - known.first_ms, 0) / max(known.num_output_tokens - 1, 1)
-        inference_ms = max(total_ms - validation_ms - queue_ms, 0.0)
-        lorax_metrics.timed(validation_ms / 1000, queue_ms / 1000, inference_ms / 1000)
-        values = {
-            "x-compute-time": total_ms,
-            "x-total-time": total_ms,
-            "x-validation-time": validation_ms,
-            "x-queue-time": queue_ms,
-            "x-inference-time": inference_ms,
-            "x-time-per-token": inference_ms / max(usage.completion_tokens, 1),
-            "x-time-to-first-token": first_ms,
-            "x-time-per-output-token": output_ms,
-            "x-prompt-tokens": usage.prompt_tokens,
-            "x-generated-tokens": usage.completion_tokens,
-            "x-skipped-tokens": 0,
-            "x-total-tokens": usage.prompt_tokens + usage.completion_tokens,
-        }
-        return {name: str(round(value)) for name, value in values.items()}
+
+async def times_of(generation: Generation, started_s: float, submitted_s: float) -> dict[str, str]:
+    """Return the headers with counts and, in whole milliseconds, the times of a call's parts. Times: monotonic."""
+    usage = generation.usage
+    total_ms = 1000 * (time.monotonic() - started_s)
+    validation_ms = 1000 * (submitted_s - started_s)
+    known = await generation.facts()
+    queue_ms = first_ms = output_ms = 0.0
+    if known is not None:  # None: the queue has lost it
+        queue_ms = max(known.assigned_ms - known.submitted_ms, 0)
+        first_ms = validation_ms + max(known.first_ms - known.submitted_ms, 0)
+        output_ms = max(known.ended_ms - known.first_ms, 0) / max(known.num_output_tokens - 1, 1)
+    inference_ms = max(total_ms - validation_ms - queue_ms, 0.0)
+    lorax_metrics.timed(validation_ms / 1000, queue_ms / 1000, inference_ms / 1000)
+    values = {
+        "x-compute-time": total_ms,
+        "x-total-time": total_ms,
+        "x-validation-time": validation_ms,
+        "x-queue-time": queue_ms,
+        "x-inference-time": inference_ms,
+        "x-time-per-token": inference_ms / max(usage.completion_tokens, 1),
+        "x-time-to-first-token": first_ms,
+        "x-time-per-output-token": output_ms,
+        "x-prompt-tokens": usage.prompt_tokens,
+        "x-generated-tokens": usage.completion_tokens,
+        "x-skipped-tokens": 0,
+        "x-total-tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+    return {name: str(round(value)) for name, value in values.items()}
+
+
+def compute_type(base: m.ServedModel) -> str:
+    """Return what LoRAX's header of that name says."""
+    return "gpu+optimized" if base.device == "cuda" else "cpu+optimized"
 
 
 def _ascii(value: str) -> str:

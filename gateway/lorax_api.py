@@ -91,12 +91,6 @@ class TokenizeRequest(AdapterParameters):
     add_special_tokens: bool | None = None
 
 
-class NoAdapterRequest(_Body):
-    """`POST /classify`."""
-
-    inputs: str
-
-
 @dataclass(frozen=True, slots=True)
 class NativeOptions:
     """What a native request asks for."""

@@ -11,9 +11,10 @@ from gateway.callers import Caller
 from gateway.calls import Calls, Work, pack, requests_of, rid_of
 from gateway.catalogue import Target
 from gateway.choices import Prompt
+from gateway.encoder_api import check_task
 from gateway.generation import Generation, Terms
 from gateway.lorax_adapters import NativeAdapters
-from gateway.lorax_answer import NativeChoice, NativeFacts, NativeResponse, NativeWriter
+from gateway.lorax_answer import NativeChoice, NativeFacts, NativeResponse, NativeWriter, compute_type
 from gateway.lorax_api import (
     AdapterParameters,
     GenerateRequest,
@@ -46,6 +47,7 @@ class NativeCalls:
         """
         calls, p = self._calls, request.parameters or Parameters()
         base = await calls.fleet.require(worker=True)
+        check_task(base, "generate")
         native = native_options(request, calls.settings, base.max_model_len, stream=stream)
         target = await self.target(p, base, caller)
         prompt = await self._prompt(request.inputs, native, target.files)
@@ -56,7 +58,7 @@ class NativeCalls:
             model=base.name,
             adapter_id=target.name,
             adapter_source=target.source,
-            compute_type=_compute_type(base),
+            compute_type=compute_type(base),
             num_characters=len(request.inputs),
             started_s=started_s,
             submitted_s=time.monotonic(),
@@ -94,7 +96,3 @@ class NativeCalls:
         if not ids:
             raise BadRequest("`inputs` cannot be empty", param="inputs")
         return Prompt(pack(ids), len(ids), "", files)
-
-
-def _compute_type(base: m.ServedModel) -> str:
-    return "gpu+optimized" if base.device == "cuda" else "cpu+optimized"

@@ -11,8 +11,9 @@ from prometheus_client import REGISTRY, generate_latest
 from protocol import metrics
 
 GENERATION_PATHS = frozenset(
-    {"/", "/generate", "/generate_stream", "/invocations", "/v1/completions", "/v1/chat/completions"}
-)
+    {"/", "/generate", "/generate_stream", "/invocations", "/v1/completions", "/v1/chat/completions",
+     "/v1/embeddings", "/embed", "/classify", "/classify_batch"}
+)  # fmt: skip
 _CAUSES = {400: "validation", 422: "validation", 413: "validation", 429: "overloaded", 403: "download_adapter",
            404: "download_adapter"}  # fmt: skip
 _SUFFIXED = re.compile(rb"\b(lorax_[a-z_]+)_total\b")
@@ -39,7 +40,7 @@ def failed(cause: str) -> None:
 
 
 def answered(path: str, status: int, seconds: float) -> None:
-    """Count an HTTP request, if it asked for a generation."""
+    """Count an HTTP request, if it asked the model."""
     if path not in GENERATION_PATHS or status == 405:
         return
     metrics.LORAX_COUNT.inc()

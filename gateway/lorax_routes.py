@@ -11,6 +11,8 @@ from starlette.responses import Response
 from gateway import lorax_metrics, openapi
 from gateway.callers import caller_of
 from gateway.calls import Calls
+from gateway.encoder_api import EncoderRequest
+from gateway.encoder_calls import EncoderCalls
 from gateway.errors import OPENAI_ERRORS, ErrorShape
 from gateway.generation import Generation
 from gateway.late import in_time
@@ -19,11 +21,18 @@ from gateway.lorax_calls import NativeCalls
 from gateway.lorax_errors import LORAX_ERRORS
 from gateway.routes import Endpoints, JsonRoute, json_response
 from protocol.errors import Unavailable
+from protocol.messages import Task
 from protocol.metrics import LORAX_BATCH_SIZE, LORAX_QUEUE_LENGTH
 
 VERSION = "0.1.0"
 """As every LoRAX says of itself; clients compare it."""
 
+PIPELINES: dict[Task, str] = {
+    "generate": "text-generation", "embed": "feature-extraction", "classify": "token-classification"
+}  # fmt: skip
+"""The Hub's names of what base models do."""
+
+PROBE = "Where should Johnny live?"
 MAX_LISTED = 1000
 NATIVE_PATHS = frozenset(
     {"/", "/generate", "/generate_stream", "/invocations", "/tokenize", "/info", "/ping", "/startup", "/embed",
@@ -43,6 +52,7 @@ class NativeEndpoints:
         self.endpoints = endpoints
         self._calls = calls
         self._native = NativeCalls(calls)
+        self._encoders = EncoderCalls(calls)
 
     # ------------------------------------------------------------ generation
 
@@ -93,11 +103,11 @@ class NativeEndpoints:
                 "model_sha": None,
                 "model_dtype": f"torch.{base.dtype}",
                 "model_device_type": base.device,
-                "model_pipeline_tag": "text-generation",
+                "model_pipeline_tag": PIPELINES[base.task],
                 "max_concurrent_requests": settings.max_queued,
                 "max_best_of": settings.max_choices,
                 "max_stop_sequences": settings.max_stop_strings,
-                "max_input_length": base.max_model_len - 1,
+                "max_input_length": base.max_model_len - (base.task == "generate"),
                 "max_total_tokens": base.max_model_len,
                 # What batches are limited by here is blocks and step tokens, see docs/engine.md.
                 "waiting_served_ratio": 0.0,
@@ -116,10 +126,17 @@ class NativeEndpoints:
         )
 
     async def startup(self, request: Request) -> Response:
-        """Generate one token, as LoRAX's probe does."""
-        body = GenerateRequest(inputs="Where should Johnny live?", parameters=Parameters(max_new_tokens=1))
-        answer = await self._native.answer(body, caller_of(request), time.monotonic(), stream=False, as_list=False)
-        if not await _makes_tokens(answer.generation):
+        """Generate one token, embed or classify a text, as LoRAX's probe does."""
+        caller, now_s = caller_of(request), time.monotonic()
+        base = await self._calls.fleet.require(worker=True)
+        if base.task == "embed":
+            answer = await self._encoders.embed(EncoderRequest(inputs=PROBE), caller)
+        elif base.task == "classify":
+            answer = await self._encoders.classify(EncoderRequest(inputs=PROBE), caller, now_s)
+        else:
+            body = GenerateRequest(inputs=PROBE, parameters=Parameters(max_new_tokens=1))
+            answer = await self._native.answer(body, caller, now_s, stream=False, as_list=False)
+        if not await _makes_output(answer.generation):
             return json_response({"error": "Empty generation", "error_type": "failed healthcheck"}, 500)
         return Response()
 
@@ -134,16 +151,14 @@ class NativeEndpoints:
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def _makes_tokens(generation: Generation) -> bool:
-    """Follow a call to its end without a client; tell whether any token came."""
-    found = False
+async def _makes_output(generation: Generation) -> bool:
+    """Follow a call to its end without a client; tell whether anything came out."""
     try:
         while not generation.is_done:
-            pieces = await generation.advance(1.0)
-            found = found or any(piece.logprobs for piece in pieces)
+            await generation.advance(1.0)
     finally:
         await generation.close()
-    return found
+    return any(choice.cursor.next for choice in generation.choices)
 
 
 def add_native_routes(app: FastAPI, native: NativeEndpoints) -> None:

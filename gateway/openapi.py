@@ -63,6 +63,22 @@ class Job(BaseModel):
     result: dict[str, Any] | None = None
 
 
+class Embeddings(BaseModel):
+    """Embeddings; `embeddings` is LoRAX's key for the same, left out with base64."""
+
+    object: str
+    data: list[dict[str, Any]]
+    model: str
+    usage: dict[str, int]
+    embeddings: list[dict[str, Any]] | None = None
+
+
+class Embedding(BaseModel):
+    """LoRAX's embedding of one text."""
+
+    embeddings: list[float]
+
+
 class EventStream(Response):
     media_type = EVENTS
 
@@ -84,6 +100,7 @@ def _errors(schema: dict[str, Any]) -> Responses:
 
 
 _TEXT = {"type": "string"}
+_NUMBER, _INTEGER = {"type": "number"}, {"type": "integer"}
 _MAYBE = {"type": ["string", "null"]}
 _EVENTS = {EVENTS: {"schema": _object(data=_TEXT)}}  # of each event, as OpenAPI 3.2 has it and schemathesis reads it
 
@@ -99,4 +116,14 @@ GENERATED: Responses = {
     200: {"model": Generated, "content": _EVENTS},
     202: {"model": Job, "description": "A background job"},
 }
+EMBEDDINGS: Responses = {200: {"model": Embeddings}}
+EMBEDDING: Responses = {200: {"model": Embedding}, **NATIVE}
+_ENTITIES = {
+    "type": "array",
+    "items": _object(entity_group=_TEXT, score=_NUMBER, word=_TEXT, start=_INTEGER, end=_INTEGER),
+}
+ENTITIES: Responses = {200: _json("The entities of a text", _ENTITIES), **NATIVE}
+ENTITIES_OF_SEVERAL: Responses = {
+    200: _json("Those of each text", {"type": "array", "items": _ENTITIES}), **NATIVE
+}  # fmt: skip
 METRICS: Responses = {200: {"content": {"text/plain": {"schema": _TEXT}}}}

@@ -18,6 +18,7 @@ from gateway.adapter_routes import AdapterEndpoints
 from gateway.app import Envelope, build_app
 from gateway.calls import Calls
 from gateway.catalogue import Catalogue, Fleet
+from gateway.encoder_routes import EncoderEndpoints
 from gateway.gate import is_loopback
 from gateway.grammar_check import GrammarCheck
 from gateway.http_server import BACKLOG, HttpServer
@@ -68,7 +69,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
                 " adapter. Turn keys on with --api-keys, and make one with `lorafleet keys create`",
                 settings.host or "every address",
             )
-        app = build_app(endpoints, native, adapters, settings, ApiKeys(bus) if settings.api_keys else None)
+        encoders = EncoderEndpoints(endpoints, calls)
+        keys = ApiKeys(bus) if settings.api_keys else None
+        app = build_app(endpoints, native, adapters, encoders, settings, keys)
         with _listen(settings.host, settings.port) as listener:
             replies.address = _address(listener)
             await replies.open()

@@ -90,6 +90,7 @@ class EncoderModel:
     shared: list[SharedInput]
     places: Places
     task: Task
+    width: int  # entries of a token's hidden state, or its labels
     pooling: Pooling
     max_positions: int  # tokens of the longest text; 0: no limit known
     padding_id: int | None  # positions are counted from the id after it and pass over it, as RoBERTa's; None: from 0
@@ -184,7 +185,7 @@ def prepare_encoder(
         longest -= padding_id + 1
     model = EncoderModel(
         module=module, device=device, dtype=dtype, context=context, sites=sites, shared=shared, places=places,
-        task=task, pooling=pooling, max_positions=longest, padding_id=padding_id,
+        task=task, width=expected[0].shape[-1], pooling=pooling, max_positions=longest, padding_id=padding_id,
         fingerprint=f"{fingerprint}:{task}:{pooling.mode}:{pooling.unit_length}",
     )  # fmt: skip
     _check(model, texts, expected)

@@ -261,5 +261,6 @@ def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: 
         device=model.device.type,
         task=model.task if is_encoder else "generate",
         labels=model.labels if is_encoder else [],
+        width=model.width if is_encoder else 0,
         unit_length=is_encoder and model.pooling.unit_length,
     )

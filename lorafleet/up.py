@@ -38,12 +38,19 @@ class Prepared:
     settings: Settings
     folder: Path  # of the model
 
-    def curl(self, model: str, question: str = "Who are you?") -> str:
-        """Return a shell command that asks `model` a question, indented by two."""
-        chat = has_chat_template(self.folder)
+    def curl(self, model: str, question: str = "Who are you?", does: str = "text-generation") -> str:
+        """Return a shell command that asks `model` a question, indented by two. does: its `model_pipeline_tag`."""
         body: dict[str, object] = {"model": model, "max_tokens": 60}
-        body |= {"messages": [{"role": "user", "content": question}]} if chat else {"prompt": question}
-        route = "/v1/chat/completions" if chat else "/v1/completions"
+        if does == "feature-extraction":
+            route = "/v1/embeddings"
+            body = {"model": model, "input": question}
+        elif does == "token-classification":
+            route = "/classify"
+            body = {"inputs": question, "parameters": {"adapter_id": model}}
+        elif has_chat_template(self.folder):
+            route, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": question}]
+        else:
+            route, body["prompt"] = "/v1/completions", question
         head = f"curl {local_url(self.settings)}{route} -H 'Content-Type: application/json'"
         return f"  {head} \\\n    -d {shlex.quote(orjson.dumps(body).decode())}"
 
@@ -141,8 +148,9 @@ async def announce(prepared: Prepared, screen: Screen) -> bool:
     else:
         async with httpx2.AsyncClient(base_url=url, trust_env=False) as client:
             models = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
+            does = (await client.get("/info")).json()["model_pipeline_tag"]
         screen.say(f"\n[bold green]ready[/] [bold]{url}[/] serves {models[0]} and {len(models) - 1} adapters; try\n")
-        screen.say(escape(prepared.curl(models[-1])))
+        screen.say(escape(prepared.curl(models[-1], does=does)))
     variables = {"REDIS_URL": settings.redis_url, "LORAFLEET_SECRET_FILE": str(settings.secret_file)}
     shared = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
     screen.say(f"\nAnother worker joins with\n  {shared} lorafleet serve worker --model {shlex.quote(settings.model)}")

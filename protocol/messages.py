@@ -296,7 +296,8 @@ class ServedModel(Wire, frozen=True):
     device: str = ""  # "cpu" or "cuda"
     task: Task = "generate"
     labels: list[str] = []  # of `classify`, by index
-    unit_length: bool = False  # of `embed`: its vectors have length 1
+    width: int = 0  # of `embed`: entries of a vector
+    unit_length: bool = False  # and whether it has length 1
 
 
 # ---------------------------------------------------------------- adapters, published by the store

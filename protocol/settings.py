@@ -60,6 +60,7 @@ class Settings(BaseSettings):
         description="path that may stand before every route, for clients whose URL has one: /tenant/llms/name",
     )
     max_choices: int = Field(default=128, ge=1, description="largest n, and prompts times n in one call")
+    max_inputs: int = Field(default=2048, ge=1, description="texts in one call for embeddings or labels of tokens")
     max_stop_strings: int = Field(default=64, ge=0, description="stop strings in one request")
     max_stop_characters: int = Field(default=1024, ge=1, description="characters of one stop string")
     max_logit_bias: int = Field(default=1024, ge=0, description="tokens in one logit_bias")

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -65,6 +66,7 @@ class Script:
     chunk: int = 1  # tokens per step
     error: LorafleetError | None = None
     logprob: float = -0.5  # of every token
+    numbers: list[int] = field(default_factory=list)  # int32, what an encoder says instead of tokens
     hold_after: int | None = None  # tokens after which it waits for `ScriptedFleet.go`
 
 
@@ -86,6 +88,7 @@ class ScriptedFleet:
     beating: bool = True
     resident: list[str] = field(default_factory=list)
     host: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)  # of the base model, besides what every test wants
 
     async def register(self, *, worker: bool = True) -> None:
         """Publish the base model and one worker's beat."""
@@ -93,7 +96,7 @@ class ScriptedFleet:
             model=BASE_NAME, name=BASE_NAME, fingerprint="f00d", model_type="tiny",
             vocab_size=self.tokenizer.get_vocab_size(), max_model_len=self.max_model_len, sites=[], created_ms=now_ms(),
         )  # fmt: skip
-        await self.bus.set(self.bus.keys.base, base)
+        await self.bus.set(self.bus.keys.base, msgspec.structs.replace(base, **self.facts))
         await self.bus.create_stream(self.bus.keys.work(self.wid), 300)
         await self.bus.create_stream(self.bus.keys.ctl(self.wid), 300)
         if worker:
@@ -197,6 +200,8 @@ class ScriptedFleet:
 
     def tokens(self, script: Script, body: m.Body) -> tuple[list[int], str]:
         """Return a request's output and how it ends: what a worker with the same rules would make of the script."""
+        if script.numbers:
+            return script.numbers, script.finish
         wanted = self.tokenizer.encode(script.text).ids + ([1] if script.eos else [])
         end_ids = frozenset(body.stop_token_ids) | (frozenset() if body.sampling.ignore_eos else frozenset([1]))
         output = OutputText(self.tokenizer, stop=body.stop, end_ids=end_ids, min_tokens=body.sampling.min_tokens)

@@ -50,7 +50,8 @@ local function write_end(rid, state, finish, error, now)
   local f = redis.call('HMGET', key, 'stored', 'quota', 'max_new', 'n_prompt', 't_assign')
   redis.call('HSET', key, 'state', state, 'finish', finish, 'error', error, 'owner', '', 't_end', now)
   if f[2] then settle(rid, f[2], f[3], f[4], f[5]) end
-  local ttl = f[1] == '1' and 86400 or 600
+  -- What an encoder made, without a token to come, is large and read at once.
+  local ttl = f[1] == '1' and 86400 or f[3] == '0' and 60 or 600
   for _, kind in ipairs(request_kinds) do
     redis.call('EXPIRE', P .. kind .. rid, ttl)
   end

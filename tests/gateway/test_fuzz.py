@@ -31,6 +31,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "/generate_stream": {"inputs": "hi", "parameters": {"max_new_tokens": 2}},
     "/": {"inputs": "hi", "parameters": {"max_new_tokens": 2}},
     "/tokenize": {"inputs": "hi"},
+    "/v1/embeddings": {"model": "base", "input": ["hi"], "dimensions": 2, "encoding_format": "float"},
+    "/classify_batch": {"inputs": ["hi"], "parameters": {"adapter_id": ""}},
     "/v1/unload_lora_adapter": {"lora_name": "nobody"},
 }
 FIELDS = {

@@ -194,4 +194,6 @@ def test_the_example_asks_as_the_model_can_answer(model: Path) -> None:
     assert "http://127.0.0.1:8001/v1/completions" in prepared.curl("it's")
     (model / "chat_template.jinja").write_text("{{ messages }}")
     assert "/v1/chat/completions" in prepared.curl("it's")
+    assert "/v1/embeddings" in prepared.curl("it's", does="feature-extraction")
+    assert "/classify" in prepared.curl("it's", does="token-classification")
     assert local_url(Settings(host="::")) == "http://[::1]:8000"

@@ -141,6 +141,10 @@ async def test_step_gives_keys_their_life_times(queue: Queue) -> None:
     for kind in (queue.keys.req, queue.keys.body, queue.keys.tok, queue.keys.lp):
         assert 0 < await queue.ttl_s(kind("a")) <= 600
     assert 86_000 < await queue.ttl_s(queue.keys.tok("kept")) <= 86_400
+    await queue.submit("vector", max_new_tokens=0)
+    await queue.assign("vector")
+    await queue.bus.step("w", Step(rows=[row("vector", 0, 1, 2, finish="stop")]))
+    assert 0 < await queue.ttl_s(queue.keys.tok("vector")) <= 60
 
 
 async def test_one_bad_row_stops_the_whole_step_and_every_reason_has_a_code(queue: Queue) -> None:

@@ -1,0 +1,146 @@
+"""Fleets on encoders: `lorafleet up` serves embeddings and entities of base and adapters, though a worker dies."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+import torch
+from factories import LABELS, WORDS, make_encoder_adapter, make_tiny_encoder
+from fleets import RunningFleet, fleet_up
+from peft import PeftModel
+from scripted_fleet import running_gateway
+from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer
+from waiting import wait_until
+
+import adapter_store.service
+import gpu_worker.service
+import scheduler.service
+from protocol.bus import Bus
+from protocol.settings import Settings
+
+TEXTS = [" ".join(WORDS.split()[i : i + 3 + i % 4]) for i in range(12)]
+NUM_COPIES = 8
+"""Of each text, so that every worker gets some of a call's."""
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_encoder(tmp_path_factory.mktemp("embedder") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, embedder: Path) -> Iterator[RunningFleet]:
+    folder = tmp_path_factory.mktemp("fleet")
+    make_encoder_adapter(folder / "adapters" / "legal", AutoModel.from_pretrained(embedder))
+    with fleet_up(folder, embedder, "--adapters", str(folder / "adapters"), "--workers", "2") as running:
+        asyncio.run(wait_until(running.is_ready, "the fleet is ready", timeout_s=100))
+        yield running
+
+
+def embeddings_of(folder: Path, adapter: Path | None = None) -> np.ndarray:
+    """Return what transformers and PEFT say of TEXTS, each alone: the first token's hidden state, as LoRAX pools."""
+    model = AutoModel.from_pretrained(folder)
+    model = model if adapter is None else PeftModel.from_pretrained(model, str(adapter))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.inference_mode():
+        found = [model.eval()(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 0] for text in TEXTS]
+    return torch.stack(found).numpy()
+
+
+async def ask(fleet: RunningFleet, model: str) -> np.ndarray:
+    body = {"model": model, "input": TEXTS * NUM_COPIES, "encoding_format": "float"}
+    async with fleet.client() as client:
+        answer = await client.post("/v1/embeddings", json=body)
+    assert answer.status_code == 200, answer.text
+    return np.array([item["embedding"] for item in answer.json()["data"]], np.float32)
+
+
+async def test_embeddings_are_transformers_and_peft_s_while_a_worker_dies(
+    fleet: RunningFleet, embedder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    assert "/v1/embeddings" in fleet.output  # how to ask is shown
+    adapter = fleet.output_file.parent / "adapters" / "legal"
+    expected = {"tiny": embeddings_of(embedder), "legal": embeddings_of(embedder, adapter)}
+    assert np.abs(expected["legal"] - expected["tiny"]).max() > 0.01
+
+    async def is_there() -> bool:
+        async with fleet.client() as client:
+            return len((await client.get("/v1/models")).json()["data"]) == 2
+
+    await wait_until(is_there, "the store has read the adapter")
+    # Frozen, so that what they are given is not done before one of them is killed.
+    workers = {name: fleet.worker(name) for name in ("worker-0", "worker-1")}
+    for worker in workers.values():
+        worker.send_signal(signal.SIGSTOP)
+    asking = asyncio.gather(ask(fleet, "tiny"), ask(fleet, "legal"))
+    queue = Bus(fleet.redis_url)
+
+    async def holder() -> str:
+        for wid, beat in (await queue.worker_beats()).items():
+            if beat is not None and await queue.work_of(wid):
+                return beat.name
+        return ""
+
+    victim = workers.pop(await wait_until(holder, "a frozen worker has been given some of it"))
+    await queue.close()
+    victim.send_signal(signal.SIGKILL)
+    for worker in workers.values():
+        worker.send_signal(signal.SIGCONT)
+    for name, got in zip(expected, await asking, strict=True):
+        assert np.abs(got - np.tile(expected[name], (NUM_COPIES, 1))).max() < 1e-4, name
+
+
+@asynccontextmanager
+async def all_services(bus: Bus, model: Path, folder: Path, adapters: Path) -> AsyncIterator[str]:
+    """Run a fleet's services in this process, which starts faster. Yields the gateway's address."""
+    stop = asyncio.Event()
+    settings = Settings(
+        redis_url=bus.url, model=str(model), data=folder, adapters=adapters, port=0, device="cpu", dtype="float32",
+        kernels="reference", threads=1, grace_s=1.0,
+    )  # fmt: skip
+    services = (adapter_store.service, scheduler.service, gpu_worker.service)
+    async with asyncio.TaskGroup() as group:
+        for service in services:
+            group.create_task(service.serve(settings, stop))
+        try:
+            async with running_gateway(bus, model, data=folder) as running:
+                yield running.url
+        finally:
+            stop.set()
+
+
+async def test_entities_of_a_fleet_on_a_token_classifier(bus: Bus, tmp_path: Path) -> None:
+    folder = make_tiny_encoder(tmp_path / "tagger", labels=LABELS)
+    adapter = make_encoder_adapter(
+        tmp_path / "adapters" / "mine", AutoModelForTokenClassification.from_pretrained(folder)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForTokenClassification.from_pretrained(folder)
+
+    def probabilities(model: torch.nn.Module) -> torch.Tensor:
+        with torch.inference_mode():
+            return model.eval()(**tokenizer(WORDS, return_tensors="pt")).logits[0, 1:-1].softmax(-1)
+
+    expected = {"": probabilities(model), "mine": probabilities(PeftModel.from_pretrained(model, str(adapter)))}
+    async with (
+        all_services(bus, folder, tmp_path / "data", tmp_path / "adapters") as url,
+        httpx2.AsyncClient(base_url=url, timeout=60) as client,
+    ):
+
+        async def ask(name: str) -> list[dict[str, object]] | None:
+            answer = await client.post("/classify", json={"inputs": WORDS, "parameters": {"adapter_id": name}})
+            return answer.json() if answer.status_code == 200 else None
+
+        found = {name: await wait_until(lambda name=name: ask(name), "it is served") for name in expected}
+    for name, scores in expected.items():
+        kinds = [LABELS[label].rpartition("-")[2] for label in scores.argmax(-1)]
+        told = {part for entity in found[name] for part in str(entity["word"]).split()}
+        wanted = {word for word, kind in zip(WORDS.split(), kinds, strict=True) if kind != "O"}
+        assert told == wanted, name
+        assert found[name], name
+    assert found[""] != found["mine"]
