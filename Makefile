@@ -13,7 +13,7 @@ ARGS ?=
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
-.PHONY: demo up test test-models test-quantised models-table peft-table quantised-table check lint-fix bench chaos chaos-short soak tour tour-lorax tour-tgi tour-openai api-check docker-smoke clean help
+.PHONY: demo up test test-models test-quantised models-table peft-table quantised-table check lint-fix bench chaos chaos-short soak tour tour-lorax tour-tgi tour-openai tour-openai2 api-check docker-smoke clean help
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,7 +65,7 @@ soak: $(VENV)/.stamp-dev  ## an hour of load at 80 %, 200 adapters; ARGS="--minu
 chaos: $(VENV)/.stamp-dev  ## the same, a thousand times: an hour or two; the report is build/chaos/report.md
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 1000 $(ARGS)
 
-tour: tour-lorax tour-tgi tour-openai  ## other servers' clients against a running fleet: make tour URL=http://127.0.0.1:8000 ADAPTER=name
+tour: tour-lorax tour-tgi tour-openai tour-openai2  ## other servers' clients against a running fleet: make tour URL=http://127.0.0.1:8000 ADAPTER=name
 
 build/tour-%/bin/python:
 	$(PYTHON) -m venv build/tour-$*
@@ -78,10 +78,13 @@ tour-tgi: build/tour-tgi/bin/python
 	$< -m pip install --disable-pip-version-check --quiet text-generation==0.7.0
 	$< examples/tgi_tour.py $(or $(URL),http://127.0.0.1:8000)
 
-tour-openai: build/tour-openai/bin/python
-	$< -m pip install --disable-pip-version-check --quiet 'openai>=2,<3' 'litellm>=1.110' 'langchain-openai>=1.7'
+tour-openai: OPENAI = openai>=3,<4
+tour-openai2: OPENAI = openai>=2,<3
+tour-openai tour-openai2: %: build/%/bin/python
+	$< -m pip install --disable-pip-version-check --quiet '$(OPENAI)' 'litellm>=1.110' 'langchain-openai>=1.7'
 	$< examples/openai_tour.py $(or $(URL),http://127.0.0.1:8000) $(or $(ADAPTER),base) $(or $(KEY),any)
 
+# Some ask for as many tokens as fit: quick with a short --max-model-len or a small model only.
 api-check: build/tour-schemathesis/bin/python  ## hold every route to /openapi.json with generated requests: make api-check URL=http://127.0.0.1:8000
 	$< -m pip install --disable-pip-version-check --quiet 'schemathesis>=4.32,<5'
 	build/tour-schemathesis/bin/schemathesis run $(or $(URL),http://127.0.0.1:8000)/openapi.json --max-examples 20 --request-timeout 60 --phases examples,coverage,fuzzing \

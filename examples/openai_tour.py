@@ -1,6 +1,7 @@
 """A tour of OpenAI's clients, unchanged: `make tour-openai URL=http://127.0.0.1:8000 ADAPTER=name KEY=any`.
 
-The `openai` package, LiteLLM and LangChain's ChatOpenAI, in an environment of their own.
+The `openai` package, LiteLLM and LangChain's ChatOpenAI, in an environment of their own: with `openai` 3.x, and with
+2.x as `make tour-openai2`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ GREEDY = {"temperature": 0.0, "max_tokens": 12}
 
 def tour_openai(url: str, model: str, key: str) -> str:
     """Ask for one of everything; return the greedy answer. Raises AssertionError where something is not as promised."""
+    print("openai", openai.__version__)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
     names = [entry.id for entry in client.models.list()]
     assert model in (*names, "base")
@@ -67,6 +69,7 @@ def tour_openai(url: str, model: str, key: str) -> str:
             stream = await slow.chat.completions.create(model=model, messages=MESSAGES, stream=True, max_tokens=200)
             async for _ in stream:
                 break
+            await stream.close()
 
     asyncio.run(leave_early())
     return answer

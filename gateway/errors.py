@@ -18,6 +18,9 @@ from protocol.errors import BadRequest, ClientError, Internal, LorafleetError, N
 
 logger = logging.getLogger(__name__)
 
+MAX_RETRY_AFTER_S = 60
+"""OpenAI's clients do not try again at all when they are told to wait for much longer."""
+
 _MAX_LISTED = 3  # reasons of one field that are shown
 _OWN_WORDS = {  # pydantic's error type -> what it means to who wrote the JSON
     "missing": "it is missing",
@@ -66,7 +69,7 @@ def retry_headers(error: LorafleetError) -> dict[str, str]:
     headers = {"x-should-retry": "true" if error.retryable else "false"}
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
-        headers["retry-after"] = str(math.ceil(retry_after_s))
+        headers["retry-after"] = str(min(math.ceil(retry_after_s), MAX_RETRY_AFTER_S))
     return headers
 
 

@@ -13,7 +13,9 @@ from openai import AsyncOpenAI
 from scripted_fleet import MAX_MODEL_LEN, ScriptedFleet, running_gateway
 from waiting import wait_until
 
+from gateway.errors import retry_headers
 from protocol.bus import Bus
+from protocol.errors import BadRequest, Overloaded
 
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "base", "prompt": "hi"}
@@ -296,6 +298,11 @@ async def test_a_full_queue_is_429_with_a_time(bus: Bus, fleet: ScriptedFleet, m
         assert (await waiting).choices[0].finish_reason
         jobs = await client.get("/jobs", cast_to=dict)  # type: ignore[type-var]
         assert jobs["data"] == []
+
+
+def test_nobody_is_told_to_wait_for_longer_than_clients_do() -> None:
+    assert [retry_headers(Overloaded("", wait_s))["retry-after"] for wait_s in (0.1, 59.5, 600.0)] == ["1", "60", "60"]
+    assert "retry-after" not in retry_headers(BadRequest(""))
 
 
 async def test_without_a_worker_calls_get_503(bus: Bus, model_folder: Path) -> None:

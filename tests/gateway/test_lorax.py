@@ -12,6 +12,7 @@ from scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, Scr
 from tokenizers import Tokenizer
 from waiting import wait_until
 
+from gateway.openai_api import ChatRequest
 from gateway.structured import JSON_STYLE
 from protocol import messages as m
 from protocol.bus import Bus
@@ -253,6 +254,8 @@ async def test_openai_s_routes_take_lorax_s_fields(http: httpx2.AsyncClient, fle
     for source, status, param in (("hub", 404, "model"), ("pbase", 400, "adapter_source")):
         answer = await http.post("/v1/completions", json={**body, "model": "fox", "adapter_source": source})
         assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+    chat = ChatRequest(model="", messages=[{}], guideline="be kind", chat_template_kwargs={"a": 1})
+    assert chat.template_variables == {"guideline": "be kind", "a": 1}
     job = await http.post(
         "/v1/completions", json={**body, "model": "fox", "background": True, "api_token": "hf_secret"}
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, NotFoundError
 from scripted_fleet import BASE_NAME, Script, ScriptedFleet
 
 TEXT = Script().text
@@ -74,3 +76,31 @@ async def test_an_adapter_is_asked_by_name_and_by_base_and_name(client: AsyncOpe
         await client.completions.create(model=model, prompt="hi")
     await client.completions.create(model="base", prompt="hi")
     assert [(submit.digest, submit.tenant) for submit, _ in fleet.seen] == [("d1", "d1")] * 3 + [("", "base")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_list_of_models_gives_each_ones_answers_in_one_call(
+    client: AsyncOpenAI, fleet: ScriptedFleet, stream: bool
+) -> None:
+    """First all choices of all prompts of the first model, then those of the second; each names its model."""
+    await fleet.add_adapter("fox", "d1")
+    fleet.script = lambda submit, body: Script(text=f"{submit.digest or 'none'} {submit.rid.rpartition('-')[2]}")
+    models: Any = ["fox", "base"]
+    ask: dict[str, Any] = {"model": models, "prompt": ["the dog", "hi"], "n": 2, "max_tokens": 60}
+    found: dict[int, tuple[str, str]] = {}
+    if stream:
+        async for chunk in await client.completions.create(**ask, stream=True):
+            choice = chunk.choices[0]
+            found[choice.index] = (choice.model, found.get(choice.index, ("", ""))[1] + choice.text)  # type: ignore
+    else:
+        answer = await client.completions.create(**ask)
+        assert answer.model == "fox,base"
+        found = {choice.index: (choice.model, choice.text) for choice in answer.choices}  # type: ignore[attr-defined]
+    wanted = [("fox", f"d1 {i}") for i in range(4)] + [("base", f"none {i}") for i in range(4, 8)]
+    assert [found[i] for i in range(8)] == wanted
+    seeds = [body.sampling.seed for _, body in sorted(fleet.seen, key=lambda pair: pair[0].rid)]
+    assert seeds[:4] == seeds[4:]  # to compare the models by
+    refused = client.completions.create(model=["fox", "nobody"], prompt="hi")  # type: ignore[call-overload]
+    with pytest.raises(NotFoundError, match="nobody"):
+        await refused
+    assert len(fleet.seen) == 8
