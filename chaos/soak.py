@@ -1,7 +1,7 @@
 """Load for a long time, below what a fleet can do or far above it: memory of every process, refusals, answers.
 
 python -m chaos.soak --minutes 60 --share 0.8                     a soak
-python -m chaos.soak --minutes 10 --share 10 --max-queued 200     an overload
+python -m chaos.soak --minutes 10 --share 10 --max-queued 200 --tokens 128     an overload
 
 With `--fleet-cpus 1 --client-cpus 0` clients that ask for ten times what a fleet can do take nothing from it.
 """
@@ -24,20 +24,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx2
-import orjson
 import psutil
 
 from chaos.check import percentile
 from chaos.fleet import ProcessFleet, Shape
 from chaos.report import machine
+from lorafleet.bench.client import Client
+from lorafleet.bench.result import RequestRecord
 from protocol.service import set_up_logging
 
 logger = logging.getLogger(__name__)
 
 PROBE_S, PROBE_CLIENTS = 20.0, 32
 SAMPLE_S = 5.0
-NUM_TOKENS = 32
 NUM_TEMPLATES = 8
 READ_TIMEOUT_S = 300.0
 
@@ -69,27 +68,32 @@ class Course:
 class Load:
     """Calls of random adapters at given moments."""
 
-    def __init__(self, fleet: ProcessFleet, models: list[str], seed: int) -> None:
+    def __init__(self, fleet: ProcessFleet, models: list[str], num_tokens: int, seed: int) -> None:
         self._fleet = fleet
         self._models = models
+        self._num_tokens = num_tokens  # of each answer
         self._rng = random.Random(seed)
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
-        self._http = httpx2.AsyncClient(timeout=READ_TIMEOUT_S, trust_env=False, limits=limits)
+        self._clients = [Client(url) for url in fleet.urls]
         self.course = Course()
 
-    async def close(self) -> None:
-        await self._http.aclose()
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
 
     async def probe(self) -> float:
-        """Return how many calls a second the fleet answers with PROBE_CLIENTS that ask without a pause."""
-        course, until_s = Course(), time.monotonic() + PROBE_S
+        """Return how many calls a second the fleet answers with PROBE_CLIENTS that ask without a pause.
+
+        As long is asked before, uncounted: then everything has been loaded once.
+        """
+        course, began_s = Course(), time.monotonic()
 
         async def be_client() -> None:
-            while time.monotonic() < until_s:
+            while time.monotonic() < began_s + 2 * PROBE_S:
                 await self._call(course)
 
         await asyncio.gather(*(be_client() for _ in range(PROBE_CLIENTS)))
-        return course.outcomes["complete"] / (time.monotonic() - until_s + PROBE_S)
+        counted = [at for at in course.completed_s if PROBE_S <= at - began_s < 2 * PROBE_S]
+        return len(counted) / PROBE_S
 
     async def run(self, rate: float, seconds: float) -> None:
         """Ask `rate` times a second (a Poisson process) for so long; wait for every answer."""
@@ -107,38 +111,31 @@ class Load:
         course.num_asked += 1
         body = {
             "model": self._rng.choice(self._models), "prompt": f"Prompt {self._rng.randrange(1000)}", "stream": True,
-            "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "stream_options": {"include_usage": True},
+            "max_tokens": self._num_tokens, "temperature": 0, "ignore_eos": True,
+            "stream_options": {"include_usage": True},
         }  # fmt: skip
+        record = RequestRecord(str(body["model"]), start_s=time.perf_counter())
         try:
-            outcome = await self._outcome(course, body)
-            course.outcomes[outcome] += 1
-            if outcome == "complete":
-                course.completed_s.append(time.monotonic())
-        except httpx2.TransportError as error:
-            course.outcomes[type(error).__name__] += 1
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                await self._rng.choice(self._clients).post("/v1/completions", body, record)
+        except OSError as error:  # TimeoutError is one
+            record.error = record.error or repr(error)
+        self._count(course, record)
 
-    async def _outcome(self, course: Course, body: dict[str, object]) -> str:
-        began_s, num_done, usage, finishes = time.monotonic(), 0, {}, []
-        url = f"{self._rng.choice(self._fleet.urls)}/v1/completions"
-        async with self._http.stream("POST", url, json=body) as answer:
-            if answer.status_code == 429 and answer.headers.get("x-should-retry") == "true":
-                course.refusals.append((time.monotonic(), float(answer.headers["retry-after"])))
-            if answer.status_code != 200:
-                await answer.aread()
-                return str(answer.status_code)
-            async for line in answer.aiter_lines():
-                num_done += line == "data: [DONE]"
-                if line.startswith("data: {"):
-                    event = orjson.loads(line.removeprefix("data: "))
-                    if "error" in event:
-                        return str(event["error"]["code"])
-                    if event["choices"] and not finishes and event["choices"][0]["text"]:
-                        course.ttft_s.append(time.monotonic() - began_s)
-                        finishes = [None]
-                    finishes += [choice["finish_reason"] for choice in event["choices"] if choice["finish_reason"]]
-                    usage = event.get("usage") or usage
-        whole = finishes[1:] == ["length"] and num_done == 1 and usage["completion_tokens"] == NUM_TOKENS
-        return "complete" if whole else "broken"
+    def _count(self, course: Course, record: RequestRecord) -> None:
+        now_s = time.monotonic()
+        if record.arrivals_s:
+            course.ttft_s.append(record.arrivals_s[0] - record.start_s)
+        if record.status == 429 and record.headers.get("x-should-retry") == "true":
+            course.refusals.append((now_s, float(record.headers["retry-after"])))
+            course.outcomes["429"] += 1
+        elif record.error is not None:
+            course.outcomes[record.error] += 1
+        elif record.complete and record.finish_reason == "length" and record.output_tokens == self._num_tokens:
+            course.outcomes["complete"] += 1
+            course.completed_s.append(now_s)
+        else:
+            course.outcomes["broken"] += 1
 
     async def _watch(self, began_s: float) -> None:
         while True:
@@ -212,12 +209,12 @@ async def _soak(args: argparse.Namespace, folder: Path) -> tuple[Course, float]:
             if len(await fleet.bus.aliases()) == len(names):
                 break
             await asyncio.sleep(0.2)
-        load = Load(fleet, names, args.seed)
+        load = Load(fleet, names, args.tokens, args.seed)
         sustained = await load.probe()
         rate = sustained * args.share
         logger.info("sustained: %.1f calls/s; asking for %.1f", sustained, rate)
         await load.run(rate, args.minutes * 60)
-        await load.close()
+        load.close()
         return load.course, sustained
     finally:
         await fleet.close()
@@ -242,6 +239,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--share", type=float, default=0.8, help="of the load that the fleet sustains")
     parser.add_argument("--adapters", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=32, help="of an answer")
     parser.add_argument("--max-queued", type=int, default=10_000, help="of the gateways")
     parser.add_argument("--fleet-cpus", default="", help="CPUs of every process of the fleet, as 0,1 (default: all)")
     parser.add_argument("--client-cpus", default="", help="CPUs of the clients")
@@ -249,7 +247,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("build/soak"), help="folder for the report")
     args = parser.parse_args()
     set_up_logging("soak", "info")
-    logging.getLogger("httpx2").setLevel("WARNING")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     where = f"`python -m chaos.soak {' '.join(sys.argv[1:])}` on {machine()}"
     with tempfile.TemporaryDirectory(prefix="lorafleet-soak-") as scratch:

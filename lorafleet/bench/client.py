@@ -79,8 +79,14 @@ class Connection(asyncio.Protocol):
 
     # httptools callbacks
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._record is not None and self._parser.get_status_code() != 200:
+            self._record.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
+        if self._record is not None:
+            self._record.status = self._status
 
     def on_body(self, body: bytes) -> None:
         if self._record is None:

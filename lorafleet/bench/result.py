@@ -27,6 +27,8 @@ class RequestRecord:
     finish_reason: str | None = None
     complete: bool = False  # the closing [DONE] was seen
     error: str | None = None
+    status: int = 0  # of HTTP; 0: no answer
+    headers: dict[str, str] = field(default_factory=dict)  # of an answer other than 200, names in lower case
 
     def as_row(self, origin_s: float) -> dict[str, Any]:
         """Return the request without its text and single chunks, times in seconds after `origin_s`."""

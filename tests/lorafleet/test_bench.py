@@ -197,6 +197,15 @@ def test_answer_reads_the_same_wherever_the_network_cuts_it(cuts: set[int]) -> N
     record = asyncio.run(receive())
     assert (record.prompt_tokens, record.output_tokens, len(record.arrivals_s)) == (3, 2, 2)
     assert (record.text, record.finish_reason, record.complete, record.error) == ("é one two", "length", True, None)
+    assert (record.status, record.headers) == (200, {})
+
+
+async def test_a_refusal_is_kept_with_its_headers() -> None:
+    answer = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 7\r\nContent-Length: 4\r\n\r\nbusy"
+    connection, record = Connection(), RequestRecord("base")
+    connection.connection_made(ReplayTransport(connection, [answer[:30], answer[30:]]))
+    await connection.exchange(b"", record)
+    assert (record.status, record.headers["retry-after"], record.error) == (429, "7", "HTTP 429: busy")
 
 
 def test_summary_defines_latencies_as_documented() -> None:
