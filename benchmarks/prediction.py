@@ -32,7 +32,10 @@ from scheduler.simulation.worker import WorkerModel
 NAMES = [f"adapter-{index}" for index in range(32)]
 RANK = 16
 PROMPT_WORDS, OUTPUT_TOKENS = 64, 64
-SHARES = {"below capacity": 0.7, "above capacity": 1.4}
+SHARES = {"below capacity": 0.5, "above capacity": 1.25}
+"""Of what the fleet answers with CONCURRENCY in flight. Above capacity two adapters, with 37 % of the requests, are in
+arrears: with as many requests as half of all, the median would be of either kind by chance."""
+
 AT_ONCE = Bandwidths(host=1e12, remote=1e12, host_ms=0, remote_ms=0)  # the fleet's adapters are in its pool already
 RAMP = (64, 32, 8, 2)
 """Requests in flight, twice each, from which the worker learns how long steps of different sizes take."""

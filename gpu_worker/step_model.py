@@ -6,8 +6,9 @@ import numpy as np
 
 from protocol.messages import StepModel
 
-FORGET = 0.995
-"""Weight a step keeps per later step: about the last 200 count."""
+FORGET = 0.998
+"""Weight a step keeps per later step: about the last 500 count. Fewer are often steps of one size, which leave open how
+long others take."""
 
 MIN_STEPS = 20
 

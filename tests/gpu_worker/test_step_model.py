@@ -72,6 +72,6 @@ def test_few_steps_tell_nothing() -> None:
 def test_a_change_is_followed() -> None:
     fitted = StepFit()
     for slowness in (1.0, 3.0):
-        for tokens, kv, ranks in steps(1500):
+        for tokens, kv, ranks in steps(3000):
             fitted.add(slowness * (0.01 + 5e-4 * tokens), tokens, kv, ranks)
     assert fitted.model().b == pytest.approx(1.5e-3, rel=0.05)
