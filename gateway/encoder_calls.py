@@ -111,6 +111,8 @@ class _Silent:
     def usage_frame(self, usage: Usage) -> bytes:
         return b""
 
+    def show_usage(self, usage: Usage) -> None: ...
+
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         return {}
 
