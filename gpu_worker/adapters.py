@@ -21,6 +21,7 @@ from gpu_worker.extras import Extras
 from gpu_worker.failures import Failures
 from gpu_worker.news import News
 from gpu_worker.packing import HostAdapter
+from gpu_worker.priority import step_back
 from protocol.errors import AdapterRefused, Internal, LorafleetError, Unavailable
 from protocol.messages import AdapterEvent
 
@@ -121,8 +122,8 @@ class AdapterCache:
         self._seconds: dict[str, float] = {}  # measured: staging of an adapter
         self._starved: dict[str, int] = {}  # digest -> loads that found no room
         self._draining: set[str] = set()  # in the way of a starved one: no new requests
-        self._stagers = ThreadPoolExecutor(NUM_STAGERS, thread_name_prefix="stager")
-        self._copier = ThreadPoolExecutor(1, thread_name_prefix="copier")
+        self._stagers = ThreadPoolExecutor(NUM_STAGERS, thread_name_prefix="stager", initializer=step_back)
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="copier", initializer=step_back)
 
     def close(self) -> None:
         """Start nothing more; does not wait for what runs."""

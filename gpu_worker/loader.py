@@ -26,6 +26,7 @@ import msgspec
 import numpy as np
 
 from gpu_worker.fetch import AdapterFiles, StoreClient
+from gpu_worker.priority import step_back
 from gpu_worker.rows import RowPacker, Rows, RowSite
 from protocol import errors
 from protocol.errors import Internal, LorafleetError, Unavailable
@@ -35,7 +36,7 @@ from protocol.service import log_format, set_up_logging
 logger = logging.getLogger(__name__)
 
 NICE = 19
-"""Where the cores are busy, the loader gets what steps of warm requests leave, and a hundredth."""
+"""Counts where `step_back` does nothing."""
 
 NUM_FETCHES = 16
 """Adapters on their way at once: slow ones keep no fast one waiting. They are packed one by one."""
@@ -361,6 +362,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.nice(NICE)
+    step_back()
     worker = socket.socket(fileno=int(sys.argv[1]))
     try:
         received = _receive(worker)

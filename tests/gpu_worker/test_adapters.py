@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,6 +108,25 @@ def test_an_idle_adapter_leaves_for_a_wanted_one_and_comes_back_from_the_host() 
     assert loading.reads == ["a", "b"]
     assert (loading.cache.num_fetches, loading.cache.num_loads) == (2, 3)
     assert loading.cache.pool.residents.keys() == {"a"}
+
+
+def test_what_loads_adapters_waits_for_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    policies: dict[str, int] = {}
+    loading = Loading(1, [make_adapter("a", 8)])
+
+    def noting(job: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            own = threading.current_thread()
+            policies[own.name.split("_")[0]] = os.sched_getscheduler(0)
+            return job(*args)
+
+        return run
+
+    monkeypatch.setattr(loading.cache, "_read", noting(loading.cache._read))
+    monkeypatch.setattr(loading.weights, "copy", noting(loading.weights.copy))
+    loading.load("a", until="a")
+    assert policies == {"stager": os.SCHED_IDLE, "copier": os.SCHED_IDLE}
+    assert os.sched_getscheduler(0) != os.SCHED_IDLE
 
 
 def test_an_adapter_in_use_stays() -> None:
