@@ -79,6 +79,16 @@ def unreachable_queue(cause: Exception) -> Unavailable:
     return Unavailable("the queue cannot be reached", code="queue_unavailable")
 
 
+def error_of(cause: Exception) -> LorafleetError:
+    """Return what a client is told of a failure in the middle of its answer; log it if it is not the client's."""
+    if isinstance(cause, LorafleetError):
+        return cause
+    if isinstance(cause, CONNECTION_ERRORS):
+        return unreachable_queue(cause)
+    logger.error("a call failed", exc_info=cause)
+    return Internal("the gateway failed while answering")
+
+
 def add_handlers(app: FastAPI, shape_of: Callable[[str], ErrorShape]) -> None:
     """Make every error that leaves a route a response in the shape that belongs to the request's path."""
 

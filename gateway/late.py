@@ -9,10 +9,9 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway.errors import OPENAI_ERRORS, ErrorShape
+from gateway.errors import OPENAI_ERRORS, ErrorShape, error_of
 from gateway.sse import STREAM_HEADERS, GenerationResponse
 from gateway.writers import comment, event
-from protocol.errors import LorafleetError
 from protocol.metrics import CLIENTS_GONE
 
 
@@ -53,10 +52,11 @@ class LateResponse(Response):
             self._task.cancel()
         try:
             response = self._task.result()
-        except LorafleetError as error:
+        except Exception as failure:
             if not self._stream:
                 raise
-            await send({"type": "http.response.body", "body": event(self._errors.body(error)), "more_body": False})
+            body = event(self._errors.body(error_of(failure)))
+            await send({"type": "http.response.body", "body": body, "more_body": False})
             return
         if isinstance(response, GenerationResponse):
             response.started = self._stream

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
 import orjson
 from starlette.responses import Response
@@ -11,14 +10,10 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import lorax_metrics
 from gateway.choices import Piece, best_of
-from gateway.errors import OPENAI_ERRORS
+from gateway.errors import OPENAI_ERRORS, error_of
 from gateway.generation import ClientGoneError, Generation
 from gateway.writers import DONE, Writer, comment, event
-from protocol.bus import CONNECTION_ERRORS
-from protocol.errors import Internal, LorafleetError, Unavailable
 from protocol.metrics import CLIENTS_GONE
-
-logger = logging.getLogger(__name__)
 
 RAW_SEND = "lorafleet.send"
 """Key of a scope: the server's own `send`. The layers between it and a route look at the start of a response only."""
@@ -70,14 +65,8 @@ class GenerationResponse(Response):
             CLIENTS_GONE.inc()
             lorax_metrics.failed("dropped")
             return
-        except LorafleetError as failure:
-            error = failure
-        except CONNECTION_ERRORS as failure:
-            logger.error("the queue cannot be reached: %r", failure)
-            error = Unavailable("the queue cannot be reached", code="queue_unavailable")
-        except Exception:
-            logger.exception("a call failed")
-            error = Internal("the gateway failed while answering")
+        except Exception as failure:  # noqa: BLE001  the edge of a call: told, and logged
+            error = error_of(failure)
         if self.started:
             lorax_metrics.failed("incomplete")
             # No [DONE]: a client must not take this for a normal end.
