@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from protocol import messages as m
 from protocol.errors import BadRequest, Overloaded
-from protocol.keys import INTERACTIVE
+from protocol.keys import BATCH, INTERACTIVE
 from protocol.settings import Settings
 
 ROOM = 0.1
@@ -55,6 +55,13 @@ class Admission:
             _, load = self._new.popleft()
             self.num_new -= load.num
             self.num_new_tokens -= load.num_tokens
+
+    def check_room(self, cls: str, status: m.SchedulerStatus | None) -> None:
+        """Raise Overloaded for a call that the queue had no place for a moment ago: before it costs any work."""
+        if status is not None:
+            queued = status.queued_batch if cls == BATCH else status.queued - status.queued_batch
+            if queued >= self.settings.max_queued:
+                raise self.full(Load(cls, 1, 0, 0.0), queued, status)
 
     def check(self, load: Load, status: m.SchedulerStatus | None) -> None:
         """Let a call in, or raise Overloaded: too many tokens wait, or it would have to wait for too long.

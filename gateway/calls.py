@@ -119,6 +119,7 @@ class Calls:
         """
         options = options_of(request, self.settings)
         base = await self.fleet.require(worker=not options.background)
+        self.admission.check_room(options.cls, self.fleet.status)
         check_task(base, "generate")
         targets = await self._targets(request, base, caller)
         param = "messages" if isinstance(request, ChatRequest) else "prompt"

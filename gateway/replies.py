@@ -168,8 +168,10 @@ class Subscription:
 class Replies:
     """The reader of `Keys.out` of this gateway, and the mailboxes it fills."""
 
-    def __init__(self, bus: Bus, gid: str) -> None:
+    def __init__(self, bus: Bus, gid: str, beats: Bus) -> None:
+        """`beats`: what `beat` writes with."""
         self.bus = bus
+        self._beats = beats
         self.gid = gid
         self.address = ""  # set once it is known
         self._stream = bus.keys.out(gid)
@@ -242,12 +244,12 @@ class Replies:
 
     async def beat_once(self) -> None:
         keys = self.bus.keys
-        await self.bus.beat(keys.gateway_beat(self.gid), keys.gateways, self.gid, self.address.encode(), BEAT_TTL_MS)
-        gone = not await self.bus.keep_stream(self._stream, ttl_s=STREAM_TTL_S, max_age_ms=STREAM_MAX_AGE_MS)
+        await self._beats.beat(keys.gateway_beat(self.gid), keys.gateways, self.gid, self.address.encode(), BEAT_TTL_MS)
+        gone = not await self._beats.keep_stream(self._stream, ttl_s=STREAM_TTL_S, max_age_ms=STREAM_MAX_AGE_MS)
         if gone:
             logger.warning("the out stream was gone; calls catch up from the log")
             await self.open()
-        restarted = await self.bus.restarted()
+        restarted = await self._beats.restarted()
         if gone or restarted:
             for listeners in self._subscriptions.values():
                 for subscription in listeners:

@@ -49,10 +49,13 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     secret = FleetSecret.of(settings)
     files = await asyncio.to_thread(load_model_files, settings)
     bus = Bus(settings.redis_url)
+    # Signs of life have connections of their own. Behind hundreds of calls that wait for one of `bus`'s a beat would be
+    # late, the gateway taken for dead, and all that it has let in cancelled.
+    beats = Bus(settings.redis_url)
     try:
         await bus.check()
-        replies = Replies(bus, uuid.uuid4().hex)
-        fleet = Fleet(bus, settings.beat_timeout_s)
+        replies = Replies(bus, uuid.uuid4().hex, beats)
+        fleet = Fleet(beats, settings.beat_timeout_s)
         names = Names(bus, settings, secret)
         sandbox = Sandbox()
         own = OwnFiles(bus, files, sandbox, secret.bearer if secret else "")
@@ -82,6 +85,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         await sandbox.close()
         await grammars.close()
     finally:
+        await beats.close()
         await bus.close()
     return 0
 

@@ -42,6 +42,16 @@ def test_a_wait_that_is_too_long_is_refused_until_enough_of_the_queue_is_gone() 
     assert refusal(admission, load(), status(300 - 120)) is None
 
 
+@pytest.mark.parametrize("cls", [INTERACTIVE, BATCH])
+def test_a_full_queue_refuses_before_any_work_is_done(cls: str) -> None:
+    admission = Admission(Settings(max_queued=50))
+    admission.check_room(cls, None)
+    admission.check_room(cls, status(99, batch=49 if cls == BATCH else 50))
+    with pytest.raises(Overloaded, match="50 requests are waiting; the limit is 50") as refused:
+        admission.check_room(cls, status(100, batch=50))
+    assert refused.value.retry_after_s == pytest.approx(1.0)
+
+
 def test_what_would_not_begin_before_its_deadline_is_refused_whatever_the_settings() -> None:
     admission = Admission(Settings(max_wait_s=0.0))
     assert refusal(admission, load(timeout_s=60), status(601)) is not None
