@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -39,6 +40,7 @@ PROBE_S, PROBE_CLIENTS = 20.0, 32
 SAMPLE_S = 5.0
 NUM_TEMPLATES = 8
 READ_TIMEOUT_S = 300.0
+MAX_TOLD = 200  # errors that are told one by one
 
 
 @dataclass(slots=True)
@@ -131,6 +133,11 @@ class Load:
             course.outcomes["429"] += 1
         elif record.error is not None:
             course.outcomes[record.error] += 1
+            if sum(course.errors.values()) <= MAX_TOLD:
+                age_s = time.perf_counter() - record.start_s
+                logger.warning(
+                    "%s, after %.1f s and %d chunks: %s", record.target, age_s, len(record.arrivals_s), record.error
+                )
         elif record.complete and record.finish_reason == "length" and record.output_tokens == self._num_tokens:
             course.outcomes["complete"] += 1
             course.completed_s.append(now_s)
@@ -218,6 +225,10 @@ async def _soak(args: argparse.Namespace, folder: Path) -> tuple[Course, float]:
         return load.course, sustained
     finally:
         await fleet.close()
+        args.out.mkdir(parents=True, exist_ok=True)
+        for log in (*(member.log for member in fleet.members.values()), fleet.queue.log):
+            if log.exists():
+                shutil.copy(log, args.out)
 
 
 def _stay_on(cpus: str) -> None:
@@ -244,14 +255,15 @@ def main() -> int:
     parser.add_argument("--fleet-cpus", default="", help="CPUs of every process of the fleet, as 0,1 (default: all)")
     parser.add_argument("--client-cpus", default="", help="CPUs of the clients")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("build/soak"), help="folder for the report")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/soak"), help="folder for the report and the logs of all services"
+    )
     args = parser.parse_args()
     set_up_logging("soak", "info")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     where = f"`python -m chaos.soak {' '.join(sys.argv[1:])}` on {machine()}"
     with tempfile.TemporaryDirectory(prefix="lorafleet-soak-") as scratch:
         course, sustained = asyncio.run(_soak(args, Path(scratch)))
-    args.out.mkdir(parents=True, exist_ok=True)
     report = as_markdown(course, sustained, args.max_queued, where)
     (args.out / "report.md").write_text(report)
     print(report)

@@ -38,7 +38,10 @@ _UNSERVED = {
     "arrow_config": "Arrow routing", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA",
     "velora_config": "VeLoRA", "megatron_config": "Megatron layers",
 }  # fmt: skip
-"""Features refused by name when they are switched on: a `…_config` is by whatever is not null, {} too."""
+"""Features refused by name when they are switched on."""
+
+_OBJECTS = {"use_bdlora", *(key for key in _UNSERVED if key.endswith("_config"))}
+"""Those that are an object: PEFT takes {} as on, and stumbles over false."""
 
 _NO_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -176,7 +179,7 @@ def _check_features(config: Mapping[str, Any], kind: str, reasons: Reasons) -> N
 
 
 def _is_on(key: str, value: Any) -> bool:
-    return value is not None if key in _UNSERVED and key.endswith("_config") else bool(value)
+    return value is not None if key in _OBJECTS else bool(value)
 
 
 def _check_combinations(config: Mapping[str, Any], read: AdapterConfig, reasons: Reasons) -> None:

@@ -15,8 +15,8 @@ end
 
 -- Take a request from its worker, before its end or another owner.
 local function disown(wid, rid)
-  redis.call('HDEL', own_key(wid), rid)
-  redis.call('HSET', own_key(wid), '', new_version())
+  -- What is not there needs no version: a hash made anew here would have no life time.
+  if redis.call('HDEL', own_key(wid), rid) == 1 then redis.call('HSET', own_key(wid), '', new_version()) end
 end
 
 local function now_ms()

@@ -313,7 +313,7 @@ def test_no_interleaving_loses_or_doubles_a_token(queue_server: EmbeddedServer) 
         ("step", "elseif len ~= seq0 then", "elseif false then"),
         ("step", "if len ~= rows[a + 2] * 4 + size then", "if false then"),
         ("finish", "disown(f[2], rid)", ""),
-        ("common", "redis.call('HSET', own_key(wid), '', new_version())", ""),
+        ("common", "then redis.call('HSET', own_key(wid), '', new_version()) end", "then end"),
         ("step", "version ~= '' and ARGV[7] == version", "ARGV[7] ~= ''"),
         ("assign", "f[1] ~= 'queued' or f[2] ~= ARGV[i + 1]", "false"),
         ("finish", "if not f[1] or is_terminal(f[1]) then", "if not f[1] then"),
