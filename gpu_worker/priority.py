@@ -9,7 +9,7 @@ import sys
 def step_back() -> None:
     """Let the calling thread, and those it starts, have what steps of warm requests leave of the cores.
 
-    As an idle task, which whoever else of this session wakes up takes the core from at once: one that is only nice
+    As an idle task, from which whatever else wakes up takes the core at once: one that is only nice
     keeps it for some milliseconds, while a step waits. On Linux alone; elsewhere threads have no priorities.
     """
     if sys.platform == "linux":
