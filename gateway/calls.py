@@ -49,6 +49,8 @@ ATTACHED_POLL_S = 0.1
 
 AnyRequest = ChatRequest | CompletionRequest
 Requests = list[tuple[m.Submit, m.Body]]
+NO_IDEM = ("", m.Idempotent(body_hash="", created_ms=0, rids=[]))
+"""Of a call without an Idempotency-Key; nothing keeps it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,28 +170,40 @@ class Calls:
             empty=options.max_tokens == 0,
         )
         choices = self.choices(call, prepared.prompts, options)
-        response = self._response(prepared.request, options, choices, terms, created_ms, digests)
         if terms.empty:
-            return response
+            return self._response(prepared.request, options, choices, terms, created_ms, digests)
+        record = m.Idempotent(
+            body_hash=body_hash(endpoint, raw), created_ms=created_ms, digests=digests, texts=prepared.texts,
+            opened=prepared.opened,
+            rids=[choice.rid for choice in choices],
+        )  # fmt: skip
+        requests = requests_of(
+            prepared, call, terms.deadline_ms, self.files.eos_ids, gateway=self.replies.gid, stored=bool(idem_key)
+        )
+        response = self._response(prepared.request, options, choices, terms, created_ms, digests)
+        earlier = await self.begin(response.generation, prepared, requests, (idem_key, record))
+        if earlier is not None:
+            return await self.attach(prepared.request, endpoint, earlier, raw)
+        return response
+
+    async def begin(
+        self, generation: Generation, work: Work, requests: Requests, idem: tuple[str, m.Idempotent] = NO_IDEM
+    ) -> m.Idempotent | None:
+        """Submit what a generation follows. If that fails, or a key was used before, nobody listens to it any more.
+
+        Returns and raises as `submit`.
+        """
         try:
-            record = m.Idempotent(
-                body_hash=body_hash(endpoint, raw), created_ms=created_ms, digests=digests, texts=prepared.texts,
-                opened=prepared.opened,
-                rids=[choice.rid for choice in choices],
-            )  # fmt: skip
-            requests = requests_of(
-                prepared, call, terms.deadline_ms, self.files.eos_ids, gateway=self.replies.gid, stored=bool(idem_key)
-            )
-            earlier = await self.submit(prepared, requests, (idem_key, record))
+            earlier = await self.submit(work, requests, idem)
         except BaseException:
-            self.replies.unsubscribe(response.generation.mail)
+            self.replies.unsubscribe(generation.mail)
             raise
         if earlier is not None:
-            self.replies.unsubscribe(response.generation.mail)
-            return await self.attach(prepared.request, endpoint, earlier, raw)
+            self.replies.unsubscribe(generation.mail)
+            return earlier
         # What was accepted may not be refused when a queue that lost its last second is told of it again.
-        response.generation.resubmit = partial(self.put, prepared, requests, (idem_key, record), forced=True)
-        return response
+        generation.resubmit = partial(self.put, work, requests, idem, forced=True)
+        return None
 
     async def submit(self, work: Work, requests: Requests, idem: tuple[str, m.Idempotent]) -> m.Idempotent | None:
         """Put a call's requests into the queue. Returns what its idempotency key, if any, was used for before.

@@ -6,8 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -215,10 +214,7 @@ class EncoderCalls:
 
     async def _resolve(self, given: AdapterParameters | None, base: m.ServedModel, caller: Caller) -> Target:
         """Return what LoRAX's `parameters` name."""
-        parameters = given or AdapterParameters()
-        if parameters.api_token:
-            caller = replace(caller, token=parameters.api_token)
-        return await self._adapters.resolve(parameters, base, caller)
+        return await self._adapters.resolve(given or AdapterParameters(), base, caller)
 
     async def _tokens(self, sources: Sequence[str | list[int]], target: Target, base: m.ServedModel) -> list[list[int]]:
         """Return the tokens of texts, with the special ones; token ids are taken as they are. Raises BadRequest."""
@@ -236,8 +232,8 @@ class EncoderCalls:
 
     async def _submit(self, inputs: Inputs) -> Generation:
         calls = self._calls
-        call, created_ms = uuid.uuid4().hex, now_ms()
-        deadline_ms = created_ms + int(calls.settings.request_timeout_s * 1000)
+        call = uuid.uuid4().hex
+        deadline_ms = now_ms() + int(calls.settings.request_timeout_s * 1000)
         files = inputs.target.files
         prompts = [Prompt(pack(ids), len(ids), "", files) for ids in inputs.texts]
         work = Work(inputs.caller, _OPTIONS, [inputs.target], prompts, [0] * len(prompts))
@@ -245,13 +241,7 @@ class EncoderCalls:
         generation = Generation(
             calls.replies, choices, Terms(deadline_ms=deadline_ms, eager=False, adapter=any(work.digests))
         )
-        no_idem = ("", m.Idempotent(body_hash="", created_ms=created_ms, rids=[]))
         made = requests_of(work, call, deadline_ms, calls.files.eos_ids, gateway=calls.replies.gid, stored=False)
         requests = [(submit, msgspec.structs.replace(body, task=inputs.task)) for submit, body in made]
-        try:
-            await calls.submit(work, requests, no_idem)
-        except BaseException:
-            calls.replies.unsubscribe(generation.mail)
-            raise
-        generation.resubmit = partial(calls.put, work, requests, no_idem, forced=True)
+        await calls.begin(generation, work, requests)
         return generation

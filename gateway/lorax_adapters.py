@@ -24,10 +24,13 @@ class NativeAdapters:
         self._timeout_s = settings.request_timeout_s
 
     async def resolve(self, p: AdapterParameters, base: m.ServedModel, caller: Caller) -> Target:
-        """Return what a request is for. The target's name is the id as it was given.
+        """Return what a request is for. The target's name is the id as it was given; a token beside it goes
+        before the caller's.
 
         Raises BadRequest for contradictions, GenerationFailed for an adapter that cannot be served, Unavailable.
         """
+        if p.api_token:
+            caller = replace(caller, token=p.api_token)
         if p.merged_adapters is None:
             return await self._one(p.adapter_id or "", p.adapter_source, base, caller)
         if p.adapter_id:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import replace
-from functools import partial
 
 from gateway.callers import Caller
 from gateway.calls import Calls, Work, pack, requests_of, rid_of
@@ -71,23 +69,17 @@ class NativeCalls:
 
     async def target(self, p: AdapterParameters, base: m.ServedModel, caller: Caller) -> Target:
         """Return what a request is for. Raises as `NativeAdapters.resolve`."""
-        return await self.adapters.resolve(p, base, replace(caller, token=p.api_token) if p.api_token else caller)
+        return await self.adapters.resolve(p, base, caller)
 
     async def _submit(self, work: Work, *, eager: bool) -> Generation:
         calls, options = self._calls, work.options
-        call, created_ms = uuid.uuid4().hex, now_ms()
-        deadline_ms = created_ms + int(calls.settings.request_timeout_s * 1000)
+        call = uuid.uuid4().hex
+        deadline_ms = now_ms() + int(calls.settings.request_timeout_s * 1000)
         choices = [NativeChoice(i, rid_of(call, i), work.prompts[0], options) for i in range(options.n)]
         terms = Terms(deadline_ms=deadline_ms, eager=eager, adapter=any(work.digests))
         generation = Generation(calls.replies, choices, terms)
-        no_idem = ("", m.Idempotent(body_hash="", created_ms=created_ms, rids=[]))
         requests = requests_of(work, call, deadline_ms, calls.files.eos_ids, gateway=calls.replies.gid, stored=False)
-        try:
-            await calls.submit(work, requests, no_idem)
-        except BaseException:
-            calls.replies.unsubscribe(generation.mail)
-            raise
-        generation.resubmit = partial(calls.put, work, requests, no_idem, forced=True)
+        await calls.begin(generation, work, requests)
         return generation
 
     async def _prompt(self, inputs: str, native: NativeOptions, files: ModelFiles) -> Prompt:
