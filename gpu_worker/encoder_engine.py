@@ -240,24 +240,15 @@ class EncoderEngine:
         self.counters.num_evictions += 1
 
     def stats(self) -> EngineStats:
-        pool = self.adapters.pool
-        resident = set(self.adapters.resident)
         wanted = [request.digest for request in self._waiting.values() if request.digest]
         return EngineStats(
             capacity=self.config.max_num_seqs,
+            max_step_tokens=self.config.max_step_tokens,
             waiting=len(self._waiting),
-            waiting_adapter=sum(digest not in resident for digest in wanted),
-            pool_bytes_free=pool.free_bytes,
-            pool_bytes_total=pool.total_bytes,
             step_ms=1000 * self._step_s,
             step_model=self._fit.model(),
-            resident=list(resident),
-            loading=self.adapters.loading,
-            host=list(self.adapters.host),
-            pinned=self.orders.pins,
-            num_loads=self.adapters.num_loads,
-            num_fetches=self.adapters.num_fetches,
             counters=copy(self.counters),
+            **self.orders.figures(wanted),
         )
 
 

@@ -357,28 +357,18 @@ class Engine:
             seq.drafter.learn(len(guesses), num_right)
 
     def stats(self) -> EngineStats:
-        pool = self.adapters.pool
-        resident = set(self.adapters.resident)
         return EngineStats(
             capacity=self.config.limits.max_num_seqs,
             max_step_tokens=self.config.limits.max_step_tokens,
             running=len(self.batcher.running),
             waiting=len(self.batcher.waiting),
-            waiting_adapter=sum(digest not in resident for digest in self._wanted_adapters()),
             kv_blocks_free=self.blocks.num_free,
             kv_blocks_total=self.blocks.num_blocks,
-            pool_bytes_free=pool.free_bytes,
-            pool_bytes_total=pool.total_bytes,
             step_ms=1000 * self._step_s,
             tokens_per_s=self._tokens_per_s,
             step_model=self._fit.model(),
-            resident=list(resident),
-            loading=self.adapters.loading,
-            host=list(self.adapters.host),
-            pinned=self.orders.pins,
-            num_loads=self.adapters.num_loads,
-            num_fetches=self.adapters.num_fetches,
             counters=copy(self.counters),
+            **self.orders.figures(self._wanted_adapters()),
         )
 
 

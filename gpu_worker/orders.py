@@ -5,7 +5,8 @@ Runs in the engine's thread, between steps.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
 
 from gpu_worker.adapters import AdapterCache
 from protocol.errors import LorafleetError
@@ -45,6 +46,16 @@ class Orders:
     def wanted(self) -> list[str]:
         """Return the pinned adapters that should be loaded."""
         return [digest for digest, problem in self._pins.items() if not problem]
+
+    def figures(self, waiting: Sequence[str]) -> dict[str, Any]:
+        """Return the fields of `EngineStats` that tell of adapters; `waiting`: those of the requests that wait."""
+        cache, resident = self._cache, set(self._cache.resident)
+        return {
+            "waiting_adapter": sum(digest not in resident for digest in waiting),
+            "pool_bytes_free": cache.pool.free_bytes, "pool_bytes_total": cache.pool.total_bytes,
+            "resident": list(resident), "loading": cache.loading, "host": list(cache.host), "pinned": self.pins,
+            "num_loads": cache.num_loads, "num_fetches": cache.num_fetches,
+        }  # fmt: skip
 
     def note(self, failed: Mapping[str, LorafleetError]) -> None:
         """Remember why pinned adapters cannot be loaded; they are tried again when they are ordered again."""
