@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 PROBE_S, PROBE_CLIENTS = 20.0, 32
 SAMPLE_S = 5.0
+PAUSE_S = 1.0  # of the clients themselves, from which on it is told
 NUM_TEMPLATES = 8
 READ_TIMEOUT_S = 300.0
 MAX_TOLD = 200  # errors that are told one by one
@@ -54,6 +55,9 @@ class Course:
     refusals: list[tuple[float, float]] = field(default_factory=list)  # (when, Retry-After), s
     completed_s: list[float] = field(default_factory=list)  # when each whole answer was there, in order
     rss_mb: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # process -> (s since begin, MB)
+    pauses: list[tuple[float, float]] = field(
+        default_factory=list
+    )  # (s since begin, s) in which the clients stood still
 
     @property
     def errors(self) -> dict[str, int]:
@@ -149,7 +153,12 @@ class Load:
             for name, pid in self._pids().items():
                 rss = sum(p.memory_info().rss for p in _family(pid)) / 1e6
                 self.course.rss_mb.setdefault(name, []).append((time.monotonic() - began_s, rss))
+            slept_s = time.monotonic()
             await asyncio.sleep(SAMPLE_S)
+            late_s = time.monotonic() - slept_s - SAMPLE_S
+            if late_s >= PAUSE_S:  # nothing that depends on the fleet: the machine gave this process no time
+                logger.warning("the clients stood still for %.1f s", late_s)
+                self.course.pauses.append((time.monotonic() - began_s, late_s))
 
     def _pids(self) -> dict[str, int]:
         return {"queue": self._fleet.queue.process.pid} | {m.name: m.pid for m in self._fleet.members.values()}
@@ -182,6 +191,9 @@ def as_markdown(course: Course, sustained: float, max_queued: int, where: str) -
         lines[0] += (
             f"`max_queued` was answered after {100 * course.share_kept(max_queued // 10):.1f} % of the refusals."
         )
+    if course.pauses:
+        longest_s = max(seconds for _, seconds in course.pauses)
+        lines[0] += f" The clients themselves stood still {len(course.pauses)} times, for up to {longest_s:.1f} s."
     lines += ["", "| process | RSS at begin, MB | middle | end | largest | slope of the second half, MB/h |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for name, samples in course.rss_mb.items():
