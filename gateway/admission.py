@@ -1,11 +1,13 @@
 """Whether a call is let in: by what waits already, and by how long it would wait itself. Pure.
 
 The queue's script counts requests exactly; tokens and time come from the scheduler's status of at most a second ago,
-plus what this gateway has submitted since.
+plus what this gateway has submitted since. To be refused by the script costs as much as to be let in, so a queue that
+was nearly full when it was counted last is foreseen from there: by its drain rate, and by the calls let through since.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -23,6 +25,9 @@ UNKNOWN_RETRY_S = 5.0
 
 STATUS_LIFE_MS = 5000
 
+NEARLY_FULL = 1 - ROOM
+"""Share of `max_queued` from which on a queue is foreseen: below it, nobody is refused for a guess."""
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -35,6 +40,27 @@ class Load:
 
 
 @dataclass(slots=True)
+class Count:
+    """When a class's queue was counted last, and what may have come since."""
+
+    at_ms: int = 0
+    queued: int = 0
+    passed: deque[int] = field(default_factory=deque)  # unix ms, of calls that were let through, newest last
+
+    def set(self, at_ms: int, queued: int) -> None:
+        """Take a count, if it is newer."""
+        if at_ms < self.at_ms:
+            return
+        self.at_ms, self.queued = at_ms, queued
+        while self.passed and self.passed[0] < at_ms:
+            self.passed.popleft()
+
+    def foreseen(self, now_ms: int, rate: float) -> float:
+        """Return how many wait now if `rate` have left each second, and all that were let through have come."""
+        return self.queued + len(self.passed) - rate * max(0, now_ms - self.at_ms) / 1000
+
+
+@dataclass(slots=True)
 class Admission:
     """Decides for one gateway."""
 
@@ -42,6 +68,7 @@ class Admission:
     num_new: int = 0  # requests let in that the status may not count yet
     num_new_tokens: int = 0
     _new: deque[tuple[int, Load]] = field(default_factory=deque)  # (unix ms, load), newest last
+    _counts: dict[str, Count] = field(default_factory=dict)  # of each class
 
     def note(self, load: Load, now_ms: int) -> None:
         """Note what was let in."""
@@ -56,12 +83,23 @@ class Admission:
             self.num_new -= load.num
             self.num_new_tokens -= load.num_tokens
 
-    def check_room(self, cls: str, status: m.SchedulerStatus | None) -> None:
-        """Raise Overloaded for a call that the queue had no place for a moment ago: before it costs any work."""
-        if status is not None:
-            queued = status.queued_batch if cls == BATCH else status.queued - status.queued_batch
-            if queued >= self.settings.max_queued:
-                raise self.full(Load(cls, 1, 0, 0.0), queued, status)
+    def check_room(self, cls: str, status: m.SchedulerStatus | None, now_ms: int) -> None:
+        """Raise Overloaded for a call that the queue has no place for, as far as is known: before it costs any work."""
+        if status is None:
+            return
+        count, limit = self._counts.setdefault(cls, Count()), self.settings.max_queued
+        queued = status.queued_batch if cls == BATCH else status.queued - status.queued_batch
+        count.set(status.sent_ms, queued)
+        if count.queued < NEARLY_FULL * limit:
+            return
+        foreseen = count.foreseen(now_ms, status.drain_rate)
+        if foreseen > limit - 1:
+            raise self.full(Load(cls, 1, 0, 0.0), math.ceil(foreseen), status)
+        count.passed.append(now_ms)
+
+    def note_full(self, load: Load, queued: int, now_ms: int) -> None:
+        """Note that the queue's script has just refused a call because `queued` requests of its class waited."""
+        self._counts.setdefault(load.cls, Count()).set(now_ms, queued)
 
     def check(self, load: Load, status: m.SchedulerStatus | None) -> None:
         """Let a call in, or raise Overloaded: too many tokens wait, or it would have to wait for too long.

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
@@ -19,11 +20,9 @@ from gateway.adapter_routes import AdapterEndpoints, add_adapter_routes
 from gateway.callers import CALLER
 from gateway.encoder_routes import EncoderEndpoints, add_encoder_routes
 from gateway.errors import add_handlers
-from gateway.gate import Gate
 from gateway.lorax_routes import NativeEndpoints, add_native_routes, shape_of
 from gateway.routes import Endpoints, add_routes
 from gateway.sse import RAW_SEND
-from protocol.api_keys import ApiKeys
 from protocol.errors import Unavailable
 from protocol.metrics import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
 from protocol.settings import Settings, names_of
@@ -44,21 +43,21 @@ def build_app(
     adapters: AdapterEndpoints,
     encoders: EncoderEndpoints,
     settings: Settings,
-    keys: ApiKeys | None,
+    guard: Callable[[ASGIApp], ASGIApp],
 ) -> Envelope:
-    """Return the application. `keys`: None when it answers to anybody."""
+    """Return the application. `guard` puts in front of its routes what turns requests away."""
     app = FastAPI(title="Lorafleet", docs_url=None, redoc_url=None, responses=openapi.OPENAI)
     add_handlers(app, shape_of)
     add_routes(app, endpoints)
     add_native_routes(app, native)
     add_adapter_routes(app, adapters)
     add_encoder_routes(app, encoders)
-    gate = Gate(app, keys, shape_of)
+    guarded = guard(app)
     origins = names_of(settings.cors_origins)
     if not origins:
-        return Envelope(gate, settings)
+        return Envelope(guarded, settings)
     open_app = CORSMiddleware(
-        gate, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS
+        guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS
     )
     return Envelope(open_app, settings)
 

@@ -121,7 +121,7 @@ class Calls:
         """
         options = options_of(request, self.settings)
         base = await self.fleet.require(worker=not options.background)
-        self.admission.check_room(options.cls, self.fleet.status)
+        self.admission.check_room(options.cls, self.fleet.status, now_ms())
         check_task(base, "generate")
         targets = await self._targets(request, base, caller)
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
@@ -219,6 +219,7 @@ class Calls:
         if outcome == "idem":
             return decode(value, m.Idempotent)
         if outcome == "full":
+            self.admission.note_full(load, int(value), now_ms())
             raise self.admission.full(load, int(value), self.fleet.status)
         if isinstance(value, Standing):
             caller.headers.update(limit_headers(value))

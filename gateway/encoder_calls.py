@@ -202,7 +202,7 @@ class EncoderCalls:
     async def _require(self, task: m.Task) -> m.ServedModel:
         base = await self._calls.fleet.require(worker=True)
         check_task(base, task)
-        self._calls.admission.check_room(INTERACTIVE, self._calls.fleet.status)
+        self._calls.admission.check_room(INTERACTIVE, self._calls.fleet.status, now_ms())
         return base
 
     def _check_number(self, num: int, param: str) -> None:

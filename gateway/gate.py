@@ -1,4 +1,4 @@
-"""In front of the routes: API keys, where the fleet asks for them.
+"""In front of the routes: whether the gateway can take one more call, and API keys, where the fleet asks for them.
 
 With keys on, `Authorization: Bearer` is the key. The token for an adapter's source is then LoRAX's `api_token`; or the
 key comes as `x-api-key`, and the bearer is the token as without keys.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.callers import CALLER, EVERYBODY, Caller
+from gateway.door import Door
 from gateway.errors import ErrorShape, unreachable_queue
+from gateway.lorax_metrics import GENERATION_PATHS
 from protocol.api_keys import PREFIX, ApiKeys
 from protocol.bus import CONNECTION_ERRORS
 from protocol.errors import LorafleetError, Unauthorized
@@ -27,16 +30,21 @@ OPEN_PATHS = frozenset({"/", "/health", "/ping", "/metrics", "/openapi.json"})
 class Gate:
     """In front of the routes: finds who calls, and turns away who may not."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys | None, shape_of: Callable[[str], ErrorShape]) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys | None, door: Door, shape_of: Callable[[str], ErrorShape]) -> None:
         """`keys`: None when the fleet asks for none. `shape_of`: how errors on a path are told."""
         self._app = app
+        self._door = door
         self._shape_of = shape_of
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_call = False
         if scope["type"] == "http":
             path, headers = scope["path"], Headers(scope=scope)
+            is_call = scope["method"] == "POST" and path in GENERATION_PATHS
             try:
+                if is_call:
+                    self._door.check()
                 scope[CALLER] = await self._caller(scope["method"], path, headers)
             except CONNECTION_ERRORS as error:
                 await self._shape_of(path).response(unreachable_queue(error))(scope, receive, send)
@@ -45,7 +53,8 @@ class Gate:
                 more = {"www-authenticate": "Bearer"} if error.status == 401 else {}
                 await self._shape_of(path).response(error, more)(scope, receive, send)
                 return
-        await self._app(scope, receive, send)
+        with self._door.open() if is_call else nullcontext():
+            await self._app(scope, receive, send)
 
     async def _caller(self, method: str, path: str, headers: Headers) -> Caller:
         bearer = _bearer(headers)

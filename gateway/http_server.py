@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import resource
 import socket
 from collections.abc import Iterator
 from functools import partial
@@ -18,6 +19,10 @@ logger = logging.getLogger(__name__)
 BACKLOG = 2048
 ACCEPTS_PER_TURN = 256
 RETRY_S = 1.0
+MAX_FILES = 1 << 16
+RESERVED_FILES = 512
+"""Of the files that this process may open, those that are not for clients: the queue's connections, above all."""
+
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -29,6 +34,7 @@ class HttpServer(uvicorn.Server):
     """
 
     _listeners: tuple[socket.socket, ...] = ()
+    max_connections = MAX_FILES
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -59,6 +65,9 @@ class HttpServer(uvicorn.Server):
         """Take the connections that wait."""
         loop = asyncio.get_running_loop()
         for _ in range(ACCEPTS_PER_TURN):
+            if len(self.server_state.connections) + len(self._opening) >= self.max_connections:
+                self._rest(listener, f"there are {self.max_connections}")
+                return
             try:
                 connection, _ = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -66,14 +75,19 @@ class HttpServer(uvicorn.Server):
             except OSError as error:
                 if error.errno not in OUT_OF_RESOURCES:
                     raise
-                logger.error("no connection can be taken for %g s: %s", RETRY_S, error)
-                loop.remove_reader(listener)
-                loop.call_later(RETRY_S, self._resume, listener)
+                self._rest(listener, error)
                 return
             connection.setblocking(False)
             task = loop.create_task(self._open(connection))
             self._opening.add(task)
             task.add_done_callback(self._opening.discard)
+
+    def _rest(self, listener: socket.socket, why: object) -> None:
+        """Let those who come wait in the system's queue for a while."""
+        logger.error("no connection can be taken for %g s: %s", RETRY_S, why)
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listener)
+        loop.call_later(RETRY_S, self._resume, listener)
 
     def _resume(self, listener: socket.socket) -> None:
         if listener in self._listeners:
@@ -85,3 +99,14 @@ class HttpServer(uvicorn.Server):
         except OSError as error:  # the client has left already
             logger.debug("a connection could not be opened: %s", error)
             connection.close()
+
+
+def allow_connections() -> int:
+    """Let this process open as many files as it may; return how many connections of clients that allows.
+
+    The limit that shells set, often 1,024, is that of programs which use `select`.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_files = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_files, hard))
+    return max(num_files - RESERVED_FILES, num_files // 2)

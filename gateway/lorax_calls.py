@@ -47,7 +47,7 @@ class NativeCalls:
         base = await calls.fleet.require(worker=True)
         check_task(base, "generate")
         native = native_options(request, calls.settings, base.max_model_len, stream=stream)
-        calls.admission.check_room(native.options.cls, calls.fleet.status)
+        calls.admission.check_room(native.options.cls, calls.fleet.status, now_ms())
         target = await self.target(p, base, caller)
         prompt = await self._prompt(request.inputs, native, target.files)
         limit = native_limit(native.options, prompt.num_tokens, base.max_model_len)

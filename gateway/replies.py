@@ -21,8 +21,7 @@ logger = logging.getLogger(__name__)
 
 STREAM_TTL_S = 300
 STREAM_MAX_AGE_MS = 60_000
-BEAT_TTL_MS = 5000
-BEAT_S = 1.0
+KEEP_S = 1.0
 RETRY_S = 0.2
 MAX_PENDING = 64  # deltas held for one call; a client that takes them more slowly is served from the log
 
@@ -169,11 +168,10 @@ class Replies:
     """The reader of `Keys.out` of this gateway, and the mailboxes it fills."""
 
     def __init__(self, bus: Bus, gid: str, beats: Bus) -> None:
-        """`beats`: what `beat` writes with."""
+        """`beats`: what `keep` asks, which must not wait behind calls."""
         self.bus = bus
         self._beats = beats
         self.gid = gid
-        self.address = ""  # set once it is known
         self._stream = bus.keys.out(gid)
         self._subscriptions: dict[str, list[Subscription]] = {}
 
@@ -230,21 +228,19 @@ class Replies:
             for _, fields in found.get(self._stream, ()):
                 self._deliver(fields.get(b"b", b""))
 
-    async def beat(self) -> None:
-        """Say once a second that this gateway lives, and keep its stream, until cancelled."""
+    async def keep(self) -> None:
+        """Look once a second whether stream and queue are still those that calls rely on, until cancelled."""
         never = asyncio.Event()
         while True:
             try:
-                await self.beat_once()
+                await self._keep_once()
             except CONNECTION_ERRORS as error:
-                logger.warning("no beat: %s", error)
+                logger.warning("the out stream cannot be kept: %s", error)
             except Exception:
-                logger.exception("no beat")
-            await wait_any(never, BEAT_S)
+                logger.exception("the out stream cannot be kept")
+            await wait_any(never, KEEP_S)
 
-    async def beat_once(self) -> None:
-        keys = self.bus.keys
-        await self._beats.beat(keys.gateway_beat(self.gid), keys.gateways, self.gid, self.address.encode(), BEAT_TTL_MS)
+    async def _keep_once(self) -> None:
         gone = not await self._beats.keep_stream(self._stream, ttl_s=STREAM_TTL_S, max_age_ms=STREAM_MAX_AGE_MS)
         if gone:
             logger.warning("the out stream was gone; calls catch up from the log")

@@ -10,6 +10,10 @@ import asyncio
 import logging
 import socket
 import uuid
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import uvicorn
 
@@ -18,14 +22,16 @@ from gateway.adapter_routes import AdapterEndpoints
 from gateway.app import Envelope, build_app
 from gateway.calls import Calls
 from gateway.catalogue import Catalogue, Fleet
+from gateway.door import Door
 from gateway.encoder_routes import EncoderEndpoints
-from gateway.gate import is_loopback
+from gateway.gate import Gate, is_loopback
 from gateway.grammar_check import GrammarCheck
-from gateway.http_server import BACKLOG, HttpServer
+from gateway.http_server import BACKLOG, HttpServer, allow_connections
 from gateway.jobs import Jobs
-from gateway.lorax_routes import NativeEndpoints
+from gateway.lorax_routes import NativeEndpoints, shape_of
 from gateway.names import Names
 from gateway.own_files import OwnFiles
+from gateway.pulse import Pulse
 from gateway.replies import Replies
 from gateway.routes import Endpoints
 from gateway.sandbox import Sandbox
@@ -49,8 +55,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     secret = FleetSecret.of(settings)
     files = await asyncio.to_thread(load_model_files, settings)
     bus = Bus(settings.redis_url)
-    # Signs of life have connections of their own. Behind hundreds of calls that wait for one of `bus`'s a beat would be
-    # late, the gateway taken for dead, and all that it has let in cancelled.
+    # What is looked at once a second has connections of its own: behind hundreds of calls that wait for one of `bus`'s
+    # it would be late.
     beats = Bus(settings.redis_url)
     try:
         await bus.check()
@@ -74,12 +80,18 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
             )
         encoders = EncoderEndpoints(endpoints, calls)
         keys = ApiKeys(bus) if settings.api_keys else None
-        app = build_app(endpoints, native, adapters, encoders, settings, keys)
+        door = Door(settings.max_open_calls, lambda: fleet.status)
+        guard = partial(Gate, keys=keys, door=door, shape_of=shape_of)
+        app = build_app(endpoints, native, adapters, encoders, settings, guard)
         with _listen(settings.host, settings.port) as listener:
-            replies.address = _address(listener)
+            address = _address(listener)
+            pulse = Pulse(settings.redis_url, replies.gid, address, lambda: door.looked_s)
             await replies.open()
-            await replies.beat_once()
-            await _run(_server(app), listener, (app, endpoints, replies, (fleet, names)), settings, stop)
+            await pulse.beat_once(beats)
+            parts = _Parts(app, endpoints, replies, fleet, names, door)
+            async with pulse.beating():
+                logger.info("listening on %s", address)
+                await _run(_server(app), listener, parts, settings.grace_s, stop)
         await replies.close()
         await own.close()
         await sandbox.close()
@@ -90,25 +102,32 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     return 0
 
 
-async def _run(
-    server: HttpServer,
-    listener: socket.socket,
-    parts: tuple[Envelope, Endpoints, Replies, tuple[Fleet, Names]],
-    settings: Settings,
-    stop: asyncio.Event,
-) -> None:
-    app, endpoints, replies, (fleet, names) = parts
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What runs, and what has to be told of the end."""
+
+    app: Envelope
+    endpoints: Endpoints
+    replies: Replies
+    fleet: Fleet
+    names: Names
+    door: Door
+
+    def loops(self) -> list[Coroutine[Any, Any, None]]:
+        return [self.replies.read(), self.replies.keep(), self.fleet.watch(), self.names.listen(), self.door.watch()]
+
+
+async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace_s: float, stop: asyncio.Event) -> None:
     async with asyncio.TaskGroup() as group:
-        loops = [group.create_task(loop) for loop in (replies.read(), replies.beat(), fleet.watch(), names.listen())]
+        loops = [group.create_task(loop) for loop in parts.loops()]
         serving = group.create_task(server.serve([listener]))
-        logger.info("listening on %s", replies.address)
         await stop.wait()
-        endpoints.draining = True
+        parts.endpoints.draining = True
         logger.info("draining")
-        if not await _idle(app, settings.grace_s):
-            for waiters in (replies, names):
+        if not await _idle(parts.app, grace_s):
+            for waiters in (parts.replies, parts.names):
                 waiters.fail_all(Unavailable("this gateway is shutting down", code="shutting_down"))
-            await _idle(app, LAST_WORDS_S)
+            await _idle(parts.app, LAST_WORDS_S)
         server.should_exit = True
         await serving
         for loop in loops:
@@ -129,7 +148,9 @@ def _server(app: Envelope) -> HttpServer:
         app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, server_header=False,
         proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=LAST_WORDS_S,
     )  # fmt: skip
-    return HttpServer(config)
+    server = HttpServer(config)
+    server.max_connections = allow_connections()
+    return server
 
 
 def _listen(host: str, port: int) -> socket.socket:

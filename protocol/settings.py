@@ -51,6 +51,9 @@ class Settings(BaseSettings):
         ge=0,
         description="predicted wait for a first token from which on requests get 429; 0: the deadline",
     )
+    max_open_calls: int = Field(
+        default=16_384, ge=1, description="calls that one gateway answers at once before new ones get 429"
+    )
     max_body_bytes: int = Field(default=4 << 20, ge=1, description="largest HTTP body")
     cors_origins: str = Field(
         default="", description="origins whose pages may call from a browser, with commas; * for any; empty: none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from gateway.admission import Admission, Load
@@ -45,11 +46,36 @@ def test_a_wait_that_is_too_long_is_refused_until_enough_of_the_queue_is_gone() 
 @pytest.mark.parametrize("cls", [INTERACTIVE, BATCH])
 def test_a_full_queue_refuses_before_any_work_is_done(cls: str) -> None:
     admission = Admission(Settings(max_queued=50))
-    admission.check_room(cls, None)
-    admission.check_room(cls, status(99, batch=49 if cls == BATCH else 50))
+    admission.check_room(cls, None, NOW_MS)
+    admission.check_room(cls, status(99, batch=49 if cls == BATCH else 50), NOW_MS)
+    full = msgspec.structs.replace(status(100, batch=50), sent_ms=NOW_MS + 1)
     with pytest.raises(Overloaded, match="50 requests are waiting; the limit is 50") as refused:
-        admission.check_room(cls, status(100, batch=50))
+        admission.check_room(cls, full, NOW_MS + 1)
     assert refused.value.retry_after_s == pytest.approx(1.0)
+
+
+def num_let_through(admission: Admission, told: m.SchedulerStatus | None, now_ms: int) -> int:
+    """Return how many of a thousand calls may try the queue at one moment."""
+    for num in range(1000):
+        try:
+            admission.check_room(INTERACTIVE, told, now_ms)
+        except Overloaded:
+            return num
+    return 1000
+
+
+def test_between_two_looks_only_as_many_try_a_full_queue_as_have_left_it() -> None:
+    admission, told = Admission(Settings(max_queued=100)), status(50, rate=20.0)
+    assert num_let_through(admission, told, NOW_MS) == 1000  # below nine tenths nobody is refused for a guess
+    admission.note_full(load(), 100, NOW_MS + 100)
+    assert num_let_through(admission, told, NOW_MS + 100) == 0
+    assert [num_let_through(admission, told, NOW_MS + ms) for ms in (140, 200, 300)] == [0, 2, 2]
+    # The scheduler's next word counts those that came before it.
+    told = msgspec.structs.replace(told, queued=95, sent_ms=NOW_MS + 250)
+    assert num_let_through(admission, told, NOW_MS + 250) == 5 - 2
+    assert num_let_through(admission, msgspec.structs.replace(told, queued=20, sent_ms=NOW_MS + 260), NOW_MS) == 1000
+    assert num_let_through(admission, None, NOW_MS + 100) == 1000  # without a scheduler the queue alone decides
+    admission.check_room(BATCH, told, NOW_MS)  # the classes have queues of their own
 
 
 def test_what_would_not_begin_before_its_deadline_is_refused_whatever_the_settings() -> None:

@@ -103,3 +103,40 @@ def test_a_server_without_file_descriptors_goes_on_when_there_are_some(monkeypat
         return answer
 
     assert uvloop.run(ask()).startswith(b"HTTP/1.1 204")
+
+
+def test_connections_are_limited_and_the_next_one_waits_for_its_turn(monkeypatch: Any) -> None:
+    monkeypatch.setattr(http_server, "RETRY_S", 0.01)
+    monkeypatch.setattr(HttpServer, "max_connections", 1)
+    rests = list[object]()
+    rest = HttpServer._rest
+
+    def note(self: HttpServer, listener: socket.socket, why: object) -> None:
+        rests.append(why)
+        rest(self, listener, why)
+
+    monkeypatch.setattr(HttpServer, "_rest", note)
+
+    async def ask() -> bytes:
+        async with serving(HttpServer, Answered()) as port:
+            _, first = await asyncio.open_connection("127.0.0.1", port)
+            reader, second = await asyncio.open_connection("127.0.0.1", port)
+            second.write(REQUEST)
+            answer = asyncio.create_task(reader.read())
+            while len(rests) < 3:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            assert not answer.done()
+            first.close()
+            await answer
+            second.close()
+        return answer.result()
+
+    assert uvloop.run(ask()).startswith(b"HTTP/1.1 204")
+
+
+def test_a_process_may_have_more_connections_than_shells_allow(monkeypatch: Any) -> None:
+    limits = list[Any]()
+    monkeypatch.setattr(http_server.resource, "getrlimit", lambda which: (1024, 4096))
+    monkeypatch.setattr(http_server.resource, "setrlimit", lambda which, pair: limits.append(pair))
+    assert http_server.allow_connections() == 4096 - http_server.RESERVED_FILES
+    assert limits == [(4096, 4096)]
