@@ -13,6 +13,7 @@ from typing import Protocol
 
 from gpu_worker.blocks import BlockPool, chain_hash, chain_seed
 from gpu_worker.request import Sequence
+from protocol.settings import SHORT_STEP_TOKENS_PER_SEQ
 
 BLOCK_TOKENS = 16
 
@@ -40,6 +41,11 @@ class Limits:
     prefix_cache: bool = True
     max_draft_tokens: int = 0  # guesses a sequence may add to a step, 0: none
     max_draft_step_tokens: int = 0  # guesses are added as long as the step has no more tokens than that
+
+    @property
+    def short_step_tokens(self) -> int:
+        """Tokens of a step up to which prompts that give way are computed."""
+        return min(self.max_step_tokens, SHORT_STEP_TOKENS_PER_SEQ * self.max_num_seqs)
 
     def __post_init__(self) -> None:
         if not 0 < self.max_num_seqs <= self.max_step_tokens:
@@ -91,19 +97,31 @@ class Batcher:
             self.waiting.remove(seq)
 
     def plan(self) -> StepPlan:
-        """Choose the next step's tokens and give each chosen sequence the blocks it needs."""
+        """Choose the next step's tokens and give each chosen sequence the blocks it needs.
+
+        Decodes first, then prompts; those that give way last, and only until the step has `short_step_tokens`.
+        """
         plan = StepPlan()
-        budget = self.limits.max_step_tokens
-        for seq in sorted(self.running, key=lambda seq: seq.num_pending > 1):
+        decodes = [seq for seq in self.running if seq.num_pending == 1]
+        prompts = [seq for seq in self.running if seq.num_pending > 1]
+        budget = self._go_on(decodes, plan, self.limits.max_step_tokens)
+        budget = self._go_on([seq for seq in prompts if not seq.gives_way], plan, budget)
+        budget = self._admit_waiting(plan, budget, gives_way=False)
+        budget = max(0, budget - (self.limits.max_step_tokens - self.limits.short_step_tokens))
+        budget = self._go_on([seq for seq in prompts if seq.gives_way], plan, budget)
+        self._admit_waiting(plan, budget, gives_way=True)
+        if self.limits.max_draft_tokens and not plan.preempted:
+            self._add_drafts(plan)
+        return plan
+
+    def _go_on(self, seqs: list[Sequence], plan: StepPlan, budget: int) -> int:
+        """Give running sequences what they lack, within `budget` tokens. Returns what is left of it."""
+        for seq in seqs:
             num_new = _chunk(seq, min(seq.num_pending, budget), plan)
             if num_new and seq not in plan.preempted and self._grow(seq, num_new, plan):
                 plan.num_new[seq] = num_new
                 budget -= num_new
-        if not plan.preempted:
-            self._admit_waiting(plan, budget)
-            if self.limits.max_draft_tokens:
-                self._add_drafts(plan)
-        return plan
+        return budget
 
     def complete(self, plan: StepPlan) -> None:
         """Note that a plan's tokens are computed; their full blocks can be hit from now on.
@@ -175,17 +193,21 @@ class Batcher:
             self._gate.release(seq.request.digest)
             seq.slot = -1
 
-    def _admit_waiting(self, plan: StepPlan, budget: int) -> None:
-        for seq in list(self.waiting):
+    def _admit_waiting(self, plan: StepPlan, budget: int, *, gives_way: bool) -> int:
+        """Start waiting sequences, within `budget` tokens. Returns what is left of it."""
+        if plan.preempted or (gives_way and any(seq.num_skips > MAX_SKIPS for seq in self.waiting)):
+            return budget
+        for seq in [seq for seq in self.waiting if seq.gives_way == gives_way]:
             if budget == 0 or len(self.running) == self.limits.max_num_seqs:
-                return
+                break
             num_new = self._admit(seq, budget, plan)
             if num_new:
                 plan.num_new[seq] = num_new
                 plan.num_cached += seq.num_computed
                 budget -= num_new
             elif seq.num_skips > MAX_SKIPS:
-                return
+                break
+        return budget
 
     def _admit(self, seq: Sequence, budget: int, plan: StepPlan) -> int:
         """Start a waiting sequence if its blocks and adapter are there. Returns its tokens in this step, 0 if not."""
@@ -200,6 +222,7 @@ class Batcher:
         wanted = _num_blocks(seq.num_tokens) - len(cached) + len(self.running)
         if wanted > self.blocks.num_free - self.blocks.num_idle(cached):
             seq.num_skips += 1
+            seq.gives_way = seq.gives_way and seq.num_skips <= MAX_SKIPS
             return 0
         if seq.request.digest:
             slot = self._gate.acquire(seq.request.digest)

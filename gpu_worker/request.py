@@ -32,7 +32,7 @@ class EngineRequest:
     stop_token_ids: list[int] = field(default_factory=list)
     salt: str = ""  # separates the prefix caches of tenants
     lora_scale: float = 1.0  # multiplies the adapter's own scale
-    tenant: str = ""
+    gives_way: bool = False  # its prompt is computed after others', see `Batcher.plan`
     grammar: str = ""  # that the output must follow, as in `messages.Body`
     task: m.Task = "generate"
 
@@ -81,6 +81,7 @@ class Sequence:
         self.drafter: Drafter | None = None  # guesses its next tokens, if that is wished
         self.prompt_logprobs: PromptLogprobs | None = None  # being recorded, until its first token comes
         self.num_skips = 0  # plans that passed it over for lack of blocks
+        self.gives_way = request.gives_way  # to others' prompts, unless it has been passed over too often
 
     @property
     def rid(self) -> str:

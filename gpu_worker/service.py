@@ -412,7 +412,7 @@ def _engine_request(item: m.Assigned, body: m.Body, tok: bytes) -> EngineRequest
         stop_token_ids=body.stop_token_ids,
         salt=body.salt,
         lora_scale=body.lora_scale,
-        tenant=item.tenant,
+        gives_way=item.gives_way,
         grammar=body.grammar,
         task=body.task,
     )

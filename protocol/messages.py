@@ -93,6 +93,7 @@ class Assigned(Packed, frozen=True):
     gateway: str = ""
     stored: bool = False
     deadline_ms: int = 0
+    gives_way: bool = False  # its prompt is computed after others', in short steps: its tenant has more than its share
 
 
 class Control(Wire, frozen=True):

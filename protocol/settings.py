@@ -11,6 +11,13 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 CONFIG_VARIABLE = "LORAFLEET_CONFIG"
 
+SHORT_STEP_TOKENS_PER_SEQ = 2
+"""Tokens of a step, per sequence that a worker runs at most, up to which prompts that give way to others are computed.
+
+A prompt that comes in the middle of a step waits for its end. With one token for each decode, as many are left for the
+next prompts: where these are no longer than the answers, that is all that the worker can use in the long run.
+"""
+
 
 class Settings(BaseSettings):
     """Settings of all services; each reads what concerns it. Sizes in the unit their name says."""

@@ -29,6 +29,7 @@ class Verdict(Enum):
     HELD = 1  # a better worker is worth waiting for; others may pass within the slack
     BLOCKED = 2  # no worker may take it now, but one may take others
     FULL = 3  # no worker takes any request of this lane
+    BARRED = 4  # no worker takes any of those who give way
 
 
 Offer = Callable[[Request, bool], Verdict]
@@ -85,6 +86,10 @@ class _Tenant:
             if head is not None and head.sort_key == (deadline, arrival):
                 return head
         return None
+
+
+def _nobody(tenant: str) -> bool:
+    return False
 
 
 class Lane:
@@ -145,11 +150,14 @@ class Lane:
         if not tenants:
             del self._waiting[digest]
 
-    def scan(self, offer: Offer, *, slack: float, max_refused: int) -> float | None:
+    def scan(
+        self, offer: Offer, *, slack: float, max_refused: int, gives_way: Callable[[str], bool] = _nobody
+    ) -> float | None:
         """Offer requests by their tenants' counters until no worker takes more.
 
         A tenant more than `slack` above one whose request was held is not served before it: the held request is
-        then offered once more, and may not be held any more.
+        then offered once more, and may not be held any more. Where there is no more room for tenants that give way
+        they are passed over.
         Returns None when every request was refused or no worker takes more; else, when it stopped after
         `max_refused` offers or a tenant had more queues than are looked at, the counter up to which it may go on
         with `scan_adapters`.
@@ -157,22 +165,30 @@ class Lane:
         looked_at_all = True
         aside: list[tuple[float, int, str]] = []  # tenants of which nothing was placed
         held: deque[tuple[float, Request]] = deque()  # by counter
+        barred = False
         while max_refused > 0 and (top := self._top()) is not None:
             counter, _, name = top
             if held and counter > held[0][0] + slack:
                 level, request = held.popleft()
                 verdict = self._offer(offer, request, True, level)
+            elif barred and gives_way(name):
+                aside.append(heappop(self._heap))
+                continue
             else:
                 tenant = self._tenants[name]
                 verdict, request, num_refused = self._visit(tenant, offer, held[0][0] if held else None)
                 max_refused -= num_refused
                 looked_at_all = looked_at_all and (
-                    verdict is Verdict.PLACED or len(tenant.queues) <= MAX_QUEUES_PER_VISIT
+                    verdict in (Verdict.PLACED, Verdict.BARRED) or len(tenant.queues) <= MAX_QUEUES_PER_VISIT
                 )
-                if verdict in (Verdict.HELD, Verdict.BLOCKED):
+                if verdict in (Verdict.HELD, Verdict.BLOCKED, Verdict.BARRED):
                     aside.append(heappop(self._heap))
                 if verdict is Verdict.HELD and request is not None:
                     held.append((counter, request))
+            if verdict is Verdict.BARRED and not barred:
+                barred = True
+                if all(map(gives_way, self._tenants)):
+                    verdict = Verdict.FULL
             if verdict is Verdict.FULL:
                 looked_at_all = True
                 break
@@ -187,13 +203,19 @@ class Lane:
             return None
         return held[0][0] + slack if held else math.inf
 
-    def scan_adapters(self, digests: Collection[str], offer: Offer, max_counter: float) -> int:
+    def scan_adapters(
+        self,
+        digests: Collection[str],
+        offer: Offer,
+        max_counter: float,
+        gives_way: Callable[[str], bool] = _nobody,
+    ) -> int:
         """Offer requests for these adapters alone, by counter up to `max_counter`, until one is refused.
 
         Finds work for a worker whose adapters are those of requests far back. Returns how many were placed.
         """
         few, many = sorted((digests, self._waiting), key=len)
-        num_placed = 0
+        num_placed, barred = 0, False
         queues = [(digest, name) for digest in few if digest in many for name in self._waiting[digest]]
         heads: list[tuple[float, int, int, str, str]] = []
         for digest, name in queues:
@@ -208,7 +230,16 @@ class Lane:
                 continue
             head = self._tenants[name].queues[digest].head()
             # What is passed over was not looked at, so this must not raise the level of service.
-            if head is None or self._offer(offer, head, False, 0.0) is not Verdict.PLACED:
+            if head is None:
+                break
+            if barred and gives_way(name):
+                heappop(heads)
+                continue
+            verdict = self._offer(offer, head, False, 0.0)
+            if verdict is Verdict.BARRED:
+                barred = True
+                continue
+            if verdict is not Verdict.PLACED:
                 break
             num_placed += 1
             tenant = self._tenants.get(name)
@@ -247,7 +278,7 @@ class Lane:
         while len(seen) < MAX_QUEUES_PER_VISIT and (request := tenant.pop_head()) is not None:
             seen.append(request)
             verdict = self._offer(offer, request, False, least_held)
-            if verdict in (Verdict.PLACED, Verdict.FULL):
+            if verdict in (Verdict.PLACED, Verdict.FULL, Verdict.BARRED):
                 break
             if verdict is Verdict.HELD and held is None:
                 held = request
@@ -256,7 +287,7 @@ class Lane:
                 heappush(tenant.order, (*request.sort_key, request.submit.digest))
         if held is not None and verdict is Verdict.BLOCKED:
             verdict = Verdict.HELD
-        return verdict, held, len(seen) - (verdict is Verdict.PLACED)
+        return verdict, held, len(seen) - (verdict in (Verdict.PLACED, Verdict.BARRED))
 
     def _offer(self, offer: Offer, request: Request, final: bool, least_held: float | None) -> Verdict:
         if request.dropped:

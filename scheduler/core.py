@@ -8,10 +8,10 @@ from heapq import heappop, heappush
 from itertools import islice
 
 from protocol import messages as m
-from protocol.keys import CLASSES
+from protocol.keys import BATCH, CLASSES
 from protocol.settings import Settings
 from scheduler.backlog import Backlog, Verdict
-from scheduler.fairness import TokenCounters
+from scheduler.fairness import Shares, TokenCounters
 from scheduler.fleet import Fleet, Worker
 from scheduler.ledger import Ledger
 from scheduler.placement import AdapterFacts, Placement
@@ -70,6 +70,7 @@ class Scheduler:
         self.placement = Placement(self.fleet, policy.max_attempts)
         self.ledger = Ledger(self.fleet, self.counters, self.placement.rank_of)
         self.backlog = Backlog(self.counters)
+        self.shares = Shares(self.counters, policy.slack_tokens)
         self.requests: dict[str, Request] = {}
         self._deadlines: list[tuple[int, str]] = []
         self._num_seen = 0
@@ -92,9 +93,8 @@ class Scheduler:
             self._take_out(known)
             request.input_charged, request.output_charged = known.input_charged, known.output_charged
         else:
-            heappush(self._deadlines, (sub.deadline_ms, sub.rid))
+            self._count_in(sub)
         self._enqueue(request)
-        self.ledger.headroom.asked(sub.tenant, self._now_ms)
         if sub.digest != BASE and sub.digest not in self.fleet.holders:
             self._unplaced.add(sub.digest)
 
@@ -105,7 +105,7 @@ class Scheduler:
             return
         request = Request(sub, epoch - 1, attempts, dropped=True, input_charged=True, output_charged=-1)
         self.requests[sub.rid] = request
-        heappush(self._deadlines, (sub.deadline_ms, sub.rid))
+        self._count_in(sub)
         self.ledger.assign(request, worker)
 
     def ended(self, message: m.Ended) -> None:
@@ -119,13 +119,14 @@ class Scheduler:
         if message.requeued:  # it comes back by the submit stream
             self.ledger.hand_back(request, message.num_output_tokens)
         else:
-            del self.requests[message.rid]
+            self._count_out(request)
             self.ledger.end(request, message.num_output_tokens)
 
     def forget(self, rid: str) -> None:
         """Drop a request that has ended elsewhere."""
-        request = self.requests.pop(rid, None)
+        request = self.requests.get(rid)
         if request is not None:
+            self._count_out(request)
             self._take_out(request)
 
     def beats(self, beats: Mapping[str, m.WorkerBeat | None], elapsed_s: float) -> list[str]:
@@ -162,6 +163,7 @@ class Scheduler:
             self.backlog.set_warm(digest, warm)
         if self.backlog.num_queued:
             self.placement.begin()
+            self.shares.begin(self.placement.total_capacity, now_ms)
             self._dispatch_resumed(plan, now_ms)
             for cls in CLASSES:
                 for warm in (True, False):
@@ -181,7 +183,7 @@ class Scheduler:
                 continue  # something newer is known of it by now
             self.ledger.remove(request)
             if request.rid in gone:
-                del self.requests[request.rid]
+                self._count_out(request)
             else:
                 self._enqueue(replace(request, dropped=False))
 
@@ -228,6 +230,16 @@ class Scheduler:
 
     # ------------------------------------------------------------ helpers
 
+    def _count_in(self, sub: m.Submit) -> None:
+        heappush(self._deadlines, (sub.deadline_ms, sub.rid))
+        if sub.cls != BATCH:
+            self.shares.asked(sub.tenant, sub.weight, self._now_ms)
+
+    def _count_out(self, request: Request) -> None:
+        del self.requests[request.rid]
+        if request.submit.cls != BATCH:
+            self.shares.ended(request.submit.tenant)
+
     def _enqueue(self, request: Request) -> None:
         self._num_seen += 1
         request.order = self._num_seen
@@ -255,19 +267,24 @@ class Scheduler:
         def offer(request: Request, final: bool) -> Verdict:
             return self._offer(request, final, plan, now_ms)
 
-        max_counter = lane.scan(offer, slack=self.policy.slack_tokens, max_refused=MAX_REFUSED)
+        def gives_way(tenant: str) -> bool:
+            return self.shares.gives_way(tenant, batch=cls == BATCH)
+
+        slack = self.policy.slack_tokens
+        max_counter = lane.scan(offer, slack=slack, max_refused=MAX_REFUSED, gives_way=gives_way)
         if warm and max_counter is not None:
             for worker in self.placement.with_room(cls):
-                lane.scan_adapters(worker.resident, offer, max_counter)
+                lane.scan_adapters(worker.resident, offer, max_counter, gives_way)
 
     def _offer(self, request: Request, final: bool, plan: Plan, now_ms: float) -> Verdict:
         if plan.num_placed >= MAX_PLACED:
             plan.again_ms = now_ms
             return Verdict.FULL
-        capacity = self.placement.total_capacity
-        if not (request.resumed or self.ledger.headroom.allows(request.submit.tenant, capacity, now_ms)):
-            return Verdict.BLOCKED
-        output_tokens = min(request.submit.max_new_tokens, self.ledger.mean_output_tokens)
+        sub = request.submit
+        request.gives_way = not request.resumed and self.shares.gives_way(sub.tenant, batch=sub.cls == BATCH)
+        if request.gives_way and not self.placement.has_room(request, gives_way=True):
+            return Verdict.BARRED if self.placement.has_room(request) else Verdict.FULL
+        output_tokens = min(sub.max_new_tokens, self.ledger.mean_output_tokens)
         choice = self.placement.choose(request, output_tokens, now_ms, final=final)
         if isinstance(choice, Worker):
             self.backlog.remove(request)

@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+
+from scheduler.request import decrement
 
 INPUT_WEIGHT = 1.0
 OUTPUT_WEIGHT = 2.0
 
-HEADROOM = 0.125
-"""Share of the fleet's capacity that no tenant takes alone, while others come now and then."""
-
 RECENT_MS = 20_000.0
-
-
-class Headroom:
-    """Keeps room for those who ask now and then. A flood on an idle fleet would else fill it whole, at one moment,
-    with requests that also end at one moment: counters decide only about what is free."""
-
-    def __init__(self) -> None:
-        self.running: Counter[str] = Counter()
-        """Tenant -> requests it has on workers."""
-        self._last_ms: dict[str, float] = {}  # tenant -> when it last asked, the longest ago first
-
-    def asked(self, tenant: str, now_ms: float) -> None:
-        """Note that a tenant has sent a request."""
-        self._last_ms.pop(tenant, None)
-        self._last_ms[tenant] = now_ms
-
-    def allows(self, tenant: str, capacity: int, now_ms: float) -> bool:
-        """Tell whether a tenant may have one more request on a fleet of this capacity."""
-        if self.running[tenant] < capacity - max(1, int(capacity * HEADROOM)):
-            return True
-        while self._last_ms and now_ms - (oldest := next(iter(self._last_ms.items())))[1] > RECENT_MS:
-            del self._last_ms[oldest[0]]
-        return not (self._last_ms.keys() - {tenant})
+"""How long after its last request a tenant still counts as one that asks now and then."""
 
 
 class TokenCounters:
@@ -82,3 +60,91 @@ class TokenCounters:
             # What is at or below `level` would be lifted to it anyway when its tenant returns.
             self._counters = {name: value for name, value in self._counters.items() if value > self.level}
             self._prune_at = max(1024, 2 * len(self._counters))
+
+
+class Shares:
+    """Which tenants give way to others: who has more than its share while others, who have less, ask now and then.
+
+    Shares are max-min fair: where the open requests of all, queued or running, are more than the fleet has places, a
+    tenant's share are so many of them, by its weight, that what those with less leave is divided among the rest. A
+    tenant has less if no more of its requests are open than that, and no tenant with more is further than
+    `slack_tokens` behind it: one that asks for little at a time, but without a pause, would otherwise be served before
+    all others. Counters alone protect nobody who asks now and then: they decide only about what is free, and a flood
+    fills an idle fleet at one moment.
+    """
+
+    def __init__(self, counters: TokenCounters, slack_tokens: float) -> None:
+        self._counters = counters
+        self._slack_tokens = slack_tokens
+        self.num_open: Counter[str] = Counter()
+        """Tenant -> its requests that have not ended, queued or running; batch work does not count."""
+        self._kinds: Counter[tuple[int, float]] = Counter()  # (open requests, weight) -> tenants that have both
+        self._last_ms: dict[str, float] = {}  # tenant -> when it last asked, the longest ago first
+        self._weights: dict[str, float] = {}  # of the same tenants
+        self._share = math.inf  # open requests that a tenant of weight 1 may have
+        self._least_over = math.inf  # counter of the tenants with more
+        self._some_have_less = False
+
+    def asked(self, tenant: str, weight: float, now_ms: float) -> None:
+        """Note that a tenant has sent a request."""
+        self._last_ms.pop(tenant, None)
+        self._last_ms[tenant] = now_ms
+        self._set(tenant, self.num_open[tenant] + 1, weight)
+
+    def ended(self, tenant: str) -> None:
+        """Note that a request has ended."""
+        self._set(tenant, self.num_open[tenant] - 1, self._weights[tenant])
+
+    def begin(self, capacity: int, now_ms: float) -> None:
+        """Look at all tenants anew, for a fleet with so many places."""
+        self._forget_old(now_ms)
+        self._share = self._fair_share(capacity)
+        self._least_over = math.inf
+        self._some_have_less = False
+        if self._share < math.inf:
+            share, weights = self._share, self._weights
+            over = [tenant for tenant, num in self.num_open.items() if num > share * weights[tenant]]
+            self._least_over = min(map(self._counters.__getitem__, over), default=math.inf)
+            self._some_have_less = any(map(self._has_less, weights))
+
+    def gives_way(self, tenant: str, *, batch: bool = False) -> bool:
+        """Tell whether a tenant's next request gives way to others; one of class `batch` does to all that are not."""
+        return bool(self._weights) if batch else self._some_have_less and not self._has_less(tenant)
+
+    def _fair_share(self, capacity: int) -> float:
+        """Return the open requests per weight up to which all tenants together fill the fleet.
+
+        Infinite if all fit, or not even one of each: then counters alone say who is next.
+        """
+        asking = sorted((num / own, own * num_tenants) for (num, own), num_tenants in self._kinds.items())
+        left, weight = float(capacity), sum(own for _, own in asking)
+        for num, own in asking:
+            if num * weight >= left:
+                share = left / weight
+                return share if share * max(own for _, own in self._kinds) >= 1 else math.inf
+            left -= num * own
+            weight -= own
+        return math.inf
+
+    def _has_less(self, tenant: str) -> bool:
+        if max(1, self.num_open[tenant]) > self._share * self._weights[tenant]:
+            return False
+        return self._counters[tenant] <= self._least_over + self._slack_tokens
+
+    def _set(self, tenant: str, num: int, weight: float) -> None:
+        if before := self.num_open[tenant]:
+            decrement(self._kinds, (before, self._weights[tenant]))
+        self._weights[tenant] = weight
+        if num:
+            self.num_open[tenant] = num
+            self._kinds[num, weight] += 1
+        else:
+            del self.num_open[tenant]
+
+    def _forget_old(self, now_ms: float) -> None:
+        while self._last_ms and now_ms - self._last_ms[tenant := next(iter(self._last_ms))] > RECENT_MS:
+            del self._last_ms[tenant]
+            if self.num_open[tenant]:
+                self._last_ms[tenant] = now_ms  # it waits, which is a way of asking
+            else:
+                del self._weights[tenant]

@@ -14,6 +14,12 @@ from scheduler.request import BASE, Request
 QUEUED_AHEAD = 2
 """Requests a worker may have above its capacity, so that it never waits for the next one."""
 
+KEPT_FOR_OTHERS = 8
+"""One in so many places of a worker that requests which give way leave free."""
+
+KEPT_FROM_BATCH = 4
+"""The same of batch work."""
+
 MAX_LOADS = 8
 """Adapters that may be on their way to a worker for requests already assigned to it."""
 
@@ -79,19 +85,27 @@ class Worker:
             return Tier.LOADING
         return Tier.HOST if digest in self.host else Tier.REMOTE
 
-    def ready_credit(self, cls: str) -> int:
-        """Return how many requests whose adapter is there it may get. Batch work leaves a quarter of it free."""
+    def ready_credit(self, cls: str, *, gives_way: bool = False) -> int:
+        """Return how many requests whose adapter is there it may get."""
         beat = self.beat
         if beat.kv_blocks_free * 16 < beat.kv_blocks_total and beat.waiting > beat.waiting_adapter:
             return 0  # memory, not the number of requests, limits it now
-        if cls == BATCH:
-            return beat.capacity - max(1, beat.capacity // 4) - self.num_ready
+        if cls == BATCH or gives_way:
+            return self._places_unkept(cls) - self.num_ready
         return beat.capacity + QUEUED_AHEAD - self.num_ready
 
-    def takes_cold(self, digest: str, cls: str) -> bool:
+    def takes_cold(self, digest: str, cls: str, *, gives_way: bool = False) -> bool:
         """Tell whether it may get a request that has to wait for `digest` there."""
-        limit = MAX_LOADS // 2 if cls == BATCH else MAX_LOADS
+        leaves_room = cls == BATCH or gives_way
+        if leaves_room and self.load >= self._places_unkept(cls):
+            return False  # those that wait for one adapter come to their places together
+        limit = MAX_LOADS // 2 if leaves_room else MAX_LOADS
         return (digest in self.cold or len(self.cold) < limit) and self.num_cold < self.beat.capacity
+
+    def _places_unkept(self, cls: str) -> int:
+        """Return how many places those may fill that leave some to others: one at least."""
+        capacity = self.beat.capacity
+        return max(1, capacity - max(1, capacity // (KEPT_FROM_BATCH if cls == BATCH else KEPT_FOR_OTHERS)))
 
     def step_s(self, request: Request, num_tokens: int, rank: int) -> float:
         """Predict its step time with `request`, of `num_tokens` and an adapter of `rank`, added."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from scheduler.fairness import Headroom, TokenCounters
+from scheduler.fairness import TokenCounters
 from scheduler.fleet import Fleet, Tier, Worker
 from scheduler.request import BASE, Request, decrement
 
@@ -23,7 +23,6 @@ class Ledger:
         self._fleet = fleet
         self._counters = counters
         self._rank_of = rank_of
-        self.headroom = Headroom()
         self.mean_output_tokens = 128.0
         self.num_ended = 0
 
@@ -41,7 +40,6 @@ class Ledger:
         request.reserved_tokens = self.expected_tokens(request)
         worker.requests[request.rid] = request
         self._fleet.num_assigned += 1
-        self.headroom.running[sub.tenant] += 1
         if not worker.by_digest[sub.digest] and sub.digest != BASE:
             worker.ranks[sub.digest] = self._rank_of(sub.digest)
             worker.rank_sum += worker.ranks[sub.digest]
@@ -66,7 +64,6 @@ class Ledger:
         digest = request.submit.digest
         del worker.requests[request.rid]
         self._fleet.num_assigned -= 1
-        decrement(self.headroom.running, request.submit.tenant)
         decrement(worker.by_digest, digest)
         if digest in worker.ranks and digest not in worker.by_digest:
             worker.rank_sum -= worker.ranks.pop(digest)

@@ -196,12 +196,12 @@ class Placement:
         order = self._rendezvous.order(digest)
         return order[0] if order else None
 
-    def has_room(self, request: Request) -> bool:
+    def has_room(self, request: Request, *, gives_way: bool = False) -> bool:
         """Tell whether any worker takes requests like this one: of its class, and their adapter there, or not."""
         cls, digest = request.submit.cls, request.submit.digest
         if digest == BASE or digest in self._fleet.holders:
-            return bool(self.with_room(cls))
-        return any(worker.takes_cold("?", cls) for worker in self._workers)
+            return any(worker.ready_credit(cls, gives_way=gives_way) > 0 for worker in self._workers)
+        return any(worker.takes_cold("?", cls, gives_way=gives_way) for worker in self._workers)
 
     def with_room(self, cls: str) -> list[Worker]:
         """Return the workers that take requests whose adapter is there."""
@@ -240,7 +240,7 @@ class Placement:
         homes = self._rendezvous.order(digest)[: self.homes[digest]] if digest != BASE else ()
         best, crowded = _Best(), _Best()
         preferred_open = digest == BASE
-        for worker in self._candidates(digest, holders, homes, request.submit.cls):
+        for worker in self._candidates(request, holders, homes):
             tier = worker.tier(digest)
             if not self._takes(worker, request, tier, bool(holders)):
                 continue
@@ -274,9 +274,11 @@ class Placement:
             elif worker.suspects.total() >= SUSPECTS_PER_WORKER:
                 return False
         if tier is Tier.RESIDENT:
-            return worker.ready_credit(cls) > 0
+            return worker.ready_credit(cls, gives_way=request.gives_way) > 0
         # Bringing an adapter to one more worker only helps where there is room to run it.
-        return worker.takes_cold(digest, cls) and (not warm_elsewhere or worker.ready_credit(cls) > 0)
+        if not worker.takes_cold(digest, cls, gives_way=request.gives_way):
+            return False
+        return not warm_elsewhere or worker.ready_credit(cls, gives_way=request.gives_way) > 0
 
     def _batch_ms(self, worker: Worker, request: Request, output_tokens: float, rank: int) -> float:
         """Estimate how long the request queues and decodes in a worker's batch."""
@@ -299,26 +301,26 @@ class Placement:
         fair_load = LOAD_BOUND * (self._fleet.num_assigned + 1) * capacity / self.total_capacity
         return len(worker.requests) + 1 > max(fair_load, capacity * FREE_SHARE, 1)
 
-    def _candidates(self, digest: str, holders: Collection[str], homes: Collection[str], cls: str) -> Iterable[Worker]:
+    def _candidates(self, request: Request, holders: Collection[str], homes: Collection[str]) -> Iterable[Worker]:
         """Return the workers to score: all of a small fleet; else where the adapter is or belongs, and some others."""
         if len(self._workers) <= MAX_CANDIDATES:
             return self._workers
         self._turn += 1
         half = MAX_CANDIDATES // 2
-        if digest != BASE and not holders:
+        if request.submit.digest != BASE and not holders:
             known = [self._fleet.workers[wid] for wid in homes]
             return {worker.wid: worker for worker in (*known[:half], *self._some(self._workers, half, None))}.values()
         known = [self._fleet.workers[wid] for wid in (*holders, *homes)]
-        chosen = (*self._some(known, half, cls), *self._some(self._workers, half, cls))
+        chosen = (*self._some(known, half, request), *self._some(self._workers, half, request))
         return {worker.wid: worker for worker in chosen}.values()
 
-    def _some(self, workers: list[Worker], num: int, cls: str | None) -> list[Worker]:
-        """Return `num` of the workers, others at each turn; with a class, of those that have room for it."""
+    def _some(self, workers: list[Worker], num: int, request: Request | None) -> list[Worker]:
+        """Return `num` of the workers, others at each turn; with a request, of those that have room for it."""
         found: list[Worker] = []
         start = self._turn * num
         for i in range(start, start + len(workers)):
             worker = workers[i % len(workers)]
-            if cls is None or worker.ready_credit(cls) > 0:
+            if request is None or worker.ready_credit(request.submit.cls, gives_way=request.gives_way) > 0:
                 found.append(worker)
                 if len(found) == num:
                     break

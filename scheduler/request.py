@@ -30,6 +30,7 @@ class Request:
     reserved_tokens: int = 0  # prompt and expected output, as counted on its worker
     held_since_ms: float = -1.0  # when it was first passed over to wait for a warmer worker; -1: never
     held_until_ms: float = 0.0
+    gives_way: bool = False  # to other tenants' requests, see `Shares`
 
     @property
     def rid(self) -> str:

@@ -168,7 +168,7 @@ class Simulation:
             touched.add(wid)
             for item in batch:
                 request = self._open[item.rid]
-                request.epoch = item.epoch + 1
+                request.epoch, request.gives_way = item.epoch + 1, item.gives_way
                 self._workers[wid].take(request)
         for wid, digest in plan.prefetches:
             touched.add(wid)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from protocol import messages as m
+from protocol.settings import SHORT_STEP_TOKENS_PER_SEQ
 from scheduler.placement import AdapterFacts, Bandwidths
 from scheduler.request import BASE
 
@@ -35,6 +36,7 @@ class Running:
     submit: m.Submit
     num_output_tokens: int  # it will make
     epoch: int = 0
+    gives_way: bool = False
     left_prompt: int = 0
     submitted_ms: float = 0.0
     first_ms: float = -1.0
@@ -85,7 +87,7 @@ class SimWorker:
         self.wid = wid
         self._model = model
         self._facts = facts
-        self._ready: deque[Running] = deque()
+        self._ready: tuple[deque[Running], deque[Running]] = (deque(), deque())  # the second one's give way
         self._blocked: dict[str, list[Running]] = {}  # digest -> requests that wait for it, in order of their coming
         self._running: dict[str, Running] = {}
         self._ends: list[tuple[int, str]] = []  # (step after which it ends, rid)
@@ -102,10 +104,6 @@ class SimWorker:
         self.num_loads = 0
         self.num_fetches = 0
         self.busy_ms = 0.0
-
-    @property
-    def num_requests(self) -> int:
-        return len(self._running) + len(self._ready) + len(self._starting) + sum(map(len, self._blocked.values()))
 
     def take(self, request: Running) -> None:
         """Get a request."""
@@ -161,25 +159,26 @@ class SimWorker:
 
     def start_step(self, now_ms: float) -> float | None:
         """Begin a step. Returns when it ends, None if there is nothing to do or one is in progress."""
-        if self.step_ends_ms is not None or not (self._running or self._ready):
+        if self.step_ends_ms is not None or not (self._running or any(self._ready)):
             return None
-        budget = self._model.max_step_tokens - len(self._running)
+        model = self._model
         num_tokens = len(self._running)
         adapters = {running.submit.digest for running in self._running.values()}
-        while self._ready and budget > 0 and len(self._running) + len(self._starting) < self._model.capacity:
-            request = self._ready[0]
-            chunk = min(budget, request.left_prompt)
-            request.left_prompt -= chunk
-            budget -= chunk
-            num_tokens += chunk
-            self._kv_tokens += chunk
-            adapters.add(request.submit.digest)
-            if request.left_prompt:
-                break
-            self._starting.append(self._ready.popleft())
+        short = min(model.max_step_tokens, SHORT_STEP_TOKENS_PER_SEQ * model.capacity)
+        for ready, max_tokens in zip(self._ready, (model.max_step_tokens, short), strict=True):
+            while ready and num_tokens < max_tokens and len(self._running) + len(self._starting) < model.capacity:
+                request = ready[0]
+                chunk = min(max_tokens - num_tokens, request.left_prompt)
+                request.left_prompt -= chunk
+                num_tokens += chunk
+                self._kv_tokens += chunk
+                adapters.add(request.submit.digest)
+                if request.left_prompt:
+                    break
+                self._starting.append(ready.popleft())
         rank = sum(self._facts[digest].rank for digest in adapters if digest != BASE)
-        model = self._model.step
-        step_ms = 1000 * (model.a + model.b * num_tokens + model.c * self._kv_tokens + model.d * rank)
+        step = model.step
+        step_ms = 1000 * (step.a + step.b * num_tokens + step.c * self._kv_tokens + step.d * rank)
         self.busy_ms += step_ms
         self.step_ends_ms = now_ms + step_ms
         return self.step_ends_ms
@@ -206,7 +205,7 @@ class SimWorker:
     def beat(self, now_ms: float) -> m.WorkerBeat:
         """Report as a worker does."""
         lengths = {rid: end - self._step for end, rid in self._ends}
-        waiting = [*self._ready, *self._starting]
+        waiting = [*self._ready[False], *self._ready[True], *self._starting]
         blocked = [request for requests in self._blocked.values() for request in requests]
         progress = [(rid, r.num_output_tokens - lengths[rid]) for rid, r in self._running.items()]
         return m.WorkerBeat(
@@ -229,4 +228,4 @@ class SimWorker:
         digest = request.submit.digest
         self._pinned[digest] += 1
         self._pool.touch(digest)
-        self._ready.append(request)
+        self._ready[request.gives_way].append(request)

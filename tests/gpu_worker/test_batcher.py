@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,8 +36,10 @@ class Gate:
         assert self.refs[digest] >= 0
 
 
-def make_seq(rid: str, prompt: np.ndarray, max_new: int, digest: str = "", output: list[int] | None = None) -> Sequence:
-    request = EngineRequest(rid, 1, digest, prompt.astype(np.int32), Sampling(), max_new, output or [])
+def make_seq(
+    rid: str, prompt: np.ndarray, max_new: int, digest: str = "", output: list[int] | None = None, **more: Any
+) -> Sequence:
+    request = EngineRequest(rid, 1, digest, prompt.astype(np.int32), Sampling(), max_new, output or [], **more)
     seq = Sequence(request, 1 << 20)
     seq.is_bound = True
     return seq
@@ -90,15 +93,15 @@ class BatcherMachine(RuleBasedStateMachine):
 
     @rule(
         kind=st.integers(0, 2), length=st.integers(1, 80), max_new=st.integers(1, 40),
-        digest=st.sampled_from(["", "a", "b"]), resumed=st.integers(0, 20),
+        digest=st.sampled_from(["", "a", "b"]), resumed=st.integers(0, 20), gives_way=st.booleans(),
     )  # fmt: skip
-    def add(self, kind: int, length: int, max_new: int, digest: str, resumed: int) -> None:
+    def add(self, kind: int, length: int, max_new: int, digest: str, resumed: int, gives_way: bool) -> None:
         length = min(length, self.max_len - 1)
         max_new = min(max_new, self.max_len - length)
         prompt = np.arange(length) * (kind + 1)
         output = [7 * kind] * min(resumed, max_new - 1)
         self.count += 1
-        seq = make_seq(str(self.count), prompt, max_new, digest, output)
+        seq = make_seq(str(self.count), prompt, max_new, digest, output, gives_way=gives_way)
         seq.drafter = Drafter(self.limits.max_draft_tokens) if self.limits.max_draft_tokens else None
         self.batcher.add(seq)
 
@@ -186,6 +189,27 @@ def test_a_long_prompt_is_computed_in_chunks_beside_decodes() -> None:
         chunks.append(plan.num_new[long])
         finish_step(batcher, plan)
     assert chunks == [31, 31, 31, 7]
+
+
+def test_prompts_that_give_way_come_last_and_in_short_steps() -> None:
+    batcher, _ = make_batcher(64, max_num_seqs=8, max_step_tokens=64)
+    flood = [make_seq(f"flood{i}", np.arange(20) + i, 50, gives_way=True) for i in range(5)]
+    for seq in flood:
+        batcher.add(seq)
+    plan = batcher.plan()
+    assert plan.num_new == {flood[0]: 16}, "twice as many tokens as there can be decodes"
+    finish_step(batcher, plan)
+    quiet = make_seq("quiet", np.arange(40) + 100, 50)
+    batcher.add(quiet)
+    plan = batcher.plan()
+    assert plan.num_new == {quiet: 40}, "not even a prompt that was begun goes on before it"
+    finish_step(batcher, plan)
+    plan = batcher.plan()
+    assert plan.num_new == {quiet: 1, flood[0]: 4, flood[1]: 11}
+    finish_step(batcher, plan)
+    batcher.add(make_seq("another", np.arange(8) + 200, 50))
+    plan = batcher.plan()
+    assert {seq.rid: num for seq, num in plan.num_new.items()} == {"flood0": 1, "quiet": 1, "another": 8, "flood1": 6}
 
 
 def test_a_second_equal_prompt_computes_only_its_last_block() -> None:
@@ -306,6 +330,24 @@ def test_small_requests_overtake_a_large_one_only_for_a_while() -> None:
     assert overtaking == MAX_SKIPS
     batcher.remove(holder)
     assert large in batcher.plan().num_new
+
+
+def test_one_that_gives_way_is_not_passed_over_for_ever() -> None:
+    batcher, _ = make_batcher(8, prefix_cache=False)
+    holder = make_seq("holder", np.arange(16), 1000)
+    batcher.add(holder)
+    batcher.complete(batcher.plan())
+    batcher.add(make_seq("large", np.arange(112), 4, gives_way=True))
+    small: list[Sequence] = []
+    for i in range(2 * MAX_SKIPS):
+        small.append(make_seq(f"small{i}", np.arange(8), 1))
+        batcher.add(small[-1])
+        plan = batcher.plan()
+        batcher.complete(plan)
+        if small[-1] not in plan.num_new:
+            break
+        batcher.remove(small[-1])
+    assert len(small) == MAX_SKIPS + 2
 
 
 def test_hits_on_free_blocks_count_as_taken() -> None:

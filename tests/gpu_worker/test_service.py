@@ -54,11 +54,11 @@ async def submit(bus: Bus, rid: str, *, max_new: int = 8, cls: str = "interactiv
     assert status == "ok"
 
 
-async def assign(bus: Bus, wid: str, *rids: str) -> str:
+async def assign(bus: Bus, wid: str, *rids: str, gives_way: bool = False) -> str:
     batch = []
     for rid in rids:
         epoch = int(await bus.redis.hget(bus.keys.req(rid), "epoch"))
-        batch.append((m.Assigned(rid, epoch + 1, "", "t", GATEWAY), epoch))
+        batch.append((m.Assigned(rid, epoch + 1, "", "t", GATEWAY, gives_way=gives_way), epoch))
     status, _ = await bus.assign(wid, batch)
     return status
 

@@ -109,6 +109,24 @@ def test_batch_work_leaves_room_and_never_queues_ahead() -> None:
     assert fleet.workers["w"].ready_credit("batch") == 15
 
 
+def test_who_gives_way_leaves_an_eighth_also_once_its_adapter_comes() -> None:
+    fleet = make_fleet(beat("w", capacity=16))
+    worker, ledger = fleet.workers["w"], make_ledger(fleet)
+    assert worker.ready_credit("interactive", gives_way=True) == 14
+    for i in range(14):
+        assert worker.takes_cold("d", "interactive", gives_way=True)
+        ledger.assign(request(f"r{i}", "d"), worker)
+    assert not worker.takes_cold("d", "interactive", gives_way=True)
+    assert worker.takes_cold("d", "interactive")
+    assert worker.ready_credit("interactive") == 16 + QUEUED_AHEAD
+
+
+def test_a_worker_of_one_place_serves_everyone() -> None:
+    worker = make_fleet(beat("w", capacity=1)).workers["w"]
+    assert worker.ready_credit("batch") == worker.ready_credit("interactive", gives_way=True) == 1
+    assert worker.takes_cold("d", "batch")
+
+
 def test_waiting_for_an_adapter_takes_no_capacity_but_is_bounded() -> None:
     fleet = make_fleet(beat("w", capacity=4))
     worker, ledger = fleet.workers["w"], make_ledger(fleet)

@@ -56,6 +56,14 @@ async def test_a_batch_of_several_adapters_goes_out_in_one_entry(bus: Bus) -> No
         assert await bus.redis.xlen(bus.keys.sub("interactive")) == 0
 
 
+async def test_a_worker_is_told_who_gives_way(bus: Bus) -> None:
+    worker = await FakeWorker(bus, "w1", capacity=8).join()
+    await submit(bus, make_submit("quiet", tenant="quiet"), *(make_submit(f"r{i}", tenant="flood") for i in range(9)))
+    async with running_scheduler(bus):
+        await holds(worker, "quiet", *(f"r{i}" for i in range(6)))
+        assert {item.tenant: item.gives_way for item in worker.held.values()} == {"quiet": False, "flood": True}
+
+
 async def test_a_dead_workers_requests_go_to_another_with_their_tokens(bus: Bus) -> None:
     await bus.create_stream(bus.keys.out("g-test"), 300)
     first = await FakeWorker(bus, "w1").join()
