@@ -85,7 +85,10 @@ async def test_a_batch_runs_to_its_end_and_leaves_no_work_behind(bus: Bus) -> No
     async with running_worker(bus) as (worker, _):
         for rid, num in (("a", 3), ("b", 8)):
             await submit(bus, rid, max_new=num)
-        assert await assign(bus, worker.wid, "a", "b") == "ok"
+        given: list[bool] = []
+        submit_to_engine = worker.engine.submit
+        worker.engine.submit = lambda request: (given.append(request.gives_way), submit_to_engine(request))
+        assert await assign(bus, worker.wid, "a", "b", gives_way=True) == "ok"
         for rid, num in (("a", 3), ("b", 8)):
             await wait_until(lambda rid=rid: _is(bus, rid, "completed"), f"{rid} completes")
             assert await log(bus, rid) == expected(num)
@@ -96,6 +99,7 @@ async def test_a_batch_runs_to_its_end_and_leaves_no_work_behind(bus: Bus) -> No
         assert await bus.redis.xlen(bus.keys.work(worker.wid)) == 0
         ended = [item for entry in await bus.entries(bus.keys.ended) for item in decode(entry[1][b"b"], list[m.Ended])]
         assert sorted((item.rid, item.num_output_tokens) for item in ended) == [("a", 3), ("b", 8)]
+        assert given == [True, True]
 
 
 async def test_a_drained_worker_hands_over_and_another_goes_on_where_it_stopped(bus: Bus) -> None:
