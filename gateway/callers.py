@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
+from gateway.preparing import Preparation
 from protocol import messages as m
 from protocol.api_keys import SCOPES, Tenant
 from protocol.errors import PermissionDenied
@@ -28,6 +29,7 @@ class Caller:
     scopes: Sequence[str] = SCOPES
     token: str = ""  # for the source of an adapter
     headers: dict[str, str] = field(default_factory=dict)  # what the answer tells of limits; filled on the way
+    preparation: Preparation = field(default_factory=Preparation)  # of its call
 
     @property
     def owner(self) -> str:

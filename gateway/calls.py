@@ -210,6 +210,12 @@ class Calls:
 
         Raises Overloaded, and BadRequest for more than can ever be let in.
         """
+        try:
+            return await self._submit(work, requests, idem)
+        finally:
+            work.caller.preparation.end(submitted=True)
+
+    async def _submit(self, work: Work, requests: Requests, idem: tuple[str, m.Idempotent]) -> m.Idempotent | None:
         load = load_of(work.options.cls, [submit for submit, _ in requests])
         quota, caller = work.caller.quota, work.caller
         if quota is not None:

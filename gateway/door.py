@@ -1,8 +1,8 @@
 """Whether a gateway can take one more call at all, asked before anything is read of it.
 
-Two things are a gateway's own and not the queue's: how many calls it holds, which is its memory, and whether its loop
-keeps up. A late loop delays the streams that were let in, so new calls are turned away, for a tenth of what it would
-cost to look into them, until it is on time again.
+Three things are a gateway's own and not the queue's: how many calls it holds, which is its memory, how long they are on
+their way to the queue, and whether its loop keeps up. Where it is slow, everything that was let in becomes slower with
+each new call; so these are turned away, for a tenth of what it would cost to look into them, until it is on time again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from gateway.admission import MIN_RETRY_S, ROOM, retry_after_s
+from gateway.preparing import Preparation, Preparing
 from protocol import messages as m
 from protocol.errors import Overloaded
 
@@ -22,6 +23,7 @@ NUM_LOOKS = 3
 """So many looks in a row must find the loop late: one long turn, or a process that was stopped, is no overload."""
 
 MAX_LATE_S = 2.0
+MAX_PREPARATION_S = 5.0
 
 
 class Door:
@@ -32,6 +34,7 @@ class Door:
         self._max_open = max_open
         self._status = status
         self.num_open = 0
+        self.preparing = Preparing()
         self.looked_s = time.monotonic()
         """When the loop was seen to turn last, monotonic."""
         self._late_s = deque([0.0] * NUM_LOOKS, NUM_LOOKS)  # of the last looks, oldest first
@@ -56,14 +59,23 @@ class Door:
                 f"this gateway is {late_s:.1f} s late with what it has; the limit is {MAX_LATE_S:g} s",
                 max(MIN_RETRY_S, late_s),
             )
+        wait_s = self.preparing.wait_s
+        if wait_s >= MAX_PREPARATION_S:
+            raise Overloaded(
+                f"{self.preparing.num} calls are on their way to the queue, for about {wait_s:.0f} s;"
+                f" the limit is {MAX_PREPARATION_S:g} s",
+                wait_s,
+            )
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Count a call while it is answered."""
+    def open(self) -> Iterator[Preparation]:
+        """Count a call while it is answered; yields what is to be told when it is in the queue."""
         self.num_open += 1
+        preparation = self.preparing.begin()
         try:
-            yield
+            yield preparation
         finally:
+            preparation.end()
             self.num_open -= 1
 
     async def watch(self) -> None:
@@ -74,5 +86,6 @@ class Door:
 
     def look(self, now_s: float) -> None:
         """Note that the loop has turned."""
+        self.preparing.look(now_s)
         self._late_s.append(now_s - self.looked_s - LOOK_S)
         self.looked_s = now_s

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable
-from contextlib import nullcontext
+from dataclasses import replace
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -17,6 +17,7 @@ from gateway.callers import CALLER, EVERYBODY, Caller
 from gateway.door import Door
 from gateway.errors import ErrorShape, unreachable_queue
 from gateway.lorax_metrics import GENERATION_PATHS
+from gateway.preparing import Preparation
 from protocol.api_keys import PREFIX, ApiKeys
 from protocol.bus import CONNECTION_ERRORS
 from protocol.errors import LorafleetError, Unauthorized
@@ -38,23 +39,33 @@ class Gate:
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_call = False
-        if scope["type"] == "http":
-            path, headers = scope["path"], Headers(scope=scope)
-            is_call = scope["method"] == "POST" and path in GENERATION_PATHS
-            try:
-                if is_call:
-                    self._door.check()
-                scope[CALLER] = await self._caller(scope["method"], path, headers)
-            except CONNECTION_ERRORS as error:
-                await self._shape_of(path).response(unreachable_queue(error))(scope, receive, send)
-                return
-            except LorafleetError as error:
-                more = {"www-authenticate": "Bearer"} if error.status == 401 else {}
-                await self._shape_of(path).response(error, more)(scope, receive, send)
-                return
-        with self._door.open() if is_call else nullcontext():
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
+        elif scope["method"] != "POST" or scope["path"] not in GENERATION_PATHS:
+            await self._let_in(scope, receive, send, Preparation())
+        else:
+            try:
+                self._door.check()
+            except LorafleetError as error:
+                await self._shape_of(scope["path"]).response(error)(scope, receive, send)
+                return
+            with self._door.open() as preparation:
+                await self._let_in(scope, receive, send, preparation)
+
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send, preparation: Preparation) -> None:
+        """Find out who calls, and pass the request on or refuse it."""
+        path = scope["path"]
+        try:
+            caller = await self._caller(scope["method"], path, Headers(scope=scope))
+        except CONNECTION_ERRORS as error:
+            await self._shape_of(path).response(unreachable_queue(error))(scope, receive, send)
+            return
+        except LorafleetError as error:
+            more = {"www-authenticate": "Bearer"} if error.status == 401 else {}
+            await self._shape_of(path).response(error, more)(scope, receive, send)
+            return
+        scope[CALLER] = replace(caller, preparation=preparation)
+        await self._app(scope, receive, send)
 
     async def _caller(self, method: str, path: str, headers: Headers) -> Caller:
         bearer = _bearer(headers)

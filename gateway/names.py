@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from gateway.callers import EVERYBODY, Caller
 from protocol import messages as m
@@ -89,33 +90,34 @@ class Names:
         """
         own = await self._bus.alias(name, caller.name) if caller.name else None
         if own is not None:
-            return await self._settled(own, timeout_s)
+            return await self._settled(own, timeout_s, caller)
         if not caller.may_use(name):
             raise ModelNotFound(name)
-        token = caller.token
         alias = await self._bus.alias(name)
         reference = parse_reference(name)
         if alias is not None and not alias.on_request:
-            return await self._settled(alias, timeout_s)
+            return await self._settled(alias, timeout_s, caller)
         if reference is None:
             raise ModelNotFound(name)
         if reference.scheme not in self._policy.request_sources:
             raise ModelNotFound(name, f"Requests may not name {reference.scheme} adapters here: register it first.")
         self._policy.check(reference, on_request=True)
-        if token and (alias is None or alias.state != "on_disk"):
-            return await self._looked_up(name, reference, token, timeout_s)
-        return await self._looked_up(name, reference, "", timeout_s)
+        if alias is not None and alias.state == "on_disk":
+            caller = replace(caller, token="")  # everybody's is there
+        return await self._looked_up(name, reference, caller, timeout_s)
 
-    async def _settled(self, alias: m.Alias, timeout_s: float) -> m.Alias:
+    async def _settled(self, alias: m.Alias, timeout_s: float, caller: Caller) -> m.Alias:
         found: m.Alias | None = alias
         if not is_settled(alias):
+            caller.preparation.end()
             found = await self.wait(alias.name, alias.tenant, lambda now: now is None or is_settled(now), timeout_s)
         if found is None or found.state == "unknown":
             raise ModelNotFound(alias.name)
         return _or_raise(found)
 
-    async def _looked_up(self, name: str, reference: Reference, token: str, timeout_s: float) -> m.Alias:
+    async def _looked_up(self, name: str, reference: Reference, caller: Caller, timeout_s: float) -> m.Alias:
         """Return what a place holds, by a look at it that is fresh enough; a failure is told again for a while."""
+        token = caller.token
         tenant = owner_of(token)
         field = private_name(name, tenant)
         forever = reference.is_fixed and not token  # what a commit holds never changes; who may read it does
@@ -130,6 +132,7 @@ class Names:
         def is_answered(found: m.Alias | None) -> bool:
             return found is not None and is_settled(found) and found.asked_ms >= asked_ms
 
+        caller.preparation.end()
         try:
             found = await self.wait(name, tenant, is_answered, timeout_s)
         finally:

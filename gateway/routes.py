@@ -54,6 +54,7 @@ class Endpoints:
         if key and (earlier := await self._calls.earlier(key, caller)):
             if earlier.jid:
                 return json_response(await self._jobs.repeated(earlier, endpoint, raw, caller), 202)
+            caller.preparation.end()
             return await self._calls.attach(body, endpoint, earlier, raw)
         answer = self._answer(endpoint, body, (key, raw), caller)
         stream = bool(body.stream) and not body.background

@@ -13,8 +13,9 @@ import redis
 from scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
 from waiting import wait_until
 
-from gateway import door, pulse
+from gateway import door, preparing, pulse
 from gateway.door import LOOK_S, MAX_LATE_S, NUM_LOOKS, Door
+from gateway.preparing import FEW
 from protocol import messages as m
 from protocol.bus import Bus
 from protocol.errors import Overloaded
@@ -54,6 +55,48 @@ def test_the_advice_of_a_full_gateway_is_when_a_tenth_of_its_calls_will_have_end
     with pytest.raises(Overloaded, match="answering 100 calls; the limit is 100") as refused:
         watched.check()
     assert refused.value.retry_after_s == pytest.approx(2.0)
+
+
+def test_calls_that_would_long_be_on_their_way_to_the_queue_are_refused_while_many_are() -> None:
+    watched = Door(10_000, lambda: None)
+    now_s = watched.looked_s
+    watched.look(now_s)
+    begun = [watched.preparing.begin() for _ in range(1000)]
+    watched.check()  # nobody knows how long it takes
+    for _ in range(20):  # 100 a second
+        now_s += LOOK_S
+        for preparation in [begun.pop() for _ in range(10)]:
+            preparation.end(submitted=True)
+            preparation.end()  # its call is over, too: it counts once
+        watched.look(now_s)
+    assert watched.preparing.num == 800
+    with pytest.raises(
+        Overloaded, match=r"800 calls are on their way to the queue, for about 8 s; the limit is 5 s"
+    ) as refused:
+        watched.check()
+    assert refused.value.retry_after_s == pytest.approx(8.0, rel=0.02)
+    while len(begun) > 450:
+        begun.pop().end()
+    watched.check()
+    while begun:
+        begun.pop().end()
+    for _ in range(100):  # a gateway that has nothing to do does not forget how fast it is
+        now_s += LOOK_S
+        watched.look(now_s)
+    begun = [watched.preparing.begin() for _ in range(400)]
+    watched.check()
+    begun += [watched.preparing.begin() for _ in range(200)]
+    with pytest.raises(Overloaded):
+        watched.check()
+    for _ in range(30):  # and one where nothing gets on notices
+        now_s += LOOK_S
+        watched.look(now_s)
+    while len(begun) > FEW:
+        begun.pop().end()
+    with pytest.raises(Overloaded):
+        watched.check()
+    begun.pop().end()
+    watched.check()
 
 
 async def post(http: httpx2.AsyncClient, path: str = "/v1/completions", body: Any = COMPLETION) -> httpx2.Response:
@@ -117,6 +160,37 @@ async def test_open_calls_are_limited(bus: Bus, fleet: ScriptedFleet, model_fold
         fleet.go.set()
         assert (await held).status_code == 200
         assert (await post(http)).status_code == 200
+
+
+async def test_calls_wait_in_the_queue_and_not_before_it(
+    fleet: ScriptedFleet, http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "LOOK_S", 0.01)
+    monkeypatch.setattr(preparing, "FEW", 2)
+    monkeypatch.setattr(preparing, "MIN_WINDOW_S", 0.05)
+    submit, may_submit = Bus.submit, asyncio.Event()
+
+    async def submit_late(self: Bus, *args: Any, **more: Any) -> Any:
+        await may_submit.wait()
+        return await submit(self, *args, **more)
+
+    monkeypatch.setattr(Bus, "submit", submit_late)
+    asked = list[asyncio.Task[httpx2.Response]]()
+    async with asyncio.TaskGroup() as group:
+
+        def is_one_refused() -> bool:
+            asked.append(group.create_task(post(http)))
+            monkeypatch.setattr(door, "MAX_PREPARATION_S", 0.05 if len(asked) > 2 else 5.0)
+            return any(answer.done() for answer in asked)
+
+        await wait_until(is_one_refused, "the gateway knows how slow it is")
+        may_submit.set()
+    told = [answer.result() for answer in asked]
+    refused = [answer for answer in told if answer.status_code != 200]
+    assert {answer.status_code for answer in refused} == {429}
+    assert all("calls are on their way to the queue" in answer.json()["error"]["message"] for answer in refused)
+    assert len(fleet.seen) == len(told) - len(refused) >= 2
+    assert (await post(http)).status_code == 200
 
 
 async def test_a_gateway_whose_loop_stands_still_lives_until_it_is_stuck(
