@@ -21,7 +21,7 @@ from protocol.quota import Quota, standing_of
 from protocol.records import Owned, RequestFacts
 from protocol.redis_client import connect
 from protocol.scripts import Scripts
-from protocol.verified import Verified
+from protocol.verified import Plan, Verified
 
 logger = logging.getLogger(__name__)
 
@@ -157,15 +157,16 @@ class Bus(AdapterBus):
     async def step(self, wid: str, step: Step) -> list[Refused]:
         """Write a step. Returns the refused rows; when there are any, nothing at all was written."""
         verified = self._verified.setdefault(wid, Verified())
-        keys = [self.keys.tag, self.keys.work(wid), self.keys.ended, self.keys.own(wid)]
-        script = self._scripts.step
+        keys = [self.keys.tag, self.keys.work(wid), self.keys.ended, self.keys.own(wid), self.keys.journal(wid)]
+        script, plan, reply = self._scripts.step, verified.plan(step.rows), [b""]
         try:
-            reply = await self.redis.evalsha(script.sha, len(keys), *keys, *_step_args(step, verified))
+            reply = await self.redis.evalsha(script.sha, len(keys), *keys, *_step_args(step, plan, verified.version))
         except NoScriptError:  # a new server process, maybe without its last second
             verified.forget()
-            reply = await self.redis.eval(script.script, len(keys), *keys, *_step_args(step, verified))
-        if len(reply) == 1:
-            verified.note(reply[0], step.rows)
+            plan = verified.plan(step.rows)
+            reply = await self.redis.eval(script.script, len(keys), *keys, *_step_args(step, plan, b""))
+        finally:  # also if nobody knows whether it was written
+            verified.note(reply[0] if len(reply) == 1 else b"", plan)
         return [
             Refused(reply[i].decode(), reply[i + 1].decode(), reply[i + 2], reply[i + 3])
             for i in range(1, len(reply), 4)
@@ -221,10 +222,15 @@ class Bus(AdapterBus):
 
     # ------------------------------------------------------------ requests
 
+    async def _merge(self, rids: Sequence[str]) -> None:
+        """Bring logs up to date before they are looked at."""
+        await self._scripts.merge(keys=[self.keys.tag], args=list(rids))
+
     async def requests(self, rids: Sequence[str]) -> list[RequestFacts | None]:
         """Return the facts of requests, None for one that has expired or never was."""
         fields = ("state", "epoch", "finish", "error", "gateway", "n_prompt", "attempts",
                   "t_submit", "t_first", "t_end", "t_assign")  # fmt: skip
+        await self._merge(rids)
         pipe = self.redis.pipeline(transaction=False)
         for rid in rids:
             pipe.hmget(self.keys.req(rid), fields)
@@ -250,6 +256,7 @@ class Bus(AdapterBus):
 
         `record_bytes` is the size of its logprob records, 0 without them. None when the request is unknown.
         """
+        await self._merge([rid])
         pipe = self.redis.pipeline(transaction=False)
         # The state first: if it is terminal, the tokens read after it are complete.
         pipe.hmget(self.keys.req(rid), "state", "epoch", "finish", "error")
@@ -273,6 +280,7 @@ class Bus(AdapterBus):
 
     async def owned(self, rids: Sequence[str]) -> list[Owned | None]:
         """Return requests with their submissions, None for one that has expired."""
+        await self._merge(rids)
         pipe = self.redis.pipeline(transaction=False)
         for rid in rids:
             pipe.hmget(self.keys.req(rid), "sub", "state", "owner", "epoch", "attempts", "lost")
@@ -371,7 +379,8 @@ class Bus(AdapterBus):
     async def leave(self, wid: str) -> None:
         """Take a worker, whose work is handed back, off the register."""
         pipe = self.redis.pipeline(transaction=True)
-        pipe.delete(self.keys.work(wid), self.keys.own(wid), self.keys.ctl(wid), self.keys.worker_beat(wid))
+        of_worker = (self.keys.work, self.keys.own, self.keys.journal, self.keys.ctl, self.keys.worker_beat)
+        pipe.delete(*(key(wid) for key in of_worker))
         pipe.zrem(self.keys.workers, wid)
         await pipe.execute()
 
@@ -448,14 +457,11 @@ def _flatten(entries: Any) -> Iterable[Entry]:
             yield tuple(item)
 
 
-def _step_args(step: Step, verified: Verified) -> list[Any]:
+def _step_args(step: Step, plan: Plan, version: bytes) -> list[Any]:
     """Return the arguments of `step.lua`."""
-    rows, num_unknown = verified.split(step.rows)
-    packed: list[Any] = []
     logprobs: list[Any] = []
     ends: list[Any] = []
-    for row in rows:
-        packed += (row.rid, str(row.epoch), row.seq0, len(row.ids))
+    for row in plan.looked_at:
         if row.ids and row.logprobs:
             logprobs += (row.rid, row.seq0, row.logprobs)
         if row.prompt_logprobs:
@@ -464,7 +470,16 @@ def _step_args(step: Step, verified: Verified) -> list[Any]:
             ends += (row.rid, row.state, row.finish, row.error)
     outs = [part for gid, deltas in step.outs.items() for part in (gid, m.encode(deltas))]
     ended = m.encode(step.ended) if step.ended else b""
-    ids = b"".join([row.ids for row in rows])
     counts = [len(logprobs) // 3, len(ends) // 4, len(step.outs)]
-    head = [msgspec.msgpack.encode(packed), ids, *counts, ended, verified.version, num_unknown]
-    return [*head, *logprobs, *ends, *outs, *step.done_entries]
+    sizes = msgspec.msgpack.encode([len(tail) for tail in plan.tails])
+    ids = b"".join([part for tail, row in zip(plan.tails, plan.looked_at, strict=True) for part in (tail, row.ids)])
+    head = [_pack(plan.looked_at), sizes, ids, _pack(plan.journaled), b"".join([row.ids for row in plan.journaled])]
+    return [*head, *counts, ended, version, int(plan.flush), *logprobs, *ends, *outs, *step.done_entries]
+
+
+def _pack(rows: Iterable[StepRow]) -> bytes:
+    """Return rows as `step.lua` and a worker's journal have them; their ids stand beside them."""
+    packed: list[Any] = []
+    for row in rows:
+        packed += (row.rid, str(row.epoch), row.seq0, len(row.ids))
+    return msgspec.msgpack.encode(packed)

@@ -8,7 +8,7 @@ from pathlib import Path
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 
-NAMES = ("submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position")
+NAMES = ("submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position", "merge")
 _FOLDER = Path(__file__).parent / "lua"
 
 
@@ -25,6 +25,7 @@ class Scripts:
     lead: AsyncScript
     repair: AsyncScript
     position: AsyncScript
+    merge: AsyncScript
 
     def __init__(self, client: Redis) -> None:
         common = (_FOLDER / "common.lua").read_text()

@@ -1,12 +1,26 @@
-"""Which rows the queue has found a worker to own, so that the next step need not ask again. Pure."""
+"""What a worker was found to own, so that going on with it needs neither a look nor a write for each request. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from protocol.bus import StepRow
+
+FLUSH_EVERY = 16
+"""Steps that a worker's journal holds before it is moved into the logs."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """How the rows of one step are written."""
+
+    looked_at: list[StepRow] = field(default_factory=list)  # their logs are written
+    tails: list[bytes] = field(default_factory=list)  # for each, what only the journal may hold of it
+    journaled: list[StepRow] = field(default_factory=list)
+    flush: bool = False  # move the journal into the logs first
 
 
 class Verified:
@@ -14,33 +28,55 @@ class Verified:
 
     def __init__(self) -> None:
         self.version = b""
-        self._epochs: dict[str, int] = {}
+        self._next: dict[str, tuple[int, int]] = {}  # request -> its epoch, and length of its log with the journal
+        self._tails: dict[str, bytes] = {}  # ids that the journal holds, and maybe no log
+        self._num_journaled = 0  # steps in the journal
 
     def forget(self) -> None:
-        """The server has started anew, and may have lost what it said last."""
-        self.note(b"", ())
+        """Nothing is certain: the server has started anew, refused a step, or did not answer."""
+        self.version = b""
+        self._next.clear()
+        self._tails.clear()
+        self._num_journaled = 0
 
-    def split(self, rows: Iterable[StepRow]) -> tuple[list[StepRow], int]:
-        """Return the rows with those first that must be looked at while the version stays, and their number.
+    def plan(self, rows: Iterable[StepRow]) -> Plan:
+        """Return how to write `rows`.
 
-        Beside unknown rows these are ends, which a log's length may not tell from their own repetition, and first
-        tokens, whose request may have expired.
+        Looked at are, beside unknown ones, ends; first tokens, whose request may have expired; and rows with
+        logprobs, whose repetition would go unnoticed without their logs.
         """
-        known: list[StepRow] = []
-        unknown: list[StepRow] = []
+        plan = Plan(flush=self._num_journaled >= FLUSH_EVERY)
         for row in rows:
-            is_known = row.seq0 and not row.state and self._epochs.get(row.rid) == row.epoch
-            (known if is_known else unknown).append(row)
-        return unknown + known, len(unknown)
+            is_known = self._next.get(row.rid) == (row.epoch, row.seq0)
+            if is_known and row.seq0 and row.ids and not (row.state or row.logprobs or row.prompt_logprobs):
+                plan.journaled.append(row)
+            else:
+                plan.looked_at.append(row)
+                plan.tails.append(self._tails.get(row.rid, b"") if is_known else b"")
+                if not is_known and row.rid in self._tails:
+                    plan.flush = True
+        return plan
 
-    def note(self, version: bytes, rows: Iterable[StepRow]) -> None:
-        """Note that `rows` were written, and are owned at `version`; b"": nothing is known for the next time."""
-        if version != self.version:
+    def note(self, version: bytes, plan: Plan) -> None:
+        """Note that a step was written as planned, and that its rows are owned at `version` (b"": nobody knows)."""
+        if version != self.version or not version:  # every row was looked at, and the journal emptied
+            self.forget()
             self.version = version
-            self._epochs.clear()
-        if version:
-            for row in rows:
-                if row.state:
-                    self._epochs.pop(row.rid, None)
-                else:
-                    self._epochs[row.rid] = row.epoch
+            if not version:
+                return
+            journaled = []
+        else:
+            journaled = plan.journaled
+            if plan.flush:
+                self._tails.clear()
+                self._num_journaled = 0
+        for row in (*plan.looked_at, *plan.journaled):
+            if row.state:
+                self._next.pop(row.rid, None)
+            else:
+                self._next[row.rid] = row.epoch, row.seq0 + len(row.ids) // 4
+        for row in plan.looked_at:
+            self._tails.pop(row.rid, None)
+        for row in journaled:
+            self._tails[row.rid] = self._tails.get(row.rid, b"") + row.ids
+        self._num_journaled += bool(journaled)

@@ -166,7 +166,7 @@ async def holder(queue: Bus) -> str:
     for name, beat in (await live_workers(queue)).items():
         for _, fields in await queue.entries(queue.keys.work(beat.wid)):
             for item in decode(fields[b"b"], list[Assigned]):
-                num_tokens = await queue.redis.strlen(queue.keys.tok(item.rid)) // 4
-                if 0 < num_tokens < NUM_TOKENS // 2:
+                (facts,) = await queue.requests([item.rid])
+                if facts is not None and 0 < facts.num_output_tokens < NUM_TOKENS // 2:
                     return name
     return ""

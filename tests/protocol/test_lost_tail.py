@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from script_queue import written
 
 from gpu_worker import publish
 from gpu_worker.publish import Held, Ledger, Pending, merge, settle
@@ -42,6 +43,7 @@ class LosingWorld(World):
         "cancel",
         "deliver",
         "deliver",
+        "look",
         "save",
         "save",
         "lose_tail",
@@ -142,8 +144,8 @@ class LosingWorld(World):
             step = life.ledger.build(pending)
             if not step.rows and not step.done_entries:
                 break
-            refused = self.run(self.bus.step(life.wid, step))
-            if lose_reply:
+            refused = self.write_step(life.wid, step, lose_reply)
+            if refused is None:
                 return
             if not refused:
                 life.ledger.commit(step, pending)
@@ -216,7 +218,7 @@ class LosingWorld(World):
 
     def clients_see_the_log_and_owners_know_it(self) -> None:
         for rid in self.submitted:
-            log = _ids(self.run(self.bus.redis.get(self.bus.keys.tok(rid))) or b"")
+            log = _ids(self.run(written(self.bus, rid)))
             expected = [token(rid, position) for position in range(LENGTH)]
             assert log == expected[: len(log)], f"the log of {rid} is wrong: {log}"
             assert self.shown[rid] == expected[: len(self.shown[rid])], f"a client saw {self.shown[rid]} of {rid}"
