@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import uuid
 from array import array
@@ -195,6 +196,9 @@ class Calls:
         """
         try:
             earlier = await self.submit(work, requests, idem)
+        except asyncio.CancelledError:
+            await generation.close()  # the queue may have it, and nobody would take it out any more
+            raise
         except BaseException:
             self.replies.unsubscribe(generation.mail)
             raise

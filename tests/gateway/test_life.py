@@ -73,6 +73,27 @@ async def test_a_queued_call_whose_client_leaves_is_taken_out_of_the_queue(
     assert await state_of(bus, fleet.seen[0][0].rid) == "cancelled"
 
 
+async def test_a_client_that_leaves_while_its_call_is_submitted_is_cancelled(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = Bus.submit
+
+    async def submit_and_hear_nothing(self: Bus, *args: Any, **more: Any) -> Any:
+        await submit(self, *args, **more)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Bus, "submit", submit_and_hear_nothing)
+    fleet.assigning.clear()
+    async with (
+        running_gateway(bus, model_folder, keepalive_s=0.02) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url) as http,
+    ):
+        async with http.stream("POST", "/v1/completions", json={**COMPLETION, "stream": True}) as answer:
+            assert answer.status_code == 200
+            await wait_until(lambda: fleet.seen, "the queue has it")
+        await wait_until(lambda: is_in_state(bus, fleet.seen[0][0].rid, "cancelled"), "the queue knows")
+
+
 async def test_a_burst_beyond_every_pool_is_answered(fleet: ScriptedFleet, gateway: RunningGateway) -> None:
     limits = httpx2.Limits(max_connections=200)
     async with httpx2.AsyncClient(base_url=gateway.url, limits=limits, timeout=60) as http:
