@@ -1,7 +1,7 @@
 """Load for a long time, below what a fleet can do or far above it: memory of every process, refusals, answers.
 
 python -m chaos.soak --minutes 60 --share 0.8                     a soak
-python -m chaos.soak --minutes 10 --share 10 --max-queued 200 --tokens 128     an overload
+python -m chaos.soak --minutes 10 --share 10 --probe-clients 200 --max-queued 200 --tokens 128     an overload
 
 With `--fleet-cpus 1 --client-cpus 0` clients that ask for ten times what a fleet can do take nothing from it.
 """
@@ -36,7 +36,7 @@ from protocol.service import set_up_logging
 
 logger = logging.getLogger(__name__)
 
-PROBE_S, PROBE_CLIENTS = 20.0, 32
+PROBE_S = 20.0
 SAMPLE_S = 5.0
 PAUSE_S = 1.0  # of the clients themselves, from which on it is told
 NUM_TEMPLATES = 8
@@ -86,8 +86,8 @@ class Load:
         for client in self._clients:
             client.close()
 
-    async def probe(self) -> float:
-        """Return how many calls a second the fleet answers with PROBE_CLIENTS that ask without a pause.
+    async def probe(self, num_clients: int) -> float:
+        """Return how many calls a second the fleet answers with so many clients that ask without a pause.
 
         As long is asked before, uncounted: then everything has been loaded once.
         """
@@ -97,7 +97,7 @@ class Load:
             while time.monotonic() < began_s + 2 * PROBE_S:
                 await self._call(course)
 
-        await asyncio.gather(*(be_client() for _ in range(PROBE_CLIENTS)))
+        await asyncio.gather(*(be_client() for _ in range(num_clients)))
         counted = [at for at in course.completed_s if PROBE_S <= at - began_s < 2 * PROBE_S]
         return len(counted) / PROBE_S
 
@@ -229,7 +229,7 @@ async def _soak(args: argparse.Namespace, folder: Path) -> tuple[Course, float]:
                 break
             await asyncio.sleep(0.2)
         load = Load(fleet, names, args.tokens, args.seed)
-        sustained = await load.probe()
+        sustained = await load.probe(args.probe_clients)
         rate = sustained * args.share
         logger.info("sustained: %.1f calls/s; asking for %.1f", sustained, rate)
         await load.run(rate, args.minutes * 60)
@@ -261,6 +261,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m chaos.soak", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--share", type=float, default=0.8, help="of the load that the fleet sustains")
+    parser.add_argument("--probe-clients", type=int, default=32, help="that find out which load it sustains")
     parser.add_argument("--adapters", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=32, help="of an answer")
     parser.add_argument("--max-queued", type=int, default=10_000, help="of the gateways")
