@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-WINDOW_S = 3.0
-"""Busy time that is looked back on."""
-
-MIN_WINDOW_S = 0.5
 FEW = 128
-"""So many are never too many."""
+"""So many are never too many, and say nothing of how many a gateway could get on with: only a crowd is timed."""
+
+WINDOW_S = 3.0
+"""Crowded time that is looked back on."""
+
+MIN_WINDOW_S = 1.5
+"""Less of it says little: of calls that came together none is in the queue before all have been read."""
 
 
 @dataclass(slots=True)
@@ -22,8 +24,8 @@ class Preparing:
 
     num: int = 0
     _num_submitted: int = 0  # since the last look
-    _looked_s: float | None = None  # when it was looked last; None: nobody was here then
-    _spans: deque[tuple[float, int]] = field(default_factory=deque)  # (seconds, calls submitted in them), of busy time
+    _looked_s: float | None = None  # when it was looked last; None: there was no crowd then
+    _spans: deque[tuple[float, int]] = field(default_factory=deque)  # crowded seconds, calls submitted in them
 
     def begin(self) -> Preparation:
         """Let a call in."""
@@ -37,24 +39,24 @@ class Preparing:
 
     def look(self, now_s: float) -> None:
         """Note how many were submitted since the last look; to be called several times a second."""
-        before_s, self._looked_s = self._looked_s, now_s if self.num else None
+        before_s, self._looked_s = self._looked_s, now_s if self.num >= FEW else None
         if before_s is not None:
             self._spans.append((now_s - before_s, self._num_submitted))
         self._num_submitted = 0
-        while self._spans and self._busy_s - self._spans[0][0] >= WINDOW_S:
+        while self._spans and self._crowded_s - self._spans[0][0] >= WINDOW_S:
             self._spans.popleft()
 
     @property
-    def _busy_s(self) -> float:
+    def _crowded_s(self) -> float:
         return sum(seconds for seconds, _ in self._spans)
 
     @property
     def wait_s(self) -> float:
         """How long a call that comes now would be prepared, as far as is known; 0 where there are few."""
-        if self.num < FEW or (busy_s := self._busy_s) < MIN_WINDOW_S:
+        if self.num < FEW or (crowded_s := self._crowded_s) < MIN_WINDOW_S:
             return 0.0
         # One more than there were: the next may be just about to be submitted.
-        return self.num * busy_s / (1 + sum(num for _, num in self._spans))
+        return self.num * crowded_s / (1 + sum(num for _, num in self._spans))
 
 
 @dataclass(slots=True)

@@ -103,6 +103,25 @@ async def post(http: httpx2.AsyncClient, path: str = "/v1/completions", body: An
     return await http.post(path, json=body)
 
 
+def test_a_crowd_is_not_judged_by_how_few_came_before() -> None:
+    watched = Door(10_000, lambda: None)
+    now_s = watched.looked_s
+    for _ in range(100):  # one call in each tenth of a second: no more were asked for
+        preparation = watched.preparing.begin()
+        watched.look(now_s := now_s + LOOK_S)
+        preparation.end(submitted=True)
+    begun = [watched.preparing.begin() for _ in range(400)]
+    watched.check()
+    for _ in range(14):  # nor by the time in which all of it is read, and none can be submitted yet
+        watched.look(now_s := now_s + LOOK_S)
+        watched.check()
+    for preparation in begun:
+        preparation.end(submitted=True)
+    watched.look(now_s + LOOK_S)
+    [watched.preparing.begin() for _ in range(1000)]
+    watched.check()
+
+
 async def test_a_late_gateway_refuses_at_the_door_keeps_its_streams_and_recovers(
     fleet: ScriptedFleet, http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
