@@ -163,7 +163,7 @@ class Scheduler:
             self.backlog.set_warm(digest, warm)
         if self.backlog.num_queued:
             self.placement.begin()
-            self.shares.begin(self.placement.total_capacity, now_ms)
+            self.shares.begin(self.placement.total_capacity, self.placement.num_kept, now_ms)
             self._dispatch_resumed(plan, now_ms)
             for cls in CLASSES:
                 for warm in (True, False):

@@ -65,8 +65,9 @@ class TokenCounters:
 class Shares:
     """Which tenants give way to others: who has more than its share while others, who have less, ask now and then.
 
-    Shares are max-min fair: where the open requests of all, queued or running, are more than the fleet has places, a
-    tenant's share are so many of them, by its weight, that what those with less leave is divided among the rest. A
+    Shares are max-min fair: where the open requests of all, queued or running, are more than the places that are not
+    kept free, a tenant's share are so many of them, by its weight, that what those with less leave is divided among
+    the rest. Where all fit, it are as many as are kept free: a crowd is noticed before it has filled the fleet. A
     tenant has less if no more of its requests are open than that, and no tenant with more is further than
     `slack_tokens` behind it: one that asks for little at a time, but without a pause, would otherwise be served before
     all others. Counters alone protect nobody who asks now and then: they decide only about what is free, and a flood
@@ -95,10 +96,10 @@ class Shares:
         """Note that a request has ended."""
         self._set(tenant, self.num_open[tenant] - 1, self._weights[tenant])
 
-    def begin(self, capacity: int, now_ms: float) -> None:
-        """Look at all tenants anew, for a fleet with so many places."""
+    def begin(self, num_places: int, num_kept: int, now_ms: float) -> None:
+        """Look at all tenants anew, for a fleet with `num_places`, of which `num_kept` are kept for those with less."""
         self._forget_old(now_ms)
-        self._share = self._fair_share(capacity)
+        self._share = self._fair_share(num_places - num_kept, num_kept)
         self._least_over = math.inf
         self._some_have_less = False
         if self._share < math.inf:
@@ -111,20 +112,20 @@ class Shares:
         """Tell whether a tenant's next request gives way to others; one of class `batch` does to all that are not."""
         return bool(self._weights) if batch else self._some_have_less and not self._has_less(tenant)
 
-    def _fair_share(self, capacity: int) -> float:
-        """Return the open requests per weight up to which all tenants together fill the fleet.
+    def _fair_share(self, num_places: int, if_all_fit: int) -> float:
+        """Return the open requests per weight up to which all tenants together fill so many places.
 
-        Infinite if all fit, or not even one of each: then counters alone say who is next.
+        Infinite if not even one of each fits: then counters alone say who is next.
         """
         asking = sorted((num / own, own * num_tenants) for (num, own), num_tenants in self._kinds.items())
-        left, weight = float(capacity), sum(own for _, own in asking)
+        left, weight = float(num_places), sum(own for _, own in asking)
         for num, own in asking:
             if num * weight >= left:
                 share = left / weight
                 return share if share * max(own for _, own in self._kinds) >= 1 else math.inf
             left -= num * own
             weight -= own
-        return math.inf
+        return if_all_fit / min((own for _, own in self._kinds), default=1.0)
 
     def _has_less(self, tenant: str) -> bool:
         if max(1, self.num_open[tenant]) > self._share * self._weights[tenant]:

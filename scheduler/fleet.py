@@ -39,6 +39,11 @@ class Tier(IntEnum):
     REMOTE = 3
 
 
+def num_kept(capacity: int, one_in: int = KEPT_FOR_OTHERS) -> int:
+    """Return how many of a worker's places are kept free: never all."""
+    return min(max(1, capacity // one_in), capacity - 1)
+
+
 @dataclass(slots=True)
 class Worker:
     """One worker process. What it holds is counted here from assignment to end."""
@@ -103,9 +108,8 @@ class Worker:
         return (digest in self.cold or len(self.cold) < limit) and self.num_cold < self.beat.capacity
 
     def _places_unkept(self, cls: str) -> int:
-        """Return how many places those may fill that leave some to others: one at least."""
-        capacity = self.beat.capacity
-        return max(1, capacity - max(1, capacity // (KEPT_FROM_BATCH if cls == BATCH else KEPT_FOR_OTHERS)))
+        """Return how many places those may fill that leave some to others."""
+        return self.beat.capacity - num_kept(self.beat.capacity, KEPT_FROM_BATCH if cls == BATCH else KEPT_FOR_OTHERS)
 
     def step_s(self, request: Request, num_tokens: int, rank: int) -> float:
         """Predict its step time with `request`, of `num_tokens` and an adapter of `rank`, added."""

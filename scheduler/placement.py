@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from scheduler.backlog import Verdict
-from scheduler.fleet import Fleet, Tier, Worker
+from scheduler.fleet import Fleet, Tier, Worker, num_kept
 from scheduler.request import BASE, Request
 
 LOAD_BOUND = 1.25
@@ -168,6 +168,8 @@ class Placement:
         self._workers: list[Worker] = []
         self._version = -1
         self.total_capacity = 0
+        self.num_kept = 0
+        """Places that requests which give way leave free."""
         self._turn = 0
 
     def begin(self) -> None:
@@ -177,6 +179,7 @@ class Placement:
         self._version = self._fleet.version
         self._workers = list(self._fleet.available())
         self.total_capacity = sum(worker.beat.capacity for worker in self._workers)
+        self.num_kept = sum(num_kept(worker.beat.capacity) for worker in self._workers)
         self._rendezvous.set_members({w.wid: (w.beat.name, w.beat.capacity) for w in self._workers})
 
     def took(self, request: Request, worker: Worker, now_ms: float) -> None:

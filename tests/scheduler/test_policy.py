@@ -103,7 +103,9 @@ def test_a_flood_does_not_hold_up_the_quiet_where_steps_are_long() -> None:
         arrival(f"quiet{i}", at_ms, tenant=f"q{i % 20}", num_prompt_tokens=67, output=64)
         for i, at_ms in enumerate(times)
     ]
-    flood = [arrival(f"flood{i}", 10_000.0, tenant="flood", num_prompt_tokens=67, output=64) for i in range(300)]
+    flood = [
+        arrival(f"flood{i}", 10_000.0 + 1.5 * i, tenant="flood", num_prompt_tokens=67, output=64) for i in range(300)
+    ]
 
     def p99(outcome: Outcome) -> float:
         return outcome.first_token_ms(

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from scheduler.fairness import RECENT_MS, Shares, TokenCounters
 
-CAPACITY = 64
+PLACES = 64, 8
+"""All, and those kept for who has less."""
+
 SLACK = 1000.0
 
 
@@ -20,7 +22,7 @@ def make_shares(now_ms: float = 0.0, **num_open: int) -> Shares:
             shares.asked(tenant, 1.0, now_ms)
         if not num:
             shares.ended(tenant)
-    shares.begin(CAPACITY, now_ms)
+    shares.begin(*PLACES, now_ms)
     return shares
 
 
@@ -28,17 +30,19 @@ def test_a_flood_gives_way_to_who_asks_now_and_then() -> None:
     shares = make_shares(flood=200, quiet=0, busy=10)
     assert [shares.gives_way(tenant) for tenant in ("flood", "quiet", "busy")] == [True, False, False]
     shares.ended("busy")
-    shares.begin(CAPACITY, RECENT_MS + 1)  # the quiet one has not asked any more; who has requests open still asks
+    shares.begin(*PLACES, RECENT_MS + 1)  # the quiet one has not asked any more; who has requests open still asks
     assert shares.gives_way("flood")
     for _ in range(9):
         shares.ended("busy")
-    shares.begin(CAPACITY, 2 * RECENT_MS + 2)
+    shares.begin(*PLACES, 2 * RECENT_MS + 2)
     assert not shares.gives_way("flood")
 
 
 def test_nobody_gives_way_where_all_fit_or_all_have_more_than_their_share() -> None:
-    fits = make_shares(most=54, some=10, quiet=0)
+    fits = make_shares(most=8, some=8, quiet=0)
     assert not any(map(fits.gives_way, ("most", "some", "quiet")))
+    crowd = make_shares(most=9, some=8, quiet=0)
+    assert crowd.gives_way("most"), "noticed before it has filled the fleet"
     equals = make_shares(first=400, second=300, third=23)
     assert not any(map(equals.gives_way, ("first", "second", "third")))
 
@@ -49,7 +53,7 @@ def test_shares_go_by_weight() -> None:
         shares.asked("light", 1.0, 0.0)
         if i < 40:
             shares.asked("heavy", 3.0, 0.0)
-    shares.begin(CAPACITY, 0.0)
+    shares.begin(*PLACES, 0.0)
     assert (shares.gives_way("light"), shares.gives_way("heavy")) == (True, False)
 
 
@@ -57,14 +61,14 @@ def test_who_has_had_more_tokens_has_not_less() -> None:
     """Else one with few requests at a time, but no pause between them, would take all that a flood should have."""
     counters = TokenCounters(4 * SLACK)
     shares = Shares(counters, SLACK)
-    for tenant, num in (("flood", 200), ("few", 30)):
+    for tenant, num in (("flood", 200), ("few", 20)):
         for _ in range(num):
             shares.asked(tenant, 1.0, 0.0)
     counters.charge("few", round(SLACK), 0, 1.0)
-    shares.begin(CAPACITY, 0.0)
+    shares.begin(*PLACES, 0.0)
     assert shares.gives_way("flood")
     counters.charge("few", 1, 0, 1.0)
-    shares.begin(CAPACITY, 0.0)
+    shares.begin(*PLACES, 0.0)
     assert not shares.gives_way("flood")
     assert not shares.gives_way("few"), "who should it give way to?"
 
@@ -81,13 +85,15 @@ def test_shares_fill_the_fleet(tenants: list[tuple[int, float]]) -> None:
     for number, (num, weight) in enumerate(tenants):
         for _ in range(num):
             shares.asked(str(number), weight, 0.0)
-    shares.begin(CAPACITY, 0.0)
+    shares.begin(*PLACES, 0.0)
     giving = [number for number in range(len(tenants)) if shares.gives_way(str(number))]
     others = [item for number, item in enumerate(tenants) if number not in giving]
     if not giving:
         return
     assert others
-    left = CAPACITY - sum(num for num, _ in others)
+    if sum(num for num, _ in tenants) <= PLACES[0] - PLACES[1]:
+        return
+    left = PLACES[0] - PLACES[1] - sum(num for num, _ in others)
     weight = sum(tenants[number][1] for number in giving)
     for number in giving:
         num, own = tenants[number]
