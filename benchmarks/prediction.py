@@ -40,6 +40,10 @@ AT_ONCE = Bandwidths(host=1e12, remote=1e12, host_ms=0, remote_ms=0)  # the flee
 RAMP = (64, 32, 8, 2)
 """Requests in flight, twice each, from which the worker learns how long steps of different sizes take."""
 
+REHEARSAL_S = 20
+"""And then from such a load, with other requests at other times: steps of decodes and one or two prompts, which no
+crowd that begins together makes."""
+
 CONCURRENCY = 32  # of the load that shows what the fleet can do
 NUM_ALONE = 20
 
@@ -143,6 +147,10 @@ def main() -> None:
                 for size in RAMP:
                     run_bench(config(running.url, num_requests=2 * size, concurrency=size, seed=100 * number + size))
                 rate = share * at_full.summary.requests_per_s
+                rehearsal = round(rate * REHEARSAL_S)
+                run_bench(
+                    config(running.url, num_requests=rehearsal, concurrency=512, rate_per_s=rate, seed=20 + number)
+                )
                 beat = running.beats_of_now()[0]
                 asked = config(
                     running.url, num_requests=round(rate * seconds), concurrency=512, rate_per_s=rate, seed=2 + number
