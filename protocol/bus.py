@@ -158,7 +158,8 @@ class Bus(AdapterBus):
         """Write a step. Returns the refused rows; when there are any, nothing at all was written."""
         verified = self._verified.setdefault(wid, Verified())
         keys = [self.keys.tag, self.keys.work(wid), self.keys.ended, self.keys.own(wid), self.keys.journal(wid)]
-        script, plan, reply = self._scripts.step, verified.plan(step.rows), [b""]
+        script, plan = self._scripts.step, verified.plan(step.rows)
+        reply: list[Any] = [b""]
         try:
             reply = await self.redis.evalsha(script.sha, len(keys), *keys, *_step_args(step, plan, verified.version))
         except NoScriptError:  # a new server process, maybe without its last second
