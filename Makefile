@@ -59,7 +59,7 @@ quantised-table: $(QUANT)/.stamp  ## measure them, into docs/peft.md; rows whose
 chaos-short: $(VENV)/.stamp-dev  ## kill every kind of process under load, 57 times in three minutes, check every answer
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 66 --every 2.5 --kills-only --out build/chaos-short $(ARGS)
 
-soak: $(VENV)/.stamp-dev  ## an hour of load at 80 %, 200 adapters; ARGS="--minutes 10 --share 10 --probe-clients 200 --max-queued 200 --tokens 128 --fleet-cpus 1 --client-cpus 0": far too much
+soak: $(VENV)/.stamp-dev  ## an hour of load at 80 %, 200 adapters; ARGS="--minutes 10 --share 30 --probe-clients 200 --max-queued 200 --tokens 128 --fleet-cpus 1 --client-cpus 0": far too much
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos.soak $(ARGS)
 
 chaos: $(VENV)/.stamp-dev  ## the same, a thousand times: an hour or two; the report is build/chaos/report.md

@@ -1,7 +1,7 @@
 """Load for a long time, below what a fleet can do or far above it: memory of every process, refusals, answers.
 
 python -m chaos.soak --minutes 60 --share 0.8                     a soak
-python -m chaos.soak --minutes 10 --share 10 --probe-clients 200 --max-queued 200 --tokens 128     an overload
+python -m chaos.soak --minutes 10 --share 30 --probe-clients 200 --max-queued 200 --tokens 128     an overload
 
 With `--fleet-cpus 1 --client-cpus 0` clients that ask for ten times what a fleet can do take nothing from it.
 """
@@ -55,9 +55,7 @@ class Course:
     refusals: list[tuple[float, float]] = field(default_factory=list)  # (when, Retry-After), s
     completed_s: list[float] = field(default_factory=list)  # when each whole answer was there, in order
     rss_mb: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # process -> (s since begin, MB)
-    pauses: list[tuple[float, float]] = field(
-        default_factory=list
-    )  # (s since begin, s) in which the clients stood still
+    pauses: list[tuple[float, float]] = field(default_factory=list)  # of the clients themselves: (s since begin, s)
 
     @property
     def errors(self) -> dict[str, int]:

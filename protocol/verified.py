@@ -59,17 +59,15 @@ class Verified:
 
     def note(self, version: bytes, plan: Plan) -> None:
         """Note that a step was written as planned, and that its rows are owned at `version` (b"": nobody knows)."""
-        if version != self.version or not version:  # every row was looked at, and the journal emptied
+        goes_on = bool(version) and version == self.version
+        if not goes_on:  # every row was looked at, and the journal emptied; or nobody knows
             self.forget()
             self.version = version
-            if not version:
-                return
-            journaled = []
-        else:
-            journaled = plan.journaled
-            if plan.flush:
-                self._tails.clear()
-                self._num_journaled = 0
+        elif plan.flush:
+            self._tails.clear()
+            self._num_journaled = 0
+        if not version:
+            return
         for row in (*plan.looked_at, *plan.journaled):
             if row.state:
                 self._next.pop(row.rid, None)
@@ -77,6 +75,7 @@ class Verified:
                 self._next[row.rid] = row.epoch, row.seq0 + len(row.ids) // 4
         for row in plan.looked_at:
             self._tails.pop(row.rid, None)
-        for row in journaled:
-            self._tails[row.rid] = self._tails.get(row.rid, b"") + row.ids
-        self._num_journaled += bool(journaled)
+        if goes_on and plan.journaled:
+            for row in plan.journaled:
+                self._tails[row.rid] = self._tails.get(row.rid, b"") + row.ids
+            self._num_journaled += 1

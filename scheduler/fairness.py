@@ -67,7 +67,7 @@ class Shares:
 
     Shares are max-min fair: where the open requests of all, queued or running, are more than the places that are not
     kept free, a tenant's share are so many of them, by its weight, that what those with less leave is divided among
-    the rest. Where all fit, it are as many as are kept free: a crowd is noticed before it has filled the fleet. A
+    the rest. Where all fit, it is as many as are kept free: a crowd is noticed before it has filled the fleet. A
     tenant has less if no more of its requests are open than that, and no tenant with more is further than
     `slack_tokens` behind it: one that asks for little at a time, but without a pause, would otherwise be served before
     all others. Counters alone protect nobody who asks now and then: they decide only about what is free, and a flood
