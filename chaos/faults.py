@@ -92,6 +92,7 @@ class PowerCut:
         sizes = [size for at_s, path, size in self._sizes if path == file and at_s >= now_s - age_s]
         if file is None or not sizes:
             return 0
+        self._sizes.clear()  # from now on the file is another one, and shorter
         lost = file.stat().st_size - sizes[0]
         with file.open("r+b") as log:
             log.truncate(sizes[0])
