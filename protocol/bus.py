@@ -25,8 +25,9 @@ from protocol.verified import Plan, Verified
 
 logger = logging.getLogger(__name__)
 
-CONNECTION_ERRORS = (RedisConnectionError, RedisTimeoutError, ConnectionError, OSError)
-"""What a lost connection looks like; loops catch it, wait and go on."""
+CONNECTION_ERRORS = (RedisConnectionError, RedisTimeoutError, ConnectionError, OSError, NoScriptError)
+"""What a lost connection looks like; loops catch it, wait and go on. The last one is that of a server which was started
+anew between being given a script and being asked to run it."""
 
 T = TypeVar("T")
 Entry = tuple[bytes, dict[bytes, bytes]]  # stream id, fields

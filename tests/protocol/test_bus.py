@@ -249,3 +249,21 @@ async def test_a_restarted_server_is_noticed_once(tmp_path: Path) -> None:
     finally:
         await bus.close()
         server.stop()
+
+
+async def test_a_server_that_restarts_again_within_a_call_is_a_lost_connection(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = bus.redis.script_load
+
+    async def load_and_restart(script: str) -> str:
+        sha = await load(script)
+        await bus.redis.script_flush()
+        return sha
+
+    await bus.redis.script_flush()
+    monkeypatch.setattr(bus.redis, "script_load", load_and_restart)
+    with pytest.raises(CONNECTION_ERRORS):
+        await bus.read_log("r", 0)
+    monkeypatch.undo()
+    assert await bus.read_log("r", 0) is None
