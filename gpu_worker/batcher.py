@@ -13,6 +13,7 @@ from typing import Protocol
 
 from gpu_worker.blocks import BlockPool, chain_hash, chain_seed
 from gpu_worker.request import Sequence
+from protocol.messages import StepModel
 from protocol.settings import SHORT_STEP_TOKENS_PER_SEQ
 
 BLOCK_TOKENS = 16
@@ -75,6 +76,9 @@ class Batcher:
         self.blocks = blocks
         self.running: list[Sequence] = []  # in order of admission
         self.waiting: deque[Sequence] = deque()  # in the scheduler's order; preempted ones first
+        self.step_model = StepModel()
+        """How long steps take, as far as is known."""
+        self._paused = False  # whether what gives way paused in the last plan
         self._gate = gate
         self._fingerprint = fingerprint
 
@@ -99,20 +103,35 @@ class Batcher:
     def plan(self) -> StepPlan:
         """Choose the next step's tokens and give each chosen sequence the blocks it needs.
 
-        Decodes first, then prompts; those that give way last, and only until the step has `short_step_tokens`.
+        Decodes first, then prompts; what gives way last, its prompts only until the step has `short_step_tokens`. All
+        of it pauses beside others' prompts if that brings their first tokens nearer by more than one more step costs;
+        never twice in a row.
         """
         plan = StepPlan()
-        decodes = [seq for seq in self.running if seq.num_pending == 1]
-        prompts = [seq for seq in self.running if seq.num_pending > 1]
-        budget = self._go_on(decodes, plan, self.limits.max_step_tokens)
-        budget = self._go_on([seq for seq in prompts if not seq.gives_way], plan, budget)
+        decodes: tuple[list[Sequence], list[Sequence]] = ([], [])  # the second ones give way
+        prompts: tuple[list[Sequence], list[Sequence]] = ([], [])
+        for seq in self.running:
+            (decodes if seq.num_pending == 1 else prompts)[seq.gives_way].append(seq)
+        may_pause = not self._paused and self._is_worth_a_step(decodes[True])
+        budget = self._go_on(decodes[False], plan, self.limits.max_step_tokens)
+        if not may_pause:
+            budget = self._go_on(decodes[True], plan, budget)
+        before = budget
+        budget = self._go_on(prompts[False], plan, budget)
         budget = self._admit_waiting(plan, budget, gives_way=False)
-        budget = max(0, budget - (self.limits.max_step_tokens - self.limits.short_step_tokens))
-        budget = self._go_on([seq for seq in prompts if seq.gives_way], plan, budget)
-        self._admit_waiting(plan, budget, gives_way=True)
+        self._paused = may_pause and budget < before
+        if not self._paused:
+            if may_pause:
+                budget = self._go_on(decodes[True], plan, budget)
+            budget = max(0, budget - (self.limits.max_step_tokens - self.limits.short_step_tokens))
+            budget = self._go_on(prompts[True], plan, budget)
+            self._admit_waiting(plan, budget, gives_way=True)
         if self.limits.max_draft_tokens and not plan.preempted:
             self._add_drafts(plan)
         return plan
+
+    def _is_worth_a_step(self, decodes: list[Sequence]) -> bool:
+        return self.step_model.is_worth_a_step(len(decodes), sum(seq.num_tokens for seq in decodes))
 
     def _go_on(self, seqs: list[Sequence], plan: StepPlan, budget: int) -> int:
         """Give running sequences what they lack, within `budget` tokens. Returns what is left of it."""

@@ -23,7 +23,7 @@ from gpu_worker.request import EngineRequest, EngineStats, Sequence, TokenOutput
 from gpu_worker.runner import Runner
 from gpu_worker.sampling import Sampled, SampleRow, sample
 from gpu_worker.speculate import Drafter
-from gpu_worker.step_model import StepFit
+from gpu_worker.step_model import MIN_STEPS, StepFit
 from protocol.errors import BadRequest, Internal, LorafleetError
 from protocol.messages import WorkerCounters
 
@@ -207,6 +207,8 @@ class Engine:
         counters.finish_s += times[5] - times[4]
         seconds = times[5] - times[0]
         self._fit.add(seconds, *work)
+        if counters.num_steps % MIN_STEPS == 0:
+            self.batcher.step_model = self._fit.model()
         old = 0.9 if self._step_s else 0.0
         self._step_s = old * self._step_s + (1 - old) * seconds
         self._tokens_per_s = old * self._tokens_per_s + (1 - old) * num_output / seconds

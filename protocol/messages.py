@@ -170,6 +170,10 @@ class StepModel(Wire, frozen=True):
     c: float = 0.0
     d: float = 0.0
 
+    def is_worth_a_step(self, num_tokens: int, num_kv_tokens: int) -> bool:
+        """Tell whether so much makes a step longer by more than what a step takes that does next to nothing."""
+        return self.b * num_tokens + self.c * num_kv_tokens > self.a
+
 
 class WorkerCounters(msgspec.Struct, omit_defaults=True):
     """Totals since a worker's start. The worker adds to its own; a beat carries a copy."""

@@ -90,10 +90,12 @@ class SimWorker:
         self._ready: tuple[deque[Running], deque[Running]] = (deque(), deque())  # the second one's give way
         self._blocked: dict[str, list[Running]] = {}  # digest -> requests that wait for it, in order of their coming
         self._running: dict[str, Running] = {}
-        self._ends: list[tuple[int, str]] = []  # (step after which it ends, rid)
-        self._step = 0
+        # The second ones are of what gives way, which does not go on with every step.
+        self._ends: tuple[list[tuple[int, str]], ...] = ([], [])  # (number of the step after which it ends, rid)
+        self._num_steps = [0, 0]
+        self._kv_tokens = [0, 0]
         self._starting: list[Running] = []  # whose prompt is complete with this step
-        self._kv_tokens = 0
+        self._pauses = False  # whether what gives way pauses in this step, or did in the last
         self._pinned: Counter[str] = Counter()
         self._pool = _Cache(model.pool_bytes)
         self._host = _Cache(model.host_bytes)
@@ -161,24 +163,36 @@ class SimWorker:
         """Begin a step. Returns when it ends, None if there is nothing to do or one is in progress."""
         if self.step_ends_ms is not None or not (self._running or any(self._ready)):
             return None
-        model = self._model
-        num_tokens = len(self._running)
-        adapters = {running.submit.digest for running in self._running.values()}
-        short = min(model.max_step_tokens, SHORT_STEP_TOKENS_PER_SEQ * model.capacity)
-        for ready, max_tokens in zip(self._ready, (model.max_step_tokens, short), strict=True):
-            while ready and num_tokens < max_tokens and len(self._running) + len(self._starting) < model.capacity:
+        model, step = self._model, self._model.step
+        self._pauses = (
+            not self._pauses
+            and bool(self._ready[False])
+            and len(self._running) < model.capacity
+            and step.is_worth_a_step(len(self._ends[True]), self._kv_tokens[True])
+        )
+        classes = (False,) if self._pauses else (False, True)
+        max_tokens = model.max_step_tokens, min(model.max_step_tokens, SHORT_STEP_TOKENS_PER_SEQ * model.capacity)
+        num_tokens = sum(len(self._ends[gives_way]) for gives_way in classes)
+        adapters = {r.submit.digest for r in self._running.values() if r.gives_way in classes}
+        for gives_way in classes:
+            ready = self._ready[gives_way]
+            while (
+                ready
+                and num_tokens < max_tokens[gives_way]
+                and len(self._running) + len(self._starting) < model.capacity
+            ):
                 request = ready[0]
-                chunk = min(max_tokens - num_tokens, request.left_prompt)
+                chunk = min(max_tokens[gives_way] - num_tokens, request.left_prompt)
                 request.left_prompt -= chunk
                 num_tokens += chunk
-                self._kv_tokens += chunk
+                self._kv_tokens[gives_way] += chunk
                 adapters.add(request.submit.digest)
                 if request.left_prompt:
                     break
                 self._starting.append(ready.popleft())
         rank = sum(self._facts[digest].rank for digest in adapters if digest != BASE)
-        step = model.step
-        step_ms = 1000 * (step.a + step.b * num_tokens + step.c * self._kv_tokens + step.d * rank)
+        num_kv_tokens = sum(self._kv_tokens[gives_way] for gives_way in classes)
+        step_ms = 1000 * (step.a + step.b * num_tokens + step.c * num_kv_tokens + step.d * rank)
         self.busy_ms += step_ms
         self.step_ends_ms = now_ms + step_ms
         return self.step_ends_ms
@@ -186,25 +200,34 @@ class SimWorker:
     def end_step(self, now_ms: float) -> list[Running]:
         """Finish the step in progress. Returns the requests that end with it."""
         self.step_ends_ms = None
-        self._step += 1
-        self._kv_tokens += len(self._running)
+        classes = (False,) if self._pauses else (False, True)
+        for gives_way in classes:
+            self._num_steps[gives_way] += 1
+            self._kv_tokens[gives_way] += len(self._ends[gives_way])
         for request in self._starting:
             request.first_ms = now_ms + self._model.way_ms
             self._running[request.submit.rid] = request
-            heappush(self._ends, (self._step + request.num_output_tokens - 1, request.submit.rid))
+            last = self._num_steps[request.gives_way] + request.num_output_tokens - 1
+            heappush(self._ends[request.gives_way], (last, request.submit.rid))
         self._starting.clear()
         ended: list[Running] = []
-        while self._ends and self._ends[0][0] <= self._step:
-            request = self._running.pop(heappop(self._ends)[1])
-            request.ended_ms = now_ms + self._model.way_ms
-            self._kv_tokens -= request.submit.num_prompt_tokens + request.num_output_tokens - 1
-            self._pinned[request.submit.digest] -= 1
-            ended.append(request)
+        for gives_way in classes:
+            ends = self._ends[gives_way]
+            while ends and ends[0][0] <= self._num_steps[gives_way]:
+                request = self._running.pop(heappop(ends)[1])
+                request.ended_ms = now_ms + self._model.way_ms
+                self._kv_tokens[gives_way] -= request.submit.num_prompt_tokens + request.num_output_tokens - 1
+                self._pinned[request.submit.digest] -= 1
+                ended.append(request)
         return ended
 
     def beat(self, now_ms: float) -> m.WorkerBeat:
         """Report as a worker does."""
-        lengths = {rid: end - self._step for end, rid in self._ends}
+        lengths = {
+            rid: end - num_steps
+            for ends, num_steps in zip(self._ends, self._num_steps, strict=True)
+            for end, rid in ends
+        }
         waiting = [*self._ready[False], *self._ready[True], *self._starting]
         blocked = [request for requests in self._blocked.values() for request in requests]
         progress = [(rid, r.num_output_tokens - lengths[rid]) for rid, r in self._running.items()]

@@ -15,7 +15,7 @@ from gpu_worker.batcher import BLOCK_TOKENS, MAX_SKIPS, Batcher, Limits, StepPla
 from gpu_worker.blocks import BlockPool
 from gpu_worker.request import EngineRequest, Sequence
 from gpu_worker.speculate import Drafter
-from protocol.messages import Sampling
+from protocol.messages import Sampling, StepModel
 
 
 class Gate:
@@ -79,13 +79,15 @@ class BatcherMachine(RuleBasedStateMachine):
 
     @initialize(
         num_blocks=st.integers(6, 20), step_tokens=st.integers(4, 40), prefix_cache=st.booleans(),
-        drafts=st.sampled_from([0, 3, 20]),
+        drafts=st.sampled_from([0, 3, 20]), token_s=st.sampled_from([0.0, 2.0]),
     )  # fmt: skip
-    def start(self, num_blocks: int, step_tokens: int, prefix_cache: bool, drafts: int) -> None:
+    def start(self, num_blocks: int, step_tokens: int, prefix_cache: bool, drafts: int, token_s: float) -> None:
         self.limits = Limits(4, step_tokens, prefix_cache, drafts, max_draft_step_tokens=step_tokens)
         self.gate = Gate()
         self.blocks = BlockPool(num_blocks)
         self.batcher = Batcher(self.limits, self.blocks, self.gate, "base")
+        self.batcher.step_model = StepModel(a=1.0, b=token_s)
+        self.paused = False
         self.cache = Cache()
         self.rng = np.random.default_rng(0)
         self.max_len = num_blocks * BLOCK_TOKENS
@@ -127,7 +129,15 @@ class BatcherMachine(RuleBasedStateMachine):
         assert len(self.batcher.running) <= self.limits.max_num_seqs
         assert set(plan.num_new) <= set(self.batcher.running)
         decodes = [seq for seq in running if seq.num_pending == 1 and seq not in plan.preempted]
-        assert list(plan.num_new)[: len(decodes)] == decodes
+        decodes.sort(key=lambda seq: seq.gives_way)
+        may_pause = self.batcher.step_model.b > 0 and not self.paused
+        self.paused = list(plan.num_new)[: len(decodes)] != decodes
+        if self.paused:
+            assert may_pause
+            assert plan.num_new.keys() - set(decodes), "nobody has anything of it"
+            assert not any(seq.gives_way for seq in plan.num_new)
+            decodes = [seq for seq in decodes if not seq.gives_way]
+            assert list(plan.num_new)[: len(decodes)] == decodes
         if any(not seq.request.digest or seq.request.digest in self.gate.resident for seq in self.batcher):
             assert plan.num_new, "nothing runs though something could"
         self.cache.run(plan)
@@ -210,6 +220,28 @@ def test_prompts_that_give_way_come_last_and_in_short_steps() -> None:
     batcher.add(make_seq("another", np.arange(8) + 200, 50))
     plan = batcher.plan()
     assert {seq.rid: num for seq, num in plan.num_new.items()} == {"flood0": 1, "quiet": 1, "another": 8, "flood1": 6}
+
+
+@pytest.mark.parametrize(("token_s", "pauses"), [(0.3, True), (0.2, False)])
+def test_decodes_that_give_way_pause_beside_anothers_prompt_if_they_are_worth_a_step(
+    token_s: float, pauses: bool
+) -> None:
+    batcher, _ = make_batcher(64, max_num_seqs=8, max_step_tokens=64)
+    batcher.step_model = StepModel(a=1.0, b=token_s)
+    flood = [make_seq(f"flood{i}", np.arange(4) + i, 50, gives_way=True) for i in range(4)]
+    for seq in flood:
+        batcher.add(seq)
+    finish_step(batcher, batcher.plan())
+    quiet = [make_seq(f"quiet{i}", np.arange(60) + 100 * i, 50) for i in range(2)]
+    batcher.add(quiet[0])
+    plan = batcher.plan()
+    assert plan.num_new == ({} if pauses else dict.fromkeys(flood, 1)) | {quiet[0]: 60}
+    finish_step(batcher, plan)
+    batcher.add(quiet[1])
+    plan = batcher.plan()
+    assert plan.num_new == {quiet[0]: 1, **dict.fromkeys(flood, 1), quiet[1]: 59}, "never two steps in a row"
+    finish_step(batcher, plan)
+    assert batcher.plan().num_new == dict.fromkeys([*quiet[:2], *flood], 1), "beside decodes alone they go on"
 
 
 def test_a_second_equal_prompt_computes_only_its_last_block() -> None:
