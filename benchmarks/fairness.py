@@ -60,7 +60,7 @@ def draw(axes: Sequence[Any], ttft_ms: dict[str, np.ndarray], shares: Sequence[f
 def main() -> None:
     args = report.parser(__doc__).parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
-    rounds, per_round = (1, 40) if args.short else (2, 64)
+    rounds, per_round = (1, 40) if args.short else (2, 128)
     ttft: dict[str, list[float]] = {"alone": [], "beside the flood": []}
     num_flood = 0
     with scratch_folder() as scratch:

@@ -5,7 +5,8 @@
 A fleet of one worker and 32 adapters is asked at Poisson times, once for less and once for more than it can do. What it
 was asked, and when, is then played to the simulation, with the step-time model that the worker itself had fitted before
 the load, the sizes it reported, and what single requests had taken beside their steps. Nothing is fitted to what is
-foretold.
+foretold. It is then replayed with the model that the worker had fitted by the end of the load, as one would with the
+trace of a fleet to ask what another policy had made of it: what that is nearer by is the machine's change in between.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ AT_ONCE = Bandwidths(host=1e12, remote=1e12, host_ms=0, remote_ms=0)  # the flee
 RAMP = (64, 32, 8, 2)
 """Requests in flight, twice each, from which the worker learns how long steps of different sizes take."""
 
-REHEARSAL_S = 20
+REHEARSAL_S = 60
 """And then from such a load, with other requests at other times: steps of decodes and one or two prompts, which no
-crowd that begins together makes."""
+crowd that begins together makes. So long that nearly all of the 500 steps that a worker remembers are such."""
 
+SIMULATED = {"foretold": report.BLUE, "replayed": report.ORANGE}
 CONCURRENCY = 32  # of the load that shows what the fleet can do
 NUM_ALONE = 20
 
@@ -81,10 +83,10 @@ def real_figures(result: BenchResult) -> dict[str, float]:
     }  # fmt: skip
 
 
-def foretold_figures(
+def simulated_figures(
     arrivals: Sequence[Arrival], model: WorkerModel, facts: dict[str, AdapterFacts]
 ) -> dict[str, float]:
-    """Return the same of the simulation."""
+    """Return the same of a simulation."""
     outcome = Simulation(make_dispatcher(POLICIES[0], Policy(), facts), model, 1, facts).run(arrivals)
     first = np.array([request.first_ms - request.submitted_ms for request in outcome.requests])
     whole = np.array([request.ended_ms - request.submitted_ms for request in outcome.requests])
@@ -121,12 +123,14 @@ def worker_model(beat: m.WorkerBeat, way_ms: float) -> WorkerModel:
 def draw(axes: Sequence[Any], results: dict[str, dict[str, dict[str, float]]]) -> None:
     for axis, (load, rows) in zip(axes, results.items(), strict=True):
         names = list(rows["real"])
-        ratios = [rows["foretold"][name] / rows["real"][name] for name in names]
-        axis.barh(range(len(names)), ratios, color=report.BLUE)
+        for offset, (how, color) in zip((-0.2, 0.2), SIMULATED.items(), strict=True):
+            ratios = [rows[how][name] / rows["real"][name] for name in names]
+            axis.barh(np.arange(len(names)) + offset, ratios, 0.4, color=color, label=how)
         axis.axvspan(0.9, 1.1, color=report.GREEN, alpha=0.25)
         axis.axvline(1, color=report.INK, linewidth=1)
-        axis.set(yticks=range(len(names)), yticklabels=names, title=load, xlabel="foretold ÷ real")
+        axis.set(yticks=range(len(names)), yticklabels=names, title=load, xlabel="simulated ÷ real")
         axis.invert_yaxis()
+        axis.legend()
 
 
 def main() -> None:
@@ -156,15 +160,22 @@ def main() -> None:
                     running.url, num_requests=round(rate * seconds), concurrency=512, rate_per_s=rate, seed=2 + number
                 )
                 result = run_bench(asked)
-                foretold = foretold_figures(trace(result), worker_model(beat, way_ms), facts)
-                results[load] = {"real": real_figures(result), "foretold": foretold}
-                models[load] = {"rate_per_s": rate, "step_model": msgspec.to_builtins(beat.step_model)}
+                results[load] = {"real": real_figures(result)}
+                models[load] = {"rate_per_s": rate}
+                for how, known in zip(SIMULATED, (beat, running.beats_of_now()[0]), strict=True):
+                    results[load][how] = simulated_figures(trace(result), worker_model(known, way_ms), facts)
+                    models[load][how] = msgspec.to_builtins(known.step_model)
     rows = [
-        (load, name, f"{value:,.0f}", f"{both['foretold'][name]:,.0f}", f"{both['foretold'][name] / value:.2f}")
-        for load, both in results.items()
-        for name, value in both["real"].items()
+        (
+            load,
+            name,
+            *(f"{of[how][name]:,.0f}" for how in of),
+            *(f"{of[how][name] / of['real'][name]:.2f}" for how in SIMULATED),
+        )
+        for load, of in results.items()
+        for name in of["real"]
     ]
-    print(report.table(("load", "figure", "real", "foretold", "foretold ÷ real"), rows))
+    print(report.table(("load", "figure", "real", *SIMULATED, *(f"{how} ÷ real" for how in SIMULATED)), rows))
     print(f"a request takes {way_ms:.1f} ms beside its steps")
     saved = {"machine": machine, "seconds": seconds, "way_ms": way_ms, "worker": models, "figures": results}
     report.save(args.out / "prediction", saved, 2, lambda axes: draw(axes, results))

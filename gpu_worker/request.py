@@ -32,7 +32,7 @@ class EngineRequest:
     stop_token_ids: list[int] = field(default_factory=list)
     salt: str = ""  # separates the prefix caches of tenants
     lora_scale: float = 1.0  # multiplies the adapter's own scale
-    gives_way: bool = False  # its prompt is computed after others', see `Batcher.plan`
+    gives_way: bool = False  # to the prompts of others, see `Batcher.plan`
     grammar: str = ""  # that the output must follow, as in `messages.Body`
     task: m.Task = "generate"
 
