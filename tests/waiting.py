@@ -10,7 +10,11 @@ from typing import Any
 
 
 async def wait_until(
-    predicate: Callable[[], Any | Awaitable[Any]], description: str, *, timeout_s: float = 30.0, every_s: float = 0.01
+    predicate: Callable[[], Any | Awaitable[Any]],
+    description: str | Callable[[], str],
+    *,
+    timeout_s: float = 30.0,
+    every_s: float = 0.01,
 ) -> Any:
     """Return the first true value of `predicate`. Raises AssertionError naming `description` after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
@@ -20,5 +24,7 @@ async def wait_until(
             value = await value
         if value:
             return value
-        assert time.monotonic() < deadline, f"gave up waiting until {description}"
+        if time.monotonic() >= deadline:
+            text = description if isinstance(description, str) else description()
+            raise AssertionError(f"gave up waiting until {text}")
         await asyncio.sleep(every_s)

@@ -131,12 +131,17 @@ async def test_entities_of_a_fleet_on_a_token_classifier(bus: Bus, tmp_path: Pat
         all_services(bus, folder, tmp_path / "data", tmp_path / "adapters") as url,
         httpx2.AsyncClient(base_url=url, timeout=60) as client,
     ):
+        instead = ""
 
         async def ask(name: str) -> list[dict[str, object]] | None:
+            nonlocal instead
             answer = await client.post("/classify", json={"inputs": WORDS, "parameters": {"adapter_id": name}})
+            instead = f"{name or 'the base'} is served, not {answer.status_code} {answer.text}"
             return answer.json() if answer.status_code == 200 else None
 
-        found = {name: await wait_until(lambda name=name: ask(name), "it is served") for name in expected}
+        found = {
+            name: await wait_until(lambda name=name: ask(name), lambda: instead, timeout_s=90) for name in expected
+        }
     for name, scores in expected.items():
         kinds = [LABELS[label].rpartition("-")[2] for label in scores.argmax(-1)]
         told = {part for entity in found[name] for part in str(entity["word"]).split()}
