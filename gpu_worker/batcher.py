@@ -182,24 +182,24 @@ class Batcher:
             room -= len(guesses)
 
     def _grow(self, seq: Sequence, num_new: int, plan: StepPlan) -> bool:
-        """Give a running sequence the blocks for `num_new` more tokens, preempting the latest arrivals if need be.
+        """Give a running sequence the blocks for `num_new` more tokens, if need be those of others.
 
-        Returns False when that is the sequence itself.
+        Preempted are the latest arrivals, first those over their share. Returns False when that is the sequence itself.
         """
         missing = _num_blocks(seq.num_computed + num_new) - len(seq.blocks)
         while missing > self.blocks.num_free:
-            victim = self.running[-1]
-            plan.num_new.pop(victim, None)
-            plan.preempted.append(victim)
-            self._preempt(victim)
+            victim = next((other for other in reversed(self.running) if other.over_share), self.running[-1])
+            self._preempt(victim, plan)
             if victim is seq:
                 return False
         if missing > 0:
             seq.blocks += self.blocks.allocate(missing)
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _preempt(self, seq: Sequence, plan: StepPlan) -> None:
         """Take back a sequence's blocks and adapter but keep its tokens; it is first in line again."""
+        plan.num_new.pop(seq, None)
+        plan.preempted.append(seq)
         self.running.remove(seq)
         self._free(seq)
         self.waiting.appendleft(seq)
@@ -217,8 +217,11 @@ class Batcher:
         if plan.preempted or (gives_way and any(seq.num_skips > MAX_SKIPS for seq in self.waiting)):
             return budget
         for seq in [seq for seq in self.waiting if seq.gives_way == gives_way]:
-            if budget == 0 or len(self.running) == self.limits.max_num_seqs:
+            if budget == 0:
                 break
+            is_full = len(self.running) == self.limits.max_num_seqs
+            if is_full and (seq.over_share or not any(other.over_share for other in self.running)):
+                continue
             num_new = self._admit(seq, budget, plan)
             if num_new:
                 plan.num_new[seq] = num_new
@@ -229,7 +232,7 @@ class Batcher:
         return budget
 
     def _admit(self, seq: Sequence, budget: int, plan: StepPlan) -> int:
-        """Start a waiting sequence if its blocks and adapter are there. Returns its tokens in this step, 0 if not."""
+        """Start a waiting sequence if room and its adapter are there. Returns its tokens in this step, 0 if not."""
         if not seq.is_bound:
             return 0  # its adapter has not been in the pool yet, or its grammar is being compiled
         cached = self._lookup(seq)
@@ -237,17 +240,17 @@ class Batcher:
         num_new = _chunk(seq, min(seq.num_tokens - num_cached, budget), plan)
         if not num_new:
             return 0
-        # It must fit whole, with a block of growth for everyone who runs, or it would soon be preempted again.
-        wanted = _num_blocks(seq.num_tokens) - len(cached) + len(self.running)
-        if wanted > self.blocks.num_free - self.blocks.num_idle(cached):
+        digest = seq.request.digest
+        slot = self._gate.acquire(digest) if digest else -1
+        if slot is None:
+            return 0
+        if not self._make_room(seq, cached, plan):
+            if digest:
+                self._gate.release(digest)
             seq.num_skips += 1
             seq.gives_way = seq.gives_way and seq.num_skips <= MAX_SKIPS
             return 0
-        if seq.request.digest:
-            slot = self._gate.acquire(seq.request.digest)
-            if slot is None:
-                return 0
-            seq.slot = slot
+        seq.slot = slot
         self.blocks.take(cached)
         seq.blocks = cached + self.blocks.allocate(_num_blocks(num_cached + num_new) - len(cached))
         seq.num_computed = num_cached
@@ -257,6 +260,27 @@ class Batcher:
         self.waiting.remove(seq)
         self.running.append(seq)
         return num_new
+
+    def _make_room(self, seq: Sequence, cached: list[int], plan: StepPlan) -> bool:
+        """See to a place and blocks for a waiting sequence, if need be of the latest of those over their share.
+
+        Returns False, and nothing happens, when that is not enough.
+        """
+        # It must fit whole, with a block of growth for everyone who runs, or it would soon be preempted again.
+        num_free = self.blocks.num_free - self.blocks.num_idle(cached)
+        num_running, num_blocks = len(self.running), _num_blocks(seq.num_tokens) - len(cached)
+        over_share = [] if seq.over_share else [other for other in self.running if other.over_share]
+        victims: list[Sequence] = []
+        freed = self.blocks.freeing(kept=cached)
+        while num_running == self.limits.max_num_seqs or num_blocks + num_running > num_free:
+            if not over_share:
+                return False
+            victims.append(over_share.pop())
+            num_running -= 1
+            num_free += freed(victims[-1].blocks)
+        for victim in victims:
+            self._preempt(victim, plan)
+        return True
 
     def _lookup(self, seq: Sequence) -> list[int]:
         """Return the cached blocks of a sequence's beginning; its last token is always computed, for its logits."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -75,6 +75,19 @@ class BlockPool:
                 self._free[block] = None
                 if self._hash[block] is None:
                     self._free.move_to_end(block, last=False)
+
+    def freeing(self, kept: Iterable[int]) -> Callable[[Sequence[int]], int]:
+        """Return a function that tells for one table after the other how many more blocks would be free without it.
+
+        Not counted are those that are `kept`. Changes nothing.
+        """
+        stay, dropped = set(kept), Counter[int]()
+
+        def free(table: Sequence[int]) -> int:
+            dropped.update(table)
+            return sum(dropped[block] == self._refs[block] and block not in stay for block in table)
+
+        return free
 
     def publish(self, block: int, hash_: bytes, owner: str) -> None:
         """Let a full, computed block be found by its hash. `owner` is the adapter it was computed with.

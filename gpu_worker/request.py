@@ -33,6 +33,7 @@ class EngineRequest:
     salt: str = ""  # separates the prefix caches of tenants
     lora_scale: float = 1.0  # multiplies the adapter's own scale
     gives_way: bool = False  # to the prompts of others, see `Batcher.plan`
+    over_share: bool = False  # others take its place and blocks where they lack them
     grammar: str = ""  # that the output must follow, as in `messages.Body`
     task: m.Task = "generate"
 
@@ -82,6 +83,7 @@ class Sequence:
         self.prompt_logprobs: PromptLogprobs | None = None  # being recorded, until its first token comes
         self.num_skips = 0  # plans that passed it over for lack of blocks
         self.gives_way = request.gives_way  # to others' prompts, unless it has been passed over too often
+        self.over_share = request.over_share
 
     @property
     def rid(self) -> str:

@@ -413,6 +413,7 @@ def _engine_request(item: m.Assigned, body: m.Body, tok: bytes) -> EngineRequest
         salt=body.salt,
         lora_scale=body.lora_scale,
         gives_way=item.gives_way,
+        over_share=item.over_share,
         grammar=body.grammar,
         task=body.task,
     )

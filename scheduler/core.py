@@ -98,12 +98,14 @@ class Scheduler:
         if sub.digest != BASE and sub.digest not in self.fleet.holders:
             self._unplaced.add(sub.digest)
 
-    def adopt(self, wid: str, sub: m.Submit, epoch: int, attempts: int) -> None:
-        """Take over a request that an earlier leader assigned; `epoch` is that of the assignment."""
+    def adopt(self, wid: str, sub: m.Submit, epoch: int, attempts: int, *, over_share: bool = False) -> None:
+        """Take over a request that an earlier leader assigned; `epoch` and `over_share` are those of the assignment."""
         worker = self.fleet.workers.get(wid)
         if worker is None or sub.rid in self.requests:
             return
-        request = Request(sub, epoch - 1, attempts, dropped=True, input_charged=True, output_charged=-1)
+        request = Request(
+            sub, epoch - 1, attempts, dropped=True, input_charged=True, output_charged=-1, over_share=over_share
+        )
         self.requests[sub.rid] = request
         self._count_in(sub)
         self.ledger.assign(request, worker)
@@ -281,9 +283,11 @@ class Scheduler:
             plan.again_ms = now_ms
             return Verdict.FULL
         sub = request.submit
-        request.gives_way = not request.resumed and self.shares.gives_way(sub.tenant, batch=sub.cls == BATCH)
-        if request.gives_way and not self.placement.has_room(request, gives_way=True):
-            return Verdict.BARRED if self.placement.has_room(request) else Verdict.FULL
+        is_batch = sub.cls == BATCH
+        request.over_share = not request.resumed and (is_batch or self.shares.is_over(sub.tenant))
+        gives_way = request.gives_way = request.over_share and self.shares.gives_way(sub.tenant, batch=is_batch)
+        if request.over_share and not self.placement.has_room(request, gives_way=gives_way, over_share=True):
+            return Verdict.BARRED if gives_way and self.placement.has_room(request) else Verdict.FULL
         output_tokens = min(sub.max_new_tokens, self.ledger.mean_output_tokens)
         choice = self.placement.choose(request, output_tokens, now_ms, final=final)
         if isinstance(choice, Worker):

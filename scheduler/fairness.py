@@ -63,7 +63,7 @@ class TokenCounters:
 
 
 class Shares:
-    """Which tenants give way to others: who has more than its share while others, who have less, ask now and then.
+    """Which tenants have more than their share, and give way while others, who have less, ask now and then.
 
     Shares are max-min fair: where the open requests of all, queued or running, are more than the places that are not
     kept free, a tenant's share are so many of them, by its weight, that what those with less leave is divided among
@@ -106,11 +106,17 @@ class Shares:
             share, weights = self._share, self._weights
             over = [tenant for tenant, num in self.num_open.items() if num > share * weights[tenant]]
             self._least_over = min(map(self._counters.__getitem__, over), default=math.inf)
-            self._some_have_less = any(map(self._has_less, weights))
+            self._some_have_less = not all(map(self.is_over, weights))
 
     def gives_way(self, tenant: str, *, batch: bool = False) -> bool:
         """Tell whether a tenant's next request gives way to others; one of class `batch` does to all that are not."""
-        return bool(self._weights) if batch else self._some_have_less and not self._has_less(tenant)
+        return bool(self._weights) if batch else self._some_have_less and self.is_over(tenant)
+
+    def is_over(self, tenant: str) -> bool:
+        """Tell whether a tenant has more than its share, whether or not there are others who have less."""
+        if max(1, self.num_open[tenant]) > self._share * self._weights[tenant]:
+            return True
+        return self._counters[tenant] > self._least_over + self._slack_tokens
 
     def _fair_share(self, num_places: int, if_all_fit: int) -> float:
         """Return the open requests per weight up to which all tenants together fill so many places.
@@ -126,11 +132,6 @@ class Shares:
             left -= num * own
             weight -= own
         return if_all_fit / min((own for _, own in self._kinds), default=1.0)
-
-    def _has_less(self, tenant: str) -> bool:
-        if max(1, self.num_open[tenant]) > self._share * self._weights[tenant]:
-            return False
-        return self._counters[tenant] <= self._least_over + self._slack_tokens
 
     def _set(self, tenant: str, num: int, weight: float) -> None:
         if before := self.num_open[tenant]:

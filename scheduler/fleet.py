@@ -58,6 +58,7 @@ class Worker:
     model: m.StepModel = UNFITTED_STEP
     requests: dict[str, Request] = field(default_factory=dict)
     num_ready: int = 0  # requests that take capacity
+    num_over_share: int = 0  # of them, those whose places others may take
     by_digest: Counter[str] = field(default_factory=Counter)
     cold: Counter[str] = field(default_factory=Counter)  # digest -> requests that wait for it
     suspects: Counter[int] = field(default_factory=Counter)  # attempts -> such requests without progress yet
@@ -90,14 +91,21 @@ class Worker:
             return Tier.LOADING
         return Tier.HOST if digest in self.host else Tier.REMOTE
 
-    def ready_credit(self, cls: str, *, gives_way: bool = False) -> int:
+    def ready_credit(self, cls: str, *, gives_way: bool = False, over_share: bool = False) -> int:
         """Return how many requests whose adapter is there it may get."""
         beat = self.beat
-        if beat.kv_blocks_free * 16 < beat.kv_blocks_total and beat.waiting > beat.waiting_adapter:
-            return 0  # memory, not the number of requests, limits it now
         if cls == BATCH or gives_way:
-            return self._places_unkept(cls) - self.num_ready
-        return beat.capacity + QUEUED_AHEAD - self.num_ready
+            credit = self._places_unkept(cls) - self.num_ready
+        else:
+            credit = beat.capacity + QUEUED_AHEAD - self.num_in_front(over_share=over_share)
+        takes_places = not (over_share or gives_way or cls == BATCH) and self.num_over_share > 0
+        if beat.kv_blocks_free * 16 < beat.kv_blocks_total and beat.waiting > beat.waiting_adapter and not takes_places:
+            return 0  # memory, not the number of requests, limits it now
+        return credit
+
+    def num_in_front(self, *, over_share: bool) -> int:
+        """Return how many requests one more would have to wait for, were there no more places."""
+        return self.num_ready - (0 if over_share else self.num_over_share)
 
     def takes_cold(self, digest: str, cls: str, *, gives_way: bool = False) -> bool:
         """Tell whether it may get a request that has to wait for `digest` there."""

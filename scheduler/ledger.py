@@ -47,6 +47,7 @@ class Ledger:
         worker.num_tokens += request.reserved_tokens
         if request.ready:
             worker.num_ready += 1
+            worker.num_over_share += request.over_share
         else:
             worker.cold[sub.digest] += 1
         if request.attempts:
@@ -70,6 +71,7 @@ class Ledger:
         worker.num_tokens -= request.reserved_tokens
         if request.ready:
             worker.num_ready -= 1
+            worker.num_over_share -= request.over_share
         else:
             decrement(worker.cold, digest)
         if request.attempts and not request.started:
@@ -125,4 +127,5 @@ class Ledger:
         if not request.ready:
             request.ready = True
             worker.num_ready += 1
+            worker.num_over_share += request.over_share
             decrement(worker.cold, request.submit.digest)

@@ -199,11 +199,11 @@ class Placement:
         order = self._rendezvous.order(digest)
         return order[0] if order else None
 
-    def has_room(self, request: Request, *, gives_way: bool = False) -> bool:
+    def has_room(self, request: Request, *, gives_way: bool = False, over_share: bool = False) -> bool:
         """Tell whether any worker takes requests like this one: of its class, and their adapter there, or not."""
         cls, digest = request.submit.cls, request.submit.digest
         if digest == BASE or digest in self._fleet.holders:
-            return any(worker.ready_credit(cls, gives_way=gives_way) > 0 for worker in self._workers)
+            return any(w.ready_credit(cls, gives_way=gives_way, over_share=over_share) > 0 for w in self._workers)
         return any(worker.takes_cold("?", cls, gives_way=gives_way) for worker in self._workers)
 
     def with_room(self, cls: str) -> list[Worker]:
@@ -277,18 +277,18 @@ class Placement:
             elif worker.suspects.total() >= SUSPECTS_PER_WORKER:
                 return False
         if tier is Tier.RESIDENT:
-            return worker.ready_credit(cls, gives_way=request.gives_way) > 0
+            return _has_credit(worker, request)
         # Bringing an adapter to one more worker only helps where there is room to run it.
         if not worker.takes_cold(digest, cls, gives_way=request.gives_way):
             return False
-        return not warm_elsewhere or worker.ready_credit(cls, gives_way=request.gives_way) > 0
+        return not warm_elsewhere or _has_credit(worker, request)
 
     def _batch_ms(self, worker: Worker, request: Request, output_tokens: float, rank: int) -> float:
         """Estimate how long the request queues and decodes in a worker's batch."""
         sub = request.submit
         step_ms = 1000 * worker.step_s(request, sub.num_prompt_tokens + round(output_tokens), rank)
         decode_ms = output_tokens * step_ms
-        num_ahead = worker.num_ready + 1 - worker.beat.capacity
+        num_ahead = worker.num_in_front(over_share=request.over_share) + 1 - worker.beat.capacity
         if num_ahead > 0:
             decode_ms *= 1 + num_ahead / worker.beat.capacity  # slots come free evenly
         return decode_ms
@@ -323,8 +323,12 @@ class Placement:
         start = self._turn * num
         for i in range(start, start + len(workers)):
             worker = workers[i % len(workers)]
-            if request is None or worker.ready_credit(request.submit.cls, gives_way=request.gives_way) > 0:
+            if request is None or _has_credit(worker, request):
                 found.append(worker)
                 if len(found) == num:
                     break
         return found
+
+
+def _has_credit(worker: Worker, request: Request) -> bool:
+    return worker.ready_credit(request.submit.cls, gives_way=request.gives_way, over_share=request.over_share) > 0

@@ -37,11 +37,13 @@ class Recovery:
         scheduler.beats(beats, 0.0)
         num_adopted = 0
         for wid in beats:
-            rids = list({item.rid for item in await bus.work_of(wid)})
+            items = {item.rid: item for item in await bus.work_of(wid)}
+            rids = list(items)
             for start in range(0, len(rids), CHUNK):
                 for owned in await bus.owned(rids[start : start + CHUNK]):
                     if owned is not None and owned.state == "assigned" and owned.owner == wid:
-                        scheduler.adopt(wid, owned.submit, owned.epoch, owned.attempts)
+                        over_share = items[owned.submit.rid].over_share
+                        scheduler.adopt(wid, owned.submit, owned.epoch, owned.attempts, over_share=over_share)
                         num_adopted += 1
         logger.info("%d workers registered, %d requests running", len(beats), num_adopted)
         # All that lies on the submit streams is not assigned: the first read brings it.

@@ -31,6 +31,7 @@ class Request:
     held_since_ms: float = -1.0  # when it was first passed over to wait for a warmer worker; -1: never
     held_until_ms: float = 0.0
     gives_way: bool = False  # to other tenants' requests, see `Shares`
+    over_share: bool = False  # others, who are not, may take its place
 
     @property
     def rid(self) -> str:

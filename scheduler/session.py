@@ -273,5 +273,6 @@ def _count(batch: list[Request]) -> None:
 def _assigned(request: Request) -> m.Assigned:
     sub = request.submit
     return m.Assigned(
-        sub.rid, request.epoch + 1, sub.digest, sub.tenant, sub.gateway, sub.stored, sub.deadline_ms, request.gives_way
+        sub.rid, request.epoch + 1, sub.digest, sub.tenant, sub.gateway, sub.stored, sub.deadline_ms, request.gives_way,
+        request.over_share,
     )  # fmt: skip

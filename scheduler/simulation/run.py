@@ -168,7 +168,7 @@ class Simulation:
             touched.add(wid)
             for item in batch:
                 request = self._open[item.rid]
-                request.epoch, request.gives_way = item.epoch + 1, item.gives_way
+                request.epoch, request.gives_way, request.over_share = item.epoch + 1, item.gives_way, item.over_share
                 self._workers[wid].take(request)
         for wid, digest in plan.prefetches:
             touched.add(wid)

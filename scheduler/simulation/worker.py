@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from protocol import messages as m
 from protocol.settings import SHORT_STEP_TOKENS_PER_SEQ
@@ -14,6 +14,9 @@ from scheduler.request import BASE
 
 SMALL_GPU_STEP = m.StepModel(a=0.02, b=5e-5, c=2e-8, d=2e-6)
 """s, and s per token, KV token and rank: about an 8-billion-parameter model on a small GPU. Assumed, not measured."""
+
+
+BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,10 @@ class Running:
     num_output_tokens: int  # it will make
     epoch: int = 0
     gives_way: bool = False
+    over_share: bool = False
     left_prompt: int = 0
+    num_cached: int = 0  # tokens that were computed before it lost its place
+    left_output: int = 0
     submitted_ms: float = 0.0
     first_ms: float = -1.0
     ended_ms: float = -1.0
@@ -87,7 +93,7 @@ class SimWorker:
         self.wid = wid
         self._model = model
         self._facts = facts
-        self._ready: tuple[deque[Running], deque[Running]] = (deque(), deque())  # the second one's give way
+        self._ready: list[deque[Running]] = [deque(), deque()]  # the second one's give way
         self._blocked: dict[str, list[Running]] = {}  # digest -> requests that wait for it, in order of their coming
         self._running: dict[str, Running] = {}
         # The second ones are of what gives way, which does not go on with every step.
@@ -111,6 +117,7 @@ class SimWorker:
         """Get a request."""
         digest = request.submit.digest
         request.left_prompt = request.submit.num_prompt_tokens
+        request.left_output = request.num_output_tokens
         if digest == BASE or digest in self._pool:
             self._make_ready(request)
         else:
@@ -164,6 +171,7 @@ class SimWorker:
         if self.step_ends_ms is not None or not (self._running or any(self._ready)):
             return None
         model, step = self._model, self._model.step
+        self._make_room()
         self._pauses = (
             not self._pauses
             and bool(self._ready[False])
@@ -197,6 +205,26 @@ class SimWorker:
         self.step_ends_ms = now_ms + step_ms
         return self.step_ends_ms
 
+    def _make_room(self) -> None:
+        """Let those who wait take places from those over their share, whose whole blocks stay in the prefix cache."""
+        num_places = len(self._running) + len(self._ready[False]) - self._model.capacity
+        if num_places <= 0:
+            return
+        num_places = min(num_places, sum(not request.over_share for request in self._ready[False]))
+        for request in [r for r in reversed(self._running.values()) if r.over_share][:num_places]:
+            ends, rid = self._ends[request.gives_way], request.submit.rid
+            end = next(end for end in ends if end[1] == rid)
+            ends.remove(end)
+            heapify(ends)
+            request.left_output = end[0] - self._num_steps[request.gives_way]
+            num_tokens = request.submit.num_prompt_tokens + request.num_output_tokens - request.left_output
+            request.left_prompt = 1 + (num_tokens - 1) % BLOCK_TOKENS
+            request.num_cached = num_tokens - request.left_prompt
+            self._kv_tokens[request.gives_way] -= num_tokens - 1
+            del self._running[rid]
+            self._ready[request.gives_way].appendleft(request)
+        self._ready[False] = deque(sorted(self._ready[False], key=lambda request: request.over_share))
+
     def end_step(self, now_ms: float) -> list[Running]:
         """Finish the step in progress. Returns the requests that end with it."""
         self.step_ends_ms = None
@@ -205,9 +233,11 @@ class SimWorker:
             self._num_steps[gives_way] += 1
             self._kv_tokens[gives_way] += len(self._ends[gives_way])
         for request in self._starting:
-            request.first_ms = now_ms + self._model.way_ms
+            if request.first_ms < 0:
+                request.first_ms = now_ms + self._model.way_ms
             self._running[request.submit.rid] = request
-            last = self._num_steps[request.gives_way] + request.num_output_tokens - 1
+            self._kv_tokens[request.gives_way] += request.num_cached
+            last = self._num_steps[request.gives_way] + request.left_output - 1
             heappush(self._ends[request.gives_way], (last, request.submit.rid))
         self._starting.clear()
         ended: list[Running] = []

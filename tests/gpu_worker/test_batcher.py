@@ -95,15 +95,17 @@ class BatcherMachine(RuleBasedStateMachine):
 
     @rule(
         kind=st.integers(0, 2), length=st.integers(1, 80), max_new=st.integers(1, 40),
-        digest=st.sampled_from(["", "a", "b"]), resumed=st.integers(0, 20), gives_way=st.booleans(),
+        digest=st.sampled_from(["", "a", "b"]), resumed=st.integers(0, 20), standing=st.integers(0, 2),
     )  # fmt: skip
-    def add(self, kind: int, length: int, max_new: int, digest: str, resumed: int, gives_way: bool) -> None:
+    def add(self, kind: int, length: int, max_new: int, digest: str, resumed: int, standing: int) -> None:
         length = min(length, self.max_len - 1)
         max_new = min(max_new, self.max_len - length)
         prompt = np.arange(length) * (kind + 1)
         output = [7 * kind] * min(resumed, max_new - 1)
         self.count += 1
-        seq = make_seq(str(self.count), prompt, max_new, digest, output, gives_way=gives_way)
+        seq = make_seq(
+            str(self.count), prompt, max_new, digest, output, over_share=standing > 0, gives_way=standing > 1
+        )
         seq.drafter = Drafter(self.limits.max_draft_tokens) if self.limits.max_draft_tokens else None
         self.batcher.add(seq)
 
@@ -128,6 +130,8 @@ class BatcherMachine(RuleBasedStateMachine):
         assert plan.num_tokens <= self.limits.max_step_tokens
         assert len(self.batcher.running) <= self.limits.max_num_seqs
         assert set(plan.num_new) <= set(self.batcher.running)
+        if not all(seq.over_share for seq in plan.preempted):
+            assert not any(seq.over_share for seq in self.batcher.running), "theirs are the first to go"
         decodes = [seq for seq in running if seq.num_pending == 1 and seq not in plan.preempted]
         decodes.sort(key=lambda seq: seq.gives_way)
         may_pause = self.batcher.step_model.b > 0 and not self.paused
@@ -362,6 +366,66 @@ def test_small_requests_overtake_a_large_one_only_for_a_while() -> None:
     assert overtaking == MAX_SKIPS
     batcher.remove(holder)
     assert large in batcher.plan().num_new
+
+
+def test_others_take_the_places_of_those_over_their_share_the_latest_first() -> None:
+    batcher, gate = make_batcher(64, max_num_seqs=3)
+    gate.resident = {"a"}
+    flood = [make_seq(f"flood{i}", np.arange(40) + 50 * i, 50, "a", over_share=True) for i in range(2)]
+    first = make_seq("first", np.arange(8) + 200, 50)
+    for seq in (flood[0], first, flood[1]):
+        batcher.add(seq)
+        finish_step(batcher, batcher.plan())
+    cold = make_seq("cold", np.arange(8), 50, "b")
+    quiet = [make_seq(f"quiet{i}", np.arange(8) + 300 + 10 * i, 50) for i in range(2)]
+    batcher.add(cold)
+    assert not batcher.plan().preempted, "for what cannot run"
+    batcher.remove(cold)
+    batcher.add(quiet[0])
+    plan = batcher.plan()
+    assert (plan.preempted, set(plan.num_new)) == ([flood[1]], {flood[0], first, quiet[0]})
+    finish_step(batcher, plan)
+    another = make_seq("another", np.arange(8) + 400, 50, over_share=True)
+    batcher.add(another)
+    assert not batcher.plan().preempted, "nor for one of their own"
+    batcher.remove(another)
+    num_made = flood[1].num_output
+    batcher.remove(quiet[0])
+    assert batcher.plan().num_new[flood[1]] == 40 + num_made - 32, "its full blocks are still there"
+    for seq in quiet:
+        batcher.add(seq)
+    assert batcher.plan().preempted == [flood[1], flood[0]]
+    assert batcher.running == [first, *quiet]
+
+
+def test_others_take_the_blocks_of_those_over_their_share_where_that_is_enough() -> None:
+    batcher, _ = make_batcher(8, prefix_cache=False)
+    flood = [make_seq(f"flood{i}", np.arange(32) + 50 * i, 8, over_share=True) for i in range(2)]
+    for seq in flood:
+        batcher.add(seq)
+        finish_step(batcher, batcher.plan())
+    large, small = make_seq("large", np.arange(140), 4), make_seq("small", np.arange(60), 4)
+    batcher.add(large)
+    assert not batcher.plan().preempted, "all of them would not do"
+    batcher.remove(large)
+    batcher.add(small)
+    plan = batcher.plan()
+    assert plan.preempted == [flood[1]]
+    assert small in plan.num_new
+    batcher.check_integrity()
+
+
+def test_blocks_that_others_share_are_not_freed_by_taking_them() -> None:
+    batcher, _ = make_batcher(8)
+    holder = make_seq("holder", np.arange(65), 8)
+    flood = make_seq("flood", np.arange(65), 8, over_share=True)
+    for seq in (holder, flood):  # five blocks each, of which they share four
+        batcher.add(seq)
+        finish_step(batcher, batcher.plan())
+    batcher.add(
+        make_seq("quiet", np.arange(40) + 100, 8)
+    )  # two are free, and one is to grow into: one more is not enough
+    assert not batcher.plan().preempted
 
 
 def test_one_that_gives_way_is_not_passed_over_for_ever() -> None:

@@ -13,6 +13,7 @@ from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, pr
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
+from gpu_worker.batcher import StepPlan
 from gpu_worker.request import EngineRequest
 from protocol.messages import Sampling
 
@@ -110,7 +111,7 @@ def test_logprobs_of_prompts_are_those_of_the_model(tiny: Oracle) -> None:
         for seq in engine.batcher.running[::-1]:
             if seq.prompt_logprobs is not None and 0 < seq.num_computed < seq.num_prompt and seq.rid not in torn:
                 torn.append(seq.rid)
-                engine.batcher._preempt(seq)
+                engine.batcher._preempt(seq, StepPlan())
                 return
 
     asked = ask(engine, [*asking, *(replace(r, rid=f"plain {r.rid}") for r in requests)], preempt_in_the_middle)

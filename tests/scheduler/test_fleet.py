@@ -121,6 +121,32 @@ def test_who_gives_way_leaves_an_eighth_also_once_its_adapter_comes() -> None:
     assert worker.ready_credit("interactive") == 16 + QUEUED_AHEAD
 
 
+def test_places_and_memory_of_those_over_their_share_count_as_free_for_others() -> None:
+    fleet = make_fleet(beat("w", capacity=16, waiting=1, kv_blocks_total=100, kv_blocks_free=1))
+    worker, ledger = fleet.workers["w"], make_ledger(fleet)
+    assert worker.ready_credit("interactive") == 0, "there is no memory"
+    for i in range(14):
+        item = request(f"flood{i}")
+        item.over_share = True
+        ledger.assign(item, worker)
+    assert worker.ready_credit("batch") == worker.ready_credit("interactive", over_share=True) == 0
+    assert worker.ready_credit("interactive", over_share=True, gives_way=True) == 0
+    assert worker.ready_credit("interactive") == 16 + QUEUED_AHEAD
+    ledger.assign(request("quiet"), worker)
+    assert worker.ready_credit("interactive") == 15 + QUEUED_AHEAD
+
+
+def test_those_over_their_share_wait_for_each_other() -> None:
+    fleet = make_fleet(beat("w", capacity=16))
+    worker, ledger = fleet.workers["w"], make_ledger(fleet)
+    for i in range(16):
+        item = request(f"flood{i}")
+        item.over_share = True
+        ledger.assign(item, worker)
+    assert worker.ready_credit("interactive", over_share=True) == QUEUED_AHEAD
+    assert worker.ready_credit("interactive", over_share=True, gives_way=True) < 0
+
+
 def test_a_worker_of_one_place_serves_everyone() -> None:
     worker = make_fleet(beat("w", capacity=1)).workers["w"]
     assert worker.ready_credit("batch") == worker.ready_credit("interactive", gives_way=True) == 1
@@ -215,12 +241,12 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(
         wid=st.sampled_from(("w0", "w1")), digest=st.sampled_from(("", "a", "b")), resumed=st.booleans(),
-        attempts=st.integers(0, 2), tenant=st.sampled_from(("t0", "t1")),
+        attempts=st.integers(0, 2), tenant=st.sampled_from(("t0", "t1")), over=st.booleans(),
     )  # fmt: skip
-    def assign(self, wid: str, digest: str, resumed: bool, attempts: int, tenant: str) -> None:
+    def assign(self, wid: str, digest: str, resumed: bool, attempts: int, tenant: str, over: bool) -> None:
         self.count += 1
         item = request(f"r{self.count}", digest, epoch=2 * resumed, attempts=attempts * resumed, tenant=tenant)
-        item.output_charged = -1 if resumed else 0
+        item.output_charged, item.over_share = -1 if resumed else 0, over
         self.lengths[item.rid] = 7 if resumed else 0
         self.assigned[item.rid] = item
         self.ledger.assign(item, self.fleet.workers[wid])
@@ -265,6 +291,7 @@ class LedgerMachine(RuleBasedStateMachine):
             items = [item for item in self.assigned.values() if item.wid == worker.wid]
             assert worker.requests == {item.rid: item for item in items}
             assert worker.num_ready == sum(item.ready for item in items)
+            assert worker.num_over_share == sum(item.ready and item.over_share for item in items)
             assert worker.cold == Counter(item.submit.digest for item in items if not item.ready)
             assert worker.by_digest == Counter(item.submit.digest for item in items)
             assert worker.num_tokens == sum(item.reserved_tokens for item in items)

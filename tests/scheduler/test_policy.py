@@ -95,10 +95,11 @@ def test_a_flood_of_one_hardly_delays_the_quiet() -> None:
 ON_CPU = WorkerModel(capacity=64, max_step_tokens=512, step=m.StepModel(a=0.0148, b=0.00068, c=3.5e-6, d=1.6e-5))
 
 
-def test_a_flood_does_not_hold_up_the_quiet_where_steps_are_long() -> None:
+@pytest.mark.parametrize("rate", [1.06, 4.4])  # requests/s of all the quiet together; the worker can do about 6.5
+def test_a_flood_does_not_hold_up_the_quiet_where_steps_are_long(rate: float) -> None:
     """A prompt finds a place, is computed with the next step, and that is soon: else the flood delays it thirtyfold."""
     rng = random.Random(1)
-    times = accumulate(1000.0 * rng.expovariate(1.06) for _ in range(120))
+    times = accumulate(1000.0 * rng.expovariate(rate) for _ in range(round(110 * rate)))
     quiet = [
         arrival(f"quiet{i}", at_ms, tenant=f"q{i % 20}", num_prompt_tokens=67, output=64)
         for i, at_ms in enumerate(times)
@@ -222,6 +223,9 @@ def test_a_flood_gives_way_while_others_ask_now_and_then() -> None:
     (batch,) = scheduler.plan(30_000.0).batches.values()  # nobody else has asked for a while
     assert len(batch) == 2 + QUEUED_AHEAD
     assert not any(request.gives_way for request in batch)
+    assert all(request.over_share for request in batch)
+    scheduler.submit(make_submit("at last", tenant="quiet"), 0)
+    assert planned(scheduler, 60_000.0) == {"w0": ["at last"]}, "it takes the place of one of them"
 
 
 def test_those_who_give_way_hide_nobody_behind_them() -> None:
