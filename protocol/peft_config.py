@@ -163,7 +163,7 @@ def _check_features(config: Mapping[str, Any], kind: str, reasons: Reasons) -> N
     for key, feature in _UNSERVED.items():
         if _is_on(key, config.get(key)):
             reasons.add(f"{key} ({feature}) is not served")
-    if config.get("bias") not in (None, "none", "all", "lora_only"):
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):  # PEFT loads no null either
         reasons.add(f"bias {show(config['bias'])} is not none, all or lora_only")
     init = config.get("init_lora_weights")
     if not (init is None or isinstance(init, bool) or init in _HARMLESS_INITS):

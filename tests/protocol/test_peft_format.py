@@ -334,6 +334,7 @@ def test_gives_every_reason_at_once() -> None:
         ({"target_modules": ".*_proj", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"use_dora": "yes"}, "use_dora"),
         ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"bias": None}, "bias None is not none"),
         ({"lora_bias": 1}, "lora_bias"),
         ({"lora_bias": True}, "lora_bias"),
         ({"lora_bias": True, "use_dora": True}, "combine lora_bias and use_dora"),
