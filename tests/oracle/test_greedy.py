@@ -90,6 +90,30 @@ def test_a_mixed_batch_equals_one_by_one(
     assert asked.most_adapters_in_a_step > (3 if preempted else 8)
 
 
+def test_who_loses_its_place_to_others_says_the_same(
+    tiny: Oracle, asked_prompts: dict[str, list[np.ndarray]], expected: dict[str, list[list[int]]]
+) -> None:
+    engine = tiny.engine(max_num_seqs=4, max_step_tokens=64)
+    warm(engine, tiny.names)
+    flood, quiet = (
+        [
+            greedy_request(f"{name}/{i}", name, both[i], NUM_TOKENS, over_share=not i)
+            for name, both in asked_prompts.items()
+        ]
+        for i in range(2)
+    )
+
+    def let_one_in(num_steps: int) -> None:
+        if quiet and num_steps > 8 and num_steps % 3 == 0:
+            engine.add(quiet.pop())
+
+    asked = ask(engine, flood, let_one_in)
+    assert not quiet
+    assert engine.counters.num_preemptions > len(tiny.names) // 2
+    for name in tiny.names:
+        assert [asked.ids[f"{name}/{i}"] for i in range(2)] == expected[name], name
+
+
 def test_64_adapters_run_in_one_batch() -> None:
     loras = {f"x{i}": Lora(rank=1 + i % 4, targets=("q_proj", "v_proj")) for i in range(64)}
     oracle = Oracle(tiny_llama(), loras, scale=0.5)
