@@ -137,7 +137,7 @@ def draw(axes: Sequence[Any], results: dict[str, dict[str, dict[str, float]]]) -
         axis.axvline(1, color=report.INK, linewidth=1)
         axis.set(yticks=range(len(names)), yticklabels=names, title=load, xlabel="simulated ÷ real")
         axis.invert_yaxis()
-        axis.legend()
+    axes[0].legend(loc="lower left", frameon=True, framealpha=1)
 
 
 def main() -> None:
