@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import msgspec
 import orjson
 
 from gateway.callers import Caller
@@ -65,8 +66,18 @@ class Jobs:
             raise
         if earlier is not None:
             await self._forget(job)
+            check_same_body(earlier, endpoint, raw)
+            if earlier.jid and not await self.knows(earlier):
+                known = msgspec.structs.replace(job, jid=earlier.jid, created_ms=earlier.created_ms, rids=earlier.rids)
+                await self._save(known, ttl_s)
             return await self.repeated(earlier, endpoint, raw, prepared.caller)
+        # And again after it: a queue that lost its last second in between may have lost the job alone.
+        await self._save(job, ttl_s)
         return await self._view(job, await self._facts(job), whole=True)
+
+    async def knows(self, record: m.Idempotent) -> bool:
+        """Tell whether the job of an Idempotency-Key is there; a queue that lost its last second may have lost it."""
+        return bool(await self._bus.redis.exists(self._bus.keys.job(record.jid)))
 
     async def repeated(self, record: m.Idempotent, endpoint: str, raw: bytes, caller: Caller) -> dict[str, Any]:
         """Return the job that an Idempotency-Key was first used for."""

@@ -52,10 +52,11 @@ class Endpoints:
             raise BadRequest(f"an Idempotency-Key may have at most {MAX_KEY_CHARACTERS} characters")
         caller = caller_of(request)
         if key and (earlier := await self._calls.earlier(key, caller)):
-            if earlier.jid:
+            if not earlier.jid:
+                caller.preparation.end()
+                return await self._calls.attach(body, endpoint, earlier, raw)
+            if await self._jobs.knows(earlier):
                 return json_response(await self._jobs.repeated(earlier, endpoint, raw, caller), 202)
-            caller.preparation.end()
-            return await self._calls.attach(body, endpoint, earlier, raw)
         answer = self._answer(endpoint, body, (key, raw), caller)
         stream = bool(body.stream) and not body.background
         return await in_time(answer, stream=stream, keepalive_s=self._calls.settings.keepalive_s)

@@ -210,3 +210,30 @@ async def test_a_job_with_a_key_is_made_once(http: httpx2.AsyncClient, fleet: Sc
     assert {answer.status_code for answer in answers} == {202}
     assert len({answer.json()["id"] for answer in answers}) == 1
     assert len((await http.get("/v1/jobs")).json()["data"]) == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_job_that_a_queue_lost_with_its_last_second_is_found_again(
+    http: httpx2.AsyncClient, bus: Bus, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Before its requests came: none would find them. After them: its key would tell of a job that is not there."""
+    submit = Bus.submit
+
+    async def lose_job(*args: Any, **more: Any) -> Any:
+        await bus.redis.delete(*await bus.redis.keys(f"{bus.keys.tag}:job*"))
+        return await submit(*args, **more)
+
+    if when == "before":
+        monkeypatch.setattr(Bus, "submit", lose_job)
+    headers, body = {"idempotency-key": "k5"}, {**CHAT, "background": True}
+    job = (await http.post("/v1/chat/completions", json=body, headers=headers)).json()
+    monkeypatch.undo()
+    if when == "after":
+        await bus.redis.delete(bus.keys.job(job["id"]))
+        other = await http.post("/v1/chat/completions", json={**body, "seed": 2}, headers=headers)
+        assert other.json()["error"]["code"] == "idempotency_key_reused"
+        assert (await http.post("/v1/chat/completions", json=body, headers=headers)).json()["id"] == job["id"]
+    done = await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=30"})
+    assert done.json()["status"] == "completed"
+    assert done.json()["result"]["choices"][0]["message"]["content"] == Script().text
+    assert [listed["id"] for listed in (await http.get("/v1/jobs")).json()["data"]] == [job["id"]]
