@@ -229,7 +229,11 @@ def kinds(draw: st.DrawFn) -> Kind:
     return Kind(family, options)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+# The same configs each time: what PEFT does not combine is without number. Look for more without `derandomize`.
+@settings(
+    max_examples=25, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)  # fmt: skip
 @given(kind=kinds())
 def test_any_config_is_served_as_peft_does(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("any")

@@ -173,7 +173,7 @@ def test_what_is_not_refused_is_what_peft_computes(root: Path, tmp_path: Path) -
     base = make_base(BIASED)
     prompt = asked_prompts(Kind(BIASED))[1]
 
-    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(data=st.data(), name=st.sampled_from(sorted(ADAPTERS)))
     def one(data: st.DataObject, name: str) -> None:
         key = f"{name}{next(numbers)}"
