@@ -67,10 +67,10 @@ class Jobs:
         if earlier is not None:
             await self._forget(job)
             check_same_body(earlier, endpoint, raw)
-            if earlier.jid and not await self.knows(earlier):
+            if not await self.knows(earlier):
                 known = msgspec.structs.replace(job, jid=earlier.jid, created_ms=earlier.created_ms, rids=earlier.rids)
                 await self._save(known, ttl_s)
-            return await self.repeated(earlier, endpoint, raw, prepared.caller)
+            return await self.get(earlier.jid, prepared.caller)
         # And again after it: a queue that lost its last second in between may have lost the job alone.
         await self._save(job, ttl_s)
         return await self._view(job, await self._facts(job), whole=True)

@@ -171,6 +171,10 @@ class StepModel(Wire, frozen=True):
     c: float = 0.0
     d: float = 0.0
 
+    def seconds(self, num_tokens: int, num_kv_tokens: int, sum_ranks: int) -> float:
+        """Return how long a step of so much takes."""
+        return self.a + self.b * num_tokens + self.c * num_kv_tokens + self.d * sum_ranks
+
     def is_worth_a_step(self, num_tokens: int, num_kv_tokens: int) -> bool:
         """Tell whether so much makes a step longer by more than what a step takes that does next to nothing."""
         return self.b * num_tokens + self.c * num_kv_tokens > self.a

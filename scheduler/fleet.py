@@ -122,13 +122,7 @@ class Worker:
     def step_s(self, request: Request, num_tokens: int, rank: int) -> float:
         """Predict its step time with `request`, of `num_tokens` and an adapter of `rank`, added."""
         more = 0 if request.submit.digest in self.by_digest else rank
-        model = self.model
-        return (
-            model.a
-            + model.b * (len(self.requests) + 1)
-            + model.c * (self.num_tokens + num_tokens)
-            + model.d * (self.rank_sum + more)
-        )
+        return self.model.seconds(len(self.requests) + 1, self.num_tokens + num_tokens, self.rank_sum + more)
 
 
 class Fleet:

@@ -15,8 +15,8 @@ from scheduler.request import BASE
 SMALL_GPU_STEP = m.StepModel(a=0.02, b=5e-5, c=2e-8, d=2e-6)
 """s, and s per token, KV token and rank: about an 8-billion-parameter model on a small GPU. Assumed, not measured."""
 
-
 BLOCK_TOKENS = 16
+"""Of a KV block, as in `lora_kernels`, which the scheduler does not import."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ class SimWorker:
                 self._starting.append(ready.popleft())
         rank = sum(self._facts[digest].rank for digest in adapters if digest != BASE)
         num_kv_tokens = sum(self._kv_tokens[gives_way] for gives_way in classes)
-        step_ms = 1000 * (step.a + step.b * num_tokens + step.c * num_kv_tokens + step.d * rank)
+        step_ms = 1000 * step.seconds(num_tokens, num_kv_tokens, rank)
         self.busy_ms += step_ms
         self.step_ends_ms = now_ms + step_ms
         return self.step_ends_ms
