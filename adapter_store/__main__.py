@@ -3,8 +3,8 @@
 import sys
 
 from adapter_store.service import serve
-from protocol.service import run, set_up_logging
-from protocol.settings import Settings
+from protocol.runtime.service import run, set_up_logging
+from protocol.runtime.settings import Settings
 
 if __name__ == "__main__":
     settings = Settings()

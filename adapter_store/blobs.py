@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protocol.adapter_texts import TEXT_FILES, TEXTS_FIELD, TEXTS_FILE, join_texts, split_texts
-from protocol.errors import AdapterRefused, Unavailable
-from protocol.peft_format import (
+from peft_adapters.format import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
     MAX_HEADER_BYTES,
@@ -32,6 +30,8 @@ from protocol.peft_format import (
     parse_config,
     parse_header,
 )
+from peft_adapters.texts import TEXT_FILES, TEXTS_FIELD, TEXTS_FILE, join_texts, split_texts
+from protocol.wire.errors import AdapterRefused, Unavailable
 
 logger = logging.getLogger(__name__)
 

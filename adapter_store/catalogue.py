@@ -9,10 +9,10 @@ from collections.abc import Iterable
 import msgspec
 from redis.exceptions import WatchError
 
-from protocol import messages as m
-from protocol.bus import Bus, decode, now_ms
-from protocol.errors import ProtocolError
-from protocol.keys import private_name
+from protocol.queue.bus import Bus, decode, now_ms
+from protocol.wire import messages as m
+from protocol.wire.errors import ProtocolError
+from protocol.wire.keys import private_name
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from adapter_store.mirror import Mirror
 from adapter_store.sources import Changed
 from adapter_store.sources.local import NAME, LocalSource
 from adapter_store.watch import Watch
-from protocol.errors import ClientError, LorafleetError
-from protocol.messages import Alias, ServedModel
+from protocol.wire.errors import ClientError, LorafleetError
+from protocol.wire.messages import Alias, ServedModel
 
 logger = logging.getLogger(__name__)
 

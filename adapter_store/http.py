@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adapter_store.sources import FILES
-from protocol.adapter_texts import TEXTS_FILE
-from protocol.errors import Conflict, LorafleetError
+from peft_adapters.texts import TEXTS_FILE
+from protocol.wire.errors import Conflict, LorafleetError
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterable, Mapping
 
 from adapter_store.catalogue import Catalogue
-from protocol import messages as m
-from protocol.adapter_refs import parse_reference
-from protocol.bus import Bus, now_ms
-from protocol.settings import Settings, names_of
+from protocol.queue.bus import Bus, now_ms
+from protocol.runtime.settings import Settings, names_of
+from protocol.wire import messages as m
+from protocol.wire.adapter_refs import parse_reference
 
 logger = logging.getLogger(__name__)
 

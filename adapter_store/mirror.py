@@ -14,11 +14,7 @@ from weakref import WeakValueDictionary
 from adapter_store.blobs import AdapterFiles, Blobs
 from adapter_store.sources import MORE_FILES, Changed, Source, Version
 from adapter_store.tier import Tier
-from protocol.bus import now_ms
-from protocol.errors import AdapterRefused, Unavailable
-from protocol.messages import AdapterRecord, ServedModel
-from protocol.metrics import STORE_FETCH_SECONDS, STORE_FETCHES
-from protocol.peft_format import (
+from peft_adapters.format import (
     CONFIG_FILE,
     MAX_HEADER_BYTES,
     WEIGHTS_FILE,
@@ -27,6 +23,10 @@ from protocol.peft_format import (
     parse_header,
     read_adapter,
 )
+from protocol.queue.bus import now_ms
+from protocol.runtime.metrics import STORE_FETCH_SECONDS, STORE_FETCHES
+from protocol.wire.errors import AdapterRefused, Unavailable
+from protocol.wire.messages import AdapterRecord, ServedModel
 
 logger = logging.getLogger(__name__)
 

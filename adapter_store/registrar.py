@@ -19,12 +19,12 @@ from redis.exceptions import RedisError
 from adapter_store.catalogue import Catalogue, field_of
 from adapter_store.mirror import Mirror
 from adapter_store.sources import Changed, Source
-from protocol.adapter_refs import Policy, Reference, parse_source
-from protocol.backoff import REFUSAL, TROUBLE
-from protocol.bus import Bus, now_ms
-from protocol.errors import AdapterRefused, BadRequest, ClientError, LorafleetError, PermissionDenied
-from protocol.fleet_secret import FleetSecret
-from protocol.messages import Alias, Registration, ServedModel
+from protocol.queue.bus import Bus, now_ms
+from protocol.runtime.backoff import REFUSAL, TROUBLE
+from protocol.runtime.fleet_secret import FleetSecret
+from protocol.wire.adapter_refs import Policy, Reference, parse_source
+from protocol.wire.errors import AdapterRefused, BadRequest, ClientError, LorafleetError, PermissionDenied
+from protocol.wire.messages import Alias, Registration, ServedModel
 
 logger = logging.getLogger(__name__)
 

@@ -21,14 +21,14 @@ from adapter_store.sources.hub import HubSource
 from adapter_store.sources.local import LocalSource
 from adapter_store.sources.s3 import S3Source, make_client
 from adapter_store.tier import Tier
-from protocol import metrics
-from protocol.adapter_refs import Policy
-from protocol.bus import CONNECTION_ERRORS, Bus, decode, now_ms
-from protocol.errors import BadRequest, Conflict, ProtocolError, Unavailable
-from protocol.fleet_secret import FleetSecret
-from protocol.messages import AdapterEvent, ServedModel
-from protocol.service import wait_any
-from protocol.settings import Settings
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
+from protocol.runtime import metrics
+from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.service import wait_any
+from protocol.runtime.settings import Settings
+from protocol.wire.adapter_refs import Policy
+from protocol.wire.errors import BadRequest, Conflict, ProtocolError, Unavailable
+from protocol.wire.messages import AdapterEvent, ServedModel
 
 logger = logging.getLogger(__name__)
 

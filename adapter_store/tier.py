@@ -11,10 +11,10 @@ from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 
 from adapter_store.sources import FILES
-from protocol.adapter_refs import parse_reference
-from protocol.adapter_texts import TEXTS_FIELD, TEXTS_FILE
-from protocol.errors import BadRequest
-from protocol.peft_format import CONFIG_FILE, parse_config
+from peft_adapters.format import CONFIG_FILE, parse_config
+from peft_adapters.texts import TEXTS_FIELD, TEXTS_FILE
+from protocol.wire.adapter_refs import parse_reference
+from protocol.wire.errors import BadRequest
 
 logger = logging.getLogger(__name__)
 

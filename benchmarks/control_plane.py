@@ -29,8 +29,8 @@ import uvloop
 from benchmarks import report
 from benchmarks.fleet import quickstart_model
 from lorafleet.embedded import start_embedded
-from protocol.bus import Bus
-from protocol.settings import Settings
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
 
 HERE = Path(__file__).resolve().parent.parent
 LOAD_S = 120.0  # a load that takes longer is stuck

@@ -24,13 +24,13 @@ import torch
 from benchmarks import report
 from benchmarks.fleet import adapter_bytes, make_adapters, quickstart_model, scratch_folder
 from benchmarks.kernels import memory_gb_s
-from gpu_worker.engine import Engine
-from gpu_worker.fetch import AdapterFiles
+from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.request import EngineRequest
 from gpu_worker.load import build_engine
-from gpu_worker.model import load_model
-from gpu_worker.request import EngineRequest
-from protocol.messages import Sampling
-from protocol.settings import Settings
+from gpu_worker.model.model import load_model
+from protocol.runtime.settings import Settings
+from protocol.wire.messages import Sampling
 
 NUM_REQUESTS = 32
 RANK = 16

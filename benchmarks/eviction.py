@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpu_worker.pool import PagePool, Resident
+from gpu_worker.adapters.pool import PagePool, Resident
 
 RANKS = (8, 16, 32, 64)
 PAGE_ROWS = 16

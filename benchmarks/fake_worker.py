@@ -17,15 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu_worker.port import OnDeath, OnOutputs
-from gpu_worker.request import EngineRequest, EngineStats, TokenOutput
-from gpu_worker.service import Worker, publish_served
-from protocol import messages as m
-from protocol.bus import Bus, now_ms
-from protocol.messages import AdapterEvent
-from protocol.records import AdapterUse
-from protocol.service import run, set_up_logging
-from protocol.settings import Settings
+from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
+from gpu_worker.service.port import OnDeath, OnOutputs
+from gpu_worker.service.service import Worker, publish_served
+from protocol.queue.bus import Bus, now_ms
+from protocol.runtime.service import run, set_up_logging
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.messages import AdapterEvent
+from protocol.wire.records import AdapterUse
 
 MAX_UNACKED = 4
 ADAPTER_BYTES = 1000

@@ -20,9 +20,9 @@ from benchmarks.peers.make_adapters import make_adapter
 from benchmarks.peers.servers import PORT, Server, running
 from lorafleet.embedded import start_embedded
 from lorafleet.quickstart import fetch_quickstart_model
-from protocol.bus import Bus
-from protocol.messages import WorkerBeat
-from protocol.settings import Settings
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
+from protocol.wire.messages import WorkerBeat
 
 LIST_TIMEOUT_S = 600.0
 

@@ -84,7 +84,7 @@ def pool_bytes(model: Path, num_adapters: int, item_bytes: int = 4) -> int:
     """Return the least budget in bytes whose pool has a page of each layer for so many adapters."""
     from transformers import AutoConfig
 
-    from gpu_worker.adapter_weights import split_budget
+    from gpu_worker.adapters.weights import split_budget
     from lora_kernels.ops import PAGE_ROWS
 
     config = AutoConfig.from_pretrained(model)

@@ -22,8 +22,8 @@ import numpy as np
 from benchmarks import report
 from benchmarks.fleet import Fleet, Setup, adapter_bytes, fleet, make_adapters, quickstart_model, scratch_folder
 from lorafleet.bench import BenchConfig, BenchResult, Target, run_bench
-from protocol import messages as m
-from protocol.keys import INTERACTIVE
+from protocol.wire import messages as m
+from protocol.wire.keys import INTERACTIVE
 from scheduler.core import Policy
 from scheduler.placement import AdapterFacts, Bandwidths
 from scheduler.simulation.policies import POLICIES, make_dispatcher

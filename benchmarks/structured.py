@@ -24,14 +24,14 @@ from tokenizers import Tokenizer
 from benchmarks import report
 from benchmarks.fleet import quickstart_model
 from benchmarks.schemas import random_schema
-from gateway.structured import constraint_of, grammar_text
-from gpu_worker.engine import Engine
-from gpu_worker.fetch import AdapterFiles
+from gateway.text.structured import constraint_of, grammar_text
+from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.load import load_engine
-from gpu_worker.request import EngineRequest, TokenOutput
-from protocol.errors import NotFound
-from protocol.messages import Sampling
-from protocol.settings import Settings
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import NotFound
+from protocol.wire.messages import Sampling
 
 MAX_TOKENS = 700
 PROMPT_TOKENS = 64

@@ -16,7 +16,7 @@ import msgspec
 from chaos.fleet import Shape
 from chaos.report import as_markdown, report_of
 from chaos.run import Plan, Tally, prepared
-from protocol.service import set_up_logging
+from protocol.runtime.service import set_up_logging
 
 RANKS = {"one": 1, "three": 3, "eight": 8, "sixteen": 16}
 

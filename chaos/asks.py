@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gpu_worker.sampling import SampleRow, sample
-from protocol.messages import Sampling
+from gpu_worker.engine.sampling import SampleRow, sample
+from protocol.wire.messages import Sampling
 
 PROMPTS = ("The first prompt", "and another, rather longer one: " + 20 * "abc ", "x")
 NUM_TOKENS = (40, 100, 250)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from chaos.asks import Expected
 from chaos.client import Attempt, Call
 from chaos.faults import Hit
-from protocol.records import RequestFacts
+from protocol.wire.records import RequestFacts
 
 SLACK_S = 2.0
 """How long before a client sees it a fault may have happened."""

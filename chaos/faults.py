@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from chaos.fleet import ProcessFleet, gateway_url, until
-from protocol.bus import CONNECTION_ERRORS
-from protocol.service import wait_any
+from protocol.queue.bus import CONNECTION_ERRORS
+from protocol.runtime.service import wait_any
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ import httpx2
 
 from lorafleet import lifeline
 from lorafleet.embedded import EmbeddedServer, start_embedded
-from protocol.bus import CONNECTION_ERRORS, Bus, now_ms
-from protocol.settings import Settings
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
+from protocol.runtime.settings import Settings
 
 STANDBY_S = 3.0
 """Age at which a scheduler counts as up: one that stands by gives no sign of it."""

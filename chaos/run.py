@@ -19,9 +19,9 @@ from chaos.asks import Ask, Expected, Transformers, catalogue, decidable
 from chaos.client import STYLES, Attempt, Call, Client
 from chaos.faults import Havoc, Hit
 from chaos.fleet import ProcessFleet, Shape
-from protocol import messages as m
-from protocol.bus import CONNECTION_ERRORS
-from protocol.keys import CLASSES
+from protocol.queue.bus import CONNECTION_ERRORS
+from protocol.wire import messages as m
+from protocol.wire.keys import CLASSES
 
 logger = logging.getLogger(__name__)
 

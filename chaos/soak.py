@@ -32,7 +32,7 @@ from chaos.fleet import ProcessFleet, Shape
 from chaos.report import machine
 from lorafleet.bench.client import Client
 from lorafleet.bench.result import RequestRecord
-from protocol.service import set_up_logging
+from protocol.runtime.service import set_up_logging
 
 logger = logging.getLogger(__name__)
 

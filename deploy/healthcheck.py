@@ -11,9 +11,9 @@ import urllib.request
 
 import redis
 
-from protocol.bus import decode
-from protocol.keys import Keys
-from protocol.messages import WorkerBeat
+from protocol.queue.bus import decode
+from protocol.wire.keys import Keys
+from protocol.wire.messages import WorkerBeat
 
 TIMEOUT_S = 3
 

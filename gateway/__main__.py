@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from gateway.service import serve
-from protocol.service import run, set_up_logging
-from protocol.settings import Settings
+from protocol.runtime.service import run, set_up_logging
+from protocol.runtime.settings import Settings
 
 
 def main() -> int:

@@ -17,32 +17,32 @@ from typing import Any
 
 import uvicorn
 
-from gateway.adapter_life import AdapterLife
-from gateway.adapter_routes import AdapterEndpoints
-from gateway.app import Envelope, build_app
-from gateway.calls import Calls
-from gateway.catalogue import Catalogue, Fleet
-from gateway.door import Door
-from gateway.encoder_routes import EncoderEndpoints
-from gateway.gate import Gate, is_loopback
-from gateway.grammar_check import GrammarCheck
-from gateway.http_server import BACKLOG, HttpServer, allow_connections
-from gateway.jobs import Jobs
-from gateway.lorax_routes import NativeEndpoints, shape_of
-from gateway.names import Names
-from gateway.own_files import OwnFiles
-from gateway.pulse import Pulse
-from gateway.replies import Replies
-from gateway.routes import Endpoints
-from gateway.sandbox import Sandbox
-from gateway.tokenizer import load_model_files
-from protocol.adapter_texts import TOKENIZER
-from protocol.api_keys import ApiKeys
-from protocol.bus import Bus
-from protocol.errors import Unavailable
-from protocol.fleet_secret import FleetSecret
-from protocol.model_files import TOKENIZER_FILES, model_folder
-from protocol.settings import Settings
+from gateway.adapters.catalogue import Catalogue, Fleet
+from gateway.adapters.life import AdapterLife
+from gateway.adapters.names import Names
+from gateway.adapters.routes import AdapterEndpoints
+from gateway.auth.gate import Gate, is_loopback
+from gateway.calls.calls import Calls
+from gateway.calls.jobs import Jobs
+from gateway.calls.replies import Replies
+from gateway.encoders.routes import EncoderEndpoints
+from gateway.http.app import Envelope, build_app
+from gateway.http.routes import Endpoints
+from gateway.http.server import BACKLOG, HttpServer, allow_connections
+from gateway.lorax.routes import NativeEndpoints, shape_of
+from gateway.overload.door import Door
+from gateway.overload.pulse import Pulse
+from gateway.text.grammar_check import GrammarCheck
+from gateway.text.own_files import OwnFiles
+from gateway.text.sandbox import Sandbox
+from gateway.text.tokenizer import load_model_files
+from peft_adapters.texts import TOKENIZER
+from protocol.queue.api_keys import ApiKeys
+from protocol.queue.bus import Bus
+from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.model_files import TOKENIZER_FILES, model_folder
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 

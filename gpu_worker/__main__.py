@@ -2,9 +2,9 @@
 
 import sys
 
-from gpu_worker.service import serve
-from protocol.service import run, set_up_logging
-from protocol.settings import Settings
+from gpu_worker.service.service import serve
+from protocol.runtime.service import run, set_up_logging
+from protocol.runtime.settings import Settings
 
 if __name__ == "__main__":
     settings = Settings()

@@ -12,33 +12,33 @@ from dataclasses import replace
 import torch
 from tokenizers import Tokenizer
 
-from gpu_worker.adapter_weights import PoolWeights
-from gpu_worker.adapters import AdapterCache
-from gpu_worker.batcher import BLOCK_TOKENS, Limits
-from gpu_worker.checkpoint import read_config, read_model, task_of
-from gpu_worker.compiled import compile_errors, warm
-from gpu_worker.cuda_graphs import CudaRecorder
-from gpu_worker.encoder import EncoderModel, prepare_encoder
-from gpu_worker.encoder_engine import EncoderConfig, EncoderEngine
-from gpu_worker.engine import Engine, EngineConfig
-from gpu_worker.fetch import AdapterFiles
-from gpu_worker.graphs import Unrecordable
-from gpu_worker.loader import hash_of
+from gpu_worker.adapters.cache import AdapterCache
+from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.adapters.loader import hash_of
+from gpu_worker.adapters.merging import merge_adapters
+from gpu_worker.adapters.packing import HostAdapter, Packer, row_sites
+from gpu_worker.adapters.rows import Rows, RowSite
+from gpu_worker.adapters.weights import PoolWeights
+from gpu_worker.cuda.capture import CudaRecorder
+from gpu_worker.cuda.graphs import Unrecordable
+from gpu_worker.encoder.engine import EncoderConfig, EncoderEngine
+from gpu_worker.encoder.model import EncoderModel, prepare_encoder
+from gpu_worker.encoder.pooling import read_pooling
+from gpu_worker.engine.batcher import BLOCK_TOKENS, Limits
+from gpu_worker.engine.engine import Engine, EngineConfig
+from gpu_worker.engine.thread import EngineThread
 from gpu_worker.memory import GiB, free_bytes, share
-from gpu_worker.merging import merge_adapters
-from gpu_worker.model import BaseModel, choose_device, choose_dtype, load_model
-from gpu_worker.packing import HostAdapter, Packer, row_sites
-from gpu_worker.pooling import read_pooling
-from gpu_worker.rows import Rows, RowSite
-from gpu_worker.thread import EngineThread
+from gpu_worker.model.checkpoint import read_config, read_model, task_of
+from gpu_worker.model.compiled import compile_errors, warm
+from gpu_worker.model.model import BaseModel, choose_device, choose_dtype, load_model
 from lora_kernels import ops
-from protocol import messages as m
-from protocol.adapter_texts import TOKENIZER
-from protocol.bus import now_ms
-from protocol.errors import AdapterRefused, BadRequest
-from protocol.merging import merge_of
-from protocol.model_files import WEIGHT_FILES, model_folder, served_name
-from protocol.settings import Settings
+from peft_adapters.recipe import merge_of
+from peft_adapters.texts import TOKENIZER
+from protocol.queue.bus import now_ms
+from protocol.runtime.model_files import WEIGHT_FILES, model_folder, served_name
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import AdapterRefused, BadRequest
 
 logger = logging.getLogger(__name__)
 

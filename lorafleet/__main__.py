@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from protocol.errors import ClientError, LorafleetError
+from protocol.wire.errors import ClientError, LorafleetError
 
 COMMANDS = {
     "up": ("lorafleet.up", "start a whole fleet on this machine"),

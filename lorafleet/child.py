@@ -15,9 +15,9 @@ from pathlib import Path
 from rich.markup import escape
 
 from lorafleet import lifeline
-from protocol.bus import now_ms
-from protocol.errors import LorafleetError
-from protocol.service import wait_any
+from protocol.queue.bus import now_ms
+from protocol.runtime.service import wait_any
+from protocol.wire.errors import LorafleetError
 
 MAX_FAILED_STARTS = 3
 STEADY_S = 30.0  # who lived that long after being ready starts again at once

@@ -23,10 +23,10 @@ from lorafleet.fleet import local_url
 from lorafleet.quickstart import QuickstartError, fetch_quickstart_model
 from lorafleet.screen import Screen
 from lorafleet.up import MAIN_FLAGS, Prepared, launch
-from protocol import messages as m
-from protocol.bus import Bus, decode
-from protocol.errors import BadRequest, Internal, LorafleetError, Unavailable
-from protocol.settings import Settings
+from protocol.queue.bus import Bus, decode
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest, Internal, LorafleetError, Unavailable
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "adapters"
 QUESTION = "Why is the sky blue?"

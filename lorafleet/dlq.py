@@ -13,11 +13,11 @@ from rich.table import Table
 
 from lorafleet.embedded import queue_url
 from lorafleet.flags import add_settings, load_settings
-from protocol import messages as m
-from protocol.bus import CONNECTION_ERRORS, Bus
-from protocol.dead_letters import DeadLetters
-from protocol.errors import Unavailable
-from protocol.settings import Settings
+from protocol.queue.bus import CONNECTION_ERRORS, Bus
+from protocol.queue.dead_letters import DeadLetters
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import Unavailable
 
 FLAGS = ("redis_url", "data", "request_timeout_s")
 

@@ -17,8 +17,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 
 from lorafleet.lifeline import die_with_parent
-from protocol.errors import BadRequest, Conflict, Internal
-from protocol.settings import Settings
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest, Conflict, Internal
 
 MAX_SOCKET_PATH = 100  # bytes; Linux allows 107
 START_S = 60.0  # a long append-only file takes a while to load

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from lorafleet import lifeline
-from protocol.errors import BadRequest
-from protocol.settings import CONFIG_VARIABLE, Settings
+from protocol.runtime.settings import CONFIG_VARIABLE, Settings
+from protocol.wire.errors import BadRequest
 
 PREFIX = str(Settings.model_config.get("env_prefix"))
 OTHER_VARIABLES = {CONFIG_VARIABLE, lifeline.VARIABLE, "LORAFLEET_CACHE_DIR"}

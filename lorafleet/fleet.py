@@ -16,10 +16,10 @@ from lorafleet.child import Child, ServiceFailed, Spec
 from lorafleet.embedded import EmbeddedServer
 from lorafleet.machine import num_cores, visible_gpus
 from lorafleet.screen import Screen
-from protocol import messages as m
-from protocol.bus import CONNECTION_ERRORS, Bus
-from protocol.errors import LorafleetError, Unavailable
-from protocol.settings import CONFIG_VARIABLE, Settings
+from protocol.queue.bus import CONNECTION_ERRORS, Bus
+from protocol.runtime.settings import CONFIG_VARIABLE, Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import LorafleetError, Unavailable
 
 START_POLL_S, POLL_S = 0.1, 1.0
 KILL_AFTER_S = 10.0  # beyond the grace that a service gives its requests

@@ -16,10 +16,10 @@ from rich.table import Table
 
 from lorafleet.embedded import queue_url
 from lorafleet.flags import add_settings, load_settings
-from protocol.api_keys import SCOPES, ApiKeys, Tenant
-from protocol.bus import CONNECTION_ERRORS, Bus, now_ms
-from protocol.errors import BadRequest, Unavailable
-from protocol.settings import Settings, names_of
+from protocol.queue.api_keys import SCOPES, ApiKeys, Tenant
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
+from protocol.runtime.settings import Settings, names_of
+from protocol.wire.errors import BadRequest, Unavailable
 
 FLAGS = ("redis_url", "data")
 LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency", "weight")

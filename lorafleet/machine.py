@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from protocol.errors import BadRequest, Conflict
+from protocol.wire.errors import BadRequest, Conflict
 
 CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 

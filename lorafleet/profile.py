@@ -16,9 +16,9 @@ from rich.table import Table
 
 from lorafleet.embedded import start_embedded
 from lorafleet.flags import add_settings, load_settings
-from protocol.errors import BadRequest
-from protocol.service import set_up_logging
-from protocol.settings import Settings
+from protocol.runtime.service import set_up_logging
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest
 
 FLAGS = (
     "adapters", "device", "dtype", "threads", "kernels", "compile", "max_num_seqs", "max_step_tokens", "max_model_len",
@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, settings: Settings) -> Any:
-    """Return the `gpu_worker.profile.Profile` of what the arguments ask for."""
+    """Return the `gpu_worker.profiling.profile.Profile` of what the arguments ask for."""
     try:
-        worker = importlib.import_module("gpu_worker.profile")
+        worker = importlib.import_module("gpu_worker.profiling.profile")
     except ModuleNotFoundError as error:
         raise BadRequest(f"{error.name} is not installed: pip install 'lorafleet[worker]'") from error
     plan = worker.ProfilePlan(args.sequences, args.steps, args.prompt_tokens, settings.adapters, args.trace)
@@ -95,7 +95,7 @@ def _measure(args: argparse.Namespace, settings: Settings) -> Any:
 
 
 def print_profile(found: Any, console: Console) -> None:
-    """Print a `gpu_worker.profile.Profile`: for every case its phases, and what the forward pass is made of."""
+    """Print a `gpu_worker.profiling.profile.Profile`: each case's phases, and the operations of its forward pass."""
     how = f"{found.num_stacked} of {found.num_layers} layers in one native call"
     console.print(
         f"[bold]{found.model}[/] in {found.dtype} on {found.device}, {_count(found.num_threads, 'thread')}, {how}, "

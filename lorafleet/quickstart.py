@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lorafleet.convert_gguf import STEPS
-from protocol.errors import LorafleetError
+from protocol.wire.errors import LorafleetError
 
 logger = logging.getLogger(__name__)
 

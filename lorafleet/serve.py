@@ -7,9 +7,9 @@ import importlib
 
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.lifeline import hold_lifeline
-from protocol.errors import BadRequest
-from protocol.service import run as run_service
-from protocol.service import set_up_logging
+from protocol.runtime.service import run as run_service
+from protocol.runtime.service import set_up_logging
+from protocol.wire.errors import BadRequest
 
 SERVICES = {"gateway": "gateway", "scheduler": "scheduler", "worker": "gpu_worker", "store": "adapter_store"}
 """Service name -> the package whose `service.serve(settings, stop)` it is."""

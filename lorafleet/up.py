@@ -24,9 +24,9 @@ from lorafleet.flags import add_settings, load_settings
 from lorafleet.fleet import Fleet, local_url, service_specs
 from lorafleet.machine import claim_port
 from lorafleet.screen import Screen
-from protocol.errors import BadRequest, Unavailable
-from protocol.model_files import WEIGHT_FILES, model_folder, served_name
-from protocol.settings import Settings
+from protocol.runtime.model_files import WEIGHT_FILES, model_folder, served_name
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest, Unavailable
 
 MAIN_FLAGS = ("adapters", "host", "port", "data", "workers", "device", "dtype")
 

@@ -2,8 +2,8 @@
 
 import sys
 
-from protocol.service import run, set_up_logging
-from protocol.settings import Settings
+from protocol.runtime.service import run, set_up_logging
+from protocol.runtime.settings import Settings
 from scheduler.service import serve
 
 if __name__ == "__main__":

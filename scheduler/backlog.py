@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from heapq import heapify, heappop, heappush, heapreplace
 
-from protocol.keys import CLASSES
+from protocol.wire.keys import CLASSES
 from scheduler.fairness import TokenCounters
 from scheduler.request import BASE, Request, decrement
 

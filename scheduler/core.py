@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import islice
 
-from protocol import messages as m
-from protocol.keys import BATCH, CLASSES
-from protocol.settings import Settings
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.keys import BATCH, CLASSES
 from scheduler.backlog import Backlog, Verdict
 from scheduler.fairness import Shares, TokenCounters
 from scheduler.fleet import Fleet, Worker

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from protocol import messages as m
-from protocol.keys import BATCH
+from protocol.wire import messages as m
+from protocol.wire.keys import BATCH
 from scheduler.request import BASE, Request
 
 QUEUED_AHEAD = 2

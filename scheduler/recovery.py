@@ -6,11 +6,11 @@ import logging
 
 import msgspec
 
-from protocol import messages as m
-from protocol import metrics
-from protocol.bus import Bus, Entry, Owned, now_ms
-from protocol.errors import Internal, LorafleetError, WorkerLost
-from protocol.keys import CLASSES
+from protocol.queue.bus import Bus, Entry, Owned, now_ms
+from protocol.runtime import metrics
+from protocol.wire import messages as m
+from protocol.wire.errors import Internal, LorafleetError, WorkerLost
+from protocol.wire.keys import CLASSES
 from scheduler.core import Scheduler
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from protocol import messages as m
+from protocol.wire import messages as m
 
 BASE = ""
 """The digest of requests for the base model."""

@@ -12,10 +12,10 @@ import os
 import secrets
 import socket
 
-from protocol import metrics
-from protocol.bus import CONNECTION_ERRORS, Bus
-from protocol.service import wait_any
-from protocol.settings import Settings
+from protocol.queue.bus import CONNECTION_ERRORS, Bus
+from protocol.runtime import metrics
+from protocol.runtime.service import wait_any
+from protocol.runtime.settings import Settings
 from scheduler.core import Policy
 from scheduler.fairness import TokenCounters
 from scheduler.session import Deposed, Lock, Session

@@ -14,13 +14,13 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from protocol import messages as m
-from protocol import metrics
-from protocol.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
-from protocol.errors import DeadlineExceeded, ProtocolError
-from protocol.keys import BATCH, CLASSES
-from protocol.service import wait_any
-from protocol.settings import Settings
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
+from protocol.runtime import metrics
+from protocol.runtime.service import wait_any
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import DeadlineExceeded, ProtocolError
+from protocol.wire.keys import BATCH, CLASSES
 from scheduler.core import Policy, Scheduler
 from scheduler.drain import DrainRate
 from scheduler.fairness import TokenCounters

@@ -12,8 +12,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from protocol import messages as m
-from protocol.errors import BadRequest
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest
 from scheduler.core import Policy
 from scheduler.placement import AdapterFacts, Bandwidths
 from scheduler.request import BASE

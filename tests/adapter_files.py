@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from protocol import messages as m
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.wire import messages as m
 
 HIDDEN = 16
 BASE = m.ServedModel(

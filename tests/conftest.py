@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from lorafleet.embedded import EmbeddedServer, start_embedded
-from protocol.bus import Bus
+from protocol.queue.bus import Bus
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ import psutil
 from processes import with_variable, working_below
 
 from lorafleet.machine import claim_port
-from protocol.errors import Conflict
+from protocol.wire.errors import Conflict
 
 MARKER = "TEST_FLEET_MARKER"
 QUICK = ("--device", "cpu", "--dtype", "float32", "--kernels", "reference", "--grace-s", "20")

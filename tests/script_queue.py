@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from protocol import messages as m
-from protocol.bus import Bus, StepRow, decode, now_ms
+from protocol.queue.bus import Bus, StepRow, decode, now_ms
+from protocol.wire import messages as m
 
 GATEWAY = "g"
 DEADLINE_MS = 60_000

@@ -18,12 +18,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from waiting import wait_until
 
 from gateway.service import serve
-from protocol import messages as m
-from protocol.bus import Bus, Step, StepRow, decode, error_info, now_ms
-from protocol.errors import LorafleetError
-from protocol.keys import CLASSES
-from protocol.settings import Settings
-from protocol.text import OutputText
+from protocol.queue.bus import Bus, Step, StepRow, decode, error_info, now_ms
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import LorafleetError
+from protocol.wire.keys import CLASSES
+from protocol.wire.text import OutputText
 
 BASE_NAME = "tiny/base"
 MAX_MODEL_LEN = 256

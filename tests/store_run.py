@@ -9,10 +9,10 @@ from typing import Any
 import httpx2
 from waiting import wait_until
 
-from protocol import messages as m
-from protocol.bus import Bus
-from protocol.fleet_secret import FleetSecret
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE, adapter_digest, parse_config, parse_header
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, adapter_digest, parse_config, parse_header
+from protocol.queue.bus import Bus
+from protocol.runtime.fleet_secret import FleetSecret
+from protocol.wire import messages as m
 
 
 class StoreRun:

@@ -15,16 +15,18 @@ WHEEL = {
     "protocol": "protocol",
     "lora_kernels": "kernels/lora_kernels",
     "lorafleet": "lorafleet",
+    "peft_adapters": "peft_adapters",
     **{service: service for service in SERVICES},
 }
 PACKAGES = {**WHEEL, "chaos": "chaos"}  # it kills fleets: a tool of this repository, not of its users
 MAY_IMPORT = {
     "protocol": set(),
     "lora_kernels": set(),
-    "gateway": {"protocol"},
+    "peft_adapters": {"protocol"},
+    "gateway": {"protocol", "peft_adapters"},
     "scheduler": {"protocol"},
-    "adapter_store": {"protocol"},
-    "gpu_worker": {"protocol", "lora_kernels"},
+    "adapter_store": {"protocol", "peft_adapters"},
+    "gpu_worker": {"protocol", "peft_adapters", "lora_kernels"},
     "lorafleet": {"protocol"},  # it starts services by name, in processes of their own
     "chaos": {"protocol", "lorafleet", "gpu_worker"},  # of the worker only how it draws tokens
 }
@@ -70,6 +72,30 @@ def test_packages_import_only_what_the_design_allows(package: str) -> None:
             assert not found & HTTP_FRAMEWORKS, path
 
 
+def dotted_imports(path: Path) -> Iterator[str]:
+    """Yield the full name of every module that a file imports from."""
+    for node in ast.walk(ast.parse(path.read_text(), path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_peft_adapters_knows_only_errors_and_messages() -> None:
+    allowed = {"protocol.wire", "protocol.wire.errors", "protocol.wire.messages"}
+    for path in sources("peft_adapters"):
+        modules = {name for name in dotted_imports(path) if name.startswith("protocol")}
+        assert {name for name in modules if not name.startswith(tuple(f"{a}." for a in allowed))} <= allowed, path
+
+
+def test_the_gateway_reads_no_adapter_files() -> None:
+    """Of adapters it knows how a merge is asked for, and which texts one may bring."""
+    for path in sources("gateway"):
+        found = {name for name in dotted_imports(path) if name.startswith("peft_adapters.")}
+        assert all(name.startswith(("peft_adapters.recipe", "peft_adapters.texts")) for name in found), path
+
+
 @pytest.mark.parametrize("package", sorted(PACKAGES.keys() - MAY_BE_HEAVY))
 def test_importing_a_light_package_loads_no_torch(package: str) -> None:
     modules = [
@@ -84,7 +110,7 @@ def test_importing_a_light_package_loads_no_torch(package: str) -> None:
 
 
 def test_the_worker_shell_imports_torch_only_when_it_loads_a_model() -> None:
-    assert run_python("import sys, gpu_worker.service; print('torch' in sys.modules)") == "False"
+    assert run_python("import sys, gpu_worker.service.service; print('torch' in sys.modules)") == "False"
 
 
 def test_kernels_never_finds_our_code(tmp_path: Path) -> None:
@@ -114,6 +140,6 @@ def test_the_wheel_holds_every_package_and_nothing_else(tmp_path: Path) -> None:
     for package, folder in WHEEL.items():
         for path in sources(package):
             assert f"{package}/{path.relative_to(ROOT / folder)}" in names
-    scripts = {f"protocol/lua/{path.name}" for path in (ROOT / "protocol/lua").glob("*.lua")}
+    scripts = {f"protocol/queue/lua/{path.name}" for path in (ROOT / "protocol/queue/lua").glob("*.lua")}
     assert scripts
     assert scripts <= set(names)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from protocol.adapter_texts import TEXT_FILES
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.texts import TEXT_FILES
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
 """What every adapter has. A pickle (`.bin`) is refused by its name."""

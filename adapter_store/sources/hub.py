@@ -24,9 +24,9 @@ from huggingface_hub.errors import (
 
 from adapter_store.sources import FILES, MORE_FILES, Changed, RemoteFile, Version
 from adapter_store.sources.retry import Attempts
-from protocol.adapter_refs import parse_reference
-from protocol.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.wire.adapter_refs import parse_reference
+from protocol.wire.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT = httpx2.Timeout(30.0, connect=10.0)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapter_store.sources import MORE_FILES, Changed, RemoteFile, Version
-from protocol.errors import AdapterRefused, NotFound
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.wire.errors import AdapterRefused, NotFound
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from time import time
 
-from protocol.errors import Unavailable
+from protocol.wire.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 

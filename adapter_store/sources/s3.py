@@ -18,9 +18,9 @@ from urllib3.exceptions import HTTPError
 
 from adapter_store.sources import FILES, MORE_FILES, Changed, RemoteFile, Version
 from adapter_store.sources.retry import Attempts
-from protocol.adapter_refs import parse_reference
-from protocol.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
-from protocol.peft_format import WEIGHTS_FILE
+from peft_adapters.format import WEIGHTS_FILE
+from protocol.wire.adapter_refs import parse_reference
+from protocol.wire.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
 
 CHUNK_BYTES = 64 << 10
 """Also what is lost when a body breaks off."""

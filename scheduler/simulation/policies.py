@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from protocol import messages as m
+from protocol.wire import messages as m
 from scheduler.core import Plan, Policy, Scheduler
 from scheduler.placement import AdapterFacts, Rendezvous
 from scheduler.request import Request

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from heapq import heappop, heappush
 
-from protocol import messages as m
+from protocol.wire import messages as m
 from scheduler.placement import AdapterFacts
 from scheduler.simulation.policies import Dispatcher
 from scheduler.simulation.worker import Running, SimWorker, WorkerModel

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from protocol import messages as m
-from protocol.errors import BadRequest
-from protocol.keys import INTERACTIVE
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest
+from protocol.wire.keys import INTERACTIVE
 from scheduler.placement import AdapterFacts
 from scheduler.simulation.run import Arrival
 

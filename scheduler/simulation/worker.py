@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
-from protocol import messages as m
-from protocol.settings import SHORT_STEP_TOKENS_PER_SEQ
+from protocol.runtime.settings import SHORT_STEP_TOKENS_PER_SEQ
+from protocol.wire import messages as m
 from scheduler.placement import AdapterFacts, Bandwidths
 from scheduler.request import BASE
 

@@ -12,8 +12,8 @@ import pytest_asyncio
 from store_run import RunStore, StoreRun
 
 from adapter_store.service import serve
-from protocol.bus import Bus
-from protocol.settings import Settings
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
 
 
 @pytest.fixture

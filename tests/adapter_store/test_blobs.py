@@ -9,8 +9,8 @@ import pytest
 from adapter_files import write_adapter
 
 from adapter_store.blobs import AdapterFiles, Blobs
-from protocol.errors import AdapterRefused, Unavailable
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.wire.errors import AdapterRefused, Unavailable
 
 
 def put(blobs: Blobs, seed: int, *, sync: bool = True, version: str = "") -> str:

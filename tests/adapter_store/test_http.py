@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_store.http import BlobServer, Request, _file_answer
-from protocol.errors import Conflict, NotFound, Unavailable
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.wire.errors import Conflict, NotFound, Unavailable
 
 DIGEST = "a" * 64
 BEARER = "0123abcd"

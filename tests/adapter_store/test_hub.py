@@ -19,8 +19,8 @@ from adapter_store.blobs import Blobs
 from adapter_store.mirror import Mirror
 from adapter_store.sources import Changed
 from adapter_store.sources.hub import HubSource
-from protocol.errors import AdapterRefused, NotFound, PermissionDenied, Unavailable
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.wire.errors import AdapterRefused, NotFound, PermissionDenied, Unavailable
 
 
 def adapter(seed: int = 0, **fields: Any) -> dict[str, bytes]:

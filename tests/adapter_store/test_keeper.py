@@ -11,9 +11,9 @@ from waiting import wait_until
 
 from adapter_store.catalogue import Catalogue
 from adapter_store.keeper import AGAIN_S, Keeper
-from protocol import messages as m
-from protocol.bus import Bus, decode
-from protocol.settings import Settings
+from protocol.queue.bus import Bus, decode
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
 
 
 def beat(wid: str, **fields: object) -> m.WorkerBeat:

@@ -19,10 +19,10 @@ from hub_stub import LFS_BYTES, HubStub, Repo, run_hub
 from store_run import ask, in_state
 from waiting import wait_until
 
-from protocol import messages as m
-from protocol.bus import Bus, now_ms
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
-from protocol.settings import Settings
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.queue.bus import Bus, now_ms
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
 
 
 @contextmanager

@@ -19,13 +19,13 @@ from waiting import wait_until
 
 from adapter_store import registrar
 from adapter_store.sources import retry
-from protocol import messages as m
-from protocol.backoff import Backoff
-from protocol.bus import Bus, now_ms
-from protocol.fleet_secret import FleetSecret
-from protocol.keys import private_name
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
-from protocol.settings import Settings
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.queue.bus import Bus, now_ms
+from protocol.runtime.backoff import Backoff
+from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.keys import private_name
 
 SECRET = "a secret of the tests"
 

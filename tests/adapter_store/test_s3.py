@@ -18,11 +18,11 @@ from adapter_store.sources import Changed
 from adapter_store.sources.local import LocalSource
 from adapter_store.sources.s3 import S3Source
 from adapter_store.tier import Tier
-from protocol import messages as m
-from protocol.bus import Bus, now_ms
-from protocol.errors import AdapterRefused, BadRequest, NotFound, PermissionDenied, Unavailable
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
-from protocol.settings import Settings
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.queue.bus import Bus, now_ms
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import AdapterRefused, BadRequest, NotFound, PermissionDenied, Unavailable
 
 WIDE = [m.SiteShape(site.name, 20_000, 16) for site in BASE.sites]  # makes the weights 1.3 MB
 WIDE_BASE = m.ServedModel(**{f: getattr(BASE, f) for f in BASE.__struct_fields__} | {"sites": WIDE})

@@ -18,11 +18,11 @@ from store_run import RunStore, ask, in_state
 from waiting import wait_until
 
 from adapter_store.service import serve
-from protocol import messages as m
-from protocol.bus import Bus
-from protocol.errors import BadRequest
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
-from protocol.settings import Settings
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ async def test_nothing_leaves_the_root(bus: Bus, root: Path, tmp_path: Path, run
 @pytest.mark.parametrize("name", ["../x", "/etc", "a/../b", "a/b/c", "a\x00b", ".hidden", "a//b", "", "é", "a" * 97])
 async def test_names_that_are_none_are_not_looked_up(root: Path, name: str) -> None:
     from adapter_store.sources.local import LocalSource
-    from protocol.errors import NotFound
+    from protocol.wire.errors import NotFound
 
     with pytest.raises(NotFound):
         await LocalSource(root).resolve(name)

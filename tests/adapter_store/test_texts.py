@@ -19,7 +19,8 @@ from adapter_store.mirror import Mirror
 from adapter_store.sources.hub import HubSource
 from adapter_store.sources.s3 import S3Source
 from adapter_store.tier import Tier
-from protocol.adapter_texts import (
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.texts import (
     MAX_TEXT_BYTES,
     TEXTS_FIELD,
     TEXTS_FILE,
@@ -28,10 +29,9 @@ from protocol.adapter_texts import (
     split_texts,
     template_of,
 )
-from protocol.bus import Bus
-from protocol.errors import AdapterRefused
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
-from protocol.settings import Settings
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import AdapterRefused
 
 TEXTS = {"tokenizer.json": b'{"model": "\xc3\xa4"}', "chat_template.jinja": b"{{ messages }}"}
 ADAPTER = {

@@ -10,8 +10,8 @@ from transformers import LlamaConfig
 
 from benchmarks.fleet import make_adapters
 from benchmarks.slow_link import Link, slow_link
-from gpu_worker.fetch import AdapterFiles, digest_of
-from protocol.peft_format import parse_config
+from gpu_worker.adapters.fetch import AdapterFiles, digest_of
+from peft_adapters.format import parse_config
 
 
 def test_adapters_that_share_a_file_are_different_adapters(tmp_path: Path) -> None:

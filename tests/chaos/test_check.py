@@ -16,7 +16,7 @@ from chaos.check import logged_wrongly, longest_pause, shown_wrongly, unexcused
 from chaos.client import Attempt, Call, Outcome
 from chaos.faults import KILLS, WEIGHTS, Havoc, Hit, PowerCut, draw
 from chaos.soak import Course
-from protocol.records import RequestFacts
+from protocol.wire.records import RequestFacts
 
 IDS = array("i", range(5)).tobytes()
 EXPECTED = Expected("abcde", IDS, num_prompt_tokens=3)

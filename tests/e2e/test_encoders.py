@@ -18,10 +18,10 @@ from transformers import AutoModel, AutoModelForTokenClassification, AutoTokeniz
 from waiting import wait_until
 
 import adapter_store.service
-import gpu_worker.service
+import gpu_worker.service.service
 import scheduler.service
-from protocol.bus import Bus
-from protocol.settings import Settings
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
 
 TEXTS = [" ".join(WORDS.split()[i : i + 3 + i % 4]) for i in range(12)]
 NUM_COPIES = 8
@@ -103,7 +103,7 @@ async def all_services(bus: Bus, model: Path, folder: Path, adapters: Path) -> A
         redis_url=bus.url, model=str(model), data=folder, adapters=adapters, port=0, device="cpu", dtype="float32",
         kernels="reference", threads=1, grace_s=1.0,
     )  # fmt: skip
-    services = (adapter_store.service, scheduler.service, gpu_worker.service)
+    services = (adapter_store.service, scheduler.service, gpu_worker.service.service)
     async with asyncio.TaskGroup() as group:
         for service in services:
             group.create_task(service.serve(settings, stop))

@@ -18,7 +18,7 @@ from waiting import wait_until
 from chaos.asks import GREEDY, Ask
 from chaos.client import Attempt, Call, Client
 from chaos.fleet import ProcessFleet, Shape
-from protocol import messages as m
+from protocol.wire import messages as m
 
 SHAPE = Shape(gateways=2, schedulers=2, workers=("w0", "w1"), stores=1)
 MODELS = ("base", "one", "two")

@@ -16,8 +16,8 @@ from jsonschema import Draft202012Validator
 from processes import is_running, working_below
 from waiting import wait_until
 
-from protocol.bus import Bus, decode
-from protocol.messages import Assigned, WorkerBeat
+from protocol.queue.bus import Bus, decode
+from protocol.wire.messages import Assigned, WorkerBeat
 
 NUM_TOKENS = 400
 PROMPTS = ("Once upon a time", "The king said", "In the forest", "A ship sailed")

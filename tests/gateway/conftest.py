@@ -14,7 +14,7 @@ from openai import AsyncOpenAI
 from scripted_fleet import RunningGateway, ScriptedFleet, make_model_folder, running_gateway
 from tokenizers import Tokenizer
 
-from protocol.bus import Bus
+from protocol.queue.bus import Bus
 
 
 @pytest.fixture(scope="session")

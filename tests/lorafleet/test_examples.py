@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorafleet.quickstart import HUB_MODEL_ID
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterSpec, parse_config, parse_header, read_adapter
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, AdapterSpec, parse_config, parse_header, read_adapter
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = sorted(folder.name for folder in (EXAMPLES / "adapters").iterdir())

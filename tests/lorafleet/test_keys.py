@@ -9,8 +9,8 @@ import pytest
 
 from lorafleet.__main__ import main
 from lorafleet.embedded import EmbeddedServer
-from protocol.api_keys import PREFIX, ApiKey, ApiKeys, Tenant
-from protocol.bus import Bus, now_ms
+from protocol.queue.api_keys import PREFIX, ApiKey, ApiKeys, Tenant
+from protocol.queue.bus import Bus, now_ms
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from factories import make_adapter, make_tiny_model
 from lora_kernels import cpu
 from lorafleet import profile
 from lorafleet.__main__ import main
-from protocol.metrics import PHASES
+from protocol.runtime.metrics import PHASES
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from waiting import wait_until
 
 from lorafleet import child as child_module
 from lorafleet.child import Child, ServiceFailed, Spec
-from protocol.service import JsonLines
+from protocol.runtime.service import JsonLines
 
 WRITE_PID = "import os, pathlib, sys; pathlib.Path('pid').write_text(f'{os.getpid()}\\n');"
 RUN = f"{WRITE_PID} import signal; signal.pause()"

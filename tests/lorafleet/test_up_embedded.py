@@ -12,7 +12,7 @@ from waiting import wait_until
 
 from lorafleet import embedded
 from lorafleet.embedded import start_embedded
-from protocol.errors import Conflict, Internal
+from protocol.wire.errors import Conflict, Internal
 
 
 def test_what_was_queued_is_there_after_a_restart(tmp_path: Path) -> None:

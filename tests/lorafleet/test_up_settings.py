@@ -13,8 +13,8 @@ from lorafleet.flags import add_settings, load_settings
 from lorafleet.fleet import local_url, service_specs
 from lorafleet.machine import claim_port, num_cores, visible_gpus
 from lorafleet.up import Prepared, fleet_name, prepare
-from protocol.errors import BadRequest, Conflict
-from protocol.settings import Settings
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest, Conflict
 
 
 @pytest.fixture(autouse=True)

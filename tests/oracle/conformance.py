@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gpu_worker.checkpoint import one_line
-from gpu_worker.engine import Engine
-from gpu_worker.lora import SiteInfo
-from gpu_worker.model import prepare_model
-from gpu_worker.runner import StepInputs
-from protocol.errors import BadRequest
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.runner import StepInputs
+from gpu_worker.model.checkpoint import one_line
+from gpu_worker.model.lora import SiteInfo
+from gpu_worker.model.model import prepare_model
+from protocol.wire.errors import BadRequest
 
 NUM_NEW = 8
 LENGTHS = (5, 33, 20)

@@ -15,14 +15,14 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_mode
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from gpu_worker.engine import Engine
-from gpu_worker.fetch import AdapterFiles
+from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.request import EngineRequest
+from gpu_worker.engine.runner import StepInputs
 from gpu_worker.load import build_engine
-from gpu_worker.model import prepare_model
-from gpu_worker.request import EngineRequest
-from gpu_worker.runner import StepInputs
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE, parse_config
-from protocol.settings import Settings
+from gpu_worker.model.model import prepare_model
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
+from protocol.runtime.settings import Settings
 
 MAX_DIFFERENCE = 1e-4
 """Largest difference of a logit from PEFT's, fp32. Every adapter must change the logits by 100 times as much."""

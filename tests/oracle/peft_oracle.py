@@ -18,13 +18,13 @@ from safetensors.torch import save
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from gpu_worker.engine import Engine
-from gpu_worker.fetch import AdapterFiles
+from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.load import build_engine
-from gpu_worker.model import prepare_model
-from gpu_worker.request import EngineRequest, TokenOutput
-from protocol.messages import Sampling
-from protocol.settings import Settings
+from gpu_worker.model.model import prepare_model
+from protocol.runtime.settings import Settings
+from protocol.wire.messages import Sampling
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TINY_VOCAB = 199

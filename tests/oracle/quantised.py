@@ -31,13 +31,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from gpu_worker.checkpoint import quantisation_of, read_model
-from gpu_worker.engine import Engine
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.runner import MAX_OVER_SENSITIVITY
 from gpu_worker.load import build_engine
-from gpu_worker.model import last_digits_changed, prepare_model
-from gpu_worker.runner import MAX_OVER_SENSITIVITY
-from protocol.errors import BadRequest
-from protocol.settings import Settings
+from gpu_worker.model.checkpoint import quantisation_of, read_model
+from gpu_worker.model.model import last_digits_changed, prepare_model
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest
 
 BASE: Base = ("llama", {"intermediate_size": 128})  # bitsandbytes runs 4 bits on a CPU by blocks of 64
 CPU = torch.device("cpu")

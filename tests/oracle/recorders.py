@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gpu_worker.graphs import Replay, Unrecordable
+from gpu_worker.cuda.graphs import Replay, Unrecordable
 
 WAITS = {
     "aten::_local_scalar_dense",

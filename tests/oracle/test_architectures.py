@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers.masking_utils import and_masks, causal_mask_function, chunked_causal_mask_function
 from transformers.masking_utils import sliding_window_causal_mask_function as window_mask
 
-from gpu_worker.attention import PagedLayer
-from gpu_worker.masks import AS_TOLD, MaskShape, read_shape
-from gpu_worker.model import prepare_model
-from gpu_worker.shortcuts import RotaryAttention, find_norm
-from protocol.errors import BadRequest
-from protocol.messages import OPAQUE
+from gpu_worker.model.attention import PagedLayer
+from gpu_worker.model.masks import AS_TOLD, MaskShape, read_shape
+from gpu_worker.model.model import prepare_model
+from gpu_worker.model.shortcuts import RotaryAttention, find_norm
+from protocol.wire.errors import BadRequest
+from protocol.wire.messages import OPAQUE
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import pytest
 import torch
 from oracle.peft_oracle import TINY_VOCAB, Oracle, ask, greedy_request, prompts, sixteen_loras, tiny_llama, warm
 
-from gpu_worker.compiled import decoder_layers
 from gpu_worker.load import build_engine
-from gpu_worker.model import prepare_model
-from protocol.errors import BadRequest
-from protocol.settings import Settings
+from gpu_worker.model.compiled import decoder_layers
+from gpu_worker.model.model import prepare_model
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, in its compiler
 

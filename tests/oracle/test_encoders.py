@@ -19,15 +19,15 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedModel
 
-from gpu_worker.encoder import prepare_encoder
-from gpu_worker.encoder_engine import EncoderEngine
-from gpu_worker.fetch import AdapterFiles
+from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.encoder.engine import EncoderEngine
+from gpu_worker.encoder.model import prepare_encoder
+from gpu_worker.encoder.pooling import Pooling
+from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.load import build_encoder_engine
-from gpu_worker.pooling import Pooling
-from gpu_worker.request import EngineRequest, TokenOutput
-from protocol.errors import BadRequest
-from protocol.messages import Sampling, Task
-from protocol.settings import Settings
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest
+from protocol.wire.messages import Sampling, Task
 
 MAX_DIFFERENCE = 1e-4
 MIN_EFFECT = 100 * MAX_DIFFERENCE

@@ -17,9 +17,9 @@ from llguidance import LLMatcher, LLTokenizer
 from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, random_llama, warm
 from tokenizers import Tokenizer
 
-from gpu_worker.request import EngineRequest
-from protocol.errors import BadRequest
-from protocol.messages import Sampling
+from gpu_worker.engine.request import EngineRequest
+from protocol.wire.errors import BadRequest
+from protocol.wire.messages import Sampling
 
 NUM_TOKENS = 60
 TOKENIZER: Tokenizer = make_tokenizer().backend_tokenizer
@@ -196,7 +196,7 @@ def test_a_grammar_is_compiled_once(tiny: Oracle, monkeypatch: pytest.MonkeyPatc
         made.append(text)
         return LLMatcher(tokens, text, **options)
 
-    monkeypatch.setattr("gpu_worker.grammars.LLMatcher", counted)
+    monkeypatch.setattr("gpu_worker.engine.grammars.LLMatcher", counted)
     [prompt] = prompts(1, VOCAB)
     request = replace(greedy_request("0", "", prompt, 4), grammar=GRAMMARS["choice"])
     first = ask(engine, [request])

@@ -11,8 +11,8 @@ from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, pr
 from oracle.recorders import Rerun, Tape
 from oracle.test_stack import stacks
 
-from gpu_worker.engine import Engine
-from gpu_worker.graphs import Unrecordable, graph_sizes
+from gpu_worker.cuda.graphs import Unrecordable, graph_sizes
+from gpu_worker.engine.engine import Engine
 from lora_kernels import cpu
 
 NATIVE = pytest.mark.skipif(not cpu.load(), reason="no native kernels: the reference reads its lists on the host")

@@ -30,12 +30,12 @@ from oracle.peft_kinds import (
 from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, prompts
 from peft import PeftModel
 
-from gpu_worker.engine import Engine
+from gpu_worker.engine.engine import Engine
 from gpu_worker.load import build_engine
-from gpu_worker.model import prepare_model
-from protocol.errors import BadRequest
-from protocol.merging import Merge, check_merge, digest_of_merge, merge_of
-from protocol.settings import Settings
+from gpu_worker.model.model import prepare_model
+from peft_adapters.recipe import Merge, check_merge, digest_of_merge, merge_of
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest
 
 WEIGHTS = [0.7, -0.4, 1.3]
 NAMES = ["a", "b", "c"]

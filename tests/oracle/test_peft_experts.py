@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from protocol.peft_experts import FAMILIES
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.experts import FAMILIES
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 
 QWEN3_MOE: Base = ("qwen3_moe", {"head_dim": 16, "decoder_sparse_step": 1, **EXPERTS})
 RANK = 3

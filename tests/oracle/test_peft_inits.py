@@ -31,9 +31,9 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import PreTrainedModel
 
 from gpu_worker.load import build_engine
-from gpu_worker.model import prepare_model
-from protocol.peft_format import CONFIG_FILE
-from protocol.settings import Settings
+from gpu_worker.model.model import prepare_model
+from peft_adapters.format import CONFIG_FILE
+from protocol.runtime.settings import Settings
 
 PROMPT = asked_prompts(Kind(LLAMA))[1]
 IDS = torch.arange(TINY_VOCAB)[None]

@@ -37,7 +37,7 @@ from oracle.peft_kinds import (
 from oracle.peft_oracle import TINY_VOCAB, greedy_request, warm
 from safetensors.torch import load_file, save_file
 
-from protocol.peft_format import WEIGHTS_FILE
+from peft_adapters.format import WEIGHTS_FILE
 
 TABLE = Path(__file__).parents[2] / "docs" / "peft.md"
 

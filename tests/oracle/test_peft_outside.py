@@ -36,7 +36,7 @@ from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from protocol.peft_format import CONFIG_FILE, WEIGHTS_FILE, adapter_digest, parse_header
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, adapter_digest, parse_header
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "bias": {"bias": "all"},

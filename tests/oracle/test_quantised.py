@@ -10,8 +10,8 @@ from oracle.peft_oracle import ask, greedy_request
 from oracle.quantised import BASE, CPU, GPU_ONLY, SCHEMES, Scheme, engine_on, measure, refusal
 from oracle.quantised_table import DOCUMENT, NAME, read_table
 
-from gpu_worker.checkpoint import read_model
-from gpu_worker.model import fingerprint_of
+from gpu_worker.model.checkpoint import read_model
+from gpu_worker.model.model import fingerprint_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the quantisation libraries have many
 

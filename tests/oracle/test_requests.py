@@ -13,9 +13,9 @@ from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, pr
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from gpu_worker.batcher import StepPlan
-from gpu_worker.request import EngineRequest
-from protocol.messages import Sampling
+from gpu_worker.engine.batcher import StepPlan
+from gpu_worker.engine.request import EngineRequest
+from protocol.wire.messages import Sampling
 
 LORAS = {"x8": Lora(8), "x3": Lora(3, ("q_proj", "v_proj")), "x17": Lora(17)}
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from oracle.peft_oracle import TINY_VOCAB, Oracle, ask, greedy_request, prompts, sixteen_loras, tiny_llama, warm
 
-from gpu_worker.request import EngineRequest
-from protocol.messages import Sampling
+from gpu_worker.engine.request import EngineRequest
+from protocol.wire.messages import Sampling
 
 NUM_TOKENS = 40
 FEW_BLOCKS: dict[str, Any] = {"kv_cache_bytes": 30 * 16 * 512, "max_model_len": 128}

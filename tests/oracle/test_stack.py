@@ -11,8 +11,8 @@ from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, pr
 from oracle.tiny_models import tiny_model
 from torch import Tensor
 
-from gpu_worker.engine import Engine
-from gpu_worker.shortcuts import LayerStack
+from gpu_worker.engine.engine import Engine
+from gpu_worker.model.shortcuts import LayerStack
 from lora_kernels import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no native kernels: layers run one by one")

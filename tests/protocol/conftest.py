@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest_asyncio
 from script_queue import GATEWAY, Queue
 
-from protocol.bus import Bus
+from protocol.queue.bus import Bus
 
 
 @pytest_asyncio.fixture

@@ -11,10 +11,10 @@ import numpy as np
 from script_queue import written
 from waiting import wait_until
 
-from protocol import messages as m
-from protocol.bus import Bus, Step, StepRow, decode, now_ms
-from protocol.quota import Quota
-from protocol.settings import Settings
+from protocol.queue.bus import Bus, Step, StepRow, decode, now_ms
+from protocol.queue.quota import Quota
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
 from scheduler.service import serve
 
 GATEWAY = "g-test"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from protocol.keys import CLASSES
+from protocol.wire.keys import CLASSES
 from scheduler.backlog import Backlog, Lane, Verdict
 from scheduler.fairness import TokenCounters
 from scheduler.request import Request

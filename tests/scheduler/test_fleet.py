@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from protocol import messages as m
+from protocol.wire import messages as m
 from scheduler.fairness import TokenCounters
 from scheduler.fleet import MAX_LOADS, QUEUED_AHEAD, UNFITTED_STEP, Fleet, Tier
 from scheduler.ledger import Ledger

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol import messages as m
+from protocol.wire import messages as m
 from scheduler.backlog import Verdict
 from scheduler.fleet import MAX_LOADS, Fleet, Tier, Worker
 from scheduler.ledger import Ledger

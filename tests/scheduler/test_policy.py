@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafleet.__main__ import main
-from protocol import messages as m
-from protocol.errors import BadRequest
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest
 from scheduler.core import Policy, Scheduler
 from scheduler.fleet import QUEUED_AHEAD
 from scheduler.placement import AdapterFacts

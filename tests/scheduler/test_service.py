@@ -12,10 +12,10 @@ from msgspec import json
 from waiting import wait_until
 
 from lorafleet.embedded import start_embedded
-from protocol import messages as m
-from protocol.bus import Bus, decode, now_ms
-from protocol.errors import Internal
-from protocol.settings import Settings
+from protocol.queue.bus import Bus, decode, now_ms
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import Internal
 from scheduler.core import Policy, Scheduler
 from scheduler.recovery import Recovery
 from scheduler.service import serve

@@ -1,0 +1,1 @@
+"""Adapters by name: what a name stands for, and the life of an adapter."""

@@ -1,0 +1,279 @@
+"""The life of adapters as operators see it: registered, loaded ahead, pinned, evicted, unloaded.
+
+What is asked becomes true in the stores and workers; here it is checked, written down, waited for and told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import msgspec
+
+from gateway.adapters.catalogue import BASE
+from gateway.adapters.memory import LOOK_S, AdapterMemory, Freed
+from gateway.adapters.names import Names, error_of, is_settled
+from gateway.adapters.views import FleetView
+from gateway.auth.callers import Caller
+from protocol.queue.bus import Bus, decode, now_ms
+from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.adapter_refs import FOLDER, Policy, Reference, parse_reference, parse_source
+from protocol.wire.errors import BadRequest, Conflict, ModelNotFound, Unavailable
+from protocol.wire.keys import private_name
+
+OTHERS = "(another tenant's)"
+API = "api"
+SETTINGS = "settings"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A name that is to be served."""
+
+    name: str
+    source: str  # "": the name says it
+    token: str = ""
+    replace: bool = False  # if the name stands for something else now
+    wait_s: float = 60.0
+    tenant: str = ""  # who sees the name, "" for everybody
+
+
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """A name that is served no more, and what that gave back."""
+
+    name: str
+    digest: str
+    freed: Freed
+    kept_by: list[str]  # other names for the same content, which therefore stays; a tenant's as `OTHERS`
+    num_ended: int  # requests that were ended for it
+
+
+class AdapterLife:
+    """What `/v1/adapters` does."""
+
+    def __init__(self, bus: Bus, settings: Settings, names: Names, secret: FleetSecret | None) -> None:
+        self._bus = bus
+        self._names = names
+        self._policy = Policy.of(settings)
+        self._root = settings.adapters
+        self.memory = AdapterMemory(bus, secret)
+        names.hearers.append(self.memory.hear)
+
+    # ------------------------------------------------------------ looking
+
+    async def list(self, caller: Caller, tenant: str | None, after: str, limit: int) -> dict[str, Any]:
+        """Return the adapters by name that the caller sees, or a tenant's own, as a page of at most `limit`."""
+        owner = None if tenant is None else caller.namespace(tenant)
+        found = [
+            alias for alias in await self._bus.aliases(None)
+            if alias.name > after and (caller.sees(alias) if owner is None else alias.tenant == owner)
+        ]  # fmt: skip
+        aliases = sorted(found, key=lambda alias: alias.name)
+        page = aliases[:limit]
+        return {"object": "list", "data": await self._show(page), "has_more": len(aliases) > len(page)}
+
+    async def get(self, name: str, caller: Caller, tenant: str | None = None) -> dict[str, Any]:
+        """Return one adapter, as the caller sees it. Raises ModelNotFound."""
+        return (await self._show([await self.seen(name, caller, tenant)]))[0]
+
+    async def seen(self, name: str, caller: Caller, tenant: str | None) -> m.Alias:
+        """Return what a name stands for to a caller, its own before everybody's, or to a tenant it may name."""
+        owners = [caller.namespace(tenant)] if tenant is not None else sorted(caller.names, reverse=True)
+        for owner in owners:
+            alias = await self._bus.alias(name, owner)
+            if alias is not None and (tenant is not None or caller.sees(alias)):
+                return alias
+        raise ModelNotFound(name)
+
+    async def _show(self, aliases: Sequence[m.Alias]) -> list[dict[str, Any]]:
+        digests = sorted({alias.digest for alias in aliases if alias.digest})
+        raws = await self._bus.redis.mget([self._bus.keys.adapter(digest) for digest in digests]) if digests else []
+        records = {d: decode(raw, m.AdapterRecord) for d, raw in zip(digests, raws, strict=True) if raw}
+        uses = await self._bus.uses(digests)
+        view = FleetView(await self.memory.beats(), await self._bus.pins())
+        return [view.show(alias, records.get(alias.digest), uses.get(alias.digest)) for alias in aliases]
+
+    # ------------------------------------------------------------ coming
+
+    async def register(self, wanted: Wanted) -> tuple[bool, bool]:
+        """Have a name served from a source; wait for it. Returns (it is served, the name is new).
+
+        Looks at the source again if the name is registered for it already. When the source refuses, everything is as
+        before. Raises Conflict, its reason, or what is wrong with the order.
+        """
+        reference = self.place(wanted.source or wanted.name)
+        _check_name(wanted.name)
+        self._policy.check(reference, on_request=False)
+        tenant = wanted.tenant
+        alias, before = await self._bus.alias(wanted.name, tenant), await self._bus.registration(wanted.name, tenant)
+        if alias is not None and alias.is_folder and reference.source != alias.source:
+            raise Conflict(f"`{wanted.name}` is a folder under the adapter root, which comes first", code="name_taken")
+        is_known = await self.is_registered(wanted.name, tenant)
+        source_before = before.source if before is not None else alias.source if alias is not None else ""
+        if is_known and source_before != reference.source and not wanted.replace:
+            raise Conflict(f"`{wanted.name}` stands for {source_before}: replace it", code="name_taken")
+        asked_ms = now_ms()
+        token = self._names.sealed(wanted.token, private_name(wanted.name, tenant))
+        if not token and before is not None and source_before == reference.source:
+            token = before.token
+        registration = m.Registration(
+            name=wanted.name, source=reference.source, token=token, tenant=tenant, asked_ms=asked_ms
+        )
+        if not await self._bus.register(registration):
+            raise Unavailable("too many adapters are registered", code="too_many_adapters")
+
+        def is_answered(found: m.Alias | None) -> bool:
+            return found is not None and is_settled(found) and found.asked_ms >= asked_ms
+
+        try:
+            found = await self._names.wait(wanted.name, tenant, is_answered, wanted.wait_s)
+        except Unavailable as error:
+            if error.code != "adapter_loading":
+                await self._take_back(registration, before)
+                raise
+            return False, not is_known
+        assert found is not None
+        if found.status:  # refused, or another content stays in its place
+            await self._take_back(registration, before)
+            raise error_of(found)
+        return True, not is_known
+
+    async def _take_back(self, registration: m.Registration, before: m.Registration | None) -> None:
+        """Undo a registration, unless a newer one has come."""
+        if before is None:
+            await self._bus.unregister(registration.name, registration.tenant, unless_asked_after=registration.asked_ms)
+            return
+        is_other = (before.source, before.token) != (registration.source, registration.token)
+        if is_other and await self._bus.registration(registration.name, registration.tenant) == registration:
+            await self._bus.register(msgspec.structs.replace(before, asked_ms=now_ms()))
+
+    def place(self, source: str) -> Reference:
+        """Read where an adapter is: a place, a path under the adapter root, or a folder's name. Raises BadRequest."""
+        reference = parse_source(source)
+        if reference is None and source.startswith("/") and self._root is not None:
+            path = PurePosixPath(source)
+            for root in (self._root, PurePosixPath(os.path.realpath(self._root))):
+                if path.is_relative_to(root):
+                    reference = parse_source(f"local:{path.relative_to(root)}")
+        elif reference is None and "/" not in source:
+            reference = parse_source(f"local:{source}")
+        if reference is None:
+            raise BadRequest(
+                f"{source!r:.300} is not a place adapters come from: local:FOLDER or a path under the adapter root,"
+                " ORG/NAME[@REVISION] on the Hub, s3://BUCKET/PREFIX",
+                param="source",
+            )
+        return reference
+
+    async def preload(self, name: str, wait_s: float, tenant: str = "") -> bool:
+        """Have every worker fetch an adapter; tell whether all of them have it within `wait_s`."""
+        alias = await self._served(name, wait_s, tenant)
+        await self.memory.prefetch(alias.digest)
+        return await self._wait_workers(lambda beat: alias.digest in beat.resident or alias.digest in beat.host, wait_s)
+
+    async def pin(self, name: str, wait_s: float) -> bool:
+        """Have every worker load an adapter and keep it; tell whether all of them do within `wait_s`."""
+        alias = await self._served(name, wait_s)
+        await self._bus.pin(name, API)
+        return await self._wait_workers(
+            lambda beat: beat.pinned.get(alias.digest) == "" and alias.digest in beat.resident, wait_s
+        )
+
+    async def pin_when_served(self, name: str) -> None:
+        """Have every worker keep what a name will stand for."""
+        await self._bus.pin(name, API)
+
+    async def is_registered(self, name: str, tenant: str = "") -> bool:
+        """Tell whether a name is served, or to be served, without a request having named its place."""
+        alias, registration = await self._bus.alias(name, tenant), await self._bus.registration(name, tenant)
+        return any(known is not None and not known.on_request for known in (alias, registration))
+
+    async def unpin(self, name: str) -> None:
+        """Let an adapter leave again. Raises ModelNotFound, Conflict if the settings pin it."""
+        by = (await self._bus.pins()).get(name)
+        if by == SETTINGS:
+            raise Conflict(f"`{name}` is pinned by the settings", code="pinned_by_settings")
+        if by is None and await self._bus.alias(name) is None:
+            raise ModelNotFound(name)
+        await self._bus.unpin(name)
+
+    async def _served(self, name: str, wait_s: float, tenant: str = "") -> m.Alias:
+        alias = await self._bus.alias(name, tenant)
+        if alias is not None and not is_settled(alias):
+            alias = await self._names.wait(name, tenant, lambda found: found is None or is_settled(found), wait_s)
+        if alias is None:
+            raise ModelNotFound(name)
+        if alias.state == "failed":
+            raise error_of(alias)
+        return alias
+
+    async def _wait_workers(self, has: Callable[[m.WorkerBeat], bool], wait_s: float) -> bool:
+        deadline_s = time.monotonic() + wait_s
+        while not all(has(beat) for beat in await self.memory.beats()):
+            if time.monotonic() > deadline_s:
+                return False
+            await asyncio.sleep(LOOK_S)
+        return True
+
+    # ------------------------------------------------------------ going
+
+    async def evict(self, name: str, wait_s: float) -> Freed:
+        """Give back what an adapter takes in workers; it is served on. Raises ModelNotFound, Conflict if pinned."""
+        alias = await self._served(name, wait_s)
+        aliases = {other.name: other for other in await self._bus.aliases()}
+        for pinned in await self._bus.pins():
+            if pinned in aliases and aliases[pinned].digest == alias.digest:
+                raise Conflict(f"`{pinned}` is pinned: unpin it first", code="adapter_pinned")
+        return await self.memory.evict(alias.digest, wait_s)
+
+    async def unload(
+        self, name: str, caller: Caller, tenant: str, *, force: bool, blob: bool, wait_s: float
+    ) -> Unloaded:
+        """Serve a tenant's name no more, and give back what its content takes unless another name stands for it.
+
+        New requests are refused at once; those accepted before end first, or with `force` are ended. `blob`: also on
+        the stores' disks. Raises ModelNotFound, Conflict for a folder of the adapter root, Unavailable without a store.
+        """
+        alias, registration = await self._bus.alias(name, tenant), await self._bus.registration(name, tenant)
+        if alias is None and registration is None:
+            raise ModelNotFound(name)
+        if alias is not None and alias.is_folder:
+            raise Conflict(
+                f"`{name}` is a folder under the adapter root, served as long as it is there; evict frees its memory",
+                code="adapter_folder",
+            )
+        if not tenant and (await self._bus.pins()).get(name) == API:
+            await self._bus.unpin(name)
+        await self._bus.unregister(name, tenant)
+        await self._names.wait(name, tenant, lambda found: found is None or found.is_folder, max(wait_s, 10.0))
+        digest = alias.digest if alias is not None else ""
+        others = [other for other in await self._bus.aliases(None) if other.digest == digest]
+        kept_by = sorted({other.name if caller.sees(other) else OTHERS for other in others})
+        if not digest or kept_by:
+            return Unloaded(name, digest, Freed(), kept_by if digest else [], 0)
+        deadline_s = time.monotonic() + wait_s
+        error = Conflict(f"the adapter `{name}` was unloaded", param="model", code="adapter_unloaded")
+        num_ended = await self.memory.end_requests(digest, error) if force else 0
+        await self.memory.wait_unused(digest, wait_s)
+        freed = await self.memory.evict(digest, max(deadline_s - time.monotonic(), 2.0))
+        if blob and not freed.waiting:
+            freed.disk_bytes = await self.memory.drop_blob(digest)
+        return Unloaded(name, digest, freed, [], num_ended)
+
+
+def _check_name(name: str) -> None:
+    """Raise BadRequest for what cannot be an adapter's name."""
+    if name == BASE or not (FOLDER.fullmatch(name) or parse_reference(name)):
+        raise BadRequest(
+            f"{name!r:.200} cannot be an adapter's name: NAME or ORG/NAME of letters, digits, dots, dashes and"
+            " underscores, at most 96 each, or the place itself",
+            param="name",
+        )

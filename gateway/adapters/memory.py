@@ -1,0 +1,148 @@
+"""What adapters hold in the fleet, and how it is given back: orders to workers and their answers, the stores' blobs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import httpx2
+import msgspec
+
+from peft_adapters.recipe import merge_of
+from protocol.queue.bus import Bus, decode
+from protocol.runtime.fleet_secret import FleetSecret
+from protocol.wire import messages as m
+from protocol.wire.errors import Conflict, LorafleetError, Unavailable
+from protocol.wire.keys import CLASSES
+
+LOOK_S = 0.25
+STORE_S = 30.0
+
+
+@dataclass(slots=True)
+class Freed:
+    """Bytes given back, and who has yet to give some back, when its requests have ended."""
+
+    pool_bytes: int = 0
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    waiting: list[str] = field(default_factory=list)  # names of workers
+
+
+class AdapterMemory:
+    """The fleet's workers and stores, as far as they hold adapters."""
+
+    def __init__(self, bus: Bus, secret: FleetSecret | None) -> None:
+        self._bus = bus
+        self._secret = secret
+        self._open: dict[str, asyncio.Queue[m.AdapterEvent]] = {}  # order -> the answers to it
+
+    def hear(self, event: m.AdapterEvent) -> None:
+        """Take an event of the fleet's."""
+        if event.order in self._open:
+            self._open[event.order].put_nowait(event)
+
+    async def beats(self) -> list[m.WorkerBeat]:
+        """Return the beats of the workers that live."""
+        return [beat for beat in (await self._bus.worker_beats()).values() if beat is not None]
+
+    async def prefetch(self, digest: str) -> None:
+        """Have every worker fetch an adapter, and load it where that sends none away."""
+        order = m.Control(kind="prefetch", digest=digest)
+        await self._bus.tell([(beat.wid, order) for beat in await self.beats()])
+
+    async def evict(self, digest: str, wait_s: float) -> Freed:
+        """Have workers give back what an adapter takes, and the merges made with it; wait for their answers.
+
+        A worker answers as soon as no request uses the adapter or waits for it there.
+        """
+        freed = Freed()
+        beats = await self.beats()
+        order, answers = uuid.uuid4().hex, asyncio.Queue[m.AdapterEvent]()
+        awaited = {(beat.wid, held): beat.name for beat in beats for held in held_with(digest, [beat])}
+        self._open[order] = answers
+        try:
+            await self._bus.tell([(wid, m.Control(kind="evict", digest=held, order=order)) for wid, held in awaited])
+            deadline_s = time.monotonic() + wait_s
+            while awaited and (left_s := deadline_s - time.monotonic()) > 0:
+                try:
+                    async with asyncio.timeout(min(left_s, 4 * LOOK_S)):
+                        event = await answers.get()
+                except TimeoutError:
+                    living = {beat.wid for beat in await self.beats()}
+                    awaited = {key: name for key, name in awaited.items() if key[0] in living}
+                    continue
+                if awaited.pop((event.source, event.digest), None) is not None:
+                    freed.pool_bytes += event.pool_bytes
+                    freed.host_bytes += event.host_bytes
+        finally:
+            del self._open[order]
+        freed.waiting = sorted(set(awaited.values()))
+        return freed
+
+    async def requests(self, digest: str) -> list[str]:
+        """Return the requests for an adapter, or for merges with it, that have not ended."""
+        rids: list[str] = []
+        for cls in CLASSES:
+            for _, fields in await self._bus.entries(self._bus.keys.sub(cls)):
+                submit = decode(fields[b"b"], m.Submit)
+                if involves(submit.digest, digest):
+                    rids.append(submit.rid)
+        on_workers: list[str] = []
+        for wid in await self._bus.members(self._bus.keys.workers):
+            on_workers += [item.rid for item in await self._bus.work_of(wid) if involves(item.digest, digest)]
+        # Entries of a batch stay until all of it has ended.
+        facts = await self._bus.requests(on_workers) if on_workers else []
+        return rids + [rid for rid, fact in zip(on_workers, facts, strict=True) if fact and not fact.is_terminal]
+
+    async def wait_unused(self, digest: str, wait_s: float) -> bool:
+        """Wait until no request for an adapter is queued or runs; tell whether that came true."""
+        deadline_s = time.monotonic() + wait_s
+        while await self.requests(digest):
+            if time.monotonic() > deadline_s:
+                return False
+            await asyncio.sleep(LOOK_S)
+        return True
+
+    async def end_requests(self, digest: str, error: LorafleetError) -> int:
+        """End what waits for an adapter or runs with it; returns how many requests that were."""
+        ended = [await self._bus.finish(rid, "failed", "error", error) for rid in await self.requests(digest)]
+        return sum(ended)
+
+    async def drop_blob(self, digest: str) -> int:
+        """Remove an adapter's files from every store; returns the bytes freed. Raises Conflict, Unavailable."""
+        headers = {"Authorization": f"Bearer {self._secret.bearer}"} if self._secret else {}
+        freed = 0
+        async with httpx2.AsyncClient(timeout=STORE_S, headers=headers, trust_env=False) as http:
+            for url in await self._bus.store_urls():
+                try:
+                    answer = await http.delete(f"{url}/adapters/{digest}")
+                except httpx2.HTTPError as error:
+                    raise Unavailable(f"an adapter store does not answer: {error!r}", code="no_store") from error
+                if answer.status_code == 409:
+                    raise Conflict(f"its files stay: {_message(answer)}", code="adapter_in_use")
+                if answer.status_code != 200:
+                    raise Unavailable(f"an adapter store answers {answer.status_code}", code="no_store")
+                freed += msgspec.json.decode(answer.content, type=dict[str, int])["freed_bytes"]
+        return freed
+
+
+def involves(held: str, digest: str) -> bool:
+    """Tell whether `held` is an adapter or a merge made with it."""
+    if held == digest:
+        return True
+    merge = merge_of(held)
+    return merge is not None and digest in merge.digests
+
+
+def held_with(digest: str, beats: Iterable[m.WorkerBeat]) -> set[str]:
+    """Return an adapter's digest and those of the merges with it that workers hold."""
+    held = {held for beat in beats for tier in (beat.resident, beat.loading, beat.host) for held in tier}
+    return {digest} | {other for other in held if involves(other, digest)}
+
+
+def _message(answer: httpx2.Response) -> str:
+    return msgspec.json.decode(answer.content, type=dict[str, dict[str, str]])["error"]["message"]

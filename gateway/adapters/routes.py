@@ -1,0 +1,203 @@
+"""HTTP for the life of adapters: `/v1/adapters`, and vLLM's two routes with its codes, but 4xx where it answers 500.
+
+A place in a path may be written with its slashes or percent-encoded.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import PlainTextResponse, Response
+
+from gateway.adapters.life import AdapterLife, Unloaded, Wanted
+from gateway.adapters.memory import Freed
+from gateway.auth.callers import Caller, caller_of
+from gateway.http import openapi
+from gateway.http.routes import json_response
+from protocol.wire.errors import BadRequest, Conflict, NotFound, PermissionDenied, Unavailable
+
+MAX_WAIT_S = 600.0
+Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class RegisterRequest(_Body):
+    """`POST /v1/adapters`."""
+
+    name: Annotated[str, Field(min_length=1, max_length=1100)]
+    source: Annotated[str, Field(max_length=1100)] = ""  # default: what the name says
+    token: Annotated[str, Field(max_length=1000)] = ""  # for the source; default: the Hub token shown as bearer
+    replace: bool = False
+    pin: bool = False
+    preload: bool = False
+    wait_s: Annotated[float, Field(ge=0, le=MAX_WAIT_S)] = 60.0
+    tenant: Annotated[str, Field(max_length=64)] | None = None  # whose name it is; an admin may name one
+
+
+class LoadRequest(BaseModel):
+    """`POST /v1/load_lora_adapter`, as vLLM has it."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadRequest(BaseModel):
+    """`POST /v1/unload_lora_adapter`, as vLLM has it."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+class AdapterEndpoints:
+    """The routes' handlers."""
+
+    def __init__(self, life: AdapterLife) -> None:
+        self._life = life
+
+    async def list(
+        self,
+        request: Request,
+        after: str = "",
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+        tenant: str | None = None,
+    ) -> Response:
+        return json_response(await self._life.list(caller_of(request), tenant, after, limit))
+
+    async def get(self, name: str, request: Request, tenant: str | None = None) -> Response:
+        return json_response(await self._life.get(name, caller_of(request), tenant))
+
+    async def register(self, body: RegisterRequest, request: Request) -> Response:
+        """201 once a new name is served, 200 if it was there, 202 if it has not come within `wait_s`."""
+        caller = caller_of(request)
+        tenant = caller.namespace(body.tenant)
+        if body.pin and tenant:
+            raise BadRequest("only an adapter for everybody can be pinned", param="pin")
+        wanted = Wanted(body.name, body.source, body.token or caller.token, body.replace, body.wait_s, tenant)
+        self._check_folder(wanted, caller)
+        is_served, is_new = await self._life.register(wanted)
+        if body.pin:
+            await self._life.pin_when_served(body.name)
+        if body.preload and is_served:
+            await self._life.preload(body.name, 0.0, tenant)
+        status = (201 if is_new else 200) if is_served else 202
+        return json_response(await self._life.get(body.name, caller, tenant), status)
+
+    def _check_folder(self, wanted: Wanted, caller: Caller) -> None:
+        """Raise PermissionDenied for a folder that is not for this caller."""
+        reference = self._life.place(wanted.source or wanted.name)
+        if reference.scheme == "local" and not caller.may_use(reference.source.removeprefix("local:")):
+            raise PermissionDenied(f"the folder {reference.source!r:.200} is not for this tenant", param="source")
+
+    async def unload(
+        self,
+        name: str,
+        request: Request,
+        force: bool = False,
+        blob: bool = False,
+        wait_s: Wait = 30.0,
+        tenant: str | None = None,
+    ) -> Response:
+        """200 with the bytes given back; 202 when workers will give some back later, after their requests."""
+        caller = caller_of(request)
+        owner = caller.namespace(tenant)
+        return _unloaded(await self._life.unload(name, caller, owner, force=force, blob=blob, wait_s=wait_s))
+
+    async def preload(self, name: str, request: Request, wait_s: Wait = 0.0, tenant: str | None = None) -> Response:
+        caller = caller_of(request)
+        known = await self._life.seen(name, caller, tenant)
+        done = await self._life.preload(name, wait_s, known.tenant)
+        return json_response(await self._life.get(name, caller, tenant), 200 if done else 202)
+
+    async def pin(self, name: str, request: Request, wait_s: Wait = 0.0) -> Response:
+        done = await self._life.pin(name, wait_s)
+        return json_response(await self._life.get(name, caller_of(request), ""), 200 if done else 202)
+
+    async def unpin(self, name: str, request: Request) -> Response:
+        await self._life.unpin(name)
+        return json_response(await self._life.get(name, caller_of(request), ""))
+
+    async def evict(self, name: str, wait_s: Wait = 30.0) -> Response:
+        freed = await self._life.evict(name, wait_s)
+        return json_response({"name": name, **_freed(freed)}, 202 if freed.waiting else 200)
+
+    # ------------------------------------------------------------ vLLM
+
+    async def load_lora(self, body: LoadRequest, request: Request) -> Response:
+        if not body.lora_name or not body.lora_path:
+            raise BadRequest("Both 'lora_name' and 'lora_path' must be provided.")
+        caller = caller_of(request)
+        tenant = caller.namespace(None)
+        if not body.load_inplace and await self._life.is_registered(body.lora_name, tenant):
+            raise BadRequest(
+                f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load the adapter in"
+                " place, set 'load_inplace' to True."
+            )
+        wanted = Wanted(body.lora_name, body.lora_path, caller.token, body.load_inplace, MAX_WAIT_S, tenant)
+        self._check_folder(wanted, caller)
+        try:
+            is_served, _ = await self._life.register(wanted)
+        except Conflict as error:
+            raise BadRequest(error.message, code=error.code) from None
+        if not is_served:
+            raise Unavailable(f"the adapter `{body.lora_name}` is still being downloaded", code="adapter_loading")
+        await self._life.preload(body.lora_name, 0.0, tenant)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    async def unload_lora(self, body: UnloadRequest, request: Request) -> Response:
+        if not body.lora_name:
+            raise BadRequest("'lora_name' needs to be provided to unload a LoRA adapter.")
+        try:
+            caller = caller_of(request)
+            owner = caller.namespace(None)
+            unloaded = await self._life.unload(body.lora_name, caller, owner, force=False, blob=False, wait_s=30.0)
+        except NotFound:
+            raise NotFound(f"The lora adapter '{body.lora_name}' cannot be found.") from None
+        except Conflict as error:
+            raise BadRequest(error.message, code=error.code) from None
+        freed = unloaded.freed
+        return PlainTextResponse(
+            f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+            f" Freed {freed.pool_bytes} bytes of pools and {freed.host_bytes} of host memory."
+        )
+
+
+def add_adapter_routes(app: FastAPI, endpoints: AdapterEndpoints) -> None:
+    """Bind paths to handlers."""
+    app.get("/v1/adapters", responses=openapi.PAGE)(endpoints.list)
+    app.post("/v1/adapters", responses=openapi.REGISTERED)(endpoints.register)
+    for what, handler in (
+        ("preload", endpoints.preload), ("pin", endpoints.pin), ("unpin", endpoints.unpin), ("evict", endpoints.evict),
+    ):  # fmt: skip
+        app.post(f"/v1/adapters/{{name:path}}/{what}", responses=openapi.LATER)(handler)
+    app.get("/v1/adapters/{name:path}")(endpoints.get)
+    app.delete("/v1/adapters/{name:path}", responses=openapi.LATER)(endpoints.unload)
+    app.post("/v1/load_lora_adapter", response_class=openapi.PlainText)(endpoints.load_lora)
+    app.post("/v1/unload_lora_adapter", response_class=openapi.PlainText)(endpoints.unload_lora)
+
+
+def _freed(freed: Freed) -> dict[str, Any]:
+    return {
+        "freed": {"pool_bytes": freed.pool_bytes, "host_bytes": freed.host_bytes, "disk_bytes": freed.disk_bytes},
+        "waiting": freed.waiting,
+    }
+
+
+def _unloaded(unloaded: Unloaded) -> Response:
+    shown = {
+        "name": unloaded.name,
+        "digest": unloaded.digest or None,
+        **_freed(unloaded.freed),
+        "kept_by": unloaded.kept_by,
+        "num_ended": unloaded.num_ended,
+    }
+    return json_response(shown, 202 if unloaded.freed.waiting else 200)

@@ -1,0 +1,131 @@
+"""In front of the routes: whether the gateway can take one more call, and API keys, where the fleet asks for them.
+
+With keys on, `Authorization: Bearer` is the key. The token for an adapter's source is then LoRAX's `api_token`; or the
+key comes as `x-api-key`, and the bearer is the token as without keys.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from dataclasses import replace
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.auth.callers import CALLER, EVERYBODY, Caller
+from gateway.http.errors import ErrorShape, unreachable_queue
+from gateway.lorax.metrics import GENERATION_PATHS
+from gateway.overload.door import Door
+from gateway.overload.preparing import Preparation
+from protocol.queue.api_keys import PREFIX, ApiKeys
+from protocol.queue.bus import CONNECTION_ERRORS
+from protocol.wire.errors import LorafleetError, Unauthorized
+
+HUB_TOKEN_PREFIX = "hf_"
+
+OPEN_PATHS = frozenset({"/", "/health", "/ping", "/metrics", "/openapi.json"})
+"""What probes and scrapers read without a key."""
+
+
+class Gate:
+    """In front of the routes: finds who calls, and turns away who may not."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys | None, door: Door, shape_of: Callable[[str], ErrorShape]) -> None:
+        """`keys`: None when the fleet asks for none. `shape_of`: how errors on a path are told."""
+        self._app = app
+        self._door = door
+        self._shape_of = shape_of
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif scope["method"] != "POST" or scope["path"] not in GENERATION_PATHS:
+            await self._let_in(scope, receive, send, Preparation())
+        else:
+            try:
+                self._door.check()
+            except LorafleetError as error:
+                await self._shape_of(scope["path"]).response(error)(scope, receive, send)
+                return
+            with self._door.open() as preparation:
+                await self._let_in(scope, receive, send, preparation)
+
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send, preparation: Preparation) -> None:
+        """Find out who calls, and pass the request on or refuse it."""
+        path = scope["path"]
+        try:
+            caller = await self._caller(scope["method"], path, Headers(scope=scope))
+        except CONNECTION_ERRORS as error:
+            await self._shape_of(path).response(unreachable_queue(error))(scope, receive, send)
+            return
+        except LorafleetError as error:
+            more = {"www-authenticate": "Bearer"} if error.status == 401 else {}
+            await self._shape_of(path).response(error, more)(scope, receive, send)
+            return
+        scope[CALLER] = replace(caller, preparation=preparation)
+        await self._app(scope, receive, send)
+
+    async def _caller(self, method: str, path: str, headers: Headers) -> Caller:
+        bearer = _bearer(headers)
+        if self._keys is None:
+            return Caller(token=source_token(bearer, path))
+        if path in OPEN_PATHS and method in ("GET", "HEAD"):
+            return EVERYBODY
+        given = headers.get("x-api-key", "")
+        key, token = (given, source_token(bearer, path)) if given else (bearer, "")
+        if not key:
+            raise Unauthorized("no API key was given: send `Authorization: Bearer KEY`, or `x-api-key: KEY`")
+        found = await self._keys.find(key)
+        if found is None:
+            raise Unauthorized(f"the API key {_shown(key)} is not known here, has expired, or was revoked")
+        api_key, tenant = found
+        caller = Caller(tenant, api_key.scopes, token)
+        check_scopes(method, path, caller)
+        return caller
+
+
+def check_scopes(method: str, path: str, caller: Caller) -> None:
+    """Raise PermissionDenied for what a caller's key is not good for."""
+    if path.startswith("/v1/adapters"):
+        if method in ("GET", "HEAD"):
+            if "adapters" not in caller.scopes:
+                caller.require("infer")
+        else:
+            for_all = method == "POST" and path.endswith(("/pin", "/unpin", "/evict"))
+            caller.require("admin" if for_all else "adapters")
+    elif path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        caller.require("adapters")
+    else:
+        caller.require("infer")
+
+
+def source_token(bearer: str, path: str) -> str:
+    """Return a bearer as the token for an adapter's source: any on LoRAX's routes, Hub tokens on the others.
+
+    A key of ours is none, so that it is never shown to a Hub.
+    """
+    if bearer.startswith(PREFIX):
+        return ""
+    return bearer if bearer.startswith(HUB_TOKEN_PREFIX) or not path.startswith("/v1/") else ""
+
+
+def _bearer(headers: Headers) -> str:
+    kind, _, value = headers.get("authorization", "").partition(" ")
+    return value.strip() if kind.lower() == "bearer" else ""
+
+
+def _shown(key: str) -> str:
+    """Return as much of a key as its owner needs to know it again."""
+    return f"{key[:6]}…{key[-4:]}" if len(key) > 16 else "given"
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine reaches what listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,57 @@
+"""A tenant's limits as its clients meet them: refusals, headers, texts. Pure."""
+
+from __future__ import annotations
+
+from protocol.queue.quota import Quota, Standing
+from protocol.wire.errors import BadRequest
+
+RETRY_S = 1.0
+"""Advice to whoever has too much running at once: nobody knows when that ends."""
+
+
+def check_quota(quota: Quota, num: int, num_tokens: int) -> None:
+    """Refuse a call that its tenant's limits could never let in. Raises BadRequest."""
+    if 0 < quota.concurrency < num:
+        raise BadRequest(
+            f"the call makes {num} choices; the limit of tenant {quota.tenant} is {quota.concurrency} at once",
+            param="n", code="limit_exceeded",
+        )  # fmt: skip
+    if 0 < quota.tokens_per_minute < num_tokens:
+        raise BadRequest(
+            f"the call may take {num_tokens} tokens, prompts and longest outputs; the limit of tenant {quota.tenant} is"
+            f" {quota.tokens_per_minute} a minute: set max_tokens",
+            param="max_tokens", code="limit_exceeded",
+        )  # fmt: skip
+
+
+def limit_headers(standing: Standing) -> dict[str, str]:
+    """Return OpenAI's headers of what is left."""
+    headers: dict[str, str] = {}
+    for what, allowance in (("requests", standing.requests), ("tokens", standing.tokens)):
+        if allowance is not None:
+            headers[f"x-ratelimit-limit-{what}"] = str(allowance.limit)
+            headers[f"x-ratelimit-remaining-{what}"] = str(allowance.remaining)
+            headers[f"x-ratelimit-reset-{what}"] = duration(allowance.reset_ms)
+    return headers
+
+
+def limit_text(quota: Quota, standing: Standing, num: int, num_tokens: int) -> str:
+    """Return what a client is told whose call a limit has refused."""
+    if standing.over == "concurrency":
+        running = f"{standing.running} choices are queued or running, the call adds {num}"
+        return f"{running}; the limit of tenant {quota.tenant} is {quota.concurrency} at once"
+    allowance = standing.requests if standing.over == "requests" else standing.tokens
+    assert allowance is not None
+    needed = num_tokens if standing.over == "tokens" else 1
+    return (
+        f"{allowance.remaining} {standing.over} are left and the call needs {needed}; the limit of tenant"
+        f" {quota.tenant} is {allowance.limit} {standing.over} a minute. Try again in {duration(standing.retry_ms)}"
+    )
+
+
+def duration(ms: int) -> str:
+    """Return a time as OpenAI's headers have it: 12ms, 1s, 6m0s."""
+    if ms < 1000:
+        return f"{ms}ms"
+    minutes, seconds = divmod(-(-ms // 1000), 60)
+    return f"{minutes}m{seconds}s" if minutes else f"{seconds}s"

@@ -1,0 +1,1 @@
+"""A call from its tokens to its answer: submitted, followed, written."""

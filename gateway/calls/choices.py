@@ -1,0 +1,166 @@
+"""One choice of an answer: from the deltas of its request to text, logprobs and an end. Pure."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from gateway.calls.replies import Cursor
+from gateway.openai.api import Options
+from gateway.text.answer_form import AnswerForm
+from gateway.text.tokenizer import ModelFiles
+from protocol.queue.bus import error_from
+from protocol.wire import messages as m
+from protocol.wire.errors import Conflict
+from protocol.wire.text import OutputText
+
+
+class TokenLogprob(NamedTuple):
+    """A token's logprob, NaN for a prompt's first, and the most likely tokens at its place."""
+
+    id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(slots=True)
+class Piece:
+    """What a choice gained since it was last looked at."""
+
+    index: int
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt: list[TokenLogprob] = field(default_factory=list)  # those of the prompt's tokens, if asked for
+    finish: str = ""  # "stop" or "length" at the end
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of a call."""
+
+    ids: bytes  # int32; b"" when it has been submitted before and is not needed again
+    num_tokens: int
+    text: str  # to be echoed, or ""
+    files: ModelFiles  # of who answers it
+    grammar: str = ""  # that the answers must follow, as in `messages.Body`
+    form: AnswerForm | None = None  # what the answers may consist of besides text
+
+
+class Choice:
+    """The state of one choice, which is one request in the queue."""
+
+    def __init__(self, index: int, rid: str, prompt: Prompt, options: Options) -> None:
+        end_ids = frozenset(options.stop_token_ids)
+        if not options.sampling.ignore_eos:
+            end_ids |= prompt.files.eos_ids
+        self.index = index
+        self.rid = rid
+        self.prompt = prompt
+        self.cursor = Cursor()
+        self.num_cached_tokens = 0
+        self.options = options
+        self.needs_prompt = options.sampling.prompt_logprobs
+        """Whether the logprobs of the prompt are still to be given to it, which must be before its first token."""
+        self._prompt: list[TokenLogprob] = []
+        self._echo = prompt.text if options.echo else ""
+        self._record_bytes = options.record_bytes
+        self._shown, self._shown_records = bytearray(), bytearray()  # as in the log
+        self._output = OutputText(
+            prompt.files.tokenizer,
+            stop=options.stop,
+            end_ids=end_ids,
+            min_tokens=options.sampling.min_tokens,
+            shown=prompt.form.shown if prompt.form is not None else {},
+        )
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far, the one that ended the text included."""
+        return 0 if self.options.scores_only else self.cursor.next
+
+    @property
+    def shown(self) -> tuple[bytes, bytes]:
+        """The ids and logprob records delivered so far, to mend a log that has lost its end."""
+        return bytes(self._shown), bytes(self._shown_records)
+
+    @property
+    def record_bytes(self) -> int:
+        """Size of a token's logprob record, 0 without logprobs."""
+        return self._record_bytes
+
+    def give_prompt(self, ids: bytes, records: bytes) -> None:
+        """Take the prompt's tokens (int32) and their logprob records, to be shown with the next piece."""
+        self.needs_prompt = False
+        self._prompt = unpack(ids, records)
+
+    def take(self, delta: m.Delta, piece: Piece) -> None:
+        """Add to `piece` what a delta that needs no log brings. Raises the error that ended the request."""
+        if self.cursor.is_stale(delta):
+            return
+        ids, records = self.cursor.take(delta, self._record_bytes)
+        self._shown += ids
+        self._shown_records += records
+        if self._echo:
+            piece.text, self._echo = self._echo, ""
+        if self._prompt:
+            piece.prompt, self._prompt = self._prompt, []
+        if ids and not self.options.scores_only:
+            self.absorb(ids, records, piece)
+        if delta.usage is not None:
+            self.num_cached_tokens = delta.usage.num_cached_tokens
+        if delta.finish == "error":
+            raise error_from(delta.error)
+        if delta.finish == "cancelled":
+            raise Conflict("the request was cancelled", code="cancelled")
+        if delta.finish and self.options.scores_only:
+            piece.finish = "length"
+        elif delta.finish:
+            piece.text += self._output.finish()
+            piece.finish = delta.finish
+
+    def skip(self, piece: Piece) -> None:
+        """End a choice for which no token is wanted: it is its prompt."""
+        self.cursor.ended = True
+        piece.text, piece.finish = self._echo, "length"
+
+    def absorb(self, ids: bytes, records: bytes, piece: Piece) -> None:
+        """Add to `piece` new tokens (int32) and their logprob records, if there are any."""
+        if not self._record_bytes:
+            piece.text += self._output.add(memoryview(ids).cast("i"))
+            return
+        for token in unpack(ids, records):
+            if self._output.ended:
+                break
+            piece.text += self._output.add((token.id,))
+            # The token that only says "end" is no part of the text.
+            if not self._output.ended or self._output.stop is not None:
+                piece.logprobs.append(token)
+
+
+def mean_logprob(piece: Piece) -> float:
+    """Return the mean logprob of a choice's output, 0 without one."""
+    return sum(token.logprob for token in piece.logprobs) / max(len(piece.logprobs), 1)
+
+
+def best_of(pieces: Sequence[Piece], options: Options) -> Sequence[Piece]:
+    """Return the choices that are shown: for each prompt all `n`, or those with the best mean logprob, best first."""
+    n, num_best = options.n, options.num_best or options.n
+    if num_best == n:
+        return pieces
+    shown: list[Piece] = []
+    for start in range(0, len(pieces), n):
+        ranked = sorted(pieces[start : start + n], key=mean_logprob, reverse=True)
+        shown += ranked[:num_best]
+    return [replace(piece, index=i) for i, piece in enumerate(shown)]
+
+
+def unpack(ids: bytes, records: bytes) -> list[TokenLogprob]:
+    """Return tokens (int32, at least one) with what their logprob records, all of one size, say."""
+    num_top = (len(records) * 4 // len(ids) - 4) // 8
+    layout = struct.Struct("<f" + "if" * num_top)
+    return [
+        TokenLogprob(id_, logprob, list(zip(top[::2], top[1::2], strict=True)))
+        for id_, (logprob, *top) in zip(memoryview(ids).cast("i"), layout.iter_unpack(records), strict=True)
+    ]

@@ -1,0 +1,247 @@
+"""Background jobs: requests that outlive their client. Any gateway answers for any job, from the queue alone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+import orjson
+
+from gateway.auth.callers import Caller
+from gateway.calls.calls import Calls, Prepared, check_same_body, requests_of, rid_of
+from gateway.calls.choices import Piece, best_of
+from gateway.calls.writers import Usage
+from gateway.openai.api import REQUESTS, fingerprint, options_of
+from protocol.queue.bus import RequestFacts, decode, error_from, now_ms
+from protocol.wire import messages as m
+from protocol.wire.errors import LorafleetError, NotFound
+
+ID_PREFIX = "job_"
+POLL_S = 0.2
+MAX_WAIT_S = 120.0
+KEPT_AFTER_EXPIRY_S = 3600
+_PAGE = 100
+
+JobStatus = Literal["queued", "running", "completed", "failed", "cancelled", "expired"]
+Facts = Sequence[RequestFacts | None]
+
+
+class Jobs:
+    """The jobs of the fleet."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self._bus = calls.bus
+
+    async def create(self, prepared: Prepared, endpoint: str, raw: bytes, idem: tuple[str, str]) -> dict[str, Any]:
+        """Submit a call as a job and return it. `idem`: Idempotency-Key and body hash, or two "". Raises Overloaded."""
+        call, created_ms = uuid.uuid4().hex, now_ms()
+        ttl_s = self._calls.settings.job_ttl_s
+        job = m.Job(
+            jid=ID_PREFIX + call,
+            endpoint=endpoint,
+            tenant=prepared.caller.owner,
+            model=prepared.request.model_name,
+            created_ms=created_ms,
+            expires_ms=created_ms + int(ttl_s * 1000),
+            rids=[rid_of(call, i) for i in range(len(prepared.prompts) * prepared.options.n)],
+            request={key: value for key, value in orjson.loads(raw).items() if key != "api_token"},  # never kept
+            metadata=prepared.request.metadata or {},
+            digests=prepared.digests,
+            texts=prepared.texts,
+            opened=prepared.opened,
+        )
+        # The job first: an accepted request without its job could never be found.
+        await self._save(job, ttl_s)
+        record = m.Idempotent(body_hash=idem[1], created_ms=created_ms, rids=job.rids, jid=job.jid)
+        try:
+            requests = requests_of(prepared, call, job.expires_ms, self._calls.files.eos_ids, gateway="", stored=True)
+            earlier = await self._calls.submit(prepared, requests, (idem[0], record))
+        except LorafleetError:
+            await self._forget(job)
+            raise
+        if earlier is not None:
+            await self._forget(job)
+            check_same_body(earlier, endpoint, raw)
+            if not await self.knows(earlier):
+                known = msgspec.structs.replace(job, jid=earlier.jid, created_ms=earlier.created_ms, rids=earlier.rids)
+                await self._save(known, ttl_s)
+            return await self.get(earlier.jid, prepared.caller)
+        # And again after it: a queue that lost its last second in between may have lost the job alone.
+        await self._save(job, ttl_s)
+        return await self._view(job, await self._facts(job), whole=True)
+
+    async def knows(self, record: m.Idempotent) -> bool:
+        """Tell whether the job of an Idempotency-Key is there; a queue that lost its last second may have lost it."""
+        return bool(await self._bus.redis.exists(self._bus.keys.job(record.jid)))
+
+    async def repeated(self, record: m.Idempotent, endpoint: str, raw: bytes, caller: Caller) -> dict[str, Any]:
+        """Return the job that an Idempotency-Key was first used for."""
+        check_same_body(record, endpoint, raw)
+        return await self.get(record.jid, caller)
+
+    async def get(self, jid: str, caller: Caller, wait_s: float = 0.0) -> dict[str, Any]:
+        """Return a job; with `wait_s`, wait at most so long until it has ended. Raises NotFound."""
+        job = await self._load(jid, caller)
+        deadline_s = time.monotonic() + min(wait_s, MAX_WAIT_S)
+        while True:
+            facts = await self._facts(job)
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0 or state_of(facts)[0] not in ("queued", "running"):
+                return await self._view(job, facts, whole=True)
+            await asyncio.sleep(min(POLL_S, left_s))
+
+    async def cancel(self, jid: str, caller: Caller) -> dict[str, Any]:
+        """Cancel what still runs of a job and return it. Raises NotFound."""
+        job = await self._load(jid, caller)
+        await asyncio.gather(*(self._bus.cancel(rid) for rid in job.rids))
+        return await self._view(job, await self._facts(job), whole=True)
+
+    async def list(self, caller: Caller, status: JobStatus | None, limit: int, after: str | None) -> dict[str, Any]:
+        """Return the caller's jobs, newest first, without results. Raises NotFound when `after` is unknown."""
+        index = self._bus.keys.jobs(caller.owner)
+        start = 0
+        if after is not None:
+            rank = await self._bus.redis.zrevrank(index, after)
+            if rank is None:
+                raise NotFound(f"there is no job {after}", param="after")
+            start = rank + 1
+        found: list[dict[str, Any]] = []
+        while len(found) <= limit:
+            jids = [jid.decode() for jid in await self._bus.redis.zrevrange(index, start, start + _PAGE - 1)]
+            if not jids:
+                break
+            start += _PAGE
+            for job, facts in await self._load_many(jids):
+                view = await self._view(job, facts, whole=False)
+                if status is None or view["status"] == status:
+                    found.append(view)
+        page = found[:limit]
+        return {
+            "object": "list",
+            "data": page,
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+            "has_more": len(found) > limit,
+        }
+
+    # ------------------------------------------------------------ storage
+
+    async def _save(self, job: m.Job, ttl_s: float) -> None:
+        keys, ttl_ms = self._bus.keys, int((ttl_s + KEPT_AFTER_EXPIRY_S) * 1000)
+        pipe = self._bus.redis.pipeline(transaction=True)
+        pipe.set(keys.job(job.jid), m.encode(job), px=ttl_ms)
+        pipe.zadd(keys.jobs(job.tenant), {job.jid: job.created_ms})
+        pipe.zremrangebyscore(keys.jobs(job.tenant), "-inf", job.created_ms - ttl_ms)
+        pipe.pexpire(keys.jobs(job.tenant), ttl_ms)
+        await pipe.execute()
+
+    async def _forget(self, job: m.Job) -> None:
+        keys = self._bus.keys
+        pipe = self._bus.redis.pipeline(transaction=True)
+        pipe.delete(keys.job(job.jid))
+        pipe.zrem(keys.jobs(job.tenant), job.jid)
+        await pipe.execute()
+
+    async def _load(self, jid: str, caller: Caller) -> m.Job:
+        job = await self._bus.get(self._bus.keys.job(jid), m.Job)
+        if job is None or job.tenant != caller.owner:
+            raise NotFound(f"there is no job {jid}", code="job_not_found")
+        return job
+
+    async def _load_many(self, jids: Sequence[str]) -> list[tuple[m.Job, Facts]]:
+        raws = await self._bus.redis.mget([self._bus.keys.job(jid) for jid in jids])
+        jobs = [decode(raw, m.Job) for raw in raws if raw]
+        facts = iter(await self._bus.requests([rid for job in jobs for rid in job.rids]))
+        return [(job, [next(facts) for _ in job.rids]) for job in jobs]
+
+    async def _facts(self, job: m.Job) -> Facts:
+        return await self._bus.requests(job.rids)
+
+    # ------------------------------------------------------------ what the client sees
+
+    async def _view(self, job: m.Job, facts: Facts, *, whole: bool) -> dict[str, Any]:
+        state, error = state_of(facts)
+        known = [fact for fact in facts if fact is not None]
+        is_terminal = state not in ("queued", "running")
+        view = {
+            "id": job.jid,
+            "object": "job",
+            "status": state,
+            "endpoint": job.endpoint,
+            "model": job.model,
+            "created_at": job.created_ms // 1000,
+            "started_at": _seconds(min((fact.first_ms for fact in known if fact.first_ms), default=0)),
+            "completed_at": _seconds(max((fact.ended_ms for fact in known), default=job.created_ms))
+            if is_terminal
+            else None,
+            "expires_at": job.expires_ms // 1000,
+            "position": await self._position(job, facts) if state == "queued" and whole else None,
+            "attempts": max((fact.attempts for fact in known), default=0),
+            "tokens_generated": sum(fact.num_output_tokens for fact in known),
+            "error": error,
+            "metadata": job.metadata,
+        }
+        if whole:
+            view["result"] = await self._result(job, facts) if state == "completed" else None
+        return view
+
+    async def _position(self, job: m.Job, facts: Facts) -> int | None:
+        """Return how many requests are before the first of the job's that waits."""
+        for rid, fact in zip(job.rids, facts, strict=True):
+            if fact is not None and fact.state == "queued":
+                return await self._bus.position(rid)
+        return None
+
+    async def _result(self, job: m.Job, facts: Facts) -> dict[str, Any]:
+        """Return the completion object that the endpoint would have answered."""
+        calls = self._calls
+        request = REQUESTS[job.endpoint].model_validate(job.request)
+        options = options_of(request, calls.settings)
+        call = job.jid.removeprefix(ID_PREFIX)
+        files = await calls.known_files(job.digests, job.texts)
+        prompts = calls.known_prompts(request, options, facts, files, job.opened)
+        pieces: list[Piece] = []
+        usage = Usage(prompt_tokens=sum(prompt.num_tokens for prompt in prompts))
+        choices = calls.choices(call, prompts, options)
+        for choice in choices:
+            delta = await self._bus.read_log(choice.rid, 0, choice.record_bytes)
+            if delta is None:
+                raise NotFound("the result has expired", code="result_expired")
+            if choice.needs_prompt:
+                found = await self._bus.prompt_logprobs(choice.rid)
+                if found is None:
+                    raise NotFound("the result has expired", code="result_expired")
+                choice.give_prompt(*found)
+            piece = Piece(choice.index)
+            choice.take(delta, piece)
+            pieces.append(piece)
+            usage.completion_tokens += choice.num_output_tokens
+        base = calls.fleet.base
+        mark = fingerprint(base, job.digests) if base is not None else ""
+        return calls.writer(request, options, choices, job.created_ms, mark).whole(best_of(pieces, options), usage)
+
+
+def state_of(facts: Facts) -> tuple[JobStatus, dict[str, Any] | None]:
+    """Return a job's state and error: failed or cancelled as soon as one of its requests is."""
+    if any(fact is None for fact in facts):
+        return "expired", None
+    known = [fact for fact in facts if fact is not None]
+    for fact in known:
+        if fact.state == "failed":
+            error = error_from(fact.error)
+            fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+            return "failed", fields
+    if any(fact.state == "cancelled" for fact in known):
+        return "cancelled", None
+    if all(fact.is_terminal for fact in known):
+        return "completed", None
+    return "queued" if all(fact.state == "queued" and not fact.num_output_tokens for fact in known) else "running", None
+
+
+def _seconds(ms: int) -> int | None:
+    return ms // 1000 if ms else None

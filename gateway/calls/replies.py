@@ -1,0 +1,273 @@
+"""What comes back: one reader of this gateway's out stream, and what makes its deltas exactly-once per request.
+
+A delta may arrive twice, overlap what is known, or be missing. The request's log holds every token a client may see,
+so whatever does not fit is dropped, cut, or read from the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode
+from protocol.runtime.metrics import GATEWAY_LOG_READS, GATEWAY_STALE_DELTAS
+from protocol.runtime.service import wait_any
+from protocol.wire import messages as m
+from protocol.wire.errors import LorafleetError, ProtocolError
+
+logger = logging.getLogger(__name__)
+
+STREAM_TTL_S = 300
+STREAM_MAX_AGE_MS = 60_000
+KEEP_S = 1.0
+RETRY_S = 0.2
+MAX_PENDING = 64  # deltas held for one call; a client that takes them more slowly is served from the log
+
+
+# ---------------------------------------------------------------- order: the pure part
+
+
+@dataclass(slots=True)
+class Cursor:
+    """How far one request has been delivered."""
+
+    next: int = 0  # index of the first token not yet delivered
+    epoch: int = 0
+    ended: bool = False
+
+    def is_stale(self, delta: m.Delta) -> bool:
+        """Tell whether a delta has nothing more to say: after the end, or from an owner that has been replaced."""
+        return self.ended or delta.epoch < self.epoch
+
+    def needs_log(self, delta: m.Delta) -> bool:
+        """Tell whether tokens before the delta's are missing, so that the log must be read first."""
+        return not self.is_stale(delta) and (delta.seq0 < 0 or delta.seq0 > self.next)
+
+    def take(self, delta: m.Delta, record_bytes: int) -> tuple[bytes, bytes]:
+        """Move past a delta that needs no log; return its ids and logprobs without what was delivered before."""
+        if self.is_stale(delta):
+            return b"", b""
+        assert 0 <= delta.seq0 <= self.next, "a gap must be filled from the log"
+        self.epoch = delta.epoch
+        self.ended = delta.finish != ""
+        known = self.next - delta.seq0
+        self.next = max(self.next, delta.seq0 + len(delta.ids) // 4)
+        return delta.ids[known * 4 :], delta.logprobs[known * record_bytes :]
+
+
+def newest_per_request(deltas: Iterable[m.Delta]) -> list[m.Delta]:
+    """Keep of each request's deltas the one that knows most; the tokens of the others are in the log."""
+    newest: dict[str, m.Delta] = {}
+    for delta in deltas:
+        best = newest.get(delta.rid)
+        if best is None or _rank(delta) >= _rank(best):
+            newest[delta.rid] = delta
+    return list(newest.values())
+
+
+def _rank(delta: m.Delta) -> tuple[int, bool, int]:
+    return delta.epoch, delta.finish != "", delta.seq0
+
+
+# ---------------------------------------------------------------- delivery
+
+
+class Subscription:
+    """The mailbox of one HTTP call, between the reader and the call's task. Never holds more than it may."""
+
+    def __init__(self, rids: Sequence[str], *, eager: bool) -> None:
+        self.rids = rids
+        self.client_gone = False
+        self.failure: LorafleetError | None = None
+        self.nudged = False
+        self.restarted = False  # the queue was, since the call last looked
+        self._eager = eager  # wake for every delta, not only for ends and a full mailbox
+        self._max_pending = max(MAX_PENDING, 2 * len(rids))
+        self._pending: list[m.Delta] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._until_s = 0.0  # when the present wait is over, as the loop counts
+        self._timer: asyncio.Handle | None = None
+        self._timer_s = 0.0  # when it goes off
+
+    def push(self, delta: m.Delta) -> None:
+        """Add a delta. Over the limit only the newest of each request is kept."""
+        pending = self._pending
+        pending.append(delta)
+        if len(pending) > self._max_pending:
+            self._pending = newest_per_request(pending)
+        if self._eager or delta.finish or len(pending) * 2 >= self._max_pending:
+            self._wake()
+
+    def hang_up(self) -> None:
+        """Say that the client has gone."""
+        self.client_gone = True
+        self._wake()
+
+    def nudge(self, *, restarted: bool = False) -> None:
+        """Say that deltas may have been lost: the call must look into the log. `restarted`: the log may have, too."""
+        self.nudged = True
+        self.restarted = self.restarted or restarted
+        self._wake()
+
+    def fail(self, error: LorafleetError) -> None:
+        """End the call with an error of the gateway's own."""
+        self.failure = error
+        self._wake()
+
+    async def take(self, timeout_s: float) -> list[m.Delta]:
+        """Wait for deltas and return all there are; [] when the time is over, the client left or the call failed."""
+        if not self._ready():
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            self._set_timer(loop, loop.time() + timeout_s)
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        deltas, self._pending = self._pending, []
+        return deltas
+
+    def close(self) -> None:
+        """Leave nothing behind on the loop."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _set_timer(self, loop: asyncio.AbstractEventLoop, until_s: float) -> None:
+        """End the wait at `until_s`. A timer that is set goes off first and is set again: not one for every token."""
+        self._until_s = until_s
+        if self._timer is not None and self._timer_s > until_s:
+            self.close()
+        if self._timer is None:
+            self._start_timer(loop)
+
+    def _start_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        # What is due within half a millisecond is no timer of uvloop's and cannot tell when it goes off.
+        self._timer, self._timer_s = loop.call_at(self._until_s, self._time_over, loop), self._until_s
+
+    def _time_over(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        if self._waiter is None:
+            return
+        if loop.time() < self._until_s:
+            self._start_timer(loop)
+        else:
+            self._wake()
+
+    def _ready(self) -> bool:
+        return bool(self._pending) or self.client_gone or self.nudged or self.failure is not None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Replies:
+    """The reader of `Keys.out` of this gateway, and the mailboxes it fills."""
+
+    def __init__(self, bus: Bus, gid: str, beats: Bus) -> None:
+        """`beats`: what `keep` asks, which must not wait behind calls."""
+        self.bus = bus
+        self._beats = beats
+        self.gid = gid
+        self._stream = bus.keys.out(gid)
+        self._subscriptions: dict[str, list[Subscription]] = {}
+
+    def subscribe(self, rids: Sequence[str], *, eager: bool) -> Subscription:
+        """Open a mailbox; to be done before the requests are submitted, so that nothing is missed."""
+        subscription = Subscription(rids, eager=eager)
+        for rid in rids:
+            self._subscriptions.setdefault(rid, []).append(subscription)
+        return subscription
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Close a mailbox."""
+        subscription.close()
+        for rid in subscription.rids:
+            listeners = self._subscriptions.get(rid, [])
+            if subscription in listeners:
+                listeners.remove(subscription)
+            if not listeners:
+                self._subscriptions.pop(rid, None)
+
+    def fail_all(self, error: LorafleetError) -> None:
+        """End every open call with an error."""
+        for listeners in list(self._subscriptions.values()):
+            for subscription in listeners:
+                subscription.fail(error)
+
+    async def read_log(self, rid: str, cursor: Cursor, record_bytes: int) -> m.Delta | None:
+        """Return what a request's log holds beyond the cursor; None when the queue does not know the request."""
+        GATEWAY_LOG_READS.inc()
+        return await self.bus.read_log(rid, cursor.next, record_bytes)
+
+    # ------------------------------------------------------------ loops
+
+    async def open(self) -> None:
+        """Make the out stream, so that writers reach it."""
+        await self.bus.create_stream(self._stream, STREAM_TTL_S)
+
+    async def read(self) -> None:
+        """Deliver until cancelled."""
+        # From the beginning: a request may have been answered before the first read.
+        last_ids = {self._stream: b"0"}
+        never = asyncio.Event()
+        while True:
+            try:
+                found = await self.bus.read(last_ids, block_ms=2000)
+            except CONNECTION_ERRORS as error:
+                logger.warning("the out stream cannot be read: %s", error)
+                await wait_any(never, RETRY_S)
+                continue
+            except Exception:
+                logger.exception("the out stream cannot be read")
+                await wait_any(never, RETRY_S)
+                continue
+            for _, fields in found.get(self._stream, ()):
+                self._deliver(fields.get(b"b", b""))
+
+    async def keep(self) -> None:
+        """Look once a second whether stream and queue are still those that calls rely on, until cancelled."""
+        never = asyncio.Event()
+        while True:
+            try:
+                await self._keep_once()
+            except CONNECTION_ERRORS as error:
+                logger.warning("the out stream cannot be kept: %s", error)
+            except Exception:
+                logger.exception("the out stream cannot be kept")
+            await wait_any(never, KEEP_S)
+
+    async def _keep_once(self) -> None:
+        gone = not await self._beats.keep_stream(self._stream, ttl_s=STREAM_TTL_S, max_age_ms=STREAM_MAX_AGE_MS)
+        if gone:
+            logger.warning("the out stream was gone; calls catch up from the log")
+            await self.open()
+        restarted = await self._beats.restarted()
+        if gone or restarted:
+            for listeners in self._subscriptions.values():
+                for subscription in listeners:
+                    subscription.nudge(restarted=restarted)
+
+    async def close(self) -> None:
+        """Leave the fleet."""
+        keys = self.bus.keys
+        await self.bus.redis.delete(keys.gateway_beat(self.gid), self._stream)
+        await self.bus.redis.zrem(keys.gateways, self.gid)
+
+    def _deliver(self, raw: bytes) -> None:
+        try:
+            deltas = decode(raw, list[m.Delta]) if raw else []
+        except ProtocolError:
+            # Its tokens are in the log: the next delta shows the gap, a call that gets none looks there by itself.
+            logger.exception("dropped an entry of the out stream")
+            return
+        for delta in deltas:
+            listeners = self._subscriptions.get(delta.rid)
+            if listeners is None:
+                GATEWAY_STALE_DELTAS.inc()
+                continue
+            for subscription in listeners:
+                subscription.push(delta)

@@ -1,0 +1,38 @@
+"""What a client is told while it waits for its first token: its place in the queue, then how far its adapter is."""
+
+from __future__ import annotations
+
+from protocol.queue.bus import Bus
+from protocol.wire import messages as m
+
+MAX_COUNTED = 100
+"""Requests that are counted before a waiting one, per comment: with thousands waiting that must be cheap."""
+
+
+async def waiting_state(bus: Bus, rid: str) -> str:
+    """Return in a few words what a request waits for. Raises a connection error."""
+    state, owner, digest = await bus.redis.hmget(bus.keys.req(rid), "state", "owner", "digest")
+    if state == b"queued":
+        ahead = await bus.position(rid, limit=MAX_COUNTED)
+        return "queued" if ahead is None else _place(ahead)
+    if state == b"assigned":
+        beat = await bus.get(bus.keys.worker_beat(owner.decode()), m.WorkerBeat)
+        return adapter_state(digest.decode(), beat)
+    return "waiting"
+
+
+def adapter_state(digest: str, beat: m.WorkerBeat | None) -> str:
+    """Return how far a request's adapter, "" for none, is on its worker, by that worker's latest beat."""
+    if beat is None:
+        return "waiting for its worker"
+    if not digest or digest in beat.resident:
+        return "its prompt is being read"
+    if digest in beat.loading or digest in beat.host:
+        return "its adapter is being loaded"
+    return "its adapter is being fetched"
+
+
+def _place(ahead: int) -> str:
+    if ahead >= MAX_COUNTED:
+        return f"queued, {MAX_COUNTED} or more before it"
+    return f"queued, {ahead} before it"

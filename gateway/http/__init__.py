@@ -1,0 +1,1 @@
+"""HTTP: the application, its server, routes, errors and event streams."""

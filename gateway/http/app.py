@@ -1,0 +1,151 @@
+"""The ASGI application: what wraps every request, and the routes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.adapters.routes import AdapterEndpoints, add_adapter_routes
+from gateway.auth.callers import CALLER
+from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
+from gateway.http import openapi
+from gateway.http.errors import add_handlers
+from gateway.http.routes import Endpoints, add_routes
+from gateway.http.sse import RAW_SEND
+from gateway.lorax import metrics as lorax_metrics
+from gateway.lorax.routes import NativeEndpoints, add_native_routes, shape_of
+from protocol.runtime.metrics import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
+from protocol.runtime.settings import Settings, names_of
+from protocol.wire.errors import Unavailable
+
+logger = logging.getLogger(__name__)
+
+DISCARDED_BODIES = 8  # of the largest size: so much of a body that is too large is read and thrown away
+EXPOSED_HEADERS = (
+    "x-request-id", "openai-processing-ms", "retry-after", "x-should-retry",
+    *(f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset") for what in ("requests", "tokens")),
+)  # fmt: skip
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+def build_app(
+    endpoints: Endpoints,
+    native: NativeEndpoints,
+    adapters: AdapterEndpoints,
+    encoders: EncoderEndpoints,
+    settings: Settings,
+    guard: Callable[[ASGIApp], ASGIApp],
+) -> Envelope:
+    """Return the application. `guard` puts in front of its routes what turns requests away."""
+    app = FastAPI(title="Lorafleet", docs_url=None, redoc_url=None, responses=openapi.OPENAI)
+    add_handlers(app, shape_of)
+    add_routes(app, endpoints)
+    add_native_routes(app, native)
+    add_adapter_routes(app, adapters)
+    add_encoder_routes(app, encoders)
+    guarded = guard(app)
+    origins = names_of(settings.cors_origins)
+    if not origins:
+        return Envelope(guarded, settings)
+    open_app = CORSMiddleware(
+        guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS
+    )
+    return Envelope(open_app, settings)
+
+
+class Envelope:
+    """Around every request: an id, the body's size limit, the count of open requests, metrics, the log of faults."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._max_body_bytes = settings.max_body_bytes
+        self._prefix = settings.path_prefix.rstrip("/")
+        self._num_open = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Wait until no request is being answered."""
+        await self._idle.wait()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if self._prefix and f"{scope['path']}/".startswith(f"{self._prefix}/"):
+            scope = {**scope, "path": scope["path"].removeprefix(self._prefix) or "/"}
+        self._num_open += 1
+        self._idle.clear()
+        HTTP_REQUESTS_OPEN.inc()
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            HTTP_REQUESTS_OPEN.dec()
+            self._num_open -= 1
+            if not self._num_open:
+                self._idle.set()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        started_s = time.monotonic()
+        status = 0
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                elapsed_ms = int((time.monotonic() - started_s) * 1000)
+                limits = scope[CALLER].headers if CALLER in scope else {}
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    *((name.encode(), value.encode()) for name, value in limits.items()),
+                    (b"x-request-id", request_id.encode()),
+                    (b"openai-processing-ms", b"%d" % elapsed_ms),
+                ]
+            await send(message)
+
+        scope[RAW_SEND] = send
+        try:
+            await self._app(scope, self._limited(receive), send_marked)
+        except asyncio.CancelledError:
+            if not status:  # the server is closing and waits no longer; uvicorn would say so in plain text
+                error = Unavailable("this gateway is shutting down; another one can take it", code="shutting_down")
+                await shape_of(scope["path"]).response(error)(scope, receive, send_marked)
+            raise
+        except Exception:
+            # It has been answered, see `errors.add_handlers`.
+            logger.exception("%s %s failed, x-request-id %s", scope["method"], scope["path"], request_id)
+        route = getattr(scope.get("route"), "path", "unknown")
+        HTTP_REQUESTS.labels(route, scope["method"], str(status)).inc()
+        lorax_metrics.answered(scope["path"], status, time.monotonic() - started_s)
+
+    def _limited(self, receive: Receive) -> Receive:
+        """Return a `receive` that refuses a body once it has become too large."""
+        num_bytes = 0
+
+        async def receive_limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes <= self._max_body_bytes:
+                return message
+            # A client that is still sending would meet a closed connection instead of the answer.
+            while message.get("more_body") and num_bytes < DISCARDED_BODIES * self._max_body_bytes:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+            detail = f"the body is larger than {self._max_body_bytes} bytes"
+            raise HTTPException(413, detail, {"connection": "close"})
+
+        return receive_limited

@@ -1,0 +1,132 @@
+"""The response of a call: server-sent events, or one JSON object. Watches whether its client is still there."""
+
+from __future__ import annotations
+
+import asyncio
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gateway.calls.choices import Piece, best_of
+from gateway.calls.generation import ClientGoneError, Generation
+from gateway.calls.writers import DONE, Writer, comment, event
+from gateway.http.errors import OPENAI_ERRORS, error_of
+from gateway.lorax import metrics as lorax_metrics
+from protocol.runtime.metrics import CLIENTS_GONE
+
+RAW_SEND = "lorafleet.send"
+"""Key of a scope: the server's own `send`. The layers between it and a route look at the start of a response only."""
+
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class GenerationResponse(Response):
+    """Answers a call from its running generation; ends the generation in every case."""
+
+    errors = OPENAI_ERRORS
+    done = DONE  # the last frame of a stream
+
+    def __init__(
+        self, generation: Generation, writer: Writer, *, stream: bool, include_usage: bool, keepalive_s: float
+    ) -> None:
+        self.generation = generation
+        self.writer = writer
+        self.stream = stream
+        self.include_usage = include_usage
+        self.keepalive_s = keepalive_s
+        self.background = None
+        self.started = False  # the headers have been sent
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._send_body: Send = scope[RAW_SEND]
+        async with asyncio.TaskGroup() as group:
+            watch = group.create_task(self._watch(receive))
+            try:
+                await self._answer(scope, receive, send)
+            finally:
+                watch.cancel()
+                await self.generation.close()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.generation.hang_up()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await (self._send_stream(send) if self.stream else self._send_whole(scope, receive, send))
+            return
+        except ClientGoneError:
+            CLIENTS_GONE.inc()
+            lorax_metrics.failed("dropped")
+            return
+        except Exception as failure:  # noqa: BLE001  the edge of a call: told, and logged
+            error = error_of(failure)
+        if self.started:
+            lorax_metrics.failed("incomplete")
+            # No [DONE]: a client must not take this for a normal end.
+            await send({"type": "http.response.body", "body": event(self.errors.body(error)), "more_body": False})
+        else:
+            await self.errors.response(error)(scope, receive, send)
+
+    async def _send_stream(self, send: Send) -> None:
+        """Send frames as they come. The headers wait for the first of them, so that early errors are HTTP errors."""
+        loop = asyncio.get_running_loop()
+        last_s = loop.time()
+        generation = self.generation
+        while True:
+            pieces = await generation.advance(self.keepalive_s)
+            if generation.choices[0].options.running_usage:
+                self.writer.show_usage(generation.usage)
+            frames = b"".join([self.writer.frames(piece) for piece in pieces])
+            if generation.is_done:
+                break
+            if not frames:
+                if loop.time() - last_s < self.keepalive_s:
+                    continue
+                frames = comment(await generation.waiting_for())
+            await self._send_frames(send, frames, more=True)
+            last_s = loop.time()
+        if self.include_usage:
+            frames += self.writer.usage_frame(generation.usage)
+        await self._send_frames(send, frames + self.done, more=False)
+
+    async def _send_frames(self, send: Send, frames: bytes, *, more: bool) -> None:
+        if not self.started:
+            self.started = True
+            await send({"type": "http.response.start", "status": 200, "headers": self.stream_headers()})
+        await self._send_body({"type": "http.response.body", "body": frames, "more_body": more})
+
+    def stream_headers(self) -> list[tuple[bytes, bytes]]:
+        """Return the headers of a streamed answer."""
+        return list(STREAM_HEADERS)
+
+    async def whole(self, choices: list[Piece]) -> Response:
+        """Return the answer of a call that is not streamed."""
+        shown = best_of(choices, self.generation.choices[0].options)
+        body = orjson.dumps(self.writer.whole(shown, self.generation.usage))
+        return Response(body, media_type="application/json")
+
+    async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        whole = [Piece(choice.index) for choice in self.generation.choices]
+        while True:
+            for piece in await self.generation.advance(self.keepalive_s):
+                merge(whole[piece.index], piece)
+            if self.generation.is_done:
+                break
+        response = await self.whole(whole)
+        self.started = True
+        await response(scope, receive, send)
+
+
+def merge(whole: Piece, piece: Piece) -> None:
+    """Add a later piece of a choice to an earlier one."""
+    whole.text += piece.text
+    whole.logprobs += piece.logprobs
+    whole.prompt += piece.prompt
+    whole.finish = piece.finish or whole.finish

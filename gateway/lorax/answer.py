@@ -1,0 +1,242 @@
+"""How LoRAX's native routes answer: every token with its text and logprob, times and counts in headers, no `[DONE]`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+from gateway.calls.choices import Choice, Piece, TokenLogprob, mean_logprob, unpack
+from gateway.calls.generation import Generation
+from gateway.calls.writers import MIN_LOGPROB, Usage, shown_logprob
+from gateway.http.sse import STREAM_HEADERS, GenerationResponse
+from gateway.lorax import metrics as lorax_metrics
+from gateway.lorax.api import NativeOptions
+from gateway.lorax.errors import LORAX_GENERATION_ERRORS
+from gateway.text.tokenizer import ModelFiles
+from protocol.wire import messages as m
+from protocol.wire.text import Detokenizer
+
+
+class NativeChoice(Choice):
+    """A choice that keeps every token, the last one too: LoRAX's stop strings and end tokens stay in the answer."""
+
+    def absorb(self, ids: bytes, records: bytes, piece: Piece) -> None:
+        piece.logprobs += unpack(ids, records)
+
+
+class TokenWriter:
+    """Writes the tokens of one choice in order; their texts together are the text."""
+
+    def __init__(self, files: ModelFiles, *, alternatives: bool) -> None:
+        self._files = files
+        self._alternatives = alternatives
+        self._detokenizer = Detokenizer(files.tokenizer)
+        self._last: dict[str, Any] | None = None
+        self.text = ""
+
+    def tokens(self, tokens: Sequence[TokenLogprob], *, ended: bool) -> list[dict[str, Any]]:
+        """Return tokens as JSON; with `ended`, the last one lets out the bytes of a character that was cut."""
+        written = [self._token(token) for token in tokens]
+        if ended and not written and self._last is not None:
+            # The end came alone, from the log. Clients want a token with it: the last one again, without text.
+            written = [{**self._last, "text": "", "special": True, "skipped": True}]
+        if ended and written and (rest := self._detokenizer.flush()):
+            written[-1]["text"] += rest
+            self.text += rest
+        if written:
+            self._last = written[-1]
+        return written
+
+    def _token(self, token: TokenLogprob) -> dict[str, Any]:
+        special = self._files.token_text.is_special(token.id)
+        text = self._detokenizer.add((token.id,))
+        self.text += text
+        written = {
+            "id": token.id,
+            # Special tokens are no part of the text, and shown.
+            "text": self._files.token_text.text(token.id) if special else text,
+            "logprob": max(token.logprob, MIN_LOGPROB),
+            "special": special,
+            "skipped": False,
+        }
+        if self._alternatives:
+            written["alternative_tokens"] = [
+                {"id": id_, "text": self._files.token_text.text(id_), "logprob": max(logprob, MIN_LOGPROB)}
+                for id_, logprob in token.top
+            ]
+        return written
+
+
+class NativeWriter:
+    """The answers of `/generate` and its kin."""
+
+    def __init__(self, files: ModelFiles, native: NativeOptions, prompt: str) -> None:
+        self._files = files
+        self._native = native
+        self._prefix = prompt if native.full_text else ""
+        ignore_eos = native.options.sampling.ignore_eos
+        self._eos_ids = frozenset() if ignore_eos else files.eos_ids
+        self._streamed = self._token_writer()
+        self._num_streamed = 0
+        self.as_list = False  # as `POST /` answers
+        self.num_prompt_tokens = 0
+
+    def _token_writer(self) -> TokenWriter:
+        return TokenWriter(self._files, alternatives=self._native.alternatives)
+
+    def frames(self, piece: Piece) -> bytes:
+        """Return the SSE frames of a piece, one per token; the last has the whole text."""
+        tokens = self._streamed.tokens(piece.logprobs, ended=bool(piece.finish))
+        self._num_streamed += len(piece.logprobs)
+        frames: list[bytes] = []
+        for i, token in enumerate(tokens):
+            ended = bool(piece.finish) and i + 1 == len(tokens)
+            chunk: dict[str, Any] = {"token": token, "generated_text": None, "details": None}
+            if ended:
+                chunk["generated_text"] = self._prefix + self._streamed.text
+                if self._native.details:
+                    chunk["details"] = {
+                        "finish_reason": self._reason(piece.finish, token["id"], self._streamed.text),
+                        "prompt_tokens": self.num_prompt_tokens,
+                        "generated_tokens": self._num_streamed,
+                        "seed": self._native.seed,
+                    }
+            frames.append(b"data: " + orjson.dumps(chunk) + b"\n\n")
+        return b"".join(frames)
+
+    def usage_frame(self, usage: Usage) -> bytes:
+        return b""
+
+    def show_usage(self, usage: Usage) -> None:
+        """LoRAX's events tell of none."""
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        """Return the answer: the choice with the best mean logprob, the others beside it."""
+        order = sorted(choices, key=mean_logprob, reverse=True)
+        best, *others = [self._sequence(piece) for piece in order]
+        answer: dict[str, Any] = {"generated_text": best["generated_text"]}
+        if self._native.details:
+            details = {key: value for key, value in best.items() if key != "generated_text"}
+            answer["details"] = {**details, "prompt_tokens": usage.prompt_tokens, "skipped_tokens": 0}
+            if self._native.options.n > 1:
+                answer["details"]["best_of_sequences"] = others
+        return answer
+
+    def _sequence(self, piece: Piece) -> dict[str, Any]:
+        writer = self._token_writer()
+        tokens = writer.tokens(piece.logprobs, ended=True)
+        return {
+            "generated_text": self._prefix + writer.text,
+            "finish_reason": self._reason(piece.finish, piece.logprobs[-1].id if piece.logprobs else -1, writer.text),
+            "generated_tokens": len(piece.logprobs),
+            "seed": self._native.seed,
+            "prefill": [
+                {
+                    "id": token.id,
+                    "text": self._files.token_text.text(token.id),
+                    "logprob": shown_logprob(token.logprob),
+                }
+                for token in piece.prompt
+            ],
+            "tokens": tokens,
+        }
+
+    def _reason(self, finish: str, last: int, text: str) -> str:
+        if finish == "length":
+            return "length"
+        options = self._native.options
+        # A grammar's output ends where nothing can follow, with no token that says so.
+        by_grammar = options.constraint is not None and not any(stop in text for stop in options.stop)
+        return "eos_token" if last in self._eos_ids or by_grammar else "stop_sequence"
+
+
+@dataclass(frozen=True, slots=True)
+class NativeFacts:
+    """What the headers of an answer tell besides its tokens."""
+
+    model: str
+    adapter_id: str
+    adapter_source: str
+    compute_type: str
+    num_characters: int
+    started_s: float  # monotonic: the request's arrival
+    submitted_s: float
+
+    def headers(self) -> dict[str, str]:
+        headers = {
+            "x-compute-type": self.compute_type,
+            "x-compute-characters": str(self.num_characters),
+            "x-model-id": self.model,
+        }
+        if self.adapter_id:
+            headers |= {"x-adapter-id": _ascii(self.adapter_id), "x-adapter-source": _ascii(self.adapter_source)}
+        return headers
+
+
+class NativeResponse(GenerationResponse):
+    """A native call's answer."""
+
+    errors = LORAX_GENERATION_ERRORS
+    done = b""
+
+    def __init__(
+        self, generation: Generation, writer: NativeWriter, facts: NativeFacts, *, stream: bool, keepalive_s: float
+    ) -> None:
+        super().__init__(generation, writer, stream=stream, include_usage=False, keepalive_s=keepalive_s)
+        self._as_list = writer.as_list
+        self._facts = facts
+
+    def stream_headers(self) -> list[tuple[bytes, bytes]]:
+        own = [(name.encode(), value.encode()) for name, value in self._facts.headers().items()]
+        return [*STREAM_HEADERS, *own]
+
+    async def whole(self, choices: list[Piece]) -> Response:
+        answer = self.writer.whole(choices, self.generation.usage)
+        times = await times_of(self.generation, self._facts.started_s, self._facts.submitted_s)
+        headers = {**self._facts.headers(), **times}
+        return Response(orjson.dumps([answer] if self._as_list else answer), 200, headers, "application/json")
+
+
+async def times_of(generation: Generation, started_s: float, submitted_s: float) -> dict[str, str]:
+    """Return the headers with counts and, in whole milliseconds, the times of a call's parts. Times: monotonic."""
+    usage = generation.usage
+    total_ms = 1000 * (time.monotonic() - started_s)
+    validation_ms = 1000 * (submitted_s - started_s)
+    known = await generation.facts()
+    queue_ms = first_ms = output_ms = 0.0
+    if known is not None:  # None: the queue has lost it
+        queue_ms = max(known.assigned_ms - known.submitted_ms, 0)
+        first_ms = validation_ms + max(known.first_ms - known.submitted_ms, 0)
+        output_ms = max(known.ended_ms - known.first_ms, 0) / max(known.num_output_tokens - 1, 1)
+    inference_ms = max(total_ms - validation_ms - queue_ms, 0.0)
+    lorax_metrics.timed(validation_ms / 1000, queue_ms / 1000, inference_ms / 1000)
+    values = {
+        "x-compute-time": total_ms,
+        "x-total-time": total_ms,
+        "x-validation-time": validation_ms,
+        "x-queue-time": queue_ms,
+        "x-inference-time": inference_ms,
+        "x-time-per-token": inference_ms / max(usage.completion_tokens, 1),
+        "x-time-to-first-token": first_ms,
+        "x-time-per-output-token": output_ms,
+        "x-prompt-tokens": usage.prompt_tokens,
+        "x-generated-tokens": usage.completion_tokens,
+        "x-skipped-tokens": 0,
+        "x-total-tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+    return {name: str(round(value)) for name, value in values.items()}
+
+
+def compute_type(base: m.ServedModel) -> str:
+    """Return what LoRAX's header of that name says."""
+    return "gpu+optimized" if base.device == "cuda" else "cpu+optimized"
+
+
+def _ascii(value: str) -> str:
+    """Return a value as a header may hold it."""
+    return value.encode("ascii", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")

@@ -1,0 +1,75 @@
+"""LoRAX's metric names: what calls add to them, and `/metrics` as text or, as LoRAX does it, as JSON."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from prometheus_client import REGISTRY, generate_latest
+
+from protocol.runtime import metrics
+
+GENERATION_PATHS = frozenset(
+    {"/", "/generate", "/generate_stream", "/invocations", "/v1/completions", "/v1/chat/completions",
+     "/v1/embeddings", "/embed", "/classify", "/classify_batch"}
+)  # fmt: skip
+_CAUSES = {400: "validation", 422: "validation", 413: "validation", 429: "overloaded", 403: "download_adapter",
+           404: "download_adapter"}  # fmt: skip
+_SUFFIXED = re.compile(rb"\b(lorax_[a-z_]+)_total\b")
+
+
+def accepted(prompt_tokens: Sequence[int], limits: Sequence[int]) -> None:
+    """Count a submitted call: the lengths of its prompts, and the most tokens each may make."""
+    metrics.LORAX_INPUT_COUNT.observe(len(prompt_tokens))
+    for length, limit in zip(prompt_tokens, limits, strict=True):
+        metrics.LORAX_INPUT_LENGTH.observe(length)
+        metrics.LORAX_MAX_NEW.observe(limit)
+
+
+def succeeded(seconds: float, num_tokens: int) -> None:
+    """Count a call that came to its end."""
+    metrics.LORAX_SUCCESS.inc()
+    metrics.LORAX_GENERATED.observe(num_tokens)
+    metrics.LORAX_TOKEN_SECONDS.observe(seconds / max(num_tokens, 1))
+
+
+def failed(cause: str) -> None:
+    """Count a call that failed once it had begun to answer."""
+    metrics.LORAX_FAILURE.labels(cause).inc()
+
+
+def answered(path: str, status: int, seconds: float) -> None:
+    """Count an HTTP request, if it asked the model."""
+    if path not in GENERATION_PATHS or status == 405:
+        return
+    metrics.LORAX_COUNT.inc()
+    metrics.LORAX_SECONDS.observe(seconds)
+    if status >= 400:
+        failed(_CAUSES.get(status, "generation"))
+
+
+def timed(validation_s: float, queue_s: float, inference_s: float) -> None:
+    """Note the parts of a native call's time."""
+    metrics.LORAX_VALIDATION_SECONDS.observe(validation_s)
+    metrics.LORAX_QUEUE_SECONDS.observe(queue_s)
+    metrics.LORAX_INFERENCE_SECONDS.observe(inference_s)
+
+
+def as_text() -> bytes:
+    """Return all metrics as Prometheus reads them; LoRAX's counters by their own names, which do not end in _total."""
+    return _SUFFIXED.sub(rb"\1", generate_latest())
+
+
+def as_json() -> dict[str, Any]:
+    """Return all metrics as LoRAX's JSON: by name `{type, data: [{key, value}]}`."""
+    found: dict[str, Any] = {}
+    for metric in REGISTRY.collect():
+        data: list[dict[str, Any]] = []
+        for sample in metric.samples:
+            part = sample.name.removeprefix(metric.name).removeprefix("_")
+            labels = ",".join(f'{name}="{value}"' for name, value in sample.labels.items())
+            key = f"{sample.name}{{{labels}}}" if labels else "" if part == "total" else part
+            data.append({"key": key, "value": sample.value})
+        found[metric.name] = {"type": metric.type, "data": data}
+    return found

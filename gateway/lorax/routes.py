@@ -1,0 +1,179 @@
+"""LoRAX's native routes. What is shared with ours, as `/health`, answers both."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import FastAPI, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from gateway.auth.callers import caller_of
+from gateway.calls.calls import Calls
+from gateway.calls.generation import Generation
+from gateway.encoders.api import EncoderRequest
+from gateway.encoders.calls import EncoderCalls
+from gateway.http import openapi
+from gateway.http.errors import OPENAI_ERRORS, ErrorShape
+from gateway.http.late import in_time
+from gateway.http.routes import Endpoints, JsonRoute, json_response
+from gateway.lorax import metrics as lorax_metrics
+from gateway.lorax.api import CompatRequest, GenerateRequest, Parameters, TokenizeRequest
+from gateway.lorax.calls import NativeCalls
+from gateway.lorax.errors import LORAX_ERRORS
+from protocol.runtime.metrics import LORAX_BATCH_SIZE, LORAX_QUEUE_LENGTH
+from protocol.wire.errors import Unavailable
+from protocol.wire.messages import Task
+
+VERSION = "0.1.0"
+"""As every LoRAX says of itself; clients compare it."""
+
+PIPELINES: dict[Task, str] = {
+    "generate": "text-generation", "embed": "feature-extraction", "classify": "token-classification"
+}  # fmt: skip
+"""The Hub's names of what base models do."""
+
+PROBE = "Where should Johnny live?"
+MAX_LISTED = 1000
+NATIVE_PATHS = frozenset(
+    {"/", "/generate", "/generate_stream", "/invocations", "/tokenize", "/info", "/ping", "/startup", "/embed",
+     "/classify", "/classify_batch"}
+)  # fmt: skip
+
+
+def shape_of(path: str) -> ErrorShape:
+    """Return how errors on a path are told."""
+    return LORAX_ERRORS if path in NATIVE_PATHS else OPENAI_ERRORS
+
+
+class NativeEndpoints:
+    """The native routes' handlers."""
+
+    def __init__(self, endpoints: Endpoints, calls: Calls) -> None:
+        self.endpoints = endpoints
+        self._calls = calls
+        self._native = NativeCalls(calls)
+        self._encoders = EncoderCalls(calls)
+
+    # ------------------------------------------------------------ generation
+
+    async def compat(self, body: CompatRequest, request: Request) -> Response:
+        return await self._generate(body, request, stream=body.stream, as_list=not body.stream)
+
+    async def generate(self, body: GenerateRequest, request: Request) -> Response:
+        return await self._generate(body, request, stream=False)
+
+    async def generate_stream(self, body: GenerateRequest, request: Request) -> Response:
+        return await self._generate(body, request, stream=True)
+
+    async def _generate(
+        self, body: GenerateRequest, request: Request, *, stream: bool, as_list: bool = False
+    ) -> Response:
+        started_s = time.monotonic()
+        if self.endpoints.draining:
+            raise Unavailable("this gateway is shutting down; another one can take the request", code="shutting_down")
+        answer = self._native.answer(body, caller_of(request), started_s, stream=stream, as_list=as_list)
+        keepalive_s = self._calls.settings.keepalive_s
+        return await in_time(answer, stream=stream, keepalive_s=keepalive_s, errors=LORAX_ERRORS)
+
+    async def tokenize(self, body: TokenizeRequest, request: Request) -> Response:
+        special = body.add_special_tokens is not False
+        tokenizer = self._calls.files.tokenizer
+        if body.adapter_id or body.merged_adapters is not None:
+            base = await self._calls.fleet.require(worker=False)
+            tokenizer = (await self._native.target(body, base, caller_of(request))).files.tokenizer
+        encoding = await run_in_threadpool(tokenizer.encode, body.inputs, add_special_tokens=special)
+        return json_response(
+            [
+                {"id": id_, "text": text, "start": start, "stop": stop}
+                for id_, text, (start, stop) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
+            ]
+        )
+
+    # ------------------------------------------------------------ operation
+
+    async def info(self, request: Request) -> Response:
+        calls, settings = self._calls, self._calls.settings
+        base = await calls.fleet.require(worker=False)
+        adapters = [
+            alias.name for alias in await calls.catalogue.visible(caller_of(request)) if alias.state == "on_disk"
+        ]
+        return json_response(
+            {
+                "model_id": base.name,
+                "model_sha": None,
+                "model_dtype": f"torch.{base.dtype}",
+                "model_device_type": base.device,
+                "model_pipeline_tag": PIPELINES[base.task],
+                "max_concurrent_requests": settings.max_queued,
+                "max_best_of": settings.max_choices,
+                "max_stop_sequences": settings.max_stop_strings,
+                "max_input_length": base.max_model_len - (base.task == "generate"),
+                "max_total_tokens": base.max_model_len,
+                # What batches are limited by here is blocks and step tokens, see docs/engine.md.
+                "waiting_served_ratio": 0.0,
+                "max_batch_total_tokens": None,
+                "max_waiting_tokens": 0,
+                "validation_workers": 1,
+                "eager_prefill": True,
+                "version": VERSION,
+                "sha": None,
+                "docker_label": None,
+                "request_logger_url": None,
+                "num_adapters": len(adapters),
+                "adapters": adapters[:MAX_LISTED],
+                "workers": calls.fleet.num_workers,
+            }
+        )
+
+    async def startup(self, request: Request) -> Response:
+        """Generate one token, embed or classify a text, as LoRAX's probe does."""
+        caller, now_s = caller_of(request), time.monotonic()
+        base = await self._calls.fleet.require(worker=True)
+        if base.task == "embed":
+            answer = await self._encoders.embed(EncoderRequest(inputs=PROBE), caller)
+        elif base.task == "classify":
+            answer = await self._encoders.classify(EncoderRequest(inputs=PROBE), caller, now_s)
+        else:
+            body = GenerateRequest(inputs=PROBE, parameters=Parameters(max_new_tokens=1))
+            answer = await self._native.answer(body, caller, now_s, stream=False, as_list=False)
+        if not await _makes_output(answer.generation):
+            return json_response({"error": "Empty generation", "error_type": "failed healthcheck"}, 500)
+        return Response()
+
+    async def metrics(self, request: Request) -> Response:
+        fleet = self._calls.fleet
+        await fleet.show_workers()
+        LORAX_QUEUE_LENGTH.set(fleet.status.queued if fleet.status else 0)
+        LORAX_BATCH_SIZE.set(fleet.status.running if fleet.status else 0)
+        if "application/json" in request.headers.get("accept", ""):
+            return json_response(await run_in_threadpool(lorax_metrics.as_json))
+        text = await run_in_threadpool(lorax_metrics.as_text)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _makes_output(generation: Generation) -> bool:
+    """Follow a call to its end without a client; tell whether anything came out."""
+    try:
+        while not generation.is_done:
+            await generation.advance(1.0)
+    finally:
+        await generation.close()
+    return any(choice.cursor.next for choice in generation.choices)
+
+
+def add_native_routes(app: FastAPI, native: NativeEndpoints) -> None:
+    """Bind LoRAX's paths to handlers."""
+    app.router.route_class = JsonRoute
+    errors, streamed = openapi.NATIVE, {**openapi.NATIVE, **openapi.STREAMED}
+    for path in ("/", "/invocations"):
+        app.post(path, responses=streamed)(native.compat)
+    app.post("/generate", responses=errors)(native.generate)
+    app.post("/generate_stream", responses=streamed, response_class=openapi.EventStream)(native.generate_stream)
+    app.post("/tokenize", responses=errors)(native.tokenize)
+    app.get("/info", responses=errors)(native.info)
+    app.get("/startup", responses=errors, response_class=Response)(native.startup)
+    app.get("/metrics", responses=openapi.METRICS)(native.metrics)
+    for path in ("/", "/ping", "/health"):
+        app.get(path, responses=openapi.HEALTH)(native.endpoints.health)
+        app.head(path, include_in_schema=False)(native.endpoints.health)

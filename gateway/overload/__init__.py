@@ -1,0 +1,1 @@
+"""Whether one more call is let in."""

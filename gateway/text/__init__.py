@@ -1,0 +1,1 @@
+"""Text and tokens: templates, tokenizers, grammars, and reading an answer."""

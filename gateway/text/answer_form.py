@@ -1,0 +1,95 @@
+"""How a chat answer is to be read, and the grammar that makes it readable: reasoning, text, tool calls. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from gateway.text.answer_parts import THOUGHTS, AnswerParts, Thought
+from gateway.text.structured import Constraint, lark_regex, lark_string
+from gateway.text.tokenizer import ModelFiles
+from gateway.tools.tools import MarkerId, Tools, ToolStyle, style_of, tool_grammar
+from gateway.tools.xml_calls import raw_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """What a chat answer may consist of besides text."""
+
+    thought: Thought | None  # what the template marks reasoning with, if it knows it
+    opened: bool  # the prompt ends within it
+    style: ToolStyle | None  # of calls, if any may come
+    shown: Mapping[int, str]  # special tokens that matter in it, and are no part of a text otherwise
+    raw: Mapping[str, Collection[str]]  # of each tool, the parameters that stand in tags as they are
+
+    def splitter(self) -> AnswerParts:
+        """Return what splits one answer."""
+        return AnswerParts(thought=self.thought, opened=self.opened, style=self.style, raw=self.raw)
+
+    def call_id(self, rid: str, index: int) -> str:
+        """Return the id of a request's call: whoever reads the answer again finds the same."""
+        num = self.style.id_characters if self.style is not None else 24
+        digest = hashlib.sha256(f"{rid}/{index}".encode()).hexdigest()[:num]
+        return digest if num == 9 else f"call_{digest}"
+
+
+def form_of(files: ModelFiles, tools: Tools | None, *, opened: bool) -> AnswerForm | None:
+    """Return what an answer may consist of; None if of nothing but text."""
+    template = files.template.source if files.template is not None else ""
+    thought = next((marks for marks in THOUGHTS if marks[1] in template), None)
+    if thought is None and tools is None:
+        return None
+    style = style_of(template) if tools is not None else None
+    markers = [*(thought or ()), "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<tool_call>", "</tool_call>"]
+    find = marker_ids(files)
+    known = {id_: text for text in markers if (id_ := find(text)) is not None}
+    shown = {id_: text for id_, text in known.items() if files.token_text.is_special(id_)}
+    in_tags = tools.schemas if tools is not None and style is not None and style.body == "xml" else {}
+    raw = {name: raw_parameters(schema) for name, schema in in_tags.items()}
+    return AnswerForm(thought, opened, style, shown, raw)
+
+
+def marker_ids(files: ModelFiles) -> MarkerId:
+    """Return what finds the id of a marker that is one token."""
+
+    def find(text: str) -> int | None:
+        id_ = files.tokenizer.token_to_id(text)
+        return id_ if id_ is not None and files.token_text.is_added(id_) else None
+
+    return find
+
+
+def answer_grammar(
+    constraint: Constraint | None, tools: Tools | None, form: AnswerForm | None, marker: MarkerId
+) -> list[Constraint]:
+    """Return the grammars of an answer, the first its own; none if anything will do."""
+    if tools is not None and form is not None and form.style is not None:
+        opening = form.thought[0] if form.thought is not None and not form.opened else ""
+        grammars = tool_grammar(tools, form.style, marker, constraint, thought=opening)
+    elif constraint is not None:
+        grammars = [constraint]
+    else:
+        return []
+    if form is None or form.thought is None:
+        return grammars
+    return [
+        _after_reasoning(form.thought, marker, opened=form.opened),
+        {**grammars[0], "name": "answer"},
+        *grammars[1:],
+    ]
+
+
+def _after_reasoning(thought: Thought, marker: MarkerId, *, opened: bool) -> Constraint:
+    """Return the grammar of reasoning, which is free, and the answer behind it, which is not."""
+    begin, end = map(marker, thought)
+    # Spelled out, an end that is a token of its own would look like it.
+    other = "" if end is None else f" & ~/(?s:.*){lark_regex(thought[1])}(?s:.*)/"
+    rules = [f"THOUGHT: /(?s:.*)/{other}", r"GAP: /[ \n]{1,4}/"]
+    if end is None:
+        rules += ["thought: thought_end GAP?", f"thought_end[lazy]: THOUGHT {lark_string(thought[1])}"]
+    else:
+        rules += [f"thought: THOUGHT <[{end}]> GAP?"]
+    opening = lark_string(thought[0]) if begin is None else f"<[{begin}]>"
+    start = "start: thought @answer" if opened else f"start: ({opening} thought)? @answer"
+    return {"lark_grammar": "\n".join([start, *rules])}

@@ -1,0 +1,210 @@
+"""What clients may demand of an output's form, as a grammar of llguidance. Pure.
+
+`response_format` as OpenAI and LoRAX have it, `structured_outputs` as vLLM has it. Whether a grammar can be compiled is
+found out in `grammar_check`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest
+
+Constraint = dict[str, Any]
+"""One entry of llguidance's list of grammars: {"json_schema": …} or {"lark_grammar": …}."""
+
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+JSON_STYLE: dict[str, Any] = {
+    # Models that were not asked for compact JSON write a space or a new line here and there; small ones never stop
+    # writing them where any number is allowed.
+    "whitespace_pattern": r"[ ]|\n[ \t]{0,32}",
+    "whitespace_flexible": True,
+    "lenient": False,  # what cannot be enforced is refused
+}
+
+_KINDS = ("json", "json_object", "regex", "choice", "grammar")
+_WAYS = ("whitespace_pattern", "disable_any_whitespace")
+_NO_MORE = ("structural_tag", "disable_additional_properties")
+
+
+def constraint_of(
+    response_format: Mapping[str, Any] | None, structured_outputs: Mapping[str, Any] | None, settings: Settings
+) -> Constraint | None:
+    """Return what a request of OpenAI's routes demands of its output, None if nothing. Raises BadRequest."""
+    formatted = None if response_format is None else _response_format(response_format, settings)
+    structured = None if structured_outputs is None else _structured_outputs(structured_outputs, settings)
+    if formatted is not None and structured is not None:
+        raise BadRequest("response_format and structured_outputs exclude each other", param="structured_outputs")
+    return structured if formatted is None else formatted
+
+
+def native_constraint(response_format: Mapping[str, Any] | None, settings: Settings) -> Constraint | None:
+    """Return what a request of LoRAX's routes demands of its output, None if nothing. Raises BadRequest.
+
+    No `schema` means any object, a null one nothing at all: that is what LoRAX's client sends for "any".
+    """
+    param = "response_format"
+    if response_format is None or response_format.get("schema", ...) is None:
+        return None
+    kind = response_format.get("type")
+    if kind == "text":
+        return None
+    if kind not in ("json_object", "json_schema"):
+        raise BadRequest(f"`{param}` of type {kind!r} is not supported", param=param)
+    return _json(response_format.get("schema", ANY_OBJECT), param, settings)
+
+
+def grammar_text(*constraints: Constraint) -> str:
+    """Return grammars as they cross the queue; the first is the output's, others are what it refers to by name."""
+    return json.dumps({"grammars": constraints}, ensure_ascii=False, separators=(",", ":"))
+
+
+# ---------------------------------------------------------------- response_format
+
+
+def _response_format(form: Mapping[str, Any], settings: Settings) -> Constraint | None:
+    kind = form.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return _json(form.get("schema", ANY_OBJECT), "response_format.schema", settings)
+    if kind != "json_schema":
+        raise BadRequest(f"response_format of type {kind!r} is not supported", param="response_format")
+    if "json_schema" not in form and "schema" in form:  # as LoRAX takes it
+        return _json(form["schema"], "response_format.schema", settings)
+    inner = form.get("json_schema")
+    if not isinstance(inner, dict):
+        raise BadRequest("response_format.json_schema must be an object", param="response_format.json_schema")
+    place = "response_format.json_schema.schema"
+    if "schema" not in inner:
+        raise BadRequest(f"{place} is missing", param=place)
+    return _json(inner["schema"], place, settings)
+
+
+# ---------------------------------------------------------------- structured_outputs
+
+
+def _structured_outputs(wish: Mapping[str, Any], settings: Settings) -> Constraint:
+    given = {name: value for name, value in wish.items() if value is not None and value is not False}
+    for name in given:
+        if name in _NO_MORE:
+            raise BadRequest(f"structured_outputs.{name} is not supported", param=f"structured_outputs.{name}")
+        if name not in (*_KINDS, *_WAYS):
+            raise BadRequest(f"structured_outputs.{name} is unknown", param=f"structured_outputs.{name}")
+    kinds = [name for name in _KINDS if name in given]
+    if len(kinds) != 1:
+        asked = " and ".join(kinds) or "none"
+        raise BadRequest(
+            f"structured_outputs must have one of {', '.join(_KINDS)}; it has {asked}", param="structured_outputs"
+        )
+    kind, value, place = kinds[0], given[kinds[0]], f"structured_outputs.{kinds[0]}"
+    style = _style(given)
+    if kind == "json_object":
+        return _json(ANY_OBJECT, place, settings, style)
+    if kind == "json":
+        return _json(_parsed(value, place), place, settings, style)
+    if kind == "choice":
+        return _choice(value, place, settings)
+    if not isinstance(value, str) or not value:
+        raise BadRequest(f"{place} must be a string, and not empty", param=place)
+    _check_size(value, place, settings)
+    return {"lark_grammar": value} if kind == "grammar" else {"lark_grammar": f"start: {_regex_literal(value)}"}
+
+
+def _style(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how JSON is written, of a `structured_outputs`."""
+    pattern, compact = given.get("whitespace_pattern"), given.get("disable_any_whitespace", False)
+    if pattern is not None and not isinstance(pattern, str):
+        place = "structured_outputs.whitespace_pattern"
+        raise BadRequest(f"{place} must be a string", param=place)
+    if compact:
+        return {"whitespace_flexible": False, "lenient": False}
+    return JSON_STYLE if pattern is None else {**JSON_STYLE, "whitespace_pattern": pattern}
+
+
+def _parsed(value: Any, place: str) -> Any:
+    """Return a schema that may have been given as text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return orjson.loads(value)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"{place} is not JSON: {error}", param=place) from error
+
+
+def _choice(choices: Any, place: str, settings: Settings) -> Constraint:
+    if not isinstance(choices, list) or not choices or not all(isinstance(text, str) and text for text in choices):
+        raise BadRequest(f"{place} must be a list of strings that are not empty", param=place)
+    _check_size("".join(choices), place, settings)
+    return {"lark_grammar": "start: " + " | ".join(lark_string(text) for text in choices)}
+
+
+def lark_string(text: str) -> str:
+    """Return a text as a literal of llguidance's Lark."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def lark_regex(text: str) -> str:
+    """Return a text as a part of a regular expression of llguidance's Lark."""
+    return re.escape(text).replace("/", "\\/")
+
+
+def _regex_literal(pattern: str) -> str:
+    """Return a regular expression as a literal of llguidance's Lark."""
+    escaped, backslash = [], False
+    for character in pattern:
+        if character == "/" and not backslash:
+            escaped.append("\\/")
+        elif character == "\n":
+            escaped.append("n" if backslash else "\\n")
+        else:
+            escaped.append(character)
+        backslash = character == "\\" and not backslash
+    return f"/{''.join(escaped)}/"
+
+
+# ---------------------------------------------------------------- schemas
+
+
+def _json(schema: Any, place: str, settings: Settings, style: Mapping[str, Any] = JSON_STYLE) -> Constraint:
+    return {"json_schema": checked_schema(schema, place, settings, style)}
+
+
+def checked_schema(
+    schema: Any, place: str, settings: Settings, style: Mapping[str, Any] = JSON_STYLE
+) -> dict[str, Any]:
+    """Return a JSON schema with how its JSON is to be written. Raises BadRequest."""
+    if not isinstance(schema, dict):
+        raise BadRequest(f"{place} must be an object", param=place)
+    depth = _depth(schema, settings.max_grammar_depth)
+    if depth > settings.max_grammar_depth:
+        message = f"{place} is nested deeper than {settings.max_grammar_depth} levels, which is the limit"
+        raise BadRequest(message, param=place)
+    _check_size(orjson.dumps(schema).decode(), place, settings)
+    return {**schema, "x-guidance": dict(style)}
+
+
+def _check_size(text: str, place: str, settings: Settings) -> None:
+    num_bytes = len(text.encode())
+    if num_bytes > settings.max_grammar_bytes:
+        message = f"{place} has {num_bytes} bytes; the limit is {settings.max_grammar_bytes}"
+        raise BadRequest(message, param=place)
+
+
+def _depth(value: Any, limit: int) -> int:
+    """Return how deep lists and objects are nested; looks no deeper than one level beyond the limit."""
+    level, depth = [value], 0
+    while depth <= limit:
+        inner = [part for part in level if isinstance(part, dict | list)]
+        if not inner:
+            break
+        depth += 1
+        level = [part for group in inner for part in (group.values() if isinstance(group, dict) else group)]
+    return depth

@@ -1,0 +1,1 @@
+"""Tool calls: how they are asked for, constrained and read."""

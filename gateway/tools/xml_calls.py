@@ -1,0 +1,130 @@
+"""Tool calls whose arguments stand in tags, as Qwen3-Coder writes them: their grammar, and their JSON. Pure.
+
+    <function=get_weather>
+    <parameter=city>
+    Oslo
+    </parameter>
+    </function>
+
+A string stands there as it is, what it may not contain is the tag that ends it; everything else is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from typing import Any
+
+from gateway.text.structured import lark_string
+from protocol.wire.errors import BadRequest
+from protocol.wire.text import overlap
+
+END_FUNCTION = "</function>"
+
+_END_VALUE = "\n</parameter>"
+RAW_VALUE_RULES = [f"raw_value[lazy]: RAW_TEXT {lark_string(_END_VALUE + chr(10))}", "RAW_TEXT: /(?s:.*)/"]
+_TAG = re.compile(r"\s*(?:<parameter=([^>\n]+)>\n|</function>)")
+_PLAIN = frozenset({"type", "enum", "const", "title", "description", "default", "examples", "x-guidance"})
+_OF_OBJECTS = frozenset({"properties", "required", "additionalProperties", "$defs", "definitions", "$schema"})
+
+
+def raw_parameters(schema: dict[str, Any]) -> frozenset[str]:
+    """Return the parameters, of a schema of arguments, whose values are written as they are and not as JSON."""
+    properties = schema.get("properties")
+    named = properties if isinstance(properties, dict) else {}  # what is wrong is refused with the grammar
+    return frozenset(name for name, value in named.items() if _choices(value) is not None)
+
+
+def _choices(schema: Any) -> list[str] | None:
+    """Return the strings that a schema allows, [] for any string; None if it allows anything else."""
+    if not isinstance(schema, dict) or not schema.keys() <= _PLAIN:
+        return None
+    values = [schema["const"]] if "const" in schema else schema.get("enum", [])
+    if not isinstance(values, list) or not all(isinstance(value, str) and _END_VALUE not in value for value in values):
+        return None
+    return values if values or schema.get("type") == "string" else None
+
+
+def arguments_rules(name: str, schema: dict[str, Any], rule: str) -> list[str]:
+    """Return the rules, the first named `rule`, of a function's arguments and its closing tag.
+
+    Needs RAW_VALUE_RULES. Raises BadRequest for what tags cannot say.
+    """
+    unknown = [key for key in schema if key not in _PLAIN | _OF_OBJECTS]
+    if unknown:
+        raise BadRequest(
+            f"tools: the arguments of {name} have {', '.join(unknown)}, which cannot be enforced in the tags that this"
+            " model writes calls in",
+            param="tools",
+        )
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    if not isinstance(properties, dict):
+        raise BadRequest(f"tools: the arguments of {name}: properties must be an object", param="tools")
+    if not isinstance(required, list) or not all(isinstance(key, str) for key in required):
+        raise BadRequest(f"tools: the arguments of {name}: required must be a list of names", param="tools")
+    properties = properties | {key: {} for key in required if key not in properties}
+    shared = {key: schema[key] for key in ("$defs", "definitions", "x-guidance") if key in schema}
+    parts, rules = [], []
+    for i, (key, value) in enumerate(properties.items()):
+        if re.search(r"[>\n]", key):
+            raise BadRequest(f"tools: {name} has a parameter {key!r}, which no tag can be named", param="tools")
+        own = f"{rule}_{i}"
+        parts.append(own if key in required else f"{own}?")
+        rules += [f"{own}: {lark_string(f'<parameter={key}>' + chr(10))} {own}_value"]
+        rules += _value_rules(f"{own}_value", value, shared)
+    more = schema.get("additionalProperties", True)
+    if not properties and more is not False:  # beside those that have names nobody needs others
+        parts.append(f"{rule}_any*")
+        rules += [f'{rule}_any: "<parameter=" /[^>\\n]+/ ">\\n" {rule}_any_value']
+        rules += _value_rules(f"{rule}_any_value", {} if more is True else more, shared, raw=False)
+    return [f"{rule}: {' '.join([*parts, lark_string(END_FUNCTION)])}", *rules]
+
+
+def _value_rules(rule: str, schema: Any, shared: dict[str, Any], *, raw: bool = True) -> list[str]:
+    choices = _choices(schema) if raw else None
+    end = lark_string(_END_VALUE + "\n")
+    if choices == []:
+        return [f"{rule}: raw_value"]
+    if choices:
+        return [f"{rule}: ({' | '.join(map(lark_string, choices))}) {end}"]
+    whole = {**schema, **shared} if isinstance(schema, dict) else schema
+    return [f"{rule}: {rule}_json {end}", f"{rule}_json: %json {json.dumps(whole, ensure_ascii=False)}"]
+
+
+class XmlArguments:
+    """Reads the tags of one call's arguments, up to the closing tag of the function; gives them as one JSON object."""
+
+    def __init__(self, raw: Collection[str]) -> None:
+        """raw: the parameters that are written as they are."""
+        self._raw = raw
+        self._name: str | None = None  # of the parameter whose value is being read
+        self._num = 0
+        self.ended = False
+
+    def take(self, text: str) -> tuple[str, str]:
+        """Return the JSON that a text goes on with, and the end of the text that has to be seen again with more."""
+        out = ""
+        while not self.ended:
+            if self._name is not None:
+                value, found, rest = text.partition(_END_VALUE)
+                keep = 0 if found else overlap(value, _END_VALUE)
+                shown = value[: len(value) - keep]
+                is_raw = self._name in self._raw
+                out += json.dumps(shown, ensure_ascii=False)[1:-1] if is_raw else shown
+                if not found:
+                    return out, text[len(shown) :]
+                out += '"' if is_raw else ""
+                self._name, text = None, rest
+            tag = _TAG.match(text)
+            if tag is None:
+                return out, text
+            text, self._name = text[tag.end() :], tag[1]
+            if self._name is None:
+                out += "}" if self._num else "{}"
+                self.ended = True
+                break
+            out += (", " if self._num else "{") + json.dumps(self._name, ensure_ascii=False) + ": "
+            out += '"' if self._name in self._raw else ""
+            self._num += 1
+        return out, text

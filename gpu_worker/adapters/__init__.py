@@ -1,0 +1,1 @@
+"""Adapters in a worker: fetched, packed, kept in host memory and in the pool."""

@@ -1,0 +1,43 @@
+"""Adapters that could not be loaded: who asks again gets the same answer, until another try is due."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from protocol.runtime.backoff import REFUSAL, TROUBLE
+from protocol.wire.errors import AdapterRefused, LorafleetError
+
+MAX_KEPT = 10_000
+
+
+@dataclass(slots=True)
+class _Failure:
+    error: LorafleetError
+    num_in_row: int
+    again_s: float
+
+
+class Failures:
+    """The last failures by digest. Times are monotonic seconds."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, _Failure] = OrderedDict()
+
+    def note(self, digest: str, error: LorafleetError, now_s: float) -> None:
+        """Remember that an adapter could not be loaded; the more often in a row, the longer."""
+        last = self._kept.pop(digest, None)
+        num_in_row = last.num_in_row + 1 if last is not None else 1
+        pause_s = (REFUSAL if isinstance(error, AdapterRefused) else TROUBLE).pause_s(num_in_row)
+        self._kept[digest] = _Failure(error, num_in_row, now_s + pause_s)
+        if len(self._kept) > MAX_KEPT:
+            self._kept.popitem(last=False)
+
+    def error(self, digest: str, now_s: float) -> LorafleetError | None:
+        """Return why an adapter is not worth a try now, None if it is."""
+        failure = self._kept.get(digest)
+        return failure.error if failure is not None and now_s < failure.again_s else None
+
+    def forget(self, digest: str) -> None:
+        """Say that an adapter could be loaded, or is to be tried whatever happened before."""
+        self._kept.pop(digest, None)

@@ -1,0 +1,120 @@
+"""Adapters from the store, by digest, checked against it. Blocking: called from loader threads only."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from peft_adapters.format import MAX_HEADER_BYTES, adapter_digest, parse_header
+from peft_adapters.texts import TEXTS_FIELD, TEXTS_FILE, TOKENIZER, split_texts
+from protocol.wire.errors import AdapterRefused, Internal, NotFound, Unavailable
+
+logger = logging.getLogger(__name__)
+
+FETCH_TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S = 2.0
+SILENCE_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """What the store keeps of an adapter."""
+
+    config: dict[str, Any]
+    weights: bytes | memoryview  # a safetensors file
+    tokenizer: str = ""  # its own tokenizer.json, if it brings one
+
+
+class StoreClient:
+    """Fetches from any of the stores that are alive; `urls` is kept current by the service."""
+
+    def __init__(self, bearer: str = "") -> None:
+        """`bearer` is what the stores want to see, `FleetSecret.bearer`."""
+        self.urls: tuple[str, ...] = ()
+        self._known = threading.Event()
+        self._headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+
+    def set_urls(self, urls: tuple[str, ...]) -> None:
+        self.urls = urls
+        if urls:
+            self._known.set()
+
+    def fetch(self, digest: str) -> AdapterFiles:
+        """Return an adapter's files. Raises Unavailable when no store answers, NotFound when none has it, Internal."""
+        deadline = time.monotonic() + FETCH_TIMEOUT_S
+        pause_s = 0.1
+        while True:
+            self._known.wait(max(0.0, deadline - time.monotonic()))
+            missing = 0
+            urls = self.urls
+            for url in urls:
+                try:
+                    files = self._fetch_from(url, digest)
+                except NotFound:
+                    missing += 1
+                except (OSError, HTTPException) as error:
+                    logger.warning("store %s did not give adapter %.12s: %r", url, digest, error)
+                else:
+                    if digest_of(files) == digest:
+                        return files
+                    logger.error("store %s gave other content for adapter %.12s; asking again", url, digest)
+            if urls and missing == len(urls):
+                raise NotFound(f"no adapter store has the adapter {digest:.12}", param="model")
+            if time.monotonic() > deadline:
+                raise Unavailable(f"no adapter store gave the adapter {digest:.12} within {FETCH_TIMEOUT_S:.0f} s")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 2.0)
+
+    def _fetch_from(self, url: str, digest: str) -> AdapterFiles:
+        """Return what one store says an adapter is. Raises NotFound, Internal, OSError, HTTPException."""
+        with closing(_connect(url)) as connection:
+            folder = f"{urlsplit(url).path.rstrip('/')}/adapters/{digest}"
+            config = _parse(self._get(connection, f"{folder}/adapter_config.json"))
+            weights = self._get(connection, f"{folder}/adapter_model.safetensors")
+            own = config.get(TEXTS_FIELD)
+            texts = split_texts(self._get(connection, f"{folder}/{TEXTS_FILE}"), own) if own else {}
+            return AdapterFiles(config, weights, texts.get(TOKENIZER, ""))
+
+    def _get(self, connection: HTTPConnection, path: str) -> bytes:
+        connection.request("GET", path, headers=self._headers)
+        response = connection.getresponse()
+        body = response.read()
+        if response.status == 404:
+            raise NotFound(f"{path} is not there")
+        if response.status == 401:
+            raise Internal("the adapter store does not know this worker: their secrets differ")
+        if response.status != 200:
+            raise HTTPException(f"{response.status} {body[:200]!r}")
+        return body
+
+
+def _connect(url: str) -> HTTPConnection:
+    # The standard library's client takes a third of the CPU of those with more features: steps run beside this.
+    parts = urlsplit(url)
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=CONNECT_TIMEOUT_S)
+    connection.connect()
+    connection.sock.settimeout(SILENCE_TIMEOUT_S)
+    return connection
+
+
+def digest_of(files: AdapterFiles) -> str:
+    """Return the digest of what was received. Raises AdapterRefused when it is no safetensors file."""
+    weights = memoryview(files.weights)
+    tensors = parse_header(bytes(weights[: 8 + MAX_HEADER_BYTES]), len(weights))
+    return adapter_digest(files.config, tensors, weights)
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(raw, type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise AdapterRefused([f"adapter_config.json is not a JSON object: {error}"]) from error

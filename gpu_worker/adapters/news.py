@@ -1,0 +1,47 @@
+"""What happened to a worker's adapters: told by the engine's thread, taken by the service for the rest of the fleet."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from protocol.wire.codec import now_ms
+from protocol.wire.messages import AdapterEvent
+from protocol.wire.records import AdapterUse
+
+MAX_KEPT = 10_000
+"""Events and uses that wait for the service; older ones are lost."""
+
+
+class News:
+    """One writer, one reader, in two threads: single appends and pops of a deque need no lock."""
+
+    def __init__(self) -> None:
+        self._events: deque[AdapterEvent] = deque(maxlen=MAX_KEPT)
+        self._uses: deque[tuple[str, bool]] = deque(maxlen=MAX_KEPT)
+
+    def tell(self, event: AdapterEvent) -> None:
+        """Say that something happened to an adapter."""
+        self._events.append(event)
+
+    def used(self, digest: str, *, resident: bool) -> None:
+        """Say that a request for an adapter has come, and whether the adapter was in the pool."""
+        self._uses.append((digest, resident))
+
+    def take(self) -> tuple[list[AdapterEvent], dict[str, AdapterUse]]:
+        """Return what was told since the last call: events, and the use of adapters."""
+        events = [self._events.popleft() for _ in range(len(self._events))]
+        uses: dict[str, AdapterUse] = {}
+        for _ in range(len(self._uses)):
+            digest, resident = self._uses.popleft()
+            use = uses.setdefault(digest, AdapterUse())
+            use.hits += resident
+            use.misses += not resident
+            use.last_ms = now_ms()
+        for event in events:
+            if event.kind == "staged":
+                use = uses.setdefault(event.digest, AdapterUse())
+                use.fetches, use.fetch_ms = use.fetches + 1, use.fetch_ms + round(event.ms)
+            elif event.kind == "resident":
+                use = uses.setdefault(event.digest, AdapterUse())
+                use.loads, use.load_ms = use.loads + 1, use.load_ms + round(event.ms)
+        return events, uses

@@ -1,0 +1,136 @@
+"""The pool's tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_worker.adapters.extras import Extras, map_tensors
+from gpu_worker.adapters.packing import EXTRA_PAGE_BYTES, MAX_RANK, HostAdapter
+from gpu_worker.adapters.pool import PagePool
+from gpu_worker.memory import zeros
+from gpu_worker.model.lora import GROUPS, SharedInput, SiteInfo
+from lora_kernels.ops import PAGE_ROWS, AdapterTable, LoraSite
+from protocol.wire.errors import BadRequest
+
+OTHER_SHARE = 0.05
+"""Part of the pool for adapters of the head: few have any, and its pages are large."""
+
+MAX_SLOTS = 4096
+
+
+class PoolWeights:
+    """The pool's tensors: rank rows of every site, and the table by which kernels find them."""
+
+    def __init__(
+        self, sites: Sequence[SiteInfo], shared: Sequence[SharedInput], budget: int, device: Any, extra_bytes: int = 0
+    ) -> None:
+        """budget: bytes for the rows, allocated now. extra_bytes: for extras, allocated as adapters bring them."""
+        self.sites = sites
+        self.extra_bytes = extra_bytes
+        self.page_bytes = [_page_bytes(sites, group) for group in range(len(GROUPS))]
+        self.capacity = split_budget(self.page_bytes, budget)
+        self.num_slots = max(1, min(sum(self.capacity), MAX_SLOTS))
+        max_pages = max(1, min(max(self.capacity), MAX_RANK // PAGE_ROWS))
+        self._device = torch.device(device)
+        self.table = _empty_table(self.num_slots, len(sites), max_pages, self._device)
+        if self._device.type != "cpu":
+            self.table.host = _empty_table(self.num_slots, len(sites), max_pages, torch.device("cpu"))
+        self.lora_sites = [self._lora_site(site) for site in sites]
+        first = 0
+        for inputs in shared:
+            inputs.lora_sites = self.lora_sites[first : first + inputs.num_siblings]
+            inputs.table = self.table
+            first += inputs.num_siblings
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+
+    def _lora_site(self, site: SiteInfo) -> LoraSite:
+        num_rows = self.capacity[site.group] * PAGE_ROWS
+        # Zeros, not garbage: a kernel may read the unused rows of a page and multiply them by zero.
+        a = zeros((num_rows, site.in_features), site.dtype, self._device)
+        b = zeros((num_rows, site.out_features), site.dtype, self._device)
+        return LoraSite(site.index, site.group, a, b)
+
+    def new_pool(self) -> PagePool:
+        """Return the bookkeeping of these tensors' pages and slots."""
+        capacity = [*self.capacity, self.extra_bytes // EXTRA_PAGE_BYTES]
+        return PagePool(capacity, [*self.page_bytes, EXTRA_PAGE_BYTES], self.num_slots)
+
+    def copy(self, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> Extras:
+        """Write an adapter's rows into pages that no step sees, and return its extras on the device.
+
+        For a loader thread: returns when all has arrived.
+        """
+        if self._stream is None:
+            self._copy_rows(adapter, pages)
+            return adapter.extras
+        # The pages may have been another adapter's until now: steps that were launched may still read them.
+        self._stream.wait_stream(torch.cuda.default_stream(self._device))
+        # Allocated outside the copy stream, whose memory a step on the default stream may not use.
+        extras = map_tensors(adapter.extras, lambda tensor: torch.empty_like(tensor, device=self._device))
+        with torch.cuda.stream(self._stream):
+            self._copy_rows(adapter, pages)
+            for target, source in zip(_tensors(extras), _tensors(adapter.extras), strict=True):
+                target.copy_(source, non_blocking=True)
+        self._stream.synchronize()
+        return extras
+
+    def _copy_rows(self, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> None:
+        for index, a, b in adapter.rows:
+            site = self.lora_sites[index]
+            for i, page in enumerate(pages[site.group]):
+                first, last = i * PAGE_ROWS, min((i + 1) * PAGE_ROWS, len(a))
+                if first >= last:
+                    break
+                at = slice(page * PAGE_ROWS, page * PAGE_ROWS + last - first)
+                site.a_rows[at].copy_(a[first:last], non_blocking=True)
+                site.b_rows[at].copy_(b[first:last], non_blocking=True)
+
+    def publish(self, slot: int, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> None:
+        """Enter an adapter whose rows have arrived into the table. Called between steps."""
+        for table in (self.table, self.table.host):
+            if table is None:
+                continue
+            table.ranks[slot] = torch.from_numpy(adapter.ranks).to(table.ranks.device)
+            table.scales[slot] = torch.from_numpy(adapter.scales).to(table.scales.device)
+            for group, group_pages in enumerate(pages[: len(GROUPS)]):
+                table.pages[slot, group, : len(group_pages)] = torch.tensor(group_pages, dtype=torch.int32)
+
+
+def split_budget(page_bytes: Sequence[int], budget: int) -> list[int]:
+    """Return the pages of each group that fit a budget in bytes: as many for attention as for MLP, a few for others.
+
+    Raises BadRequest when not even one page each fits.
+    """
+    attention, mlp, other = page_bytes
+    num_other = min(math.ceil(OTHER_SHARE * budget / other), budget // other) if other else 0
+    left = budget - num_other * other
+    num = left // (attention + mlp) if attention + mlp else 0
+    num_other = min(num_other, num) if attention + mlp else num_other
+    if num == 0 and num_other == 0:
+        needed = sum(page_bytes) / (1 << 20)
+        raise BadRequest(f"adapter_pool_bytes is {budget}: adapters of this model need {needed:.1f} MiB at least")
+    return [num if attention else 0, num if mlp else 0, num_other]
+
+
+def _page_bytes(sites: Sequence[SiteInfo], group: int) -> int:
+    widths = sum((s.in_features + s.out_features) * s.dtype.itemsize for s in sites if s.group == group)
+    return PAGE_ROWS * widths
+
+
+def _empty_table(num_slots: int, num_sites: int, max_pages: int, device: torch.device) -> AdapterTable:
+    return AdapterTable(
+        ranks=torch.zeros(num_slots, num_sites, dtype=torch.int32, device=device),
+        scales=torch.zeros(num_slots, num_sites, dtype=torch.float32, device=device),
+        pages=torch.zeros(num_slots, len(GROUPS), max_pages, dtype=torch.int32, device=device),
+    )
+
+
+def _tensors(extras: Extras) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(extras, lambda tensor: found.append(tensor) or tensor)
+    return found

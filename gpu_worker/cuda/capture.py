@@ -1,0 +1,47 @@
+"""Recording steps as CUDA graphs: the part of `graphs.py` that only a GPU can run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from gpu_worker.cuda.graphs import Replay, Unrecordable
+
+
+class CudaRecorder:
+    """Captures what a step launches. All of one recorder's graphs share their memory: one is replayed at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream(device)
+
+    def record(self, step: Callable[[], object]) -> Replay:
+        """Warm a step up on a side stream, as captures ask for, and capture it. Raises Unrecordable."""
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.device(self._device), torch.cuda.stream(self._side):
+            step()  # compiles kernels, and libraries get their workspaces
+            self._run_without_waiting(step)
+        torch.cuda.current_stream(self._device).wait_stream(self._side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, stream=self._side):
+            step()
+        return graph.replay
+
+    def _run_without_waiting(self, step: Callable[[], object]) -> None:
+        """Run a step and find out before the capture, which would die of it, whether the host reads from the device."""
+        self._side.synchronize()
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        except RuntimeError as error:
+            if "synchronizing CUDA operation" not in str(error):
+                raise
+            raise Unrecordable("the model waits for the device in the middle of a step") from error
+        finally:
+            torch.cuda.set_sync_debug_mode(before)

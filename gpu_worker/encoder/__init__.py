@@ -1,0 +1,1 @@
+"""Encoders: whole texts in, vectors or labels out."""

@@ -1,0 +1,1 @@
+"""The engine: which tokens a step computes, the step itself, and what comes out."""

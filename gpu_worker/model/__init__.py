@@ -1,0 +1,1 @@
+"""The base model: a Hugging Face model whose attention and linear layers are ours."""

@@ -1,0 +1,150 @@
+"""A model folder becomes a Hugging Face model, or one line that says what is wrong with it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from protocol.wire.errors import BadRequest
+from protocol.wire.messages import Task
+
+MAX_NAMED = 3
+MAX_LINE = 400
+
+UNSERVED_HEADS = ("SequenceClassification", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
+
+QUANTISATIONS = {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"}
+
+_UNREADABLE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError,
+    SafetensorError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers and the quantisation libraries raise on files they cannot use."""
+
+
+def read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the model of a folder, for its `task_of`, onto a device, in eval mode. Raises BadRequest in one line."""
+    config = read_config(folder)
+    task = task_of(config)
+    auto = {"generate": AutoModelForCausalLM, "embed": AutoModel, "classify": AutoModelForTokenClassification}[task]
+    quantised = quantisation_of(config)
+    if quantised and quantised not in QUANTISATIONS:  # transformers would read the weights as they lie
+        raise BadRequest(f"the model in {folder} is quantised with {quantised}, unknown to transformers")
+    if quantised == "bitsandbytes":  # it warns in every step of every layer that it rounds activations
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # A quantised model must be born where it is to live; others come through host memory, whatever accelerate thinks.
+    place: dict[str, Any] = {"device_map": {"": device}} if quantised else {}
+    if task == "embed" and _has_pooler(config):
+        place["add_pooling_layer"] = False  # made for the pretraining task, and missing in many checkpoints
+    try:
+        loaded: Any = auto.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation="eager", trust_remote_code=False,
+            output_loading_info=True, ignore_mismatched_sizes=True, **place,
+        )  # fmt: skip
+    except _UNREADABLE as error:
+        how = f", quantised with {quantised}," if quantised else ""
+        raise BadRequest(f"the model in {folder}{how} cannot be loaded: {one_line(error)}") from error
+    module, info = loaded
+    # transformers makes random numbers of these, and a warning.
+    _refuse_tensors(folder, "lack", info["missing_keys"])
+    _refuse_tensors(folder, "have other shapes for", (name for name, *_ in info["mismatched_keys"]))
+    if not quantised:
+        torch.nn.Module.to(module, device)
+    return module.eval().requires_grad_(False)
+
+
+def _refuse_tensors(folder: Path, what: str, found: Iterable[str]) -> None:
+    names = sorted(found)
+    if names:
+        shown = ", ".join(names[:MAX_NAMED]) + (" …" if len(names) > MAX_NAMED else "")
+        raise BadRequest(f"the weights in {folder} {what} {len(names)} of the model's tensors: {shown}")
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Read a folder's config.json. Raises BadRequest when it describes no causal LM or encoder transformers knows."""
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+        model_type = raw.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadRequest(f"{folder / 'config.json'} is not a readable model config: {one_line(error)}") from error
+    if model_type not in CONFIG_MAPPING:
+        raise BadRequest(f"model type {model_type!r} is not known to transformers {transformers.__version__}")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except _UNREADABLE as error:
+        raise BadRequest(f"{folder / 'config.json'} is not a valid {model_type} config: {one_line(error)}") from error
+    if task_of(config) == "generate" and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise BadRequest(f"model type {model_type} is not a causal language model, nor an encoder that is served")
+    return config
+
+
+def task_of(config: PreTrainedConfig) -> Task:
+    """Return what a model was made for, by its config. Raises BadRequest for a head that nothing is served of."""
+    name = next(iter(getattr(config, "architectures", None) or ()), "")
+    if name.endswith("ForTokenClassification") and type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        return "classify"
+    if name.endswith(tuple(f"For{head}" for head in UNSERVED_HEADS)):
+        raise BadRequest(f"{name} is not served: of encoders embeddings and token classification are")
+    decodes = name.endswith(("ForCausalLM", "LMHeadModel")) or getattr(config, "is_decoder", False)
+    if decodes or getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        return "generate"
+    return "embed"
+
+
+def _has_pooler(config: PreTrainedConfig) -> bool:
+    model: Any = MODEL_MAPPING[type(config)]
+    return "add_pooling_layer" in inspect.signature(model.__init__).parameters
+
+
+def read_eos_ids(folder: Path, config: PreTrainedConfig) -> frozenset[int]:
+    """Return the ids that end a text: of the generation config and of the model config. Raises BadRequest."""
+    found: set[int] = set()
+    sources: list[Any] = [config, config.get_text_config()]
+    if (folder / "generation_config.json").is_file():
+        try:
+            sources.append(GenerationConfig.from_pretrained(folder))
+        except _UNREADABLE as error:
+            raise BadRequest(f"{folder / 'generation_config.json'} is not readable: {one_line(error)}") from error
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return frozenset(found)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's text on one line, or its type where it has none."""
+    text = " ".join(str(error).split())
+    return (text if len(text) <= MAX_LINE else f"{text[:MAX_LINE]} …") or type(error).__name__
+
+
+def quantisation_of(config: PreTrainedConfig) -> str:
+    """Return the method that a model's weights are quantised with, "" if they are not."""
+    quantised: Any = getattr(config, "quantization_config", None)
+    if not quantised:
+        return ""
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+    return str(getattr(method, "value", method))

@@ -1,0 +1,255 @@
+"""The linear layers of a model as LoRA sites: each computes its base output and adds what the step's adapters say.
+
+Layers that read the same input (q, k, v; gate, up) are siblings: found by watching a trial run, they share one GEMM
+and one LoRA operation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gpu_worker.adapters.extras import apply_linear
+from gpu_worker.model.attention import StepContext
+from lora_kernels import ops
+from protocol.wire.errors import AdapterRefused
+from protocol.wire.messages import OPAQUE
+
+GROUPS = ("attention", "mlp", "other")
+"""Page spaces of the adapter pool: an adapter that leaves a group alone takes no page of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteInfo:
+    """A linear layer that LoRA can adapt."""
+
+    name: str  # in the model, such as "model.layers.0.self_attn.q_proj"
+    index: int  # column in the adapter table
+    group: int  # index into GROUPS
+    in_features: int
+    out_features: int
+    kind: Literal["linear", "conv1d", "opaque"]
+    dtype: torch.dtype
+    has_bias: bool = False
+
+
+@dataclass(slots=True)
+class LinearCall:
+    """The calls of a linear layer, seen in a trial run."""
+
+    name: str
+    module: nn.Module
+    xs: list[Tensor]  # inputs, kept so that equal ones can be told by identity; several if the model loops
+    is_head: bool  # its rows are the positions that need logits, not all tokens
+
+
+class SharedInput:
+    """Sibling linear layers: the first one called computes the outputs of all."""
+
+    def __init__(
+        self,
+        linears: list[nn.Module],
+        context: StepContext,
+        *,
+        is_head: bool,
+        impl: ops.Impl | None,
+        num_lead: int = 0,
+    ) -> None:
+        """num_lead: dimensions before the tokens in what the model gives them."""
+        self.context = context
+        self.is_head = is_head
+        self.position = 0  # among all of the model, in the order of calls
+        self.impl: ops.Impl | None = impl
+        self.lora_sites: list[ops.LoraSite] = []  # set once the pool is allocated
+        self.table: ops.AdapterTable | None = None
+        shapes = [_shape(linear) for linear in linears]
+        self.sizes = [out_features for out_features, _ in shapes]
+        self.in_features = shapes[0][1]
+        self._opaque: list[nn.Module] = []  # quantised and other layers of a kind of their own: called as they are
+        self._lead: list[int] = [1] * num_lead  # and as the model calls them: dimensions tell some what a token is
+        if is_plain(linears[0]):
+            weights = [_weight(linear) for linear in linears]
+            joint = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
+            self._packed = ops.pack_linear(joint, impl=impl)
+            self._bias = _joint_bias(linears, weights)
+            self._biases = [None] * len(self.sizes) if self._bias is None else list(self._bias.split(self.sizes))
+        else:
+            self._opaque = linears
+            self._biases = [getattr(linear, "bias", None) for linear in linears]
+        self.handle: Tensor | None = None  # how compiled layers name them, see `compiled.py`
+        self._x: Tensor | None = None
+        self._outs: list[Tensor] = []
+
+    @property
+    def linears(self) -> ops.SiblingLinears:
+        """What an operation over whole layers needs to know of them."""
+        return ops.SiblingLinears(self._packed, self._bias, self.sizes, self.lora_sites)
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether the layers can only be called, not taken apart."""
+        return bool(self._opaque)
+
+    @property
+    def num_siblings(self) -> int:
+        return len(self.sizes)
+
+    def output(self, index: int, x: Tensor) -> Tensor:
+        """Return the output of sibling `index` for x [..., K]."""
+        if x is not self._x:
+            rows = x.reshape(-1, x.shape[-1])
+            if torch.compiler.is_compiling():
+                self._x, self._outs = x, torch.ops.lorafleet_layers.project(rows, self.handle, self.sizes)
+            else:
+                self._x, self._outs = x, self.project(rows)
+        out = self._outs[index]
+        if index == len(self._outs) - 1:
+            self._x, self._outs = None, []
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def project(self, rows: Tensor) -> list[Tensor]:
+        """Return the outputs [T, N] of all siblings for rows [T, K]; of plain layers they are slices of one tensor."""
+        if self._opaque:
+            x = rows.view(*self._lead, *rows.shape)
+            outs = [linear(x).reshape(len(rows), -1).contiguous() for linear in self._opaque]
+        else:
+            out = ops.linear(rows, self._packed, self._bias, impl=self.impl)
+            outs = list(out.split_with_sizes(self.sizes, -1)) if len(self.sizes) > 1 else [out]
+        batch = self.context.lora_logits if self.is_head else self.context.lora
+        if batch is not None and self.table is not None:
+            ops.lora_add_(outs, rows, self.lora_sites, self.table, batch, impl=self.impl)
+        extras = self.context.extras_logits if self.is_head else self.context.extras
+        if extras:
+            for i, site in enumerate(self.lora_sites):
+                outs[i] = apply_linear(extras, site.index, outs[i], rows, self._biases[i])
+        return outs
+
+    def weight(self, index: int) -> Tensor:
+        """Return the weight [N, K] of sibling `index`. Raises AdapterRefused where it is quantised."""
+        if self._opaque:
+            raise AdapterRefused(["it needs weights of the base model, which are quantised"])
+        first = sum(self.sizes[:index])
+        return ops.unpack_linear(self._packed)[first : first + self.sizes[index]]
+
+    def bias(self, index: int) -> Tensor | None:
+        """Return the bias [N] of sibling `index`."""
+        return self._biases[index]
+
+
+class SiteLinear(nn.Module):
+    """Stands in the model for a linear layer. The weight is in `shared`; here it is but a shape and a dtype."""
+
+    def __init__(self, linear: nn.Module, shared: SharedInput, index: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shared.sizes[index], shared.in_features
+        if is_plain(linear):
+            self.weight = nn.Parameter(linear.get_parameter("weight").to("meta"), requires_grad=False)
+        else:
+            self.weight = nn.Parameter(torch.empty(_shape(linear), dtype=dtype, device="meta"), requires_grad=False)
+        self.shared = shared
+        self._index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared.output(self._index, x)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return the output and input features of a module that looks like a linear layer, None of any other.
+
+    Quantisation libraries bring classes of their own; all of them keep the attributes of `nn.Linear`.
+    """
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    if next(module.children(), None) is not None or not all(isinstance(size, int) for size in shape):
+        return None
+    return shape  # pyright: ignore[reportReturnType] - both are int
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Tell whether a layer is nothing but x @ weight.T + bias: only then its weight may be taken out of it."""
+    if type(linear) not in (nn.Linear, Conv1D) or "forward" in vars(linear):
+        return False
+    names = {name for name, _ in (*linear.named_parameters(), *linear.named_buffers())}
+    return names <= {"weight", "bias"} and is_number(linear.get_parameter("weight"))
+
+
+def is_number(parameter: Tensor) -> bool:
+    """Tell whether a parameter holds the numbers that are computed with, and not a code for them."""
+    return type(parameter) is nn.Parameter and parameter.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def find_siblings(calls: list[LinearCall]) -> list[list[LinearCall]]:
+    """Group the layers of a trial run by the tensors they read, keeping the order of calls."""
+    groups: dict[tuple[Any, ...], list[LinearCall]] = {}
+    for call in calls:
+        key = (*map(id, call.xs), _dtype(call), is_plain(call.module))
+        groups.setdefault(key, []).append(call)
+    return list(groups.values())
+
+
+def install_sites(
+    model: nn.Module, calls: list[LinearCall], attention_names: set[str], context: StepContext, impl: ops.Impl | None
+) -> tuple[list[SiteInfo], list[SharedInput]]:
+    """Replace every linear layer that was called by a `SiteLinear`. Returns the sites, and the groups in their order.
+
+    attention_names: names of the modules that call attention; linear layers under them form the attention group.
+    """
+    infos: list[SiteInfo] = []
+    shareds: list[SharedInput] = []
+    for siblings in find_siblings(calls):
+        modules, first = [call.module for call in siblings], siblings[0]
+        num_lead = first.xs[0].ndim - 2
+        shared = SharedInput(modules, context, is_head=first.is_head, impl=impl, num_lead=num_lead)
+        shared.position = len(shareds)
+        shareds.append(shared)
+        for index, call in enumerate(siblings):
+            infos.append(_site_info(call, len(infos), attention_names))
+            parent, _, child = call.name.rpartition(".")
+            setattr(model.get_submodule(parent), child, SiteLinear(call.module, shared, index, _dtype(call)))
+    return infos, shareds
+
+
+def _site_info(call: LinearCall, index: int, attention_names: set[str]) -> SiteInfo:
+    parent = call.name.rpartition(".")[0]
+    in_layer = any(part.isdigit() for part in parent.split("."))
+    if any(parent == name or parent.startswith(f"{name}.") for name in attention_names):
+        group = 0
+    else:
+        group = 1 if in_layer else 2
+    out_features, in_features = _shape(call.module)
+    kind = "conv1d" if isinstance(call.module, Conv1D) else "linear" if is_plain(call.module) else OPAQUE
+    has_bias = getattr(call.module, "bias", None) is not None
+    return SiteInfo(call.name, index, group, in_features, out_features, kind, _dtype(call), has_bias)
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    shape = linear_shape(linear)
+    assert shape is not None
+    return shape
+
+
+def _dtype(call: LinearCall) -> torch.dtype:
+    """Return the dtype in which a layer computes: of its weight, of its input if the weight is quantised."""
+    return _weight(call.module).dtype if is_plain(call.module) else call.xs[0].dtype
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """Return the weight as [out, in]; transformers' Conv1D keeps it transposed."""
+    weight = linear.get_parameter("weight").detach()
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def _joint_bias(linears: list[nn.Module], weights: list[Tensor]) -> Tensor | None:
+    biases = [dict(linear.named_parameters(recurse=False)).get("bias") for linear in linears]
+    if all(bias is None for bias in biases):
+        return None
+    parts = [
+        weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        for bias, weight in zip(biases, weights, strict=True)
+    ]
+    return torch.cat(parts)

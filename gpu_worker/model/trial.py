@@ -1,0 +1,138 @@
+"""Trial runs of a model, watched: which modules call attention and linear layers, and with what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from gpu_worker.adapters.extras import TokenLayout
+from gpu_worker.model.attention import AttentionCall, Recorder, bind, unbind
+from gpu_worker.model.lora import LinearCall, linear_shape
+from gpu_worker.model.masks import record_masks
+
+NUM_TOKENS = 5
+NUM_HEAD_ROWS = 2  # another number, to tell the head's rows from all tokens
+
+
+@dataclass(slots=True)
+class ModuleCall:
+    """The arguments a module was called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Trial:
+    """What a trial run called, in order."""
+
+    attention: list[AttentionCall] = field(default_factory=list)
+    linears: list[LinearCall] = field(default_factory=list)
+    modules: dict[str, ModuleCall] = field(default_factory=dict)  # first call of every module that has children
+    per_token: dict[str, TokenLayout] = field(default_factory=dict)  # modules with own parameters, called once
+
+
+def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
+    """Run a few tokens through a model whose attention is ours, and note what is called."""
+    trial = _Watch(module, NUM_TOKENS, NUM_HEAD_ROWS).run(keeps_logits)
+    with record_masks() as masks:
+        other = _watch_again(module, trial, keeps_logits)
+    for call, masked in zip(trial.attention, other.attention, strict=True):
+        shape = masks.shape_of(masked)
+        call.has_own_mask = call.mask is not None or shape is None
+        if shape is not None:
+            call.window, call.chunk = shape.window, shape.chunk
+        call.mask = None
+    return trial
+
+
+def run_encoder_trial(module: PreTrainedModel) -> Trial:
+    """Run a few tokens through an encoder whose attention is ours, and note what is called; masks stay where given."""
+    trial = _Watch(module, NUM_TOKENS, NUM_HEAD_ROWS).run(keeps_logits=False)
+    _watch_again(module, trial, keeps_logits=False)
+    return trial
+
+
+def _watch_again(module: PreTrainedModel, trial: Trial, keeps_logits: bool) -> Trial:
+    """Run other tokens through the model, and keep of `trial` only the modules that see all tokens every time."""
+    # An expert's layers see the tokens sent to it: all of them by chance, but not twice.
+    other = _Watch(module, 2 * NUM_TOKENS + 1, NUM_HEAD_ROWS + 1).run(keeps_logits)
+    always = {call.name for call in other.linears}
+    trial.linears = [call for call in trial.linears if call.name in always]
+    trial.per_token = {n: layout for n, layout in trial.per_token.items() if other.per_token.get(n) == layout}
+    return other
+
+
+class _Watch:
+    """One run of a model with hooks on its modules."""
+
+    def __init__(self, module: PreTrainedModel, num_tokens: int, num_head_rows: int) -> None:
+        self.module = module
+        self.num_tokens = num_tokens
+        self.num_head_rows = num_head_rows
+        self.trial = Trial()
+        self._recorder = Recorder()
+        self._linears: dict[str, LinearCall | None] = {}  # None: was called with other rows
+        self._called: set[str] = set()
+
+    def run(self, keeps_logits: bool) -> Trial:
+        handles = []
+        for name, child in self.module.named_modules():
+            bind(child, self._recorder)
+            if type(child) not in (nn.Linear, Conv1D) and next(child.parameters(recurse=False), None) is not None:
+                handles.append(child.register_forward_hook(self._parameters_hook(name), with_kwargs=True))
+            if linear_shape(child) is not None:
+                handles.append(child.register_forward_hook(self._linear_hook(name)))
+            elif name and next(child.children(), None) is not None:
+                handles.append(child.register_forward_pre_hook(self._module_hook(name), with_kwargs=True))
+        ids = torch.arange(self.num_tokens, device=self.module.device)[None]
+        keep = {"logits_to_keep": torch.arange(self.num_head_rows, device=ids.device)} if keeps_logits else {}
+        try:
+            self.module(input_ids=ids, position_ids=ids, use_cache=False, **keep)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for child in self.module.modules():
+                unbind(child)
+        self.trial.attention = self._recorder.calls
+        self.trial.linears = [call for call in self._linears.values() if call is not None]
+        return self.trial
+
+    def _linear_hook(self, name: str) -> Any:
+        def hook(linear: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            x = args[0] if args and isinstance(args[0], Tensor) else None
+            shape = linear_shape(linear)
+            num_rows = -1 if x is None else x.numel() // x.shape[-1]
+            regular = num_rows in (self.num_tokens, self.num_head_rows) and isinstance(out, Tensor)
+            if x is None or shape is None or not regular or out.shape != (*x.shape[:-1], shape[0]):
+                self._linears[name] = None
+                return
+            if out.dtype != x.dtype:  # nothing that LoRA could be added to
+                self._linears[name] = None
+                return
+            known = self._linears.setdefault(name, LinearCall(name, linear, [], num_rows == self.num_head_rows))
+            if known is not None:
+                known.xs.append(x)
+
+        return hook
+
+    def _module_hook(self, name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.trial.modules.setdefault(name, ModuleCall(args, kwargs))
+
+        return hook
+
+    def _parameters_hook(self, name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            layout = TokenLayout.of([*args, *kwargs.values()], out, self.num_tokens)
+            self.trial.per_token.pop(name, None)
+            if name not in self._called and layout is not None:
+                self.trial.per_token[name] = layout
+            self._called.add(name)
+
+        return hook

@@ -1,0 +1,262 @@
+"""What the steps of an engine spend their time on: phases as they run, then operations with layers one by one.
+
+For `lorafleet profile`, which shows the result; `docs/engine.md` says how to read it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.runner import StepInputs
+from gpu_worker.load import load_engine
+from gpu_worker.model.shortcuts import stacks_of
+from gpu_worker.profiling.steps import Decode, Prefill, Queue
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
+from protocol.runtime.metrics import PHASES
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest, Internal
+
+NUM_WARM_STEPS = 3
+MAX_WATCHED_STEPS = 10
+LOAD_S = 600.0
+FORWARD = "lorafleet: forward"
+
+OPERATIONS = {
+    "lorafleet::linear": "linear",
+    "aten::linear": "linear",
+    "lorafleet::lora_add_": "lora",
+    "lorafleet::paged_attention": "attention",
+    "lorafleet::kv_write_": "kv write",
+    "lorafleet::rms_norm": "norm",
+    "lorafleet::rotary_": "rotary",
+    "lorafleet::gated_act": "activation",
+}
+"""Names in torch's profiler -> ours; other operations keep the names they have there."""
+
+OnProgress = Callable[[str, int, int], object]
+"""Called with what is being done, how much of it is done, and of how much; 0 of 0 where that is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProfilePlan:
+    """What to measure."""
+
+    num_sequences: tuple[int, ...]
+    num_steps: int
+    prompt_tokens: int
+    adapters: Path | None = None  # folder whose sub-folders are adapters
+    trace: Path | None = None  # where to write chrome traces of the watched steps, one per case: NAME-decode-8.json
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One kind of operation in the forward pass of a step, on average."""
+
+    name: str
+    calls: float
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileCase:
+    """Steps of one kind. Times are of one step, on average."""
+
+    kind: str  # decode or prefill
+    num_sequences: int
+    num_adapters: int  # distinct ones among the sequences
+    num_steps: int
+    tokens: float
+    step_ms: float  # until the next step can begin: all phases but publish, which runs beside that one
+    phases_ms: dict[str, float]
+    forward_ms: float  # of the steps that were watched: layers one by one, and the profiler's own time
+    operations: list[Operation]  # of those steps, longest first; what they lack to forward_ms is Python between them
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A whole run."""
+
+    model: str
+    dtype: str
+    device: str
+    num_threads: int
+    num_layers: int
+    num_stacked: int  # of them, those that run as one native call
+    adapters: list[str]
+    prompt_tokens: int
+    cases: list[ProfileCase]
+
+
+def run_profile(settings: Settings, plan: ProfilePlan, on_progress: OnProgress) -> Profile:
+    """Load the model and measure. Takes seconds to minutes. Raises LorafleetError.
+
+    settings.redis_url: a queue that nobody else uses.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints when it begins and ends
+    folders = adapter_folders(plan.adapters)
+    on_progress(f"loading {settings.model}", 0, 0)
+    thread, served = load_engine(settings, lambda name: read_files(folders[name]))
+    engine = thread.engine
+    if not isinstance(engine, Engine):
+        raise BadRequest(f"{settings.model} is an encoder; what is measured here are models that generate text")
+    queue = Queue(settings.redis_url)
+    try:
+        names = load_adapters(engine, list(folders)[: max(plan.num_sequences)], on_progress)
+        stacks = stacks_of(engine.model.module)
+        return Profile(
+            model=served.name, dtype=served.dtype, device=str(engine.model.device), adapters=names,
+            num_threads=torch.get_num_threads(), num_layers=len(engine.model.layers),
+            num_stacked=sum(len(stack.layers) for stack in stacks), prompt_tokens=plan.prompt_tokens,
+            cases=list(_cases(engine, queue, [*names, ""], plan, on_progress)),
+        )  # fmt: skip
+    finally:
+        queue.close()
+        thread.stop()
+        engine.adapters.close()
+
+
+def adapter_folders(root: Path | None) -> dict[str, Path]:
+    """Return the adapters of a folder by name. Raises BadRequest when there are none."""
+    if root is None:
+        return {}
+    found = {path.parent.name: path.parent for path in sorted(root.glob(f"*/{CONFIG_FILE}"))}
+    if not found:
+        raise BadRequest(f"--adapters: no sub-folder of {root} holds an {CONFIG_FILE}")
+    return found
+
+
+def read_files(folder: Path) -> AdapterFiles:
+    """Read an adapter's files. Raises AdapterRefused, BadRequest."""
+    try:
+        return AdapterFiles(parse_config((folder / CONFIG_FILE).read_bytes()), (folder / WEIGHTS_FILE).read_bytes())
+    except OSError as error:
+        raise BadRequest(f"{error.filename}: {error.strerror}") from error
+
+
+def load_adapters(engine: Engine, names: Sequence[str], on_progress: OnProgress) -> list[str]:
+    """Bring adapters into the pool; return their names. Raises LorafleetError for the first that cannot be there."""
+    cache, arrived = engine.adapters, threading.Event()
+    cache.on_loaded = arrived.set
+    for name in names:
+        engine.prefetch(name)
+    while len(cache.resident) < len(names):
+        on_progress("loading adapters", len(cache.resident), len(names))
+        if not cache.loading:
+            holds = f"holds {len(cache.resident)} of the {len(names)} adapters that the largest batch mixes"
+            raise BadRequest(f"adapter_pool_bytes is {cache.pool.total_bytes} and {holds}")
+        if not arrived.wait(LOAD_S):
+            raise Internal(f"no adapter arrived within {LOAD_S:.0f} s")
+        arrived.clear()
+        for error in cache.poll().values():
+            raise error
+    return list(names)
+
+
+def _cases(
+    engine: Engine, queue: Queue, names: Sequence[str], plan: ProfilePlan, on_progress: OnProgress
+) -> Iterator[ProfileCase]:
+    num_steps = 2 + NUM_WARM_STEPS + plan.num_steps + MAX_WATCHED_STEPS
+    cases = [
+        kind(engine, queue, [names[i % len(names)] for i in range(number)], plan.prompt_tokens)
+        for number in plan.num_sequences
+        for kind in (Decode, Prefill)
+    ]
+    for steps in cases:
+        steps.check_room(num_steps)
+    for i, steps in enumerate(cases):
+        on_progress(f"{steps.kind} at {steps.num_sequences}", i, len(cases))
+        yield _measure(steps, plan)
+
+
+def _measure(steps: Decode, plan: ProfilePlan) -> ProfileCase:
+    steps.start()
+    steps.run(NUM_WARM_STEPS)
+    before = _totals(steps)
+    steps.run(plan.num_steps)
+    after = _totals(steps)
+    with _apart(steps.engine):
+        steps.run(1)
+        profiler = _record(steps, min(plan.num_steps, MAX_WATCHED_STEPS))
+    steps.end()
+    if plan.trace is not None:
+        plan.trace.parent.mkdir(parents=True, exist_ok=True)
+        stem = f"{plan.trace.stem}-{steps.kind}-{steps.num_sequences}"
+        profiler.export_chrome_trace(str(plan.trace.with_stem(stem)))
+    spent = {name: after[name] - before[name] for name in after}
+    num_run = round(spent["steps"])
+    phases_ms = {name: 1000 * spent[name] / num_run for name in PHASES}
+    operations, forward_ms = _operations(profiler, on_device=steps.engine.model.device.type == "cuda")
+    return ProfileCase(
+        kind=steps.kind, num_sequences=steps.num_sequences, num_adapters=len(set(steps.names) - {""}),
+        num_steps=num_run, tokens=spent["tokens"] / num_run, step_ms=sum(phases_ms.values()) - phases_ms["publish"],
+        phases_ms=phases_ms, forward_ms=forward_ms, operations=operations,
+    )  # fmt: skip
+
+
+def _totals(steps: Decode) -> dict[str, float]:
+    counters = steps.engine.counters
+    phases = {name: float(getattr(counters, f"{name}_s")) for name in PHASES}
+    phases["publish"] = steps.queue.publish_s
+    return {"steps": counters.num_steps, "tokens": counters.num_computed_tokens, **phases}
+
+
+@contextmanager
+def _apart(engine: Engine) -> Iterator[None]:
+    """Let stacked layers run one by one, and mark where forward passes begin and end."""
+    run, stacks = engine.runner.run, stacks_of(engine.model.module)
+
+    def marked(inputs: StepInputs) -> Tensor:
+        with record_function(FORWARD):
+            return run(inputs)
+
+    engine.runner.run = marked
+    for stack in stacks:
+        stack.one_call = False
+    try:
+        yield
+    finally:
+        engine.runner.run = run
+        for stack in stacks:
+            stack.one_call = True
+
+
+def _record(steps: Decode, num_steps: int) -> profile:
+    """Run steps under torch's profiler and return it."""
+    on_device = steps.engine.model.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
+    with profile(activities=activities, acc_events=True) as profiler:
+        steps.run(num_steps)
+    return profiler
+
+
+def _operations(profiler: profile, *, on_device: bool) -> tuple[list[Operation], float]:
+    """Return the operations of an average forward pass, longest first, and its milliseconds.
+
+    On a GPU these are its kernels, in whatever part of the step.
+    """
+    events = profiler.events()
+    assert events is not None
+    passes = [event for event in events if event.name == FORWARD and event.device_type.name == "CPU"]
+    if on_device:
+        parts = [event for event in events if event.device_type.name == "CUDA" and event.name != FORWARD]
+    else:
+        parts = [child for event in passes for child in event.cpu_children]
+    times: dict[str, list[float]] = {}
+    for event in parts:
+        name = str(event.name)
+        times.setdefault(OPERATIONS.get(name, name), []).append(event.time_range.elapsed_us() / 1000)
+    num = len(passes)
+    found = [Operation(name, len(each) / num, sum(each) / num) for name, each in times.items()]
+    forward_ms = sum(event.time_range.elapsed_us() for event in passes) / 1000 / num
+    return sorted(found, key=lambda operation: -operation.ms), forward_ms

@@ -1,0 +1,177 @@
+"""Steps of one kind, over and over, for `profile.py`: the engine's own, each published on a real queue."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from itertools import count
+
+import numpy as np
+
+from gpu_worker.engine.batcher import BLOCK_TOKENS
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.request import EngineRequest, TokenOutput
+from gpu_worker.service.publish import Held, Ledger, Pending, merge
+from protocol.queue.bus import Bus, now_ms
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest, Internal
+
+GATEWAY, WORKER, TENANT = "g-profile", "w-profile", "profile"
+GREEDY = m.Sampling(temperature=0.0, ignore_eos=True)
+LIFE_S = 3600
+
+
+class Queue:
+    """A queue on which steps are published as a worker's service publishes them."""
+
+    def __init__(self, url: str) -> None:
+        """`url`: of a queue that nobody else uses."""
+        self._runner = asyncio.Runner()
+        self._bus = Bus(url)
+        self._ledger = Ledger(WORKER)
+        self._numbers = count()
+        self.publish_s = 0.0
+
+    def next_id(self) -> str:
+        """Return a new request id."""
+        return f"profile-{next(self._numbers)}"
+
+    def own(self, requests: Sequence[EngineRequest]) -> None:
+        """Submit requests and take them as this worker's."""
+        self._runner.run(self._own(requests))
+
+    async def _own(self, requests: Sequence[EngineRequest]) -> None:
+        bus, keys = self._bus, self._bus.keys
+        await bus.create_stream(keys.work(WORKER), LIFE_S)
+        await bus.create_stream(keys.out(GATEWAY), LIFE_S)
+        pairs = [(_submission(request), _body(request)) for request in requests]
+        status, _ = await bus.submit("interactive", pairs, max_queued=len(requests) + 1)
+        if status == "ok":
+            batch = [(m.Assigned(r.rid, r.epoch, r.digest, TENANT, GATEWAY), r.epoch - 1) for r in requests]
+            status, _ = await bus.assign(WORKER, batch)
+        if status != "ok":
+            raise Internal(f"the queue says {status!r} to the profile's requests")
+        entry = (await bus.entries(keys.work(WORKER)))[-1][0]
+        self._ledger.take(entry, [Held(r.rid, r.epoch, entry, GATEWAY, TENANT, len(r.prompt), 0) for r in requests])
+
+    def publish(self, outputs: Iterable[TokenOutput]) -> None:
+        """Make a step durable and visible; add the time that took to `publish_s`."""
+        started = time.perf_counter()
+        pending: dict[str, Pending] = {}
+        merge(pending, outputs)
+        step = self._ledger.build(pending)
+        refused = self._runner.run(self._bus.step(WORKER, step))
+        if refused:
+            raise Internal(f"the queue refused {len(refused)} rows of a step")
+        self._ledger.commit(step, pending)
+        self.publish_s += time.perf_counter() - started
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._runner.run(self._bus.close())
+        self._runner.close()
+
+
+def _submission(request: EngineRequest) -> m.Submit:
+    return m.Submit(
+        rid=request.rid, tenant=TENANT, cls="interactive", digest=request.digest, num_prompt_tokens=len(request.prompt),
+        max_new_tokens=request.max_new_tokens, deadline_ms=now_ms() + 1000 * LIFE_S, gateway=GATEWAY,
+    )  # fmt: skip
+
+
+def _body(request: EngineRequest) -> m.Body:
+    prompt = request.prompt.astype("<i4").tobytes()
+    return m.Body(prompt=prompt, sampling=request.sampling, max_new_tokens=request.max_new_tokens)
+
+
+class Decode:
+    """Steps in which every sequence gets its next token."""
+
+    kind = "decode"
+
+    def __init__(self, engine: Engine, queue: Queue, names: Sequence[str], prompt_tokens: int) -> None:
+        """names: the adapter of each sequence, "" for the base model."""
+        self.engine = engine
+        self.queue = queue
+        self.names = names
+        self._prompt_tokens = prompt_tokens
+        self._rids: list[str] = []
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.names)
+
+    def check_room(self, num_steps: int) -> None:
+        """Raise BadRequest where this engine would not run all sequences at once for so many steps."""
+        config, number = self.engine.config, self.num_sequences
+        if number > config.limits.max_num_seqs:
+            raise BadRequest(f"--sequences: {number} is over max_num_seqs, {config.limits.max_num_seqs}")
+        # The first sequences make tokens while the prompts of the last ones are computed.
+        num_prefills = -(-number * self._prompt_tokens // (config.limits.max_step_tokens - number + 1))
+        num_tokens = self._prompt_tokens + num_prefills + num_steps
+        if num_tokens > config.max_model_len:
+            raise BadRequest(
+                f"prompt and steps come to {num_tokens} tokens a sequence, max_model_len is {config.max_model_len}"
+            )
+        num_blocks = number * (1 - (-num_tokens // BLOCK_TOKENS))  # one more each: what the batcher keeps free
+        if num_blocks > config.num_blocks:
+            raise BadRequest(
+                f"{number} sequences need {num_blocks} KV blocks, kv_cache_bytes holds {config.num_blocks}"
+            )
+
+    def start(self) -> None:
+        """Bring every sequence to where steps are alike."""
+        self._rids = self._ask(self.engine.config.max_model_len - self._prompt_tokens)
+        while any(seq.num_output == 0 for seq in self.engine.batcher):
+            self._step()
+
+    def run(self, num_steps: int) -> None:
+        """Run some steps."""
+        for _ in range(num_steps):
+            if self._step() != self.num_sequences:
+                raise Internal("a decode step left a sequence out")
+
+    def end(self) -> None:
+        """Forget the requests."""
+        for rid in self._rids:
+            self.engine.cancel(rid)
+
+    def _ask(self, max_new_tokens: int) -> list[str]:
+        """Give the engine one request per sequence, with prompts nobody has asked before; return their ids."""
+        vocab, rng = self.engine.model.vocab_size, np.random.default_rng()
+        requests: list[EngineRequest] = []
+        for name in self.names:
+            prompt = rng.integers(vocab, size=self._prompt_tokens).astype(np.int32)
+            requests.append(EngineRequest(self.queue.next_id(), 1, name, prompt, GREEDY, max_new_tokens))
+        self.queue.own(requests)
+        for request in requests:
+            self.engine.add(request)
+        return [request.rid for request in requests]
+
+    def _step(self) -> int:
+        """Run one step and publish it; return how many sequences it gave a token."""
+        outputs = self.engine.step()
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+        if outputs:
+            self.queue.publish(outputs)
+        return len(outputs)
+
+
+class Prefill(Decode):
+    """Steps that compute prompts: as many at once as a step's budget holds, in rounds of one prompt per sequence."""
+
+    kind = "prefill"
+
+    def start(self) -> None:
+        """Do nothing: every step is like the others."""
+
+    def run(self, num_steps: int) -> None:
+        """Run whole rounds, until they had some steps."""
+        last = self.engine.counters.num_steps + num_steps
+        while self.engine.counters.num_steps < last:
+            self._ask(1)
+            while self.engine.has_work:
+                self._step()

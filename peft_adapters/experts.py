@@ -1,0 +1,102 @@
+"""Experts of adapters saved under transformers 4, a linear layer each: PEFT reads them as LoRA on the fused parameters.
+
+As PEFT 0.21 converts them (`peft.utils.transformers_weight_conversion`): the config's old names become parameters, of
+twice the rank where two layers were fused, and each expert keeps its own matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from peft_adapters.config import AdapterConfig
+from peft_adapters.reasons import Reasons
+from peft_adapters.targets import Names, PatternMap
+
+
+@dataclass(frozen=True, slots=True)
+class OldNames:
+    """What a family of models called its experts' layers."""
+
+    router: str
+    fused: tuple[str, str]  # now rows of gate_up_proj, in this order
+    down: str
+    renamed: tuple[str, str] = ("", "")  # part of a module's name, and what it is now
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """Old name -> end of the name of the parameter that it is in."""
+        first, second = self.fused
+        return {self.router: "gate.weight", first: GATE_UP, second: GATE_UP, self.down: DOWN}
+
+    def layers_of(self, parameter: str) -> tuple[str, ...]:
+        """Return the old layers of one expert that a fused parameter holds."""
+        return {GATE_UP: self.fused, DOWN: (self.down,)}.get(parameter, ())
+
+    def module(self, name: str) -> str:
+        """Return what a module is called now."""
+        old, new = self.renamed
+        return name.replace(old, new) if old else name
+
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+
+_MIXTRAL = OldNames("gate", ("w1", "w3"), "w2", (".block_sparse_moe.", ".mlp."))
+_QWEN2_MOE = OldNames("gate", ("gate_proj", "up_proj"), "down_proj")
+
+_LIKE_MIXTRAL = ("minimax", "minimax_m2", "mixtral")
+_LIKE_QWEN2_MOE = (
+    "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe",
+    "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe",
+    "longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text",
+    "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open",
+)  # fmt: skip
+
+FAMILIES: dict[str, OldNames] = {
+    **dict.fromkeys(_LIKE_MIXTRAL, _MIXTRAL),
+    **dict.fromkeys(_LIKE_QWEN2_MOE, _QWEN2_MOE),
+}
+"""By model type."""
+
+
+def convert(config: AdapterConfig, names: OldNames, modules: Iterable[str], reasons: Reasons) -> AdapterConfig | None:
+    """Return a config with old names as the parameters they are now; None if it has none. modules: the base's."""
+    if config.all_linear:
+        reasons.add("all-linear is not served where PEFT takes experts for linear layers: list the layers")
+        return None
+    targets = config.targets.targets
+    if targets.pattern is not None:
+        _check_pattern(targets, names, modules, reasons)
+        return None
+    old = {target: new for target in targets.endings if (new := names.parameters.get(target.rpartition(".")[2]))}
+    if not old:
+        return None
+    used = {target.rpartition(".")[2] for target in old}
+    if used & set(names.fused) not in (set(), set(names.fused)):
+        reasons.add(f"PEFT cannot convert experts of which only one of {' and '.join(names.fused)} is adapted")
+    elif used & set(names.fused) and names.down not in used:  # it would look for them where those of `down` are
+        reasons.add(f"PEFT 0.21 loses what is adapted of {' and '.join(names.fused)} where {names.down} is not")
+    ranks, alphas = dict(config.ranks.items()), dict(config.alphas.items())
+    if used >= set(names.fused):
+        ranks[rf".*\.{GATE_UP}"], alphas[rf".*\.{GATE_UP}"] = 2 * config.r, 2 * config.alpha
+    return replace(
+        config,
+        targets=replace(config.targets, targets=Names(targets.endings - old.keys())),
+        parameters=tuple(sorted({*config.parameters, *old.values()})),
+        ranks=PatternMap(ranks),
+        alphas=PatternMap(alphas),
+    )
+
+
+def _check_pattern(targets: Names, names: OldNames, modules: Iterable[str], reasons: Reasons) -> None:
+    """Refuse a pattern that means what PEFT would take for experts."""
+    for module in modules:
+        parent, _, leaf = module.rpartition(".")
+        meant = [leaf] if leaf in names.parameters else names.layers_of(leaf)
+        if any(targets.chosen(f"{parent}.{name}") for name in meant):
+            reasons.add("PEFT takes these for experts when target_modules is a pattern: list the layers", module)
+
+
+def rename(parts: Mapping[str, dict[str, str]], names: OldNames) -> dict[str, dict[str, str]]:
+    """Return tensors by module, with the modules' names of today."""
+    return {names.module(module): tensors for module, tensors in parts.items()}

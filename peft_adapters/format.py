@@ -1,0 +1,72 @@
+"""Reads PEFT's LoRA and AdaLoRA adapters: which tensor of the file changes which part of the base model, and how.
+
+Pure: no torch, no files. The store validates with it, the worker loads by it. An adapter is read exactly as PEFT 0.21
+would apply it, or refused with every reason at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from peft_adapters.config import (
+    ADALORA,
+    CONFIG_FILE,
+    LORA,
+    MAX_CONFIG_BYTES,
+    canonical_config,
+    parse_config,
+    read_config,
+)
+from peft_adapters.reader import Reader
+from peft_adapters.reasons import Reasons, show
+from peft_adapters.safetensors_header import MAX_HEADER_BYTES, TensorInfo, parse_header
+from peft_adapters.spec import AdapterSpec, LoraWeights, ReplacedWeights, TrainedTokens
+from peft_adapters.tensors import sort_tensors
+from protocol.wire.errors import AdapterRefused
+from protocol.wire.messages import ServedModel
+
+__all__ = [
+    "CONFIG_FILE", "MAX_CONFIG_BYTES", "MAX_HEADER_BYTES", "WEIGHTS_FILE", "AdapterSpec", "LoraWeights",
+    "ReplacedWeights", "TensorInfo", "TrainedTokens", "adapter_digest", "canonical_config", "parse_config",
+    "parse_header", "read_adapter",
+]  # fmt: skip
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def adapter_digest(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], weights: Any) -> str:
+    """Return the adapter's identity: sha256 (hex) over canonical config and every tensor's name, dtype, shape, bytes.
+
+    `weights` is the whole safetensors file as a buffer (bytes, memoryview, mmap). Where in the file a tensor lies, and
+    the file's metadata, do not matter. Large tensors are hashed without holding the interpreter lock.
+    """
+    total = hashlib.sha256(json.dumps(canonical_config(config), separators=(",", ":")).encode())
+    with memoryview(weights) as view:
+        for name, tensor in sorted(tensors.items()):
+            with view[tensor.begin : tensor.end] as part:
+                content = hashlib.sha256(part).hexdigest()
+            total.update(json.dumps([name, tensor.dtype, tensor.shape, content]).encode())
+    return total.hexdigest()
+
+
+def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], base: ServedModel | None) -> AdapterSpec:
+    """Read an adapter as PEFT would apply it to `base`; without a base, check all that can be without one.
+
+    Every tensor must be used and every layer that the config targets must have its tensors.
+    Raises AdapterRefused with all reasons.
+    """
+    kind = config.get("peft_type")
+    if kind not in (LORA, ADALORA):
+        raise AdapterRefused([f"peft_type {show(kind)} is not served; only LORA and ADALORA are"])
+    reasons = Reasons()
+    fields = read_config(config, reasons)
+    parts = sort_tensors(tensors, reasons)
+    if fields is None:
+        raise AdapterRefused(reasons.render())
+    spec = Reader(fields, parts, tensors, base, reasons).read()
+    if reasons:
+        raise AdapterRefused(reasons.render())
+    return spec

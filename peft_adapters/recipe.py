@@ -1,0 +1,94 @@
+"""Adapters made of others when a request asks for it. Such an adapter's digest is its recipe.
+
+So whoever meets the digest, a worker that prefetches as well as one that resumes a request, knows what it stands for;
+equal merges share memory and prefix cache as equal adapters do.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from protocol.wire.errors import BadRequest
+from protocol.wire.messages import Wire
+
+MAX_MERGED = 8
+PREFIX = "merge-"
+
+Strategy = Literal[
+    "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd",
+    "magnitude_prune", "magnitude_prune_svd",
+]  # fmt: skip
+LORAX_STRATEGIES = ("linear", "ties", "dare_linear", "dare_ties")
+
+
+class Merge(Wire, frozen=True):
+    """How adapters are merged: PEFT's `add_weighted_adapter`, or LoRAX's arithmetic."""
+
+    adapters: list[bytes]  # their digests
+    weights: list[float]
+    strategy: Strategy = "linear"
+    density: float = 1.0  # share of numbers that pruning keeps
+    majority_sign: Literal["total", "frequency"] = "total"
+    svd_rank: int = 0  # 0: the largest rank
+    seed: int = 0  # of what is pruned at random
+    arithmetic: Literal["peft", "lorax"] = "peft"
+
+    @property
+    def digests(self) -> list[str]:
+        return [digest.hex() for digest in self.adapters]
+
+
+def check_merge(merge: Merge) -> None:
+    """Raise BadRequest for what no adapters could be merged by."""
+    if not 1 <= len(merge.adapters) <= MAX_MERGED:
+        raise _bad(f"{len(merge.adapters)} adapters; from 1 to {MAX_MERGED} can be merged")
+    if len(merge.weights) != len(merge.adapters):
+        raise _bad(f"{len(merge.weights)} weights for {len(merge.adapters)} adapters")
+    if merge.strategy.startswith("dare") and merge.density == 0.0:
+        raise _bad("density is 0, of which nothing is left")
+    if merge.arithmetic == "lorax" and merge.strategy not in LORAX_STRATEGIES:
+        raise _bad(f"LoRAX has no merge_strategy {merge.strategy}; it has {', '.join(LORAX_STRATEGIES)}")
+
+
+def digest_of_merge(merge: Merge) -> str:
+    """Return the digest under which a merge is loaded, cached and routed."""
+    return PREFIX + base64.urlsafe_b64encode(msgspec.msgpack.encode(merge)).decode().rstrip("=")
+
+
+def merge_of(digest: str) -> Merge | None:
+    """Return the merge that a digest stands for; None if it is that of an adapter. Raises BadRequest."""
+    if not digest.startswith(PREFIX):
+        return None
+    packed = digest.removeprefix(PREFIX)
+    try:
+        raw = base64.urlsafe_b64decode(packed + "=" * (-len(packed) % 4))
+        merge = msgspec.msgpack.decode(raw, type=Merge)
+    except (binascii.Error, msgspec.MsgspecError) as error:
+        raise BadRequest(f"{digest:.40} is no merge of adapters: {error}") from error
+    check_merge(merge)
+    return merge
+
+
+def needs_density(strategy: str) -> bool:
+    """Tell whether a strategy prunes."""
+    return strategy.startswith(("ties", "dare", "magnitude_prune"))
+
+
+def digests_of(digests: Sequence[str]) -> list[bytes]:
+    """Return adapters' digests as a merge holds them. Raises BadRequest for what is no adapter's own."""
+    try:
+        found = [bytes.fromhex(digest) for digest in digests]
+    except ValueError:
+        found = [b""]
+    if not all(found):
+        raise _bad("only single adapters can be merged, neither the base model nor merges")
+    return found
+
+
+def _bad(message: str) -> BadRequest:
+    return BadRequest(f"merged_adapters: {message}", param="merged_adapters")

@@ -1,0 +1,95 @@
+"""Reads the header of a safetensors file, written by anybody: bounded, strict, without the library or torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peft_adapters.reasons import Reasons, load_json_object, show
+from protocol.wire.errors import AdapterRefused
+
+MAX_HEADER_BYTES = 1 << 20
+MAX_TENSORS = 20_000
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+"""The dtypes served, by their safetensors names, with bytes per number."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a safetensors file: its numbers lie in bytes `[begin, end)` of the file."""
+
+    dtype: str  # a key of ITEM_BYTES
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def parse_header(head: bytes, file_size: int) -> dict[str, TensorInfo]:
+    """Read the header of a safetensors file from its first bytes (`8 + MAX_HEADER_BYTES` of them, or all).
+
+    The tensors must fill the rest of the file of `file_size` bytes exactly: no hole, no overlap. Only dtypes of
+    ITEM_BYTES with one or two dimensions. Raises AdapterRefused.
+    """
+    if len(head) < 8:
+        raise AdapterRefused([f"the weights file has {file_size} bytes: too short for a safetensors header"])
+    size = int.from_bytes(head[:8], "little")
+    if size > MAX_HEADER_BYTES:
+        raise AdapterRefused([f"the safetensors header claims {size} bytes; the limit is {MAX_HEADER_BYTES}"])
+    if len(head) < 8 + size or file_size < 8 + size:
+        raise AdapterRefused([f"the weights file is cut: its header claims {size} bytes, the file has {file_size}"])
+    header = load_json_object(bytes(head[8 : 8 + size]), "the safetensors header")
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise AdapterRefused(["the safetensors header's __metadata__ is not a map of strings"])
+    if len(header) > MAX_TENSORS:
+        raise AdapterRefused([f"the weights file has {len(header)} tensors; the limit is {MAX_TENSORS}"])
+    tensors: dict[str, TensorInfo] = {}
+    reasons = Reasons()
+    for name, entry in header.items():
+        problem = _entry_problem(entry)
+        if problem:
+            reasons.add(problem, name)
+        else:
+            begin, end = entry["data_offsets"]
+            tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), 8 + size + begin, 8 + size + end)
+    if reasons:
+        raise AdapterRefused(reasons.render())
+    _check_layout(tensors, 8 + size, file_size)
+    return tensors
+
+
+def _entry_problem(entry: Any) -> str:
+    """Return what is wrong with a header entry, "" if nothing is."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return "header entries must have exactly dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        return f"dtype {show(dtype)} is not served (only {', '.join(ITEM_BYTES)})"
+    if not _are_sizes(shape) or not 1 <= len(shape) <= 2:
+        return f"shape {show(shape)} is not one of one or two dimensions"
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        return f"data_offsets {show(offsets)} are not a begin and an end"
+    begin, end = offsets
+    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        return f"shape {show(shape)} of {dtype} does not fill data_offsets {show(offsets)}"
+    return ""
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 48 for item in value)
+
+
+def _check_layout(tensors: Mapping[str, TensorInfo], begin: int, file_size: int) -> None:
+    """Raise AdapterRefused unless the tensors fill `[begin, file_size)` without hole or overlap."""
+    at = begin
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if tensor.begin != at:
+            what = "overlaps another tensor" if tensor.begin < at else "leaves a hole before it"
+            raise AdapterRefused([f"tensor {show(name)} {what}"])
+        at = tensor.end
+    if at != file_size:
+        raise AdapterRefused([f"the weights file has {file_size} bytes where its header describes {at}"])

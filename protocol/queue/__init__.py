@@ -1,0 +1,1 @@
+"""The queue: the only code that talks to Redis."""

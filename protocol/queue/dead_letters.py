@@ -1,0 +1,65 @@
+"""What was given up: the dead-letter stream, read, and its requests queued again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import msgspec
+
+from protocol.queue.bus import Bus, decode, now_ms
+from protocol.queue.scripts import Scripts
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest, Conflict, NotFound, ProtocolError
+
+_ID = re.compile(r"\d+-\d+")
+
+
+class DeadLetters:
+    """The dead letters of a fleet, by the id of their stream entry."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._keys = bus.keys
+        self._redis = bus.redis
+        self._scripts = Scripts(bus.redis)
+
+    async def newest(self, limit: int) -> list[tuple[str, m.DeadLetter]]:
+        """Return at most `limit` letters, the newest first."""
+        entries = await self._redis.xrevrange(self._keys.dlq, count=limit)
+        return [(entry.decode(), _read(fields)) for entry, fields in entries]
+
+    async def get(self, letter_id: str) -> m.DeadLetter:
+        """Return one letter. Raises NotFound, and BadRequest for what is no id."""
+        if not _ID.fullmatch(letter_id):
+            raise BadRequest(f"{letter_id!r} is no dead letter's id, which looks like 1764043172123-0")
+        entries = await self._redis.xrange(self._keys.dlq, letter_id, letter_id)
+        if not entries:
+            raise NotFound(f"there is no dead letter {letter_id}: it was retried, or is older than 7 days")
+        return _read(entries[0][1])
+
+    async def retry(self, letter_id: str, timeout_s: float) -> str:
+        """Queue a letter's request again, with its attempts forgotten and `timeout_s` from now on. Returns its id.
+
+        It goes on after the tokens it had; its result is stored. Raises NotFound, Conflict where nothing can be done.
+        """
+        letter = await self.get(letter_id)
+        if letter.submit is None:
+            raise Conflict(f"dead letter {letter_id} is a message that could not be read: there is no request to retry")
+        deadline_ms = now_ms() + int(timeout_s * 1000)
+        sub = msgspec.structs.replace(
+            letter.submit, gateway="", stored=True, deadline_ms=deadline_ms, submitted_ms=now_ms()
+        )
+        args: Sequence[str | bytes | int] = (letter_id, sub.rid, m.encode(sub), deadline_ms)
+        outcome = (await self._scripts.retry(keys=[self._keys.tag], args=args)).decode()
+        if outcome == "gone":
+            raise NotFound(f"there is no dead letter {letter_id}: it was retried meanwhile")
+        if outcome == "expired":
+            raise Conflict(f"the request {sub.rid} of dead letter {letter_id} has expired or was retried")
+        return sub.rid
+
+
+def _read(fields: dict[bytes, bytes]) -> m.DeadLetter:
+    try:
+        return decode(fields[b"b"], m.DeadLetter)
+    except (ProtocolError, KeyError) as error:
+        return m.DeadLetter(reason=f"this letter itself cannot be read: {error!r}", raw=fields.get(b"b", b""))

@@ -1,0 +1,29 @@
+"""Messages off the wire, and the clock that their times are of."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, TypeVar
+
+import msgspec
+
+from protocol.wire.errors import ProtocolError
+
+T = TypeVar("T")
+_decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {}
+
+
+def now_ms() -> int:
+    """Return unix time in milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+def decode(raw: bytes, type_: type[T]) -> T:
+    """Decode one message. Raises ProtocolError with the path of what is wrong."""
+    decoder = _decoders.get(type_)
+    if decoder is None:
+        decoder = _decoders[type_] = msgspec.msgpack.Decoder(type_)
+    try:
+        return decoder.decode(raw)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"cannot decode {type_}: {error}") from error

@@ -1,0 +1,293 @@
+"""Adapters named by where they live: a real gateway and a real store before a small Hub, a scripted worker behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import msgspec
+import pytest
+import pytest_asyncio
+from adapter_files import BASE, lora_config, lora_tensors, safetensors
+from hub_stub import HubStub, Repo, run_hub
+from scripted_fleet import BASE_NAME, RunningGateway, Script, ScriptedFleet, running_gateway
+from waiting import wait_until
+
+from adapter_store import registrar
+from adapter_store.service import serve
+from adapter_store.sources import retry
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.queue.bus import Bus
+from protocol.runtime.backoff import Backoff
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+
+SECRET = "a secret of the tests"
+
+
+def adapter(seed: int = 0, **fields: Any) -> dict[str, bytes]:
+    return {CONFIG_FILE: json.dumps(lora_config(**fields)).encode(), WEIGHTS_FILE: safetensors(lora_tensors(seed))}
+
+
+@pytest_asyncio.fixture
+async def hub(bus: Bus, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HubStub]:
+    """A Hub with a good adapter; the fleet's base model is one that it fits."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(retry, "MAX_TRIES", 1)
+    base = await bus.get(bus.keys.base, m.ServedModel)
+    assert base is not None
+    await bus.set(bus.keys.base, msgspec.structs.replace(base, sites=BASE.sites))
+    async with run_hub() as stub:
+        stub.repos["org/a"] = Repo()
+        stub.repos["org/a"].commit(adapter())
+        yield stub
+
+
+@asynccontextmanager
+async def running(bus: Bus, hub: HubStub, model: Path, data: Path, **changes: Any) -> AsyncIterator[RunningGateway]:
+    """A gateway and a store with the same settings."""
+    settings = {"hub_endpoint": hub.url, "request_sources": "hub", "secret": SECRET, **changes}
+    stop = asyncio.Event()
+    mine = Settings(redis_url=bus.url, data=data, scan_interval_s=0.05, **settings)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(serve(mine, stop))
+        try:
+            async with running_gateway(bus, model, **settings) as gateway:
+                yield gateway
+        finally:
+            stop.set()
+
+
+@pytest_asyncio.fixture
+async def http(bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
+    async with (
+        running(bus, hub, model_folder, tmp_path) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as client,
+    ):
+        yield client
+
+
+async def ask(http: httpx2.AsyncClient, model: str, token: str = "", **more: Any) -> httpx2.Response:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return await http.post(
+        "/v1/completions", json={"model": model, "prompt": "fox", "max_tokens": 64, **more}, headers=headers
+    )
+
+
+async def test_a_request_brings_an_adapter_from_the_hub(
+    hub: HubStub, fleet: ScriptedFleet, http: httpx2.AsyncClient
+) -> None:
+    """By its id, a branch, a commit, or with the base before it; all are one content and one download."""
+    commit = hub.repos["org/a"].refs["main"]
+    for name in ("org/a", "org/a@main", f"org/a@{commit}", "hub:org/a", f"{BASE_NAME}:org/a"):
+        answer = await ask(http, name)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["text"] == Script().text
+    assert len({submit.digest for submit, _ in fleet.seen} - {""}) == 1
+    assert len(hub.requests(WEIGHTS_FILE)) == 1
+
+
+async def test_by_default_only_what_is_registered(bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path) -> None:
+    async with (
+        running(bus, hub, model_folder, tmp_path, request_sources="") as gateway,
+        httpx2.AsyncClient(base_url=gateway.url) as http,
+    ):
+        for name in ("org/a", "s3://bucket/a"):
+            answer = await ask(http, name)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+            assert "register it first" in answer.json()["error"]["message"]
+    assert hub.seen == []
+    assert await bus.registrations() == {}
+
+
+async def test_policy_is_kept(bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path) -> None:
+    settings = {"request_sources": "hub,s3", "hub_orgs": "acme", "s3_buckets": "ours"}
+    async with (
+        running(bus, hub, model_folder, tmp_path, **settings) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url) as http,
+    ):
+        for name, part in (("org/a", "organisation org"), ("s3://theirs/a", "bucket theirs")):
+            answer = await ask(http, name)
+            assert answer.status_code == 403
+            assert part in answer.json()["error"]["message"]
+    assert hub.seen == []
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "part"),
+    [("org/none", 404, "does not exist"), ("org/a@nope", 404, "no revision"), ("org/dora", 422, "use_dora"),
+     ("org/gated", 403, "gated"), ("a/b/c", 404, "does not exist"), ("../x", 404, "does not exist")],
+)  # fmt: skip
+async def test_what_cannot_be_served_says_why(
+    hub: HubStub, fleet: ScriptedFleet, http: httpx2.AsyncClient, name: str, status: int, part: str
+) -> None:
+    hub.repos["org/dora"] = Repo()
+    hub.repos["org/dora"].commit(adapter(use_dora=True, layers_pattern=7))
+    hub.repos["org/gated"] = Repo(gated=True)
+    hub.repos["org/gated"].commit(adapter())
+    answer = await ask(http, name)
+    assert answer.status_code == status, answer.text
+    assert part in answer.json()["error"]["message"] or part == "use_dora"
+    assert fleet.seen == []
+
+
+async def test_failures_are_remembered_and_tried_again_later(
+    hub: HubStub, http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirty waiters and thirty who come later hear one reason from one look; later it is looked again."""
+    monkeypatch.setattr(registrar, "REFUSAL", Backoff(3600.0, 3600.0))
+    answers = await asyncio.gather(*(ask(http, "org/late") for _ in range(30)))
+    answers += [await ask(http, "org/late") for _ in range(30)]
+    assert {answer.status_code for answer in answers} == {404}
+    assert len(hub.requests("org/late")) == 1
+    monkeypatch.setattr(registrar, "REFUSAL", Backoff(0.01, 0.01))
+    assert (await ask(http, "org/soon")).status_code == 404
+    hub.repos["org/soon"] = Repo()
+    hub.repos["org/soon"].commit(adapter(3))
+
+    async def is_served() -> bool:
+        return (await ask(http, "org/soon")).status_code == 200
+
+    await wait_until(is_served, "it is looked at again")
+
+
+async def test_trouble_is_a_503_with_a_time(hub: HubStub, http: httpx2.AsyncClient) -> None:
+    hub.down = True
+    answer = await ask(http, "org/a")
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) >= 1
+    assert "the Hub answers 503" in answer.json()["error"]["message"]
+
+
+async def test_private_is_for_those_whose_token_opens_it(
+    bus: Bus, hub: HubStub, fleet: ScriptedFleet, http: httpx2.AsyncClient
+) -> None:
+    """Not for who comes later without it; and nothing of a token is readable in Redis."""
+    hub.repos["org/p"] = Repo(private=True)
+    hub.repos["org/p"].commit(adapter(5))
+    hub.tokens = {"hf_mine": {"org/p"}, "hf_other": set()}
+    assert (await ask(http, "org/p")).status_code == 404
+    assert (await ask(http, "org/p", "hf_mine")).status_code == 200
+    for token in ("", "hf_other", "sk-not-for-the-hub"):
+        assert (await ask(http, "org/p", token)).status_code == 404
+    assert len(fleet.seen) == 1
+    listed = (await http.get("/v1/models")).json()["data"]
+    assert [model["id"] for model in listed if model.get("state") == "on_disk"] == []
+    dump = [await bus.redis.hgetall(key) for key in (bus.keys.registrations, bus.keys.adapters)]
+    assert b"hf_" not in repr(dump).encode()
+
+
+async def test_a_token_that_is_revoked_opens_nothing_any_more(
+    bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path
+) -> None:
+    hub.repos["org/p"] = Repo(private=True)
+    commit = hub.repos["org/p"].commit(adapter(5))
+    hub.tokens = {"hf_mine": {"org/p"}}
+    async with (
+        running(bus, hub, model_folder, tmp_path, refresh_s=0.01) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url) as http,
+    ):
+        for name in ("org/p", f"org/p@{commit}"):
+            assert (await ask(http, name, "hf_mine")).status_code == 200
+        hub.tokens["hf_mine"] = set()
+        for name in ("org/p", f"org/p@{commit}"):
+            assert (await ask(http, name, "hf_mine")).status_code == 404
+
+
+async def test_without_a_secret_no_token_is_kept(bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path) -> None:
+    async with (
+        running(bus, hub, model_folder, tmp_path, secret="") as gateway,
+        httpx2.AsyncClient(base_url=gateway.url) as http,
+    ):
+        answer = await ask(http, "org/a", "hf_mine")
+        assert answer.status_code == 400
+        assert "no secret" in answer.json()["error"]["message"]
+        assert (await ask(http, "org/a")).status_code == 200
+
+
+async def test_a_moved_branch_is_seen_when_it_is_asked_for(
+    bus: Bus, hub: HubStub, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path
+) -> None:
+    """However long nobody has asked; and not looked up in between."""
+    async with (
+        running(bus, hub, model_folder, tmp_path, refresh_s=0.01) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url) as http,
+    ):
+        assert (await ask(http, "org/a")).status_code == 200
+        seen = len(hub.requests("/api/models/org/a"))
+        hub.repos["org/a"].commit(adapter(9))
+        assert (await ask(http, "org/a")).status_code == 200
+        assert len(hub.requests("/api/models/org/a")) == seen + 1
+    assert len({submit.digest for submit, _ in fleet.seen}) == 2
+
+
+async def test_a_slow_one_keeps_its_client_company_and_nobody_else_waiting(
+    bus: Bus, hub: HubStub, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path
+) -> None:
+    hub.gate = asyncio.Event()
+    async with (
+        running(bus, hub, model_folder, tmp_path, keepalive_s=0.05) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        asyncio.TaskGroup() as group,
+    ):
+        body = {"model": "org/a", "prompt": "fox", "stream": True}
+        waiting = group.create_task(ask(http, "org/a"))
+        async with http.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.aiter_lines()
+            assert await anext(lines) == ": its adapter is being fetched"
+            assert (await ask(http, "base")).status_code == 200
+            assert [submit.digest for submit, _ in fleet.seen] == [""]
+            hub.gate.set()
+            text = "".join([line async for line in lines])
+        assert "data: [DONE]" in text
+        assert (await waiting).status_code == 200
+
+
+async def test_a_stream_that_has_begun_to_wait_gets_its_error_as_an_event(
+    bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path
+) -> None:
+    hub.gate, hub.drop_gated = asyncio.Event(), True
+    async with (
+        running(bus, hub, model_folder, tmp_path, keepalive_s=0.05) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+    ):
+        body = {"model": "org/a", "prompt": "fox", "stream": True}
+        async with http.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.aiter_lines()
+            assert await anext(lines) == ": its adapter is being fetched"
+            hub.gate.set()
+            text = "\n".join([line async for line in lines])
+    assert '"code":"adapter_unavailable"' in text
+    assert "[DONE]" not in text
+
+
+async def test_a_client_that_leaves_while_its_adapter_comes_submits_nothing(
+    bus: Bus, hub: HubStub, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path
+) -> None:
+    hub.gate = asyncio.Event()
+    async with (
+        running(bus, hub, model_folder, tmp_path, keepalive_s=0.02) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+    ):
+        async with http.stream("POST", "/v1/completions", json={"model": "org/a", "prompt": "f", "stream": True}) as s:
+            assert await anext(s.aiter_lines()) == ": its adapter is being fetched"
+        hub.gate.set()
+        assert (await ask(http, "org/a")).status_code == 200
+    assert len(fleet.seen) == 1
+
+
+async def test_without_a_store_nobody_waits_for_ever(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.adapters.names.LOOK_S", 0.05)
+    async with (
+        running_gateway(bus, model_folder, request_sources="hub") as gateway,
+        httpx2.AsyncClient(base_url=gateway.url) as http,
+    ):
+        answer = await ask(http, "org/a")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_store")

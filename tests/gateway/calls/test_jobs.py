@@ -1,0 +1,239 @@
+"""Background jobs and idempotency keys: calls that outlive their client and their gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
+from waiting import wait_until
+
+from protocol.queue.bus import Bus
+from protocol.wire.errors import WorkerLost
+
+CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "seed": 1}
+COMPLETION = {"model": "base", "prompt": ["hi", "the dog"], "n": 2, "max_tokens": 60, "seed": 1, "echo": True}
+
+
+def without_identity(answer: dict[str, Any]) -> dict[str, Any]:
+    """Drop what differs between two calls, and what a log does not keep."""
+    usage = {key: value for key, value in answer["usage"].items() if key != "prompt_tokens_details"}
+    return {**{key: value for key, value in answer.items() if key not in ("id", "created")}, "usage": usage}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2, "n": 2, "stop": "you"}),
+        ("/v1/completions", COMPLETION),
+        ("/v1/completions", {"model": "base", "prompt": [5, 6], "logprobs": 1, "max_tokens": 3}),
+    ],
+)
+async def test_a_job_s_result_is_what_the_call_would_answer(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str, body: dict[str, Any]
+) -> None:
+    direct = (await http.post(path, json=body)).json()
+    accepted = await http.post(path, json={**body, "background": True, "metadata": {"who": "me"}})
+    assert accepted.status_code == 202
+    job = accepted.json()
+    assert job["id"].startswith("job_")
+    assert (job["object"], job["endpoint"], job["model"]) == ("job", path, "base")
+    assert job["metadata"] == {"who": "me"}
+    assert job["expires_at"] - job["created_at"] == 86_400
+    done = (await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=30"})).json()
+    assert done["status"] == "completed"
+    assert done["position"] is None
+    assert done["completed_at"] >= done["started_at"] >= done["created_at"]
+    assert done["tokens_generated"] == direct["usage"]["completion_tokens"]
+    assert done["result"]["id"].endswith(job["id"].removeprefix("job_"))
+    assert without_identity(done["result"]) == without_identity(direct)
+    stored = [submit for submit, _ in fleet.seen if submit.stored]
+    assert len(stored) == len(direct["choices"])
+    assert {(submit.gateway, submit.cls) for submit in stored} == {("", "batch")}
+
+
+async def test_a_job_outlives_its_gateway(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
+    fleet.script = lambda submit, body: Script(hold_after=3)
+    async with running_gateway(bus, model_folder) as first, httpx2.AsyncClient(base_url=first.url) as http:
+        job = (await http.post("/v1/chat/completions", json={**CHAT, "background": True})).json()
+    fleet.go.set()
+    async with running_gateway(bus, model_folder) as second, httpx2.AsyncClient(base_url=second.url) as http:
+        done = (await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=30"})).json()
+    assert done["status"] == "completed"
+    assert done["result"]["choices"][0]["message"]["content"] == Script().text
+
+
+async def test_a_job_tells_its_position_and_progress_and_is_cancelled(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, bus: Bus
+) -> None:
+    fleet.assigning.clear()
+    fleet.script = lambda submit, body: Script(hold_after=3)
+    jobs = [(await http.post("/v1/chat/completions", json={**CHAT, "background": True})).json() for _ in range(3)]
+    assert [job["status"] for job in jobs] == ["queued"] * 3
+    assert [job["position"] for job in jobs] == [0, 1, 2]
+    cancelled = (await http.post(f"/v1/jobs/{jobs[0]['id']}/cancel")).json()
+    assert (cancelled["status"], cancelled["result"]) == ("cancelled", None)
+    assert (await http.get(f"/v1/jobs/{jobs[2]['id']}")).json()["position"] == 1
+    fleet.assigning.set()
+
+    async def is_running() -> bool:
+        job = (await http.get(f"/v1/jobs/{jobs[1]['id']}")).json()
+        return job["status"] == "running" and job["tokens_generated"] == 3
+
+    await wait_until(is_running, "the job has made three tokens")
+    await http.post(f"/v1/jobs/{jobs[1]['id']}/cancel")
+    fleet.go.set()
+    done = (await http.get(f"/v1/jobs/{jobs[1]['id']}", headers={"prefer": "wait=30"})).json()
+    assert (done["status"], done["tokens_generated"]) == ("cancelled", 3)
+    assert await bus.redis.xlen(bus.keys.sub("batch")) == 0
+
+
+async def test_a_failed_job_shows_its_error(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    fleet.script = lambda submit, body: Script(error=WorkerLost("three workers died"))
+    job = (await http.post("/v1/chat/completions", json={**CHAT, "background": True})).json()
+    done = (await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=30"})).json()
+    assert done["status"] == "failed"
+    assert done["error"]["message"] == "three workers died"
+    assert done["error"]["code"] == "worker_lost"
+    assert done["result"] is None
+
+
+async def test_jobs_are_listed_newest_first_in_pages(http: httpx2.AsyncClient, fleet: ScriptedFleet, bus: Bus) -> None:
+    made: list[str] = []
+    for i in range(5):
+        if i == 3:
+            fleet.assigning.clear()
+        job = (await http.post("/v1/chat/completions", json={**CHAT, "background": True})).json()
+        made.append(job["id"])
+        if i < 3:
+            await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=30"})
+        await bus.redis.zadd(bus.keys.jobs("public"), {job["id"]: job["created_at"] * 1000 + i})  # distinct times
+    newest = made[::-1]
+    page = (await http.get("/v1/jobs", params={"limit": 2})).json()
+    assert [job["id"] for job in page["data"]] == newest[:2]
+    assert (page["has_more"], page["first_id"], page["last_id"]) == (True, newest[0], newest[1])
+    assert "result" not in page["data"][0]
+    rest = (await http.get("/v1/jobs", params={"after": newest[1]})).json()
+    assert [job["id"] for job in rest["data"]] == newest[2:]
+    assert rest["has_more"] is False
+    queued = (await http.get("/v1/jobs", params={"status": "queued"})).json()
+    assert [job["id"] for job in queued["data"]] == newest[:2]
+    completed = (await http.get("/v1/jobs", params={"status": "completed", "limit": 1})).json()
+    assert [job["id"] for job in completed["data"]] == newest[2:3]
+    assert completed["has_more"] is True
+    for query, param in (({"limit": 0}, "limit"), ({"after": "job_x"}, "after"), ({"status": "x"}, "status")):
+        answer = await http.get("/v1/jobs", params=query)
+        assert answer.status_code in (400, 404)
+        assert answer.json()["error"]["param"] == param
+    fleet.assigning.set()
+
+
+async def test_an_expired_request_makes_an_expired_job(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, bus: Bus
+) -> None:
+    job = (await http.post("/v1/chat/completions", json={**CHAT, "background": True})).json()
+    await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=30"})
+    await bus.redis.delete(bus.keys.req(fleet.seen[0][0].rid))
+    assert (await http.get(f"/v1/jobs/{job['id']}")).json()["status"] == "expired"
+
+
+async def test_jobs_are_accepted_while_no_worker_is_there(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, bus: Bus, model_folder: Path
+) -> None:
+    """The base model is known from before."""
+    fleet.assigning.clear()
+    fleet.beating = False
+    await bus.redis.delete(bus.keys.workers)
+    async with running_gateway(bus, model_folder) as later, httpx2.AsyncClient(base_url=later.url) as other:
+        assert (await other.post("/v1/chat/completions", json=CHAT)).status_code == 503
+        job = await other.post("/v1/chat/completions", json={**CHAT, "background": True})
+        assert (job.status_code, job.json()["status"]) == (202, "queued")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_repeated_key_replays_the_same_answer(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, stream: bool
+) -> None:
+    body, headers = {**CHAT, "stream": stream, "n": 2}, {"idempotency-key": "k1"}
+    first = await http.post("/v1/chat/completions", json=body, headers=headers)
+    second = await http.post("/v1/chat/completions", json=body, headers=headers)
+    assert len(fleet.seen) == 2
+    if stream:
+        for answer in (first, second):
+            assert answer.content.endswith(b"data: [DONE]\n\n")
+    else:
+        assert first.json()["id"] == second.json()["id"]
+        assert without_identity(first.json()) == without_identity(second.json())
+    other = await http.post("/v1/chat/completions", json={**body, "seed": 2}, headers=headers)
+    assert other.status_code == 422
+    assert other.json()["error"]["code"] == "idempotency_key_reused"
+    assert len(fleet.seen) == 2
+
+
+async def test_a_client_with_a_key_can_leave_and_come_back_elsewhere(
+    bus: Bus, fleet: ScriptedFleet, gateway: RunningGateway, model_folder: Path
+) -> None:
+    fleet.script = lambda submit, body: Script(hold_after=4)
+    headers = {"idempotency-key": "k2"}
+    async with httpx2.AsyncClient(base_url=gateway.url) as http, asyncio.TaskGroup() as group:
+        asked = group.create_task(http.post("/v1/chat/completions", json=CHAT, headers=headers))
+        await wait_until(lambda: fleet.seen, "it runs")
+        asked.cancel()
+    async with (
+        running_gateway(bus, model_folder) as second,
+        httpx2.AsyncClient(base_url=second.url) as http,
+        asyncio.TaskGroup() as group,
+    ):
+        asked = group.create_task(http.post("/v1/chat/completions", json=CHAT, headers=headers))
+        fleet.go.set()
+        answer = (await asked).json()
+    assert answer["choices"][0]["message"]["content"] == Script().text
+    assert answer["model"] == "base"
+    assert len(fleet.seen) == 1
+    assert await bus.redis.hget(bus.keys.req(fleet.seen[0][0].rid), "cancel") == b"0"
+
+
+async def test_two_calls_with_one_key_at_once_run_once(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    headers = {"idempotency-key": "k3"}
+    answers = await asyncio.gather(*(http.post("/v1/chat/completions", json=CHAT, headers=headers) for _ in range(5)))
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert {answer.json()["choices"][0]["message"]["content"] for answer in answers} == {Script().text}
+    assert len(fleet.seen) == 1
+
+
+async def test_a_job_with_a_key_is_made_once(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    headers, body = {"idempotency-key": "k4"}, {**CHAT, "background": True}
+    answers = await asyncio.gather(*(http.post("/v1/chat/completions", json=body, headers=headers) for _ in range(3)))
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert len((await http.get("/v1/jobs")).json()["data"]) == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_job_that_a_queue_lost_with_its_last_second_is_found_again(
+    http: httpx2.AsyncClient, bus: Bus, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Before its requests came: none would find them. After them: its key would tell of a job that is not there."""
+    submit = Bus.submit
+
+    async def lose_job(*args: Any, **more: Any) -> Any:
+        await bus.redis.delete(*await bus.redis.keys(f"{bus.keys.tag}:job*"))
+        return await submit(*args, **more)
+
+    if when == "before":
+        monkeypatch.setattr(Bus, "submit", lose_job)
+    headers, body = {"idempotency-key": "k5"}, {**CHAT, "background": True}
+    job = (await http.post("/v1/chat/completions", json=body, headers=headers)).json()
+    monkeypatch.undo()
+    if when == "after":
+        await bus.redis.delete(bus.keys.job(job["id"]))
+        other = await http.post("/v1/chat/completions", json={**body, "seed": 2}, headers=headers)
+        assert other.json()["error"]["code"] == "idempotency_key_reused"
+        assert (await http.post("/v1/chat/completions", json=body, headers=headers)).json()["id"] == job["id"]
+    done = await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=30"})
+    assert done.json()["status"] == "completed"
+    assert done.json()["result"]["choices"][0]["message"]["content"] == Script().text
+    assert [listed["id"] for listed in (await http.get("/v1/jobs")).json()["data"]] == [job["id"]]

@@ -1,0 +1,142 @@
+"""How the gateway takes connections, on the loop that it runs on."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from gateway.http import server as http_server
+from gateway.http.server import HttpServer
+
+NUM = 200
+REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+class Answered:
+    """An ASGI app that counts what it was asked."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self.all = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.num += 1
+        if self.num == NUM:
+            self.all.set()
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+class ShortOfFiles(socket.socket):
+    """A listener in a process that has no file descriptor left, the first time."""
+
+    num_refused = 0
+
+    def accept(self) -> Any:
+        if not self.num_refused:
+            self.num_refused = 1
+            raise OSError(errno.EMFILE, "too many open files")
+        return super().accept()
+
+
+@asynccontextmanager
+async def serving(
+    kind: type[uvicorn.Server], app: Answered, listener: type[socket.socket] = socket.socket
+) -> AsyncIterator[int]:
+    with listener() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(http_server.BACKLOG)
+        sock.setblocking(False)
+        server = kind(uvicorn.Config(app, http="httptools", lifespan="off", log_config=None))
+        task = asyncio.create_task(server.serve([sock]))
+        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+            await asyncio.sleep(0)
+        yield sock.getsockname()[1]
+        server.should_exit = True
+        await task
+
+
+async def turns_taken(kind: type[uvicorn.Server]) -> int:
+    """Return how many turns of the loop it takes to answer NUM clients that came at once."""
+    loop, turns = asyncio.get_running_loop(), 0
+
+    def turn() -> None:
+        nonlocal turns
+        turns += 1
+        loop.call_soon(turn)
+
+    app = Answered()
+    async with serving(kind, app) as port:
+        clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(NUM)]
+        for client in clients:
+            client.sendall(REQUEST)
+        turn()
+        await app.all.wait()
+        taken = turns
+        for client in clients:
+            client.close()
+    return taken
+
+
+def test_many_connections_are_taken_in_few_turns_of_the_loop() -> None:
+    """With uvicorn's own server each needs a turn, and turns are long in a gateway with many streams."""
+    assert uvloop.run(turns_taken(uvicorn.Server)) >= NUM
+    assert uvloop.run(turns_taken(HttpServer)) < NUM // 4
+
+
+def test_a_server_without_file_descriptors_goes_on_when_there_are_some(monkeypatch: Any) -> None:
+    monkeypatch.setattr(http_server, "RETRY_S", 0.01)
+
+    async def ask() -> bytes:
+        async with serving(HttpServer, Answered(), ShortOfFiles) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(REQUEST)
+            answer = await reader.read()
+            writer.close()
+        return answer
+
+    assert uvloop.run(ask()).startswith(b"HTTP/1.1 204")
+
+
+def test_connections_are_limited_and_the_next_one_waits_for_its_turn(monkeypatch: Any) -> None:
+    monkeypatch.setattr(http_server, "RETRY_S", 0.01)
+    monkeypatch.setattr(HttpServer, "max_connections", 1)
+    rests = list[object]()
+    rest = HttpServer._rest
+
+    def note(self: HttpServer, listener: socket.socket, why: object) -> None:
+        rests.append(why)
+        rest(self, listener, why)
+
+    monkeypatch.setattr(HttpServer, "_rest", note)
+
+    async def ask() -> bytes:
+        async with serving(HttpServer, Answered()) as port:
+            _, first = await asyncio.open_connection("127.0.0.1", port)
+            reader, second = await asyncio.open_connection("127.0.0.1", port)
+            second.write(REQUEST)
+            answer = asyncio.create_task(reader.read())
+            while len(rests) < 3:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            assert not answer.done()
+            first.close()
+            await answer
+            second.close()
+        return answer.result()
+
+    assert uvloop.run(ask()).startswith(b"HTTP/1.1 204")
+
+
+def test_a_process_may_have_more_connections_than_shells_allow(monkeypatch: Any) -> None:
+    limits = list[Any]()
+    monkeypatch.setattr(http_server.resource, "getrlimit", lambda which: (1024, 4096))
+    monkeypatch.setattr(http_server.resource, "setrlimit", lambda which, pair: limits.append(pair))
+    assert http_server.allow_connections() == 4096 - http_server.RESERVED_FILES
+    assert limits == [(4096, 4096)]

@@ -1,0 +1,139 @@
+"""Streams byte by byte, as committed in `golden/`: what other servers' clients send, and what they get.
+
+Only ids, times and the request's own id are replaced. After a change that is meant, `GOLDEN=write` writes them anew.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
+
+from protocol.queue.bus import Bus
+from protocol.wire.errors import LorafleetError, WorkerLost
+
+GOLDEN = Path(__file__).parent / "golden"
+QWEN = (Path(__file__).parents[1] / "templates" / "qwen.jinja").read_text()
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MESSAGES = [{"role": "user", "content": "hi"}]
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {"p": {"type": "string"}}}},
+}
+CALLS = "<think>\nHm.\n</think>\n\nLet me see.\n" + "\n".join(
+    f'<tool_call>\n{{"name": "add", "arguments": {{"p": "{value}"}}}}\n</tool_call>' for value in ("ö", "😀")
+)
+LORAX = {
+    "adapter_id": None, "adapter_source": None, "merged_adapters": None, "api_token": None, "do_sample": False,
+    "max_new_tokens": 5, "ignore_eos_token": False, "repetition_penalty": None, "return_full_text": False, "stop": [],
+    "seed": None, "temperature": None, "top_k": None, "top_p": None, "truncate": None, "typical_p": None,
+    "best_of": None, "watermark": False, "details": True, "decoder_input_details": False,
+    "return_k_alternatives": None, "response_format": None,
+}  # fmt: skip
+TGI = {
+    "do_sample": False, "max_new_tokens": 5, "repetition_penalty": None, "frequency_penalty": None,
+    "return_full_text": False, "stop": [], "seed": None, "temperature": None, "top_k": None, "top_p": None,
+    "truncate": None, "typical_p": None, "best_of": None, "watermark": False, "details": True,
+    "decoder_input_details": False, "top_n_tokens": None, "grammar": None,
+}  # fmt: skip
+GREEDY = {"model": "base", "messages": MESSAGES, "temperature": 0.0, "max_tokens": 12, "stream": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A request, and what the worker says to it, in two steps."""
+
+    path: str
+    body: dict[str, Any]
+    says: str = 'é "so"\n<b>, you?'
+    error: LorafleetError | None = None
+
+
+STREAMS = {
+    "lorax-client": Stream("/", {"inputs": "the dog", "parameters": LORAX, "stream": True}),
+    "text-generation": Stream("/", {"inputs": "the dog", "parameters": TGI, "stream": True}),
+    "generate_stream": Stream("/generate_stream", {"inputs": "the dog"}),
+    "generate_stream-adapter": Stream(
+        "/generate_stream",
+        {"inputs": "the dog", "parameters": {"adapter_id": "fox", "adapter_source": "local", "details": True,
+         "return_k_alternatives": 2, "return_full_text": True, "do_sample": True, "seed": 7, "stop": ["so"]}},
+    ),
+    "generate_stream-error": Stream("/generate_stream", {"inputs": "the dog"}, error=WorkerLost("three died")),
+    "openai-chat": Stream(CHAT, {**GREEDY, "stream_options": {"include_usage": True}}),
+    "openai-chat-logprobs": Stream(CHAT, {**GREEDY, "max_tokens": 4, "logprobs": True, "top_logprobs": 1}),
+    "openai-chat-tools": Stream(CHAT, {**GREEDY, "tools": [TOOL], "max_tokens": 200}, CALLS),
+    "openai-chat-error": Stream(CHAT, GREEDY, error=WorkerLost("three died")),
+    "openai-completions": Stream(
+        COMPLETIONS,
+        {"model": "fox", "prompt": "the dog", "max_tokens": 60, "stream": True, "stop": "you", "echo": True},
+    ),
+    "openai-completions-logprobs": Stream(
+        COMPLETIONS,
+        {"model": "base", "prompt": "hi", "max_tokens": 4, "stream": True, "echo": True, "logprobs": 1,
+         "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    ),
+    "litellm": Stream(CHAT, GREEDY),
+    "langchain": Stream(
+        CHAT,
+        {"messages": MESSAGES, "model": "base", "max_completion_tokens": 12, "stream": True, "temperature": 0.0},
+    ),
+}  # fmt: skip
+REPLACED = [
+    (rb"cmpl-[0-9a-f]{32}", b"cmpl-ID"),
+    (rb'"created":\d+', b'"created":0'),
+    (rb"call_[0-9a-f]{24}", b"call_ID"),
+    (rb"(?m)^(date|x-request-id|openai-processing-ms): .*$", rb"\1: ANY"),
+]
+
+
+async def bytes_of(http: httpx2.AsyncClient, fleet: ScriptedFleet, stream: Stream) -> bytes:
+    """Return headers and body of a streamed answer, what differs each time replaced."""
+    num = len(fleet.tokenizer.encode(stream.says).ids) + 1
+    half = -(-min(num, stream.body.get("max_tokens") or num) // 2)
+    fleet.go.clear()
+    fleet.script = lambda submit, body: Script(stream.says, chunk=half, hold_after=half, error=stream.error)
+    raw = b""
+    async with http.stream("POST", stream.path, json=stream.body) as answer:
+        lines = [f"{name}: {value}" for name, value in sorted(answer.headers.items())]
+        head = "\n".join([f"HTTP {answer.status_code}", *lines, "", ""]).encode()
+        async for part in answer.aiter_raw():
+            raw += part
+            fleet.go.set()  # the second step comes when the first has been delivered
+    shown = head + raw
+    for pattern, value in REPLACED:
+        shown = re.sub(pattern, value, shown)
+    return shown
+
+
+@pytest.mark.parametrize("template", ["plain", "qwen"])
+async def test_streams_are_as_committed(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path, template: str
+) -> None:
+    folder = model_folder
+    if template == "qwen":
+        folder = make_model_folder(tmp_path / "model")
+        (folder / "chat_template.jinja").write_text(QWEN)
+        fleet.max_model_len = 1024
+        await fleet.register()
+    await fleet.add_adapter("fox", "ab" * 32)
+    async with (
+        running_gateway(bus, folder, keepalive_s=60.0) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+    ):
+        for name, stream in STREAMS.items():
+            if ("tools" in name) != (template == "qwen"):
+                continue
+            found, path = await bytes_of(http, fleet, stream), GOLDEN / f"{name}.http"
+            if os.environ.get("GOLDEN") == "write":
+                path.write_bytes(found)
+            assert found == path.read_bytes(), name
+
+
+def test_every_committed_stream_is_held_to() -> None:
+    assert {path.stem for path in GOLDEN.iterdir()} == set(STREAMS)

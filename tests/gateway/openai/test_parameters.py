@@ -1,0 +1,450 @@
+"""Parameters reach the worker as meant, and come back in each route's shape."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from openai import AsyncOpenAI
+from scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, ScriptedFleet, running_gateway
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from gateway.openai.api import choice_seed
+from gateway.text.structured import JSON_STYLE
+from gateway.text.tokenizer import TokenText
+from protocol.queue.bus import Bus
+from protocol.wire import messages as m
+
+CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETION = {"model": "base", "prompt": "hi"}
+FIELDS: dict[str, Any] = {
+    "temperature": 0, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "typical_p": 0.8, "seed": 7, "presence_penalty": 0.5,
+    "frequency_penalty": -0.5, "repetition_penalty": 1.1, "logit_bias": {"5": -100, "6": 2.5}, "min_tokens": 2,
+    "ignore_eos": True, "max_tokens": 9, "stop": ["a", "", "b"], "stop_token_ids": [7],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_every_parameter_reaches_the_worker(http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str) -> None:
+    good = CHAT if "chat" in path else COMPLETION
+    assert (await http.post(path, json={**good, **FIELDS})).status_code == 200
+    [(submit, body)] = fleet.seen
+    assert body.sampling == m.Sampling(
+        temperature=0, top_p=0.9, top_k=40, min_p=0.05, typical_p=0.8, seed=7, presence_penalty=0.5,
+        frequency_penalty=-0.5, repetition_penalty=1.1, logit_bias={5: -100, 6: 2.5}, min_tokens=2, ignore_eos=True,
+    )  # fmt: skip
+    assert (body.max_new_tokens, submit.max_new_tokens) == (9, 9)
+    assert body.stop == ["a", "b"]
+    assert body.stop_token_ids == [7]
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+FORMS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
+    ({"response_format": {"type": "text"}}, None),
+    ({"structured_outputs": None}, None),
+    ({"response_format": {"type": "json_object"}}, {"json_schema": {"type": "object", "x-guidance": JSON_STYLE}}),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": SCHEMA}}},
+        {"json_schema": {**SCHEMA, "x-guidance": JSON_STYLE}},
+    ),
+    (
+        {"structured_outputs": {"json": json.dumps(SCHEMA), "disable_any_whitespace": True}},
+        {"json_schema": {**SCHEMA, "x-guidance": {"whitespace_flexible": False, "lenient": False}}},
+    ),
+    (
+        {"structured_outputs": {"json": {**SCHEMA, "x-guidance": {"lenient": True}}, "whitespace_pattern": " "}},
+        {"json_schema": {**SCHEMA, "x-guidance": {**JSON_STYLE, "whitespace_pattern": " "}}},
+    ),
+    ({"structured_outputs": {"choice": ["yes", 'n"o', "ü"]}}, {"lark_grammar": 'start: "yes" | "n\\"o" | "ü"'}),
+    ({"structured_outputs": {"regex": r"a/b\/c\d"}}, {"lark_grammar": r"start: /a\/b\/c\d/"}),
+    (
+        {"structured_outputs": {"grammar": "start: WORD\nWORD: /[a-z]+/"}},
+        {"lark_grammar": "start: WORD\nWORD: /[a-z]+/"},
+    ),
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_what_the_output_must_be_reaches_the_worker(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str
+) -> None:
+    good = CHAT if "chat" in path else COMPLETION
+    for fields, constraint in FORMS:
+        fleet.seen.clear()
+        answer = await http.post(path, json={**good, **fields})
+        assert answer.status_code == 200, answer.text
+        grammar = fleet.seen[0][1].grammar
+        assert (json.loads(grammar) if grammar else None) == (constraint and {"grammars": [constraint]})
+
+
+async def test_a_grammar_that_takes_too_long_is_refused_at_its_limit(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
+) -> None:
+    async with (
+        running_gateway(bus, model_folder, grammar_timeout_s=0.001) as running,
+        httpx2.AsyncClient(base_url=running.url) as http,
+    ):
+        for _ in range(2):
+            answer = await http.post("/v1/completions", json={**COMPLETION, "structured_outputs": {"regex": "a+"}})
+            assert answer.status_code == 400
+            assert "compiling the output's grammar took longer than 0.001 s" in answer.json()["error"]["message"]
+        assert (await http.post("/v1/completions", json=COMPLETION)).status_code == 200
+    assert len(fleet.seen) == 1
+
+
+async def test_defaults(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    await http.post("/v1/chat/completions", json={**CHAT, "top_k": -1})
+    await http.post("/v1/completions", json={**COMPLETION, "service_tier": "flex"})
+    (chat, chat_body), (completion, completion_body) = fleet.seen
+    assert chat_body.max_new_tokens == MAX_MODEL_LEN - chat.num_prompt_tokens
+    assert completion_body.max_new_tokens == 16
+    assert chat_body.sampling == m.Sampling(seed=chat_body.sampling.seed)
+    assert chat_body.sampling.seed != completion_body.sampling.seed
+    assert (chat.cls, completion.cls) == ("interactive", "batch")
+    assert not chat.stored
+
+
+async def test_max_completion_tokens_wins(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    answer = await http.post("/v1/chat/completions", json={**CHAT, "max_completion_tokens": 2, "max_tokens": 9})
+    assert fleet.seen[0][1].max_new_tokens == 2
+    assert answer.json()["choices"][0]["finish_reason"] == "length"
+    assert answer.json()["usage"]["completion_tokens"] == 2
+
+
+def test_choices_have_seeds_of_their_own() -> None:
+    for seed in (0, 1, (1 << 63) - 1):
+        seeds = [choice_seed(seed, i) for i in range(128)]
+        assert seeds[0] == seed
+        assert len(set(seeds)) == 128
+        assert all(0 <= s < 1 << 63 for s in seeds)
+
+
+async def test_a_negative_seed_is_a_seed(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    for _ in range(2):
+        assert (await http.post("/v1/completions", json={**COMPLETION, "seed": -5})).status_code == 200
+    seeds = {body.sampling.seed for _, body in fleet.seen}
+    assert len(seeds) == 1
+    assert seeds.pop() >= 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [
+        ("the dog", ["the dog"]),
+        (["the dog", "fox"], ["the dog", "fox"]),
+        ([5, 6, 7], None),
+        ([[5, 6], [7]], None),
+    ],
+)
+async def test_prompts_in_all_forms(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, prompt: Any, texts: list[str] | None
+) -> None:
+    answer = (await http.post("/v1/completions", json={**COMPLETION, "prompt": prompt, "echo": True})).json()
+    if texts is not None:
+        wanted = [fleet.tokenizer.encode(text).ids for text in texts]
+    else:
+        wanted = prompt if isinstance(prompt[0], list) else [prompt]
+    sent = [list(memoryview(body.prompt).cast("i")) for _, body in sorted(fleet.seen, key=lambda pair: pair[0].rid)]
+    assert sent == wanted
+    echoes = texts or [fleet.tokenizer.decode(ids) for ids in wanted]
+    assert len(answer["choices"]) == len(echoes)
+    for choice, echo, (_, body) in zip(answer["choices"], echoes, fleet.seen, strict=True):
+        generated, _ = fleet.tokens(Script(), body)
+        assert choice["text"] == echo + fleet.tokenizer.decode(generated)
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, wanted))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_echo_alone_returns_the_prompt(http: httpx2.AsyncClient, fleet: ScriptedFleet, stream: bool) -> None:
+    body = {**COMPLETION, "echo": True, "max_tokens": 0, "n": 2, "stream": stream}
+    answer = await http.post("/v1/completions", json=body)
+    assert fleet.seen == []
+    if stream:
+        assert answer.content.count(b'"text":"hi"') == 2
+        assert answer.content.count(b'"finish_reason":"length"') == 2
+        assert answer.content.endswith(b"data: [DONE]\n\n")
+    else:
+        assert [choice["text"] for choice in answer.json()["choices"]] == ["hi", "hi"]
+        assert answer.json()["usage"]["completion_tokens"] == 0
+
+
+async def test_streamed_echo_comes_first(http: httpx2.AsyncClient, fleet: ScriptedFleet, client: AsyncOpenAI) -> None:
+    stream = await client.completions.create(model="base", prompt="the dog", echo=True, max_tokens=60, stream=True)
+    texts = [chunk.choices[0].text async for chunk in stream]
+    assert texts[0].startswith("the dog")
+    assert "".join(texts) == "the dog" + Script().text
+
+
+def scored(fleet: ScriptedFleet, ids: list[int]) -> dict[str, Any]:
+    """Return the logprobs object of tokens that begin with a prompt, as the scripted worker knows them."""
+    texts = [fleet.tokenizer.decode([id_]) for id_ in ids]
+    return {
+        "tokens": texts,
+        "token_logprobs": [None, *[-0.5] * (len(ids) - 1)],
+        "top_logprobs": [None, *({text: -0.5} for text in texts[1:])],
+        "text_offset": [len("".join(texts[:i])) for i in range(len(texts))],
+    }
+
+
+@pytest.mark.parametrize("background", [False, True])
+async def test_echo_with_logprobs_scores_the_prompt_too(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, background: bool
+) -> None:
+    fleet.script = lambda submit, body: Script(text=" lazy", eos=False, finish="length")
+    body = {**COMPLETION, "prompt": ["the dog", "fox"], "echo": True, "logprobs": 0, "background": background}
+    answer = (await http.post("/v1/completions", json=body)).json()
+    if background:
+        job = await http.get(f"/v1/jobs/{answer['id']}", headers={"prefer": "wait=20"})
+        answer = job.json()["result"]
+    for choice, prompt in zip(answer["choices"], body["prompt"], strict=True):
+        ids = fleet.tokenizer.encode(prompt).ids + fleet.tokenizer.encode(" lazy").ids
+        assert choice["text"] == prompt + " lazy"
+        assert choice["logprobs"] == scored(fleet, ids)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_can_be_scored_alone(client: AsyncOpenAI, fleet: ScriptedFleet, stream: bool) -> None:
+    ids = fleet.tokenizer.encode("the quick dog").ids
+    if stream:
+        chunks = await client.completions.create(
+            model="base", prompt="the quick dog", echo=True, logprobs=0, max_tokens=0, stream=True
+        )
+        first, last = [chunk.choices[0] async for chunk in chunks]
+        assert (first.text, last.text, last.finish_reason) == ("the quick dog", "", "length")
+    else:
+        whole = await client.completions.create(model="base", prompt=ids, echo=True, logprobs=0, max_tokens=0)
+        first = whole.choices[0]
+        assert (first.text, first.finish_reason) == ("the quick dog", "length")
+        assert whole.usage is not None
+        assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(ids), 0)
+    assert first.logprobs is not None
+    assert first.logprobs.model_dump() == scored(fleet, ids)
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+async def test_the_best_of_several_choices_are_shown(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, logprobs: int | None
+) -> None:
+    def worse(submit: m.Submit, body: m.Body) -> Script:
+        return Script(text=str(submit.rid[-1]), logprob=-1.0 * (int(submit.rid[-1]) * 3 % 4), eos=False)
+
+    fleet.script = worse
+    body = {**COMPLETION, "prompt": ["the dog", "fox"], "n": 2, "best_of": 4, "logprobs": logprobs}
+    answer = (await http.post("/v1/completions", json=body)).json()
+    # Of the choices 0 to 3 the mean logprobs are 0, -3, -2 and -1; the second prompt's are 4 to 7.
+    assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [
+        (0, "0"),
+        (1, "3"),
+        (2, "4"),
+        (3, "7"),
+    ]
+    assert all((choice["logprobs"] is None) == (logprobs is None) for choice in answer["choices"])
+    assert answer["usage"]["completion_tokens"] == 8
+    assert len(fleet.seen) == 8
+
+
+# ---------------------------------------------------------------- ends
+
+
+async def test_min_tokens_and_stop_tokens(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    text = "stop and stop again"
+    fleet.script = lambda submit, body: Script(text=text)
+    tokens = [fleet.tokenizer.decode([id_]) for id_ in fleet.tokenizer.encode(text).ids]
+    num_first = 1 + next(i for i in range(len(tokens)) if "stop" in "".join(tokens[: i + 1]))
+    body = {**COMPLETION, "stop": "stop", "max_tokens": 60}
+    assert (await http.post("/v1/completions", json=body)).json()["choices"][0]["text"] == ""
+    later = (await http.post("/v1/completions", json={**body, "min_tokens": num_first})).json()
+    assert later["choices"][0]["text"] == "stop and "
+    assert later["choices"][0]["finish_reason"] == "stop"
+    ids = fleet.tokenizer.encode(text).ids
+    ended = (await http.post("/v1/completions", json={**body, "stop": None, "stop_token_ids": [ids[4]]})).json()
+    assert ended["choices"][0]["text"] == fleet.tokenizer.decode(ids[: ids.index(ids[4])])
+    assert ended["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_end_tokens_never_show(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    fleet.script = lambda submit, body: Script(text="a<|im_end|>b")
+    body = {**COMPLETION, "max_tokens": 60}
+    assert (await http.post("/v1/completions", json=body)).json()["choices"][0]["text"] == "a"
+    ignored = (await http.post("/v1/completions", json={**body, "ignore_eos": True})).json()
+    assert ignored["choices"][0]["text"] == "ab"
+
+
+# ---------------------------------------------------------------- logprobs
+
+
+@pytest.mark.parametrize("top", [None, 0, 3])
+async def test_chat_logprobs(client: AsyncOpenAI, fleet: ScriptedFleet, top: int | None) -> None:
+    fleet.script = lambda submit, body: Script(text="a é")
+    extra: dict[str, Any] = {} if top is None else {"top_logprobs": top}
+    question: dict[str, Any] = {"model": "base", "messages": CHAT["messages"], "logprobs": True, **extra}
+    answer = await client.chat.completions.create(**question)
+    assert answer.choices[0].logprobs is not None
+    entries = answer.choices[0].logprobs.content
+    assert entries is not None
+    assert b"".join(bytes(entry.bytes or []) for entry in entries) == "a é".encode()
+    assert len(entries) == len(fleet.tokenizer.encode("a é").ids)  # the end token is no part of the text
+    assert all(entry.logprob == pytest.approx(-0.5) for entry in entries)
+    assert [len(entry.top_logprobs) for entry in entries] == [top or 0] * len(entries)
+    assert all([t.logprob for t in entry.top_logprobs] == [-1.0, -2.0, -3.0][: top or 0] for entry in entries)
+    assert [entry.token for entry in entries][-2:] == ["bytes:\\xc3", "bytes:\\xa9"]
+    streamed = [
+        entry
+        async for chunk in await client.chat.completions.create(**question, stream=True)
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content or []
+    ]
+    assert streamed == entries
+    plain = await client.chat.completions.create(model="base", messages=[{"role": "user", "content": "hi"}])
+    assert plain.choices[0].logprobs is None
+
+
+@pytest.mark.parametrize("num", [0, 3])
+async def test_completion_logprobs(client: AsyncOpenAI, fleet: ScriptedFleet, num: int) -> None:
+    fleet.script = lambda submit, body: Script(text="the dog", chunk=2)
+    answer = await client.completions.create(model="base", prompt="hi", logprobs=num)
+    lists = answer.choices[0].logprobs
+    assert lists is not None
+    assert lists.tokens is not None
+    assert lists.text_offset is not None
+    assert lists.token_logprobs is not None
+    assert lists.top_logprobs is not None
+    assert "".join(lists.tokens) == "the dog" == answer.choices[0].text
+    for offset, token in zip(lists.text_offset, lists.tokens, strict=True):
+        assert "the dog"[offset:].startswith(token)
+    assert all(math.isclose(value, -0.5) for value in lists.token_logprobs)
+    for token, top in zip(lists.tokens, lists.top_logprobs, strict=True):
+        assert top[token] == pytest.approx(-0.5)
+        assert len(top) in ({1} if num == 0 else {num, num + 1})
+    pieces = [
+        chunk.choices[0].logprobs
+        async for chunk in await client.completions.create(model="base", prompt="hi", logprobs=num, stream=True)
+        if chunk.choices[0].logprobs
+    ]
+    assert [token for piece in pieces for token in piece.tokens or []] == lists.tokens
+    assert [offset for piece in pieces for offset in piece.text_offset or []] == lists.text_offset
+
+
+def test_tokens_have_their_true_bytes() -> None:
+    byte_level = Tokenizer(models.BPE({"Ã": 0, "©": 1, "Ġa": 2, "Ċ": 3}, []))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel()
+    byte_level.decoder = decoders.Sequence([decoders.ByteLevel()])
+    byte_level.add_special_tokens(["<|end|>"])
+    byte_level.add_tokens(["neu é"])
+    tokens = TokenText(byte_level)
+    assert [tokens.bytes(i) for i in range(6)] == [b"\xc3", b"\xa9", b" a", b"\n", b"<|end|>", "neu é".encode()]
+    assert [tokens.text(i) for i in range(3)] == ["bytes:\\xc3", "bytes:\\xa9", " a"]
+    pieces = Tokenizer(models.BPE({"▁the": 0, "<0xC3>": 1, "é": 2, "<0x41": 3}, [], byte_fallback=True))
+    pieces.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokens = TokenText(pieces)
+    assert [tokens.bytes(i) for i in range(4)] == [b" the", b"\xc3", "é".encode(), b"<0x41"]
+    assert tokens.bytes(99) == b""
+
+
+# ---------------------------------------------------------------- models, ids, metrics
+
+
+async def test_models_are_listed_base_first(client: AsyncOpenAI, fleet: ScriptedFleet) -> None:
+    await fleet.add_adapter("org/zulu", "d2")
+    await fleet.add_adapter("alpha", "d1")
+    await fleet.add_adapter("broken", state="failed", reason="rank 0")
+    models_ = [model.model_dump() async for model in client.models.list()]
+    assert [model["id"] for model in models_] == [BASE_NAME, "alpha", "broken", "org/zulu"]
+    base, alpha, broken, zulu = models_
+    assert (base["parent"], base["root"], base["object"]) == (None, BASE_NAME, "model")
+    assert {model["parent"] for model in models_[1:]} == {BASE_NAME}
+    assert (alpha["digest"], alpha["rank"], alpha["state"], alpha["root"]) == ("d1", 8, "on_disk", "local:alpha")
+    assert (broken["digest"], broken["rank"], broken["state"], broken["reason"]) == (None, None, "failed", "rank 0")
+    for name, wanted in (("org/zulu", zulu), ("base:alpha", alpha), ("broken", broken), (BASE_NAME, base)):
+        assert (await client.models.retrieve(name)).model_dump() == wanted
+    assert (await client.models.retrieve("base")).id == BASE_NAME
+
+
+async def test_a_slash_in_a_name_may_be_encoded(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    await fleet.add_adapter("org/zulu", "d2")
+    for path in ("/v1/models/org/zulu", "/v1/models/org%2Fzulu"):
+        assert (await http.get(path)).json()["id"] == "org/zulu"
+
+
+async def test_an_adapter_moved_to_other_content_is_served_at_once(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet
+) -> None:
+    prints: list[str] = []
+    for digest in ("d1", "d2", "d1"):
+        await fleet.add_adapter("alpha", digest)
+        answer = (await http.post("/v1/completions", json={**COMPLETION, "model": "alpha"})).json()
+        prints.append(answer["system_fingerprint"])
+    assert [submit.digest for submit, _ in fleet.seen] == ["d1", "d2", "d1"]
+    assert prints[0] == prints[2] != prints[1]
+
+
+async def test_request_ids_are_kept_or_made(http: httpx2.AsyncClient, client: AsyncOpenAI) -> None:
+    answer = await http.post("/v1/completions", json=COMPLETION, headers={"x-request-id": "mine-1"})
+    assert answer.headers["x-request-id"] == "mine-1"
+    answer = await http.get("/health", headers={"x-request-id": "not mine"})
+    assert answer.headers["x-request-id"].startswith("req_")
+    assert int(answer.headers["openai-processing-ms"]) >= 0
+    completion = await client.completions.create(model="base", prompt="hi")
+    assert (completion._request_id or "").startswith("req_")
+
+
+async def test_metrics_count_without_naming_adapters(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, gateway: RunningGateway, bus: Bus
+) -> None:
+    await fleet.add_adapter("secret-name", "secret-digest")
+
+    async def value(line: str) -> float:
+        text = (await http.get("/metrics")).text
+        assert "secret" not in text
+        return next((float(row.split()[-1]) for row in text.splitlines() if row.startswith(line)), 0.0)
+
+    lines = {
+        'lorafleet_http_requests_total{method="POST",route="/v1/completions",status="200"}': 1,
+        'lorafleet_generations_total{finish="stop"}': 1,
+        'lorafleet_output_tokens_total{kind="adapter"}': len(fleet.tokenizer.encode("abc").ids) + 1,
+        'lorafleet_time_to_first_token_seconds_count{kind="adapter"}': 1,
+    }
+    before = {line: await value(line) for line in lines}
+    fleet.script = lambda submit, body: Script(text="abc")
+    await http.post("/v1/completions", json={**COMPLETION, "model": "secret-name"})
+    assert {line: await value(line) - before[line] for line in lines} == lines
+    assert await value("lorafleet_workers ") == 1
+    assert "text/plain" in (await http.get("/metrics")).headers["content-type"]
+
+
+async def test_metrics_tell_of_every_live_worker(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, gateway: RunningGateway, bus: Bus
+) -> None:
+    counters = m.WorkerCounters(num_steps=7, num_cached_tokens=32, num_evictions=3, plan_s=0.25, publish_s=0.5)
+    facts: dict[str, Any] = {"model": BASE_NAME, "capacity": 8, "resident": ["secret"], "num_loads": 5}
+    facts |= {"kv_blocks_free": 10, "kv_blocks_total": 12}
+    beats = [
+        m.WorkerBeat(wid="w1", name="one", sent_ms=2, counters=counters, **facts),
+        m.WorkerBeat(wid="w0", name="one", sent_ms=1, **facts),  # what it was before it was started again
+        m.WorkerBeat(wid="w2", name="two", sent_ms=1, **facts),
+    ]
+    for beat in beats:
+        await bus.beat(bus.keys.worker_beat(beat.wid), bus.keys.workers, beat.wid, m.encode(beat), 60_000)
+
+    rows = (await http.get("/metrics")).text.splitlines()
+    lines = {
+        'lorafleet_worker_steps_total{worker="one"}': 7,
+        'lorafleet_worker_phase_seconds_total{phase="plan",worker="one"}': 0.25,
+        'lorafleet_worker_phase_seconds_total{phase="publish",worker="one"}': 0.5,
+        'lorafleet_worker_tokens_total{kind="cached",worker="one"}': 32,
+        'lorafleet_worker_adapter_events_total{event="load",worker="one"}': 5,
+        'lorafleet_worker_adapter_events_total{event="eviction",worker="one"}': 3,
+        'lorafleet_worker_kv_blocks{state="used",worker="one"}': 2,
+        'lorafleet_worker_resident_adapters{worker="one"}': 1,
+        'lorafleet_worker_steps_total{worker="two"}': 0,
+    }
+    for line, value in lines.items():
+        assert [float(row.split()[-1]) for row in rows if row.startswith(f"{line} ")] == [value], line
+    assert not any("secret" in row for row in rows)
+
+    await bus.leave("w2")
+    assert 'worker="two"' not in (await http.get("/metrics")).text

@@ -1,0 +1,176 @@
+"""Chat templates render as transformers renders them, and cannot do more than make text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from gateway.text.chat import ChatTemplate, normalize_messages
+from protocol.wire.errors import BadRequest
+
+CONVERSATION: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be <brief> & 'kind'."},
+    {"role": "user", "content": "What is 2 + 2?\n"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": "zwei é"}'}}
+        ],
+    },
+    {"role": "tool", "content": "4", "tool_call_id": "c1"},
+    {"role": "assistant", "content": "Four.", "reasoning": "it is easy"},
+    {"role": "user", "content": "Thanks"},
+]
+
+TEMPLATES = [
+    # ChatML with defaults, whitespace control and a nested loop
+    """{%- if messages[0].role != 'system' %}
+    {{- bos_token + 'default system' }}
+{%- endif %}
+{% for message in messages %}
+    {%- if loop.index0 == 1 and false %}{% continue %}{% endif %}
+{{ '<|im_start|>' + message['role'] }}
+{% if message.content is defined and message.content is not none %}{{ message.content | trim }}{% endif %}
+{%- for call in message.tool_calls %}
+{{ call.function.name }}({{ call.function.arguments | tojson }}){{ call.function.arguments | tojson(indent=2) }}
+{%- endfor %}{{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}""",
+    # namespaces, break, generation blocks, defined and None variables, reasoning, extra variables
+    """{%- set ns = namespace(found=false, n=0) %}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}{%- set ns.found = true %}{%- break %}{%- endif %}
+{%- set ns.n = ns.n + 1 %}
+{%- if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}{%- endif %}
+{%- endfor %}
+{{- ns.found }}|{{ ns.n }}|{{ tools is none }}|{{ tools is defined }}|{{ documents is none }}|{{ nothing is defined }}
+{{- '|' ~ (messages[4].reasoning_content | default('none')) ~ '|' ~ (messages[4].thinking | default('none')) }}
+{{- '|' ~ (enable_thinking | default('unset')) ~ '|' ~ strftime_now('%Y') | length }}
+{{- dict(a=1).a }}""",
+    # string methods, slices, filters
+    "{% for m in messages[1:] %}{% if m.content %}{{ m.content.strip().upper()[:4] }}{{ m.content.split('\\n')[0] }}"
+    "{{ m | tojson(sort_keys=true) }}{{ raise_exception('no') if m.role == 'never' }}{% endif %}{% endfor %}",
+]
+
+
+def reference(template: str, messages: list[dict[str, Any]], **variables: Any) -> str:
+    """Return what transformers makes of a conversation."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE()), bos_token="<s>", eos_token="</s>", chat_template=template
+    )
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **variables)
+    assert isinstance(text, str)
+    return text
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("variables", [{"add_generation_prompt": True}, {"enable_thinking": False}])
+def test_rendering_equals_transformers(template: str, variables: dict[str, Any]) -> None:
+    normal = normalize_messages(CONVERSATION)
+    wanted = reference(template, normal, **variables)
+    own = dict(variables)
+    prompt = own.pop("add_generation_prompt", False)
+    got = ChatTemplate(template, {"bos_token": "<s>", "eos_token": "</s>"}).render(
+        normal, add_generation_prompt=prompt, variables=own
+    )
+    assert got == wanted
+    assert len(wanted) > 40
+
+
+def test_messages_become_what_templates_expect() -> None:
+    normal = normalize_messages(
+        [
+            {"role": "developer", "content": "a", "name": None},
+            {"role": "user", "content": [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": ""}}]},
+        ]
+    )
+    assert normal == [
+        {"role": "system", "content": "a"},
+        {"role": "user", "content": "b\nc"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "assistant", "tool_calls": 3}, "messages[0].tool_calls"),
+        ({"role": "assistant", "tool_calls": [3]}, "messages[0].tool_calls[0].function"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        ({"role": "user", "content": ["a"]}, "messages[0].content[0]"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0]"),
+    ],
+)
+def test_wrong_messages_are_named(message: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        normalize_messages([message])
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ nothing.at.all }}",
+        "{{ 1 + 'a' }}",
+        "{{ 1 / 0 }}",
+        "{% for i in range(10000000000) %}{% endfor %}",
+        "{{ messages[9].role.upper() }}",
+    ],
+)
+def test_a_template_that_fails_or_reaches_out_is_a_client_error(template: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        ChatTemplate(template, {}).render([{"role": "user", "content": "x"}], variables={})
+    assert caught.value.param == "messages"
+
+
+def test_a_broken_template_is_refused_at_the_start() -> None:
+    with pytest.raises(BadRequest, match="chat template"):
+        ChatTemplate("{% if %}", {})
+
+
+def test_a_client_s_variables_cannot_replace_the_messages() -> None:
+    template = ChatTemplate("{{ messages[0].content }}{{ bos_token }}{{ add_generation_prompt }}", {"bos_token": "B"})
+    variables = {"messages": [{"content": "forged"}], "add_generation_prompt": False}
+    assert template.render([{"role": "user", "content": "true"}], variables=variables) == "trueBTrue"
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({"chat_template.jinja": "A{{ eos_token }}", "tokenizer_config.json": {"eos_token": "E"}}, "AE"),
+        ({"tokenizer_config.json": {"chat_template": "B{{ bos_token }}", "bos_token": {"content": "<s>"}}}, "B<s>"),
+        (
+            {
+                "tokenizer_config.json": {
+                    "chat_template": [
+                        {"name": "tool_use", "template": "T"},
+                        {"name": "default", "template": "D{{ sep_token }}"},
+                    ]
+                },
+                "special_tokens_map.json": {"sep_token": "S"},
+            },
+            "DS",
+        ),
+        ({"tokenizer_config.json": {}}, None),
+        ({}, None),
+    ],
+)
+def test_templates_are_found_where_models_keep_them(tmp_path: Path, files: dict[str, Any], wanted: str | None) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    template = ChatTemplate.load(tmp_path)
+    assert (template and template.render([], variables={})) == wanted

@@ -1,0 +1,169 @@
+"""Adapters that bring a tokenizer and a chat template are asked and answered with these, which can do no harm."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import pytest_asyncio
+from scripted_fleet import Script, ScriptedFleet
+from tokenizers import AddedToken, Tokenizer
+
+from adapter_store.http import BlobServer
+from gateway.text.sandbox import Render, Sandbox
+from peft_adapters.texts import TEXTS_FIELD, TEXTS_FILE, join_texts
+from protocol.queue.bus import Bus
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest
+
+QUESTION: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+OWN, BROKEN, GONE = (f"{n}{n}" * 32 for n in "abc")
+
+
+class Store:
+    """Serves texts, over the store's own HTTP."""
+
+    def __init__(self, root: Path, fleet: ScriptedFleet) -> None:
+        self.root = root
+        self.fleet = fleet
+        self.num_asked = 0
+
+    async def add(self, name: str, digest: str, files: dict[str, str], vocab_size: int = 0) -> None:
+        raw = join_texts({name: text.encode() for name, text in files.items()})
+        (self.root / digest).mkdir()
+        (self.root / digest / TEXTS_FILE).write_bytes(raw)
+        await self.fleet.add_adapter(name, digest)
+        record = m.AdapterRecord(
+            digest=digest, rank=8, num_bytes=10, config={TEXTS_FIELD: hashlib.sha256(raw).hexdigest()}, modules=[],
+            source=f"local:{name}", created_ms=1, vocab_size=vocab_size,
+        )  # fmt: skip
+        await self.fleet.bus.set(self.fleet.bus.keys.adapter(digest), record)
+
+    async def locate(self, digest: str) -> Path | None:
+        self.num_asked += 1
+        folder = self.root / digest
+        return folder if folder.exists() else None
+
+
+@pytest.fixture
+def own_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    own = Tokenizer.from_str(tokenizer.to_str())
+    own.add_special_tokens([AddedToken("<|end|>", special=True)])
+    own.add_tokens(["zebra"])
+    return own
+
+
+@pytest_asyncio.fixture
+async def store(fleet: ScriptedFleet, bus: Bus, tmp_path: Path, own_tokenizer: Tokenizer) -> AsyncIterator[Store]:
+    async def drop(_: str) -> int:
+        raise AssertionError
+
+    store = Store(tmp_path, fleet)
+    server = BlobServer(store.locate, drop, dict)
+    port = await server.start("127.0.0.1", 0)
+    await bus.beat(bus.keys.store_beat("s"), bus.keys.stores, "s", f"http://127.0.0.1:{port}".encode(), 60_000)
+    files = {
+        "tokenizer.json": own_tokenizer.to_str(),
+        "tokenizer_config.json": json.dumps({"eos_token": "<|end|>"}),
+        "chat_template.jinja": "{{ messages[0].content }}<|end|>zebra{{ eos_token }}{{ add_generation_prompt }}",
+    }
+    await store.add("own", OWN, files, own_tokenizer.get_vocab_size())
+    yield store
+    await server.close()
+
+
+def prompt_of(body: m.Body) -> list[int]:
+    return list(memoryview(body.prompt).cast("i"))
+
+
+async def test_its_template_and_tokenizer_make_the_prompt(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, store: Store, own_tokenizer: Tokenizer
+) -> None:
+    own_ids = own_tokenizer.encode("hi<|end|>zebra<|end|>True", add_special_tokens=False).ids
+    end, word = own_tokenizer.token_to_id("<|end|>"), own_tokenizer.token_to_id("zebra")
+    assert {end, word} <= set(own_ids)
+    answer = await http.post("/v1/chat/completions", json={"model": ["own", "base"], **QUESTION})
+    assert answer.status_code == 200, answer.text
+    by_digest = {submit.digest: body for submit, body in fleet.seen}
+    assert prompt_of(by_digest[OWN]) == own_ids
+    assert fleet.tokenizer.decode(prompt_of(by_digest[""]), skip_special_tokens=False).startswith("<|im_start|>user")
+    assert by_digest[OWN].stop_token_ids == [end]  # of which the worker does not know
+    assert by_digest[""].stop_token_ids == []
+    body = {"model": "own", "prompt": [word, 5], "max_tokens": 3, "ignore_eos": True, "logit_bias": {str(word): 1}}
+    assert (await http.post("/v1/completions", json=body)).status_code == 200
+    assert fleet.seen[-1][1].stop_token_ids == []
+    tokens = (await http.post("/tokenize", json={"inputs": "zebra", "adapter_id": "own"})).json()
+    assert [token["id"] for token in tokens] == [word]
+    beyond = await http.post("/v1/completions", json={**body, "model": "base"})
+    assert (beyond.status_code, "is not a token id" in beyond.text) == (400, True)
+    await fleet.bus.redis.delete(fleet.bus.keys.adapter(OWN))
+    assert (await http.post("/v1/completions", json=body)).status_code == 200, "what it brings is known by now"
+    assert store.num_asked == 1
+
+
+async def test_its_tokenizer_makes_the_answer(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, store: Store, own_tokenizer: Tokenizer
+) -> None:
+    fleet.tokenizer = own_tokenizer
+    fleet.script = lambda submit, body: Script(text="a zebra<|end|>unseen", eos=False)
+    answers: list[Any] = []
+    body = {"model": "own", "prompt": "zebra", "max_tokens": 60, "logprobs": 0, "n": 2}
+    answers.append((await http.post("/v1/completions", json=body)).json())
+    job = (await http.post("/v1/completions", json={**body, "background": True})).json()
+    answers.append((await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=30"})).json()["result"])
+    for _ in range(2):
+        answers.append((await http.post("/v1/completions", json=body, headers={"idempotency-key": "k"})).json())
+    for answer in answers:
+        for choice in answer["choices"]:
+            assert (choice["text"], choice["finish_reason"]) == ("a zebra", "stop")
+            assert choice["logprobs"]["tokens"][-1] == "zebra"
+    echo = {**body, "logprobs": None, "echo": True, "prompt": [own_tokenizer.token_to_id("zebra")]}
+    assert (await http.post("/v1/completions", json=echo)).json()["choices"][0]["text"] == "zebraa zebra"
+
+
+async def test_a_template_without_end_costs_itself_alone(http: httpx2.AsyncClient, store: Store) -> None:
+    sandbox = Sandbox(limit_s=0.5)
+
+    def job(source: str) -> Render:
+        return Render(source, {}, QUESTION["messages"], True, {})
+
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(BadRequest, match=r"longer than 0\.5 s"):
+        await sandbox.render(job(endless))
+    sandbox = Sandbox()
+    for source, said in (
+        ("{{ 'a' * 3000000000 }}", "wants more than"),
+        ("{% if %}", "chat template is broken"),
+        ("{{ raise_exception('no') }}", "refuses these messages: no"),
+        ("{{ messages.__class__.__mro__ }}", "refuses these messages"),
+    ):
+        with pytest.raises(BadRequest, match=said):
+            await sandbox.render(job(source))
+    assert await sandbox.render(job("{{ messages[0].content }}!")) == "hi!"
+    await sandbox.close()
+    await store.add("broken", BROKEN, {"chat_template.jinja": "{% if %}"})
+    answer = await http.post("/v1/chat/completions", json={"model": "broken", **QUESTION})
+    assert (answer.status_code, "template is broken" in answer.text) == (400, True)
+    # Its tokenizer is the base's, and good enough without a template.
+    assert (await http.post("/v1/completions", json={"model": "broken", "prompt": "hi"})).status_code == 200
+
+
+async def test_what_cannot_be_used_or_had_is_said(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, store: Store, bus: Bus
+) -> None:
+    await store.add("broken", BROKEN, {"tokenizer.json": '{"model": 3}'})
+    answer = await http.post("/v1/completions", json={"model": "broken", "prompt": "hi"})
+    assert (answer.status_code, "tokenizer.json cannot be read" in answer.text) == (422, True)
+    await store.add("gone", GONE, {"chat_template.jinja": "x"})
+    (store.root / GONE / TEXTS_FILE).unlink()
+    answer = await http.post("/v1/completions", json={"model": "gone", "prompt": "hi"})
+    assert (answer.status_code, "no adapter store has" in answer.text) == (404, True)
+    await bus.redis.zrem(bus.keys.stores, "s")
+    answer = await http.post("/v1/completions", json={"model": "gone", "prompt": "hi"})
+    assert (answer.status_code, "no adapter store gave" in answer.text) == (503, True)
+    assert fleet.seen == []

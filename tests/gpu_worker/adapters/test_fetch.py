@@ -1,0 +1,128 @@
+"""Fetching adapters: from whichever store answers, and only what the digest stands for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from gpu_worker.adapters.fetch import AdapterFiles, StoreClient, digest_of
+from gpu_worker.adapters.loader import Loader
+from gpu_worker.adapters.rows import RowPacker, Rows, RowSite
+from protocol.wire.errors import NotFound
+from protocol.wire.messages import ServedModel, SiteShape
+
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+
+
+def weights(value: float) -> bytes:
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    return save(
+        {
+            f"{prefix}.lora_A.weight": np.full((2, 4), value, np.float32),
+            f"{prefix}.lora_B.weight": np.full((4, 2), value, np.float32),
+        }
+    )
+
+
+GOOD = AdapterFiles(CONFIG, weights(1.0))
+
+
+@contextmanager
+def store(files: dict[str, bytes]) -> Iterator[str]:
+    """A store that holds `files`, by path."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = files.get(self.path)
+            self.send_response(404 if body is None else 200)
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, format: str, *args: object) -> None:
+            return
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def files_of(digest: str, adapter: AdapterFiles) -> dict[str, bytes]:
+    folder = f"/adapters/{digest}"
+    return {
+        f"{folder}/adapter_config.json": json.dumps(adapter.config).encode(),
+        f"{folder}/adapter_model.safetensors": bytes(adapter.weights),
+    }
+
+
+@pytest.fixture(params=[StoreClient, Loader])
+def client(request: pytest.FixtureRequest) -> Iterator[StoreClient | Loader]:
+    """Both in this process and in one of its own."""
+    client = request.param()
+    yield client
+    if isinstance(client, Loader):
+        client.close()
+
+
+def test_a_store_that_lacks_it_or_gives_something_else_is_passed_over(client: StoreClient | Loader) -> None:
+    digest = digest_of(GOOD)
+    with (
+        store({}) as empty,
+        store(files_of(digest, AdapterFiles(CONFIG, weights(2.0)))) as wrong,
+        store(files_of(digest, GOOD)) as good,
+    ):
+        client.set_urls((empty, wrong, "http://127.0.0.1:9", good))
+        assert client.fetch(digest) == GOOD
+
+
+def test_what_no_store_has_is_not_found_at_once(client: StoreClient | Loader) -> None:
+    with store({}) as one, store({}) as other:
+        client.set_urls((one, other))
+        with pytest.raises(NotFound, match="no adapter store has"):
+            client.fetch("0" * 64)
+
+
+def test_a_fetch_waits_for_the_first_store(client: StoreClient | Loader) -> None:
+    digest = digest_of(GOOD)
+    with store(files_of(digest, GOOD)) as good:
+        found: list[AdapterFiles | Rows] = []
+        thread = threading.Thread(target=lambda: found.append(client.fetch(digest)))
+        thread.start()
+        client.set_urls((good,))
+        thread.join(30)
+        assert found == [GOOD]
+
+
+def test_adapters_for_a_known_model_come_packed_also_after_a_death() -> None:
+    digest, name = digest_of(GOOD), "model.layers.0.self_attn.q_proj"
+    served = ServedModel(
+        model="m", name="m", fingerprint="", model_type="", vocab_size=10, max_model_len=10,
+        sites=[SiteShape(name, 4, 4)],
+    )  # fmt: skip
+    sites = [RowSite(name, 4, 4, "bfloat16")]
+    expected = RowPacker(sites, served).pack(GOOD.config, GOOD.weights, bytearray)
+    assert expected is not None
+    loader = Loader()
+    with closing(loader), store(files_of(digest, GOOD)) as good:
+        loader.set_urls((good,))
+        assert isinstance(loader.fetch(digest), AdapterFiles)
+        loader.describe(sites, served, "")
+        for _ in range(2):
+            rows = loader.fetch(digest)
+            assert isinstance(rows, Rows)
+            assert bytes(rows.buffer) == bytes(expected.buffer)
+            assert (rows.ranks.tolist(), rows.scales.tolist()) == ([2], [2.0])
+            os.kill(loader.pid, signal.SIGKILL)

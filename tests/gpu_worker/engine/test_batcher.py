@@ -1,0 +1,461 @@
+"""The batcher against a simulated cache: whatever it plans, every token's keys and values are where they must be."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from gpu_worker.engine.batcher import BLOCK_TOKENS, MAX_SKIPS, Batcher, Limits, StepPlan
+from gpu_worker.engine.blocks import BlockPool
+from gpu_worker.engine.request import EngineRequest, Sequence
+from gpu_worker.engine.speculation import Drafter
+from protocol.wire.messages import Sampling, StepModel
+
+
+class Gate:
+    """Adapters that are there or not."""
+
+    def __init__(self) -> None:
+        self.resident: set[str] = set()
+        self.refs: dict[str, int] = {}
+
+    def acquire(self, digest: str) -> int | None:
+        if digest not in self.resident:
+            return None
+        self.refs[digest] = self.refs.get(digest, 0) + 1
+        return ord(digest)
+
+    def release(self, digest: str) -> None:
+        self.refs[digest] -= 1
+        assert self.refs[digest] >= 0
+
+
+def make_seq(
+    rid: str, prompt: np.ndarray, max_new: int, digest: str = "", output: list[int] | None = None, **more: Any
+) -> Sequence:
+    request = EngineRequest(rid, 1, digest, prompt.astype(np.int32), Sampling(), max_new, output or [], **more)
+    seq = Sequence(request, 1 << 20)
+    seq.is_bound = True
+    return seq
+
+
+def make_batcher(
+    num_blocks: int, max_num_seqs: int = 8, max_step_tokens: int = 64, *, prefix_cache: bool = True
+) -> tuple[Batcher, Gate]:
+    gate = Gate()
+    limits = Limits(max_num_seqs, max_step_tokens, prefix_cache)
+    return Batcher(limits, BlockPool(num_blocks), gate, "base"), gate
+
+
+class Cache:
+    """What each slot of the paged cache holds: a hash of all the tokens up to it and of the adapter."""
+
+    def __init__(self) -> None:
+        self.slots: dict[tuple[int, int], bytes] = {}
+
+    def run(self, plan: StepPlan) -> None:
+        """Compute a plan's tokens, checking that all tokens before them are in place."""
+        for seq, num_new in plan.num_new.items():
+            chain = hashlib.sha256(seq.request.digest.encode()).digest()
+            tokens = np.concatenate((seq.tokens, np.array(plan.drafts.get(seq, []), np.int32)))
+            assert len(seq.blocks) * BLOCK_TOKENS >= seq.num_computed + num_new
+            for at in range(seq.num_computed + num_new):
+                chain = hashlib.sha256(chain + tokens[at].tobytes()).digest()
+                slot = (seq.blocks[at // BLOCK_TOKENS], at % BLOCK_TOKENS)
+                if at < seq.num_computed:
+                    assert self.slots[slot] == chain, f"{seq.rid} reads a wrong cache entry at {at}"
+                else:
+                    self.slots[slot] = chain
+
+
+class BatcherMachine(RuleBasedStateMachine):
+    """Requests of three adapters with common beginnings come, run, are cancelled; adapters come late."""
+
+    @initialize(
+        num_blocks=st.integers(6, 20), step_tokens=st.integers(4, 40), prefix_cache=st.booleans(),
+        drafts=st.sampled_from([0, 3, 20]), token_s=st.sampled_from([0.0, 2.0]),
+    )  # fmt: skip
+    def start(self, num_blocks: int, step_tokens: int, prefix_cache: bool, drafts: int, token_s: float) -> None:
+        self.limits = Limits(4, step_tokens, prefix_cache, drafts, max_draft_step_tokens=step_tokens)
+        self.gate = Gate()
+        self.blocks = BlockPool(num_blocks)
+        self.batcher = Batcher(self.limits, self.blocks, self.gate, "base")
+        self.batcher.step_model = StepModel(a=1.0, b=token_s)
+        self.paused = False
+        self.cache = Cache()
+        self.rng = np.random.default_rng(0)
+        self.max_len = num_blocks * BLOCK_TOKENS
+        self.count = 0
+
+    @rule(
+        kind=st.integers(0, 2), length=st.integers(1, 80), max_new=st.integers(1, 40),
+        digest=st.sampled_from(["", "a", "b"]), resumed=st.integers(0, 20), standing=st.integers(0, 2),
+    )  # fmt: skip
+    def add(self, kind: int, length: int, max_new: int, digest: str, resumed: int, standing: int) -> None:
+        length = min(length, self.max_len - 1)
+        max_new = min(max_new, self.max_len - length)
+        prompt = np.arange(length) * (kind + 1)
+        output = [7 * kind] * min(resumed, max_new - 1)
+        self.count += 1
+        seq = make_seq(
+            str(self.count), prompt, max_new, digest, output, over_share=standing > 0, gives_way=standing > 1
+        )
+        seq.drafter = Drafter(self.limits.max_draft_tokens) if self.limits.max_draft_tokens else None
+        self.batcher.add(seq)
+
+    @rule(digest=st.sampled_from(["a", "b"]))
+    def adapter_arrives(self, digest: str) -> None:
+        self.gate.resident.add(digest)
+
+    @rule(digest=st.sampled_from(["a", "b"]))
+    def adapter_leaves(self, digest: str) -> None:
+        if not self.gate.refs.get(digest):
+            self.gate.resident.discard(digest)
+
+    @precondition(lambda self: len(self.batcher))
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.batcher.remove(data.draw(st.sampled_from(list(self.batcher))))
+
+    @rule()
+    def step(self) -> None:
+        running = list(self.batcher.running)
+        plan = self.batcher.plan()
+        assert plan.num_tokens <= self.limits.max_step_tokens
+        assert len(self.batcher.running) <= self.limits.max_num_seqs
+        assert set(plan.num_new) <= set(self.batcher.running)
+        if not all(seq.over_share for seq in plan.preempted):
+            assert not any(seq.over_share for seq in self.batcher.running), "theirs are the first to go"
+        decodes = [seq for seq in running if seq.num_pending == 1 and seq not in plan.preempted]
+        decodes.sort(key=lambda seq: seq.gives_way)
+        may_pause = self.batcher.step_model.b > 0 and not self.paused
+        self.paused = list(plan.num_new)[: len(decodes)] != decodes
+        if self.paused:
+            assert may_pause
+            assert plan.num_new.keys() - set(decodes), "nobody has anything of it"
+            assert not any(seq.gives_way for seq in plan.num_new)
+            decodes = [seq for seq in decodes if not seq.gives_way]
+            assert list(plan.num_new)[: len(decodes)] == decodes
+        if any(not seq.request.digest or seq.request.digest in self.gate.resident for seq in self.batcher):
+            assert plan.num_new, "nothing runs though something could"
+        self.cache.run(plan)
+        self.batcher.complete(plan)
+        for seq in plan.num_new:
+            if seq.num_pending == 0:
+                guesses = plan.drafts.get(seq, [])
+                num_right = int(self.rng.integers(len(guesses) + 1))
+                for token in guesses[:num_right]:
+                    seq.append(token)
+                seq.append(int(self.rng.integers(5)))
+                self.batcher.advance(seq, num_right)
+                if seq.drafter is not None and guesses:
+                    seq.drafter.learn(len(guesses), num_right)
+                if seq.num_tokens >= seq.max_tokens:
+                    self.batcher.remove(seq)
+
+    @invariant()
+    def consistent(self) -> None:
+        self.batcher.check_integrity()
+        refs = [seq.request.digest for seq in self.batcher.running if seq.request.digest]
+        assert {d: n for d, n in self.gate.refs.items() if n} == {d: refs.count(d) for d in set(refs)}
+
+    def teardown(self) -> None:
+        """Whatever happened: once all adapters are there, everything ends within a bounded number of steps."""
+        if not hasattr(self, "batcher"):
+            return
+        self.gate.resident = {"a", "b"}
+        most = sum(2 * seq.max_tokens for seq in self.batcher) + MAX_SKIPS
+        for _ in range(most):
+            if not len(self.batcher):
+                break
+            self.step()
+        assert not len(self.batcher)
+        assert self.blocks.num_free == self.blocks.num_blocks
+
+
+TestBatcherMachine = BatcherMachine.TestCase
+TestBatcherMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+def finish_step(batcher: Batcher, plan: StepPlan) -> None:
+    batcher.complete(plan)
+    for seq in plan.num_new:
+        if seq.num_pending == 0:
+            seq.append(1)
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_decodes() -> None:
+    batcher, _ = make_batcher(64, max_step_tokens=32)
+    short, long = make_seq("short", np.arange(4), 50), make_seq("long", np.arange(100), 50)
+    batcher.add(short)
+    finish_step(batcher, batcher.plan())
+    batcher.add(long)
+    chunks = []
+    while long.num_computed < 100:
+        plan = batcher.plan()
+        assert plan.num_new[short] == 1
+        chunks.append(plan.num_new[long])
+        finish_step(batcher, plan)
+    assert chunks == [31, 31, 31, 7]
+
+
+def test_prompts_that_give_way_come_last_and_in_short_steps() -> None:
+    batcher, _ = make_batcher(64, max_num_seqs=8, max_step_tokens=64)
+    flood = [make_seq(f"flood{i}", np.arange(20) + i, 50, gives_way=True) for i in range(5)]
+    for seq in flood:
+        batcher.add(seq)
+    plan = batcher.plan()
+    assert plan.num_new == {flood[0]: 16}, "twice as many tokens as there can be decodes"
+    finish_step(batcher, plan)
+    quiet = make_seq("quiet", np.arange(40) + 100, 50)
+    batcher.add(quiet)
+    plan = batcher.plan()
+    assert plan.num_new == {quiet: 40}, "not even a prompt that was begun goes on before it"
+    finish_step(batcher, plan)
+    plan = batcher.plan()
+    assert plan.num_new == {quiet: 1, flood[0]: 4, flood[1]: 11}
+    finish_step(batcher, plan)
+    batcher.add(make_seq("another", np.arange(8) + 200, 50))
+    plan = batcher.plan()
+    assert {seq.rid: num for seq, num in plan.num_new.items()} == {"flood0": 1, "quiet": 1, "another": 8, "flood1": 6}
+
+
+@pytest.mark.parametrize(("token_s", "pauses"), [(0.3, True), (0.2, False)])
+def test_decodes_that_give_way_pause_beside_anothers_prompt_if_they_are_worth_a_step(
+    token_s: float, pauses: bool
+) -> None:
+    batcher, _ = make_batcher(64, max_num_seqs=8, max_step_tokens=64)
+    batcher.step_model = StepModel(a=1.0, b=token_s)
+    flood = [make_seq(f"flood{i}", np.arange(4) + i, 50, gives_way=True) for i in range(4)]
+    for seq in flood:
+        batcher.add(seq)
+    finish_step(batcher, batcher.plan())
+    quiet = [make_seq(f"quiet{i}", np.arange(60) + 100 * i, 50) for i in range(2)]
+    batcher.add(quiet[0])
+    plan = batcher.plan()
+    assert plan.num_new == ({} if pauses else dict.fromkeys(flood, 1)) | {quiet[0]: 60}
+    finish_step(batcher, plan)
+    batcher.add(quiet[1])
+    plan = batcher.plan()
+    assert plan.num_new == {quiet[0]: 1, **dict.fromkeys(flood, 1), quiet[1]: 59}, "never two steps in a row"
+    finish_step(batcher, plan)
+    assert batcher.plan().num_new == dict.fromkeys([*quiet[:2], *flood], 1), "beside decodes alone they go on"
+
+
+def test_a_second_equal_prompt_computes_only_its_last_block() -> None:
+    batcher, _ = make_batcher(64)
+    first, second = make_seq("1", np.arange(48), 4), make_seq("2", np.arange(48), 4)
+    batcher.add(first)
+    finish_step(batcher, batcher.plan())
+    batcher.add(second)
+    assert batcher.plan().num_new[second] == 16
+    assert second.num_cached == 32
+    assert second.blocks[:2] == first.blocks[:2]
+
+
+def test_another_adapter_shares_no_block() -> None:
+    batcher, gate = make_batcher(64)
+    gate.resident = {"a"}
+    batcher.add(make_seq("1", np.arange(48), 4))
+    finish_step(batcher, batcher.plan())
+    other = make_seq("2", np.arange(48), 4, digest="a")
+    batcher.add(other)
+    assert batcher.plan().num_new[other] == 48
+
+
+def activated(rid: str, prompt: np.ndarray, active_from: int, num_base: int) -> Sequence:
+    """Return a sequence whose adapter sets in at a token, `num_base` tokens being the base model's before it."""
+    seq = make_seq(rid, prompt, 4, digest="a")
+    seq.activates, seq.active_from, seq.num_base = True, active_from, num_base
+    return seq
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ((40, 40), None, 2),  # the base model's blocks before the invocation, either way
+        (None, (40, 40), 2),
+        ((40, 40), (40, 40), 3),
+        ((40, 40), (24, 24), 1),
+        ((40, 40), (20, 20), 1),
+        ((0, 0), (40, 40), 0),
+        ((0, 0), (40, 0), 0),  # what sets in is not all it changes: nothing is the base model's
+        ((40, 0), (40, 0), 3),
+        ((40, 0), None, 0),
+        ((1 << 40, 1 << 40), None, 3),  # never
+    ],
+)
+def test_blocks_before_an_invocation_are_shared_with_the_base(
+    first: tuple[int, int] | None, second: tuple[int, int] | None, shared: int
+) -> None:
+    batcher, gate = make_batcher(64, max_step_tokens=256)
+    gate.resident = {"a"}
+    prompt = np.arange(50)
+    seqs = [make_seq(str(i), prompt, 4) if at is None else activated(str(i), prompt, *at) for i, at in
+            enumerate((first, second))]  # fmt: skip
+    batcher.add(seqs[0])
+    finish_step(batcher, batcher.plan())
+    batcher.add(seqs[1])
+    assert batcher.plan().num_new[seqs[1]] == 50 - 16 * shared
+    batcher.check_integrity()
+
+
+def test_a_request_not_bound_to_its_adapter_waits() -> None:
+    batcher, gate = make_batcher(64)
+    gate.resident = {"a"}
+    seq = make_seq("x", np.arange(8), 4, digest="a")
+    seq.is_bound = False
+    batcher.add(seq)
+    assert not batcher.plan().num_new
+    seq.is_bound = True
+    assert batcher.plan().num_new == {seq: 8}
+
+
+def test_a_request_without_its_adapter_is_passed_over() -> None:
+    batcher, gate = make_batcher(64)
+    cold, warm = make_seq("cold", np.arange(8), 4, digest="a"), make_seq("warm", np.arange(8), 4)
+    batcher.add(cold)
+    batcher.add(warm)
+    assert list(batcher.plan().num_new) == [warm]
+    gate.resident = {"a"}
+    assert set(batcher.plan().num_new) == {cold, warm}
+    assert cold.slot == ord("a")
+
+
+def test_the_latest_arrival_is_preempted_and_keeps_its_tokens() -> None:
+    batcher, _ = make_batcher(4, prefix_cache=False)
+    first, second = make_seq("1", np.arange(31), 20), make_seq("2", np.arange(15), 20)
+    batcher.add(first)
+    finish_step(batcher, batcher.plan())
+    batcher.add(second)
+    preempted = []
+    for _ in range(4):
+        plan = batcher.plan()
+        preempted += plan.preempted
+        finish_step(batcher, plan)
+    assert preempted == [second]
+    assert second.num_computed == 0
+    assert second.num_tokens > 15
+    assert list(batcher.waiting) == [second]
+    batcher.remove(first)
+    assert batcher.plan().num_new == {second: second.num_tokens}
+
+
+def test_small_requests_overtake_a_large_one_only_for_a_while() -> None:
+    batcher, _ = make_batcher(8, prefix_cache=False)
+    holder = make_seq("holder", np.arange(16), 1000)
+    batcher.add(holder)
+    batcher.complete(batcher.plan())
+    large = make_seq("large", np.arange(112), 4)
+    batcher.add(large)
+    overtaking = 0
+    for i in range(2 * MAX_SKIPS):
+        small = make_seq(f"small{i}", np.arange(8), 1)
+        batcher.add(small)
+        plan = batcher.plan()
+        batcher.complete(plan)
+        if small in plan.num_new:
+            overtaking += 1
+            batcher.remove(small)
+    assert overtaking == MAX_SKIPS
+    batcher.remove(holder)
+    assert large in batcher.plan().num_new
+
+
+def test_others_take_the_places_of_those_over_their_share_the_latest_first() -> None:
+    batcher, gate = make_batcher(64, max_num_seqs=3)
+    gate.resident = {"a"}
+    flood = [make_seq(f"flood{i}", np.arange(40) + 50 * i, 50, "a", over_share=True) for i in range(2)]
+    first = make_seq("first", np.arange(8) + 200, 50)
+    for seq in (flood[0], first, flood[1]):
+        batcher.add(seq)
+        finish_step(batcher, batcher.plan())
+    cold = make_seq("cold", np.arange(8), 50, "b")
+    quiet = [make_seq(f"quiet{i}", np.arange(8) + 300 + 10 * i, 50) for i in range(2)]
+    batcher.add(cold)
+    assert not batcher.plan().preempted, "for what cannot run"
+    batcher.remove(cold)
+    batcher.add(quiet[0])
+    plan = batcher.plan()
+    assert (plan.preempted, set(plan.num_new)) == ([flood[1]], {flood[0], first, quiet[0]})
+    finish_step(batcher, plan)
+    another = make_seq("another", np.arange(8) + 400, 50, over_share=True)
+    batcher.add(another)
+    assert not batcher.plan().preempted, "nor for one of their own"
+    batcher.remove(another)
+    num_made = flood[1].num_output
+    batcher.remove(quiet[0])
+    assert batcher.plan().num_new[flood[1]] == 40 + num_made - 32, "its full blocks are still there"
+    for seq in quiet:
+        batcher.add(seq)
+    assert batcher.plan().preempted == [flood[1], flood[0]]
+    assert batcher.running == [first, *quiet]
+
+
+def test_others_take_the_blocks_of_those_over_their_share_where_that_is_enough() -> None:
+    batcher, _ = make_batcher(8, prefix_cache=False)
+    flood = [make_seq(f"flood{i}", np.arange(32) + 50 * i, 8, over_share=True) for i in range(2)]
+    for seq in flood:
+        batcher.add(seq)
+        finish_step(batcher, batcher.plan())
+    large, small = make_seq("large", np.arange(140), 4), make_seq("small", np.arange(60), 4)
+    batcher.add(large)
+    assert not batcher.plan().preempted, "all of them would not do"
+    batcher.remove(large)
+    batcher.add(small)
+    plan = batcher.plan()
+    assert plan.preempted == [flood[1]]
+    assert small in plan.num_new
+    batcher.check_integrity()
+
+
+def test_blocks_that_others_share_are_not_freed_by_taking_them() -> None:
+    batcher, _ = make_batcher(8)
+    holder = make_seq("holder", np.arange(65), 8)
+    flood = make_seq("flood", np.arange(65), 8, over_share=True)
+    for seq in (holder, flood):  # five blocks each, of which they share four
+        batcher.add(seq)
+        finish_step(batcher, batcher.plan())
+    batcher.add(
+        make_seq("quiet", np.arange(40) + 100, 8)
+    )  # two are free, and one is to grow into: one more is not enough
+    assert not batcher.plan().preempted
+
+
+def test_one_that_gives_way_is_not_passed_over_for_ever() -> None:
+    batcher, _ = make_batcher(8, prefix_cache=False)
+    holder = make_seq("holder", np.arange(16), 1000)
+    batcher.add(holder)
+    batcher.complete(batcher.plan())
+    batcher.add(make_seq("large", np.arange(112), 4, gives_way=True))
+    small: list[Sequence] = []
+    for i in range(2 * MAX_SKIPS):
+        small.append(make_seq(f"small{i}", np.arange(8), 1))
+        batcher.add(small[-1])
+        plan = batcher.plan()
+        batcher.complete(plan)
+        if small[-1] not in plan.num_new:
+            break
+        batcher.remove(small[-1])
+    assert len(small) == MAX_SKIPS + 2
+
+
+def test_hits_on_free_blocks_count_as_taken() -> None:
+    batcher, _ = make_batcher(6)
+    first = make_seq("first", np.arange(33), 40)
+    batcher.add(first)
+    finish_step(batcher, batcher.plan())
+    batcher.remove(first)
+    holder = make_seq("holder", np.arange(40) + 100, 40)
+    batcher.add(holder)
+    finish_step(batcher, batcher.plan())
+    # Three blocks are free, two of them hold the beginning: its third and a spare one for the holder are one too many.
+    again = make_seq("again", np.arange(33), 40)
+    batcher.add(again)
+    assert list(batcher.plan().num_new) == [holder]

@@ -1,0 +1,352 @@
+"""The engine and its thread: every request ends once, whatever goes wrong with it or beside it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from factories import make_adapter, make_tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from gpu_worker.adapters.cache import failures
+from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.request import EngineRequest, TokenOutput
+from gpu_worker.load import load_engine
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
+from protocol.runtime.backoff import Backoff
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import AdapterRefused, BadRequest, LorafleetError, NotFound
+from protocol.wire.messages import Sampling
+
+PROMPT = (5, 6, 7, 8)
+GREEDY = Sampling(temperature=0.0, ignore_eos=True)
+
+
+class Store:
+    """Adapters of a folder, which can be held back."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.open = threading.Event()
+        self.open.set()
+        self.fetched: list[str] = []
+        self.tokenizers: dict[str, str] = {}  # what some of them bring
+
+    def fetch(self, digest: str) -> AdapterFiles:
+        assert self.open.wait(timeout=60)
+        self.fetched.append(digest)
+        folder = self.folder / digest
+        if not folder.is_dir():
+            raise NotFound(f"no adapter {digest}")
+        if digest == "crash":
+            raise RuntimeError("a fault of ours")
+        config, weights = parse_config((folder / CONFIG_FILE).read_bytes()), (folder / WEIGHTS_FILE).read_bytes()
+        return AdapterFiles(config, weights, self.tokenizers.get(digest, ""))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engine")
+    make_tiny_model(folder / "model")
+    make_adapter(folder / "warm", folder / "model", seed=1)
+    make_adapter(folder / "cold", folder / "model", seed=2)
+    make_adapter(folder / "wide", folder / "model", rank=64, seed=3)
+    make_adapter(folder / "cut", folder / "model", seed=4)
+    (folder / "crash").mkdir()
+    weights = folder / "cut" / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-8])
+    return folder
+
+
+class Running:
+    """An engine in its thread, and its outputs."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.store = Store(folder)
+        values = {"model": str(folder / "model"), "device": "cpu", "dtype": "float32"} | settings
+        values = {"adapter_pool_bytes": 16 << 20, "kv_cache_bytes": 16 << 20} | values
+        self.thread, self.served = load_engine(Settings(**values), self.store.fetch)
+        self.steps: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
+        self.death: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self.acks = True
+        self.thread.start(self._on_outputs, self.death.put)
+
+    def _on_outputs(self, outputs: list[TokenOutput]) -> None:
+        self.steps.put(outputs)
+        if self.acks:
+            self.thread.ack_step()
+
+    def ends(self, rids: set[str]) -> dict[str, TokenOutput]:
+        """Wait for the ends of requests; every output before them must follow on the one before."""
+        ends: dict[str, TokenOutput] = {}
+        self.ids: dict[str, list[int]] = {}
+        while rids - ends.keys():
+            for output in self.steps.get(timeout=60):
+                assert output.rid not in ends
+                ids = self.ids.setdefault(output.rid, [])
+                assert output.seq0 == len(ids)
+                ids += output.ids
+                if output.finish:
+                    ends[output.rid] = output
+        return ends
+
+
+@pytest.fixture
+def running(folder: Path) -> Iterator[Running]:
+    running = Running(folder)
+    yield running
+    running.thread.stop()
+
+
+def request(
+    rid: str, digest: str = "", num_tokens: int = 4, prompt: list[int] | None = None, **fields: Any
+) -> EngineRequest:
+    tokens = np.array([5, 6, 7, 8] if prompt is None else prompt, np.int32)
+    return EngineRequest(rid, 1, digest, tokens, fields.pop("sampling", GREEDY), num_tokens, **fields)
+
+
+def test_an_adapter_that_cannot_be_had_fails_its_requests_only(running: Running) -> None:
+    wanted = {"missing": "missing", "cut": "cut", "crash": "crash", "good": "warm", "base": ""}
+    for rid, digest in wanted.items():
+        running.thread.submit(request(rid, digest))
+    ends = running.ends(set(wanted))
+    assert {rid: end.finish for rid, end in ends.items()} == {
+        "missing": "error", "cut": "error", "crash": "error", "good": "length", "base": "length",
+    }  # fmt: skip
+    assert isinstance(ends["missing"].error, NotFound)
+    assert isinstance(ends["cut"].error, AdapterRefused)
+    assert isinstance(ends["crash"].error, LorafleetError)
+    assert "fault of ours" not in str(ends["crash"].error)
+
+
+def test_a_failed_adapter_is_tried_again_for_a_new_request(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "TROUBLE", Backoff(0.0, 0.0))
+    for _ in range(2):
+        running.thread.submit(request("x", "missing"))
+        running.ends({"x"})
+    assert running.store.fetched == ["missing", "missing"]
+
+
+def test_nothing_waits_for_a_cold_adapter(running: Running) -> None:
+    running.store.open.clear()
+    running.thread.submit(request("cold", "cold"))
+    running.thread.submit(request("base"))
+    assert running.ends({"base"})["base"].finish == "length"
+    assert running.thread.stats().waiting_adapter == 1
+    running.store.open.set()
+    assert running.ends({"cold"})["cold"].finish == "length"
+    assert "cold" in running.thread.stats().resident
+
+
+def test_stop_strings_are_found_in_the_text_of_the_adapters_own_tokenizer(folder: Path) -> None:
+    running = Running(folder)
+    own = Tokenizer(WordLevel({f"word{i}": i for i in range(running.served.vocab_size)}, "word0"))
+    running.store.tokenizers = {"warm": own.to_str(), "cut": "{"}
+    running.thread.submit(request("plain", "warm"))
+    running.ends({"plain"})
+    ids = running.ids["plain"]
+    stop = [f"word{ids[1]}"]
+    assert ids[1] != ids[0]
+    wanted = {"own": "warm", "base": "", "other": "cold"}
+    for rid, digest in wanted.items():
+        running.thread.submit(request(rid, digest, stop=stop))
+    running.thread.submit(request("cut", "cut", stop=stop))
+    ends = running.ends({*wanted, "cut"})
+    finishes = {rid: end.finish for rid, end in ends.items()}
+    assert finishes == {"own": "stop", "base": "length", "other": "length", "cut": "error"}
+    assert (running.ids["own"], ends["own"].stop) == (ids[:2], stop[0])
+    for num_known, num_new in ((1, 1), (2, 0)):  # with two, its last worker died before it said that this is the end
+        running.thread.submit(request("resumed", "warm", stop=stop, output=ids[:num_known]))
+        [end] = running.steps.get(timeout=60)
+        assert (end.finish, end.stop, end.seq0, end.ids) == ("stop", stop[0], num_known, ids[num_known:][:num_new])
+    running.thread.stop()
+
+
+def test_an_adapter_larger_than_the_pool_is_refused_with_the_reason(folder: Path) -> None:
+    running = Running(folder, adapter_pool_bytes=1 << 18)
+    running.thread.submit(request("wide", "wide"))
+    running.thread.submit(request("base"))
+    ends = running.ends({"wide", "base"})
+    assert isinstance(ends["wide"].error, AdapterRefused)
+    assert "adapter pool" in str(ends["wide"].error)
+    assert ends["base"].finish == "length"
+    running.thread.stop()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (request("bad", prompt=[]), "empty"),
+        (request("bad", prompt=[5] * 512), "at most 512"),
+        (request("bad", prompt=[5, 100_000]), "outside"),
+        (request("bad", prompt=[5, -1]), "outside"),
+        (request("bad", num_tokens=0), "max_new_tokens"),
+        (request("bad", sampling=Sampling(logit_bias={100_000: 1.0})), "outside"),
+        (request("bad", stop_token_ids=[-3]), "outside"),
+    ],
+    ids=["empty", "long", "high id", "negative id", "no tokens", "bias", "stop id"],
+)
+def test_what_cannot_be_computed_is_refused(running: Running, bad: EngineRequest, message: str) -> None:
+    running.thread.submit(bad)
+    running.thread.submit(request("good"))
+    ends = running.ends({"bad", "good"})
+    assert isinstance(ends["bad"].error, BadRequest)
+    assert message in str(ends["bad"].error)
+    assert ends["good"].finish == "length"
+
+
+def test_output_ends_at_the_models_length(running: Running) -> None:
+    running.thread.submit(request("x", prompt=[5] * 500, num_tokens=100))
+    assert running.ends({"x"})["x"].finish == "length"
+    assert len(running.ids["x"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("fields", "finish"),
+    [({"output": [9, 9, 9, 9]}, "length"), ({"output": [9, 0], "sampling": Sampling()}, "stop")],
+    ids=["length", "stop"],
+)
+def test_a_resumed_request_that_had_ended_only_ends(running: Running, fields: dict[str, Any], finish: str) -> None:
+    running.thread.submit(request("x", **fields))
+    (end,) = running.steps.get(timeout=60)
+    assert (end.finish, end.ids, end.seq0) == (finish, [], len(fields["output"]))
+
+
+def test_a_cancelled_request_is_silent_and_frees_everything(running: Running) -> None:
+    running.thread.submit(request("x", "warm", num_tokens=400))
+    running.steps.get(timeout=60)
+    running.thread.cancel(["x", "never-seen"])
+    running.thread.submit(request("y"))
+    steps = [running.steps.get(timeout=60)]
+    while not any(output.finish for output in steps[-1]):
+        steps.append(running.steps.get(timeout=60))
+    rids = [{output.rid for output in step} for step in steps]
+    assert rids[-4:] == [{"y"}] * 4
+    assert all(step == {"x"} for step in rids[:-4])
+    stats = running.thread.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    assert stats.kv_blocks_free == stats.kv_blocks_total
+
+
+def test_a_request_delivered_twice_runs_once_and_a_newer_epoch_takes_its_place(running: Running) -> None:
+    running.store.open.clear()
+    for epoch in (1, 1, 3, 2):
+        running.thread.submit(replace(request("x", "warm"), epoch=epoch))
+    running.store.open.set()
+    assert running.ends({"x"})["x"].epoch == 3
+    assert len(running.ids["x"]) == 4
+    assert running.thread.stats().running == 0
+
+
+def test_a_leak_is_a_crash(folder: Path) -> None:
+    running = Running(folder)
+    running.thread.engine.blocks.allocate(1)
+    running.thread.submit(request("x"))
+    assert isinstance(running.death.get(timeout=60), AssertionError)
+    running.thread.stop()
+
+
+def test_handing_over_names_every_request_and_forgets_it(running: Running) -> None:
+    running.store.open.clear()
+    for rid, digest in (("a", "warm"), ("b", ""), ("c", "")):
+        running.thread.submit(request(rid, digest, num_tokens=400))
+    assert sorted(running.thread.hand_over().result(timeout=60)) == ["a", "b", "c"]
+    running.store.open.set()
+    running.thread.submit(request("d"))
+    assert running.ends({"d"})["d"].finish == "length"
+
+
+def test_the_engine_waits_for_steps_to_be_acknowledged(folder: Path) -> None:
+    running = Running(folder)
+    running.acks = False
+    running.thread.submit(request("x", num_tokens=50))
+    running.thread.submit(request("last", num_tokens=1))
+    most = running.thread._max_unacked
+    steps = [running.steps.get(timeout=60) for _ in range(most)]
+    assert running.thread.hand_over().result(timeout=60) == ["x"]
+    assert running.steps.empty()
+    assert sum(len(output.ids) for step in steps for output in step if output.rid == "x") <= most
+    for _ in range(most):
+        running.thread.ack_step()
+    running.thread.submit(request("y", num_tokens=2))
+    assert running.steps.get(timeout=60)[0].rid == "y"
+    running.thread.stop()
+
+
+def test_a_crash_is_reported_once_and_nothing_hangs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Running(folder)
+
+    def crash(_engine: Engine) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(Engine, "step", crash)
+    running.thread.submit(request("x"))
+    assert str(running.death.get(timeout=60)) == "out of luck"
+    running.thread.submit(request("y"))
+    assert running.thread.hand_over().result(timeout=60) == []
+    running.thread.stop()
+    assert running.death.empty()
+
+
+def test_stopping_ends_the_thread_without_a_death(folder: Path) -> None:
+    running = Running(folder)
+    running.thread.submit(request("x", num_tokens=400))
+    running.thread.stop()
+    assert running.death.empty()
+    assert not running.thread._thread.is_alive()
+
+
+def test_prefetching_makes_an_adapter_resident(running: Running) -> None:
+    running.thread.prefetch("warm")
+    running.thread.prefetch("missing")
+    running.thread.submit(request("x", "warm"))
+    running.ends({"x"})
+    assert running.store.fetched.count("warm") == 1
+
+
+def test_served_model_tells_what_adapters_can_target(running: Running) -> None:
+    sites = {site.name: site for site in running.served.sites}
+    assert sites["model.layers.1.self_attn.k_proj"].out_features == 32
+    assert sites["lm_head"].kind == "linear"
+    assert sites["model.embed_tokens"].kind == "embedding"
+    assert sites["model.layers.0.input_layernorm"].kind == "norm"
+    assert len(sites) == 2 * 7 + 2 + 2 * 2 + 1
+    assert running.served.max_model_len == 512
+
+
+def test_what_steps_cost_is_learnt_with_the_adapters_that_ran(running: Running) -> None:
+    engine = running.thread.engine
+    learnt: list[tuple[float, int, int, int]] = []
+    engine._fit.add = lambda *step: learnt.append(step)
+    running.thread.submit(request("x", "warm", num_tokens=3))
+    running.ends({"x"})
+    works = [work for _, *work in learnt]
+    assert works == [[4, 4, 8], [1, 5, 8], [1, 6, 8]]
+    assert all(seconds > 0 for seconds, *_ in learnt)
+
+
+def test_a_worker_counts_what_it_did(folder: Path) -> None:
+    """In a pool with room for one adapter."""
+    running = Running(folder, adapter_pool_bytes=160_000)
+    prompt = list(range(5, 45))
+    for rid, digest in (("a", "warm"), ("b", "warm"), ("c", "cold")):
+        running.thread.submit(request(rid, digest, num_tokens=3, prompt=prompt))
+        running.ends({rid})
+    running.thread.stop()
+    stats = running.thread.engine.stats()
+    counters = stats.counters
+    assert counters.num_steps == 9
+    assert counters.num_output_tokens == 9
+    assert counters.num_cached_tokens == 32  # of the second request, whose prompt and adapter were known
+    assert counters.num_computed_tokens == 3 * (40 + 2) - 32
+    assert (stats.num_loads, counters.num_evictions) == (2, 1)
+    phases = (counters.plan_s, counters.inputs_s, counters.forward_s, counters.sample_s, counters.finish_s)
+    assert all(seconds > 0 for seconds in phases)

@@ -1,0 +1,77 @@
+"""The model of step time finds the terms that made the times, and nothing before it has seen enough."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpu_worker.engine.step_model import MIN_STEPS, StepFit
+from protocol.wire.messages import StepModel
+
+
+def steps(num: int, seed: int = 0) -> list[tuple[int, int, int]]:
+    """Return (tokens, kv_tokens, ranks) of decodes and prefills, mixed."""
+    rng = np.random.default_rng(seed)
+    tokens = np.where(rng.random(num) < 0.3, rng.integers(100, 512, num), rng.integers(1, 64, num))
+    return list(
+        zip(tokens.tolist(), rng.integers(0, 50_000, num).tolist(), rng.integers(0, 600, num).tolist(), strict=True)
+    )
+
+
+def fit(truth: StepModel, num: int, noise: float = 0.0) -> StepModel:
+    fitted = StepFit()
+    rng = np.random.default_rng(1)
+    for tokens, kv, ranks in steps(num):
+        seconds = truth.a + truth.b * tokens + truth.c * kv + truth.d * ranks
+        fitted.add(seconds * (1 + noise * rng.standard_normal()), tokens, kv, ranks)
+    return fitted.model()
+
+
+def test_the_terms_are_found() -> None:
+    truth = StepModel(a=0.01, b=5e-4, c=2e-8, d=1e-5)
+    found = fit(truth, 400, noise=0.02)
+    assert found.a == pytest.approx(truth.a, rel=0.15)
+    assert found.b == pytest.approx(truth.b, rel=0.05)
+    assert found.c == pytest.approx(truth.c, rel=0.5)
+    assert found.d == pytest.approx(truth.d, rel=0.15)
+
+
+def test_steps_that_are_slow_by_chance_count_as_much_as_others() -> None:
+    """The sum of many steps comes out right."""
+    fitted, rng, sums = StepFit(), np.random.default_rng(2), np.zeros(2)
+    for tokens, kv, ranks in steps(3000):
+        seconds = (0.01 + 5e-4 * tokens) * rng.gamma(6.0, 1 / 6.0)  # standard deviation 40 %
+        model = fitted.model()
+        sums += (seconds, model.a + model.b * tokens + model.c * kv + model.d * ranks)
+        fitted.add(seconds, tokens, kv, ranks)
+    assert sums[1] == pytest.approx(sums[0], rel=0.05)
+
+
+def test_no_term_is_negative() -> None:
+    truth = StepModel(a=0.01, b=5e-4, c=-1e-8, d=0.0)
+    found = fit(truth, 400, noise=0.05)
+    assert min(found.a, found.b, found.c, found.d) >= 0
+    assert found.b == pytest.approx(truth.b, rel=0.2)
+
+
+def test_a_term_that_never_varied_takes_no_time() -> None:
+    fitted = StepFit()
+    for tokens, _, _ in steps(100):
+        fitted.add(0.01 + 5e-4 * tokens, tokens, 0, 0)
+    found = fitted.model()
+    assert (found.c, found.d) == (0.0, 0.0)
+    assert found.b == pytest.approx(5e-4, rel=0.01)
+
+
+def test_few_steps_tell_nothing() -> None:
+    truth = StepModel(a=0.01, b=5e-4)
+    assert fit(truth, MIN_STEPS - 1) == StepModel()
+    assert fit(truth, MIN_STEPS) != StepModel()
+
+
+def test_a_change_is_followed() -> None:
+    fitted = StepFit()
+    for slowness in (1.0, 3.0):
+        for tokens, kv, ranks in steps(3000):
+            fitted.add(slowness * (0.01 + 5e-4 * tokens), tokens, kv, ranks)
+    assert fitted.model().b == pytest.approx(1.5e-3, rel=0.05)

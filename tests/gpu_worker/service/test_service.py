@@ -1,0 +1,333 @@
+"""The worker's shell on a real queue, around an engine without a model: what becomes durable, and who owns it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from script_queue import written
+from waiting import wait_until
+
+from benchmarks.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine, expected_token, fake_served
+from gpu_worker.service.service import Worker, publish_served
+from protocol.queue.bus import Bus, Refused, Step, decode, now_ms
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import Internal
+
+GATEWAY = "g-test"
+VOCAB = 1000
+PROMPT = np.arange(1, 6, dtype="<i4")
+
+
+@asynccontextmanager
+async def running_worker(
+    bus: Bus, *, step_s: float = 0.002, **settings: Any
+) -> AsyncIterator[tuple[Worker, asyncio.Event]]:
+    """A worker on the queue; leaving the block drains it."""
+    engine = FakeEngine(step_s=step_s, vocab_size=VOCAB)
+    own = Bus(bus.url)
+    worker = Worker(own, engine, fake_served(vocab_size=VOCAB), Settings(worker_name="w", **settings))
+    stop = asyncio.Event()
+    task = asyncio.create_task(worker.run(stop))
+    try:
+        await wait_until(lambda: _beats(bus, worker), "the worker beats")
+        yield worker, stop
+    finally:
+        stop.set()
+        await task
+        engine.stop()
+        await own.close()
+
+
+async def submit(bus: Bus, rid: str, *, max_new: int = 8, cls: str = "interactive") -> None:
+    sub = m.Submit(
+        rid=rid, tenant="t", cls=cls, digest="", num_prompt_tokens=len(PROMPT), max_new_tokens=max_new,
+        deadline_ms=now_ms() + 60_000, gateway=GATEWAY,
+    )  # fmt: skip
+    body = m.Body(prompt=PROMPT.tobytes(), sampling=m.Sampling(), max_new_tokens=max_new)
+    status, _ = await bus.submit(cls, [(sub, body)], max_queued=100)
+    assert status == "ok"
+
+
+async def assign(bus: Bus, wid: str, *rids: str, gives_way: bool = False) -> str:
+    batch = []
+    for rid in rids:
+        epoch = int(await bus.redis.hget(bus.keys.req(rid), "epoch"))
+        batch.append((m.Assigned(rid, epoch + 1, "", "t", GATEWAY, gives_way=gives_way), epoch))
+    status, _ = await bus.assign(wid, batch)
+    return status
+
+
+async def state(bus: Bus, rid: str) -> str:
+    return (await bus.redis.hget(bus.keys.req(rid), "state")).decode()
+
+
+async def log(bus: Bus, rid: str) -> list[int]:
+    return np.frombuffer(await written(bus, rid), "<i4").tolist()
+
+
+async def deltas(bus: Bus, rid: str) -> list[m.Delta]:
+    entries = await bus.entries(bus.keys.out(GATEWAY))
+    return [d for entry in entries if entry[1][b"b"] for d in decode(entry[1][b"b"], list[m.Delta]) if d.rid == rid]
+
+
+def expected(num: int) -> list[int]:
+    return [expected_token(PROMPT, position, VOCAB) for position in range(num)]
+
+
+async def test_a_batch_runs_to_its_end_and_leaves_no_work_behind(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    async with running_worker(bus) as (worker, _):
+        for rid, num in (("a", 3), ("b", 8)):
+            await submit(bus, rid, max_new=num)
+        given: list[bool] = []
+        submit_to_engine = worker.engine.submit
+        worker.engine.submit = lambda request: (given.append(request.gives_way), submit_to_engine(request))
+        assert await assign(bus, worker.wid, "a", "b", gives_way=True) == "ok"
+        for rid, num in (("a", 3), ("b", 8)):
+            await wait_until(lambda rid=rid: _is(bus, rid, "completed"), f"{rid} completes")
+            assert await log(bus, rid) == expected(num)
+            seen = await deltas(bus, rid)
+            assert b"".join(delta.ids for delta in seen) == np.asarray(expected(num), "<i4").tobytes()
+            assert [delta.finish for delta in seen if delta.finish] == ["length"]
+            assert seen[-1].usage == m.Usage(len(PROMPT), num, 0)
+        assert await bus.redis.xlen(bus.keys.work(worker.wid)) == 0
+        ended = [item for entry in await bus.entries(bus.keys.ended) for item in decode(entry[1][b"b"], list[m.Ended])]
+        assert sorted((item.rid, item.num_output_tokens) for item in ended) == [("a", 3), ("b", 8)]
+        assert given == [True, True]
+
+
+async def test_a_drained_worker_hands_over_and_another_goes_on_where_it_stopped(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await submit(bus, "r", max_new=60)
+    async with running_worker(bus) as (first, _):
+        await assign(bus, first.wid, "r")
+        await wait_until(lambda: _has_tokens(bus, "r", 5), "some tokens are durable")
+    assert await state(bus, "r") == "queued"
+    assert not await bus.redis.exists(bus.keys.work(first.wid), bus.keys.ctl(first.wid))
+    assert first.wid not in await bus.members(bus.keys.workers)
+    done = len(await log(bus, "r"))
+    assert 5 <= done < 60
+    async with running_worker(bus) as (second, _):
+        await assign(bus, second.wid, "r")
+        await wait_until(lambda: _is(bus, "r", "completed"), "the second worker finishes")
+    assert await log(bus, "r") == expected(60)
+    assert int(await bus.redis.hget(bus.keys.req("r"), "attempts")) == 0
+
+
+async def test_a_fenced_worker_writes_nothing_more(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await submit(bus, "r", max_new=500)
+    async with running_worker(bus) as (worker, _):
+        await assign(bus, worker.wid, "r")
+        await wait_until(lambda: _has_tokens(bus, "r", 3), "some tokens are durable")
+        assert await bus.requeue(worker.wid, ["r"], counts=True, max_attempts=3) == {"r": "requeued"}
+        length = len(await log(bus, "r"))
+        await wait_until(lambda: "r" not in worker.ledger.held, "the worker lets go")
+        assert len(await log(bus, "r")) == length
+        assert worker.engine.stats().running == 0
+    assert await state(bus, "r") == "queued"
+
+
+async def test_cancel_ends_a_running_request_once_with_its_usage(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await submit(bus, "r", max_new=5000)
+    async with running_worker(bus) as (worker, _):
+        await assign(bus, worker.wid, "r")
+        await wait_until(lambda: _has_tokens(bus, "r", 3), "some tokens are durable")
+        await bus.cancel("r")
+        await wait_until(lambda: _is(bus, "r", "cancelled"), "it is cancelled")
+        ends = [delta for delta in await deltas(bus, "r") if delta.finish]
+        assert [delta.finish for delta in ends] == ["cancelled"]
+        assert ends[0].usage is not None
+        assert ends[0].usage.num_output_tokens == len(await log(bus, "r"))
+        assert await bus.redis.xlen(bus.keys.work(worker.wid)) == 0
+        assert worker.engine.stats().running == 0
+
+
+async def test_the_order_to_cancel_may_get_lost(bus: Bus) -> None:
+    """The flag alone stops a request: the next step is refused for it, and only for it."""
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    for rid in ("r", "other"):
+        await submit(bus, rid, max_new=200)
+    async with running_worker(bus) as (worker, _):
+        await assign(bus, worker.wid, "r", "other")
+        await wait_until(lambda: _has_tokens(bus, "r", 3), "some tokens are durable")
+        # What the cancel script does, but for the order.
+        await bus.redis.hset(bus.keys.req("r"), "cancel", 1)
+        await bus.redis.hdel(bus.keys.own(worker.wid), "r")
+        await bus.redis.hset(bus.keys.own(worker.wid), "", "another")
+        await wait_until(lambda: _is(bus, "r", "cancelled"), "it is cancelled")
+        await wait_until(lambda: _is(bus, "other", "completed"), "the other one completes")
+        assert await log(bus, "other") == expected(200)
+
+
+async def test_a_log_that_lost_its_end_is_mended_before_more_is_written(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await submit(bus, "r", max_new=100)
+    async with running_worker(bus, step_s=0.01) as (worker, _):
+        await assign(bus, worker.wid, "r")
+        await wait_until(lambda: _has_tokens(bus, "r", 10), "some tokens are durable")
+        short = (await bus.redis.get(bus.keys.tok("r")))[: 4 * 4]
+        await bus.redis.set(bus.keys.tok("r"), short, ex=600)
+        await wait_until(lambda: _is(bus, "r", "completed"), "it completes")
+    assert await log(bus, "r") == expected(100)
+
+
+async def test_workers_of_another_model_may_not_join(bus: Bus) -> None:
+    await publish_served(bus, fake_served(vocab_size=VOCAB))
+    async with running_worker(bus):
+        with pytest.raises(Internal, match="cannot join"):
+            await publish_served(bus, fake_served("other", vocab_size=17))
+    await publish_served(bus, fake_served("other", vocab_size=17))  # nobody serves the old one any more
+
+
+async def test_a_worker_taken_for_dead_joins_again_under_a_new_id(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    for rid in ("r", "next"):
+        await submit(bus, rid, max_new=300)
+    async with running_worker(bus) as (worker, _):
+        old = worker.wid
+        await assign(bus, old, "r")
+        await wait_until(lambda: _has_tokens(bus, "r", 3), "some tokens are durable")
+        await bus.requeue(old, ["r"], counts=True, max_attempts=3)
+        await bus.leave(old)
+        length = len(await log(bus, "r"))
+        await wait_until(lambda: worker.wid != old, "it has a new id")
+        await wait_until(lambda: _beats(bus, worker), "it beats again")
+        assert await bus.members(bus.keys.workers) == [worker.wid]
+        assert len(await log(bus, "r")) == length
+        assert await assign(bus, worker.wid, "next", "r") == "ok"
+        for rid in ("r", "next"):
+            await wait_until(lambda rid=rid: _is(bus, rid, "completed"), f"{rid} completes")
+            assert await log(bus, rid) == expected(300)
+
+
+async def test_steps_given_up_when_fenced_are_not_owed_to_the_engine(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    async with running_worker(bus, step_s=0.0005) as (worker, _):
+        write, writing = worker.bus.step, asyncio.Event()
+
+        async def never_answer(wid: str, step: Step) -> list[Refused]:
+            writing.set()
+            return await asyncio.Future()
+
+        for i in range(MAX_UNACKED + 1):
+            rid, old = f"r{i}", worker.wid
+            writing.clear()
+            monkeypatch.setattr(worker.bus, "step", never_answer)
+            await submit(bus, rid, max_new=100_000)
+            assert await assign(bus, old, rid) == "ok"
+            await wait_until(writing.is_set, "a step is being written")
+            await bus.finish(rid, "failed", "error")
+            await bus.leave(old)
+            worker._beat_now.set()
+            await wait_until(lambda old=old: worker.wid != old and _beats(bus, worker), "it is back")
+        monkeypatch.setattr(worker.bus, "step", write)
+        await submit(bus, "last", max_new=50)
+        assert await assign(bus, worker.wid, "last") == "ok"
+        await wait_until(lambda: _is(bus, "last", "completed"), "it still works")
+
+
+async def test_a_worker_that_leaves_does_not_come_back(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_worker(bus) as (worker, stop):
+        wid, delete_stream = worker.wid, worker.bus.delete_stream
+
+        async def delete_and_ask_for_a_beat(stream: str, num_entries: int) -> bool:
+            gone = await delete_stream(stream, num_entries)
+            worker._beat_now.set()
+            for _ in range(20):  # time for a beat, if anything still beats
+                await bus.redis.ping()
+            return gone
+
+        monkeypatch.setattr(worker.bus, "delete_stream", delete_and_ask_for_a_beat)
+        stop.set()
+        await wait_until(lambda: _is_off(bus, worker), "it has left")
+    assert worker.wid == wid
+
+
+async def test_a_message_nobody_can_read_does_not_take_its_neighbours_along(bus: Bus) -> None:
+    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await submit(bus, "r", max_new=5)
+    async with running_worker(bus) as (worker, _):
+        keys = bus.keys
+        async with bus.redis.pipeline(transaction=True) as pipe:  # so that one read brings both
+            pipe.xadd(keys.work(worker.wid), {"b": b"\xc1 no message"})
+            pipe.xadd(keys.ctl(worker.wid), {"b": b"\xc1 no message"})
+            pipe.hset(keys.req("r"), mapping={"state": "assigned", "epoch": 1, "owner": worker.wid})
+            pipe.xadd(keys.work(worker.wid), {"b": m.encode([m.Assigned("r", 1, "", "t", GATEWAY)])})
+            await pipe.execute()
+        await wait_until(lambda: _is(bus, "r", "completed"), "the readable one completes")
+        await wait_until(lambda: _num_letters(bus, 2), "the others are dead letters")
+        assert await bus.redis.xlen(keys.work(worker.wid)) == 0
+
+
+async def _num_letters(bus: Bus, num: int) -> bool:
+    return await bus.redis.xlen(bus.keys.dlq) == num
+
+
+async def _is_off(bus: Bus, worker: Worker) -> bool:
+    return worker.wid not in await bus.members(bus.keys.workers)
+
+
+async def _beats(bus: Bus, worker: Worker) -> bool:
+    return bool(worker.wid) and bool(await bus.redis.exists(bus.keys.worker_beat(worker.wid)))
+
+
+async def _is(bus: Bus, rid: str, value: str) -> bool:
+    return await state(bus, rid) == value
+
+
+async def _has_tokens(bus: Bus, rid: str, num: int) -> bool:
+    return len(await log(bus, rid)) >= num
+
+
+async def test_a_worker_shows_its_own_metrics_on_its_port(bus: Bus, unused_tcp_port: int) -> None:
+    def scrape() -> dict[str, float]:
+        with urlopen(f"http://127.0.0.1:{unused_tcp_port}/metrics", timeout=5) as page:
+            lines = page.read().decode().splitlines()
+        return {line.rpartition(" ")[0]: float(line.split()[-1]) for line in lines if not line.startswith("#")}
+
+    async with running_worker(bus, metrics_port=unused_tcp_port) as (worker, _):
+        assert (await asyncio.to_thread(scrape))[
+            'lorafleet_worker_phase_seconds_total{phase="publish",worker="w"}'
+        ] == 0
+        await submit(bus, "r")
+        await assign(bus, worker.wid, "r")
+
+        async def published() -> bool:
+            found = await asyncio.to_thread(scrape)
+            return found['lorafleet_worker_phase_seconds_total{phase="publish",worker="w"}'] > 0
+
+        await wait_until(published, "the time of step scripts is shown")
+    with pytest.raises(OSError, match="refused"):
+        await asyncio.to_thread(scrape)
+
+
+async def test_orders_about_adapters_are_obeyed_and_what_they_freed_is_told(bus: Bus) -> None:
+    async with running_worker(bus) as (worker, _):
+        engine = worker.engine
+        assert isinstance(engine, FakeEngine)
+        orders = [
+            m.Control(kind="prefetch", digest="a"),
+            m.Control(kind="pin", digest="b"),
+            m.Control(kind="unpin", digest="b"),
+            m.Control(kind="queued", digests=["c", "d"]),
+            m.Control(kind="evict", digest="b", order="o1"),
+        ]
+        await bus.tell([(worker.wid, order) for order in orders])
+
+        async def told() -> list[m.AdapterEvent]:
+            return [decode(fields[b"b"], m.AdapterEvent) for _, fields in await bus.entries(bus.keys.adapter_events)]
+
+        (event,) = await wait_until(told, "the eviction is told")
+        assert event.pool_bytes == event.host_bytes == ADAPTER_BYTES
+        assert (event.kind, event.digest, event.order, event.source) == ("evicted", "b", "o1", worker.wid)
+        expected_orders = [("prefetch", "a"), ("pin", "b"), ("unpin", "b"), ("queued", "c,d"), ("evict", "b")]
+        assert engine.orders == expected_orders

@@ -1,0 +1,370 @@
+"""The protocol explored: the real scripts under every order of steps, deaths, pauses and lost replies that is drawn.
+
+Two workers (pure publishing core), a scheduler, a gateway (pure delivery core) and a client that cancels take turns in
+a random walk. A token is made from (position, worker life), so a token written by the wrong owner shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from script_queue import written
+
+from gateway.calls.replies import Cursor
+from gpu_worker.service.publish import Held, Ledger, Pending, settle
+from lorafleet.embedded import EmbeddedServer
+from protocol.queue import scripts, verified
+from protocol.queue.bus import Bus, Refused, Step, decode, now_ms
+from protocol.wire import messages as m
+
+GATEWAY = "g"
+LENGTH = 5
+MAX_ATTEMPTS = 3
+RIDS = ("r0", "r1")
+
+
+class Life:
+    """One life of a worker process."""
+
+    def __init__(self, wid: str, number: int) -> None:
+        self.wid = wid
+        self.number = number
+        self.ledger = Ledger(wid)
+        self.pending: dict[str, Pending] = {}
+        self.last = b"0"
+
+
+class World:
+    """A fleet in miniature; each method of `MOVES` is one thing that may happen next."""
+
+    MOVES = (
+        "submit",
+        "assign",
+        "take",
+        "step",
+        "step",
+        "zombie_step",
+        "die",
+        "notice_death",
+        "cancel",
+        "deadline",
+        "deliver",
+        "look",
+    )
+
+    may_mend = False  # whether gateways make logs longer, also after the end
+
+    def __init__(self, url: str, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.loop = asyncio.new_event_loop()
+        self.bus = Bus(url)
+        self.evalsha = self.bus.redis.evalsha
+        self.run(self.bus.redis.flushall())
+        self.run(self.bus.create_stream(self.bus.keys.out(GATEWAY), 300))
+        self.lives: dict[int, Life] = {}
+        self.zombies: list[Life] = []
+        self.lost: list[str] = []  # wids that died and nobody has noticed yet
+        self.count = 0
+        self.shown: dict[str, list[int]] = defaultdict(list)
+        self.ends: dict[str, list[str]] = defaultdict(list)
+        self.cursors: dict[str, Cursor] = {}
+        self.out_last = b"0"
+        self.submitted: set[str] = set()
+        self.final: dict[str, tuple[bytes, list[int]]] = {}
+        for slot in (0, 1):
+            self.start_worker(slot)
+
+    def run(self, awaitable: Any) -> Any:
+        return self.loop.run_until_complete(awaitable)
+
+    def close(self) -> None:
+        self.run(self.bus.close())
+        self.loop.close()
+
+    def walk(self, num_moves: int) -> None:
+        """Make random moves, look at the invariants after each, then let everything end."""
+        for _ in range(num_moves):
+            getattr(self, self.random.choice(self.MOVES))()
+            self.clients_see_the_log_and_owners_know_it()
+        self.settle_everything()
+
+    def _maybe(self) -> bool:
+        return self.random.random() < 0.5
+
+    # ------------------------------------------------------------ moves
+
+    def start_worker(self, slot: int) -> None:
+        self.count += 1
+        life = Life(f"w{self.count}", self.count)
+        self.run(self.bus.create_stream(self.bus.keys.work(life.wid), 300))
+        self.run(self.bus.create_stream(self.bus.keys.ctl(life.wid), 300))
+        self.lives[slot] = life
+
+    def submit(self) -> None:
+        rid = self.random.choice(RIDS)
+        if rid in self.submitted:
+            return
+        self.submitted.add(rid)
+        self.cursors[rid] = Cursor()
+        self.send(rid)
+
+    def send(self, rid: str) -> None:
+        sub = m.Submit(
+            rid=rid, tenant="t", cls="interactive", digest="", num_prompt_tokens=1, max_new_tokens=LENGTH,
+            deadline_ms=now_ms() + 60_000, gateway=GATEWAY,
+        )  # fmt: skip
+        body = m.Body(prompt=b"\0\0\0\0", sampling=m.Sampling(), max_new_tokens=LENGTH)
+        self.run(self.bus.submit("interactive", [(sub, body)], max_queued=10))
+
+    def assign(self) -> None:
+        """The scheduler hands out what is on the submit stream; with a stale view it does so twice."""
+        slot, num = self.random.randrange(2), self.random.randint(1, 3)
+        entries = self.run(self.bus.entries(self.bus.keys.sub("interactive")))[:num]
+        batch = [(decode(fields[b"b"], m.Submit), int(fields[b"e"])) for _, fields in entries]
+        assigned = [(m.Assigned(sub.rid, epoch + 1, "", "t", GATEWAY), epoch) for sub, epoch in batch]
+        if not assigned:
+            return
+        status, _ = self.run(self.bus.assign(self.lives[slot].wid, assigned))
+        if status == "ok" and self._maybe():
+            status, _ = self.run(self.bus.assign(self.lives[1 - slot].wid, assigned))
+            assert status == "stale"
+        if self._maybe():
+            self.take_by(slot)
+
+    def take(self) -> None:
+        self.take_by(self.random.randrange(2))
+
+    def take_by(self, slot: int) -> None:
+        """A worker reads its stream."""
+        life = self.lives[slot]
+        start = b"(" + life.last if life.last != b"0" else "-"
+        found = self.run(self.bus.redis.xrange(self.bus.keys.work(life.wid), min=start))
+        for entry, fields in found:
+            life.last = entry
+            items = decode(fields[b"b"], list[m.Assigned])
+            held = [
+                Held(item.rid, item.epoch, entry, GATEWAY, "t", 1, 0,
+                     bytearray(self.run(self.bus.redis.get(self.bus.keys.tok(item.rid))) or b""))
+                for item in items
+            ]  # fmt: skip
+            life.ledger.take(entry, held)
+
+    def step(self) -> None:
+        self.engine_step(self.random.choice(list(self.lives.values())), self._maybe())
+
+    def zombie_step(self) -> None:
+        """A worker that was declared dead wakes up and writes."""
+        for life in self.zombies:
+            self.engine_step(life, self._maybe())
+
+    def engine_step(self, life: Life, lose_reply: bool) -> None:
+        for rid, held in life.ledger.held.items():
+            if rid in life.pending:
+                continue
+            position = held.num_logged
+            if position >= LENGTH:
+                continue
+            token = position * 1000 + life.number
+            finish = "length" if position + 1 == LENGTH else ""
+            life.pending[rid] = Pending(ids=token.to_bytes(4, "little"), finish=finish)
+        while True:
+            step = life.ledger.build(life.pending)
+            if not step.rows and not step.done_entries:
+                break
+            refused = self.write_step(life.wid, step, lose_reply)
+            if refused is None:
+                return  # pending stays: the same step is written again later
+            if not refused:
+                life.ledger.commit(step, life.pending)
+                break
+            verdict = settle(life.ledger, life.pending, refused)
+            assert not verdict.repairs, "no log lost its end here"
+        life.pending.clear()
+
+    def write_step(self, wid: str, step: Step, lose_reply: bool) -> list[Refused] | None:
+        """Call the step script once, or twice as a client does that lost its connection; None: the reply is lost."""
+        num_calls = 1 + (self.random.random() < 0.2)
+
+        async def evalsha(*args: Any) -> Any:
+            for _ in range(num_calls):
+                reply = await self.evalsha(*args)
+            if lose_reply:
+                raise ConnectionError
+            return reply
+
+        self.bus.redis.evalsha = evalsha
+        try:
+            return self.run(self.bus.step(wid, step))
+        except ConnectionError:
+            return None
+        finally:
+            self.bus.redis.evalsha = self.evalsha
+
+    def die(self) -> None:
+        """A worker is killed, or only stops for a while; its successor has a new id."""
+        slot = self.random.randrange(2)
+        life = self.lives[slot]
+        self.lost.append(life.wid)
+        if self._maybe():
+            self.zombies.append(life)
+        self.start_worker(slot)
+        if self._maybe():
+            self.notice_death()
+
+    def notice_death(self) -> None:
+        if self.lost:
+            self.bury(self.lost.pop(0))
+
+    def bury(self, wid: str) -> None:
+        """What the scheduler does for a dead worker; any prefix of it may happen twice."""
+        entries = self.run(self.bus.entries(self.bus.keys.work(wid)))
+        rids = [item.rid for _, fields in entries for item in decode(fields[b"b"], list[m.Assigned])]
+        for _ in range(2):
+            outcomes = self.run(self.bus.requeue(wid, rids, counts=True, max_attempts=MAX_ATTEMPTS)) if rids else {}
+            for rid, outcome in outcomes.items():
+                end = {"exhausted": ("failed", "error"), "cancelled": ("cancelled", "cancelled")}.get(outcome)
+                for _ in range(2 if end else 0):
+                    self.run(self.bus.finish(rid, *end))
+        self.run(self.bus.leave(wid))
+
+    def cancel(self) -> None:
+        if self.random.random() < 0.3:  # rarely, or nothing lives long enough to go wrong
+            self.run(self.bus.cancel(self.random.choice(RIDS)))
+
+    def deadline(self) -> None:
+        """The scheduler ends a request from outside, perhaps too late."""
+        if self.random.random() < 0.2:
+            self.run(self.bus.finish(self.random.choice(RIDS), "failed", "error"))
+
+    def deliver(self) -> None:
+        """The gateway reads what has come, as `gateway.calls.replies` does."""
+        start = b"(" + self.out_last if self.out_last != b"0" else "-"
+        for entry, fields in self.run(self.bus.redis.xrange(self.bus.keys.out(GATEWAY), min=start)):
+            self.out_last = entry
+            for delta in decode(fields[b"b"], list[m.Delta]):
+                self.show(delta)
+
+    def show(self, delta: m.Delta) -> None:
+        cursor = self.cursors[delta.rid]
+        if cursor.needs_log(delta):
+            filled = self.run(self.bus.read_log(delta.rid, cursor.next))
+            assert filled is not None
+            delta = filled
+        if cursor.is_stale(delta):
+            return
+        ids, _ = cursor.take(delta, 0)
+        self.shown[delta.rid] += _ids(ids)
+        if delta.finish:
+            self.ends[delta.rid].append(delta.finish)
+
+    def look(self) -> None:
+        """Somebody reads a log: just what has been written."""
+        rid = self.random.choice(RIDS)
+        found = self.run(self.bus.read_log(rid, 0))
+        assert found is None or found.ids == self.run(written(self.bus, rid)), "not all that was written can be read"
+
+    # ------------------------------------------------------------ what must always hold
+
+    def clients_see_the_log_and_owners_know_it(self) -> None:
+        for rid in self.submitted:
+            log = _ids(self.run(written(self.bus, rid)))
+            assert [token // 1000 for token in log] == list(range(len(log))), "a position is missing or doubled"
+            assert self.shown[rid] == log[: len(self.shown[rid])], "a client saw what the log does not hold"
+            assert len(self.ends[rid]) <= 1
+            fields = ("epoch", "owner", "state")
+            epoch, owner, state = self.run(self.bus.redis.hmget(self.bus.keys.req(rid), fields))
+            if state.decode() in m.TERMINAL:
+                ended_as, last_log = self.final.setdefault(rid, (state, log))
+                assert ended_as == state, "a request ended twice"
+                assert last_log == log or self.may_mend, "tokens were written after the end"
+            for life in self.lives.values():
+                held = life.ledger.held.get(rid)
+                if held is not None and owner == life.wid.encode() and held.epoch == int(epoch):
+                    known = _ids(bytes(held.log))
+                    assert log[: len(known)] == known, "the owner goes on from tokens that are not the log's"
+                    for token in log[len(known) :]:
+                        assert token % 1000 == life.number, "somebody else wrote into the owner's log"
+
+    def settle_everything(self) -> None:
+        """Let the world calm down: then every request has one end, and the client all of it."""
+        for _ in range(12):
+            while self.lost:
+                self.bury(self.lost.pop(0))
+            for slot in (0, 1):
+                self.assign()
+                self.take_by(slot)
+                for _ in range(LENGTH + 1):
+                    self.engine_step(self.lives[slot], lose_reply=False)
+            self.deliver()
+        self.clients_see_the_log_and_owners_know_it()
+        for rid in self.submitted:
+            facts = self.run(self.bus.requests([rid]))[0]
+            assert facts is not None
+            assert facts.is_terminal, f"{rid} never ended: {facts}"
+            assert len(self.ends[rid]) == 1, f"{rid} ended for its client {len(self.ends[rid])} times"
+            if facts.state == "completed":
+                assert len(self.shown[rid]) == LENGTH
+        for life in self.lives.values():
+            assert self.run(self.bus.redis.xlen(self.bus.keys.work(life.wid))) == 0, "work was left behind"
+        assert self.run(self.bus.redis.xlen(self.bus.keys.sub("interactive"))) == 0
+
+
+@pytest.fixture(autouse=True)
+def small_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verified, "FLUSH_EVERY", 2)
+
+
+def explore(url: str, num_walks: int) -> None:
+    """Take walks with the seeds 0, 1, ...; a failure names its seed."""
+    for seed in range(num_walks):
+        world = World(url, seed)
+        try:
+            world.walk(40)
+        except AssertionError as error:
+            raise AssertionError(f"walk {seed}: {error}") from error
+        finally:
+            world.close()
+
+
+def _ids(raw: bytes) -> list[int]:
+    return [int.from_bytes(raw[i : i + 4], "little") for i in range(0, len(raw), 4)]
+
+
+def test_no_interleaving_loses_or_doubles_a_token(queue_server: EmbeddedServer) -> None:
+    explore(queue_server.url, num_walks=300)
+
+
+@pytest.mark.parametrize(
+    ("script", "good", "planted"),
+    [
+        ("step", "elseif f[1] ~= row[2] then", "elseif false then"),
+        ("step", "elseif len ~= row[3] then", "elseif false then"),
+        ("step", "if len ~= row[3] * 4 + #row[5] - row[4] then", "if false then"),
+        ("finish", "disown(f[2], rid)", ""),
+        ("finish", "if f[2] ~= '' then merge_journal(journal_key(f[2])) end", ""),
+        ("requeue", "merge_journal(journal_key(wid))", ""),
+        ("merge", "merge_journal(journal_key(f[2]))", "do end"),
+        ("common", "and len < run[3] then", "then redis.call('SETRANGE', log, 0, '') len = run[2]"),
+        ("common", "== 1 then doubt(wid) end", "== 1 then end"),
+        ("step", "version ~= '' and ARGV[10] == version", "ARGV[10] ~= ''"),
+        ("assign", "f[1] ~= 'queued' or f[2] ~= ARGV[i + 1]", "false"),
+        ("finish", "if not f[1] or is_terminal(f[1]) then", "if not f[1] then"),
+    ],
+)
+def test_the_exploration_finds_planted_bugs(
+    queue_server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, good: str, planted: str
+) -> None:
+    for file in Path(scripts.__file__).with_name("lua").iterdir():
+        source = file.read_text()
+        if file.stem == script:
+            assert source.count(good) == 1
+            source = source.replace(good, planted)
+        (tmp_path / file.name).write_text(source)
+    monkeypatch.setattr(scripts, "_FOLDER", tmp_path)
+    with pytest.raises(AssertionError, match="walk"):
+        explore(queue_server.url, num_walks=400)

@@ -1,0 +1,314 @@
+"""The protocol explored further: the queue is killed and comes back without what it was told last.
+
+As `test_interleavings`, with an engine that goes on by itself, and a queue that is set back to an earlier moment. A
+token is a function of its request and position, as it is with a real engine; where it lands shows whether one was
+lost, doubled, or put in another's place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from script_queue import written
+from tests.protocol.test_interleavings import GATEWAY, LENGTH, RIDS, Life, World, _ids
+
+from gpu_worker.engine.request import TokenOutput
+from gpu_worker.service.publish import Held, Ledger, Pending, merge, settle
+from gpu_worker.service.service import publish
+from lorafleet.embedded import EmbeddedServer
+from protocol.queue.bus import decode
+from protocol.wire import messages as m
+
+MANY = 1000  # attempts; a queue that forgets must not make poison of anything
+
+
+def token(rid: str, position: int) -> int:
+    return 1000 * RIDS.index(rid) + position
+
+
+class LosingWorld(World):
+    """`World` with a queue that forgets; each participant notices at some later moment."""
+
+    MOVES = (
+        "submit",
+        "assign",
+        "take",
+        "step",
+        "step",
+        "step",
+        "die",
+        "notice_death",
+        "cancel",
+        "deliver",
+        "deliver",
+        "look",
+        "save",
+        "save",
+        "lose_tail",
+        "worker_notices",
+        "gateway_notices",
+    )
+
+    may_mend = True
+
+    def __init__(self, url: str, seed: int) -> None:
+        self.engines: dict[str, dict[str, int]] = {}  # wid -> request -> next position
+        self.in_flight: dict[str, dict[str, Pending]] = {}  # wid -> what it is writing
+        self.unaware: set[str] = set()  # wids that have not noticed the restart
+        self.gateway_unaware = False
+        self.buried: list[str] = []
+        self.saved: dict[bytes, tuple[bytes, int]] = {}
+        super().__init__(url, seed)
+
+    # ------------------------------------------------------------ the queue
+
+    def save(self) -> None:
+        """What is written now will survive."""
+        redis = self.bus.redis
+        keys = self.run(redis.keys("*"))
+        self.saved = {key: (self.run(redis.dump(key)), max(0, self.run(redis.pttl(key)))) for key in keys}
+
+    def lose_tail(self) -> None:
+        if not self.saved:
+            return
+        self.run(self.bus.redis.flushall())
+        self.run(self.bus.redis.script_flush())  # as any new server process
+        for key, (raw, ttl_ms) in self.saved.items():
+            self.run(self.bus.redis.restore(key, ttl_ms, raw))
+        time.sleep(0.002)  # no server starts within the millisecond of its last entry's id
+        self.unaware = {life.wid for life in self.lives.values()}
+        self.gateway_unaware = True
+        self.final.clear()
+        back = [wid for wid in self.buried if self.run(self.bus.redis.exists(self.bus.keys.work(wid)))]
+        self.lost += [wid for wid in back if wid not in self.lost]
+
+    # ------------------------------------------------------------ workers
+
+    def start_worker(self, slot: int) -> None:
+        super().start_worker(slot)
+        self.engines[self.lives[slot].wid] = {}
+        self.in_flight[self.lives[slot].wid] = {}
+
+    def worker_notices(self) -> None:
+        slot = self.random.randrange(2)
+        life = self.lives[slot]
+        if life.wid not in self.unaware:
+            return
+        self.unaware.discard(life.wid)
+        if not self.run(self.bus.redis.exists(self.bus.keys.work(life.wid))):
+            self.start_worker(slot)  # its streams are gone: it joins again
+            return
+        life.last = b"0"
+        self.take_by(slot)
+
+    def take_by(self, slot: int) -> None:
+        life = self.lives[slot]
+        start = b"(" + life.last if life.last != b"0" else "-"
+        for entry, fields in self.run(self.bus.redis.xrange(self.bus.keys.work(life.wid), min=start)):
+            life.last = entry
+            if life.ledger.knows(entry):
+                continue
+            held = [self._held(item, entry) for item in decode(fields[b"b"], list[m.Assigned])]
+            for rid in life.ledger.take(entry, held):
+                del self.engines[life.wid][rid]
+            for request in held:
+                life.pending.pop(request.rid, None)
+                # The engine ignores what it has: see `Engine._start`.
+                self.engines[life.wid].setdefault(request.rid, request.num_logged)
+
+    def _held(self, item: m.Assigned, entry: bytes) -> Held:
+        log = self.run(self.bus.redis.get(self.bus.keys.tok(item.rid))) or b""
+        return Held(item.rid, item.epoch, entry, GATEWAY, "t", 1, 0, bytearray(log))
+
+    def engine_step(self, life: Life, lose_reply: bool) -> None:
+        engine = self.engines[life.wid]
+        outputs = []
+        for rid, position in list(engine.items()):
+            ids = [token(rid, position)] if position < LENGTH else []
+            finish = "length" if position + 1 >= LENGTH else ""
+            outputs.append(TokenOutput(rid, 0, position, ids, finish=finish))
+            engine[rid] += 1
+            if finish:
+                del engine[rid]
+        merge(life.pending, outputs)
+        if not self.in_flight[life.wid]:
+            self.in_flight[life.wid], life.pending = life.pending, {}
+        self.write(life, lose_reply)
+
+    def write(self, life: Life, lose_reply: bool) -> None:
+        """Write what is in flight; with a lost reply it stays so, whatever is assigned meanwhile."""
+        pending = self.in_flight[life.wid]
+        while True:
+            step = life.ledger.build(pending)
+            if not step.rows and not step.done_entries:
+                break
+            refused = self.write_step(life.wid, step, lose_reply)
+            if refused is None:
+                return
+            if not refused:
+                life.ledger.commit(step, pending)
+                break
+            verdict = settle(life.ledger, pending, refused)
+            for held in verdict.repairs:
+                self.run(self.bus.repair(held.rid, 0, bytes(held.log), b"", 0))
+            for rid in verdict.dropped:
+                self.engines[life.wid].pop(rid, None)
+            self.requeue(life.wid, verdict.returned)
+        pending.clear()
+
+    def requeue(self, wid: str, rids: list[str]) -> None:
+        outcomes = self.run(self.bus.requeue(wid, rids, counts=False, max_attempts=MANY)) if rids else {}
+        for rid, outcome in outcomes.items():
+            if outcome == "cancelled":
+                self.run(self.bus.finish(rid, "cancelled", "cancelled"))
+
+    def bury(self, wid: str) -> None:
+        super().bury(wid)
+        self.buried.append(wid)
+
+    # ------------------------------------------------------------ the gateway
+
+    def gateway_notices(self) -> None:
+        if self.gateway_unaware:
+            self.gateway_unaware = False
+            for rid in self.submitted:
+                if not self.ends[rid]:
+                    self.mend(rid)
+                    self.catch_up(rid)
+
+    def mend(self, rid: str) -> None:
+        """What `gateway.calls.generation` does for its open requests."""
+        self.send(rid)
+        self.cursors[rid].epoch = 0
+        self.repair(rid)
+
+    def repair(self, rid: str) -> None:
+        ids = b"".join(id_.to_bytes(4, "little") for id_ in self.shown[rid])
+        self.run(self.bus.repair(rid, 0, ids, b"", 0))
+
+    def catch_up(self, rid: str) -> None:
+        filled = self.run(self.bus.read_log(rid, self.cursors[rid].next))
+        if filled is None:
+            self.mend(rid)
+            filled = self.run(self.bus.read_log(rid, self.cursors[rid].next))
+        assert filled is not None, f"the queue does not know {rid} any more"
+        self.give(rid, filled)
+
+    def show(self, delta: m.Delta) -> None:
+        if self.ends[delta.rid]:
+            return  # nobody listens any more
+        cursor = self.cursors[delta.rid]
+        if cursor.needs_log(delta):
+            self.catch_up(delta.rid)
+            if cursor.needs_log(delta):
+                return
+        self.give(delta.rid, delta)
+
+    def give(self, rid: str, delta: m.Delta) -> None:
+        if self.cursors[rid].is_stale(delta):
+            return
+        ids, _ = self.cursors[rid].take(delta, 0)
+        self.shown[rid] += _ids(ids)
+        if delta.finish:
+            self.ends[rid].append(delta.finish)
+
+    # ------------------------------------------------------------ what must always hold
+
+    def clients_see_the_log_and_owners_know_it(self) -> None:
+        for rid in self.submitted:
+            log = _ids(self.run(written(self.bus, rid)))
+            expected = [token(rid, position) for position in range(LENGTH)]
+            assert log == expected[: len(log)], f"the log of {rid} is wrong: {log}"
+            assert self.shown[rid] == expected[: len(self.shown[rid])], f"a client saw {self.shown[rid]} of {rid}"
+            assert len(self.ends[rid]) <= 1
+            if not self.gateway_unaware and not self.ends[rid]:
+                assert len(log) >= len(self.shown[rid]), "the log is shorter than what was shown"
+
+    def settle_everything(self) -> None:
+        self.gateway_notices()
+        for _ in range(12):
+            while self.unaware & {life.wid for life in self.lives.values()}:
+                self.worker_notices()
+            while self.lost:
+                self.bury(self.lost.pop(0))
+            for slot in (0, 1):
+                self.assign()
+                self.take_by(slot)
+                for _ in range(LENGTH + 2):
+                    self.engine_step(self.lives[slot], lose_reply=False)
+            self.deliver()
+        self.clients_see_the_log_and_owners_know_it()
+        for rid in self.submitted:
+            (facts,) = self.run(self.bus.requests([rid]))
+            assert facts is None or facts.is_terminal, f"{rid} never ended: {facts}"
+            assert len(self.ends[rid]) == 1, f"{rid} ended for its client {len(self.ends[rid])} times"
+            if self.ends[rid] == ["length"]:
+                assert len(self.shown[rid]) == LENGTH
+        for life in self.lives.values():
+            assert self.run(self.bus.redis.xlen(self.bus.keys.work(life.wid))) == 0, "work was left behind"
+        assert self.run(self.bus.redis.xlen(self.bus.keys.sub("interactive"))) == 0
+
+
+def explore(url: str, num_walks: int) -> None:
+    for seed in range(num_walks):
+        world = LosingWorld(url, seed)
+        try:
+            world.walk(60)
+        except AssertionError as error:
+            raise AssertionError(f"walk {seed}: {error}") from error
+        finally:
+            world.close()
+
+
+def test_no_moment_at_which_the_queue_forgets_costs_a_token(queue_server: EmbeddedServer) -> None:
+    explore(queue_server.url, num_walks=150)
+
+
+def never_look_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def notice(world: LosingWorld) -> None:
+        for slot, life in world.lives.items():
+            world.unaware.discard(life.wid)
+            if not world.run(world.bus.redis.exists(world.bus.keys.work(life.wid))):
+                world.start_worker(slot)
+
+    monkeypatch.setattr(LosingWorld, "worker_notices", notice)
+
+
+def never_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LosingWorld, "repair", lambda world, rid: None)
+
+
+def never_resubmit(monkeypatch: pytest.MonkeyPatch) -> None:
+    send = LosingWorld.send
+    sent: set[tuple[int, str]] = set()
+
+    def once(world: LosingWorld, rid: str) -> None:
+        if (id(world), rid) not in sent:
+            sent.add((id(world), rid))
+            send(world, rid)
+
+    monkeypatch.setattr(LosingWorld, "send", once)
+
+
+def let_the_engine_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Ledger.take
+    monkeypatch.setattr(Ledger, "take", lambda self, entry, requests: take(self, entry, requests) and [])
+
+
+def write_wherever_the_log_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish, "Pending", lambda seq0=-1, **fields: Pending(-1, **fields))
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [never_look_again, never_repair, never_resubmit, let_the_engine_go_on,
+     write_wherever_the_log_ends],
+)  # fmt: skip
+def test_the_exploration_finds_planted_bugs(
+    queue_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError, match="walk"):
+        explore(queue_server.url, num_walks=500)

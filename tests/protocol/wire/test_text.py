@@ -1,0 +1,121 @@
+"""Tokens as text: however they are cut into steps, the same text comes out, and it ends at the same token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from protocol.wire.text import Detokenizer, OutputText, StopMatcher
+
+END = 0
+ALPHABET = "ab é😀漢\n"
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Return a tokenizer with one token per byte and an end token, id 0: most characters take several tokens."""
+    vocab = {"<|end|>": END, **{text: i + 1 for i, text in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    return tokenizer
+
+
+TOKENIZER = byte_tokenizer()
+texts = st.text(ALPHABET, max_size=30)
+stops = st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3)
+
+
+@st.composite
+def cuts(draw: st.DrawFn, ids: Sequence[int]) -> list[list[int]]:
+    """Cut `ids` into steps."""
+    at = sorted(draw(st.lists(st.integers(0, len(ids)), max_size=8)))
+    return [list(ids[i:j]) for i, j in zip([0, *at], [*at, len(ids)], strict=True)]
+
+
+def whole_text(ids: Sequence[int], stop: Sequence[str]) -> str:
+    """Return what a reader of all tokens at once would show."""
+    text = TOKENIZER.decode(list(ids))
+    places = [at for s in stop if (at := text.find(s)) >= 0]
+    return text[: min(places)] if places else text
+
+
+@given(texts, stops, st.data())
+def test_steps_do_not_change_the_text(text: str, stop: list[str], data: st.DataObject) -> None:
+    ids = TOKENIZER.encode(text).ids
+    if data.draw(st.booleans(), label="cut in a character"):
+        ids = ids[: data.draw(st.integers(0, len(ids)), label="length")]
+    output = OutputText(TOKENIZER, stop=stop)
+    shown = ""
+    for step in data.draw(cuts(ids), label="steps"):
+        shown += output.add(step)
+        assert "\ufffd" not in shown
+        assert not any(s in shown for s in stop)
+    shown += output.finish()
+    # A match is decided at the first token that completes one; at once, of overlapping ones, the earliest place wins.
+    one_by_one = OutputText(TOKENIZER, stop=stop)
+    assert shown == "".join(one_by_one.add([id_]) for id_ in ids) + one_by_one.finish()
+    assert output.num_tokens == one_by_one.num_tokens
+    if len(stop) <= 1:
+        assert shown == whole_text(ids, stop)
+
+
+@given(texts, st.integers(0, 20), st.data())
+def test_an_end_token_ends_the_text_after_the_minimum(text: str, min_tokens: int, data: st.DataObject) -> None:
+    ids = TOKENIZER.encode(text).ids
+    for _ in range(data.draw(st.integers(0, 3), label="end tokens")):
+        ids.insert(data.draw(st.integers(0, len(ids)), label="at"), END)
+    output = OutputText(TOKENIZER, end_ids=frozenset([END]), min_tokens=min_tokens)
+    shown = "".join(output.add(step) for step in data.draw(cuts(ids), label="steps"))
+    ended = output.ended
+    shown += output.finish()
+    at = next((i for i, id_ in enumerate(ids) if id_ == END and i >= min_tokens), len(ids))
+    assert shown == TOKENIZER.decode(ids[:at])
+    assert ended == (at < len(ids))
+    assert output.num_tokens == min(at + 1, len(ids))
+
+
+def test_a_stop_string_within_the_minimum_does_not_count() -> None:
+    ids = TOKENIZER.encode("ab ab").ids
+    assert OutputText(TOKENIZER, stop=["ab"]).add(ids) == ""
+    output = OutputText(TOKENIZER, stop=["ab"], min_tokens=2)
+    assert output.add(ids) == "ab "
+    assert output.stop == "ab"
+    assert output.ended
+
+
+def test_special_tokens_inside_are_not_shown() -> None:
+    ids = [*TOKENIZER.encode("a").ids, END, *TOKENIZER.encode("b").ids]
+    output = OutputText(TOKENIZER)
+    assert output.add(ids) + output.finish() == "ab"
+
+
+@given(st.lists(st.integers(0, 256), max_size=20))
+def test_any_ids_become_their_text(ids: list[int]) -> None:
+    detokenizer = Detokenizer(TOKENIZER)
+    assert "".join(detokenizer.add([id_]) for id_ in ids) + detokenizer.flush() == TOKENIZER.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("stop", "pieces", "shown", "matched"),
+    [
+        (["end"], ["an e", "n", "d of"], ["an ", "", ""], "end"),
+        (["end"], ["an en", "emy"], ["an ", "enemy"], None),
+        (["aab"], ["aa", "ab"], ["", "a"], "aab"),
+        (["b", "abc"], ["a", "bc"], ["", ""], "abc"),
+        (["abc", "ab"], ["abc"], [""], "abc"),
+        (["", "x"], ["a", "x"], ["a", ""], "x"),
+        ([], ["a", "b"], ["a", "b"], None),
+    ],
+)
+def test_what_may_become_a_stop_string_is_held_back(
+    stop: list[str], pieces: list[str], shown: list[str], matched: str | None
+) -> None:
+    matcher = StopMatcher(stop)
+    assert [matcher.add(piece) for piece in pieces] == shown
+    assert matcher.matched == matched
+    assert matcher.add("!") == ("" if matched else "!")
