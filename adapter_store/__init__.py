@@ -1,4 +1,4 @@
-"""Mirrors adapters from where they live into checked, content-addressed blobs and keeps the catalogue of names.
+"""The adapter store: mirrors adapters from their sources into checked, content-addressed blobs, and keeps their names.
 
-Never imports torch, never serves a byte that was not validated.
+It never imports torch and never serves a byte that it has not validated.
 """

@@ -1,4 +1,4 @@
-"""`python -m adapter_store`: one adapter store."""
+"""`python -m adapter_store` runs one adapter store."""
 
 import sys
 

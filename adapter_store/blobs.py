@@ -1,7 +1,8 @@
-"""Adapters on disk, by digest: what the store serves. A blob is whole and checked, or it is not there.
+"""The adapters on a store's disk, by digest. A blob is either complete and checked, or absent.
 
-Layout under one root: `blobs/<digest>/` with the two files and perhaps texts, `staging/` for what is being fetched,
-`versions/` for which digest a source's version turned out to have. All methods block: call them in threads.
+Layout under one root: `blobs/<digest>/` holds the config, the weights and, if the adapter has any, its texts;
+`staging/` holds fetches in progress; `versions/` maps a source's version to its digest; `trash/` holds folders that are
+being deleted. All methods block: call them in threads.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ from protocol.wire.errors import AdapterRefused, Unavailable
 logger = logging.getLogger(__name__)
 
 STALE_STAGING_S = 7 * 86_400.0
-"""Age at which a download that nobody took up again is thrown away."""
+"""Age at which an abandoned download is deleted."""
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterFiles:
-    """A folder with an adapter, its config and header read and found well formed."""
+class AdapterFolder:
+    """A folder that holds an adapter, with its config and the header of its weights parsed."""
 
     folder: Path
     config: dict[str, Any]
@@ -49,8 +50,8 @@ class AdapterFiles:
     num_bytes: int  # of the weights file
 
     @classmethod
-    def open(cls, folder: Path) -> AdapterFiles:
-        """Read config and header. Raises AdapterRefused, OSError."""
+    def open(cls, folder: Path) -> AdapterFolder:
+        """Parse the config and the header of the weights. Raises AdapterRefused, OSError."""
         with (folder / CONFIG_FILE).open("rb") as file:
             config = parse_config(file.read(MAX_CONFIG_BYTES + 1))
         with (folder / WEIGHTS_FILE).open("rb") as file:
@@ -61,7 +62,10 @@ class AdapterFiles:
         return cls(folder, config, tensors, num_bytes)
 
     def digest(self) -> str:
-        """Hash the content. The file must not be written meanwhile: it is mapped. Raises AdapterRefused, OSError."""
+        """Return the digest of the content, after checking the texts against the config.
+
+        The weights are memory-mapped, so nothing may write them meanwhile. Raises AdapterRefused, OSError.
+        """
         if TEXTS_FIELD in self.config:
             split_texts((self.folder / TEXTS_FILE).read_bytes(), self.config[TEXTS_FIELD])
         with (
@@ -71,8 +75,8 @@ class AdapterFiles:
             return adapter_digest(self.config, self.tensors, view)
 
     @classmethod
-    def open_fetched(cls, folder: Path) -> AdapterFiles:
-        """Read what was fetched from a source, making one file of its texts. Raises AdapterRefused, OSError."""
+    def open_fetched(cls, folder: Path) -> AdapterFolder:
+        """Parse what was fetched from a source, and join its text files into one. Raises AdapterRefused, OSError."""
         files = cls.open(folder)
         found = {name: (folder / name).read_bytes() for name in TEXT_FILES if (folder / name).exists()}
         texts = join_texts(found)
@@ -83,7 +87,7 @@ class AdapterFiles:
         return files
 
     def names(self) -> list[str]:
-        """Return the files that make up the adapter."""
+        """Return the names of the files that make up the adapter."""
         return [CONFIG_FILE, WEIGHTS_FILE, *([TEXTS_FILE] if TEXTS_FIELD in self.config else [])]
 
 
@@ -91,7 +95,10 @@ class Blobs:
     """The content-addressed folder of one store."""
 
     def __init__(self, root: Path, quota_bytes: int = 0) -> None:
-        """Open or create the folder; throw away what a crash left half done. `quota_bytes` 0: no limit."""
+        """Open or create the folder `root`, and delete what a crash left unfinished.
+
+        `quota_bytes` bounds the bytes of all blobs: the least recently used leave first. 0 means no limit.
+        """
         self._blobs, self._staging, self._versions = root / "blobs", root / "staging", root / "versions"
         self._trash = root / "trash"
         self._quota_bytes = quota_bytes
@@ -104,19 +111,21 @@ class Blobs:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the blobs take on disk."""
+        """The bytes that all blobs take on disk."""
         return sum(self._sizes.values())
 
     def __len__(self) -> int:
+        """Return the number of blobs."""
         return len(self._sizes)
 
     def __contains__(self, digest: str) -> bool:
+        """Return whether the blob is on disk."""
         return digest in self._sizes
 
-    # ------------------------------------------------------------ what a version holds
+    # ------------------------------------------------------------ versions
 
     def digest_of(self, version: str) -> str | None:
-        """Return the digest that a source's version had when it was taken in, if its blob is still here."""
+        """Return the digest that a source's version had when it was fetched; None unless its blob is still on disk."""
         try:
             digest = self._version_file(version).read_text()
         except FileNotFoundError:
@@ -129,19 +138,19 @@ class Blobs:
     # ------------------------------------------------------------ writing
 
     def staging(self, version: str) -> Path:
-        """Return the folder to fetch a version into. What an earlier try left there is kept, to go on from."""
+        """Return the folder to fetch a version into; a fetch resumes from the files that an earlier one left there."""
         folder = self._staging / hashlib.sha256(version.encode()).hexdigest()
         folder.mkdir(exist_ok=True)
         return folder
 
     def discard(self, version: str) -> None:
-        """Throw away what was fetched of a version."""
+        """Delete what was fetched of a version."""
         self._remove(self._staging / hashlib.sha256(version.encode()).hexdigest())
 
-    def put(self, version: str, files: AdapterFiles, *, sync: bool) -> str:
-        """Take a staged adapter in and return its digest; with `sync` it survives a power cut.
+    def put(self, version: str, files: AdapterFolder, *, sync: bool) -> str:
+        """Move a staged adapter into the blobs and return its digest; with `sync` it survives a power cut.
 
-        Raises Unavailable when the quota is too small.
+        Raises Unavailable when the adapter is larger than the quota.
         """
         digest = files.digest()
         config = json.dumps(canonical_config(files.config)).encode()
@@ -166,7 +175,7 @@ class Blobs:
         return digest
 
     def note_version(self, version: str, digest: str) -> None:
-        """Remember which digest a source's version has. Lost in a crash, it only costs reading the source again."""
+        """Note which digest a source's version has. Losing the note in a crash only costs another fetch."""
         self._version_file(version).write_text(digest)
 
     def _make_room(self, num_bytes: int, keep: str) -> None:
@@ -192,12 +201,12 @@ class Blobs:
 
     # ------------------------------------------------------------ reading
 
-    def open(self, digest: str) -> AdapterFiles | None:
-        """Return a blob's files, None if missing or damaged. Raises OSError."""
+    def open(self, digest: str) -> AdapterFolder | None:
+        """Return a blob's folder, parsed; None if it is missing or damaged. Raises OSError."""
         if digest not in self._sizes:
             return None
         try:
-            return AdapterFiles.open(self._blobs / digest)
+            return AdapterFolder.open(self._blobs / digest)
         except FileNotFoundError:  # evicted by another thread, or removed by hand
             self.drop(digest)
             return None
@@ -206,16 +215,17 @@ class Blobs:
             return None
 
     def verified(self, digest: str) -> Path | None:
-        """Return the folder of a blob whose content this process has hashed, None if missing or damaged; mark it used.
+        """Return a blob's folder and mark it used; None if it is missing or damaged.
 
-        A damaged blob is removed, so that it is fetched again.
+        The first call of a process for a digest hashes the content. A damaged blob is deleted, so that it is fetched
+        again.
         """
         if digest not in self._sizes:
             return None
         folder = self._blobs / digest
         try:
             if digest not in self._verified:
-                if AdapterFiles.open(folder).digest() != digest:
+                if AdapterFolder.open(folder).digest() != digest:
                     raise AdapterRefused(["its content has another digest"])
                 self._verified.add(digest)
             os.utime(folder)
@@ -228,11 +238,11 @@ class Blobs:
         return folder
 
     def _drop_damaged(self, digest: str, error: AdapterRefused) -> None:
-        logger.error("adapter %.12s is damaged on disk and removed, to be fetched again: %s", digest, error)
+        logger.error("adapter %.12s is damaged on disk; it is deleted and fetched again: %s", digest, error)
         self.drop(digest)
 
     def drop(self, digest: str) -> int:
-        """Remove a blob; return the bytes freed."""
+        """Delete a blob; return the bytes freed."""
         with self._lock:
             if digest not in self._sizes:
                 return 0
@@ -243,7 +253,7 @@ class Blobs:
     # ------------------------------------------------------------ cleaning
 
     def _clean(self) -> None:
-        """Find the blobs; throw away what a crash left half done or half removed."""
+        """List the blobs, and delete what a crash left half written or half deleted."""
         for entry in os.scandir(self._trash):
             shutil.rmtree(entry.path)
         for entry in os.scandir(self._blobs):
@@ -259,7 +269,7 @@ class Blobs:
                 os.unlink(entry.path)
 
     def _remove(self, folder: Path) -> None:
-        """Remove a folder at once for readers; readers that have a file open keep it."""
+        """Delete a folder: for readers in one step, although those that have a file open can finish reading it."""
         trash = self._trash / f"{folder.name}-{time.monotonic_ns()}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(folder, trash)

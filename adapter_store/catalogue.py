@@ -1,4 +1,7 @@
-"""The names and contents that the fleet can ask for: the only writer of `Keys.adapters` and `Keys.adapter`."""
+"""The catalogue: the adapter names of the fleet and the contents they refer to.
+
+This is the only writer of `Keys.adapters` (aliases by field) and `Keys.adapter` (records by digest).
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,14 @@ from protocol.wire.keys import private_name
 
 logger = logging.getLogger(__name__)
 
-RECORD_KEPT_S = 60.0
-"""How long the record of a content stays after its last name, for requests that were accepted before."""
-
 
 def field_of(alias: m.Alias) -> str:
-    """Return the name under which the catalogue keeps an alias."""
+    """Return the hash field of an alias in the catalogue."""
     return private_name(alias.name, alias.tenant)
 
 
 def _is_of_a_name(event: bytes) -> bool:
-    """Tell whether an event may be about the catalogue; one that cannot be read may be."""
+    """Return whether an event may concern the catalogue; one that cannot be decoded may."""
     try:
         return decode(event, m.AdapterEvent).name != ""
     except ProtocolError:
@@ -34,22 +34,28 @@ def _is_of_a_name(event: bytes) -> bool:
 
 
 class Catalogue:
-    """What the fleet's names stand for, and this store's part in it."""
+    """What the names of the fleet refer to, as all stores have published it, and this store's share of it."""
 
-    def __init__(self, bus: Bus, sid: str) -> None:
+    def __init__(self, bus: Bus, sid: str, record_kept_s: float = 60.0) -> None:
+        """Start empty, for the store `sid`.
+
+        A content's record is deleted `record_kept_s` after its last name, since requests that were accepted before may
+        still need it.
+        """
         self._bus = bus
         self._sid = sid
+        self._record_kept_s = record_kept_s
         self._mine: dict[str, m.Alias] = {}  # published by this process, by field
         self._records: dict[str, m.AdapterRecord] = {}
         self._run_id = ""
         self._events_from = "-"  # the first event not seen yet
-        self._unnamed: dict[str, float] | None = None  # digest that had no name when last seen -> when its record goes
-        self.aliases: dict[str, m.Alias] = {}  # everybody's, as last seen, by field
+        self._unnamed: dict[str, float] | None = None  # digest without a name -> when its record is deleted
+        self.aliases: dict[str, m.Alias] = {}  # of all stores, as last loaded, by field
 
     async def load(self) -> bool:
-        """Look at what all stores have published; tell whether anything happened since the last look.
+        """Load what all stores have published; return whether anything has changed since the last load.
 
-        If Redis came back without this store's part, it is published again.
+        If Redis has lost this store's share, that is published again.
         """
         pipe = self._bus.redis.pipeline(transaction=False)
         pipe.info("server")
@@ -65,7 +71,7 @@ class Catalogue:
             self._events_from = "(" + entries[-1][0].decode()
         elif lost:
             self._events_from = "-"
-        # Every change of the catalogue is followed by an event with a name; what workers tell has none.
+        # Every change of the catalogue is followed by an event with a name; the events of workers have none.
         if not lost and not any(_is_of_a_name(fields[b"b"]) for _, fields in entries):
             return False
         before = {alias.digest for alias in self.aliases.values()}
@@ -76,13 +82,13 @@ class Catalogue:
     def _note_unnamed(self, digests: Iterable[str]) -> None:
         if self._unnamed is not None:
             named = {alias.digest for alias in self.aliases.values()}
-            at_s = time.monotonic() + RECORD_KEPT_S
+            at_s = time.monotonic() + self._record_kept_s
             self._unnamed.update({digest: at_s for digest in digests if digest and digest not in named})
 
     async def sweep(self) -> None:
-        """Delete the records of contents that no name stands for any more, unless one comes meanwhile."""
+        """Delete the records of contents that no name refers to, unless a name appears meanwhile."""
         keys = self._bus.keys
-        if self._unnamed is None:  # what earlier processes left
+        if self._unnamed is None:  # records that earlier processes left
             self._unnamed = {}
             found = [key.decode() async for key in self._bus.redis.scan_iter(match=keys.adapter("*"), count=1000)]
             self._note_unnamed(key.removeprefix(keys.adapter("")) for key in found)
@@ -99,14 +105,14 @@ class Catalogue:
             try:
                 await pipe.execute()
             except WatchError:
-                return  # the next time
+                return  # a name was written meanwhile: the next sweep tries again
         for digest in due:
             del self._unnamed[digest]
         for digest in gone:
             self._records.pop(digest, None)
 
     async def publish(self, alias: m.Alias, record: m.AdapterRecord | None = None) -> None:
-        """Point a name at its content, or say why it has none. In one step: a reader sees the old state or the new."""
+        """Set what a name refers to, or why it refers to nothing, in one step: readers see the old state or the new."""
         old = self.aliases.get(field_of(alias))
         created = old.created_ms if old else now_ms()
         alias = msgspec.structs.replace(alias, created_ms=created, changed_ms=now_ms())
@@ -125,7 +131,7 @@ class Catalogue:
         )
 
     async def announce(self, aliases: Iterable[m.Alias]) -> None:
-        """Publish names that are not known yet, so that requests for them wait instead of failing."""
+        """Publish names that the catalogue does not have yet, so that requests for them wait instead of failing."""
         now = now_ms()
         new = [
             msgspec.structs.replace(alias, created_ms=now, changed_ms=now)
@@ -146,7 +152,7 @@ class Catalogue:
         await pipe.execute()
 
     async def remove(self, field: str) -> None:
-        """Take a name out of the catalogue. Its content stays until nothing wants it."""
+        """Remove a name. Its content stays on disk until the space is needed."""
         self._mine.pop(field, None)
         alias = self.aliases.pop(field, None)
         if alias is None:
@@ -156,5 +162,5 @@ class Catalogue:
         await self._bus.announce(m.AdapterEvent(kind="removed", name=alias.name, digest=alias.digest, source=self._sid))
 
     async def record(self, digest: str) -> m.AdapterRecord | None:
-        """Return the facts of a content, whoever published them."""
+        """Return the record of a content, whichever store published it; None for an unknown digest."""
         return self._records.get(digest) or await self._bus.get(self._bus.keys.adapter(digest), m.AdapterRecord)

@@ -1,4 +1,7 @@
-"""Keeps the catalogue equal to the adapter folder: what is whole and fits the base is served, the rest says why."""
+"""Keeps the catalogue equal to the local adapter folder.
+
+An adapter that is complete and fits the base model is served; for any other the catalogue holds the reason.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,17 @@ MAX_AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """When to take up a name again whose last try failed for a reason that may pass."""
+    """When to try a name again that failed for a reason that may pass."""
 
     at_s: float  # monotonic
     pause_s: float
 
 
 class Follower:
-    """Follows one local source."""
+    """Follows the changes of one local source."""
 
     def __init__(self, source: LocalSource, mirror: Mirror, catalogue: Catalogue, settle_s: float) -> None:
+        """Start without a scan. A folder is complete once nothing in it has changed for `settle_s`."""
         self._source = source
         self._mirror = mirror
         self._catalogue = catalogue
@@ -48,22 +52,22 @@ class Follower:
         self._root_error = ""
 
     def set_base(self, base: ServedModel) -> None:
-        """Say what adapters must fit; everything is checked again when it has changed."""
+        """Set the model that adapters must fit; if it is another one, check every folder again."""
         if self._base is None or self._base.fingerprint != base.fingerprint:
-            self._watch.all_again()
+            self._watch.recheck_all()
         self._base = base
 
     async def tick(self, tasks: asyncio.TaskGroup) -> None:
-        """Scan once, start in `tasks` what has to be done for single adapters; wait for none of it."""
+        """Scan once, and start the work on each changed adapter in `tasks` without waiting for it."""
         try:
             seen = await asyncio.to_thread(self._source.scan)
         except OSError as error:
-            self._complain_about_root(error)
+            self._log_root_error(error)
             return
         self._root_error = ""
         for name, retry in list(self._retries.items()):
             if retry.at_s <= time.monotonic():
-                self._watch.again(name)
+                self._watch.recheck(name)
         changes = self._watch.observe(seen, time.time_ns())
         await self._catalogue.announce(
             [
@@ -78,55 +82,55 @@ class Follower:
             await self._catalogue.remove(name)
         for name in changes.settled:
             if NAME.fullmatch(name) is None:
-                logger.warning("the folder %.200r is not served: its name is not one an adapter may have", name)
+                logger.warning("the folder %.200r is not served: its name is not valid for an adapter", name)
             elif name in self._busy:
-                self._watch.again(name)  # once the try under way has ended
+                self._watch.recheck(name)  # once the work in progress has ended
             else:
                 self._busy.add(name)
-                tasks.create_task(self._take(name))
+                tasks.create_task(self._update(name))
 
-    def _complain_about_root(self, error: OSError) -> None:
-        """Say it once. A root that cannot be read, such as a lost mount, takes no adapter away."""
+    def _log_root_error(self, error: OSError) -> None:
+        """Log an error once. A root that cannot be read, such as a lost mount, removes no adapter."""
         if str(error) != self._root_error:
             logger.error("cannot read the adapter folder: %s", error)
         self._root_error = str(error)
 
-    async def _take(self, name: str) -> None:
-        """Take one folder in and publish the outcome; whatever goes wrong concerns this name only."""
+    async def _update(self, name: str) -> None:
+        """Bring one folder into the blobs and publish the outcome; an error affects this name only."""
         try:
             try:
                 async with self._slots:
-                    await self._admit(name)
+                    await self._mirror_and_publish(name)
             except (LorafleetError, OSError) as error:
                 await self._fail(name, error)
         except (Changed, RedisError) as error:
-            logger.info("adapter %s is taken up again: %s", name, error or "it was changed meanwhile")
-            self._watch.again(name)
+            logger.info("adapter %s is read again: %s", name, error or "it was changed meanwhile")
+            self._watch.recheck(name)
         except Exception:
-            logger.exception("adapter %s cannot be taken in", name)
+            logger.exception("adapter %s cannot be read", name)
             self._retry_later(name)
         finally:
             self._busy.discard(name)
 
-    async def _admit(self, name: str) -> None:
+    async def _mirror_and_publish(self, name: str) -> None:
         base = self._base
-        taken = await self._mirror.take(self._source, name, base)
+        mirrored = await self._mirror.take(self._source, name, base)
         if base is None:
-            return  # `set_base` brings it here again; until then the name stays "downloading"
-        record = await self._mirror.describe(taken.digest, taken.version.source, base)
+            return  # `set_base` causes another check; until then the name stays "downloading"
+        record = await self._mirror.describe(mirrored.digest, mirrored.version.source, base)
         self._retries.pop(name, None)
         if name in self._watch:
-            alias = Alias(name=name, state="on_disk", digest=taken.digest, source=taken.version.source)
+            alias = Alias(name=name, state="on_disk", digest=mirrored.digest, source=mirrored.version.source)
             await self._catalogue.publish(alias, record)
-            logger.info("adapter %s is served: %.12s, rank %d", name, taken.digest, record.rank)
+            logger.info("adapter %s is served: %.12s, rank %d", name, mirrored.digest, record.rank)
 
     async def _fail(self, name: str, error: LorafleetError | OSError) -> None:
         if isinstance(error, LorafleetError):
             reason, status = error.message, error.status
         else:
-            reason, status = f"{error.strerror or error}", 503  # without the path, which is nobody's business
+            reason, status = f"{error.strerror or error}", 503  # without the path, which clients must not see
         if isinstance(error, ClientError):
-            self._retries.pop(name, None)  # its files must change first
+            self._retries.pop(name, None)  # only a change of its files can help
         else:
             self._retry_later(name)
         logger.warning("adapter %s is not served: %s", name, reason)

@@ -1,12 +1,12 @@
-"""The store's HTTP for the fleet: files of an adapter by digest, sent by the kernel (sendfile), with ranges.
+"""The store's HTTP server for its fleet: the files of an adapter by digest, with ranges, sent by `sendfile`.
 
     GET|HEAD /adapters/{digest}/{adapter_config.json|adapter_model.safetensors|texts.json}
                                     Range, If-None-Match; ETag = digest
-    DELETE   /adapters/{digest}     200 with the bytes freed, 409 while a name stands for it
+    DELETE   /adapters/{digest}     200 with the bytes freed, 409 while a name refers to it
     GET      /health
 
-All but `/health` is for those who show the fleet's bearer. Hand-written on asyncio because ASGI servers copy every byte
-through Python; small enough to stay correct.
+Every path but `/health` requires the fleet's bearer token. The server is hand-written on asyncio because ASGI servers
+copy every byte through Python.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from protocol.wire.errors import Conflict, LorafleetError
 logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 16 << 10
-IDLE_S = 75.0
-SEND_S = 600.0
+IDLE_S = 75.0  # how long a connection may wait for its next request
+SEND_S = 600.0  # how long sending one response may take
 MAX_CONNECTIONS = 1024
 
 Locate = Callable[[str], Awaitable[Path | None]]
-"""Finds the verified folder of a digest, fetching it again if need be."""
+"""Returns the verified folder of a digest, fetched again if necessary; None for an unknown digest."""
 
 Drop = Callable[[str], Awaitable[int]]
-"""Removes a digest from the disk and returns the bytes freed. Raises Conflict while a name stands for it."""
+"""Deletes a digest from the disk and returns the bytes freed. Raises Conflict while a name refers to it."""
 
 _PATH = re.compile(r"/adapters/([0-9a-f]{64})(?:/([a-z_.]+))?")
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
@@ -47,18 +47,23 @@ _REASONS = {200: "OK", 206: "Partial Content", 304: "Not Modified", 400: "Bad Re
 
 
 @dataclass(slots=True)
-class Request:
+class HttpRequest:
+    """The head of a request."""
+
     method: str
     path: str
     headers: dict[str, str]  # names in lower case
 
     @property
     def keep_alive(self) -> bool:
+        """Whether the client keeps the connection for another request."""
         return self.headers.get("connection", "").lower() != "close"
 
 
 @dataclass(slots=True)
-class Answer:
+class HttpResponse:
+    """A response: a body, or a range of a file."""
+
     status: int
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
@@ -68,10 +73,10 @@ class Answer:
 
 
 class BlobServer:
-    """Serves until closed."""
+    """Serves blobs over HTTP until it is closed."""
 
     def __init__(self, locate: Locate, drop: Drop, health: Callable[[], dict[str, object]], bearer: str = "") -> None:
-        """`bearer` is what clients must show; "": nothing."""
+        """Prepare without listening. `bearer` is the token that clients must present; "" means none."""
         self._locate = locate
         self._drop = drop
         self._health = health
@@ -81,12 +86,12 @@ class BlobServer:
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def start(self, host: str, port: int) -> int:
-        """Listen; return the port."""
+        """Listen on `host`; return the port, a free one for 0. Raises OSError."""
         self._server = await asyncio.start_server(self._connection, host, port, limit=MAX_HEAD_BYTES)
         return self._server.sockets[0].getsockname()[1]
 
     async def close(self) -> None:
-        """Stop listening and cut what is still being sent."""
+        """Stop listening and abort every open connection."""
         if self._server is None:
             return
         self._server.close()
@@ -109,11 +114,11 @@ class BlobServer:
             writer.close()
 
     async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answer one request; tell whether another may follow on this connection."""
+        """Answer one request; return whether another may follow on this connection."""
         async with asyncio.timeout(IDLE_S):
             head = await reader.readuntil(b"\r\n\r\n")
         request = _parse(head)
-        answer = Answer(400) if request is None else await self._answer(request)
+        answer = HttpResponse(400) if request is None else await self._answer(request)
         keep = request is not None and request.keep_alive
         length = answer.count if answer.file else len(answer.body)
         lines = [f"HTTP/1.1 {answer.status} {_REASONS[answer.status]}"]
@@ -133,14 +138,18 @@ class BlobServer:
                 await writer.drain()
         return keep
 
-    async def _answer(self, request: Request) -> Answer:
+    async def _answer(self, request: HttpRequest) -> HttpResponse:
         if request.method not in ("GET", "HEAD", "DELETE"):
-            return Answer(405, {"Allow": "GET, HEAD, DELETE"})
+            return HttpResponse(405, {"Allow": "GET, HEAD, DELETE"})
         if request.path == "/health" and request.method != "DELETE":
             return _json(200, self._health())
         shown = request.headers.get("authorization", "").encode("latin-1")
         if self._bearer and not hmac.compare_digest(shown, self._bearer):
-            return _error(401, "this store serves only its own fleet", {"WWW-Authenticate": "Bearer"})
+            return _error(
+                401,
+                "the bearer token is missing or wrong",
+                {"WWW-Authenticate": "Bearer"},
+            )
         match = _PATH.fullmatch(request.path)
         if match is None or (match[2] not in (*FILES, TEXTS_FILE) if request.method != "DELETE" else match[2]):
             return _error(404, f"no such path: {request.path}")
@@ -158,13 +167,13 @@ class BlobServer:
             size = os.stat(folder / match[2]).st_size
         except FileNotFoundError:  # evicted just now
             if match[2] == TEXTS_FILE and folder.exists():
-                return _error(404, f"the adapter brings no texts: {match[1]}")
+                return _error(404, f"the adapter has no texts: {match[1]}")
             return _error(503, "the adapter left the disk: ask again")
         return _file_answer(request, folder / match[2], size, match[1])
 
 
-def _file_answer(request: Request, path: Path, size: int, digest: str) -> Answer:
-    """Return the whole file, a range of it, or 304. `If-Range` is honoured."""
+def _file_answer(request: HttpRequest, path: Path, size: int, digest: str) -> HttpResponse:
+    """Return the whole file, a range of it, or 304, as `If-None-Match`, `Range` and `If-Range` say."""
     etag = f'"{digest}"'
     headers = {
         "Content-Type": "application/json" if path.suffix == ".json" else "application/octet-stream",
@@ -173,17 +182,17 @@ def _file_answer(request: Request, path: Path, size: int, digest: str) -> Answer
     }
     known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
     if etag in known or "*" in known:
-        return Answer(304, headers)
+        return HttpResponse(304, headers)
     wanted = request.headers.get("range")
     match = _RANGE.fullmatch(wanted) if wanted and request.headers.get("if-range", etag) == etag else None
     if match is None or match[1] == match[2] == "":
-        return Answer(200, headers, file=path, count=size)
+        return HttpResponse(200, headers, file=path, count=size)
     first = int(match[1]) if match[1] else max(0, size - int(match[2]))
     last = min(int(match[2]), size - 1) if match[1] and match[2] else size - 1
     if first > last:
-        return Answer(416, headers | {"Content-Range": f"bytes */{size}"})
+        return HttpResponse(416, headers | {"Content-Range": f"bytes */{size}"})
     headers["Content-Range"] = f"bytes {first}-{last}/{size}"
-    return Answer(206, headers, file=path, begin=first, count=last - first + 1)
+    return HttpResponse(206, headers, file=path, begin=first, count=last - first + 1)
 
 
 async def _send(writer: asyncio.StreamWriter, file: BinaryIO, begin: int, count: int) -> None:
@@ -193,18 +202,18 @@ async def _send(writer: asyncio.StreamWriter, file: BinaryIO, begin: int, count:
             raise ConnectionError(f"the file ended after {sent} of {count} bytes")
 
 
-def _json(status: int, value: object) -> Answer:
-    return Answer(status, {"Content-Type": "application/json"}, json.dumps(value).encode())
+def _json(status: int, value: object) -> HttpResponse:
+    return HttpResponse(status, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
 
-def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Answer:
+def _error(status: int, message: str, headers: dict[str, str] | None = None) -> HttpResponse:
     answer = _json(status, {"error": {"message": message}})
     answer.headers |= headers or {}
     return answer
 
 
-def _parse(head: bytes) -> Request | None:
-    """Parse a request's head; None if it is not HTTP/1.1, or has a body, which no request here needs."""
+def _parse(head: bytes) -> HttpRequest | None:
+    """Parse a request's head; None unless it is HTTP/1.1 without a body, which no request here needs."""
     first, *lines = head.decode("latin-1").split("\r\n")[:-2]
     parts = first.split(" ")
     if len(parts) != 3 or parts[2] != "HTTP/1.1":
@@ -217,4 +226,4 @@ def _parse(head: bytes) -> Request | None:
         headers[name.strip().lower()] = value.strip()
     if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
         return None
-    return Request(parts[0], parts[1].partition("?")[0], headers)
+    return HttpRequest(parts[0], parts[1].partition("?")[0], headers)

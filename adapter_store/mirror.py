@@ -1,4 +1,4 @@
-"""Brings a version of an adapter from its source into the blobs: once, checked, in bounded parallelism."""
+"""Copies versions of adapters from their sources into the blobs: each once, checked, with bounded parallelism."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from adapter_store.blobs import AdapterFiles, Blobs
+from adapter_store.blobs import AdapterFolder, Blobs
+from adapter_store.shared_bucket import SharedBucket
 from adapter_store.sources import MORE_FILES, Changed, Source, Version
-from adapter_store.tier import Tier
 from peft_adapters.format import (
     CONFIG_FILE,
     MAX_HEADER_BYTES,
@@ -31,39 +31,48 @@ from protocol.wire.messages import AdapterRecord, ServedModel
 logger = logging.getLogger(__name__)
 
 HEAD_BYTES = 8 + MAX_HEADER_BYTES
+"""Bytes of a weights file that hold its whole header."""
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """A version that is in the blobs."""
+class Mirrored:
+    """A version whose content is in the blobs."""
 
     digest: str
     version: Version
 
 
 class Mirror:
-    """Fetches into one store's blobs."""
+    """Fetches adapters into one store's blobs, from their sources or from the shared bucket."""
 
-    def __init__(self, blobs: Blobs, *, max_bytes: int, max_parallel: int = 4, tier: Tier | None = None) -> None:
-        """`max_parallel` is per source, so that a slow one keeps nobody else waiting."""
+    def __init__(
+        self, blobs: Blobs, *, max_bytes: int, max_parallel: int = 4, shared_bucket: SharedBucket | None = None
+    ) -> None:
+        """Set the limits.
+
+        `max_bytes` is the largest file that is fetched. `max_parallel` is the number of fetches at once from one
+        source: counted per source, so that a slow source delays no other.
+        """
         self.blobs = blobs
         self._max_bytes = max_bytes
-        self._tier = tier
+        self._bucket = shared_bucket
         self._slots: defaultdict[Source, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(max_parallel))
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def take(self, source: Source, target: str, base: ServedModel | None, token: str = "") -> Taken:
-        """Make sure that what `target` stands for now is in the blobs.
+    async def take(self, source: Source, target: str, base: ServedModel | None, token: str = "") -> Mirrored:
+        """Make sure that the blobs hold the content that `target` stands for now; return its digest and version.
 
-        A version already there costs no fetch. Raises AdapterRefused before the weights are fetched when their header
-        says enough; the source's errors; Changed; Unavailable when the disk is full.
+        A version that is already there costs no fetch. `base` is the model that the adapter must fit, None while it is
+        unknown. Raises AdapterRefused, before the weights are fetched if their header shows the reason; the errors of
+        the source; Changed; Unavailable when the disk is full.
         """
         fixed = source.fixed(target)
-        if fixed is not None and not token:  # with a token, it is asked whether that may still read it
+        if fixed is not None and not token:  # with a token, the source decides whether it may still read the adapter
             digest = await asyncio.to_thread(self.blobs.digest_of, fixed.key)
             if digest is not None:
-                return Taken(digest, fixed)
+                return Mirrored(digest, fixed)
         async with self._slots[source]:
             version = await source.resolve(target, token)
             for name, file in version.files.items():
@@ -72,14 +81,14 @@ class Mirror:
             async with self._locks.setdefault(version.key, asyncio.Lock()):
                 digest = await asyncio.to_thread(self.blobs.digest_of, version.key)
                 if digest is None:
-                    digest = await self._bring_measured(source, version, base, token)
-        return Taken(digest, version)
+                    digest = await self._fetch_measured(source, version, base, token)
+        return Mirrored(digest, version)
 
-    async def _bring_measured(self, source: Source, version: Version, base: ServedModel | None, token: str) -> str:
+    async def _fetch_measured(self, source: Source, version: Version, base: ServedModel | None, token: str) -> str:
         scheme, outcome = version.source.partition(":")[0], "failed"
         try:
             with STORE_FETCH_SECONDS.labels(scheme).time():
-                digest = await self._bring(source, version, base, token)
+                digest = await self._fetch_or_restore(source, version, base, token)
             outcome = "taken"
             return digest
         except AdapterRefused:
@@ -89,19 +98,19 @@ class Mirror:
             STORE_FETCHES.labels(scheme, outcome).inc()
 
     async def restore(self, digest: str) -> bool:
-        """Bring a digest from the shared bucket; tell whether it is there, and is it."""
-        if self._tier is None:
+        """Copy a blob from the shared bucket; return whether the bucket has it and its content matches the digest."""
+        if self._bucket is None:
             return False
-        key = f"tier:{digest}"
+        key = f"bucket:{digest}"
         async with self._locks.setdefault(key, asyncio.Lock()):
-            return digest in self.blobs or await asyncio.to_thread(self._pull, self._tier, key, digest)
+            return digest in self.blobs or await asyncio.to_thread(self._pull, self._bucket, key, digest)
 
-    def _pull(self, tier: Tier, version: str, digest: str) -> bool:
+    def _pull(self, bucket: SharedBucket, version: str, digest: str) -> bool:
         folder = self.blobs.staging(version)
         try:
-            found = tier.pull(digest, folder) and AdapterFiles.open(folder).digest() == digest
+            found = bucket.pull(digest, folder) and AdapterFolder.open(folder).digest() == digest
             if found:
-                self.blobs.put(version, AdapterFiles.open(folder), sync=True)
+                self.blobs.put(version, AdapterFolder.open(folder), sync=True)
             return found
         except AdapterRefused as error:
             logger.error("the shared bucket's adapter %.12s is damaged: %s", digest, error)
@@ -109,10 +118,10 @@ class Mirror:
         finally:
             self.blobs.discard(version)
 
-    async def _bring(self, source: Source, version: Version, base: ServedModel | None, token: str) -> str:
+    async def _fetch_or_restore(self, source: Source, version: Version, base: ServedModel | None, token: str) -> str:
         try:
-            if self._tier is not None and not version.at_hand:
-                digest = await asyncio.to_thread(self._tier.digest_of, version.key)
+            if self._bucket is not None and not version.at_hand:
+                digest = await asyncio.to_thread(self._bucket.digest_of, version.key)
                 if digest is not None and await self.restore(digest):
                     await asyncio.to_thread(self.blobs.note_version, version.key, digest)
                     return digest
@@ -125,10 +134,10 @@ class Mirror:
                 raise
             await asyncio.to_thread(self.blobs.discard, version.key)
             raise Unavailable("the adapter store's disk is full") from error
-        if self._tier is not None:
+        if self._bucket is not None:
             folder = await asyncio.to_thread(self.blobs.verified, digest)
             if folder is not None:
-                await asyncio.to_thread(self._tier.push, version.key, digest, folder)
+                await asyncio.to_thread(self._bucket.push, version.key, digest, folder)
         return digest
 
     async def _fetch(self, source: Source, version: Version, base: ServedModel | None, token: str) -> str:
@@ -146,11 +155,14 @@ class Mirror:
     def _finish(self, version: Version, folder: Path) -> str:
         for name, file in version.files.items():
             if file.checksum is not None and _checksum(folder / name, file.checksum[0]) != file.checksum[1]:
-                raise Changed(f"{name} of {version.source} does not have the {file.checksum[0]} its source gives")
-        return self.blobs.put(version.key, AdapterFiles.open_fetched(folder), sync=not version.at_hand)
+                raise Changed(f"{name} of {version.source} does not match the {file.checksum[0]} that its source gives")
+        return self.blobs.put(version.key, AdapterFolder.open_fetched(folder), sync=not version.at_hand)
 
     async def describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
-        """Check a blob against the base model and return its catalogue record. Raises AdapterRefused, Changed."""
+        """Check a blob against the base model and return its catalogue record.
+
+        Raises AdapterRefused when it does not fit the base, Changed when the blob has left the disk.
+        """
         return await asyncio.to_thread(self._describe, digest, source, base)
 
     def _describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
@@ -171,13 +183,13 @@ class Mirror:
 
 
 def _drop_unless(config: Path, num_bytes: int) -> None:
-    """Delete a config of another length: a store that died here may have left it rewritten in canonical form."""
+    """Delete a config of another length: a store that died at this point may have rewritten it in canonical form."""
     if config.exists() and config.stat().st_size != num_bytes:
         config.unlink()
 
 
 def _check_head(folder: Path, num_bytes: int, base: ServedModel | None) -> None:
-    """Refuse what config and header already show to be wrong."""
+    """Check the config and the header of the weights. Raises AdapterRefused."""
     config = parse_config((folder / CONFIG_FILE).read_bytes())
     with (folder / WEIGHTS_FILE).open("rb") as file:
         tensors = parse_header(file.read(HEAD_BYTES), num_bytes)
@@ -185,7 +197,7 @@ def _check_head(folder: Path, num_bytes: int, base: ServedModel | None) -> None:
 
 
 def _checksum(path: Path, algorithm: str) -> str:
-    """Return a file's sha256 or md5, or its id as a blob of git."""
+    """Return a file's sha256 or md5 in hex, or its id as a git blob."""
     with path.open("rb") as file:
         if algorithm != "git":
             return hashlib.file_digest(file, algorithm).hexdigest()

@@ -1,7 +1,7 @@
-"""Makes registrations true: each name registered from the Hub or S3 is fetched, kept fresh, retried, or says why not.
+"""Fetches what is registered from the Hub or S3, keeps it up to date, and retries what failed.
 
-Registrations lie in Redis, so that any store can take up what another was fetching when it died; a lease keeps two
-from fetching the same at once.
+Registrations are in Redis, so any store can continue what another was fetching when it died. A lease for each name
+keeps two stores from fetching it at the same time.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from redis.exceptions import RedisError
 from adapter_store.catalogue import Catalogue, field_of
 from adapter_store.mirror import Mirror
 from adapter_store.sources import Changed, Source
+from adapter_store.timings import StoreTimings
 from protocol.queue.bus import Bus, now_ms
-from protocol.runtime.backoff import REFUSAL, TROUBLE
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire.adapter_refs import Policy, Reference, parse_source
 from protocol.wire.errors import AdapterRefused, BadRequest, ClientError, LorafleetError, PermissionDenied
@@ -29,39 +29,38 @@ from protocol.wire.messages import Alias, Registration, ServedModel
 logger = logging.getLogger(__name__)
 
 LEASE_MS = 15_000
-RELOAD_S = 10.0
-FORGET_REFUSED_MS = 600_000
-"""A name from a request that could not be served is forgotten when nobody has asked for it as long."""
-FORGET_UNUSED_MS = 7 * 86_400_000
-"""So is one that was served. Its content stays on disk until the space is needed."""
-MAX_ON_REQUEST = 5000
-"""Names from requests that are kept; the ones not asked for the longest go first."""
+"""Lifetime of a name's lease unless it is renewed; a store renews its leases at every tick."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How the last try of this process for a name ended."""
+    """How the last fetch of a name by this process ended."""
 
     registration: Registration
     ended_s: float  # monotonic
-    pause_s: float  # before the next try
+    pause_s: float  # before the next fetch
     num_failures: int = 0
     refused: bool = False
 
 
 class Registrar:
-    """One store's share in the registrations."""
+    """One store's work on the registrations of its fleet."""
 
     def __init__(
         self, bus: Bus, sources: Mapping[str, Source], mirror: Mirror, catalogue: Catalogue, policy: Policy,
-        secret: FleetSecret | None = None,
+        secret: FleetSecret | None = None, timings: StoreTimings | None = None,
     ) -> None:  # fmt: skip
+        """Start with nothing fetched.
+
+        `sources` are by scheme, `policy` says which places are allowed, `secret` opens the tokens of registrations.
+        """
         self._bus = bus
         self._sources = sources
         self._mirror = mirror
         self._catalogue = catalogue
         self._policy = policy
         self._secret = secret
+        self._timings = timings or StoreTimings()
         self._base: ServedModel | None = None
         self._busy: set[str] = set()
         self._outcomes: dict[str, Outcome] = {}
@@ -69,15 +68,15 @@ class Registrar:
         self._reload_at_s = 0.0  # monotonic
 
     def set_base(self, base: ServedModel) -> None:
-        """Say what adapters must fit; everything is looked at again when it has changed."""
+        """Set the model that adapters must fit; if it is another one, fetch every name again."""
         if self._base is None or self._base.fingerprint != base.fingerprint:
             self._outcomes.clear()
         self._base = base
 
     async def tick(self, tasks: asyncio.TaskGroup, refresh_s: float, *, reload: bool) -> None:
-        """Start in `tasks` what is due; wait for none of it. Names are looked up again every `refresh_s`.
+        """Start in `tasks` the fetches that are due, without waiting for them. A name is due again every `refresh_s`.
 
-        `reload` says that registrations may have changed; now and then they are read again anyway.
+        `reload` says that registrations may have changed; they are also read again at intervals without it.
         """
         await self._renew_leases()
         if reload or time.monotonic() >= self._reload_at_s:
@@ -85,11 +84,11 @@ class Registrar:
         for field, registration in self._registrations.items():
             if field not in self._busy and self._is_due(field, registration):
                 self._busy.add(field)
-                tasks.create_task(self._take(field, registration, refresh_s))
+                tasks.create_task(self._update_leased(field, registration, refresh_s))
 
     async def _reload(self) -> None:
-        """Read the registrations; remove the names that have none any more, and what nobody has asked for again."""
-        self._reload_at_s = time.monotonic() + RELOAD_S
+        """Read the registrations; remove names without one, and names that requests made and that expired."""
+        self._reload_at_s = time.monotonic() + self._timings.reload_s
         self._registrations = await self._bus.registrations()
         for field in self._stale_requests():
             registration = self._registrations.pop(field)
@@ -100,27 +99,28 @@ class Registrar:
                 await self._catalogue.remove(field)
 
     def _stale_requests(self) -> list[str]:
-        """Return the names from requests that nobody has asked for in a while, or that are too many."""
-        now = now_ms()
+        """Return the fields of names from requests that have expired or are too many."""
+        timings, now = self._timings, now_ms()
         stale: list[str] = []
         kept: list[tuple[int, str]] = []
         for field, registration in self._registrations.items():
             if registration.on_request:
                 outcome = self._outcomes.get(field)
-                forget_ms = FORGET_REFUSED_MS if outcome is not None and outcome.num_failures else FORGET_UNUSED_MS
+                failed = outcome is not None and outcome.num_failures > 0
+                forget_ms = timings.forget_refused_ms if failed else timings.forget_unused_ms
                 if registration.asked_ms < now - forget_ms:
                     stale.append(field)
                 else:
                     kept.append((registration.asked_ms, field))
-        return stale + [field for _, field in sorted(kept)[: max(0, len(kept) - MAX_ON_REQUEST)]]
+        return stale + [field for _, field in sorted(kept)[: max(0, len(kept) - timings.max_on_request)]]
 
     def _is_due(self, field: str, registration: Registration) -> bool:
         alias = self._catalogue.aliases.get(field)
         if alias is not None and alias.is_folder and registration.source != alias.source:
-            return False  # a folder of that name comes first
+            return False  # a folder of that name takes precedence
         outcome = self._outcomes.get(field)
         if outcome is None and alias is not None and alias.state == "failed" and registration.on_request:
-            # Another store has tried, or this one before its restart.
+            # Another store has failed, or this one before its restart.
             return registration.asked_ms > alias.asked_ms and now_ms() >= alias.retry_ms
         if outcome is None or (outcome.registration.source, outcome.registration.token) != (
             registration.source, registration.token,
@@ -130,7 +130,7 @@ class Registrar:
             return True
         rested = time.monotonic() >= outcome.ended_s + outcome.pause_s
         if registration.asked_ms > outcome.registration.asked_ms:
-            # Who registers a name again wants it looked at now; requests for a bad one, however many, wait.
+            # A repeated registration is acted on at once; repeated requests for a name that fails wait for the pause.
             return rested or not (registration.on_request and outcome.num_failures)
         return rested and not registration.on_request and not outcome.refused
 
@@ -141,7 +141,7 @@ class Registrar:
         await pipe.execute()
 
     def token_for(self, digest: str) -> str:
-        """Return a token with which some registration has reached this content."""
+        """Return the token of a registration that this content was fetched for; "" if there is none."""
         for field, alias in self._catalogue.aliases.items():
             registration = self._registrations.get(field)
             if alias.digest == digest and registration is not None and registration.token:
@@ -151,30 +151,31 @@ class Registrar:
     def _token(self, field: str, registration: Registration) -> str:
         """Return a registration's token. Raises PermissionDenied when it cannot be read here."""
         if registration.token and self._secret is None:
-            raise PermissionDenied("this store has no secret to read the token with")
+            raise PermissionDenied("this store has no secret, so it cannot decrypt the token")
         return self._secret.open(registration.token, field) if self._secret is not None else ""
 
     # ------------------------------------------------------------ one name
 
-    async def _take(self, field: str, registration: Registration, refresh_s: float) -> None:
-        """Bring one name up to date, unless another store does; what goes wrong concerns this name only."""
+    async def _update_leased(self, field: str, registration: Registration, refresh_s: float) -> None:
+        """Update one name unless another store holds its lease; an error affects this name only."""
         lease = self._bus.keys.fetching(field)
         try:
             if not await self._bus.redis.set(lease, "1", nx=True, px=LEASE_MS):
                 return
             try:
-                await self._bring(field, registration, refresh_s)
+                await self._update(field, registration, refresh_s)
             finally:
                 await self._bus.redis.delete(lease)
         except RedisError as error:
-            logger.warning("adapter %s is taken up again: %s", registration.name, error)
+            logger.warning("adapter %s is fetched again later: %s", registration.name, error)
         except Exception:
-            logger.exception("adapter %s cannot be brought", registration.name)
+            logger.exception("adapter %s cannot be fetched", registration.name)
             self._note_failure(field, registration, refused=False)
         finally:
             self._busy.discard(field)
 
-    async def _bring(self, field: str, registration: Registration, refresh_s: float) -> None:
+    async def _update(self, field: str, registration: Registration, refresh_s: float) -> None:
+        """Fetch the content of one name and publish it, or the reason why not."""
         alias = Alias(
             name=registration.name, tenant=registration.tenant, state="downloading", source=registration.source,
             registered=registration.source, asked_ms=registration.asked_ms, on_request=registration.on_request,
@@ -184,27 +185,28 @@ class Registrar:
         try:
             reference, source = self._place(registration)
             target = reference.source.partition(":")[2]
-            taken = await self._mirror.take(source, target, base, self._token(field, registration))
+            mirrored = await self._mirror.take(source, target, base, self._token(field, registration))
             if base is None:
-                return  # due until the base is known
-            record = await self._mirror.describe(taken.digest, taken.version.source, base)
+                return  # it stays due until the base is known
+            record = await self._mirror.describe(mirrored.digest, mirrored.version.source, base)
         except (LorafleetError, OSError, Changed) as error:
             await self._fail(alias, registration, error)
             return
-        # What a commit holds never changes; whether a token may still read it does.
+        # The content of a commit never changes, but the permission of a token may.
         pause_s = math.inf if reference.is_fixed and not registration.token else refresh_s
         self._outcomes[field] = Outcome(registration, time.monotonic(), pause_s)
         if field in self._registrations:
-            served = msgspec.structs.replace(alias, state="on_disk", digest=taken.digest, source=taken.version.source)
+            digest, place = mirrored.digest, mirrored.version.source
+            served = msgspec.structs.replace(alias, state="on_disk", digest=digest, source=place)
             await self._catalogue.publish(served, record)
-            logger.info("adapter %s is served: %.12s of %s", registration.name, taken.digest, taken.version.source)
+            logger.info("adapter %s is served: %.12s of %s", registration.name, digest, place)
 
     def _place(self, registration: Registration) -> tuple[Reference, Source]:
-        """Return where to fetch from. Raises BadRequest, PermissionDenied."""
+        """Return the place to fetch from and its source. Raises BadRequest, PermissionDenied."""
         reference = parse_source(registration.source)
         source = self._sources.get(reference.scheme) if reference else None
         if reference is None or source is None:
-            raise BadRequest(f"{registration.source!r} is not a place adapters can be fetched from")
+            raise BadRequest(f"{registration.source!r} is not a place that adapters can be fetched from")
         self._policy.check(reference, on_request=registration.on_request)
         return reference, source
 
@@ -217,7 +219,7 @@ class Registrar:
         logger.warning("adapter %s: %s", registration.name, reason)
         refused = isinstance(error, ClientError)
         pause_s = self._note_failure(field, registration, refused=refused)
-        if field not in self._registrations or await self._serve_on(
+        if field not in self._registrations or await self._keep_serving(
             field, registration, reason, status, refused=refused
         ):
             return
@@ -227,12 +229,13 @@ class Registrar:
             )
         )
 
-    async def _serve_on(
+    async def _keep_serving(
         self, field: str, registration: Registration, reason: str, status: int, *, refused: bool
     ) -> bool:
-        """Go on serving what the name stood for, and say why it is not newer; False if there is nothing to serve.
+        """Keep serving the name's old content, with the reason why it is not newer; return False if that is impossible.
 
-        What its own source refuses is not served on; what a name was to be pointed to instead is no reason to stop.
+        Old content is dropped when its own source now refuses it. It is kept when the name was to be moved to another
+        source and that one refuses.
         """
         known = self._catalogue.aliases.get(field)
         if known is None or known.state != "on_disk" or self._base is None:
@@ -250,10 +253,10 @@ class Registrar:
         return True
 
     def _note_failure(self, field: str, registration: Registration, *, refused: bool) -> float:
-        """Return the pause before the next try, s."""
+        """Count a failure; return the pause before the next fetch, s."""
         last = self._outcomes.get(field)
         failures = 1 + (last.num_failures if last is not None and last.refused == refused else 0)
-        # Refused: tried again when somebody asks, but not before. In trouble: by itself.
-        pause_s = (REFUSAL if refused else TROUBLE).pause_s(failures)
+        backoff = self._timings.refusal if refused else self._timings.trouble
+        pause_s = backoff.pause_s(failures)
         self._outcomes[field] = Outcome(registration, time.monotonic(), pause_s, failures, refused)
         return pause_s

@@ -1,4 +1,4 @@
-"""The store as a process: HTTP for workers, the adapter folder into the catalogue, beats. All awaits are here."""
+"""The store as a process: its HTTP server, its beats, and the loop that keeps the catalogue up to date."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from adapter_store.blobs import Blobs
 from adapter_store.catalogue import Catalogue
 from adapter_store.follow import Follower
 from adapter_store.http import BlobServer
-from adapter_store.keeper import Keeper
 from adapter_store.mirror import Mirror
+from adapter_store.pin_controller import PinController
 from adapter_store.registrar import Registrar
+from adapter_store.shared_bucket import SharedBucket
 from adapter_store.sources import Changed, Source
 from adapter_store.sources.hub import HubSource
 from adapter_store.sources.local import LocalSource
 from adapter_store.sources.s3 import S3Source, make_client
-from adapter_store.tier import Tier
+from adapter_store.timings import StoreTimings
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
 from protocol.runtime import metrics
 from protocol.runtime.fleet_secret import FleetSecret
@@ -35,23 +36,23 @@ logger = logging.getLogger(__name__)
 BEAT_S = 1.0
 BEAT_TTL_MS = 5000
 FORGET_MS = 60_000
-"""Silence after which another store is struck off the register."""
+"""Silence after which a store is removed from the register."""
 
 
-async def serve(settings: Settings, stop: asyncio.Event) -> int:
-    """Run a store until `stop`; return the process' exit code. Raises BadRequest for settings it cannot serve with."""
+async def serve(settings: Settings, stop: asyncio.Event, timings: StoreTimings | None = None) -> int:
+    """Run a store until `stop`; return the exit code of its process. Raises BadRequest for unusable settings."""
     secret = FleetSecret.of(settings)
     if secret is None and not _is_loopback(settings.store_host):
         raise BadRequest(
-            f"store_host {settings.store_host} can be reached from other machines: the services need a secret or a"
-            " secret_file in common, so that the store serves its own fleet only"
+            f"store_host {settings.store_host} can be reached from other machines: give all services the same secret or"
+            " secret_file, so that the store serves its own fleet only"
         )
     bus = Bus(settings.redis_url)
     try:
         if await _reach(bus, stop):
             with metrics.serve_metrics(settings.metrics_port):
                 blobs = await asyncio.to_thread(_open_blobs, settings)
-                await Store(bus, settings, blobs, secret).run(stop)
+                await Store(bus, settings, blobs, secret, timings).run(stop)
         return 0
     finally:
         await bus.close()
@@ -62,7 +63,7 @@ def _open_blobs(settings: Settings) -> Blobs:
 
 
 async def _reach(bus: Bus, stop: asyncio.Event) -> bool:
-    """Wait for Redis; False when `stop` came first."""
+    """Wait until Redis answers; return False when `stop` was set first."""
     while not stop.is_set():
         try:
             await bus.check()
@@ -75,32 +76,39 @@ async def _reach(bus: Bus, stop: asyncio.Event) -> bool:
 
 
 class Store:
-    """One store."""
+    """One store: its parts, and the loops that drive them."""
 
-    def __init__(self, bus: Bus, settings: Settings, blobs: Blobs, secret: FleetSecret | None = None) -> None:
+    def __init__(
+        self, bus: Bus, settings: Settings, blobs: Blobs, secret: FleetSecret | None = None,
+        timings: StoreTimings | None = None,
+    ) -> None:  # fmt: skip
+        """Build the parts; nothing is read or fetched yet. `secret` is what the services of the fleet share."""
+        timings = timings or StoreTimings()
         self.bus = bus
         self.settings = settings
         self.sid = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self.blobs = blobs
         s3 = make_client(settings.s3_endpoint) if settings.s3_buckets or settings.store_bucket else None
-        self.tier = Tier(s3, settings.store_bucket) if settings.store_bucket else None
+        self.shared_bucket = SharedBucket(s3, settings.store_bucket) if settings.store_bucket else None
         self.mirror = Mirror(
-            blobs, max_bytes=settings.max_adapter_bytes, max_parallel=settings.max_downloads, tier=self.tier
-        )
-        self.catalogue = Catalogue(bus, self.sid)
+            blobs, max_bytes=settings.max_adapter_bytes, max_parallel=settings.max_downloads,
+            shared_bucket=self.shared_bucket,
+        )  # fmt: skip
+        self.catalogue = Catalogue(bus, self.sid, record_kept_s=timings.record_kept_s)
         self.server = BlobServer(self.locate, self.drop, self.health, secret.bearer if secret else "")
         self.base: ServedModel | None = None
-        self.hub = HubSource(settings.hub_endpoint)
+        self.hub = HubSource(settings.hub_endpoint, retries=timings.retries)
         self.sources: dict[str, Source] = {"hub": self.hub}
         if s3 is not None:
-            self.sources["s3"] = S3Source(s3)
+            self.sources["s3"] = S3Source(s3, retries=timings.retries)
         if settings.adapters is not None:
             self.sources["local"] = LocalSource(settings.adapters)
-        self.keeper = Keeper(bus, self.catalogue, settings)
-        self.registrar = Registrar(bus, self.sources, self.mirror, self.catalogue, Policy.of(settings), secret)
+        self.pin_controller = PinController(bus, self.catalogue, settings)
+        policy = Policy.of(settings)
+        self.registrar = Registrar(bus, self.sources, self.mirror, self.catalogue, policy, secret, timings)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Serve until `stop`; what is being fetched then is left for the next start."""
+        """Serve until `stop`. Fetches that are then in progress resume at the next start."""
         port = await self.server.start(self.settings.store_host, self.settings.store_port)
         url = self.settings.store_url or f"http://{_reachable(self.settings.store_host)}:{port}"
         try:
@@ -120,7 +128,7 @@ class Store:
             logger.info("adapter store ready at %s: %d adapters on disk", url, len(self.blobs))
 
     def health(self) -> dict[str, object]:
-        """Return what `/health` says."""
+        """Return the fields that `/health` shows."""
         return {
             "status": "ok",
             "sid": self.sid,
@@ -139,11 +147,11 @@ class Store:
                 await self.bus.beat(keys.store_beat(self.sid), keys.stores, self.sid, url.encode(), BEAT_TTL_MS)
                 await self.bus.redis.zremrangebyscore(keys.stores, "-inf", now_ms() - FORGET_MS)
             except CONNECTION_ERRORS as error:
-                logger.warning("cannot beat: %s", error)
+                logger.warning("cannot send a beat: %s", error)
             await wait_any(stop, BEAT_S)
 
     async def _keep(self, tasks: asyncio.TaskGroup, stop: asyncio.Event) -> None:
-        """Keep the catalogue: follow base model, adapter folder and registrations."""
+        """Keep the catalogue equal to the base model, the adapter folder and the registrations."""
         follower: Follower | None = None
         wake = asyncio.Event()
         tasks.create_task(self._listen(wake, stop))
@@ -156,11 +164,11 @@ class Store:
                 if follower is not None:
                     await follower.tick(tasks)
                 await self.registrar.tick(tasks, self.settings.refresh_s, reload=changed)
-                await self.keeper.tick()
+                await self.pin_controller.tick()
                 await self.catalogue.sweep()
                 self._measure()
             except CONNECTION_ERRORS as error:
-                logger.warning("cannot keep the catalogue: %s", error)
+                logger.warning("cannot update the catalogue: %s", error)
             await wait_any(wake, self.settings.scan_interval_s)
 
     def _measure(self) -> None:
@@ -178,7 +186,7 @@ class Store:
                 follower.set_base(base)
 
     async def _listen(self, wake: asyncio.Event, stop: asyncio.Event) -> None:
-        """Set `wake` when somebody registers a name, and at the end."""
+        """Set `wake` when a name is registered, and when `stop` is set."""
         last_ids = {self.bus.keys.adapter_events: b"$"}
         while not stop.is_set():
             try:
@@ -186,10 +194,10 @@ class Store:
                     if decode(fields[b"b"], AdapterEvent).kind == "wanted":
                         wake.set()
             except CONNECTION_ERRORS as error:
-                logger.warning("cannot hear events: %s", error)
+                logger.warning("cannot read events: %s", error)
                 await wait_any(stop, BEAT_S)
             except ProtocolError:
-                logger.exception("an event cannot be read")
+                logger.exception("an event cannot be decoded")
         wake.set()
 
     def _follower(self) -> Follower | None:
@@ -204,14 +212,14 @@ class Store:
             await self.bus.redis.delete(keys.store_beat(self.sid))
             await self.bus.redis.zrem(keys.stores, self.sid)
         except CONNECTION_ERRORS:
-            logger.info("Redis is gone: the store's beat will expire by itself")
+            logger.info("Redis does not answer; the store's beat will expire")
 
     # ------------------------------------------------------------ blobs on request
 
     async def locate(self, digest: str) -> Path | None:
-        """Return the folder of a digest, its content verified; if it left the disk, bring it again.
+        """Return the verified folder of a digest, fetched again if it has left the disk; None for an unknown digest.
 
-        None when it is unknown. Raises the source's errors.
+        Raises the errors of its source.
         """
         folder = await asyncio.to_thread(self.blobs.verified, digest)
         if folder is None and (await self.mirror.restore(digest) or await self._fetch_again(digest)):
@@ -219,18 +227,21 @@ class Store:
         return folder
 
     async def drop(self, digest: str) -> int:
-        """Remove a digest from this disk and from the shared bucket; return the bytes freed here. Raises Conflict."""
+        """Delete a digest from this disk and from the shared bucket; return the bytes freed on this disk.
+
+        Raises Conflict while a name refers to it.
+        """
         await self.catalogue.load()
         names = [alias.name for alias in self.catalogue.aliases.values() if alias.digest == digest]
         if names:
-            raise Conflict(f"the name {names[0]} stands for it")
+            raise Conflict(f"the name {names[0]} refers to it")
         num_bytes = await asyncio.to_thread(self.blobs.drop, digest)
-        if self.tier is not None:
-            await asyncio.to_thread(self.tier.drop, digest)
+        if self.shared_bucket is not None:
+            await asyncio.to_thread(self.shared_bucket.drop, digest)
         return num_bytes
 
     async def _fetch_again(self, digest: str) -> bool:
-        """Bring a content from its source again; tell whether that is still what the source has."""
+        """Fetch a digest from its source again; return whether the source still has this content."""
         record = await self.catalogue.record(digest)
         if record is None:
             return False
@@ -239,13 +250,13 @@ class Store:
         if source is None:
             return False
         try:
-            taken = await self.mirror.take(source, target, self.base, self.registrar.token_for(digest))
+            mirrored = await self.mirror.take(source, target, self.base, self.registrar.token_for(digest))
         except Changed as error:
-            logger.warning("adapter %.12s is not at %s any more: %s", digest, record.source, error)
+            logger.warning("adapter %.12s is no longer at %s: %s", digest, record.source, error)
             return False
         except OSError as error:
             raise Unavailable(f"the source cannot be read: {error.strerror}") from error
-        return taken.digest == digest
+        return mirrored.digest == digest
 
 
 def _is_loopback(host: str) -> bool:
@@ -253,5 +264,5 @@ def _is_loopback(host: str) -> bool:
 
 
 def _reachable(host: str) -> str:
-    """Return an address for others to reach a listener on `host`."""
+    """Return an address at which other machines reach a listener on `host`."""
     return socket.gethostbyname(socket.gethostname()) if host in ("", "0.0.0.0", "::") else host

@@ -1,4 +1,4 @@
-"""When is an adapter folder whole? Pure: fed with scans, tells what to take in and what is gone."""
+"""Decides from successive scans which adapter folders are complete, which changed and which are gone. Pure: no I/O."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from adapter_store.sources.local import FolderState
 
 @dataclass(slots=True)
 class Changes:
-    """What one scan brought."""
+    """The differences that one scan found, as adapter names."""
 
     appeared: list[str] = field(default_factory=list)  # first seen
-    settled: list[str] = field(default_factory=list)  # whole, and new or changed since it last settled
+    settled: list[str] = field(default_factory=list)  # complete, and new or changed since it last settled
     removed: list[str] = field(default_factory=list)
 
 
 class Watch:
-    """Follows the folders over scans.
+    """Compares each scan of the adapter folders with the ones before.
 
-    A folder has settled when nothing in it changed between two scans or for `settle_ns` before the first one; it is
-    removed when two scans in a row miss it, so that one replaced by another under the same name stays.
+    A folder has settled when nothing in it changed between two scans, or for `settle_ns` before the first. A folder is
+    removed when two scans in a row miss it, so that replacing a folder by another of the same name removes nothing.
     """
 
     def __init__(self, settle_ns: int, known: Iterable[str] = ()) -> None:
-        """`known` are names that were there before: they are reported as removed if no scan finds them."""
+        """Start with the names that were `known` before: they are reported as removed if no scan finds them."""
         self._settle_ns = settle_ns
         self._last = {name: FolderState() for name in known}
         self._settled: dict[str, FolderState] = {}
         self._missing: set[str] = set()
 
     def observe(self, seen: Mapping[str, FolderState], now_ns: int) -> Changes:
-        """Take a scan made at unix time `now_ns`."""
+        """Compare a scan made at unix time `now_ns` with the last one; return what changed."""
         changes = Changes()
         for name, state in seen.items():
             last = self._last.get(name)
@@ -53,12 +53,13 @@ class Watch:
         return changes
 
     def __contains__(self, name: str) -> bool:
+        """Return whether the folder was there at the last scans."""
         return name in self._last
 
-    def all_again(self) -> None:
-        """Report every folder as settled once more."""
+    def recheck_all(self) -> None:
+        """Report every folder as settled again at the next scan."""
         self._settled.clear()
 
-    def again(self, name: str) -> None:
-        """Report a folder as settled once more: taking it in failed for a reason that may pass."""
+    def recheck(self, name: str) -> None:
+        """Report a folder as settled again at the next scan."""
         self._settled.pop(name, None)

@@ -1,4 +1,4 @@
-"""A store running in the test's own event loop, and what tests ask of it."""
+"""A store that runs in the test's own event loop, and the questions that tests ask it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 import httpx2
 from waiting import wait_until
 
+from adapter_store.sources.retry import Retries
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, adapter_digest, parse_config, parse_header
 from protocol.queue.bus import Bus
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire import messages as m
+
+QUICK = Retries(first_pause_s=0.001)
+"""Retries for tests: as many as in production, with short pauses."""
 
 
 class StoreRun:

@@ -1,4 +1,8 @@
-"""Where adapters come from. A source is one file here, and knows nothing of digests, catalogue or other sources."""
+"""The sources that adapters are fetched from, one file each.
+
+A source implements the protocol `Source`. It knows nothing of digests, the catalogue or other sources. A new one is a
+file here, a line in `adapter_store.service.Store` and its reference syntax in `protocol.wire.adapter_refs`.
+"""
 
 from __future__ import annotations
 
@@ -11,53 +15,57 @@ from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from peft_adapters.texts import TEXT_FILES
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
-"""What every adapter has. A pickle (`.bin`) is refused by its name."""
+"""The files that every adapter has. Weights in a pickle (`.bin`) are refused."""
 
 MORE_FILES = TEXT_FILES
-"""What is taken from a source besides, if it is there. Nothing else ever is."""
+"""The optional files that are fetched, too. No other file of a source is ever read."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """One file of a version."""
+    """Size and checksum of one file of a version, as its source states them."""
 
     num_bytes: int
-    etag: str = ""  # what the source says when asked for the same version again
+    etag: str = ""  # by which the source recognizes the same content
     checksum: tuple[Literal["sha256", "md5", "git"], str] | None = None  # hex, if the source knows it; git: blob id
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One fixed content of a target: fetched twice, it gives the same bytes or an error."""
+    """The content of a target at one time: fetching it twice gives the same bytes, or an error."""
 
-    key: str  # equal keys, equal content
+    key: str  # equal keys mean equal content
     source: str  # as shown to users: "local:NAME", "hub:ORG/NAME@COMMIT", "s3://BUCKET/PREFIX"
     target: str
-    files: Mapping[str, RemoteFile] = field(default_factory=dict)  # by name: FILES, and what there is of MORE_FILES
-    at_hand: bool = False  # fetching it again costs next to nothing: not worth syncing to disk
+    files: Mapping[str, RemoteFile] = field(default_factory=dict)  # by name: FILES, and MORE_FILES that exist
+    at_hand: bool = False  # on this machine: so cheap to fetch again that it needs no sync to disk
 
 
 class Source(Protocol):
-    """One kind of place. Errors are LorafleetErrors: retryable ones are worth another try, the others say why not."""
+    """One kind of place that holds adapters. Its errors are LorafleetErrors, retryable if another try may succeed."""
 
     def fixed(self, target: str) -> Version | None:
-        """Return the version of a target that always means the same content, without asking; its files are unknown."""
+        """Return the version of a target that can never change, without asking the source; None if it can change.
+
+        The version's `files` are empty.
+        """
         ...
 
     async def resolve(self, target: str, token: str = "") -> Version:
-        """Return what `target` stands for now.
+        """Return the version that `target` refers to now.
 
-        Raises NotFound, PermissionDenied, AdapterRefused (it holds no adapter), Unavailable (ask again later).
+        Raises NotFound, PermissionDenied, AdapterRefused when it holds no adapter, Unavailable when another try may
+        succeed.
         """
         ...
 
     async def fetch(self, version: Version, name: str, path: Path, end: int, token: str = "") -> None:
-        """Make the file at `path` hold bytes `[0, end)` of the file `name`, going on from those it already holds.
+        """Download bytes `[0, end)` of the file `name` to `path`, continuing after those that `path` already holds.
 
-        Raises as `resolve`; also Unavailable when the content is no longer that of `version`.
+        Raises as `resolve`; also Changed when the content is no longer that of `version`.
         """
         ...
 
 
 class Changed(Exception):
-    """The content is no longer that of the version that was resolved: resolve again."""
+    """The content is no longer that of the resolved version; the target must be resolved again."""

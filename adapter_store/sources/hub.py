@@ -1,7 +1,7 @@
-"""Adapters on the Hugging Face Hub: a revision is resolved to its commit, the files are fetched by commit.
+"""Adapters on the Hugging Face Hub: a revision is resolved to its commit, and the files are fetched by commit.
 
-The client library's own download is not used: it does not resume across calls, does not retry 429 and 5xx, and gives
-out a cached snapshot as if it were fresh when the Hub does not answer.
+The client library's own download is not used: it does not resume across calls, does not retry 429 and 5xx, and returns
+a cached snapshot as if it were current when the Hub does not answer.
 """
 
 from __future__ import annotations
@@ -23,35 +23,45 @@ from huggingface_hub.errors import (
 )
 
 from adapter_store.sources import FILES, MORE_FILES, Changed, RemoteFile, Version
-from adapter_store.sources.retry import Attempts
+from adapter_store.sources.retry import Attempts, Retries
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.wire.adapter_refs import parse_reference
 from protocol.wire.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
-RETRIED = (429, 500, 502, 503, 504)
+RETRIED = (429, 500, 502, 503, 504)  # statuses that may pass
 PICKLE = re.compile(r"adapter_model\.(bin|pt|pth)")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 class HubSource:
-    """One Hub: huggingface.co, or what HF_ENDPOINT says."""
+    """One Hub: huggingface.co, or the server that HF_ENDPOINT names."""
 
-    def __init__(self, endpoint: str = "", *, token: str | None = None, first_pause_s: float = 0.5) -> None:
-        """`token` is the server's, used where the caller gives none; default: HF_TOKEN or the logged-in one."""
+    def __init__(
+        self, endpoint: str = "", *, token: str | None = None, retries: Retries | None = None,
+        offline: bool | None = None,
+    ) -> None:  # fmt: skip
+        """Prepare a client of `endpoint`, the configured Hub by default.
+
+        `token` is used for calls that bring none; by default it is HF_TOKEN or that of the Hub's login. `retries` sets
+        how calls are repeated. An `offline` source asks nothing, by default if HF_HUB_OFFLINE is set.
+        """
         self._endpoint = endpoint or constants.ENDPOINT
         self._token = token or get_token()
-        self._first_pause_s = first_pause_s
+        self._retries = retries or Retries()
+        self._offline = constants.is_offline_mode() if offline is None else offline
         self._api = HfApi(endpoint=self._endpoint)
         self._http = httpx2.AsyncClient(timeout=TIMEOUT, follow_redirects=True, headers={"Accept-Encoding": "identity"})
 
     async def close(self) -> None:
+        """Close the connections."""
         await self._http.aclose()
 
     # ------------------------------------------------------------ resolve
 
     def fixed(self, target: str) -> Version | None:
+        """Return the version of a target that names a commit; None for any other."""
         reference = parse_reference(f"hub:{target}")
         return self._version(target) if reference is not None and reference.is_fixed else None
 
@@ -60,10 +70,11 @@ class HubSource:
         return Version(f"hub:{self._endpoint}/{target}", source=f"hub:{target}", target=target, files=files or {})
 
     async def resolve(self, target: str, token: str = "") -> Version:
+        """Ask the Hub for the commit and the files of ORG/NAME[@REVISION]; see `Source.resolve`."""
         reference = parse_reference(f"hub:{target}")
         if reference is None:
             raise NotFound(f"{target!r} is not an id on the Hub")
-        if constants.is_offline_mode():
+        if self._offline:
             raise Unavailable("the store is in offline mode (HF_HUB_OFFLINE)")
         repo = f"{reference.owner}/{reference.path}"
 
@@ -85,8 +96,8 @@ class HubSource:
         return self._version(f"{repo}@{info.sha}", found)
 
     async def _retrying(self, call: Callable[[], Any], repo: str, revision: str) -> Any:
-        """Await `call()`, again after answers that may pass. Raises LorafleetErrors."""
-        attempts = Attempts(self._first_pause_s)
+        """Return what `call()` returns, repeating it after errors that may pass. Raises LorafleetError."""
+        attempts = Attempts(self._retries)
         while True:
             try:
                 return await call()
@@ -109,9 +120,10 @@ class HubSource:
     # ------------------------------------------------------------ fetch
 
     async def fetch(self, version: Version, name: str, path: Path, end: int, token: str = "") -> None:
+        """Download a part of a file, with retries; see `Source.fetch`."""
         repo, _, commit = version.target.partition("@")
         url = hf_hub_url(repo, name, revision=commit, endpoint=self._endpoint)
-        attempts = Attempts(self._first_pause_s)
+        attempts = Attempts(self._retries)
         with path.open("ab") as file:
             while (at := file.tell()) < end:
                 try:
@@ -123,14 +135,14 @@ class HubSource:
                     await attempts.pause(f"the Hub answers {answer.response.status_code}", answer.response.headers)
                 except (httpx2.TransportError, _Cut) as error:
                     if file.tell() > at:
-                        attempts = Attempts(self._first_pause_s)  # it does get on
+                        attempts = Attempts(self._retries)  # progress was made: count anew
                     await attempts.pause(f"the download of {repo} broke off: {type(error).__name__}")
 
     async def _read(self, url: str, file: BinaryIO, end: int, num_bytes: int, token: str) -> None:
         """Append bytes `[file.tell(), end)` of a remote file of `num_bytes`."""
         at = file.tell()
         headers = {"Range": f"bytes={at}-{end - 1}"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        # The Authorization header is dropped when the Hub sends us on to another host.
+        # The client drops the Authorization header when the Hub redirects to another host.
         async with self._http.stream("GET", url, headers=headers) as response:
             if response.status_code == 206:
                 match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
@@ -148,10 +160,10 @@ class HubSource:
 
 
 async def _append(response: httpx2.Response, file: BinaryIO, num_bytes: int) -> None:
-    """Append that many bytes of a body to a file; what came before a body broke off is kept. Raises _Cut."""
+    """Append `num_bytes` of a body to a file. Raises _Cut when the body ends early; what came before is kept."""
     pending = bytearray()
     try:
-        # In pieces as they come: asked for larger ones, the client would drop what it has when the body breaks off.
+        # Pieces as they arrive: of larger ones, the client would drop an incomplete piece when the body breaks off.
         async for piece in response.aiter_raw():
             pending += piece[:num_bytes]
             num_bytes -= min(len(piece), num_bytes)
@@ -168,18 +180,18 @@ async def _append(response: httpx2.Response, file: BinaryIO, num_bytes: int) -> 
 
 
 class _Answer(Exception):
-    """A status that is neither the file nor a part of it."""
+    """A response with a status other than 200 and 206."""
 
     def __init__(self, response: httpx2.Response) -> None:
         self.response = response
 
 
 class _Cut(Exception):
-    """The body ended before its end."""
+    """A body ended early."""
 
 
 def _refusal(response: httpx2.Response, repo: str) -> LorafleetError | None:
-    """Turn a status that will not pass into its error; None for one that is worth another try."""
+    """Return the error for a status that will not pass; None for a status that is worth another try."""
     status, code = response.status_code, response.headers.get("x-error-code", "")
     if status in RETRIED:
         return None

@@ -1,4 +1,7 @@
-"""Adapters in folders under one root: `NAME` or `ORG/NAME` with an adapter_config.json. Nothing leaves the root."""
+"""Adapters in folders under one root: `NAME` or `ORG/NAME` with an adapter_config.json.
+
+Nothing outside the root is read, not even through a symbolic link.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ CHUNK_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What a file looks like from outside. Any write changes it: the change time cannot be set by hand."""
+    """A file's size, times and inode. Any write changes the stamp, since no program can set the change time."""
 
     num_bytes: int
     mtime_ns: int
@@ -30,33 +33,38 @@ class Stamp:
 
     @classmethod
     def of(cls, status: os.stat_result) -> Stamp:
+        """Return the stamp in a file's status."""
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 @dataclass(frozen=True, slots=True)
 class FolderState:
-    """What a scan saw of one adapter folder."""
+    """The stamps of one adapter folder's files, or the problem with it, at one scan."""
 
     config: Stamp | None = None
     weights: Stamp | None = None
-    more: tuple[tuple[str, Stamp], ...] = ()  # of MORE_FILES, by name
-    problem: str = ""  # why it cannot be an adapter, whatever the files hold
+    more: tuple[tuple[str, Stamp], ...] = ()  # of the files in MORE_FILES that exist, by name
+    problem: str = ""  # why it cannot be an adapter, whatever its files contain
 
     @property
     def changed_ns(self) -> int:
-        """Unix time of the last change, ns."""
+        """The unix time of the last change, ns."""
         stamps = (self.config, self.weights, *(stamp for _, stamp in self.more))
         return max((stamp.ctime_ns for stamp in stamps if stamp), default=0)
 
 
 class LocalSource:
-    """The folder of `--adapters`."""
+    """The adapters in the folder that the setting `adapters` names."""
 
     def __init__(self, root: Path) -> None:
+        """Set the root; it need not exist yet."""
         self.root = Path(os.path.realpath(root.expanduser()))
 
     def scan(self) -> dict[str, FolderState]:
-        """Return the state of every adapter folder by name, badly named ones included. Raises OSError for the root."""
+        """Return the state of every adapter folder by name, also of those whose name is not valid.
+
+        Raises OSError when the root cannot be read.
+        """
         states: dict[str, FolderState] = {}
         for entry in _folders(self.root):
             state = self._state(entry.path, entry.is_symlink())
@@ -70,7 +78,7 @@ class LocalSource:
         return states
 
     def _state(self, folder: str, maybe_outside: bool) -> FolderState | None:
-        """Look at a folder; None if it holds no adapter_config.json."""
+        """Return the state of a folder; None if it holds no adapter_config.json."""
         try:
             if maybe_outside and not self._inside(folder):
                 return FolderState(problem="the folder is a symbolic link that leaves the adapter root")
@@ -104,9 +112,11 @@ class LocalSource:
     # ------------------------------------------------------------ Source
 
     def fixed(self, target: str) -> Version | None:
+        """Return None: every folder can change."""
         return None
 
     async def resolve(self, target: str, token: str = "") -> Version:
+        """Return the version of a folder as it is now; see `Source.resolve`."""
         return await asyncio.to_thread(self._resolve, target)
 
     def _resolve(self, name: str) -> Version:
@@ -136,6 +146,7 @@ class LocalSource:
         return f"{WEIGHTS_FILE} is missing"
 
     async def fetch(self, version: Version, name: str, path: Path, end: int, token: str = "") -> None:
+        """Copy a part of a file; see `Source.fetch`."""
         await asyncio.to_thread(self._copy, version, name, path, end)
 
     def _copy(self, version: Version, name: str, path: Path, end: int) -> None:
@@ -149,7 +160,7 @@ class LocalSource:
                 while at < end and (chunk := os.pread(source, min(end - at, CHUNK_BYTES), at)):
                     out.write(chunk)
                     at += len(chunk)
-            # Looked at last: what was copied before it was of this version, then.
+            # Compared last: if the stamp is still that of the version, so is everything copied before.
             if str(Stamp.of(os.fstat(source))) != version.files[name].etag:
                 raise Changed
         finally:
@@ -157,7 +168,7 @@ class LocalSource:
 
 
 def _folders(path: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
-    """Yield the sub-folders of `path`, hidden ones aside."""
+    """Yield the sub-folders of `path` that are not hidden."""
     with os.scandir(path) as entries:
         for entry in entries:
             if not entry.name.startswith(".") and entry.is_dir():

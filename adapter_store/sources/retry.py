@@ -1,4 +1,4 @@
-"""Trying again: exponential pauses, the server's Retry-After, an end."""
+"""Retries of calls to a source: exponential pauses, at least the server's Retry-After, and a limit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import time
 
@@ -13,22 +14,34 @@ from protocol.wire.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 
-MAX_TRIES = 5
 MAX_PAUSE_S = 60.0
 
 
-class Attempts:
-    """The tries of one call."""
+@dataclass(frozen=True, slots=True)
+class Retries:
+    """How often a call to a source is made at most, and the pause after its first failure; later pauses double."""
 
-    def __init__(self, first_pause_s: float) -> None:
-        self._pause_s = first_pause_s
+    max_tries: int = 5
+    first_pause_s: float = 0.5
+
+
+class Attempts:
+    """The attempts of one call."""
+
+    def __init__(self, retries: Retries) -> None:
+        """Start with none."""
+        self._max_tries = retries.max_tries
+        self._pause_s = retries.first_pause_s
         self._num_failed = 0
 
     async def pause(self, reason: str, headers: Mapping[str, str] | None = None) -> None:
-        """Wait before the next try, as long as the server asks. Raises Unavailable when there have been enough."""
+        """Wait before the next attempt, at least as long as `headers` ask for.
+
+        Raises Unavailable, with `reason`, after the last attempt or when the server asks for more than MAX_PAUSE_S.
+        """
         self._num_failed += 1
         asked_s = _retry_after_s(headers or {})
-        if self._num_failed >= MAX_TRIES or asked_s > MAX_PAUSE_S:
+        if self._num_failed >= self._max_tries or asked_s > MAX_PAUSE_S:
             raise Unavailable(f"{reason}, {self._num_failed} times")
         pause_s = max(asked_s, self._pause_s * random.uniform(0.5, 1.0))
         self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
@@ -37,7 +50,7 @@ class Attempts:
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float:
-    """Return the pause that a response asks for: seconds, or a date; 0 if none."""
+    """Return the pause that a response asks for, in seconds or by a date; 0 if it asks for none."""
     value = headers.get("retry-after", "")
     try:
         return max(0.0, float(value))

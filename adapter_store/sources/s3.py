@@ -1,6 +1,6 @@
-"""Adapters in S3 or anything that speaks it: `s3://bucket/prefix`, the two files right under the prefix.
+"""Adapters in S3 or a compatible server: `s3://bucket/prefix`, with the files directly under the prefix.
 
-The objects' ETags are the version: every read says If-Match, so that an object replaced meanwhile is noticed.
+The ETags of the objects make up the version. Every read sends If-Match, so an object that was replaced is noticed.
 """
 
 from __future__ import annotations
@@ -17,34 +17,37 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from urllib3.exceptions import HTTPError
 
 from adapter_store.sources import FILES, MORE_FILES, Changed, RemoteFile, Version
-from adapter_store.sources.retry import Attempts
+from adapter_store.sources.retry import Attempts, Retries
 from peft_adapters.format import WEIGHTS_FILE
 from protocol.wire.adapter_refs import parse_reference
 from protocol.wire.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
 
 CHUNK_BYTES = 64 << 10
-"""Also what is lost when a body breaks off."""
+"""Bytes written at once; at most so many are lost when a body breaks off."""
 _MD5 = re.compile(r"[0-9a-f]{32}")
 
 
 def make_client(endpoint: str = "") -> Any:
-    """Return a boto3 client; credentials and region come from the usual AWS variables and files."""
+    """Return a boto3 client of `endpoint`, AWS by default; credentials and region come from the usual AWS settings."""
     config = Config(connect_timeout=10, read_timeout=30, retries={"max_attempts": 3, "mode": "standard"})
     return boto3.client("s3", endpoint_url=endpoint or None, config=config)
 
 
 class S3Source:
-    """One S3 endpoint."""
+    """The adapters that one S3 endpoint holds."""
 
-    def __init__(self, client: Any, *, first_pause_s: float = 0.5) -> None:
+    def __init__(self, client: Any, *, retries: Retries | None = None) -> None:
+        """Use the boto3 `client`; `retries` sets how reads are repeated."""
         self._s3 = client
         self._endpoint: str = client.meta.endpoint_url
-        self._first_pause_s = first_pause_s
+        self._retries = retries or Retries()
 
     def fixed(self, target: str) -> Version | None:
+        """Return None: every object can be replaced."""
         return None
 
     async def resolve(self, target: str, token: str = "") -> Version:
+        """Return the version of the objects as they are now; see `Source.resolve`."""
         return await asyncio.to_thread(self._resolve, target)
 
     def _resolve(self, target: str) -> Version:
@@ -57,7 +60,7 @@ class S3Source:
             try:
                 head = self._s3.head_object(Bucket=bucket, Key=f"{prefix}/{name}")
             except ClientError as error:
-                # Who may not list gets 403 for what is not there.
+                # Without the permission to list, S3 answers 403 for an object that does not exist.
                 if name in MORE_FILES and _status(error) in (403, 404):
                     continue
                 if name == WEIGHTS_FILE and _status(error) == 404:
@@ -75,7 +78,8 @@ class S3Source:
         )
 
     async def fetch(self, version: Version, name: str, path: Path, end: int, token: str = "") -> None:
-        attempts = Attempts(self._first_pause_s)
+        """Download a part of an object, with retries; see `Source.fetch`."""
+        attempts = Attempts(self._retries)
         with path.open("ab") as file:
             while (at := file.tell()) < end:
                 try:
@@ -86,7 +90,7 @@ class S3Source:
                     await attempts.pause(f"S3 answers {_status(error)}")
                 except (BotoCoreError, HTTPError, _Cut) as error:
                     if file.tell() > at:
-                        attempts = Attempts(self._first_pause_s)  # it does get on
+                        attempts = Attempts(self._retries)  # progress was made: count anew
                     await attempts.pause(f"the download of {version.source} broke off: {type(error).__name__}")
 
     def _read(self, version: Version, name: str, file: BinaryIO, end: int) -> None:
@@ -106,11 +110,11 @@ class S3Source:
 
 
 class _Cut(Exception):
-    """The body ended before its end."""
+    """A body ended early."""
 
 
 def _checksum(head: dict[str, Any]) -> Any:
-    """Return the MD5 of an object put in one piece and not encrypted with a key: then it is the ETag."""
+    """Return the MD5 of an object, which is its ETag if it was uploaded in one part and is not encrypted with a key."""
     etag = head["ETag"].strip('"')
     plain = head.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in head
     return ("md5", etag) if plain and _MD5.fullmatch(etag) else None
@@ -124,7 +128,7 @@ def _refusal(error: ClientError, what: str) -> LorafleetError | Changed:
     status = _status(error)
     if status == 404:
         return NotFound(f"{what} does not exist")
-    if status in (400, 401, 403):  # a HEAD with a wrong key is a bare 400 or 403
+    if status in (400, 401, 403):  # the answers to a HEAD with a wrong key have no body
         return PermissionDenied(f"the store has no access to {what}")
     if status in (412, 416):
         return Changed(f"{what} was replaced")

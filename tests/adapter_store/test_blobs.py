@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from adapter_files import write_adapter
 
-from adapter_store.blobs import AdapterFiles, Blobs
+from adapter_store.blobs import AdapterFolder, Blobs
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.wire.errors import AdapterRefused, Unavailable
 
@@ -16,7 +16,7 @@ from protocol.wire.errors import AdapterRefused, Unavailable
 def put(blobs: Blobs, seed: int, *, sync: bool = True, version: str = "") -> str:
     version = version or f"version-{seed}"
     folder = write_adapter(blobs.staging(version), seed)
-    return blobs.put(version, AdapterFiles.open(folder), sync=sync)
+    return blobs.put(version, AdapterFolder.open(folder), sync=sync)
 
 
 def test_a_blob_survives_restarts(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_equal_content_is_one_blob(tmp_path: Path) -> None:
     blobs = Blobs(tmp_path)
     first = put(blobs, 1)
     folder = write_adapter(blobs.staging("other"), 1, lora_dropout=0.5, base_model_name_or_path="/secret/path")
-    assert blobs.put("other", AdapterFiles.open(folder), sync=True) == first
+    assert blobs.put("other", AdapterFolder.open(folder), sync=True) == first
     assert len(blobs) == 1
     assert not list((tmp_path / "staging").iterdir())
     kept = blobs.verified(first)
@@ -106,4 +106,4 @@ def test_refuses_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "x")
     (folder / WEIGHTS_FILE).write_bytes(b"")
     with pytest.raises(AdapterRefused, match="too short"):
-        AdapterFiles.open(folder)
+        AdapterFolder.open(folder)

@@ -12,7 +12,7 @@ import pytest_asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapter_store.http import BlobServer, Request, _file_answer
+from adapter_store.http import BlobServer, HttpRequest, _file_answer
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.wire.errors import Conflict, NotFound, Unavailable
 
@@ -79,7 +79,7 @@ async def test_ranges(client: httpx2.AsyncClient, wanted: str, begin: int, end: 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(1, 20))
 @settings(max_examples=200)
 def test_a_range_is_never_more_than_asked_for(first: int, last: int, size: int) -> None:
-    request = Request("GET", "", {"range": f"bytes={first}-{last}"})
+    request = HttpRequest("GET", "", {"range": f"bytes={first}-{last}"})
     answer = _file_answer(request, Path("x.bin"), size, DIGEST)
     expected = range(size)[first : last + 1]
     assert answer.status == (206 if expected else 416)

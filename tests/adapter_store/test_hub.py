@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 from adapter_files import BASE, lora_config, lora_tensors, safetensors
 from hub_stub import HubStub, Repo, run_hub
-from huggingface_hub import constants
+from store_run import QUICK
 
 from adapter_store.blobs import Blobs
 from adapter_store.mirror import Mirror
@@ -42,7 +42,7 @@ async def hub(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HubStub]:
 
 @pytest_asyncio.fixture
 async def source(hub: HubStub) -> AsyncIterator[HubSource]:
-    source = HubSource(hub.url, first_pause_s=0.001)
+    source = HubSource(hub.url, retries=QUICK)
     yield source
     await source.close()
 
@@ -133,7 +133,7 @@ async def test_access(closed: HubStub, source: HubSource, mirror: Mirror, name: 
 
 
 async def test_the_servers_token_is_used_where_the_caller_has_none(closed: HubStub, mirror: Mirror) -> None:
-    source = HubSource(closed.url, token="hf_member", first_pause_s=0.001)
+    source = HubSource(closed.url, token="hf_member", retries=QUICK)
     await mirror.take(source, "org/private", BASE)
     assert {seen.token for seen in closed.seen} == {"hf_member"}
     with pytest.raises(NotFound):
@@ -141,14 +141,15 @@ async def test_the_servers_token_is_used_where_the_caller_has_none(closed: HubSt
     await source.close()
 
 
-async def test_offline(hub: HubStub, source: HubSource, mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_offline(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
     known = await mirror.take(source, "org/public", BASE)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    offline = HubSource(hub.url, retries=QUICK, offline=True)
     hub.seen.clear()
     with pytest.raises(Unavailable, match="offline"):
-        await mirror.take(source, "org/public", BASE)
-    assert (await mirror.take(source, known.version.target, BASE)).digest == known.digest
+        await mirror.take(offline, "org/public", BASE)
+    assert (await mirror.take(offline, known.version.target, BASE)).digest == known.digest
     assert hub.seen == []
+    await offline.close()
 
 
 # ---------------------------------------------------------------- what it holds
@@ -217,7 +218,7 @@ async def test_a_long_retry_after_is_not_waited_for(hub: HubStub, source: HubSou
 
 
 async def test_nobody_there(mirror: Mirror) -> None:
-    source = HubSource("http://127.0.0.1:9", first_pause_s=0.001)
+    source = HubSource("http://127.0.0.1:9", retries=QUICK)
     with pytest.raises(Unavailable, match="cannot be reached"):
         await mirror.take(source, "org/public", BASE)
     await source.close()

@@ -17,8 +17,8 @@ from hub_stub import HubStub, Repo, run_hub
 from store_run import RunStore, ask, in_state
 from waiting import wait_until
 
-from adapter_store import registrar
-from adapter_store.sources import retry
+from adapter_store.sources.retry import Retries
+from adapter_store.timings import StoreTimings
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.backoff import Backoff
@@ -35,12 +35,11 @@ def adapter(seed: int = 0, **fields: Any) -> dict[str, bytes]:
 
 
 @pytest_asyncio.fixture
-async def hub(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HubStub]:
+async def hub(bus: Bus, timings: StoreTimings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HubStub]:
     """A Hub that stores use, with short pauses, and a base model in the fleet."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(registrar, "TROUBLE", Backoff(0.05, 0.1))
-    monkeypatch.setattr(registrar, "REFUSAL", Backoff(0.05, 0.1))
-    monkeypatch.setattr(retry, "MAX_TRIES", 1)
+    timings.trouble = timings.refusal = Backoff(0.05, 0.1)
+    timings.retries = Retries(max_tries=1)
     await bus.set(bus.keys.base, BASE)
     async with run_hub() as stub:
         stub.repos["org/a"] = Repo()
@@ -209,11 +208,10 @@ async def test_requests_may_name_what_policy_lets_them(bus: Bus, hub: HubStub, r
 
 
 async def test_refused_requests_are_forgotten(
-    bus: Bus, hub: HubStub, run_store: RunStore, monkeypatch: pytest.MonkeyPatch
+    bus: Bus, hub: HubStub, run_store: RunStore, timings: StoreTimings
 ) -> None:
     """Names that requests made up do not pile up; what was registered on purpose stays, with its reason."""
-    monkeypatch.setattr(registrar, "FORGET_REFUSED_MS", 0)
-    monkeypatch.setattr(registrar, "RELOAD_S", 0.05)
+    timings.forget_refused_ms, timings.reload_s = 0, 0.05
     run_store(request_sources="hub")
     await register(bus, "kept", "hub:org/none")
     await register(bus, "org/typo", "hub:org/typo", on_request=True)

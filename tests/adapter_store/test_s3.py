@@ -1,4 +1,4 @@
-"""S3 as a source and as the tier that stores share, against a real server that checks credentials."""
+"""S3 as a source and as the bucket that stores share, against a real server that checks credentials."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
 from s3_server import BUCKET, S3Server, run_cutter, run_s3
-from store_run import RunStore, ask, in_state
+from store_run import QUICK, RunStore, ask, in_state
 
 from adapter_store.blobs import Blobs
 from adapter_store.mirror import Mirror
+from adapter_store.shared_bucket import SharedBucket
 from adapter_store.sources import Changed
 from adapter_store.sources.local import LocalSource
 from adapter_store.sources.s3 import S3Source
-from adapter_store.tier import Tier
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.settings import Settings
@@ -41,7 +41,7 @@ def mirror(tmp_path: Path) -> Mirror:
 
 @pytest.fixture
 def source(s3: S3Server) -> S3Source:
-    return S3Source(s3.client(), first_pause_s=0.001)
+    return S3Source(s3.client(), retries=QUICK)
 
 
 def upload(s3: S3Server, prefix: str, weights: bytes | None = None, **fields: Any) -> None:
@@ -105,7 +105,7 @@ async def test_cut_bodies_are_resumed(s3: S3Server, mirror: Mirror) -> None:
     content = safetensors(lora_tensors(sites=WIDE))
     upload(s3, "cut", content)
     async with run_cutter(s3.url) as cutter:
-        source = S3Source(s3.client(url=cutter.url), first_pause_s=0.001)
+        source = S3Source(s3.client(url=cutter.url), retries=QUICK)
         version = await source.resolve(f"//{BUCKET}/cut")
         path = mirror.blobs.staging("x") / WEIGHTS_FILE
         cutter.cut_at, cutter.num_cuts = 300_000, 3
@@ -140,21 +140,21 @@ async def test_nobody_there(s3: S3Server) -> None:
         await S3Source(s3.client(url="http://127.0.0.1:9")).resolve(f"//{BUCKET}/team/a")
 
 
-# ---------------------------------------------------------------- the tier that stores share
+# ---------------------------------------------------------------- the shared bucket
 
 
 @pytest.fixture
-def tier(s3: S3Server, tmp_path: Path) -> Tier:
-    return Tier(s3.client(), f"s3://{BUCKET}/{tmp_path.name}")
+def bucket(s3: S3Server, tmp_path: Path) -> SharedBucket:
+    return SharedBucket(s3.client(), f"s3://{BUCKET}/{tmp_path.name}")
 
 
 async def test_what_one_store_has_another_need_not_fetch(
-    s3: S3Server, source: S3Source, tier: Tier, tmp_path: Path
+    s3: S3Server, source: S3Source, bucket: SharedBucket, tmp_path: Path
 ) -> None:
     upload(s3, "shared", weights())
-    first = Mirror(Blobs(tmp_path / "1"), max_bytes=1 << 20, tier=tier)
+    first = Mirror(Blobs(tmp_path / "1"), max_bytes=1 << 20, shared_bucket=bucket)
     taken = await first.take(source, f"//{BUCKET}/shared", BASE)
-    second = Mirror(Blobs(tmp_path / "2"), max_bytes=1 << 20, tier=tier)
+    second = Mirror(Blobs(tmp_path / "2"), max_bytes=1 << 20, shared_bucket=bucket)
 
     class Unreadable(S3Source):
         def __init__(self) -> None:
@@ -167,16 +167,18 @@ async def test_what_one_store_has_another_need_not_fetch(
     folder = second.blobs.verified(taken.digest)
     assert folder is not None
     assert (folder / WEIGHTS_FILE).read_bytes() == weights()
-    third = Mirror(Blobs(tmp_path / "3"), max_bytes=1 << 20, tier=tier)
+    third = Mirror(Blobs(tmp_path / "3"), max_bytes=1 << 20, shared_bucket=bucket)
     assert await third.restore(taken.digest)
     assert not await third.restore("0" * 64)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "config"])
-async def test_damage_in_the_bucket_is_not_taken_in(s3: S3Server, tier: Tier, tmp_path: Path, damage: str) -> None:
+async def test_damage_in_the_bucket_is_not_taken_in(
+    s3: S3Server, bucket: SharedBucket, tmp_path: Path, damage: str
+) -> None:
     local = LocalSource(tmp_path / "root")
     write_adapter(tmp_path / "root" / "a")
-    first = Mirror(Blobs(tmp_path / "1"), max_bytes=1 << 20, tier=tier)
+    first = Mirror(Blobs(tmp_path / "1"), max_bytes=1 << 20, shared_bucket=bucket)
     digest = (await first.take(local, "a", BASE)).digest
     raw = weights()
     name, body = {
@@ -185,7 +187,7 @@ async def test_damage_in_the_bucket_is_not_taken_in(s3: S3Server, tier: Tier, tm
         "config": (CONFIG_FILE, json.dumps(lora_config(lora_alpha=1)).encode()),
     }[damage]
     s3.client().put_object(Bucket=BUCKET, Key=f"{tmp_path.name}/blobs/{digest}/{name}", Body=body)
-    second = Mirror(Blobs(tmp_path / "2"), max_bytes=1 << 20, tier=tier)
+    second = Mirror(Blobs(tmp_path / "2"), max_bytes=1 << 20, shared_bucket=bucket)
     assert not await second.restore(digest)
     assert len(second.blobs) == 0
     assert not list((tmp_path / "2" / "staging").iterdir())
@@ -193,8 +195,8 @@ async def test_damage_in_the_bucket_is_not_taken_in(s3: S3Server, tier: Tier, tm
 
 async def test_without_the_bucket_a_store_works_alone(s3: S3Server, tmp_path: Path) -> None:
     write_adapter(tmp_path / "root" / "a")
-    tier = Tier(s3.client(secret="wrong" * 8), f"s3://{BUCKET}/x")
-    mirror = Mirror(Blobs(tmp_path / "1"), max_bytes=1 << 20, tier=tier)
+    bucket = SharedBucket(s3.client(secret="wrong" * 8), f"s3://{BUCKET}/x")
+    mirror = Mirror(Blobs(tmp_path / "1"), max_bytes=1 << 20, shared_bucket=bucket)
     assert (await mirror.take(LocalSource(tmp_path / "root"), "a", BASE)).digest in mirror.blobs
     assert not await mirror.restore("0" * 64)
 
@@ -202,7 +204,7 @@ async def test_without_the_bucket_a_store_works_alone(s3: S3Server, tmp_path: Pa
 def test_the_buckets_address_is_checked(s3: S3Server) -> None:
     for url in ("bucket", "s3://", "s3://b", "https://x/y", "hub:org/name"):
         with pytest.raises(BadRequest):
-            Tier(s3.client(), url)
+            SharedBucket(s3.client(), url)
 
 
 # ---------------------------------------------------------------- whole stores
@@ -213,7 +215,7 @@ def settings(settings: Settings, s3: S3Server, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    changes = {"s3_endpoint": s3.url, "s3_buckets": BUCKET, "store_bucket": f"s3://{BUCKET}/tier-{tmp_path.name}"}
+    changes = {"s3_endpoint": s3.url, "s3_buckets": BUCKET, "store_bucket": f"s3://{BUCKET}/shared-{tmp_path.name}"}
     return settings.model_copy(update=changes)
 
 

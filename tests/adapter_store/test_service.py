@@ -18,6 +18,7 @@ from store_run import RunStore, ask, in_state
 from waiting import wait_until
 
 from adapter_store.service import serve
+from adapter_store.timings import StoreTimings
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
@@ -355,10 +356,10 @@ async def test_a_thousand_adapters(bus: Bus, root: Path, run_store: RunStore) ->
 
 
 async def test_records_go_with_their_last_name(
-    bus: Bus, root: Path, run_store: RunStore, monkeypatch: pytest.MonkeyPatch
+    bus: Bus, root: Path, run_store: RunStore, timings: StoreTimings
 ) -> None:
     """Those an earlier process left, too; one that still has a name stays."""
-    monkeypatch.setattr("adapter_store.catalogue.RECORD_KEPT_S", 0.0)
+    timings.record_kept_s = 0.0
     await bus.set(bus.keys.base, BASE)
     stale = m.AdapterRecord(digest="0" * 64, rank=1, num_bytes=1, config={}, modules=[], source="local:x", created_ms=1)
     await bus.set(bus.keys.adapter(stale.digest), stale)

@@ -12,13 +12,13 @@ import pytest
 from adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
 from hub_stub import Repo, run_hub
 from s3_server import BUCKET, run_s3
-from store_run import RunStore, ask, in_state
+from store_run import QUICK, RunStore, ask, in_state
 
 from adapter_store.blobs import Blobs
 from adapter_store.mirror import Mirror
+from adapter_store.shared_bucket import SharedBucket
 from adapter_store.sources.hub import HubSource
 from adapter_store.sources.s3 import S3Source
-from adapter_store.tier import Tier
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from peft_adapters.texts import (
     MAX_TEXT_BYTES,
@@ -107,7 +107,7 @@ async def test_from_the_hub(tmp_path: Path) -> None:
     async with run_hub() as hub:
         repo = hub.repos["org/own"] = Repo()
         repo.commit({**ADAPTER, "README.md": b"hello", "vocab.txt": b"a"})
-        source, blobs = HubSource(hub.url, first_pause_s=0.001), Blobs(tmp_path)
+        source, blobs = HubSource(hub.url, retries=QUICK), Blobs(tmp_path)
         taken = await Mirror(blobs, max_bytes=1 << 20).take(source, "org/own", BASE)
         await source.close()
     texts = texts_of(blobs, taken.digest)
@@ -123,15 +123,17 @@ async def test_from_s3_and_through_the_shared_bucket(tmp_path: Path) -> None:
         client = server.client()
         for name, content in ADAPTER.items():
             client.put_object(Bucket=BUCKET, Key=f"own/{name}", Body=content)
-        tier = Tier(client, f"s3://{BUCKET}/tier")
-        source = S3Source(client, first_pause_s=0.001)
+        bucket = SharedBucket(client, f"s3://{BUCKET}/shared")
+        source = S3Source(client, retries=QUICK)
         first, second = Blobs(tmp_path / "one"), Blobs(tmp_path / "two")
-        taken = await Mirror(first, max_bytes=1 << 20, tier=tier).take(source, f"//{BUCKET}/own", BASE)
+        taken = await Mirror(first, max_bytes=1 << 20, shared_bucket=bucket).take(source, f"//{BUCKET}/own", BASE)
         client.delete_object(Bucket=BUCKET, Key=f"own/{WEIGHTS_FILE}")
-        assert await Mirror(second, max_bytes=1 << 20, tier=tier).restore(taken.digest)
+        assert await Mirror(second, max_bytes=1 << 20, shared_bucket=bucket).restore(taken.digest)
         assert texts_of(second, taken.digest) == texts_of(first, taken.digest)
-        tier.drop(taken.digest)
-        assert not await Mirror(Blobs(tmp_path / "three"), max_bytes=1 << 20, tier=tier).restore(taken.digest)
+        bucket.drop(taken.digest)
+        assert not await Mirror(Blobs(tmp_path / "three"), max_bytes=1 << 20, shared_bucket=bucket).restore(
+            taken.digest
+        )
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,9 @@ def test_a_failed_one_is_taken_up_again() -> None:
     seen = {"a": state(1, 0)}
     assert watch.observe(seen, 100).settled == ["a"]
     assert watch.observe(seen, 101).settled == []
-    watch.again("a")
+    watch.recheck("a")
     assert watch.observe(seen, 102).settled == ["a"]
-    watch.all_again()
+    watch.recheck_all()
     assert watch.observe(seen, 103).settled == ["a"]
 
 

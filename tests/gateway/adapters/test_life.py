@@ -19,7 +19,8 @@ from scripted_fleet import running_gateway
 from waiting import wait_until
 
 from adapter_store.service import serve as serve_store
-from adapter_store.sources import retry
+from adapter_store.sources.retry import Retries
+from adapter_store.timings import StoreTimings
 from benchmarks.fake_worker import ADAPTER_BYTES, FakeEngine, fake_served, serve_fake
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.queue.bus import Bus
@@ -81,7 +82,6 @@ class Fleet:
 @pytest_asyncio.fixture
 async def fleet(bus: Bus, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Fleet]:
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(retry, "MAX_TRIES", 1)
     root = tmp_path / "root"
     root.mkdir()
     stop = asyncio.Event()
@@ -94,7 +94,7 @@ async def fleet(bus: Bus, model_folder: Path, tmp_path: Path, monkeypatch: pytes
             redis_url=bus.url, data=tmp_path / "data", scan_interval_s=0.05, worker_name="w", grace_s=0.0, **own
         )
         served = msgspec.structs.replace(fake_served(vocab_size=300), sites=BASE.sites)
-        group.create_task(serve_store(settings, stop))
+        group.create_task(serve_store(settings, stop, StoreTimings(retries=Retries(max_tries=1))))
         group.create_task(serve_scheduler(settings, stop))
         engine = FakeEngine(step_s=0.01, vocab_size=300)
         group.create_task(serve_fake(settings, engine, served, stop))

@@ -18,9 +18,9 @@ from hub_stub import HubStub, Repo, run_hub
 from scripted_fleet import BASE_NAME, RunningGateway, Script, ScriptedFleet, running_gateway
 from waiting import wait_until
 
-from adapter_store import registrar
 from adapter_store.service import serve
-from adapter_store.sources import retry
+from adapter_store.sources.retry import Retries
+from adapter_store.timings import StoreTimings
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.queue.bus import Bus
 from protocol.runtime.backoff import Backoff
@@ -38,7 +38,6 @@ def adapter(seed: int = 0, **fields: Any) -> dict[str, bytes]:
 async def hub(bus: Bus, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HubStub]:
     """A Hub with a good adapter; the fleet's base model is one that it fits."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(retry, "MAX_TRIES", 1)
     base = await bus.get(bus.keys.base, m.ServedModel)
     assert base is not None
     await bus.set(bus.keys.base, msgspec.structs.replace(base, sites=BASE.sites))
@@ -49,13 +48,16 @@ async def hub(bus: Bus, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch) -
 
 
 @asynccontextmanager
-async def running(bus: Bus, hub: HubStub, model: Path, data: Path, **changes: Any) -> AsyncIterator[RunningGateway]:
+async def running(
+    bus: Bus, hub: HubStub, model: Path, data: Path, timings: StoreTimings | None = None, **changes: Any
+) -> AsyncIterator[RunningGateway]:
     """A gateway and a store with the same settings."""
+    timings = timings or StoreTimings(retries=Retries(max_tries=1))
     settings = {"hub_endpoint": hub.url, "request_sources": "hub", "secret": SECRET, **changes}
     stop = asyncio.Event()
     mine = Settings(redis_url=bus.url, data=data, scan_interval_s=0.05, **settings)
     async with asyncio.TaskGroup() as group:
-        group.create_task(serve(mine, stop))
+        group.create_task(serve(mine, stop, timings))
         try:
             async with running_gateway(bus, model, **settings) as gateway:
                 yield gateway
@@ -63,10 +65,18 @@ async def running(bus: Bus, hub: HubStub, model: Path, data: Path, **changes: An
             stop.set()
 
 
+@pytest.fixture
+def timings() -> StoreTimings:
+    """The timings of the store behind `http`; a test may change them."""
+    return StoreTimings(retries=Retries(max_tries=1))
+
+
 @pytest_asyncio.fixture
-async def http(bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
+async def http(
+    bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path, timings: StoreTimings
+) -> AsyncIterator[httpx2.AsyncClient]:
     async with (
-        running(bus, hub, model_folder, tmp_path) as gateway,
+        running(bus, hub, model_folder, tmp_path, timings) as gateway,
         httpx2.AsyncClient(base_url=gateway.url, timeout=30) as client,
     ):
         yield client
@@ -137,15 +147,15 @@ async def test_what_cannot_be_served_says_why(
 
 
 async def test_failures_are_remembered_and_tried_again_later(
-    hub: HubStub, http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+    hub: HubStub, http: httpx2.AsyncClient, timings: StoreTimings
 ) -> None:
     """Thirty waiters and thirty who come later hear one reason from one look; later it is looked again."""
-    monkeypatch.setattr(registrar, "REFUSAL", Backoff(3600.0, 3600.0))
+    timings.refusal = Backoff(3600.0, 3600.0)
     answers = await asyncio.gather(*(ask(http, "org/late") for _ in range(30)))
     answers += [await ask(http, "org/late") for _ in range(30)]
     assert {answer.status_code for answer in answers} == {404}
     assert len(hub.requests("org/late")) == 1
-    monkeypatch.setattr(registrar, "REFUSAL", Backoff(0.01, 0.01))
+    timings.refusal = Backoff(0.01, 0.01)
     assert (await ask(http, "org/soon")).status_code == 404
     hub.repos["org/soon"] = Repo()
     hub.repos["org/soon"].commit(adapter(3))

@@ -1,7 +1,8 @@
-"""Sees to it that workers hold what is pinned or preloaded: compares their beats with what is wanted, orders the rest.
+"""Makes workers hold the adapters that are pinned or preloaded.
 
-Level-triggered: a worker that has just joined, a name that stands for something else now, a lost order, all are
-differences that the next look finds. Orders may be given twice, so that every store may do it.
+Each tick compares the workers' beats with what they should hold and sends control messages for the differences. So a
+worker that has just joined, a name that was moved to other content and a lost message are all corrected by the next
+tick. The messages are idempotent, so every store of a fleet may send them.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from protocol.wire.adapter_refs import parse_reference
 
 logger = logging.getLogger(__name__)
 
-AGAIN_S = 5.0
-"""Pause before a worker is asked again for a pin that it could not keep or does not know of yet."""
+REPEAT_S = 5.0
+"""Pause before a pin is sent again to a worker that could not keep it or does not report it yet."""
 
 SETTINGS = "settings"
+"""Marks a pin that comes from the settings and not from the API."""
 
 
-class Keeper:
-    """One store's share in what workers should hold."""
+class PinController:
+    """Sends pins, unpins and prefetches to the workers of one fleet."""
 
     def __init__(self, bus: Bus, catalogue: Catalogue, settings: Settings) -> None:
         self._bus = bus
@@ -33,11 +35,11 @@ class Keeper:
         self._pins = names_of(settings.pin)
         self._preload = names_of(settings.preload)
         self._is_set_up = False
-        self._pinned_s: dict[tuple[str, str], float] = {}  # (wid, digest) -> when its pin was ordered, monotonic
-        self._fetched: set[tuple[str, str]] = set()  # (wid, digest) whose preload was ordered
+        self._pinned_s: dict[tuple[str, str], float] = {}  # (wid, digest) -> when its pin was last sent, monotonic
+        self._fetched: set[tuple[str, str]] = set()  # (wid, digest) whose prefetch was sent
 
     async def tick(self) -> None:
-        """Look once."""
+        """Compare once, and send what is missing."""
         if not self._is_set_up:
             await self._set_up()
             self._is_set_up = True
@@ -45,12 +47,12 @@ class Keeper:
         if not pins and not self._preload and not self._pinned_s:
             return
         beats = {wid: beat for wid, beat in (await self._bus.worker_beats()).items() if beat is not None}
-        orders = self.orders(beats, self._digests(pins), self._digests(self._preload), time.monotonic())
-        if orders:
-            await self._bus.tell(orders)
+        messages = self.messages(beats, self._digests(pins), self._digests(self._preload), time.monotonic())
+        if messages:
+            await self._bus.tell(messages)
 
     async def _set_up(self) -> None:
-        """Make the settings' wishes the fleet's; those of earlier settings end."""
+        """Pin and register what the settings name; remove the pins of earlier settings."""
         for name, by in (await self._bus.pins()).items():
             if by == SETTINGS and name not in self._pins:
                 await self._bus.unpin(name)
@@ -65,28 +67,32 @@ class Keeper:
                 await self._bus.register(m.Registration(name=name, source=reference.source, asked_ms=now_ms()))
 
     def _digests(self, names: Iterable[str]) -> set[str]:
-        """Return the contents that names stand for, as far as they are here."""
+        """Return the digests of the names that the stores have on disk."""
         found = (self._catalogue.aliases.get(name) for name in names)
         return {alias.digest for alias in found if alias is not None and alias.state == "on_disk"}
 
-    def orders(
+    def messages(
         self, beats: Mapping[str, m.WorkerBeat], pinned: set[str], preloaded: set[str], now_s: float
     ) -> list[tuple[str, m.Control]]:
-        """Return what workers have to be told, given their beats and what all of them should hold."""
-        orders: list[tuple[str, m.Control]] = []
+        """Return the control messages to send, each with its worker's id, and remember them as sent.
+
+        `beats` are the workers' latest beats by id, `pinned` and `preloaded` the digests that every worker should hold,
+        `now_s` is monotonic.
+        """
+        messages: list[tuple[str, m.Control]] = []
         for wid, beat in beats.items():
             for digest in sorted(pinned):
-                asked_s = self._pinned_s.get((wid, digest), -AGAIN_S)
-                if beat.pinned.get(digest) != "" and now_s >= asked_s + AGAIN_S:
+                sent_s = self._pinned_s.get((wid, digest), -REPEAT_S)
+                if beat.pinned.get(digest) != "" and now_s >= sent_s + REPEAT_S:
                     self._pinned_s[wid, digest] = now_s
-                    orders.append((wid, m.Control(kind="pin", digest=digest)))
+                    messages.append((wid, m.Control(kind="pin", digest=digest)))
             for digest in sorted(beat.pinned.keys() - pinned):
-                orders.append((wid, m.Control(kind="unpin", digest=digest)))
+                messages.append((wid, m.Control(kind="unpin", digest=digest)))
             here = {*beat.resident, *beat.host, *beat.loading}
             for digest in sorted(preloaded - pinned - here):
                 if (wid, digest) not in self._fetched:
                     self._fetched.add((wid, digest))
-                    orders.append((wid, m.Control(kind="prefetch", digest=digest)))
+                    messages.append((wid, m.Control(kind="prefetch", digest=digest)))
         self._pinned_s = {key: at_s for key, at_s in self._pinned_s.items() if key[0] in beats and key[1] in pinned}
         self._fetched = {key for key in self._fetched if key[0] in beats and key[1] in preloaded}
-        return orders
+        return messages

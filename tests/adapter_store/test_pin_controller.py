@@ -1,4 +1,4 @@
-"""What workers should hold is compared with what they say they hold; the difference becomes orders."""
+"""The pin controller compares what workers should hold with their beats, and sends the difference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from store_run import RunStore, in_state
 from waiting import wait_until
 
 from adapter_store.catalogue import Catalogue
-from adapter_store.keeper import AGAIN_S, Keeper
+from adapter_store.pin_controller import REPEAT_S, PinController
 from protocol.queue.bus import Bus, decode
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -21,42 +21,42 @@ def beat(wid: str, **fields: object) -> m.WorkerBeat:
 
 
 @pytest.fixture
-def keeper(bus: Bus, settings: Settings) -> Keeper:
-    return Keeper(bus, Catalogue(bus, "s"), settings)
+def controller(bus: Bus, settings: Settings) -> PinController:
+    return PinController(bus, Catalogue(bus, "s"), settings)
 
 
-def kinds(orders: list[tuple[str, m.Control]]) -> list[tuple[str, str, str]]:
-    return [(wid, order.kind, order.digest) for wid, order in orders]
+def kinds(messages: list[tuple[str, m.Control]]) -> list[tuple[str, str, str]]:
+    return [(wid, order.kind, order.digest) for wid, order in messages]
 
 
-def test_a_pin_is_ordered_until_the_worker_has_it(keeper: Keeper) -> None:
+def test_a_pin_is_sent_until_the_worker_has_it(controller: PinController) -> None:
     beats = {"w1": beat("w1"), "w2": beat("w2", pinned={"d": ""})}
-    assert kinds(keeper.orders(beats, {"d"}, set(), 0.0)) == [("w1", "pin", "d")]
-    assert keeper.orders(beats, {"d"}, set(), AGAIN_S - 0.1) == [], "it may be on its way"
-    assert kinds(keeper.orders(beats, {"d"}, set(), AGAIN_S)) == [("w1", "pin", "d")]
+    assert kinds(controller.messages(beats, {"d"}, set(), 0.0)) == [("w1", "pin", "d")]
+    assert controller.messages(beats, {"d"}, set(), REPEAT_S - 0.1) == [], "it may be on its way"
+    assert kinds(controller.messages(beats, {"d"}, set(), REPEAT_S)) == [("w1", "pin", "d")]
     failed = {"w1": beat("w1", pinned={"d": "no room"})}
-    assert kinds(keeper.orders(failed, {"d"}, set(), 2 * AGAIN_S)) == [("w1", "pin", "d")]
+    assert kinds(controller.messages(failed, {"d"}, set(), 2 * REPEAT_S)) == [("w1", "pin", "d")]
 
 
-def test_what_is_pinned_no_more_is_unpinned(keeper: Keeper) -> None:
-    """Also when the name stands for other content now."""
+def test_what_is_no_longer_pinned_is_unpinned(controller: PinController) -> None:
+    """Also when the name now refers to other content."""
     beats = {"w1": beat("w1", pinned={"old": ""})}
-    assert kinds(keeper.orders(beats, {"new"}, set(), 0.0)) == [("w1", "pin", "new"), ("w1", "unpin", "old")]
+    assert kinds(controller.messages(beats, {"new"}, set(), 0.0)) == [("w1", "pin", "new"), ("w1", "unpin", "old")]
 
 
-def test_preloads_are_ordered_once_for_each_worker_and_content(keeper: Keeper) -> None:
+def test_a_preload_is_sent_once_for_each_worker_and_content(controller: PinController) -> None:
     beats = {"w1": beat("w1"), "w2": beat("w2", host=["d"])}
-    assert kinds(keeper.orders(beats, set(), {"d"}, 0.0)) == [("w1", "prefetch", "d")]
-    assert keeper.orders(beats, set(), {"d"}, 9.0) == []
-    assert kinds(keeper.orders(beats | {"w3": beat("w3")}, set(), {"d"}, 9.0)) == [("w3", "prefetch", "d")]
-    beats["w2"] = beat("w2")  # evicted since: that is the worker's decision, but nobody had told it to fetch
-    assert kinds(keeper.orders(beats, set(), {"e"}, 9.0)) == [("w1", "prefetch", "e"), ("w2", "prefetch", "e")]
+    assert kinds(controller.messages(beats, set(), {"d"}, 0.0)) == [("w1", "prefetch", "d")]
+    assert controller.messages(beats, set(), {"d"}, 9.0) == []
+    assert kinds(controller.messages(beats | {"w3": beat("w3")}, set(), {"d"}, 9.0)) == [("w3", "prefetch", "d")]
+    beats["w2"] = beat("w2")  # evicted since: by the worker itself, which was never told to fetch it
+    assert kinds(controller.messages(beats, set(), {"e"}, 9.0)) == [("w1", "prefetch", "e"), ("w2", "prefetch", "e")]
 
 
 async def test_settings_pin_and_preload_beside_what_comes_later(
     bus: Bus, settings: Settings, run_store: RunStore, tmp_path: Path
 ) -> None:
-    """A store with `pin` and `preload` orders both of each worker; pins of earlier settings end, the API's stay."""
+    """A store with `pin` and `preload` sends both to each worker; only pins of earlier settings end."""
     await bus.set(bus.keys.base, BASE)
     await bus.pin("gone", "settings")
     await bus.pin("c", "api")
@@ -77,7 +77,7 @@ async def test_settings_pin_and_preload_beside_what_comes_later(
     async def all_told() -> bool:
         return wanted <= await told()
 
-    await wait_until(all_told, "the worker has its orders")
+    await wait_until(all_told, "the worker has its messages")
     assert await told() == wanted
     assert await bus.pins() == {"a": "settings", "c": "api"}
     write_adapter(settings.adapters / "a", seed=7)

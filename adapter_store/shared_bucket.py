@@ -1,4 +1,4 @@
-"""A bucket that several stores share: what one has taken in, the others need not fetch from its source again."""
+"""An S3 bucket that several stores share, so that only one of them fetches an adapter from its source."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ logger = logging.getLogger(__name__)
 ERRORS = (BotoCoreError, ClientError, Boto3Error)
 
 
-class Tier:
-    """Blobs and versions in S3, in the layout of `Blobs`. All methods block; failures are logged, never raised:
-    without the bucket a store does what it would do alone."""
+class SharedBucket:
+    """Blobs and versions in S3, in the layout of `Blobs`.
+
+    All methods block. Failures are logged and never raised: without the bucket, a store works as it would alone.
+    """
 
     def __init__(self, client: Any, url: str) -> None:
-        """`url` is s3://bucket/prefix. Raises BadRequest."""
+        """Parse `url`, which is s3://bucket/prefix; `client` is a boto3 S3 client. Raises BadRequest."""
         reference = parse_reference(url)
         if reference is None or reference.scheme != "s3":
             raise BadRequest(f"store_bucket {url!r} is not of the form s3://bucket/prefix")
@@ -34,17 +36,17 @@ class Tier:
         self._bucket, self._prefix = reference.owner, reference.path
 
     def push(self, version: str, digest: str, folder: Path) -> None:
-        """Put a blob in, and which version it is; large files in parts."""
+        """Upload a blob's files, large ones in parts, and note which version has this digest."""
         try:
             for name in (*FILES, *([TEXTS_FILE] if (folder / TEXTS_FILE).exists() else [])):
                 if not self._has(f"blobs/{digest}/{name}"):
                     self._s3.upload_file(str(folder / name), self._bucket, f"{self._prefix}/blobs/{digest}/{name}")
             self._s3.put_object(Bucket=self._bucket, Key=self._version_key(version), Body=digest.encode())
         except ERRORS as error:
-            logger.warning("adapter %.12s does not get into the shared bucket: %s", digest, error)
+            logger.warning("adapter %.12s cannot be copied to the shared bucket: %s", digest, error)
 
     def digest_of(self, version: str) -> str | None:
-        """Return the digest that some store found a source's version to have."""
+        """Return the digest that a store has noted for a source's version; None if no store has."""
         try:
             reply = self._s3.get_object(Bucket=self._bucket, Key=self._version_key(version))
             return reply["Body"].read().decode()
@@ -53,7 +55,7 @@ class Tier:
             return None
 
     def pull(self, digest: str, folder: Path) -> bool:
-        """Fetch a blob's files into a folder; tell whether they are there. Their content is the caller's to check."""
+        """Download a blob's files into a folder; return whether all were there. The caller checks their content."""
 
         def fetch(name: str) -> None:
             self._s3.download_file(self._bucket, f"{self._prefix}/blobs/{digest}/{name}", str(folder / name))
@@ -69,7 +71,7 @@ class Tier:
         return True
 
     def drop(self, digest: str) -> None:
-        """Remove a blob's files; the versions that name it then mean nothing."""
+        """Delete a blob's files; versions that name its digest then count as unknown."""
         try:
             for name in (*FILES, TEXTS_FILE):
                 self._s3.delete_object(Bucket=self._bucket, Key=f"{self._prefix}/blobs/{digest}/{name}")
