@@ -1,4 +1,4 @@
-"""The `lorafleet` command. Each subcommand is a module with `add_arguments(parser)` and `run(args) -> exit code`."""
+"""The `lorafleet` command. A subcommand is a module with `add_arguments(parser)` and `run(args)`, an exit code."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ COMMANDS = {
     "up": ("lorafleet.up", "start a whole fleet on this machine"),
     "serve": ("lorafleet.serve", "run one service against a queue"),
     "demo": ("lorafleet.demo", "start a fleet with a small model and three adapters, and ask them"),
-    "keys": ("lorafleet.keys", "make, list and revoke API keys, and limit their tenants"),
-    "dlq": ("lorafleet.dlq", "list, show and retry the requests that were given up"),
+    "keys": ("lorafleet.keys", "create, list and revoke API keys, and set the limits of their tenants"),
+    "dlq": ("lorafleet.dlq", "list, show and retry requests that were given up"),
     "bench": ("lorafleet.bench.cli", "put load on an OpenAI-compatible server and measure it"),
     "profile": ("lorafleet.profile", "measure what a worker's steps spend their time on"),
     "simulate": ("scheduler.simulate", "try scheduling policies on a simulated fleet"),
@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 2 for wrong usage or settings, 1 for what failed."""
+    """Run the command line; return the exit code: 2 for wrong usage or settings, 1 for any other failure."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog="lorafleet", description="Thousands of LoRA adapters from one base model.")
     parser.add_argument("--version", action="version", version=version("lorafleet"))

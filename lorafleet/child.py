@@ -1,4 +1,4 @@
-"""One service process that the launcher keeps alive: its log, its restarts, its end."""
+"""A service process that the launcher keeps alive: its log, its restarts and its end."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from protocol.runtime.service import wait_any
 from protocol.wire.errors import LorafleetError
 
 MAX_FAILED_STARTS = 3
-STEADY_S = 30.0  # who lived that long after being ready starts again at once
+STEADY_S = 30.0  # a process that was ready and ran this long is restarted after the first pause again
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 10.0
-WRONG_USAGE = 2  # exit code of a service whose settings are wrong: another start would fail the same way
+WRONG_USAGE = 2  # exit code for wrong settings, with which another start would fail, too
 TAIL_BYTES = 4000
 
 _LOG_LINE = re.compile(r"^\d\d:\d\d:\d\d ([DIWEC]) \S+ (?:\S+: )?(.*)$")
 
 
 def _read_line(line: str) -> tuple[str, str]:
-    """Return a log line's level, D, I, W, E or C, and its message; "" and the line when it is none of a service's."""
+    """Return the level of a log line (D, I, W, E or C) and its message; "" and the line if no service wrote it."""
     if match := _LOG_LINE.match(line):
         return match[1], match[2]
     if line.startswith('{"time": '):
@@ -39,31 +39,38 @@ def _read_line(line: str) -> tuple[str, str]:
 
 
 class ServiceFailed(LorafleetError):
-    """A service does not come up; the message has the end of its log."""
+    """A service does not start; the message holds the end of its log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What to run."""
+    """The command, environment and log of a service process."""
 
-    service: str  # as `lorafleet serve` knows it
-    name: str  # of this one, such as "worker-0"
+    service: str  # the argument of `lorafleet serve`
+    name: str  # of this process, such as "worker-0"
     command: tuple[str, ...]
     environment: dict[str, str]
     log: Path
 
 
 class Child:
-    """A service process and its successors."""
+    """A service process and those that replace it."""
 
-    def __init__(self, spec: Spec, lifeline_fd: int, say: Callable[[str], None]) -> None:
-        """Prepare; `lifeline_fd` becomes its standard input, `say` shows a line to the user."""
+    def __init__(
+        self, spec: Spec, lifeline_fd: int, say: Callable[[str], None], first_pause_s: float = FIRST_PAUSE_S
+    ) -> None:
+        """Prepare without starting.
+
+        `lifeline_fd` becomes the standard input of the process, `say` shows a line to the user, and `first_pause_s`
+        comes before the first restart; later pauses double.
+        """
         self.spec = spec
-        self.ready = asyncio.Event()  # set by whoever can tell, cleared when the process ends
+        self.ready = asyncio.Event()  # set from outside, cleared when the process ends
         self.started_ms = 0  # unix time of the latest start
-        self.activity = "starting"  # what its log last said
+        self.activity = "starting"  # the last message of its log
         self._lifeline_fd = lifeline_fd
         self._say = say
+        self._first_pause_s = first_pause_s
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
@@ -71,11 +78,11 @@ class Child:
         spec.log.touch()
 
     async def supervise(self) -> None:
-        """Run the process until `stop`, starting it again when it ends by itself.
+        """Run the process until `stop`, and restart it whenever it ends by itself.
 
-        Raises ServiceFailed when it ends before it was ever ready, again and again or for wrong settings.
+        Raises ServiceFailed when it was never ready and its settings are wrong or it has ended MAX_FAILED_STARTS times.
         """
-        name, failed, pause_s, proven = self.spec.name, 0, FIRST_PAUSE_S, False
+        name, failed, pause_s, proven = self.spec.name, 0, self._first_pause_s, False
         try:
             while not self._stopping.is_set():
                 started = time.monotonic()
@@ -90,7 +97,7 @@ class Child:
                 if not proven and (code == WRONG_USAGE or failed == MAX_FAILED_STARTS):
                     raise ServiceFailed(f"{name} does not start ({_ending(code)}); its log ends:\n{self.log_tail()}")
                 if was_ready and time.monotonic() - started > STEADY_S:
-                    pause_s = FIRST_PAUSE_S
+                    pause_s = self._first_pause_s
                 self._say(f"[yellow]{name}[/] {_ending(code)}; starting it again in {pause_s:g} s")
                 await wait_any(self._stopping, pause_s)
                 pause_s = min(2 * pause_s, MAX_PAUSE_S)
@@ -98,7 +105,7 @@ class Child:
             self._ended.set()
 
     async def stop(self, grace_s: float) -> None:
-        """Ask it to drain; kill it when that takes longer than `grace_s`. Returns when it is gone."""
+        """Ask the process to drain, kill it after `grace_s`, and return when it has ended."""
         self._stopping.set()
         if self._process is not None and self._process.returncode is None:
             self._process.send_signal(signal.SIGTERM)
@@ -108,13 +115,13 @@ class Child:
             await self._ended.wait()
 
     def kill(self) -> None:
-        """End the process and everything it started, at once, without a successor."""
+        """Kill the process and everything it started, without a restart."""
         self._stopping.set()
         if self._process is not None:
             _kill_group(self._process.pid)
 
     def follow_log(self) -> None:
-        """Read what the log has gained: warnings go to the user, the last line becomes `activity`."""
+        """Read the new lines of the log: show warnings to the user, and set `activity` to the last message."""
         with self.spec.log.open("rb") as log:
             log.seek(self._log_offset)
             gained = log.read()
@@ -136,17 +143,17 @@ class Child:
     async def _run_once(self) -> int:
         self.started_ms = now_ms()
         with self.spec.log.open("ab") as log:
-            # Own session: the terminal's Ctrl-C reaches the launcher alone, and the group can be killed as one.
+            # In its own session, it does not get the terminal's Ctrl-C, and its whole group can be killed.
             self._process = await asyncio.create_subprocess_exec(
                 *self.spec.command, stdin=self._lifeline_fd, stdout=log, stderr=log, start_new_session=True,
                 env={**self.spec.environment, lifeline.VARIABLE: "1"},
             )  # fmt: skip
-        if self._stopping.is_set():  # asked to stop while it was being started
+        if self._stopping.is_set():  # `stop` was called during the start
             self._process.send_signal(signal.SIGTERM)
         try:
             return await self._process.wait()
         finally:
-            _kill_group(self._process.pid)  # what it may have left behind
+            _kill_group(self._process.pid)  # processes that it may have left behind
 
 
 def _kill_group(pid: int) -> None:

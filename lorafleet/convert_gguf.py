@@ -1,6 +1,7 @@
-"""Convert a GGUF model to a bf16 safetensors folder: `python -m lorafleet.convert_gguf MODEL.gguf FOLDER`.
+"""`python -m lorafleet.convert_gguf MODEL.gguf FOLDER` converts a GGUF model to a bf16 safetensors folder.
 
-Its own process, so that a launcher which needs it once never keeps torch in memory. Prints one line per step.
+It runs in its own process, so that a launcher that needs it once does not keep torch in memory. It prints a line per
+step.
 """
 
 import sys
@@ -11,7 +12,7 @@ STEPS = ("Loading torch and transformers", "Reading the tokenizer", "Expanding t
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write the model, tokenizer and chat template in `gguf` to `folder`; raises what transformers raises."""
+    """Write the model, tokenizer and chat template of `gguf` to `folder`. Raises the errors of transformers."""
     print(STEPS[0], flush=True)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +23,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     # Any: the three attributes below are not part of the model's declared interface.
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     print(STEPS[3], flush=True)
-    # transformers still takes the expanded model for a quantised one, which it refuses to save.
+    # transformers still regards the expanded model as quantised, and refuses to save such a model.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

@@ -1,4 +1,4 @@
-"""`lorafleet demo`: a small model, the adapters of `examples/`, and one question to all of them in one batch."""
+"""`lorafleet demo` starts a small model with the adapters of `examples/`, and asks all of them one question at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lorafleet.flags import add_settings, load_settings
 from lorafleet.fleet import local_url
 from lorafleet.quickstart import QuickstartError, fetch_quickstart_model
 from lorafleet.screen import Screen
-from lorafleet.up import MAIN_FLAGS, Prepared, launch
+from lorafleet.up import MAIN_FLAGS, LaunchPlan, launch
 from protocol.queue.bus import Bus, decode
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -37,8 +37,8 @@ COLORS = ("white", "cyan", "magenta", "green", "yellow", "blue")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.usage = f"{parser.prog} [flags]"
-    parser.add_argument("--question", default=QUESTION, help="what to ask (%(default)s)")
-    parser.add_argument("--once", action="store_true", help="stop after the answers instead of serving on")
+    parser.add_argument("--question", default=QUESTION, help="the question (%(default)s)")
+    parser.add_argument("--once", action="store_true", help="stop after the answers instead of serving")
     add_settings(parser, first=("model", *MAIN_FLAGS), skip=("worker_name", "store_url"))
 
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo; return the exit code."""
     settings = load_settings(args)
     if settings.api_keys:
-        raise BadRequest("--api-keys: the demo asks without a key; `lorafleet up` takes it")
+        raise BadRequest("--api-keys: the demo sends no key; use it with `lorafleet up`")
     if not settings.model:
         try:
             folder = fetch_quickstart_model(settings.data / "models")
@@ -55,16 +55,16 @@ def run(args: argparse.Namespace) -> int:
         settings = settings.model_copy(update={"model": str(folder)})
     if settings.adapters is None:
         if not EXAMPLES.is_dir():
-            raise BadRequest("--adapters: the example adapters come with the repository; name a folder of your own")
+            raise BadRequest("--adapters: the example adapters are only in the repository; give a folder of adapters")
         settings = settings.model_copy(update={"adapters": EXAMPLES})
 
-    async def on_ready(prepared: Prepared, screen: Screen) -> bool:
-        names = await model_names(prepared.settings)
-        await show_answers(prepared.settings, screen, names, args.question)
+    async def on_ready(plan: LaunchPlan, screen: Screen) -> bool:
+        names = await model_names(plan.settings)
+        await show_answers(plan.settings, screen, names, args.question)
         if not args.once:
-            screen.say("\nThe fleet stays up; ask it yourself, or stop it with Ctrl-C:\n")
+            screen.say("\nThe fleet continues to serve. Ask it yourself, or stop it with Ctrl-C:\n")
             for name in names:
-                screen.say(escape(prepared.curl(name, args.question)))
+                screen.say(escape(plan.curl(name, args.question)))
         return not args.once
 
     return launch(settings, on_ready)
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(slots=True)
 class Answer:
-    """One model's answer as it arrives."""
+    """One model's answer while it streams in."""
 
     model: str
     text: str = ""
@@ -80,7 +80,10 @@ class Answer:
 
 
 async def model_names(settings: Settings) -> list[str]:
-    """Return the base model's name and those of the adapters, once the store has read all of their folder."""
+    """Wait until the store has read the whole adapter folder; return the names of the base and the adapters.
+
+    Raises Unavailable after a minute.
+    """
     folder = settings.adapters or EXAMPLES
     expected = len(list(folder.glob("*/adapter_config.json")))
     try:
@@ -95,7 +98,7 @@ async def model_names(settings: Settings) -> list[str]:
 
 
 async def show_answers(settings: Settings, screen: Screen, names: list[str], question: str) -> None:
-    """Ask the base and every adapter at once, show the answers grow, and count the forward passes they shared."""
+    """Ask all models at once, show the answers as they grow, and say how many engine steps they shared."""
     answers = [Answer(name) for name in names]
     screen.say(f"\n[bold]{escape(question)}[/]")
     live = Live(console=screen.console, auto_refresh=False)
@@ -104,7 +107,7 @@ async def show_answers(settings: Settings, screen: Screen, names: list[str], que
         live.update(_panels(answers), refresh=screen.console.is_terminal)
 
     async with httpx2.AsyncClient(base_url=local_url(settings), timeout=300, trust_env=False) as client:
-        # A first token each brings the adapters to the worker; what follows shows the batch, not the loading.
+        # One token each loads the adapters first, so that the measured answers show the batch and not the loading.
         await _ask_all(client, [Answer(name) for name in names], question, 1, lambda: None)
         started = time.monotonic()
         with live:
@@ -121,7 +124,7 @@ async def show_answers(settings: Settings, screen: Screen, names: list[str], que
 async def _ask_all(
     client: httpx2.AsyncClient, answers: list[Answer], question: str, max_tokens: int, show: Callable[[], None]
 ) -> None:
-    """Stream all answers at once. Raises what the first that fails raises."""
+    """Stream all answers at once. Raises the error of the first that fails."""
     try:
         async with asyncio.TaskGroup() as group:
             for answer in answers:
@@ -133,7 +136,7 @@ async def _ask_all(
 async def _ask(
     client: httpx2.AsyncClient, answer: Answer, question: str, max_tokens: int, show: Callable[[], None]
 ) -> None:
-    """Stream one answer into `answer`. Raises Internal when the fleet refuses."""
+    """Stream one answer into `answer`. Raises Internal when the fleet refuses the request."""
     body = {
         "model": answer.model, "messages": [{"role": "user", "content": question}], "max_tokens": max_tokens,
         "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
@@ -153,9 +156,9 @@ async def _ask(
 
 
 async def shared_steps(settings: Settings, num_models: int) -> tuple[int, int]:
-    """Return how many of the latest engine steps carried tokens of `num_models` requests, and how many there were.
+    """Return how many of the latest engine steps had tokens of `num_models` requests, and the number of all steps.
 
-    Read from the gateways' reply streams, which hold one entry per step for a minute.
+    They are counted in the gateways' reply streams, which keep one entry per step for a minute.
     """
     bus = Bus(settings.redis_url)
     try:

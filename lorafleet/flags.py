@@ -1,4 +1,4 @@
-"""Settings as command-line flags: one flag per field, values checked by `Settings` itself, errors in one line."""
+"""Settings as command-line flags: one flag per field. `Settings` checks the values; an error is one line."""
 
 from __future__ import annotations
 
@@ -15,31 +15,40 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from lorafleet import lifeline
-from protocol.runtime.settings import CONFIG_VARIABLE, Settings
+from protocol.runtime.settings import CONFIG_VARIABLE, Settings, sections
 from protocol.wire.errors import BadRequest
 
 PREFIX = str(Settings.model_config.get("env_prefix"))
 OTHER_VARIABLES = {CONFIG_VARIABLE, lifeline.VARIABLE, "LORAFLEET_CACHE_DIR"}
+PRECEDENCE = (
+    f"Each setting is also a variable {PREFIX}NAME and a line NAME = VALUE of the --config file. "
+    "A flag wins over a variable, and a variable over the file."
+)
 _UNITS = {"_s": "SECONDS", "_bytes": "BYTES", "_tokens": "TOKENS"}
 
 
 def add_settings(parser: argparse.ArgumentParser, first: Sequence[str] = (), skip: Sequence[str] = ()) -> None:
-    """Declare `--config` and a flag for every field of `Settings` but those in `skip`; `first` leads the help."""
-    parser.add_argument("--config", metavar="FILE.toml", help=f"settings as TOML, also as {CONFIG_VARIABLE}")
-    rest = parser.add_argument_group(
-        "more settings", f"each also as a variable {PREFIX}NAME or in the TOML file; a flag wins over both"
-    )
+    """Declare `--config` and a flag for every field of `Settings` that is not in `skip`.
+
+    The flags in `first` lead the help; the others follow, grouped by the service that reads them.
+    """
+    parser.epilog = PRECEDENCE
+    parser.add_argument("--config", metavar="FILE.toml", help=f"file of settings, also {CONFIG_VARIABLE}")
     for name in first:
         _add_flag(parser, name)
-    for name in Settings.model_fields:
-        if name not in first and name not in skip:
-            _add_flag(rest, name)
+    for section, names in sections().items():
+        rest = [name for name in names if name not in first and name not in skip]
+        if rest:
+            group = parser.add_argument_group(f"settings of {section}")
+            for name in rest:
+                _add_flag(group, name)
 
 
 def load_settings(args: argparse.Namespace, **given: Any) -> Settings:
-    """Return the settings of parsed flags over `LORAFLEET_*` over the TOML file; `given` counts as flags.
+    """Return the settings that flags, variables and the TOML file give; `given` values count as flags.
 
-    `REDIS_URL` is read where `LORAFLEET_REDIS_URL` is not set. Raises BadRequest that names what is wrong, and where.
+    `REDIS_URL` is read if `LORAFLEET_REDIS_URL` is not set. Raises BadRequest, which names each wrong value and
+    where it was given.
     """
     if args.config:
         os.environ[CONFIG_VARIABLE] = args.config
@@ -65,7 +74,7 @@ def load_settings(args: argparse.Namespace, **given: Any) -> Settings:
 
 
 def _refuse_unknown_variables() -> None:
-    """A misspelt variable would otherwise be a setting that silently does nothing."""
+    """Raise BadRequest for a misspelt variable, which would otherwise be ignored without a word."""
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | OTHER_VARIABLES
     for name in sorted(os.environ.keys() - known):
         if name.startswith(PREFIX):
@@ -77,7 +86,7 @@ def _add_flag(group: argparse._ActionsContainer, name: str) -> None:
     field = Settings.model_fields[name]
     flag = "--" + name.replace("_", "-")
     text = (field.description or name.replace("_", " ")).replace("%", "%%")
-    default = "" if field.default in (None, "") else f" (default {field.default})"
+    default = "" if field.default in (None, "", False) else f" (default {field.default})"
     if "default" in text or (field.default == 0 and text.find("0:") >= 0):
         default = ""
     common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text + default}
@@ -93,13 +102,13 @@ def _metavar(name: str, annotation: Any) -> str:
     if get_origin(annotation) is UnionType:
         annotation = get_args(annotation)[0]
     if annotation is Path:
-        return "DIR"
+        return "FILE" if name.endswith("_file") else "DIR"
     unit = next((unit for suffix, unit in _UNITS.items() if name.endswith(suffix)), None)
     return unit or {int: "N", float: "X"}.get(annotation, name.rsplit("_", 1)[-1].upper())
 
 
 def _origin(name: str, flags: dict[str, Any], config: str | None) -> str:
-    """Say where a value came from, as the user wrote it."""
+    """Return where a value was given: a flag, a variable or the file."""
     if name in flags:
         return "--" + name.replace("_", "-")
     variable = f"{PREFIX}{name.upper()}"

@@ -1,4 +1,4 @@
-"""All services of one machine as child processes: start order, readiness, drain order."""
+"""The services of one machine as child processes: start order, readiness and drain order."""
 
 from __future__ import annotations
 
@@ -22,22 +22,25 @@ from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, Unavailable
 
 START_POLL_S, POLL_S = 0.1, 1.0
-KILL_AFTER_S = 10.0  # beyond the grace that a service gives its requests
+KILL_AFTER_S = 10.0  # added to the grace period of a service
 DRAIN_ORDER = ("gateway", "scheduler", "worker", "store")
-"""The gateway finishes what it accepted while everything behind it still runs; the store goes when nobody fetches."""
+"""The gateway finishes its calls while the services behind it still run; the store stops when no worker needs it."""
 
 
-def service_specs(settings: Settings, logs: Path) -> list[Spec]:
-    """Return what to start: store, scheduler, gateway, then the workers, which share the machine's cores and GPUs."""
+def service_specs(settings: Settings, logs: Path, cores: int | None = None) -> list[Spec]:
+    """Return the processes to start: store, scheduler, gateway, then the workers, which share the cores and GPUs.
+
+    `logs` is the folder of their logs, `cores` the number of cores to share, by default those of this machine.
+    """
     common = {name: value for name, value in os.environ.items() if name != CONFIG_VARIABLE}
     common |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
-    threads = settings.threads or max(1, num_cores() // settings.workers)
+    threads = settings.threads or max(1, (cores or num_cores()) // settings.workers)
     gpus = [] if settings.device == "cpu" else visible_gpus(os.environ)
     specs: list[Spec] = []
     for name in ["store", "scheduler", "gateway", *(f"worker-{i}" for i in range(settings.workers))]:
         service, _, number = name.partition("-")
         own: dict[str, str] = {}
-        if settings.metrics_port:  # one port each, since they share this machine
+        if settings.metrics_port:  # each gets its own port, since they share this machine
             own["LORAFLEET_METRICS_PORT"] = str(settings.metrics_port + len(specs))
         if service == "worker":
             own |= {"LORAFLEET_WORKER_NAME": name, "LORAFLEET_THREADS": str(threads)}
@@ -50,28 +53,28 @@ def service_specs(settings: Settings, logs: Path) -> list[Spec]:
 
 
 def local_url(settings: Settings) -> str:
-    """Return the gateway's address as seen from this machine."""
+    """Return the URL of the gateway for clients on this machine."""
     host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
 
 
 @dataclass(slots=True)
 class Fleet:
-    """The running services of one machine; `on_ready` is called once, when the gateway first says that it is."""
+    """The running services of one machine. `on_ready` is called once, when the gateway is ready for the first time."""
 
     settings: Settings
     children: list[Child]
     queue: EmbeddedServer | None
     screen: Screen
-    on_ready: Callable[[], Awaitable[bool]]  # tells whether to go on serving
+    on_ready: Callable[[], Awaitable[bool]]  # returns whether to continue serving
     _failure: LorafleetError | None = None
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _hurry: bool = False
 
     async def run(self) -> int:
-        """Run until a signal has drained everything. Returns the exit code; raises LorafleetError.
+        """Run until a signal, drain all services, and return the exit code. Raises LorafleetError when one fails.
 
-        No child outlives this call, whatever ends it.
+        No child is left when this returns or raises.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -96,7 +99,7 @@ class Fleet:
         if not self._stop.is_set():
             self._stop.set()
             self.screen.close()
-            self.screen.say("Finishing what was accepted; once more stops at once.")
+            self.screen.say("Finishing accepted requests; a second signal stops at once.")
         else:
             self._hurry = True
             for child in self.children:
@@ -115,7 +118,7 @@ class Fleet:
             await asyncio.gather(*(child.stop(grace_s) for child in children))
 
     async def _watch(self, group: asyncio.TaskGroup) -> None:
-        """Show who is starting, who is ready and what the logs warn of; keep the queue server running."""
+        """Show which services are starting or ready and what their logs warn of; keep the queue server running."""
         bus = Bus(self.settings.redis_url)
         announcement: asyncio.Task[None] | None = None
         gateway = httpx2.AsyncClient(base_url=local_url(self.settings), timeout=2, trust_env=False)
@@ -158,13 +161,13 @@ class Fleet:
         try:
             ready = await self._is_ready(child, bus, gateway)
         except CONNECTION_ERRORS:
-            return  # the queue is on its way
+            return  # the queue is still starting
         if ready:
             child.ready.set()
             self.screen.ready(child.spec.name)
 
     async def _is_ready(self, child: Child, bus: Bus, gateway: httpx2.AsyncClient) -> bool:
-        """Tell whether the child has been heard of since its latest start."""
+        """Return whether the child has answered or sent a beat since its latest start."""
         since, keys = child.started_ms, bus.keys
         if child.spec.service == "gateway":
             return await _health(gateway) != 0
@@ -183,7 +186,7 @@ class Fleet:
 
 
 async def _health(gateway: httpx2.AsyncClient) -> int:
-    """Return the status of the gateway's health page, 0 when it doesn't answer."""
+    """Return the status code of the gateway's health route, 0 when it does not answer."""
     try:
         return (await gateway.get("/health")).status_code
     except httpx2.HTTPError:

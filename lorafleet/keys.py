@@ -1,4 +1,4 @@
-"""`lorafleet keys`: who may use the fleet, and how much."""
+"""`lorafleet keys` creates, lists and revokes API keys, and sets the limits of their tenants."""
 
 from __future__ import annotations
 
@@ -29,27 +29,29 @@ _UNITS_S = {"m": 60, "h": 3600, "d": 86_400, "y": 365 * 86_400}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     actions = parser.add_subparsers(metavar="create|list|revoke", required=True)
-    create = actions.add_parser("create", help="make a key; it is shown once, and only its hash is kept")
-    create.add_argument("--tenant", required=True, help="whose key it is")
+    create = actions.add_parser("create", help="create a key; it is shown once, and only its hash is kept")
+    create.add_argument("--tenant", required=True, help="the tenant that the key belongs to")
     create.add_argument(
-        "--scopes", default="infer", help=f"what it is good for, with commas: {', '.join(SCOPES)} (%(default)s)"
+        "--scopes",
+        default="infer",
+        help=f"permissions, separated by commas: {', '.join(SCOPES)} (%(default)s)",
     )
     create.add_argument("--expires", default="never", metavar="TIME", help="30m, 12h, 90d, 1y or never (%(default)s)")
-    create.add_argument("--note", default="", help="what it is for")
+    create.add_argument("--note", default="", help="a remark that `list` shows")
     limits = create.add_argument_group(
-        "limits of the tenant, for all its keys together", "what is given replaces what it had; 0: no limit"
+        "limits of the tenant, for all its keys together", "a given limit replaces the old one; 0: no limit"
     )
     limits.add_argument("--requests-per-minute", type=int, metavar="N")
-    limits.add_argument("--tokens-per-minute", type=int, metavar="N", help="of prompts and outputs")
-    limits.add_argument("--concurrency", type=int, metavar="N", help="choices queued or running at once")
-    limits.add_argument("--weight", type=float, metavar="X", help="its share relative to others, at first 1")
+    limits.add_argument("--tokens-per-minute", type=int, metavar="N", help="tokens of prompts and outputs")
+    limits.add_argument("--concurrency", type=int, metavar="N", help="most choices queued or running at once")
+    limits.add_argument("--weight", type=float, metavar="X", help="share relative to other tenants, initially 1")
     limits.add_argument(
         "--visible",
         metavar="PATTERNS",
-        help="names of everybody's adapters that it may use, as acme-*,org/*; at first *",
+        help="patterns of the shared adapters that it may use, such as acme-*,org/*; initially *",
     )
-    listing = actions.add_parser("list", help="all keys, without the keys themselves")
-    revoke = actions.add_parser("revoke", help="have every gateway refuse a key from its next request on")
+    listing = actions.add_parser("list", help="list all keys, without their secrets")
+    revoke = actions.add_parser("revoke", help="revoke a key: every gateway refuses its next request")
     revoke.add_argument("key", metavar="ID")
     for action, do in ((create, _create), (listing, _list), (revoke, _revoke)):
         action.set_defaults(do=do)
@@ -102,16 +104,16 @@ async def _list(keys: ApiKeys, args: argparse.Namespace) -> None:
 
 async def _revoke(keys: ApiKeys, args: argparse.Namespace) -> None:
     key = await keys.revoke(args.key)
-    print(f"{key.id} of {key.tenant} is revoked; what it has running goes on")
+    print(f"{key.id} of {key.tenant} is revoked; its running requests continue")
 
 
 def expiry_ms(text: str) -> int:
-    """Return when something ends that begins now, unix ms; 0 for never. Raises BadRequest."""
+    """Return the unix time in ms at which a lifetime that starts now ends; 0 for "never". Raises BadRequest."""
     if text == "never":
         return 0
     found = re.fullmatch(r"(\d{1,6})([mhdy])", text)
     if found is None or not int(found[1]):
-        raise BadRequest(f"--expires: {text!r} is no time: give 30m, 12h, 90d, 1y or never")
+        raise BadRequest(f"--expires: {text!r} is not a lifetime: give 30m, 12h, 90d, 1y or never")
     return now_ms() + int(found[1]) * _UNITS_S[found[2]] * 1000
 
 

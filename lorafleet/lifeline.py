@@ -1,8 +1,8 @@
-"""How processes end with the launcher, however it ends.
+"""Ends the processes of a fleet together with their launcher, however the launcher ends.
 
-The queue server, a foreign binary, gets Linux's parent-death signal. A service gets the reading end of a pipe as its
-standard input; when the last writing end is gone, so is the launcher, and the service kills its whole process group:
-unlike the signal, that reaches compilers and other children of a service too.
+The queue server is a foreign binary, so it gets Linux's parent-death signal. A service gets the reading end of a pipe
+as its standard input. Only the launcher has the writing end, so the pipe ends when the launcher does, and the service
+then kills its own process group. Unlike the signal, this also ends compilers and other children of a service.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import threading
 from collections.abc import Callable
 
 VARIABLE = "LORAFLEET_LIFELINE"
-"""Set for a service whose standard input is a lifeline."""
+"""Tells a service that its standard input is a lifeline."""
 
 _PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)  # loaded here, since a forked child must not
+_libc = ctypes.CDLL(None)  # loaded here because a forked child must not load libraries
 
 
 def die_with_parent() -> Callable[[], None]:
-    """Return a `preexec_fn` by which Linux sends SIGTERM to the new process when this thread ends.
+    """Return a `preexec_fn` that makes Linux send SIGTERM to the new process when the forking thread ends.
 
-    The signal belongs to the thread that forks, not to its process: call Popen from the main thread.
+    The signal is bound to the thread and not to its process, so call Popen from the main thread.
     """
     parent = os.getpid()
 
     def ask() -> None:
         if hasattr(_libc, "prctl"):
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # it died before we asked
+            if os.getppid() != parent:  # the parent died before the call
                 os._exit(1)
 
     return ask
 
 
 def hold_lifeline() -> None:
-    """Kill this process group once standard input ends, if the launcher asked for it."""
+    """Kill this process group when standard input ends, if the launcher has set the variable."""
     if os.environ.pop(VARIABLE, ""):
         threading.Thread(target=_wait_for_the_end, name="lifeline", daemon=True).start()
 

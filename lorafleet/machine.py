@@ -1,4 +1,4 @@
-"""What this machine has: cores, GPUs, ports."""
+"""The resources of this machine: cores, GPUs and ports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 
 
 def num_cores(cgroup_cpu: Path = CGROUP_CPU) -> int:
-    """Return how many cores this process may use: its affinity, cut by the container's CPU quota."""
+    """Return the number of cores that this process may use, by its affinity and the container's CPU quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = cgroup_cpu.read_text().split()
@@ -27,7 +27,7 @@ def num_cores(cgroup_cpu: Path = CGROUP_CPU) -> int:
 
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:
-    """Return the ids of the CUDA devices that workers may use, as CUDA_VISIBLE_DEVICES takes them."""
+    """Return the ids of the CUDA devices that workers may use, in the form of CUDA_VISIBLE_DEVICES."""
     if (given := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [gpu.strip() for gpu in given.split(",") if gpu.strip()]
     if shutil.which("nvidia-smi") is None:
@@ -38,7 +38,7 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
 
 
 def claim_port(host: str, port: int) -> int:
-    """Return `port`, or a free one for 0. Raises Conflict when it is taken, BadRequest when it can't be listened on."""
+    """Return `port`, or a free one for 0. Raises Conflict if it is in use, BadRequest if the address is unusable."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:

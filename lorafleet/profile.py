@@ -1,4 +1,4 @@
-"""`lorafleet profile`: what a worker's steps spend their time on, on this machine."""
+"""`lorafleet profile` measures what a worker's steps spend their time on, on this machine."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ MAX_OPERATIONS = 12
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("model", help="base model: a Hub id or a local folder")
+    parser.add_argument("model", help="the base model: a Hub id or a local folder")
     parser.add_argument(
         "--sequences", type=_numbers, default=(1, 8, 32), metavar="N,N,…", help="batch sizes (default 1,8,32)"
     )
-    parser.add_argument("--steps", type=_number, default=20, metavar="N", help="measured per case (%(default)s)")
-    parser.add_argument("--prompt-tokens", type=_number, default=64, metavar="N", help="of a prompt (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("profile.json"), metavar="FILE", help="JSON (%(default)s)")
+    parser.add_argument("--steps", type=_number, default=20, metavar="N", help="measured steps per case (%(default)s)")
+    parser.add_argument("--prompt-tokens", type=_number, default=64, metavar="N", help="of each prompt (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("profile.json"), metavar="FILE", help="JSON result (%(default)s)"
+    )
     parser.add_argument(
         "--trace",
         type=Path,
         metavar="FILE",
-        help="chrome traces too, one per case: FILE's name with -decode-8 and so on",
+        help="also write a Chrome trace per case, named after FILE with -decode-8 and so on",
     )
     add_settings(parser, first=FLAGS, skip=tuple(Settings.model_fields))
 
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, settings: Settings) -> Any:
-    """Return the `gpu_worker.profiling.profile.Profile` of what the arguments ask for."""
+    """Measure as the arguments say; return a `gpu_worker.profiling.profile.Profile`."""
     try:
         worker = importlib.import_module("gpu_worker.profiling.profile")
     except ModuleNotFoundError as error:
@@ -85,7 +87,7 @@ def _measure(args: argparse.Namespace, settings: Settings) -> Any:
         if total:
             progress.start()
             progress.update(task, description=what, completed=done, total=total)
-        else:  # reading the weights shows a bar of its own
+        else:  # loading the weights shows its own bar
             console.print(what)
 
     try:
@@ -95,7 +97,7 @@ def _measure(args: argparse.Namespace, settings: Settings) -> Any:
 
 
 def print_profile(found: Any, console: Console) -> None:
-    """Print a `gpu_worker.profiling.profile.Profile`: each case's phases, and the operations of its forward pass."""
+    """Print a `gpu_worker.profiling.profile.Profile`: the phases and the forward pass of each case."""
     how = f"{found.num_stacked} of {found.num_layers} layers in one native call"
     console.print(
         f"[bold]{found.model}[/] in {found.dtype} on {found.device}, {_count(found.num_threads, 'thread')}, {how}, "

@@ -1,4 +1,4 @@
-"""What `lorafleet up` shows: a spinner per service until it is ready, then single lines."""
+"""The terminal output of `lorafleet up`: a spinner for each service until it is ready, then lines."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ MAX_ACTIVITY = 60
 
 
 class Screen:
-    """Lines and spinners on standard output; without a terminal only the lines."""
+    """Lines and spinners on standard output; without a terminal only lines."""
 
     def __init__(self, console: Console | None = None) -> None:
+        """Show nothing yet. `console` is standard output by default."""
         self.console = console or Console(highlight=False, soft_wrap=True)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
@@ -23,12 +24,12 @@ class Screen:
         self._since: dict[str, float] = {}
 
     def say(self, text: str) -> None:
-        """Print a line of rich markup. Nobody may be there to read it: a fleet drains after its terminal has closed."""
+        """Print a line of rich markup, if the terminal is still open: a fleet also drains after it was closed."""
         with suppress(OSError):
             self.console.print(text)
 
     def starting(self, name: str, activity: str) -> None:
-        """Show that a service is on its way, and what it does."""
+        """Show that a service is starting, and its current activity."""
         self._since.setdefault(name, time.monotonic())
         text = f"{name:10} [dim]{escape(activity[:MAX_ACTIVITY])}[/]"
         if name in self._rows:
@@ -38,7 +39,7 @@ class Screen:
             self._rows[name] = self._progress.add_task(text, total=None)
 
     def ready(self, name: str) -> None:
-        """Replace a service's spinner by a line."""
+        """Replace the spinner of a service by a line."""
         if name in self._rows:
             self._progress.remove_task(self._rows.pop(name))
         seconds = time.monotonic() - self._since.pop(name, time.monotonic())
@@ -47,7 +48,7 @@ class Screen:
             self._progress.stop()
 
     def close(self) -> None:
-        """Remove what still spins."""
+        """Remove all spinners."""
         with suppress(OSError):
             self._progress.stop()
         self._rows.clear()

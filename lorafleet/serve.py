@@ -1,4 +1,4 @@
-"""`lorafleet serve SERVICE`: one service in this process, until a signal ends it."""
+"""`lorafleet serve SERVICE` runs one service in this process, until a signal ends it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from protocol.runtime.service import set_up_logging
 from protocol.wire.errors import BadRequest
 
 SERVICES = {"gateway": "gateway", "scheduler": "scheduler", "worker": "gpu_worker", "store": "adapter_store"}
-"""Service name -> the package whose `service.serve(settings, stop)` it is."""
+"""Service name -> the package whose `service.serve(settings, stop)` runs it."""
+
+MAIN_FLAGS = (
+    "redis_url", "model", "secret_file", "device", "adapters", "host", "port", "store_host", "metrics_port", "data",
+)  # fmt: skip
+"""The settings that `--help` shows first."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.usage = f"{parser.prog} {'|'.join(SERVICES)} [flags]"
-    parser.add_argument("service", choices=SERVICES, help="the first signal drains it, the second ends it at once")
-    add_settings(parser, first=("redis_url", "model"), skip=("workers",))
+    parser.add_argument("service", choices=SERVICES, help="the service; the first signal drains it, the second ends it")
+    add_settings(parser, first=MAIN_FLAGS, skip=("workers",))
 
 
 def run(args: argparse.Namespace) -> int:

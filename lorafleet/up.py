@@ -1,4 +1,4 @@
-"""`lorafleet up`: a whole fleet on this machine, with a queue of its own, until Ctrl-C."""
+"""`lorafleet up` runs a whole fleet on this machine, with its own queue, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -28,18 +28,24 @@ from protocol.runtime.model_files import WEIGHT_FILES, model_folder, served_name
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Unavailable
 
-MAIN_FLAGS = ("adapters", "host", "port", "data", "workers", "device", "dtype")
+MAIN_FLAGS = (
+    "adapters", "host", "port", "workers", "device", "dtype", "max_model_len", "served_name", "api_keys", "data",
+)  # fmt: skip
+"""The settings that `--help` shows first."""
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """What a fleet is started with."""
+class LaunchPlan:
+    """The checked settings of a fleet that is about to start, and the folder of its model."""
 
     settings: Settings
     folder: Path  # of the model
 
     def curl(self, model: str, question: str = "Who are you?", does: str = "text-generation") -> str:
-        """Return a shell command that asks `model` a question, indented by two. does: its `model_pipeline_tag`."""
+        """Return a shell command that asks `model` a question, indented by two spaces.
+
+        `does` is the `model_pipeline_tag` of the base model.
+        """
         body: dict[str, object] = {"model": model, "max_tokens": 60}
         if does == "feature-extraction":
             route = "/v1/embeddings"
@@ -55,8 +61,8 @@ class Prepared:
         return f"  {head} \\\n    -d {shlex.quote(orjson.dumps(body).decode())}"
 
 
-OnReady = Callable[[Prepared, Screen], Awaitable[bool]]
-"""Called once the fleet answers; tells whether to go on serving."""
+OnReady = Callable[[LaunchPlan, Screen], Awaitable[bool]]
+"""Called once the fleet answers; returns whether it should continue to serve."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help="a Hub id or a local folder"
     )
-    # A worker's name and the store's address are the launcher's own affair.
+    # The launcher itself sets the names of workers and the address of the store.
     add_settings(parser, first=MAIN_FLAGS, skip=("model", "worker_name", "store_url"))
 
 
@@ -75,22 +81,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def launch(settings: Settings, on_ready: OnReady) -> int:
-    """Run a fleet until a signal; `on_ready` is awaited once it can answer. Returns the exit code.
+    """Run a fleet until a signal, and return the exit code; `on_ready` is awaited once the fleet can answer.
 
-    Raises LorafleetError when it can't start. Whatever happens, nothing of it is left running.
+    Raises LorafleetError when it cannot start. However it ends, no process of it is left running.
     """
-    prepared = prepare(settings)
+    plan = prepare(settings)
     screen = Screen()
     queue: EmbeddedServer | None = None
     lifeline, held = os.pipe()
     try:
         if not _has_queue(settings):
-            queue = start_embedded(prepared.settings.data / "queue" / fleet_name(prepared.settings))
-            prepared = replace(prepared, settings=prepared.settings.model_copy(update={"redis_url": queue.url}))
+            queue = start_embedded(plan.settings.data / "queue" / fleet_name(plan.settings))
+            plan = replace(plan, settings=plan.settings.model_copy(update={"redis_url": queue.url}))
             screen.say(f"[green]✓[/] {'queue':10} {queue.url}")
-        specs = service_specs(prepared.settings, _fresh_logs(prepared.settings))
+        specs = service_specs(plan.settings, _fresh_logs(plan.settings))
         children = [Child(spec, lifeline, screen.say) for spec in specs]
-        fleet = Fleet(prepared.settings, children, queue, screen, lambda: on_ready(prepared, screen))
+        fleet = Fleet(plan.settings, children, queue, screen, lambda: on_ready(plan, screen))
         return asyncio.run(fleet.run())
     finally:
         os.close(held)
@@ -99,10 +105,10 @@ def launch(settings: Settings, on_ready: OnReady) -> int:
             queue.stop()
 
 
-def prepare(settings: Settings) -> Prepared:
-    """Check what can be checked before anything is started; a Hub model is fetched, with its progress bar.
+def prepare(settings: Settings) -> LaunchPlan:
+    """Check everything that can be checked before a process starts, and download a model of the Hub.
 
-    The settings come back with a port that is free and absolute folders. Raises BadRequest, Conflict or Unavailable.
+    The plan's settings have a free port and absolute folders. Raises BadRequest, Conflict or Unavailable.
     """
     if not settings.model:
         raise BadRequest("MODEL is missing: give a Hub id or a local folder")
@@ -129,28 +135,28 @@ def prepare(settings: Settings) -> Prepared:
         "model": str(local.resolve()) if local.is_dir() else settings.model,
         "served_name": served_name(settings.model, settings.served_name),
     }
-    return Prepared(settings.model_copy(update=update), folder)
+    return LaunchPlan(settings.model_copy(update=update), folder)
 
 
 def fleet_name(settings: Settings) -> str:
-    """Return the name of the folders that belong to this model alone: requests queued for it can't meet another."""
+    """Return the name of this model's own folders, so that requests queued for it never reach another model."""
     slug = re.sub(r"[^A-Za-z0-9.-]+", "-", settings.served_name).strip("-.")[:40]
     return f"{slug}-{hashlib.sha256(settings.model.encode()).hexdigest()[:8]}"
 
 
-async def announce(prepared: Prepared, screen: Screen) -> bool:
-    """Say where the fleet answers, and show how to ask it."""
-    settings = prepared.settings
+async def announce(plan: LaunchPlan, screen: Screen) -> bool:
+    """Show the fleet's address and a command that asks it; return True, to continue serving."""
+    settings = plan.settings
     url = local_url(settings)
     if settings.api_keys:
-        screen.say(f"\n[bold green]ready[/] [bold]{url}[/] answers to API keys; make one with\n")
+        screen.say(f"\n[bold green]ready[/] [bold]{url}[/] requires API keys; create one with\n")
         screen.say(escape(f"  REDIS_URL={shlex.quote(settings.redis_url)} lorafleet keys create --tenant NAME"))
     else:
         async with httpx2.AsyncClient(base_url=url, trust_env=False) as client:
             models = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
             does = (await client.get("/info")).json()["model_pipeline_tag"]
         screen.say(f"\n[bold green]ready[/] [bold]{url}[/] serves {models[0]} and {len(models) - 1} adapters; try\n")
-        screen.say(escape(prepared.curl(models[-1], does=does)))
+        screen.say(escape(plan.curl(models[-1], does=does)))
     variables = {"REDIS_URL": settings.redis_url, "LORAFLEET_SECRET_FILE": str(settings.secret_file)}
     shared = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
     screen.say(f"\nAnother worker joins with\n  {shared} lorafleet serve worker --model {shlex.quote(settings.model)}")
@@ -159,7 +165,7 @@ async def announce(prepared: Prepared, screen: Screen) -> bool:
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Tell whether a model's tokenizer comes with a chat template."""
+    """Return whether a model's folder holds a chat template."""
     config = folder / "tokenizer_config.json"
     return (folder / "chat_template.jinja").is_file() or (
         config.is_file() and "chat_template" in orjson.loads(config.read_bytes())
@@ -167,7 +173,7 @@ def has_chat_template(folder: Path) -> bool:
 
 
 def _fresh_logs(settings: Settings) -> Path:
-    """Return the folder of the logs, with those of the run before renamed to `*.log.1`."""
+    """Return the folder of the logs, after renaming those of the previous run to `*.log.1`."""
     logs = settings.data / "logs" / fleet_name(settings)
     logs.mkdir(parents=True, exist_ok=True)
     for log in logs.glob("*.log"):
@@ -176,11 +182,12 @@ def _fresh_logs(settings: Settings) -> Path:
 
 
 def _has_queue(settings: Settings) -> bool:
-    """Tell whether the user names a queue to use instead of the embedded one."""
+    """Return whether the user has named a queue, which replaces the embedded one."""
     return "redis_url" in settings.model_fields_set
 
 
 def _check_queue(url: str) -> None:
+    """Raise BadRequest for a malformed URL, Unavailable when no queue answers there."""
     try:
         with redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as client:
             client.ping()

@@ -93,7 +93,7 @@ async def test_a_second_ctrl_c_stops_at_once_even_while_starting(tmp_path: Path,
     with fleet_up(tmp_path, model) as fleet:
         await wait_until(lambda: "scheduler  ready" in fleet.output, "services are running", timeout_s=100)
         fleet.process.send_signal(signal.SIGINT)
-        await wait_until(lambda: "once more" in fleet.output or fleet.has_ended(), "the first was heard")
+        await wait_until(lambda: "second signal" in fleet.output or fleet.has_ended(), "the first was heard")
         fleet.process.send_signal(signal.SIGINT)
         await wait_until(fleet.has_ended, "the launcher has ended")
         assert fleet.process.returncode == 130, fleet.output

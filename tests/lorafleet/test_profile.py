@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,6 @@ import pytest
 from factories import make_adapter, make_tiny_model
 
 from lora_kernels import cpu
-from lorafleet import profile
 from lorafleet.__main__ import main
 from protocol.runtime.metrics import PHASES
 
@@ -26,8 +27,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def lorafleet_profile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(profile, "set_up_logging", lambda *_: None)  # pytest's own stays
+def own_logging() -> Iterator[None]:
+    """Restore pytest's logging, which the command replaces by its own."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
+def lorafleet_profile(folder: Path, own_logging: None) -> Any:
     sizes = ["--kv-cache-bytes", str(16 << 20), "--adapter-pool-bytes", str(16 << 20), "--dtype", "float32"]
     return lambda *words: main(["profile", str(folder / "model"), "--device", "cpu", *sizes, *words])
 

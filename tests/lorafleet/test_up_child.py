@@ -14,10 +14,10 @@ import pytest
 from processes import is_running, read_pid
 from waiting import wait_until
 
-from lorafleet import child as child_module
-from lorafleet.child import Child, ServiceFailed, Spec
+from lorafleet.child import MAX_FAILED_STARTS, Child, ServiceFailed, Spec
 from protocol.runtime.service import JsonLines
 
+ROOT = Path(__file__).parents[2]
 WRITE_PID = "import os, pathlib, sys; pathlib.Path('pid').write_text(f'{os.getpid()}\\n');"
 RUN = f"{WRITE_PID} import signal; signal.pause()"
 WITH_GRANDCHILD = (
@@ -37,15 +37,14 @@ def lifeline() -> Iterator[tuple[int, int]]:
 
 
 @pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(child_module, "FIRST_PAUSE_S", 0.01)
+def in_own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 def make_child(code: str, folder: Path, lifeline_fd: int, said: list[str] | None = None) -> Child:
-    environment = {**os.environ, "PYTHONPATH": str(Path(child_module.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     spec = Spec("worker", "worker-0", (sys.executable, "-c", code), environment, folder / "worker-0.log")
-    return Child(spec, lifeline_fd, (said if said is not None else []).append)
+    return Child(spec, lifeline_fd, (said if said is not None else []).append, first_pause_s=0.01)
 
 
 @asynccontextmanager
@@ -71,14 +70,14 @@ async def test_a_killed_process_is_started_again(tmp_path: Path, lifeline: tuple
     assert any("SIGKILL" in line for line in said)
 
 
-async def test_a_process_that_never_gets_ready_is_given_up_with_its_last_words(
+async def test_a_process_that_never_gets_ready_is_given_up_with_its_log(
     tmp_path: Path, lifeline: tuple[int, int]
 ) -> None:
     code = "import sys; open('starts', 'a').write('x'); sys.exit('the disk is on fire')"
     child = make_child(code, tmp_path, lifeline[0])
     with pytest.raises(ServiceFailed, match=r"(?s)worker-0 does not start \(ended with exit code 1\).*disk is on fire"):
         await child.supervise()
-    assert len((tmp_path / "starts").read_text()) == child_module.MAX_FAILED_STARTS
+    assert len((tmp_path / "starts").read_text()) == MAX_FAILED_STARTS
 
 
 async def test_wrong_settings_are_not_tried_twice(tmp_path: Path, lifeline: tuple[int, int]) -> None:
@@ -93,7 +92,7 @@ async def test_who_was_ready_once_is_never_given_up(tmp_path: Path, lifeline: tu
     starts.touch()
     child = make_child("open('starts', 'a').write('x')", tmp_path, lifeline[0])
     child.ready.set()
-    more_than_a_newcomer = child_module.MAX_FAILED_STARTS + 2
+    more_than_a_newcomer = MAX_FAILED_STARTS + 2
     async with supervised(child):
         await wait_until(lambda: len(starts.read_text()) == more_than_a_newcomer, "it was started again and again")
 

@@ -10,7 +10,6 @@ import redis
 from processes import is_running
 from waiting import wait_until
 
-from lorafleet import embedded
 from lorafleet.embedded import start_embedded
 from protocol.wire.errors import Conflict, Internal
 
@@ -27,11 +26,10 @@ def test_what_was_queued_is_there_after_a_restart(tmp_path: Path) -> None:
     second.stop()
 
 
-def test_two_servers_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "LOCK_S", 0.0)
+def test_two_servers_never_share_a_folder(tmp_path: Path) -> None:
     server = start_embedded(tmp_path, durable=False)
     with pytest.raises(Conflict, match="another fleet is running"):
-        start_embedded(tmp_path, durable=False)
+        start_embedded(tmp_path, durable=False, lock_s=0.0)
     server.stop()
     start_embedded(tmp_path, durable=False).stop()
 

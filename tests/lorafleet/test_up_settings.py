@@ -1,19 +1,21 @@
 """Flags over variables over the file, wrong values in one line, and what each service is started with."""
 
 import argparse
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 
-from lorafleet import fleet
+from lorafleet import serve, up
 from lorafleet.__main__ import main
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.fleet import local_url, service_specs
 from lorafleet.machine import claim_port, num_cores, visible_gpus
-from lorafleet.up import Prepared, fleet_name, prepare
-from protocol.runtime.settings import Settings
+from lorafleet.up import LaunchPlan, fleet_name, prepare
+from protocol.runtime.settings import Settings, sections
 from protocol.wire.errors import BadRequest, Conflict
 
 
@@ -61,6 +63,20 @@ def test_every_setting_has_a_flag() -> None:
     assert parser.format_help()
 
 
+def test_help_names_the_ten_main_settings_first_and_groups_the_rest_by_service() -> None:
+    listed = [name for names in sections().values() for name in names]
+    assert listed == list(Settings.model_fields)
+    for module in (up, serve):
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        main_part, *groups = parser.format_help().split("settings of ")
+        assert len(module.MAIN_FLAGS) == 10
+        assert all(f"--{name.replace('_', '-')}" in main_part for name in module.MAIN_FLAGS)
+        assert [group.partition(":")[0] for group in groups] == list(sections())
+        assert "--max-queued " in groups[1]
+        assert "--max-num-seqs " in groups[3]
+
+
 def test_a_flag_wins_over_a_variable_and_a_variable_over_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,17 +119,25 @@ def test_settings_survive_the_way_to_a_child(monkeypatch: pytest.MonkeyPatch) ->
         (["up", "./nowhere", "--port", "0"], "'./nowhere' is neither a folder nor a Hub id"),
         (["up", "x/y", "--adapters", "./nowhere"], "--adapters: nowhere is not a folder"),
         (["up", "x/y", "--config", "./nowhere.toml"], "there is no file ./nowhere.toml"),
-        (["up", "x/y", "--port", "0"], "cannot fetch x/y from the Hub: "),
         (["up", "x/y", "--redis-url", "http://host"], "--redis-url: "),
         (["serve", "cook"], "invalid choice: 'cook'"),
         (["serve", "worker"], "--model: the worker needs"),
     ],
 )  # fmt: skip
 def test_wrong_usage_is_one_line_and_exit_code_2(
-    words: list[str], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert expected in error_of(words, capsys)
+
+
+def test_a_model_that_cannot_be_fetched_is_one_line_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lorafleet", "up", "x/y", "--port", "0", "--data", str(tmp_path)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "cannot fetch x/y from the Hub: " in done.stderr
 
 
 def test_a_wrong_value_names_the_variable_or_file_it_is_in(
@@ -161,10 +185,10 @@ def test_each_model_has_its_own_queue(model: Path, tmp_path: Path) -> None:
 
 
 def test_workers_share_cores_gpus_and_ports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(fleet, "num_cores", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    specs = {spec.name: spec.environment for spec in service_specs(Settings(workers=3, metrics_port=9100), tmp_path)}
+    made = service_specs(Settings(workers=3, metrics_port=9100), tmp_path, cores=8)
+    specs = {spec.name: spec.environment for spec in made}
     assert list(specs) == ["store", "scheduler", "gateway", "worker-0", "worker-1", "worker-2"]
     workers = [specs[f"worker-{i}"] for i in range(3)]
     assert [worker["CUDA_VISIBLE_DEVICES"] for worker in workers] == ["3", "5", "3"]
@@ -190,10 +214,10 @@ def test_gpus_are_those_the_user_left_visible() -> None:
 
 
 def test_the_example_asks_as_the_model_can_answer(model: Path) -> None:
-    prepared = Prepared(Settings(model=str(model), host="0.0.0.0", port=8001), model)
-    assert "http://127.0.0.1:8001/v1/completions" in prepared.curl("it's")
+    plan = LaunchPlan(Settings(model=str(model), host="0.0.0.0", port=8001), model)
+    assert "http://127.0.0.1:8001/v1/completions" in plan.curl("it's")
     (model / "chat_template.jinja").write_text("{{ messages }}")
-    assert "/v1/chat/completions" in prepared.curl("it's")
-    assert "/v1/embeddings" in prepared.curl("it's", does="feature-extraction")
-    assert "/classify" in prepared.curl("it's", does="token-classification")
+    assert "/v1/chat/completions" in plan.curl("it's")
+    assert "/v1/embeddings" in plan.curl("it's", does="feature-extraction")
+    assert "/classify" in plan.curl("it's", does="token-classification")
     assert local_url(Settings(host="::")) == "http://[::1]:8000"
