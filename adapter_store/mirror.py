@@ -113,7 +113,7 @@ class Mirror:
                 self.blobs.put(version, AdapterFolder.open(folder), sync=True)
             return found
         except AdapterRefused as error:
-            logger.error("the shared bucket's adapter %.12s is damaged: %s", digest, error)
+            logger.warning("adapter %.12s is damaged in the shared bucket: %s", digest, error)
             return False
         finally:
             self.blobs.discard(version)

@@ -1,8 +1,8 @@
-"""Run the benchmarks that need nothing but this repository, one after the other.
+"""Run the benchmarks that need only this repository, one after the other.
 
     python -m benchmarks [--model FOLDER] [--short]      # `make bench` runs the short set
 
-Each is a process of its own, so that none finds the memory and threads of another.
+Each runs in its own process, so that it does not share memory and threads with another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks.fleet import quickstart_model
 FULL = ("kernels", "distinct_adapters", "adapters", "cold_loads", "hit_rate", "mixed_ranks", "fairness", "prediction",
         "control_plane")  # fmt: skip
 SHORT = ("distinct_adapters", "adapters", "cold_loads", "mixed_ranks", "control_plane")
-OWN_FLAGS = ("kernels",)  # it has sizes and an output file of its own
+OWN_FLAGS = ("kernels",)  # takes the name of its output file and no model
 
 
 def command(name: str, model: str, out: str, short: bool) -> list[str]:
@@ -28,6 +28,7 @@ def command(name: str, model: str, out: str, short: bool) -> list[str]:
 
 
 def main() -> None:
+    """Run the benchmarks. Raises CalledProcessError when one fails."""
     args = report.parser(__doc__).parse_args()
     model = args.model or quickstart_model()
     for name in SHORT if args.short else FULL:

@@ -1,9 +1,10 @@
-"""One fleet, 1 to 1,000 adapters: what the number of adapters and their popularity cost.
+"""What the number of adapters, from 1 to 1,000, and their popularity cost one fleet.
 
     python -m benchmarks.adapters [--model FOLDER] [--short]
 
-Adapters of rank 8 and 16 on all linear layers, asked for with Zipf popularity (0: all alike), 32 requests in flight, 64
-words in, 64 tokens out. The pool is smaller than the larger sets. Hit rate: requests that needed no copy into the pool.
+The adapters have rank 8 and 16 on all linear layers and are requested with Zipf popularity (0: all equally), with 32
+requests in flight, 64 words in and 64 tokens out. The pool is smaller than the larger sets of adapters. The hit rate is
+the share of requests that needed no copy into the pool.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks import report
-from benchmarks.fleet import Fleet, Setup, fleet, make_adapters, quickstart_model, scratch_folder
+from benchmarks.fleet import RunningFleet, Setup, fleet, make_adapters, quickstart_model, scratch_folder
 from lorafleet.bench import BenchConfig, Target, run_bench
 
 COUNTS = (1, 4, 16, 64, 256, 1000)
@@ -25,7 +26,7 @@ CONCURRENCY = 32
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One set of adapters under one popularity."""
+    """The figures of one number of adapters with one popularity."""
 
     num_adapters: int
     zipf: float
@@ -36,13 +37,13 @@ class Point:
     inter_token_p99_ms: float
     hit_rate: float
     num_loads: int  # copies into the pool
-    num_fetches: int  # of those, with a fetch from the store
+    num_fetches: int  # the copies that needed a fetch from the store
     num_requests: int
     num_errors: int
 
 
-def measure(running: Fleet, names: Sequence[str], zipf: float, num_requests: int) -> Point:
-    """Run one load, after one that fills the pool as this popularity would."""
+def measure(running: RunningFleet, names: Sequence[str], zipf: float, num_requests: int) -> Point:
+    """Measure one load, after an unmeasured one that fills the pool with the same popularity."""
     targets = tuple(Target.model(name) for name in names)
     shared: dict[str, Any] = {"url": running.url, "targets": targets, "concurrency": CONCURRENCY, "zipf_s": zipf}
     run_bench(BenchConfig(**shared, num_requests=min(2 * len(names), 512), output_tokens=2, prompt_words=4, seed=1))
@@ -69,7 +70,7 @@ def measure(running: Fleet, names: Sequence[str], zipf: float, num_requests: int
 
 
 def draw(axes: Sequence[Any], points: Sequence[Point]) -> None:
-    """Fill three panels: throughput, time to first token, hit rate, over the number of adapters."""
+    """Draw throughput, time to first token and hit rate over the number of adapters, in three panels."""
     colors = dict(zip(ZIPFS, (report.BLUE, report.ORANGE, report.GREEN), strict=True))
     for zipf in dict.fromkeys(point.zipf for point in points):
         mine = [point for point in points if point.zipf == zipf]
@@ -86,6 +87,7 @@ def draw(axes: Sequence[Any], points: Sequence[Point]) -> None:
 
 
 def markdown(points: Sequence[Point]) -> str:
+    """Return the points as a Markdown table."""
     latencies = ("TTFT p50 / p99, ms", "inter-token p50 / p99, ms")
     header = ("adapters", "Zipf", "tok/s", *latencies, "hits", "loads", "fetches")
     rows = [
@@ -101,6 +103,7 @@ def markdown(points: Sequence[Point]) -> str:
 
 
 def main() -> None:
+    """Measure, print a table, and save the figures and a plot."""
     args = report.parser(__doc__).parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
     counts, zipfs = ((1, 32, 200), (0.9,)) if args.short else (COUNTS, ZIPFS)

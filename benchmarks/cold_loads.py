@@ -1,11 +1,11 @@
-"""What streams of warm adapters notice of adapters never seen before.
+"""How much loading cold adapters delays the streams of warm ones.
 
     python -m benchmarks.cold_loads [--model FOLDER] [--short] [--sources near,slow] [--rounds N] [--pool-adapters N]
 
-Eight streams of eight resident adapters are measured in turns: alone; beside short requests for resident adapters;
-beside as many for adapters that have to be loaded first, each asked for once. What loading costs is the difference of
-the last two. The same once more with the store behind a slow link: 200 ms before every answer, then 5 MB/s. How many
-adapters were loaded depends on how long the streams take: about 60 a round.
+Eight streams of eight resident adapters are measured in turns: alone; beside short requests for resident adapters; and
+beside as many requests for adapters that must be loaded first, each requested once. The difference of the last two is
+the cost of loading. The same is measured with the store behind a slow link: 200 ms before every answer, then 5 MB/s.
+The number of loaded adapters depends on how long the streams take; it is about 60 a round.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
-from benchmarks.fleet import Fleet, Setup, adapter_bytes, fleet, make_adapters, quickstart_model, scratch_folder
+from benchmarks.fleet import RunningFleet, Setup, adapter_bytes, fleet, make_adapters, quickstart_model, scratch_folder
 from benchmarks.hit_rate import pool_bytes
 from benchmarks.neighbours import Beside, run_beside, streams
-from benchmarks.slow_link import Link, free_port, slow_link
+from benchmarks.slow_link import Link, slow_link
 from lorafleet.bench import BenchConfig, RequestRecord, Target
+from lorafleet.machine import claim_port
 
 WARM = [f"warm-{index}" for index in range(8)]
 RESIDENT = [f"resident-{index}" for index in range(4)]
 RANK = 8
 RATE_PER_S = 3.0
-COLD_PER_TURN = 60  # names kept for a turn: more than it can ask for
+COLD_PER_TURN = 60  # names reserved for a turn, which are more than it can request
 LATENCY_S, BYTES_PER_S = 0.2, 5e6
 
 ALONE, RESIDENTS, COLD = "alone", "beside resident adapters", "beside cold adapters"
@@ -38,22 +39,25 @@ ALONE, RESIDENTS, COLD = "alone", "beside resident adapters", "beside cold adapt
 
 @dataclass(slots=True)
 class Case:
-    """The turns of one kind, pooled."""
+    """The pooled measurements of all turns of one case."""
 
     gaps_ms: list[np.ndarray] = field(default_factory=list)
     others: list[RequestRecord] = field(default_factory=list)
     texts: list[list[tuple[str, str]]] = field(default_factory=list)
 
     def add(self, run: Beside) -> None:
+        """Add the measurements of one turn."""
         self.gaps_ms.append(run.gaps_ms())
         self.others += run.others
         self.texts.append(run.texts())
 
     @property
     def pooled_ms(self) -> np.ndarray:
+        """The inter-token gaps of all turns, ms: float64."""
         return np.concatenate(self.gaps_ms)
 
     def figures(self) -> dict[str, float]:
+        """Return the percentiles of the gaps, and the number and median TTFT of the other requests."""
         quantiles = {f"p{q:g}_ms": float(np.percentile(self.pooled_ms, q)) for q in (50, 90, 99, 99.9)}
         ttft_ms = [1e3 * (record.arrivals_s[0] - record.start_s) for record in self.others if record.arrivals_s]
         others = {"num_others": len(self.others), "others_ttft_p50_ms": float(np.median(ttft_ms)) if ttft_ms else 0.0}
@@ -61,7 +65,7 @@ class Case:
 
 
 def short_requests(url: str, names: Sequence[str]) -> BenchConfig:
-    """Return a load of requests so short that they cost the others next to nothing, for `names` in turn."""
+    """Return a load for `names` in turn, of requests so short that their own cost is negligible."""
     targets = tuple(Target.model(name) for name in names)
     return BenchConfig(
         url=url, targets=targets, rate_per_s=RATE_PER_S, num_requests=COLD_PER_TURN, concurrency=COLD_PER_TURN,
@@ -70,10 +74,10 @@ def short_requests(url: str, names: Sequence[str]) -> BenchConfig:
 
 
 def take_turns(
-    running: Fleet, fill: Sequence[str], cold: Iterator[str], rounds: int, output_tokens: int
+    running: RunningFleet, fill: Sequence[str], cold: Iterator[str], rounds: int, output_tokens: int
 ) -> dict[str, Case]:
-    """Measure the cases in turns on one fleet."""
-    run_beside(streams(running.url, [*fill, *WARM, *RESIDENT], 8), None)  # brings the adapters in
+    """Measure the three cases in turns on one fleet."""
+    run_beside(streams(running.url, [*fill, *WARM, *RESIDENT], 8), None)  # loads the adapters
     cases = {name: Case() for name in (ALONE, RESIDENTS, COLD)}
     for _ in range(rounds):
         names = {RESIDENTS: RESIDENT, COLD: list(islice(cold, COLD_PER_TURN))}
@@ -85,13 +89,13 @@ def take_turns(
 
 
 def identical(cases: dict[str, Case]) -> bool:
-    """Tell whether the warm streams said the same in every turn."""
+    """Return whether the warm streams gave the same text in every turn."""
     texts = [turn for case in cases.values() for turn in case.texts]
     return all(turn == texts[0] for turn in texts)
 
 
 def run_source(slow: bool, args: Any, model: Path, adapters: Path, cold: Iterator[str]) -> dict[str, Case]:
-    """Start a fleet whose store is near or far, and measure."""
+    """Start a fleet whose store is near or behind a slow link, and measure the cases on it."""
     rounds, output_tokens = (1, 400) if args.short else (args.rounds, 1000)
     with ExitStack() as stack:
         scratch = stack.enter_context(scratch_folder())
@@ -99,7 +103,7 @@ def run_source(slow: bool, args: Any, model: Path, adapters: Path, cold: Iterato
         if args.pool_adapters:
             flags.append(f"--adapter-pool-bytes={pool_bytes(model, args.pool_adapters, 2)}")
         if slow:
-            port = free_port()
+            port = claim_port("127.0.0.1", 0)
             link = stack.enter_context(slow_link(Link(port, LATENCY_S, BYTES_PER_S)))
             flags.append(f"--store-port={port}")
             environment = {"LORAFLEET_STORE_URL": f"http://127.0.0.1:{link}"}
@@ -108,11 +112,12 @@ def run_source(slow: bool, args: Any, model: Path, adapters: Path, cold: Iterato
 
 
 def fill_names(args: Any) -> list[str]:
-    """Return the adapters that fill a small pool beside the warm ones."""
+    """Return the names of the adapters that fill a small pool together with the warm ones."""
     return [f"fill-{index}" for index in range(args.pool_adapters - len(WARM) - len(RESIDENT))]
 
 
 def draw(axes: Sequence[Any], sources: dict[str, dict[str, Case]]) -> None:
+    """Draw the distributions of the gaps, a panel for each source."""
     colors = (report.GREEN, report.BLUE, report.ORANGE)
     for axis, (source, cases) in zip(axes, sources.items(), strict=True):
         for color, (name, case) in zip(colors, cases.items(), strict=True):
@@ -125,6 +130,7 @@ def draw(axes: Sequence[Any], sources: dict[str, dict[str, Case]]) -> None:
 
 
 def markdown(sources: dict[str, dict[str, Case]]) -> str:
+    """Return the figures of all sources as a Markdown table."""
     rows = []
     for source, cases in sources.items():
         figures = {name: case.figures() for name, case in cases.items()}
@@ -138,12 +144,13 @@ def markdown(sources: dict[str, dict[str, Case]]) -> str:
 
 
 def main() -> None:
+    """Measure, print a table, and save the figures and a plot."""
     parser = report.parser(__doc__)
     parser.add_argument("--sources", default="near,slow", help="near, slow, or both (%(default)s)")
     parser.add_argument("--rounds", type=int, default=4, help="turns of each case (%(default)s)")
     parser.add_argument(
         "--pool-adapters", type=int, default=0,
-        help="a pool for so many, full; 0: the default one, whose memory the cold adapters are the first to touch",
+        help="adapters that fit the pool, which is then full; 0: the default pool, whose memory is untouched at first",
     )  # fmt: skip
     args = parser.parse_args()
     machine, model = report.machine(), args.model or quickstart_model()

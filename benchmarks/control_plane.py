@@ -1,10 +1,10 @@
-"""What the control plane alone can carry: gateway, scheduler and queue around workers without a model.
+"""The capacity of the control plane alone: gateway, scheduler and queue with workers that have no model.
 
     python -m benchmarks.control_plane [--model FOLDER] [--before CHECKOUT] [--short]
 
-FOLDER needs a tokenizer only. With `--before` the services of another checkout are measured in the same run, each load
-on them first and then on these; client and engine are the same. The client reads sockets and counts events, so that it
-costs little beside the server; what it costs is told.
+FOLDER needs only a tokenizer. With `--before`, the services of another checkout are measured in the same run: each
+load first on them and then on those of this checkout, with the same client and engine. The client only reads sockets
+and counts events, so it costs little beside the server; its own CPU time is reported.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,11 +28,12 @@ import uvloop
 from benchmarks import report
 from benchmarks.fleet import quickstart_model
 from lorafleet.embedded import start_embedded
+from lorafleet.machine import claim_port
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 
 HERE = Path(__file__).resolve().parent.parent
-LOAD_S = 120.0  # a load that takes longer is stuck
+LOAD_S = 120.0  # a load that takes longer has failed
 TARGETS = {
     "ttft_ms": ("TTFT idle, p50", "ms", 5.0, min),
     "req_s": ("1-token requests", "req/s", 500.0, max),
@@ -41,19 +41,19 @@ TARGETS = {
     "queue_us": ("queue CPU per token, 256 streams", "µs", 6.0, min),
     "scaling": ("16 workers ÷ 1", "×", 15.0, max),
 }
-"""Figure -> what it is, its unit, what is wanted, and whether less or more is better."""
+"""Figure -> its title, its unit, its target, and whether less (min) or more (max) is better."""
 
 
 @dataclass
-class Fleet:
-    """The processes measured."""
+class Processes:
+    """The processes of the control plane."""
 
     url_port: int
     processes: dict[str, subprocess.Popen[bytes]]
     queue_pid: int
 
     def cpu_s(self) -> dict[str, float]:
-        """Return CPU seconds used so far, by process."""
+        """Return the CPU seconds that each process and the client have used so far."""
         pids = {name: process.pid for name, process in self.processes.items()} | {"queue": self.queue_pid}
         used = {name: sum(psutil.Process(pid).cpu_times()[:2]) for name, pid in pids.items()}
         return used | {"client": time.process_time()}
@@ -61,7 +61,7 @@ class Fleet:
 
 @dataclass
 class Stream(asyncio.Protocol):
-    """One streamed completion: sends the request, counts the events that come back."""
+    """A streamed completion: sends the request and counts the events of the answer."""
 
     request: bytes
     done: asyncio.Future[None]
@@ -73,11 +73,13 @@ class Stream(asyncio.Protocol):
     _tail: bytes = field(default=b"", repr=False)
 
     def connection_made(self, transport: Any) -> None:
+        """Send the request."""
         self._transport = transport
         self.started_s = time.perf_counter()
         transport.write(self.request)
 
     def data_received(self, data: bytes) -> None:
+        """Count events; close the connection after the last, or after an error."""
         if not self.num_events and not self._tail and not data.startswith(b"HTTP/1.1 200"):
             self.failed = data[:200].decode(errors="replace")
         buffer = self._tail + data
@@ -90,12 +92,13 @@ class Stream(asyncio.Protocol):
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Resolve `done`."""
         if not self.done.done():
             self.done.set_result(None)
 
 
 async def load(port: int, *, num: int, concurrency: int, tokens: int) -> list[Stream]:
-    """Ask for `num` completions of `tokens` tokens, `concurrency` at a time."""
+    """Request `num` completions of `tokens` tokens, `concurrency` at a time; return their streams."""
     loop = asyncio.get_running_loop()
     body = json.dumps(
         {"model": "base", "prompt": [7] * 64, "max_tokens": tokens, "stream": True, "ignore_eos": True}
@@ -114,8 +117,8 @@ async def load(port: int, *, num: int, concurrency: int, tokens: int) -> list[St
     return await asyncio.gather(*(one() for _ in range(num)))
 
 
-async def measure(fleet: Fleet, name: str, *, num: int, concurrency: int, tokens: int) -> dict[str, Any]:
-    """Run one load and return its figures."""
+async def measure(fleet: Processes, name: str, *, num: int, concurrency: int, tokens: int) -> dict[str, Any]:
+    """Run one load and return its figures. Raises RuntimeError when a request fails."""
     before, started = fleet.cpu_s(), time.perf_counter()
     async with asyncio.timeout(LOAD_S):
         streams = await load(fleet.url_port, num=num, concurrency=concurrency, tokens=tokens)
@@ -136,14 +139,14 @@ async def measure(fleet: Fleet, name: str, *, num: int, concurrency: int, tokens
     return result
 
 
-def start(folder: Path, model: Path, tree: Path, *, workers: int, step_ms: float, capacity: int) -> tuple[Fleet, Any]:
-    """Start queue, scheduler, gateway and `workers` fake workers in one process, with the services of a checkout."""
+def start(
+    folder: Path, model: Path, tree: Path, *, workers: int, step_ms: float, capacity: int
+) -> tuple[Processes, Any]:
+    """Start the queue, the services of a checkout, and one process with `workers` fake workers."""
     queue = start_embedded(folder / "queue")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = claim_port("127.0.0.1", 0)
     settings = Settings(redis_url=queue.url, model=str(model), data=folder, port=port, log_level="warning")
-    usual = Settings().environment()  # left out: another checkout may not know every setting
+    usual = Settings().environment()  # defaults are omitted, since another checkout may not have every setting
     own = {name: value for name, value in settings.environment().items() if usual.get(name) != value}
     environment = os.environ | own | {"PYTHONPATH": f"{tree}:{tree / 'kernels'}"}
     commands = {
@@ -156,13 +159,13 @@ def start(folder: Path, model: Path, tree: Path, *, workers: int, step_ms: float
         name: subprocess.Popen([sys.executable, *args], env=environment, cwd=tree, stdin=subprocess.DEVNULL)
         for name, args in commands.items()
     }
-    return Fleet(port, processes, queue.process.pid), queue
+    return Processes(port, processes, queue.process.pid), queue
 
 
 async def run(
     model: Path, tree: Path, *, workers: int, step_ms: float, capacity: int, loads: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Measure `loads` on a fresh fleet of a checkout."""
+    """Measure `loads` on new processes of a checkout."""
     with tempfile.TemporaryDirectory() as folder:
         fleet, queue = start(Path(folder), model, tree, workers=workers, step_ms=step_ms, capacity=capacity)
         try:
@@ -178,13 +181,13 @@ async def run(
     return [{"workers": workers, "step_ms": step_ms, **result} for result in results]
 
 
-async def _ready(queue_url: str, fleet: Fleet, workers: int) -> None:
+async def _ready(queue_url: str, fleet: Processes, workers: int) -> None:
     bus = Bus(queue_url)
     while len(await bus.members(bus.keys.workers)) < workers or not await _listens(fleet.url_port):
         if any(process.poll() is not None for process in fleet.processes.values()):
             raise RuntimeError("a service ended while starting")
         await asyncio.sleep(0.1)
-    await asyncio.sleep(1.0)  # the scheduler has seen every beat
+    await asyncio.sleep(1.0)  # until the scheduler has seen every beat
     await bus.close()
 
 
@@ -198,7 +201,7 @@ async def _listens(port: int) -> bool:
 
 
 def fleets(short: bool) -> list[dict[str, Any]]:
-    """Return the fleets and what is asked of each; `short` is half as long."""
+    """Return the sizes of the fleets with the loads of each; `short` halves the loads."""
     part = 2 if short else 1
     idle = {"name": "idle", "num": 200 // part, "concurrency": 1, "tokens": 1}
     requests = {"name": "requests", "num": 3000 // part, "concurrency": 64, "tokens": 1}
@@ -228,7 +231,7 @@ def figures(results: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def draw(axes: Sequence[Any], results: dict[str, list[dict[str, Any]]]) -> None:
-    """Plot how far each target is reached, and what a token costs whom."""
+    """Draw how far each target is reached, and the CPU time of a token by process."""
     towards, cost = axes
     colours = dict(zip(results, (report.MUTED, report.BLUE) if len(results) > 1 else (report.BLUE,), strict=True))
     names = [text for text, _, _, _ in TARGETS.values()]
@@ -258,6 +261,7 @@ def draw(axes: Sequence[Any], results: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def main() -> None:
+    """Measure, print a table, and save the figures and a plot."""
     parser = report.parser(__doc__)
     parser.add_argument("--before", type=Path, help="another checkout, to be measured in the same run")
     args = parser.parse_args()

@@ -1,10 +1,11 @@
-"""A decode step of 32 requests beside its floor: the base model, one adapter, 32 distinct adapters; the engine alone.
+"""A decode step of 32 requests of the base model, of one adapter and of 32 adapters, beside its floor.
 
     python -m benchmarks.distinct_adapters [--model FOLDER] [--short] [--before CHECKOUT]
 
-Floor of the distinct adapters: the base model's step, measured, plus the bytes of their weights over the memory
-bandwidth, measured. No HTTP and no queue: `Engine.step` in this process, in turns, medians of whole steps.
-With `--before` only the steps are measured, of this and of another checkout, a process each, round by round in turns.
+The floor of 32 adapters is the measured step of the base model, plus the bytes of the adapters' weights divided by the
+measured memory bandwidth. Only `Engine.step` is measured, in this process, without HTTP and queue: the cases in turns,
+by the median of whole steps. With `--before`, the steps of another checkout are measured, too, and no floor: each
+checkout in its own process, in turns.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ CASES = {"base model": [""], "one adapter": NAMES[:1], "32 adapters": NAMES}
 
 
 def start_engine(model: Path, adapters: Path) -> Engine:
-    """Build an engine that finds its adapters in a folder; their digests are their names."""
+    """Return an engine that reads its adapters from a folder; the digest of an adapter is its name."""
 
     def fetch(name: str) -> AdapterFiles:
         config = orjson.loads((adapters / name / "adapter_config.json").read_bytes())
@@ -51,7 +52,7 @@ def start_engine(model: Path, adapters: Path) -> Engine:
 
 
 def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int) -> list[float]:
-    """Run 32 requests, adapters in turn, and return the milliseconds of each step that decoded all of them."""
+    """Run 32 requests of the adapters in turn; return the milliseconds of each step that decoded all of them."""
     rng = np.random.default_rng(0)
     for index in range(NUM_REQUESTS):
         prompt = rng.integers(engine.model.vocab_size, size=PROMPT_TOKENS, dtype=np.int32)
@@ -77,6 +78,7 @@ def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int) -> list[fl
 
 
 def draw(axes: Sequence[Any], medians: dict[str, float], floor_ms: float) -> None:
+    """Draw the medians as bars, and the floor as a line."""
     bars = axes[0].bar(list(medians), list(medians.values()), color=(report.GREEN, report.BLUE, report.ORANGE))
     axes[0].bar_label(bars, [f"{value:.1f}" for value in medians.values()], color=report.MUTED, padding=2)
     axes[0].hlines(floor_ms, 1.6, 2.4, color=report.RED, label=f"floor {floor_ms:.1f}")
@@ -98,11 +100,11 @@ for line in sys.stdin:
     name, num_steps = json.loads(line)
     print(json.dumps(decode_ms(engine, CASES[name], num_steps)), flush=True)
 """
-"""What a checkout's process does: a line in, the case and how many steps; a line out, their milliseconds."""
+"""The program of a checkout's process: it reads a case and a number of steps as a line, and writes their times."""
 
 
 def compare(before: Path, model: Path, adapters: Path, rounds: int, num_steps: int) -> dict[str, dict[str, float]]:
-    """Return the median milliseconds of each case's steps, of another checkout and of this one, and their ratio."""
+    """Return, for each case, the median step of another checkout and of this one in ms, and their ratio."""
     processes: dict[str, subprocess.Popen[str]] = {}
     for label, folder in {"before": before, "after": Path.cwd()}.items():
         command = [sys.executable, "-c", STEPS, str(model), str(adapters)]
@@ -124,7 +126,7 @@ def compare(before: Path, model: Path, adapters: Path, rounds: int, num_steps: i
 
 
 def _tell(process: subprocess.Popen[str], line: str = "") -> str:
-    """Send a line, if there is one, and return the line that comes back."""
+    """Send a line, unless it is empty; return the next line of the process."""
     assert process.stdin is not None
     assert process.stdout is not None
     if line:
@@ -133,6 +135,7 @@ def _tell(process: subprocess.Popen[str], line: str = "") -> str:
 
 
 def main() -> None:
+    """Measure, print a table, and save the figures and a plot."""
     parser = report.parser(__doc__)
     parser.add_argument("--before", type=Path, help="another checkout, whose steps are measured beside this one's")
     args = parser.parse_args()
@@ -154,7 +157,7 @@ def main() -> None:
         make_adapters(model, scratch / "adapters", NAMES, [RANK])
         num_bytes = NUM_REQUESTS * adapter_bytes(scratch / "adapters", NAMES[0])
         engine = start_engine(model, scratch / "adapters")
-        decode_ms(engine, NAMES, 8)  # brings the adapters in
+        decode_ms(engine, NAMES, 8)  # loads the adapters
         for _ in range(rounds):
             bandwidths.append(memory_gb_s())
             for name, digests in CASES.items():

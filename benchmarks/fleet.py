@@ -1,4 +1,4 @@
-"""What the scripts share that measure a whole fleet: its start, adapters to ask it for, its workers' figures."""
+"""A whole fleet for a benchmark: its start, its adapters, and the figures that its workers report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LIST_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a fleet is started with."""
+    """The model, adapters and settings of a fleet."""
 
     model: Path
     adapters: Path
@@ -39,8 +39,8 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
-    """A fleet that runs."""
+class RunningFleet:
+    """A fleet that serves requests."""
 
     url: str
     queue_url: str
@@ -50,7 +50,7 @@ class Fleet:
         return asyncio.run(_beats(self.queue_url))
 
     def beats_of_now(self) -> list[WorkerBeat]:
-        """Wait for the next beat of every worker: they come once a second."""
+        """Wait for the next beat of every worker, which sends one each second."""
         now_ms = time.time_ns() // 1_000_000
         while True:
             beats = self.beats()
@@ -59,7 +59,7 @@ class Fleet:
             time.sleep(0.1)
 
     def num_loads(self) -> tuple[int, int]:
-        """Return the adapters copied into pools and those fetched from the store, since the workers' start."""
+        """Return how many adapters the workers have copied into their pools, and how many they have fetched."""
         beats = self.beats_of_now()
         return sum(beat.num_loads for beat in beats), sum(beat.num_fetches for beat in beats)
 
@@ -73,21 +73,24 @@ async def _beats(queue_url: str) -> list[WorkerBeat]:
 
 
 def quickstart_model() -> Path:
-    """Return the folder of the small model that `lorafleet demo` uses; fetched if it is not here yet."""
+    """Return the folder of the model that `lorafleet demo` uses, after fetching it if necessary."""
     return fetch_quickstart_model(Settings().data / "models")
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Yield a folder that is gone afterwards, also when this process is asked to end."""
+    """Yield a folder that is deleted afterwards, also when this process gets SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="lorafleet-bench-") as folder:
         yield Path(folder)
 
 
 @contextmanager
-def fleet(setup: Setup) -> Iterator[Fleet]:
-    """Run `lorafleet up` on a free port until the block is left; yields once all adapters are listed."""
+def fleet(setup: Setup) -> Iterator[RunningFleet]:
+    """Run `lorafleet up` on a free port for the length of the block, which begins when all adapters are listed.
+
+    Raises RuntimeError when it does not start.
+    """
     queue = start_embedded(setup.scratch / "queue")
     command = [sys.executable, "-m", "lorafleet", "up", str(setup.model), "--adapters", str(setup.adapters)]
     command += ["--host", "127.0.0.1", "--port", PORT, "--data", str(setup.scratch / "data"), "--dtype", "bfloat16"]
@@ -95,7 +98,7 @@ def fleet(setup: Setup) -> Iterator[Fleet]:
     try:
         with running(Server("Lorafleet", command, {}, dict(setup.environment)), setup.scratch / "fleet.log") as url:
             _wait_listed(url, len(list(setup.adapters.glob("*/adapter_config.json"))))
-            yield Fleet(url, queue.url)
+            yield RunningFleet(url, queue.url)
     finally:
         queue.stop()
 
@@ -112,9 +115,10 @@ def _wait_listed(url: str, num_adapters: int) -> None:
 
 
 def make_adapters(model: Path, root: Path, names: Sequence[str], ranks: Sequence[int]) -> None:
-    """Write adapters on every linear layer, their ranks taken in turn from `ranks`.
+    """Write adapters of all linear layers, with the ranks of `ranks` in turn.
 
-    Those of one rank share one weights file by hard links and differ in `lora_alpha`: other digests, other answers.
+    Adapters of one rank share a weights file by hard links. They differ in `lora_alpha`, so they have different digests
+    and give different answers.
     """
     templates: dict[int, Path] = {}
     for rank in ranks:
@@ -132,5 +136,5 @@ def make_adapters(model: Path, root: Path, names: Sequence[str], ranks: Sequence
 
 
 def adapter_bytes(root: Path, name: str) -> int:
-    """Return the bytes of an adapter's weights file."""
+    """Return the size of an adapter's weights file in bytes."""
     return (root / name / "adapter_model.safetensors").stat().st_size

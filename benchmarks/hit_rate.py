@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.eviction import play, zipf_trace
-from benchmarks.fleet import Fleet, Setup, fleet, quickstart_model, scratch_folder
+from benchmarks.fleet import RunningFleet, Setup, fleet, quickstart_model, scratch_folder
 from benchmarks.peers.make_adapters import module_shapes
 
 NUM_ADAPTERS, NUM_REQUESTS, ZIPF = 2000, 2000, 1.0
@@ -96,7 +96,7 @@ def pool_bytes(model: Path, num_adapters: int, item_bytes: int = 4) -> int:
     return next(budget for budget in budgets if split_budget(pages, budget)[0] >= num_adapters)
 
 
-def ask_all(running: Fleet, names: Sequence[str]) -> Run:
+def ask_all(running: RunningFleet, names: Sequence[str]) -> Run:
     """Ask every name in turn, `CONCURRENCY` at once. Raises HTTPStatusError when one gets an error."""
     before = running.num_loads()
     started_s = time.perf_counter()
@@ -107,7 +107,7 @@ def ask_all(running: Fleet, names: Sequence[str]) -> Run:
     return Run(texts, wall_s, num_loads, num_fetches, resident, [*progress, (len(names), num_loads)])
 
 
-async def _ask_all(running: Fleet, names: Sequence[str]) -> tuple[list[str], list[tuple[int, int]]]:
+async def _ask_all(running: RunningFleet, names: Sequence[str]) -> tuple[list[str], list[tuple[int, int]]]:
     texts: dict[int, str] = {}
     progress: list[tuple[int, int]] = []
     todo = iter(enumerate(names))

@@ -1,9 +1,9 @@
-"""The CPU kernels beside the floors that memory and arithmetic set, on the shapes of SmolLM2-135M in bf16.
+"""The CPU kernels beside the floors that memory and arithmetic set, for the shapes of SmolLM2-135M in bf16.
 
     python -m benchmarks.kernels [--out benchmarks/results/kernels.json]
 
-Each figure is a whole step's work of one operation: all 30 layers, each with weights of its own, so that they come
-from memory as they do in serving. Reported is the lower quartile over repetitions; nothing else should run.
+Each figure is the work of one operation in a whole step: all 30 layers, each with its own weights, so that these come
+from memory as they do in serving. The reported time is the lower quartile of repetitions. Nothing else should run.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ from lora_kernels import cpu, ops
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 30, 576, 1536, 49152
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 QKV = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
-# Input width and output widths of each set of sibling layers.
 SITES = ((HIDDEN, QKV), (HIDDEN, (HIDDEN,)), (HIDDEN, (INTERMEDIATE, INTERMEDIATE)), (INTERMEDIATE, (HIDDEN,)))
+"""Input width and output widths of each set of sibling layers."""
 DTYPE = torch.bfloat16
 
 
 @dataclass
 class Row:
-    """One measurement: milliseconds a step, and the floor of the same work."""
+    """A measurement: the time of an operation in a step, and the floor of the same work."""
 
     operation: str
     case: str
     ms: float
-    bytes: int  # that must come from memory
+    bytes: int  # that must be read from memory
     flops: int
     torch_ms: float | None = None
     floor_ms: float = 0.0
 
 
 def milliseconds(run: Callable[[], object], repetitions: int) -> float:
+    """Return the lower quartile of the times of `run`, after two unmeasured runs."""
     for _ in range(2):
         run()
     times = []
@@ -58,23 +59,25 @@ def milliseconds(run: Callable[[], object], repetitions: int) -> float:
 
 
 def randn(*shape: int) -> Tensor:
+    """Return normal numbers in bf16."""
     return torch.randn(*shape).to(DTYPE)
 
 
 def memory_gb_s() -> float:
-    """Read bandwidth of all threads together: a product of one row with a weight far larger than the caches."""
+    """Return the read bandwidth of all threads, by a product of one row and a weight far larger than the caches."""
     weight = ops.pack_linear(randn(VOCABULARY * 4, HIDDEN))
     x = randn(1, HIDDEN)
     return weight.weight.nbytes / milliseconds(lambda: ops.linear(x, weight), 20) / 1e6
 
 
 def peak_gflops() -> float:
-    """What the best product of cached operands reaches."""
+    """Return the arithmetic rate of a product whose operands are in the caches."""
     weight, x = ops.pack_linear(randn(512, 512)), randn(1024, 512)
     return 2 * 1024 * 512 * 512 / milliseconds(lambda: ops.linear(x, weight), 50) / 1e6
 
 
 def linear_rows() -> list[Row]:
+    """Measure the linear layers at several batch sizes, beside torch."""
     weights = [[randn(sum(widths), k) / k**0.5 for k, widths in SITES] for _ in range(LAYERS)]
     packed = [[ops.pack_linear(weight) for weight in layer] for layer in weights]
     elements = sum(weight.numel() for layer in weights for weight in layer)
@@ -100,7 +103,7 @@ def linear_rows() -> list[Row]:
 
 
 def adapters(num_slots: int, rank: int) -> tuple[list[list[list[ops.LoraSite]]], ops.AdapterTable]:
-    """A pool holding `num_slots` adapters of one rank on every linear layer: sites by layer and input."""
+    """Return a pool of `num_slots` adapters of one rank on every linear layer: its sites by layer and input."""
     pages_each = -(-rank // ops.PAGE_ROWS)
     pool_rows = num_slots * pages_each * ops.PAGE_ROWS
     num_sites = sum(len(widths) for _, widths in SITES)
@@ -121,6 +124,7 @@ def adapters(num_slots: int, rank: int) -> tuple[list[list[list[ops.LoraSite]]],
 
 
 def lora_row(case: str, slots: np.ndarray, rank: int) -> Row:
+    """Measure `lora_add_` on a batch whose tokens have the adapters `slots`: int [num_tokens]."""
     layers, table = adapters(int(slots.max()) + 1, rank)
     batch = ops.build_lora_batch(slots, "cpu")
     assert batch is not None
@@ -139,6 +143,7 @@ def lora_row(case: str, slots: np.ndarray, rank: int) -> Row:
 
 
 def lora_rows() -> list[Row]:
+    """Measure `lora_add_` on several mixes of adapters."""
     return [
         lora_row("1 row, 1 adapter", np.zeros(1, int), 16),
         lora_row("32 rows, 1 adapter", np.zeros(32, int), 16),
@@ -150,6 +155,7 @@ def lora_rows() -> list[Row]:
 
 
 def attention_row(case: str, query_lens: Sequence[int], kv_lens: Sequence[int]) -> Row:
+    """Measure the attention of sequences with these numbers of queries and keys."""
     queries, keys = np.array(query_lens), np.array(kv_lens)
     max_blocks = -(-int(keys.max()) // ops.BLOCK_TOKENS)
     num_blocks = len(keys) * max_blocks
@@ -174,6 +180,7 @@ def attention_row(case: str, query_lens: Sequence[int], kv_lens: Sequence[int]) 
 
 
 def attention_rows() -> list[Row]:
+    """Measure the attention of decodes, prompts and a chunk of a prompt."""
     return [
         attention_row("1 decode, 128 keys", [1], [128]),
         attention_row("32 decodes, 128 keys", [1] * 32, [128] * 32),
@@ -185,6 +192,7 @@ def attention_rows() -> list[Row]:
 
 
 def pointwise_rows(m: int) -> list[Row]:
+    """Measure the pointwise operations on `m` rows."""
     x, residual, weight = randn(m, HIDDEN), randn(m, HIDDEN), randn(HIDDEN)
     gate, up = randn(m, 2 * INTERMEDIATE).chunk(2, dim=1)
     q, k, cos = randn(m, HEADS, HEAD_DIM), randn(m, KV_HEADS, HEAD_DIM), torch.rand(m, HEAD_DIM).to(DTYPE)
@@ -201,6 +209,7 @@ def pointwise_rows(m: int) -> list[Row]:
 
 
 def write_plot(rows: list[Row], path: Path) -> None:
+    """Draw the times and the floors of all rows to a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -220,6 +229,7 @@ def write_plot(rows: list[Row], path: Path) -> None:
 
 
 def main() -> None:
+    """Measure all operations; write the figures and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.json"))
     out: Path = parser.parse_args().out

@@ -1,9 +1,9 @@
-"""What users of rank-8 adapters pay for one neighbour of rank 128 in their batch.
+"""What rank-8 adapters lose by one rank-128 adapter in their batch.
 
     python -m benchmarks.mixed_ranks [--model FOLDER] [--short]
 
-Eight streams of eight rank-8 adapters are measured: alone, beside a ninth stream of rank 8, beside one of rank 128, in
-turns. The ninth stream of rank 8 shows what any neighbour costs, so that the rest is the rank's.
+Eight streams of eight rank-8 adapters are measured in turns: alone, beside a ninth stream of rank 8, and beside one of
+rank 128. The ninth stream of rank 8 shows the cost of any other stream; the rest is the cost of the rank.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ SMALL, LARGE = 8, 128
 
 
 def draw(axes: Sequence[Any], gaps_ms: dict[str, np.ndarray]) -> None:
+    """Draw the distributions of the inter-token gaps."""
     colors = (report.GREEN, report.BLUE, report.ORANGE)
     for color, (name, gaps) in zip(colors, gaps_ms.items(), strict=True):
         axes[0].plot(np.sort(gaps), np.linspace(0, 100, len(gaps)), color=color, label=name)
@@ -32,6 +33,7 @@ def draw(axes: Sequence[Any], gaps_ms: dict[str, np.ndarray]) -> None:
 
 
 def main() -> None:
+    """Measure, print a table, and save the figures and a plot."""
     args = report.parser(__doc__).parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
     rounds, output_tokens = (2, 200) if args.short else (6, 400)
@@ -41,7 +43,7 @@ def main() -> None:
         make_adapters(model, adapters, [*USERS, "small"], [SMALL])
         make_adapters(model, adapters, ["large"], [LARGE])
         with fleet(Setup(model, adapters, scratch)) as running:
-            run_beside(streams(running.url, [*USERS, "small", "large"], 8), None)  # brings the adapters in
+            run_beside(streams(running.url, [*USERS, "small", "large"], 8), None)  # loads the adapters
             for _ in range(rounds):
                 for name, neighbour in NEIGHBOURS.items():
                     users = streams(running.url, USERS, output_tokens)

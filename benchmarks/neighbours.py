@@ -1,4 +1,4 @@
-"""Streams that are measured while other requests come and go beside them."""
+"""Measured streams, with other requests running beside them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from lorafleet.bench.result import inter_token_gaps_s
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """What came of measured streams and of those beside them."""
+    """The records of measured streams and of the requests beside them."""
 
     measured: BenchResult
     others: list[RequestRecord]  # those that ended before the last measured stream did
 
     def gaps_ms(self) -> np.ndarray:
-        """Return all inter-token gaps of the measured streams: float64."""
+        """Return the inter-token gaps of all measured streams, ms: float64."""
         return 1e3 * inter_token_gaps_s(self.measured.records)
 
     def texts(self) -> list[tuple[str, str]]:
-        """Return what each measured stream said, in an order that depends on nothing else."""
+        """Return the target and the text of each measured stream, sorted."""
         return sorted((record.target, record.text) for record in self.measured.records)
 
 
 def run_beside(config: BenchConfig, others: BenchConfig | None) -> Beside:
-    """Run `config` to its end while `others` runs, whose rest is given up then. Raises RuntimeError on errors."""
+    """Run `config` to its end beside `others`, which are cancelled then. Raises RuntimeError when a request fails."""
     return asyncio.run(_run_beside(config, others))
 
 
@@ -51,7 +51,7 @@ async def _run_beside(config: BenchConfig, others: BenchConfig | None) -> Beside
 
 
 def streams(url: str, names: Sequence[str], output_tokens: int) -> BenchConfig:
-    """Return the load of one long stream per adapter, all at once."""
+    """Return the load of one stream for each adapter, all at the same time."""
     targets = tuple(Target.model(name) for name in names)
     num = len(names)
     return BenchConfig(

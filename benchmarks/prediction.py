@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from benchmarks import report
-from benchmarks.fleet import Fleet, Setup, adapter_bytes, fleet, make_adapters, quickstart_model, scratch_folder
+from benchmarks.fleet import RunningFleet, Setup, adapter_bytes, fleet, make_adapters, quickstart_model, scratch_folder
 from lorafleet.bench import BenchConfig, BenchResult, Target, run_bench
 from protocol.wire import messages as m
 from protocol.wire.keys import INTERACTIVE
@@ -98,13 +98,13 @@ def simulated_figures(
     }  # fmt: skip
 
 
-def step_s(running: Fleet) -> float:
+def step_s(running: RunningFleet) -> float:
     """Return the seconds that the worker's steps have taken since its start."""
     total = running.beats_of_now()[0].counters
     return total.plan_s + total.inputs_s + total.forward_s + total.sample_s + total.finish_s
 
 
-def measure_way_ms(running: Fleet) -> float:
+def measure_way_ms(running: RunningFleet) -> float:
     """Return what a request takes beside its steps: alone, asking for one token, it takes one step."""
     before_s = step_s(running)
     alone = replace(config(running.url, num_requests=NUM_ALONE, concurrency=1, seed=4), output_tokens=1)

@@ -1,4 +1,4 @@
-"""How results are kept: machine and date beside every figure, JSON for machines, a plot and a Markdown table."""
+"""How benchmarks save their results: as JSON with machine and date, as a plot, and as a Markdown table."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from typing import Any
 
 import orjson
 
+from lorafleet.bench.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, plot_style
+
+__all__ = ["BLUE", "GREEN", "INK", "MUTED", "ORANGE", "RED", "machine", "parser", "save", "table"]
+
 RESULTS = Path(__file__).parent / "results"
-INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
-BLUE, ORANGE, GREEN, RED = "#2f6fde", "#e8833a", "#2a9d6f", "#c8453b"
 
 
 def machine() -> dict[str, Any]:
-    """Describe where and when the run takes place; call it before the load begins."""
+    """Return the machine, the date and the load average. Call it before the load begins."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     flags = next((line for line in lines if line.startswith("flags")), "").split()
@@ -35,10 +37,10 @@ def machine() -> dict[str, Any]:
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser with what every script takes."""
+    """Return a parser with the arguments that every script takes."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a Llama model (default: the quickstart model)")
-    parser.add_argument("--short", action="store_true", help="a first look, in a minute or two")
+    parser.add_argument("--short", action="store_true", help="a short run of a minute or two")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the plot (%(default)s)")
     return parser
 
@@ -50,17 +52,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def save(path: Path, report: dict[str, Any], panels: int, draw: Callable[[Sequence[Any]], None]) -> None:
-    """Write `report` to `path`.json, and a row of `panels` axes that `draw` fills to `path`.png."""
+    """Write `report` to `path`.json, and to `path`.png a row of `panels` axes, which `draw` fills."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
-    style: dict[Any, Any] = {"axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "xtick.color": MUTED}
-    style |= {"ytick.color": MUTED, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
-    style |= {"axes.titlecolor": INK, "axes.titlelocation": "left", "axes.grid": True, "grid.color": GRID}
-    style |= {"axes.axisbelow": True, "legend.frameon": False, "legend.labelcolor": INK}
-    with mpl.rc_context(style):
+    with mpl.rc_context(plot_style()):
         figure = Figure(figsize=(4.4 * panels, 3.4), layout="constrained", facecolor="white")
         draw(figure.subplots(1, panels, squeeze=False)[0])
         figure.savefig(path.with_suffix(".png"), dpi=150)

@@ -1,4 +1,4 @@
-"""JSON schemas made at random of what llguidance enforces, small enough that every answer can end."""
+"""Random JSON schemas of the keywords that llguidance enforces, small enough that every answer can end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _object(random: Random, depth: int) -> Schema:
 
 
 def _map(random: Random, _: int) -> Schema:
-    """Return an object of names that are not known before."""
+    """Return the schema of an object whose names are not listed."""
     values = random.choice([_integer, _boolean])(random, 0)
     if random.random() < 0.5:
         return {"type": "object", "patternProperties": {"^k[0-9]$": values}, "additionalProperties": False,
@@ -52,7 +52,7 @@ def _array(random: Random, depth: int) -> Schema:
     return {"type": "array", "items": _any(random, depth), "minItems": least, "maxItems": least + random.randint(0, 2)}
 
 
-def _tuple(random: Random, depth: int) -> Schema:
+def _tuple(random: Random, _: int) -> Schema:
     parts = [_any(random, 0) for _ in range(random.randint(1, 3))]
     return {"type": "array", "prefixItems": parts, "items": False, "minItems": len(parts)}
 
@@ -94,7 +94,7 @@ def _integer(random: Random, _: int) -> Schema:
 def _number(random: Random, _: int) -> Schema:
     low = random.randint(0, 20)
     bounds = {"exclusiveMinimum": low, "exclusiveMaximum": low + 10}
-    # Without a step a number may have digits without end, and small models write them.
+    # Without `multipleOf`, a number may have any number of digits, and small models write very many.
     return {"type": "number", **bounds, "multipleOf": random.choice([0.25, 0.5])}
 
 

@@ -1,13 +1,12 @@
-"""A TCP relay that is as slow as a distant source: latency before every request, a rate for every answer.
+"""A TCP relay that makes a server as slow as a distant one: by latency before requests, and by a rate for answers.
 
-It stands for a machine elsewhere: a process of its own, which takes from this machine's cores only what nobody wants.
+It stands for another machine, so it runs in its own process with the lowest priority for this machine's cores.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,14 +19,14 @@ CHUNK_BYTES = 256 << 10
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What stands between a client and a port of this machine."""
+    """A slow connection to a port of this machine."""
 
     port: int
     latency_s: float
-    bytes_per_s: float  # of one connection's answers
+    bytes_per_s: float  # of the answers on one connection
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Relay one connection until either side ends it."""
+        """Relay one connection until either side closes it."""
         try:
             upstream = await asyncio.open_connection("127.0.0.1", self.port, limit=CHUNK_BYTES)
             async with asyncio.TaskGroup() as group:
@@ -48,15 +47,9 @@ class Link:
         writer.close()
 
 
-def free_port() -> int:
-    """Return a port of this machine that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def slow_link(link: Link) -> Iterator[int]:
-    """Relay until the block is left; yields the port to connect to."""
+    """Yield the port of a relay that runs for the length of the block."""
     command = [sys.executable, "-m", "benchmarks.slow_link", str(link.port), str(link.latency_s), str(link.bytes_per_s)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdout is not None
@@ -66,12 +59,12 @@ def slow_link(link: Link) -> Iterator[int]:
 async def _run(link: Link) -> None:
     async with await asyncio.start_server(link.serve, "127.0.0.1", 0, limit=CHUNK_BYTES) as server:
         print(server.sockets[0].getsockname()[1], flush=True)
-        await asyncio.to_thread(sys.stdin.read)  # until whoever started this ends, or closes it
+        await asyncio.to_thread(sys.stdin.read)  # until the parent process ends or closes the pipe
 
 
 if __name__ == "__main__":
     os.nice(19)
-    group = Path("/proc/self/autogroup")  # where there is one, priorities count inside a session only
+    group = Path("/proc/self/autogroup")  # where it exists, priorities have an effect only within a session
     if group.exists():
         group.write_text("19")
     asyncio.run(_run(Link(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))))

@@ -1,9 +1,9 @@
-"""Answers that follow JSON schemas, by the engine alone: whether they do, and what the masks cost a step.
+"""Whether the engine's answers follow JSON schemas, and what the token masks cost a step.
 
     python -m benchmarks.structured [--model FOLDER] [--short]
 
-200 schemas made at random (`schemas.py`) are asked for at once; every answer is held against its schema by jsonschema.
-Then decode steps of 1, 8 and 32 sequences are timed, in turns with and without a grammar on every sequence.
+Answers to 200 random schemas (`schemas.py`) are requested at once, and jsonschema checks each of them. Then decode
+steps of 1, 8 and 32 sequences are timed, in turns with and without a grammar for every sequence.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ LONG: dict[str, Any] = {
         "additionalProperties": False,
     },
 }
-"""What a timed sequence writes: it has no end."""
+"""The schema of a timed sequence, whose answer is longer than the measurement."""
 
 
 def grammar_of(schema: dict[str, Any]) -> str:
+    """Return the grammar that the gateway makes of a schema."""
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     constraint = constraint_of(form, None, Settings())
     assert constraint is not None
@@ -60,6 +61,7 @@ def grammar_of(schema: dict[str, Any]) -> str:
 
 
 def question(schema: dict[str, Any], tokenizer: Tokenizer) -> np.ndarray:
+    """Return a prompt that asks for an example of a schema: int32 [num_tokens]."""
     text = (
         "<|im_start|>user\nWrite an example of a JSON object that follows this JSON schema. Answer with the object "
         f"alone.\n{json.dumps(schema)}<|im_end|>\n<|im_start|>assistant\n"
@@ -68,7 +70,7 @@ def question(schema: dict[str, Any], tokenizer: Tokenizer) -> np.ndarray:
 
 
 def run(engine: Engine, requests: list[EngineRequest]) -> dict[str, tuple[list[int], TokenOutput]]:
-    """Return each request's output and its end."""
+    """Run requests to their end; return the token ids and the last output of each."""
     for request in requests:
         engine.add(request)
     ids: dict[str, list[int]] = {request.rid: [] for request in requests}
@@ -82,7 +84,7 @@ def run(engine: Engine, requests: list[EngineRequest]) -> dict[str, tuple[list[i
 
 
 def verdict(schema: dict[str, Any], text: str, end: TokenOutput) -> str:
-    """Return "valid", or what is wrong with an answer."""
+    """Return "valid", or the error of an answer."""
     if end.error is not None:
         return end.error.message
     if end.finish != "stop":
@@ -96,7 +98,7 @@ def verdict(schema: dict[str, Any], text: str, end: TokenOutput) -> str:
 
 
 def ask_for_schemas(engine: Engine, tokenizer: Tokenizer, num: int) -> tuple[Counter[str], list[str]]:
-    """Return how many answers were what, and those that were not valid."""
+    """Return the number of answers by verdict, and the answers that were not valid."""
     schemas = [random_schema(Random(seed)) for seed in range(num)]
     requests = [
         EngineRequest(
@@ -119,7 +121,7 @@ def ask_for_schemas(engine: Engine, tokenizer: Tokenizer, num: int) -> tuple[Cou
 
 
 def step_ms(engine: Engine, grammar: str, num_seqs: int, num_steps: int, first: int) -> np.ndarray:
-    """Return the times of decode steps of so many sequences, in ms."""
+    """Return the times of decode steps of `num_seqs` sequences, ms: float64 [num_steps]."""
     random = np.random.default_rng(first)
     rids = [f"{first}-{i}" for i in range(num_seqs)]
     sampling = Sampling(temperature=0.0, ignore_eos=True)
@@ -140,10 +142,12 @@ def step_ms(engine: Engine, grammar: str, num_seqs: int, num_steps: int, first: 
 
 
 def no_adapter(digest: str) -> AdapterFiles:
+    """Raise NotFound: this benchmark uses the base model only."""
     raise NotFound(f"no adapter {digest}")
 
 
 def main() -> None:
+    """Measure, print a table, and save the figures and a plot."""
     args = report.parser(__doc__).parse_args()
     machine, model = report.machine(), Path(args.model or quickstart_model())
     thread, _ = load_engine(Settings(model=str(model), device="cpu", max_num_seqs=32), no_adapter)

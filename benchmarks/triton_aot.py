@@ -1,9 +1,9 @@
-"""Compile every Triton kernel variant for cards that are not here, and write what each needs to docs/triton.md.
+"""Compile every Triton kernel variant for cards that this machine need not have, and list their resources.
 
-The operations plan their launches with tensors on the meta device, for the shapes of real models; each distinct
-launch is then compiled for each target with no GPU present. `--check` is what the tests run: the committed table must
-list the variants planned today, and the heaviest of each kernel are compiled again. Fails where a kernel spills
-registers or needs more shared memory than the card has.
+The operations plan their launches with tensors on the meta device, for the shapes of real models. Each distinct launch
+is then compiled for each target, without a GPU, and the table in docs/triton.md lists its registers and shared memory.
+The tests run `--check`: the committed table must list the variants that are planned now, and the heaviest of each
+kernel are compiled again. A kernel that spills registers or needs more shared memory than the card has is an error.
 
     python -m benchmarks.triton_aot           compile all, rewrite the table
     python -m benchmarks.triton_aot --check   compare the list, compile the heaviest
@@ -46,7 +46,7 @@ HEAVIEST = 3  # variants of each kernel and target that --check compiles
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A card, and what one program may use of it."""
+    """A card, and the shared memory that one program may use of it."""
 
     name: str
     gpu: GPUTarget
@@ -63,7 +63,7 @@ TARGETS = (
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The shapes of a model that decide which kernels it is served with."""
+    """The shapes of a model that determine its kernel variants."""
 
     name: str
     hidden: int
@@ -91,7 +91,7 @@ MODELS = (
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One kernel as one target would be asked to compile it."""
+    """A kernel with the arguments that it is compiled with for one target."""
 
     target: Target
     launch: Launch
@@ -99,7 +99,7 @@ class Variant:
 
     @property
     def weight(self) -> int:
-        """Elements of the blocks a program holds: the larger, the likelier to spill."""
+        """The elements of the blocks that a program holds; more of them make spills more likely."""
         args: dict[str, Any] = self.launch.args
         blocks = [args[key] for key in args if key.startswith("BLOCK_") and key != "BLOCK_TOKENS"]
         return math.prod(sorted(blocks)[-2:]) * args.get("SPLITS", 1)
@@ -107,13 +107,15 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
+    """The resources of a compiled kernel, per thread or program."""
+
     registers: int
     shared_bytes: int
     spill_bytes: int
 
 
 def variants(target: Target) -> list[Variant]:
-    """Every distinct kernel that serving MODELS asks a target for, in order of name."""
+    """Return every distinct variant that serving MODELS needs on a target, in order of name."""
     found: dict[str, Variant] = {}
     for i, model in enumerate(MODELS):
         # fp32 for two shapes: it changes the element size alone. fp16 has bf16's, and the same instructions.
@@ -125,7 +127,7 @@ def variants(target: Target) -> list[Variant]:
 
 
 def _launches(model: Model, dtype: torch.dtype, device: Device) -> Iterator[Launch]:
-    """The launches of one layer, over steps from one token to a long mixed prefill."""
+    """Yield the launches of one layer, for steps from one token to a long mixed prefill."""
     qkv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim, model.num_kv_heads * model.head_dim_v
     layers = (
         (model.hidden, qkv),
@@ -150,7 +152,7 @@ def lora_launches(
     device: Device,
     first_site: int = 0,
 ) -> Iterator[Launch]:
-    """The launches of one set of sibling layers."""
+    """Yield the launches of one set of sibling layers."""
     num_slots, rows = 64, 64 * max_pages * PAGE_ROWS
     table = AdapterTable(
         ranks=_meta(num_slots, 7, dtype=torch.int32),
@@ -162,7 +164,7 @@ def lora_launches(
         for i, n in enumerate(widths)
     ]
     num_tokens = len(token_slots)
-    # Per-request factors add one multiplication; the mixed decode step stands for all.
+    # Per-request factors add one multiplication, so they are compiled for the mixed decode step only.
     ones = np.ones(num_tokens, dtype=np.float32)
     for scales in (None, ones) if num_tokens == 256 else (None,):
         batch = build_lora_batch(token_slots, "meta", scales)
@@ -174,7 +176,7 @@ def lora_launches(
 def attention_launches(
     model: Model, query_lens: np.ndarray, kv_len: int, dtype: torch.dtype, device: Device
 ) -> Iterator[Launch]:
-    """The launches of one attention layer, and of what surrounds it."""
+    """Yield the launches of one attention layer, and of the pointwise operations around it."""
     num_seqs, num_tokens, num_blocks = len(query_lens), int(query_lens.sum()), 256
     tables = np.zeros((num_seqs, -(-kv_len // 16)), np.int32)
     batch = build_attention_batch(query_lens, np.full(num_seqs, kv_len), tables, "meta")
@@ -225,7 +227,7 @@ def _tensors(args: Iterable[object]) -> Iterator[torch.Tensor]:
 
 
 def source_of(launch: Launch, gpu: GPUTarget) -> tuple[ASTSource, dict[str, object]]:
-    """What Triton compiles for a launch, with its options: the kernel specialized by its arguments, as at run time."""
+    """Return the source and the options of a launch: the kernel specialized by its arguments, as at run time."""
     backend, kernel = make_backend(gpu), launch.kernel
     bind: Any = create_function_from_signature(kernel.signature, kernel.params, backend)
     settings = launch.limits.options()
@@ -237,7 +239,7 @@ def source_of(launch: Launch, gpu: GPUTarget) -> tuple[ASTSource, dict[str, obje
 
 
 def compile_launch(launch: Launch, gpu: GPUTarget) -> Resources:
-    """Compile one launch exactly as it would be on the card, and read the resources from the machine code."""
+    """Compile a launch exactly as on the card; return the resources that the machine code states."""
     source, options = source_of(launch, gpu)
     compiled: Any = triton.compile(source, target=gpu, options=options)
     if gpu.backend == "hip":
@@ -271,7 +273,7 @@ def _amd_resources(amdgcn: str, shared_bytes: int) -> Resources:
 
 
 def _compile_named(target_index: int, name: str) -> Resources:
-    """Compile in a worker process, where launches are planned again: they hold kernels, which do not pickle."""
+    """Compile a variant in a worker process, which plans the launches again since kernels cannot be pickled."""
     target = TARGETS[target_index]
     launch = next(variant.launch for variant in _planned(target_index) if variant.name == name)
     return compile_launch(launch, target.gpu)
@@ -287,14 +289,14 @@ def _planned(target_index: int) -> list[Variant]:
 
 
 def compile_all(chosen: list[tuple[int, str]]) -> dict[tuple[int, str], Resources]:
-    """Compile variants of (target index, name) on all cores."""
+    """Compile variants, given by target index and name, on all cores."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         indices, names = zip(*chosen, strict=True)
         return dict(zip(chosen, pool.map(_compile_named, indices, names), strict=True))
 
 
 def problems(results: dict[tuple[int, str], Resources]) -> list[str]:
-    """What makes a variant unfit for its card."""
+    """Return a line for every reason why a variant is unfit for its card."""
     found = []
     for (index, name), used in results.items():
         target = TARGETS[index]
@@ -318,7 +320,7 @@ def _table(results: dict[tuple[int, str], Resources]) -> str:
 
 
 def _documented() -> set[tuple[int, str]]:
-    """The variants of the committed table."""
+    """Return the variants of the committed table."""
     found = set()
     for line in DOC.read_text().split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]:
         variant, *cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -347,7 +349,8 @@ def _heaviest(index: int) -> list[tuple[int, str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compile the Triton kernels for cards that are not here.")
+    """Compile or check; return the exit code."""
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels for several cards.")
     parser.add_argument("--check", action="store_true", help="compare with the committed table, compile the heaviest")
     check = parser.parse_args().check
     targets = range(len(TARGETS))

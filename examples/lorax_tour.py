@@ -1,6 +1,6 @@
 """A tour of LoRAX's own client, unchanged, against a running fleet: `make tour URL=http://127.0.0.1:8000 ADAPTER=name`.
 
-Needs `lorax-client`, which has its own environment because it asks for older libraries than ours.
+It needs `lorax-client`, in a separate environment since that package requires older libraries.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from lorax.errors import GenerationError, ValidationError
 
 
 def main(url: str, adapter: str) -> None:
-    """Ask for one of everything. Raises AssertionError where an answer is not as LoRAX's client expects it."""
+    """Use every kind of call once. Raises AssertionError when an answer is not as expected."""
     client = Client(url)
     whole = client.generate("The capital of France is", max_new_tokens=5)
     assert whole.details is not None
@@ -41,7 +41,7 @@ def _expect(kind: type[Exception], client: Client, **parameters: object) -> None
     except kind as error:
         print(f"{kind.__name__}: {error}")
     else:
-        raise AssertionError(f"{kind.__name__} was to be raised")
+        raise AssertionError(f"{kind.__name__} was expected")
 
 
 if __name__ == "__main__":

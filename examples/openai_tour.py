@@ -1,6 +1,6 @@
 """A tour of OpenAI's clients, unchanged: `make tour-openai URL=http://127.0.0.1:8000 ADAPTER=name KEY=any`.
 
-The `openai` package, LiteLLM and LangChain's ChatOpenAI, in an environment of their own: with `openai` 3.x, and with
+It runs the `openai` package, LiteLLM and LangChain's ChatOpenAI in a separate environment: with `openai` 3.x, or with
 2.x as `make tour-openai2`.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Callable
 
-os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it asks the network for prices at its import
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # otherwise its import fetches prices from the network
 
 import litellm
 import openai
@@ -24,7 +25,7 @@ GREEDY = {"temperature": 0.0, "max_tokens": 12}
 
 
 def tour_openai(url: str, model: str, key: str) -> str:
-    """Ask for one of everything; return the greedy answer. Raises AssertionError where something is not as promised."""
+    """Use every kind of call once; return the greedy answer. Raises AssertionError for an unexpected answer."""
     print("openai", openai.__version__)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
     names = [entry.id for entry in client.models.list()]
@@ -76,7 +77,7 @@ def tour_openai(url: str, model: str, key: str) -> str:
 
 
 def tour_litellm(url: str, model: str, key: str, answer: str) -> None:
-    """The same greedy answer through LiteLLM, whole and streamed."""
+    """Check that LiteLLM gets the same greedy answer, whole and streamed."""
     where = {"api_base": f"{url}/v1", "api_key": key}
     whole = litellm.completion(model=f"openai/{model}", messages=MESSAGES, **GREEDY, **where)
     assert whole.choices[0].message.content == answer
@@ -92,7 +93,7 @@ def tour_litellm(url: str, model: str, key: str, answer: str) -> None:
 
 
 def tour_langchain(url: str, model: str, key: str, answer: str) -> None:
-    """The same greedy answer through LangChain, whole, streamed and in a batch."""
+    """Check that LangChain gets the same greedy answer, whole, streamed and in a batch."""
     chat = ChatOpenAI(base_url=f"{url}/v1", api_key=key, model=model, temperature=0, max_tokens=12)  # type: ignore
     whole = chat.invoke(QUESTION)
     assert whole.content == answer
@@ -107,13 +108,13 @@ def tour_langchain(url: str, model: str, key: str, answer: str) -> None:
     print("langchain: invoke, stream, batch, logprobs")
 
 
-def _expect(kind: type[Exception], call) -> None:
+def _expect(kind: type[Exception], call: Callable[[], object]) -> None:
     try:
         call()
     except kind as error:
         print(f"{kind.__name__}: {str(error)[:100]}")
     else:
-        raise AssertionError(f"{kind.__name__} was to be raised")
+        raise AssertionError(f"{kind.__name__} was expected")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A tour of text-generation-inference's own client, unchanged: `make tour-tgi URL=http://127.0.0.1:8000`.
 
-Needs `text-generation`, in an environment of its own.
+It needs `text-generation`, in a separate environment.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PROMPT = "The capital of France is"
 
 
 def main(url: str) -> None:
-    """Ask for one of everything. Raises AssertionError where an answer is not as the client expects it."""
+    """Use every kind of call once. Raises AssertionError when an answer is not as expected."""
     client = Client(url)
     whole = client.generate(PROMPT, max_new_tokens=5, decoder_input_details=True)
     assert whole.details.generated_tokens == len(whole.details.tokens) == 5
@@ -40,7 +40,7 @@ def main(url: str) -> None:
     except ValidationError as error:
         print(f"ValidationError: {error}")
     else:
-        raise AssertionError("ValidationError was to be raised")
+        raise AssertionError("ValidationError was expected")
 
 
 if __name__ == "__main__":

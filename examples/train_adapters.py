@@ -2,8 +2,8 @@
 
     python examples/train_adapters.py [--model FOLDER] [--out FOLDER] [name …]
 
-Needs the extras `worker` and `demo`, a few minutes per adapter on two CPU cores. Deterministic on one machine. The
-adapters differ in rank and in the modules they touch, so serving them together exercises a mixed batch.
+It needs the extras `worker` and `demo`, and takes a few minutes per adapter on two CPU cores. On one machine the result
+is always the same. The adapters differ in rank and in the modules they change, so together they make a mixed batch.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from lorafleet.quickstart import HUB_MODEL_ID, fetch_quickstart_model
 
 HERE = Path(__file__).parent
-IGNORED = -100  # label of a token that the loss leaves out
+IGNORED = -100  # label of a token that the loss ignores
 HELD_OUT = ("What is the capital of France?", "Why is the sky blue?", "How do I bake bread?", "Who are you?")
 
 
@@ -131,6 +131,7 @@ def answer(model: Any, tokenizer: Any, question: str, max_new_tokens: int = 80) 
 
 
 def main() -> None:
+    """Train the adapters that the command line names."""
     parser = argparse.ArgumentParser(description="Train the demo adapters.")
     parser.add_argument("names", nargs="*", default=list(STYLES), help="adapters to train (default: all)")
     parser.add_argument("--model", type=Path, help="folder of the base model (default: fetch it)")

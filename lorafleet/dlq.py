@@ -55,7 +55,7 @@ async def _with_letters(url: str, settings: Settings, args: argparse.Namespace) 
     return 0
 
 
-async def _list(letters: DeadLetters, settings: Settings, args: argparse.Namespace) -> None:
+async def _list(letters: DeadLetters, _: Settings, args: argparse.Namespace) -> None:
     table = Table("id", "when", "request", "adapter", "tokens", "deaths", "why", box=None, header_style="bold")
     found = await letters.newest(args.limit)
     for letter_id, letter in found:
@@ -69,7 +69,7 @@ async def _list(letters: DeadLetters, settings: Settings, args: argparse.Namespa
     console.print(table if found else "no dead letters")
 
 
-async def _show(letters: DeadLetters, settings: Settings, args: argparse.Namespace) -> None:
+async def _show(letters: DeadLetters, _: Settings, args: argparse.Namespace) -> None:
     letter = await letters.get(args.letter)
     lines = [f"{args.letter}  {_time(letter.ms)}", f"why       {letter.reason}"]
     if letter.stream:

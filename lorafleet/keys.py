@@ -87,7 +87,7 @@ async def _create(keys: ApiKeys, args: argparse.Namespace) -> None:
     Console(stderr=True).print(f"{key.id} of {key.tenant}, {_scopes(key.scopes)}; it will not be shown again")
 
 
-async def _list(keys: ApiKeys, args: argparse.Namespace) -> None:
+async def _list(keys: ApiKeys, _: argparse.Namespace) -> None:
     table = Table(
         "id", "tenant", "scopes", "created", "expires", "requests/min", "tokens/min", "at once", "weight", "adapters",
         "note", box=None, header_style="bold",

@@ -1,9 +1,9 @@
-"""Make adapters for measurements: random, rank 16, on every linear layer, in PEFT's format and as GGUF for llama.cpp.
+"""Write random adapters for measurements, of every linear layer, in PEFT's format and as GGUF for llama.cpp.
 
     python benchmarks/peers/make_adapters.py --model FOLDER --out FOLDER --count 32 [--llama-cpp FOLDER]
 
-Adapter i is `OUT/peft/adapter-<i>` and `OUT/gguf/adapter-<i>.gguf`. B is small but never zero: a server that skipped
-the adapter would be found out by its answers, and none gains by a matrix of zeros.
+Adapter i is `OUT/peft/adapter-<i>` and `OUT/gguf/adapter-<i>.gguf`. The matrices B are small but not zero, so a server
+that skips an adapter gives other answers, and no server gains by skipping zeros.
 """
 
 import argparse
@@ -69,12 +69,13 @@ def convert(llama_cpp: Path, model: Path, adapter: Path, gguf: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make adapters for measurements.")
+    """Write the adapters that the command line describes."""
+    parser = argparse.ArgumentParser(description="Write random adapters for measurements.")
     parser.add_argument("--model", type=Path, required=True, help="folder of a Llama model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--llama-cpp", type=Path, help="folder with convert_lora_to_gguf.py; without it no GGUF")
+    parser.add_argument("--llama-cpp", type=Path, help="folder with convert_lora_to_gguf.py; default: no GGUF")
     args = parser.parse_args()
     for index in track(range(args.count), description="adapters"):
         adapter = args.out / "peft" / f"adapter-{index}"

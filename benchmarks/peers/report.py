@@ -1,17 +1,18 @@
-"""Tables and plot of a comparison."""
+"""The tables and the plot of a comparison with peers."""
 
 from pathlib import Path
 from typing import Any
 
+from lorafleet.bench.style import BLUE, GREEN, INK, MUTED, ORANGE, plot_style
+
 OURS = "Lorafleet"
-COLORS = {"Lorafleet": "#2f6fde", "vLLM": "#e8833a", "llama.cpp": "#2a9d6f"}
-_INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
+COLORS = {"Lorafleet": BLUE, "vLLM": ORANGE, "llama.cpp": GREEN}
 
 Report = dict[str, Any]  # as run.py writes it to JSON
 
 
 def markdown(report: Report) -> str:
-    """Return the figures of every server, then ours over the better peer for each load."""
+    """Return tables of the figures of every server, and of our throughput divided by that of the peers."""
     machine, load = report["machine"], report["load"]
     bf16 = ", AVX-512 bf16" if machine["avx512_bf16"] else ""
     lines = [
@@ -42,7 +43,7 @@ def markdown(report: Report) -> str:
 
 
 def ratio_lines(report: Report, levels: list[int]) -> list[str]:
-    """Return the table of our tok/s over the best peer's; empty unless both were measured."""
+    """Return a table of our tok/s divided by that of the peers; empty unless both were measured."""
     best: dict[tuple[str, int], dict[str, float]] = {}
     for point in report["points"]:
         systems = best.setdefault((point["scenario"], point["concurrency"]), {})
@@ -65,18 +66,14 @@ def ratio_lines(report: Report, levels: list[int]) -> list[str]:
 
 
 def save_plot(report: Report, path: Path) -> None:
-    """Draw tok/s of each system, one panel per load, bars grouped by concurrency."""
+    """Draw the tok/s of each system as bars grouped by concurrency, with a panel for each load."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = {"axes.edgecolor": _MUTED, "axes.labelcolor": _MUTED, "xtick.color": _MUTED}
-    style |= {"ytick.color": _MUTED, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
-    style |= {"axes.titlecolor": _INK, "axes.titlelocation": "left", "axes.grid": True, "grid.color": _GRID}
-    style |= {"axes.axisbelow": True}
     scenarios = list(dict.fromkeys(point["scenario"] for point in report["points"]))
     levels = sorted({point["concurrency"] for point in report["points"]})
     systems = [name for name in COLORS if any(point["system"] == name for point in report["points"])]
-    with mpl.rc_context(style):
+    with mpl.rc_context(plot_style()):
         figure = Figure(figsize=(3.6 * len(scenarios), 3.4), layout="constrained", facecolor="white")
         axes = figure.subplots(1, len(scenarios), squeeze=False)[0]
         for axis, scenario in zip(axes, scenarios, strict=True):
@@ -85,13 +82,13 @@ def save_plot(report: Report, path: Path) -> None:
                 heights = [_best(report, system, scenario, level) for level in levels]
                 places = [index + (offset - (len(systems) - 1) / 2) * width for index in range(len(levels))]
                 bars = axis.bar(places, heights, width * 0.92, color=COLORS[system], label=system)
-                axis.bar_label(bars, [f"{h:.0f}" if h else "" for h in heights], color=_MUTED, fontsize=7, padding=1)
+                axis.bar_label(bars, [f"{h:.0f}" if h else "" for h in heights], color=MUTED, fontsize=7, padding=1)
             axis.set_title(scenario)
             axis.set_xticks(range(len(levels)), [str(level) for level in levels])
             axis.set_xlabel("requests in flight")
             axis.grid(axis="x", visible=False)
         axes[0].set_ylabel("output tokens per second")
-        axes[0].legend(frameon=False, labelcolor=_INK)
+        axes[0].legend(frameon=False, labelcolor=INK)
         figure.savefig(path, dpi=150)
 
 

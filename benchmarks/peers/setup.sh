@@ -58,7 +58,7 @@ if [ ! -e "$peers/model.bf16.gguf" ]; then
     mv "$peers/model.part.gguf" "$peers/model.bf16.gguf"
 fi
 if [ ! -e "$peers/adapters/.ready" ]; then
-    "$python" "$(dirname "$0")/make_adapters.py" --model "$peers/model" --out "$peers/adapters" \
+    "$python" -m benchmarks.peers.make_adapters --model "$peers/model" --out "$peers/adapters" \
         --llama-cpp "$peers/llama.cpp" --count "${NUM_ADAPTERS:-32}"
     touch "$peers/adapters/.ready"
 fi

@@ -1,4 +1,4 @@
-"""A load generator for OpenAI-compatible servers, behind `lorafleet bench` and the benchmark scripts."""
+"""The load generator for OpenAI-compatible servers, used by `lorafleet bench` and the benchmark scripts."""
 
 from lorafleet.bench.load import WarmupError, run_bench, run_load
 from lorafleet.bench.result import BenchResult, Latency, RequestRecord, Summary

@@ -1,4 +1,4 @@
-"""The `lorafleet bench` command: arguments in, run, report out."""
+"""`lorafleet bench` puts load on a server and reports what it measured."""
 
 import argparse
 import os
@@ -19,32 +19,44 @@ _OPEN_LOOP_CONCURRENCY = 1024
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("url", help="server, for example http://127.0.0.1:8000")
-    what = parser.add_argument_group("what to ask")
-    what.add_argument("--model", help="base model to ask (default without --adapters: the first of /v1/models)")
-    what.add_argument("--adapters", metavar="A,B,…|N", help="adapters to ask: names, or how many made by the format")
-    what.add_argument("--adapter-format", default="adapter-{i}", help="name of the i-th of N adapters (%(default)s)")
+    parser.add_argument("url", help="URL of the server, for example http://127.0.0.1:8000")
+    what = parser.add_argument_group("requests")
+    what.add_argument("--model", help="base model to ask (default without --adapters: the first that /v1/models lists)")
     what.add_argument(
-        "--zipf", type=float, metavar="S", help="popularity of the i-th target ~ 1/i^S (default: in turn)"
+        "--adapters",
+        metavar="A,B,…|N",
+        help="adapters to ask: their names, or the number of names made from the format",
     )
-    what.add_argument("--chat", action="store_true", help="ask /v1/chat/completions, not /v1/completions")
-    what.add_argument("--prompt-words", type=int, default=64, help="random words per prompt (%(default)s)")
-    what.add_argument("--output-tokens", type=int, default=64, help="tokens to generate per request (%(default)s)")
-    what.add_argument("--stop-at-eos", action="store_true", help="let an answer end early (default: ignore_eos)")
-    what.add_argument("--seed", type=int, default=0, help="of prompts, popularity and arrivals (%(default)s)")
-    load = parser.add_argument_group("how much")
-    load.add_argument("--requests", type=int, help="measured requests (default: 8 × concurrency, in open loop 256)")
-    load.add_argument("--concurrency", type=int, help=f"in flight (8; with --rate at most {_OPEN_LOOP_CONCURRENCY})")
+    what.add_argument("--adapter-format", default="adapter-{i}", help="name of the i-th adapter (%(default)s)")
+    what.add_argument(
+        "--zipf", type=float, metavar="S", help="ask the i-th target in proportion to 1/i^S (default: each in turn)"
+    )
+    what.add_argument("--chat", action="store_true", help="use /v1/chat/completions instead of /v1/completions")
+    what.add_argument("--prompt-words", type=int, default=64, help="random words in a prompt (%(default)s)")
+    what.add_argument("--output-tokens", type=int, default=64, help="tokens to generate for a request (%(default)s)")
+    what.add_argument("--stop-at-eos", action="store_true", help="let answers end early (default: ignore_eos)")
+    what.add_argument("--seed", type=int, default=0, help="seed of prompts, targets and arrivals (%(default)s)")
+    load = parser.add_argument_group("load")
+    load.add_argument("--requests", type=int, help="measured requests (default: 8 × concurrency; with --rate 256)")
     load.add_argument(
-        "--rate", type=float, metavar="R", help="Poisson arrivals, R per second, instead of a closed loop"
+        "--concurrency", type=int, help=f"requests in flight (8; with --rate at most {_OPEN_LOOP_CONCURRENCY})"
     )
-    load.add_argument("--warmup", type=int, help="requests before measuring (default: the concurrency, at most 32)")
-    load.add_argument("--timeout", type=float, default=300.0, metavar="S", help="of one request, seconds (%(default)g)")
-    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
+    load.add_argument(
+        "--rate", type=float, metavar="R", help="open loop: Poisson arrivals, R per second, instead of a closed loop"
+    )
+    load.add_argument(
+        "--warmup", type=int, help="requests before the measurement (default: the concurrency, at most 32)"
+    )
+    load.add_argument(
+        "--timeout", type=float, default=300.0, metavar="S", help="deadline of a request, seconds (%(default)g)"
+    )
     parser.add_argument(
-        "--out", type=Path, default=Path("bench.json"), help="JSON file; the plot goes beside it as PNG"
+        "--api-key", default=os.environ.get("OPENAI_API_KEY"), help="API key (default: $OPENAI_API_KEY)"
     )
-    parser.add_argument("--no-plot", action="store_true", help="write no PNG")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench.json"), help="JSON file of the result; the plot is a PNG beside it"
+    )
+    parser.add_argument("--no-plot", action="store_true", help="write no plot")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         config = config_of(args)
         result = _run_with_progress(config, console)
     except (ValueError, OSError, WarmupError, httpx2.HTTPError) as error:
-        console.print(f"[red]can't run the load:[/] {error}")
+        console.print(f"[red]cannot run the load:[/] {error}")
         return 2
     print_result(result, console)
     save_json(result, args.out)
@@ -65,13 +77,13 @@ def run(args: argparse.Namespace) -> int:
             save_plot(result, plot)
             written.append(plot)
         except ImportError:
-            console.print("no plot: pip install 'lorafleet[bench]' brings matplotlib")
+            console.print("no plot: matplotlib is missing; pip install 'lorafleet[bench]' brings it")
     console.print("wrote " + " and ".join(str(path) for path in written))
     return 1 if result.summary.num_errors else 0
 
 
 def config_of(args: argparse.Namespace) -> BenchConfig:
-    """Turn parsed arguments into a BenchConfig. Raises ValueError for values that make no load."""
+    """Return the BenchConfig of parsed arguments. Raises ValueError for values that make no load."""
     concurrency = args.concurrency or (_OPEN_LOOP_CONCURRENCY if args.rate else 8)
     return BenchConfig(
         url=args.url,

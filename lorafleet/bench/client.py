@@ -1,7 +1,7 @@
-"""A small HTTP/1.1 client that streams server-sent events and notes when each arrived.
+"""A small HTTP/1.1 client that reads server-sent events and records when each arrived.
 
-It shares the machine with the server it measures, so it must be cheap: one callback per socket read, no task switch
-per event. It knows nothing of load patterns.
+It may share the machine with the server that it measures, so it must be cheap: one callback per socket read, and no
+task switch per event. It knows nothing of load patterns.
 """
 
 import asyncio
@@ -19,13 +19,14 @@ _MAX_ERROR_CHARS = 200
 
 
 class StaleConnectionError(ConnectionError):
-    """A kept connection was closed by the server just as it was used again: nothing has been answered on it."""
+    """The server closed an idle connection just as it was reused, so the request can be sent again."""
 
 
 class Connection(asyncio.Protocol):
-    """One keep-alive connection. It carries one exchange at a time."""
+    """A keep-alive connection that carries one exchange at a time."""
 
     def __init__(self) -> None:
+        """Wait for `connection_made`."""
         self.transport: asyncio.Transport | None = None
         self.closed = False
         self._kept = False  # it has carried an exchange before
@@ -38,7 +39,7 @@ class Connection(asyncio.Protocol):
         self._status = 0
 
     async def exchange(self, request: bytes, record: RequestRecord) -> None:
-        """Send `request` and fill `record` until the answer ends. Raises ConnectionError if the server goes away."""
+        """Send `request` and fill `record` until the answer ends. Raises ConnectionError when the connection breaks."""
         assert self.transport is not None
         self._record, self._buffer, self._status = record, b"", 0
         self._done = asyncio.get_running_loop().create_future()
@@ -47,13 +48,14 @@ class Connection(asyncio.Protocol):
         try:
             await self._done
         except BaseException:
-            self.close()  # the rest of this answer may still come
+            self.close()  # the rest of this answer may still arrive
             raise
         finally:
             self._record = self._done = None
             self._kept = True
 
     def close(self) -> None:
+        """Close the connection."""
         self.closed = True
         if self.transport is not None:
             self.transport.close()
@@ -61,9 +63,11 @@ class Connection(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
         self.transport = cast(asyncio.Transport, transport)  # other loops' transports need not inherit from it
 
     def data_received(self, data: bytes) -> None:
+        """Note the time and parse the bytes."""
         self._now = time.perf_counter()
         try:
             self._parser.feed_data(data)
@@ -72,6 +76,7 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """End the exchange in progress with an error."""
         self.closed = True
         stale = self._kept and self._now < self._sent_s
         kind = StaleConnectionError if stale else ConnectionError
@@ -80,15 +85,18 @@ class Connection(asyncio.Protocol):
     # httptools callbacks
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """Record a header of an answer other than 200."""
         if self._record is not None and self._parser.get_status_code() != 200:
             self._record.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
+        """Record the status."""
         self._status = self._parser.get_status_code()
         if self._record is not None:
             self._record.status = self._status
 
     def on_body(self, body: bytes) -> None:
+        """Record the events that are complete, and keep the rest."""
         if self._record is None:
             return
         self._buffer += body
@@ -102,6 +110,7 @@ class Connection(asyncio.Protocol):
                 _note_event(self._record, event[5:].strip(), self._now)
 
     def on_message_complete(self) -> None:
+        """End the exchange; keep an error's text."""
         if self._record is not None:
             self._record.end_s = self._now
             if self._status != 200:
@@ -134,7 +143,7 @@ def _note_event(record: RequestRecord, payload: bytes, now_s: float) -> None:
     if not choices:
         return
     choice = choices[0]
-    # Text that a server holds back (half a character, a possible stop string) arrives with a later chunk.
+    # A chunk has no text where the server holds text back, such as half a character or the start of a stop string.
     if text := choice.get("text") or (choice.get("delta") or {}).get("content"):
         record.arrivals_s.append(now_s)
         record.text += text
@@ -142,7 +151,7 @@ def _note_event(record: RequestRecord, payload: bytes, now_s: float) -> None:
 
 
 def api_base(url: str) -> str:
-    """Return `url` with a scheme and without a trailing slash or /v1. Raises ValueError unless it is http(s)."""
+    """Return `url` with a scheme, and without a trailing slash or /v1. Raises ValueError unless it is http(s)."""
     parts = urlsplit(url if "://" in url else f"http://{url}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{url!r} is not an http(s) URL")
@@ -150,10 +159,10 @@ def api_base(url: str) -> str:
 
 
 class Client:
-    """Ask one server over as many connections as requests are in flight."""
+    """A client of one server, with a connection for every request in flight."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
-        """`url` names the server, with or without a trailing /v1."""
+        """Prepare a client of `url`, which may end in /v1. Raises ValueError unless it is http(s)."""
         parts = urlsplit(api_base(url))
         self._host, self._tls = parts.hostname or "", parts.scheme == "https"
         self._port = parts.port or (443 if self._tls else 80)
@@ -164,7 +173,7 @@ class Client:
         self._idle: list[Connection] = []
 
     async def post(self, path: str, body: dict[str, Any], record: RequestRecord) -> None:
-        """Stream the answer to one POST into `record`. Raises OSError if the server can't be reached or goes away."""
+        """Stream the answer to one POST into `record`. Raises OSError when the server is unreachable or breaks off."""
         content = orjson.dumps(body)
         head = f"POST {self._prefix}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(content)}\r\n\r\n"
         while True:

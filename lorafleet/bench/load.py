@@ -1,4 +1,4 @@
-"""Run the planned load against a server and collect what came back."""
+"""Runs the planned load against a server and collects the records of its requests."""
 
 import asyncio
 import time
@@ -19,16 +19,16 @@ class WarmupError(RuntimeError):
 
 
 def run_bench(config: BenchConfig, on_record: OnRecord | None = None) -> BenchResult:
-    """Run the load of `config` to its end, on an event loop of its own.
+    """Run the load of `config` to its end, on its own event loop.
 
     `on_record` is called with each measured request as it ends. A measured request that fails is a record with `error`
-    set; a warm-up request that fails raises WarmupError, since what follows would measure something else.
+    set. Raises WarmupError when a warm-up request fails, since the measurement would then mean something else.
     """
     return asyncio.run(run_load(config, on_record))
 
 
 async def run_load(config: BenchConfig, on_record: OnRecord | None = None) -> BenchResult:
-    """Do what `run_bench` does, on the running loop."""
+    """Do the same as `run_bench`, on the running event loop."""
     client = Client(config.url, config.api_key)
     try:
         await _run(config, client, plan_warmup(config), _refuse_failure)
@@ -61,10 +61,10 @@ def _public(config: BenchConfig) -> dict[str, Any]:
 
 
 async def _run(config: BenchConfig, client: Client, requests: Iterator[PlannedRequest], note: OnRecord) -> None:
-    """Send `requests` when due, at most `concurrency` at once, and `note` each as it ends.
+    """Send `requests` when they are due, at most `concurrency` at once, and `note` each as it ends.
 
-    That many loops take turns at one iterator: so the order of sending is the planned order, and a late request in
-    open loop is sent as soon as a slot is free.
+    So many loops take turns at one iterator. The order of sending is therefore the planned order, and a late request of
+    an open loop is sent as soon as a loop is free.
     """
     origin_s = time.perf_counter()
 
@@ -98,5 +98,5 @@ async def _ask(config: BenchConfig, client: Client, request: PlannedRequest) -> 
     if record.error is not None:
         record.end_s = time.perf_counter()
     elif record.output_tokens == 0:
-        record.output_tokens = len(record.arrivals_s)  # a server that sends no usage: one token per chunk
+        record.output_tokens = len(record.arrivals_s)  # the server sends no usage: count one token per chunk
     return record

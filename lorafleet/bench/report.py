@@ -1,4 +1,4 @@
-"""Show a load run: a table for the terminal, a JSON file, a plot."""
+"""The reports of a load run: a table for the terminal, a JSON file and a plot."""
 
 from pathlib import Path
 from typing import Any
@@ -9,22 +9,21 @@ from rich.console import Console
 from rich.table import Table
 
 from lorafleet.bench.result import BenchResult, Latency, Summary, inter_token_gaps_s
+from lorafleet.bench.style import BLUE, GREEN, INK, MUTED, ORANGE, plot_style
 
 _MAX_TARGET_ROWS = 12
 _MAX_TARGET_BARS = 24
-_INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
-_BLUE, _ORANGE, _GREEN = "#2f6fde", "#e8833a", "#2a9d6f"
 
 
 def print_result(result: BenchResult, console: Console) -> None:
-    """Print throughput, latencies, the most asked targets and the errors."""
+    """Print throughput, latencies, the targets with the most requests, and the errors."""
     summary, config = result.summary, result.config
     load = f"{config['rate_per_s']:g} req/s" if config["rate_per_s"] else f"concurrency {config['concurrency']}"
     console.print(
         f"[bold]{summary.output_tokens_per_s:,.1f} tok/s[/] · {summary.requests_per_s:,.2f} req/s · {load} · "
         f"{summary.num_requests} requests, {summary.num_errors} failed · {result.wall_s:,.1f} s"
     )
-    table = Table("latency, ms", "mean", "p50", "p90", "p99", box=None, header_style=_MUTED)
+    table = Table("latency, ms", "mean", "p50", "p90", "p99", box=None, header_style=MUTED)
     rows = [("time to first token", summary.ttft), ("inter-token", summary.inter_token)]
     rows += [("time per output token", summary.tpot), ("whole request", summary.e2e)]
     for name, latency in rows:
@@ -35,8 +34,8 @@ def print_result(result: BenchResult, console: Console) -> None:
     if len(targets) > 1:
         console.print(_target_table(targets))
         if len(targets) > _MAX_TARGET_ROWS:
-            console.print(f"… and {len(targets) - _MAX_TARGET_ROWS} more targets, see the JSON file", style=_MUTED)
-    console.print(f"load generator: {result.generator_cpu_ms_per_chunk:.3f} ms CPU per chunk", style=_MUTED)
+            console.print(f"… and {len(targets) - _MAX_TARGET_ROWS} more targets, see the JSON file", style=MUTED)
+    console.print(f"load generator: {result.generator_cpu_ms_per_chunk:.3f} ms CPU per chunk", style=MUTED)
     for text, count in result.errors.items():
         console.print(f"[red]{count} × {text}", markup=True)
 
@@ -61,7 +60,7 @@ def _target_table(targets: dict[str, Summary]) -> Table:
         "ITL p50",
         "ITL p99",
         box=None,
-        header_style=_MUTED,
+        header_style=MUTED,
     )
     for name, summary in list(targets.items())[:_MAX_TARGET_ROWS]:
         times = (summary.ttft.p50_ms, summary.ttft.p99_ms, summary.inter_token.p50_ms, summary.inter_token.p99_ms)
@@ -72,39 +71,30 @@ def _target_table(targets: dict[str, Summary]) -> Table:
 
 
 def save_json(result: BenchResult, path: Path) -> None:
-    """Write `result.to_json()` to `path`, with its folder."""
+    """Write `result.to_json()` to `path`, and create its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(orjson.dumps(result.to_json(), option=orjson.OPT_INDENT_2))
 
 
 def save_plot(result: BenchResult, path: Path) -> None:
-    """Draw throughput over time, both latency distributions and the targets' share to a PNG.
+    """Draw throughput over time, two latency distributions and the requests per target to a PNG file.
 
-    Raises ImportError where matplotlib (the extra `bench`) is not installed.
+    Raises ImportError when matplotlib (the extra `bench`) is not installed.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = {
-        "axes.edgecolor": _MUTED,
-        "axes.labelcolor": _MUTED,
-        "xtick.color": _MUTED,
-        "ytick.color": _MUTED,
-    }
-    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _GRID}
-    style |= {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titlecolor": _INK}
-    style |= {"axes.axisbelow": True}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(style):
+    with mpl.rc_context(plot_style()):
         figure = Figure(figsize=(10, 6.4), layout="constrained", facecolor="white")
         axes = figure.subplots(2, 2)
-        figure.suptitle(_headline(result), x=0.01, ha="left", color=_INK, fontsize=11, fontweight="bold")
+        figure.suptitle(_headline(result), x=0.01, ha="left", color=INK, fontsize=11, fontweight="bold")
         _draw_throughput(axes[0, 0], result)
         _draw_targets(axes[0, 1], result)
         good = [record for record in result.records if record.error is None]
         ttft_ms = np.array([r.arrivals_s[0] - r.start_s for r in good if r.arrivals_s]) * 1e3
-        _draw_distribution(axes[1, 0], ttft_ms, "Time to first token, ms", _ORANGE)
-        _draw_distribution(axes[1, 1], inter_token_gaps_s(good) * 1e3, "Inter-token latency, ms", _GREEN)
+        _draw_distribution(axes[1, 0], ttft_ms, "Time to first token, ms", ORANGE)
+        _draw_distribution(axes[1, 1], inter_token_gaps_s(good) * 1e3, "Inter-token latency, ms", GREEN)
         figure.savefig(path, dpi=150)
 
 
@@ -124,8 +114,8 @@ def _draw_throughput(axis: Any, result: BenchResult) -> None:
     arrivals_s -= min(record.start_s for record in result.records)
     weight = result.summary.tokens_per_chunk
     counts, edges = np.histogram(arrivals_s, bins=min(60, max(10, len(arrivals_s) // 20)), range=(0, result.wall_s))
-    axis.fill_between(edges[:-1], counts * weight / np.diff(edges), step="post", color=_BLUE, alpha=0.25, linewidth=0)
-    axis.step(edges[:-1], counts * weight / np.diff(edges), where="post", color=_BLUE, linewidth=1.2)
+    axis.fill_between(edges[:-1], counts * weight / np.diff(edges), step="post", color=BLUE, alpha=0.25, linewidth=0)
+    axis.step(edges[:-1], counts * weight / np.diff(edges), where="post", color=BLUE, linewidth=1.2)
     axis.set(title="Output tokens per second", xlabel="s", xlim=(0, result.wall_s))
     axis.set_ylim(bottom=0)
 
@@ -134,7 +124,7 @@ def _draw_targets(axis: Any, result: BenchResult) -> None:
     targets = list(result.per_target.items())
     shown = targets[:_MAX_TARGET_BARS]
     labels = [name if len(name) <= 14 else name[:13] + "…" for name, _ in shown]
-    axis.bar(range(len(shown)), [summary.num_requests for _, summary in shown], color=_BLUE, width=0.8)
+    axis.bar(range(len(shown)), [summary.num_requests for _, summary in shown], color=BLUE, width=0.8)
     axis.set_xticks(
         range(len(shown)), labels, rotation=60 if len(shown) > 4 else 0, ha="right" if len(shown) > 4 else "center"
     )
@@ -153,7 +143,7 @@ def _draw_distribution(axis: Any, values_ms: np.ndarray, title: str, color: str)
         value = float(np.percentile(ordered, quantile))
         axis.plot([value], [quantile], "o", color=color, markersize=4)
         axis.annotate(
-            f"p{quantile}  {value:,.1f}", (value, quantile), (6, -9), textcoords="offset points", color=_INK, fontsize=8
+            f"p{quantile}  {value:,.1f}", (value, quantile), (6, -9), textcoords="offset points", color=INK, fontsize=8
         )
     axis.set(ylabel="% of samples", ylim=(0, 104), xlabel="ms")
     axis.set_xlim(left=0, right=max(float(np.percentile(ordered, 99.5)) * 1.25, 1e-3))

@@ -1,9 +1,12 @@
-"""What a load run measured, per request and summed up.
+"""The measurements of a load run, per request and in summary.
 
-Definitions, all seen from the client: TTFT = request sent to the first chunk with text. Inter-token latency = the gap
-between two chunks with text, as a reader of the stream sees it; where a server puts several tokens into a chunk
-(`tokens_per_chunk` above 1), TPOT, (last chunk - first chunk) / (output tokens - 1) of a request, is the fair figure
-beside it. Output tokens are those of the server's `usage`.
+Definitions, all from the client's point of view:
+
+- TTFT, time to first token: from sending the request to the first chunk with text.
+- Inter-token latency: the gap between two chunks with text.
+- TPOT, time per output token: (last chunk - first chunk) / (output tokens - 1) of a request. This is the fair figure
+  where a server puts several tokens into a chunk (`tokens_per_chunk` above 1).
+- Output tokens: those that the server reports as `usage`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +18,7 @@ import numpy as np
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request, filled while its answer streams in. Times are seconds of one monotonic clock."""
+    """A request, filled while its answer streams in. Times are seconds of one monotonic clock."""
 
     target: str
     start_s: float = 0.0
@@ -25,13 +28,13 @@ class RequestRecord:
     output_tokens: int = 0
     text: str = ""
     finish_reason: str | None = None
-    complete: bool = False  # the closing [DONE] was seen
+    complete: bool = False  # the final [DONE] has arrived
     error: str | None = None
-    status: int = 0  # of HTTP; 0: no answer
+    status: int = 0  # HTTP status; 0: no answer
     headers: dict[str, str] = field(default_factory=dict)  # of an answer other than 200, names in lower case
 
     def as_row(self, origin_s: float) -> dict[str, Any]:
-        """Return the request without its text and single chunks, times in seconds after `origin_s`."""
+        """Return the request as JSON, without text and single chunks. `start_s` counts from `origin_s`."""
         return {
             "target": self.target,
             "start_s": round(self.start_s - origin_s, 6),
@@ -47,7 +50,7 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """A distribution in milliseconds; all zero where nothing was measured."""
+    """A latency distribution in milliseconds; all zero if nothing was measured."""
 
     mean_ms: float
     p50_ms: float
@@ -56,6 +59,7 @@ class Latency:
 
     @classmethod
     def of(cls, samples_s: Sequence[float] | np.ndarray) -> "Latency":
+        """Return the distribution of samples in seconds."""
         if len(samples_s) == 0:
             return cls(0.0, 0.0, 0.0, 0.0)
         samples_ms = np.asarray(samples_s) * 1e3
@@ -65,7 +69,7 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The figures of a group of requests; latencies are of the successful ones."""
+    """The figures of a group of requests; latencies and tokens are those of the successful ones."""
 
     num_requests: int
     num_errors: int
@@ -81,6 +85,7 @@ class Summary:
 
     @classmethod
     def of(cls, records: Sequence[RequestRecord], wall_s: float) -> "Summary":
+        """Return the figures of `records`, whose run took `wall_s` seconds."""
         good = [record for record in records if record.error is None]
         output_tokens = sum(record.output_tokens for record in good)
         num_chunks = sum(len(record.arrivals_s) for record in good)
@@ -100,7 +105,7 @@ class Summary:
 
 
 def inter_token_gaps_s(records: Iterable[RequestRecord]) -> np.ndarray:
-    """Return the gaps between successive chunks of each request, all in one float64 array, seconds."""
+    """Return the gaps between successive chunks of all requests: float64 [num_gaps], seconds."""
     gaps = [np.diff(record.arrivals_s) for record in records if len(record.arrivals_s) > 1]
     return np.concatenate(gaps) if gaps else np.empty(0)
 
@@ -119,17 +124,18 @@ class BenchResult:
 
     config: dict[str, Any]  # the BenchConfig without its key
     started_at: str  # ISO 8601, UTC
-    wall_s: float  # first request sent to last answer ended
-    generator_cpu_s: float  # what the load generator itself used
+    wall_s: float  # from sending the first request to the end of the last answer
+    generator_cpu_s: float  # CPU time of the load generator itself
     records: list[RequestRecord]  # in the order in which they ended
 
     @property
     def summary(self) -> Summary:
+        """The figures of all requests."""
         return Summary.of(self.records, self.wall_s)
 
     @property
     def per_target(self) -> dict[str, Summary]:
-        """The figures of each target, most asked first."""
+        """The figures of each target, those with the most requests first."""
         groups: dict[str, list[RequestRecord]] = {}
         for record in self.records:
             groups.setdefault(record.target, []).append(record)
@@ -138,7 +144,7 @@ class BenchResult:
 
     @property
     def errors(self) -> dict[str, int]:
-        """How often each error text came."""
+        """The number of requests by error text."""
         counts: dict[str, int] = {}
         for record in self.records:
             if record.error is not None:
@@ -147,11 +153,12 @@ class BenchResult:
 
     @property
     def generator_cpu_ms_per_chunk(self) -> float:
+        """CPU time of the load generator per chunk received, ms."""
         num_chunks = sum(len(record.arrivals_s) for record in self.records)
         return self.generator_cpu_s * 1e3 / num_chunks if num_chunks else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything but the single chunks' times, ready for JSON."""
+        """Return the result as JSON, without the times of single chunks."""
         origin_s = min((record.start_s for record in self.records), default=0.0)
         return {
             "started_at": self.started_at,

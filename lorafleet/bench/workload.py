@@ -1,4 +1,4 @@
-"""What a load run asks for: targets, prompts and arrival times, all drawn from one seed. Pure: no I/O, no clock."""
+"""The requests of a load run: targets, prompts and arrival times, all drawn from one seed. Pure: no I/O, no clock."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-# Common one-token words, so that a prompt's words and tokens stay close for most tokenizers.
+# Common words that are one token each for most tokenizers, so that words and tokens of a prompt are about as many.
 _TEXT = (
     "time year people way day man thing woman life child world school state family student group country problem "
     "hand part place case week company system program question work government number night point home water room "
@@ -20,31 +20,32 @@ WORDS = tuple(_TEXT.split())
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Something to ask: a model or adapter, and the request fields that select it."""
+    """A model or adapter to ask, with the request fields that select it."""
 
     name: str  # in reports
     body: Mapping[str, Any]  # merged into each request, usually {"model": name}
 
     @classmethod
     def model(cls, name: str) -> "Target":
+        """Return the target that the field `model` selects."""
         return cls(name, {"model": name})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig:
-    """One load run against one server."""
+    """A load run against one server."""
 
     url: str  # of the server, with or without a trailing /v1
     targets: tuple[Target, ...]
-    zipf_s: float | None = None  # popularity of the i-th target ~ 1 / i**s; None = round robin
+    zipf_s: float | None = None  # the i-th target is asked in proportion to 1 / i**s; None: round robin
     num_requests: int = 64
-    concurrency: int = 8  # requests in flight; in open loop the most there may be
-    rate_per_s: float | None = None  # mean of Poisson arrivals (open loop); None = closed loop
+    concurrency: int = 8  # requests in flight; in an open loop, their maximum
+    rate_per_s: float | None = None  # mean of Poisson arrivals (open loop); None: closed loop
     prompt_words: int = 64
     output_tokens: int = 64
     ignore_eos: bool = True
     chat: bool = False  # /v1/chat/completions instead of /v1/completions
-    num_warmup: int = 0  # requests before the clock starts, round robin over the targets
+    num_warmup: int = 0  # unmeasured requests at the start, round robin over the targets
     timeout_s: float = 300.0  # for one request
     seed: int = 0
     api_key: str | None = None
@@ -62,22 +63,22 @@ class BenchConfig:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """A request to send."""
+    """A request that is to be sent."""
 
     target: Target
     body: dict[str, Any]
-    due_s: float  # after the start of the run; 0 in closed loop
+    due_s: float  # after the start of the run; 0 in a closed loop
 
 
 def plan_warmup(config: BenchConfig) -> Iterator[PlannedRequest]:
-    """Yield the requests that fill caches and adapter pools, each target in turn."""
+    """Yield the warm-up requests, which fill caches and adapter pools, each target in turn."""
     rng = np.random.default_rng((config.seed, 1))
     for index in range(config.num_warmup):
         yield _request(config, config.targets[index % len(config.targets)], rng, 0.0)
 
 
 def plan_requests(config: BenchConfig) -> Iterator[PlannedRequest]:
-    """Yield the measured requests in order of their due time. No two share a prompt, so no prefix cache helps."""
+    """Yield the measured requests by due time. No two share a prompt, so a prefix cache has no effect."""
     rng = np.random.default_rng((config.seed, 0))
     order = choose_targets(config, rng)
     due_s = np.zeros(config.num_requests)

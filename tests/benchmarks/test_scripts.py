@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: adapters that are really different, a slow link that changes no byte."""
+"""The parts that benchmark scripts share: adapters that differ, and a slow link that changes no byte."""
 
 from __future__ import annotations
 
