@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from tests.protocol.test_dead_letters import give_up
+from tests.protocol.queue.test_dead_letters import give_up
 
 from lorafleet.__main__ import main
 from lorafleet.embedded import EmbeddedServer, start_embedded
