@@ -11,8 +11,13 @@ from protocol.runtime.service import run as run_service
 from protocol.runtime.service import set_up_logging
 from protocol.wire.errors import BadRequest
 
-SERVICES = {"gateway": "gateway", "scheduler": "scheduler", "worker": "gpu_worker", "store": "adapter_store"}
-"""Service name -> the package whose `service.serve(settings, stop)` runs it."""
+SERVICES = {
+    "gateway": "gateway.service",
+    "scheduler": "scheduler.service",
+    "worker": "gpu_worker.service.service",
+    "store": "adapter_store.service",
+}
+"""Service name -> the module whose `serve(settings, stop)` runs it."""
 
 MAIN_FLAGS = (
     "redis_url", "model", "secret_file", "device", "adapters", "host", "port", "store_host", "metrics_port", "data",
@@ -35,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         raise BadRequest(f"--model: the {args.service} needs the base model, a Hub id or a local folder")
     set_up_logging(args.service, settings.log_level, settings.log_format)
     try:
-        module = importlib.import_module(f"{SERVICES[args.service]}.service")
+        module = importlib.import_module(SERVICES[args.service])
     except ModuleNotFoundError as error:
         raise BadRequest(f"{error.name} is not installed: pip install 'lorafleet[worker]'") from error
     return run_service(lambda stop: module.serve(settings, stop), sendfile=args.service == "store")

@@ -11,6 +11,12 @@ from lora_kernels import ops
 BF16 = torch.bfloat16
 
 
+@pytest.fixture(autouse=True)
+def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test the packed kernels also on processors with AMX, where bf16 weights stay with torch."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+
 def weight_and_input(n: int, k: int, m: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(n + k + m)
     weight = torch.randn(n, k, generator=generator) / k**0.5
@@ -61,6 +67,14 @@ def test_bf16_weights_are_packed(native):
     assert packed.layout == "vnni"
     with pytest.raises(RuntimeError, match="x has 32 features; the weight takes 64"):
         ops.linear(torch.zeros(1, 32, dtype=BF16), packed, impl=native)
+
+
+def test_bf16_weights_stay_with_torch_where_there_is_amx(native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    weight, x = weight_and_input(40, 64, 12, BF16)
+    packed = ops.pack_linear(weight, impl=native)
+    assert packed.layout == "plain"
+    assert_close(ops.linear(x, packed, impl=native), x.float() @ weight.float().T)
 
 
 def test_the_comparison_notices_one_weight_row(native):

@@ -15,7 +15,7 @@ from factories import make_adapter, make_tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from gpu_worker.adapters.cache import failures
+from gpu_worker.adapters import failures
 from gpu_worker.adapters.fetch import AdapterFiles
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput

@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import pytest
 from script_queue import written
-from tests.protocol.test_interleavings import GATEWAY, LENGTH, RIDS, Life, World, _ids
+from tests.protocol.queue.test_interleavings import GATEWAY, LENGTH, RIDS, Life, World, _ids
 
 from gpu_worker.engine.request import TokenOutput
+from gpu_worker.service import publish
 from gpu_worker.service.publish import Held, Ledger, Pending, merge, settle
-from gpu_worker.service.service import publish
 from lorafleet.embedded import EmbeddedServer
 from protocol.queue.bus import decode
 from protocol.wire import messages as m
