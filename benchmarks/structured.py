@@ -152,6 +152,7 @@ def main() -> None:
     machine, model = report.machine(), Path(args.model or quickstart_model())
     thread, _ = load_engine(Settings(model=str(model), device="cpu", max_num_seqs=32), no_adapter)
     engine, tokenizer = thread.engine, Tokenizer.from_file(str(model / "tokenizer.json"))
+    assert isinstance(engine, Engine)
     num_schemas, rounds, num_steps = (40, 2, 40) if args.short else (200, 6, 60)
     found, bad = ask_for_schemas(engine, tokenizer, num_schemas)
     print(f"{num_schemas} schemas: {dict(found)}")

@@ -1,4 +1,7 @@
-"""Fixtures for every test: a real queue server per test process; no key may outlive its test without a TTL."""
+"""Fixtures and rules for every test: a real queue server per test process, time limits, and the order's seed.
+
+No key may outlive its test without a TTL.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,50 @@ import pytest_asyncio
 from lorafleet.embedded import EmbeddedServer, start_embedded
 from protocol.queue.bus import Bus
 
+TESTS = Path(__file__).parent
+LONGER_S: dict[str, int] = {
+    "adapter_store/test_service.py": 60,  # a thousand adapters
+    "chaos": 120,  # whole fleets
+    "e2e": 120,  # whole fleets
+    "gateway/http/test_fuzz.py": 120,  # hypothesis
+    "kernels/test_triton.py": 600,  # a whole test run in Triton's interpreter; compilations for three cards
+    "kernels/triton": 120,  # that run
+    "lorafleet/test_profile.py": 60,
+    "lorafleet/test_quickstart.py": 120,  # converts a model
+    "oracle": 120,  # models of transformers
+    "oracle/test_greedy.py": 240,  # a model of real size
+    "peft_adapters/test_format.py": 120,  # hypothesis
+    "protocol/queue/test_interleavings.py": 300,  # every order of events
+    "protocol/queue/test_lost_tail.py": 300,  # every order of events
+    "scheduler/test_backlog.py": 60,  # hypothesis
+    "scheduler/test_fleet.py": 60,  # hypothesis
+    "test_packaging.py": 120,  # imports everything in new interpreters
+}
+"""File or folder -> the limit of each of its tests, s, where 30 s are not enough on two busy cores."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Set the limits of the files in LONGER_S; a marker at a test wins."""
+    missing = [name for name in LONGER_S if not (TESTS / name).exists()]
+    if missing:
+        raise pytest.UsageError(f"tests/conftest.py sets limits for files that do not exist: {', '.join(missing)}")
+    for item in items:
+        name = item.path.relative_to(TESTS).as_posix()
+        limits = [limit_s for prefix, limit_s in LONGER_S.items() if name == prefix or name.startswith(f"{prefix}/")]
+        if limits and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(max(limits)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Show the seed of the random order when something failed."""
+    seed = config.getoption("randomly_seed", default=None)
+    if seed is not None and terminalreporter.stats.keys() & {"failed", "error"}:
+        terminalreporter.write_line(f"the same order again: --randomly-seed={seed}")
+
 
 @pytest.fixture(scope="session")
 def queue_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """A queue server for all tests of this process."""
     server = start_embedded(Path(tmp_path_factory.mktemp("queue")), durable=False)
     yield server
     server.stop()

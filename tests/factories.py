@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -50,7 +51,7 @@ def make_tiny_model(
 
     `scale` is the standard deviation of the weights: large enough that greedy choices differ between prompts.
     """
-    tokenizer = make_tokenizer()
+    tokenizer: Any = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=num_layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=max_len, initializer_range=scale,
@@ -99,7 +100,7 @@ def make_encoder_adapter(folder: Path, base: PreTrainedModel, *, rank: int = 4, 
     """Write a PEFT LoRA adapter for an encoder to `folder`, with a head of its own if that has one; return it."""
     kind = "TOKEN_CLS" if isinstance(base, BertForTokenClassification) else "FEATURE_EXTRACTION"
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"], task_type=kind)
-    model = get_peft_model(base, config)
+    model: Any = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -114,7 +115,7 @@ def make_adapter(
     model_folder: Path,
     *,
     rank: int = 8,
-    alpha: float | None = None,
+    alpha: Any = None,
     targets: Sequence[str] = ALL_LINEAR,
     seed: int = 1,
     scale: float = 0.3,
@@ -125,7 +126,7 @@ def make_adapter(
     """
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
-    model = get_peft_model(base, config)
+    model: Any = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -134,7 +134,7 @@ async def test_blobs_without_a_name_can_be_removed(client: httpx2.AsyncClient) -
 @pytest.mark.parametrize("shown", ["", f"Bearer {BEARER}x", "Bearer", f"Basic {BEARER}", BEARER, "Bearer \xe9"])
 async def test_only_the_fleet_is_served(client: httpx2.AsyncClient, shown: str) -> None:
     """A stranger learns nothing, not even whether an adapter is there; health is for everybody."""
-    headers = {"Authorization": shown.encode("latin-1")}
+    headers = [(b"Authorization", shown.encode("latin-1"))]
     for method, path in (("GET", PATH), ("GET", "/adapters/nothing"), ("DELETE", f"/adapters/{DIGEST}")):
         answer = await client.request(method, path, headers=headers)
         assert answer.status_code == 401

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
 from s3_server import BUCKET, S3Server, run_cutter, run_s3
@@ -25,7 +26,7 @@ from protocol.wire import messages as m
 from protocol.wire.errors import AdapterRefused, BadRequest, NotFound, PermissionDenied, Unavailable
 
 WIDE = [m.SiteShape(site.name, 20_000, 16) for site in BASE.sites]  # makes the weights 1.3 MB
-WIDE_BASE = m.ServedModel(**{f: getattr(BASE, f) for f in BASE.__struct_fields__} | {"sites": WIDE})
+WIDE_BASE = msgspec.structs.replace(BASE, sites=WIDE)
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +81,9 @@ async def test_an_object_replaced_meanwhile_is_noticed(s3: S3Server, source: S3S
 
 async def test_objects_in_parts(s3: S3Server, source: S3Source, mirror: Mirror) -> None:
     """Put in parts, the ETag is no checksum; the content is right all the same."""
-    content = safetensors(lora_tensors(sites=[m.SiteShape(site.name, 50_000, 16) for site in WIDE], rank=8))
-    base = m.ServedModel(
-        **{f: getattr(BASE, f) for f in BASE.__struct_fields__}
-        | {"sites": [m.SiteShape(site.name, 50_000, 16) for site in WIDE]}
-    )
+    sites = [m.SiteShape(site.name, 50_000, 16) for site in WIDE]
+    content = safetensors(lora_tensors(sites=sites, rank=8))
+    base = msgspec.structs.replace(BASE, sites=sites)
     upload(s3, "parts", r=8)
     client, key = s3.client(), {"Bucket": BUCKET, "Key": f"parts/{WEIGHTS_FILE}"}
     upload_id = client.create_multipart_upload(**key)["UploadId"]

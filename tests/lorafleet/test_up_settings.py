@@ -63,7 +63,7 @@ def test_every_setting_has_a_flag() -> None:
     assert parser.format_help()
 
 
-def test_help_names_the_ten_main_settings_first_and_groups_the_rest_by_service() -> None:
+def test_help_shows_ten_main_settings_and_groups_the_others() -> None:
     listed = [name for names in sections().values() for name in names]
     assert listed == list(Settings.model_fields)
     for module in (up, serve):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tests.protocol.queue.test_scripts import make_body, make_submit
 
 from protocol.queue.bus import Bus, Step, StepRow
 from protocol.wire import messages as m
 from scheduler.core import Policy, Scheduler
 from scheduler.recovery import Recovery
+from tests.protocol.queue.test_scripts import make_body, make_submit
 
 TOKENS = b"\1\0\0\0\2\0\0\0"
 

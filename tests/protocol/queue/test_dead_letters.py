@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tests.protocol.queue.test_scripts import GATEWAY, make_body, make_submit
 
 from protocol.queue.bus import Bus, Step, StepRow, decode, now_ms
 from protocol.queue.dead_letters import DeadLetters
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Conflict, NotFound, WorkerLost
+from tests.protocol.queue.test_scripts import GATEWAY, make_body, make_submit
 
 TOKENS = b"\1\0\0\0\2\0\0\0"
 

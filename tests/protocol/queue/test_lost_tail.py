@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import pytest
 from script_queue import written
-from tests.protocol.queue.test_interleavings import GATEWAY, LENGTH, RIDS, Life, World, _ids
 
 from gpu_worker.engine.request import TokenOutput
 from gpu_worker.service import publish
@@ -20,6 +19,7 @@ from gpu_worker.service.publish import Held, Ledger, Pending, merge, settle
 from lorafleet.embedded import EmbeddedServer
 from protocol.queue.bus import decode
 from protocol.wire import messages as m
+from tests.protocol.queue.test_interleavings import GATEWAY, LENGTH, RIDS, Life, World, _ids
 
 MANY = 1000  # attempts; a queue that forgets must not make poison of anything
 
