@@ -65,7 +65,7 @@ class HttpResponse:
     """A response: a body, or a range of a file."""
 
     status: int
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict[str, str])
     body: bytes = b""
     file: Path | None = None  # sent instead of `body`
     begin: int = 0

@@ -12,9 +12,9 @@ from adapter_store.sources.local import FolderState
 class Changes:
     """The differences that one scan found, as adapter names."""
 
-    appeared: list[str] = field(default_factory=list)  # first seen
-    settled: list[str] = field(default_factory=list)  # complete, and new or changed since it last settled
-    removed: list[str] = field(default_factory=list)
+    appeared: list[str] = field(default_factory=list[str])  # first seen
+    settled: list[str] = field(default_factory=list[str])  # complete, and new or changed since it last settled
+    removed: list[str] = field(default_factory=list[str])
 
 
 class Watch:

@@ -1,4 +1,4 @@
-"""Adapters written byte by byte, without torch: good ones for BASE, and whatever an attacker may think of."""
+"""Adapters written byte by byte, without torch: valid ones for BASE, and malicious ones."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def lora_config(rank: int = 4, **fields: Any) -> dict[str, Any]:
 
 
 def write_adapter(folder: Path, seed: int = 0, rank: int = 4, **fields: Any) -> Path:
-    """Write a good adapter for BASE, in place."""
+    """Write a valid adapter for BASE, over one that may be there."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS_FILE).write_bytes(safetensors(lora_tensors(seed, rank)))
     (folder / CONFIG_FILE).write_text(json.dumps(lora_config(rank, **fields)))

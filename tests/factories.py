@@ -1,4 +1,4 @@
-"""Tiny real models and adapters, made in a second: a random Llama with a byte tokenizer, and PEFT adapters for it."""
+"""Tiny real models and adapters: a random Llama with a byte tokenizer, and PEFT adapters for it."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def make_tiny_encoder(folder: Path, *, labels: Sequence[str] = (), max_len: int 
 
 
 def make_encoder_adapter(folder: Path, base: PreTrainedModel, *, rank: int = 4, seed: int = 1) -> Path:
-    """Write a PEFT LoRA adapter for an encoder to `folder`, with a head of its own if that has one; return it."""
+    """Write a PEFT LoRA adapter for an encoder to `folder`, with its own head if the encoder has one; return it."""
     kind = "TOKEN_CLS" if isinstance(base, BertForTokenClassification) else "FEATURE_EXTRACTION"
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"], task_type=kind)
     model: Any = get_peft_model(base, config)

@@ -1,4 +1,4 @@
-"""Real fleets for tests: `lorafleet up` as a process of its own, and how to ask, watch and end it."""
+"""Real fleets for tests: `lorafleet up` in its own process, and functions to ask, watch and end it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUICK = ("--device", "cpu", "--dtype", "float32", "--kernels", "reference", "--g
 
 @dataclass
 class RunningFleet:
-    """A `lorafleet up` process and what is known of it."""
+    """A `lorafleet up` process, with its port and output."""
 
     process: subprocess.Popen[bytes]
     marker: str
@@ -52,16 +52,16 @@ class RunningFleet:
         return found[0] if found else ""
 
     def is_ready(self) -> bool:
-        """Tell whether the launcher has announced the fleet. Raises AssertionError when it has ended instead."""
+        """Return whether the launcher has announced the fleet. Raises AssertionError when it has ended instead."""
         assert self.process.poll() is None, self.output
         return "ready http://" in self.output
 
     def has_ended(self) -> bool:
-        """Tell whether the launcher is gone."""
+        """Return whether the launcher has ended."""
         return self.process.poll() is not None
 
     def left_running(self) -> list[psutil.Process]:
-        """Return what runs of it: the launcher, services, whatever they started, and the queue server."""
+        """Return the processes of the fleet: launcher, services, their children, and the queue server."""
         # The queue server writes its title over its environment; it works in its own folder.
         return [*with_variable(MARKER, self.marker), *working_below(self.output_file.parent / "data")]
 
@@ -71,14 +71,14 @@ class RunningFleet:
         return found
 
     def port_is_free(self) -> bool:
-        """Tell whether somebody else could listen on the port now."""
+        """Return whether another process could listen on the port now."""
         try:
             return claim_port("127.0.0.1", self.port) == self.port
         except Conflict:
             return False
 
     def is_gone(self) -> bool:
-        """Tell whether nothing is left of it."""
+        """Return whether no process is left and the port is free."""
         return not self.left_running() and self.port_is_free()
 
     def client(self) -> httpx2.AsyncClient:
@@ -96,7 +96,7 @@ class RunningFleet:
 
 @contextmanager
 def fleet_up(folder: Path, model: Path, *flags: str) -> Iterator[RunningFleet]:
-    """Start `lorafleet up`; at the end whatever still runs of it is killed."""
+    """Start `lorafleet up`; at the end of the block, kill all of its processes that still run."""
     folder.mkdir(parents=True, exist_ok=True)
     marker, port, output = secrets.token_hex(8), free_port(), folder / "output.txt"
     command = [sys.executable, "-m", "lorafleet", "up", str(model), "--port", str(port), "--data", str(folder / "data")]
@@ -134,7 +134,7 @@ def completion(model: str, prompt: str, **more: Any) -> dict[str, Any]:
 
 
 async def chunks(response: httpx2.Response) -> AsyncIterator[str]:
-    """Yield the texts of a streamed completion. Raises AssertionError when it does not end as it should."""
+    """Yield the texts of a streamed completion. Raises AssertionError unless it ends by length and [DONE]."""
     assert response.status_code == 200, await response.aread()
     finish = None
     async for line in response.aiter_lines():

@@ -21,24 +21,24 @@ MEMORY = Path("/sys/fs/cgroup/memory")
 
 @dataclass(frozen=True)
 class Host:
-    """A network of its own: loopback, and the cable."""
+    """A network namespace with a loopback and one end of the cable."""
 
     pid: int  # of the process that keeps it
     address: str
 
     @property
     def within(self) -> tuple[str, ...]:
-        """A command that runs another one there, and becomes it."""
+        """A command that runs another one there, in the same process."""
         return ("nsenter", f"--target={self.pid}", "--user", "--preserve-credentials", "--net", "--")
 
     def run(self, script: str) -> None:
-        """Run a shell script there. Raises CalledProcessError."""
+        """Run a shell script on this host. Raises CalledProcessError."""
         subprocess.run([*self.within, "sh", "-ec", script], check=True)
 
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Make them; they go with the block, or this process, and the last process in them."""
+    """Make two hosts for the length of the block; they also end with this process."""
     with _kept("unshare", "--map-root-user", "--net") as pid:
         first = Host(pid, FIRST)
         with _kept(*first.within, "unshare", "--net") as pid:
@@ -51,7 +51,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 @contextmanager
 def _kept(*command: str) -> Iterator[int]:
-    """Yield the id of a process that `command` has brought into its namespaces."""
+    """Yield the id of a process that runs in the namespaces of `command`."""
     script = ("sh", "-c", "echo; exec cat")  # until its input ends
     with subprocess.Popen([*command, *script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -96,17 +96,17 @@ def relay(host: Host, port: int, path: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class MemoryGroup:
-    """Processes whose memory the kernel counts together, and whose largest it kills when a limit is reached."""
+    """A memory cgroup: when its limit is reached, the kernel kills its largest process."""
 
     folder: Path
 
     @property
     def within(self) -> tuple[str, ...]:
-        """A command that runs another one there, and becomes it."""
+        """A command that runs another one there, in the same process."""
         return ("sh", "-ec", f'echo $$ > {self.folder}/cgroup.procs; exec "$@"', "sh")
 
     def exhaust(self) -> None:
-        """Leave no page free, and let one more process ask for some: the kernel kills, beginning with the largest."""
+        """Use up all memory of the group, so that the kernel kills its largest process."""
         usage = int((self.folder / "memory.usage_in_bytes").read_text())
         (self.folder / "memory.limit_in_bytes").write_text(str(usage))
         subprocess.run([*self.within, "tail", "/dev/zero"], check=False)  # which it keeps until it is killed itself
@@ -119,7 +119,7 @@ class MemoryGroup:
 
 @contextmanager
 def memory_group(name: str) -> Iterator[MemoryGroup]:
-    """Make one; its processes end with the block. Raises OSError where this cannot be done."""
+    """Make a group whose processes end with the block. Raises OSError where that is not permitted."""
     group = MemoryGroup(MEMORY / name)
     group.folder.mkdir()
     try:

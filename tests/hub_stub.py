@@ -46,7 +46,7 @@ class Seen:
 
 
 class HubStub:
-    """Its state is open to tests."""
+    """A Hub whose repositories, faults and seen requests tests read and change."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -75,7 +75,7 @@ class HubStub:
         )
 
     def _refuse(self, request: Request, *, content: bool) -> Response | None:
-        """Note a request; return the answer that keeps it from the repository."""
+        """Note a request; return the response that refuses it, None if it is allowed."""
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
         self.seen.append(Seen(request.url.path, request.headers.get("range", ""), token))
         if self.down:

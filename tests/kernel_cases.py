@@ -1,7 +1,7 @@
 """Workloads for the kernel tests: adapter mixes as Punica's benchmark has them, and packed sequences in a paged cache.
 
-Whatever an operation has no business reading is NaN: pool rows past an adapter's rank, pages nobody owns, cache slots
-past a sequence's length, fresh memory. An answer that is right in spite of them was computed from the right rows.
+Everything that an operation must not read is NaN: pool rows past an adapter's rank, free pages, cache slots past a
+sequence's length, uninitialized memory. So a right answer was computed from the right rows.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def token_slots(distribution: Distribution, num_tokens: int, num_slots: int, seed: int = 0) -> np.ndarray:
-    """The adapter slot of each token, -1 for the base model, in an order that is not sorted."""
+    """Return the adapter slot of each token, -1 for the base model, in an order that is not sorted."""
     rng = np.random.default_rng(seed)
     if distribution == "none":
         return np.full(num_tokens, -1)
@@ -187,7 +187,7 @@ def attention_case(
     generator = torch.Generator().manual_seed(seed)
     num_blocks = [-(-length // BLOCK_TOKENS) for length in kv_lens]
     order = torch.randperm(sum(num_blocks), generator=generator).numpy()
-    # Block 0 belongs to nobody, and fills the tables past their sequences' blocks.
+    # Block 0 is free, and fills the tables past their sequences' blocks.
     tables = np.zeros((len(kv_lens), max(num_blocks) + 1), dtype=np.int32)
     caches = [torch.full((len(order) + 1, heads[1], BLOCK_TOKENS, d), torch.nan) for d in head_dims]
     for seq, (length, count) in enumerate(zip(kv_lens, num_blocks, strict=True)):

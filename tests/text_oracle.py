@@ -1,4 +1,4 @@
-"""What transformers and PEFT answer."""
+"""The answers of transformers and PEFT, which decide what is right."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 @dataclass(frozen=True)
 class Oracle:
-    """Transformers and PEFT, asked for the same as a fleet."""
+    """The base model in transformers, with its adapters in PEFT."""
 
     model: Path
 

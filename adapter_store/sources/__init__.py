@@ -37,7 +37,9 @@ class Version:
     key: str  # equal keys mean equal content
     source: str  # as shown to users: "local:NAME", "hub:ORG/NAME@COMMIT", "s3://BUCKET/PREFIX"
     target: str
-    files: Mapping[str, RemoteFile] = field(default_factory=dict)  # by name: FILES, and MORE_FILES that exist
+    files: Mapping[str, RemoteFile] = field(
+        default_factory=dict[str, RemoteFile]
+    )  # by name: FILES, and MORE_FILES that exist
     at_hand: bool = False  # on this machine: so cheap to fetch again that it needs no sync to disk
 
 

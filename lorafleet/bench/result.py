@@ -23,7 +23,7 @@ class RequestRecord:
     target: str
     start_s: float = 0.0
     end_s: float = 0.0
-    arrivals_s: list[float] = field(default_factory=list)  # of each chunk with text
+    arrivals_s: list[float] = field(default_factory=list[float])  # of each chunk with text
     prompt_tokens: int = 0
     output_tokens: int = 0
     text: str = ""
@@ -31,7 +31,7 @@ class RequestRecord:
     complete: bool = False  # the final [DONE] has arrived
     error: str | None = None
     status: int = 0  # HTTP status; 0: no answer
-    headers: dict[str, str] = field(default_factory=dict)  # of an answer other than 200, names in lower case
+    headers: dict[str, str] = field(default_factory=dict[str, str])  # of an answer other than 200, names in lower case
 
     def as_row(self, origin_s: float) -> dict[str, Any]:
         """Return the request as JSON, without text and single chunks. `start_s` counts from `origin_s`."""

@@ -1,4 +1,4 @@
-"""Blobs are whole and checked, or not there: damage, crashes, quota."""
+"""Blobs are complete and checked, or absent: damage, crashes, quota."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_blob_survives_restarts(tmp_path: Path) -> None:
 
 
 def test_equal_content_is_one_blob(tmp_path: Path) -> None:
-    """Also when configs differ in what does not matter: the kept config is the canonical one."""
+    """Also when configs differ only in fields without effect: the stored config is the canonical one."""
     blobs = Blobs(tmp_path)
     first = put(blobs, 1)
     folder = write_adapter(blobs.staging("other"), 1, lora_dropout=0.5, base_model_name_or_path="/secret/path")

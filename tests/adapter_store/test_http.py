@@ -1,4 +1,4 @@
-"""The store's HTTP, byte by byte: ranges, conditions, keep-alive, and clients that talk nonsense."""
+"""The store's HTTP server, byte by byte: ranges, conditions, keep-alive, and malformed requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def client(tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
 
     async def drop(digest: str) -> int:
         if digest == DIGEST:
-            raise Conflict("the name x stands for it")
+            raise Conflict("the name x refers to it")
         return 17
 
     server = BlobServer(locate, drop, lambda: {"status": "ok"}, BEARER)
@@ -133,7 +133,7 @@ async def test_blobs_without_a_name_can_be_removed(client: httpx2.AsyncClient) -
 
 @pytest.mark.parametrize("shown", ["", f"Bearer {BEARER}x", "Bearer", f"Basic {BEARER}", BEARER, "Bearer \xe9"])
 async def test_only_the_fleet_is_served(client: httpx2.AsyncClient, shown: str) -> None:
-    """A stranger learns nothing, not even whether an adapter is there; health is for everybody."""
+    """Without the token, not even the existence of an adapter shows; health is open."""
     headers = [(b"Authorization", shown.encode("latin-1"))]
     for method, path in (("GET", PATH), ("GET", "/adapters/nothing"), ("DELETE", f"/adapters/{DIGEST}")):
         answer = await client.request(method, path, headers=headers)

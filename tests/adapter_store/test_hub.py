@@ -53,7 +53,7 @@ def mirror(tmp_path: Path) -> Mirror:
 
 
 async def test_a_branch_becomes_a_commit(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
-    """Only the two files are taken, by commit; the branch moving on does not change what was resolved."""
+    """Only the two files are fetched, by commit; a new commit on the branch does not change what was resolved."""
     repo = hub.repos["org/public"]
     first = repo.refs["main"]
     old = await source.resolve("org/public")
@@ -76,7 +76,7 @@ async def test_what_is_known_is_not_fetched_again(hub: HubStub, source: HubSourc
     hub.down = True
     commit = hub.repos["org/public"].refs["main"]
     assert (await mirror.take(source, f"org/public@{commit}", BASE)).digest == first.digest
-    assert len(hub.seen) == 1, "a commit always means the same: nobody is asked"
+    assert len(hub.seen) == 1, "a commit never changes: the Hub is not asked"
 
 
 async def test_single_flight(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
@@ -204,7 +204,7 @@ async def test_passing_trouble_is_waited_out(hub: HubStub, source: HubSource, mi
 
 
 async def test_lasting_trouble_is_told(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
-    """Also for what is in the blobs: an old answer is never given out as a new one."""
+    """Also for what is in the blobs: an old version is never served as the current one."""
     await mirror.take(source, "org/public", BASE)
     hub.down = True
     with pytest.raises(Unavailable, match="503, 5 times"):
@@ -226,7 +226,7 @@ async def test_nobody_there(mirror: Mirror) -> None:
 
 @pytest.mark.parametrize("ignore_ranges", [False, True])
 async def test_cut_bodies_are_resumed(hub: HubStub, source: HubSource, mirror: Mirror, ignore_ranges: bool) -> None:
-    """Each cut costs what was not received yet, or, where ranges are not served, the whole; the content is right."""
+    """After a cut only the rest is fetched, or the whole where ranges are not served; the content is right."""
     expected = hub.repos["org/public"].commits[hub.repos["org/public"].refs["main"]][WEIGHTS_FILE]
     hub.cut_at, hub.num_cuts, hub.ignore_ranges = 1000, 2, ignore_ranges
     taken = await mirror.take(source, "org/public", BASE)
@@ -269,7 +269,7 @@ class _Failing(HubSource):
 
 
 async def test_changed_content_is_not_taken(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
-    """Bytes that are not those the Hub announced: never taken in, and fetched anew the next time."""
+    """Bytes with another checksum than the Hub gives are refused, and fetched again the next time."""
     repo = hub.repos["org/public"]
     version = await source.resolve("org/public")
     files = repo.commits[repo.refs["main"]]

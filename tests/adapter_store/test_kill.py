@@ -1,4 +1,4 @@
-"""A store process killed at the worst moments, and on a full disk: it goes on, nothing half done is ever given out."""
+"""A store process is killed at the worst moments, or its disk is full: it recovers, and serves nothing incomplete."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from protocol.wire import messages as m
 
 @contextmanager
 def store_process(settings: Settings, *within: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a store in a process of its own, by way of a command that becomes it; at the end it is killed unwarned."""
+    """Run a store in its own process, started by `command`; at the end it is killed without a warning."""
     command = [*within, sys.executable, "-m", "adapter_store"]
     process = subprocess.Popen(command, env=os.environ | settings.environment(), stderr=subprocess.DEVNULL)
     try:
@@ -59,7 +59,7 @@ async def hub() -> AsyncIterator[HubStub]:
 async def test_killed_in_mid_download(
     bus: Bus, settings: Settings, hub: HubStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next process goes on where the bytes end, as soon as the lease of the dead one has run out."""
+    """The next process resumes the download as soon as the lease of the dead one has expired."""
     await bus.set(bus.keys.base, BASE)
     hub.repos["org/a"] = Repo()
     hub.repos["org/a"].commit(
@@ -96,7 +96,7 @@ async def test_killed_in_mid_download(
 
 @pytest.mark.parametrize("num_blobs", [0, 1, 5, 12])
 async def test_killed_in_mid_write(bus: Bus, settings: Settings, num_blobs: int) -> None:
-    """Killed once some of twenty adapters are in: all that was announced can be fetched, and all come in the end."""
+    """Killed after some of twenty adapters: every announced one can be fetched, and all are served in the end."""
     await bus.set(bus.keys.base, BASE)
     assert settings.adapters is not None
     for seed in range(20):
@@ -123,7 +123,7 @@ async def test_killed_in_mid_write(bus: Bus, settings: Settings, num_blobs: int)
 
 
 async def test_full_disk(bus: Bus, settings: Settings) -> None:
-    """A clear reason; what is there is served on; once there is room, the adapter comes by itself."""
+    """The reason is clear, other adapters are still served, and once there is room, the adapter is fetched."""
     await bus.set(bus.keys.base, BASE)
     assert settings.adapters is not None
     write_adapter(settings.adapters / "old")
@@ -143,7 +143,7 @@ async def test_full_disk(bus: Bus, settings: Settings) -> None:
 
 
 async def test_ends_when_told(bus: Bus, settings: Settings, tmp_path: Path) -> None:
-    """SIGTERM: exit code 0, off the register."""
+    """SIGTERM gives exit code 0 and removes the store from the register."""
     with store_process(settings) as process:
         await url_of(bus, set())
         process.terminate()

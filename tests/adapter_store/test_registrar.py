@@ -1,4 +1,4 @@
-"""Registered names through a whole store: served, kept fresh, re-pointed, private, refused, retried, taken back."""
+"""Registered names in a whole store: served, updated, moved, private, refused, retried, unregistered."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_a_registered_name_is_served_and_kept_fresh(bus: Bus, hub: HubStub
 
 
 async def test_a_name_can_be_pointed_elsewhere(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
-    """To another repository, or to a commit; what it stands for changes in one step, and never goes away."""
+    """To another repository or to a commit: the content changes in one step and is never missing."""
     old_commit = hub.repos["org/a"].refs["main"]
     hub.repos["org/a"].commit(adapter(1))
     hub.repos["org/b"] = Repo()
@@ -96,7 +96,7 @@ async def test_a_name_can_be_pointed_elsewhere(bus: Bus, hub: HubStub, run_store
             assert not digests or (alias is not None and alias.state == "on_disk")
             return alias if alias and alias.state == "on_disk" and alias.source.startswith(source) else None
 
-        digests.add((await wait_until(is_there, f"the name stands for {source}")).digest)
+        digests.add((await wait_until(is_there, f"the name refers to {source}")).digest)
     assert len(digests) == 3
 
 
@@ -134,7 +134,7 @@ async def test_refusals_say_why_and_are_looked_at_again_when_asked(bus: Bus, hub
     hub.seen.clear()
     await register(bus)
     await in_state(bus, "a", "on_disk")
-    assert not hub.requests("org/bad"), "nobody asked for it again"
+    assert not hub.requests("org/bad"), "it was not requested again"
     await register(bus, "bad", "hub:org/bad")
     await in_state(bus, "bad", "on_disk")
 
@@ -210,7 +210,7 @@ async def test_requests_may_name_what_policy_lets_them(bus: Bus, hub: HubStub, r
 async def test_refused_requests_are_forgotten(
     bus: Bus, hub: HubStub, run_store: RunStore, timings: StoreTimings
 ) -> None:
-    """Names that requests made up do not pile up; what was registered on purpose stays, with its reason."""
+    """Names that requests invent are forgotten; a registered name stays, with its reason."""
     timings.forget_refused_ms, timings.reload_s = 0, 0.05
     run_store(request_sources="hub")
     await register(bus, "kept", "hub:org/none")
@@ -243,7 +243,7 @@ async def test_a_folder_of_that_name_comes_first(
 
 
 async def test_slow_ones_keep_nobody_waiting(bus: Bus, hub: HubStub, settings: Settings, run_store: RunStore) -> None:
-    """Every download of the Hub stands still; folders are taken in meanwhile, and names say "downloading"."""
+    """While every download of the Hub hangs, folders are served, and the names are "downloading"."""
     assert settings.adapters is not None
     hub.gate = asyncio.Event()
     for i in range(10):
@@ -263,7 +263,7 @@ async def test_slow_ones_keep_nobody_waiting(bus: Bus, hub: HubStub, settings: S
 
 
 async def test_one_of_two_stores_fetches(bus: Bus, hub: HubStub, tmp_path: Path, run_store: RunStore) -> None:
-    """At a time; and each can give the content out, from its own disk or by fetching it."""
+    """At a time; and each can serve the content, from its disk or by fetching it."""
     hub.gate = asyncio.Event()
     stores = [run_store(data=tmp_path / f"data{i}", adapters=None) for i in range(2)]
     await wait_until(lambda: _num_stores(bus, 2), "both have registered")

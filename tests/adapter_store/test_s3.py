@@ -57,7 +57,7 @@ def weights(seed: int = 0) -> bytes:
 
 
 async def test_takes_and_refreshes(s3: S3Server, source: S3Source, mirror: Mirror) -> None:
-    """The ETags are the version: unchanged objects cost no download, changed ones are a new content."""
+    """The ETags are the version: unchanged objects are not downloaded again, changed ones are new content."""
     upload(s3, "team/a", weights())
     first = await mirror.take(source, f"//{BUCKET}/team/a", BASE)
     assert first.version.source == f"s3://{BUCKET}/team/a"
@@ -80,7 +80,7 @@ async def test_an_object_replaced_meanwhile_is_noticed(s3: S3Server, source: S3S
 
 
 async def test_objects_in_parts(s3: S3Server, source: S3Source, mirror: Mirror) -> None:
-    """Put in parts, the ETag is no checksum; the content is right all the same."""
+    """The ETag of an object uploaded in parts is no checksum; its content is right nevertheless."""
     sites = [m.SiteShape(site.name, 50_000, 16) for site in WIDE]
     content = safetensors(lora_tensors(sites=sites, rank=8))
     base = msgspec.structs.replace(BASE, sites=sites)

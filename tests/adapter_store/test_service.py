@@ -1,4 +1,4 @@
-"""A whole store on a real queue and a real folder: what is served, what is refused, what changes and crashes leave."""
+"""A whole store on a real queue and a real folder: what it serves and refuses, after changes and crashes, too."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def write_bad(folder: Path, config: dict[str, Any] | bytes | None, weights: byte
 
 
 async def test_bad_adapters_say_why_and_disturb_nobody(bus: Bus, root: Path, run_store: RunStore) -> None:
-    """All of them at once, beside a good one; each is served once its files are put right."""
+    """All of them at once, beside a good one; each is served once its files are corrected."""
     await bus.set(bus.keys.base, BASE)
     for name, (config, weights, _) in BAD.items():
         write_bad(root / name, config, weights)
@@ -174,7 +174,7 @@ async def test_a_good_one_gone_bad_is_not_served_on(bus: Bus, root: Path, run_st
 
 
 async def test_pickles_are_refused_without_being_opened(bus: Bus, root: Path, run_store: RunStore) -> None:
-    """The pickle is a pipe without a writer: whoever opened it would hang."""
+    """The pickle is a pipe without a writer, so opening it would block."""
     (root / "old").mkdir()
     (root / "old" / CONFIG_FILE).write_text(json.dumps(lora_config()))
     os.mkfifo(root / "old" / "adapter_model.bin")
@@ -337,7 +337,7 @@ async def test_more_adapters_than_disk(bus: Bus, root: Path, run_store: RunStore
 
 
 async def test_a_thousand_adapters(bus: Bus, root: Path, run_store: RunStore) -> None:
-    """Registered at once, any of them can be asked; equal contents share one blob."""
+    """All registered at once, any of them can be used; equal contents share one blob."""
     await bus.set(bus.keys.base, BASE)
     for seed in range(1000):
         write_adapter(root / f"a{seed}", seed=seed % 500, rank=1)
@@ -358,7 +358,7 @@ async def test_a_thousand_adapters(bus: Bus, root: Path, run_store: RunStore) ->
 async def test_records_go_with_their_last_name(
     bus: Bus, root: Path, run_store: RunStore, timings: StoreTimings
 ) -> None:
-    """Those an earlier process left, too; one that still has a name stays."""
+    """Also those of an earlier process; a record that still has a name stays."""
     timings.record_kept_s = 0.0
     await bus.set(bus.keys.base, BASE)
     stale = m.AdapterRecord(digest="0" * 64, rank=1, num_bytes=1, config={}, modules=[], source="local:x", created_ms=1)

@@ -1,4 +1,4 @@
-"""Adapters that bring a tokenizer or a chat template: taken from every source, part of the digest, never lost."""
+"""Adapters with their own tokenizer or chat template: from every source, part of the digest, never lost."""
 
 from __future__ import annotations
 

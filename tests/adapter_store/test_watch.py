@@ -1,4 +1,4 @@
-"""When a folder counts as whole, over any history of scans."""
+"""A folder settles and is removed when it should, over any history of scans."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(ANSWER)
 
 
 class ReplayTransport(asyncio.Transport):
-    """Answers whatever is written with fixed pieces."""
+    """A server that answers any request with fixed pieces."""
 
     def __init__(self, connection: Connection, pieces: list[bytes]) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ async def read_request(reader: asyncio.StreamReader) -> None:
 
 
 async def test_connection_closed_between_requests_is_replaced() -> None:
-    """Some servers announce that they keep a connection, and close it after a stream all the same."""
+    """Some servers announce that they keep a connection, and close it after a stream nevertheless."""
     num_connections = 0
 
     async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

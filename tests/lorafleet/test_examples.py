@@ -1,4 +1,4 @@
-"""The adapters that ship with the repository are small, portable, differ from each other, and do something."""
+"""The adapters that ship with the repository are small, portable, differ from each other, and have an effect."""
 
 import json
 from pathlib import Path

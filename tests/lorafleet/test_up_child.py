@@ -1,4 +1,4 @@
-"""A service process is kept alive, drained, killed with all it started, and never outlives its launcher."""
+"""A service process is restarted, drained, killed with its children, and never outlives its launcher."""
 
 import asyncio
 import json
