@@ -1,6 +1,6 @@
 """The gateway process: its parts, its loops, and how it ends.
 
-Order of the end: refuse new calls (the port stays open, so that they get a 503), let running ones finish within
+It ends in this order: refuse new calls (the port stays open, so that they get a 503), let running ones finish within
 `grace_s`, fail the rest with an error their clients may retry, close the port, stop the loops, leave the fleet.
 """
 
@@ -11,8 +11,7 @@ import logging
 import socket
 import uuid
 from collections.abc import Coroutine
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
@@ -21,7 +20,7 @@ from gateway.adapters.catalogue import Catalogue, Fleet
 from gateway.adapters.life import AdapterLife
 from gateway.adapters.names import Names
 from gateway.adapters.routes import AdapterEndpoints
-from gateway.auth.gate import Gate, is_loopback
+from gateway.auth.authentication import is_loopback
 from gateway.calls.calls import Calls
 from gateway.calls.jobs import Jobs
 from gateway.calls.replies import Replies
@@ -29,9 +28,9 @@ from gateway.encoders.routes import EncoderEndpoints
 from gateway.http.app import Envelope, build_app
 from gateway.http.routes import Endpoints
 from gateway.http.server import BACKLOG, HttpServer, allow_connections
-from gateway.lorax.routes import NativeEndpoints, shape_of
-from gateway.overload.door import Door
-from gateway.overload.pulse import Pulse
+from gateway.lorax.routes import NativeEndpoints
+from gateway.overload.admission import Admission, OverloadLimits
+from gateway.overload.heartbeat import Heartbeat, Pace
 from gateway.text.grammar_check import GrammarCheck
 from gateway.text.own_files import OwnFiles
 from gateway.text.sandbox import Sandbox
@@ -50,25 +49,37 @@ LAST_WORDS_S = 5  # for error frames to reach their clients once the grace is ov
 KEEP_ALIVE_S = 75  # longer than the usual 60 s of load balancers, so that they close first
 
 
-async def serve(settings: Settings, stop: asyncio.Event) -> int:
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What operators do not set, but tests."""
+
+    overload: OverloadLimits = field(default_factory=OverloadLimits)
+    pace: Pace = field(default_factory=Pace)
+    alias_poll_s: float = 2.0  # pause after which a name that is waited for is looked up, should its event be lost
+
+
+async def serve(settings: Settings, stop: asyncio.Event, tuning: Tuning | None = None) -> int:
     """Run a gateway until `stop`, then drain. Returns the exit code. Raises BadRequest on a wrong model."""
+    tuning = tuning or Tuning()
     secret = FleetSecret.of(settings)
     files = await asyncio.to_thread(load_model_files, settings)
     bus = Bus(settings.redis_url)
-    # What is looked at once a second has connections of its own: behind hundreds of calls that wait for one of `bus`'s
-    # it would be late.
+    # What happens once a second has connections of its own: it would be late behind hundreds of calls that wait for a
+    # connection of `bus`.
     beats = Bus(settings.redis_url)
     try:
         await bus.check()
         replies = Replies(bus, uuid.uuid4().hex, beats)
         fleet = Fleet(beats, settings.beat_timeout_s)
-        names = Names(bus, settings, secret)
+        heartbeat = Heartbeat(settings.redis_url, replies.gid, tuning.pace)
+        admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, tuning.overload)
+        names = Names(bus, settings, secret, admission.leave_inbound, tuning.alias_poll_s)
         sandbox = Sandbox()
         own = OwnFiles(bus, files, sandbox, secret.bearer if secret else "")
         tokenizer = model_folder(settings.model, TOKENIZER_FILES) / TOKENIZER
         grammars = GrammarCheck(str(tokenizer), settings.grammar_timeout_s)
         catalogue = Catalogue(bus, names, own, settings.adapters)
-        calls = Calls(settings, bus, files, fleet, catalogue, replies, grammars)
+        calls = Calls(settings, bus, files, fleet, catalogue, replies, grammars, admission)
         endpoints = Endpoints(calls, Jobs(calls))
         adapters = AdapterEndpoints(AdapterLife(bus, settings, names, secret))
         native = NativeEndpoints(endpoints, calls)
@@ -80,16 +91,12 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
             )
         encoders = EncoderEndpoints(endpoints, calls)
         keys = ApiKeys(bus) if settings.api_keys else None
-        door = Door(settings.max_open_calls, lambda: fleet.status)
-        guard = partial(Gate, keys=keys, door=door, shape_of=shape_of)
-        app = build_app(endpoints, native, adapters, encoders, settings, guard)
+        app = build_app(endpoints, native, adapters, encoders, settings, admission, keys)
         with _listen(settings.host, settings.port) as listener:
             address = _address(listener)
-            pulse = Pulse(settings.redis_url, replies.gid, address, lambda: door.looked_s)
             await replies.open()
-            await pulse.beat_once(beats)
-            parts = _Parts(app, endpoints, replies, fleet, names, door)
-            async with pulse.beating():
+            parts = _Parts(app, endpoints, replies, fleet, names, heartbeat)
+            async with heartbeat.beating(beats, address):
                 logger.info("listening on %s", address)
                 await _run(_server(app), listener, parts, settings.grace_s, stop)
         await replies.close()
@@ -104,17 +111,19 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What runs, and what has to be told of the end."""
+    """What runs, and what is told of the end."""
 
     app: Envelope
     endpoints: Endpoints
     replies: Replies
     fleet: Fleet
     names: Names
-    door: Door
+    heartbeat: Heartbeat
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
-        return [self.replies.read(), self.replies.keep(), self.fleet.watch(), self.names.listen(), self.door.watch()]
+        """Return what runs until the end."""
+        replies, names = self.replies, self.names
+        return [replies.read(), replies.keep(), self.fleet.watch(), names.listen(), self.heartbeat.tick()]
 
 
 async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace_s: float, stop: asyncio.Event) -> None:
@@ -148,9 +157,7 @@ def _server(app: Envelope) -> HttpServer:
         app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, server_header=False,
         proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=LAST_WORDS_S,
     )  # fmt: skip
-    server = HttpServer(config)
-    server.max_connections = allow_connections()
-    return server
+    return HttpServer(config, allow_connections())
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -34,9 +34,6 @@ from protocol.wire.keys import private_name
 logger = logging.getLogger(__name__)
 
 LISTEN_MS = 1000
-LOOK_S = 2.0
-"""Pause after which a waiter looks again, should an event have been lost."""
-
 STORE_TIMEOUT_MS = 10_000
 """Silence of every store after which nobody waits for one any more."""
 
@@ -46,8 +43,13 @@ _ERRORS: dict[int, type[LorafleetError]] = {400: BadRequest, 403: PermissionDeni
 class Names:
     """The names of adapters, as requests use them."""
 
-    def __init__(self, bus: Bus, settings: Settings, secret: FleetSecret | None) -> None:
+    def __init__(
+        self, bus: Bus, settings: Settings, secret: FleetSecret | None, on_wait: Callable[[], object], look_s: float
+    ) -> None:
+        """`on_wait` is called when a request begins to wait for a store."""
         self._bus = bus
+        self._on_wait = on_wait
+        self._look_s = look_s
         self._policy = Policy.of(settings)
         self._refresh_ms = int(1000 * settings.refresh_s)
         self._secret = secret
@@ -109,7 +111,7 @@ class Names:
     async def _settled(self, alias: m.Alias, timeout_s: float, caller: Caller) -> m.Alias:
         found: m.Alias | None = alias
         if not is_settled(alias):
-            caller.preparation.end()
+            self._on_wait()
             found = await self.wait(alias.name, alias.tenant, lambda now: now is None or is_settled(now), timeout_s)
         if found is None or found.state == "unknown":
             raise ModelNotFound(alias.name)
@@ -132,7 +134,7 @@ class Names:
         def is_answered(found: m.Alias | None) -> bool:
             return found is not None and is_settled(found) and found.asked_ms >= asked_ms
 
-        caller.preparation.end()
+        self._on_wait()
         try:
             found = await self.wait(name, tenant, is_answered, timeout_s)
         finally:
@@ -180,7 +182,7 @@ class Names:
                 if left_s <= 0:
                     raise Unavailable(f"the adapter `{name}` is still being downloaded", code="adapter_loading")
                 try:
-                    async with asyncio.timeout(min(left_s, LOOK_S)):
+                    async with asyncio.timeout(min(left_s, self._look_s)):
                         await event.wait()
                 except TimeoutError:
                     if not await self._bus.members(self._bus.keys.stores, STORE_TIMEOUT_MS):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
-from gateway.overload.preparing import Preparation
 from protocol.queue.api_keys import SCOPES, Tenant
 from protocol.queue.quota import Quota
 from protocol.runtime.fleet_secret import owner_of
@@ -29,7 +28,6 @@ class Caller:
     scopes: Sequence[str] = SCOPES
     token: str = ""  # for the source of an adapter
     headers: dict[str, str] = field(default_factory=dict)  # what the answer tells of limits; filled on the way
-    preparation: Preparation = field(default_factory=Preparation)  # of its call
 
     @property
     def owner(self) -> str:

@@ -103,6 +103,7 @@ class Calls:
         catalogue: Catalogue,
         replies: Replies,
         grammars: GrammarCheck,
+        admission: Admission,
     ) -> None:
         self.settings = settings
         self.bus = bus
@@ -111,7 +112,7 @@ class Calls:
         self.catalogue = catalogue
         self.replies = replies
         self.grammars = grammars
-        self.admission = Admission(settings)
+        self.admission = admission
 
     # ------------------------------------------------------------ a new call
 
@@ -122,7 +123,7 @@ class Calls:
         """
         options = options_of(request, self.settings)
         base = await self.fleet.require(worker=not options.background)
-        self.admission.check_room(options.cls, self.fleet.status, now_ms())
+        self.admission.check(Load(options.cls))
         check_task(base, "generate")
         targets = await self._targets(request, base, caller)
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
@@ -217,27 +218,26 @@ class Calls:
         try:
             return await self._submit(work, requests, idem)
         finally:
-            work.caller.preparation.end(submitted=True)
+            self.admission.leave_inbound(reached_queue=True)
 
     async def _submit(self, work: Work, requests: Requests, idem: tuple[str, m.Idempotent]) -> m.Idempotent | None:
         load = load_of(work.options.cls, [submit for submit, _ in requests])
         quota, caller = work.caller.quota, work.caller
         if quota is not None:
             check_quota(quota, load.num, load.num_tokens)
-        self.admission.check(load, self.fleet.status)
+        self.admission.check(load)
         outcome, value = await self.put(work, requests, idem)
         if outcome == "idem":
             return decode(value, m.Idempotent)
         if outcome == "full":
-            self.admission.note_full(load, int(value), now_ms())
-            raise self.admission.full(load, int(value), self.fleet.status)
+            raise self.admission.full(load, int(value))
         if isinstance(value, Standing):
             caller.headers.update(limit_headers(value))
             if value.over:
                 assert quota is not None
                 text = limit_text(quota, value, load.num, load.num_tokens)
                 raise Overloaded(text, value.retry_ms / 1000 if value.retry_ms else RETRY_S)
-        self.admission.note(load, now_ms())
+        self.admission.submitted(load)
         for which, prompt in enumerate(work.prompts):
             kind = KIND_ADAPTER if work.target_of(which).digest else KIND_BASE
             PROMPT_TOKENS.labels(kind).inc(prompt.num_tokens)

@@ -39,6 +39,7 @@ from gateway.lorax.answer import compute_type, times_of
 from gateway.lorax.api import AdapterParameters
 from gateway.lorax.errors import LORAX_GENERATION_ERRORS
 from gateway.openai.api import Options
+from gateway.overload.admission import Load
 from protocol.queue.bus import now_ms
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
@@ -202,7 +203,7 @@ class EncoderCalls:
     async def _require(self, task: m.Task) -> m.ServedModel:
         base = await self._calls.fleet.require(worker=True)
         check_task(base, task)
-        self._calls.admission.check_room(INTERACTIVE, self._calls.fleet.status, now_ms())
+        self._calls.admission.check(Load(INTERACTIVE))
         return base
 
     def _check_number(self, num: int, param: str) -> None:

@@ -21,6 +21,7 @@ from gateway.lorax.api import (
     native_limit,
     native_options,
 )
+from gateway.overload.admission import Load
 from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import now_ms
 from protocol.wire import messages as m
@@ -47,7 +48,7 @@ class NativeCalls:
         base = await calls.fleet.require(worker=True)
         check_task(base, "generate")
         native = native_options(request, calls.settings, base.max_model_len, stream=stream)
-        calls.admission.check_room(native.options.cls, calls.fleet.status, now_ms())
+        calls.admission.check(Load(native.options.cls))
         target = await self.target(p, base, caller)
         prompt = await self._prompt(request.inputs, native, target.files)
         limit = native_limit(native.options, prompt.num_tokens, base.max_model_len)

@@ -21,6 +21,7 @@ from waiting import wait_until
 from adapter_store import registrar
 from adapter_store.service import serve
 from adapter_store.sources import retry
+from gateway.service import Tuning
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.queue.bus import Bus
 from protocol.runtime.backoff import Backoff
@@ -281,12 +282,9 @@ async def test_a_client_that_leaves_while_its_adapter_comes_submits_nothing(
     assert len(fleet.seen) == 1
 
 
-async def test_without_a_store_nobody_waits_for_ever(
-    bus: Bus, fleet: ScriptedFleet, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gateway.adapters.names.LOOK_S", 0.05)
+async def test_without_a_store_nobody_waits_for_ever(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     async with (
-        running_gateway(bus, model_folder, request_sources="hub") as gateway,
+        running_gateway(bus, model_folder, Tuning(alias_poll_s=0.05), request_sources="hub") as gateway,
         httpx2.AsyncClient(base_url=gateway.url) as http,
     ):
         answer = await ask(http, "org/a")

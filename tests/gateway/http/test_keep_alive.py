@@ -10,7 +10,7 @@ import pytest
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from starlette.responses import Response
 
-from gateway.http.late import in_time
+from gateway.http.keep_alive import KeepAliveResponse
 from protocol.wire.errors import NotFound
 
 
@@ -38,7 +38,7 @@ async def test_whatever_goes_wrong_ends_it_with_an_event(failure: Exception, cod
         if message.get("body", b"").startswith(b":"):
             go.set()
 
-    response = await in_time(answer(), stream=True, keepalive_s=0.01)
+    response = KeepAliveResponse(answer(), stream=True, keepalive_s=0.01)
     await response({"type": "http"}, receive, send)
     assert sent[0]["status"] == 200
     last = sent[-1]
