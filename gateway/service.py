@@ -16,10 +16,11 @@ from typing import Any
 
 import uvicorn
 
-from gateway.adapters.catalogue import Catalogue, Fleet
-from gateway.adapters.life import AdapterLife
-from gateway.adapters.names import Names
-from gateway.adapters.routes import AdapterEndpoints
+from gateway.adapters.aliases import Aliases
+from gateway.adapters.fleet_view import FleetView
+from gateway.adapters.operations import AdapterOperations
+from gateway.adapters.operator_routes import OperatorEndpoints
+from gateway.adapters.resolver import Resolver
 from gateway.auth.authentication import is_loopback
 from gateway.calls.calls import Calls
 from gateway.calls.jobs import Jobs
@@ -55,7 +56,7 @@ class Tuning:
 
     overload: OverloadLimits = field(default_factory=OverloadLimits)
     pace: Pace = field(default_factory=Pace)
-    alias_poll_s: float = 2.0  # pause after which a name that is waited for is looked up, should its event be lost
+    alias_poll_s: float = 2.0  # pause after which an awaited alias is looked up, in case its event was lost
 
 
 async def serve(settings: Settings, stop: asyncio.Event, tuning: Tuning | None = None) -> int:
@@ -70,18 +71,18 @@ async def serve(settings: Settings, stop: asyncio.Event, tuning: Tuning | None =
     try:
         await bus.check()
         replies = Replies(bus, uuid.uuid4().hex, beats)
-        fleet = Fleet(beats, settings.beat_timeout_s)
+        fleet = FleetView(beats, settings.beat_timeout_s)
         heartbeat = Heartbeat(settings.redis_url, replies.gid, tuning.pace)
         admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, tuning.overload)
-        names = Names(bus, settings, secret, admission.leave_inbound, tuning.alias_poll_s)
+        aliases = Aliases(bus, settings, secret, admission.leave_inbound, tuning.alias_poll_s)
         sandbox = Sandbox()
         own = OwnFiles(bus, files, sandbox, secret.bearer if secret else "")
         tokenizer = model_folder(settings.model, TOKENIZER_FILES) / TOKENIZER
         grammars = GrammarCheck(str(tokenizer), settings.grammar_timeout_s)
-        catalogue = Catalogue(bus, names, own, settings.adapters)
-        calls = Calls(settings, bus, files, fleet, catalogue, replies, grammars, admission)
+        resolver = Resolver(bus, aliases, own, settings.adapters)
+        calls = Calls(settings, bus, files, fleet, resolver, replies, grammars, admission)
         endpoints = Endpoints(calls, Jobs(calls))
-        adapters = AdapterEndpoints(AdapterLife(bus, settings, names, secret))
+        operators = OperatorEndpoints(AdapterOperations(bus, settings, aliases, secret))
         native = NativeEndpoints(endpoints, calls)
         if not settings.api_keys and not is_loopback(settings.host):
             logger.warning(
@@ -91,11 +92,11 @@ async def serve(settings: Settings, stop: asyncio.Event, tuning: Tuning | None =
             )
         encoders = EncoderEndpoints(endpoints, calls)
         keys = ApiKeys(bus) if settings.api_keys else None
-        app = build_app(endpoints, native, adapters, encoders, settings, admission, keys)
+        app = build_app(endpoints, native, operators, encoders, settings, admission, keys)
         with _listen(settings.host, settings.port) as listener:
             address = _address(listener)
             await replies.open()
-            parts = _Parts(app, endpoints, replies, fleet, names, heartbeat)
+            parts = _Parts(app, endpoints, replies, fleet, aliases, heartbeat)
             async with heartbeat.beating(beats, address):
                 logger.info("listening on %s", address)
                 await _run(_server(app), listener, parts, settings.grace_s, stop)
@@ -116,14 +117,14 @@ class _Parts:
     app: Envelope
     endpoints: Endpoints
     replies: Replies
-    fleet: Fleet
-    names: Names
+    fleet: FleetView
+    aliases: Aliases
     heartbeat: Heartbeat
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """Return what runs until the end."""
-        replies, names = self.replies, self.names
-        return [replies.read(), replies.keep(), self.fleet.watch(), names.listen(), self.heartbeat.tick()]
+        replies, aliases = self.replies, self.aliases
+        return [replies.read(), replies.keep(), self.fleet.watch(), aliases.listen(), self.heartbeat.tick()]
 
 
 async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace_s: float, stop: asyncio.Event) -> None:
@@ -134,7 +135,7 @@ async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace
         parts.endpoints.draining = True
         logger.info("draining")
         if not await _idle(parts.app, grace_s):
-            for waiters in (parts.replies, parts.names):
+            for waiters in (parts.replies, parts.aliases):
                 waiters.fail_all(Unavailable("this gateway is shutting down", code="shutting_down"))
             await _idle(parts.app, LAST_WORDS_S)
         server.should_exit = True

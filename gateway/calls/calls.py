@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from gateway.adapters.catalogue import Catalogue, Fleet, Target, is_base
+from gateway.adapters.fleet_view import FleetView
+from gateway.adapters.resolver import Resolver, Target, is_base
 from gateway.auth.callers import Caller
 from gateway.auth.limits import RETRY_S, check_quota, limit_headers, limit_text
 from gateway.calls.choices import Choice, Prompt
@@ -99,8 +100,8 @@ class Calls:
         settings: Settings,
         bus: Bus,
         files: ModelFiles,
-        fleet: Fleet,
-        catalogue: Catalogue,
+        fleet: FleetView,
+        resolver: Resolver,
         replies: Replies,
         grammars: GrammarCheck,
         admission: Admission,
@@ -109,7 +110,7 @@ class Calls:
         self.bus = bus
         self.files = files
         self.fleet = fleet
-        self.catalogue = catalogue
+        self.resolver = resolver
         self.replies = replies
         self.grammars = grammars
         self.admission = admission
@@ -148,14 +149,14 @@ class Calls:
         if request.api_token:
             caller = replace(caller, token=request.api_token)
         names = [
-            name if is_base(name, base) else await self.catalogue.name_in(request.adapter_source, name, caller)
+            name if is_base(name, base) else await self.resolver.name_in(request.adapter_source, name, caller)
             for name in request.models
         ]
-        targets = await self.catalogue.resolve_all(names, base, timeout_s, caller)
+        targets = await self.resolver.resolve_all(names, base, timeout_s, caller)
         if request.merged_adapters is not None:
             if len(targets) > 1 or targets[0].digest:
                 raise BadRequest("with merged_adapters, model must be the base model", param="merged_adapters")
-            targets = [await self.catalogue.resolve_merged(request.merged_adapters, base, timeout_s, caller)]
+            targets = [await self.resolver.resolve_merged(request.merged_adapters, base, timeout_s, caller)]
         if request.lora_scale is not None and not any(target.digest for target in targets):
             raise BadRequest("lora_scale scales an adapter, and the base model has none", param="lora_scale")
         return targets
@@ -284,7 +285,7 @@ class Calls:
 
     async def known_files(self, digests: Sequence[str], texts: Sequence[str]) -> list[ModelFiles]:
         """Return the files of those who answer submitted requests. Raises NotFound when they are gone."""
-        return [await self.catalogue.own.files(digest, own) for digest, own in zip(digests, texts, strict=True)]
+        return [await self.resolver.own.files(digest, own) for digest, own in zip(digests, texts, strict=True)]
 
     def known_prompts(
         self,

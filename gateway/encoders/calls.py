@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 from starlette.responses import Response
 
-from gateway.adapters.catalogue import Target
+from gateway.adapters.resolver import Target
 from gateway.auth.callers import Caller
 from gateway.calls.calls import Calls, Work, pack, requests_of, rid_of
 from gateway.calls.choices import Choice, Piece, Prompt
@@ -122,7 +122,7 @@ class EncoderCalls:
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
-        self._adapters = NativeAdapters(calls.catalogue, calls.settings)
+        self._adapters = NativeAdapters(calls.resolver, calls.settings)
 
     # ------------------------------------------------------------ the routes' answers
 
@@ -136,7 +136,7 @@ class EncoderCalls:
             target = await self._resolve(request.parameters, base, caller)
         else:
             timeout_s = self._calls.settings.request_timeout_s
-            target = await self._calls.catalogue.resolve(request.model, base, timeout_s, caller)
+            target = await self._calls.resolver.resolve(request.model, base, timeout_s, caller)
         texts = await self._tokens(sources, target, base)
         generation = await self._submit(Inputs("embed", target, texts, caller))
 

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.adapters.routes import AdapterEndpoints, add_adapter_routes
+from gateway.adapters.operator_routes import OperatorEndpoints, add_operator_routes
 from gateway.auth.authentication import Authentication
 from gateway.auth.callers import CALLER
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
@@ -51,7 +51,7 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 def build_app(
     endpoints: Endpoints,
     native: NativeEndpoints,
-    adapters: AdapterEndpoints,
+    operators: OperatorEndpoints,
     encoders: EncoderEndpoints,
     settings: Settings,
     admission: Admission,
@@ -62,7 +62,7 @@ def build_app(
     add_handlers(app, shape_of)
     add_routes(app, endpoints)
     add_native_routes(app, native)
-    add_adapter_routes(app, adapters)
+    add_operator_routes(app, operators)
     add_encoder_routes(app, encoders)
     guarded: ASGIApp = Admitted(Authentication(app, keys, shape_of), admission)
     origins = names_of(settings.cors_origins)

@@ -74,11 +74,11 @@ class Endpoints:
 
     async def models(self, request: Request) -> Response:
         base = await self._calls.fleet.require(worker=False)
-        return json_response({"object": "list", "data": await self._calls.catalogue.models(base, caller_of(request))})
+        return json_response({"object": "list", "data": await self._calls.resolver.models(base, caller_of(request))})
 
     async def model(self, name: str, request: Request) -> Response:
         base = await self._calls.fleet.require(worker=False)
-        return json_response(await self._calls.catalogue.model(name, base, caller_of(request)))
+        return json_response(await self._calls.resolver.model(name, base, caller_of(request)))
 
     # ------------------------------------------------------------ jobs
 

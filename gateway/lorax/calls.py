@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 
-from gateway.adapters.catalogue import Target
+from gateway.adapters.resolver import Target
 from gateway.auth.callers import Caller
 from gateway.calls.calls import Calls, Work, pack, requests_of, rid_of
 from gateway.calls.choices import Prompt
@@ -33,7 +33,7 @@ class NativeCalls:
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
-        self.adapters = NativeAdapters(calls.catalogue, calls.settings)
+        self.adapters = NativeAdapters(calls.resolver, calls.settings)
 
     async def answer(
         self, request: GenerateRequest, caller: Caller, started_s: float, *, stream: bool, as_list: bool

@@ -96,7 +96,7 @@ class NativeEndpoints:
         calls, settings = self._calls, self._calls.settings
         base = await calls.fleet.require(worker=False)
         adapters = [
-            alias.name for alias in await calls.catalogue.visible(caller_of(request)) if alias.state == "on_disk"
+            alias.name for alias in await calls.resolver.visible(caller_of(request)) if alias.state == "on_disk"
         ]
         return json_response(
             {
