@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gateway.overload.inbound import Inbound
 from protocol.runtime.settings import Settings
@@ -61,45 +61,24 @@ class Load:
 
 @dataclass(slots=True)
 class _Call:
-    """One call in flight."""
+    """A call in flight."""
 
     inbound: bool = True
-    cls: str = ""  # "" until its class is known
+    cls: str = ""  # "" until it is known
 
 
 _CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
-"""The call that the current task works for; None in tasks of other routes."""
+"""The call that the current task works for."""
 
 
 @dataclass(slots=True)
 class _Queue:
-    """What this gateway knows of one class's queue."""
+    """What this gateway knows of the requests of one class."""
 
     counted_ms: int = 0
-    num_counted: int = 0  # requests waiting then, without those of `new`
-    num_inbound: int = 0  # calls of this gateway that will be submitted
-    num_new: int = 0  # requests submitted since the scheduler's status
-    num_new_tokens: int = 0
-    new: deque[tuple[int, Load]] = field(default_factory=deque)  # (unix ms, load) of those, oldest first
-
-    def submit(self, load: Load, now_ms: int) -> None:
-        """Note a load that is in the queue."""
-        self.new.append((now_ms, load))
-        self.num_new += load.num
-        self.num_new_tokens += load.num_tokens
-
-    def forget(self, before_ms: int) -> None:
-        """Leave what was submitted before to the counts."""
-        while self.new and self.new[0][0] < before_ms:
-            _, load = self.new.popleft()
-            self.num_new -= load.num
-            self.num_new_tokens -= load.num_tokens
-            self.num_counted += load.num
-
-    def forecast(self, now_ms: int, drain_rate: float) -> float:
-        """Return how many requests wait now, if `drain_rate` have left each second since the last count."""
-        drained = drain_rate * max(0, now_ms - self.counted_ms) / 1000
-        return max(0.0, self.num_counted + self.num_new - drained)
+    num_counted: int = 0  # that waited then, without those of `num_new`
+    num_new: int = 0  # submitted by this gateway since the scheduler's status
+    num_inbound: int = 0  # calls of this gateway that have passed the check before any work
 
 
 class Admission:
@@ -120,50 +99,48 @@ class Admission:
         self._limits = limits or OverloadLimits()
         self._now_s = now_s
         self._queues = {cls: _Queue() for cls in CLASSES}
-        self.num_in_flight = 0
-        self.inbound = Inbound(self._limits.min_inbound, self._limits.inbound_span_s)
+        self._new: deque[tuple[int, Load]] = deque()  # (unix ms, submitted since the status), oldest first
+        self._num_new_tokens = 0
+        self._inbound = Inbound(self._limits.min_inbound, self._limits.inbound_span_s)
+        self._num_in_flight = 0
 
     # ------------------------------------------------------------ a call's way
 
     @contextmanager
     def enter(self) -> Iterator[None]:
         """Count the current task's call while it lasts: in flight until the end, inbound until `leave_inbound`."""
-        call = _Call()
-        _CALL.set(call)
-        self.num_in_flight += 1
-        self.inbound.begin(self._now_s())
+        _CALL.set(_Call())
+        self._num_in_flight += 1
+        self._inbound.begin(self._now_s())
         try:
             yield
         finally:
-            self._leave_inbound(call, reached_queue=False)
-            self.num_in_flight -= 1
+            self.leave_inbound()
+            self._num_in_flight -= 1
 
     def leave_inbound(self, *, reached_queue: bool = False) -> None:
-        """Count the current task's call as inbound no more: it `reached_queue`, or waits for something else."""
+        """Count the current task's call as inbound no more: it `reached_queue`, waits for something else, or ends."""
         call = _CALL.get()
-        if call is not None:
-            self._leave_inbound(call, reached_queue=reached_queue)
-
-    def _leave_inbound(self, call: _Call, *, reached_queue: bool) -> None:
-        if not call.inbound:
+        if call is None or not call.inbound:
             return
         call.inbound = False
-        self.inbound.end(self._now_s(), reached_queue=reached_queue)
+        self._inbound.end(self._now_s(), reached_queue=reached_queue)
         if call.cls:
             self._queues[call.cls].num_inbound -= 1
 
     def submitted(self, load: Load) -> None:
         """Note what the queue has taken."""
         now_ms = self._now_ms()
-        for queue in self._queues.values():
-            queue.forget(now_ms - STATUS_LIFE_MS)
-        self._queues[load.cls].submit(load, now_ms)
+        self._forget(now_ms - STATUS_LIFE_MS)
+        self._new.append((now_ms, load))
+        self._queues[load.cls].num_new += load.num
+        self._num_new_tokens += load.num_tokens
 
     def full(self, load: Load, num_queued: int) -> Overloaded:
         """Note that the queue refused a load since `num_queued` requests of its class waited; return the error."""
         queue = self._queues[load.cls]
         queue.counted_ms, queue.num_counted = self._now_ms(), num_queued - queue.num_new
-        return self._full(load, num_queued, self._status())
+        return self._full(load, num_queued)
 
     # ------------------------------------------------------------ whether it is let in
 
@@ -177,11 +154,10 @@ class Admission:
         if load is None:
             self._check_gateway()
             return
-        if load.num > self._settings.max_queued:
-            raise BadRequest(
-                f"the call makes {load.num} choices; the queue takes {self._settings.max_queued}",
-                param="n", code="limit_exceeded",
-            )  # fmt: skip
+        max_queued = self._settings.max_queued
+        if load.num > max_queued:
+            text = f"the call makes {load.num} choices; the queue takes {max_queued}"
+            raise BadRequest(text, param="n", code="limit_exceeded")
         status = self._status()
         if status is None:
             return
@@ -198,68 +174,54 @@ class Admission:
 
     def _check_gateway(self) -> None:
         """Hold a call that has just arrived against what the gateway has to do already."""
-        max_open, limits = self._settings.max_open_calls, self._limits
-        if self.num_in_flight >= max_open:
-            raise Overloaded(
-                f"this gateway is answering {self.num_in_flight} calls; the limit is {max_open}",
-                retry_after_s(ROOM * max_open, self._status()),
-            )
+        num, max_open, limits = self._num_in_flight, self._settings.max_open_calls, self._limits
+        if num >= max_open:
+            text = f"this gateway is answering {num} calls; the limit is {max_open}"
+            raise Overloaded(text, self._drain_s(ROOM * max_open))
         lag_s = self._lag_s()
         if lag_s >= limits.max_lag_s:
-            raise Overloaded(
-                f"this gateway is {lag_s:.1f} s late with what it has; the limit is {limits.max_lag_s:g} s",
-                max(MIN_RETRY_S, lag_s),
-            )
-        wait_s = self.inbound.wait_s(self._now_s())
+            text = f"this gateway is {lag_s:.1f} s late with what it has; the limit is {limits.max_lag_s:g} s"
+            raise Overloaded(text, max(MIN_RETRY_S, lag_s))
+        wait_s = self._inbound.wait_s(self._now_s())
         if wait_s >= limits.max_inbound_s:
-            raise Overloaded(
-                f"{self.inbound.num} calls are on their way to the queue, for about {wait_s:.0f} s;"
-                f" the limit is {limits.max_inbound_s:g} s",
-                wait_s,
-            )
+            text = f"{self._inbound.num} calls are on their way to the queue, for about {wait_s:.0f} s"
+            raise Overloaded(f"{text}; the limit is {limits.max_inbound_s:g} s", wait_s)
 
     def _check_place(self, load: Load, status: m.SchedulerStatus) -> None:
         """Refuse a call that its queue will have no place for, as far as is known."""
         queue, max_queued = self._queues[load.cls], self._settings.max_queued
-        if queue.num_counted + queue.num_new < NEARLY_FULL * max_queued:
-            return
-        expected = queue.forecast(self._now_ms(), status.drain_rate) + queue.num_inbound
-        if expected > max_queued - 1:
-            raise self._full(load, math.ceil(expected), status)
+        if queue.num_counted + queue.num_new >= NEARLY_FULL * max_queued:
+            expected = self._expected(queue, status) + queue.num_inbound
+            if expected > max_queued - 1:
+                raise self._full(load, math.ceil(expected))
 
     def _check_tokens(self, num_tokens: int, status: m.SchedulerStatus) -> None:
         """Refuse what makes too many tokens wait. A call alone is never too large."""
-        num_queued = status.queued + sum(queue.num_new for queue in self._queues.values())
-        queued_tokens = status.queued_tokens + sum(queue.num_new_tokens for queue in self._queues.values())
-        max_tokens = self._settings.max_queued_tokens
+        queued_tokens, max_tokens = status.queued_tokens + self._num_new_tokens, self._settings.max_queued_tokens
         if queued_tokens and queued_tokens + num_tokens > max_tokens:
+            num_queued = status.queued + sum(queue.num_new for queue in self._queues.values())
             excess = (queued_tokens + num_tokens - (1 - ROOM) * max_tokens) / queued_tokens
-            raise Overloaded(
-                f"requests of {queued_tokens} tokens are waiting; the limit is {max_tokens}",
-                retry_after_s(excess * num_queued, status),
-            )
+            text = f"requests of {queued_tokens} tokens are waiting; the limit is {max_tokens}"
+            raise Overloaded(text, self._drain_s(excess * num_queued))
 
     def _check_wait(self, load: Load, status: m.SchedulerStatus) -> None:
-        wait_s = self.predicted_wait_s(load, status)
+        """Refuse a call whose first token would come too late."""
+        wait_s = self._wait_s(load, status)
         max_wait_s = min(self._settings.max_wait_s or load.timeout_s, load.timeout_s)
         if wait_s > max_wait_s:
-            raise Overloaded(
-                f"the first token would come in about {wait_s:.0f} s; the limit is {max_wait_s:g} s",
-                max(MIN_RETRY_S, wait_s - (1 - ROOM) * max_wait_s),
-            )
+            text = f"the first token would come in about {wait_s:.0f} s; the limit is {max_wait_s:g} s"
+            raise Overloaded(text, max(MIN_RETRY_S, wait_s - (1 - ROOM) * max_wait_s))
 
-    def predicted_wait_s(self, load: Load, status: m.SchedulerStatus) -> float:
-        """Return the time until a call's first token: until it is in the queue, and until those ahead have left.
+    def _wait_s(self, load: Load, status: m.SchedulerStatus) -> float:
+        """Return the time to a call's first token: until it is in the queue, and until those ahead of it have left.
 
         The queue drains while calls are inbound, so it is the longer of the two. What is unknown counts as 0.
         """
         ahead = [self._queues[INTERACTIVE]] if load.cls == INTERACTIVE else list(self._queues.values())
-        now_ms = self._now_ms()
-        num_ahead = sum(queue.forecast(now_ms, status.drain_rate) for queue in ahead)
-        inbound_s = 0.0
+        num_ahead, inbound_s = sum(self._expected(queue, status) for queue in ahead), 0.0
         if not load.num_tokens:
             num_ahead += sum(queue.num_inbound for queue in ahead)
-            inbound_s = self.inbound.wait_s(self._now_s())
+            inbound_s = self._inbound.wait_s(self._now_s())
         return max(inbound_s, num_ahead / status.drain_rate if status.drain_rate else 0.0)
 
     # ------------------------------------------------------------ parts
@@ -268,23 +230,32 @@ class Admission:
         return int(self._now_s() * 1000)
 
     def _take(self, status: m.SchedulerStatus) -> None:
-        """Take the counts of the scheduler's status."""
+        """Take the counts of the scheduler's status, where they are the latest."""
+        self._forget(status.sent_ms)
         queued = {BATCH: status.queued_batch, INTERACTIVE: status.queued - status.queued_batch}
         for cls, queue in self._queues.items():
-            queue.forget(status.sent_ms)
             if status.sent_ms >= queue.counted_ms:
                 queue.counted_ms, queue.num_counted = status.sent_ms, queued[cls]
 
-    def _full(self, load: Load, num_queued: int, status: m.SchedulerStatus | None) -> Overloaded:
+    def _forget(self, before_ms: int) -> None:
+        """Leave what was submitted before to the counts."""
+        while self._new and self._new[0][0] < before_ms:
+            _, load = self._new.popleft()
+            self._queues[load.cls].num_new -= load.num
+            self._queues[load.cls].num_counted += load.num
+            self._num_new_tokens -= load.num_tokens
+
+    def _expected(self, queue: _Queue, status: m.SchedulerStatus) -> float:
+        """Return how many requests of a class wait now, if the queue has drained at its rate since the last count."""
+        drained = status.drain_rate * max(0, self._now_ms() - queue.counted_ms) / 1000
+        return max(0.0, queue.num_counted + queue.num_new - drained)
+
+    def _drain_s(self, num: float) -> float:
+        """Return when `num` requests will have left the queue, as the advice when to come back."""
+        status = self._status()
+        return max(MIN_RETRY_S, num / status.drain_rate) if status and status.drain_rate else UNKNOWN_RETRY_S
+
+    def _full(self, load: Load, num_queued: int) -> Overloaded:
         max_queued = self._settings.max_queued
-        return Overloaded(
-            f"{num_queued} requests are waiting; the limit is {max_queued}",
-            retry_after_s(num_queued + load.num - (1 - ROOM) * max_queued, status),
-        )
-
-
-def retry_after_s(num: float, status: m.SchedulerStatus | None) -> float:
-    """Return when `num` requests will have left the queue, at its measured rate."""
-    if status is None or not status.drain_rate:
-        return UNKNOWN_RETRY_S
-    return max(MIN_RETRY_S, num / status.drain_rate)
+        text = f"{num_queued} requests are waiting; the limit is {max_queued}"
+        return Overloaded(text, self._drain_s(num_queued + load.num - (1 - ROOM) * max_queued))
