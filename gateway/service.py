@@ -51,7 +51,7 @@ KEEP_ALIVE_S = 75  # longer than the usual 60 s of load balancers, so that they 
 
 
 @dataclass(frozen=True, slots=True)
-class Tuning:
+class GatewayTimings:
     """What operators do not set, but tests."""
 
     overload: OverloadLimits = field(default_factory=OverloadLimits)
@@ -59,9 +59,9 @@ class Tuning:
     alias_poll_s: float = 2.0  # pause after which an awaited alias is looked up, in case its event was lost
 
 
-async def serve(settings: Settings, stop: asyncio.Event, tuning: Tuning | None = None) -> int:
+async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings | None = None) -> int:
     """Run a gateway until `stop`, then drain. Returns the exit code. Raises BadRequest on a wrong model."""
-    tuning = tuning or Tuning()
+    timings = timings or GatewayTimings()
     secret = FleetSecret.of(settings)
     files = await asyncio.to_thread(load_model_files, settings)
     bus = Bus(settings.redis_url)
@@ -72,9 +72,9 @@ async def serve(settings: Settings, stop: asyncio.Event, tuning: Tuning | None =
         await bus.check()
         replies = Replies(bus, uuid.uuid4().hex, beats)
         fleet = FleetView(beats, settings.beat_timeout_s)
-        heartbeat = Heartbeat(settings.redis_url, replies.gid, tuning.pace)
-        admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, tuning.overload)
-        aliases = Aliases(bus, settings, secret, admission.leave_inbound, tuning.alias_poll_s)
+        heartbeat = Heartbeat(settings.redis_url, replies.gid, timings.pace)
+        admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, timings.overload)
+        aliases = Aliases(bus, settings, secret, admission.leave_inbound, timings.alias_poll_s)
         sandbox = Sandbox()
         own = OwnFiles(bus, files, sandbox, secret.bearer if secret else "")
         tokenizer = model_folder(settings.model, TOKENIZER_FILES) / TOKENIZER

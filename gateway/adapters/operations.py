@@ -9,6 +9,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -27,6 +28,9 @@ from protocol.wire import messages as m
 from protocol.wire.adapter_refs import FOLDER, Policy, Reference, parse_reference, parse_source
 from protocol.wire.errors import BadRequest, Conflict, ModelNotFound, Unavailable
 from protocol.wire.keys import private_name
+
+REMOVAL_S = 10.0
+"""Least time for which the removal of a name by a store is waited for."""
 
 OTHERS = "(another tenant's)"
 """Shown in place of a name that its caller may not see."""
@@ -149,14 +153,19 @@ class AdapterOperations:
             return False, not is_known
         assert found is not None
         if found.status:  # refused, or another content stays in its place
-            await self._take_back(registration, before)
+            with suppress(Unavailable):  # the reason of the refusal matters more
+                await self._take_back(registration, before)
             raise error_of(found)
         return True, not is_known
 
     async def _take_back(self, registration: m.Registration, before: m.Registration | None) -> None:
-        """Undo a registration, unless a newer one has replaced it."""
+        """Undo a registration unless a newer one has come. Raises Unavailable if no store removes a new name."""
         if before is None:
-            await self._bus.unregister(registration.name, registration.tenant, unless_asked_after=registration.asked_ms)
+            name, tenant, asked_ms = registration.name, registration.tenant, registration.asked_ms
+            if await self._bus.unregister(name, tenant, unless_asked_after=asked_ms):
+                await self._aliases.wait(
+                    name, tenant, lambda found: found is None or found.is_folder or found.asked_ms > asked_ms, REMOVAL_S
+                )
             return
         is_other = (before.source, before.token) != (registration.source, registration.token)
         if is_other and await self._bus.registration(registration.name, registration.tenant) == registration:
@@ -260,7 +269,7 @@ class AdapterOperations:
         if not tenant and (await self._bus.pins()).get(name) == API:
             await self._bus.unpin(name)
         await self._bus.unregister(name, tenant)
-        await self._aliases.wait(name, tenant, lambda found: found is None or found.is_folder, max(wait_s, 10.0))
+        await self._aliases.wait(name, tenant, lambda found: found is None or found.is_folder, max(wait_s, REMOVAL_S))
         digest = alias.digest if alias is not None else ""
         others = [other for other in await self._bus.aliases(None) if other.digest == digest]
         kept_by = sorted({other.name if caller.sees(other) else OTHERS for other in others})

@@ -38,6 +38,7 @@ class HttpServer(uvicorn.Server):
         self._max_connections = max_connections
         self._rest_s = rest_s
         self._listeners: tuple[socket.socket, ...] = ()
+        self._opening: set[asyncio.Task[None]] = set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -49,7 +50,6 @@ class HttpServer(uvicorn.Server):
         await self.lifespan.startup()
         self.servers = []
         self._listeners = tuple(sockets or ())
-        self._opening: set[asyncio.Task[Any]] = set()
         protocol: Any = self.config.http_protocol_class
         self._protocol = partial(
             protocol, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
@@ -63,6 +63,8 @@ class HttpServer(uvicorn.Server):
         for listener in self._listeners:
             asyncio.get_running_loop().remove_reader(listener)
         self._listeners = ()
+        if self._opening:
+            await asyncio.wait(self._opening)
         await super().shutdown(sockets)
 
     def _accept(self, listener: socket.socket) -> None:

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from clocks import ScaledClock
 from scripted_fleet import Script, ScriptedFleet, running_gateway
 from waiting import wait_until
 
 from gateway.overload.admission import OverloadLimits
 from gateway.overload.heartbeat import Pace
-from gateway.service import Tuning
+from gateway.service import GatewayTimings
 from protocol.queue.bus import Bus
 
 COMPLETION = {"model": "base", "prompt": "hi", "max_tokens": 60}
-
-
-class FastClock:
-    """A clock that runs a hundred times faster when told to: whoever waits by another one seems to be late."""
-
-    def __init__(self) -> None:
-        self._shown_s, self._read_s = 0.0, time.monotonic()
-        self.speed = 1.0
-
-    def __call__(self) -> float:
-        now_s = time.monotonic()
-        self._shown_s += self.speed * (now_s - self._read_s)
-        self._read_s = now_s
-        return self._shown_s
 
 
 async def post(http: httpx2.AsyncClient, path: str = "/v1/completions", body: Any = COMPLETION) -> httpx2.Response:
@@ -42,15 +28,15 @@ async def test_a_late_gateway_refuses_unread_calls_and_keeps_its_streams(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path
 ) -> None:
     fleet.script = lambda submit, body: Script(hold_after=2)
-    clock = FastClock()
+    clock = ScaledClock()
     async with (
-        running_gateway(bus, model_folder, tuning=Tuning(pace=Pace(clock=clock))) as gateway,
+        running_gateway(bus, model_folder, timings=GatewayTimings(pace=Pace(clock=clock))) as gateway,
         httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
         asyncio.TaskGroup() as group,
     ):
         held = group.create_task(post(http, body={**COMPLETION, "stream": True}))
         await wait_until(lambda: fleet.seen, "a call is let in")
-        clock.speed = 100.0
+        clock.speed = 100.0  # whoever waits by another clock seems to be late
 
         answer = httpx2.Response(400)
 
@@ -109,7 +95,7 @@ async def test_calls_wait_in_the_queue_and_not_before_it(
     limits = OverloadLimits(max_inbound_s=0.2, min_inbound=2, inbound_span_s=0.05)
     asked = list[asyncio.Task[httpx2.Response]]()
     async with (
-        running_gateway(bus, model_folder, tuning=Tuning(limits)) as gateway,
+        running_gateway(bus, model_folder, timings=GatewayTimings(limits)) as gateway,
         httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
     ):
         async with asyncio.TaskGroup() as group:
