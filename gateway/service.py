@@ -1,6 +1,6 @@
 """The gateway process: its parts, its loops, and how it ends.
 
-Order of the end: refuse new calls (the port stays open, so that they get a 503), let running ones finish within
+It ends in this order: refuse new calls (the port stays open, so that they get a 503), let running ones finish within
 `grace_s`, fail the rest with an error their clients may retry, close the port, stop the loops, leave the fleet.
 """
 
@@ -11,17 +11,17 @@ import logging
 import socket
 import uuid
 from collections.abc import Coroutine
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
 
-from gateway.adapters.catalogue import Catalogue, Fleet
-from gateway.adapters.life import AdapterLife
-from gateway.adapters.names import Names
-from gateway.adapters.routes import AdapterEndpoints
-from gateway.auth.gate import Gate, is_loopback
+from gateway.adapters.aliases import Aliases
+from gateway.adapters.fleet_view import FleetView
+from gateway.adapters.operations import AdapterOperations
+from gateway.adapters.operator_routes import OperatorEndpoints
+from gateway.adapters.resolver import Resolver
+from gateway.auth.authentication import is_loopback
 from gateway.calls.calls import Calls
 from gateway.calls.jobs import Jobs
 from gateway.calls.replies import Replies
@@ -29,9 +29,9 @@ from gateway.encoders.routes import EncoderEndpoints
 from gateway.http.app import Envelope, build_app
 from gateway.http.routes import Endpoints
 from gateway.http.server import BACKLOG, HttpServer, allow_connections
-from gateway.lorax.routes import NativeEndpoints, shape_of
-from gateway.overload.door import Door
-from gateway.overload.pulse import Pulse
+from gateway.lorax.routes import NativeEndpoints
+from gateway.overload.admission import Admission, OverloadLimits
+from gateway.overload.heartbeat import Heartbeat, Pace
 from gateway.text.grammar_check import GrammarCheck
 from gateway.text.own_files import OwnFiles
 from gateway.text.sandbox import Sandbox
@@ -50,27 +50,39 @@ LAST_WORDS_S = 5  # for error frames to reach their clients once the grace is ov
 KEEP_ALIVE_S = 75  # longer than the usual 60 s of load balancers, so that they close first
 
 
-async def serve(settings: Settings, stop: asyncio.Event) -> int:
+@dataclass(frozen=True, slots=True)
+class GatewayTimings:
+    """What operators do not set, but tests."""
+
+    overload: OverloadLimits = field(default_factory=OverloadLimits)
+    pace: Pace = field(default_factory=Pace)
+    alias_poll_s: float = 2.0  # pause after which an awaited alias is looked up, in case its event was lost
+
+
+async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings | None = None) -> int:
     """Run a gateway until `stop`, then drain. Returns the exit code. Raises BadRequest on a wrong model."""
+    timings = timings or GatewayTimings()
     secret = FleetSecret.of(settings)
     files = await asyncio.to_thread(load_model_files, settings)
     bus = Bus(settings.redis_url)
-    # What is looked at once a second has connections of its own: behind hundreds of calls that wait for one of `bus`'s
-    # it would be late.
+    # What happens once a second has connections of its own: it would be late behind hundreds of calls that wait for a
+    # connection of `bus`.
     beats = Bus(settings.redis_url)
     try:
         await bus.check()
         replies = Replies(bus, uuid.uuid4().hex, beats)
-        fleet = Fleet(beats, settings.beat_timeout_s)
-        names = Names(bus, settings, secret)
+        fleet = FleetView(beats, settings.beat_timeout_s)
+        heartbeat = Heartbeat(settings.redis_url, replies.gid, timings.pace)
+        admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, timings.overload)
+        aliases = Aliases(bus, settings, secret, admission.leave_inbound, timings.alias_poll_s)
         sandbox = Sandbox()
         own = OwnFiles(bus, files, sandbox, secret.bearer if secret else "")
         tokenizer = model_folder(settings.model, TOKENIZER_FILES) / TOKENIZER
         grammars = GrammarCheck(str(tokenizer), settings.grammar_timeout_s)
-        catalogue = Catalogue(bus, names, own, settings.adapters)
-        calls = Calls(settings, bus, files, fleet, catalogue, replies, grammars)
+        resolver = Resolver(bus, aliases, own, settings.adapters)
+        calls = Calls(settings, bus, files, fleet, resolver, replies, grammars, admission)
         endpoints = Endpoints(calls, Jobs(calls))
-        adapters = AdapterEndpoints(AdapterLife(bus, settings, names, secret))
+        operators = OperatorEndpoints(AdapterOperations(bus, settings, aliases, secret))
         native = NativeEndpoints(endpoints, calls)
         if not settings.api_keys and not is_loopback(settings.host):
             logger.warning(
@@ -80,16 +92,12 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
             )
         encoders = EncoderEndpoints(endpoints, calls)
         keys = ApiKeys(bus) if settings.api_keys else None
-        door = Door(settings.max_open_calls, lambda: fleet.status)
-        guard = partial(Gate, keys=keys, door=door, shape_of=shape_of)
-        app = build_app(endpoints, native, adapters, encoders, settings, guard)
+        app = build_app(endpoints, native, operators, encoders, settings, admission, keys)
         with _listen(settings.host, settings.port) as listener:
             address = _address(listener)
-            pulse = Pulse(settings.redis_url, replies.gid, address, lambda: door.looked_s)
             await replies.open()
-            await pulse.beat_once(beats)
-            parts = _Parts(app, endpoints, replies, fleet, names, door)
-            async with pulse.beating():
+            parts = _Parts(app, endpoints, replies, fleet, aliases, heartbeat)
+            async with heartbeat.beating(beats, address):
                 logger.info("listening on %s", address)
                 await _run(_server(app), listener, parts, settings.grace_s, stop)
         await replies.close()
@@ -104,17 +112,19 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What runs, and what has to be told of the end."""
+    """What runs, and what is told of the end."""
 
     app: Envelope
     endpoints: Endpoints
     replies: Replies
-    fleet: Fleet
-    names: Names
-    door: Door
+    fleet: FleetView
+    aliases: Aliases
+    heartbeat: Heartbeat
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
-        return [self.replies.read(), self.replies.keep(), self.fleet.watch(), self.names.listen(), self.door.watch()]
+        """Return what runs until the end."""
+        replies, aliases = self.replies, self.aliases
+        return [replies.read(), replies.keep(), self.fleet.watch(), aliases.listen(), self.heartbeat.tick()]
 
 
 async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace_s: float, stop: asyncio.Event) -> None:
@@ -125,7 +135,7 @@ async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace
         parts.endpoints.draining = True
         logger.info("draining")
         if not await _idle(parts.app, grace_s):
-            for waiters in (parts.replies, parts.names):
+            for waiters in (parts.replies, parts.aliases):
                 waiters.fail_all(Unavailable("this gateway is shutting down", code="shutting_down"))
             await _idle(parts.app, LAST_WORDS_S)
         server.should_exit = True
@@ -148,9 +158,7 @@ def _server(app: Envelope) -> HttpServer:
         app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, server_header=False,
         proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=LAST_WORDS_S,
     )  # fmt: skip
-    server = HttpServer(config)
-    server.max_connections = allow_connections()
-    return server
+    return HttpServer(config, allow_connections())
 
 
 def _listen(host: str, port: int) -> socket.socket:

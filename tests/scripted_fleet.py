@@ -17,7 +17,7 @@ import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from waiting import wait_until
 
-from gateway.service import serve
+from gateway.service import GatewayTimings, serve
 from protocol.queue.bus import Bus, Step, StepRow, decode, error_info, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -233,13 +233,15 @@ class RunningGateway:
 
 
 @asynccontextmanager
-async def running_gateway(bus: Bus, model: Path, **settings: object) -> AsyncIterator[RunningGateway]:
+async def running_gateway(
+    bus: Bus, model: Path, timings: GatewayTimings | None = None, **settings: object
+) -> AsyncIterator[RunningGateway]:
     """Start a gateway; drain it at the end."""
     before = set(await bus.members(bus.keys.gateways))
     stop = asyncio.Event()
     values = {"redis_url": bus.url, "model": str(model), "port": 0, "grace_s": 5.0, **settings}
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(serve(Settings(**values), stop))  # type: ignore[arg-type]
+        task = group.create_task(serve(Settings(**values), stop, timings))  # type: ignore[arg-type]
 
         async def came_up() -> str | None:
             assert not task.done(), "the gateway ended"

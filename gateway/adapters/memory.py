@@ -1,4 +1,7 @@
-"""What adapters hold in the fleet, and how it is given back: orders to workers and their answers, the stores' blobs."""
+"""The memory and disk that adapters take in the fleet, and how it is given back.
+
+Workers get orders and answer with events; stores are asked over HTTP.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ from protocol.wire import messages as m
 from protocol.wire.errors import Conflict, LorafleetError, Unavailable
 from protocol.wire.keys import CLASSES
 
-LOOK_S = 0.25
-STORE_S = 30.0
+POLL_S = 0.25
+STORE_TIMEOUT_S = 30.0
 
 
 @dataclass(slots=True)
 class Freed:
-    """Bytes given back, and who has yet to give some back, when its requests have ended."""
+    """Bytes given back, and the workers that will give back more when their requests have ended."""
 
     pool_bytes: int = 0
     host_bytes: int = 0
@@ -33,29 +36,29 @@ class Freed:
 
 
 class AdapterMemory:
-    """The fleet's workers and stores, as far as they hold adapters."""
+    """What workers and stores hold of adapters."""
 
     def __init__(self, bus: Bus, secret: FleetSecret | None) -> None:
         self._bus = bus
         self._secret = secret
-        self._open: dict[str, asyncio.Queue[m.AdapterEvent]] = {}  # order -> the answers to it
+        self._open: dict[str, asyncio.Queue[m.AdapterEvent]] = {}  # id of an order -> the answers to it
 
-    def hear(self, event: m.AdapterEvent) -> None:
-        """Take an event of the fleet's."""
+    def on_event(self, event: m.AdapterEvent) -> None:
+        """Take an adapter event; it may answer an order."""
         if event.order in self._open:
             self._open[event.order].put_nowait(event)
 
     async def beats(self) -> list[m.WorkerBeat]:
-        """Return the beats of the workers that live."""
+        """Return the latest beats of the workers that are alive."""
         return [beat for beat in (await self._bus.worker_beats()).values() if beat is not None]
 
     async def prefetch(self, digest: str) -> None:
-        """Have every worker fetch an adapter, and load it where that sends none away."""
+        """Have every worker fetch an adapter, and load it into its pool where no other has to leave for it."""
         order = m.Control(kind="prefetch", digest=digest)
         await self._bus.tell([(beat.wid, order) for beat in await self.beats()])
 
     async def evict(self, digest: str, wait_s: float) -> Freed:
-        """Have workers give back what an adapter takes, and the merges made with it; wait for their answers.
+        """Have all workers evict an adapter and the merges made with it; wait up to `wait_s` for their answers.
 
         A worker answers as soon as no request uses the adapter or waits for it there.
         """
@@ -69,7 +72,7 @@ class AdapterMemory:
             deadline_s = time.monotonic() + wait_s
             while awaited and (left_s := deadline_s - time.monotonic()) > 0:
                 try:
-                    async with asyncio.timeout(min(left_s, 4 * LOOK_S)):
+                    async with asyncio.timeout(min(left_s, 4 * POLL_S)):
                         event = await answers.get()
                 except TimeoutError:
                     living = {beat.wid for beat in await self.beats()}
@@ -84,7 +87,7 @@ class AdapterMemory:
         return freed
 
     async def requests(self, digest: str) -> list[str]:
-        """Return the requests for an adapter, or for merges with it, that have not ended."""
+        """Return the ids of the requests for an adapter, or for merges with it, that have not ended."""
         rids: list[str] = []
         for cls in CLASSES:
             for _, fields in await self._bus.entries(self._bus.keys.sub(cls)):
@@ -94,29 +97,29 @@ class AdapterMemory:
         on_workers: list[str] = []
         for wid in await self._bus.members(self._bus.keys.workers):
             on_workers += [item.rid for item in await self._bus.work_of(wid) if involves(item.digest, digest)]
-        # Entries of a batch stay until all of it has ended.
+        # The entries of a batch stay until all of its requests have ended.
         facts = await self._bus.requests(on_workers) if on_workers else []
         return rids + [rid for rid, fact in zip(on_workers, facts, strict=True) if fact and not fact.is_terminal]
 
     async def wait_unused(self, digest: str, wait_s: float) -> bool:
-        """Wait until no request for an adapter is queued or runs; tell whether that came true."""
+        """Wait up to `wait_s` until no request for an adapter is queued or runs; return whether that came true."""
         deadline_s = time.monotonic() + wait_s
         while await self.requests(digest):
             if time.monotonic() > deadline_s:
                 return False
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(POLL_S)
         return True
 
     async def end_requests(self, digest: str, error: LorafleetError) -> int:
-        """End what waits for an adapter or runs with it; returns how many requests that were."""
+        """Fail all requests for an adapter with an error; return how many there were."""
         ended = [await self._bus.finish(rid, "failed", "error", error) for rid in await self.requests(digest)]
         return sum(ended)
 
     async def drop_blob(self, digest: str) -> int:
-        """Remove an adapter's files from every store; returns the bytes freed. Raises Conflict, Unavailable."""
+        """Delete an adapter's blob from every store; return the bytes freed. Raises Conflict, Unavailable."""
         headers = {"Authorization": f"Bearer {self._secret.bearer}"} if self._secret else {}
         freed = 0
-        async with httpx2.AsyncClient(timeout=STORE_S, headers=headers, trust_env=False) as http:
+        async with httpx2.AsyncClient(timeout=STORE_TIMEOUT_S, headers=headers, trust_env=False) as http:
             for url in await self._bus.store_urls():
                 try:
                     answer = await http.delete(f"{url}/adapters/{digest}")
@@ -131,7 +134,7 @@ class AdapterMemory:
 
 
 def involves(held: str, digest: str) -> bool:
-    """Tell whether `held` is an adapter or a merge made with it."""
+    """Return whether the digest `held` is an adapter's, or that of a merge made with it."""
     if held == digest:
         return True
     merge = merge_of(held)
@@ -139,7 +142,7 @@ def involves(held: str, digest: str) -> bool:
 
 
 def held_with(digest: str, beats: Iterable[m.WorkerBeat]) -> set[str]:
-    """Return an adapter's digest and those of the merges with it that workers hold."""
+    """Return an adapter's digest, and those of the merges with it that workers hold."""
     held = {held for beat in beats for tier in (beat.resident, beat.loading, beat.host) for held in tier}
     return {digest} | {other for other in held if involves(other, digest)}
 

@@ -1,4 +1,4 @@
-"""`merged_adapters` of a request, with LoRAX's field names: an adapter that is made of others for it."""
+"""`merged_adapters` of a request, with LoRAX's field names: an adapter that is merged from others for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_SVD_RANK = 4096
 
 
 class MergedAdapters(BaseModel):
-    """What is merged, and how. The last three fields are not LoRAX's."""
+    """What is merged, and how. The last three fields are not in LoRAX."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -30,7 +30,7 @@ class MergedAdapters(BaseModel):
 
 
 def merge_of_request(request: MergedAdapters, digests: Sequence[str]) -> Merge:
-    """Return the merge that a request describes, `digests` being those of its ids. Raises BadRequest."""
+    """Return the merge that a request describes; `digests` are those of its ids, in order. Raises BadRequest."""
     prunes = needs_density(request.merge_strategy)
     if prunes and request.density is None:
         text = (

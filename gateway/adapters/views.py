@@ -1,4 +1,4 @@
-"""Adapters as `/v1/adapters` shows them: where each is in the fleet, and how it is used. Pure."""
+"""Models and adapters as JSON: the objects of `/v1/models`, and those of `/v1/adapters`, which say more. Pure."""
 
 from __future__ import annotations
 
@@ -9,22 +9,14 @@ from protocol.wire import messages as m
 from protocol.wire.records import AdapterUse
 
 TIERS = ("resident", "loading", "host", "on_disk")
-"""Where an adapter may be, seen from a worker, the nearest first; on disk is the store's."""
+"""Where an adapter may be, seen from a worker, the nearest first; what is on disk is at the store."""
 
 
-def tier_of(beat: m.WorkerBeat, digest: str) -> str:
-    """Return where an adapter is, seen from a worker."""
-    if digest in beat.resident:
-        return "resident"
-    if digest in beat.loading:
-        return "loading"
-    return "host" if digest in beat.host else "on_disk"
-
-
-class FleetView:
-    """The workers' latest beats, to be asked about many adapters."""
+class AdapterObjects:
+    """Makes the objects of `/v1/adapters` from the workers' latest beats."""
 
     def __init__(self, beats: Iterable[m.WorkerBeat], pins: Mapping[str, str]) -> None:
+        """`pins`: name -> who pinned it."""
         self._pins = pins
         self._tiers: dict[str, dict[str, str]] = {}  # digest -> worker -> tier
         self._beats = sorted(beats, key=lambda beat: beat.name)
@@ -33,8 +25,8 @@ class FleetView:
                 for digest in digests:
                     self._tiers.setdefault(digest, {})[beat.name] = tier
 
-    def show(self, alias: m.Alias, record: m.AdapterRecord | None, use: AdapterUse | None) -> dict[str, Any]:
-        """Return an adapter as JSON; `state` is the nearest that any worker has it, of what the store has."""
+    def of(self, alias: m.Alias, record: m.AdapterRecord | None, use: AdapterUse | None) -> dict[str, Any]:
+        """Return the object of an alias; `state` is the nearest tier of any worker, else the alias's own."""
         workers = self._workers(alias.digest) if alias.state == "on_disk" else {}
         tiers = {worker["tier"] for worker in workers.values()}
         nearest = next((tier for tier in TIERS if tier in tiers), alias.state)
@@ -53,7 +45,7 @@ class FleetView:
             "created_ms": alias.created_ms,
             "changed_ms": alias.changed_ms,
             "workers": workers,
-            "use": _shown(use or AdapterUse()),
+            "use": _use_object(use or AdapterUse()),
         }
 
     def _workers(self, digest: str) -> dict[str, dict[str, Any]]:
@@ -67,7 +59,7 @@ class FleetView:
         return shown
 
 
-def _shown(use: AdapterUse) -> dict[str, Any]:
+def _use_object(use: AdapterUse) -> dict[str, Any]:
     return {
         "hits": use.hits,
         "misses": use.misses,
@@ -76,4 +68,33 @@ def _shown(use: AdapterUse) -> dict[str, Any]:
         "mean_fetch_ms": round(use.fetch_ms / use.fetches, 1) if use.fetches else None,
         "loads": use.loads,
         "mean_load_ms": round(use.load_ms / use.loads, 1) if use.loads else None,
+    }
+
+
+def base_object(base: m.ServedModel) -> dict[str, Any]:
+    """Return the object of the base model in `/v1/models`."""
+    return {
+        "id": base.name,
+        "object": "model",
+        "created": base.created_ms // 1000,
+        "owned_by": "lorafleet",
+        "root": base.name,
+        "parent": None,
+        "max_model_len": base.max_model_len,
+    }
+
+
+def adapter_object(alias: m.Alias, record: m.AdapterRecord | None, base: m.ServedModel) -> dict[str, Any]:
+    """Return the object of an adapter in `/v1/models`; `root` is its source, never a path of this machine."""
+    return {
+        "id": alias.name,
+        "object": "model",
+        "created": alias.created_ms // 1000,
+        "owned_by": alias.tenant or "lorafleet",
+        "root": alias.source or alias.name,
+        "parent": base.name,
+        "digest": alias.digest or None,
+        "rank": record.rank if record else None,
+        "state": alias.state,
+        "reason": alias.reason or None,
     }

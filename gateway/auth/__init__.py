@@ -1,1 +1,1 @@
-"""Who calls, and what they may."""
+"""Who sends a request: API keys, scopes, and the limits of tenants."""

@@ -1,4 +1,4 @@
-"""Who calls, and what they may. Without API keys everybody is one caller, who may everything."""
+"""The caller of a request, and what it is allowed. Without API keys there is one caller, to whom all is allowed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
-from gateway.overload.preparing import Preparation
 from protocol.queue.api_keys import SCOPES, Tenant
 from protocol.queue.quota import Quota
 from protocol.runtime.fleet_secret import owner_of
@@ -15,63 +14,63 @@ from protocol.wire import messages as m
 from protocol.wire.errors import PermissionDenied
 
 CALLER = "lorafleet.caller"
-"""Key of a scope: its `Caller`."""
+"""Key of an ASGI scope under which its `Caller` is."""
 
 PUBLIC = "public"
-"""Who jobs and idempotency keys belong to while there are no API keys: everybody."""
+"""Owner of jobs and idempotency keys where there are no API keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whoever sent a request."""
+    """Who sent a request."""
 
     tenant: Tenant | None = None  # None: there are no keys
     scopes: Sequence[str] = SCOPES
     token: str = ""  # for the source of an adapter
-    headers: dict[str, str] = field(default_factory=dict)  # what the answer tells of limits; filled on the way
-    preparation: Preparation = field(default_factory=Preparation)  # of its call
+    headers: dict[str, str] = field(default_factory=dict)  # of the response, about limits; filled on submission
 
     @property
     def owner(self) -> str:
-        """Whose jobs, idempotency keys and prefix cache these are."""
+        """Owner of the caller's jobs and idempotency keys."""
         return self.tenant.name if self.tenant is not None else PUBLIC
 
     @property
     def name(self) -> str:
-        """The tenant's name in the catalogue, "" for everybody."""
+        """The tenant's name, "" for everybody: whose names of adapters and whose prefix cache are used."""
         return self.tenant.name if self.tenant is not None else ""
 
     @property
     def is_admin(self) -> bool:
+        """Whether its key has the scope `admin`."""
         return "admin" in self.scopes
 
     @property
     def names(self) -> frozenset[str]:
-        """Whose names the caller sees in lists: everybody's, its tenant's, and what its token opened."""
+        """Owners of the names that the caller sees: everybody, its tenant, and who has its token for a source."""
         return frozenset(("", self.name, owner_of(self.token)))
 
     @property
     def quota(self) -> Quota | None:
-        """Return what the tenant's use is held against, None without limits."""
+        """The tenant and its limits, None if it has none."""
         tenant = self.tenant
         if tenant is None or not tenant.is_limited:
             return None
         return Quota(tenant.name, tenant.requests_per_minute, tenant.tokens_per_minute, tenant.concurrency)
 
     def may_use(self, name: str) -> bool:
-        """Tell whether everybody's adapter of this name is for this caller too."""
+        """Return whether the caller may use everybody's adapter of a name."""
         return self.tenant is None or self.is_admin or self.tenant.sees(name)
 
     def sees(self, alias: m.Alias) -> bool:
-        """Tell whether a name of the catalogue exists for this caller."""
+        """Return whether an alias exists for this caller."""
         if alias.tenant:
             return alias.tenant in self.names
         return self.may_use(alias.name)
 
     def namespace(self, asked: str | None) -> str:
-        """Return whose names an order is about: the tenant's own; an admin's may be anybody's, "" for everybody.
+        """Return whose names an operation is about: the tenant's own, or who an admin `asked` for; "" for everybody.
 
-        Raises PermissionDenied.
+        Raises PermissionDenied for another tenant's.
         """
         if self.is_admin:
             return asked or ""
@@ -80,7 +79,7 @@ class Caller:
         return self.name
 
     def require(self, scope: str) -> None:
-        """Raise PermissionDenied unless the key has a scope, or is an admin's."""
+        """Raise PermissionDenied unless the key has a scope, or the scope `admin`."""
         if scope not in self.scopes and not self.is_admin:
             raise PermissionDenied(
                 f"this needs a key with the scope {scope}; the one given has {', '.join(self.scopes)}",

@@ -1,4 +1,4 @@
-"""A tenant's limits as its clients meet them: refusals, headers, texts. Pure."""
+"""A tenant's limits as its clients see them: errors, headers, texts. Pure."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from protocol.queue.quota import Quota, Standing
 from protocol.wire.errors import BadRequest
 
 RETRY_S = 1.0
-"""Advice to whoever has too much running at once: nobody knows when that ends."""
+"""Retry-After of a tenant with too many choices at once: when one will end is not known."""
 
 
 def check_quota(quota: Quota, num: int, num_tokens: int) -> None:
-    """Refuse a call that its tenant's limits could never let in. Raises BadRequest."""
+    """Raise BadRequest for a call of `num` choices and `num_tokens` that its tenant's limits could never let in."""
     if 0 < quota.concurrency < num:
         raise BadRequest(
             f"the call makes {num} choices; the limit of tenant {quota.tenant} is {quota.concurrency} at once",
@@ -25,7 +25,7 @@ def check_quota(quota: Quota, num: int, num_tokens: int) -> None:
 
 
 def limit_headers(standing: Standing) -> dict[str, str]:
-    """Return OpenAI's headers of what is left."""
+    """Return OpenAI's headers, which say what is left of each limit."""
     headers: dict[str, str] = {}
     for what, allowance in (("requests", standing.requests), ("tokens", standing.tokens)):
         if allowance is not None:
@@ -36,7 +36,7 @@ def limit_headers(standing: Standing) -> dict[str, str]:
 
 
 def limit_text(quota: Quota, standing: Standing, num: int, num_tokens: int) -> str:
-    """Return what a client is told whose call a limit has refused."""
+    """Return the message for a call that a limit has refused."""
     if standing.over == "concurrency":
         running = f"{standing.running} choices are queued or running, the call adds {num}"
         return f"{running}; the limit of tenant {quota.tenant} is {quota.concurrency} at once"
@@ -50,7 +50,7 @@ def limit_text(quota: Quota, standing: Standing, num: int, num_tokens: int) -> s
 
 
 def duration(ms: int) -> str:
-    """Return a time as OpenAI's headers have it: 12ms, 1s, 6m0s."""
+    """Return a time as OpenAI's headers write it: 12ms, 1s, 6m0s."""
     if ms < 1000:
         return f"{ms}ms"
     minutes, seconds = divmod(-(-ms // 1000), 60)

@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from gateway.adapters.catalogue import Catalogue, Fleet, Target, is_base
+from gateway.adapters.fleet_view import FleetView
+from gateway.adapters.resolver import Resolver, Target, is_base
 from gateway.auth.callers import Caller
 from gateway.auth.limits import RETRY_S, check_quota, limit_headers, limit_text
 from gateway.calls.choices import Choice, Prompt
@@ -99,19 +100,20 @@ class Calls:
         settings: Settings,
         bus: Bus,
         files: ModelFiles,
-        fleet: Fleet,
-        catalogue: Catalogue,
+        fleet: FleetView,
+        resolver: Resolver,
         replies: Replies,
         grammars: GrammarCheck,
+        admission: Admission,
     ) -> None:
         self.settings = settings
         self.bus = bus
         self.files = files
         self.fleet = fleet
-        self.catalogue = catalogue
+        self.resolver = resolver
         self.replies = replies
         self.grammars = grammars
-        self.admission = Admission(settings)
+        self.admission = admission
 
     # ------------------------------------------------------------ a new call
 
@@ -122,7 +124,7 @@ class Calls:
         """
         options = options_of(request, self.settings)
         base = await self.fleet.require(worker=not options.background)
-        self.admission.check_room(options.cls, self.fleet.status, now_ms())
+        self.admission.check(Load(options.cls))
         check_task(base, "generate")
         targets = await self._targets(request, base, caller)
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
@@ -147,14 +149,14 @@ class Calls:
         if request.api_token:
             caller = replace(caller, token=request.api_token)
         names = [
-            name if is_base(name, base) else await self.catalogue.name_in(request.adapter_source, name, caller)
+            name if is_base(name, base) else await self.resolver.name_in(request.adapter_source, name, caller)
             for name in request.models
         ]
-        targets = await self.catalogue.resolve_all(names, base, timeout_s, caller)
+        targets = await self.resolver.resolve_all(names, base, timeout_s, caller)
         if request.merged_adapters is not None:
             if len(targets) > 1 or targets[0].digest:
                 raise BadRequest("with merged_adapters, model must be the base model", param="merged_adapters")
-            targets = [await self.catalogue.resolve_merged(request.merged_adapters, base, timeout_s, caller)]
+            targets = [await self.resolver.resolve_merged(request.merged_adapters, base, timeout_s, caller)]
         if request.lora_scale is not None and not any(target.digest for target in targets):
             raise BadRequest("lora_scale scales an adapter, and the base model has none", param="lora_scale")
         return targets
@@ -217,27 +219,26 @@ class Calls:
         try:
             return await self._submit(work, requests, idem)
         finally:
-            work.caller.preparation.end(submitted=True)
+            self.admission.leave_inbound(reached_queue=True)
 
     async def _submit(self, work: Work, requests: Requests, idem: tuple[str, m.Idempotent]) -> m.Idempotent | None:
         load = load_of(work.options.cls, [submit for submit, _ in requests])
         quota, caller = work.caller.quota, work.caller
         if quota is not None:
             check_quota(quota, load.num, load.num_tokens)
-        self.admission.check(load, self.fleet.status)
+        self.admission.check(load)
         outcome, value = await self.put(work, requests, idem)
         if outcome == "idem":
             return decode(value, m.Idempotent)
         if outcome == "full":
-            self.admission.note_full(load, int(value), now_ms())
-            raise self.admission.full(load, int(value), self.fleet.status)
+            raise self.admission.full(load, int(value))
         if isinstance(value, Standing):
             caller.headers.update(limit_headers(value))
             if value.over:
                 assert quota is not None
                 text = limit_text(quota, value, load.num, load.num_tokens)
                 raise Overloaded(text, value.retry_ms / 1000 if value.retry_ms else RETRY_S)
-        self.admission.note(load, now_ms())
+        self.admission.submitted(load)
         for which, prompt in enumerate(work.prompts):
             kind = KIND_ADAPTER if work.target_of(which).digest else KIND_BASE
             PROMPT_TOKENS.labels(kind).inc(prompt.num_tokens)
@@ -284,7 +285,7 @@ class Calls:
 
     async def known_files(self, digests: Sequence[str], texts: Sequence[str]) -> list[ModelFiles]:
         """Return the files of those who answer submitted requests. Raises NotFound when they are gone."""
-        return [await self.catalogue.own.files(digest, own) for digest, own in zip(digests, texts, strict=True)]
+        return [await self.resolver.own.files(digest, own) for digest, own in zip(digests, texts, strict=True)]
 
     def known_prompts(
         self,

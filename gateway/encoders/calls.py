@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 from starlette.responses import Response
 
-from gateway.adapters.catalogue import Target
+from gateway.adapters.resolver import Target
 from gateway.auth.callers import Caller
 from gateway.calls.calls import Calls, Work, pack, requests_of, rid_of
 from gateway.calls.choices import Choice, Piece, Prompt
@@ -39,6 +39,7 @@ from gateway.lorax.answer import compute_type, times_of
 from gateway.lorax.api import AdapterParameters
 from gateway.lorax.errors import LORAX_GENERATION_ERRORS
 from gateway.openai.api import Options
+from gateway.overload.admission import Load
 from protocol.queue.bus import now_ms
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
@@ -121,7 +122,7 @@ class EncoderCalls:
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
-        self._adapters = NativeAdapters(calls.catalogue, calls.settings)
+        self._adapters = NativeAdapters(calls.resolver, calls.settings)
 
     # ------------------------------------------------------------ the routes' answers
 
@@ -135,7 +136,7 @@ class EncoderCalls:
             target = await self._resolve(request.parameters, base, caller)
         else:
             timeout_s = self._calls.settings.request_timeout_s
-            target = await self._calls.catalogue.resolve(request.model, base, timeout_s, caller)
+            target = await self._calls.resolver.resolve(request.model, base, timeout_s, caller)
         texts = await self._tokens(sources, target, base)
         generation = await self._submit(Inputs("embed", target, texts, caller))
 
@@ -202,7 +203,7 @@ class EncoderCalls:
     async def _require(self, task: m.Task) -> m.ServedModel:
         base = await self._calls.fleet.require(worker=True)
         check_task(base, task)
-        self._calls.admission.check_room(INTERACTIVE, self._calls.fleet.status, now_ms())
+        self._calls.admission.check(Load(INTERACTIVE))
         return base
 
     def _check_number(self, num: int, param: str) -> None:

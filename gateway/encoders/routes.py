@@ -15,7 +15,7 @@ from gateway.encoders.api import EMBEDDINGS, EmbeddingsRequest, EncoderBatchRequ
 from gateway.encoders.calls import EncoderCalls
 from gateway.http import openapi
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape
-from gateway.http.late import in_time
+from gateway.http.keep_alive import KeepAliveResponse
 from gateway.http.routes import Endpoints, JsonRoute
 from gateway.lorax.errors import LORAX_ERRORS
 from protocol.wire.errors import Unavailable
@@ -30,24 +30,24 @@ class EncoderEndpoints:
         self._encoders = EncoderCalls(calls)
 
     async def embeddings(self, body: EmbeddingsRequest, request: Request) -> Response:
-        return await self._in_time(self._encoders.embeddings(body, caller_of(request)), OPENAI_ERRORS)
+        return self._respond(self._encoders.embeddings(body, caller_of(request)), OPENAI_ERRORS)
 
     async def embed(self, body: EncoderRequest, request: Request) -> Response:
-        return await self._in_time(self._encoders.embed(body, caller_of(request)), LORAX_ERRORS)
+        return self._respond(self._encoders.embed(body, caller_of(request)), LORAX_ERRORS)
 
     async def classify(self, body: EncoderRequest, request: Request) -> Response:
         answer = self._encoders.classify(body, caller_of(request), time.monotonic())
-        return await self._in_time(answer, LORAX_ERRORS)
+        return self._respond(answer, LORAX_ERRORS)
 
     async def classify_batch(self, body: EncoderBatchRequest, request: Request) -> Response:
         answer = self._encoders.classify(body, caller_of(request), time.monotonic())
-        return await self._in_time(answer, LORAX_ERRORS)
+        return self._respond(answer, LORAX_ERRORS)
 
-    async def _in_time(self, answer: Coroutine[Any, Any, Response], errors: ErrorShape) -> Response:
+    def _respond(self, answer: Coroutine[Any, Any, Response], errors: ErrorShape) -> Response:
         if self._endpoints.draining:
             answer.close()
             raise Unavailable("this gateway is shutting down; another one can take the request", code="shutting_down")
-        return await in_time(answer, stream=False, keepalive_s=self._keepalive_s, errors=errors)
+        return KeepAliveResponse(answer, stream=False, keepalive_s=self._keepalive_s, errors=errors)
 
 
 def add_encoder_routes(app: FastAPI, encoders: EncoderEndpoints) -> None:

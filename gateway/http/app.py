@@ -1,4 +1,4 @@
-"""The ASGI application: what wraps every request, and the routes."""
+"""The ASGI application: the routes, and what wraps them: envelope (outermost), CORS, admission, authentication."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
@@ -15,7 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.adapters.routes import AdapterEndpoints, add_adapter_routes
+from gateway.adapters.operator_routes import OperatorEndpoints, add_operator_routes
+from gateway.auth.authentication import Authentication
 from gateway.auth.callers import CALLER
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
 from gateway.http import openapi
@@ -24,13 +24,23 @@ from gateway.http.routes import Endpoints, add_routes
 from gateway.http.sse import RAW_SEND
 from gateway.lorax import metrics as lorax_metrics
 from gateway.lorax.routes import NativeEndpoints, add_native_routes, shape_of
+from gateway.overload.admission import Admission
+from protocol.queue.api_keys import ApiKeys
 from protocol.runtime.metrics import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
 from protocol.runtime.settings import Settings, names_of
-from protocol.wire.errors import Unavailable
+from protocol.wire.errors import Overloaded, Unavailable
 
 logger = logging.getLogger(__name__)
 
-DISCARDED_BODIES = 8  # of the largest size: so much of a body that is too large is read and thrown away
+MODEL_PATHS = frozenset(
+    {"/", "/generate", "/generate_stream", "/invocations", "/v1/completions", "/v1/chat/completions",
+     "/v1/embeddings", "/embed", "/classify", "/classify_batch"}
+)  # fmt: skip
+"""Routes whose POST asks the model: these calls admission counts and may refuse, and LoRAX's metrics count."""
+
+DISCARDED_BODIES = 8
+"""Of a body that is too large this multiple of the limit is read and discarded, so that its client reads the error."""
+
 EXPOSED_HEADERS = (
     "x-request-id", "openai-processing-ms", "retry-after", "x-should-retry",
     *(f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset") for what in ("requests", "tokens")),
@@ -41,30 +51,51 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 def build_app(
     endpoints: Endpoints,
     native: NativeEndpoints,
-    adapters: AdapterEndpoints,
+    operators: OperatorEndpoints,
     encoders: EncoderEndpoints,
     settings: Settings,
-    guard: Callable[[ASGIApp], ASGIApp],
+    admission: Admission,
+    keys: ApiKeys | None,
 ) -> Envelope:
-    """Return the application. `guard` puts in front of its routes what turns requests away."""
+    """Return the application. `keys`: None where the fleet asks for none."""
     app = FastAPI(title="Lorafleet", docs_url=None, redoc_url=None, responses=openapi.OPENAI)
     add_handlers(app, shape_of)
     add_routes(app, endpoints)
     add_native_routes(app, native)
-    add_adapter_routes(app, adapters)
+    add_operator_routes(app, operators)
     add_encoder_routes(app, encoders)
-    guarded = guard(app)
+    guarded: ASGIApp = Admitted(Authentication(app, keys, shape_of), admission)
     origins = names_of(settings.cors_origins)
-    if not origins:
-        return Envelope(guarded, settings)
-    open_app = CORSMiddleware(
-        guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS
-    )
-    return Envelope(open_app, settings)
+    if origins:
+        guarded = CORSMiddleware(
+            guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS
+        )
+    return Envelope(guarded, settings)
+
+
+class Admitted:
+    """Refuses calls that are too many before anything is read of them, and counts the others while they last."""
+
+    def __init__(self, app: ASGIApp, admission: Admission) -> None:
+        self._app = app
+        self._admission = admission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it with 429."""
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in MODEL_PATHS:
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._admission.check()
+        except Overloaded as error:
+            await shape_of(scope["path"]).response(error)(scope, receive, send)
+            return
+        with self._admission.enter():
+            await self._app(scope, receive, send)
 
 
 class Envelope:
-    """Around every request: an id, the body's size limit, the count of open requests, metrics, the log of faults."""
+    """Gives every request an id and a limit of its body's size; counts it, measures it, and logs its failure."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
@@ -79,6 +110,7 @@ class Envelope:
         await self._idle.wait()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, without the path's prefix."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -120,16 +152,17 @@ class Envelope:
         try:
             await self._app(scope, self._limited(receive), send_marked)
         except asyncio.CancelledError:
-            if not status:  # the server is closing and waits no longer; uvicorn would say so in plain text
+            if not status:  # The server is closing and waits no longer; uvicorn would answer in plain text.
                 error = Unavailable("this gateway is shutting down; another one can take it", code="shutting_down")
                 await shape_of(scope["path"]).response(error)(scope, receive, send_marked)
             raise
         except Exception:
-            # It has been answered, see `errors.add_handlers`.
+            # The client has been answered by `errors.add_handlers`.
             logger.exception("%s %s failed, x-request-id %s", scope["method"], scope["path"], request_id)
         route = getattr(scope.get("route"), "path", "unknown")
         HTTP_REQUESTS.labels(route, scope["method"], str(status)).inc()
-        lorax_metrics.answered(scope["path"], status, time.monotonic() - started_s)
+        if scope["path"] in MODEL_PATHS and status != 405:
+            lorax_metrics.answered(status, time.monotonic() - started_s)
 
     def _limited(self, receive: Receive) -> Receive:
         """Return a `receive` that refuses a body once it has become too large."""

@@ -1,4 +1,4 @@
-"""Errors as HTTP: the OpenAI shape on every status, and what tells a client whether to try again."""
+"""Errors as HTTP: their shape on every status, and the headers that tell a client whether to try again."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from protocol.wire.errors import BadRequest, ClientError, Internal, LorafleetErr
 logger = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER_S = 60
-"""OpenAI's clients do not try again at all when they are told to wait for much longer."""
+"""OpenAI's clients give up when they are told to wait for much longer."""
 
-_MAX_LISTED = 3  # reasons of one field that are shown
-_OWN_WORDS = {  # pydantic's error type -> what it means to who wrote the JSON
+_MAX_LISTED = 3  # reasons shown for one field
+_OWN_WORDS = {  # pydantic's error type -> text for whoever wrote the JSON
     "missing": "it is missing",
     "string_type": "it must be a string",
     "int_type": "it must be an integer",
@@ -41,27 +41,37 @@ class ErrorShape(Protocol):
     """How an API writes errors."""
 
     def body(self, error: LorafleetError) -> bytes:
-        """Return the JSON of an error."""
+        """Return the body of an error, as JSON."""
         ...
 
     def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
-        """Return the response that an error is."""
+        """Return the response of an error. `headers` come on top of those for its kind."""
         ...
 
 
 class OpenAIErrors:
-    """OpenAI's shape."""
+    """The shape of OpenAI's errors."""
 
     def body(self, error: LorafleetError) -> bytes:
+        """Return the body of an error, as JSON."""
         fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
         return orjson.dumps({"error": fields})
 
     def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
+        """Return the response of an error."""
         all_headers = {**retry_headers(error), **(headers or {})}
         return Response(self.body(error), error.status, all_headers, "application/json")
 
 
 OPENAI_ERRORS = OpenAIErrors()
+
+
+class HttpError(ClientError):
+    """A request that is wrong as HTTP, with the status for that."""
+
+    def __init__(self, status: int, message: str, *, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.status = status
 
 
 def retry_headers(error: LorafleetError) -> dict[str, str]:
@@ -74,13 +84,13 @@ def retry_headers(error: LorafleetError) -> dict[str, str]:
 
 
 def unreachable_queue(cause: Exception) -> Unavailable:
-    """Log a lost connection to the queue and return what its client is told."""
+    """Log a lost connection to the queue, and return the error for the client."""
     logger.error("the queue cannot be reached: %r", cause)
     return Unavailable("the queue cannot be reached", code="queue_unavailable")
 
 
 def error_of(cause: Exception) -> LorafleetError:
-    """Return what a client is told of a failure in the middle of its answer; log it if it is not the client's."""
+    """Return the error for a client whose answer has failed; log the failure unless it is the client's."""
     if isinstance(cause, LorafleetError):
         return cause
     if isinstance(cause, CONNECTION_ERRORS):
@@ -90,7 +100,7 @@ def error_of(cause: Exception) -> LorafleetError:
 
 
 def add_handlers(app: FastAPI, shape_of: Callable[[str], ErrorShape]) -> None:
-    """Make every error that leaves a route a response in the shape that belongs to the request's path."""
+    """Turn every error that leaves a route into a response, in the shape of the request's path."""
 
     def error_response(request: Request, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
         return shape_of(request.url.path).response(error, headers)
@@ -125,29 +135,23 @@ def _from_http(request: Request, error: HTTPException) -> LorafleetError:
     if error.status_code == 404:
         return NotFound(f"Unknown request URL: {request.method} {request.url.path}", code="unknown_url")
     if error.status_code == 405:
-        own: LorafleetError = ClientError(f"{request.method} is not allowed on {request.url.path}")
-        own.code = "method_not_allowed"
-    elif error.status_code == 413:
-        own = TooLarge(str(error.detail), code="body_too_large")
-    else:
-        own = ClientError(str(error.detail))
-    own.status = error.status_code
-    return own
+        return HttpError(405, f"{request.method} is not allowed on {request.url.path}", code="method_not_allowed")
+    if error.status_code == 413:
+        return TooLarge(str(error.detail), code="body_too_large")
+    return HttpError(error.status_code, str(error.detail))
 
 
 def _from_validation(errors: Sequence[Any], content_type: str) -> LorafleetError:
-    """Return the first wrong field's error. The alternatives of a union appear as one error each: all are named."""
+    """Return the error of the first wrong field, with a reason for each alternative of a union."""
     first = errors[0]
     if first["type"] == "json_invalid":
         message = f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
         return BadRequest(message, code="invalid_json")
-    depth = 3 if tuple(first["loc"][1:2]) == ("parameters",) else 2  # LoRAX's bodies have all but one field in there
+    depth = 3 if tuple(first["loc"][1:2]) == ("parameters",) else 2  # where LoRAX's bodies have most fields
     place: tuple[Any, ...] = tuple(first["loc"][1:depth])
     if not place:
         if content_type and "json" not in content_type and first["type"] != "missing":
-            error = ClientError(f"the body must be JSON, not {content_type}", code="unsupported_media_type")
-            error.status = 415
-            return error
+            return HttpError(415, f"the body must be JSON, not {content_type}", code="unsupported_media_type")
         return BadRequest("the body must be a JSON object")
     field = ".".join(map(str, place))
     reasons = [_words(e) for e in errors if tuple(e["loc"][1:depth]) == place]

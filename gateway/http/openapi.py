@@ -1,7 +1,6 @@
-"""What `/openapi.json` says of answers: the shapes of errors, and which statuses and media types a route has.
+"""What `/openapi.json` says of responses: the shapes of errors, and the statuses and media types of each route.
 
-The routes write their answers as bytes; nothing here is run for a request. `make api-check` holds the page against
-them.
+Routes write their responses as bytes; nothing here runs for a request. `make api-check` compares the page with them.
 """
 
 from __future__ import annotations
@@ -80,10 +79,14 @@ class Embedding(BaseModel):
 
 
 class EventStream(Response):
+    """Server-sent events."""
+
     media_type = EVENTS
 
 
 class PlainText(Response):
+    """A text that is not JSON."""
+
     media_type = "text/plain"
 
 
@@ -102,7 +105,7 @@ def _errors(schema: dict[str, Any]) -> Responses:
 _TEXT = {"type": "string"}
 _NUMBER, _INTEGER = {"type": "number"}, {"type": "integer"}
 _MAYBE = {"type": ["string", "null"]}
-_EVENTS = {EVENTS: {"schema": _object(data=_TEXT)}}  # of each event, as OpenAPI 3.2 has it and schemathesis reads it
+_EVENTS = {EVENTS: {"schema": _object(data=_TEXT)}}  # of one event, as in OpenAPI 3.2; schemathesis reads it so
 
 OPENAI = _errors(_object(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE)))
 NATIVE = _errors(_object(error=_TEXT, error_type=_TEXT))
@@ -124,6 +127,6 @@ _ENTITIES = {
 }
 ENTITIES: Responses = {200: _json("The entities of a text", _ENTITIES), **NATIVE}
 ENTITIES_OF_SEVERAL: Responses = {
-    200: _json("Those of each text", {"type": "array", "items": _ENTITIES}), **NATIVE
+    200: _json("The entities of each text", {"type": "array", "items": _ENTITIES}), **NATIVE
 }  # fmt: skip
 METRICS: Responses = {200: {"content": {"text/plain": {"schema": _TEXT}}}}

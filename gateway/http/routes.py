@@ -16,7 +16,7 @@ from gateway.auth.callers import Caller, caller_of
 from gateway.calls.calls import AnyRequest, Calls, body_hash
 from gateway.calls.jobs import Jobs, JobStatus
 from gateway.http import openapi
-from gateway.http.late import in_time
+from gateway.http.keep_alive import KeepAliveResponse
 from gateway.openai.api import CHAT, COMPLETIONS, ChatRequest, CompletionRequest
 from protocol.wire.errors import BadRequest, Unavailable
 
@@ -53,13 +53,13 @@ class Endpoints:
         caller = caller_of(request)
         if key and (earlier := await self._calls.earlier(key, caller)):
             if not earlier.jid:
-                caller.preparation.end()
+                self._calls.admission.leave_inbound()
                 return await self._calls.attach(body, endpoint, earlier, raw)
             if await self._jobs.knows(earlier):
                 return json_response(await self._jobs.repeated(earlier, endpoint, raw, caller), 202)
         answer = self._answer(endpoint, body, (key, raw), caller)
         stream = bool(body.stream) and not body.background
-        return await in_time(answer, stream=stream, keepalive_s=self._calls.settings.keepalive_s)
+        return KeepAliveResponse(answer, stream=stream, keepalive_s=self._calls.settings.keepalive_s)
 
     async def _answer(self, endpoint: str, body: AnyRequest, sent: tuple[str, bytes], caller: Caller) -> Response:
         """Answer a call that was `sent` with an Idempotency-Key, or "", and these bytes."""
@@ -74,11 +74,11 @@ class Endpoints:
 
     async def models(self, request: Request) -> Response:
         base = await self._calls.fleet.require(worker=False)
-        return json_response({"object": "list", "data": await self._calls.catalogue.models(base, caller_of(request))})
+        return json_response({"object": "list", "data": await self._calls.resolver.models(base, caller_of(request))})
 
     async def model(self, name: str, request: Request) -> Response:
         base = await self._calls.fleet.require(worker=False)
-        return json_response(await self._calls.catalogue.model(name, base, caller_of(request)))
+        return json_response(await self._calls.resolver.model(name, base, caller_of(request)))
 
     # ------------------------------------------------------------ jobs
 

@@ -18,10 +18,9 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 ACCEPTS_PER_TURN = 256
-RETRY_S = 1.0
 MAX_FILES = 1 << 16
 RESERVED_FILES = 512
-"""Of the files that this process may open, those that are not for clients: the queue's connections, above all."""
+"""Of the files that this process may open, those kept from clients: above all for connections to the queue."""
 
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
@@ -33,11 +32,17 @@ class HttpServer(uvicorn.Server):
     800 streams their tokens a turn takes 20 ms, so that of 800 new connections the last would wait for 15 s.
     """
 
-    _listeners: tuple[socket.socket, ...] = ()
-    max_connections = MAX_FILES
+    def __init__(self, config: uvicorn.Config, max_connections: int = MAX_FILES, rest_s: float = 1.0) -> None:
+        """`rest_s`: pause in which no connection is taken after one could not be."""
+        super().__init__(config)
+        self._max_connections = max_connections
+        self._rest_s = rest_s
+        self._listeners: tuple[socket.socket, ...] = ()
+        self._opening: set[asyncio.Task[None]] = set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -45,7 +50,6 @@ class HttpServer(uvicorn.Server):
         await self.lifespan.startup()
         self.servers = []
         self._listeners = tuple(sockets or ())
-        self._opening: set[asyncio.Task[Any]] = set()
         protocol: Any = self.config.http_protocol_class
         self._protocol = partial(
             protocol, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
@@ -59,14 +63,16 @@ class HttpServer(uvicorn.Server):
         for listener in self._listeners:
             asyncio.get_running_loop().remove_reader(listener)
         self._listeners = ()
+        if self._opening:
+            await asyncio.wait(self._opening)
         await super().shutdown(sockets)
 
     def _accept(self, listener: socket.socket) -> None:
-        """Take the connections that wait."""
+        """Take the connections that wait, but not so many that a turn of the loop becomes long."""
         loop = asyncio.get_running_loop()
         for _ in range(ACCEPTS_PER_TURN):
-            if len(self.server_state.connections) + len(self._opening) >= self.max_connections:
-                self._rest(listener, f"there are {self.max_connections}")
+            if len(self.server_state.connections) + len(self._opening) >= self._max_connections:
+                self._rest(listener, f"there are {self._max_connections}")
                 return
             try:
                 connection, _ = listener.accept()
@@ -83,11 +89,11 @@ class HttpServer(uvicorn.Server):
             task.add_done_callback(self._opening.discard)
 
     def _rest(self, listener: socket.socket, why: object) -> None:
-        """Let those who come wait in the system's queue for a while."""
-        logger.error("no connection can be taken for %g s: %s", RETRY_S, why)
+        """Leave new connections to the system's queue for a while."""
+        logger.error("no connection can be taken for %g s: %s", self._rest_s, why)
         loop = asyncio.get_running_loop()
         loop.remove_reader(listener)
-        loop.call_later(RETRY_S, self._resume, listener)
+        loop.call_later(self._rest_s, self._resume, listener)
 
     def _resume(self, listener: socket.socket) -> None:
         if listener in self._listeners:
@@ -96,7 +102,7 @@ class HttpServer(uvicorn.Server):
     async def _open(self, connection: socket.socket) -> None:
         try:
             await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
-        except OSError as error:  # the client has left already
+        except OSError as error:  # The client has left already.
             logger.debug("a connection could not be opened: %s", error)
             connection.close()
 
@@ -104,7 +110,7 @@ class HttpServer(uvicorn.Server):
 def allow_connections() -> int:
     """Let this process open as many files as it may; return how many connections of clients that allows.
 
-    The limit that shells set, often 1,024, is that of programs which use `select`.
+    Shells set a lower limit, often 1,024, for programs that use `select`.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     num_files = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)

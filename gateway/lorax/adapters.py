@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-from gateway.adapters.catalogue import BASE, Catalogue, Target, is_base
 from gateway.adapters.merged import merge_of_request
+from gateway.adapters.resolver import BASE, Resolver, Target, is_base
 from gateway.auth.callers import Caller
 from gateway.lorax.api import AdapterParameters, NativeMerge
 from gateway.lorax.errors import GenerationFailed
@@ -19,8 +19,8 @@ from protocol.wire.errors import BadRequest, LorafleetError, Unavailable
 class NativeAdapters:
     """The adapters that native requests name."""
 
-    def __init__(self, catalogue: Catalogue, settings: Settings) -> None:
-        self._catalogue = catalogue
+    def __init__(self, resolver: Resolver, settings: Settings) -> None:
+        self._resolver = resolver
         self._timeout_s = settings.request_timeout_s
 
     async def resolve(self, p: AdapterParameters, base: m.ServedModel, caller: Caller) -> Target:
@@ -39,10 +39,10 @@ class NativeAdapters:
 
     async def _one(self, adapter_id: str, source: str | None, base: m.ServedModel, caller: Caller) -> Target:
         if is_base(adapter_id, base):
-            return Target("", "", self._catalogue.own.base)
+            return Target("", "", self._resolver.own.base)
         try:
-            name = await self._catalogue.name_in(source, adapter_id, caller)
-            target = await self._catalogue.resolve(name, base, self._timeout_s, caller)
+            name = await self._resolver.name_in(source, adapter_id, caller)
+            target = await self._resolver.resolve(name, base, self._timeout_s, caller)
         except Unavailable:
             raise
         except LorafleetError as error:
@@ -59,4 +59,4 @@ class NativeAdapters:
         targets = await asyncio.gather(*(self._one(name, source, base, caller) for name in asked.ids))
         merge = merge_of_request(asked, [target.digest or BASE for target in targets])
         sources = ",".join(sorted({target.source for target in targets}))
-        return Target(",".join(asked.ids), digest_of_merge(merge), self._catalogue.own.base, source=sources)
+        return Target(",".join(asked.ids), digest_of_merge(merge), self._resolver.own.base, source=sources)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 
-from gateway.adapters.catalogue import Target
+from gateway.adapters.resolver import Target
 from gateway.auth.callers import Caller
 from gateway.calls.calls import Calls, Work, pack, requests_of, rid_of
 from gateway.calls.choices import Prompt
@@ -21,6 +21,7 @@ from gateway.lorax.api import (
     native_limit,
     native_options,
 )
+from gateway.overload.admission import Load
 from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import now_ms
 from protocol.wire import messages as m
@@ -32,7 +33,7 @@ class NativeCalls:
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
-        self.adapters = NativeAdapters(calls.catalogue, calls.settings)
+        self.adapters = NativeAdapters(calls.resolver, calls.settings)
 
     async def answer(
         self, request: GenerateRequest, caller: Caller, started_s: float, *, stream: bool, as_list: bool
@@ -47,7 +48,7 @@ class NativeCalls:
         base = await calls.fleet.require(worker=True)
         check_task(base, "generate")
         native = native_options(request, calls.settings, base.max_model_len, stream=stream)
-        calls.admission.check_room(native.options.cls, calls.fleet.status, now_ms())
+        calls.admission.check(Load(native.options.cls))
         target = await self.target(p, base, caller)
         prompt = await self._prompt(request.inputs, native, target.files)
         limit = native_limit(native.options, prompt.num_tokens, base.max_model_len)

@@ -10,10 +10,6 @@ from prometheus_client import REGISTRY, generate_latest
 
 from protocol.runtime import metrics
 
-GENERATION_PATHS = frozenset(
-    {"/", "/generate", "/generate_stream", "/invocations", "/v1/completions", "/v1/chat/completions",
-     "/v1/embeddings", "/embed", "/classify", "/classify_batch"}
-)  # fmt: skip
 _CAUSES = {400: "validation", 422: "validation", 413: "validation", 429: "overloaded", 403: "download_adapter",
            404: "download_adapter"}  # fmt: skip
 _SUFFIXED = re.compile(rb"\b(lorax_[a-z_]+)_total\b")
@@ -39,10 +35,8 @@ def failed(cause: str) -> None:
     metrics.LORAX_FAILURE.labels(cause).inc()
 
 
-def answered(path: str, status: int, seconds: float) -> None:
-    """Count an HTTP request, if it asked the model."""
-    if path not in GENERATION_PATHS or status == 405:
-        return
+def answered(status: int, seconds: float) -> None:
+    """Count an HTTP request that asked the model."""
     metrics.LORAX_COUNT.inc()
     metrics.LORAX_SECONDS.observe(seconds)
     if status >= 400:

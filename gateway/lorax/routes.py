@@ -15,7 +15,7 @@ from gateway.encoders.api import EncoderRequest
 from gateway.encoders.calls import EncoderCalls
 from gateway.http import openapi
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape
-from gateway.http.late import in_time
+from gateway.http.keep_alive import KeepAliveResponse
 from gateway.http.routes import Endpoints, JsonRoute, json_response
 from gateway.lorax import metrics as lorax_metrics
 from gateway.lorax.api import CompatRequest, GenerateRequest, Parameters, TokenizeRequest
@@ -74,7 +74,7 @@ class NativeEndpoints:
             raise Unavailable("this gateway is shutting down; another one can take the request", code="shutting_down")
         answer = self._native.answer(body, caller_of(request), started_s, stream=stream, as_list=as_list)
         keepalive_s = self._calls.settings.keepalive_s
-        return await in_time(answer, stream=stream, keepalive_s=keepalive_s, errors=LORAX_ERRORS)
+        return KeepAliveResponse(answer, stream=stream, keepalive_s=keepalive_s, errors=LORAX_ERRORS)
 
     async def tokenize(self, body: TokenizeRequest, request: Request) -> Response:
         special = body.add_special_tokens is not False
@@ -96,7 +96,7 @@ class NativeEndpoints:
         calls, settings = self._calls, self._calls.settings
         base = await calls.fleet.require(worker=False)
         adapters = [
-            alias.name for alias in await calls.catalogue.visible(caller_of(request)) if alias.state == "on_disk"
+            alias.name for alias in await calls.resolver.visible(caller_of(request)) if alias.state == "on_disk"
         ]
         return json_response(
             {

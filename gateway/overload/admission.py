@@ -1,147 +1,261 @@
-"""Whether a call is let in: by what waits already, and by how long it would wait itself. Pure.
+"""Which calls this gateway lets in. Pure: measurements, status and time are given.
 
-The queue's script counts requests exactly; tokens and time come from the scheduler's status of at most a second ago,
-plus what this gateway has submitted since. To be refused by the script costs as much as to be let in, so a queue that
-was nearly full when it was counted last is foreseen from there: by its drain rate, and by the calls let through since.
+A call is let in or refused at once; what was let in is never dropped for load. Two limits are the gateway's own: calls
+in flight, and the lag of its event loop. Two are the queue's: requests and tokens that wait. And one wait is predicted,
+from arrival to the first token: a call is inbound until it is in the queue, then it waits for the requests ahead of it.
+
+The queue's script counts requests exactly. The gateway knows the scheduler's status, sent once a second, and what it
+has submitted since. A refusal by the script costs as much work as a call that is let in, so the length of a queue that
+was nearly full is forecast: from its last count, the drain rate, and this gateway's own calls since.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
+from gateway.overload.inbound import Inbound
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Overloaded
-from protocol.wire.keys import BATCH, INTERACTIVE
+from protocol.wire.keys import BATCH, CLASSES, INTERACTIVE
 
 ROOM = 0.1
 """Share of a limit that should be free again before a refused call is worth another try."""
 
+NEARLY_FULL = 1 - ROOM
+"""Share of `max_queued` from which on a queue's length is forecast: below it, no call is refused for an estimate."""
+
 MIN_RETRY_S = 1.0
 UNKNOWN_RETRY_S = 5.0
-"""Advice while nobody knows how fast the fleet is."""
+"""Advice while the fleet's drain rate is unknown."""
 
 STATUS_LIFE_MS = 5000
+"""Time for which submitted requests are remembered when no status comes that counts them."""
 
-NEARLY_FULL = 1 - ROOM
-"""Share of `max_queued` from which on a queue is foreseen: below it, nobody is refused for a guess."""
+
+@dataclass(frozen=True, slots=True)
+class OverloadLimits:
+    """Limits of a gateway that operators do not set."""
+
+    max_lag_s: float = 2.0  # of the event loop
+    max_inbound_s: float = 5.0  # from arrival to the queue: calls that take longer would time out on their way
+    min_inbound: int = 128  # calls below which the time from arrival to the queue is not estimated
+    inbound_span_s: float = 1.5  # least time for which the rate of inbound calls is measured
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A call that wants to be let in."""
+    """What a call would add to the queue, as far as it is known."""
 
     cls: str
-    num: int  # requests
-    num_tokens: int  # prompt and longest output of all of them
-    timeout_s: float  # what is not begun by then is lost
+    num: int = 1  # requests
+    num_tokens: int = 0  # prompts and longest outputs of all requests; 0: nothing is tokenized yet
+    timeout_s: float = math.inf  # a request that has not begun by then is lost; inf: not known yet
 
 
 @dataclass(slots=True)
-class Count:
-    """When a class's queue was counted last, and what may have come since."""
+class _Call:
+    """A call in flight."""
 
-    at_ms: int = 0
-    queued: int = 0
-    passed: deque[int] = field(default_factory=deque)  # unix ms, of calls that were let through, newest last
+    inbound: bool = True
+    cls: str = ""  # "" until it is known
 
-    def set(self, at_ms: int, queued: int) -> None:
-        """Take a count, if it is newer."""
-        if at_ms < self.at_ms:
-            return
-        self.at_ms, self.queued = at_ms, queued
-        while self.passed and self.passed[0] < at_ms:
-            self.passed.popleft()
 
-    def foreseen(self, now_ms: int, rate: float) -> float:
-        """Return how many wait now if `rate` have left each second, and all that were let through have come."""
-        return self.queued + len(self.passed) - rate * max(0, now_ms - self.at_ms) / 1000
+_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
+"""The call that the current task works for."""
 
 
 @dataclass(slots=True)
+class _Queue:
+    """What this gateway knows of the requests of one class."""
+
+    counted_ms: int = 0
+    num_counted: int = 0  # that waited then, without those of `num_new`
+    num_new: int = 0  # submitted by this gateway since the scheduler's status
+    num_inbound: int = 0  # calls of this gateway that have passed the check before any work
+
+
 class Admission:
-    """Decides for one gateway."""
+    """Lets calls of one gateway in."""
 
-    settings: Settings
-    num_new: int = 0  # requests let in that the status may not count yet
-    num_new_tokens: int = 0
-    _new: deque[tuple[int, Load]] = field(default_factory=deque)  # (unix ms, load), newest last
-    _counts: dict[str, Count] = field(default_factory=dict)  # of each class
+    def __init__(
+        self,
+        settings: Settings,
+        status: Callable[[], m.SchedulerStatus | None],
+        lag_s: Callable[[], float],
+        limits: OverloadLimits | None = None,
+        now_s: Callable[[], float] = time.time,
+    ) -> None:
+        """`status`: the scheduler's latest; `lag_s`: of this gateway's event loop; `now_s`: unix time."""
+        self._settings = settings
+        self._status = status
+        self._lag_s = lag_s
+        self._limits = limits or OverloadLimits()
+        self._now_s = now_s
+        self._queues = {cls: _Queue() for cls in CLASSES}
+        self._new: deque[tuple[int, Load]] = deque()  # (unix ms, submitted since the status), oldest first
+        self._num_new_tokens = 0
+        self._inbound = Inbound(self._limits.min_inbound, self._limits.inbound_span_s)
+        self._num_in_flight = 0
 
-    def note(self, load: Load, now_ms: int) -> None:
-        """Note what was let in."""
+    # ------------------------------------------------------------ a call's way
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """Count the current task's call while it lasts: in flight until the end, inbound until `leave_inbound`."""
+        _CALL.set(_Call())
+        self._num_in_flight += 1
+        self._inbound.begin(self._now_s())
+        try:
+            yield
+        finally:
+            self.leave_inbound()
+            self._num_in_flight -= 1
+
+    def leave_inbound(self, *, reached_queue: bool = False) -> None:
+        """Count the current task's call as inbound no more: it `reached_queue`, waits for something else, or ends."""
+        call = _CALL.get()
+        if call is None or not call.inbound:
+            return
+        call.inbound = False
+        self._inbound.end(self._now_s(), reached_queue=reached_queue)
+        if call.cls:
+            self._queues[call.cls].num_inbound -= 1
+
+    def submitted(self, load: Load) -> None:
+        """Note what the queue has taken."""
+        now_ms = self._now_ms()
         self._forget(now_ms - STATUS_LIFE_MS)
         self._new.append((now_ms, load))
-        self.num_new += load.num
-        self.num_new_tokens += load.num_tokens
+        self._queues[load.cls].num_new += load.num
+        self._num_new_tokens += load.num_tokens
+
+    def full(self, load: Load, num_queued: int) -> Overloaded:
+        """Note that the queue refused a load since `num_queued` requests of its class waited; return the error."""
+        queue = self._queues[load.cls]
+        queue.counted_ms, queue.num_counted = self._now_ms(), num_queued - queue.num_new
+        return self._full(load, num_queued)
+
+    # ------------------------------------------------------------ whether it is let in
+
+    def check(self, load: Load | None = None) -> None:
+        """Raise Overloaded for a call that is too much.
+
+        Asked three times, the earlier the cheaper: at a call's arrival, when nothing of it has been read (no `load`);
+        before any work is done for it (`num_tokens` is 0); and before it is submitted.
+        Raises BadRequest for a load that the queue could never take.
+        """
+        if load is None:
+            self._check_gateway()
+            return
+        max_queued = self._settings.max_queued
+        if load.num > max_queued:
+            text = f"the call makes {load.num} choices; the queue takes {max_queued}"
+            raise BadRequest(text, param="n", code="limit_exceeded")
+        status = self._status()
+        if status is None:
+            return
+        self._take(status)
+        if load.num_tokens:
+            self._check_tokens(load.num_tokens, status)
+        else:
+            self._check_place(load, status)
+        self._check_wait(load, status)
+        call = _CALL.get()
+        if call is not None and call.inbound and not call.cls:
+            call.cls = load.cls
+            self._queues[load.cls].num_inbound += 1
+
+    def _check_gateway(self) -> None:
+        """Hold a call that has just arrived against what the gateway has to do already."""
+        num, max_open, limits = self._num_in_flight, self._settings.max_open_calls, self._limits
+        if num >= max_open:
+            text = f"this gateway is answering {num} calls; the limit is {max_open}"
+            raise Overloaded(text, self._drain_s(ROOM * max_open))
+        lag_s = self._lag_s()
+        if lag_s >= limits.max_lag_s:
+            text = f"this gateway is {lag_s:.1f} s late with what it has; the limit is {limits.max_lag_s:g} s"
+            raise Overloaded(text, max(MIN_RETRY_S, lag_s))
+        wait_s = self._inbound.wait_s(self._now_s())
+        if wait_s >= limits.max_inbound_s:
+            text = f"{self._inbound.num} calls are on their way to the queue, for about {wait_s:.0f} s"
+            raise Overloaded(f"{text}; the limit is {limits.max_inbound_s:g} s", wait_s)
+
+    def _check_place(self, load: Load, status: m.SchedulerStatus) -> None:
+        """Refuse a call that its queue will have no place for, as far as is known."""
+        queue, max_queued = self._queues[load.cls], self._settings.max_queued
+        if queue.num_counted + queue.num_new >= NEARLY_FULL * max_queued:
+            expected = self._expected(queue, status) + queue.num_inbound
+            if expected > max_queued - 1:
+                raise self._full(load, math.ceil(expected))
+
+    def _check_tokens(self, num_tokens: int, status: m.SchedulerStatus) -> None:
+        """Refuse what makes too many tokens wait. A call alone is never too large."""
+        queued_tokens, max_tokens = status.queued_tokens + self._num_new_tokens, self._settings.max_queued_tokens
+        if queued_tokens and queued_tokens + num_tokens > max_tokens:
+            num_queued = status.queued + sum(queue.num_new for queue in self._queues.values())
+            excess = (queued_tokens + num_tokens - (1 - ROOM) * max_tokens) / queued_tokens
+            text = f"requests of {queued_tokens} tokens are waiting; the limit is {max_tokens}"
+            raise Overloaded(text, self._drain_s(excess * num_queued))
+
+    def _check_wait(self, load: Load, status: m.SchedulerStatus) -> None:
+        """Refuse a call whose first token would come too late."""
+        wait_s = self._wait_s(load, status)
+        max_wait_s = min(self._settings.max_wait_s or load.timeout_s, load.timeout_s)
+        if wait_s > max_wait_s:
+            text = f"the first token would come in about {wait_s:.0f} s; the limit is {max_wait_s:g} s"
+            raise Overloaded(text, max(MIN_RETRY_S, wait_s - (1 - ROOM) * max_wait_s))
+
+    def _wait_s(self, load: Load, status: m.SchedulerStatus) -> float:
+        """Return the time to a call's first token: until it is in the queue, and until those ahead of it have left.
+
+        The queue drains while calls are inbound, so it is the longer of the two. What is unknown counts as 0.
+        """
+        ahead = [self._queues[INTERACTIVE]] if load.cls == INTERACTIVE else list(self._queues.values())
+        num_ahead, inbound_s = sum(self._expected(queue, status) for queue in ahead), 0.0
+        if not load.num_tokens:
+            num_ahead += sum(queue.num_inbound for queue in ahead)
+            inbound_s = self._inbound.wait_s(self._now_s())
+        return max(inbound_s, num_ahead / status.drain_rate if status.drain_rate else 0.0)
+
+    # ------------------------------------------------------------ parts
+
+    def _now_ms(self) -> int:
+        return int(self._now_s() * 1000)
+
+    def _take(self, status: m.SchedulerStatus) -> None:
+        """Take the counts of the scheduler's status, where they are the latest."""
+        self._forget(status.sent_ms)
+        queued = {BATCH: status.queued_batch, INTERACTIVE: status.queued - status.queued_batch}
+        for cls, queue in self._queues.items():
+            if status.sent_ms >= queue.counted_ms:
+                queue.counted_ms, queue.num_counted = status.sent_ms, queued[cls]
 
     def _forget(self, before_ms: int) -> None:
+        """Leave what was submitted before to the counts."""
         while self._new and self._new[0][0] < before_ms:
             _, load = self._new.popleft()
-            self.num_new -= load.num
-            self.num_new_tokens -= load.num_tokens
+            self._queues[load.cls].num_new -= load.num
+            self._queues[load.cls].num_counted += load.num
+            self._num_new_tokens -= load.num_tokens
 
-    def check_room(self, cls: str, status: m.SchedulerStatus | None, now_ms: int) -> None:
-        """Raise Overloaded for a call that the queue has no place for, as far as is known: before it costs any work."""
-        if status is None:
-            return
-        count, limit = self._counts.setdefault(cls, Count()), self.settings.max_queued
-        queued = status.queued_batch if cls == BATCH else status.queued - status.queued_batch
-        count.set(status.sent_ms, queued)
-        if count.queued < NEARLY_FULL * limit:
-            return
-        foreseen = count.foreseen(now_ms, status.drain_rate)
-        if foreseen > limit - 1:
-            raise self.full(Load(cls, 1, 0, 0.0), math.ceil(foreseen), status)
-        count.passed.append(now_ms)
+    def _expected(self, queue: _Queue, status: m.SchedulerStatus) -> float:
+        """Return how many requests of a class wait now, if the queue has drained at its rate since the last count."""
+        drained = status.drain_rate * max(0, self._now_ms() - queue.counted_ms) / 1000
+        return max(0.0, queue.num_counted + queue.num_new - drained)
 
-    def note_full(self, load: Load, queued: int, now_ms: int) -> None:
-        """Note that the queue's script has just refused a call because `queued` requests of its class waited."""
-        self._counts.setdefault(load.cls, Count()).set(now_ms, queued)
+    def _drain_s(self, num: float) -> float:
+        """Return when `num` requests will have left the queue, as the advice when to come back."""
+        status = self._status()
+        return max(MIN_RETRY_S, num / status.drain_rate) if status and status.drain_rate else UNKNOWN_RETRY_S
 
-    def check(self, load: Load, status: m.SchedulerStatus | None) -> None:
-        """Let a call in, or raise Overloaded: too many tokens wait, or it would have to wait for too long.
-
-        Raises BadRequest for one that no queue has a place for, however empty.
-        """
-        if load.num > self.settings.max_queued:
-            raise BadRequest(
-                f"the call makes {load.num} choices; the queue takes {self.settings.max_queued}",
-                param="n", code="limit_exceeded",
-            )  # fmt: skip
-        if status is None:
-            return
-        self._forget(status.sent_ms)
-        queued, queued_tokens = status.queued + self.num_new, status.queued_tokens + self.num_new_tokens
-        max_tokens = self.settings.max_queued_tokens
-        if queued_tokens + load.num_tokens > max_tokens and queued_tokens:
-            over = (queued_tokens + load.num_tokens - (1 - ROOM) * max_tokens) / queued_tokens
-            raise Overloaded(
-                f"requests of {queued_tokens} tokens are waiting; the limit is {max_tokens}",
-                retry_after_s(over * queued, status),
-            )
-        num_ahead = queued - (status.queued_batch if load.cls == INTERACTIVE else 0)
-        wait_s = num_ahead / status.drain_rate if status.drain_rate else 0.0
-        max_wait_s = min(self.settings.max_wait_s or load.timeout_s, load.timeout_s)
-        if wait_s > max_wait_s:
-            raise Overloaded(
-                f"the first token would come in about {wait_s:.0f} s; the limit is {max_wait_s:g} s",
-                retry_after_s((wait_s - (1 - ROOM) * max_wait_s) * status.drain_rate, status),
-            )
-
-    def full(self, load: Load, queued: int, status: m.SchedulerStatus | None) -> Overloaded:
-        """Return the refusal of a call that the queue has no place for; `queued` requests wait."""
-        max_queued = self.settings.max_queued
-        return Overloaded(
-            f"{queued} requests are waiting; the limit is {max_queued}",
-            retry_after_s(queued + load.num - (1 - ROOM) * max_queued, status),
-        )
-
-
-def retry_after_s(num: float, status: m.SchedulerStatus | None) -> float:
-    """Return when `num` requests will have left the queue, at its measured rate."""
-    if status is None or not status.drain_rate:
-        return UNKNOWN_RETRY_S
-    return max(MIN_RETRY_S, num / status.drain_rate)
+    def _full(self, load: Load, num_queued: int) -> Overloaded:
+        max_queued = self._settings.max_queued
+        text = f"{num_queued} requests are waiting; the limit is {max_queued}"
+        return Overloaded(text, self._drain_s(num_queued + load.num - (1 - ROOM) * max_queued))

@@ -1,4 +1,7 @@
-"""A fleet with a second of everything, while its processes die, drain and are cut off; clients get whole answers."""
+"""A fleet with a second of everything, while its processes die and drain; clients get whole answers.
+
+The tests share one fleet, in any order: after each of them what has ended is started again, and nothing may be left.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ NUM_TOKENS = 150
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ProcessFleet]:
+async def shared_fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ProcessFleet]:
     folder: Path = tmp_path_factory.mktemp("fleet")
     model = make_tiny_model(folder / "model", max_len=12_000)
     for seed, name in enumerate(MODELS[1:], start=1):
@@ -41,6 +44,20 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proce
         await running.close()
 
 
+@pytest_asyncio.fixture(loop_scope="module")
+async def fleet(shared_fleet: ProcessFleet) -> AsyncIterator[ProcessFleet]:
+    """The fleet with all its processes; they are there again after the test, and nothing of its requests is left."""
+    yield shared_fleet
+    for member in shared_fleet.members.values():
+        if not member.is_running:
+            shared_fleet.start(member.service, member.name)
+    for member in shared_fleet.members.values():
+        await wait_until(lambda member=member: shared_fleet.is_up(member), f"{member.name} is back", timeout_s=100)
+    await wait_until(lambda: is_idle(shared_fleet), "nothing is queued or running")
+    assert await shared_fleet.bus.redis.xlen(shared_fleet.bus.keys.dlq) == 0
+    assert await untimed_keys(shared_fleet.bus) == []
+
+
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
 
@@ -48,7 +65,7 @@ def asks(num_tokens: int = NUM_TOKENS) -> list[Ask]:
     return [Ask(model, prompt, num_tokens, tuple(GREEDY.items())) for model in MODELS for prompt in ("x", "Another")]
 
 
-async def ask_once(fleet: ProcessFleet, ask: Ask, style: str = "stream") -> Call:
+async def ask_once(fleet: ProcessFleet, ask: Ask) -> Call:
     client = Client(fleet.urls)
     call = Call(ask, "stream", time.monotonic())
     await client.ask(ask, "stream", call)
@@ -57,9 +74,9 @@ async def ask_once(fleet: ProcessFleet, ask: Ask, style: str = "stream") -> Call
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def right(fleet: ProcessFleet) -> dict[Ask, str]:
+async def right(shared_fleet: ProcessFleet) -> dict[Ask, str]:
     """The answers of the undisturbed fleet."""
-    calls = await asyncio.gather(*(ask_once(fleet, ask) for ask in asks()))
+    calls = await asyncio.gather(*(ask_once(shared_fleet, ask) for ask in asks()))
     assert all(call.is_complete and len(call.attempts) == 1 for call in calls)
     texts = {call.ask: call.attempts[0].text for call in calls}
     assert len(set(texts.values())) == len(texts)
@@ -105,9 +122,7 @@ class Traffic:
         return [a for a in unfinished if a.text or not (a.outcome == "cut" or a.code == "shutting_down")]
 
 
-async def test_every_service_is_restarted_under_load_and_no_client_gets_an_error(
-    fleet: ProcessFleet, right: dict[Ask, str]
-) -> None:
+async def test_restarts_of_every_service_under_load_show_no_error(fleet: ProcessFleet, right: dict[Ask, str]) -> None:
     async with Traffic(fleet, right) as traffic:
         for member in list(fleet.members.values()):
             fleet.signal(member.name, signal.SIGTERM)
@@ -119,10 +134,8 @@ async def test_every_service_is_restarted_under_load_and_no_client_gets_an_error
     assert traffic.errors == []
 
 
-async def test_what_a_killed_gateway_had_begun_is_told_from_its_first_token_by_another(
-    fleet: ProcessFleet, right: dict[Ask, str]
-) -> None:
-    """With an Idempotency-Key the request goes on; without one it is cancelled."""
+async def test_another_gateway_tells_what_a_killed_one_had_begun(fleet: ProcessFleet, right: dict[Ask, str]) -> None:
+    """With an Idempotency-Key the request goes on, told from its first token; without one it is cancelled."""
     ask = asks()[0]
     first, second = (member for member in fleet.members.values() if member.service == "gateway")
     one, other = (f"http://127.0.0.1:{member.settings.port}" for member in (first, second))
@@ -166,11 +179,9 @@ async def test_what_a_killed_gateway_had_begun_is_told_from_its_first_token_by_a
 
     await wait_until(is_cancelled, "nobody computes for nobody")
     await bus.cancel(f"{again.call}-0")
-    fleet.start("gateway", first.name)
-    await wait_until(lambda: fleet.is_up(first), "the gateway is back", timeout_s=60)
 
 
-async def test_two_hundred_long_streams_whose_clients_leave_are_forgotten_at_once(
+async def test_two_hundred_long_streams_end_when_their_clients_leave(
     fleet: ProcessFleet, right: dict[Ask, str]
 ) -> None:
     """What they would still have cost is never computed."""
@@ -210,12 +221,8 @@ async def test_the_store_may_be_down_while_what_is_resident_is_asked_for(
         await fleet.bus.tell([(beat.wid, m.Control(kind="prefetch", digest=digest)) for digest in digests])
     await wait_until(lambda: have_all(fleet, digests), "every worker has every adapter")
     fleet.kill("store")
-    try:
-        calls = await asyncio.gather(*(ask_once(fleet, ask) for ask in asks()))
-    finally:
-        fleet.start("store")
+    calls = await asyncio.gather(*(ask_once(fleet, ask) for ask in asks()))
     assert {call.ask: call.attempts[0].text for call in calls} == right
-    await wait_until(lambda: fleet.is_up(fleet.members["store"]), "the store is back", timeout_s=60)
 
 
 async def test_a_standby_leads_when_the_leader_is_killed(fleet: ProcessFleet, right: dict[Ask, str]) -> None:
@@ -227,13 +234,6 @@ async def test_a_standby_leads_when_the_leader_is_killed(fleet: ProcessFleet, ri
     calls = await asyncio.gather(*(ask_once(fleet, ask) for ask in asks()))
     assert {call.ask: call.attempts[0].text for call in calls} == right
     assert (await bus.redis.get(bus.keys.leader)).decode() != token
-    fleet.start("scheduler", leader.name)
-
-
-async def test_nothing_is_left_behind(fleet: ProcessFleet) -> None:
-    await wait_until(lambda: is_idle(fleet), "nothing is queued or running")
-    assert await fleet.bus.redis.xlen(fleet.bus.keys.dlq) == 0
-    assert await untimed_keys(fleet.bus) == []
 
 
 async def beats(fleet: ProcessFleet) -> list[m.WorkerBeat]:

@@ -21,8 +21,9 @@ from waiting import wait_until
 from adapter_store.service import serve
 from adapter_store.sources.retry import Retries
 from adapter_store.timings import StoreTimings
+from gateway.service import GatewayTimings
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
-from protocol.queue.bus import Bus
+from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -291,13 +292,42 @@ async def test_a_client_that_leaves_while_its_adapter_comes_submits_nothing(
     assert len(fleet.seen) == 1
 
 
-async def test_without_a_store_nobody_waits_for_ever(
-    bus: Bus, fleet: ScriptedFleet, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gateway.adapters.names.LOOK_S", 0.05)
+async def test_without_a_store_nobody_waits_for_ever(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     async with (
-        running_gateway(bus, model_folder, request_sources="hub") as gateway,
+        running_gateway(bus, model_folder, GatewayTimings(alias_poll_s=0.05), request_sources="hub") as gateway,
         httpx2.AsyncClient(base_url=gateway.url) as http,
     ):
         answer = await ask(http, "org/a")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_store")
+
+
+async def test_a_refused_registration_answers_once_its_name_is_removed(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
+) -> None:
+    """The test is the store: it refuses the name, and later removes it."""
+    await bus.redis.zadd(bus.keys.stores, {"store": now_ms()})
+    async with (
+        running_gateway(bus, model_folder, GatewayTimings(alias_poll_s=0.02)) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        asyncio.TaskGroup() as group,
+    ):
+        body = {"name": "new", "source": "hub:org/none"}
+        asked = group.create_task(http.post("/v1/adapters", json=body))
+        registration = await wait_until(lambda: bus.registration("new"), "the name is registered")
+        refused = m.Alias(
+            name="new", state="failed", reason="org/none does not exist", status=404, source=registration.source,
+            asked_ms=registration.asked_ms, created_ms=1,
+        )  # fmt: skip
+        await bus.redis.hset(bus.keys.adapters, "new", m.encode(refused))
+
+        async def is_unregistered() -> bool:
+            return await bus.registration("new") is None
+
+        await wait_until(is_unregistered, "the gateway takes the registration back")
+        assert (await http.get("/v1/adapters/new")).json()["state"] == "failed"
+        assert not asked.done()
+        await bus.redis.hdel(bus.keys.adapters, "new")
+        answer = await asked
+        assert (answer.status_code, "org/none does not exist" in answer.text) == (404, True)
+        assert (await http.get("/v1/adapters/new")).status_code == 404
+    await bus.redis.delete(bus.keys.stores)

@@ -70,7 +70,7 @@ async def test_openai_s_client_understands_the_refusals(gateway: RunningGateway,
             await openai.chat.completions.create(**CHAT)
 
 
-async def test_a_revoked_or_expired_key_is_refused_by_every_gateway_at_its_next_request(
+async def test_a_revoked_or_expired_key_is_refused_at_once_by_every_gateway(
     bus: Bus, gateway: RunningGateway, model_folder: Path, http: httpx2.AsyncClient, keys: ApiKeys
 ) -> None:
     secret, key = await keys.create("acme", ["infer"])
@@ -191,7 +191,7 @@ async def test_jobs_and_idempotency_keys_belong_to_their_tenant(http: httpx2.Asy
     assert [shown["id"] for shown in (await http.get("/v1/jobs", headers=other)).json()["data"]] == [theirs["id"]]
 
 
-async def test_a_bearer_is_the_source_s_token_where_the_key_comes_in_a_header_of_its_own(
+async def test_a_bearer_beside_an_x_api_key_is_the_source_s_token(
     bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient, keys: ApiKeys
 ) -> None:
     """Else it is the key, which must never be shown to a Hub."""
@@ -253,7 +253,7 @@ async def test_what_no_limit_could_ever_let_in_is_the_client_s_fault(http: httpx
         assert "retry-after" not in refused.headers
 
 
-async def test_a_call_counts_as_long_as_it_runs_and_is_settled_when_its_client_leaves(
+async def test_a_call_counts_while_it_runs_and_until_its_client_leaves(
     bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient, keys: ApiKeys
 ) -> None:
     headers = await key_of(keys, "acme", concurrency=1, tokens_per_minute=200)

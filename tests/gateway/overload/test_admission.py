@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -24,114 +30,300 @@ def load(cls: str = INTERACTIVE, num: int = 1, num_tokens: int = 100, timeout_s:
     return Load(cls, num, num_tokens, timeout_s)
 
 
-def refusal(admission: Admission, wanted: Load, told: m.SchedulerStatus | None) -> Overloaded | None:
-    try:
-        admission.check(wanted, told)
-    except Overloaded as error:
-        return error
-    return None
+class Call:
+    """A call in flight, in a context of its own as tasks have."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._context = copy_context()
+        self._end = ExitStack()
+        self.run(self._end.enter_context, admission.enter())
+
+    def run(self, do: Callable[..., object], *args: Any, **more: Any) -> None:
+        self._context.run(do, *args, **more)
+
+    def reach_queue(self) -> None:
+        self.run(self._admission.leave_inbound, reached_queue=True)
+
+    def close(self) -> None:
+        self.run(self._end.close)
 
 
-def test_a_wait_that_is_too_long_is_refused_until_enough_of_the_queue_is_gone() -> None:
-    admission = Admission(Settings(max_wait_s=20.0))
-    assert refusal(admission, load(), status(200)) is None
-    refused = refusal(admission, load(), status(300))
+@dataclass
+class Gateway:
+    """An admission and what surrounds it."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    told: m.SchedulerStatus | None = None
+    lag_s: float = 0.0
+    now_ms: int = NOW_MS
+
+    def __post_init__(self) -> None:
+        self.admission = Admission(
+            Settings(**self.settings), lambda: self.told, lambda: self.lag_s, now_s=lambda: self.now_ms / 1000
+        )
+        self.calls: list[Call] = []
+
+    def begin(self, load: Load | None = None) -> None:
+        """Let a call arrive, and hold its load against the queue."""
+        call = Call(self.admission)
+        try:
+            if load is not None:
+                call.run(self.admission.check, load)
+        except Overloaded:
+            call.close()
+            raise
+        self.calls.append(call)
+
+    def refusal(self, wanted: Load | None) -> Overloaded | None:
+        try:
+            self.admission.check(wanted)
+        except Overloaded as error:
+            return error
+        return None
+
+
+def gateway(told: m.SchedulerStatus | None = None, **settings: Any) -> Gateway:
+    return Gateway(settings, told)
+
+
+# ---------------------------------------------------------------- the gateway's own limits
+
+
+def test_calls_in_flight_are_limited() -> None:
+    """A refused one is told when a tenth of them will have ended."""
+    site = gateway(status(0, rate=5.0), max_open_calls=100)
+    for _ in range(99):
+        site.begin()
+    assert site.refusal(None) is None
+    site.begin()
+    refused = site.refusal(None)
     assert refused is not None
-    assert refused.message == "the first token would come in about 30 s; the limit is 20 s"
-    # Back after that time, with the queue drained at the measured rate meanwhile, it is let in.
-    assert refused.retry_after_s == pytest.approx(12.0)
-    assert refusal(admission, load(), status(300 - 120)) is None
+    assert refused.message == "this gateway is answering 100 calls; the limit is 100"
+    assert refused.retry_after_s == pytest.approx(2.0)
+    assert site.refusal(load()) is None  # one that is in flight already
+    site.calls.pop().close()
+    assert site.refusal(None) is None
+
+
+def test_the_lag_of_the_loop_is_limited() -> None:
+    site = gateway()
+    for lag_s in (0.0, 1.9):
+        site.lag_s = lag_s
+        assert site.refusal(None) is None
+    site.lag_s = 3.0
+    refused = site.refusal(None)
+    assert refused is not None
+    assert refused.message == "this gateway is 3.0 s late with what it has; the limit is 2 s"
+    assert refused.retry_after_s == pytest.approx(3.0)
+    assert site.refusal(load()) is None  # what was let in goes on
+
+
+def test_the_way_to_the_queue_is_limited() -> None:
+    site = gateway()
+    for _ in range(1000):
+        site.begin()
+    for _ in range(200):  # 100 a second
+        site.now_ms += 10
+        call = site.calls.pop()
+        call.reach_queue()
+        call.close()  # it counts once
+    refused = site.refusal(None)
+    assert refused is not None
+    assert refused.message == "800 calls are on their way to the queue, for about 8 s; the limit is 5 s"
+    assert refused.retry_after_s == pytest.approx(8.0, rel=0.02)
+    while len(site.calls) > 450:
+        site.calls.pop().close()
+    assert site.refusal(None) is None
+
+
+# ---------------------------------------------------------------- a full queue
 
 
 @pytest.mark.parametrize("cls", [INTERACTIVE, BATCH])
 def test_a_full_queue_refuses_before_any_work_is_done(cls: str) -> None:
-    admission = Admission(Settings(max_queued=50))
-    admission.check_room(cls, None, NOW_MS)
-    admission.check_room(cls, status(99, batch=49 if cls == BATCH else 50), NOW_MS)
-    full = msgspec.structs.replace(status(100, batch=50), sent_ms=NOW_MS + 1)
+    site = gateway(max_queued=50)
+    site.admission.check(Load(cls))
+    site.told = status(99, batch=49 if cls == BATCH else 50)
+    site.admission.check(Load(cls))
+    site.now_ms += 1
+    site.told = msgspec.structs.replace(status(100, batch=50), sent_ms=site.now_ms)
     with pytest.raises(Overloaded, match="50 requests are waiting; the limit is 50") as refused:
-        admission.check_room(cls, full, NOW_MS + 1)
+        site.admission.check(Load(cls))
     assert refused.value.retry_after_s == pytest.approx(1.0)
 
 
-def num_let_through(admission: Admission, told: m.SchedulerStatus | None, now_ms: int) -> int:
-    """Return how many of a thousand calls may try the queue at one moment."""
+def num_let_through(site: Gateway, at_ms: int) -> int:
+    """Return how many of a thousand calls that arrive at one moment may try the queue."""
+    site.now_ms = at_ms
     for num in range(1000):
         try:
-            admission.check_room(INTERACTIVE, told, now_ms)
+            site.begin(Load(INTERACTIVE))
         except Overloaded:
             return num
     return 1000
 
 
-def test_between_two_looks_only_as_many_try_a_full_queue_as_have_left_it() -> None:
-    admission, told = Admission(Settings(max_queued=100)), status(50, rate=20.0)
-    assert num_let_through(admission, told, NOW_MS) == 1000  # below nine tenths nobody is refused for a guess
-    admission.note_full(load(), 100, NOW_MS + 100)
-    assert num_let_through(admission, told, NOW_MS + 100) == 0
-    assert [num_let_through(admission, told, NOW_MS + ms) for ms in (140, 200, 300)] == [0, 2, 2]
-    # The scheduler's next word counts those that came before it.
-    told = msgspec.structs.replace(told, queued=95, sent_ms=NOW_MS + 250)
-    assert num_let_through(admission, told, NOW_MS + 250) == 5 - 2
-    assert num_let_through(admission, msgspec.structs.replace(told, queued=20, sent_ms=NOW_MS + 260), NOW_MS) == 1000
-    assert num_let_through(admission, None, NOW_MS + 100) == 1000  # without a scheduler the queue alone decides
-    admission.check_room(BATCH, told, NOW_MS)  # the classes have queues of their own
+def submit(site: Gateway) -> None:
+    """Let the inbound calls be submitted."""
+    while site.calls:
+        call = site.calls.pop()
+        call.reach_queue()
+        call.run(site.admission.submitted, load())
+        call.close()
 
 
-def test_what_would_not_begin_before_its_deadline_is_refused_whatever_the_settings() -> None:
-    admission = Admission(Settings(max_wait_s=0.0))
-    assert refusal(admission, load(timeout_s=60), status(601)) is not None
-    assert refusal(admission, load(timeout_s=61), status(601)) is None
+def test_between_two_counts_only_as_many_try_a_full_queue_as_left_it() -> None:
+    site = gateway(status(50, rate=20.0), max_queued=100)
+    assert num_let_through(site, NOW_MS) == 1000  # below nine tenths nobody is refused for a guess
+    while site.calls:
+        site.calls.pop().close()
+    site.now_ms = NOW_MS + 100
+    site.admission.full(load(), 100)
+    assert num_let_through(site, NOW_MS + 100) == 0
+    passed = []
+    for ms in (140, 200, 300):
+        passed.append(num_let_through(site, NOW_MS + ms))
+        submit(site)
+    assert passed == [0, 2, 2]
+    # The scheduler's next status counts those that were submitted before it.
+    assert site.told is not None
+    site.told = msgspec.structs.replace(site.told, queued=95, sent_ms=NOW_MS + 250)
+    assert num_let_through(site, NOW_MS + 250) == 5 - 2
+    site.told = msgspec.structs.replace(site.told, queued=20, sent_ms=NOW_MS + 260)
+    assert num_let_through(site, NOW_MS) == 1000
+    site.told = msgspec.structs.replace(site.told, queued=100, sent_ms=NOW_MS + 270)
+    site.admission.check(Load(BATCH))  # the classes have queues of their own
+    site.told = None
+    assert num_let_through(site, NOW_MS + 100) == 1000  # without a scheduler the queue alone decides
+
+
+def test_inbound_calls_count_until_they_end_or_wait_for_something_else() -> None:
+    site = gateway(status(95, rate=0.0), max_queued=100)
+    assert num_let_through(site, NOW_MS) == 5
+    site.calls[0].run(site.admission.leave_inbound)  # as one that waits for a store
+    assert num_let_through(site, NOW_MS) == 1
+    site.calls.pop(0).close()
+    assert num_let_through(site, NOW_MS) == 0
+    site.calls.pop().close()
+    assert num_let_through(site, NOW_MS) == 1
+
+
+def test_a_full_queue_tells_when_there_will_be_room() -> None:
+    site = gateway(status(100), max_queued=100)
+    assert site.admission.full(load(num=2), 100).retry_after_s == pytest.approx(1.2)
+    site.told = status(100, rate=0.0)
+    assert site.admission.full(load(), 100).retry_after_s == 5.0
+    site.told = None
+    assert site.admission.full(load(), 100).retry_after_s == 5.0
+
+
+def test_more_choices_than_the_queue_ever_takes_are_the_client_s_fault() -> None:
+    site = gateway(status(0), max_queued=4)
+    assert site.refusal(load(num=4)) is None
+    for told in (None, status(0)):
+        site.told = told
+        with pytest.raises(BadRequest, match="the call makes 5 choices; the queue takes 4") as refused:
+            site.admission.check(load(num=5))
+        assert (refused.value.status, refused.value.param, refused.value.retryable) == (400, "n", False)
 
 
 def test_tokens_are_limited_and_a_call_alone_is_never_too_large() -> None:
-    admission = Admission(Settings(max_queued_tokens=1000))
-    assert refusal(admission, load(num_tokens=5000), status(0)) is None
-    assert refusal(admission, load(num_tokens=100), status(9, tokens=900)) is None
-    refused = refusal(admission, load(num_tokens=101), status(9, tokens=900))
+    site = gateway(status(0), max_queued_tokens=1000)
+    assert site.refusal(load(num_tokens=5000)) is None
+    site.told = status(9, tokens=900)
+    assert site.refusal(load(num_tokens=100)) is None
+    refused = site.refusal(load(num_tokens=101))
     assert refused is not None
     assert refused.message == "requests of 900 tokens are waiting; the limit is 1000"
     assert refused.retry_after_s == 1.0
 
 
-def test_what_was_let_in_since_the_status_counts() -> None:
-    admission = Admission(Settings(max_queued_tokens=1000, max_wait_s=1.0))
-    admission.note(load(num_tokens=900), NOW_MS - 1)  # the status counts it
-    assert refusal(admission, load(), status(1, tokens=900)) is None
-    admission.note(load(num_tokens=50), NOW_MS + 1)
-    assert refusal(admission, load(), status(1, tokens=900)) is not None
-    admission = Admission(Settings(max_wait_s=1.0))
+# ---------------------------------------------------------------- the predicted wait
+
+
+@pytest.mark.parametrize("num_tokens", [0, 100])
+def test_too_long_a_wait_is_refused_until_enough_of_the_queue_is_gone(num_tokens: int) -> None:
+    site = gateway(status(200), max_wait_s=20.0)
+    assert site.refusal(load(num_tokens=num_tokens)) is None
+    site.told = status(300)
+    refused = site.refusal(load(num_tokens=num_tokens))
+    assert refused is not None
+    assert refused.message == "the first token would come in about 30 s; the limit is 20 s"
+    # Back after that time, with the queue drained at the measured rate meanwhile, it is let in.
+    assert refused.retry_after_s == pytest.approx(12.0)
+    site.told = status(300 - 120)
+    assert site.refusal(load(num_tokens=num_tokens)) is None
+
+
+def test_what_would_begin_after_its_deadline_is_always_refused() -> None:
+    site = gateway(status(601), max_wait_s=0.0)
+    assert site.refusal(load(timeout_s=60)) is not None
+    assert site.refusal(load(timeout_s=61)) is None
+    assert site.refusal(Load(INTERACTIVE)) is None  # its deadline is not known yet
+
+
+def test_what_was_submitted_since_the_status_counts() -> None:
+    site = gateway(status(1, tokens=900), max_queued_tokens=1000, max_wait_s=1.0)
+    site.now_ms = NOW_MS - 1
+    site.admission.submitted(load(num_tokens=900))  # the status counts it
+    assert site.refusal(load()) is None
+    site.now_ms = NOW_MS + 1
+    site.admission.submitted(load(num_tokens=50))
+    assert site.refusal(load()) is not None
+    site = gateway(status(0), max_wait_s=1.0)
     for _ in range(11):
-        admission.note(load(num_tokens=1), NOW_MS + 1)
-    assert refusal(admission, load(), status(0)) is not None
-    assert admission.num_new == 11
-    admission.note(load(num_tokens=1), NOW_MS + 6000)
-    assert (admission.num_new, admission.num_new_tokens) == (1, 1)
+        site.admission.submitted(load(num_tokens=1))
+    assert site.refusal(load()) is not None
+
+
+def test_submitted_loads_are_not_remembered_for_long_without_a_status() -> None:
+    site = gateway(max_queued_tokens=1000)
+    site.admission.submitted(load(num_tokens=900))
+    site.now_ms = NOW_MS + 6000
+    site.admission.submitted(load(num_tokens=1))
+    site.told = status(0)
+    assert site.refusal(load(num_tokens=999)) is None
+    assert site.refusal(load(num_tokens=1000)) is not None
+
+
+def test_the_wait_includes_the_calls_that_are_inbound() -> None:
+    """Of a call that has not got to the queue yet; one that is there waits for what is in the queue."""
+    site = gateway(status(190), max_wait_s=20.0)
+    for _ in range(10):
+        site.begin(Load(INTERACTIVE))
+    assert site.refusal(Load(INTERACTIVE)) is None
+    site.begin(Load(INTERACTIVE))
+    refused = site.refusal(Load(INTERACTIVE))
+    assert refused is not None
+    assert refused.message == "the first token would come in about 20 s; the limit is 20 s"
+    assert site.refusal(load()) is None
+
+
+def test_the_wait_is_at_least_the_time_to_the_queue() -> None:
+    site = gateway(status(10, rate=100.0), max_wait_s=3.0)
+    for _ in range(600):
+        site.begin()
+    for _ in range(200):  # 100 a second
+        site.now_ms += 10
+        call = site.calls.pop()
+        call.reach_queue()
+        call.close()  # it counts once
+    refused = site.refusal(Load(INTERACTIVE))
+    assert refused is not None
+    assert refused.message == "the first token would come in about 4 s; the limit is 3 s"
+    assert site.refusal(None) is None
+    assert site.refusal(load()) is None
 
 
 def test_interactive_calls_do_not_wait_for_batch_work() -> None:
-    admission = Admission(Settings(max_wait_s=20.0))
-    assert refusal(admission, load(INTERACTIVE), status(300, batch=150)) is None
-    assert refusal(admission, load(BATCH), status(300, batch=150)) is not None
+    site = gateway(status(300, batch=150), max_wait_s=20.0)
+    assert site.refusal(load(INTERACTIVE)) is None
+    assert site.refusal(load(BATCH)) is not None
 
 
 def test_an_unknown_rate_or_scheduler_refuses_nobody() -> None:
-    admission = Admission(Settings(max_wait_s=1.0))
-    assert refusal(admission, load(), status(5000, rate=0.0)) is None
-    assert refusal(admission, load(), None) is None
-
-
-def test_a_full_queue_tells_when_there_will_be_room() -> None:
-    admission = Admission(Settings(max_queued=100))
-    assert admission.full(load(num=2), 100, status(100)).retry_after_s == pytest.approx(1.2)
-    assert admission.full(load(), 100, status(100, rate=0.0)).retry_after_s == 5.0
-    assert admission.full(load(), 100, None).retry_after_s == 5.0
-
-
-def test_more_choices_than_the_queue_ever_takes_are_the_client_s_fault() -> None:
-    admission = Admission(Settings(max_queued=4))
-    assert refusal(admission, load(num=4), status(0)) is None
-    for told in (None, status(0)):
-        with pytest.raises(BadRequest, match="the call makes 5 choices; the queue takes 4") as refused:
-            admission.check(load(num=5), told)
-        assert (refused.value.status, refused.value.param, refused.value.retryable) == (400, "n", False)
+    site = gateway(status(5000, rate=0.0), max_wait_s=1.0)
+    assert site.refusal(load()) is None
+    site.told = None
+    assert site.refusal(load()) is None

@@ -114,7 +114,7 @@ async def fleet(bus: Bus, model_folder: Path, tmp_path: Path, monkeypatch: pytes
             stop.set()
 
 
-async def test_a_life(fleet: Fleet) -> None:
+async def test_all_operations_in_turn(fleet: Fleet) -> None:
     """Registered, used, pinned, evicted, unloaded; each shows, and the last two say what they freed."""
     shown = await fleet.register("mine", "org/a")
     assert (shown["state"], shown["rank"], shown["pinned"]) == ("on_disk", 4, None)
@@ -212,7 +212,7 @@ async def test_content_stays_while_another_name_stands_for_it(fleet: Fleet) -> N
     assert (await fleet.shows("two", state="resident"))["use"]["hits"] >= 1
 
 
-async def test_a_name_is_pointed_elsewhere_only_when_told_and_only_to_what_is_good(fleet: Fleet) -> None:
+async def test_a_name_is_replaced_only_on_demand_and_only_by_what_is_good(fleet: Fleet) -> None:
     fleet.hub.repos["org/bad"] = Repo()
     fleet.hub.repos["org/bad"].commit(adapter() | {WEIGHTS_FILE: b"no weights"})
     first = (await fleet.register("mine", "org/a"))["digest"]

@@ -10,7 +10,7 @@ import pytest
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from starlette.responses import Response
 
-from gateway.http.late import in_time
+from gateway.http.keep_alive import KeepAliveResponse
 from protocol.wire.errors import NotFound
 
 
@@ -38,9 +38,45 @@ async def test_whatever_goes_wrong_ends_it_with_an_event(failure: Exception, cod
         if message.get("body", b"").startswith(b":"):
             go.set()
 
-    response = await in_time(answer(), stream=True, keepalive_s=0.01)
+    response = KeepAliveResponse(answer(), stream=True, keepalive_s=0.01)
     await response({"type": "http"}, receive, send)
     assert sent[0]["status"] == 200
     last = sent[-1]
     assert not last["more_body"]
     assert json.loads(last["body"].removeprefix(b"data: "))["error"]["code"] == code
+
+
+async def test_what_goes_wrong_soon_is_raised_before_anything_is_sent() -> None:
+    async def answer() -> Response:
+        raise NotFound("no such adapter")
+
+    async def never(message: Any = None) -> Any:
+        raise AssertionError
+
+    with pytest.raises(NotFound):
+        await KeepAliveResponse(answer(), stream=True, keepalive_s=30.0)({"type": "http"}, never, never)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_answer_has_ended_when_its_client_has_left(stream: bool) -> None:
+    ended = False
+
+    async def answer() -> Response:
+        nonlocal ended
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)  # as one that tells the queue
+            ended = True
+        raise AssertionError
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        assert stream
+
+    before = asyncio.all_tasks()
+    await KeepAliveResponse(answer(), stream=stream, keepalive_s=0.01)({"type": "http"}, receive, send)
+    assert ended
+    assert asyncio.all_tasks() == before

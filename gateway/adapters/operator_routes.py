@@ -1,6 +1,7 @@
-"""HTTP for the life of adapters: `/v1/adapters`, and vLLM's two routes with its codes, but 4xx where it answers 500.
+"""HTTP for operators: `/v1/adapters`, and vLLM's two routes with its status codes, but 4xx where it answers 500.
 
-A place in a path may be written with its slashes or percent-encoded.
+Each route reads its request, calls `operations.py` and writes the outcome. A source in a path may be written with its
+slashes or percent-encoded.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from fastapi import FastAPI, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse, Response
 
-from gateway.adapters.life import AdapterLife, Unloaded, Wanted
 from gateway.adapters.memory import Freed
+from gateway.adapters.operations import AdapterOperations, Unloaded, Wanted
 from gateway.auth.callers import Caller, caller_of
 from gateway.http import openapi
 from gateway.http.routes import json_response
@@ -30,8 +31,8 @@ class RegisterRequest(_Body):
     """`POST /v1/adapters`."""
 
     name: Annotated[str, Field(min_length=1, max_length=1100)]
-    source: Annotated[str, Field(max_length=1100)] = ""  # default: what the name says
-    token: Annotated[str, Field(max_length=1000)] = ""  # for the source; default: the Hub token shown as bearer
+    source: Annotated[str, Field(max_length=1100)] = ""  # default: the name
+    token: Annotated[str, Field(max_length=1000)] = ""  # for the source; default: the Hub token sent as bearer
     replace: bool = False
     pin: bool = False
     preload: bool = False
@@ -58,11 +59,11 @@ class UnloadRequest(BaseModel):
     lora_int_id: int | None = None
 
 
-class AdapterEndpoints:
+class OperatorEndpoints:
     """The routes' handlers."""
 
-    def __init__(self, life: AdapterLife) -> None:
-        self._life = life
+    def __init__(self, operations: AdapterOperations) -> None:
+        self._operations = operations
 
     async def list(
         self,
@@ -71,30 +72,32 @@ class AdapterEndpoints:
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
         tenant: str | None = None,
     ) -> Response:
-        return json_response(await self._life.list(caller_of(request), tenant, after, limit))
+        """Answer with a page of adapters."""
+        return json_response(await self._operations.list(caller_of(request), tenant, after, limit))
 
     async def get(self, name: str, request: Request, tenant: str | None = None) -> Response:
-        return json_response(await self._life.get(name, caller_of(request), tenant))
+        """Answer with one adapter."""
+        return json_response(await self._operations.get(name, caller_of(request), tenant))
 
     async def register(self, body: RegisterRequest, request: Request) -> Response:
-        """201 once a new name is served, 200 if it was there, 202 if it has not come within `wait_s`."""
+        """Answer 201 once a new name is served, 200 if it was registered, 202 if it is not served within `wait_s`."""
         caller = caller_of(request)
         tenant = caller.namespace(body.tenant)
         if body.pin and tenant:
             raise BadRequest("only an adapter for everybody can be pinned", param="pin")
         wanted = Wanted(body.name, body.source, body.token or caller.token, body.replace, body.wait_s, tenant)
         self._check_folder(wanted, caller)
-        is_served, is_new = await self._life.register(wanted)
+        is_served, is_new = await self._operations.register(wanted)
         if body.pin:
-            await self._life.pin_when_served(body.name)
+            await self._operations.pin_when_served(body.name)
         if body.preload and is_served:
-            await self._life.preload(body.name, 0.0, tenant)
+            await self._operations.preload(body.name, 0.0, tenant)
         status = (201 if is_new else 200) if is_served else 202
-        return json_response(await self._life.get(body.name, caller, tenant), status)
+        return json_response(await self._operations.get(body.name, caller, tenant), status)
 
     def _check_folder(self, wanted: Wanted, caller: Caller) -> None:
-        """Raise PermissionDenied for a folder that is not for this caller."""
-        reference = self._life.place(wanted.source or wanted.name)
+        """Raise PermissionDenied for a folder that the caller may not use."""
+        reference = self._operations.reference_of(wanted.source or wanted.name)
         if reference.scheme == "local" and not caller.may_use(reference.source.removeprefix("local:")):
             raise PermissionDenied(f"the folder {reference.source!r:.200} is not for this tenant", param="source")
 
@@ -107,37 +110,42 @@ class AdapterEndpoints:
         wait_s: Wait = 30.0,
         tenant: str | None = None,
     ) -> Response:
-        """200 with the bytes given back; 202 when workers will give some back later, after their requests."""
+        """Answer 200 with the bytes given back, or 202 if workers give some back later, when their requests end."""
         caller = caller_of(request)
         owner = caller.namespace(tenant)
-        return _unloaded(await self._life.unload(name, caller, owner, force=force, blob=blob, wait_s=wait_s))
+        return _unloaded(await self._operations.unload(name, caller, owner, force=force, blob=blob, wait_s=wait_s))
 
     async def preload(self, name: str, request: Request, wait_s: Wait = 0.0, tenant: str | None = None) -> Response:
+        """Answer 200 once every worker has the adapter, 202 if that takes longer than `wait_s`."""
         caller = caller_of(request)
-        known = await self._life.seen(name, caller, tenant)
-        done = await self._life.preload(name, wait_s, known.tenant)
-        return json_response(await self._life.get(name, caller, tenant), 200 if done else 202)
+        known = await self._operations.seen(name, caller, tenant)
+        done = await self._operations.preload(name, wait_s, known.tenant)
+        return json_response(await self._operations.get(name, caller, tenant), 200 if done else 202)
 
     async def pin(self, name: str, request: Request, wait_s: Wait = 0.0) -> Response:
-        done = await self._life.pin(name, wait_s)
-        return json_response(await self._life.get(name, caller_of(request), ""), 200 if done else 202)
+        """Answer 200 once every worker has loaded the adapter to keep it, 202 if that takes longer than `wait_s`."""
+        done = await self._operations.pin(name, wait_s)
+        return json_response(await self._operations.get(name, caller_of(request), ""), 200 if done else 202)
 
     async def unpin(self, name: str, request: Request) -> Response:
-        await self._life.unpin(name)
-        return json_response(await self._life.get(name, caller_of(request), ""))
+        """Answer with the adapter, which is not pinned any more."""
+        await self._operations.unpin(name)
+        return json_response(await self._operations.get(name, caller_of(request), ""))
 
     async def evict(self, name: str, wait_s: Wait = 30.0) -> Response:
-        freed = await self._life.evict(name, wait_s)
+        """Answer 200 with the bytes given back, or 202 if workers give some back later, when their requests end."""
+        freed = await self._operations.evict(name, wait_s)
         return json_response({"name": name, **_freed(freed)}, 202 if freed.waiting else 200)
 
     # ------------------------------------------------------------ vLLM
 
     async def load_lora(self, body: LoadRequest, request: Request) -> Response:
+        """Register an adapter and have it fetched, as vLLM's route of this path does."""
         if not body.lora_name or not body.lora_path:
             raise BadRequest("Both 'lora_name' and 'lora_path' must be provided.")
         caller = caller_of(request)
         tenant = caller.namespace(None)
-        if not body.load_inplace and await self._life.is_registered(body.lora_name, tenant):
+        if not body.load_inplace and await self._operations.is_registered(body.lora_name, tenant):
             raise BadRequest(
                 f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load the adapter in"
                 " place, set 'load_inplace' to True."
@@ -145,21 +153,24 @@ class AdapterEndpoints:
         wanted = Wanted(body.lora_name, body.lora_path, caller.token, body.load_inplace, MAX_WAIT_S, tenant)
         self._check_folder(wanted, caller)
         try:
-            is_served, _ = await self._life.register(wanted)
+            is_served, _ = await self._operations.register(wanted)
         except Conflict as error:
             raise BadRequest(error.message, code=error.code) from None
         if not is_served:
             raise Unavailable(f"the adapter `{body.lora_name}` is still being downloaded", code="adapter_loading")
-        await self._life.preload(body.lora_name, 0.0, tenant)
+        await self._operations.preload(body.lora_name, 0.0, tenant)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload_lora(self, body: UnloadRequest, request: Request) -> Response:
+        """Unload an adapter, as vLLM's route of this path does."""
         if not body.lora_name:
             raise BadRequest("'lora_name' needs to be provided to unload a LoRA adapter.")
         try:
             caller = caller_of(request)
             owner = caller.namespace(None)
-            unloaded = await self._life.unload(body.lora_name, caller, owner, force=False, blob=False, wait_s=30.0)
+            unloaded = await self._operations.unload(
+                body.lora_name, caller, owner, force=False, blob=False, wait_s=30.0
+            )
         except NotFound:
             raise NotFound(f"The lora adapter '{body.lora_name}' cannot be found.") from None
         except Conflict as error:
@@ -171,7 +182,7 @@ class AdapterEndpoints:
         )
 
 
-def add_adapter_routes(app: FastAPI, endpoints: AdapterEndpoints) -> None:
+def add_operator_routes(app: FastAPI, endpoints: OperatorEndpoints) -> None:
     """Bind paths to handlers."""
     app.get("/v1/adapters", responses=openapi.PAGE)(endpoints.list)
     app.post("/v1/adapters", responses=openapi.REGISTERED)(endpoints.register)

@@ -1,4 +1,4 @@
-"""In front of the routes: whether the gateway can take one more call, and API keys, where the fleet asks for them.
+"""Who sent a request, by the API key it carries, where the fleet asks for keys; a wrapper around the routes.
 
 With keys on, `Authorization: Bearer` is the key. The token for an adapter's source is then LoRAX's `api_token`; or the
 key comes as `x-api-key`, and the bearer is the token as without keys.
@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable
-from dataclasses import replace
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.auth.callers import CALLER, EVERYBODY, Caller
 from gateway.http.errors import ErrorShape, unreachable_queue
-from gateway.lorax.metrics import GENERATION_PATHS
-from gateway.overload.door import Door
-from gateway.overload.preparing import Preparation
 from protocol.queue.api_keys import PREFIX, ApiKeys
 from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.wire.errors import LorafleetError, Unauthorized
@@ -28,46 +24,32 @@ OPEN_PATHS = frozenset({"/", "/health", "/ping", "/metrics", "/openapi.json"})
 """What probes and scrapers read without a key."""
 
 
-class Gate:
-    """In front of the routes: finds who calls, and turns away who may not."""
+class Authentication:
+    """Puts the caller into a request's scope, or refuses the request with 401 or 403."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys | None, door: Door, shape_of: Callable[[str], ErrorShape]) -> None:
-        """`keys`: None when the fleet asks for none. `shape_of`: how errors on a path are told."""
+    def __init__(self, app: ASGIApp, keys: ApiKeys | None, shape_of: Callable[[str], ErrorShape]) -> None:
+        """`keys`: None where the fleet asks for none. `shape_of`: how errors on a path are written."""
         self._app = app
-        self._door = door
-        self._shape_of = shape_of
         self._keys = keys
+        self._shape_of = shape_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-        elif scope["method"] != "POST" or scope["path"] not in GENERATION_PATHS:
-            await self._let_in(scope, receive, send, Preparation())
-        else:
+        """Pass an authenticated request on."""
+        if scope["type"] == "http":
+            path = scope["path"]
             try:
-                self._door.check()
-            except LorafleetError as error:
-                await self._shape_of(scope["path"]).response(error)(scope, receive, send)
+                scope[CALLER] = await self._caller(scope["method"], path, Headers(scope=scope))
+            except CONNECTION_ERRORS as error:
+                await self._shape_of(path).response(unreachable_queue(error))(scope, receive, send)
                 return
-            with self._door.open() as preparation:
-                await self._let_in(scope, receive, send, preparation)
-
-    async def _let_in(self, scope: Scope, receive: Receive, send: Send, preparation: Preparation) -> None:
-        """Find out who calls, and pass the request on or refuse it."""
-        path = scope["path"]
-        try:
-            caller = await self._caller(scope["method"], path, Headers(scope=scope))
-        except CONNECTION_ERRORS as error:
-            await self._shape_of(path).response(unreachable_queue(error))(scope, receive, send)
-            return
-        except LorafleetError as error:
-            more = {"www-authenticate": "Bearer"} if error.status == 401 else {}
-            await self._shape_of(path).response(error, more)(scope, receive, send)
-            return
-        scope[CALLER] = replace(caller, preparation=preparation)
+            except LorafleetError as error:
+                headers = {"www-authenticate": "Bearer"} if error.status == 401 else {}
+                await self._shape_of(path).response(error, headers)(scope, receive, send)
+                return
         await self._app(scope, receive, send)
 
     async def _caller(self, method: str, path: str, headers: Headers) -> Caller:
+        """Return who sent a request. Raises Unauthorized and PermissionDenied."""
         bearer = _bearer(headers)
         if self._keys is None:
             return Caller(token=source_token(bearer, path))
@@ -87,7 +69,7 @@ class Gate:
 
 
 def check_scopes(method: str, path: str, caller: Caller) -> None:
-    """Raise PermissionDenied for what a caller's key is not good for."""
+    """Raise PermissionDenied unless a caller's key has the scope that a route needs."""
     if path.startswith("/v1/adapters"):
         if method in ("GET", "HEAD"):
             if "adapters" not in caller.scopes:
@@ -102,9 +84,9 @@ def check_scopes(method: str, path: str, caller: Caller) -> None:
 
 
 def source_token(bearer: str, path: str) -> str:
-    """Return a bearer as the token for an adapter's source: any on LoRAX's routes, Hub tokens on the others.
+    """Return a bearer as the token for an adapter's source: any on LoRAX's routes, only Hub tokens on the others.
 
-    A key of ours is none, so that it is never shown to a Hub.
+    An API key of this fleet is never such a token, so that no Hub is shown one.
     """
     if bearer.startswith(PREFIX):
         return ""
@@ -117,7 +99,7 @@ def _bearer(headers: Headers) -> str:
 
 
 def _shown(key: str) -> str:
-    """Return as much of a key as its owner needs to know it again."""
+    """Return a key shortened to what its owner recognizes."""
     return f"{key[:6]}…{key[-4:]}" if len(key) > 16 else "given"
 
 

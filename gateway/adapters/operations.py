@@ -1,6 +1,6 @@
-"""The life of adapters as operators see it: registered, loaded ahead, pinned, evicted, unloaded.
+"""What operators do with adapters: list, register, preload, pin, evict, unload. `operator_routes.py` is its HTTP.
 
-What is asked becomes true in the stores and workers; here it is checked, written down, waited for and told.
+Stores and workers carry an operation out; here it is checked, written to Redis and waited for.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 import msgspec
 
-from gateway.adapters.catalogue import BASE
-from gateway.adapters.memory import LOOK_S, AdapterMemory, Freed
-from gateway.adapters.names import Names, error_of, is_settled
-from gateway.adapters.views import FleetView
+from gateway.adapters.aliases import Aliases, error_of, is_settled
+from gateway.adapters.memory import POLL_S, AdapterMemory, Freed
+from gateway.adapters.resolver import BASE
+from gateway.adapters.views import AdapterObjects
 from gateway.auth.callers import Caller
 from protocol.queue.bus import Bus, decode, now_ms
 from protocol.runtime.fleet_secret import FleetSecret
@@ -28,49 +29,56 @@ from protocol.wire.adapter_refs import FOLDER, Policy, Reference, parse_referenc
 from protocol.wire.errors import BadRequest, Conflict, ModelNotFound, Unavailable
 from protocol.wire.keys import private_name
 
+REMOVAL_S = 10.0
+"""Least time for which the removal of a name by a store is waited for."""
+
 OTHERS = "(another tenant's)"
+"""Shown in place of a name that its caller may not see."""
+
 API = "api"
 SETTINGS = "settings"
+"""Who pinned an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A name that is to be served."""
+    """A name to register."""
 
     name: str
-    source: str  # "": the name says it
-    token: str = ""
-    replace: bool = False  # if the name stands for something else now
+    source: str  # "": the name is its source
+    token: str = ""  # for the source
+    replace: bool = False  # also if the name stands for another source now
     wait_s: float = 60.0
-    tenant: str = ""  # who sees the name, "" for everybody
+    tenant: str = ""  # whose name it is; "": everybody's
 
 
 @dataclass(frozen=True, slots=True)
 class Unloaded:
-    """A name that is served no more, and what that gave back."""
+    """A name that is no longer served, and what that gave back."""
 
     name: str
     digest: str
     freed: Freed
-    kept_by: list[str]  # other names for the same content, which therefore stays; a tenant's as `OTHERS`
-    num_ended: int  # requests that were ended for it
+    kept_by: list[str]  # other names of the same content, which therefore stays
+    num_ended: int  # requests that were failed for it
 
 
-class AdapterLife:
-    """What `/v1/adapters` does."""
+class AdapterOperations:
+    """The operations of `/v1/adapters`."""
 
-    def __init__(self, bus: Bus, settings: Settings, names: Names, secret: FleetSecret | None) -> None:
+    def __init__(self, bus: Bus, settings: Settings, aliases: Aliases, secret: FleetSecret | None) -> None:
+        """`secret`: what the stores want to see, None in a fleet without one."""
         self._bus = bus
-        self._names = names
+        self._aliases = aliases
         self._policy = Policy.of(settings)
         self._root = settings.adapters
         self.memory = AdapterMemory(bus, secret)
-        names.hearers.append(self.memory.hear)
+        aliases.listeners.append(self.memory.on_event)
 
-    # ------------------------------------------------------------ looking
+    # ------------------------------------------------------------ list
 
     async def list(self, caller: Caller, tenant: str | None, after: str, limit: int) -> dict[str, Any]:
-        """Return the adapters by name that the caller sees, or a tenant's own, as a page of at most `limit`."""
+        """Return a page of at most `limit` adapters after a name, by name: those the caller sees, or a tenant's own."""
         owner = None if tenant is None else caller.namespace(tenant)
         found = [
             alias for alias in await self._bus.aliases(None)
@@ -81,11 +89,14 @@ class AdapterLife:
         return {"object": "list", "data": await self._show(page), "has_more": len(aliases) > len(page)}
 
     async def get(self, name: str, caller: Caller, tenant: str | None = None) -> dict[str, Any]:
-        """Return one adapter, as the caller sees it. Raises ModelNotFound."""
+        """Return the object of one adapter that the caller sees. Raises ModelNotFound."""
         return (await self._show([await self.seen(name, caller, tenant)]))[0]
 
     async def seen(self, name: str, caller: Caller, tenant: str | None) -> m.Alias:
-        """Return what a name stands for to a caller, its own before everybody's, or to a tenant it may name."""
+        """Return the alias that a caller sees under a name: its own, else everybody's; or that of a tenant it names.
+
+        Raises ModelNotFound, PermissionDenied.
+        """
         owners = [caller.namespace(tenant)] if tenant is not None else sorted(caller.names, reverse=True)
         for owner in owners:
             alias = await self._bus.alias(name, owner)
@@ -98,18 +109,18 @@ class AdapterLife:
         raws = await self._bus.redis.mget([self._bus.keys.adapter(digest) for digest in digests]) if digests else []
         records = {d: decode(raw, m.AdapterRecord) for d, raw in zip(digests, raws, strict=True) if raw}
         uses = await self._bus.uses(digests)
-        view = FleetView(await self.memory.beats(), await self._bus.pins())
-        return [view.show(alias, records.get(alias.digest), uses.get(alias.digest)) for alias in aliases]
+        objects = AdapterObjects(await self.memory.beats(), await self._bus.pins())
+        return [objects.of(alias, records.get(alias.digest), uses.get(alias.digest)) for alias in aliases]
 
-    # ------------------------------------------------------------ coming
+    # ------------------------------------------------------------ register, preload, pin
 
     async def register(self, wanted: Wanted) -> tuple[bool, bool]:
-        """Have a name served from a source; wait for it. Returns (it is served, the name is new).
+        """Have a name served from a source, and wait for it. Returns whether it is served, and whether the name is new.
 
-        Looks at the source again if the name is registered for it already. When the source refuses, everything is as
-        before. Raises Conflict, its reason, or what is wrong with the order.
+        The stores look at the source again if the name is registered for it already. When they refuse it, everything
+        stays as before. Raises Conflict, BadRequest, PermissionDenied, Unavailable, and the reason of a refusal.
         """
-        reference = self.place(wanted.source or wanted.name)
+        reference = self.reference_of(wanted.source or wanted.name)
         _check_name(wanted.name)
         self._policy.check(reference, on_request=False)
         tenant = wanted.tenant
@@ -121,7 +132,7 @@ class AdapterLife:
         if is_known and source_before != reference.source and not wanted.replace:
             raise Conflict(f"`{wanted.name}` stands for {source_before}: replace it", code="name_taken")
         asked_ms = now_ms()
-        token = self._names.sealed(wanted.token, private_name(wanted.name, tenant))
+        token = self._aliases.sealed(wanted.token, private_name(wanted.name, tenant))
         if not token and before is not None and source_before == reference.source:
             token = before.token
         registration = m.Registration(
@@ -134,7 +145,7 @@ class AdapterLife:
             return found is not None and is_settled(found) and found.asked_ms >= asked_ms
 
         try:
-            found = await self._names.wait(wanted.name, tenant, is_answered, wanted.wait_s)
+            found = await self._aliases.wait(wanted.name, tenant, is_answered, wanted.wait_s)
         except Unavailable as error:
             if error.code != "adapter_loading":
                 await self._take_back(registration, before)
@@ -142,21 +153,26 @@ class AdapterLife:
             return False, not is_known
         assert found is not None
         if found.status:  # refused, or another content stays in its place
-            await self._take_back(registration, before)
+            with suppress(Unavailable):  # the reason of the refusal matters more
+                await self._take_back(registration, before)
             raise error_of(found)
         return True, not is_known
 
     async def _take_back(self, registration: m.Registration, before: m.Registration | None) -> None:
-        """Undo a registration, unless a newer one has come."""
+        """Undo a registration unless a newer one has come. Raises Unavailable if no store removes a new name."""
         if before is None:
-            await self._bus.unregister(registration.name, registration.tenant, unless_asked_after=registration.asked_ms)
+            name, tenant, asked_ms = registration.name, registration.tenant, registration.asked_ms
+            if await self._bus.unregister(name, tenant, unless_asked_after=asked_ms):
+                await self._aliases.wait(
+                    name, tenant, lambda found: found is None or found.is_folder or found.asked_ms > asked_ms, REMOVAL_S
+                )
             return
         is_other = (before.source, before.token) != (registration.source, registration.token)
         if is_other and await self._bus.registration(registration.name, registration.tenant) == registration:
             await self._bus.register(msgspec.structs.replace(before, asked_ms=now_ms()))
 
-    def place(self, source: str) -> Reference:
-        """Read where an adapter is: a place, a path under the adapter root, or a folder's name. Raises BadRequest."""
+    def reference_of(self, source: str) -> Reference:
+        """Parse an adapter's source, its path under the adapter root, or its folder's name. Raises BadRequest."""
         reference = parse_source(source)
         if reference is None and source.startswith("/") and self._root is not None:
             path = PurePosixPath(source)
@@ -174,13 +190,13 @@ class AdapterLife:
         return reference
 
     async def preload(self, name: str, wait_s: float, tenant: str = "") -> bool:
-        """Have every worker fetch an adapter; tell whether all of them have it within `wait_s`."""
+        """Have every worker fetch an adapter; return whether all have it within `wait_s`. Raises ModelNotFound."""
         alias = await self._served(name, wait_s, tenant)
         await self.memory.prefetch(alias.digest)
         return await self._wait_workers(lambda beat: alias.digest in beat.resident or alias.digest in beat.host, wait_s)
 
     async def pin(self, name: str, wait_s: float) -> bool:
-        """Have every worker load an adapter and keep it; tell whether all of them do within `wait_s`."""
+        """Have every worker load and keep an adapter; return whether all do within `wait_s`. Raises ModelNotFound."""
         alias = await self._served(name, wait_s)
         await self._bus.pin(name, API)
         return await self._wait_workers(
@@ -188,16 +204,16 @@ class AdapterLife:
         )
 
     async def pin_when_served(self, name: str) -> None:
-        """Have every worker keep what a name will stand for."""
+        """Have every worker load and keep the adapter of a name, as soon as it is served."""
         await self._bus.pin(name, API)
 
     async def is_registered(self, name: str, tenant: str = "") -> bool:
-        """Tell whether a name is served, or to be served, without a request having named its place."""
+        """Return whether a name is registered or a folder; not, if only a request has named its source."""
         alias, registration = await self._bus.alias(name, tenant), await self._bus.registration(name, tenant)
         return any(known is not None and not known.on_request for known in (alias, registration))
 
     async def unpin(self, name: str) -> None:
-        """Let an adapter leave again. Raises ModelNotFound, Conflict if the settings pin it."""
+        """Let workers evict an adapter again. Raises ModelNotFound, and Conflict if the settings pin it."""
         by = (await self._bus.pins()).get(name)
         if by == SETTINGS:
             raise Conflict(f"`{name}` is pinned by the settings", code="pinned_by_settings")
@@ -208,7 +224,7 @@ class AdapterLife:
     async def _served(self, name: str, wait_s: float, tenant: str = "") -> m.Alias:
         alias = await self._bus.alias(name, tenant)
         if alias is not None and not is_settled(alias):
-            alias = await self._names.wait(name, tenant, lambda found: found is None or is_settled(found), wait_s)
+            alias = await self._aliases.wait(name, tenant, lambda found: found is None or is_settled(found), wait_s)
         if alias is None:
             raise ModelNotFound(name)
         if alias.state == "failed":
@@ -220,13 +236,13 @@ class AdapterLife:
         while not all(has(beat) for beat in await self.memory.beats()):
             if time.monotonic() > deadline_s:
                 return False
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(POLL_S)
         return True
 
-    # ------------------------------------------------------------ going
+    # ------------------------------------------------------------ evict, unload
 
     async def evict(self, name: str, wait_s: float) -> Freed:
-        """Give back what an adapter takes in workers; it is served on. Raises ModelNotFound, Conflict if pinned."""
+        """Free what an adapter takes in workers; it is still served. Raises ModelNotFound, Conflict if it is pinned."""
         alias = await self._served(name, wait_s)
         aliases = {other.name: other for other in await self._bus.aliases()}
         for pinned in await self._bus.pins():
@@ -237,10 +253,10 @@ class AdapterLife:
     async def unload(
         self, name: str, caller: Caller, tenant: str, *, force: bool, blob: bool, wait_s: float
     ) -> Unloaded:
-        """Serve a tenant's name no more, and give back what its content takes unless another name stands for it.
+        """Stop serving a tenant's name, and free what its content takes unless another name stands for it.
 
-        New requests are refused at once; those accepted before end first, or with `force` are ended. `blob`: also on
-        the stores' disks. Raises ModelNotFound, Conflict for a folder of the adapter root, Unavailable without a store.
+        New requests are refused at once; those accepted before end first, or with `force` are failed. `blob`: free the
+        stores' disks too. Raises ModelNotFound, Conflict for a folder of the adapter root, Unavailable without a store.
         """
         alias, registration = await self._bus.alias(name, tenant), await self._bus.registration(name, tenant)
         if alias is None and registration is None:
@@ -253,7 +269,7 @@ class AdapterLife:
         if not tenant and (await self._bus.pins()).get(name) == API:
             await self._bus.unpin(name)
         await self._bus.unregister(name, tenant)
-        await self._names.wait(name, tenant, lambda found: found is None or found.is_folder, max(wait_s, 10.0))
+        await self._aliases.wait(name, tenant, lambda found: found is None or found.is_folder, max(wait_s, REMOVAL_S))
         digest = alias.digest if alias is not None else ""
         others = [other for other in await self._bus.aliases(None) if other.digest == digest]
         kept_by = sorted({other.name if caller.sees(other) else OTHERS for other in others})
@@ -270,7 +286,7 @@ class AdapterLife:
 
 
 def _check_name(name: str) -> None:
-    """Raise BadRequest for what cannot be an adapter's name."""
+    """Raise BadRequest unless a text can be an adapter's name."""
     if name == BASE or not (FOLDER.fullmatch(name) or parse_reference(name)):
         raise BadRequest(
             f"{name!r:.200} cannot be an adapter's name: NAME or ORG/NAME of letters, digits, dots, dashes and"

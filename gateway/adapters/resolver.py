@@ -1,0 +1,153 @@
+"""From the model name in a request to who answers it, and the model objects that `/v1/models` shows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gateway.adapters.aliases import Aliases
+from gateway.adapters.merged import MergedAdapters, merge_of_request
+from gateway.adapters.views import adapter_object, base_object
+from gateway.auth.callers import EVERYBODY, Caller
+from gateway.text.own_files import OwnFiles
+from gateway.text.tokenizer import ModelFiles
+from peft_adapters.recipe import digest_of_merge
+from protocol.queue.bus import Bus, decode
+from protocol.wire import messages as m
+from protocol.wire.errors import ClientError, ModelNotFound
+
+BASE = "base"
+"""The name by which every fleet serves its base model, besides the model's own."""
+
+SOURCES = ("hub", "local", "s3")
+"""Kinds of sources of adapters, as LoRAX's `adapter_source` names them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Who answers a request: the base model, an adapter, or a merge of adapters."""
+
+    name: str  # as the API shows it
+    digest: str  # "" for the base model
+    files: ModelFiles  # its own tokenizer and chat template, or the base's
+    texts: str = ""  # hash of its own files, "" if it has none
+    vocab_size: int = 0  # tokens it knows; 0: those of the base
+    source: str = ""  # kind of its source, one of SOURCES; "" for the base model
+
+    @property
+    def tenant(self) -> str:
+        """The tenant that a request counts for in the scheduler where there are no API keys."""
+        return self.digest or BASE
+
+
+class Resolver:
+    """Resolves names of the base model and of adapters."""
+
+    def __init__(self, bus: Bus, aliases: Aliases, own: OwnFiles, folder: Path | None) -> None:
+        """`own`: the files that adapters bring; `folder`: the root whose sub-folders are served as adapters."""
+        self._bus = bus
+        self._folder = folder
+        self._aliases = aliases
+        self.own = own
+
+    async def resolve(self, name: str, base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY) -> Target:
+        """Return the target of `base`, the base's own name or "", of an adapter's name or source, or of `base:adapter`.
+
+        Waits up to `timeout_s` while the adapter is being fetched. `caller`: sees the name, and has the token for its
+        source. Raises ModelNotFound, PermissionDenied, AdapterRefused, Unavailable.
+        """
+        if is_base(name, base):
+            return Target(base.name, "", self.own.base)
+        alias = await self._aliases.served(self._plain(name, base), timeout_s, caller)
+        texts, vocab_size = await self.own.facts(alias.digest)
+        files = await self.own.files(alias.digest, texts)
+        return Target(alias.name, alias.digest, files, texts, vocab_size, alias.source.partition(":")[0])
+
+    async def resolve_all(
+        self, names: Sequence[str], base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY
+    ) -> list[Target]:
+        """Return the targets of several names, waiting for all at once. Raises as `resolve`."""
+        return await asyncio.gather(*(self.resolve(name, base, timeout_s, caller) for name in names))
+
+    async def resolve_merged(
+        self, request: MergedAdapters, base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY
+    ) -> Target:
+        """Return the merge that a request has made of several adapters. Raises as `resolve`, and BadRequest."""
+        parts = await self.resolve_all(request.ids, base, timeout_s, caller)
+        digest = digest_of_merge(merge_of_request(request, [part.digest for part in parts]))
+        return Target("+".join(part.name for part in parts), digest, self.own.base)
+
+    async def name_in(self, source: str | None, adapter_id: str, caller: Caller) -> str:
+        """Return the name under which an adapter of LoRAX's `adapter_source` is resolved; its id without a source.
+
+        Raises ClientError for an unknown source, and ModelNotFound for a folder that is not served.
+        """
+        kind = (source or "").lower()
+        if not kind:
+            return adapter_id
+        if kind not in SOURCES:
+            text = f"Invalid source '{source}' when downloading adapter '{adapter_id}': it may be {', '.join(SOURCES)}"
+            raise ClientError(text, param="adapter_source")
+        name = self._in_folder(adapter_id) if kind == "local" else adapter_id
+        known = await self.known(name, caller)
+        if known is not None and known.source.startswith(f"{kind}:"):
+            return name
+        if kind == "local":
+            raise ModelNotFound(adapter_id, "No adapter of this name lies in the folder that is served.")
+        scheme = "s3://" if kind == "s3" else "hub:"
+        return adapter_id if adapter_id.startswith(scheme) else f"{scheme}{adapter_id}"
+
+    def _in_folder(self, adapter_id: str) -> str:
+        """Return the name of an adapter whose folder was named by its path; what lies elsewhere keeps its id."""
+        if self._folder is None or not adapter_id.startswith("/"):
+            return adapter_id
+        try:
+            return str(Path(adapter_id).relative_to(self._folder.absolute()))
+        except ValueError:
+            return adapter_id
+
+    async def known(self, name: str, caller: Caller) -> m.Alias | None:
+        """Return the alias that a caller sees under a name, in any state: its tenant's, else everybody's, else None."""
+        alias = await self._bus.alias(name, caller.name) if caller.name else None
+        if alias is None:
+            alias = await self._bus.alias(name)
+        return alias if alias is not None and caller.sees(alias) else None
+
+    async def visible(self, caller: Caller) -> list[m.Alias]:
+        """Return the aliases that a caller sees, by name. A tenant's hides everybody's of the same name."""
+        seen = [alias for alias in await self._bus.aliases(caller.name) if caller.sees(alias)]
+        by_name = {alias.name: alias for alias in sorted(seen, key=lambda alias: bool(alias.tenant))}
+        return [by_name[name] for name in sorted(by_name)]
+
+    def _plain(self, name: str, base: m.ServedModel) -> str:
+        """Return an adapter's name without the base's name as its prefix."""
+        for prefix in (f"{base.name}:", f"{BASE}:"):
+            if name.startswith(prefix):
+                return name.removeprefix(prefix)
+        return name
+
+    async def models(self, base: m.ServedModel, caller: Caller) -> list[dict[str, Any]]:
+        """Return the model objects that a caller sees: the base, then the adapters by name."""
+        aliases = await self.visible(caller)
+        digests = sorted({alias.digest for alias in aliases if alias.digest})
+        raws = await self._bus.redis.mget([self._bus.keys.adapter(digest) for digest in digests]) if digests else []
+        records = {d: decode(raw, m.AdapterRecord) for d, raw in zip(digests, raws, strict=True) if raw}
+        return [base_object(base), *(adapter_object(alias, records.get(alias.digest), base) for alias in aliases)]
+
+    async def model(self, name: str, base: m.ServedModel, caller: Caller) -> dict[str, Any]:
+        """Return the object of one model in any state. Raises ModelNotFound."""
+        if name in (BASE, base.name):
+            return base_object(base)
+        alias = await self.known(self._plain(name, base), caller)
+        if alias is None:
+            raise ModelNotFound(name)
+        record = await self._bus.get(self._bus.keys.adapter(alias.digest), m.AdapterRecord) if alias.digest else None
+        return adapter_object(alias, record, base)
+
+
+def is_base(name: str, base: m.ServedModel) -> bool:
+    """Return whether a name is the base model's."""
+    return name in ("", BASE, base.name)

@@ -1,0 +1,97 @@
+"""The response to a call whose answer may take long to begin, as when its adapter has to be fetched.
+
+An answer that is ready soon is sent as it is. While a later one is awaited the connection is kept alive, and a client
+that leaves is noticed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gateway.calls.writers import comment, event
+from gateway.http.errors import OPENAI_ERRORS, ErrorShape, error_of
+from gateway.http.sse import STREAM_HEADERS, GenerationResponse
+from protocol.runtime.metrics import CLIENTS_GONE
+
+
+class KeepAliveResponse(Response):
+    """Becomes the response that an answer comes to.
+
+    Nothing is sent for `keepalive_s`, so that what goes wrong until then is raised and becomes an HTTP error. After
+    that a stream gets its headers, a comment each `keepalive_s`, and what goes wrong as an event.
+    """
+
+    def __init__(
+        self,
+        answer: Coroutine[Any, Any, Response],
+        *,
+        stream: bool,
+        keepalive_s: float,
+        errors: ErrorShape = OPENAI_ERRORS,
+    ) -> None:
+        """`answer` is awaited once the response is sent; `errors` writes an error as an event."""
+        self._answer = answer
+        self._stream = stream
+        self._keepalive_s = keepalive_s
+        self._errors = errors
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response. Raises what goes wrong before anything is sent."""
+        answer = asyncio.create_task(self._answer)
+        has_headers = False
+        try:
+            await asyncio.wait([answer], timeout=self._keepalive_s)
+            if not answer.done():
+                has_headers = self._stream
+                if not await self._keep_alive(answer, receive, send):
+                    CLIENTS_GONE.inc()
+                    return
+            response = answer.result()
+        except Exception as failure:
+            if not has_headers:
+                raise
+            body = event(self._errors.body(error_of(failure)))
+            await send({"type": "http.response.body", "body": body, "more_body": False})
+            return
+        finally:
+            await _end(answer)
+        if isinstance(response, GenerationResponse):
+            response.started = has_headers
+        await response(scope, receive, send)
+
+    async def _keep_alive(self, answer: asyncio.Task[Response], receive: Receive, send: Send) -> bool:
+        """Wait until the answer is there; False when the client leaves first."""
+        client = asyncio.create_task(_disconnected(receive))
+        try:
+            if self._stream:
+                await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+            while not answer.done():
+                if client.done():
+                    return False
+                if self._stream:
+                    frame = comment("its adapter is being fetched")
+                    await send({"type": "http.response.body", "body": frame, "more_body": True})
+                await asyncio.wait([answer, client], timeout=self._keepalive_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _end(client)
+        return True
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Wait until the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(task: asyncio.Task[Any]) -> None:
+    """Cancel a task unless it is done, and wait for its end. Its result or failure is of no interest any more."""
+    task.cancel()
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()

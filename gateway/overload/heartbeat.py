@@ -1,0 +1,125 @@
+"""A gateway's sign of life, from a thread with an event loop and a connection to the queue of its own.
+
+Beats of the gateway's main loop would be late just when it has most to do: then a scheduler would take it for dead, and
+cancel all that it has let in. The thread beats for as long as the main loop turns at all; how late that loop runs is
+measured here too, by a tick that is due ten times a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from protocol.queue.bus import CONNECTION_ERRORS, Bus
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often a heartbeat does what."""
+
+    tick_s: float = 0.1
+    beat_s: float = 1.0
+    ttl_ms: int = 5000  # of a beat in the queue
+    stuck_s: float = 60.0  # without a turn of its loop a gateway counts as dead, though its process lives
+    clock: Callable[[], float] = time.monotonic
+
+
+class LoopLag:
+    """How late an event loop runs. Pure.
+
+    Lag is the least of the last three ticks' delays: one long turn, or a process that was stopped, is no overload.
+    """
+
+    NUM_TICKS = 3
+
+    def __init__(self, tick_s: float, now_s: float) -> None:
+        """`tick_s`: time from tick to tick of a loop that is on time."""
+        self._tick_s = tick_s
+        self.ticked_s = now_s
+        """When the loop was last seen to turn."""
+        self._delays_s = deque([0.0] * self.NUM_TICKS, self.NUM_TICKS)  # oldest first
+
+    def tick(self, now_s: float) -> None:
+        """Note that the loop has turned."""
+        self._delays_s.append(now_s - self.ticked_s - self._tick_s)
+        self.ticked_s = now_s
+
+    def lag_s(self, now_s: float) -> float:
+        """Return a lower bound of the loop's lag; the tick that is overdue takes the place of the oldest."""
+        oldest_s, *others_s = self._delays_s
+        return min(max(oldest_s, now_s - self.ticked_s - self._tick_s), *others_s)
+
+
+class Heartbeat:
+    """Says once a second that a gateway lives, and knows how late its event loop is."""
+
+    def __init__(self, url: str, gid: str, pace: Pace | None = None) -> None:
+        """`url`: the queue's; `gid`: the gateway's id."""
+        self._url = url
+        self._gid = gid
+        self._pace = pace or Pace()
+        self._lag = LoopLag(self._pace.tick_s, self._pace.clock())
+
+    @property
+    def lag_s(self) -> float:
+        """Lower bound of the main loop's lag."""
+        return self._lag.lag_s(self._pace.clock())
+
+    async def tick(self) -> None:
+        """Measure the main loop, which runs this, until cancelled."""
+        while True:
+            await asyncio.sleep(self._pace.tick_s)
+            self._lag.tick(self._pace.clock())
+
+    @contextlib.asynccontextmanager
+    async def beating(self, bus: Bus, address: str) -> AsyncIterator[None]:
+        """Beat meanwhile, the first time through `bus` before this returns. `address`: the gateway's, for others."""
+        await self._beat_once(bus, address)
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(self._beats(address))
+
+        def run() -> None:
+            with contextlib.suppress(asyncio.CancelledError):
+                loop.run_until_complete(task)
+
+        thread = threading.Thread(target=run, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            loop.call_soon_threadsafe(task.cancel)
+            await asyncio.to_thread(thread.join)
+            loop.close()
+
+    async def _beats(self, address: str) -> None:
+        bus = Bus(self._url)
+        try:
+            while True:
+                await self._beat_unless_stuck(bus, address)
+                await asyncio.sleep(self._pace.beat_s)
+        finally:
+            await bus.close()
+
+    async def _beat_unless_stuck(self, bus: Bus, address: str) -> None:
+        stuck_s = self._pace.clock() - self._lag.ticked_s
+        if stuck_s > self._pace.stuck_s:
+            logger.error("no beat: the loop has not turned for %.0f s", stuck_s)
+            return
+        try:
+            await self._beat_once(bus, address)
+        except CONNECTION_ERRORS as error:
+            logger.warning("no beat: %s", error)
+        except Exception:
+            logger.exception("no beat")
+
+    async def _beat_once(self, bus: Bus, address: str) -> None:
+        keys = bus.keys
+        await bus.beat(keys.gateway_beat(self._gid), keys.gateways, self._gid, address.encode(), self._pace.ttl_ms)

@@ -1,0 +1,74 @@
+"""What a gateway's beat says, and how late its event loop is taken to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import redis
+from clocks import ScaledClock
+from scripted_fleet import ScriptedFleet, running_gateway
+from waiting import wait_until
+
+from gateway.overload.heartbeat import LoopLag, Pace
+from gateway.service import GatewayTimings
+from protocol.queue.bus import Bus
+
+TICK_S = 0.1
+
+
+def lag_after(*delays_s: float, overdue_s: float = 0.0) -> float:
+    """Return the lag of a loop whose ticks came so late, and whose next one is overdue."""
+    now_s, lag = 0.0, LoopLag(TICK_S, 0.0)
+    for delay_s in delays_s:
+        now_s += TICK_S + delay_s
+        lag.tick(now_s)
+    return lag.lag_s(now_s + TICK_S + overdue_s)
+
+
+def test_only_a_loop_that_stays_late_is_late() -> None:
+    assert lag_after(0.0, 0.0, 0.0) < 0.001
+    assert lag_after(60.0, 60.0, 0.0) < 0.001
+    assert lag_after(0.0, 60.0) < 0.001
+    assert abs(lag_after(5.0, 3.0, 9.0) - 3.0) < 0.001
+
+
+def test_the_turn_that_lasts_now_counts() -> None:
+    assert lag_after(0.0, 3.0, 3.0) < 0.001
+    assert abs(lag_after(0.0, 3.0, 3.0, overdue_s=2.5) - 2.5) < 0.001
+
+
+async def test_a_gateway_whose_loop_stands_still_beats_until_it_is_stuck(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its beat goes on, so that nobody cancels what it has let in."""
+    clock = ScaledClock()
+    pace = Pace(beat_s=0.02, clock=clock)
+    async with running_gateway(bus, model_folder, GatewayTimings(pace=pace)) as gateway:
+        key, num_beats, last_ms = bus.keys.gateway_beat(gateway.gid), 0, 0
+        with redis.Redis.from_url(bus.url) as queue:  # a client that does not need the loop, which stands still here
+
+            def left_ms() -> int:
+                return int(queue.pttl(key))  # type: ignore[arg-type]
+
+            def wait_for_refused_beats(num: int) -> None:
+                while caplog.text.count("no beat: the loop has not turned") < num:
+                    left_ms()
+
+            clock.speed = 0.0  # however slow this machine is, the loop has not stood still for long yet
+            while num_beats < 5:
+                now_ms = left_ms()
+                assert now_ms > 0, "the gateway counts as dead"
+                num_beats += now_ms > last_ms
+                last_ms = now_ms
+            clock.speed = 10_000.0
+            wait_for_refused_beats(1)
+            queue.delete(key)
+            wait_for_refused_beats(3)
+            assert not queue.exists(key)
+            clock.speed = 1.0
+
+        async def is_back() -> bool:
+            return bool(await bus.redis.exists(key))
+
+        await wait_until(is_back, "the loop turns again")
