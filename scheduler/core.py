@@ -141,7 +141,7 @@ class Scheduler:
 
     def learn(self, digest: str, facts: AdapterFacts) -> None:
         """Take what the catalogue says of an adapter."""
-        self.placement.facts[digest] = facts
+        self.placement.learn(digest, facts)
 
     def tick(self) -> None:
         """Once a second: follow the load of adapters."""

@@ -37,6 +37,9 @@ SHRINK_TICKS = 3
 MAX_PREFIXES = 16_384
 """Prompt beginnings remembered with the worker that computed them."""
 
+MAX_KNOWN_ADAPTERS = 100_000
+"""Adapters whose rank and size are remembered."""
+
 SUSPECTS_PER_WORKER = 8
 """Requests whose worker has died that may start together on another; those with one life left start alone."""
 
@@ -157,12 +160,13 @@ class _Best:
 class Placement:
     """Chooses workers. What it keeps between decisions are only hints."""
 
-    def __init__(self, fleet: Fleet, max_attempts: int) -> None:
+    def __init__(self, fleet: Fleet, max_attempts: int, max_known_adapters: int = MAX_KNOWN_ADAPTERS) -> None:
         self._fleet = fleet
+        self._max_known_adapters = max_known_adapters
         self._max_attempts = max_attempts
         self.bandwidths = Bandwidths()
         self.homes = Homes()
-        self.facts: dict[str, AdapterFacts] = {}
+        self._facts: dict[str, AdapterFacts] = {}  # the one learnt longest ago first
         self._rendezvous = Rendezvous()
         self._prefixes: dict[str, str] = {}  # prompt's first blocks -> worker that computed them last
         self._workers: list[Worker] = []
@@ -191,8 +195,19 @@ class Placement:
             if len(self._prefixes) > MAX_PREFIXES:
                 del self._prefixes[next(iter(self._prefixes))]
 
+    def learn(self, digest: str, facts: AdapterFacts) -> None:
+        """Remember an adapter's rank and size, and forget the one learnt longest ago when there are too many."""
+        self._facts.pop(digest, None)
+        self._facts[digest] = facts
+        if len(self._facts) > self._max_known_adapters:
+            del self._facts[next(iter(self._facts))]
+
+    def unknown(self, digests: Iterable[str]) -> list[str]:
+        """Return those of the adapters, each once, of which nothing has been learnt, or it was forgotten."""
+        return [digest for digest in dict.fromkeys(digests) if digest != BASE and digest not in self._facts]
+
     def rank_of(self, digest: str) -> int:
-        return self.facts.get(digest, DEFAULT_FACTS).rank
+        return self._facts.get(digest, DEFAULT_FACTS).rank
 
     def home(self, digest: str) -> str | None:
         """Return the worker on which an adapter should be first."""
@@ -238,7 +253,7 @@ class Placement:
         takes more than twice as long as the better of both choices; with `final` it is not held at all.
         """
         digest = request.submit.digest
-        facts = self.facts.get(digest, DEFAULT_FACTS)
+        facts = self._facts.get(digest, DEFAULT_FACTS)
         holders = self._fleet.holders.get(digest, ())
         homes = self._rendezvous.order(digest)[: self.homes[digest]] if digest != BASE else ()
         best, crowded = _Best(), _Best()

@@ -24,7 +24,7 @@ from protocol.wire.keys import BATCH, CLASSES
 from scheduler.core import Policy, Scheduler
 from scheduler.drain import DrainRate
 from scheduler.fairness import TokenCounters
-from scheduler.placement import AdapterFacts
+from scheduler.placement import DEFAULT_FACTS, AdapterFacts
 from scheduler.recovery import Recovery
 from scheduler.request import Request
 
@@ -41,7 +41,6 @@ GATEWAY_GRACE_S = 2.0
 
 WORK_STREAM_TTL_S = 3600
 STATUS_TTL_MS = 5000
-MAX_KNOWN_DIGESTS = 100_000
 
 
 class Deposed(Exception):
@@ -69,7 +68,6 @@ class Session:
         self._wake = asyncio.Event()
         self._assigning = asyncio.Lock()
         self._silent_gateways: dict[str, float] = {}
-        self._known_digests: set[str] = set()
         self._drain = DrainRate()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -129,12 +127,11 @@ class Session:
 
     async def _learn(self, digests: Iterable[str]) -> None:
         """Look up adapters that are asked for the first time."""
-        new = [digest for digest in digests if digest and digest not in self._known_digests]
+        new = self.scheduler.placement.unknown(digests)
         if not new:
             return
-        if len(self._known_digests) > MAX_KNOWN_DIGESTS:
-            self._known_digests.clear()
-        self._known_digests.update(new)
+        for digest in new:
+            self.scheduler.learn(digest, DEFAULT_FACTS)
         try:
             for record in await self._bus.adapter_records(new):
                 self.scheduler.learn(record.digest, AdapterFacts(record.rank, record.num_bytes))

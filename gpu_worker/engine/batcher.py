@@ -60,12 +60,16 @@ class StepPlan:
     num_new: dict[Sequence, int] = field(default_factory=dict)
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)  # guessed tokens, counted in num_new
     preempted: list[Sequence] = field(default_factory=list)
-    num_prompt_rows: int = 0  # tokens of sequences whose prompt's logprobs are recorded
     num_cached: int = 0  # tokens of newly admitted sequences that were found in the prefix cache
 
     @property
     def num_tokens(self) -> int:
         return sum(self.num_new.values())
+
+    @property
+    def num_prompt_rows(self) -> int:
+        """Tokens of sequences whose prompt's logprobs are recorded."""
+        return sum(num_new for seq, num_new in self.num_new.items() if seq.prompt_logprobs is not None)
 
 
 class Batcher:
@@ -319,11 +323,7 @@ class Batcher:
 
 def _chunk(seq: Sequence, num_new: int, plan: StepPlan) -> int:
     """Return how many of a sequence's next tokens a step takes: all, but where the logits of each are kept."""
-    if seq.prompt_logprobs is None:
-        return num_new
-    num_new = min(num_new, MAX_PROMPT_ROWS - plan.num_prompt_rows)
-    plan.num_prompt_rows += num_new
-    return num_new
+    return num_new if seq.prompt_logprobs is None else min(num_new, MAX_PROMPT_ROWS - plan.num_prompt_rows)
 
 
 def _num_blocks(num_tokens: int) -> int:

@@ -23,7 +23,7 @@ from scheduler.placement import (
     Placement,
     Rendezvous,
 )
-from scheduler.request import Request
+from scheduler.request import BASE, Request
 from tests.scheduler.test_fleet import beat, make_fleet, make_ledger, request
 
 STEP = m.StepModel(a=0.01, b=1e-5, c=1e-8, d=1e-6)
@@ -268,3 +268,12 @@ def test_in_a_large_fleet_only_some_are_scored_but_every_worker_gets_work_and_wa
     for _ in range(12):
         site.choose()
     assert all(worker.num_ready <= 10 for worker in site.fleet.workers.values())
+
+
+def test_what_is_known_of_adapters_is_bounded() -> None:
+    """The one looked up longest ago is forgotten, and is looked up again when it is asked for."""
+    placement = Placement(make_fleet(), 3, max_known_adapters=3)
+    for i in (0, 1, 2, 0, 3):
+        placement.learn(f"a{i}", AdapterFacts(rank=i, num_bytes=1))
+    assert placement.unknown({"a0", "a1", "a2", "a3", BASE}) == ["a1"]
+    assert (placement.rank_of("a3"), placement.rank_of("a1")) == (3, 16)

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from gpu_worker.engine.batcher import BLOCK_TOKENS, MAX_SKIPS, Batcher, Limits, StepPlan
 from gpu_worker.engine.blocks import BlockPool
+from gpu_worker.engine.prompt_logprobs import PromptLogprobs
 from gpu_worker.engine.request import EngineRequest, Sequence
 from gpu_worker.engine.speculation import Drafter
 from protocol.wire.messages import Sampling, StepModel
@@ -459,3 +460,27 @@ def test_hits_on_free_blocks_count_as_taken() -> None:
     again = make_seq("again", np.arange(33), 40)
     batcher.add(again)
     assert list(batcher.plan().num_new) == [holder]
+
+
+def test_a_request_that_is_not_admitted_uses_up_no_prompt_rows() -> None:
+    batcher, _ = make_batcher(64, max_step_tokens=512, prefix_cache=False)
+    cold, warm = make_seq("cold", np.arange(200), 4, "a"), make_seq("warm", np.arange(200), 4)
+    for seq in (cold, warm):
+        seq.prompt_logprobs = PromptLogprobs(seq.request.prompt, 0)
+        batcher.add(seq)
+    assert batcher.plan().num_new == {warm: 200}, "of 256 rows; the other one's adapter is not here"
+
+
+def test_a_preempted_request_gives_its_prompt_rows_back() -> None:
+    batcher, _ = make_batcher(14, max_step_tokens=512, prefix_cache=False)
+    prompts = [make_seq(str(i), np.arange(100), 4) for i in range(2)]
+    for seq in prompts:
+        seq.prompt_logprobs = PromptLogprobs(seq.request.prompt, 0)
+    holder = make_seq("holder", np.arange(16), 40)
+    batcher.add(holder)
+    finish_step(batcher, batcher.plan())
+    batcher.add(prompts[0])
+    plan = batcher.plan()
+    assert plan.num_prompt_rows == 100
+    batcher._preempt(prompts[0], plan)
+    assert plan.num_prompt_rows == 0
