@@ -14,7 +14,7 @@ from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import error_from
 from protocol.wire import messages as m
 from protocol.wire.errors import Conflict
-from protocol.wire.text import OutputText
+from protocol.wire.text import OutputText, StopRule
 
 
 class TokenLogprob(NamedTuple):
@@ -52,9 +52,6 @@ class Choice:
     """The state of one choice, which is one request in the queue."""
 
     def __init__(self, index: int, rid: str, prompt: Prompt, options: Options) -> None:
-        end_ids = frozenset(options.stop_token_ids)
-        if not options.sampling.ignore_eos:
-            end_ids |= prompt.files.eos_ids
         self.index = index
         self.rid = rid
         self.prompt = prompt
@@ -69,9 +66,7 @@ class Choice:
         self._shown, self._shown_records = bytearray(), bytearray()  # as in the log
         self._output = OutputText(
             prompt.files.tokenizer,
-            stop=options.stop,
-            end_ids=end_ids,
-            min_tokens=options.sampling.min_tokens,
+            StopRule.of(options.stop, options.stop_token_ids, options.sampling, prompt.files.eos_ids),
             shown=prompt.form.shown if prompt.form is not None else {},
         )
 
