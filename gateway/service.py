@@ -22,8 +22,7 @@ from gateway.adapters.life import AdapterLife
 from gateway.adapters.names import Names
 from gateway.adapters.routes import AdapterEndpoints
 from gateway.auth.gate import Gate, is_loopback
-from gateway.calls.calls import Calls
-from gateway.calls.jobs import Jobs
+from gateway.calls.pipeline import Pipeline
 from gateway.calls.replies import Replies
 from gateway.encoders.routes import EncoderEndpoints
 from gateway.http.app import Envelope, build_app
@@ -68,17 +67,17 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         tokenizer = model_folder(settings.model, TOKENIZER_FILES) / TOKENIZER
         grammars = GrammarCheck(str(tokenizer), settings.grammar_timeout_s)
         catalogue = Catalogue(bus, names, own, settings.adapters)
-        calls = Calls(settings, bus, files, fleet, catalogue, replies, grammars)
-        endpoints = Endpoints(calls, Jobs(calls))
+        pipeline = Pipeline(settings, bus, files, fleet, catalogue, replies, grammars)
+        endpoints = Endpoints(pipeline)
         adapters = AdapterEndpoints(AdapterLife(bus, settings, names, secret))
-        native = NativeEndpoints(endpoints, calls)
+        native = NativeEndpoints(endpoints, pipeline)
         if not settings.api_keys and not is_loopback(settings.host):
             logger.warning(
                 "API KEYS ARE OFF, and this gateway listens on %s: whoever reaches it may use, load and unload every"
                 " adapter. Turn keys on with --api-keys, and make one with `lorafleet keys create`",
                 settings.host or "every address",
             )
-        encoders = EncoderEndpoints(endpoints, calls)
+        encoders = EncoderEndpoints(endpoints, pipeline)
         keys = ApiKeys(bus) if settings.api_keys else None
         door = Door(settings.max_open_calls, lambda: fleet.status)
         guard = partial(Gate, keys=keys, door=door, shape_of=shape_of)

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from gateway.calls.parse import Options
 from gateway.calls.replies import Cursor
-from gateway.openai.api import Options
-from gateway.text.answer_form import AnswerForm
-from gateway.text.tokenizer import ModelFiles
+from gateway.calls.tokenize import Prompt
 from protocol.queue.bus import error_from
 from protocol.wire import messages as m
 from protocol.wire.errors import Conflict
@@ -36,18 +35,6 @@ class Piece:
     finish: str = ""  # "stop" or "length" at the end
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One prompt of a call."""
-
-    ids: bytes  # int32; b"" when it has been submitted before and is not needed again
-    num_tokens: int
-    text: str  # to be echoed, or ""
-    files: ModelFiles  # of who answers it
-    grammar: str = ""  # that the answers must follow, as in `messages.Body`
-    form: AnswerForm | None = None  # what the answers may consist of besides text
-
-
 class Choice:
     """The state of one choice, which is one request in the queue."""
 
@@ -61,7 +48,7 @@ class Choice:
         self.needs_prompt = options.sampling.prompt_logprobs
         """Whether the logprobs of the prompt are still to be given to it, which must be before its first token."""
         self._prompt: list[TokenLogprob] = []
-        self._echo = prompt.text if options.echo else ""
+        self._echo = prompt.echo
         self._record_bytes = options.record_bytes
         self._shown, self._shown_records = bytearray(), bytearray()  # as in the log
         self._output = OutputText(
@@ -73,7 +60,7 @@ class Choice:
     @property
     def num_output_tokens(self) -> int:
         """Tokens generated so far, the one that ended the text included."""
-        return 0 if self.options.scores_only else self.cursor.next
+        return 0 if self.options.scores_only or self.options.output == "numbers" else self.cursor.next
 
     @property
     def shown(self) -> tuple[bytes, bytes]:
@@ -122,10 +109,16 @@ class Choice:
 
     def absorb(self, ids: bytes, records: bytes, piece: Piece) -> None:
         """Add to `piece` new tokens (int32) and their logprob records, if there are any."""
+        if self.options.output == "numbers":  # `shown` has them
+            return
         if not self._record_bytes:
             piece.text += self._output.add(memoryview(ids).cast("i"))
             return
-        for token in unpack(ids, records):
+        tokens = unpack(ids, records)
+        if self.options.output == "tokens":
+            piece.logprobs += tokens
+            return
+        for token in tokens:
             if self._output.ended:
                 break
             piece.text += self._output.add((token.id,))
