@@ -22,8 +22,7 @@ from gateway.adapters.operations import AdapterOperations
 from gateway.adapters.operator_routes import OperatorEndpoints
 from gateway.adapters.resolver import Resolver
 from gateway.auth.authentication import is_loopback
-from gateway.calls.calls import Calls
-from gateway.calls.jobs import Jobs
+from gateway.calls.pipeline import Pipeline
 from gateway.calls.replies import Replies
 from gateway.encoders.routes import EncoderEndpoints
 from gateway.http.app import Envelope, build_app
@@ -80,17 +79,17 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
         tokenizer = model_folder(settings.model, TOKENIZER_FILES) / TOKENIZER
         grammars = GrammarCheck(str(tokenizer), settings.grammar_timeout_s)
         resolver = Resolver(bus, aliases, own, settings.adapters)
-        calls = Calls(settings, bus, files, fleet, resolver, replies, grammars, admission)
-        endpoints = Endpoints(calls, Jobs(calls))
+        pipeline = Pipeline(settings, bus, files, fleet, resolver, replies, grammars, admission)
+        endpoints = Endpoints(pipeline)
         operators = OperatorEndpoints(AdapterOperations(bus, settings, aliases, secret))
-        native = NativeEndpoints(endpoints, calls)
+        native = NativeEndpoints(endpoints, pipeline)
         if not settings.api_keys and not is_loopback(settings.host):
             logger.warning(
                 "API KEYS ARE OFF, and this gateway listens on %s: whoever reaches it may use, load and unload every"
                 " adapter. Turn keys on with --api-keys, and make one with `lorafleet keys create`",
                 settings.host or "every address",
             )
-        encoders = EncoderEndpoints(endpoints, calls)
+        encoders = EncoderEndpoints(endpoints, pipeline)
         keys = ApiKeys(bus) if settings.api_keys else None
         app = build_app(endpoints, native, operators, encoders, settings, admission, keys)
         with _listen(settings.host, settings.port) as listener:

@@ -23,7 +23,7 @@ from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError
 from protocol.wire.keys import CLASSES
-from protocol.wire.text import OutputText
+from protocol.wire.text import OutputText, StopRule
 
 BASE_NAME = "tiny/base"
 MAX_MODEL_LEN = 256
@@ -203,8 +203,8 @@ class ScriptedFleet:
         if script.numbers:
             return script.numbers, script.finish
         wanted = self.tokenizer.encode(script.text).ids + ([1] if script.eos else [])
-        end_ids = frozenset(body.stop_token_ids) | (frozenset() if body.sampling.ignore_eos else frozenset([1]))
-        output = OutputText(self.tokenizer, stop=body.stop, end_ids=end_ids, min_tokens=body.sampling.min_tokens)
+        rule = StopRule.of(body.stop, body.stop_token_ids, body.sampling, frozenset([1]))
+        output = OutputText(self.tokenizer, rule)
         for i, id_ in enumerate(wanted):
             output.add([id_])
             if output.ended:

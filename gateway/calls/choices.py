@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from gateway.calls.parse import Options
 from gateway.calls.replies import Cursor
-from gateway.openai.api import Options
-from gateway.text.answer_form import AnswerForm
-from gateway.text.tokenizer import ModelFiles
+from gateway.calls.tokenize import Prompt
 from protocol.queue.bus import error_from
 from protocol.wire import messages as m
 from protocol.wire.errors import Conflict
-from protocol.wire.text import OutputText
+from protocol.wire.text import OutputText, StopRule
 
 
 class TokenLogprob(NamedTuple):
@@ -36,25 +35,10 @@ class Piece:
     finish: str = ""  # "stop" or "length" at the end
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One prompt of a call."""
-
-    ids: bytes  # int32; b"" when it has been submitted before and is not needed again
-    num_tokens: int
-    text: str  # to be echoed, or ""
-    files: ModelFiles  # of who answers it
-    grammar: str = ""  # that the answers must follow, as in `messages.Body`
-    form: AnswerForm | None = None  # what the answers may consist of besides text
-
-
 class Choice:
     """The state of one choice, which is one request in the queue."""
 
     def __init__(self, index: int, rid: str, prompt: Prompt, options: Options) -> None:
-        end_ids = frozenset(options.stop_token_ids)
-        if not options.sampling.ignore_eos:
-            end_ids |= prompt.files.eos_ids
         self.index = index
         self.rid = rid
         self.prompt = prompt
@@ -64,21 +48,19 @@ class Choice:
         self.needs_prompt = options.sampling.prompt_logprobs
         """Whether the logprobs of the prompt are still to be given to it, which must be before its first token."""
         self._prompt: list[TokenLogprob] = []
-        self._echo = prompt.text if options.echo else ""
+        self._echo = prompt.echo
         self._record_bytes = options.record_bytes
         self._shown, self._shown_records = bytearray(), bytearray()  # as in the log
         self._output = OutputText(
             prompt.files.tokenizer,
-            stop=options.stop,
-            end_ids=end_ids,
-            min_tokens=options.sampling.min_tokens,
+            StopRule.of(options.stop, options.stop_token_ids, options.sampling, prompt.files.eos_ids),
             shown=prompt.form.shown if prompt.form is not None else {},
         )
 
     @property
     def num_output_tokens(self) -> int:
         """Tokens generated so far, the one that ended the text included."""
-        return 0 if self.options.scores_only else self.cursor.next
+        return 0 if self.options.scores_only or self.options.output == "numbers" else self.cursor.next
 
     @property
     def shown(self) -> tuple[bytes, bytes]:
@@ -127,10 +109,16 @@ class Choice:
 
     def absorb(self, ids: bytes, records: bytes, piece: Piece) -> None:
         """Add to `piece` new tokens (int32) and their logprob records, if there are any."""
+        if self.options.output == "numbers":  # `shown` has them
+            return
         if not self._record_bytes:
             piece.text += self._output.add(memoryview(ids).cast("i"))
             return
-        for token in unpack(ids, records):
+        tokens = unpack(ids, records)
+        if self.options.output == "tokens":
+            piece.logprobs += tokens
+            return
+        for token in tokens:
             if self._output.ended:
                 break
             piece.text += self._output.add((token.id,))

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 import orjson
 
-from gateway.auth.callers import Caller
-from gateway.calls.calls import Calls, Prepared, check_same_body, requests_of, rid_of
-from gateway.calls.choices import Piece, best_of
-from gateway.calls.writers import Usage
-from gateway.openai.api import REQUESTS, fingerprint, options_of
-from protocol.queue.bus import RequestFacts, decode, error_from, now_ms
+from gateway.auth.callers import EVERYBODY, Caller
+from gateway.calls.admit import AdmittedCall
+from gateway.calls.choices import Choice, Piece, best_of
+from gateway.calls.earlier import check_same_body
+from gateway.calls.follow import choices_of
+from gateway.calls.parse import ParsedCall, Sent
+from gateway.calls.pipeline import Pipeline
+from gateway.calls.submit import SubmittedCall, facts_of
+from gateway.calls.writers import Usage, Writer
+from protocol.queue.bus import RequestFacts, decode, error_from
 from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, NotFound
 
@@ -30,47 +34,57 @@ JobStatus = Literal["queued", "running", "completed", "failed", "cancelled", "ex
 Facts = Sequence[RequestFacts | None]
 
 
+@dataclass(frozen=True, slots=True)
+class JobApi:
+    """The first and the last stage of an endpoint whose calls may run in the background."""
+
+    parse: Callable[[Mapping[str, Any], Caller], ParsedCall]  # of a body as JSON
+    writer: Callable[[SubmittedCall, Sequence[Choice]], Writer]
+
+
 class Jobs:
     """The jobs of the fleet."""
 
-    def __init__(self, calls: Calls) -> None:
-        self._calls = calls
-        self._bus = calls.bus
+    def __init__(self, pipeline: Pipeline, apis: Mapping[str, JobApi]) -> None:
+        """apis: by endpoint."""
+        self._pipeline = pipeline
+        self._bus = pipeline.bus
+        self._apis = apis
 
-    async def create(self, prepared: Prepared, endpoint: str, raw: bytes, idem: tuple[str, str]) -> dict[str, Any]:
-        """Submit a call as a job and return it. `idem`: Idempotency-Key and body hash, or two "". Raises Overloaded."""
-        call, created_ms = uuid.uuid4().hex, now_ms()
-        ttl_s = self._calls.settings.job_ttl_s
+    async def create(self, call: AdmittedCall, sent: Sent) -> dict[str, Any]:
+        """Submit a call as a job and return it. Raises Overloaded."""
+        submitter, ttl_s = self._pipeline.submitter, self._pipeline.settings.job_ttl_s
+        made, caller = submitter.made(call), call.parsed.caller
         job = m.Job(
-            jid=ID_PREFIX + call,
-            endpoint=endpoint,
-            tenant=prepared.caller.owner,
-            model=prepared.request.model_name,
-            created_ms=created_ms,
-            expires_ms=created_ms + int(ttl_s * 1000),
-            rids=[rid_of(call, i) for i in range(len(prepared.prompts) * prepared.options.n)],
-            request={key: value for key, value in orjson.loads(raw).items() if key != "api_token"},  # never kept
-            metadata=prepared.request.metadata or {},
-            digests=prepared.digests,
-            texts=prepared.texts,
-            opened=prepared.opened,
+            jid=ID_PREFIX + made.id,
+            endpoint=sent.endpoint,
+            tenant=caller.owner,
+            model=call.parsed.model_name,
+            created_ms=made.created_ms,
+            expires_ms=made.deadline_ms,
+            rids=made.rids,
+            request={key: value for key, value in orjson.loads(sent.raw).items() if key != "api_token"},  # never kept
+            metadata=dict(call.parsed.metadata),
+            **facts_of(made),
         )
         # The job first: an accepted request without its job could never be found.
         await self._save(job, ttl_s)
-        record = m.Idempotent(body_hash=idem[1], created_ms=created_ms, rids=job.rids, jid=job.jid)
+        record = None
+        if sent.key:
+            record = m.Idempotent(body_hash=sent.hash, created_ms=job.created_ms, rids=job.rids, jid=job.jid)
         try:
-            requests = requests_of(prepared, call, job.expires_ms, self._calls.files.eos_ids, gateway="", stored=True)
-            earlier = await self._calls.submit(prepared, requests, (idem[0], record))
+            requests = submitter.requests(made, gateway="", stored=True)
+            earlier = await submitter.put(call, requests, record)
         except LorafleetError:
             await self._forget(job)
             raise
         if earlier is not None:
             await self._forget(job)
-            check_same_body(earlier, endpoint, raw)
+            check_same_body(earlier, sent)
             if not await self.knows(earlier):
                 known = msgspec.structs.replace(job, jid=earlier.jid, created_ms=earlier.created_ms, rids=earlier.rids)
                 await self._save(known, ttl_s)
-            return await self.get(earlier.jid, prepared.caller)
+            return await self.get(earlier.jid, caller)
         # And again after it: a queue that lost its last second in between may have lost the job alone.
         await self._save(job, ttl_s)
         return await self._view(job, await self._facts(job), whole=True)
@@ -78,11 +92,6 @@ class Jobs:
     async def knows(self, record: m.Idempotent) -> bool:
         """Tell whether the job of an Idempotency-Key is there; a queue that lost its last second may have lost it."""
         return bool(await self._bus.redis.exists(self._bus.keys.job(record.jid)))
-
-    async def repeated(self, record: m.Idempotent, endpoint: str, raw: bytes, caller: Caller) -> dict[str, Any]:
-        """Return the job that an Idempotency-Key was first used for."""
-        check_same_body(record, endpoint, raw)
-        return await self.get(record.jid, caller)
 
     async def get(self, jid: str, caller: Caller, wait_s: float = 0.0) -> dict[str, Any]:
         """Return a job; with `wait_s`, wait at most so long until it has ended. Raises NotFound."""
@@ -199,15 +208,11 @@ class Jobs:
 
     async def _result(self, job: m.Job, facts: Facts) -> dict[str, Any]:
         """Return the completion object that the endpoint would have answered."""
-        calls = self._calls
-        request = REQUESTS[job.endpoint].model_validate(job.request)
-        options = options_of(request, calls.settings)
-        call = job.jid.removeprefix(ID_PREFIX)
-        files = await calls.known_files(job.digests, job.texts)
-        prompts = calls.known_prompts(request, options, facts, files, job.opened)
+        api = self._apis[job.endpoint]
+        call = await self._pipeline.earlier.known(api.parse(job.request, EVERYBODY), job, facts)
+        usage = Usage(prompt_tokens=sum(prompt.num_tokens for prompt in call.prompts))
         pieces: list[Piece] = []
-        usage = Usage(prompt_tokens=sum(prompt.num_tokens for prompt in prompts))
-        choices = calls.choices(call, prompts, options)
+        choices = choices_of(call)
         for choice in choices:
             delta = await self._bus.read_log(choice.rid, 0, choice.record_bytes)
             if delta is None:
@@ -221,9 +226,7 @@ class Jobs:
             choice.take(delta, piece)
             pieces.append(piece)
             usage.completion_tokens += choice.num_output_tokens
-        base = calls.fleet.base
-        mark = fingerprint(base, job.digests) if base is not None else ""
-        return calls.writer(request, options, choices, job.created_ms, mark).whole(best_of(pieces, options), usage)
+        return api.writer(call, choices).whole(best_of(pieces, call.parsed.options), usage)
 
 
 def state_of(facts: Facts) -> tuple[JobStatus, dict[str, Any] | None]:

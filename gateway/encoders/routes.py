@@ -3,51 +3,45 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Coroutine
-from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from gateway.auth.callers import caller_of
-from gateway.calls.calls import Calls
-from gateway.encoders.api import EMBEDDINGS, EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
+from gateway.calls.pipeline import Pipeline
+from gateway.encoders.bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
 from gateway.encoders.calls import EncoderCalls
 from gateway.http import openapi
-from gateway.http.errors import OPENAI_ERRORS, ErrorShape
-from gateway.http.keep_alive import KeepAliveResponse
-from gateway.http.routes import Endpoints, JsonRoute
+from gateway.http.json_bodies import JsonRoute
+from gateway.http.paths import EMBEDDINGS
+from gateway.http.routes import Endpoints
 from gateway.lorax.errors import LORAX_ERRORS
-from protocol.wire.errors import Unavailable
 
 
 class EncoderEndpoints:
     """The routes' handlers."""
 
-    def __init__(self, endpoints: Endpoints, calls: Calls) -> None:
-        self._endpoints = endpoints
-        self._keepalive_s = calls.settings.keepalive_s
-        self._encoders = EncoderCalls(calls)
+    def __init__(self, endpoints: Endpoints, pipeline: Pipeline) -> None:
+        self._respond = endpoints.respond
+        self._encoders = EncoderCalls(pipeline)
 
     async def embeddings(self, body: EmbeddingsRequest, request: Request) -> Response:
-        return self._respond(self._encoders.embeddings(body, caller_of(request)), OPENAI_ERRORS)
+        """Answer `/v1/embeddings`."""
+        return await self._respond(self._encoders.embeddings(body, caller_of(request)))
 
     async def embed(self, body: EncoderRequest, request: Request) -> Response:
-        return self._respond(self._encoders.embed(body, caller_of(request)), LORAX_ERRORS)
+        """Answer `/embed`."""
+        return await self._respond(self._encoders.embed(body, caller_of(request)), errors=LORAX_ERRORS)
 
     async def classify(self, body: EncoderRequest, request: Request) -> Response:
+        """Answer `/classify`."""
         answer = self._encoders.classify(body, caller_of(request), time.monotonic())
-        return self._respond(answer, LORAX_ERRORS)
+        return await self._respond(answer, errors=LORAX_ERRORS)
 
     async def classify_batch(self, body: EncoderBatchRequest, request: Request) -> Response:
+        """Answer `/classify_batch`."""
         answer = self._encoders.classify(body, caller_of(request), time.monotonic())
-        return self._respond(answer, LORAX_ERRORS)
-
-    def _respond(self, answer: Coroutine[Any, Any, Response], errors: ErrorShape) -> Response:
-        if self._endpoints.draining:
-            answer.close()
-            raise Unavailable("this gateway is shutting down; another one can take the request", code="shutting_down")
-        return KeepAliveResponse(answer, stream=False, keepalive_s=self._keepalive_s, errors=errors)
+        return await self._respond(answer, errors=LORAX_ERRORS)
 
 
 def add_encoder_routes(app: FastAPI, encoders: EncoderEndpoints) -> None:

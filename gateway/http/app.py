@@ -20,6 +20,7 @@ from gateway.auth.callers import CALLER
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
 from gateway.http import openapi
 from gateway.http.errors import add_handlers
+from gateway.http.paths import GENERATION_PATHS
 from gateway.http.routes import Endpoints, add_routes
 from gateway.http.sse import RAW_SEND
 from gateway.lorax import metrics as lorax_metrics
@@ -32,11 +33,6 @@ from protocol.wire.errors import Overloaded, Unavailable
 
 logger = logging.getLogger(__name__)
 
-MODEL_PATHS = frozenset(
-    {"/", "/generate", "/generate_stream", "/invocations", "/v1/completions", "/v1/chat/completions",
-     "/v1/embeddings", "/embed", "/classify", "/classify_batch"}
-)  # fmt: skip
-"""Routes whose POST asks the model: these calls admission counts and may refuse, and LoRAX's metrics count."""
 
 DISCARDED_BODIES = 8
 """Of a body that is too large this multiple of the limit is read and discarded, so that its client reads the error."""
@@ -82,7 +78,7 @@ class Admitted:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with 429."""
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in MODEL_PATHS:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in GENERATION_PATHS:
             await self._app(scope, receive, send)
             return
         try:
@@ -161,7 +157,7 @@ class Envelope:
             logger.exception("%s %s failed, x-request-id %s", scope["method"], scope["path"], request_id)
         route = getattr(scope.get("route"), "path", "unknown")
         HTTP_REQUESTS.labels(route, scope["method"], str(status)).inc()
-        if scope["path"] in MODEL_PATHS and status != 405:
+        if scope["path"] in GENERATION_PATHS and status != 405:
             lorax_metrics.answered(status, time.monotonic() - started_s)
 
     def _limited(self, receive: Receive) -> Receive:

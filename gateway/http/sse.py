@@ -8,12 +8,13 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from gateway.calls import observe
 from gateway.calls.choices import Piece, best_of
-from gateway.calls.generation import ClientGoneError, Generation
-from gateway.calls.writers import DONE, Writer, comment, event
+from gateway.calls.follow import ClientGoneError, Generation
+from gateway.calls.writers import Writer, comment, event
 from gateway.http.errors import OPENAI_ERRORS, error_of
-from gateway.lorax import metrics as lorax_metrics
-from protocol.runtime.metrics import CLIENTS_GONE
+
+DONE = b"data: [DONE]\n\n"
 
 RAW_SEND = "lorafleet.send"
 """Key of a scope: the server's own `send`. The layers between it and a route look at the start of a response only."""
@@ -31,13 +32,11 @@ class GenerationResponse(Response):
     errors = OPENAI_ERRORS
     done = DONE  # the last frame of a stream
 
-    def __init__(
-        self, generation: Generation, writer: Writer, *, stream: bool, include_usage: bool, keepalive_s: float
-    ) -> None:
+    def __init__(self, generation: Generation, writer: Writer, *, keepalive_s: float) -> None:
+        """keepalive_s: a stream that shows nothing for so long gets a comment."""
         self.generation = generation
         self.writer = writer
-        self.stream = stream
-        self.include_usage = include_usage
+        self.options = generation.call.parsed.options
         self.keepalive_s = keepalive_s
         self.background = None
         self.started = False  # the headers have been sent
@@ -59,16 +58,15 @@ class GenerationResponse(Response):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await (self._send_stream(send) if self.stream else self._send_whole(scope, receive, send))
+            await (self._send_stream(send) if self.options.stream else self._send_whole(scope, receive, send))
             return
         except ClientGoneError:
-            CLIENTS_GONE.inc()
-            lorax_metrics.failed("dropped")
+            observe.client_gone()
             return
         except Exception as failure:  # noqa: BLE001  the edge of a call: told, and logged
             error = error_of(failure)
         if self.started:
-            lorax_metrics.failed("incomplete")
+            observe.cut_off()
             # No [DONE]: a client must not take this for a normal end.
             await send({"type": "http.response.body", "body": event(self.errors.body(error)), "more_body": False})
         else:
@@ -81,7 +79,7 @@ class GenerationResponse(Response):
         generation = self.generation
         while True:
             pieces = await generation.advance(self.keepalive_s)
-            if generation.choices[0].options.running_usage:
+            if self.options.running_usage:
                 self.writer.show_usage(generation.usage)
             frames = b"".join([self.writer.frames(piece) for piece in pieces])
             if generation.is_done:
@@ -92,7 +90,7 @@ class GenerationResponse(Response):
                 frames = comment(await generation.waiting_for())
             await self._send_frames(send, frames, more=True)
             last_s = loop.time()
-        if self.include_usage:
+        if self.options.include_usage:
             frames += self.writer.usage_frame(generation.usage)
         await self._send_frames(send, frames + self.done, more=False)
 
@@ -108,7 +106,7 @@ class GenerationResponse(Response):
 
     async def whole(self, choices: list[Piece]) -> Response:
         """Return the answer of a call that is not streamed."""
-        shown = best_of(choices, self.generation.choices[0].options)
+        shown = best_of(choices, self.options)
         body = orjson.dumps(self.writer.whole(shown, self.generation.usage))
         return Response(body, media_type="application/json")
 

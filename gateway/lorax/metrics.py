@@ -15,10 +15,10 @@ _CAUSES = {400: "validation", 422: "validation", 413: "validation", 429: "overlo
 _SUFFIXED = re.compile(rb"\b(lorax_[a-z_]+)_total\b")
 
 
-def accepted(prompt_tokens: Sequence[int], limits: Sequence[int]) -> None:
-    """Count a submitted call: the lengths of its prompts, and the most tokens each may make."""
-    metrics.LORAX_INPUT_COUNT.observe(len(prompt_tokens))
-    for length, limit in zip(prompt_tokens, limits, strict=True):
+def accepted(prompts: Sequence[tuple[int, int]]) -> None:
+    """Count a submitted call: of each prompt how many tokens it has, and how many its answers may have."""
+    metrics.LORAX_INPUT_COUNT.observe(len(prompts))
+    for length, limit in prompts:
         metrics.LORAX_INPUT_LENGTH.observe(length)
         metrics.LORAX_MAX_NEW.observe(limit)
 

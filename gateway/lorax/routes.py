@@ -9,20 +9,21 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from gateway.auth.callers import caller_of
-from gateway.calls.calls import Calls
-from gateway.calls.generation import Generation
-from gateway.encoders.api import EncoderRequest
+from gateway.calls.follow import Generation
+from gateway.calls.pipeline import Pipeline
+from gateway.encoders.bodies import EncoderRequest
 from gateway.encoders.calls import EncoderCalls
 from gateway.http import openapi
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape
-from gateway.http.keep_alive import KeepAliveResponse
-from gateway.http.routes import Endpoints, JsonRoute, json_response
+from gateway.http.json_bodies import JsonRoute, json_response
+from gateway.http.paths import LORAX_PATHS
+from gateway.http.routes import Endpoints
 from gateway.lorax import metrics as lorax_metrics
-from gateway.lorax.api import CompatRequest, GenerateRequest, Parameters, TokenizeRequest
-from gateway.lorax.calls import NativeCalls
-from gateway.lorax.errors import LORAX_ERRORS
+from gateway.lorax.bodies import CompatRequest, GenerateRequest, Parameters, TokenizeRequest
+from gateway.lorax.errors import LORAX_ERRORS, GenerationFailed
+from gateway.lorax.parse import NativeCall, models_of, parse
+from gateway.lorax.write import NativeResponse
 from protocol.runtime.metrics import LORAX_BATCH_SIZE, LORAX_QUEUE_LENGTH
-from protocol.wire.errors import Unavailable
 from protocol.wire.messages import Task
 
 VERSION = "0.1.0"
@@ -35,53 +36,58 @@ PIPELINES: dict[Task, str] = {
 
 PROBE = "Where should Johnny live?"
 MAX_LISTED = 1000
-NATIVE_PATHS = frozenset(
-    {"/", "/generate", "/generate_stream", "/invocations", "/tokenize", "/info", "/ping", "/startup", "/embed",
-     "/classify", "/classify_batch"}
-)  # fmt: skip
 
 
 def shape_of(path: str) -> ErrorShape:
     """Return how errors on a path are told."""
-    return LORAX_ERRORS if path in NATIVE_PATHS else OPENAI_ERRORS
+    return LORAX_ERRORS if path in LORAX_PATHS else OPENAI_ERRORS
 
 
 class NativeEndpoints:
     """The native routes' handlers."""
 
-    def __init__(self, endpoints: Endpoints, calls: Calls) -> None:
+    def __init__(self, endpoints: Endpoints, pipeline: Pipeline) -> None:
         self.endpoints = endpoints
-        self._calls = calls
-        self._native = NativeCalls(calls)
-        self._encoders = EncoderCalls(calls)
+        self._pipeline = pipeline
+        self._encoders = EncoderCalls(pipeline)
 
     # ------------------------------------------------------------ generation
 
     async def compat(self, body: CompatRequest, request: Request) -> Response:
+        """Answer `POST /` and `/invocations`."""
         return await self._generate(body, request, stream=body.stream, as_list=not body.stream)
 
     async def generate(self, body: GenerateRequest, request: Request) -> Response:
+        """Answer `/generate`."""
         return await self._generate(body, request, stream=False)
 
     async def generate_stream(self, body: GenerateRequest, request: Request) -> Response:
+        """Answer `/generate_stream`."""
         return await self._generate(body, request, stream=True)
 
     async def _generate(
         self, body: GenerateRequest, request: Request, *, stream: bool, as_list: bool = False
     ) -> Response:
-        started_s = time.monotonic()
-        if self.endpoints.draining:
-            raise Unavailable("this gateway is shutting down; another one can take the request", code="shutting_down")
-        answer = self._native.answer(body, caller_of(request), started_s, stream=stream, as_list=as_list)
-        keepalive_s = self._calls.settings.keepalive_s
-        return KeepAliveResponse(answer, stream=stream, keepalive_s=keepalive_s, errors=LORAX_ERRORS)
+        started_s, settings = time.monotonic(), self._pipeline.settings
+
+        async def answer() -> Response:
+            native = parse(body, caller_of(request), settings, stream=stream, as_list=as_list)
+            return await self._answer(native, started_s)
+
+        return await self.endpoints.respond(answer(), stream=stream, errors=LORAX_ERRORS)
+
+    async def _answer(self, native: NativeCall, started_s: float) -> NativeResponse:
+        generation = await self._pipeline.run(native.call)
+        return NativeResponse(generation, native, started_s, self._pipeline.settings.keepalive_s)
 
     async def tokenize(self, body: TokenizeRequest, request: Request) -> Response:
+        """Answer `/tokenize`."""
         special = body.add_special_tokens is not False
-        tokenizer = self._calls.files.tokenizer
+        tokenizer, pipeline = self._pipeline.files.tokenizer, self._pipeline
         if body.adapter_id or body.merged_adapters is not None:
-            base = await self._calls.fleet.require(worker=False)
-            tokenizer = (await self._native.target(body, base, caller_of(request))).files.tokenizer
+            base = await pipeline.fleet.require(worker=False)
+            [target] = await pipeline.names.targets(models_of(body), base, caller_of(request), GenerationFailed)
+            tokenizer = target.files.tokenizer
         encoding = await run_in_threadpool(tokenizer.encode, body.inputs, add_special_tokens=special)
         return json_response(
             [
@@ -93,10 +99,11 @@ class NativeEndpoints:
     # ------------------------------------------------------------ operation
 
     async def info(self, request: Request) -> Response:
-        calls, settings = self._calls, self._calls.settings
-        base = await calls.fleet.require(worker=False)
+        """Answer `/info`."""
+        pipeline, settings = self._pipeline, self._pipeline.settings
+        base = await pipeline.fleet.require(worker=False)
         adapters = [
-            alias.name for alias in await calls.resolver.visible(caller_of(request)) if alias.state == "on_disk"
+            alias.name for alias in await pipeline.resolver.visible(caller_of(request)) if alias.state == "on_disk"
         ]
         return json_response(
             {
@@ -122,27 +129,28 @@ class NativeEndpoints:
                 "request_logger_url": None,
                 "num_adapters": len(adapters),
                 "adapters": adapters[:MAX_LISTED],
-                "workers": calls.fleet.num_workers,
+                "workers": pipeline.fleet.num_workers,
             }
         )
 
     async def startup(self, request: Request) -> Response:
         """Generate one token, embed or classify a text, as LoRAX's probe does."""
         caller, now_s = caller_of(request), time.monotonic()
-        base = await self._calls.fleet.require(worker=True)
+        base = await self._pipeline.fleet.require(worker=True)
         if base.task == "embed":
             answer = await self._encoders.embed(EncoderRequest(inputs=PROBE), caller)
         elif base.task == "classify":
             answer = await self._encoders.classify(EncoderRequest(inputs=PROBE), caller, now_s)
         else:
             body = GenerateRequest(inputs=PROBE, parameters=Parameters(max_new_tokens=1))
-            answer = await self._native.answer(body, caller, now_s, stream=False, as_list=False)
+            answer = await self._answer(parse(body, caller, self._pipeline.settings, stream=False), now_s)
         if not await _makes_output(answer.generation):
             return json_response({"error": "Empty generation", "error_type": "failed healthcheck"}, 500)
         return Response()
 
     async def metrics(self, request: Request) -> Response:
-        fleet = self._calls.fleet
+        """Answer `/metrics`."""
+        fleet = self._pipeline.fleet
         await fleet.show_workers()
         LORAX_QUEUE_LENGTH.set(fleet.status.queued if fleet.status else 0)
         LORAX_BATCH_SIZE.set(fleet.status.running if fleet.status else 0)
@@ -153,7 +161,7 @@ class NativeEndpoints:
 
 
 async def _makes_output(generation: Generation) -> bool:
-    """Follow a call to its end without a client; tell whether anything came out."""
+    """Follow a call to its end without a client; return whether anything came out."""
     try:
         while not generation.is_done:
             await generation.advance(1.0)

@@ -7,7 +7,8 @@ import math
 import time
 from collections import OrderedDict
 
-from gateway.text.sandbox import Check, Sandbox
+from gateway.text.sandbox import Sandbox
+from gateway.text.sandbox_child import Check
 from protocol.wire.errors import BadRequest
 
 MAX_REMEMBERED = 4096

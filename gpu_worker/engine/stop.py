@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 
 from gpu_worker.engine.request import Sequence
 from protocol.wire.errors import BadRequest
-from protocol.wire.text import OutputText
+from protocol.wire.text import OutputText, StopRule
 
 
 class StopCheck:
@@ -17,23 +17,20 @@ class StopCheck:
 
     def __init__(self, seq: Sequence, eos_ids: frozenset[int], tokenizer: Tokenizer | None) -> None:
         request = seq.request
-        self._min_tokens = request.sampling.min_tokens
-        self._stop_ids = frozenset(request.stop_token_ids)
-        if not request.sampling.ignore_eos:
-            self._stop_ids |= eos_ids
-        self._all_ids = tuple(sorted(self._stop_ids))
+        self._rule = StopRule.of(request.stop, request.stop_token_ids, request.sampling, eos_ids)
+        self._all_ids = tuple(sorted(self._rule.end_ids))
         self._max_tokens = seq.max_tokens
         self._num_prompt = seq.num_prompt
         self._num_output = 0
         self._text: OutputText | None = None  # only where stop strings have to be looked for
-        if any(request.stop):
+        if any(self._rule.stop):
             if tokenizer is None:
                 raise BadRequest("this model has no tokenizer.json: stop strings cannot be served", param="stop")
-            self._text = OutputText(tokenizer, stop=request.stop, min_tokens=self._min_tokens)
+            self._text = OutputText(tokenizer, self._rule)
 
     def banned(self, num_ahead: int = 0) -> tuple[int, ...]:
         """Return the ids that the next token may not be, or the one that follows so many more."""
-        return self._all_ids if self._num_output + num_ahead < self._min_tokens else ()
+        return self._all_ids if self._num_output + num_ahead < self._rule.min_tokens else ()
 
     @property
     def stop(self) -> str:
@@ -45,6 +42,6 @@ class StopCheck:
         self._num_output += 1
         if self._text is not None:
             self._text.add([token])
-        if token in self._stop_ids or self.stop:
+        if token in self._rule.end_ids or self.stop:
             return "stop"
         return "length" if self._num_prompt + self._num_output >= self._max_tokens else ""

@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+from protocol.wire import messages as m
+
+
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """Where the output of a request ends: the worker generates no further, and the gateway shows no more.
+
+    It ends before the first stop string in the text without special tokens, and with the first token of `end_ids`;
+    neither counts within the first `min_tokens` tokens.
+    """
+
+    stop: Sequence[str] = ()
+    end_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+
+    @classmethod
+    def of(
+        cls, stop: Sequence[str], stop_token_ids: Iterable[int], sampling: m.Sampling, eos_ids: frozenset[int]
+    ) -> StopRule:
+        """Return the rule of a request. eos_ids: tokens that end the model's texts, unless the request ignores them."""
+        end_ids = frozenset(stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_ids)
+        return cls(stop, end_ids, sampling.min_tokens)
 
 
 class Detokenizer:
@@ -78,27 +103,17 @@ def overlap(text: str, stop: str) -> int:
 
 
 class OutputText:
-    """The text of one request's output tokens: what of it can be shown so far, and where it ends.
+    """The text of one request's output tokens: what of it can be shown so far, and where it ends by its `StopRule`."""
 
-    It ends before the first stop string and before the first token of `end_ids`; neither counts within the first
-    `min_tokens` tokens.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        *,
-        stop: Sequence[str] = (),
-        end_ids: frozenset[int] = frozenset(),
-        min_tokens: int = 0,
-        shown: Mapping[int, str] = {},
-    ) -> None:
-        """shown: special tokens that are part of the text, and how they are written."""
+    def __init__(self, tokenizer: Tokenizer, rule: StopRule, *, shown: Mapping[int, str] = {}) -> None:
+        """shown: special tokens that are written into the text, and how; stop strings are looked for without them."""
         self._detokenizer = Detokenizer(tokenizer)
-        self._matcher = StopMatcher(stop)
-        self._end_ids = end_ids
-        self._min_tokens = min_tokens
+        self._matcher = StopMatcher(rule.stop)
+        self._rule = rule
         self._shown = shown
+        self._markers: deque[tuple[int, str]] = deque()  # special tokens to be written: after how many characters
+        self._num_read = 0  # characters before the next token's, and below, of them given out; only with `shown`
+        self._num_given = 0
         self.num_tokens = 0  # seen, the one that ended the text included
         self.ended = False
 
@@ -114,15 +129,19 @@ class OutputText:
             if self.ended:
                 break
             self.num_tokens += 1
-            may_end = self.num_tokens > self._min_tokens
-            if may_end and id_ in self._end_ids:
+            may_end = self.num_tokens > self._rule.min_tokens
+            if may_end and id_ in self._rule.end_ids:
                 self.ended = True
                 break
-            text = self._shown.get(id_) or self._detokenizer.add((id_,))
+            text = self._detokenizer.add((id_,))
+            if self._shown:
+                self._num_read += len(text)
+                if id_ in self._shown:
+                    self._markers.append((self._num_read, self._shown[id_]))
             if may_end:
                 text = self._matcher.add(text)
                 self.ended = self._matcher.matched is not None
-            pieces.append(text)
+            pieces.append(self._with_markers(text) if self._shown else text)
         return "".join(pieces)
 
     def finish(self) -> str:
@@ -130,4 +149,17 @@ class OutputText:
         if self._matcher.matched is not None:
             return ""
         self.ended = True
-        return self._matcher.add(self._detokenizer.flush()) + self._matcher.flush()
+        text = self._matcher.add(self._detokenizer.flush()) + self._matcher.flush()
+        return self._with_markers(text) if self._shown else text
+
+    def _with_markers(self, text: str) -> str:
+        """Return the characters that are given out next, with the special tokens that stand before or among them."""
+        pieces: list[str] = []
+        start, end = self._num_given, self._num_given + len(text)
+        while self._markers and self._markers[0][0] <= end:
+            place, marker = self._markers.popleft()
+            pieces += [text[self._num_given - start : place - start], marker]
+            self._num_given = place
+        pieces.append(text[self._num_given - start :])
+        self._num_given = end
+        return "".join(pieces)

@@ -17,7 +17,7 @@ from scripted_fleet import BASE_NAME, Script, ScriptedFleet, running_gateway
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from gateway.encoders.api import Spans, entities_of
+from gateway.encoders.write import entities_of
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 
@@ -226,7 +226,7 @@ def test_where_entities_begin_and_end() -> None:
     names = ["O", "B-X", "I-X", "I-Y", "MISC", "B-a-b"]
 
     def found(*labels: int) -> list[tuple[str, str]]:
-        entities = entities_of(Spans(text, offsets), np.array([1, *labels, 1]), np.full(8, 0.5, np.float32), names)
+        entities = entities_of(text, offsets, np.array([1, *labels, 1]), np.full(8, 0.5, np.float32), names)
         assert all(text[e["start"] : e["end"]] == e["word"] and e["score"] == 0.5 for e in entities)
         return [(e["entity_group"], e["word"]) for e in entities]
 

@@ -18,9 +18,9 @@ from scripted_fleet import Script, ScriptedFleet, running_gateway
 from tokenizers import Tokenizer
 
 from gateway.http.errors import OPENAI_ERRORS
-from gateway.lorax.api import CompatRequest, Parameters
+from gateway.lorax.bodies import CompatRequest, Parameters
 from gateway.lorax.routes import shape_of
-from gateway.openai.api import REQUESTS
+from gateway.openai.bodies import BODIES
 from lorafleet.embedded import EmbeddedServer
 from protocol.queue.bus import Bus
 
@@ -36,8 +36,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "/v1/unload_lora_adapter": {"lora_name": "nobody"},
 }
 FIELDS = {
-    path: sorted(REQUESTS[path].model_fields) if path in REQUESTS else sorted(CompatRequest.model_fields)
-    for path in GOOD
+    path: sorted(BODIES[path].model_fields) if path in BODIES else sorted(CompatRequest.model_fields) for path in GOOD
 }
 
 odd_text = st.one_of(

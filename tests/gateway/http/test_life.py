@@ -305,9 +305,8 @@ async def test_unreadable_messages_break_neither_the_gateway_nor_a_call(
 
 
 async def test_a_deadline_ends_a_call_even_without_a_scheduler(
-    bus: Bus, fleet: ScriptedFleet, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
 ) -> None:
-    monkeypatch.setattr("gateway.calls.generation.DEADLINE_SLACK_MS", 0)
     fleet.assigning.clear()
     async with (
         running_gateway(bus, model_folder, keepalive_s=0.02, request_timeout_s=0.1) as gateway,

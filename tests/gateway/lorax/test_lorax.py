@@ -12,7 +12,7 @@ from scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, Scr
 from tokenizers import Tokenizer
 from waiting import wait_until
 
-from gateway.openai.api import ChatRequest
+from gateway.openai.bodies import ChatRequest
 from gateway.text.structured import JSON_STYLE
 from peft_adapters.recipe import merge_of
 from protocol.queue.bus import Bus
@@ -284,6 +284,7 @@ async def test_merged_adapters(http: httpx2.AsyncClient, fleet: ScriptedFleet) -
     for wrong, word in [
         ({**merged, "weights": [1]}, "number of adapter IDs must match"),
         ({**merged, "ids": [], "weights": []}, "at least one adapter ID"),
+        ({**merged, "ids": ["nobody"] * 9, "weights": [1] * 9}, "9 adapters; from 1 to 8 can be merged"),
         ({**merged, "merge_strategy": "best"}, "merged_adapters"),
         ({**merged, "density": None}, "density"),
         ({**merged, "ids": ["fox", ""]}, "neither the base model"),

@@ -13,7 +13,7 @@ from openai import AsyncOpenAI
 from scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, ScriptedFleet, running_gateway
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gateway.openai.api import choice_seed
+from gateway.calls.submit import choice_seed
 from gateway.text.structured import JSON_STYLE
 from gateway.text.tokenizer import TokenText
 from protocol.queue.bus import Bus
@@ -156,6 +156,22 @@ async def test_prompts_in_all_forms(
         generated, _ = fleet.tokens(Script(), body)
         assert choice["text"] == echo + fleet.tokenizer.decode(generated)
     assert answer["usage"]["prompt_tokens"] == sum(map(len, wanted))
+
+
+MANY: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/completions", {"model": ["nobody"] * 130, "prompt": [[5] * 200] * 2}, "2 prompts for 130 models with n = 1"),
+    ("/v1/completions", {"model": "nobody", "prompt": ["a"] * 43, "n": 3}, "43 prompts for 1 models with n = 3"),
+    ("/v1/chat/completions", {**CHAT, "model": ["nobody"] * 65, "n": 2}, "1 prompts for 65 models with n = 2"),
+    ("/v1/completions", {"model": "nobody", "prompt": []}, "prompt is an empty list"),
+]
+
+
+async def test_too_many_choices_are_refused_before_any_work(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    """No name is looked up, and nothing tokenized: a body of many models and prompts would cost their product."""
+    for path, body, said in MANY:
+        answer = await http.post(path, json=body)
+        assert (answer.status_code, answer.json()["error"]["message"][: len(said)]) == (400, said)
+    assert not fleet.seen
 
 
 @pytest.mark.parametrize("stream", [True, False])

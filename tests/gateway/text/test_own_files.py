@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator
@@ -13,9 +14,11 @@ import pytest
 import pytest_asyncio
 from scripted_fleet import Script, ScriptedFleet
 from tokenizers import AddedToken, Tokenizer
+from waiting import wait_until
 
 from adapter_store.http import BlobServer
-from gateway.text.sandbox import Render, Sandbox
+from gateway.text.sandbox import Sandbox
+from gateway.text.sandbox_child import Render
 from peft_adapters.texts import TEXTS_FIELD, TEXTS_FILE, join_texts
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
@@ -151,6 +154,19 @@ async def test_a_template_without_end_costs_itself_alone(http: httpx2.AsyncClien
     assert (answer.status_code, "template is broken" in answer.text) == (400, True)
     # Its tokenizer is the base's, and good enough without a template.
     assert (await http.post("/v1/completions", json={"model": "broken", "prompt": "hi"})).status_code == 200
+
+
+async def test_a_job_that_is_cancelled_while_its_process_starts_leaves_nothing() -> None:
+    """The byte that says the process is ready was read as a part of the next answer's length."""
+    sandbox = Sandbox()
+    job = Render("{{ messages[0].content }}", {}, QUESTION["messages"], True, {})
+    cancelled = asyncio.create_task(sandbox.render(job))
+    await wait_until(lambda: sandbox.pid, "the process has begun to start", every_s=0.0)
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    assert await sandbox.render(job) == "hi"
+    await sandbox.close()
 
 
 async def test_what_cannot_be_used_or_had_is_said(

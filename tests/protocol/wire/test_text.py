@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from protocol.wire.text import Detokenizer, OutputText, StopMatcher
+from protocol.wire.text import Detokenizer, OutputText, StopMatcher, StopRule
 
 END = 0
 ALPHABET = "ab é😀漢\n"
@@ -49,7 +49,7 @@ def test_steps_do_not_change_the_text(text: str, stop: list[str], data: st.DataO
     ids = TOKENIZER.encode(text).ids
     if data.draw(st.booleans(), label="cut in a character"):
         ids = ids[: data.draw(st.integers(0, len(ids)), label="length")]
-    output = OutputText(TOKENIZER, stop=stop)
+    output = OutputText(TOKENIZER, StopRule(stop))
     shown = ""
     for step in data.draw(cuts(ids), label="steps"):
         shown += output.add(step)
@@ -57,7 +57,7 @@ def test_steps_do_not_change_the_text(text: str, stop: list[str], data: st.DataO
         assert not any(s in shown for s in stop)
     shown += output.finish()
     # A match is decided at the first token that completes one; at once, of overlapping ones, the earliest place wins.
-    one_by_one = OutputText(TOKENIZER, stop=stop)
+    one_by_one = OutputText(TOKENIZER, StopRule(stop))
     assert shown == "".join(one_by_one.add([id_]) for id_ in ids) + one_by_one.finish()
     assert output.num_tokens == one_by_one.num_tokens
     if len(stop) <= 1:
@@ -69,7 +69,7 @@ def test_an_end_token_ends_the_text_after_the_minimum(text: str, min_tokens: int
     ids = TOKENIZER.encode(text).ids
     for _ in range(data.draw(st.integers(0, 3), label="end tokens")):
         ids.insert(data.draw(st.integers(0, len(ids)), label="at"), END)
-    output = OutputText(TOKENIZER, end_ids=frozenset([END]), min_tokens=min_tokens)
+    output = OutputText(TOKENIZER, StopRule(end_ids=frozenset([END]), min_tokens=min_tokens))
     shown = "".join(output.add(step) for step in data.draw(cuts(ids), label="steps"))
     ended = output.ended
     shown += output.finish()
@@ -81,8 +81,8 @@ def test_an_end_token_ends_the_text_after_the_minimum(text: str, min_tokens: int
 
 def test_a_stop_string_within_the_minimum_does_not_count() -> None:
     ids = TOKENIZER.encode("ab ab").ids
-    assert OutputText(TOKENIZER, stop=["ab"]).add(ids) == ""
-    output = OutputText(TOKENIZER, stop=["ab"], min_tokens=2)
+    assert OutputText(TOKENIZER, StopRule(["ab"])).add(ids) == ""
+    output = OutputText(TOKENIZER, StopRule(["ab"], min_tokens=2))
     assert output.add(ids) == "ab "
     assert output.stop == "ab"
     assert output.ended
@@ -90,8 +90,43 @@ def test_a_stop_string_within_the_minimum_does_not_count() -> None:
 
 def test_special_tokens_inside_are_not_shown() -> None:
     ids = [*TOKENIZER.encode("a").ids, END, *TOKENIZER.encode("b").ids]
-    output = OutputText(TOKENIZER)
+    output = OutputText(TOKENIZER, StopRule())
     assert output.add(ids) + output.finish() == "ab"
+
+
+@given(texts, stops, st.integers(0, 20), st.booleans(), st.data())
+def test_special_tokens_that_are_shown_do_not_change_the_end(
+    text: str, stop: list[str], min_tokens: int, ends: bool, data: st.DataObject
+) -> None:
+    """The gateway writes some special tokens into a chat answer, the worker none: both end it at the same token."""
+    ids = TOKENIZER.encode(text).ids
+    for _ in range(data.draw(st.integers(0, 4), label="special tokens")):
+        ids.insert(data.draw(st.integers(0, len(ids)), label="at"), END)
+    rule = StopRule(stop, frozenset([TOKENIZER.encode("b").ids[0]] if ends else []), min_tokens)
+    plain = OutputText(TOKENIZER, rule)
+    marked = OutputText(TOKENIZER, rule, shown={END: "\0"})
+    without, shown = "", ""
+    for step in data.draw(cuts(ids), label="steps"):
+        without += plain.add(step)
+        shown += marked.add(step)
+        assert (marked.num_tokens, marked.ended, marked.stop) == (plain.num_tokens, plain.ended, plain.stop)
+        assert shown.replace("\0", "") == without
+    without += plain.finish()
+    shown += marked.finish()
+    assert shown.replace("\0", "") == without
+    if not stop and not ends:
+        assert shown.count("\0") == ids.count(END)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [("a|b", "ab", ""), ("a|b|", "x", "a|b|"), ("|ab", "ab", "|"), ("ca|a|b", "ab", "ca|"), ("a|c|", "ab", "a|c|"),
+     ("a|b", "|", "a|b")],
+)  # fmt: skip
+def test_shown_special_tokens_stand_where_they_came(text: str, stop: str, shown: str) -> None:
+    ids = [id_ for c in text for id_ in ([END] if c == "|" else TOKENIZER.encode(c).ids)]
+    output = OutputText(TOKENIZER, StopRule([stop]), shown={END: "|"})
+    assert "".join(output.add([id_]) for id_ in ids) + output.finish() == shown
 
 
 @given(st.lists(st.integers(0, 256), max_size=20))

@@ -1,32 +1,24 @@
-"""How LoRAX's native routes answer: every token with its text and logprob, times and counts in headers, no `[DONE]`."""
+"""*Write* for LoRAX's native routes: every token with its text and logprob, times and counts in headers."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from starlette.responses import Response
 
-from gateway.calls.choices import Choice, Piece, TokenLogprob, mean_logprob, unpack
-from gateway.calls.generation import Generation
+from gateway.calls.choices import Piece, TokenLogprob, mean_logprob
+from gateway.calls.follow import Generation
 from gateway.calls.writers import MIN_LOGPROB, Usage, shown_logprob
 from gateway.http.sse import STREAM_HEADERS, GenerationResponse
 from gateway.lorax import metrics as lorax_metrics
-from gateway.lorax.api import NativeOptions
 from gateway.lorax.errors import LORAX_GENERATION_ERRORS
+from gateway.lorax.parse import NativeCall
 from gateway.text.tokenizer import ModelFiles
 from protocol.wire import messages as m
 from protocol.wire.text import Detokenizer
-
-
-class NativeChoice(Choice):
-    """A choice that keeps every token, the last one too: LoRAX's stop strings and end tokens stay in the answer."""
-
-    def absorb(self, ids: bytes, records: bytes, piece: Piece) -> None:
-        piece.logprobs += unpack(ids, records)
 
 
 class TokenWriter:
@@ -75,16 +67,15 @@ class TokenWriter:
 class NativeWriter:
     """The answers of `/generate` and its kin."""
 
-    def __init__(self, files: ModelFiles, native: NativeOptions, prompt: str) -> None:
+    def __init__(self, files: ModelFiles, native: NativeCall, num_prompt_tokens: int) -> None:
         self._files = files
         self._native = native
-        self._prefix = prompt if native.full_text else ""
-        ignore_eos = native.options.sampling.ignore_eos
-        self._eos_ids = frozenset() if ignore_eos else files.eos_ids
+        self._options = native.call.options
+        self._prefix = native.prompt if native.full_text else ""
+        self._eos_ids = frozenset() if self._options.sampling.ignore_eos else files.eos_ids
         self._streamed = self._token_writer()
         self._num_streamed = 0
-        self.as_list = False  # as `POST /` answers
-        self.num_prompt_tokens = 0
+        self._num_prompt_tokens = num_prompt_tokens
 
     def _token_writer(self) -> TokenWriter:
         return TokenWriter(self._files, alternatives=self._native.alternatives)
@@ -102,7 +93,7 @@ class NativeWriter:
                 if self._native.details:
                     chunk["details"] = {
                         "finish_reason": self._reason(piece.finish, token["id"], self._streamed.text),
-                        "prompt_tokens": self.num_prompt_tokens,
+                        "prompt_tokens": self._num_prompt_tokens,
                         "generated_tokens": self._num_streamed,
                         "seed": self._native.seed,
                     }
@@ -110,10 +101,11 @@ class NativeWriter:
         return b"".join(frames)
 
     def usage_frame(self, usage: Usage) -> bytes:
+        """Return nothing: the last token's event has the counts."""
         return b""
 
     def show_usage(self, usage: Usage) -> None:
-        """LoRAX's events tell of none."""
+        """Do nothing: LoRAX's events do not tell the usage."""
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """Return the answer: the choice with the best mean logprob, the others beside it."""
@@ -123,7 +115,7 @@ class NativeWriter:
         if self._native.details:
             details = {key: value for key, value in best.items() if key != "generated_text"}
             answer["details"] = {**details, "prompt_tokens": usage.prompt_tokens, "skipped_tokens": 0}
-            if self._native.options.n > 1:
+            if self._options.n > 1:
                 answer["details"]["best_of_sequences"] = others
         return answer
 
@@ -149,33 +141,10 @@ class NativeWriter:
     def _reason(self, finish: str, last: int, text: str) -> str:
         if finish == "length":
             return "length"
-        options = self._native.options
+        options = self._options
         # A grammar's output ends where nothing can follow, with no token that says so.
         by_grammar = options.constraint is not None and not any(stop in text for stop in options.stop)
         return "eos_token" if last in self._eos_ids or by_grammar else "stop_sequence"
-
-
-@dataclass(frozen=True, slots=True)
-class NativeFacts:
-    """What the headers of an answer tell besides its tokens."""
-
-    model: str
-    adapter_id: str
-    adapter_source: str
-    compute_type: str
-    num_characters: int
-    started_s: float  # monotonic: the request's arrival
-    submitted_s: float
-
-    def headers(self) -> dict[str, str]:
-        headers = {
-            "x-compute-type": self.compute_type,
-            "x-compute-characters": str(self.num_characters),
-            "x-model-id": self.model,
-        }
-        if self.adapter_id:
-            headers |= {"x-adapter-id": _ascii(self.adapter_id), "x-adapter-source": _ascii(self.adapter_source)}
-        return headers
 
 
 class NativeResponse(GenerationResponse):
@@ -184,29 +153,46 @@ class NativeResponse(GenerationResponse):
     errors = LORAX_GENERATION_ERRORS
     done = b""
 
-    def __init__(
-        self, generation: Generation, writer: NativeWriter, facts: NativeFacts, *, stream: bool, keepalive_s: float
-    ) -> None:
-        super().__init__(generation, writer, stream=stream, include_usage=False, keepalive_s=keepalive_s)
-        self._as_list = writer.as_list
-        self._facts = facts
+    def __init__(self, generation: Generation, native: NativeCall, started_s: float, keepalive_s: float) -> None:
+        """started_s: monotonic, of the request's arrival. keepalive_s: as of `GenerationResponse`."""
+        [prompt] = generation.call.prompts
+        super().__init__(
+            generation, NativeWriter(prompt.files, native, prompt.num_tokens), keepalive_s=keepalive_s
+        )  # fmt: skip
+        self._native = native
+        self._started_s = started_s
 
     def stream_headers(self) -> list[tuple[bytes, bytes]]:
-        own = [(name.encode(), value.encode()) for name, value in self._facts.headers().items()]
+        """Return the headers of a streamed answer."""
+        own = [(name.encode(), value.encode()) for name, value in self._headers().items()]
         return [*STREAM_HEADERS, *own]
 
     async def whole(self, choices: list[Piece]) -> Response:
+        """Return the answer of a call that is not streamed."""
         answer = self.writer.whole(choices, self.generation.usage)
-        times = await times_of(self.generation, self._facts.started_s, self._facts.submitted_s)
-        headers = {**self._facts.headers(), **times}
-        return Response(orjson.dumps([answer] if self._as_list else answer), 200, headers, "application/json")
+        headers = {**self._headers(), **await times_of(self.generation, self._started_s)}
+        return Response(orjson.dumps([answer] if self._native.as_list else answer), 200, headers, "application/json")
+
+    def _headers(self) -> dict[str, str]:
+        """Return what the headers tell besides tokens and times."""
+        base, [target] = self.generation.call.base, self.generation.call.targets
+        assert base is not None
+        headers = {
+            "x-compute-type": compute_type(base),
+            "x-compute-characters": str(len(self._native.prompt)),
+            "x-model-id": base.name,
+        }
+        if target.digest:
+            headers["x-adapter-id"] = _ascii(self._native.adapter_id)
+            headers["x-adapter-source"] = _ascii(target.source)
+        return headers
 
 
-async def times_of(generation: Generation, started_s: float, submitted_s: float) -> dict[str, str]:
-    """Return the headers with counts and, in whole milliseconds, the times of a call's parts. Times: monotonic."""
+async def times_of(generation: Generation, started_s: float) -> dict[str, str]:
+    """Return the headers with counts and, in whole milliseconds, the times of a call's parts. started_s: monotonic."""
     usage = generation.usage
     total_ms = 1000 * (time.monotonic() - started_s)
-    validation_ms = 1000 * (submitted_s - started_s)
+    validation_ms = 1000 * (generation.call.submitted_s - started_s)
     known = await generation.facts()
     queue_ms = first_ms = output_ms = 0.0
     if known is not None:  # None: the queue has lost it

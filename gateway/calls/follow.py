@@ -1,29 +1,21 @@
-"""A call's requests while they run: waits for deltas, brings them into order, and cancels what nobody waits for."""
+"""*Follow*, the seventh stage: waits for a call's deltas, brings them into order, and cancels what nobody waits for."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
+from gateway.calls import observe
 from gateway.calls.choices import Choice, Piece
 from gateway.calls.replies import Replies
+from gateway.calls.submit import SubmittedCall, cancel
 from gateway.calls.waiting import waiting_state
 from gateway.calls.writers import Usage
-from gateway.lorax import metrics as lorax_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, RequestFacts, now_ms
-from protocol.runtime.metrics import (
-    CALL_SECONDS,
-    FIRST_TOKEN_SECONDS,
-    GENERATIONS,
-    KIND_ADAPTER,
-    KIND_BASE,
-    OUTPUT_TOKENS,
-)
 from protocol.wire import messages as m
 from protocol.wire.errors import DeadlineExceeded, LorafleetError, Unavailable
 
@@ -31,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-DEADLINE_SLACK_MS = 5000  # the scheduler ends late requests; this is for when there is none
+DEADLINE_SLACK_MS = 5000
+"""Most time after its deadline that a call waits for the scheduler to end it; this is for when there is none."""
+
 RECONNECT_S = 0.2
 
 
@@ -39,32 +33,20 @@ class ClientGoneError(Exception):
     """The client has hung up: there is nobody to answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """How a call is followed."""
-
-    deadline_ms: int
-    eager: bool  # tokens are wanted as they come, not only the end
-    durable: bool = False  # its requests live on without their client
-    poll_s: float = 0.0  # how often to look into the log, when another gateway gets the deltas; 0: they come here
-    adapter: bool = False
-    empty: bool = False  # no token is wanted: nothing was submitted
-
-
 class Generation:
-    """The choices of one HTTP call. Use: `advance` until `is_done`, then `close`, which must always be called."""
+    """The choices of one call while they run. Use: `advance` until `is_done`, then `close`, which is always needed."""
 
-    def __init__(self, replies: Replies, choices: Sequence[Choice], terms: Terms) -> None:
-        self.choices = choices
+    def __init__(self, replies: Replies, call: SubmittedCall) -> None:
+        """call: has a mailbox."""
+        assert call.mail is not None
+        self.call = call
+        self.choices = choices_of(call)
         self._replies = replies
-        self._terms = terms
-        self._by_rid = {choice.rid: choice for choice in choices}
-        self._open = {choice.rid for choice in choices}
-        self.mail = replies.subscribe(list(self._by_rid), eager=terms.eager)
-        self.resubmit: Callable[[], Awaitable[object]] | None = None  # repeatable; for a queue that has lost them
-        self._started_s = time.monotonic()
+        self._mail = call.mail
+        self._by_rid = {choice.rid: choice for choice in self.choices}
+        self._open = {choice.rid for choice in self.choices}
         self._has_token = False
-        self._kind = KIND_ADAPTER if terms.adapter else KIND_BASE
+        self._kind = observe.kind_of("".join(target.digest for target in call.targets))
 
     @property
     def is_done(self) -> bool:
@@ -91,21 +73,21 @@ class Generation:
 
     def hang_up(self) -> None:
         """Say that the client has gone; `advance` raises ClientGoneError."""
-        self.mail.hang_up()
+        self._mail.hang_up()
 
     async def advance(self, timeout_s: float) -> list[Piece]:
         """Wait for progress and return it, one piece per choice; [] when there is none in `timeout_s`.
 
         Raises the error that ended a request, and ClientGoneError.
         """
-        if self._terms.empty:
+        if self.call.parsed.options.is_empty:
             return self._skip_all()
-        poll_s = self._terms.poll_s
-        deltas = await self.mail.take(min(poll_s, timeout_s) if poll_s else timeout_s)
-        if self.mail.client_gone:
+        poll_s = self.call.poll_s
+        deltas = await self._mail.take(min(poll_s, timeout_s) if poll_s else timeout_s)
+        if self._mail.client_gone:
             raise ClientGoneError
-        if self.mail.failure is not None:
-            raise self.mail.failure
+        if self._mail.failure is not None:
+            raise self._mail.failure
         pieces: dict[str, Piece] = {}
         for delta in deltas:
             choice = self._by_rid[delta.rid]
@@ -115,15 +97,15 @@ class Generation:
                     # The queue has lost what stood before it; its owner, or whoever comes after, will write that again.
                     continue
             await self._take(choice, delta, pieces)
-        if self.mail.restarted:
-            self.mail.restarted = False
+        if self._mail.restarted:
+            self._mail.restarted = False
             await self._mend()
-        if not deltas or self.mail.nudged:
-            self.mail.nudged = False
+        if not deltas or self._mail.nudged:
+            self._mail.nudged = False
             await self._catch_up(pieces)
         if pieces and not self._has_token:
             self._has_token = True
-            FIRST_TOKEN_SECONDS.labels(self._kind).observe(time.monotonic() - self._started_s)
+            observe.first_token(self._kind, time.monotonic() - self.call.submitted_s)
         return list(pieces.values())
 
     async def waiting_for(self) -> str:
@@ -137,19 +119,13 @@ class Generation:
             return "the queue cannot be reached"
 
     async def close(self) -> None:
-        """Stop following. Requests that still run are cancelled, unless they are durable."""
-        self._replies.unsubscribe(self.mail)
-        OUTPUT_TOKENS.labels(self._kind).inc(sum(choice.num_output_tokens for choice in self.choices))
+        """Stop following. Requests that still run are cancelled, unless an Idempotency-Key may ask for them again."""
+        self._replies.unsubscribe(self._mail)
+        observe.left(self._kind, sum(choice.num_output_tokens for choice in self.choices))
         if self.is_done:
-            seconds = time.monotonic() - self._started_s
-            CALL_SECONDS.labels(self._kind).observe(seconds)
-            lorax_metrics.succeeded(seconds, self.usage.completion_tokens)
-        elif not self._terms.durable:
-            try:
-                await asyncio.gather(*(self._replies.bus.cancel(rid) for rid in self._open))
-            except CONNECTION_ERRORS as error:
-                # They end at their deadline, or when the scheduler sees that this gateway is gone.
-                logger.warning("%d requests could not be cancelled: %s", len(self._open), error)
+            observe.succeeded(self._kind, time.monotonic() - self.call.submitted_s, self.usage.completion_tokens)
+        elif not self.call.parsed.key:
+            await cancel(self._replies.bus, list(self._open))
 
     # ------------------------------------------------------------ order
 
@@ -162,8 +138,8 @@ class Generation:
 
     async def _mend(self) -> None:
         """Give a queue that came back without its last second what it has lost of the open requests."""
-        if self.resubmit is not None:
-            await self._insist(self.resubmit)
+        if self.call.resubmit is not None:
+            await self._insist(self.call.resubmit)
         for rid in self._open:
             choice = self._by_rid[rid]
             choice.cursor.epoch = 0  # owners are counted from what the queue still knows
@@ -179,7 +155,8 @@ class Generation:
             delta = await self._read_log(choice)
             if delta.ids or delta.finish:
                 await self._take(choice, delta, pieces)
-        if self._open and now_ms() > self._terms.deadline_ms + DEADLINE_SLACK_MS:
+        slack_ms = min(DEADLINE_SLACK_MS, self.call.deadline_ms - self.call.created_ms)
+        if self._open and now_ms() > self.call.deadline_ms + slack_ms:
             raise DeadlineExceeded("the request took longer than it may")
 
     async def _take(self, choice: Choice, delta: m.Delta, pieces: dict[str, Piece]) -> None:
@@ -195,11 +172,11 @@ class Generation:
             choice.take(delta, piece)
         except LorafleetError:
             self._open.discard(choice.rid)
-            GENERATIONS.labels(delta.finish).inc()
+            observe.choice_ended(delta.finish)
             raise
         if piece.finish and choice.rid in self._open:
             self._open.discard(choice.rid)
-            GENERATIONS.labels(piece.finish).inc()
+            observe.choice_ended(piece.finish)
 
     async def _read_log(self, choice: Choice) -> m.Delta:
         """Return what a choice's log holds beyond its cursor, however long the queue cannot be reached."""
@@ -219,6 +196,12 @@ class Generation:
             try:
                 return await do()
             except CONNECTION_ERRORS:
-                if now_ms() > self._terms.deadline_ms:
+                if now_ms() > self.call.deadline_ms:
                     raise
                 await asyncio.sleep(RECONNECT_S)
+
+
+def choices_of(call: SubmittedCall) -> list[Choice]:
+    """Return the choices of a call: for each of those who answer, for each prompt `n`, in the API's order."""
+    options = call.parsed.options
+    return [Choice(i, rid, call.prompts[i // options.n], options) for i, rid in enumerate(call.rids)]

@@ -1,0 +1,89 @@
+"""*Admit*, the fifth stage: whether a call fits the context, its tenant's limits and the queue.
+
+Everything that calls ask of the gateway's admission is asked here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gateway.adapters.fleet_view import FleetView
+from gateway.auth.limits import RETRY_S, check_quota, limit_headers, limit_text
+from gateway.calls.parse import ParsedCall
+from gateway.calls.tokenize import Prompt, TokenizedCall
+from gateway.overload.admission import Admission, Load
+from protocol.queue.quota import Standing
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import LorafleetError, Overloaded
+
+
+@dataclass(frozen=True, slots=True)
+class AdmittedCall:
+    """A call that may go into the queue, and what it adds there."""
+
+    parsed: ParsedCall
+    base: m.ServedModel
+    prompts: list[Prompt]  # with the most tokens that each answer may have
+    load: Load
+
+
+class CallAdmission:
+    """Lets calls in, or refuses them."""
+
+    def __init__(self, settings: Settings, fleet: FleetView, admission: Admission) -> None:
+        self._settings = settings
+        self._fleet = fleet
+        self._admission = admission
+
+    async def check_room(self, call: ParsedCall) -> None:
+        """Refuse a call that the queue has no place for, before it costs any work. Raises Overloaded, Unavailable."""
+        await self._fleet.require(worker=not call.options.background)
+        self._admission.check(Load(call.options.cls))
+
+    def admit(self, call: TokenizedCall) -> AdmittedCall:
+        """Let a call in. Raises Overloaded, and BadRequest for more than can ever be let in."""
+        parsed, base, options = call.parsed, call.resolved.base, call.options
+        most = parsed.rules.most_tokens
+        prompts = [
+            replace(prompt, max_new_tokens=most(options, prompt.num_tokens, base.max_model_len))
+            for prompt in call.prompts
+        ]
+        if options.is_empty:
+            return AdmittedCall(parsed, base, prompts, Load(options.cls, 0, 0, 0.0))
+        num_tokens = options.n * sum(prompt.num_tokens + prompt.max_new_tokens for prompt in prompts)
+        load = Load(options.cls, len(prompts) * options.n, num_tokens, self.lifetime_s(parsed))
+        try:
+            if parsed.caller.quota is not None:
+                check_quota(parsed.caller.quota, load.num, load.num_tokens)
+            self._admission.check(load)
+        except LorafleetError:
+            self.reached_queue()
+            raise
+        return AdmittedCall(parsed, base, prompts, load)
+
+    def lifetime_s(self, call: ParsedCall) -> float:
+        """Return after how many seconds a call is ended, done or not."""
+        return self._settings.job_ttl_s if call.options.background else self._settings.request_timeout_s
+
+    def settle(self, call: AdmittedCall, outcome: str, told: Any) -> None:
+        """Take note of what the queue made of a call, see `Bus.submit`. Raises Overloaded if it was refused there."""
+        caller, load = call.parsed.caller, call.load
+        if outcome == "full":
+            raise self._admission.full(load, int(told))
+        if isinstance(told, Standing):
+            caller.headers.update(limit_headers(told))
+            if told.over:
+                assert caller.quota is not None
+                text = limit_text(caller.quota, told, load.num, load.num_tokens)
+                raise Overloaded(text, told.retry_ms / 1000 if told.retry_ms else RETRY_S)
+        self._admission.submitted(load)
+
+    def reached_queue(self) -> None:
+        """Note that the current task's call has come as far as the queue."""
+        self._admission.leave_inbound(reached_queue=True)
+
+    def left(self) -> None:
+        """Note that the current task's call is no longer on its way to the queue."""
+        self._admission.leave_inbound()

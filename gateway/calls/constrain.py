@@ -1,0 +1,24 @@
+"""*Constrain*, the fourth stage: the grammar that each prompt's answers must follow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gateway.calls.tokenize import Prompt, TokenizedCall
+from gateway.text.answer_form import answer_grammar, marker_ids
+from gateway.text.grammar_check import GrammarCheck
+from gateway.text.structured import grammar_text
+
+
+async def constrain(call: TokenizedCall, grammars: GrammarCheck) -> TokenizedCall:
+    """Return a call whose prompts have their grammars. Raises BadRequest if one cannot be compiled."""
+    options = call.options
+    if options.constraint is None and options.tools is None:
+        return call
+    prompts: list[Prompt] = []
+    for prompt in call.prompts:
+        marker = marker_ids(prompt.files)
+        grammar = grammar_text(*answer_grammar(options.constraint, options.tools, prompt.form, marker))
+        await grammars.check(grammar, call.parsed.form_param)
+        prompts.append(replace(prompt, grammar=grammar))
+    return replace(call, prompts=prompts)

@@ -1,0 +1,75 @@
+"""Calls that were submitted before: found by their Idempotency-Key, and read again from what the queue still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from gateway.adapters.fleet_view import FleetView
+from gateway.adapters.resolver import Target
+from gateway.auth.callers import Caller
+from gateway.calls.parse import Conversation, ParsedCall, Sent
+from gateway.calls.replies import Replies
+from gateway.calls.submit import SubmittedCall, call_of
+from gateway.calls.tokenize import Prompt, echoed
+from gateway.text.answer_form import form_of
+from gateway.text.own_files import OwnFiles
+from protocol.queue.bus import Bus, RequestFacts
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import ClientError, NotFound
+
+ATTACHED_POLL_S = 0.1
+
+
+class EarlierCalls:
+    """The calls that queue and Idempotency-Keys know of, whichever gateway has submitted them."""
+
+    def __init__(self, settings: Settings, bus: Bus, fleet: FleetView, own: OwnFiles, replies: Replies) -> None:
+        self._timeout_ms = int(settings.request_timeout_s * 1000)
+        self._bus = bus
+        self._fleet = fleet
+        self._own = own
+        self._replies = replies
+
+    async def find(self, sent: Sent, caller: Caller) -> m.Idempotent | None:
+        """Return what a caller first used a body's Idempotency-Key for, if it has."""
+        return await self._bus.get(self._bus.keys.idem(caller.owner, sent.key), m.Idempotent) if sent.key else None
+
+    async def attach(self, call: ParsedCall, record: m.Idempotent) -> SubmittedCall:
+        """Return an earlier call, to be followed from its first token. Raises as `check_same_body`, and NotFound."""
+        assert call.sent is not None
+        check_same_body(record, call.sent)
+        known = await self.known(call, record, await self._bus.requests(record.rids))
+        mail = self._replies.subscribe(record.rids, eager=call.options.stream)
+        return replace(known, mail=mail, deadline_ms=record.created_ms + self._timeout_ms, poll_s=ATTACHED_POLL_S)
+
+    async def known(
+        self, call: ParsedCall, record: m.Idempotent | m.Job, facts: Sequence[RequestFacts | None]
+    ) -> SubmittedCall:
+        """Return an earlier call without resolving or tokenizing it again; `facts` are those of its requests.
+
+        Raises NotFound when its result has expired, or its adapter's tokenizer is gone.
+        """
+        prompts: list[Prompt] = []
+        of_prompts = iter(facts[:: call.options.n])
+        for i, (digest, texts) in enumerate(zip(record.digests, record.texts, strict=True)):
+            files = await self._own.files(digest, texts)
+            target = Target("", digest, files, texts)
+            opened = i < len(record.opened) and record.opened[i]
+            form = form_of(files, call.options.tools, opened=opened) if isinstance(call.inputs, Conversation) else None
+            for source in call.sources:
+                fact = next(of_prompts, None)
+                if fact is None:
+                    raise NotFound("the result has expired", code="result_expired")
+                echo = echoed(source, files) if call.options.echo else ""
+                prompts.append(Prompt(target, b"", fact.num_prompt_tokens, echo=echo, form=form))
+        return SubmittedCall(call_of(record.rids[0]), call, self._fleet.base, prompts, record.created_ms, 0)
+
+
+def check_same_body(record: m.Idempotent, sent: Sent) -> None:
+    """Refuse an Idempotency-Key that comes back with another body. Raises ClientError (422)."""
+    if record.body_hash != sent.hash:
+        error = ClientError("this Idempotency-Key was used with another body", code="idempotency_key_reused")
+        error.status = 422
+        raise error

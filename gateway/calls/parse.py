@@ -1,0 +1,180 @@
+"""*Parse*, the first stage: what a body of any API asks for, checked as far as no model and no tokenizer is needed.
+
+Every API has a `parse` of its own, which returns a `ParsedCall`; from there on all calls go the same way. Pure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gateway.adapters.merged import MergedAdapters
+from gateway.auth.callers import Caller
+from gateway.text.structured import Constraint
+from gateway.tools.tools import Tools
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest, LorafleetError
+from protocol.wire.keys import INTERACTIVE
+
+UNLIMITED = 1 << 31  # output tokens: more than any context
+SEED_BITS = 63
+
+Source = str | list[int]
+"""A prompt as a text, or as token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The parameters of a call."""
+
+    sampling: m.Sampling  # its seed is the one of choice 0
+    n: int = 1  # choices of each prompt
+    max_tokens: int | None = None  # None: `default_tokens`, or less where there is less room
+    default_tokens: int = UNLIMITED
+    stop: list[str] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list)
+    stream: bool = False
+    include_usage: bool = False
+    running_usage: bool = False  # every chunk tells the usage so far
+    echo: bool = False
+    background: bool = False
+    cls: str = INTERACTIVE
+    lora_scale: float | None = None  # None: 1
+    constraint: Constraint | None = None  # on the form of the output
+    tools: Tools | None = None  # that may be called
+    num_best: int = 0  # of the n choices of a prompt only so many are shown, those with the best mean logprob; 0: all
+    shows_logprobs: bool = False
+    scores_only: bool = False  # no token is wanted, only the logprobs of the prompt
+    output: Literal["text", "tokens", "numbers"] = "text"
+    """What choices gather: text up to its end, every token with its logprob, or an encoder's numbers."""
+
+    @property
+    def record_bytes(self) -> int:
+        """Size of a token's logprob record, 0 without logprobs."""
+        num = self.sampling.num_logprobs
+        return 0 if num is None else m.logprob_record_bytes(num)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token is wanted, so that nothing has to be submitted."""
+        return self.max_tokens == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Who is to answer: the base model or adapters by name, or an adapter that is merged of others for this call."""
+
+    names: Sequence[str]  # each gives its own choices
+    source: str | None = None  # where the adapters lie, in LoRAX's words: hub, local or s3
+    merged: MergedAdapters | None = None
+    token: str = ""  # for that source; "": the caller's
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One prompt, which the chat template makes of messages."""
+
+    messages: list[dict[str, Any]]
+    variables: dict[str, Any] = field(default_factory=dict)  # for the template, besides the messages
+    add_generation_prompt: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Prompts as texts or token ids."""
+
+    sources: Sequence[Source]
+    truncate: int | None = None  # only so many tokens of each are taken, its last
+    with_offsets: bool = False  # where each token lies in its text is wanted, see `Prompt.offsets`
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What later stages refuse a call for, in the words of its API. These are OpenAI's; other APIs override some."""
+
+    param: str  # the field that the prompts come from
+    max_choices: int
+
+    def check_number(self, num_models: int, num_prompts: int, n: int) -> None:
+        """Refuse too many choices, which are known before anything is looked up or tokenized. Raises BadRequest."""
+        if not num_prompts:
+            raise BadRequest(f"{self.param} is an empty list", param=self.param)
+        if num_models * num_prompts * n > self.max_choices:
+            asked = f"{num_prompts} prompts for {num_models} models with n = {n}"
+            raise BadRequest(f"{asked}; the limit is {self.max_choices} choices", param="n")
+
+    def check_base(self, options: Options, base: m.ServedModel) -> None:
+        """Refuse what the base model cannot do. Raises BadRequest."""
+
+    def refused_adapter(self, error: LorafleetError) -> LorafleetError:
+        """Return how it is told that an adapter cannot be served."""
+        return error
+
+    def empty_prompt(self) -> BadRequest:
+        """Return how it is told that a prompt has no tokens."""
+        return BadRequest(f"a {self.param} is empty", param=self.param)
+
+    def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
+        """Return how many tokens a choice may have. Raises BadRequest when prompt and output do not fit the context."""
+        room, wanted = max_model_len - num_prompt_tokens, options.max_tokens
+        if room < (1 if wanted is None else min(wanted, 1)):
+            message = (
+                f"This model's maximum context length is {max_model_len} tokens. However, your prompt has "
+                f"{num_prompt_tokens} tokens. Please reduce the length of the prompt."
+            )
+            raise BadRequest(message, param=self.param, code="context_length_exceeded")
+        if wanted is not None and wanted > room:
+            message = (
+                f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+                f"{num_prompt_tokens + wanted} tokens ({num_prompt_tokens} in the prompt, {wanted} in the completion). "
+                "Please reduce the length of the prompt or max_tokens."
+            )
+            raise BadRequest(message, param=self.param, code="context_length_exceeded")
+        limit = min(room, options.default_tokens) if wanted is None else wanted
+        if options.sampling.min_tokens > limit:
+            message = f"min_tokens is {options.sampling.min_tokens}; this request may have at most {limit} tokens"
+            raise BadRequest(message, param="min_tokens")
+        return limit
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A body as it came: for idempotency keys, which bodies are compared under, and jobs, which keep theirs."""
+
+    endpoint: str
+    raw: bytes
+    key: str = ""  # the Idempotency-Key, "" for none
+
+    @property
+    def hash(self) -> str:
+        """What identifies the body."""
+        return hashlib.sha256(self.endpoint.encode() + b"\0" + self.raw).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedCall:
+    """What a body asks for, in the terms of no API."""
+
+    caller: Caller
+    models: Models
+    inputs: Conversation | Texts
+    options: Options
+    rules: Rules
+    task: m.Task = "generate"
+    model_name: str = ""  # of who answers, as the answer has it
+    names_each: bool = False  # every choice names its model
+    form_param: str = "response_format"  # the field that demands something of the output's form
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of a job
+    sent: Sent | None = None
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """The prompts that each model is asked, one entry for each; that of a conversation is not known yet."""
+        return self.inputs.sources if isinstance(self.inputs, Texts) else [""]
+
+    @property
+    def key(self) -> str:
+        """The Idempotency-Key, "" for none."""
+        return self.sent.key if self.sent is not None else ""

@@ -1,0 +1,80 @@
+"""How a call walks through the gateway, whichever API it came by: one way, stage by stage.
+
+    stage                  takes            returns          module
+    parse                  an HTTP body     ParsedCall       `parse` of openai, lorax and encoders
+    resolve names          ParsedCall       ResolvedCall     calls.resolve
+    render and tokenize    ResolvedCall     TokenizedCall    calls.tokenize
+    constrain              TokenizedCall    TokenizedCall    calls.constrain
+    admit                  TokenizedCall    AdmittedCall     calls.admit
+    submit                 AdmittedCall     SubmittedCall    calls.submit
+    follow                 SubmittedCall    Generation       calls.follow
+    write                  Generation       HTTP response    `write` of openai, lorax and encoders
+
+The first and the last stage are the API's, everything between them is here.
+"""
+
+from __future__ import annotations
+
+from gateway.adapters.fleet_view import FleetView
+from gateway.adapters.resolver import Resolver
+from gateway.calls.admit import AdmittedCall, CallAdmission
+from gateway.calls.constrain import constrain
+from gateway.calls.earlier import EarlierCalls
+from gateway.calls.follow import Generation
+from gateway.calls.parse import ParsedCall
+from gateway.calls.replies import Replies
+from gateway.calls.resolve import Names
+from gateway.calls.submit import SubmittedCall, Submitter
+from gateway.calls.tokenize import tokenize
+from gateway.overload.admission import Admission
+from gateway.text.grammar_check import GrammarCheck
+from gateway.text.tokenizer import ModelFiles
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+
+
+class Pipeline:
+    """The stages between *parse* and *write*."""
+
+    def __init__(
+        self, settings: Settings, bus: Bus, files: ModelFiles, fleet: FleetView, resolver: Resolver, replies: Replies,
+        grammars: GrammarCheck, admission: Admission,
+    ) -> None:  # fmt: skip
+        self.settings = settings
+        self.bus = bus
+        self.files = files
+        self.fleet = fleet
+        self.resolver = resolver
+        self.replies = replies
+        self.grammars = grammars
+        self.names = Names(fleet, resolver, settings.request_timeout_s)
+        self.admission = CallAdmission(settings, fleet, admission)
+        self.submitter = Submitter(settings, bus, replies, self.admission, files.eos_ids)
+        self.earlier = EarlierCalls(settings, bus, fleet, resolver.own, replies)
+
+    async def run(self, call: ParsedCall) -> Generation:
+        """Take a call from *parse* to *follow*. Raises what the client did wrong, Overloaded and Unavailable."""
+        admitted = await self.prepare(call)
+        submitted = await self.submitter.submit(admitted)
+        if isinstance(submitted, m.Idempotent):  # what its key was used for, a moment ago
+            return await self.attach(call, submitted)
+        return self.follow(submitted)
+
+    async def prepare(self, call: ParsedCall) -> AdmittedCall:
+        """Take a call from *parse* to *admit*: what costs least is refused first. Raises as `run`."""
+        call.rules.check_number(len(call.models.names), len(call.sources), call.options.n)
+        await self.admission.check_room(call)
+        resolved = await self.names.resolve(call)
+        tokenized = await tokenize(resolved)
+        constrained = await constrain(tokenized, self.grammars)
+        return self.admission.admit(constrained)
+
+    async def attach(self, call: ParsedCall, record: m.Idempotent) -> Generation:
+        """Follow what a call's Idempotency-Key was used for before. Raises ClientError if that was another body."""
+        self.admission.left()
+        return self.follow(await self.earlier.attach(call, record))
+
+    def follow(self, call: SubmittedCall) -> Generation:
+        """Return what follows a submitted call; it must be closed."""
+        return Generation(self.replies, call)

@@ -1,0 +1,95 @@
+"""*Resolve*, the second stage: from the names in a call to the base model and the adapters that are to answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from gateway.adapters.fleet_view import FleetView
+from gateway.adapters.merged import MergedAdapters, merge_of_request
+from gateway.adapters.resolver import Resolver, Target, is_base
+from gateway.auth.callers import Caller
+from gateway.calls.parse import Models, ParsedCall
+from peft_adapters.recipe import digest_of_merge
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest, LorafleetError, Unavailable
+
+_NO_TEXT = {
+    "embed": "Embedding models don't support text generation",
+    "classify": "Classify models don't support text generation",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedCall:
+    """A call, and who answers it."""
+
+    parsed: ParsedCall
+    base: m.ServedModel
+    targets: list[Target]  # one for each of `parsed.models.names`
+
+
+class Names:
+    """Looks names of models up, and waits for adapters that are being fetched."""
+
+    def __init__(self, fleet: FleetView, resolver: Resolver, timeout_s: float) -> None:
+        """timeout_s: most seconds to wait for an adapter."""
+        self._fleet = fleet
+        self._resolver = resolver
+        self._timeout_s = timeout_s
+
+    async def resolve(self, call: ParsedCall) -> ResolvedCall:
+        """Return a call with those who answer it.
+
+        Raises BadRequest for what the base model does not do, ModelNotFound, PermissionDenied, AdapterRefused, or what
+        the call's rules make of these, and Unavailable.
+        """
+        base = await self._fleet.require(worker=not call.options.background)
+        check_task(base, call.task)
+        call.rules.check_base(call.options, base)
+        targets = await self.targets(call.models, base, call.caller, call.rules.refused_adapter)
+        if call.options.lora_scale is not None and not any(target.digest for target in targets):
+            raise BadRequest("lora_scale scales an adapter, and the base model has none", param="lora_scale")
+        return ResolvedCall(call, base, targets)
+
+    async def targets(
+        self, models: Models, base: m.ServedModel, caller: Caller, refused: Callable[[LorafleetError], LorafleetError]
+    ) -> list[Target]:
+        """Return what names stand for, waiting for all at once. Raises as `resolve`; `refused` are its rules."""
+        if models.token:
+            caller = replace(caller, token=models.token)
+
+        async def of(name: str) -> Target:
+            try:
+                known = name if is_base(name, base) else await self._resolver.name_in(models.source, name, caller)
+                return await self._resolver.resolve(known, base, self._timeout_s, caller)
+            except Unavailable:
+                raise
+            except LorafleetError as error:
+                raise refused(error) from error
+
+        targets = await asyncio.gather(*map(of, models.names))
+        if models.merged is None:
+            return targets
+        if len(targets) > 1 or targets[0].digest:
+            raise BadRequest("with merged_adapters, model must be the base model", param="merged_adapters")
+        return [_merged(models.merged, await asyncio.gather(*map(of, models.merged.ids)), targets[0])]
+
+
+def _merged(merged: MergedAdapters, parts: list[Target], base: Target) -> Target:
+    """Return the adapter that a call has made of others. Raises BadRequest."""
+    digest = digest_of_merge(merge_of_request(merged, [part.digest for part in parts]))
+    sources = ",".join(sorted({part.source for part in parts}))
+    return Target(",".join(merged.ids), digest, base.files, source=sources)
+
+
+def check_task(base: m.ServedModel, wanted: m.Task) -> None:
+    """Raise BadRequest, saying why, unless the base model does what is wanted."""
+    if base.task == wanted:
+        return
+    does = {"generate": "generates text", "embed": "computes embeddings", "classify": "labels tokens"}[base.task]
+    if wanted == "generate":
+        raise BadRequest(f"{_NO_TEXT[base.task]}: {base.name} is an encoder ({base.model_type}) and {does}")
+    needed = {"embed": "embeddings need an encoder", "classify": "labels need a token classifier"}[wanted]
+    raise BadRequest(f"{base.name} ({base.model_type}) {does}; {needed} as base model", param="model")

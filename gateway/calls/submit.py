@@ -1,0 +1,219 @@
+"""*Submit*, the sixth stage: a call becomes requests in the queue, one for each choice of each prompt, all or none."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from gateway.adapters.resolver import Target
+from gateway.calls import observe
+from gateway.calls.admit import AdmittedCall, CallAdmission
+from gateway.calls.parse import SEED_BITS, ParsedCall
+from gateway.calls.replies import Replies, Subscription
+from gateway.calls.tokenize import Prompt
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+
+logger = logging.getLogger(__name__)
+
+PREFIX_TOKENS = 128  # of a prompt, hashed for the scheduler's prefix affinity
+_GOLDEN = 0x9E3779B97F4A7C15  # odd: multiples of it spread the seeds of the choices over all bits
+
+Requests = list[tuple[m.Submit, m.Body]]
+
+
+@dataclass(frozen=True, slots=True)
+class SubmittedCall:
+    """A call whose requests are in the queue, now or since an earlier call with the same Idempotency-Key."""
+
+    id: str
+    parsed: ParsedCall
+    base: m.ServedModel | None  # None: submitted earlier, and no worker has told its model to this gateway
+    prompts: list[Prompt]
+    created_ms: int
+    deadline_ms: int
+    submitted_s: float = 0.0  # monotonic: the moment before it was submitted
+    poll_s: float = 0.0  # how often to look into the log, when another gateway gets the deltas; 0: they come here
+    mail: Subscription | None = None  # where its deltas arrive; None if nobody waits for them
+    resubmit: Callable[[], Awaitable[object]] | None = None  # repeatable; for a queue that has lost the requests
+
+    @property
+    def rids(self) -> list[str]:
+        """The ids of its requests, in the order of its choices."""
+        return [rid_of(self.id, i) for i in range(len(self.prompts) * self.parsed.options.n)]
+
+    @property
+    def targets(self) -> list[Target]:
+        """Those who answer."""
+        return targets_of(self.parsed, self.prompts)
+
+
+class Submitter:
+    """Writes calls into the queue."""
+
+    def __init__(
+        self, settings: Settings, bus: Bus, replies: Replies, admission: CallAdmission, base_ends: frozenset[int]
+    ) -> None:
+        """base_ends: tokens that end a text of the base model, which workers know."""
+        self._max_queued = settings.max_queued
+        self._bus = bus
+        self._replies = replies
+        self._admission = admission
+        self._base_ends = base_ends
+
+    async def submit(self, call: AdmittedCall) -> SubmittedCall | m.Idempotent:
+        """Submit a call whose tokens come to this gateway; or return what its Idempotency-Key was used for before.
+
+        Raises Overloaded. When it fails nobody listens to the call any more.
+        """
+        made = self.made(call)
+        made = replace(made, mail=self._replies.subscribe(made.rids, eager=made.parsed.options.stream))
+        assert made.mail is not None
+        if made.parsed.options.is_empty:
+            return made
+        requests = self.requests(made, gateway=self._replies.gid, stored=bool(made.parsed.key))
+        record = record_of(made) if made.parsed.key else None
+        try:
+            earlier = await self.put(call, requests, record)
+        except asyncio.CancelledError:
+            self._replies.unsubscribe(made.mail)
+            if not made.parsed.key:
+                await cancel(self._bus, made.rids)  # the queue may have it, and nobody would take it out any more
+            raise
+        except BaseException:
+            self._replies.unsubscribe(made.mail)
+            raise
+        if earlier is not None:
+            self._replies.unsubscribe(made.mail)
+            return earlier
+        # What was accepted may not be refused when a queue that lost its last second is told of it again.
+        return replace(made, resubmit=partial(self._write, call, requests, record, forced=True))
+
+    def made(self, call: AdmittedCall) -> SubmittedCall:
+        """Return a call as it will be in the queue, with a new id."""
+        created_ms = now_ms()
+        deadline_ms = created_ms + int(self._admission.lifetime_s(call.parsed) * 1000)
+        return SubmittedCall(
+            uuid.uuid4().hex, call.parsed, call.base, call.prompts, created_ms, deadline_ms,
+            submitted_s=time.monotonic(),
+        )  # fmt: skip
+
+    def requests(self, call: SubmittedCall, *, gateway: str, stored: bool) -> Requests:
+        """Return the queue's requests of a call, one for each choice.
+
+        gateway: who gets the tokens, "" for nobody. stored: they live on without their client.
+        """
+        options, caller = call.parsed.options, call.parsed.caller
+        weight = caller.tenant.weight if caller.tenant is not None else 1.0
+        found: Requests = []
+        for index, rid in enumerate(call.rids):
+            which, sample = divmod(index, options.n)
+            prompt = call.prompts[which]
+            digest, limit = prompt.target.digest, prompt.max_new_tokens
+            sampling = msgspec.structs.replace(options.sampling, seed=choice_seed(options.sampling.seed, sample))
+            submit = m.Submit(
+                rid=rid, tenant=caller.name or prompt.target.tenant, cls=options.cls, digest=digest,
+                num_prompt_tokens=prompt.num_tokens, max_new_tokens=limit, deadline_ms=call.deadline_ms,
+                gateway=gateway, stored=stored, submitted_ms=now_ms(), prefix=prefix_hash(prompt.ids), weight=weight,
+            )  # fmt: skip
+            own_ends = [] if sampling.ignore_eos else sorted(prompt.files.eos_ids - self._base_ends)
+            scale = 1.0 if options.lora_scale is None or not digest else options.lora_scale
+            body = m.Body(
+                prompt=prompt.ids, sampling=sampling, max_new_tokens=limit, stop=options.stop,
+                stop_token_ids=[*options.stop_token_ids, *own_ends], lora_scale=scale, salt=caller.name,
+                grammar=prompt.grammar, task=call.parsed.task,
+            )  # fmt: skip
+            found.append((submit, body))
+        return found
+
+    async def put(self, call: AdmittedCall, requests: Requests, record: m.Idempotent | None) -> m.Idempotent | None:
+        """Write requests into the queue; return what the call's Idempotency-Key, if any, was used for before.
+
+        record: what is kept under that key. Raises Overloaded.
+        """
+        try:
+            outcome, told = await self._write(call, requests, record)
+            if outcome == "idem":
+                return decode(told, m.Idempotent)
+            self._admission.settle(call, outcome, told)
+        finally:
+            self._admission.reached_queue()
+        observe.accepted(call.prompts)
+        return None
+
+    async def _write(
+        self, call: AdmittedCall, requests: Requests, record: m.Idempotent | None, *, forced: bool = False
+    ) -> tuple[str, Any]:
+        """Write requests into the queue, or find them there; see `Bus.submit`. forced: whatever the limits are."""
+        caller, key = call.parsed.caller, call.parsed.key
+        return await self._bus.submit(
+            call.parsed.options.cls, requests, max_queued=1 << 31 if forced else self._max_queued,
+            idem_key=self._bus.keys.idem(caller.owner, key) if key else "",
+            idem_value=m.encode(record) if record is not None else b"",
+            quota=caller.quota, forced=forced,
+        )  # fmt: skip
+
+
+async def cancel(bus: Bus, rids: Sequence[str]) -> None:
+    """Take requests out of the queue and stop those that run."""
+    try:
+        await asyncio.gather(*(bus.cancel(rid) for rid in rids))
+    except CONNECTION_ERRORS as error:
+        # They end at their deadline, or when the scheduler sees that this gateway is gone.
+        logger.warning("%d requests could not be cancelled: %s", len(rids), error)
+
+
+def targets_of(parsed: ParsedCall, prompts: Sequence[Prompt]) -> list[Target]:
+    """Return those who answer a call, in order."""
+    return [prompt.target for prompt in prompts[:: len(parsed.sources)]]
+
+
+def record_of(call: SubmittedCall) -> m.Idempotent:
+    """Return what is kept under a call's Idempotency-Key."""
+    assert call.parsed.sent is not None
+    body_hash = call.parsed.sent.hash
+    return m.Idempotent(body_hash=body_hash, created_ms=call.created_ms, rids=call.rids, **facts_of(call))
+
+
+def facts_of(call: SubmittedCall) -> dict[str, Any]:
+    """Return what has to be known of those who answer, beside a call's body, to write its answer later.
+
+    These are their digests, the hashes of their own texts, and whether their prompt ends within the model's reasoning.
+    """
+    first = call.prompts[:: len(call.parsed.sources)]
+    return {
+        "digests": [prompt.target.digest for prompt in first],
+        "texts": [prompt.target.texts for prompt in first],
+        "opened": [prompt.form is not None and prompt.form.opened for prompt in first],
+    }
+
+
+def rid_of(call: str, index: int) -> str:
+    """Return the queue's id of a call's choice."""
+    return f"{call}-{index}"
+
+
+def call_of(rid: str) -> str:
+    """Return the id of the call that a request belongs to."""
+    return rid.rpartition("-")[0]
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """Return the seed of a prompt's choice; the first keeps the client's, so that n does not change it."""
+    return (seed + index * _GOLDEN) % (1 << SEED_BITS)
+
+
+def prefix_hash(ids: bytes) -> str:
+    """Return a hash of the beginning of a long prompt (int32 ids), "" for a short one."""
+    size = PREFIX_TOKENS * 4
+    return hashlib.blake2b(ids[:size], digest_size=8).hexdigest() if len(ids) >= size else ""

@@ -1,0 +1,136 @@
+"""*Render and tokenize*, the third stage: from messages and texts to the token ids of prompts."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.adapters.resolver import Target
+from gateway.calls.parse import Conversation, Options, ParsedCall, Source, Texts
+from gateway.calls.resolve import ResolvedCall
+from gateway.text.answer_form import AnswerForm, form_of
+from gateway.text.tokenizer import ModelFiles
+from protocol.wire.errors import BadRequest
+
+Offset = tuple[int, int] | None
+"""Where a token lies in its text: characters [start, end); None for a token that is none of the text's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of a call, for one of those who answer."""
+
+    target: Target
+    ids: bytes  # int32; b"" when it has been submitted before and is not needed again
+    num_tokens: int
+    max_new_tokens: int = 0  # of each of its choices; 0 until it is admitted
+    echo: str = ""  # the text that answers begin with
+    grammar: str = ""  # that answers must follow, as in `messages.Body`
+    form: AnswerForm | None = None  # what answers may consist of besides text
+    offsets: Sequence[Offset] = ()  # of each token, if the call wants them
+
+    @property
+    def files(self) -> ModelFiles:
+        """The tokenizer and what belongs to it."""
+        return self.target.files
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedCall:
+    """A call with its prompts: for each of those who answer every one."""
+
+    resolved: ResolvedCall
+    prompts: list[Prompt]
+
+    @property
+    def parsed(self) -> ParsedCall:
+        """What the body asks for."""
+        return self.resolved.parsed
+
+    @property
+    def options(self) -> Options:
+        """The parameters."""
+        return self.resolved.parsed.options
+
+
+async def tokenize(call: ResolvedCall) -> TokenizedCall:
+    """Return a call with its prompts. Raises BadRequest for messages and ids that the model cannot take."""
+    parsed, base = call.parsed, call.base
+    prompts: list[Prompt] = []
+    for target in call.targets:
+        vocab_size = target.vocab_size or base.vocab_size
+        check_token_ids(parsed.options, vocab_size)
+        if isinstance(parsed.inputs, Conversation):
+            made = [await _of_conversation(parsed, parsed.inputs, target)]
+        else:
+            made = await _of_texts(parsed, parsed.inputs, target, vocab_size)
+        prompts += made
+    return TokenizedCall(call, prompts)
+
+
+async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Target) -> Prompt:
+    tools, files = call.options.tools, target.files
+    encoded = await files.encode_chat(
+        inputs.messages,
+        add_generation_prompt=inputs.add_generation_prompt,
+        variables=inputs.variables,
+        tools=tools.definitions if tools is not None else None,
+    )
+    if not encoded.ids:
+        raise BadRequest("the chat template makes an empty prompt of these messages", param=call.rules.param)
+    form = form_of(files, tools, opened=encoded.opened)
+    return Prompt(target, pack(encoded.ids), len(encoded.ids), form=form)
+
+
+async def _of_texts(call: ParsedCall, inputs: Texts, target: Target, vocab_size: int) -> list[Prompt]:
+    rules, files = call.rules, target.files
+    texts = [source for source in inputs.sources if isinstance(source, str)]
+    encoded = iter(await _encoded(files, texts, with_offsets=inputs.with_offsets))
+    prompts: list[Prompt] = []
+    for source in inputs.sources:
+        ids, offsets = next(encoded) if isinstance(source, str) else (source, ())
+        if inputs.truncate is not None:
+            ids = ids[-inputs.truncate :]
+        if not ids:
+            raise rules.empty_prompt()
+        if not isinstance(source, str) and not (min(ids) >= 0 and max(ids) < vocab_size):
+            raise BadRequest(f"{rules.param}: token ids must be from 0 to {vocab_size - 1}", param=rules.param)
+        echo = echoed(source, files) if call.options.echo else ""
+        prompts.append(Prompt(target, pack(ids), len(ids), echo=echo, offsets=offsets))
+    return prompts
+
+
+async def _encoded(
+    files: ModelFiles, texts: Sequence[str], *, with_offsets: bool
+) -> list[tuple[list[int], Sequence[Offset]]]:
+    """Return of each text its token ids, with the special ones, and their offsets if they are wanted."""
+    if not texts:
+        return []
+    if not with_offsets:
+        return [(ids, ()) for ids in await files.encode(texts)]
+    encodings = await asyncio.to_thread(files.tokenizer.encode_batch, list(texts))
+    return [
+        (e.ids, [None if special else (start, end)
+                 for (start, end), special in zip(e.offsets, e.special_tokens_mask, strict=True)])
+        for e in encodings
+    ]  # fmt: skip
+
+
+def check_token_ids(options: Options, vocab_size: int) -> None:
+    """Refuse parameters with token ids that a model does not have. Raises BadRequest."""
+    for param, ids in (("logit_bias", options.sampling.logit_bias), ("stop_token_ids", options.stop_token_ids)):
+        for id_ in ids:
+            if not 0 <= id_ < vocab_size:
+                raise BadRequest(f"{param}: {id_} is not a token id, which are 0 to {vocab_size - 1}", param=param)
+
+
+def echoed(source: Source, files: ModelFiles) -> str:
+    """Return a prompt as the text that an answer with `echo` begins with."""
+    return source if isinstance(source, str) else files.tokenizer.decode(source)
+
+
+def pack(ids: Sequence[int]) -> bytes:
+    """Return token ids as int32."""
+    return array("i", ids).tobytes()

@@ -1,0 +1,45 @@
+"""The HTTP bodies that ask an encoder. LoRAX's `parameters` are the same on its routes and OpenAI's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gateway.calls.parse import Source
+from gateway.lorax.bodies import AdapterParameters
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class EmbeddingsRequest(_Body):
+    """`POST /v1/embeddings`: OpenAI's fields, and LoRAX's `parameters`, which count instead of `model` if given."""
+
+    input: str | list[str] | list[int] | list[list[int]]
+    model: str
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    user: str | None = None
+    parameters: AdapterParameters | None = None
+
+    @property
+    def sources(self) -> list[Source]:
+        """The inputs, as texts or token ids."""
+        given: Any = self.input
+        return [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
+
+
+class EncoderRequest(_Body):
+    """`POST /embed` and `/classify`."""
+
+    inputs: str
+    parameters: AdapterParameters | None = None
+
+
+class EncoderBatchRequest(_Body):
+    """`POST /classify_batch`."""
+
+    inputs: list[str]
+    parameters: AdapterParameters | None = None

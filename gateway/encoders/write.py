@@ -1,0 +1,198 @@
+"""*Write* for encoders: an answer when all texts of a call are computed, of the numbers in their logs."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from starlette.responses import Response
+
+from gateway.calls.choices import Piece
+from gateway.calls.follow import Generation
+from gateway.calls.tokenize import Offset
+from gateway.calls.writers import Usage
+from gateway.encoders.bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
+from gateway.http.errors import OPENAI_ERRORS
+from gateway.http.sse import GenerationResponse
+from gateway.lorax.errors import LORAX_GENERATION_ERRORS
+from gateway.lorax.write import compute_type, times_of
+from protocol.wire import messages as m
+
+CLASSIFY_HEADERS = ("x-compute-time", "x-validation-time", "x-queue-time", "x-inference-time")
+
+Write = Callable[[list[np.ndarray], Generation], Any]
+"""From the numbers of each text (int32) to what the answer is as JSON; floats are stored bit by bit."""
+
+
+class EncoderResponse(GenerationResponse):
+    """The answer to a call of an encoder."""
+
+    def __init__(self, generation: Generation, write: Write, *, native: bool, keepalive_s: float) -> None:
+        """native: failures are told in LoRAX's way."""
+        super().__init__(generation, _NoFrames(), keepalive_s=keepalive_s)
+        self._write = write
+        self.errors = LORAX_GENERATION_ERRORS if native else OPENAI_ERRORS
+
+    async def whole(self, choices: list[Piece]) -> Response:
+        """Return the answer."""
+        numbers = [np.frombuffer(choice.shown[0], "<i4") for choice in self.generation.choices]
+        body = orjson.dumps(self._write(numbers, self.generation), option=orjson.OPT_SERIALIZE_NUMPY)
+        return Response(body, 200, await self.own_headers(), "application/json")
+
+    async def own_headers(self) -> dict[str, str]:
+        """Return the headers that tell more than the answer."""
+        return {}
+
+
+class ClassifyResponse(EncoderResponse):
+    """The answer to a call for labels, with LoRAX's headers of its times."""
+
+    def __init__(self, generation: Generation, write: Write, started_s: float, keepalive_s: float) -> None:
+        """started_s: monotonic, of the request's arrival."""
+        super().__init__(generation, write, native=True, keepalive_s=keepalive_s)
+        self._started_s = started_s
+
+    async def own_headers(self) -> dict[str, str]:
+        """Return the headers that tell more than the answer."""
+        times = await times_of(self.generation, self._started_s)
+        return {"x-compute-type": compute_type(_base(self.generation)), **{key: times[key] for key in CLASSIFY_HEADERS}}
+
+
+class _NoFrames:
+    """A writer for answers that are not written piece by piece."""
+
+    def frames(self, piece: Piece) -> bytes:
+        return b""
+
+    def usage_frame(self, usage: Usage) -> bytes:
+        return b""
+
+    def show_usage(self, usage: Usage) -> None: ...
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        return {}
+
+
+def write_embeddings(request: EmbeddingsRequest) -> Write:
+    """Return what writes the answer of `/v1/embeddings`."""
+
+    def write(numbers: list[np.ndarray], generation: Generation) -> Any:
+        vectors = [part.view("<f4") for part in numbers]
+        return embeddings_answer(request, vectors, _base(generation), generation.usage.prompt_tokens)
+
+    return write
+
+
+def write_embedding(numbers: list[np.ndarray], generation: Generation) -> Any:
+    """Return the answer of `/embed`."""
+    return {"embeddings": numbers[0].view("<f4")}
+
+
+def write_entities(request: EncoderRequest | EncoderBatchRequest) -> Write:
+    """Return what writes the answer of `/classify`, or of `/classify_batch`."""
+
+    def write(numbers: list[np.ndarray], generation: Generation) -> Any:
+        texts = request.inputs if isinstance(request, EncoderBatchRequest) else [request.inputs]
+        labels, prompts = _base(generation).labels, generation.call.prompts
+        found = [
+            entities_of(text, prompt.offsets, part[::2], part[1::2].copy().view("<f4"), labels)
+            for text, prompt, part in zip(texts, prompts, numbers, strict=True)
+        ]
+        return found if isinstance(request, EncoderBatchRequest) else found[0]
+
+    return write
+
+
+def _base(generation: Generation) -> m.ServedModel:
+    base = generation.call.base
+    assert base is not None
+    return base
+
+
+def shortened(vector: np.ndarray, dimensions: int | None, *, unit_length: bool) -> np.ndarray:
+    """Return the first entries of a vector (float32); where the model's have length 1, so has this."""
+    if dimensions is None or dimensions == len(vector):
+        return vector
+    part = vector[:dimensions]
+    length = float(np.linalg.norm(part))
+    return part / np.float32(length) if unit_length and length else part
+
+
+def embeddings_answer(
+    request: EmbeddingsRequest, vectors: Sequence[np.ndarray], base: m.ServedModel, num_tokens: int
+) -> dict[str, Any]:
+    """Return OpenAI's answer; with numbers in it also under LoRAX's key, whose clients never ask for base64."""
+    cut = [shortened(vector, request.dimensions, unit_length=base.unit_length) for vector in vectors]
+    as_text = request.encoding_format == "base64"
+    data = [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_text else vector,
+        }
+        for index, vector in enumerate(cut)
+    ]
+    answer = {
+        "object": "list",
+        "data": data,
+        "model": request.model,
+        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+    }
+    return answer if as_text else {**answer, "embeddings": data}
+
+
+# ---------------------------------------------------------------- entities
+
+
+@dataclass(slots=True)
+class _Entity:
+    tag: str
+    start: int
+    end: int
+    scores: list[float]
+
+
+def entities_of(
+    text: str, offsets: Sequence[Offset], labels: np.ndarray, scores: np.ndarray, names: list[str]
+) -> list[dict[str, Any]]:
+    """Return the entities that labels (int [T]) and their probabilities (float32 [T]) tell of, as LoRAX merges them.
+
+    offsets: where each of the T tokens lies in the text. An entity begins at a `B-` label and where the tag changes;
+    its score is the mean of its tokens', its word in lower case.
+    """
+    found: list[_Entity] = []
+    current: _Entity | None = None
+    for offset, label, score in zip(offsets, labels.tolist(), scores.tolist(), strict=True):
+        if offset is None:
+            continue
+        begins, tag = _tag_of(names[label])
+        if not tag:
+            current = None
+        elif current is None or begins or tag != current.tag:
+            current = _Entity(tag, *offset, [score])
+            found.append(current)
+        else:
+            current.end = offset[1]
+            current.scores.append(score)
+    return [
+        {
+            "entity_group": entity.tag,
+            "score": sum(entity.scores) / len(entity.scores),
+            "word": text[entity.start : entity.end].encode().lower().decode(),  # ASCII alone, as LoRAX does
+            "start": entity.start,
+            "end": entity.end,
+        }
+        for entity in found
+    ]
+
+
+def _tag_of(label: str) -> tuple[bool, str]:
+    """Return whether a label begins an entity, and the entity's tag, "" for no entity."""
+    if label == "O":
+        return False, ""
+    prefix, dash, tag = label.partition("-")
+    return (prefix == "B", tag) if dash and prefix in ("B", "I") else (False, label)

@@ -1,0 +1,55 @@
+"""JSON in and out: bodies are read and answers written by orjson."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import orjson
+from fastapi import Request
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+MAX_DEPTH = 100
+"""Lists and objects in each other in a body. Whatever else reads it, templates and encoders, takes more than that."""
+
+
+class _JsonRequest(Request):
+    """Parses bodies with orjson, which refuses what is not JSON (NaN) or no text (lone surrogates)."""
+
+    async def json(self) -> Any:
+        raw = await self.body()
+        value = orjson.loads(raw)
+        if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+            raise HTTPException(400, f"the body is nested too deeply; the limit is {MAX_DEPTH} levels")
+        return value
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    """Tell whether lists and objects lie in each other more than `limit` deep."""
+    level = [value]
+    for _ in range(limit):
+        level = [
+            inner for outer in level if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]  # fmt: skip
+        if not level:
+            return False
+    return True
+
+
+class JsonRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(_JsonRequest(request.scope, request.receive))
+
+        return handle
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """Return a value as a JSON answer."""
+    return Response(orjson.dumps(value), status, media_type="application/json")

@@ -1,0 +1,77 @@
+"""The HTTP bodies of LoRAX's native API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gateway.adapters.merged import MergedAdapters
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class NativeMerge(MergedAdapters):
+    """Adapters to be merged for a request; that there are as many weights as ids is told in LoRAX's words."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    ids: list[str]
+    weights: list[float] = Field(default_factory=list)
+
+
+class AdapterParameters(_Body):
+    """Which adapter, from where, on whose behalf."""
+
+    adapter_id: str | None = None
+    adapter_source: str | None = None
+    merged_adapters: NativeMerge | None = None
+    api_token: str | None = None
+
+
+class Parameters(AdapterParameters):
+    """The `parameters` of a generation. Ranges are checked by `lorax.parse`, in LoRAX's words."""
+
+    best_of: int | None = None
+    temperature: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    do_sample: bool = False
+    max_new_tokens: int | None = None
+    ignore_eos_token: bool = False
+    return_full_text: bool | None = None
+    stop: list[str] | None = None
+    truncate: int | None = None
+    watermark: bool = False
+    details: bool = False
+    decoder_input_details: bool = False
+    return_k_alternatives: int | None = None
+    apply_chat_template: bool = False
+    seed: int | None = Field(default=None, ge=0, lt=1 << 64)
+    response_format: dict[str, Any] | None = None
+
+
+class GenerateRequest(_Body):
+    """`POST /generate` and `/generate_stream`."""
+
+    inputs: str
+    parameters: Parameters | None = None
+
+
+class CompatRequest(GenerateRequest):
+    """`POST /` and `/invocations`."""
+
+    stream: bool = False
+
+
+class TokenizeRequest(AdapterParameters):
+    """`POST /tokenize`. The adapter, whose tokenizer may be its own, is not LoRAX's."""
+
+    inputs: str
+    add_special_tokens: bool | None = None

@@ -1,0 +1,114 @@
+"""The HTTP bodies of OpenAI's routes.
+
+Unknown fields are ignored, as clients gain new ones every month. A known field that would change the answer and is not
+supported is refused by name, see `openai.parse`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gateway.adapters.merged import MergedAdapters
+from gateway.http.paths import CHAT, COMPLETIONS
+
+MAX_LORA_SCALE = 100.0
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    """What a stream tells besides its text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: with the former, every chunk tells the usage so far
+
+
+class GenerationRequest(_Body):
+    """What both routes share. null means the default, everywhere."""
+
+    model: str | Annotated[list[str], Field(min_length=1)]  # of a list each gives its own choices
+    lora_scale: Annotated[float, Field(ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)] | None = None
+    merged_adapters: MergedAdapters | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    service_tier: str | None = None
+    background: bool | None = None
+    metadata: dict[str, str] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    adapter_source: str | None = None  # this and the next two are LoRAX's
+    api_token: str | None = None
+    ignore_eos_token: bool | None = None
+
+    @property
+    def models(self) -> list[str]:
+        """The names asked for."""
+        return [self.model] if isinstance(self.model, str) else self.model
+
+    @property
+    def model_name(self) -> str:
+        """The name that the answer carries."""
+        return ",".join(self.models)
+
+
+class ChatRequest(GenerationRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    guideline: str | None = None  # LoRAX's: for templates that have one
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[dict[str, Any]] | None = None
+    modalities: list[str] | None = None
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template is given besides the messages."""
+        own = {} if self.guideline is None else {"guideline": self.guideline}
+        return own | (self.chat_template_kwargs or {})
+
+
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+    suffix: str | None = None
+
+
+AnyRequest = ChatRequest | CompletionRequest
+
+BODIES: Mapping[str, type[AnyRequest]] = {
+    CHAT: ChatRequest,
+    COMPLETIONS: CompletionRequest,
+}
+"""Endpoint -> the body it takes."""

@@ -1,0 +1,47 @@
+"""Calls of OpenAI's routes: followed at once, in the background as jobs, or found by an Idempotency-Key."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from starlette.responses import Response
+
+from gateway.auth.callers import Caller
+from gateway.calls.earlier import check_same_body
+from gateway.calls.jobs import JobApi, Jobs
+from gateway.calls.parse import ParsedCall, Sent
+from gateway.calls.pipeline import Pipeline
+from gateway.http.json_bodies import json_response
+from gateway.openai.bodies import BODIES, AnyRequest
+from gateway.openai.parse import parse, parse_stored
+from gateway.openai.write import write, writer_of
+
+
+class OpenAICalls:
+    """The way of a call of OpenAI's routes, from *parse* to *write*."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._settings = pipeline.settings
+        apis = {
+            path: JobApi(partial(parse_stored, path, settings=pipeline.settings), writer_of) for path in BODIES
+        }  # fmt: skip
+        self.jobs = Jobs(pipeline, apis)
+
+    async def answer(self, body: AnyRequest, sent: Sent, caller: Caller) -> Response:
+        """Answer a call. Raises what the client did wrong, Overloaded and Unavailable."""
+        earlier = await self._pipeline.earlier.find(sent, caller)
+        if earlier is not None:
+            check_same_body(earlier, sent)
+            if not earlier.jid:
+                generation = await self._pipeline.attach(self._parse(body, sent, caller), earlier)
+                return write(generation, self._settings.keepalive_s)
+            if await self.jobs.knows(earlier):
+                return json_response(await self.jobs.get(earlier.jid, caller), 202)
+        call = self._parse(body, sent, caller)
+        if call.options.background:
+            return json_response(await self.jobs.create(await self._pipeline.prepare(call), sent), 202)
+        return write(await self._pipeline.run(call), self._settings.keepalive_s)
+
+    def _parse(self, body: AnyRequest, sent: Sent, caller: Caller) -> ParsedCall:
+        return parse(body, caller, self._settings, sent)

@@ -1,0 +1,210 @@
+"""*Parse* for OpenAI's routes: from a body to a `ParsedCall`. Pure."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from gateway.auth.callers import Caller
+from gateway.calls.parse import (
+    SEED_BITS,
+    UNLIMITED,
+    Conversation,
+    Models,
+    Options,
+    ParsedCall,
+    Rules,
+    Sent,
+    Source,
+    Texts,
+)
+from gateway.openai.bodies import BODIES, AnyRequest, ChatRequest, CompletionRequest, GenerationRequest
+from gateway.text.structured import constraint_of
+from gateway.tools.tools import Tools, tools_of
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest
+from protocol.wire.keys import BATCH, INTERACTIVE
+
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+def parse(request: AnyRequest, caller: Caller, settings: Settings, sent: Sent | None = None) -> ParsedCall:
+    """Return what a body asks for. Raises BadRequest naming the parameter."""
+    is_chat = isinstance(request, ChatRequest)
+    return ParsedCall(
+        caller=caller,
+        models=Models(request.models, request.adapter_source, request.merged_adapters, request.api_token or ""),
+        inputs=_conversation(request) if isinstance(request, ChatRequest) else Texts(_sources(request)),
+        options=_options(request, settings),
+        rules=Rules("messages" if is_chat else "prompt", settings.max_choices),
+        model_name=request.model_name,
+        names_each=isinstance(request.model, list),
+        form_param=_form_param(request),
+        metadata=request.metadata or {},
+        sent=sent,
+    )
+
+
+def parse_stored(endpoint: str, body: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:
+    """Return what a body that was kept as JSON asks for. Raises as `parse`."""
+    return parse(BODIES[endpoint].model_validate(body), caller, settings)
+
+
+def _conversation(request: ChatRequest) -> Conversation:
+    return Conversation(request.messages, request.template_variables, request.add_generation_prompt is not False)
+
+
+def _sources(request: CompletionRequest) -> list[Source]:
+    """Return a completion request's prompts, as texts or token ids."""
+    prompt: Any = request.prompt
+    return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
+
+
+def _form_param(request: AnyRequest) -> str:
+    """Return the field that demands something of the output's form."""
+    if isinstance(request, ChatRequest) and request.tools and request.tool_choice != "none":
+        return "tools"
+    return "response_format" if request.structured_outputs is None else "structured_outputs"
+
+
+def _options(request: AnyRequest, settings: Settings) -> Options:
+    if isinstance(request, ChatRequest):
+        max_tokens, num_logprobs, echo = _check_chat(request)
+    else:
+        max_tokens, num_logprobs, echo = _check_completion(request)
+    if num_logprobs is not None and num_logprobs > settings.max_logprobs:
+        param = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
+        raise BadRequest(f"{param} is {num_logprobs}; the limit is {settings.max_logprobs}", param=param)
+    _check_sizes(request, settings)
+    n = num_best = request.n or 1
+    if n > settings.max_choices:
+        raise BadRequest(f"n is {n}; the limit is {settings.max_choices}", param="n")
+    if isinstance(request, CompletionRequest) and request.best_of is not None:
+        n = _best_of(request, num_best, settings)
+    shows_logprobs, scores_only = num_logprobs is not None, False
+    if n > num_best and num_logprobs is None:
+        num_logprobs = 0  # to choose by
+    if echo and shows_logprobs and max_tokens == 0:
+        max_tokens, scores_only = 1, True  # a prompt is computed for its next token, which nobody sees
+    stream, background = bool(request.stream), bool(request.background)
+    if request.stream_options is not None and not stream:
+        raise BadRequest("stream_options is only allowed when stream is true", param="stream_options")
+    if stream and background:
+        raise BadRequest("a background job cannot be streamed; leave out stream, or background", param="stream")
+    if background and max_tokens == 0:
+        raise BadRequest("max_tokens is 0: there is nothing to do in the background", param="max_tokens")
+    usage_wish = request.stream_options
+    include_usage = bool(usage_wish and usage_wish.include_usage)
+    return Options(
+        sampling=_sampling(request, num_logprobs, prompt_logprobs=echo and shows_logprobs),
+        n=n,
+        max_tokens=max_tokens,
+        default_tokens=UNLIMITED if isinstance(request, ChatRequest) else DEFAULT_COMPLETION_TOKENS,
+        stop=_stop(request, settings),
+        stop_token_ids=request.stop_token_ids or [],
+        stream=stream,
+        include_usage=include_usage,
+        running_usage=include_usage and bool(usage_wish and usage_wish.continuous_usage_stats),
+        echo=echo,
+        background=background,
+        cls=BATCH if background or request.service_tier == "flex" else INTERACTIVE,
+        lora_scale=request.lora_scale,
+        constraint=constraint_of(request.response_format, request.structured_outputs, settings),
+        num_best=num_best,
+        shows_logprobs=shows_logprobs,
+        scores_only=scores_only,
+        tools=_tools(request, settings) if isinstance(request, ChatRequest) else None,
+    )
+
+
+def _check_sizes(request: GenerationRequest, settings: Settings) -> None:
+    """Refuse lists that are longer than the settings allow. Raises BadRequest."""
+    sizes = [("logit_bias", len(request.logit_bias or {}), settings.max_logit_bias)]
+    if isinstance(request, ChatRequest):
+        sizes.append(("messages", len(request.messages), settings.max_messages))
+    for param, num, limit in sizes:
+        if num > limit:
+            raise BadRequest(f"{param} has {num} entries; the limit is {limit}", param=param)
+
+
+def _tools(request: ChatRequest, settings: Settings) -> Tools | None:
+    return tools_of(request.tools, request.tool_choice, request.parallel_tool_calls, settings)
+
+
+def _check_chat(request: ChatRequest) -> tuple[int | None, int | None, bool]:
+    """Return (max tokens, logprobs, echo) of a chat request."""
+    if request.top_logprobs is not None and not request.logprobs:
+        raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+    if request.functions:
+        raise BadRequest("functions are not supported", param="functions")
+    if request.modalities is not None and request.modalities != ["text"]:
+        raise BadRequest("the only modality is text", param="modalities")
+    max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    if max_tokens == 0:
+        raise BadRequest("max_tokens must be at least 1", param="max_tokens")
+    return max_tokens, (request.top_logprobs or 0) if request.logprobs else None, False
+
+
+def _check_completion(request: CompletionRequest) -> tuple[int | None, int | None, bool]:
+    """Return (max tokens, logprobs, echo) of a completion request."""
+    echo = bool(request.echo)
+    if request.suffix:
+        raise BadRequest("suffix is not supported", param="suffix")
+    if request.max_tokens == 0 and not echo:
+        raise BadRequest("max_tokens is 0, which is only meaningful with echo", param="max_tokens")
+    return request.max_tokens, request.logprobs, echo
+
+
+def _best_of(request: CompletionRequest, n: int, settings: Settings) -> int:
+    """Return how many choices of a prompt are made, of which the best `n` are shown. Raises BadRequest."""
+    best_of = request.best_of or n
+    if best_of < n:
+        raise BadRequest(f"best_of is {best_of}; it must be at least n, which is {n}", param="best_of")
+    if best_of > settings.max_choices:
+        raise BadRequest(f"best_of is {best_of}; the limit is {settings.max_choices}", param="best_of")
+    if best_of > n and request.stream:
+        raise BadRequest("the best of several choices is known at their end: it cannot be streamed", param="best_of")
+    return best_of
+
+
+def _sampling(request: GenerationRequest, num_logprobs: int | None, *, prompt_logprobs: bool) -> m.Sampling:
+    def given(value: Any, default: Any) -> Any:
+        return default if value is None else value
+
+    return m.Sampling(
+        temperature=given(request.temperature, 1.0),
+        top_p=given(request.top_p, 1.0),
+        top_k=max(given(request.top_k, 0), 0),
+        min_p=given(request.min_p, 0.0),
+        typical_p=given(request.typical_p, 1.0),
+        seed=secrets.randbits(SEED_BITS) if request.seed is None else request.seed % (1 << SEED_BITS),
+        presence_penalty=given(request.presence_penalty, 0.0),
+        frequency_penalty=given(request.frequency_penalty, 0.0),
+        repetition_penalty=given(request.repetition_penalty, 1.0),
+        logit_bias=_logit_bias(request.logit_bias or {}),
+        num_logprobs=num_logprobs,
+        prompt_logprobs=prompt_logprobs,
+        min_tokens=given(request.min_tokens, 0),
+        ignore_eos=bool(request.ignore_eos or request.ignore_eos_token),
+    )
+
+
+def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
+    try:
+        return {int(token): value for token, value in bias.items()}
+    except ValueError as error:
+        raise BadRequest(f"the keys of logit_bias must be token ids: {error}", param="logit_bias") from error
+
+
+def _stop(request: GenerationRequest, settings: Settings) -> list[str]:
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    if len(stops) > settings.max_stop_strings:
+        message = f"stop has {len(stops)} strings; the limit is {settings.max_stop_strings}"
+        raise BadRequest(message, param="stop")
+    longest = max(map(len, stops), default=0)
+    if longest > settings.max_stop_characters:
+        message = f"a stop string has {longest} characters; the limit is {settings.max_stop_characters}"
+        raise BadRequest(message, param="stop")
+    return [stop for stop in stops if stop]
