@@ -99,7 +99,7 @@ api-check: build/tour-schemathesis/bin/python  ## check every route against /ope
 	build/tour-schemathesis/bin/schemathesis run $(or $(URL),http://127.0.0.1:8000)/openapi.json --max-examples 20 --request-timeout 60 --phases examples,coverage,fuzzing \
 	  --checks not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance $(ARGS)
 
-docker-smoke: $(VENV)/.stamp-demo  ## build the images, ask two workers, kill one, ask again, remove everything
+docker-smoke:  ## `docker compose up` in a fresh clone; then two workers, one of them killed while it answers
 	deploy/smoke.sh
 
 clean:  ## remove the virtual environment, caches and build results

@@ -1,16 +1,19 @@
 """Ask a fleet the same questions at once, of its base model and all adapters; print the answers as JSON.
 
-    python deploy/ask.py URL NUM_PER_MODEL NUM_TOKENS
+    python deploy/ask.py URL NUM_PER_MODEL NUM_TOKENS [ADAPTER ...]
 
-Needs nothing but Python. Greedy, so that the answers are the same each time. Exit code 1 if one fails or is short.
+Waits until the named adapters are served. Needs nothing but Python. Greedy, so that the answers are the same each time.
+Exit code 1 if an adapter doesn't come, or an answer fails or is short.
 """
 
 import json
 import sys
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 TIMEOUT_S = 600
+ADAPTERS_WITHIN_S = 60  # the store reads its folder while the model loads
 
 
 def get(url: str, body: dict[str, object] | None = None) -> dict:
@@ -20,6 +23,19 @@ def get(url: str, body: dict[str, object] | None = None) -> dict:
         request.data = json.dumps(body).encode()
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=TIMEOUT_S) as response:
         return json.load(response)
+
+
+def models_with(url: str, adapters: list[str]) -> list[str]:
+    """Return the names of all models once `adapters` are among them. Exits when they aren't within a minute."""
+    deadline_s = time.monotonic() + ADAPTERS_WITHIN_S
+    while True:
+        models = [model["id"] for model in get(f"{url}/v1/models")["data"]]
+        missing = sorted(set(adapters) - set(models))
+        if not missing:
+            return models
+        if time.monotonic() > deadline_s:
+            sys.exit(f"not served: {', '.join(missing)}; served: {', '.join(models)}")
+        time.sleep(0.2)
 
 
 def ask(url: str, model: str, number: int, num_tokens: int) -> tuple[str, str]:
@@ -37,7 +53,7 @@ def ask(url: str, model: str, number: int, num_tokens: int) -> tuple[str, str]:
 def main() -> None:
     """Ask, and print what came back, sorted by question."""
     url, num_per_model, num_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    models = [model["id"] for model in get(f"{url}/v1/models")["data"]]
+    models = models_with(url, sys.argv[4:])
     questions = [(model, number) for number in range(num_per_model) for model in models]
     with ThreadPoolExecutor(len(questions)) as pool:
         answers = dict(pool.map(lambda question: ask(url, *question, num_tokens), questions))

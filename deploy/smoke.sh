@@ -1,26 +1,18 @@
 #!/usr/bin/env bash
-# Build the images, start a fleet with two workers, ask through both, kill one in the middle of its answers, ask again,
-# take everything down. Exit code 0 only if every answer was whole and the same each time.
+# Try the images as users do. First as a newcomer: `docker compose up` in a fresh clone of what is committed here, with no
+# variable set and nothing prepared; ask the base and the three example adapters, take it down. Then start a fleet with
+# two workers, ask through both, kill one in the middle of its answers, and ask again. Exit code 0 only if every answer
+# was whole, and the same each time.
 #
 #   MODELS_DIR=folder MODEL=/models/NAME ADAPTERS_DIR=folder deploy/smoke.sh
 #
-# Without variables: the quickstart model, fetched into ./models, and the example adapters.
+# The variables are for the second fleet. Without them it serves what the first one did.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if [ -z "${MODEL:-}" ]; then
-  fetched=$(.venv/bin/python -c 'from pathlib import Path
-from lorafleet.quickstart import fetch_quickstart_model
-print(fetch_quickstart_model(Path("models")).name)')
-  export MODELS_DIR=./models MODEL=/models/$fetched
-fi
 scratch=$(mktemp -d)
-cp -r "${ADAPTERS_DIR:-examples/adapters}" "$scratch/adapters"
-chmod -R a+rX "$scratch" # PEFT's files are their owner's alone, and the containers are somebody else
-# In float32, so that an answer depends neither on the batch it was in nor on who finished it.
-export ADAPTERS_DIR=$scratch/adapters PORT=${PORT:-18000} THREADS=${THREADS:-1} DTYPE=float32
+# A name of its own, so that a fleet that runs here is left alone.
 export COMPOSE_PROJECT_NAME=lorafleet-smoke
-url=http://127.0.0.1:$PORT
 
 say() { printf '== %s\n' "$*"; }
 finish() {
@@ -33,6 +25,13 @@ finish() {
 }
 trap finish EXIT
 
+# ask URL NUM_PER_MODEL FOLDER: the base and the adapters in FOLDER, all of which must be served
+ask() {
+  local names
+  names=$(cd "$3" && dirname */adapter_config.json)
+  # shellcheck disable=SC2086
+  python3 deploy/ask.py "$1" "$2" 48 $names
+}
 # busy: how many workers hold requests right now, by the streams of work on the queue
 busy() {
   docker compose exec -T queue sh -c 'for key in $(valkey-cli --raw keys "lf:{0}:w:*:in"); do valkey-cli --raw xlen "$key"; done' |
@@ -44,17 +43,35 @@ wait_busy() { # wait_busy NUM PID: until that many workers hold requests of the 
   done
 }
 
+say 'a fresh clone, no variable set'
+git clone --quiet . "$scratch/clone"
+(
+  cd "$scratch/clone"
+  # shellcheck disable=SC2046
+  unset $(sed -n 's/^\([A-Z_]*\)=.*/\1/p' .env.example)
+  docker compose up --detach --build --wait
+  ask http://127.0.0.1:8000 1 examples/adapters >"$scratch/fresh.json"
+  [ "$(grep -c : "$scratch/fresh.json")" = 4 ]
+  docker compose down --timeout 45 # the volumes stay: the next start finds the model there
+)
+
+cp -r "${ADAPTERS_DIR:-examples/adapters}" "$scratch/adapters"
+chmod -R a+rX "$scratch" # PEFT's files are their owner's alone, and the containers are somebody else
+# In float32, so that an answer depends neither on the batch it was in nor on who finished it.
+export ADAPTERS_DIR=$scratch/adapters PORT=${PORT:-18000} THREADS=${THREADS:-1} DTYPE=float32
+url=http://127.0.0.1:$PORT
+
 say 'starting two workers'
 docker compose up --detach --build --wait --scale gpu_worker=2
 
 say 'asking through both'
-python3 deploy/ask.py "$url" 6 48 >"$scratch/first.json" &
+ask "$url" 6 "$ADAPTERS_DIR" >"$scratch/first.json" &
 asking=$!
 wait_busy 2 $asking
 wait $asking
 
 say 'asking again, and killing a worker in the middle'
-python3 deploy/ask.py "$url" 6 48 >"$scratch/second.json" &
+ask "$url" 6 "$ADAPTERS_DIR" >"$scratch/second.json" &
 asking=$!
 wait_busy 2 $asking
 docker kill "$(docker compose ps --quiet gpu_worker | head -n 1)" >/dev/null
@@ -63,6 +80,6 @@ cmp "$scratch/first.json" "$scratch/second.json"
 
 say 'asking the one that is left'
 [ "$(docker compose ps --quiet --status running gpu_worker | wc -l)" = 1 ]
-python3 deploy/ask.py "$url" 1 48 >"$scratch/third.json"
+ask "$url" 1 "$ADAPTERS_DIR" >"$scratch/third.json"
 
 say "all answers whole, $(grep -c : "$scratch/first.json") of them twice the same"

@@ -15,6 +15,7 @@ COMMANDS = {
     "up": ("lorafleet.up", "start a whole fleet on this machine"),
     "serve": ("lorafleet.serve", "run one service against a queue"),
     "demo": ("lorafleet.demo", "start a fleet with a small model and three adapters, and ask them"),
+    "fetch": ("lorafleet.fetch", "fetch the base model, so that services find it when they start"),
     "keys": ("lorafleet.keys", "create, list and revoke API keys, and set the limits of their tenants"),
     "dlq": ("lorafleet.dlq", "list, show and retry requests that were given up"),
     "bench": ("lorafleet.bench.cli", "put load on an OpenAI-compatible server and measure it"),

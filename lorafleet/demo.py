@@ -18,9 +18,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from lorafleet.fetch import fetch_model
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.fleet import local_url
-from lorafleet.quickstart import QuickstartError, fetch_quickstart_model
 from lorafleet.screen import Screen
 from lorafleet.up import MAIN_FLAGS, LaunchPlan, launch
 from protocol.queue.bus import Bus, decode
@@ -48,11 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if settings.api_keys:
         raise BadRequest("--api-keys: the demo sends no key; use it with `lorafleet up`")
     if not settings.model:
-        try:
-            folder = fetch_quickstart_model(settings.data / "models")
-        except QuickstartError as error:
-            raise Unavailable(str(error)) from error
-        settings = settings.model_copy(update={"model": str(folder)})
+        settings = settings.model_copy(update={"model": str(fetch_model(settings))})
     if settings.adapters is None:
         if not EXAMPLES.is_dir():
             raise BadRequest("--adapters: the example adapters are only in the repository; give a folder of adapters")

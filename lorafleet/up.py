@@ -20,11 +20,12 @@ from rich.markup import escape
 
 from lorafleet.child import Child
 from lorafleet.embedded import EmbeddedServer, start_embedded
+from lorafleet.fetch import fetch_model
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.fleet import Fleet, local_url, service_specs
 from lorafleet.machine import claim_port
 from lorafleet.screen import Screen
-from protocol.runtime.model_files import WEIGHT_FILES, model_folder, served_name
+from protocol.runtime.model_files import served_name
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Unavailable
 
@@ -117,11 +118,7 @@ def prepare(settings: Settings) -> LaunchPlan:
     if _has_queue(settings):
         _check_queue(settings.redis_url)
     port = claim_port(settings.host, settings.port)
-    try:
-        folder = model_folder(settings.model, WEIGHT_FILES)
-    except OSError as error:  # of the Hub: not found, gated, not reachable
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadRequest(f"cannot fetch {settings.model} from the Hub: {reason}") from error
+    folder = fetch_model(settings)
     try:
         settings.data.mkdir(parents=True, exist_ok=True)
     except OSError as error:

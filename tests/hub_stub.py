@@ -70,6 +70,7 @@ class HubStub:
             routes=[
                 Route(info, self._info),
                 Route(info + "/revision/{rev:path}", self._info),
+                Route(info + "/tree/{rev}", self._tree),
                 Route("/{org}/{name}/resolve/{rev}/{file:path}", self._file),
             ]
         )
@@ -113,6 +114,19 @@ class HubStub:
         siblings = [_sibling(file, content) for file, content in files.items()]
         return JSONResponse({"id": name, "modelId": name, "sha": sha, "tags": [], "siblings": siblings})
 
+    async def _tree(self, request: Request) -> Response:
+        refusal = self._refuse(request, content=False)
+        if refusal is not None:
+            return refusal
+        found = self._find(request)
+        if found is None:
+            return Response(status_code=404, headers={"X-Error-Code": "RevisionNotFound"})
+        tree = [
+            {"type": "file", "path": file, "size": len(content), "oid": _sibling(file, content)["blobId"]}
+            for file, content in found[1].items()
+        ]
+        return JSONResponse(tree)
+
     async def _file(self, request: Request) -> Response:
         refusal = self._refuse(request, content=True)
         if refusal is not None:
@@ -122,7 +136,8 @@ class HubStub:
         if found is None or content is None:
             return Response(status_code=404, headers={"X-Error-Code": "EntryNotFound"})
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
-        headers = {"X-Repo-Commit": found[0], "Accept-Ranges": "bytes"}
+        etag = _sibling("", content)["blobId"]
+        headers = {"X-Repo-Commit": found[0], "Accept-Ranges": "bytes", "ETag": f'"{etag}"'}
         body, status = content, 200
         if match and not self.ignore_ranges:
             first, last = int(match[1]), min(int(match[2] or len(content)), len(content) - 1)

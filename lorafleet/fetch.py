@@ -1,0 +1,51 @@
+"""`lorafleet fetch`: bring the base model to this machine, so that services find it when they start."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import httpx2
+
+from lorafleet.flags import add_settings, load_settings
+from lorafleet.quickstart import fetch_quickstart_model
+from protocol.runtime.model_files import WEIGHT_FILES, model_folder
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.description = (
+        "Make sure that the base model is on this machine, and print its folder. A Hub id is fetched into the cache of"
+        " the Hub's client; a local folder is only checked. Without MODEL: SmolLM2-135M-Instruct, into the data folder."
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help="a Hub id or a local folder"
+    )
+    add_settings(parser, first=("data",), skip=tuple(Settings.model_fields))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fetch the model; return the exit code. Raises what `fetch_model` raises."""
+    print(fetch_model(load_settings(args)))
+    return 0
+
+
+def fetch_model(settings: Settings) -> Path:
+    """Return the folder of the base model, fetched if it isn't here; the quickstart model where none is named.
+
+    Raises BadRequest when `settings.model` is neither a model folder nor a Hub id that can be fetched or the data
+    folder can't be written, QuickstartError when no source has the quickstart model.
+    """
+    if not settings.model:
+        folder = settings.data / "models"
+        try:
+            return fetch_quickstart_model(folder)
+        except OSError as error:
+            raise BadRequest(f"--data: cannot write to {folder}: {error.strerror}") from error
+    try:
+        return model_folder(settings.model, WEIGHT_FILES)
+    except (httpx2.HTTPError, OSError) as error:  # the Hub's own errors are OSErrors: not found, gated, not reachable
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadRequest(f"cannot fetch {settings.model} from the Hub: {reason}") from error

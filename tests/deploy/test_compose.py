@@ -1,0 +1,84 @@
+"""The compose file without Docker: its defaults name files that will be there, its variables reach the services."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lorafleet.quickstart import HUB_MODEL_ID
+from protocol.runtime.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+COMPOSE = (ROOT / "compose.yaml").read_text()
+READERS = ("gateway", "gpu_worker")
+"""Services that read the base model's files."""
+
+
+def compose(**variables: str) -> dict[str, Any]:
+    """Return the services as `docker compose` sees them with these variables set."""
+    text = VARIABLE.sub(lambda match: variables.get(match[1]) or match[2] or "", COMPOSE)
+    return yaml.safe_load(text)["services"]
+
+
+def mounts(service: dict[str, Any]) -> dict[str, str]:
+    """Return what is mounted in a service: path in the container -> volume, or folder of this machine."""
+    return {volume.split(":")[1]: volume.split(":")[0] for volume in service["volumes"]}
+
+
+def test_by_default_all_read_the_model_where_fetch_puts_it() -> None:
+    services = compose()
+    fetch = services["model"]
+    assert fetch["entrypoint"] == ["lorafleet", "fetch"]
+    assert fetch["environment"]["LORAFLEET_MODEL"] == ""  # which is how `fetch` is asked for the quickstart model
+    data = Path(fetch["environment"]["LORAFLEET_DATA"])
+    for name in READERS:
+        assert services[name]["environment"]["LORAFLEET_MODEL"] == str(data / "models" / HUB_MODEL_ID.split("/")[1])
+        assert mounts(services[name])[str(data)] == mounts(fetch)[str(data)]
+
+
+@pytest.mark.parametrize("model", ["/models/mine", "org/name"])
+def test_a_model_that_is_named_is_fetched_and_read_by_that_name(model: str) -> None:
+    services = compose(MODEL=model, MODELS_DIR="/srv/models")
+    for name in ("model", *READERS):
+        assert services[name]["environment"]["LORAFLEET_MODEL"] == model
+        assert mounts(services[name])["/models"] == "/srv/models"
+    cache = "/home/lorafleet/.cache/huggingface"
+    assert {mounts(services[name])[cache] for name in ("model", *READERS)} == {"hub"}
+
+
+def test_only_one_service_fetches_and_the_others_wait_for_it() -> None:
+    services = compose()
+    for name in READERS:
+        assert services[name]["depends_on"]["model"] == {"condition": "service_completed_successfully"}
+        assert services[name]["environment"]["HF_HUB_OFFLINE"] == "1"
+        writable = {volume.split(":")[0] for volume in services[name]["volumes"] if not volume.endswith(":ro")}
+        assert writable == {"secret"}
+    assert services["model"]["restart"] == "no"  # its error stays the last line of its log
+    assert services["model"]["image"] == services["gpu_worker"]["image"]  # converting takes torch
+
+
+def test_the_default_adapters_are_the_examples() -> None:
+    folder = ROOT / mounts(compose()["adapter_store"])["/adapters"]
+    assert folder == ROOT / "examples/adapters"
+    assert sorted(config.parent.name for config in folder.glob("*/adapter_config.json")) == ["haiku", "json", "pirate"]
+    assert mounts(compose(ADAPTERS_DIR="/srv/mine")["adapter_store"])["/adapters"] == "/srv/mine"
+
+
+def test_every_variable_is_in_the_example_with_its_default() -> None:
+    lines = (ROOT / ".env.example").read_text().splitlines()
+    listed = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    used: dict[str, set[str]] = {}
+    for match in VARIABLE.finditer(COMPOSE):
+        used.setdefault(match[1], set()).add(match[2] or "")
+    assert used.pop("MODEL") == {"", "/data/models/SmolLM2-135M-Instruct"}  # both of which mean the quickstart model
+    assert listed.pop("MODEL") == ""
+    assert {name: {default} for name, default in listed.items()} == used
+
+
+def test_services_are_given_settings_that_exist() -> None:
+    known = {f"LORAFLEET_{name.upper()}" for name in Settings.model_fields}
+    given = {name for service in compose().values() for name in service.get("environment", {})}
+    assert {name for name in given if name.startswith("LORAFLEET_")} <= known

