@@ -16,7 +16,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from gpu_worker.engine.engine import sampling
+from gpu_worker.engine import sampling
 from gpu_worker.engine.sampling import SampleRow, sample, uniforms, watermark_ids
 from protocol.wire.messages import Sampling, logprob_record_bytes
 
