@@ -6,8 +6,7 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from copy import copy
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -147,11 +146,6 @@ class EncoderEngine(BaseEngine):
 
     # ------------------------------------------------------------ requests
 
-    @property
-    def has_work(self) -> bool:
-        """Whether any request is held or any output waits to be put out."""
-        return bool(self._requests or self._outputs)
-
     def add(self, request: EngineRequest) -> None:
         """Take a request; see `BaseEngine.add`."""
         held = self._requests.get(request.rid)
@@ -181,8 +175,8 @@ class EncoderEngine(BaseEngine):
                 code="context_length_exceeded",
             )
 
-    def _held(self) -> list[str]:
-        return list(self._requests)
+    def _held(self) -> Collection[str]:
+        return self._requests.keys()
 
     def _waiting(self) -> Iterable[EngineRequest]:
         return self._requests.values()
@@ -195,14 +189,10 @@ class EncoderEngine(BaseEngine):
 
     def stats(self) -> EngineStats:
         """Return the engine's figures as they are now."""
-        return EngineStats(
+        return self._stats(
             capacity=self.config.max_num_seqs,
             max_step_tokens=self.config.max_step_tokens,
             waiting=len(self._requests),
-            step_ms=1000 * self.meter.step_s,
-            step_model=self.meter.fit.model(),
-            counters=copy(self.counters),
-            **self.residency.figures(self._wanted_adapters()),
         )
 
 

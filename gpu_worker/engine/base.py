@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import copy
+from typing import Any
 
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.adapters.orders import Orders
@@ -25,9 +27,9 @@ class BaseEngine(ABC):
         adapters.on_evicted = self._on_evicted
 
     @property
-    @abstractmethod
     def has_work(self) -> bool:
         """Whether any request is held or any output waits to be put out."""
+        return bool(self._held() or self._outputs)
 
     @abstractmethod
     def add(self, request: EngineRequest) -> None:
@@ -51,7 +53,7 @@ class BaseEngine(ABC):
 
     def hand_over(self) -> list[str]:
         """Forget all requests; returns their ids."""
-        rids = self._held()
+        rids = list(self._held())
         for rid in rids:
             self._drop(rid)
         self._outputs = []
@@ -76,8 +78,8 @@ class BaseEngine(ABC):
     # ------------------------------------------------------------ for engines
 
     @abstractmethod
-    def _held(self) -> list[str]:
-        """Return the ids of all requests."""
+    def _held(self) -> Collection[str]:
+        """Return the ids of all requests, a view."""
 
     @abstractmethod
     def _drop(self, rid: str) -> None:
@@ -121,6 +123,17 @@ class BaseEngine(ABC):
     def _sum_ranks(self, slots: Iterable[int]) -> int:
         """Return the sum of ranks of the distinct adapters in `slots`; -1 is none."""
         return int(self.adapters.slot_ranks[[slot for slot in set(slots) if slot >= 0]].sum())
+
+    def _stats(self, **own: Any) -> EngineStats:
+        """Return the figures that all engines have, and an engine's `own`."""
+        return EngineStats(
+            step_ms=1000 * self.meter.step_s,
+            tokens_per_s=self.meter.tokens_per_s,
+            step_model=self.meter.fit.model(),
+            counters=copy(self.counters),
+            **self.residency.figures(self._wanted_adapters()),
+            **own,
+        )
 
     def _put_out(self) -> list[TokenOutput]:
         """Return all outputs that wait."""

@@ -6,8 +6,7 @@ One thread uses it; `service/engine_thread.py` has it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from copy import copy
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
@@ -165,11 +164,6 @@ class Engine(BaseEngine):
 
     # ------------------------------------------------------------ requests
 
-    @property
-    def has_work(self) -> bool:
-        """Whether any request is held or any output waits to be put out."""
-        return bool(self._seqs or self._outputs)
-
     def add(self, request: EngineRequest) -> None:
         """Take a request; see `BaseEngine.add`."""
         running = self._seqs.get(request.rid)
@@ -189,8 +183,8 @@ class Engine(BaseEngine):
         self._note_use(request)
         self.batcher.add(seq)
 
-    def _held(self) -> list[str]:
-        return list(self._seqs)
+    def _held(self) -> Collection[str]:
+        return self._seqs.keys()
 
     def _waiting(self) -> Iterator[EngineRequest]:
         return (seq.request for seq in self.batcher.waiting)
@@ -230,16 +224,11 @@ class Engine(BaseEngine):
 
     def stats(self) -> EngineStats:
         """Return the engine's figures as they are now."""
-        return EngineStats(
+        return self._stats(
             capacity=self.config.limits.max_num_seqs,
             max_step_tokens=self.config.limits.max_step_tokens,
             running=len(self.batcher.running),
             waiting=len(self.batcher.waiting),
             kv_blocks_free=self.blocks.num_free,
             kv_blocks_total=self.blocks.num_blocks,
-            step_ms=1000 * self.meter.step_s,
-            tokens_per_s=self.meter.tokens_per_s,
-            step_model=self.meter.fit.model(),
-            counters=copy(self.counters),
-            **self.residency.figures(self._wanted_adapters()),
         )
