@@ -26,9 +26,9 @@ from benchmarks import report
 from benchmarks.fleet import adapter_bytes, make_adapters, quickstart_model, scratch_folder
 from benchmarks.kernels import memory_gb_s
 from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest
-from gpu_worker.load import build_engine
 from gpu_worker.model.model import load_model
 from protocol.runtime.settings import Settings
 from protocol.wire.messages import Sampling

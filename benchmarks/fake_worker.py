@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
-from gpu_worker.service.port import OnDeath, OnOutputs
-from gpu_worker.service.service import Worker, publish_served
+from gpu_worker.service.engine_handle import OnDeath, OnOutputs
+from gpu_worker.service.service import Worker
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.service import run, set_up_logging
 from protocol.runtime.settings import Settings
@@ -44,7 +44,7 @@ class _Running:
 
 
 class FakeEngine:
-    """An `EnginePort` whose step takes `step_s` and gives every request one token."""
+    """An `EngineHandle` whose step takes `step_s` and gives every request one token."""
 
     def __init__(self, *, step_s: float = 0.025, capacity: int = 256, vocab_size: int = 1000) -> None:
         self._step_s = step_s
@@ -114,7 +114,7 @@ class FakeEngine:
     def set_queued(self, digests: list[str]) -> None:
         self.orders.append(("queued", ",".join(digests)))
 
-    def take_news(self) -> tuple[list[AdapterEvent], dict[str, AdapterUse]]:
+    def take_adapter_events(self) -> tuple[list[AdapterEvent], dict[str, AdapterUse]]:
         events: list[AdapterEvent] = []
         with self._lock:
             used = {running.request.digest for running in self._requests.values()}
@@ -128,6 +128,12 @@ class FakeEngine:
                 self._host.discard(digest)
             uses, self._uses = self._uses, {}
         return events, uses
+
+    def room(self) -> Future[None]:
+        """Return a future that is done: commands never wait here."""
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
     def hand_over(self) -> Future[list[str]]:
         done: Future[list[str]] = Future()
@@ -196,9 +202,7 @@ async def serve_fake(settings: Settings, engine: FakeEngine, served: m.ServedMod
     """Run the worker service around a fake engine; several may run in one process."""
     bus = Bus(settings.redis_url)
     try:
-        await publish_served(bus, served)
-        worker = Worker(bus, engine, served, settings)
-        return await worker.run(stop)
+        return await Worker(bus, engine, served, settings).run(stop)
     finally:
         engine.stop()
         await bus.close()

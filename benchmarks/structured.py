@@ -26,9 +26,9 @@ from benchmarks.fleet import quickstart_model
 from benchmarks.schemas import random_schema
 from gateway.text.structured import constraint_of, grammar_text
 from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.build import load_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
-from gpu_worker.load import load_engine
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import NotFound
 from protocol.wire.messages import Sampling

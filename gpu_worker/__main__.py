@@ -1,4 +1,4 @@
-"""`python -m gpu_worker`: one worker."""
+"""`python -m gpu_worker`: run one worker until SIGTERM."""
 
 import sys
 

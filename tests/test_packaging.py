@@ -4,7 +4,8 @@ import ast
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,12 @@ MAY_IMPORT = {
 HEAVY = {"torch", "transformers", "peft", "accelerate", "triton"}
 HTTP_FRAMEWORKS = {"fastapi", "starlette", "uvicorn"}
 MAY_BE_HEAVY = {"gpu_worker", "lora_kernels", "chaos"}
+KNOWN_CIRCLES = {
+    ("gpu_worker.model.compiled", "gpu_worker.model.model"),
+    ("protocol.queue.verified", "protocol.queue.bus"),
+}
+"""Imports, by module, that still close a circle."""
+
 CONVERTER = ROOT / "lorafleet/convert_gguf.py"  # a process of its own, which only the quickstart starts
 
 
@@ -80,6 +87,39 @@ def dotted_imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             yield str(node.module)
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Return which of our modules each of them imports, also inside functions and for type checkers alone."""
+    modules: dict[str, Path] = {}
+    for package in PACKAGES:
+        root = ROOT / "kernels" if package == "lora_kernels" else ROOT
+        for path in sources(package):
+            parts = path.relative_to(root).with_suffix("").parts
+            modules[".".join(parts).removesuffix(".__init__")] = path
+    return {name: set(imported_modules(path, modules.keys())) for name, path in modules.items()}
+
+
+def imported_modules(path: Path, modules: Set[str]) -> Iterator[str]:
+    """Yield the modules, of those given, that a file imports or imports names from."""
+    for node in ast.walk(ast.parse(path.read_text(), path)):
+        names: list[tuple[str, str]] = []
+        if isinstance(node, ast.Import):
+            names = [(alias.name, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [(f"{node.module}.{alias.name}", str(node.module)) for alias in node.names]
+        yield from (found for pair in names if (found := next((name for name in pair if name in modules), "")))
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = module_graph()
+    assert "gpu_worker.build" in graph["gpu_worker.service.service"], "imports inside functions count"
+    for module, imported in KNOWN_CIRCLES:
+        graph[module].discard(imported)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 def test_peft_adapters_knows_only_errors_and_messages() -> None:

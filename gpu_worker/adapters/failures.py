@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from protocol.runtime.backoff import REFUSAL, TROUBLE
+from protocol.runtime.backoff import REFUSAL, TROUBLE, Backoff
 from protocol.wire.errors import AdapterRefused, LorafleetError
 
 MAX_KEPT = 10_000
@@ -21,14 +21,17 @@ class _Failure:
 class Failures:
     """The last failures by digest. Times are monotonic seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, refusal: Backoff = REFUSAL, trouble: Backoff = TROUBLE) -> None:
+        """refusal, trouble: pauses before another try, after an adapter was refused, and after any other failure."""
+        self._refusal = refusal
+        self._trouble = trouble
         self._kept: OrderedDict[str, _Failure] = OrderedDict()
 
     def note(self, digest: str, error: LorafleetError, now_s: float) -> None:
         """Remember that an adapter could not be loaded; the more often in a row, the longer."""
         last = self._kept.pop(digest, None)
         num_in_row = last.num_in_row + 1 if last is not None else 1
-        pause_s = (REFUSAL if isinstance(error, AdapterRefused) else TROUBLE).pause_s(num_in_row)
+        pause_s = (self._refusal if isinstance(error, AdapterRefused) else self._trouble).pause_s(num_in_row)
         self._kept[digest] = _Failure(error, num_in_row, now_s + pause_s)
         if len(self._kept) > MAX_KEPT:
             self._kept.popitem(last=False)

@@ -1,4 +1,4 @@
-"""Recording steps as CUDA graphs: the part of `graphs.py` that only a GPU can run."""
+"""Steps recorded as CUDA graphs: what of `graphs.py` only a GPU can run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpu_worker.cuda.graphs import Replay, Unrecordable
 
 
 class CudaRecorder:
-    """Captures what a step launches. All of one recorder's graphs share their memory: one is replayed at a time."""
+    """A `GraphRecorder` of CUDA graphs. All of its graphs share their memory, since one is replayed at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -19,7 +19,7 @@ class CudaRecorder:
         self._side = torch.cuda.Stream(device)
 
     def record(self, step: Callable[[], object]) -> Replay:
-        """Warm a step up on a side stream, as captures ask for, and capture it. Raises Unrecordable."""
+        """Run a step on a side stream, as captures require, and capture it. Raises Unrecordable."""
         self._side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.device(self._device), torch.cuda.stream(self._side):
             step()  # compiles kernels, and libraries get their workspaces
@@ -31,7 +31,7 @@ class CudaRecorder:
         return graph.replay
 
     def _run_without_waiting(self, step: Callable[[], object]) -> None:
-        """Run a step and find out before the capture, which would die of it, whether the host reads from the device."""
+        """Run a step and raise Unrecordable if the host waits for the device in it: a capture would fail for good."""
         self._side.synchronize()
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings():

@@ -1,7 +1,7 @@
-"""An encoder as base model: a Hugging Face BERT and its kin, whose linear layers are LoRA sites as a decoder's are.
+"""An encoder as base model: Hugging Face's BERT, RoBERTa and the like, whose linear layers are LoRA sites.
 
 A step is one forward pass over whole texts, packed one after the other; each token sees all of its own text. Nothing is
-cached. What the layers are is found by watching trial runs; the finished model is held against the untouched one.
+cached. Trial runs show which layers attend, and the finished model is compared with the untouched one.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from protocol.wire.messages import Task
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Texts of a step whose lengths are alike, padded to the longest of them."""
+    """A group of a step's texts of similar length, padded to the longest of them."""
 
-    rows: Tensor  # int64 [S, L]: rows of the packed step; of padding, any
+    rows: Tensor  # int64 [S, L]: rows of the packed step; at padding, any row of the text
     is_token: Tensor | None  # bool [S, L]; None: there is no padding
 
 
 @dataclass(slots=True)
 class EncoderContext(StepContext):
-    """A step's work lists; all texts lie in one of the groups."""
+    """A step's work lists; each text is in one of the groups."""
 
     texts: list[Texts] = field(default_factory=list)
 
 
 class EncoderLayer:
-    """One module's attention: in both directions, within each text, or within a window around each token."""
+    """One module's attention: in both directions within each text, or within a window around each token."""
 
     def __init__(self, call: AttentionCall, context: EncoderContext) -> None:
         self.context = context
-        self.window = call.window  # tokens |i - j| < window are seen; 0: all
+        self.window = call.window  # token i sees token j if |i - j| < window; 0: all of them
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
         """Attend with q [T, Hq, D] over k [T, Hkv, D] and v [T, Hkv, Dv]: [T, Hq, Dv]."""
@@ -68,7 +68,7 @@ class EncoderLayer:
         return out
 
     def _mask(self, texts: Texts) -> Tensor | None:
-        """Return which keys are seen, as it broadcasts to [S, H, L, L]; None: all of them."""
+        """Return which keys are seen: bool that broadcasts to [S, H, L, L]; None: all of them."""
         mask = None if texts.is_token is None else texts.is_token[:, None, None, :]
         length = texts.rows.shape[1]
         if not 0 < self.window < length:
@@ -93,25 +93,27 @@ class EncoderModel:
     width: int  # entries of a token's hidden state, or its labels
     pooling: Pooling
     max_positions: int  # tokens of the longest text; 0: no limit known
-    padding_id: int | None  # positions are counted from the id after it and pass over it, as RoBERTa's; None: from 0
+    padding_id: int | None  # where positions start behind this id and skip it, as RoBERTa's; None: they start at 0
     fingerprint: str
 
     @property
     def config(self) -> Any:
+        """The model's Hugging Face configuration."""
         return self.module.config
 
     @property
     def vocab_size(self) -> int:
+        """Token ids of the model."""
         return self.config.vocab_size
 
     @property
     def labels(self) -> list[str]:
-        """Names of the labels that tokens get, by index."""
+        """Names of the labels that tokens get, by index; none for embeddings."""
         names: dict[int, str] = self.config.id2label if self.task == "classify" else {}
         return [names[index] for index in sorted(names)]
 
     def prepare(self, texts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Return the ids and positions (int64 [T]) of texts packed one after the other; their groups go to the context.
+        """Return the ids and positions, int64 [T] each, of packed texts; sets their groups in the context.
 
         texts: int [L] each, none empty.
         """
@@ -120,13 +122,13 @@ class EncoderModel:
         return send(np.concatenate(texts).astype(np.int64), self.device), send(positions, self.device)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Return the hidden states [T, D] of a packed step, or the logits of its tokens' labels [T, labels]."""
+        """Return a packed step's hidden states [T, D], or for labels their logits [T, labels]; ids, positions: [T]."""
         out = self.module(input_ids=input_ids[None], position_ids=position_ids[None])
         return out.logits[0] if self.task == "classify" else out.last_hidden_state[0]
 
 
 def group_texts(lengths: Sequence[int], device: torch.device) -> list[Texts]:
-    """Group packed texts so that less than half of a group is padding."""
+    """Group packed texts by length, so that less than half of a group is padding."""
     starts = np.cumsum(lengths) - lengths
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
@@ -142,20 +144,24 @@ def group_texts(lengths: Sequence[int], device: torch.device) -> list[Texts]:
 
 
 def positions_of(text: np.ndarray, padding_id: int | None) -> np.ndarray:
-    """Return the positions, int64 [L], that a model counts by itself; see `EncoderModel.padding_id`."""
+    """Return the positions, int64 [L], that a model gives a text by itself; see `EncoderModel.padding_id`."""
     if padding_id is None:
         return np.arange(len(text))
     counts = text != padding_id
     return np.cumsum(counts) * counts + padding_id
 
 
-# ---------------------------------------------------------------- making it
+# ---------------------------------------------------------------- from a Hugging Face model
 
 
 def prepare_encoder(
     module: PreTrainedModel, task: Task, impl: ops.Impl | None, pooling: Pooling | None = None
 ) -> EncoderModel:
-    """Turn a Hugging Face encoder into one that runs packed steps. Changes `module`. Raises BadRequest."""
+    """Turn a Hugging Face encoder into one that runs packed steps. Changes `module`.
+
+    impl: of the kernels; None: the best for the device. pooling: for embeddings. Raises BadRequest for what is not
+    served.
+    """
     pooling = pooling or Pooling()
     _refuse_module(module)
     fingerprint, device, dtype = fingerprint_of(module), module.device, module.dtype
@@ -193,6 +199,7 @@ def prepare_encoder(
 
 
 def _refuse_module(module: PreTrainedModel) -> None:
+    """Raise BadRequest for what a model's class and configuration show not to be served."""
     reasons = []
     if not module._supports_attention_backend:
         reasons.append("attention that cannot be replaced (no AttentionInterface)")
@@ -205,6 +212,7 @@ def _refuse_module(module: PreTrainedModel) -> None:
 
 
 def _refuse_calls(module: PreTrainedModel, trial: Trial) -> None:
+    """Raise BadRequest for attention calls of a trial run that are not served."""
     reasons = []
     calls = trial.attention
     if len(calls) < module.config.num_hidden_layers:
@@ -220,7 +228,7 @@ def _refuse_calls(module: PreTrainedModel, trial: Trial) -> None:
 
 
 def _random_texts(module: PreTrainedModel) -> list[Tensor]:
-    """Return texts to hold the finished model against the untouched one with: longer than a short window."""
+    """Return random texts to compare the finished model with the untouched one on; they pass a short window."""
     window = getattr(module.config, "sliding_window", None) or 0
     longest = 2 * window + 8 if 4 < window <= 256 else 24
     generator = torch.Generator().manual_seed(0)
@@ -230,23 +238,23 @@ def _random_texts(module: PreTrainedModel) -> list[Tensor]:
 
 
 def _untouched(module: PreTrainedModel, task: Task, text: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Return what a model says of a text alone."""
+    """Return what the untouched model makes of a text alone: hidden states or logits, [T, …]."""
     own = {} if positions is None else {"position_ids": positions[None]}
     out = module(input_ids=text[None], attention_mask=torch.ones_like(text)[None], **own)
     return out.logits[0] if task == "classify" else out.last_hidden_state[0]
 
 
 def _padding_id(module: PreTrainedModel, task: Task, text: Tensor, expected: Tensor) -> int | None:
-    """Find out how a model counts positions when nobody tells it. Raises ValueError if in neither known way."""
+    """Find out how a model numbers positions by itself. Raises ValueError if it does so in neither known way."""
     for padding_id in (None, module.config.pad_token_id):
         positions = torch.from_numpy(positions_of(text.cpu().numpy(), padding_id)).to(text.device)
         if spread_of([_untouched(module, task, text, positions)], [expected]) < CHECK_LIMITS[module.dtype]:
             return padding_id
-    raise ValueError("it counts positions in a way of its own")
+    raise ValueError("it numbers positions in an unknown way")
 
 
 def _check(model: EncoderModel, texts: list[Tensor], expected: list[Tensor]) -> None:
-    """Hold the finished model against the untouched one. Raises BadRequest."""
+    """Compare the finished model with the untouched one. Raises BadRequest if they differ."""
     with torch.inference_mode():
         got = model.forward(*model.prepare([text.cpu().numpy() for text in texts]))
     error, limit = spread_of([got], expected), CHECK_LIMITS[model.dtype]

@@ -1,4 +1,4 @@
-"""From the hidden states of a text to its embedding: as sentence-transformers' files say, else its first token's."""
+"""From the hidden states of a text to its embedding: as sentence-transformers' files say, else the first token's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Mode = Literal["cls", "mean", "max", "lasttoken"]
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """How one vector is made of a text's hidden states. Without files, as LoRAX does it."""
+    """How one vector is made of a text's hidden states. The defaults are LoRAX's."""
 
     mode: Mode = "cls"
     unit_length: bool = False
@@ -37,7 +37,7 @@ class Pooling:
 
 
 def read_pooling(folder: Path) -> Pooling:
-    """Read what sentence-transformers says in a model's folder. Raises BadRequest for what is not served of it."""
+    """Return the pooling that sentence-transformers' files in a folder ask for. Raises BadRequest if not served."""
     if not (folder / MODULES).is_file():
         return Pooling()
     modules = _read(folder / MODULES)
@@ -60,7 +60,7 @@ def read_pooling(folder: Path) -> Pooling:
 
 
 def _mode(path: Path) -> Mode:
-    """Return the one way of pooling that a config switches on: `pooling_mode`, or a flag for each."""
+    """Return the mode that a pooling config names in `pooling_mode` or switches on by a flag. Raises BadRequest."""
     config = _object(path)
     named = config.get("pooling_mode")
     if named is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from gpu_worker.engine.blocks import BlockPool, chain_hash, chain_seed
-from gpu_worker.engine.request import Sequence
+from gpu_worker.engine.sequence import Sequence
 from protocol.runtime.settings import SHORT_STEP_TOKENS_PER_SEQ
 from protocol.wire.messages import StepModel
 

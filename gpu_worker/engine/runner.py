@@ -1,8 +1,12 @@
-"""A plan becomes one forward pass: packed tokens, the step's work lists, logits where they are needed."""
+"""A plan becomes one forward pass: packed tokens, the step's work lists, logits where they are needed.
+
+A step's tokens are packed: all sequences' new tokens, one after the other. T is the number of tokens, S of sequences, n
+of rows of logits, V the size of the vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,10 +14,11 @@ import torch
 from torch import Tensor
 
 from gpu_worker.adapters.extras import ExtraRows, Extras
-from gpu_worker.cuda.graphs import DecodeGraph, DecodeGraphs, DecodeLists, Recorder
+from gpu_worker.cuda.graphs import DecodeGraph, DecodeGraphs, DecodeLists, GraphRecorder
 from gpu_worker.engine.batcher import StepPlan
-from gpu_worker.engine.prompt_logprobs import PromptPart
-from gpu_worker.engine.request import Sequence
+from gpu_worker.engine.logprobs import PromptRows
+from gpu_worker.engine.request import EngineRequest
+from gpu_worker.engine.sequence import Sequence
 from gpu_worker.memory import send
 from gpu_worker.model.model import BaseModel, spread_of
 from lora_kernels import ops
@@ -23,7 +28,7 @@ CHECK_LIMITS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
 """Differences of logits that rounding may make: 0.06 measured in bf16 with 30 layers. Wrong attention makes about 1."""
 
 MAX_OVER_SENSITIVITY = 3.0
-"""A model that rounds activations may differ by so much more than by a change of its embeddings' last digits."""
+"""A model that rounds activations may differ by this many times what a change of its embeddings' last digits makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +37,84 @@ class StepInputs:
 
     input_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
-    logit_rows: Tensor | None  # int64 [n]; None: all
-    ready: list[
-        Sequence
-    ]  # whose next token can be chosen; logit_rows has their rows in this order: one, and one per guess
-    prompt_parts: list[PromptPart] = field(default_factory=list)  # whose rows follow in logit_rows
+    logit_rows: Tensor | None  # int64 [n], tokens that go through the head; None: all
+    # Sequences whose next token can be chosen. Their rows come first in logit_rows, in this order: 1 + guesses each.
+    ready: list[Sequence]
+    prompt_rows: list[PromptRows] = field(default_factory=list)  # whose rows follow in logit_rows
     vocab_sizes: Tensor | None = None  # int64 [n], where an adapter of the step has a vocabulary of its own
-    graph: DecodeGraph | None = None  # replayed instead of running the model on the tensors above, which are its own
+    graph: DecodeGraph | None = None  # replayed instead of running the model; the tensors above are its own
+
+
+@dataclass(frozen=True, slots=True)
+class _StepRows:
+    """A plan on the host, before it is sent."""
+
+    seqs: list[Sequence]
+    num_new: np.ndarray  # int64 [S] tokens of each sequence in this step
+    ends: np.ndarray  # int64 [S] tokens computed after it
+    complete: np.ndarray  # bool [S], whether all known tokens are computed then, so that the next can be chosen
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> _StepRows:
+        seqs = list(plan.num_new)
+        num_new = np.fromiter(plan.num_new.values(), np.int64, len(seqs))
+        ends = np.array([seq.num_computed for seq in seqs]) + num_new
+        return cls(seqs, num_new, ends, ends >= np.array([seq.num_tokens for seq in seqs]))
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Each sequence's first row among the step's tokens: int64 [S]."""
+        return np.cumsum(self.num_new) - self.num_new
+
+    def token_ids(self, drafts: Mapping[Sequence, list[int]]) -> np.ndarray:
+        """Return the step's tokens: int32 [T]; guesses come after the known tokens of their sequence."""
+        parts: list[np.ndarray] = []
+        for seq, end in zip(self.seqs, self.ends, strict=True):
+            parts.append(seq.tokens[seq.num_computed : end])
+            if seq in drafts:
+                parts.append(np.array(drafts[seq], np.int32))
+        return np.concatenate(parts)
+
+    def adapters(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return each token's adapter slot (int32 [T], -1: none) and factor on its adapter (float32 [T])."""
+        slots = np.repeat(np.array([seq.slot for seq in self.seqs], np.int32), self.num_new)
+        scales = np.repeat(np.array([seq.request.lora_scale for seq in self.seqs], np.float32), self.num_new)
+        for i, seq in enumerate(self.seqs):
+            num_before = seq.active_from - seq.num_computed
+            if num_before > 0:  # an activated LoRA before its invocation
+                first = int(self.num_new[:i].sum())
+                slots[first : first + min(self.num_new[i], num_before)] = -1
+        return slots, scales
+
+    def prompt_rows(self) -> list[PromptRows]:
+        """Return the rows of prompts whose logprobs are recorded."""
+        found: list[PromptRows] = []
+        for i, (seq, end) in enumerate(zip(self.seqs, self.ends.tolist(), strict=True)):
+            recorder = seq.prompt_logprobs
+            if recorder is not None and (num := recorder.num_rows(seq.num_computed, end)):
+                found.append(PromptRows(recorder, i, seq.num_computed, num))
+        return found
+
+    def logit_rows(
+        self, drafts: Mapping[Sequence, list[int]], prompt_rows: list[PromptRows]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens that go through the head, and the index of each one's sequence: int64 [n] both.
+
+        In order: of each complete sequence its last token, with guesses the last known one and all of them; then the
+        tokens of `prompt_rows`.
+        """
+        # At least one row goes through the head, so that no kernel meets an empty batch.
+        heads = np.flatnonzero(self.complete) if self.complete.any() else np.zeros(1, np.int64)
+        rows = np.cumsum(self.num_new)[heads] - 1
+        if drafts:
+            counts = 1 + np.array([len(drafts.get(self.seqs[i], ())) for i in heads])
+            rows_back = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(counts.sum())
+            heads, rows = np.repeat(heads, counts), np.repeat(rows, counts) - rows_back
+        starts = self.starts
+        for prompt in prompt_rows:
+            heads = np.concatenate((heads, np.full(prompt.num_rows, prompt.seq_index)))
+            rows = np.concatenate((rows, starts[prompt.seq_index] + np.arange(prompt.num_rows)))
+        return rows, heads
 
 
 class Runner:
@@ -53,7 +129,7 @@ class Runner:
         for layer in model.layers:
             layer.allocate(num_blocks + 1, model.dtype, model.device)  # the last is for the padding of recorded steps
 
-    def record(self, recorder: Recorder, max_num_seqs: int, max_model_len: int) -> None:
+    def record(self, recorder: GraphRecorder, max_num_seqs: int, max_model_len: int) -> None:
         """Record the decode steps of up to max_num_seqs sequences, to be replayed from now on. Raises Unrecordable.
 
         The adapter pool must be there.
@@ -64,90 +140,60 @@ class Runner:
         self._graphs = graphs
 
     def prepare(self, plan: StepPlan) -> StepInputs:
-        """Build a plan's inputs and work lists with numpy and send them to the device."""
+        """Build a plan's inputs and work lists with numpy and send them to the device; the host does not wait."""
+        step = _StepRows.of(plan)
+        ids = step.token_ids(plan.drafts).astype(np.int64)
+        ready = [seq for seq, is_complete in zip(step.seqs, step.complete, strict=True) if is_complete]
+        slots, scales = step.adapters()
+        prompt_rows = step.prompt_rows()
+        has_extras = any(seq.request.digest in self._extras for seq in step.seqs)
+        if self._graphs is not None and not has_extras and not prompt_rows:
+            graph = self._graphs.find(step.num_new, step.complete)
+            if graph is not None:
+                graph.fill(DecodeLists(ids, step.ends, block_tables(step.seqs), slots, scales))
+                return StepInputs(graph.input_ids, graph.attention.positions, graph.rows, ready, graph=graph)
+        rows, heads = step.logit_rows(plan.drafts, prompt_rows)
         device, context = self.model.device, self.model.context
-        seqs = list(plan.num_new)
-        num_new = np.fromiter(plan.num_new.values(), np.int64, len(seqs))
-        ends = np.array([seq.num_computed for seq in seqs]) + num_new
-        complete = ends >= np.array([seq.num_tokens for seq in seqs])
-        parts: list[np.ndarray] = []
-        for seq, end in zip(seqs, ends, strict=True):
-            parts.append(seq.tokens[seq.num_computed : end])
-            if seq in plan.drafts:
-                parts.append(np.array(plan.drafts[seq], np.int32))
-        ids = np.concatenate(parts)
-        ready = [seq for seq, is_complete in zip(seqs, complete, strict=True) if is_complete]
-        slots = np.array([seq.slot for seq in seqs], np.int32)
-        scales = np.array([seq.request.lora_scale for seq in seqs], np.float32)
-        token_slots, token_scales = np.repeat(slots, num_new), np.repeat(scales, num_new)
-        late = [i for i, seq in enumerate(seqs) if seq.active_from > seq.num_computed]
-        for i in late:  # an activated LoRA before its invocation
-            first = int(num_new[:i].sum())
-            token_slots[first : first + min(num_new[i], seqs[i].active_from - seqs[i].num_computed)] = -1
-        has_extras = any(seq.request.digest in self._extras for seq in seqs)
-        parts_of_prompts = _prompt_parts(seqs, ends)
-        can_replay = self._graphs is not None and not has_extras and not parts_of_prompts
-        graph = self._graphs.find(num_new, complete) if self._graphs is not None and can_replay else None
-        if graph is not None:
-            graph.fill(DecodeLists(ids.astype(np.int64), ends, block_tables(seqs), token_slots, token_scales))
-            return StepInputs(graph.input_ids, graph.attention.positions, graph.rows, ready, graph=graph)
-        # At least one row goes through the head: an empty batch is nothing that every kernel must know.
-        heads = np.flatnonzero(complete) if complete.any() else np.zeros(1, np.int64)
-        rows = np.cumsum(num_new)[heads] - 1
-        if plan.drafts:
-            num_guesses = np.array([len(plan.drafts.get(seqs[i], ())) for i in heads])
-            heads, rows = _with_guesses(heads, rows, num_guesses)
-        if parts_of_prompts:
-            heads, rows = _with_prompts(heads, rows, np.cumsum(num_new) - num_new, seqs, parts_of_prompts)
-        context.attention = ops.build_attention_batch(num_new, ends, block_tables(seqs), device)
-        context.lora = lora_batch(token_slots, token_scales, device)
-        context.lora_logits = lora_batch(token_slots[rows], token_scales[rows], device)
+        context.attention = ops.build_attention_batch(step.num_new, step.ends, block_tables(step.seqs), device)
+        context.lora = lora_batch(slots, scales, device)
+        context.lora_logits = lora_batch(slots[rows], scales[rows], device)
         context.extras, context.extras_logits = [], []
-        vocab_sizes = self._set_extras(seqs, num_new, heads, rows) if has_extras else None
+        vocab_sizes = self._set_extras(step, rows, heads) if has_extras else None
         return StepInputs(
-            input_ids=send(ids.astype(np.int64), device),
+            input_ids=send(ids, device),
             positions=context.attention.positions,
-            logit_rows=None if len(rows) == len(ids) and not parts_of_prompts else send(rows, device),
+            logit_rows=None if len(rows) == len(ids) and not prompt_rows else send(rows, device),
             ready=ready,
-            prompt_parts=parts_of_prompts,
+            prompt_rows=prompt_rows,
             vocab_sizes=vocab_sizes,
         )
 
-    def _set_extras(
-        self, seqs: list[Sequence], num_new: np.ndarray, heads: np.ndarray, rows_of_heads: np.ndarray
-    ) -> Tensor | None:
-        """Note in the context which rows have extras. Returns the vocabulary sizes of the logits' rows if they differ.
+    def _set_extras(self, step: _StepRows, rows: np.ndarray, heads: np.ndarray) -> Tensor | None:
+        """Set which rows have extras, in the model's context. Returns the rows' vocabulary sizes if they differ.
 
-        heads, rows_of_heads: int [n], the sequences of the tokens that go through the head, and these tokens' rows.
+        rows, heads: int64 [n], as `_StepRows.logit_rows` returns them.
         """
-        context = self.model.context
-        owners: dict[tuple[str, float], list[int]] = {}
-        for i, seq in enumerate(seqs):
-            if seq.request.digest in self._extras:
-                owners.setdefault((seq.request.digest, seq.request.lora_scale), []).append(i)
-        device, starts = self.model.device, np.cumsum(num_new) - num_new
-        sizes = np.full(len(heads), self.model.vocab_size)
-        for (digest, scale), members in owners.items():
+        seqs, num_new, starts = step.seqs, step.num_new, step.starts
+        context, device, own_size = self.model.context, self.model.device, self.model.vocab_size
+        active_from = np.array([seq.active_from for seq in seqs])
+        num_computed = np.array([seq.num_computed for seq in seqs])
+        logit_positions = num_computed[heads] + rows - starts[heads]
+        sizes = np.full(len(heads), own_size)
+        for (digest, scale), members in group_by_adapter([seq.request for seq in seqs], self._extras).items():
             extras = self._extras[digest]
-            rows = np.concatenate([np.arange(starts[i], starts[i] + num_new[i]) for i in members])
-            positions = np.concatenate([np.arange(num_new[i]) + seqs[i].num_computed for i in members])
-            active = positions >= np.repeat([seqs[i].active_from for i in members], num_new[members])
-            context.extras.append(extra_rows(extras, rows, active, scale, device))
-            head_rows = np.flatnonzero(np.isin(heads, members))
-            lasts = np.array(
-                [seqs[i].num_computed + row - starts[i] >= seqs[i].active_from
-                 for i, row in zip(heads[head_rows], rows_of_heads[head_rows], strict=True)]
-            )  # fmt: skip
-            if len(head_rows):
-                context.extras_logits.append(extra_rows(extras, head_rows, lasts, scale, device))
-                sizes[head_rows] = extras.vocab_size or self.model.vocab_size
-        return send(sizes, device) if (sizes != self.model.vocab_size).any() else None
+            own_rows = np.concatenate([np.arange(starts[i], starts[i] + num_new[i]) for i in members])
+            positions = np.concatenate([np.arange(num_new[i]) + num_computed[i] for i in members])
+            active = positions >= np.repeat(active_from[members], num_new[members])
+            context.extras.append(extra_rows(extras, own_rows, active, scale, device))
+            own_heads = np.flatnonzero(np.isin(heads, members))
+            if len(own_heads):
+                active = logit_positions[own_heads] >= active_from[heads[own_heads]]
+                context.extras_logits.append(extra_rows(extras, own_heads, active, scale, device))
+                sizes[own_heads] = extras.vocab_size or own_size
+        return send(sizes, device) if (sizes != own_size).any() else None
 
     def run(self, inputs: StepInputs) -> Tensor:
-        """Compute a step. Returns the logits [n, V] of the sequences in `inputs.ready` (one useless row if none).
-
-        Those of `inputs.prompt_parts` follow.
-        """
+        """Compute a step. Returns the logits [n, V] of `inputs.logit_rows` (one useless row if nothing is ready)."""
         if inputs.graph is not None:
             return inputs.graph.replay()
         with torch.inference_mode():
@@ -158,10 +204,10 @@ class Runner:
             return logits
 
     def check(self) -> float:
-        """Hold the finished engine against the untouched model: random prompts, in chunks, packed into the same steps.
+        """Compare the finished engine with the untouched model on random prompts, packed together and in two chunks.
 
         Returns the root mean square difference of logits relative to their spread. Raises BadRequest if it is too
-        large: another start would find the same. Overwrites the first blocks.
+        large. Overwrites the first blocks.
         """
         check = self.model.check
         assert check is not None
@@ -204,45 +250,26 @@ def block_tables(seqs: list[Sequence]) -> np.ndarray:
     return table
 
 
-def _with_guesses(heads: np.ndarray, rows: np.ndarray, num_guesses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Put the rows before each last one that guesses follow too among those that go through the head.
-
-    heads, rows, num_guesses: int [n], see `Runner.prepare`.
-    """
-    counts = num_guesses + 1
-    back = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(counts.sum())
-    return np.repeat(heads, counts), np.repeat(rows, counts) - back
-
-
-def _prompt_parts(seqs: list[Sequence], ends: np.ndarray) -> list[PromptPart]:
-    """Return the rows that tell of prompts, of the tokens up to `ends` (int [S])."""
-    parts: list[PromptPart] = []
-    for seq, end in zip(seqs, ends.tolist(), strict=True):
-        if seq.prompt_logprobs is not None and (num := seq.prompt_logprobs.num_rows(seq.num_computed, end)):
-            parts.append(PromptPart(seq, seq.num_computed, num))
-    return parts
-
-
-def _with_prompts(
-    heads: np.ndarray, rows: np.ndarray, starts: np.ndarray, seqs: list[Sequence], parts: list[PromptPart]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Put the rows that tell of prompts behind those of the head. starts: int [S], the sequences' first rows."""
-    for part in parts:
-        i = seqs.index(part.seq)
-        heads = np.concatenate((heads, np.full(part.num_rows, i)))
-        rows = np.concatenate((rows, starts[i] + np.arange(part.num_rows)))
-    return heads, rows
+def group_by_adapter(
+    requests: Iterable[EngineRequest], extras: Mapping[str, Extras]
+) -> dict[tuple[str, float], list[int]]:
+    """Return the indexes of the requests whose adapter has extras, by its digest and the request's factor on it."""
+    groups: dict[tuple[str, float], list[int]] = {}
+    for i, request in enumerate(requests):
+        if request.digest in extras:
+            groups.setdefault((request.digest, request.lora_scale), []).append(i)
+    return groups
 
 
 def lora_batch(slots: np.ndarray, scales: np.ndarray, device: torch.device) -> ops.LoraBatch | None:
-    """Build the list of rows with adapters: slots int32 [T], scales float32 [T]."""
+    """Return the work list of LoRA rows, None if there are none. slots: int32 [T], -1: none. scales: float32 [T]."""
     if (slots < 0).all():
         return None
     return ops.build_lora_batch(slots, device, None if (scales == 1).all() else scales)
 
 
 def extra_rows(extras: Extras, rows: np.ndarray, active: np.ndarray, scale: float, device: torch.device) -> ExtraRows:
-    """Send one group of rows to the device. rows: int [n]; active: bool [n], rows on which the LoRA counts."""
+    """Send the rows of one adapter's extras to the device. rows: int [n]. active: bool [n], where its LoRA counts."""
     whole = torch.from_numpy(rows.astype(np.int64)).to(device)
     part = whole if active.all() else torch.from_numpy(rows[active].astype(np.int64)).to(device)
     return ExtraRows(extras, whole, part, scale)

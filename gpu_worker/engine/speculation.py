@@ -1,7 +1,7 @@
-"""Guesses of a sequence's next tokens from its own text: what followed the last time it said the same. Pure.
+"""Speculation: guesses of a sequence's next tokens, namely what followed the same tokens earlier in its text. Pure.
 
 Prompt lookup decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding): a step computes the guesses
-with the token they follow, and keeps them as far as they are what it would have chosen anyway.
+together with the token that they follow, and keeps them as far as they equal the tokens it chooses.
 """
 
 from __future__ import annotations
@@ -9,25 +9,29 @@ from __future__ import annotations
 import numpy as np
 
 GRAM_SIZES = (3, 2)
-"""Newest tokens that must have occurred before, the longer the surer."""
+"""Numbers of newest tokens that must have occurred before; the longer match is preferred."""
 
 FIRST_GUESSES = 4
+"""Guesses of a sequence's first proposal."""
+
 MAX_PAUSE = 32
+"""Most proposals that are left out in a row after wrong guesses."""
 
 
 class Drafter:
-    """Guesses for one sequence, as many as its guesses have lately been worth."""
+    """Guesses for one sequence: more after right ones, fewer or none for a while after wrong ones."""
 
     def __init__(self, max_tokens: int) -> None:
+        """max_tokens: most guesses of one proposal."""
         self._max = max_tokens
-        self._length = min(FIRST_GUESSES, max_tokens)
+        self._length = min(FIRST_GUESSES, max_tokens)  # of the next proposal
         self._pause = 0  # length of the last pause
-        self._rest = 0  # calls still to be passed over
-        self._continuations: dict[tuple[int, ...], int] = {}  # n-gram → the position after its last occurrence
-        self._num_indexed = 0  # positions at which n-grams end that are in the index
+        self._rest = 0  # proposals still to be left out
+        self._continuations: dict[tuple[int, ...], int] = {}  # n-gram -> the position after its last occurrence
+        self._num_indexed = 0  # n-grams that end before this position are indexed
 
     def propose(self, tokens: np.ndarray, limit: int) -> list[int]:
-        """Guess up to `limit` tokens that follow `tokens`, int32 [n]: those of the last call, or more."""
+        """Guess up to `limit` tokens that follow `tokens`, int32 [n], which begin with those of the last call."""
         if self._rest:
             self._rest -= 1
             return []
@@ -37,12 +41,12 @@ class Drafter:
         if not start or length < 1:
             return []
         guesses = tokens[start : start + length].tolist()
-        while len(guesses) < length:  # the newest tokens overlap what followed: the text goes round in a circle
+        while len(guesses) < length:  # what followed overlaps the newest tokens: the text repeats itself
             guesses.append(guesses[len(guesses) - (num - start)])
         return guesses
 
     def learn(self, num_guessed: int, num_right: int) -> None:
-        """Note how many of the guesses were right, from the first on."""
+        """Learn from a proposal whose first `num_right` guesses were right."""
         if num_right == num_guessed:
             self._length = min(2 * self._length, self._max)
         else:
@@ -53,9 +57,9 @@ class Drafter:
             self._pause = self._rest = min(2 * self._pause + 1, MAX_PAUSE)
 
     def _index(self, tail: list[int], num: int) -> int:
-        """Index all n-grams but the newest; return where the continuation of the newest one began, 0 if it is new.
+        """Index all n-grams but the newest; return where the newest one was continued last time, 0 if it is new.
 
-        tail: the tokens that n-grams not yet indexed are made of, the last of all `num` tokens.
+        tail: the last of all `num` tokens, those that n-grams not yet indexed are made of.
         """
         offset = num - len(tail)
         for end in range(self._num_indexed, num - 1):

@@ -1,38 +1,96 @@
-"""How long a step takes, learnt while running: seconds = a + b·tokens + c·kv_tokens + d·(sum of ranks)."""
+"""What steps cost: totals by phase, recent averages, and a model of a step's time that is learnt while running.
+
+The model: seconds = a + b·tokens + c·kv_tokens + d·(sum of ranks).
+"""
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
 
-from protocol.wire.messages import StepModel
+from protocol.wire.messages import StepModel, WorkerCounters
 
 FORGET = 0.998
-"""Weight a step keeps per later step: about the last 500 count. Fewer are often steps of one size, which leave open how
-long others take."""
+"""Weight that a step keeps per later step: about the last 500 count. Fewer often have one size only, which leaves the
+time of others open."""
 
 MIN_STEPS = 20
+"""Steps before anything is known; the terms are solved again after as many more."""
 
 MAX_SURPRISE = 4.0
-"""A step that takes longer than so many times what was expected counts as that: little had been learnt."""
+"""A step that takes more times as long as expected counts as this many times: the expectation was wrong, not the
+step."""
 
-_SCALE = np.array([1.0, 1e3, 1e5, 1e3])  # usual sizes of the four terms, so that the equations are well conditioned
-_RIDGE = 1e-6  # relative: two terms that always varied together share the time instead of fighting over it
+AVERAGING = 0.9
+"""Weight of the past in the recent averages, per step."""
+
+_SCALE = np.array([1.0, 1e3, 1e5, 1e3])  # usual sizes of the four terms: keeps the equations well conditioned
+_RIDGE = 1e-6  # relative; terms that always varied together share the time instead of cancelling each other out
+
+Phase = Literal["plan", "inputs", "forward", "sample", "finish"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """How much a step computes: the quantities that its time is modelled by."""
+
+    num_tokens: int
+    num_kv_tokens: int  # cached tokens that its sequences attend to
+    sum_ranks: int  # over its distinct adapters
+
+
+class StepMeter:
+    """Measures an engine's steps. A step is `start`, one `lap` at the end of each phase, `stop`."""
+
+    def __init__(self) -> None:
+        self.counters = WorkerCounters()  # totals since the start
+        self.fit = StepFit()
+        self.step_s = 0.0  # a recent average
+        self.tokens_per_s = 0.0  # output tokens, a recent average
+        self._started_s = self._lap_s = 0.0
+
+    def start(self) -> None:
+        """Start the clock. A step that finds nothing to do is not stopped."""
+        self._started_s = self._lap_s = time.perf_counter()
+
+    def lap(self, phase: Phase) -> None:
+        """Count the time since the last lap as that of a phase."""
+        now_s, total = time.perf_counter(), f"{phase}_s"
+        setattr(self.counters, total, getattr(self.counters, total) + now_s - self._lap_s)
+        self._lap_s = now_s
+
+    def stop(self, work: StepWork, num_output: int = 0) -> None:
+        """Count a step, up to its last lap, that put out `num_output` tokens."""
+        seconds = self._lap_s - self._started_s
+        self.counters.num_steps += 1
+        self.counters.num_computed_tokens += work.num_tokens
+        self.counters.num_output_tokens += num_output
+        self.fit.add(seconds, work.num_tokens, work.num_kv_tokens, work.sum_ranks)
+        past = AVERAGING if self.step_s else 0.0
+        self.step_s = past * self.step_s + (1 - past) * seconds
+        self.tokens_per_s = past * self.tokens_per_s + (1 - past) * num_output / seconds
 
 
 class StepFit:
-    """Least squares over recent steps; every term is kept at zero or above, since no work makes a step shorter."""
+    """Least squares over recent steps. No term is negative, since no work makes a step shorter."""
 
     def __init__(self) -> None:
         self._num_steps = 0
-        self._terms = np.zeros(4)  # as they were a moment ago, scaled
+        self._terms = np.zeros(4)  # the last fit, scaled
         self._moments = np.zeros((4, 4))
         self._targets = np.zeros(4)
 
     def add(self, seconds: float, num_tokens: int, num_kv_tokens: int, sum_ranks: int) -> None:
-        """Learn from one step."""
+        """Learn from one step.
+
+        num_kv_tokens: cached tokens that its sequences attend to. sum_ranks: over its distinct adapters.
+        """
         x = np.array([1.0, num_tokens, num_kv_tokens, sum_ranks]) / _SCALE
-        # Errors count relatively, else a few long prefills would outweigh all decodes. And relatively to what was
-        # expected: to what was measured, steps slow by chance would count little, and the sum come out too short.
+        # Errors count relative to the expected time. Absolute ones would let a few long prefills outweigh all decodes;
+        # relative to the measured time, steps slow by chance would count little and the model come out too fast.
         unit = max(float(x @ self._terms), seconds / MAX_SURPRISE) if self._terms.any() else seconds
         x /= unit
         self._moments = FORGET * self._moments + np.outer(x, x)

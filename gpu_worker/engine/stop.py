@@ -4,33 +4,34 @@ from __future__ import annotations
 
 from tokenizers import Tokenizer
 
-from gpu_worker.engine.request import Sequence
+from gpu_worker.engine.request import EngineRequest
 from protocol.wire.errors import BadRequest
 from protocol.wire.text import OutputText, StopRule
 
 
-class StopCheck:
-    """One request's stop rules, fed with every output token in order, also with those made before a resumption.
+class StopRules:
+    """One request's stop rules, fed with every output token in order, those made before a resumption included.
 
-    Within `min_tokens` no stop token is sampled (see `banned`) and no stop string counts.
+    Among the first `min_tokens` output tokens no stop token is sampled (see `banned`) and no stop string counts.
     """
 
-    def __init__(self, seq: Sequence, eos_ids: frozenset[int], tokenizer: Tokenizer | None) -> None:
-        request = seq.request
+    def __init__(
+        self, request: EngineRequest, max_output: int, eos_ids: frozenset[int], tokenizer: Tokenizer | None
+    ) -> None:
+        """max_output: output tokens that end it. Raises BadRequest where stop strings need a missing tokenizer."""
         self._rule = StopRule.of(request.stop, request.stop_token_ids, request.sampling, eos_ids)
-        self._all_ids = tuple(sorted(self._rule.end_ids))
-        self._max_tokens = seq.max_tokens
-        self._num_prompt = seq.num_prompt
+        self._sorted_end_ids = tuple(sorted(self._rule.end_ids))
+        self._max_output = max_output
         self._num_output = 0
-        self._text: OutputText | None = None  # only where stop strings have to be looked for
+        self._text: OutputText | None = None  # None where there is no stop string to look for
         if any(self._rule.stop):
             if tokenizer is None:
                 raise BadRequest("this model has no tokenizer.json: stop strings cannot be served", param="stop")
             self._text = OutputText(tokenizer, self._rule)
 
     def banned(self, num_ahead: int = 0) -> tuple[int, ...]:
-        """Return the ids that the next token may not be, or the one that follows so many more."""
-        return self._all_ids if self._num_output + num_ahead < self._rule.min_tokens else ()
+        """Return the ids that the output token `num_ahead` after the next one may not be."""
+        return self._sorted_end_ids if self._num_output + num_ahead < self._rule.min_tokens else ()
 
     @property
     def stop(self) -> str:
@@ -44,4 +45,4 @@ class StopCheck:
             self._text.add([token])
         if token in self._rule.end_ids or self.stop:
             return "stop"
-        return "length" if self._num_prompt + self._num_output >= self._max_tokens else ""
+        return "length" if self._num_output >= self._max_output else ""

@@ -1,4 +1,4 @@
-"""What the steps of an engine spend their time on: phases as they run, then operations with layers one by one.
+"""What an engine's steps spend their time on: phases as they run, then operations with layers run one by one.
 
 For `lorafleet profile`, which shows the result; `docs/engine.md` says how to read it.
 """
@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.build import load_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.runner import StepInputs
-from gpu_worker.load import load_engine
 from gpu_worker.model.shortcuts import stacks_of
 from gpu_worker.profiling.steps import Decode, Prefill, Queue
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
@@ -28,9 +28,16 @@ from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Internal
 
 NUM_WARM_STEPS = 3
+"""Steps before anything is measured."""
+
 MAX_WATCHED_STEPS = 10
+"""Steps that run under torch's profiler."""
+
 LOAD_S = 600.0
+"""Longest wait for one adapter."""
+
 FORWARD = "lorafleet: forward"
+"""The profiler's name of a whole forward pass."""
 
 OPERATIONS = {
     "lorafleet::linear": "linear",
@@ -45,7 +52,7 @@ OPERATIONS = {
 """Names in torch's profiler -> ours; other operations keep the names they have there."""
 
 OnProgress = Callable[[str, int, int], object]
-"""Called with what is being done, how much of it is done, and of how much; 0 of 0 where that is not known."""
+"""Called with what is being done, how much of it is done, and how much there is; 0 of 0 where that is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +68,7 @@ class ProfilePlan:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One kind of operation in the forward pass of a step, on average."""
+    """One kind of operation in a step's forward pass, on average."""
 
     name: str
     calls: float
@@ -70,29 +77,29 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class ProfileCase:
-    """Steps of one kind. Times are of one step, on average."""
+    """What steps of one kind took. Times are of one step, on average."""
 
     kind: str  # decode or prefill
     num_sequences: int
     num_adapters: int  # distinct ones among the sequences
     num_steps: int
     tokens: float
-    step_ms: float  # until the next step can begin: all phases but publish, which runs beside that one
+    step_ms: float  # until the next step can begin: all phases but publish, which runs beside the next step
     phases_ms: dict[str, float]
-    forward_ms: float  # of the steps that were watched: layers one by one, and the profiler's own time
-    operations: list[Operation]  # of those steps, longest first; what they lack to forward_ms is Python between them
+    forward_ms: float  # of the steps under the profiler: layers one by one, and the profiler's own time
+    operations: list[Operation]  # of those steps, longest first; the rest of forward_ms is Python between them
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A whole run."""
+    """The result of a whole run."""
 
     model: str
     dtype: str
     device: str
     num_threads: int
     num_layers: int
-    num_stacked: int  # of them, those that run as one native call
+    num_stacked: int  # layers that otherwise run as one native call
     adapters: list[str]
     prompt_tokens: int
     cases: list[ProfileCase]
@@ -101,7 +108,7 @@ class Profile:
 def run_profile(settings: Settings, plan: ProfilePlan, on_progress: OnProgress) -> Profile:
     """Load the model and measure. Takes seconds to minutes. Raises LorafleetError.
 
-    settings.redis_url: a queue that nobody else uses.
+    settings.redis_url is a queue that nobody else uses.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints when it begins and ends
     folders = adapter_folders(plan.adapters)
@@ -109,7 +116,7 @@ def run_profile(settings: Settings, plan: ProfilePlan, on_progress: OnProgress) 
     thread, served = load_engine(settings, lambda name: read_files(folders[name]))
     engine = thread.engine
     if not isinstance(engine, Engine):
-        raise BadRequest(f"{settings.model} is an encoder; what is measured here are models that generate text")
+        raise BadRequest(f"{settings.model} is an encoder; only models that generate text are measured")
     queue = Queue(settings.redis_url)
     try:
         names = load_adapters(engine, list(folders)[: max(plan.num_sequences)], on_progress)
@@ -145,7 +152,10 @@ def read_files(folder: Path) -> AdapterFiles:
 
 
 def load_adapters(engine: Engine, names: Sequence[str], on_progress: OnProgress) -> list[str]:
-    """Bring adapters into the pool; return their names. Raises LorafleetError for the first that cannot be there."""
+    """Bring adapters into the pool; return their names.
+
+    Raises LorafleetError if one cannot be loaded or has no room.
+    """
     cache, arrived = engine.adapters, threading.Event()
     cache.on_loaded = arrived.set
     for name in names:
@@ -185,7 +195,7 @@ def _measure(steps: Decode, plan: ProfilePlan) -> ProfileCase:
     before = _totals(steps)
     steps.run(plan.num_steps)
     after = _totals(steps)
-    with _apart(steps.engine):
+    with _layer_by_layer(steps.engine):
         steps.run(1)
         profiler = _record(steps, min(plan.num_steps, MAX_WATCHED_STEPS))
     steps.end()
@@ -212,7 +222,7 @@ def _totals(steps: Decode) -> dict[str, float]:
 
 
 @contextmanager
-def _apart(engine: Engine) -> Iterator[None]:
+def _layer_by_layer(engine: Engine) -> Iterator[None]:
     """Let stacked layers run one by one, and mark where forward passes begin and end."""
     run, stacks = engine.runner.run, stacks_of(engine.model.module)
 

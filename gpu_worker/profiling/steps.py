@@ -1,4 +1,4 @@
-"""Steps of one kind, over and over, for `profile.py`: the engine's own, each published on a real queue."""
+"""Steps of one kind, repeated for `profile.py`: the engine runs them, and each is published on a real queue."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from gpu_worker.engine.batcher import BLOCK_TOKENS
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
-from gpu_worker.service.publish import Held, Ledger, Pending, merge
+from gpu_worker.service.outbox import Outbox, OwnedRequest, PendingOutput, add_outputs
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Internal
@@ -23,13 +23,13 @@ LIFE_S = 3600
 
 
 class Queue:
-    """A queue on which steps are published as a worker's service publishes them."""
+    """A queue on which steps are published as a worker's service does it."""
 
     def __init__(self, url: str) -> None:
-        """`url`: of a queue that nobody else uses."""
+        """url: of a queue that nobody else uses."""
         self._runner = asyncio.Runner()
         self._bus = Bus(url)
-        self._ledger = Ledger(WORKER)
+        self._outbox = Outbox(WORKER)
         self._numbers = count()
         self.publish_s = 0.0
 
@@ -38,7 +38,7 @@ class Queue:
         return f"profile-{next(self._numbers)}"
 
     def own(self, requests: Sequence[EngineRequest]) -> None:
-        """Submit requests and take them as this worker's."""
+        """Submit requests, assign them to this worker, and own them. Raises Internal if the queue refuses."""
         self._runner.run(self._own(requests))
 
     async def _own(self, requests: Sequence[EngineRequest]) -> None:
@@ -53,18 +53,20 @@ class Queue:
         if status != "ok":
             raise Internal(f"the queue says {status!r} to the profile's requests")
         entry = (await bus.entries(keys.work(WORKER)))[-1][0]
-        self._ledger.take(entry, [Held(r.rid, r.epoch, entry, GATEWAY, TENANT, len(r.prompt), 0) for r in requests])
+        self._outbox.take(
+            entry, [OwnedRequest(r.rid, r.epoch, entry, GATEWAY, TENANT, len(r.prompt), 0) for r in requests]
+        )
 
     def publish(self, outputs: Iterable[TokenOutput]) -> None:
-        """Make a step durable and visible; add the time that took to `publish_s`."""
+        """Make a step durable and visible, and add the time that takes to `publish_s`. Raises Internal if refused."""
         started = time.perf_counter()
-        pending: dict[str, Pending] = {}
-        merge(pending, outputs)
-        step = self._ledger.build(pending)
+        pending: dict[str, PendingOutput] = {}
+        add_outputs(pending, outputs)
+        step = self._outbox.build(pending)
         refused = self._runner.run(self._bus.step(WORKER, step))
         if refused:
             raise Internal(f"the queue refused {len(refused)} rows of a step")
-        self._ledger.commit(step, pending)
+        self._outbox.commit(step, pending)
         self.publish_s += time.perf_counter() - started
 
     def close(self) -> None:
@@ -91,7 +93,7 @@ class Decode:
     kind = "decode"
 
     def __init__(self, engine: Engine, queue: Queue, names: Sequence[str], prompt_tokens: int) -> None:
-        """names: the adapter of each sequence, "" for the base model."""
+        """names: the adapter of each sequence, "" for the base model. prompt_tokens: of each."""
         self.engine = engine
         self.queue = queue
         self.names = names
@@ -100,34 +102,35 @@ class Decode:
 
     @property
     def num_sequences(self) -> int:
+        """Sequences in a step."""
         return len(self.names)
 
     def check_room(self, num_steps: int) -> None:
-        """Raise BadRequest where this engine would not run all sequences at once for so many steps."""
+        """Raise BadRequest if the engine cannot run all sequences at once for `num_steps` steps."""
         config, number = self.engine.config, self.num_sequences
         if number > config.limits.max_num_seqs:
             raise BadRequest(f"--sequences: {number} is over max_num_seqs, {config.limits.max_num_seqs}")
-        # The first sequences make tokens while the prompts of the last ones are computed.
+        # The first sequences already make tokens while the prompts of the last ones are computed.
         num_prefills = -(-number * self._prompt_tokens // (config.limits.max_step_tokens - number + 1))
         num_tokens = self._prompt_tokens + num_prefills + num_steps
         if num_tokens > config.max_model_len:
             raise BadRequest(
                 f"prompt and steps come to {num_tokens} tokens a sequence, max_model_len is {config.max_model_len}"
             )
-        num_blocks = number * (1 - (-num_tokens // BLOCK_TOKENS))  # one more each: what the batcher keeps free
+        num_blocks = number * (1 - (-num_tokens // BLOCK_TOKENS))  # one more each, which the batcher keeps free
         if num_blocks > config.num_blocks:
             raise BadRequest(
                 f"{number} sequences need {num_blocks} KV blocks, kv_cache_bytes holds {config.num_blocks}"
             )
 
     def start(self) -> None:
-        """Bring every sequence to where steps are alike."""
+        """Submit all sequences and run steps until each of them decodes."""
         self._rids = self._ask(self.engine.config.max_model_len - self._prompt_tokens)
         while any(seq.num_output == 0 for seq in self.engine.batcher):
             self._step()
 
     def run(self, num_steps: int) -> None:
-        """Run some steps."""
+        """Run steps. Raises Internal if one leaves a sequence out."""
         for _ in range(num_steps):
             if self._step() != self.num_sequences:
                 raise Internal("a decode step left a sequence out")
@@ -138,7 +141,7 @@ class Decode:
             self.engine.cancel(rid)
 
     def _ask(self, max_new_tokens: int) -> list[str]:
-        """Give the engine one request per sequence, with prompts nobody has asked before; return their ids."""
+        """Give the engine one request per sequence, with prompts that no cache knows; return their ids."""
         vocab, rng = self.engine.model.vocab_size, np.random.default_rng()
         requests: list[EngineRequest] = []
         for name in self.names:
@@ -161,7 +164,7 @@ class Decode:
 
 
 class Prefill(Decode):
-    """Steps that compute prompts: as many at once as a step's budget holds, in rounds of one prompt per sequence."""
+    """Steps that compute prompts, as many as a step's budget holds, in rounds of one prompt per sequence."""
 
     kind = "prefill"
 
@@ -169,7 +172,7 @@ class Prefill(Decode):
         """Do nothing: every step is like the others."""
 
     def run(self, num_steps: int) -> None:
-        """Run whole rounds, until they had some steps."""
+        """Run whole rounds until they have had at least `num_steps` steps."""
         last = self.engine.counters.num_steps + num_steps
         while self.engine.counters.num_steps < last:
             self._ask(1)

@@ -1,1 +1,1 @@
-"""The asyncio side of a worker."""
+"""The asyncio side of a worker, and the thread that runs its engine."""

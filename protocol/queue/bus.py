@@ -363,6 +363,19 @@ class Bus(AdapterBus):
             pipe.expire(stream, 3600)
         return all((await pipe.execute())[2:])
 
+    async def join(self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int) -> None:
+        """Register a worker with its first beat. Raises Internal when live workers serve another model."""
+        keys = [self.keys.tag, self.keys.base, self.keys.workers, self.keys.worker_beat(beat.wid)]
+        outcome, known, args = b"changed", served, [beat.wid, m.encode(beat), ttl_ms, now_ms()]
+        while outcome == b"changed":
+            raw = await self.redis.get(self.keys.base)
+            known = served if raw is None else decode(raw, m.ServedModel)
+            smallest = msgspec.structs.replace(served, max_model_len=min(served.max_model_len, known.max_model_len))
+            bases = [raw or b"", int(known.fingerprint == served.fingerprint), m.encode(served), m.encode(smallest)]
+            outcome = await self._scripts.join(keys=keys, args=args + bases)
+        if outcome == b"refused":
+            raise Internal(f"this fleet serves {known.name} ({known.fingerprint:.12}); {served.name} cannot join it")
+
     async def create_stream(self, stream: str, ttl_s: int) -> None:
         """Make an empty stream with a TTL, so that writers using NOMKSTREAM reach it."""
         pipe = self.redis.pipeline(transaction=True)

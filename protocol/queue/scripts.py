@@ -8,7 +8,9 @@ from pathlib import Path
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 
-NAMES = ("submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position", "merge")
+NAMES = (
+    "submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position", "merge", "join"
+)  # fmt: skip
 _FOLDER = Path(__file__).parent / "lua"
 
 
@@ -26,6 +28,7 @@ class Scripts:
     repair: AsyncScript
     position: AsyncScript
     merge: AsyncScript
+    join: AsyncScript
 
     def __init__(self, client: Redis) -> None:
         common = (_FOLDER / "common.lua").read_text()

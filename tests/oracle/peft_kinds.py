@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.runner import StepInputs
-from gpu_worker.load import build_engine
 from gpu_worker.model.model import prepare_model
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
 from protocol.runtime.settings import Settings

@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
-from gpu_worker.load import build_engine
 from gpu_worker.model.model import prepare_model
 from protocol.runtime.settings import Settings
 from protocol.wire.messages import Sampling

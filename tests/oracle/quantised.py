@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.runner import MAX_OVER_SENSITIVITY
-from gpu_worker.load import build_engine
 from gpu_worker.model.checkpoint import quantisation_of, read_model
 from gpu_worker.model.model import last_digits_changed, prepare_model
 from protocol.runtime.settings import Settings

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle.peft_oracle import TINY_VOCAB, Oracle, ask, greedy_request, prompts, sixteen_loras, tiny_llama, warm
 
-from gpu_worker.load import build_engine
+from gpu_worker.build import build_engine
 from gpu_worker.model.compiled import decoder_layers
 from gpu_worker.model.model import prepare_model
 from protocol.runtime.settings import Settings

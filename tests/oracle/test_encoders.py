@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedModel
 
 from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.build import build_encoder_engine
 from gpu_worker.encoder.engine import EncoderEngine
 from gpu_worker.encoder.model import prepare_encoder
 from gpu_worker.encoder.pooling import Pooling
 from gpu_worker.engine.request import EngineRequest, TokenOutput
-from gpu_worker.load import build_encoder_engine
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Sampling, Task

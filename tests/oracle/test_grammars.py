@@ -188,18 +188,11 @@ def test_what_cannot_be_followed_fails_its_own_request_only(tiny: Oracle) -> Non
     assert "no tokenizer.json" in without.message
 
 
-def test_a_grammar_is_compiled_once(tiny: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_is_compiled_once(tiny: Oracle) -> None:
     engine = tiny.engine(TOKENIZER)
-    made: list[str] = []
-
-    def counted(tokens: LLTokenizer, text: str, **options: Any) -> LLMatcher:
-        made.append(text)
-        return LLMatcher(tokens, text, **options)
-
-    monkeypatch.setattr("gpu_worker.engine.grammars.LLMatcher", counted)
     [prompt] = prompts(1, VOCAB)
     request = replace(greedy_request("0", "", prompt, 4), grammar=GRAMMARS["choice"])
     first = ask(engine, [request])
     again = ask(engine, [replace(request, rid=str(i)) for i in range(1, 5)])
     assert set(map(tuple, again.ids.values())) == {tuple(first.ids["0"])}
-    assert made == [GRAMMARS["choice"]]
+    assert engine.grammars.num_compiled == 1

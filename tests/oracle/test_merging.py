@@ -30,8 +30,8 @@ from oracle.peft_kinds import (
 from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, prompts
 from peft import PeftModel
 
+from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
-from gpu_worker.load import build_engine
 from gpu_worker.model.model import prepare_model
 from peft_adapters.recipe import Merge, check_merge, digest_of_merge, merge_of
 from protocol.runtime.settings import Settings

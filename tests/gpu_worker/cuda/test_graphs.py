@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from factories import make_tiny_model
 
+from gpu_worker.build import load_engine
 from gpu_worker.cuda.graphs import DecodeLists, choose_size, graph_sizes
-from gpu_worker.load import load_engine
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, NotFound
 

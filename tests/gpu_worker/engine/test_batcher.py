@@ -13,8 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from gpu_worker.engine.batcher import BLOCK_TOKENS, MAX_SKIPS, Batcher, Limits, StepPlan
 from gpu_worker.engine.blocks import BlockPool
-from gpu_worker.engine.prompt_logprobs import PromptLogprobs
-from gpu_worker.engine.request import EngineRequest, Sequence
+from gpu_worker.engine.logprobs import PromptLogprobs
+from gpu_worker.engine.request import EngineRequest
+from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.speculation import Drafter
 from protocol.wire.messages import Sampling, StepModel
 

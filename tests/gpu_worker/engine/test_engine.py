@@ -15,11 +15,10 @@ from factories import make_adapter, make_tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from gpu_worker.adapters import failures
+from gpu_worker.adapters.failures import Failures
 from gpu_worker.adapters.fetch import AdapterFiles
-from gpu_worker.engine.engine import Engine
+from gpu_worker.build import load_engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
-from gpu_worker.load import load_engine
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.settings import Settings
@@ -127,8 +126,8 @@ def test_an_adapter_that_cannot_be_had_fails_its_requests_only(running: Running)
     assert "fault of ours" not in str(ends["crash"].error)
 
 
-def test_a_failed_adapter_is_tried_again_for_a_new_request(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failures, "TROUBLE", Backoff(0.0, 0.0))
+def test_a_failed_adapter_is_tried_again_for_a_new_request(running: Running) -> None:
+    running.thread.engine.adapters._failures = Failures(trouble=Backoff(0.0, 0.0))
     for _ in range(2):
         running.thread.submit(request("x", "missing"))
         running.ends({"x"})
@@ -146,7 +145,7 @@ def test_nothing_waits_for_a_cold_adapter(running: Running) -> None:
     assert "cold" in running.thread.stats().resident
 
 
-def test_stop_strings_are_found_in_the_text_of_the_adapters_own_tokenizer(folder: Path) -> None:
+def test_stop_strings_are_found_with_the_adapters_own_tokenizer(folder: Path) -> None:
     running = Running(folder)
     own = Tokenizer(WordLevel({f"word{i}": i for i in range(running.served.vocab_size)}, "word0"))
     running.store.tokenizers = {"warm": own.to_str(), "cut": "{"}
@@ -236,7 +235,7 @@ def test_a_cancelled_request_is_silent_and_frees_everything(running: Running) ->
     assert stats.kv_blocks_free == stats.kv_blocks_total
 
 
-def test_a_request_delivered_twice_runs_once_and_a_newer_epoch_takes_its_place(running: Running) -> None:
+def test_a_second_delivery_is_ignored_and_a_newer_epoch_replaces(running: Running) -> None:
     running.store.open.clear()
     for epoch in (1, 1, 3, 2):
         running.thread.submit(replace(request("x", "warm"), epoch=epoch))
@@ -281,13 +280,13 @@ def test_the_engine_waits_for_steps_to_be_acknowledged(folder: Path) -> None:
     running.thread.stop()
 
 
-def test_a_crash_is_reported_once_and_nothing_hangs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_is_reported_once_and_nothing_hangs(folder: Path) -> None:
     running = Running(folder)
 
-    def crash(_engine: Engine) -> None:
+    def crash() -> list[TokenOutput]:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(Engine, "step", crash)
+    running.thread.engine.step = crash
     running.thread.submit(request("x"))
     assert str(running.death.get(timeout=60)) == "out of luck"
     running.thread.submit(request("y"))
@@ -325,7 +324,7 @@ def test_served_model_tells_what_adapters_can_target(running: Running) -> None:
 def test_what_steps_cost_is_learnt_with_the_adapters_that_ran(running: Running) -> None:
     engine = running.thread.engine
     learnt: list[tuple[float, int, int, int]] = []
-    engine._fit.add = lambda *step: learnt.append(step)
+    engine.meter.fit.add = lambda *step: learnt.append(step)
     running.thread.submit(request("x", "warm", num_tokens=3))
     running.ends({"x"})
     works = [work for _, *work in learnt]

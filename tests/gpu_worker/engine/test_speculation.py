@@ -12,7 +12,7 @@ def tokens(*ids: int) -> np.ndarray:
     return np.array(ids, np.int32)
 
 
-def test_what_followed_the_same_three_tokens_is_guessed_before_what_followed_two() -> None:
+def test_a_match_of_three_tokens_is_preferred_to_one_of_two() -> None:
     text = tokens(1, 2, 3, 40, 41, 9, 2, 3, 50, 51, 1, 2, 3)
     assert Drafter(8).propose(text, 8) == [40, 41, 9, 2]
 

@@ -9,8 +9,8 @@ import pytest
 from factories import make_tokenizer
 from tokenizers import Tokenizer
 
-from gpu_worker.engine.request import EngineRequest, Sequence
-from gpu_worker.engine.stop import StopCheck
+from gpu_worker.engine.request import EngineRequest
+from gpu_worker.engine.stop import StopRules
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Sampling
 
@@ -24,12 +24,12 @@ def tokenizer() -> Tokenizer:
 
 def check(
     tokenizer: Tokenizer | None, max_new: int = 100, sampling: Sampling | None = None, **fields: Any
-) -> StopCheck:
+) -> StopRules:
     request = EngineRequest("r", 1, "", np.array([5, 6], np.int32), sampling or Sampling(), max_new, **fields)
-    return StopCheck(Sequence(request, 1000), frozenset({EOS}), tokenizer)
+    return StopRules(request, max_new, frozenset({EOS}), tokenizer)
 
 
-def feed(stop: StopCheck, ids: list[int]) -> tuple[int, str]:
+def feed(stop: StopRules, ids: list[int]) -> tuple[int, str]:
     """Return how many ids were taken before the end, and the end."""
     for i, token in enumerate(ids, 1):
         finish = stop.add(token)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.request import urlopen
 
+import msgspec
 import numpy as np
 import pytest
 from script_queue import written
 from waiting import wait_until
 
 from benchmarks.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine, expected_token, fake_served
-from gpu_worker.service.service import Worker, publish_served
+from gpu_worker.service.service import Worker
 from protocol.queue.bus import Bus, Refused, Step, decode, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -23,16 +25,23 @@ from protocol.wire.errors import Internal
 GATEWAY = "g-test"
 VOCAB = 1000
 PROMPT = np.arange(1, 6, dtype="<i4")
+SERVED = fake_served(vocab_size=VOCAB)
+OTHER = fake_served("other", vocab_size=17)
 
 
 @asynccontextmanager
 async def running_worker(
-    bus: Bus, *, step_s: float = 0.002, **settings: Any
+    bus: Bus,
+    *,
+    engine: FakeEngine | None = None,
+    step_s: float = 0.002,
+    served: m.ServedModel = SERVED,
+    **settings: Any,
 ) -> AsyncIterator[tuple[Worker, asyncio.Event]]:
     """A worker on the queue; leaving the block drains it."""
-    engine = FakeEngine(step_s=step_s, vocab_size=VOCAB)
+    engine = engine or FakeEngine(step_s=step_s, vocab_size=VOCAB)
     own = Bus(bus.url)
-    worker = Worker(own, engine, fake_served(vocab_size=VOCAB), Settings(worker_name="w", **settings))
+    worker = Worker(own, engine, served, Settings(worker_name="w", **settings))
     stop = asyncio.Event()
     task = asyncio.create_task(worker.run(stop))
     try:
@@ -129,7 +138,7 @@ async def test_a_fenced_worker_writes_nothing_more(bus: Bus) -> None:
         await wait_until(lambda: _has_tokens(bus, "r", 3), "some tokens are durable")
         assert await bus.requeue(worker.wid, ["r"], counts=True, max_attempts=3) == {"r": "requeued"}
         length = len(await log(bus, "r"))
-        await wait_until(lambda: "r" not in worker.ledger.held, "the worker lets go")
+        await wait_until(lambda: "r" not in worker.outbox.owned, "the worker lets go")
         assert len(await log(bus, "r")) == length
         assert worker.engine.stats().running == 0
     assert await state(bus, "r") == "queued"
@@ -181,11 +190,82 @@ async def test_a_log_that_lost_its_end_is_mended_before_more_is_written(bus: Bus
 
 
 async def test_workers_of_another_model_may_not_join(bus: Bus) -> None:
-    await publish_served(bus, fake_served(vocab_size=VOCAB))
-    async with running_worker(bus):
+    async with running_worker(bus) as (worker, _):
+        stranger = Worker(bus, FakeEngine(vocab_size=17), OTHER, Settings())
         with pytest.raises(Internal, match="cannot join"):
-            await publish_served(bus, fake_served("other", vocab_size=17))
-    await publish_served(bus, fake_served("other", vocab_size=17))  # nobody serves the old one any more
+            await stranger.run(asyncio.Event())
+        assert await bus.members(bus.keys.workers) == [worker.wid]
+        assert not await bus.redis.exists(bus.keys.work(stranger.wid), bus.keys.ctl(stranger.wid))
+    async with running_worker(bus, served=OTHER):  # nobody serves the old one any more
+        assert await bus.get(bus.keys.base, m.ServedModel) == OTHER
+
+
+@pytest.mark.parametrize("num_each", [1, 4])
+async def test_of_workers_that_start_together_one_model_joins(bus: Bus, num_each: int) -> None:
+    buses = [Bus(bus.url) for _ in range(2 * num_each)]
+    workers = [
+        Worker(own, FakeEngine(vocab_size=VOCAB), (SERVED, OTHER)[i % 2], Settings()) for i, own in enumerate(buses)
+    ]
+    stop = asyncio.Event()
+    runs = [asyncio.create_task(worker.run(stop)) for worker in workers]
+    try:
+        await wait_until(lambda: _num_joined_or_refused(bus, runs, len(workers)), "each has joined or been refused")
+        base = await bus.get(bus.keys.base, m.ServedModel)
+        assert base in (SERVED, OTHER)
+        joined = {worker.served.name for worker, run in zip(workers, runs, strict=True) if not run.done()}
+        assert joined == {base.name}
+    finally:
+        stop.set()
+        outcomes = await asyncio.gather(*runs, return_exceptions=True)
+        for own in buses:
+            await own.close()
+    refused = [outcome for outcome in outcomes if outcome != 0]
+    assert len(refused) == num_each
+    assert all(isinstance(outcome, Internal) for outcome in refused)
+
+
+async def _num_joined_or_refused(bus: Bus, runs: list[asyncio.Task[int]], num: int) -> bool:
+    return len(await bus.members(bus.keys.workers)) + sum(run.done() for run in runs) == num
+
+
+async def test_the_fleet_promises_what_its_smallest_worker_can_hold(bus: Bus) -> None:
+    small = msgspec.structs.replace(SERVED, max_model_len=50)
+
+    async def promised() -> int:
+        base = await bus.get(bus.keys.base, m.ServedModel)
+        assert base is not None
+        return base.max_model_len
+
+    async with running_worker(bus, served=small), running_worker(bus):
+        assert await promised() == 50
+    async with running_worker(bus):
+        assert await promised() == SERVED.max_model_len
+
+
+async def test_joining_again_leaves_no_task_behind(bus: Bus) -> None:
+    def num_waits() -> int:
+        return sum(task.get_coro().__qualname__ == "Event.wait" for task in asyncio.all_tasks())
+
+    async with running_worker(bus) as (worker, _):
+        for _ in range(3):
+            old = worker.wid
+            await bus.leave(old)
+            worker._beat_now.set()
+            await wait_until(lambda old=old: worker.wid != old and _beats(bus, worker), "it is back")
+            await wait_until(lambda: num_waits() == 2, "it waits for its end and its engine's, and nothing else waits")
+
+
+async def test_the_worker_reads_no_faster_than_its_engine_takes(bus: Bus) -> None:
+    engine, room = FakeEngine(vocab_size=VOCAB), Future[None]()
+    engine.room = lambda: room
+    async with running_worker(bus, engine=engine) as (worker, _):
+        for digest in ("a", "b"):
+            await bus.tell([(worker.wid, m.Control(kind="prefetch", digest=digest))])
+        for _ in range(20):
+            await bus.redis.ping()
+        assert engine.orders == []
+        room.set_result(None)
+        await wait_until(lambda: engine.orders == [("prefetch", "a"), ("prefetch", "b")], "the orders are obeyed")
 
 
 async def test_a_worker_taken_for_dead_joins_again_under_a_new_id(bus: Bus) -> None:
@@ -209,7 +289,7 @@ async def test_a_worker_taken_for_dead_joins_again_under_a_new_id(bus: Bus) -> N
             assert await log(bus, rid) == expected(300)
 
 
-async def test_steps_given_up_when_fenced_are_not_owed_to_the_engine(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_steps_given_up_when_fenced_are_not_owed_to_the_engine(bus: Bus) -> None:
     await bus.create_stream(bus.keys.out(GATEWAY), 300)
     async with running_worker(bus, step_s=0.0005) as (worker, _):
         write, writing = worker.bus.step, asyncio.Event()
@@ -221,7 +301,7 @@ async def test_steps_given_up_when_fenced_are_not_owed_to_the_engine(bus: Bus, m
         for i in range(MAX_UNACKED + 1):
             rid, old = f"r{i}", worker.wid
             writing.clear()
-            monkeypatch.setattr(worker.bus, "step", never_answer)
+            worker.bus.step = never_answer
             await submit(bus, rid, max_new=100_000)
             assert await assign(bus, old, rid) == "ok"
             await wait_until(writing.is_set, "a step is being written")
@@ -229,13 +309,13 @@ async def test_steps_given_up_when_fenced_are_not_owed_to_the_engine(bus: Bus, m
             await bus.leave(old)
             worker._beat_now.set()
             await wait_until(lambda old=old: worker.wid != old and _beats(bus, worker), "it is back")
-        monkeypatch.setattr(worker.bus, "step", write)
+        worker.bus.step = write
         await submit(bus, "last", max_new=50)
         assert await assign(bus, worker.wid, "last") == "ok"
         await wait_until(lambda: _is(bus, "last", "completed"), "it still works")
 
 
-async def test_a_worker_that_leaves_does_not_come_back(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_leaves_does_not_come_back(bus: Bus) -> None:
     async with running_worker(bus) as (worker, stop):
         wid, delete_stream = worker.wid, worker.bus.delete_stream
 
@@ -246,7 +326,7 @@ async def test_a_worker_that_leaves_does_not_come_back(bus: Bus, monkeypatch: py
                 await bus.redis.ping()
             return gone
 
-        monkeypatch.setattr(worker.bus, "delete_stream", delete_and_ask_for_a_beat)
+        worker.bus.delete_stream = delete_and_ask_for_a_beat
         stop.set()
         await wait_until(lambda: _is_off(bus, worker), "it has left")
     assert worker.wid == wid

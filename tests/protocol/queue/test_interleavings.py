@@ -16,7 +16,7 @@ import pytest
 from script_queue import written
 
 from gateway.calls.replies import Cursor
-from gpu_worker.service.publish import Held, Ledger, Pending, settle
+from gpu_worker.service.outbox import Outbox, OwnedRequest, PendingOutput
 from lorafleet.embedded import EmbeddedServer
 from protocol.queue import scripts, verified
 from protocol.queue.bus import Bus, Refused, Step, decode, now_ms
@@ -34,8 +34,8 @@ class Life:
     def __init__(self, wid: str, number: int) -> None:
         self.wid = wid
         self.number = number
-        self.ledger = Ledger(wid)
-        self.pending: dict[str, Pending] = {}
+        self.outbox = Outbox(wid)
+        self.pending: dict[str, PendingOutput] = {}
         self.last = b"0"
 
 
@@ -148,11 +148,11 @@ class World:
             life.last = entry
             items = decode(fields[b"b"], list[m.Assigned])
             held = [
-                Held(item.rid, item.epoch, entry, GATEWAY, "t", 1, 0,
+                OwnedRequest(item.rid, item.epoch, entry, GATEWAY, "t", 1, 0,
                      bytearray(self.run(self.bus.redis.get(self.bus.keys.tok(item.rid))) or b""))
                 for item in items
             ]  # fmt: skip
-            life.ledger.take(entry, held)
+            life.outbox.take(entry, held)
 
     def step(self) -> None:
         self.engine_step(self.random.choice(list(self.lives.values())), self._maybe())
@@ -163,7 +163,7 @@ class World:
             self.engine_step(life, self._maybe())
 
     def engine_step(self, life: Life, lose_reply: bool) -> None:
-        for rid, held in life.ledger.held.items():
+        for rid, held in life.outbox.owned.items():
             if rid in life.pending:
                 continue
             position = held.num_logged
@@ -171,19 +171,19 @@ class World:
                 continue
             token = position * 1000 + life.number
             finish = "length" if position + 1 == LENGTH else ""
-            life.pending[rid] = Pending(ids=token.to_bytes(4, "little"), finish=finish)
+            life.pending[rid] = PendingOutput(ids=token.to_bytes(4, "little"), finish=finish)
         while True:
-            step = life.ledger.build(life.pending)
+            step = life.outbox.build(life.pending)
             if not step.rows and not step.done_entries:
                 break
             refused = self.write_step(life.wid, step, lose_reply)
             if refused is None:
                 return  # pending stays: the same step is written again later
             if not refused:
-                life.ledger.commit(step, life.pending)
+                life.outbox.commit(step, life.pending)
                 break
-            verdict = settle(life.ledger, life.pending, refused)
-            assert not verdict.repairs, "no log lost its end here"
+            recovery = life.outbox.recover(life.pending, refused)
+            assert not recovery.repairs, "no log lost its end here"
         life.pending.clear()
 
     def write_step(self, wid: str, step: Step, lose_reply: bool) -> list[Refused] | None:
@@ -283,7 +283,7 @@ class World:
                 assert ended_as == state, "a request ended twice"
                 assert last_log == log or self.may_mend, "tokens were written after the end"
             for life in self.lives.values():
-                held = life.ledger.held.get(rid)
+                held = life.outbox.owned.get(rid)
                 if held is not None and owner == life.wid.encode() and held.epoch == int(epoch):
                     known = _ids(bytes(held.log))
                     assert log[: len(known)] == known, "the owner goes on from tokens that are not the log's"

@@ -14,8 +14,8 @@ import pytest
 from script_queue import written
 
 from gpu_worker.engine.request import TokenOutput
-from gpu_worker.service import publish
-from gpu_worker.service.publish import Held, Ledger, Pending, merge, settle
+from gpu_worker.service import outbox
+from gpu_worker.service.outbox import Outbox, OwnedRequest, PendingOutput, add_outputs
 from lorafleet.embedded import EmbeddedServer
 from protocol.queue.bus import decode
 from protocol.wire import messages as m
@@ -55,7 +55,7 @@ class LosingWorld(World):
 
     def __init__(self, url: str, seed: int) -> None:
         self.engines: dict[str, dict[str, int]] = {}  # wid -> request -> next position
-        self.in_flight: dict[str, dict[str, Pending]] = {}  # wid -> what it is writing
+        self.in_flight: dict[str, dict[str, PendingOutput]] = {}  # wid -> what it is writing
         self.unaware: set[str] = set()  # wids that have not noticed the restart
         self.gateway_unaware = False
         self.buried: list[str] = []
@@ -108,19 +108,19 @@ class LosingWorld(World):
         start = b"(" + life.last if life.last != b"0" else "-"
         for entry, fields in self.run(self.bus.redis.xrange(self.bus.keys.work(life.wid), min=start)):
             life.last = entry
-            if life.ledger.knows(entry):
+            if life.outbox.knows(entry):
                 continue
             held = [self._held(item, entry) for item in decode(fields[b"b"], list[m.Assigned])]
-            for rid in life.ledger.take(entry, held):
+            for rid in life.outbox.take(entry, held):
                 del self.engines[life.wid][rid]
             for request in held:
                 life.pending.pop(request.rid, None)
                 # The engine ignores what it has: see `Engine._start`.
                 self.engines[life.wid].setdefault(request.rid, request.num_logged)
 
-    def _held(self, item: m.Assigned, entry: bytes) -> Held:
+    def _held(self, item: m.Assigned, entry: bytes) -> OwnedRequest:
         log = self.run(self.bus.redis.get(self.bus.keys.tok(item.rid))) or b""
-        return Held(item.rid, item.epoch, entry, GATEWAY, "t", 1, 0, bytearray(log))
+        return OwnedRequest(item.rid, item.epoch, entry, GATEWAY, "t", 1, 0, bytearray(log))
 
     def engine_step(self, life: Life, lose_reply: bool) -> None:
         engine = self.engines[life.wid]
@@ -132,7 +132,7 @@ class LosingWorld(World):
             engine[rid] += 1
             if finish:
                 del engine[rid]
-        merge(life.pending, outputs)
+        add_outputs(life.pending, outputs)
         if not self.in_flight[life.wid]:
             self.in_flight[life.wid], life.pending = life.pending, {}
         self.write(life, lose_reply)
@@ -141,21 +141,21 @@ class LosingWorld(World):
         """Write what is in flight; with a lost reply it stays so, whatever is assigned meanwhile."""
         pending = self.in_flight[life.wid]
         while True:
-            step = life.ledger.build(pending)
+            step = life.outbox.build(pending)
             if not step.rows and not step.done_entries:
                 break
             refused = self.write_step(life.wid, step, lose_reply)
             if refused is None:
                 return
             if not refused:
-                life.ledger.commit(step, pending)
+                life.outbox.commit(step, pending)
                 break
-            verdict = settle(life.ledger, pending, refused)
-            for held in verdict.repairs:
+            recovery = life.outbox.recover(pending, refused)
+            for held in recovery.repairs:
                 self.run(self.bus.repair(held.rid, 0, bytes(held.log), b"", 0))
-            for rid in verdict.dropped:
+            for rid in recovery.dropped:
                 self.engines[life.wid].pop(rid, None)
-            self.requeue(life.wid, verdict.returned)
+            self.requeue(life.wid, recovery.returned)
         pending.clear()
 
     def requeue(self, wid: str, rids: list[str]) -> None:
@@ -293,12 +293,12 @@ def never_resubmit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def let_the_engine_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = Ledger.take
-    monkeypatch.setattr(Ledger, "take", lambda self, entry, requests: take(self, entry, requests) and [])
+    take = Outbox.take
+    monkeypatch.setattr(Outbox, "take", lambda self, entry, requests: take(self, entry, requests) and [])
 
 
 def write_wherever_the_log_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publish, "Pending", lambda seq0=-1, **fields: Pending(-1, **fields))
+    monkeypatch.setattr(outbox, "PendingOutput", lambda seq0=-1, **fields: PendingOutput(-1, **fields))
 
 
 @pytest.mark.parametrize(

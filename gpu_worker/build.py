@@ -1,4 +1,4 @@
-"""From settings to a running engine: the model, the sizes of its caches, what the fleet may know of it."""
+"""From settings to a running engine: the model, the sizes of its caches, and what the fleet is told of it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from gpu_worker.encoder.model import EncoderModel, prepare_encoder
 from gpu_worker.encoder.pooling import read_pooling
 from gpu_worker.engine.batcher import BLOCK_TOKENS, Limits
 from gpu_worker.engine.engine import Engine, EngineConfig
-from gpu_worker.engine.thread import EngineThread
 from gpu_worker.memory import GiB, free_bytes, share
 from gpu_worker.model.checkpoint import read_config, read_model, task_of
 from gpu_worker.model.compiled import compile_errors, warm
 from gpu_worker.model.model import BaseModel, choose_device, choose_dtype, load_model
+from gpu_worker.service.engine_thread import EngineThread
 from lora_kernels import ops
 from peft_adapters.recipe import merge_of
 from peft_adapters.texts import TOKENIZER
@@ -44,19 +44,22 @@ logger = logging.getLogger(__name__)
 
 
 Fetch = Callable[[str], AdapterFiles | Rows]
-"""An adapter's files by digest, or what has been packed of them. Called in loader threads; may block."""
+"""Returns an adapter's files by digest, or rows packed from them. Called in loader threads; may block."""
 
 FetchFiles = Callable[[str], AdapterFiles]
-"""An adapter's files by digest, always."""
+"""Returns an adapter's files by digest. Called in loader threads; may block."""
 
 Describe = Callable[[list[RowSite], m.ServedModel, str], object]
-"""Tells who fetches for which model to pack, and the hash of the model's tokenizer.json."""
+"""Told the model that adapters are packed for: its LoRA sites, the model, the hash of its tokenizer.json."""
 
 
 def load_engine(
     settings: Settings, fetch: Fetch, describe: Describe | None = None, fetch_files: FetchFiles | None = None
 ) -> tuple[EngineThread, m.ServedModel]:
-    """Load the model and build an engine around it. Takes seconds to minutes. Raises BadRequest, Internal."""
+    """Load the model and build an engine around it, whose thread is not started. Takes seconds to minutes.
+
+    fetch, describe, fetch_files: how adapters come; see `build_engine` for the last. Raises BadRequest, Internal.
+    """
     started = time.monotonic()
     device = choose_device(settings.device)
     if device.type == "cpu":
@@ -98,13 +101,14 @@ def build_engine(
 ) -> tuple[Engine, m.ServedModel]:
     """Allocate the caches of a loaded model and put the engine together.
 
-    fetch_files is only needed where `fetch` may return rows: they cannot be merged.
+    tokenizer: the model's, if it has one. fetch_files: needed where `fetch` may return rows, which cannot be merged.
+    Raises BadRequest for settings that contradict each other or a model that is computed wrongly.
     """
     config = engine_config(model, settings)
     served = served_model(model, config.max_model_len, settings)
     cache = adapter_cache(model, served, settings, fetch, fetch_files)
     with compile_errors():
-        engine = Engine(model, config, cache, tokenizer)  # which checks it
+        engine = Engine(model, config, cache, tokenizer)
         if settings.compile:
             warm(model)
     record_steps(engine, settings)
@@ -114,7 +118,7 @@ def build_engine(
 def build_encoder_engine(
     model: EncoderModel, settings: Settings, fetch: Fetch, fetch_files: FetchFiles | None = None
 ) -> tuple[EncoderEngine, m.ServedModel]:
-    """Put the engine of a loaded encoder together; as `build_engine`."""
+    """Put the engine of a loaded encoder together. Arguments and errors as of `build_engine`."""
     if settings.compile or settings.cuda_graphs == "on":
         raise BadRequest("compile and cuda_graphs are for models that generate text, not for encoders")
     max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
@@ -133,8 +137,8 @@ def adapter_cache(
     fetch: Fetch,
     fetch_files: FetchFiles | None = None,
 ) -> AdapterCache:
-    """Allocate the adapter pool of a loaded model; see `build_engine`."""
-    # Two workers of one machine start at the same time: what is free is for all of them.
+    """Allocate the adapter pool of a loaded model. Arguments as of `build_engine`."""
+    # The workers of one machine start at the same time and share what is free.
     free = free_bytes(model.device) // (settings.workers if model.device.type == "cpu" else 1)
     on_cpu = model.device.type == "cpu"
     pool_bytes = share(settings.adapter_pool_bytes, free, 0.25, 2 * GiB if on_cpu else 16 * GiB)
@@ -143,14 +147,14 @@ def adapter_cache(
     weights = PoolWeights(model.sites, model.shared, pool_bytes, model.device, extra_bytes)
     packer = Packer(model.sites, served, model.places, pin=not on_cpu)
 
-    order = [name for name, _ in model.module.named_modules()]
-    whole = fetch_files or _whole(fetch)
+    module_names = [name for name, _ in model.module.named_modules()]
+    read_files = fetch_files or _files_only(fetch)
     tokenizers = _Tokenizers()
 
     def read(digest: str) -> HostAdapter:
         merge = merge_of(digest)
         if merge is not None:
-            return merge_adapters(digest, merge, [whole(part) for part in merge.digests], packer, order)
+            return merge_adapters(digest, merge, [read_files(part) for part in merge.digests], packer, module_names)
         files = fetch(digest)
         if isinstance(files, Rows):
             adapter = packer.wrap(digest, files)
@@ -161,17 +165,17 @@ def adapter_cache(
     return AdapterCache(weights, read, host_bytes)
 
 
-def _whole(fetch: Fetch) -> FetchFiles:
-    def whole(digest: str) -> AdapterFiles:
+def _files_only(fetch: Fetch) -> FetchFiles:
+    def read_files(digest: str) -> AdapterFiles:
         files = fetch(digest)
-        assert isinstance(files, AdapterFiles), "rows were given where files are needed"
+        assert isinstance(files, AdapterFiles), "`fetch` returns rows, so that `fetch_files` is needed"
         return files
 
-    return whole
+    return read_files
 
 
 def record_steps(engine: Engine, settings: Settings) -> None:
-    """Record the decode steps where there is a GPU. Raises BadRequest where that is demanded and cannot be done."""
+    """Record the decode steps where there is a GPU. Raises BadRequest if settings demand it and it cannot be done."""
     device = engine.model.device
     if device.type != "cuda" and settings.cuda_graphs == "on":
         raise BadRequest(f"cuda_graphs is on, but the device is {device.type}")
@@ -189,7 +193,7 @@ def record_steps(engine: Engine, settings: Settings) -> None:
 
 
 class _Tokenizers:
-    """The last few tokenizers that adapters brought: many bring the same. For several threads."""
+    """The tokenizers that adapters brought, the last few: many bring the same one. Usable from several threads."""
 
     def __init__(self, max_kept: int = 8) -> None:
         self._max_kept = max_kept
@@ -204,7 +208,7 @@ class _Tokenizers:
             if found is None:
                 try:
                     found = Tokenizer.from_str(text)
-                except Exception as error:  # the library has no type of its own for what it cannot read
+                except Exception as error:  # the library raises plain Exception for what it cannot read
                     raise AdapterRefused([f"its {TOKENIZER} cannot be read: {error}"]) from error
             self._kept[key] = found
             if len(self._kept) > self._max_kept:
@@ -221,7 +225,7 @@ def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:
         max_step_tokens,
         settings.prefix_cache,
         settings.max_draft_tokens,
-        max_draft_step_tokens=16 if on_cpu else 256,  # about where a step begins to cost more by the token
+        max_draft_step_tokens=16 if on_cpu else 256,  # about where more tokens begin to make a step longer
     )
     free = free_bytes(model.device) // (settings.workers if on_cpu else 1)
     kv_bytes = share(settings.kv_cache_bytes, free, 0.25 if on_cpu else 0.6, 2 * GiB if on_cpu else 1 << 62)
@@ -238,14 +242,14 @@ def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:
 
 
 def _step_sizes(device: torch.device, settings: Settings) -> tuple[int, int]:
-    """Return how many requests and how many tokens a step may have."""
+    """Return the most requests and the most tokens of a step."""
     on_cpu = device.type == "cpu"
     max_num_seqs = settings.max_num_seqs or (64 if on_cpu else 256)
     return max_num_seqs, max(settings.max_step_tokens or (512 if on_cpu else 2048), max_num_seqs)
 
 
 def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: Settings) -> m.ServedModel:
-    """Return what the fleet may know of the model."""
+    """Return what the fleet is told of the model."""
     is_encoder = isinstance(model, EncoderModel)
     return m.ServedModel(
         model=settings.model,

@@ -1,0 +1,145 @@
+"""What every engine does around its batches: adapters come and go, outputs wait to be put out, steps are measured."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import copy
+from typing import Any
+
+from gpu_worker.adapters.cache import AdapterCache
+from gpu_worker.adapters.orders import Orders
+from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
+from gpu_worker.engine.step_model import StepMeter
+from protocol.wire.errors import LorafleetError
+
+
+class BaseEngine(ABC):
+    """Requests in, one `step` at a time, outputs out. Used by one thread, but for what `wake_with` says."""
+
+    def __init__(self, adapters: AdapterCache) -> None:
+        self.adapters = adapters
+        self.residency = Orders(adapters)
+        self.meter = StepMeter()
+        self.counters = self.meter.counters
+        self.can_step = False  # whether the next step may do something without a new request or adapter
+        self._outputs: list[TokenOutput] = []  # put out at the end of the next step
+        adapters.on_evicted = self._on_evicted
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is held or any output waits to be put out."""
+        return bool(self._held() or self._outputs)
+
+    @abstractmethod
+    def add(self, request: EngineRequest) -> None:
+        """Take a request. What is wrong with it is put out by the next step as its error.
+
+        A newer epoch of a request replaces an older one; one that was delivered twice is ignored.
+        """
+
+    @abstractmethod
+    def step(self) -> list[TokenOutput]:
+        """Compute one batch. Returns what it made of each request that got a token or ended."""
+
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """Return the engine's figures as they are now."""
+
+    def cancel(self, rid: str) -> None:
+        """Forget a request; nothing more is put out for it."""
+        self._outputs = [output for output in self._outputs if output.rid != rid]
+        self._drop(rid)
+
+    def hand_over(self) -> list[str]:
+        """Forget all requests; returns their ids."""
+        rids = list(self._held())
+        for rid in rids:
+            self._drop(rid)
+        self._outputs = []
+        return rids
+
+    def prefetch(self, digest: str) -> None:
+        """Bring an adapter towards the pool, for a request that will come."""
+        self.adapters.prefetch(digest)
+
+    def wake_with(self, wake: Callable[[], object]) -> None:
+        """Have `wake` called, from any thread, when something has come that a step may go on with."""
+        self.adapters.on_loaded = wake
+
+    def close(self) -> None:
+        """Start nothing more in other threads."""
+        self.adapters.close()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every page and reference of the adapter pool is accounted for."""
+        self.adapters.pool.check_integrity()
+
+    # ------------------------------------------------------------ for engines
+
+    @abstractmethod
+    def _held(self) -> Collection[str]:
+        """Return the ids of all requests, a view."""
+
+    @abstractmethod
+    def _drop(self, rid: str) -> None:
+        """Forget a request, if it is held, and free what it holds."""
+
+    @abstractmethod
+    def _waiting(self) -> Iterable[EngineRequest]:
+        """Yield the requests that wait to be run."""
+
+    @abstractmethod
+    def _fail_waiting(self, rid: str, error: LorafleetError) -> None:
+        """End a request that waits with an error."""
+
+    def _note_use(self, request: EngineRequest) -> None:
+        """Tell the fleet that a request for an adapter has come."""
+        if request.digest:
+            self.adapters.news.used(request.digest, resident=self.adapters.is_resident(request.digest))
+
+    def _collect_adapters(self) -> None:
+        """Take the adapters that have been loaded since the last step; end the requests for those that cannot be."""
+        self._fail_requests_for(self.adapters.poll())
+
+    def _request_adapters(self) -> None:
+        """Load what waiting requests and pins need. Call it after the batch is chosen: none of its adapters may go."""
+        wanted = self._wanted_adapters()
+        self._fail_requests_for(self.adapters.load([*wanted, *self.residency.wanted()]))
+        self.residency.settle(wanted)
+
+    def _wanted_adapters(self) -> list[str]:
+        return [request.digest for request in self._waiting() if request.digest]
+
+    def _fail_requests_for(self, failed: Mapping[str, LorafleetError]) -> None:
+        """End the requests that wait for adapters, by digest, that cannot be loaded."""
+        if not failed:
+            return
+        self.residency.note(failed)
+        for request in list(self._waiting()):
+            if request.digest in failed:
+                self._fail_waiting(request.rid, failed[request.digest])
+
+    def _sum_ranks(self, slots: Iterable[int]) -> int:
+        """Return the sum of ranks of the distinct adapters in `slots`; -1 is none."""
+        return int(self.adapters.slot_ranks[[slot for slot in set(slots) if slot >= 0]].sum())
+
+    def _stats(self, **own: Any) -> EngineStats:
+        """Return the figures that all engines have, and an engine's `own`."""
+        return EngineStats(
+            step_ms=1000 * self.meter.step_s,
+            tokens_per_s=self.meter.tokens_per_s,
+            step_model=self.meter.fit.model(),
+            counters=copy(self.counters),
+            **self.residency.figures(self._wanted_adapters()),
+            **own,
+        )
+
+    def _put_out(self) -> list[TokenOutput]:
+        """Return all outputs that wait."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _on_evicted(self, digest: str) -> None:
+        """Count an adapter that has left the pool."""
+        self.counters.num_evictions += 1

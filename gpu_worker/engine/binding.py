@@ -1,0 +1,150 @@
+"""From a request to a sequence that can run: checks, stop rules, and what its adapter and its grammar mean for it."""
+
+from __future__ import annotations
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from gpu_worker.adapters.cache import AdapterCache
+from gpu_worker.engine.grammars import Grammars
+from gpu_worker.engine.logprobs import PromptLogprobs
+from gpu_worker.engine.request import EngineRequest
+from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.speculation import Drafter
+from gpu_worker.engine.stop import StopRules
+from gpu_worker.model.model import BaseModel
+from protocol.wire.errors import BadRequest
+
+NEVER = 1 << 40
+"""A position behind every text."""
+
+
+class RequestBinder:
+    """Opens requests as sequences, and binds each to its adapter and its grammar once these are there.
+
+    An adapter may bring a tokenizer and a vocabulary of its own, so that much of a request cannot be checked before.
+    Methods return how a request has ended already, "" if it has not: a worker that dies between a request's last token
+    and its end leaves one whose output is complete.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel,
+        adapters: AdapterCache,
+        grammars: Grammars,
+        tokenizer: Tokenizer | None,
+        *,
+        max_model_len: int,
+        max_draft_tokens: int,
+    ) -> None:
+        """tokenizer: the base model's. max_draft_tokens: guesses that a sequence may add to a step; 0: none."""
+        self._model = model
+        self._adapters = adapters
+        self._grammars = grammars
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._max_draft_tokens = max_draft_tokens
+
+    def open(self, request: EngineRequest) -> tuple[Sequence, str]:
+        """Return a request's sequence, and how it has ended already. Raises BadRequest for what no step can compute."""
+        check_request(request, self._max_model_len)
+        if not request.digest:
+            check_ids(request, self._model.vocab_size)
+        seq = Sequence(request, self._max_model_len)
+        if request.sampling.prompt_logprobs and not request.output:
+            seq.prompt_logprobs = PromptLogprobs(request.prompt, request.sampling.num_logprobs or 0)
+        if self._max_draft_tokens:
+            seq.drafter = Drafter(self._max_draft_tokens)
+        if request.digest and any(request.stop):  # the adapter's tokenizer may be another
+            return seq, ""
+        finish = self._apply_stop_rules(seq, self._tokenizer)
+        if request.grammar and not request.digest and not finish:
+            self._compile_grammar(seq, self._tokenizer)
+        return seq, finish
+
+    def bind(self, seq: Sequence) -> str:
+        """Resolve a sequence's adapter, which is in the pool, and its grammar; return how it has ended already.
+
+        Sets `is_bound` unless the grammar is still being compiled. Raises BadRequest, Internal.
+        """
+        finish = self._bind_adapter(seq) if seq.request.digest else ""
+        return finish or self._bind_grammar(seq)
+
+    def _bind_adapter(self, seq: Sequence) -> str:
+        request = seq.request
+        extras = self._adapters.extras.get(request.digest)
+        check_ids(request, (extras.vocab_size if extras is not None else 0) or self._model.vocab_size)
+        tokenizer = self._adapters.tokenizers.get(request.digest, self._tokenizer)
+        if seq.stop_rules is None:
+            finish = self._apply_stop_rules(seq, tokenizer)
+            if finish:
+                return finish
+        if request.grammar and seq.pending_matcher is None:
+            self._compile_grammar(seq, tokenizer)
+        invocation = self._adapters.invocations.get(request.digest)
+        if invocation:
+            seq.activates, seq.active_from = True, activation_start(request.prompt, invocation)
+            seq.num_base = 0 if extras is not None and extras.reaches_all_rows else seq.active_from
+        return ""
+
+    def _bind_grammar(self, seq: Sequence) -> str:
+        if seq.pending_matcher is not None:
+            if not seq.pending_matcher.done():
+                return ""
+            seq.matcher = seq.pending_matcher.result()
+            if seq.matcher.is_complete:
+                return "stop"
+        seq.is_bound = True
+        return ""
+
+    def _apply_stop_rules(self, seq: Sequence, tokenizer: Tokenizer | None) -> str:
+        """Set a sequence's stop rules and feed them the output so far; return how that ends it."""
+        rules = StopRules(seq.request, seq.max_tokens - seq.num_prompt, self._model.eos_ids, tokenizer)
+        seq.stop_rules = rules
+        finish = ""
+        for token in seq.request.output:
+            finish = finish or rules.add(token)
+        return finish
+
+    def _compile_grammar(self, seq: Sequence, tokenizer: Tokenizer | None) -> None:
+        """Start compiling a sequence's grammar in another thread."""
+        request = seq.request
+        seq.pending_matcher = self._grammars.make(request.grammar, tokenizer, request.output, request.stop_token_ids)
+
+
+def check_request(request: EngineRequest, max_model_len: int) -> None:
+    """Raise BadRequest for what no step can compute. max_model_len: tokens of prompt and output."""
+    if request.task != "generate":
+        raise BadRequest(f"this worker's model generates text; it does not {request.task}")
+    num = len(request.prompt)
+    if num == 0:
+        raise BadRequest("the prompt is empty", param="prompt")
+    if num >= max_model_len:
+        raise BadRequest(
+            f"the prompt has {num} tokens, this model takes at most {max_model_len} with the output",
+            code="context_length_exceeded",
+        )
+    if request.max_new_tokens < 1:
+        raise BadRequest("max_new_tokens must be at least 1", param="max_tokens")
+
+
+def check_ids(request: EngineRequest, vocab_size: int) -> None:
+    """Raise BadRequest for token ids that the model, or the adapter, does not have."""
+    if request.prompt.min() < 0 or request.prompt.max() >= vocab_size:
+        raise BadRequest(f"the prompt holds token ids outside 0 … {vocab_size - 1}", param="prompt")
+    ids = [*request.sampling.logit_bias, *request.stop_token_ids]
+    if any(not 0 <= token < vocab_size for token in ids):
+        raise BadRequest(f"logit_bias or stop_token_ids holds ids outside 0 … {vocab_size - 1}")
+
+
+def activation_start(prompt: np.ndarray, invocation: tuple[int, ...]) -> int:
+    """Return the position from which an activated LoRA counts: the last `invocation` in the prompt, or `NEVER`.
+
+    prompt: int32 [P]. Activated LoRA: Greenewald et al. 2025, arXiv 2504.12397.
+    """
+    wanted = np.array(invocation, prompt.dtype)
+    if len(wanted) > len(prompt):
+        return NEVER
+    windows = np.lib.stride_tricks.sliding_window_view(prompt, len(wanted))
+    found = np.flatnonzero((windows == wanted).all(-1))
+    return int(found[-1]) if len(found) else NEVER

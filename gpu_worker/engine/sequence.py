@@ -1,0 +1,110 @@
+"""A request's state inside the engine."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import numpy as np
+
+from gpu_worker.engine.grammars import Matcher
+from gpu_worker.engine.logprobs import PromptLogprobs
+from gpu_worker.engine.request import EngineRequest, TokenOutput
+from gpu_worker.engine.speculation import Drafter
+from gpu_worker.engine.stop import StopRules
+from protocol.wire.errors import LorafleetError
+
+
+class Sequence:
+    """A request's tokens and how far they are computed.
+
+    Of `num_tokens` known tokens, `num_computed` have their keys and values cached. A prefill chunk, a decode, a prefix
+    hit and a resumption after preemption differ in these two numbers only.
+    """
+
+    def __init__(self, request: EngineRequest, max_len: int) -> None:
+        """max_len: tokens of prompt and output that the model can hold."""
+        self.request = request
+        self.num_prompt = len(request.prompt)
+        self.num_tokens = self.num_prompt + len(request.output)
+        self.max_tokens = min(self.num_prompt + request.max_new_tokens, max_len)  # the length that ends it
+        self._tokens = np.empty(max(self.max_tokens, self.num_tokens), np.int32)
+        self._tokens[: self.num_prompt] = request.prompt
+        self._tokens[self.num_prompt : self.num_tokens] = request.output
+        self.num_computed = 0
+        self.num_cached: int | None = None  # prompt tokens found in the prefix cache when first admitted
+        self.blocks: list[int] = []
+        self.hashes: list[bytes] = []  # of the full blocks, as far as known
+        self.slot = -1  # adapter slot while running, -1 for the base model
+        self.num_skips = 0  # plans that passed it over for lack of blocks
+        self.gives_way = request.gives_way  # to others' prompts, unless it has been passed over too often
+        self.over_share = request.over_share
+
+        # True once adapter and grammar are resolved, which sets the fields below; only then it may run.
+        self.is_bound = not (request.digest or request.grammar)
+        self.activates = False  # whether the adapter's LoRA counts from `active_from` on only
+        self.active_from = 0  # position of the first token that the LoRA counts for
+        self.num_base = 0  # tokens from the beginning whose keys and values are the base model's
+        self.stop_rules: StopRules | None = None  # None until the tokenizer that they need is known
+        self.pending_matcher: Future[Matcher] | None = None  # result of grammar compilation
+        self.matcher: Matcher | None = None  # of its grammar, if it has one
+        self.drafter: Drafter | None = None  # guesses its next tokens, where the engine speculates
+        self.prompt_logprobs: PromptLogprobs | None = None  # recorded until its first token comes, if wanted
+
+    @property
+    def rid(self) -> str:
+        """The request's id."""
+        return self.request.rid
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens known."""
+        return self.num_tokens - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens known but not computed; 1 is a decode."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All known token ids: int32 [num_tokens], a view."""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def output(self) -> np.ndarray:
+        """Output token ids: int32 [num_output], a view."""
+        return self._tokens[self.num_prompt : self.num_tokens]
+
+    def append(self, token: int) -> None:
+        """Add an output token."""
+        self._tokens[self.num_tokens] = token
+        self.num_tokens += 1
+
+    def accept(self, token: int) -> str:
+        """Add an output token and apply stop rules and grammar; return how it ends the request, "" if it does not."""
+        assert self.stop_rules is not None
+        self.append(token)
+        finish = self.stop_rules.add(token)
+        if self.matcher is None or finish == "stop":
+            return finish
+        self.matcher.consume(token)
+        return "stop" if self.matcher.is_complete else finish
+
+    def put_out(self, ids: list[int], finish: str = "", logprobs: bytes = b"") -> TokenOutput:
+        """Return the output that tells of the newest tokens, `ids`, and of the end if there is one."""
+        return TokenOutput(
+            rid=self.rid,
+            epoch=self.request.epoch,
+            seq0=self.num_output - len(ids),
+            ids=ids,
+            logprobs=logprobs,
+            finish=finish,
+            stop=self.stop_rules.stop if self.stop_rules is not None and finish == "stop" else "",
+            num_cached_tokens=self.num_cached or 0,
+        )
+
+    def fail(self, error: LorafleetError) -> TokenOutput:
+        """Return the output that ends the request with an error."""
+        output = self.put_out([], "error")
+        output.error = error
+        return output

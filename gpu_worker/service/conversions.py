@@ -1,0 +1,89 @@
+"""From the queue's messages to what engine and outbox hold, and from the engine's figures to a beat. Pure."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from gpu_worker.engine.request import EngineRequest, EngineStats
+from gpu_worker.service.outbox import Outbox, OwnedRequest
+from protocol.queue.bus import Entry, decode, now_ms
+from protocol.wire import messages as m
+
+
+def assignments_in(entry: Entry) -> list[m.Assigned]:
+    """Return the requests that an entry of a work stream assigns. Raises ProtocolError."""
+    raw = entry[1].get(b"b", b"")
+    return decode(raw, list[m.Assigned]) if raw else []
+
+
+def owned_request(item: m.Assigned, entry: bytes, body: m.Body | None, log: bytes, logprobs: bytes) -> OwnedRequest:
+    """Return an assigned request as the outbox keeps it.
+
+    entry: id of the work entry. body: None if it has expired. log, logprobs: int32 ids and records written so far.
+    """
+    if body is None:
+        return OwnedRequest(item.rid, item.epoch, entry, item.gateway, item.tenant, 0, 0)
+    num_top = body.sampling.num_logprobs
+    record_bytes = 0 if num_top is None else m.logprob_record_bytes(num_top)
+    return OwnedRequest(
+        item.rid, item.epoch, entry, item.gateway, item.tenant, len(body.prompt) // 4, record_bytes,
+        bytearray(log), bytearray(logprobs), body.task,
+    )  # fmt: skip
+
+
+def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
+    """Return an assigned request as the engine takes it; `log` holds the int32 ids written so far."""
+    return EngineRequest(
+        rid=item.rid,
+        epoch=item.epoch,
+        digest=item.digest,
+        prompt=np.frombuffer(body.prompt, "<i4"),
+        output=np.frombuffer(log, "<i4").tolist(),
+        sampling=body.sampling,
+        max_new_tokens=body.max_new_tokens,
+        stop=body.stop,
+        stop_token_ids=body.stop_token_ids,
+        salt=body.salt,
+        lora_scale=body.lora_scale,
+        gives_way=item.gives_way,
+        over_share=item.over_share,
+        grammar=body.grammar,
+        task=body.task,
+    )
+
+
+def worker_beat(
+    name: str, model: str, stats: EngineStats, outbox: Outbox, *, publish_s: float, draining: bool
+) -> m.WorkerBeat:
+    """Return what a worker says of itself.
+
+    name, model: of the worker, and of the model it serves. publish_s: seconds it has waited for step scripts.
+    """
+    return m.WorkerBeat(
+        wid=outbox.wid,
+        name=name,
+        model=model,
+        capacity=0 if draining else stats.capacity,
+        max_step_tokens=stats.max_step_tokens,
+        running=stats.running,
+        waiting=stats.waiting,
+        waiting_adapter=stats.waiting_adapter,
+        progress=[(request.rid, request.num_logged) for request in outbox.owned.values()],
+        kv_blocks_free=stats.kv_blocks_free,
+        kv_blocks_total=stats.kv_blocks_total,
+        pool_bytes_free=stats.pool_bytes_free,
+        pool_bytes_total=stats.pool_bytes_total,
+        step_ms=stats.step_ms,
+        tokens_per_s=stats.tokens_per_s,
+        step_model=stats.step_model,
+        resident=stats.resident,
+        loading=stats.loading,
+        host=stats.host,
+        pinned=stats.pinned,
+        num_loads=stats.num_loads,
+        num_fetches=stats.num_fetches,
+        counters=msgspec.structs.replace(stats.counters, publish_s=publish_s),
+        draining=draining,
+        sent_ms=now_ms(),
+    )

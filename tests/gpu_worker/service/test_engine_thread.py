@@ -1,0 +1,168 @@
+"""The engine's thread, around an engine without a model: whoever waits for it gets an answer, whatever it raises."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
+from gpu_worker.service.engine_thread import EngineThread
+from protocol.wire.messages import Sampling
+
+WAIT_S = 30.0
+
+
+class IdleEngine:
+    """An engine that holds what it is given and puts nothing out."""
+
+    def __init__(self) -> None:
+        self.can_step = False
+        self.has_work = False
+        self.held: list[str] = []
+        self.wake: Callable[[], object] = lambda: None
+        self.stepping = threading.Event()  # set once a step has begun
+        self.go = threading.Event()  # cleared: a step does not end
+        self.go.set()
+        self.num_steps = 0
+
+    def wake_with(self, wake: Callable[[], object]) -> None:
+        self.wake = wake
+
+    def add(self, request: EngineRequest) -> None:
+        self.held.append(request.rid)
+
+    def cancel(self, rid: str) -> None:
+        self.held.remove(rid)
+
+    def hand_over(self) -> list[str]:
+        rids, self.held = self.held, []
+        return rids
+
+    def step(self) -> list[TokenOutput]:
+        self.num_steps += 1
+        self.stepping.set()
+        assert self.go.wait(WAIT_S)
+        return []
+
+    def stats(self) -> EngineStats:
+        return EngineStats(capacity=1)
+
+    def check_integrity(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Running:
+    """An engine thread that has been started, and its deaths."""
+
+    def __init__(self, engine: IdleEngine, **limits: int) -> None:
+        self.engine = engine
+        self.deaths: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self.thread = EngineThread(engine, **limits)  # type: ignore[arg-type]
+        self.thread.start(lambda outputs: None, self.deaths.put)
+
+    def hold(self) -> None:
+        """Keep the thread in the middle of a step."""
+        self.engine.go.clear()
+        self.engine.stepping.clear()
+        self.engine.wake()
+        assert self.engine.stepping.wait(WAIT_S)
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[..., Running]]:
+    started: list[Running] = []
+
+    def start(engine: IdleEngine, **limits: int) -> Running:
+        started.append(Running(engine, **limits))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.engine.go.set()
+        running.thread.stop()
+
+
+def request(rid: str) -> EngineRequest:
+    return EngineRequest(rid, 1, "", np.array([1], np.int32), Sampling(), 1)
+
+
+def broken(*_args: Any) -> Any:
+    raise RuntimeError("out of luck")
+
+
+@pytest.mark.parametrize("method", ["hand_over", "add"])
+def test_a_crash_before_or_in_a_hand_over_leaves_nobody_waiting(run: Callable[..., Running], method: str) -> None:
+    engine = IdleEngine()
+    running = run(engine)
+    running.hold()
+    setattr(engine, method, broken)
+    running.thread.submit(request("x"))
+    handed_over = [running.thread.hand_over() for _ in range(2)]
+    engine.go.set()
+    assert [future.result(WAIT_S) for future in handed_over] == [[], []]
+    assert str(running.deaths.get(timeout=WAIT_S)) == "out of luck"
+
+
+def test_a_hand_over_nobody_waits_for_any_more_harms_nothing(run: Callable[..., Running]) -> None:
+    engine = IdleEngine()
+    running = run(engine)
+    running.hold()
+    assert running.thread.hand_over().cancel()
+    running.thread.submit(request("x"))
+    engine.go.set()
+    assert running.thread.hand_over().result(WAIT_S) in ([], ["x"])
+    running.thread.submit(request("y"))
+    assert "y" in running.thread.hand_over().result(WAIT_S)
+    assert running.deaths.empty()
+
+
+def test_what_has_arrived_wakes_the_engine_once(run: Callable[..., Running]) -> None:
+    engine = IdleEngine()
+    running = run(engine)
+    running.hold()
+    num_steps = engine.num_steps
+    for _ in range(5000):
+        engine.wake()
+    engine.go.set()
+    running.thread.hand_over().result(WAIT_S)
+    running.thread.hand_over().result(WAIT_S)
+    assert engine.num_steps <= num_steps + 2
+    assert running.thread.num_commands == 0
+
+
+def test_a_full_inbox_has_no_room_until_the_engine_takes_its_commands(run: Callable[..., Running]) -> None:
+    engine = IdleEngine()
+    running = run(engine, max_commands=3)
+    running.hold()
+    assert running.thread.room().done()
+    for rid in "abc":
+        running.thread.submit(request(rid))
+    room, given_up = running.thread.room(), running.thread.room()
+    assert not room.done()
+    assert given_up.cancel()
+    engine.go.set()
+    assert room.result(WAIT_S) is None
+    assert running.thread.hand_over().result(WAIT_S) == ["a", "b", "c"]
+
+
+def test_an_engine_that_died_has_room_for_what_it_ignores(run: Callable[..., Running]) -> None:
+    engine = IdleEngine()
+    running = run(engine, max_commands=1)
+    running.hold()
+    engine.add = broken
+    running.thread.submit(request("x"))
+    room = running.thread.room()
+    engine.go.set()
+    assert room.result(WAIT_S) is None
+    running.deaths.get(timeout=WAIT_S)
+    running.thread.submit(request("y"))
+    assert running.thread.room().done()
+    assert running.thread.num_commands == 0
