@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.adapters.orders import Orders
-from gpu_worker.engine.batcher import Batcher, Limits, StepPlan
+from gpu_worker.engine.batcher import Batcher, BatchLimits, StepPlan
 from gpu_worker.engine.blocks import BlockPool
 from gpu_worker.engine.grammars import Grammars
 from gpu_worker.engine.prompt_logprobs import PromptLogprobs, take_parts
@@ -40,7 +40,7 @@ NEVER = 1 << 40
 class EngineConfig:
     """Sizes of one engine, all decided."""
 
-    limits: Limits
+    limits: BatchLimits
     num_blocks: int
     max_model_len: int  # tokens of prompt and output of one request
 

@@ -32,8 +32,7 @@ class EngineRequest:
     stop_token_ids: list[int] = field(default_factory=list)
     salt: str = ""  # separates the prefix caches of tenants
     lora_scale: float = 1.0  # multiplies the adapter's own scale
-    gives_way: bool = False  # to the prompts of others, see `Batcher.plan`
-    over_share: bool = False  # others take its place and blocks where they lack them
+    yields: bool = False  # to requests that do not, see `Batcher`
     grammar: str = ""  # that the output must follow, as in `messages.Body`
     task: m.Task = "generate"
 
@@ -82,8 +81,7 @@ class Sequence:
         self.drafter: Drafter | None = None  # guesses its next tokens, if that is wished
         self.prompt_logprobs: PromptLogprobs | None = None  # being recorded, until its first token comes
         self.num_skips = 0  # plans that passed it over for lack of blocks
-        self.gives_way = request.gives_way  # to others' prompts, unless it has been passed over too often
-        self.over_share = request.over_share
+        self.yields = request.yields  # until it has been passed over too often
 
     @property
     def rid(self) -> str:

@@ -11,8 +11,12 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 CONFIG_VARIABLE = "LORAFLEET_CONFIG"
 
+BLOCK_TOKENS = 16
+"""Tokens of a KV block."""
+
 SHORT_STEP_TOKENS_PER_SEQ = 2
-"""Tokens of a step, per sequence that a worker runs at most, up to which prompts that give way to others are computed.
+"""Tokens of a short step per request that a worker runs at most. Prompts that yield are computed in short steps while
+the worker has requests that do not.
 
 A prompt that comes in the middle of a step waits for its end. With one token for each decode, as many are left for the
 next prompts: where these are no longer than the answers, that is all that the worker can use in the long run.
