@@ -24,7 +24,7 @@ from benchmarks.fleet import RunningFleet, Setup, adapter_bytes, fleet, make_ada
 from lorafleet.bench import BenchConfig, BenchResult, Target, run_bench
 from protocol.wire import messages as m
 from protocol.wire.keys import INTERACTIVE
-from scheduler.core import Policy
+from scheduler.core import SchedulerConfig
 from scheduler.placement import AdapterFacts, Bandwidths
 from scheduler.simulation.policies import POLICIES, make_dispatcher
 from scheduler.simulation.run import Arrival, Simulation
@@ -88,7 +88,7 @@ def simulated_figures(
     arrivals: Sequence[Arrival], model: WorkerModel, facts: dict[str, AdapterFacts]
 ) -> dict[str, float]:
     """Return the same of a simulation."""
-    outcome = Simulation(make_dispatcher(POLICIES[0], Policy(), facts), model, 1, facts).run(arrivals)
+    outcome = Simulation(make_dispatcher(POLICIES[0], SchedulerConfig(), facts), model, 1, facts).run(arrivals)
     first = np.array([request.first_ms - request.submitted_ms for request in outcome.requests])
     whole = np.array([request.ended_ms - request.submitted_ms for request in outcome.requests])
     return {

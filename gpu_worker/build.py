@@ -24,7 +24,7 @@ from gpu_worker.cuda.graphs import Unrecordable
 from gpu_worker.encoder.engine import EncoderConfig, EncoderEngine
 from gpu_worker.encoder.model import EncoderModel, prepare_encoder
 from gpu_worker.encoder.pooling import read_pooling
-from gpu_worker.engine.batcher import BLOCK_TOKENS, Limits
+from gpu_worker.engine.batcher import BatchLimits
 from gpu_worker.engine.engine import Engine, EngineConfig
 from gpu_worker.memory import GiB, free_bytes, share
 from gpu_worker.model.checkpoint import read_config, read_model, task_of
@@ -36,7 +36,7 @@ from peft_adapters.recipe import merge_of
 from peft_adapters.texts import TOKENIZER
 from protocol.queue.bus import now_ms
 from protocol.runtime.model_files import WEIGHT_FILES, model_folder, served_name
-from protocol.runtime.settings import Settings
+from protocol.runtime.settings import BLOCK_TOKENS, Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import AdapterRefused, BadRequest
 
@@ -220,7 +220,7 @@ def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:
     """Decide every size of the engine. Raises BadRequest when settings contradict each other."""
     on_cpu = model.device.type == "cpu"
     max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
-    limits = Limits(
+    limits = BatchLimits(
         max_num_seqs,
         max_step_tokens,
         settings.prefix_cache,

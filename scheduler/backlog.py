@@ -1,59 +1,66 @@
-"""What is queued, in the order in which it should be dispatched.
+"""What is queued, in the order in which it should be dispatched. Pure.
 
-Tenants come by their token counters, a tenant's requests by deadline, with one queue per adapter, so that a request
-whose adapter is nowhere never stands before others. Requests of a class lie in one of two lanes: `warm`, whose
-adapter is on some worker (or who need none), and `cold`. Requests that a worker has had before come first of all.
+Tenants come by their virtual token counters, a tenant's requests by deadline in one queue per adapter, so that a
+request whose adapter is on no worker never blocks others. Requests of a class lie in one of two fair queues: `warm`,
+whose adapter is resident on some worker (or who need none), and `cold`. Requests that a worker has had before come
+first of all.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from heapq import heapify, heappop, heappush, heapreplace
+from typing import NamedTuple
 
 from protocol.wire.keys import CLASSES
-from scheduler.fairness import TokenCounters
-from scheduler.request import BASE, Request, decrement
+from scheduler.fairness import VirtualTokenCounters
+from scheduler.request import BASE, QueuedRequest, decrement
 
 MAX_QUEUES_PER_VISIT = 8
-"""Adapter queues of one tenant looked at before the next tenant's turn."""
+"""Adapter queues of one tenant whose first request is offered before the next tenant's turn."""
 
 
-class Verdict(Enum):
-    """What became of a request offered for dispatch."""
+class OfferResult(Enum):
+    """What became of a request that was offered for dispatch."""
 
     PLACED = 0
-    HELD = 1  # a better worker is worth waiting for; others may pass within the slack
-    BLOCKED = 2  # no worker may take it now, but one may take others
-    FULL = 3  # no worker takes any request of this lane
-    BARRED = 4  # no worker takes any of those who give way
+    HELD = 1  # it should wait for a better worker; others may pass it within the slack
+    BLOCKED = 2  # no worker may take it now, but some worker may take others
+    FULL = 3  # no worker takes any request of this fair queue
+    FULL_FOR_YIELDING = 4  # no worker takes any request that yields
 
 
-Offer = Callable[[Request, bool], Verdict]
-"""Try to dispatch a request; with True it may not be held."""
+Offer = Callable[[QueuedRequest, bool], OfferResult]
+"""Try to dispatch a request. If the second argument is True, it may not be held."""
+
+Yields = Callable[[str], bool]
+"""Return whether a tenant's requests yield to those of others."""
 
 
 @dataclass(slots=True)
-class _Queue:
-    """One tenant's requests for one adapter, a heap. Dropped requests stay until they come up or are too many."""
+class _AdapterQueue:
+    """One tenant's requests for one adapter: a heap. Dropped requests stay until they come up or are too many."""
 
-    heap: list[tuple[int, int, Request]] = field(default_factory=list)
+    heap: list[tuple[int, int, QueuedRequest]] = field(default_factory=list[tuple[int, int, QueuedRequest]])
     num_live: int = 0
 
-    def push(self, request: Request) -> None:
+    def push(self, request: QueuedRequest) -> None:
         deadline, order = request.sort_key
         heappush(self.heap, (deadline, order, request))
         self.num_live += 1
 
-    def head(self) -> Request | None:
+    def head(self) -> QueuedRequest | None:
+        """Return the first request, after discarding dropped ones before it."""
         while self.heap and self.heap[0][2].dropped:
             heappop(self.heap)
         return self.heap[0][2] if self.heap else None
 
     def forget_one(self) -> None:
+        """Account for a request that was marked as dropped."""
         self.num_live -= 1
         if len(self.heap) > 2 * self.num_live + 16:
             self.heap = [item for item in self.heap if not item[2].dropped]
@@ -62,14 +69,20 @@ class _Queue:
 
 @dataclass(slots=True)
 class _Tenant:
-    """One tenant's adapter queues in one lane. `order` holds (deadline, arrival, digest) of heads, maybe outdated."""
+    """One tenant's adapter queues in a fair queue. `order` holds (deadline, arrival, digest) of heads, maybe stale."""
 
-    token: int  # marks the one entry of the lane's heap that counts
-    queues: dict[str, _Queue] = field(default_factory=dict)
-    order: list[tuple[int, int, str]] = field(default_factory=list)
+    serial: int  # of the tenant's one valid entry in the fair queue's heap
+    queues: dict[str, _AdapterQueue] = field(default_factory=dict[str, _AdapterQueue])
+    order: list[tuple[int, int, str]] = field(default_factory=list[tuple[int, int, str]])
+
+    def head(self, digest: str) -> QueuedRequest | None:
+        """Return the first request for an adapter."""
+        queue = self.queues.get(digest)
+        return queue.head() if queue else None
 
     def note_head(self, digest: str) -> None:
-        head = self.queues[digest].head()
+        """Enter the first request for an adapter into `order`."""
+        head = self.head(digest)
         if head is not None:
             heappush(self.order, (*head.sort_key, digest))
         if len(self.order) > 2 * len(self.queues) + 16:
@@ -77,53 +90,63 @@ class _Tenant:
             self.order = [(*head.sort_key, name) for head, name in heads if head is not None]
             heapify(self.order)
 
-    def pop_head(self) -> Request | None:
+    def pop_head(self) -> QueuedRequest | None:
         """Take the entry of the first queue out of `order` and return that queue's first request."""
         while self.order:
             deadline, arrival, digest = heappop(self.order)
-            queue = self.queues.get(digest)
-            head = queue.head() if queue else None
+            head = self.head(digest)
             if head is not None and head.sort_key == (deadline, arrival):
                 return head
         return None
 
+    def put_back(self, requests: Sequence[QueuedRequest]) -> None:
+        """Undo `pop_head` for those of the requests that are still queued."""
+        for request in requests:
+            if not request.dropped:
+                heappush(self.order, (*request.sort_key, request.submit.digest))
 
-def _nobody(tenant: str) -> bool:
-    return False
+
+class _Turn(NamedTuple):
+    """A tenant's entry in the heap of a fair queue. Stale when the counter has risen or the serial is not current."""
+
+    counter: float
+    serial: int
+    tenant: str
 
 
-class Lane:
-    """Queued requests of one class and temperature."""
+class FairQueue:
+    """Queued requests of one class, warm or cold, served by their tenants' virtual token counters."""
 
-    def __init__(self, counters: TokenCounters) -> None:
-        self._counters = counters
-        self._tenants: dict[str, _Tenant] = {}
-        self._heap: list[tuple[float, int, str]] = []  # (counter, token, tenant); counters only rise, so never too high
+    def __init__(self, counters: VirtualTokenCounters) -> None:
+        self.counters = counters
+        self.tenants: dict[str, _Tenant] = {}
+        self.turns: list[_Turn] = []  # a heap; counters only rise, so no entry's counter is too high
         self._waiting: dict[str, set[str]] = {}  # digest -> tenants with a queue for it
-        self._tokens = 0
+        self._num_serials = 0
 
     def __bool__(self) -> bool:
-        return bool(self._tenants)
+        return bool(self.tenants)
 
-    def push(self, request: Request) -> None:
+    def push(self, request: QueuedRequest) -> None:
+        """Queue a request."""
         name, digest = request.submit.tenant, request.submit.digest
-        tenant = self._tenants.get(name)
+        tenant = self.tenants.get(name)
         if tenant is None:
-            self._tokens += 1
-            tenant = self._tenants[name] = _Tenant(self._tokens)
-            heappush(self._heap, (self._counters.lift(name), self._tokens, name))
+            self._num_serials += 1
+            tenant = self.tenants[name] = _Tenant(self._num_serials)
+            heappush(self.turns, _Turn(self.counters.lift(name), self._num_serials, name))
         queue = tenant.queues.get(digest)
         if queue is None:
-            queue = tenant.queues[digest] = _Queue()
+            queue = tenant.queues[digest] = _AdapterQueue()
             self._waiting.setdefault(digest, set()).add(name)
         queue.push(request)
         if queue.head() is request:
             tenant.note_head(digest)
 
-    def forget(self, request: Request) -> None:
+    def forget(self, request: QueuedRequest) -> None:
         """Account for a request that was just marked as dropped."""
         name, digest = request.submit.tenant, request.submit.digest
-        tenant = self._tenants[name]
+        tenant = self.tenants[name]
         queue = tenant.queues[digest]
         was_head = queue.heap[0][2] is request
         queue.forget_one()
@@ -132,193 +155,211 @@ class Lane:
         elif was_head:
             tenant.note_head(digest)
 
-    def take_out(self, digest: str) -> list[Request]:
+    def take_out(self, digest: str) -> list[QueuedRequest]:
         """Remove and return all requests for an adapter."""
-        taken: list[Request] = []
+        taken: list[QueuedRequest] = []
         for name in tuple(self._waiting.get(digest, ())):
-            taken += [item[2] for item in self._tenants[name].queues[digest].heap if not item[2].dropped]
+            taken += [item[2] for item in self.tenants[name].queues[digest].heap if not item[2].dropped]
             self._close(name, digest)
         return taken
 
     def _close(self, name: str, digest: str) -> None:
-        tenant = self._tenants[name]
+        tenant = self.tenants[name]
         del tenant.queues[digest]
         if not tenant.queues:
-            del self._tenants[name]
+            del self.tenants[name]
         tenants = self._waiting[digest]
         tenants.discard(name)
         if not tenants:
             del self._waiting[digest]
 
-    def scan(
-        self, offer: Offer, *, slack: float, max_refused: int, gives_way: Callable[[str], bool] = _nobody
-    ) -> float | None:
-        """Offer requests by their tenants' counters until no worker takes more.
+    def scan(self, offer: Offer, *, slack: float, max_refused: int, yields: Yields) -> float | None:
+        """Offer requests by their tenants' counters until no worker takes more or `max_refused` were refused.
 
-        A tenant more than `slack` above one whose request was held is not served before it: the held request is
-        then offered once more, and may not be held any more. Where there is no more room for tenants that give way
-        they are passed over.
-        Returns None when every request was refused or no worker takes more; else, when it stopped after
-        `max_refused` offers or a tenant had more queues than are looked at, the counter up to which it may go on
-        with `scan_adapters`.
+        A tenant whose counter is more than `slack` tokens above that of one whose request is held is not served before
+        it: the held request is then offered again, and may not be held any more. When there is no more room for
+        requests that yield, their tenants are passed over.
+
+        Returns None if every request was refused or no worker takes more. If requests are left that were not offered,
+        returns the counter up to which `scan_adapters` may serve them.
         """
-        looked_at_all = True
-        aside: list[tuple[float, int, str]] = []  # tenants of which nothing was placed
-        held: deque[tuple[float, Request]] = deque()  # by counter
-        barred = False
-        while max_refused > 0 and (top := self._top()) is not None:
-            counter, _, name = top
-            if held and counter > held[0][0] + slack:
-                level, request = held.popleft()
-                verdict = self._offer(offer, request, True, level)
-            elif barred and gives_way(name):
-                aside.append(heappop(self._heap))
-                continue
-            else:
-                tenant = self._tenants[name]
-                verdict, request, num_refused = self._visit(tenant, offer, held[0][0] if held else None)
-                max_refused -= num_refused
-                looked_at_all = looked_at_all and (
-                    verdict in (Verdict.PLACED, Verdict.BARRED) or len(tenant.queues) <= MAX_QUEUES_PER_VISIT
-                )
-                if verdict in (Verdict.HELD, Verdict.BLOCKED, Verdict.BARRED):
-                    aside.append(heappop(self._heap))
-                if verdict is Verdict.HELD and request is not None:
-                    held.append((counter, request))
-            if verdict is Verdict.BARRED and not barred:
-                barred = True
-                if all(map(gives_way, self._tenants)):
-                    verdict = Verdict.FULL
-            if verdict is Verdict.FULL:
-                looked_at_all = True
-                break
-        else:
-            looked_at_all = looked_at_all and max_refused > 0
-        for entry in aside:
-            heappush(self._heap, entry)
-        if len(self._heap) > 2 * len(self._tenants) + 16:
-            self._heap = [entry for entry in self._heap if self._is_current(entry)]
-            heapify(self._heap)
-        if looked_at_all:
-            return None
-        return held[0][0] + slack if held else math.inf
+        return _Scan(self, offer, slack, max_refused, yields).run()
 
-    def scan_adapters(
-        self,
-        digests: Collection[str],
-        offer: Offer,
-        max_counter: float,
-        gives_way: Callable[[str], bool] = _nobody,
-    ) -> int:
-        """Offer requests for these adapters alone, by counter up to `max_counter`, until one is refused.
+    def scan_adapters(self, digests: Collection[str], offer: Offer, max_counter: float, yields: Yields) -> int:
+        """Offer requests for these adapters only, by counter up to `max_counter`, until one is refused.
 
-        Finds work for a worker whose adapters are those of requests far back. Returns how many were placed.
+        Finds work for a worker whose resident adapters are wanted only by requests far back. Returns how many were
+        placed.
         """
-        few, many = sorted((digests, self._waiting), key=len)
-        num_placed, barred = 0, False
-        queues = [(digest, name) for digest in few if digest in many for name in self._waiting[digest]]
-        heads: list[tuple[float, int, int, str, str]] = []
-        for digest, name in queues:
-            head = self._tenants[name].queues[digest].head()
-            if head is not None and self._counters[name] <= max_counter:
-                heads.append((self._counters[name], *head.sort_key, digest, name))
-        heapify(heads)
+        heads = self._heads(digests, max_counter)
+        num_placed, skips_yielding = 0, False
         while heads and heads[0][0] <= max_counter:
-            counter, deadline, order, digest, name = heads[0]
-            if counter < self._counters[name]:
-                heapreplace(heads, (self._counters[name], deadline, order, digest, name))
-                continue
-            head = self._tenants[name].queues[digest].head()
-            # What is passed over was not looked at, so this must not raise the level of service.
-            if head is None:
-                break
-            if barred and gives_way(name):
+            *_, digest, name = heads[0]
+            request = self.tenants[name].head(digest) if name in self.tenants else None
+            if request is None or (skips_yielding and yields(name)):
                 heappop(heads)
                 continue
-            verdict = self._offer(offer, head, False, 0.0)
-            if verdict is Verdict.BARRED:
-                barred = True
+            current = (self.counters[name], *request.sort_key, digest, name)
+            if heads[0] != current:
+                heapreplace(heads, current)
                 continue
-            if verdict is not Verdict.PLACED:
-                break
-            num_placed += 1
-            tenant = self._tenants.get(name)
-            queue = tenant.queues.get(digest) if tenant else None
-            head = queue.head() if queue else None
-            if head is None:
-                heappop(heads)
+            # Tenants with smaller counters were not looked at here, so `least_held` keeps the level where it is.
+            result = self.offer(request, offer, final=False, least_held=0.0)
+            if result is OfferResult.PLACED:
+                num_placed += 1
+            elif result is OfferResult.FULL_FOR_YIELDING:
+                skips_yielding = True
             else:
-                heapreplace(heads, (self._counters[name], *head.sort_key, digest, name))
+                break
         return num_placed
 
-    def _top(self) -> tuple[float, int, str] | None:
-        """Return the tenant with the least counter, after putting outdated entries right."""
-        while self._heap:
-            entry = self._heap[0]
-            if not self._is_current(entry):
-                heappop(self._heap)
-            elif entry[0] < self._counters[entry[2]]:
-                heapreplace(self._heap, (self._counters[entry[2]], *entry[1:]))
+    def _heads(self, digests: Collection[str], max_counter: float) -> list[tuple[float, int, int, str, str]]:
+        """Return a heap of (counter, deadline, arrival, digest, tenant) of the first requests for some adapters."""
+        fewer, more = sorted((digests, self._waiting), key=len)
+        heads: list[tuple[float, int, int, str, str]] = []
+        for digest in fewer:
+            for name in self._waiting[digest] if digest in more else ():
+                request = self.tenants[name].head(digest)
+                if request is not None and self.counters[name] <= max_counter:
+                    heads.append((self.counters[name], *request.sort_key, digest, name))
+        heapify(heads)
+        return heads
+
+    def offer(self, request: QueuedRequest, offer: Offer, *, final: bool, least_held: float | None) -> OfferResult:
+        """Offer a request, and note in the counters that its tenant was served if it is placed."""
+        if request.dropped:
+            return OfferResult.BLOCKED
+        tenant = request.submit.tenant
+        counter = self.counters[tenant]
+        result = offer(request, final)
+        if result is OfferResult.PLACED:
+            self.counters.serve(tenant, counter, least_held)
+        return result
+
+    def first_turn(self) -> _Turn | None:
+        """Return the entry of the tenant with the least counter, after replacing stale entries before it."""
+        while self.turns:
+            turn = self.turns[0]
+            if not self._is_current(turn):
+                heappop(self.turns)
+            elif turn.counter < self.counters[turn.tenant]:
+                heapreplace(self.turns, turn._replace(counter=self.counters[turn.tenant]))
             else:
-                return entry
+                return turn
         return None
 
-    def _is_current(self, entry: tuple[float, int, str]) -> bool:
-        tenant = self._tenants.get(entry[2])
-        return tenant is not None and tenant.token == entry[1]
+    def put_back(self, turns: Sequence[_Turn]) -> None:
+        """Enter again the tenants that a scan has set aside."""
+        for turn in turns:
+            heappush(self.turns, turn)
+        if len(self.turns) > 2 * len(self.tenants) + 16:
+            self.turns = [turn for turn in self.turns if self._is_current(turn)]
+            heapify(self.turns)
 
-    def _visit(self, tenant: _Tenant, offer: Offer, least_held: float | None) -> tuple[Verdict, Request | None, int]:
-        """Offer the heads of a tenant's queues until one is placed.
+    def _is_current(self, turn: _Turn) -> bool:
+        tenant = self.tenants.get(turn.tenant)
+        return tenant is not None and tenant.serial == turn.serial
 
-        Returns the verdict, the first one held if none was placed, and how many were refused.
+
+class _Scan:
+    """One scan of a fair queue, see `FairQueue.scan`."""
+
+    def __init__(self, queue: FairQueue, offer: Offer, slack: float, max_refused: int, yields: Yields) -> None:
+        self._queue = queue
+        self._offer = offer
+        self._slack = slack
+        self._refusals_left = max_refused
+        self._yields = yields
+        self._aside: list[_Turn] = []  # of tenants that are done with
+        self._held: deque[tuple[float, QueuedRequest]] = deque()  # counter and held request of a tenant, by counter
+        self._offered_all = True  # False once a tenant had more adapter queues than one visit offers
+
+    def run(self) -> float | None:
+        """Offer requests, then restore the queue's heap. Returns what `FairQueue.scan` says."""
+        is_complete = self._offer_requests()
+        self._queue.put_back(self._aside)
+        if is_complete:
+            return None
+        return self._held[0][0] + self._slack if self._held else math.inf
+
+    def _offer_requests(self) -> bool:
+        """Serve tenants by counter. Returns False if requests are left that some worker might take."""
+        while (turn := self._queue.first_turn()) is not None:
+            if self._refusals_left <= 0:
+                return False
+            if self._held and turn.counter > self._held[0][0] + self._slack:
+                result = self._offer_held()
+            else:
+                result = self._visit(turn)
+            if result is OfferResult.FULL:
+                return True
+            if result is OfferResult.FULL_FOR_YIELDING:
+                if all(map(self._yields, self._queue.tenants)):
+                    return True
+                self._pass_over_yielding()
+        return self._offered_all and self._refusals_left > 0
+
+    def _offer_held(self) -> OfferResult:
+        """Offer the held request with the least counter for the last time."""
+        counter, request = self._held.popleft()
+        return self._queue.offer(request, self._offer, final=True, least_held=counter)
+
+    def _visit(self, turn: _Turn) -> OfferResult:
+        """Offer the first requests of a tenant's adapter queues until one is placed; if none is, set the tenant aside.
+
+        Returns the last result.
         """
-        seen: list[Request] = []
-        held: Request | None = None
-        verdict = Verdict.BLOCKED
-        while len(seen) < MAX_QUEUES_PER_VISIT and (request := tenant.pop_head()) is not None:
-            seen.append(request)
-            verdict = self._offer(offer, request, False, least_held)
-            if verdict in (Verdict.PLACED, Verdict.FULL, Verdict.BARRED):
+        tenant = self._queue.tenants[turn.tenant]
+        least_held = self._held[0][0] if self._held else None
+        held: QueuedRequest | None = None
+        offered: list[QueuedRequest] = []
+        result = OfferResult.BLOCKED
+        while len(offered) < MAX_QUEUES_PER_VISIT and (request := tenant.pop_head()) is not None:
+            offered.append(request)
+            result = self._queue.offer(request, self._offer, final=False, least_held=least_held)
+            if result not in (OfferResult.HELD, OfferResult.BLOCKED):
                 break
-            if verdict is Verdict.HELD and held is None:
+            self._refusals_left -= 1
+            if result is OfferResult.HELD and held is None:
                 held = request
-        for request in seen:
-            if not request.dropped:
-                heappush(tenant.order, (*request.sort_key, request.submit.digest))
-        if held is not None and verdict is Verdict.BLOCKED:
-            verdict = Verdict.HELD
-        return verdict, held, len(seen) - (verdict in (Verdict.PLACED, Verdict.BARRED))
+        tenant.put_back(offered)
+        if result in (OfferResult.HELD, OfferResult.BLOCKED):
+            self._aside.append(heappop(self._queue.turns))
+            self._offered_all = self._offered_all and len(tenant.queues) <= MAX_QUEUES_PER_VISIT
+            if held is not None:
+                self._held.append((turn.counter, held))
+        return result
 
-    def _offer(self, offer: Offer, request: Request, final: bool, least_held: float | None) -> Verdict:
-        if request.dropped:
-            return Verdict.BLOCKED
-        tenant = request.submit.tenant
-        counter = self._counters[tenant]
-        verdict = offer(request, final)
-        if verdict is Verdict.PLACED:
-            self._counters.serve(tenant, counter, least_held)
-        return verdict
+    def _pass_over_yielding(self) -> None:
+        """Set aside all tenants whose requests yield."""
+        others: list[_Turn] = []
+        for turn in self._queue.turns:
+            (self._aside if self._yields(turn.tenant) else others).append(turn)
+        heapify(others)
+        self._queue.turns = others
 
 
 class Backlog:
     """All queued requests."""
 
-    def __init__(self, counters: TokenCounters) -> None:
+    def __init__(self, counters: VirtualTokenCounters) -> None:
         self._counters = counters
         self._last_tenant = ""
-        self._lanes = {(cls, warm): Lane(counters) for cls in CLASSES for warm in (True, False)}
+        self._queues = {(cls, warm): FairQueue(counters) for cls in CLASSES for warm in (True, False)}
         self._warm = {BASE}
-        self.resumed: dict[str, Request] = {}
-        """Requests that a worker has had before, oldest first."""
+        self.resumed: dict[str, QueuedRequest] = {}
+        """Requests that a worker has had before, by id, the one queued longest ago first."""
         self.num_queued = 0
         self.num_tokens = 0
+        """Prompts and longest possible outputs of what is queued."""
         self.by_class: Counter[str] = Counter()
         self.by_digest: Counter[str] = Counter()
 
-    def lane(self, cls: str, warm: bool) -> Lane:
-        return self._lanes[cls, warm]
+    def queue(self, cls: str, warm: bool) -> FairQueue:
+        """Return the fair queue of a class, warm or cold."""
+        return self._queues[cls, warm]
 
-    def push(self, request: Request) -> None:
+    def push(self, request: QueuedRequest) -> None:
         """Queue a request. One that was removed comes back as a copy: containers may still hold the old object."""
         assert not request.dropped
         if self.num_queued == 0:
@@ -330,10 +371,10 @@ class Backlog:
         if request.resumed:
             self.resumed[request.rid] = request
         else:
-            self._lane_of(request).push(request)
+            self._queue_of(request).push(request)
 
-    def remove(self, request: Request) -> None:
-        """Take a queued request out: it was dispatched, or has ended."""
+    def remove(self, request: QueuedRequest) -> None:
+        """Take a queued request out, because it was dispatched or has ended."""
         request.dropped = True
         self._last_tenant = request.submit.tenant
         self.num_queued -= 1
@@ -341,23 +382,27 @@ class Backlog:
         decrement(self.by_digest, request.submit.digest)
         self.num_tokens -= _max_tokens(request)
         if self.resumed.pop(request.rid, None) is None:
-            self._lane_of(request).forget(request)
+            self._queue_of(request).forget(request)
 
     def set_warm(self, digest: str, warm: bool) -> None:
-        """Note that an adapter is on some worker now, or on none any more."""
+        """Note that an adapter is resident on some worker now, or on none any more."""
         if digest == BASE or self.is_warm(digest) == warm:
             return
-        (self._warm.add if warm else self._warm.discard)(digest)
+        if warm:
+            self._warm.add(digest)
+        else:
+            self._warm.discard(digest)
         for cls in CLASSES:
-            for request in self._lanes[cls, not warm].take_out(digest):
-                self._lanes[cls, warm].push(request)
+            for request in self._queues[cls, not warm].take_out(digest):
+                self._queues[cls, warm].push(request)
 
     def is_warm(self, digest: str) -> bool:
+        """Return whether an adapter is resident on some worker. The base model always is."""
         return digest in self._warm
 
-    def _lane_of(self, request: Request) -> Lane:
-        return self._lanes[request.submit.cls, self.is_warm(request.submit.digest)]
+    def _queue_of(self, request: QueuedRequest) -> FairQueue:
+        return self._queues[request.submit.cls, self.is_warm(request.submit.digest)]
 
 
-def _max_tokens(request: Request) -> int:
+def _max_tokens(request: QueuedRequest) -> int:
     return request.submit.num_prompt_tokens + request.submit.max_new_tokens

@@ -1,25 +1,30 @@
-"""Virtual token counters: who has had how much. Sheng et al., "Fairness in serving large language models", 2024."""
+"""Who is served next, and who yields: virtual token counters and max-min fair shares. Pure.
+
+Virtual token counters: Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024. Max-min fair shares:
+Bertsekas and Gallager, "Data Networks", 1992, section 6.5.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 
-from scheduler.request import decrement
+from protocol.wire.keys import BATCH
+from scheduler.request import QueuedRequest, decrement
 
 INPUT_WEIGHT = 1.0
 OUTPUT_WEIGHT = 2.0
 
 RECENT_MS = 20_000.0
-"""How long after its last request a tenant still counts as one that asks now and then."""
+"""Time after a tenant's last request in which another tenant does not count as alone."""
 
 
-class TokenCounters:
-    """Service per tenant, in tokens over its weight. The tenant with the least is served first.
+class VirtualTokenCounters:
+    """Service per tenant, in weighted tokens over the tenant's weight. The tenant with the least is served first.
 
     `level` is the least counter among the tenants being served. A tenant that had nothing queued gained no claim by
-    that: `lift` raises it to `level`. One whose requests could not run, because their adapters were not there, may
-    be behind `level` by at most `max_lag`. Counters never fall.
+    that: `lift` raises its counter to `level`. The counter of a tenant whose requests could not run, because their
+    adapters were not resident, may be below `level` by at most `max_lag` tokens. Counters never fall.
     """
 
     def __init__(self, max_lag: float) -> None:
@@ -29,124 +34,129 @@ class TokenCounters:
         self.level = 0.0
 
     def __getitem__(self, tenant: str) -> float:
-        """Return a tenant's counter; one that is not known is at `level`."""
+        """Return a tenant's counter; an unknown tenant's is `level`."""
         return self._counters.get(tenant, self.level)
 
     def __len__(self) -> int:
         return len(self._counters)
 
     def lift(self, tenant: str) -> float:
-        """Return the counter of a tenant that becomes active, raised to `level`."""
+        """Raise the counter of a tenant that becomes active to `level`, and return it."""
         counter = self._counters[tenant] = max(self[tenant], self.level)
         return counter
 
-    def serve(self, tenant: str, counter: float, least_passed_over: float | None) -> None:
-        """Note that a tenant at `counter` was served, though one at `least_passed_over` could have been."""
+    def serve(self, tenant: str, counter: float, least_held: float | None) -> None:
+        """Note that a tenant was served when its counter was `counter`.
+
+        least_held: the least counter of the tenants whose request is held and was passed by, None without any; `level`
+        does not rise above it.
+        """
         missed = self.level - self._max_lag - counter
         if missed > 0:
             self._counters[tenant] = self[tenant] + missed
             counter += missed
-        self.level = max(self.level, counter if least_passed_over is None else min(counter, least_passed_over))
+        self.level = max(self.level, counter if least_held is None else min(counter, least_held))
 
     def rise_to(self, tenant: str) -> None:
-        """Note that nothing was queued for a while, after the last request of `tenant`: nobody waited for anybody."""
+        """Raise `level` to the counter of the last tenant served, because nothing was queued after it for a while."""
         self.level = max(self.level, self[tenant])
 
     def charge(self, tenant: str, num_input_tokens: int, num_output_tokens: int, weight: float) -> None:
-        """Add service that a tenant has had."""
+        """Add tokens that a tenant was served to its counter."""
         cost = (INPUT_WEIGHT * num_input_tokens + OUTPUT_WEIGHT * num_output_tokens) / weight
         self._counters[tenant] = self[tenant] + cost
         if len(self._counters) > self._prune_at:
-            # What is at or below `level` would be lifted to it anyway when its tenant returns.
+            # A counter at or below `level` would be lifted to it anyway when its tenant returns.
             self._counters = {name: value for name, value in self._counters.items() if value > self.level}
             self._prune_at = max(1024, 2 * len(self._counters))
 
 
-class Shares:
-    """Which tenants have more than their share, and give way while others, who have less, ask now and then.
+class FairShares:
+    """Decides which requests yield to others: those of tenants with more than their max-min fair share.
 
-    Shares are max-min fair: where the open requests of all, queued or running, are more than the places that are not
-    kept free, a tenant's share are so many of them, by its weight, that what those with less leave is divided among
-    the rest. Where all fit, it is as many as are kept free: a crowd is noticed before it has filled the fleet. A
-    tenant has less if no more of its requests are open than that, and no tenant with more is further than
-    `slack_tokens` behind it: one that asks for little at a time, but without a pause, would otherwise be served before
-    all others. Counters alone protect nobody who asks now and then: they decide only about what is free, and a flood
-    fills an idle fleet at one moment.
+    What is shared are the places of all workers, and what counts are a tenant's open requests: interactive ones, queued
+    or running. When the open requests of all tenants exceed the places that are not reserved, a tenant that asks for
+    less than its share gets what it asks for, and the rest is divided by weight. When all fit, a share is as many
+    requests as places are reserved, so that a flood is noticed before it has filled the workers.
+
+    Two more kinds of tenants yield. One that is alone, while no other has open requests or has asked recently, so that
+    whoever comes next need not wait for it. And one whose counter is more than `slack_tokens` above that of a tenant
+    over its share: otherwise a tenant with few requests at a time, but no pause between them, would always be served
+    first.
+
+    Counters alone would protect nobody who asks now and then, because they decide only about free places, and a flood
+    can fill all workers at one moment.
     """
 
-    def __init__(self, counters: TokenCounters, slack_tokens: float) -> None:
+    def __init__(self, counters: VirtualTokenCounters, slack_tokens: float) -> None:
         self._counters = counters
         self._slack_tokens = slack_tokens
         self.num_open: Counter[str] = Counter()
-        """Tenant -> its requests that have not ended, queued or running; batch work does not count."""
-        self._kinds: Counter[tuple[int, float]] = Counter()  # (open requests, weight) -> tenants that have both
-        self._last_ms: dict[str, float] = {}  # tenant -> when it last asked, the longest ago first
+        """Open requests per tenant; tenants without any are not in it."""
         self._weights: dict[str, float] = {}  # of the same tenants
+        self._demands: Counter[tuple[int, float]] = Counter()  # (open requests, weight) -> tenants that have both
+        self._asked_ms: dict[str, float] = {}  # tenant -> time of its last request, the longest ago first
+        self._is_alone = True  # whether there is only one tenant with open requests or a recent one
         self._share = math.inf  # open requests that a tenant of weight 1 may have
-        self._least_over = math.inf  # counter of the tenants with more
-        self._some_have_less = False
+        self._least_over: float | None = None  # least counter of the tenants over their share, once it was needed
 
-    def asked(self, tenant: str, weight: float, now_ms: float) -> None:
-        """Note that a tenant has sent a request."""
-        self._last_ms.pop(tenant, None)
-        self._last_ms[tenant] = now_ms
+    def opened(self, tenant: str, weight: float, now_ms: float) -> None:
+        """Count a request that was submitted."""
+        self._asked_ms.pop(tenant, None)
+        self._asked_ms[tenant] = now_ms
         self._set(tenant, self.num_open[tenant] + 1, weight)
 
-    def ended(self, tenant: str) -> None:
-        """Note that a request has ended."""
+    def closed(self, tenant: str) -> None:
+        """Count a request that has ended."""
         self._set(tenant, self.num_open[tenant] - 1, self._weights[tenant])
 
-    def begin(self, num_places: int, num_kept: int, now_ms: float) -> None:
-        """Look at all tenants anew, for a fleet with `num_places`, of which `num_kept` are kept for those with less."""
-        self._forget_old(now_ms)
-        self._share = self._fair_share(num_places - num_kept, num_kept)
-        self._least_over = math.inf
-        self._some_have_less = False
-        if self._share < math.inf:
-            share, weights = self._share, self._weights
-            over = [tenant for tenant, num in self.num_open.items() if num > share * weights[tenant]]
-            self._least_over = min(map(self._counters.__getitem__, over), default=math.inf)
-            self._some_have_less = not all(map(self.is_over, weights))
+    def update(self, num_places: int, num_reserved: int, now_ms: float) -> None:
+        """Compute the fair share of `num_places` on all workers, of which `num_reserved` are reserved."""
+        while self._asked_ms and now_ms - self._asked_ms[tenant := next(iter(self._asked_ms))] > RECENT_MS:
+            del self._asked_ms[tenant]
+        is_one = len(self.num_open) <= 1 and len(self._asked_ms) <= 1
+        self._is_alone = is_one and len(self.num_open.keys() | self._asked_ms.keys()) <= 1
+        self._share = self._fair_share(num_places - num_reserved, num_reserved)
+        self._least_over = None
 
-    def gives_way(self, tenant: str, *, batch: bool = False) -> bool:
-        """Tell whether a tenant's next request gives way to others; one of class `batch` does to all that are not."""
-        return bool(self._weights) if batch else self._some_have_less and self.is_over(tenant)
+    def yields(self, request: QueuedRequest) -> bool:
+        """Return whether a request yields to others: batch work does, one that a worker has had before does not."""
+        if request.resumed:
+            return False
+        return request.submit.cls == BATCH or self.tenant_yields(request.submit.tenant)
 
-    def is_over(self, tenant: str) -> bool:
-        """Tell whether a tenant has more than its share, whether or not there are others who have less."""
-        if max(1, self.num_open[tenant]) > self._share * self._weights[tenant]:
+    def tenant_yields(self, tenant: str) -> bool:
+        """Return whether a tenant's next interactive request yields."""
+        if self._is_alone or self._is_over(tenant):
             return True
+        if self._least_over is None:
+            over = (self._counters[name] for name in self.num_open if self._is_over(name))
+            self._least_over = min(over, default=math.inf)
         return self._counters[tenant] > self._least_over + self._slack_tokens
 
-    def _fair_share(self, num_places: int, if_all_fit: int) -> float:
-        """Return the open requests per weight up to which all tenants together fill so many places.
+    def _is_over(self, tenant: str) -> bool:
+        return tenant in self._weights and self.num_open[tenant] > self._share * self._weights[tenant]
 
-        Infinite if not even one of each fits: then counters alone say who is next.
+    def _fair_share(self, num_places: int, if_all_fit: int) -> float:
+        """Return the open requests per weight up to which all tenants together fill `num_places`.
+
+        Infinite if not even one request of each tenant fits: then counters alone decide.
         """
-        asking = sorted((num / own, own * num_tenants) for (num, own), num_tenants in self._kinds.items())
-        left, weight = float(num_places), sum(own for _, own in asking)
-        for num, own in asking:
-            if num * weight >= left:
-                share = left / weight
-                return share if share * max(own for _, own in self._kinds) >= 1 else math.inf
-            left -= num * own
-            weight -= own
-        return if_all_fit / min((own for _, own in self._kinds), default=1.0)
+        asking = sorted((num / weight, weight * num_tenants) for (num, weight), num_tenants in self._demands.items())
+        left, total_weight = float(num_places), sum(weight for _, weight in asking)
+        for num, weight in asking:
+            if num * total_weight >= left:
+                share = left / total_weight
+                return share if share * max(own for _, own in self._demands) >= 1 else math.inf
+            left -= num * weight
+            total_weight -= weight
+        return if_all_fit / min((own for _, own in self._demands), default=1.0)
 
     def _set(self, tenant: str, num: int, weight: float) -> None:
         if before := self.num_open[tenant]:
-            decrement(self._kinds, (before, self._weights[tenant]))
-        self._weights[tenant] = weight
+            decrement(self._demands, (before, self._weights[tenant]))
         if num:
-            self.num_open[tenant] = num
-            self._kinds[num, weight] += 1
+            self.num_open[tenant], self._weights[tenant] = num, weight
+            self._demands[num, weight] += 1
         else:
-            del self.num_open[tenant]
-
-    def _forget_old(self, now_ms: float) -> None:
-        while self._last_ms and now_ms - self._last_ms[tenant := next(iter(self._last_ms))] > RECENT_MS:
-            del self._last_ms[tenant]
-            if self.num_open[tenant]:
-                self._last_ms[tenant] = now_ms  # it waits, which is a way of asking
-            else:
-                del self._weights[tenant]
+            del self.num_open[tenant], self._weights[tenant]

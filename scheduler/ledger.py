@@ -1,4 +1,4 @@
-"""What is assigned where, and what each tenant has been charged for it.
+"""What is assigned where, and what each tenant has been charged for it. Pure.
 
 An entry comes with an assignment and goes with the worker's `Ended`, with a newer epoch of the same request, or with
 the worker. Beats say in between how far each request is.
@@ -8,30 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from scheduler.fairness import TokenCounters
-from scheduler.fleet import Fleet, Tier, Worker
-from scheduler.request import BASE, Request, decrement
+from scheduler.fairness import VirtualTokenCounters
+from scheduler.request import BASE, QueuedRequest, decrement
+from scheduler.workers import Tier, Worker, Workers
 
 OUTPUT_SMOOTHING = 0.02
 """Weight of the latest request in the mean output length."""
 
 
 class Ledger:
-    """Requests on workers. Keeps the workers' counts in `Fleet` right and charges tenants as tokens come."""
+    """Requests on workers. Keeps the counts of each `Worker` right and charges tenants as tokens come."""
 
-    def __init__(self, fleet: Fleet, counters: TokenCounters, rank_of: Callable[[str], int]) -> None:
-        self._fleet = fleet
+    def __init__(self, workers: Workers, counters: VirtualTokenCounters, rank_of: Callable[[str], int]) -> None:
+        self._workers = workers
         self._counters = counters
         self._rank_of = rank_of
         self.mean_output_tokens = 128.0
         self.num_ended = 0
 
-    def expected_tokens(self, request: Request) -> int:
-        """Return prompt and expected output of a request."""
+    def expected_tokens(self, request: QueuedRequest) -> int:
+        """Return the tokens of a request's prompt and expected output."""
         sub = request.submit
         return sub.num_prompt_tokens + min(sub.max_new_tokens, round(self.mean_output_tokens))
 
-    def assign(self, request: Request, worker: Worker) -> None:
+    def assign(self, request: QueuedRequest, worker: Worker) -> None:
         """Enter a request as given to a worker, and charge its prompt, once."""
         sub = request.submit
         request.wid, request.started, request.held_since_ms = worker.wid, False, -1.0
@@ -39,15 +39,16 @@ class Ledger:
         request.ready = worker.tier(sub.digest) is Tier.RESIDENT
         request.reserved_tokens = self.expected_tokens(request)
         worker.requests[request.rid] = request
-        self._fleet.num_assigned += 1
+        self._workers.num_assigned += 1
         if not worker.by_digest[sub.digest] and sub.digest != BASE:
             worker.ranks[sub.digest] = self._rank_of(sub.digest)
             worker.rank_sum += worker.ranks[sub.digest]
         worker.by_digest[sub.digest] += 1
         worker.num_tokens += request.reserved_tokens
+        worker.num_yielding += request.yields
         if request.ready:
             worker.num_ready += 1
-            worker.num_over_share += request.over_share
+            worker.num_ready_yielding += request.yields
         else:
             worker.cold[sub.digest] += 1
         if request.attempts:
@@ -56,37 +57,38 @@ class Ledger:
             request.input_charged = True
             self._counters.charge(sub.tenant, sub.num_prompt_tokens, 0, sub.weight)
 
-    def remove(self, request: Request) -> None:
+    def remove(self, request: QueuedRequest) -> None:
         """Take a request off its worker."""
-        worker = self._fleet.workers.get(request.wid)
+        worker = self._workers.by_id.get(request.wid)
         request.wid = ""
         if worker is None or worker.requests.get(request.rid) is not request:
             return
         digest = request.submit.digest
         del worker.requests[request.rid]
-        self._fleet.num_assigned -= 1
+        self._workers.num_assigned -= 1
         decrement(worker.by_digest, digest)
         if digest in worker.ranks and digest not in worker.by_digest:
             worker.rank_sum -= worker.ranks.pop(digest)
         worker.num_tokens -= request.reserved_tokens
+        worker.num_yielding -= request.yields
         if request.ready:
             worker.num_ready -= 1
-            worker.num_over_share -= request.over_share
+            worker.num_ready_yielding -= request.yields
         else:
             decrement(worker.cold, digest)
         if request.attempts and not request.started:
             decrement(worker.suspects, request.attempts)
 
-    def end(self, request: Request, num_output_tokens: int) -> None:
+    def end(self, request: QueuedRequest, num_output_tokens: int) -> None:
         """Settle a request that has ended on its worker."""
-        worker = self._fleet.workers.get(request.wid)
+        worker = self._workers.by_id.get(request.wid)
         if worker is not None and not request.ready and num_output_tokens > max(request.start_tokens, 0):
-            self._fleet.note_resident(worker, request.submit.digest)
+            self._workers.note_resident(worker, request.submit.digest)
         self.hand_back(request, num_output_tokens)
         self.mean_output_tokens += OUTPUT_SMOOTHING * (num_output_tokens - self.mean_output_tokens)
         self.num_ended += 1
 
-    def hand_back(self, request: Request, num_output_tokens: int) -> None:
+    def hand_back(self, request: QueuedRequest, num_output_tokens: int) -> None:
         """Settle a request that its worker gave back."""
         self._charge(request, num_output_tokens)
         self.remove(request)
@@ -104,7 +106,7 @@ class Ledger:
                 if request.submit.digest == digest:
                     self._make_ready(worker, request)
 
-    def _charge(self, request: Request, num_output_tokens: int) -> None:
+    def _charge(self, request: QueuedRequest, num_output_tokens: int) -> None:
         """Charge the output of a request up to `num_output_tokens`, the length of its log."""
         sub = request.submit
         if request.output_charged < 0:
@@ -113,7 +115,7 @@ class Ledger:
             self._counters.charge(sub.tenant, 0, num_output_tokens - request.output_charged, sub.weight)
             request.output_charged = num_output_tokens
 
-    def _progress(self, worker: Worker, request: Request, num_output_tokens: int) -> None:
+    def _progress(self, worker: Worker, request: QueuedRequest, num_output_tokens: int) -> None:
         self._charge(request, num_output_tokens)
         if request.start_tokens < 0:
             request.start_tokens = num_output_tokens
@@ -123,9 +125,9 @@ class Ledger:
                 decrement(worker.suspects, request.attempts)
             self._make_ready(worker, request)
 
-    def _make_ready(self, worker: Worker, request: Request) -> None:
+    def _make_ready(self, worker: Worker, request: QueuedRequest) -> None:
         if not request.ready:
             request.ready = True
             worker.num_ready += 1
-            worker.num_over_share += request.over_share
+            worker.num_ready_yielding += request.yields
             decrement(worker.cold, request.submit.digest)

@@ -1,9 +1,9 @@
-"""Which worker a request should go to: the one with the least estimated wait, in ms.
+"""Which worker a request should go to: the one with the least estimated wait, in ms. Pure.
 
-The wait is the prompts in front of it, the way its adapter still has to come, and what its decoding takes in that
-worker's batch, which depends on the ranks in it. An adapter that is nowhere goes to its rendezvous worker, a hot
-one to as many as its load needs; and no worker that is nearly full gets more than 1.25 times the mean load while
-others are free.
+The wait is the time of the prompts in front of it, of loading its adapter, and of its decoding in that worker's batch,
+which depends on the ranks in it. An adapter that is on no worker goes to its home, the first worker by rendezvous
+hashing (Thaler and Ravishankar, 1998); an adapter with much load has more homes. No worker that is nearly full gets
+more than 1.25 times the mean load while others are free (consistent hashing with bounded loads, Mirrokni et al., 2018).
 """
 
 from __future__ import annotations
@@ -14,34 +14,35 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from scheduler.backlog import Verdict
-from scheduler.fleet import Fleet, Tier, Worker, num_kept
-from scheduler.request import BASE, Request
+from scheduler.backlog import OfferResult
+from scheduler.request import BASE, QueuedRequest
+from scheduler.workers import Tier, Worker, Workers, num_reserved
 
 LOAD_BOUND = 1.25
 """Largest load of a worker in units of the mean."""
 
 FREE_SHARE = 0.75
 """Share of a worker's capacity up to which the estimates alone decide. In simulation they place better than the bound
-(8 workers, 200 adapters, half loaded: 172 adapter loads; 282 with 0.125); the bound is for when they are wrong."""
+(8 workers, 200 adapters, half loaded: 172 adapter loads; 282 with 0.125); the bound matters when they are wrong."""
 
 HOME_SHARE = 0.125
-"""Requests for one adapter that are worth a home of their own, as a share of a worker's capacity."""
+"""Requests for one adapter, as a share of a worker's capacity, for which it gets another home."""
 
 MAX_CANDIDATES = 8
-"""Workers scored for one request, of a large fleet."""
+"""Workers whose wait is estimated for one request; where there are more, a choice of them."""
 
 SHRINK_TICKS = 3
-"""Ticks in a row with less load before an adapter loses a home."""
+"""Ticks in a row with less load after which an adapter loses a home."""
 
 MAX_PREFIXES = 16_384
-"""Prompt beginnings remembered with the worker that computed them."""
+"""Beginnings of prompts remembered with the worker that computed them."""
 
 MAX_KNOWN_ADAPTERS = 100_000
 """Adapters whose rank and size are remembered."""
 
 SUSPECTS_PER_WORKER = 8
-"""Requests whose worker has died that may start together on another; those with one life left start alone."""
+"""Requests whose worker has died that may start together on another. One on its final attempt waits until no other
+request on its final attempt is starting there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,60 +54,61 @@ class AdapterFacts:
 
 
 DEFAULT_FACTS = AdapterFacts()
-"""Of an adapter that the catalogue does not describe."""
+"""Assumed of an adapter without a readable record."""
 
 
 @dataclass(slots=True)
 class Bandwidths:
-    """Bytes per ms on an adapter's way to a worker's pool, and what each way costs at least, in ms."""
+    """How fast adapters come to a worker's pool."""
 
-    host: float = 2e6
-    remote: float = 2e5
-    host_ms: float = 1.0
-    remote_ms: float = 10.0
+    host: float = 2e6  # bytes per ms from the host cache to the pool
+    remote: float = 2e5  # bytes per ms from the store to the host cache
+    host_ms: float = 1.0  # latency
+    remote_ms: float = 10.0  # latency
 
     def cost_ms(self, tier: Tier, num_bytes: int) -> float:
-        """Estimate how long an adapter at `tier` takes until it is resident."""
+        """Estimate the ms until an adapter of `num_bytes` at `tier` is resident."""
         if tier is Tier.RESIDENT:
             return 0.0
         if tier is Tier.HOST:
             return self.host_ms + num_bytes / self.host
         whole_ms = self.remote_ms + num_bytes / self.remote
-        return whole_ms / 2 if tier is Tier.LOADING else whole_ms  # on its way: half of it, on average
+        return whole_ms / 2 if tier is Tier.LOADING else whole_ms  # half of it is done, on average
 
 
 @dataclass(slots=True)
-class _Homes:
-    """How many workers an adapter belongs on."""
+class _NumHomes:
+    """How many workers are homes of an adapter."""
 
     num: int = 1
     ticks_below: int = 0
 
 
 class Homes:
-    """On how many workers each adapter belongs: grows with its load at once, shrinks after a while."""
+    """How many homes each adapter has: as many as its load needs, fewer only after a while with less."""
 
     def __init__(self) -> None:
-        self._homes: dict[str, _Homes] = {}
+        self._homes: dict[str, _NumHomes] = {}
         self._grown: list[str] = []
 
     def __getitem__(self, digest: str) -> int:
+        """Return how many homes an adapter has."""
         home = self._homes.get(digest)
         return home.num if home else 1
 
     def grown(self) -> list[str]:
-        """Return the adapters whose homes became more at the last tick."""
+        """Return the adapters that got more homes at the last tick."""
         return self._grown
 
     def tick(self, demand: Mapping[str, int], worker_share: float) -> None:
-        """Take the requests queued or running per adapter, and how many of one adapter a worker should have."""
+        """Take the requests queued or running per adapter, and how many for one adapter a single worker should have."""
         self._grown = []
         for digest in [*demand, *(self._homes.keys() - demand.keys())]:
             needed = max(1, math.ceil(demand.get(digest, 0) / worker_share))
             home = self._homes.get(digest)
             if home is None:
                 if needed > 1:
-                    self._homes[digest] = _Homes(needed)
+                    self._homes[digest] = _NumHomes(needed)
                     self._grown.append(digest)
             elif needed >= home.num:
                 if needed > home.num:
@@ -121,20 +123,20 @@ class Homes:
 
 
 class Rendezvous:
-    """Order of workers by adapter, by highest random weight: a worker that comes or goes moves only its share."""
+    """Orders workers per adapter by highest random weight: a worker that comes or goes moves only its own adapters."""
 
     def __init__(self) -> None:
         self._members: dict[str, tuple[str, int]] = {}
         self._orders: dict[str, tuple[str, ...]] = {}
 
     def set_members(self, members: Mapping[str, tuple[str, int]]) -> None:
-        """Take the workers there are: wid -> (name, capacity)."""
+        """Take the current workers: wid -> (name, capacity)."""
         if members != self._members:
             self._members = dict(members)
             self._orders.clear()
 
     def order(self, digest: str) -> tuple[str, ...]:
-        """Return the wids, the one where `digest` belongs first. The name counts, so a restart moves nothing."""
+        """Return the workers' ids in an adapter's order. It depends on their names, so that a restart moves nothing."""
         order = self._orders.get(digest)
         if order is None:
             if len(self._orders) > 10_000:
@@ -151,43 +153,44 @@ def _weight(digest: str, name: str, capacity: int) -> float:
 
 @dataclass(slots=True)
 class _Best:
-    """The least wait among the workers seen."""
+    """The worker with the least wait so far."""
 
     wait_ms: float = math.inf
     worker: Worker | None = None
 
 
 class Placement:
-    """Chooses workers. What it keeps between decisions are only hints."""
+    """Chooses workers. What it remembers between decisions only improves estimates."""
 
-    def __init__(self, fleet: Fleet, max_attempts: int, max_known_adapters: int = MAX_KNOWN_ADAPTERS) -> None:
-        self._fleet = fleet
+    def __init__(self, workers: Workers, max_attempts: int, max_known_adapters: int = MAX_KNOWN_ADAPTERS) -> None:
+        self._workers = workers
         self._max_known_adapters = max_known_adapters
         self._max_attempts = max_attempts
         self.bandwidths = Bandwidths()
         self.homes = Homes()
         self._facts: dict[str, AdapterFacts] = {}  # the one learnt longest ago first
         self._rendezvous = Rendezvous()
-        self._prefixes: dict[str, str] = {}  # prompt's first blocks -> worker that computed them last
-        self._workers: list[Worker] = []
+        self._prefixes: dict[str, str] = {}  # hash of a prompt's first blocks -> worker that computed them last
+        self._available: list[Worker] = []
         self._version = -1
         self.total_capacity = 0
-        self.num_kept = 0
-        """Places that requests which give way leave free."""
+        """Places of all available workers."""
+        self.num_reserved = 0
+        """Places among them that are reserved, see `workers.num_reserved`."""
         self._turn = 0
 
-    def begin(self) -> None:
-        """Look at the fleet anew. Until the next call no worker comes or goes."""
-        if self._version == self._fleet.version:
+    def refresh(self) -> None:
+        """Take over which workers are available. Until the next call none comes or goes."""
+        if self._version == self._workers.version:
             return
-        self._version = self._fleet.version
-        self._workers = list(self._fleet.available())
-        self.total_capacity = sum(worker.beat.capacity for worker in self._workers)
-        self.num_kept = sum(num_kept(worker.beat.capacity) for worker in self._workers)
-        self._rendezvous.set_members({w.wid: (w.beat.name, w.beat.capacity) for w in self._workers})
+        self._version = self._workers.version
+        self._available = list(self._workers.available())
+        self.total_capacity = sum(worker.beat.capacity for worker in self._available)
+        self.num_reserved = sum(num_reserved(worker.beat.capacity) for worker in self._available)
+        self._rendezvous.set_members({w.wid: (w.beat.name, w.beat.capacity) for w in self._available})
 
-    def took(self, request: Request, worker: Worker, now_ms: float) -> None:
-        """Note an assignment."""
+    def note_assigned(self, request: QueuedRequest, worker: Worker, now_ms: float) -> None:
+        """Note that a request was assigned to a worker."""
         worker.prefill_until_ms = max(worker.prefill_until_ms, now_ms) + self._prefill_ms(worker, request)
         if prefix := request.submit.prefix:
             self._prefixes.pop(prefix, None)
@@ -207,54 +210,61 @@ class Placement:
         return [digest for digest in dict.fromkeys(digests) if digest != BASE and digest not in self._facts]
 
     def rank_of(self, digest: str) -> int:
+        """Return an adapter's rank, as far as it is known."""
         return self._facts.get(digest, DEFAULT_FACTS).rank
 
     def home(self, digest: str) -> str | None:
-        """Return the worker on which an adapter should be first."""
+        """Return an adapter's first home, None without workers."""
         order = self._rendezvous.order(digest)
         return order[0] if order else None
 
-    def has_room(self, request: Request, *, gives_way: bool = False, over_share: bool = False) -> bool:
-        """Tell whether any worker takes requests like this one: of its class, and their adapter there, or not."""
+    def has_room(self, request: QueuedRequest, *, yields: bool | None = None) -> bool:
+        """Return whether any worker takes requests like this one: of its class, warm or cold, yielding or not.
+
+        yields: to be assumed in place of the request's own.
+        """
         cls, digest = request.submit.cls, request.submit.digest
-        if digest == BASE or digest in self._fleet.holders:
-            return any(w.ready_credit(cls, gives_way=gives_way, over_share=over_share) > 0 for w in self._workers)
-        return any(worker.takes_cold("?", cls, gives_way=gives_way) for worker in self._workers)
+        yields = request.yields if yields is None else yields
+        if digest == BASE or digest in self._workers.holders:
+            return any(worker.ready_credit(cls, yields=yields) > 0 for worker in self._available)
+        return any(worker.takes_cold("?", cls, yields=yields) for worker in self._available)
 
     def with_room(self, cls: str) -> list[Worker]:
-        """Return the workers that take requests whose adapter is there."""
-        return [worker for worker in self._workers if worker.ready_credit(cls) > 0]
+        """Return the workers that take requests of a class whose adapter is resident there."""
+        return [worker for worker in self._available if worker.ready_credit(cls) > 0]
 
     def tick(self, queued: Mapping[str, int]) -> list[tuple[str, str]]:
-        """Adapt the homes of hot adapters, once a second, to the requests queued per adapter and those assigned.
+        """Adapt the number of homes to the requests per adapter: `queued`, and those on workers.
 
-        Returns the (wid, digest) of homes that have yet to get their adapter.
+        Returns (worker, adapter) of the homes that have yet to get their adapter.
         """
-        if not self._workers:
+        if not self._available:
             return []
         demand = Counter(queued)
-        for worker in self._workers:
+        for worker in self._available:
             demand.update(worker.by_digest)
         del demand[BASE]
-        mean_load = self._fleet.num_assigned / len(self._workers)
-        mean_capacity = self.total_capacity / len(self._workers)
+        mean_load = self._workers.num_assigned / len(self._available)
+        mean_capacity = self.total_capacity / len(self._available)
         self.homes.tick(demand, max(LOAD_BOUND * mean_load, mean_capacity * HOME_SHARE, 1.0))
         return [
             (wid, digest)
             for digest in self.homes.grown()
             for wid in self._rendezvous.order(digest)[: self.homes[digest]]
-            if self._fleet.workers[wid].tier(digest) is Tier.REMOTE
+            if self._workers.by_id[wid].tier(digest) is Tier.REMOTE
         ]
 
-    def choose(self, request: Request, output_tokens: float, now_ms: float, *, final: bool) -> Worker | Verdict:
-        """Return the worker with the least wait, or HELD when a warmer one is worth waiting for, or BLOCKED.
+    def choose(
+        self, request: QueuedRequest, output_tokens: float, now_ms: float, *, final: bool
+    ) -> Worker | OfferResult:
+        """Return the worker with the least wait, HELD if one with the adapter is worth waiting for, or BLOCKED.
 
-        A request is held no longer than its adapter would take to come to the worker that is free, so it never
-        takes more than twice as long as the better of both choices; with `final` it is not held at all.
+        A request is held no longer than its adapter would take to come to the worker that is free, so it never waits
+        more than twice as long as with the better of both choices. With `final` it is not held at all.
         """
         digest = request.submit.digest
         facts = self._facts.get(digest, DEFAULT_FACTS)
-        holders = self._fleet.holders.get(digest, ())
+        holders = self._workers.holders.get(digest, ())
         homes = self._rendezvous.order(digest)[: self.homes[digest]] if digest != BASE else ()
         best, crowded = _Best(), _Best()
         preferred_open = digest == BASE
@@ -266,7 +276,7 @@ class Placement:
             preferred_open = preferred_open or is_preferred
             wait_ms = self.bandwidths.cost_ms(tier, facts.num_bytes)
             if not is_preferred:
-                wait_ms *= 2  # a move has to be worth one more load
+                wait_ms *= 2  # another copy of the adapter has to save more than it costs
             wait_ms += max(0.0, worker.prefill_until_ms - now_ms)
             wait_ms += self._prefill_ms(worker, request) + self._batch_ms(worker, request, output_tokens, facts.rank)
             place = crowded if self._is_crowded(worker) else best
@@ -274,16 +284,16 @@ class Placement:
                 place.wait_ms, place.worker = wait_ms, worker
         worker = best.worker or crowded.worker
         if worker is None:
-            return Verdict.BLOCKED
+            return OfferResult.BLOCKED
         if preferred_open or final:
             return worker
         patience_ms = self.bandwidths.cost_ms(worker.tier(digest), facts.num_bytes)
         if request.held_since_ms < 0:
             request.held_since_ms = now_ms
         request.held_until_ms = request.held_since_ms + patience_ms
-        return Verdict.HELD if now_ms < request.held_until_ms else worker
+        return OfferResult.HELD if now_ms < request.held_until_ms else worker
 
-    def _takes(self, worker: Worker, request: Request, tier: Tier, warm_elsewhere: bool) -> bool:
+    def _takes(self, worker: Worker, request: QueuedRequest, tier: Tier, warm_elsewhere: bool) -> bool:
         cls, digest = request.submit.cls, request.submit.digest
         if request.attempts:
             if request.attempts >= self._max_attempts - 1:
@@ -293,47 +303,47 @@ class Placement:
                 return False
         if tier is Tier.RESIDENT:
             return _has_credit(worker, request)
-        # Bringing an adapter to one more worker only helps where there is room to run it.
-        if not worker.takes_cold(digest, cls, gives_way=request.gives_way):
+        # Loading an adapter on one more worker only helps where there is room to run the request.
+        if not worker.takes_cold(digest, cls, yields=request.yields):
             return False
         return not warm_elsewhere or _has_credit(worker, request)
 
-    def _batch_ms(self, worker: Worker, request: Request, output_tokens: float, rank: int) -> float:
-        """Estimate how long the request queues and decodes in a worker's batch."""
+    def _batch_ms(self, worker: Worker, request: QueuedRequest, output_tokens: float, rank: int) -> float:
+        """Estimate the ms that a request queues and decodes in a worker's batch."""
         sub = request.submit
         step_ms = 1000 * worker.step_s(request, sub.num_prompt_tokens + round(output_tokens), rank)
         decode_ms = output_tokens * step_ms
-        num_ahead = worker.num_in_front(over_share=request.over_share) + 1 - worker.beat.capacity
+        num_ahead = worker.num_in_front(yields=request.yields) + 1 - worker.beat.capacity
         if num_ahead > 0:
-            decode_ms *= 1 + num_ahead / worker.beat.capacity  # slots come free evenly
+            decode_ms *= 1 + num_ahead / worker.beat.capacity  # places come free at even intervals
         return decode_ms
 
-    def _prefill_ms(self, worker: Worker, request: Request) -> float:
-        """Estimate what the prompt takes; next to nothing where its beginning was computed last."""
+    def _prefill_ms(self, worker: Worker, request: QueuedRequest) -> float:
+        """Estimate the ms of a request's prefill: none on the worker that computed the same beginning last."""
         sub = request.submit
         known = sub.prefix and self._prefixes.get(sub.prefix) == worker.wid
         return 0.0 if known else 1000 * worker.model.b * sub.num_prompt_tokens
 
     def _is_crowded(self, worker: Worker) -> bool:
         capacity = worker.beat.capacity
-        fair_load = LOAD_BOUND * (self._fleet.num_assigned + 1) * capacity / self.total_capacity
+        fair_load = LOAD_BOUND * (self._workers.num_assigned + 1) * capacity / self.total_capacity
         return len(worker.requests) + 1 > max(fair_load, capacity * FREE_SHARE, 1)
 
-    def _candidates(self, request: Request, holders: Collection[str], homes: Collection[str]) -> Iterable[Worker]:
-        """Return the workers to score: all of a small fleet; else where the adapter is or belongs, and some others."""
-        if len(self._workers) <= MAX_CANDIDATES:
-            return self._workers
+    def _candidates(self, request: QueuedRequest, holders: Collection[str], homes: Collection[str]) -> Iterable[Worker]:
+        """Return the workers to consider: all if they are few, else some with the adapter or its homes, and others."""
+        if len(self._available) <= MAX_CANDIDATES:
+            return self._available
         self._turn += 1
         half = MAX_CANDIDATES // 2
         if request.submit.digest != BASE and not holders:
-            known = [self._fleet.workers[wid] for wid in homes]
-            return {worker.wid: worker for worker in (*known[:half], *self._some(self._workers, half, None))}.values()
-        known = [self._fleet.workers[wid] for wid in (*holders, *homes)]
-        chosen = (*self._some(known, half, request), *self._some(self._workers, half, request))
+            known = [self._workers.by_id[wid] for wid in homes]
+            return {worker.wid: worker for worker in (*known[:half], *self._some(self._available, half, None))}.values()
+        known = [self._workers.by_id[wid] for wid in (*holders, *homes)]
+        chosen = (*self._some(known, half, request), *self._some(self._available, half, request))
         return {worker.wid: worker for worker in chosen}.values()
 
-    def _some(self, workers: list[Worker], num: int, request: Request | None) -> list[Worker]:
-        """Return `num` of the workers, others at each turn; with a request, of those that have room for it."""
+    def _some(self, workers: list[Worker], num: int, request: QueuedRequest | None) -> list[Worker]:
+        """Return `num` of the workers, different ones at each turn; with a request, only workers with room for it."""
         found: list[Worker] = []
         start = self._turn * num
         for i in range(start, start + len(workers)):
@@ -345,5 +355,5 @@ class Placement:
         return found
 
 
-def _has_credit(worker: Worker, request: Request) -> bool:
-    return worker.ready_credit(request.submit.cls, gives_way=request.gives_way, over_share=request.over_share) > 0
+def _has_credit(worker: Worker, request: QueuedRequest) -> bool:
+    return worker.ready_credit(request.submit.cls, yields=request.yields) > 0

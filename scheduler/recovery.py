@@ -42,8 +42,8 @@ class Recovery:
             for start in range(0, len(rids), CHUNK):
                 for owned in await bus.owned(rids[start : start + CHUNK]):
                     if owned is not None and owned.state == "assigned" and owned.owner == wid:
-                        over_share = items[owned.submit.rid].over_share
-                        scheduler.adopt(wid, owned.submit, owned.epoch, owned.attempts, over_share=over_share)
+                        yields = items[owned.submit.rid].yields
+                        scheduler.adopt(wid, owned.submit, owned.epoch, owned.attempts, yields=yields)
                         num_adopted += 1
         logger.info("%d workers registered, %d requests running", len(beats), num_adopted)
         # All that lies on the submit streams is not assigned: the first read brings it.
@@ -55,7 +55,7 @@ class Recovery:
         rids = list(assigned | set(self._scheduler.assigned_to(wid)))
         metrics.WORKERS_LOST.inc()
         logger.warning("worker %s is dead; it had %d requests", wid, len(rids))
-        worker = self._scheduler.fleet.workers.get(wid)
+        worker = self._scheduler.workers.by_id.get(wid)
         await self._requeue(wid, rids, counts=True, name=worker.beat.name if worker else "")
         self._scheduler.remove_worker(wid)
         await self._bus.leave(wid)

@@ -16,8 +16,8 @@ from protocol.queue.bus import CONNECTION_ERRORS, Bus
 from protocol.runtime import metrics
 from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings
-from scheduler.core import Policy
-from scheduler.fairness import TokenCounters
+from scheduler.core import SchedulerConfig
+from scheduler.fairness import VirtualTokenCounters
 from scheduler.session import Deposed, Lock, Session
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     """Lead or stand by until `stop`. Returns the exit code. Raises Internal when the queue may lose requests."""
     bus = Bus(settings.redis_url)
     candidate = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    counters = TokenCounters(Policy.of(settings).max_lag)  # what tenants have had outlives a lost connection
+    counters = VirtualTokenCounters(
+        SchedulerConfig.of(settings).max_lag
+    )  # what tenants have had outlives a lost connection
     try:
         with metrics.serve_metrics(settings.metrics_port):
             while not stop.is_set():
@@ -47,7 +49,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         await bus.close()
 
 
-async def _lead(bus: Bus, settings: Settings, candidate: str, counters: TokenCounters, stop: asyncio.Event) -> None:
+async def _lead(
+    bus: Bus, settings: Settings, candidate: str, counters: VirtualTokenCounters, stop: asyncio.Event
+) -> None:
     """Try to take the lock; if that works, lead until `stop` and give it back."""
     token = await bus.lead("", candidate, LEASE_MS)
     if not token:

@@ -21,12 +21,12 @@ from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import DeadlineExceeded, ProtocolError
 from protocol.wire.keys import BATCH, CLASSES
-from scheduler.core import Policy, Scheduler
+from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.drain import DrainRate
-from scheduler.fairness import TokenCounters
+from scheduler.fairness import VirtualTokenCounters
 from scheduler.placement import DEFAULT_FACTS, AdapterFacts
 from scheduler.recovery import Recovery
-from scheduler.request import Request
+from scheduler.request import QueuedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +59,10 @@ class Lock:
 class Session:
     """A leadership, from taking the lock to losing it."""
 
-    def __init__(self, bus: Bus, settings: Settings, lock: Lock, counters: TokenCounters) -> None:
+    def __init__(self, bus: Bus, settings: Settings, lock: Lock, counters: VirtualTokenCounters) -> None:
         self._bus = bus
         self._lock = lock
-        self.scheduler = Scheduler(Policy.of(settings), counters)
+        self.scheduler = Scheduler(SchedulerConfig.of(settings), counters)
         self._recovery = Recovery(bus, self.scheduler, settings.max_attempts)
         self._last_ids: dict[str, bytes] = {}
         self._wake = asyncio.Event()
@@ -167,7 +167,7 @@ class Session:
             if orders:
                 await self._bus.tell(orders)
 
-    async def _assign(self, wid: str, batch: list[Request]) -> None:
+    async def _assign(self, wid: str, batch: list[QueuedRequest]) -> None:
         """Write one assignment; what cannot be assigned goes back to the backlog."""
         pairs = [(_assigned(request), request.epoch) for request in batch]
         status, stale = await self._bus.assign(wid, pairs, leader=self._lock.token)
@@ -179,7 +179,7 @@ class Session:
         if status == "gone":
             # A worker that was taken for dead and lives: give it a new stream; its next beat brings it back.
             logger.warning("worker %s has no work stream", wid)
-            self.scheduler.fleet.set_unreachable(wid)
+            self.scheduler.workers.set_unreachable(wid)
             await self._bus.create_stream(self._bus.keys.work(wid), WORK_STREAM_TTL_S)
             await self._bus.create_stream(self._bus.keys.ctl(wid), WORK_STREAM_TTL_S)
         self.scheduler.undo(batch, stale)
@@ -243,10 +243,10 @@ class Session:
     async def _publish_status(self) -> None:
         scheduler = self.scheduler
         self._drain.observe(time.monotonic(), scheduler.ledger.num_ended, scheduler.backlog.num_queued > 0)
-        workers = list(scheduler.fleet.available())
+        workers = list(scheduler.workers.available())
         status = m.SchedulerStatus(
             queued=scheduler.backlog.num_queued,
-            running=scheduler.fleet.num_assigned,
+            running=scheduler.workers.num_assigned,
             workers=len(workers),
             drain_rate=self._drain.rate,
             queued_tokens=scheduler.backlog.num_tokens,
@@ -256,7 +256,7 @@ class Session:
         await self._bus.set(self._bus.keys.status, status, STATUS_TTL_MS)
 
 
-def _count(batch: list[Request]) -> None:
+def _count(batch: list[QueuedRequest]) -> None:
     """Tell the metrics of an assignment."""
     num_ready = sum(request.ready for request in batch)
     metrics.ASSIGNED.labels(metrics.ADAPTER_THERE).inc(num_ready)
@@ -267,9 +267,8 @@ def _count(batch: list[Request]) -> None:
             metrics.QUEUE_SECONDS.observe(max(0, now - request.submit.submitted_ms) / 1000)
 
 
-def _assigned(request: Request) -> m.Assigned:
+def _assigned(request: QueuedRequest) -> m.Assigned:
     sub = request.submit
     return m.Assigned(
-        sub.rid, request.epoch + 1, sub.digest, sub.tenant, sub.gateway, sub.stored, sub.deadline_ms, request.gives_way,
-        request.over_share,
-    )  # fmt: skip
+        sub.rid, request.epoch + 1, sub.digest, sub.tenant, sub.gateway, sub.stored, sub.deadline_ms, request.yields
+    )

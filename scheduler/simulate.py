@@ -14,7 +14,7 @@ from rich.table import Table
 
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
-from scheduler.core import Policy
+from scheduler.core import SchedulerConfig
 from scheduler.placement import AdapterFacts, Bandwidths
 from scheduler.request import BASE
 from scheduler.simulation.policies import POLICIES, make_dispatcher
@@ -116,7 +116,7 @@ def simulate(
     slack_tokens: float,
 ) -> Row:
     """Run one policy over a trace. Fairness is counted while requests come, over the tenants of the trace."""
-    dispatcher = make_dispatcher(policy, Policy(slack_tokens=slack_tokens), facts)
+    dispatcher = make_dispatcher(policy, SchedulerConfig(slack_tokens=slack_tokens), facts)
     outcome = Simulation(dispatcher, model, num_workers, facts).run(trace)
     seconds = outcome.end_ms / 1000
     return Row(

@@ -1,51 +1,54 @@
-"""Which tokens of which requests the next step computes. Pure.
+"""Which tokens of which sequences the next step computes. Pure.
 
-There is no prefill phase and no decode phase: every sequence has `num_computed` chasing `num_tokens`, and a step gives
-each some tokens within a budget. What lacks blocks, budget or its adapter is passed over; nothing waits for it.
+Prefill and decode are not distinguished: every sequence has `num_tokens`, of which `num_computed` have their keys and
+values cached, and a step computes some of the rest, within a budget of tokens (chunked prefill: Agrawal et al., 2024).
+A sequence that lacks blocks, budget or its adapter is passed over; no other waits for it.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from gpu_worker.engine.blocks import BlockPool, chain_hash, chain_seed
 from gpu_worker.engine.sequence import Sequence
-from protocol.runtime.settings import SHORT_STEP_TOKENS_PER_SEQ
+from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEP_TOKENS_PER_SEQ
 from protocol.wire.messages import StepModel
 
-BLOCK_TOKENS = 16
-
 MAX_SKIPS = 64
-"""Plans in which others may overtake a request that lacks blocks; then admission waits for it."""
+"""Plans in which others may overtake a sequence that lacks blocks; then admission waits for it."""
 
 MAX_PROMPT_ROWS = 256
-"""Tokens of a step that lie in prompts whose logprobs are recorded; the logits of each take the vocabulary's size."""
+"""Tokens of a step that lie in prompts whose logprobs are recorded; each takes logits of the vocabulary's size."""
 
 
-class AdapterGate(Protocol):
-    """The adapter pool as the batcher sees it."""
+class AdapterSlots(Protocol):
+    """The adapter pool, as far as the batcher needs it."""
 
     def acquire(self, digest: str) -> int | None:
-        """Take a reference to a resident adapter and return its slot; None while it is not resident."""
+        """Add a reference to a resident adapter and return its slot; None while it is not resident."""
         ...
 
-    def release(self, digest: str) -> None: ...
+    def release(self, digest: str) -> None:
+        """Drop a reference to an adapter."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    max_num_seqs: int
+class BatchLimits:
+    """Bounds of one step. Raises ValueError if a step could not decode all sequences."""
+
+    max_num_seqs: int  # sequences that run at once
     max_step_tokens: int
     prefix_cache: bool = True
-    max_draft_tokens: int = 0  # guesses a sequence may add to a step, 0: none
-    max_draft_step_tokens: int = 0  # guesses are added as long as the step has no more tokens than that
+    max_draft_tokens: int = 0  # guessed tokens that a sequence may add to a step, 0: none
+    max_draft_step_tokens: int = 0  # guesses are added only while the step has fewer tokens than that
 
     @property
     def short_step_tokens(self) -> int:
-        """Tokens of a step up to which prompts that give way are computed."""
+        """Tokens of a short step."""
         return min(self.max_step_tokens, SHORT_STEP_TOKENS_PER_SEQ * self.max_num_seqs)
 
     def __post_init__(self) -> None:
@@ -55,15 +58,19 @@ class Limits:
 
 @dataclass(slots=True)
 class StepPlan:
-    """Tokens to compute per sequence, decodes first."""
+    """What one step computes."""
 
-    num_new: dict[Sequence, int] = field(default_factory=dict)
-    drafts: dict[Sequence, list[int]] = field(default_factory=dict)  # guessed tokens, counted in num_new
-    preempted: list[Sequence] = field(default_factory=list)
+    budget: int = 0  # tokens that may still be added
+    num_new: dict[Sequence, int] = field(default_factory=dict[Sequence, int])
+    """Tokens to compute per sequence, decodes first."""
+    drafts: dict[Sequence, list[int]] = field(default_factory=dict[Sequence, list[int]])
+    """Guessed tokens of sequences, counted in `num_new`."""
+    preempted: list[Sequence] = field(default_factory=list[Sequence])
     num_cached: int = 0  # tokens of newly admitted sequences that were found in the prefix cache
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the step."""
         return sum(self.num_new.values())
 
     @property
@@ -71,19 +78,30 @@ class StepPlan:
         """Tokens of sequences whose prompt's logprobs are recorded."""
         return sum(num_new for seq, num_new in self.num_new.items() if seq.prompt_logprobs is not None)
 
+    def add(self, seq: Sequence, num_new: int) -> None:
+        """Let the step compute the next `num_new` tokens of a sequence."""
+        self.num_new[seq] = num_new
+        self.budget -= num_new
+
 
 class Batcher:
-    """The running and waiting sequences of one engine."""
+    """The running and waiting sequences of one engine.
 
-    def __init__(self, limits: Limits, blocks: BlockPool, gate: AdapterGate, fingerprint: str) -> None:
+    A sequence that yields comes last in everything: it gets the tokens, places and blocks that the others leave. See
+    `plan` for the tokens and `_make_room` for places and blocks; `scheduler.fairness` decides which sequences yield.
+
+    fingerprint: of the base model, part of the prefix cache's keys.
+    """
+
+    def __init__(self, limits: BatchLimits, blocks: BlockPool, slots: AdapterSlots, fingerprint: str) -> None:
         self.limits = limits
         self.blocks = blocks
         self.running: list[Sequence] = []  # in order of admission
-        self.waiting: deque[Sequence] = deque()  # in the scheduler's order; preempted ones first
+        self.waiting: deque[Sequence] = deque()  # in order of arrival; preempted ones first
         self.step_model = StepModel()
-        """How long steps take, as far as is known."""
-        self._paused = False  # whether what gives way paused in the last plan
-        self._gate = gate
+        """Predicts how long steps take; all zero while that is unknown."""
+        self._paused = False  # whether yielding sequences were left out of the last plan
+        self._slots = slots
         self._fingerprint = fingerprint
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -94,10 +112,11 @@ class Batcher:
         return len(self.running) + len(self.waiting)
 
     def add(self, seq: Sequence) -> None:
+        """Let a sequence wait to be admitted."""
         self.waiting.append(seq)
 
     def remove(self, seq: Sequence) -> None:
-        """Forget a sequence and free what it holds. It must not be part of a plan that is still to be completed."""
+        """Forget a sequence and free what it holds. It must not be part of a plan that is not completed yet."""
         if seq in self.running:
             self.running.remove(seq)
             self._free(seq)
@@ -107,49 +126,52 @@ class Batcher:
     def plan(self) -> StepPlan:
         """Choose the next step's tokens and give each chosen sequence the blocks it needs.
 
-        Decodes first, then prompts; what gives way last, its prompts only until the step has `short_step_tokens`. All
-        of it pauses beside others' prompts if that brings their first tokens nearer by more than one more step costs;
-        never twice in a row.
+        Decodes come before prompts, and sequences that yield after all others. While others are here, yielding prompts
+        are computed in short steps. Beside a prompt of others, all yielding sequences pause for one step, never for two
+        in a row, if their decodes would make the step longer by more than an empty step takes.
         """
-        plan = StepPlan()
-        decodes: tuple[list[Sequence], list[Sequence]] = ([], [])  # the second ones give way
-        prompts: tuple[list[Sequence], list[Sequence]] = ([], [])
-        for seq in self.running:
-            (decodes if seq.num_pending == 1 else prompts)[seq.gives_way].append(seq)
-        may_pause = not self._paused and self._is_worth_a_step(decodes[True])
-        budget = self._go_on(decodes[False], plan, self.limits.max_step_tokens)
+        plan = StepPlan(budget=self.limits.max_step_tokens)
+        others = [seq for seq in self.running if not seq.yields]
+        yielding = [seq for seq in self.running if seq.yields]
+        yielding_decodes = [seq for seq in yielding if seq.num_pending == 1]
+        yielding_prompts = [seq for seq in yielding if seq.num_pending != 1]
+        may_pause = not self._paused and self._is_worth_a_step(yielding_decodes)
+
+        self._run([seq for seq in others if seq.num_pending == 1], plan)
         if not may_pause:
-            budget = self._go_on(decodes[True], plan, budget)
-        before = budget
-        budget = self._go_on(prompts[False], plan, budget)
-        budget = self._admit_waiting(plan, budget, gives_way=False)
-        self._paused = may_pause and budget < before
+            self._run(yielding_decodes, plan)
+        budget_before = plan.budget
+        self._run([seq for seq in others if seq.num_pending != 1], plan)
+        self._admit([seq for seq in self.waiting if not seq.yields], plan)
+
+        self._paused = may_pause and plan.budget < budget_before
         if not self._paused:
             if may_pause:
-                budget = self._go_on(decodes[True], plan, budget)
-            budget = max(0, budget - (self.limits.max_step_tokens - self.limits.short_step_tokens))
-            budget = self._go_on(prompts[True], plan, budget)
-            self._admit_waiting(plan, budget, gives_way=True)
+                self._run(yielding_decodes, plan)
+            if any(not seq.yields for seq in self):
+                plan.budget = max(0, plan.budget + self.limits.short_step_tokens - self.limits.max_step_tokens)
+            self._run(yielding_prompts, plan)
+            if not any(seq.num_skips > MAX_SKIPS for seq in self.waiting):
+                self._admit([seq for seq in self.waiting if seq.yields], plan)
         if self.limits.max_draft_tokens and not plan.preempted:
             self._add_drafts(plan)
         return plan
 
     def _is_worth_a_step(self, decodes: list[Sequence]) -> bool:
+        """Return whether these decodes make a step longer by more than an empty step takes."""
         return self.step_model.is_worth_a_step(len(decodes), sum(seq.num_tokens for seq in decodes))
 
-    def _go_on(self, seqs: list[Sequence], plan: StepPlan, budget: int) -> int:
-        """Give running sequences what they lack, within `budget` tokens. Returns what is left of it."""
+    def _run(self, seqs: Iterable[Sequence], plan: StepPlan) -> None:
+        """Add the pending tokens of running sequences, as far as the budget allows."""
         for seq in seqs:
-            num_new = _chunk(seq, min(seq.num_pending, budget), plan)
+            num_new = _chunk(seq, seq.num_pending, plan)
             if num_new and seq not in plan.preempted and self._grow(seq, num_new, plan):
-                plan.num_new[seq] = num_new
-                budget -= num_new
-        return budget
+                plan.add(seq, num_new)
 
     def complete(self, plan: StepPlan) -> None:
-        """Note that a plan's tokens are computed; their full blocks can be hit from now on.
+        """Note that a plan's tokens are computed; their full blocks can be found in the prefix cache from now on.
 
-        Guesses are not among them before they have proved right, see `advance`.
+        Guessed tokens are left out until they have proved right, see `advance`.
         """
         for seq, num_new in plan.num_new.items():
             self.advance(seq, num_new - len(plan.drafts.get(seq, ())))
@@ -165,11 +187,11 @@ class Batcher:
                 self.blocks.publish(seq.blocks[i], seq.hashes[i], self._owner(seq, i))
 
     def _add_drafts(self, plan: StepPlan) -> None:
-        """Let decoding sequences guess, where the step has room to spare and the blocks are there."""
+        """Add guessed tokens of decoding sequences, as far as the step has room and blocks are free."""
         decoding = [seq for seq, num_new in plan.num_new.items() if seq.num_pending == num_new == 1 and seq.drafter]
         room = min(self.limits.max_draft_step_tokens, self.limits.max_step_tokens) - plan.num_tokens
         for i, seq in enumerate(decoding):
-            share = room // (len(decoding) - i)  # what one leaves is the next one's
+            share = room // (len(decoding) - i)  # what one leaves goes to the next ones
             limit = min(share, self.limits.max_draft_tokens, seq.max_tokens - seq.num_tokens - 1)
             if limit < 1 or seq.drafter is None:
                 continue
@@ -186,13 +208,13 @@ class Batcher:
             room -= len(guesses)
 
     def _grow(self, seq: Sequence, num_new: int, plan: StepPlan) -> bool:
-        """Give a running sequence the blocks for `num_new` more tokens, if need be those of others.
+        """Give a running sequence the blocks for `num_new` more tokens, if need be by preemption.
 
-        Preempted are the latest arrivals, first those over their share. Returns False when that is the sequence itself.
+        Preempted are the latest yielding sequences, then the latest others. Returns False when that is `seq` itself.
         """
         missing = _num_blocks(seq.num_computed + num_new) - len(seq.blocks)
         while missing > self.blocks.num_free:
-            victim = next((other for other in reversed(self.running) if other.over_share), self.running[-1])
+            victim = next((other for other in reversed(self.running) if other.yields), self.running[-1])
             self._preempt(victim, plan)
             if victim is seq:
                 return False
@@ -201,7 +223,7 @@ class Batcher:
         return True
 
     def _preempt(self, seq: Sequence, plan: StepPlan) -> None:
-        """Take back a sequence's blocks and adapter but keep its tokens; it is first in line again."""
+        """Take back a sequence's blocks and adapter slot but keep its tokens; it is the first to be admitted again."""
         plan.num_new.pop(seq, None)
         plan.preempted.append(seq)
         self.running.remove(seq)
@@ -213,47 +235,44 @@ class Batcher:
         seq.blocks = []
         seq.num_computed = 0
         if seq.request.digest:
-            self._gate.release(seq.request.digest)
+            self._slots.release(seq.request.digest)
             seq.slot = -1
 
-    def _admit_waiting(self, plan: StepPlan, budget: int, *, gives_way: bool) -> int:
-        """Start waiting sequences, within `budget` tokens. Returns what is left of it."""
-        if plan.preempted or (gives_way and any(seq.num_skips > MAX_SKIPS for seq in self.waiting)):
-            return budget
-        for seq in [seq for seq in self.waiting if seq.gives_way == gives_way]:
-            if budget == 0:
+    def _admit(self, seqs: list[Sequence], plan: StepPlan) -> None:
+        """Start waiting sequences, in order, as far as the budget allows."""
+        if plan.preempted:
+            return
+        for seq in seqs:
+            if plan.budget == 0:
                 break
-            is_full = len(self.running) == self.limits.max_num_seqs
-            if is_full and (seq.over_share or not any(other.over_share for other in self.running)):
-                continue
-            num_new = self._admit(seq, budget, plan)
-            if num_new:
-                plan.num_new[seq] = num_new
-                plan.num_cached += seq.num_computed
-                budget -= num_new
-            elif seq.num_skips > MAX_SKIPS:
+            if self._has_place(seq) and not self._start(seq, plan) and seq.num_skips > MAX_SKIPS:
                 break
-        return budget
 
-    def _admit(self, seq: Sequence, budget: int, plan: StepPlan) -> int:
-        """Start a waiting sequence if room and its adapter are there. Returns its tokens in this step, 0 if not."""
+    def _has_place(self, seq: Sequence) -> bool:
+        """Return whether fewer sequences run than may, or `seq` may take the place of one that yields."""
+        if len(self.running) < self.limits.max_num_seqs:
+            return True
+        return not seq.yields and any(other.yields for other in self.running)
+
+    def _start(self, seq: Sequence, plan: StepPlan) -> bool:
+        """Admit a waiting sequence and add its tokens. Returns False if its adapter, blocks or budget are lacking."""
         if not seq.is_bound:
-            return 0  # its adapter has not been in the pool yet, or its grammar is being compiled
+            return False  # its adapter has not been in the pool yet, or its grammar is being compiled
         cached = self._lookup(seq)
         num_cached = len(cached) * BLOCK_TOKENS
-        num_new = _chunk(seq, min(seq.num_tokens - num_cached, budget), plan)
+        num_new = _chunk(seq, seq.num_tokens - num_cached, plan)
         if not num_new:
-            return 0
+            return False
         digest = seq.request.digest
-        slot = self._gate.acquire(digest) if digest else -1
+        slot = self._slots.acquire(digest) if digest else -1
         if slot is None:
-            return 0
+            return False
         if not self._make_room(seq, cached, plan):
             if digest:
-                self._gate.release(digest)
+                self._slots.release(digest)
             seq.num_skips += 1
-            seq.gives_way = seq.gives_way and seq.num_skips <= MAX_SKIPS
-            return 0
+            seq.yields = seq.yields and seq.num_skips <= MAX_SKIPS
+            return False
         seq.slot = slot
         self.blocks.take(cached)
         seq.blocks = cached + self.blocks.allocate(_num_blocks(num_cached + num_new) - len(cached))
@@ -263,31 +282,34 @@ class Batcher:
             seq.num_cached = min(num_cached, seq.num_prompt)
         self.waiting.remove(seq)
         self.running.append(seq)
-        return num_new
+        plan.add(seq, num_new)
+        plan.num_cached += num_cached
+        return True
 
     def _make_room(self, seq: Sequence, cached: list[int], plan: StepPlan) -> bool:
-        """See to a place and blocks for a waiting sequence, if need be of the latest of those over their share.
+        """Provide a place and blocks for a waiting sequence, if need be by preempting the latest that yield to it.
 
-        Returns False, and nothing happens, when that is not enough.
+        cached: blocks of its beginning that are in the prefix cache. Returns False, and preempts none, when even all
+        of them would not be enough.
         """
-        # It must fit whole, with a block of growth for everyone who runs, or it would soon be preempted again.
+        # It must fit whole, with a block of growth for every running sequence, or it would soon be preempted again.
         num_free = self.blocks.num_free - self.blocks.num_idle(cached)
-        num_running, num_blocks = len(self.running), _num_blocks(seq.num_tokens) - len(cached)
-        over_share = [] if seq.over_share else [other for other in self.running if other.over_share]
+        num_running, num_needed = len(self.running), _num_blocks(seq.num_tokens) - len(cached)
+        candidates = [] if seq.yields else [other for other in self.running if other.yields]
         victims: list[Sequence] = []
-        freed = self.blocks.freeing(kept=cached)
-        while num_running == self.limits.max_num_seqs or num_blocks + num_running > num_free:
-            if not over_share:
+        dropped = Counter[int]()
+        while num_running == self.limits.max_num_seqs or num_needed + num_running > num_free:
+            if not candidates:
                 return False
-            victims.append(over_share.pop())
+            victims.append(candidates.pop())
             num_running -= 1
-            num_free += freed(victims[-1].blocks)
+            num_free += self.blocks.num_freed(victims[-1].blocks, dropped, set(cached))
         for victim in victims:
             self._preempt(victim, plan)
         return True
 
     def _lookup(self, seq: Sequence) -> list[int]:
-        """Return the cached blocks of a sequence's beginning; its last token is always computed, for its logits."""
+        """Return the cached blocks of a sequence's beginning, without its last token, whose logits are needed."""
         if not self.limits.prefix_cache or seq.prompt_logprobs is not None:
             return []
         num_full = (seq.num_tokens - 1) // BLOCK_TOKENS
@@ -295,6 +317,7 @@ class Batcher:
         return self.blocks.lookup(seq.hashes[:num_full])
 
     def _extend_hashes(self, seq: Sequence, num_blocks: int) -> None:
+        """Compute the hashes of a sequence's first `num_blocks` blocks, which must be full."""
         request = seq.request
         while len(seq.hashes) < num_blocks:
             start = len(seq.hashes) * BLOCK_TOKENS
@@ -305,24 +328,25 @@ class Batcher:
             else:
                 parent = seq.hashes[-1]
             if seq.activates and end > seq.active_from:
-                # What the block holds depends on where the adapter set in.
+                # The block's content depends on the token from which on the adapter is active.
                 parent = chain_seed(f"{parent.hex()}:{seq.active_from}", digest, request.lora_scale, "")
             seq.hashes.append(chain_hash(parent, seq.tokens[start:end]))
 
     def _owner(self, seq: Sequence, block: int) -> str:
-        """Return whose keys and values a block of a sequence holds: an adapter's digest, "" for the base model's."""
+        """Return the digest of the adapter that computed a block of a sequence, "" for the base model."""
         return "" if (block + 1) * BLOCK_TOKENS <= seq.num_base else seq.request.digest
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless blocks and sequences agree."""
+        """Raise AssertionError unless block tables, reference counts and the state of sequences agree."""
         self.blocks.check_integrity([seq.blocks for seq in self])
         for seq in self.waiting:
             if seq.blocks or seq.num_computed or seq.slot >= 0:
                 raise AssertionError(f"{seq.rid} waits but holds blocks or an adapter slot")
 
 
-def _chunk(seq: Sequence, num_new: int, plan: StepPlan) -> int:
-    """Return how many of a sequence's next tokens a step takes: all, but where the logits of each are kept."""
+def _chunk(seq: Sequence, num_pending: int, plan: StepPlan) -> int:
+    """Return how many of a sequence's pending tokens fit the budget, and the prompt rows if those are recorded."""
+    num_new = min(num_pending, plan.budget)
     return num_new if seq.prompt_logprobs is None else min(num_new, MAX_PROMPT_ROWS - plan.num_prompt_rows)
 
 

@@ -1,43 +1,50 @@
-"""KV blocks: reference counts, the prefix cache, and the free list that is also its LRU. Pure."""
+"""KV blocks: reference counts, the prefix cache, and the free list, which is also the cache's LRU order. Pure.
+
+Blocks are found by the hash of their tokens and all before them, as in vLLM (Kwon et al., 2023).
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
 
 def chain_seed(fingerprint: str, digest: str, lora_scale: float, salt: str) -> bytes:
-    """Return the parent of a sequence's first block: all that its keys and values depend on besides its tokens."""
+    """Return the parent hash of a sequence's first block: of all that its keys and values depend on besides its tokens.
+
+    fingerprint: of the base model. digest: of the adapter, "" for none. salt: separates the caches of tenants.
+    """
     scale = repr(lora_scale) if digest else ""
     return hashlib.sha256("\0".join((fingerprint, digest, scale, salt)).encode()).digest()
 
 
 def chain_hash(parent: bytes, tokens: np.ndarray) -> bytes:
-    """Return the hash of a full block of int32 `tokens` that follows `parent`. sha256, so a hit needs no check."""
+    """Return the hash of a full block of int32 `tokens` that follows `parent`. SHA-256: a hit needs no comparison."""
     return hashlib.sha256(parent + tokens.tobytes()).digest()
 
 
 class BlockPool:
-    """Blocks 0 … num_blocks - 1. A freed block keeps its content and can be hit until it is handed out again."""
+    """Blocks 0 … num_blocks - 1. A free block keeps its content, and can be found, until it is allocated again."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._refs = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # least recently used first
         self._hash: list[bytes | None] = [None] * num_blocks
-        self._owner = [""] * num_blocks  # of a hashed block, see `publish`
-        self._block: dict[bytes, int] = {}
-        self._owned: dict[str, set[int]] = {}
+        self._owner = [""] * num_blocks  # of a published block, see `publish`
+        self._block: dict[bytes, int] = {}  # hash -> published block
+        self._owned: dict[str, set[int]] = {}  # owner -> its published blocks
 
     @property
     def num_free(self) -> int:
+        """Blocks that nobody references."""
         return len(self._free)
 
     def lookup(self, hashes: Iterable[bytes]) -> list[int]:
-        """Return the blocks that hold the longest cached beginning of a hash chain. Changes nothing."""
+        """Return the blocks that hold the longest cached beginning of a chain of hashes. Changes nothing."""
         found: list[int] = []
         for hash_ in hashes:
             block = self._block.get(hash_)
@@ -47,7 +54,7 @@ class BlockPool:
         return found
 
     def num_idle(self, blocks: Iterable[int]) -> int:
-        """Return how many of `blocks` are on the free list: taking them makes that many fewer free."""
+        """Return how many of `blocks` are free, and no longer would be after `take`."""
         return sum(self._refs[block] == 0 for block in blocks)
 
     def take(self, blocks: Iterable[int]) -> None:
@@ -58,7 +65,10 @@ class BlockPool:
             self._refs[block] += 1
 
     def allocate(self, num: int) -> list[int]:
-        """Hand out `num` blocks, forgetting what the least recently used held. The caller has checked `num_free`."""
+        """Return `num` free blocks, the least recently used, each with one reference; what they held is forgotten.
+
+        Raises ValueError if there are fewer.
+        """
         if num > len(self._free):
             raise ValueError(f"{num} blocks asked for, {len(self._free)} are free")
         blocks = [self._free.popitem(last=False)[0] for _ in range(num)]
@@ -68,7 +78,7 @@ class BlockPool:
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Drop a reference to each of a sequence's blocks; the end of a chain is reused before its beginning."""
+        """Drop a reference to each of a sequence's blocks. The end of a chain is reused before its beginning."""
         for block in reversed(blocks):
             self._refs[block] -= 1
             if self._refs[block] == 0:
@@ -76,23 +86,19 @@ class BlockPool:
                 if self._hash[block] is None:
                     self._free.move_to_end(block, last=False)
 
-    def freeing(self, kept: Iterable[int]) -> Callable[[Sequence[int]], int]:
-        """Return a function that tells for one table after the other how many more blocks would be free without it.
+    def num_freed(self, table: Sequence[int], dropped: Counter[int], kept: Collection[int]) -> int:
+        """Return how many more blocks would be free if the references of a block table were dropped. Frees nothing.
 
-        Not counted are those that are `kept`. Changes nothing.
+        dropped: block -> references already assumed to be dropped; those of `table` are added. kept: blocks that
+        somebody is about to take, which do not count.
         """
-        stay, dropped = set(kept), Counter[int]()
-
-        def free(table: Sequence[int]) -> int:
-            dropped.update(table)
-            return sum(dropped[block] == self._refs[block] and block not in stay for block in table)
-
-        return free
+        dropped.update(table)
+        return sum(dropped[block] == self._refs[block] and block not in kept for block in table)
 
     def publish(self, block: int, hash_: bytes, owner: str) -> None:
-        """Let a full, computed block be found by its hash. `owner` is the adapter it was computed with.
+        """Let a full, computed block be found by its hash. `owner` is the digest of the adapter it was computed with.
 
-        Of two blocks with equal content the first stays the one that is found.
+        If another block with equal content was published before, that stays the one that is found.
         """
         if hash_ in self._block or self._hash[block] is not None:
             return
@@ -102,7 +108,7 @@ class BlockPool:
         self._owned.setdefault(owner, set()).add(block)
 
     def demote(self, owner: str) -> None:
-        """Make an owner's idle blocks the next to be reused: its adapter has left, so hits have become unlikely."""
+        """Make an owner's free blocks the next to be reused, because its adapter was evicted and hits are unlikely."""
         for block in self._owned.get(owner, ()):
             if block in self._free:
                 self._free.move_to_end(block, last=False)

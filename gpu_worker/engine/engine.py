@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.engine.base import BaseEngine
-from gpu_worker.engine.batcher import Batcher, Limits, StepPlan
+from gpu_worker.engine.batcher import Batcher, BatchLimits, StepPlan
 from gpu_worker.engine.binding import RequestBinder
 from gpu_worker.engine.blocks import BlockPool
 from gpu_worker.engine.decoding import accept_tokens, choice_error, grammar_masks, sample_rows
@@ -33,7 +33,7 @@ from protocol.wire.errors import LorafleetError
 class EngineConfig:
     """Sizes of one engine, all decided."""
 
-    limits: Limits
+    limits: BatchLimits
     num_blocks: int
     max_model_len: int  # tokens of prompt and output of one request
 

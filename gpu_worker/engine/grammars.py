@@ -133,7 +133,7 @@ class Grammars:
     ) -> Future[Matcher]:
         """Start making the matcher of a request whose output so far is `output`.
 
-        The future raises BadRequest and Internal. grammar: as in `messages.Body`. stop_ids: tokens that end the request.
+        The future raises BadRequest and Internal. grammar: as in `messages.Body`. stop_ids: tokens that end it.
         """
         future = self._compilers.submit(self._make, grammar, tokenizer, output, stop_ids)
         future.add_done_callback(lambda _: self.on_ready())

@@ -25,8 +25,7 @@ class EngineRequest:
     stop_token_ids: list[int] = field(default_factory=list)
     salt: str = ""  # separates the prefix caches of tenants
     lora_scale: float = 1.0  # multiplies the adapter's own scale
-    gives_way: bool = False  # to the prompts of others, see `Batcher.plan`
-    over_share: bool = False  # others take its place and blocks where they lack them
+    yields: bool = False  # to requests that do not, see `Batcher`
     grammar: str = ""  # that the output must follow, as in `messages.Body`
     task: m.Task = "generate"
 

@@ -36,8 +36,7 @@ class Sequence:
         self.hashes: list[bytes] = []  # of the full blocks, as far as known
         self.slot = -1  # adapter slot while running, -1 for the base model
         self.num_skips = 0  # plans that passed it over for lack of blocks
-        self.gives_way = request.gives_way  # to others' prompts, unless it has been passed over too often
-        self.over_share = request.over_share
+        self.yields = request.yields  # to sequences that do not, until it has been passed over too often
 
         # True once adapter and grammar are resolved, which sets the fields below; only then it may run.
         self.is_bound = not (request.digest or request.grammar)

@@ -9,11 +9,11 @@ from itertools import count
 
 import numpy as np
 
-from gpu_worker.engine.batcher import BLOCK_TOKENS
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.service.outbox import Outbox, OwnedRequest, PendingOutput, add_outputs
 from protocol.queue.bus import Bus, now_ms
+from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Internal
 

@@ -15,9 +15,13 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 CONFIG_VARIABLE = "LORAFLEET_CONFIG"
 """Names the TOML file."""
 
-SHORT_STEP_TOKENS_PER_SEQ = 2
-"""Length limit of a step, per sequence that a worker may run, for prompts whose tenants yield to others.
+BLOCK_TOKENS = 16
+"""Tokens of a KV block."""
 
+SHORT_STEP_TOKENS_PER_SEQ = 2
+"""Tokens of a short step, per request that a worker may run at once.
+
+Prompts that yield are computed in short steps while the worker has requests that do not yield.
 A prompt that arrives during a step waits for its end, so steps should be short. At two tokens per sequence, the decodes
 take one each and leave as many for prompts. That is all that a worker can use in the long run where prompts are no
 longer than answers.

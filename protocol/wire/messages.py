@@ -93,8 +93,7 @@ class Assigned(Packed, frozen=True):
     gateway: str = ""
     stored: bool = False
     deadline_ms: int = 0
-    gives_way: bool = False  # its prompt comes after others', in short steps: others ask who have less than its tenant
-    over_share: bool = False  # its tenant has more than its share: those who have not take its place if none is free
+    yields: bool = False  # its tenant has more than its fair share: it yields to requests of tenants that have less
 
 
 class Control(Wire, frozen=True):

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from protocol.wire import messages as m
-from scheduler.core import Plan, Policy, Scheduler
+from scheduler.core import DispatchPlan, Scheduler, SchedulerConfig
 from scheduler.placement import AdapterFacts, Rendezvous
-from scheduler.request import Request
+from scheduler.request import QueuedRequest
 
 
 class Dispatcher(Protocol):
@@ -22,7 +22,7 @@ class Dispatcher(Protocol):
 
     def tick(self) -> None: ...
 
-    def plan(self, now_ms: float) -> Plan: ...
+    def plan(self, now_ms: float) -> DispatchPlan: ...
 
 
 class SimpleDispatcher:
@@ -47,12 +47,12 @@ class SimpleDispatcher:
 
     def tick(self) -> None: ...
 
-    def plan(self, now_ms: float) -> Plan:
-        plan = Plan()
+    def plan(self, now_ms: float) -> DispatchPlan:
+        plan = DispatchPlan()
         for sub in self._new:
             wid = self._choose(sub)
             self._load[wid] += 1
-            plan.batches.setdefault(wid, []).append(Request(sub, 0))
+            plan.batches.setdefault(wid, []).append(QueuedRequest(sub, 0))
         self._new.clear()
         return plan
 
@@ -94,7 +94,7 @@ class PureAffinity(SimpleDispatcher):
 POLICIES = ("affinity+fairness", "round-robin", "least-loaded", "pure-affinity")
 
 
-def make_dispatcher(name: str, policy: Policy, facts: Mapping[str, AdapterFacts]) -> Dispatcher:
+def make_dispatcher(name: str, policy: SchedulerConfig, facts: Mapping[str, AdapterFacts]) -> Dispatcher:
     """Return the dispatcher of this name. Raises KeyError."""
     if name != POLICIES[0]:
         return {"round-robin": RoundRobin, "least-loaded": LeastLoaded, "pure-affinity": PureAffinity}[name]()

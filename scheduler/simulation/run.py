@@ -1,4 +1,4 @@
-"""Runs a trace through a policy and a fleet in virtual time, and sums up what came out."""
+"""Runs a trace through a policy and workers in virtual time, and summarises the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 from protocol.wire import messages as m
 from scheduler.placement import AdapterFacts
 from scheduler.simulation.policies import Dispatcher
-from scheduler.simulation.worker import Running, SimWorker, WorkerModel
+from scheduler.simulation.worker import SimulatedRequest, SimWorker, WorkerModel
 
 BEATS_MS = 500.0
 """How often the scheduler looks at the beats, which is when it learns what is resident."""
@@ -27,26 +27,29 @@ class Arrival:
 
 
 @dataclass(slots=True)
-class Outcome:
-    """What a run came to. Times in ms of virtual time."""
+class SimulationResult:
+    """The requests of a run, and its totals. Times in ms of virtual time."""
 
-    requests: list[Running] = field(default_factory=list)
+    requests: list[SimulatedRequest] = field(default_factory=list)
     end_ms: float = 0.0
-    num_loads: int = 0  # of adapters, into pools
-    num_fetches: int = 0  # of adapters, from the store
-    busy: float = 0.0  # mean share of time in which a worker computed
+    num_loads: int = 0  # adapters copied into pools
+    num_fetches: int = 0  # adapters fetched from the store
+    busy: float = 0.0  # mean share of the time in which a worker computed
 
     @property
     def output_tokens_per_s(self) -> float:
+        """Output tokens of all requests per second of the whole run."""
         return 1000 * sum(request.num_output_tokens for request in self.requests) / max(self.end_ms, 1e-9)
 
-    def first_token_ms(self, percentile: float, keep: Callable[[Running], bool] = lambda request: True) -> float:
-        """Return a percentile, in [0, 1], of the times to the first token."""
+    def first_token_ms(
+        self, percentile: float, keep: Callable[[SimulatedRequest], bool] = lambda request: True
+    ) -> float:
+        """Return a percentile, in [0, 1], of the times to first token in ms, of the requests that `keep` accepts."""
         waits = sorted(request.first_ms - request.submitted_ms for request in self.requests if keep(request))
         return waits[min(len(waits) - 1, int(percentile * len(waits)))] if waits else 0.0
 
     def attained(self, start_ms: float, end_ms: float) -> dict[str, float]:
-        """Return the tokens each tenant got in `[start_ms, end_ms)`: prompts at their first token, output evenly."""
+        """Return each tenant's tokens in `[start_ms, end_ms)`: prompt, counted at the first token, + 2 x output."""
         tokens: dict[str, float] = defaultdict(float)
         for request in self.requests:
             tenant = request.submit.tenant
@@ -65,7 +68,7 @@ def jain(values: Sequence[float]) -> float:
 
 
 class _Event(IntEnum):
-    """What happens at a moment; of several at once, in this order."""
+    """What happens at a time. Events of the same time happen in this order."""
 
     STEP_END = 0
     LOAD_END = 1
@@ -75,7 +78,7 @@ class _Event(IntEnum):
 
 
 class Simulation:
-    """One run."""
+    """One run of a policy, for a number of equal workers."""
 
     def __init__(
         self, dispatcher: Dispatcher, model: WorkerModel, num_workers: int, facts: Mapping[str, AdapterFacts]
@@ -84,22 +87,22 @@ class Simulation:
         self._workers = {f"w{i}": SimWorker(f"w{i}", model, facts) for i in range(num_workers)}
         self._events: list[tuple[float, _Event, int, str]] = []
         self._num_events = 0
-        self._open: dict[str, Running] = {}
+        self._open: dict[str, SimulatedRequest] = {}
         self._next_plan_ms: float | None = None
-        self._outcome = Outcome()
+        self._result = SimulationResult()
 
-    def run(self, trace: Sequence[Arrival]) -> Outcome:
+    def run(self, trace: Sequence[Arrival]) -> SimulationResult:
         """Run a trace, ordered by time, to the end of its last request."""
-        outcome = self._outcome
+        result = self._result
         arrivals = iter(trace)
         arrival = next(arrivals, None)
-        self._look_at_beats(0.0)
+        self._send_beats(0.0)
         self._push(BEATS_MS, _Event.BEATS)
         if arrival is not None:
             self._push(arrival.at_ms, _Event.ARRIVAL)
         while arrival is not None or self._open:
             now_ms, event, _, wid = heappop(self._events)
-            outcome.end_ms = now_ms
+            result.end_ms = now_ms
             if event is _Event.ARRIVAL:
                 assert arrival is not None
                 self._arrive(arrival)
@@ -107,21 +110,21 @@ class Simulation:
                 if arrival is not None:
                     self._push(arrival.at_ms, _Event.ARRIVAL)
             elif event is _Event.BEATS:
-                self._look_at_beats(now_ms)
+                self._send_beats(now_ms)
                 self._push(now_ms + BEATS_MS, _Event.BEATS)
             elif event is _Event.STEP_END:
                 self._end_step(self._workers[wid], now_ms)
             elif event is _Event.LOAD_END:
                 self._workers[wid].end_load()
-                self._go_on(self._workers[wid], now_ms)
-            elif now_ms == self._next_plan_ms:  # else an earlier plan has taken its place
+                self._start_work(self._workers[wid], now_ms)
+            elif now_ms == self._next_plan_ms:  # else it was replaced by an earlier plan
                 self._next_plan_ms = None
                 self._plan(now_ms)
-        outcome.num_loads = sum(worker.num_loads for worker in self._workers.values())
-        outcome.num_fetches = sum(worker.num_fetches for worker in self._workers.values())
+        result.num_loads = sum(worker.num_loads for worker in self._workers.values())
+        result.num_fetches = sum(worker.num_fetches for worker in self._workers.values())
         busy_ms = sum(worker.busy_ms for worker in self._workers.values())
-        outcome.busy = busy_ms / max(outcome.end_ms, 1e-9) / len(self._workers)
-        return outcome
+        result.busy = busy_ms / max(result.end_ms, 1e-9) / len(self._workers)
+        return result
 
     def _push(self, at_ms: float, event: _Event, wid: str = "") -> None:
         self._num_events += 1
@@ -133,13 +136,13 @@ class Simulation:
             self._push(at_ms, _Event.PLAN)
 
     def _arrive(self, arrival: Arrival) -> None:
-        request = Running(arrival.submit, arrival.num_output_tokens, submitted_ms=arrival.at_ms)
+        request = SimulatedRequest(arrival.submit, arrival.num_output_tokens, submitted_ms=arrival.at_ms)
         self._open[arrival.submit.rid] = request
-        self._outcome.requests.append(request)
+        self._result.requests.append(request)
         self._dispatcher.submit(arrival.submit, 0)
         self._plan_at(arrival.at_ms)
 
-    def _look_at_beats(self, now_ms: float) -> None:
+    def _send_beats(self, now_ms: float) -> None:
         self._dispatcher.beats({wid: worker.beat(now_ms) for wid, worker in self._workers.items()}, BEATS_MS / 1000)
         self._dispatcher.tick()
         self._plan_at(now_ms)
@@ -153,9 +156,9 @@ class Simulation:
             self._dispatcher.ended(message)
         if ended:
             self._plan_at(now_ms)
-        self._go_on(worker, now_ms)
+        self._start_work(worker, now_ms)
 
-    def _go_on(self, worker: SimWorker, now_ms: float) -> None:
+    def _start_work(self, worker: SimWorker, now_ms: float) -> None:
         if (at_ms := worker.start_load(now_ms)) is not None:
             self._push(at_ms, _Event.LOAD_END, worker.wid)
         if (at_ms := worker.start_step(now_ms)) is not None:
@@ -168,12 +171,12 @@ class Simulation:
             touched.add(wid)
             for item in batch:
                 request = self._open[item.rid]
-                request.epoch, request.gives_way, request.over_share = item.epoch + 1, item.gives_way, item.over_share
+                request.epoch, request.yields = item.epoch + 1, item.yields
                 self._workers[wid].take(request)
         for wid, digest in plan.prefetches:
             touched.add(wid)
             self._workers[wid].prefetch(digest)
         for wid in touched:
-            self._go_on(self._workers[wid], now_ms)
+            self._start_work(self._workers[wid], now_ms)
         if plan.again_ms is not None:
             self._plan_at(max(plan.again_ms, now_ms + 3.0))

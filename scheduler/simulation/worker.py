@@ -1,4 +1,4 @@
-"""A worker in virtual time: steps that take what the step-time model says, adapters that take their bytes to load."""
+"""A worker in virtual time: steps take what the step-time model says, adapters take what their bytes take to load."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
-from protocol.runtime.settings import SHORT_STEP_TOKENS_PER_SEQ
+from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEP_TOKENS_PER_SEQ
 from protocol.wire import messages as m
 from scheduler.placement import AdapterFacts, Bandwidths
 from scheduler.request import BASE
@@ -15,41 +15,47 @@ from scheduler.request import BASE
 SMALL_GPU_STEP = m.StepModel(a=0.02, b=5e-5, c=2e-8, d=2e-6)
 """s, and s per token, KV token and rank: about an 8-billion-parameter model on a small GPU. Assumed, not measured."""
 
-BLOCK_TOKENS = 16
-"""Of a KV block, as in `lora_kernels`, which the scheduler does not import."""
-
 
 @dataclass(frozen=True, slots=True)
 class WorkerModel:
-    """What a worker can do."""
+    """The sizes and speeds of a worker."""
 
-    capacity: int = 64  # requests at once
+    capacity: int = 64  # requests that run at once
     max_step_tokens: int = 2048
     step: m.StepModel = SMALL_GPU_STEP
     pool_bytes: int = 64 * 20_000_000
     host_bytes: int = 400 * 20_000_000
     bandwidths: Bandwidths = field(default_factory=Bandwidths)
-    way_ms: float = 0.0  # what a request takes beside its steps, from the client to the worker and back
+    way_ms: float = 0.0  # time of a request beside its steps, from the client to the worker and back
 
 
 @dataclass(slots=True)
-class Running:
+class SimulatedRequest:
     """One request of the trace on its way through a worker. Times in ms of virtual time, -1 before they happen."""
 
     submit: m.Submit
     num_output_tokens: int  # it will make
     epoch: int = 0
-    gives_way: bool = False
-    over_share: bool = False
-    left_prompt: int = 0
-    num_cached: int = 0  # tokens that were computed before it lost its place
+    yields: bool = False
+    left_prompt: int = 0  # tokens to prefill
+    num_cached: int = 0  # tokens computed before it was preempted, found in the prefix cache
     left_output: int = 0
     submitted_ms: float = 0.0
     first_ms: float = -1.0
     ended_ms: float = -1.0
 
 
-class _Cache:
+@dataclass(slots=True)
+class _Group:
+    """The requests of a worker that yield, or those that do not. The former do not take part in every step."""
+
+    ready: deque[SimulatedRequest] = field(default_factory=deque[SimulatedRequest])  # to prefill
+    ends: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])  # heap: (step that ends it, rid)
+    num_steps: int = 0
+    num_kv_tokens: int = 0
+
+
+class _AdapterLru:
     """Adapters by last use, within a budget of bytes."""
 
     def __init__(self, max_bytes: int) -> None:
@@ -61,13 +67,14 @@ class _Cache:
         return digest in self.digests
 
     def touch(self, digest: str) -> None:
+        """Note that an adapter is used."""
         if digest in self.digests:
             self.digests.move_to_end(digest)
 
     def make_room(self, num_bytes: int, pinned: Counter[str]) -> bool:
-        """Evict what was not used longest; False, and nothing happens, when too much is pinned."""
+        """Evict the least recently used adapters. Returns False, and evicts none, if too much is pinned."""
         free = self._max_bytes - self._bytes
-        leaving = []
+        leaving: list[str] = []
         for digest, size in self.digests.items():
             if free >= num_bytes:
                 break
@@ -81,30 +88,31 @@ class _Cache:
         return True
 
     def add(self, digest: str, num_bytes: int) -> None:
+        """Add an adapter for which there is room."""
         if digest not in self.digests:
             self.digests[digest] = num_bytes
             self._bytes += num_bytes
 
 
 class SimWorker:
-    """Continuous batching with chunked prefill, an adapter pool and one loader, all without a model."""
+    """Continuous batching with chunked prefill, an adapter pool and one loader, as a worker has them, without a model.
+
+    Yielding requests are treated as `gpu_worker.engine.batcher` treats them.
+    """
 
     def __init__(self, wid: str, model: WorkerModel, facts: Mapping[str, AdapterFacts]) -> None:
         self.wid = wid
         self._model = model
         self._facts = facts
-        self._ready: list[deque[Running]] = [deque(), deque()]  # the second one's give way
-        self._blocked: dict[str, list[Running]] = {}  # digest -> requests that wait for it, in order of their coming
-        self._running: dict[str, Running] = {}
-        # The second ones are of what gives way, which does not go on with every step.
-        self._ends: tuple[list[tuple[int, str]], ...] = ([], [])  # (number of the step after which it ends, rid)
-        self._num_steps = [0, 0]
-        self._kv_tokens = [0, 0]
-        self._starting: list[Running] = []  # whose prompt is complete with this step
-        self._pauses = False  # whether what gives way pauses in this step, or did in the last
+        self._others, self._yielding = _Group(), _Group()
+        self._blocked: dict[str, list[SimulatedRequest]] = {}  # digest -> requests waiting for it, in order
+        self._running: dict[str, SimulatedRequest] = {}
+        self._num_others = 0  # requests here that do not yield
+        self._starting: list[SimulatedRequest] = []  # requests whose prefill ends with this step
+        self._pauses = False  # whether the yielding group is left out of this step, or was of the last one
         self._pinned: Counter[str] = Counter()
-        self._pool = _Cache(model.pool_bytes)
-        self._host = _Cache(model.host_bytes)
+        self._pool = _AdapterLru(model.pool_bytes)
+        self._host = _AdapterLru(model.host_bytes)
         self._fetches: deque[str] = deque()
         self.step_ends_ms: float | None = None
         self.loading: tuple[str, bool] | None = None  # digest, and whether it goes to the pool
@@ -113,9 +121,10 @@ class SimWorker:
         self.num_fetches = 0
         self.busy_ms = 0.0
 
-    def take(self, request: Running) -> None:
-        """Get a request."""
+    def take(self, request: SimulatedRequest) -> None:
+        """Take an assigned request."""
         digest = request.submit.digest
+        self._num_others += not request.yields
         request.left_prompt = request.submit.num_prompt_tokens
         request.left_output = request.num_output_tokens
         if digest == BASE or digest in self._pool:
@@ -124,12 +133,12 @@ class SimWorker:
             self._blocked.setdefault(digest, []).append(request)
 
     def prefetch(self, digest: str) -> None:
-        """Bring an adapter to the host cache when there is nothing better to load."""
+        """Bring an adapter to the host cache when no request waits for another one."""
         if digest not in self._host:
             self._fetches.append(digest)
 
     def start_load(self, now_ms: float) -> float | None:
-        """Let the loader begin its next load. Returns when that ends, None if it has none or is busy."""
+        """Let the loader begin its next load. Returns when that ends, in ms; None if it has none or is busy."""
         if self.loading is not None:
             return None
         bandwidths = self._model.bandwidths
@@ -167,98 +176,108 @@ class SimWorker:
                 self._make_ready(request)
 
     def start_step(self, now_ms: float) -> float | None:
-        """Begin a step. Returns when it ends, None if there is nothing to do or one is in progress."""
-        if self.step_ends_ms is not None or not (self._running or any(self._ready)):
+        """Begin a step. Returns when it ends, in ms; None if there is nothing to do or one is in progress."""
+        has_work = self._running or self._others.ready or self._yielding.ready
+        if self.step_ends_ms is not None or not has_work:
             return None
-        model, step = self._model, self._model.step
-        self._make_room()
-        self._pauses = (
-            not self._pauses
-            and bool(self._ready[False])
-            and len(self._running) < model.capacity
-            and step.is_worth_a_step(len(self._ends[True]), self._kv_tokens[True])
-        )
-        classes = (False,) if self._pauses else (False, True)
-        max_tokens = model.max_step_tokens, min(model.max_step_tokens, SHORT_STEP_TOKENS_PER_SEQ * model.capacity)
-        num_tokens = sum(len(self._ends[gives_way]) for gives_way in classes)
-        adapters = {r.submit.digest for r in self._running.values() if r.gives_way in classes}
-        for gives_way in classes:
-            ready = self._ready[gives_way]
-            while (
-                ready
-                and num_tokens < max_tokens[gives_way]
-                and len(self._running) + len(self._starting) < model.capacity
-            ):
-                request = ready[0]
-                chunk = min(max_tokens[gives_way] - num_tokens, request.left_prompt)
-                request.left_prompt -= chunk
-                num_tokens += chunk
-                self._kv_tokens[gives_way] += chunk
-                adapters.add(request.submit.digest)
-                if request.left_prompt:
-                    break
-                self._starting.append(ready.popleft())
+        model = self._model
+        self._take_places()
+        self._pauses = self._should_pause()
+        groups = self._active_groups()
+        num_tokens = sum(len(group.ends) for group in groups)
+        adapters = {r.submit.digest for r in self._running.values() if self._group(r) in groups}
+        for group in groups:
+            max_tokens = model.max_step_tokens
+            if group is self._yielding and self._num_others:
+                max_tokens = min(max_tokens, SHORT_STEP_TOKENS_PER_SEQ * model.capacity)
+            num_tokens += self._prefill(group, max_tokens - num_tokens, adapters)
         rank = sum(self._facts[digest].rank for digest in adapters if digest != BASE)
-        num_kv_tokens = sum(self._kv_tokens[gives_way] for gives_way in classes)
-        step_ms = 1000 * step.seconds(num_tokens, num_kv_tokens, rank)
+        step_ms = 1000 * model.step.seconds(num_tokens, sum(group.num_kv_tokens for group in groups), rank)
         self.busy_ms += step_ms
         self.step_ends_ms = now_ms + step_ms
         return self.step_ends_ms
 
-    def _make_room(self) -> None:
-        """Let those who wait take places from those over their share, whose whole blocks stay in the prefix cache."""
-        num_places = len(self._running) + len(self._ready[False]) - self._model.capacity
-        if num_places <= 0:
-            return
-        num_places = min(num_places, sum(not request.over_share for request in self._ready[False]))
-        for request in [r for r in reversed(self._running.values()) if r.over_share][:num_places]:
-            ends, rid = self._ends[request.gives_way], request.submit.rid
-            end = next(end for end in ends if end[1] == rid)
-            ends.remove(end)
-            heapify(ends)
-            request.left_output = end[0] - self._num_steps[request.gives_way]
+    def _should_pause(self) -> bool:
+        """Return whether the yielding group is left out of this step, because another prompt is in it."""
+        return (
+            not self._pauses
+            and bool(self._others.ready)
+            and len(self._running) < self._model.capacity
+            and self._model.step.is_worth_a_step(len(self._yielding.ends), self._yielding.num_kv_tokens)
+        )
+
+    def _active_groups(self) -> tuple[_Group, ...]:
+        """Return the groups that take part in this step."""
+        return (self._others,) if self._pauses else (self._others, self._yielding)
+
+    def _group(self, request: SimulatedRequest) -> _Group:
+        return self._yielding if request.yields else self._others
+
+    def _prefill(self, group: _Group, budget: int, adapters: set[str]) -> int:
+        """Prefill a group's prompts within `budget` tokens. Adds their adapters to `adapters`; returns the tokens."""
+        num_tokens = 0
+        while group.ready and num_tokens < budget and len(self._running) + len(self._starting) < self._model.capacity:
+            request = group.ready[0]
+            chunk = min(budget - num_tokens, request.left_prompt)
+            request.left_prompt -= chunk
+            num_tokens += chunk
+            adapters.add(request.submit.digest)
+            if request.left_prompt:
+                break
+            self._starting.append(group.ready.popleft())
+        group.num_kv_tokens += num_tokens
+        return num_tokens
+
+    def _take_places(self) -> None:
+        """Preempt the latest yielding requests for others that lack a place; full blocks stay in the prefix cache."""
+        num_lacking = min(len(self._running) + len(self._others.ready) - self._model.capacity, len(self._others.ready))
+        group = self._yielding
+        for request in [r for r in reversed(self._running.values()) if r.yields][: max(0, num_lacking)]:
+            rid = request.submit.rid
+            end = next(end for end in group.ends if end[1] == rid)
+            group.ends.remove(end)
+            heapify(group.ends)
+            request.left_output = end[0] - group.num_steps
             num_tokens = request.submit.num_prompt_tokens + request.num_output_tokens - request.left_output
             request.left_prompt = 1 + (num_tokens - 1) % BLOCK_TOKENS
             request.num_cached = num_tokens - request.left_prompt
-            self._kv_tokens[request.gives_way] -= num_tokens - 1
+            group.num_kv_tokens -= num_tokens - 1
             del self._running[rid]
-            self._ready[request.gives_way].appendleft(request)
-        self._ready[False] = deque(sorted(self._ready[False], key=lambda request: request.over_share))
+            group.ready.appendleft(request)
 
-    def end_step(self, now_ms: float) -> list[Running]:
+    def end_step(self, now_ms: float) -> list[SimulatedRequest]:
         """Finish the step in progress. Returns the requests that end with it."""
         self.step_ends_ms = None
-        classes = (False,) if self._pauses else (False, True)
-        for gives_way in classes:
-            self._num_steps[gives_way] += 1
-            self._kv_tokens[gives_way] += len(self._ends[gives_way])
+        groups = self._active_groups()
+        for group in groups:
+            group.num_steps += 1
+            group.num_kv_tokens += len(group.ends)
         for request in self._starting:
+            group = self._group(request)
             if request.first_ms < 0:
                 request.first_ms = now_ms + self._model.way_ms
             self._running[request.submit.rid] = request
-            self._kv_tokens[request.gives_way] += request.num_cached
-            last = self._num_steps[request.gives_way] + request.left_output - 1
-            heappush(self._ends[request.gives_way], (last, request.submit.rid))
+            group.num_kv_tokens += request.num_cached
+            heappush(group.ends, (group.num_steps + request.left_output - 1, request.submit.rid))
         self._starting.clear()
-        ended: list[Running] = []
-        for gives_way in classes:
-            ends = self._ends[gives_way]
-            while ends and ends[0][0] <= self._num_steps[gives_way]:
-                request = self._running.pop(heappop(ends)[1])
-                request.ended_ms = now_ms + self._model.way_ms
-                self._kv_tokens[gives_way] -= request.submit.num_prompt_tokens + request.num_output_tokens - 1
-                self._pinned[request.submit.digest] -= 1
-                ended.append(request)
+        return [request for group in groups for request in self._end_requests(group, now_ms)]
+
+    def _end_requests(self, group: _Group, now_ms: float) -> list[SimulatedRequest]:
+        """Take out the requests of a group whose last token came with this step."""
+        ended: list[SimulatedRequest] = []
+        while group.ends and group.ends[0][0] <= group.num_steps:
+            request = self._running.pop(heappop(group.ends)[1])
+            request.ended_ms = now_ms + self._model.way_ms
+            group.num_kv_tokens -= request.submit.num_prompt_tokens + request.num_output_tokens - 1
+            self._pinned[request.submit.digest] -= 1
+            self._num_others -= not request.yields
+            ended.append(request)
         return ended
 
     def beat(self, now_ms: float) -> m.WorkerBeat:
-        """Report as a worker does."""
-        lengths = {
-            rid: end - num_steps
-            for ends, num_steps in zip(self._ends, self._num_steps, strict=True)
-            for end, rid in ends
-        }
-        waiting = [*self._ready[False], *self._ready[True], *self._starting]
+        """Return what a worker in this state reports."""
+        lengths = {rid: end - group.num_steps for group in (self._others, self._yielding) for end, rid in group.ends}
+        waiting = [*self._others.ready, *self._yielding.ready, *self._starting]
         blocked = [request for requests in self._blocked.values() for request in requests]
         progress = [(rid, r.num_output_tokens - lengths[rid]) for rid, r in self._running.items()]
         return m.WorkerBeat(
@@ -277,8 +296,8 @@ class SimWorker:
             sent_ms=round(now_ms) + 1,
         )
 
-    def _make_ready(self, request: Running) -> None:
+    def _make_ready(self, request: SimulatedRequest) -> None:
         digest = request.submit.digest
         self._pinned[digest] += 1
         self._pool.touch(digest)
-        self._ready[request.gives_way].append(request)
+        self._group(request).ready.append(request)

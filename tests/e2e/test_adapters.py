@@ -23,7 +23,7 @@ from text_oracle import Oracle
 from waiting import wait_until
 
 from chaos.fleet import ProcessFleet, Shape
-from scheduler.fleet import QUEUED_AHEAD
+from scheduler.workers import QUEUED_AHEAD
 
 GOOD = ("one", "two", "three")
 PROMPT = "Once upon a time"

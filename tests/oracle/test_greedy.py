@@ -96,10 +96,7 @@ def test_who_loses_its_place_to_others_says_the_same(
     engine = tiny.engine(max_num_seqs=4, max_step_tokens=64)
     warm(engine, tiny.names)
     flood, quiet = (
-        [
-            greedy_request(f"{name}/{i}", name, both[i], NUM_TOKENS, over_share=not i)
-            for name, both in asked_prompts.items()
-        ]
+        [greedy_request(f"{name}/{i}", name, both[i], NUM_TOKENS, yields=not i) for name, both in asked_prompts.items()]
         for i in range(2)
     )
 

@@ -6,7 +6,7 @@ import pytest
 
 from protocol.queue.bus import Bus, Step, StepRow
 from protocol.wire import messages as m
-from scheduler.core import Policy, Scheduler
+from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.recovery import Recovery
 from tests.protocol.queue.test_scripts import make_body, make_submit
 
@@ -28,7 +28,7 @@ async def test_what_is_assigned_to_nobody_is_queued_again_with_its_tokens(bus: B
     if cancelled:
         await bus.cancel("orphan")
     await bus.leave("w2")
-    recovery = Recovery(bus, Scheduler(Policy()), 3)
+    recovery = Recovery(bus, Scheduler(SchedulerConfig()), 3)
     assert await recovery.find_orphans() == 1
     kept, orphan = await bus.requests(["kept", "orphan"])
     assert kept is not None

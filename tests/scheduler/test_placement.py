@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.wire import messages as m
-from scheduler.backlog import Verdict
-from scheduler.fleet import MAX_LOADS, Fleet, Tier, Worker
+from scheduler.backlog import OfferResult
 from scheduler.ledger import Ledger
 from scheduler.placement import (
     LOAD_BOUND,
@@ -23,32 +22,35 @@ from scheduler.placement import (
     Placement,
     Rendezvous,
 )
-from scheduler.request import BASE, Request
-from tests.scheduler.test_fleet import beat, make_fleet, make_ledger, request
+from scheduler.request import BASE, QueuedRequest
+from scheduler.workers import MAX_LOADS, Tier, Worker, Workers
+from tests.scheduler.test_workers import beat, make_ledger, make_workers, request
 
 STEP = m.StepModel(a=0.01, b=1e-5, c=1e-8, d=1e-6)
 OUTPUT = 100.0
 
 
 class Site:
-    """A fleet with placement and ledger."""
+    """A workers with placement and ledger."""
 
     def __init__(self, *beats: m.WorkerBeat, max_attempts: int = 3) -> None:
-        self.fleet: Fleet = make_fleet(*beats)
-        self.placement = Placement(self.fleet, max_attempts)
-        self.ledger: Ledger = make_ledger(self.fleet)
-        self.placement.begin()
+        self.workers: Workers = make_workers(*beats)
+        self.placement = Placement(self.workers, max_attempts)
+        self.ledger: Ledger = make_ledger(self.workers)
+        self.placement.refresh()
         self.count = 0
 
-    def choose(self, digest: str = "", *, now_ms: float = 0.0, final: bool = False, **more: Any) -> Worker | Verdict:
+    def choose(
+        self, digest: str = "", *, now_ms: float = 0.0, final: bool = False, **more: Any
+    ) -> Worker | OfferResult:
         self.count += 1
         return self.place(request(f"r{self.count}", digest, **more), now_ms=now_ms, final=final)
 
-    def place(self, item: Request, *, now_ms: float = 0.0, final: bool = False) -> Worker | Verdict:
+    def place(self, item: QueuedRequest, *, now_ms: float = 0.0, final: bool = False) -> Worker | OfferResult:
         choice = self.placement.choose(item, OUTPUT, now_ms, final=final)
         if isinstance(choice, Worker):
             self.ledger.assign(item, choice)
-            self.placement.took(item, choice, now_ms)
+            self.placement.note_assigned(item, choice, now_ms)
         return choice
 
     def wid(self, digest: str = "", **more: Any) -> str:
@@ -57,11 +59,11 @@ class Site:
         return choice.wid
 
     def fill(self, wid: str) -> None:
-        worker = self.fleet.workers[wid]
+        worker = self.workers.by_id[wid]
         while worker.ready_credit("interactive") > 0:
             self.count += 1
             self.ledger.assign(request(f"fill{self.count}"), worker)
-        self.placement.begin()
+        self.placement.refresh()
 
 
 def beats(num: int, **more: Any) -> list[m.WorkerBeat]:
@@ -74,7 +76,7 @@ def home(*members: m.WorkerBeat, digest: str) -> str:
     return rendezvous.order(digest)[0]
 
 
-def test_a_resident_adapter_beats_one_that_is_loading_beats_the_host_beats_the_store() -> None:
+def test_the_nearer_an_adapter_is_the_less_it_costs() -> None:
     one, two = beats(2, capacity=64)
     facts = AdapterFacts(16, 20_000_000)
     costs = [Bandwidths(host=2e5, remote=2e4).cost_ms(tier, facts.num_bytes) for tier in Tier]
@@ -122,8 +124,8 @@ def test_a_request_waits_for_its_full_warm_worker_as_long_as_a_load_takes() -> N
     site.fill("w0")
     patience_ms = site.placement.bandwidths.cost_ms(Tier.REMOTE, 20_000_000)
     item = request("waits", "d")
-    assert site.place(item, now_ms=1000.0) is Verdict.HELD
-    assert site.place(item, now_ms=999.0 + patience_ms) is Verdict.HELD
+    assert site.place(item, now_ms=1000.0) is OfferResult.HELD
+    assert site.place(item, now_ms=999.0 + patience_ms) is OfferResult.HELD
     assert item.held_until_ms == 1000.0 + patience_ms
     choice = site.place(item, now_ms=1000.0 + patience_ms)
     assert isinstance(choice, Worker)
@@ -140,10 +142,10 @@ def test_a_request_for_the_base_is_never_held() -> None:
 def test_blocked_when_no_worker_may_take_it() -> None:
     site = Site(beat("w0", capacity=1, resident=["d"]))
     site.fill("w0")
-    assert site.choose("d") is Verdict.BLOCKED
-    assert site.choose() is Verdict.BLOCKED
+    assert site.choose("d") is OfferResult.BLOCKED
+    assert site.choose() is OfferResult.BLOCKED
     assert isinstance(site.choose("cold"), Worker)  # it takes no capacity until it is there
-    assert site.choose("colder") is Verdict.BLOCKED
+    assert site.choose("colder") is OfferResult.BLOCKED
     assert not site.placement.has_room(request("x"))
 
 
@@ -154,13 +156,13 @@ def test_no_worker_gets_more_than_its_bound_while_others_are_free(items: list[tu
     site = Site(*(beat(f"w{i}", capacity=c, resident=["a"] if i else ["b"]) for i, c in enumerate(capacities)))
     total = sum(capacities)
     for digest, num_prompt in items:
-        num_before = sum(worker.load for worker in site.fleet.workers.values())
+        num_before = sum(worker.load for worker in site.workers.by_id.values())
         choice = site.choose(digest, final=True, num_prompt_tokens=num_prompt)
         if not isinstance(choice, Worker):
             continue
         capacity = choice.beat.capacity
         bound = max(LOAD_BOUND * (num_before + 1) * capacity / total, 0.75 * capacity)
-        others = [w for w in site.fleet.workers.values() if w is not choice and _free(w, digest)]
+        others = [w for w in site.workers.by_id.values() if w is not choice and _free(w, digest)]
         if others and choice.load > bound:
             crowded = [
                 w.load + 1 > max(LOAD_BOUND * (num_before + 1) * w.beat.capacity / total, 0.75 * w.beat.capacity)
@@ -192,7 +194,7 @@ def test_a_hot_adapter_gets_homes_in_proportion_to_its_load() -> None:
     assert [site.placement.homes[digest] for digest in ("hot", "warm", "rare", "other")] == [5, 3, 1, 1]
     for _ in range(160):
         site.choose()
-    site.placement.begin()
+    site.placement.refresh()
     site.placement.tick({"hot": 40})  # 20 each run: a share is 25
     for _ in range(SHRINK_TICKS * 3):
         site.placement.tick({"hot": 40})
@@ -227,7 +229,7 @@ def test_ranks_in_a_batch_count() -> None:
     assert site.wid("b") == other
 
 
-def test_equal_beginnings_go_to_the_same_worker_when_nothing_speaks_against_it() -> None:
+def test_equal_beginnings_go_to_the_same_worker_if_it_is_as_free() -> None:
     site = Site(*beats(4, capacity=64))
     first = site.wid(prefix="p", num_prompt_tokens=2000)
     later = [site.wid(prefix="p", num_prompt_tokens=2000, now_ms=100.0 * i) for i in range(1, 4)]
@@ -235,7 +237,7 @@ def test_equal_beginnings_go_to_the_same_worker_when_nothing_speaks_against_it()
     assert site.wid(prefix="q", num_prompt_tokens=2000, now_ms=400.0) != first
 
 
-def test_those_whose_worker_died_start_again_in_small_groups_and_the_last_life_alone() -> None:
+def test_requests_whose_worker_died_start_in_small_groups_and_the_last_alone() -> None:
     site = Site(beat("w0", capacity=64))
     hit = [site.choose(epoch=2, attempts=1) for _ in range(10)]
     assert [isinstance(choice, Worker) for choice in hit] == [True] * 8 + [False] * 2
@@ -244,35 +246,35 @@ def test_those_whose_worker_died_start_again_in_small_groups_and_the_last_life_a
     last = [site.choose(epoch=4, attempts=2) for _ in range(3)]
     assert [isinstance(choice, Worker) for choice in last] == [True, True, False]
     assert isinstance(site.choose(epoch=2, attempts=1), Worker)
-    for worker in site.fleet.workers.values():
+    for worker in site.workers.by_id.values():
         held = {rid: r for rid, r in worker.requests.items() if r.attempts == 2}
         done = [(rid, 7) for rid in held]
-        site.fleet.observe({**_all(site), worker.wid: beat(worker.wid, 2, progress=done, capacity=64)}, 1.0)
+        site.workers.observe({**_all(site), worker.wid: beat(worker.wid, 2, progress=done, capacity=64)}, 1.0)
         site.ledger.observe(worker)
-        site.fleet.observe({**_all(site), worker.wid: beat(worker.wid, 3, progress=[(rid, 8) for rid in held])}, 1.0)
+        site.workers.observe({**_all(site), worker.wid: beat(worker.wid, 3, progress=[(rid, 8) for rid in held])}, 1.0)
         site.ledger.observe(worker)
     assert isinstance(site.choose(epoch=4, attempts=2), Worker)
 
 
 def _all(site: Site) -> dict[str, m.WorkerBeat | None]:
-    return {wid: worker.beat for wid, worker in site.fleet.workers.items()}
+    return {wid: worker.beat for wid, worker in site.workers.by_id.items()}
 
 
-def test_in_a_large_fleet_only_some_are_scored_but_every_worker_gets_work_and_warm_ones_are_found() -> None:
+def test_of_many_workers_each_gets_work_and_those_with_the_adapter_are_found() -> None:
     members = [beat(f"w{i}", capacity=8, resident=["d"] if i == 57 else [], step_model=STEP) for i in range(64)]
     site = Site(*members)
-    assert len(site.placement._workers) > MAX_CANDIDATES
+    assert len(site.placement._available) > MAX_CANDIDATES
     assert site.wid("d") == "w57"
     loads = Counter(site.wid() for _ in range(500))
     assert len(loads) == 64
     for _ in range(12):
         site.choose()
-    assert all(worker.num_ready <= 10 for worker in site.fleet.workers.values())
+    assert all(worker.num_ready <= 10 for worker in site.workers.by_id.values())
 
 
 def test_what_is_known_of_adapters_is_bounded() -> None:
     """The one looked up longest ago is forgotten, and is looked up again when it is asked for."""
-    placement = Placement(make_fleet(), 3, max_known_adapters=3)
+    placement = Placement(make_workers(), 3, max_known_adapters=3)
     for i in (0, 1, 2, 0, 3):
         placement.learn(f"a{i}", AdapterFacts(rank=i, num_bytes=1))
     assert placement.unknown({"a0", "a1", "a2", "a3", BASE}) == ["a1"]

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from lorafleet.__main__ import main
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
-from scheduler.core import Policy, Scheduler
-from scheduler.fleet import QUEUED_AHEAD
+from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.placement import AdapterFacts
 from scheduler.simulation.policies import POLICIES, make_dispatcher
-from scheduler.simulation.run import Arrival, Outcome, Simulation, jain
+from scheduler.simulation.run import Arrival, Simulation, SimulationResult, jain
 from scheduler.simulation.trace import Load, adapters, generate, read
-from scheduler.simulation.worker import Running, WorkerModel
+from scheduler.simulation.worker import SimulatedRequest, WorkerModel
+from scheduler.workers import QUEUED_AHEAD
 from tests.scheduler.fakes import make_submit
 
 FACTS = adapters(200)
@@ -37,8 +37,8 @@ def arrival(
 
 def simulate(
     trace: list[Arrival], num_workers: int = 2, policy: str = POLICIES[0], model: WorkerModel = SMALL
-) -> Outcome:
-    dispatcher = make_dispatcher(policy, Policy(), FACTS)
+) -> SimulationResult:
+    dispatcher = make_dispatcher(policy, SchedulerConfig(), FACTS)
     trace = sorted(trace, key=lambda item: item.at_ms)
     outcome = Simulation(dispatcher, model, num_workers, FACTS).run(trace)
     assert sorted(r.submit.rid for r in outcome.requests) == sorted(item.submit.rid for item in trace)
@@ -83,7 +83,7 @@ def test_a_flood_of_one_hardly_delays_the_quiet() -> None:
     quiet = list(generate(load))
     flood = [arrival(f"flood{i}", 10_000.0, tenant="flood", digest="a0", output=60) for i in range(200)]
 
-    def p99(outcome: Outcome) -> float:
+    def p99(outcome: SimulationResult) -> float:
         return outcome.first_token_ms(0.99, lambda r: r.submit.tenant != "flood")
 
     alone, flooded = p99(simulate(quiet)), p99(simulate(quiet + flood))
@@ -108,7 +108,7 @@ def test_a_flood_does_not_hold_up_the_quiet_where_steps_are_long(rate: float) ->
         arrival(f"flood{i}", 10_000.0 + 1.5 * i, tenant="flood", num_prompt_tokens=67, output=64) for i in range(300)
     ]
 
-    def p99(outcome: Outcome) -> float:
+    def p99(outcome: SimulationResult) -> float:
         return outcome.first_token_ms(
             0.99, lambda r: r.submit.tenant != "flood" and 10_000.0 <= r.submitted_ms < 50_000.0
         )
@@ -137,7 +137,7 @@ def test_batch_work_fills_only_slack() -> None:
     interactive = list(generate(Load(rate=6.0, seconds=30.0, num_adapters=10, num_tenants=4, output_tokens=40)))
     together, alone = simulate(batch + interactive), simulate(interactive)
 
-    def p90(outcome: Outcome) -> float:
+    def p90(outcome: SimulationResult) -> float:
         return outcome.first_token_ms(0.9, lambda r: r.submit.cls == "interactive")
 
     assert p90(together) <= p90(alone) + 60.0  # a fuller batch has longer steps; nobody queues behind batch work
@@ -187,7 +187,7 @@ def beats(num: int, sent_ms: int = 1, **more: Any) -> dict[str, m.WorkerBeat | N
 
 
 def make_scheduler(num_workers: int = 1, **more: Any) -> Scheduler:
-    scheduler = Scheduler(Policy())
+    scheduler = Scheduler(SchedulerConfig())
     scheduler.beats(beats(num_workers, **more), 0.0)
     return scheduler
 
@@ -206,29 +206,29 @@ def test_one_batch_holds_requests_of_different_adapters_up_to_the_credit() -> No
     assert planned(scheduler) == {"w0": ["r6"]}
 
 
-def test_a_flood_gives_way_while_others_ask_now_and_then() -> None:
+def test_a_flood_yields_and_others_take_its_places() -> None:
     scheduler = make_scheduler(capacity=16)
-    scheduler.submit(make_submit("quiet", tenant="quiet"), 0)
-    assert planned(scheduler) == {"w0": ["quiet"]}
-    scheduler.ended(m.Ended("quiet", "w0", 1, "quiet", 1))
+    for tenant in ("quiet", "other"):
+        scheduler.submit(make_submit(tenant, tenant=tenant), 0)
+    assert planned(scheduler) == {"w0": ["quiet", "other"]}
     for i in range(40):
         scheduler.submit(make_submit(f"flood{i}", tenant="flood"), 0)
     (batch,) = scheduler.plan(1000.0).batches.values()
-    assert len(batch) == 14
-    assert all(request.gives_way for request in batch)
+    assert len(batch) == 12, "it leaves an eighth of the places to the other tenants"
+    assert all(request.yields for request in batch)
     scheduler.submit(make_submit("again", tenant="quiet"), 0)
     ((again,),) = scheduler.plan(2000.0).batches.values()
-    assert (again.rid, again.gives_way) == ("again", False)
-    scheduler.ended(m.Ended("again", "w0", 1, "quiet", 1))
-    (batch,) = scheduler.plan(30_000.0).batches.values()  # nobody else has asked for a while
-    assert len(batch) == 2 + QUEUED_AHEAD
-    assert not any(request.gives_way for request in batch)
-    assert all(request.over_share for request in batch)
+    assert (again.rid, again.yields) == ("again", False)
+    for rid in ("quiet", "other", "again"):
+        scheduler.ended(m.Ended(rid, "w0", 1, "any", 1))
+    (batch,) = scheduler.plan(30_000.0).batches.values()
+    assert len(batch) == 4 + QUEUED_AHEAD, "there are no others"
+    assert all(request.yields for request in batch)
     scheduler.submit(make_submit("at last", tenant="quiet"), 0)
     assert planned(scheduler, 60_000.0) == {"w0": ["at last"]}, "it takes the place of one of them"
 
 
-def test_those_who_give_way_hide_nobody_behind_them() -> None:
+def test_yielding_tenants_hide_nobody_behind_them() -> None:
     """Neither do the many queues of each, looked at before the one request that may go."""
     digests = [f"d{i}" for i in range(10)]
     scheduler = make_scheduler(capacity=16, resident=digests)
@@ -269,7 +269,7 @@ def test_repeated_and_outdated_messages_change_nothing() -> None:
         scheduler.ended(m.Ended("r", "w0", 3, "t", 5))
     assert scheduler.requests == {}
     assert not scheduler.shares.num_open
-    assert scheduler.fleet.workers["w0"].load == 0
+    assert scheduler.workers.by_id["w0"].load == 0
 
 
 def test_what_was_not_assigned_goes_back_and_what_had_ended_is_forgotten() -> None:
@@ -279,7 +279,7 @@ def test_what_was_not_assigned_goes_back_and_what_had_ended_is_forgotten() -> No
     (batch,) = scheduler.plan(0.0).batches.values()
     paid = scheduler.counters["t"]
     scheduler.undo(batch, ["r1"])
-    assert scheduler.fleet.workers["w0"].load == 0
+    assert scheduler.workers.by_id["w0"].load == 0
     assert planned(scheduler) == {"w0": ["r0", "r2"]}
     assert scheduler.counters["t"] == paid  # nobody pays twice for a prompt
     assert "r1" not in scheduler.requests
@@ -382,9 +382,9 @@ def test_a_simulated_adapter_takes_what_its_bytes_take() -> None:
 
 
 def test_attained_tokens_are_counted_within_a_window() -> None:
-    outcome = Outcome()
+    outcome = SimulationResult()
     sub = make_submit("r", tenant="t", num_prompt_tokens=10)
-    outcome.requests.append(Running(sub, 100, first_ms=100.0, ended_ms=200.0))
+    outcome.requests.append(SimulatedRequest(sub, 100, first_ms=100.0, ended_ms=200.0))
     assert outcome.attained(0.0, 1000.0) == {"t": 210.0}
     assert outcome.attained(150.0, 1000.0) == {"t": 100.0}
     assert jain([1.0, 1.0]) == 1.0

@@ -16,7 +16,7 @@ from protocol.queue.bus import Bus, decode, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import Internal
-from scheduler.core import Policy, Scheduler
+from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.recovery import Recovery
 from scheduler.service import serve
 from tests.scheduler.fakes import (
@@ -61,7 +61,7 @@ async def test_a_worker_is_told_who_gives_way(bus: Bus) -> None:
     await submit(bus, make_submit("quiet", tenant="quiet"), *(make_submit(f"r{i}", tenant="flood") for i in range(9)))
     async with running_scheduler(bus):
         await holds(worker, "quiet", *(f"r{i}" for i in range(6)))
-        assert {item.tenant: item.gives_way for item in worker.held.values()} == {"quiet": False, "flood": True}
+        assert {item.tenant: item.yields for item in worker.held.values()} == {"quiet": False, "flood": True}
 
 
 async def test_a_dead_workers_requests_go_to_another_with_their_tokens(bus: Bus) -> None:
@@ -441,7 +441,7 @@ async def test_an_unreadable_adapter_record_stops_nothing(bus: Bus) -> None:
 
 async def test_what_came_back_while_a_death_is_settled_is_not_forgotten(bus: Bus) -> None:
     """One of a dead worker's requests ends meanwhile; another, handed back by the worker itself, is read meanwhile."""
-    scheduler = Scheduler(Policy())
+    scheduler = Scheduler(SchedulerConfig())
     recovery = Recovery(bus, scheduler, 3)
     await FakeWorker(bus, "w1").join()
     scheduler.beats(await bus.worker_beats(), 0.0)

@@ -11,17 +11,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gpu_worker.engine.batcher import BLOCK_TOKENS, MAX_SKIPS, Batcher, Limits, StepPlan
+from gpu_worker.engine.batcher import MAX_SKIPS, Batcher, BatchLimits, StepPlan
 from gpu_worker.engine.blocks import BlockPool
 from gpu_worker.engine.logprobs import PromptLogprobs
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.speculation import Drafter
+from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire.messages import Sampling, StepModel
 
 
-class Gate:
-    """Adapters that are there or not."""
+class FakeSlots:
+    """Adapters that are resident or not."""
 
     def __init__(self) -> None:
         self.resident: set[str] = set()
@@ -49,10 +50,10 @@ def make_seq(
 
 def make_batcher(
     num_blocks: int, max_num_seqs: int = 8, max_step_tokens: int = 64, *, prefix_cache: bool = True
-) -> tuple[Batcher, Gate]:
-    gate = Gate()
-    limits = Limits(max_num_seqs, max_step_tokens, prefix_cache)
-    return Batcher(limits, BlockPool(num_blocks), gate, "base"), gate
+) -> tuple[Batcher, FakeSlots]:
+    slots = FakeSlots()
+    limits = BatchLimits(max_num_seqs, max_step_tokens, prefix_cache)
+    return Batcher(limits, BlockPool(num_blocks), slots, "base"), slots
 
 
 class Cache:
@@ -84,10 +85,10 @@ class BatcherMachine(RuleBasedStateMachine):
         drafts=st.sampled_from([0, 3, 20]), token_s=st.sampled_from([0.0, 2.0]),
     )  # fmt: skip
     def start(self, num_blocks: int, step_tokens: int, prefix_cache: bool, drafts: int, token_s: float) -> None:
-        self.limits = Limits(4, step_tokens, prefix_cache, drafts, max_draft_step_tokens=step_tokens)
-        self.gate = Gate()
+        self.limits = BatchLimits(4, step_tokens, prefix_cache, drafts, max_draft_step_tokens=step_tokens)
+        self.slots = FakeSlots()
         self.blocks = BlockPool(num_blocks)
-        self.batcher = Batcher(self.limits, self.blocks, self.gate, "base")
+        self.batcher = Batcher(self.limits, self.blocks, self.slots, "base")
         self.batcher.step_model = StepModel(a=1.0, b=token_s)
         self.paused = False
         self.cache = Cache()
@@ -97,28 +98,26 @@ class BatcherMachine(RuleBasedStateMachine):
 
     @rule(
         kind=st.integers(0, 2), length=st.integers(1, 80), max_new=st.integers(1, 40),
-        digest=st.sampled_from(["", "a", "b"]), resumed=st.integers(0, 20), standing=st.integers(0, 2),
+        digest=st.sampled_from(["", "a", "b"]), resumed=st.integers(0, 20), yields=st.booleans(),
     )  # fmt: skip
-    def add(self, kind: int, length: int, max_new: int, digest: str, resumed: int, standing: int) -> None:
+    def add(self, kind: int, length: int, max_new: int, digest: str, resumed: int, yields: bool) -> None:
         length = min(length, self.max_len - 1)
         max_new = min(max_new, self.max_len - length)
         prompt = np.arange(length) * (kind + 1)
         output = [7 * kind] * min(resumed, max_new - 1)
         self.count += 1
-        seq = make_seq(
-            str(self.count), prompt, max_new, digest, output, over_share=standing > 0, gives_way=standing > 1
-        )
+        seq = make_seq(str(self.count), prompt, max_new, digest, output, yields=yields)
         seq.drafter = Drafter(self.limits.max_draft_tokens) if self.limits.max_draft_tokens else None
         self.batcher.add(seq)
 
     @rule(digest=st.sampled_from(["a", "b"]))
     def adapter_arrives(self, digest: str) -> None:
-        self.gate.resident.add(digest)
+        self.slots.resident.add(digest)
 
     @rule(digest=st.sampled_from(["a", "b"]))
     def adapter_leaves(self, digest: str) -> None:
-        if not self.gate.refs.get(digest):
-            self.gate.resident.discard(digest)
+        if not self.slots.refs.get(digest):
+            self.slots.resident.discard(digest)
 
     @precondition(lambda self: len(self.batcher))
     @rule(data=st.data())
@@ -132,19 +131,19 @@ class BatcherMachine(RuleBasedStateMachine):
         assert plan.num_tokens <= self.limits.max_step_tokens
         assert len(self.batcher.running) <= self.limits.max_num_seqs
         assert set(plan.num_new) <= set(self.batcher.running)
-        if not all(seq.over_share for seq in plan.preempted):
-            assert not any(seq.over_share for seq in self.batcher.running), "theirs are the first to go"
+        if not all(seq.yields for seq in plan.preempted):
+            assert not any(seq.yields for seq in self.batcher.running), "these are the first to go"
         decodes = [seq for seq in running if seq.num_pending == 1 and seq not in plan.preempted]
-        decodes.sort(key=lambda seq: seq.gives_way)
+        decodes.sort(key=lambda seq: seq.yields)
         may_pause = self.batcher.step_model.b > 0 and not self.paused
         self.paused = list(plan.num_new)[: len(decodes)] != decodes
         if self.paused:
             assert may_pause
             assert plan.num_new.keys() - set(decodes), "nobody has anything of it"
-            assert not any(seq.gives_way for seq in plan.num_new)
-            decodes = [seq for seq in decodes if not seq.gives_way]
+            assert not any(seq.yields for seq in plan.num_new)
+            decodes = [seq for seq in decodes if not seq.yields]
             assert list(plan.num_new)[: len(decodes)] == decodes
-        if any(not seq.request.digest or seq.request.digest in self.gate.resident for seq in self.batcher):
+        if any(not seq.request.digest or seq.request.digest in self.slots.resident for seq in self.batcher):
             assert plan.num_new, "nothing runs though something could"
         self.cache.run(plan)
         self.batcher.complete(plan)
@@ -165,13 +164,13 @@ class BatcherMachine(RuleBasedStateMachine):
     def consistent(self) -> None:
         self.batcher.check_integrity()
         refs = [seq.request.digest for seq in self.batcher.running if seq.request.digest]
-        assert {d: n for d, n in self.gate.refs.items() if n} == {d: refs.count(d) for d in set(refs)}
+        assert {d: n for d, n in self.slots.refs.items() if n} == {d: refs.count(d) for d in set(refs)}
 
     def teardown(self) -> None:
         """Whatever happened: once all adapters are there, everything ends within a bounded number of steps."""
         if not hasattr(self, "batcher"):
             return
-        self.gate.resident = {"a", "b"}
+        self.slots.resident = {"a", "b"}
         most = sum(2 * seq.max_tokens for seq in self.batcher) + MAX_SKIPS
         for _ in range(most):
             if not len(self.batcher):
@@ -207,34 +206,37 @@ def test_a_long_prompt_is_computed_in_chunks_beside_decodes() -> None:
     assert chunks == [31, 31, 31, 7]
 
 
-def test_prompts_that_give_way_come_last_and_in_short_steps() -> None:
+def test_yielding_prompts_come_last_and_in_short_steps() -> None:
     batcher, _ = make_batcher(64, max_num_seqs=8, max_step_tokens=64)
-    flood = [make_seq(f"flood{i}", np.arange(20) + i, 50, gives_way=True) for i in range(5)]
-    for seq in flood:
-        batcher.add(seq)
+    flood = [make_seq(f"flood{i}", np.arange(20) + i, 50, yields=True) for i in range(6)]
+    batcher.add(flood[0])
+    batcher.add(flood[1])
     plan = batcher.plan()
-    assert plan.num_new == {flood[0]: 16}, "twice as many tokens as there can be decodes"
+    assert plan.num_new == {flood[0]: 20, flood[1]: 20}, "there are no others"
     finish_step(batcher, plan)
     quiet = make_seq("quiet", np.arange(40) + 100, 50)
-    batcher.add(quiet)
+    for seq in (*flood[2:], quiet):
+        batcher.add(seq)
     plan = batcher.plan()
-    assert plan.num_new == {quiet: 40}, "not even a prompt that was begun goes on before it"
+    assert plan.num_new == {flood[0]: 1, flood[1]: 1, quiet: 40}
     finish_step(batcher, plan)
     plan = batcher.plan()
-    assert plan.num_new == {quiet: 1, flood[0]: 4, flood[1]: 11}
+    short = {quiet: 1, flood[0]: 1, flood[1]: 1, flood[2]: 13}
+    assert plan.num_new == short, "twice as many tokens as there can be decodes"
     finish_step(batcher, plan)
-    batcher.add(make_seq("another", np.arange(8) + 200, 50))
+    another = make_seq("another", np.arange(8) + 200, 50)
+    batcher.add(another)
     plan = batcher.plan()
-    assert {seq.rid: num for seq, num in plan.num_new.items()} == {"flood0": 1, "quiet": 1, "another": 8, "flood1": 6}
+    assert list(plan.num_new) == [quiet, flood[0], flood[1], another, flood[2]], "also before a prompt that was begun"
+    assert plan.num_new[another] == 8
+    assert plan.num_tokens == 16
 
 
 @pytest.mark.parametrize(("token_s", "pauses"), [(0.3, True), (0.2, False)])
-def test_decodes_that_give_way_pause_beside_anothers_prompt_if_they_are_worth_a_step(
-    token_s: float, pauses: bool
-) -> None:
+def test_yielding_decodes_pause_beside_anothers_prompt_if_worth_a_step(token_s: float, pauses: bool) -> None:
     batcher, _ = make_batcher(64, max_num_seqs=8, max_step_tokens=64)
     batcher.step_model = StepModel(a=1.0, b=token_s)
-    flood = [make_seq(f"flood{i}", np.arange(4) + i, 50, gives_way=True) for i in range(4)]
+    flood = [make_seq(f"flood{i}", np.arange(4) + i, 50, yields=True) for i in range(4)]
     for seq in flood:
         batcher.add(seq)
     finish_step(batcher, batcher.plan())
@@ -262,8 +264,8 @@ def test_a_second_equal_prompt_computes_only_its_last_block() -> None:
 
 
 def test_another_adapter_shares_no_block() -> None:
-    batcher, gate = make_batcher(64)
-    gate.resident = {"a"}
+    batcher, slots = make_batcher(64)
+    slots.resident = {"a"}
     batcher.add(make_seq("1", np.arange(48), 4))
     finish_step(batcher, batcher.plan())
     other = make_seq("2", np.arange(48), 4, digest="a")
@@ -296,8 +298,8 @@ def activated(rid: str, prompt: np.ndarray, active_from: int, num_base: int) -> 
 def test_blocks_before_an_invocation_are_shared_with_the_base(
     first: tuple[int, int] | None, second: tuple[int, int] | None, shared: int
 ) -> None:
-    batcher, gate = make_batcher(64, max_step_tokens=256)
-    gate.resident = {"a"}
+    batcher, slots = make_batcher(64, max_step_tokens=256)
+    slots.resident = {"a"}
     prompt = np.arange(50)
     seqs = [make_seq(str(i), prompt, 4) if at is None else activated(str(i), prompt, *at) for i, at in
             enumerate((first, second))]  # fmt: skip
@@ -309,8 +311,8 @@ def test_blocks_before_an_invocation_are_shared_with_the_base(
 
 
 def test_a_request_not_bound_to_its_adapter_waits() -> None:
-    batcher, gate = make_batcher(64)
-    gate.resident = {"a"}
+    batcher, slots = make_batcher(64)
+    slots.resident = {"a"}
     seq = make_seq("x", np.arange(8), 4, digest="a")
     seq.is_bound = False
     batcher.add(seq)
@@ -320,12 +322,12 @@ def test_a_request_not_bound_to_its_adapter_waits() -> None:
 
 
 def test_a_request_without_its_adapter_is_passed_over() -> None:
-    batcher, gate = make_batcher(64)
+    batcher, slots = make_batcher(64)
     cold, warm = make_seq("cold", np.arange(8), 4, digest="a"), make_seq("warm", np.arange(8), 4)
     batcher.add(cold)
     batcher.add(warm)
     assert list(batcher.plan().num_new) == [warm]
-    gate.resident = {"a"}
+    slots.resident = {"a"}
     assert set(batcher.plan().num_new) == {cold, warm}
     assert cold.slot == ord("a")
 
@@ -370,14 +372,15 @@ def test_small_requests_overtake_a_large_one_only_for_a_while() -> None:
     assert large in batcher.plan().num_new
 
 
-def test_others_take_the_places_of_those_over_their_share_the_latest_first() -> None:
-    batcher, gate = make_batcher(64, max_num_seqs=3)
-    gate.resident = {"a"}
-    flood = [make_seq(f"flood{i}", np.arange(40) + 50 * i, 50, "a", over_share=True) for i in range(2)]
+def test_others_take_the_places_of_the_latest_yielding_sequences() -> None:
+    batcher, slots = make_batcher(64, max_num_seqs=3)
+    slots.resident = {"a"}
+    flood = [make_seq(f"flood{i}", np.arange(40) + 50 * i, 50, "a", yields=True) for i in range(2)]
     first = make_seq("first", np.arange(8) + 200, 50)
     for seq in (flood[0], first, flood[1]):
         batcher.add(seq)
-        finish_step(batcher, batcher.plan())
+        while seq.num_output == 0:
+            finish_step(batcher, batcher.plan())
     cold = make_seq("cold", np.arange(8), 50, "b")
     quiet = [make_seq(f"quiet{i}", np.arange(8) + 300 + 10 * i, 50) for i in range(2)]
     batcher.add(cold)
@@ -387,22 +390,22 @@ def test_others_take_the_places_of_those_over_their_share_the_latest_first() -> 
     plan = batcher.plan()
     assert (plan.preempted, set(plan.num_new)) == ([flood[1]], {flood[0], first, quiet[0]})
     finish_step(batcher, plan)
-    another = make_seq("another", np.arange(8) + 400, 50, over_share=True)
+    another = make_seq("another", np.arange(8) + 400, 50, yields=True)
     batcher.add(another)
-    assert not batcher.plan().preempted, "nor for one of their own"
+    assert not batcher.plan().preempted, "nor for one that yields too"
     batcher.remove(another)
-    num_made = flood[1].num_output
     batcher.remove(quiet[0])
-    assert batcher.plan().num_new[flood[1]] == 40 + num_made - 32, "its full blocks are still there"
+    assert flood[1] in batcher.plan().num_new
+    assert flood[1].num_computed == 32, "its full blocks are still there"
     for seq in quiet:
         batcher.add(seq)
     assert batcher.plan().preempted == [flood[1], flood[0]]
     assert batcher.running == [first, *quiet]
 
 
-def test_others_take_the_blocks_of_those_over_their_share_where_that_is_enough() -> None:
+def test_others_take_the_blocks_of_yielding_sequences_if_that_is_enough() -> None:
     batcher, _ = make_batcher(8, prefix_cache=False)
-    flood = [make_seq(f"flood{i}", np.arange(32) + 50 * i, 8, over_share=True) for i in range(2)]
+    flood = [make_seq(f"flood{i}", np.arange(32) + 50 * i, 8, yields=True) for i in range(2)]
     for seq in flood:
         batcher.add(seq)
         finish_step(batcher, batcher.plan())
@@ -420,7 +423,7 @@ def test_others_take_the_blocks_of_those_over_their_share_where_that_is_enough()
 def test_blocks_that_others_share_are_not_freed_by_taking_them() -> None:
     batcher, _ = make_batcher(8)
     holder = make_seq("holder", np.arange(65), 8)
-    flood = make_seq("flood", np.arange(65), 8, over_share=True)
+    flood = make_seq("flood", np.arange(65), 8, yields=True)
     for seq in (holder, flood):  # five blocks each, of which they share four
         batcher.add(seq)
         finish_step(batcher, batcher.plan())
@@ -430,12 +433,12 @@ def test_blocks_that_others_share_are_not_freed_by_taking_them() -> None:
     assert not batcher.plan().preempted
 
 
-def test_one_that_gives_way_is_not_passed_over_for_ever() -> None:
+def test_a_yielding_sequence_is_not_passed_over_for_ever() -> None:
     batcher, _ = make_batcher(8, prefix_cache=False)
     holder = make_seq("holder", np.arange(16), 1000)
     batcher.add(holder)
     batcher.complete(batcher.plan())
-    batcher.add(make_seq("large", np.arange(112), 4, gives_way=True))
+    batcher.add(make_seq("large", np.arange(112), 4, yields=True))
     small: list[Sequence] = []
     for i in range(2 * MAX_SKIPS):
         small.append(make_seq(f"small{i}", np.arange(8), 1))

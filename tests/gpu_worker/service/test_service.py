@@ -64,11 +64,11 @@ async def submit(bus: Bus, rid: str, *, max_new: int = 8, cls: str = "interactiv
     assert status == "ok"
 
 
-async def assign(bus: Bus, wid: str, *rids: str, gives_way: bool = False) -> str:
+async def assign(bus: Bus, wid: str, *rids: str, yields: bool = False) -> str:
     batch = []
     for rid in rids:
         epoch = int(await bus.redis.hget(bus.keys.req(rid), "epoch"))
-        batch.append((m.Assigned(rid, epoch + 1, "", "t", GATEWAY, gives_way=gives_way), epoch))
+        batch.append((m.Assigned(rid, epoch + 1, "", "t", GATEWAY, yields=yields), epoch))
     status, _ = await bus.assign(wid, batch)
     return status
 
@@ -97,8 +97,8 @@ async def test_a_batch_runs_to_its_end_and_leaves_no_work_behind(bus: Bus) -> No
             await submit(bus, rid, max_new=num)
         given: list[bool] = []
         submit_to_engine = worker.engine.submit
-        worker.engine.submit = lambda request: (given.append(request.gives_way), submit_to_engine(request))
-        assert await assign(bus, worker.wid, "a", "b", gives_way=True) == "ok"
+        worker.engine.submit = lambda request: (given.append(request.yields), submit_to_engine(request))
+        assert await assign(bus, worker.wid, "a", "b", yields=True) == "ok"
         for rid, num in (("a", 3), ("b", 8)):
             await wait_until(lambda rid=rid: _is(bus, rid, "completed"), f"{rid} completes")
             assert await log(bus, rid) == expected(num)
