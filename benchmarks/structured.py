@@ -25,7 +25,7 @@ from benchmarks import report
 from benchmarks.fleet import quickstart_model
 from benchmarks.schemas import random_schema
 from gateway.text.structured import constraint_of, grammar_text
-from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.adapters.fetch import FetchedAdapter
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.load import load_engine
@@ -139,7 +139,7 @@ def step_ms(engine: Engine, grammar: str, num_seqs: int, num_steps: int, first: 
     return np.array(times)
 
 
-def no_adapter(digest: str) -> AdapterFiles:
+def no_adapter(digest: str) -> FetchedAdapter:
     raise NotFound(f"no adapter {digest}")
 
 

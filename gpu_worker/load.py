@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from gpu_worker.adapters.cache import AdapterCache
-from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.adapters.fetch import FetchedAdapter
 from gpu_worker.adapters.loader import hash_of
 from gpu_worker.adapters.merging import merge_adapters
 from gpu_worker.adapters.packing import HostAdapter, Packer, row_sites
@@ -30,7 +30,8 @@ from gpu_worker.engine.thread import EngineThread
 from gpu_worker.memory import GiB, free_bytes, share
 from gpu_worker.model.checkpoint import read_config, read_model, task_of
 from gpu_worker.model.compiled import compile_errors, warm
-from gpu_worker.model.model import BaseModel, choose_device, choose_dtype, load_model
+from gpu_worker.model.model import BaseModel, choose_device, choose_dtype
+from gpu_worker.model.prepare import load_model
 from lora_kernels import ops
 from peft_adapters.recipe import merge_of
 from peft_adapters.texts import TOKENIZER
@@ -43,10 +44,10 @@ from protocol.wire.errors import AdapterRefused, BadRequest
 logger = logging.getLogger(__name__)
 
 
-Fetch = Callable[[str], AdapterFiles | Rows]
+Fetch = Callable[[str], FetchedAdapter | Rows]
 """An adapter's files by digest, or what has been packed of them. Called in loader threads; may block."""
 
-FetchFiles = Callable[[str], AdapterFiles]
+FetchFiles = Callable[[str], FetchedAdapter]
 """An adapter's files by digest, always."""
 
 Describe = Callable[[list[RowSite], m.ServedModel, str], object]
@@ -141,7 +142,7 @@ def adapter_cache(
     host_bytes = share(settings.adapter_host_bytes, free_bytes(torch.device("cpu")), 0.1, 2 * GiB)
     extra_bytes = share(settings.adapter_extra_bytes, free, 0.05, 2 * GiB if on_cpu else 8 * GiB)
     weights = PoolWeights(model.sites, model.shared, pool_bytes, model.device, extra_bytes)
-    packer = Packer(model.sites, served, model.places, pin=not on_cpu)
+    packer = Packer(model.sites, served, model.adaptable, pin=not on_cpu)
 
     order = [name for name, _ in model.module.named_modules()]
     whole = fetch_files or _whole(fetch)
@@ -162,9 +163,9 @@ def adapter_cache(
 
 
 def _whole(fetch: Fetch) -> FetchFiles:
-    def whole(digest: str) -> AdapterFiles:
+    def whole(digest: str) -> FetchedAdapter:
         files = fetch(digest)
-        assert isinstance(files, AdapterFiles), "rows were given where files are needed"
+        assert isinstance(files, FetchedAdapter), "rows were given where files are needed"
         return files
 
     return whole
@@ -254,7 +255,7 @@ def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: 
         model_type=model.config.model_type,
         vocab_size=model.vocab_size,
         max_model_len=max_model_len,
-        sites=model.places.shapes(model.sites),
+        sites=model.adaptable.shapes(model.sites),
         dtype=str(model.dtype).removeprefix("torch."),
         tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
         created_ms=now_ms(),

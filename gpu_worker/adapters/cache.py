@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
+from gpu_worker.adapters.events import AdapterEvents
 from gpu_worker.adapters.extras import Extras
 from gpu_worker.adapters.failures import Failures
-from gpu_worker.adapters.news import News
 from gpu_worker.adapters.packing import HostAdapter
-from gpu_worker.adapters.priority import step_back
+from gpu_worker.adapters.priority import lower_priority
 from gpu_worker.adapters.weights import PoolWeights
 from protocol.wire.errors import AdapterRefused, Internal, LorafleetError, Unavailable
 from protocol.wire.messages import AdapterEvent
@@ -112,7 +112,7 @@ class AdapterCache:
         self.on_evicted: Callable[[str], object] = _ignore  # called when an adapter leaves the pool
         self.num_loads = 0  # into the pool
         self.num_fetches = 0  # to the host
-        self.news = News()
+        self.events = AdapterEvents()
         self._read = read
         self._failures = Failures()
         self._jobs: dict[str, bool] = {}  # digest -> its job copies into the pool
@@ -122,8 +122,8 @@ class AdapterCache:
         self._seconds: dict[str, float] = {}  # measured: staging of an adapter
         self._starved: dict[str, int] = {}  # digest -> loads that found no room
         self._draining: set[str] = set()  # in the way of a starved one: no new requests
-        self._stagers = ThreadPoolExecutor(NUM_STAGERS, thread_name_prefix="stager", initializer=step_back)
-        self._copier = ThreadPoolExecutor(1, thread_name_prefix="copier", initializer=step_back)
+        self._stagers = ThreadPoolExecutor(NUM_STAGERS, thread_name_prefix="stager", initializer=lower_priority)
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="copier", initializer=lower_priority)
 
     def close(self) -> None:
         """Start nothing more; does not wait for what runs."""
@@ -197,7 +197,7 @@ class AdapterCache:
             return None
         for other, num_bytes in evicted.items():
             self._forget(other)
-            self.news.tell(AdapterEvent(kind="evicted", digest=other, pool_bytes=num_bytes))
+            self.events.record(AdapterEvent(kind="evicted", digest=other, pool_bytes=num_bytes))
         self._end_starving(digest)
         pages = self.pool.residents[digest].pages
         self._start(digest, copies=True, job=lambda: (adapter, self.weights.copy(adapter, pages)))
@@ -262,7 +262,7 @@ class AdapterCache:
                 assert done.error is not None
                 failed[done.digest] = done.error
                 self._failures.note(done.digest, done.error, time.monotonic())
-                self.news.tell(AdapterEvent(kind="failed", digest=done.digest, reason=done.error.message))
+                self.events.record(AdapterEvent(kind="failed", digest=done.digest, reason=done.error.message))
                 self._prefetches.discard(done.digest)
                 if done.copied:
                     self.pool.remove(done.digest)
@@ -279,16 +279,18 @@ class AdapterCache:
                 self.pool.publish(done.digest)
                 self.num_loads += 1
                 ms = 1000 * done.seconds
-                self.news.tell(AdapterEvent(kind="resident", digest=done.digest, ms=ms, pool_bytes=resident.num_bytes))
+                self.events.record(
+                    AdapterEvent(kind="resident", digest=done.digest, ms=ms, pool_bytes=resident.num_bytes)
+                )
             else:
                 self.num_fetches += 1
                 self._failures.forget(done.digest)
                 self._seconds[done.digest] = done.seconds
                 dropped = self.host.put(done.adapter, self._wanted)
                 ms, num_bytes = 1000 * done.seconds, done.adapter.num_bytes
-                self.news.tell(AdapterEvent(kind="staged", digest=done.digest, ms=ms, host_bytes=num_bytes))
+                self.events.record(AdapterEvent(kind="staged", digest=done.digest, ms=ms, host_bytes=num_bytes))
                 for other, freed in dropped.items():
-                    self.news.tell(AdapterEvent(kind="evicted", digest=other, host_bytes=freed))
+                    self.events.record(AdapterEvent(kind="evicted", digest=other, host_bytes=freed))
                 if done.digest in self._prefetches:
                     self._prefetches.discard(done.digest)
                     self._advance(done.digest, self.pool.residents)

@@ -25,7 +25,7 @@ SILENCE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterFiles:
+class FetchedAdapter:
     """What the store keeps of an adapter."""
 
     config: dict[str, Any]
@@ -47,7 +47,7 @@ class StoreClient:
         if urls:
             self._known.set()
 
-    def fetch(self, digest: str) -> AdapterFiles:
+    def fetch(self, digest: str) -> FetchedAdapter:
         """Return an adapter's files. Raises Unavailable when no store answers, NotFound when none has it, Internal."""
         deadline = time.monotonic() + FETCH_TIMEOUT_S
         pause_s = 0.1
@@ -73,7 +73,7 @@ class StoreClient:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 2.0)
 
-    def _fetch_from(self, url: str, digest: str) -> AdapterFiles:
+    def _fetch_from(self, url: str, digest: str) -> FetchedAdapter:
         """Return what one store says an adapter is. Raises NotFound, Internal, OSError, HTTPException."""
         with closing(_connect(url)) as connection:
             folder = f"{urlsplit(url).path.rstrip('/')}/adapters/{digest}"
@@ -81,7 +81,7 @@ class StoreClient:
             weights = self._get(connection, f"{folder}/adapter_model.safetensors")
             own = config.get(TEXTS_FIELD)
             texts = split_texts(self._get(connection, f"{folder}/{TEXTS_FILE}"), own) if own else {}
-            return AdapterFiles(config, weights, texts.get(TOKENIZER, ""))
+            return FetchedAdapter(config, weights, texts.get(TOKENIZER, ""))
 
     def _get(self, connection: HTTPConnection, path: str) -> bytes:
         connection.request("GET", path, headers=self._headers)
@@ -106,7 +106,7 @@ def _connect(url: str) -> HTTPConnection:
     return connection
 
 
-def digest_of(files: AdapterFiles) -> str:
+def digest_of(files: FetchedAdapter) -> str:
     """Return the digest of what was received. Raises AdapterRefused when it is no safetensors file."""
     weights = memoryview(files.weights)
     tensors = parse_header(bytes(weights[: 8 + MAX_HEADER_BYTES]), len(weights))

@@ -25,8 +25,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from gpu_worker.adapters.fetch import AdapterFiles, StoreClient
-from gpu_worker.adapters.priority import step_back
+from gpu_worker.adapters.fetch import FetchedAdapter, StoreClient
+from gpu_worker.adapters.priority import lower_priority
 from gpu_worker.adapters.rows import RowPacker, Rows, RowSite
 from protocol.runtime.service import log_format, set_up_logging
 from protocol.wire import errors
@@ -36,7 +36,7 @@ from protocol.wire.messages import ServedModel
 logger = logging.getLogger(__name__)
 
 NICE = 19
-"""Counts where `step_back` does nothing."""
+"""Counts where `lower_priority` does nothing."""
 
 NUM_FETCHES = 16
 """Adapters on their way at once: slow ones keep no fast one waiting. They are packed one by one."""
@@ -130,20 +130,20 @@ class Loader:
                 self._told[type(message)] = message
                 self._process.tell(message)
 
-    def fetch(self, digest: str) -> AdapterFiles | Rows:
+    def fetch(self, digest: str) -> FetchedAdapter | Rows:
         """Return an adapter's files, or their rows if that is all there is to them and the model is known.
 
         Raises Unavailable when no store answers, NotFound when none has it, Internal.
         """
         return self._ask(digest, whole=False)
 
-    def fetch_files(self, digest: str) -> AdapterFiles:
+    def fetch_files(self, digest: str) -> FetchedAdapter:
         """Return an adapter's files. Raises as `fetch`."""
         files = self._ask(digest, whole=True)
-        assert isinstance(files, AdapterFiles)
+        assert isinstance(files, FetchedAdapter)
         return files
 
-    def _ask(self, digest: str, *, whole: bool) -> AdapterFiles | Rows:
+    def _ask(self, digest: str, *, whole: bool) -> FetchedAdapter | Rows:
         for _ in range(MAX_DEATHS):
             try:
                 return self._living().ask(digest, whole=whole).result()
@@ -179,7 +179,7 @@ class _Process:
             self.popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         self._numbers = itertools.count()
         self._sending = threading.Lock()
-        self._asked: dict[int, Future[AdapterFiles | Rows]] = {}
+        self._asked: dict[int, Future[FetchedAdapter | Rows]] = {}
         self._asking = threading.Lock()
         self.ended = False  # guarded by _asking
         self._receiver = threading.Thread(target=self._receive, name="loader", daemon=True)
@@ -194,9 +194,9 @@ class _Process:
             except OSError as error:
                 logger.debug("the loader process takes nothing more: %r", error)
 
-    def ask(self, digest: str, *, whole: bool) -> Future[AdapterFiles | Rows]:
+    def ask(self, digest: str, *, whole: bool) -> Future[FetchedAdapter | Rows]:
         """Ask for an adapter's files. The future raises `_Died` if the process ends first."""
-        future: Future[AdapterFiles | Rows] = Future()
+        future: Future[FetchedAdapter | Rows] = Future()
         number = next(self._numbers)
         with self._asking:
             if self.ended:
@@ -228,7 +228,7 @@ class _Process:
             memory = memoryview(mmap.mmap(fd, 0))
             os.close(fd)
             if isinstance(message, Fetched):
-                future.set_result(AdapterFiles(message.config, memory, message.tokenizer))
+                future.set_result(FetchedAdapter(message.config, memory, message.tokenizer))
             else:
                 ranks, scales = np.frombuffer(message.ranks, np.int32), np.frombuffer(message.scales, np.float32)
                 future.set_result(Rows(memory, ranks.copy(), scales.copy(), message.invocation, message.tokenizer))
@@ -362,7 +362,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.nice(NICE)
-    step_back()
+    lower_priority()
     worker = socket.socket(fileno=int(sys.argv[1]))
     try:
         received = _receive(worker)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.adapters.fetch import FetchedAdapter
 from gpu_worker.adapters.packing import GetTensor, HostAdapter, Packer, lora_matrices
 from peft_adapters.config import AdapterConfig, read_config
 from peft_adapters.format import AdapterSpec, LoraWeights
@@ -49,7 +49,7 @@ class _Factor:
 
 
 def merge_adapters(
-    digest: str, merge: Merge, files: Sequence[AdapterFiles], packer: Packer, order: Sequence[str]
+    digest: str, merge: Merge, files: Sequence[FetchedAdapter], packer: Packer, order: Sequence[str]
 ) -> HostAdapter:
     """Return the merged adapter. order: the model's modules as it names them. Raises AdapterRefused."""
     parts = [_read(file, packer, weight) for file, weight in zip(files, merge.weights, strict=True)]
@@ -72,7 +72,7 @@ def merge_adapters(
     return packer.pack_spec(digest, spec, tensors.__getitem__)
 
 
-def _read(files: AdapterFiles, packer: Packer, weight: float) -> Part:
+def _read(files: FetchedAdapter, packer: Packer, weight: float) -> Part:
     """Read one adapter. Raises AdapterRefused for what is more than plain LoRA."""
     config = read_config(files.config, Reasons())
     spec, get = packer.read(files.config, files.weights)

@@ -24,8 +24,8 @@ from gpu_worker.adapters.extras import (
     map_tensors,
 )
 from gpu_worker.adapters.rows import MAX_RANK, Rows, RowSite, layout
+from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.lora import GROUPS, SiteInfo
-from gpu_worker.model.places import Places
 from lora_kernels.ops import PAGE_ROWS
 from peft_adapters.format import AdapterSpec, LoraWeights, ReplacedWeights, parse_header, read_adapter
 from peft_adapters.safetensors_header import MAX_HEADER_BYTES, TensorInfo
@@ -62,7 +62,7 @@ class Packer:
 
     sites: Sequence[SiteInfo]
     served: ServedModel
-    places: Places
+    adaptable: AdaptableModules
     pin: bool  # keep the rows in page-locked memory, from which a GPU copies beside its computing
 
     @cached_property
@@ -111,7 +111,7 @@ class Packer:
         rows: list[tuple[int, Tensor, Tensor]] = []
         names: list[str] = []
         with torch.inference_mode():
-            extras = _ExtrasPacker(by_name, self.places, get).pack(spec)
+            extras = _ExtrasPacker(by_name, self.adaptable, get).pack(spec)
             for part in spec.sites:
                 site = by_name[part.site]
                 a, b = lora_matrices(part, get)
@@ -171,9 +171,9 @@ def _check_finite(rows: Sequence[tuple[int, Tensor, Tensor]], names: Sequence[st
 class _ExtrasPacker:
     """Packs one adapter's extras."""
 
-    def __init__(self, sites: dict[str, SiteInfo], places: Places, get: GetTensor) -> None:
+    def __init__(self, sites: dict[str, SiteInfo], adaptable: AdaptableModules, get: GetTensor) -> None:
         self._sites = sites
-        self._places = places
+        self._adaptable = adaptable
         self._get = get
         self._linear: defaultdict[str, dict[str, Any]] = defaultdict(dict)
         self._embeddings: defaultdict[str, dict[str, Any]] = defaultdict(dict)
@@ -213,7 +213,7 @@ class _ExtrasPacker:
 
     def _replace(self, part: ReplacedWeights) -> None:
         """Take a replaced parameter, unless it is just the base's: PEFT saves those too."""
-        base = self._places.parameter(part.site, part.parameter)
+        base = self._adaptable.parameter(part.site, part.parameter)
         assert base is not None
         tensor = self._get(part.tensor).to(base.dtype)
         site = self._sites.get(part.site)
@@ -223,7 +223,7 @@ class _ExtrasPacker:
             return
         if site is not None:
             self._linear[part.site][part.parameter] = tensor
-        elif part.site in self._places.embeddings:
+        elif part.site in self._adaptable.embeddings:
             self._embeddings[part.site][part.parameter] = tensor
         else:
             self._norms[part.site][part.parameter] = tensor
@@ -247,7 +247,7 @@ class _ExtrasPacker:
     def _weight(self, site: str) -> Tensor:
         """Return the weight that is in force under the adapter."""
         own = (self._linear if site in self._sites else self._embeddings)[site].get("weight")
-        base = own if own is not None else self._places.parameter(site, "weight")
+        base = own if own is not None else self._adaptable.parameter(site, "weight")
         assert base is not None
         return base
 
@@ -266,7 +266,7 @@ class _ExtrasPacker:
         return Dora(magnitude, magnitude / norm, torch.stack(squares).cpu())
 
     def _parameter(self, part: LoraWeights, module: str, parameter: str) -> ParameterLora:
-        owner = self._places.modules[module].module
+        owner = self._adaptable.modules[module].module
         weight = owner.get_parameter(parameter)
         if part.experts:
             return ParameterLora(parameter, *self._experts(part, weight.dtype), part.scale)

@@ -6,7 +6,7 @@ import os
 import sys
 
 
-def step_back() -> None:
+def lower_priority() -> None:
     """Let the calling thread, and those it starts, have what steps of warm requests leave of the cores.
 
     As an idle task, from which whatever else wakes up takes the core at once: one that is only nice

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gpu_worker.adapters.cache import AdapterCache
-from gpu_worker.adapters.orders import Orders
+from gpu_worker.adapters.residency import Residency
 from gpu_worker.encoder.model import EncoderModel
 from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
 from gpu_worker.engine.runner import extra_rows, lora_batch
@@ -53,7 +53,7 @@ class EncoderEngine:
         self.model = model
         self.config = config
         self.adapters = adapters
-        self.orders = Orders(adapters)
+        self.orders = Residency(adapters)
         self.can_step = False  # whether the next step may do something without a new request or adapter
         self.counters = WorkerCounters()
         self._waiting: dict[str, EngineRequest] = {}  # by id, in the order they came
@@ -96,7 +96,7 @@ class EncoderEngine:
             self._outputs.append(_failed(request, error))
             return
         if request.digest:
-            self.adapters.news.used(request.digest, resident=self.adapters.is_resident(request.digest))
+            self.adapters.events.record_use(request.digest, resident=self.adapters.is_resident(request.digest))
         self._waiting[request.rid] = request
 
     def _check(self, request: EngineRequest) -> None:

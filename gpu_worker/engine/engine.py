@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from gpu_worker.adapters.cache import AdapterCache
-from gpu_worker.adapters.orders import Orders
+from gpu_worker.adapters.residency import Residency
 from gpu_worker.engine.batcher import Batcher, Limits, StepPlan
 from gpu_worker.engine.blocks import BlockPool
 from gpu_worker.engine.grammars import Grammars
@@ -54,7 +54,7 @@ class Engine:
         self.model = model
         self.config = config
         self.adapters = adapters
-        self.orders = Orders(adapters)
+        self.orders = Residency(adapters)
         self.runner = Runner(model, config.num_blocks, adapters.extras)
         self.runner.check()
         self.blocks = BlockPool(config.num_blocks)
@@ -105,7 +105,7 @@ class Engine:
             if request.grammar and not request.digest:
                 self._compile(seq, self._tokenizer)
             if request.digest:
-                self.adapters.news.used(request.digest, resident=self.adapters.is_resident(request.digest))
+                self.adapters.events.record_use(request.digest, resident=self.adapters.is_resident(request.digest))
             self.batcher.add(seq)
 
     def _replay(self, seq: Sequence, tokenizer: Tokenizer | None) -> bool:

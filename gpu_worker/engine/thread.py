@@ -85,7 +85,7 @@ class EngineThread:
 
     def take_news(self) -> tuple[list[AdapterEvent], dict[str, AdapterUse]]:
         """Return what happened to adapters since the last call."""
-        return self.engine.adapters.news.take()
+        return self.engine.adapters.events.take()
 
     def hand_over(self) -> Future[list[str]]:
         """Forget every request at the next step boundary; the result names them. Empty if the engine has ended."""

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.adapters.fetch import FetchedAdapter
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.runner import StepInputs
 from gpu_worker.load import load_engine
-from gpu_worker.model.shortcuts import stacks_of
+from gpu_worker.model.blocks import stacks_of
 from gpu_worker.profiling.steps import Decode, Prefill, Queue
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
 from protocol.runtime.metrics import PHASES
@@ -136,10 +136,10 @@ def adapter_folders(root: Path | None) -> dict[str, Path]:
     return found
 
 
-def read_files(folder: Path) -> AdapterFiles:
+def read_files(folder: Path) -> FetchedAdapter:
     """Read an adapter's files. Raises AdapterRefused, BadRequest."""
     try:
-        return AdapterFiles(parse_config((folder / CONFIG_FILE).read_bytes()), (folder / WEIGHTS_FILE).read_bytes())
+        return FetchedAdapter(parse_config((folder / CONFIG_FILE).read_bytes()), (folder / WEIGHTS_FILE).read_bytes())
     except OSError as error:
         raise BadRequest(f"{error.filename}: {error.strerror}") from error
 
@@ -185,7 +185,7 @@ def _measure(steps: Decode, plan: ProfilePlan) -> ProfileCase:
     before = _totals(steps)
     steps.run(plan.num_steps)
     after = _totals(steps)
-    with _apart(steps.engine):
+    with _layer_by_layer(steps.engine):
         steps.run(1)
         profiler = _record(steps, min(plan.num_steps, MAX_WATCHED_STEPS))
     steps.end()
@@ -212,7 +212,7 @@ def _totals(steps: Decode) -> dict[str, float]:
 
 
 @contextmanager
-def _apart(engine: Engine) -> Iterator[None]:
+def _layer_by_layer(engine: Engine) -> Iterator[None]:
     """Let stacked layers run one by one, and mark where forward passes begin and end."""
     run, stacks = engine.runner.run, stacks_of(engine.model.module)
 

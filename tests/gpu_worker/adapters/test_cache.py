@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from gpu_worker.adapters.cache import MAX_STARVED_LOADS, NUM_STAGERS, AdapterCache
-from gpu_worker.adapters.orders import Orders
 from gpu_worker.adapters.packing import HostAdapter, Packer
+from gpu_worker.adapters.residency import Residency
 from gpu_worker.adapters.weights import PoolWeights, split_budget
+from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.attention import StepContext
 from gpu_worker.model.lora import SiteInfo
-from gpu_worker.model.places import Places
 from lora_kernels.ops import PAGE_ROWS
 from protocol.wire.errors import AdapterRefused, BadRequest, LorafleetError, NotFound
 from protocol.wire.messages import AdapterEvent, ServedModel, SiteShape
@@ -57,10 +57,10 @@ class Loading:
         self.reads: list[str] = []
         self.store_answers = threading.Event()
         self.store_answers.set()
-        self.news = threading.Event()
+        self.changed = threading.Event()
         self.evicted: list[str] = []
         self.cache = AdapterCache(self.weights, self._read, host_bytes)
-        self.cache.on_loaded = self.news.set
+        self.cache.on_loaded = self.changed.set
         self.cache.on_evicted = self.evicted.append
 
     def _read(self, digest: str) -> HostAdapter:
@@ -73,11 +73,11 @@ class Loading:
     def load(self, *wanted: str, until: str) -> None:
         """Ask for adapters until one of them is resident."""
         while until not in self.cache.resident:
-            self.news.clear()
+            self.changed.clear()
             assert not self.cache.poll()
             assert not self.cache.load(wanted)
             if until not in self.cache.resident and self.cache.loading:
-                assert self.news.wait(timeout=60)
+                assert self.changed.wait(timeout=60)
 
 
 def test_rows_land_in_the_pages_the_table_names() -> None:
@@ -135,8 +135,8 @@ def test_an_adapter_in_use_stays() -> None:
     loading.cache.acquire("a")
     loading.cache.prefetch("b")
     while "b" not in loading.cache.host:
-        assert loading.news.wait(timeout=60)
-        loading.news.clear()
+        assert loading.changed.wait(timeout=60)
+        loading.changed.clear()
         loading.cache.poll()
     loading.cache.load(["b"])
     assert loading.cache.loading == []
@@ -180,7 +180,7 @@ def test_a_starved_adapter_gets_its_turn() -> None:
         else:
             refused += 1
         if "b" not in loading.cache.host:
-            assert loading.news.wait(timeout=60)
+            assert loading.changed.wait(timeout=60)
     assert refused > 0
     assert loading.cache.resident == ["a"]
     loading.cache.release("a")
@@ -194,8 +194,8 @@ def test_prefetching_sends_nobody_away() -> None:
     loading.load("a", until="a")
     loading.cache.prefetch("b")
     while "b" not in loading.cache.host:
-        assert loading.news.wait(timeout=60)
-        loading.news.clear()
+        assert loading.changed.wait(timeout=60)
+        loading.changed.clear()
         loading.cache.poll()
     assert loading.cache.resident == ["a"]
     assert loading.cache.loading == []
@@ -213,72 +213,72 @@ def test_the_host_keeps_what_is_wanted_and_drops_the_oldest_of_the_rest() -> Non
 
 
 class Ordered(Loading):
-    """Orders given to a cache, carried out as the engine does it: load what is wanted, then send away what may go."""
+    """A cache with pins and evictions, kept as the engine does it: load what is wanted, then evict what may leave."""
 
     def __init__(self, num_pages: int, adapters: list[HostAdapter]) -> None:
         super().__init__(num_pages, adapters)
-        self.orders = Orders(self.cache)
+        self.residency = Residency(self.cache)
         self.queued: list[str] = []
 
     def run(self) -> list[AdapterEvent]:
         """Step until nothing is on its way any more; returns what was told of evictions."""
         events: list[AdapterEvent] = []
         while True:
-            self.news.clear()
-            self.orders.note(self.cache.poll())
-            self.orders.note(self.cache.load([*self.queued, *self.orders.wanted()]))
-            self.orders.settle(self.queued)
-            events += [event for event in self.cache.news.take()[0] if event.kind == "evicted"]
+            self.changed.clear()
+            self.residency.note(self.cache.poll())
+            self.residency.note(self.cache.load([*self.queued, *self.residency.wanted()]))
+            self.residency.settle(self.queued)
+            events += [event for event in self.cache.events.take()[0] if event.kind == "evicted"]
             if not self.cache.loading:
                 return events
-            assert self.news.wait(timeout=60)
+            assert self.changed.wait(timeout=60)
 
 
 def test_a_pinned_adapter_comes_and_stays() -> None:
     loading = Ordered(2, [make_adapter(name, 8) for name in "abc"])
-    loading.orders.pin("a")
+    loading.residency.pin("a")
     assert loading.run() == []
     assert loading.cache.resident == ["a"]
     for name in "bcb":
         loading.queued = [name]
         loading.run()
         assert sorted(loading.cache.resident) == ["a", name]
-    loading.orders.unpin("a")
+    loading.residency.unpin("a")
     loading.queued = ["b", "c"]
     assert [event.digest for event in loading.run()] == ["a"]
-    assert loading.orders.pins == {}
+    assert loading.residency.pins == {}
 
 
 def test_pins_take_at_most_half_of_the_pool() -> None:
     """The one too many is served like any other, says why it is not kept, and is kept once there is room."""
     loading = Ordered(4, [make_adapter(name, 8) for name in "abcd"] + [make_adapter("wide", 33)])
     for name in "abc":
-        loading.orders.pin(name)
+        loading.residency.pin(name)
     loading.run()
-    assert loading.orders.pins["a"] == loading.orders.pins["b"] == ""
-    assert "half of the pool" in loading.orders.pins["c"]
+    assert loading.residency.pins["a"] == loading.residency.pins["b"] == ""
+    assert "half of the pool" in loading.residency.pins["c"]
     failed = {}
     loading.cache.load(["wide"])
     while not failed:
-        loading.news.wait(timeout=60)
-        loading.news.clear()
+        loading.changed.wait(timeout=60)
+        loading.changed.clear()
         failed = {**loading.cache.poll(), **loading.cache.load(["wide"])}
     assert "pinned adapters leave less" in failed["wide"].message
     assert failed["wide"].retryable
-    loading.orders.unpin("a")
-    loading.orders.pin("c")
+    loading.residency.unpin("a")
+    loading.residency.pin("c")
     loading.run()
-    assert loading.orders.pins == {"b": "", "c": ""}
+    assert loading.residency.pins == {"b": "", "c": ""}
 
 
 def test_a_pin_that_fails_says_why_and_is_tried_when_it_is_ordered_again() -> None:
     loading = Ordered(2, [make_adapter("huge", 100)])
-    loading.orders.pin("huge")
+    loading.residency.pin("huge")
     loading.run()
-    assert "bytes of the adapter pool" in loading.orders.pins["huge"]
-    assert loading.orders.wanted() == []
-    loading.orders.pin("huge")
-    assert loading.orders.wanted() == ["huge"]
+    assert "bytes of the adapter pool" in loading.residency.pins["huge"]
+    assert loading.residency.wanted() == []
+    loading.residency.pin("huge")
+    assert loading.residency.wanted() == ["huge"]
 
 
 def test_one_that_failed_is_not_tried_by_every_request_but_by_a_new_pin() -> None:
@@ -287,8 +287,8 @@ def test_one_that_failed_is_not_tried_by_every_request_but_by_a_new_pin() -> Non
     def ask() -> dict[str, LorafleetError]:
         failed = loading.cache.load(["a"])
         while loading.cache.loading:
-            assert loading.news.wait(timeout=60)
-            loading.news.clear()
+            assert loading.changed.wait(timeout=60)
+            loading.changed.clear()
             failed |= loading.cache.poll()
         return failed
 
@@ -297,7 +297,7 @@ def test_one_that_failed_is_not_tried_by_every_request_but_by_a_new_pin() -> Non
     assert loading.reads == ["a"]
     loading.known["a"] = make_adapter("a", 8)
     assert ask() == first
-    loading.orders.pin("a")
+    loading.residency.pin("a")
     loading.run()
     assert loading.cache.resident == ["a"]
 
@@ -308,7 +308,7 @@ def test_an_eviction_frees_pool_and_host_and_says_how_much() -> None:
     loading.queued = ["a"]
     loading.run()
     free_bytes = loading.cache.pool.free_bytes
-    loading.orders.evict("a", "order 1")
+    loading.residency.evict("a", "order 1")
     assert loading.run() == [], "requests wait for it"
     loading.queued = []
     loading.cache.acquire("a")
@@ -321,7 +321,7 @@ def test_an_eviction_frees_pool_and_host_and_says_how_much() -> None:
     assert loading.evicted == ["a"], "its KV blocks are the next to be reused"
     assert not loading.cache.resident
     assert "a" not in loading.cache.host
-    loading.orders.evict("b", "order 2")
+    loading.residency.evict("b", "order 2")
     (told,) = loading.run()
     assert (told.order, told.pool_bytes, told.host_bytes) == ("order 2", 0, 0), "it was not there"
 
@@ -330,11 +330,11 @@ def test_what_happens_is_told() -> None:
     loading = Ordered(1, [make_adapter("a", 8), make_adapter("b", 8)])
     loading.queued = ["a"]
     loading.run()
-    loading.cache.news.used("a", resident=True)
-    loading.cache.news.used("a", resident=False)
+    loading.cache.events.record_use("a", resident=True)
+    loading.cache.events.record_use("a", resident=False)
     loading.queued = ["b"]
     loading.load("b", until="b")
-    events, uses = loading.cache.news.take()
+    events, uses = loading.cache.events.take()
     assert [(event.kind, event.digest) for event in events] == [("staged", "b"), ("evicted", "a"), ("resident", "b")]
     assert (uses["a"].hits, uses["a"].misses, uses["b"].fetches, uses["b"].loads) == (1, 1, 1, 1)
 
@@ -360,7 +360,7 @@ def test_numbers_that_are_not_finite_in_the_pools_dtype_are_refused() -> None:
     def pack(largest: float) -> HostAdapter:
         a, b = torch.ones(2, 4), torch.full((6, 2), largest)
         names = ("base_model.model.layers.0.q.lora_A.weight", "base_model.model.layers.0.q.lora_B.weight")
-        packer = Packer(sites, served, Places(StepContext()), pin=False)
+        packer = Packer(sites, served, AdaptableModules(StepContext()), pin=False)
         return packer.pack("d", config, save(dict(zip(names, (a, b), strict=True))))
 
     assert pack(60_000.0).num_pages == (1, 0, 0, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpu_worker.adapters.cache import failures
+from gpu_worker.adapters import failures
 from gpu_worker.adapters.failures import Failures
 from protocol.wire.errors import AdapterRefused, LorafleetError, Unavailable
 

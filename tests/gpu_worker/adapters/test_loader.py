@@ -15,7 +15,7 @@ import psutil
 import pytest
 from processes import is_running
 
-from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.adapters.fetch import FetchedAdapter
 from gpu_worker.adapters.loader import MAX_DEATHS, Loader
 from gpu_worker.adapters.rows import Rows
 from protocol.wire.errors import Internal, LorafleetError, NotFound, Unavailable
@@ -66,8 +66,8 @@ def loader(store: SlowStore) -> Iterator[Loader]:
     loader.close()
 
 
-def fetch(loader: Loader) -> Future[AdapterFiles | Rows]:
-    future: Future[AdapterFiles | Rows] = Future()
+def fetch(loader: Loader) -> Future[FetchedAdapter | Rows]:
+    future: Future[FetchedAdapter | Rows] = Future()
 
     def run() -> None:
         try:

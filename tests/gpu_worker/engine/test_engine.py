@@ -15,8 +15,8 @@ from factories import make_adapter, make_tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from gpu_worker.adapters.cache import failures
-from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.adapters import failures
+from gpu_worker.adapters.fetch import FetchedAdapter
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.load import load_engine
@@ -40,7 +40,7 @@ class Store:
         self.fetched: list[str] = []
         self.tokenizers: dict[str, str] = {}  # what some of them bring
 
-    def fetch(self, digest: str) -> AdapterFiles:
+    def fetch(self, digest: str) -> FetchedAdapter:
         assert self.open.wait(timeout=60)
         self.fetched.append(digest)
         folder = self.folder / digest
@@ -49,7 +49,7 @@ class Store:
         if digest == "crash":
             raise RuntimeError("a fault of ours")
         config, weights = parse_config((folder / CONFIG_FILE).read_bytes()), (folder / WEIGHTS_FILE).read_bytes()
-        return AdapterFiles(config, weights, self.tokenizers.get(digest, ""))
+        return FetchedAdapter(config, weights, self.tokenizers.get(digest, ""))
 
 
 @pytest.fixture(scope="module")

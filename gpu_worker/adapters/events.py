@@ -12,18 +12,18 @@ MAX_KEPT = 10_000
 """Events and uses that wait for the service; older ones are lost."""
 
 
-class News:
+class AdapterEvents:
     """One writer, one reader, in two threads: single appends and pops of a deque need no lock."""
 
     def __init__(self) -> None:
         self._events: deque[AdapterEvent] = deque(maxlen=MAX_KEPT)
         self._uses: deque[tuple[str, bool]] = deque(maxlen=MAX_KEPT)
 
-    def tell(self, event: AdapterEvent) -> None:
+    def record(self, event: AdapterEvent) -> None:
         """Say that something happened to an adapter."""
         self._events.append(event)
 
-    def used(self, digest: str, *, resident: bool) -> None:
+    def record_use(self, digest: str, *, resident: bool) -> None:
         """Say that a request for an adapter has come, and whether the adapter was in the pool."""
         self._uses.append((digest, resident))
 

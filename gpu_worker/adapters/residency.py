@@ -13,7 +13,7 @@ from protocol.wire.errors import LorafleetError
 from protocol.wire.messages import AdapterEvent
 
 
-class Orders:
+class Residency:
     """Pins and evictions of one adapter cache."""
 
     def __init__(self, cache: AdapterCache) -> None:
@@ -74,7 +74,7 @@ class Orders:
                 continue
             pool_bytes, host_bytes = freed
             for order in self._leaving.pop(digest):
-                self._cache.news.tell(
+                self._cache.events.record(
                     AdapterEvent(
                         kind="evicted", digest=digest, order=order, pool_bytes=pool_bytes, host_bytes=host_bytes
                     )
