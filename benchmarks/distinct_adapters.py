@@ -24,7 +24,7 @@ import torch
 from benchmarks import report
 from benchmarks.fleet import adapter_bytes, make_adapters, quickstart_model, scratch_folder
 from benchmarks.kernels import memory_gb_s
-from gpu_worker.adapters.fetch import FetchedAdapter
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.load import build_engine

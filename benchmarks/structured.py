@@ -25,7 +25,7 @@ from benchmarks import report
 from benchmarks.fleet import quickstart_model
 from benchmarks.schemas import random_schema
 from gateway.text.structured import constraint_of, grammar_text
-from gpu_worker.adapters.fetch import FetchedAdapter
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.load import load_engine

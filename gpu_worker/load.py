@@ -13,11 +13,11 @@ import torch
 from tokenizers import Tokenizer
 
 from gpu_worker.adapters.cache import AdapterCache
-from gpu_worker.adapters.fetch import FetchedAdapter
-from gpu_worker.adapters.loader import hash_of
-from gpu_worker.adapters.merging import merge_adapters
-from gpu_worker.adapters.packing import HostAdapter, Packer, row_sites
-from gpu_worker.adapters.rows import Rows, RowSite
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
+from gpu_worker.adapters.loader.messages import hash_of
+from gpu_worker.adapters.packing.merging import merge_adapters
+from gpu_worker.adapters.packing.packer import HostAdapter, Packer, row_sites
+from gpu_worker.adapters.packing.rows import Rows, RowSite
 from gpu_worker.adapters.weights import PoolWeights
 from gpu_worker.cuda.capture import CudaRecorder
 from gpu_worker.cuda.graphs import Unrecordable

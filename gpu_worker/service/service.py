@@ -17,7 +17,7 @@ from functools import partial
 import msgspec
 import numpy as np
 
-from gpu_worker.adapters.loader import Loader
+from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.service.port import EnginePort
 from gpu_worker.service.publish import MAX_ROWS, Held, Ledger, Pending, merge, settle

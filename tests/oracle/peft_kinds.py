@@ -15,7 +15,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_mode
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from gpu_worker.adapters.fetch import FetchedAdapter
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.runner import StepInputs

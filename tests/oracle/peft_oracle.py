@@ -18,7 +18,7 @@ from safetensors.torch import save
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from gpu_worker.adapters.fetch import FetchedAdapter
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.load import build_engine

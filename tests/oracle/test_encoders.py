@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedModel
 
-from gpu_worker.adapters.fetch import FetchedAdapter
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.encoder.engine import EncoderEngine
 from gpu_worker.encoder.model import prepare_encoder
 from gpu_worker.encoder.pooling import Pooling

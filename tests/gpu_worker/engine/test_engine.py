@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from gpu_worker.adapters import failures
-from gpu_worker.adapters.fetch import FetchedAdapter
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.load import load_engine

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from gpu_worker.adapters.fetch import FetchedAdapter, StoreClient, digest_of
-from gpu_worker.adapters.loader import Loader
-from gpu_worker.adapters.rows import RowPacker, Rows, RowSite
+from gpu_worker.adapters.loader.client import Loader
+from gpu_worker.adapters.loader.fetch import FetchedAdapter, StoreClient, digest_of
+from gpu_worker.adapters.packing.rows import RowPacker, Rows, RowSite
 from protocol.wire.errors import NotFound
 from protocol.wire.messages import ServedModel, SiteShape
 

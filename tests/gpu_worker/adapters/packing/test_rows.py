@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from gpu_worker.adapters.packing import Packer
-from gpu_worker.adapters.rows import RowPacker, Rows
+from gpu_worker.adapters.packing.packer import Packer
+from gpu_worker.adapters.packing.rows import RowPacker, Rows
 from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.attention import StepContext
 from gpu_worker.model.lora import SiteInfo
