@@ -1,7 +1,6 @@
-"""Every operation on a CUDA device: against fp32, captured in a graph, without waiting, and timed against its floor.
+"""Every operation on a CUDA device: against fp32, captured in a graph, and without waiting for the device.
 
-Written without a GPU at hand: none of it has run yet. Nothing here asserts a time; the last test prints what it
-measured, to be kept in docs/triton.md with the card's name and the date.
+Written without a GPU: none of it has run yet. `benchmarks/gpu_kernels.py` times the same operations.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ pytestmark = [
 
 DEVICE = "cuda"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LLAMA_8B_LAYER = ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))
 
 
 @contextmanager
@@ -180,82 +178,3 @@ def test_pointwise(dtype):
     q, k = expected.unflatten(1, (32, 128)).split([24, 8], dim=1)
     ops.rotary_(q, k, cos, sin, impl="reference")
     assert_close(rotated, expected)
-
-
-def graph_seconds(step: Callable[[], object], repeats: int = 20) -> float:
-    """Time a step inside a graph, where launches cost what they cost in serving."""
-
-    def many() -> None:
-        for _ in range(repeats):
-            step()
-
-    graph = capture(many)
-    graph.replay()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(5):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / 5 / repeats
-
-
-class Stopwatch:
-    """Times steps that find nothing of theirs in the L2 cache, as a layer does whose turn comes once a forward."""
-
-    def __init__(self) -> None:
-        self.other = torch.empty(1 << 28, dtype=torch.int8, device=DEVICE)
-        self.flush_s = graph_seconds(self.other.zero_)
-        source = torch.empty(1 << 30, dtype=torch.int8, device=DEVICE)
-        target = torch.empty_like(source)
-        self.bytes_per_s = 2 * source.nbytes / graph_seconds(lambda: target.copy_(source), repeats=3)
-
-    def line(self, name: str, step: Callable[[], object], num_bytes: int) -> str:
-        """Measure a step, and say how far it is from reading its bytes once."""
-
-        def flushed() -> None:
-            self.other.zero_()
-            step()
-
-        measured_s = graph_seconds(flushed) - self.flush_s
-        return f"{name}: {measured_s * 1e6:.1f} us, floor {num_bytes / self.bytes_per_s * 1e6:.1f} us"
-
-
-def test_time_against_the_bandwidth_floor(capsys):
-    """Print, for the layers of Llama-3.1-8B in bf16, the time of LoRA and of decode attention beside their floors."""
-    watch = Stopwatch()
-    lines = [f"{torch.cuda.get_device_name()}, copies at {watch.bytes_per_s / 1e9:.0f} GB/s"]
-    for num_tokens, num_adapters in ((1, 1), (32, 1), (32, 8), (32, 32), (256, 32), (4096, 1), (4096, 8)):
-        for rank in (16, 64):
-            for k, widths in LLAMA_8B_LAYER:
-                lines.append(lora_time(watch, num_tokens, num_adapters, rank, k, widths))
-    for num_seqs, kv_len in ((1, 1000), (1, 32000), (32, 1000), (32, 8000), (256, 1000)):
-        lines.append(attention_time(watch, num_seqs, kv_len))
-    with capsys.disabled():
-        print("", *lines, sep="\n")
-
-
-def lora_time(watch: Stopwatch, num_tokens: int, num_adapters: int, rank: int, k: int, widths: tuple[int, ...]) -> str:
-    slots = np.arange(num_tokens) * num_adapters // num_tokens
-    case = lora_case(slots, [rank] * num_adapters, k, widths, torch.bfloat16, device=DEVICE)
-    case.table.ranks.fill_(rank)  # every adapter on every site, also where the case leaves one out
-    for site in case.sites:
-        site.a_rows.nan_to_num_()
-        site.b_rows.nan_to_num_()
-
-    def step() -> None:
-        ops.lora_add_(case.outs, case.x, case.sites, case.table, case.batch, impl="triton")
-
-    weights = num_adapters * rank * (len(widths) * k + sum(widths))
-    num_bytes = 2 * (weights + num_tokens * (k + 2 * sum(widths)))
-    return watch.line(f"LoRA {k} -> {widths}, rank {rank}, {num_tokens} rows of {num_adapters}", step, num_bytes)
-
-
-def attention_time(watch: Stopwatch, num_seqs: int, kv_len: int) -> str:
-    case = attention_case((1,) * num_seqs, (kv_len,) * num_seqs, (32, 8), (128, 128), torch.bfloat16, device=DEVICE)
-
-    def step() -> None:
-        ops.paged_attention(case.q, case.k_cache, case.v_cache, case.batch, impl="triton", **case.logits)
-
-    num_bytes = 2 * 2 * num_seqs * kv_len * 8 * 128
-    return watch.line(f"attention, {num_seqs} decodes over {kv_len} keys", step, num_bytes)
