@@ -25,11 +25,11 @@ import torch
 from benchmarks import report
 from benchmarks.fleet import adapter_bytes, make_adapters, quickstart_model, scratch_folder
 from benchmarks.kernels import memory_gb_s
-from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest
-from gpu_worker.model.model import load_model
+from gpu_worker.model.prepare import load_model
 from protocol.runtime.settings import Settings
 from protocol.wire.messages import Sampling
 
@@ -43,9 +43,9 @@ CASES = {"base model": [""], "one adapter": NAMES[:1], "32 adapters": NAMES}
 def start_engine(model: Path, adapters: Path) -> Engine:
     """Return an engine that reads its adapters from a folder; the digest of an adapter is its name."""
 
-    def fetch(name: str) -> AdapterFiles:
+    def fetch(name: str) -> FetchedAdapter:
         config = orjson.loads((adapters / name / "adapter_config.json").read_bytes())
-        return AdapterFiles(config, (adapters / name / "adapter_model.safetensors").read_bytes())
+        return FetchedAdapter(config, (adapters / name / "adapter_model.safetensors").read_bytes())
 
     settings = Settings(model=str(model), dtype="bfloat16", prefix_cache=False)
     return build_engine(load_model(model, torch.device("cpu"), torch.bfloat16, None), settings, fetch, None)[0]

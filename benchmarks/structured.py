@@ -25,7 +25,7 @@ from benchmarks import report
 from benchmarks.fleet import quickstart_model
 from benchmarks.schemas import random_schema
 from gateway.text.structured import constraint_of, grammar_text
-from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import load_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
@@ -141,7 +141,7 @@ def step_ms(engine: Engine, grammar: str, num_seqs: int, num_steps: int, first: 
     return np.array(times)
 
 
-def no_adapter(digest: str) -> AdapterFiles:
+def no_adapter(digest: str) -> FetchedAdapter:
     """Raise NotFound: this benchmark uses the base model only."""
     raise NotFound(f"no adapter {digest}")
 

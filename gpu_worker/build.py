@@ -13,11 +13,11 @@ import torch
 from tokenizers import Tokenizer
 
 from gpu_worker.adapters.cache import AdapterCache
-from gpu_worker.adapters.fetch import AdapterFiles
-from gpu_worker.adapters.loader import hash_of
-from gpu_worker.adapters.merging import merge_adapters
-from gpu_worker.adapters.packing import HostAdapter, Packer, row_sites
-from gpu_worker.adapters.rows import Rows, RowSite
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
+from gpu_worker.adapters.loader.messages import hash_of
+from gpu_worker.adapters.packing.merging import merge_adapters
+from gpu_worker.adapters.packing.packer import HostAdapter, Packer, row_sites
+from gpu_worker.adapters.packing.rows import Rows, RowSite
 from gpu_worker.adapters.weights import PoolWeights
 from gpu_worker.cuda.capture import CudaRecorder
 from gpu_worker.cuda.graphs import Unrecordable
@@ -29,7 +29,8 @@ from gpu_worker.engine.engine import Engine, EngineConfig
 from gpu_worker.memory import GiB, free_bytes, share
 from gpu_worker.model.checkpoint import read_config, read_model, task_of
 from gpu_worker.model.compiled import compile_errors, warm
-from gpu_worker.model.model import BaseModel, choose_device, choose_dtype, load_model
+from gpu_worker.model.model import BaseModel, choose_device, choose_dtype
+from gpu_worker.model.prepare import load_model
 from gpu_worker.service.engine_thread import EngineThread
 from lora_kernels import ops
 from peft_adapters.recipe import merge_of
@@ -43,10 +44,10 @@ from protocol.wire.errors import AdapterRefused, BadRequest
 logger = logging.getLogger(__name__)
 
 
-Fetch = Callable[[str], AdapterFiles | Rows]
+Fetch = Callable[[str], FetchedAdapter | Rows]
 """Returns an adapter's files by digest, or rows packed from them. Called in loader threads; may block."""
 
-FetchFiles = Callable[[str], AdapterFiles]
+FetchFiles = Callable[[str], FetchedAdapter]
 """Returns an adapter's files by digest. Called in loader threads; may block."""
 
 Describe = Callable[[list[RowSite], m.ServedModel, str], object]
@@ -145,7 +146,7 @@ def adapter_cache(
     host_bytes = share(settings.adapter_host_bytes, free_bytes(torch.device("cpu")), 0.1, 2 * GiB)
     extra_bytes = share(settings.adapter_extra_bytes, free, 0.05, 2 * GiB if on_cpu else 8 * GiB)
     weights = PoolWeights(model.sites, model.shared, pool_bytes, model.device, extra_bytes)
-    packer = Packer(model.sites, served, model.places, pin=not on_cpu)
+    packer = Packer(model.sites, served, model.adaptable, pin=not on_cpu)
 
     module_names = [name for name, _ in model.module.named_modules()]
     read_files = fetch_files or _files_only(fetch)
@@ -166,9 +167,9 @@ def adapter_cache(
 
 
 def _files_only(fetch: Fetch) -> FetchFiles:
-    def read_files(digest: str) -> AdapterFiles:
+    def read_files(digest: str) -> FetchedAdapter:
         files = fetch(digest)
-        assert isinstance(files, AdapterFiles), "`fetch` returns rows, so that `fetch_files` is needed"
+        assert isinstance(files, FetchedAdapter), "`fetch` returns rows, so that `fetch_files` is needed"
         return files
 
     return read_files
@@ -258,7 +259,7 @@ def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: 
         model_type=model.config.model_type,
         vocab_size=model.vocab_size,
         max_model_len=max_model_len,
-        sites=model.places.shapes(model.sites),
+        sites=model.adaptable.shapes(model.sites),
         dtype=str(model.dtype).removeprefix("torch."),
         tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
         created_ms=now_ms(),

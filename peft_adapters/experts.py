@@ -1,7 +1,8 @@
-"""Experts of adapters saved under transformers 4, a linear layer each: PEFT reads them as LoRA on the fused parameters.
+"""Experts in adapters saved under transformers 4, where each was a module of linear layers.
 
-As PEFT 0.21 converts them (`peft.utils.transformers_weight_conversion`): the config's old names become parameters, of
-twice the rank where two layers were fused, and each expert keeps its own matrices.
+They are read as LoRA on today's fused parameters, as PEFT 0.21 converts them
+(`peft.utils.transformers_weight_conversion`): the config's old names become parameters, of twice the rank where two
+layers were fused, and each expert keeps its own matrices.
 """
 
 from __future__ import annotations
@@ -16,25 +17,25 @@ from peft_adapters.targets import Names, PatternMap
 
 @dataclass(frozen=True, slots=True)
 class OldNames:
-    """What a family of models called its experts' layers."""
+    """The names that a family of models gave to its experts' layers."""
 
     router: str
-    fused: tuple[str, str]  # now rows of gate_up_proj, in this order
+    fused: tuple[str, str]  # layers that are rows of gate_up_proj today, in this order
     down: str
-    renamed: tuple[str, str] = ("", "")  # part of a module's name, and what it is now
+    renamed: tuple[str, str] = ("", "")  # part of a module's name, and the part that has its place today
 
     @property
     def parameters(self) -> dict[str, str]:
-        """Old name -> end of the name of the parameter that it is in."""
+        """Old names of layers, with the end of the name of the parameter that holds them today."""
         first, second = self.fused
         return {self.router: "gate.weight", first: GATE_UP, second: GATE_UP, self.down: DOWN}
 
     def layers_of(self, parameter: str) -> tuple[str, ...]:
-        """Return the old layers of one expert that a fused parameter holds."""
+        """Return the old layers of one expert that a parameter holds today."""
         return {GATE_UP: self.fused, DOWN: (self.down,)}.get(parameter, ())
 
     def module(self, name: str) -> str:
-        """Return what a module is called now."""
+        """Return today's name of a module."""
         old, new = self.renamed
         return name.replace(old, new) if old else name
 
@@ -56,11 +57,14 @@ FAMILIES: dict[str, OldNames] = {
     **dict.fromkeys(_LIKE_MIXTRAL, _MIXTRAL),
     **dict.fromkeys(_LIKE_QWEN2_MOE, _QWEN2_MOE),
 }
-"""By model type."""
+"""The old names by model type."""
 
 
 def convert(config: AdapterConfig, names: OldNames, modules: Iterable[str], reasons: Reasons) -> AdapterConfig | None:
-    """Return a config with old names as the parameters they are now; None if it has none. modules: the base's."""
+    """Return a config in which parameters have replaced old names; None if it has no old names.
+
+    modules: names of the base's modules. Adds reasons for what PEFT does not convert.
+    """
     if config.all_linear:
         reasons.add("all-linear is not served where PEFT takes experts for linear layers: list the layers")
         return None
@@ -74,9 +78,10 @@ def convert(config: AdapterConfig, names: OldNames, modules: Iterable[str], reas
     used = {target.rpartition(".")[2] for target in old}
     if used & set(names.fused) not in (set(), set(names.fused)):
         reasons.add(f"PEFT cannot convert experts of which only one of {' and '.join(names.fused)} is adapted")
-    elif used & set(names.fused) and names.down not in used:  # it would look for them where those of `down` are
+    elif used & set(names.fused) and names.down not in used:
+        # PEFT looks for the fused layers among those of `down`.
         reasons.add(f"PEFT 0.21 loses what is adapted of {' and '.join(names.fused)} where {names.down} is not")
-    ranks, alphas = dict(config.ranks.items()), dict(config.alphas.items())
+    ranks, alphas = dict(config.ranks.numbers), dict(config.alphas.numbers)
     if used >= set(names.fused):
         ranks[rf".*\.{GATE_UP}"], alphas[rf".*\.{GATE_UP}"] = 2 * config.r, 2 * config.alpha
     return replace(
@@ -89,7 +94,7 @@ def convert(config: AdapterConfig, names: OldNames, modules: Iterable[str], reas
 
 
 def _check_pattern(targets: Names, names: OldNames, modules: Iterable[str], reasons: Reasons) -> None:
-    """Refuse a pattern that means what PEFT would take for experts."""
+    """Add a reason against a pattern that matches layers which PEFT would take for experts."""
     for module in modules:
         parent, _, leaf = module.rpartition(".")
         meant = [leaf] if leaf in names.parameters else names.layers_of(leaf)
@@ -97,6 +102,6 @@ def _check_pattern(targets: Names, names: OldNames, modules: Iterable[str], reas
             reasons.add("PEFT takes these for experts when target_modules is a pattern: list the layers", module)
 
 
-def rename(parts: Mapping[str, dict[str, str]], names: OldNames) -> dict[str, dict[str, str]]:
-    """Return tensors by module, with the modules' names of today."""
-    return {names.module(module): tensors for module, tensors in parts.items()}
+def rename(tensors: Mapping[str, dict[str, str]], names: OldNames) -> dict[str, dict[str, str]]:
+    """Return tensors by today's names of their modules."""
+    return {names.module(module): own for module, own in tensors.items()}

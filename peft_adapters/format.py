@@ -1,7 +1,10 @@
 """Reads PEFT's LoRA and AdaLoRA adapters: which tensor of the file changes which part of the base model, and how.
 
-Pure: no torch, no files. The store validates with it, the worker loads by it. An adapter is read exactly as PEFT 0.21
-would apply it, or refused with every reason at once.
+The public face of this package. Pure: no torch, no files. The store checks adapters with it, the worker loads them by
+it. An adapter is read exactly as PEFT 0.21 would apply it, or refused with every reason at once.
+
+To follow an adapter through the package: `config` reads its fields with the help of `targets`, `tensors` sorts its
+tensors by name, `reader` matches both with the base model, and `spec` is the result.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from peft_adapters.config import (
     parse_config,
     read_config,
 )
-from peft_adapters.reader import Reader
+from peft_adapters.reader import read_spec
 from peft_adapters.reasons import Reasons, show
 from peft_adapters.safetensors_header import MAX_HEADER_BYTES, TensorInfo, parse_header
 from peft_adapters.spec import AdapterSpec, LoraWeights, ReplacedWeights, TrainedTokens
@@ -40,8 +43,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 def adapter_digest(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], weights: Any) -> str:
     """Return the adapter's identity: sha256 (hex) over canonical config and every tensor's name, dtype, shape, bytes.
 
-    `weights` is the whole safetensors file as a buffer (bytes, memoryview, mmap). Where in the file a tensor lies, and
-    the file's metadata, do not matter. Large tensors are hashed without holding the interpreter lock.
+    tensors: from `parse_header`. weights: the whole safetensors file as a buffer (bytes, memoryview, mmap). Where in
+    the file a tensor lies, and the file's metadata, do not matter. Large tensors are hashed without holding the
+    interpreter lock.
     """
     total = hashlib.sha256(json.dumps(canonical_config(config), separators=(",", ":")).encode())
     with memoryview(weights) as view:
@@ -53,20 +57,20 @@ def adapter_digest(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
 
 
 def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], base: ServedModel | None) -> AdapterSpec:
-    """Read an adapter as PEFT would apply it to `base`; without a base, check all that can be without one.
+    """Read an adapter as PEFT would apply it to a base model; without one, check what can be checked.
 
-    Every tensor must be used and every layer that the config targets must have its tensors.
-    Raises AdapterRefused with all reasons.
+    config: its parsed `adapter_config.json`. tensors: from `parse_header`. Every tensor must be used, and every layer
+    that the config targets must have its tensors. Raises AdapterRefused with all reasons.
     """
     kind = config.get("peft_type")
     if kind not in (LORA, ADALORA):
         raise AdapterRefused([f"peft_type {show(kind)} is not served; only LORA and ADALORA are"])
     reasons = Reasons()
     fields = read_config(config, reasons)
-    parts = sort_tensors(tensors, reasons)
+    sorted_tensors = sort_tensors(tensors, reasons)
     if fields is None:
         raise AdapterRefused(reasons.render())
-    spec = Reader(fields, parts, tensors, base, reasons).read()
+    spec = read_spec(fields, sorted_tensors, tensors, base, reasons)
     if reasons:
         raise AdapterRefused(reasons.render())
     return spec

@@ -1,15 +1,12 @@
-"""Why an adapter is refused: collected, grouped, and short enough to be shown whoever wrote the adapter."""
+"""Reasons to refuse an adapter: collected, grouped, and short enough to be shown, whatever the adapter's files hold."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
-
-from protocol.wire.errors import AdapterRefused
 
 
 class Reasons:
-    """Collects what is wrong, the same reason once with the names it concerns; bounded when rendered."""
+    """Collects reasons; each is shown once, with the names it is about. False while there are none."""
 
     MAX_REASONS = 16
     MAX_NAMES = 6
@@ -22,13 +19,14 @@ class Reasons:
         return self._count
 
     def add(self, reason: str, name: str | None = None) -> None:
+        """Add a reason, and the name of a field, module or tensor that it is about."""
         self._count += 1
         names = self._names.setdefault(reason, [])
         if name is not None:
             names.append(name)
 
     def render(self) -> list[str]:
-        """Return one line per reason."""
+        """Return a line for each reason, at most MAX_REASONS and one more, with at most MAX_NAMES names each."""
         lines: list[str] = []
         for reason, names in self._names.items():
             shown = ", ".join(map(show, names[: self.MAX_NAMES]))
@@ -40,25 +38,6 @@ class Reasons:
 
 
 def show(value: Any) -> str:
-    """Return a value from a stranger's file as short printable ASCII."""
+    """Return a value from a file that anybody may have written as at most 120 characters of printable ASCII."""
     text = value if isinstance(value, str) and value.isascii() and value.isprintable() else ascii(value)
     return text if len(text) <= 120 else text[:117] + "..."
-
-
-def load_json_object(raw: bytes, what: str) -> dict[str, Any]:
-    """Parse a JSON object in which no key appears twice. Raises AdapterRefused."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key appears twice")
-        return found
-
-    try:
-        value = json.loads(raw, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        detail = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise AdapterRefused([f"{what} is not valid JSON: {detail}"]) from None
-    if not isinstance(value, dict):
-        raise AdapterRefused([f"{what} is not a JSON object"])
-    return value

@@ -1,7 +1,7 @@
-"""Adapters made of others when a request asks for it. Such an adapter's digest is its recipe.
+"""The recipe of a merge: an adapter that is made of others when a request asks for it. Its digest is its recipe.
 
-So whoever meets the digest, a worker that prefetches as well as one that resumes a request, knows what it stands for;
-equal merges share memory and prefix cache as equal adapters do.
+So every worker knows from the digest alone what to merge, one that prefetches as well as one that resumes a request;
+and equal merges share memory and prefix cache as equal adapters do.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ LORAX_STRATEGIES = ("linear", "ties", "dare_linear", "dare_ties")
 class Merge(Wire, frozen=True):
     """How adapters are merged: PEFT's `add_weighted_adapter`, or LoRAX's arithmetic."""
 
-    adapters: list[bytes]  # their digests
-    weights: list[float]
+    adapters: list[bytes]  # digests of the adapters that are merged
+    weights: list[float]  # one for each
     strategy: Strategy = "linear"
-    density: float = 1.0  # share of numbers that pruning keeps
+    density: float = 1.0  # share of the numbers that pruning keeps
     majority_sign: Literal["total", "frequency"] = "total"
-    svd_rank: int = 0  # 0: the largest rank
-    seed: int = 0  # of what is pruned at random
+    svd_rank: int = 0  # rank of the result; 0: the largest rank of the adapters
+    seed: int = 0  # of random pruning
     arithmetic: Literal["peft", "lorax"] = "peft"
 
     @property
     def digests(self) -> list[str]:
+        """Digests of the adapters that are merged, as everybody else has them: hex."""
         return [digest.hex() for digest in self.adapters]
 
 
 def check_merge(merge: Merge) -> None:
-    """Raise BadRequest for what no adapters could be merged by."""
+    """Raise BadRequest for a recipe by which no adapters could be merged."""
     if not 1 <= len(merge.adapters) <= MAX_MERGED:
         raise _bad(f"{len(merge.adapters)} adapters; from 1 to {MAX_MERGED} can be merged")
     if len(merge.weights) != len(merge.adapters):
@@ -61,7 +62,7 @@ def digest_of_merge(merge: Merge) -> str:
 
 
 def merge_of(digest: str) -> Merge | None:
-    """Return the merge that a digest stands for; None if it is that of an adapter. Raises BadRequest."""
+    """Return the merge that a digest stands for, None for an adapter's digest. Raises BadRequest for a wrong recipe."""
     if not digest.startswith(PREFIX):
         return None
     packed = digest.removeprefix(PREFIX)
@@ -75,12 +76,12 @@ def merge_of(digest: str) -> Merge | None:
 
 
 def needs_density(strategy: str) -> bool:
-    """Tell whether a strategy prunes."""
+    """Return whether a strategy prunes, and so wants a density."""
     return strategy.startswith(("ties", "dare", "magnitude_prune"))
 
 
 def digests_of(digests: Sequence[str]) -> list[bytes]:
-    """Return adapters' digests as a merge holds them. Raises BadRequest for what is no adapter's own."""
+    """Return digests (hex) as a merge holds them. Raises BadRequest if one is not of a single adapter."""
     try:
         found = [bytes.fromhex(digest) for digest in digests]
     except ValueError:

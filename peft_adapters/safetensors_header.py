@@ -1,4 +1,4 @@
-"""Reads the header of a safetensors file, written by anybody: bounded, strict, without the library or torch."""
+"""Reads the header of a safetensors file that anybody may have written: bounded, strict, without the library."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft_adapters.reasons import Reasons, load_json_object, show
+from peft_adapters.json_values import is_list, is_object, load_json_object
+from peft_adapters.reasons import Reasons, show
 from protocol.wire.errors import AdapterRefused
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 20_000
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-"""The dtypes served, by their safetensors names, with bytes per number."""
+"""Bytes of a number by dtype, as safetensors names it. Other dtypes are not served."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a safetensors file: its numbers lie in bytes `[begin, end)` of the file."""
+    """One tensor of a safetensors file. Its numbers lie in bytes [begin, end) of the file."""
 
     dtype: str  # a key of ITEM_BYTES
     shape: tuple[int, ...]
@@ -27,10 +28,11 @@ class TensorInfo:
 
 
 def parse_header(head: bytes, file_size: int) -> dict[str, TensorInfo]:
-    """Read the header of a safetensors file from its first bytes (`8 + MAX_HEADER_BYTES` of them, or all).
+    """Read the header of a safetensors file. Returns its tensors by name.
 
-    The tensors must fill the rest of the file of `file_size` bytes exactly: no hole, no overlap. Only dtypes of
-    ITEM_BYTES with one or two dimensions. Raises AdapterRefused.
+    head: the file's first `8 + MAX_HEADER_BYTES` bytes, or all. file_size: in bytes. The tensors must fill the rest of
+    the file without hole or overlap, be of a dtype in ITEM_BYTES, and have one or two dimensions. Raises
+    AdapterRefused.
     """
     if len(head) < 8:
         raise AdapterRefused([f"the weights file has {file_size} bytes: too short for a safetensors header"])
@@ -42,7 +44,7 @@ def parse_header(head: bytes, file_size: int) -> dict[str, TensorInfo]:
     header = load_json_object(bytes(head[8 : 8 + size]), "the safetensors header")
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (
-        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+        is_object(metadata) and all(isinstance(value, str) for value in metadata.values())
     ):
         raise AdapterRefused(["the safetensors header's __metadata__ is not a map of strings"])
     if len(header) > MAX_TENSORS:
@@ -64,7 +66,7 @@ def parse_header(head: bytes, file_size: int) -> dict[str, TensorInfo]:
 
 def _entry_problem(entry: Any) -> str:
     """Return what is wrong with a header entry, "" if nothing is."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not is_object(entry) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "header entries must have exactly dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
@@ -80,7 +82,7 @@ def _entry_problem(entry: Any) -> str:
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 48 for item in value)
+    return is_list(value) and all(type(item) is int and 0 <= item < 1 << 48 for item in value)
 
 
 def _check_layout(tensors: Mapping[str, TensorInfo], begin: int, file_size: int) -> None:

@@ -1,4 +1,4 @@
-"""What an adapter changes, as tensors of its file at places of the base model. See `peft_format.read_adapter`."""
+"""What an adapter changes: which tensors of its file, by name, go where in the base model. See `read_adapter`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class LoraWeights:
-    """LoRA at one place. Its tensors, by name:
+    """LoRA on one layer, embedding or parameter.
 
-    at a layer a [rank, in], b [out, rank]; at an embedding a [rank, entries], b [width, rank]; at a parameter of
-    several experts a [experts * rank, in], b [out, rank * experts].
+    Shapes: on a layer a [rank, in], b [out, rank]; on an embedding a [rank, entries], b [width, rank]; on a parameter
+    of several experts a [experts * rank, in], b [out, rank * experts].
     """
 
     site: str  # SiteShape.name
@@ -19,16 +19,16 @@ class LoraWeights:
     scale: float
     a: str
     b: str
-    bias: str = ""  # of b: [out]
-    magnitude: str = ""  # DoRA's: [out], at an embedding [width]
-    singular: str = ""  # AdaLoRA's values: [rank, 1], they multiply the rows of a
+    bias: str = ""  # added to b's product: [out]
+    magnitude: str = ""  # DoRA's: [out], on an embedding [width]
+    singular: str = ""  # AdaLoRA's values, which multiply the rows of a: [rank, 1]
     experts: tuple[tuple[tuple[str, str], ...], ...] = ()
-    """Instead of a and b, for each expert: a [rank / n, in] and b [out / n, rank / n] of each of its n layers."""
+    """In the place of a and b, for each expert: a [rank / n, in] and b [out / n, rank / n] of each of its n layers."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplacedWeights:
-    """A parameter of a module for which the adapter brings another."""
+    """A parameter of a module whose place a tensor of the adapter takes."""
 
     site: str
     parameter: Literal["weight", "bias"]
@@ -37,10 +37,10 @@ class ReplacedWeights:
 
 @dataclass(frozen=True, slots=True)
 class TrainedTokens:
-    """Rows of an embedding or head that the adapter replaces."""
+    """Rows of an embedding or head whose place rows of the adapter take."""
 
     site: str
-    indices: tuple[int, ...]
+    indices: tuple[int, ...]  # token ids
     tensor: str  # [len(indices), width]
 
 
@@ -53,16 +53,16 @@ class AdapterSpec:
     parameters: tuple[LoraWeights, ...] = ()
     replaced: tuple[ReplacedWeights, ...] = ()
     tokens: tuple[TrainedTokens, ...] = ()
-    invocation: tuple[int, ...] = ()  # activated LoRA: it counts from the last of these in the prompt on
-    vocab_size: int = 0  # tokens the adapter knows, 0: those of the base
+    invocation: tuple[int, ...] = ()  # activated LoRA: active from these tokens' last occurrence in the prompt on
+    vocab_size: int = 0  # tokens the adapter knows; 0: those of the base
 
     @property
     def rank(self) -> int:
-        """The largest rank anywhere."""
+        """The largest rank on any layer, embedding or parameter."""
         return max((part.rank for part in (*self.sites, *self.embeddings, *self.parameters)), default=0)
 
     @property
     def modules(self) -> list[str]:
-        """Kinds of modules touched, such as "q_proj"."""
+        """Last names of the modules that the adapter changes, such as "q_proj", sorted."""
         parts = (*self.sites, *self.embeddings, *self.parameters, *self.replaced, *self.tokens)
         return sorted({part.site.rpartition(".")[2] for part in parts})

@@ -1,7 +1,7 @@
-"""Which layers a LoRA config means: PEFT's own matching rules (`check_target_module_exists`, `get_pattern_key`, 0.21).
+"""Which modules a LoRA config means, by PEFT's own rules (`check_target_module_exists`, `get_pattern_key`, 0.21).
 
-Patterns come from strangers' files, so they run on RE2, whose time is linear in the text: Python's `re` would let one
-config hold the interpreter lock for hours. A pattern counts only if both read it the same way; otherwise it is refused.
+Anybody may have written a pattern, so patterns run on RE2, whose time is linear in the text: with Python's `re` one
+config could hold the interpreter lock for hours. A pattern that the two would not read in the same way is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import re2
+import re2 as _re2  # pyright: ignore[reportMissingTypeStubs]
+
+re2: Any = _re2  # it has no types
 
 MAX_PATTERN_CHARS = 16_384
 MIN_CONDENSED_TARGETS = 20
@@ -22,11 +24,11 @@ _READ_DIFFERENTLY = re.compile(r"\[[:.=]|\{,")  # POSIX classes in RE2, a lower 
 
 
 class BadPattern(ValueError):
-    """A regular expression that PEFT or RE2 does not take, or that they would read differently."""
+    """A regular expression that PEFT or RE2 cannot compile, or that they would read differently."""
 
 
 def compile_pattern(pattern: str) -> Any:
-    """Return `pattern` for RE2. Raises BadPattern."""
+    """Return a pattern compiled by RE2. Raises BadPattern, whose text is a predicate such as "is too long"."""
     if len(pattern) > MAX_PATTERN_CHARS:
         raise BadPattern(f"is {len(pattern)} characters long; the limit is {MAX_PATTERN_CHARS}")
     if not pattern.isascii() or not pattern.isprintable() or _READ_DIFFERENTLY.search(pattern):
@@ -45,7 +47,7 @@ def compile_pattern(pattern: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Modules chosen by a list of names or name endings, or by one pattern that must match the whole name."""
+    """Modules chosen by a list of names or endings of names, or by one pattern that must match the whole name."""
 
     endings: frozenset[str]
     pattern: Any = None
@@ -58,13 +60,14 @@ class Names:
         return cls(frozenset(value))
 
     def chosen(self, module: str) -> bool:
+        """Return whether a module is chosen."""
         if self.pattern is not None:
             return self.pattern.fullmatch(module) is not None
         return any(ending in self.endings for ending in _endings(module))
 
 
 def _endings(module: str) -> Iterable[str]:
-    """Yield `a.b.c`, `b.c`, `c`: what a target may be called in a list."""
+    """Yield `a.b.c`, `b.c`, `c`: the names by which a list may choose a module."""
     yield module
     at = module.find(".")
     while at >= 0:
@@ -74,7 +77,7 @@ def _endings(module: str) -> Iterable[str]:
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """`layers_to_transform`: modules chosen by an ending must lie in one of these layers."""
+    """The field `layers_to_transform`: modules chosen by an ending must lie in one of these layers."""
 
     indices: frozenset[int]
     patterns: tuple[Any, ...]
@@ -85,19 +88,20 @@ class Layers:
         if not layers_pattern:
             return cls(frozenset(indices), (compile_pattern(r".*?\.[^.]*\.(?P<idx>\d+)\."),))
         for pattern in layers_pattern:
-            compile_pattern(pattern)  # alone, so that a stray bracket cannot pair up with ours
+            compile_pattern(pattern)  # first alone, so that a stray bracket cannot pair with one of ours
         return cls(
             frozenset(indices), tuple(compile_pattern(rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\.") for p in layers_pattern)
         )
 
     def hold(self, module: str) -> bool:
+        """Return whether a module lies in one of the layers."""
         match = next((found for pattern in self.patterns if (found := pattern.match(module))), None)
         return match is not None and int(match.groupdict()["idx"]) in self.indices
 
 
 @dataclass(frozen=True, slots=True)
 class SavedModules:
-    """`modules_to_save`: modules whose names end so, with all that is in them. PEFT adapts nothing that they hold."""
+    """The field `modules_to_save`: modules whose names end so, and all modules in them. PEFT does not adapt these."""
 
     endings: tuple[str, ...]
     patterns: tuple[Any, ...]
@@ -108,7 +112,7 @@ class SavedModules:
         return cls(tuple(names), tuple(compile_pattern(rf"(?:^|.*\.){name}(?:$|\..*)") for name in names))
 
     def saves(self, module: str) -> bool:
-        """Tell whether `module` or one that holds it is saved."""
+        """Return whether a module, or one that holds it, is saved."""
         while module:
             if module.endswith(self.endings):
                 return True
@@ -116,20 +120,20 @@ class SavedModules:
         return False
 
     def excludes(self, module: str) -> bool:
-        """Tell whether `module` cannot be adapted for it."""
+        """Return whether a module cannot be adapted because it is saved, or lies in one that is."""
         return any(pattern.match(module) is not None for pattern in self.patterns)
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The config's fields that say which modules are adapted."""
+    """The fields of a config that choose the adapted modules."""
 
     targets: Names
     excluded: Names | None = None
     layers: Layers | None = None
 
     def chosen(self, module: str) -> bool:
-        """Tell whether PEFT would adapt `module`, as `model.named_modules()` calls it."""
+        """Return whether PEFT would adapt a module, named as in `model.named_modules()`."""
         if self.excluded is not None and self.excluded.chosen(module):
             return False
         if not self.targets.chosen(module):
@@ -138,13 +142,11 @@ class Targets:
 
 
 class PatternMap:
-    """`rank_pattern` or `alpha_pattern`: a number per module name or pattern, the first that matches counts."""
+    """The field `rank_pattern` or `alpha_pattern`: a number by pattern, of which the first that matches counts."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        """Raises BadPattern with the offending key in front."""
-        self._values = values
-        self.values = list(values.values())
-        self.items = values.items
+        """values: numbers by pattern. Raises BadPattern, whose text begins with the pattern."""
+        self.numbers = values
         self._patterns: list[tuple[str, str, Any]] = []
         for key in values:
             try:
@@ -152,13 +154,13 @@ class PatternMap:
                 compiled = compile_pattern(rf"(.*\.)?({key})$")
             except BadPattern as error:
                 raise BadPattern(f"{key[:100]!r} {error}") from None
-            # A key without special characters can only match names that end as it does: most are passed over cheaply.
+            # A key without special characters matches only names with its ending, which is cheap to compare first.
             tail = key.rpartition(".")[2] if _LITERAL.fullmatch(key) else ""
             self._patterns.append((key, tail, compiled))
 
     def get(self, module: str, default: Any) -> Any:
-        """Return the number for `module`, `default` if no key matches."""
+        """Return the number for a module, `default` if no pattern matches."""
         for key, tail, compiled in self._patterns:
             if module.endswith(tail) and compiled.match(module) is not None:
-                return self._values[key]
-        return self._values.get(module, default)
+                return self.numbers[key]
+        return self.numbers.get(module, default)

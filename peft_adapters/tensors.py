@@ -1,4 +1,4 @@
-"""The names of tensors in PEFT's adapter files."""
+"""Sorts the tensors of PEFT's adapter files by their names: what each is, and which module it belongs to."""
 
 from __future__ import annotations
 
@@ -20,21 +20,26 @@ _PLAIN = re.compile(
 )
 
 
-@dataclass(slots=True)
-class Parts:
-    """The tensors of a file by the module they belong to; modules as the base model names them.
+Halves = dict[str, str]
+"""Tensors of one module's LoRA by "A", "B", "E" (AdaLoRA's values) or "bias"; of an embedding by "A" or "B"."""
 
-    A parameter's LoRA is found under its module, with `.base_layer` for each one nested around it.
+
+@dataclass(slots=True)
+class AdapterTensors:
+    """The tensors of a file, by name, under the module they belong to, which is named as in the base model.
+
+    The LoRA of a parameter is found under its module, with `.base_layer` added for each other one around it.
     """
 
-    lora: dict[str, dict[str, str]] = field(default_factory=dict)  # module -> "A", "B", "E" or "bias" -> tensor
-    embedding: dict[str, dict[str, str]] = field(default_factory=dict)  # module -> "A" or "B" -> tensor
-    magnitude: dict[str, str] = field(default_factory=dict)
-    tokens: dict[str, str] = field(default_factory=dict)
-    plain: dict[tuple[str, str, str], str] = field(default_factory=dict)  # (module, what wraps it, parameter) -> tensor
+    lora: dict[str, Halves] = field(default_factory=dict[str, Halves])  # by module
+    embedding: dict[str, Halves] = field(default_factory=dict[str, Halves])  # by module
+    magnitude: dict[str, str] = field(default_factory=dict[str, str])  # DoRA's, by module
+    tokens: dict[str, str] = field(default_factory=dict[str, str])  # trained rows, by module
+    # (module, its wrapper, parameter) -> tensor
+    plain: dict[tuple[str, str, str], str] = field(default_factory=dict[tuple[str, str, str], str])
 
     def has_weight(self, module: str) -> bool:
-        """Tell whether the file brings a module's own weight, whatever wraps it."""
+        """Return whether the file has a module's own weight, whatever wraps the module."""
         return any(owner == module and parameter == "weight" for owner, _, parameter in self.plain)
 
     def by_module(self) -> Iterator[tuple[str, str]]:
@@ -47,40 +52,40 @@ class Parts:
         yield from ((module, name) for (module, _, _), name in self.plain.items())
 
 
-def sort_tensors(names: Iterable[str], reasons: Reasons) -> Parts:
-    """Sort the tensors of a file by what they are; note those that are nothing PEFT writes."""
-    parts = Parts()
+def sort_tensors(names: Iterable[str], reasons: Reasons) -> AdapterTensors:
+    """Sort the tensors of a file by their names. Adds a reason for names that PEFT does not write."""
+    found = AdapterTensors()
     for name in names:
-        if not name.startswith(_PREFIX) or not _place(name.removeprefix(_PREFIX), name, parts):
+        if not name.startswith(_PREFIX) or not _sort(name.removeprefix(_PREFIX), name, found):
             reasons.add("tensors that are not understood", name)
-    return parts
+    return found
 
 
-def _place(path: str, name: str, parts: Parts) -> bool:
-    """Enter one tensor, its name without the prefix; False if it is not understood."""
+def _sort(path: str, name: str, found: AdapterTensors) -> bool:
+    """Enter one tensor; False if its name is not understood. path: the name without the prefix."""
     if match := _LORA.fullmatch(path):
         half = next(group for group in match.groups()[1:] if group)
-        parts.lora.setdefault(match[1], {})[half] = name
+        found.lora.setdefault(match[1], {})[half] = name
     elif match := _EMBEDDING.fullmatch(path):
-        parts.embedding.setdefault(match[1], {})[match[2]] = name
+        found.embedding.setdefault(match[1], {})[match[2]] = name
     elif match := _MAGNITUDE.fullmatch(path):
-        parts.magnitude[match[1]] = name
+        found.magnitude[match[1]] = name
     elif match := _TOKENS.fullmatch(path):
-        parts.tokens[match[1]] = name
+        found.tokens[match[1]] = name
     elif (match := _PLAIN.fullmatch(path)) and ".lora_" not in path:
-        parts.plain[match[1], match[2] or "", match[3]] = name
+        found.plain[match[1], match[2] or "", match[3]] = name
     else:
         return False
     return True
 
 
 def unwrapped(module: str) -> str:
-    """Return a module's name without the wrappers of nested parameters."""
+    """Return a module's name without the wrappers that `nested` adds."""
     while module.endswith(_WRAPPED):
         module = module.removesuffix(_WRAPPED)
     return module
 
 
 def nested(module: str, depth: int) -> str:
-    """Return the name under which the LoRA of a parameter is found with `depth` others wrapped around it."""
+    """Return the name under which the LoRA of a parameter of a module is found, `depth` others being around it."""
     return module + depth * _WRAPPED

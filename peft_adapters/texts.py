@@ -1,7 +1,7 @@
-"""What an adapter may bring besides its weights: a tokenizer and a chat template of its own.
+"""The texts an adapter may bring beside its weights: a tokenizer and a chat template of its own.
 
-The store keeps them as one file of texts, whose hash stands in the adapter's config and so counts in its digest: the
-same weights with another template are another adapter.
+The store keeps them as one file, whose hash is a field of the adapter's config and so part of its digest: the same
+weights with another template are another adapter.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ from typing import Any
 
 import msgspec
 
+from peft_adapters.json_values import is_list, is_object
 from protocol.wire.errors import AdapterRefused
 
 TEXTS_FILE = "texts.json"
 TEXTS_FIELD = "lorafleet_texts"
-"""The config's field with the file's sha256 (hex). The store writes it; what a source says there does not count."""
+"""The config's field with the file's sha256 (hex). The store writes it, whatever a source has there."""
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 TEXT_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", TEMPLATE)
-"""The files taken from a source, each only if it is there."""
+"""The files that are taken from a source, where it has them."""
 
 MAX_TEXT_BYTES = 64 << 20
 
 
 def join_texts(files: Mapping[str, bytes]) -> bytes:
-    """Return the one file of an adapter's text files; b"" if there is neither tokenizer nor template among them.
+    """Return an adapter's text files, by name, as one file; b"" if neither tokenizer nor template is among them.
 
-    Raises AdapterRefused for what is not text, not JSON, or too large.
+    Raises AdapterRefused for a file that is not UTF-8, is too large, or should be a JSON object and is not.
     """
     texts: dict[str, str] = {}
     for name in TEXT_FILES:
@@ -47,19 +48,19 @@ def join_texts(files: Mapping[str, bytes]) -> bytes:
 
 
 def split_texts(raw: bytes, digest: str) -> dict[str, str]:
-    """Return the texts of a stored file by name. Raises AdapterRefused when it is not the one with this hash."""
+    """Return the text files in a stored file, by name. Raises AdapterRefused if its sha256 (hex) is not `digest`."""
     if hashlib.sha256(raw).hexdigest() != digest:
         raise AdapterRefused([f"{TEXTS_FILE} has another hash"])
     return msgspec.json.decode(raw, type=dict[str, str])
 
 
 def template_of(texts: Mapping[str, str]) -> str | None:
-    """Return the chat template among a model's or adapter's text files; of several named ones the default."""
+    """Return the chat template among text files, None if there is none; of several named ones the default."""
     if TEMPLATE in texts:
         return texts[TEMPLATE]
     source = tokenizer_config(texts).get("chat_template")
-    if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+    if is_list(source):
+        named = {entry.get("name"): entry.get("template") for entry in source if is_object(entry)}
         source = named.get("default")
     return source if isinstance(source, str) else None
 
@@ -70,11 +71,11 @@ def tokenizer_config(texts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def special_tokens(texts: Mapping[str, str]) -> dict[str, str]:
-    """Return the special tokens by name, as templates use them: "eos_token" and the like."""
+    """Return the texts of special tokens by the names that templates use, such as "eos_token"."""
     older = msgspec.json.decode(texts.get("special_tokens_map.json", "{}"), type=dict[str, Any])
     tokens: dict[str, str] = {}
     for name, value in {**older, **tokenizer_config(texts)}.items():
-        text = value.get("content") if isinstance(value, dict) else value
+        text = value.get("content") if is_object(value) else value
         if isinstance(text, str) and (name in _SPECIAL_TOKENS or (name.endswith("_token") and name in older)):
             tokens[name] = text
     return tokens

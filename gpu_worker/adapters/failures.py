@@ -1,4 +1,4 @@
-"""Adapters that could not be loaded: who asks again gets the same answer, until another try is due."""
+"""Adapters that could not be loaded: until another try is due, their requests get the same error again."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from protocol.runtime.backoff import REFUSAL, TROUBLE, Backoff
 from protocol.wire.errors import AdapterRefused, LorafleetError
-
-MAX_KEPT = 10_000
 
 
 @dataclass(slots=True)
@@ -19,21 +17,25 @@ class _Failure:
 
 
 class Failures:
-    """The last failures by digest. Times are monotonic seconds."""
+    """The last failure of each adapter. Times are monotonic seconds."""
 
-    def __init__(self, refusal: Backoff = REFUSAL, trouble: Backoff = TROUBLE) -> None:
-        """refusal, trouble: pauses before another try, after an adapter was refused, and after any other failure."""
+    def __init__(self, refusal: Backoff = REFUSAL, trouble: Backoff = TROUBLE, max_kept: int = 10_000) -> None:
+        """refusal, trouble: pauses before another try, after an adapter was refused, and after any other failure.
+
+        max_kept: adapters remembered; the one that failed longest ago is forgotten first.
+        """
         self._refusal = refusal
         self._trouble = trouble
+        self._max_kept = max_kept
         self._kept: OrderedDict[str, _Failure] = OrderedDict()
 
     def note(self, digest: str, error: LorafleetError, now_s: float) -> None:
-        """Remember that an adapter could not be loaded; the more often in a row, the longer."""
+        """Remember that an adapter could not be loaded: for longer, the more often in a row that has happened."""
         last = self._kept.pop(digest, None)
         num_in_row = last.num_in_row + 1 if last is not None else 1
         pause_s = (self._refusal if isinstance(error, AdapterRefused) else self._trouble).pause_s(num_in_row)
         self._kept[digest] = _Failure(error, num_in_row, now_s + pause_s)
-        if len(self._kept) > MAX_KEPT:
+        if len(self._kept) > self._max_kept:
             self._kept.popitem(last=False)
 
     def error(self, digest: str, now_s: float) -> LorafleetError | None:
@@ -42,5 +44,5 @@ class Failures:
         return failure.error if failure is not None and now_s < failure.again_s else None
 
     def forget(self, digest: str) -> None:
-        """Say that an adapter could be loaded, or is to be tried whatever happened before."""
+        """Forget an adapter's failures: it has been loaded, or is to be tried at once."""
         self._kept.pop(digest, None)

@@ -1,4 +1,4 @@
-"""Who gets the cores where they are busy: steps first."""
+"""Priority of threads: steps come first where the cores are busy."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 import sys
 
 
-def step_back() -> None:
-    """Let the calling thread, and those it starts, have what steps of warm requests leave of the cores.
+def lower_priority() -> None:
+    """Run the calling thread, and the threads it starts, as SCHED_IDLE. Does nothing but on Linux.
 
-    As an idle task, from which whatever else wakes up takes the core at once: one that is only nice
-    keeps it for some milliseconds, while a step waits. On Linux alone; elsewhere threads have no priorities.
+    A thread that wakes up takes the core from an idle task at once. A task that is only nice keeps the core for some
+    milliseconds, during which a step waits.
     """
     if sys.platform == "linux":
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

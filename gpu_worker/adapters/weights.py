@@ -1,4 +1,4 @@
-"""The pool's tensors."""
+"""The adapter pool's tensors: rank rows of every site, and the table by which kernels find them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gpu_worker.adapters.extras import Extras, map_tensors
-from gpu_worker.adapters.packing import EXTRA_PAGE_BYTES, MAX_RANK, HostAdapter
+from gpu_worker.adapters.copy_stream import CopyStream
+from gpu_worker.adapters.extras import Extras, map_tensors, tensors_of
+from gpu_worker.adapters.packing.packer import EXTRA_PAGE_BYTES, MAX_RANK, HostAdapter
 from gpu_worker.adapters.pool import PagePool
 from gpu_worker.memory import zeros
 from gpu_worker.model.lora import GROUPS, SharedInput, SiteInfo
@@ -18,18 +18,28 @@ from lora_kernels.ops import PAGE_ROWS, AdapterTable, LoraSite
 from protocol.wire.errors import BadRequest
 
 OTHER_SHARE = 0.05
-"""Part of the pool for adapters of the head: few have any, and its pages are large."""
+"""Part of the pool for adapters of the head: few adapters change it, and its pages are large."""
 
 MAX_SLOTS = 4096
 
 
 class PoolWeights:
-    """The pool's tensors: rank rows of every site, and the table by which kernels find them."""
+    """The pool's tensors on one device. Which pages and slots are whose is for `PagePool` to decide."""
 
     def __init__(
-        self, sites: Sequence[SiteInfo], shared: Sequence[SharedInput], budget: int, device: Any, extra_bytes: int = 0
+        self,
+        sites: Sequence[SiteInfo],
+        shared: Sequence[SharedInput],
+        budget: int,
+        device: Any,
+        extra_bytes: int = 0,
+        stream: CopyStream | None = None,
     ) -> None:
-        """budget: bytes for the rows, allocated now. extra_bytes: for extras, allocated as adapters bring them."""
+        """Allocate the rows, and make the siblings of `shared` use them.
+
+        budget: bytes for the rows. extra_bytes: bytes for extras, allocated as adapters bring them. stream: for
+        copies; None: one of its own on a CUDA device, none elsewhere. Raises BadRequest when the budget is too small.
+        """
         self.sites = sites
         self.extra_bytes = extra_bytes
         self.page_bytes = [_page_bytes(sites, group) for group in range(len(GROUPS))]
@@ -46,35 +56,35 @@ class PoolWeights:
             inputs.lora_sites = self.lora_sites[first : first + inputs.num_siblings]
             inputs.table = self.table
             first += inputs.num_siblings
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._stream = CopyStream(self._device) if stream is None and self._device.type == "cuda" else stream
 
     def _lora_site(self, site: SiteInfo) -> LoraSite:
         num_rows = self.capacity[site.group] * PAGE_ROWS
-        # Zeros, not garbage: a kernel may read the unused rows of a page and multiply them by zero.
+        # Zeros, because a kernel may read the unused rows of a page and multiply them by zero.
         a = zeros((num_rows, site.in_features), site.dtype, self._device)
         b = zeros((num_rows, site.out_features), site.dtype, self._device)
         return LoraSite(site.index, site.group, a, b)
 
     def new_pool(self) -> PagePool:
-        """Return the bookkeeping of these tensors' pages and slots."""
+        """Return the bookkeeping of these tensors' pages and slots, all of them free."""
         capacity = [*self.capacity, self.extra_bytes // EXTRA_PAGE_BYTES]
         return PagePool(capacity, [*self.page_bytes, EXTRA_PAGE_BYTES], self.num_slots)
 
     def copy(self, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> Extras:
-        """Write an adapter's rows into pages that no step sees, and return its extras on the device.
+        """Write an adapter's rows into pages that no step uses, and return its extras on the device.
 
-        For a loader thread: returns when all has arrived.
+        pages: by group. For a loader thread: returns when all has arrived.
         """
         if self._stream is None:
             self._copy_rows(adapter, pages)
             return adapter.extras
-        # The pages may have been another adapter's until now: steps that were launched may still read them.
-        self._stream.wait_stream(torch.cuda.default_stream(self._device))
-        # Allocated outside the copy stream, whose memory a step on the default stream may not use.
-        extras = map_tensors(adapter.extras, lambda tensor: torch.empty_like(tensor, device=self._device))
-        with torch.cuda.stream(self._stream):
+        # First allocate, then wait: what was just allocated may have been freed while launched steps still read it,
+        # as they may read the pages, which were another adapter's.
+        extras = map_tensors(adapter.extras, self._stream.allocate_like)
+        self._stream.wait_for_steps()
+        with self._stream.use():
             self._copy_rows(adapter, pages)
-            for target, source in zip(_tensors(extras), _tensors(adapter.extras), strict=True):
+            for target, source in zip(tensors_of(extras), tensors_of(adapter.extras), strict=True):
                 target.copy_(source, non_blocking=True)
         self._stream.synchronize()
         return extras
@@ -91,7 +101,7 @@ class PoolWeights:
                 site.b_rows[at].copy_(b[first:last], non_blocking=True)
 
     def publish(self, slot: int, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> None:
-        """Enter an adapter whose rows have arrived into the table. Called between steps."""
+        """Enter an adapter whose rows have arrived into the table. Called between steps. pages: by group."""
         for table in (self.table, self.table.host):
             if table is None:
                 continue
@@ -104,7 +114,7 @@ class PoolWeights:
 def split_budget(page_bytes: Sequence[int], budget: int) -> list[int]:
     """Return the pages of each group that fit a budget in bytes: as many for attention as for MLP, a few for others.
 
-    Raises BadRequest when not even one page each fits.
+    page_bytes: of one page by group. Raises BadRequest when not even one page of each fits.
     """
     attention, mlp, other = page_bytes
     num_other = min(math.ceil(OTHER_SHARE * budget / other), budget // other) if other else 0
@@ -128,9 +138,3 @@ def _empty_table(num_slots: int, num_sites: int, max_pages: int, device: torch.d
         scales=torch.zeros(num_slots, num_sites, dtype=torch.float32, device=device),
         pages=torch.zeros(num_slots, len(GROUPS), max_pages, dtype=torch.int32, device=device),
     )
-
-
-def _tensors(extras: Extras) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(extras, lambda tensor: found.append(tensor) or tensor)
-    return found

@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 from gpu_worker.encoder.pooling import Pooling
 from gpu_worker.engine.runner import CHECK_LIMITS
 from gpu_worker.memory import send
+from gpu_worker.model.adaptable_modules import AdaptableModules, find_adaptable_modules
 from gpu_worker.model.attention import ATTENTION, AttentionCall, StepContext, bind
-from gpu_worker.model.checkpoint import one_line, quantisation_of
+from gpu_worker.model.checkpoint import refusal, refuse_what_cannot_run
+from gpu_worker.model.logits_check import spread_of
 from gpu_worker.model.lora import SharedInput, SiteInfo, install_sites
-from gpu_worker.model.model import CANNOT_RUN, fingerprint_of, refusal, spread_of
-from gpu_worker.model.places import Places, find_places
+from gpu_worker.model.model import fingerprint_of
 from gpu_worker.model.trial import Trial, run_encoder_trial
 from lora_kernels import ops
 from protocol.wire.messages import Task
@@ -88,7 +89,7 @@ class EncoderModel:
     context: EncoderContext
     sites: list[SiteInfo]
     shared: list[SharedInput]
-    places: Places
+    adaptable: AdaptableModules
     task: Task
     width: int  # entries of a token's hidden state, or its labels
     pooling: Pooling
@@ -165,17 +166,12 @@ def prepare_encoder(
     pooling = pooling or Pooling()
     _refuse_module(module)
     fingerprint, device, dtype = fingerprint_of(module), module.device, module.dtype
-    try:
-        with torch.inference_mode():
-            texts = _random_texts(module)
-            expected = [_untouched(module, task, text) for text in texts]
-            padding_id = _padding_id(module, task, texts[0], expected[0])
-            module.set_attn_implementation(ATTENTION)
-            trial = run_encoder_trial(module)
-    except CANNOT_RUN as error:
-        method, what = quantisation_of(module.config), "a forward pass that needs more than tokens"
-        what = f"layers quantised with {method} that cannot run here" if method else what
-        raise refusal(module, [f"{what}: {one_line(error)}"]) from error
+    with refuse_what_cannot_run(module), torch.inference_mode():
+        texts = _random_texts(module)
+        expected = [_untouched(module, task, text) for text in texts]
+        padding_id = _padding_id(module, task, texts[0], expected[0])
+        module.set_attn_implementation(ATTENTION)
+        trial = run_encoder_trial(module)
     _refuse_calls(module, trial)
     context = EncoderContext()
     for call in trial.attention:
@@ -184,13 +180,13 @@ def prepare_encoder(
     sites, shared = install_sites(
         module, trial.linears, {names[call.module] for call in trial.attention}, context, impl
     )
-    places = find_places(module, trial.per_token, sites, shared, context)
-    places.watch()
+    adaptable = find_adaptable_modules(module, trial.per_token, sites, shared, context)
+    adaptable.watch()
     longest = getattr(module.config, "max_position_embeddings", None) or 0
     if longest and padding_id is not None:
         longest -= padding_id + 1
     model = EncoderModel(
-        module=module, device=device, dtype=dtype, context=context, sites=sites, shared=shared, places=places,
+        module=module, device=device, dtype=dtype, context=context, sites=sites, shared=shared, adaptable=adaptable,
         task=task, width=expected[0].shape[-1], pooling=pooling, max_positions=longest, padding_id=padding_id,
         fingerprint=f"{fingerprint}:{task}:{pooling.mode}:{pooling.unit_length}",
     )  # fmt: skip

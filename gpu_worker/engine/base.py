@@ -8,7 +8,7 @@ from copy import copy
 from typing import Any
 
 from gpu_worker.adapters.cache import AdapterCache
-from gpu_worker.adapters.orders import Orders
+from gpu_worker.adapters.residency import Residency
 from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
 from gpu_worker.engine.step_model import StepMeter
 from protocol.wire.errors import LorafleetError
@@ -19,7 +19,7 @@ class BaseEngine(ABC):
 
     def __init__(self, adapters: AdapterCache) -> None:
         self.adapters = adapters
-        self.residency = Orders(adapters)
+        self.residency = Residency(adapters)
         self.meter = StepMeter()
         self.counters = self.meter.counters
         self.can_step = False  # whether the next step may do something without a new request or adapter
@@ -96,7 +96,7 @@ class BaseEngine(ABC):
     def _note_use(self, request: EngineRequest) -> None:
         """Tell the fleet that a request for an adapter has come."""
         if request.digest:
-            self.adapters.news.used(request.digest, resident=self.adapters.is_resident(request.digest))
+            self.adapters.events.record_use(request.digest, resident=self.adapters.is_resident(request.digest))
 
     def _collect_adapters(self) -> None:
         """Take the adapters that have been loaded since the last step; end the requests for those that cannot be."""

@@ -1,8 +1,8 @@
 """Paged attention inside a Hugging Face model: the function registered with its AttentionInterface.
 
-The model calls it with the step's queries, keys and values; where they belong is in the `StepContext` that the layer's
-`PagedLayer` points to. No mask function is registered: transformers then builds no mask, and causality, windows and
-sequence borders come from the paged cache. No `Cache` object is passed.
+The model calls it with the step's queries, keys and values. Their places in the cache are in the `StepContext` of the
+calling module's `PagedLayer`. No mask function is registered, so transformers builds no mask: causality, windows and
+the borders between sequences come from the paged cache. No `Cache` object is passed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from gpu_worker.adapters.extras import ExtraRows
 from gpu_worker.memory import zeros
+from gpu_worker.model.apply_extras import ExtraRows
 from lora_kernels import ops
 
 ATTENTION = "lorafleet"
@@ -29,13 +29,13 @@ class StepContext:
     attention: ops.AttentionBatch | None = None
     lora: ops.LoraBatch | None = None  # None: no token of the step has an adapter
     lora_logits: ops.LoraBatch | None = None  # the same for the rows that go through the head
-    extras: list[ExtraRows] = field(default_factory=list)  # tokens whose adapters do more than plain LoRA
-    extras_logits: list[ExtraRows] = field(default_factory=list)
+    extras: list[ExtraRows] = field(default_factory=list)  # tokens whose adapters have extras
+    extras_logits: list[ExtraRows] = field(default_factory=list)  # the same for the rows that go through the head
 
 
 @dataclass(slots=True)
 class AttentionCall:
-    """How a layer calls attention, seen in a trial run."""
+    """How a module calls attention, seen in a trial run."""
 
     module: nn.Module
     num_heads: int
@@ -47,24 +47,22 @@ class AttentionCall:
     softcap: float
     sinks: Tensor | None
     is_causal: bool
-    mask: Tensor | None  # as it was given, forgotten after the trial
-    kv: (
-        tuple[Tensor, Tensor] | None
-    )  # kept until layers are made, so that a layer given another's keys and values can be told by identity
+    mask: Tensor | None  # as it was given; None after the trial
+    kv: tuple[Tensor, Tensor] | None  # keys and values, whose identity shows which calls share them; see `make_layers`
     chunk: int = 0  # queries see only keys of their own chunk of that many positions; 0: there are no chunks
-    has_own_mask: bool = False  # one that transformers did not make for it
+    has_own_mask: bool = False  # whether it was given a mask that transformers did not make for our attention
 
     @property
     def widths(self) -> list[int]:
-        """Entries of a token's queries, keys and values."""
+        """Numbers of a token's queries, keys and values, over all heads."""
         return [self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.value_dim]
 
 
 class AttentionLayer(Protocol):
-    """What a module's attention is done by."""
+    """What computes the attention of a module."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
-        """Attend with the step's q [T, Hq, D], k [T, Hkv, D] and v [T, Hkv, Dv]: [T, Hq, Dv]."""
+        """Return the attention [T, Hq, Dv] of the step's q [T, Hq, D], k [T, Hkv, D] and v [T, Hkv, Dv]."""
         ...
 
 
@@ -74,23 +72,24 @@ class PagedLayer:
     def __init__(
         self, call: AttentionCall, context: StepContext, impl: ops.Impl | None, owner: PagedLayer | None = None
     ) -> None:
-        """owner: the layer whose keys and values this one is given too; they are kept once."""
+        """owner: the layer that is called with the same keys and values, of which the cache holds one copy."""
         self.call = call
         self.context = context
         self.impl: ops.Impl | None = impl
         self.owner = owner
-        self.handle: Tensor | None = None  # how compiled layers name it, see `compiled.py`
+        self.handle: Tensor | None = None  # by which compiled layers find it, see `compiled.py`
         self.k_cache: Tensor | None = None  # [blocks, Hkv, 16, D]
         self.v_cache: Tensor | None = None  # [blocks, Hkv, 16, Dv]
 
     def block_bytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes of one block of this layer's cache; 0 if another layer's is used."""
         if self.owner is not None:
             return 0
         call = self.call
         return ops.BLOCK_TOKENS * call.num_kv_heads * (call.head_dim + call.value_dim) * dtype.itemsize
 
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make room for blocks; of a shared cache its owner must have done so before."""
+        """Allocate the cache, or take the owner's, which must be allocated already."""
         if self.owner is not None:
             self.k_cache, self.v_cache = self.owner.k_cache, self.owner.v_cache
             return
@@ -101,7 +100,7 @@ class PagedLayer:
 
     @property
     def attention(self) -> ops.PagedAttention:
-        """What an operation over whole layers needs to know of this one. The cache must be there."""
+        """The layer as an operation over whole layers takes it. The cache must be allocated."""
         call, k_cache, v_cache = self.call, self.k_cache, self.v_cache
         assert k_cache is not None
         assert v_cache is not None
@@ -111,7 +110,10 @@ class PagedLayer:
         )  # fmt: skip
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
-        """Write the step's k [T, Hkv, D] and v [T, Hkv, Dv], attend with q [T, Hq, D]: [T, Hq, Dv]."""
+        """Write the step's k [T, Hkv, D] and v [T, Hkv, Dv] to the cache, return the attention [T, Hq, Dv] of q.
+
+        q: [T, Hq, D]. sinks: [Hq]. See `ops.paged_attention`. Raises RuntimeError before a step's work list is set.
+        """
         batch = self.context.attention
         if batch is None or self.k_cache is None or self.v_cache is None:
             raise RuntimeError("attention was called before the step's work list and the cache were there")
@@ -123,17 +125,18 @@ class PagedLayer:
         )  # fmt: skip
 
 
-class Turns:
-    """The layers of a module that calls attention several times in one forward pass, as a looped model does."""
+class LoopedAttention:
+    """The attention layers of a module that a looped model calls several times in one forward pass."""
 
     def __init__(self, layers: list[PagedLayer], context: StepContext) -> None:
+        """layers: one for each call, in order."""
         self.layers = layers
         self.context = context
         self._batch: ops.AttentionBatch | None = None
         self._next = 0
 
     def take(self) -> PagedLayer:
-        """Return the layer of the next call of this step."""
+        """Return the layer of the step's next call."""
         if self.context.attention is not self._batch:
             self._batch, self._next = self.context.attention, 0
         layer = self.layers[self._next % len(self.layers)]
@@ -141,13 +144,14 @@ class Turns:
         return layer
 
 
-class Recorder:
+class AttentionRecorder:
     """Collects the attention calls of a trial run, in order."""
 
     def __init__(self) -> None:
         self.calls: list[AttentionCall] = []
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
+    def record(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
+        """Note a call. q, k, v: [1, heads, T, D]. options: the other arguments that transformers gave, by name."""
         self.calls.append(
             AttentionCall(
                 module=module,
@@ -166,13 +170,13 @@ class Recorder:
         )
 
 
-def bind(module: nn.Module, layer: AttentionLayer | Turns | Recorder) -> None:
-    """Make `paged_attention_forward` use `layer` for calls from `module`."""
+def bind(module: nn.Module, layer: AttentionLayer | LoopedAttention | AttentionRecorder) -> None:
+    """Make `paged_attention_forward` use `layer` for calls from `module`, until `unbind`."""
     module.__dict__[_SLOT] = layer
 
 
 def make_layers(calls: list[AttentionCall], context: StepContext, impl: ops.Impl | None) -> list[PagedLayer]:
-    """Make a layer for each attention call of a trial run and bind the calling modules to them."""
+    """Make a layer for each attention call of a trial run, in order, and bind the calling modules to them."""
     layers: list[PagedLayer] = []
     owners: dict[tuple[int, int], PagedLayer] = {}
     by_module: dict[nn.Module, list[PagedLayer]] = {}
@@ -186,12 +190,12 @@ def make_layers(calls: list[AttentionCall], context: StepContext, impl: ops.Impl
     for call in calls:
         call.kv = None
     for module, own in by_module.items():
-        bind(module, own[0] if len(own) == 1 else Turns(own, context))
+        bind(module, own[0] if len(own) == 1 else LoopedAttention(own, context))
     return layers
 
 
-def bound_to(module: nn.Module) -> PagedLayer | Turns | Recorder | None:
-    """Return what was bound to a module."""
+def bound_to(module: nn.Module) -> PagedLayer | LoopedAttention | AttentionRecorder | None:
+    """Return what is bound to a module, None if nothing is."""
     return module.__dict__.get(_SLOT)
 
 
@@ -209,12 +213,16 @@ def paged_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend over the paged cache, as transformers calls it. q, k, v: [1, heads, T, D]; returns [1, T, heads, Dv]."""
+    """Attend over the paged cache: the function that transformers calls.
+
+    query: [1, Hq, T, D]. key: [1, Hkv, T, D]. value: [1, Hkv, T, Dv]. Returns [1, T, Hq, Dv], and no weights. In a
+    trial run the call is recorded instead, and zeros are returned.
+    """
     layer = module.__dict__[_SLOT]
-    if type(layer) is Recorder:
-        layer.attend(module, query, key, value, {"attention_mask": attention_mask, "scaling": scaling, **kwargs})
+    if type(layer) is AttentionRecorder:
+        layer.record(module, query, key, value, {"attention_mask": attention_mask, "scaling": scaling, **kwargs})
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
-    if type(layer) is Turns:
+    if type(layer) is LoopedAttention:
         layer = layer.take()
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)

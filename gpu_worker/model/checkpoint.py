@@ -1,11 +1,12 @@
-"""A model folder becomes a Hugging Face model, or one line that says what is wrong with it."""
+"""Reads a model folder as a Hugging Face model, or raises one line that says what is wrong with it."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,29 @@ _UNREADABLE = (
 )  # fmt: skip
 """What transformers and the quantisation libraries raise on files they cannot use."""
 
+_CANNOT_RUN = (
+    TypeError, ValueError, LookupError, AttributeError, RuntimeError, NotImplementedError, ImportError, AssertionError
+)  # fmt: skip
+"""What a model raises that wants images, a mask or a cache of its own, or kernels that this machine lacks."""
+
 
 def read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the model of a folder, for its `task_of`, onto a device, in eval mode. Raises BadRequest in one line."""
+    """Load a folder's model onto a device, in eval mode, with the head that its task needs (see `task_of`).
+
+    dtype: of weights that are not quantised. Raises BadRequest in one line.
+    """
     config = read_config(folder)
     task = task_of(config)
     auto = {"generate": AutoModelForCausalLM, "embed": AutoModel, "classify": AutoModelForTokenClassification}[task]
     quantised = quantisation_of(config)
-    if quantised and quantised not in QUANTISATIONS:  # transformers would read the weights as they lie
+    if quantised and quantised not in QUANTISATIONS:  # transformers would read the weights as if they were not
         raise BadRequest(f"the model in {folder} is quantised with {quantised}, unknown to transformers")
     if quantised == "bitsandbytes":  # it warns in every step of every layer that it rounds activations
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # A quantised model must be born where it is to live; others come through host memory, whatever accelerate thinks.
+    # Quantised weights must be loaded onto their device; others come through host memory, whatever accelerate would do.
     place: dict[str, Any] = {"device_map": {"": device}} if quantised else {}
     if task == "embed" and _has_pooler(config):
-        place["add_pooling_layer"] = False  # made for the pretraining task, and missing in many checkpoints
+        place["add_pooling_layer"] = False  # it serves the pretraining task alone, and many checkpoints lack it
     try:
         loaded: Any = auto.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation="eager", trust_remote_code=False,
@@ -69,7 +78,7 @@ def read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTra
         how = f", quantised with {quantised}," if quantised else ""
         raise BadRequest(f"the model in {folder}{how} cannot be loaded: {one_line(error)}") from error
     module, info = loaded
-    # transformers makes random numbers of these, and a warning.
+    # Transformers fills these tensors with random numbers and only warns.
     _refuse_tensors(folder, "lack", info["missing_keys"])
     _refuse_tensors(folder, "have other shapes for", (name for name, *_ in info["mismatched_keys"]))
     if not quantised:
@@ -85,7 +94,7 @@ def _refuse_tensors(folder: Path, what: str, found: Iterable[str]) -> None:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """Read a folder's config.json. Raises BadRequest when it describes no causal LM or encoder transformers knows."""
+    """Read a folder's config.json. Raises BadRequest unless it describes a causal LM or encoder of transformers."""
     try:
         raw = json.loads((folder / "config.json").read_text())
         model_type = raw.get("model_type")
@@ -103,7 +112,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def task_of(config: PreTrainedConfig) -> Task:
-    """Return what a model was made for, by its config. Raises BadRequest for a head that nothing is served of."""
+    """Return what a model is for, judging by its config. Raises BadRequest for a head that is not served."""
     name = next(iter(getattr(config, "architectures", None) or ()), "")
     if name.endswith("ForTokenClassification") and type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
         return "classify"
@@ -121,7 +130,7 @@ def _has_pooler(config: PreTrainedConfig) -> bool:
 
 
 def read_eos_ids(folder: Path, config: PreTrainedConfig) -> frozenset[int]:
-    """Return the ids that end a text: of the generation config and of the model config. Raises BadRequest."""
+    """Return the token ids that end a text, by the generation config and the model config. Raises BadRequest."""
     found: set[int] = set()
     sources: list[Any] = [config, config.get_text_config()]
     if (folder / "generation_config.json").is_file():
@@ -141,8 +150,24 @@ def one_line(error: BaseException) -> str:
     return (text if len(text) <= MAX_LINE else f"{text[:MAX_LINE]} …") or type(error).__name__
 
 
+def refusal(module: PreTrainedModel, reasons: list[str]) -> BadRequest:
+    """Return the refusal of a model for what it has, each reason being a noun phrase."""
+    return BadRequest(f"model type {module.config.model_type} cannot be served: it has {'; '.join(reasons)}")
+
+
+@contextmanager
+def refuse_what_cannot_run(module: PreTrainedModel) -> Iterator[None]:
+    """Raise a refusal where running a model raises what models raise that need more than token ids."""
+    try:
+        yield
+    except _CANNOT_RUN as error:
+        method, what = quantisation_of(module.config), "a forward pass that needs more than tokens"
+        what = f"layers quantised with {method} that cannot run here" if method else what
+        raise refusal(module, [f"{what}: {one_line(error)}"]) from error
+
+
 def quantisation_of(config: PreTrainedConfig) -> str:
-    """Return the method that a model's weights are quantised with, "" if they are not."""
+    """Return the method by which a model's weights are quantised, "" if they are not."""
     quantised: Any = getattr(config, "quantization_config", None)
     if not quantised:
         return ""

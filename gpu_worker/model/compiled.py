@@ -1,8 +1,8 @@
-"""Decoder layers under torch.compile: an option for models whose layers no shortcut knows.
+"""Decoder layers under torch.compile: an option for models whose layers no shortcut replaces.
 
-Linear layers with their adapters, and attention, are one opaque operator each, told by a tensor which of the model's
-they are. So a graph holds tensors only: no list of the step and no number of a layer is a constant in it, all layers
-of a kind share one graph, and another mix of adapters is no reason to compile again.
+Linear layers with their adapters are one opaque operator, attention is another; a tensor, the handle, tells each call
+which of the model's layers it computes. So a graph holds tensors only: no list of a step and no number of a layer is a
+constant in it, all layers of a kind share one graph, and another mix of adapters does not compile again.
 """
 
 from __future__ import annotations
@@ -12,26 +12,24 @@ import itertools
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from gpu_worker.model.attention import PagedLayer, StepContext, Turns, bound_to
+from gpu_worker.model.attention import LoopedAttention, PagedLayer, StepContext, bound_to
 from gpu_worker.model.lora import SharedInput
+from gpu_worker.model.model import BaseModel
 from lora_kernels import ops
 from lora_kernels.cpu.build import cache_dir
 from protocol.wire.errors import BadRequest
 
-if TYPE_CHECKING:
-    from gpu_worker.model.model import BaseModel
-
 _owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-"""The sibling layers and attention layers behind the operators, by the number in their handles."""
+"""The sibling layers and attention layers that the operators run, by the number in their handles."""
 
-_numbers = itertools.count()  # none is given twice
+_numbers = itertools.count()  # no number is used twice
 
 _library = torch.library.Library("lorafleet_layers", "DEF")
 _library.define("project(Tensor x, Tensor handle, SymInt[] sizes) -> Tensor[]")
@@ -43,7 +41,7 @@ _library.define(
 
 def _project(x: Tensor, handle: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     outs: list[Tensor] = _owners[int(handle)].project(x)
-    # An operator's results must not share memory, as slices of one product do.
+    # The results of an operator must not share memory, as slices of one product do.
     return [out.clone() for out in outs] if len(outs) > 1 else outs
 
 
@@ -67,14 +65,14 @@ for _name, _run, _fake in (("project", _project, _fake_project), ("attend", _att
 
 
 def _handle(owner: SharedInput | PagedLayer) -> Tensor:
-    """Return a tensor by which the operators find an owner; on the host, so that reading it waits for no device."""
+    """Return the tensor by which the operators find an owner. It is on the host: reading it waits for no device."""
     number = next(_numbers)
     _owners[number] = owner
     return torch.tensor(number)
 
 
 class CompiledLayer:
-    """A decoder layer's forward: compiled, or as it was where an adapter of the step does more than LoRA."""
+    """A decoder layer's forward, compiled; in steps whose adapters have extras, as it was before."""
 
     def __init__(self, module: nn.Module, context: StepContext) -> None:
         self._context = context
@@ -82,6 +80,7 @@ class CompiledLayer:
         self._compiled = torch.compile(module.forward, dynamic=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the layer's own forward returns."""
         run = self._plain if self._context.extras else self._compiled
         return run(*args, **kwargs)
 
@@ -89,9 +88,9 @@ class CompiledLayer:
 def install_compiled(
     model: nn.Module, layers: list[PagedLayer], shared: list[SharedInput], context: StepContext
 ) -> int:
-    """Let the decoder layers of a model that has no shortcuts run compiled. Returns how many there are.
+    """Make the decoder layers of a model without shortcuts run compiled. Returns how many there are.
 
-    What is compiled is kept on disk, beside the native kernels, for the next start.
+    Compiled code is kept on disk, beside the native kernels, for the next start.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
     for owner in (*shared, *layers):
@@ -104,7 +103,7 @@ def install_compiled(
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the modules of lists that hold one attention call each, the outermost such."""
+    """Return the members of module lists that call attention once each; of nested ones the outermost."""
     found: list[nn.Module] = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -112,7 +111,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
             continue
         parent = model.get_submodule(name.rpartition(".")[0]) if name else None
         calls = [bound for part in module.modules() if (bound := bound_to(part)) is not None]
-        if isinstance(parent, nn.ModuleList) and len(calls) == 1 and not isinstance(calls[0], Turns):
+        if isinstance(parent, nn.ModuleList) and len(calls) == 1 and not isinstance(calls[0], LoopedAttention):
             found.append(module)
             inside = (*inside, f"{name}.")
     return found
@@ -120,7 +119,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def compile_errors() -> Iterator[None]:
-    """Raise BadRequest where compiling fails: another start would fail the same."""
+    """Raise BadRequest where compiling fails: the next start would fail in the same way."""
     try:
         yield
     except TorchDynamoException as error:
@@ -129,7 +128,7 @@ def compile_errors() -> Iterator[None]:
 
 
 def warm(model: BaseModel) -> None:
-    """Compile for steps of one token, which are a graph of their own, before a request waits. Overwrites a block."""
+    """Compile the graph of steps of one token before a request waits for it. Overwrites the first KV block."""
     one = np.ones(1, np.int64)
     model.context.attention = ops.build_attention_batch(one, one, np.zeros((1, 1), np.int32), model.device)
     ids = torch.zeros(1, dtype=torch.int64, device=model.device)

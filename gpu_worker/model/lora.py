@@ -1,7 +1,7 @@
-"""The linear layers of a model as LoRA sites: each computes its base output and adds what the step's adapters say.
+"""The linear layers of a model as LoRA sites: each computes its base output and adds the LoRA of the step's adapters.
 
-Layers that read the same input (q, k, v; gate, up) are siblings: found by watching a trial run, they share one GEMM
-and one LoRA operation.
+Layers that read the same input (q, k, v; gate, up) are siblings: a trial run shows which they are, and they share one
+matrix product and one LoRA operation.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gpu_worker.adapters.extras import apply_linear
+from gpu_worker.model.apply_extras import apply_linear
 from gpu_worker.model.attention import StepContext
 from lora_kernels import ops
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import OPAQUE
 
 GROUPS = ("attention", "mlp", "other")
-"""Page spaces of the adapter pool: an adapter that leaves a group alone takes no page of it."""
+"""Page spaces of the adapter pool: an adapter takes no page of a group whose layers it does not change."""
 
 
 @dataclass(frozen=True, slots=True)
 class SiteInfo:
     """A linear layer that LoRA can adapt."""
 
-    name: str  # in the model, such as "model.layers.0.self_attn.q_proj"
+    name: str  # the model's name for it, such as "model.layers.0.self_attn.q_proj"
     index: int  # column in the adapter table
     group: int  # index into GROUPS
     in_features: int
@@ -43,8 +43,8 @@ class LinearCall:
 
     name: str
     module: nn.Module
-    xs: list[Tensor]  # inputs, kept so that equal ones can be told by identity; several if the model loops
-    is_head: bool  # its rows are the positions that need logits, not all tokens
+    xs: list[Tensor]  # inputs, whose identity shows which layers are siblings; several if the model loops
+    is_head: bool  # whether its rows are the positions that need logits, not all tokens
 
 
 class SharedInput:
@@ -59,18 +59,18 @@ class SharedInput:
         impl: ops.Impl | None,
         num_lead: int = 0,
     ) -> None:
-        """num_lead: dimensions before the tokens in what the model gives them."""
+        """is_head: see `LinearCall`. num_lead: dimensions before that of the tokens in the model's own calls."""
         self.context = context
         self.is_head = is_head
-        self.position = 0  # among all of the model, in the order of calls
+        self.position = 0  # among all siblings of the model, in the order of calls
         self.impl: ops.Impl | None = impl
         self.lora_sites: list[ops.LoraSite] = []  # set once the pool is allocated
         self.table: ops.AdapterTable | None = None
         shapes = [_shape(linear) for linear in linears]
         self.sizes = [out_features for out_features, _ in shapes]
         self.in_features = shapes[0][1]
-        self._opaque: list[nn.Module] = []  # quantised and other layers of a kind of their own: called as they are
-        self._lead: list[int] = [1] * num_lead  # and as the model calls them: dimensions tell some what a token is
+        self._opaque: list[nn.Module] = []  # layers that can only be called, such as quantised ones; see `is_plain`
+        self._lead: list[int] = [1] * num_lead  # some of them find the token dimension by the number of dimensions
         if is_plain(linears[0]):
             weights = [_weight(linear) for linear in linears]
             joint = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
@@ -80,26 +80,30 @@ class SharedInput:
         else:
             self._opaque = linears
             self._biases = [getattr(linear, "bias", None) for linear in linears]
-        self.handle: Tensor | None = None  # how compiled layers name them, see `compiled.py`
+        self.handle: Tensor | None = None  # by which compiled layers find them, see `compiled.py`
         self._x: Tensor | None = None
         self._outs: list[Tensor] = []
 
     @property
     def linears(self) -> ops.SiblingLinears:
-        """What an operation over whole layers needs to know of them."""
+        """The siblings as an operation over whole layers takes them. They must not be opaque."""
         return ops.SiblingLinears(self._packed, self._bias, self.sizes, self.lora_sites)
 
     @property
     def is_opaque(self) -> bool:
-        """Whether the layers can only be called, not taken apart."""
+        """Whether the layers can only be called, because their weights are not plain matrices."""
         return bool(self._opaque)
 
     @property
     def num_siblings(self) -> int:
+        """The number of layers that share the input."""
         return len(self.sizes)
 
     def output(self, index: int, x: Tensor) -> Tensor:
-        """Return the output of sibling `index` for x [..., K]."""
+        """Return the output [..., N] of sibling `index` for x [..., K].
+
+        The first call for an x computes the outputs of all siblings.
+        """
         if x is not self._x:
             rows = x.reshape(-1, x.shape[-1])
             if torch.compiler.is_compiling():
@@ -112,7 +116,10 @@ class SharedInput:
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def project(self, rows: Tensor) -> list[Tensor]:
-        """Return the outputs [T, N] of all siblings for rows [T, K]; of plain layers they are slices of one tensor."""
+        """Return the outputs [T, N] of all siblings for rows [T, K], adapters included.
+
+        Those of plain layers are slices of one tensor.
+        """
         if self._opaque:
             x = rows.view(*self._lead, *rows.shape)
             outs = [linear(x).reshape(len(rows), -1).contiguous() for linear in self._opaque]
@@ -141,7 +148,7 @@ class SharedInput:
 
 
 class SiteLinear(nn.Module):
-    """Stands in the model for a linear layer. The weight is in `shared`; here it is but a shape and a dtype."""
+    """A module in the place of a linear layer. Its `weight` has shape and dtype alone; the numbers are in `shared`."""
 
     def __init__(self, linear: nn.Module, shared: SharedInput, index: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -154,13 +161,14 @@ class SiteLinear(nn.Module):
         self._index = index
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output [..., N] for x [..., K], adapters included."""
         return self.shared.output(self._index, x)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Return the output and input features of a module that looks like a linear layer, None of any other.
+    """Return the output and input features of a module that looks like a linear layer, None for any other.
 
-    Quantisation libraries bring classes of their own; all of them keep the attributes of `nn.Linear`.
+    Quantisation libraries have classes of their own; all of them keep the attributes of `nn.Linear`.
     """
     if isinstance(module, Conv1D):
         return module.nf, module.nx
@@ -171,7 +179,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Tell whether a layer is nothing but x @ weight.T + bias: only then its weight may be taken out of it."""
+    """Return whether a layer is nothing but x @ weight.T + bias, so that its weight may be taken out of it."""
     if type(linear) not in (nn.Linear, Conv1D) or "forward" in vars(linear):
         return False
     names = {name for name, _ in (*linear.named_parameters(), *linear.named_buffers())}
@@ -179,12 +187,12 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 def is_number(parameter: Tensor) -> bool:
-    """Tell whether a parameter holds the numbers that are computed with, and not a code for them."""
+    """Return whether a parameter holds the numbers that are computed with, not a quantised form of them."""
     return type(parameter) is nn.Parameter and parameter.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 def find_siblings(calls: list[LinearCall]) -> list[list[LinearCall]]:
-    """Group the layers of a trial run by the tensors they read, keeping the order of calls."""
+    """Group the layers of a trial run by the tensors they read, in the order of calls."""
     groups: dict[tuple[Any, ...], list[LinearCall]] = {}
     for call in calls:
         key = (*map(id, call.xs), _dtype(call), is_plain(call.module))
@@ -195,7 +203,7 @@ def find_siblings(calls: list[LinearCall]) -> list[list[LinearCall]]:
 def install_sites(
     model: nn.Module, calls: list[LinearCall], attention_names: set[str], context: StepContext, impl: ops.Impl | None
 ) -> tuple[list[SiteInfo], list[SharedInput]]:
-    """Replace every linear layer that was called by a `SiteLinear`. Returns the sites, and the groups in their order.
+    """Replace every linear layer of a trial run by a `SiteLinear`. Returns the sites, and the siblings in their order.
 
     attention_names: names of the modules that call attention; linear layers under them form the attention group.
     """
@@ -234,7 +242,7 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def _dtype(call: LinearCall) -> torch.dtype:
-    """Return the dtype in which a layer computes: of its weight, of its input if the weight is quantised."""
+    """Return the dtype in which a layer computes: its weight's, or its input's if the weight is quantised."""
     return _weight(call.module).dtype if is_plain(call.module) else call.xs[0].dtype
 
 

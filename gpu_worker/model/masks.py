@@ -1,7 +1,7 @@
-"""Which keys a model's queries see, learned from the masks it asks transformers for.
+"""Which keys a model's queries see, learned from the masks that it asks transformers for.
 
-A model may leave its sliding window to the mask and not tell the attention function. In steps no mask is made at all;
-in a trial run one is, and the function that defines it is asked where it begins to hide keys.
+A model may leave its sliding window to the mask and not pass it to the attention function. Steps build no mask at all.
+A trial run builds one, and the function that defines it is evaluated to find where it begins to hide keys.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import AttentionMaskInterface
 from gpu_worker.model.attention import ATTENTION, AttentionCall
 
 FAR = 1 << 24
-"""Positions that no text reaches."""
+"""A position that no text reaches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,31 +29,32 @@ class MaskShape:
     chunk: int = 0
 
 
-AS_TOLD = MaskShape(window=-1)
-"""Nothing but causal for the trial's tokens and not defined for others: the attention function knows the window."""
+AS_CALLED = MaskShape(window=-1)
+"""A mask that is causal for the trial's tokens and undefined beyond them: the call's own window counts."""
 
 
 class RecordedMasks:
-    """The masks of one trial run, told apart by their memory."""
+    """The masks of one trial run, which their memory identifies."""
 
     def __init__(self) -> None:
         self._shapes: dict[int, MaskShape | None] = {}
         self._kept: list[Tensor] = []
 
     def add(self, mask: Tensor, shape: MaskShape | None) -> None:
+        """Note a mask that transformers was given. shape: None if it is none that can be served."""
         self._kept.append(mask)
         self._shapes[mask.untyped_storage().data_ptr()] = shape
 
     def shape_of(self, call: AttentionCall) -> MaskShape | None:
-        """Return what a call's queries see, None if it is nothing that can be served."""
-        told = MaskShape(window=call.window)
-        shape = told if call.mask is None else self._shapes.get(call.mask.untyped_storage().data_ptr())
-        return told if shape == AS_TOLD else shape
+        """Return what a call's queries see, None if paged attention cannot compute that."""
+        own = MaskShape(window=call.window)
+        shape = own if call.mask is None else self._shapes.get(call.mask.untyped_storage().data_ptr())
+        return own if shape == AS_CALLED else shape
 
 
 @contextmanager
 def record_masks() -> Iterator[RecordedMasks]:
-    """Let transformers make masks for our attention, and note what they hide."""
+    """Make transformers build masks for our attention, and record what they hide."""
     masks = RecordedMasks()
 
     def make(q_length: int, kv_length: int, mask_function: Any, device: Any, **_: Any) -> Tensor:
@@ -69,7 +70,10 @@ def record_masks() -> Iterator[RecordedMasks]:
 
 
 def read_shape(mask_function: Callable[..., Tensor], num_tokens: int, device: Any) -> MaskShape | None:
-    """Return the shape of a mask given as a function of (batch, head, query, key); None if it has another one."""
+    """Return the shape of a mask given as a function of (batch, head, query, key), None if it is no `MaskShape`.
+
+    num_tokens: the queries and keys of the trial run. device: of the tensors that the function takes.
+    """
     zero = torch.zeros((), dtype=torch.long, device=device)
 
     def sees(query: int, key: int) -> bool:
@@ -84,6 +88,6 @@ def read_shape(mask_function: Callable[..., Tensor], num_tokens: int, device: An
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if sees(middle, 0) else (low, middle)
-    except IndexError:  # it looks things up by position, such as which tokens are an image
-        return AS_TOLD
+    except IndexError:  # the function looks up positions in a table, such as which tokens are an image
+        return AS_CALLED
     return MaskShape(window=high) if sees(high, high - 1) else MaskShape(chunk=high)

@@ -1,4 +1,4 @@
-"""Trial runs of a model, watched: which modules call attention and linear layers, and with what."""
+"""Trial runs of a model, with hooks that record which modules call attention and linear layers, and with what."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gpu_worker.adapters.extras import TokenLayout
-from gpu_worker.model.attention import AttentionCall, Recorder, bind, unbind
+from gpu_worker.model.apply_extras import TokenLayout
+from gpu_worker.model.attention import AttentionCall, AttentionRecorder, bind, unbind
 from gpu_worker.model.lora import LinearCall, linear_shape
 from gpu_worker.model.masks import record_masks
 
 NUM_TOKENS = 5
-NUM_HEAD_ROWS = 2  # another number, to tell the head's rows from all tokens
+NUM_HEAD_ROWS = 2  # a number that tells the head's rows from all tokens
 
 
 @dataclass(slots=True)
 class ModuleCall:
-    """The arguments a module was called with."""
+    """The arguments of one call of a module."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -29,16 +29,19 @@ class ModuleCall:
 
 @dataclass(slots=True)
 class Trial:
-    """What a trial run called, in order."""
+    """What a trial run called, in the order of calls."""
 
     attention: list[AttentionCall] = field(default_factory=list)
     linears: list[LinearCall] = field(default_factory=list)
-    modules: dict[str, ModuleCall] = field(default_factory=dict)  # first call of every module that has children
-    per_token: dict[str, TokenLayout] = field(default_factory=dict)  # modules with own parameters, called once
+    modules: dict[str, ModuleCall] = field(default_factory=dict)  # the first call of every module that has children
+    per_token: dict[str, TokenLayout] = field(default_factory=dict)  # modules with parameters of their own, called once
 
 
 def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
-    """Run a few tokens through a model whose attention is ours, and note what is called."""
+    """Run a few tokens through a causal LM whose attention is ours, and record what is called.
+
+    keeps_logits: whether its forward takes logits_to_keep.
+    """
     trial = _Watch(module, NUM_TOKENS, NUM_HEAD_ROWS).run(keeps_logits)
     with record_masks() as masks:
         other = _watch_again(module, trial, keeps_logits)
@@ -52,15 +55,15 @@ def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
 
 
 def run_encoder_trial(module: PreTrainedModel) -> Trial:
-    """Run a few tokens through an encoder whose attention is ours, and note what is called; masks stay where given."""
+    """Run a few tokens through an encoder whose attention is ours, and record what is called, masks included."""
     trial = _Watch(module, NUM_TOKENS, NUM_HEAD_ROWS).run(keeps_logits=False)
     _watch_again(module, trial, keeps_logits=False)
     return trial
 
 
 def _watch_again(module: PreTrainedModel, trial: Trial, keeps_logits: bool) -> Trial:
-    """Run other tokens through the model, and keep of `trial` only the modules that see all tokens every time."""
-    # An expert's layers see the tokens sent to it: all of them by chance, but not twice.
+    """Run other tokens through the model, and drop from `trial` the modules that do not see all tokens both times."""
+    # The layers of an expert see the tokens sent to it, which by chance are all of them once, but not twice.
     other = _Watch(module, 2 * NUM_TOKENS + 1, NUM_HEAD_ROWS + 1).run(keeps_logits)
     always = {call.name for call in other.linears}
     trial.linears = [call for call in trial.linears if call.name in always]
@@ -76,11 +79,12 @@ class _Watch:
         self.num_tokens = num_tokens
         self.num_head_rows = num_head_rows
         self.trial = Trial()
-        self._recorder = Recorder()
-        self._linears: dict[str, LinearCall | None] = {}  # None: was called with other rows
+        self._recorder = AttentionRecorder()
+        self._linears: dict[str, LinearCall | None] = {}  # None: called in a way that no site can be
         self._called: set[str] = set()
 
     def run(self, keeps_logits: bool) -> Trial:
+        """Run the model once and remove the hooks. May be called once."""
         handles = []
         for name, child in self.module.named_modules():
             bind(child, self._recorder)
@@ -112,7 +116,7 @@ class _Watch:
             if x is None or shape is None or not regular or out.shape != (*x.shape[:-1], shape[0]):
                 self._linears[name] = None
                 return
-            if out.dtype != x.dtype:  # nothing that LoRA could be added to
+            if out.dtype != x.dtype:  # LoRA cannot be added to codes, or to numbers of another precision
                 self._linears[name] = None
                 return
             known = self._linears.setdefault(name, LinearCall(name, linear, [], num_rows == self.num_head_rows))

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import load_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.runner import StepInputs
-from gpu_worker.model.shortcuts import stacks_of
+from gpu_worker.model.blocks import stacks_of
 from gpu_worker.profiling.steps import Decode, Prefill, Queue
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
 from protocol.runtime.metrics import PHASES
@@ -143,10 +143,10 @@ def adapter_folders(root: Path | None) -> dict[str, Path]:
     return found
 
 
-def read_files(folder: Path) -> AdapterFiles:
+def read_files(folder: Path) -> FetchedAdapter:
     """Read an adapter's files. Raises AdapterRefused, BadRequest."""
     try:
-        return AdapterFiles(parse_config((folder / CONFIG_FILE).read_bytes()), (folder / WEIGHTS_FILE).read_bytes())
+        return FetchedAdapter(parse_config((folder / CONFIG_FILE).read_bytes()), (folder / WEIGHTS_FILE).read_bytes())
     except OSError as error:
         raise BadRequest(f"{error.filename}: {error.strerror}") from error
 

@@ -99,7 +99,7 @@ class EngineThread(EngineHandle):
 
     def take_adapter_events(self) -> tuple[list[AdapterEvent], dict[str, AdapterUse]]:
         """Return the events and uses of adapters since the last call."""
-        return self.engine.adapters.news.take()
+        return self.engine.adapters.events.take()
 
     def room(self) -> Future[None]:
         """Return a future that is done while fewer than `max_commands` wait, or once the engine has ended."""

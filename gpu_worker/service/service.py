@@ -16,7 +16,7 @@ from functools import partial
 
 import msgspec
 
-from gpu_worker.adapters.loader import Loader
+from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
 from gpu_worker.service.engine_handle import EngineHandle

@@ -1,8 +1,8 @@
-"""The operations a worker's step is made of: batched LoRA, paged attention, and what surrounds them.
+"""The operations of a worker's step: batched LoRA, paged attention, and what surrounds them.
 
-Each docstring gives the operation as torch would write it. `reference.py` is that definition in code; `cpu/` and
-`triton_ops/` are fast implementations of the same. CUDA tensors use Triton and CPU tensors the native kernels (the
-reference where no compiler was found, said once in the log); an explicit `impl=` wins.
+Each docstring begins with the operation as torch would write it. `reference.py` is that definition in code; `cpu/` and
+`triton_ops/` are fast implementations of it. CUDA tensors use Triton. CPU tensors use the native kernels, or the
+reference where they cannot be built, which the log says once. An explicit `impl=` overrides the choice.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ def lora_add_(
     batch: LoraBatch,
     impl: Impl | None = None,
 ) -> None:
-    """outs[i][row] += scale * (x[row] @ A_i.T) @ B_i for every row of every segment.
+    """outs[i][row] += scale * (x[row] @ A_i.T) @ B_i for every row of every segment of `batch`.
 
-    x: [T, K], contiguous rows. outs[i]: [T, N_i] of x's dtype, changed in place; may be a column slice of one fused
-    output. All sites share the input x. bf16, fp16 or fp32 throughout; accumulates in fp32.
+    x: [T, K], contiguous rows, the input of all sites. outs[i]: [T, N_i] of x's dtype, changed in place; may be a
+    column slice of one fused output. bf16, fp16 or fp32 throughout; accumulates in fp32.
     """
     _choose(x, impl).lora_add_(outs, x, sites, table, batch)
 
@@ -90,10 +90,10 @@ def lora_add_(
 def kv_write_(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, impl: Impl | None = None
 ) -> None:
-    """k_cache[slot // 16, :, slot % 16] = k and the same for v, slot being batch.slot_mapping[token].
+    """k_cache[slot // 16, :, slot % 16] = k[token] with slot = batch.slot_mapping[token], and the same for v.
 
-    k: [T, Hkv, D], v: [T, Hkv, Dv], any strides but the last. k_cache: [blocks, Hkv, 16, D], v_cache:
-    [blocks, Hkv, 16, Dv], contiguous, changed in place.
+    k: [T, Hkv, D]. v: [T, Hkv, Dv]. Their last stride is 1, the others are free. k_cache: [blocks, Hkv, 16, D].
+    v_cache: [blocks, Hkv, 16, Dv]. Both are contiguous, and changed in place.
     """
     _choose(k, impl).kv_write_(k, v, k_cache, v_cache, batch)
 
@@ -110,11 +110,12 @@ def paged_attention(
     sinks: Tensor | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
-    """softmax(softcap(scale * q @ k.T)) @ v per sequence, causal by absolute position: [T, Hq, Dv].
+    """softmax(softcap(scale * q @ k.T)) @ v for each sequence, causal by absolute position: [T, Hq, Dv].
 
-    q: [T, Hq, D]; head h reads kv head h // (Hq // Hkv). window > 0: only the last `window` keys up to the query's own
-    are seen. softcap > 0: logits become softcap * tanh(logits / softcap). sinks: [Hq], a logit of each head that joins
-    the softmax's denominator and has no value. The step's own keys must have been written already.
+    q: [T, Hq, D], last stride 1; head h reads KV head h // (Hq // Hkv). k_cache, v_cache: see `kv_write_`; they must
+    hold the step's own keys and values. window > 0: a query sees only the last `window` keys up to its own.
+    softcap > 0: logits become softcap * tanh(logits / softcap). sinks: [Hq], a logit of each head that joins the
+    softmax's denominator and has no value.
     """
     return _choose(q, impl).paged_attention(
         q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap, sinks=sinks
@@ -122,12 +123,15 @@ def paged_attention(
 
 
 def pack_linear(weight: Tensor, impl: Impl | None = None) -> PackedLinear:
-    """Lay out a weight [N, K] for `linear`. The result may share the weight's memory or hold a copy of it."""
+    """Lay out a weight [N, K] for `linear`. The result shares the weight's memory or holds a copy of it."""
     return _choose(weight, impl).pack_linear(weight)
 
 
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, impl: Impl | None = None) -> Tensor:
-    """x @ weight.T + bias: x [T, K] -> [T, N]. `packed` must come from `pack_linear` of the same implementation."""
+    """x @ weight.T + bias: [T, N].
+
+    x: [T, K]. packed: the weight [N, K], from `pack_linear` of the same implementation. bias: [N].
+    """
     return _choose(x, impl).linear(x, packed, bias)
 
 
@@ -147,10 +151,11 @@ def rms_norm(
     plus_one: bool = False,
     impl: Impl | None = None,
 ) -> Tensor:
-    """weight * (x / sqrt(mean(x ** 2) + eps)) over the last dimension: fp32, rounded before the weight as Llama does.
+    """weight * (x / sqrt(mean(x ** 2, -1) + eps)): the shape of x.
 
-    residual: same shape as x; residual += x first (in place), and the sum is what is normalized. plus_one: the weight
-    is 1 + weight and rounding comes last, as in Gemma.
+    x: [..., D]. weight: [D]. Computes in fp32 and rounds before it multiplies by the weight, as Llama does. residual:
+    the shape of x; residual += x comes first, in place, and the sum is normalized. plus_one: the weight is 1 + weight,
+    and rounding comes last, as in Gemma.
     """
     return _choose(x, impl).rms_norm(x, weight, eps, residual=residual, plus_one=plus_one)
 
@@ -158,29 +163,30 @@ def rms_norm(
 def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: Impl | None = None) -> None:
     """x = x * cos + rotate_half(x) * sin for q and k, in place, on the first cos.shape[-1] entries of each head.
 
-    q: [T, Hq, D], k: [T, Hkv, D], any strides but the last. cos, sin: [T, R] with R <= D even, halves repeated as
-    Hugging Face builds them.
+    q: [T, Hq, D]. k: [T, Hkv, D]. Their last stride is 1, the others are free. cos, sin: [T, R] with R <= D even,
+    the second half of each row repeating the first, as Hugging Face builds them.
     """
     _choose(q, impl).rotary_(q, k, cos, sin)
 
 
 def gated_act(gate: Tensor, up: Tensor, act: Activation = "silu", impl: Impl | None = None) -> Tensor:
-    """act(gate) * up, in fp32, rounded once: [T, N]. gate and up may be column slices of one fused output."""
+    """act(gate) * up: [T, N], computed in fp32 and rounded once. gate, up: [T, N], may be slices of one output."""
     return _choose(gate, impl).gated_act(gate, up, act)
 
 
 def mask_logits_(logits: Tensor, rows: Tensor, words: Tensor, impl: Impl | None = None) -> None:
-    """logits[rows[i], v] = -inf wherever bit v % 32 of words[i, v // 32] is 0, in place.
+    """logits[rows[i], v] = -inf wherever bit v % 32 of words[i, v // 32] is 0.
 
-    logits: [n, V]. rows: int64 [m], each at most once. words: int32 [m, V / 32 rounded up].
+    logits: [n, V], changed in place. rows: int64 [m], each row at most once. words: int32 [m, ceil(V / 32)].
     """
     _choose(logits, impl).mask_logits_(logits, rows, words)
 
 
 def argmax(x: Tensor, impl: Impl | None = None) -> tuple[Tensor, Tensor]:
-    """x.max(-1).indices, the first of equals, and isfinite(x.max(-1).values): int64 and bool [n] of x [n, V].
+    """x.max(-1).indices and isfinite(x.max(-1).values): int64 [n] and bool [n].
 
-    A row that holds a NaN is not finite, and its index means nothing. Either 0 may win over the other.
+    x: [n, V]. The first of equal numbers is taken; which of 0.0 and -0.0 is the larger is undefined. A row with a NaN
+    is not finite, and its index means nothing.
     """
     return _choose(x, impl).argmax(x)
 
@@ -192,19 +198,23 @@ class DecoderStack(Protocol):
         self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBatch, table: AdapterTable | None,
         lora: LoraBatch | None,
     ) -> None:  # fmt: skip
-        """Turn x [T, width] into what the last layer gives, in place. cos, sin: as `rotary_` takes them."""
+        """Replace x [T, width] by the output of the last layer, in place.
+
+        cos, sin: see `rotary_`. attention, table, lora: see `paged_attention` and `lora_add_`; lora is None for a step
+        without adapters.
+        """
         ...
 
 
 def decoder_stack(layers: Sequence[DecoderLayer], impl: Impl | None = None) -> DecoderStack | None:
-    """Prepare layers to run as one call that computes what the operations above compute one by one.
+    """Prepare layers to run as one call, which computes what the operations above compute one after the other.
 
-    None where the implementation has nothing better than one by one.
+    Returns None where the implementation has nothing faster than one after the other.
     """
     return _choose(layers[0].qkv.packed.weight, impl).decoder_stack(layers)
 
 
-# Filled on first use, so that nothing heavy is imported until chosen. A plain dict, because torch.compile can read it.
+# Filled on first use, so that an implementation is imported only once it is chosen. A dict, which torch.compile reads.
 _implementations: dict[str, ModuleType] = {"reference": reference}
 
 

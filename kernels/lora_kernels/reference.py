@@ -1,7 +1,7 @@
-"""The operations in plain torch: the definition of correct, and what serves a CPU without a compiler.
+"""The operations in plain torch: the definition of what is correct. It also serves CPUs without a compiler.
 
 Accumulates in fp32 and rounds once, to the dtype of the output. Reads counts and ranks on the host, so on a GPU it
-waits for the device: it is for checking there, not for serving.
+waits for the device: there it is for checking, not for serving.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lora_kernels.tables import Activation, AdapterTable, DecoderLayer, LoraSite
 def lora_add_(
     outs: Sequence[Tensor], x: Tensor, sites: Sequence[LoraSite], table: AdapterTable, batch: LoraBatch
 ) -> None:
+    """See `ops.lora_add_`."""
     slots = batch.seg_slots[: batch.num_segments].tolist()
     starts = batch.seg_starts[: batch.num_segments + 1].tolist()
     for segment, slot in enumerate(slots):
@@ -42,6 +43,7 @@ def _pool_rows(table: AdapterTable, slot: int, group: int, rank: int) -> Tensor:
 
 
 def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:
+    """See `ops.kv_write_`."""
     blocks = batch.slot_mapping // BLOCK_TOKENS
     offsets = batch.slot_mapping % BLOCK_TOKENS
     k_cache[blocks, :, offsets] = k
@@ -59,6 +61,7 @@ def paged_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
+    """See `ops.paged_attention`."""
     out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
     starts = batch.query_starts.tolist()
     for seq, kv_len in enumerate(batch.kv_lens.tolist()):
@@ -76,7 +79,7 @@ def paged_attention(
 def _attention_weights(
     q: Tensor, keys: Tensor, *, scale: float, window: int, softcap: float, sinks: Tensor | None
 ) -> Tensor:
-    """Softmax weights of one sequence's last queries over all its keys: fp32 [Hkv, group, queries, kv_len]."""
+    """Return the softmax weights of a sequence's last queries over all its keys: fp32 [Hkv, group, queries, kv_len]."""
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads, kv_len, _ = keys.shape
     grouped = q.view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim).float()
@@ -96,16 +99,19 @@ def _attention_weights(
 
 
 def pack_linear(weight: Tensor) -> PackedLinear:
+    """See `ops.pack_linear`."""
     return PackedLinear(weight, out_features=weight.shape[0], in_features=weight.shape[1], layout="plain")
 
 
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
+    """See `ops.linear`."""
     return F.linear(x, packed.weight, bias)
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, plus_one: bool = False
 ) -> Tensor:
+    """See `ops.rms_norm`."""
     if residual is not None:
         residual += x
         x = residual
@@ -117,6 +123,7 @@ def rms_norm(
 
 
 def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """See `ops.rotary_`."""
     rotary_dim = cos.shape[-1]
     cos, sin = cos.float()[:, None], sin.float()[:, None]
     for heads in (q, k):
@@ -126,6 +133,7 @@ def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def gated_act(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
+    """See `ops.gated_act`."""
     hidden = gate.float()
     if act == "silu":
         hidden = F.silu(hidden)
@@ -135,15 +143,17 @@ def gated_act(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
 
 
 def mask_logits_(logits: Tensor, rows: Tensor, words: Tensor) -> None:
+    """See `ops.mask_logits_`."""
     bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
     forbidden = (bits == 0).flatten(1)[:, : logits.shape[-1]]
     logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
 
 
 def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See `ops.argmax`."""
     values, ids = x.max(-1)
     return ids, torch.isfinite(values)
 
 
 def decoder_stack(layers: Sequence[DecoderLayer]) -> None:
-    """Nothing is better than one by one here."""
+    """Return None: nothing here is faster than one layer after the other. See `ops.decoder_stack`."""

@@ -1,7 +1,7 @@
 """A step's work lists: which token rows belong to which adapter, and where each token lies in the paged cache.
 
-Built once per step on the host with numpy and sent in one copy; every layer reads the same lists. Knows slots and
-blocks only: which adapter or request they belong to is the caller's business.
+They are built once per step on the host, with numpy, and sent in one copy; every layer reads the same lists. They know
+slots and blocks, not the adapters or requests that these belong to.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _COUNTS = 4  # num_rows, num_segments, num_small_tiles, num_large_tiles
 
 @dataclass(slots=True)
 class LoraBatch:
-    """The step's work list: token rows that carry an adapter, sorted by slot (stable, so tokens keep their order).
+    """A step's token rows that have an adapter, sorted by slot; rows of one slot keep their order.
 
     Every tensor is a view of `buffer`, whose layout depends on `num_tokens` alone: a captured graph stays valid when
     the next step's list is copied over it. Entries past the counts are zero.
     """
 
-    buffer: Tensor  # int32 [10 * T + 5] the whole list
-    counts: Tensor  # int32 [4] num_rows, num_segments, num_small_tiles, num_large_tiles, for kernels
-    rows: Tensor  # int32 [T] token rows grouped by slot; the first num_rows count
+    buffer: Tensor  # int32 [10 * T + 5]
+    counts: Tensor  # int32 [4] num_rows, num_segments, num_small_tiles, num_large_tiles: where kernels read them
+    rows: Tensor  # int32 [T] token rows by slot; the first num_rows count
     seg_slots: Tensor  # int32 [T] slot of each segment; the first num_segments count
     seg_starts: Tensor  # int32 [T + 1] segment g is rows[seg_starts[g]:seg_starts[g + 1]]
     small_tiles: Tensor  # int32 [T, 3] (slot, first index into rows, row count <= 16)
@@ -42,11 +42,7 @@ class LoraBatch:
     num_small_tiles: int
     num_large_tiles: int
     num_tokens: int  # T
-    uniform_slot: int | None  # the slot whose one segment covers every token row, in order; None: no such segment
-
-    @property
-    def uniform(self) -> bool:
-        return self.uniform_slot is not None
+    uniform_slot: int | None  # the slot of a step whose only segment is all its rows; None: another step
 
 
 def build_lora_batch(
@@ -55,11 +51,11 @@ def build_lora_batch(
     token_scales: np.ndarray | None = None,
     into: LoraBatch | None = None,
 ) -> LoraBatch | None:
-    """Sort a step's tokens by adapter slot.
+    """Sort a step's tokens by adapter slot, and copy the list to a device.
 
     token_slots: int [T], the pool slot of each token's adapter, -1 for the base model. token_scales: float32 [T],
-    multiplies the adapter's own scale. into: a recordable batch of T tokens to write the list to, instead of a new one.
-    Returns None, with nothing written, when no row has an adapter: such a step runs no LoRA kernel.
+    multiplies the adapter's own scale. into: a recordable batch of T tokens that the list is written to, in the place
+    of a new one. Returns None, with nothing written, when no row has an adapter: such a step runs no LoRA kernel.
     """
     num_tokens = len(token_slots)
     order = np.argsort(token_slots, kind="stable").astype(np.int32)
@@ -84,7 +80,7 @@ def build_lora_batch(
     batch.small_tiles.numpy()[: len(small)] = small
     batch.large_tiles.numpy()[: len(large)] = large
     if batch.row_scales is not None:
-        # Written also where all are 1: a recorded batch always reads them.
+        # Written even where all are 1, because a recorded batch always reads them.
         batch.row_scales.numpy()[:num_rows] = 1.0 if token_scales is None else token_scales[order]
     if into is not None:
         into.buffer.copy_(host, non_blocking=True)
@@ -99,10 +95,10 @@ def build_lora_batch(
 
 
 def recordable_lora_batch(num_tokens: int, device: torch.device | str) -> LoraBatch:
-    """An empty batch to capture a graph with, for any step of num_tokens: `build_lora_batch` writes steps into it.
+    """Return an empty batch to capture a graph with: `build_lora_batch` writes any step of num_tokens into it.
 
-    Its counts on the host are the most there can be, so that a launch planned from them reaches every step's list. A
-    step without LoRA rows has no batch: zero the buffer.
+    Its counts on the host are the largest possible ones, so that a launch planned from them reaches every step's list.
+    For a step without LoRA rows the buffer must be zeroed.
     """
     buffer = torch.zeros(_COUNTS + 10 * num_tokens + 1, dtype=torch.int32, device=device)
     batch = _view_lora_buffer(buffer, num_tokens)
@@ -111,7 +107,7 @@ def recordable_lora_batch(num_tokens: int, device: torch.device | str) -> LoraBa
 
 
 def _tiles(seg_slots: np.ndarray, seg_starts: np.ndarray, tile_rows: int) -> np.ndarray:
-    """Cut every segment into tiles of at most tile_rows rows: int [tiles, 3] of (slot, first, count)."""
+    """Cut every segment into tiles of at most tile_rows rows. Returns int [tiles, 3]: slot, first row, row count."""
     lengths = np.diff(seg_starts)
     per_segment = -(-lengths // tile_rows)
     segment = np.repeat(np.arange(len(lengths)), per_segment)
@@ -144,10 +140,10 @@ def _view_lora_buffer(buffer: Tensor, num_tokens: int) -> LoraBatch:
 
 @dataclass(slots=True)
 class AttentionBatch:
-    """Where this step's tokens lie in the paged cache: S sequences, T tokens, packed in order.
+    """Where a step's tokens lie in the paged cache: S sequences of T tokens in all, packed in order.
 
-    Query i of a sequence stands at absolute position kv_len - query_len + i. Decodes, prefill chunks and resumed
-    prefills are all this one case. Every list but the tables is a view of `buffer`.
+    Query i of a sequence is at absolute position kv_len - query_len + i, in a decode, a prefill chunk and a resumed
+    prefill alike. Every list but the tables is a view of `buffer`.
     """
 
     buffer: Tensor  # int32 [4 * T + 2 * S + 1]
@@ -169,11 +165,11 @@ def build_attention_batch(
     device: torch.device | str,
     into: AttentionBatch | None = None,
 ) -> AttentionBatch:
-    """Lay out a step's sequences.
+    """Lay out a step's sequences, and copy the lists to a device.
 
-    query_lens, kv_lens: int [S], new tokens and tokens after this step, 1 <= query_len <= kv_len. block_tables: int
-    [S, max_blocks], at least ceil(kv_len / 16) valid entries a row. into: a recordable batch of S sequences and as many
-    tokens, to write the lists to instead of a new one; its tables may be wider.
+    query_lens, kv_lens: int [S], new tokens, and tokens after this step, with 1 <= query_len <= kv_len. block_tables:
+    int [S, max_blocks], with at least ceil(kv_len / 16) valid entries a row. into: a recordable batch of S sequences
+    and as many tokens that the lists are written to, in the place of a new one; its tables may be wider.
     """
     num_seqs, max_blocks = block_tables.shape
     query_starts = np.concatenate(([0], np.cumsum(query_lens)))
@@ -202,10 +198,10 @@ def build_attention_batch(
 
 
 def recordable_attention_batch(block_tables: Tensor) -> AttentionBatch:
-    """A batch of decodes to capture a graph with: `build_attention_batch` writes the steps of S sequences into it.
+    """Return a batch of decodes to capture a graph with: `build_attention_batch` writes steps of S sequences into it.
 
-    block_tables: int32 [S, max_blocks], as wide as the longest sequence needs; batches of different sizes may share it.
-    Until a step is written every sequence is one token long and lies in block 0.
+    block_tables: int32 [S, max_blocks], as wide as the longest sequence needs; batches of several sizes may share it.
+    Until a step is written, every sequence has one token, in block 0.
     """
     num_seqs = len(block_tables)
     buffer = torch.zeros(6 * num_seqs + 1, dtype=torch.int32, device=block_tables.device)

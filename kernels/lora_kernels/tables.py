@@ -1,4 +1,4 @@
-"""What stays in memory between steps, as the operations see it: the adapter pool and packed weights."""
+"""The types of what stays in memory between steps: the adapter pool, packed weights, and layers made of these."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 @dataclass(frozen=True, slots=True)
 class LoraSite:
-    """One linear layer's share of the adapter pool. K and N are the layer's input and output widths."""
+    """One linear layer's rows of the adapter pool. K and N are the layer's input and output widths."""
 
     index: int  # column of AdapterTable.ranks and .scales
     group: int  # page space: which row of AdapterTable.pages addresses a_rows and b_rows
@@ -22,15 +22,15 @@ class LoraSite:
 
 @dataclass(slots=True)
 class AdapterTable:
-    """What is resident, by slot. Changed only when an adapter is loaded or leaves, never by a step.
+    """The adapters in the pool, by slot. Changed only when an adapter is loaded or evicted, never by a step.
 
     Rank row j of a slot is row pages[slot, group, j // PAGE_ROWS] * PAGE_ROWS + j % PAGE_ROWS of the site's pool.
     """
 
-    ranks: Tensor  # int32 [slots, sites]; 0: the adapter does not touch the site
+    ranks: Tensor  # int32 [slots, sites]; 0: the adapter does not change the site
     scales: Tensor  # float32 [slots, sites]
     pages: Tensor  # int32 [slots, groups, max_pages]
-    host: AdapterTable | None = None  # the same numbers in host memory, for plans that must not wait for the device
+    host: AdapterTable | None = None  # a copy in host memory, to plan launches without waiting for the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +45,17 @@ class PackedLinear:
 
 @dataclass(frozen=True, slots=True)
 class SiblingLinears:
-    """Linear layers that read one input, packed as one weight, and their share of the adapter pool."""
+    """Linear layers that read one input, packed as one weight, and their rows of the adapter pool."""
 
     packed: PackedLinear
     bias: Tensor | None
     sizes: list[int]  # output width of each
-    sites: list[LoraSite]  # one each; empty: no adapter touches them
+    sites: list[LoraSite]  # one each; empty: no adapter can change them
 
 
 @dataclass(frozen=True, slots=True)
 class RmsNorm:
-    """The arguments of `ops.rms_norm` that do not change."""
+    """The arguments of `ops.rms_norm` that are the same in every step."""
 
     weight: Tensor
     eps: float
@@ -64,7 +64,7 @@ class RmsNorm:
 
 @dataclass(frozen=True, slots=True)
 class PagedAttention:
-    """An attention layer: its geometry and its share of the KV cache."""
+    """An attention layer: its shapes and its KV cache. See `ops.paged_attention`."""
 
     num_heads: int
     num_kv_heads: int
@@ -84,7 +84,7 @@ class DecoderLayer:
 
     attention_norm: RmsNorm
     mlp_norm: RmsNorm
-    head_norms: tuple[RmsNorm, RmsNorm] | None  # of each head's queries and keys
+    head_norms: tuple[RmsNorm, RmsNorm] | None  # of each head's queries, and keys
     qkv: SiblingLinears
     attention: PagedAttention
     out: SiblingLinears

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from benchmarks.fleet import make_adapters
 from benchmarks.slow_link import Link, slow_link
-from gpu_worker.adapters.fetch import AdapterFiles, digest_of
+from gpu_worker.adapters.loader.fetch import FetchedAdapter, digest_of
 from peft_adapters.format import parse_config
 
 
@@ -22,7 +22,7 @@ def test_adapters_that_share_a_file_are_different_adapters(tmp_path: Path) -> No
     folders = [root / name for name in names]
     assert len({(folder / "adapter_model.safetensors").stat().st_ino for folder in folders}) == 2
     files = [
-        AdapterFiles(
+        FetchedAdapter(
             parse_config((folder / "adapter_config.json").read_bytes()),
             (folder / "adapter_model.safetensors").read_bytes(),
         )

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels.cpu import build as build_module
 from lora_kernels.cpu.build import BuildError, build_library, cache_dir
 
 SERVE_ONE_OP = """
@@ -37,39 +36,42 @@ def test_native_kernels_are_there_where_a_compiler_is():
 
 
 def test_a_second_build_takes_the_cached_file(monkeypatch, tmp_path):
-    monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path))
-    compiled = []
-
-    def compile_nothing(compiler: str, build_dir: Path) -> Path:
-        compiled.append(compiler)
-        library = build_dir / "library.so"
-        library.write_bytes(b"")
-        return library
-
-    monkeypatch.setattr(build_module, "_compile", compile_nothing)
+    cache, log = tmp_path / "cache", tmp_path / "log"
+    monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(cache))
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path / "compiler", log)))
     first = build_library()
+    num_runs = len(log.read_text().splitlines())
+    assert num_runs > 1
     assert build_library() == first
-    assert len(compiled) == 1
+    assert len(log.read_text().splitlines()) == num_runs
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert build_library() == first  # a finished build needs no compiler
-    monkeypatch.delenv("CXX")
-    monkeypatch.setattr(build_module, "_COMMON_FLAGS", ("-O0",))
-    assert build_library() != first
-    assert [path.suffix for path in tmp_path.iterdir()] == [".so", ".so"]
+    assert build_library() == first, "a finished build needs no compiler"
+    monkeypatch.setenv("CXX", str(tmp_path / "compiler"))
+    assert build_library(flags=("-O0",)) != first
+    assert [path.suffix for path in cache.iterdir()] == [".so", ".so"]
+
+
+def fake_compiler(path: Path, log: Path) -> Path:
+    """Write a compiler that logs its arguments and makes an empty output file."""
+    path.write_text(f"""#!/bin/sh
+echo "$@" >> {log}
+while [ "$1" != -o ]; do shift; done
+: > "$2"
+""")
+    path.chmod(0o755)
+    return path
 
 
 def test_a_failing_compiler_is_reported_with_its_words(monkeypatch, tmp_path):
     monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(build_module, "_COMMON_FLAGS", ("--no-such-flag",))
     with pytest.raises(BuildError, match="no-such-flag"):
-        build_library()
+        build_library(flags=("--no-such-flag",))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_processor_family_is_refused(monkeypatch):
-    monkeypatch.setattr(build_module.platform, "machine", lambda: "aarch64")
+def test_another_processor_family_is_refused():
     with pytest.raises(BuildError, match="aarch64"):
-        build_library()
+        build_library(machine="aarch64")
 
 
 def test_without_a_compiler_torch_serves_and_says_so_once(tmp_path):

@@ -35,7 +35,7 @@ def test_lora_batch_lists_each_adapter_row_once(slots: list[int]) -> None:
     for segment, slot in enumerate(seg_slots):
         segment_rows = rows[starts[segment] : starts[segment + 1]]
         assert segment_rows == [row for row in expected if slots[row] == slot]
-    assert batch.uniform == (len(seg_slots) == 1 and len(rows) == len(slots))
+    assert (batch.uniform_slot is not None) == (len(seg_slots) == 1 and len(rows) == len(slots))
     assert batch.counts.tolist() == [
         batch.num_rows,
         batch.num_segments,

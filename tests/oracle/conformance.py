@@ -19,7 +19,7 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.runner import StepInputs
 from gpu_worker.model.checkpoint import one_line
 from gpu_worker.model.lora import SiteInfo
-from gpu_worker.model.model import prepare_model
+from gpu_worker.model.prepare import prepare_model
 from protocol.wire.errors import BadRequest
 
 NUM_NEW = 8

@@ -15,12 +15,12 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_mode
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.runner import StepInputs
-from gpu_worker.model.model import prepare_model
+from gpu_worker.model.prepare import prepare_model
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
 from protocol.runtime.settings import Settings
 
@@ -122,8 +122,8 @@ def base_for(kind: Kind) -> PreTrainedModel:
     return model
 
 
-def read_files(folder: Path) -> AdapterFiles:
-    return AdapterFiles(parse_config((folder / CONFIG_FILE).read_bytes()), (folder / WEIGHTS_FILE).read_bytes())
+def read_files(folder: Path) -> FetchedAdapter:
+    return FetchedAdapter(parse_config((folder / CONFIG_FILE).read_bytes()), (folder / WEIGHTS_FILE).read_bytes())
 
 
 def load(kind: Kind, folder: Path) -> PeftModel:

@@ -18,11 +18,11 @@ from safetensors.torch import save
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
-from gpu_worker.model.model import prepare_model
+from gpu_worker.model.prepare import prepare_model
 from protocol.runtime.settings import Settings
 from protocol.wire.messages import Sampling
 
@@ -48,7 +48,7 @@ class Oracle:
         self.untouched = copy.deepcopy(base)
         self.names = ["", *loras]
         self._model: Any = base
-        self._files: dict[str, AdapterFiles] = {}
+        self._files: dict[str, FetchedAdapter] = {}
         generator = torch.Generator().manual_seed(99)
         for name, lora in loras.items():
             options = {"lora_alpha": 2 * lora.rank, **lora.options}
@@ -63,10 +63,10 @@ class Oracle:
                         parameter.normal_(0.0, scale / lora.rank**0.5, generator=generator)
             tensors = get_peft_model_state_dict(self._model, adapter_name=name, save_embedding_layers=False)
             weights = save({key: tensor.contiguous() for key, tensor in tensors.items()})
-            self._files[name] = AdapterFiles(json.loads(json.dumps(config.to_dict(), default=list)), weights)
+            self._files[name] = FetchedAdapter(json.loads(json.dumps(config.to_dict(), default=list)), weights)
         self._model.eval()
 
-    def fetch(self, name: str) -> AdapterFiles:
+    def fetch(self, name: str) -> FetchedAdapter:
         return self._files[name]
 
     def greedy(self, name: str, prompt: np.ndarray, num_tokens: int) -> list[int]:

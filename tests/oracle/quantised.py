@@ -35,7 +35,8 @@ from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.runner import MAX_OVER_SENSITIVITY
 from gpu_worker.model.checkpoint import quantisation_of, read_model
-from gpu_worker.model.model import last_digits_changed, prepare_model
+from gpu_worker.model.logits_check import last_digits_changed
+from gpu_worker.model.prepare import prepare_model
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 

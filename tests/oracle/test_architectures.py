@@ -15,9 +15,10 @@ from transformers.masking_utils import and_masks, causal_mask_function, chunked_
 from transformers.masking_utils import sliding_window_causal_mask_function as window_mask
 
 from gpu_worker.model.attention import PagedLayer
-from gpu_worker.model.masks import AS_TOLD, MaskShape, read_shape
-from gpu_worker.model.model import prepare_model
-from gpu_worker.model.shortcuts import RotaryAttention, find_norm
+from gpu_worker.model.blocks import RotaryAttention
+from gpu_worker.model.masks import AS_CALLED, MaskShape, read_shape
+from gpu_worker.model.prepare import prepare_model
+from gpu_worker.model.shortcuts import find_norm
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import OPAQUE
 
@@ -88,7 +89,7 @@ def test_length_is_bounded_by_the_attention_chunk() -> None:
         (window_mask(1000), MaskShape(window=1000)),
         (chunked_causal_mask_function(300, torch.zeros(1, dtype=torch.long)), MaskShape(chunk=300)),
         (lambda batch, head, query, key: (query >= 0) & (key >= 0), None),
-        (and_masks(causal_mask_function, lambda batch, head, query, key: torch.ones(11).bool()[query]), AS_TOLD),
+        (and_masks(causal_mask_function, lambda batch, head, query, key: torch.ones(11).bool()[query]), AS_CALLED),
     ],
     ids=["causal", "window", "chunk", "both ways", "of these tokens"],
 )

@@ -10,7 +10,7 @@ from oracle.peft_oracle import TINY_VOCAB, Oracle, ask, greedy_request, prompts,
 
 from gpu_worker.build import build_engine
 from gpu_worker.model.compiled import decoder_layers
-from gpu_worker.model.model import prepare_model
+from gpu_worker.model.prepare import prepare_model
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 

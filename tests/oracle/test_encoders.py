@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedModel
 
-from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import build_encoder_engine
 from gpu_worker.encoder.engine import EncoderEngine
 from gpu_worker.encoder.model import prepare_encoder
@@ -90,7 +90,7 @@ class Oracle:
     base: PreTrainedModel
     task: Task
     configs: dict[str, dict[str, Any]]
-    files: dict[str, AdapterFiles] = field(default_factory=dict)
+    files: dict[str, FetchedAdapter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.untouched = copy.deepcopy(self.base)
@@ -112,7 +112,7 @@ class Oracle:
                         parameter.copy_(0.15 * noise if is_lora else parameter + 0.2 * noise)
             tensors = get_peft_model_state_dict(self.peft, adapter_name=name, save_embedding_layers=False)
             weights = save({key: tensor.contiguous() for key, tensor in tensors.items()})
-            self.files[name] = AdapterFiles(json.loads(json.dumps(config.to_dict(), default=list)), weights)
+            self.files[name] = FetchedAdapter(json.loads(json.dumps(config.to_dict(), default=list)), weights)
         self.peft.eval()
 
     @contextmanager

@@ -32,7 +32,7 @@ from peft import PeftModel
 
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
-from gpu_worker.model.model import prepare_model
+from gpu_worker.model.prepare import prepare_model
 from peft_adapters.recipe import Merge, check_merge, digest_of_merge, merge_of
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest

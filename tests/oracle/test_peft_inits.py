@@ -31,7 +31,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import PreTrainedModel
 
 from gpu_worker.build import build_engine
-from gpu_worker.model.model import prepare_model
+from gpu_worker.model.prepare import prepare_model
 from peft_adapters.format import CONFIG_FILE
 from protocol.runtime.settings import Settings
 

@@ -96,7 +96,7 @@ def test_tensors_in_half_precision(name: str, dtype: torch.dtype, tmp_path: Path
     assert measured.change >= 100 * MAX_DIFFERENCE
 
 
-def test_an_activated_adapter_and_the_base_share_what_is_before_the_invocation(tmp_path: Path) -> None:
+def test_an_activated_adapter_shares_what_is_before_its_invocation(tmp_path: Path) -> None:
     """Whole blocks of it, whoever computed them first; what comes after is computed anew and is PEFT's."""
     kinds = {"alora": KINDS["alora"], "lora": KINDS["lora"]}
     for name, kind in kinds.items():

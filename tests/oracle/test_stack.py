@@ -12,7 +12,7 @@ from oracle.tiny_models import tiny_model
 from torch import Tensor
 
 from gpu_worker.engine.engine import Engine
-from gpu_worker.model.shortcuts import LayerStack
+from gpu_worker.model.blocks import LayerStack
 from lora_kernels import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no native kernels: layers run one by one")

@@ -1,6 +1,7 @@
-"""The operations in native C++: AVX2, AVX-512 or AVX-512 with bf16, chosen at run time.
+"""The operations in native C++, for AVX2, AVX-512 or AVX-512 with bf16, chosen at run time.
 
-Same functions as `reference`, as `torch.library` operators. Call `load` first; it says whether they can be used.
+The functions of `reference`, as `torch.library` operators. `load` must be called first: it returns whether they can be
+used on this machine.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _ops = torch.ops.lorafleet
 
 @functools.cache
 def load() -> bool:
-    """Build and load the kernels. False, with the reason in the log, where this machine cannot have them."""
+    """Build and load the kernels. Returns False, with a warning in the log, where this machine cannot use them."""
     try:
         torch.ops.load_library(str(build_library()))
         if not _ops.isa():
@@ -36,12 +37,12 @@ def load() -> bool:
 
 
 def isa() -> str:
-    """The instruction set in use: avx2, avx512 or avx512_bf16."""
+    """Return the instruction set in use: avx2, avx512 or avx512_bf16."""
     return _ops.isa()
 
 
 def set_isa(name: str) -> None:
-    """Use one instruction set instead of the best. Raises ValueError where the processor lacks it."""
+    """Use an instruction set instead of the best one. Raises ValueError where the processor lacks it."""
     if not _ops.set_isa(name):
         raise ValueError(f"this processor has no {name}")
 
@@ -49,6 +50,7 @@ def set_isa(name: str) -> None:
 def lora_add_(
     outs: Sequence[Tensor], x: Tensor, sites: Sequence[LoraSite], table: AdapterTable, batch: LoraBatch
 ) -> None:
+    """See `ops.lora_add_`."""
     _ops.lora_add_.default(
         outs,
         x,
@@ -68,6 +70,7 @@ def lora_add_(
 
 
 def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:
+    """See `ops.kv_write_`."""
     _ops.kv_write_.default(k, v, k_cache, v_cache, batch.slot_mapping)
 
 
@@ -82,6 +85,7 @@ def paged_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
+    """See `ops.paged_attention`."""
     return _ops.paged_attention.default(
         q,
         k_cache,
@@ -97,14 +101,16 @@ def paged_attention(
 
 
 def pack_linear(weight: Tensor) -> PackedLinear:
+    """See `ops.pack_linear`."""
     out_features, in_features = weight.shape
-    # fp32, fp16 and odd widths stay with torch, and so does everything where AMX makes oneDNN the faster one.
+    # Torch serves fp32, fp16 and odd widths, and everything where AMX makes its oneDNN the faster one.
     if weight.dtype != torch.bfloat16 or in_features % 2 or torch.cpu._is_amx_tile_supported():
         return PackedLinear(weight, out_features, in_features, "plain")
     return PackedLinear(_ops.pack_linear.default(weight), out_features, in_features, "vnni")
 
 
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
+    """See `ops.linear`."""
     if packed.layout == "plain":
         return F.linear(x, packed.weight, bias)
     return _ops.linear.default(x, packed.weight, bias, packed.out_features)
@@ -113,27 +119,32 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tenso
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, plus_one: bool = False
 ) -> Tensor:
+    """See `ops.rms_norm`."""
     return _ops.rms_norm.default(x, weight, eps, residual, plus_one)
 
 
 def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """See `ops.rotary_`."""
     _ops.rotary_.default(q, k, cos, sin)
 
 
 def gated_act(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
+    """See `ops.gated_act`."""
     return _ops.gated_act.default(gate, up, act)
 
 
 def mask_logits_(logits: Tensor, rows: Tensor, words: Tensor) -> None:
+    """See `ops.mask_logits_`."""
     _ops.mask_logits_.default(logits, rows, words)
 
 
 def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See `ops.argmax`."""
     return _ops.argmax.default(x)
 
 
 class DecoderStack:
-    """The native object behind `ops.decoder_stack`: csrc/stack.cpp."""
+    """A `ops.DecoderStack` in native code: csrc/stack.cpp."""
 
     def __init__(self, layers: Sequence[DecoderLayer]) -> None:
         self._native = torch.classes.lorafleet.DecoderStack()
@@ -160,6 +171,7 @@ class DecoderStack:
         self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBatch, table: AdapterTable | None,
         lora: LoraBatch | None,
     ) -> None:  # fmt: skip
+        """See `ops.DecoderStack.run`."""
         self._native.run(
             x,
             cos,
@@ -172,6 +184,7 @@ class DecoderStack:
 
 
 def decoder_stack(layers: Sequence[DecoderLayer]) -> DecoderStack:
+    """See `ops.decoder_stack`."""
     return DecoderStack(layers)
 
 
@@ -193,7 +206,7 @@ def _linears(linears: SiblingLinears) -> tuple[object, ...]:
 
 
 def _register_fakes() -> None:
-    """Tell torch.compile the shapes of results; operators that only mutate need nothing said."""
+    """Tell torch.compile the shapes of results; of operators that only mutate, that there are none."""
     fake = torch.library.register_fake
 
     @fake("lorafleet::pack_linear")

@@ -1,4 +1,4 @@
-"""Build the native kernels and say where they are."""
+"""Builds the native kernels and prints where they are."""
 
 from lora_kernels.cpu.build import build_library
 

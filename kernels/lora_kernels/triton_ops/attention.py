@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import lora_kernels.triton_ops.tuning as tuning
 from lora_kernels.segments import BLOCK_TOKENS, AttentionBatch
-from lora_kernels.triton_ops import tuning
 from lora_kernels.triton_ops.launch import Device, Launch, Limits, device_of, pad_to_power_of_2
 
 _LOG2_E = tl.constexpr(1.4426950408889634)  # logits are kept in base 2: exp2 is what the hardware has
@@ -31,9 +31,9 @@ _UNALIGNED = ("block_tables", "query_starts", "kv_lens")
 
 @triton.jit
 def _find_sequence(tile, query_starts, num_seqs, QUERIES: tl.constexpr):
-    """The sequence a tile of QUERIES queries belongs to, and which of the sequence's tiles it is.
+    """Return the sequence that a tile of QUERIES queries belongs to, and which of the sequence's tiles it is.
 
-    Sequence s is given the tiles from query_starts[s] // QUERIES + s on: always enough of them, known without a scan.
+    Sequence s has the tiles from query_starts[s] // QUERIES + s on: always enough of them, found without a scan.
     """
     low = 0
     high = num_seqs - 1
@@ -49,7 +49,7 @@ def _find_sequence(tile, query_starts, num_seqs, QUERIES: tl.constexpr):
 
 @triton.jit
 def _logits(q, k, scale, softcap, SOFTCAP: tl.constexpr):
-    """Attention logits before the mask, in base 2."""
+    """Return attention logits before the mask, in base 2."""
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if SOFTCAP:
         # tanh by exp2, exact at both ends: the exponential overflows to inf or vanishes, and the quotient to 0 or 2.
@@ -103,7 +103,7 @@ def attention_kernel(
     query_start = tl.load(query_starts + seq)
     query_len = tl.load(query_starts + seq + 1) - query_start
     first_query = seq_tile * QUERIES
-    # A mixed step runs both forms of this kernel over all sequences; each serves its own.
+    # A mixed step runs both forms of this kernel over all sequences; each form computes its own.
     if DECODE:
         if query_len == 0 or query_len > DECODE_QUERIES:
             return
@@ -169,7 +169,7 @@ def attention_kernel(
             visible &= key[None, :] > position[:, None] - window
         logits = tl.where(visible, logits, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(logits, axis=1))
-        # A row that has seen no key yet keeps -inf as its maximum; 0 stands in so that -inf - -inf is never taken.
+        # A row that has seen no key yet has -inf as its maximum; 0 takes its place, so that -inf - -inf never occurs.
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         weights = tl.exp2(logits - safe_max[:, None])
         shrink = tl.exp2(row_max - safe_max)
@@ -219,7 +219,7 @@ def reduce_kernel(
         values = tl.load(
             parts + part_row[:, None] * HEAD_DIM_V + dv_range[None, :], mask=(dv_range < HEAD_DIM_V)[None, :], other=0.0
         )
-        # A sink is one more part: of weight 1 at its own logit, and of no value.
+        # A sink is one more part, of weight 1 at its own logit and without a value.
         sink = float("-inf")
         if sinks is not None:
             sink = tl.load(sinks + head).to(tl.float32) * _LOG2_E
@@ -242,9 +242,9 @@ def paged_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of each sequence's new tokens over its cached keys: [T, Hq, Dv]. See ops.paged_attention.
+    """Return the causal attention of new tokens over their sequences' keys: [T, Hq, Dv]. See `ops.paged_attention`.
 
-    A sequence without queries (the padding of a captured graph) is passed over; its rows of the result are undefined.
+    Sequences without queries, the padding of a captured graph, are skipped; their rows of the result are undefined.
     """
     out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
     logits = Logits(scale, window, softcap, sinks)
@@ -255,7 +255,7 @@ def paged_attention(
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """What happens between q @ k.T and the softmax: the keyword arguments of ops.paged_attention."""
+    """What is done between q @ k.T and the softmax: the keyword arguments of `ops.paged_attention`."""
 
     scale: float
     window: int = 0
@@ -272,7 +272,7 @@ def plan_attention(
     logits: Logits,
     device: Device,
 ) -> Iterator[Launch]:
-    """The launches of one call: the decodes with their reduce, the chunks, or both. Runs nothing."""
+    """Yield the launches of one call: the decodes with their reduce, the chunks, or both. Runs nothing."""
     group = q.shape[1] // k_cache.shape[1]
     decode_rows = _decode_rows(batch.max_query_len, group)
     decode_queries = decode_rows // group
@@ -288,7 +288,7 @@ def plan_attention(
 
 
 def _decode_rows(max_query_len: int, group: int) -> int:
-    """Rows of a decode tile. Steps of nothing but short queries (speculation) get a tile that holds each whole."""
+    """Return the rows of a decode tile. In a step of short queries alone (speculation) it holds a whole query."""
     rows = max_query_len * group if max_query_len * group <= MAX_DECODE_ROWS else group
     return pad_to_power_of_2(rows, at_least=16)
 

@@ -1,7 +1,7 @@
-"""What a kernel launch is before it runs, and what it must know of the device.
+"""A kernel launch before it runs, and the facts about a device that launches depend on.
 
-Operations plan their launches and then run them, so that the ahead-of-time report compiles exactly what a GPU would
-be asked to run (it plans with tensors on the meta device).
+Operations first plan their launches and then run them, so that the ahead-of-time report, which plans with tensors on
+the meta device, compiles exactly what a GPU would run.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The part of a GPU that decides grids and block sizes."""
+    """The facts about a GPU that decide grids and block sizes."""
 
     backend: Literal["cuda", "hip"]
     num_sms: int  # streaming multiprocessors, or compute units
-    capability: int  # CUDA compute capability times ten; says nothing on HIP
-    upcast: bool = False  # cast to fp32 after load: the interpreter's bf16 arithmetic is silently wrong
+    capability: int  # CUDA compute capability times ten; without meaning on HIP
+    upcast: bool = False  # whether to cast to fp32 after loads: the interpreter's bf16 arithmetic is wrong
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the compiler may spend on a program."""
+    """The resources that the compiler may give a program."""
 
     num_warps: int = 4
-    num_stages: int = 1  # loop iterations whose loads are under way at once
+    num_stages: int = 1  # loop iterations whose loads may be in flight together
     max_registers: int = 0  # of a thread; 0: the compiler's choice
 
     def options(self) -> dict[str, int]:
-        # Fusion is what Triton always did; from 3.9 on it warns where the choice is left open.
+        """Return them as keyword arguments of a launch."""
+        # Triton has always fused products and sums; from 3.9 on it warns where the choice is not made.
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         if self.max_registers:
             options["maxnreg"] = self.max_registers
@@ -43,7 +44,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel launch: everything JITFunction needs, nothing run yet."""
+    """One kernel launch, with all arguments; calling it runs it."""
 
     kernel: Any  # a @triton.jit function: a JITFunction, or its interpreted twin
     grid: tuple[int, int, int]
@@ -55,7 +56,7 @@ class Launch:
 
 
 def device_of(tensor: Tensor) -> Device:
-    """Describe the device a tensor lives on. A CPU tensor is served by Triton's interpreter."""
+    """Return the facts about a tensor's device. CPU tensors run in Triton's interpreter."""
     if tensor.is_cuda:
         return _gpu(tensor.get_device())
     return Device(backend="cuda", num_sms=4, capability=80, upcast=True)
@@ -72,4 +73,5 @@ def _gpu(index: int) -> Device:
 
 
 def pad_to_power_of_2(size: int, at_least: int = 1) -> int:
+    """Return the smallest power of two that is not below a size, nor below `at_least`."""
     return max(at_least, triton.next_power_of_2(size))

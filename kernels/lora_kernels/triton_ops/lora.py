@@ -6,7 +6,7 @@ captured graph serves them all. Split-K writes partial planes which expand sums 
 the same bits every time. Nothing waits for the device.
 """
 
-# The kernel language is not typed as Python is: a loop to unroll is no iterator, for one.
+# The kernel language has other types than Python: a loop that is unrolled has no iterator, for example.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import lora_kernels.triton_ops.tuning as tuning
 from lora_kernels.segments import PAGE_ROWS, TILE_LARGE, TILE_SMALL, LoraBatch
 from lora_kernels.tables import AdapterTable, LoraSite
-from lora_kernels.triton_ops import tuning
 from lora_kernels.triton_ops.launch import Device, Launch, device_of
 
 MAX_SITES = 4  # siblings in one launch; a site's column and group are packed into one integer each
@@ -35,7 +35,7 @@ _UNALIGNED = ("rows", "tiles", "num_tiles", "row_scales")
 
 @triton.jit
 def _pick(site, values, NUM_SITES: tl.constexpr):
-    """values[site] for a tuple of one value a site."""
+    """Return values[site] of a tuple with one value for each site."""
     chosen = values[0]
     for other in tl.static_range(1, NUM_SITES):
         chosen = tl.where(site == other, values[other], chosen)
@@ -49,7 +49,7 @@ def _unpack(packed, site, SITE_BITS: tl.constexpr):
 
 @triton.jit
 def _pool_rows(pages, rank_rows, rank, PAGE_ROWS: tl.constexpr):
-    """Rows of the pool that hold an adapter's rank rows; 0 for rows beyond its rank, which are not to be read."""
+    """Return the rows of the pool that hold an adapter's rank rows; 0 for those beyond its rank, which are not read."""
     page = tl.load(pages + rank_rows // PAGE_ROWS, mask=rank_rows < rank, other=0)
     return page.to(tl.int64) * PAGE_ROWS + rank_rows % PAGE_ROWS
 
@@ -211,7 +211,7 @@ def expand_kernel(
 
 @dataclass(frozen=True, slots=True)
 class _Tiles:
-    """The tile list one step uses, and how many entries the launch must be able to reach."""
+    """The tile list that a step uses, and how many entries its launches must be able to reach."""
 
     tiles: Tensor
     num_tiles: Tensor  # on the device
@@ -222,7 +222,7 @@ class _Tiles:
 def lora_add_(
     outs: Sequence[Tensor], x: Tensor, sites: Sequence[LoraSite], table: AdapterTable, batch: LoraBatch
 ) -> None:
-    """outs[i][row] += scale * (x[row] @ A_i.T) @ B_i for every row of every segment. See ops.lora_add_."""
+    """outs[i][row] += scale * (x[row] @ A_i.T) @ B_i for every row of every segment. See `ops.lora_add_`."""
     if _uniform_gemms_(outs, x, sites, table, batch):
         return
     device = device_of(x)
@@ -240,7 +240,7 @@ def plan_lora(
     batch: LoraBatch,
     device: Device,
 ) -> tuple[Launch, Launch]:
-    """The shrink and the expand of up to MAX_SITES siblings. Allocates the planes between them, runs nothing."""
+    """Return the shrink and the expand of up to MAX_SITES siblings. Allocates the planes between them; runs nothing."""
     k = x.shape[1]
     max_rank = table.pages.shape[2] * PAGE_ROWS
     tiles = _choose_tiles(batch)
@@ -325,9 +325,10 @@ def _tile_programs(tiles: _Tiles, programs_per_tile: int, device: Device) -> int
 
 
 def _pack(values: list[int]) -> int:
-    """Put one small integer a site into one argument: a tuple of integers would compile a variant for each 1 and 16n.
+    """Pack one small integer for each site into one argument.
 
-    The bit above the sites' makes it a 64-bit integer to Triton whatever the values.
+    Of a tuple, Triton would compile a variant for every pattern of ones and multiples of 16. The bit above the sites'
+    makes the argument a 64-bit integer, whatever the values.
     """
     assert len(values) <= MAX_SITES
     assert all(0 <= value < 1 << _SITE_BITS for value in values), values
@@ -337,7 +338,7 @@ def _pack(values: list[int]) -> int:
 def _uniform_gemms_(
     outs: Sequence[Tensor], x: Tensor, sites: Sequence[LoraSite], table: AdapterTable, batch: LoraBatch
 ) -> bool:
-    """Serve a long step of one adapter with two library GEMMs a site; False, with nothing done, where that can't be.
+    """Compute a long step of one adapter with two library products a site; False, with nothing done, in other steps.
 
     Needs the table's host copy (to know rank, scale and pages without waiting for the device) and an adapter whose
     pages follow one another in the pool.
@@ -358,7 +359,7 @@ def _uniform_gemms_(
 
 
 def _pool_run(host: AdapterTable, slot: int, site: LoraSite) -> slice | None:
-    """The pool rows of an adapter at a site, empty where it does not touch it; None when they are not one run."""
+    """Return the pool rows of an adapter at a site, empty where it has none; None when they are not consecutive."""
     rank = int(host.ranks[slot, site.index])
     pages = host.pages[slot, site.group, : -(-rank // PAGE_ROWS)].tolist()
     if not pages:

@@ -1,6 +1,6 @@
-"""The memory-bound rest of a layer: the cache write, RMS norm, rotary embedding and the gated activation.
+"""The memory-bound operations of a layer: the cache write, RMS norm, rotary embedding and the gated activation.
 
-Each reads and writes every element once, computes in fp32 and rounds once (RMS norm rounds where Llama does).
+Each reads and writes every element once, computes in fp32 and rounds once; RMS norm rounds where Llama does.
 """
 
 from __future__ import annotations
@@ -145,14 +145,15 @@ def gated_act_kernel(
 
 
 def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:
-    """Write each token's k and v to its cache slot. See ops.kv_write_.
+    """Write each token's k and v to its cache slot. See `ops.kv_write_`.
 
-    A negative slot is passed over: the padding of a captured graph.
+    Negative slots, the padding of a captured graph, are skipped.
     """
     plan_kv_write(k, v, k_cache, v_cache, batch)()
 
 
 def plan_kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> Launch:
+    """Return the launch of `kv_write_`."""
     num_tokens, num_heads, head_dim = k.shape
     block_d = pad_to_power_of_2(max(head_dim, v.shape[2]))
     block_h = _heads_per_program(num_heads, block_d)
@@ -190,6 +191,7 @@ def rms_norm(
 def plan_rms_norm(
     out: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, plus_one: bool
 ) -> Launch:
+    """Return the launch that writes `rms_norm` of x to `out`."""
     if residual is not None and not residual.is_contiguous():
         raise ValueError(f"residual of strides {residual.stride()} must be contiguous: it is changed in place")
     if x.dim() != 3 or x.stride(2) != 1:
@@ -220,6 +222,7 @@ def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def plan_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Launch:
+    """Return the launch that rotates the heads of x, queries or keys, in place."""
     num_tokens, num_heads, _ = x.shape
     half = cos.shape[1] // 2
     block_d = pad_to_power_of_2(half)
@@ -248,6 +251,7 @@ def gated_act(gate: Tensor, up: Tensor, act: Activation = "silu") -> Tensor:
 
 
 def plan_gated_act(out: Tensor, gate: Tensor, up: Tensor, act: Activation) -> Launch:
+    """Return the launch that writes act(gate) * up to `out`."""
     num_tokens, size = gate.shape
     block = min(1024, pad_to_power_of_2(size))
     args = {

@@ -1,7 +1,7 @@
 """Block sizes by operation, rank class and width.
 
-MEASURED_ON says where the numbers come from. They were chosen from the arithmetic in docs/triton.md and checked by
-ahead-of-time compilation (no spills, shared memory within the card's limit); no GPU has timed them yet.
+MEASURED_ON names the measurement behind the numbers. They were chosen from the arithmetic in docs/triton.md and checked
+by ahead-of-time compilation (no spills, shared memory within the card's limit). No GPU has timed them yet.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from lora_kernels.triton_ops.launch import Device, Limits
 
 MEASURED_ON: str | None = None  # card and date of the measurement behind this table
 
-SPLIT_WAVES = 2  # programs aimed at, in multiples of the device's SMs, where a reduction may be split
-GRID_WAVES = 16  # most programs of a launch that strides over tiles: bounds the empty ones of a captured graph
+SPLIT_WAVES = 2  # programs to aim at where a reduction may be split, in multiples of the device's SMs
+GRID_WAVES = 16  # most programs of a launch over tiles, in multiples of SMs: bounds the idle ones of a captured graph
 MAX_LORA_SPLITS = 16
 MAX_KV_SPLITS = 32
-LARGE_TILE_ROWS_PER_SEGMENT = 32  # mean rows of a segment from which 64-row tiles are taken
-UNIFORM_GEMM_ROWS = 256  # rows of a one-adapter step from which two library GEMMs a site replace the two launches
+LARGE_TILE_ROWS_PER_SEGMENT = 32  # mean rows of a segment from which on tiles have 64 rows
+UNIFORM_GEMM_ROWS = 256  # rows of a one-adapter step from which on two library products a site replace the launches
 
 
 @dataclass(frozen=True, slots=True)
 class ShrinkBlocks:
-    """x [tile_rows, K] @ A.T [K, rank]: blocks of rank rows and of K."""
+    """Blocks of rank rows and of K, for x [tile_rows, K] @ A.T [K, rank]."""
 
     rank: int
     k: int
@@ -32,7 +32,7 @@ class ShrinkBlocks:
 
 @dataclass(frozen=True, slots=True)
 class ExpandBlocks:
-    """hidden [tile_rows, rank] @ B [rank, N]: blocks of rank rows and of N."""
+    """Blocks of rank rows and of N, for hidden [tile_rows, rank] @ B [rank, N]."""
 
     rank: int
     n: int
@@ -41,7 +41,7 @@ class ExpandBlocks:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBlocks:
-    """Rows are (query, head of the group) pairs; keys are walked in blocks."""
+    """Rows of a tile, which are pairs of a query and a head of its group, and keys of a block."""
 
     rows: int
     keys: int
@@ -49,7 +49,7 @@ class AttentionBlocks:
 
 
 def rank_class(max_rank: int) -> int:
-    """The rank block for a pool whose adapters have at most max_rank rows: 16, 32 or 64. Ranks above it loop."""
+    """Return the rank block for adapters of at most max_rank rows: 16, 32 or 64. Programs loop over higher ranks."""
     return 16 if max_rank <= 16 else 32 if max_rank <= 32 else 64
 
 
@@ -74,6 +74,7 @@ _EXPAND = {
 
 
 def shrink_blocks(tile_rows: int, max_rank: int, k: int, element_bytes: int, device: Device) -> ShrinkBlocks:
+    """Return the blocks of a shrink whose input has k columns."""
     blocks = _SHRINK[tile_rows, rank_class(max_rank)]
     # A block of K never exceeds what K fills, and fp32 halves it so that a stage keeps its size in bytes.
     block_k = max(16, min(blocks.k * 2 // element_bytes, _power_of_2_below(k)))
@@ -84,6 +85,7 @@ def shrink_blocks(tile_rows: int, max_rank: int, k: int, element_bytes: int, dev
 def expand_blocks(
     tile_rows: int, max_rank: int, n: int, element_bytes: int, splits: int, device: Device
 ) -> ExpandBlocks:
+    """Return the blocks of an expand to n columns, which sums the planes of `splits` parts of K."""
     blocks = _EXPAND[tile_rows, rank_class(max_rank)]
     block_n = max(16, min(blocks.n, _power_of_2_below(n)))
     if splits == 1:
@@ -94,7 +96,7 @@ def expand_blocks(
 
 
 def prefill_rows(head_dim: int, element_bytes: int, device: Device) -> int:
-    """Rows of a chunk's tile: as many as leave the fp32 accumulator in registers."""
+    """Return the rows of a prefill chunk's tile: as many as leave the fp32 accumulator in registers."""
     if element_bytes == 4:
         return 16
     rows = 128 if head_dim <= 128 else 64 if head_dim <= 256 else 32
@@ -102,7 +104,11 @@ def prefill_rows(head_dim: int, element_bytes: int, device: Device) -> int:
 
 
 def attention_blocks(rows: int, head_dim: int, element_bytes: int, device: Device) -> AttentionBlocks:
-    """rows: a power of two >= 16, fixed by the step. head_dim: the wider of K's and V's, padded to a power of two."""
+    """Return the blocks of an attention tile.
+
+    rows: a power of two of at least 16, decided by the step. head_dim: of keys or values, the larger one, padded to a
+    power of two.
+    """
     num_warps = 4 if rows < 128 and rows * head_dim <= 64 * 128 else 8
     limits = Limits(num_warps, num_stages=2)
     if element_bytes == 4:  # products without tensor cores: many registers to an output element
@@ -118,13 +124,13 @@ def attention_blocks(rows: int, head_dim: int, element_bytes: int, device: Devic
 
 
 def lora_splits(programs: int, num_k_blocks: int, device: Device) -> int:
-    """Parts K is cut into so that a small shrink still fills the device: 1, 4 or 16, to have few expand kernels."""
+    """Return how many parts K is cut into, so that a small shrink fills the device: 1, 4 or 16, for few variants."""
     splits = _splits(programs, min(MAX_LORA_SPLITS, num_k_blocks), device)
     return 16 if splits >= 16 else 4 if splits >= 4 else 1
 
 
 def kv_splits(programs: int, device: Device) -> int:
-    """Parts a decode's keys are cut into. Independent of their number, so that a captured graph serves any length."""
+    """Return how many parts a decode's keys are cut into: the same for any length, so that a graph serves them all."""
     return _splits(programs, MAX_KV_SPLITS, device)
 
 
@@ -138,7 +144,7 @@ def _power_of_2_below(size: int) -> int:
 
 
 def _on(device: Device, limits: Limits, element_bytes: int, crowded: bool = False) -> Limits:
-    """Fit limits to a device. crowded: the accumulator alone takes more registers than the common cap leaves."""
+    """Return limits that fit a device. crowded: whether the accumulator takes more registers than the cap leaves."""
     if element_bytes == 4 or device.backend == "hip":
         # fp32 products use no tensor cores and need the registers; AMD's 64 KiB of LDS hold two stages.
         limits = replace(limits, num_stages=min(limits.num_stages, 2))

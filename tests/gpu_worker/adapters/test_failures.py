@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from gpu_worker.adapters import failures
 from gpu_worker.adapters.failures import Failures
 from protocol.wire.errors import AdapterRefused, LorafleetError, Unavailable
 
@@ -27,9 +26,8 @@ def test_pauses_double_until_a_success(error: LorafleetError, pauses: list[float
     assert known.error("a", now_s + pauses[0]) is None
 
 
-def test_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failures, "MAX_KEPT", 2)
-    known, error = Failures(), Unavailable("no store answers")
+def test_the_oldest_are_forgotten() -> None:
+    known, error = Failures(max_kept=2), Unavailable("no store answers")
     for digest in ("a", "b", "a", "c"):
         known.note(digest, error, 0.0)
     assert [known.error(digest, 0.5) for digest in "abc"] == [error, None, error]

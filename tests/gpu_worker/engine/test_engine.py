@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from gpu_worker.adapters.failures import Failures
-from gpu_worker.adapters.fetch import AdapterFiles
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import load_engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
@@ -39,7 +39,7 @@ class Store:
         self.fetched: list[str] = []
         self.tokenizers: dict[str, str] = {}  # what some of them bring
 
-    def fetch(self, digest: str) -> AdapterFiles:
+    def fetch(self, digest: str) -> FetchedAdapter:
         assert self.open.wait(timeout=60)
         self.fetched.append(digest)
         folder = self.folder / digest
@@ -48,7 +48,7 @@ class Store:
         if digest == "crash":
             raise RuntimeError("a fault of ours")
         config, weights = parse_config((folder / CONFIG_FILE).read_bytes()), (folder / WEIGHTS_FILE).read_bytes()
-        return AdapterFiles(config, weights, self.tokenizers.get(digest, ""))
+        return FetchedAdapter(config, weights, self.tokenizers.get(digest, ""))
 
 
 @pytest.fixture(scope="module")

@@ -81,14 +81,16 @@ def test_split_sums_agree(num_sms, splits):
         assert_close(actual, expected)
 
 
-def test_a_program_strides_over_tiles(monkeypatch):
-    monkeypatch.setattr(tuning, "GRID_WAVES", 0)
+def test_a_program_strides_over_tiles():
     case = lora_case(token_slots("distinct", 6, 6), [16, 3, 8, 40, 16, 1], 32, (32,), FP32)
-    grids = []
-    launch = Launch.__call__
-    monkeypatch.setattr(Launch, "__call__", lambda self: (grids.append(self.grid), launch(self)))
-    check(case)
-    assert [grid[0] for grid in grids] == [1, 1], "one program must have served all six tiles"
+    no_room = Device(backend="cuda", num_sms=0, capability=80, upcast=True)
+    outs = [out.clone() for out in case.outs]
+    launches = lora.plan_lora(outs, case.x, case.sites, case.table, case.batch, no_room)
+    assert [launch.grid[0] for launch in launches] == [1, 1], "one program must serve all six tiles"
+    for launch in launches:
+        launch()
+    for actual, expected in zip(outs, case.expected(), strict=True):
+        assert_close(actual, expected)
 
 
 def test_a_recorded_step_serves_any_mix():
@@ -119,10 +121,6 @@ def test_a_recorded_step_serves_any_mix():
 class TestUniformStep:
     """A long step of one adapter is two library products a site, where that can be decided without the device."""
 
-    @pytest.fixture(autouse=True)
-    def short_steps_count_as_long(self, monkeypatch):
-        monkeypatch.setattr(tuning, "UNIFORM_GEMM_ROWS", 8)
-
     @pytest.fixture
     def launches(self, monkeypatch) -> list[Launch]:
         ran = []
@@ -131,7 +129,7 @@ class TestUniformStep:
         return ran
 
     def case(self, *, in_order: bool, **options) -> LoraCase:
-        case = lora_case(np.full(9, 1), [3, 40], 32, (24, 16), FP32, **options)
+        case = lora_case(np.full(tuning.UNIFORM_GEMM_ROWS, 1), [3, 40], 32, (24, 16), FP32, **options)
         host = case.table.host
         assert host is not None
         if in_order:

@@ -15,9 +15,9 @@ import psutil
 import pytest
 from processes import is_running
 
-from gpu_worker.adapters.fetch import AdapterFiles
-from gpu_worker.adapters.loader import MAX_DEATHS, Loader
-from gpu_worker.adapters.rows import Rows
+from gpu_worker.adapters.loader.client import MAX_DEATHS, Loader
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
+from gpu_worker.adapters.packing.rows import Rows
 from protocol.wire.errors import Internal, LorafleetError, NotFound, Unavailable
 
 DIGEST = "0" * 64
@@ -66,8 +66,8 @@ def loader(store: SlowStore) -> Iterator[Loader]:
     loader.close()
 
 
-def fetch(loader: Loader) -> Future[AdapterFiles | Rows]:
-    future: Future[AdapterFiles | Rows] = Future()
+def fetch(loader: Loader) -> Future[FetchedAdapter | Rows]:
+    future: Future[FetchedAdapter | Rows] = Future()
 
     def run() -> None:
         try:
@@ -126,7 +126,7 @@ def test_closing_ends_the_process_and_every_fetch(loader: Loader, store: SlowSto
 
 def test_the_process_ends_with_its_worker(store: SlowStore) -> None:
     code = f"""
-from gpu_worker.adapters.loader import Loader
+from gpu_worker.adapters.loader.client import Loader
 loader = Loader()
 loader.set_urls(({store.url!r},))
 print(loader.pid, flush=True)

@@ -1,4 +1,4 @@
-"""Adapters from the store, by digest, checked against it. Blocking: called from loader threads only."""
+"""Fetches adapters from the stores by digest and checks them against it. Blocking: for loader threads only."""
 
 from __future__ import annotations
 
@@ -25,30 +25,34 @@ SILENCE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterFiles:
-    """What the store keeps of an adapter."""
+class FetchedAdapter:
+    """An adapter as the store keeps it."""
 
     config: dict[str, Any]
     weights: bytes | memoryview  # a safetensors file
-    tokenizer: str = ""  # its own tokenizer.json, if it brings one
+    tokenizer: str = ""  # its own tokenizer.json, "" if it brings none
 
 
 class StoreClient:
-    """Fetches from any of the stores that are alive; `urls` is kept current by the service."""
+    """Fetches from any of the stores that are alive."""
 
     def __init__(self, bearer: str = "") -> None:
-        """`bearer` is what the stores want to see, `FleetSecret.bearer`."""
+        """bearer: the token that the stores ask for, `FleetSecret.bearer`."""
         self.urls: tuple[str, ...] = ()
         self._known = threading.Event()
         self._headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
 
     def set_urls(self, urls: tuple[str, ...]) -> None:
+        """Say which stores are alive. Fetches under way try these next."""
         self.urls = urls
         if urls:
             self._known.set()
 
-    def fetch(self, digest: str) -> AdapterFiles:
-        """Return an adapter's files. Raises Unavailable when no store answers, NotFound when none has it, Internal."""
+    def fetch(self, digest: str) -> FetchedAdapter:
+        """Return an adapter's files, from the first store that gives them. Blocks for about FETCH_TIMEOUT_S at most.
+
+        Raises Unavailable when no store answers, NotFound when none has the adapter, AdapterRefused, Internal.
+        """
         deadline = time.monotonic() + FETCH_TIMEOUT_S
         pause_s = 0.1
         while True:
@@ -73,15 +77,15 @@ class StoreClient:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 2.0)
 
-    def _fetch_from(self, url: str, digest: str) -> AdapterFiles:
-        """Return what one store says an adapter is. Raises NotFound, Internal, OSError, HTTPException."""
+    def _fetch_from(self, url: str, digest: str) -> FetchedAdapter:
+        """Return an adapter's files from one store, unchecked. Raises NotFound, Internal, OSError, HTTPException."""
         with closing(_connect(url)) as connection:
             folder = f"{urlsplit(url).path.rstrip('/')}/adapters/{digest}"
             config = _parse(self._get(connection, f"{folder}/adapter_config.json"))
             weights = self._get(connection, f"{folder}/adapter_model.safetensors")
             own = config.get(TEXTS_FIELD)
             texts = split_texts(self._get(connection, f"{folder}/{TEXTS_FILE}"), own) if own else {}
-            return AdapterFiles(config, weights, texts.get(TOKENIZER, ""))
+            return FetchedAdapter(config, weights, texts.get(TOKENIZER, ""))
 
     def _get(self, connection: HTTPConnection, path: str) -> bytes:
         connection.request("GET", path, headers=self._headers)
@@ -97,7 +101,7 @@ class StoreClient:
 
 
 def _connect(url: str) -> HTTPConnection:
-    # The standard library's client takes a third of the CPU of those with more features: steps run beside this.
+    # The standard library's client takes a third of the CPU of clients with more features; steps need it.
     parts = urlsplit(url)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=CONNECT_TIMEOUT_S)
@@ -106,8 +110,8 @@ def _connect(url: str) -> HTTPConnection:
     return connection
 
 
-def digest_of(files: AdapterFiles) -> str:
-    """Return the digest of what was received. Raises AdapterRefused when it is no safetensors file."""
+def digest_of(files: FetchedAdapter) -> str:
+    """Return the digest of an adapter's files. Raises AdapterRefused when the weights are no safetensors file."""
     weights = memoryview(files.weights)
     tensors = parse_header(bytes(weights[: 8 + MAX_HEADER_BYTES]), len(weights))
     return adapter_digest(files.config, tensors, weights)

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from gpu_worker.adapters.fetch import AdapterFiles, StoreClient, digest_of
-from gpu_worker.adapters.loader import Loader
-from gpu_worker.adapters.rows import RowPacker, Rows, RowSite
+from gpu_worker.adapters.loader.client import Loader
+from gpu_worker.adapters.loader.fetch import FetchedAdapter, StoreClient, digest_of
+from gpu_worker.adapters.packing.rows import RowPacker, Rows, RowSite
 from protocol.wire.errors import NotFound
 from protocol.wire.messages import ServedModel, SiteShape
 
@@ -33,7 +33,7 @@ def weights(value: float) -> bytes:
     )
 
 
-GOOD = AdapterFiles(CONFIG, weights(1.0))
+GOOD = FetchedAdapter(CONFIG, weights(1.0))
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def store(files: dict[str, bytes]) -> Iterator[str]:
     server.server_close()
 
 
-def files_of(digest: str, adapter: AdapterFiles) -> dict[str, bytes]:
+def files_of(digest: str, adapter: FetchedAdapter) -> dict[str, bytes]:
     folder = f"/adapters/{digest}"
     return {
         f"{folder}/adapter_config.json": json.dumps(adapter.config).encode(),
@@ -81,7 +81,7 @@ def test_a_store_that_lacks_it_or_gives_something_else_is_passed_over(client: St
     digest = digest_of(GOOD)
     with (
         store({}) as empty,
-        store(files_of(digest, AdapterFiles(CONFIG, weights(2.0)))) as wrong,
+        store(files_of(digest, FetchedAdapter(CONFIG, weights(2.0)))) as wrong,
         store(files_of(digest, GOOD)) as good,
     ):
         client.set_urls((empty, wrong, "http://127.0.0.1:9", good))
@@ -98,7 +98,7 @@ def test_what_no_store_has_is_not_found_at_once(client: StoreClient | Loader) ->
 def test_a_fetch_waits_for_the_first_store(client: StoreClient | Loader) -> None:
     digest = digest_of(GOOD)
     with store(files_of(digest, GOOD)) as good:
-        found: list[AdapterFiles | Rows] = []
+        found: list[FetchedAdapter | Rows] = []
         thread = threading.Thread(target=lambda: found.append(client.fetch(digest)))
         thread.start()
         client.set_urls((good,))
@@ -118,7 +118,7 @@ def test_adapters_for_a_known_model_come_packed_also_after_a_death() -> None:
     loader = Loader()
     with closing(loader), store(files_of(digest, GOOD)) as good:
         loader.set_urls((good,))
-        assert isinstance(loader.fetch(digest), AdapterFiles)
+        assert isinstance(loader.fetch(digest), FetchedAdapter)
         loader.describe(sites, served, "")
         for _ in range(2):
             rows = loader.fetch(digest)

@@ -1,4 +1,4 @@
-"""What happened to a worker's adapters: told by the engine's thread, taken by the service for the rest of the fleet."""
+"""What happened to a worker's adapters: recorded by the engine's thread, taken by the service for the fleet."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from protocol.wire.messages import AdapterEvent
 from protocol.wire.records import AdapterUse
 
 MAX_KEPT = 10_000
-"""Events and uses that wait for the service; older ones are lost."""
+"""Events, and uses, that wait for the service; older ones are lost."""
 
 
-class News:
-    """One writer, one reader, in two threads: single appends and pops of a deque need no lock."""
+class AdapterEvents:
+    """Events and uses of adapters. One thread records and one takes: appends and pops of a deque need no lock."""
 
     def __init__(self) -> None:
         self._events: deque[AdapterEvent] = deque(maxlen=MAX_KEPT)
         self._uses: deque[tuple[str, bool]] = deque(maxlen=MAX_KEPT)
 
-    def tell(self, event: AdapterEvent) -> None:
-        """Say that something happened to an adapter."""
+    def record(self, event: AdapterEvent) -> None:
+        """Record something that happened to an adapter."""
         self._events.append(event)
 
-    def used(self, digest: str, *, resident: bool) -> None:
-        """Say that a request for an adapter has come, and whether the adapter was in the pool."""
+    def record_use(self, digest: str, *, resident: bool) -> None:
+        """Record a request for an adapter, and whether the adapter was in the pool."""
         self._uses.append((digest, resident))
 
     def take(self) -> tuple[list[AdapterEvent], dict[str, AdapterUse]]:
-        """Return what was told since the last call: events, and the use of adapters."""
+        """Return what was recorded since the last call: the events, and the use of each adapter by digest."""
         events = [self._events.popleft() for _ in range(len(self._events))]
         uses: dict[str, AdapterUse] = {}
         for _ in range(len(self._uses)):

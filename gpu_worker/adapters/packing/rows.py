@@ -1,6 +1,7 @@
-"""The low-rank rows of an adapter as the pool holds them, in one buffer. Pure numpy: the loader's process has no torch.
+"""Packs plain adapters, which have nothing but low-rank rows, into one buffer as the pool holds them.
 
-Per site that has any, ascending: A [rank, in], then B transposed [rank, out], in the site's dtype.
+Pure numpy, because the loader's process has no torch. The buffer holds, for each site with rows in ascending order, A
+[rank, in] and then B transposed [rank, out], in the site's dtype.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from peft_adapters.format import AdapterSpec, LoraWeights, read_adapter
 from peft_adapters.safetensors_header import MAX_HEADER_BYTES, TensorInfo, parse_header
@@ -24,37 +26,38 @@ ALIGN_BYTES = 64
 _Item = type[np.uint16] | type[np.uint32]
 _ITEMS: dict[str, _Item] = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
 _EXPONENTS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
-"""Bits that are all set in infinities and NaN alone."""
+"""The exponent's bits, which are all set in infinities and NaN alone."""
 
 _FILE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class RowSite(msgspec.Struct, frozen=True):
-    """A linear layer, as far as its rows are concerned."""
+    """A linear layer, as far as packing its rows needs to know it."""
 
     name: str
     in_features: int
     out_features: int
-    dtype: str  # one of _ITEMS, or its adapters are never plain
+    dtype: str  # adapters that change a layer of a dtype outside _ITEMS are not plain
 
     @property
     def item_bytes(self) -> int:
+        """Bytes of one number."""
         return 4 if self.dtype == "float32" else 2
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A plain adapter: nothing but rows."""
+    """A plain adapter, packed."""
 
-    buffer: Any  # see the module; writable
-    ranks: np.ndarray  # int32 [sites]; 0: not touched
-    scales: np.ndarray  # float32 [sites]
+    buffer: Any  # a writable buffer, laid out as the module's docstring says
+    ranks: NDArray[np.int32]  # [sites]; 0: the adapter does not change the site
+    scales: NDArray[np.float32]  # [sites]
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
-    tokenizer: str = ""  # its own tokenizer.json, if it brings one
+    tokenizer: str = ""  # its own tokenizer.json, "" if it brings none
 
 
-def layout(ranks: np.ndarray, sites: Sequence[RowSite]) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (site index, begin of A, begin of B, end) in bytes of every site with rows."""
+def layout(ranks: NDArray[np.int32], sites: Sequence[RowSite]) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (site index, begin of A, begin of B, end) for every site with rows: positions in the buffer, in bytes."""
     at = 0
     for index in ranks.nonzero()[0].tolist():
         site, rank = sites[index], int(ranks[index])
@@ -77,9 +80,11 @@ class RowPacker:
         self._index = {site.name: index for index, site in enumerate(sites)}
 
     def pack(self, config: Mapping[str, Any], file: bytes | memoryview, allocate: Callable[[int], Any]) -> Rows | None:
-        """Pack an adapter, file being its weights, into a buffer that `allocate` makes of so many zeros.
+        """Pack an adapter into a buffer.
 
-        None when it is not plain, or anything is wrong with it: that is for who packs all adapters to do, or to say.
+        config: its `adapter_config.json`. file: its weights, a safetensors file. allocate: returns a buffer of as many
+        zero bytes as it is asked for; called at most once. Returns None if the adapter is not plain, or if anything is
+        wrong with it: `Packer`, which packs any adapter, packs it or says what is wrong.
         """
         try:
             tensors = parse_header(bytes(file[: 8 + MAX_HEADER_BYTES]), len(file))
@@ -93,23 +98,23 @@ class RowPacker:
         for part in spec.sites:
             index = self._index[part.site]
             parts[index], ranks[index], scales[index] = part, part.rank, part.scale
-        places = list(layout(ranks, self._sites))
-        buffer = allocate(places[-1][3])
-        for index, a, b, _ in places:
+        spans = list(layout(ranks, self._sites))
+        buffer = allocate(spans[-1][3])
+        for index, a, b, _ in spans:
             site, part = self._sites[index], parts[index]
             for begin, name, transposed in ((a, part.a, False), (b, part.b, True)):
                 numbers = _convert(_numbers(file, tensors[name]), tensors[name], site.dtype)
                 numbers = numbers.T if transposed else numbers
                 np.ndarray(numbers.shape, numbers.dtype, buffer, begin)[...] = numbers
-        return Rows(buffer, ranks, scales, spec.invocation) if self._is_finite(buffer, places) else None
+        return Rows(buffer, ranks, scales, spec.invocation) if self._is_finite(buffer, spans) else None
 
-    def _is_finite(self, buffer: Any, places: Sequence[tuple[int, int, int, int]]) -> bool:
-        """Tell whether all numbers in a buffer are finite, looking at as many at once as have one dtype."""
-        for dtype, run in itertools.groupby(places, lambda place: self._sites[place[0]].dtype):
+    def _is_finite(self, buffer: Any, spans: Sequence[tuple[int, int, int, int]]) -> bool:
+        """Return whether all numbers in a buffer are finite. Neighbours of one dtype are looked at together."""
+        for dtype, run in itertools.groupby(spans, lambda span: self._sites[span[0]].dtype):
             same = list(run)
             begin, end = same[0][1], same[-1][3]
             numbers = np.frombuffer(memoryview(buffer)[begin:end], _ITEMS[dtype])
-            if (numbers << 1).max() >= _EXPONENTS[dtype] << 1:  # without the signs
+            if (numbers << 1).max() >= _EXPONENTS[dtype] << 1:  # the shift drops the signs
                 return False
         return True
 
@@ -126,15 +131,15 @@ class RowPacker:
         )
 
 
-def _numbers(file: bytes | memoryview, info: TensorInfo) -> np.ndarray:
-    """Return a tensor of a safetensors file as unsigned integers of its size."""
+def _numbers(file: bytes | memoryview, info: TensorInfo) -> NDArray[Any]:
+    """Return a tensor of a safetensors file as unsigned integers with the bits of its numbers."""
     item = _ITEMS[_FILE_DTYPES[info.dtype]]
     count = (info.end - info.begin) // np.dtype(item).itemsize
     return np.frombuffer(file, item, count, info.begin).reshape(info.shape)
 
 
-def _convert(numbers: np.ndarray, info: TensorInfo, dtype: str) -> np.ndarray:
-    """Return the bits of numbers in another dtype, rounded to nearest even. What is too large becomes infinite."""
+def _convert(numbers: NDArray[Any], info: TensorInfo, dtype: str) -> NDArray[Any]:
+    """Return numbers, as bits, in another dtype: rounded to nearest even, infinite where they are too large for it."""
     source = _FILE_DTYPES[info.dtype]
     if source == dtype:
         return numbers
@@ -144,7 +149,7 @@ def _convert(numbers: np.ndarray, info: TensorInfo, dtype: str) -> np.ndarray:
         wide = numbers.view(np.float16).astype(np.float32) if source == "float16" else numbers.view(np.float32)
     if dtype == "bfloat16":
         bits = wide.view(np.uint32)
-        # Rounding a NaN might carry into its exponent and make it a number.
+        # Rounding a NaN could carry into its exponent and make it a number.
         rounded = np.where(np.isfinite(wide), bits + 0x7FFF + ((bits >> 16) & 1), bits)
         return (rounded >> 16).astype(np.uint16)
     if dtype == "float32":

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from gpu_worker.adapters.packing import Packer
-from gpu_worker.adapters.rows import RowPacker, Rows
+from gpu_worker.adapters.packing.packer import Packer
+from gpu_worker.adapters.packing.rows import RowPacker, Rows
+from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.attention import StepContext
 from gpu_worker.model.lora import SiteInfo
-from gpu_worker.model.places import Places
 from protocol.wire.messages import ServedModel, SiteShape
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -35,7 +35,7 @@ def packers(dtype: torch.dtype, head: torch.dtype = torch.float32) -> tuple[Pack
         model="m", name="m", fingerprint="", model_type="", vocab_size=10, max_model_len=10,
         sites=[SiteShape(site.name, site.in_features, site.out_features, site.kind) for site in sites],
     )  # fmt: skip
-    packer = Packer(sites, served, Places(StepContext()), pin=False)
+    packer = Packer(sites, served, AdaptableModules(StepContext()), pin=False)
     return packer, RowPacker(packer.row_sites, served)
 
 

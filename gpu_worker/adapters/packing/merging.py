@@ -1,4 +1,4 @@
-"""One adapter out of several: what PEFT's `add_weighted_adapter` makes of them, or LoRAX. Runs in loader threads."""
+"""Merges several adapters into one, as PEFT's `add_weighted_adapter` or LoRAX does. Runs in loader threads."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gpu_worker.adapters.fetch import AdapterFiles
-from gpu_worker.adapters.packing import GetTensor, HostAdapter, Packer, lora_matrices
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
+from gpu_worker.adapters.packing.extras_packer import GetTensor, lora_matrices
+from gpu_worker.adapters.packing.packer import HostAdapter, Packer
 from peft_adapters.config import AdapterConfig, read_config
 from peft_adapters.format import AdapterSpec, LoraWeights
 from peft_adapters.reasons import Reasons
@@ -19,8 +20,8 @@ from protocol.wire.errors import AdapterRefused
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One of the adapters to be merged."""
+class MergeInput:
+    """One of the adapters to merge."""
 
     config: AdapterConfig
     spec: AdapterSpec
@@ -29,13 +30,13 @@ class Part:
 
     @property
     def rank(self) -> int:
-        """What PEFT takes for the adapter's rank."""
-        return max(self.config.r, *self.config.ranks.values) if self.config.ranks.values else self.config.r
+        """The rank that PEFT takes the adapter to have: the largest one in its config."""
+        return max(self.config.r, *self.config.ranks.numbers.values())
 
 
 @dataclass(frozen=True, slots=True)
 class _Factor:
-    """LoRA of one part at one place, fp32."""
+    """LoRA of one adapter on one module, fp32."""
 
     a: Tensor  # [rank, in]
     b: Tensor  # [out, rank]
@@ -43,19 +44,23 @@ class _Factor:
     weight: float
 
     def delta(self, *, transposed: bool) -> Tensor:
-        """Return what it adds to the weight [out, in], or to its transpose."""
+        """Return what it adds to the weight [out, in], or to the transposed weight."""
         product = self.b @ self.a
         return (product.T if transposed else product) * self.scale
 
 
 def merge_adapters(
-    digest: str, merge: Merge, files: Sequence[AdapterFiles], packer: Packer, order: Sequence[str]
+    digest: str, merge: Merge, files: Sequence[FetchedAdapter], packer: Packer, order: Sequence[str]
 ) -> HostAdapter:
-    """Return the merged adapter. order: the model's modules as it names them. Raises AdapterRefused."""
+    """Merge the adapters in `files` as `merge` says, and pack the result under `digest`.
+
+    order: names of all the model's modules in its own order, in which random pruning draws. Raises AdapterRefused for
+    adapters that cannot be merged.
+    """
     parts = [_read(file, packer, weight) for file, weight in zip(files, merge.weights, strict=True)]
     merger = _Merger(merge, parts)
     tensors: dict[str, Tensor] = {}
-    places: dict[str, list[LoraWeights]] = {"sites": [], "embeddings": []}
+    merged: dict[str, list[LoraWeights]] = {"sites": [], "embeddings": []}
     targets = _targets(parts)
     kinds = {site.name: site.kind for site in packer.served.sites}
     for name in (name for name in order if kinds.get(name) and targets.chosen(name)):
@@ -67,16 +72,16 @@ def merge_adapters(
         a, b, scale = merger.merge(found, transposed=kinds[name] in ("conv1d", "embedding"))
         tensors |= {f"{name}.a": a, f"{name}.b": b}
         kind = "embeddings" if kinds[name] == "embedding" else "sites"
-        places[kind].append(LoraWeights(name, len(a), scale, f"{name}.a", f"{name}.b"))
-    spec = AdapterSpec(tuple(places["sites"]), tuple(places["embeddings"]))
+        merged[kind].append(LoraWeights(name, len(a), scale, f"{name}.a", f"{name}.b"))
+    spec = AdapterSpec(tuple(merged["sites"]), tuple(merged["embeddings"]))
     return packer.pack_spec(digest, spec, tensors.__getitem__)
 
 
-def _read(files: AdapterFiles, packer: Packer, weight: float) -> Part:
-    """Read one adapter. Raises AdapterRefused for what is more than plain LoRA."""
+def _read(files: FetchedAdapter, packer: Packer, weight: float) -> MergeInput:
+    """Read one adapter. Raises AdapterRefused if it is more than LoRA on linear layers and embeddings."""
     config = read_config(files.config, Reasons())
     spec, get = packer.read(files.config, files.weights)
-    assert config is not None  # `read` has refused what is wrong with it
+    assert config is not None  # `Packer.read` refuses a config with anything wrong
     loras = (*spec.sites, *spec.embeddings)
     more = {
         "DoRA": any(lora.magnitude for lora in loras),
@@ -93,19 +98,21 @@ def _read(files: AdapterFiles, packer: Packer, weight: float) -> Part:
     ]
     if reasons:
         raise AdapterRefused(reasons)
-    return Part(config, spec, get, weight)
+    return MergeInput(config, spec, get, weight)
 
 
-def _targets(parts: Sequence[Part]) -> _Union:
-    """Return the modules the merged adapter adapts: all parts' targets, under the first one's other fields."""
+def _targets(parts: Sequence[MergeInput]) -> _JointTargets:
+    """Return the targets of the merged adapter. Raises AdapterRefused where PEFT cannot join them."""
     if len({part.config.targets.targets.pattern is None for part in parts}) > 1:
         raise AdapterRefused(["target_modules of some merged adapters are lists, of others patterns"])
-    return _Union(parts)
+    return _JointTargets(parts)
 
 
 @dataclass(frozen=True, slots=True)
-class _Union:
-    parts: Sequence[Part]
+class _JointTargets:
+    """The targets of all adapters together, under the other fields of the first one's config."""
+
+    parts: Sequence[MergeInput]
 
     def chosen(self, module: str) -> bool:
         first = self.parts[0].config
@@ -115,10 +122,10 @@ class _Union:
 
 
 class _Merger:
-    """Merges place by place, in the model's order: that of the random numbers."""
+    """Merges module by module, in the model's order, because random pruning draws numbers in that order."""
 
-    def __init__(self, merge: Merge, parts: Sequence[Part]) -> None:
-        # PEFT merges a single adapter linearly, whatever is asked for.
+    def __init__(self, merge: Merge, parts: Sequence[MergeInput]) -> None:
+        # PEFT merges a single adapter linearly, whatever the strategy.
         self.strategy = "linear" if len(parts) == 1 and merge.arithmetic == "peft" else merge.strategy
         self._merge = merge
         self._random = torch.Generator().manual_seed(merge.seed)
@@ -134,11 +141,16 @@ class _Merger:
             raise AdapterRefused(
                 [f"merge_strategy {self.strategy} needs equal ranks; these have {shown}: take cat or svd"]
             )
-        # PEFT keeps the first one's rsLoRA for the result, with alpha = rank.
+        # PEFT gives the result the first one's rsLoRA, with alpha = rank.
         self._scale = math.sqrt(self._rank) if parts[0].config.use_rslora else 1.0
 
-    def merge(self, found: Sequence[tuple[Part, LoraWeights]], *, transposed: bool) -> tuple[Tensor, Tensor, float]:
-        """Return A, B and scale at one place. transposed: the base keeps its weight so."""
+    def merge(
+        self, found: Sequence[tuple[MergeInput, LoraWeights]], *, transposed: bool
+    ) -> tuple[Tensor, Tensor, float]:
+        """Return A [rank, in], B [out, rank] and scale on one module.
+
+        found: the LoRA of each adapter that has any there. transposed: whether the base stores the weight as [in, out].
+        """
         factors = []
         for part, lora in found:
             a, b = lora_matrices(lora, part.get)
@@ -156,14 +168,14 @@ class _Merger:
         return self._elementwise(factors)
 
     def _svd(self, factors: Sequence[_Factor]) -> tuple[Tensor, Tensor]:
-        """Return the best approximation of the weighted sum: its decomposition from those of its thin factors."""
+        """Return A, B of the best approximation of the weighted sum B @ A, from decompositions of the thin factors."""
         qb, rb = torch.linalg.qr(torch.cat([factor.b for factor in factors], dim=1))
         qa, ra = torch.linalg.qr(torch.cat([factor.a * (factor.weight * factor.scale) for factor in factors]).T)
         u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
         return (vh[: self._rank] @ qa.T).contiguous(), (qb @ (u * s)[:, : self._rank]).contiguous()
 
     def _elementwise(self, factors: Sequence[_Factor]) -> tuple[Tensor, Tensor, float]:
-        """Merge all A and all B, each for itself."""
+        """Merge all A, and all B, element by element."""
         if len({factor.a.shape for factor in factors}) > 1:
             raise AdapterRefused([f"merge_strategy {self.strategy} needs equal ranks at every layer: take cat or svd"])
         if self._merge.arithmetic == "lorax":
@@ -179,7 +191,10 @@ class _Merger:
         return a, b, scale
 
     def _combine(self, tensors: Sequence[Tensor], weights: Sequence[float], strategy: str) -> Tensor:
-        """Return the weighted sum of pruned tensors, of those numbers that agree in sign if the strategy says so."""
+        """Return the weighted sum of tensors of one shape, pruned as the strategy says.
+
+        With "ties", numbers whose sign is not the elected one do not count (TIES-Merging, Yadav et al., 2023).
+        """
         if strategy.startswith("dare"):
             tensors = [self._prune_random(tensor) for tensor in tensors]
         elif strategy in ("ties", "magnitude_prune"):
@@ -193,6 +208,7 @@ class _Merger:
         return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1.0)
 
     def _prune_small(self, tensor: Tensor) -> Tensor:
+        """Keep the share `density` of the numbers with the largest magnitudes."""
         if self._merge.density >= 1:
             return tensor
         flat = tensor.reshape(-1)
@@ -201,6 +217,7 @@ class _Merger:
         return tensor * kept.view(tensor.shape)
 
     def _prune_random(self, tensor: Tensor) -> Tensor:
+        """Keep each number with probability `density` (DARE, Yu et al., 2023)."""
         density = self._merge.density
         if density >= 1:
             return tensor

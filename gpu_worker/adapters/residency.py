@@ -1,4 +1,4 @@
-"""What the fleet has ordered of one worker's adapters: which stay in the pool, which go as soon as nobody uses them.
+"""Pins and evictions that the fleet orders of one worker: which adapters stay in the pool, and which leave it.
 
 Runs in the engine's thread, between steps.
 """
@@ -13,32 +13,35 @@ from protocol.wire.errors import LorafleetError
 from protocol.wire.messages import AdapterEvent
 
 
-class Orders:
+class Residency:
     """Pins and evictions of one adapter cache."""
 
     def __init__(self, cache: AdapterCache) -> None:
         self._cache = cache
-        self._pins: dict[str, str] = {}  # digest -> why it is not in the pool
-        self._leaving: dict[str, list[str]] = {}  # digest -> orders that want to hear of it
+        self._pins: dict[str, str] = {}  # digest -> why it is not in the pool, "" if it is or is on its way
+        self._leaving: dict[str, list[str]] = {}  # digest -> ids of the orders that its eviction answers
 
     @property
     def pins(self) -> dict[str, str]:
-        """Adapters that are to stay, and why one of them cannot be in the pool, "" if it is there or comes."""
+        """The pinned adapters, each with why it cannot be kept in the pool; "" if it is there or on its way."""
         return dict(self._pins)
 
     def pin(self, digest: str) -> None:
-        """Bring an adapter into the pool and keep it; after a failure, try again."""
+        """Bring an adapter into the pool and keep it there; after a failure, try again."""
         self._pins[digest] = ""
         self._leaving.pop(digest, None)
         self._cache.set_pinned(digest, True)
 
     def unpin(self, digest: str) -> None:
-        """Let an adapter leave like any other."""
+        """Allow the eviction of an adapter again."""
         self._pins.pop(digest, None)
         self._cache.set_pinned(digest, False)
 
     def evict(self, digest: str, order: str) -> None:
-        """Send an adapter away from the pool and the host as soon as no request uses it or waits for it."""
+        """Remove an adapter from the pool and the host as soon as no request uses it or waits for it.
+
+        order: an id, which the event of the eviction carries.
+        """
         if digest in self._pins:
             self.unpin(digest)
         self._leaving.setdefault(digest, []).append(order)
@@ -48,7 +51,7 @@ class Orders:
         return [digest for digest, problem in self._pins.items() if not problem]
 
     def figures(self, waiting: Sequence[str]) -> dict[str, Any]:
-        """Return the fields of `EngineStats` that tell of adapters; `waiting`: those of the requests that wait."""
+        """Return the fields of `EngineStats` about adapters. waiting: the adapters of the requests that wait."""
         cache, resident = self._cache, set(self._cache.resident)
         return {
             "waiting_adapter": sum(digest not in resident for digest in waiting),
@@ -58,12 +61,12 @@ class Orders:
         }  # fmt: skip
 
     def note(self, failed: Mapping[str, LorafleetError]) -> None:
-        """Remember why pinned adapters cannot be loaded; they are tried again when they are ordered again."""
+        """Remember why pinned adapters cannot be loaded. They are tried again when they are pinned again."""
         for digest in self._pins.keys() & failed.keys():
             self._pins[digest] = failed[digest].message
 
     def settle(self, queued: Container[str]) -> None:
-        """Send away what may go; `queued` are the adapters that this worker's waiting requests need."""
+        """Carry out the evictions that can be. queued: the adapters that this worker's waiting requests need."""
         residents = self._cache.pool.residents
         for digest, problem in self._pins.items():
             if not problem and digest in residents and not residents[digest].pinned:
@@ -74,7 +77,7 @@ class Orders:
                 continue
             pool_bytes, host_bytes = freed
             for order in self._leaving.pop(digest):
-                self._cache.news.tell(
+                self._cache.events.record(
                     AdapterEvent(
                         kind="evicted", digest=digest, order=order, pool_bytes=pool_bytes, host_bytes=host_bytes
                     )

@@ -1,0 +1,206 @@
+"""Fetches, checks and packs adapters in a process of its own, at low priority.
+
+Each adapter takes some ten milliseconds of Python, during which the engine's thread would wait for the interpreter
+after every operation of its steps. The result lies in shared memory and costs the worker one message. The process ends
+when its socket closes, however the worker ends; if it dies first, it is started and asked again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
+
+import numpy as np
+
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
+from gpu_worker.adapters.loader.messages import (
+    Describe,
+    Failed,
+    Fetch,
+    Fetched,
+    Message,
+    Packed,
+    Start,
+    Urls,
+    receive,
+    send,
+)
+from gpu_worker.adapters.packing.rows import Rows, RowSite
+from protocol.runtime.service import log_format
+from protocol.wire import errors
+from protocol.wire.errors import Internal, LorafleetError, Unavailable
+from protocol.wire.messages import ServedModel
+
+logger = logging.getLogger(__name__)
+
+MAX_DEATHS = 3
+"""Loader processes that may die while they fetch one adapter, before it is given up."""
+
+
+class _Died(Exception):
+    """The process ended before it answered."""
+
+
+class Loader:
+    """A `StoreClient` in another process. Methods may be called from any thread."""
+
+    def __init__(self, bearer: str = "") -> None:
+        """Start the process, so that it has imported everything when it is needed.
+
+        bearer: the token that the stores ask for, `FleetSecret.bearer`.
+        """
+        self._bearer = bearer
+        self._told: dict[type[Message], Message] = {}  # what a new process must be told
+        self._lock = threading.Lock()
+        self._closed = False
+        self._process = _Process(bearer)
+
+    @property
+    def pid(self) -> int:
+        """The id of the process that runs now."""
+        return self._process.popen.pid
+
+    def set_urls(self, urls: tuple[str, ...]) -> None:
+        """Say which stores are alive."""
+        self._tell(Urls(urls))
+
+    def describe(self, sites: list[RowSite], served: ServedModel, tokenizer: str) -> None:
+        """Say for which model to pack adapters. tokenizer: hash of its tokenizer.json, see `hash_of`."""
+        self._tell(Describe(sites, served, tokenizer))
+
+    def _tell(self, message: Message) -> None:
+        with self._lock:
+            if self._told.get(type(message)) != message:
+                self._told[type(message)] = message
+                self._process.tell(message)
+
+    def fetch(self, digest: str) -> FetchedAdapter | Rows:
+        """Return an adapter's rows, or its files if it has more than rows or the model is not described yet.
+
+        Blocks. Raises Unavailable when no store answers, NotFound when none has the adapter, AdapterRefused, Internal.
+        """
+        return self._ask(digest, whole=False)
+
+    def fetch_files(self, digest: str) -> FetchedAdapter:
+        """Return an adapter's files. Blocks, and raises as `fetch` does."""
+        files = self._ask(digest, whole=True)
+        assert isinstance(files, FetchedAdapter)
+        return files
+
+    def _ask(self, digest: str, *, whole: bool) -> FetchedAdapter | Rows:
+        for _ in range(MAX_DEATHS):
+            try:
+                return self._living().ask(digest, whole=whole).result()
+            except _Died:
+                logger.warning("the loader process died while it fetched adapter %.12s", digest)
+        raise Internal(f"the loader process died {MAX_DEATHS} times while it fetched adapter {digest:.12}")
+
+    def _living(self) -> _Process:
+        """Return the process, a new one if the last has ended. Raises Unavailable after `close`."""
+        with self._lock:
+            if self._closed:
+                raise Unavailable("the worker is stopping")
+            if self._process.ended:
+                self._process.close()
+                self._process = _Process(self._bearer)
+                for message in self._told.values():
+                    self._process.tell(message)
+            return self._process
+
+    def close(self) -> None:
+        """End the process and wait for its end; fetches under way raise Unavailable."""
+        with self._lock:
+            self._closed = True
+            self._process.close()
+
+
+class _Process:
+    """One loader process, as the worker sees it."""
+
+    def __init__(self, bearer: str) -> None:
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "gpu_worker.adapters.loader.process", str(theirs.fileno())]
+            self.popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        self._numbers = itertools.count()
+        self._sending = threading.Lock()
+        self._asked: dict[int, Future[FetchedAdapter | Rows]] = {}
+        self._asking = threading.Lock()
+        self.ended = False  # guarded by _asking
+        self._receiver = threading.Thread(target=self._receive, name="loader", daemon=True)
+        self._receiver.start()
+        self.tell(Start(bearer, logging.getLogger().getEffectiveLevel(), log_format()))
+
+    def tell(self, message: Message) -> None:
+        """Send a message. Nothing is raised if the process has ended: `ended` shows that."""
+        with self._sending:
+            try:
+                send(self._socket, message)
+            except OSError as error:
+                logger.debug("the loader process takes no more messages: %r", error)
+
+    def ask(self, digest: str, *, whole: bool) -> Future[FetchedAdapter | Rows]:
+        """Ask for an adapter. Raises `_Died`, or the future does, if the process ends before it answers."""
+        future: Future[FetchedAdapter | Rows] = Future()
+        number = next(self._numbers)
+        with self._asking:
+            if self.ended:
+                raise _Died
+            self._asked[number] = future
+        self.tell(Fetch(number, digest, whole))
+        return future
+
+    def _receive(self) -> None:
+        """Settle futures until the process ends, then fail those that are left."""
+        try:
+            while received := receive(self._socket):
+                self._settle(*received)
+        except OSError as error:
+            logger.debug("the loader process is gone: %r", error)
+        with self._asking:
+            self.ended = True
+            asked, self._asked = self._asked, {}
+        for future in asked.values():
+            future.set_exception(_Died())
+
+    def _settle(self, message: Message, fd: int | None) -> None:
+        assert isinstance(message, Fetched | Packed | Failed)
+        with self._asking:
+            future = self._asked.pop(message.number)
+        if isinstance(message, Failed):
+            future.set_exception(_rebuild(message))
+            return
+        assert fd is not None
+        try:
+            memory = memoryview(mmap.mmap(fd, 0))
+        finally:
+            os.close(fd)
+        if isinstance(message, Fetched):
+            future.set_result(FetchedAdapter(message.config, memory, message.tokenizer))
+        else:
+            ranks, scales = np.frombuffer(message.ranks, np.int32), np.frombuffer(message.scales, np.float32)
+            future.set_result(Rows(memory, ranks.copy(), scales.copy(), message.invocation, message.tokenizer))
+
+    def close(self) -> None:
+        """End the process and wait for its end."""
+        with self._sending, suppress(OSError):  # raised where it has ended already
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self.popen.wait()
+        self._receiver.join()
+        self._socket.close()
+
+
+def _rebuild(failed: Failed) -> LorafleetError:
+    """Return the error that was raised in the loader's process."""
+    kind = getattr(errors, failed.error)
+    if kind is errors.AdapterRefused:
+        return errors.AdapterRefused([failed.message])
+    return kind(failed.message, param=failed.param)

@@ -1,0 +1,109 @@
+"""The messages between a worker and its loader process, and how they travel over a Unix socket.
+
+Each is four bytes of length, then msgpack. An adapter's numbers do not travel: the message comes with the descriptor of
+a file in memory that holds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from typing import Any
+
+import msgspec
+
+from gpu_worker.adapters.packing.rows import RowSite
+from protocol.wire.messages import ServedModel
+
+
+class Start(msgspec.Struct, tag=True):
+    """The first message to a process."""
+
+    bearer: str  # token that the stores ask for, `FleetSecret.bearer`
+    log_level: int
+    log_format: str
+
+
+class Urls(msgspec.Struct, tag=True):
+    """The stores that are alive."""
+
+    urls: tuple[str, ...]
+
+
+class Describe(msgspec.Struct, tag=True):
+    """The model to pack adapters for. Adapters asked for before it come as files."""
+
+    sites: list[RowSite]
+    served: ServedModel
+    tokenizer: str  # hash of the model's tokenizer.json: an adapter with the same one brings none
+
+
+class Fetch(msgspec.Struct, tag=True):
+    """A request for an adapter. One answer comes back: `Fetched`, `Packed` or `Failed`."""
+
+    number: int  # of the request, for its answer
+    digest: str
+    whole: bool = False  # the files themselves are wanted, not rows
+
+
+class Fetched(msgspec.Struct, tag=True):
+    """An adapter's files; the descriptor is of the weights file."""
+
+    number: int
+    config: dict[str, Any]
+    tokenizer: str  # its own tokenizer.json, "" if it brings none
+
+
+class Packed(msgspec.Struct, tag=True):
+    """An adapter's rows; the descriptor is of their buffer, see `packing.rows`."""
+
+    number: int
+    ranks: bytes  # int32 [sites]
+    scales: bytes  # float32 [sites]
+    invocation: tuple[int, ...]
+    tokenizer: str  # its own tokenizer.json, "" if it brings none
+
+
+class Failed(msgspec.Struct, tag=True):
+    """Why an adapter cannot be had."""
+
+    number: int
+    error: str  # the name of its class in protocol.wire.errors
+    message: str
+    param: str | None
+
+
+Message = Start | Urls | Describe | Fetch | Fetched | Packed | Failed
+
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+def send(to: socket.socket, message: Message, fd: int | None = None) -> None:
+    """Send a message, and a descriptor with it, which stays open here. Raises OSError."""
+    payload = msgspec.msgpack.encode(message)
+    socket.send_fds(to, [len(payload).to_bytes(4, "little")], [] if fd is None else [fd])
+    to.sendall(payload)
+
+
+def receive(source: socket.socket) -> tuple[Message, int | None] | None:
+    """Return the next message and the descriptor that came with it, None at the end. Raises OSError."""
+    head, fds, _, _ = socket.recv_fds(source, 4, 1)
+    if not head:
+        return None
+    head += _read(source, 4 - len(head))
+    return _decoder.decode(_read(source, int.from_bytes(head, "little"))), fds[0] if fds else None
+
+
+def _read(source: socket.socket, count: int) -> bytes:
+    content = b""
+    while len(content) < count:
+        piece = source.recv(count - len(content))
+        if not piece:
+            raise ConnectionError("the message is cut")
+        content += piece
+    return content
+
+
+def hash_of(tokenizer: str) -> str:
+    """Return the sha256 (hex) of a tokenizer.json's text, "" included."""
+    return hashlib.sha256(tokenizer.encode()).hexdigest()

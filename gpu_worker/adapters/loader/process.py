@@ -1,0 +1,166 @@
+"""The loader's process: it fetches and packs adapters for one worker until the worker's end of the socket closes."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Protocol
+
+from gpu_worker.adapters.loader.fetch import FetchedAdapter, StoreClient
+from gpu_worker.adapters.loader.messages import (
+    Describe,
+    Failed,
+    Fetch,
+    Fetched,
+    Message,
+    Packed,
+    Start,
+    Urls,
+    hash_of,
+    receive,
+    send,
+)
+from gpu_worker.adapters.packing.rows import RowPacker
+from gpu_worker.adapters.priority import lower_priority
+from protocol.runtime.service import set_up_logging
+from protocol.wire.errors import LorafleetError
+
+logger = logging.getLogger(__name__)
+
+NICE = 19
+"""Counts where `lower_priority` does nothing."""
+
+NUM_FETCHES = 16
+"""Adapters fetched at once: slow ones delay no fast one. They are packed one by one."""
+
+
+class Stores(Protocol):
+    """Where adapters come from: a `StoreClient`."""
+
+    def set_urls(self, urls: tuple[str, ...]) -> None:
+        """Say which stores are alive."""
+        ...
+
+    def fetch(self, digest: str) -> FetchedAdapter:
+        """Return an adapter's files. Raises LorafleetError."""
+        ...
+
+
+class LoaderServer:
+    """Answers one worker's messages."""
+
+    def __init__(self, worker: socket.socket, stores: Stores) -> None:
+        """worker: where answers are sent. Messages from it are given to `take`."""
+        self.packer: RowPacker | None = None  # None: no model is described, adapters are only fetched
+        self._worker = worker
+        self._stores = stores
+        self._tokenizer = ""
+        self._fetchers = ThreadPoolExecutor(NUM_FETCHES, thread_name_prefix="fetcher")
+        self._packing = threading.Lock()
+        self._sending = threading.Lock()
+
+    def take(self, message: Message) -> None:
+        """Act on a message; a `Fetch` is answered later, from another thread."""
+        if isinstance(message, Urls):
+            self._stores.set_urls(message.urls)
+        elif isinstance(message, Describe):
+            self.packer = RowPacker(message.sites, message.served)
+            self._tokenizer = message.tokenizer
+        elif isinstance(message, Fetch):
+            self._fetchers.submit(self.answer, message)
+
+    def answer(self, request: Fetch) -> None:
+        """Fetch an adapter, pack it if it is plain, and send the answer. Raises OSError when the worker is gone."""
+        fd: int | None = None
+        try:
+            message, fd = self._load(request)
+        except LorafleetError as error:
+            message = Failed(request.number, type(error).__name__, error.message, error.param)
+        except Exception:  # a thread's edge: the worker must hear of it
+            logger.exception("fetching adapter %.12s failed", request.digest)
+            message = Failed(request.number, "Internal", f"fetching adapter {request.digest:.12} failed", None)
+        try:
+            with self._sending:
+                send(self._worker, message, fd)
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def _load(self, request: Fetch) -> tuple[Message, int]:
+        """Return the answer to a request and the descriptor to send with it, which the caller closes."""
+        files = self._stores.fetch(request.digest)
+        tokenizer = files.tokenizer if hash_of(files.tokenizer) != self._tokenizer else ""
+        if self.packer is not None and not request.whole:
+            packed = self._pack(self.packer, request.number, files, tokenizer)
+            if packed is not None:
+                return packed
+        with ExitStack() as undo:
+            fd = _anonymous_file(len(files.weights), undo)
+            with mmap.mmap(fd, len(files.weights)) as content:
+                content.write(files.weights)
+            undo.pop_all()
+            return Fetched(request.number, files.config, tokenizer), fd
+
+    def _pack(self, packer: RowPacker, number: int, files: FetchedAdapter, tokenizer: str) -> tuple[Packed, int] | None:
+        """Return a plain adapter's rows and the descriptor of their buffer, None for any other adapter."""
+        fds: list[int] = []
+        with ExitStack() as undo:
+
+            def allocate(num_bytes: int) -> mmap.mmap:
+                fds.append(_anonymous_file(num_bytes, undo))
+                return mmap.mmap(fds[0], num_bytes)
+
+            with self._packing:
+                rows = packer.pack(files.config, files.weights, allocate)
+            if rows is None:
+                return None
+            undo.pop_all()
+            return Packed(number, rows.ranks.tobytes(), rows.scales.tobytes(), rows.invocation, tokenizer), fds[0]
+
+
+def _anonymous_file(num_bytes: int, undo: ExitStack) -> int:
+    """Return the descriptor of a file of zeros without a name, in memory where the system can do that.
+
+    `undo` closes it, unless what it holds is taken out again.
+    """
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("lorafleet-adapter")
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    undo.callback(os.close, fd)
+    os.truncate(fd, num_bytes)
+    return fd
+
+
+def main() -> None:
+    """Serve the worker whose socket is the descriptor given as the argument, until it ends."""
+    # Signals to the process group are for the worker: when it ends, the loader does.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.nice(NICE)
+    lower_priority()
+    worker = socket.socket(fileno=int(sys.argv[1]))
+    try:
+        received = receive(worker)
+        assert received is not None
+        assert isinstance(received[0], Start)
+        set_up_logging("loader", logging.getLevelName(received[0].log_level), received[0].log_format)
+        server = LoaderServer(worker, StoreClient(received[0].bearer))
+        while received := receive(worker):
+            server.take(received[0])
+    except ConnectionError as error:
+        logger.debug("the worker is gone: %r", error)
+    os._exit(0)  # fetches under way end too
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Turns an adapter's files, or several adapters, into what the pool holds."""

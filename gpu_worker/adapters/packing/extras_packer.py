@@ -1,0 +1,165 @@
+"""Packs an adapter's extras: what its tensors change of a model beyond pooled LoRA rows, on the host."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_worker.adapters.extras import Dora, EmbeddingExtras, Extras, LinearExtras, LowRank, ParameterLora, Tokens
+from gpu_worker.model.adaptable_modules import AdaptableModules
+from gpu_worker.model.lora import SiteInfo
+from peft_adapters.format import AdapterSpec, LoraWeights, ReplacedWeights, TrainedTokens
+
+GetTensor = Callable[[str], Tensor]
+"""Returns a tensor of the adapter by name, in the file's dtype."""
+
+
+def pack_extras(spec: AdapterSpec, get: GetTensor, sites: dict[str, SiteInfo], adaptable: AdaptableModules) -> Extras:
+    """Return an adapter's extras in the model's dtypes. sites: linear layers by name.
+
+    Raises AdapterRefused for what needs the weights of quantised layers.
+    """
+    return _ExtrasPacker(sites, adaptable, get).pack(spec)
+
+
+def lora_matrices(part: LoraWeights, get: GetTensor) -> tuple[Tensor, Tensor]:
+    """Return A [rank, in] and B [out, rank] of one module in the file's dtype, AdaLoRA's values multiplied into A."""
+    a, b = get(part.a), get(part.b)
+    return (a * get(part.singular) if part.singular else a), b
+
+
+class _ExtrasPacker:
+    """Packs the extras of one adapter. Weights are replaced first: DoRA and LoRA refer to those in force."""
+
+    def __init__(self, sites: dict[str, SiteInfo], adaptable: AdaptableModules, get: GetTensor) -> None:
+        self._sites = sites
+        self._adaptable = adaptable
+        self._get = get
+        self._linear: defaultdict[str, dict[str, Any]] = defaultdict(dict)  # module -> fields of LinearExtras
+        self._embeddings: defaultdict[str, dict[str, Any]] = defaultdict(dict)  # module -> fields of EmbeddingExtras
+        self._norms: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+
+    def pack(self, spec: AdapterSpec) -> Extras:
+        for part in spec.replaced:
+            self._replace(part)
+        for part in spec.sites:
+            self._pack_linear(part)
+        for part in spec.embeddings:
+            self._pack_embedding(part)
+        for part in spec.tokens:
+            self._pack_tokens(part, spec)
+        parameters: defaultdict[str, list[ParameterLora]] = defaultdict(list)
+        for part in spec.parameters:
+            module, _, parameter = part.site.rpartition(".")
+            parameters[module].append(self._parameter(part, module, parameter))
+        inner = [*self._linear, *self._norms, *parameters]
+        return Extras(
+            linear={self._sites[name].index: LinearExtras(**fields) for name, fields in self._linear.items()},
+            embeddings={name: EmbeddingExtras(**fields) for name, fields in self._embeddings.items()},
+            norms=dict(self._norms),
+            parameters=dict(parameters),
+            vocab_size=spec.vocab_size,
+            in_layers=any(part.isdigit() for name in inner for part in name.split(".")),
+        )
+
+    # ------------------------------------------------------------ by kind of change
+
+    def _replace(self, part: ReplacedWeights) -> None:
+        """Take a replaced parameter, unless it is the base model's own: PEFT saves those too."""
+        base = self._adaptable.parameter(part.site, part.parameter)
+        assert base is not None
+        tensor = self._get(part.tensor).to(base.dtype)
+        site = self._sites.get(part.site)
+        if site is not None and site.kind == "conv1d" and part.parameter == "weight":
+            tensor = tensor.T.contiguous()
+        if tensor.shape == base.shape and torch.equal(tensor, base.cpu()):
+            return
+        if site is not None:
+            self._linear[part.site][part.parameter] = tensor
+        elif part.site in self._adaptable.embeddings:
+            self._embeddings[part.site][part.parameter] = tensor
+        else:
+            self._norms[part.site][part.parameter] = tensor
+
+    def _pack_linear(self, part: LoraWeights) -> None:
+        """Take what LoRA on a linear layer has beyond rows for the pool."""
+        site = self._sites[part.site]
+        a, b = lora_matrices(part, self._get)
+        # Pooled rows are added to the output of the base's weight: not to another one's, nor in another vocabulary.
+        if len(b) != site.out_features or "weight" in self._linear.get(part.site, {}):
+            self._linear[part.site]["lora"] = LowRank(a.to(site.dtype), b.T.to(site.dtype).contiguous(), part.scale)
+        if part.bias:
+            self._linear[part.site]["lora_bias"] = part.scale * self._get(part.bias).float()
+        if part.magnitude:
+            self._linear[part.site]["dora"] = self._dora(part, self._weight(part.site))
+
+    def _pack_embedding(self, part: LoraWeights) -> None:
+        a, b = (tensor.to(self._dtype(part.site)) for tensor in lora_matrices(part, self._get))
+        self._embeddings[part.site]["lora"] = LowRank(a, b.T.contiguous(), part.scale)
+        if part.magnitude:
+            # For DoRA an embedding is a linear layer with the transposed weight.
+            self._embeddings[part.site]["dora"] = self._dora(part, self._weight(part.site).T)
+
+    def _pack_tokens(self, part: TrainedTokens, spec: AdapterSpec) -> None:
+        order = sorted(range(len(part.indices)), key=part.indices.__getitem__)
+        rows = self._get(part.tensor)[order].to(self._dtype(part.site))
+        indices = torch.tensor(sorted(part.indices))
+        lora = next((self._columns(lora, indices) for lora in spec.sites if lora.site == part.site), None)
+        fields = self._linear if part.site in self._sites else self._embeddings
+        fields[part.site]["tokens"] = Tokens(indices, rows, lora)
+
+    def _columns(self, part: LoraWeights, indices: Tensor) -> LowRank:
+        """Return the LoRA of a linear layer for some of its outputs."""
+        a, b = (tensor.to(self._dtype(part.site)) for tensor in lora_matrices(part, self._get))
+        return LowRank(a, b[indices].T.contiguous(), part.scale)
+
+    def _parameter(self, part: LoraWeights, module: str, parameter: str) -> ParameterLora:
+        owner = self._adaptable.modules[module].module
+        weight = owner.get_parameter(parameter)
+        if part.experts:
+            return ParameterLora(parameter, *self._experts(part, weight.dtype), part.scale)
+        a, b = self._get(part.a).to(weight.dtype), self._get(part.b).to(weight.dtype)
+        if weight.ndim == 2:
+            return ParameterLora(parameter, b, a, part.scale)
+        num_experts = len(weight)
+        a = a.reshape(num_experts, -1, a.shape[-1])  # [experts, rank, in]
+        b = b.reshape(len(b), -1, num_experts).permute(2, 0, 1)  # [experts, out, rank]
+        if getattr(owner, "is_transposed", False):
+            a, b = b.transpose(-2, -1), a.transpose(-2, -1)
+        return ParameterLora(parameter, b.contiguous(), a.contiguous(), part.scale)
+
+    def _experts(self, part: LoraWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return b [experts, out, rank] and a [experts, rank, in] of experts whose layers have their own matrices."""
+        a = [torch.cat([self._get(name) for name, _ in pairs]) for pairs in part.experts]
+        b = [torch.block_diag(*(self._get(name) for _, name in pairs)) for pairs in part.experts]
+        return torch.stack(b).to(dtype), torch.stack(a).to(dtype)
+
+    # ------------------------------------------------------------ weights in force
+
+    def _weight(self, site: str) -> Tensor:
+        """Return the weight that is in force under the adapter, its own or the base model's."""
+        own = (self._linear if site in self._sites else self._embeddings)[site].get("weight")
+        base = own if own is not None else self._adaptable.parameter(site, "weight")
+        assert base is not None
+        return base
+
+    def _dtype(self, site: str) -> torch.dtype:
+        return self._weight(site).dtype
+
+    def _dora(self, part: LoraWeights, weight: Tensor) -> Dora:
+        """Compute DoRA's factors as PEFT does: in fp32, from the weight [N, K] in force and what LoRA adds to it."""
+        a, b = (tensor.to(weight.device).float() for tensor in lora_matrices(part, self._get))
+        weight = weight.float()
+        delta = b @ a
+        magnitude = self._get(part.magnitude).float()
+        norm = torch.linalg.norm(weight + part.scale * delta, dim=1).cpu()
+        squares = [
+            weight.square().sum(1),
+            2 * part.scale * (weight * delta).sum(1),
+            (part.scale * delta).square().sum(1),
+        ]
+        return Dora(magnitude, magnitude / norm, torch.stack(squares).cpu())

@@ -1,0 +1,154 @@
+"""Packs an adapter's files for the pool: low-rank rows in the pool's dtype, and extras."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from gpu_worker.adapters.extras import Extras, map_tensors, tensors_of
+from gpu_worker.adapters.packing.extras_packer import GetTensor, lora_matrices, pack_extras
+from gpu_worker.adapters.packing.rows import MAX_RANK, Rows, RowSite, layout
+from gpu_worker.model.adaptable_modules import AdaptableModules
+from gpu_worker.model.lora import GROUPS, SiteInfo
+from lora_kernels.ops import PAGE_ROWS
+from peft_adapters.format import AdapterSpec, parse_header, read_adapter
+from peft_adapters.safetensors_header import MAX_HEADER_BYTES, TensorInfo
+from protocol.wire.errors import AdapterRefused
+from protocol.wire.messages import ServedModel
+
+EXTRA_PAGE_BYTES = 1 << 16
+"""Extras are counted in pages of this size; they are not stored in pages."""
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class HostAdapter:
+    """An adapter in host memory: the rows to copy, in the pool's dtype, and its extras."""
+
+    digest: str
+    ranks: np.ndarray  # int32 [sites]; 0: the adapter does not change the site
+    scales: np.ndarray  # float32 [sites]
+    rows: list[tuple[int, Tensor, Tensor]]  # (site, A [rank, K], B transposed [rank, N])
+    num_pages: tuple[int, ...]  # by group of the pool, extras last
+    num_bytes: int
+    extras: Extras = field(default_factory=Extras)
+    invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
+    tokenizer: Tokenizer | None = None  # its own, if it brings one
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Packs adapters for one model."""
+
+    sites: Sequence[SiteInfo]
+    served: ServedModel
+    adaptable: AdaptableModules
+    pin: bool  # whether tensors lie in page-locked memory, from which a GPU copies while it computes
+
+    @cached_property
+    def row_sites(self) -> list[RowSite]:
+        """The linear layers as `RowPacker` takes them."""
+        return row_sites(self.sites)
+
+    def pack(self, digest: str, config: dict[str, Any], weights: Any) -> HostAdapter:
+        """Read and pack a PEFT adapter. weights: a safetensors file as a buffer. Raises AdapterRefused."""
+        return self.pack_spec(digest, *self.read(config, weights))
+
+    def read(self, config: dict[str, Any], weights: Any) -> tuple[AdapterSpec, GetTensor]:
+        """Read a PEFT adapter without packing it. weights: a safetensors file as a buffer. Raises AdapterRefused."""
+        view = memoryview(weights)
+        tensors = parse_header(bytes(view[: 8 + MAX_HEADER_BYTES]), len(view))
+        spec = read_adapter(config, tensors, self.served)
+        file = torch.frombuffer(bytearray(view), dtype=torch.uint8)
+        return spec, lambda name: _read(file, tensors[name])
+
+    def wrap(self, digest: str, packed: Rows) -> HostAdapter:
+        """Return an adapter whose rows are packed already; they stay where they are, unless `pin` moves them."""
+        memory = torch.frombuffer(packed.buffer, dtype=torch.uint8)
+        if self.pin:
+            memory = memory.pin_memory()
+        typed = {site.dtype: memory.view(site.dtype) for site in self.sites}
+        rows: list[tuple[int, Tensor, Tensor]] = []
+        for index, begin_a, begin_b, _ in layout(packed.ranks, self.row_sites):
+            site, rank, item_bytes = self.sites[index], int(packed.ranks[index]), self.row_sites[index].item_bytes
+            numbers, k, n = typed[site.dtype], site.in_features, site.out_features
+            a = numbers.as_strided((rank, k), (k, 1), begin_a // item_bytes)
+            b = numbers.as_strided((rank, n), (n, 1), begin_b // item_bytes)
+            rows.append((index, a, b))
+        num_pages = (*self._row_pages(packed.ranks), 0)
+        return HostAdapter(
+            digest, packed.ranks, packed.scales, rows, num_pages, memory.nbytes, invocation=packed.invocation
+        )
+
+    def pack_spec(self, digest: str, spec: AdapterSpec, get: GetTensor) -> HostAdapter:
+        """Pack what has been read. get: returns the spec's tensors by name. Raises AdapterRefused."""
+        if spec.rank > MAX_RANK:
+            raise AdapterRefused([f"rank {spec.rank} is over this worker's limit of {MAX_RANK}"])
+        by_name = {site.name: site for site in self.sites}
+        ranks, scales = np.zeros(len(self.sites), np.int32), np.zeros(len(self.sites), np.float32)
+        rows: list[tuple[int, Tensor, Tensor]] = []
+        names: list[str] = []
+        with torch.inference_mode():
+            extras = pack_extras(spec, get, by_name, self.adaptable)
+            for part in spec.sites:
+                site = by_name[part.site]
+                a, b = lora_matrices(part, get)
+                own = extras.linear.get(site.index)
+                if own is not None and own.lora is not None:
+                    continue  # the pool cannot hold it
+                rows.append((site.index, a.to(site.dtype), b.T.to(site.dtype).contiguous()))
+                names += [part.a, part.b]
+                ranks[site.index], scales[site.index] = part.rank, part.scale
+        _check_finite(rows, names, extras)
+        if self.pin:
+            rows = [(index, a.pin_memory(), b.pin_memory()) for index, a, b in rows]
+            extras = map_tensors(extras, Tensor.pin_memory)
+        extra_bytes = extras.num_bytes
+        num_pages = (*self._row_pages(ranks), -(-extra_bytes // EXTRA_PAGE_BYTES))
+        num_bytes = sum(a.nbytes + b.nbytes for _, a, b in rows) + extra_bytes
+        return HostAdapter(digest, ranks, scales, rows, num_pages, num_bytes, extras, spec.invocation)
+
+    def _row_pages(self, ranks: np.ndarray) -> list[int]:
+        """Return the pages that rows of ranks, int32 [sites], take of each group: enough for its largest rank."""
+        group_ranks = [0] * len(GROUPS)
+        for index in ranks.nonzero()[0].tolist():
+            group = self.sites[index].group
+            group_ranks[group] = max(group_ranks[group], int(ranks[index]))
+        return [-(-rank // PAGE_ROWS) for rank in group_ranks]
+
+
+def row_sites(sites: Sequence[SiteInfo]) -> list[RowSite]:
+    """Return the linear layers of a model as `RowPacker` takes them."""
+    return [RowSite(s.name, s.in_features, s.out_features, str(s.dtype).removeprefix("torch.")) for s in sites]
+
+
+def _read(file: Tensor, info: TensorInfo) -> Tensor:
+    """Return one tensor of a file (uint8 [bytes])."""
+    part = file[info.begin : info.end]
+    if info.begin % _DTYPES[info.dtype].itemsize:
+        part = part.clone()  # a view needs aligned numbers
+    return part.view(_DTYPES[info.dtype]).view(info.shape)
+
+
+def _check_finite(rows: Sequence[tuple[int, Tensor, Tensor]], names: Sequence[str], extras: Extras) -> None:
+    """Raise AdapterRefused when a number is not finite in the pool's dtype. names: of the rows' tensors."""
+    # On bf16, isfinite is twenty times slower than aminmax, whose results NaN and infinity reach as well.
+    tensors = [tensor for _, a, b in rows for tensor in (a, b)]
+    others = tensors_of(extras)
+    extremes = [torch.stack(torch.aminmax(tensor)).float() for tensor in (*tensors, *others) if tensor.numel()]
+    if not extremes:
+        return
+    bad = ~torch.isfinite(torch.stack(extremes)).all(-1)
+    if bad.any():
+        labels = [*names, *["what it changes besides"] * len(others)]
+        found = dict.fromkeys(labels[i] for i in bad.nonzero()[:, 0].tolist())
+        dtype = rows[0][1].dtype if rows else torch.float32
+        raise AdapterRefused([f"numbers that are not finite in {dtype}: {', '.join(list(found)[:5])}"])

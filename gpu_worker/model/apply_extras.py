@@ -1,0 +1,229 @@
+"""Applies adapters' extras to a forward pass: each adapter's to its own rows, in plain torch.
+
+A step in which no row's adapter has extras costs nothing: its context holds no `ExtraRows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpu_worker.adapters.extras import EmbeddingExtras, Extras, LinearExtras, LowRank, ParameterLora
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraRows:
+    """The rows of a step that belong to one adapter with extras, at one scale of their requests."""
+
+    extras: Extras
+    rows: Tensor  # int64
+    active: Tensor  # int64: the rows on which its LoRA is active; fewer than `rows` only for an activated LoRA
+    scale: float  # what the requests multiply the adapter's scale by
+
+
+# ---------------------------------------------------------------- linear layers
+
+
+def apply_linear(groups: list[ExtraRows], site: int, out: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply the extras of every group to the output of one linear layer.
+
+    out: [T, N], the base output with bias [N] and pooled LoRA already added; changed in place. x: [T, K], the input.
+    Returns `out`, or a wider tensor where an adapter has more tokens than the head.
+    """
+    for group in groups:
+        part = group.extras.linear.get(site)
+        if part is not None:
+            out = _apply_linear(part, group, out, x, bias)
+    return out
+
+
+def _apply_linear(part: LinearExtras, group: ExtraRows, out: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    rows, active = group.rows, group.active
+    own_bias = bias if part.bias is None else part.bias
+    if part.weight is not None:
+        out = _put(out, rows, F.linear(x[rows], part.weight, own_bias))
+    elif part.bias is not None and bias is not None:
+        out[rows] += part.bias - bias
+    if part.lora is not None:
+        delta = _low_rank(part.lora, x[active], group.scale)
+        width = delta.shape[-1]
+        out[active, :width] = (out[active, :width].float() + delta).to(out.dtype)
+    if part.lora_bias is not None:
+        out[active] = (out[active].float() + part.lora_bias * group.scale).to(out.dtype)
+    if part.dora is not None:
+        factor = part.dora.at(group.scale)
+        y = out[rows, : len(factor)].float()
+        offset = 0.0 if own_bias is None else own_bias.float()
+        out[rows, : len(factor)] = (factor * (y - offset) + offset).to(out.dtype)
+    if part.tokens is not None:
+        tokens = part.tokens
+        out = _widen(out, int(tokens.indices[-1]) + 1)
+        out[rows[:, None], tokens.indices] = F.linear(x[rows], tokens.rows)
+        if tokens.lora is not None:
+            delta = _low_rank(tokens.lora, x[active], group.scale)
+            out[active[:, None], tokens.indices] += delta.to(out.dtype)
+    return out
+
+
+def _low_rank(lora: LowRank, x: Tensor, scale: float) -> Tensor:
+    """Return what LoRA adds for x [n, K]: fp32 [n, N]."""
+    return (x.float() @ lora.a.float().T) @ lora.b.float() * (lora.scale * scale)
+
+
+def _put(out: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """Write values [n, M] to rows of `out`, which is widened to M columns if it has fewer."""
+    out = _widen(out, values.shape[-1])
+    out[rows, : values.shape[-1]] = values
+    return out
+
+
+def _widen(out: Tensor, width: int) -> Tensor:
+    return F.pad(out, (0, width - out.shape[-1])) if width > out.shape[-1] else out
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+class AdaptableEmbedding:
+    """An embedding of the model, one id per token, whose rows adapters may change."""
+
+    def __init__(self, name: str, module: nn.Embedding) -> None:
+        self.name = name
+        self.module = module
+        self.scale = getattr(module, "embed_scale", 1.0)
+
+    def apply(self, groups: list[ExtraRows], ids: Tensor) -> Tensor:
+        """Return the embeddings [1, T, D] of ids, int64 [1, T]; adapters may know ids beyond the base's vocabulary."""
+        flat = ids.view(-1)
+        out = original_forward(self.module)(ids.clamp(max=self.module.num_embeddings - 1))
+        hidden = out.view(-1, out.shape[-1])
+        for group in groups:
+            part = group.extras.embeddings.get(self.name)
+            if part is not None:
+                hidden[group.rows] = self._rows(part, group.scale, flat[group.rows], hidden[group.rows])
+        return out
+
+    def _rows(self, part: EmbeddingExtras, scale: float, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Return the embeddings [n, D] of ids [n] under an adapter, given the base's."""
+        if part.weight is not None:
+            hidden = part.weight[ids] * self._scale(part.weight)
+        if part.tokens is not None:
+            at = torch.searchsorted(part.tokens.indices, ids).clamp(max=len(part.tokens.indices) - 1)
+            rows = part.tokens.rows[at] * self._scale(part.tokens.rows)
+            hidden = torch.where((part.tokens.indices[at] == ids)[:, None], rows, hidden)
+        if part.lora is not None:
+            lora = part.lora
+            delta = lora.a.T[ids].float() @ lora.b.float() * (lora.scale * scale) * self.scale
+            hidden = hidden.float()
+            if part.dora is not None:
+                factor = part.dora.at(scale)
+                hidden, delta = hidden * factor, delta * factor
+            hidden = hidden + delta
+        return hidden.to(self.module.weight.dtype)
+
+    def _scale(self, weight: Tensor) -> Any:
+        return self.scale.to(weight.dtype) if isinstance(self.scale, Tensor) else self.scale
+
+
+# ---------------------------------------------------------------- norms and parameters of other modules
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLayout:
+    """The dimension that counts tokens, of each tensor among a module's arguments and results."""
+
+    args: tuple[int, ...]
+    outs: tuple[int, ...]
+    num_dims: int  # of the first tensor among the arguments
+
+    @classmethod
+    def of(cls, args: Sequence[Any], out: Any, num_tokens: int) -> TokenLayout | None:
+        """Read the layout off a call with `num_tokens` tokens; None if a tensor has no such dimension, or several."""
+        if not isinstance(out, (Tensor, tuple)) or (isinstance(out, tuple) and len(tensors_in(out)) != len(out)):
+            return None
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        ins, outs = ([_token_dim(tensor, num_tokens) for tensor in part] for part in (tensors, tensors_in(out)))
+        if not ins or not outs or None in ins or None in outs:
+            return None
+        return cls(tuple(ins), tuple(outs), tensors[0].ndim)  # pyright: ignore[reportArgumentType]
+
+
+def _token_dim(tensor: Tensor, num_tokens: int) -> int | None:
+    shape = tensor.shape
+    if not shape or shape[0] == num_tokens:
+        return 0 if shape else None
+    dims = [dim for dim in (1, 2) if shape[0] == 1 and dim < len(shape) and shape[dim] == num_tokens]
+    return dims[0] if len(dims) == 1 else None
+
+
+class AdaptableModule:
+    """A module computed token by token: an adapter's rows run through it again, with the adapter's parameters."""
+
+    def __init__(self, name: str, module: nn.Module, layout: TokenLayout) -> None:
+        self.name = name
+        self.module = module
+        self.layout = layout
+
+    def apply_norms(self, groups: list[ExtraRows], out: Tensor, x: Tensor) -> Tensor:
+        """Overwrite the rows of `out` whose adapters replace the norm's parameters with what x becomes under these.
+
+        x, out: one shape, in which `layout` finds the tokens; or [T, D], as shortcuts call it. Returns `out`.
+        """
+        dim = self.layout.args[0] if x.ndim == self.layout.num_dims else 0
+        for group in groups:
+            own = group.extras.norms.get(self.name)
+            if own is not None:
+                out.index_copy_(dim, group.rows, run_with(self.module, own, x.index_select(dim, group.rows)))
+        return out
+
+    def apply_parameters(self, groups: list[ExtraRows], out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Overwrite the rows of `out` whose adapters have LoRA on the module's parameters.
+
+        args, kwargs: what the module was called with. out: its result, a tensor or several. Returns `out`.
+        """
+        for group in groups:
+            loras = group.extras.parameters.get(self.name)
+            if loras is None or not len(group.active):
+                continue
+            own = {lora.parameter: self._adapted(lora, group.scale) for lora in loras}
+            dims = iter(self.layout.args)
+            own_args = [_pick(value, group.active, dims) for value in args]
+            own_kwargs = {key: _pick(value, group.active, dims) for key, value in kwargs.items()}
+            result = run_with(self.module, own, *own_args, **own_kwargs)
+            for dim, whole, part in zip(self.layout.outs, tensors_in(out), tensors_in(result), strict=True):
+                whole.index_copy_(dim, group.active, part)
+        return out
+
+    def _adapted(self, lora: ParameterLora, scale: float) -> Tensor:
+        """Return a parameter with an adapter's LoRA added, in the parameter's dtype."""
+        weight = self.module.get_parameter(lora.parameter)
+        product = torch.baddbmm if weight.ndim == 3 else torch.addmm
+        return product(weight, lora.lhs, lora.rhs, alpha=lora.scale * scale)
+
+
+def _pick(value: Any, rows: Tensor, dims: Iterator[int]) -> Any:
+    """Return the rows of an argument that is a tensor, any other as it is. dims: the tensors' token dimensions."""
+    return value.index_select(next(dims), rows) if isinstance(value, Tensor) else value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of a module's result: itself, or those in a tuple."""
+    return [value] if isinstance(value, Tensor) else [item for item in value if isinstance(item, Tensor)]
+
+
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """Return the forward of a module's class, even where the instance has another."""
+    return type(module).forward.__get__(module)
+
+
+def run_with(module: nn.Module, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """Return what a module would compute with other parameters, by name. The module itself does not change."""
+    other = object.__new__(type(module))
+    other.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, **parameters}}
+    other.__dict__.pop("forward", None)
+    return other.forward(*args, **kwargs)

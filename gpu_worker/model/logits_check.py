@@ -1,0 +1,76 @@
+"""What the untouched model says to a few random prompts, for the finished engine to be held against."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gpu_worker.model.checkpoint import quantisation_of
+
+LAST_DIGITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Relative differences that rounding and another order of sums may make of a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsCheck:
+    """Random prompts and their logits, each computed alone."""
+
+    prompts: list[Tensor]  # int64 [T]
+    logits: list[Tensor]  # [T, V] of each prompt
+    sensitivity: float = 0.0  # `spread_of` after changing the embeddings' last digits; 0 if the model is not quantised
+
+
+def ask_untouched(module: PreTrainedModel, config: Any) -> LogitsCheck:
+    """Run random prompts with Hugging Face's own attention; they exceed the sliding window, if that is short."""
+    window = getattr(config, "sliding_window", None) or 0
+    longest = window + 8 if 16 < window <= 512 else 24
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(config.vocab_size, (num,), generator=generator) for num in (longest, longest - 7)]
+    prompts = [ids.to(module.device) for ids in prompts]
+    logits = _logits_of(module, prompts)
+    if not quantisation_of(module.config):
+        return LogitsCheck(prompts, logits)
+    with last_digits_changed(module):
+        return LogitsCheck(prompts, logits, spread_of(_logits_of(module, prompts), logits))
+
+
+def _logits_of(module: PreTrainedModel, prompts: list[Tensor]) -> list[Tensor]:
+    found = []
+    for ids in prompts:
+        positions = torch.arange(len(ids), device=ids.device)
+        found.append(module(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0])
+    return found
+
+
+@contextlib.contextmanager
+def last_digits_changed(module: PreTrainedModel) -> Iterator[None]:
+    """Change the embeddings as little as another order of sums would.
+
+    Layers that round their input, to int8 say, make more of it: a number between two steps goes to the other one.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def hook(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+        noise = torch.randn(out.shape, generator=generator).to(out.device)
+        return (out.float() * (1 + LAST_DIGITS[out.dtype] * noise)).to(out.dtype)
+
+    handle = module.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def spread_of(logits: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the root mean square difference of logits from the expected ones, relative to the deviation of these.
+
+    Both hold tensors of the same shapes [rows, V].
+    """
+    got, right = torch.cat(list(logits)).float(), torch.cat(list(expected)).float()
+    return ((got - right).square().mean().sqrt() / right.std()).item()

@@ -1,0 +1,72 @@
+"""Adapters of a few numbers, and a cache over a pool of a few pages for them."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+
+from gpu_worker.adapters.cache import AdapterCache
+from gpu_worker.adapters.packing.packer import HostAdapter
+from gpu_worker.adapters.weights import PoolWeights
+from gpu_worker.model.lora import SiteInfo
+from lora_kernels.ops import PAGE_ROWS
+from protocol.wire.errors import NotFound
+
+SITES = [
+    SiteInfo("model.layers.0.attn.q", 0, 0, 4, 6, "linear", torch.float32),
+    SiteInfo("model.layers.0.mlp.up", 1, 1, 4, 8, "linear", torch.float32),
+    SiteInfo("lm_head", 2, 2, 4, 10, "linear", torch.float32),
+]
+PAGE_BYTES = [PAGE_ROWS * 4 * 10, PAGE_ROWS * 4 * 12, PAGE_ROWS * 4 * 14]
+ATTENTION = 1 << 0
+MLP = 1 << 1
+
+
+def make_adapter(digest: str, rank: int, where: int = ATTENTION) -> HostAdapter:
+    """Return an adapter of one rank on the groups in `where`, all its numbers being a hash of its name."""
+    value = float(sum(digest.encode()))
+    rows = []
+    ranks = np.zeros(len(SITES), np.int32)
+    for site in SITES:
+        if where & 1 << site.group:
+            ranks[site.index] = rank
+            a, b = torch.full((rank, site.in_features), value), torch.full((rank, site.out_features), -value)
+            rows.append((site.index, a, b))
+    pages = tuple(-(-rank // PAGE_ROWS) if where & 1 << group else 0 for group in range(4))
+    num_bytes = sum(a.nbytes + b.nbytes for _, a, b in rows)
+    return HostAdapter(digest, ranks, np.full(len(SITES), 0.5, np.float32), rows, pages, num_bytes)
+
+
+class Loading:
+    """A cache over a pool of a few pages whose loaders' news can be awaited."""
+
+    def __init__(self, num_pages: int, adapters: list[HostAdapter], host_bytes: int = 1 << 20) -> None:
+        budget = num_pages * (PAGE_BYTES[0] + PAGE_BYTES[1]) + PAGE_BYTES[2]
+        self.weights = PoolWeights(SITES, [], budget, "cpu")
+        self.known = {adapter.digest: adapter for adapter in adapters}
+        self.reads: list[str] = []
+        self.store_answers = threading.Event()
+        self.store_answers.set()
+        self.changed = threading.Event()
+        self.evicted: list[str] = []
+        self.cache = AdapterCache(self.weights, self._read, host_bytes)
+        self.cache.on_loaded = self.changed.set
+        self.cache.on_evicted = self.evicted.append
+
+    def _read(self, digest: str) -> HostAdapter:
+        self.reads.append(digest)
+        assert self.store_answers.wait(timeout=60)
+        if digest not in self.known:
+            raise NotFound(f"no adapter store has the adapter {digest}")
+        return self.known[digest]
+
+    def load(self, *wanted: str, until: str) -> None:
+        """Ask for adapters until one of them is resident."""
+        while until not in self.cache.resident:
+            self.changed.clear()
+            assert not self.cache.poll()
+            assert not self.cache.load(wanted)
+            if until not in self.cache.resident and self.cache.loading:
+                assert self.changed.wait(timeout=60)

@@ -1,0 +1,72 @@
+"""An adapter's digest is of what changes the maths, of all of it and of nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from adapter_files import lora_config, lora_tensors, safetensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft_configs import lora_configs
+
+from peft_adapters.format import adapter_digest, canonical_config, parse_header
+
+
+def digest(config: dict[str, Any], raw: bytes) -> str:
+    return adapter_digest(config, parse_header(raw, len(raw)), raw)
+
+
+def test_digest_is_of_the_maths_only() -> None:
+    tensors = lora_tensors()
+    raw = safetensors(tensors)
+    expected = digest(lora_config(), raw)
+    assert re.fullmatch("[0-9a-f]{64}", expected)
+    reordered = safetensors(dict(reversed(tensors.items())), __metadata__={"who": "me"})
+    assert digest(lora_config(), reordered) == expected
+    for same in (
+        {"lora_dropout": 0.5},
+        {"base_model_name_or_path": "/home/me"},
+        {"use_dora": False},
+        {"trainable_token_indices": []},
+        {"bias": "none"},
+        {"target_modules": ["v_proj", "q_proj"]},
+        {"init_lora_weights": "gaussian"},
+        {"rank_pattern": {}},
+        {"modules_to_save": None},
+        {"init_lora_weights": "mica"},
+    ):
+        assert digest(lora_config(**same), raw) == expected, same
+    others = [{"r": 5}, {"lora_alpha": 9}, {"use_rslora": True}, {"target_modules": ["q_proj"]}, {"use_dora": True},
+              {"alpha_pattern": {"q_proj": 1}}, {"exclude_modules": ["x"]}, {"layers_to_transform": [0]},
+              {"lora_bias": True},
+              {"modules_to_save": ["x"]}, {"alora_invocation_tokens": [1]}]  # fmt: skip
+    for other in others:
+        assert digest(lora_config(**other), raw) != expected, other
+    assert digest(lora_config(rank_pattern={"a": 1, "b": 2}), raw) != digest(
+        lora_config(rank_pattern={"b": 2, "a": 1}), raw
+    ), "the first match counts, so the order does"
+
+
+def test_digest_sees_every_byte_and_name() -> None:
+    raw = bytearray(safetensors(lora_tensors(rank=1)))
+    tensors = parse_header(bytes(raw), len(raw))
+    expected = adapter_digest(lora_config(), tensors, raw)
+    for tensor in tensors.values():
+        for at in (tensor.begin, tensor.end - 1):
+            raw[at] ^= 1
+            assert adapter_digest(lora_config(), tensors, raw) != expected
+            raw[at] ^= 1
+    assert adapter_digest(lora_config(), tensors, raw) == expected
+    renamed = {name.replace("q_proj", "k_proj"): tensor for name, tensor in tensors.items()}
+    assert adapter_digest(lora_config(), renamed, raw) != expected
+
+
+@settings(max_examples=50)
+@given(st.data())
+def test_canonical_config_is_stable(data: st.DataObject) -> None:
+    fields = data.draw(lora_configs("llama"))
+    once = canonical_config({"peft_type": "LORA", **fields})
+    assert canonical_config(json.loads(json.dumps(once))) == once
+    assert list(canonical_config(dict(reversed(fields.items())))) == list(canonical_config(fields))

@@ -1,0 +1,49 @@
+"""Patterns mean what PEFT, with Python's `re`, says, or are refused; none takes long."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_adapters.targets import BadPattern, Names, PatternMap, compile_pattern
+
+PIECES = ["q_proj", "model", "layers", ".", r"\.", ".*", ".*?", "[0-9]", r"\d", r"\d+", "(", ")", "|", "^", "$", "?",
+          "+", "*", "{2}", "{,3}", "{1,}", "[^.]", "[[:alpha:]]", r"\w", r"\b", "(?:", "(?i)", "(?P<a>", r"\Z", r"\1",
+          "(?=", "[a-z_]+", "x", "0", "_"]  # fmt: skip
+MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.12.mlp.gate_proj", "lm_head", "q_proj", "MODEL.x", "0"]
+
+
+@settings(max_examples=500)
+@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
+def test_an_accepted_pattern_means_what_python_says(pattern: str) -> None:
+    try:
+        compile_pattern(pattern)
+    except BadPattern:
+        return
+    names = Names.read(pattern)
+    for module in MODULES:
+        assert names.chosen(module) == (re.fullmatch(pattern, module) is not None)
+
+
+@pytest.mark.parametrize("pattern", [r"(.*a){20}$", r"(a|aa)+$", r"(.*.*.*.*.*)*x", r"(?:.*?){9}y"])
+def test_hostile_patterns_take_no_time(pattern: str) -> None:
+    """Each would keep Python's `re` busy for ages on one name: the test's time limit is the check."""
+    names = Names.read(pattern)
+    assert not any(names.chosen("a" * 5000 + "b") for _ in range(20))
+
+
+@pytest.mark.parametrize("pattern", ["é", "a\nb", "a\x00", "((((a{1000}){1000}){1000}){1000})", r"\pL", r"\C", "(?U)a"])
+def test_refuses_patterns_that_are_read_differently(pattern: str) -> None:
+    with pytest.raises(BadPattern):
+        compile_pattern(pattern)
+
+
+def test_the_first_matching_pattern_counts() -> None:
+    ranks = PatternMap({"q_proj": 1, r".*layers\.0\..*": 2, "proj": 3})
+    assert ranks.get("model.layers.0.self_attn.q_proj", 9) == 1
+    assert ranks.get("model.layers.0.self_attn.v_proj", 9) == 2
+    assert ranks.get("model.layers.1.self_attn.v_proj", 9) == 9
+    assert PatternMap({"q.proj": 1}).get("q_proj", 9) == 1, "a dot matches any character"
