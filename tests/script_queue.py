@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import msgspec
 import numpy as np
 
-from protocol.queue.bus import Bus, StepRow, decode, now_ms
+from protocol.queue.bus import Bus, Refused, Step, StepRow, decode, now_ms
 from protocol.wire import messages as m
 
 GATEWAY = "g"
@@ -26,20 +25,6 @@ def ids(*tokens: int) -> bytes:
     return np.array(tokens, dtype="<i4").tobytes()
 
 
-async def written(bus: Bus, rid: str) -> bytes:
-    """Return the ids in a request's log and, beyond its end, in its owner's journal. Changes nothing."""
-    log = await bus.redis.get(bus.keys.tok(rid)) or b""
-    state, owner = await bus.redis.hmget(bus.keys.req(rid), "state", "owner")
-    entries = await bus.redis.lrange(bus.keys.journal(owner.decode()), 0, -1) if state == b"assigned" else []
-    for packed, tokens in zip(entries[::2], entries[1::2], strict=True):
-        facts, at = msgspec.msgpack.decode(packed), 0
-        for name, _, seq0, size in zip(*(facts[i::4] for i in range(4)), strict=True):
-            if name == rid and log and seq0 * 4 <= len(log) < seq0 * 4 + size:
-                log += tokens[at : at + size][len(log) - seq0 * 4 :]
-            at += size
-    return log
-
-
 class Queue:
     """The bus with a gateway and a worker, and what a test likes to look at."""
 
@@ -58,6 +43,10 @@ class Queue:
         await self.submit(*rids)
         assert (await self.assign(*rids))[0] == "ok"
 
+    async def write(self, *rows: StepRow) -> list[Refused]:
+        """Write a step of worker `w`; return the refused rows."""
+        return await self.bus.step("w", Step(rows=list(rows)))
+
     async def requeue(self, *rids: str, counts: bool = True, wid: str = "w") -> dict[str, str]:
         return await self.bus.requeue(wid, rids, counts=counts, max_attempts=3, name='gpu "0"\n')
 
@@ -66,7 +55,7 @@ class Queue:
         return {name.decode(): value.decode(errors="replace") for name, value in found.items()}
 
     async def log(self, rid: str) -> bytes:
-        return await written(self.bus, rid)
+        return await self.bus.redis.get(self.keys.tok(rid)) or b""
 
     async def queued(self) -> list[tuple[str, int]]:
         entries = await self.bus.entries(self.keys.sub("interactive"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -15,8 +16,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from protocol.queue.adapters import AdapterBus
 from protocol.queue.quota import Quota, standing_of
 from protocol.queue.redis_client import connect
-from protocol.queue.scripts import Scripts
-from protocol.queue.verified import Plan, Verified
+from protocol.queue.scripts import FOLDER, Scripts
 from protocol.wire import messages as m
 from protocol.wire.codec import decode, now_ms
 from protocol.wire.errors import Internal, LorafleetError, ProtocolError
@@ -88,15 +88,14 @@ class Refused:
 class Bus(AdapterBus):
     """A service's connection to the queue."""
 
-    def __init__(self, url: str, keys: Keys | None = None) -> None:
+    def __init__(self, url: str, keys: Keys | None = None, *, lua: Path = FOLDER) -> None:
         self.url = url
         self.keys = keys or Keys()
         self.redis = connect(url, timeout_s=5)
         # redis-py's default read timeout of 5 s would abort and silently repeat longer blocking reads.
         self._blocking = connect(url, timeout_s=None)
-        self._scripts = Scripts(self.redis)
+        self._scripts = Scripts(self.redis, lua)
         self._run_id = ""  # of the server, when last asked
-        self._verified: dict[str, Verified] = {}  # wid -> what it owns
 
     async def close(self) -> None:
         await self.redis.aclose()
@@ -157,21 +156,11 @@ class Bus(AdapterBus):
 
     async def step(self, wid: str, step: Step) -> list[Refused]:
         """Write a step. Returns the refused rows; when there are any, nothing at all was written."""
-        verified = self._verified.setdefault(wid, Verified())
-        keys = [self.keys.tag, self.keys.work(wid), self.keys.ended, self.keys.own(wid), self.keys.journal(wid)]
-        script, plan = self._scripts.step, verified.plan(step.rows)
-        reply: list[Any] = [b""]
-        try:
-            reply = await self.redis.evalsha(script.sha, len(keys), *keys, *_step_args(step, plan, verified.version))
-        except NoScriptError:  # a new server process, maybe without its last second
-            verified.forget()
-            plan = verified.plan(step.rows)
-            reply = await self.redis.eval(script.script, len(keys), *keys, *_step_args(step, plan, b""))
-        finally:  # also if nobody knows whether it was written
-            verified.note(reply[0] if len(reply) == 1 else b"", plan)
+        keys = [self.keys.tag, self.keys.work(wid), self.keys.ended, self.keys.own(wid)]
+        reply = await self._scripts.step(keys=keys, args=_step_args(step))
         return [
             Refused(reply[i].decode(), reply[i + 1].decode(), reply[i + 2], reply[i + 3])
-            for i in range(1, len(reply), 4)
+            for i in range(0, len(reply), 4)
         ]
 
     async def finish(
@@ -224,15 +213,10 @@ class Bus(AdapterBus):
 
     # ------------------------------------------------------------ requests
 
-    async def _merge(self, rids: Sequence[str]) -> None:
-        """Bring logs up to date before they are looked at."""
-        await self._scripts.merge(keys=[self.keys.tag], args=list(rids))
-
     async def requests(self, rids: Sequence[str]) -> list[RequestFacts | None]:
         """Return the facts of requests, None for one that has expired or never was."""
         fields = ("state", "epoch", "finish", "error", "gateway", "n_prompt", "attempts",
                   "t_submit", "t_first", "t_end", "t_assign")  # fmt: skip
-        await self._merge(rids)
         pipe = self.redis.pipeline(transaction=False)
         for rid in rids:
             pipe.hmget(self.keys.req(rid), fields)
@@ -258,7 +242,6 @@ class Bus(AdapterBus):
 
         `record_bytes` is the size of its logprob records, 0 without them. None when the request is unknown.
         """
-        await self._merge([rid])
         pipe = self.redis.pipeline(transaction=False)
         # The state first: if it is terminal, the tokens read after it are complete.
         pipe.hmget(self.keys.req(rid), "state", "epoch", "finish", "error")
@@ -282,7 +265,6 @@ class Bus(AdapterBus):
 
     async def owned(self, rids: Sequence[str]) -> list[Owned | None]:
         """Return requests with their submissions, None for one that has expired."""
-        await self._merge(rids)
         pipe = self.redis.pipeline(transaction=False)
         for rid in rids:
             pipe.hmget(self.keys.req(rid), "sub", "state", "owner", "epoch", "attempts", "lost")
@@ -381,7 +363,7 @@ class Bus(AdapterBus):
     async def leave(self, wid: str) -> None:
         """Take a worker, whose work is handed back, off the register."""
         pipe = self.redis.pipeline(transaction=True)
-        of_worker = (self.keys.work, self.keys.own, self.keys.journal, self.keys.ctl, self.keys.worker_beat)
+        of_worker = (self.keys.work, self.keys.own, self.keys.ctl, self.keys.worker_beat)
         pipe.delete(*(key(wid) for key in of_worker))
         pipe.zrem(self.keys.workers, wid)
         await pipe.execute()
@@ -459,29 +441,21 @@ def _flatten(entries: Any) -> Iterable[Entry]:
             yield tuple(item)
 
 
-def _step_args(step: Step, plan: Plan, version: bytes) -> list[Any]:
+def _step_args(step: Step) -> list[Any]:
     """Return the arguments of `step.lua`."""
+    rows: list[Any] = []
     logprobs: list[Any] = []
     ends: list[Any] = []
-    for row in plan.looked_at:
+    for row in step.rows:
+        rows += (row.rid, str(row.epoch), row.seq0, len(row.ids))
         if row.ids and row.logprobs:
             logprobs += (row.rid, row.seq0, row.logprobs)
         if row.prompt_logprobs:
             logprobs += (row.rid, "prompt", row.prompt_logprobs)
         if row.state:
             ends += (row.rid, row.state, row.finish, row.error)
+    ids = b"".join([row.ids for row in step.rows])
     outs = [part for gid, deltas in step.outs.items() for part in (gid, m.encode(deltas))]
-    ended = m.encode(step.ended) if step.ended else b""
     counts = [len(logprobs) // 3, len(ends) // 4, len(step.outs)]
-    sizes = msgspec.msgpack.encode([len(tail) for tail in plan.tails])
-    ids = b"".join([part for tail, row in zip(plan.tails, plan.looked_at, strict=True) for part in (tail, row.ids)])
-    head = [_pack(plan.looked_at), sizes, ids, _pack(plan.journaled), b"".join([row.ids for row in plan.journaled])]
-    return [*head, *counts, ended, version, int(plan.flush), *logprobs, *ends, *outs, *step.done_entries]
-
-
-def _pack(rows: Iterable[StepRow]) -> bytes:
-    """Return rows as `step.lua` and a worker's journal have them; their ids stand beside them."""
-    packed: list[Any] = []
-    for row in rows:
-        packed += (row.rid, str(row.epoch), row.seq0, len(row.ids))
-    return msgspec.msgpack.encode(packed)
+    ended = m.encode(step.ended) if step.ended else b""
+    return [msgspec.msgpack.encode(rows), ids, *counts, ended, *logprobs, *ends, *outs, *step.done_entries]

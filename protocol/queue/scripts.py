@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
 
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 
-NAMES = ("submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position", "merge")
-_FOLDER = Path(__file__).parent / "lua"
+NAMES = ("submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position")
+FOLDER = Path(__file__).parent / "lua"
 
 
 class Scripts:
@@ -25,14 +24,9 @@ class Scripts:
     lead: AsyncScript
     repair: AsyncScript
     position: AsyncScript
-    merge: AsyncScript
 
-    def __init__(self, client: Redis) -> None:
-        common = (_FOLDER / "common.lua").read_text()
+    def __init__(self, client: Redis, folder: Path = FOLDER) -> None:
+        common = (folder / "common.lua").read_text()
         for name in NAMES:
-            source = common + (_FOLDER / f"{name}.lua").read_text()
-            if name == "step":
-                # Nobody else's script: a server that knows it is the process that this client has written steps
-                # to, since scripts are neither saved nor replicated.
-                source += f"\n-- {uuid.uuid4().hex}"
+            source = common + (folder / f"{name}.lua").read_text()
             setattr(self, name, client.register_script(source))

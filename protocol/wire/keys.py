@@ -31,7 +31,7 @@ class Keys:
         return f"{self.tag}:body:{rid}"
 
     def tok(self, rid: str) -> str:
-        """String: output token ids, int32 little endian, appended by scripts. The last may still be in `journal`."""
+        """String: output token ids, int32 little endian, appended by scripts."""
         return f"{self.tag}:tok:{rid}"
 
     def lp(self, rid: str) -> str:
@@ -55,10 +55,6 @@ class Keys:
     def own(self, wid: str) -> str:
         """Hash rid -> epoch: what a worker may write. 1 h after the last assignment; written by scripts only."""
         return f"{self.tag}:w:{wid}:own"
-
-    def journal(self, wid: str) -> str:
-        """List: rows of steps, and their ids, that are in no log yet. At most 1 h; written by scripts only."""
-        return f"{self.tag}:w:{wid}:journal"
 
     # Control and events. Bounded streams.
     def ctl(self, wid: str) -> str:

@@ -6,11 +6,11 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from tests.protocol.test_dead_letters import give_up
 
 from lorafleet.__main__ import main
 from lorafleet.embedded import EmbeddedServer, start_embedded
 from protocol.queue.bus import Bus
+from tests.protocol.queue.test_dead_letters import give_up
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-from script_queue import written
 from waiting import wait_until
 
 from protocol.queue.bus import Bus, Step, StepRow, decode, now_ms
@@ -60,7 +59,7 @@ class FakeWorker:
 
     async def beat(self) -> None:
         self._sent += 1
-        lengths = [len(await written(self.bus, rid)) for rid in self.held]
+        lengths = [await self.bus.redis.strlen(self.bus.keys.tok(rid)) for rid in self.held]
         beat = m.WorkerBeat(
             wid=self.wid, name=self.name or self.wid, model="fake", capacity=self.capacity, running=len(self.held),
             progress=[(rid, length // 4) for rid, length in zip(self.held, lengths, strict=True)],
@@ -91,7 +90,7 @@ class FakeWorker:
     async def write(self, rid: str, num_tokens: int = 1, *, end: bool = False) -> list[str]:
         """Write tokens of one request, and its end. Returns the codes with which it was refused."""
         item = self.held[rid]
-        seq0 = len(await written(self.bus, rid)) // 4
+        seq0 = await self.bus.redis.strlen(self.bus.keys.tok(rid)) // 4
         ids = np.arange(seq0, seq0 + num_tokens, dtype="<i4").tobytes()
         row = StepRow(rid, item.epoch, seq0, ids, state="completed" if end else "", finish="length" if end else "")
         step = Step(rows=[row])

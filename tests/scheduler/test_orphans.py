@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.protocol.test_scripts import make_body, make_submit
+from script_queue import make_body, make_submit
 
 from protocol.queue.bus import Bus, Step, StepRow
 from protocol.wire import messages as m

@@ -30,6 +30,5 @@ for i = 4, #ARGV, 2 do
   owned[#owned + 1] = epoch
 end
 redis.call('HSET', own_key(ARGV[2]), unpack(owned))
-redis.call('HSETNX', own_key(ARGV[2]), '', new_version())
-redis.call('EXPIRE', own_key(ARGV[2]), 3600)  -- once it is gone, steps take longer: that is all
+redis.call('EXPIRE', own_key(ARGV[2]), 3600)  -- once it has expired, steps only cost more
 return {'ok'}

@@ -3,60 +3,12 @@
 local P = KEYS[1]
 local function req_key(rid) return P .. ':req:' .. rid end
 
--- Hash rid -> epoch of what a worker may write: just those that are assigned to it at that epoch and not cancelled.
--- Whatever changes one of these facts must change this too. Its field '' is the version: another one whenever something
--- was taken away. What a worker was once found to own it still owns while the version is the same.
+-- Hash rid -> epoch of what a worker may write: exactly the requests that are assigned to it at that epoch and not
+-- cancelled. Whatever changes one of these facts must change this hash too.
 local function own_key(wid) return P .. ':w:' .. wid .. ':own' end
 
--- What a worker's steps have written and no log holds yet: rows as a packed table (rid, epoch, seq0, bytes of ids, rid, ...)
--- and all their ids, in turns. So a step that only goes on with requests costs one call, not one for each of them.
-local function journal_key(wid) return P .. ':w:' .. wid .. ':journal' end
-
--- Move what a journal holds into the logs. May be done at any time; whatever looks at the log of a running request
--- does it first. A log that is not as long as a row believes (it has expired, or lost its end) is left alone.
-local function merge_journal(key)
-  local entries = redis.call('LRANGE', key, 0, -1)
-  if #entries == 0 then return end
-  local runs, run_of = {}, {}  -- tokens that follow each other: rid, first and last byte + 1, parts
-  for i = 1, #entries, 2 do
-    local rows, ids, at = cmsgpack.unpack(entries[i]), entries[i + 1], 1
-    for a = 1, #rows, 4 do
-      local rid, from, size = rows[a], rows[a + 2] * 4, rows[a + 3]
-      local part, run = string.sub(ids, at, at + size - 1), run_of[rid]
-      at = at + size
-      if run and from == run[3] then
-        run[3] = from + size
-        table.insert(run[4], part)
-      else  -- the first, or what follows rows that went into the log; or a repetition, which the log will tell
-        run_of[rid] = {rid, from, from + size, {part}}
-        table.insert(runs, run_of[rid])
-      end
-    end
-  end
-  for _, run in ipairs(runs) do
-    local log = P .. ':tok:' .. run[1]
-    local len = redis.call('STRLEN', log)
-    if len > 0 and run[2] <= len and len < run[3] then
-      redis.call('APPEND', log, string.sub(table.concat(run[4]), len - run[2] + 1))
-    end
-  end
-  redis.call('DEL', key)
-end
-
-local function new_version()
-  local t = redis.call('TIME')
-  return t[1] .. '.' .. t[2]
-end
-
--- Let a worker's next step look at everything. A hash made anew here would have no life time.
-local function doubt(wid)
-  if redis.call('EXISTS', own_key(wid)) == 1 then redis.call('HSET', own_key(wid), '', new_version()) end
-end
-
--- Take a request from its worker, before its end or another owner.
-local function disown(wid, rid)
-  if redis.call('HDEL', own_key(wid), rid) == 1 then doubt(wid) end
-end
+-- Take a request from its worker: before its end from outside, its cancellation, or another owner.
+local function disown(wid, rid) redis.call('HDEL', own_key(wid), rid) end
 
 local function now_ms()
   local t = redis.call('TIME')

@@ -7,7 +7,6 @@ local rid, now = ARGV[1], now_ms()
 local f = redis.call('HMGET', req_key(rid), 'state', 'owner', 'gateway')
 if not f[1] or is_terminal(f[1]) then return 0 end
 drop_submit(rid)
-if f[2] ~= '' then merge_journal(journal_key(f[2])) end
 redis.call('HINCRBY', req_key(rid), 'epoch', 1)
 write_end(rid, ARGV[2], ARGV[3], ARGV[4], now)
 tell_scheduler(ARGV[7])

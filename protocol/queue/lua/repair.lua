@@ -3,8 +3,6 @@
 -- ARGV: rid, index of the first id given, ids, logprobs, bytes of a logprob record
 -- -> length of the log in tokens
 local tok = P .. ':tok:' .. ARGV[1]
-local owner = redis.call('HGET', req_key(ARGV[1]), 'owner') or ''
-if owner ~= '' then merge_journal(journal_key(owner)) end
 local len, seq0 = redis.call('STRLEN', tok) / 4, tonumber(ARGV[2])
 local num = #ARGV[3] / 4
 if redis.call('EXISTS', req_key(ARGV[1])) == 0 then return len end
@@ -18,7 +16,6 @@ if len >= seq0 and len < seq0 + num then
     redis.call('PEXPIRE', tok, ttl)
     if #ARGV[4] > 0 then redis.call('PEXPIRE', P .. ':lp:' .. ARGV[1], ttl) end
   end
-  if owner ~= '' then doubt(owner) end
   len = seq0 + num
 end
 return len

@@ -8,7 +8,6 @@
 --    worker's any more)
 local wid, counts, name, max_attempts, now = ARGV[1], ARGV[2] == '1', ARGV[3], tonumber(ARGV[4]), now_ms()
 local out = {}
-merge_journal(journal_key(wid))
 for i = 5, #ARGV do
   local rid = ARGV[i]
   local key = req_key(rid)

@@ -264,6 +264,6 @@ async def test_a_server_that_restarts_again_within_a_call_is_a_lost_connection(
     await bus.redis.script_flush()
     monkeypatch.setattr(bus.redis, "script_load", load_and_restart)
     with pytest.raises(CONNECTION_ERRORS):
-        await bus.read_log("r", 0)
+        await bus.position("r")
     monkeypatch.undo()
-    assert await bus.read_log("r", 0) is None
+    assert await bus.position("r") is None
