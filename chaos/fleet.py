@@ -158,9 +158,8 @@ class ProcessFleet:
             return False
         try:
             if member.service == "store":
-                keys = self.bus.keys
-                return bool(await self.bus.redis.zrangebyscore(keys.stores, member.started_ms, "+inf"))
-            beats = (await self.bus.worker_beats()).values()
+                return await self.bus.members.has_beaten(self.bus.keys.stores, member.started_ms)
+            beats = (await self.bus.members.worker_beats()).values()
         except CONNECTION_ERRORS:
             return False
         since = member.started_ms
@@ -168,7 +167,7 @@ class ProcessFleet:
 
     async def wid_of(self, name: str) -> str:
         """Return the id under which a worker is a member of the fleet now, "" if it is none."""
-        beats = [b for b in (await self.bus.worker_beats()).values() if b is not None and b.name == name]
+        beats = [b for b in (await self.bus.members.worker_beats()).values() if b is not None and b.name == name]
         return max(beats, key=lambda b: b.sent_ms).wid if beats else ""
 
     # ------------------------------------------------------------ addresses

@@ -20,7 +20,6 @@ from chaos.client import STYLES, Attempt, Call, Client
 from chaos.faults import Havoc, Hit
 from chaos.fleet import ProcessFleet, Shape
 from protocol.queue.bus import CONNECTION_ERRORS
-from protocol.wire import messages as m
 from protocol.wire.keys import CLASSES
 
 logger = logging.getLogger(__name__)
@@ -97,7 +96,7 @@ class Run:
         attempt = call.attempts[-1]
         if not call.is_complete or len(call.attempts) > 1:
             raise RuntimeError(f"undisturbed, {ask} was not answered: {attempt.code} {attempt.detail}")
-        ids = await self.fleet.bus.redis.get(self.fleet.bus.keys.tok(f"{attempt.call}-0"))
+        ids = await self.fleet.bus.tokens(f"{attempt.call}-0") or b""
         return Expected(attempt.text, ids, attempt.usage["prompt_tokens"])
 
     # ------------------------------------------------------------ under fire
@@ -180,7 +179,7 @@ class Run:
         bus, rid = self.fleet.bus, f"{attempt.call}-0"
         try:
             (facts,) = await bus.requests([rid])
-            ids = await bus.redis.get(bus.keys.tok(rid)) or b""
+            ids = await bus.tokens(rid) or b""
         except CONNECTION_ERRORS:
             return UNREACHABLE
         whole = attempt.outcome == "complete" and not self._may_be_forgotten(attempt)
@@ -201,24 +200,17 @@ class Run:
                 self.tally.violations += left
                 break
             await asyncio.sleep(0.5)
-        self.tally.num_dead_letters = await self.fleet.bus.redis.xlen(self.fleet.bus.keys.dlq)
+        self.tally.num_dead_letters = await self.fleet.bus.streams.length(self.fleet.bus.keys.dlq)
         if self.tally.num_dead_letters:
             self.tally.violations.append(f"{self.tally.num_dead_letters} dead letters")
 
     async def _left_over(self) -> list[str]:
         bus = self.fleet.bus
-        left = [f"{cls}: queued" for cls in CLASSES if await bus.redis.xlen(bus.keys.sub(cls))]
-        for wid in await bus.members(bus.keys.workers):
+        left = [f"{cls}: queued" for cls in CLASSES if await bus.streams.length(bus.keys.sub(cls))]
+        for wid in await bus.members.ids(bus.keys.workers):
             left += [f"{wid} has {item.rid}" for item in await bus.work_of(wid)]
-        async for key in bus.redis.scan_iter(count=1000):
-            name = key.decode()
-            if await bus.redis.pttl(name) == -1 and not bus.keys.is_permanent(name):
-                left.append(f"{name} has no life time")
-            if name.startswith(bus.keys.req("")):
-                state = await bus.redis.hget(name, "state")
-                if state is not None and state.decode() not in m.TERMINAL:
-                    left.append(f"{name} is {state.decode()}")
-        return left
+        left += [f"{key} has no life time" for key in await bus.untimed_keys()]
+        return left + [f"request {rid} is {state}" for rid, state in (await bus.unfinished()).items()]
 
     def _rss(self) -> dict[str, float]:
         found = {"driver": psutil.Process().memory_info().rss / 1e6}

@@ -223,7 +223,7 @@ async def _soak(args: argparse.Namespace, folder: Path) -> tuple[Course, float]:
         await fleet.start_all(Shape(gateways=2, schedulers=2, workers=("w0", "w1")))
         _stay_on(args.client_cpus)
         while True:
-            if len(await fleet.bus.aliases()) == len(names):
+            if len(await fleet.bus.adapters.aliases()) == len(names):
                 break
             await asyncio.sleep(0.2)
         load = Load(fleet, names, args.tokens, args.seed)

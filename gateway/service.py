@@ -37,7 +37,6 @@ from gateway.text.own_files import OwnFiles
 from gateway.text.sandbox import Sandbox
 from gateway.text.tokenizer import load_model_files
 from peft_adapters.texts import TOKENIZER
-from protocol.queue.api_keys import ApiKeys
 from protocol.queue.bus import Bus
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder
@@ -79,7 +78,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
                 settings.host or "every address",
             )
         encoders = EncoderEndpoints(endpoints, calls)
-        keys = ApiKeys(bus) if settings.api_keys else None
+        keys = bus.api_keys if settings.api_keys else None
         door = Door(settings.max_open_calls, lambda: fleet.status)
         guard = partial(Gate, keys=keys, door=door, shape_of=shape_of)
         app = build_app(endpoints, native, adapters, encoders, settings, guard)

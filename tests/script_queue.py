@@ -51,32 +51,32 @@ class Queue:
         return await self.bus.requeue(wid, rids, counts=counts, max_attempts=3, name='gpu "0"\n')
 
     async def fields(self, rid: str) -> dict[str, str]:
-        found = await self.bus.redis.hgetall(self.keys.req(rid))
+        found = await self.bus._redis.hgetall(self.keys.req(rid))
         return {name.decode(): value.decode(errors="replace") for name, value in found.items()}
 
     async def log(self, rid: str) -> bytes:
-        return await self.bus.redis.get(self.keys.tok(rid)) or b""
+        return await self.bus._redis.get(self.keys.tok(rid)) or b""
 
     async def queued(self) -> list[tuple[str, int]]:
-        entries = await self.bus.entries(self.keys.sub("interactive"))
+        entries = await self.bus.streams.entries(self.keys.sub("interactive"))
         return [(decode(fields[b"b"], m.Submit).rid, int(fields[b"e"])) for _, fields in entries]
 
     async def deltas(self) -> list[m.Delta]:
-        entries = await self.bus.entries(self.keys.out(GATEWAY))
+        entries = await self.bus.streams.entries(self.keys.out(GATEWAY))
         return [delta for _, fields in entries for delta in decode(fields[b"b"], list[m.Delta])]
 
     async def ended(self) -> list[m.Ended]:
-        entries = await self.bus.entries(self.keys.ended)
+        entries = await self.bus.streams.entries(self.keys.ended)
         return [item for _, fields in entries for item in decode(fields[b"b"], list[m.Ended])]
 
     async def orders(self, wid: str = "w") -> list[m.Control]:
-        return [decode(fields[b"b"], m.Control) for _, fields in await self.bus.entries(self.keys.ctl(wid))]
+        return [decode(fields[b"b"], m.Control) for _, fields in await self.bus.streams.entries(self.keys.ctl(wid))]
 
     async def work(self, wid: str = "w") -> list[bytes]:
-        return [entry for entry, _ in await self.bus.entries(self.keys.work(wid))]
+        return [entry for entry, _ in await self.bus.streams.entries(self.keys.work(wid))]
 
     async def ttl_s(self, key: str) -> float:
-        return await self.bus.redis.pttl(key) / 1000
+        return await self.bus._redis.pttl(key) / 1000
 
 
 def row(rid: str, seq0: int, *tokens: int, epoch: int = 1, finish: str = "", logprobs: bytes = b"") -> StepRow:

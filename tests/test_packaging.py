@@ -82,6 +82,18 @@ def dotted_imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def test_only_the_queues_package_touches_redis() -> None:
+    """Everybody else calls typed methods: no Redis client is imported, and `Bus._redis` is nobody else's."""
+    queue = ROOT / "protocol/queue"
+    paths = [path for package in PACKAGES for path in sources(package)] + sorted((ROOT / "deploy").glob("*.py"))
+    for path in paths:
+        if path.is_relative_to(queue):
+            continue
+        assert "redis" not in set(imports(path)), path
+        nodes = ast.walk(ast.parse(path.read_text(), path))
+        assert not {node.attr for node in nodes if isinstance(node, ast.Attribute)} & {"redis", "_redis"}, path
+
+
 def test_peft_adapters_knows_only_errors_and_messages() -> None:
     allowed = {"protocol.wire", "protocol.wire.errors", "protocol.wire.messages"}
     for path in sources("peft_adapters"):

@@ -15,7 +15,7 @@ from gateway.auth.callers import EVERYBODY, Caller
 from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import ModelFiles
 from peft_adapters.recipe import digest_of_merge
-from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
+from protocol.queue.bus import CONNECTION_ERRORS, Bus
 from protocol.runtime.metrics import FLEET_QUEUED, FLEET_RUNNING, FLEET_WORKERS, WORKERS
 from protocol.wire import messages as m
 from protocol.wire.errors import ClientError, ModelNotFound, Unavailable
@@ -61,16 +61,9 @@ class Fleet:
 
     async def refresh(self) -> None:
         """Look at the queue once."""
-        keys = self._bus.keys
-        pipe = self._bus.redis.pipeline(transaction=False)
-        pipe.zcount(keys.workers, now_ms() - self._beat_timeout_ms, "+inf")
-        pipe.get(keys.base)
-        pipe.get(keys.status)
-        num_workers, base, status = await pipe.execute()
-        self.num_workers = num_workers
-        self.base = decode(base, m.ServedModel) if base else None
-        self.status = decode(status, m.SchedulerStatus) if status else None
-        FLEET_WORKERS.set(num_workers)
+        fleet = await self._bus.members.summary(self._beat_timeout_ms)
+        self.num_workers, self.base, self.status = fleet.num_workers, fleet.base, fleet.status
+        FLEET_WORKERS.set(self.num_workers)
         FLEET_QUEUED.set(self.status.queued if self.status else 0)
         FLEET_RUNNING.set(self.status.running if self.status else 0)
 
@@ -88,7 +81,7 @@ class Fleet:
     async def show_workers(self) -> None:
         """Let the metrics tell of every live worker, of none while the queue is out of reach."""
         try:
-            beats = await self._bus.worker_beats()
+            beats = await self._bus.members.worker_beats()
         except CONNECTION_ERRORS as error:
             logger.warning("the workers cannot be seen: %s", error)
             beats = {}
@@ -171,14 +164,14 @@ class Catalogue:
 
     async def known(self, name: str, caller: Caller) -> m.Alias | None:
         """Return a name as the caller sees it, in whatever state: its own, or everybody's; None if there is none."""
-        alias = await self._bus.alias(name, caller.name) if caller.name else None
+        alias = await self._bus.adapters.alias(name, caller.name) if caller.name else None
         if alias is None:
-            alias = await self._bus.alias(name)
+            alias = await self._bus.adapters.alias(name)
         return alias if alias is not None and caller.sees(alias) else None
 
     async def visible(self, caller: Caller) -> list[m.Alias]:
         """Return the names that the caller sees, in order. A tenant's own hides everybody's of the same name."""
-        found = [alias for alias in await self._bus.aliases(caller.name) if caller.sees(alias)]
+        found = [alias for alias in await self._bus.adapters.aliases(caller.name) if caller.sees(alias)]
         return sorted({alias.name: alias for alias in sorted(found, key=_is_own)}.values(), key=_name_of)
 
     def _plain(self, name: str, base: m.ServedModel) -> str:
@@ -192,8 +185,7 @@ class Catalogue:
         """Return the model objects that a caller sees: the base first, then the adapters by name."""
         aliases = await self.visible(caller)
         digests = sorted({alias.digest for alias in aliases if alias.digest})
-        raws = await self._bus.redis.mget([self._bus.keys.adapter(digest) for digest in digests]) if digests else []
-        records = {d: decode(raw, m.AdapterRecord) for d, raw in zip(digests, raws, strict=True) if raw}
+        records = await self._bus.adapters.records(digests)
         return [base_object(base), *(adapter_object(alias, records.get(alias.digest), base) for alias in aliases)]
 
     async def model(self, name: str, base: m.ServedModel, caller: Caller) -> dict[str, Any]:

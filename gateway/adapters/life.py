@@ -20,7 +20,7 @@ from gateway.adapters.memory import LOOK_S, AdapterMemory, Freed
 from gateway.adapters.names import Names, error_of, is_settled
 from gateway.adapters.views import FleetView
 from gateway.auth.callers import Caller
-from protocol.queue.bus import Bus, decode, now_ms
+from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -73,7 +73,7 @@ class AdapterLife:
         """Return the adapters by name that the caller sees, or a tenant's own, as a page of at most `limit`."""
         owner = None if tenant is None else caller.namespace(tenant)
         found = [
-            alias for alias in await self._bus.aliases(None)
+            alias for alias in await self._bus.adapters.aliases(None)
             if alias.name > after and (caller.sees(alias) if owner is None else alias.tenant == owner)
         ]  # fmt: skip
         aliases = sorted(found, key=lambda alias: alias.name)
@@ -88,17 +88,16 @@ class AdapterLife:
         """Return what a name stands for to a caller, its own before everybody's, or to a tenant it may name."""
         owners = [caller.namespace(tenant)] if tenant is not None else sorted(caller.names, reverse=True)
         for owner in owners:
-            alias = await self._bus.alias(name, owner)
+            alias = await self._bus.adapters.alias(name, owner)
             if alias is not None and (tenant is not None or caller.sees(alias)):
                 return alias
         raise ModelNotFound(name)
 
     async def _show(self, aliases: Sequence[m.Alias]) -> list[dict[str, Any]]:
         digests = sorted({alias.digest for alias in aliases if alias.digest})
-        raws = await self._bus.redis.mget([self._bus.keys.adapter(digest) for digest in digests]) if digests else []
-        records = {d: decode(raw, m.AdapterRecord) for d, raw in zip(digests, raws, strict=True) if raw}
-        uses = await self._bus.uses(digests)
-        view = FleetView(await self.memory.beats(), await self._bus.pins())
+        records = await self._bus.adapters.records(digests)
+        uses = await self._bus.adapters.uses(digests)
+        view = FleetView(await self.memory.beats(), await self._bus.adapters.pins())
         return [view.show(alias, records.get(alias.digest), uses.get(alias.digest)) for alias in aliases]
 
     # ------------------------------------------------------------ coming
@@ -113,7 +112,10 @@ class AdapterLife:
         _check_name(wanted.name)
         self._policy.check(reference, on_request=False)
         tenant = wanted.tenant
-        alias, before = await self._bus.alias(wanted.name, tenant), await self._bus.registration(wanted.name, tenant)
+        alias, before = (
+            await self._bus.adapters.alias(wanted.name, tenant),
+            await self._bus.adapters.registration(wanted.name, tenant),
+        )
         if alias is not None and alias.is_folder and reference.source != alias.source:
             raise Conflict(f"`{wanted.name}` is a folder under the adapter root, which comes first", code="name_taken")
         is_known = await self.is_registered(wanted.name, tenant)
@@ -127,7 +129,7 @@ class AdapterLife:
         registration = m.Registration(
             name=wanted.name, source=reference.source, token=token, tenant=tenant, asked_ms=asked_ms
         )
-        if not await self._bus.register(registration):
+        if not await self._bus.adapters.register(registration):
             raise Unavailable("too many adapters are registered", code="too_many_adapters")
 
         def is_answered(found: m.Alias | None) -> bool:
@@ -149,11 +151,13 @@ class AdapterLife:
     async def _take_back(self, registration: m.Registration, before: m.Registration | None) -> None:
         """Undo a registration, unless a newer one has come."""
         if before is None:
-            await self._bus.unregister(registration.name, registration.tenant, unless_asked_after=registration.asked_ms)
+            await self._bus.adapters.unregister(
+                registration.name, registration.tenant, unless_asked_after=registration.asked_ms
+            )
             return
         is_other = (before.source, before.token) != (registration.source, registration.token)
-        if is_other and await self._bus.registration(registration.name, registration.tenant) == registration:
-            await self._bus.register(msgspec.structs.replace(before, asked_ms=now_ms()))
+        if is_other and await self._bus.adapters.registration(registration.name, registration.tenant) == registration:
+            await self._bus.adapters.register(msgspec.structs.replace(before, asked_ms=now_ms()))
 
     def place(self, source: str) -> Reference:
         """Read where an adapter is: a place, a path under the adapter root, or a folder's name. Raises BadRequest."""
@@ -182,31 +186,34 @@ class AdapterLife:
     async def pin(self, name: str, wait_s: float) -> bool:
         """Have every worker load an adapter and keep it; tell whether all of them do within `wait_s`."""
         alias = await self._served(name, wait_s)
-        await self._bus.pin(name, API)
+        await self._bus.adapters.pin(name, API)
         return await self._wait_workers(
             lambda beat: beat.pinned.get(alias.digest) == "" and alias.digest in beat.resident, wait_s
         )
 
     async def pin_when_served(self, name: str) -> None:
         """Have every worker keep what a name will stand for."""
-        await self._bus.pin(name, API)
+        await self._bus.adapters.pin(name, API)
 
     async def is_registered(self, name: str, tenant: str = "") -> bool:
         """Tell whether a name is served, or to be served, without a request having named its place."""
-        alias, registration = await self._bus.alias(name, tenant), await self._bus.registration(name, tenant)
+        alias, registration = (
+            await self._bus.adapters.alias(name, tenant),
+            await self._bus.adapters.registration(name, tenant),
+        )
         return any(known is not None and not known.on_request for known in (alias, registration))
 
     async def unpin(self, name: str) -> None:
         """Let an adapter leave again. Raises ModelNotFound, Conflict if the settings pin it."""
-        by = (await self._bus.pins()).get(name)
+        by = (await self._bus.adapters.pins()).get(name)
         if by == SETTINGS:
             raise Conflict(f"`{name}` is pinned by the settings", code="pinned_by_settings")
-        if by is None and await self._bus.alias(name) is None:
+        if by is None and await self._bus.adapters.alias(name) is None:
             raise ModelNotFound(name)
-        await self._bus.unpin(name)
+        await self._bus.adapters.unpin(name)
 
     async def _served(self, name: str, wait_s: float, tenant: str = "") -> m.Alias:
-        alias = await self._bus.alias(name, tenant)
+        alias = await self._bus.adapters.alias(name, tenant)
         if alias is not None and not is_settled(alias):
             alias = await self._names.wait(name, tenant, lambda found: found is None or is_settled(found), wait_s)
         if alias is None:
@@ -228,8 +235,8 @@ class AdapterLife:
     async def evict(self, name: str, wait_s: float) -> Freed:
         """Give back what an adapter takes in workers; it is served on. Raises ModelNotFound, Conflict if pinned."""
         alias = await self._served(name, wait_s)
-        aliases = {other.name: other for other in await self._bus.aliases()}
-        for pinned in await self._bus.pins():
+        aliases = {other.name: other for other in await self._bus.adapters.aliases()}
+        for pinned in await self._bus.adapters.pins():
             if pinned in aliases and aliases[pinned].digest == alias.digest:
                 raise Conflict(f"`{pinned}` is pinned: unpin it first", code="adapter_pinned")
         return await self.memory.evict(alias.digest, wait_s)
@@ -242,7 +249,10 @@ class AdapterLife:
         New requests are refused at once; those accepted before end first, or with `force` are ended. `blob`: also on
         the stores' disks. Raises ModelNotFound, Conflict for a folder of the adapter root, Unavailable without a store.
         """
-        alias, registration = await self._bus.alias(name, tenant), await self._bus.registration(name, tenant)
+        alias, registration = (
+            await self._bus.adapters.alias(name, tenant),
+            await self._bus.adapters.registration(name, tenant),
+        )
         if alias is None and registration is None:
             raise ModelNotFound(name)
         if alias is not None and alias.is_folder:
@@ -250,12 +260,12 @@ class AdapterLife:
                 f"`{name}` is a folder under the adapter root, served as long as it is there; evict frees its memory",
                 code="adapter_folder",
             )
-        if not tenant and (await self._bus.pins()).get(name) == API:
-            await self._bus.unpin(name)
-        await self._bus.unregister(name, tenant)
+        if not tenant and (await self._bus.adapters.pins()).get(name) == API:
+            await self._bus.adapters.unpin(name)
+        await self._bus.adapters.unregister(name, tenant)
         await self._names.wait(name, tenant, lambda found: found is None or found.is_folder, max(wait_s, 10.0))
         digest = alias.digest if alias is not None else ""
-        others = [other for other in await self._bus.aliases(None) if other.digest == digest]
+        others = [other for other in await self._bus.adapters.aliases(None) if other.digest == digest]
         kept_by = sorted({other.name if caller.sees(other) else OTHERS for other in others})
         if not digest or kept_by:
             return Unloaded(name, digest, Freed(), kept_by if digest else [], 0)

@@ -43,7 +43,7 @@ from protocol.queue.quota import Standing
 from protocol.runtime.metrics import KIND_ADAPTER, KIND_BASE, PROMPT_TOKENS
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest, ClientError, NotFound, Overloaded
+from protocol.wire.errors import BadRequest, IdempotencyKeyReused, NotFound, Overloaded
 
 PREFIX_TOKENS = 128  # of a prompt, hashed for the scheduler's prefix affinity
 ATTACHED_POLL_S = 0.1
@@ -480,8 +480,6 @@ def body_hash(endpoint: str, raw: bytes) -> str:
 
 
 def check_same_body(record: m.Idempotent, endpoint: str, raw: bytes) -> None:
-    """Refuse an Idempotency-Key that comes back with another body. Raises ClientError (422)."""
+    """Refuse an Idempotency-Key that comes back with another body. Raises IdempotencyKeyReused (422)."""
     if record.body_hash != body_hash(endpoint, raw):
-        error = ClientError("this Idempotency-Key was used with another body", code="idempotency_key_reused")
-        error.status = 422
-        raise error
+        raise IdempotencyKeyReused("this Idempotency-Key was used with another body")

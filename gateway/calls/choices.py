@@ -11,8 +11,8 @@ from gateway.calls.replies import Cursor
 from gateway.openai.api import Options
 from gateway.text.answer_form import AnswerForm
 from gateway.text.tokenizer import ModelFiles
-from protocol.queue.bus import error_from
 from protocol.wire import messages as m
+from protocol.wire.error_codec import error_from
 from protocol.wire.errors import Conflict
 from protocol.wire.text import OutputText
 

@@ -54,7 +54,9 @@ class Pulse:
 
     async def beat_once(self, bus: Bus) -> None:
         keys = bus.keys
-        await bus.beat(keys.gateway_beat(self._gid), keys.gateways, self._gid, self._address.encode(), BEAT_TTL_MS)
+        await bus.members.beat(
+            keys.gateway_beat(self._gid), keys.gateways, self._gid, self._address.encode(), BEAT_TTL_MS
+        )
 
     async def _beats(self) -> None:
         bus = Bus(self._url)

@@ -262,7 +262,7 @@ class AdapterCache:
                 assert done.error is not None
                 failed[done.digest] = done.error
                 self._failures.note(done.digest, done.error, time.monotonic())
-                self.news.tell(AdapterEvent(kind="failed", digest=done.digest, reason=done.error.message))
+                self.news.tell(AdapterEvent(kind="failed", digest=done.digest))
                 self._prefetches.discard(done.digest)
                 if done.copied:
                     self.pool.remove(done.digest)

@@ -9,11 +9,10 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
-
 from gpu_worker.engine.request import TokenOutput
-from protocol.queue.bus import Refused, Step, StepRow, error_info
+from protocol.queue.bus import Refused, Step, StepRow
 from protocol.wire import messages as m
+from protocol.wire.error_codec import error_json
 from protocol.wire.errors import LorafleetError
 
 MAX_ROWS = 128
@@ -141,7 +140,7 @@ class Ledger:
         state, error = "", ""
         if new.finish:
             state = {"error": "failed", "cancelled": "cancelled"}.get(new.finish, "completed")
-            error = _error_text(new.error)
+            error = error_json(new.error)
         return StepRow(
             request.rid, request.epoch, request.num_logged, new.ids, new.logprobs, state, new.finish, error,
             new.prompt_logprobs,
@@ -153,11 +152,11 @@ class Ledger:
             usage = m.Usage(request.num_prompt_tokens, request.num_output(new), new.num_cached_tokens)
         return m.Delta(
             request.rid, request.epoch, request.num_logged, new.ids, new.logprobs, new.finish,
-            _error_text(new.error), usage, "", new.stop,
+            error_json(new.error), usage,
         )  # fmt: skip
 
     def _ended(self, request: Held, new: Pending) -> m.Ended:
-        return m.Ended(request.rid, self.wid, request.epoch, request.tenant, request.num_output(new))
+        return m.Ended(request.rid, self.wid, request.epoch, request.num_output(new))
 
 
 def merge(pending: dict[str, Pending], outputs: Iterable[TokenOutput]) -> None:
@@ -220,7 +219,3 @@ def _adopt(request: Held, new: Pending, length: int) -> None:
         request.log += new.ids[: 4 * written]
         request.logprobs += new.logprobs[: written * request.record_bytes]
         new.cut(request)
-
-
-def _error_text(error: LorafleetError | None) -> str:
-    return msgspec.json.encode(error_info(error)).decode() if error else ""

@@ -117,8 +117,8 @@ class Worker:
         self._pending = {}
         keys = self.bus.keys
         await self.bus.restarted()  # from now on
-        await self.bus.create_stream(keys.work(self.wid), STREAM_TTL_S)
-        await self.bus.create_stream(keys.ctl(self.wid), STREAM_TTL_S)
+        await self.bus.streams.create(keys.work(self.wid), STREAM_TTL_S)
+        await self.bus.streams.create(keys.ctl(self.wid), STREAM_TTL_S)
         await self._beat()
         logger.info("worker %s (%s) serves %s", self.wid, self.name, self.served.name)
 
@@ -141,9 +141,9 @@ class Worker:
     async def _leave(self) -> None:
         """Put everything back on the queue, deregister, end the engine."""
         if await self._requeue_all():
-            await self.bus.leave(self.wid)
+            await self.bus.members.leave(self.wid)
         else:  # registered without a beat: the scheduler finds it dead and ends what is left
-            await self.bus.redis.delete(self.bus.keys.worker_beat(self.wid))
+            await self.bus.members.silence(self.wid)
         self.engine.stop()
 
     async def _requeue_all(self) -> bool:
@@ -154,7 +154,7 @@ class Worker:
         stream = self.bus.keys.work(self.wid)
         crashed = self._failure is not None
         while True:
-            entries = await self.bus.entries(stream)
+            entries = await self.bus.streams.entries(stream)
             rids = [item.rid for entry in entries for item in _assigned(entry)]
             if rids:
                 outcomes = await self.bus.requeue(
@@ -163,7 +163,7 @@ class Worker:
                 logger.info("handed back %d requests", sum(o == "requeued" for o in outcomes.values()))
                 if any(outcome in ("exhausted", "cancelled") for outcome in outcomes.values()):
                     return False
-            if await self.bus.delete_stream(stream, len(entries)):
+            if await self.bus.streams.delete(stream, len(entries)):
                 return True
 
     async def _hand_back(self, rids: list[str]) -> None:
@@ -182,7 +182,7 @@ class Worker:
         last_ids: dict[str, bytes] = {work: b"0", ctl: b"0"}
         while True:
             try:
-                found = await self.bus.read(last_ids, block_ms=5000)
+                found = await self.bus.streams.read(last_ids, block_ms=5000)
             except CONNECTION_ERRORS as error:
                 logger.warning("queue connection lost while reading: %r", error)
                 await wait_any(self._gone, 0.3)
@@ -198,7 +198,7 @@ class Worker:
             try:
                 return await do(entry)
             except ProtocolError as error:
-                do = partial(self.bus.reject, stream, reason=error.message)
+                do = partial(self.bus.streams.reject, stream, reason=error.message)
             except CONNECTION_ERRORS as error:
                 logger.warning("queue connection lost while taking %s: %r", entry[0].decode(), error)
                 await wait_any(self._gone, 0.3)
@@ -206,7 +206,7 @@ class Worker:
     async def _take_again(self) -> None:
         """Look through the work stream from its beginning: a restarted queue may hold work that had been done."""
         work = self.bus.keys.work(self.wid)
-        for entry in await self.bus.entries(work):
+        for entry in await self.bus.streams.entries(work):
             await self._handle(work, entry, self._take)
 
     async def _take(self, entry: Entry) -> None:
@@ -214,16 +214,14 @@ class Worker:
         items = _assigned(entry)
         if not items:
             return
-        keys = self.bus.keys
-        raws = await self.bus.redis.mget([f(item.rid) for item in items for f in (keys.body, keys.tok, keys.lp)])
+        inputs = await self.bus.inputs([item.rid for item in items])
         requests: list[EngineRequest] = []
         held: list[Held] = []
-        for i, item in enumerate(items):
-            raw, tok, lp = raws[3 * i : 3 * i + 3]
+        for item, (raw, tok, lp) in zip(items, inputs, strict=True):
             body = decode(raw, m.Body) if raw is not None else None
-            held.append(_hold(item, entry[0], body, tok or b"", lp or b""))
+            held.append(_hold(item, entry[0], body, tok, lp))
             if body is not None:
-                requests.append(_engine_request(item, body, tok or b""))
+                requests.append(_engine_request(item, body, tok))
         if self.ledger.knows(entry[0]):
             return
         if again := self.ledger.take(entry[0], held):
@@ -327,9 +325,7 @@ class Worker:
         beat = m.WorkerBeat(
             wid=self.wid,
             name=self.name,
-            model=self.served.name,
             capacity=0 if self.draining else stats.capacity,
-            max_step_tokens=stats.max_step_tokens,
             running=stats.running,
             waiting=stats.waiting,
             waiting_adapter=stats.waiting_adapter,
@@ -338,8 +334,6 @@ class Worker:
             kv_blocks_total=stats.kv_blocks_total,
             pool_bytes_free=stats.pool_bytes_free,
             pool_bytes_total=stats.pool_bytes_total,
-            step_ms=stats.step_ms,
-            tokens_per_s=stats.tokens_per_s,
             step_model=stats.step_model,
             resident=stats.resident,
             loading=stats.loading,
@@ -353,12 +347,12 @@ class Worker:
         )
         streams = (keys.work(self.wid), keys.ctl(self.wid))
         key = keys.worker_beat(self.wid)
-        if not await self.bus.beat(key, keys.workers, self.wid, m.encode(beat), BEAT_TTL_MS, streams):
-            await self.bus.leave(self.wid)
+        if not await self.bus.members.beat(key, keys.workers, self.wid, m.encode(beat), BEAT_TTL_MS, streams):
+            await self.bus.members.leave(self.wid)
             raise Fenced
         await self._tell_news()
         if self.stores is not None:
-            self.stores.set_urls(await self.bus.store_urls())
+            self.stores.set_urls(await self.bus.members.store_urls())
         if self.settings.metrics_port:  # else nobody reads them here
             metrics.WORKERS.show([beat])
 
@@ -366,15 +360,15 @@ class Worker:
         """Tell the fleet what happened to adapters here. Lost with the connection: nobody depends on it."""
         events, uses = self.engine.take_news()
         if events:
-            await self.bus.announce(*(msgspec.structs.replace(event, source=self.wid) for event in events))
+            await self.bus.adapters.announce(*(msgspec.structs.replace(event, source=self.wid) for event in events))
         if uses:
-            await self.bus.note_use(uses)
+            await self.bus.adapters.note_use(uses)
 
 
 async def publish_served(bus: Bus, served: m.ServedModel) -> None:
     """Say what the fleet serves. Raises Internal when live workers serve something else."""
     known = await bus.get(bus.keys.base, m.ServedModel)
-    others = [beat for beat in (await bus.worker_beats()).values() if beat is not None]
+    others = [beat for beat in (await bus.members.worker_beats()).values() if beat is not None]
     if known is not None and known.fingerprint != served.fingerprint and others:
         raise Internal(f"this fleet serves {known.name} ({known.fingerprint:.12}); {served.name} cannot join it")
     if known is not None and others:
@@ -432,7 +426,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         await publish_served(bus, served)
         worker = Worker(bus, engine, served, settings)
         worker.stores = stores
-        stores.set_urls(await bus.store_urls())
+        stores.set_urls(await bus.members.store_urls())
         return await worker.run(stop)
     finally:
         stores.close()

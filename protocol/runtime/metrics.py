@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric, Summary, start_http_server
@@ -152,7 +152,7 @@ KIND_ADAPTER = "adapter"
 
 
 @contextmanager
-def serve_metrics(port: int) -> Iterator[None]:
+def serve_metrics(port: int) -> Generator[None]:
     """Answer `GET /metrics` on a port, in a thread, until the block is left; on none if `port` is 0."""
     if not port:
         yield

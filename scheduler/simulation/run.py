@@ -149,7 +149,7 @@ class Simulation:
         for request in ended:
             sub = request.submit
             del self._open[sub.rid]
-            message = m.Ended(sub.rid, worker.wid, request.epoch, sub.tenant, request.num_output_tokens)
+            message = m.Ended(sub.rid, worker.wid, request.epoch, request.num_output_tokens)
             self._dispatcher.ended(message)
         if ended:
             self._plan_at(now_ms)

@@ -102,7 +102,7 @@ async def test_by_default_only_what_is_registered(bus: Bus, hub: HubStub, model_
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
             assert "register it first" in answer.json()["error"]["message"]
     assert hub.seen == []
-    assert await bus.registrations() == {}
+    assert await bus.adapters.registrations() == {}
 
 
 async def test_policy_is_kept(bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ async def test_private_is_for_those_whose_token_opens_it(
     assert len(fleet.seen) == 1
     listed = (await http.get("/v1/models")).json()["data"]
     assert [model["id"] for model in listed if model.get("state") == "on_disk"] == []
-    dump = [await bus.redis.hgetall(key) for key in (bus.keys.registrations, bus.keys.adapters)]
+    dump = [await bus._redis.hgetall(key) for key in (bus.keys.registrations, bus.keys.adapters)]
     assert b"hf_" not in repr(dump).encode()
 
 

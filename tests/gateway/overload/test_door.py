@@ -239,6 +239,6 @@ async def test_a_gateway_whose_loop_stands_still_lives_until_it_is_stuck(
             pass
 
     async def is_back() -> bool:
-        return bool(await bus.redis.exists(key))
+        return bool(await bus._redis.exists(key))
 
     await wait_until(is_back, "the loop turns again")

@@ -63,9 +63,9 @@ class World:
         self.random = random.Random(seed)
         self.loop = asyncio.new_event_loop()
         self.bus = Bus(url, lua=lua)
-        self.evalsha = self.bus.redis.evalsha
-        self.run(self.bus.redis.flushall())
-        self.run(self.bus.create_stream(self.bus.keys.out(GATEWAY), 300))
+        self.evalsha = self.bus._redis.evalsha
+        self.run(self.bus._redis.flushall())
+        self.run(self.bus.streams.create(self.bus.keys.out(GATEWAY), 300))
         self.lives: dict[int, Life] = {}
         self.zombies: list[Life] = []
         self.lost: list[str] = []  # wids that died and nobody has noticed yet
@@ -95,7 +95,7 @@ class World:
 
     def log(self, rid: str) -> bytes:
         """Return the ids in a request's log."""
-        return self.run(self.bus.redis.get(self.bus.keys.tok(rid))) or b""
+        return self.run(self.bus._redis.get(self.bus.keys.tok(rid))) or b""
 
     def _maybe(self) -> bool:
         return self.random.random() < 0.5
@@ -105,8 +105,8 @@ class World:
     def start_worker(self, slot: int) -> None:
         self.count += 1
         life = Life(f"w{self.count}", self.count)
-        self.run(self.bus.create_stream(self.bus.keys.work(life.wid), 300))
-        self.run(self.bus.create_stream(self.bus.keys.ctl(life.wid), 300))
+        self.run(self.bus.streams.create(self.bus.keys.work(life.wid), 300))
+        self.run(self.bus.streams.create(self.bus.keys.ctl(life.wid), 300))
         self.lives[slot] = life
 
     def submit(self) -> None:
@@ -128,7 +128,7 @@ class World:
     def assign(self) -> None:
         """The scheduler hands out what is on the submit stream; with a stale view it does so twice."""
         slot, num = self.random.randrange(2), self.random.randint(1, 3)
-        entries = self.run(self.bus.entries(self.bus.keys.sub("interactive")))[:num]
+        entries = self.run(self.bus.streams.entries(self.bus.keys.sub("interactive")))[:num]
         batch = [(decode(fields[b"b"], m.Submit), int(fields[b"e"])) for _, fields in entries]
         assigned = [(m.Assigned(sub.rid, epoch + 1, "", "t", GATEWAY), epoch) for sub, epoch in batch]
         if not assigned:
@@ -147,7 +147,7 @@ class World:
         """A worker reads its stream."""
         life = self.lives[slot]
         start = b"(" + life.last if life.last != b"0" else "-"
-        found = self.run(self.bus.redis.xrange(self.bus.keys.work(life.wid), min=start))
+        found = self.run(self.bus._redis.xrange(self.bus.keys.work(life.wid), min=start))
         for entry, fields in found:
             life.last = entry
             items = decode(fields[b"b"], list[m.Assigned])
@@ -199,13 +199,13 @@ class World:
                 raise ConnectionError
             return reply
 
-        self.bus.redis.evalsha = evalsha
+        self.bus._redis.evalsha = evalsha
         try:
             return self.run(self.bus.step(wid, step))
         except ConnectionError:
             return None
         finally:
-            self.bus.redis.evalsha = self.evalsha
+            self.bus._redis.evalsha = self.evalsha
 
     def die(self) -> None:
         """A worker is killed, or only stops for a while; its successor has a new id."""
@@ -224,7 +224,7 @@ class World:
 
     def bury(self, wid: str) -> None:
         """What the scheduler does for a dead worker; any prefix of it may happen twice."""
-        entries = self.run(self.bus.entries(self.bus.keys.work(wid)))
+        entries = self.run(self.bus.streams.entries(self.bus.keys.work(wid)))
         rids = [item.rid for _, fields in entries for item in decode(fields[b"b"], list[m.Assigned])]
         for _ in range(2):
             outcomes = self.run(self.bus.requeue(wid, rids, counts=True, max_attempts=MAX_ATTEMPTS)) if rids else {}
@@ -232,7 +232,7 @@ class World:
                 end = {"exhausted": ("failed", "error"), "cancelled": ("cancelled", "cancelled")}.get(outcome)
                 for _ in range(2 if end else 0):
                     self.run(self.bus.finish(rid, *end))
-        self.run(self.bus.leave(wid))
+        self.run(self.bus.members.leave(wid))
 
     def cancel(self) -> None:
         if self.random.random() < 0.3:  # rarely, or nothing lives long enough to go wrong
@@ -246,7 +246,7 @@ class World:
     def deliver(self) -> None:
         """The gateway reads what has come, as `gateway.calls.replies` does."""
         start = b"(" + self.out_last if self.out_last != b"0" else "-"
-        for entry, fields in self.run(self.bus.redis.xrange(self.bus.keys.out(GATEWAY), min=start)):
+        for entry, fields in self.run(self.bus._redis.xrange(self.bus.keys.out(GATEWAY), min=start)):
             self.out_last = entry
             for delta in decode(fields[b"b"], list[m.Delta]):
                 self.show(delta)
@@ -279,7 +279,7 @@ class World:
             assert self.shown[rid] == log[: len(self.shown[rid])], "a client saw what the log does not hold"
             assert len(self.ends[rid]) <= 1
             fields = ("epoch", "owner", "state")
-            epoch, owner, state = self.run(self.bus.redis.hmget(self.bus.keys.req(rid), fields))
+            epoch, owner, state = self.run(self.bus._redis.hmget(self.bus.keys.req(rid), fields))
             if state.decode() in m.TERMINAL:
                 ended_as, last_log = self.final.setdefault(rid, (state, log))
                 assert ended_as == state, "a request ended twice"
@@ -312,8 +312,8 @@ class World:
             if facts.state == "completed":
                 assert len(self.shown[rid]) == LENGTH
         for life in self.lives.values():
-            assert self.run(self.bus.redis.xlen(self.bus.keys.work(life.wid))) == 0, "work was left behind"
-        assert self.run(self.bus.redis.xlen(self.bus.keys.sub("interactive"))) == 0
+            assert self.run(self.bus._redis.xlen(self.bus.keys.work(life.wid))) == 0, "work was left behind"
+        assert self.run(self.bus._redis.xlen(self.bus.keys.sub("interactive"))) == 0
 
 
 def explore(url: str, num_walks: int, lua: Path = FOLDER) -> None:

@@ -63,22 +63,22 @@ class LosingWorld(World):
 
     def save(self) -> None:
         """What is written now will survive."""
-        redis = self.bus.redis
+        redis = self.bus._redis
         keys = self.run(redis.keys("*"))
         self.saved = {key: (self.run(redis.dump(key)), max(0, self.run(redis.pttl(key)))) for key in keys}
 
     def lose_tail(self) -> None:
         if not self.saved:
             return
-        self.run(self.bus.redis.flushall())
-        self.run(self.bus.redis.script_flush())  # as any new server process
+        self.run(self.bus._redis.flushall())
+        self.run(self.bus._redis.script_flush())  # as any new server process
         for key, (raw, ttl_ms) in self.saved.items():
-            self.run(self.bus.redis.restore(key, ttl_ms, raw, replace=True))
+            self.run(self.bus._redis.restore(key, ttl_ms, raw, replace=True))
         time.sleep(0.002)  # no server starts within the millisecond of its last entry's id
         self.unaware = {life.wid for life in self.lives.values()}
         self.gateway_unaware = True
         self.final.clear()
-        back = [wid for wid in self.buried if self.run(self.bus.redis.exists(self.bus.keys.work(wid)))]
+        back = [wid for wid in self.buried if self.run(self.bus._redis.exists(self.bus.keys.work(wid)))]
         self.lost += [wid for wid in back if wid not in self.lost]
 
     # ------------------------------------------------------------ workers
@@ -94,7 +94,7 @@ class LosingWorld(World):
         if life.wid not in self.unaware:
             return
         self.unaware.discard(life.wid)
-        if not self.run(self.bus.redis.exists(self.bus.keys.work(life.wid))):
+        if not self.run(self.bus._redis.exists(self.bus.keys.work(life.wid))):
             self.start_worker(slot)  # its streams are gone: it joins again
             return
         life.last = b"0"
@@ -103,7 +103,7 @@ class LosingWorld(World):
     def take_by(self, slot: int) -> None:
         life = self.lives[slot]
         start = b"(" + life.last if life.last != b"0" else "-"
-        for entry, fields in self.run(self.bus.redis.xrange(self.bus.keys.work(life.wid), min=start)):
+        for entry, fields in self.run(self.bus._redis.xrange(self.bus.keys.work(life.wid), min=start)):
             life.last = entry
             if life.ledger.knows(entry):
                 continue
@@ -250,8 +250,8 @@ class LosingWorld(World):
             if self.ends[rid] == ["length"]:
                 assert len(self.shown[rid]) == LENGTH
         for life in self.lives.values():
-            assert self.run(self.bus.redis.xlen(self.bus.keys.work(life.wid))) == 0, "work was left behind"
-        assert self.run(self.bus.redis.xlen(self.bus.keys.sub("interactive"))) == 0
+            assert self.run(self.bus._redis.xlen(self.bus.keys.work(life.wid))) == 0, "work was left behind"
+        assert self.run(self.bus._redis.xlen(self.bus.keys.sub("interactive"))) == 0
 
 
 class NeverLooksAgain(LosingWorld):
@@ -260,7 +260,7 @@ class NeverLooksAgain(LosingWorld):
     def worker_notices(self) -> None:
         for slot, life in self.lives.items():
             self.unaware.discard(life.wid)
-            if not self.run(self.bus.redis.exists(self.bus.keys.work(life.wid))):
+            if not self.run(self.bus._redis.exists(self.bus.keys.work(life.wid))):
                 self.start_worker(slot)
 
 

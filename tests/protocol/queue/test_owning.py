@@ -20,13 +20,13 @@ async def test_a_step_that_meets_another_log_takes_back_what_it_appended(queue: 
     assert await queue.log("old") == ids(1, 2)
     assert ttl_s - 60 < await queue.ttl_s(queue.keys.tok("old")) <= ttl_s
     logs = [kind(rid) for kind in (queue.keys.tok, queue.keys.lp) for rid in ("new", "other", "empty")]
-    assert await queue.bus.redis.exists(*logs) == 0
+    assert await queue.bus._redis.exists(*logs) == 0
     assert await queue.deltas() == []
     assert await queue.bus.step("w", Step(rows=[row("old", 2, 3), row("new", 0, 4)])) == []
 
 
 async def _owned(queue: Queue, wid: str = "w") -> dict[bytes, bytes]:
-    return await queue.bus.redis.hgetall(queue.keys.own(wid))
+    return await queue.bus._redis.hgetall(queue.keys.own(wid))
 
 
 @pytest.mark.parametrize(("outside", "code"), [("finish", "terminal"), ("cancel", "cancelled"), ("requeue", "stale")])
@@ -49,14 +49,14 @@ async def test_what_a_worker_owns_follows_every_change_from_outside(queue: Queue
 async def test_a_worker_whose_list_of_what_it_owns_is_gone_writes_as_before(queue: Queue) -> None:
     await queue.running("a")
     assert 0 < await queue.ttl_s(queue.keys.own("w")) <= 3600
-    await queue.bus.redis.delete(queue.keys.own("w"))
+    await queue.bus._redis.delete(queue.keys.own("w"))
     assert await queue.bus.step("w", Step(rows=[row("a", 0, 1)])) == []
     assert [r.code for r in await queue.bus.step("w", Step(rows=[row("a", 1, 1, epoch=2)]))] == ["stale"]
 
 
 async def test_a_request_that_expired_before_its_first_token_leaves_no_log(queue: Queue) -> None:
     await queue.running("a")
-    await queue.bus.redis.delete(queue.keys.req("a"))
+    await queue.bus._redis.delete(queue.keys.req("a"))
     assert await queue.bus.step("w", Step(rows=[row("a", 0, 1)])) == [Refused("a", "missing", 0, 0)]
     assert await queue.log("a") == b""
 
@@ -65,9 +65,9 @@ async def test_a_log_that_has_expired_does_not_come_back(queue: Queue) -> None:
     await queue.running("a")
     for position in range(3):
         assert await queue.write(row("a", position, position)) == []
-    await queue.bus.redis.delete(queue.keys.tok("a"))
+    await queue.bus._redis.delete(queue.keys.tok("a"))
     assert await queue.write(row("a", 3, 3)) == [Refused("a", "length", 1, 0)]
-    assert not await queue.bus.redis.exists(queue.keys.tok("a"))
+    assert not await queue.bus._redis.exists(queue.keys.tok("a"))
 
 
 async def test_a_step_whose_reply_was_lost_is_found_by_its_repetition(queue: Queue) -> None:
@@ -120,9 +120,9 @@ async def test_rows_that_contradict_each_other_are_an_error_and_leave_nothing(qu
 async def test_a_step_looks_at_no_request_that_only_goes_on(queue: Queue) -> None:
     await queue.running("a")
     assert await queue.write(row("a", 0, 1)) == []
-    await queue.bus.redis.hset(queue.keys.req("a"), "epoch", 9)  # no script does that; it shows what is read
+    await queue.bus._redis.hset(queue.keys.req("a"), "epoch", 9)  # no script does that; it shows what is read
     assert await queue.write(row("a", 1, 1)) == []
-    await queue.bus.redis.hset(queue.keys.own("w"), "a", 9)
+    await queue.bus._redis.hset(queue.keys.own("w"), "a", 9)
     assert [refused.code for refused in await queue.write(row("a", 2, 1))] == ["stale"]
 
 
