@@ -25,17 +25,17 @@ from protocol.wire.keys import CLASSES
 logger = logging.getLogger(__name__)
 
 SETTLE_S = 120.0
-"""In this time a log must be as it should: a queue that lost its end is mended meanwhile."""
+"""Time within which every log must be right: a log that lost its end is repaired meanwhile."""
 
 UNREACHABLE = ["the queue cannot be reached"]
 
 HORIZON_S = 5.0
-MAX_ATTEMPTS = 20  # a killed worker is no sign here that its request is poison
+MAX_ATTEMPTS = 20  # here a worker's death says nothing about its requests
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run is made of."""
+    """The parameters of a run."""
 
     num_faults: int
     every_s: float
@@ -49,11 +49,11 @@ class Plan:
 
 @dataclass(slots=True)
 class Tally:
-    """What a run has shown."""
+    """The results of a run."""
 
     violations: list[str] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)  # style -> complete
-    told: Counter[str] = field(default_factory=Counter)  # what unfinished attempts were told
+    told: Counter[str] = field(default_factory=Counter)  # error codes of unfinished attempts
     pauses: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))  # s, per kind and how
     num_tokens: int = 0
     hits: list[Hit] = field(default_factory=list)
@@ -76,12 +76,13 @@ class Run:
         self._checks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
+        """Close the client's connections."""
         await self._client.close()
 
     # ------------------------------------------------------------ before
 
     async def ask_undisturbed(self, answers: dict[Ask, list[int]]) -> None:
-        """Ask everything once: this is what it must be under fire. It must be what transformers answers."""
+        """Ask everything once, for the answers that must come under faults too. They must be those of transformers."""
         room = asyncio.Semaphore(8)
         found = await asyncio.gather(*(self._ask_once(ask, room) for ask in self.asks))
         self.expected = dict(zip(self.asks, found, strict=True))
@@ -102,7 +103,7 @@ class Run:
     # ------------------------------------------------------------ under fire
 
     async def run(self) -> Tally:
-        """Do the faults under load; everything is checked when this returns."""
+        """Inflict the faults under load; when this returns, everything has been checked."""
         stop, began_s = asyncio.Event(), time.monotonic()
         before = self._rss()
         self.tally.hits = self.havoc.hits

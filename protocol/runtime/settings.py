@@ -12,15 +12,15 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 CONFIG_VARIABLE = "LORAFLEET_CONFIG"
 
 SHORT_STEP_TOKENS_PER_SEQ = 2
-"""Tokens of a step, per sequence that a worker runs at most, up to which prompts that give way to others are computed.
+"""Size of a step, in tokens per sequence that a worker runs at most, while prompts of low priority are computed.
 
-A prompt that comes in the middle of a step waits for its end. With one token for each decode, as many are left for the
-next prompts: where these are no longer than the answers, that is all that the worker can use in the long run.
+A prompt that arrives during a step waits for its end, so such steps are short. Each decode takes one token, which
+leaves as many for prompts: enough in the long run where prompts are no longer than answers.
 """
 
 
 class Settings(BaseSettings):
-    """Settings of all services; each reads what concerns it. Sizes in the unit their name says."""
+    """Settings of all services; each reads those it needs. The names end with the unit."""
 
     model_config = SettingsConfigDict(env_prefix="LORAFLEET_", frozen=True, extra="forbid", validate_default=True)
 
@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0: any free one (`up` only)")
     api_keys: bool = Field(
         default=False,
-        description="answer only to API keys, see `lorafleet keys`; off, whoever reaches it may everything",
+        description="require an API key, see `lorafleet keys`; off: everybody who can connect has every right",
     )
     max_queued: int = Field(default=10_000, ge=1, description="requests waiting in the queue before new ones get 429")
     max_queued_tokens: int = Field(

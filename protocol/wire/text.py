@@ -1,4 +1,4 @@
-"""Tokens as text, the same in gateway and worker: where a stop string ends a request must not depend on who looks."""
+"""Tokens to text, shared by gateway and worker, so that a stop string ends a request at the same token in both."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tokenizers.decoders import DecodeStream
 
 
 class Detokenizer:
-    """Turns ids into text one at a time, never giving out half a UTF-8 character."""
+    """Decodes ids one at a time and never returns half a UTF-8 character."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -19,7 +19,7 @@ class Detokenizer:
         self._length = 0  # characters given out
 
     def add(self, ids: Iterable[int]) -> str:
-        """Return the text that `ids` complete."""
+        """Return the text that these further ids complete."""
         pieces: list[str] = []
         for id_ in ids:
             self._ids.append(id_)
@@ -31,7 +31,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """Return what is still held back, once no more ids come: the bytes of a cut character as U+FFFD."""
+        """Return the text still held back, after the last id: the bytes of an incomplete character as U+FFFD."""
         whole = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
         rest = whole[self._length :]
         self._length = len(whole)
@@ -39,7 +39,7 @@ class Detokenizer:
 
 
 class StopMatcher:
-    """Finds the first stop string in a growing text, holding back what may still become one."""
+    """Finds the first stop string in a growing text and holds back text that may be the beginning of one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -47,13 +47,13 @@ class StopMatcher:
         self.matched: str | None = None
 
     def add(self, text: str) -> str:
-        """Take new text and return what can be shown; once `matched` is set nothing more comes."""
+        """Take new text; return the text that can be shown. Returns "" once `matched` is set."""
         if self.matched is not None:
             return ""
         if not self._stops:
             return text
         buffer = self._held + text
-        # Of matches at the same place the first in the caller's order counts.
+        # Of matches at the same position, the first in the caller's order counts.
         found = [(at, i) for i, stop in enumerate(self._stops) if (at := buffer.find(stop)) >= 0]
         if found:
             at, i = min(found)
@@ -64,13 +64,13 @@ class StopMatcher:
         return buffer[: len(buffer) - keep]
 
     def flush(self) -> str:
-        """Return the held back text, once no more comes."""
+        """Return the text still held back, after the last of the text."""
         rest, self._held = self._held, ""
         return rest
 
 
 def overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that begins `stop`, without all of it."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[-size:]):
             return size
@@ -78,9 +78,9 @@ def overlap(text: str, stop: str) -> int:
 
 
 class OutputText:
-    """The text of one request's output tokens: what of it can be shown so far, and where it ends.
+    """The text of one request's output tokens, as far as it can be shown, and where it ends.
 
-    It ends before the first stop string and before the first token of `end_ids`; neither counts within the first
+    It ends before the first stop string and before the first token of `end_ids`. Neither ends it within the first
     `min_tokens` tokens.
     """
 
@@ -93,13 +93,13 @@ class OutputText:
         min_tokens: int = 0,
         shown: Mapping[int, str] = {},
     ) -> None:
-        """shown: special tokens that are part of the text, and how they are written."""
+        """`shown`: special tokens that are part of the text, and how each is written."""
         self._detokenizer = Detokenizer(tokenizer)
         self._matcher = StopMatcher(stop)
         self._end_ids = end_ids
         self._min_tokens = min_tokens
         self._shown = shown
-        self.num_tokens = 0  # seen, the one that ended the text included
+        self.num_tokens = 0  # taken, including the one that ended the text
         self.ended = False
 
     @property
@@ -108,7 +108,7 @@ class OutputText:
         return self._matcher.matched
 
     def add(self, ids: Iterable[int]) -> str:
-        """Return the text that `ids` let out; nothing once the text has ended."""
+        """Return the text that these further ids make visible; "" once the text has ended."""
         pieces: list[str] = []
         for id_ in ids:
             if self.ended:
@@ -126,7 +126,7 @@ class OutputText:
         return "".join(pieces)
 
     def finish(self) -> str:
-        """Return what was still held back, once no more ids come."""
+        """Return the text still held back, after the last id."""
         if self._matcher.matched is not None:
             return ""
         self.ended = True

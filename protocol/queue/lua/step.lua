@@ -4,16 +4,16 @@
 -- KEYS[2]  stream  the worker's assignments
 -- KEYS[3]  stream  ended requests, for the scheduler
 -- KEYS[4]  hash    rid -> epoch of what the worker may write
--- ARGV[1]  msgpack array  rows, four values each: rid (str), epoch (decimal str), seq0 (int, tokens), size (int, bytes).
---                  One packed argument costs the server less than hundreds of arguments.
+-- ARGV[1]  bytes   rows, one msgpack array, 4 values each: rid (str), epoch (str), seq0 (int, tokens), size (int,
+--                  bytes). One packed argument costs the server less than hundreds of arguments.
 -- ARGV[2]  bytes   token ids of all rows, int32 little endian, one row after the other
 -- ARGV[3]  int     number of logprob groups
 -- ARGV[4]  int     number of end groups
 -- ARGV[5]  int     number of delivery groups
 -- ARGV[6]  bytes   list of `messages.Ended`, msgpack; '' for none
 -- ARGV[7...]       per logprob group, 3 values: rid (str), seq0 (int, tokens) or 'prompt', records (bytes)
---                  per end group, 4 values: rid (str), state (str), finish (str), error (JSON str). Each has a row, which
---                  may hold no tokens.
+--                  per end group, 4 values: rid (str), state (str), finish (str), error (JSON str). Each has a row,
+--                  maybe without tokens.
 --                  per delivery group, 2 values: gateway id (str), list of `messages.Delta` (bytes, msgpack)
 --                  then the ids of assignments whose last request this step ends (stream ids)
 -- Reply: array. Empty: everything was written. Otherwise nothing was, and it names each row that cannot be written in

@@ -8,7 +8,7 @@ from protocol.wire.messages.base import Task, Wire
 
 
 class Sampling(Wire, frozen=True):
-    """How tokens are chosen. Ranges are checked by the gateway."""
+    """How tokens are chosen. The gateway has checked the ranges."""
 
     temperature: float = 1.0
     top_p: float = 1.0
