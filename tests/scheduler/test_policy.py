@@ -182,7 +182,7 @@ def test_affinity_with_fairness_beats_the_alternatives() -> None:
 
 
 def beats(num: int, sent_ms: int = 1, **more: Any) -> dict[str, m.WorkerBeat | None]:
-    facts: dict[str, Any] = {"model": "x", "capacity": 4, "sent_ms": sent_ms} | more
+    facts: dict[str, Any] = {"capacity": 4, "sent_ms": sent_ms} | more
     return {f"w{i}": m.WorkerBeat(wid=f"w{i}", name=f"w{i}", **facts) for i in range(num)}  # type: ignore[arg-type]
 
 
