@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable
 
 import msgspec
-from redis.exceptions import WatchError
 
 from protocol.queue.bus import Bus, decode, now_ms
 from protocol.wire import messages as m
@@ -47,8 +46,8 @@ class Catalogue:
         self._record_kept_s = record_kept_s
         self._mine: dict[str, m.Alias] = {}  # published by this process, by field
         self._records: dict[str, m.AdapterRecord] = {}
-        self._run_id = ""
-        self._events_from = "-"  # the first event not seen yet
+        self._run_id: str = ""
+        self._last_event = ""  # id of the last event seen; "": none
         self._unnamed: dict[str, float] | None = None  # digest without a name -> when its record is deleted
         self.aliases: dict[str, m.Alias] = {}  # of all stores, as last loaded, by field
 
@@ -57,25 +56,21 @@ class Catalogue:
 
         If Redis has lost this store's share, that is published again.
         """
-        pipe = self._bus.redis.pipeline(transaction=False)
-        pipe.info("server")
-        pipe.hlen(self._bus.keys.adapters)
-        pipe.xrange(self._bus.keys.adapter_events, min=self._events_from)
-        server, num_names, entries = await pipe.execute()
-        lost = num_names == 0 or server["run_id"] != self._run_id
+        news = await self._bus.adapters.news(self._last_event)
+        lost = news.num_names == 0 or news.run_id != self._run_id
         if lost and self._mine:
             logger.warning("Redis was restarted or emptied: publishing %d names again", len(self._mine))
             await self._write(self._mine.values())
-        self._run_id = server["run_id"]
-        if entries:
-            self._events_from = "(" + entries[-1][0].decode()
+        self._run_id = news.run_id
+        if news.events:
+            self._last_event = news.events[-1][0]
         elif lost:
-            self._events_from = "-"
+            self._last_event = ""
         # Every change of the catalogue is followed by an event with a name; the events of workers have none.
-        if not lost and not any(_is_of_a_name(fields[b"b"]) for _, fields in entries):
+        if not lost and not any(_is_of_a_name(raw) for _, raw in news.events):
             return False
         before = {alias.digest for alias in self.aliases.values()}
-        self.aliases = {field_of(alias): alias for alias in await self._bus.aliases(tenant=None)}
+        self.aliases = {field_of(alias): alias for alias in await self._bus.adapters.aliases(tenant=None)}
         self._note_unnamed(before)
         return True
 
@@ -87,25 +82,15 @@ class Catalogue:
 
     async def sweep(self) -> None:
         """Delete the records of contents that no name refers to, unless a name appears meanwhile."""
-        keys = self._bus.keys
         if self._unnamed is None:  # records that earlier processes left
             self._unnamed = {}
-            found = [key.decode() async for key in self._bus.redis.scan_iter(match=keys.adapter("*"), count=1000)]
-            self._note_unnamed(key.removeprefix(keys.adapter("")) for key in found)
+            self._note_unnamed(await self._bus.adapters.known_digests())
         due = [digest for digest, at_s in self._unnamed.items() if at_s <= time.monotonic()]
         if not due:
             return
-        async with self._bus.redis.pipeline(transaction=True) as pipe:
-            await pipe.watch(keys.adapters)
-            named = {decode(raw, m.Alias).digest for raw in await pipe.hvals(keys.adapters)}
-            gone = [digest for digest in due if digest not in named]
-            pipe.multi()
-            for digest in gone:
-                pipe.delete(keys.adapter(digest))
-            try:
-                await pipe.execute()
-            except WatchError:
-                return  # a name was written meanwhile: the next sweep tries again
+        gone = await self._bus.adapters.delete_records(due)
+        if gone is None:
+            return  # a name was written meanwhile: the next sweep tries again
         for digest in due:
             del self._unnamed[digest]
         for digest in gone:
@@ -126,8 +111,8 @@ class Catalogue:
         if old is not None:
             self._note_unnamed([old.digest])
         kind = "failed" if alias.state == "failed" else "alias"
-        await self._bus.announce(
-            m.AdapterEvent(kind=kind, name=alias.name, digest=alias.digest, source=self._sid, reason=alias.reason)
+        await self._bus.adapters.announce(
+            m.AdapterEvent(kind=kind, name=alias.name, digest=alias.digest, source=self._sid)
         )
 
     async def announce(self, aliases: Iterable[m.Alias]) -> None:
@@ -143,13 +128,7 @@ class Catalogue:
             self.aliases |= {field_of(alias): alias for alias in new}
 
     async def _write(self, aliases: Iterable[m.Alias]) -> None:
-        pipe = self._bus.redis.pipeline(transaction=True)
-        for alias in aliases:
-            record = self._records.get(alias.digest)
-            if record is not None:
-                pipe.set(self._bus.keys.adapter(record.digest), m.encode(record))
-            pipe.hset(self._bus.keys.adapters, field_of(alias), m.encode(alias))
-        await pipe.execute()
+        await self._bus.adapters.publish((alias, self._records.get(alias.digest)) for alias in aliases)
 
     async def remove(self, field: str) -> None:
         """Remove a name. Its content stays on disk until the space is needed."""
@@ -157,9 +136,11 @@ class Catalogue:
         alias = self.aliases.pop(field, None)
         if alias is None:
             return
-        await self._bus.redis.hdel(self._bus.keys.adapters, field)
+        await self._bus.adapters.withdraw(field)
         self._note_unnamed([alias.digest])
-        await self._bus.announce(m.AdapterEvent(kind="removed", name=alias.name, digest=alias.digest, source=self._sid))
+        await self._bus.adapters.announce(
+            m.AdapterEvent(kind="removed", name=alias.name, digest=alias.digest, source=self._sid)
+        )
 
     async def record(self, digest: str) -> m.AdapterRecord | None:
         """Return the record of a content, whichever store published it; None for an unknown digest."""

@@ -10,13 +10,12 @@ import logging
 import time
 from dataclasses import dataclass
 
-from redis.exceptions import RedisError
-
 from adapter_store.catalogue import Catalogue
 from adapter_store.mirror import Mirror
 from adapter_store.sources import Changed
 from adapter_store.sources.local import NAME, LocalSource
 from adapter_store.watch import Watch
+from protocol.queue.bus import QueueError
 from protocol.wire.errors import ClientError, LorafleetError
 from protocol.wire.messages import Alias, ServedModel
 
@@ -103,7 +102,7 @@ class Follower:
                     await self._mirror_and_publish(name)
             except (LorafleetError, OSError) as error:
                 await self._fail(name, error)
-        except (Changed, RedisError) as error:
+        except (Changed, QueueError) as error:
             logger.info("adapter %s is read again: %s", name, error or "it was changed meanwhile")
             self._watch.recheck(name)
         except Exception:

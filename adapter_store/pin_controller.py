@@ -43,28 +43,28 @@ class PinController:
         if not self._is_set_up:
             await self._set_up()
             self._is_set_up = True
-        pins = await self._bus.pins()
+        pins = await self._bus.adapters.pins()
         if not pins and not self._preload and not self._pinned_s:
             return
-        beats = {wid: beat for wid, beat in (await self._bus.worker_beats()).items() if beat is not None}
+        beats = {wid: beat for wid, beat in (await self._bus.members.worker_beats()).items() if beat is not None}
         messages = self.messages(beats, self._digests(pins), self._digests(self._preload), time.monotonic())
         if messages:
-            await self._bus.tell(messages)
+            await self._bus.streams.tell(messages)
 
     async def _set_up(self) -> None:
         """Pin and register what the settings name; remove the pins of earlier settings."""
-        for name, by in (await self._bus.pins()).items():
+        for name, by in (await self._bus.adapters.pins()).items():
             if by == SETTINGS and name not in self._pins:
-                await self._bus.unpin(name)
+                await self._bus.adapters.unpin(name)
         for name in self._pins:
-            await self._bus.pin(name, SETTINGS)
+            await self._bus.adapters.pin(name, SETTINGS)
         for name in dict.fromkeys((*self._pins, *self._preload)):
             reference = parse_reference(name)
             if reference is None or name in self._catalogue.aliases:
                 continue
-            known = await self._bus.registration(name)
+            known = await self._bus.adapters.registration(name)
             if known is None or known.on_request:
-                await self._bus.register(m.Registration(name=name, source=reference.source, asked_ms=now_ms()))
+                await self._bus.adapters.register(m.Registration(name=name, source=reference.source, asked_ms=now_ms()))
 
     def _digests(self, names: Iterable[str]) -> set[str]:
         """Return the digests of the names that the stores have on disk."""

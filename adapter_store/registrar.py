@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
-from redis.exceptions import RedisError
 
 from adapter_store.catalogue import Catalogue, field_of
 from adapter_store.mirror import Mirror
 from adapter_store.sources import Changed, Source
 from adapter_store.timings import StoreTimings
-from protocol.queue.bus import Bus, now_ms
+from protocol.queue.bus import Bus, QueueError, now_ms
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire.adapter_refs import Policy, Reference, parse_source
 from protocol.wire.errors import AdapterRefused, BadRequest, ClientError, LorafleetError, PermissionDenied
@@ -89,10 +88,12 @@ class Registrar:
     async def _reload(self) -> None:
         """Read the registrations; remove names without one, and names that requests made and that expired."""
         self._reload_at_s = time.monotonic() + self._timings.reload_s
-        self._registrations = await self._bus.registrations()
+        self._registrations = await self._bus.adapters.registrations()
         for field in self._stale_requests():
             registration = self._registrations.pop(field)
-            await self._bus.unregister(registration.name, registration.tenant, unless_asked_after=registration.asked_ms)
+            await self._bus.adapters.unregister(
+                registration.name, registration.tenant, unless_asked_after=registration.asked_ms
+            )
         for field, alias in list(self._catalogue.aliases.items()):
             if field not in self._registrations and not alias.is_folder:
                 self._outcomes.pop(field, None)
@@ -135,10 +136,7 @@ class Registrar:
         return rested and not registration.on_request and not outcome.refused
 
     async def _renew_leases(self) -> None:
-        pipe = self._bus.redis.pipeline(transaction=False)
-        for field in self._busy:
-            pipe.pexpire(self._bus.keys.fetching(field), LEASE_MS)
-        await pipe.execute()
+        await self._bus.adapters.renew_leases(self._busy, LEASE_MS)
 
     def token_for(self, digest: str) -> str:
         """Return the token of a registration that this content was fetched for; "" if there is none."""
@@ -158,15 +156,14 @@ class Registrar:
 
     async def _update_leased(self, field: str, registration: Registration, refresh_s: float) -> None:
         """Update one name unless another store holds its lease; an error affects this name only."""
-        lease = self._bus.keys.fetching(field)
         try:
-            if not await self._bus.redis.set(lease, "1", nx=True, px=LEASE_MS):
+            if not await self._bus.adapters.take_lease(field, LEASE_MS):
                 return
             try:
                 await self._update(field, registration, refresh_s)
             finally:
-                await self._bus.redis.delete(lease)
-        except RedisError as error:
+                await self._bus.adapters.release_lease(field)
+        except QueueError as error:
             logger.warning("adapter %s is fetched again later: %s", registration.name, error)
         except Exception:
             logger.exception("adapter %s cannot be fetched", registration.name)

@@ -22,7 +22,7 @@ from adapter_store.sources.hub import HubSource
 from adapter_store.sources.local import LocalSource
 from adapter_store.sources.s3 import S3Source, make_client
 from adapter_store.timings import StoreTimings
-from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode
 from protocol.runtime import metrics
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.service import wait_any
@@ -144,8 +144,8 @@ class Store:
         keys = self.bus.keys
         while not stop.is_set():
             try:
-                await self.bus.beat(keys.store_beat(self.sid), keys.stores, self.sid, url.encode(), BEAT_TTL_MS)
-                await self.bus.redis.zremrangebyscore(keys.stores, "-inf", now_ms() - FORGET_MS)
+                await self.bus.members.beat(keys.store_beat(self.sid), keys.stores, self.sid, url.encode(), BEAT_TTL_MS)
+                await self.bus.members.forget_stores(FORGET_MS)
             except CONNECTION_ERRORS as error:
                 logger.warning("cannot send a beat: %s", error)
             await wait_any(stop, BEAT_S)
@@ -190,7 +190,9 @@ class Store:
         last_ids = {self.bus.keys.adapter_events: b"$"}
         while not stop.is_set():
             try:
-                for _, fields in (await self.bus.read(last_ids, block_ms=1000)).get(self.bus.keys.adapter_events, []):
+                for _, fields in (await self.bus.streams.read(last_ids, block_ms=1000)).get(
+                    self.bus.keys.adapter_events, []
+                ):
                     if decode(fields[b"b"], AdapterEvent).kind == "wanted":
                         wake.set()
             except CONNECTION_ERRORS as error:
@@ -207,10 +209,8 @@ class Store:
         return Follower(source, self.mirror, self.catalogue, settle_s=self.settings.scan_interval_s)
 
     async def _leave(self) -> None:
-        keys = self.bus.keys
         try:
-            await self.bus.redis.delete(keys.store_beat(self.sid))
-            await self.bus.redis.zrem(keys.stores, self.sid)
+            await self.bus.members.leave_store(self.sid)
         except CONNECTION_ERRORS:
             logger.info("Redis does not answer; the store's beat will expire")
 

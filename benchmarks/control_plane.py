@@ -183,7 +183,7 @@ async def run(
 
 async def _ready(queue_url: str, fleet: Processes, workers: int) -> None:
     bus = Bus(queue_url)
-    while len(await bus.members(bus.keys.workers)) < workers or not await _listens(fleet.url_port):
+    while len(await bus.members.ids(bus.keys.workers)) < workers or not await _listens(fleet.url_port):
         if any(process.poll() is not None for process in fleet.processes.values()):
             raise RuntimeError("a service ended while starting")
         await asyncio.sleep(0.1)

@@ -149,7 +149,7 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         with self._lock:
             return EngineStats(
-                capacity=self._capacity, running=len(self._requests), step_ms=self._step_s * 1e3,
+                capacity=self._capacity, running=len(self._requests),
                 resident=sorted(self._resident), host=sorted(self._host), pinned=dict(self._pinned),
             )  # fmt: skip
 

@@ -67,7 +67,7 @@ class RunningFleet:
 async def _beats(queue_url: str) -> list[WorkerBeat]:
     bus = Bus(queue_url)
     try:
-        return [beat for beat in (await bus.worker_beats()).values() if beat is not None]
+        return [beat for beat in (await bus.members.worker_beats()).values() if beat is not None]
     finally:
         await bus.close()
 

@@ -1,4 +1,4 @@
-"""What clients ask for, and what they must get: the answers of an undisturbed fleet, held against transformers."""
+"""What clients ask, and the answers they must get: those of an undisturbed fleet, checked against transformers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SEEDED = {"temperature": 0.9, "top_p": 0.95}
 PENALISED = {"temperature": 0.7, "top_k": 40, "frequency_penalty": 0.4, "presence_penalty": 0.2}
 GREEDY = {"temperature": 0}
 NUDGE, NUM_NUDGES = 1e-4, 16
-"""Logits are nudged by so much (standard deviation), so often, to see whether rounding could decide what is right."""
+"""Standard deviation and number of the perturbations of logits that show whether rounding could change a token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What fixes the text of one choice."""
+    """Everything that determines the text of one choice."""
 
     model: str
     prompt: str
@@ -42,7 +42,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What an ask must bring."""
+    """The right answer to an ask."""
 
     text: str
     ids: bytes  # int32, as in the log
@@ -51,11 +51,12 @@ class Expected:
 
     @property
     def num_tokens(self) -> int:
+        """Number of output tokens."""
         return len(self.ids) // 4
 
 
 def catalogue(models: Sequence[str], rng: random.Random) -> list[Ask]:
-    """Return asks of every model, greedy and seeded, short and long."""
+    """Return asks for every model: greedy and seeded, short and long."""
     kinds = [GREEDY, {**SEEDED, "seed": rng.randrange(1 << 31)}, {**PENALISED, "seed": rng.randrange(1 << 31)}]
     return [
         Ask(model, prompt, NUM_TOKENS[(i + j + k) % len(NUM_TOKENS)], tuple(sampling.items()))
@@ -66,9 +67,10 @@ def catalogue(models: Sequence[str], rng: random.Random) -> list[Ask]:
 
 
 class Transformers:
-    """What transformers and PEFT answer, one request at a time, with the worker's own way to draw."""
+    """The oracle: transformers and PEFT, one request at a time, with the worker's sampling."""
 
     def __init__(self, model: Path, adapters: Path, names: Sequence[str]) -> None:
+        """Load the model and the adapters `names` in the folder `adapters`."""
         import torch
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer

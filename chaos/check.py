@@ -11,10 +11,10 @@ from chaos.faults import Hit
 from protocol.wire.records import RequestFacts
 
 SLACK_S = 2.0
-"""How long before a client sees it a fault may have happened."""
+"""Longest time from a fault to its effect on a client."""
 
 DEAD_AFTER_S = 10.0
-"""How long a request may still be told of a gateway, or a queue, that stood still and has come back."""
+"""How long after a member has come back its fault may still explain an error."""
 
 EXCUSES = {
     "cut": {"gateway"},
@@ -26,7 +26,7 @@ EXCUSES = {
     "job_not_found": {"queue"},
     "expired": {"queue"},
 }
-"""What a client may be told instead of its answer -> what must have been hit."""
+"""Error code that a client may get instead of its answer -> kinds of members, of which one must have been hit."""
 
 
 def shown_wrongly(attempt: Attempt, expected: Expected) -> list[str]:
@@ -53,7 +53,7 @@ def shown_wrongly(attempt: Attempt, expected: Expected) -> list[str]:
 
 
 def logged_wrongly(expected: Expected, facts: RequestFacts | None, ids: bytes, *, whole: bool) -> list[str]:
-    """Return what is wrong with a request's log: never anything but the right tokens, if `whole` all, and its end."""
+    """Return what is wrong with a request's log: it may hold right tokens only; if `whole`, all and its end."""
     if not whole:
         return [] if expected.ids.startswith(ids) else [f"the log holds {_words(ids, expected.ids)}"]
     if facts is None:
@@ -67,7 +67,7 @@ def logged_wrongly(expected: Expected, facts: RequestFacts | None, ids: bytes, *
 
 
 def unexcused(attempt: Attempt, hits: Iterable[Hit]) -> str:
-    """Return why a client may not have been told what it was, "" if it may."""
+    """Return the error of an attempt that no fault explains, "" if one does or there is none."""
     if attempt.outcome == "complete":
         return ""
     code = "cut" if attempt.outcome == "cut" else attempt.code
@@ -83,7 +83,7 @@ def unexcused(attempt: Attempt, hits: Iterable[Hit]) -> str:
 def longest_pause(call: Call, at_s: float, horizon_s: float) -> float | None:
     """Return for how long the text of a call that had begun stood still around `at_s`; None when it was not running.
 
-    `horizon_s`: pauses that begin later have nothing to do with it.
+    `horizon_s`: a pause that begins later than this after `at_s` does not count.
     """
     times = [when for when, _ in call.progress]
     if len(times) < 2 or not times[0] <= at_s < times[-1]:

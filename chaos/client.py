@@ -1,7 +1,7 @@
-"""Clients as careful users write them, who note everything they are shown.
+"""Clients as careful users write them, which record everything they are shown.
 
-A call that was cut off or refused is asked again, at another gateway; with an Idempotency-Key it must then be the same
-call, told from its first token.
+A call that was cut off or refused is repeated at another gateway. With an Idempotency-Key the repetition must be the
+same call, delivered from its first token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from chaos.asks import Ask
 Style = Literal["stream", "whole", "keyed stream", "keyed whole", "job"]
 STYLES: tuple[Style, ...] = ("stream", "stream", "whole", "keyed stream", "keyed stream", "keyed whole", "job")
 GIVE_UP_S = 300.0
-"""Far longer than any pause: of what a call may be told within it, only what is wrong counts, not that it was late."""
+"""Time until a call is given up: far longer than any pause, so a late answer is not a fault."""
 
 PAUSE_S = 0.2
 READ_TIMEOUT_S = GIVE_UP_S
@@ -32,7 +32,7 @@ Outcome = Literal["complete", "cut", "refused", "failed"]
 
 @dataclass(slots=True)
 class Attempt:
-    """One HTTP call, and what it showed."""
+    """One HTTP call, and everything its client was shown."""
 
     url: str
     began_s: float  # time.monotonic
@@ -67,7 +67,7 @@ class Attempt:
         self.usage = event.get("usage") or self.usage
 
     def refuse(self, status: int, raw: bytes, headers: httpx2.Headers) -> None:
-        """Take an answer that is none."""
+        """Take an HTTP answer that is an error."""
         try:
             error = orjson.loads(raw)["error"]
         except orjson.JSONDecodeError:  # every error should be JSON: this is one more thing that is wrong
@@ -79,17 +79,18 @@ class Attempt:
 
 @dataclass(slots=True)
 class Call:
-    """What a user wanted, and the attempts it took."""
+    """A question of a user, and the attempts to get its answer."""
 
     ask: Ask
     style: Style
     began_s: float
     attempts: list[Attempt] = field(default_factory=list)
-    progress: list[tuple[float, int]] = field(default_factory=list)  # when the text known grew, to how many characters
+    progress: list[tuple[float, int]] = field(default_factory=list)  # (time, characters) whenever the known text grew
     num_known: int = 0
 
     @property
     def is_complete(self) -> bool:
+        """Whether the last attempt got the whole answer."""
         return bool(self.attempts) and self.attempts[-1].outcome == "complete"
 
     def note(self, attempt: Attempt) -> None:
@@ -105,10 +106,11 @@ class Client:
     def __init__(self, urls: Sequence[str]) -> None:
         self._urls = urls
         self._next = 0
-        limits = httpx2.Limits(max_keepalive_connections=0)  # a connection kept from before a kill tells nothing
+        limits = httpx2.Limits(max_keepalive_connections=0)  # a connection from before a kill would only fail
         self._http = httpx2.AsyncClient(timeout=READ_TIMEOUT_S, trust_env=False, limits=limits)
 
     async def close(self) -> None:
+        """Close all connections."""
         await self._http.aclose()
 
     async def ask(self, ask: Ask, style: Style, call: Call) -> None:

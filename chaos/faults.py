@@ -29,20 +29,20 @@ WEIGHTS: dict[tuple[str, How], float] = {
     ("queue", "kill"): 2, ("queue", "stop"): 1, ("queue", "power cut"): 1,
 }  # fmt: skip
 KILLS: tuple[How, ...] = ("kill", "power cut")
-"""What ends a process without a word."""
+"""Faults that end a process without a chance to clean up."""
 
 NEEDS_ANOTHER = {"worker", "gateway", "scheduler"}
-"""Of these one is always left alone: without any, nothing can go on, which shows nothing."""
+"""Kinds of which one member is always left running: a fleet without any cannot go on, which would show nothing."""
 
 STOP_S = 10.0
 DRAIN_SLACK_S = 60.0  # beyond the grace: a machine may have more to do than this
 POWER_CUT_S = 1.0
-"""What a queue without power may lose: its file is synced every second."""
+"""Seconds of writes that a power cut may take from the queue, whose file is synced every second."""
 
 
 @dataclass(slots=True)
 class Hit:
-    """A fault that was done."""
+    """A fault that was inflicted."""
 
     kind: str
     name: str
@@ -69,30 +69,30 @@ def draw(
 
 
 class PowerCut:
-    """Knows what the queue's file held up to a second ago, which is all that a power cut is sure to leave."""
+    """Records the size of the queue's file, and cuts off its last second, as a power cut may."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "appendonlydir"
         self._sizes: deque[tuple[float, Path, int]] = deque(maxlen=100)
 
     async def watch(self) -> None:
-        """Note the file's size until cancelled."""
+        """Record the file's size until cancelled."""
         while True:
             self.note()
             await asyncio.sleep(0.03)
 
     def note(self) -> None:
-        """Note the file's size now."""
+        """Record the file's size now."""
         if (file := self._newest()) is not None:
             self._sizes.append((time.monotonic(), file, file.stat().st_size))
 
     def cut(self, age_s: float) -> int:
-        """Take from the file of a server that is dead what it wrote in its last `age_s`. Returns the bytes."""
+        """Cut off what a dead server wrote to its file in its last `age_s` seconds. Returns the number of bytes."""
         file, now_s = self._newest(), time.monotonic()
         sizes = [size for at_s, path, size in self._sizes if path == file and at_s >= now_s - age_s]
         if file is None or not sizes:
             return 0
-        self._sizes.clear()  # from now on the file is another one, and shorter
+        self._sizes.clear()  # these sizes no longer describe the file
         lost = file.stat().st_size - sizes[0]
         with file.open("r+b") as log:
             log.truncate(sizes[0])
@@ -106,24 +106,24 @@ class PowerCut:
 
 
 class Havoc:
-    """Does faults, one after another and several at a time, and brings everything back."""
+    """Inflicts faults, several at a time, and restarts what they ended."""
 
     def __init__(self, fleet: ProcessFleet, rng: random.Random, *, kills_only: bool = False) -> None:
-        """kills_only: once each fault has been done, do only those that end a process without a word."""
+        """`kills_only`: after each kind of fault has been inflicted once, inflict only `KILLS`."""
         self.fleet = fleet
         self.hits: list[Hit] = []
-        self.troubles: list[str] = []  # what a member did wrong by itself
+        self.troubles: list[str] = []  # faults of members that the run did not cause
         self._rng = rng
-        self._due = rng.sample(list(WEIGHTS), len(WEIGHTS))  # every fault once, before chance decides
+        self._due = rng.sample(list(WEIGHTS), len(WEIGHTS))  # every fault once, then drawn by weight
         self._weights = {fault: w for fault, w in WEIGHTS.items() if fault[1] in KILLS or not kills_only}
         self._queue_is_down = False
         self._power = PowerCut(fleet.queue.folder)
         self._busy: set[str] = set()  # members that are being hit, until they are up again
 
     async def run(self, num: int, every_s: float, stop: asyncio.Event, *, alone: bool = False) -> None:
-        """Do `num` faults, one every `every_s` in the mean, or fewer if `stop` is set; wait until all is up again.
+        """Inflict `num` faults, one every `every_s` on average, or fewer if `stop` is set; wait until all is up again.
 
-        `alone`: begin none before the one before is over.
+        `alone`: begin each fault only when the one before is over.
         """
         async with asyncio.TaskGroup() as group:
             always = [group.create_task(loop) for loop in (self._power.watch(), self._keep())]
@@ -217,11 +217,11 @@ class Havoc:
             queue.process.wait()
             if hit.how == "power cut":
                 self._power.cut(self._rng.uniform(0, POWER_CUT_S))
-            queue.start()  # in this thread, as it must be; nobody gets anything meanwhile anyway
+            queue.start()  # in this thread, which its lifeline requires; no client is served meanwhile anyway
         self._queue_is_down = False
 
     async def _keep(self) -> None:
-        """Start again what ends by itself, which it may only when it finds no queue."""
+        """Restart members that ended by themselves, which is a fault unless they found no queue."""
         while True:
             await asyncio.sleep(0.3)
             for name in self.fleet.members:

@@ -23,7 +23,7 @@ from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.settings import Settings
 
 STANDBY_S = 3.0
-"""Age at which a scheduler counts as up: one that stands by gives no sign of it."""
+"""Age in s at which a scheduler counts as up: a standby cannot be observed."""
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class Member:
     process: subprocess.Popen[bytes] | None = None
     started_ms: int = 0  # unix time
     paused: bool = False  # by SIGSTOP
-    within: tuple[str, ...] = ()  # a command that runs the service's, such as nsenter; it must become it
+    within: tuple[str, ...] = ()  # a command that replaces itself by the service's, such as nsenter
 
     @property
     def is_running(self) -> bool:
@@ -55,7 +55,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How many of each service."""
+    """Numbers of members, by service."""
 
     gateways: int = 1
     schedulers: int = 1
@@ -73,7 +73,7 @@ class ProcessFleet:
     bus: Bus
     http: httpx2.AsyncClient
     members: dict[str, Member] = field(default_factory=dict)
-    _lifeline: tuple[int, int] = field(default_factory=os.pipe)  # its writing end dies with us, and they with it
+    _lifeline: tuple[int, int] = field(default_factory=os.pipe)  # members end when this process does
 
     @classmethod
     def prepare(cls, folder: Path, model: Path, adapters: Path, *, durable: bool, **settings: object) -> ProcessFleet:
@@ -144,10 +144,7 @@ class ProcessFleet:
         process.wait()
 
     async def is_up(self, member: Member) -> bool:
-        """Tell whether a member does its work: not whether it runs, but whether it has been heard of since its start.
-
-        A gateway is not up before it would take a request.
-        """
+        """Return whether a member works: it has been heard of since its start. A gateway must take requests."""
         if not member.is_running or member.paused:
             return False
         if member.service == "scheduler":
@@ -158,9 +155,8 @@ class ProcessFleet:
             return False
         try:
             if member.service == "store":
-                keys = self.bus.keys
-                return bool(await self.bus.redis.zrangebyscore(keys.stores, member.started_ms, "+inf"))
-            beats = (await self.bus.worker_beats()).values()
+                return await self.bus.members.has_beaten(self.bus.keys.stores, member.started_ms)
+            beats = (await self.bus.members.worker_beats()).values()
         except CONNECTION_ERRORS:
             return False
         since = member.started_ms
@@ -168,7 +164,7 @@ class ProcessFleet:
 
     async def wid_of(self, name: str) -> str:
         """Return the id under which a worker is a member of the fleet now, "" if it is none."""
-        beats = [b for b in (await self.bus.worker_beats()).values() if b is not None and b.name == name]
+        beats = [b for b in (await self.bus.members.worker_beats()).values() if b is not None and b.name == name]
         return max(beats, key=lambda b: b.sent_ms).wid if beats else ""
 
     # ------------------------------------------------------------ addresses
@@ -201,6 +197,7 @@ class ProcessFleet:
 
 
 def gateway_url(member: Member) -> str:
+    """Return a gateway's base URL."""
     return f"http://127.0.0.1:{member.settings.port}"
 
 

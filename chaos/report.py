@@ -1,4 +1,4 @@
-"""Runs as a report. `python -m chaos.report A/report.json B/report.json` tells several as one."""
+"""The report of a run. `python -m chaos.report A/report.json B/report.json` merges several."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from chaos.run import Plan, Tally
 
 
 class Report(msgspec.Struct):
-    """What is kept of a run, or of several."""
+    """The results of one run, or of several."""
 
     command: str
     machine: str
@@ -35,7 +35,7 @@ class Report(msgspec.Struct):
 
 
 def report_of(tally: Tally, plan: Plan, words: Sequence[str]) -> Report:
-    """Return the report of one run that was started with these `words`."""
+    """Return the report of one run; `words` are the arguments it was started with."""
     pauses = {f"{kind}: {how}": [round(s, 3) for s in values] for (kind, how), values in tally.pauses.items()}
     return Report(
         command=f"python -m chaos {' '.join(words)}",
@@ -53,7 +53,7 @@ def report_of(tally: Tally, plan: Plan, words: Sequence[str]) -> Report:
 
 
 def merged(reports: Sequence[Report]) -> Report:
-    """Return several runs as one."""
+    """Return the reports of several runs as one."""
     first, *others = reports
     for other in others:
         for mine, theirs in ((first.faults, other.faults), (first.calls, other.calls), (first.told, other.told)):
@@ -70,7 +70,7 @@ def merged(reports: Sequence[Report]) -> Report:
 
 
 def machine() -> str:
-    """Return what this machine is, in words."""
+    """Return a description of this machine."""
     cpu = Path("/proc/cpuinfo")
     names = [line for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
     name = names[0].partition(":")[2].strip() if names else platform.processor()

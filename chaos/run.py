@@ -20,23 +20,22 @@ from chaos.client import STYLES, Attempt, Call, Client
 from chaos.faults import Havoc, Hit
 from chaos.fleet import ProcessFleet, Shape
 from protocol.queue.bus import CONNECTION_ERRORS
-from protocol.wire import messages as m
 from protocol.wire.keys import CLASSES
 
 logger = logging.getLogger(__name__)
 
 SETTLE_S = 120.0
-"""In this time a log must be as it should: a queue that lost its end is mended meanwhile."""
+"""Time within which every log must be right: a log that lost its end is repaired meanwhile."""
 
 UNREACHABLE = ["the queue cannot be reached"]
 
 HORIZON_S = 5.0
-MAX_ATTEMPTS = 20  # a killed worker is no sign here that its request is poison
+MAX_ATTEMPTS = 20  # here a worker's death says nothing about its requests
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run is made of."""
+    """The parameters of a run."""
 
     num_faults: int
     every_s: float
@@ -50,11 +49,11 @@ class Plan:
 
 @dataclass(slots=True)
 class Tally:
-    """What a run has shown."""
+    """The results of a run."""
 
     violations: list[str] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)  # style -> complete
-    told: Counter[str] = field(default_factory=Counter)  # what unfinished attempts were told
+    told: Counter[str] = field(default_factory=Counter)  # error codes of unfinished attempts
     pauses: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))  # s, per kind and how
     num_tokens: int = 0
     hits: list[Hit] = field(default_factory=list)
@@ -77,12 +76,13 @@ class Run:
         self._checks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
+        """Close the client's connections."""
         await self._client.close()
 
     # ------------------------------------------------------------ before
 
     async def ask_undisturbed(self, answers: dict[Ask, list[int]]) -> None:
-        """Ask everything once: this is what it must be under fire. It must be what transformers answers."""
+        """Ask everything once, for the answers that must come under faults too. They must be those of transformers."""
         room = asyncio.Semaphore(8)
         found = await asyncio.gather(*(self._ask_once(ask, room) for ask in self.asks))
         self.expected = dict(zip(self.asks, found, strict=True))
@@ -97,13 +97,13 @@ class Run:
         attempt = call.attempts[-1]
         if not call.is_complete or len(call.attempts) > 1:
             raise RuntimeError(f"undisturbed, {ask} was not answered: {attempt.code} {attempt.detail}")
-        ids = await self.fleet.bus.redis.get(self.fleet.bus.keys.tok(f"{attempt.call}-0"))
+        ids = await self.fleet.bus.tokens(f"{attempt.call}-0") or b""
         return Expected(attempt.text, ids, attempt.usage["prompt_tokens"])
 
     # ------------------------------------------------------------ under fire
 
     async def run(self) -> Tally:
-        """Do the faults under load; everything is checked when this returns."""
+        """Inflict the faults under load; when this returns, everything has been checked."""
         stop, began_s = asyncio.Event(), time.monotonic()
         before = self._rss()
         self.tally.hits = self.havoc.hits
@@ -180,7 +180,7 @@ class Run:
         bus, rid = self.fleet.bus, f"{attempt.call}-0"
         try:
             (facts,) = await bus.requests([rid])
-            ids = await bus.redis.get(bus.keys.tok(rid)) or b""
+            ids = await bus.tokens(rid) or b""
         except CONNECTION_ERRORS:
             return UNREACHABLE
         whole = attempt.outcome == "complete" and not self._may_be_forgotten(attempt)
@@ -201,24 +201,17 @@ class Run:
                 self.tally.violations += left
                 break
             await asyncio.sleep(0.5)
-        self.tally.num_dead_letters = await self.fleet.bus.redis.xlen(self.fleet.bus.keys.dlq)
+        self.tally.num_dead_letters = await self.fleet.bus.streams.length(self.fleet.bus.keys.dlq)
         if self.tally.num_dead_letters:
             self.tally.violations.append(f"{self.tally.num_dead_letters} dead letters")
 
     async def _left_over(self) -> list[str]:
         bus = self.fleet.bus
-        left = [f"{cls}: queued" for cls in CLASSES if await bus.redis.xlen(bus.keys.sub(cls))]
-        for wid in await bus.members(bus.keys.workers):
+        left = [f"{cls}: queued" for cls in CLASSES if await bus.streams.length(bus.keys.sub(cls))]
+        for wid in await bus.members.ids(bus.keys.workers):
             left += [f"{wid} has {item.rid}" for item in await bus.work_of(wid)]
-        async for key in bus.redis.scan_iter(count=1000):
-            name = key.decode()
-            if await bus.redis.pttl(name) == -1 and not bus.keys.is_permanent(name):
-                left.append(f"{name} has no life time")
-            if name.startswith(bus.keys.req("")):
-                state = await bus.redis.hget(name, "state")
-                if state is not None and state.decode() not in m.TERMINAL:
-                    left.append(f"{name} is {state.decode()}")
-        return left
+        left += [f"{key} has no life time" for key in await bus.untimed_keys()]
+        return left + [f"request {rid} is {state}" for rid, state in (await bus.unfinished()).items()]
 
     def _rss(self) -> dict[str, float]:
         found = {"driver": psutil.Process().memory_info().rss / 1e6}

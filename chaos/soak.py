@@ -46,7 +46,7 @@ MAX_TOLD = 200  # errors that are told one by one
 
 @dataclass(slots=True)
 class Course:
-    """What happened."""
+    """What became of the calls, and what the processes used meanwhile."""
 
     num_asked: int = 0
     seconds: float = 0.0  # in which calls were begun
@@ -59,18 +59,18 @@ class Course:
 
     @property
     def errors(self) -> dict[str, int]:
-        """What should not have happened: whatever is neither a whole answer nor a refusal that says when to return."""
+        """Calls that got neither a whole answer nor a refusal with a Retry-After."""
         return {name: num for name, num in self.outcomes.items() if name not in ("complete", "429")}
 
     def share_kept(self, num: int) -> float:
-        """Return after which share of the refusals, in [0, 1], `num` answers ended within the Retry-After told."""
+        """Return the share of refusals, in [0, 1], after which `num` answers ended within their Retry-After."""
         done = self.completed_s
         kept = [bisect.bisect(done, at + told) - bisect.bisect(done, at) >= num for at, told in self.refusals]
         return sum(kept) / max(len(kept), 1)
 
 
 class Load:
-    """Calls of random adapters at given moments."""
+    """Calls of random adapters at given times."""
 
     def __init__(self, fleet: ProcessFleet, models: list[str], num_tokens: int, seed: int) -> None:
         self._fleet = fleet
@@ -223,7 +223,7 @@ async def _soak(args: argparse.Namespace, folder: Path) -> tuple[Course, float]:
         await fleet.start_all(Shape(gateways=2, schedulers=2, workers=("w0", "w1")))
         _stay_on(args.client_cpus)
         while True:
-            if len(await fleet.bus.aliases()) == len(names):
+            if len(await fleet.bus.adapters.aliases()) == len(names):
                 break
             await asyncio.sleep(0.2)
         load = Load(fleet, names, args.tokens, args.seed)

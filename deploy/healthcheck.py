@@ -4,31 +4,34 @@ The gateway is healthy when it can answer, the store when it serves blobs, a wor
 not before its model is loaded), the scheduler while somebody leads.
 """
 
+import asyncio
 import os
 import socket
 import sys
 import urllib.request
 
-import redis
-
-from protocol.queue.bus import decode
-from protocol.wire.keys import Keys
-from protocol.wire.messages import WorkerBeat
+from protocol.queue.bus import Bus
 
 TIMEOUT_S = 3
 
 
 def http_answers(port: int) -> bool:
-    """Tell whether `/health` on this machine is 200; raises OSError when it isn't."""
+    """Return whether `/health` on this machine is 200; raises OSError when it isn't."""
     return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=TIMEOUT_S).status == 200
 
 
-def worker_beats(client: redis.Redis, keys: Keys) -> bool:
-    """Tell whether a worker of this host has beaten lately."""
-    here = socket.gethostname() + "-"
-    wids = [wid.decode() for wid in client.zrange(keys.workers, 0, -1)]
-    raws = client.mget([keys.worker_beat(wid) for wid in wids]) if wids else []
-    return any(raw and decode(raw, WorkerBeat).name.startswith(here) for raw in raws)
+async def queue_knows(service: str) -> bool:
+    """Return whether somebody leads, or whether a worker of this host has beaten lately; raises what the queue does."""
+    bus = Bus(os.environ["REDIS_URL"])
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            if service == "scheduler":
+                return await bus.has_leader()
+            here = socket.gethostname() + "-"
+            beats = (await bus.members.worker_beats()).values()
+            return any(beat is not None and beat.name.startswith(here) for beat in beats)
+    finally:
+        await bus.close()
 
 
 def main(service: str) -> int:
@@ -37,11 +40,7 @@ def main(service: str) -> int:
         return not http_answers(8000)
     if service == "store":
         return not http_answers(int(os.environ["LORAFLEET_STORE_PORT"]))
-    keys = Keys()
-    with redis.Redis.from_url(os.environ["REDIS_URL"], socket_timeout=TIMEOUT_S) as client:
-        if service == "scheduler":
-            return not client.exists(keys.leader)
-        return not worker_beats(client, keys)
+    return not asyncio.run(queue_knows(service))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ from gateway.text.own_files import OwnFiles
 from gateway.text.sandbox import Sandbox
 from gateway.text.tokenizer import load_model_files
 from peft_adapters.texts import TOKENIZER
-from protocol.queue.api_keys import ApiKeys
 from protocol.queue.bus import Bus
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder
@@ -90,7 +89,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
                 settings.host or "every address",
             )
         encoders = EncoderEndpoints(endpoints, pipeline)
-        keys = ApiKeys(bus) if settings.api_keys else None
+        keys = bus.api_keys if settings.api_keys else None
         app = build_app(endpoints, native, operators, encoders, settings, admission, keys)
         with _listen(settings.host, settings.port) as listener:
             address = _address(listener)

@@ -159,8 +159,8 @@ async def shared_steps(settings: Settings, num_models: int) -> tuple[int, int]:
     bus = Bus(settings.redis_url)
     try:
         sizes: list[int] = []
-        for gid in await bus.members(bus.keys.gateways):
-            for _, fields in await bus.entries(bus.keys.out(gid)):
+        for gid in await bus.members.ids(bus.keys.gateways):
+            for _, fields in await bus.streams.entries(bus.keys.out(gid)):
                 deltas = decode(fields[b"b"], list[m.Delta])
                 sizes.append(len({delta.rid for delta in deltas if delta.ids}))
     finally:

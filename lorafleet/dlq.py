@@ -47,7 +47,7 @@ async def _with_letters(url: str, settings: Settings, args: argparse.Namespace) 
     do: Callable[[DeadLetters, Settings, argparse.Namespace], Awaitable[None]] = args.do
     bus = Bus(url)
     try:
-        await do(DeadLetters(bus), settings, args)
+        await do(bus.dead_letters, settings, args)
     except CONNECTION_ERRORS as error:
         raise Unavailable(f"no queue answers at {url}: {error}") from error
     finally:

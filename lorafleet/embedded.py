@@ -11,18 +11,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import redis
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.retry import Retry
-
 from lorafleet.lifeline import die_with_parent
+from protocol.queue.redis_client import QueueError, ping
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Conflict, Internal
 
 MAX_SOCKET_PATH = 100  # bytes; Linux allows 107
 START_S = 60.0  # loading a long append-only file takes a while
-NO_RETRY = Retry(NoBackoff(), 0)
 LOCK_S = 5.0  # a server whose launcher was killed takes a moment to end
 
 
@@ -116,11 +111,11 @@ class EmbeddedServer:
         """Return whether the server answers; while it loads its file, it does not."""
         if not self.socket.exists():
             return False
-        with redis.Redis(unix_socket_path=str(self.socket), socket_timeout=5, retry=NO_RETRY) as client:
-            try:
-                return bool(client.ping())
-            except RedisConnectionError:
-                return False
+        try:
+            ping(self.url, timeout_s=5)
+        except QueueError:
+            return False
+        return True
 
 
 def start_embedded(folder: Path, *, durable: bool = True, lock_s: float = LOCK_S) -> EmbeddedServer:

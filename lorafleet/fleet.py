@@ -175,8 +175,8 @@ class Fleet:
             status = await bus.get(keys.status, m.SchedulerStatus)
             return status is not None and status.sent_ms >= since
         if child.spec.service == "store":
-            return bool(await bus.redis.zrangebyscore(keys.stores, since, "+inf", start=0, num=1))
-        beats = (await bus.worker_beats()).values()
+            return await bus.members.has_beaten(keys.stores, since)
+        beats = (await bus.members.worker_beats()).values()
         return any(beat and beat.name == child.spec.name and beat.sent_ms >= since for beat in beats)
 
     def _revive_queue(self) -> None:

@@ -67,7 +67,7 @@ async def _with_keys(url: str, args: argparse.Namespace) -> int:
     do: Callable[[ApiKeys, argparse.Namespace], Awaitable[None]] = args.do
     bus = Bus(url)
     try:
-        await do(ApiKeys(bus), args)
+        await do(bus.api_keys, args)
     except CONNECTION_ERRORS as error:
         raise Unavailable(f"no queue answers at {url}: {error}") from error
     finally:

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import httpx2
 import orjson
-import redis
-from redis.exceptions import RedisError
 from rich.markup import escape
 
 from lorafleet.child import Child
@@ -25,6 +23,7 @@ from lorafleet.flags import add_settings, load_settings
 from lorafleet.fleet import Fleet, local_url, service_specs
 from lorafleet.machine import claim_port
 from lorafleet.screen import Screen
+from protocol.queue.redis_client import QueueError, ping
 from protocol.runtime.model_files import served_name
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Unavailable
@@ -186,9 +185,8 @@ def _has_queue(settings: Settings) -> bool:
 def _check_queue(url: str) -> None:
     """Raise BadRequest for a malformed URL, Unavailable when no queue answers there."""
     try:
-        with redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as client:
-            client.ping()
+        ping(url, timeout_s=5)
     except ValueError as error:
         raise BadRequest(f"--redis-url: {error}") from error
-    except RedisError as error:
+    except QueueError as error:
         raise Unavailable(f"no queue answers at {url}: {error}") from error

@@ -125,11 +125,8 @@ class Scheduler:
             return
         if request is None or request.wid != message.wid or request.epoch + 1 != message.epoch:
             return
-        if message.requeued:  # it comes back by the submit stream
-            self.ledger.hand_back(request, message.num_output_tokens)
-        else:
-            self._close(request)
-            self.ledger.end(request, message.num_output_tokens)
+        self._close(request)
+        self.ledger.end(request, message.num_output_tokens)
 
     def forget(self, rid: str) -> None:
         """Drop a request that has ended elsewhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any, cast
 
 import msgspec
 
@@ -32,8 +33,8 @@ class Recovery:
         """Take over what earlier leaders assigned. Returns the stream positions from which to read on."""
         bus, scheduler = self._bus, self._scheduler
         # In this order: what ends after this is read, so nothing adopted below is counted for ever.
-        last_ids = {bus.keys.ended: await bus.last_id(bus.keys.ended)}
-        beats = await bus.worker_beats()
+        last_ids = {bus.keys.ended: await bus.streams.last_id(bus.keys.ended)}
+        beats = await bus.members.worker_beats()
         scheduler.beats(beats, 0.0)
         num_adopted = 0
         for wid in beats:
@@ -58,7 +59,7 @@ class Recovery:
         worker = self._scheduler.workers.by_id.get(wid)
         await self._requeue(wid, rids, counts=True, name=worker.beat.name if worker else "")
         self._scheduler.remove_worker(wid)
-        await self._bus.leave(wid)
+        await self._bus.members.leave(wid)
 
     async def _requeue(self, wid: str, rids: list[str], *, counts: bool, name: str = "") -> None:
         for start in range(0, len(rids), CHUNK):
@@ -94,12 +95,12 @@ class Recovery:
 
     async def reject(self, stream: str, entry: Entry, reason: str) -> None:
         """Put an unreadable submission aside, and end its request if its id at least can be read."""
-        await self._bus.reject(stream, entry, reason)
+        await self._bus.streams.reject(stream, entry, reason)
         try:
-            loose = msgspec.msgpack.decode(entry[1].get(b"b", b""))
+            loose: Any = msgspec.msgpack.decode(entry[1].get(b"b", b""))
         except msgspec.MsgspecError:
             return
-        rid = loose.get("rid") if isinstance(loose, dict) else None
+        rid = cast(dict[str, Any], loose).get("rid") if isinstance(loose, dict) else None
         if isinstance(rid, str):
             await self._bus.finish(rid, "failed", "error", Internal(f"the request could not be read: {reason}"))
 
@@ -109,7 +110,7 @@ class Recovery:
         logger.warning("gateway %s is dead; %d requests are cancelled", gid, len(rids))
         for rid in rids:
             await self._bus.cancel(rid)
-        await self._bus.forget_gateway(gid)
+        await self._bus.members.forget_gateway(gid)
 
     async def reconcile(self) -> None:
         """Look up requests that their workers' beats have not listed twice in a row.
@@ -131,24 +132,17 @@ class Recovery:
     async def find_orphans(self) -> int:
         """Queue again what is assigned to a worker that nobody knows any more; return how many these were.
 
-        Workers register before they get work and leave after they have handed it back, so there are none, unless a
-        queue that lost its last second has brought back the one without the other.
+        Workers register before they get work and leave after they have handed it back, so there are none unless a
+        queue that lost its last second has brought back the assignment and not the worker. This scans all keys: it is
+        for a leader's beginning, which a restart of the queue brings about too.
         """
-        bus, prefix, num_found = self._bus, self._bus.keys.req(""), 0
-        cursor = -1
-        while cursor:
-            cursor, found = await bus.redis.scan(max(cursor, 0), match=f"{prefix}*", count=CHUNK)
-            pipe = bus.redis.pipeline(transaction=False)
-            for key in found:
-                pipe.hmget(key, "state", "owner")
-            facts: list[tuple[bytes | None, bytes | None]] = await pipe.execute()
-            owned = [(key, owner) for key, (state, owner) in zip(found, facts, strict=True) if state == b"assigned"]
-            registered = {wid.encode() for wid in await bus.members(bus.keys.workers)} if owned else set()
-            for key, owner in owned:
-                if owner and owner not in registered:
-                    rid = key.decode().removeprefix(prefix)
-                    logger.error("request %s was lost with worker %s", rid, owner.decode())
-                    await self._requeue(owner.decode(), [rid], counts=False)
+        num_found = 0
+        async for assigned in self._bus.scan_assigned(CHUNK):
+            registered = set(await self._bus.members.ids(self._bus.keys.workers)) if assigned else set[str]()
+            for rid, owner in assigned:
+                if owner not in registered:
+                    logger.error("request %s was lost with worker %s", rid, owner)
+                    await self._requeue(owner, [rid], counts=False)
                     num_found += 1
         return num_found
 

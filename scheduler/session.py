@@ -31,7 +31,8 @@ from scheduler.request import QueuedRequest
 logger = logging.getLogger(__name__)
 
 WATCH_S = 0.5
-SEARCH_S = 30.0
+SEARCH_AGAIN_S = 30.0
+"""By then every write has arrived that was on its way when the queue restarted."""
 READ_BLOCK_MS = 1000
 COALESCE_S = 0.003
 """Pause between plans while something is left over, so that a full fleet does not cost a plan for every end."""
@@ -97,13 +98,13 @@ class Session:
         """Feed the scheduler with submissions and ends."""
         keys = self._bus.keys
         while True:
-            found = await self._bus.read(self._last_ids, block_ms=READ_BLOCK_MS)
+            found = await self._bus.streams.read(self._last_ids, block_ms=READ_BLOCK_MS)
             for entry in found.get(keys.ended, ()):
                 try:
                     for message in decode(entry[1][b"b"], list[m.Ended]):
                         self.scheduler.ended(message)
                 except (ProtocolError, KeyError) as error:
-                    await self._bus.reject(keys.ended, entry, repr(error))
+                    await self._bus.streams.reject(keys.ended, entry, repr(error))
             for cls in CLASSES:
                 if entries := found.get(keys.sub(cls)):
                     await self._take(cls, entries)
@@ -133,7 +134,7 @@ class Session:
         for digest in new:
             self.scheduler.learn(digest, DEFAULT_FACTS)
         try:
-            for record in await self._bus.adapter_records(new):
+            for record in (await self._bus.adapters.records(new)).values():
                 self.scheduler.learn(record.digest, AdapterFacts(record.rank, record.num_bytes))
         except ProtocolError:
             logger.exception("an adapter's record cannot be read; its size is guessed")
@@ -165,7 +166,7 @@ class Session:
             orders = [(wid, m.Control(kind="prefetch", digest=digest)) for wid, digest in plan.prefetches]
             orders += [(wid, m.Control(kind="queued", digests=digests)) for wid, digests in plan.queued]
             if orders:
-                await self._bus.tell(orders)
+                await self._bus.streams.tell(orders)
 
     async def _assign(self, wid: str, batch: list[QueuedRequest]) -> None:
         """Write one assignment; what cannot be assigned goes back to the backlog."""
@@ -180,8 +181,8 @@ class Session:
             # A worker that was taken for dead and lives: give it a new stream; its next beat brings it back.
             logger.warning("worker %s has no work stream", wid)
             self.scheduler.workers.set_unreachable(wid)
-            await self._bus.create_stream(self._bus.keys.work(wid), WORK_STREAM_TTL_S)
-            await self._bus.create_stream(self._bus.keys.ctl(wid), WORK_STREAM_TTL_S)
+            await self._bus.streams.create(self._bus.keys.work(wid), WORK_STREAM_TTL_S)
+            await self._bus.streams.create(self._bus.keys.ctl(wid), WORK_STREAM_TTL_S)
         self.scheduler.undo(batch, stale)
         self._wake.set()
 
@@ -198,10 +199,10 @@ class Session:
             await asyncio.sleep(lock.lease_ms / 5000)
 
     async def _search(self) -> None:
-        """Look for requests that belong to nobody, which a restarted queue may have brought back."""
-        while True:
-            await self._recovery.find_orphans()
-            await asyncio.sleep(SEARCH_S)
+        """Look for requests that belong to nobody. Only a restart of the queue makes them, and begins a new session."""
+        await self._recovery.find_orphans()
+        await asyncio.sleep(SEARCH_AGAIN_S)
+        await self._recovery.find_orphans()
 
     async def _watch(self) -> None:
         """Look after beats, deaths, deadlines and lost messages; publish the status."""
@@ -224,14 +225,14 @@ class Session:
             await asyncio.sleep(WATCH_S)
 
     async def _watch_workers(self, elapsed_s: float) -> None:
-        for wid in self.scheduler.beats(await self._bus.worker_beats(), elapsed_s):
+        for wid in self.scheduler.beats(await self._bus.members.worker_beats(), elapsed_s):
             # An assignment on its way to it would be deleted unseen.
             async with self._assigning:
                 await self._recovery.bury(wid)
 
     async def _watch_gateways(self, elapsed_s: float) -> None:
         silent = self._silent_gateways
-        for gid, alive in (await self._bus.gateways_alive()).items():
+        for gid, alive in (await self._bus.members.gateways_alive()).items():
             if alive:
                 silent.pop(gid, None)
                 continue
@@ -269,6 +270,4 @@ def _count(batch: list[QueuedRequest]) -> None:
 
 def _assigned(request: QueuedRequest) -> m.Assigned:
     sub = request.submit
-    return m.Assigned(
-        sub.rid, request.epoch + 1, sub.digest, sub.tenant, sub.gateway, sub.stored, sub.deadline_ms, request.yields
-    )
+    return m.Assigned(sub.rid, request.epoch + 1, sub.digest, sub.tenant, sub.gateway, request.yields)

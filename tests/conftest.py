@@ -67,7 +67,7 @@ def queue_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS
 async def bus(queue_server: EmbeddedServer) -> AsyncIterator[Bus]:
     """A client on an empty queue. After the test, every key must have a TTL or be on the permanent list."""
     client = Bus(queue_server.url)
-    await client.redis.flushall()
+    await client._redis.flushall()
     yield client
     leaks = await untimed_keys(client)
     await client.close()
@@ -76,5 +76,5 @@ async def bus(queue_server: EmbeddedServer) -> AsyncIterator[Bus]:
 
 async def untimed_keys(client: Bus) -> list[str]:
     """Return the keys that have no TTL and are not permanent."""
-    keys = [key.decode() async for key in client.redis.scan_iter(count=1000)]
-    return [key for key in keys if await client.redis.pttl(key) == -1 and not client.keys.is_permanent(key)]
+    keys = [key.decode() async for key in client._redis.scan_iter(count=1000)]
+    return [key for key in keys if await client._redis.pttl(key) == -1 and not client.keys.is_permanent(key)]

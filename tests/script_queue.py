@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import msgspec
 import numpy as np
 
-from protocol.queue.bus import Bus, StepRow, decode, now_ms
+from protocol.queue.bus import Bus, Refused, Step, StepRow, decode, now_ms
 from protocol.wire import messages as m
 
 GATEWAY = "g"
@@ -26,20 +25,6 @@ def ids(*tokens: int) -> bytes:
     return np.array(tokens, dtype="<i4").tobytes()
 
 
-async def written(bus: Bus, rid: str) -> bytes:
-    """Return the ids in a request's log and, beyond its end, in its owner's journal. Changes nothing."""
-    log = await bus.redis.get(bus.keys.tok(rid)) or b""
-    state, owner = await bus.redis.hmget(bus.keys.req(rid), "state", "owner")
-    entries = await bus.redis.lrange(bus.keys.journal(owner.decode()), 0, -1) if state == b"assigned" else []
-    for packed, tokens in zip(entries[::2], entries[1::2], strict=True):
-        facts, at = msgspec.msgpack.decode(packed), 0
-        for name, _, seq0, size in zip(*(facts[i::4] for i in range(4)), strict=True):
-            if name == rid and log and seq0 * 4 <= len(log) < seq0 * 4 + size:
-                log += tokens[at : at + size][len(log) - seq0 * 4 :]
-            at += size
-    return log
-
-
 class Queue:
     """The bus with a gateway and a worker, and what a test likes to look at."""
 
@@ -58,36 +43,40 @@ class Queue:
         await self.submit(*rids)
         assert (await self.assign(*rids))[0] == "ok"
 
+    async def write(self, *rows: StepRow) -> list[Refused]:
+        """Write a step of worker `w`; return the refused rows."""
+        return await self.bus.step("w", Step(rows=list(rows)))
+
     async def requeue(self, *rids: str, counts: bool = True, wid: str = "w") -> dict[str, str]:
         return await self.bus.requeue(wid, rids, counts=counts, max_attempts=3, name='gpu "0"\n')
 
     async def fields(self, rid: str) -> dict[str, str]:
-        found = await self.bus.redis.hgetall(self.keys.req(rid))
+        found = await self.bus._redis.hgetall(self.keys.req(rid))
         return {name.decode(): value.decode(errors="replace") for name, value in found.items()}
 
     async def log(self, rid: str) -> bytes:
-        return await written(self.bus, rid)
+        return await self.bus._redis.get(self.keys.tok(rid)) or b""
 
     async def queued(self) -> list[tuple[str, int]]:
-        entries = await self.bus.entries(self.keys.sub("interactive"))
+        entries = await self.bus.streams.entries(self.keys.sub("interactive"))
         return [(decode(fields[b"b"], m.Submit).rid, int(fields[b"e"])) for _, fields in entries]
 
     async def deltas(self) -> list[m.Delta]:
-        entries = await self.bus.entries(self.keys.out(GATEWAY))
+        entries = await self.bus.streams.entries(self.keys.out(GATEWAY))
         return [delta for _, fields in entries for delta in decode(fields[b"b"], list[m.Delta])]
 
     async def ended(self) -> list[m.Ended]:
-        entries = await self.bus.entries(self.keys.ended)
+        entries = await self.bus.streams.entries(self.keys.ended)
         return [item for _, fields in entries for item in decode(fields[b"b"], list[m.Ended])]
 
     async def orders(self, wid: str = "w") -> list[m.Control]:
-        return [decode(fields[b"b"], m.Control) for _, fields in await self.bus.entries(self.keys.ctl(wid))]
+        return [decode(fields[b"b"], m.Control) for _, fields in await self.bus.streams.entries(self.keys.ctl(wid))]
 
     async def work(self, wid: str = "w") -> list[bytes]:
-        return [entry for entry, _ in await self.bus.entries(self.keys.work(wid))]
+        return [entry for entry, _ in await self.bus.streams.entries(self.keys.work(wid))]
 
     async def ttl_s(self, key: str) -> float:
-        return await self.bus.redis.pttl(key) / 1000
+        return await self.bus._redis.pttl(key) / 1000
 
 
 def row(rid: str, seq0: int, *tokens: int, epoch: int = 1, finish: str = "", logprobs: bytes = b"") -> StepRow:

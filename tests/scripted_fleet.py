@@ -18,9 +18,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from waiting import wait_until
 
 from gateway.service import GatewayTimings, serve
-from protocol.queue.bus import Bus, Step, StepRow, decode, error_info, now_ms
+from protocol.queue.bus import Bus, Step, StepRow, decode, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire.error_codec import error_json
 from protocol.wire.errors import LorafleetError
 from protocol.wire.keys import CLASSES
 from protocol.wire.text import OutputText, StopRule
@@ -97,23 +98,23 @@ class ScriptedFleet:
             vocab_size=self.tokenizer.get_vocab_size(), max_model_len=self.max_model_len, sites=[], created_ms=now_ms(),
         )  # fmt: skip
         await self.bus.set(self.bus.keys.base, msgspec.structs.replace(base, **self.facts))
-        await self.bus.create_stream(self.bus.keys.work(self.wid), 300)
-        await self.bus.create_stream(self.bus.keys.ctl(self.wid), 300)
+        await self.bus.streams.create(self.bus.keys.work(self.wid), 300)
+        await self.bus.streams.create(self.bus.keys.ctl(self.wid), 300)
         if worker:
             await self.beat()
 
     async def beat(self) -> None:
-        beat = m.WorkerBeat(
-            wid=self.wid, name=self.wid, model=BASE_NAME, capacity=64, resident=self.resident, host=self.host
+        beat = m.WorkerBeat(wid=self.wid, name=self.wid, capacity=64, resident=self.resident, host=self.host)
+        await self.bus.members.beat(
+            self.bus.keys.worker_beat(self.wid), self.bus.keys.workers, self.wid, m.encode(beat), 4000
         )
-        await self.bus.beat(self.bus.keys.worker_beat(self.wid), self.bus.keys.workers, self.wid, m.encode(beat), 4000)
 
     async def add_adapter(
         self, name: str, digest: str = "", *, state: m.AdapterState = "on_disk", reason: str = ""
     ) -> None:
         """Write an adapter into the catalogue, as the store does."""
         alias = m.Alias(name=name, state=state, digest=digest, source=f"local:{name}", reason=reason, created_ms=1000)
-        await self.bus.redis.hset(self.bus.keys.adapters, name, m.encode(alias))
+        await self.bus._redis.hset(self.bus.keys.adapters, name, m.encode(alias))
         if digest:
             record = m.AdapterRecord(
                 digest=digest, rank=8, num_bytes=10, config={}, modules=["q_proj"], source=f"local:{name}", created_ms=1
@@ -126,7 +127,7 @@ class ScriptedFleet:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._beats())
             while True:
-                for entries in (await self.bus.read(last, block_ms=200)).values():
+                for entries in (await self.bus.streams.read(last, block_ms=200)).values():
                     for _, fields in entries:
                         submit = decode(fields[b"b"], m.Submit)
                         group.create_task(self._play(submit, int(fields[b"e"])))
@@ -181,7 +182,7 @@ class ScriptedFleet:
         """Write one step of one request; returns False when it was refused, and ends a cancelled request."""
         raw = array("i", ids).tobytes()
         records = b"".join(logprob_record(id_, body.sampling.num_logprobs, logprob) for id_ in ids)
-        info = msgspec.json.encode(error_info(error)).decode() if error and end else ""
+        info = error_json(error) if end else ""
         finish = "error" if info else end
         state = {"": "", "error": "failed"}.get(finish, "completed")
         usage = m.Usage(len(body.prompt) // 4, seq0 + len(ids), 3) if end else None
@@ -237,7 +238,7 @@ async def running_gateway(
     bus: Bus, model: Path, timings: GatewayTimings | None = None, **settings: object
 ) -> AsyncIterator[RunningGateway]:
     """Start a gateway; drain it at the end."""
-    before = set(await bus.members(bus.keys.gateways))
+    before = set(await bus.members.ids(bus.keys.gateways))
     stop = asyncio.Event()
     values = {"redis_url": bus.url, "model": str(model), "port": 0, "grace_s": 5.0, **settings}
     async with asyncio.TaskGroup() as group:
@@ -245,10 +246,10 @@ async def running_gateway(
 
         async def came_up() -> str | None:
             assert not task.done(), "the gateway ended"
-            return next(iter(set(await bus.members(bus.keys.gateways)) - before), None)
+            return next(iter(set(await bus.members.ids(bus.keys.gateways)) - before), None)
 
         gid = await wait_until(came_up, "a gateway has come up")
-        address = await bus.redis.get(bus.keys.gateway_beat(gid))
+        address = await bus._redis.get(bus.keys.gateway_beat(gid))
         try:
             yield RunningGateway(address.decode(), gid, stop, task)
         finally:

@@ -32,8 +32,8 @@ class StoreRun:
 
         async def find() -> str:
             assert not self.task.done(), self.task
-            for sid in await self.bus.members(self.bus.keys.stores):
-                raw = await self.bus.redis.get(self.bus.keys.store_beat(sid))
+            for sid in await self.bus.members.ids(self.bus.keys.stores):
+                raw = await self.bus._redis.get(self.bus.keys.store_beat(sid))
                 if raw:
                     return raw.decode()
             return ""
@@ -52,7 +52,7 @@ async def in_state(bus: Bus, name: str, state: str, *, not_digest: str = "") -> 
     """Wait until a name is in a state, with a digest other than `not_digest`."""
 
     async def look() -> m.Alias | None:
-        alias = await bus.alias(name)
+        alias = await bus.adapters.alias(name)
         return alias if alias and alias.state == state and (not not_digest or alias.digest != not_digest) else None
 
     return await wait_until(look, f"{name} is {state}")

@@ -65,8 +65,8 @@ class Aliases:
         last_ids: dict[str, bytes] = {}
         while True:
             try:
-                last_ids = last_ids or {stream: await self._bus.last_id(stream)}
-                for _, fields in (await self._bus.read(last_ids, block_ms=LISTEN_MS)).get(stream, []):
+                last_ids = last_ids or {stream: await self._bus.streams.last_id(stream)}
+                for _, fields in (await self._bus.streams.read(last_ids, block_ms=LISTEN_MS)).get(stream, []):
                     event = decode(fields[b"b"], m.AdapterEvent)
                     for waiter in self._waiters.get(event.name, ()):
                         waiter.set()
@@ -92,12 +92,12 @@ class Aliases:
         Raises ModelNotFound; PermissionDenied, AdapterRefused and others with the reason why it is not served; and
         Unavailable if that takes longer than `timeout_s`.
         """
-        own = await self._bus.alias(name, caller.name) if caller.name else None
+        own = await self._bus.adapters.alias(name, caller.name) if caller.name else None
         if own is not None:
             return await self._once_settled(own, timeout_s)
         if not caller.may_use(name):
             raise ModelNotFound(name)
-        alias = await self._bus.alias(name)
+        alias = await self._bus.adapters.alias(name)
         reference = parse_reference(name)
         if alias is not None and not alias.on_request:
             return await self._once_settled(alias, timeout_s)
@@ -125,7 +125,7 @@ class Aliases:
         tenant = owner_of(token)
         key = private_name(name, tenant)
         forever = reference.is_fixed and not token  # a commit's content never changes; who may read it does
-        alias = await self._bus.alias(name, tenant)
+        alias = await self._bus.adapters.alias(name, tenant)
         now = now_ms()
         if alias is not None and alias.state == "failed" and now < alias.retry_ms:
             raise error_of(alias)
@@ -154,7 +154,7 @@ class Aliases:
         registration = m.Registration(
             name=name, source=reference.source, token=sealed, tenant=tenant, asked_ms=asked_ms, on_request=True
         )
-        if not await self._bus.register(registration):
+        if not await self._bus.adapters.register(registration):
             del self._asked[key]
             raise Unavailable("too many adapters are registered", code="too_many_adapters")
         return asked_ms
@@ -180,7 +180,7 @@ class Aliases:
                 waiter.clear()
                 if self._failure is not None:
                     raise self._failure
-                alias = await self._bus.alias(name, tenant)
+                alias = await self._bus.adapters.alias(name, tenant)
                 if is_over(alias):
                     return alias
                 left_s = deadline_s - time.monotonic()
@@ -190,7 +190,7 @@ class Aliases:
                     async with asyncio.timeout(min(left_s, self._poll_s)):
                         await waiter.wait()
                 except TimeoutError:
-                    if not await self._bus.members(self._bus.keys.stores, STORE_TIMEOUT_MS):
+                    if not await self._bus.members.ids(self._bus.keys.stores, STORE_TIMEOUT_MS):
                         raise Unavailable("no adapter store is running", code="no_store") from None
 
     @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
+from protocol.queue.bus import CONNECTION_ERRORS, Bus
 from protocol.runtime.metrics import FLEET_QUEUED, FLEET_RUNNING, FLEET_WORKERS, WORKERS
 from protocol.wire import messages as m
 from protocol.wire.errors import Unavailable
@@ -33,16 +33,9 @@ class FleetView:
 
     async def refresh(self) -> None:
         """Read all of it once. Raises a connection error."""
-        keys = self._bus.keys
-        pipe = self._bus.redis.pipeline(transaction=False)
-        pipe.zcount(keys.workers, now_ms() - self._beat_timeout_ms, "+inf")
-        pipe.get(keys.base)
-        pipe.get(keys.status)
-        num_workers, base, status = await pipe.execute()
-        self.num_workers = num_workers
-        self.base = decode(base, m.ServedModel) if base else None
-        self.status = decode(status, m.SchedulerStatus) if status else None
-        FLEET_WORKERS.set(num_workers)
+        fleet = await self._bus.members.summary(self._beat_timeout_ms)
+        self.num_workers, self.base, self.status = fleet.num_workers, fleet.base, fleet.status
+        FLEET_WORKERS.set(self.num_workers)
         FLEET_QUEUED.set(self.status.queued if self.status else 0)
         FLEET_RUNNING.set(self.status.running if self.status else 0)
 
@@ -60,7 +53,7 @@ class FleetView:
     async def show_workers(self) -> None:
         """Set the metrics of each live worker; there are none while the queue cannot be reached."""
         try:
-            beats = await self._bus.worker_beats()
+            beats = await self._bus.members.worker_beats()
         except CONNECTION_ERRORS as error:
             logger.warning("the workers cannot be seen: %s", error)
             beats = {}

@@ -50,12 +50,12 @@ class AdapterMemory:
 
     async def beats(self) -> list[m.WorkerBeat]:
         """Return the latest beats of the workers that are alive."""
-        return [beat for beat in (await self._bus.worker_beats()).values() if beat is not None]
+        return [beat for beat in (await self._bus.members.worker_beats()).values() if beat is not None]
 
     async def prefetch(self, digest: str) -> None:
         """Have every worker fetch an adapter, and load it into its pool where no other has to leave for it."""
         order = m.Control(kind="prefetch", digest=digest)
-        await self._bus.tell([(beat.wid, order) for beat in await self.beats()])
+        await self._bus.streams.tell([(beat.wid, order) for beat in await self.beats()])
 
     async def evict(self, digest: str, wait_s: float) -> Freed:
         """Have all workers evict an adapter and the merges made with it; wait up to `wait_s` for their answers.
@@ -68,7 +68,9 @@ class AdapterMemory:
         awaited = {(beat.wid, held): beat.name for beat in beats for held in held_with(digest, [beat])}
         self._open[order] = answers
         try:
-            await self._bus.tell([(wid, m.Control(kind="evict", digest=held, order=order)) for wid, held in awaited])
+            await self._bus.streams.tell(
+                [(wid, m.Control(kind="evict", digest=held, order=order)) for wid, held in awaited]
+            )
             deadline_s = time.monotonic() + wait_s
             while awaited and (left_s := deadline_s - time.monotonic()) > 0:
                 try:
@@ -90,12 +92,12 @@ class AdapterMemory:
         """Return the ids of the requests for an adapter, or for merges with it, that have not ended."""
         rids: list[str] = []
         for cls in CLASSES:
-            for _, fields in await self._bus.entries(self._bus.keys.sub(cls)):
+            for _, fields in await self._bus.streams.entries(self._bus.keys.sub(cls)):
                 submit = decode(fields[b"b"], m.Submit)
                 if involves(submit.digest, digest):
                     rids.append(submit.rid)
         on_workers: list[str] = []
-        for wid in await self._bus.members(self._bus.keys.workers):
+        for wid in await self._bus.members.ids(self._bus.keys.workers):
             on_workers += [item.rid for item in await self._bus.work_of(wid) if involves(item.digest, digest)]
         # The entries of a batch stay until all of its requests have ended.
         facts = await self._bus.requests(on_workers) if on_workers else []
@@ -120,7 +122,7 @@ class AdapterMemory:
         headers = {"Authorization": f"Bearer {self._secret.bearer}"} if self._secret else {}
         freed = 0
         async with httpx2.AsyncClient(timeout=STORE_TIMEOUT_S, headers=headers, trust_env=False) as http:
-            for url in await self._bus.store_urls():
+            for url in await self._bus.members.store_urls():
                 try:
                     answer = await http.delete(f"{url}/adapters/{digest}")
                 except httpx2.HTTPError as error:

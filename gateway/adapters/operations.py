@@ -21,7 +21,7 @@ from gateway.adapters.memory import POLL_S, AdapterMemory, Freed
 from gateway.adapters.resolver import BASE
 from gateway.adapters.views import AdapterObjects
 from gateway.auth.callers import Caller
-from protocol.queue.bus import Bus, decode, now_ms
+from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -81,7 +81,7 @@ class AdapterOperations:
         """Return a page of at most `limit` adapters after a name, by name: those the caller sees, or a tenant's own."""
         owner = None if tenant is None else caller.namespace(tenant)
         found = [
-            alias for alias in await self._bus.aliases(None)
+            alias for alias in await self._bus.adapters.aliases(None)
             if alias.name > after and (caller.sees(alias) if owner is None else alias.tenant == owner)
         ]  # fmt: skip
         aliases = sorted(found, key=lambda alias: alias.name)
@@ -99,17 +99,16 @@ class AdapterOperations:
         """
         owners = [caller.namespace(tenant)] if tenant is not None else sorted(caller.names, reverse=True)
         for owner in owners:
-            alias = await self._bus.alias(name, owner)
+            alias = await self._bus.adapters.alias(name, owner)
             if alias is not None and (tenant is not None or caller.sees(alias)):
                 return alias
         raise ModelNotFound(name)
 
     async def _show(self, aliases: Sequence[m.Alias]) -> list[dict[str, Any]]:
         digests = sorted({alias.digest for alias in aliases if alias.digest})
-        raws = await self._bus.redis.mget([self._bus.keys.adapter(digest) for digest in digests]) if digests else []
-        records = {d: decode(raw, m.AdapterRecord) for d, raw in zip(digests, raws, strict=True) if raw}
-        uses = await self._bus.uses(digests)
-        objects = AdapterObjects(await self.memory.beats(), await self._bus.pins())
+        records = await self._bus.adapters.records(digests)
+        uses = await self._bus.adapters.uses(digests)
+        objects = AdapterObjects(await self.memory.beats(), await self._bus.adapters.pins())
         return [objects.of(alias, records.get(alias.digest), uses.get(alias.digest)) for alias in aliases]
 
     # ------------------------------------------------------------ register, preload, pin
@@ -124,7 +123,10 @@ class AdapterOperations:
         _check_name(wanted.name)
         self._policy.check(reference, on_request=False)
         tenant = wanted.tenant
-        alias, before = await self._bus.alias(wanted.name, tenant), await self._bus.registration(wanted.name, tenant)
+        alias, before = (
+            await self._bus.adapters.alias(wanted.name, tenant),
+            await self._bus.adapters.registration(wanted.name, tenant),
+        )
         if alias is not None and alias.is_folder and reference.source != alias.source:
             raise Conflict(f"`{wanted.name}` is a folder under the adapter root, which comes first", code="name_taken")
         is_known = await self.is_registered(wanted.name, tenant)
@@ -138,7 +140,7 @@ class AdapterOperations:
         registration = m.Registration(
             name=wanted.name, source=reference.source, token=token, tenant=tenant, asked_ms=asked_ms
         )
-        if not await self._bus.register(registration):
+        if not await self._bus.adapters.register(registration):
             raise Unavailable("too many adapters are registered", code="too_many_adapters")
 
         def is_answered(found: m.Alias | None) -> bool:
@@ -162,14 +164,14 @@ class AdapterOperations:
         """Undo a registration unless a newer one has come. Raises Unavailable if no store removes a new name."""
         if before is None:
             name, tenant, asked_ms = registration.name, registration.tenant, registration.asked_ms
-            if await self._bus.unregister(name, tenant, unless_asked_after=asked_ms):
+            if await self._bus.adapters.unregister(name, tenant, unless_asked_after=asked_ms):
                 await self._aliases.wait(
                     name, tenant, lambda found: found is None or found.is_folder or found.asked_ms > asked_ms, REMOVAL_S
                 )
             return
         is_other = (before.source, before.token) != (registration.source, registration.token)
-        if is_other and await self._bus.registration(registration.name, registration.tenant) == registration:
-            await self._bus.register(msgspec.structs.replace(before, asked_ms=now_ms()))
+        if is_other and await self._bus.adapters.registration(registration.name, registration.tenant) == registration:
+            await self._bus.adapters.register(msgspec.structs.replace(before, asked_ms=now_ms()))
 
     def reference_of(self, source: str) -> Reference:
         """Parse an adapter's source, its path under the adapter root, or its folder's name. Raises BadRequest."""
@@ -198,31 +200,34 @@ class AdapterOperations:
     async def pin(self, name: str, wait_s: float) -> bool:
         """Have every worker load and keep an adapter; return whether all do within `wait_s`. Raises ModelNotFound."""
         alias = await self._served(name, wait_s)
-        await self._bus.pin(name, API)
+        await self._bus.adapters.pin(name, API)
         return await self._wait_workers(
             lambda beat: beat.pinned.get(alias.digest) == "" and alias.digest in beat.resident, wait_s
         )
 
     async def pin_when_served(self, name: str) -> None:
         """Have every worker load and keep the adapter of a name, as soon as it is served."""
-        await self._bus.pin(name, API)
+        await self._bus.adapters.pin(name, API)
 
     async def is_registered(self, name: str, tenant: str = "") -> bool:
         """Return whether a name is registered or a folder; not, if only a request has named its source."""
-        alias, registration = await self._bus.alias(name, tenant), await self._bus.registration(name, tenant)
+        alias, registration = (
+            await self._bus.adapters.alias(name, tenant),
+            await self._bus.adapters.registration(name, tenant),
+        )
         return any(known is not None and not known.on_request for known in (alias, registration))
 
     async def unpin(self, name: str) -> None:
         """Let workers evict an adapter again. Raises ModelNotFound, and Conflict if the settings pin it."""
-        by = (await self._bus.pins()).get(name)
+        by = (await self._bus.adapters.pins()).get(name)
         if by == SETTINGS:
             raise Conflict(f"`{name}` is pinned by the settings", code="pinned_by_settings")
-        if by is None and await self._bus.alias(name) is None:
+        if by is None and await self._bus.adapters.alias(name) is None:
             raise ModelNotFound(name)
-        await self._bus.unpin(name)
+        await self._bus.adapters.unpin(name)
 
     async def _served(self, name: str, wait_s: float, tenant: str = "") -> m.Alias:
-        alias = await self._bus.alias(name, tenant)
+        alias = await self._bus.adapters.alias(name, tenant)
         if alias is not None and not is_settled(alias):
             alias = await self._aliases.wait(name, tenant, lambda found: found is None or is_settled(found), wait_s)
         if alias is None:
@@ -244,8 +249,8 @@ class AdapterOperations:
     async def evict(self, name: str, wait_s: float) -> Freed:
         """Free what an adapter takes in workers; it is still served. Raises ModelNotFound, Conflict if it is pinned."""
         alias = await self._served(name, wait_s)
-        aliases = {other.name: other for other in await self._bus.aliases()}
-        for pinned in await self._bus.pins():
+        aliases = {other.name: other for other in await self._bus.adapters.aliases()}
+        for pinned in await self._bus.adapters.pins():
             if pinned in aliases and aliases[pinned].digest == alias.digest:
                 raise Conflict(f"`{pinned}` is pinned: unpin it first", code="adapter_pinned")
         return await self.memory.evict(alias.digest, wait_s)
@@ -258,7 +263,10 @@ class AdapterOperations:
         New requests are refused at once; those accepted before end first, or with `force` are failed. `blob`: free the
         stores' disks too. Raises ModelNotFound, Conflict for a folder of the adapter root, Unavailable without a store.
         """
-        alias, registration = await self._bus.alias(name, tenant), await self._bus.registration(name, tenant)
+        alias, registration = (
+            await self._bus.adapters.alias(name, tenant),
+            await self._bus.adapters.registration(name, tenant),
+        )
         if alias is None and registration is None:
             raise ModelNotFound(name)
         if alias is not None and alias.is_folder:
@@ -266,12 +274,12 @@ class AdapterOperations:
                 f"`{name}` is a folder under the adapter root, served as long as it is there; evict frees its memory",
                 code="adapter_folder",
             )
-        if not tenant and (await self._bus.pins()).get(name) == API:
-            await self._bus.unpin(name)
-        await self._bus.unregister(name, tenant)
+        if not tenant and (await self._bus.adapters.pins()).get(name) == API:
+            await self._bus.adapters.unpin(name)
+        await self._bus.adapters.unregister(name, tenant)
         await self._aliases.wait(name, tenant, lambda found: found is None or found.is_folder, max(wait_s, REMOVAL_S))
         digest = alias.digest if alias is not None else ""
-        others = [other for other in await self._bus.aliases(None) if other.digest == digest]
+        others = [other for other in await self._bus.adapters.aliases(None) if other.digest == digest]
         kept_by = sorted({other.name if caller.sees(other) else OTHERS for other in others})
         if not digest or kept_by:
             return Unloaded(name, digest, Freed(), kept_by if digest else [], 0)

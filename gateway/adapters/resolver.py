@@ -15,7 +15,7 @@ from gateway.auth.callers import EVERYBODY, Caller
 from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import ModelFiles
 from peft_adapters.recipe import digest_of_merge
-from protocol.queue.bus import Bus, decode
+from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 from protocol.wire.errors import ClientError, ModelNotFound
 
@@ -111,14 +111,14 @@ class Resolver:
 
     async def known(self, name: str, caller: Caller) -> m.Alias | None:
         """Return the alias that a caller sees under a name, in any state: its tenant's, else everybody's, else None."""
-        alias = await self._bus.alias(name, caller.name) if caller.name else None
+        alias = await self._bus.adapters.alias(name, caller.name) if caller.name else None
         if alias is None:
-            alias = await self._bus.alias(name)
+            alias = await self._bus.adapters.alias(name)
         return alias if alias is not None and caller.sees(alias) else None
 
     async def visible(self, caller: Caller) -> list[m.Alias]:
         """Return the aliases that a caller sees, by name. A tenant's hides everybody's of the same name."""
-        seen = [alias for alias in await self._bus.aliases(caller.name) if caller.sees(alias)]
+        seen = [alias for alias in await self._bus.adapters.aliases(caller.name) if caller.sees(alias)]
         by_name = {alias.name: alias for alias in sorted(seen, key=lambda alias: bool(alias.tenant))}
         return [by_name[name] for name in sorted(by_name)]
 
@@ -133,8 +133,7 @@ class Resolver:
         """Return the model objects that a caller sees: the base, then the adapters by name."""
         aliases = await self.visible(caller)
         digests = sorted({alias.digest for alias in aliases if alias.digest})
-        raws = await self._bus.redis.mget([self._bus.keys.adapter(digest) for digest in digests]) if digests else []
-        records = {d: decode(raw, m.AdapterRecord) for d, raw in zip(digests, raws, strict=True) if raw}
+        records = await self._bus.adapters.records(digests)
         return [base_object(base), *(adapter_object(alias, records.get(alias.digest), base) for alias in aliases)]
 
     async def model(self, name: str, base: m.ServedModel, caller: Caller) -> dict[str, Any]:

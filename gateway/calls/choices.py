@@ -10,8 +10,8 @@ from typing import NamedTuple
 from gateway.calls.parse import Options
 from gateway.calls.replies import Cursor
 from gateway.calls.tokenize import Prompt
-from protocol.queue.bus import error_from
 from protocol.wire import messages as m
+from protocol.wire.error_codec import error_from
 from protocol.wire.errors import Conflict
 from protocol.wire.text import OutputText, StopRule
 

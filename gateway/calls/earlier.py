@@ -17,7 +17,7 @@ from gateway.text.own_files import OwnFiles
 from protocol.queue.bus import Bus, RequestFacts
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import ClientError, NotFound
+from protocol.wire.errors import IdempotencyKeyReused, NotFound
 
 ATTACHED_POLL_S = 0.1
 
@@ -68,8 +68,6 @@ class EarlierCalls:
 
 
 def check_same_body(record: m.Idempotent, sent: Sent) -> None:
-    """Refuse an Idempotency-Key that comes back with another body. Raises ClientError (422)."""
+    """Refuse an Idempotency-Key that comes back with another body. Raises IdempotencyKeyReused (422)."""
     if record.body_hash != sent.hash:
-        error = ClientError("this Idempotency-Key was used with another body", code="idempotency_key_reused")
-        error.status = 422
-        raise error
+        raise IdempotencyKeyReused("this Idempotency-Key was used with another body")

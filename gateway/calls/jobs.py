@@ -20,8 +20,9 @@ from gateway.calls.parse import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.submit import SubmittedCall, facts_of
 from gateway.calls.writers import Usage, Writer
-from protocol.queue.bus import RequestFacts, decode, error_from
+from protocol.queue.bus import RequestFacts
 from protocol.wire import messages as m
+from protocol.wire.error_codec import error_from
 from protocol.wire.errors import LorafleetError, NotFound
 
 ID_PREFIX = "job_"
@@ -91,7 +92,7 @@ class Jobs:
 
     async def knows(self, record: m.Idempotent) -> bool:
         """Tell whether the job of an Idempotency-Key is there; a queue that lost its last second may have lost it."""
-        return bool(await self._bus.redis.exists(self._bus.keys.job(record.jid)))
+        return await self._bus.jobs.exists(record.jid)
 
     async def get(self, jid: str, caller: Caller, wait_s: float = 0.0) -> dict[str, Any]:
         """Return a job; with `wait_s`, wait at most so long until it has ended. Raises NotFound."""
@@ -112,16 +113,15 @@ class Jobs:
 
     async def list(self, caller: Caller, status: JobStatus | None, limit: int, after: str | None) -> dict[str, Any]:
         """Return the caller's jobs, newest first, without results. Raises NotFound when `after` is unknown."""
-        index = self._bus.keys.jobs(caller.owner)
         start = 0
         if after is not None:
-            rank = await self._bus.redis.zrevrank(index, after)
+            rank = await self._bus.jobs.rank(caller.owner, after)
             if rank is None:
                 raise NotFound(f"there is no job {after}", param="after")
             start = rank + 1
         found: list[dict[str, Any]] = []
         while len(found) <= limit:
-            jids = [jid.decode() for jid in await self._bus.redis.zrevrange(index, start, start + _PAGE - 1)]
+            jids = await self._bus.jobs.newest(caller.owner, start, _PAGE)
             if not jids:
                 break
             start += _PAGE
@@ -141,30 +141,19 @@ class Jobs:
     # ------------------------------------------------------------ storage
 
     async def _save(self, job: m.Job, ttl_s: float) -> None:
-        keys, ttl_ms = self._bus.keys, int((ttl_s + KEPT_AFTER_EXPIRY_S) * 1000)
-        pipe = self._bus.redis.pipeline(transaction=True)
-        pipe.set(keys.job(job.jid), m.encode(job), px=ttl_ms)
-        pipe.zadd(keys.jobs(job.tenant), {job.jid: job.created_ms})
-        pipe.zremrangebyscore(keys.jobs(job.tenant), "-inf", job.created_ms - ttl_ms)
-        pipe.pexpire(keys.jobs(job.tenant), ttl_ms)
-        await pipe.execute()
+        await self._bus.jobs.save(job, int((ttl_s + KEPT_AFTER_EXPIRY_S) * 1000))
 
     async def _forget(self, job: m.Job) -> None:
-        keys = self._bus.keys
-        pipe = self._bus.redis.pipeline(transaction=True)
-        pipe.delete(keys.job(job.jid))
-        pipe.zrem(keys.jobs(job.tenant), job.jid)
-        await pipe.execute()
+        await self._bus.jobs.forget(job)
 
     async def _load(self, jid: str, caller: Caller) -> m.Job:
-        job = await self._bus.get(self._bus.keys.job(jid), m.Job)
+        job = await self._bus.jobs.get(jid)
         if job is None or job.tenant != caller.owner:
             raise NotFound(f"there is no job {jid}", code="job_not_found")
         return job
 
     async def _load_many(self, jids: Sequence[str]) -> list[tuple[m.Job, Facts]]:
-        raws = await self._bus.redis.mget([self._bus.keys.job(jid) for jid in jids])
-        jobs = [decode(raw, m.Job) for raw in raws if raw]
+        jobs = await self._bus.jobs.get_many(jids)
         facts = iter(await self._bus.requests([rid for job in jobs for rid in job.rids]))
         return [(job, [next(facts) for _ in job.rids]) for job in jobs]
 

@@ -207,7 +207,7 @@ class Replies:
 
     async def open(self) -> None:
         """Make the out stream, so that writers reach it."""
-        await self.bus.create_stream(self._stream, STREAM_TTL_S)
+        await self.bus.streams.create(self._stream, STREAM_TTL_S)
 
     async def read(self) -> None:
         """Deliver until cancelled."""
@@ -216,7 +216,7 @@ class Replies:
         never = asyncio.Event()
         while True:
             try:
-                found = await self.bus.read(last_ids, block_ms=2000)
+                found = await self.bus.streams.read(last_ids, block_ms=2000)
             except CONNECTION_ERRORS as error:
                 logger.warning("the out stream cannot be read: %s", error)
                 await wait_any(never, RETRY_S)
@@ -241,7 +241,7 @@ class Replies:
             await wait_any(never, KEEP_S)
 
     async def _keep_once(self) -> None:
-        gone = not await self._beats.keep_stream(self._stream, ttl_s=STREAM_TTL_S, max_age_ms=STREAM_MAX_AGE_MS)
+        gone = not await self._beats.streams.keep(self._stream, ttl_s=STREAM_TTL_S, max_age_ms=STREAM_MAX_AGE_MS)
         if gone:
             logger.warning("the out stream was gone; calls catch up from the log")
             await self.open()
@@ -253,9 +253,7 @@ class Replies:
 
     async def close(self) -> None:
         """Leave the fleet."""
-        keys = self.bus.keys
-        await self.bus.redis.delete(keys.gateway_beat(self.gid), self._stream)
-        await self.bus.redis.zrem(keys.gateways, self.gid)
+        await self.bus.members.leave_gateway(self.gid)
 
     def _deliver(self, raw: bytes) -> None:
         try:

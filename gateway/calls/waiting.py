@@ -11,13 +11,13 @@ MAX_COUNTED = 100
 
 async def waiting_state(bus: Bus, rid: str) -> str:
     """Return in a few words what a request waits for. Raises a connection error."""
-    state, owner, digest = await bus.redis.hmget(bus.keys.req(rid), "state", "owner", "digest")
-    if state == b"queued":
+    holder = await bus.holder(rid)
+    if holder.state == "queued":
         ahead = await bus.position(rid, limit=MAX_COUNTED)
         return "queued" if ahead is None else _place(ahead)
-    if state == b"assigned":
-        beat = await bus.get(bus.keys.worker_beat(owner.decode()), m.WorkerBeat)
-        return adapter_state(digest.decode(), beat)
+    if holder.state == "assigned":
+        beat = await bus.get(bus.keys.worker_beat(holder.owner), m.WorkerBeat)
+        return adapter_state(holder.digest, beat)
     return "waiting"
 
 

@@ -121,5 +121,5 @@ class Heartbeat:
             logger.exception("no beat")
 
     async def _beat_once(self, bus: Bus, address: str) -> None:
-        keys = bus.keys
-        await bus.beat(keys.gateway_beat(self._gid), keys.gateways, self._gid, address.encode(), self._pace.ttl_ms)
+        key, registry = bus.keys.gateway_beat(self._gid), bus.keys.gateways
+        await bus.members.beat(key, registry, self._gid, address.encode(), self._pace.ttl_ms)

@@ -21,7 +21,6 @@ from peft_adapters.texts import (
     template_of,
 )
 from protocol.queue.bus import Bus
-from protocol.queue.stores import store_urls
 from protocol.wire import messages as m
 from protocol.wire.errors import AdapterRefused, BadRequest, NotFound, Unavailable
 
@@ -85,7 +84,7 @@ class OwnFiles:
             return files
 
     async def _fetch(self, digest: str) -> bytes:
-        urls = await store_urls(self._bus)
+        urls = await self._bus.members.store_urls()
         missing = 0
         for url in urls:
             try:

@@ -219,7 +219,7 @@ class AdapterCache:
 
     def _take_failure(self, end: JobEnd, error: LorafleetError) -> None:
         self._failures.note(end.digest, error, time.monotonic())
-        self.events.record(AdapterEvent(kind="failed", digest=end.digest, reason=error.message))
+        self.events.record(AdapterEvent(kind="failed", digest=end.digest))
         self._prefetches.discard(end.digest)
         if end.copied:
             self.pool.remove(end.digest)

@@ -191,7 +191,6 @@ class EncoderEngine(BaseEngine):
         """Return the engine's figures as they are now."""
         return self._stats(
             capacity=self.config.max_num_seqs,
-            max_step_tokens=self.config.max_step_tokens,
             waiting=len(self._requests),
         )
 

@@ -127,8 +127,6 @@ class BaseEngine(ABC):
     def _stats(self, **own: Any) -> EngineStats:
         """Return the figures that all engines have, and an engine's `own`."""
         return EngineStats(
-            step_ms=1000 * self.meter.step_s,
-            tokens_per_s=self.meter.tokens_per_s,
             step_model=self.meter.fit.model(),
             counters=copy(self.counters),
             **self.residency.figures(self._wanted_adapters()),

@@ -226,7 +226,6 @@ class Engine(BaseEngine):
         """Return the engine's figures as they are now."""
         return self._stats(
             capacity=self.config.limits.max_num_seqs,
-            max_step_tokens=self.config.limits.max_step_tokens,
             running=len(self.batcher.running),
             waiting=len(self.batcher.waiting),
             kv_blocks_free=self.blocks.num_free,

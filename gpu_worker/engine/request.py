@@ -40,7 +40,6 @@ class TokenOutput:
     ids: list[int] = field(default_factory=list)
     logprobs: bytes = b""  # `messages.logprob_record_bytes` per id
     finish: str = ""  # "stop", "length" or "error"; "" while running
-    stop: str = ""  # the stop string that ended it
     error: LorafleetError | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     prompt_logprobs: bytes = b""  # records of the whole prompt, with the first token of a request that wants them
@@ -56,7 +55,6 @@ class EngineStats:
     """The engine's figures, which a worker's beat tells the fleet."""
 
     capacity: int  # requests it would hold at once
-    max_step_tokens: int = 0
     running: int = 0
     waiting: int = 0
     waiting_adapter: int = 0  # of `waiting`, those whose adapter is not in the pool
@@ -64,8 +62,6 @@ class EngineStats:
     kv_blocks_total: int = 0
     pool_bytes_free: int = 0
     pool_bytes_total: int = 0
-    step_ms: float = 0.0  # a recent average
-    tokens_per_s: float = 0.0  # output tokens, a recent average
     step_model: m.StepModel = field(default_factory=m.StepModel)
     resident: list[str] = field(default_factory=list)  # digests of the adapters in the pool
     loading: list[str] = field(default_factory=list)  # on their way there

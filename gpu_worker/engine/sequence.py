@@ -98,7 +98,6 @@ class Sequence:
             ids=ids,
             logprobs=logprobs,
             finish=finish,
-            stop=self.stop_rules.stop if self.stop_rules is not None and finish == "stop" else "",
             num_cached_tokens=self.num_cached or 0,
         )
 

@@ -1,4 +1,4 @@
-"""What steps cost: totals by phase, recent averages, and a model of a step's time that is learnt while running.
+"""What steps cost: totals by phase, and a model of a step's time that is learnt while running.
 
 The model: seconds = a + b·tokens + c·kv_tokens + d·(sum of ranks).
 """
@@ -24,9 +24,6 @@ MAX_SURPRISE = 4.0
 """A step that takes more times as long as expected counts as this many times: the expectation was wrong, not the
 step."""
 
-AVERAGING = 0.9
-"""Weight of the past in the recent averages, per step."""
-
 _SCALE = np.array([1.0, 1e3, 1e5, 1e3])  # usual sizes of the four terms: keeps the equations well conditioned
 _RIDGE = 1e-6  # relative; terms that always varied together share the time instead of cancelling each other out
 
@@ -48,8 +45,6 @@ class StepMeter:
     def __init__(self) -> None:
         self.counters = WorkerCounters()  # totals since the start
         self.fit = StepFit()
-        self.step_s = 0.0  # a recent average
-        self.tokens_per_s = 0.0  # output tokens, a recent average
         self._started_s = self._lap_s = 0.0
 
     def start(self) -> None:
@@ -69,9 +64,6 @@ class StepMeter:
         self.counters.num_computed_tokens += work.num_tokens
         self.counters.num_output_tokens += num_output
         self.fit.add(seconds, work.num_tokens, work.num_kv_tokens, work.sum_ranks)
-        past = AVERAGING if self.step_s else 0.0
-        self.step_s = past * self.step_s + (1 - past) * seconds
-        self.tokens_per_s = past * self.tokens_per_s + (1 - past) * num_output / seconds
 
 
 class StepFit:

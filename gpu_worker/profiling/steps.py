@@ -43,8 +43,8 @@ class Queue:
 
     async def _own(self, requests: Sequence[EngineRequest]) -> None:
         bus, keys = self._bus, self._bus.keys
-        await bus.create_stream(keys.work(WORKER), LIFE_S)
-        await bus.create_stream(keys.out(GATEWAY), LIFE_S)
+        await bus.streams.create(keys.work(WORKER), LIFE_S)
+        await bus.streams.create(keys.out(GATEWAY), LIFE_S)
         pairs = [(_submission(request), _body(request)) for request in requests]
         status, _ = await bus.submit("interactive", pairs, max_queued=len(requests) + 1)
         if status == "ok":
@@ -52,7 +52,7 @@ class Queue:
             status, _ = await bus.assign(WORKER, batch)
         if status != "ok":
             raise Internal(f"the queue says {status!r} to the profile's requests")
-        entry = (await bus.entries(keys.work(WORKER)))[-1][0]
+        entry = (await bus.streams.entries(keys.work(WORKER)))[-1][0]
         self._outbox.take(
             entry, [OwnedRequest(r.rid, r.epoch, entry, GATEWAY, TENANT, len(r.prompt), 0) for r in requests]
         )

@@ -52,19 +52,15 @@ def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
     )
 
 
-def worker_beat(
-    name: str, model: str, stats: EngineStats, outbox: Outbox, *, publish_s: float, draining: bool
-) -> m.WorkerBeat:
+def worker_beat(name: str, stats: EngineStats, outbox: Outbox, *, publish_s: float, draining: bool) -> m.WorkerBeat:
     """Return what a worker says of itself.
 
-    name, model: of the worker, and of the model it serves. publish_s: seconds it has waited for step scripts.
+    name: the worker's. publish_s: seconds it has waited for step scripts.
     """
     return m.WorkerBeat(
         wid=outbox.wid,
         name=name,
-        model=model,
         capacity=0 if draining else stats.capacity,
-        max_step_tokens=stats.max_step_tokens,
         running=stats.running,
         waiting=stats.waiting,
         waiting_adapter=stats.waiting_adapter,
@@ -73,8 +69,6 @@ def worker_beat(
         kv_blocks_total=stats.kv_blocks_total,
         pool_bytes_free=stats.pool_bytes_free,
         pool_bytes_total=stats.pool_bytes_total,
-        step_ms=stats.step_ms,
-        tokens_per_s=stats.tokens_per_s,
         step_model=stats.step_model,
         resident=stats.resident,
         loading=stats.loading,

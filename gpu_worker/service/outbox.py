@@ -10,11 +10,10 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
-
 from gpu_worker.engine.request import TokenOutput
-from protocol.queue.bus import Refused, Step, StepRow, error_info
+from protocol.queue.bus import Refused, Step, StepRow
 from protocol.wire import messages as m
+from protocol.wire.error_codec import error_json
 from protocol.wire.errors import LorafleetError
 
 MAX_ROWS = 128
@@ -55,7 +54,6 @@ class PendingOutput:
     logprobs: bytes = b""  # one record per id, if the request wants any
     prompt_logprobs: bytes = b""
     finish: str = ""  # messages.FinishReason; "" while the request runs
-    stop: str = ""  # the stop string that ended it
     error: LorafleetError | None = None
     num_cached_tokens: int = 0
 
@@ -188,7 +186,7 @@ class Outbox:
         state, error = "", ""
         if new.finish:
             state = {"error": "failed", "cancelled": "cancelled"}.get(new.finish, "completed")
-            error = _error_text(new.error)
+            error = error_json(new.error)
         return StepRow(
             request.rid, request.epoch, request.num_logged, new.ids, new.logprobs, state, new.finish, error,
             new.prompt_logprobs,
@@ -200,11 +198,11 @@ class Outbox:
             usage = m.Usage(request.num_prompt_tokens, request.num_output(new), new.num_cached_tokens)
         return m.Delta(
             request.rid, request.epoch, request.num_logged, new.ids, new.logprobs, new.finish,
-            _error_text(new.error), usage, "", new.stop,
+            error_json(new.error), usage,
         )  # fmt: skip
 
     def _ended(self, request: OwnedRequest, new: PendingOutput) -> m.Ended:
-        return m.Ended(request.rid, self.wid, request.epoch, request.tenant, request.num_output(new))
+        return m.Ended(request.rid, self.wid, request.epoch, request.num_output(new))
 
 
 def add_outputs(pending: dict[str, PendingOutput], outputs: Iterable[TokenOutput]) -> None:
@@ -218,7 +216,7 @@ def add_outputs(pending: dict[str, PendingOutput], outputs: Iterable[TokenOutput
         new.prompt_logprobs += output.prompt_logprobs
         new.num_cached_tokens = output.num_cached_tokens
         if output.finish:
-            new.finish, new.stop, new.error = output.finish, output.stop, output.error
+            new.finish, new.error = output.finish, output.error
 
 
 def _adopt(request: OwnedRequest, new: PendingOutput, length: int) -> None:
@@ -229,7 +227,3 @@ def _adopt(request: OwnedRequest, new: PendingOutput, length: int) -> None:
         request.log += new.ids[: 4 * written]
         request.logprobs += new.logprobs[: written * request.record_bytes]
         new.cut(request)
-
-
-def _error_text(error: LorafleetError | None) -> str:
-    return msgspec.json.encode(error_info(error)).decode() if error else ""

@@ -134,12 +134,12 @@ class Worker:
         self._pending = {}
         keys = self.bus.keys
         await self.bus.restarted()  # compare with the queue as it is from now on
-        await self.bus.create_stream(keys.work(self.wid), STREAM_TTL_S)
-        await self.bus.create_stream(keys.ctl(self.wid), STREAM_TTL_S)
+        await self.bus.streams.create(keys.work(self.wid), STREAM_TTL_S)
+        await self.bus.streams.create(keys.ctl(self.wid), STREAM_TTL_S)
         try:
             await self.bus.join(self._own_beat(), self.served, BEAT_TTL_MS)
         except Internal:
-            await self.bus.leave(self.wid)
+            await self.bus.members.leave(self.wid)
             self.engine.stop()
             raise
         await self._beat()
@@ -158,9 +158,9 @@ class Worker:
     async def _leave(self) -> None:
         """Put everything back on the queue, deregister, end the engine."""
         if await self._requeue_all():
-            await self.bus.leave(self.wid)
+            await self.bus.members.leave(self.wid)
         else:  # registered without a beat: the scheduler finds it dead and ends what is left
-            await self.bus.redis.delete(self.bus.keys.worker_beat(self.wid))
+            await self.bus.members.silence(self.wid)
         self.engine.stop()
 
     async def _requeue_all(self) -> bool:
@@ -171,7 +171,7 @@ class Worker:
         stream = self.bus.keys.work(self.wid)
         crashed = self._failure is not None
         while True:
-            entries = await self.bus.entries(stream)
+            entries = await self.bus.streams.entries(stream)
             rids = [item.rid for entry in entries for item in assignments_in(entry)]
             if rids:
                 outcomes = await self.bus.requeue(
@@ -180,7 +180,7 @@ class Worker:
                 logger.info("handed back %d requests", sum(o == "requeued" for o in outcomes.values()))
                 if any(outcome in ("exhausted", "cancelled") for outcome in outcomes.values()):
                     return False
-            if await self.bus.delete_stream(stream, len(entries)):
+            if await self.bus.streams.delete(stream, len(entries)):
                 return True
 
     async def _hand_back(self, rids: list[str]) -> None:
@@ -200,7 +200,7 @@ class Worker:
         while True:
             await asyncio.wrap_future(self.engine.room())
             try:
-                found = await self.bus.read(last_ids, block_ms=5000)
+                found = await self.bus.streams.read(last_ids, block_ms=5000)
             except CONNECTION_ERRORS as error:
                 logger.warning("queue connection lost while reading: %r", error)
                 await wait_any(self._engine_died, RETRY_S)
@@ -216,7 +216,7 @@ class Worker:
             try:
                 return await do(entry)
             except ProtocolError as error:
-                do = partial(self.bus.reject, stream, reason=error.message)
+                do = partial(self.bus.streams.reject, stream, reason=error.message)
             except CONNECTION_ERRORS as error:
                 logger.warning("queue connection lost while taking %s: %r", entry[0].decode(), error)
                 await wait_any(self._engine_died, RETRY_S)
@@ -224,7 +224,7 @@ class Worker:
     async def _take_again(self) -> None:
         """Read the work stream from its beginning: a restarted queue may hold work again that had been done."""
         work = self.bus.keys.work(self.wid)
-        for entry in await self.bus.entries(work):
+        for entry in await self.bus.streams.entries(work):
             await self._handle(work, entry, self._take)
 
     async def _take(self, entry: Entry) -> None:
@@ -232,16 +232,14 @@ class Worker:
         items = assignments_in(entry)
         if not items:
             return
-        keys = self.bus.keys
-        raws = await self.bus.redis.mget([f(item.rid) for item in items for f in (keys.body, keys.tok, keys.lp)])
+        inputs = await self.bus.inputs([item.rid for item in items])
         requests: list[EngineRequest] = []
         owned: list[OwnedRequest] = []
-        for i, item in enumerate(items):
-            raw, tok, lp = raws[3 * i : 3 * i + 3]
+        for item, (raw, tok, lp) in zip(items, inputs, strict=True):
             body = decode(raw, m.Body) if raw is not None else None
-            owned.append(owned_request(item, entry[0], body, tok or b"", lp or b""))
+            owned.append(owned_request(item, entry[0], body, tok, lp))
             if body is not None:
-                requests.append(engine_request(item, body, tok or b""))
+                requests.append(engine_request(item, body, tok))
         if self.outbox.knows(entry[0]):
             return
         if again := self.outbox.take(entry[0], owned):
@@ -346,8 +344,7 @@ class Worker:
 
     def _own_beat(self) -> m.WorkerBeat:
         return worker_beat(
-            self.name, self.served.name, self.engine.stats(), self.outbox,
-            publish_s=self._publish_s, draining=self.draining,
+            self.name, self.engine.stats(), self.outbox, publish_s=self._publish_s, draining=self.draining,
         )  # fmt: skip
 
     async def _beat(self) -> None:
@@ -355,12 +352,12 @@ class Worker:
         keys, beat = self.bus.keys, self._own_beat()
         streams = (keys.work(self.wid), keys.ctl(self.wid))
         key = keys.worker_beat(self.wid)
-        if not await self.bus.beat(key, keys.workers, self.wid, m.encode(beat), BEAT_TTL_MS, streams):
-            await self.bus.leave(self.wid)
+        if not await self.bus.members.beat(key, keys.workers, self.wid, m.encode(beat), BEAT_TTL_MS, streams):
+            await self.bus.members.leave(self.wid)
             raise Fenced
         await self._tell_adapter_events()
         if self.loader is not None:
-            self.loader.set_urls(await self.bus.store_urls())
+            self.loader.set_urls(await self.bus.members.store_urls())
         if self.settings.metrics_port:  # else nobody reads them here
             metrics.WORKERS.show([beat])
 
@@ -368,9 +365,9 @@ class Worker:
         """Tell the fleet what happened to adapters here. A lost connection loses them: nothing depends on them."""
         events, uses = self.engine.take_adapter_events()
         if events:
-            await self.bus.announce(*(msgspec.structs.replace(event, source=self.wid) for event in events))
+            await self.bus.adapters.announce(*(msgspec.structs.replace(event, source=self.wid) for event in events))
         if uses:
-            await self.bus.note_use(uses)
+            await self.bus.adapters.note_use(uses)
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> int:
@@ -383,7 +380,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         engine, served = await asyncio.to_thread(_load, settings, loader)
         if stop.is_set():
             return 0
-        loader.set_urls(await bus.store_urls())
+        loader.set_urls(await bus.members.store_urls())
         return await Worker(bus, engine, served, settings, loader).run(stop)
     finally:
         loader.close()

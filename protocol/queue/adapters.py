@@ -1,10 +1,13 @@
-"""The part of the queue's client that is about adapters: names, registrations, pins, use, events."""
+"""Adapters on the queue: names and registrations, pins, use, events, and what the stores publish."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
+from redis.exceptions import WatchError
+
+from protocol.queue.redis_client import Client, read_many
 from protocol.wire import messages as m
 from protocol.wire.codec import decode
 from protocol.wire.keys import Keys, private_name
@@ -14,97 +17,117 @@ USE_TTL_S = 7 * 86_400
 _COUNTS = ("hits", "misses", "fetches", "fetch_ms", "loads", "load_ms")
 
 
-class AdapterBus:
-    """A base of `Bus`, which sets `redis` and `keys`."""
+_DELETE_IF_SAME = """
+-- Delete a field of a hash if its value is still what was read.
+-- KEYS[1] hash; ARGV[1] field, ARGV[2] value. Reply: int, 1 if it was deleted, else 0.
+return redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] and redis.call('HDEL', KEYS[1], ARGV[1]) or 0
+"""
 
-    redis: Any
-    keys: Keys
+
+@dataclass(frozen=True, slots=True)
+class CatalogueNews:
+    """What has happened to the catalogue since a look at it."""
+
+    run_id: str  # of the server
+    num_names: int
+    events: list[tuple[str, bytes]]  # (stream id, `messages.AdapterEvent` as it is on the wire), oldest first
+
+
+class Adapters:
+    """The adapters of a fleet. Names are everybody's (tenant "") or a tenant's private ones."""
+
+    def __init__(self, client: Client, keys: Keys) -> None:
+        self._redis = client
+        self._keys = keys
 
     # ------------------------------------------------------------ events
 
     async def announce(self, *events: m.AdapterEvent) -> None:
         """Publish adapter events."""
-        pipe = self.redis.pipeline(transaction=False)
+        pipe = self._redis.pipeline(transaction=False)
         for event in events:
-            pipe.xadd(self.keys.adapter_events, {"b": m.encode(event)}, maxlen=10_000, approximate=True)
+            pipe.xadd(self._keys.adapter_events, {"b": m.encode(event)}, maxlen=10_000, approximate=True)
         await pipe.execute()
 
     # ------------------------------------------------------------ catalogue
 
-    async def adapter_records(self, digests: Sequence[str]) -> list[m.AdapterRecord]:
-        """Return what the catalogue knows of adapter contents."""
-        raws = await self.redis.mget([self.keys.adapter(digest) for digest in digests])
-        return [decode(raw, m.AdapterRecord) for raw in raws if raw is not None]
+    async def records(self, digests: Iterable[str]) -> dict[str, m.AdapterRecord]:
+        """Return what the catalogue knows of adapter contents, by digest. Raises ProtocolError."""
+        digests = list(digests)
+        raws = await read_many(self._redis, [self._keys.adapter(digest) for digest in digests])
+        return {d: decode(raw, m.AdapterRecord) for d, raw in zip(digests, raws, strict=True) if raw is not None}
 
     async def alias(self, name: str, tenant: str = "") -> m.Alias | None:
         """Return what an adapter name stands for now: everybody's, or a tenant's private one."""
-        raw = await self.redis.hget(self.keys.adapters, private_name(name, tenant))
+        raw = await self._redis.hget(self._keys.adapters, private_name(name, tenant))
         found = decode(raw, m.Alias) if raw is not None else None
-        # A name from outside may hold a NUL, and so be the field of another tenant's.
+        # A name from outside may hold a NUL and so look like the field of another tenant's name.
         return found if found is not None and found.tenant == tenant else None
 
     async def aliases(self, tenant: str | None = "") -> list[m.Alias]:
-        """Return everybody's names and those of `tenant`; None: all there are."""
-        found = [decode(raw, m.Alias) for raw in (await self.redis.hgetall(self.keys.adapters)).values()]
+        """Return everybody's names and those of `tenant`; None: those of all tenants."""
+        found = [decode(raw, m.Alias) for raw in (await self._redis.hgetall(self._keys.adapters)).values()]
         return found if tenant is None else [alias for alias in found if alias.tenant in ("", tenant)]
 
     async def register(self, registration: m.Registration, max_registered: int = 10_000) -> bool:
-        """Have the stores serve a name from a remote source; asking again renews a refusal's chance. False if full."""
-        name, registered = private_name(registration.name, registration.tenant), self.keys.registrations
-        if await self.redis.hlen(registered) >= max_registered and not await self.redis.hexists(registered, name):
+        """Have the stores serve a name from a source, or look at it again. Returns False if too many are registered."""
+        name, registered = private_name(registration.name, registration.tenant), self._keys.registrations
+        if await self._redis.hlen(registered) >= max_registered and not await self._redis.hexists(registered, name):
             return False
-        await self.redis.hset(self.keys.registrations, name, m.encode(registration))
+        await self._redis.hset(self._keys.registrations, name, m.encode(registration))
         await self.announce(m.AdapterEvent(kind="wanted", name=registration.name))
         return True
 
     async def registration(self, name: str, tenant: str = "") -> m.Registration | None:
         """Return what a name is registered for."""
-        raw = await self.redis.hget(self.keys.registrations, private_name(name, tenant))
+        raw = await self._redis.hget(self._keys.registrations, private_name(name, tenant))
         found = decode(raw, m.Registration) if raw is not None else None
         return found if found is not None and found.tenant == tenant else None
 
     async def unregister(self, name: str, tenant: str = "", *, unless_asked_after: int | None = None) -> bool:
-        """Take a registration back; the stores then remove the name. False if there was none, or a newer one."""
-        field, registered = private_name(name, tenant), self.keys.registrations
-        raw = await self.redis.hget(registered, field)
+        """Take a registration back; the stores then remove the name.
+
+        Returns False if there was none, or one asked for after `unless_asked_after` (unix ms).
+        """
+        field, registered = private_name(name, tenant), self._keys.registrations
+        raw = await self._redis.hget(registered, field)
         found = decode(raw, m.Registration) if raw is not None else None
         if found is None or found.tenant != tenant:
             return False
         if unless_asked_after is not None and found.asked_ms > unless_asked_after:
             return False
-        script = "return redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] and redis.call('HDEL', KEYS[1], ARGV[1]) or 0"
-        if not await self.redis.eval(script, 1, registered, field, raw):
+        if not await self._redis.eval(_DELETE_IF_SAME, 1, registered, field, raw):
             return False
         await self.announce(m.AdapterEvent(kind="wanted", name=name))
         return True
 
     async def registrations(self) -> dict[str, m.Registration]:
         """Return all registrations by the name that the catalogue has for them."""
-        raws = await self.redis.hgetall(self.keys.registrations)
+        raws = await self._redis.hgetall(self._keys.registrations)
         return {name.decode(): decode(raw, m.Registration) for name, raw in raws.items()}
 
     # ------------------------------------------------------------ pins and use
 
     async def pins(self) -> dict[str, str]:
-        """Return the names that are to stay in workers' pools, and who wants it: "settings" or "api"."""
-        return {name.decode(): by.decode() for name, by in (await self.redis.hgetall(self.keys.pins)).items()}
+        """Return the names that are to stay in workers' pools, and who asked for it: "settings" or "api"."""
+        return {name.decode(): by.decode() for name, by in (await self._redis.hgetall(self._keys.pins)).items()}
 
     async def pin(self, name: str, by: str) -> None:
-        """Have workers keep what a name stands for in their pools; what the settings say stays theirs."""
-        await self.redis.hsetnx(self.keys.pins, name, by)
+        """Have workers keep what a name stands for in their pools. A pin by the settings stays one by the settings."""
+        await self._redis.hsetnx(self._keys.pins, name, by)
         await self.announce(m.AdapterEvent(kind="wanted", name=name))
 
     async def unpin(self, name: str) -> bool:
-        """Take a pin back. False if there was none."""
-        known = bool(await self.redis.hdel(self.keys.pins, name))
+        """Take a pin back. Returns False if there was none."""
+        known = bool(await self._redis.hdel(self._keys.pins, name))
         await self.announce(m.AdapterEvent(kind="wanted", name=name))
         return known
 
     async def note_use(self, uses: Mapping[str, AdapterUse]) -> None:
-        """Add to what the fleet knows of the use of adapters. A lost reply counts it twice."""
-        pipe = self.redis.pipeline(transaction=False)
+        """Add to the fleet's counts of use, by digest. Repeated after a lost reply, it counts twice."""
+        pipe = self._redis.pipeline(transaction=False)
         for digest, use in uses.items():
-            key = self.keys.adapter_use(digest)
+            key = self._keys.adapter_use(digest)
             for name in _COUNTS:
                 if added := getattr(use, name):
                     pipe.hincrby(key, name, added)
@@ -114,14 +137,81 @@ class AdapterBus:
         await pipe.execute()
 
     async def uses(self, digests: Iterable[str]) -> dict[str, AdapterUse]:
-        """Return the use of adapters; of those used in the last week only."""
+        """Return the use of adapters by digest; those not used for a week are missing."""
         digests = list(digests)
-        pipe = self.redis.pipeline(transaction=False)
+        pipe = self._redis.pipeline(transaction=False)
         for digest in digests:
-            pipe.hgetall(self.keys.adapter_use(digest))
+            pipe.hgetall(self._keys.adapter_use(digest))
         found = zip(digests, await pipe.execute(), strict=True)
         return {
             digest: AdapterUse(**{name.decode(): int(value) for name, value in fields.items()})
             for digest, fields in found
             if fields
         }
+
+    # ------------------------------------------------------------ for the stores
+
+    async def news(self, after: str) -> CatalogueNews:
+        """Return what has happened since the event `after`; "": since the oldest event that is kept."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.info("server")
+        pipe.hlen(self._keys.adapters)
+        pipe.xrange(self._keys.adapter_events, min=f"({after}" if after else "-")
+        server, num_names, entries = await pipe.execute()
+        return CatalogueNews(
+            server["run_id"], num_names, [(entry.decode(), fields.get(b"b", b"")) for entry, fields in entries]
+        )
+
+    async def publish(self, published: Iterable[tuple[m.Alias, m.AdapterRecord | None]]) -> None:
+        """Write names and the records of what they stand for, all at once."""
+        pipe = self._redis.pipeline(transaction=True)
+        for alias, record in published:
+            if record is not None:
+                pipe.set(self._keys.adapter(record.digest), m.encode(record))
+            pipe.hset(self._keys.adapters, private_name(alias.name, alias.tenant), m.encode(alias))
+        await pipe.execute()
+
+    async def withdraw(self, field: str) -> None:
+        """Delete a name, as `private_name` spells it."""
+        await self._redis.hdel(self._keys.adapters, field)
+
+    async def known_digests(self) -> list[str]:
+        """Return the digests that have a record. Scans all keys."""
+        prefix = self._keys.adapter("")
+        return [
+            key.decode().removeprefix(prefix)
+            async for key in self._redis.scan_iter(match=self._keys.adapter("*"), count=1000)
+        ]
+
+    async def delete_records(self, digests: Iterable[str]) -> list[str] | None:
+        """Delete the records of those digests that no name stands for, and return these.
+
+        Returns None, with nothing deleted, when names were published meanwhile.
+        """
+        async with self._redis.pipeline(transaction=True) as pipe:
+            await pipe.watch(self._keys.adapters)
+            named = {decode(raw, m.Alias).digest for raw in await pipe.hvals(self._keys.adapters)}
+            gone = [digest for digest in digests if digest not in named]
+            pipe.multi()
+            for digest in gone:
+                pipe.delete(self._keys.adapter(digest))
+            try:
+                await pipe.execute()
+            except WatchError:
+                return None
+        return gone
+
+    async def take_lease(self, field: str, ttl_ms: int) -> bool:
+        """Become the store that fetches a name, for `ttl_ms`. Returns False when another one is."""
+        return bool(await self._redis.set(self._keys.fetching(field), "1", nx=True, px=ttl_ms))
+
+    async def renew_leases(self, fields: Iterable[str], ttl_ms: int) -> None:
+        """Go on fetching these names for `ttl_ms` from now."""
+        pipe = self._redis.pipeline(transaction=False)
+        for field in fields:
+            pipe.pexpire(self._keys.fetching(field), ttl_ms)
+        await pipe.execute()
+
+    async def release_lease(self, field: str) -> None:
+        """Let another store fetch a name."""
+        await self._redis.delete(self._keys.fetching(field))

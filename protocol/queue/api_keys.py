@@ -1,7 +1,7 @@
-"""API keys and the tenants they belong to. Redis holds only a key's hash; what a tenant may is one record of its own.
+"""API keys and the tenants they belong to. Redis holds only a key's hash; a tenant's limits are a record of their own.
 
-There is no cache: every request looks, so a key that is revoked or a limit that is changed counts from the next one on,
-at every gateway.
+There is no cache: every request reads both, so a revoked key or a changed limit takes effect with the next request, at
+every gateway.
 """
 
 from __future__ import annotations
@@ -13,25 +13,27 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
-from protocol.queue.bus import Bus, decode, now_ms
+from protocol.queue.redis_client import Client
 from protocol.wire import messages as m
+from protocol.wire.codec import decode, now_ms
 from protocol.wire.errors import BadRequest, NotFound
+from protocol.wire.keys import Keys
 
 PREFIX = "sk-lf-"
-"""How every key begins: whoever finds one knows what it is, and it is not taken for a token of an adapter's source."""
+"""Prefix of every key: it tells a key from a token for an adapter's source, and a reader what was found."""
 
 Scope = Literal["infer", "adapters", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 RESERVED = ("public",)
-"""Who owns what is made while keys are off."""
+"""Tenants that own what is made while API keys are off."""
 
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NUM_SECRET_BYTES = 32
 
 
 class Tenant(m.Wire, frozen=True):
-    """What a tenant may, all its keys together. 0: no limit."""
+    """A tenant and its limits, which hold for all its keys together. 0: no limit."""
 
     name: str
     requests_per_minute: int = 0  # HTTP calls
@@ -42,18 +44,18 @@ class Tenant(m.Wire, frozen=True):
 
     @property
     def is_limited(self) -> bool:
-        """Whether anything of its use is counted."""
+        """Whether any limit is set, so that its use must be counted."""
         return bool(self.requests_per_minute or self.tokens_per_minute or self.concurrency)
 
     def sees(self, name: str) -> bool:
-        """Tell whether it may use everybody's adapter of this name."""
+        """Return whether the tenant may use the public adapter of this name."""
         return any(fnmatchcase(name, pattern) for pattern in self.adapters)
 
 
 class ApiKey(m.Wire, frozen=True):
-    """What is known of a key."""
+    """The record of a key, without the key itself."""
 
-    id: str  # names it; gives nothing of it away
+    id: str  # names the key; nothing of the key can be derived from it
     tenant: str
     scopes: list[str]
     created_ms: int
@@ -62,22 +64,22 @@ class ApiKey(m.Wire, frozen=True):
 
 
 def hash_of(key: str) -> str:
-    """Return what is kept of a key. It has 256 random bits: there is nothing to guess, so no salt, and one round."""
+    """Return the stored hash of a key. A key has 256 random bits, so neither salt nor many rounds are needed."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 class ApiKeys:
     """The keys and tenants of a fleet."""
 
-    def __init__(self, bus: Bus) -> None:
-        self._bus = bus
+    def __init__(self, client: Client, keys: Keys) -> None:
+        self._redis = client
+        self._keys = keys
 
     # ------------------------------------------------------------ asking
 
     async def find(self, key: str) -> tuple[ApiKey, Tenant] | None:
-        """Return a key that is good now, and its tenant; None for any other."""
-        keys = self._bus.keys
-        raw = await self._bus.redis.hget(keys.api_keys, hash_of(key))
+        """Return a key's record and tenant; None when it is unknown or has expired."""
+        raw = await self._redis.hget(self._keys.api_keys, hash_of(key))
         if raw is None:
             return None
         found = decode(raw, ApiKey)
@@ -86,13 +88,13 @@ class ApiKeys:
         return found, await self.tenant(found.tenant)
 
     async def tenant(self, name: str) -> Tenant:
-        """Return a tenant; one that was never limited may everything."""
-        raw = await self._bus.redis.hget(self._bus.keys.tenants, name)
+        """Return a tenant; one without a record has no limits."""
+        raw = await self._redis.hget(self._keys.tenants, name)
         return decode(raw, Tenant) if raw is not None else Tenant(name=name)
 
     async def all(self) -> list[tuple[ApiKey, Tenant]]:
         """Return every key, expired ones too, by tenant and age."""
-        raws = await self._bus.redis.hvals(self._bus.keys.api_keys)
+        raws = await self._redis.hvals(self._keys.api_keys)
         found = sorted((decode(raw, ApiKey) for raw in raws), key=lambda key: (key.tenant, key.created_ms))
         tenants = {name: await self.tenant(name) for name in {key.tenant for key in found}}
         return [(key, tenants[key.tenant]) for key in found]
@@ -102,7 +104,7 @@ class ApiKeys:
     async def create(
         self, tenant: str, scopes: Sequence[str], expires_ms: int = 0, note: str = ""
     ) -> tuple[str, ApiKey]:
-        """Make a key; return it, for the only time, and what is known of it. Raises BadRequest."""
+        """Make a key; return it, which no later call can, and its record. Raises BadRequest."""
         check_tenant(tenant)
         unknown = [scope for scope in scopes if scope not in SCOPES]
         if unknown or not scopes:
@@ -112,29 +114,29 @@ class ApiKeys:
             id=f"key_{secrets.token_hex(6)}", tenant=tenant, scopes=list(dict.fromkeys(scopes)), created_ms=now_ms(),
             expires_ms=expires_ms, note=note,
         )  # fmt: skip
-        await self._bus.redis.hset(self._bus.keys.api_keys, hash_of(secret), m.encode(key))
+        await self._redis.hset(self._keys.api_keys, hash_of(secret), m.encode(key))
         return secret, key
 
     async def revoke(self, key_id: str) -> ApiKey:
-        """Forget a key. Raises NotFound."""
-        for field, raw in (await self._bus.redis.hgetall(self._bus.keys.api_keys)).items():
+        """Delete a key by its id; return its record. Raises NotFound."""
+        for field, raw in (await self._redis.hgetall(self._keys.api_keys)).items():
             key = decode(raw, ApiKey)
             if key.id == key_id:
-                await self._bus.redis.hdel(self._bus.keys.api_keys, field)
+                await self._redis.hdel(self._keys.api_keys, field)
                 return key
         raise NotFound(f"there is no key {key_id}")
 
     async def set_tenant(self, tenant: Tenant) -> None:
-        """Write down what a tenant may. Raises BadRequest."""
+        """Store a tenant and its limits. Raises BadRequest."""
         check_tenant(tenant.name)
         limits = (tenant.requests_per_minute, tenant.tokens_per_minute, tenant.concurrency)
         if min(limits) < 0 or not 0 < tenant.weight <= 1000:
             raise BadRequest("limits must not be negative, and a weight above 0 and at most 1000")
-        await self._bus.redis.hset(self._bus.keys.tenants, tenant.name, m.encode(tenant))
+        await self._redis.hset(self._keys.tenants, tenant.name, m.encode(tenant))
 
 
 def check_tenant(name: str) -> None:
-    """Raise BadRequest for what cannot be a tenant's name."""
+    """Raise BadRequest unless `name` can be a tenant's name."""
     if not _TENANT.fullmatch(name) or name in RESERVED:
         raise BadRequest(
             f"{name!r:.100} cannot be a tenant's name: at most 64 letters, digits, dots, dashes and underscores"

@@ -1,119 +1,90 @@
-"""The typed client of the queue: the only module that talks to Redis. Every method may be called twice safely."""
+"""The typed client of the queue: requests from submission to end, and the parts of the queue that have a class of their
+own. Every method may be called twice safely.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from protocol.queue.adapters import AdapterBus
+from protocol.queue.adapters import Adapters
+from protocol.queue.api_keys import ApiKeys
+from protocol.queue.dead_letters import DeadLetters
+from protocol.queue.jobs import Jobs
+from protocol.queue.members import Members
 from protocol.queue.quota import Quota, standing_of
-from protocol.queue.redis_client import connect
-from protocol.queue.scripts import Scripts
-from protocol.queue.verified import Plan, Verified
+from protocol.queue.redis_client import CONNECTION_ERRORS, QueueError, connect
+from protocol.queue.scripts import FOLDER, Scripts
+from protocol.queue.steps import Refused, Step, StepRow, refused_rows, step_args
+from protocol.queue.streams import Entry, Streams
 from protocol.wire import messages as m
 from protocol.wire.codec import decode, now_ms
+from protocol.wire.error_codec import error_json
 from protocol.wire.errors import Internal, LorafleetError, ProtocolError
 from protocol.wire.keys import Keys
-from protocol.wire.records import Owned, RequestFacts
+from protocol.wire.records import Holder, Owned, RequestFacts
 
-logger = logging.getLogger(__name__)
-
-CONNECTION_ERRORS = (RedisConnectionError, RedisTimeoutError, ConnectionError, OSError, NoScriptError)
-"""What a lost connection looks like; loops catch it, wait and go on. The last one is that of a server which was started
-anew between being given a script and being asked to run it."""
+__all__ = [
+    "CONNECTION_ERRORS", "Bus", "Entry", "Owned", "QueueError", "Refused", "RequestFacts", "Step", "StepRow",
+    "decode", "now_ms",
+]  # fmt: skip
 
 T = TypeVar("T")
-Entry = tuple[bytes, dict[bytes, bytes]]  # stream id, fields
+
+FROM_OUTSIDE = 1 << 53
+"""Epoch of a delta about an end that was not written by the owner: it is above every owner's."""
 
 
-def error_info(error: LorafleetError) -> m.ErrorInfo:
-    """Put an error on the wire."""
-    return m.ErrorInfo(message=error.message, status=error.status, type=error.type, code=error.code, param=error.param)
-
-
-def error_from(raw: str | bytes) -> LorafleetError:
-    """Take an error off the wire; `raw` is the JSON of an `ErrorInfo`."""
-    try:
-        info = msgspec.json.decode(raw, type=m.ErrorInfo)
-    except msgspec.MsgspecError:
-        return Internal("the request failed and its error cannot be read")
-    error = LorafleetError(info.message, param=info.param, code=info.code)
-    error.status, error.type = info.status, info.type
-    error.retryable = info.status == 429 or (info.status >= 500 and info.code != Internal.code)
-    return error
-
-
-@dataclass(slots=True)
-class StepRow:
-    """One request's share of a step: tokens `[seq0, seq0 + len(ids) / 4)`, and its end if it ended."""
-
-    rid: str
-    epoch: int
-    seq0: int
-    ids: bytes = b""  # int32
-    logprobs: bytes = b""
-    state: str = ""  # "", or a value of messages.TERMINAL
-    finish: str = ""
-    error: str = ""
-    prompt_logprobs: bytes = b""  # with the first token
-
-
-@dataclass(slots=True)
-class Step:
-    """What one engine step makes visible."""
-
-    rows: list[StepRow] = field(default_factory=list)
-    outs: dict[str, list[m.Delta]] = field(default_factory=dict)  # gateway -> its deltas
-    ended: list[m.Ended] = field(default_factory=list)
-    done_entries: list[bytes] = field(default_factory=list)  # work entries whose last request this step ends
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A row that a step script would not write, and why; `length` tells the log's length in tokens."""
-
-    rid: str
-    code: Literal["missing", "terminal", "stale", "cancelled", "length"]
-    epoch: int
-    length: int
-
-
-class Bus(AdapterBus):
+class Bus:
     """A service's connection to the queue."""
 
-    def __init__(self, url: str, keys: Keys | None = None) -> None:
+    def __init__(self, url: str, keys: Keys | None = None, *, lua: Path = FOLDER) -> None:
+        """`lua` is the folder of the scripts."""
         self.url = url
         self.keys = keys or Keys()
-        self.redis = connect(url, timeout_s=5)
+        self._redis = connect(url, timeout_s=5)
         # redis-py's default read timeout of 5 s would abort and silently repeat longer blocking reads.
         self._blocking = connect(url, timeout_s=None)
-        self._scripts = Scripts(self.redis)
+        self._scripts = Scripts(self._redis, lua)
         self._run_id = ""  # of the server, when last asked
-        self._verified: dict[str, Verified] = {}  # wid -> what it owns
+        self.streams = Streams(self._redis, self._blocking, self.keys)
+        self.members = Members(self._redis, self.keys)
+        self.adapters = Adapters(self._redis, self.keys)
+        self.jobs = Jobs(self._redis, self.keys)
+        self.api_keys = ApiKeys(self._redis, self.keys)
+        self.dead_letters = DeadLetters(self._redis, self.keys, self._scripts)
 
     async def close(self) -> None:
-        await self.redis.aclose()
+        """Close all connections."""
+        await self._redis.aclose()
         await self._blocking.aclose()
 
     async def check(self) -> None:
         """Refuse a server that may evict the queue. Raises Internal."""
-        policy = (await self.redis.config_get("maxmemory-policy")).get("maxmemory-policy", "noeviction")
+        policy = (await self._redis.config_get("maxmemory-policy")).get("maxmemory-policy", "noeviction")
         if policy != "noeviction":
             raise Internal(f"Redis has maxmemory-policy {policy}; the queue needs noeviction, or it loses requests")
 
     async def restarted(self) -> bool:
-        """Tell whether the server has started anew since the last call: then it may have lost its last second."""
-        before, self._run_id = self._run_id, (await self.redis.info("server"))["run_id"]
+        """Return whether the server has started anew since the last call: then it may have lost its last second."""
+        before, self._run_id = self._run_id, (await self._redis.info("server"))["run_id"]
         return before not in ("", self._run_id)
 
-    # ------------------------------------------------------------ scripts
+    # ------------------------------------------------------------ values
+
+    async def get(self, key: str, type_: type[T]) -> T | None:
+        """Return a message stored under a key."""
+        raw = await self._redis.get(key)
+        return None if raw is None else decode(raw, type_)
+
+    async def set(self, key: str, value: msgspec.Struct, ttl_ms: int | None = None) -> None:
+        """Store a message under a key."""
+        await self._redis.set(key, m.encode(value), px=ttl_ms)
+
+    # ------------------------------------------------------------ a request's life, one script each
 
     async def submit(
         self,
@@ -157,22 +128,8 @@ class Bus(AdapterBus):
 
     async def step(self, wid: str, step: Step) -> list[Refused]:
         """Write a step. Returns the refused rows; when there are any, nothing at all was written."""
-        verified = self._verified.setdefault(wid, Verified())
-        keys = [self.keys.tag, self.keys.work(wid), self.keys.ended, self.keys.own(wid), self.keys.journal(wid)]
-        script, plan = self._scripts.step, verified.plan(step.rows)
-        reply: list[Any] = [b""]
-        try:
-            reply = await self.redis.evalsha(script.sha, len(keys), *keys, *_step_args(step, plan, verified.version))
-        except NoScriptError:  # a new server process, maybe without its last second
-            verified.forget()
-            plan = verified.plan(step.rows)
-            reply = await self.redis.eval(script.script, len(keys), *keys, *_step_args(step, plan, b""))
-        finally:  # also if nobody knows whether it was written
-            verified.note(reply[0] if len(reply) == 1 else b"", plan)
-        return [
-            Refused(reply[i].decode(), reply[i + 1].decode(), reply[i + 2], reply[i + 3])
-            for i in range(1, len(reply), 4)
-        ]
+        keys = [self.keys.tag, self.keys.work(wid), self.keys.ended, self.keys.own(wid)]
+        return refused_rows(await self._scripts.step(keys=keys, args=step_args(step)))
 
     async def finish(
         self,
@@ -184,8 +141,8 @@ class Bus(AdapterBus):
         dead_letter: m.DeadLetter | None = None,
     ) -> bool:
         """End a request from outside its worker. Returns False when it had already ended."""
-        info = msgspec.json.encode(error_info(error)).decode() if error else ""
-        delta = m.Delta(rid, 1 << 53, -1, finish=reason, error=info)
+        info = error_json(error)
+        delta = m.Delta(rid, FROM_OUTSIDE, -1, finish=reason, error=info)
         order = m.Control(kind="cancel", rid=rid)
         letter = m.encode(dead_letter) if dead_letter is not None else b""
         args = [rid, state, reason, info, m.encode([delta]), m.encode(order), _ended(rid), letter]
@@ -193,7 +150,7 @@ class Bus(AdapterBus):
 
     async def cancel(self, rid: str) -> str:
         """Ask for a request's end. Returns its state after the call, "" when it is unknown."""
-        delta = m.Delta(rid, 1 << 53, -1, finish="cancelled")
+        delta = m.Delta(rid, FROM_OUTSIDE, -1, finish="cancelled")
         order = m.Control(kind="cancel", rid=rid)
         args = [rid, m.encode([delta]), m.encode(order), _ended(rid)]
         reply = await self._scripts.cancel(keys=[self.keys.tag], args=args)
@@ -212,6 +169,23 @@ class Bus(AdapterBus):
         keys = [self.keys.tag, self.keys.leader, self.keys.leader_epoch]
         return (await self._scripts.lead(keys=keys, args=[token, candidate, ttl_ms])).decode()
 
+    async def join(self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int) -> None:
+        """Register a worker with its first beat. Raises Internal when live workers serve another model."""
+        keys = [self.keys.tag, self.keys.base, self.keys.workers, self.keys.worker_beat(beat.wid)]
+        outcome, known, args = b"changed", served, [beat.wid, m.encode(beat), ttl_ms, now_ms()]
+        while outcome == b"changed":
+            raw = await self._redis.get(self.keys.base)
+            known = served if raw is None else decode(raw, m.ServedModel)
+            smallest = msgspec.structs.replace(served, max_model_len=min(served.max_model_len, known.max_model_len))
+            bases = [raw or b"", int(known.fingerprint == served.fingerprint), m.encode(served), m.encode(smallest)]
+            outcome = await self._scripts.join(keys=keys, args=args + bases)
+        if outcome == b"refused":
+            raise Internal(f"this fleet serves {known.name} ({known.fingerprint:.12}); {served.name} cannot join it")
+
+    async def has_leader(self) -> bool:
+        """Return whether any scheduler leads."""
+        return bool(await self._redis.exists(self.keys.leader))
+
     async def repair(self, rid: str, seq0: int, ids: bytes, logprobs: bytes, record_bytes: int) -> int:
         """Append to a log what a client has seen and Redis has lost. Returns the log's length in tokens."""
         args = [rid, seq0, ids, logprobs, record_bytes]
@@ -222,18 +196,13 @@ class Bus(AdapterBus):
         ahead = int(await self._scripts.position(keys=[self.keys.tag], args=[rid, limit]))
         return None if ahead < 0 else ahead
 
-    # ------------------------------------------------------------ requests
-
-    async def _merge(self, rids: Sequence[str]) -> None:
-        """Bring logs up to date before they are looked at."""
-        await self._scripts.merge(keys=[self.keys.tag], args=list(rids))
+    # ------------------------------------------------------------ asking about requests
 
     async def requests(self, rids: Sequence[str]) -> list[RequestFacts | None]:
         """Return the facts of requests, None for one that has expired or never was."""
         fields = ("state", "epoch", "finish", "error", "gateway", "n_prompt", "attempts",
                   "t_submit", "t_first", "t_end", "t_assign")  # fmt: skip
-        await self._merge(rids)
-        pipe = self.redis.pipeline(transaction=False)
+        pipe = self._redis.pipeline(transaction=False)
         for rid in rids:
             pipe.hmget(self.keys.req(rid), fields)
             pipe.strlen(self.keys.tok(rid))
@@ -258,8 +227,7 @@ class Bus(AdapterBus):
 
         `record_bytes` is the size of its logprob records, 0 without them. None when the request is unknown.
         """
-        await self._merge([rid])
-        pipe = self.redis.pipeline(transaction=False)
+        pipe = self._redis.pipeline(transaction=False)
         # The state first: if it is terminal, the tokens read after it are complete.
         pipe.hmget(self.keys.req(rid), "state", "epoch", "finish", "error")
         pipe.getrange(self.keys.tok(rid), seq0 * 4, -1)
@@ -277,13 +245,12 @@ class Bus(AdapterBus):
 
     async def prompt_logprobs(self, rid: str) -> tuple[bytes, bytes] | None:
         """Return a request's prompt (int32) and the logprob record of each token; None if they are not there."""
-        body, records = await self.redis.mget(self.keys.body(rid), self.keys.plp(rid))
+        body, records = await self._redis.mget(self.keys.body(rid), self.keys.plp(rid))
         return None if body is None or records is None else (decode(body, m.Body).prompt, records)
 
     async def owned(self, rids: Sequence[str]) -> list[Owned | None]:
         """Return requests with their submissions, None for one that has expired."""
-        await self._merge(rids)
-        pipe = self.redis.pipeline(transaction=False)
+        pipe = self._redis.pipeline(transaction=False)
         for rid in rids:
             pipe.hmget(self.keys.req(rid), "sub", "state", "owner", "epoch", "attempts", "lost")
             pipe.strlen(self.keys.tok(rid))
@@ -302,199 +269,59 @@ class Bus(AdapterBus):
         """Return everything on a worker's stream: at least what it has not ended. Unreadable entries are rejected."""
         stream = self.keys.work(wid)
         items: list[m.Assigned] = []
-        for entry in await self.entries(stream):
+        for entry in await self.streams.entries(stream):
             try:
                 items += decode(entry[1][b"b"], list[m.Assigned])
             except (ProtocolError, KeyError) as error:
-                await self.reject(stream, entry, repr(error))
+                await self.streams.reject(stream, entry, repr(error))
         return items
 
-    # ------------------------------------------------------------ streams
+    async def holder(self, rid: str) -> Holder:
+        """Return who has a request now, and which adapter it wants; all empty when it is unknown."""
+        found = await self._redis.hmget(self.keys.req(rid), "state", "owner", "digest")
+        return Holder(*((value or b"").decode() for value in found))
 
-    async def read(self, last_ids: dict[str, bytes], *, block_ms: int, count: int = 256) -> dict[str, list[Entry]]:
-        """Wait for entries after `last_ids` on any of these streams; moves `last_ids` on. {} on timeout."""
-        reply = await self._blocking.xread(last_ids, count=count, block=block_ms)
-        pairs = reply.items() if isinstance(reply, dict) else reply
-        found: dict[str, list[Entry]] = {}
-        for name, entries in pairs:
-            flat: list[Entry] = list(_flatten(entries))
-            if flat:
-                found[name.decode()] = flat
-                last_ids[name.decode()] = flat[-1][0]
+    async def tokens(self, rid: str) -> bytes | None:
+        """Return a request's log (int32 little endian), None when there is none."""
+        return await self._redis.get(self.keys.tok(rid))
+
+    async def inputs(self, rids: Sequence[str]) -> list[tuple[bytes | None, bytes, bytes]]:
+        """Return each request's body (`messages.Body`; None: it has expired), log and logprob records."""
+        keys = self.keys
+        raws = await self._redis.mget([key(rid) for rid in rids for key in (keys.body, keys.tok, keys.lp)])
+        return [(raws[i], raws[i + 1] or b"", raws[i + 2] or b"") for i in range(0, len(raws), 3)]
+
+    async def scan_assigned(self, chunk: int) -> AsyncIterator[list[tuple[str, str]]]:
+        """Yield (rid, owner) of all assigned requests, in lists. Scans all keys, about `chunk` in one command."""
+        prefix, cursor = self.keys.req(""), -1
+        while cursor:
+            cursor, found = await self._redis.scan(max(cursor, 0), match=f"{prefix}*", count=chunk)
+            pipe = self._redis.pipeline(transaction=False)
+            for key in found:
+                pipe.hmget(key, "state", "owner")
+            facts = zip(found, await pipe.execute(), strict=True)
+            yield [
+                (key.decode().removeprefix(prefix), owner.decode())
+                for key, (state, owner) in facts
+                if state == b"assigned" and owner
+            ]
+
+    async def untimed_keys(self) -> list[str]:
+        """Return the keys that have no TTL and are not permanent: there must be none. Scans all keys."""
+        keys = [key.decode() async for key in self._redis.scan_iter(count=1000)]
+        return [key for key in keys if not self.keys.is_permanent(key) and await self._redis.pttl(key) == -1]
+
+    async def unfinished(self) -> dict[str, str]:
+        """Return the state of each request that has not ended. Scans all keys."""
+        prefix = self.keys.req("")
+        found: dict[str, str] = {}
+        async for key in self._redis.scan_iter(match=f"{prefix}*", count=1000):
+            state = await self._redis.hget(key, "state")
+            if state is not None and state.decode() not in m.TERMINAL:
+                found[key.decode().removeprefix(prefix)] = state.decode()
         return found
-
-    async def entries(self, stream: str) -> list[Entry]:
-        """Return everything in a stream, oldest first."""
-        return list(await self.redis.xrange(stream))
-
-    async def last_id(self, stream: str) -> bytes:
-        """Return the id of a stream's newest entry, to read on from there."""
-        newest = await self.redis.xrevrange(stream, count=1)
-        return newest[0][0] if newest else b"0"
-
-    async def reject(self, stream: str, entry: Entry, reason: str) -> None:
-        """Move an entry that cannot be used to the dead letters."""
-        logger.error("%s on %s goes to the dead letters: %s", entry[0].decode(), stream, reason)
-        letter = m.DeadLetter(reason=reason, stream=stream, raw=entry[1].get(b"b", b""), ms=now_ms())
-        pipe = self.redis.pipeline(transaction=True)
-        pipe.xdel(stream, entry[0])
-        pipe.xadd(self.keys.dlq, {"b": m.encode(letter)}, minid=now_ms() - 604_800_000, approximate=True)
-        pipe.expire(self.keys.dlq, 604_800)
-        await pipe.execute()
-
-    async def tell(self, orders: Sequence[tuple[str, m.Control]]) -> None:
-        """Give workers (wid) orders. Lost when the worker is gone."""
-        pipe = self.redis.pipeline(transaction=False)
-        oldest = now_ms() - 300_000
-        for wid, order in orders:
-            pipe.xadd(self.keys.ctl(wid), {"b": m.encode(order)}, nomkstream=True, minid=oldest, approximate=True)
-        await pipe.execute()
-
-    # ------------------------------------------------------------ who is there
-
-    async def beat(
-        self, key: str, registry: str, member: str, raw: bytes, ttl_ms: int, renew: Iterable[str] = ()
-    ) -> bool:
-        """Say that `member` lives, and renew the TTL of the streams it reads by 1 h. Returns False if one is gone."""
-        pipe = self.redis.pipeline(transaction=False)
-        pipe.set(key, raw, px=ttl_ms)
-        pipe.zadd(registry, {member: now_ms()})
-        for stream in renew:
-            pipe.expire(stream, 3600)
-        return all((await pipe.execute())[2:])
-
-    async def join(self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int) -> None:
-        """Register a worker with its first beat. Raises Internal when live workers serve another model."""
-        keys = [self.keys.tag, self.keys.base, self.keys.workers, self.keys.worker_beat(beat.wid)]
-        outcome, known, args = b"changed", served, [beat.wid, m.encode(beat), ttl_ms, now_ms()]
-        while outcome == b"changed":
-            raw = await self.redis.get(self.keys.base)
-            known = served if raw is None else decode(raw, m.ServedModel)
-            smallest = msgspec.structs.replace(served, max_model_len=min(served.max_model_len, known.max_model_len))
-            bases = [raw or b"", int(known.fingerprint == served.fingerprint), m.encode(served), m.encode(smallest)]
-            outcome = await self._scripts.join(keys=keys, args=args + bases)
-        if outcome == b"refused":
-            raise Internal(f"this fleet serves {known.name} ({known.fingerprint:.12}); {served.name} cannot join it")
-
-    async def create_stream(self, stream: str, ttl_s: int) -> None:
-        """Make an empty stream with a TTL, so that writers using NOMKSTREAM reach it."""
-        pipe = self.redis.pipeline(transaction=True)
-        pipe.xadd(stream, {"b": b""})
-        pipe.xtrim(stream, maxlen=0, approximate=False)
-        pipe.expire(stream, ttl_s)
-        await pipe.execute()
-
-    async def delete_stream(self, stream: str, num_entries: int) -> bool:
-        """Delete a stream if it still holds just `num_entries`; tell whether it is gone."""
-        script = (
-            "if redis.call('XLEN', KEYS[1]) ~= tonumber(ARGV[1]) then return 0 end redis.call('DEL', KEYS[1]) return 1"
-        )
-        return bool(await self.redis.eval(script, 1, stream, num_entries))
-
-    async def leave(self, wid: str) -> None:
-        """Take a worker, whose work is handed back, off the register."""
-        pipe = self.redis.pipeline(transaction=True)
-        of_worker = (self.keys.work, self.keys.own, self.keys.journal, self.keys.ctl, self.keys.worker_beat)
-        pipe.delete(*(key(wid) for key in of_worker))
-        pipe.zrem(self.keys.workers, wid)
-        await pipe.execute()
-
-    async def keep_stream(self, stream: str, *, ttl_s: int, max_age_ms: int) -> bool:
-        """Renew a stream's TTL and drop its entries older than `max_age_ms`. Returns False when it is gone."""
-        pipe = self.redis.pipeline(transaction=False)
-        pipe.expire(stream, ttl_s)
-        pipe.xtrim(stream, minid=now_ms() - max_age_ms, approximate=True)
-        return bool((await pipe.execute())[0])
-
-    async def members(self, registry: str, max_age_ms: int | None = None) -> list[str]:
-        """Return who is registered, by last beat at most `max_age_ms` ago."""
-        low: float | str = "-inf" if max_age_ms is None else now_ms() - max_age_ms
-        return [wid.decode() for wid in await self.redis.zrangebyscore(registry, low, "+inf")]
-
-    async def store_urls(self) -> tuple[str, ...]:
-        """Return the addresses of the adapter stores that are alive."""
-        sids = await self.members(self.keys.stores, 10_000)
-        raws = await self.redis.mget([self.keys.store_beat(sid) for sid in sids]) if sids else []
-        return tuple(sorted(raw.decode() for raw in raws if raw))
-
-    async def gateways_alive(self) -> dict[str, bool]:
-        """Return each registered gateway and whether its beat is there."""
-        gids = await self.members(self.keys.gateways)
-        if not gids:
-            return {}
-        raws = await self.redis.mget([self.keys.gateway_beat(gid) for gid in gids])
-        return {gid: raw is not None for gid, raw in zip(gids, raws, strict=True)}
-
-    async def forget_gateway(self, gid: str) -> None:
-        """Take a dead gateway off the register. Its stream runs out by itself, should it only have slept."""
-        await self.redis.zrem(self.keys.gateways, gid)
-
-    async def worker_beats(self) -> dict[str, m.WorkerBeat | None]:
-        """Return each registered worker's last beat, None for one whose beat has expired."""
-        wids = await self.members(self.keys.workers)
-        if not wids:
-            return {}
-        raws = await self.redis.mget([self.keys.worker_beat(wid) for wid in wids])
-        return {wid: _beat(raw) for wid, raw in zip(wids, raws, strict=True)}
-
-    # ------------------------------------------------------------ values
-
-    async def get(self, key: str, type_: type[T]) -> T | None:
-        """Return a message stored under a key."""
-        raw = await self.redis.get(key)
-        return None if raw is None else decode(raw, type_)
-
-    async def set(self, key: str, value: msgspec.Struct, ttl_ms: int | None = None) -> None:
-        """Store a message under a key."""
-        await self.redis.set(key, m.encode(value), px=ttl_ms)
-
-
-def _beat(raw: bytes | None) -> m.WorkerBeat | None:
-    """Decode a beat; one that cannot be read is none, and must not hide the others."""
-    try:
-        return decode(raw, m.WorkerBeat) if raw else None
-    except ProtocolError:
-        logger.exception("a worker's beat cannot be read")
-        return None
 
 
 def _ended(rid: str) -> bytes:
-    """Tell the scheduler that a request has ended without a worker."""
-    return m.encode([m.Ended(rid, "", 0, "", 0)])
-
-
-def _flatten(entries: Any) -> Iterable[Entry]:
-    """Undo the extra list that RESP3 replies put around a stream's entries."""
-    for item in entries:
-        if isinstance(item, list) and item and isinstance(item[0], (tuple, list)):
-            yield from (tuple(entry) for entry in item)  # type: ignore[misc]
-        else:
-            yield tuple(item)
-
-
-def _step_args(step: Step, plan: Plan, version: bytes) -> list[Any]:
-    """Return the arguments of `step.lua`."""
-    logprobs: list[Any] = []
-    ends: list[Any] = []
-    for row in plan.looked_at:
-        if row.ids and row.logprobs:
-            logprobs += (row.rid, row.seq0, row.logprobs)
-        if row.prompt_logprobs:
-            logprobs += (row.rid, "prompt", row.prompt_logprobs)
-        if row.state:
-            ends += (row.rid, row.state, row.finish, row.error)
-    outs = [part for gid, deltas in step.outs.items() for part in (gid, m.encode(deltas))]
-    ended = m.encode(step.ended) if step.ended else b""
-    counts = [len(logprobs) // 3, len(ends) // 4, len(step.outs)]
-    sizes = msgspec.msgpack.encode([len(tail) for tail in plan.tails])
-    ids = b"".join([part for tail, row in zip(plan.tails, plan.looked_at, strict=True) for part in (tail, row.ids)])
-    head = [_pack(plan.looked_at), sizes, ids, _pack(plan.journaled), b"".join([row.ids for row in plan.journaled])]
-    return [*head, *counts, ended, version, int(plan.flush), *logprobs, *ends, *outs, *step.done_entries]
-
-
-def _pack(rows: Iterable[StepRow]) -> bytes:
-    """Return rows as `step.lua` and a worker's journal have them; their ids stand beside them."""
-    packed: list[Any] = []
-    for row in rows:
-        packed += (row.rid, str(row.epoch), row.seq0, len(row.ids))
-    return msgspec.msgpack.encode(packed)
+    """Return the message that tells the scheduler of an end from outside its worker."""
+    return m.encode([m.Ended(rid, "", 0, 0)])

@@ -1,4 +1,4 @@
-"""What was given up: the dead-letter stream, read, and its requests queued again."""
+"""The dead-letter stream: requests that were given up and messages that could not be read. Requests can be retried."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import msgspec
 
-from protocol.queue.bus import Bus, decode, now_ms
+from protocol.queue.redis_client import Client
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
+from protocol.wire.codec import decode, now_ms
 from protocol.wire.errors import BadRequest, Conflict, NotFound, ProtocolError
+from protocol.wire.keys import Keys
 
 _ID = re.compile(r"\d+-\d+")
 
@@ -18,10 +20,10 @@ _ID = re.compile(r"\d+-\d+")
 class DeadLetters:
     """The dead letters of a fleet, by the id of their stream entry."""
 
-    def __init__(self, bus: Bus) -> None:
-        self._keys = bus.keys
-        self._redis = bus.redis
-        self._scripts = Scripts(bus.redis)
+    def __init__(self, client: Client, keys: Keys, scripts: Scripts) -> None:
+        self._redis = client
+        self._keys = keys
+        self._scripts = scripts
 
     async def newest(self, limit: int) -> list[tuple[str, m.DeadLetter]]:
         """Return at most `limit` letters, the newest first."""
@@ -29,7 +31,7 @@ class DeadLetters:
         return [(entry.decode(), _read(fields)) for entry, fields in entries]
 
     async def get(self, letter_id: str) -> m.DeadLetter:
-        """Return one letter. Raises NotFound, and BadRequest for what is no id."""
+        """Return one letter. Raises NotFound, and BadRequest for an id of the wrong form."""
         if not _ID.fullmatch(letter_id):
             raise BadRequest(f"{letter_id!r} is no dead letter's id, which looks like 1764043172123-0")
         entries = await self._redis.xrange(self._keys.dlq, letter_id, letter_id)
@@ -38,9 +40,10 @@ class DeadLetters:
         return _read(entries[0][1])
 
     async def retry(self, letter_id: str, timeout_s: float) -> str:
-        """Queue a letter's request again, with its attempts forgotten and `timeout_s` from now on. Returns its id.
+        """Queue a letter's request again, with no attempts counted and a deadline in `timeout_s`. Returns its id.
 
-        It goes on after the tokens it had; its result is stored. Raises NotFound, Conflict where nothing can be done.
+        It goes on after the tokens it had; its result is stored. Raises NotFound, and Conflict when the letter holds no
+        request or the request has expired.
         """
         letter = await self.get(letter_id)
         if letter.submit is None:

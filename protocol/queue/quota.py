@@ -1,4 +1,4 @@
-"""A tenant's limits as the submit script takes and answers them."""
+"""A tenant's limits as the submit script takes them, and its standing as the script returns it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """Whose use a call counts as, and what is allowed. 0: no limit."""
+    """The tenant that a call is charged to, and its limits. 0: no limit."""
 
     tenant: str
     requests_per_minute: int = 0
@@ -22,22 +22,22 @@ class Allowance:
 
     limit: int
     remaining: int
-    reset_ms: int  # until all of it is there again
+    reset_ms: int  # until all of it is available again
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How a tenant stands after a call, or, when `over` names a limit, just before the call that it refused."""
+    """A tenant's use after a call; when `over` names a limit, its use before the call that was refused."""
 
     requests: Allowance | None  # None: no such limit
     tokens: Allowance | None
     running: int  # choices queued or running
     over: str = ""  # "", requests, tokens or concurrency
-    retry_ms: int = 0  # when the refused call would fit, as far as that can be known
+    retry_ms: int = 0  # until the refused call would fit; 0: not known
 
 
 def standing_of(quota: Quota, reply: Sequence[int | bytes]) -> Standing:
-    """Read the script's (requests left, ms, tokens left, ms, running), and (…, over, ms) of a refusal."""
+    """Read a standing in the reply of `submit.lua`, and the limit and the ms that follow it in a refusal."""
     left, reset_ms, tokens_left, tokens_reset_ms, running = (int(value) for value in reply[:5])
     refusal = reply[5:]
     return Standing(

@@ -1,21 +1,37 @@
-"""Connections to Redis that can be cancelled."""
+"""Connections to Redis that can be cancelled, and what a lost one looks like."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
+import redis
 import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry as SyncRetry
+
+Client: TypeAlias = Any
+"""An asynchronous client. redis-py types every reply as a union for its two protocols and two client kinds."""
+
+CONNECTION_ERRORS = (RedisConnectionError, RedisTimeoutError, ConnectionError, OSError, NoScriptError)
+"""What a lost connection looks like; loops catch it, wait and go on. The last one comes from a server that was started
+anew between being given a script and being asked to run it."""
+
+QueueError = RedisError
+"""Whatever the queue's server or the connection to it can raise."""
 
 CONNECT_TIMEOUT_S = 5
-MAX_CONNECTIONS = 32  # of a client; more commands at once wait
+MAX_CONNECTIONS = 32
+"""Connections of one client; further commands wait for one."""
 
 
 class _Cancellable:
-    """Sends under `asyncio.timeout`.
+    """A connection that sends under `asyncio.timeout`.
 
     redis-py sends under `asyncio.wait_for`. Before Python 3.12 that swallows a cancellation that comes while the send
     completes (20 % of those that met an XADD, 2026-11-25), so that a cancelled task goes on for ever; and it starts
@@ -36,11 +52,12 @@ class _Cancellable:
             self.socket_timeout = limit_s
 
 
-def connect(url: str, *, timeout_s: float | None) -> Any:
+def connect(url: str, *, timeout_s: float | None) -> Client:
     """Return a client. `timeout_s` limits every read and write, with retries; None: blocking reads may take long."""
     retries = 4 if timeout_s is not None else 0
     # redis-py's default pool refuses the 101st command at a time; this one lets it wait its turn.
-    pool = aioredis.BlockingConnectionPool.from_url(
+    pool_type: Any = aioredis.BlockingConnectionPool
+    pool = pool_type.from_url(
         url,
         max_connections=MAX_CONNECTIONS,
         timeout=20,
@@ -50,3 +67,21 @@ def connect(url: str, *, timeout_s: float | None) -> Any:
     )
     pool.connection_class = type("CancellableConnection", (_Cancellable, pool.connection_class), {})
     return aioredis.Redis.from_pool(pool)
+
+
+async def read_many(client: Client, keys: Sequence[str]) -> list[bytes | None]:
+    """Return the values of keys, None for each that is not there."""
+    return list(await client.mget(keys)) if keys else []
+
+
+def ping(url: str, timeout_s: float) -> None:
+    """Ask the server at `url` once whether it answers, and block until it does.
+
+    Raises ValueError for what is no URL, and `QueueError` when the server cannot be reached or still loads its file.
+    """
+    client_type: Any = redis.Redis
+    client = client_type.from_url(
+        url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=SyncRetry(NoBackoff(), 0)
+    )
+    with client:
+        client.ping()

@@ -1,41 +1,42 @@
-"""The Lua scripts, loaded once. What each does, and its arguments, is at the head of its file in `lua/`."""
+"""The Lua scripts, loaded once. What each does, and its keys, arguments and reply, is at the head of its file."""
 
 from __future__ import annotations
 
-import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
-from redis.asyncio import Redis
-from redis.commands.core import AsyncScript
+from protocol.queue.redis_client import Client
 
-NAMES = (
-    "submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position", "merge", "join"
-)  # fmt: skip
-_FOLDER = Path(__file__).parent / "lua"
+NAMES = ("submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position", "join")
+FOLDER = Path(__file__).parent / "lua"
+
+
+class Script(Protocol):
+    """A registered script; redis-py sends it again when the server has forgotten it."""
+
+    async def __call__(self, *, keys: Sequence[Any], args: Sequence[Any]) -> Any:
+        """Run it. Replies are bytes, ints, and lists of them."""
+        ...
 
 
 class Scripts:
-    """The scripts of one client; called by name, re-sent by redis-py when the server has forgotten them."""
+    """The scripts of one client, by the names of their files."""
 
-    submit: AsyncScript
-    assign: AsyncScript
-    step: AsyncScript
-    finish: AsyncScript
-    cancel: AsyncScript
-    requeue: AsyncScript
-    retry: AsyncScript
-    lead: AsyncScript
-    repair: AsyncScript
-    position: AsyncScript
-    merge: AsyncScript
-    join: AsyncScript
+    submit: Script
+    assign: Script
+    step: Script
+    finish: Script
+    cancel: Script
+    requeue: Script
+    retry: Script
+    lead: Script
+    repair: Script
+    position: Script
+    join: Script
 
-    def __init__(self, client: Redis) -> None:
-        common = (_FOLDER / "common.lua").read_text()
+    def __init__(self, client: Client, folder: Path = FOLDER) -> None:
+        """Read the scripts in `folder`; each has `common.lua` before it."""
+        common = (folder / "common.lua").read_text()
         for name in NAMES:
-            source = common + (_FOLDER / f"{name}.lua").read_text()
-            if name == "step":
-                # Nobody else's script: a server that knows it is the process that this client has written steps
-                # to, since scripts are neither saved nor replicated.
-                source += f"\n-- {uuid.uuid4().hex}"
-            setattr(self, name, client.register_script(source))
+            setattr(self, name, client.register_script(common + (folder / f"{name}.lua").read_text()))

@@ -1,6 +1,6 @@
-"""The secret that a fleet's services share: it opens the stores to workers and seals the tokens that lie in Redis.
+"""The secret that a fleet's services share: it lets workers into the stores and encrypts the tokens kept in Redis.
 
-Both keys are derived from it, so that neither what crosses the network nor what lies in Redis gives it away.
+A key for each purpose is derived from it, so neither the network nor Redis ever holds the secret itself.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ MIN_CHARACTERS = 16
 
 
 class FleetSecret:
-    """One secret and what is derived from it."""
+    """The shared secret and the keys derived from it."""
 
     def __init__(self, secret: str) -> None:
-        """Raise BadRequest for one that could be guessed."""
+        """Raises BadRequest for a secret that is short enough to be guessed."""
         if len(secret) < MIN_CHARACTERS:
             raise BadRequest(f"the fleet's secret has {len(secret)} characters; it needs at least {MIN_CHARACTERS}")
         self._secret = secret.encode()
         self._siv = AESSIV(self._key("tokens"))
         self.bearer = self._key("store http").hex()[:64]
-        """What a client of a store shows as `Authorization: Bearer`."""
+        """The token that a client of a store sends as `Authorization: Bearer`."""
 
     @classmethod
     def of(cls, settings: Settings) -> FleetSecret | None:
-        """Return the secret of the settings, making their file if it is not there yet; None if they name none.
+        """Return the settings' secret, None if they name none; its file is made if it is missing.
 
         Raises BadRequest, OSError.
         """
@@ -49,7 +49,7 @@ class FleetSecret:
         return hmac.digest(self._secret, b"lorafleet " + purpose.encode(), "sha512")
 
     def seal(self, text: str, field: str) -> str:
-        """Return `text` so that only this fleet can read it, and only beside `field`. Equal texts look equal there."""
+        """Encrypt `text` for this fleet, bound to `field`. Deterministic: equal texts beside one field look equal."""
         return base64.b64encode(self._siv.encrypt(text.encode(), [field.encode()])).decode() if text else ""
 
     def open(self, sealed: str, field: str) -> str:
@@ -63,12 +63,12 @@ class FleetSecret:
 
 
 def owner_of(token: str) -> str:
-    """Return the tenant that stands for whoever holds a token: what it opens is seen by nobody else."""
+    """Return the tenant that stands for the holder of a token: nobody else sees the adapters that the token opens."""
     return f"token:{hashlib.sha256(token.encode()).hexdigest()[:32]}" if token else ""
 
 
 def _read_or_make(path: Path) -> str:
-    """Return a file's text. Of several processes that find none, one makes it and all read the same."""
+    """Return a file's text, made with a random secret if it is missing. Racing processes read the same text."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

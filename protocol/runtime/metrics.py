@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric, Summary, start_http_server
@@ -83,29 +83,29 @@ STORE_FETCH_SECONDS = Histogram(
     "lorafleet_store_fetch_seconds", "From a version's resolution to its blob.", ["scheme"], buckets=_LATENCY_S
 )
 
-# ---------------------------------------------------------------- workers, each as its last beat tells it
+# ---------------------------------------------------------------- workers, by their last heartbeats
 
 PHASES = ("plan", "inputs", "forward", "sample", "finish", "publish")
-"""What a step's time goes to; the last runs beside the next steps."""
+"""Phases of a step's time; publishing runs beside the next steps."""
 
 
 class Workers(Collector):
-    """What workers count where they run. Gateways show all of them, a worker's own port shows that one."""
+    """The workers' metrics, by their heartbeats. Gateways show all workers, a worker's own port shows that one."""
 
     def __init__(self) -> None:
         self._beats: list[WorkerBeat] = []
 
     def show(self, beats: Iterable[WorkerBeat]) -> None:
-        """Let the next reader see these workers; of two with one name the one heard last."""
+        """Show these workers from now on; of two with the same name the one that beat last."""
         self._beats = list({beat.name: beat for beat in sorted(beats, key=lambda beat: beat.sent_ms)}.values())
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics, as Prometheus asks for them; none where no worker is shown."""
+        """Yield the metrics for Prometheus; none while no worker is shown."""
         if not self._beats:
             return
         steps = _total("steps", "Steps computed.")
         seconds = _total("phase_seconds", "Time that steps took, by phase.", "phase")
-        tokens = _total("tokens", "Tokens computed, found in the prefix cache, made, guessed, guessed right.", "kind")
+        tokens = _total("tokens", "Tokens computed, found in the prefix cache, output, drafted, accepted.", "kind")
         preemptions = _total("preemptions", "Requests that lost their KV blocks to others.")
         adapters = _total("adapter_events", "Adapters fetched, loaded into the pool, and evicted from it.", "event")
         requests = _now("requests", "Requests it holds, by state.", "state")
@@ -152,8 +152,8 @@ KIND_ADAPTER = "adapter"
 
 
 @contextmanager
-def serve_metrics(port: int) -> Iterator[None]:
-    """Answer `GET /metrics` on a port, in a thread, until the block is left; on none if `port` is 0."""
+def serve_metrics(port: int) -> Generator[None]:
+    """Answer `GET /metrics` on `port` in a thread until the block is left; do nothing if `port` is 0."""
     if not port:
         yield
         return

@@ -1,10 +1,10 @@
-"""Where the base model's files are: a local folder, or the Hub's, of which a service takes only what it reads."""
+"""The base model's files: a local folder, or a download from the Hub of those files that a service reads."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
 from protocol.wire.errors import BadRequest
 

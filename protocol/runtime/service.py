@@ -18,13 +18,15 @@ logger = logging.getLogger(__name__)
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line, for those who collect logs."""
+    """Formats a log record as one line of JSON, for log collectors."""
 
     def __init__(self, service: str) -> None:
+        """`service` is written into every line."""
         super().__init__()
         self._service = service
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the record's line."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -43,11 +45,11 @@ def set_up_logging(service: str, level: str, form: str = "text") -> None:
     text = logging.Formatter(f"%(asctime)s %(levelname).1s {service} %(name)s: %(message)s", "%H:%M:%S")
     handler.setFormatter(JsonLines(service) if form == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells of every request
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
 
 
 def log_format() -> str:
-    """Return how this process logs, for another that is to log alike."""
+    """Return the format that this process logs in, for a process that is to use the same."""
     return "json" if any(isinstance(h.formatter, JsonLines) for h in logging.getLogger().handlers) else "text"
 
 
@@ -55,7 +57,7 @@ def run(main: Callable[[asyncio.Event], Awaitable[int]], *, sendfile: bool = Fal
     """Run a service's `main(stop)` until it returns its exit code.
 
     The first SIGINT or SIGTERM sets `stop`: the service drains. The second ends the process at once.
-    The loop is uvloop's, which needs half the CPU per event; with `sendfile` asyncio's own, for uvloop has none.
+    The loop is uvloop's, which needs half the CPU per event; with `sendfile` it is asyncio's, since uvloop lacks it.
     """
 
     async def shell() -> int:
@@ -71,8 +73,8 @@ def run(main: Callable[[asyncio.Event], Awaitable[int]], *, sendfile: bool = Fal
             loop.add_signal_handler(sig, on_signal)
         return await main(stop)
 
-    # What has been imported stays: each full collection would look through its 100,000 objects again, and the loop
-    # stand still meanwhile, for 50 ms or, on a busy core, for half a second.
+    # Imported modules stay for ever. Unless frozen, each full collection looks through their 100,000 objects again and
+    # stops the loop meanwhile: for 50 ms, on a busy core for half a second.
     gc.collect()
     gc.freeze()
     with asyncio.Runner(loop_factory=None if sendfile else uvloop.new_event_loop) as runner:
@@ -80,7 +82,7 @@ def run(main: Callable[[asyncio.Event], Awaitable[int]], *, sendfile: bool = Fal
 
 
 async def wait_any(event: asyncio.Event, timeout_s: float) -> bool:
-    """Wait for `event` at most `timeout_s`; tell whether it is set. The loops' replacement for sleep."""
+    """Wait for `event`, at most `timeout_s`; return whether it is set. Loops use it instead of sleeping."""
     try:
         async with asyncio.timeout(timeout_s):
             await event.wait()

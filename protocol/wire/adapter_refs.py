@@ -1,6 +1,6 @@
-"""Adapters named by where they live: `org/name[@revision]` or `hub:…` for the Hub, `s3://bucket/prefix`; and who may.
+"""References to adapters, `org/name[@revision]` or `hub:…` for the Hub and `s3://bucket/prefix`, and which are allowed.
 
-The same in gateway, which decides what a request may name, and store, which fetches it.
+The gateway decides with it what a request may name, the store what it fetches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A place an adapter may be fetched from."""
+    """A place from which an adapter can be fetched."""
 
     scheme: Literal["hub", "s3", "local"]
     owner: str  # organisation or bucket; "" for a folder
@@ -30,7 +30,7 @@ class Reference:
 
     @property
     def source(self) -> str:
-        """One spelling of it: "hub:ORG/NAME@REVISION", "s3://BUCKET/PREFIX" or "local:FOLDER"."""
+        """Its canonical spelling: "hub:ORG/NAME@REVISION", "s3://BUCKET/PREFIX" or "local:FOLDER"."""
         if self.scheme == "s3":
             return f"s3://{self.owner}/{self.path}"
         if self.scheme == "local":
@@ -39,12 +39,12 @@ class Reference:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether it always means the same content: a Hub commit."""
+        """Whether it always stands for the same content: true of a Hub commit only."""
         return _COMMIT.fullmatch(self.revision) is not None
 
 
 def parse_reference(name: str) -> Reference | None:
-    """Read a name as a place; None if it is not one."""
+    """Parse a name as a reference; None if it is not one."""
     if match := _S3.fullmatch(name):
         path = match[2]
         return None if ".." in path.split("/") or "//" in path else Reference("s3", match[1], path)
@@ -55,7 +55,7 @@ def parse_reference(name: str) -> Reference | None:
 
 
 def parse_source(source: str) -> Reference | None:
-    """Read what an adapter may be registered from: also "local:FOLDER", which no request can name as a place."""
+    """Parse the source of a registration: a reference, or "local:FOLDER", which no request can name."""
     if source.startswith("local:"):
         path = source.removeprefix("local:")
         return Reference("local", "", path) if FOLDER.fullmatch(path) else None
@@ -64,7 +64,7 @@ def parse_source(source: str) -> Reference | None:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Which places are open."""
+    """Which sources are allowed."""
 
     request_sources: frozenset[str]  # schemes that a request may name without registration
     hub_orgs: frozenset[str]  # empty: any
@@ -72,11 +72,12 @@ class Policy:
 
     @classmethod
     def of(cls, settings: Settings) -> Policy:
+        """Return the policy of the settings."""
         lists = (settings.request_sources, settings.hub_orgs, settings.s3_buckets)
         return cls(*(frozenset(names_of(names)) for names in lists))
 
     def check(self, reference: Reference, *, on_request: bool) -> None:
-        """Raise PermissionDenied unless adapters may come from there; `on_request`: for a request that names it."""
+        """Raise PermissionDenied unless the reference is allowed; `on_request`: a request names it unregistered."""
         if on_request and reference.scheme not in self.request_sources:
             raise PermissionDenied(f"requests may not name {reference.scheme} adapters here: register it first")
         if reference.scheme == "hub" and self.hub_orgs and reference.owner not in self.hub_orgs:

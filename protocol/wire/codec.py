@@ -1,4 +1,4 @@
-"""Messages off the wire, and the clock that their times are of."""
+"""Decoding of messages, and the clock of their times."""
 
 from __future__ import annotations
 

@@ -1,12 +1,28 @@
 """The one error tree. What a client, an adapter or a message can cause is raised as one of these.
 
 LorafleetError
-├── ClientError      4xx: the request is wrong, repeating it will not help
-│   ├── BadRequest · Unauthorized · PermissionDenied · NotFound · Conflict · TooLarge
-│   └── AdapterRefused: the adapter cannot be served exactly, with the list of reasons
-└── ServerError      5xx and 429: the request was fine, it may be retried
-    ├── Overloaded (429) · Unavailable (503) · WorkerLost (500)
-    └── Internal (500)
+├── ClientError                     4xx: the request is wrong, repeating it will not help
+│   ├── BadRequest (400)
+│   ├── Unauthorized (401)
+│   ├── PermissionDenied (403)
+│   ├── NotFound (404)
+│   │   └── ModelNotFound
+│   ├── Conflict (409)
+│   ├── TooLarge (413)
+│   ├── AdapterRefused (422)        the adapter cannot be served exactly; with the list of reasons
+│   ├── IdempotencyKeyReused (422)
+│   └── GenerationFailed (424)      gateway/lorax/errors.py: another error, in the form of LoRAX's clients
+├── ServerError                     5xx and 429: the request was fine, it may be retried
+│   ├── Overloaded (429)
+│   ├── Unavailable (503)
+│   ├── DeadlineExceeded (504)
+│   ├── WorkerLost (500)
+│   └── Internal (500)              a fault of the fleet; not retried
+├── ProtocolError (500)             a message that cannot be decoded
+├── QuickstartError                 lorafleet/quickstart.py: the quickstart model cannot be fetched
+└── ServiceFailed                   lorafleet/child.py: a service ended while the fleet started
+
+Those named with a file are defined there and never cross the queue.
 """
 
 from __future__ import annotations
@@ -19,8 +35,10 @@ class LorafleetError(Exception):
     type = "server_error"
     code: str | None = None
     retryable = False
+    retry_after_s: float | None = None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        """`param` names the request's field that is wrong; `code` replaces the class's."""
         super().__init__(message)
         self.message = message
         self.param = param
@@ -29,6 +47,8 @@ class LorafleetError(Exception):
 
 
 class ClientError(LorafleetError):
+    """The request is wrong."""
+
     status = 400
     type = "invalid_request_error"
 
@@ -38,18 +58,22 @@ class BadRequest(ClientError):
 
 
 class Unauthorized(ClientError):
-    """No API key was given, or one that is not good (any more)."""
+    """No API key was given, or one that is unknown or has expired."""
 
     status = 401
     code = "invalid_api_key"
 
 
 class PermissionDenied(ClientError):
+    """The caller may not do this."""
+
     status = 403
     type = "permission_error"
 
 
 class NotFound(ClientError):
+    """What the request names does not exist, or the caller may not know of it."""
+
     status = 404
 
 
@@ -59,15 +83,20 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
 
     def __init__(self, name: str, more: str = "") -> None:
+        """`more` is a sentence that is added to the message."""
         text = f"The model `{name}` does not exist or you do not have access to it."
         super().__init__(f"{text} {more}".strip(), param="model")
 
 
 class Conflict(ClientError):
+    """The request contradicts what is there, such as an earlier request."""
+
     status = 409
 
 
 class TooLarge(ClientError):
+    """The request has more bytes than a request may have."""
+
     status = 413
 
 
@@ -78,11 +107,21 @@ class AdapterRefused(ClientError):
     code = "adapter_refused"
 
     def __init__(self, reasons: list[str]) -> None:
+        """The message is all reasons, joined."""
         super().__init__("; ".join(reasons), param="model")
         self.reasons = reasons
 
 
+class IdempotencyKeyReused(ClientError):
+    """An Idempotency-Key came back with another body."""
+
+    status = 422
+    code = "idempotency_key_reused"
+
+
 class ServerError(LorafleetError):
+    """The request was fine and may be retried."""
+
     retryable = True
 
 
@@ -94,6 +133,7 @@ class Overloaded(ServerError):
     code = "rate_limit_exceeded"
 
     def __init__(self, message: str, retry_after_s: float) -> None:
+        """`retry_after_s` is when a retry may succeed."""
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
@@ -114,13 +154,15 @@ class WorkerLost(ServerError):
 
 
 class DeadlineExceeded(ServerError):
+    """The request's deadline has passed."""
+
     status = 504
     type = "timeout_error"
     code = "deadline_exceeded"
 
 
 class Internal(ServerError):
-    """A fault of ours; the log has the traceback."""
+    """A fault of the fleet; the log has the traceback."""
 
     code = "internal_error"
     retryable = False

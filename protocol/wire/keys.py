@@ -31,7 +31,7 @@ class Keys:
         return f"{self.tag}:body:{rid}"
 
     def tok(self, rid: str) -> str:
-        """String: output token ids, int32 little endian, appended by scripts. The last may still be in `journal`."""
+        """String: output token ids, int32 little endian, appended by scripts."""
         return f"{self.tag}:tok:{rid}"
 
     def lp(self, rid: str) -> str:
@@ -55,10 +55,6 @@ class Keys:
     def own(self, wid: str) -> str:
         """Hash rid -> epoch: what a worker may write. 1 h after the last assignment; written by scripts only."""
         return f"{self.tag}:w:{wid}:own"
-
-    def journal(self, wid: str) -> str:
-        """List: rows of steps, and their ids, that are in no log yet. At most 1 h; written by scripts only."""
-        return f"{self.tag}:w:{wid}:journal"
 
     # Control and events. Bounded streams.
     def ctl(self, wid: str) -> str:
@@ -89,16 +85,16 @@ class Keys:
         return f"{self.tag}:jobs:{tenant}"
 
     def idem(self, tenant: str, key: str) -> str:
-        """String NX, 24 h: what an Idempotency-Key was first used for."""
+        """String NX, 24 h: `messages.Idempotent`, the call that an Idempotency-Key was first used for."""
         return f"{self.tag}:idem:{tenant}:{key}"
 
-    # What a tenant has used. Written by the scripts that accept and end requests.
+    # A tenant's use. Written by the scripts that accept and end requests.
     def quota(self, tenant: str) -> str:
-        """Hash: how much of a minute's requests and tokens is used, and when. Until all of it is there again."""
+        """Hash: how much of a minute's requests and tokens is used, and when. Until all of it is available again."""
         return f"{self.tag}:q:{tenant}"
 
     def running(self, tenant: str) -> str:
-        """Sorted set: rid -> unix ms after which it counts no more. Until the last deadline."""
+        """Sorted set: rid -> unix ms after which it does not count any more. Until the last deadline."""
         return f"{self.tag}:q:{tenant}:run"
 
     # API keys. Permanent.
@@ -112,7 +108,7 @@ class Keys:
         """Hash: tenant -> `api_keys.Tenant`, its limits. Written by operators."""
         return f"{self.namespace}:tenants"
 
-    # Who is there. Beats expire by themselves; the sorted sets are cleaned by score.
+    # Members of the fleet. Beats expire by themselves; the sorted sets are cleaned by score.
     def worker_beat(self, wid: str) -> str:
         """String PX 4 s: `messages.WorkerBeat`."""
         return f"{self.namespace}:w:{wid}:hb"
@@ -172,7 +168,7 @@ class Keys:
 
     @property
     def registrations(self) -> str:
-        """Hash: as `adapters` -> `messages.Registration`, what stores have to fetch, tokens sealed. Permanent."""
+        """Hash: names as in `adapters` -> `messages.Registration`, with tokens encrypted. Permanent."""
         return f"{self.namespace}:adapters:registered"
 
     def fetching(self, name: str) -> str:
@@ -181,7 +177,7 @@ class Keys:
 
     @property
     def pins(self) -> str:
-        """Hash: name of an adapter that workers keep in their pools -> whose wish, "settings" or "api". Permanent."""
+        """Hash: name of an adapter that workers keep in their pools -> asked for by "settings" or "api". Permanent."""
         return f"{self.namespace}:adapters:pins"
 
     def adapter_use(self, digest: str) -> str:

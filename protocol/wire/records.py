@@ -26,18 +26,28 @@ class RequestFacts:
 
     @property
     def is_terminal(self) -> bool:
+        """Whether it has ended."""
         return self.state in m.TERMINAL
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who has a request now."""
+
+    state: str
+    owner: str  # wid; "" while it is queued
+    digest: str  # of its adapter, "" for the base model
 
 
 @dataclass(slots=True)
 class AdapterUse:
-    """How often an adapter was used in the whole fleet, or since a worker last told. Times in ms."""
+    """How often an adapter was used: in the whole fleet, or on one worker since it last reported. Times in ms."""
 
-    hits: int = 0  # requests that found it in the pool when they came to their worker
-    misses: int = 0  # and those that did not
+    hits: int = 0  # requests that found it in their worker's pool
+    misses: int = 0  # requests that did not
     last_ms: int = 0  # unix time of the last request
     fetches: int = 0  # from a store to a worker's host memory
-    fetch_ms: int = 0  # what these took together
+    fetch_ms: int = 0  # all fetches together
     loads: int = 0  # from host memory into a pool
     load_ms: int = 0
 

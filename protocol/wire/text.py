@@ -1,4 +1,4 @@
-"""Tokens as text, the same in gateway and worker: where a stop string ends a request must not depend on who looks."""
+"""Tokens to text, shared by gateway and worker, so that a stop string ends a request at the same token in both."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ class StopRule:
         cls, stop: Sequence[str], stop_token_ids: Iterable[int], sampling: m.Sampling, eos_ids: frozenset[int]
     ) -> StopRule:
         """Return the rule of a request. eos_ids: tokens that end the model's texts, unless the request ignores them."""
-        end_ids = frozenset(stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_ids)
+        end_ids = frozenset(stop_token_ids)
+        if not sampling.ignore_eos:
+            end_ids |= eos_ids
         return cls(stop, end_ids, sampling.min_tokens)
 
 
 class Detokenizer:
-    """Turns ids into text one at a time, never giving out half a UTF-8 character."""
+    """Decodes ids one at a time and never returns half a UTF-8 character."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -44,7 +46,7 @@ class Detokenizer:
         self._length = 0  # characters given out
 
     def add(self, ids: Iterable[int]) -> str:
-        """Return the text that `ids` complete."""
+        """Return the text that these further ids complete."""
         pieces: list[str] = []
         for id_ in ids:
             self._ids.append(id_)
@@ -56,7 +58,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """Return what is still held back, once no more ids come: the bytes of a cut character as U+FFFD."""
+        """Return the text still held back, after the last id: the bytes of an incomplete character as U+FFFD."""
         whole = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
         rest = whole[self._length :]
         self._length = len(whole)
@@ -64,7 +66,7 @@ class Detokenizer:
 
 
 class StopMatcher:
-    """Finds the first stop string in a growing text, holding back what may still become one."""
+    """Finds the first stop string in a growing text and holds back text that may be the beginning of one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -72,13 +74,13 @@ class StopMatcher:
         self.matched: str | None = None
 
     def add(self, text: str) -> str:
-        """Take new text and return what can be shown; once `matched` is set nothing more comes."""
+        """Take new text; return the text that can be shown. Returns "" once `matched` is set."""
         if self.matched is not None:
             return ""
         if not self._stops:
             return text
         buffer = self._held + text
-        # Of matches at the same place the first in the caller's order counts.
+        # Of matches at the same position, the first in the caller's order counts.
         found = [(at, i) for i, stop in enumerate(self._stops) if (at := buffer.find(stop)) >= 0]
         if found:
             at, i = min(found)
@@ -89,13 +91,13 @@ class StopMatcher:
         return buffer[: len(buffer) - keep]
 
     def flush(self) -> str:
-        """Return the held back text, once no more comes."""
+        """Return the text still held back, after the last of the text."""
         rest, self._held = self._held, ""
         return rest
 
 
 def overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that begins `stop`, without all of it."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[-size:]):
             return size
@@ -123,7 +125,7 @@ class OutputText:
         return self._matcher.matched
 
     def add(self, ids: Iterable[int]) -> str:
-        """Return the text that `ids` let out; nothing once the text has ended."""
+        """Return the text that these further ids make visible; "" once the text has ended."""
         pieces: list[str] = []
         for id_ in ids:
             if self.ended:
@@ -145,7 +147,7 @@ class OutputText:
         return "".join(pieces)
 
     def finish(self) -> str:
-        """Return what was still held back, once no more ids come."""
+        """Return the text still held back, after the last id."""
         if self._matcher.matched is not None:
             return ""
         self.ended = True

@@ -283,7 +283,6 @@ class SimWorker:
         return m.WorkerBeat(
             wid=self.wid,
             name=self.wid,
-            model="simulated",
             capacity=self._model.capacity,
             running=len(self._running),
             waiting=len(waiting) + len(blocked),

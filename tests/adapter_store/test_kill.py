@@ -41,8 +41,8 @@ async def url_of(bus: Bus, before: set[str]) -> str:
     """Wait for the address of a store that was not there `before`."""
 
     async def find() -> str:
-        for sid in set(await bus.members(bus.keys.stores)) - before:
-            raw = await bus.redis.get(bus.keys.store_beat(sid))
+        for sid in set(await bus.members.ids(bus.keys.stores)) - before:
+            raw = await bus._redis.get(bus.keys.store_beat(sid))
             if raw:
                 return raw.decode()
         return ""
@@ -66,7 +66,7 @@ async def test_killed_in_mid_download(
         {CONFIG_FILE: json.dumps(lora_config()).encode(), WEIGHTS_FILE: safetensors(lora_tensors())}
     )
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    await bus.register(m.Registration(name="a", source="hub:org/a", asked_ms=now_ms()))
+    await bus.adapters.register(m.Registration(name="a", source="hub:org/a", asked_ms=now_ms()))
     hub.gate = asyncio.Event()
     staging = settings.data / "adapters" / "staging"
 
@@ -83,8 +83,8 @@ async def test_killed_in_mid_download(
         hub.drop_gated = False
         hub.down = True
         process.kill()
-    before = set(await bus.members(bus.keys.stores))
-    await bus.redis.delete(bus.keys.fetching("a"))  # instead of waiting for its end
+    before = set(await bus.members.ids(bus.keys.stores))
+    await bus._redis.delete(bus.keys.fetching("a"))  # instead of waiting for its end
     hub.down = False
     hub.gate = None
     hub.seen.clear()
@@ -109,8 +109,8 @@ async def test_killed_in_mid_write(bus: Bus, settings: Settings, num_blobs: int)
     with store_process(settings) as process:
         await wait_until(some_are_in, "some are in", every_s=0.0005)
         process.kill()
-    announced = [alias.digest for alias in await bus.aliases() if alias.state == "on_disk"]
-    before = set(await bus.members(bus.keys.stores))
+    announced = [alias.digest for alias in await bus.adapters.aliases() if alias.state == "on_disk"]
+    before = set(await bus.members.ids(bus.keys.stores))
     with store_process(settings):
         url = await url_of(bus, before)
         for digest in announced:
@@ -148,4 +148,4 @@ async def test_ends_when_told(bus: Bus, settings: Settings, tmp_path: Path) -> N
         await url_of(bus, set())
         process.terminate()
         assert await asyncio.to_thread(process.wait, 30) == 0
-    assert await bus.members(bus.keys.stores) == []
+    assert await bus.members.ids(bus.keys.stores) == []

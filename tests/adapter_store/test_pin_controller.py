@@ -17,7 +17,7 @@ from protocol.wire import messages as m
 
 
 def beat(wid: str, **fields: object) -> m.WorkerBeat:
-    return m.WorkerBeat(wid=wid, name=wid, model="tiny", capacity=1, **fields)  # type: ignore[arg-type]
+    return m.WorkerBeat(wid=wid, name=wid, capacity=1, **fields)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -58,18 +58,18 @@ async def test_settings_pin_and_preload_beside_what_comes_later(
 ) -> None:
     """A store with `pin` and `preload` sends both to each worker; only pins of earlier settings end."""
     await bus.set(bus.keys.base, BASE)
-    await bus.pin("gone", "settings")
-    await bus.pin("c", "api")
+    await bus.adapters.pin("gone", "settings")
+    await bus.adapters.pin("c", "api")
     assert settings.adapters is not None
     for seed, name in enumerate("abc"):
         write_adapter(settings.adapters / name, seed=seed)
-    await bus.create_stream(bus.keys.ctl("w1"), 60)
-    await bus.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat("w1")), 60_000)
+    await bus.streams.create(bus.keys.ctl("w1"), 60)
+    await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat("w1")), 60_000)
     run_store(pin="a", preload="b, a", refresh_s=3600)
     digests = {name: (await in_state(bus, name, "on_disk")).digest for name in "abc"}
 
     async def told() -> set[tuple[str, str]]:
-        orders = [decode(fields[b"b"], m.Control) for _, fields in await bus.entries(bus.keys.ctl("w1"))]
+        orders = [decode(fields[b"b"], m.Control) for _, fields in await bus.streams.entries(bus.keys.ctl("w1"))]
         return {(order.kind, order.digest) for order in orders}
 
     wanted = {("pin", digests["a"]), ("prefetch", digests["b"]), ("pin", digests["c"])}
@@ -79,7 +79,7 @@ async def test_settings_pin_and_preload_beside_what_comes_later(
 
     await wait_until(all_told, "the worker has its messages")
     assert await told() == wanted
-    assert await bus.pins() == {"a": "settings", "c": "api"}
+    assert await bus.adapters.pins() == {"a": "settings", "c": "api"}
     write_adapter(settings.adapters / "a", seed=7)
     new = (await in_state(bus, "a", "on_disk", not_digest=digests["a"])).digest
     wanted |= {("pin", new)}

@@ -54,12 +54,12 @@ def settings(settings: Settings, hub: HubStub) -> Settings:
 
 async def register(bus: Bus, name: str = "a", source: str = "hub:org/a", token: str = "", **fields: Any) -> None:
     sealed = FleetSecret(SECRET).seal(token, private_name(name, fields.get("tenant", "")))
-    await bus.register(m.Registration(name=name, source=source, token=sealed, asked_ms=now_ms(), **fields))
+    await bus.adapters.register(m.Registration(name=name, source=source, token=sealed, asked_ms=now_ms(), **fields))
 
 
 async def is_gone(bus: Bus, name: str, tenant: str = "") -> None:
     async def look() -> bool:
-        return await bus.alias(name, tenant) is None
+        return await bus.adapters.alias(name, tenant) is None
 
     await wait_until(look, f"{name} is gone")
 
@@ -74,9 +74,9 @@ async def test_a_registered_name_is_served_and_kept_fresh(bus: Bus, hub: HubStub
     second = await in_state(bus, "a", "on_disk", not_digest=first.digest)
     for alias in (first, second):
         await ask(url, alias.digest, SECRET)
-    await bus.unregister("a")
+    await bus.adapters.unregister("a")
     await is_gone(bus, "a")
-    assert await bus.registrations() == {}
+    assert await bus.adapters.registrations() == {}
 
 
 async def test_a_name_can_be_pointed_elsewhere(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
@@ -91,7 +91,7 @@ async def test_a_name_can_be_pointed_elsewhere(bus: Bus, hub: HubStub, run_store
         await register(bus, source=source)
 
         async def is_there(source: str = source) -> m.Alias | None:
-            alias = await bus.alias("a")
+            alias = await bus.adapters.alias("a")
             assert alias is None or alias.state != "failed"
             assert not digests or (alias is not None and alias.state == "on_disk")
             return alias if alias and alias.state == "on_disk" and alias.source.startswith(source) else None
@@ -107,7 +107,7 @@ async def test_stale_is_said_and_fresh_again_too(bus: Bus, hub: HubStub, run_sto
     hub.down = True
 
     async def says(text: str) -> bool:
-        alias = await bus.alias("a")
+        alias = await bus.adapters.alias("a")
         assert alias is not None
         assert (alias.state, alias.digest) == ("on_disk", first.digest)
         return alias.reason == "" if text == "" else text in alias.reason
@@ -170,20 +170,20 @@ async def test_private_names(bus: Bus, hub: HubStub, run_store: RunStore) -> Non
 
     async def of(tenant: str, state: str) -> m.Alias:
         async def look() -> m.Alias | None:
-            alias = await bus.alias("p", tenant)
+            alias = await bus.adapters.alias("p", tenant)
             return alias if alias is not None and alias.state == state else None
 
         return await wait_until(look, f"{tenant}'s name is {state}")
 
     mine = await of("me", "on_disk")
     await of("you", "failed")
-    assert await bus.alias("p") is None
-    assert [alias.tenant for alias in await bus.aliases("me")] == ["me"]
-    assert await bus.aliases() == []
+    assert await bus.adapters.alias("p") is None
+    assert [alias.tenant for alias in await bus.adapters.aliases("me")] == ["me"]
+    assert await bus.adapters.aliases() == []
     await ask(await store.url(), mine.digest, SECRET)
     hub.tokens["hf_mine"] = set()
     await of("me", "failed")
-    shown = [await bus.redis.hgetall(bus.keys.adapters), await bus.entries(bus.keys.adapter_events)]
+    shown = [await bus._redis.hgetall(bus.keys.adapters), await bus.streams.entries(bus.keys.adapter_events)]
     assert "hf_" not in repr(shown)
 
 
@@ -218,14 +218,16 @@ async def test_refused_requests_are_forgotten(
     await in_state(bus, "kept", "failed")
     await wait_until(lambda: hub.requests("org/typo"), "it was looked up")
     await is_gone(bus, "org/typo")
-    assert list(await bus.registrations()) == ["kept"]
+    assert list(await bus.adapters.registrations()) == ["kept"]
 
 
 async def test_registrations_are_bounded(bus: Bus) -> None:
     for i in range(2):
-        assert await bus.register(m.Registration(name=f"n{i}", source="hub:org/a"), max_registered=2)
-    assert not await bus.register(m.Registration(name="n2", source="hub:org/a"), max_registered=2)
-    assert await bus.register(m.Registration(name="n1", source="hub:org/b"), max_registered=2), "it is there already"
+        assert await bus.adapters.register(m.Registration(name=f"n{i}", source="hub:org/a"), max_registered=2)
+    assert not await bus.adapters.register(m.Registration(name="n2", source="hub:org/a"), max_registered=2)
+    assert await bus.adapters.register(m.Registration(name="n1", source="hub:org/b"), max_registered=2), (
+        "it is there already"
+    )
 
 
 async def test_a_folder_of_that_name_comes_first(
@@ -269,19 +271,19 @@ async def test_one_of_two_stores_fetches(bus: Bus, hub: HubStub, tmp_path: Path,
     await wait_until(lambda: _num_stores(bus, 2), "both have registered")
     await register(bus)
     await wait_until(lambda: hub.requests(WEIGHTS_FILE), "a download has begun")
-    assert await bus.redis.exists(bus.keys.fetching("a"))
-    write = await bus.redis.set(bus.keys.fetching("a"), "2", nx=True)
+    assert await bus._redis.exists(bus.keys.fetching("a"))
+    write = await bus._redis.set(bus.keys.fetching("a"), "2", nx=True)
     assert not write
     assert len(hub.requests(WEIGHTS_FILE)) == 1
     hub.gate.set()
     alias = await in_state(bus, "a", "on_disk")
-    for sid in await bus.members(bus.keys.stores):
-        await ask((await bus.redis.get(bus.keys.store_beat(sid))).decode(), alias.digest, SECRET)
+    for sid in await bus.members.ids(bus.keys.stores):
+        await ask((await bus._redis.get(bus.keys.store_beat(sid))).decode(), alias.digest, SECRET)
     assert len(stores) == 2
 
 
 async def _num_stores(bus: Bus, num: int) -> bool:
-    return len(await bus.members(bus.keys.stores)) == num
+    return len(await bus.members.ids(bus.keys.stores)) == num
 
 
 async def test_a_restart_fetches_nothing_and_serves_on_without_a_hub(
@@ -296,7 +298,7 @@ async def test_a_restart_fetches_nothing_and_serves_on_without_a_hub(
     again = run_store()
 
     async def is_stale() -> bool:
-        now = await bus.alias("a")
+        now = await bus.adapters.alias("a")
         assert now is not None
         assert (now.state, now.digest) == ("on_disk", alias.digest)
         return "may be out of date" in now.reason
@@ -324,7 +326,7 @@ async def test_evicted_content_is_fetched_again_with_the_registrations_token(
 
 
 async def _on_disk(bus: Bus, name: str, tenant: str) -> m.Alias | None:
-    alias = await bus.alias(name, tenant)
+    alias = await bus.adapters.alias(name, tenant)
     return alias if alias is not None and alias.state == "on_disk" else None
 
 

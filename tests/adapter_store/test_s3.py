@@ -222,8 +222,8 @@ async def test_a_registered_bucket_is_followed(bus: Bus, s3: S3Server, run_store
     await bus.set(bus.keys.base, BASE)
     upload(s3, "followed", weights())
     store = run_store(refresh_s=0.1)
-    await bus.register(m.Registration(name="f", source=f"s3://{BUCKET}/followed", asked_ms=now_ms()))
-    await bus.register(m.Registration(name="g", source="s3://other-bucket/a", asked_ms=now_ms()))
+    await bus.adapters.register(m.Registration(name="f", source=f"s3://{BUCKET}/followed", asked_ms=now_ms()))
+    await bus.adapters.register(m.Registration(name="g", source="s3://other-bucket/a", asked_ms=now_ms()))
     first = await in_state(bus, "f", "on_disk")
     upload(s3, "followed", weights(1))
     second = await in_state(bus, "f", "on_disk", not_digest=first.digest)
@@ -244,4 +244,4 @@ async def test_a_store_gives_out_what_only_another_has(
     await first.end()
     second = run_store(adapters=None, data=tmp_path / "other")
     await ask(await second.url(), alias.digest)
-    assert await bus.alias("a") == alias
+    assert await bus.adapters.alias("a") == alias

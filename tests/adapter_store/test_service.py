@@ -65,7 +65,7 @@ async def test_follows_the_folder(bus: Bus, root: Path, run_store: RunStore) -> 
     shutil.rmtree(root / "org" / "late")
 
     async def is_gone() -> bool:
-        return await bus.alias("org/late") is None
+        return await bus.adapters.alias("org/late") is None
 
     await wait_until(is_gone, "the name is removed")
     await ask(url, second.digest)
@@ -74,7 +74,7 @@ async def test_follows_the_folder(bus: Bus, root: Path, run_store: RunStore) -> 
 
 
 async def events(bus: Bus) -> list[m.AdapterEvent]:
-    entries = await bus.entries(bus.keys.adapter_events)
+    entries = await bus.streams.entries(bus.keys.adapter_events)
     return [msgspec.msgpack.decode(fields[b"b"], type=m.AdapterEvent) for _, fields in entries]
 
 
@@ -93,7 +93,7 @@ async def test_nothing_is_on_disk_before_the_base_is_known(bus: Bus, root: Path,
             return (await http.get(f"{await store.url()}/health")).json()["num_blobs"] == 2
 
     await wait_until(both_are_staged, "both were found well formed")
-    assert {alias.state for alias in await bus.aliases()} == {"downloading"}
+    assert {alias.state for alias in await bus.adapters.aliases()} == {"downloading"}
     await bus.set(bus.keys.base, BASE)
     good = await in_state(bus, "good", "on_disk")
     wide = await in_state(bus, "wide", "failed")
@@ -161,7 +161,7 @@ async def test_bad_adapters_say_why_and_disturb_nobody(bus: Bus, root: Path, run
         write_adapter(root / name, seed=seed)
     for name in BAD:
         await in_state(bus, name, "on_disk")
-    assert await bus.alias("good") == good
+    assert await bus.adapters.alias("good") == good
 
 
 async def test_a_good_one_gone_bad_is_not_served_on(bus: Bus, root: Path, run_store: RunStore) -> None:
@@ -205,7 +205,7 @@ async def test_nothing_leaves_the_root(bus: Bus, root: Path, tmp_path: Path, run
         await in_state(bus, name, "on_disk")
     for name in ("folder", "file", "parent"):
         assert "leaves the adapter root" in (await in_state(bus, name, "failed")).reason
-    assert await bus.alias("parent/secret") is None
+    assert await bus.adapters.alias("parent/secret") is None
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc", "a/../b", "a/b/c", "a\x00b", ".hidden", "a//b", "", "é", "a" * 97])
@@ -227,7 +227,7 @@ async def test_badly_named_folders_are_told_once(
     await in_state(bus, "good", "on_disk")
     write_adapter(root / "better", seed=2)
     await in_state(bus, "better", "on_disk")
-    assert {alias.name for alias in await bus.aliases()} == {"good", "better"}
+    assert {alias.name for alias in await bus.adapters.aliases()} == {"good", "better"}
     assert len([record for record in caplog.records if "not a name" in record.getMessage()]) == 1
 
 
@@ -242,10 +242,10 @@ async def test_a_folder_being_written_is_not_served(bus: Bus, root: Path, run_st
     with (root / "slow" / WEIGHTS_FILE).open("wb", buffering=0) as file:
         for seed, piece in enumerate(pieces):
             file.write(piece)
-            other = await bus.alias("other")
+            other = await bus.adapters.alias("other")
             write_adapter(root / "other", seed=seed)
             await in_state(bus, "other", "on_disk", not_digest=other.digest if other else "")
-            alias = await bus.alias("slow")
+            alias = await bus.adapters.alias("slow")
             assert alias is None or alias.state != "on_disk" or piece is pieces[-1]
     await in_state(bus, "slow", "on_disk")
 
@@ -262,7 +262,7 @@ async def test_a_restart_keeps_all_and_notices_what_happened_meanwhile(
     store = run_store()
     before = {name: await in_state(bus, name, "on_disk") for name in ("same", "changed", "removed")}
     await store.end()
-    assert await bus.members(bus.keys.stores) == []
+    assert await bus.members.ids(bus.keys.stores) == []
     blob = settings.data / "adapters" / "blobs" / before["same"].digest / WEIGHTS_FILE
     written = blob.stat()
     shutil.rmtree(root / "removed")
@@ -271,10 +271,10 @@ async def test_a_restart_keeps_all_and_notices_what_happened_meanwhile(
     await in_state(bus, "changed", "on_disk", not_digest=before["changed"].digest)
 
     async def is_gone() -> bool:
-        return await bus.alias("removed") is None
+        return await bus.adapters.alias("removed") is None
 
     await wait_until(is_gone, "the name is removed")
-    assert await bus.alias("same") == before["same"]
+    assert await bus.adapters.alias("same") == before["same"]
     assert (blob.stat().st_ino, blob.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     await ask(await again.url(), before["same"].digest)
 
@@ -284,7 +284,7 @@ async def test_a_lost_catalogue_is_published_again(bus: Bus, root: Path, run_sto
     write_adapter(root / "a")
     run_store()
     alias = await in_state(bus, "a", "on_disk")
-    await bus.redis.flushall()
+    await bus._redis.flushall()
     assert await in_state(bus, "a", "on_disk") == alias
     assert await bus.get(bus.keys.adapter(alias.digest), m.AdapterRecord) is not None
 
@@ -300,7 +300,7 @@ async def test_a_lost_mount_takes_nothing_away(bus: Bus, root: Path, run_store: 
     os.rename(root.with_name("elsewhere"), root)
     write_adapter(root / "b", seed=2)
     await in_state(bus, "b", "on_disk")
-    assert await bus.alias("a") == alias
+    assert await bus.adapters.alias("a") == alias
 
 
 @pytest.mark.parametrize("damage", ["flip", "remove"])
@@ -344,11 +344,11 @@ async def test_a_thousand_adapters(bus: Bus, root: Path, run_store: RunStore) ->
     store = run_store()
 
     async def all_on_disk() -> bool:
-        return sum(alias.state == "on_disk" for alias in await bus.aliases()) == 1000
+        return sum(alias.state == "on_disk" for alias in await bus.adapters.aliases()) == 1000
 
     await wait_until(all_on_disk, "all are on disk", timeout_s=90, every_s=0.2)
     for seed in (0, 499, 999):
-        alias = await bus.alias(f"a{seed}")
+        alias = await bus.adapters.alias(f"a{seed}")
         assert alias is not None
         await ask(await store.url(), alias.digest)
     async with httpx2.AsyncClient() as http:
@@ -370,7 +370,7 @@ async def test_records_go_with_their_last_name(
     await in_state(bus, "twin", "on_disk")
 
     async def only(*digests: str) -> bool:
-        found = {key.decode() async for key in bus.redis.scan_iter(match=bus.keys.adapter("*"))}
+        found = {key.decode() async for key in bus._redis.scan_iter(match=bus.keys.adapter("*"))}
         return found == {bus.keys.adapter(digest) for digest in digests}
 
     await wait_until(lambda: only(a.digest, b.digest), "the stale one is gone")

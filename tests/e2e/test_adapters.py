@@ -109,7 +109,7 @@ async def test_fifty_bad_adapters_in_a_row_disturb_nobody(
             answered[name] += 1
 
     async def are_settled() -> bool:
-        aliases = {alias.name: alias.state for alias in await fleet.bus.aliases()}
+        aliases = {alias.name: alias.state for alias in await fleet.bus.adapters.aliases()}
         return all(aliases.get(name) in ("on_disk", "failed") for name in reasons)
 
     async with asyncio.TaskGroup() as group:
@@ -193,12 +193,12 @@ def write_variant(root: Path, name: str, **changes: Any) -> None:
 
 
 async def digest_of(fleet: ProcessFleet, name: str) -> str:
-    alias = await fleet.bus.alias(name)
+    alias = await fleet.bus.adapters.alias(name)
     return alias.digest if alias and alias.state == "on_disk" else ""
 
 
 async def is_in(fleet: ProcessFleet, digest: str, tier: Literal["loading", "resident"]) -> bool:
-    (beat,) = (await fleet.bus.worker_beats()).values()
+    (beat,) = (await fleet.bus.members.worker_beats()).values()
     assert beat is not None
     return digest in getattr(beat, tier)
 
@@ -206,6 +206,6 @@ async def is_in(fleet: ProcessFleet, digest: str, tier: Literal["loading", "resi
 async def state_of_request(fleet: ProcessFleet, digest: str) -> bytes:
     """Return where the only request for an adapter is."""
     bus = fleet.bus
-    keys = [key async for key in bus.redis.scan_iter(bus.keys.req("*").encode())]
-    (state,) = [s for s, d in [await bus.redis.hmget(key, "state", "digest") for key in keys] if d == digest.encode()]
+    keys = [key async for key in bus._redis.scan_iter(bus.keys.req("*").encode())]
+    (state,) = [s for s, d in [await bus._redis.hmget(key, "state", "digest") for key in keys] if d == digest.encode()]
     return state

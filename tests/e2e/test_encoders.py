@@ -81,7 +81,7 @@ async def test_embeddings_are_transformers_and_peft_s_while_a_worker_dies(
     queue = Bus(fleet.redis_url)
 
     async def holder() -> str:
-        for wid, beat in (await queue.worker_beats()).items():
+        for wid, beat in (await queue.members.worker_beats()).items():
             if beat is not None and await queue.work_of(wid):
                 return beat.name
         return ""

@@ -130,9 +130,9 @@ async def test_500_requests_of_mixed_adapters_all_come_back_right_and_nothing_st
     assert [text for job, text in zip(jobs, texts, strict=True) if text != oracle.text(*job)] == []
     keys = services.bus.keys
     await wait_until(lambda: _is_idle(services), "nothing is queued or running")
-    assert await services.bus.redis.xlen(keys.dlq) == 0
+    assert await services.bus._redis.xlen(keys.dlq) == 0
     assert await untimed_keys(services.bus) == []
-    assert len(await services.bus.worker_beats()) == 2
+    assert len(await services.bus.members.worker_beats()) == 2
 
 
 @pytest.mark.timeout(240)
@@ -157,8 +157,8 @@ async def test_a_worker_is_killed_in_mid_stream_another_joins_and_no_client_noti
     services.start("worker", "w2")
     texts = await asyncio.gather(*streams)
     assert texts == [oracle.text(name, PROMPTS[0], num) for name in names]
-    keys = [key async for key in services.bus.redis.scan_iter(services.bus.keys.req("*").encode())]
-    epochs = [int(await services.bus.redis.hget(key, "epoch")) for key in keys]
+    keys = [key async for key in services.bus._redis.scan_iter(services.bus.keys.req("*").encode())]
+    epochs = [int(await services.bus._redis.hget(key, "epoch")) for key in keys]
     assert max(epochs) > 1, "no request was moved: the kill showed nothing"
     await wait_until(lambda: services.is_up(services.members["w2"]), "the new worker has joined", timeout_s=60)
     services.kill("w1" if victim == "w0" else "w0")
@@ -206,16 +206,16 @@ async def _all_listed(client: AsyncOpenAI, num: int) -> bool:
 async def _busiest(services: ProcessFleet) -> str:
     """Return the name of the worker that has the most requests right now."""
     bus = services.bus
-    keys = [key async for key in bus.redis.scan_iter(bus.keys.req("*").encode())]
-    facts = [await bus.redis.hmget(key, "state", "owner") for key in keys]
+    keys = [key async for key in bus._redis.scan_iter(bus.keys.req("*").encode())]
+    facts = [await bus._redis.hmget(key, "state", "owner") for key in keys]
     owners = [owner.decode() for state, owner in facts if state == b"assigned"]
-    names = {beat.wid: beat.name for beat in (await bus.worker_beats()).values() if beat is not None}
+    names = {beat.wid: beat.name for beat in (await bus.members.worker_beats()).values() if beat is not None}
     return names[max(owners, key=owners.count)]
 
 
 async def _is_idle(services: ProcessFleet) -> bool:
     bus = services.bus
-    beats = (await bus.worker_beats()).values()
-    queued = [await bus.redis.xlen(bus.keys.sub(cls)) for cls in ("interactive", "batch")]
-    work = [await bus.redis.xlen(bus.keys.work(beat.wid)) for beat in beats if beat is not None]
+    beats = (await bus.members.worker_beats()).values()
+    queued = [await bus._redis.xlen(bus.keys.sub(cls)) for cls in ("interactive", "batch")]
+    work = [await bus._redis.xlen(bus.keys.work(beat.wid)) for beat in beats if beat is not None]
     return not any(queued) and not any(work)

@@ -77,7 +77,7 @@ async def ask(fleet: ProcessFleet, model: str) -> Call:
 
 async def running_on(fleet: ProcessFleet, name: str, least: int = 1) -> bool:
     """Tell whether a worker is heard of, and runs at least so many requests."""
-    beats = [beat for beat in (await fleet.bus.worker_beats()).values() if beat is not None]
+    beats = [beat for beat in (await fleet.bus.members.worker_beats()).values() if beat is not None]
     return any(beat.name == name and beat.running >= least for beat in beats)
 
 

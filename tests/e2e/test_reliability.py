@@ -54,7 +54,7 @@ async def fleet(shared_fleet: ProcessFleet) -> AsyncIterator[ProcessFleet]:
     for member in shared_fleet.members.values():
         await wait_until(lambda member=member: shared_fleet.is_up(member), f"{member.name} is back", timeout_s=100)
     await wait_until(lambda: is_idle(shared_fleet), "nothing is queued or running")
-    assert await shared_fleet.bus.redis.xlen(shared_fleet.bus.keys.dlq) == 0
+    assert await shared_fleet.bus._redis.xlen(shared_fleet.bus.keys.dlq) == 0
     assert await untimed_keys(shared_fleet.bus) == []
 
 
@@ -198,8 +198,8 @@ async def test_two_hundred_long_streams_end_when_their_clients_leave(
         leavers = [group.create_task(listen(fleet.urls[i % 2])) for i in range(200)]
 
         async def all_submitted() -> bool:
-            queued = await bus.redis.xlen(bus.keys.sub("interactive"))
-            running = [len(await bus.work_of(wid)) for wid in await bus.members(bus.keys.workers)]
+            queued = await bus._redis.xlen(bus.keys.sub("interactive"))
+            running = [len(await bus.work_of(wid)) for wid in await bus.members.ids(bus.keys.workers)]
             return queued + sum(running) >= 200 or await num_computed(fleet) > before
 
         await wait_until(all_submitted, "they run or wait")
@@ -216,9 +216,9 @@ async def test_two_hundred_long_streams_end_when_their_clients_leave(
 async def test_the_store_may_be_down_while_what_is_resident_is_asked_for(
     fleet: ProcessFleet, right: dict[Ask, str]
 ) -> None:
-    digests = [alias.digest for alias in await fleet.bus.aliases()]
+    digests = [alias.digest for alias in await fleet.bus.adapters.aliases()]
     for beat in await beats(fleet):  # else a worker that has lately become free would have to fetch them
-        await fleet.bus.tell([(beat.wid, m.Control(kind="prefetch", digest=digest)) for digest in digests])
+        await fleet.bus.streams.tell([(beat.wid, m.Control(kind="prefetch", digest=digest)) for digest in digests])
     await wait_until(lambda: have_all(fleet, digests), "every worker has every adapter")
     fleet.kill("store")
     calls = await asyncio.gather(*(ask_once(fleet, ask) for ask in asks()))
@@ -227,17 +227,17 @@ async def test_the_store_may_be_down_while_what_is_resident_is_asked_for(
 
 async def test_a_standby_leads_when_the_leader_is_killed(fleet: ProcessFleet, right: dict[Ask, str]) -> None:
     bus = fleet.bus
-    token = (await bus.redis.get(bus.keys.leader)).decode()
+    token = (await bus._redis.get(bus.keys.leader)).decode()
     leader = next(member for member in fleet.members.values() if f"-{member.pid}-" in token)
     fleet.kill(leader.name)
     # The lock lives for LEASE_MS = 2.5 s and standbys try every 0.25 s, see tests/scheduler: here it must only happen.
     calls = await asyncio.gather(*(ask_once(fleet, ask) for ask in asks()))
     assert {call.ask: call.attempts[0].text for call in calls} == right
-    assert (await bus.redis.get(bus.keys.leader)).decode() != token
+    assert (await bus._redis.get(bus.keys.leader)).decode() != token
 
 
 async def beats(fleet: ProcessFleet) -> list[m.WorkerBeat]:
-    return [beat for beat in (await fleet.bus.worker_beats()).values() if beat is not None]
+    return [beat for beat in (await fleet.bus.members.worker_beats()).values() if beat is not None]
 
 
 async def num_computed(fleet: ProcessFleet) -> int:
@@ -254,5 +254,5 @@ async def has_free_blocks(fleet: ProcessFleet) -> bool:
 
 async def is_idle(fleet: ProcessFleet) -> bool:
     bus = fleet.bus
-    queued = [await bus.redis.xlen(bus.keys.sub(cls)) for cls in ("interactive", "batch")]
-    return not any(queued) and not any([await bus.work_of(wid) for wid in await bus.members(bus.keys.workers)])
+    queued = [await bus._redis.xlen(bus.keys.sub(cls)) for cls in ("interactive", "batch")]
+    return not any(queued) and not any([await bus.work_of(wid) for wid in await bus.members.ids(bus.keys.workers)])

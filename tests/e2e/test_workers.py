@@ -49,7 +49,7 @@ async def queue(fleet: RunningFleet) -> AsyncIterator[Bus]:
 
 async def live_workers(queue: Bus) -> dict[str, WorkerBeat]:
     """Return the last beats of workers that take requests, by name."""
-    beats = (await queue.worker_beats()).values()
+    beats = (await queue.members.worker_beats()).values()
     return {beat.name: beat for beat in beats if beat is not None and not beat.draining}
 
 
@@ -164,7 +164,7 @@ async def joined(queue: Bus, num_workers: int) -> bool:
 async def holder(queue: Bus) -> str:
     """Return the name of a worker that holds a request whose first tokens are there, but not half of them."""
     for name, beat in (await live_workers(queue)).items():
-        for _, fields in await queue.entries(queue.keys.work(beat.wid)):
+        for _, fields in await queue.streams.entries(queue.keys.work(beat.wid)):
             for item in decode(fields[b"b"], list[Assigned]):
                 (facts,) = await queue.requests([item.rid])
                 if facts is not None and 0 < facts.num_output_tokens < NUM_TOKENS // 2:

@@ -17,7 +17,7 @@ from tests.protocol.queue.test_dead_letters import give_up
 def letter_id(queue_server: EmbeddedServer) -> str:
     async def prepare() -> str:
         bus = Bus(queue_server.url)
-        await bus.redis.flushall()
+        await bus._redis.flushall()
         letter_id = await give_up(bus, "a-0")
         await bus.close()
         return letter_id

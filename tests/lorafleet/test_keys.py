@@ -9,7 +9,7 @@ import pytest
 
 from lorafleet.__main__ import main
 from lorafleet.embedded import EmbeddedServer
-from protocol.queue.api_keys import PREFIX, ApiKey, ApiKeys, Tenant
+from protocol.queue.api_keys import PREFIX, ApiKey, Tenant
 from protocol.queue.bus import Bus, now_ms
 
 
@@ -17,7 +17,7 @@ from protocol.queue.bus import Bus, now_ms
 def flags(queue_server: EmbeddedServer) -> list[str]:
     async def empty() -> None:
         bus = Bus(queue_server.url)
-        await bus.redis.flushall()
+        await bus._redis.flushall()
         await bus.close()
 
     asyncio.run(empty())
@@ -28,9 +28,9 @@ def found(queue_server: EmbeddedServer, key: str) -> tuple[ApiKey, Tenant] | Non
     async def find() -> tuple[ApiKey, Tenant] | None:
         bus = Bus(queue_server.url)
         try:
-            for raw in (await bus.redis.hgetall(bus.keys.api_keys)).items():
+            for raw in (await bus._redis.hgetall(bus.keys.api_keys)).items():
                 assert key.encode() not in b" ".join(raw)
-            return await ApiKeys(bus).find(key)
+            return await bus.api_keys.find(key)
         finally:
             await bus.close()
 

@@ -13,7 +13,7 @@ from protocol.queue.bus import Bus
 @pytest_asyncio.fixture
 async def queue(bus: Bus) -> AsyncIterator[Queue]:
     """A queue with a gateway and a worker."""
-    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await bus.streams.create(bus.keys.out(GATEWAY), 300)
     for stream in (bus.keys.work("w"), bus.keys.ctl("w")):
-        await bus.create_stream(stream, 3600)
+        await bus.streams.create(stream, 3600)
     yield Queue(bus)

@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-from script_queue import written
 from waiting import wait_until
 
 from protocol.queue.bus import Bus, Step, StepRow, decode, now_ms
@@ -53,22 +52,22 @@ class FakeWorker:
     async def join(self) -> FakeWorker:
         keys = self.bus.keys
         for stream in (keys.work(self.wid), keys.ctl(self.wid)):
-            await self.bus.create_stream(stream, 3600)
+            await self.bus.streams.create(stream, 3600)
             self._last[stream] = b"0"
         await self.beat()
         return self
 
     async def beat(self) -> None:
         self._sent += 1
-        lengths = [len(await written(self.bus, rid)) for rid in self.held]
+        lengths = [await self.bus._redis.strlen(self.bus.keys.tok(rid)) for rid in self.held]
         beat = m.WorkerBeat(
-            wid=self.wid, name=self.name or self.wid, model="fake", capacity=self.capacity, running=len(self.held),
+            wid=self.wid, name=self.name or self.wid, capacity=self.capacity, running=len(self.held),
             progress=[(rid, length // 4) for rid, length in zip(self.held, lengths, strict=True)],
             resident=self.resident, draining=self.draining, sent_ms=now_ms() * 1000 + self._sent,
         )  # fmt: skip
         keys = self.bus.keys
         streams = (keys.work(self.wid), keys.ctl(self.wid))
-        await self.bus.beat(keys.worker_beat(self.wid), keys.workers, self.wid, m.encode(beat), 4000, streams)
+        await self.bus.members.beat(keys.worker_beat(self.wid), keys.workers, self.wid, m.encode(beat), 4000, streams)
 
     async def read(self) -> None:
         """Take what has come."""
@@ -83,7 +82,7 @@ class FakeWorker:
 
     async def _new(self, stream: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
         last = self._last[stream]
-        entries = await self.bus.redis.xrange(stream, min="-" if last == b"0" else b"(" + last)
+        entries = await self.bus._redis.xrange(stream, min="-" if last == b"0" else b"(" + last)
         if entries:
             self._last[stream] = entries[-1][0]
         return entries
@@ -91,14 +90,14 @@ class FakeWorker:
     async def write(self, rid: str, num_tokens: int = 1, *, end: bool = False) -> list[str]:
         """Write tokens of one request, and its end. Returns the codes with which it was refused."""
         item = self.held[rid]
-        seq0 = len(await written(self.bus, rid)) // 4
+        seq0 = await self.bus._redis.strlen(self.bus.keys.tok(rid)) // 4
         ids = np.arange(seq0, seq0 + num_tokens, dtype="<i4").tobytes()
         row = StepRow(rid, item.epoch, seq0, ids, state="completed" if end else "", finish="length" if end else "")
         step = Step(rows=[row])
         if item.gateway:
             step.outs = {item.gateway: [m.Delta(rid, item.epoch, seq0, ids, finish=row.finish)]}
         if end:
-            step.ended = [m.Ended(rid, self.wid, item.epoch, item.tenant, seq0 + num_tokens)]
+            step.ended = [m.Ended(rid, self.wid, item.epoch, seq0 + num_tokens)]
             step.done_entries = [e for e, rids in self._entries.items() if rids == {rid}]
         refused = await self.bus.step(self.wid, step)
         if not refused and end:
@@ -150,7 +149,7 @@ async def holds(worker: FakeWorker, *rids: str) -> None:
 
 
 async def state(bus: Bus, rid: str) -> str:
-    return (await bus.redis.hget(bus.keys.req(rid), "state")).decode()
+    return (await bus._redis.hget(bus.keys.req(rid), "state")).decode()
 
 
 async def becomes(bus: Bus, rid: str, value: str, *living: FakeWorker) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import pytest
+from script_queue import make_body, make_submit
 
 from protocol.queue.bus import Bus, Step, StepRow
 from protocol.wire import messages as m
 from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.recovery import Recovery
-from tests.protocol.queue.test_scripts import make_body, make_submit
 
 TOKENS = b"\1\0\0\0\2\0\0\0"
 
 
 async def assign(bus: Bus, rid: str, wid: str) -> None:
-    await bus.create_stream(bus.keys.work(wid), 3600)
-    await bus.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, b"", 4000)
+    await bus.streams.create(bus.keys.work(wid), 3600)
+    await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, b"", 4000)
     await bus.submit("interactive", [(make_submit(rid), make_body())], max_queued=10)
     assert (await bus.assign(wid, [(m.Assigned(rid, 1, ""), 0)]))[0] == "ok"
     assert not await bus.step(wid, Step(rows=[StepRow(rid, 1, 0, TOKENS)]))
@@ -27,7 +27,7 @@ async def test_what_is_assigned_to_nobody_is_queued_again_with_its_tokens(bus: B
     await assign(bus, "orphan", "w2")
     if cancelled:
         await bus.cancel("orphan")
-    await bus.leave("w2")
+    await bus.members.leave("w2")
     recovery = Recovery(bus, Scheduler(SchedulerConfig()), 3)
     assert await recovery.find_orphans() == 1
     kept, orphan = await bus.requests(["kept", "orphan"])
@@ -35,5 +35,5 @@ async def test_what_is_assigned_to_nobody_is_queued_again_with_its_tokens(bus: B
     assert orphan is not None
     assert (kept.state, kept.epoch) == ("assigned", 1)
     assert (orphan.state, orphan.num_output_tokens) == ("cancelled" if cancelled else "queued", 2)
-    assert await bus.redis.xlen(bus.keys.sub("interactive")) == (0 if cancelled else 1)
+    assert await bus._redis.xlen(bus.keys.sub("interactive")) == (0 if cancelled else 1)
     assert await recovery.find_orphans() == 0

@@ -182,7 +182,7 @@ def test_affinity_with_fairness_beats_the_alternatives() -> None:
 
 
 def beats(num: int, sent_ms: int = 1, **more: Any) -> dict[str, m.WorkerBeat | None]:
-    facts: dict[str, Any] = {"model": "x", "capacity": 4, "sent_ms": sent_ms} | more
+    facts: dict[str, Any] = {"capacity": 4, "sent_ms": sent_ms} | more
     return {f"w{i}": m.WorkerBeat(wid=f"w{i}", name=f"w{i}", **facts) for i in range(num)}  # type: ignore[arg-type]
 
 
@@ -202,7 +202,7 @@ def test_one_batch_holds_requests_of_different_adapters_up_to_the_credit() -> No
         scheduler.submit(make_submit(f"r{i}", digest=("", "a", "b")[i % 3]), 0)
     assert planned(scheduler) == {"w0": [f"r{i}" for i in range(4 + QUEUED_AHEAD)]}
     assert planned(scheduler) == {}
-    scheduler.ended(m.Ended("r0", "w0", 1, "t", 5))
+    scheduler.ended(m.Ended("r0", "w0", 1, 5))
     assert planned(scheduler) == {"w0": ["r6"]}
 
 
@@ -220,7 +220,7 @@ def test_a_flood_yields_and_others_take_its_places() -> None:
     ((again,),) = scheduler.plan(2000.0).batches.values()
     assert (again.rid, again.yields) == ("again", False)
     for rid in ("quiet", "other", "again"):
-        scheduler.ended(m.Ended(rid, "w0", 1, "any", 1))
+        scheduler.ended(m.Ended(rid, "w0", 1, 1))
     (batch,) = scheduler.plan(30_000.0).batches.values()
     assert len(batch) == 4 + QUEUED_AHEAD, "there are no others"
     assert all(request.yields for request in batch)
@@ -238,7 +238,7 @@ def test_yielding_tenants_hide_nobody_behind_them() -> None:
         for digest in digests:
             scheduler.submit(make_submit(f"{tenant}-{digest}", tenant=f"flood{tenant}", digest=digest), 0)
     planned(scheduler)
-    scheduler.ended(m.Ended("first", "w0", 1, "quiet", 1))
+    scheduler.ended(m.Ended("first", "w0", 1, 1))
     planned(scheduler)
     scheduler.counters.charge("quiet", 1000, 0, 1.0)  # all others come before it
     scheduler.submit(make_submit("second", tenant="quiet", digest="d0"), 0)
@@ -263,10 +263,10 @@ def test_repeated_and_outdated_messages_change_nothing() -> None:
     assert planned(scheduler) == {}
     scheduler.submit(make_submit("r"), 2)  # handed back
     scheduler.submit(make_submit("r"), 2)
-    scheduler.ended(m.Ended("r", "w0", 1, "t", 5))  # of the first assignment, late
+    scheduler.ended(m.Ended("r", "w0", 1, 5))  # of the first assignment, late
     assert planned(scheduler) == {"w0": ["r"]}
     for _ in range(2):
-        scheduler.ended(m.Ended("r", "w0", 3, "t", 5))
+        scheduler.ended(m.Ended("r", "w0", 3, 5))
     assert scheduler.requests == {}
     assert not scheduler.shares.num_open
     assert scheduler.workers.by_id["w0"].load == 0
@@ -290,7 +290,7 @@ def test_a_request_that_ends_while_its_assignment_is_undone_stays_ended() -> Non
     scheduler = make_scheduler()
     scheduler.submit(make_submit("r"), 0)
     (batch,) = scheduler.plan(0.0).batches.values()
-    scheduler.ended(m.Ended("r", "w0", 1, "t", 1))
+    scheduler.ended(m.Ended("r", "w0", 1, 1))
     scheduler.undo(batch)
     assert scheduler.backlog.num_queued == 0
 
@@ -337,7 +337,7 @@ def test_a_held_request_wakes_the_plan_when_its_patience_ends() -> None:
     for i in range(3):
         scheduler.submit(make_submit(f"r{i}", digest="d"), 0)
     assert planned(scheduler) == {"w0": ["r0", "r1", "r2"]}
-    cold = m.WorkerBeat(wid="w1", name="w1", model="x", capacity=1, sent_ms=1)
+    cold = m.WorkerBeat(wid="w1", name="w1", capacity=1, sent_ms=1)
     scheduler.beats(beats(1, resident=["d"], capacity=1) | {"w1": cold}, 0.0)
     scheduler.submit(make_submit("held", digest="d"), 0)
     plan = scheduler.plan(5.0)

@@ -33,7 +33,7 @@ from tests.scheduler.fakes import (
 
 
 async def deltas(bus: Bus) -> list[m.Delta]:
-    entries = await bus.entries(bus.keys.out(GATEWAY))
+    entries = await bus.streams.entries(bus.keys.out(GATEWAY))
     return [delta for _, fields in entries for delta in decode(fields[b"b"], list[m.Delta])]
 
 
@@ -43,7 +43,7 @@ async def status_is(bus: Bus, **expected: int) -> bool:
 
 
 async def gateways_are(bus: Bus, *gids: str) -> bool:
-    return await bus.members(bus.keys.gateways) == list(gids)
+    return await bus.members.ids(bus.keys.gateways) == list(gids)
 
 
 async def test_a_batch_of_several_adapters_goes_out_in_one_entry(bus: Bus) -> None:
@@ -53,7 +53,7 @@ async def test_a_batch_of_several_adapters_goes_out_in_one_entry(bus: Bus) -> No
         await holds(worker, "r", "ra", "rb")
         assert [[item.rid for item in batch] for batch in worker.batches] == [["r", "ra", "rb"]]
         assert [item.epoch for item in worker.batches[0]] == [1, 1, 1]
-        assert await bus.redis.xlen(bus.keys.sub("interactive")) == 0
+        assert await bus._redis.xlen(bus.keys.sub("interactive")) == 0
 
 
 async def test_a_worker_is_told_who_gives_way(bus: Bus) -> None:
@@ -65,7 +65,7 @@ async def test_a_worker_is_told_who_gives_way(bus: Bus) -> None:
 
 
 async def test_a_dead_workers_requests_go_to_another_with_their_tokens(bus: Bus) -> None:
-    await bus.create_stream(bus.keys.out("g-test"), 300)
+    await bus.streams.create(bus.keys.out("g-test"), 300)
     first = await FakeWorker(bus, "w1").join()
     async with running_scheduler(bus, beat_timeout_s=1.0):
         await submit(bus, make_submit("r"))
@@ -76,13 +76,13 @@ async def test_a_dead_workers_requests_go_to_another_with_their_tokens(bus: Bus)
         assert second.held["r"].epoch == 3
         assert await first.write("r", 1) == ["stale"]
         assert await second.write("r", 2, end=True) == []
-        assert await bus.redis.strlen(bus.keys.tok("r")) == 4 * 4
-        assert not await bus.redis.exists(bus.keys.work("w1"), bus.keys.ctl("w1"))
-        assert await bus.members(bus.keys.workers) == ["w2"]
+        assert await bus._redis.strlen(bus.keys.tok("r")) == 4 * 4
+        assert not await bus._redis.exists(bus.keys.work("w1"), bus.keys.ctl("w1"))
+        assert await bus.members.ids(bus.keys.workers) == ["w2"]
 
 
 async def test_a_request_that_kills_its_workers_ends_as_a_dead_letter_and_the_fleet_lives(bus: Bus) -> None:
-    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await bus.streams.create(bus.keys.out(GATEWAY), 300)
     async with running_scheduler(bus, beat_timeout_s=0.6, max_attempts=2):
         await submit(bus, make_submit("poison"))
         for number in (1, 2):
@@ -92,7 +92,7 @@ async def test_a_request_that_kills_its_workers_ends_as_a_dead_letter_and_the_fl
         ends = [delta for delta in await deltas(bus) if delta.finish]
         assert [(delta.rid, delta.finish) for delta in ends] == [("poison", "error")]
         assert json.decode(ends[0].error, type=m.ErrorInfo).code == "worker_lost"
-        ((_, fields),) = await bus.entries(bus.keys.dlq)
+        ((_, fields),) = await bus.streams.entries(bus.keys.dlq)
         letter = decode(fields[b"b"], m.DeadLetter)
         assert [(death.wid, death.name, death.phase) for death in letter.deaths] == [
             ("w1", "w1", "prefill"), ("w2", "w2", "prefill"),
@@ -109,7 +109,7 @@ async def test_a_request_that_kills_its_workers_ends_as_a_dead_letter_and_the_fl
 
 
 async def test_a_cancelled_request_of_a_dead_worker_ends_and_is_not_run_again(bus: Bus) -> None:
-    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await bus.streams.create(bus.keys.out(GATEWAY), 300)
     first = await FakeWorker(bus, "w1").join()
     async with running_scheduler(bus, beat_timeout_s=0.6):
         await submit(bus, make_submit("r"))
@@ -117,7 +117,7 @@ async def test_a_cancelled_request_of_a_dead_worker_ends_and_is_not_run_again(bu
         await bus.cancel("r")
         await becomes(bus, "r", "cancelled")
         assert [delta.finish for delta in await deltas(bus)] == ["cancelled"]
-        assert await bus.redis.xlen(bus.keys.sub("interactive")) == 0
+        assert await bus._redis.xlen(bus.keys.sub("interactive")) == 0
 
 
 async def test_a_queued_request_can_be_cancelled_and_leaves_the_schedulers_books(bus: Bus) -> None:
@@ -132,7 +132,7 @@ async def test_a_queued_request_can_be_cancelled_and_leaves_the_schedulers_books
 
 
 async def test_a_queued_request_fails_at_its_deadline(bus: Bus) -> None:
-    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await bus.streams.create(bus.keys.out(GATEWAY), 300)
     async with running_scheduler(bus):
         await submit(bus, make_submit("late", deadline_ms=now_ms() + 300), make_submit("r"))
         await becomes(bus, "late", "failed")
@@ -155,13 +155,13 @@ async def test_a_running_request_is_fenced_at_its_deadline(bus: Bus) -> None:
 
 async def test_a_dead_gateways_requests_are_cancelled_unless_stored(bus: Bus) -> None:
     worker = await FakeWorker(bus, "w1", capacity=1).join()
-    await bus.beat(bus.keys.gateway_beat("alive"), bus.keys.gateways, "alive", b"url", 60_000)
-    await bus.beat(bus.keys.gateway_beat(GATEWAY), bus.keys.gateways, GATEWAY, b"url", 60_000)
+    await bus.members.beat(bus.keys.gateway_beat("alive"), bus.keys.gateways, "alive", b"url", 60_000)
+    await bus.members.beat(bus.keys.gateway_beat(GATEWAY), bus.keys.gateways, GATEWAY, b"url", 60_000)
     async with running_scheduler(bus):
         await submit(bus, make_submit("running"), make_submit("stored", stored=True))
         await submit(bus, make_submit("alive", gateway="alive"), make_submit("queued"))
         await holds(worker, "running", "stored", "alive")
-        await bus.redis.delete(bus.keys.gateway_beat(GATEWAY))
+        await bus._redis.delete(bus.keys.gateway_beat(GATEWAY))
         await becomes(bus, "queued", "cancelled", worker)
         assert await worker.write("running") == ["cancelled"]
         assert await worker.write("stored") == []
@@ -175,10 +175,10 @@ async def test_a_standby_takes_over_and_nothing_is_lost_or_doubled(bus: Bus) -> 
     await submit(bus, *(make_submit(f"r{i}") for i in range(6)))
     await holds(worker, "r0", "r1", "r2")
     async with running_scheduler(bus):
-        before = await bus.redis.get(bus.keys.leader)
+        before = await bus._redis.get(bus.keys.leader)
         leading.cancel()  # as dead as a process can be inside another one: the lock stays
         await asyncio.wait([leading])
-        assert await bus.redis.get(bus.keys.leader) == before
+        assert await bus._redis.get(bus.keys.leader) == before
         await submit(bus, make_submit("r6"))
 
         async def finished() -> bool:
@@ -189,11 +189,11 @@ async def test_a_standby_takes_over_and_nothing_is_lost_or_doubled(bus: Bus) -> 
             return all([await state(bus, f"r{i}") == "completed" for i in range(7)])
 
         await wait_until(finished, "all complete under the new leader")
-        assert await bus.redis.get(bus.keys.leader) != before
+        assert await bus._redis.get(bus.keys.leader) != before
         batches = [item.rid for batch in worker.batches for item in batch]
         assert sorted(batches) == [f"r{i}" for i in range(7)]
         for stream in (bus.keys.work("w1"), bus.keys.sub("interactive")):
-            assert await bus.redis.xlen(stream) == 0
+            assert await bus._redis.xlen(stream) == 0
         await wait_until(lambda: status_is(bus, queued=0, running=0), "the books are empty")
 
 
@@ -204,7 +204,7 @@ async def test_a_new_leader_counts_what_runs_and_gives_no_worker_too_much(bus: B
     await holds(worker, "r0", "r1", "r2", "r3")
     leading.cancel()
     await asyncio.wait([leading])
-    await bus.redis.delete(bus.keys.leader, bus.keys.status)
+    await bus._redis.delete(bus.keys.leader, bus.keys.status)
     async with running_scheduler(bus):
         await wait_until(lambda: status_is(bus, queued=4, running=4), "the new leader has rebuilt")
         await worker.read()
@@ -216,20 +216,20 @@ async def test_a_new_leader_counts_what_runs_and_gives_no_worker_too_much(bus: B
 
 async def test_a_leader_that_stops_gives_the_lock_back(bus: Bus) -> None:
     async with running_scheduler(bus):
-        await wait_until(lambda: bus.redis.exists(bus.keys.leader), "it leads")
-    assert not await bus.redis.exists(bus.keys.leader)
+        await wait_until(lambda: bus._redis.exists(bus.keys.leader), "it leads")
+    assert not await bus._redis.exists(bus.keys.leader)
 
 
 async def test_a_deposed_leader_assigns_nothing(bus: Bus) -> None:
     worker = await FakeWorker(bus, "w1").join()
     async with running_scheduler(bus):
         await wait_until(lambda: status_is(bus, workers=1), "it leads")
-        await bus.redis.set(bus.keys.leader, "another:99", px=60_000)
+        await bus._redis.set(bus.keys.leader, "another:99", px=60_000)
         await submit(bus, make_submit("r"))
         await wait_until(lambda: _stands_by(bus), "it has noticed")
         await worker.read()
         assert worker.held == {}
-        await bus.redis.delete(bus.keys.leader)
+        await bus._redis.delete(bus.keys.leader)
         await holds(worker, "r")
 
 
@@ -265,31 +265,31 @@ async def test_a_draining_worker_gets_nothing_and_what_it_hands_back_goes_on_els
         second = await FakeWorker(bus, "w2").join()
         await bus.requeue("w1", ["r"], counts=False, max_attempts=3)
         first.drop("r")
-        await bus.leave("w1")
+        await bus.members.leave("w1")
         await submit(bus, make_submit("r2"))
         await holds(second, "r", "r2")
         await wait_until(lambda: status_is(bus, workers=1, running=2), "only one is left")
-        assert int(await bus.redis.hget(bus.keys.req("r"), "attempts")) == 0
+        assert int(await bus._redis.hget(bus.keys.req("r"), "attempts")) == 0
 
 
 async def test_an_unreadable_submission_is_a_dead_letter_once_and_its_request_ends(bus: Bus) -> None:
-    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await bus.streams.create(bus.keys.out(GATEWAY), 300)
     stream = bus.keys.sub("interactive")
     await submit(bus, make_submit("broken"))
-    await bus.redis.xtrim(stream, maxlen=0)
-    await bus.redis.xadd(stream, {"b": m.encode({"rid": "broken", "tenant": 7}), "e": "0"})
-    await bus.redis.xadd(stream, {"b": b"\xc1\xc1", "e": "0"})
-    await bus.redis.xadd(stream, {"nothing": "at all"})
-    await bus.redis.xadd(bus.keys.ended, {"b": b"\xc1"})
+    await bus._redis.xtrim(stream, maxlen=0)
+    await bus._redis.xadd(stream, {"b": m.encode({"rid": "broken", "tenant": 7}), "e": "0"})
+    await bus._redis.xadd(stream, {"b": b"\xc1\xc1", "e": "0"})
+    await bus._redis.xadd(stream, {"nothing": "at all"})
+    await bus._redis.xadd(bus.keys.ended, {"b": b"\xc1"})
     worker = await FakeWorker(bus, "w1").join()
     async with running_scheduler(bus):
         await submit(bus, make_submit("r"))
         await holds(worker, "r")
-        await bus.redis.xadd(bus.keys.ended, {"b": b"\xc1"})
+        await bus._redis.xadd(bus.keys.ended, {"b": b"\xc1"})
         await wait_until(lambda: _has_length(bus, bus.keys.dlq, 4), "all are put aside")
         assert await state(bus, "broken") == "failed"
         assert [delta.rid for delta in await deltas(bus)] == ["broken"]
-        assert await bus.redis.xlen(stream) == 0
+        assert await bus._redis.xlen(stream) == 0
 
 
 async def test_a_request_lost_on_its_way_to_a_worker_is_queued_again(bus: Bus) -> None:
@@ -297,10 +297,10 @@ async def test_a_request_lost_on_its_way_to_a_worker_is_queued_again(bus: Bus) -
     async with running_scheduler(bus):
         await submit(bus, make_submit("lost"), make_submit("kept"))
         await wait_until(lambda: _has_length(bus, bus.keys.work("w1"), 1), "they are assigned")
-        await bus.redis.xtrim(bus.keys.work("w1"), maxlen=0)  # as a server does that comes back without its tail
+        await bus._redis.xtrim(bus.keys.work("w1"), maxlen=0)  # as a server does that comes back without its tail
         await holds(worker, "lost", "kept")
         assert worker.held["lost"].epoch == 3
-        assert int(await bus.redis.hget(bus.keys.req("lost"), "attempts")) == 0
+        assert int(await bus._redis.hget(bus.keys.req("lost"), "attempts")) == 0
 
 
 async def test_an_end_that_the_scheduler_was_not_told_of_frees_its_place(bus: Bus) -> None:
@@ -345,20 +345,20 @@ async def test_five_hundred_requests_over_three_workers_complete_once_each(bus: 
         done = True
         assigned = [item.rid for worker in workers for batch in worker.batches for item in batch]
         assert sorted(assigned) == sorted(rids)
-        assert await bus.redis.xlen(bus.keys.sub("interactive")) == 0
+        assert await bus._redis.xlen(bus.keys.sub("interactive")) == 0
 
 
 async def _is_gone(bus: Bus, key: str) -> bool:
-    return not await bus.redis.exists(key)
+    return not await bus._redis.exists(key)
 
 
 async def _has_length(bus: Bus, stream: str, length: int) -> bool:
-    return await bus.redis.xlen(stream) == length
+    return await bus._redis.xlen(stream) == length
 
 
 async def _stands_by(bus: Bus) -> bool:
     """The status runs out, or is renewed, with the leadership."""
-    return not await bus.redis.exists(bus.keys.status)
+    return not await bus._redis.exists(bus.keys.status)
 
 
 async def test_a_restarted_queue_finds_everything_where_it_was(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ async def test_a_restarted_queue_finds_everything_where_it_was(tmp_path: Path) -
         async with running_scheduler(bus):
             await submit(bus, *(make_submit(f"r{i}") for i in range(5)))
             await holds(worker, "r0", "r1", "r2")
-            await bus.redis.execute_command(
+            await bus._redis.execute_command(
                 "WAITAOF", 1, 0, 5000
             )  # what was not synced may be lost, and is another test's matter
             server.process.kill()
@@ -393,7 +393,7 @@ async def test_a_scheduler_waits_for_a_queue_that_is_not_there_yet(tmp_path: Pat
     server = start_embedded(tmp_path)
     bus = Bus(server.url)
     try:
-        await wait_until(lambda: bus.redis.exists(bus.keys.leader), "it leads")
+        await wait_until(lambda: bus._redis.exists(bus.keys.leader), "it leads")
         waiting.set()
         assert await task == 0
     finally:
@@ -423,16 +423,16 @@ async def test_metrics_say_who_leads_and_what_was_assigned(bus: Bus, unused_tcp_
 
 
 async def test_a_queue_that_may_evict_is_refused_and_the_lock_runs_out(bus: Bus) -> None:
-    await bus.redis.config_set("maxmemory-policy", "allkeys-lru")
+    await bus._redis.config_set("maxmemory-policy", "allkeys-lru")
     try:
         with pytest.raises(Internal, match="noeviction"):
             await serve(Settings(redis_url=bus.url), asyncio.Event())
     finally:
-        await bus.redis.config_set("maxmemory-policy", "noeviction")
+        await bus._redis.config_set("maxmemory-policy", "noeviction")
 
 
 async def test_an_unreadable_adapter_record_stops_nothing(bus: Bus) -> None:
-    await bus.redis.set(bus.keys.adapter("a"), b"\xc1")
+    await bus._redis.set(bus.keys.adapter("a"), b"\xc1")
     worker = await FakeWorker(bus, "w1").join()
     async with running_scheduler(bus):
         await submit(bus, make_submit("r", digest="a"))
@@ -444,7 +444,7 @@ async def test_what_came_back_while_a_death_is_settled_is_not_forgotten(bus: Bus
     scheduler = Scheduler(SchedulerConfig())
     recovery = Recovery(bus, scheduler, 3)
     await FakeWorker(bus, "w1").join()
-    scheduler.beats(await bus.worker_beats(), 0.0)
+    scheduler.beats(await bus.members.worker_beats(), 0.0)
     subs = [make_submit("cancelled"), make_submit("back")]
     await submit(bus, *subs)
     await bus.assign("w1", [(m.Assigned(sub.rid, 1, ""), 0) for sub in subs])

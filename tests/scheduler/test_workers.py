@@ -21,7 +21,7 @@ TIMEOUT_S = 3.5
 
 
 def beat(wid: str, sent_ms: int = 1, *, name: str = "", capacity: int = 8, **more: Any) -> m.WorkerBeat:
-    return m.WorkerBeat(wid=wid, name=name or wid, model="x", capacity=capacity, sent_ms=sent_ms, **more)
+    return m.WorkerBeat(wid=wid, name=name or wid, capacity=capacity, sent_ms=sent_ms, **more)
 
 
 def make_workers(*beats: m.WorkerBeat) -> Workers:

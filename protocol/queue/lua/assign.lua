@@ -1,7 +1,15 @@
--- Hand a batch of queued requests to a worker: all, or none if one is no longer as the scheduler believes.
--- KEYS: prefix, leader key, worker's work stream
--- ARGV: leader token ('' skips the check), wid, assignment message, then per request: rid, epoch it had when read
--- -> {'ok'} | {'deposed'} | {'gone'} | {'stale', rid, ...}
+-- Hand a batch of queued requests to a worker: all of them, or none if one is no longer as the scheduler believes.
+--
+-- KEYS[1]  string  prefix of the shard's keys
+-- KEYS[2]  string  the leader's token
+-- KEYS[3]  stream  the worker's assignments
+-- ARGV[1]  str     token of the leader that asks; '' skips the check
+-- ARGV[2]  str     wid of the worker
+-- ARGV[3]  bytes   list of `messages.Assigned`, msgpack, for the stream
+-- ARGV[4...]       per request, 2 values: rid (str), epoch when it was read (int)
+-- Reply: array of str. {'ok'}: assigned, also by an earlier call whose reply was lost.
+--        {'deposed'}: another scheduler leads. {'gone'}: the worker's stream has expired.
+--        {'stale', rid, ...}: these requests are not queued at that epoch, or are cancelled.
 if ARGV[1] ~= '' and redis.call('GET', KEYS[2]) ~= ARGV[1] then return {'deposed'} end
 local stale, num_mine, subs = {'stale'}, 0, {}
 for i = 4, #ARGV, 2 do
@@ -14,10 +22,10 @@ for i = 4, #ARGV, 2 do
     table.insert(subs[f[5]], f[6])
   end
 end
--- All assigned just as asked: this is the repetition of a call whose reply was lost.
+-- All are assigned exactly as asked: this call repeats one whose reply was lost.
 if num_mine > 0 and num_mine == (#ARGV - 3) / 2 then return {'ok'} end
 if #stale > 1 then return stale end
--- NOMKSTREAM: a dead worker's stream must not come back without a TTL.
+-- NOMKSTREAM: the stream of a dead worker must not come back without a TTL.
 local id = redis.call('XADD', KEYS[3], 'NOMKSTREAM', '*', 'b', ARGV[3])
 if not id then return {'gone'} end
 for cls, ids in pairs(subs) do redis.call('XDEL', P .. ':sub:' .. cls, unpack(ids)) end
@@ -30,6 +38,5 @@ for i = 4, #ARGV, 2 do
   owned[#owned + 1] = epoch
 end
 redis.call('HSET', own_key(ARGV[2]), unpack(owned))
-redis.call('HSETNX', own_key(ARGV[2]), '', new_version())
-redis.call('EXPIRE', own_key(ARGV[2]), 3600)  -- once it is gone, steps take longer: that is all
+redis.call('EXPIRE', own_key(ARGV[2]), 3600)  -- once it has expired, steps only cost more
 return {'ok'}

@@ -1,7 +1,12 @@
--- Ask for the end of a request. Queued: it ends here. Assigned: its worker is told, and its next step is refused.
--- KEYS: prefix
--- ARGV: rid, delta for the gateway, cancel order for the owner, ended message for the scheduler
--- -> the state after the call, or '' when the request is unknown
+-- Cancel a request. A queued one ends here. An assigned one is taken from its worker, which is told and whose next step
+-- is refused until it writes this end.
+--
+-- KEYS[1]  string  prefix of the shard's keys
+-- ARGV[1]  str     rid
+-- ARGV[2]  bytes   list of one `messages.Delta`, msgpack, for the gateway
+-- ARGV[3]  bytes   `messages.Control`, msgpack, for the owner
+-- ARGV[4]  bytes   list of one `messages.Ended`, msgpack, for the scheduler
+-- Reply: str, the request's state after the call; '' when it is unknown.
 local rid, now = ARGV[1], now_ms()
 local f = redis.call('HMGET', req_key(rid), 'state', 'owner', 'gateway')
 if not f[1] then return '' end

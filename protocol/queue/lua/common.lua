@@ -1,102 +1,63 @@
--- Shared by all scripts (prepended to each). KEYS[1] is the shard prefix "lf:{s}"; a request's keys are built
--- from it, so every key of a request lies in one hash slot.
+-- What all scripts share; it is prepended to each.
+-- KEYS[1] is a string in every script: the prefix of the shard's keys, "lf:{s}". A request's keys are built from it, so
+-- all of them lie in one hash slot.
+-- At the head of each script its contract names type and unit of every key, argument and reply. Arguments arrive as
+-- strings; "int" is a decimal string there. "ms" is unix time or a duration in milliseconds.
 local P = KEYS[1]
 local function req_key(rid) return P .. ':req:' .. rid end
 
--- Hash rid -> epoch of what a worker may write: just those that are assigned to it at that epoch and not cancelled.
--- Whatever changes one of these facts must change this too. Its field '' is the version: another one whenever something
--- was taken away. What a worker was once found to own it still owns while the version is the same.
+-- Hash rid -> epoch of what a worker may write: exactly the requests that are assigned to it at that epoch and not
+-- cancelled. Whatever changes one of these facts must change this hash too.
 local function own_key(wid) return P .. ':w:' .. wid .. ':own' end
 
--- What a worker's steps have written and no log holds yet: rows as a packed table (rid, epoch, seq0, bytes of ids, rid, ...)
--- and all their ids, in turns. So a step that only goes on with requests costs one call, not one for each of them.
-local function journal_key(wid) return P .. ':w:' .. wid .. ':journal' end
+-- Take a request from its worker: before its end from outside, its cancellation, or another owner.
+local function disown(wid, rid) redis.call('HDEL', own_key(wid), rid) end
 
--- Move what a journal holds into the logs. May be done at any time; whatever looks at the log of a running request
--- does it first. A log that is not as long as a row believes (it has expired, or lost its end) is left alone.
-local function merge_journal(key)
-  local entries = redis.call('LRANGE', key, 0, -1)
-  if #entries == 0 then return end
-  local runs, run_of = {}, {}  -- tokens that follow each other: rid, first and last byte + 1, parts
-  for i = 1, #entries, 2 do
-    local rows, ids, at = cmsgpack.unpack(entries[i]), entries[i + 1], 1
-    for a = 1, #rows, 4 do
-      local rid, from, size = rows[a], rows[a + 2] * 4, rows[a + 3]
-      local part, run = string.sub(ids, at, at + size - 1), run_of[rid]
-      at = at + size
-      if run and from == run[3] then
-        run[3] = from + size
-        table.insert(run[4], part)
-      else  -- the first, or what follows rows that went into the log; or a repetition, which the log will tell
-        run_of[rid] = {rid, from, from + size, {part}}
-        table.insert(runs, run_of[rid])
-      end
-    end
-  end
-  for _, run in ipairs(runs) do
-    local log = P .. ':tok:' .. run[1]
-    local len = redis.call('STRLEN', log)
-    if len > 0 and run[2] <= len and len < run[3] then
-      redis.call('APPEND', log, string.sub(table.concat(run[4]), len - run[2] + 1))
-    end
-  end
-  redis.call('DEL', key)
-end
-
-local function new_version()
-  local t = redis.call('TIME')
-  return t[1] .. '.' .. t[2]
-end
-
--- Let a worker's next step look at everything. A hash made anew here would have no life time.
-local function doubt(wid)
-  if redis.call('EXISTS', own_key(wid)) == 1 then redis.call('HSET', own_key(wid), '', new_version()) end
-end
-
--- Take a request from its worker, before its end or another owner.
-local function disown(wid, rid)
-  if redis.call('HDEL', own_key(wid), rid) == 1 then doubt(wid) end
-end
-
+-- Return unix time in ms, by the server's clock.
 local function now_ms()
   local t = redis.call('TIME')
   return t[1] * 1000 + math.floor(t[2] / 1000)
 end
 
+-- Return whether a state is the end of a request.
 local function is_terminal(state)
   return state == 'completed' or state == 'failed' or state == 'cancelled'
 end
 
+-- Kinds of keys that a request has.
 local request_kinds = {':req:', ':body:', ':tok:', ':lp:', ':plp:'}
 
--- What a tenant has used: a hash of two buckets that empty evenly over a minute, and a sorted set of what runs.
--- No tenant's name has a colon, so that none's keys can be another's.
+-- Return the key of a tenant's use: a hash of two buckets that empty evenly over a minute. With ':run' behind it, the
+-- key of a sorted set of its running requests. A tenant's name has no colon, so two tenants never share a key.
 local function quota_key(tenant) return P .. ':q:' .. tenant end
 
--- Give back what a request had reserved and did not use. The field goes with it, so that nothing is given back twice.
+-- Give back the tokens that a request had reserved of its tenant's bucket and did not use. Deleting the field `quota`
+-- makes sure that this happens once.
 local function settle(rid, tenant, max_new, num_prompt, assigned)
   local key = quota_key(tenant)
   redis.call('HDEL', req_key(rid), 'quota')
   redis.call('ZREM', key .. ':run', rid)
   local unused = assigned and max_new - redis.call('STRLEN', P .. ':tok:' .. rid) / 4 or max_new + num_prompt
-  -- A bucket that is gone is full again.
-  if unused > 0 and redis.call('HEXISTS', key, 'tokens') == 1 then redis.call('HINCRBYFLOAT', key, 'tokens', -unused) end
+  -- A bucket that has expired is full again.
+  if unused > 0 and redis.call('HEXISTS', key, 'tokens') == 1 then
+    redis.call('HINCRBYFLOAT', key, 'tokens', -unused)
+  end
 end
 
--- Write the end of a request: state, reason, times; shorten the life of its keys.
+-- Write the end of a request: its state, reason (`finish`), error and time (`now`, ms); shorten the life of its keys.
 local function write_end(rid, state, finish, error, now)
   local key = req_key(rid)
   local f = redis.call('HMGET', key, 'stored', 'quota', 'max_new', 'n_prompt', 't_assign')
   redis.call('HSET', key, 'state', state, 'finish', finish, 'error', error, 'owner', '', 't_end', now)
   if f[2] then settle(rid, f[2], f[3], f[4], f[5]) end
-  -- What an encoder made, without a token to come, is large and read at once.
+  -- An encoder's result (max_new is 0) is large and read at once, so it lives for a minute only.
   local ttl = f[1] == '1' and 86400 or f[3] == '0' and 60 or 600
   for _, kind in ipairs(request_kinds) do
     redis.call('EXPIRE', P .. kind .. rid, ttl)
   end
 end
 
--- Say that requests have ended, to whoever counts them.
+-- Tell the scheduler that requests have ended: `message` is a packed list of `messages.Ended`.
 local function tell_scheduler(message)
   redis.call('XADD', P .. ':ended', 'MAXLEN', '~', '10000', '*', 'b', message)
 end

@@ -1,13 +1,19 @@
--- End a request from outside its worker (deadline, cancel while queued, too many attempts). Fences the owner.
--- KEYS: prefix
--- ARGV: rid, state, finish, error, delta for the gateway, cancel order for the owner, ended message for the scheduler,
---       dead letter or ''
--- -> 1 | 0 when it had already ended or is unknown
+-- End a request from outside its worker: its deadline has passed, or it was tried too often. Fences its owner.
+--
+-- KEYS[1]  string  prefix of the shard's keys
+-- ARGV[1]  str     rid
+-- ARGV[2]  str     state, a terminal one
+-- ARGV[3]  str     `messages.FinishReason`
+-- ARGV[4]  str     JSON of `messages.ErrorInfo`; '' without an error
+-- ARGV[5]  bytes   list of one `messages.Delta`, msgpack, for the gateway
+-- ARGV[6]  bytes   `messages.Control`, msgpack, for the owner
+-- ARGV[7]  bytes   list of one `messages.Ended`, msgpack, for the scheduler
+-- ARGV[8]  bytes   `messages.DeadLetter`, msgpack; '' for none. With one, the request's keys live for 7 days.
+-- Reply: int. 1: it ends with this call. 0: it had ended, or is unknown.
 local rid, now = ARGV[1], now_ms()
 local f = redis.call('HMGET', req_key(rid), 'state', 'owner', 'gateway')
 if not f[1] or is_terminal(f[1]) then return 0 end
 drop_submit(rid)
-if f[2] ~= '' then merge_journal(journal_key(f[2])) end
 redis.call('HINCRBY', req_key(rid), 'epoch', 1)
 write_end(rid, ARGV[2], ARGV[3], ARGV[4], now)
 tell_scheduler(ARGV[7])
@@ -19,6 +25,6 @@ if f[3] ~= '' then redis.call('XADD', P .. ':out:' .. f[3], 'NOMKSTREAM', '*', '
 if ARGV[8] ~= '' then
   redis.call('XADD', P .. ':dlq', 'MINID', '~', now - 604800000, '*', 'b', ARGV[8])
   redis.call('EXPIRE', P .. ':dlq', 604800)
-  for _, kind in ipairs(request_kinds) do redis.call('EXPIRE', P .. kind .. rid, 604800) end  -- to be retried
+  for _, kind in ipairs(request_kinds) do redis.call('EXPIRE', P .. kind .. rid, 604800) end  -- for a retry
 end
 return 1

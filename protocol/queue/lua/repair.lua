@@ -1,10 +1,14 @@
--- Make a request's log at least as long as what a client has already seen (Redis came back without its tail).
--- KEYS: prefix
--- ARGV: rid, index of the first id given, ids, logprobs, bytes of a logprob record
--- -> length of the log in tokens
+-- Make a request's log at least as long as what a client has seen: Redis came back without the log's end.
+--
+-- KEYS[1]  string  prefix of the shard's keys
+-- ARGV[1]  str     rid
+-- ARGV[2]  int     index of the first id given, in tokens
+-- ARGV[3]  bytes   token ids, int32 little endian
+-- ARGV[4]  bytes   logprob records of these tokens; '' without them
+-- ARGV[5]  int     bytes of a logprob record
+-- Reply: int, the length of the log in tokens. It is unchanged when the log is longer, ends before the first id, or the
+--        request is unknown.
 local tok = P .. ':tok:' .. ARGV[1]
-local owner = redis.call('HGET', req_key(ARGV[1]), 'owner') or ''
-if owner ~= '' then merge_journal(journal_key(owner)) end
 local len, seq0 = redis.call('STRLEN', tok) / 4, tonumber(ARGV[2])
 local num = #ARGV[3] / 4
 if redis.call('EXISTS', req_key(ARGV[1])) == 0 then return len end
@@ -18,7 +22,6 @@ if len >= seq0 and len < seq0 + num then
     redis.call('PEXPIRE', tok, ttl)
     if #ARGV[4] > 0 then redis.call('PEXPIRE', P .. ':lp:' .. ARGV[1], ttl) end
   end
-  if owner ~= '' then doubt(owner) end
   len = seq0 + num
 end
 return len

@@ -1,14 +1,19 @@
 -- Take requests from a worker that died or drains, and queue them again with their tokens kept. Fences the worker.
--- KEYS: prefix
--- ARGV: wid, 1 if the worker died else 0, its name, max attempts, then rids
--- A death counts as a failed attempt of the requests that had made no progress: what kills a worker kills the next one
--- at the same token, while its neighbours move on. Dying under a request four times as often ends it in any case.
--- `lost` holds one JSON line per death, a `messages.Death`.
--- -> {rid, outcome, ...}, outcome: requeued | exhausted | cancelled (these two are left for `finish`) | other (not the
---    worker's any more)
+--
+-- A death counts as a failed attempt of those requests that had made no progress: what kills a worker kills the next
+-- one at the same token, while its neighbours move on. Deaths with progress end a request too, at four times as many.
+--
+-- KEYS[1]  string  prefix of the shard's keys
+-- ARGV[1]  str     wid of the worker
+-- ARGV[2]  int     1 if the worker died, else 0
+-- ARGV[3]  str     name of the worker
+-- ARGV[4]  int     attempts that a request has
+-- ARGV[5...]       rids (str)
+-- Reply: array of str, 2 values per request: rid, outcome. Outcomes: requeued; exhausted and cancelled, which are left
+--        for `finish`; other: the request is not this worker's any more.
+-- The request's field `lost` holds one JSON line per death, a `messages.Death`.
 local wid, counts, name, max_attempts, now = ARGV[1], ARGV[2] == '1', ARGV[3], tonumber(ARGV[4]), now_ms()
 local out = {}
-merge_journal(journal_key(wid))
 for i = 5, #ARGV do
   local rid = ARGV[i]
   local key = req_key(rid)

@@ -1,7 +1,11 @@
--- Queue a dead-lettered request again, with its tokens kept, for nobody in particular: its result is stored.
--- KEYS: prefix
--- ARGV: id of its dead letter, rid, submit message, deadline_ms
--- -> 'ok' | 'gone' (no such letter: it has been retried, or has expired) | 'expired' (its request has)
+-- Queue the request of a dead letter again, with its tokens kept. No gateway waits for it: its result is stored.
+--
+-- KEYS[1]  string  prefix of the shard's keys
+-- ARGV[1]  str     stream id of the dead letter
+-- ARGV[2]  str     rid
+-- ARGV[3]  bytes   `messages.Submit`, msgpack
+-- ARGV[4]  int     deadline, unix ms
+-- Reply: str. 'ok'. 'gone': there is no such letter; it was retried, or has expired. 'expired': its request has.
 local letter, rid, sub, deadline = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 if #redis.call('XRANGE', P .. ':dlq', letter, letter) == 0 then return 'gone' end
 local key, now = req_key(rid), now_ms()
@@ -9,8 +13,8 @@ local f = redis.call('HMGET', key, 'state', 'cls')
 if f[1] ~= 'failed' or redis.call('EXISTS', P .. ':body:' .. rid) == 0 then return 'expired' end
 local epoch = redis.call('HINCRBY', key, 'epoch', 1)
 local id = redis.call('XADD', P .. ':sub:' .. f[2], '*', 'b', sub, 'e', epoch)
-redis.call('HSET', key, 'state', 'queued', 'attempts', 0, 'lost', '', 'finish', '', 'error', '', 'owner', '', 'cancel', 0,
-  'gateway', '', 'stored', 1, 'deadline', deadline, 'sub', sub, 'sub_id', id, 't_submit', now, 't_end', '')
+redis.call('HSET', key, 'state', 'queued', 'attempts', 0, 'lost', '', 'finish', '', 'error', '', 'owner', '',
+  'cancel', 0, 'gateway', '', 'stored', 1, 'deadline', deadline, 'sub', sub, 'sub_id', id, 't_submit', now, 't_end', '')
 for _, kind in ipairs(request_kinds) do
   redis.call('PEXPIRE', P .. kind .. rid, math.max(deadline - now, 0) + 3600000)
 end

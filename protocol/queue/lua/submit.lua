@@ -1,14 +1,28 @@
--- Accept a group of requests (the choices and prompts of one HTTP call) all together, or none of them.
--- KEYS: prefix, submit stream, idempotency key or ''
--- ARGV: class, max queued, idempotency value or '', tenant whose limits count or '', its requests a minute, tokens a
---       minute and requests at once (0: no limit), 1 to count without refusing else 0, then per request:
---       rid, submit message, body, tenant, digest, gateway, stored, n_prompt, max_new, deadline_ms
--- -> {'ok', standing} | {'full', queued} | {'idem', value stored under the key}
---    | {'limit', standing, 'requests' | 'tokens' | 'concurrency', ms until it would fit or 0 when nobody knows}
---    standing: requests left, ms until all are there again, tokens left, ms, requests running; nothing without a tenant
+-- Accept a group of requests, the choices and prompts of one HTTP call: all of them, or none.
+--
+-- KEYS[1]  string  prefix of the shard's keys
+-- KEYS[2]  stream  submitted requests of the class
+-- KEYS[3]  string  what an Idempotency-Key was first used for; '' without one
+-- ARGV[1]  str     class
+-- ARGV[2]  int     most requests that the class may have queued
+-- ARGV[3]  bytes   `messages.Idempotent`, msgpack; '' without one
+-- ARGV[4]  str     tenant whose limits count; '' for none
+-- ARGV[5]  int     its requests a minute, 0: no limit
+-- ARGV[6]  int     its tokens a minute, 0: no limit
+-- ARGV[7]  int     its requests at once, 0: no limit
+-- ARGV[8]  int     1: count its use without refusing, else 0
+-- ARGV[9...]       per request, 10 values: rid (str), `messages.Submit` (bytes, msgpack), `messages.Body` (bytes,
+--                  msgpack), tenant (str), digest (str), gateway (str), stored (int, 0 or 1), n_prompt (int, tokens),
+--                  max_new (int, tokens), deadline (int, unix ms)
+-- Reply: array. A standing is 5 ints: requests left of the minute, ms until all are left, tokens left, ms, requests
+--        running.
+--        {'ok', standing...}; without a tenant {'ok'}, and so when the requests are known: an earlier reply was lost.
+--        {'full', number of queued requests (int)}
+--        {'idem', value stored under KEYS[3] (bytes)}
+--        {'limit', standing..., 'requests' | 'tokens' | 'concurrency' (str), ms until it would fit or 0 (int)}
 local cls, max_queued, idem_value, who, forced = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[8] == '1'
 local first, width = 9, 10
--- Accepted before, and the reply was lost: a second entry, or a reset epoch, would run the request twice.
+-- Accepted before, and the reply was lost: a second entry, or an epoch set back, would run the request twice.
 if redis.call('EXISTS', req_key(ARGV[first])) == 1 then return {'ok'} end
 if KEYS[3] ~= '' then
   local seen = redis.call('GET', KEYS[3])
@@ -72,7 +86,7 @@ for a = first, #ARGV, width do
   redis.call('SET', P .. ':body:' .. rid, body, 'PX', ttl)
   if who ~= '' then
     redis.call('HSET', req_key(rid), 'quota', who)
-    -- The end takes it out; should that be lost with a queue's last second, its deadline does.
+    -- Its end removes it from the set. Should that be lost with the queue's last second, its deadline does.
     redis.call('ZADD', quota_key(who) .. ':run', deadline + 60000, rid)
   end
 end

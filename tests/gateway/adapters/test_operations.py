@@ -180,7 +180,9 @@ async def test_what_runs_ends_before_its_adapter_goes(fleet: Fleet) -> None:
     assert last["choices"][0]["finish_reason"] == "length", "all of its tokens came"
 
     async def resident() -> list[str]:
-        return [digest for beat in (await fleet.bus.worker_beats()).values() if beat for digest in beat.resident]
+        return [
+            digest for beat in (await fleet.bus.members.worker_beats()).values() if beat for digest in beat.resident
+        ]
 
     async def is_gone() -> bool:
         return not await resident()
@@ -236,10 +238,10 @@ async def test_nothing_stays_of_what_could_not_be_registered(fleet: Fleet) -> No
     for source, status in (("org/none", 404), ("org/gated", 403), ("acme/a", 403), ("s3://bucket/a", 403)):
         await fleet.register("new", source, status)
         await fleet.do("GET", "/v1/adapters/new", 404)
-    assert await fleet.bus.registrations() == {}
+    assert await fleet.bus.adapters.registrations() == {}
     fleet.hub.tokens["hf_right"] = {"org/gated"}
     await fleet.register("new", "org/gated", 201, token="hf_right")
-    assert "hf_right" not in str(await fleet.bus.registrations()), "tokens lie sealed"
+    assert "hf_right" not in str(await fleet.bus.adapters.registrations()), "tokens lie sealed"
     await fleet.ask("new")
 
 

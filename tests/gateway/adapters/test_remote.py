@@ -113,7 +113,7 @@ async def test_by_default_only_what_is_registered(bus: Bus, hub: HubStub, model_
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
             assert "register it first" in answer.json()["error"]["message"]
     assert hub.seen == []
-    assert await bus.registrations() == {}
+    assert await bus.adapters.registrations() == {}
 
 
 async def test_policy_is_kept(bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ async def test_private_is_for_those_whose_token_opens_it(
     assert len(fleet.seen) == 1
     listed = (await http.get("/v1/models")).json()["data"]
     assert [model["id"] for model in listed if model.get("state") == "on_disk"] == []
-    dump = [await bus.redis.hgetall(key) for key in (bus.keys.registrations, bus.keys.adapters)]
+    dump = [await bus._redis.hgetall(key) for key in (bus.keys.registrations, bus.keys.adapters)]
     assert b"hf_" not in repr(dump).encode()
 
 
@@ -305,7 +305,7 @@ async def test_a_refused_registration_answers_once_its_name_is_removed(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path
 ) -> None:
     """The test is the store: it refuses the name, and later removes it."""
-    await bus.redis.zadd(bus.keys.stores, {"store": now_ms()})
+    await bus._redis.zadd(bus.keys.stores, {"store": now_ms()})
     async with (
         running_gateway(bus, model_folder, GatewayTimings(alias_poll_s=0.02)) as gateway,
         httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
@@ -313,21 +313,21 @@ async def test_a_refused_registration_answers_once_its_name_is_removed(
     ):
         body = {"name": "new", "source": "hub:org/none"}
         asked = group.create_task(http.post("/v1/adapters", json=body))
-        registration = await wait_until(lambda: bus.registration("new"), "the name is registered")
+        registration = await wait_until(lambda: bus.adapters.registration("new"), "the name is registered")
         refused = m.Alias(
             name="new", state="failed", reason="org/none does not exist", status=404, source=registration.source,
             asked_ms=registration.asked_ms, created_ms=1,
         )  # fmt: skip
-        await bus.redis.hset(bus.keys.adapters, "new", m.encode(refused))
+        await bus._redis.hset(bus.keys.adapters, "new", m.encode(refused))
 
         async def is_unregistered() -> bool:
-            return await bus.registration("new") is None
+            return await bus.adapters.registration("new") is None
 
         await wait_until(is_unregistered, "the gateway takes the registration back")
         assert (await http.get("/v1/adapters/new")).json()["state"] == "failed"
         assert not asked.done()
-        await bus.redis.hdel(bus.keys.adapters, "new")
+        await bus._redis.hdel(bus.keys.adapters, "new")
         answer = await asked
         assert (answer.status_code, "org/none does not exist" in answer.text) == (404, True)
         assert (await http.get("/v1/adapters/new")).status_code == 404
-    await bus.redis.delete(bus.keys.stores)
+    await bus._redis.delete(bus.keys.stores)

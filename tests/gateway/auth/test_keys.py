@@ -24,7 +24,7 @@ CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_t
 
 @pytest.fixture
 def keys(bus: Bus) -> ApiKeys:
-    return ApiKeys(bus)
+    return bus.api_keys
 
 
 @pytest_asyncio.fixture
@@ -81,11 +81,11 @@ async def test_a_revoked_or_expired_key_is_refused_at_once_by_every_gateway(
     ):
         for client in (http, other):
             assert (await client.get("/v1/models", headers=headers)).status_code == 200
-        await bus.redis.hset(
+        await bus._redis.hset(
             bus.keys.api_keys, hash_of(secret), m.encode(msgspec.structs.replace(key, expires_ms=now_ms()))
         )
         assert (await other.get("/v1/models", headers=headers)).status_code == 401
-        await bus.redis.hset(bus.keys.api_keys, hash_of(secret), m.encode(key))
+        await bus._redis.hset(bus.keys.api_keys, hash_of(secret), m.encode(key))
         assert (await other.get("/v1/models", headers=headers)).status_code == 200
         await keys.revoke(key.id)
         for client in (http, other):
@@ -113,7 +113,7 @@ async def test_tenants_see_their_own_adapters_and_those_that_are_for_them(
     for name, content in (("acme-de", "d1"), ("common", "d2"), ("secret", "d3")):
         await fleet.add_adapter(name, content)
     own = m.Alias(name="common", state="on_disk", digest="d4", source="hub:a/b", tenant="acme")
-    await bus.redis.hset(bus.keys.adapters, "acme\0common", m.encode(own))
+    await bus._redis.hset(bus.keys.adapters, "acme\0common", m.encode(own))
     record = m.AdapterRecord(
         digest="d4", rank=8, num_bytes=10, config={}, modules=["q_proj"], source=own.source, created_ms=1
     )
@@ -166,14 +166,14 @@ async def test_a_tenant_registers_names_of_its_own_only(bus: Bus, http: httpx2.A
     refused = await http.post("/v1/adapters", json={"name": "x", "source": "local:hidden"}, headers=acme)
     assert (refused.status_code, refused.json()["error"]["param"]) == (403, "source")
     await http.post("/v1/adapters", json=body, headers=acme)
-    registered = await bus.registration("mine", "acme")
+    registered = await bus.adapters.registration("mine", "acme")
     assert registered is not None
     assert registered.source == "hub:org/a"
-    assert await bus.registration("mine") is None
+    assert await bus.adapters.registration("mine") is None
     await http.post("/v1/adapters", json={**body, "tenant": "other"}, headers=ops)
-    assert await bus.registration("mine", "other") is not None
+    assert await bus.adapters.registration("mine", "other") is not None
     await http.post("/v1/adapters", json=body, headers=ops)
-    assert await bus.registration("mine") is not None
+    assert await bus.adapters.registration("mine") is not None
     assert (await http.delete("/v1/adapters/mine?tenant=other", headers=acme)).status_code == 403
 
 
@@ -269,7 +269,7 @@ async def test_a_call_counts_while_it_runs_and_until_its_client_leaves(
     fleet.go.set()
 
     async def settled() -> bool:
-        return not await bus.redis.zcard(bus.keys.running("acme"))
+        return not await bus._redis.zcard(bus.keys.running("acme"))
 
     await wait_until(settled, "its place is free again")
     assert (await http.post("/v1/chat/completions", json=CHAT, headers=headers)).status_code == 200

@@ -88,7 +88,7 @@ async def test_a_job_tells_its_position_and_progress_and_is_cancelled(
     fleet.go.set()
     done = (await http.get(f"/v1/jobs/{jobs[1]['id']}", headers={"prefer": "wait=30"})).json()
     assert (done["status"], done["tokens_generated"]) == ("cancelled", 3)
-    assert await bus.redis.xlen(bus.keys.sub("batch")) == 0
+    assert await bus._redis.xlen(bus.keys.sub("batch")) == 0
 
 
 async def test_a_failed_job_shows_its_error(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
@@ -110,7 +110,7 @@ async def test_jobs_are_listed_newest_first_in_pages(http: httpx2.AsyncClient, f
         made.append(job["id"])
         if i < 3:
             await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=30"})
-        await bus.redis.zadd(bus.keys.jobs("public"), {job["id"]: job["created_at"] * 1000 + i})  # distinct times
+        await bus._redis.zadd(bus.keys.jobs("public"), {job["id"]: job["created_at"] * 1000 + i})  # distinct times
     newest = made[::-1]
     page = (await http.get("/v1/jobs", params={"limit": 2})).json()
     assert [job["id"] for job in page["data"]] == newest[:2]
@@ -136,7 +136,7 @@ async def test_an_expired_request_makes_an_expired_job(
 ) -> None:
     job = (await http.post("/v1/chat/completions", json={**CHAT, "background": True})).json()
     await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=30"})
-    await bus.redis.delete(bus.keys.req(fleet.seen[0][0].rid))
+    await bus._redis.delete(bus.keys.req(fleet.seen[0][0].rid))
     assert (await http.get(f"/v1/jobs/{job['id']}")).json()["status"] == "expired"
 
 
@@ -146,7 +146,7 @@ async def test_jobs_are_accepted_while_no_worker_is_there(
     """The base model is known from before."""
     fleet.assigning.clear()
     fleet.beating = False
-    await bus.redis.delete(bus.keys.workers)
+    await bus._redis.delete(bus.keys.workers)
     async with running_gateway(bus, model_folder) as later, httpx2.AsyncClient(base_url=later.url) as other:
         assert (await other.post("/v1/chat/completions", json=CHAT)).status_code == 503
         job = await other.post("/v1/chat/completions", json={**CHAT, "background": True})
@@ -193,7 +193,7 @@ async def test_a_client_with_a_key_can_leave_and_come_back_elsewhere(
     assert answer["choices"][0]["message"]["content"] == Script().text
     assert answer["model"] == "base"
     assert len(fleet.seen) == 1
-    assert await bus.redis.hget(bus.keys.req(fleet.seen[0][0].rid), "cancel") == b"0"
+    assert await bus._redis.hget(bus.keys.req(fleet.seen[0][0].rid), "cancel") == b"0"
 
 
 async def test_two_calls_with_one_key_at_once_run_once(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
@@ -220,7 +220,7 @@ async def test_a_job_that_a_queue_lost_with_its_last_second_is_found_again(
     submit = Bus.submit
 
     async def lose_job(*args: Any, **more: Any) -> Any:
-        await bus.redis.delete(*await bus.redis.keys(f"{bus.keys.tag}:job*"))
+        await bus._redis.delete(*await bus._redis.keys(f"{bus.keys.tag}:job*"))
         return await submit(*args, **more)
 
     if when == "before":
@@ -229,7 +229,7 @@ async def test_a_job_that_a_queue_lost_with_its_last_second_is_found_again(
     job = (await http.post("/v1/chat/completions", json=body, headers=headers)).json()
     monkeypatch.undo()
     if when == "after":
-        await bus.redis.delete(bus.keys.job(job["id"]))
+        await bus._redis.delete(bus.keys.job(job["id"]))
         other = await http.post("/v1/chat/completions", json={**body, "seed": 2}, headers=headers)
         assert other.json()["error"]["code"] == "idempotency_key_reused"
         assert (await http.post("/v1/chat/completions", json=body, headers=headers)).json()["id"] == job["id"]

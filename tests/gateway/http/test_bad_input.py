@@ -156,7 +156,7 @@ async def test_a_wrong_field_is_400_with_its_name(http: httpx2.AsyncClient, flee
         assert answer.headers["x-request-id"]
     assert not wrong, "\n".join(wrong)
     assert fleet.seen == []
-    assert await bus.redis.xlen(bus.keys.sub("interactive")) == 0
+    assert await bus._redis.xlen(bus.keys.sub("interactive")) == 0
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ async def test_a_full_queue_is_429_with_a_time(bus: Bus, fleet: ScriptedFleet, m
         waiting = asyncio.create_task(client.completions.create(model="base", prompt="hi"))
 
         async def is_queued() -> bool:
-            return await bus.redis.xlen(bus.keys.sub("interactive")) == 1
+            return await bus._redis.xlen(bus.keys.sub("interactive")) == 1
 
         await wait_until(is_queued, "one request waits")
         with pytest.raises(openai.RateLimitError) as caught:
@@ -293,7 +293,7 @@ async def test_a_full_queue_is_429_with_a_time(bus: Bus, fleet: ScriptedFleet, m
         assert caught.value.code == "rate_limit_exceeded"
         assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
         assert caught.value.response.headers["x-should-retry"] == "true"
-        assert await bus.redis.xlen(bus.keys.sub("interactive")) == 1
+        assert await bus._redis.xlen(bus.keys.sub("interactive")) == 1
         fleet.assigning.set()
         assert (await waiting).choices[0].finish_reason
         jobs = await client.get("/jobs", cast_to=dict)  # type: ignore[type-var]
@@ -318,7 +318,7 @@ async def test_without_a_worker_calls_get_503(bus: Bus, model_folder: Path) -> N
 
 async def test_health_follows_the_workers(bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient) -> None:
     assert (await http.get("/health")).json() == {"status": "ready", "workers": 1}
-    await bus.redis.delete(bus.keys.base)
+    await bus._redis.delete(bus.keys.base)
 
     async def is_down() -> bool:
         return (await http.get("/health")).status_code == 503

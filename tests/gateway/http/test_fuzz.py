@@ -86,7 +86,7 @@ def url(queue_server: EmbeddedServer, model_folder: Path, tokenizer: Tokenizer) 
 
     async def serve() -> None:
         bus, stop = Bus(queue_server.url), asyncio.Event()
-        await bus.redis.flushall()
+        await bus._redis.flushall()
         fleet = ScriptedFleet(bus, tokenizer, script=lambda submit, body: Script(text="hi", chunk=64))
         fleet.assigning.set()
         await fleet.register()
@@ -96,7 +96,7 @@ def url(queue_server: EmbeddedServer, model_folder: Path, tokenizer: Tokenizer) 
             await stop.wait()
         playing.cancel()
         await asyncio.gather(playing, return_exceptions=True)
-        await bus.redis.flushall()
+        await bus._redis.flushall()
         await bus.close()
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),))

@@ -48,7 +48,7 @@ async def test_a_client_that_leaves_is_cancelled(
         assert facts is not None
 
     async def both_told() -> bool:
-        values = [await bus.redis.hget(bus.keys.req(submit.rid), "cancel") for submit, _ in fleet.seen]
+        values = [await bus._redis.hget(bus.keys.req(submit.rid), "cancel") for submit, _ in fleet.seen]
         return values == [b"1", b"1"]
 
     await wait_until(both_told, "the queue knows")
@@ -67,7 +67,7 @@ async def test_a_queued_call_whose_client_leaves_is_taken_out_of_the_queue(
         asked.cancel()
 
     async def is_gone() -> bool:
-        return await bus.redis.xlen(bus.keys.sub("interactive")) == 0
+        return await bus._redis.xlen(bus.keys.sub("interactive")) == 0
 
     await wait_until(is_gone, "the queue is empty")
     assert await state_of(bus, fleet.seen[0][0].rid) == "cancelled"
@@ -150,7 +150,7 @@ async def test_a_new_owner_s_overlap_is_cut(bus: Bus, fleet: ScriptedFleet, gate
             m.Delta(submit.rid, 1, 4, m_ids([9, 9])),  # the old owner, whom the gateway must not hear
             m.Delta(submit.rid, 3, 2, m_ids(ids[2:5])),
         ):
-            await bus.redis.xadd(out, {"b": m.encode([delta])})
+            await bus._redis.xadd(out, {"b": m.encode([delta])})
         assert await fleet.step(second, 4, ids[4:], body, end="stop")
         raw = (await asked).content
     fleet.assigning.set()
@@ -180,10 +180,10 @@ async def test_a_lost_out_stream_comes_back(bus: Bus, fleet: ScriptedFleet, mode
             return facts is not None and facts.num_output_tokens == 2
 
         await wait_until(has_two_tokens, "two tokens are delivered")
-        await bus.redis.delete(bus.keys.out(gateway.gid))
+        await bus._redis.delete(bus.keys.out(gateway.gid))
         fleet.go.set()
         raw = (await asked).content
-        assert await bus.redis.ttl(bus.keys.out(gateway.gid)) > 0
+        assert await bus._redis.ttl(bus.keys.out(gateway.gid)) > 0
     texts = [orjson.loads(frame)["choices"][0]["text"] for frame in re.findall(rb"{.*}", raw)]
     assert "".join(texts) == Script().text
 
@@ -200,7 +200,7 @@ async def test_a_request_that_the_queue_forgot_is_submitted_again(
         asked = group.create_task(http.post("/v1/completions", json={**COMPLETION, "n": 2}))
         await wait_until(lambda: len(fleet.seen) == 2, "it is queued")
         for submit, _ in fleet.seen:
-            await bus.redis.delete(bus.keys.req(submit.rid), bus.keys.body(submit.rid))
+            await bus._redis.delete(bus.keys.req(submit.rid), bus.keys.body(submit.rid))
         await wait_until(lambda: len(fleet.seen) == 4, "it is queued again")
         fleet.assigning.set()
         answer = await asked
@@ -226,7 +226,7 @@ async def test_a_forgotten_request_of_another_gateway_is_an_error_worth_a_retry(
         # Both gateways count in this process; the page of metrics is the third.
         await wait_until(lambda: _metrics_say(other, "lorafleet_http_requests_open 3.0"), "both are being answered")
         asked.cancel()
-        await bus.redis.delete(bus.keys.req(fleet.seen[0][0].rid))
+        await bus._redis.delete(bus.keys.req(fleet.seen[0][0].rid))
         answer = await again
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "request_lost"
@@ -269,19 +269,19 @@ async def test_a_queue_that_lost_its_last_second_is_told_what_clients_have_seen(
         await bus.assign(fleet.wid, [(first, 0)])
         ids, _ = fleet.tokens(Script(), body)
         req, tok = bus.keys.req(submit.rid), bus.keys.tok(submit.rid)
-        before = await bus.redis.hgetall(req)
+        before = await bus._redis.hgetall(req)
         await bus.requeue(fleet.wid, [submit.rid], counts=True, max_attempts=3)
         second = m.Assigned(submit.rid, 3, "", "base", gateway.gid)
         await bus.assign(fleet.wid, [(second, 2)])
         for i in range(4):
             assert await fleet.step(second, i, ids[i : i + 1], body, end="")
         await shown.wait()
-        await bus.redis.hset(req, mapping=before)
-        await bus.redis.set(tok, m_ids(ids[:2]), keepttl=True)
+        await bus._redis.hset(req, mapping=before)
+        await bus._redis.set(tok, m_ids(ids[:2]), keepttl=True)
         restarted.set()
 
         async def is_mended() -> bool:
-            return await bus.redis.get(tok) == m_ids(ids[:4])
+            return await bus._redis.get(tok) == m_ids(ids[:4])
 
         await wait_until(is_mended, "the log holds what was shown")
         assert await fleet.step(first, 4, ids[4:], body, end="stop")
@@ -293,12 +293,12 @@ async def test_a_queue_that_lost_its_last_second_is_told_what_clients_have_seen(
 async def test_unreadable_messages_break_neither_the_gateway_nor_a_call(
     bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient, gateway: RunningGateway
 ) -> None:
-    base = await bus.redis.get(bus.keys.base)
-    await bus.redis.set(bus.keys.base, b"\xc1")
+    base = await bus._redis.get(bus.keys.base)
+    await bus._redis.set(bus.keys.base, b"\xc1")
     assert (await http.get("/health")).status_code == 500
-    await bus.redis.xadd(bus.keys.out(gateway.gid), {"b": b"\xc1"})
-    await bus.redis.xadd(bus.keys.out(gateway.gid), {"other": b"field"})
-    await bus.redis.set(bus.keys.base, base)
+    await bus._redis.xadd(bus.keys.out(gateway.gid), {"b": b"\xc1"})
+    await bus._redis.xadd(bus.keys.out(gateway.gid), {"other": b"field"})
+    await bus._redis.set(bus.keys.base, base)
     answer = await http.post("/v1/completions", json=COMPLETION)
     assert answer.json()["choices"][0]["text"] == Script().text
     assert not gateway.task.done()
@@ -342,8 +342,8 @@ async def test_draining_refuses_new_calls_and_finishes_running_ones(
         fleet.go.set()
         assert (await asked).content.endswith(b"data: [DONE]\n\n")
         assert await gateway.task == 0
-    assert await bus.redis.zscore(bus.keys.gateways, gateway.gid) is None
-    assert not await bus.redis.exists(bus.keys.out(gateway.gid), bus.keys.gateway_beat(gateway.gid))
+    assert await bus._redis.zscore(bus.keys.gateways, gateway.gid) is None
+    assert not await bus._redis.exists(bus.keys.out(gateway.gid), bus.keys.gateway_beat(gateway.gid))
 
 
 async def test_a_job_is_not_waited_for_at_a_gateway_that_ends(
@@ -408,7 +408,7 @@ async def test_what_outlasts_the_grace_is_told_and_cancelled(
         assert b'"code":"shutting_down"' in raw
         assert b"[DONE]" not in raw
         assert await gateway.task == 0
-    assert await bus.redis.hget(bus.keys.req(fleet.seen[0][0].rid), "cancel") == b"1"
+    assert await bus._redis.hget(bus.keys.req(fleet.seen[0][0].rid), "cancel") == b"1"
     fleet.go.set()
     await wait_until(lambda: is_in_state(bus, fleet.seen[0][0].rid, "cancelled"), "the worker has let go")
 
@@ -422,8 +422,8 @@ async def test_the_process_runs_and_ends_by_signal(bus: Bus, fleet: ScriptedFlee
 
         async def came_up() -> str:
             assert process.returncode is None
-            members = await bus.members(bus.keys.gateways)
-            return (await bus.redis.get(bus.keys.gateway_beat(members[0]))).decode() if members else ""
+            members = await bus.members.ids(bus.keys.gateways)
+            return (await bus._redis.get(bus.keys.gateway_beat(members[0]))).decode() if members else ""
 
         url = await wait_until(came_up, "the gateway is registered")
         async with httpx2.AsyncClient(base_url=url) as http:
@@ -436,4 +436,4 @@ async def test_the_process_runs_and_ends_by_signal(bus: Bus, fleet: ScriptedFlee
         if process.returncode is None:
             process.kill()
             await process.wait()
-    assert await bus.members(bus.keys.gateways) == []
+    assert await bus.members.ids(bus.keys.gateways) == []

@@ -259,7 +259,7 @@ async def test_openai_s_routes_take_lorax_s_fields(http: httpx2.AsyncClient, fle
     job = await http.post(
         "/v1/completions", json={**body, "model": "fox", "background": True, "api_token": "hf_secret"}
     )
-    kept = await bus.redis.get(bus.keys.job(job.json()["id"]))
+    kept = await bus._redis.get(bus.keys.job(job.json()["id"]))
     assert b"fox" in kept
     assert b"hf_secret" not in kept
 
@@ -393,7 +393,7 @@ async def test_wrong_methods_and_sizes(bus: Bus, fleet: ScriptedFleet, model_fol
         waiting = asyncio.create_task(http.post("/generate", json={"inputs": "a"}))
 
         async def is_queued() -> bool:
-            return await bus.redis.xlen(bus.keys.sub("interactive")) == 1
+            return await bus._redis.xlen(bus.keys.sub("interactive")) == 1
 
         await wait_until(is_queued, "one request waits")
         full = await http.post("/generate", json={"inputs": "a"})

@@ -444,7 +444,7 @@ async def test_metrics_tell_of_every_live_worker(
         m.WorkerBeat(wid="w2", name="two", sent_ms=1, **facts),
     ]
     for beat in beats:
-        await bus.beat(bus.keys.worker_beat(beat.wid), bus.keys.workers, beat.wid, m.encode(beat), 60_000)
+        await bus.members.beat(bus.keys.worker_beat(beat.wid), bus.keys.workers, beat.wid, m.encode(beat), 60_000)
 
     rows = (await http.get("/metrics")).text.splitlines()
     lines = {
@@ -462,5 +462,5 @@ async def test_metrics_tell_of_every_live_worker(
         assert [float(row.split()[-1]) for row in rows if row.startswith(f"{line} ")] == [value], line
     assert not any("secret" in row for row in rows)
 
-    await bus.leave("w2")
+    await bus.members.leave("w2")
     assert 'worker="two"' not in (await http.get("/metrics")).text

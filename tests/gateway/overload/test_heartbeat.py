@@ -69,6 +69,6 @@ async def test_a_gateway_whose_loop_stands_still_beats_until_it_is_stuck(
             clock.speed = 1.0
 
         async def is_back() -> bool:
-            return bool(await bus.redis.exists(key))
+            return bool(await bus._redis.exists(key))
 
         await wait_until(is_back, "the loop turns again")

@@ -69,7 +69,7 @@ async def store(fleet: ScriptedFleet, bus: Bus, tmp_path: Path, own_tokenizer: T
     store = Store(tmp_path, fleet)
     server = BlobServer(store.locate, drop, dict)
     port = await server.start("127.0.0.1", 0)
-    await bus.beat(bus.keys.store_beat("s"), bus.keys.stores, "s", f"http://127.0.0.1:{port}".encode(), 60_000)
+    await bus.members.beat(bus.keys.store_beat("s"), bus.keys.stores, "s", f"http://127.0.0.1:{port}".encode(), 60_000)
     files = {
         "tokenizer.json": own_tokenizer.to_str(),
         "tokenizer_config.json": json.dumps({"eos_token": "<|end|>"}),
@@ -104,7 +104,7 @@ async def test_its_template_and_tokenizer_make_the_prompt(
     assert [token["id"] for token in tokens] == [word]
     beyond = await http.post("/v1/completions", json={**body, "model": "base"})
     assert (beyond.status_code, "is not a token id" in beyond.text) == (400, True)
-    await fleet.bus.redis.delete(fleet.bus.keys.adapter(OWN))
+    await fleet.bus._redis.delete(fleet.bus.keys.adapter(OWN))
     assert (await http.post("/v1/completions", json=body)).status_code == 200, "what it brings is known by now"
     assert store.num_asked == 1
 
@@ -179,7 +179,7 @@ async def test_what_cannot_be_used_or_had_is_said(
     (store.root / GONE / TEXTS_FILE).unlink()
     answer = await http.post("/v1/completions", json={"model": "gone", "prompt": "hi"})
     assert (answer.status_code, "no adapter store has" in answer.text) == (404, True)
-    await bus.redis.zrem(bus.keys.stores, "s")
+    await bus._redis.zrem(bus.keys.stores, "s")
     answer = await http.post("/v1/completions", json={"model": "gone", "prompt": "hi"})
     assert (answer.status_code, "no adapter store gave" in answer.text) == (503, True)
     assert fleet.seen == []

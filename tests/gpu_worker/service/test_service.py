@@ -12,7 +12,6 @@ from urllib.request import urlopen
 import msgspec
 import numpy as np
 import pytest
-from script_queue import written
 from waiting import wait_until
 
 from benchmarks.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine, expected_token, fake_served
@@ -67,22 +66,22 @@ async def submit(bus: Bus, rid: str, *, max_new: int = 8, cls: str = "interactiv
 async def assign(bus: Bus, wid: str, *rids: str, yields: bool = False) -> str:
     batch = []
     for rid in rids:
-        epoch = int(await bus.redis.hget(bus.keys.req(rid), "epoch"))
+        epoch = int(await bus._redis.hget(bus.keys.req(rid), "epoch"))
         batch.append((m.Assigned(rid, epoch + 1, "", "t", GATEWAY, yields=yields), epoch))
     status, _ = await bus.assign(wid, batch)
     return status
 
 
 async def state(bus: Bus, rid: str) -> str:
-    return (await bus.redis.hget(bus.keys.req(rid), "state")).decode()
+    return (await bus._redis.hget(bus.keys.req(rid), "state")).decode()
 
 
 async def log(bus: Bus, rid: str) -> list[int]:
-    return np.frombuffer(await written(bus, rid), "<i4").tolist()
+    return np.frombuffer(await bus._redis.get(bus.keys.tok(rid)) or b"", "<i4").tolist()
 
 
 async def deltas(bus: Bus, rid: str) -> list[m.Delta]:
-    entries = await bus.entries(bus.keys.out(GATEWAY))
+    entries = await bus.streams.entries(bus.keys.out(GATEWAY))
     return [d for entry in entries if entry[1][b"b"] for d in decode(entry[1][b"b"], list[m.Delta]) if d.rid == rid]
 
 
@@ -91,7 +90,7 @@ def expected(num: int) -> list[int]:
 
 
 async def test_a_batch_runs_to_its_end_and_leaves_no_work_behind(bus: Bus) -> None:
-    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await bus.streams.create(bus.keys.out(GATEWAY), 300)
     async with running_worker(bus) as (worker, _):
         for rid, num in (("a", 3), ("b", 8)):
             await submit(bus, rid, max_new=num)
@@ -106,32 +105,36 @@ async def test_a_batch_runs_to_its_end_and_leaves_no_work_behind(bus: Bus) -> No
             assert b"".join(delta.ids for delta in seen) == np.asarray(expected(num), "<i4").tobytes()
             assert [delta.finish for delta in seen if delta.finish] == ["length"]
             assert seen[-1].usage == m.Usage(len(PROMPT), num, 0)
-        assert await bus.redis.xlen(bus.keys.work(worker.wid)) == 0
-        ended = [item for entry in await bus.entries(bus.keys.ended) for item in decode(entry[1][b"b"], list[m.Ended])]
+        assert await bus._redis.xlen(bus.keys.work(worker.wid)) == 0
+        ended = [
+            item
+            for entry in await bus.streams.entries(bus.keys.ended)
+            for item in decode(entry[1][b"b"], list[m.Ended])
+        ]
         assert sorted((item.rid, item.num_output_tokens) for item in ended) == [("a", 3), ("b", 8)]
         assert given == [True, True]
 
 
 async def test_a_drained_worker_hands_over_and_another_goes_on_where_it_stopped(bus: Bus) -> None:
-    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await bus.streams.create(bus.keys.out(GATEWAY), 300)
     await submit(bus, "r", max_new=60)
     async with running_worker(bus) as (first, _):
         await assign(bus, first.wid, "r")
         await wait_until(lambda: _has_tokens(bus, "r", 5), "some tokens are durable")
     assert await state(bus, "r") == "queued"
-    assert not await bus.redis.exists(bus.keys.work(first.wid), bus.keys.ctl(first.wid))
-    assert first.wid not in await bus.members(bus.keys.workers)
+    assert not await bus._redis.exists(bus.keys.work(first.wid), bus.keys.ctl(first.wid))
+    assert first.wid not in await bus.members.ids(bus.keys.workers)
     done = len(await log(bus, "r"))
     assert 5 <= done < 60
     async with running_worker(bus) as (second, _):
         await assign(bus, second.wid, "r")
         await wait_until(lambda: _is(bus, "r", "completed"), "the second worker finishes")
     assert await log(bus, "r") == expected(60)
-    assert int(await bus.redis.hget(bus.keys.req("r"), "attempts")) == 0
+    assert int(await bus._redis.hget(bus.keys.req("r"), "attempts")) == 0
 
 
 async def test_a_fenced_worker_writes_nothing_more(bus: Bus) -> None:
-    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await bus.streams.create(bus.keys.out(GATEWAY), 300)
     await submit(bus, "r", max_new=500)
     async with running_worker(bus) as (worker, _):
         await assign(bus, worker.wid, "r")
@@ -145,7 +148,7 @@ async def test_a_fenced_worker_writes_nothing_more(bus: Bus) -> None:
 
 
 async def test_cancel_ends_a_running_request_once_with_its_usage(bus: Bus) -> None:
-    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await bus.streams.create(bus.keys.out(GATEWAY), 300)
     await submit(bus, "r", max_new=5000)
     async with running_worker(bus) as (worker, _):
         await assign(bus, worker.wid, "r")
@@ -156,35 +159,34 @@ async def test_cancel_ends_a_running_request_once_with_its_usage(bus: Bus) -> No
         assert [delta.finish for delta in ends] == ["cancelled"]
         assert ends[0].usage is not None
         assert ends[0].usage.num_output_tokens == len(await log(bus, "r"))
-        assert await bus.redis.xlen(bus.keys.work(worker.wid)) == 0
+        assert await bus._redis.xlen(bus.keys.work(worker.wid)) == 0
         assert worker.engine.stats().running == 0
 
 
 async def test_the_order_to_cancel_may_get_lost(bus: Bus) -> None:
     """The flag alone stops a request: the next step is refused for it, and only for it."""
-    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await bus.streams.create(bus.keys.out(GATEWAY), 300)
     for rid in ("r", "other"):
         await submit(bus, rid, max_new=200)
     async with running_worker(bus) as (worker, _):
         await assign(bus, worker.wid, "r", "other")
         await wait_until(lambda: _has_tokens(bus, "r", 3), "some tokens are durable")
         # What the cancel script does, but for the order.
-        await bus.redis.hset(bus.keys.req("r"), "cancel", 1)
-        await bus.redis.hdel(bus.keys.own(worker.wid), "r")
-        await bus.redis.hset(bus.keys.own(worker.wid), "", "another")
+        await bus._redis.hset(bus.keys.req("r"), "cancel", 1)
+        await bus._redis.hdel(bus.keys.own(worker.wid), "r")
         await wait_until(lambda: _is(bus, "r", "cancelled"), "it is cancelled")
         await wait_until(lambda: _is(bus, "other", "completed"), "the other one completes")
         assert await log(bus, "other") == expected(200)
 
 
 async def test_a_log_that_lost_its_end_is_mended_before_more_is_written(bus: Bus) -> None:
-    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await bus.streams.create(bus.keys.out(GATEWAY), 300)
     await submit(bus, "r", max_new=100)
     async with running_worker(bus, step_s=0.01) as (worker, _):
         await assign(bus, worker.wid, "r")
         await wait_until(lambda: _has_tokens(bus, "r", 10), "some tokens are durable")
-        short = (await bus.redis.get(bus.keys.tok("r")))[: 4 * 4]
-        await bus.redis.set(bus.keys.tok("r"), short, ex=600)
+        short = (await bus._redis.get(bus.keys.tok("r")))[: 4 * 4]
+        await bus._redis.set(bus.keys.tok("r"), short, ex=600)
         await wait_until(lambda: _is(bus, "r", "completed"), "it completes")
     assert await log(bus, "r") == expected(100)
 
@@ -194,8 +196,8 @@ async def test_workers_of_another_model_may_not_join(bus: Bus) -> None:
         stranger = Worker(bus, FakeEngine(vocab_size=17), OTHER, Settings())
         with pytest.raises(Internal, match="cannot join"):
             await stranger.run(asyncio.Event())
-        assert await bus.members(bus.keys.workers) == [worker.wid]
-        assert not await bus.redis.exists(bus.keys.work(stranger.wid), bus.keys.ctl(stranger.wid))
+        assert await bus.members.ids(bus.keys.workers) == [worker.wid]
+        assert not await bus._redis.exists(bus.keys.work(stranger.wid), bus.keys.ctl(stranger.wid))
     async with running_worker(bus, served=OTHER):  # nobody serves the old one any more
         assert await bus.get(bus.keys.base, m.ServedModel) == OTHER
 
@@ -225,7 +227,7 @@ async def test_of_workers_that_start_together_one_model_joins(bus: Bus, num_each
 
 
 async def _num_joined_or_refused(bus: Bus, runs: list[asyncio.Task[int]], num: int) -> bool:
-    return len(await bus.members(bus.keys.workers)) + sum(run.done() for run in runs) == num
+    return len(await bus.members.ids(bus.keys.workers)) + sum(run.done() for run in runs) == num
 
 
 async def test_the_fleet_promises_what_its_smallest_worker_can_hold(bus: Bus) -> None:
@@ -249,7 +251,7 @@ async def test_joining_again_leaves_no_task_behind(bus: Bus) -> None:
     async with running_worker(bus) as (worker, _):
         for _ in range(3):
             old = worker.wid
-            await bus.leave(old)
+            await bus.members.leave(old)
             worker._beat_now.set()
             await wait_until(lambda old=old: worker.wid != old and _beats(bus, worker), "it is back")
             await wait_until(lambda: num_waits() == 2, "it waits for its end and its engine's, and nothing else waits")
@@ -260,16 +262,16 @@ async def test_the_worker_reads_no_faster_than_its_engine_takes(bus: Bus) -> Non
     engine.room = lambda: room
     async with running_worker(bus, engine=engine) as (worker, _):
         for digest in ("a", "b"):
-            await bus.tell([(worker.wid, m.Control(kind="prefetch", digest=digest))])
+            await bus.streams.tell([(worker.wid, m.Control(kind="prefetch", digest=digest))])
         for _ in range(20):
-            await bus.redis.ping()
+            await bus._redis.ping()
         assert engine.orders == []
         room.set_result(None)
         await wait_until(lambda: engine.orders == [("prefetch", "a"), ("prefetch", "b")], "the orders are obeyed")
 
 
 async def test_a_worker_taken_for_dead_joins_again_under_a_new_id(bus: Bus) -> None:
-    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await bus.streams.create(bus.keys.out(GATEWAY), 300)
     for rid in ("r", "next"):
         await submit(bus, rid, max_new=300)
     async with running_worker(bus) as (worker, _):
@@ -277,11 +279,11 @@ async def test_a_worker_taken_for_dead_joins_again_under_a_new_id(bus: Bus) -> N
         await assign(bus, old, "r")
         await wait_until(lambda: _has_tokens(bus, "r", 3), "some tokens are durable")
         await bus.requeue(old, ["r"], counts=True, max_attempts=3)
-        await bus.leave(old)
+        await bus.members.leave(old)
         length = len(await log(bus, "r"))
         await wait_until(lambda: worker.wid != old, "it has a new id")
         await wait_until(lambda: _beats(bus, worker), "it beats again")
-        assert await bus.members(bus.keys.workers) == [worker.wid]
+        assert await bus.members.ids(bus.keys.workers) == [worker.wid]
         assert len(await log(bus, "r")) == length
         assert await assign(bus, worker.wid, "next", "r") == "ok"
         for rid in ("r", "next"):
@@ -290,7 +292,7 @@ async def test_a_worker_taken_for_dead_joins_again_under_a_new_id(bus: Bus) -> N
 
 
 async def test_steps_given_up_when_fenced_are_not_owed_to_the_engine(bus: Bus) -> None:
-    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await bus.streams.create(bus.keys.out(GATEWAY), 300)
     async with running_worker(bus, step_s=0.0005) as (worker, _):
         write, writing = worker.bus.step, asyncio.Event()
 
@@ -306,7 +308,7 @@ async def test_steps_given_up_when_fenced_are_not_owed_to_the_engine(bus: Bus) -
             assert await assign(bus, old, rid) == "ok"
             await wait_until(writing.is_set, "a step is being written")
             await bus.finish(rid, "failed", "error")
-            await bus.leave(old)
+            await bus.members.leave(old)
             worker._beat_now.set()
             await wait_until(lambda old=old: worker.wid != old and _beats(bus, worker), "it is back")
         worker.bus.step = write
@@ -317,13 +319,13 @@ async def test_steps_given_up_when_fenced_are_not_owed_to_the_engine(bus: Bus) -
 
 async def test_a_worker_that_leaves_does_not_come_back(bus: Bus) -> None:
     async with running_worker(bus) as (worker, stop):
-        wid, delete_stream = worker.wid, worker.bus.delete_stream
+        wid, delete_stream = worker.wid, worker.bus.streams.delete
 
         async def delete_and_ask_for_a_beat(stream: str, num_entries: int) -> bool:
             gone = await delete_stream(stream, num_entries)
             worker._beat_now.set()
             for _ in range(20):  # time for a beat, if anything still beats
-                await bus.redis.ping()
+                await bus._redis.ping()
             return gone
 
         worker.bus.delete_stream = delete_and_ask_for_a_beat
@@ -333,11 +335,11 @@ async def test_a_worker_that_leaves_does_not_come_back(bus: Bus) -> None:
 
 
 async def test_a_message_nobody_can_read_does_not_take_its_neighbours_along(bus: Bus) -> None:
-    await bus.create_stream(bus.keys.out(GATEWAY), 300)
+    await bus.streams.create(bus.keys.out(GATEWAY), 300)
     await submit(bus, "r", max_new=5)
     async with running_worker(bus) as (worker, _):
         keys = bus.keys
-        async with bus.redis.pipeline(transaction=True) as pipe:  # so that one read brings both
+        async with bus._redis.pipeline(transaction=True) as pipe:  # so that one read brings both
             pipe.xadd(keys.work(worker.wid), {"b": b"\xc1 no message"})
             pipe.xadd(keys.ctl(worker.wid), {"b": b"\xc1 no message"})
             pipe.hset(keys.req("r"), mapping={"state": "assigned", "epoch": 1, "owner": worker.wid})
@@ -345,19 +347,19 @@ async def test_a_message_nobody_can_read_does_not_take_its_neighbours_along(bus:
             await pipe.execute()
         await wait_until(lambda: _is(bus, "r", "completed"), "the readable one completes")
         await wait_until(lambda: _num_letters(bus, 2), "the others are dead letters")
-        assert await bus.redis.xlen(keys.work(worker.wid)) == 0
+        assert await bus._redis.xlen(keys.work(worker.wid)) == 0
 
 
 async def _num_letters(bus: Bus, num: int) -> bool:
-    return await bus.redis.xlen(bus.keys.dlq) == num
+    return await bus._redis.xlen(bus.keys.dlq) == num
 
 
 async def _is_off(bus: Bus, worker: Worker) -> bool:
-    return worker.wid not in await bus.members(bus.keys.workers)
+    return worker.wid not in await bus.members.ids(bus.keys.workers)
 
 
 async def _beats(bus: Bus, worker: Worker) -> bool:
-    return bool(worker.wid) and bool(await bus.redis.exists(bus.keys.worker_beat(worker.wid)))
+    return bool(worker.wid) and bool(await bus._redis.exists(bus.keys.worker_beat(worker.wid)))
 
 
 async def _is(bus: Bus, rid: str, value: str) -> bool:
@@ -401,10 +403,12 @@ async def test_orders_about_adapters_are_obeyed_and_what_they_freed_is_told(bus:
             m.Control(kind="queued", digests=["c", "d"]),
             m.Control(kind="evict", digest="b", order="o1"),
         ]
-        await bus.tell([(worker.wid, order) for order in orders])
+        await bus.streams.tell([(worker.wid, order) for order in orders])
 
         async def told() -> list[m.AdapterEvent]:
-            return [decode(fields[b"b"], m.AdapterEvent) for _, fields in await bus.entries(bus.keys.adapter_events)]
+            return [
+                decode(fields[b"b"], m.AdapterEvent) for _, fields in await bus.streams.entries(bus.keys.adapter_events)
+            ]
 
         (event,) = await wait_until(told, "the eviction is told")
         assert event.pool_bytes == event.host_bytes == ADAPTER_BYTES

@@ -17,121 +17,121 @@ from protocol.wire.keys import Keys
 
 async def test_read_waits_for_new_entries_and_moves_on(bus: Bus) -> None:
     last = {"x": b"0", "y": b"0"}
-    await bus.redis.xadd("x", {"b": "1"})
-    found = await bus.read(last, block_ms=1000)
+    await bus._redis.xadd("x", {"b": "1"})
+    found = await bus.streams.read(last, block_ms=1000)
     assert [fields[b"b"] for _, fields in found["x"]] == [b"1"]
-    reading = asyncio.ensure_future(bus.read(last, block_ms=60_000))
-    await bus.redis.xadd("y", {"b": "2"})
+    reading = asyncio.ensure_future(bus.streams.read(last, block_ms=60_000))
+    await bus._redis.xadd("y", {"b": "2"})
     found = await reading
     assert list(found) == ["y"]
     assert last == {"x": last["x"], "y": found["y"][-1][0]}
-    assert await bus.read(last, block_ms=1) == {}
-    await bus.redis.delete("x", "y")
+    assert await bus.streams.read(last, block_ms=1) == {}
+    await bus._redis.delete("x", "y")
 
 
 async def test_read_returns_several_streams_and_at_most_count_of_each(bus: Bus) -> None:
     for i in range(5):
-        await bus.redis.xadd("x", {"b": i})
-        await bus.redis.xadd("y", {"b": i})
+        await bus._redis.xadd("x", {"b": i})
+        await bus._redis.xadd("y", {"b": i})
     last = {"x": b"0", "y": b"0"}
     seen: dict[str, list[bytes]] = {"x": [], "y": []}
-    while found := await bus.read(last, block_ms=1, count=2):
+    while found := await bus.streams.read(last, block_ms=1, count=2):
         for name, entries in found.items():
             assert len(entries) <= 2
             seen[name] += [fields[b"b"] for _, fields in entries]
     assert seen == {"x": [b"0", b"1", b"2", b"3", b"4"], "y": [b"0", b"1", b"2", b"3", b"4"]}
-    await bus.redis.delete("x", "y")
+    await bus._redis.delete("x", "y")
 
 
 async def test_a_created_stream_is_empty_and_expires(bus: Bus) -> None:
-    await bus.create_stream("s", 60)
-    assert await bus.entries("s") == []
-    assert 0 < await bus.redis.ttl("s") <= 60
-    assert await bus.last_id("s") == b"0"
-    assert await bus.keep_stream("s", ttl_s=120, max_age_ms=1000)
-    assert await bus.redis.ttl("s") > 60
-    await bus.redis.delete("s")
-    assert not await bus.keep_stream("s", ttl_s=120, max_age_ms=1000)
+    await bus.streams.create("s", 60)
+    assert await bus.streams.entries("s") == []
+    assert 0 < await bus._redis.ttl("s") <= 60
+    assert await bus.streams.last_id("s") == b"0"
+    assert await bus.streams.keep("s", ttl_s=120, max_age_ms=1000)
+    assert await bus._redis.ttl("s") > 60
+    await bus._redis.delete("s")
+    assert not await bus.streams.keep("s", ttl_s=120, max_age_ms=1000)
 
 
 async def test_old_entries_leave_a_kept_stream(bus: Bus) -> None:
-    old = [await bus.redis.xadd("s", {"b": "old"}, id=f"{i}-1") for i in range(1, 300)]
-    new = await bus.redis.xadd("s", {"b": "new"})
-    await bus.keep_stream("s", ttl_s=60, max_age_ms=60_000)
-    left = [entry for entry, _ in await bus.entries("s")]
+    old = [await bus._redis.xadd("s", {"b": "old"}, id=f"{i}-1") for i in range(1, 300)]
+    new = await bus._redis.xadd("s", {"b": "new"})
+    await bus.streams.keep("s", ttl_s=60, max_age_ms=60_000)
+    left = [entry for entry, _ in await bus.streams.entries("s")]
     assert new in left
     assert len(left) < len(old)
-    assert await bus.last_id("s") == new
+    assert await bus.streams.last_id("s") == new
 
 
 async def test_a_stream_with_something_unseen_is_not_deleted(bus: Bus) -> None:
-    await bus.create_stream("s", 60)
-    await bus.redis.xadd("s", {"b": "1"})
-    assert not await bus.delete_stream("s", 0)
-    assert await bus.delete_stream("s", 1)
-    assert not await bus.redis.exists("s")
+    await bus.streams.create("s", 60)
+    await bus._redis.xadd("s", {"b": "1"})
+    assert not await bus.streams.delete("s", 0)
+    assert await bus.streams.delete("s", 1)
+    assert not await bus._redis.exists("s")
 
 
 async def test_an_order_reaches_a_worker_that_is_there(bus: Bus) -> None:
-    await bus.create_stream(bus.keys.ctl("w"), 60)
+    await bus.streams.create(bus.keys.ctl("w"), 60)
     order = m.Control(kind="prefetch", digest="d")
-    await bus.tell([("w", order), ("gone", order)])
-    assert [decode(fields[b"b"], m.Control) for _, fields in await bus.entries(bus.keys.ctl("w"))] == [order]
-    assert not await bus.redis.exists(bus.keys.ctl("gone"))
+    await bus.streams.tell([("w", order), ("gone", order)])
+    assert [decode(fields[b"b"], m.Control) for _, fields in await bus.streams.entries(bus.keys.ctl("w"))] == [order]
+    assert not await bus._redis.exists(bus.keys.ctl("gone"))
 
 
 async def test_beats_register_and_expire_and_an_unreadable_one_hides_no_other(bus: Bus) -> None:
     for wid in ("w1", "w2", "w3"):
-        raw = m.encode(m.WorkerBeat(wid=wid, name=wid, model="x", capacity=1))
-        await bus.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, raw, 60_000)
-    await bus.redis.delete(bus.keys.worker_beat("w2"))
-    await bus.redis.set(bus.keys.worker_beat("w3"), b"\xc1", px=60_000)
-    beats = await bus.worker_beats()
+        raw = m.encode(m.WorkerBeat(wid=wid, name=wid, capacity=1))
+        await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, raw, 60_000)
+    await bus._redis.delete(bus.keys.worker_beat("w2"))
+    await bus._redis.set(bus.keys.worker_beat("w3"), b"\xc1", px=60_000)
+    beats = await bus.members.worker_beats()
     assert {wid: beat is not None for wid, beat in beats.items()} == {"w1": True, "w2": False, "w3": False}
-    assert await bus.members(bus.keys.workers, 60_000) == ["w1", "w2", "w3"]
-    await bus.redis.zadd(bus.keys.workers, {"w1": now_ms() - 120_000})
-    assert await bus.members(bus.keys.workers, 60_000) == ["w2", "w3"]
-    await bus.leave("w1")
-    assert set(await bus.worker_beats()) == {"w2", "w3"}
+    assert await bus.members.ids(bus.keys.workers, 60_000) == ["w1", "w2", "w3"]
+    await bus._redis.zadd(bus.keys.workers, {"w1": now_ms() - 120_000})
+    assert await bus.members.ids(bus.keys.workers, 60_000) == ["w2", "w3"]
+    await bus.members.leave("w1")
+    assert set(await bus.members.worker_beats()) == {"w2", "w3"}
 
 
 async def test_a_beat_renews_the_streams_its_sender_reads(bus: Bus) -> None:
-    await bus.create_stream("s", 60)
-    await bus.beat(bus.keys.worker_beat("w"), bus.keys.workers, "w", b"", 4000, ["s", "never"])
-    assert 3000 < await bus.redis.ttl("s") <= 3600
-    assert not await bus.redis.exists("never")
+    await bus.streams.create("s", 60)
+    await bus.members.beat(bus.keys.worker_beat("w"), bus.keys.workers, "w", b"", 4000, ["s", "never"])
+    assert 3000 < await bus._redis.ttl("s") <= 3600
+    assert not await bus._redis.exists("never")
 
 
 async def test_gateways_are_known_until_they_are_forgotten(bus: Bus) -> None:
     for gid in ("g1", "g2"):
-        await bus.beat(bus.keys.gateway_beat(gid), bus.keys.gateways, gid, b"url", 5000)
-    await bus.redis.delete(bus.keys.gateway_beat("g2"))
-    assert await bus.gateways_alive() == {"g1": True, "g2": False}
-    await bus.forget_gateway("g2")
-    assert await bus.gateways_alive() == {"g1": True}
+        await bus.members.beat(bus.keys.gateway_beat(gid), bus.keys.gateways, gid, b"url", 5000)
+    await bus._redis.delete(bus.keys.gateway_beat("g2"))
+    assert await bus.members.gateways_alive() == {"g1": True, "g2": False}
+    await bus.members.forget_gateway("g2")
+    assert await bus.members.gateways_alive() == {"g1": True}
 
 
 async def test_a_rejected_entry_is_a_dead_letter_once(bus: Bus) -> None:
     stream = bus.keys.sub("interactive")
-    await bus.redis.xadd(stream, {"b": b"\xc1", "e": "0"})
-    (entry,) = await bus.entries(stream)
-    await bus.reject(stream, entry, "no message")
-    assert await bus.entries(stream) == []
-    ((_, fields),) = await bus.entries(bus.keys.dlq)
+    await bus._redis.xadd(stream, {"b": b"\xc1", "e": "0"})
+    (entry,) = await bus.streams.entries(stream)
+    await bus.streams.reject(stream, entry, "no message")
+    assert await bus.streams.entries(stream) == []
+    ((_, fields),) = await bus.streams.entries(bus.keys.dlq)
     letter = decode(fields[b"b"], m.DeadLetter)
     assert (letter.reason, letter.stream, letter.raw) == ("no message", stream, b"\xc1")
-    assert await bus.redis.ttl(bus.keys.dlq) > 600_000
+    assert await bus._redis.ttl(bus.keys.dlq) > 600_000
 
 
 async def test_unreadable_work_is_rejected_and_the_rest_is_returned(bus: Bus) -> None:
     stream = bus.keys.work("w")
-    await bus.create_stream(stream, 60)
-    await bus.redis.xadd(stream, {"b": m.encode([m.Assigned("a", 1, "")])})
-    await bus.redis.xadd(stream, {"b": b"\xc1"})
-    await bus.redis.xadd(stream, {"wrong": b"field"})
+    await bus.streams.create(stream, 60)
+    await bus._redis.xadd(stream, {"b": m.encode([m.Assigned("a", 1, "")])})
+    await bus._redis.xadd(stream, {"b": b"\xc1"})
+    await bus._redis.xadd(stream, {"wrong": b"field"})
     assert [item.rid for item in await bus.work_of("w")] == ["a"]
-    assert await bus.redis.xlen(stream) == 1
-    assert await bus.redis.xlen(bus.keys.dlq) == 2
+    assert await bus._redis.xlen(stream) == 1
+    assert await bus._redis.xlen(bus.keys.dlq) == 2
 
 
 async def test_values_and_names_are_read_back(bus: Bus) -> None:
@@ -140,15 +140,15 @@ async def test_values_and_names_are_read_back(bus: Bus) -> None:
     await bus.set(bus.keys.status, status, 5000)
     assert await bus.get(bus.keys.status, m.SchedulerStatus) == status
     alias = m.Alias(name="org/a", state="on_disk", digest="d")
-    await bus.redis.hset(bus.keys.adapters, "org/a", m.encode(alias))
-    assert await bus.alias("org/a") == alias
-    assert await bus.alias("org/b") is None
-    assert await bus.aliases() == [alias]
+    await bus._redis.hset(bus.keys.adapters, "org/a", m.encode(alias))
+    assert await bus.adapters.alias("org/a") == alias
+    assert await bus.adapters.alias("org/b") is None
+    assert await bus.adapters.aliases() == [alias]
     record = m.AdapterRecord(
         digest="d", rank=8, num_bytes=9, config={}, modules=["q_proj"], source="local:a", created_ms=1
     )
     await bus.set(bus.keys.adapter("d"), record)
-    assert await bus.adapter_records(["d", "unknown"]) == [record]
+    assert await bus.adapters.records(["d", "unknown"]) == {"d": record}
 
 
 async def test_a_log_is_read_from_any_place_with_its_end(bus: Bus) -> None:
@@ -157,7 +157,7 @@ async def test_a_log_is_read_from_any_place_with_its_end(bus: Bus) -> None:
         deadline_ms=now_ms() + 60_000, gateway="",
     )  # fmt: skip
     await bus.submit("interactive", [(sub, m.Body(prompt=b"", sampling=m.Sampling(), max_new_tokens=4))], max_queued=9)
-    await bus.redis.set(bus.keys.tok("r"), b"aaaabbbbcccc", ex=60)
+    await bus._redis.set(bus.keys.tok("r"), b"aaaabbbbcccc", ex=60)
     delta = await bus.read_log("r", 1)
     assert delta is not None
     assert (delta.seq0, delta.ids, delta.finish) == (1, b"bbbbcccc", "")
@@ -174,21 +174,21 @@ async def test_a_log_is_read_from_any_place_with_its_end(bus: Bus) -> None:
 
 async def test_a_queue_that_may_evict_is_refused(bus: Bus) -> None:
     await bus.check()
-    await bus.redis.config_set("maxmemory-policy", "allkeys-lru")
+    await bus._redis.config_set("maxmemory-policy", "allkeys-lru")
     try:
         with pytest.raises(Internal, match="allkeys-lru"):
             await bus.check()
     finally:
-        await bus.redis.config_set("maxmemory-policy", "noeviction")
+        await bus._redis.config_set("maxmemory-policy", "noeviction")
 
 
 @pytest.mark.parametrize("kind", ["write", "pipeline", "script", "blocking read"])
 async def test_a_cancelled_call_ends_its_task_whenever_the_cancellation_comes(bus: Bus, kind: str) -> None:
     calls = {
-        "write": lambda: bus.redis.xadd("s", {"b": "1"}, maxlen=10),
+        "write": lambda: bus._redis.xadd("s", {"b": "1"}, maxlen=10),
         "pipeline": lambda: bus.owned(["a", "b"]),
         "script": lambda: bus.position("a"),
-        "blocking read": lambda: bus.read({"none": b"0"}, block_ms=1),
+        "blocking read": lambda: bus.streams.read({"none": b"0"}, block_ms=1),
     }
 
     async def call_for_ever() -> None:
@@ -202,7 +202,7 @@ async def test_a_cancelled_call_ends_its_task_whenever_the_cancellation_comes(bu
         task.cancel()
         done, _ = await asyncio.wait([task], timeout=2)
         assert done, f"went on after {turns % 40} turns of the loop"
-    await bus.redis.delete("s")
+    await bus._redis.delete("s")
 
 
 async def test_a_server_that_does_not_answer_is_a_lost_connection(tmp_path: Path) -> None:
@@ -224,8 +224,8 @@ async def test_a_server_that_does_not_answer_is_a_lost_connection(tmp_path: Path
 def test_decode_says_what_is_wrong_and_ignores_what_it_does_not_know() -> None:
     with pytest.raises(ProtocolError, match="rid"):
         decode(m.encode({"tenant": "t"}), m.Submit)
-    raw = m.encode({"kind": "drain", "new_field": 1})
-    assert decode(raw, m.Control) == m.Control(kind="drain")
+    raw = m.encode({"kind": "cancel", "new_field": 1})
+    assert decode(raw, m.Control) == m.Control(kind="cancel")
     assert decode(m.encode(["r", 1, "d"]), m.Assigned) == m.Assigned("r", 1, "d")
 
 
@@ -254,16 +254,16 @@ async def test_a_restarted_server_is_noticed_once(tmp_path: Path) -> None:
 async def test_a_server_that_restarts_again_within_a_call_is_a_lost_connection(
     bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = bus.redis.script_load
+    load = bus._redis.script_load
 
     async def load_and_restart(script: str) -> str:
         sha = await load(script)
-        await bus.redis.script_flush()
+        await bus._redis.script_flush()
         return sha
 
-    await bus.redis.script_flush()
-    monkeypatch.setattr(bus.redis, "script_load", load_and_restart)
+    await bus._redis.script_flush()
+    monkeypatch.setattr(bus._redis, "script_load", load_and_restart)
     with pytest.raises(CONNECTION_ERRORS):
-        await bus.read_log("r", 0)
+        await bus.position("r")
     monkeypatch.undo()
-    assert await bus.read_log("r", 0) is None
+    assert await bus.position("r") is None

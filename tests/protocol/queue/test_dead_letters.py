@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from script_queue import GATEWAY, make_body, make_submit
 
 from protocol.queue.bus import Bus, Step, StepRow, decode, now_ms
-from protocol.queue.dead_letters import DeadLetters
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Conflict, NotFound, WorkerLost
-from tests.protocol.queue.test_scripts import GATEWAY, make_body, make_submit
 
 TOKENS = b"\1\0\0\0\2\0\0\0"
 
 
 async def give_up(bus: Bus, rid: str) -> str:
     """Submit a request, let a worker die under it, give it up. Returns its letter's id."""
-    await bus.create_stream(bus.keys.work("w"), 3600)
+    await bus.streams.create(bus.keys.work("w"), 3600)
     sub = make_submit(rid)
     await bus.submit("interactive", [(sub, make_body())], max_queued=10)
     await bus.assign("w", [(m.Assigned(rid, 1, ""), 0)])
@@ -27,11 +26,11 @@ async def give_up(bus: Bus, rid: str) -> str:
         reason="poison", submit=sub, attempts=1, num_output_tokens=2, deaths=owned.deaths, ms=now_ms()
     )
     assert await bus.finish(rid, "failed", "error", WorkerLost("poison"), dead_letter=letter)
-    return (await bus.last_id(bus.keys.dlq)).decode()
+    return (await bus.streams.last_id(bus.keys.dlq)).decode()
 
 
 async def test_letters_come_newest_first(bus: Bus) -> None:
-    letters = DeadLetters(bus)
+    letters = bus.dead_letters
     assert await letters.newest(10) == []
     ids = [await give_up(bus, rid) for rid in ("a", "b", "c")]
     found = await letters.newest(2)
@@ -42,13 +41,13 @@ async def test_letters_come_newest_first(bus: Bus) -> None:
 
 
 async def test_a_retried_request_is_queued_with_its_tokens_and_runs_to_its_stored_end(bus: Bus) -> None:
-    letters = DeadLetters(bus)
+    letters = bus.dead_letters
     letter_id = await give_up(bus, "a")
     for key in (bus.keys.req("a"), bus.keys.body("a"), bus.keys.tok("a")):
-        assert 604_000 < await bus.redis.ttl(key) <= 604_800  # as long as the letter
+        assert 604_000 < await bus._redis.ttl(key) <= 604_800  # as long as the letter
     assert await letters.retry(letter_id, 60) == "a"
     assert await letters.newest(10) == []
-    ((_, fields),) = await bus.entries(bus.keys.sub("interactive"))
+    ((_, fields),) = await bus.streams.entries(bus.keys.sub("interactive"))
     sub, epoch = decode(fields[b"b"], m.Submit), int(fields[b"e"])
     assert (sub.rid, sub.gateway, sub.stored) == ("a", "", True)
     assert abs(sub.deadline_ms - now_ms() - 60_000) < 30_000
@@ -59,27 +58,27 @@ async def test_a_retried_request_is_queued_with_its_tokens_and_runs_to_its_store
     assert (owned.attempts, owned.deaths, owned.num_output_tokens) == (0, [], 2)
     row = StepRow("a", epoch + 1, 2, TOKENS, state="completed", finish="length")
     assert await bus.step("w", Step(rows=[row])) == []
-    assert 80_000 < await bus.redis.ttl(bus.keys.tok("a")) <= 86_400
-    assert await bus.redis.xlen(bus.keys.out(GATEWAY)) == 0  # nobody waits for it any more
+    assert 80_000 < await bus._redis.ttl(bus.keys.tok("a")) <= 86_400
+    assert await bus._redis.xlen(bus.keys.out(GATEWAY)) == 0  # nobody waits for it any more
 
 
 async def test_a_letter_is_retried_once(bus: Bus) -> None:
-    letters = DeadLetters(bus)
+    letters = bus.dead_letters
     letter_id = await give_up(bus, "a")
     await letters.retry(letter_id, 60)
     with pytest.raises(NotFound, match="was retried"):
         await letters.retry(letter_id, 60)
-    assert await bus.redis.xlen(bus.keys.sub("interactive")) == 1
+    assert await bus._redis.xlen(bus.keys.sub("interactive")) == 1
 
 
 async def test_what_cannot_be_retried_is_said(bus: Bus) -> None:
-    letters = DeadLetters(bus)
+    letters = bus.dead_letters
     letter_id = await give_up(bus, "a")
-    await bus.redis.delete(bus.keys.body("a"))
+    await bus._redis.delete(bus.keys.body("a"))
     with pytest.raises(Conflict, match="expired"):
         await letters.retry(letter_id, 60)
-    entry = await bus.redis.xadd(bus.keys.sub("interactive"), {"b": b"\xc1"})
-    await bus.reject(bus.keys.sub("interactive"), (entry, {b"b": b"\xc1"}), "unreadable")
+    entry = await bus._redis.xadd(bus.keys.sub("interactive"), {"b": b"\xc1"})
+    await bus.streams.reject(bus.keys.sub("interactive"), (entry, {b"b": b"\xc1"}), "unreadable")
     (newest, letter), _ = await letters.newest(10)
     assert letter.raw == b"\xc1"
     with pytest.raises(Conflict, match="could not be read"):
@@ -90,7 +89,7 @@ async def test_what_cannot_be_retried_is_said(bus: Bus) -> None:
 
 async def test_a_letter_that_cannot_be_read_hides_no_other(bus: Bus) -> None:
     letter_id = await give_up(bus, "a")
-    await bus.redis.xadd(bus.keys.dlq, {"b": b"\xc1"})
-    (_, broken), (good, _) = await DeadLetters(bus).newest(10)
+    await bus._redis.xadd(bus.keys.dlq, {"b": b"\xc1"})
+    (_, broken), (good, _) = await bus.dead_letters.newest(10)
     assert "cannot be read" in broken.reason
     assert good == letter_id

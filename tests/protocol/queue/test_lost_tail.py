@@ -8,14 +8,11 @@ lost, doubled, or put in another's place.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import pytest
-from script_queue import written
 
 from gpu_worker.engine.request import TokenOutput
-from gpu_worker.service import outbox
-from gpu_worker.service.outbox import Outbox, OwnedRequest, PendingOutput, add_outputs
+from gpu_worker.service.outbox import OwnedRequest, PendingOutput, add_outputs
 from lorafleet.embedded import EmbeddedServer
 from protocol.queue.bus import decode
 from protocol.wire import messages as m
@@ -66,22 +63,22 @@ class LosingWorld(World):
 
     def save(self) -> None:
         """What is written now will survive."""
-        redis = self.bus.redis
+        redis = self.bus._redis
         keys = self.run(redis.keys("*"))
         self.saved = {key: (self.run(redis.dump(key)), max(0, self.run(redis.pttl(key)))) for key in keys}
 
     def lose_tail(self) -> None:
         if not self.saved:
             return
-        self.run(self.bus.redis.flushall())
-        self.run(self.bus.redis.script_flush())  # as any new server process
+        self.run(self.bus._redis.flushall())
+        self.run(self.bus._redis.script_flush())  # as any new server process
         for key, (raw, ttl_ms) in self.saved.items():
-            self.run(self.bus.redis.restore(key, ttl_ms, raw))
+            self.run(self.bus._redis.restore(key, ttl_ms, raw, replace=True))
         time.sleep(0.002)  # no server starts within the millisecond of its last entry's id
         self.unaware = {life.wid for life in self.lives.values()}
         self.gateway_unaware = True
         self.final.clear()
-        back = [wid for wid in self.buried if self.run(self.bus.redis.exists(self.bus.keys.work(wid)))]
+        back = [wid for wid in self.buried if self.run(self.bus._redis.exists(self.bus.keys.work(wid)))]
         self.lost += [wid for wid in back if wid not in self.lost]
 
     # ------------------------------------------------------------ workers
@@ -97,7 +94,7 @@ class LosingWorld(World):
         if life.wid not in self.unaware:
             return
         self.unaware.discard(life.wid)
-        if not self.run(self.bus.redis.exists(self.bus.keys.work(life.wid))):
+        if not self.run(self.bus._redis.exists(self.bus.keys.work(life.wid))):
             self.start_worker(slot)  # its streams are gone: it joins again
             return
         life.last = b"0"
@@ -106,21 +103,23 @@ class LosingWorld(World):
     def take_by(self, slot: int) -> None:
         life = self.lives[slot]
         start = b"(" + life.last if life.last != b"0" else "-"
-        for entry, fields in self.run(self.bus.redis.xrange(self.bus.keys.work(life.wid), min=start)):
+        for entry, fields in self.run(self.bus._redis.xrange(self.bus.keys.work(life.wid), min=start)):
             life.last = entry
             if life.outbox.knows(entry):
                 continue
             held = [self._held(item, entry) for item in decode(fields[b"b"], list[m.Assigned])]
-            for rid in life.outbox.take(entry, held):
-                del self.engines[life.wid][rid]
+            self.stop_engine(life.wid, life.outbox.take(entry, held))
             for request in held:
                 life.pending.pop(request.rid, None)
                 # The engine ignores what it has: see `Engine._start`.
                 self.engines[life.wid].setdefault(request.rid, request.num_logged)
 
+    def stop_engine(self, wid: str, rids: list[str]) -> None:
+        for rid in rids:
+            del self.engines[wid][rid]
+
     def _held(self, item: m.Assigned, entry: bytes) -> OwnedRequest:
-        log = self.run(self.bus.redis.get(self.bus.keys.tok(item.rid))) or b""
-        return OwnedRequest(item.rid, item.epoch, entry, GATEWAY, "t", 1, 0, bytearray(log))
+        return OwnedRequest(item.rid, item.epoch, entry, GATEWAY, "t", 1, 0, bytearray(self.log(item.rid)))
 
     def engine_step(self, life: Life, lose_reply: bool) -> None:
         engine = self.engines[life.wid]
@@ -133,9 +132,13 @@ class LosingWorld(World):
             if finish:
                 del engine[rid]
         add_outputs(life.pending, outputs)
+        self.place(life.pending)
         if not self.in_flight[life.wid]:
             self.in_flight[life.wid], life.pending = life.pending, {}
         self.write(life, lose_reply)
+
+    def place(self, pending: dict[str, PendingOutput]) -> None:
+        """Say where new tokens belong; `add_outputs` has done it."""
 
     def write(self, life: Life, lose_reply: bool) -> None:
         """Write what is in flight; with a lost reply it stays so, whatever is assigned meanwhile."""
@@ -179,7 +182,7 @@ class LosingWorld(World):
                     self.catch_up(rid)
 
     def mend(self, rid: str) -> None:
-        """What `gateway.calls.generation` does for its open requests."""
+        """What `gateway.calls.follow` does for its open requests."""
         self.send(rid)
         self.cursors[rid].epoch = 0
         self.repair(rid)
@@ -218,7 +221,7 @@ class LosingWorld(World):
 
     def clients_see_the_log_and_owners_know_it(self) -> None:
         for rid in self.submitted:
-            log = _ids(self.run(written(self.bus, rid)))
+            log = _ids(self.log(rid))
             expected = [token(rid, position) for position in range(LENGTH)]
             assert log == expected[: len(log)], f"the log of {rid} is wrong: {log}"
             assert self.shown[rid] == expected[: len(self.shown[rid])], f"a client saw {self.shown[rid]} of {rid}"
@@ -247,13 +250,61 @@ class LosingWorld(World):
             if self.ends[rid] == ["length"]:
                 assert len(self.shown[rid]) == LENGTH
         for life in self.lives.values():
-            assert self.run(self.bus.redis.xlen(self.bus.keys.work(life.wid))) == 0, "work was left behind"
-        assert self.run(self.bus.redis.xlen(self.bus.keys.sub("interactive"))) == 0
+            assert self.run(self.bus._redis.xlen(self.bus.keys.work(life.wid))) == 0, "work was left behind"
+        assert self.run(self.bus._redis.xlen(self.bus.keys.sub("interactive"))) == 0
 
 
-def explore(url: str, num_walks: int) -> None:
+class NeverLooksAgain(LosingWorld):
+    """Workers that do not read their stream again after a restart of the queue."""
+
+    def worker_notices(self) -> None:
+        for slot, life in self.lives.items():
+            self.unaware.discard(life.wid)
+            if not self.run(self.bus._redis.exists(self.bus.keys.work(life.wid))):
+                self.start_worker(slot)
+
+
+class NeverRepairs(LosingWorld):
+    """A gateway that does not append what its client has seen."""
+
+    def repair(self, rid: str) -> None:
+        pass
+
+
+class NeverSubmitsAgain(LosingWorld):
+    """A gateway that submits a request once."""
+
+    def __init__(self, url: str, seed: int) -> None:
+        self.sent: set[str] = set()
+        super().__init__(url, seed)
+
+    def send(self, rid: str) -> None:
+        if rid not in self.sent:
+            self.sent.add(rid)
+            super().send(rid)
+
+
+class KeepsTheEngineGoing(LosingWorld):
+    """Workers whose engine goes on with what was assigned anew."""
+
+    MOVES = (*LosingWorld.MOVES, "assign", "take", "lose_tail", "worker_notices", "worker_notices")  # else it is rare
+
+    def stop_engine(self, wid: str, rids: list[str]) -> None:
+        pass
+
+
+class WritesWhereverTheLogEnds(LosingWorld):
+    """Workers that do not say where in the log their tokens belong."""
+
+    def place(self, pending: dict[str, PendingOutput]) -> None:
+        for new in pending.values():
+            new.seq0 = -1
+
+
+def explore(url: str, num_walks: int, world_type: type[LosingWorld] = LosingWorld) -> None:
+    """Take walks with the seeds 0, 1, ...; a failure names its seed."""
     for seed in range(num_walks):
-        world = LosingWorld(url, seed)
+        world = world_type(url, seed)
         try:
             world.walk(60)
         except AssertionError as error:
@@ -266,49 +317,10 @@ def test_no_moment_at_which_the_queue_forgets_costs_a_token(queue_server: Embedd
     explore(queue_server.url, num_walks=150)
 
 
-def never_look_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    def notice(world: LosingWorld) -> None:
-        for slot, life in world.lives.items():
-            world.unaware.discard(life.wid)
-            if not world.run(world.bus.redis.exists(world.bus.keys.work(life.wid))):
-                world.start_worker(slot)
-
-    monkeypatch.setattr(LosingWorld, "worker_notices", notice)
-
-
-def never_repair(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LosingWorld, "repair", lambda world, rid: None)
-
-
-def never_resubmit(monkeypatch: pytest.MonkeyPatch) -> None:
-    send = LosingWorld.send
-    sent: set[tuple[int, str]] = set()
-
-    def once(world: LosingWorld, rid: str) -> None:
-        if (id(world), rid) not in sent:
-            sent.add((id(world), rid))
-            send(world, rid)
-
-    monkeypatch.setattr(LosingWorld, "send", once)
-
-
-def let_the_engine_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = Outbox.take
-    monkeypatch.setattr(Outbox, "take", lambda self, entry, requests: take(self, entry, requests) and [])
-
-
-def write_wherever_the_log_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outbox, "PendingOutput", lambda seq0=-1, **fields: PendingOutput(-1, **fields))
-
-
 @pytest.mark.parametrize(
-    "plant",
-    [never_look_again, never_repair, never_resubmit, let_the_engine_go_on,
-     write_wherever_the_log_ends],
-)  # fmt: skip
-def test_the_exploration_finds_planted_bugs(
-    queue_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None]
-) -> None:
-    plant(monkeypatch)
+    "planted",
+    [NeverLooksAgain, NeverRepairs, NeverSubmitsAgain, KeepsTheEngineGoing, WritesWhereverTheLogEnds],
+)
+def test_the_exploration_finds_planted_bugs(queue_server: EmbeddedServer, planted: type[LosingWorld]) -> None:
     with pytest.raises(AssertionError, match="walk"):
-        explore(queue_server.url, num_walks=500)
+        explore(queue_server.url, num_walks=500, world_type=planted)

@@ -32,16 +32,16 @@ class Tenant:
 
     async def running(self) -> set[str]:
         key = self.queue.keys.running(self.quota.tenant)
-        return {rid.decode() for rid in await self.queue.bus.redis.zrange(key, 0, -1)}
+        return {rid.decode() for rid in await self.queue.bus._redis.zrange(key, 0, -1)}
 
     async def used_tokens(self) -> float:
-        raw = await self.queue.bus.redis.hget(self.queue.keys.quota(self.quota.tenant), "tokens")
+        raw = await self.queue.bus._redis.hget(self.queue.keys.quota(self.quota.tenant), "tokens")
         return float(raw or 0)
 
     async def later(self, ms: int) -> None:
         """Let time pass for what has been used."""
         key = self.queue.keys.quota(self.quota.tenant)
-        await self.queue.bus.redis.hincrby(key, "ms", -ms)
+        await self.queue.bus._redis.hincrby(key, "ms", -ms)
 
 
 async def test_choices_at_once_are_limited_until_one_ends(queue: Queue) -> None:
@@ -49,7 +49,7 @@ async def test_choices_at_once_are_limited_until_one_ends(queue: Queue) -> None:
     assert (await acme.submit("a-0", "a-1"))[0] == "ok"
     outcome, standing = await acme.submit("b-0", "b-1")
     assert (outcome, standing.over, standing.running) == ("limit", "concurrency", 2)
-    assert not await queue.bus.redis.exists(queue.keys.req("b-0"), queue.keys.body("b-1"))
+    assert not await queue.bus._redis.exists(queue.keys.req("b-0"), queue.keys.body("b-1"))
     assert (await Tenant(queue, Quota("other", concurrency=3)).submit("o"))[0] == "ok"
     await queue.bus.cancel("a-1")
     assert (await acme.submit("b-0", "b-1"))[0] == "ok"
@@ -131,7 +131,7 @@ async def test_a_submit_whose_reply_was_lost_counts_once(queue: Queue) -> None:
 async def test_a_full_queue_takes_nothing_from_a_tenant(queue: Queue) -> None:
     acme = Tenant(queue, replace(NO_LIMIT, requests_per_minute=10, concurrency=9))
     assert (await acme.submit("a", max_queued=0))[0] == "full"
-    assert await queue.bus.redis.keys("lf:*:q:*") == []
+    assert await queue.bus._redis.keys("lf:*:q:*") == []
 
 
 async def test_what_was_accepted_before_is_counted_but_never_refused(queue: Queue) -> None:
@@ -147,9 +147,9 @@ async def test_what_nobody_ever_ended_stops_counting_after_its_deadline(queue: Q
     acme = Tenant(queue, replace(NO_LIMIT, concurrency=1))
     await acme.submit("a")
     key = queue.keys.running("acme")
-    assert await queue.bus.redis.zscore(key, "a") > now_ms() + 60_000
+    assert await queue.bus._redis.zscore(key, "a") > now_ms() + 60_000
     assert 110 < await queue.ttl_s(key) <= 121
-    await queue.bus.redis.zadd(key, {"a": now_ms() - 1})
+    await queue.bus._redis.zadd(key, {"a": now_ms() - 1})
     assert (await acme.submit("b"))[0] == "ok"
     assert await acme.running() == {"b"}
 
@@ -157,9 +157,9 @@ async def test_what_nobody_ever_ended_stops_counting_after_its_deadline(queue: Q
 async def test_an_end_after_a_bucket_has_run_out_leaves_nothing_behind(queue: Queue) -> None:
     acme = Tenant(queue, replace(NO_LIMIT, tokens_per_minute=100))
     await acme.submit("a")
-    await queue.bus.redis.delete(queue.keys.quota("acme"))
+    await queue.bus._redis.delete(queue.keys.quota("acme"))
     await queue.bus.cancel("a")
-    assert await queue.bus.redis.keys("lf:*:q:*") == []
+    assert await queue.bus._redis.keys("lf:*:q:*") == []
 
 
 async def test_limits_may_be_set_and_taken_away_while_requests_run(queue: Queue) -> None:

@@ -28,7 +28,7 @@ async def test_submit_takes_all_or_none(queue: Queue) -> None:
     await queue.submit("a", "b")
     assert await queue.submit("c", "d", max_queued=3) == ("full", 2)
     assert await queue.queued() == [("a", 0), ("b", 0)]
-    assert not await queue.bus.redis.exists(queue.keys.req("c"), queue.keys.body("d"))
+    assert not await queue.bus._redis.exists(queue.keys.req("c"), queue.keys.body("d"))
 
 
 async def test_a_repeated_submit_neither_queues_twice_nor_resets(queue: Queue) -> None:
@@ -55,7 +55,7 @@ async def test_an_idempotency_key_returns_what_it_was_first_used_for(queue: Queu
 async def test_an_idempotency_key_is_not_used_up_by_a_refusal(queue: Queue) -> None:
     pairs, key = [(make_submit("a"), make_body())], queue.keys.idem("t", "k")
     assert (await queue.bus.submit("interactive", pairs, max_queued=0, idem_key=key, idem_value=b"v"))[0] == "full"
-    assert not await queue.bus.redis.exists(key)
+    assert not await queue.bus._redis.exists(key)
 
 
 # ---------------------------------------------------------------- assign
@@ -85,14 +85,14 @@ async def test_a_repeated_assign_is_told_ok_and_does_nothing(queue: Queue) -> No
     assert await queue.assign("a", "b") == ("ok", [])
     assert len(await queue.work()) == 1
     assert (await queue.fields("a"))["epoch"] == "1"
-    await queue.bus.create_stream(queue.keys.work("w2"), 300)
+    await queue.bus.streams.create(queue.keys.work("w2"), 300)
     assert await queue.assign("a", "b", wid="w2") == ("stale", ["a", "b"])
 
 
 async def test_assign_to_a_worker_without_a_stream_does_not_make_one(queue: Queue) -> None:
     await queue.submit("a")
     assert await queue.assign("a", wid="gone") == ("gone", [])
-    assert not await queue.bus.redis.exists(queue.keys.work("gone"))
+    assert not await queue.bus._redis.exists(queue.keys.work("gone"))
     assert (await queue.fields("a"))["state"] == "queued"
     assert await queue.queued() == [("a", 0)]
 
@@ -113,14 +113,14 @@ async def test_step_makes_tokens_and_ends_durable_and_visible_together(queue: Qu
     step = Step(
         rows=[row("a", 0, 5, 6), row("b", 0, 7, finish="length", logprobs=b"\0" * 4)],
         outs={GATEWAY: [m.Delta("a", 1, 0, ids(5, 6)), m.Delta("b", 1, 0, ids(7), finish="length")]},
-        ended=[m.Ended("b", "w", 1, "t", 1)],
+        ended=[m.Ended("b", "w", 1, 1)],
     )
     assert await queue.bus.step("w", step) == []
     assert await queue.log("a") == ids(5, 6)
     assert await queue.log("b") == ids(7)
-    assert await queue.bus.redis.get(queue.keys.lp("b")) == b"\0" * 4
+    assert await queue.bus._redis.get(queue.keys.lp("b")) == b"\0" * 4
     assert [delta.rid for delta in await queue.deltas()] == ["a", "b"]
-    assert await queue.ended() == [m.Ended("b", "w", 1, "t", 1)]
+    assert await queue.ended() == [m.Ended("b", "w", 1, 1)]
     assert (await queue.fields("a"))["state"] == "assigned"
     fields = await queue.fields("b")
     assert (fields["state"], fields["finish"], fields["owner"]) == ("completed", "length", "")
@@ -158,7 +158,7 @@ async def test_one_bad_row_stops_the_whole_step_and_every_reason_has_a_code(queu
         rows=[row("ok", 0, 1), row("never", 0, 1), row("ended", 0, 1), row("moved", 0, 1), row("stopped", 0, 1),
               row("short", 5, 1)],
         outs={GATEWAY: [m.Delta("ok", 1, 0, ids(1))]},
-        ended=[m.Ended("ok", "w", 1, "t", 1)],
+        ended=[m.Ended("ok", "w", 1, 1)],
         done_entries=await queue.work(),
     )  # fmt: skip
     assert await queue.bus.step("w", step) == [
@@ -191,7 +191,7 @@ async def test_a_step_for_a_dead_gateway_does_not_bring_its_stream_back(queue: Q
     await queue.running("a")
     step = Step(rows=[row("a", 0, 1)], outs={"dead": [m.Delta("a", 1, 0, ids(1))]})
     assert await queue.bus.step("w", step) == []
-    assert not await queue.bus.redis.exists(queue.keys.out("dead"))
+    assert not await queue.bus._redis.exists(queue.keys.out("dead"))
 
 
 # ---------------------------------------------------------------- cancel and finish
@@ -231,7 +231,7 @@ async def test_finish_ends_once_fences_the_owner_and_leaves_a_dead_letter(queue:
     (delta,) = await queue.deltas()
     assert (delta.rid, delta.finish, delta.seq0) == ("a", "error", -1)
     assert msgspec.json.decode(delta.error, type=m.ErrorInfo).code == "worker_lost"
-    ((_, fields),) = await queue.bus.entries(queue.keys.dlq)
+    ((_, fields),) = await queue.bus.streams.entries(queue.keys.dlq)
     assert decode(fields[b"b"], m.DeadLetter) == letter
     assert 604_000 < await queue.ttl_s(queue.keys.dlq) <= 604_800
     assert await queue.orders() == [m.Control(kind="cancel", rid="a")]
@@ -244,7 +244,7 @@ async def test_finish_takes_a_queued_request_off_the_queue(queue: Queue) -> None
     assert await queue.bus.finish("a", "failed", "error")
     assert await queue.queued() == []
     assert await queue.deltas() == []
-    assert await queue.bus.entries(queue.keys.dlq) == []
+    assert await queue.bus.streams.entries(queue.keys.dlq) == []
 
 
 # ---------------------------------------------------------------- requeue
@@ -257,7 +257,7 @@ async def test_requeue_keeps_the_tokens_and_fences_the_worker(queue: Queue) -> N
     assert await queue.queued() == [("a", 2)]
     assert await queue.log("a") == ids(1, 2)
     assert [refused.code for refused in await queue.bus.step("w", Step(rows=[row("a", 2, 3)]))] == ["stale"]
-    await queue.bus.create_stream(queue.keys.work("w2"), 300)
+    await queue.bus.streams.create(queue.keys.work("w2"), 300)
     assert await queue.assign("a", wid="w2", epoch=2) == ("ok", [])
     fields = await queue.fields("a")
     assert (fields["epoch"], fields["start"], fields["attempts"]) == ("3", "2", "0")
@@ -319,7 +319,7 @@ async def test_a_request_that_gets_on_survives_more_deaths_but_not_any_number(qu
 async def test_the_submit_entry_of_a_requeued_request_carries_its_attempts(queue: Queue) -> None:
     await queue.submit("a")
     await _die(queue, "a", 2, progress=False)
-    ((_, fields),) = await queue.bus.entries(queue.keys.sub("interactive"))
+    ((_, fields),) = await queue.bus.streams.entries(queue.keys.sub("interactive"))
     assert (fields[b"e"], fields[b"a"]) == (b"4", b"2")
 
 
@@ -361,7 +361,7 @@ async def test_repair_only_makes_a_log_longer_and_leaves_no_gap(
     await queue.bus.step("w", Step(rows=[row("a", 0, 1, 2, logprobs=ids(1, 2))]))
     for _ in range(2):
         assert await queue.bus.repair("a", seq0, ids(*given), ids(*given), 4) == len(expected)
-        assert await queue.log("a") == await queue.bus.redis.get(queue.keys.lp("a")) == ids(*expected)
+        assert await queue.log("a") == await queue.bus._redis.get(queue.keys.lp("a")) == ids(*expected)
     assert await queue.ttl_s(queue.keys.tok("a")) > 0
 
 
@@ -371,7 +371,7 @@ async def test_repair_gives_a_lost_log_its_life_time_back(queue: Queue) -> None:
     for key in (queue.keys.tok("a"), queue.keys.lp("a")):
         assert await queue.ttl_s(key) > 3600
     assert await queue.bus.repair("unknown", 0, ids(1), b"", 0) == 0
-    assert not await queue.bus.redis.exists(queue.keys.tok("unknown"))
+    assert not await queue.bus._redis.exists(queue.keys.tok("unknown"))
 
 
 # ---------------------------------------------------------------- position

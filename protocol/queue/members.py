@@ -1,0 +1,129 @@
+"""Who is in the fleet: the heartbeats and registers of workers, gateways and stores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from protocol.queue.redis_client import Client, read_many
+from protocol.wire import messages as m
+from protocol.wire.codec import decode, now_ms
+from protocol.wire.errors import ProtocolError
+from protocol.wire.keys import Keys
+
+logger = logging.getLogger(__name__)
+
+STREAM_TTL_S = 3600
+MAX_STORE_SILENCE_MS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSummary:
+    """What admission asks about the fleet."""
+
+    num_workers: int  # registered, and heard of lately
+    base: m.ServedModel | None
+    status: m.SchedulerStatus | None
+
+
+class Members:
+    """The members of a fleet. Each has a heartbeat, a key with a TTL, and a place in the register of its kind."""
+
+    def __init__(self, client: Client, keys: Keys) -> None:
+        self._redis = client
+        self._keys = keys
+
+    # ------------------------------------------------------------ beating and leaving
+
+    async def beat(
+        self, key: str, registry: str, member: str, raw: bytes, ttl_ms: int, renew: Iterable[str] = ()
+    ) -> bool:
+        """Say that `member` lives, and renew the TTL of the streams it reads to 1 h. Returns False if one is gone."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.set(key, raw, px=ttl_ms)
+        pipe.zadd(registry, {member: now_ms()})
+        for stream in renew:
+            pipe.expire(stream, STREAM_TTL_S)
+        return all((await pipe.execute())[2:])
+
+    async def leave(self, wid: str) -> None:
+        """Take a worker, whose work is handed back, off the register and delete its keys."""
+        keys = self._keys
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.delete(*(key(wid) for key in (keys.work, keys.own, keys.ctl, keys.worker_beat)))
+        pipe.zrem(keys.workers, wid)
+        await pipe.execute()
+
+    async def silence(self, wid: str) -> None:
+        """Delete a worker's heartbeat; registered without one, it is found dead by the scheduler."""
+        await self._redis.delete(self._keys.worker_beat(wid))
+
+    async def leave_gateway(self, gid: str) -> None:
+        """Take a gateway off the register and delete its heartbeat and its stream."""
+        await self._redis.delete(self._keys.gateway_beat(gid), self._keys.out(gid))
+        await self._redis.zrem(self._keys.gateways, gid)
+
+    async def forget_gateway(self, gid: str) -> None:
+        """Take a dead gateway off the register. Its stream runs out by itself, should it only have slept."""
+        await self._redis.zrem(self._keys.gateways, gid)
+
+    async def leave_store(self, sid: str) -> None:
+        """Take a store off the register and delete its heartbeat."""
+        await self._redis.delete(self._keys.store_beat(sid))
+        await self._redis.zrem(self._keys.stores, sid)
+
+    async def forget_stores(self, silent_ms: int) -> None:
+        """Take stores that have not been heard of for `silent_ms` off the register."""
+        await self._redis.zremrangebyscore(self._keys.stores, "-inf", now_ms() - silent_ms)
+
+    # ------------------------------------------------------------ asking
+
+    async def ids(self, registry: str, max_age_ms: int | None = None) -> list[str]:
+        """Return who is on a register, by last beat; None: however long ago that was."""
+        low: float | str = "-inf" if max_age_ms is None else now_ms() - max_age_ms
+        return [member.decode() for member in await self._redis.zrangebyscore(registry, low, "+inf")]
+
+    async def has_beaten(self, registry: str, since_ms: int) -> bool:
+        """Return whether any member on a register has beaten since a unix time in ms."""
+        return bool(await self._redis.zrangebyscore(registry, since_ms, "+inf", start=0, num=1))
+
+    async def worker_beats(self) -> dict[str, m.WorkerBeat | None]:
+        """Return each registered worker's last beat, None for one whose beat has expired."""
+        wids = await self.ids(self._keys.workers)
+        raws = await read_many(self._redis, [self._keys.worker_beat(wid) for wid in wids])
+        return {wid: _beat(raw) for wid, raw in zip(wids, raws, strict=True)}
+
+    async def gateways_alive(self) -> dict[str, bool]:
+        """Return each registered gateway and whether its beat is there."""
+        gids = await self.ids(self._keys.gateways)
+        raws = await read_many(self._redis, [self._keys.gateway_beat(gid) for gid in gids])
+        return {gid: raw is not None for gid, raw in zip(gids, raws, strict=True)}
+
+    async def store_urls(self) -> tuple[str, ...]:
+        """Return the addresses of the adapter stores that are alive."""
+        sids = await self.ids(self._keys.stores, MAX_STORE_SILENCE_MS)
+        raws = await read_many(self._redis, [self._keys.store_beat(sid) for sid in sids])
+        return tuple(sorted(raw.decode() for raw in raws if raw))
+
+    async def summary(self, max_silence_ms: int) -> FleetSummary:
+        """Return what admission asks about the fleet, in one round trip. Raises ProtocolError."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.zcount(self._keys.workers, now_ms() - max_silence_ms, "+inf")
+        pipe.get(self._keys.base)
+        pipe.get(self._keys.status)
+        num_workers, base, status = await pipe.execute()
+        return FleetSummary(
+            num_workers,
+            decode(base, m.ServedModel) if base else None,
+            decode(status, m.SchedulerStatus) if status else None,
+        )
+
+
+def _beat(raw: bytes | None) -> m.WorkerBeat | None:
+    """Decode a beat; one that cannot be read counts as missing, and must not hide the others."""
+    try:
+        return decode(raw, m.WorkerBeat) if raw else None
+    except ProtocolError:
+        logger.exception("a worker's beat cannot be read")
+        return None

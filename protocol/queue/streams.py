@@ -1,0 +1,114 @@
+"""Streams: reading them, making and keeping them, and putting aside what cannot be read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias, cast
+
+from protocol.queue.redis_client import Client
+from protocol.wire import messages as m
+from protocol.wire.codec import now_ms
+from protocol.wire.keys import Keys
+
+logger = logging.getLogger(__name__)
+
+Entry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
+"""A stream's entry: its id and its fields. A message lies in the field `b"b"`."""
+
+DEAD_LETTERS_KEPT_S = 604_800
+ORDERS_KEPT_MS = 300_000
+
+_DELETE_IF_LENGTH = """
+-- Delete a stream if it holds exactly as many entries as believed.
+-- KEYS[1] stream; ARGV[1] int, number of entries. Reply: int, 1 if it was deleted, else 0.
+if redis.call('XLEN', KEYS[1]) ~= tonumber(ARGV[1]) then return 0 end
+redis.call('DEL', KEYS[1])
+return 1
+"""
+
+
+class Streams:
+    """The streams of a fleet."""
+
+    def __init__(self, client: Client, blocking: Client, keys: Keys) -> None:
+        """`blocking` is a client whose reads may take longer than any timeout."""
+        self._redis = client
+        self._blocking = blocking
+        self._keys = keys
+
+    # ------------------------------------------------------------ reading
+
+    async def read(self, last_ids: dict[str, bytes], *, block_ms: int, count: int = 256) -> dict[str, list[Entry]]:
+        """Wait for entries after `last_ids` on any of these streams; moves `last_ids` on. {} on timeout."""
+        reply = await self._blocking.xread(last_ids, count=count, block=block_ms)
+        pairs = cast("dict[bytes, Any]", reply).items() if isinstance(reply, dict) else reply
+        found: dict[str, list[Entry]] = {}
+        for name, entries in pairs:
+            if flat := list(_flatten(entries)):
+                found[name.decode()] = flat
+                last_ids[name.decode()] = flat[-1][0]
+        return found
+
+    async def entries(self, stream: str) -> list[Entry]:
+        """Return everything in a stream, oldest first."""
+        return list(await self._redis.xrange(stream))
+
+    async def length(self, stream: str) -> int:
+        """Return how many entries a stream holds."""
+        return int(await self._redis.xlen(stream))
+
+    async def last_id(self, stream: str) -> bytes:
+        """Return the id of a stream's newest entry, to read on from there."""
+        newest = await self._redis.xrevrange(stream, count=1)
+        return newest[0][0] if newest else b"0"
+
+    # ------------------------------------------------------------ writing
+
+    async def reject(self, stream: str, entry: Entry, reason: str) -> None:
+        """Move an entry that cannot be used to the dead letters."""
+        logger.error("%s on %s goes to the dead letters: %s", entry[0].decode(), stream, reason)
+        letter = m.DeadLetter(reason=reason, stream=stream, raw=entry[1].get(b"b", b""), ms=now_ms())
+        oldest = now_ms() - DEAD_LETTERS_KEPT_S * 1000
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.xdel(stream, entry[0])
+        pipe.xadd(self._keys.dlq, {"b": m.encode(letter)}, minid=oldest, approximate=True)
+        pipe.expire(self._keys.dlq, DEAD_LETTERS_KEPT_S)
+        await pipe.execute()
+
+    async def tell(self, orders: Sequence[tuple[str, m.Control]]) -> None:
+        """Give workers (wid) orders. An order to a worker that is gone is lost."""
+        pipe = self._redis.pipeline(transaction=False)
+        oldest = now_ms() - ORDERS_KEPT_MS
+        for wid, order in orders:
+            pipe.xadd(self._keys.ctl(wid), {"b": m.encode(order)}, nomkstream=True, minid=oldest, approximate=True)
+        await pipe.execute()
+
+    async def create(self, stream: str, ttl_s: int) -> None:
+        """Make an empty stream with a TTL, so that writers using NOMKSTREAM reach it."""
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.xadd(stream, {"b": b""})
+        pipe.xtrim(stream, maxlen=0, approximate=False)
+        pipe.expire(stream, ttl_s)
+        await pipe.execute()
+
+    async def keep(self, stream: str, *, ttl_s: int, max_age_ms: int) -> bool:
+        """Renew a stream's TTL and drop its entries older than `max_age_ms`. Returns False when it is gone."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.expire(stream, ttl_s)
+        pipe.xtrim(stream, minid=now_ms() - max_age_ms, approximate=True)
+        return bool((await pipe.execute())[0])
+
+    async def delete(self, stream: str, num_entries: int) -> bool:
+        """Delete a stream if it still holds exactly `num_entries` entries. Returns whether it was deleted."""
+        return bool(await self._redis.eval(_DELETE_IF_LENGTH, 1, stream, num_entries))
+
+
+def _flatten(entries: Sequence[Any]) -> Iterator[Entry]:
+    """Yield a stream's entries, without the extra list that RESP3 replies put around them."""
+    for item in entries:
+        if isinstance(item, list) and item and isinstance(item[0], (tuple, list)):
+            for entry in cast("list[Sequence[Any]]", item):
+                yield entry[0], entry[1]
+        else:
+            yield item[0], item[1]

@@ -1,0 +1,56 @@
+"""Errors on the wire: one comes off it as the class it went on with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from protocol.wire import errors
+from protocol.wire import messages as m
+from protocol.wire.errors import AdapterRefused, Internal, LorafleetError
+
+
+def _tree(cls: type[LorafleetError]) -> Iterator[type[LorafleetError]]:
+    if cls.__module__ == errors.__name__:
+        yield cls
+        for sub in cls.__subclasses__():
+            yield from _tree(sub)
+
+
+CLASSES = {cls.__name__: cls for cls in _tree(LorafleetError)}
+"""The classes of `protocol.wire.errors` by name. An error of another class goes on the wire as its nearest base."""
+
+
+def error_json(error: LorafleetError | None) -> str:
+    """Put an error on the wire: the JSON of an `ErrorInfo`, "" for None."""
+    if error is None:
+        return ""
+    info = m.ErrorInfo(
+        message=error.message,
+        kind=next(cls.__name__ for cls in type(error).__mro__ if CLASSES.get(cls.__name__) is cls),
+        code=error.code,
+        param=error.param,
+        retry_after_s=error.retry_after_s,
+        reasons=error.reasons if isinstance(error, AdapterRefused) else [],
+    )
+    return msgspec.json.encode(info).decode()
+
+
+def error_from(raw: str | bytes) -> LorafleetError:
+    """Take an error off the wire; `raw` is the JSON of an `ErrorInfo`. What cannot be read is an `Internal` error."""
+    try:
+        info = msgspec.json.decode(raw, type=m.ErrorInfo)
+    except msgspec.MsgspecError:
+        return Internal("the request failed and its error cannot be read")
+    cls = CLASSES.get(info.kind)
+    if cls is None:
+        return Internal(f"the request failed with an error of an unknown kind, {info.kind}: {info.message}")
+    error = cls.__new__(cls)
+    # Not the class's own constructor: it may make the message from other values.
+    LorafleetError.__init__(error, info.message, param=info.param, code=info.code)
+    if info.retry_after_s is not None:
+        error.retry_after_s = info.retry_after_s
+    if isinstance(error, AdapterRefused):
+        error.reasons = info.reasons
+    return error

@@ -1,0 +1,46 @@
+"""The messages that cross the queue, one file per edge."""
+
+from protocol.wire.messages.adapters import AdapterEvent, AdapterRecord, AdapterState, Alias, Registration
+from protocol.wire.messages.assignments import Assigned, Control
+from protocol.wire.messages.base import TERMINAL, FinishReason, Packed, Task, Wire, encode
+from protocol.wire.messages.dead_letters import DeadLetter, Death
+from protocol.wire.messages.deliveries import Delta, ErrorInfo, Usage, logprob_record_bytes
+from protocol.wire.messages.jobs import Idempotent, Job
+from protocol.wire.messages.model import OPAQUE, ServedModel, SiteShape
+from protocol.wire.messages.requests import Body, Sampling, Submit
+from protocol.wire.messages.workers import Ended, SchedulerStatus, StepModel, WorkerBeat, WorkerCounters
+
+__all__ = [
+    "OPAQUE",
+    "TERMINAL",
+    "AdapterEvent",
+    "AdapterRecord",
+    "AdapterState",
+    "Alias",
+    "Assigned",
+    "Body",
+    "Control",
+    "DeadLetter",
+    "Death",
+    "Delta",
+    "Ended",
+    "ErrorInfo",
+    "FinishReason",
+    "Idempotent",
+    "Job",
+    "Packed",
+    "Registration",
+    "Sampling",
+    "SchedulerStatus",
+    "ServedModel",
+    "SiteShape",
+    "StepModel",
+    "Submit",
+    "Task",
+    "Usage",
+    "Wire",
+    "WorkerBeat",
+    "WorkerCounters",
+    "encode",
+    "logprob_record_bytes",
+]

@@ -1,0 +1,72 @@
+"""Adapters: names and contents (store to everyone), registrations (gateway to store), events."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from protocol.wire.messages.base import Wire
+
+AdapterState = Literal["unknown", "downloading", "on_disk", "failed"]
+
+
+class Alias(Wire, frozen=True):
+    """A name and what it stands for now."""
+
+    name: str
+    state: AdapterState
+    digest: str = ""
+    source: str = ""  # "local:NAME", "hub:ORG/NAME@COMMIT", "s3://BUCKET/PREFIX"
+    reason: str = ""  # why it failed
+    tenant: str = ""  # "": everybody's
+    created_ms: int = 0
+    changed_ms: int = 0
+    status: int = 0  # HTTP status of the reason, if it failed
+    retry_ms: int = 0  # when a failure may be tried again, unix time
+    asked_ms: int = 0  # `Registration.asked_ms` that the last look at its source was for
+    on_request: bool = False  # a request named the source itself
+    registered: str = ""  # source of the registration; `source` is the version found there
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder under the adapter root, under its own name."""
+        return not self.tenant and self.source == f"local:{self.name}"
+
+
+class Registration(Wire, frozen=True):
+    """A name that the stores are to serve from a remote source until it is taken back."""
+
+    name: str
+    source: str  # `Reference.source`
+    token: str = ""  # for the source, sealed by `FleetSecret`; "": the store's own
+    tenant: str = ""  # who sees the name; "": everybody
+    asked_ms: int = 0  # when it was last asked for: a look at the source before that is out of date
+    on_request: bool = False  # a request named the source itself
+
+
+class AdapterRecord(Wire, frozen=True):
+    """The facts of one adapter content."""
+
+    digest: str
+    rank: int  # largest of its sites
+    num_bytes: int
+    config: dict[str, Any]  # canonical adapter_config
+    modules: list[str]  # kinds of sites touched, such as "q_proj"
+    source: str
+    created_ms: int
+    vocab_size: int = 0  # tokens it knows, 0: those of the base
+
+
+class AdapterEvent(Wire, frozen=True):
+    """Something happened to an adapter. Events, not work: losing one costs time, never correctness.
+
+    Gateways say that a name is `wanted`; stores speak of names; workers speak of digests, without a name.
+    """
+
+    kind: Literal["wanted", "staged", "resident", "evicted", "failed", "alias", "removed"]
+    digest: str = ""
+    name: str = ""
+    source: str = ""  # wid or sid
+    ms: float = 0.0  # what it took
+    order: str = ""  # of an `evicted` that answers `Control.order`
+    pool_bytes: int = 0  # taken or freed in a worker's pool
+    host_bytes: int = 0  # taken or freed in its host memory

@@ -1,0 +1,25 @@
+"""What all messages have in common. msgpack by msgspec: unknown fields are ignored, new fields get defaults."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+Task = Literal["generate", "embed", "classify"]
+"""What a request asks for, and what a base model computes: text, an embedding, or a label per token."""
+TERMINAL = ("completed", "failed", "cancelled")
+"""States of a request that has ended. Before, it is `queued` or `assigned`."""
+
+
+class Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of messages sent once per request or less."""
+
+
+class Packed(msgspec.Struct, frozen=True, array_like=True):
+    """Base of messages sent per step: fields are positional on the wire, so new ones are added at the end only."""
+
+
+encode = msgspec.msgpack.Encoder().encode
+"""Encode any message."""

@@ -1,0 +1,41 @@
+"""Worker to everyone: the base model that the fleet serves."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from protocol.wire.messages.base import Packed, Task, Wire
+
+OPAQUE = "opaque"
+"""Kind of a linear layer whose weights cannot be read, such as a quantised one: adapters can only add to its output."""
+
+
+class SiteShape(Packed, frozen=True):
+    """A part of the model that an adapter can change, as the model names it."""
+
+    name: str  # "model.layers.0.self_attn.q_proj"; of a parameter with the parameter: "….mlp.experts.gate_up_proj"
+    in_features: int  # of an embedding: its entries; of a norm: its width
+    out_features: int
+    kind: Literal["linear", "conv1d", "opaque", "embedding", "norm", "parameter"] = "linear"  # opaque: see `OPAQUE`
+    has_bias: bool = False
+    num_experts: int = 0  # of a parameter: matrices in it
+
+
+class ServedModel(Wire, frozen=True):
+    """What the fleet serves: enough to validate requests and adapters without the weights."""
+
+    model: str  # as given to the worker
+    name: str  # served name
+    fingerprint: str  # of config and weight layout; workers with another one refuse to join
+    model_type: str
+    vocab_size: int
+    max_model_len: int  # tokens of prompt + output that a worker's cache can hold
+    sites: list[SiteShape]
+    dtype: str = ""
+    tied_embeddings: bool = False
+    created_ms: int = 0
+    device: str = ""  # "cpu" or "cuda"
+    task: Task = "generate"
+    labels: list[str] = []  # of `classify`, by index
+    width: int = 0  # of `embed`: entries of a vector
+    unit_length: bool = False  # of `embed`: whether vectors are normalised to length 1

@@ -1,0 +1,60 @@
+"""Gateway to queue, scheduler and worker: a request."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from protocol.wire.messages.base import Task, Wire
+
+
+class Sampling(Wire, frozen=True):
+    """How tokens are chosen. The gateway has checked the ranges."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    seed: int = 0  # always set by the gateway: noise is a function of (seed, position)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    num_logprobs: int | None = None  # top logprobs per token besides the chosen one's; None: no logprobs at all
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    penalties: Literal["openai", "lorax"] = "openai"  # what frequency and presence count, see `sampling._adjust_`
+    watermark: bool = False
+    prompt_logprobs: bool = False  # those of the prompt's tokens too, `num_logprobs` of each; into `Keys.plp`
+    logprobs_of: Literal["model", "choice"] = "model"  # the model's own distribution, or the one drawn from
+
+
+class Body(Wire, frozen=True):
+    """What a worker needs to run a request; lives in `Keys.body`."""
+
+    prompt: bytes  # int32 little endian token ids
+    sampling: Sampling
+    max_new_tokens: int
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    salt: str = ""  # separates the prefix caches of tenants
+    lora_scale: float = 1.0
+    grammar: str = ""  # that the output must follow: llguidance's list of grammars as JSON; "": none
+    task: Task = "generate"  # embed: the log becomes float32 [width]; classify: per prompt token (int32 label, float32)
+
+
+class Submit(Wire, frozen=True):
+    """What a scheduler needs to place a request; also kept in the request's hash to queue it again."""
+
+    rid: str
+    tenant: str
+    cls: str
+    digest: str  # "" for the base model
+    num_prompt_tokens: int
+    max_new_tokens: int
+    deadline_ms: int  # unix time
+    gateway: str  # who gets the tokens; "" when nobody listens (background jobs)
+    stored: bool = False  # lives on without its gateway
+    submitted_ms: int = 0
+    prefix: str = ""  # hash of the prompt's first blocks, for prefix affinity
+    weight: float = 1.0  # the tenant's share relative to others

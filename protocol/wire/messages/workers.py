@@ -1,0 +1,91 @@
+"""Worker to scheduler: ends and heartbeats. Scheduler to gateway: its view of the queue."""
+
+from __future__ import annotations
+
+import msgspec
+
+from protocol.wire.messages.base import Packed, Wire
+
+
+class Ended(Packed, frozen=True):
+    """A request has ended."""
+
+    rid: str
+    wid: str  # "" for an end that its worker did not write
+    epoch: int
+    num_output_tokens: int
+
+
+class StepModel(Wire, frozen=True):
+    """Seconds of a step = a + b·tokens + c·kv_tokens + d·(sum of ranks over distinct adapters), fitted online."""
+
+    a: float = 0.0
+    b: float = 0.0
+    c: float = 0.0
+    d: float = 0.0
+
+    def seconds(self, num_tokens: int, num_kv_tokens: int, sum_ranks: int) -> float:
+        """Return how long a step with this work takes, in seconds."""
+        return self.a + self.b * num_tokens + self.c * num_kv_tokens + self.d * sum_ranks
+
+    def is_worth_a_step(self, num_tokens: int, num_kv_tokens: int) -> bool:
+        """Return whether this work takes longer than the fixed cost of a step."""
+        return self.b * num_tokens + self.c * num_kv_tokens > self.a
+
+
+class WorkerCounters(msgspec.Struct, omit_defaults=True):
+    """Totals since a worker's start. The worker adds to its own; a beat carries a copy."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_computed_tokens: int = 0  # of prompts and outputs, recomputed ones too
+    num_cached_tokens: int = 0  # found in the prefix cache instead
+    num_output_tokens: int = 0
+    num_drafted_tokens: int = 0  # drafted by speculation
+    num_accepted_tokens: int = 0  # of them, those that were accepted
+    num_evictions: int = 0  # adapters that left the pool for others
+    plan_s: float = 0.0  # choosing the step's tokens, advancing adapter loads
+    inputs_s: float = 0.0  # building and sending the work lists
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+    mask_s: float = 0.0  # of `sample_s`, computing which tokens grammars allow
+    finish_s: float = 0.0  # stop checks and outputs
+    publish_s: float = 0.0  # making steps durable and visible, while the next ones are computed
+
+
+class WorkerBeat(Wire, frozen=True):
+    """A worker's state, once a second and on change."""
+
+    wid: str  # unique per process start
+    name: str  # stable across restarts: a new wid with the same name means the old one is gone
+    capacity: int  # requests it would hold at once
+    running: int = 0
+    waiting: int = 0
+    waiting_adapter: int = 0  # of `waiting`, those whose adapter is being loaded; they take no capacity
+    progress: list[tuple[str, int]] = []  # (rid, output tokens so far) of all requests it holds
+    kv_blocks_free: int = 0
+    kv_blocks_total: int = 0
+    pool_bytes_free: int = 0
+    pool_bytes_total: int = 0
+    step_model: StepModel = StepModel()
+    resident: list[str] = []
+    loading: list[str] = []
+    host: list[str] = []
+    pinned: dict[str, str] = {}  # digest to keep in the pool -> why it is not there, "" if it is or is coming
+    num_loads: int = 0  # adapters copied into the pool since its start
+    num_fetches: int = 0  # adapters fetched from a store
+    counters: WorkerCounters = msgspec.field(default_factory=WorkerCounters)
+    draining: bool = False
+    sent_ms: int = 0
+
+
+class SchedulerStatus(Wire, frozen=True):
+    """The leader's view, for admission, job positions and metrics."""
+
+    queued: int
+    running: int
+    workers: int
+    drain_rate: float  # requests finished per second while others waited; 0: not known yet
+    queued_tokens: int = 0
+    queued_batch: int = 0  # of `queued`, those of class batch
+    sent_ms: int = 0
