@@ -28,9 +28,9 @@ PORT = 7001
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def memory() -> Iterator[MemoryGroup | None]:
-    """The group that limits the memory of `near`; None where there are none."""
+    """A new group that limits the memory of `near`, which ends with it; None where there are none."""
     if not os.access(MEMORY, os.W_OK):
         yield None
         return
