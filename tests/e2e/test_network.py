@@ -1,6 +1,6 @@
-"""A worker on another host whose cable is pulled: packets are lost, nothing is refused, nobody is told.
+"""A worker on another host whose cable is pulled, so that packets are lost without an error for either side.
 
-And one that the kernel kills because it takes too much memory.
+And a worker that the kernel kills because it uses too much memory.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ PORT = 7001
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def memory() -> Iterator[MemoryGroup | None]:
-    """What the memory of `near` is limited by."""
+    """A new group that limits the memory of `near`, which ends with it; None where there are none."""
     if not os.access(MEMORY, os.W_OK):
         yield None
         return
@@ -39,10 +39,8 @@ def memory() -> Iterator[MemoryGroup | None]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def hosts_and_fleet(
-    tmp_path_factory: pytest.TempPathFactory, memory: MemoryGroup | None
-) -> AsyncIterator[tuple[Host, ProcessFleet]]:
-    """Worker `far` reaches the queue through a cable; `near` is beside it."""
+async def started(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Host, ProcessFleet]]:
+    """A fleet on the host `near` whose worker `far` reaches the queue through a cable, from another host."""
     folder: Path = tmp_path_factory.mktemp("fleet")
     model = make_tiny_model(folder / "model", max_len=12_000)
     make_adapter(folder / "adapters" / "one", model, seed=1)
@@ -65,6 +63,30 @@ async def hosts_and_fleet(
                 await running.close()
 
 
+@pytest_asyncio.fixture(loop_scope="module")
+async def hosts_and_fleet(started: tuple[Host, ProcessFleet]) -> tuple[Host, ProcessFleet]:
+    """The fleet with its cable, with `far` as its only worker, whatever an earlier test did to it."""
+    near, fleet = started
+    near.run("ip link set cable1 up")
+    if not fleet.members["far"].is_running:
+        fleet.start("worker", "far")
+    if "near" in fleet.members:
+        fleet.kill("near")
+
+        async def is_gone() -> bool:
+            return not await running_on(fleet, "near", 0)
+
+        await wait_until(is_gone, "the near worker is not heard of any more")
+    await wait_until(lambda: fleet.is_up(fleet.members["far"]), "the far worker is up", timeout_s=60)
+    return started
+
+
+def start_near(near: Host, fleet: ProcessFleet, memory: MemoryGroup | None) -> None:
+    """Start the worker `near` on the host of the queue, with limited memory where that is possible."""
+    fleet.add("worker", "near").within = (*(memory.within if memory else ()), *near.within)
+    fleet.start("worker", "near")
+
+
 async def ask(fleet: ProcessFleet, model: str) -> Call:
     client = Client(fleet.urls)
     wanted = Ask(model, "Once upon a time", NUM_TOKENS, tuple(GREEDY.items()))
@@ -81,7 +103,7 @@ async def running_on(fleet: ProcessFleet, name: str, least: int = 1) -> bool:
     return any(beat.name == name and beat.running >= least for beat in beats)
 
 
-async def test_a_network_cut_moves_streams_and_a_worker_from_behind_it_joins_again(
+async def test_a_network_cut_moves_streams_and_its_worker_joins_again(
     hosts_and_fleet: tuple[Host, ProcessFleet], memory: MemoryGroup | None
 ) -> None:
     near, fleet = hosts_and_fleet
@@ -90,8 +112,7 @@ async def test_a_network_cut_moves_streams_and_a_worker_from_behind_it_joins_aga
     streams = [asyncio.create_task(ask(fleet, model)) for model in ("base", "one") * 2]
     await wait_until(lambda: running_on(fleet, "far"), "the far worker runs them", timeout_s=60)
     near.run("ip link set cable1 down")
-    fleet.add("worker", "near").within = (*(memory.within if memory else ()), *near.within)
-    fleet.start("worker", "near")  # only now: so the streams must move here
+    start_near(near, fleet, memory)  # only now, so the streams must move here
     for call in await asyncio.gather(*streams):
         assert len(call.attempts) == 1, "the client did not notice"
         assert call.attempts[-1].text == right[call.ask.model]
@@ -111,7 +132,9 @@ async def test_a_worker_that_the_kernel_kills_for_its_memory_loses_no_stream(
     """One that comes later takes what `near` had begun."""
     if memory is None:
         pytest.skip(f"{MEMORY}, the memory controller of cgroups v1, is not there or may not be written to")
-    _, fleet = hosts_and_fleet
+    near, fleet = hosts_and_fleet
+    start_near(near, fleet, memory)
+    await wait_until(lambda: fleet.is_up(fleet.members["near"]), "the near worker is up", timeout_s=60)
     right = {model: (await ask(fleet, model)).attempts[-1].text for model in ("base", "one")}
     fleet.signal("far", signal.SIGTERM)
     await wait_until(lambda: not fleet.members["far"].is_running, "the far worker has left", timeout_s=60)
