@@ -16,14 +16,15 @@ from starlette.types import Receive, Scope, Send
 from gateway.calls.writers import comment, event
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape, error_of
 from gateway.http.sse import STREAM_HEADERS, GenerationResponse
+from gateway.overload.admission import is_inbound
 from protocol.runtime.metrics import CLIENTS_GONE
 
 
 class KeepAliveResponse(Response):
     """Becomes the response that an answer comes to.
 
-    Nothing is sent for `keepalive_s`, so that what goes wrong until then is raised and becomes an HTTP error. After
-    that a stream gets its headers, a comment each `keepalive_s`, and what goes wrong as an event.
+    Nothing is sent for `keepalive_s`, nor while the call is inbound, so that what goes wrong until then is raised and
+    becomes an HTTP error. After that a stream gets its headers, a comment each `keepalive_s`, and an error as an event.
     """
 
     def __init__(
@@ -39,22 +40,20 @@ class KeepAliveResponse(Response):
         self._stream = stream
         self._keepalive_s = keepalive_s
         self._errors = errors
+        self._has_headers = False
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response. Raises what goes wrong before anything is sent."""
         answer = asyncio.create_task(self._answer)
-        has_headers = False
         try:
             await asyncio.wait([answer], timeout=self._keepalive_s)
-            if not answer.done():
-                has_headers = self._stream
-                if not await self._keep_alive(answer, receive, send):
-                    CLIENTS_GONE.inc()
-                    return
+            if not answer.done() and not await self._keep_alive(answer, receive, send):
+                CLIENTS_GONE.inc()
+                return
             response = answer.result()
         except Exception as failure:
-            if not has_headers:
+            if not self._has_headers:
                 raise
             body = event(self._errors.body(error_of(failure)))
             await send({"type": "http.response.body", "body": body, "more_body": False})
@@ -62,25 +61,30 @@ class KeepAliveResponse(Response):
         finally:
             await _end(answer)
         if isinstance(response, GenerationResponse):
-            response.started = has_headers
+            response.started = self._has_headers
         await response(scope, receive, send)
 
     async def _keep_alive(self, answer: asyncio.Task[Response], receive: Receive, send: Send) -> bool:
         """Wait until the answer is there; False when the client leaves first."""
         client = asyncio.create_task(_disconnected(receive))
         try:
-            if self._stream:
-                await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
             while not answer.done():
                 if client.done():
                     return False
-                if self._stream:
-                    frame = comment("its adapter is being fetched")
-                    await send({"type": "http.response.body", "body": frame, "more_body": True})
+                if self._stream and not is_inbound():
+                    await self._send_comment(send)
                 await asyncio.wait([answer, client], timeout=self._keepalive_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await _end(client)
         return True
+
+    async def _send_comment(self, send: Send) -> None:
+        """Send a comment, after the headers if they have not been sent."""
+        if not self._has_headers:
+            self._has_headers = True
+            await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+        frame = comment("its adapter is being fetched")
+        await send({"type": "http.response.body", "body": frame, "more_body": True})
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -71,6 +71,12 @@ _CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
 """The call that the current task works for."""
 
 
+def is_inbound() -> bool:
+    """Return whether the current task's call is on its way to the queue, which may still refuse it."""
+    call = _CALL.get()
+    return call is not None and call.inbound
+
+
 @dataclass(slots=True)
 class _Queue:
     """What this gateway knows of the requests of one class."""

@@ -11,7 +11,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from starlette.responses import Response
 
 from gateway.http.keep_alive import KeepAliveResponse
-from protocol.wire.errors import NotFound
+from gateway.overload.admission import Admission
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import NotFound, Overloaded
 
 
 @pytest.mark.parametrize(
@@ -80,3 +82,36 @@ async def test_an_answer_has_ended_when_its_client_has_left(stream: bool) -> Non
     await KeepAliveResponse(answer(), stream=stream, keepalive_s=0.01)({"type": "http"}, receive, send)
     assert ended
     assert asyncio.all_tasks() == before
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_stream_has_no_headers_before_its_call_may_still_be_refused(waits: bool) -> None:
+    """On its way to the queue it may; one that waits for its adapter is kept alive."""
+    admission = Admission(Settings(), lambda: None, lambda: 0.0)
+    go, sent = asyncio.Event(), list[dict[str, Any]]()
+
+    async def answer() -> Response:
+        if waits:
+            admission.leave_inbound()
+        await go.wait()
+        raise Overloaded("the queue is full", 1.0)
+
+    async def receive() -> dict[str, Any]:
+        if not waits:
+            go.set()  # it is asked for once the answer is late
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        go.set()
+
+    with admission.enter():
+        response = KeepAliveResponse(answer(), stream=True, keepalive_s=0.01)
+        if waits:
+            await response({"type": "http"}, receive, send)
+            assert sent[0]["status"] == 200
+        else:
+            with pytest.raises(Overloaded):
+                await response({"type": "http"}, receive, send)
+            assert sent == []

@@ -87,10 +87,11 @@ async def test_a_client_that_leaves_while_its_call_is_submitted_is_cancelled(
     async with (
         running_gateway(bus, model_folder, keepalive_s=0.02) as gateway,
         httpx2.AsyncClient(base_url=gateway.url) as http,
+        asyncio.TaskGroup() as group,
     ):
-        async with http.stream("POST", "/v1/completions", json={**COMPLETION, "stream": True}) as answer:
-            assert answer.status_code == 200
-            await wait_until(lambda: fleet.seen, "the queue has it")
+        asked = group.create_task(http.post("/v1/completions", json={**COMPLETION, "stream": True}))
+        await wait_until(lambda: fleet.seen, "the queue has it")
+        asked.cancel()
         await wait_until(lambda: is_in_state(bus, fleet.seen[0][0].rid, "cancelled"), "the queue knows")
 
 
