@@ -67,7 +67,7 @@ class AttentionLayer(Protocol):
 
 
 class PagedLayer:
-    """One attention call's share of the KV cache."""
+    """The attention of one call in each step, with its part of the KV cache."""
 
     def __init__(
         self, call: AttentionCall, context: StepContext, impl: ops.Impl | None, owner: PagedLayer | None = None

@@ -31,7 +31,7 @@ class MergeInput:
     @property
     def rank(self) -> int:
         """The rank that PEFT takes the adapter to have: the largest one in its config."""
-        return max(self.config.r, *self.config.ranks.numbers.values())
+        return max((self.config.r, *self.config.ranks.numbers.values()))
 
 
 @dataclass(frozen=True, slots=True)

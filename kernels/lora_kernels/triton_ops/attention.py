@@ -92,6 +92,7 @@ def attention_kernel(
     WINDOW: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    """Write the attention of a tile of queries over its keys, by an online softmax; a part of it when SPLIT."""
     kv_head = tl.program_id(1)
     num_kv_heads = tl.num_programs(1)
     split = tl.program_id(2)
@@ -203,6 +204,7 @@ def reduce_kernel(
     DECODE_QUERIES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    """Join the parts of split decodes, in order: their sums weighted by exp2 of their maxima, and the sinks."""
     seq = tl.program_id(0)
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)

@@ -82,6 +82,7 @@ def shrink_kernel(
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    """planes[split, site, i] = x[rows[i]] @ A.T over the split's part of K, for every row of every tile."""
     site = tl.program_id(1) % NUM_SITES
     rank_program = tl.program_id(1) // NUM_SITES
     num_rank_programs = tl.num_programs(1) // NUM_SITES
@@ -155,6 +156,7 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    """outs[site][rows[i]] += scale * planes[:, site, i].sum(0) @ B, for every row of every tile."""
     # Axis 1 runs over the column blocks of all sites one after the other: no program is empty for a narrow sibling.
     block = tl.program_id(1)
     site = 0

@@ -37,6 +37,7 @@ def kv_write_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Write BLOCK_H heads of one token to its cache slot. See `ops.kv_write_`."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
     if slot < 0:
@@ -66,6 +67,7 @@ def rms_norm_kernel(
     PLUS_ONE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Normalize one row. See `ops.rms_norm`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < size
@@ -99,6 +101,7 @@ def rotary_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Rotate BLOCK_H heads of one token. See `ops.rotary_`."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
@@ -129,6 +132,7 @@ def gated_act_kernel(
     ACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Compute a block of one row of outputs. See `ops.gated_act`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size

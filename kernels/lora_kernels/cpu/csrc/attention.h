@@ -22,7 +22,7 @@ inline const T* cache_block(const AttentionArgs& args, const AttentionTask& task
   return static_cast<const T*>(cache) + (block * args.kv_heads + task.kv_head) * kBlockTokens * dim;
 }
 
-// The block that takes the place of the one at `key` a round later: of this task, else of the next one's first round.
+// The block that the next round reads in the place of the one at `key`: of this task, or else of the next task.
 template <typename T>
 inline const T* block_after(const AttentionArgs& args, const AttentionTask& task, const AttentionTask* next,
                             const void* cache, int64_t dim, int64_t key) {
@@ -133,8 +133,8 @@ struct AttentionScratch {
   }
 };
 
-// Packs the keys and values [key, key + num_keys), num_keys <= kKeys. The blocks of the round after are asked for
-// in between, a block at a time: all at once, the requests would hold up the work until they are answered.
+// Packs the keys and values [key, key + num_keys), num_keys <= kKeys. The blocks of the next round are
+// prefetched in between, one at a time: all at once, they would stall the computation until they have arrived.
 template <typename T>
 inline void pack_round(const AttentionArgs& args, const AttentionTask& task, const AttentionTask* next, int64_t key,
                        int64_t num_keys, const AttentionScratch<Product<T>>& s) {

@@ -164,7 +164,7 @@ void lora_add_(at::TensorList outs, const Tensor& x, at::TensorList a_rows, at::
                 groups[i]};
   }
   const int32_t* num_tiles = ints<int32_t>(counts, "counts") + 2;
-  const bool large = num_tiles[1] >= 2 * at::get_num_threads();  // else there would be too few to share out
+  const bool large = num_tiles[1] >= 2 * at::get_num_threads();  // else there are too few for all threads
   active->lora_add({
       .dtype = dtype_of(x),
       .x = rows_of(x, "x"),

@@ -162,7 +162,7 @@ const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
 
 // Runs task(context, i) for i in [0, num_tasks), on as many threads as torch would use or on up to num_threads;
-// neighbours mostly on one thread, in order.
+// neighbouring tasks mostly on one thread, in order.
 void run_tasks(int64_t num_tasks, void (*task)(const void* context, int64_t index), const void* context);
 void run_tasks(int num_threads, int64_t num_tasks, void (*task)(const void* context, int64_t index),
                const void* context);

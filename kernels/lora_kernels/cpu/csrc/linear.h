@@ -1,8 +1,8 @@
 // bf16 matrix product with a packed weight. Included inside the instruction set's namespace.
 //
 // A panel holds kPanel output columns for every pair of inputs, so one pass over a panel needs one load per vector of
-// weights and one broadcast per row. Rows are cut evenly into tiles that fill the register file. With few rows the
-// weights' way from memory decides: while a panel is computed, its first tile prefetches the next.
+// weights and one broadcast per row. Rows are cut evenly into tiles that fill the register file. With few rows, reading
+// the weights from memory takes the time: while a panel is computed, its first tile prefetches the next.
 #pragma once
 
 constexpr int kPanelVecs = kPanel / kLanes;
@@ -72,7 +72,7 @@ inline void linear_tile(const LinearArgs& args, int64_t row, int64_t panel, bool
 void linear(const LinearArgs& args) {
   if (args.rows == 0) return;
   const int64_t panels = ceil_div(args.out_features, kPanel);
-  // Rows of x that stay in the second-level cache while all panels pass by.
+  // Rows of x that stay in the second-level cache while all panels are read.
   const int64_t block_rows = min(args.rows, max(8 * kMaxRows, 256 * 1024 / args.in_features));
   const int64_t row_blocks = ceil_div(args.rows, block_rows);
   run(row_blocks * panels, [&](int64_t task) {

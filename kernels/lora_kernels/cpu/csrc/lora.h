@@ -34,7 +34,7 @@ struct LoraTile {
     const int64_t num_rows = rank(site), width = args.in_features;
     for (int64_t j = 0; j < num_rows; j += kStep) {
       const int64_t n = min(kStep, num_rows - j), offset = j % kPageRows;
-      // The rows of B that expand will want come in while A is at work.
+      // Prefetches the rows of B that expand needs while A is multiplied.
       prefetch(page(site, site.b_rows, j / kPageRows, site.width) + offset * site.width, n * site.width * sizeof(T));
       const T* a = page(site, site.a_rows, j / kPageRows, width) + offset * width;
       dots(x, count, a, width, n, width, hidden + j, stride);

@@ -1,5 +1,5 @@
-// A run of pre-norm decoder layers as one call. Layer by layer from Python a step crosses between the interpreter and
-// the kernels some two hundred times; whatever else the process runs meanwhile can take the interpreter each time.
+// Consecutive pre-norm decoder layers as one call. Run layer by layer from Python, a step crosses between the
+// interpreter and the kernels some two hundred times, and each time another thread may take the interpreter.
 #include <ATen/ops/linear.h>
 #include <torch/custom_class.h>
 

@@ -2,7 +2,7 @@
 //
 // Tasks are claimed one by one from a published job, and the caller waits for claimed tasks only. With OpenMP every
 // operation ends in a barrier that all threads must reach: a thread whose core another process holds stops the step
-// until it is scheduled again. Here it just claims nothing.
+// until it is scheduled again. Here such a thread claims no task.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -21,10 +21,10 @@ constexpr int kMaxThreads = 256;
 constexpr int64_t kMaxTasks = 1 << 20;  // of one job
 // A helper that waits for work keeps its core this long: the next operation of a step comes within microseconds.
 constexpr auto kSpin = std::chrono::microseconds(100);
-constexpr int kPatience = 2000;  // pauses of a caller before it offers its core to whoever holds up its helper
+constexpr int kPatience = 2000;  // pauses after which a waiting caller yields its core, which may be a helper's too
 
 // A run of neighbouring tasks: job number << 40 | next task << 20 | end. A claim is one compare-and-swap of the word,
-// so a helper that wakes up late cannot claim from a job that is over. (The number returns after 16 million jobs.)
+// so a helper that wakes up late cannot claim from a job that is over. (Job numbers repeat after 16 million jobs.)
 struct alignas(64) Run {
   std::atomic<uint64_t> word{0};
 };
