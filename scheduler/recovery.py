@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import cast
 
 import msgspec
 
@@ -99,7 +100,7 @@ class Recovery:
             loose = msgspec.msgpack.decode(entry[1].get(b"b", b""))
         except msgspec.MsgspecError:
             return
-        rid = loose.get("rid") if isinstance(loose, dict) else None
+        rid = cast("dict[object, object]", loose).get("rid") if isinstance(loose, dict) else None
         if isinstance(rid, str):
             await self._bus.finish(rid, "failed", "error", Internal(f"the request could not be read: {reason}"))
 
@@ -143,7 +144,8 @@ class Recovery:
                 pipe.hmget(key, "state", "owner")
             facts: list[tuple[bytes | None, bytes | None]] = await pipe.execute()
             owned = [(key, owner) for key, (state, owner) in zip(found, facts, strict=True) if state == b"assigned"]
-            registered = {wid.encode() for wid in await bus.members(bus.keys.workers)} if owned else set()
+            members = await bus.members(bus.keys.workers) if owned else []
+            registered = {wid.encode() for wid in members}
             for key, owner in owned:
                 if owner and owner not in registered:
                     rid = key.decode().removeprefix(prefix)

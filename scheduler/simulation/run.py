@@ -30,7 +30,7 @@ class Arrival:
 class SimulationResult:
     """The requests of a run, and its totals. Times in ms of virtual time."""
 
-    requests: list[SimulatedRequest] = field(default_factory=list)
+    requests: list[SimulatedRequest] = field(default_factory=list[SimulatedRequest])
     end_ms: float = 0.0
     num_loads: int = 0  # adapters copied into pools
     num_fetches: int = 0  # adapters fetched from the store
