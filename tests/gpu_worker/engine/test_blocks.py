@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from gpu_worker.engine.blocks import BlockPool, chain_hash, chain_seed
+from lora_kernels import ops
+from protocol.runtime.settings import BLOCK_TOKENS
 
 NUM_BLOCKS = 8
 
@@ -168,3 +170,8 @@ def test_a_leak_is_found() -> None:
         pool.check_integrity([blocks[:1]])
     with pytest.raises(AssertionError, match="references"):
         pool.check_integrity([blocks, blocks[:1]])
+
+
+def test_all_parts_mean_blocks_of_the_same_size() -> None:
+    """The kernels import nothing of ours, so the number stands there once more."""
+    assert ops.BLOCK_TOKENS == BLOCK_TOKENS
