@@ -1,4 +1,4 @@
-"""Who should leave the adapter pool: GDSF as the worker's own `PagePool` has it, beside LRU, on Zipf traces.
+"""Which adapters to evict from the pool: GDSF, as the worker's `PagePool` has it, beside LRU, on Zipf traces.
 
 `python -m benchmarks.eviction --json FILE`. Simulated, no model: a request takes a reference to its adapter, some
 requests run at once, an adapter that is not in the pool has to be loaded. Seeded: every run gives the same numbers.
@@ -26,7 +26,7 @@ BYTES_PER_S = 2e8
 
 @dataclass(slots=True)
 class LruPool(PagePool):
-    """A pool whose least recently used adapter leaves."""
+    """A pool that evicts the least recently used adapter."""
 
     num_touches: int = 0
 
@@ -36,8 +36,8 @@ class LruPool(PagePool):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a trace cost under one policy."""
+class PolicyCost:
+    """The cost of a trace under one policy."""
 
     policy: str
     zipf: float
@@ -71,7 +71,7 @@ def play(policy: str, trace: np.ndarray, pages: Sequence[int], *, capacity: int,
             hits[i] = True
         else:
             while pool.reserve(digest, (pages[adapter],)) is None:
-                pool.release(running.popleft())  # those in use never leave: it waits for one of them
+                pool.release(running.popleft())  # adapters in use are never evicted: it waits until one is released
             pool.publish(digest)
         pool.acquire(digest)
         running.append(digest)
@@ -84,7 +84,9 @@ def load_s(num_pages: int) -> float:
     return LATENCY_S + num_pages * PAGE_BYTES / BYTES_PER_S
 
 
-def run(policy: str, zipf: float, *, num_adapters: int, num_slots: int, num_requests: int, num_running: int) -> Outcome:
+def run(
+    policy: str, zipf: float, *, num_adapters: int, num_slots: int, num_requests: int, num_running: int
+) -> PolicyCost:
     """Play one trace over adapters of all `RANKS`; the first tenth warms the pool and is not counted."""
     random = np.random.default_rng(0)
     trace = zipf_trace(random, num_adapters, num_requests, zipf)
@@ -93,7 +95,7 @@ def run(policy: str, zipf: float, *, num_adapters: int, num_slots: int, num_requ
     warm = num_requests // 10
     hits = play(policy, trace, pages, capacity=capacity, num_running=num_running)[warm:]
     loaded = [pages[adapter] for adapter, hit in zip(trace[warm:], hits, strict=True) if not hit]
-    return Outcome(
+    return PolicyCost(
         policy, zipf, round(float(hits.mean()), 4), len(loaded), sum(loaded) * PAGE_BYTES,
         round(sum(map(load_s, loaded)), 2),
     )  # fmt: skip

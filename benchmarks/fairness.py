@@ -2,10 +2,10 @@
 
     python -m benchmarks.fairness [--model FOLDER] [--short]
 
-One fleet, one worker; without API keys each adapter is a tenant. Twenty quiet tenants ask at Poisson times, about a
-sixth of what the worker can do together, alone and beside a tenant that has 200 requests in flight at all times, in
-turns. Then eight equal tenants have sixteen in flight each: Jain's index of prompt + 2 x output tokens (as the
-scheduler counts them) in the middle of that.
+One worker; without API keys each adapter is a tenant. Twenty quiet tenants together send about a sixth of the requests
+that the worker can do, at Poisson times, in turns alone and beside a tenant that always has 200 requests in flight.
+Then eight equal tenants have sixteen in flight each: Jain's index of prompt + 2 x output tokens (as the scheduler
+counts them) in the middle of that.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ OUTPUT_WEIGHT = 2  # of an output token, beside a prompt's
 
 
 def load(url: str, names: Sequence[str], **fields: Any) -> BenchConfig:
+    """Return a load of these adapters, 64 words in and 64 tokens out."""
     targets = tuple(Target.model(name) for name in names)
     return BenchConfig(url=url, targets=targets, prompt_words=64, output_tokens=64, **fields)
 
@@ -49,6 +50,7 @@ def attained(result: BenchResult, names: Sequence[str]) -> list[float]:
 
 
 def draw(axes: Sequence[Any], ttft_ms: dict[str, np.ndarray], shares: Sequence[float]) -> None:
+    """Fill one panel with the quiet tenants' times to first token, one with the equals' shares of the tokens."""
     for color, (name, values) in zip((report.GREEN, report.ORANGE), ttft_ms.items(), strict=True):
         axes[0].plot(np.sort(values), np.linspace(0, 100, len(values)), color=color, label=name)
     axes[0].set(title="twenty quiet tenants", xlabel="time to first token, ms", ylabel="% of requests")
@@ -67,7 +69,7 @@ def main() -> None:
         adapters = scratch / "adapters"
         make_adapters(model, adapters, [*QUIET, FLOOD], [RANK])
         with fleet(Setup(model, adapters, scratch)) as running:
-            run_bench(load(running.url, [*QUIET, FLOOD], num_requests=42, concurrency=21))  # brings the adapters in
+            run_bench(load(running.url, [*QUIET, FLOOD], num_requests=42, concurrency=21))  # loads the adapters
             full = run_bench(load(running.url, QUIET, num_requests=96, concurrency=32, seed=1))
             rate = full.summary.requests_per_s / 6
             for turn in range(rounds):
@@ -80,7 +82,7 @@ def main() -> None:
                     values += [1e3 * (record.arrivals_s[0] - record.start_s) for record in beside.measured.records]
                     num_flood += len(beside.others)
                     if name != "alone":
-                        run_bench(load(running.url, QUIET, num_requests=1, concurrency=1))  # the rest was given up
+                        run_bench(load(running.url, QUIET, num_requests=1, concurrency=1))
             equals = load(running.url, EQUALS, num_requests=(2 if args.short else 3) * 128, concurrency=128)
             shares = attained(run_bench(equals), EQUALS)
     pooled = {name: np.array(values) for name, values in ttft.items()}

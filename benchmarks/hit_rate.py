@@ -37,22 +37,23 @@ PROMPT = "The weather report for tomorrow:"
 OUTPUT_TOKENS = 8
 WEIGHTS = "adapter_model.safetensors"
 NUM_CHECKED = 50
-MAX_DIFFERENCE = 0.1  # of the hit rate from that of the simulation, that was wanted
+MAX_DIFFERENCE = 0.1  # wanted: relative difference of the hit rate from the simulation's
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What the fleet made of a trace."""
+    """The answers of the fleet to a trace, and their cost."""
 
     texts: list[str]  # by request
     wall_s: float
     num_loads: int
-    num_fetches: int  # of those, with a fetch from the store
+    num_fetches: int  # loads that fetched from the store
     resident: int  # adapters in the pool at the end
     progress: list[tuple[int, int]]  # (answers, loads) so far, about once a second
 
     @property
     def hit_rate(self) -> float:
+        """Share of the requests that needed no copy into the pool."""
         return 1 - self.num_loads / len(self.texts)
 
 

@@ -1,13 +1,14 @@
-"""How well `lorafleet simulate` foretells a real fleet of this machine.
+"""How well `lorafleet simulate` predicts a real fleet on this machine.
 
     python -m benchmarks.prediction [--model FOLDER] [--short]
 
-A fleet of one worker and 32 adapters is asked at Poisson times, twice for less and once for more than it can do. What
-it was asked, and when, is then played to the simulation, with the step-time model that the worker itself had fitted
-before the load, the sizes it reported, and what single requests had taken beside their steps. Nothing is fitted to what
-is foretold. It is then replayed with the model that the worker had fitted by the end of the load, as one would with the
-trace of a fleet to ask what another policy had made of it: what that is nearer by is the machine's change in between.
-And once more with steps that all take 2.5 % longer: a figure which that changes by half could not be the same twice.
+A fleet of one worker and 32 adapters gets requests at Poisson times, in two loads below and one above its capacity. The
+simulation then gets the same requests at the same times, with the step-time model that the worker had fitted before the
+load, the sizes it reported, and the time that single requests took beside their steps ("foretold"): nothing is fitted
+to the figures that are predicted. It is run again with the model that the worker had fitted by the end of the load
+("replayed"), as one would to try another policy on a recorded trace; the difference is what the machine's speed changed
+in between. And once more with steps that all take 2.5 % longer: no two real runs would agree on a figure that this
+changes by half.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ NAMES = [f"adapter-{index}" for index in range(32)]
 RANK = 16
 PROMPT_WORDS, OUTPUT_TOKENS = 64, 64
 SHARES = {"half of capacity": 0.5, "0.8 of capacity": 0.8, "1.25 × capacity": 1.25}
-"""Of what the fleet answers with CONCURRENCY in flight."""
+"""Load in units of the requests per second that the fleet completes with CONCURRENCY in flight."""
 
-AT_ONCE = Bandwidths(host=1e12, remote=1e12, host_ms=0, remote_ms=0)  # the fleet's adapters are in its pool already
+AT_ONCE = Bandwidths(host=1e12, remote=1e12, host_ms=0, remote_ms=0)  # all adapters are resident before the load
 RAMP = (64, 32, 8, 2)
 """Requests in flight, twice each, from which the worker learns how long steps of different sizes take."""
 
 REHEARSAL_S = 60
-"""And then from such a load, with other requests at other times: steps of decodes and one or two prompts, which no
-crowd that begins together makes. So long that nearly all of the 500 steps that a worker remembers are such."""
+"""Seconds of a load like the measured one, with other requests at other times, from which the worker then learns steps
+of decodes with one or two prompts. Nearly all of the 500 steps that its fit remembers are of this kind."""
 
 SIMULATED = {"foretold": report.BLUE, "replayed": report.ORANGE}
 SLOWER = 1.025
-CONCURRENCY = 32  # of the load that shows what the fleet can do
+CONCURRENCY = 32  # of the load that measures the fleet's capacity
 NUM_ALONE = 20
 
 
@@ -60,7 +61,7 @@ def config(url: str, **fields: Any) -> BenchConfig:
 
 
 def trace(result: BenchResult) -> list[Arrival]:
-    """Return what the fleet was asked, as the simulation takes it. Raises RuntimeError on errors."""
+    """Return the requests of a run as the simulation takes them. Raises RuntimeError if some failed."""
     if result.errors:
         raise RuntimeError(f"requests failed: {result.errors}")
     records = sorted(result.records, key=lambda record: record.start_s)
@@ -76,7 +77,7 @@ def trace(result: BenchResult) -> list[Arrival]:
 
 
 def real_figures(result: BenchResult) -> dict[str, float]:
-    """Return what is compared, as measured by the client."""
+    """Return the compared figures, as the client measured them."""
     summary = result.summary
     return {
         "tok/s": summary.output_tokens_per_s, "TTFT p50, ms": summary.ttft.p50_ms, "TTFT p90, ms": summary.ttft.p90_ms,
@@ -87,7 +88,7 @@ def real_figures(result: BenchResult) -> dict[str, float]:
 def simulated_figures(
     arrivals: Sequence[Arrival], model: WorkerModel, facts: dict[str, AdapterFacts]
 ) -> dict[str, float]:
-    """Return the same of a simulation."""
+    """Return the same figures of a simulation."""
     outcome = Simulation(make_dispatcher(POLICIES[0], SchedulerConfig(), facts), model, 1, facts).run(arrivals)
     first = np.array([request.first_ms - request.submitted_ms for request in outcome.requests])
     whole = np.array([request.ended_ms - request.submitted_ms for request in outcome.requests])
@@ -105,7 +106,7 @@ def step_s(running: RunningFleet) -> float:
 
 
 def measure_way_ms(running: RunningFleet) -> float:
-    """Return what a request takes beside its steps: alone, asking for one token, it takes one step."""
+    """Return the ms of a request beside its steps, from single requests for one token, which take one step each."""
     before_s = step_s(running)
     alone = replace(config(running.url, num_requests=NUM_ALONE, concurrency=1, seed=4), output_tokens=1)
     whole_s = sum(record.end_s - record.start_s for record in run_bench(alone).records)
@@ -128,6 +129,7 @@ def slower(model: WorkerModel) -> WorkerModel:
 
 
 def draw(axes: Sequence[Any], results: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Fill one panel per load with the ratios of simulated to real figures."""
     for axis, (load, rows) in zip(axes, results.items(), strict=True):
         names = list(rows["real"])
         for offset, (how, color) in zip((-0.2, 0.2), SIMULATED.items(), strict=True):

@@ -1,4 +1,5 @@
-"""Decides which worker runs which request: fairness, placement, liveness of workers. Never sees weights or text.
+"""The scheduler service: which worker runs which request, fairness between tenants, liveness of workers.
 
-`core.Scheduler` is pure, given the time and fed with messages; `service` connects it to the queue.
+`core.Scheduler` makes all decisions and is pure: it is given the time and messages. `service` and `session` connect it
+to the queue. The service never sees weights or text.
 """

@@ -1,4 +1,4 @@
-"""`python -m scheduler`: one scheduler, until a signal ends it."""
+"""`python -m scheduler`: run one scheduler until a signal ends it."""
 
 import sys
 

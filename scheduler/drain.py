@@ -1,28 +1,33 @@
-"""How fast the fleet works when it has all the work it can do. Pure."""
+"""How many requests per second the workers complete when they are fully used. Pure."""
 
 from __future__ import annotations
 
 from collections import deque
 
 WINDOW_S = 30.0
-"""Busy time that is looked back on: requests may end in waves."""
+"""Busy time over which the rate is measured; long enough for requests that end in waves."""
 
 MIN_WINDOW_S = 3.0
+"""Busy time before a rate is known."""
 
 
 class DrainRate:
-    """Requests that end per second while others wait; an idle fleet says nothing of what it could do."""
+    """Requests that end per second while others are queued; idle workers do not show how many they could complete."""
 
     def __init__(self) -> None:
-        self.rate = 0.0  # 0: not known yet
-        self._spans: deque[tuple[float, int]] = deque()  # (seconds, requests ended in them), of busy time
-        self._last: tuple[float, int] | None = None  # when it was looked last, and how many had ended
+        self.rate = 0.0
+        """Requests per second; 0 while unknown."""
+        self._spans: deque[tuple[float, int]] = deque()  # (seconds, requests ended in them) of busy time
+        self._last: tuple[float, int] | None = None  # time and ended requests at the last call, if requests were queued
 
     def observe(self, now_s: float, num_ended: int, busy: bool) -> None:
-        """Take the number of requests ended so far; `busy`: some are waiting now. Called about once a second."""
+        """Take the number of requests ended so far. To be called about once a second.
+
+        busy: whether requests are queued now.
+        """
         last, self._last = self._last, (now_s, num_ended) if busy else None
         if last is None:
-            return  # nobody waited at the beginning of this span
+            return  # no request was queued at the beginning of this span
         self._spans.append((now_s - last[0], num_ended - last[1]))
         while sum(span_s for span_s, _ in self._spans) - self._spans[0][0] >= WINDOW_S:
             self._spans.popleft()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 
@@ -100,7 +100,7 @@ class Recovery:
             loose: Any = msgspec.msgpack.decode(entry[1].get(b"b", b""))
         except msgspec.MsgspecError:
             return
-        rid = cast(dict[str, Any], loose).get("rid") if isinstance(loose, dict) else None
+        rid = cast("dict[object, object]", loose).get("rid") if isinstance(loose, dict) else None
         if isinstance(rid, str):
             await self._bus.finish(rid, "failed", "error", Internal(f"the request could not be read: {reason}"))
 

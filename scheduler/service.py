@@ -1,7 +1,7 @@
-"""The scheduler on the queue: one leads, the others stand by and take over when its lock runs out.
+"""The scheduler on the queue: one process leads, the others stand by and take over when its lease runs out.
 
-A leadership is one `Session`. It begins by reading what is there, so that nothing has to survive it, and ends when
-the lock or the connection is lost; then a new one begins, here or in a standby.
+A leadership is one `Session`. It begins by reading the queue's state, so that nothing has to survive it, and ends when
+the lease or the connection is lost; then a new one begins, here or in a standby.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings
 from scheduler.core import SchedulerConfig
 from scheduler.fairness import VirtualTokenCounters
-from scheduler.session import Deposed, Lock, Session
+from scheduler.session import Deposed, Lease, Session
 
 logger = logging.getLogger(__name__)
 
 LEASE_MS = 2500
 TRY_S = 0.25
-"""A standby leads at most LEASE_MS + TRY_S after the leader's last sign of life, which is under 3 s."""
+"""Pause between a standby's attempts: it leads at most LEASE_MS + TRY_S, less than 3 s, after the last renewal."""
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> int:
@@ -52,16 +52,16 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
 async def _lead(
     bus: Bus, settings: Settings, candidate: str, counters: VirtualTokenCounters, stop: asyncio.Event
 ) -> None:
-    """Try to take the lock; if that works, lead until `stop` and give it back."""
+    """Try to get the lease; if that works, lead until `stop` and give it back."""
     token = await bus.lead("", candidate, LEASE_MS)
     if not token:
         return
     await bus.check()
-    await bus.restarted()  # from now on
+    await bus.restarted()  # only later restarts count
     logger.info("leading as %s", token)
     metrics.SCHEDULER_LEADS.set(1)
     try:
-        await Session(bus, settings, Lock(token, candidate, LEASE_MS), counters).run(stop)
-        await bus.lead(token, candidate, 0)  # a lease of 0 ms gives the lock back
+        await Session(bus, settings, Lease(token, candidate, LEASE_MS), counters).run(stop)
+        await bus.lead(token, candidate, 0)  # a duration of 0 ms gives the lease back
     finally:
         metrics.SCHEDULER_LEADS.set(0)

@@ -1,9 +1,9 @@
 """One leadership: messages from the queue to the pure scheduler, its assignments back to the queue.
 
 Five loops: `_read` feeds the `Scheduler` with what was submitted and what has ended, `_dispatch` assigns what it
-plans, `_watch` looks after beats, deaths and deadlines, `_renew` keeps the lock, `_search` finds what belongs to
-nobody. What arrives while an assignment is on its way goes into the next one together: under load batches grow by
-themselves, an idle queue waits for nothing.
+plans, `_watch` looks after beats, deaths and deadlines, `_renew` renews the lease, `_search` finds requests whose
+worker is unknown. Requests that arrive while an assignment is written go into the next one together: batches grow
+under load, and an idle queue adds no delay.
 """
 
 from __future__ import annotations
@@ -31,38 +31,44 @@ from scheduler.request import QueuedRequest
 logger = logging.getLogger(__name__)
 
 WATCH_S = 0.5
+"""Pause between looks at beats and deadlines."""
+
 SEARCH_AGAIN_S = 30.0
 """By then every write has arrived that was on its way when the queue restarted."""
+
 READ_BLOCK_MS = 1000
 COALESCE_S = 0.003
-"""Pause between plans while something is left over, so that a full fleet does not cost a plan for every end."""
+"""Pause between plans while requests are queued, so that busy workers do not cost one plan per ended request."""
 
 GATEWAY_GRACE_S = 2.0
 """Silence after which a gateway whose beat has expired counts as dead."""
 
 WORK_STREAM_TTL_S = 3600
+"""Life time of a worker's streams after their last use."""
+
 STATUS_TTL_MS = 5000
+"""Life time of the published status."""
 
 
 class Deposed(Exception):
-    """The lock belongs to somebody else, or to nobody."""
+    """The lease has run out, and another scheduler may lead."""
 
 
 @dataclass(frozen=True, slots=True)
-class Lock:
-    """The leadership as this process holds it."""
+class Lease:
+    """The leadership as this process holds it. It ends `duration_ms` after it was last renewed."""
 
-    token: str
-    candidate: str
-    lease_ms: int
+    token: str  # names this leadership; every assignment carries it (fencing)
+    candidate: str  # names this process
+    duration_ms: int
 
 
 class Session:
-    """A leadership, from taking the lock to losing it."""
+    """A leadership, from getting the lease to losing it."""
 
-    def __init__(self, bus: Bus, settings: Settings, lock: Lock, counters: VirtualTokenCounters) -> None:
+    def __init__(self, bus: Bus, settings: Settings, lease: Lease, counters: VirtualTokenCounters) -> None:
         self._bus = bus
-        self._lock = lock
+        self._lease = lease
         self.scheduler = Scheduler(SchedulerConfig.of(settings), counters)
         self._recovery = Recovery(bus, self.scheduler, settings.max_attempts)
         self._last_ids: dict[str, bytes] = {}
@@ -81,7 +87,7 @@ class Session:
                     for loop in (self._read(), self._dispatch(), self._watch(), self._renew(), self._search())
                 ]
                 await stop.wait()
-                async with self._assigning:  # let an assignment on its way arrive
+                async with self._assigning:  # let a started assignment be written
                     for task in tasks:
                         task.cancel()
         except ExceptionGroup as group:
@@ -95,7 +101,7 @@ class Session:
     # ------------------------------------------------------------ in
 
     async def _read(self) -> None:
-        """Feed the scheduler with submissions and ends."""
+        """Feed the scheduler with submitted and ended requests."""
         keys = self._bus.keys
         while True:
             found = await self._bus.streams.read(self._last_ids, block_ms=READ_BLOCK_MS)
@@ -127,7 +133,7 @@ class Session:
             self.scheduler.submit(sub, epoch, attempts)
 
     async def _learn(self, digests: Iterable[str]) -> None:
-        """Look up adapters that are asked for the first time."""
+        """Look up the rank and size of adapters that are not known yet."""
         new = self.scheduler.placement.unknown(digests)
         if not new:
             return
@@ -142,7 +148,7 @@ class Session:
     # ------------------------------------------------------------ out
 
     async def _dispatch(self) -> None:
-        """Assign whenever something has changed."""
+        """Plan and assign whenever something has changed."""
         again_ms: float | None = None
         while True:
             if again_ms is None:
@@ -163,22 +169,22 @@ class Session:
                             group.create_task(self._assign(wid, batch))
             if self.scheduler.backlog.num_queued:
                 await asyncio.sleep(COALESCE_S)
-            orders = [(wid, m.Control(kind="prefetch", digest=digest)) for wid, digest in plan.prefetches]
-            orders += [(wid, m.Control(kind="queued", digests=digests)) for wid, digests in plan.queued]
-            if orders:
-                await self._bus.streams.tell(orders)
+            controls = [(wid, m.Control(kind="prefetch", digest=digest)) for wid, digest in plan.prefetches]
+            controls += [(wid, m.Control(kind="queued", digests=digests)) for wid, digests in plan.queued]
+            if controls:
+                await self._bus.streams.tell(controls)
 
     async def _assign(self, wid: str, batch: list[QueuedRequest]) -> None:
         """Write one assignment; what cannot be assigned goes back to the backlog."""
         pairs = [(_assigned(request), request.epoch) for request in batch]
-        status, stale = await self._bus.assign(wid, pairs, leader=self._lock.token)
+        status, stale = await self._bus.assign(wid, pairs, leader=self._lease.token)
         if status == "ok":
             _count(batch)
             return
         if status == "deposed":
             raise Deposed
         if status == "gone":
-            # A worker that was taken for dead and lives: give it a new stream; its next beat brings it back.
+            # The worker was declared dead but is alive: create its streams again; its next beat makes it available.
             logger.warning("worker %s has no work stream", wid)
             self.scheduler.workers.set_unreachable(wid)
             await self._bus.streams.create(self._bus.keys.work(wid), WORK_STREAM_TTL_S)
@@ -189,14 +195,14 @@ class Session:
     # ------------------------------------------------------------ watch
 
     async def _renew(self) -> None:
-        """Keep the lock."""
+        """Renew the lease. Raises Deposed when it is lost, ConnectionError when the queue was restarted."""
         while True:
-            lock = self._lock
-            if await self._bus.lead(lock.token, lock.candidate, lock.lease_ms) != lock.token:
+            lease = self._lease
+            if await self._bus.lead(lease.token, lease.candidate, lease.duration_ms) != lease.token:
                 raise Deposed
-            if await self._bus.restarted():  # and a new connection may have hidden it: begin from what is there
-                raise ConnectionError("the queue was started anew")
-            await asyncio.sleep(lock.lease_ms / 5000)
+            if await self._bus.restarted():  # a reconnection may have hidden it; a new session reads the queue's state
+                raise ConnectionError("the queue was restarted")
+            await asyncio.sleep(lease.duration_ms / 5000)
 
     async def _search(self) -> None:
         """Look for requests that belong to nobody. Only a restart of the queue makes them, and begins a new session."""
@@ -226,7 +232,7 @@ class Session:
 
     async def _watch_workers(self, elapsed_s: float) -> None:
         for wid in self.scheduler.beats(await self._bus.members.worker_beats(), elapsed_s):
-            # An assignment on its way to it would be deleted unseen.
+            # Not while an assignment is written: one to this worker would be deleted unread.
             async with self._assigning:
                 await self._recovery.bury(wid)
 
@@ -258,7 +264,7 @@ class Session:
 
 
 def _count(batch: list[QueuedRequest]) -> None:
-    """Tell the metrics of an assignment."""
+    """Count an assignment in the metrics."""
     num_ready = sum(request.ready for request in batch)
     metrics.ASSIGNED.labels(metrics.ADAPTER_THERE).inc(num_ready)
     metrics.ASSIGNED.labels(metrics.ADAPTER_COMING).inc(len(batch) - num_ready)

@@ -1,4 +1,4 @@
-"""The `lorafleet simulate` command: a load, a fleet size and policies in; throughput, waits, loads and fairness out."""
+"""The `lorafleet simulate` command: throughput, waits, adapter loads and fairness of policies under a load."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from scheduler.placement import AdapterFacts, Bandwidths
 from scheduler.request import BASE
 from scheduler.simulation.policies import POLICIES, make_dispatcher
 from scheduler.simulation.run import Arrival, Simulation, jain
-from scheduler.simulation.trace import Load, adapters, generate, read
+from scheduler.simulation.trace import SyntheticLoad, adapters, generate, read
 from scheduler.simulation.worker import SMALL_GPU_STEP, WorkerModel
 
 T = TypeVar("T", int, float)
 
 DEFAULT_STEP_MODEL = ",".join(f"{getattr(SMALL_GPU_STEP, term):g}" for term in "abcd")
 MEAN_ADAPTER_BYTES = 37_500_000
-"""Of the adapters that `trace.adapters` makes."""
+"""Mean size of the adapters of `trace.adapters`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One policy on one fleet. Times in ms of virtual time."""
+    """The result of one policy with one number of workers. Times in virtual time."""
 
     policy: str
     workers: int
@@ -50,43 +50,60 @@ class Row:
 
 HEADINGS = ("policy", "workers", "requests", "s", "req/s", "tok/s", "TTFT p50 ms", "p90", "p99", "loads", "fetches",
             "busy", "Jain")  # fmt: skip
-"""Of the fields of `Row`."""
+"""Column headings of the fields of `Row`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments on `parser`."""
+    """Add the command's arguments to `parser`."""
     load = parser.add_argument_group("load")
-    load.add_argument("--trace", type=Path, help="recorded load: a JSON object a line (default: a made load)")
+    load.add_argument(
+        "--trace", type=Path, help="file with a recorded load, one JSON object per line (default: a generated load)"
+    )
     load.add_argument("--rate", type=float, default=10.0, help="requests per second and worker (%(default)g)")
-    load.add_argument("--seconds", type=float, default=60.0, help="how long requests come (%(default)g)")
-    load.add_argument("--adapters", type=int, default=1000, help="how many there are; 0: only the base (%(default)s)")
+    load.add_argument("--seconds", type=float, default=60.0, help="time in which requests arrive (%(default)g)")
+    load.add_argument(
+        "--adapters", type=int, default=1000, help="number of adapters; 0: only the base model (%(default)s)"
+    )
     load.add_argument("--zipf", type=float, default=1.0, help="popularity of the i-th adapter ~ 1/i^S (%(default)g)")
-    load.add_argument("--tenants", type=int, default=8, help="0: each adapter is its own (%(default)s)")
-    load.add_argument("--prompt-tokens", type=int, default=256, help="mean (%(default)s)")
-    load.add_argument("--output-tokens", type=int, default=128, help="mean (%(default)s)")
+    load.add_argument("--tenants", type=int, default=8, help="number of tenants; 0: each adapter is one (%(default)s)")
+    load.add_argument("--prompt-tokens", type=int, default=256, help="mean length of prompts (%(default)s)")
+    load.add_argument("--output-tokens", type=int, default=128, help="mean length of outputs (%(default)s)")
     load.add_argument("--seed", type=int, default=0)
     fleet = parser.add_argument_group("fleet")
-    fleet.add_argument("--workers", default="4,16,64", help="fleet sizes to compare (%(default)s)")
+    fleet.add_argument("--workers", default="4,16,64", help="numbers of workers to compare (%(default)s)")
     fleet.add_argument("--capacity", type=int, default=64, help="requests a worker runs at once (%(default)s)")
-    fleet.add_argument("--step-tokens", type=int, default=2048, help="tokens in one step (%(default)s)")
+    fleet.add_argument("--step-tokens", type=int, default=2048, help="most tokens of a step (%(default)s)")
     fleet.add_argument(
         "--step-model",
         default=DEFAULT_STEP_MODEL,
         metavar="A,B,C,D",
         help="seconds of a step = A + B tokens + C KV tokens + D ranks, as beats report it (%(default)s)",
     )
-    fleet.add_argument("--pool-adapters", type=int, default=32, help="adapters that fit a worker (%(default)s)")
-    fleet.add_argument("--host-adapters", type=int, default=200, help="adapters in its host cache (%(default)s)")
-    fleet.add_argument("--host-mb-s", type=float, default=2000.0, help="host to pool (%(default)g)")
-    fleet.add_argument("--remote-mb-s", type=float, default=200.0, help="store to host (%(default)g)")
-    fleet.add_argument("--way-ms", type=float, default=0.0, help="client to worker and back (%(default)g)")
-    parser.add_argument("--policies", default=",".join(POLICIES), help="%(default)s")
-    parser.add_argument("--slack", type=float, default=4096.0, help="affinity slack, tokens (%(default)g)")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    fleet.add_argument(
+        "--pool-adapters", type=int, default=32, help="adapters of mean size in a worker's pool (%(default)s)"
+    )
+    fleet.add_argument(
+        "--host-adapters", type=int, default=200, help="adapters of mean size in its host cache (%(default)s)"
+    )
+    fleet.add_argument(
+        "--host-mb-s", type=float, default=2000.0, help="MB/s from the host cache to the pool (%(default)g)"
+    )
+    fleet.add_argument(
+        "--remote-mb-s", type=float, default=200.0, help="MB/s from the store to the host cache (%(default)g)"
+    )
+    fleet.add_argument("--way-ms", type=float, default=0.0, help="time of a request beside its steps (%(default)g)")
+    parser.add_argument("--policies", default=",".join(POLICIES), help="policies to compare (%(default)s)")
+    parser.add_argument(
+        "--slack",
+        type=float,
+        default=4096.0,
+        help="weighted tokens by which others may pass a tenant whose request is held (%(default)g)",
+    )
+    parser.add_argument("--json", type=Path, help="file to write the figures to as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit status. Raises BadRequest for arguments that make no sense."""
+    """Run the command; return the exit status. Raises BadRequest for invalid arguments."""
     policies = args.policies.split(",")
     if unknown := set(policies) - set(POLICIES):
         raise BadRequest(f"--policies: unknown {', '.join(sorted(unknown))}; there are {', '.join(POLICIES)}")
@@ -115,7 +132,7 @@ def simulate(
     num_workers: int,
     slack_tokens: float,
 ) -> Row:
-    """Run one policy over a trace. Fairness is counted while requests come, over the tenants of the trace."""
+    """Run one policy over a trace. Jain's index is of the tenants' tokens up to the last arrival."""
     dispatcher = make_dispatcher(policy, SchedulerConfig(slack_tokens=slack_tokens), facts)
     outcome = Simulation(dispatcher, model, num_workers, facts).run(trace)
     seconds = outcome.end_ms / 1000
@@ -141,7 +158,7 @@ def _load(args: argparse.Namespace, num_workers: int) -> tuple[list[Arrival], di
         trace = read(args.trace)
         names = sorted({arrival.submit.digest for arrival in trace} - {BASE})
         return trace, dict(zip(names, adapters(len(names), args.seed).values(), strict=True))
-    load = Load(
+    load = SyntheticLoad(
         rate=args.rate * num_workers, seconds=args.seconds, num_adapters=args.adapters, zipf=args.zipf,
         num_tenants=args.tenants, prompt_tokens=args.prompt_tokens, output_tokens=args.output_tokens, seed=args.seed,
     )  # fmt: skip

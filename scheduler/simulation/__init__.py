@@ -1,1 +1,1 @@
-"""The scheduler against a fleet in virtual time: what a policy would do to a load, in seconds instead of hours."""
+"""The scheduler and simulated workers in virtual time: what a policy makes of a load, in seconds instead of hours."""

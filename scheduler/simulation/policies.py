@@ -1,4 +1,4 @@
-"""What the simulator compares: our scheduler, and the simple dispatchers that others use."""
+"""The policies that the simulator compares: this scheduler, and simple dispatchers as other systems have them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,29 @@ from scheduler.request import QueuedRequest
 class Dispatcher(Protocol):
     """The part of `Scheduler` that the simulator drives."""
 
-    def submit(self, sub: m.Submit, epoch: int, attempts: int = 0) -> None: ...
+    def submit(self, sub: m.Submit, epoch: int, attempts: int = 0) -> None:
+        """Queue a request."""
+        ...
 
-    def ended(self, message: m.Ended) -> None: ...
+    def ended(self, message: m.Ended) -> None:
+        """Note that a request has ended on its worker."""
+        ...
 
-    def beats(self, beats: Mapping[str, m.WorkerBeat | None], elapsed_s: float) -> list[str]: ...
+    def beats(self, beats: Mapping[str, m.WorkerBeat | None], elapsed_s: float) -> list[str]:
+        """Take the workers' latest beats; return the dead workers."""
+        ...
 
-    def tick(self) -> None: ...
+    def tick(self) -> None:
+        """Adapt to the load. Called with every look at the beats."""
+        ...
 
-    def plan(self, now_ms: float) -> DispatchPlan: ...
+    def plan(self, now_ms: float) -> DispatchPlan:
+        """Choose what to dispatch now."""
+        ...
 
 
 class SimpleDispatcher:
-    """Sends each request on at once, in order of arrival, to a worker that `_choose` names."""
+    """Dispatches each request at once, in order of arrival, to the worker that `_choose` returns."""
 
     def __init__(self) -> None:
         self._workers: dict[str, m.WorkerBeat] = {}
@@ -34,20 +44,25 @@ class SimpleDispatcher:
         self._new: list[m.Submit] = []
 
     def submit(self, sub: m.Submit, epoch: int, attempts: int = 0) -> None:
+        """Queue a request until the next plan."""
         self._new.append(sub)
 
     def ended(self, message: m.Ended) -> None:
+        """Count one request less on its worker."""
         self._load[message.wid] -= 1
 
     def beats(self, beats: Mapping[str, m.WorkerBeat | None], elapsed_s: float) -> list[str]:
+        """Take the workers there are. No worker of a simulation dies."""
         self._workers = {wid: beat for wid, beat in beats.items() if beat is not None}
         for wid in self._workers:
             self._load.setdefault(wid, 0)
         return []
 
-    def tick(self) -> None: ...
+    def tick(self) -> None:
+        """Do nothing: these policies do not adapt."""
 
     def plan(self, now_ms: float) -> DispatchPlan:
+        """Dispatch all queued requests."""
         plan = DispatchPlan()
         for sub in self._new:
             wid = self._choose(sub)
@@ -57,6 +72,7 @@ class SimpleDispatcher:
         return plan
 
     def _choose(self, sub: m.Submit) -> str:
+        """Return a worker's id."""
         raise NotImplementedError
 
 
@@ -80,7 +96,7 @@ class LeastLoaded(SimpleDispatcher):
 
 
 class PureAffinity(SimpleDispatcher):
-    """Always the same worker for an adapter."""
+    """The first worker of each adapter by rendezvous hashing, however loaded it is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,11 +110,11 @@ class PureAffinity(SimpleDispatcher):
 POLICIES = ("affinity+fairness", "round-robin", "least-loaded", "pure-affinity")
 
 
-def make_dispatcher(name: str, policy: SchedulerConfig, facts: Mapping[str, AdapterFacts]) -> Dispatcher:
-    """Return the dispatcher of this name. Raises KeyError."""
+def make_dispatcher(name: str, config: SchedulerConfig, facts: Mapping[str, AdapterFacts]) -> Dispatcher:
+    """Return the dispatcher of a policy, which knows these adapters. Raises KeyError for an unknown policy."""
     if name != POLICIES[0]:
         return {"round-robin": RoundRobin, "least-loaded": LeastLoaded, "pure-affinity": PureAffinity}[name]()
-    scheduler = Scheduler(policy)
+    scheduler = Scheduler(config)
     for digest, of_adapter in facts.items():
         scheduler.learn(digest, of_adapter)
     return scheduler

@@ -1,4 +1,4 @@
-"""Loads to simulate: made from popularity and rates, or read from a file."""
+"""Loads to simulate: generated from rates and popularity, or read from a file."""
 
 from __future__ import annotations
 
@@ -18,32 +18,34 @@ from scheduler.simulation.run import Arrival
 
 RANKS = (8, 16, 32, 64)
 BYTES_PER_RANK = 1_250_000
+
 FAR_AHEAD_MS = 1 << 50
+"""A deadline that no simulation reaches."""
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """A made load: Poisson arrivals, Zipf-popular adapters, lengths spread exponentially around their means."""
+class SyntheticLoad:
+    """A generated load: Poisson arrivals, Zipf-popular adapters, lengths spread exponentially around their means."""
 
     rate: float  # requests per second
     seconds: float
     num_adapters: int = 1000
     zipf: float = 1.0  # popularity of the i-th adapter ~ 1 / i^zipf
-    num_tenants: int = 8  # 0: each adapter is its own
-    prompt_tokens: int = 256
-    output_tokens: int = 128
+    num_tenants: int = 8  # 0: each adapter is a tenant
+    prompt_tokens: int = 256  # mean
+    output_tokens: int = 128  # mean
     seed: int = 0
 
 
 def adapters(num: int, seed: int = 0) -> dict[str, AdapterFacts]:
-    """Make adapters of mixed ranks."""
+    """Return `num` adapters, "a0", "a1", …, of mixed ranks."""
     rng = random.Random(f"adapters {seed}")
     ranks = {f"a{i}": rng.choice(RANKS) for i in range(num)}
     return {digest: AdapterFacts(rank, rank * BYTES_PER_RANK) for digest, rank in ranks.items()}
 
 
-def generate(load: Load) -> Iterator[Arrival]:
-    """Make the requests of a load, in order of time."""
+def generate(load: SyntheticLoad) -> Iterator[Arrival]:
+    """Yield the requests of a load, in order of time."""
     rng = random.Random(load.seed)
     popularity = list(accumulate((i + 1) ** -load.zipf for i in range(load.num_adapters)))
     at_ms, number = 0.0, 0
@@ -61,9 +63,9 @@ def generate(load: Load) -> Iterator[Arrival]:
 
 
 def read(path: Path) -> list[Arrival]:
-    """Read a recorded load: a JSON object a line with at_s, adapter, prompt_tokens, output_tokens, perhaps tenant.
+    """Read a recorded load: per line a JSON object with at_s, adapter, prompt_tokens, output_tokens, and maybe tenant.
 
-    Raises BadRequest naming the line.
+    Without a tenant, the adapter is one. Raises BadRequest, with the line's number, for one that cannot be read.
     """
     arrivals: list[Arrival] = []
     for number, line in enumerate(path.read_text().splitlines()):

@@ -100,11 +100,13 @@ def test_who_loses_its_place_to_others_says_the_same(
         for i in range(2)
     )
 
-    def let_one_in(num_steps: int) -> None:
-        if quiet and num_steps > 8 and num_steps % 3 == 0:
-            engine.add(quiet.pop())
+    def let_some_in(num_steps: int) -> None:
+        """Let as many in as run at once; in between, those that yield get the places again."""
+        if num_steps % 40 == 12:
+            for _ in range(min(4, len(quiet))):
+                engine.add(quiet.pop())
 
-    asked = ask(engine, flood, let_one_in)
+    asked = ask(engine, flood, let_some_in)
     assert not quiet
     assert engine.counters.num_preemptions > len(tiny.names) // 2
     for name in tiny.names:

@@ -186,7 +186,7 @@ def test_a_tenant_that_was_idle_is_lifted_to_the_others() -> None:
     assert abs(shares["busy"] - shares["back"]) <= 1
 
 
-def test_a_tenant_that_could_not_run_catches_up_by_no_more_than_the_largest_lag() -> None:
+def test_a_blocked_tenant_catches_up_by_no_more_than_the_largest_lag() -> None:
     server = make_server(*(request(i, "stuck", "a") for i in range(100)))
     server.blocked = {"a"}
     for i in range(100, 400):
@@ -214,7 +214,7 @@ def test_what_cannot_run_keeps_nothing_else_from_running() -> None:
     assert {item.submit.rid for item in server.serve(100)} == {"r200", "r300", "r301", "r302", "r303", "r304"}
 
 
-def test_a_scan_that_stops_early_says_so_and_work_far_back_is_found_by_its_adapter() -> None:
+def test_requests_behind_an_early_end_of_a_scan_are_found_by_adapter() -> None:
     stuck = [request(i, f"s{i}", "a") for i in range(100)]
     server = make_server(*stuck, request(200, "last", "b", tokens=1))
     server.counters.charge("last", 50, 0, 1.0)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from script_queue import make_body, make_submit
 
 from protocol.queue.bus import Bus, Step, StepRow
 from protocol.wire import messages as m
 from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.recovery import Recovery
+from tests.scheduler.fakes import make_submit, submit
 
 TOKENS = b"\1\0\0\0\2\0\0\0"
 
@@ -16,7 +16,7 @@ TOKENS = b"\1\0\0\0\2\0\0\0"
 async def assign(bus: Bus, rid: str, wid: str) -> None:
     await bus.streams.create(bus.keys.work(wid), 3600)
     await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, b"", 4000)
-    await bus.submit("interactive", [(make_submit(rid), make_body())], max_queued=10)
+    await submit(bus, make_submit(rid))
     assert (await bus.assign(wid, [(m.Assigned(rid, 1, ""), 0)]))[0] == "ok"
     assert not await bus.step(wid, Step(rows=[StepRow(rid, 1, 0, TOKENS)]))
 

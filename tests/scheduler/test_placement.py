@@ -105,7 +105,7 @@ def test_a_restarted_worker_is_the_home_of_the_same_adapters() -> None:
         assert home(*before, digest=f"d{i}")[1:] == home(*after, digest=f"d{i}")[1:]
 
 
-def test_homes_are_spread_by_capacity_and_a_new_worker_moves_only_its_share() -> None:
+def test_homes_are_spread_by_capacity_and_move_little() -> None:
     members = {f"w{i}": (f"w{i}", 64) for i in range(4)} | {"big": ("big", 128)}
     rendezvous = Rendezvous()
     rendezvous.set_members(members)
@@ -237,7 +237,7 @@ def test_equal_beginnings_go_to_the_same_worker_if_it_is_as_free() -> None:
     assert site.wid(prefix="q", num_prompt_tokens=2000, now_ms=400.0) != first
 
 
-def test_requests_whose_worker_died_start_in_small_groups_and_the_last_alone() -> None:
+def test_requests_whose_worker_died_start_in_small_groups() -> None:
     site = Site(beat("w0", capacity=64))
     hit = [site.choose(epoch=2, attempts=1) for _ in range(10)]
     assert [isinstance(choice, Worker) for choice in hit] == [True] * 8 + [False] * 2
@@ -260,7 +260,7 @@ def _all(site: Site) -> dict[str, m.WorkerBeat | None]:
     return {wid: worker.beat for wid, worker in site.workers.by_id.items()}
 
 
-def test_of_many_workers_each_gets_work_and_those_with_the_adapter_are_found() -> None:
+def test_of_many_workers_each_gets_work_and_warm_ones_are_found() -> None:
     members = [beat(f"w{i}", capacity=8, resident=["d"] if i == 57 else [], step_model=STEP) for i in range(64)]
     site = Site(*members)
     assert len(site.placement._available) > MAX_CANDIDATES

@@ -19,7 +19,7 @@ from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.placement import AdapterFacts
 from scheduler.simulation.policies import POLICIES, make_dispatcher
 from scheduler.simulation.run import Arrival, Simulation, SimulationResult, jain
-from scheduler.simulation.trace import Load, adapters, generate, read
+from scheduler.simulation.trace import SyntheticLoad, adapters, generate, read
 from scheduler.simulation.worker import SimulatedRequest, WorkerModel
 from scheduler.workers import QUEUED_AHEAD
 from tests.scheduler.fakes import make_submit
@@ -79,7 +79,7 @@ def test_weights_are_kept() -> None:
 
 def test_a_flood_of_one_hardly_delays_the_quiet() -> None:
     """20 quiet tenants ask now and then; one comes with 200 requests at once."""
-    load = Load(rate=4.0, seconds=60.0, num_adapters=20, num_tenants=20, prompt_tokens=100, output_tokens=40)
+    load = SyntheticLoad(rate=4.0, seconds=60.0, num_adapters=20, num_tenants=20, prompt_tokens=100, output_tokens=40)
     quiet = list(generate(load))
     flood = [arrival(f"flood{i}", 10_000.0, tenant="flood", digest="a0", output=60) for i in range(200)]
 
@@ -134,7 +134,9 @@ def test_no_adapter_starves_beside_a_hot_one() -> None:
 
 def test_batch_work_fills_only_slack() -> None:
     batch = [arrival(f"batch{i}", 0.0, cls="batch", tenant="b", output=100) for i in range(300)]
-    interactive = list(generate(Load(rate=6.0, seconds=30.0, num_adapters=10, num_tenants=4, output_tokens=40)))
+    interactive = list(
+        generate(SyntheticLoad(rate=6.0, seconds=30.0, num_adapters=10, num_tenants=4, output_tokens=40))
+    )
     together, alone = simulate(batch + interactive), simulate(interactive)
 
     def p90(outcome: SimulationResult) -> float:
@@ -168,7 +170,7 @@ def test_every_request_ends_whatever_comes(
 
 
 def test_affinity_with_fairness_beats_the_alternatives() -> None:
-    trace = list(generate(Load(rate=30.0, seconds=30.0, num_adapters=200, zipf=0.9, output_tokens=60)))
+    trace = list(generate(SyntheticLoad(rate=30.0, seconds=30.0, num_adapters=200, zipf=0.9, output_tokens=60)))
     outcomes = {policy: simulate(trace, 8, policy) for policy in POLICIES}
     ours = outcomes.pop(POLICIES[0])
     for policy, other in outcomes.items():

@@ -56,7 +56,7 @@ async def test_a_batch_of_several_adapters_goes_out_in_one_entry(bus: Bus) -> No
         assert await bus._redis.xlen(bus.keys.sub("interactive")) == 0
 
 
-async def test_a_worker_is_told_who_gives_way(bus: Bus) -> None:
+async def test_a_worker_is_told_which_requests_yield(bus: Bus) -> None:
     worker = await FakeWorker(bus, "w1", capacity=8).join()
     await submit(bus, make_submit("quiet", tenant="quiet"), *(make_submit(f"r{i}", tenant="flood") for i in range(9)))
     async with running_scheduler(bus):
@@ -81,7 +81,7 @@ async def test_a_dead_workers_requests_go_to_another_with_their_tokens(bus: Bus)
         assert await bus.members.ids(bus.keys.workers) == ["w2"]
 
 
-async def test_a_request_that_kills_its_workers_ends_as_a_dead_letter_and_the_fleet_lives(bus: Bus) -> None:
+async def test_a_request_that_kills_its_workers_ends_as_a_dead_letter(bus: Bus) -> None:
     await bus.streams.create(bus.keys.out(GATEWAY), 300)
     async with running_scheduler(bus, beat_timeout_s=0.6, max_attempts=2):
         await submit(bus, make_submit("poison"))
@@ -120,7 +120,7 @@ async def test_a_cancelled_request_of_a_dead_worker_ends_and_is_not_run_again(bu
         assert await bus._redis.xlen(bus.keys.sub("interactive")) == 0
 
 
-async def test_a_queued_request_can_be_cancelled_and_leaves_the_schedulers_books(bus: Bus) -> None:
+async def test_a_queued_request_that_is_cancelled_is_forgotten(bus: Bus) -> None:
     async with running_scheduler(bus):
         await submit(bus, make_submit("r"), make_submit("other"))
         await wait_until(lambda: status_is(bus, queued=2), "both are queued")
@@ -255,7 +255,7 @@ async def test_a_restarted_worker_is_known_by_its_name(bus: Bus) -> None:
         await holds(new, "r")
 
 
-async def test_a_draining_worker_gets_nothing_and_what_it_hands_back_goes_on_elsewhere(bus: Bus) -> None:
+async def test_what_a_draining_worker_hands_back_goes_on_elsewhere(bus: Bus) -> None:
     first = await FakeWorker(bus, "w1").join()
     async with running_scheduler(bus):
         await submit(bus, make_submit("r"))
@@ -272,7 +272,7 @@ async def test_a_draining_worker_gets_nothing_and_what_it_hands_back_goes_on_els
         assert int(await bus._redis.hget(bus.keys.req("r"), "attempts")) == 0
 
 
-async def test_an_unreadable_submission_is_a_dead_letter_once_and_its_request_ends(bus: Bus) -> None:
+async def test_an_unreadable_submission_is_a_dead_letter_and_its_request_ends(bus: Bus) -> None:
     await bus.streams.create(bus.keys.out(GATEWAY), 300)
     stream = bus.keys.sub("interactive")
     await submit(bus, make_submit("broken"))

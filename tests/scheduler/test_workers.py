@@ -70,7 +70,7 @@ def test_an_expired_beat_alone_kills_nobody() -> None:
     assert workers.observe({"w": None}, 1.0) == ["w"]
 
 
-def test_a_registered_worker_that_is_never_heard_is_dead_after_the_timeout() -> None:
+def test_a_registered_worker_never_heard_is_dead_after_the_timeout() -> None:
     workers = make_workers()
     assert workers.observe({"old": None}, 60.0) == []  # the first look: nobody has listened before
     assert workers.observe({"old": None}, 2.0) == []

@@ -131,6 +131,9 @@ class BatcherMachine(RuleBasedStateMachine):
         assert plan.num_tokens <= self.limits.max_step_tokens
         assert len(self.batcher.running) <= self.limits.max_num_seqs
         assert set(plan.num_new) <= set(self.batcher.running)
+        if any(seq.yields and seq.num_pending > 1 for seq in plan.num_new) and not all(s.yields for s in self.batcher):
+            num_tokens = plan.num_tokens - sum(map(len, plan.drafts.values()))
+            assert num_tokens <= self.limits.short_step_tokens, "a yielding prompt in a long step"
         if not all(seq.yields for seq in plan.preempted):
             assert not any(seq.yields for seq in self.batcher.running), "these are the first to go"
         decodes = [seq for seq in running if seq.num_pending == 1 and seq not in plan.preempted]
@@ -163,6 +166,8 @@ class BatcherMachine(RuleBasedStateMachine):
     @invariant()
     def consistent(self) -> None:
         self.batcher.check_integrity()
+        used = {block for seq in self.batcher for block in seq.blocks}
+        assert self.blocks.num_free + len(used) == self.blocks.num_blocks
         refs = [seq.request.digest for seq in self.batcher.running if seq.request.digest]
         assert {d: n for d, n in self.slots.refs.items() if n} == {d: refs.count(d) for d in set(refs)}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from gpu_worker.engine.blocks import BlockPool, chain_hash, chain_seed
+from lora_kernels import ops
+from protocol.runtime.settings import BLOCK_TOKENS
 
 NUM_BLOCKS = 8
 
@@ -76,6 +80,26 @@ class BlockMachine(RuleBasedStateMachine):
     @invariant()
     def consistent(self) -> None:
         self.pool.check_integrity(self.held.values())
+
+    @invariant()
+    def free_and_used_blocks_are_all(self) -> None:
+        used = {block for table in self.held.values() for block in table}
+        assert self.pool.num_free + len(used) == NUM_BLOCKS
+
+    @invariant()
+    def only_cached_blocks_are_in_two_tables(self) -> None:
+        tables = Counter(block for table in self.held.values() for block in table)
+        assert all(block in self.content for block, num_tables in tables.items() if num_tables > 1)
+
+    @rule(kept=st.sets(st.integers(0, NUM_BLOCKS - 1)), data=st.data())
+    def predict_release(self, kept: set[int], data: st.DataObject) -> None:
+        """What `num_freed` says of tables one after the other is what is free once no other table holds a block."""
+        ids = data.draw(st.lists(st.sampled_from(sorted(self.held)), unique=True)) if self.held else []
+        dropped = Counter[int]()
+        num_freed = sum(self.pool.num_freed(self.held[table], dropped, kept) for table in ids)
+        gone = {block for table in ids for block in self.held[table]} - kept
+        stay = {block for table, blocks in self.held.items() if table not in ids for block in blocks}
+        assert num_freed == len(gone - stay)
 
 
 TestBlockMachine = BlockMachine.TestCase
@@ -146,3 +170,8 @@ def test_a_leak_is_found() -> None:
         pool.check_integrity([blocks[:1]])
     with pytest.raises(AssertionError, match="references"):
         pool.check_integrity([blocks, blocks[:1]])
+
+
+def test_all_parts_mean_blocks_of_the_same_size() -> None:
+    """The kernels import nothing of ours, so the number stands there once more."""
+    assert ops.BLOCK_TOKENS == BLOCK_TOKENS
