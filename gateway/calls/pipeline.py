@@ -22,7 +22,7 @@ from gateway.calls.earlier import EarlierCalls
 from gateway.calls.follow import Generation
 from gateway.calls.parse import ParsedCall
 from gateway.calls.replies import Replies
-from gateway.calls.resolve import Names
+from gateway.calls.resolve import CallResolver
 from gateway.calls.submit import SubmittedCall, Submitter
 from gateway.calls.tokenize import tokenize
 from gateway.text.grammar_check import GrammarCheck
@@ -46,7 +46,7 @@ class Pipeline:
         self.catalogue = catalogue
         self.replies = replies
         self.grammars = grammars
-        self.names = Names(fleet, catalogue, settings.request_timeout_s)
+        self.call_resolver = CallResolver(fleet, catalogue, settings.request_timeout_s)
         self.admission = CallAdmission(settings, fleet)
         self.submitter = Submitter(settings, bus, replies, self.admission, files.eos_ids)
         self.earlier = EarlierCalls(settings, bus, fleet, catalogue.own, replies)
@@ -63,7 +63,7 @@ class Pipeline:
         """Take a call from *parse* to *admit*: what costs least is refused first. Raises as `run`."""
         call.rules.check_number(len(call.models.names), len(call.sources), call.options.n)
         await self.admission.check_room(call)
-        resolved = await self.names.resolve(call)
+        resolved = await self.call_resolver.resolve(call)
         tokenized = await tokenize(resolved)
         constrained = await constrain(tokenized, self.grammars)
         return self.admission.admit(constrained)
