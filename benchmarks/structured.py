@@ -24,7 +24,8 @@ from tokenizers import Tokenizer
 from benchmarks import report
 from benchmarks.fleet import quickstart_model
 from benchmarks.schemas import random_schema
-from gateway.text.structured import constraint_of, grammar_text
+from gateway.text.grammars import grammar_text
+from gateway.text.structured import constraint_of
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import load_engine
 from gpu_worker.engine.engine import Engine

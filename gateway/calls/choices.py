@@ -26,12 +26,12 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(slots=True)
 class Piece:
-    """What a choice gained since it was last looked at."""
+    """What a choice has gained since the piece before."""
 
     index: int
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt: list[TokenLogprob] = field(default_factory=list)  # those of the prompt's tokens, if asked for
+    prompt: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens, if they are wanted
     finish: str = ""  # "stop" or "length" at the end
 
 
@@ -46,11 +46,11 @@ class Choice:
         self.num_cached_tokens = 0
         self.options = options
         self.needs_prompt = options.sampling.prompt_logprobs
-        """Whether the logprobs of the prompt are still to be given to it, which must be before its first token."""
+        """Whether `give_prompt` is still to be called, before the first token is taken."""
         self._prompt: list[TokenLogprob] = []
         self._echo = prompt.echo
         self._record_bytes = options.record_bytes
-        self._shown, self._shown_records = bytearray(), bytearray()  # as in the log
+        self._shown, self._shown_records = bytearray(), bytearray()  # everything taken so far, as in the log
         self._output = OutputText(
             prompt.files.tokenizer,
             StopRule.of(options.stop, options.stop_token_ids, options.sampling, prompt.files.eos_ids),
@@ -78,7 +78,7 @@ class Choice:
         self._prompt = unpack(ids, records)
 
     def take(self, delta: m.Delta, piece: Piece) -> None:
-        """Add to `piece` what a delta that needs no log brings. Raises the error that ended the request."""
+        """Add a delta that leaves no gap to `piece`. Raises the error that ended the request."""
         if self.cursor.is_stale(delta):
             return
         ids, records = self.cursor.take(delta, self._record_bytes)
@@ -103,13 +103,13 @@ class Choice:
             piece.finish = delta.finish
 
     def skip(self, piece: Piece) -> None:
-        """End a choice for which no token is wanted: it is its prompt."""
+        """End a choice of which no token is wanted: its text is the echoed prompt."""
         self.cursor.ended = True
         piece.text, piece.finish = self._echo, "length"
 
     def absorb(self, ids: bytes, records: bytes, piece: Piece) -> None:
         """Add to `piece` new tokens (int32) and their logprob records, if there are any."""
-        if self.options.output == "numbers":  # `shown` has them
+        if self.options.output == "numbers":  # read from `shown` at the end
             return
         if not self._record_bytes:
             piece.text += self._output.add(memoryview(ids).cast("i"))
@@ -122,7 +122,7 @@ class Choice:
             if self._output.ended:
                 break
             piece.text += self._output.add((token.id,))
-            # The token that only says "end" is no part of the text.
+            # An end token is no part of the text.
             if not self._output.ended or self._output.stop is not None:
                 piece.logprobs.append(token)
 
@@ -145,7 +145,10 @@ def best_of(pieces: Sequence[Piece], options: Options) -> Sequence[Piece]:
 
 
 def unpack(ids: bytes, records: bytes) -> list[TokenLogprob]:
-    """Return tokens (int32, at least one) with what their logprob records, all of one size, say."""
+    """Return tokens (int32, at least one) with the logprobs of their records, all of one size.
+
+    A record is the token's logprob (float32), then the most likely ids and logprobs (int32, float32).
+    """
     num_top = (len(records) * 4 // len(ids) - 4) // 8
     layout = struct.Struct("<f" + "if" * num_top)
     return [

@@ -64,7 +64,7 @@ class Generation:
         )
 
     async def facts(self) -> RequestFacts | None:
-        """Return what the queue says of the first choice; None when it does not know it, or cannot be reached."""
+        """Return the queue's facts of the first request; None if it does not know it, or cannot be reached."""
         try:
             return (await self._replies.bus.requests([self.choices[0].rid]))[0]
         except CONNECTION_ERRORS as error:
@@ -72,7 +72,7 @@ class Generation:
             return None
 
     def hang_up(self) -> None:
-        """Say that the client has gone; `advance` raises ClientGoneError."""
+        """Note that the client has gone: `advance` raises ClientGoneError."""
         self._mail.hang_up()
 
     async def advance(self, timeout_s: float) -> list[Piece]:
@@ -94,7 +94,7 @@ class Generation:
             if choice.cursor.needs_log(delta):
                 await self._take(choice, await self._read_log(choice), pieces)
                 if choice.cursor.needs_log(delta):
-                    # The queue has lost what stood before it; its owner, or whoever comes after, will write that again.
+                    # The queue has lost the tokens before it; its owner, or the next one, will write them again.
                     continue
             await self._take(choice, delta, pieces)
         if self._mail.restarted:
@@ -109,7 +109,7 @@ class Generation:
         return list(pieces.values())
 
     async def waiting_for(self) -> str:
-        """Return in a few words what a call waits for that has shown nothing yet; "" once it has."""
+        """Return in a few words what a call waits for that has shown nothing yet; "" after its first token."""
         if self._has_token or not self._open:
             return ""
         first = next(choice.rid for choice in self.choices if choice.rid in self._open)
@@ -137,19 +137,19 @@ class Generation:
         return pieces
 
     async def _mend(self) -> None:
-        """Give a queue that came back without its last second what it has lost of the open requests."""
+        """Write open requests and their shown tokens again, into a queue that came back without its last second."""
         if self.call.resubmit is not None:
             await self._insist(self.call.resubmit)
         for rid in self._open:
             choice = self._by_rid[rid]
-            choice.cursor.epoch = 0  # owners are counted from what the queue still knows
+            choice.cursor.epoch = 0  # the queue counts owners from what it still knows
             ids, records = choice.shown
             if ids:
                 repair = partial(self._replies.bus.repair, rid, 0, ids, records, choice.record_bytes)
                 await self._insist(repair)
 
     async def _catch_up(self, pieces: dict[str, Piece]) -> None:
-        """Look into the logs of all open requests: what was not delivered is there."""
+        """Read what was not delivered from the logs of all open requests. Raises DeadlineExceeded."""
         for rid in list(self._open):
             choice = self._by_rid[rid]
             delta = await self._read_log(choice)
@@ -179,7 +179,7 @@ class Generation:
             observe.choice_ended(piece.finish)
 
     async def _read_log(self, choice: Choice) -> m.Delta:
-        """Return what a choice's log holds beyond its cursor, however long the queue cannot be reached."""
+        """Return what a choice's log holds beyond its cursor. Raises Unavailable if the queue has lost the request."""
         read = partial(self._replies.read_log, choice.rid, choice.cursor, choice.record_bytes)
         delta = await self._insist(read)
         if delta is None:
@@ -191,7 +191,7 @@ class Generation:
         return delta
 
     async def _insist(self, do: Callable[[], Awaitable[T]]) -> T:
-        """Do something on the queue, however long it cannot be reached before the deadline."""
+        """Repeat an action on the queue until it can be reached. Raises a connection error after the deadline."""
         while True:
             try:
                 return await do()

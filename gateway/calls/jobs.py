@@ -1,4 +1,4 @@
-"""Background jobs: requests that outlive their client. Any gateway answers for any job, from the queue alone."""
+"""Background jobs: calls that outlive their client. Any gateway can show any job, from what the queue holds."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Jobs:
             metadata=dict(call.parsed.metadata),
             **facts_of(made),
         )
-        # The job first: an accepted request without its job could never be found.
+        # Before the requests: an accepted request without its job could never be found.
         await self._save(job, ttl_s)
         record = None
         if sent.key:
@@ -86,12 +86,12 @@ class Jobs:
                 known = msgspec.structs.replace(job, jid=earlier.jid, created_ms=earlier.created_ms, rids=earlier.rids)
                 await self._save(known, ttl_s)
             return await self.get(earlier.jid, caller)
-        # And again after it: a queue that lost its last second in between may have lost the job alone.
+        # And again after them: a queue that lost its last second in between may have lost the job alone.
         await self._save(job, ttl_s)
         return await self._view(job, await self._facts(job), whole=True)
 
     async def knows(self, record: m.Idempotent) -> bool:
-        """Tell whether the job of an Idempotency-Key is there; a queue that lost its last second may have lost it."""
+        """Return whether the job of an Idempotency-Key exists; a queue that lost its last second may have lost it."""
         return await self._bus.jobs.exists(record.jid)
 
     async def get(self, jid: str, caller: Caller, wait_s: float = 0.0) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class Jobs:
         return view
 
     async def _position(self, job: m.Job, facts: Facts) -> int | None:
-        """Return how many requests are before the first of the job's that waits."""
+        """Return how many requests wait ahead of the job's first waiting one."""
         for rid, fact in zip(job.rids, facts, strict=True):
             if fact is not None and fact.state == "queued":
                 return await self._bus.position(rid)
@@ -219,7 +219,7 @@ class Jobs:
 
 
 def state_of(facts: Facts) -> tuple[JobStatus, dict[str, Any] | None]:
-    """Return a job's state and error: failed or cancelled as soon as one of its requests is."""
+    """Return a job's state and error; it has failed, or is cancelled, as soon as one of its requests has or is."""
     if any(fact is None for fact in facts):
         return "expired", None
     known = [fact for fact in facts if fact is not None]

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from gateway.adapters.merged import MergedAdapters
 from gateway.auth.callers import Caller
-from gateway.text.structured import Constraint
-from gateway.tools.tools import Tools
+from gateway.text.grammars import Constraint
+from gateway.tools.definitions import Tools
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, LorafleetError
 from protocol.wire.keys import INTERACTIVE

@@ -23,7 +23,7 @@ from gateway.calls.earlier import EarlierCalls
 from gateway.calls.follow import Generation
 from gateway.calls.parse import ParsedCall
 from gateway.calls.replies import Replies
-from gateway.calls.resolve import Names
+from gateway.calls.resolve import CallResolver
 from gateway.calls.submit import SubmittedCall, Submitter
 from gateway.calls.tokenize import tokenize
 from gateway.overload.admission import Admission
@@ -48,7 +48,7 @@ class Pipeline:
         self.resolver = resolver
         self.replies = replies
         self.grammars = grammars
-        self.names = Names(fleet, resolver, settings.request_timeout_s)
+        self.call_resolver = CallResolver(fleet, resolver, settings.request_timeout_s)
         self.admission = CallAdmission(settings, fleet, admission)
         self.submitter = Submitter(settings, bus, replies, self.admission, files.eos_ids)
         self.earlier = EarlierCalls(settings, bus, fleet, resolver.own, replies)
@@ -65,7 +65,7 @@ class Pipeline:
         """Take a call from *parse* to *admit*: what costs least is refused first. Raises as `run`."""
         call.rules.check_number(len(call.models.names), len(call.sources), call.options.n)
         await self.admission.check_room(call)
-        resolved = await self.names.resolve(call)
+        resolved = await self.call_resolver.resolve(call)
         tokenized = await tokenize(resolved)
         constrained = await constrain(tokenized, self.grammars)
         return self.admission.admit(constrained)

@@ -1,7 +1,7 @@
-"""What comes back: one reader of this gateway's out stream, and what makes its deltas exactly-once per request.
+"""Reads this gateway's out stream, and delivers every token of a request exactly once.
 
-A delta may arrive twice, overlap what is known, or be missing. The request's log holds every token a client may see,
-so whatever does not fit is dropped, cut, or read from the log.
+A delta may arrive twice, overlap what is known, or be missing. The request's log holds every token that a client may
+see, so a delta that does not fit is dropped, cut, or replaced by what the log holds.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Cursor:
     ended: bool = False
 
     def is_stale(self, delta: m.Delta) -> bool:
-        """Tell whether a delta has nothing more to say: after the end, or from an owner that has been replaced."""
+        """Return whether a delta is void: after the end, or from an owner that has been replaced."""
         return self.ended or delta.epoch < self.epoch
 
     def needs_log(self, delta: m.Delta) -> bool:
-        """Tell whether tokens before the delta's are missing, so that the log must be read first."""
+        """Return whether tokens before the delta's are missing, so that the log must be read first."""
         return not self.is_stale(delta) and (delta.seq0 < 0 or delta.seq0 > self.next)
 
     def take(self, delta: m.Delta, record_bytes: int) -> tuple[bytes, bytes]:
-        """Move past a delta that needs no log; return its ids and logprobs without what was delivered before."""
+        """Advance over a delta that leaves no gap; return its new ids (int32) and logprob records."""
         if self.is_stale(delta):
             return b"", b""
         assert 0 <= delta.seq0 <= self.next, "a gap must be filled from the log"
@@ -58,7 +58,7 @@ class Cursor:
 
 
 def newest_per_request(deltas: Iterable[m.Delta]) -> list[m.Delta]:
-    """Keep of each request's deltas the one that knows most; the tokens of the others are in the log."""
+    """Return the newest delta of each request; the tokens of the others are in the log."""
     newest: dict[str, m.Delta] = {}
     for delta in deltas:
         best = newest.get(delta.rid)
@@ -75,21 +75,21 @@ def _rank(delta: m.Delta) -> tuple[int, bool, int]:
 
 
 class Subscription:
-    """The mailbox of one HTTP call, between the reader and the call's task. Never holds more than it may."""
+    """The mailbox of one call, between the reader and the call's task; bounded."""
 
     def __init__(self, rids: Sequence[str], *, eager: bool) -> None:
         self.rids = rids
         self.client_gone = False
         self.failure: LorafleetError | None = None
         self.nudged = False
-        self.restarted = False  # the queue was, since the call last looked
+        self.restarted = False  # the queue was restarted since the call last looked
         self._eager = eager  # wake for every delta, not only for ends and a full mailbox
         self._max_pending = max(MAX_PENDING, 2 * len(rids))
         self._pending: list[m.Delta] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._until_s = 0.0  # when the present wait is over, as the loop counts
+        self._until_s = 0.0  # end of the present wait, in the loop's time
         self._timer: asyncio.Handle | None = None
-        self._timer_s = 0.0  # when it goes off
+        self._timer_s = 0.0  # when the timer fires
 
     def push(self, delta: m.Delta) -> None:
         """Add a delta. Over the limit only the newest of each request is kept."""
@@ -101,12 +101,12 @@ class Subscription:
             self._wake()
 
     def hang_up(self) -> None:
-        """Say that the client has gone."""
+        """Wake the call because its client has gone."""
         self.client_gone = True
         self._wake()
 
     def nudge(self, *, restarted: bool = False) -> None:
-        """Say that deltas may have been lost: the call must look into the log. `restarted`: the log may have, too."""
+        """Make the call read the log, as deltas may have been lost. restarted: the log may have lost its end, too."""
         self.nudged = True
         self.restarted = self.restarted or restarted
         self._wake()
@@ -117,7 +117,7 @@ class Subscription:
         self._wake()
 
     async def take(self, timeout_s: float) -> list[m.Delta]:
-        """Wait for deltas and return all there are; [] when the time is over, the client left or the call failed."""
+        """Wait for deltas and return all that have come; [] after `timeout_s`, or when client or call have ended."""
         if not self._ready():
             loop = asyncio.get_running_loop()
             self._waiter = loop.create_future()
@@ -130,13 +130,13 @@ class Subscription:
         return deltas
 
     def close(self) -> None:
-        """Leave nothing behind on the loop."""
+        """Cancel the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _set_timer(self, loop: asyncio.AbstractEventLoop, until_s: float) -> None:
-        """End the wait at `until_s`. A timer that is set goes off first and is set again: not one for every token."""
+        """End the wait at `until_s`. An earlier timer is kept, and set again when it fires: not one for every token."""
         self._until_s = until_s
         if self._timer is not None and self._timer_s > until_s:
             self.close()
@@ -144,7 +144,7 @@ class Subscription:
             self._start_timer(loop)
 
     def _start_timer(self, loop: asyncio.AbstractEventLoop) -> None:
-        # What is due within half a millisecond is no timer of uvloop's and cannot tell when it goes off.
+        # uvloop makes no timer of what is due within half a millisecond, and its handle has no time.
         self._timer, self._timer_s = loop.call_at(self._until_s, self._time_over, loop), self._until_s
 
     def _time_over(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -165,10 +165,10 @@ class Subscription:
 
 
 class Replies:
-    """The reader of `Keys.out` of this gateway, and the mailboxes it fills."""
+    """Reads this gateway's out stream, `Keys.out`, and fills the mailboxes of calls."""
 
     def __init__(self, bus: Bus, gid: str, beats: Bus) -> None:
-        """`beats`: what `keep` asks, which must not wait behind calls."""
+        """beats: a connection for `keep`, which must not wait behind calls."""
         self.bus = bus
         self._beats = beats
         self.gid = gid
@@ -176,7 +176,7 @@ class Replies:
         self._subscriptions: dict[str, list[Subscription]] = {}
 
     def subscribe(self, rids: Sequence[str], *, eager: bool) -> Subscription:
-        """Open a mailbox; to be done before the requests are submitted, so that nothing is missed."""
+        """Open a mailbox, before the requests are submitted, so that nothing is missed. eager: wake for every delta."""
         subscription = Subscription(rids, eager=eager)
         for rid in rids:
             self._subscriptions.setdefault(rid, []).append(subscription)
@@ -206,7 +206,7 @@ class Replies:
     # ------------------------------------------------------------ loops
 
     async def open(self) -> None:
-        """Make the out stream, so that writers reach it."""
+        """Create the out stream."""
         await self.bus.streams.create(self._stream, STREAM_TTL_S)
 
     async def read(self) -> None:
@@ -229,7 +229,7 @@ class Replies:
                 self._deliver(fields.get(b"b", b""))
 
     async def keep(self) -> None:
-        """Look once a second whether stream and queue are still those that calls rely on, until cancelled."""
+        """Check once a second that the stream exists and the queue was not restarted, until cancelled."""
         never = asyncio.Event()
         while True:
             try:
@@ -252,7 +252,7 @@ class Replies:
                     subscription.nudge(restarted=restarted)
 
     async def close(self) -> None:
-        """Leave the fleet."""
+        """Remove this gateway from the queue."""
         await self.bus.members.leave_gateway(self.gid)
 
     def _deliver(self, raw: bytes) -> None:

@@ -30,7 +30,7 @@ class ResolvedCall:
     targets: list[Target]  # one for each of `parsed.models.names`
 
 
-class Names:
+class CallResolver:
     """Looks names of models up, and waits for adapters that are being fetched."""
 
     def __init__(self, fleet: FleetView, resolver: Resolver, timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""What a client is told while it waits for its first token: its place in the queue, then how far its adapter is."""
+"""What a call waits for until its first token: its place in the queue, then its adapter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 
 MAX_COUNTED = 100
-"""Requests that are counted before a waiting one, per comment: with thousands waiting that must be cheap."""
+"""Most requests that are counted ahead of a waiting one, so that a comment stays cheap with thousands waiting."""
 
 
 async def waiting_state(bus: Bus, rid: str) -> str:

@@ -1,4 +1,4 @@
-"""*Write*, the last stage: what every API's writer has in common. Each has its own in its `write`."""
+"""*Write*, the last stage: what the writers of all APIs share. Each API has its own in its module `write`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this for what is im
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens of a whole call; each prompt counts once."""
+    """The tokens of a call; each prompt counts once."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
 
     def json(self) -> dict[str, Any]:
+        """Return the `usage` of an answer."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -30,17 +31,17 @@ class Usage:
 
 
 def event(body: bytes) -> bytes:
-    """Frame one JSON text."""
+    """Return one JSON text as an event."""
     return b"data: " + body + b"\n\n"
 
 
 def comment(text: str) -> bytes:
-    """Frame what keeps a connection alive and is no event; with a text, tell whoever reads along what it waits for."""
+    """Return a comment, which keeps a connection alive and is no event; `text` says what the call waits for."""
     return f": {text or 'ping'}\n\n".encode()
 
 
 class Writer(Protocol):
-    """One endpoint's way of writing."""
+    """How one endpoint writes its answers."""
 
     def frames(self, piece: Piece) -> bytes:
         """Return the SSE frames of a piece; b"" when it shows nothing yet."""
@@ -60,5 +61,5 @@ class Writer(Protocol):
 
 
 def shown_logprob(logprob: float) -> float | None:
-    """Return a logprob as JSON has it; None for a prompt's first token, which nothing comes before."""
+    """Return a logprob as JSON has it; None for NaN, the logprob of a prompt's first token."""
     return None if math.isnan(logprob) else max(logprob, MIN_LOGPROB)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from gateway.calls.parse import Source
+from gateway.http.json_bodies import JsonBody
 from gateway.lorax.bodies import AdapterParameters
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
-
-
-class EmbeddingsRequest(_Body):
+class EmbeddingsRequest(JsonBody):
     """`POST /v1/embeddings`: OpenAI's fields, and LoRAX's `parameters`, which count instead of `model` if given."""
 
     input: str | list[str] | list[int] | list[list[int]]
@@ -31,14 +28,14 @@ class EmbeddingsRequest(_Body):
         return [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
 
 
-class EncoderRequest(_Body):
+class EncoderRequest(JsonBody):
     """`POST /embed` and `/classify`."""
 
     inputs: str
     parameters: AdapterParameters | None = None
 
 
-class EncoderBatchRequest(_Body):
+class EncoderBatchRequest(JsonBody):
     """`POST /classify_batch`."""
 
     inputs: list[str]

@@ -8,15 +8,22 @@ from typing import Any
 import orjson
 from fastapi import Request
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 MAX_DEPTH = 100
-"""Lists and objects in each other in a body. Whatever else reads it, templates and encoders, takes more than that."""
+"""Deepest nesting of lists and objects in a body; everything that reads bodies later can take that much."""
+
+
+class JsonBody(BaseModel):
+    """A JSON object of typed fields; fields that it does not know are ignored."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
 
 class _JsonRequest(Request):
-    """Parses bodies with orjson, which refuses what is not JSON (NaN) or no text (lone surrogates)."""
+    """Parses bodies with orjson, which refuses NaN, which is not JSON, and lone surrogates, which are not text."""
 
     async def json(self) -> Any:
         raw = await self.body()
@@ -27,7 +34,7 @@ class _JsonRequest(Request):
 
 
 def _is_deeper(value: Any, limit: int) -> bool:
-    """Tell whether lists and objects lie in each other more than `limit` deep."""
+    """Return whether lists and objects are nested more than `limit` deep."""
     level = [value]
     for _ in range(limit):
         level = [
@@ -41,7 +48,10 @@ def _is_deeper(value: Any, limit: int) -> bool:
 
 
 class JsonRoute(APIRoute):
+    """A route whose bodies are parsed by `_JsonRequest`."""
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the handler."""
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:

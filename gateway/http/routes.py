@@ -1,4 +1,4 @@
-"""The HTTP routes. Each reads its request, calls what knows the answer, and wraps it."""
+"""OpenAI's routes, jobs and health: each handler reads its request, and returns the answer as a response."""
 
 from __future__ import annotations
 
@@ -66,10 +66,12 @@ class Endpoints:
     # ------------------------------------------------------------ models
 
     async def models(self, request: Request) -> Response:
+        """Answer `/v1/models`."""
         base = await self._pipeline.fleet.require(worker=False)
         return json_response({"object": "list", "data": await self._pipeline.resolver.models(base, caller_of(request))})
 
     async def model(self, name: str, request: Request) -> Response:
+        """Answer `/v1/models/{name}`."""
         base = await self._pipeline.fleet.require(worker=False)
         return json_response(await self._pipeline.resolver.model(name, base, caller_of(request)))
 
@@ -82,19 +84,23 @@ class Endpoints:
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         after: str | None = None,
     ) -> Response:
+        """Answer `/v1/jobs`."""
         return json_response(await self._jobs.list(caller_of(request), status, limit, after))
 
     async def job(self, jid: str, request: Request) -> Response:
-        # A gateway that ends must not be waited for.
+        """Answer `/v1/jobs/{jid}`."""
+        # A draining gateway lets nobody wait.
         wait = None if self.draining else _PREFER_WAIT.search(request.headers.get("prefer", ""))
         return json_response(await self._jobs.get(jid, caller_of(request), float(wait[1]) if wait else 0.0))
 
     async def cancel_job(self, jid: str, request: Request) -> Response:
+        """Answer `/v1/jobs/{jid}/cancel`."""
         return json_response(await self._jobs.cancel(jid, caller_of(request)))
 
     # ------------------------------------------------------------ operation
 
     async def health(self) -> Response:
+        """Answer `/health`: 200 while requests are served, 503 otherwise."""
         fleet = self._pipeline.fleet
         await fleet.refresh()
         ready = fleet.is_ready and not self.draining

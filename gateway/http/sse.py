@@ -1,4 +1,4 @@
-"""The response of a call: server-sent events, or one JSON object. Watches whether its client is still there."""
+"""The response to a call: server-sent events or one JSON object, until its client leaves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gateway.http.errors import OPENAI_ERRORS, error_of
 DONE = b"data: [DONE]\n\n"
 
 RAW_SEND = "lorafleet.send"
-"""Key of a scope: the server's own `send`. The layers between it and a route look at the start of a response only."""
+"""Scope key of the server's own `send`: wrappers between server and route need only the start of a response."""
 
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -27,13 +27,13 @@ STREAM_HEADERS = [
 
 
 class GenerationResponse(Response):
-    """Answers a call from its running generation; ends the generation in every case."""
+    """Sends the answer of a running generation, and closes the generation in every case."""
 
     errors = OPENAI_ERRORS
-    done = DONE  # the last frame of a stream
+    done = DONE  # the frame that ends a stream
 
     def __init__(self, generation: Generation, writer: Writer, *, keepalive_s: float) -> None:
-        """keepalive_s: a stream that shows nothing for so long gets a comment."""
+        """keepalive_s: time without a frame after which a stream gets a comment."""
         self.generation = generation
         self.writer = writer
         self.options = generation.call.parsed.options
@@ -63,17 +63,17 @@ class GenerationResponse(Response):
         except ClientGoneError:
             observe.client_gone()
             return
-        except Exception as failure:  # noqa: BLE001  the edge of a call: told, and logged
+        except Exception as failure:  # noqa: BLE001  the edge of a call: every failure is told or logged
             error = error_of(failure)
         if self.started:
             observe.cut_off()
-            # No [DONE]: a client must not take this for a normal end.
+            # Without [DONE], so that no client takes this for a normal end.
             await send({"type": "http.response.body", "body": event(self.errors.body(error)), "more_body": False})
         else:
             await self.errors.response(error)(scope, receive, send)
 
     async def _send_stream(self, send: Send) -> None:
-        """Send frames as they come. The headers wait for the first of them, so that early errors are HTTP errors."""
+        """Send frames as they come. The headers are sent with the first one, so that earlier errors are HTTP errors."""
         loop = asyncio.get_running_loop()
         last_s = loop.time()
         generation = self.generation

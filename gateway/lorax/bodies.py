@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from gateway.adapters.merged import MergedAdapters
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+from gateway.http.json_bodies import JsonBody
 
 
 class NativeMerge(MergedAdapters):
-    """Adapters to be merged for a request; that there are as many weights as ids is told in LoRAX's words."""
+    """Adapters to be merged for a request. `lorax.parse` checks them, to refuse in LoRAX's words."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -22,7 +19,7 @@ class NativeMerge(MergedAdapters):
     weights: list[float] = Field(default_factory=list)
 
 
-class AdapterParameters(_Body):
+class AdapterParameters(JsonBody):
     """Which adapter, from where, on whose behalf."""
 
     adapter_id: str | None = None
@@ -57,7 +54,7 @@ class Parameters(AdapterParameters):
     response_format: dict[str, Any] | None = None
 
 
-class GenerateRequest(_Body):
+class GenerateRequest(JsonBody):
     """`POST /generate` and `/generate_stream`."""
 
     inputs: str
@@ -71,7 +68,7 @@ class CompatRequest(GenerateRequest):
 
 
 class TokenizeRequest(AdapterParameters):
-    """`POST /tokenize`. The adapter, whose tokenizer may be its own, is not LoRAX's."""
+    """`POST /tokenize`. LoRAX takes no adapter here; ours may bring their own tokenizer."""
 
     inputs: str
     add_special_tokens: bool | None = None

@@ -1,4 +1,4 @@
-"""LoRAX's way of telling errors: `{"error", "error_type"}`, its status codes and the beginnings of its texts."""
+"""Errors as LoRAX writes them: `{"error", "error_type"}`, its status codes, and the beginnings of its texts."""
 
 from __future__ import annotations
 
@@ -33,15 +33,18 @@ class GenerationFailed(ClientError):
 
 
 class LoraxErrors:
-    """LoRAX's shape. `generating`: whatever fails now is a generation, its parameters have been found good."""
+    """LoRAX's shape of errors."""
 
     def __init__(self, *, generating: bool) -> None:
+        """generating: the parameters were found good, so that every failure is a failed generation."""
         self._generating = generating
 
     def body(self, error: LorafleetError) -> bytes:
+        """Return the JSON of an error."""
         return self._parts(error)[1]
 
     def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
+        """Return the response that an error is."""
         status, body = self._parts(error)
         return Response(body, status, {**retry_headers(error), **(headers or {})}, "application/json")
 

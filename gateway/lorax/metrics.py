@@ -1,4 +1,4 @@
-"""LoRAX's metric names: what calls add to them, and `/metrics` as text or, as LoRAX does it, as JSON."""
+"""Metrics under LoRAX's names: what calls add to them, and `/metrics` as text or, as LoRAX has it, as JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def accepted(prompts: Sequence[tuple[int, int]]) -> None:
 
 
 def succeeded(seconds: float, num_tokens: int) -> None:
-    """Count a call that came to its end."""
+    """Count a call that came to its end, after so many seconds and output tokens."""
     metrics.LORAX_SUCCESS.inc()
     metrics.LORAX_GENERATED.observe(num_tokens)
     metrics.LORAX_TOKEN_SECONDS.observe(seconds / max(num_tokens, 1))

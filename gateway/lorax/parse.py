@@ -162,7 +162,7 @@ def _best_of(p: Parameters, limit: int, *, stream: bool) -> int:
 
 
 def _is_sampled(p: Parameters) -> bool:
-    """Tell whether tokens are drawn rather than the likeliest taken; a temperature of 0 always means the latter."""
+    """Return whether tokens are drawn at random, and not the likeliest taken, as a temperature of 0 always means."""
     if p.temperature == 0:
         return False
     some = p.do_sample or (p.temperature is not None and p.temperature != 1) or p.top_k is not None

@@ -1,4 +1,4 @@
-"""LoRAX's native routes. What is shared with ours, as `/health`, answers both."""
+"""LoRAX's native routes. `/health` is also ours."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from protocol.runtime.metrics import LORAX_BATCH_SIZE, LORAX_QUEUE_LENGTH
 from protocol.wire.messages import Task
 
 VERSION = "0.1.0"
-"""As every LoRAX says of itself; clients compare it."""
+"""The version that every LoRAX reports; clients compare it."""
 
 PIPELINES: dict[Task, str] = {
     "generate": "text-generation", "embed": "feature-extraction", "classify": "token-classification"
@@ -39,7 +39,7 @@ MAX_LISTED = 1000
 
 
 def shape_of(path: str) -> ErrorShape:
-    """Return how errors on a path are told."""
+    """Return how errors on a path are written."""
     return LORAX_ERRORS if path in LORAX_PATHS else OPENAI_ERRORS
 
 
@@ -86,7 +86,7 @@ class NativeEndpoints:
         tokenizer, pipeline = self._pipeline.files.tokenizer, self._pipeline
         if body.adapter_id or body.merged_adapters is not None:
             base = await pipeline.fleet.require(worker=False)
-            [target] = await pipeline.names.targets(models_of(body), base, caller_of(request), GenerationFailed)
+            [target] = await pipeline.call_resolver.targets(models_of(body), base, caller_of(request), GenerationFailed)
             tokenizer = target.files.tokenizer
         encoding = await run_in_threadpool(tokenizer.encode, body.inputs, add_special_tokens=special)
         return json_response(
@@ -117,7 +117,7 @@ class NativeEndpoints:
                 "max_stop_sequences": settings.max_stop_strings,
                 "max_input_length": base.max_model_len - (base.task == "generate"),
                 "max_total_tokens": base.max_model_len,
-                # What batches are limited by here is blocks and step tokens, see docs/engine.md.
+                # Here blocks and step tokens limit batches, see docs/engine.md.
                 "waiting_served_ratio": 0.0,
                 "max_batch_total_tokens": None,
                 "max_waiting_tokens": 0,

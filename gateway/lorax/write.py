@@ -22,7 +22,7 @@ from protocol.wire.text import Detokenizer
 
 
 class TokenWriter:
-    """Writes the tokens of one choice in order; their texts together are the text."""
+    """Writes the tokens of one choice in order; their texts joined are its text."""
 
     def __init__(self, files: ModelFiles, *, alternatives: bool) -> None:
         self._files = files
@@ -32,10 +32,10 @@ class TokenWriter:
         self.text = ""
 
     def tokens(self, tokens: Sequence[TokenLogprob], *, ended: bool) -> list[dict[str, Any]]:
-        """Return tokens as JSON; with `ended`, the last one lets out the bytes of a character that was cut."""
+        """Return tokens as JSON. ended: the last one gets the bytes of a character that was cut off."""
         written = [self._token(token) for token in tokens]
         if ended and not written and self._last is not None:
-            # The end came alone, from the log. Clients want a token with it: the last one again, without text.
+            # The end came without a token. Clients expect one with it: the last one again, without text.
             written = [{**self._last, "text": "", "special": True, "skipped": True}]
         if ended and written and (rest := self._detokenizer.flush()):
             written[-1]["text"] += rest
@@ -50,7 +50,7 @@ class TokenWriter:
         self.text += text
         written = {
             "id": token.id,
-            # Special tokens are no part of the text, and shown.
+            # Special tokens are shown, though they are no part of the text.
             "text": self._files.token_text.text(token.id) if special else text,
             "logprob": max(token.logprob, MIN_LOGPROB),
             "special": special,
@@ -142,7 +142,7 @@ class NativeWriter:
         if finish == "length":
             return "length"
         options = self._options
-        # A grammar's output ends where nothing can follow, with no token that says so.
+        # Output that follows a grammar may end without an end token, where nothing can follow.
         by_grammar = options.constraint is not None and not any(stop in text for stop in options.stop)
         return "eos_token" if last in self._eos_ids or by_grammar else "stop_sequence"
 
@@ -195,7 +195,7 @@ async def times_of(generation: Generation, started_s: float) -> dict[str, str]:
     validation_ms = 1000 * (generation.call.submitted_s - started_s)
     known = await generation.facts()
     queue_ms = first_ms = output_ms = 0.0
-    if known is not None:  # None: the queue has lost it
+    if known is not None:  # None: the queue has lost the request
         queue_ms = max(known.assigned_ms - known.submitted_ms, 0)
         first_ms = validation_ms + max(known.first_ms - known.submitted_ms, 0)
         output_ms = max(known.ended_ms - known.first_ms, 0) / max(known.num_output_tokens - 1, 1)
@@ -219,10 +219,10 @@ async def times_of(generation: Generation, started_s: float) -> dict[str, str]:
 
 
 def compute_type(base: m.ServedModel) -> str:
-    """Return what LoRAX's header of that name says."""
+    """Return the value of LoRAX's header `x-compute-type`."""
     return "gpu+optimized" if base.device == "cuda" else "cpu+optimized"
 
 
 def _ascii(value: str) -> str:
-    """Return a value as a header may hold it."""
+    """Return a value in the characters that a header may hold."""
     return value.encode("ascii", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")

@@ -9,27 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from gateway.adapters.merged import MergedAdapters
+from gateway.http.json_bodies import JsonBody
 from gateway.http.paths import CHAT, COMPLETIONS
 
 MAX_LORA_SCALE = 100.0
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
-
-
-class StreamOptions(_Body):
+class StreamOptions(JsonBody):
     """What a stream tells besides its text."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # vLLM's: with the former, every chunk tells the usage so far
 
 
-class GenerationRequest(_Body):
-    """What both routes share. null means the default, everywhere."""
+class GenerationRequest(JsonBody):
+    """The fields of both routes. null always means the default."""
 
     model: str | Annotated[list[str], Field(min_length=1)]  # of a list each gives its own choices
     lora_scale: Annotated[float, Field(ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)] | None = None
@@ -90,7 +87,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """What the chat template is given besides the messages."""
+        """Variables for the chat template, besides the messages."""
         own = {} if self.guideline is None else {"guideline": self.guideline}
         return own | (self.chat_template_kwargs or {})
 

@@ -21,7 +21,7 @@ from gateway.calls.parse import (
 )
 from gateway.openai.bodies import BODIES, AnyRequest, ChatRequest, CompletionRequest, GenerationRequest
 from gateway.text.structured import constraint_of
-from gateway.tools.tools import Tools, tools_of
+from gateway.tools.definitions import Tools, tools_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
@@ -85,9 +85,9 @@ def _options(request: AnyRequest, settings: Settings) -> Options:
         n = _best_of(request, num_best, settings)
     shows_logprobs, scores_only = num_logprobs is not None, False
     if n > num_best and num_logprobs is None:
-        num_logprobs = 0  # to choose by
+        num_logprobs = 0  # the choices are ranked by them
     if echo and shows_logprobs and max_tokens == 0:
-        max_tokens, scores_only = 1, True  # a prompt is computed for its next token, which nobody sees
+        max_tokens, scores_only = 1, True  # computing a prompt yields its next token, which is not shown
     stream, background = bool(request.stream), bool(request.background)
     if request.stream_options is not None and not stream:
         raise BadRequest("stream_options is only allowed when stream is true", param="stream_options")

@@ -55,23 +55,24 @@ def fingerprint(call: SubmittedCall) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What all parts of an answer carry."""
+    """The fields that an answer and all its chunks begin with."""
 
     id: str
     created: int  # unix seconds
     model: str
     fingerprint: str
-    model_of: Sequence[str] = ()  # of each choice, where several models answer
+    model_of: Sequence[str] = ()  # of each choice, if the call gave a list of models
 
     def choice(self, index: int) -> dict[str, Any]:
-        """Return how the object of a choice begins."""
+        """Return the first fields of a choice."""
         return {"index": index, "model": self.model_of[index]} if self.model_of else {"index": index}
 
     def choice_start(self, index: int) -> bytes:
-        """Return the same as the beginning of JSON that goes on."""
+        """Return the first fields of a choice as JSON without its closing brace."""
         return orjson.dumps(self.choice(index))[:-1]
 
     def json(self, kind: str) -> dict[str, Any]:
+        """Return the fields as the object of a kind begins with them."""
         return {
             "id": self.id,
             "object": kind,
@@ -92,6 +93,7 @@ class _Frames:
         return self._start + body + self._end
 
     def show_usage(self, usage: Usage) -> None:
+        """Let the chunks from now on tell the usage so far."""
         self._end = b'],"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
 
     def usage(self, usage: Usage) -> bytes:
@@ -105,7 +107,7 @@ class ChatWriter:
 
     def __init__(self, head: Head, tokens: Sequence[TokenText], *, include_usage: bool, logprobs: bool) -> None:
         self.forms: dict[int, tuple[AnswerForm, str]] = {}
-        """Choices that may consist of more than text: how they are to be read, and their request."""
+        """Of choices that may consist of more than text: their form, and the id of their request."""
         self._head = head
         self._tokens = tokens
         self._logprobs = logprobs
@@ -114,6 +116,7 @@ class ChatWriter:
         self._started: set[int] = set()
 
     def frames(self, piece: Piece) -> bytes:
+        """Return the chunks of a piece; b"" when it shows nothing yet."""
         start = self._head.choice_start(piece.index) + b',"delta":'
         out = b""
         if piece.index not in self._started and (piece.text or piece.logprobs or piece.finish):
@@ -131,7 +134,7 @@ class ChatWriter:
         return out
 
     def _split_frames(self, piece: Piece, start: bytes) -> bytes:
-        """Return the frames of a piece of an answer that may be more than text."""
+        """Return the frames of a piece of an answer that has a form."""
         form, rid = self.forms[piece.index]
         splitter = self._splitters.setdefault(piece.index, form.splitter())
         parts = splitter.add(piece.text)
@@ -151,12 +154,15 @@ class ChatWriter:
         return out
 
     def usage_frame(self, usage: Usage) -> bytes:
+        """Return the chunk after the last choice's end."""
         return self._frames.usage(usage)
 
     def show_usage(self, usage: Usage) -> None:
+        """Let the chunks from now on tell the usage so far."""
         self._frames.show_usage(usage)
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        """Return the answer as one object."""
         return {
             **self._head.json("chat.completion"),
             "choices": [self._choice(piece) for piece in choices],
@@ -191,7 +197,7 @@ class ChatWriter:
 
 
 def _delta(part: Part, form: AnswerForm, rid: str) -> dict[str, Any]:
-    """Return what a part adds to a streamed message."""
+    """Return the `delta` of a part."""
     if part.kind == "text":
         return {"content": part.text}
     if part.kind == "reasoning":
@@ -202,7 +208,7 @@ def _delta(part: Part, form: AnswerForm, rid: str) -> dict[str, Any]:
 
 
 def _message(parts: Sequence[Part], form: AnswerForm, rid: str) -> dict[str, Any]:
-    """Return what parts make of a message."""
+    """Return the fields of a message that consists of parts."""
     text = "".join(part.text for part in parts if part.kind == "text")
     calls = [
         _call(call, form, rid, "".join(p.text for p in parts if p.kind == "arguments" and p.index == call.index))
@@ -239,6 +245,7 @@ class CompletionWriter:
         self._offsets: dict[int, int] = {}  # characters of tokens written so far, per choice
 
     def frames(self, piece: Piece) -> bytes:
+        """Return the chunks of a piece; b"" when it shows nothing yet."""
         start = self._head.choice_start(piece.index) + b',"text":'
         out = b""
         if piece.text or piece.logprobs or piece.prompt:
@@ -250,12 +257,15 @@ class CompletionWriter:
         return out
 
     def usage_frame(self, usage: Usage) -> bytes:
+        """Return the chunk after the last choice's end."""
         return self._frames.usage(usage)
 
     def show_usage(self, usage: Usage) -> None:
+        """Let the chunks from now on tell the usage so far."""
         self._frames.show_usage(usage)
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        """Return the answer as one object."""
         return {
             **self._head.json("text_completion"),
             "choices": [
@@ -291,7 +301,7 @@ def _entry(tokens: TokenText, id_: int, logprob: float) -> dict[str, Any]:
 
 
 def _top(tokens: TokenText, token: TokenLogprob) -> dict[str, float] | None:
-    """Return the most likely tokens by text, and the chosen one; of tokens with equal text the likeliest."""
+    """Return the logprobs of the likeliest tokens and the chosen one, by text; of equal texts the likeliest."""
     if math.isnan(token.logprob):
         return None
     best: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""How a chat answer is to be read, and the grammar that makes it readable: reasoning, text, tool calls. Pure."""
+"""The form of a chat answer of reasoning, text and tool calls: how it is read, and the grammar of it. Pure."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from gateway.text.answer_parts import THOUGHTS, AnswerParts, Thought
-from gateway.text.structured import Constraint, lark_regex, lark_string
+from gateway.text.grammars import Constraint, lark_regex, lark_string
 from gateway.text.tokenizer import ModelFiles
-from gateway.tools.tools import MarkerId, Tools, ToolStyle, style_of, tool_grammar
+from gateway.tools.definitions import Tools
+from gateway.tools.grammar import tool_grammar
+from gateway.tools.styles import MarkerId, ToolStyle, style_of
 from gateway.tools.xml_calls import raw_parameters
 
 
@@ -17,25 +19,25 @@ from gateway.tools.xml_calls import raw_parameters
 class AnswerForm:
     """What a chat answer may consist of besides text."""
 
-    thought: Thought | None  # what the template marks reasoning with, if it knows it
-    opened: bool  # the prompt ends within it
-    style: ToolStyle | None  # of calls, if any may come
-    shown: Mapping[int, str]  # special tokens that matter in it, and are no part of a text otherwise
-    raw: Mapping[str, Collection[str]]  # of each tool, the parameters that stand in tags as they are
+    thought: Thought | None  # the marks of reasoning, if the template has any
+    opened: bool  # the prompt ends within the reasoning
+    style: ToolStyle | None  # how calls are written, if any may come
+    shown: Mapping[int, str]  # special tokens that delimit its parts, as text; others are no part of a text
+    raw: Mapping[str, Collection[str]]  # of each tool, the parameters whose values stand in tags as they are
 
     def splitter(self) -> AnswerParts:
-        """Return what splits one answer."""
+        """Return a new splitter, for one answer."""
         return AnswerParts(thought=self.thought, opened=self.opened, style=self.style, raw=self.raw)
 
     def call_id(self, rid: str, index: int) -> str:
-        """Return the id of a request's call: whoever reads the answer again finds the same."""
+        """Return the id of a request's call; the same each time the answer is read."""
         num = self.style.id_characters if self.style is not None else 24
         digest = hashlib.sha256(f"{rid}/{index}".encode()).hexdigest()[:num]
         return digest if num == 9 else f"call_{digest}"
 
 
 def form_of(files: ModelFiles, tools: Tools | None, *, opened: bool) -> AnswerForm | None:
-    """Return what an answer may consist of; None if of nothing but text."""
+    """Return the form of an answer; None if it is nothing but text. opened: the prompt ends within the reasoning."""
     template = files.template.source if files.template is not None else ""
     thought = next((marks for marks in THOUGHTS if marks[1] in template), None)
     if thought is None and tools is None:
@@ -51,7 +53,7 @@ def form_of(files: ModelFiles, tools: Tools | None, *, opened: bool) -> AnswerFo
 
 
 def marker_ids(files: ModelFiles) -> MarkerId:
-    """Return what finds the id of a marker that is one token."""
+    """Return a function that finds the ids of markers that are one token of a model."""
 
     def find(text: str) -> int | None:
         id_ = files.tokenizer.token_to_id(text)
@@ -63,7 +65,7 @@ def marker_ids(files: ModelFiles) -> MarkerId:
 def answer_grammar(
     constraint: Constraint | None, tools: Tools | None, form: AnswerForm | None, marker: MarkerId
 ) -> list[Constraint]:
-    """Return the grammars of an answer, the first its own; none if anything will do."""
+    """Return the grammar of an answer, followed by those that it refers to by name; [] if any answer will do."""
     if tools is not None and form is not None and form.style is not None:
         opening = form.thought[0] if form.thought is not None and not form.opened else ""
         grammars = tool_grammar(tools, form.style, marker, constraint, thought=opening)
@@ -81,9 +83,9 @@ def answer_grammar(
 
 
 def _after_reasoning(thought: Thought, marker: MarkerId, *, opened: bool) -> Constraint:
-    """Return the grammar of reasoning, which is free, and the answer behind it, which is not."""
+    """Return the grammar of free reasoning, followed by an answer of the grammar named `answer`."""
     begin, end = map(marker, thought)
-    # Spelled out, an end that is a token of its own would look like it.
+    # If the end mark is one token, its text must not be spelled out by others.
     other = "" if end is None else f" & ~/(?s:.*){lark_regex(thought[1])}(?s:.*)/"
     rules = [f"THOUGHT: /(?s:.*)/{other}", r"GAP: /[ \n]{1,4}/"]
     if end is None:

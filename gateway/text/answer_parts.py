@@ -1,4 +1,4 @@
-"""What of a chat answer is reasoning, what is said to the user, and what is a tool call. Pure; text in any pieces."""
+"""Splits a chat answer, which comes in pieces, into reasoning, text for the user, and tool calls. Pure."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from gateway.tools.tools import ToolStyle
+from gateway.tools.styles import ToolStyle
 from gateway.tools.xml_calls import XmlArguments
 from protocol.wire.text import overlap
 
 Thought = tuple[str, str]
-"""What stands before and after a model's reasoning."""
+"""The marks before and after a model's reasoning."""
 
 THOUGHTS: tuple[Thought, ...] = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
-"""As Qwen, DeepSeek and most others have it; as Mistral has it."""
+"""The marks of Qwen, DeepSeek and most others; of Mistral."""
 
-_HEADS = {  # of a call, by how its body is written; the name is the group
+_HEADS = {  # how a call begins, by the way its body is written; the group is its name
     "json": re.compile(r'[^{]*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\S)'),
     "named": re.compile(r"\s*(?:\[TOOL_CALLS\])?\s*([\w-]+)(?:\[CALL_ID\][^\[]*)?\[ARGS\]\s*(?=\S)"),
     "xml": re.compile(r"(?s:.*?)<function=([^>\n]+)>\n"),
@@ -26,7 +26,7 @@ _HEADS = {  # of a call, by how its body is written; the name is the group
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of an answer. A call begins with its name; the pieces of its arguments follow."""
+    """A part of an answer, or a piece of one. A call is its name, and the pieces of its arguments after it."""
 
     kind: Literal["text", "reasoning", "call", "arguments"]
     text: str  # of a call: its name
@@ -34,7 +34,7 @@ class Part:
 
 
 class ReasoningSplitter:
-    """Tells reasoning, which stands between two marks at the beginning, from what follows."""
+    """Separates reasoning, which stands between two marks at the beginning, from what follows."""
 
     def __init__(self, thought: Thought, *, opened: bool) -> None:
         """opened: the prompt ends within the reasoning."""
@@ -78,16 +78,16 @@ class ReasoningSplitter:
 
 
 class CallSplitter:
-    """Tells tool calls from the text before them. After the first call nothing but calls comes."""
+    """Separates tool calls from the text before them. Nothing but calls comes after the first."""
 
     def __init__(self, style: ToolStyle, raw: Mapping[str, Collection[str]]) -> None:
-        """raw: of each tool, the parameters that stand in tags as they are."""
+        """raw: of each tool, the parameters whose values stand in tags as they are."""
         self._style = style
         self._raw_parameters = raw
         self._marker = style.marker
         self._state: Literal["start", "text", "head", "arguments", "plain"] = "text" if style.marker else "start"
         self._held = ""
-        self._raw = ""  # what a first call began with, to be shown if none comes of it
+        self._raw = ""  # how the first call began, to be shown as text if it is cut off
         self._scan: _ValueScan | XmlArguments = _ValueScan()
         self.num_calls = 0
 
@@ -100,7 +100,7 @@ class CallSplitter:
         return parts
 
     def _advance(self, parts: list[Part]) -> bool:
-        """Take what can be taken of the held text; tell whether another look is worthwhile."""
+        """Read one part of the held text; return whether another may be read."""
         if self._state == "start":
             begun = self._held.lstrip()
             if begun:
@@ -169,7 +169,7 @@ class _ValueScan:
         self.ended = False
 
     def take(self, text: str) -> tuple[str, str]:
-        """Return what of a text that goes on belongs to the object, and what does not."""
+        """Return how much of the next text belongs to the object, and the rest."""
         for i, character in enumerate(text):
             if self._escaped:
                 self._escaped = False
@@ -194,15 +194,15 @@ def _append(parts: list[Part], kind: Literal["text", "reasoning", "arguments"], 
 
 
 class AnswerParts:
-    """Splits one choice's answer as far as its request and its model's template ask for it."""
+    """Splits one answer into the parts that its request and its model's template allow."""
 
     def __init__(
         self, *, thought: Thought | None, opened: bool, style: ToolStyle | None,
         raw: Mapping[str, Collection[str]] | None = None,
     ) -> None:  # fmt: skip
-        """thought: what marks reasoning, if any; opened: the prompt ends within it; style: of calls that may come.
+        """thought: the marks of reasoning, if any; opened: the prompt ends within it; style: of calls, if any may come.
 
-        raw: of each tool, the parameters that stand in tags as they are.
+        raw: of each tool, the parameters whose values stand in tags as they are.
         """
         self._reasoning = ReasoningSplitter(thought, opened=opened) if thought is not None else None
         self._calls = CallSplitter(style, raw or {}) if style is not None else None

@@ -1,4 +1,4 @@
-"""Finds out whether grammars can be compiled, in a process that can be killed; remembers the verdicts."""
+"""Checks whether grammars compile, in a process that can be killed, and remembers the results."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from protocol.wire.errors import BadRequest
 MAX_REMEMBERED = 4096
 
 LIMIT_REMEMBERED_S = 60.0
-"""How long one that took too long is refused unseen: on a quieter machine it may pass."""
+"""How long a grammar that took too long is refused without another try, which may pass on a quieter machine."""
 
 
 class GrammarCheck:
-    """Verdicts on grammars."""
+    """Checks grammars for the base model's tokenizer."""
 
     def __init__(self, tokenizer: str, limit_s: float) -> None:
         """tokenizer: path of the base model's tokenizer.json."""
         self._tokenizer = tokenizer
         self._sandbox = Sandbox(limit_s, "compiling the output's grammar")
-        self._refusals: OrderedDict[bytes, tuple[str, float]] = OrderedDict()  # by digest: "" if good; until when
+        self._refusals: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+        """By the grammar's digest: why it is refused, "" if it compiles, and until when that holds (monotonic)."""
 
     async def close(self) -> None:
         """End the process."""

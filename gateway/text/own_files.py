@@ -27,7 +27,7 @@ from protocol.wire.errors import AdapterRefused, BadRequest, NotFound, Unavailab
 logger = logging.getLogger(__name__)
 
 MAX_KEPT = 32
-"""Adapters whose files are kept; those with equal tokenizers share one."""
+"""Sets of files that are kept; those with equal tokenizers share one."""
 
 MAX_FACTS = 10_000
 
@@ -35,24 +35,28 @@ TIMEOUT = httpx2.Timeout(30.0, connect=2.0)
 
 
 class OwnFiles:
-    """What adapters bring besides weights, by its hash."""
+    """The tokenizers and chat templates of adapters, kept by their hash."""
 
     def __init__(self, bus: Bus, base: ModelFiles, sandbox: Sandbox, bearer: str = "") -> None:
-        """`bearer` is what the stores want to see, `FleetSecret.bearer`."""
+        """bearer: authorizes at the stores, see `FleetSecret.bearer`; "" for a fleet without a secret."""
         self._bus = bus
         self.base = base
         self._sandbox = sandbox
         self._kept: OrderedDict[str, ModelFiles] = OrderedDict()
-        self._facts: OrderedDict[str, tuple[str, int]] = OrderedDict()  # a digest's never change
+        self._facts: OrderedDict[str, tuple[str, int]] = OrderedDict()  # as `facts` returns, by digest; never change
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
         self._http = httpx2.AsyncClient(timeout=TIMEOUT, headers=headers, trust_env=False)
 
     async def close(self) -> None:
+        """Close the connections to the stores."""
         await self._http.aclose()
 
     async def facts(self, digest: str) -> tuple[str, int]:
-        """Return the hash of an adapter's own texts, "" if it brings none, and of how many tokens it knows, or 0."""
+        """Return the hash of an adapter's own texts, "" if it brings none, and its vocabulary's size, 0 for the base's.
+
+        Raises NotFound.
+        """
         facts = self._facts.get(digest)
         if facts is None:
             record = await self._bus.get(self._bus.keys.adapter(digest), m.AdapterRecord)
@@ -114,7 +118,7 @@ class OwnFiles:
         return ModelFiles(base.name, tokenizer, token_text, template, eos_ids, texts)
 
     def _tokenizer(self, text: str) -> tuple[Tokenizer, TokenText]:
-        """Return the tokenizer of a tokenizer.json; equal ones are one. Raises AdapterRefused."""
+        """Return the tokenizer of a tokenizer.json, shared by all with equal texts. Raises AdapterRefused."""
         for known in (self.base, *self._kept.values()):
             if known.texts.get(TOKENIZER) == text:
                 return known.tokenizer, known.token_text

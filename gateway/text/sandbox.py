@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from gateway.text.sandbox_child import MAX_TEXT_BYTES, READY, SIZE_BYTES, Answer, Job, Render, framed
+from gateway.text.sandbox_child import MAX_TEXT_BYTES, READY, SIZE_BYTES, Answer, Render, SandboxJob, framed
 from protocol.wire.errors import BadRequest, Unavailable
 
 RENDER_S = 5.0
@@ -39,7 +39,7 @@ class Sandbox:
         """Id of the process; None while there is none."""
         return None if self._process is None else self._process.pid
 
-    async def do(self, job: Job) -> Answer:
+    async def do(self, job: SandboxJob) -> Answer:
         """Return what came of a job. Raises BadRequest at its limits, Unavailable without a process."""
         async with self._lock:
             process = await self._started()
@@ -112,7 +112,7 @@ class SandboxedTemplate:
         return await self.sandbox.render(job)
 
 
-async def _ask(process: asyncio.subprocess.Process, job: Job) -> Answer:
+async def _ask(process: asyncio.subprocess.Process, job: SandboxJob) -> Answer:
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(framed(job))

@@ -40,7 +40,7 @@ class Check(msgspec.Struct, tag=True):
     tokenizer: str  # path of the base model's tokenizer.json
 
 
-Job = Render | Check
+SandboxJob = Render | Check
 
 
 class Answer(msgspec.Struct):
@@ -50,7 +50,7 @@ class Answer(msgspec.Struct):
     refusal: str = ""  # what is wrong with the template, or the grammar
 
 
-def framed(message: Job | Answer) -> bytes:
+def framed(message: SandboxJob | Answer) -> bytes:
     """Return a message with its length before it."""
     payload = msgspec.msgpack.encode(message)
     return len(payload).to_bytes(SIZE_BYTES, "little") + payload
@@ -94,7 +94,7 @@ def main() -> None:
     sink.write(READY)
     sink.flush()
     while head := source.read(SIZE_BYTES):
-        job = msgspec.msgpack.decode(source.read(int.from_bytes(head, "little")), type=Job)
+        job = msgspec.msgpack.decode(source.read(int.from_bytes(head, "little")), type=SandboxJob)
         sink.write(framed(_render(job) if isinstance(job, Render) else _check(job)))
         sink.flush()
 

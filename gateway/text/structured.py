@@ -1,32 +1,27 @@
 """What clients may demand of an output's form, as a grammar of llguidance. Pure.
 
-`response_format` as OpenAI and LoRAX have it, `structured_outputs` as vLLM has it. Whether a grammar can be compiled is
-found out in `grammar_check`.
+`response_format` as OpenAI and LoRAX have it, `structured_outputs` as vLLM has it. `grammar_check` finds out whether a
+grammar can be compiled.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
+from gateway.text.grammars import Constraint, lark_string, regex_literal
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
-
-Constraint = dict[str, Any]
-"""One entry of llguidance's list of grammars: {"json_schema": …} or {"lark_grammar": …}."""
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 JSON_STYLE: dict[str, Any] = {
-    # Models that were not asked for compact JSON write a space or a new line here and there; small ones never stop
-    # writing them where any number is allowed.
+    # Models write a space or a new line between tokens of JSON; small ones never stop where any number is allowed.
     "whitespace_pattern": r"[ ]|\n[ \t]{0,32}",
     "whitespace_flexible": True,
-    "lenient": False,  # what cannot be enforced is refused
+    "lenient": False,  # refuse what cannot be enforced
 }
 
 _KINDS = ("json", "json_object", "regex", "choice", "grammar")
@@ -37,7 +32,7 @@ _NO_MORE = ("structural_tag", "disable_additional_properties")
 def constraint_of(
     response_format: Mapping[str, Any] | None, structured_outputs: Mapping[str, Any] | None, settings: Settings
 ) -> Constraint | None:
-    """Return what a request of OpenAI's routes demands of its output, None if nothing. Raises BadRequest."""
+    """Return the grammar that a request of OpenAI's routes demands, None for none. Raises BadRequest."""
     formatted = None if response_format is None else _response_format(response_format, settings)
     structured = None if structured_outputs is None else _structured_outputs(structured_outputs, settings)
     if formatted is not None and structured is not None:
@@ -46,7 +41,7 @@ def constraint_of(
 
 
 def native_constraint(response_format: Mapping[str, Any] | None, settings: Settings) -> Constraint | None:
-    """Return what a request of LoRAX's routes demands of its output, None if nothing. Raises BadRequest.
+    """Return the grammar that a request of LoRAX's routes demands, None for none. Raises BadRequest.
 
     No `schema` means any object, a null one nothing at all: that is what LoRAX's client sends for "any".
     """
@@ -59,11 +54,6 @@ def native_constraint(response_format: Mapping[str, Any] | None, settings: Setti
     if kind not in ("json_object", "json_schema"):
         raise BadRequest(f"`{param}` of type {kind!r} is not supported", param=param)
     return _json(response_format.get("schema", ANY_OBJECT), param, settings)
-
-
-def grammar_text(*constraints: Constraint) -> str:
-    """Return grammars as they cross the queue; the first is the output's, others are what it refers to by name."""
-    return json.dumps({"grammars": constraints}, ensure_ascii=False, separators=(",", ":"))
 
 
 # ---------------------------------------------------------------- response_format
@@ -115,11 +105,11 @@ def _structured_outputs(wish: Mapping[str, Any], settings: Settings) -> Constrai
     if not isinstance(value, str) or not value:
         raise BadRequest(f"{place} must be a string, and not empty", param=place)
     _check_size(value, place, settings)
-    return {"lark_grammar": value} if kind == "grammar" else {"lark_grammar": f"start: {_regex_literal(value)}"}
+    return {"lark_grammar": value} if kind == "grammar" else {"lark_grammar": f"start: {regex_literal(value)}"}
 
 
 def _style(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how JSON is written, of a `structured_outputs`."""
+    """Return how the JSON of a `structured_outputs` is to be written, as llguidance's `x-guidance`."""
     pattern, compact = given.get("whitespace_pattern"), given.get("disable_any_whitespace", False)
     if pattern is not None and not isinstance(pattern, str):
         place = "structured_outputs.whitespace_pattern"
@@ -130,7 +120,7 @@ def _style(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(value: Any, place: str) -> Any:
-    """Return a schema that may have been given as text."""
+    """Return a schema that may be given as text."""
     if not isinstance(value, str):
         return value
     try:
@@ -144,30 +134,6 @@ def _choice(choices: Any, place: str, settings: Settings) -> Constraint:
         raise BadRequest(f"{place} must be a list of strings that are not empty", param=place)
     _check_size("".join(choices), place, settings)
     return {"lark_grammar": "start: " + " | ".join(lark_string(text) for text in choices)}
-
-
-def lark_string(text: str) -> str:
-    """Return a text as a literal of llguidance's Lark."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def lark_regex(text: str) -> str:
-    """Return a text as a part of a regular expression of llguidance's Lark."""
-    return re.escape(text).replace("/", "\\/")
-
-
-def _regex_literal(pattern: str) -> str:
-    """Return a regular expression as a literal of llguidance's Lark."""
-    escaped, backslash = [], False
-    for character in pattern:
-        if character == "/" and not backslash:
-            escaped.append("\\/")
-        elif character == "\n":
-            escaped.append("n" if backslash else "\\n")
-        else:
-            escaped.append(character)
-        backslash = character == "\\" and not backslash
-    return f"/{''.join(escaped)}/"
 
 
 # ---------------------------------------------------------------- schemas
@@ -199,7 +165,7 @@ def _check_size(text: str, place: str, settings: Settings) -> None:
 
 
 def _depth(value: Any, limit: int) -> int:
-    """Return how deep lists and objects are nested; looks no deeper than one level beyond the limit."""
+    """Return how deep lists and objects are nested, at most one level beyond the limit."""
     level, depth = [value], 0
     while depth <= limit:
         inner = [part for part in level if isinstance(part, dict | list)]

@@ -1,4 +1,4 @@
-"""A model's or adapter's tokenizer and what belongs to it. Encoding runs in threads: the library releases the GIL."""
+"""The tokenizer and chat template of a model or an adapter. Encoding runs in threads: the library frees the GIL."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class EncodedChat:
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """What the gateway knows of the base model, or of an adapter that brings its own, from their files."""
+    """The base model's tokenizer, chat template and end tokens, or those that an adapter brings."""
 
     name: str  # served name of the base
     tokenizer: Tokenizer
     token_text: TokenText
     template: ChatTemplate | SandboxedTemplate | None
     eos_ids: frozenset[int]
-    texts: Mapping[str, str]  # the files
+    texts: Mapping[str, str]  # the files that these were read from, by name
 
     async def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, with the special tokens that the tokenizer puts around it."""
@@ -71,7 +71,7 @@ class ModelFiles:
         return await asyncio.to_thread(encode)
 
     def _encode_rendered(self, text: str) -> EncodedChat:
-        # The template has written the special tokens.
+        # The template has written the special tokens itself.
         ids = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return EncodedChat(ids, opened=text.rstrip().endswith(tuple(begin for begin, _ in THOUGHTS)))
 
@@ -97,7 +97,7 @@ def read_tokenizer(text: str) -> tuple[Tokenizer, TokenText]:
     """Return the tokenizer of a tokenizer.json. Raises BadRequest."""
     try:
         tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library has no type of its own for what it cannot read
+    except Exception as error:  # the library raises plain exceptions
         raise BadRequest(f"{TOKENIZER} cannot be read: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -128,15 +128,15 @@ class TokenText:
         self.text = lru_cache(maxsize=1 << 16)(self._text)
 
     def is_added(self, id_: int) -> bool:
-        """Tell whether a token was added to the vocabulary as a whole, as markers are."""
+        """Return whether a token was added to the vocabulary as a whole, as markers are."""
         return id_ in self._added
 
     def is_special(self, id_: int) -> bool:
-        """Tell whether a token is none of the text's."""
+        """Return whether a token is a special one, which is no part of the text."""
         return id_ in self._special
 
     def _bytes(self, id_: int) -> bytes:
-        """Return a token's UTF-8 bytes; also of a token that holds only a part of a character."""
+        """Return a token's UTF-8 bytes, which may be only a part of a character."""
         token = self._tokenizer.id_to_token(id_)
         if token is None:
             return b""
@@ -151,7 +151,7 @@ class TokenText:
         return token.replace("\u2581", " ").encode()
 
     def _text(self, id_: int) -> str:
-        r"""Return a token as text; `bytes:\xe2\x80`, as OpenAI does, when it isn't valid UTF-8 alone."""
+        r"""Return a token as text; `bytes:\xe2\x80`, as OpenAI does, if it is not valid UTF-8 alone."""
         raw = self.bytes(id_)
         try:
             return raw.decode()

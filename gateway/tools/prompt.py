@@ -1,4 +1,4 @@
-"""Tools in plain words, for models whose chat template knows none: as Hermes' and Qwen's templates put it. Pure."""
+"""Tools as text, for models whose chat template does not know tools, in the words of Hermes' and Qwen's. Pure."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ For each function call, return a json object with function name and arguments wi
 
 
 def knows_tools(template: str) -> bool:
-    """Tell whether a chat template, its source, puts tools into its prompts."""
+    """Return whether a chat template, given by its source, writes tools into prompts."""
     return any(_VARIABLE.search(_QUOTED.sub("", tag)) for tag in _TAG.findall(template))
 
 
 def explain_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return normalized messages with tools, their calls and results written as text."""
+    """Return normalized messages in which tools, their calls and their results are text."""
     introduction = _INTRODUCTION.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
     plain = [_plain(message) for message in messages]
     if plain[0]["role"] == "system":

@@ -6,7 +6,7 @@
     </parameter>
     </function>
 
-A string stands there as it is, what it may not contain is the tag that ends it; everything else is JSON.
+A string stands there as it is, and may not contain its end tag; every other value is JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from gateway.text.structured import lark_string
+from gateway.text.grammars import lark_string
 from protocol.wire.errors import BadRequest
 from protocol.wire.text import overlap
 
@@ -30,9 +30,9 @@ _OF_OBJECTS = frozenset({"properties", "required", "additionalProperties", "$def
 
 
 def raw_parameters(schema: dict[str, Any]) -> frozenset[str]:
-    """Return the parameters, of a schema of arguments, whose values are written as they are and not as JSON."""
+    """Return which parameters of a schema of arguments have values that are written as they are, not as JSON."""
     properties = schema.get("properties")
-    named = properties if isinstance(properties, dict) else {}  # what is wrong is refused with the grammar
+    named = properties if isinstance(properties, dict) else {}  # a wrong schema is refused when its grammar is made
     return frozenset(name for name, value in named.items() if _choices(value) is not None)
 
 
@@ -47,9 +47,9 @@ def _choices(schema: Any) -> list[str] | None:
 
 
 def arguments_rules(name: str, schema: dict[str, Any], rule: str) -> list[str]:
-    """Return the rules, the first named `rule`, of a function's arguments and its closing tag.
+    """Return the rules of a function's arguments and its closing tag; the first is named `rule`.
 
-    Needs RAW_VALUE_RULES. Raises BadRequest for what tags cannot say.
+    They refer to RAW_VALUE_RULES. Raises BadRequest for schemas that tags cannot express.
     """
     unknown = [key for key in schema if key not in _PLAIN | _OF_OBJECTS]
     if unknown:
@@ -74,7 +74,7 @@ def arguments_rules(name: str, schema: dict[str, Any], rule: str) -> list[str]:
         rules += [f"{own}: {lark_string(f'<parameter={key}>' + chr(10))} {own}_value"]
         rules += _value_rules(f"{own}_value", value, shared)
     more = schema.get("additionalProperties", True)
-    if not properties and more is not False:  # beside those that have names nobody needs others
+    if not properties and more is not False:  # a schema that names some parameters allows no others
         parts.append(f"{rule}_any*")
         rules += [f'{rule}_any: "<parameter=" /[^>\\n]+/ ">\\n" {rule}_any_value']
         rules += _value_rules(f"{rule}_any_value", {} if more is True else more, shared, raw=False)
@@ -93,17 +93,17 @@ def _value_rules(rule: str, schema: Any, shared: dict[str, Any], *, raw: bool = 
 
 
 class XmlArguments:
-    """Reads the tags of one call's arguments, up to the closing tag of the function; gives them as one JSON object."""
+    """Turns the tags of one call's arguments, up to the closing tag of the function, into the text of a JSON object."""
 
     def __init__(self, raw: Collection[str]) -> None:
-        """raw: the parameters that are written as they are."""
+        """raw: the parameters whose values are written as they are."""
         self._raw = raw
         self._name: str | None = None  # of the parameter whose value is being read
         self._num = 0
         self.ended = False
 
     def take(self, text: str) -> tuple[str, str]:
-        """Return the JSON that a text goes on with, and the end of the text that has to be seen again with more."""
+        """Return the JSON that more text completes, and the end of the text, to be given again with what follows it."""
         out = ""
         while not self.ended:
             if self._name is not None:

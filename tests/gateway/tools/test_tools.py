@@ -19,9 +19,10 @@ from tokenizers import AddedToken, Tokenizer
 
 from gateway.text.answer_form import AnswerForm, answer_grammar
 from gateway.text.answer_parts import THOUGHTS, AnswerParts, Thought
-from gateway.text.structured import grammar_text
+from gateway.text.grammars import grammar_text
+from gateway.tools.definitions import tools_of
 from gateway.tools.prompt import knows_tools
-from gateway.tools.tools import (
+from gateway.tools.styles import (
     HERMES,
     LLAMA,
     MISTRAL,
@@ -31,7 +32,6 @@ from gateway.tools.tools import (
     QWEN_CODER,
     ToolStyle,
     style_of,
-    tools_of,
 )
 from gateway.tools.xml_calls import raw_parameters
 from protocol.queue.bus import Bus
@@ -259,7 +259,7 @@ def test_arguments_in_tags_are_strings_as_they_are_and_json(tokenizer: Tokenizer
             assert (name, json.loads(arguments)) == ("edit", meant)
 
 
-def test_arguments_without_names_may_have_any_and_what_tags_cannot_say_is_refused() -> None:
+def test_arguments_without_names_and_what_tags_cannot_say() -> None:
     def tools(parameters: dict[str, Any]) -> Any:
         return tools_of(
             [{"type": "function", "function": {"name": "f", "parameters": parameters}}], None, None, Settings()
