@@ -19,18 +19,19 @@ LONGER_S: dict[str, int] = {
     "adapter_store/test_service.py": 60,  # a thousand adapters
     "chaos": 120,  # whole fleets
     "e2e": 120,  # whole fleets
-    "gateway/http/test_fuzz.py": 120,  # hypothesis
+    "gateway/adapters": 60,  # real stores
+    "gateway/http": 120,  # hypothesis; hundreds of clients
+    "gpu_worker": 120,  # engines are built
     "kernels/test_triton.py": 600,  # a whole test run in Triton's interpreter; compilations for three cards
     "kernels/triton": 120,  # that run
     "lorafleet/test_profile.py": 60,
     "lorafleet/test_quickstart.py": 120,  # converts a model
     "oracle": 120,  # models of transformers
     "oracle/test_greedy.py": 240,  # a model of real size
-    "peft_adapters/test_format.py": 120,  # hypothesis
+    "peft_adapters": 120,  # hypothesis; PEFT's own models
     "protocol/queue/test_interleavings.py": 300,  # every order of events
     "protocol/queue/test_lost_tail.py": 300,  # every order of events
-    "scheduler/test_backlog.py": 60,  # hypothesis
-    "scheduler/test_fleet.py": 60,  # hypothesis
+    "scheduler": 120,  # hypothesis; fleets in virtual time
     "test_packaging.py": 120,  # imports everything in new interpreters
 }
 """File or folder -> the limit of each of its tests, s, where 30 s are not enough on two busy cores."""

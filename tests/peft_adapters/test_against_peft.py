@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -86,7 +86,11 @@ def save(model: PreTrainedModel, config: LoraConfig) -> Saved:
     """Let PEFT apply and save a random adapter. Raises what PEFT raises."""
     asked = as_json(config)
     peft_model = get_peft_model(model, config)
-    layers = {n: layer for n, layer in peft_model.base_model.model.named_modules() if isinstance(layer, LoraLayer)}
+    layers = {
+        n: layer
+        for n, layer in cast("torch.nn.Module", peft_model.base_model.model).named_modules()
+        if isinstance(layer, LoraLayer)
+    }
     with tempfile.TemporaryDirectory() as folder:
         peft_model.save_pretrained(folder)
         raw = (Path(folder) / CONFIG_FILE).read_bytes()

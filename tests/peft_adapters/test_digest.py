@@ -37,7 +37,8 @@ def test_digest_is_of_the_maths_only() -> None:
         {"modules_to_save": None},
         {"init_lora_weights": "mica"},
     ):
-        assert digest(lora_config(**same), raw) == expected, same
+        changed: dict[str, Any] = same
+        assert digest(lora_config(**changed), raw) == expected, same
     others = [{"r": 5}, {"lora_alpha": 9}, {"use_rslora": True}, {"target_modules": ["q_proj"]}, {"use_dora": True},
               {"alpha_pattern": {"q_proj": 1}}, {"exclude_modules": ["x"]}, {"layers_to_transform": [0]},
               {"lora_bias": True},

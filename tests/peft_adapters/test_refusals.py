@@ -188,7 +188,7 @@ def test_refuses_another_base() -> None:
 
 
 def test_a_refusal_stays_short() -> None:
-    junk = {f"x{i}" * 50: np.zeros((1, 1)) for i in range(2000)}
+    junk: dict[str, Any] = {f"x{i}" * 50: np.zeros((1, 1)) for i in range(2000)}
     found = reasons(lora_config(), **junk)
     assert sum(map(len, found)) < 4000
     assert "and 1994 more" in found[0]

@@ -328,7 +328,7 @@ async def test_a_worker_that_leaves_does_not_come_back(bus: Bus) -> None:
                 await bus._redis.ping()
             return gone
 
-        worker.bus.delete_stream = delete_and_ask_for_a_beat
+        worker.bus.streams.delete = delete_and_ask_for_a_beat
         stop.set()
         await wait_until(lambda: _is_off(bus, worker), "it has left")
     assert worker.wid == wid
