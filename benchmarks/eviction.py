@@ -102,6 +102,7 @@ def run(
 
 
 def main() -> None:
+    """Compare eviction policies on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--adapters", type=int, default=2000)
     parser.add_argument("--slots", type=int, default=64, help="adapters of mean size that the pool holds")

@@ -60,6 +60,7 @@ def draw(axes: Sequence[Any], ttft_ms: dict[str, np.ndarray], shares: Sequence[f
 
 
 def main() -> None:
+    """Measure a flood beside quiet tenants, and write the result."""
     args = report.parser(__doc__).parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
     rounds, per_round = (1, 40) if args.short else (2, 128)

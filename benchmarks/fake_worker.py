@@ -66,10 +66,12 @@ class FakeEngine:
         self._thread: threading.Thread | None = None
 
     def start(self, on_outputs: OnOutputs, on_death: OnDeath) -> None:
+        """Start the thread that steps."""
         self._thread = threading.Thread(target=self._loop, args=(on_outputs,), name="fake-engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: EngineRequest) -> None:
+        """Take a request."""
         with self._lock:
             first_token = expected_token(request.prompt, 0, self._vocab)
             self._requests[request.rid] = _Running(request, len(request.output), first_token)
@@ -82,6 +84,7 @@ class FakeEngine:
         self._wake.set()
 
     def cancel(self, rids: Sequence[str]) -> None:
+        """Forget requests."""
         with self._lock:
             for rid in rids:
                 self._requests.pop(rid, None)
@@ -95,26 +98,32 @@ class FakeEngine:
                 tier.add(digest)
 
     def prefetch(self, digest: str) -> None:
+        """Count an adapter as resident."""
         self.orders.append(("prefetch", digest))
         self._bring(digest, self._host)
 
     def pin(self, digest: str) -> None:
+        """Count an adapter as pinned."""
         self.orders.append(("pin", digest))
         self._bring(digest, self._host, self._resident)
         self._pinned[digest] = ""
 
     def unpin(self, digest: str) -> None:
+        """Count an adapter as not pinned."""
         self.orders.append(("unpin", digest))
         self._pinned.pop(digest, None)
 
     def evict(self, digest: str, order: str) -> None:
+        """Answer an order to evict."""
         self.orders.append(("evict", digest))
         self._leaving[digest] = order
 
     def set_queued(self, digests: list[str]) -> None:
+        """Ignore which adapters the backlog waits for: nothing is evicted here."""
         self.orders.append(("queued", ",".join(digests)))
 
     def take_adapter_events(self) -> tuple[list[AdapterEvent], dict[str, AdapterUse]]:
+        """Return what happened to adapters since the last call."""
         events: list[AdapterEvent] = []
         with self._lock:
             used = {running.request.digest for running in self._requests.values()}
@@ -136,6 +145,7 @@ class FakeEngine:
         return done
 
     def hand_over(self) -> Future[list[str]]:
+        """Forget all requests; the future names them."""
         done: Future[list[str]] = Future()
         with self._lock:
             rids = list(self._requests)
@@ -144,9 +154,11 @@ class FakeEngine:
         return done
 
     def ack_step(self) -> None:
+        """Note that a step is durable."""
         self._room.release()
 
     def stats(self) -> EngineStats:
+        """Return the figures of a beat."""
         with self._lock:
             return EngineStats(
                 capacity=self._capacity, running=len(self._requests),
@@ -154,6 +166,7 @@ class FakeEngine:
             )  # fmt: skip
 
     def stop(self) -> None:
+        """End the thread."""
         self._stopped = True
         self.steps.set()
         self._wake.set()
@@ -220,6 +233,7 @@ async def serve_many(args: argparse.Namespace, settings: Settings, stop: asyncio
 
 
 def main() -> int:
+    """Run a fake worker until a signal ends it; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--step-ms", type=float, default=25.0)
     parser.add_argument("--capacity", type=int, default=256)

@@ -168,6 +168,7 @@ def draw(axes: Sequence[Any], run: Run, simulated: dict[str, np.ndarray]) -> Non
 
 
 def main() -> None:
+    """Measure hits of many adapters beside their simulation."""
     args = report.parser(__doc__).parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
     num_adapters, num_requests = (200, 200) if args.short else (NUM_ADAPTERS, NUM_REQUESTS)

@@ -143,6 +143,7 @@ def draw(axes: Sequence[Any], results: dict[str, dict[str, dict[str, float]]]) -
 
 
 def main() -> None:
+    """Measure a fleet beside its simulation, and write both."""
     args = report.parser(__doc__).parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
     seconds = 20 if args.short else 45

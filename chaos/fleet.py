@@ -41,10 +41,12 @@ class Member:
 
     @property
     def is_running(self) -> bool:
+        """Whether the process runs."""
         return self.process is not None and self.process.poll() is None
 
     @property
     def pid(self) -> int:
+        """The process id; the process has been started."""
         assert self.process is not None
         return self.process.pid
 

@@ -224,8 +224,9 @@ class Run:
 
 @asynccontextmanager
 async def prepared(plan: Plan, folder: Path, model: Path, names: Sequence[str]) -> AsyncIterator[Run]:
-    """Start a fleet with the adapters `names` of `folder`/adapters, ask it everything undisturbed, yield the run that
-    may begin; end the fleet.
+    """Start a fleet with the adapters `names` of `folder`/adapters, ask it everything undisturbed, and yield the run.
+
+    The fleet ends with the context.
     """
     adapters = folder / "adapters"
     asks = catalogue(["base", *names], random.Random(plan.seed))

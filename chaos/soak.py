@@ -81,6 +81,7 @@ class Load:
         self.course = Course()
 
     def close(self) -> None:
+        """Close all connections."""
         for client in self._clients:
             client.close()
 

@@ -34,11 +34,6 @@ MAY_IMPORT = {
 HEAVY = {"torch", "transformers", "peft", "accelerate", "triton"}
 HTTP_FRAMEWORKS = {"fastapi", "starlette", "uvicorn"}
 MAY_BE_HEAVY = {"gpu_worker", "lora_kernels", "chaos"}
-KNOWN_CIRCLES = {
-    ("gpu_worker.model.compiled", "gpu_worker.model.model"),
-    ("protocol.queue.verified", "protocol.queue.bus"),
-}
-"""Imports, by module, that still close a circle."""
 
 CONVERTER = ROOT / "lorafleet/convert_gguf.py"  # a process of its own, which only the quickstart starts
 
@@ -114,12 +109,22 @@ def imported_modules(path: Path, modules: Set[str]) -> Iterator[str]:
 def test_no_module_imports_itself_by_way_of_others() -> None:
     graph = module_graph()
     assert "gpu_worker.build" in graph["gpu_worker.service.service"], "imports inside functions count"
-    for module, imported in KNOWN_CIRCLES:
-        graph[module].discard(imported)
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_only_the_queue_package_touches_redis() -> None:
+    """Everybody else calls typed methods: no Redis client is imported, and `Bus._redis` is nobody else's."""
+    queue = ROOT / "protocol/queue"
+    paths = [path for package in PACKAGES for path in sources(package)] + sorted((ROOT / "deploy").glob("*.py"))
+    for path in paths:
+        if path.is_relative_to(queue):
+            continue
+        assert "redis" not in set(imports(path)), path
+        nodes = ast.walk(ast.parse(path.read_text(), path))
+        assert not {node.attr for node in nodes if isinstance(node, ast.Attribute)} & {"redis", "_redis"}, path
 
 
 def test_peft_adapters_knows_only_errors_and_messages() -> None:
@@ -136,10 +141,6 @@ def test_the_gateway_reads_no_adapter_files() -> None:
         assert all(name.startswith(("peft_adapters.recipe", "peft_adapters.texts")) for name in found), path
 
 
-LONG_NAMES_LEFT = ("e2e", "gateway", "gpu_worker", "oracle", "peft_adapters", "protocol", "scheduler")
-"""Folders of tests where some names are still too long: to be removed one by one."""
-
-
 def test_names_of_tests_are_short() -> None:
     """A name of 70 characters or more is a sentence, which belongs into the docstring."""
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
@@ -147,7 +148,6 @@ def test_names_of_tests_are_short() -> None:
     long_names = [
         f"{path.relative_to(ROOT)}: {node.name}"
         for path in paths
-        if path.relative_to(ROOT / "tests").parts[0] not in LONG_NAMES_LEFT
         for node in ast.walk(ast.parse(path.read_text(), path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
         if len(node.name) >= 70

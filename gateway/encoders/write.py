@@ -52,7 +52,7 @@ class ClassifyResponse(EncoderResponse):
     """The answer to a call for labels, with LoRAX's headers of its times."""
 
     def __init__(self, generation: Generation, write: Write, started_s: float, keepalive_s: float) -> None:
-        """started_s: monotonic, of the request's arrival."""
+        """Take the call's arrival, `started_s`, monotonic."""
         super().__init__(generation, write, native=True, keepalive_s=keepalive_s)
         self._started_s = started_s
 
@@ -87,7 +87,7 @@ def write_embeddings(request: EmbeddingsRequest) -> Write:
     return write
 
 
-def write_embedding(numbers: list[np.ndarray], generation: Generation) -> Any:
+def write_embedding(numbers: list[np.ndarray], _: Generation) -> Any:
     """Return the answer of `/embed`."""
     return {"embeddings": numbers[0].view("<f4")}
 

@@ -120,7 +120,7 @@ def add_handlers(app: FastAPI, shape_of: Callable[[str], ErrorShape]) -> None:
     async def queue(request: Request, error: Exception) -> Response:
         return error_response(request, unreachable_queue(error))
 
-    async def fault(request: Request, error: Exception) -> Response:
+    async def fault(request: Request, _: Exception) -> Response:
         return error_response(request, Internal("the gateway failed"))
 
     app.add_exception_handler(Exception, fault)

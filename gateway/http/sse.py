@@ -42,6 +42,7 @@ class GenerationResponse(Response):
         self.started = False  # the headers have been sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer, whole or as a stream, until it ends or its client leaves."""
         self._send_body: Send = scope[RAW_SEND]
         async with asyncio.TaskGroup() as group:
             watch = group.create_task(self._watch(receive))

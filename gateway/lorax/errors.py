@@ -36,7 +36,7 @@ class LoraxErrors:
     """LoRAX's shape of errors."""
 
     def __init__(self, *, generating: bool) -> None:
-        """generating: the parameters were found good, so that every failure is a failed generation."""
+        """Take `generating`: whether the parameters were found good, so that every failure is a failed generation."""
         self._generating = generating
 
     def body(self, error: LorafleetError) -> bytes:

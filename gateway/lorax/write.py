@@ -154,7 +154,7 @@ class NativeResponse(GenerationResponse):
     done = b""
 
     def __init__(self, generation: Generation, native: NativeCall, started_s: float, keepalive_s: float) -> None:
-        """started_s: monotonic, of the request's arrival. keepalive_s: as of `GenerationResponse`."""
+        """Take the call's arrival, `started_s`, monotonic, and `keepalive_s` as `GenerationResponse` does."""
         [prompt] = generation.call.prompts
         super().__init__(
             generation, NativeWriter(prompt.files, native, prompt.num_tokens), keepalive_s=keepalive_s

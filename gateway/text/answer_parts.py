@@ -37,7 +37,7 @@ class ReasoningSplitter:
     """Separates reasoning, which stands between two marks at the beginning, from what follows."""
 
     def __init__(self, thought: Thought, *, opened: bool) -> None:
-        """opened: the prompt ends within the reasoning."""
+        """Take `opened`: whether the prompt ends within the reasoning."""
         self._begin, self._end = thought
         self._state: Literal["start", "inside", "gap", "after"] = "inside" if opened else "start"
         self._held = ""

@@ -56,7 +56,7 @@ def last_digits_changed(module: PreTrainedModel) -> Iterator[None]:
     """
     generator = torch.Generator().manual_seed(1)
 
-    def hook(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+    def hook(_: nn.Module, _args: Any, out: Tensor) -> Tensor:
         noise = torch.randn(out.shape, generator=generator).to(out.device)
         return (out.float() * (1 + LAST_DIGITS[out.dtype] * noise)).to(out.dtype)
 

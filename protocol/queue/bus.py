@@ -1,5 +1,6 @@
-"""The typed client of the queue: requests from submission to end, and the parts of the queue that have a class of their
-own. Every method may be called twice safely.
+"""The typed client of the queue: a request from submission to end, and the queue's other parts.
+
+Every method may be called twice safely.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class FleetSecret:
     """The shared secret and the keys derived from it."""
 
     def __init__(self, secret: str) -> None:
-        """Raises BadRequest for a secret that is short enough to be guessed."""
+        """Take the secret. Raises BadRequest for one that is short enough to be guessed."""
         if len(secret) < MIN_CHARACTERS:
             raise BadRequest(f"the fleet's secret has {len(secret)} characters; it needs at least {MIN_CHARACTERS}")
         self._secret = secret.encode()

@@ -107,7 +107,7 @@ class AdapterRefused(ClientError):
     code = "adapter_refused"
 
     def __init__(self, reasons: list[str]) -> None:
-        """The message is all reasons, joined."""
+        """Join the reasons into the message."""
         super().__init__("; ".join(reasons), param="model")
         self.reasons = reasons
 

@@ -52,6 +52,7 @@ class Launch:
     limits: Limits
 
     def __call__(self) -> None:
+        """Launch the kernel."""
         self.kernel[self.grid](**self.args, **self.limits.options())
 
 

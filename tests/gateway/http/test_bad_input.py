@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +263,7 @@ async def test_a_body_too_large_is_413(bus: Bus, fleet: ScriptedFleet, model_fol
     ):
         body = b'{"model":"base","prompt":"' + b"x" * 2000 + b'"}'
 
-        async def parts():
+        async def parts() -> AsyncIterator[bytes]:
             for at in range(0, len(body), 100):
                 yield body[at : at + 100]
 

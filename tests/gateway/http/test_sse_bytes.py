@@ -14,6 +14,7 @@ from scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gatewa
 from waiting import wait_until
 
 from protocol.queue.bus import Bus
+from protocol.wire import messages as m
 from protocol.wire.errors import AdapterRefused, WorkerLost
 
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "stream": True}
@@ -175,7 +176,7 @@ async def test_an_error_before_the_first_token_is_a_status(
 async def test_one_failing_choice_ends_the_others(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, gateway: RunningGateway, bus: Bus
 ) -> None:
-    def script(submit, body):
+    def script(submit: m.Submit, body: m.Body) -> Script:
         if submit.rid.endswith("-0"):
             return Script(text="", eos=False, error=WorkerLost("gone"))
         return Script(hold_after=1)

@@ -171,7 +171,7 @@ async def test_one_bad_row_stops_the_whole_step_and_every_reason_has_a_code(queu
     assert len(await queue.work()) == 1
 
 
-async def test_a_repeated_step_is_refused_and_its_length_shows_that_it_was_written(queue: Queue) -> None:
+async def test_a_repeated_step_is_refused_with_the_length_it_wrote(queue: Queue) -> None:
     await queue.running("a", "b")
     step = Step(rows=[row("a", 0, 1, 2), row("b", 0, 3, finish="length")])
     assert await queue.bus.step("w", step) == []
@@ -385,7 +385,7 @@ async def test_position_counts_what_was_submitted_before(queue: Queue) -> None:
     assert await queue.bus.position("c", limit=1) == 1
 
 
-async def test_a_prompt_s_logprobs_come_with_the_first_token_and_live_as_long_as_the_request(queue: Queue) -> None:
+async def test_a_prompt_s_logprobs_come_with_the_first_token(queue: Queue) -> None:
     await queue.running("a")
     first = row("a", 0, 5)
     first.prompt_logprobs = b"12345678"
