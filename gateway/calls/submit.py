@@ -54,7 +54,7 @@ class SubmittedCall:
 
     @property
     def targets(self) -> list[Target]:
-        """Those who answer."""
+        """The targets of the call."""
         return targets_of(self.parsed, self.prompts)
 
 

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 DISCARDED_BODIES = 8
-"""Of a body that is too large this multiple of the limit is read and discarded, so that its client reads the error."""
+"""Multiple of the limit up to which a too large body is read and discarded, so that its client reads the error."""
 
 EXPOSED_HEADERS = (
     "x-request-id", "openai-processing-ms", "retry-after", "x-should-retry",

@@ -20,7 +20,7 @@ BACKLOG = 2048
 ACCEPTS_PER_TURN = 256
 MAX_FILES = 1 << 16
 RESERVED_FILES = 512
-"""Of the files that this process may open, those kept from clients: above all for connections to the queue."""
+"""Open files that clients may not take: they are for other uses, above all connections to the queue."""
 
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 

@@ -107,7 +107,7 @@ class ChatWriter:
 
     def __init__(self, head: Head, tokens: Sequence[TokenText], *, include_usage: bool, logprobs: bool) -> None:
         self.forms: dict[int, tuple[AnswerForm, str]] = {}
-        """Of choices that may consist of more than text: their form, and the id of their request."""
+        """Answer form and request id of each choice that may consist of more than text."""
         self._head = head
         self._tokens = tokens
         self._logprobs = logprobs

@@ -76,7 +76,7 @@ def choose_size(sizes: Sequence[int], num_new: np.ndarray, complete: np.ndarray)
 
     num_new: int [S] tokens of each sequence; complete: bool [S], whether its next token can be chosen afterwards.
     """
-    if (num_new != 1).any() or not complete.all():  # prompts or guesses, which have any length
+    if (num_new != 1).any() or not complete.all():  # prompts or draft tokens, which have any length
         return None
     return next((size for size in sizes if size >= len(num_new)), None)
 

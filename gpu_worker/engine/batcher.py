@@ -43,8 +43,8 @@ class BatchLimits:
     max_num_seqs: int  # sequences that run at once
     max_step_tokens: int
     prefix_cache: bool = True
-    max_draft_tokens: int = 0  # guessed tokens that a sequence may add to a step, 0: none
-    max_draft_step_tokens: int = 0  # guesses are added only while the step has fewer tokens than that
+    max_draft_tokens: int = 0  # draft tokens that a sequence may add to a step, 0: none
+    max_draft_step_tokens: int = 0  # draft tokens are added only while the step has fewer tokens than that
 
     @property
     def short_step_tokens(self) -> int:
@@ -64,7 +64,7 @@ class StepPlan:
     num_new: dict[Sequence, int] = field(default_factory=dict[Sequence, int])
     """Tokens to compute per sequence, decodes first."""
     drafts: dict[Sequence, list[int]] = field(default_factory=dict[Sequence, list[int]])
-    """Guessed tokens of sequences, counted in `num_new`."""
+    """Draft tokens of sequences, counted in `num_new`."""
     preempted: list[Sequence] = field(default_factory=list[Sequence])
     num_cached: int = 0  # tokens of newly admitted sequences that were found in the prefix cache
 
@@ -171,7 +171,7 @@ class Batcher:
     def complete(self, plan: StepPlan) -> None:
         """Note that a plan's tokens are computed; their full blocks can be found in the prefix cache from now on.
 
-        Guessed tokens are left out until they have proved right, see `advance`.
+        Draft tokens are left out until they have proved right, see `advance`.
         """
         for seq, num_new in plan.num_new.items():
             self.advance(seq, num_new - len(plan.drafts.get(seq, ())))
@@ -187,7 +187,7 @@ class Batcher:
                 self.blocks.publish(seq.blocks[i], seq.hashes[i], self._owner(seq, i))
 
     def _add_drafts(self, plan: StepPlan) -> None:
-        """Add guessed tokens of decoding sequences, as far as the step has room and blocks are free."""
+        """Add draft tokens of decoding sequences, as far as the step has room and blocks are free."""
         decoding = [seq for seq, num_new in plan.num_new.items() if seq.num_pending == num_new == 1 and seq.drafter]
         room = min(self.limits.max_draft_step_tokens, self.limits.max_step_tokens) - plan.num_tokens
         for i, seq in enumerate(decoding):
@@ -195,17 +195,17 @@ class Batcher:
             limit = min(share, self.limits.max_draft_tokens, seq.max_tokens - seq.num_tokens - 1)
             if limit < 1 or seq.drafter is None:
                 continue
-            guesses = seq.drafter.propose(seq.tokens, limit)
+            draft = seq.drafter.propose(seq.tokens, limit)
             if seq.matcher is not None:
-                guesses = seq.matcher.possible(guesses)
-            missing = _num_blocks(seq.num_tokens + len(guesses)) - len(seq.blocks)
-            if not guesses or missing > self.blocks.num_free:
+                draft = seq.matcher.possible(draft)
+            missing = _num_blocks(seq.num_tokens + len(draft)) - len(seq.blocks)
+            if not draft or missing > self.blocks.num_free:
                 continue
             if missing > 0:
                 seq.blocks += self.blocks.allocate(missing)
-            plan.drafts[seq] = guesses
-            plan.num_new[seq] += len(guesses)
-            room -= len(guesses)
+            plan.drafts[seq] = draft
+            plan.num_new[seq] += len(draft)
+            room -= len(draft)
 
     def _grow(self, seq: Sequence, num_new: int, plan: StepPlan) -> bool:
         """Give a running sequence the blocks for `num_new` more tokens, if need be by preemption.

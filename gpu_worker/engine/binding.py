@@ -37,7 +37,7 @@ class RequestBinder:
         max_model_len: int,
         max_draft_tokens: int,
     ) -> None:
-        """tokenizer: the base model's. max_draft_tokens: guesses that a sequence may add to a step; 0: none."""
+        """tokenizer: the base model's. max_draft_tokens: draft tokens that a sequence may add to a step; 0: none."""
         self._model = model
         self._adapters = adapters
         self._grammars = grammars

@@ -1,7 +1,7 @@
-"""From a step's logits to tokens: what grammars and stop rules allow, and how far guesses were right.
+"""From a step's logits to tokens: what grammars and stop rules allow, and how far draft tokens were right.
 
-A sequence with g guesses (see `speculation.py`) has 1 + g rows of logits, one after the other: of its next token, and
-of the token after each guess, as if that guess were right.
+A sequence with g draft tokens (see `speculation.py`) has 1 + g rows of logits, one after the other: of its next token,
+and of the token after each draft token, as if that one were right.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from gpu_worker.engine.sequence import Sequence
 from protocol.wire.errors import Internal, LorafleetError
 
 Drafts = Mapping[Sequence, list[int]]
-"""The guesses of each sequence that has any."""
+"""The draft tokens of each sequence that has any."""
 
 Masks = Mapping[Sequence, np.ndarray]
-"""Of each sequence with a grammar, int32 [1 + guesses, W]: bits of the tokens allowed in each of its rows."""
+"""Tokens allowed in each row of each sequence with a grammar: int32 [1 + draft tokens, W], one bit a token."""
 
 
 def grammar_masks(ready: Iterable[Sequence], drafts: Drafts, grammars: Grammars) -> Masks:
@@ -40,10 +40,10 @@ def sample_rows(ready: Iterable[Sequence], drafts: Drafts, masks: Masks) -> list
     rows: list[SampleRow] = []
     for seq in ready:
         assert seq.stop_rules is not None
-        guesses, own = drafts.get(seq, []), masks.get(seq)
+        draft, own = drafts.get(seq, []), masks.get(seq)
         prompt, num = seq.tokens[: seq.num_prompt], seq.num_output
-        output = np.concatenate((seq.output, np.array(guesses, np.int32))) if guesses else seq.output
-        for i in range(len(guesses) + 1):
+        output = np.concatenate((seq.output, np.array(draft, np.int32))) if draft else seq.output
+        for i in range(len(draft) + 1):
             banned = seq.stop_rules.banned(i) if own is None else ()  # a mask has them already
             mask = None if own is None else own[i]
             rows.append(SampleRow(seq.request.sampling, prompt, output[: num + i], banned, mask))
@@ -56,19 +56,19 @@ def choice_error(seq: Sequence, is_finite: bool) -> LorafleetError | None:
     return error or (None if is_finite else Internal("the model's logits are not finite"))
 
 
-def accept_tokens(seq: Sequence, guesses: list[int], sampled: Sampled, row: int) -> tuple[list[int], str]:
-    """Append a sequence's chosen token, and those after it as long as the guesses that they follow are right.
+def accept_tokens(seq: Sequence, draft: list[int], sampled: Sampled, row: int) -> tuple[list[int], str]:
+    """Append a sequence's chosen token, and those after it as long as the draft tokens that they follow are right.
 
     row: the sequence's first row in `sampled`. Returns the tokens, and how they end the request, "" if they do not.
     """
     ids: list[int] = []
     finish = ""
-    for i in range(len(guesses) + 1):
-        if not sampled.finite[row + i]:  # only behind a guess: the next step finds it in the first row
+    for i in range(len(draft) + 1):
+        if not sampled.finite[row + i]:  # only behind a draft token: the next step finds it in the first row
             break
         token = int(sampled.ids[row + i])
         finish = seq.accept(token)
         ids.append(token)
-        if finish or i == len(guesses) or token != guesses[i]:
+        if finish or i == len(draft) or token != draft[i]:
             break
     return ids, finish

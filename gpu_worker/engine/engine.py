@@ -104,7 +104,7 @@ class Engine(BaseEngine):
         return plan
 
     def _sample(self, plan: StepPlan, inputs: StepInputs, logits: Tensor) -> Sampled | None:
-        """Choose the next token of every sequence that is ready, and the token after each guess; None if none is."""
+        """Choose the next token of every ready sequence, and the token after each draft token; None if none is ready."""
         self.batcher.complete(plan)
         started_s = time.perf_counter()
         masks = grammar_masks(inputs.ready, plan.drafts, self.grammars)
@@ -120,21 +120,21 @@ class Engine(BaseEngine):
         num_output = row = 0
         for seq in inputs.ready:
             assert sampled is not None
-            guesses = plan.drafts.get(seq, [])
+            draft = plan.drafts.get(seq, [])
             error = choice_error(seq, bool(sampled.finite[row]))
             if error is None:
-                num_output += self._settle_one(seq, guesses, sampled, row)
+                num_output += self._settle_one(seq, draft, sampled, row)
             else:
                 self._outputs.append(seq.fail(error))
                 self._drop(seq.rid)
-            row += 1 + len(guesses)
+            row += 1 + len(draft)
         return num_output
 
-    def _settle_one(self, seq: Sequence, guesses: list[int], sampled: Sampled, row: int) -> int:
+    def _settle_one(self, seq: Sequence, draft: list[int], sampled: Sampled, row: int) -> int:
         """Settle one sequence, whose first row in `sampled` is given. Returns its number of new tokens."""
-        ids, finish = accept_tokens(seq, guesses, sampled, row)
-        if guesses:
-            self._keep_right_guesses(seq, len(guesses), len(ids) - 1)
+        ids, finish = accept_tokens(seq, draft, sampled, row)
+        if draft:
+            self._keep_right_draft(seq, len(draft), len(ids) - 1)
         if finish:
             self._drop(seq.rid)
         output = seq.put_out(ids, finish, b"".join(sampled.logprobs[row : row + len(ids)]))
@@ -143,13 +143,13 @@ class Engine(BaseEngine):
         self._outputs.append(output)
         return len(ids)
 
-    def _keep_right_guesses(self, seq: Sequence, num_guessed: int, num_right: int) -> None:
-        """Keep the keys and values of the right guesses, the first ones; those of the others are written over."""
-        self.counters.num_drafted_tokens += num_guessed
+    def _keep_right_draft(self, seq: Sequence, num_drafted: int, num_right: int) -> None:
+        """Keep the keys and values of the right draft tokens, the first ones; those of the others are written over."""
+        self.counters.num_drafted_tokens += num_drafted
         self.counters.num_accepted_tokens += num_right
         self.batcher.advance(seq, num_right)
         if seq.drafter is not None:
-            seq.drafter.learn(num_guessed, num_right)
+            seq.drafter.learn(num_drafted, num_right)
 
     def _work_of(self, plan: StepPlan) -> StepWork:
         num_kv_tokens = sum(seq.num_computed + num_new for seq, num_new in plan.num_new.items())

@@ -80,9 +80,9 @@ class Matcher:
         """Take the next token of the output. Sets `error` if the grammar does not allow it."""
         self.state.consume_token(token)
 
-    def possible(self, guesses: list[int]) -> list[int]:
-        """Return the guesses up to the first that the grammar does not allow."""
-        return guesses[: self.state.validate_tokens(guesses)]
+    def possible(self, draft: list[int]) -> list[int]:
+        """Return the draft tokens up to the first that the grammar does not allow."""
+        return draft[: self.state.validate_tokens(draft)]
 
     def settle_ends(self, mask: np.ndarray, banned: Sequence[int]) -> None:
         """Allow in a mask, int32 [W], what else may end the output, and forbid `banned`, which may not end it yet.
@@ -105,7 +105,7 @@ def _has(mask: np.ndarray, id_: int) -> bool:
 
 
 MatcherRow = tuple[Matcher, list[int]]
-"""A matcher, and guesses of the tokens that follow."""
+"""A matcher, and the draft tokens that follow what it has seen."""
 
 
 class Grammars:
@@ -187,10 +187,10 @@ class Grammars:
         return known.deep_copy()
 
     def fill(self, rows: Sequence[MatcherRow]) -> list[np.ndarray]:
-        """Return for each row which tokens may come next, and after each guess: bits of int32 [1 + guesses, W].
+        """Return the tokens allowed next, and after each draft token, for each row: bits of int32 [1 + draft tokens, W].
 
-        W is the row's vocabulary size divided by 32, rounded up. What follows a guess that the grammar does not allow
-        means nothing. A matcher that reached its limits has an error afterwards.
+        W is the row's vocabulary size divided by 32, rounded up. Bits after a draft token that the grammar does not
+        allow mean nothing. A matcher that reached its limits has an error afterwards.
         """
         masks: list[np.ndarray] = [np.empty(0)] * len(rows)
         for vocab_size in {matcher.vocab_size for matcher, _ in rows}:
@@ -198,13 +198,13 @@ class Grammars:
             ends = np.cumsum([1 + len(rows[i][1]) for i in mine]).tolist()
             whole = np.full((ends[-1], -(-vocab_size // 32)), -1, np.int32)
             plain: list[tuple[LLMatcher, int]] = []
-            guessing: list[tuple[LLMatcher, int, list[int]]] = []
+            speculating: list[tuple[LLMatcher, int, list[int]]] = []
             for i, end in zip(mine, ends, strict=True):
-                matcher, guesses = rows[i]
-                first = end - 1 - len(guesses)
+                matcher, draft = rows[i]
+                first = end - 1 - len(draft)
                 masks[i] = whole[first:end]
-                if guesses:
-                    guessing.append((matcher.state, first, guesses))
+                if draft:
+                    speculating.append((matcher.state, first, draft))
                 else:
                     plain.append((matcher.state, first))
             if len(plain) < MIN_PARALLEL or NUM_FILLERS == 1:
@@ -212,8 +212,8 @@ class Grammars:
                     fill_next_token_bitmask(state, whole, first)
             elif plain:
                 fill_next_token_bitmask_par(self._threads(), plain, whole)
-            if guessing:
-                fill_next_token_bitmask_par_with_draft_tokens(self._threads(), guessing, whole)
+            if speculating:
+                fill_next_token_bitmask_par_with_draft_tokens(self._threads(), speculating, whole)
         return masks
 
     def _threads(self) -> LLExecutor:

@@ -40,7 +40,7 @@ class StepInputs:
     input_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
     logit_rows: Tensor | None  # int64 [n], tokens that go through the head; None: all
-    # Sequences whose next token can be chosen. Their rows come first in logit_rows, in this order: 1 + guesses each.
+    # Sequences whose next token can be chosen. Their rows come first in logit_rows, in this order.
     ready: list[Sequence]
     prompt_rows: list[PromptRows] = field(default_factory=list)  # whose rows follow in logit_rows
     vocab_sizes: Tensor | None = None  # int64 [n], where an adapter of the step has a vocabulary of its own
@@ -69,7 +69,7 @@ class _StepRows:
         return np.cumsum(self.num_new) - self.num_new
 
     def token_ids(self, drafts: Mapping[Sequence, list[int]]) -> np.ndarray:
-        """Return the step's tokens: int32 [T]; guesses come after the known tokens of their sequence."""
+        """Return the step's tokens: int32 [T]; draft tokens come after the known tokens of their sequence."""
         parts: list[np.ndarray] = []
         for seq, end in zip(self.seqs, self.ends, strict=True):
             parts.append(seq.tokens[seq.num_computed : end])
@@ -102,8 +102,8 @@ class _StepRows:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens that go through the head, and the index of each one's sequence: int64 [n] both.
 
-        In order: of each complete sequence its last token, with guesses the last known one and all of them; then the
-        tokens of `prompt_rows`.
+        In order: the last known token of each complete sequence with its draft tokens; then the tokens of
+        `prompt_rows`.
         """
         # At least one row goes through the head, so that no kernel meets an empty batch.
         heads = np.flatnonzero(self.complete) if self.complete.any() else np.zeros(1, np.int64)

@@ -46,7 +46,7 @@ class Sequence:
         self.stop_rules: StopRules | None = None  # None until the tokenizer that they need is known
         self.pending_matcher: Future[Matcher] | None = None  # result of grammar compilation
         self.matcher: Matcher | None = None  # of its grammar, if it has one
-        self.drafter: Drafter | None = None  # guesses its next tokens, where the engine speculates
+        self.drafter: Drafter | None = None  # proposes its next tokens, where the engine speculates
         self.prompt_logprobs: PromptLogprobs | None = None  # recorded until its first token comes, if wanted
 
     @property

@@ -1,7 +1,7 @@
-"""Speculation: guesses of a sequence's next tokens, namely what followed the same tokens earlier in its text. Pure.
+"""Speculation: draft tokens, namely what followed the same tokens earlier in a sequence's text. Pure.
 
-Prompt lookup decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding): a step computes the guesses
-together with the token that they follow, and keeps them as far as they equal the tokens it chooses.
+Prompt lookup decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding): a step computes the
+draft tokens together with the token that they follow, and keeps them as far as they equal the tokens it chooses.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import numpy as np
 GRAM_SIZES = (3, 2)
 """Numbers of newest tokens that must have occurred before; the longer match is preferred."""
 
-FIRST_GUESSES = 4
-"""Guesses of a sequence's first proposal."""
+FIRST_DRAFT_TOKENS = 4
+"""Draft tokens of a sequence's first proposal."""
 
 MAX_PAUSE = 32
-"""Most proposals that are left out in a row after wrong guesses."""
+"""Most proposals that are left out in a row after wrong draft tokens."""
 
 
 class Drafter:
-    """Guesses for one sequence: more after right ones, fewer or none for a while after wrong ones."""
+    """Draft tokens for one sequence: more after right ones, fewer or none for a while after wrong ones."""
 
     def __init__(self, max_tokens: int) -> None:
-        """max_tokens: most guesses of one proposal."""
+        """max_tokens: most draft tokens of one proposal."""
         self._max = max_tokens
-        self._length = min(FIRST_GUESSES, max_tokens)  # of the next proposal
+        self._length = min(FIRST_DRAFT_TOKENS, max_tokens)  # of the next proposal
         self._pause = 0  # length of the last pause
         self._rest = 0  # proposals still to be left out
         self._continuations: dict[tuple[int, ...], int] = {}  # n-gram -> the position after its last occurrence
         self._num_indexed = 0  # n-grams that end before this position are indexed
 
     def propose(self, tokens: np.ndarray, limit: int) -> list[int]:
-        """Guess up to `limit` tokens that follow `tokens`, int32 [n], which begin with those of the last call."""
+        """Propose up to `limit` tokens that follow `tokens`, int32 [n], which begin with those of the last call."""
         if self._rest:
             self._rest -= 1
             return []
@@ -40,14 +40,14 @@ class Drafter:
         length = min(self._length, limit)
         if not start or length < 1:
             return []
-        guesses = tokens[start : start + length].tolist()
-        while len(guesses) < length:  # what followed overlaps the newest tokens: the text repeats itself
-            guesses.append(guesses[len(guesses) - (num - start)])
-        return guesses
+        draft = tokens[start : start + length].tolist()
+        while len(draft) < length:  # what followed overlaps the newest tokens: the text repeats itself
+            draft.append(draft[len(draft) - (num - start)])
+        return draft
 
-    def learn(self, num_guessed: int, num_right: int) -> None:
-        """Learn from a proposal whose first `num_right` guesses were right."""
-        if num_right == num_guessed:
+    def learn(self, num_drafted: int, num_right: int) -> None:
+        """Learn from a proposal whose first `num_right` draft tokens were right."""
+        if num_right == num_drafted:
             self._length = min(2 * self._length, self._max)
         else:
             self._length = max(1, min(self._length, num_right + 1))

@@ -174,7 +174,7 @@ class Settings(BaseSettings):
     max_draft_tokens: int = Field(
         default=0,
         ge=0,
-        description="most draft tokens per sequence and step, guessed from its own text; 0: no speculation",
+        description="most draft tokens per sequence and step, proposed from its own text; 0: no speculation",
     )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
         default="auto",

@@ -1,4 +1,4 @@
-"""Outputs that must follow a grammar: in mixed batches, with guesses, after preemption and elsewhere, the same tokens.
+"""Outputs that must follow a grammar: in mixed batches, speculating, after preemption and elsewhere, the same tokens.
 
 What is right: the likeliest token by transformers' and PEFT's logits that a matcher made for the purpose accepts.
 """
@@ -100,7 +100,7 @@ def expected(tiny: Oracle) -> dict[str, list[int]]:
 @pytest.mark.parametrize(
     "settings",
     [{}, {"max_draft_tokens": 6}, {"max_step_tokens": 12, "max_num_seqs": 12, **FEW_BLOCKS, "max_draft_tokens": 3}],
-    ids=["plain", "guessing", "preempted"],
+    ids=["plain", "speculating", "preempted"],
 )
 def test_every_output_is_its_grammars_likeliest(
     tiny: Oracle, expected: dict[str, list[int]], settings: dict[str, Any]
@@ -155,9 +155,9 @@ def test_drawn_outputs_follow_their_grammars_too(tiny: Oracle) -> None:
         )
         for which, text in GRAMMARS.items() for i, way in enumerate(ways) for seed in range(3)
     ]  # fmt: skip
-    plain, guessing = tiny.engine(TOKENIZER), tiny.engine(TOKENIZER, max_draft_tokens=5)
+    plain, speculating = tiny.engine(TOKENIZER), tiny.engine(TOKENIZER, max_draft_tokens=5)
     asked = ask(plain, requests)
-    assert ask(guessing, requests).ids == asked.ids
+    assert ask(speculating, requests).ids == asked.ids
     vocabulary = LLTokenizer(TOKENIZER.to_str(), n_vocab=VOCAB, eos_token=END)
     for request in requests:
         ids, finish = asked.ids[request.rid], asked.finish[request.rid]

@@ -1,4 +1,4 @@
-"""Guessing ahead changes no answer: the tokens are those of Hugging Face and PEFT, and those of an engine without."""
+"""Speculation changes no answer: the tokens are those of Hugging Face and PEFT, and those of an engine without."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from protocol.wire.messages import Sampling
 
 NUM_TOKENS = 40
 FEW_BLOCKS: dict[str, Any] = {"kv_cache_bytes": 30 * 16 * 512, "max_model_len": 128}
-GUESSING: dict[str, Any] = {"max_draft_tokens": 6, "max_num_seqs": 8}
+SPECULATING: dict[str, Any] = {"max_draft_tokens": 6, "max_num_seqs": 8}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def repetitive() -> list[np.ndarray]:
 
 @pytest.mark.parametrize("settings", [{}, {"max_step_tokens": 12}, FEW_BLOCKS], ids=["plain", "chunked", "preempted"])
 def test_greedy_answers_are_pefts(tiny: Oracle, repetitive: list[np.ndarray], settings: dict[str, Any]) -> None:
-    engine = tiny.engine(**GUESSING | settings)
+    engine = tiny.engine(**SPECULATING | settings)
     warm(engine, tiny.names)
     asked = ask(
         engine,
@@ -49,7 +49,7 @@ def test_greedy_answers_are_pefts(tiny: Oracle, repetitive: list[np.ndarray], se
     assert (counters.num_preemptions > 0) == (settings is FEW_BLOCKS)
 
 
-def test_drawn_and_penalised_answers_are_those_without_guesses(tiny: Oracle, repetitive: list[np.ndarray]) -> None:
+def test_drawn_and_penalised_answers_are_those_without_drafts(tiny: Oracle, repetitive: list[np.ndarray]) -> None:
     ways: list[dict[str, Any]] = [
         {"temperature": 0.3},
         {"temperature": 0.5, "top_p": 0.8, "num_logprobs": 2},
@@ -65,8 +65,8 @@ def test_drawn_and_penalised_answers_are_those_without_guesses(tiny: Oracle, rep
         )
         for i in range(30)
     ]  # fmt: skip
-    plain, guessing = tiny.engine(), tiny.engine(**GUESSING)
-    expected, asked = ask(plain, requests), ask(guessing, requests)
+    plain, speculating = tiny.engine(), tiny.engine(**SPECULATING)
+    expected, asked = ask(plain, requests), ask(speculating, requests)
     assert asked.ids == expected.ids
     assert {rid: output.finish for rid, output in asked.finish.items()} == {
         rid: output.finish for rid, output in expected.finish.items()
@@ -75,8 +75,8 @@ def test_drawn_and_penalised_answers_are_those_without_guesses(tiny: Oracle, rep
     for rid, record in expected.logprobs.items():
         assert len(asked.logprobs[rid]) == len(record)
         assert np.allclose(np.frombuffer(asked.logprobs[rid], "<f4"), np.frombuffer(record, "<f4"), atol=1e-4)
-    assert guessing.counters.num_accepted_tokens > 0
-    assert guessing.counters.num_steps < plain.counters.num_steps * 8  # at most 8 of 64 run at once
+    assert speculating.counters.num_accepted_tokens > 0
+    assert speculating.counters.num_steps < plain.counters.num_steps * 8  # at most 8 of 64 run at once
     assert plain.counters.num_drafted_tokens == 0
 
 
@@ -84,13 +84,13 @@ def test_a_request_resumed_in_the_middle_goes_on_exactly(tiny: Oracle, repetitiv
     request = greedy_request("r", "a2", repetitive[3], NUM_TOKENS)
     whole = tiny.greedy("a2", repetitive[3], NUM_TOKENS)
     for cut in (1, 13, NUM_TOKENS - 1):
-        engine = tiny.engine(**GUESSING)
+        engine = tiny.engine(**SPECULATING)
         assert ask(engine, [replace(request, output=whole[:cut])]).ids["r"] == whole[cut:]
 
 
-def test_cached_blocks_hold_no_wrong_guess(tiny: Oracle, repetitive: list[np.ndarray]) -> None:
+def test_cached_blocks_hold_no_wrong_draft(tiny: Oracle, repetitive: list[np.ndarray]) -> None:
     """What answers left in the prefix cache serves the prompts that begin with them."""
-    engine = tiny.engine(**GUESSING)
+    engine = tiny.engine(**SPECULATING)
     first = ask(engine, [greedy_request(name, name, repetitive[4], NUM_TOKENS) for name in tiny.names]).ids
     assert 0 < engine.counters.num_accepted_tokens < engine.counters.num_drafted_tokens
     before = engine.counters.num_cached_tokens

@@ -152,14 +152,14 @@ class BatcherMachine(RuleBasedStateMachine):
         self.batcher.complete(plan)
         for seq in plan.num_new:
             if seq.num_pending == 0:
-                guesses = plan.drafts.get(seq, [])
-                num_right = int(self.rng.integers(len(guesses) + 1))
-                for token in guesses[:num_right]:
+                draft = plan.drafts.get(seq, [])
+                num_right = int(self.rng.integers(len(draft) + 1))
+                for token in draft[:num_right]:
                     seq.append(token)
                 seq.append(int(self.rng.integers(5)))
                 self.batcher.advance(seq, num_right)
-                if seq.drafter is not None and guesses:
-                    seq.drafter.learn(len(guesses), num_right)
+                if seq.drafter is not None and draft:
+                    seq.drafter.learn(len(draft), num_right)
                 if seq.num_tokens >= seq.max_tokens:
                     self.batcher.remove(seq)
 

@@ -1,4 +1,4 @@
-"""Guesses come from the last time the same was said, and fewer are made where they are wrong."""
+"""Draft tokens come from the last time the same was said, and fewer are made where they are wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_last_occurrence_counts() -> None:
     assert Drafter(8).propose(tokens(7, 8, 1, 2, 7, 8, 3, 4, 7, 8), 2) == [3, 4]
 
 
-def test_nothing_is_guessed_of_a_text_without_repetition() -> None:
+def test_nothing_is_drafted_of_a_text_without_repetition() -> None:
     assert Drafter(8).propose(tokens(*range(50)), 8) == []
     assert Drafter(8).propose(tokens(1), 8) == []
 
@@ -44,7 +44,7 @@ def test_growing_texts_are_indexed_as_whole_ones() -> None:
         assert growing.propose(text[:end], 4) == Drafter(8).propose(text[:end], 4)
 
 
-def test_right_guesses_make_more_and_wrong_ones_fewer() -> None:
+def test_right_drafts_make_more_and_wrong_ones_fewer() -> None:
     text, drafter = tokens(*[4] * 20), Drafter(16)
     assert len(drafter.propose(text, 99)) == 4
     drafter.learn(4, 4)
@@ -56,12 +56,12 @@ def test_right_guesses_make_more_and_wrong_ones_fewer() -> None:
     assert len(drafter.propose(text, 99)) == 16
 
 
-def test_wrong_guesses_bring_ever_longer_pauses_that_end() -> None:
+def test_wrong_drafts_bring_ever_longer_pauses_that_end() -> None:
     text, drafter = tokens(*[4] * 20), Drafter(8)
     pauses: list[int] = []
     for _ in range(8):
-        num_guessed = len(drafter.propose(text, 8))
-        drafter.learn(num_guessed, 0)
+        num_drafted = len(drafter.propose(text, 8))
+        drafter.learn(num_drafted, 0)
         pause = 0
         while drafter._rest:
             assert drafter.propose(text, 8) == []
