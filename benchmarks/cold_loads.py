@@ -25,7 +25,7 @@ from benchmarks.hit_rate import pool_bytes
 from benchmarks.neighbours import Beside, run_beside, streams
 from benchmarks.slow_link import Link, slow_link
 from lorafleet.bench import BenchConfig, RequestRecord, Target
-from lorafleet.machine import claim_port
+from lorafleet.launcher.machine import claim_port
 
 WARM = [f"warm-{index}" for index in range(8)]
 RESIDENT = [f"resident-{index}" for index in range(4)]

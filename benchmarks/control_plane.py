@@ -27,8 +27,8 @@ import uvloop
 
 from benchmarks import report
 from benchmarks.fleet import quickstart_model
-from lorafleet.embedded import start_embedded
-from lorafleet.machine import claim_port
+from lorafleet.launcher.embedded import start_embedded
+from lorafleet.launcher.machine import claim_port
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 

@@ -18,7 +18,7 @@ import httpx2
 
 from benchmarks.peers.make_adapters import make_adapter
 from benchmarks.peers.servers import PORT, Server, running
-from lorafleet.embedded import start_embedded
+from lorafleet.launcher.embedded import start_embedded
 from lorafleet.quickstart import fetch_quickstart_model
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings

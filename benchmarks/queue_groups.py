@@ -12,7 +12,7 @@ from typing import Any
 
 import redis
 
-from lorafleet.embedded import start_embedded
+from lorafleet.launcher.embedded import start_embedded
 
 PAYLOAD = b"x" * 250  # about a submit message
 

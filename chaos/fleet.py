@@ -17,8 +17,8 @@ from pathlib import Path
 
 import httpx2
 
-from lorafleet import lifeline
-from lorafleet.embedded import EmbeddedServer, start_embedded
+from lorafleet.launcher import lifeline
+from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.settings import Settings
 

@@ -20,8 +20,8 @@ from rich.text import Text
 
 from lorafleet.fetch import fetch_model
 from lorafleet.flags import add_settings, load_settings
-from lorafleet.fleet import local_url
-from lorafleet.screen import Screen
+from lorafleet.launcher.fleet import local_url
+from lorafleet.launcher.screen import Screen
 from lorafleet.up import MAIN_FLAGS, LaunchPlan, launch
 from protocol.queue.bus import Bus, decode
 from protocol.runtime.settings import Settings

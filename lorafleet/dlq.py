@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lorafleet.embedded import queue_url
 from lorafleet.flags import add_settings, load_settings
+from lorafleet.launcher.embedded import queue_url
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
 from protocol.queue.dead_letters import DeadLetters
 from protocol.runtime.settings import Settings

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
-from lorafleet import lifeline
+from lorafleet.launcher import lifeline
 from protocol.runtime.settings import CONFIG_VARIABLE, Settings, sections
 from protocol.wire.errors import BadRequest
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lorafleet.embedded import queue_url
 from lorafleet.flags import add_settings, load_settings
+from lorafleet.launcher.embedded import queue_url
 from protocol.queue.api_keys import SCOPES, ApiKeys, Tenant
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.settings import Settings, names_of

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lorafleet.embedded import start_embedded
 from lorafleet.flags import add_settings, load_settings
+from lorafleet.launcher.embedded import start_embedded
 from protocol.runtime.service import set_up_logging
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest

@@ -6,7 +6,7 @@ import argparse
 import importlib
 
 from lorafleet.flags import add_settings, load_settings
-from lorafleet.lifeline import hold_lifeline
+from lorafleet.launcher.lifeline import hold_lifeline
 from protocol.runtime.service import run as run_service
 from protocol.runtime.service import set_up_logging
 from protocol.wire.errors import BadRequest

@@ -16,13 +16,13 @@ import httpx2
 import orjson
 from rich.markup import escape
 
-from lorafleet.child import Child
-from lorafleet.embedded import EmbeddedServer, start_embedded
 from lorafleet.fetch import fetch_model
 from lorafleet.flags import add_settings, load_settings
-from lorafleet.fleet import Fleet, local_url, service_specs
-from lorafleet.machine import claim_port
-from lorafleet.screen import Screen
+from lorafleet.launcher.child import Child
+from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
+from lorafleet.launcher.fleet import Fleet, local_url, service_specs
+from lorafleet.launcher.machine import claim_port
+from lorafleet.launcher.screen import Screen
 from protocol.queue.redis_client import QueueError, ping
 from protocol.runtime.model_files import served_name
 from protocol.runtime.settings import Settings

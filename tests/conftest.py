@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from lorafleet.embedded import EmbeddedServer, start_embedded
+from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from protocol.queue.bus import Bus
 
 TESTS = Path(__file__).parent

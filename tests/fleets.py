@@ -20,7 +20,7 @@ import orjson
 import psutil
 from processes import with_variable, working_below
 
-from lorafleet.machine import claim_port
+from lorafleet.launcher.machine import claim_port
 from protocol.wire.errors import Conflict
 
 MARKER = "TEST_FLEET_MARKER"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorafleet.bench import Target
-from lorafleet.machine import claim_port
+from lorafleet.launcher.machine import claim_port
 
 MODEL_NAME = "base"
 MAX_MODEL_LEN_TOKENS = 2048

@@ -104,7 +104,7 @@ class Engine(BaseEngine):
         return plan
 
     def _sample(self, plan: StepPlan, inputs: StepInputs, logits: Tensor) -> Sampled | None:
-        """Choose the next token of every ready sequence, and the token after each draft token; None if none is ready."""
+        """Choose the next token of every ready sequence, and one after each draft token; None if none is ready."""
         self.batcher.complete(plan)
         started_s = time.perf_counter()
         masks = grammar_masks(inputs.ready, plan.drafts, self.grammars)

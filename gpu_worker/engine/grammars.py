@@ -187,7 +187,7 @@ class Grammars:
         return known.deep_copy()
 
     def fill(self, rows: Sequence[MatcherRow]) -> list[np.ndarray]:
-        """Return the tokens allowed next, and after each draft token, for each row: bits of int32 [1 + draft tokens, W].
+        """Return the tokens allowed next and after each draft token, of each row: bits of int32 [1 + draft tokens, W].
 
         W is the row's vocabulary size divided by 32, rounded up. Bits after a draft token that the grammar does not
         allow mean nothing. A matcher that reached its limits has an error afterwards.

@@ -20,7 +20,7 @@ LorafleetError
 │   └── Internal (500)              a fault of the fleet; not retried
 ├── ProtocolError (500)             a message that cannot be decoded
 ├── QuickstartError                 lorafleet/quickstart.py: the quickstart model cannot be fetched
-└── ServiceFailed                   lorafleet/child.py: a service ended while the fleet started
+└── ServiceFailed                   lorafleet/launcher/child.py: a service ended while the fleet started
 
 Those named with a file are defined there and never cross the queue.
 """

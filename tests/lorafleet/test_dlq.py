@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorafleet.__main__ import main
-from lorafleet.embedded import EmbeddedServer, start_embedded
+from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from protocol.queue.bus import Bus
 from tests.protocol.queue.test_dead_letters import give_up
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lorafleet.__main__ import main
-from lorafleet.embedded import EmbeddedServer
+from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.api_keys import PREFIX, ApiKey, Tenant
 from protocol.queue.bus import Bus, now_ms
 

@@ -11,7 +11,7 @@ import pytest
 from msgspec import json
 from waiting import wait_until
 
-from lorafleet.embedded import start_embedded
+from lorafleet.launcher.embedded import start_embedded
 from protocol.queue.bus import Bus, decode, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m

@@ -21,7 +21,7 @@ from gateway.http.errors import OPENAI_ERRORS
 from gateway.lorax.bodies import CompatRequest, Parameters
 from gateway.lorax.routes import shape_of
 from gateway.openai.bodies import BODIES
-from lorafleet.embedded import EmbeddedServer
+from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.bus import Bus
 
 GOOD: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafleet.embedded import start_embedded
+from lorafleet.launcher.embedded import start_embedded
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
 from protocol.queue.redis_client import connect
 from protocol.wire import messages as m

@@ -17,7 +17,7 @@ from redis.exceptions import ResponseError
 
 from gateway.calls.replies import Cursor
 from gpu_worker.service.outbox import Outbox, OwnedRequest, PendingOutput
-from lorafleet.embedded import EmbeddedServer
+from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.bus import Bus, Refused, Step, decode, now_ms
 from protocol.queue.scripts import FOLDER
 from protocol.wire import messages as m

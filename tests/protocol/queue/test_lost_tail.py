@@ -13,7 +13,7 @@ import pytest
 
 from gpu_worker.engine.request import TokenOutput
 from gpu_worker.service.outbox import OwnedRequest, PendingOutput, add_outputs
-from lorafleet.embedded import EmbeddedServer
+from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.bus import decode
 from protocol.wire import messages as m
 from tests.protocol.queue.test_interleavings import GATEWAY, LENGTH, RIDS, Life, World, _ids

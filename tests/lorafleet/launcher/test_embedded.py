@@ -10,7 +10,7 @@ import redis
 from processes import is_running
 from waiting import wait_until
 
-from lorafleet.embedded import start_embedded
+from lorafleet.launcher.embedded import start_embedded
 from protocol.wire.errors import Conflict, Internal
 
 
@@ -53,7 +53,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 async def test_it_ends_with_a_launcher_killed_by_sigkill(tmp_path: Path) -> None:
     code = (
-        "import pathlib, signal, sys; from lorafleet.embedded import start_embedded;"
+        "import pathlib, signal, sys; from lorafleet.launcher.embedded import start_embedded;"
         "server = start_embedded(pathlib.Path(sys.argv[1])); print(server.process.pid, flush=True); signal.pause()"
     )
     launcher = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(tmp_path), stdout=PIPE)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import httpx2
 
-from lorafleet.child import Child, ServiceFailed, Spec
-from lorafleet.embedded import EmbeddedServer
-from lorafleet.machine import num_cores, visible_gpus
-from lorafleet.screen import Screen
+from lorafleet.launcher.child import Child, ServiceFailed, Spec
+from lorafleet.launcher.embedded import EmbeddedServer
+from lorafleet.launcher.machine import num_cores, visible_gpus
+from lorafleet.launcher.screen import Screen
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
 from protocol.runtime.settings import CONFIG_VARIABLE, Settings
 from protocol.wire import messages as m

@@ -14,7 +14,7 @@ import pytest
 from processes import is_running, read_pid
 from waiting import wait_until
 
-from lorafleet.child import MAX_FAILED_STARTS, Child, ServiceFailed, Spec
+from lorafleet.launcher.child import MAX_FAILED_STARTS, Child, ServiceFailed, Spec
 from protocol.runtime.service import JsonLines
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ WRITE_PID = "import os, pathlib, sys; pathlib.Path('pid').write_text(f'{os.getpi
 RUN = f"{WRITE_PID} import signal; signal.pause()"
 WITH_GRANDCHILD = (
     "import subprocess, sys;"
-    "from lorafleet.lifeline import hold_lifeline; hold_lifeline();"
+    "from lorafleet.launcher.lifeline import hold_lifeline; hold_lifeline();"
     f"subprocess.Popen([sys.executable, '-c', {RUN!r}]).wait()"
 )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from lorafleet import lifeline
+from lorafleet.launcher import lifeline
 from protocol.queue.bus import now_ms
 from protocol.runtime.service import wait_any
 from protocol.wire.errors import LorafleetError

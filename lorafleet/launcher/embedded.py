@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lorafleet.lifeline import die_with_parent
+from lorafleet.launcher.lifeline import die_with_parent
 from protocol.queue.redis_client import QueueError, ping
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Conflict, Internal

@@ -1,0 +1,1 @@
+"""The launcher behind `lorafleet up`: services and queue as child processes of one machine."""
