@@ -436,7 +436,7 @@ async def test_metrics_tell_of_every_live_worker(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, gateway: RunningGateway, bus: Bus
 ) -> None:
     counters = m.WorkerCounters(num_steps=7, num_cached_tokens=32, num_evictions=3, plan_s=0.25, publish_s=0.5)
-    facts: dict[str, Any] = {"model": BASE_NAME, "capacity": 8, "resident": ["secret"], "num_loads": 5}
+    facts: dict[str, Any] = {"capacity": 8, "resident": ["secret"], "num_loads": 5}
     facts |= {"kv_blocks_free": 10, "kv_blocks_total": 12}
     beats = [
         m.WorkerBeat(wid="w1", name="one", sent_ms=2, counters=counters, **facts),

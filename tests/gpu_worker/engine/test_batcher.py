@@ -127,11 +127,12 @@ class BatcherMachine(RuleBasedStateMachine):
     @rule()
     def step(self) -> None:
         running = list(self.batcher.running)
+        has_others = any(not seq.yields for seq in self.batcher)  # before: one passed over too often ceases to yield
         plan = self.batcher.plan()
         assert plan.num_tokens <= self.limits.max_step_tokens
         assert len(self.batcher.running) <= self.limits.max_num_seqs
         assert set(plan.num_new) <= set(self.batcher.running)
-        if any(seq.yields and seq.num_pending > 1 for seq in plan.num_new) and not all(s.yields for s in self.batcher):
+        if has_others and any(seq.yields and seq.num_pending > 1 for seq in plan.num_new):
             num_tokens = plan.num_tokens - sum(map(len, plan.drafts.values()))
             assert num_tokens <= self.limits.short_step_tokens, "a yielding prompt in a long step"
         if not all(seq.yields for seq in plan.preempted):
