@@ -38,7 +38,7 @@ TARGETS = {
     "ttft_ms": ("TTFT idle, p50", "ms", 5.0, min),
     "req_s": ("1-token requests", "req/s", 500.0, max),
     "tok_s": ("800 streams", "tok/s", 20_000.0, max),
-    "queue_us": ("queue CPU per token, 256 streams", "µs", 6.0, min),
+    "queue_us": ("queue CPU per token, 256 streams", "µs", 8.0, min),
     "scaling": ("16 workers ÷ 1", "×", 15.0, max),
 }
 """Figure -> its title, its unit, its target, and whether less (min) or more (max) is better."""
@@ -152,7 +152,7 @@ def start(
     commands = {
         "scheduler": ["-m", "lorafleet", "serve", "scheduler"],
         "gateway": ["-m", "lorafleet", "serve", "gateway"],
-        "workers": ["-P", str(HERE / "benchmarks/fake_worker.py"), f"--count={workers}", f"--step-ms={step_ms}",
+        "workers": ["-P", str(tree / "benchmarks/fake_worker.py"), f"--count={workers}", f"--step-ms={step_ms}",
                     f"--capacity={capacity}", "--vocab-size=40000"],
     }  # fmt: skip
     processes = {
