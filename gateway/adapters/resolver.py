@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gateway.adapters.aliases import Aliases
-from gateway.adapters.merged import MergedAdapters, merge_of_request
 from gateway.adapters.views import adapter_object, base_object
 from gateway.auth.callers import EVERYBODY, Caller
 from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import ModelFiles
-from peft_adapters.recipe import digest_of_merge
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 from protocol.wire.errors import ClientError, ModelNotFound
@@ -65,20 +61,6 @@ class Resolver:
         texts, vocab_size = await self.own.facts(alias.digest)
         files = await self.own.files(alias.digest, texts)
         return Target(alias.name, alias.digest, files, texts, vocab_size, alias.source.partition(":")[0])
-
-    async def resolve_all(
-        self, names: Sequence[str], base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY
-    ) -> list[Target]:
-        """Return the targets of several names, waiting for all at once. Raises as `resolve`."""
-        return await asyncio.gather(*(self.resolve(name, base, timeout_s, caller) for name in names))
-
-    async def resolve_merged(
-        self, request: MergedAdapters, base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY
-    ) -> Target:
-        """Return the merge that a request has made of several adapters. Raises as `resolve`, and BadRequest."""
-        parts = await self.resolve_all(request.ids, base, timeout_s, caller)
-        digest = digest_of_merge(merge_of_request(request, [part.digest for part in parts]))
-        return Target("+".join(part.name for part in parts), digest, self.own.base)
 
     async def name_in(self, source: str | None, adapter_id: str, caller: Caller) -> str:
         """Return the name under which an adapter of LoRAX's `adapter_source` is resolved; its id without a source.
