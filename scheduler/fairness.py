@@ -1,4 +1,4 @@
-"""Who is served next, and who yields: virtual token counters and max-min fair shares. Pure.
+"""Fairness: which tenant is next and which requests yield, by virtual token counters and max-min fair shares. Pure.
 
 Virtual token counters: Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024. Max-min fair shares:
 Bertsekas and Gallager, "Data Networks", 1992, section 6.5.

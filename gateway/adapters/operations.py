@@ -37,7 +37,7 @@ OTHERS = "(another tenant's)"
 
 API = "api"
 SETTINGS = "settings"
-"""Who pinned an adapter."""
+"""Origins of a pin: a call of the API, or the settings."""
 
 
 @dataclass(frozen=True, slots=True)

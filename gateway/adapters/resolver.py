@@ -24,7 +24,7 @@ SOURCES = ("hub", "local", "s3")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Who answers a request: the base model, an adapter, or a merge of adapters."""
+    """The model that answers a request: the base model, an adapter, or a merge of adapters."""
 
     name: str  # as the API shows it
     digest: str  # "" for the base model

@@ -1,1 +1,1 @@
-"""Who sends a request: API keys, scopes, and the limits of tenants."""
+"""The callers of requests: API keys, scopes, and the limits of tenants."""

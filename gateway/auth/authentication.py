@@ -1,4 +1,4 @@
-"""Who sent a request, by the API key it carries, where the fleet asks for keys; a wrapper around the routes.
+"""Authentication: a wrapper around the routes that finds the caller of a request by its API key, if keys are on.
 
 With keys on, `Authorization: Bearer` is the key. The token for an adapter's source is then LoRAX's `api_token`; or the
 key comes as `x-api-key`, and the bearer is the token as without keys.

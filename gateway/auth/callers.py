@@ -22,7 +22,7 @@ PUBLIC = "public"
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who sent a request."""
+    """The sender of a request."""
 
     tenant: Tenant | None = None  # None: there are no keys
     scopes: Sequence[str] = SCOPES

@@ -64,7 +64,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """Who is to answer: the base model or adapters by name, or an adapter that is merged of others for this call."""
+    """The models that are to answer: the base or adapters by name, or an adapter merged of others for this call."""
 
     names: Sequence[str]  # each gives its own choices
     source: str | None = None  # where the adapters lie, in LoRAX's words: hub, local or s3

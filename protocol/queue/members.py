@@ -1,4 +1,4 @@
-"""Who is in the fleet: the heartbeats and registers of workers, gateways and stores."""
+"""The members of the fleet: the heartbeats and registers of workers, gateways and stores."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class RequestFacts:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who has a request now."""
+    """The present owner of a request."""
 
     state: str
     owner: str  # wid; "" while it is queued

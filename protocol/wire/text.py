@@ -80,7 +80,7 @@ class StopMatcher:
         if not self._stops:
             return text
         buffer = self._held + text
-        # Of matches at the same position, the first in the caller's order counts.
+        # The first in the caller's order counts among matches at the same position.
         found = [(at, i) for i, stop in enumerate(self._stops) if (at := buffer.find(stop)) >= 0]
         if found:
             at, i = min(found)
