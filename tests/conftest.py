@@ -70,12 +70,6 @@ async def bus(queue_server: EmbeddedServer) -> AsyncIterator[Bus]:
     client = Bus(queue_server.url)
     await client._redis.flushall()
     yield client
-    leaks = await untimed_keys(client)
+    leaks = await client.untimed_keys()
     await client.close()
     assert not leaks, f"keys left without a TTL: {leaks}"
-
-
-async def untimed_keys(client: Bus) -> list[str]:
-    """Return the keys that have no TTL and are not permanent."""
-    keys = [key.decode() async for key in client._redis.scan_iter(count=1000)]
-    return [key for key in keys if await client._redis.pttl(key) == -1 and not client.keys.is_permanent(key)]

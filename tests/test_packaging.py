@@ -135,7 +135,7 @@ def test_peft_adapters_knows_only_errors_and_messages() -> None:
 
 
 def test_the_gateway_reads_no_adapter_files() -> None:
-    """Of adapters it knows how a merge is asked for, and which texts one may bring."""
+    """The gateway knows how a merge of adapters is named, and which texts an adapter may bring, nothing else."""
     for path in sources("gateway"):
         found = {name for name in dotted_imports(path) if name.startswith("peft_adapters.")}
         assert all(name.startswith(("peft_adapters.recipe", "peft_adapters.texts")) for name in found), path

@@ -182,6 +182,7 @@ class Bus:
             outcome = await self._scripts.join(keys=keys, args=args + bases)
         if outcome == b"refused":
             raise Internal(f"this fleet serves {known.name} ({known.fingerprint:.12}); {served.name} cannot join it")
+        assert outcome == b"joined", outcome
 
     async def has_leader(self) -> bool:
         """Return whether any scheduler leads."""

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import torch
-from conftest import untimed_keys
 from factories import make_adapter, make_tiny_model
 from openai import AsyncOpenAI
 from peft import PeftModel
@@ -131,7 +130,7 @@ async def test_500_requests_of_mixed_adapters_all_come_back_right(
     keys = services.bus.keys
     await wait_until(lambda: _is_idle(services), "nothing is queued or running")
     assert await services.bus._redis.xlen(keys.dlq) == 0
-    assert await untimed_keys(services.bus) == []
+    assert await services.bus.untimed_keys() == []
     assert len(await services.bus.members.worker_beats()) == 2
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import httpx2
 import pytest
 import pytest_asyncio
-from conftest import untimed_keys
 from factories import make_adapter, make_tiny_model
 from waiting import wait_until
 
@@ -55,7 +54,7 @@ async def fleet(shared_fleet: ProcessFleet) -> AsyncIterator[ProcessFleet]:
         await wait_until(lambda member=member: shared_fleet.is_up(member), f"{member.name} is back", timeout_s=100)
     await wait_until(lambda: is_idle(shared_fleet), "nothing is queued or running")
     assert await shared_fleet.bus._redis.xlen(shared_fleet.bus.keys.dlq) == 0
-    assert await untimed_keys(shared_fleet.bus) == []
+    assert await shared_fleet.bus.untimed_keys() == []
 
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]

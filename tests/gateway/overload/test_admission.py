@@ -1,4 +1,4 @@
-"""Who is let in, and what those are told who are not."""
+"""Admission: which calls are let in, and what the others are told."""
 
 from __future__ import annotations
 
@@ -288,7 +288,7 @@ def test_submitted_loads_are_not_remembered_for_long_without_a_status() -> None:
 
 
 def test_the_wait_includes_the_calls_that_are_inbound() -> None:
-    """Of a call that has not got to the queue yet; one that is there waits for what is in the queue."""
+    """The predicted wait of an inbound call includes its way; that of a queued one is what is ahead of it."""
     site = gateway(status(190), max_wait_s=20.0)
     for _ in range(10):
         site.begin(Load(INTERACTIVE))
