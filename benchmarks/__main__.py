@@ -10,8 +10,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from benchmarks import report
-from benchmarks.fleet import quickstart_model
+from benchmarks.common import report
+from benchmarks.common.fleet import quickstart_model
 
 FULL = ("kernels", "distinct_adapters", "adapters", "cold_loads", "hit_rate", "mixed_ranks", "fairness", "prediction",
         "control_plane")  # fmt: skip

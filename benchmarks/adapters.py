@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks import report
-from benchmarks.fleet import RunningFleet, Setup, fleet, make_adapters, quickstart_model, scratch_folder
+from benchmarks.common import report
+from benchmarks.common.fleet import RunningFleet, Setup, fleet, make_adapters, quickstart_model, scratch_folder
 from lorafleet.bench import BenchConfig, Target, run_bench
 
 COUNTS = (1, 4, 16, 64, 256, 1000)

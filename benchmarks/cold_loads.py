@@ -19,11 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import report
-from benchmarks.fleet import RunningFleet, Setup, adapter_bytes, fleet, make_adapters, quickstart_model, scratch_folder
+from benchmarks.common import report
+from benchmarks.common.fleet import (
+    RunningFleet,
+    Setup,
+    adapter_bytes,
+    fleet,
+    make_adapters,
+    quickstart_model,
+    scratch_folder,
+)
+from benchmarks.common.slow_link import Link, slow_link
 from benchmarks.hit_rate import pool_bytes
 from benchmarks.neighbours import Beside, run_beside, streams
-from benchmarks.slow_link import Link, slow_link
 from lorafleet.bench import BenchConfig, RequestRecord, Target
 from lorafleet.launcher.machine import claim_port
 

@@ -25,8 +25,8 @@ import numpy as np
 import psutil
 import uvloop
 
-from benchmarks import report
-from benchmarks.fleet import quickstart_model
+from benchmarks.common import report
+from benchmarks.common.fleet import quickstart_model
 from lorafleet.launcher.embedded import start_embedded
 from lorafleet.launcher.machine import claim_port
 from protocol.queue.bus import Bus
@@ -149,10 +149,11 @@ def start(
     usual = Settings().environment()  # defaults are omitted, since another checkout may not have every setting
     own = {name: value for name, value in settings.environment().items() if usual.get(name) != value}
     environment = os.environ | own | {"PYTHONPATH": f"{tree}:{tree / 'kernels'}"}
+    fake_worker = next(tree.glob("benchmarks/**/fake_worker.py"))
     commands = {
         "scheduler": ["-m", "lorafleet", "serve", "scheduler"],
         "gateway": ["-m", "lorafleet", "serve", "gateway"],
-        "workers": ["-P", str(tree / "benchmarks/fake_worker.py"), f"--count={workers}", f"--step-ms={step_ms}",
+        "workers": ["-P", str(fake_worker), f"--count={workers}", f"--step-ms={step_ms}",
                     f"--capacity={capacity}", "--vocab-size=40000"],
     }  # fmt: skip
     processes = {

@@ -22,8 +22,8 @@ import numpy as np
 import orjson
 import torch
 
-from benchmarks import report
-from benchmarks.fleet import adapter_bytes, make_adapters, quickstart_model, scratch_folder
+from benchmarks.common import report
+from benchmarks.common.fleet import adapter_bytes, make_adapters, quickstart_model, scratch_folder
 from benchmarks.kernels import memory_gb_s
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import build_engine

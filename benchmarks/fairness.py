@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import report
-from benchmarks.fleet import Setup, fleet, make_adapters, quickstart_model, scratch_folder
+from benchmarks.common import report
+from benchmarks.common.fleet import Setup, fleet, make_adapters, quickstart_model, scratch_folder
 from benchmarks.neighbours import run_beside
 from lorafleet.bench import BenchConfig, BenchResult, Target, run_bench
 from scheduler.simulation.run import jain

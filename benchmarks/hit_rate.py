@@ -22,9 +22,9 @@ from typing import Any
 import httpx2
 import numpy as np
 
-from benchmarks import report
+from benchmarks.common import report
+from benchmarks.common.fleet import RunningFleet, Setup, fleet, quickstart_model, scratch_folder
 from benchmarks.eviction import play, zipf_trace
-from benchmarks.fleet import RunningFleet, Setup, fleet, quickstart_model, scratch_folder
 from benchmarks.peers.make_adapters import module_shapes
 
 NUM_ADAPTERS, NUM_REQUESTS, ZIPF = 2000, 2000, 1.0

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import report
-from benchmarks.fleet import Setup, fleet, make_adapters, quickstart_model, scratch_folder
+from benchmarks.common import report
+from benchmarks.common.fleet import Setup, fleet, make_adapters, quickstart_model, scratch_folder
 from benchmarks.neighbours import run_beside, streams
 
 USERS = [f"user-{index}" for index in range(8)]

@@ -20,8 +20,16 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from benchmarks import report
-from benchmarks.fleet import RunningFleet, Setup, adapter_bytes, fleet, make_adapters, quickstart_model, scratch_folder
+from benchmarks.common import report
+from benchmarks.common.fleet import (
+    RunningFleet,
+    Setup,
+    adapter_bytes,
+    fleet,
+    make_adapters,
+    quickstart_model,
+    scratch_folder,
+)
 from lorafleet.bench import BenchConfig, BenchResult, Target, run_bench
 from protocol.wire import messages as m
 from protocol.wire.keys import INTERACTIVE

@@ -21,9 +21,9 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 from tokenizers import Tokenizer
 
-from benchmarks import report
-from benchmarks.fleet import quickstart_model
-from benchmarks.schemas import random_schema
+from benchmarks.common import report
+from benchmarks.common.fleet import quickstart_model
+from benchmarks.common.schemas import random_schema
 from gateway.text.grammars import grammar_text
 from gateway.text.structured import constraint_of
 from gpu_worker.adapters.loader.fetch import FetchedAdapter

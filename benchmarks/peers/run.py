@@ -20,9 +20,9 @@ from pathlib import Path
 import httpx2
 import orjson
 
+from benchmarks.common.report import RESULTS, machine
 from benchmarks.peers.report import markdown, save_plot
 from benchmarks.peers.servers import SYSTEMS, Lab, Server, running
-from benchmarks.report import RESULTS, machine
 from lorafleet.bench import BenchConfig, Target, run_bench
 
 

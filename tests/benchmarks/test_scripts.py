@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from benchmarks.fleet import make_adapters
-from benchmarks.slow_link import Link, slow_link
+from benchmarks.common.fleet import make_adapters
+from benchmarks.common.slow_link import Link, slow_link
 from gpu_worker.adapters.loader.fetch import FetchedAdapter, digest_of
 from peft_adapters.format import parse_config
 

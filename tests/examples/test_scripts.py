@@ -19,7 +19,7 @@ from scripted_fleet import make_model_folder, running_gateway
 from waiting import wait_until
 
 from adapter_store.service import serve as serve_store
-from benchmarks.fake_worker import FakeEngine, fake_served, serve_fake
+from benchmarks.common.fake_worker import FakeEngine, fake_served, serve_fake
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from scheduler.service import serve as serve_scheduler

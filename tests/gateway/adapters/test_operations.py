@@ -21,7 +21,7 @@ from waiting import wait_until
 from adapter_store.service import serve as serve_store
 from adapter_store.sources.retry import Retries
 from adapter_store.timings import StoreTimings
-from benchmarks.fake_worker import ADAPTER_BYTES, FakeEngine, fake_served, serve_fake
+from benchmarks.common.fake_worker import ADAPTER_BYTES, FakeEngine, fake_served, serve_fake
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings

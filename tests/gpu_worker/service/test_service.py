@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from waiting import wait_until
 
-from benchmarks.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine, expected_token, fake_served
+from benchmarks.common.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine, expected_token, fake_served
 from gpu_worker.service.service import Worker
 from protocol.queue.bus import Bus, Refused, Step, decode, now_ms
 from protocol.runtime.settings import Settings

@@ -50,7 +50,14 @@ class Link:
 @contextmanager
 def slow_link(link: Link) -> Iterator[int]:
     """Yield the port of a relay that runs for the length of the block."""
-    command = [sys.executable, "-m", "benchmarks.slow_link", str(link.port), str(link.latency_s), str(link.bytes_per_s)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.common.slow_link",
+        str(link.port),
+        str(link.latency_s),
+        str(link.bytes_per_s),
+    ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdout is not None
         yield int(process.stdout.readline())

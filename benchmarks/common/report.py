@@ -17,7 +17,7 @@ from lorafleet.bench.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, plot_sty
 
 __all__ = ["BLUE", "GREEN", "INK", "MUTED", "ORANGE", "RED", "machine", "parser", "save", "table"]
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def machine() -> dict[str, Any]:

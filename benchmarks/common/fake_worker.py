@@ -1,6 +1,6 @@
 """A worker without a model: the real service around an engine that emits tokens at a set pace.
 
-For measuring and testing the control plane alone. `python -m benchmarks.fake_worker --step-ms 25` joins a fleet;
+For measuring and testing the control plane alone. `python -m benchmarks.common.fake_worker --step-ms 25` joins a fleet;
 its output is a function of (prompt, position), so that any two workers continue each other's requests exactly.
 """
 
