@@ -91,7 +91,7 @@ def test_a_flood_of_one_hardly_delays_the_quiet() -> None:
     assert p99(simulate(quiet + flood, policy="least-loaded")) > 2 * alone, "the test would prove nothing"
 
 
-# What a worker on two CPU cores reported, see docs/benchmarks.md.
+# What a worker on two CPU cores reported, see docs/measured/fairness.md.
 ON_CPU = WorkerModel(capacity=64, max_step_tokens=512, step=m.StepModel(a=0.0148, b=0.00068, c=3.5e-6, d=1.6e-5))
 
 
