@@ -1,17 +1,20 @@
 """The capacity of the control plane alone: gateway, scheduler and queue with workers that have no model.
 
-    python -m benchmarks.control_plane [--model FOLDER] [--before CHECKOUT] [--short]
+    python -m benchmarks.control_plane [--model FOLDER] [--before CHECKOUT] [--rounds N] [--short]
 
-FOLDER needs only a tokenizer. With `--before`, the services of another checkout are measured in the same run: each
-load first on them and then on those of this checkout, with the same client and engine. The client only reads sockets
-and counts events, so it costs little beside the server; its own CPU time is reported.
+FOLDER needs only a tokenizer. With `--before`, the services of another checkout are measured in the same run, each load
+on both, with the same client and engine; who comes first changes from round to round, and the table has the medians of
+the rounds. The client only reads sockets and counts events, so it costs little beside the server; its own CPU time is
+reported.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -119,10 +122,13 @@ async def load(port: int, *, num: int, concurrency: int, tokens: int) -> list[St
 
 async def measure(fleet: Processes, name: str, *, num: int, concurrency: int, tokens: int) -> dict[str, Any]:
     """Run one load and return its figures. Raises RuntimeError when a request fails."""
+    gc.collect()
+    gc.disable()  # it would look through what all loads before have left, so that the later of two is the slower
     before, started = fleet.cpu_s(), time.perf_counter()
     async with asyncio.timeout(LOAD_S):
         streams = await load(fleet.url_port, num=num, concurrency=concurrency, tokens=tokens)
     wall_s = time.perf_counter() - started
+    gc.enable()
     after = fleet.cpu_s()
     failed = [stream.failed for stream in streams if stream.failed]
     if failed:
@@ -205,7 +211,7 @@ def fleets(short: bool) -> list[dict[str, Any]]:
     """Return the sizes of the fleets with the loads of each; `short` halves the loads."""
     part = 2 if short else 1
     idle = {"name": "idle", "num": 200 // part, "concurrency": 1, "tokens": 1}
-    requests = {"name": "requests", "num": 3000 // part, "concurrency": 64, "tokens": 1}
+    requests = {"name": "requests", "num": 9000 // part, "concurrency": 64, "tokens": 1}
     streams = {"name": "256 streams", "num": 512 // part, "concurrency": 256, "tokens": 200}
     full = {"name": "800 streams", "num": 1600 // part, "concurrency": 800, "tokens": 200}
     one, many = ({"name": "scaling", "num": 24 * n, "concurrency": 8 * n, "tokens": 160 // part} for n in (1, 16))
@@ -219,7 +225,13 @@ def fleets(short: bool) -> list[dict[str, Any]]:
 
 
 def figures(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the figures of `TARGETS`."""
+    """Return the figures of `TARGETS`, each the median of the rounds."""
+    rounds = [[result for result in results if result["round"] == i] for i in sorted({r["round"] for r in results})]
+    found = [_figures(one) for one in rounds]
+    return {key: round(statistics.median(one[key] for one in found), 2) for key in TARGETS}
+
+
+def _figures(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     named = {result["name"]: result for result in results}
     one, many = (next(r for r in results if r["name"] == "scaling" and r["workers"] == n) for n in (1, 16))
     return {
@@ -250,7 +262,7 @@ def draw(axes: Sequence[Any], results: dict[str, list[dict[str, Any]]]) -> None:
     parts = ("gateway", "queue", "workers", "scheduler", "client")
     shades = (report.BLUE, report.ORANGE, report.GREEN, report.RED, report.MUTED)
     for label, found in results.items():
-        (full,) = (result for result in found if result["name"] == "800 streams")
+        full = next(result for result in found if result["name"] == "800 streams")
         bottom = 0.0
         for part, shade in zip(parts, shades, strict=True):
             height = full["cpu_us_per_token"][part]
@@ -265,15 +277,18 @@ def main() -> None:
     """Measure, print a table, and save the figures and a plot."""
     parser = report.parser(__doc__)
     parser.add_argument("--before", type=Path, help="another checkout, to be measured in the same run")
+    parser.add_argument("--rounds", type=int, default=1, help="how often everything is measured")
     args = parser.parse_args()
     about = report.machine()
     model = args.model or quickstart_model()
     trees = ({"before": args.before.resolve()} if args.before else {}) | {"now": HERE}
     results: dict[str, list[dict[str, Any]]] = {label: [] for label in trees}
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        for one in fleets(args.short):
-            for label, tree in trees.items():
-                results[label] += runner.run(run(model, tree, **one))
+        for i in range(args.rounds):
+            for one in fleets(args.short):
+                for label in list(trees)[:: -1 if i % 2 else 1]:
+                    measured = runner.run(run(model, trees[label], **one))
+                    results[label] += [{"round": i, **result} for result in measured]
     found = {label: figures(result) for label, result in results.items()}
     rows = [
         [text, *(f"{found[label][key]:,} {unit}" for label in trees), f"{'≥' if better is max else '≤'} {wanted:,.0f}"]
