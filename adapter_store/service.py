@@ -193,7 +193,7 @@ class Store:
                 for _, fields in (await self.bus.streams.read(last_ids, block_ms=1000)).get(
                     self.bus.keys.adapter_events, []
                 ):
-                    if decode(fields[b"b"], AdapterEvent).kind == "wanted":
+                    if decode(fields.get(b"b", b""), AdapterEvent).kind == "wanted":
                         wake.set()
             except CONNECTION_ERRORS as error:
                 logger.warning("cannot read events: %s", error)

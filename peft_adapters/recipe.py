@@ -7,7 +7,6 @@ and equal merges share memory and prefix cache as equal adapters do.
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Sequence
 from typing import Literal
 
@@ -69,7 +68,7 @@ def merge_of(digest: str) -> Merge | None:
     try:
         raw = base64.urlsafe_b64decode(packed + "=" * (-len(packed) % 4))
         merge = msgspec.msgpack.decode(raw, type=Merge)
-    except (binascii.Error, msgspec.MsgspecError) as error:
+    except (ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise BadRequest(f"{digest:.40} is no merge of adapters: {error}") from error
     check_merge(merge)
     return merge

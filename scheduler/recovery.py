@@ -10,6 +10,7 @@ import msgspec
 from protocol.queue.bus import Bus, Entry, Owned, now_ms
 from protocol.runtime import metrics
 from protocol.wire import messages as m
+from protocol.wire.codec import MALFORMED
 from protocol.wire.errors import Internal, LorafleetError, WorkerLost
 from protocol.wire.keys import CLASSES
 from scheduler.core import Scheduler
@@ -98,7 +99,7 @@ class Recovery:
         await self._bus.streams.reject(stream, entry, reason)
         try:
             loose: Any = msgspec.msgpack.decode(entry[1].get(b"b", b""))
-        except msgspec.MsgspecError:
+        except MALFORMED:
             return
         rid = cast("dict[object, object]", loose).get("rid") if isinstance(loose, dict) else None
         if isinstance(rid, str):

@@ -67,7 +67,7 @@ class Aliases:
             try:
                 last_ids = last_ids or {stream: await self._bus.streams.last_id(stream)}
                 for _, fields in (await self._bus.streams.read(last_ids, block_ms=LISTEN_MS)).get(stream, []):
-                    event = decode(fields[b"b"], m.AdapterEvent)
+                    event = decode(fields.get(b"b", b""), m.AdapterEvent)
                     for waiter in self._waiters.get(event.name, ()):
                         waiter.set()
                     for listener in self.listeners:

@@ -93,7 +93,7 @@ class AdapterMemory:
         rids: list[str] = []
         for cls in CLASSES:
             for _, fields in await self._bus.streams.entries(self._bus.keys.sub(cls)):
-                submit = decode(fields[b"b"], m.Submit)
+                submit = decode(fields.get(b"b", b""), m.Submit)
                 if involves(submit.digest, digest):
                     rids.append(submit.rid)
         on_workers: list[str] = []

@@ -9,6 +9,7 @@ from gpu_worker.engine.request import EngineRequest, EngineStats
 from gpu_worker.service.outbox import Outbox, OwnedRequest
 from protocol.queue.bus import Entry, decode, now_ms
 from protocol.wire import messages as m
+from protocol.wire.errors import ProtocolError
 
 
 def assignments_in(entry: Entry) -> list[m.Assigned]:
@@ -20,10 +21,11 @@ def assignments_in(entry: Entry) -> list[m.Assigned]:
 def owned_request(item: m.Assigned, entry: bytes, body: m.Body | None, log: bytes, logprobs: bytes) -> OwnedRequest:
     """Return an assigned request as the outbox keeps it.
 
-    entry: id of the work entry. body: None if it has expired. log, logprobs: int32 ids and records written so far.
+    entry: id of the work entry. body: None if it has expired or cannot be read. log, logprobs: int32 ids and records
+    written so far.
     """
     if body is None:
-        return OwnedRequest(item.rid, item.epoch, entry, item.gateway, item.tenant, 0, 0)
+        return OwnedRequest(item.rid, item.epoch, entry, item.gateway, item.tenant, 0, 0, bytearray(log))
     num_top = body.sampling.num_logprobs
     record_bytes = 0 if num_top is None else m.logprob_record_bytes(num_top)
     return OwnedRequest(
@@ -33,7 +35,12 @@ def owned_request(item: m.Assigned, entry: bytes, body: m.Body | None, log: byte
 
 
 def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
-    """Return an assigned request as the engine takes it; `log` holds the int32 ids written so far."""
+    """Return an assigned request as the engine takes it; `log` holds the int32 ids written so far.
+
+    Raises ProtocolError for a prompt that is not int32.
+    """
+    if len(body.prompt) % 4:
+        raise ProtocolError(f"the prompt of {item.rid} has {len(body.prompt)} bytes, which are not int32 ids")
     return EngineRequest(
         rid=item.rid,
         epoch=item.epoch,

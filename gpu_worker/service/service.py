@@ -27,7 +27,7 @@ from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import DeadlineExceeded, Internal, ProtocolError
+from protocol.wire.errors import DeadlineExceeded, Internal, LorafleetError, ProtocolError
 
 logger = logging.getLogger(__name__)
 
@@ -235,18 +235,25 @@ class Worker:
         inputs = await self.bus.inputs([item.rid for item in items])
         requests: list[EngineRequest] = []
         owned: list[OwnedRequest] = []
+        failed: dict[str, LorafleetError] = {}
         for item, (raw, tok, lp) in zip(items, inputs, strict=True):
-            body = decode(raw, m.Body) if raw is not None else None
+            body: m.Body | None = None
+            try:
+                body = decode(raw, m.Body) if raw is not None else None
+                if body is not None:
+                    requests.append(engine_request(item, body, tok))
+                else:  # Its keys have expired: the step script refuses its row, and it is dropped.
+                    failed[item.rid] = DeadlineExceeded("the request has expired")
+            except ProtocolError as error:  # One that cannot be read must not take others of its entry along.
+                logger.exception("request %s cannot be read", item.rid)
+                body, failed[item.rid] = None, Internal(f"the request could not be read: {error.message}")
             owned.append(owned_request(item, entry[0], body, tok, lp))
-            if body is not None:
-                requests.append(engine_request(item, body, tok))
         if self.outbox.knows(entry[0]):
             return
         if again := self.outbox.take(entry[0], owned):
             self.engine.cancel(again)
-        for rid in {item.rid for item in items} - {request.rid for request in requests}:
-            # Its keys have expired: the step script refuses its row, and it is dropped.
-            self._pending[rid] = PendingOutput(finish="error", error=DeadlineExceeded("the request has expired"))
+        for rid, reason in failed.items():
+            self._pending[rid] = PendingOutput(finish="error", error=reason)
             self._has_outputs.set()
         for request in requests:
             self._pending.pop(request.rid, None)
@@ -254,7 +261,7 @@ class Worker:
 
     async def _obey(self, entry: Entry) -> None:
         """Carry out one order."""
-        order = decode(entry[1][b"b"], m.Control)
+        order = decode(entry[1].get(b"b", b""), m.Control)
         if order.kind == "cancel":
             if order.rid in self.outbox.owned:
                 self.engine.cancel([order.rid])

@@ -10,6 +10,11 @@ import msgspec
 from protocol.wire.errors import ProtocolError
 
 T = TypeVar("T")
+
+MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are no message: also for text that is not UTF-8, and for values nested too deep.
+"""
+
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {}
 
 
@@ -25,5 +30,5 @@ def decode(raw: bytes, type_: type[T]) -> T:
         decoder = _decoders[type_] = msgspec.msgpack.Decoder(type_)
     try:
         return decoder.decode(raw)
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         raise ProtocolError(f"cannot decode {type_}: {error}") from error

@@ -8,6 +8,7 @@ import msgspec
 
 from protocol.wire import errors
 from protocol.wire import messages as m
+from protocol.wire.codec import MALFORMED
 from protocol.wire.errors import AdapterRefused, Internal, LorafleetError
 
 
@@ -41,7 +42,7 @@ def error_from(raw: str | bytes) -> LorafleetError:
     """Take an error off the wire; `raw` is the JSON of an `ErrorInfo`. What cannot be read is an `Internal` error."""
     try:
         info = msgspec.json.decode(raw, type=m.ErrorInfo)
-    except msgspec.MsgspecError:
+    except MALFORMED:
         return Internal("the request failed and its error cannot be read")
     cls = CLASSES.get(info.kind)
     if cls is None:

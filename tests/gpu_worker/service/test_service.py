@@ -133,6 +133,38 @@ async def test_a_drained_worker_hands_over_and_another_goes_on_where_it_stopped(
     assert int(await bus._redis.hget(bus.keys.req("r"), "attempts")) == 0
 
 
+async def test_a_body_that_cannot_be_read_fails_its_own_request_alone(bus: Bus) -> None:
+    await bus.streams.create(bus.keys.out(GATEWAY), 300)
+    odd = m.Body(prompt=b"\1\0\0", sampling=m.Sampling(), max_new_tokens=8)
+    async with running_worker(bus) as (worker, _):
+        for rid, raw in (("odd", m.encode(odd)), ("text", b"\x81\xa6prompt\xa1\xff"), ("good", b"")):
+            await submit(bus, rid)
+            if raw:
+                await bus._redis.set(bus.keys.body(rid), raw, keepttl=True)
+        assert await assign(bus, worker.wid, "odd", "text", "good") == "ok"
+        for rid in ("odd", "text"):
+            await wait_until(lambda rid=rid: _is(bus, rid, "failed"), f"{rid} fails")
+        await wait_until(lambda: _is(bus, "good", "completed"), "the good one completes")
+        assert await log(bus, "good") == expected(8)
+        assert [delta.finish for delta in await deltas(bus, "odd")] == ["error"]
+        assert await bus._redis.xlen(bus.keys.work(worker.wid)) == 0
+        assert await bus._redis.xlen(bus.keys.dlq) == 0
+
+
+async def test_an_order_without_a_message_is_put_aside(bus: Bus) -> None:
+    async with running_worker(bus) as (worker, _):
+        for fields in ({"x": "y"}, {"b": b"\x81\xa4kind\xa1\xff"}):
+            await bus._redis.xadd(bus.keys.ctl(worker.wid), fields)
+        await submit(bus, "r")
+        assert await assign(bus, worker.wid, "r") == "ok"
+        await wait_until(lambda: _is(bus, "r", "completed"), "the worker goes on")
+        await wait_until(lambda: _has_length(bus, bus.keys.dlq, 2), "both are dead letters")
+
+
+async def _has_length(bus: Bus, stream: str, num: int) -> bool:
+    return await bus.streams.length(stream) == num
+
+
 async def test_a_fenced_worker_writes_nothing_more(bus: Bus) -> None:
     await bus.streams.create(bus.keys.out(GATEWAY), 300)
     await submit(bus, "r", max_new=500)
