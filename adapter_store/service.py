@@ -25,6 +25,7 @@ from adapter_store.timings import StoreTimings
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode
 from protocol.runtime import metrics
 from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.private_files import private_folder
 from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings
 from protocol.wire.adapter_refs import Policy
@@ -47,7 +48,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: StoreTimings |
             f"store_host {settings.store_host} can be reached from other machines: give all services the same secret or"
             " secret_file, so that the store serves its own fleet only"
         )
-    bus = Bus(settings.redis_url)
+    bus = Bus(settings.queue_url())
     try:
         if await _reach(bus, stop):
             with metrics.serve_metrics(settings.metrics_port):
@@ -59,7 +60,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: StoreTimings |
 
 
 def _open_blobs(settings: Settings) -> Blobs:
-    return Blobs(settings.data / "adapters", settings.store_quota_bytes)
+    return Blobs(private_folder(settings.data / "adapters"), settings.store_quota_bytes)
 
 
 async def _reach(bus: Bus, stop: asyncio.Event) -> bool:

@@ -11,6 +11,7 @@ import sys
 import urllib.request
 
 from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
 
 TIMEOUT_S = 3
 
@@ -22,7 +23,7 @@ def http_answers(port: int) -> bool:
 
 async def queue_knows(service: str) -> bool:
     """Return whether somebody leads, or whether a worker of this host has beaten lately; raises what the queue does."""
-    bus = Bus(os.environ["REDIS_URL"])
+    bus = Bus(Settings(redis_url=os.environ["REDIS_URL"]).queue_url())
     try:
         async with asyncio.timeout(TIMEOUT_S):
             if service == "scheduler":

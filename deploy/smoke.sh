@@ -34,8 +34,15 @@ ask() {
 }
 # busy: how many workers hold requests right now, by the streams of work on the queue
 busy() {
-  docker compose exec -T queue sh -c 'for key in $(valkey-cli --raw keys "lf:{0}:w:*:in"); do valkey-cli --raw xlen "$key"; done' |
-    awk '$1 > 0' | wc -l
+  printf '%s\n' "$operator" | docker compose exec -T queue sh -c '
+    read -r REDISCLI_AUTH; export REDISCLI_AUTH
+    for wid in $(valkey-cli --user operator --raw zrangebyscore lf:workers -inf +inf); do
+      valkey-cli --user operator --raw xlen "lf:{0}:w:$wid:in"
+    done' | awk '$1 > 0' | wc -l
+}
+# refused SERVICE CODE: whether what a service must not be able to do fails
+refused() {
+  if docker compose exec -T "$1" python -c "$2" 2>/dev/null; then say "$1 could: $2" >&2; return 1; fi
 }
 wait_busy() { # wait_busy NUM PID: until that many workers hold requests of the process PID
   while [ "$(busy)" -lt "$1" ]; do
@@ -63,6 +70,18 @@ url=http://127.0.0.1:$PORT
 
 say 'starting two workers'
 docker compose up --detach --build --wait --scale gpu_worker=2
+
+operator=$(docker compose run --rm --no-deps -T --entrypoint cat cli /queue-user/password)
+
+say 'nobody is where they need not be'
+store='import socket; socket.create_connection(("adapter_store", 9000), 3)'
+outside='import socket; socket.create_connection(("pypi.org", 443), 3)'
+docker compose exec -T gateway python -c "$store" # so the next ones are refused, and not broken
+refused scheduler "$store"
+for service in gateway scheduler gpu_worker; do refused $service "$outside"; done
+refused gateway 'import redis; redis.Redis.from_url("redis://queue:6379/0").ping()'
+[ "$(docker compose ps --format '{{.Ports}}' | grep -c -e '->')" = 1 ] # only the gateway has a port of this machine
+docker compose run --rm -T cli keys create --tenant smoke >/dev/null
 
 say 'asking through both'
 ask "$url" 6 "$ADAPTERS_DIR" >"$scratch/first.json" &

@@ -62,15 +62,15 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
     timings = timings or GatewayTimings()
     secret = FleetSecret.of(settings)
     files = await asyncio.to_thread(load_model_files, settings)
-    bus = Bus(settings.redis_url)
+    bus = Bus(settings.queue_url())
     # What happens once a second has connections of its own: it would be late behind hundreds of calls that wait for a
     # connection of `bus`.
-    beats = Bus(settings.redis_url)
+    beats = Bus(settings.queue_url())
     try:
         await bus.check()
         replies = Replies(bus, uuid.uuid4().hex, beats)
         fleet = FleetView(beats, settings.beat_timeout_s)
-        heartbeat = Heartbeat(settings.redis_url, replies.gid, timings.pace)
+        heartbeat = Heartbeat(settings.queue_url(), replies.gid, timings.pace)
         admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, timings.overload)
         aliases = Aliases(bus, settings, secret, admission.leave_inbound, timings.alias_poll_s)
         sandbox = Sandbox()

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
+from protocol.runtime.private_files import use_private_umask
+from protocol.runtime.redaction import redact
 from protocol.wire.errors import ClientError, LorafleetError
 
 COMMANDS = {
@@ -17,6 +19,7 @@ COMMANDS = {
     "demo": ("lorafleet.demo", "start a fleet with a small model and three adapters, and ask them"),
     "fetch": ("lorafleet.fetch", "fetch the base model, so that services find it when they start"),
     "keys": ("lorafleet.keys", "create, list and revoke API keys, and set the limits of their tenants"),
+    "users": ("lorafleet.users", "make the users of a queue: a password for each service, and the ACL file"),
     "dlq": ("lorafleet.dlq", "list, show and retry requests that were given up"),
     "bench": ("lorafleet.bench.cli", "put load on an OpenAI-compatible server and measure it"),
     "profile": ("lorafleet.profile", "measure what a worker's steps spend their time on"),
@@ -31,6 +34,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 2 for wrong usage or settings, 1 for any other failure."""
+    use_private_umask()
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog="lorafleet", description="Thousands of LoRA adapters from one base model.")
     parser.add_argument("--version", action="version", version=version("lorafleet"))
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except LorafleetError as error:
-        print(f"lorafleet {chosen}: error: {error.message}", file=sys.stderr)
+        print(f"lorafleet {chosen}: error: {redact(error.message)}", file=sys.stderr)
         return 2 if isinstance(error, ClientError) else 1
     except KeyboardInterrupt:
         return 130

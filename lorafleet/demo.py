@@ -156,7 +156,7 @@ async def shared_steps(settings: Settings, num_models: int) -> tuple[int, int]:
 
     They are counted in the gateways' reply streams, which keep one entry per step for a minute.
     """
-    bus = Bus(settings.redis_url)
+    bus = Bus(settings.queue_url())
     try:
         sizes: list[int] = []
         for gid in await bus.members.ids(bus.keys.gateways):

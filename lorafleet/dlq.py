@@ -12,14 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from lorafleet.flags import add_settings, load_settings
-from lorafleet.launcher.embedded import queue_url
-from protocol.queue.bus import CONNECTION_ERRORS, Bus
+from lorafleet.launcher.embedded import with_queue
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
 from protocol.queue.dead_letters import DeadLetters
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import Unavailable
+from protocol.wire.errors import PermissionDenied, Unavailable
 
-FLAGS = ("redis_url", "data", "request_timeout_s")
+FLAGS = ("redis_url", "redis_password_file", "data", "request_timeout_s")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,18 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code. Raises NotFound, Conflict, Unavailable."""
-    settings = load_settings(args)
-    url = queue_url(settings)
-    return asyncio.run(_with_letters(url, settings, args))
+    return asyncio.run(_with_letters(with_queue(load_settings(args)), args))
 
 
-async def _with_letters(url: str, settings: Settings, args: argparse.Namespace) -> int:
+async def _with_letters(settings: Settings, args: argparse.Namespace) -> int:
     do: Callable[[DeadLetters, Settings, argparse.Namespace], Awaitable[None]] = args.do
-    bus = Bus(url)
+    bus = Bus(settings.queue_url())
     try:
         await do(bus.dead_letters, settings, args)
     except CONNECTION_ERRORS as error:
-        raise Unavailable(f"no queue answers at {url}: {error}") from error
+        raise Unavailable(f"no queue answers at {settings.redis_url}: {error}") from error
+    except QueueError as error:
+        raise PermissionDenied(f"the queue refuses: {error}") from error
     finally:
         await bus.close()
     return 0

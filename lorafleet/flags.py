@@ -10,11 +10,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from lorafleet.launcher import lifeline
+from protocol.runtime.redaction import redact
 from protocol.runtime.settings import CONFIG_VARIABLE, Settings, sections
 from protocol.wire.errors import BadRequest
 
@@ -24,6 +26,8 @@ PRECEDENCE = (
     f"Each setting is also a variable {PREFIX}NAME and a line NAME = VALUE of the --config file. "
     "A flag wins over a variable, and a variable over the file."
 )
+NO_FLAG = ("secret",)
+"""Settings that every user of this machine could read in the process list, were they flags."""
 _UNITS = {"_s": "SECONDS", "_bytes": "BYTES", "_tokens": "TOKENS"}
 
 
@@ -59,6 +63,11 @@ def load_settings(args: argparse.Namespace, **given: Any) -> Settings:
         os.environ.setdefault(f"{PREFIX}REDIS_URL", url)
     _refuse_unknown_variables()
     flags = {name: value for name, value in vars(args).items() if name in Settings.model_fields} | given
+    if urlsplit(str(vars(args).get("redis_url", ""))).password:
+        raise BadRequest(
+            "--redis-url: every user of this machine can read a password there; give it as --redis-password-file, or"
+            " the URL as REDIS_URL"
+        )
     try:
         return Settings(**flags)
     except tomllib.TOMLDecodeError as error:
@@ -67,10 +76,15 @@ def load_settings(args: argparse.Namespace, **given: Any) -> Settings:
         raise BadRequest(str(error)) from error
     except ValidationError as error:
         problems = [
-            f"{_origin(str(problem['loc'][0]), flags, config)}: {problem['msg']}, not {problem['input']!r}"
+            f"{_origin(str(problem['loc'][0]), flags, config)}: {problem['msg']}" + _given(problem)
             for problem in error.errors()
         ]
         raise BadRequest("; ".join(problems)) from error
+
+
+def _given(problem: Any) -> str:
+    """Return the end of a sentence about a wrong value: the value itself, unless it is a secret."""
+    return "" if problem["loc"][0] in NO_FLAG else f", not {redact(repr(problem['input']))}"
 
 
 def _refuse_unknown_variables() -> None:
@@ -83,6 +97,8 @@ def _refuse_unknown_variables() -> None:
 
 
 def _add_flag(group: argparse._ActionsContainer, name: str) -> None:
+    if name in NO_FLAG:
+        return
     field = Settings.model_fields[name]
     flag = "--" + name.replace("_", "-")
     text = (field.description or name.replace("_", " ")).replace("%", "%%")

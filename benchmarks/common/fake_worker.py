@@ -213,7 +213,7 @@ def fake_served(name: str = "fake", vocab_size: int = 1000) -> m.ServedModel:
 
 async def serve_fake(settings: Settings, engine: FakeEngine, served: m.ServedModel, stop: asyncio.Event) -> int:
     """Run the worker service around a fake engine; several may run in one process."""
-    bus = Bus(settings.redis_url)
+    bus = Bus(settings.queue_url())
     try:
         return await Worker(bus, engine, served, settings).run(stop)
     finally:

@@ -117,7 +117,7 @@ def run_profile(settings: Settings, plan: ProfilePlan, on_progress: OnProgress) 
     engine = thread.engine
     if not isinstance(engine, Engine):
         raise BadRequest(f"{settings.model} is an encoder; only models that generate text are measured")
-    queue = Queue(settings.redis_url)
+    queue = Queue(settings.queue_url())
     try:
         names = load_adapters(engine, list(folders)[: max(plan.num_sequences)], on_progress)
         stacks = stacks_of(engine.model.module)

@@ -380,7 +380,7 @@ class Worker:
 async def serve(settings: Settings, stop: asyncio.Event) -> int:
     """Load the model and work for the queue until `stop`. Returns the exit code. Raises LorafleetError."""
     secret = FleetSecret.of(settings)
-    bus = Bus(settings.redis_url)
+    bus = Bus(settings.queue_url())
     loader = Loader(secret.bearer if secret else "")
     try:
         await bus.check()

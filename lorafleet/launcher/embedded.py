@@ -1,4 +1,8 @@
-"""The embedded queue: a Valkey (or Redis) server on a private socket that ends with the process that started it."""
+"""The embedded queue: a Valkey (or Redis) server on a private socket that ends with the process that started it.
+
+The socket lies in a folder that only this user may enter. A fleet's own queue is guarded besides: each service enters
+with a user and a password of its own, so that it can do no more than `protocol.queue.users` lets it.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,13 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from lorafleet.launcher.lifeline import die_with_parent
+from lorafleet.launcher.queue_users import make_users, password_file
 from protocol.queue.redis_client import QueueError, ping
+from protocol.runtime.environment import child_environment
+from protocol.runtime.private_files import UMASK, private_folder
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Conflict, Internal
 
@@ -35,21 +43,31 @@ def server_binary() -> str:
 
 
 class EmbeddedServer:
-    """A queue server with its data in `folder`, reached at `url`."""
+    """A queue server with its data in `folder`."""
 
-    def __init__(self, folder: Path, *, durable: bool, lock_s: float = LOCK_S) -> None:
+    def __init__(self, folder: Path, *, durable: bool, guarded: bool, lock_s: float = LOCK_S) -> None:
         """Prepare without starting.
 
-        A `durable` server keeps an append-only file, synced every second. `lock_s` is how long `start` waits for a
-        folder that another server uses.
+        A `durable` server keeps an append-only file, synced every second. A `guarded` one lets nobody in without the
+        password of one of its users. `lock_s` is how long `start` waits for a folder that another server uses.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
+        self.folder = private_folder(folder)
         self.socket = _socket_path(folder)
-        self.url = f"unix://{self.socket}"
+        self.users = folder / "users" if guarded else None
         self.process: subprocess.Popen[bytes]
         self._durable = durable
         self._lock_s = lock_s
+
+    def door(self, user: str) -> dict[str, Any]:
+        """Return the settings with which a user of a guarded server enters, or anybody another server."""
+        if self.users is None:
+            return {"redis_url": f"unix://{self.socket}"}
+        return {"redis_url": f"unix://{user}@{self.socket}", "redis_password_file": password_file(self.users, user)}
+
+    @property
+    def url(self) -> str:
+        """The whole address, for the operator if the server is guarded. Raises BadRequest without a password."""
+        return Settings.model_construct(**self.door("operator")).queue_url()
 
     @property
     def log(self) -> Path:
@@ -68,6 +86,7 @@ class EmbeddedServer:
         """
         lock = _lock(self.folder, self._lock_s)
         _make_private(self.socket.parent)
+        users = ["--aclfile", str(make_users(self.users))] if self.users is not None else []
         self.socket.unlink(missing_ok=True)
         command = [
             server_binary(), "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700", "--save", "",
@@ -77,12 +96,14 @@ class EmbeddedServer:
             "--hash-max-listpack-entries", "32",
             # The percentiles of each command are never read, and cost 5 % of the CPU.
             "--latency-tracking", "no",
+            *users,
         ]  # fmt: skip
         try:
             # The server inherits the lock, so it holds the lock exactly as long as it runs.
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                preexec_fn=die_with_parent(), start_new_session=True, pass_fds=(lock,),
+                preexec_fn=die_with_parent(), start_new_session=True, pass_fds=(lock,), umask=UMASK,
+                env=child_environment(),
             )  # fmt: skip
         finally:
             os.close(lock)
@@ -113,14 +134,16 @@ class EmbeddedServer:
             return False
         try:
             ping(self.url, timeout_s=5)
-        except QueueError:
+        except (QueueError, BadRequest):  # BadRequest: nobody has made its passwords yet
             return False
         return True
 
 
-def start_embedded(folder: Path, *, durable: bool = True, lock_s: float = LOCK_S) -> EmbeddedServer:
+def start_embedded(
+    folder: Path, *, durable: bool = True, guarded: bool = False, lock_s: float = LOCK_S
+) -> EmbeddedServer:
     """Start a server with its data in `folder`. Raises as `EmbeddedServer.start` does."""
-    server = EmbeddedServer(folder, durable=durable, lock_s=lock_s)
+    server = EmbeddedServer(folder, durable=durable, guarded=guarded, lock_s=lock_s)
     server.start()
     return server
 
@@ -155,16 +178,17 @@ def _lock(folder: Path, timeout_s: float) -> int:
         time.sleep(0.05)
 
 
-def queue_url(settings: Settings) -> str:
-    """Return the URL of the queue that the settings name, or that of the only fleet with their data folder.
+def with_queue(settings: Settings) -> Settings:
+    """Return the settings if they name a queue, else with the queue of the only fleet with their data folder.
 
     Raises BadRequest when neither gives exactly one queue.
     """
     if "redis_url" in settings.model_fields_set:
-        return settings.redis_url
+        return settings
     folders = sorted(folder for folder in (settings.data / "queue").glob("*") if folder.is_dir())
-    running = [server for folder in folders if (server := EmbeddedServer(folder, durable=True)).is_running]
+    servers = [EmbeddedServer(folder, durable=True, guarded=(folder / "users").is_dir()) for folder in folders]
+    running = [server for server in servers if server.is_running]
     if len(running) != 1:
-        found = ", ".join(server.url for server in running) or "none"
+        found = ", ".join(server.door("operator")["redis_url"] for server in running) or "none"
         raise BadRequest(f"give the queue as --redis-url (or REDIS_URL); running with --data {settings.data}: {found}")
-    return running[0].url
+    return settings.model_copy(update=running[0].door("operator"))

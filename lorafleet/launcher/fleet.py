@@ -17,7 +17,8 @@ from lorafleet.launcher.embedded import EmbeddedServer
 from lorafleet.launcher.machine import num_cores, visible_gpus
 from lorafleet.launcher.screen import Screen
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
-from protocol.runtime.settings import CONFIG_VARIABLE, Settings
+from protocol.runtime.environment import SERVICES, child_environment
+from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, Unavailable
 
@@ -27,19 +28,26 @@ DRAIN_ORDER = ("gateway", "scheduler", "worker", "store")
 """The gateway finishes its calls while the services behind it still run; the store stops when no worker needs it."""
 
 
-def service_specs(settings: Settings, logs: Path, cores: int | None = None) -> list[Spec]:
+def service_specs(
+    settings: Settings, logs: Path, queue: EmbeddedServer | None = None, cores: int | None = None
+) -> list[Spec]:
     """Return the processes to start: store, scheduler, gateway, then the workers, which share the cores and GPUs.
 
-    `logs` is the folder of their logs, `cores` the number of cores to share, by default those of this machine.
+    `logs` is the folder of their logs, `queue` the fleet's own queue, which each service enters as a user of its own,
+    `cores` the number of cores to share, by default those of this machine.
     """
-    common = {name: value for name, value in os.environ.items() if name != CONFIG_VARIABLE}
-    common |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
     threads = settings.threads or max(1, (cores or num_cores()) // settings.workers)
     gpus = [] if settings.device == "cpu" else visible_gpus(os.environ)
     specs: list[Spec] = []
     for name in ["store", "scheduler", "gateway", *(f"worker-{i}" for i in range(settings.workers))]:
         service, _, number = name.partition("-")
-        own: dict[str, str] = {}
+        door: dict[str, object] = queue.door(service) if queue is not None else {}
+        own = child_environment(*SERVICES[service]) | settings.model_copy(update=door).environment()
+        own["PYTHONUNBUFFERED"] = "1"
+        if service == "scheduler":  # it neither opens sealed tokens nor asks a store for anything
+            own = {name: value for name, value in own.items() if not name.startswith("LORAFLEET_SECRET")}
+        if service in ("gateway", "worker"):
+            own["HF_HUB_OFFLINE"] = "1"  # the model is here, and they have no token to fetch it with
         if settings.metrics_port:  # each gets its own port, since they share this machine
             own["LORAFLEET_METRICS_PORT"] = str(settings.metrics_port + len(specs))
         if service == "worker":
@@ -48,7 +56,7 @@ def service_specs(settings: Settings, logs: Path, cores: int | None = None) -> l
             if gpus:
                 own["CUDA_VISIBLE_DEVICES"] = gpus[int(number) % len(gpus)]
         command = (sys.executable, "-m", "lorafleet", "serve", service)
-        specs.append(Spec(service, name, command, common | own, logs / f"{name}.log"))
+        specs.append(Spec(service, name, command, own, logs / f"{name}.log"))
     return specs
 
 
@@ -119,7 +127,7 @@ class Fleet:
 
     async def _watch(self, group: asyncio.TaskGroup) -> None:
         """Show which services are starting or ready and what their logs warn of; keep the queue server running."""
-        bus = Bus(self.settings.redis_url)
+        bus = Bus(self.settings.queue_url())
         announcement: asyncio.Task[None] | None = None
         gateway = httpx2.AsyncClient(base_url=local_url(self.settings), timeout=2, trust_env=False)
         try:

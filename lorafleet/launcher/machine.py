@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from protocol.runtime.environment import child_environment
 from protocol.wire.errors import BadRequest, Conflict
 
 CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
@@ -33,7 +34,8 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    environment = child_environment("CUDA_*", "NVIDIA_*")
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=environment)
     return listed.stdout.split() if listed.returncode == 0 else []
 
 

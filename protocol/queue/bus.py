@@ -65,7 +65,8 @@ class Bus:
 
     async def check(self) -> None:
         """Refuse a server that may evict the queue. Raises Internal."""
-        policy = (await self._redis.config_get("maxmemory-policy")).get("maxmemory-policy", "noeviction")
+        # INFO and not CONFIG, which would also let a service change the server.
+        policy = (await self._redis.info("memory")).get("maxmemory_policy", "noeviction")
         if policy != "noeviction":
             raise Internal(f"Redis has maxmemory-policy {policy}; the queue needs noeviction, or it loses requests")
 

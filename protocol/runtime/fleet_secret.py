@@ -17,6 +17,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 
+from protocol.runtime.private_files import close_to_others
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, PermissionDenied
 
@@ -43,7 +44,7 @@ class FleetSecret:
         """
         if settings.secret:
             return cls(settings.secret)
-        return cls(_read_or_make(settings.secret_file)) if settings.secret_file else None
+        return cls(read_or_make(settings.secret_file)) if settings.secret_file else None
 
     def _key(self, purpose: str) -> bytes:
         return hmac.digest(self._secret, b"lorafleet " + purpose.encode(), "sha512")
@@ -67,8 +68,8 @@ def owner_of(token: str) -> str:
     return f"token:{hashlib.sha256(token.encode()).hexdigest()[:32]}" if token else ""
 
 
-def _read_or_make(path: Path) -> str:
-    """Return a file's text, made with a random secret if it is missing. Racing processes read the same text."""
+def read_or_make(path: Path) -> str:
+    """Return a file's text, made with a random secret of 256 bits if it is missing. Racing processes read the same."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
@@ -82,4 +83,5 @@ def _read_or_make(path: Path) -> str:
                 os.link(draft, path)
         finally:
             draft.unlink()
+    close_to_others(path)  # a mounted secret that belongs to another user stays as it is
     return path.read_text().strip()

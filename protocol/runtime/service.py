@@ -14,7 +14,11 @@ from datetime import UTC, datetime
 
 import uvloop
 
+from protocol.runtime.redaction import redact
+
 logger = logging.getLogger(__name__)
+
+_PLAIN = logging.Formatter()
 
 
 class JsonLines(logging.Formatter):
@@ -34,9 +38,20 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+        if record.exc_info or record.exc_text:  # the text is set where a filter has looked at it
+            line["exception"] = record.exc_text or self.formatException(record.exc_info or (None, None, None))
         return json.dumps(line, ensure_ascii=False)
+
+
+class Redacting(logging.Filter):
+    """Takes secrets out of every record, its exception included, before it is formatted."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record; return True, to keep it."""
+        record.msg, record.args = redact(record.getMessage()), None
+        if record.exc_info:
+            record.exc_text = redact(_PLAIN.formatException(record.exc_info))
+        return True
 
 
 def set_up_logging(service: str, level: str, form: str = "text") -> None:
@@ -44,6 +59,7 @@ def set_up_logging(service: str, level: str, form: str = "text") -> None:
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter(f"%(asctime)s %(levelname).1s {service} %(name)s: %(message)s", "%H:%M:%S")
     handler.setFormatter(JsonLines(service) if form == "json" else text)
+    handler.addFilter(Redacting())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
 

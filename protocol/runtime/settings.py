@@ -8,9 +8,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from protocol.wire.errors import BadRequest
 
 CONFIG_VARIABLE = "LORAFLEET_CONFIG"
 """Names the TOML file."""
@@ -39,8 +42,17 @@ class Settings(BaseSettings):
     # Everyone
     redis_url: str = Field(
         default="redis://127.0.0.1:6379/0",
-        description="the queue: a Redis or Valkey server, as redis:// or unix:// URL",
+        repr=False,
+        description="the queue: a Redis or Valkey server, as redis://, rediss:// (TLS) or unix:// URL",
     )
+    redis_password_file: Path | None = Field(
+        default=None, description="file that holds the password of the user that the queue's URL names"
+    )
+    redis_ca_file: Path | None = Field(
+        default=None, description="certificates that the queue's must be signed by; default: this machine's"
+    )
+    redis_cert_file: Path | None = Field(default=None, description="client certificate to show to the queue")
+    redis_key_file: Path | None = Field(default=None, description="private key of the client certificate")
     model: str = Field(default="", description="the base model: a Hub id or a local folder")
     served_name: str = Field(
         default="", description="name of the base model in the API; default: its Hub id or folder name"
@@ -65,7 +77,7 @@ class Settings(BaseSettings):
     secret: str = Field(
         default="",
         repr=False,
-        description="secret that all services share; a variable or --secret-file keeps it out of the process list",
+        description="secret that all services share: a variable, or better --secret-file; there is no flag",
     )
     secret_file: Path | None = Field(
         default=None,
@@ -229,7 +241,9 @@ class Settings(BaseSettings):
         default="", description="s3://BUCKET/PREFIX where several stores share what they have fetched"
     )
 
-    @field_validator("data", "adapters", "secret_file")
+    @field_validator(
+        "data", "adapters", "secret_file", "redis_password_file", "redis_ca_file", "redis_cert_file", "redis_key_file"
+    )
     @classmethod
     def _expand(cls, path: Path | None) -> Path | None:
         return path.expanduser() if path else path
@@ -246,6 +260,34 @@ class Settings(BaseSettings):
         """Read values given to the constructor first, then variables, then the TOML file."""
         toml = TomlConfigSettingsSource(settings_cls, os.environ.get(CONFIG_VARIABLE))
         return init_settings, env_settings, toml
+
+    def queue_url(self) -> str:
+        """Return the queue's URL with password and certificates: for the client that connects, not for people.
+
+        Raises BadRequest when the files do not fit the URL or cannot be read.
+        """
+        url = urlsplit(self.redis_url)
+        if self.redis_password_file is not None:
+            if url.password:
+                raise BadRequest("redis_password_file: the queue's URL holds a password already")
+            try:
+                password = self.redis_password_file.read_text().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise BadRequest(f"redis_password_file: cannot read {self.redis_password_file}: {error}") from error
+            user, _, host = url.netloc.rpartition("@")
+            url = url._replace(netloc=f"{user}:{quote(password, safe='')}@{host}")
+        options = {
+            "ssl_ca_certs": self.redis_ca_file, "ssl_certfile": self.redis_cert_file, "ssl_keyfile": self.redis_key_file
+        }  # fmt: skip
+        given = {name: str(path) for name, path in options.items() if path is not None}
+        if given and url.scheme != "rediss":
+            raise BadRequest("redis_ca_file, redis_cert_file and redis_key_file are for a queue at rediss://")
+        if (self.redis_cert_file is None) != (self.redis_key_file is None):
+            raise BadRequest("redis_cert_file and redis_key_file go together")
+        if given:
+            url = url._replace(query="&".join(part for part in (url.query, urlencode(given)) if part))
+        # `urlunsplit` would write unix:///path as unix:/path.
+        return urlunsplit(url) if url.netloc else self.redis_url
 
     def environment(self) -> dict[str, str]:
         """Return the `LORAFLEET_*` variables with which another process reads exactly these settings."""

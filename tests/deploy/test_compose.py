@@ -8,9 +8,11 @@ import pytest
 import yaml
 
 from lorafleet.quickstart import HUB_MODEL_ID
+from protocol.queue.users import table
 from protocol.runtime.settings import Settings
 
 ROOT = Path(__file__).parents[2]
+SERVICES = ("gateway", "scheduler", "adapter_store", "gpu_worker")
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 COMPOSE = (ROOT / "compose.yaml").read_text()
 READERS = ("gateway", "gpu_worker")
@@ -21,6 +23,11 @@ def compose(**variables: str) -> dict[str, Any]:
     """Return the services as `docker compose` sees them with these variables set."""
     text = VARIABLE.sub(lambda match: variables.get(match[1]) or match[2] or "", COMPOSE)
     return yaml.safe_load(text)["services"]
+
+
+def networks(service: dict[str, Any]) -> set[str]:
+    """Return the networks of a service."""
+    return set(service.get("networks", ()))
 
 
 def mounts(service: dict[str, Any]) -> dict[str, str]:
@@ -82,3 +89,56 @@ def test_services_are_given_settings_that_exist() -> None:
     known = {f"LORAFLEET_{name.upper()}" for name in Settings.model_fields}
     given = {name for service in compose().values() for name in service.get("environment", {})}
     assert {name for name in given if name.startswith("LORAFLEET_")} <= known
+
+
+def test_each_service_enters_the_queue_as_a_user_of_its_own() -> None:
+    services = compose()
+    users = {"adapter_store": "store", "gpu_worker": "worker", "cli": "operator"}
+    made = {volume.split(":")[1]: volume.split(":")[0] for volume in services["users"]["volumes"]}
+    for name in (*SERVICES, "cli"):
+        user = users.get(name, name)
+        assert services[name]["environment"]["REDIS_URL"] == f"redis://{user}@queue:6379/0"
+        passwords = {volume for volume in mounts(services[name]).values() if volume.startswith("user_")}
+        assert passwords == {made[f"/users/{user}"]}
+    assert set(made) == {"/users/queue", *(f"/users/{user}" for user in table())}
+    assert mounts(services["queue"])["/acl"] == made["/users/queue"]
+    assert "--aclfile /acl/users.acl" in services["queue"]["command"][2]
+
+
+def test_no_secret_is_in_the_environment_or_in_a_command() -> None:
+    known = {"LORAFLEET_SECRET_FILE", "LORAFLEET_REDIS_PASSWORD_FILE", "HF_TOKEN_PATH"}  # paths
+    for service in compose().values():
+        assert not {
+            name for name in service.get("environment", {})
+            if re.search("SECRET|PASSWORD|TOKEN|AWS|KEY$", name) and name not in known
+        }  # fmt: skip
+        assert "requirepass" not in str(service.get("command"))
+
+
+def test_containers_have_no_rights_that_they_do_not_need() -> None:
+    for name, service in compose().items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["read_only"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["user"] not in ("", "0", "root"), name
+        assert service["pids_limit"] > 0, name
+        assert service["deploy"]["resources"]["limits"]["memory"], name
+
+
+def test_only_the_gateway_has_a_port_and_only_fetchers_get_outside() -> None:
+    services, known = compose(), yaml.safe_load(COMPOSE)["networks"]
+    assert [name for name, service in services.items() if "ports" in service] == ["gateway"]
+    assert {name for name, service in services.items() if "outside" in networks(service)} == {"model", "adapter_store"}
+    assert known["queue"]["internal"]
+    assert known["store"]["internal"]
+    assert known["front"]["driver_opts"] == {"com.docker.network.bridge.enable_ip_masquerade": "false"}
+    assert networks(services["gateway"]) == {"queue", "store", "front"}
+    assert networks(services["gpu_worker"]) == {"queue", "store"}
+    assert networks(services["scheduler"]) == networks(services["queue"]) == networks(services["cli"]) == {"queue"}
+    assert services["users"]["network_mode"] == "none"
+
+
+def test_the_queue_refuses_writes_before_its_container_is_full() -> None:
+    queue = compose()["queue"]
+    assert "--maxmemory 1536mb --maxmemory-policy noeviction" in queue["command"][2]
+    assert queue["deploy"]["resources"]["limits"]["memory"] == "2g"

@@ -45,13 +45,14 @@ def test_a_letter_is_listed_shown_and_retried(
     assert "was retried" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("guarded", [True, False])
 def test_the_queue_of_a_running_fleet_is_found_by_its_data_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], guarded: bool
 ) -> None:
     flags = ["--data", str(tmp_path)]
     assert main(["dlq", "list", *flags]) == 2
     assert "none" in capsys.readouterr().err
-    server = start_embedded(tmp_path / "queue" / "tiny-1", durable=False)
+    server = start_embedded(tmp_path / "queue" / "tiny-1", durable=False, guarded=guarded)
     try:
         (tmp_path / "queue" / "ended-2").mkdir()
         assert main(["dlq", "list", *flags]) == 0

@@ -11,7 +11,7 @@ import pytest
 
 from lorafleet import serve, up
 from lorafleet.__main__ import main
-from lorafleet.flags import add_settings, load_settings
+from lorafleet.flags import NO_FLAG, add_settings, load_settings
 from lorafleet.launcher.fleet import local_url, service_specs
 from lorafleet.launcher.machine import claim_port, num_cores, visible_gpus
 from lorafleet.up import LaunchPlan, fleet_name, prepare
@@ -59,8 +59,20 @@ def test_every_setting_has_a_flag() -> None:
     parser = argparse.ArgumentParser()
     add_settings(parser)
     flags = {option for action in parser._actions for option in action.option_strings}
-    assert {"--" + name.replace("_", "-") for name in Settings.model_fields} <= flags
+    assert {"--" + name.replace("_", "-") for name in Settings.model_fields if name not in NO_FLAG} <= flags
     assert parser.format_help()
+
+
+def test_no_secret_can_be_given_where_everybody_reads_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "unrecognized arguments: --secret" in error_of(["up", "x/y", "--secret", "0123456789abcdef"], capsys)
+    words = ["up", "x/y", "--redis-url", "redis://user:hunter2@h/0"]
+    printed = error_of(words, capsys)
+    assert "--redis-password-file" in printed
+    assert "hunter2" not in printed
+    monkeypatch.setenv("REDIS_URL", "http://user:hunter2@h/0")
+    assert "hunter2" not in error_of(["up", "x/y"], capsys)
 
 
 def test_help_shows_ten_main_settings_and_groups_the_others() -> None:

@@ -34,6 +34,7 @@ from gpu_worker.adapters.loader.messages import (
     send,
 )
 from gpu_worker.adapters.packing.rows import Rows, RowSite
+from protocol.runtime.environment import child_environment
 from protocol.runtime.service import log_format
 from protocol.wire import errors
 from protocol.wire.errors import Internal, LorafleetError, Unavailable
@@ -129,7 +130,9 @@ class _Process:
         self._socket, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "gpu_worker.adapters.loader.process", str(theirs.fileno())]
-            self.popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+            self.popen = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=child_environment()
+            )
         self._numbers = itertools.count()
         self._sending = threading.Lock()
         self._asked: dict[int, Future[FetchedAdapter | Rows]] = {}

@@ -1,0 +1,32 @@
+"""Passwords for the users of a queue, in files of their own, and the ACL file for its server."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from protocol.queue.users import acl, table
+from protocol.runtime.fleet_secret import read_or_make
+
+ACL_FILE = Path("queue") / "users.acl"
+"""Where `make_users` writes the ACL file. It holds hashes of random passwords: nobody gets a password from it."""
+
+
+def password_file(folder: Path, user: str) -> Path:
+    """Return the file that holds a user's password. Each lies in a folder of its own, to be given to one service."""
+    return folder / user / "password"
+
+
+def make_users(folder: Path, acl_mode: int = 0o600) -> Path:
+    """Make the passwords that are missing in `folder`, write the ACL file and return its path. Raises OSError."""
+    passwords = {user: read_or_make(password_file(folder, user)) for user in table()}
+    path = folder / ACL_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(fd, "w") as file:
+        os.fchmod(fd, acl_mode)
+        file.write(acl(passwords))
+    draft.rename(path)
+    return path

@@ -1,0 +1,31 @@
+"""`lorafleet users` makes the users of a queue that others run: a password file for each, and the server's ACL file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lorafleet.launcher.queue_users import make_users, password_file
+from protocol.queue.users import table
+from protocol.wire.errors import BadRequest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.description = (
+        "Write FOLDER/queue/users.acl, with which the queue's server is started (--aclfile), and for every user"
+        " FOLDER/USER/password, to be given to that service alone (--redis-password-file). What is there"
+        " already stays."
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the passwords and the ACL file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the users; return the exit code. Raises BadRequest when the folder cannot be written."""
+    try:
+        print(make_users(args.folder, acl_mode=0o644))  # the server may run as another user, and learns nothing from it
+    except OSError as error:
+        raise BadRequest(f"cannot write to {args.folder}: {error}") from error
+    for user in table():
+        print(password_file(args.folder, user))
+    return 0

@@ -1,0 +1,114 @@
+"""The users of the queue's server: what each service may do there, and nothing more.
+
+This table is the only place that says so. A server that is started with its ACL file refuses everything else with
+NOPERM, also inside scripts. A new key or command of a service is added here with the code that uses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from protocol.wire.keys import Keys
+
+PROBE = "probe"
+"""May only ask whether the server answers, and needs no password: a container's health check."""
+
+_CONNECTION = ("client|setinfo", "client|setname", "ping", "select")
+_SCRIPTS = ("discard", "eval", "evalsha", "exec", "multi", "script|load", "time", "unwatch", "watch")
+_DATA = (
+    "append", "del", "exists", "expire", "get", "getrange", "hdel", "hexists", "hget", "hgetall", "hincrby",
+    "hincrbyfloat", "hlen", "hmget", "hset", "hsetnx", "hvals", "incr", "mget", "pexpire", "pttl", "set", "strlen",
+    "xadd", "xdel", "xlen", "xrange", "xread", "xrevrange", "xtrim", "zadd", "zcard", "zcount", "zrange",
+    "zrangebyscore", "zrem", "zremrangebyscore", "zrevrange", "zrevrank",
+)  # fmt: skip
+COMMANDS = (*_CONNECTION, *_SCRIPTS, *_DATA, "info")
+"""What every service runs. Which keys a command may touch is what tells the services apart. `info` counts as dangerous,
+but only describes the server: its run id, its memory and its policy of eviction are asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """What one user may do. Patterns are in the order in which the server tries them: the hottest first."""
+
+    writes: tuple[str, ...]  # patterns of keys that it reads and writes
+    reads: tuple[str, ...] = ()
+    adds: tuple[str, ...] = ()  # patterns of keys that it writes without being able to read them
+    scans: bool = False  # whether it may list the names of all keys
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """The commands that it may run."""
+        return (*COMMANDS, "scan") if self.scans else COMMANDS
+
+
+def table(keys: Keys | None = None) -> dict[str, Rights]:
+    """Return the rights of each user by its name: the four services, and the operator of the command line."""
+    k = keys or Keys()
+    request = (k.req("*"), k.tok("*"), k.lp("*"), k.plp("*"))
+    use = k.quota("*")  # with its running requests; every script that ends a request settles it
+    return {
+        "gateway": Rights(
+            # An empty name stands for a call without an Idempotency-Key among the keys of `submit.lua`.
+            writes=(
+                *request, k.tag, k.body("*"), k.sub("*"), k.out("*"), use, k.job("*"), k.jobs("*"), k.idem("*", "*"),
+                "", k.gateway_beat("*"), k.gateways, k.registrations, k.pins, k.adapter_events,
+            ),
+            reads=(
+                k.api_keys, k.tenants, k.adapters, k.adapter("*"), k.adapter_use("*"), k.workers, k.worker_beat("*"),
+                k.stores, k.store_beat("*"), k.base, k.status, k.work("*"),
+            ),
+            adds=(k.ctl("*"), k.own("*"), k.work("*"), k.ended, k.dlq),
+        ),
+        "scheduler": Rights(
+            writes=(
+                *request, k.tag, k.sub("*"), k.work("*"), k.own("*"), k.ctl("*"), k.ended, k.leader, k.leader_epoch,
+                k.status, use, k.workers, k.worker_beat("*"), k.gateways,
+            ),
+            reads=(k.gateway_beat("*"), k.adapter("*")),
+            adds=(k.body("*"), k.out("*"), k.dlq),
+            scans=True,
+        ),
+        "worker": Rights(
+            writes=(
+                *request, k.tag, k.own("*"), k.work("*"), k.ended, use, k.ctl("*"), k.worker_beat("*"), k.workers,
+                k.base, k.adapter_use("*"),
+            ),
+            reads=(k.body("*"), k.stores, k.store_beat("*")),
+            adds=(k.out("*"), k.body("*"), k.sub("*"), k.dlq, k.adapter_events),
+        ),
+        "store": Rights(
+            writes=(
+                k.adapters, k.adapter("*"), k.registrations, k.fetching("*"), k.pins, k.adapter_events,
+                k.store_beat("*"), k.stores,
+            ),
+            reads=(k.base, k.workers, k.worker_beat("*")),
+            adds=(k.ctl("*"),),
+            scans=True,
+        ),
+        "operator": Rights(
+            writes=(k.tag, k.api_keys, k.tenants, k.dlq, *request),
+            reads=(
+                k.status, k.workers, k.worker_beat("*"), k.gateways, k.gateway_beat("*"), k.stores, k.store_beat("*"),
+                k.base, k.work("*"), k.out("*"),
+            ),
+            adds=(k.body("*"), k.sub("*")),
+        ),
+    }  # fmt: skip
+
+
+def acl(passwords: Mapping[str, str], keys: Keys | None = None) -> str:
+    """Return the lines of an ACL file. It holds hashes of the passwords, which must be random and long.
+
+    `passwords` has one for each user of `table`. Nobody enters without a password but `PROBE`.
+    """
+    lines = ["user default reset", f"user {PROBE} reset on nopass +ping"]
+    for name, rights in table(keys).items():
+        rules = [f"~{pattern}" for pattern in rights.writes]
+        rules += [f"%R~{pattern}" for pattern in rights.reads]
+        rules += [f"%W~{pattern}" for pattern in rights.adds]
+        rules += [f"+{command}" for command in rights.commands]
+        password = hashlib.sha256(passwords[name].encode()).hexdigest()
+        lines.append(f"user {name} reset on #{password} {' '.join(rules)}")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,64 @@
+"""Which of this process's variables its children get: what they need to run, and no secret that is not theirs.
+
+Whatever is not named here stays behind: a child is started with `env=child_environment(...)`, never with a copy of
+`os.environ`.
+"""
+
+from __future__ import annotations
+
+import os
+from fnmatch import fnmatchcase
+
+PROGRAM = (
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "TERM", "COLUMNS", "NO_COLOR", "LANG", "LANGUAGE", "LC_*", "TZ",
+    "TMPDIR", "TEMP", "TMP", "XDG_*", "LD_*", "DYLD_*", "PYTHON*", "VIRTUAL_ENV", "CONDA_*", "COVERAGE_*",
+    "OMP_*", "MKL_*", "OPENBLAS_*", "KMP_*", "GOMP_*", "RAYON_*", "MALLOC_*",
+)  # fmt: skip
+"""Needed by every program, or by the libraries of ours that use threads."""
+
+COMPUTE = (
+    "CUDA_*", "NVIDIA_*", "NCCL_*", "HIP_*", "TORCH*", "PYTORCH_*", "TRITON_*", "KINETO_*", "TOKENIZERS_*", "CC", "CXX",
+    "CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "LORAFLEET_CACHE_DIR",
+)  # fmt: skip
+"""Set how torch, its kernels and their compilers work."""
+
+HUB_CACHE = ("HF_HOME", "HF_HUB_*", "TRANSFORMERS_*")
+"""Say where the Hub's client keeps what it has fetched."""
+
+NETWORK = (
+    "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy",
+    "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+)  # fmt: skip
+"""Needed to reach the outside; a proxy's URL may hold a password."""
+
+HUB = ("HF_ENDPOINT", "HF_TOKEN*", "HF_XET_*", "HUGGING_FACE_HUB_TOKEN")
+S3 = ("AWS_*", "BOTO_*")
+"""The sources of adapters, with this fleet's credentials for them."""
+
+FLEET_SECRETS = ("LORAFLEET_SECRET", "LORAFLEET_REDIS_URL", "REDIS_URL")
+"""Read once, into `Settings`."""
+
+SERVICES = {
+    "gateway": (*PROGRAM, *HUB_CACHE),
+    "scheduler": PROGRAM,
+    "worker": (*PROGRAM, *COMPUTE, *HUB_CACHE),
+    "store": (*PROGRAM, *HUB_CACHE, *NETWORK, *HUB, *S3),
+}
+"""What the launcher's services get besides their settings."""
+
+
+def child_environment(*patterns: str) -> dict[str, str]:
+    """Return those variables of this process that every program needs, and those that match any of `patterns`."""
+    wanted = (*PROGRAM, *patterns)
+    return {name: value for name, value in os.environ.items() if any(fnmatchcase(name, p) for p in wanted)}
+
+
+def forget_secrets(service: str) -> None:
+    """Drop the secrets that a service has read or never needs from `os.environ`, so that no child inherits them.
+
+    A gateway or worker keeps the Hub's token: it may have to fetch the base model.
+    """
+    forgotten = {"store": (), "gateway": S3, "worker": S3}.get(service, (*HUB, *S3))
+    for name in list(os.environ):
+        if any(fnmatchcase(name, p) for p in (*FLEET_SECRETS, *forgotten)):
+            del os.environ[name]
