@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 QUANT := build/quantised
+SUPPLY := build/supply
 PIP := $(BIN)/python -m pip
 MODEL ?=
 ADAPTERS ?=
@@ -13,7 +14,7 @@ ARGS ?=
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
-.PHONY: demo up test test-models test-quantised models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short soak tour tour-lorax tour-tgi tour-openai tour-openai2 api-check docker-smoke clean help
+.PHONY: demo up test test-models test-quantised models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short soak tour tour-lorax tour-tgi tour-openai tour-openai2 api-check docker-smoke lock-images audit sbom licences pin-images clean help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,15 +40,30 @@ test-models: $(VENV)/.stamp-dev  ## compare the engine with docs/models.md: ever
 lock: $(VENV)/.stamp-dev  ## write the versions of the development environment to requirements-dev.lock
 	$(BIN)/python .ci/lock.py > .requirements-dev.lock.part && mv .requirements-dev.lock.part requirements-dev.lock
 
+lock-images: $(SUPPLY)/.stamp  ## write what the images install, with the hashes of its files, to requirements-*.lock
+	$(SUPPLY)/bin/python .ci/lock_images.py
+
+audit: $(SUPPLY)/.stamp  ## look the images' packages up among known vulnerabilities; fails where no source answers
+	$(SUPPLY)/bin/python .ci/audit.py
+
+sbom: $(SUPPLY)/.stamp $(VENV)/.stamp-dev  ## write a software bill of materials (CycloneDX) of the environment to build/sbom.cdx.json
+	$(SUPPLY)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o build/sbom.cdx.json $(BIN)/python
+
+licences: $(VENV)/.stamp-dev  ## write the licences of all dependencies to docs/licences.md
+	$(BIN)/python .ci/licences.py
+
+pin-images:  ## write the outside images with their digests of now to .env
+	deploy/pin_images.sh
+
 models-table: $(VENV)/.stamp-dev  ## try every model type of transformers and write docs/models.md
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests $(BIN)/python -m oracle.models_table
 
-check: $(VENV)/.stamp-dev  ## lint, format, types, file length, import graph
+check: $(VENV)/.stamp-dev  ## lint, format, types, file length, import graph, rights on the queue
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python .ci/file_length.py
-	$(BIN)/python -m pytest tests/test_packaging.py
+	$(BIN)/python -m pytest tests/test_packaging.py tests/protocol/queue/test_users.py
 
 lint-fix: $(VENV)/.stamp-dev  ## let ruff fix and format
 	$(BIN)/ruff check --fix .
@@ -119,6 +135,12 @@ $(VENV)/.stamp-dev: pyproject.toml requirements-dev.lock | $(VENV)/bin/python
 	$(TORCH)
 	$(PIP) install --disable-pip-version-check --quiet -c requirements-dev.lock -e '.[worker,demo,bench,dev]'
 	@touch $@ $(VENV)/.stamp-demo
+
+# In its own environment, so that no service imports what only looks at them.
+$(SUPPLY)/.stamp: | $(VENV)/bin/python
+	$(BIN)/python -m venv $(SUPPLY)
+	$(SUPPLY)/bin/python -m pip install --disable-pip-version-check --quiet 'uv>=0.5,<1' 'pip-audit>=2.7,<3' 'cyclonedx-bom>=5,<8'
+	@touch $@
 
 # In its own environment: otherwise every worker and every PEFT model would import these libraries, which takes seconds.
 $(QUANT)/.stamp: pyproject.toml | $(VENV)/.stamp-dev

@@ -1,0 +1,63 @@
+"""Write the locks of the images: every package with its version and the hashes of its files on the package index.
+
+    build/supply/bin/python .ci/lock_images.py        # `make lock-images`
+
+Versions are those of requirements-dev.lock, which the tests ran with. Torch and what its builds bring (CUDA's
+libraries, Triton) are left out: the CPU and the CUDA build have the same version and other bytes, and which one an
+image gets is chosen when it is built. The Dockerfile installs torch in that version, without a hash, after the rest.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+IMAGES = {"control": (), "worker": ("worker", "demo")}
+"""Image -> the extras of pyproject.toml that are installed in it."""
+
+BY_TORCH = ("torch", "triton", "nvidia-", "cuda-")
+HEAD = """\
+# What the image `{image}` installs, with the hashes of the files on the package index; made by `make lock-images`.
+# Torch is not here, see .ci/lock_images.py.
+"""
+
+
+def resolved(requirements: list[str]) -> str:
+    """Return what uv resolves for the images' Python, with hashes. Raises CalledProcessError."""
+    command = [
+        str(Path(sys.executable).with_name("uv")), "pip", "compile", "--quiet", "--system-certs", "--no-header",
+        "--no-annotate", "--generate-hashes", "--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28",
+        "--constraints", "requirements-dev.lock", "-",
+    ]  # fmt: skip
+    return subprocess.run(command, input="\n".join(requirements), text=True, check=True, capture_output=True).stdout
+
+
+def without_torch(lock: str) -> str:
+    """Return a lock without torch's packages. A package is a line that begins it, and the lines of its hashes."""
+    packages = re.split(r"^(?=\S)", lock, flags=re.MULTILINE)
+    return "".join(package for package in packages if not package.startswith(BY_TORCH))
+
+
+def main() -> int:
+    """Write the locks; return the exit code."""
+    pyproject = tomllib.loads(Path("pyproject.toml").read_text())
+    project, backend = pyproject["project"], pyproject["build-system"]["requires"]
+    for image, extras in IMAGES.items():
+        more = [line for extra in extras for line in project["optional-dependencies"][extra]]
+        path = Path(f"requirements-{image}.lock")
+        try:
+            path.write_text(
+                HEAD.format(image=image) + without_torch(resolved([*project["dependencies"], *more, *backend]))
+            )
+        except subprocess.CalledProcessError as error:
+            print(error.stderr, file=sys.stderr)
+            return 1
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

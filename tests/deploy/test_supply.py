@@ -1,0 +1,126 @@
+"""What the images install is locked with hashes, its licences are known, and no answer is no clean audit."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = {"control": (), "worker": ("worker", "demo")}
+
+
+def script(name: str) -> ModuleType:
+    """Import a script of the folder .ci, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def locked(image: str) -> dict[str, tuple[str, int]]:
+    """Return the version and the number of hashes of each package of a lock."""
+    text = (ROOT / f"requirements-{image}.lock").read_text()
+    found: dict[str, tuple[str, int]] = {}
+    for package in re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]:
+        name, version = package.split()[0].split("==")
+        found[name] = (version, len(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", package)))
+    return found
+
+
+@pytest.mark.parametrize("image", EXTRAS)
+def test_an_image_installs_nothing_without_a_hash_but_torch(image: str) -> None:
+    found = locked(image)
+    assert all(num_hashes for _, num_hashes in found.values())
+    assert not [name for name in found if name.startswith(script("lock_images").BY_TORCH)]
+    wanted = [*PROJECT["dependencies"], *(line for e in EXTRAS[image] for line in PROJECT["optional-dependencies"][e])]
+    for requirement in map(Requirement, wanted):
+        name = canonicalize_name(requirement.name)
+        if name != "torch":
+            assert requirement.specifier.contains(found[name][0]), f"{requirement}: run `make lock-images`"
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    assert f"pip install --no-deps --require-hashes -r requirements-{image}.lock" in dockerfile
+
+
+def test_the_images_run_what_the_tests_ran_with() -> None:
+    lines = (ROOT / "requirements-dev.lock").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if "==" in line)
+    for image in EXTRAS:
+        for name, (version, _) in locked(image).items():
+            assert tested.get(name, version) == version, f"{name}: run `make lock-images`"
+    assert locked("control").items() <= locked("worker").items()
+    assert re.search(r"^torch==\d", "\n".join(lines), re.MULTILINE)  # which the Dockerfile looks for
+
+
+def test_every_licence_is_known_and_permissive_or_reviewed() -> None:
+    licences = script("licences")
+    rows = licences.table(ROOT)
+    assert len(rows) > 100, "the check would prove nothing"
+    unknown = [name for name, licence, _, _ in rows if licence == "unknown"]
+    others = [
+        (name, licence) for name, licence, _, remark in rows if not remark and not licences.is_permissive(licence)
+    ]
+    assert unknown == []
+    assert others == [], "look at them, then add them to REVIEWED in .ci/licences.py"
+    page = (ROOT / "docs/licences.md").read_text()
+    missing = [name for name, _, _, _ in rows if f"| {name} |" not in page]
+    assert missing == [], "run `make licences`"
+
+
+@pytest.mark.parametrize(
+    ("expression", "permissive"),
+    [
+        ("MIT", True), ("MIT OR GPL-3.0-only", True), ("MIT AND BSD-3-Clause", True), ("", False), ("unknown", False),
+        ("GPL-3.0-or-later", False), ("MIT AND LGPL-2.1-only", False), ("AGPL-3.0", False),
+        ("(Apache-2.0 OR GPL-3.0-only) AND MIT", True), ("Apache-2.0 AND (GPL-3.0-only OR LGPL-3.0-only)", False),
+    ],
+)  # fmt: skip
+def test_copyleft_is_not_permissive(expression: str, permissive: bool) -> None:
+    assert script("licences").is_permissive(expression) is permissive
+
+
+def test_an_audit_without_answers_is_no_clean_bill() -> None:
+    verdict = script("audit").verdict
+    clean = {"name": "a", "version": "1", "vulns": []}
+    skipped = {"name": "b", "skip_reason": "not found"}
+    bad = {"name": "c", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": []}]}
+    assert verdict({"pypi": ([clean], "")})[0] == 0
+    assert verdict({"pypi": ([clean, skipped], "")})[0] == 2
+    assert verdict({"pypi": ([clean, skipped], ""), "osv": ([clean, {**clean, "name": "b"}], "")})[0] == 0
+    assert verdict({"pypi": ([], "no route"), "osv": ([], "no route")})[0] == 2
+    code, lines = verdict({"pypi": ([clean, bad], "")})
+    assert code == 1
+    assert "c 1: CVE-1, fixed in no version" in "\n".join(lines)
+
+
+def test_images_are_pinned_by_what_the_registry_says(tmp_path: Path) -> None:
+    digest = "sha256:" + "0123456789abcdef" * 4
+    docker = tmp_path / "bin/docker"
+    docker.parent.mkdir()
+    docker.write_text(f"#!/bin/sh\ntest \"$1 $2 $3\" = 'buildx imagetools inspect' && echo 'Digest:    {digest}'\n")
+    docker.chmod(0o755)
+    (tmp_path / "deploy").mkdir()
+    for name in (".env.example", "deploy/pin_images.sh"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / ".env").write_text("PORT=1\nQUEUE_IMAGE=old\n")
+    environment = {"PATH": f"{docker.parent}:{os.environ['PATH']}"}
+    command = ["bash", str(tmp_path / "deploy/pin_images.sh")]
+    for _ in range(2):
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        lines = (tmp_path / ".env").read_text().splitlines()
+        assert sorted(lines) == [
+            "PORT=1", f"PYTHON_IMAGE=python:3.11-slim@{digest}", f"QUEUE_IMAGE=valkey/valkey:8@{digest}"
+        ]  # fmt: skip
+    docker.write_text("#!/bin/sh\necho 'Digest: latest'\n")
+    assert subprocess.run(command, env=environment, check=False, capture_output=True).returncode == 1
