@@ -33,7 +33,7 @@ from gateway.overload.admission import Admission, OverloadLimits
 from gateway.overload.heartbeat import Heartbeat, Pace
 from gateway.text.grammar_check import GrammarCheck
 from gateway.text.own_files import OwnFiles
-from gateway.text.sandbox import Sandbox
+from gateway.text.sandbox import SandboxPool
 from gateway.text.tokenizer import load_model_files
 from peft_adapters.texts import TOKENIZER
 from protocol.queue.bus import Bus
@@ -73,10 +73,10 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
         heartbeat = Heartbeat(settings.queue_url(), replies.gid, timings.pace)
         admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, timings.overload)
         aliases = Aliases(bus, settings, secret, admission.leave_inbound, timings.alias_poll_s)
-        sandbox = Sandbox()
-        own = OwnFiles(bus, files, sandbox, secret.bearer if secret else "")
         tokenizer = model_folder(settings.model, TOKENIZER_FILES) / TOKENIZER
-        grammars = GrammarCheck(str(tokenizer), settings.grammar_timeout_s)
+        sandbox = SandboxPool(settings.sandboxes, str(tokenizer), admission.leave_inbound)
+        own = OwnFiles(bus, files, sandbox, secret.bearer if secret else "")
+        grammars = GrammarCheck(sandbox, settings.grammar_timeout_s)
         resolver = Resolver(bus, aliases, own, settings.adapters)
         pipeline = Pipeline(settings, bus, files, fleet, resolver, replies, grammars, admission)
         endpoints = Endpoints(pipeline)
@@ -101,7 +101,6 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
         await replies.close()
         await own.close()
         await sandbox.close()
-        await grammars.close()
     finally:
         await beats.close()
         await bus.close()

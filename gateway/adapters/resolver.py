@@ -33,10 +33,9 @@ class Target:
     vocab_size: int = 0  # tokens it knows; 0: those of the base
     source: str = ""  # kind of its source, one of SOURCES; "" for the base model
 
-    @property
-    def tenant(self) -> str:
-        """The tenant that a request counts for in the scheduler where there are no API keys."""
-        return self.digest or BASE
+    def payer(self, caller: Caller) -> str:
+        """Return the tenant that a request of a caller counts for: its own or, without API keys, the model."""
+        return caller.name or self.digest or BASE
 
 
 class Resolver:

@@ -19,6 +19,6 @@ async def constrain(call: TokenizedCall, grammars: GrammarCheck) -> TokenizedCal
     for prompt in call.prompts:
         marker = marker_ids(prompt.files)
         grammar = grammar_text(*answer_grammar(options.constraint, options.tools, prompt.form, marker))
-        await grammars.check(grammar, call.parsed.form_param)
+        await grammars.check(grammar, call.parsed.form_param, prompt.target.payer(call.parsed.caller))
         prompts.append(replace(prompt, grammar=grammar))
     return replace(call, prompts=prompts)

@@ -122,7 +122,7 @@ class Submitter:
             digest, limit = prompt.target.digest, prompt.max_new_tokens
             sampling = msgspec.structs.replace(options.sampling, seed=choice_seed(options.sampling.seed, sample))
             submit = m.Submit(
-                rid=rid, tenant=caller.name or prompt.target.tenant, cls=options.cls, digest=digest,
+                rid=rid, tenant=prompt.target.payer(caller), cls=options.cls, digest=digest,
                 num_prompt_tokens=prompt.num_tokens, max_new_tokens=limit, deadline_ms=call.deadline_ms,
                 gateway=gateway, stored=stored, submitted_ms=now_ms(), prefix=prefix_hash(prompt.ids), weight=weight,
             )  # fmt: skip

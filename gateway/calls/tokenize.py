@@ -76,6 +76,7 @@ async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Targe
         inputs.messages,
         add_generation_prompt=inputs.add_generation_prompt,
         variables=inputs.variables,
+        tenant=target.payer(call.caller),
         tools=tools.definitions if tools is not None else None,
     )
     if not encoded.ids:

@@ -1,51 +1,95 @@
-"""Checks whether grammars compile, in a process that can be killed, and remembers the results."""
+"""Checks whether grammars compile, in the sandbox, and remembers the results."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import math
 import time
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
-from gateway.text.sandbox import Sandbox
+from gateway.text.sandbox import SandboxPool
 from gateway.text.sandbox_child import Check
-from protocol.wire.errors import BadRequest
+from protocol.wire.errors import BadRequest, ServerError
 
 MAX_REMEMBERED = 4096
 
 LIMIT_REMEMBERED_S = 60.0
-"""How long a grammar that took too long is refused without another try, which may pass on a quieter machine."""
+"""How long a tenant's grammar that took too much is refused without another try, which may pass another time."""
+
+Key = tuple[str, bytes]
+"""A tenant, and the digest of a grammar of its."""
+
+
+@dataclass
+class _Trial:
+    """A grammar that is being compiled; whoever asks for it meanwhile waits for the same result."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    error: ServerError | None = None  # why it could not be tried, for those who waited
 
 
 class GrammarCheck:
-    """Checks grammars for the base model's tokenizer."""
+    """Checks grammars for the base model's tokenizer.
 
-    def __init__(self, tokenizer: str, limit_s: float) -> None:
-        """tokenizer: path of the base model's tokenizer.json."""
-        self._tokenizer = tokenizer
-        self._sandbox = Sandbox(limit_s, "compiling the output's grammar")
-        self._refusals: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
-        """By the grammar's digest: why it is refused, "" if it compiles, and until when that holds (monotonic)."""
+    What the compiler says of a grammar is a fact about it, and remembered for everybody. That it took too much time or
+    memory is remembered for the tenant alone, and for a minute. That it could not be tried, for want of a place, a
+    process or an idle machine, says nothing about it and is not remembered.
+    """
 
-    async def close(self) -> None:
-        """End the process."""
-        await self._sandbox.close()
+    def __init__(self, sandbox: SandboxPool, limit_s: float, now_s: Callable[[], float] = time.monotonic) -> None:
+        """`limit_s`: most CPU seconds of one grammar."""
+        self._now_s = now_s
+        self._sandbox = sandbox
+        self._limit_s = limit_s
+        self._facts: OrderedDict[bytes, str] = OrderedDict()  # why a grammar is refused, "" if it compiles, by digest
+        self._limits: OrderedDict[Key, tuple[str, float]] = OrderedDict()  # what it took, and until when that holds
+        self._trials: WeakValueDictionary[Key, _Trial] = WeakValueDictionary()
 
-    async def check(self, grammar: str, param: str) -> None:
-        """Raise BadRequest if a grammar, as in `messages.Body`, cannot be compiled, or not within the limits."""
-        digest = hashlib.blake2b(grammar.encode(), digest_size=16).digest()
-        now_s = time.monotonic()
-        refusal, until_s = self._refusals.get(digest, ("", 0.0))
-        if until_s <= now_s:
-            until_s = math.inf
-            try:
-                refusal = (await self._sandbox.do(Check(grammar, self._tokenizer))).refusal
-            except BadRequest as limit:
-                refusal, until_s = limit.message, time.monotonic() + LIMIT_REMEMBERED_S
-            self._refusals[digest] = refusal, until_s
-            if len(self._refusals) > MAX_REMEMBERED:
-                self._refusals.popitem(last=False)
-        else:
-            self._refusals.move_to_end(digest)
+    async def check(self, grammar: str, param: str, tenant: str) -> None:
+        """Raise BadRequest if a grammar, as in `messages.Body`, cannot be compiled, or not within the limits.
+
+        Raises Overloaded and Unavailable if it cannot be tried now. tenant: whose turn in the sandbox it takes.
+        """
+        key = tenant, hashlib.blake2b(grammar.encode(), digest_size=16).digest()
+        refusal = self._known(key)
+        if refusal is None:
+            trial = self._trials.setdefault(key, _Trial())
+            async with trial.lock:
+                if trial.error is not None:
+                    raise trial.error
+                refusal = self._known(key)
+                if refusal is None:
+                    refusal = await self._try(grammar, key, trial)
         if refusal:
             raise BadRequest(f"{param} cannot be served: {refusal}", param=param)
+
+    def _known(self, key: Key) -> str | None:
+        """Return why a grammar is refused, "" if it compiles, None if that is not known."""
+        refusal = self._facts.get(key[1])
+        if refusal is not None:
+            self._facts.move_to_end(key[1])
+            return refusal
+        limit, until_s = self._limits.get(key, ("", 0.0))
+        return limit if self._now_s() < until_s else None
+
+    async def _try(self, grammar: str, key: Key, trial: _Trial) -> str:
+        """Return why a grammar is refused, "" if it compiles, and remember it. Raises Overloaded and Unavailable."""
+        tenant, digest = key
+        try:
+            refusal = (await self._sandbox.do(Check(grammar), tenant=tenant, limit_s=self._limit_s)).refusal
+        except BadRequest as limit:
+            self._limits[key] = limit.message, self._now_s() + LIMIT_REMEMBERED_S
+            if len(self._limits) > MAX_REMEMBERED:
+                self._limits.popitem(last=False)
+            return limit.message
+        except ServerError as error:
+            trial.error = error
+            del self._trials[key]  # whoever asks from now on has a try of its own
+            raise
+        self._facts[digest] = refusal
+        if len(self._facts) > MAX_REMEMBERED:
+            self._facts.popitem(last=False)
+        return refusal

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import httpx2
 from tokenizers import Tokenizer
 
-from gateway.text.sandbox import Sandbox, SandboxedTemplate
+from gateway.text.sandbox import SandboxedTemplate, SandboxPool
 from gateway.text.tokenizer import ModelFiles, TokenText, read_tokenizer
 from peft_adapters.texts import (
     TEXTS_FIELD,
@@ -37,7 +37,7 @@ TIMEOUT = httpx2.Timeout(30.0, connect=2.0)
 class OwnFiles:
     """The tokenizers and chat templates of adapters, kept by their hash."""
 
-    def __init__(self, bus: Bus, base: ModelFiles, sandbox: Sandbox, bearer: str = "") -> None:
+    def __init__(self, bus: Bus, base: ModelFiles, sandbox: SandboxPool, bearer: str = "") -> None:
         """bearer: authorizes at the stores, see `FleetSecret.bearer`; "" for a fleet without a secret."""
         self._bus = bus
         self.base = base

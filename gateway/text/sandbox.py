@@ -1,99 +1,179 @@
-"""Runs what strangers wrote, chat templates of adapters and grammars of clients, in a process that can be killed.
+"""Runs what strangers wrote, chat templates of adapters and grammars of clients, in processes that can be killed.
 
 Jinja's sandbox keeps a template from Python's objects, not from an endless loop or a text without limit, and a grammar
-of a few lines may take minutes to compile. The process, `sandbox_child`, keeps their time and memory apart from
-everybody else's requests.
+of a few lines may take minutes to compile. The processes, `sandbox_child`, keep their time and memory apart from
+everybody else's requests, and can reach nothing (`lockdown`). `turns` says whose job is next, `sandbox_process` is the
+gateway's side of one process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
+from gateway.text.sandbox_child import Answer, Render, SandboxJob, framed
+from gateway.text.sandbox_process import START_S, Job, SandboxProcess
+from gateway.text.turns import Turns
+from protocol.wire.errors import BadRequest, LorafleetError, Unavailable
 
-from gateway.text.sandbox_child import MAX_TEXT_BYTES, READY, SIZE_BYTES, Answer, Render, SandboxJob, framed
-from protocol.wire.errors import BadRequest, Unavailable
+logger = logging.getLogger(__name__)
 
-RENDER_S = 5.0
-START_S = 30.0
-ONE_THREAD = {"RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
-"""Each thread would reserve memory that counts against the limit, on a machine with many cores all of it."""
+JOB_S = 5.0
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
+"""How long no process is started after one that could not be: at first, and at most."""
+
+COMMAND = (sys.executable, "-s", "-P", "-m", "gateway.text.sandbox_child")
 
 
-class Sandbox:
-    """One process for what strangers wrote, started when it is needed, and again after it had to be killed."""
+class SandboxPool:
+    """A few processes for what strangers wrote, started when they are needed, shared fairly by tenants."""
 
-    def __init__(self, limit_s: float = RENDER_S, what: str = "the adapter's chat template") -> None:
-        """limit_s: most seconds of one job. what: names the job in error messages."""
-        self._limit_s = limit_s
-        self._what = what
-        self._lock = asyncio.Lock()
-        self._process: asyncio.subprocess.Process | None = None
+    def __init__(
+        self, num_processes: int = 2, tokenizer: str = "", on_wait: Callable[[], object] = lambda: None,
+        command: Sequence[str] = COMMAND, start_s: float = START_S,
+    ) -> None:  # fmt: skip
+        """tokenizer: path of the base model's tokenizer.json, for grammars. on_wait: called in a task that must wait.
+
+        command: starts a process; the gateway's process id and `tokenizer` are added to it. start_s: its most
+        seconds until it is ready.
+        """
+        self._num_processes = num_processes
+        self._on_wait = on_wait
+        self._command = (*command, str(os.getpid()), tokenizer)
+        self._start_s = start_s
+        self._turns: Turns[Job] = Turns(num_processes)
+        self._processes: set[SandboxProcess] = set()  # from before their start until they are gone
+        self._idle: list[SandboxProcess] = []  # the next one last: it was used last, and remembers most
+        self._starts: set[asyncio.Task[None]] = set()
+        self._num_failed = 0  # starts, since the last that succeeded
+        self._retry_s = 0.0  # monotonic: no start before
+        self._warned = False
+        self._closed = False
 
     @property
-    def pid(self) -> int | None:
-        """Id of the process; None while there is none."""
-        return None if self._process is None else self._process.pid
+    def pids(self) -> list[int]:
+        """Ids of the processes that run."""
+        return [process.pid for process in self._processes if process.pid]
 
-    async def do(self, job: SandboxJob) -> Answer:
-        """Return what came of a job. Raises BadRequest at its limits, Unavailable without a process."""
-        async with self._lock:
-            process = await self._started()
-            try:
-                async with asyncio.timeout(self._limit_s):
-                    return await _ask(process, job)
-            except TimeoutError:
-                await self._kill()
-                raise BadRequest(f"{self._what} took longer than {self._limit_s:g} s") from None
-            except (OSError, asyncio.IncompleteReadError):
-                await self._kill()
-                raise BadRequest(f"{self._what} ended its process: it wants too much memory") from None
-            except BaseException:  # cancelled: its answer must not be taken for the next one's
-                await self._kill()
-                raise
+    async def do(self, job: SandboxJob, *, tenant: str, limit_s: float = JOB_S) -> Answer:
+        """Return what came of a job. limit_s: its most CPU seconds.
 
-    async def render(self, job: Render) -> str:
+        Raises BadRequest for what is the job's own fault, Overloaded at its tenant's limits, and Unavailable without a
+        process or on a machine that is too busy.
+        """
+        try:
+            payload = framed(job)
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise BadRequest(f"{job.what} cannot be given these values: {error}") from error
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        mine = Job(tenant, len(payload), job.what, limit_s, payload, answer)
+        self._turns.add(mine, time.monotonic())
+        self._dispatch()
+        if mine in self._turns:
+            self._on_wait()
+        try:
+            return await answer
+        finally:
+            self._turns.remove(mine)
+
+    async def render(self, job: Render, *, tenant: str) -> str:
         """Return what a template makes of messages. Raises as `do`, and BadRequest with the template's words."""
-        answer = await self.do(job)
+        answer = await self.do(job, tenant=tenant)
         if answer.refusal:
             raise BadRequest(answer.refusal, param="messages")
         return answer.text
 
     async def close(self) -> None:
-        """End the process."""
-        async with self._lock:
-            await self._kill()
+        """End the processes. Jobs that wait or run fail with Unavailable."""
+        self._closed = True
+        self._dispatch()
+        for start in self._starts:
+            start.cancel()
+        await asyncio.gather(*self._starts, return_exceptions=True)
+        for process in list(self._processes):
+            process.end(_closing())
+            if process.pid:
+                await process.gone.wait()
 
-    async def _started(self) -> asyncio.subprocess.Process:
-        """Return the process, started and ready. Raises Unavailable."""
-        if self._process is None:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "gateway.text.sandbox_child",
-                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-                limit=MAX_TEXT_BYTES, env={**os.environ, **ONE_THREAD},
-            )  # fmt: skip
-            assert self._process.stdout is not None
-            try:
-                async with asyncio.timeout(START_S):
-                    await self._process.stdout.readexactly(len(READY))
-            except (TimeoutError, asyncio.IncompleteReadError) as error:
-                await self._kill()
-                raise Unavailable(f"there is no process for {self._what}") from error
-            except BaseException:  # cancelled: the next job would read this byte as a part of its answer
-                await self._kill()
-                raise
-        return self._process
+    # ------------------------------------------------------------ who does what
 
-    async def _kill(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
+    def _dispatch(self) -> None:
+        """Give jobs to the processes that are idle, and start as many as there are more jobs for."""
+        if self._closed:
+            self._fail_waiting(_closing())
+        while self._idle:
+            if not self._idle[-1].is_idle:  # it has ended meanwhile
+                self._idle.pop()
+            elif (job := self._turns.next(time.monotonic())) is not None:
+                self._idle.pop().begin(job)
+            else:
+                return
+        self._start_more()
+
+    def _start_more(self) -> None:
+        num_starting = sum(not process.was_ready for process in self._processes)
+        room = self._num_processes - len(self._processes)
+        wanted = min(room, self._turns.num_ready(self._num_processes) - num_starting)
+        wait_s = self._retry_s - time.monotonic()
+        if wanted > 0 and wait_s > 0:
+            if not self._processes:
+                self._fail_waiting(_no_process(wait_s))
+            return
+        for _ in range(wanted):
+            process = SandboxProcess(self._ready, self._done, self._gone, self._start_s)
+            self._processes.add(process)
+            start = asyncio.get_running_loop().create_task(self._start(process))
+            self._starts.add(start)
+            start.add_done_callback(self._starts.discard)
+
+    async def _start(self, process: SandboxProcess) -> None:
+        try:
+            await process.start(self._command)
+        except OSError as error:
+            logger.warning("a process for templates and grammars: %s", error)
+
+    def _ready(self, process: SandboxProcess) -> None:
+        """Take a process that can do a job, the first time or again."""
+        self._num_failed = 0
+        if not process.is_filtered and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the kernel does not filter system calls (seccomp): adapters' templates run with resource limits alone"
+            )
+        self._idle.append(process)
+        self._dispatch()
+
+    def _done(self, job: Job, cost_s: float) -> None:
+        self._turns.ended(job, cost_s, time.monotonic())
+
+    def _gone(self, process: SandboxProcess) -> None:
+        self._processes.discard(process)
+        if not process.was_ready and not self._closed:
+            wait_s = min(MAX_BACKOFF_S, MIN_BACKOFF_S * 2 ** min(self._num_failed, 10))
+            self._num_failed += 1
+            self._retry_s = time.monotonic() + wait_s
+            logger.error("a process for templates and grammars did not start; no other is for %g s", wait_s)
+        self._dispatch()
+
+    def _fail_waiting(self, error: LorafleetError) -> None:
+        for job in self._turns.clear():
+            job.fail(error)
+
+
+def _closing() -> Unavailable:
+    return Unavailable("this gateway is shutting down", code="shutting_down")
+
+
+def _no_process(wait_s: float) -> Unavailable:
+    error = Unavailable("there is no process for templates and grammars: none could be started", code="no_sandbox")
+    error.retry_after_s = max(1.0, wait_s)
+    return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +182,11 @@ class SandboxedTemplate:
 
     source: str
     special_tokens: dict[str, str]
-    sandbox: Sandbox
+    sandbox: SandboxPool
 
     async def render(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, variables: dict[str, Any]
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, variables: dict[str, Any], tenant: str
     ) -> str:
-        """Return the prompt of normalized messages. Raises as `Sandbox.render`."""
+        """Return the prompt of normalized messages. Raises as `SandboxPool.render`."""
         job = Render(self.source, self.special_tokens, messages, add_generation_prompt, variables)
-        return await self.sandbox.render(job)
-
-
-async def _ask(process: asyncio.subprocess.Process, job: SandboxJob) -> Answer:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(framed(job))
-    await process.stdin.drain()
-    size = int.from_bytes(await process.stdout.readexactly(SIZE_BYTES), "little")
-    return msgspec.msgpack.decode(await process.stdout.readexactly(size), type=Answer)
+        return await self.sandbox.render(job, tenant=tenant)

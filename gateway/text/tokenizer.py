@@ -48,9 +48,12 @@ class ModelFiles:
 
     async def encode_chat(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, variables: dict[str, Any],
-        tools: list[dict[str, Any]] | None = None,
+        tenant: str, tools: list[dict[str, Any]] | None = None,
     ) -> EncodedChat:  # fmt: skip
-        """Return the tokens of a conversation. Raises BadRequest when it cannot be rendered."""
+        """Return the tokens of a conversation. tenant: who has the sandbox render it, where it must.
+
+        Raises BadRequest when it cannot be rendered, Overloaded and Unavailable when the sandbox has no place.
+        """
         template = self.template
         if template is None:
             raise BadRequest("this model has no chat template; use /v1/completions", code="no_chat_template")
@@ -62,7 +65,7 @@ class ModelFiles:
             variables = {"tools": tools, **variables}
         options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "variables": variables}
         if isinstance(template, SandboxedTemplate):
-            text = await template.render(normal, **options)
+            text = await template.render(normal, **options, tenant=tenant)
             return await asyncio.to_thread(self._encode_rendered, text)
 
         def encode() -> EncodedChat:

@@ -129,9 +129,17 @@ class Settings(BaseSettings):
     max_grammar_bytes: int = Field(
         default=65_536, ge=1, description="largest JSON schema, regular expression or grammar in a request"
     )
-    max_grammar_depth: int = Field(default=64, ge=1, description="deepest nesting of a JSON schema in a request")
+    max_grammar_depth: int = Field(
+        default=64, ge=1, le=200, description="deepest nesting of a JSON schema in a request"
+    )
     grammar_timeout_s: float = Field(
-        default=5.0, gt=0, description="longest time to compile a schema or grammar before it is refused"
+        default=5.0, gt=0, description="most CPU time to compile a schema or grammar before it is refused"
+    )
+    sandboxes: int = Field(
+        default=3,
+        ge=2,
+        le=16,
+        description="most processes at once that run adapters' templates and compile grammars; a tenant gets one less",
     )
     max_logprobs: int = Field(default=20, ge=0, description="largest top_logprobs in a request")
     request_timeout_s: float = Field(default=3600.0, description="deadline of a request, counted from its submission")

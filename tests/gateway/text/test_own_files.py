@@ -17,12 +17,9 @@ from tokenizers import AddedToken, Tokenizer
 from waiting import wait_until
 
 from adapter_store.http import BlobServer
-from gateway.text.sandbox import Sandbox
-from gateway.text.sandbox_child import Render
 from peft_adapters.texts import TEXTS_FIELD, TEXTS_FILE, join_texts
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest
 
 QUESTION: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 OWN, BROKEN, GONE = (f"{n}{n}" * 32 for n in "abc")
@@ -129,26 +126,7 @@ async def test_its_tokenizer_makes_the_answer(
     assert (await http.post("/v1/completions", json=echo)).json()["choices"][0]["text"] == "zebraa zebra"
 
 
-async def test_a_template_without_end_costs_itself_alone(http: httpx2.AsyncClient, store: Store) -> None:
-    sandbox = Sandbox(limit_s=0.5)
-
-    def job(source: str) -> Render:
-        return Render(source, {}, QUESTION["messages"], True, {})
-
-    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(BadRequest, match=r"longer than 0\.5 s"):
-        await sandbox.render(job(endless))
-    sandbox = Sandbox()
-    for source, said in (
-        ("{{ 'a' * 3000000000 }}", "wants more than"),
-        ("{% if %}", "chat template is broken"),
-        ("{{ raise_exception('no') }}", "refuses these messages: no"),
-        ("{{ messages.__class__.__mro__ }}", "refuses these messages"),
-    ):
-        with pytest.raises(BadRequest, match=said):
-            await sandbox.render(job(source))
-    assert await sandbox.render(job("{{ messages[0].content }}!")) == "hi!"
-    await sandbox.close()
+async def test_a_broken_template_is_its_own_fault(http: httpx2.AsyncClient, store: Store) -> None:
     await store.add("broken", BROKEN, {"chat_template.jinja": "{% if %}"})
     answer = await http.post("/v1/chat/completions", json={"model": "broken", **QUESTION})
     assert (answer.status_code, "template is broken" in answer.text) == (400, True)
@@ -156,17 +134,19 @@ async def test_a_template_without_end_costs_itself_alone(http: httpx2.AsyncClien
     assert (await http.post("/v1/completions", json={"model": "broken", "prompt": "hi"})).status_code == 200
 
 
-async def test_a_job_that_is_cancelled_while_its_process_starts_leaves_nothing() -> None:
-    """The byte that says the process is ready was read as a part of the next answer's length."""
-    sandbox = Sandbox()
-    job = Render("{{ messages[0].content }}", {}, QUESTION["messages"], True, {})
-    cancelled = asyncio.create_task(sandbox.render(job))
-    await wait_until(lambda: sandbox.pid, "the process has begun to start", every_s=0.0)
-    cancelled.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await cancelled
-    assert await sandbox.render(job) == "hi"
-    await sandbox.close()
+async def test_endless_templates_of_one_adapter_hold_up_no_other(http: httpx2.AsyncClient, store: Store) -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    await store.add("endless", BROKEN, {"chat_template.jinja": endless})
+    calls = [
+        asyncio.create_task(http.post("/v1/chat/completions", json={"model": "endless", **QUESTION})) for _ in range(8)
+    ]
+    await wait_until(lambda: store.num_asked, "the template has been fetched")
+    answer = await http.post("/v1/chat/completions", json={"model": "own", **QUESTION})
+    assert answer.status_code == 200, answer.text
+    assert not any(call.done() for call in calls)
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
 
 
 async def test_what_cannot_be_used_or_had_is_said(

@@ -1,0 +1,134 @@
+"""Whatever processes do and whenever callers leave, each answer is of the caller's own job, and nobody hangs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.text.sandbox import SandboxPool
+from gateway.text.sandbox_child import READY, SIZE_BYTES, Answer, Render, framed
+from protocol.wire.errors import BadRequest, Unavailable
+
+NUM = 3
+
+
+class Process:
+    """A process that does what the test says: its transport, and its pipe."""
+
+    def __init__(self, protocol: asyncio.SubprocessProtocol) -> None:
+        self.protocol = protocol
+        self.unsent = READY
+        self.code: int | None = None
+        self.asked = b""
+
+    def get_pid(self) -> int:
+        return 1 << 23  # more than Linux gives to anybody
+
+    def get_returncode(self) -> int | None:
+        return self.code
+
+    def get_pipe_transport(self, fd: int) -> Process:
+        return self
+
+    def write(self, data: bytes) -> None:
+        self.asked += data
+        source = msgspec.msgpack.decode(data[SIZE_BYTES:], type=Render).source
+        self.unsent += framed(Answer(source, worn=source.endswith("7")))
+
+    def send(self, num_bytes: int) -> None:
+        """Write some of what is to be written."""
+        part, self.unsent = self.unsent[:num_bytes], self.unsent[num_bytes:]
+        if part and self.code is None:
+            self.protocol.pipe_data_received(1, part)
+
+    def kill(self) -> None:
+        self.die(-9)
+
+    def die(self, code: int) -> None:
+        if self.code is None:
+            self.code = code
+            asyncio.get_running_loop().call_soon(self.protocol.connection_lost, None)
+
+    def close(self) -> None:
+        assert self.code is not None
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """Starts processes that do what the test says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processes: list[Process] = []
+
+    async def subprocess_exec(self, factory: Callable[[], Any], *command: Any, **options: Any) -> Any:
+        await asyncio.sleep(0)
+        protocol = factory()
+        process = Process(protocol)
+        self.processes.append(process)
+        protocol.connection_made(process)
+        await asyncio.sleep(0)
+        return process, protocol
+
+
+STEP = st.one_of(
+    st.tuples(st.just("ask"), st.sampled_from("abc")),
+    st.tuples(st.just("cancel"), st.integers(0, 20)),
+    st.tuples(st.just("turn"), st.integers(1, 4)),
+    st.tuples(st.just("send"), st.integers(0, 5), st.sampled_from([1, 3, 5, 9, 1000])),
+    st.tuples(st.just("noise"), st.integers(0, 5), st.binary(min_size=1, max_size=9)),
+    st.tuples(st.just("die"), st.integers(0, 5), st.sampled_from([-6, -9, 1])),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(STEP, max_size=60))
+def test_answers_are_never_mixed_up(steps: list[tuple[Any, ...]]) -> None:
+    async def play() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, Loop)
+        pool = SandboxPool(NUM)
+        calls: list[tuple[str, asyncio.Task[str]]] = []
+
+        def living() -> list[Process]:
+            return [process for process in loop.processes if process.code is None]
+
+        for what, *arguments in steps:
+            if what == "ask":
+                text = f"{arguments[0]} {len(calls)}"
+                job = Render(text, {}, [], True, {})
+                calls.append((text, loop.create_task(pool.render(job, tenant=arguments[0]))))
+            elif what == "cancel" and calls:
+                calls[arguments[0] % len(calls)][1].cancel()
+            elif what == "turn":
+                for _ in range(arguments[0]):
+                    await asyncio.sleep(0)
+            elif living():
+                process = living()[arguments[0] % len(living())]
+                if what == "send":
+                    process.send(arguments[1])
+                elif what == "noise":
+                    process.protocol.pipe_data_received(1, arguments[1])
+                elif what == "die":
+                    process.die(arguments[1])
+            assert len(living()) <= NUM
+        for _ in range(4 * len(calls) + 20):  # each turn, every process says all that it has to say
+            await asyncio.sleep(0)
+            for process in living():
+                process.send(1000)
+        for text, call in calls:
+            assert call.done(), f"{text} hangs"
+            if not call.cancelled() and call.exception() is None:
+                assert call.result() in (text, ""), "a hostile process may say nothing, but not what others are told"
+            elif not call.cancelled():
+                assert isinstance(call.exception(), BadRequest | Unavailable)
+        await pool.close()
+        assert not living()
+
+    loop = Loop()
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(play())

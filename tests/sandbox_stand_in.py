@@ -1,0 +1,50 @@
+"""Stands in for the sandbox's process in tests: does what a template or grammar says, hostile things too.
+
+Arguments: what it writes first, the id of its parent, and the path of a tokenizer. A word that is no mark of readiness
+is how it starts: "mute" never speaks, "dies" ends at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import msgspec
+
+from gateway.text.sandbox_child import SIZE_BYTES, Answer, Render, SandboxJob, framed
+
+
+def main() -> None:
+    """Do jobs until standard input ends."""
+    first = sys.argv[1]
+    if first == "dies":
+        sys.exit(3)
+    if first != "mute":
+        os.write(1, first.encode())
+    while head := os.read(0, SIZE_BYTES):
+        size, payload = int.from_bytes(head, "little"), b""
+        while len(payload) < size:
+            payload += os.read(0, size - len(payload))
+        job = msgspec.msgpack.decode(payload, type=SandboxJob)
+        word, _, rest = (job.source if isinstance(job, Render) else job.grammar).partition(" ")
+        if word == "say":
+            os.write(1, framed(Answer(rest if isinstance(job, Render) else "")))
+        elif word == "write":  # these bytes, as hexadecimal digits
+            os.write(1, bytes.fromhex(rest))
+        elif word == "spin":
+            while True:
+                pass
+        elif word == "signal":
+            os.kill(os.getpid(), int(rest))
+        elif word == "close":
+            os.close(1)
+            signal.pause()
+        elif word == "wait":
+            signal.pause()
+        elif word == "worn":
+            os.write(1, framed(Answer(rest, worn=True)))
+
+
+if __name__ == "__main__":
+    main()
