@@ -11,6 +11,15 @@ from typing import Any
 
 import orjson
 
+from gateway.text.grammar_limits import (
+    MAX_CHOICES,
+    check_bytes,
+    check_lark,
+    check_num,
+    check_regex,
+    check_schema,
+    check_whitespace,
+)
 from gateway.text.grammars import Constraint, lark_string, regex_literal
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
@@ -99,30 +108,37 @@ def _structured_outputs(wish: Mapping[str, Any], settings: Settings) -> Constrai
     if kind == "json_object":
         return _json(ANY_OBJECT, place, settings, style)
     if kind == "json":
-        return _json(_parsed(value, place), place, settings, style)
+        return _json(_parsed(value, place, settings), place, settings, style)
     if kind == "choice":
         return _choice(value, place, settings)
     if not isinstance(value, str) or not value:
         raise BadRequest(f"{place} must be a string, and not empty", param=place)
-    _check_size(value, place, settings)
-    return {"lark_grammar": value} if kind == "grammar" else {"lark_grammar": f"start: {regex_literal(value)}"}
+    check_bytes(value, place, settings)
+    if kind == "grammar":
+        check_lark(value, place, settings)
+        return {"lark_grammar": value}
+    check_regex(value, place)
+    return {"lark_grammar": f"start: {regex_literal(value)}"}
 
 
 def _style(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return how the JSON of a `structured_outputs` is to be written, as llguidance's `x-guidance`."""
     pattern, compact = given.get("whitespace_pattern"), given.get("disable_any_whitespace", False)
-    if pattern is not None and not isinstance(pattern, str):
+    if pattern is not None:
         place = "structured_outputs.whitespace_pattern"
-        raise BadRequest(f"{place} must be a string", param=place)
+        if not isinstance(pattern, str):
+            raise BadRequest(f"{place} must be a string", param=place)
+        check_whitespace(pattern, place)
     if compact:
         return {"whitespace_flexible": False, "lenient": False}
     return JSON_STYLE if pattern is None else {**JSON_STYLE, "whitespace_pattern": pattern}
 
 
-def _parsed(value: Any, place: str) -> Any:
+def _parsed(value: Any, place: str, settings: Settings) -> Any:
     """Return a schema that may be given as text."""
     if not isinstance(value, str):
         return value
+    check_bytes(value, place, settings)
     try:
         return orjson.loads(value)
     except orjson.JSONDecodeError as error:
@@ -130,9 +146,11 @@ def _parsed(value: Any, place: str) -> Any:
 
 
 def _choice(choices: Any, place: str, settings: Settings) -> Constraint:
+    if isinstance(choices, list):
+        check_num(len(choices), MAX_CHOICES, "choices", place)
     if not isinstance(choices, list) or not choices or not all(isinstance(text, str) and text for text in choices):
         raise BadRequest(f"{place} must be a list of strings that are not empty", param=place)
-    _check_size("".join(choices), place, settings)
+    check_bytes("".join(choices), place, settings)
     return {"lark_grammar": "start: " + " | ".join(lark_string(text) for text in choices)}
 
 
@@ -149,28 +167,6 @@ def checked_schema(
     """Return a JSON schema with how its JSON is to be written. Raises BadRequest."""
     if not isinstance(schema, dict):
         raise BadRequest(f"{place} must be an object", param=place)
-    depth = _depth(schema, settings.max_grammar_depth)
-    if depth > settings.max_grammar_depth:
-        message = f"{place} is nested deeper than {settings.max_grammar_depth} levels, which is the limit"
-        raise BadRequest(message, param=place)
-    _check_size(orjson.dumps(schema).decode(), place, settings)
+    check_schema(schema, place, settings)
+    check_bytes(orjson.dumps(schema).decode(), place, settings)
     return {**schema, "x-guidance": dict(style)}
-
-
-def _check_size(text: str, place: str, settings: Settings) -> None:
-    num_bytes = len(text.encode())
-    if num_bytes > settings.max_grammar_bytes:
-        message = f"{place} has {num_bytes} bytes; the limit is {settings.max_grammar_bytes}"
-        raise BadRequest(message, param=place)
-
-
-def _depth(value: Any, limit: int) -> int:
-    """Return how deep lists and objects are nested, at most one level beyond the limit."""
-    level, depth = [value], 0
-    while depth <= limit:
-        inner = [part for part in level if isinstance(part, dict | list)]
-        if not inner:
-            break
-        depth += 1
-        level = [part for group in inner for part in (group.values() if isinstance(group, dict) else group)]
-    return depth

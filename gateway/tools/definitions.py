@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
+from gateway.text.grammar_limits import MAX_TIMES, check_num
 from gateway.text.structured import checked_schema
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
@@ -38,6 +41,8 @@ def tools_of(
         if choice not in (None, "none", "auto"):
             raise BadRequest("tool_choice needs tools", param="tool_choice")
         return None
+    num_bytes = sum(len(orjson.dumps(tool)) for tool in tools)
+    check_num(num_bytes, MAX_TIMES * settings.max_grammar_bytes, "bytes", "tools")
     schemas: dict[str, dict[str, Any]] = {}
     for i, tool in enumerate(tools):
         name, schema = _definition(tool, f"tools[{i}]", settings)

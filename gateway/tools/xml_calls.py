@@ -16,6 +16,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+from gateway.text.grammar_limits import check_num
 from gateway.text.grammars import lark_string
 from protocol.wire.errors import BadRequest
 from protocol.wire.text import overlap
@@ -25,6 +26,7 @@ END_FUNCTION = "</function>"
 _END_VALUE = "\n</parameter>"
 RAW_VALUE_RULES = [f"raw_value[lazy]: RAW_TEXT {lark_string(_END_VALUE + chr(10))}", "RAW_TEXT: /(?s:.*)/"]
 _TAG = re.compile(r"\s*(?:<parameter=([^>\n]+)>\n|</function>)")
+MAX_SHARED_BYTES = 1 << 20
 _PLAIN = frozenset({"type", "enum", "const", "title", "description", "default", "examples", "x-guidance"})
 _OF_OBJECTS = frozenset({"properties", "required", "additionalProperties", "$defs", "definitions", "$schema"})
 
@@ -65,6 +67,8 @@ def arguments_rules(name: str, schema: dict[str, Any], rule: str) -> list[str]:
         raise BadRequest(f"tools: the arguments of {name}: required must be a list of names", param="tools")
     properties = properties | {key: {} for key in required if key not in properties}
     shared = {key: schema[key] for key in ("$defs", "definitions", "x-guidance") if key in schema}
+    # Every value's schema has a copy of them.
+    check_num(len(json.dumps(shared)) * len(properties), MAX_SHARED_BYTES, "bytes of $defs and their copies", "tools")
     parts, rules = [], []
     for i, (key, value) in enumerate(properties.items()):
         if re.search(r"[>\n]", key):
