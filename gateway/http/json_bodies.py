@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-MAX_DEPTH = 100
-"""Deepest nesting of lists and objects in a body; everything that reads bodies later can take that much."""
+from gateway.text.nesting import MAX_DEPTH, is_deeper
 
 
 class JsonBody(BaseModel):
@@ -28,23 +27,9 @@ class _JsonRequest(Request):
     async def json(self) -> Any:
         raw = await self.body()
         value = orjson.loads(raw)
-        if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+        if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and is_deeper(value, MAX_DEPTH):
             raise HTTPException(400, f"the body is nested too deeply; the limit is {MAX_DEPTH} levels")
         return value
-
-
-def _is_deeper(value: Any, limit: int) -> bool:
-    """Return whether lists and objects are nested more than `limit` deep."""
-    level = [value]
-    for _ in range(limit):
-        level = [
-            inner for outer in level if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]  # fmt: skip
-        if not level:
-            return False
-    return True
 
 
 class JsonRoute(APIRoute):

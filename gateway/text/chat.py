@@ -14,6 +14,7 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from gateway.text.nesting import MAX_DEPTH, is_deeper
 from peft_adapters.texts import TEXT_FILES, special_tokens, template_of
 from protocol.wire.errors import BadRequest
 
@@ -73,8 +74,9 @@ def normalize_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _normalize(message: dict[str, Any], place: str) -> dict[str, Any]:
     role = message.get("role")
-    if role not in ROLES:
-        raise BadRequest(f"{place}.role must be one of {', '.join(sorted(ROLES))}, not {role!r}", param=f"{place}.role")
+    if not isinstance(role, str) or role not in ROLES:
+        text = f"{place}.role must be one of {', '.join(sorted(ROLES))}, not {role!r:.100}"
+        raise BadRequest(text, param=f"{place}.role")
     if message.get("content") is None and role != "assistant":
         raise BadRequest(f"{place}.content is missing", param=f"{place}.content")
     normal = {key: value for key, value in message.items() if value is not None}
@@ -99,7 +101,7 @@ def _text_of(content: object, place: str) -> str:
     for i, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") not in ("text", "refusal"):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise BadRequest(f"{place}[{i}]: parts of type {kind!r} are not supported", param=f"{place}[{i}]")
+            raise BadRequest(f"{place}[{i}]: parts of type {kind!r:.100} are not supported", param=f"{place}[{i}]")
         text = part.get(part["type"])
         if not isinstance(text, str):
             raise BadRequest(f"{place}[{i}].{part['type']} must be a string", param=f"{place}[{i}]")
@@ -118,13 +120,24 @@ def _tool_calls(calls: object, place: str) -> list[dict[str, Any]]:
             raise BadRequest(f"{place}[{i}].function must be an object", param=f"{place}[{i}].function")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments) if arguments else {}
-            except ValueError as error:
-                where = f"{place}[{i}].function.arguments"
-                raise BadRequest(f"{where} is not JSON: {error}", param=where) from error
+            arguments = _parsed(arguments, f"{place}[{i}].function.arguments")
         normal.append({**call, "function": {**function, "arguments": arguments}})
     return normal
+
+
+def _parsed(text: str, place: str) -> Any:
+    """Return what a tool call's arguments mean, {} for none. Raises BadRequest."""
+    try:
+        value = json.loads(text) if text else {}
+        if "\\u" in text:  # JSON can spell half a character, which is no text
+            json.dumps(value, ensure_ascii=False).encode()
+        if text.count("[") + text.count("{") <= MAX_DEPTH or not is_deeper(value, MAX_DEPTH):
+            return value
+    except RecursionError:
+        pass
+    except ValueError as error:
+        raise BadRequest(f"{place} is not JSON: {error}", param=place) from error
+    raise BadRequest(f"{place} is nested too deeply; the limit is {MAX_DEPTH} levels", param=place)
 
 
 # ---------------------------------------------------------------- the sandbox

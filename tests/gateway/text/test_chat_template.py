@@ -174,3 +174,22 @@ def test_templates_are_found_where_models_keep_them(tmp_path: Path, files: dict[
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     template = ChatTemplate.load(tmp_path)
     assert (template and template.render([], variables={})) == wanted
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": ["user"], "content": "a"}, "role must be one of"),
+        ({"role": {"a": 1}, "content": "a"}, "role must be one of"),
+        ({"role": "r" * 10_000, "content": "a"}, "not 'rrr"),
+        ({"role": "user", "content": [{"type": ["text"]}]}, "are not supported"),
+        ({"role": "assistant", "tool_calls": [{"function": {"arguments": "[" * 200_000}}]}, "nested too deeply"),
+        ({"role": "assistant", "tool_calls": [{"function": {"arguments": "[" * 101 + "]" * 101}}]}, "is 100 levels"),
+        ({"role": "assistant", "tool_calls": [{"function": {"arguments": '"\\ud800"'}}]}, "is not JSON"),
+        ({"role": "assistant", "tool_calls": [{"function": {"arguments": "1" * 5000}}]}, "is not JSON"),
+    ],
+)
+def test_hostile_messages_are_refused_in_few_words(message: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadRequest, match=said) as refused:
+        normalize_messages([message])
+    assert len(refused.value.message) < 300
