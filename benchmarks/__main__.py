@@ -12,6 +12,7 @@ import sys
 
 from benchmarks.common import report
 from benchmarks.common.fleet import quickstart_model
+from protocol.runtime.environment import COMPUTE, HUB_CACHE, child_environment
 
 FULL = ("kernels", "distinct_adapters", "adapters", "cold_loads", "hit_rate", "mixed_ranks", "fairness", "prediction",
         "control_plane")  # fmt: skip
@@ -31,9 +32,10 @@ def main() -> None:
     """Run the benchmarks. Raises CalledProcessError when one fails."""
     args = report.parser(__doc__).parse_args()
     model = args.model or quickstart_model()
+    environment = child_environment(*COMPUTE, *HUB_CACHE)
     for name in SHORT if args.short else FULL:
         print(f"\n== {name}", flush=True)
-        subprocess.run(command(name, str(model), str(args.out), args.short), check=True)
+        subprocess.run(command(name, str(model), str(args.out), args.short), check=True, env=environment)
 
 
 if __name__ == "__main__":

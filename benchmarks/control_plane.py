@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from benchmarks.common.fleet import quickstart_model
 from lorafleet.launcher.embedded import start_embedded
 from lorafleet.launcher.machine import claim_port
 from protocol.queue.bus import Bus
+from protocol.runtime.environment import child_environment
 from protocol.runtime.settings import Settings
 
 HERE = Path(__file__).resolve().parent.parent
@@ -154,7 +154,7 @@ def start(
     settings = Settings(redis_url=queue.url, model=str(model), data=folder, port=port, log_level="warning")
     usual = Settings().environment()  # defaults are omitted, since another checkout may not have every setting
     own = {name: value for name, value in settings.environment().items() if usual.get(name) != value}
-    environment = os.environ | own | {"PYTHONPATH": f"{tree}:{tree / 'kernels'}"}
+    environment = child_environment() | own | {"PYTHONPATH": f"{tree}:{tree / 'kernels'}"}
     fake_worker = next(tree.glob("benchmarks/**/fake_worker.py"))
     commands = {
         "scheduler": ["-m", "lorafleet", "serve", "scheduler"],

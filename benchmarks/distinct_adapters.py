@@ -10,7 +10,6 @@ checkout in its own process, in turns.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.model.prepare import load_model
+from protocol.runtime.environment import COMPUTE, child_environment
 from protocol.runtime.settings import Settings
 from protocol.wire.messages import Sampling
 
@@ -109,7 +109,7 @@ def compare(before: Path, model: Path, adapters: Path, rounds: int, num_steps: i
     for label, folder in {"before": before, "after": Path.cwd()}.items():
         command = [sys.executable, "-c", STEPS, str(model), str(adapters)]
         processes[label] = subprocess.Popen(
-            command, cwd=folder, env={**os.environ, "PYTHONPATH": ".:kernels"}, text=True,
+            command, cwd=folder, env={**child_environment(*COMPUTE), "PYTHONPATH": ".:kernels"}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         assert _tell(processes[label]) == "ready"

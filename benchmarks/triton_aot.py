@@ -38,6 +38,7 @@ from lora_kernels.triton_ops.attention import Logits, plan_attention
 from lora_kernels.triton_ops.launch import Device, Launch
 from lora_kernels.triton_ops.lora import plan_lora
 from lora_kernels.triton_ops.pointwise import plan_gated_act, plan_kv_write, plan_rms_norm, plan_rotary
+from protocol.runtime.environment import child_environment
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "triton.md"
 BEGIN, END = "<!-- variants: begin -->", "<!-- variants: end -->"
@@ -253,7 +254,9 @@ def _nvidia_resources(cubin: bytes, shared_bytes: int) -> Resources:
         file.write(cubin)
         file.flush()
         tool = knobs.nvidia.cuobjdump.path
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True, env=child_environment()
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump -res-usage printed no registers: {usage!r}")

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from protocol.runtime.environment import child_environment
+
 CHUNK_BYTES = 256 << 10
 
 
@@ -58,7 +60,10 @@ def slow_link(link: Link) -> Iterator[int]:
         str(link.latency_s),
         str(link.bytes_per_s),
     ]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
+    environment = child_environment()
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, env=environment
+    ) as process:
         assert process.stdout is not None
         yield int(process.stdout.readline())
 

@@ -17,6 +17,8 @@ from rich.progress import track
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from protocol.runtime.environment import COMPUTE, child_environment
+
 MODULES = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
@@ -65,7 +67,8 @@ def convert(llama_cpp: Path, model: Path, adapter: Path, gguf: Path) -> None:
     gguf.parent.mkdir(parents=True, exist_ok=True)
     script = str(llama_cpp / "convert_lora_to_gguf.py")
     command = [sys.executable, script, "--base", str(model), "--outtype", "bf16", "--outfile", str(gguf), str(adapter)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    environment = child_environment(*COMPUTE)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lorafleet.bench import Target
 from lorafleet.launcher.machine import claim_port
+from protocol.runtime.environment import COMPUTE, HUB_CACHE, child_environment
 
 MODEL_NAME = "base"
 MAX_MODEL_LEN_TOKENS = 2048
@@ -132,7 +133,7 @@ def running(server: Server, log_path: Path) -> Iterator[str]:
     port = str(claim_port("127.0.0.1", 0))
     url = f"http://127.0.0.1:{port}"
     command = [part.replace(PORT, port) for part in server.command]
-    environment = {**os.environ, **server.environment}
+    environment = child_environment(*COMPUTE, *HUB_CACHE, "VLLM_*") | server.environment
     with (
         log_path.open("wb") as log,
         subprocess.Popen(

@@ -55,7 +55,16 @@ def test_every_child_is_given_an_environment() -> None:
     modules = {"subprocess", "asyncio"}
     missing: list[str] = []
     number = 0
-    for package in ("protocol", "gateway", "scheduler", "gpu_worker", "adapter_store", "lorafleet", "peft_adapters"):
+    for package in (
+        "protocol",
+        "gateway",
+        "scheduler",
+        "gpu_worker",
+        "adapter_store",
+        "lorafleet",
+        "benchmarks",
+        "chaos",
+    ):
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
