@@ -125,12 +125,30 @@ class Blobs:
     # ------------------------------------------------------------ versions
 
     def digest_of(self, version: str) -> str | None:
-        """Return the digest that a source's version had when it was fetched; None unless its blob is still on disk."""
-        try:
-            digest = self._version_file(version).read_text()
-        except FileNotFoundError:
-            return None
+        """Return the digest that a source's version had when it was fetched; None unless its blob is still on disk.
+
+        It says nothing of who may read the version.
+        """
+        digest, _ = self._note_of(version)
         return digest if digest in self._sizes else None
+
+    def readers_of(self, version: str) -> set[str]:
+        """Return by whose rights a version was read: kinds of `Reader`, but for tokens, which prove no other's."""
+        return self._note_of(version)[1]
+
+    def note_reader(self, version: str, reader: str) -> None:
+        """Note that a version, which has a digest here, was read by the rights of `reader`."""
+        digest, readers = self._note_of(version)
+        if digest and reader not in readers:
+            self._version_file(version).write_text("\n".join([digest, *sorted({*readers, reader})]))
+
+    def _note_of(self, version: str) -> tuple[str, set[str]]:
+        """Return the digest and the readers that were noted of a version, "" and none if nothing was."""
+        try:
+            digest, *readers = self._version_file(version).read_text(errors="replace").splitlines() or [""]
+        except FileNotFoundError:
+            return "", set()
+        return digest, set(readers)
 
     def _version_file(self, version: str) -> Path:
         return self._versions / hashlib.sha256(version.encode()).hexdigest()
@@ -176,7 +194,15 @@ class Blobs:
 
     def note_version(self, version: str, digest: str) -> None:
         """Note which digest a source's version has. Losing the note in a crash only costs another fetch."""
-        self._version_file(version).write_text(digest)
+        known, readers = self._note_of(version)
+        self._version_file(version).write_text("\n".join([digest, *sorted(readers if known == digest else ())]))
+
+    def check_room(self, num_bytes: int, num_staged: int = 0) -> None:
+        """Raise Unavailable unless weights of `num_bytes`, `num_staged` of them here, fit the quota and the disk."""
+        if self._quota_bytes and num_bytes > self._quota_bytes:
+            raise Unavailable(f"the adapter has {num_bytes} bytes; the store may use {self._quota_bytes}")
+        if num_bytes - num_staged > shutil.disk_usage(self._staging).free:
+            raise Unavailable(f"the adapter has {num_bytes} bytes, and the adapter store's disk has too little room")
 
     def _make_room(self, num_bytes: int, keep: str) -> None:
         if not self._quota_bytes:
@@ -265,7 +291,7 @@ class Blobs:
             if entry.stat().st_mtime < time.time() - STALE_STAGING_S:
                 shutil.rmtree(entry.path)
         for entry in os.scandir(self._versions):
-            if Path(entry.path).read_text(errors="replace") not in self._sizes:
+            if Path(entry.path).read_text(errors="replace").partition("\n")[0] not in self._sizes:
                 os.unlink(entry.path)
 
     def _remove(self, folder: Path) -> None:

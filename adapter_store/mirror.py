@@ -7,15 +7,18 @@ import errno
 import hashlib
 import logging
 from collections import defaultdict
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 from adapter_store.blobs import AdapterFolder, Blobs
 from adapter_store.shared_bucket import SharedBucket
-from adapter_store.sources import MORE_FILES, Changed, Source, Version
+from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, Source, Version
 from peft_adapters.format import (
     CONFIG_FILE,
+    MAX_CONFIG_BYTES,
     MAX_HEADER_BYTES,
     WEIGHTS_FILE,
     canonical_config,
@@ -23,6 +26,7 @@ from peft_adapters.format import (
     parse_header,
     read_adapter,
 )
+from peft_adapters.texts import MAX_TEXT_BYTES
 from protocol.queue.bus import now_ms
 from protocol.runtime.metrics import STORE_FETCH_SECONDS, STORE_FETCHES
 from protocol.wire.errors import AdapterRefused, Unavailable
@@ -53,42 +57,88 @@ class Mirror:
         """Set the limits.
 
         `max_bytes` is the largest file that is fetched. `max_parallel` is the number of fetches at once from one
-        source: counted per source, so that a slow source delays no other.
+        source: counted per source, so that a slow source delays no other. One tenant has at most three in four of them.
         """
+        self._tenant_parallel = max(1, max_parallel * 3 // 4)
+        self._tenant_slots: WeakValueDictionary[tuple[Source, str], asyncio.Semaphore] = WeakValueDictionary()
         self.blobs = blobs
         self._max_bytes = max_bytes
         self._bucket = shared_bucket
         self._slots: defaultdict[Source, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(max_parallel))
+        # Apart from fetches, so that slow ones do not delay what is only looked at or confirmed.
+        self._looks: defaultdict[Source, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(max_parallel))
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def take(self, source: Source, target: str, base: ServedModel | None, token: str = "") -> Mirrored:
+    async def take(
+        self, source: Source, target: str, base: ServedModel | None, access: Access = FLEET, tenant: str = ""
+    ) -> Mirrored:
         """Make sure that the blobs hold the content that `target` stands for now; return its digest and version.
 
-        A version that is already there costs no fetch. `base` is the model that the adapter must fit, None while it is
-        unknown. Raises AdapterRefused, before the weights are fetched if their header shows the reason; the errors of
-        the source; Changed; Unavailable when the disk is full.
+        A version that is already there costs no fetch, but the source decides whether `access` may read it, unless
+        anyone may, or the same rights have read it before and are not those of a token. `base` is the model that the
+        adapter must fit, None while it is unknown. `tenant`: whose name it is for, "" for everybody's. Raises
+        AdapterRefused, before a file is fetched whose size is the reason, and before the weights are if their header
+        shows it; the errors of the source; Changed; Unavailable when the disk is full.
         """
         fixed = source.fixed(target)
-        if fixed is not None and not token:  # with a token, the source decides whether it may still read the adapter
-            digest = await asyncio.to_thread(self.blobs.digest_of, fixed.key)
+        if fixed is not None:
+            digest = await asyncio.to_thread(self._open_to, fixed.key, access)
             if digest is not None:
                 return Mirrored(digest, fixed)
-        async with self._slots[source]:
-            version = await source.resolve(target, token)
-            for name, file in version.files.items():
-                if file.num_bytes > self._max_bytes:
-                    raise AdapterRefused([f"{name} has {file.num_bytes} bytes; the limit is {self._max_bytes}"])
-            async with self._locks.setdefault(version.key, asyncio.Lock()):
-                digest = await asyncio.to_thread(self.blobs.digest_of, version.key)
+        async with self._looks[source]:
+            version = await source.resolve(target, access)
+            self._check_sizes(version)
+            digest = await self._known(source, version, access)
+        if digest is None:
+            async with self._slot(source, tenant), self._locks.setdefault(version.key, asyncio.Lock()):
+                digest = await self._known(source, version, access)
                 if digest is None:
-                    digest = await self._fetch_measured(source, version, base, token)
+                    digest = await self._fetch_measured(source, version, base, access)
+                    await self._note_reader(version, access)
         return Mirrored(digest, version)
 
-    async def _fetch_measured(self, source: Source, version: Version, base: ServedModel | None, token: str) -> str:
+    async def _known(self, source: Source, version: Version, access: Access) -> str | None:
+        """Return the digest of a version that is here, once it is known that `access` may read it; None otherwise."""
+        digest = await asyncio.to_thread(self._open_to, version.key, access)
+        if digest is None:
+            digest = await asyncio.to_thread(self.blobs.digest_of, version.key)
+            if digest is not None:
+                await source.confirm(version, access)
+                await self._note_reader(version, access)
+        return digest
+
+    async def _note_reader(self, version: Version, access: Access) -> None:
+        if access.reader != "token":
+            await asyncio.to_thread(self.blobs.note_reader, version.key, access.reader)
+
+    @asynccontextmanager
+    async def _slot(self, source: Source, tenant: str) -> AsyncGenerator[None]:
+        """Wait for one of the fetches at once from a source, and of those a tenant may have."""
+        own = self._tenant_slots.setdefault((source, tenant), asyncio.Semaphore(self._tenant_parallel))
+        async with own if tenant else nullcontext(), self._slots[source]:
+            yield
+
+    def _open_to(self, version: str, access: Access) -> str | None:
+        """Return the digest of a version that `access` is known to be allowed to read; None if it is not known."""
+        proofs = {"anyone"} if access.reader == "token" else {"anyone", access.reader}
+        return self.blobs.digest_of(version) if proofs & self.blobs.readers_of(version) else None
+
+    def _check_sizes(self, version: Version) -> None:
+        """Raise AdapterRefused for files that are too large, going by what the source says of them."""
+        limits = {CONFIG_FILE: MAX_CONFIG_BYTES, **dict.fromkeys(MORE_FILES, MAX_TEXT_BYTES)}
+        reasons = [
+            f"{name} has {file.num_bytes} bytes; the limit is {limit}"
+            for name, file in version.files.items()
+            if file.num_bytes > (limit := min(limits.get(name, self._max_bytes), self._max_bytes))
+        ]
+        if reasons:
+            raise AdapterRefused(reasons)
+
+    async def _fetch_measured(self, source: Source, version: Version, base: ServedModel | None, access: Access) -> str:
         scheme, outcome = version.source.partition(":")[0], "failed"
         try:
             with STORE_FETCH_SECONDS.labels(scheme).time():
-                digest = await self._fetch_or_restore(source, version, base, token)
+                digest = await self._fetch_or_restore(source, version, base, access)
             outcome = "taken"
             return digest
         except AdapterRefused:
@@ -118,14 +168,18 @@ class Mirror:
         finally:
             self.blobs.discard(version)
 
-    async def _fetch_or_restore(self, source: Source, version: Version, base: ServedModel | None, token: str) -> str:
+    async def _fetch_or_restore(
+        self, source: Source, version: Version, base: ServedModel | None, access: Access
+    ) -> str:  # fmt: skip
         try:
             if self._bucket is not None and not version.at_hand:
                 digest = await asyncio.to_thread(self._bucket.digest_of, version.key)
-                if digest is not None and await self.restore(digest):
-                    await asyncio.to_thread(self.blobs.note_version, version.key, digest)
-                    return digest
-            digest = await self._fetch(source, version, base, token)
+                if digest is not None:
+                    await source.confirm(version, access)
+                    if await self.restore(digest):
+                        await asyncio.to_thread(self.blobs.note_version, version.key, digest)
+                        return digest
+            digest = await self._fetch(source, version, base, access)
         except (AdapterRefused, Changed):
             await asyncio.to_thread(self.blobs.discard, version.key)
             raise
@@ -140,16 +194,22 @@ class Mirror:
                 await asyncio.to_thread(self._bucket.push, version.key, digest, folder)
         return digest
 
-    async def _fetch(self, source: Source, version: Version, base: ServedModel | None, token: str) -> str:
+    async def _fetch(self, source: Source, version: Version, base: ServedModel | None, access: Access) -> str:
         folder = await asyncio.to_thread(self.blobs.staging, version.key)
         num_bytes = version.files[WEIGHTS_FILE].num_bytes
-        await asyncio.to_thread(_drop_unless, folder / CONFIG_FILE, version.files[CONFIG_FILE].num_bytes)
-        await source.fetch(version, CONFIG_FILE, folder / CONFIG_FILE, version.files[CONFIG_FILE].num_bytes, token)
-        await source.fetch(version, WEIGHTS_FILE, folder / WEIGHTS_FILE, min(num_bytes, HEAD_BYTES), token)
+        head_bytes = min(num_bytes, HEAD_BYTES)
+        has_config = await asyncio.to_thread(_drop_unless, folder / CONFIG_FILE, version.files[CONFIG_FILE].num_bytes)
+        if has_config and await asyncio.to_thread(_size, folder / WEIGHTS_FILE) >= head_bytes:
+            await source.confirm(version, access)  # others' rights may have read what lies here
+        await source.fetch(version, CONFIG_FILE, folder / CONFIG_FILE, version.files[CONFIG_FILE].num_bytes, access)
+        await source.fetch(version, WEIGHTS_FILE, folder / WEIGHTS_FILE, head_bytes, access)
         await asyncio.to_thread(_check_head, folder, num_bytes, base)
-        await source.fetch(version, WEIGHTS_FILE, folder / WEIGHTS_FILE, num_bytes, token)
+        if not version.at_hand:
+            here = await asyncio.to_thread(_size, folder / WEIGHTS_FILE)
+            await asyncio.to_thread(self.blobs.check_room, num_bytes, here)
+        await source.fetch(version, WEIGHTS_FILE, folder / WEIGHTS_FILE, num_bytes, access)
         for name in version.files.keys() & set(MORE_FILES):
-            await source.fetch(version, name, folder / name, version.files[name].num_bytes, token)
+            await source.fetch(version, name, folder / name, version.files[name].num_bytes, access)
         return await asyncio.to_thread(self._finish, version, folder)
 
     def _finish(self, version: Version, folder: Path) -> str:
@@ -182,15 +242,27 @@ class Mirror:
         )
 
 
-def _drop_unless(config: Path, num_bytes: int) -> None:
-    """Delete a config of another length: a store that died at this point may have rewritten it in canonical form."""
-    if config.exists() and config.stat().st_size != num_bytes:
+def _drop_unless(config: Path, num_bytes: int) -> bool:
+    """Delete a config of another length: a store that died at this point may have rewritten it in canonical form.
+
+    Returns whether there is one of the right length.
+    """
+    if not config.exists():
+        return False
+    if config.stat().st_size != num_bytes:
         config.unlink()
+        return False
+    return True
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _check_head(folder: Path, num_bytes: int, base: ServedModel | None) -> None:
     """Check the config and the header of the weights. Raises AdapterRefused."""
-    config = parse_config((folder / CONFIG_FILE).read_bytes())
+    with (folder / CONFIG_FILE).open("rb") as file:
+        config = parse_config(file.read(MAX_CONFIG_BYTES + 1))
     with (folder / WEIGHTS_FILE).open("rb") as file:
         tensors = parse_header(file.read(HEAD_BYTES), num_bytes)
     read_adapter(config, tensors, base)

@@ -11,13 +11,14 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
 
 from adapter_store.catalogue import Catalogue, field_of
 from adapter_store.mirror import Mirror
-from adapter_store.sources import Changed, Source
+from adapter_store.sources import Access, Changed, Source
 from adapter_store.timings import StoreTimings
 from protocol.queue.bus import Bus, QueueError, now_ms
 from protocol.runtime.fleet_secret import FleetSecret
@@ -47,11 +48,12 @@ class Registrar:
 
     def __init__(
         self, bus: Bus, sources: Mapping[str, Source], mirror: Mirror, catalogue: Catalogue, policy: Policy,
-        secret: FleetSecret | None = None, timings: StoreTimings | None = None,
+        secret: FleetSecret | None = None, timings: StoreTimings | None = None, access_check_s: float = 60.0,
     ) -> None:  # fmt: skip
         """Start with nothing fetched.
 
         `sources` are by scheme, `policy` says which places are allowed, `secret` opens the tokens of registrations.
+        `access_check_s`: how long it holds that a source lets a tenant's token read.
         """
         self._bus = bus
         self._sources = sources
@@ -59,6 +61,7 @@ class Registrar:
         self._catalogue = catalogue
         self._policy = policy
         self._secret = secret
+        self._access_ms = int(1000 * access_check_s)
         self._timings = timings or StoreTimings()
         self._base: ServedModel | None = None
         self._busy: set[str] = set()
@@ -138,19 +141,27 @@ class Registrar:
     async def _renew_leases(self) -> None:
         await self._bus.adapters.renew_leases(self._busy, LEASE_MS)
 
-    def token_for(self, digest: str) -> str:
-        """Return the token of a registration that this content was fetched for; "" if there is none."""
+    def accesses_to(self, digest: str) -> list[Access]:
+        """Return by whose rights the names of this content were fetched, each once; those of no token first.
+
+        A token that cannot be read here is left out.
+        """
+        found: set[Access] = set()
         for field, alias in self._catalogue.aliases.items():
             registration = self._registrations.get(field)
-            if alias.digest == digest and registration is not None and registration.token:
-                return self._token(field, registration)
-        return ""
+            if alias.digest == digest and registration is not None:
+                with suppress(PermissionDenied):
+                    found.add(self._access(field, registration))
+        return sorted(found, key=lambda access: (access.token != "", not access.as_fleet, access.token))
 
-    def _token(self, field: str, registration: Registration) -> str:
-        """Return a registration's token. Raises PermissionDenied when it cannot be read here."""
-        if registration.token and self._secret is None:
+    def _access(self, field: str, registration: Registration) -> Access:
+        """Return by whose rights a registration's source is read. Raises PermissionDenied for an unreadable token."""
+        as_fleet = registration.as_fleet or registration.is_operators
+        if not registration.token:
+            return Access(as_fleet=as_fleet)
+        if self._secret is None:
             raise PermissionDenied("this store has no secret, so it cannot decrypt the token")
-        return self._secret.open(registration.token, field) if self._secret is not None else ""
+        return Access(self._secret.open(registration.token, field), as_fleet)
 
     # ------------------------------------------------------------ one name
 
@@ -178,11 +189,13 @@ class Registrar:
             registered=registration.source, asked_ms=registration.asked_ms, on_request=registration.on_request,
         )  # fmt: skip
         await self._catalogue.announce([alias])
-        base = self._base
+        base, began_ms = self._base, now_ms()
         try:
             reference, source = self._place(registration)
             target = reference.source.partition(":")[2]
-            mirrored = await self._mirror.take(source, target, base, self._token(field, registration))
+            mirrored = await self._mirror.take(
+                source, target, base, self._access(field, registration), registration.tenant
+            )
             if base is None:
                 return  # it stays due until the base is known
             record = await self._mirror.describe(mirrored.digest, mirrored.version.source, base)
@@ -194,7 +207,10 @@ class Registrar:
         self._outcomes[field] = Outcome(registration, time.monotonic(), pause_s)
         if field in self._registrations:
             digest, place = mirrored.digest, mirrored.version.source
-            served = msgspec.structs.replace(alias, state="on_disk", digest=digest, source=place)
+            confirmed_ms = began_ms if registration.token and registration.tenant else 0
+            served = msgspec.structs.replace(
+                alias, state="on_disk", digest=digest, source=place, confirmed_ms=confirmed_ms
+            )
             await self._catalogue.publish(served, record)
             logger.info("adapter %s is served: %.12s of %s", registration.name, digest, place)
 
@@ -204,7 +220,8 @@ class Registrar:
         source = self._sources.get(reference.scheme) if reference else None
         if reference is None or source is None:
             raise BadRequest(f"{registration.source!r} is not a place that adapters can be fetched from")
-        self._policy.check(reference, on_request=registration.on_request)
+        as_fleet = registration.as_fleet or registration.is_operators
+        self._policy.check(reference, on_request=registration.on_request, as_fleet=as_fleet)
         return reference, source
 
     async def _fail(self, alias: Alias, registration: Registration, error: LorafleetError | OSError | Changed) -> None:
@@ -232,13 +249,13 @@ class Registrar:
         """Keep serving the name's old content, with the reason why it is not newer; return False if that is impossible.
 
         Old content is dropped when its own source now refuses it. It is kept when the name was to be moved to another
-        source and that one refuses.
+        source and that one refuses. What a tenant's token opened is kept for as long as that was confirmed.
         """
         known = self._catalogue.aliases.get(field)
         if known is None or known.state != "on_disk" or self._base is None:
             return False
         moving = known.registered != registration.source
-        if refused and not moving:
+        if (refused and not moving) or 0 < known.confirmed_ms <= now_ms() - self._access_ms:
             return False
         try:
             record = await self._mirror.describe(known.digest, known.source, self._base)

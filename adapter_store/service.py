@@ -17,7 +17,7 @@ from adapter_store.mirror import Mirror
 from adapter_store.pin_controller import PinController
 from adapter_store.registrar import Registrar
 from adapter_store.shared_bucket import SharedBucket
-from adapter_store.sources import Changed, Source
+from adapter_store.sources import FLEET, Changed, Source
 from adapter_store.sources.hub import HubSource
 from adapter_store.sources.local import LocalSource
 from adapter_store.sources.s3 import S3Source, make_client
@@ -29,7 +29,15 @@ from protocol.runtime.private_files import private_folder
 from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings
 from protocol.wire.adapter_refs import Policy
-from protocol.wire.errors import BadRequest, Conflict, ProtocolError, Unavailable
+from protocol.wire.errors import (
+    BadRequest,
+    Conflict,
+    LorafleetError,
+    NotFound,
+    PermissionDenied,
+    ProtocolError,
+    Unavailable,
+)
 from protocol.wire.messages import AdapterEvent, ServedModel
 
 logger = logging.getLogger(__name__)
@@ -106,7 +114,9 @@ class Store:
             self.sources["local"] = LocalSource(settings.adapters)
         self.pin_controller = PinController(bus, self.catalogue, settings)
         policy = Policy.of(settings)
-        self.registrar = Registrar(bus, self.sources, self.mirror, self.catalogue, policy, secret, timings)
+        self.registrar = Registrar(
+            bus, self.sources, self.mirror, self.catalogue, policy, secret, timings, settings.access_check_s
+        )
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop`. Fetches that are then in progress resume at the next start."""
@@ -250,14 +260,20 @@ class Store:
         source = self.sources.get(scheme)
         if source is None:
             return False
-        try:
-            mirrored = await self.mirror.take(source, target, self.base, self.registrar.token_for(digest))
-        except Changed as error:
-            logger.warning("adapter %.12s is no longer at %s: %s", digest, record.source, error)
-            return False
-        except OSError as error:
-            raise Unavailable(f"the source cannot be read: {error.strerror}") from error
-        return mirrored.digest == digest
+        refusal: LorafleetError | None = None
+        for access in self.registrar.accesses_to(digest) or [FLEET]:
+            try:
+                mirrored = await self.mirror.take(source, target, self.base, access)
+                return mirrored.digest == digest
+            except Changed as error:
+                logger.warning("adapter %.12s is no longer at %s: %s", digest, record.source, error)
+                return False
+            except OSError as error:
+                raise Unavailable(f"the source cannot be read: {error.strerror}") from error
+            except (PermissionDenied, NotFound) as error:
+                refusal = error
+        assert refusal is not None
+        raise refusal
 
 
 def _is_loopback(host: str) -> bool:

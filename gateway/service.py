@@ -90,7 +90,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
             )
         encoders = EncoderEndpoints(endpoints, pipeline)
         keys = bus.api_keys if settings.api_keys else None
-        app = build_app(endpoints, native, operators, encoders, settings, admission, keys)
+        app = build_app(endpoints, native, operators, encoders, settings, admission, keys, secret)
         with _listen(settings.host, settings.port) as listener:
             address = _address(listener)
             await replies.open()

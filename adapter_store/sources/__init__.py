@@ -43,6 +43,25 @@ class Version:
     at_hand: bool = False  # on this machine: so cheap to fetch again that it needs no sync to disk
 
 
+Reader = Literal["anyone", "fleet", "token"]
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """By whose rights a source is read: those of a token, else of the store itself, else of anyone."""
+
+    token: str = field(default="", repr=False)
+    as_fleet: bool = False  # with the store's own credentials, unless there is a token
+
+    @property
+    def reader(self) -> Reader:
+        """Whose rights these are."""
+        return "token" if self.token else "fleet" if self.as_fleet else "anyone"
+
+
+FLEET = Access(as_fleet=True)
+
+
 class Source(Protocol):
     """One kind of place that holds adapters. Its errors are LorafleetErrors, retryable if another try may succeed."""
 
@@ -53,7 +72,7 @@ class Source(Protocol):
         """
         ...
 
-    async def resolve(self, target: str, token: str = "") -> Version:
+    async def resolve(self, target: str, access: Access = FLEET) -> Version:
         """Return the version that `target` refers to now.
 
         Raises NotFound, PermissionDenied, AdapterRefused when it holds no adapter, Unavailable when another try may
@@ -61,8 +80,17 @@ class Source(Protocol):
         """
         ...
 
-    async def fetch(self, version: Version, name: str, path: Path, end: int, token: str = "") -> None:
+    async def confirm(self, version: Version, access: Access) -> None:
+        """Ask whether `access` may read the content of a resolved version. Raises as `resolve` if it may not.
+
+        Some sources show a version to more than may read it.
+        """
+        ...
+
+    async def fetch(self, version: Version, name: str, path: Path, end: int, access: Access = FLEET) -> None:
         """Download bytes `[0, end)` of the file `name` to `path`, continuing after those that `path` already holds.
+
+        Never more than `end` bytes are written, whatever the source sends.
 
         Raises as `resolve`; also Changed when the content is no longer that of `version`.
         """

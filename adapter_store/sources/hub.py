@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from adapter_store.sources import FILES, MORE_FILES, Changed, RemoteFile, Version
+from adapter_store.sources import FILES, FLEET, MORE_FILES, Access, Changed, RemoteFile, Version
 from adapter_store.sources.retry import Attempts, Retries
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.wire.adapter_refs import parse_reference
@@ -44,8 +44,8 @@ class HubSource:
     ) -> None:  # fmt: skip
         """Prepare a client of `endpoint`, the configured Hub by default.
 
-        `token` is used for calls that bring none; by default it is HF_TOKEN or that of the Hub's login. `retries` sets
-        how calls are repeated. An `offline` source asks nothing, by default if HF_HUB_OFFLINE is set.
+        `token` is the fleet's own; by default it is HF_TOKEN or that of the Hub's login. `retries` sets how calls are
+        repeated. An `offline` source asks nothing, by default if HF_HUB_OFFLINE is set.
         """
         self._endpoint = endpoint or constants.ENDPOINT
         self._token = token or get_token()
@@ -58,6 +58,9 @@ class HubSource:
         """Close the connections."""
         await self._http.aclose()
 
+    def _token_of(self, access: Access) -> str:
+        return access.token or (self._token or "" if access.as_fleet else "")
+
     # ------------------------------------------------------------ resolve
 
     def fixed(self, target: str) -> Version | None:
@@ -69,7 +72,7 @@ class HubSource:
         """Return the version of ORG/NAME@COMMIT."""
         return Version(f"hub:{self._endpoint}/{target}", source=f"hub:{target}", target=target, files=files or {})
 
-    async def resolve(self, target: str, token: str = "") -> Version:
+    async def resolve(self, target: str, access: Access = FLEET) -> Version:
         """Ask the Hub for the commit and the files of ORG/NAME[@REVISION]; see `Source.resolve`."""
         reference = parse_reference(f"hub:{target}")
         if reference is None:
@@ -84,7 +87,7 @@ class HubSource:
                 revision=reference.revision or None,
                 files_metadata=True,
                 timeout=TIMEOUT.read,
-                token=token or self._token or False,
+                token=self._token_of(access) or False,
             )
 
         info = await self._retrying(lambda: asyncio.to_thread(ask), repo, reference.revision)
@@ -117,9 +120,28 @@ class HubSource:
             except httpx2.TransportError as error:
                 await attempts.pause(f"the Hub cannot be reached: {type(error).__name__}")
 
+    async def confirm(self, version: Version, access: Access) -> None:
+        """Ask for the head of a file: the Hub shows gated repositories to all; see `Source.confirm`."""
+        repo, _, commit = version.target.partition("@")
+        url = hf_hub_url(repo, CONFIG_FILE, revision=commit, endpoint=self._endpoint)
+        attempts = Attempts(self._retries)
+        while True:
+            try:
+                # The Hub has decided when it redirects to where the bytes lie.
+                answer = await self._http.head(url, headers=_bearer(self._token_of(access)), follow_redirects=False)
+            except httpx2.TransportError as error:
+                await attempts.pause(f"the Hub cannot be reached: {type(error).__name__}")
+                continue
+            if answer.status_code < 400:
+                return
+            refusal = _refusal(answer, repo)
+            if refusal is not None:
+                raise refusal
+            await attempts.pause(f"the Hub answers {answer.status_code}", answer.headers)
+
     # ------------------------------------------------------------ fetch
 
-    async def fetch(self, version: Version, name: str, path: Path, end: int, token: str = "") -> None:
+    async def fetch(self, version: Version, name: str, path: Path, end: int, access: Access = FLEET) -> None:
         """Download a part of a file, with retries; see `Source.fetch`."""
         repo, _, commit = version.target.partition("@")
         url = hf_hub_url(repo, name, revision=commit, endpoint=self._endpoint)
@@ -127,7 +149,7 @@ class HubSource:
         with path.open("ab") as file:
             while (at := file.tell()) < end:
                 try:
-                    await self._read(url, file, end, version.files[name].num_bytes, token or self._token or "")
+                    await self._read(url, file, end, version.files[name].num_bytes, self._token_of(access))
                 except _Answer as answer:
                     refusal = _refusal(answer.response, repo)
                     if refusal is not None:
@@ -141,7 +163,7 @@ class HubSource:
     async def _read(self, url: str, file: BinaryIO, end: int, num_bytes: int, token: str) -> None:
         """Append bytes `[file.tell(), end)` of a remote file of `num_bytes`."""
         at = file.tell()
-        headers = {"Range": f"bytes={at}-{end - 1}"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        headers = {"Range": f"bytes={at}-{end - 1}"} | _bearer(token)
         # The client drops the Authorization header when the Hub redirects to another host.
         async with self._http.stream("GET", url, headers=headers) as response:
             if response.status_code == 206:
@@ -157,6 +179,10 @@ class HubSource:
             else:
                 raise _Answer(response)
             await _append(response, file, end - at)
+
+
+def _bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 async def _append(response: httpx2.Response, file: BinaryIO, num_bytes: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapter_store.sources import MORE_FILES, Changed, RemoteFile, Version
+from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, RemoteFile, Version
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.wire.errors import AdapterRefused, NotFound
 
@@ -115,7 +115,7 @@ class LocalSource:
         """Return None: every folder can change."""
         return None
 
-    async def resolve(self, target: str, token: str = "") -> Version:
+    async def resolve(self, target: str, access: Access = FLEET) -> Version:
         """Return the version of a folder as it is now; see `Source.resolve`."""
         return await asyncio.to_thread(self._resolve, target)
 
@@ -145,7 +145,10 @@ class LocalSource:
                 return f"{pickle} is a pickle, which can run code: convert it to {WEIGHTS_FILE}"
         return f"{WEIGHTS_FILE} is missing"
 
-    async def fetch(self, version: Version, name: str, path: Path, end: int, token: str = "") -> None:
+    async def confirm(self, version: Version, access: Access) -> None:
+        """Do nothing: gateways decide who may name a folder."""
+
+    async def fetch(self, version: Version, name: str, path: Path, end: int, access: Access = FLEET) -> None:
         """Copy a part of a file; see `Source.fetch`."""
         await asyncio.to_thread(self._copy, version, name, path, end)
 

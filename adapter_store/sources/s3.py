@@ -1,6 +1,7 @@
 """Adapters in S3 or a compatible server: `s3://bucket/prefix`, with the files directly under the prefix.
 
 The ETags of the objects make up the version. Every read sends If-Match, so an object that was replaced is noticed.
+S3 is read with the fleet's own credentials only, and callers' tokens mean nothing to it.
 """
 
 # boto3 has no types, so this file is checked less strictly.
@@ -19,7 +20,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from urllib3.exceptions import HTTPError
 
-from adapter_store.sources import FILES, MORE_FILES, Changed, RemoteFile, Version
+from adapter_store.sources import FILES, FLEET, MORE_FILES, Access, Changed, RemoteFile, Version
 from adapter_store.sources.retry import Attempts, Retries
 from peft_adapters.format import WEIGHTS_FILE
 from protocol.wire.adapter_refs import parse_reference
@@ -49,8 +50,10 @@ class S3Source:
         """Return None: every object can be replaced."""
         return None
 
-    async def resolve(self, target: str, token: str = "") -> Version:
+    async def resolve(self, target: str, access: Access = FLEET) -> Version:
         """Return the version of the objects as they are now; see `Source.resolve`."""
+        if not access.as_fleet:
+            raise PermissionDenied(f"s3:{target:.300} is not for tenants to read with the fleet's credentials")
         return await asyncio.to_thread(self._resolve, target)
 
     def _resolve(self, target: str) -> Version:
@@ -80,7 +83,10 @@ class S3Source:
             files=files,
         )
 
-    async def fetch(self, version: Version, name: str, path: Path, end: int, token: str = "") -> None:
+    async def confirm(self, version: Version, access: Access) -> None:
+        """Do nothing: S3 has decided when it gave the heads of the objects."""
+
+    async def fetch(self, version: Version, name: str, path: Path, end: int, access: Access = FLEET) -> None:
         """Download a part of an object, with retries; see `Source.fetch`."""
         attempts = Attempts(self._retries)
         with path.open("ab") as file:
@@ -98,15 +104,20 @@ class S3Source:
 
     def _read(self, version: Version, name: str, file: BinaryIO, end: int) -> None:
         bucket, _, prefix = version.target.removeprefix("//").partition("/")
+        at = file.tell()
         reply = self._s3.get_object(
             Bucket=bucket,
             Key=f"{prefix}/{name}",
-            Range=f"bytes={file.tell()}-{end - 1}",
+            Range=f"bytes={at}-{end - 1}",
             IfMatch=version.files[name].etag,
         )
         with closing(reply["Body"]) as body:
+            if at and not str(reply.get("ContentRange", "")).startswith(f"bytes {at}-"):
+                raise Changed(f"S3 does not give bytes {at}- of {version.source}/{name}")
             for chunk in body.iter_chunks(CHUNK_BYTES):
-                file.write(chunk)
+                file.write(chunk[: end - file.tell()])
+                if file.tell() >= end:
+                    break  # whatever the server goes on to send
         file.flush()
         if file.tell() < end:
             raise _Cut

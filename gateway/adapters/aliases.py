@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 from gateway.auth.callers import EVERYBODY, Caller
+from protocol.queue.adapters import NameLimits
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
 from protocol.runtime.fleet_secret import FleetSecret, owner_of
 from protocol.runtime.settings import Settings
@@ -53,7 +54,10 @@ class Aliases:
         self._poll_s = poll_s
         self._policy = Policy.of(settings)
         self._refresh_ms = int(1000 * settings.refresh_s)
+        self._access_ms = int(1000 * settings.access_check_s)
+        self._asking: set[asyncio.Task[object]] = set()  # looks that nobody waits for
         self._secret = secret
+        self._max_own, self._max_per_minute = settings.max_tenant_adapters, settings.max_registrations_per_minute
         self._waiters: dict[str, set[asyncio.Event]] = {}
         self._asked: dict[str, int] = {}  # private name -> unix ms, when a look that is still awaited was asked for
         self._failure: LorafleetError | None = None
@@ -94,7 +98,7 @@ class Aliases:
         """
         own = await self._bus.adapters.alias(name, caller.name) if caller.name else None
         if own is not None:
-            return await self._once_settled(own, timeout_s)
+            return await self.confirmed(await self._once_settled(own, timeout_s), timeout_s)
         if not caller.may_use(name):
             raise ModelNotFound(name)
         alias = await self._bus.adapters.alias(name)
@@ -105,7 +109,12 @@ class Aliases:
             raise ModelNotFound(name)
         if reference.scheme not in self._policy.request_sources:
             raise ModelNotFound(name, f"Requests may not name {reference.scheme} adapters here: register it first.")
-        self._policy.check(reference, on_request=True)
+        as_fleet = self._policy.lends(reference)
+        if as_fleet and not caller.may_use(reference.place):
+            raise ModelNotFound(
+                name
+            )  # the fleet's credentials are lent for what the tenant sees, however it is spelled
+        self._policy.check(reference, on_request=True, as_fleet=as_fleet)
         if alias is not None and alias.state == "on_disk":
             caller = replace(caller, token="")  # everybody's is there already
         return await self._from_source(name, reference, caller, timeout_s)
@@ -122,21 +131,75 @@ class Aliases:
     async def _from_source(self, name: str, reference: Reference, caller: Caller, timeout_s: float) -> m.Alias:
         """Return the alias of a source; the stores look at it anew unless it was looked at lately."""
         token = caller.token
-        tenant = owner_of(token)
-        key = private_name(name, tenant)
-        forever = reference.is_fixed and not token  # a commit's content never changes; who may read it does
+        tenant = owner_of(token, self._secret)
         alias = await self._bus.adapters.alias(name, tenant)
         now = now_ms()
         if alias is not None and alias.state == "failed" and now < alias.retry_ms:
             raise error_of(alias)
-        if alias is not None and alias.state == "on_disk" and (forever or now < alias.asked_ms + self._refresh_ms):
+        # What anyone may read at a commit is read by anyone for ever. A token's rights may change.
+        is_fresh = alias is not None and ((reference.is_fixed and not token) or now < alias.asked_ms + self._refresh_ms)
+        if alias is not None and alias.state == "on_disk" and is_fresh:
+            return await self.confirmed(alias, timeout_s)
+        self._on_wait()
+        looked = await self._look(name, tenant, lambda: self._ask(name, reference, caller), timeout_s)
+        return self._unless_unconfirmed(looked)
+
+    async def confirmed(self, alias: m.Alias, timeout_s: float) -> m.Alias:
+        """Return the alias of a name on disk, once its source has lately let the token read it that opens the name.
+
+        What no tenant's token opens is returned at once. Otherwise the source is asked again every `access_check_s`:
+        ahead of time while it is asked for often, so that nobody waits. Raises what the source answers; Unavailable
+        when it does not answer.
+        """
+        age_ms = now_ms() - alias.confirmed_ms
+        if not alias.confirmed_ms or age_ms < self._access_ms // 2:
             return alias
-        asked_ms = self._asked.get(key, 0) or await self._ask(name, reference, token)
+        if age_ms >= self._access_ms:
+            self._on_wait()
+            return self._unless_unconfirmed(
+                await self._look(alias.name, alias.tenant, lambda: self._ask_again(alias), timeout_s)
+            )
+        if private_name(alias.name, alias.tenant) not in self._asked:
+            task = asyncio.create_task(self._look_quietly(alias))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+        return alias
+
+    def _unless_unconfirmed(self, alias: m.Alias) -> m.Alias:
+        """Return an alias after a look, unless the source did not answer and had confirmed its token too long ago.
+
+        Raises Unavailable.
+        """
+        if alias.reason and alias.confirmed_ms and now_ms() - alias.confirmed_ms >= self._access_ms:
+            raise Unavailable(
+                f"the source does not answer whether it still lets the token read `{alias.name}`: {alias.reason}",
+                param="model",
+                code="adapter_unavailable",
+            )
+        return alias
+
+    async def _look_quietly(self, alias: m.Alias) -> None:
+        """Have the stores look at the source of an alias; who asks for it later hears of the outcome."""
+        try:
+            await self._look(alias.name, alias.tenant, lambda: self._ask_again(alias), self._access_ms / 1000)
+        except LorafleetError as error:
+            logger.info("adapter %s cannot be confirmed: %s", alias.name, error)
+        except CONNECTION_ERRORS as error:
+            logger.warning("adapter %s cannot be confirmed: %s", alias.name, error)
+
+    async def _look(
+        self, name: str, tenant: str, ask: Callable[[], Awaitable[int]], timeout_s: float
+    ) -> m.Alias:  # fmt: skip
+        """Have the stores look at a name's source, all who wait by one look; return the alias after it.
+
+        `ask` tells them, and returns when that was. Raises why the name is not served.
+        """
+        key = private_name(name, tenant)
+        asked_ms = self._asked.get(key, 0) or await ask()
 
         def is_answered(found: m.Alias | None) -> bool:
             return found is not None and is_settled(found) and found.asked_ms >= asked_ms
 
-        self._on_wait()
         try:
             found = await self.wait(name, tenant, is_answered, timeout_s)
         finally:
@@ -145,19 +208,40 @@ class Aliases:
         assert found is not None
         return _or_raise(found)
 
-    async def _ask(self, name: str, reference: Reference, token: str) -> int:
-        """Have the stores look at a source; return when that was, unix ms. Raises BadRequest, Unavailable."""
-        tenant = owner_of(token)
+    async def _ask(self, name: str, reference: Reference, caller: Caller) -> int:
+        """Have the stores look at a source; return when that was, unix ms.
+
+        Raises BadRequest, Overloaded, Conflict, Unavailable.
+        """
+        tenant = owner_of(caller.token, self._secret)
         key = private_name(name, tenant)
-        sealed = self.sealed(token, key)
+        sealed = self.sealed(caller.token, key)
         asked_ms = self._asked[key] = now_ms()
         registration = m.Registration(
-            name=name, source=reference.source, token=sealed, tenant=tenant, asked_ms=asked_ms, on_request=True
-        )
-        if not await self._bus.adapters.register(registration):
+            name=name, source=reference.source, token=sealed, tenant=tenant, asked_ms=asked_ms, on_request=True,
+            as_fleet=self._policy.lends(reference),
+        )  # fmt: skip
+        try:
+            await self.register(registration, caller)
+        except BaseException:
             del self._asked[key]
-            raise Unavailable("too many adapters are registered", code="too_many_adapters")
+            raise
         return asked_ms
+
+    async def _ask_again(self, alias: m.Alias) -> int:
+        """Have the stores look at a registered name's source; return when that was. Raises ModelNotFound."""
+        key = private_name(alias.name, alias.tenant)
+        asked_ms = self._asked[key] = now_ms()
+        if not await self._bus.adapters.ask_again(alias.name, alias.tenant, asked_ms):
+            self._asked.pop(key, None)
+            raise ModelNotFound(alias.name)
+        return asked_ms
+
+    async def register(self, registration: m.Registration, caller: Caller) -> None:
+        """Write a registration that a caller asks for, within its limits. Raises Overloaded, Conflict, Unavailable."""
+        limits = None if caller.is_admin else NameLimits(caller.name, self._max_own, self._max_per_minute)
+        if not await self._bus.adapters.register(registration, limits=limits):
+            raise Unavailable("too many adapters are registered", code="too_many_adapters")
 
     def sealed(self, token: str, key: str) -> str:
         """Return a token encrypted for Redis, under a private name. Raises BadRequest if this fleet has no secret."""

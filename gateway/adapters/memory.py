@@ -88,17 +88,24 @@ class AdapterMemory:
         freed.waiting = sorted(set(awaited.values()))
         return freed
 
-    async def requests(self, digest: str) -> list[str]:
-        """Return the ids of the requests for an adapter, or for merges with it, that have not ended."""
+    async def requests(self, digest: str, tenant: str | None = None) -> list[str]:
+        """Return the ids of the requests for an adapter, or for merges with it, that have not ended.
+
+        `tenant`: only those of one tenant.
+        """
+
+        def counts(request: m.Submit | m.Assigned) -> bool:
+            return tenant in (None, request.tenant) and involves(request.digest, digest)
+
         rids: list[str] = []
         for cls in CLASSES:
             for _, fields in await self._bus.streams.entries(self._bus.keys.sub(cls)):
                 submit = decode(fields.get(b"b", b""), m.Submit)
-                if involves(submit.digest, digest):
+                if counts(submit):
                     rids.append(submit.rid)
         on_workers: list[str] = []
         for wid in await self._bus.members.ids(self._bus.keys.workers):
-            on_workers += [item.rid for item in await self._bus.work_of(wid) if involves(item.digest, digest)]
+            on_workers += [item.rid for item in await self._bus.work_of(wid) if counts(item)]
         # The entries of a batch stay until all of its requests have ended.
         facts = await self._bus.requests(on_workers) if on_workers else []
         return rids + [rid for rid, fact in zip(on_workers, facts, strict=True) if fact and not fact.is_terminal]
@@ -112,9 +119,9 @@ class AdapterMemory:
             await asyncio.sleep(POLL_S)
         return True
 
-    async def end_requests(self, digest: str, error: LorafleetError) -> int:
-        """Fail all requests for an adapter with an error; return how many there were."""
-        ended = [await self._bus.finish(rid, "failed", "error", error) for rid in await self.requests(digest)]
+    async def end_requests(self, digest: str, error: LorafleetError, tenant: str | None = None) -> int:
+        """Fail all requests for an adapter, or those of one tenant, with an error; return how many there were."""
+        ended = [await self._bus.finish(rid, "failed", "error", error) for rid in await self.requests(digest, tenant)]
         return sum(ended)
 
     async def drop_blob(self, digest: str) -> int:

@@ -6,6 +6,7 @@ Stores and workers carry an operation out; here it is checked, written to Redis 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -20,17 +21,24 @@ from gateway.adapters.aliases import Aliases, error_of, is_settled
 from gateway.adapters.memory import POLL_S, AdapterMemory, Freed
 from gateway.adapters.resolver import BASE
 from gateway.adapters.views import AdapterObjects
-from gateway.auth.callers import Caller
-from protocol.queue.bus import Bus, now_ms
+from gateway.auth.callers import EVERYBODY, Caller
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.adapter_refs import FOLDER, Policy, Reference, parse_reference, parse_source
-from protocol.wire.errors import BadRequest, Conflict, ModelNotFound, Unavailable
+from protocol.wire.errors import BadRequest, Conflict, LorafleetError, ModelNotFound, PermissionDenied, Unavailable
 from protocol.wire.keys import private_name
+from protocol.wire.records import AdapterUse
+
+logger = logging.getLogger(__name__)
 
 REMOVAL_S = 10.0
 """Least time for which the removal of a name by a store is waited for."""
+
+MAX_FREEING, FREEING_AT_ONCE, FREEING_S = 100, 2, 30.0
+"""Contents that tenants have unloaded whose memory is freed afterwards: most that wait for it, most at once, and the
+longest wait for the requests that use one. What is not freed leaves when others need its room."""
 
 OTHERS = "(another tenant's)"
 """Shown in place of a name that its caller may not see."""
@@ -50,6 +58,7 @@ class Wanted:
     replace: bool = False  # also if the name stands for another source now
     wait_s: float = 60.0
     tenant: str = ""  # whose name it is; "": everybody's
+    caller: Caller = EVERYBODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +82,8 @@ class AdapterOperations:
         self._policy = Policy.of(settings)
         self._root = settings.adapters
         self.memory = AdapterMemory(bus, secret)
+        self._free_slots = asyncio.Semaphore(FREEING_AT_ONCE)
+        self._freeing: set[asyncio.Task[None]] = set()
         aliases.listeners.append(self.memory.on_event)
 
     # ------------------------------------------------------------ list
@@ -86,11 +97,11 @@ class AdapterOperations:
         ]  # fmt: skip
         aliases = sorted(found, key=lambda alias: alias.name)
         page = aliases[:limit]
-        return {"object": "list", "data": await self._show(page), "has_more": len(aliases) > len(page)}
+        return {"object": "list", "data": await self._show(page, caller), "has_more": len(aliases) > len(page)}
 
     async def get(self, name: str, caller: Caller, tenant: str | None = None) -> dict[str, Any]:
         """Return the object of one adapter that the caller sees. Raises ModelNotFound."""
-        return (await self._show([await self.seen(name, caller, tenant)]))[0]
+        return (await self._show([await self.seen(name, caller, tenant)], caller))[0]
 
     async def seen(self, name: str, caller: Caller, tenant: str | None) -> m.Alias:
         """Return the alias that a caller sees under a name: its own, else everybody's; or that of a tenant it names.
@@ -104,12 +115,16 @@ class AdapterOperations:
                 return alias
         raise ModelNotFound(name)
 
-    async def _show(self, aliases: Sequence[m.Alias]) -> list[dict[str, Any]]:
+    async def _show(self, aliases: Sequence[m.Alias], caller: Caller) -> list[dict[str, Any]]:
+        """Return the objects of aliases. What workers do with a content that tenants share is for admins only."""
         digests = sorted({alias.digest for alias in aliases if alias.digest})
         records = await self._bus.adapters.records(digests)
+        if not caller.is_admin:
+            objects = AdapterObjects([], {})
+            return [objects.of(alias, records.get(alias.digest), None) for alias in aliases]
         uses = await self._bus.adapters.uses(digests)
         objects = AdapterObjects(await self.memory.beats(), await self._bus.adapters.pins())
-        return [objects.of(alias, records.get(alias.digest), uses.get(alias.digest)) for alias in aliases]
+        return [objects.of(alias, records.get(alias.digest), uses.get(alias.digest, AdapterUse())) for alias in aliases]
 
     # ------------------------------------------------------------ register, preload, pin
 
@@ -121,7 +136,7 @@ class AdapterOperations:
         """
         reference = self.reference_of(wanted.source or wanted.name)
         _check_name(wanted.name)
-        self._policy.check(reference, on_request=False)
+        as_fleet = self._check_place(reference, wanted.caller)
         tenant = wanted.tenant
         alias, before = (
             await self._bus.adapters.alias(wanted.name, tenant),
@@ -138,10 +153,9 @@ class AdapterOperations:
         if not token and before is not None and source_before == reference.source:
             token = before.token
         registration = m.Registration(
-            name=wanted.name, source=reference.source, token=token, tenant=tenant, asked_ms=asked_ms
+            name=wanted.name, source=reference.source, token=token, tenant=tenant, asked_ms=asked_ms, as_fleet=as_fleet
         )
-        if not await self._bus.adapters.register(registration):
-            raise Unavailable("too many adapters are registered", code="too_many_adapters")
+        await self._aliases.register(registration, wanted.caller)
 
         def is_answered(found: m.Alias | None) -> bool:
             return found is not None and is_settled(found) and found.asked_ms >= asked_ms
@@ -160,6 +174,18 @@ class AdapterOperations:
             raise error_of(found)
         return True, not is_known
 
+    def _check_place(self, reference: Reference, caller: Caller) -> bool:
+        """Return whether a place is read for a caller with the fleet's own credentials. Raises PermissionDenied.
+
+        They are lent to a tenant for no place that it does not see, whatever the name that it registers.
+        """
+        is_visible = caller.may_use(reference.place)
+        as_fleet = caller.is_admin or (is_visible and self._policy.lends(reference))
+        if reference.scheme == "local" and not is_visible:
+            raise PermissionDenied(f"the folder {reference.source!r:.200} is not for this tenant", param="source")
+        self._policy.check(reference, on_request=False, as_fleet=as_fleet)
+        return as_fleet
+
     async def _take_back(self, registration: m.Registration, before: m.Registration | None) -> None:
         """Undo a registration unless a newer one has come. Raises Unavailable if no store removes a new name."""
         if before is None:
@@ -169,7 +195,9 @@ class AdapterOperations:
                     name, tenant, lambda found: found is None or found.is_folder or found.asked_ms > asked_ms, REMOVAL_S
                 )
             return
-        is_other = (before.source, before.token) != (registration.source, registration.token)
+        is_other = (before.source, before.token, before.as_fleet) != (
+            registration.source, registration.token, registration.as_fleet,
+        )  # fmt: skip
         if is_other and await self._bus.adapters.registration(registration.name, registration.tenant) == registration:
             await self._bus.adapters.register(msgspec.structs.replace(before, asked_ms=now_ms()))
 
@@ -234,7 +262,7 @@ class AdapterOperations:
             raise ModelNotFound(name)
         if alias.state == "failed":
             raise error_of(alias)
-        return alias
+        return await self._aliases.confirmed(alias, wait_s)
 
     async def _wait_workers(self, has: Callable[[m.WorkerBeat], bool], wait_s: float) -> bool:
         deadline_s = time.monotonic() + wait_s
@@ -281,16 +309,37 @@ class AdapterOperations:
         digest = alias.digest if alias is not None else ""
         others = [other for other in await self._bus.adapters.aliases(None) if other.digest == digest]
         kept_by = sorted({other.name if caller.sees(other) else OTHERS for other in others})
-        if not digest or kept_by:
-            return Unloaded(name, digest, Freed(), kept_by if digest else [], 0)
-        deadline_s = time.monotonic() + wait_s
         error = Conflict(f"the adapter `{name}` was unloaded", param="model", code="adapter_unloaded")
+        if not digest or (kept_by if caller.is_admin else kept_by and kept_by != [OTHERS]):
+            return Unloaded(name, digest, Freed(), [one for one in kept_by if one != OTHERS or caller.is_admin], 0)
+        if not caller.is_admin:
+            # Whether other tenants have this content is not told: not by what is freed, nor by how long that takes.
+            num_ended = await self.memory.end_requests(digest, error, caller.name) if force else 0
+            if not others and len(self._freeing) < MAX_FREEING:
+                task = asyncio.create_task(self._free_later(digest, blob=blob, wait_s=min(wait_s, FREEING_S)))
+                self._freeing.add(task)
+                task.add_done_callback(self._freeing.discard)
+            return Unloaded(name, digest, Freed(), [], num_ended)
         num_ended = await self.memory.end_requests(digest, error) if force else 0
+        return Unloaded(name, digest, await self._free(digest, blob=blob, wait_s=wait_s), [], num_ended)
+
+    async def _free(self, digest: str, *, blob: bool, wait_s: float) -> Freed:
+        """Free what a content takes once no request uses it, after `wait_s` where one still does."""
+        deadline_s = time.monotonic() + wait_s
         await self.memory.wait_unused(digest, wait_s)
         freed = await self.memory.evict(digest, max(deadline_s - time.monotonic(), 2.0))
         if blob and not freed.waiting:
             freed.disk_bytes = await self.memory.drop_blob(digest)
-        return Unloaded(name, digest, freed, [], num_ended)
+        return freed
+
+    async def _free_later(self, digest: str, *, blob: bool, wait_s: float) -> None:
+        try:
+            async with self._free_slots:
+                await self._free(digest, blob=blob, wait_s=wait_s)
+        except LorafleetError as error:
+            logger.warning("what an unloaded adapter takes is not all freed: %s", error)
+        except CONNECTION_ERRORS as error:
+            logger.warning("what an unloaded adapter takes is not all freed: %s", error)
 
 
 def _check_name(name: str) -> None:

@@ -14,10 +14,10 @@ from starlette.responses import PlainTextResponse, Response
 
 from gateway.adapters.memory import Freed
 from gateway.adapters.operations import AdapterOperations, Unloaded, Wanted
-from gateway.auth.callers import Caller, caller_of
+from gateway.auth.callers import caller_of
 from gateway.http import openapi
 from gateway.http.routes import json_response
-from protocol.wire.errors import BadRequest, Conflict, NotFound, PermissionDenied, Unavailable
+from protocol.wire.errors import BadRequest, Conflict, NotFound, Unavailable
 
 MAX_WAIT_S = 600.0
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S)]
@@ -85,8 +85,7 @@ class OperatorEndpoints:
         tenant = caller.namespace(body.tenant)
         if body.pin and tenant:
             raise BadRequest("only an adapter for everybody can be pinned", param="pin")
-        wanted = Wanted(body.name, body.source, body.token or caller.token, body.replace, body.wait_s, tenant)
-        self._check_folder(wanted, caller)
+        wanted = Wanted(body.name, body.source, body.token or caller.token, body.replace, body.wait_s, tenant, caller)
         is_served, is_new = await self._operations.register(wanted)
         if body.pin:
             await self._operations.pin_when_served(body.name)
@@ -94,12 +93,6 @@ class OperatorEndpoints:
             await self._operations.preload(body.name, 0.0, tenant)
         status = (201 if is_new else 200) if is_served else 202
         return json_response(await self._operations.get(body.name, caller, tenant), status)
-
-    def _check_folder(self, wanted: Wanted, caller: Caller) -> None:
-        """Raise PermissionDenied for a folder that the caller may not use."""
-        reference = self._operations.reference_of(wanted.source or wanted.name)
-        if reference.scheme == "local" and not caller.may_use(reference.source.removeprefix("local:")):
-            raise PermissionDenied(f"the folder {reference.source!r:.200} is not for this tenant", param="source")
 
     async def unload(
         self,
@@ -150,8 +143,7 @@ class OperatorEndpoints:
                 f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load the adapter in"
                 " place, set 'load_inplace' to True."
             )
-        wanted = Wanted(body.lora_name, body.lora_path, caller.token, body.load_inplace, MAX_WAIT_S, tenant)
-        self._check_folder(wanted, caller)
+        wanted = Wanted(body.lora_name, body.lora_path, caller.token, body.load_inplace, MAX_WAIT_S, tenant, caller)
         try:
             is_served, _ = await self._operations.register(wanted)
         except Conflict as error:

@@ -45,7 +45,7 @@ class AdapterObjects:
             "created_ms": alias.created_ms,
             "changed_ms": alias.changed_ms,
             "workers": workers,
-            "use": _use_object(use or AdapterUse()),
+            "use": _use_object(use) if use is not None else None,
         }
 
     def _workers(self, digest: str) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from gateway.auth.callers import CALLER, EVERYBODY, Caller
 from gateway.http.errors import ErrorShape, unreachable_queue
 from protocol.queue.api_keys import PREFIX, ApiKeys
 from protocol.queue.bus import CONNECTION_ERRORS
+from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire.errors import LorafleetError, Unauthorized
 
 HUB_TOKEN_PREFIX = "hf_"
@@ -27,8 +28,15 @@ OPEN_PATHS = frozenset({"/", "/health", "/ping", "/metrics", "/openapi.json"})
 class Authentication:
     """Puts the caller into a request's scope, or refuses the request with 401 or 403."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys | None, shape_of: Callable[[str], ErrorShape]) -> None:
-        """`keys`: None where the fleet asks for none. `shape_of`: how errors on a path are written."""
+    def __init__(
+        self, app: ASGIApp, keys: ApiKeys | None, shape_of: Callable[[str], ErrorShape],
+        secret: FleetSecret | None = None,
+    ) -> None:  # fmt: skip
+        """`keys`: None where the fleet asks for none. `shape_of`: how errors on a path are written.
+
+        `secret`: the fleet's, None where it has none.
+        """
+        self._secret = secret
         self._app = app
         self._keys = keys
         self._shape_of = shape_of
@@ -52,7 +60,7 @@ class Authentication:
         """Return who sent a request. Raises Unauthorized and PermissionDenied."""
         bearer = _bearer(headers)
         if self._keys is None:
-            return Caller(token=source_token(bearer, path))
+            return Caller(token=source_token(bearer, path), secret=self._secret)
         if path in OPEN_PATHS and method in ("GET", "HEAD"):
             return EVERYBODY
         given = headers.get("x-api-key", "")
@@ -63,7 +71,7 @@ class Authentication:
         if found is None:
             raise Unauthorized(f"the API key {_shown(key)} is not known here, has expired, or was revoked")
         api_key, tenant = found
-        caller = Caller(tenant, api_key.scopes, token)
+        caller = Caller(tenant, api_key.scopes, token, self._secret)
         check_scopes(method, path, caller)
         return caller
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from protocol.queue.api_keys import SCOPES, Tenant
 from protocol.queue.quota import Quota
-from protocol.runtime.fleet_secret import owner_of
+from protocol.runtime.fleet_secret import FleetSecret, owner_of
 from protocol.wire import messages as m
 from protocol.wire.errors import PermissionDenied
 
@@ -26,7 +26,8 @@ class Caller:
 
     tenant: Tenant | None = None  # None: there are no keys
     scopes: Sequence[str] = SCOPES
-    token: str = ""  # for the source of an adapter
+    token: str = field(default="", repr=False)  # for the source of an adapter
+    secret: FleetSecret | None = field(default=None, repr=False)  # of the fleet, which hashes tokens with it
     headers: dict[str, str] = field(default_factory=dict)  # of the response, about limits; filled on submission
 
     @property
@@ -45,9 +46,14 @@ class Caller:
         return "admin" in self.scopes
 
     @property
+    def token_owner(self) -> str:
+        """Owner of the names that its token for a source opens, "" without a token."""
+        return owner_of(self.token, self.secret)
+
+    @property
     def names(self) -> frozenset[str]:
         """Owners of the names that the caller sees: everybody, its tenant, and who has its token for a source."""
-        return frozenset(("", self.name, owner_of(self.token)))
+        return frozenset(("", self.name, self.token_owner))
 
     @property
     def quota(self) -> Quota | None:
@@ -64,7 +70,7 @@ class Caller:
     def sees(self, alias: m.Alias) -> bool:
         """Return whether an alias exists for this caller."""
         if alias.tenant:
-            return alias.tenant in self.names
+            return alias.tenant == self.name or alias.tenant == self.token_owner
         return self.may_use(alias.name)
 
     def namespace(self, asked: str | None) -> str:

@@ -27,6 +27,7 @@ from gateway.lorax import metrics as lorax_metrics
 from gateway.lorax.routes import NativeEndpoints, add_native_routes, shape_of
 from gateway.overload.admission import Admission
 from protocol.queue.api_keys import ApiKeys
+from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.metrics import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
 from protocol.runtime.settings import Settings, names_of
 from protocol.wire.errors import Overloaded, Unavailable
@@ -52,15 +53,16 @@ def build_app(
     settings: Settings,
     admission: Admission,
     keys: ApiKeys | None,
+    secret: FleetSecret | None = None,
 ) -> Envelope:
-    """Return the application. `keys`: None where the fleet asks for none."""
+    """Return the application. `keys`: None where the fleet asks for none. `secret`: the fleet's, None without one."""
     app = FastAPI(title="Lorafleet", docs_url=None, redoc_url=None, responses=openapi.OPENAI)
     add_handlers(app, shape_of)
     add_routes(app, endpoints)
     add_native_routes(app, native)
     add_operator_routes(app, operators)
     add_encoder_routes(app, encoders)
-    guarded: ASGIApp = Admitted(Authentication(app, keys, shape_of), admission)
+    guarded: ASGIApp = Admitted(Authentication(app, keys, shape_of, secret), admission)
     origins = names_of(settings.cors_origins)
     if origins:
         guarded = CORSMiddleware(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import msgspec
 from redis.exceptions import WatchError
 
 from protocol.queue.redis_client import Client, read_many
 from protocol.wire import messages as m
-from protocol.wire.codec import decode
+from protocol.wire.codec import decode, now_ms
+from protocol.wire.errors import Conflict, Overloaded
 from protocol.wire.keys import Keys, private_name
 from protocol.wire.records import AdapterUse
 
@@ -22,6 +24,53 @@ _DELETE_IF_SAME = """
 -- KEYS[1] hash; ARGV[1] field, ARGV[2] value. Reply: int, 1 if it was deleted, else 0.
 return redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] and redis.call('HDEL', KEYS[1], ARGV[1]) or 0
 """
+
+_REPLACE_IF_SAME = """
+-- Replace a field of a hash if its value is still what was read.
+-- KEYS[1] hash; ARGV[1] field, ARGV[2] value, ARGV[3] new value. Reply: int, 1 if it was replaced, else 0.
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+return 1
+"""
+
+_REGISTER = """
+-- Write a registration, unless it exceeds a limit.
+-- KEYS[1] registrations, KEYS[2] count of the owner's registrations in this minute. ARGV[1] field, ARGV[2] value,
+-- ARGV[3] most registrations of all, ARGV[4] prefix of the owner's fields or '', ARGV[5] most of those, ARGV[6] most
+-- registrations in a minute, ARGV[7] '1' if a known name counts, too. Reply: '' if it was written, else the limit:
+-- 'all', 'own', 'rate'.
+local is_new, prefix = redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0, ARGV[4]
+if is_new and redis.call('HLEN', KEYS[1]) >= tonumber(ARGV[3]) then return 'all' end
+if prefix ~= '' and is_new and string.sub(ARGV[1], 1, #prefix) == prefix then
+    local own = 0
+    for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
+        if string.sub(field, 1, #prefix) == prefix then own = own + 1 end
+    end
+    if own >= tonumber(ARGV[5]) then return 'own' end
+end
+if prefix ~= '' and (is_new or ARGV[7] == '1') then
+    local count = redis.call('INCR', KEYS[2])
+    if count == 1 then redis.call('EXPIRE', KEYS[2], 120) end
+    if count > tonumber(ARGV[6]) then return 'rate' end
+end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+return ''
+"""
+
+MAX_REGISTERED = 10_000
+"""Most registrations of a fleet."""
+
+MAX_ON_REQUEST = 7_500
+"""Registrations of a fleet beyond which requests register no new ones, so that there is room for those of tenants."""
+
+
+@dataclass(frozen=True, slots=True)
+class NameLimits:
+    """What a tenant with API keys may register."""
+
+    tenant: str
+    max_own: int  # names of its own at once
+    max_per_minute: int  # registrations, of known names too, and new names that its requests name by their source
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +118,45 @@ class Adapters:
         found = [decode(raw, m.Alias) for raw in (await self._redis.hgetall(self._keys.adapters)).values()]
         return found if tenant is None else [alias for alias in found if alias.tenant in ("", tenant)]
 
-    async def register(self, registration: m.Registration, max_registered: int = 10_000) -> bool:
-        """Have the stores serve a name from a source, or look at it again. Returns False if too many are registered."""
-        name, registered = private_name(registration.name, registration.tenant), self._keys.registrations
-        if await self._redis.hlen(registered) >= max_registered and not await self._redis.hexists(registered, name):
-            return False
-        await self._redis.hset(self._keys.registrations, name, m.encode(registration))
-        await self.announce(m.AdapterEvent(kind="wanted", name=registration.name))
-        return True
+    async def register(
+        self, registration: m.Registration, max_registered: int = MAX_REGISTERED, limits: NameLimits | None = None
+    ) -> bool:  # fmt: skip
+        """Have the stores serve a name from a source, or look at it again. Returns False if too many are registered.
+
+        `limits` are those of the tenant that asks. Raises Conflict, Overloaded when it exceeds them.
+        """
+        if registration.on_request:
+            max_registered = min(max_registered, MAX_ON_REQUEST)
+        tenant = limits.tenant if limits is not None else ""
+        reply = await self._redis.eval(
+            _REGISTER, 2, self._keys.registrations, self._keys.registered(tenant, now_ms() // 60_000),
+            private_name(registration.name, registration.tenant), m.encode(registration), max_registered,
+            private_name("", tenant), limits.max_own if limits else 0, limits.max_per_minute if limits else 0,
+            "0" if registration.on_request else "1",
+        )  # fmt: skip
+        if limits is not None and reply == b"own":
+            text = f"tenant {limits.tenant} has {limits.max_own} adapters registered, as many as it may: unload one"
+            raise Conflict(text, code="too_many_adapters")
+        if limits is not None and reply == b"rate":
+            raise Overloaded(f"a tenant may register {limits.max_per_minute} adapters a minute", 60.0)
+        if not reply:
+            await self.announce(m.AdapterEvent(kind="wanted", name=registration.name))
+        return not reply
+
+    async def ask_again(self, name: str, tenant: str, asked_ms: int) -> bool:
+        """Have the stores look at a registered name's source again, as asked at `asked_ms`. False if there is none."""
+        field, registered = private_name(name, tenant), self._keys.registrations
+        while True:
+            raw = await self._redis.hget(registered, field)
+            found = decode(raw, m.Registration) if raw is not None else None
+            if found is None or found.tenant != tenant:
+                return False
+            if found.asked_ms < asked_ms:
+                asked = m.encode(msgspec.structs.replace(found, asked_ms=asked_ms))
+                if not await self._redis.eval(_REPLACE_IF_SAME, 1, registered, field, raw, asked):
+                    continue  # it was written meanwhile
+            await self.announce(m.AdapterEvent(kind="wanted", name=name))
+            return True
 
     async def registration(self, name: str, tenant: str = "") -> m.Registration | None:
         """Return what a name is registered for."""

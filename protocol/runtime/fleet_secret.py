@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import hashlib
 import hmac
 import os
 import secrets
@@ -33,6 +32,7 @@ class FleetSecret:
             raise BadRequest(f"the fleet's secret has {len(secret)} characters; it needs at least {MIN_CHARACTERS}")
         self._secret = secret.encode()
         self._siv = AESSIV(self._key("tokens"))
+        self._token_key = self._key("owners of tokens")
         self.bearer = self._key("store http").hex()[:64]
         """The token that a client of a store sends as `Authorization: Bearer`."""
 
@@ -49,6 +49,10 @@ class FleetSecret:
     def _key(self, purpose: str) -> bytes:
         return hmac.digest(self._secret, b"lorafleet " + purpose.encode(), "sha512")
 
+    def digest(self, token: str) -> str:
+        """Return a hash of a token (hex) that only this fleet can compute."""
+        return hmac.digest(self._token_key, token.encode(), "sha256").hex()[:32]
+
     def seal(self, text: str, field: str) -> str:
         """Encrypt `text` for this fleet, bound to `field`. Deterministic: equal texts beside one field look equal."""
         return base64.b64encode(self._siv.encrypt(text.encode(), [field.encode()])).decode() if text else ""
@@ -63,9 +67,14 @@ class FleetSecret:
             raise PermissionDenied("the token was sealed with another secret: register it again") from None
 
 
-def owner_of(token: str) -> str:
-    """Return the tenant that stands for the holder of a token: nobody else sees the adapters that the token opens."""
-    return f"token:{hashlib.sha256(token.encode()).hexdigest()[:32]}" if token else ""
+def owner_of(token: str, secret: FleetSecret | None) -> str:
+    """Return the tenant that stands for the holder of a token: nobody else sees the adapters that the token opens.
+
+    It is a keyed hash, so that who reads it cannot try tokens. A fleet without a secret keeps nothing of a token.
+    """
+    if not token:
+        return ""
+    return f"token:{secret.digest(token)}" if secret is not None else "token:"
 
 
 def read_or_make(path: Path) -> str:

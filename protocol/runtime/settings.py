@@ -184,6 +184,9 @@ class Settings(BaseSettings):
     adapter_host_bytes: int = Field(
         default=0, description="host memory for packed adapters; 0: a share of the free memory"
     )
+    merge_timeout_s: float = Field(
+        default=60.0, gt=0, description="longest time that a worker may compute a merge of adapters"
+    )
     prefix_cache: bool = Field(default=True, description="reuse the KV blocks of prompts that begin alike")
     threads: int = Field(
         default=0, description="CPU threads of a worker; 0: this machine's cores divided by its workers"
@@ -226,6 +229,22 @@ class Settings(BaseSettings):
     )
     s3_buckets: str = Field(
         default="", description="S3 buckets that adapters may come from, separated by commas; empty: none"
+    )
+    tenant_places: str = Field(
+        default="",
+        description="Hub organisations and s3://BUCKET[/PREFIX] that tenants with API keys read with the fleet's own"
+        " credentials, separated by commas; empty: none",
+    )
+    max_tenant_adapters: int = Field(
+        default=1000, ge=1, description="most adapters that one tenant with API keys may have registered"
+    )
+    max_registrations_per_minute: int = Field(
+        default=60, ge=1, description="most adapters that one tenant with API keys may register in a minute"
+    )
+    access_check_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="how long it holds that the Hub lets a caller's token read an adapter; then the Hub is asked again",
     )
     hub_endpoint: str = Field(default="", description="URL of the Hub; default: HF_ENDPOINT or huggingface.co")
     s3_endpoint: str = Field(

@@ -38,6 +38,13 @@ class Reference:
         return f"hub:{self.owner}/{self.path}" + (f"@{self.revision}" if self.revision else "")
 
     @property
+    def place(self) -> str:
+        """The place as patterns of visible adapters see it, whatever the revision: ORG/NAME, s3://… or FOLDER."""
+        if self.scheme == "local":
+            return self.path
+        return f"{self.owner}/{self.path}" if self.scheme == "hub" else self.source
+
+    @property
     def is_fixed(self) -> bool:
         """Whether it always stands for the same content: true of a Hub commit only."""
         return _COMMIT.fullmatch(self.revision) is not None
@@ -69,18 +76,34 @@ class Policy:
     request_sources: frozenset[str]  # schemes that a request may name without registration
     hub_orgs: frozenset[str]  # empty: any
     s3_buckets: frozenset[str]  # empty: none
+    tenant_places: frozenset[str]  # organisations, s3://BUCKET and s3://BUCKET/PREFIX
+    has_tenants: bool  # whether API keys are on
 
     @classmethod
     def of(cls, settings: Settings) -> Policy:
         """Return the policy of the settings."""
-        lists = (settings.request_sources, settings.hub_orgs, settings.s3_buckets)
-        return cls(*(frozenset(names_of(names)) for names in lists))
+        lists = (settings.request_sources, settings.hub_orgs, settings.s3_buckets, settings.tenant_places)
+        return cls(*(frozenset(names_of(names)) for names in lists), has_tenants=settings.api_keys)
 
-    def check(self, reference: Reference, *, on_request: bool) -> None:
-        """Raise PermissionDenied unless the reference is allowed; `on_request`: a request names it unregistered."""
+    def lends(self, reference: Reference) -> bool:
+        """Return whether tenants may have a place read with the fleet's own credentials. Operators always may."""
+        if not self.has_tenants:
+            return True
+        if reference.scheme != "s3":
+            return reference.owner in self.tenant_places
+        parts = [reference.owner, *reference.path.split("/")]
+        return any(f"s3://{'/'.join(parts[: i + 1])}" in self.tenant_places for i in range(len(parts)))
+
+    def check(self, reference: Reference, *, on_request: bool, as_fleet: bool) -> None:
+        """Raise PermissionDenied unless a place is allowed.
+
+        `on_request`: a request names it unregistered. `as_fleet`: with the fleet's own credentials.
+        """
         if on_request and reference.scheme not in self.request_sources:
             raise PermissionDenied(f"requests may not name {reference.scheme} adapters here: register it first")
         if reference.scheme == "hub" and self.hub_orgs and reference.owner not in self.hub_orgs:
             raise PermissionDenied(f"adapters of the organisation {reference.owner} are not allowed here")
         if reference.scheme == "s3" and reference.owner not in self.s3_buckets:
             raise PermissionDenied(f"adapters from the bucket {reference.owner} are not allowed here")
+        if reference.scheme == "s3" and not as_fleet:
+            raise PermissionDenied(f"{reference.source:.300} is not among the places in S3 that tenants may read here")

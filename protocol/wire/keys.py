@@ -171,6 +171,10 @@ class Keys:
         """Hash: names as in `adapters` -> `messages.Registration`, with tokens encrypted. Permanent."""
         return f"{self.namespace}:adapters:registered"
 
+    def registered(self, tenant: str, minute: int) -> str:
+        """Counter, 2 min: what a tenant has registered in a minute (unix time)."""
+        return f"{self.namespace}:adapters:new:{tenant}:{minute}"
+
     def fetching(self, name: str) -> str:
         """String PX 15 s: the store that fetches a registered name."""
         return f"{self.namespace}:adapters:fetching:{name}"

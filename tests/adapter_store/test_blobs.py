@@ -90,6 +90,31 @@ def test_the_least_recently_used_leave_first(tmp_path: Path) -> None:
         put(Blobs(tmp_path / "c", quota_bytes=100), 1)
 
 
+def test_what_has_no_room_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="may use 100"):
+        Blobs(tmp_path / "a", quota_bytes=100).check_room(101)
+    blobs = Blobs(tmp_path / "b")
+    blobs.check_room(100)
+    with pytest.raises(Unavailable, match="too little room"):
+        blobs.check_room(1 << 60)
+    blobs.check_room(1 << 60, num_staged=(1 << 60) - 100)
+
+
+def test_who_has_read_a_version_is_noted_with_it(tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path)
+    digest = put(blobs, 1)
+    assert blobs.readers_of("version-1") == set()
+    for reader in ("anyone", "fleet", "anyone"):
+        blobs.note_reader("version-1", reader)
+        blobs.note_reader("version-2", reader)
+    again = Blobs(tmp_path)
+    assert again.digest_of("version-1") == digest
+    assert again.readers_of("version-1") == {"anyone", "fleet"}
+    assert again.readers_of("version-2") == set(), "nothing is here of it"
+    again.note_version("version-1", "0" * 64)
+    assert again.readers_of("version-1") == set(), "of other content"
+
+
 def test_readers_keep_what_they_opened(tmp_path: Path) -> None:
     blobs = Blobs(tmp_path)
     digest = put(blobs, 1)

@@ -14,10 +14,11 @@ import pytest_asyncio
 from adapter_files import BASE, lora_config, lora_tensors, safetensors
 from hub_stub import HubStub, Repo, run_hub
 from store_run import QUICK
+from waiting import wait_until
 
 from adapter_store.blobs import Blobs
 from adapter_store.mirror import Mirror
-from adapter_store.sources import Changed
+from adapter_store.sources import FLEET, Access, Changed
 from adapter_store.sources.hub import HubSource
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.wire.errors import AdapterRefused, NotFound, PermissionDenied, Unavailable
@@ -118,18 +119,89 @@ async def test_no_access(
     closed: HubStub, source: HubSource, mirror: Mirror, name: str, token: str, error: type[Exception], part: str
 ) -> None:
     with pytest.raises(error, match=part) as raised:
-        await mirror.take(source, name, BASE, token)
+        await mirror.take(source, name, BASE, Access(token))
     assert token == "" or token not in str(raised.value)
     assert len(mirror.blobs) == 0
 
 
 @pytest.mark.parametrize("name", ["org/private", "org/gated"])
 async def test_access(closed: HubStub, source: HubSource, mirror: Mirror, name: str) -> None:
-    assert (await mirror.take(source, name, BASE, "hf_member")).digest in mirror.blobs
+    assert (await mirror.take(source, name, BASE, Access("hf_member"))).digest in mirror.blobs
     with pytest.raises((NotFound, PermissionDenied)):
         await source.fetch(
-            await source.resolve(name, "hf_member"), CONFIG_FILE, Path(os.devnull), 10, ""
+            await source.resolve(name, Access("hf_member")), CONFIG_FILE, Path(os.devnull), 10, Access()
         )  # nothing was kept open for others
+
+
+@pytest.mark.parametrize("name", ["org/private", "org/gated"])
+async def test_what_a_token_opened_stays_closed_to_others(
+    closed: HubStub, source: HubSource, mirror: Mirror, name: str
+) -> None:
+    """Also by its commit, which never changes, and also where the Hub shows the repository to all."""
+    closed.tokens["hf_other"] = {name}
+    commit = f"{name}@{closed.repos[name].refs['main']}"
+    taken = await mirror.take(source, commit, BASE, Access("hf_member"))
+    for target in (name, commit):
+        for access in (Access(), FLEET, Access("hf_stranger")):
+            with pytest.raises((NotFound, PermissionDenied)):
+                await mirror.take(source, target, BASE, access)
+    assert (await mirror.take(source, commit, BASE, Access("hf_other"))).digest == taken.digest
+    closed.tokens["hf_member"] = set()
+    with pytest.raises((NotFound, PermissionDenied)):
+        await mirror.take(source, commit, BASE, Access("hf_member"))
+    assert len(closed.requests(WEIGHTS_FILE)) == 1, "nobody fetched it again"
+
+
+@pytest.mark.parametrize("name", ["org/private", "org/gated"])
+async def test_what_a_token_has_begun_to_fetch_is_ended_by_no_other(
+    closed: HubStub, source: HubSource, mirror: Mirror, name: str
+) -> None:
+    version = await source.resolve(name, Access("hf_member"))
+    folder = mirror.blobs.staging(version.key)
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        await source.fetch(version, file, folder / file, version.files[file].num_bytes, Access("hf_member"))
+    with pytest.raises((NotFound, PermissionDenied)):
+        await mirror.take(source, name, BASE, Access("hf_stranger"))
+    assert len(mirror.blobs) == 0
+    assert (await mirror.take(source, name, BASE, Access("hf_member"))).digest in mirror.blobs
+
+
+async def test_what_the_fleet_may_read_is_not_everybodys(closed: HubStub, mirror: Mirror) -> None:
+    source = HubSource(closed.url, token="hf_member", retries=QUICK)
+    commit = f"org/private@{closed.repos['org/private'].refs['main']}"
+    taken = await mirror.take(source, commit, BASE)
+    with pytest.raises(NotFound):
+        await mirror.take(source, commit, BASE, Access())
+    closed.down = True
+    assert (await mirror.take(source, commit, BASE)).digest == taken.digest, "the fleet has read it before"
+
+
+async def test_what_anyone_has_read_is_read_without_the_hub(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
+    commit = f"org/public@{hub.repos['org/public'].refs['main']}"
+    taken = await mirror.take(source, commit, BASE, Access())
+    hub.seen.clear()
+    for access in (Access(), FLEET, Access("hf_any")):
+        assert (await mirror.take(source, commit, BASE, access)).digest == taken.digest
+    assert hub.seen == []
+
+
+async def test_a_tenants_slow_downloads_leave_room_for_others(hub: HubStub, source: HubSource, tmp_path: Path) -> None:
+    """Nor do they delay what is only looked at."""
+    hub.gate = asyncio.Event()
+    mirror = Mirror(Blobs(tmp_path / "blobs"), max_bytes=1 << 20, max_parallel=4)
+    for i in range(8):
+        hub.repos[f"org/{i}"] = Repo()
+        hub.repos[f"org/{i}"].commit(adapter(i))
+    hub.repos["org/small"] = Repo()
+    small = {CONFIG_FILE: json.dumps(lora_config(1)).encode(), WEIGHTS_FILE: safetensors(lora_tensors(9, rank=1))}
+    hub.repos["org/small"].commit(small)  # which passes the gate
+    async with asyncio.TaskGroup() as tasks:
+        slow = [tasks.create_task(mirror.take(source, f"org/{i}", BASE, tenant="greedy")) for i in range(8)]
+        await wait_until(lambda: len(hub.requests(WEIGHTS_FILE)) == 3, "three are being fetched")
+        await wait_until(lambda: len(hub.requests("/api/models/")) == 8, "all have been looked at")
+        assert (await mirror.take(source, "org/small", BASE, tenant="modest")).digest in mirror.blobs
+        assert not any(task.done() for task in slow)
+        hub.gate.set()
 
 
 async def test_the_servers_token_is_used_where_the_caller_has_none(closed: HubStub, mirror: Mirror) -> None:
@@ -137,7 +209,7 @@ async def test_the_servers_token_is_used_where_the_caller_has_none(closed: HubSt
     await mirror.take(source, "org/private", BASE)
     assert {seen.token for seen in closed.seen} == {"hf_member"}
     with pytest.raises(NotFound):
-        await source.resolve("org/private", "hf_stranger")
+        await source.resolve("org/private", Access("hf_stranger"))
     await source.close()
 
 
@@ -279,7 +351,7 @@ async def test_changed_content_is_not_taken(hub: HubStub, source: HubSource, mir
         def __init__(self) -> None:
             self.__dict__.update(source.__dict__)
 
-        async def resolve(self, target: str, token: str = "") -> Any:
+        async def resolve(self, target: str, access: Access = FLEET) -> Any:
             return version
 
     files[WEIGHTS_FILE] = good[:-1] + bytes([good[-1] ^ 1])

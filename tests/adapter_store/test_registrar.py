@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import msgspec
 import pytest
 import pytest_asyncio
 from adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
@@ -20,11 +21,13 @@ from waiting import wait_until
 from adapter_store.sources.retry import Retries
 from adapter_store.timings import StoreTimings
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.queue.adapters import MAX_ON_REQUEST, NameLimits
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire.errors import Conflict, Overloaded
 from protocol.wire.keys import private_name
 
 SECRET = "a secret of the tests"
@@ -185,6 +188,106 @@ async def test_private_names(bus: Bus, hub: HubStub, run_store: RunStore) -> Non
     await of("me", "failed")
     shown = [await bus._redis.hgetall(bus.keys.adapters), await bus.streams.entries(bus.keys.adapter_events)]
     assert "hf_" not in repr(shown)
+
+
+async def test_the_fleets_token_is_for_what_operators_register(
+    bus: Bus, hub: HubStub, run_store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenant's registration has it only where a gateway has lent it, and once it is fetched it stays closed."""
+    monkeypatch.setenv("HF_TOKEN", "hf_fleet")
+    hub.repos["org/p"] = Repo(private=True)
+    commit = hub.repos["org/p"].commit(adapter(7))
+    hub.tokens = {"hf_fleet": {"org/p"}}
+    run_store(request_sources="hub")
+    await register(bus, "ops", f"hub:org/p@{commit}")
+    await in_state(bus, "ops", "on_disk")
+    await register(bus, "mine", f"hub:org/p@{commit}", tenant="acme")
+    await register(bus, "lent", f"hub:org/p@{commit}", tenant="acme", as_fleet=True)
+    await register(bus, f"org/p@{commit}", f"hub:org/p@{commit}", on_request=True)
+
+    async def states() -> list[str]:
+        aliases = [await bus.adapters.alias(name, "acme") for name in ("mine", "lent")]
+        aliases.append(await bus.adapters.alias(f"org/p@{commit}"))
+        return [alias.state if alias is not None else "" for alias in aliases]
+
+    async def are_settled() -> bool:
+        return not {"", "downloading"} & set(await states())
+
+    await wait_until(are_settled, "all are settled")
+    assert await states() == ["failed", "on_disk", "failed"]
+
+
+async def test_how_long_a_tenants_token_is_believed(bus: Bus, hub: HubStub, run_store: RunStore) -> None:
+    """While the Hub does not answer, what it opened is kept as long as the setting says; an operator's name stays."""
+    hub.tokens = {"hf_mine": {"org/a"}}
+    run_store(refresh_s=0.05, access_check_s=0.01)
+    await register(bus, "mine", token="hf_mine", tenant="acme")
+    await register(bus, "ops", token="hf_mine")
+    operators = await in_state(bus, "ops", "on_disk")
+    assert operators.confirmed_ms == 0
+
+    async def is_confirmed() -> bool:
+        alias = await bus.adapters.alias("mine", "acme")
+        return alias is not None and alias.state == "on_disk" and alias.confirmed_ms > 0
+
+    await wait_until(is_confirmed, "the tenant's name is served")
+    hub.down = True
+
+    async def has_failed() -> bool:
+        alias = await bus.adapters.alias("mine", "acme")
+        return alias is not None and (alias.state, alias.status) == ("failed", 503)
+
+    await wait_until(has_failed, "the token is not believed any more")
+
+    async def is_stale() -> bool:
+        alias = await bus.adapters.alias("ops")
+        return alias is not None and alias.state == "on_disk" and "out of date" in alias.reason
+
+    await wait_until(is_stale, "the operator's name stays")
+
+
+async def test_tenants_have_a_share_of_the_registrations(bus: Bus) -> None:
+    """Neither its own names nor those that its requests invent are without end; others are not touched by it."""
+
+    async def new(name: str, tenant: str, *, on_request: bool = False, max_own: int = 2, rate: int = 9) -> bool:
+        owner = "" if on_request else tenant
+        wanted = m.Registration(name=name, source="hub:org/a", tenant=owner, on_request=on_request)
+        return await bus.adapters.register(wanted, limits=NameLimits(tenant, max_own, rate))
+
+    for name in ("a", "b", "a"):
+        assert await new(name, "acme")
+    with pytest.raises(Conflict, match="tenant acme has 2 adapters registered"):
+        await new("c", "acme")
+    assert await new("c", "acm")
+    assert await new("org/x", "acme", on_request=True), "which is nobody's own"
+    for name, on_request in (("org/y", True), ("a", False)):
+        with pytest.raises(Overloaded, match="4 adapters a minute") as raised:
+            await new(name, "acme", on_request=on_request, rate=4)
+        assert raised.value.status == 429
+    assert await new("org/x", "acme", on_request=True, rate=4), "it is there already"
+    assert await new("org/y", "corp", on_request=True, rate=4)
+
+
+async def test_what_requests_name_leaves_room_for_registrations(bus: Bus) -> None:
+    pipe = bus._redis.pipeline(transaction=False)
+    for i in range(MAX_ON_REQUEST):
+        pipe.hset(bus.keys.registrations, f"org/{i}", b"x")
+    await pipe.execute()
+    wanted = m.Registration(name="org/one-more", source="hub:org/one-more", on_request=True)
+    assert not await bus.adapters.register(wanted)
+    assert await bus.adapters.register(msgspec.structs.replace(wanted, on_request=False))
+
+
+async def test_a_look_is_asked_for_without_changing_the_name(bus: Bus) -> None:
+    await register(bus, "mine", token="hf_mine", tenant="acme")
+    before = await bus.adapters.registration("mine", "acme")
+    assert before is not None
+    assert await bus.adapters.ask_again("mine", "acme", before.asked_ms + 5)
+    assert not await bus.adapters.ask_again("mine", "corp", before.asked_ms + 5)
+    after = await bus.adapters.registration("mine", "acme")
+    assert after == msgspec.structs.replace(before, asked_ms=before.asked_ms + 5)
+    assert await bus.adapters.ask_again("mine", "acme", before.asked_ms)
+    assert await bus.adapters.registration("mine", "acme") == after, "never back in time"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ from store_run import QUICK, RunStore, ask, in_state
 from adapter_store.blobs import Blobs
 from adapter_store.mirror import Mirror
 from adapter_store.shared_bucket import SharedBucket
-from adapter_store.sources import Changed
+from adapter_store.sources import Access, Changed, RemoteFile, Version
 from adapter_store.sources.local import LocalSource
 from adapter_store.sources.s3 import S3Source
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
@@ -77,6 +78,43 @@ async def test_an_object_replaced_meanwhile_is_noticed(s3: S3Server, source: S3S
     with pytest.raises(Changed):
         await source.fetch(version, WEIGHTS_FILE, tmp_path / "w", version.files[WEIGHTS_FILE].num_bytes)
     assert (tmp_path / "w").read_bytes() == weights()[:100]
+
+
+async def test_tenants_get_nothing_with_the_fleets_credentials(s3: S3Server, source: S3Source, mirror: Mirror) -> None:
+    """Whatever token they bring, and also if the adapter is here already."""
+    upload(s3, "team/a", weights())
+    await mirror.take(source, f"//{BUCKET}/team/a", BASE)
+    for access in (Access(), Access("hf_any")):
+        with pytest.raises(PermissionDenied, match="not for tenants"):
+            await mirror.take(source, f"//{BUCKET}/team/a", BASE, access)
+
+
+class LongBody:
+    """An S3 client whose objects have more bytes than their heads say."""
+
+    meta = SimpleNamespace(endpoint_url="http://s3")
+
+    def __init__(self) -> None:
+        self.num_read = 0
+
+    def get_object(self, **_: Any) -> dict[str, Any]:
+        return {"Body": self}
+
+    def iter_chunks(self, size: int) -> Iterator[bytes]:
+        while True:
+            self.num_read += size
+            yield bytes(size)
+
+    def close(self) -> None:
+        pass
+
+
+async def test_a_body_without_end_is_cut(tmp_path: Path) -> None:
+    client, path = LongBody(), tmp_path / "w"
+    version = Version("k", "s3://b/a", "//b/a", {CONFIG_FILE: RemoteFile(100_000, "tag")})
+    await S3Source(client).fetch(version, CONFIG_FILE, path, 100_000)
+    assert path.stat().st_size == 100_000
+    assert client.num_read < 300_000
 
 
 async def test_objects_in_parts(s3: S3Server, source: S3Source, mirror: Mirror) -> None:

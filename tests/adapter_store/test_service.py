@@ -186,6 +186,22 @@ async def test_pickles_are_refused_without_being_opened(bus: Bus, root: Path, ru
     assert "not a regular file" in (await in_state(bus, "pipe", "failed")).reason
 
 
+async def test_files_that_are_too_large_are_refused_unread(
+    bus: Bus, root: Path, settings: Settings, run_store: RunStore
+) -> None:
+    """Files of zeros that take no room on disk: the store would read or copy gigabytes of them."""
+    await bus.set(bus.keys.base, BASE)
+    for file, num_bytes in ((CONFIG_FILE, 1536 << 20), ("tokenizer.json", 4 << 30), (WEIGHTS_FILE, 9 << 30)):
+        with (write_adapter(root / file.partition(".")[0]) / file).open("ab") as sparse:
+            sparse.truncate(num_bytes)
+    store = run_store()
+    for file, num_bytes in ((CONFIG_FILE, 1536 << 20), ("tokenizer.json", 4 << 30), (WEIGHTS_FILE, 9 << 30)):
+        alias = await in_state(bus, file.partition(".")[0], "failed")
+        assert f"{file} has {num_bytes} bytes; the limit is" in alias.reason
+    await store.end()
+    assert not list((settings.data / "adapters" / "staging").iterdir()), "nothing was copied"
+
+
 async def test_nothing_leaves_the_root(bus: Bus, root: Path, tmp_path: Path, run_store: RunStore) -> None:
     """Links inside the root are fine; links out of it are refused, for a folder, a file or a parent."""
     await bus.set(bus.keys.base, BASE)

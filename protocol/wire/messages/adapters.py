@@ -25,6 +25,7 @@ class Alias(Wire, frozen=True):
     asked_ms: int = 0  # `Registration.asked_ms` that the last look at its source was for
     on_request: bool = False  # a request named the source itself
     registered: str = ""  # source of the registration; `source` is the version found there
+    confirmed_ms: int = 0  # when the source last let a tenant's token read it; 0: it depends on no such token
 
     @property
     def is_folder(self) -> bool:
@@ -41,6 +42,12 @@ class Registration(Wire, frozen=True):
     tenant: str = ""  # who sees the name; "": everybody
     asked_ms: int = 0  # when it was last asked for: a look at the source before that is out of date
     on_request: bool = False  # a request named the source itself
+    as_fleet: bool = False  # read with the fleet's own credentials where there is no token
+
+    @property
+    def is_operators(self) -> bool:
+        """Whether an operator registered it, who may always use the fleet's own credentials."""
+        return not self.tenant and not self.on_request
 
 
 class AdapterRecord(Wire, frozen=True):

@@ -23,10 +23,14 @@ from adapter_store.sources.retry import Retries
 from adapter_store.timings import StoreTimings
 from gateway.service import GatewayTimings
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.queue.api_keys import Tenant
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.backoff import Backoff
+from protocol.runtime.fleet_secret import FleetSecret, owner_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire.keys import private_name
+from protocol.wire.records import AdapterUse
 
 SECRET = "a secret of the tests"
 
@@ -208,6 +212,167 @@ async def test_a_token_that_is_revoked_opens_nothing_any_more(
         hub.tokens["hf_mine"] = set()
         for name in ("org/p", f"org/p@{commit}"):
             assert (await ask(http, name, "hf_mine")).status_code == 404
+
+
+async def test_what_a_token_opened_is_closed_to_others_at_every_door(
+    bus: Bus, hub: HubStub, fleet: ScriptedFleet, http: httpx2.AsyncClient, timings: StoreTimings
+) -> None:
+    """By its commit, under a name of one's own, in a merge, by its digest: as if it did not exist."""
+    timings.refusal = Backoff(0.001, 0.001)
+    hub.repos["org/p"] = Repo(private=True)
+    place = f"org/p@{hub.repos['org/p'].commit(adapter(5))}"
+    hub.tokens = {"hf_mine": {"org/p"}, "hf_other": set()}
+    mine = await ask(http, place, "hf_mine")
+    assert mine.status_code == 200
+    digest = fleet.seen[0][0].digest
+    for _ in range(3):  # the refusal is forgotten in between
+        for token in ("", "hf_other"):
+            refused = await ask(http, place, token)
+            missing = await ask(http, place.replace("org/p", "org/q"), token)
+            assert refused.status_code == missing.status_code == 404
+            assert refused.text.replace("org/p", "org/q") == missing.text
+    for body in ({}, {"token": "hf_other"}):
+        taken = await http.post("/v1/adapters", json={"name": "stolen", "source": place, **body})
+        assert taken.status_code == 404, taken.text
+    merged = {"ids": [place, "org/a"], "weights": [1, 1]}
+    assert (await ask(http, "base", merged_adapters=merged)).status_code == 404
+    for name in (digest, f"base:{digest}", f"hub:{digest}"):
+        assert (await ask(http, name)).status_code == 404
+    assert (await http.post(f"/v1/adapters/{place}/preload")).status_code == 404
+    assert {submit.digest for submit, _ in fleet.seen} == {digest}
+    assert len(fleet.seen) == 1
+
+
+async def test_rights_are_asked_again_within_the_time_that_is_set(
+    bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path
+) -> None:
+    """However rarely content is looked up again; a name of one's own is closed as well. Public commits cost nothing."""
+    hub.repos["org/p"] = Repo(private=True)
+    commit = hub.repos["org/p"].commit(adapter(5))
+    hub.tokens = {"hf_mine": {"org/p"}}
+    public = f"org/a@{hub.repos['org/a'].refs['main']}"
+    changes = {"refresh_s": 3600.0, "access_check_s": 0.01, "api_keys": True}
+    secret, _ = await bus.api_keys.create("acme", ["infer", "adapters"])
+    async with (
+        running(bus, hub, model_folder, tmp_path, **changes) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, headers={"x-api-key": secret}) as http,
+    ):
+        body = {"name": "mine", "source": f"org/p@{commit}", "token": "hf_mine"}
+        assert (await http.post("/v1/adapters", json=body)).status_code == 201
+        names = {"mine": "", "org/p": "hf_mine", f"org/p@{commit}": "hf_mine", public: ""}
+        for name, token in names.items():
+            assert (await ask(http, name, token)).status_code == 200
+        hub.tokens["hf_mine"] = set()
+        hub.seen.clear()
+        for name, token in names.items():
+            assert (await ask(http, name, token)).status_code == (200 if name == public else 404)
+        assert hub.requests("org/a") == []
+
+
+async def test_rights_hold_while_the_hub_is_away_but_not_for_ever(
+    bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path
+) -> None:
+    hub.repos["org/p"] = Repo(private=True)
+    hub.repos["org/p"].commit(adapter(5))
+    hub.tokens = {"hf_mine": {"org/p"}}
+    for seconds, status in ((3600.0, 200), (0.01, 503)):
+        hub.down = False
+        async with (
+            running(bus, hub, model_folder, tmp_path, access_check_s=seconds) as gateway,
+            httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        ):
+            assert (await ask(http, "org/p", "hf_mine")).status_code == 200
+            hub.down = True
+            assert (await ask(http, "org/p", "hf_mine")).status_code == status
+            assert (await ask(http, "org/p", "hf_mine")).status_code == status
+
+
+async def test_a_name_in_use_is_confirmed_before_its_time_is_over(
+    bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path
+) -> None:
+    """While requests go on: none of them waits for the Hub, which does not even answer here."""
+    hub.repos["org/p"] = Repo(private=True)
+    hub.repos["org/p"].commit(adapter(5))
+    hub.tokens = {"hf_mine": {"org/p"}}
+    owner = owner_of("hf_mine", FleetSecret(SECRET))
+    async with (
+        running(bus, hub, model_folder, tmp_path, access_check_s=3600.0, refresh_s=36_000.0) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+    ):
+        assert (await ask(http, "org/p", "hf_mine")).status_code == 200
+        hub.seen.clear()
+        assert (await ask(http, "org/p", "hf_mine")).status_code == 200
+        assert hub.seen == []
+        alias = await bus.adapters.alias("org/p", owner)
+        assert alias is not None
+        older = msgspec.structs.replace(alias, confirmed_ms=alias.confirmed_ms - 2_000_000)
+        await bus._redis.hset(bus.keys.adapters, private_name("org/p", owner), m.encode(older))
+        hub.down = True
+        assert (await ask(http, "org/p", "hf_mine")).status_code == 200
+        await wait_until(lambda: hub.requests("org/p"), "the Hub is asked")
+
+
+async def test_the_fleets_token_is_not_for_tenants(
+    bus: Bus, hub: HubStub, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what an operator registers, and for places that the settings name and the tenant sees."""
+    monkeypatch.setenv("HF_TOKEN", "hf_fleet")
+    for name in ("org/p", "lent/p", "lent/hidden"):
+        hub.repos[name] = Repo(private=True)
+        hub.repos[name].commit(adapter(5))
+    hub.tokens = {"hf_fleet": {"org/p", "lent/p", "lent/hidden"}}
+    await bus.api_keys.set_tenant(Tenant(name="acme", adapters=("lent/p", "org/*", "shared")))
+    keys = {
+        name: (await bus.api_keys.create(name, scopes))[0]
+        for name, scopes in (("acme", ["infer", "adapters"]), ("ops", ["admin"]))
+    }
+    settings = {"api_keys": True, "tenant_places": "lent", "request_sources": "hub,s3", "s3_buckets": "ours"}
+    async with (
+        running(bus, hub, model_folder, tmp_path, **settings) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+    ):
+        acme, ops = ({"Authorization": f"Bearer {keys[name]}"} for name in ("acme", "ops"))
+
+        async def register(headers: dict[str, str], name: str, source: str) -> int:
+            answer = await http.post("/v1/adapters", json={"name": name, "source": source}, headers=headers)
+            return answer.status_code
+
+        async def status(model: str) -> int:
+            body = {"model": model, "prompt": "fox", "max_tokens": 2}
+            return (await http.post("/v1/completions", json=body, headers=acme)).status_code
+
+        assert await register(ops, "shared", "org/p") == 201
+        assert [await status(name) for name in ("shared", "lent/p", "org/p", "lent/hidden")] == [200, 200, 404, 404]
+        sources = ("lent/p", "org/p", "lent/hidden", "s3://ours/a")
+        assert [await register(acme, f"n{i}", source) for i, source in enumerate(sources)] == [201, 404, 404, 403]
+        assert await status("s3://ours/a") in (403, 404)
+
+
+async def test_a_tenant_hears_nothing_of_others_with_the_same_content(
+    bus: Bus, hub: HubStub, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path
+) -> None:
+    """Shown and unloaded, an adapter looks the same whether another tenant has its content, uses it, or nobody does."""
+    keys = {name: (await bus.api_keys.create(name, ["infer", "adapters"]))[0] for name in ("acme", "corp")}
+    async with (
+        running(bus, hub, model_folder, tmp_path, api_keys=True) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+    ):
+        acme, corp = ({"x-api-key": key} for key in keys.values())
+
+        async def seen_by_acme() -> list[Any]:
+            body = {"name": "mine", "source": "org/a"}
+            shown = (await http.post("/v1/adapters", json=body, headers=acme)).json()
+            gone = await http.delete("/v1/adapters/mine?force=true&blob=true", headers=acme)
+            return [{key: value for key, value in shown.items() if not key.endswith("_ms")}, gone.json()]
+
+        alone = await seen_by_acme()
+        await http.post("/v1/adapters", json={"name": "theirs", "source": "org/a"}, headers=corp)
+        used = await http.post("/v1/completions", json={"model": "theirs", "prompt": "fox"}, headers=corp)
+        assert used.status_code == 200
+        digest = fleet.seen[-1][0].digest
+        await bus.adapters.note_use({digest: AdapterUse(hits=3, last_ms=now_ms())})
+        assert await seen_by_acme() == alone
+        assert (await http.get("/v1/adapters/theirs", headers=corp)).status_code == 200
 
 
 async def test_without_a_secret_no_token_is_kept(bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,9 +45,12 @@ def test_neither_key_gives_the_secret_away() -> None:
 
 
 def test_the_owner_of_a_token_is_stable_and_tells_nothing() -> None:
-    assert owner_of("hf_a") == owner_of("hf_a") != owner_of("hf_b")
-    assert "hf_a" not in owner_of("hf_a")
-    assert owner_of("") == ""
+    assert owner_of("hf_a", SECRET) == owner_of("hf_a", SECRET) != owner_of("hf_b", SECRET)
+    assert "hf_a" not in owner_of("hf_a", SECRET)
+    assert owner_of("", SECRET) == ""
+    assert owner_of("hf_a", FleetSecret("another secret of tests")) != owner_of("hf_a", SECRET), "it is keyed"
+    assert hashlib.sha256(b"hf_a").hexdigest()[:32] not in owner_of("hf_a", SECRET)
+    assert owner_of("hf_a", None) == owner_of("hf_b", None), "without a secret, nothing of a token is kept"
 
 
 def test_a_file_is_made_once_and_for_its_owner_only(tmp_path: Path) -> None:

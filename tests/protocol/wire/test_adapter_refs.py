@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,15 +51,15 @@ def test_only_commits_are_fixed() -> None:
     assert [name for name, reference in fixed.items() if reference and reference.is_fixed] == ["0" * 40]
 
 
-def policy(**settings: str) -> Policy:
+def policy(**settings: Any) -> Policy:
     return Policy.of(Settings(**settings))
 
 
-def allowed(policy: Policy, name: str, *, on_request: bool) -> bool:
+def allowed(policy: Policy, name: str, *, on_request: bool, as_fleet: bool = True) -> bool:
     reference = parse_reference(name)
     assert reference is not None
     try:
-        policy.check(reference, on_request=on_request)
+        policy.check(reference, on_request=on_request, as_fleet=as_fleet)
     except PermissionDenied:
         return False
     return True
@@ -80,3 +82,32 @@ def test_policy(settings: dict[str, str], name: str, registered: bool, on_reques
     """By default only what was registered comes from the Hub, and nothing from S3."""
     assert allowed(policy(**settings), name, on_request=False) == registered
     assert allowed(policy(**settings), name, on_request=True) == on_request
+
+
+@pytest.mark.parametrize(
+    ("places", "name", "lent"),
+    [
+        ("", "org/a", False),
+        ("", "s3://bucket/a", False),
+        ("org, s3://bucket/team", "org/a@main", True),
+        ("org", "organisation/a", False),
+        ("s3://bucket", "s3://bucket/a/b", True),
+        ("s3://bucket/team", "s3://bucket/team", True),
+        ("s3://bucket/team", "s3://bucket/team/a/b", True),
+        ("s3://bucket/team", "s3://bucket/teams/a", False),
+        ("s3://bucket/team", "s3://bucket2/team/a", False),
+    ],
+)
+def test_what_the_fleets_credentials_are_lent_for(places: str, name: str, lent: bool) -> None:
+    """Without API keys there are no tenants, and whoever reaches the gateway has the fleet's rights."""
+    reference = parse_reference(name)
+    assert reference is not None
+    assert policy(api_keys=True, tenant_places=places).lends(reference) == lent
+    assert policy(tenant_places=places).lends(reference)
+
+
+def test_s3_is_read_with_the_fleets_credentials_or_not_at_all() -> None:
+    mine = policy(s3_buckets="bucket")
+    assert allowed(mine, "s3://bucket/a", on_request=False)
+    assert not allowed(mine, "s3://bucket/a", on_request=False, as_fleet=False)
+    assert allowed(mine, "org/a", on_request=False, as_fleet=False)
