@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.adapters.loader.messages import hash_of
-from gpu_worker.adapters.packing.merging import merge_adapters
+from gpu_worker.adapters.merges import NUM_MERGERS, MergeWatch
+from gpu_worker.adapters.packing.merging import check_bytes, merge_adapters
 from gpu_worker.adapters.packing.packer import HostAdapter, Packer, row_sites
 from gpu_worker.adapters.packing.rows import Rows, RowSite
 from gpu_worker.adapters.weights import PoolWeights
@@ -153,9 +154,6 @@ def adapter_cache(
     tokenizers = _Tokenizers()
 
     def read(digest: str) -> HostAdapter:
-        merge = merge_of(digest)
-        if merge is not None:
-            return merge_adapters(digest, merge, [read_files(part) for part in merge.digests], packer, module_names)
         files = fetch(digest)
         if isinstance(files, Rows):
             adapter = packer.wrap(digest, files)
@@ -163,7 +161,19 @@ def adapter_cache(
             adapter = packer.pack(digest, files.config, files.weights)
         return replace(adapter, tokenizer=tokenizers.read(files.tokenizer)) if files.tokenizer else adapter
 
-    return AdapterCache(weights, read, host_bytes)
+    merge_bytes = free_bytes(torch.device("cpu")) // (2 * NUM_MERGERS * (settings.workers if on_cpu else 1))
+
+    def merge(digest: str, watch: MergeWatch) -> HostAdapter:
+        recipe = merge_of(digest)
+        assert recipe is not None, f"{digest:.40} is no merge"
+        files: list[FetchedAdapter] = []
+        for part in recipe.digests:
+            watch.check()
+            files.append(read_files(part))
+            check_bytes(sum(len(file.weights) for file in files), merge_bytes)
+        return merge_adapters(digest, recipe, files, packer, module_names, watch, merge_bytes)
+
+    return AdapterCache(weights, read, host_bytes, merge=merge, merge_timeout_s=settings.merge_timeout_s)
 
 
 def _files_only(fetch: Fetch) -> FetchFiles:

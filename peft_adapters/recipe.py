@@ -60,9 +60,14 @@ def digest_of_merge(merge: Merge) -> str:
     return PREFIX + base64.urlsafe_b64encode(msgspec.msgpack.encode(merge)).decode().rstrip("=")
 
 
+def is_merge(digest: str) -> bool:
+    """Return whether a digest is a recipe, right or wrong, and not an adapter's."""
+    return digest.startswith(PREFIX)
+
+
 def merge_of(digest: str) -> Merge | None:
     """Return the merge that a digest stands for, None for an adapter's digest. Raises BadRequest for a wrong recipe."""
-    if not digest.startswith(PREFIX):
+    if not is_merge(digest):
         return None
     packed = digest.removeprefix(PREFIX)
     try:

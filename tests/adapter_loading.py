@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from gpu_worker.adapters.cache import AdapterCache
+from gpu_worker.adapters.merges import MergeWatch
 from gpu_worker.adapters.packing.packer import HostAdapter
 from gpu_worker.adapters.weights import PoolWeights
 from gpu_worker.model.lora import SiteInfo
@@ -42,7 +44,9 @@ def make_adapter(digest: str, rank: int, where: int = ATTENTION) -> HostAdapter:
 class Loading:
     """A cache over a pool of a few pages whose loaders' news can be awaited."""
 
-    def __init__(self, num_pages: int, adapters: list[HostAdapter], host_bytes: int = 1 << 20) -> None:
+    def __init__(
+        self, num_pages: int, adapters: list[HostAdapter], host_bytes: int = 1 << 20, merge_timeout_s: float = 60.0
+    ) -> None:
         budget = num_pages * (PAGE_BYTES[0] + PAGE_BYTES[1]) + PAGE_BYTES[2]
         self.weights = PoolWeights(SITES, [], budget, "cpu")
         self.known = {adapter.digest: adapter for adapter in adapters}
@@ -51,7 +55,12 @@ class Loading:
         self.store_answers.set()
         self.changed = threading.Event()
         self.evicted: list[str] = []
-        self.cache = AdapterCache(self.weights, self._read, host_bytes)
+        self.merging: list[str] = []  # merges that have begun
+        self.merges_go_on = threading.Event()
+        self.merges_go_on.set()
+        self.cache = AdapterCache(
+            self.weights, self._read, host_bytes, merge=self._merge, merge_timeout_s=merge_timeout_s
+        )
         self.cache.on_loaded = self.changed.set
         self.cache.on_evicted = self.evicted.append
 
@@ -61,6 +70,24 @@ class Loading:
         if digest not in self.known:
             raise NotFound(f"no adapter store has the adapter {digest}")
         return self.known[digest]
+
+    def _merge(self, digest: str, watch: MergeWatch) -> HostAdapter:
+        self.merging.append(digest)
+        self.changed.set()
+        while not self.merges_go_on.wait(timeout=0.001):
+            watch.check()
+        watch.check()
+        return self.known[digest]
+
+    def settle(self, *wanted: str, until: Callable[[], bool], tenant_of: Callable[[str], str] = lambda _: "") -> None:
+        """Ask for adapters, as an engine does at every step, until something is true."""
+        while True:
+            self.changed.clear()
+            self.cache.poll()
+            self.cache.load(wanted, tenant_of)
+            if until():
+                return
+            assert self.changed.wait(timeout=60)
 
     def load(self, *wanted: str, until: str) -> None:
         """Ask for adapters until one of them is resident."""

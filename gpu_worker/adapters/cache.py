@@ -16,11 +16,16 @@ from gpu_worker.adapters.extras import Extras
 from gpu_worker.adapters.failures import Failures
 from gpu_worker.adapters.host import HostTier
 from gpu_worker.adapters.jobs import JobEnd, Jobs
+from gpu_worker.adapters.merges import MergeWatch
 from gpu_worker.adapters.packing.packer import HostAdapter
 from gpu_worker.adapters.starvation import Starvation
 from gpu_worker.adapters.weights import PoolWeights
+from peft_adapters.recipe import is_merge
 from protocol.wire.errors import AdapterRefused, LorafleetError, Unavailable
 from protocol.wire.messages import AdapterEvent
+
+Merge = Callable[[str, MergeWatch], HostAdapter]
+"""Fetches, merges and packs the adapters of a merge, by its digest, while the watch allows it."""
 
 COPY_S = 1e-3
 """About the seconds that a copy from the host into the pool takes."""
@@ -38,10 +43,13 @@ class AdapterCache:
         read: Callable[[str], HostAdapter],
         host_bytes: int,
         failures: Failures | None = None,
+        merge: Merge | None = None,
+        merge_timeout_s: float = 60.0,
     ) -> None:
         """read: fetches and packs an adapter by digest; runs in a job's thread and may raise LorafleetError.
 
-        host_bytes: budget of host memory. failures: when to try again what failed.
+        host_bytes: budget of host memory. failures: when to try again what failed. merge: as `read`, for merges; None
+        where there are none. merge_timeout_s: the longest that one may take.
         """
         self.weights = weights
         self.pool = weights.new_pool()
@@ -57,9 +65,11 @@ class AdapterCache:
         self.events = AdapterEvents()
         self._read = read
         self._failures = failures or Failures()
-        self._jobs = Jobs()
+        self._merge = merge
+        self._jobs = Jobs(merge_timeout_s)
         self._starvation = Starvation()
         self._wanted: set[str] = set()  # of the last `load`
+        self._tenant_of: Callable[[str], str] = lambda _: ""
         self._prefetches: set[str] = set()
         self._staging_s: dict[str, float] = {}  # measured, by digest
 
@@ -106,16 +116,21 @@ class AdapterCache:
     # ------------------------------------------------------------ loading
 
     def prefetch(self, digest: str) -> None:
-        """Bring an adapter to the host and, if that evicts no other, into the pool."""
-        if digest not in self.pool.residents:
+        """Bring an adapter to the host and, if that evicts no other, into the pool.
+
+        A merge is computed for a request that waits only.
+        """
+        if digest not in self.pool.residents and (not is_merge(digest) or digest in self.host):
             self._prefetches.add(digest)
             self._advance(digest, self.pool.residents, may_starve=False)
 
-    def load(self, wanted: Iterable[str]) -> dict[str, LorafleetError]:
+    def load(self, wanted: Iterable[str], tenant_of: Callable[[str], str] = lambda _: "") -> dict[str, LorafleetError]:
         """Start what waiting requests need next. Returns the adapters that cannot be loaded, and why.
 
-        wanted: digests, most urgent first. An adapter evicts none that is more urgent.
+        wanted: digests, most urgent first. An adapter evicts none that is more urgent. tenant_of: whom a merge is for;
+        "": nobody in particular.
         """
+        self._tenant_of = tenant_of
         failed: dict[str, LorafleetError] = {}
         ahead: dict[str, None] = {}
         for digest in wanted:
@@ -127,6 +142,7 @@ class AdapterCache:
                     failed[digest] = error
             ahead[digest] = None
         self._wanted = set(ahead)
+        self._jobs.keep_merges(self._wanted)
         self._starvation.keep(self._wanted)
         return failed
 
@@ -141,7 +157,10 @@ class AdapterCache:
         if adapter is None:
             if error := self._failures.error(digest, time.monotonic()):
                 return error
-            self._jobs.start(digest, lambda: (self._read(digest), None), copies=False)
+            if is_merge(digest) and (merge := self._merge) is not None:
+                self._jobs.merge(digest, self._tenant_of(digest), lambda watch: merge(digest, watch))
+            else:
+                self._jobs.start(digest, lambda: (self._read(digest), None), copies=False)
             return None
         if error := self._why_never(adapter):
             return error
@@ -208,7 +227,8 @@ class AdapterCache:
         failed: dict[str, LorafleetError] = {}
         for end in self._jobs.take_ended():
             if end.adapter is None:
-                assert end.error is not None
+                if end.error is None:  # given up; if somebody has come meanwhile, `load` starts it again
+                    continue
                 failed[end.digest] = end.error
                 self._take_failure(end, end.error)
             elif end.copied:

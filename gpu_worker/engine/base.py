@@ -105,8 +105,12 @@ class BaseEngine(ABC):
     def _request_adapters(self) -> None:
         """Load what waiting requests and pins need. Call it after the batch is chosen: none of its adapters may go."""
         wanted = self._wanted_adapters()
-        self._fail_requests_for(self.adapters.load([*wanted, *self.residency.wanted()]))
+        self._fail_requests_for(self.adapters.load([*wanted, *self.residency.wanted()], self._tenant_of))
         self.residency.settle(wanted)
+
+    def _tenant_of(self, digest: str) -> str:
+        """Return the tenant that waits for an adapter first, "" if none does or there are no tenants."""
+        return next((request.salt for request in self._waiting() if request.digest == digest), "")
 
     def _wanted_adapters(self) -> list[str]:
         return [request.digest for request in self._waiting() if request.digest]

@@ -30,20 +30,36 @@ from oracle.peft_kinds import (
 from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, prompts
 from peft import PeftModel
 
+from gpu_worker.adapters.merges import MergeWatch
+from gpu_worker.adapters.packing.merging import MergeInput, Merger
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.model.prepare import prepare_model
+from peft_adapters.config import read_config
+from peft_adapters.reasons import Reasons
 from peft_adapters.recipe import Merge, check_merge, digest_of_merge, merge_of
+from peft_adapters.spec import AdapterSpec, LoraWeights
 from protocol.runtime.settings import Settings
-from protocol.wire.errors import BadRequest
+from protocol.wire.errors import AdapterRefused, BadRequest
+from protocol.wire.messages import ServedModel, SiteShape
 
 WEIGHTS = [0.7, -0.4, 1.3]
 NAMES = ["a", "b", "c"]
+LORA = {"peft_type": "LORA", "r": 8, "target_modules": ["wide"]}
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "linear": {}, "cat": {}, "svd": {"svd_rank": 5}, "ties": {"density": 0.6}, "ties_svd": {"density": 0.6},
-    "dare_linear": {"density": 0.7}, "dare_ties": {"density": 0.7}, "dare_linear_svd": {"density": 0.7},
-    "dare_ties_svd": {"density": 0.7}, "magnitude_prune": {"density": 0.5}, "magnitude_prune_svd": {"density": 0.5},
-}  # fmt: skip
+    "linear": {},
+    "cat": {},
+    "svd": {"svd_rank": 5},
+    "ties": {"density": 0.6},
+    "ties_svd": {"density": 0.6},
+    "dare_linear": {"density": 0.7},
+    "dare_ties": {"density": 0.7},
+    "dare_linear_svd": {"density": 0.7},
+    "dare_ties_svd": {"density": 0.7},
+    "magnitude_prune": {"density": 0.5},
+    "magnitude_prune_svd": {"density": 0.5},
+}
+UNPRUNED = {"dare_linear_svd": {"density": 1.0}, "magnitude_prune_svd": {"density": 1.0}}  # fmt: skip
 
 
 def digest_of(name: str) -> str:
@@ -53,7 +69,7 @@ def digest_of(name: str) -> str:
 class Merging:
     """An engine and PEFT with the same adapters."""
 
-    def __init__(self, base: Base, options: dict[str, dict[str, Any]], root: Path) -> None:
+    def __init__(self, base: Base, options: dict[str, dict[str, Any]], root: Path, **settings: Any) -> None:
         self.base = base
         self.folders: dict[str, Path] = {}
         self.reads: list[str] = []
@@ -61,8 +77,8 @@ class Merging:
             self.folders[digest_of(name)] = root / name
             make_adapter(Kind(base, fields), root / name, seed=i)
         model = prepare_model(make_base(base), frozenset(), None)
-        settings = Settings(model="oracle", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20)
-        self.engine: Engine = build_engine(model, settings, self._fetch, None)[0]
+        sizes = {"adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20}
+        self.engine: Engine = build_engine(model, Settings(model="oracle", **sizes, **settings), self._fetch, None)[0]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             first, *others = options
@@ -101,9 +117,12 @@ def merging(tmp_path_factory: pytest.TempPathFactory) -> Merging:
     return Merging(LLAMA, options, tmp_path_factory.mktemp("merging"))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_merges_are_those_of_peft(strategy: str, merging: Merging) -> None:
-    fields = STRATEGIES[strategy]
+@pytest.mark.parametrize(
+    ("strategy", "fields"),
+    [*STRATEGIES.items(), *UNPRUNED.items()],
+    ids=[*STRATEGIES, *(f"{strategy} unpruned" for strategy in UNPRUNED)],
+)
+def test_merges_are_those_of_peft(strategy: str, fields: dict[str, Any], merging: Merging) -> None:
     prompt = prompts(1, TINY_VOCAB, (20,))[0]
     digest = merge_digest(NAMES, WEIGHTS, strategy=strategy, seed=3, **fields)
     requests = [greedy_request("merged", digest, prompt, 4), greedy_request("a", digest_of("a"), prompt, 4)]
@@ -167,6 +186,36 @@ def test_lorax_arithmetic(merging: Merging) -> None:
     assert torch.allclose(got["lorax"][1], got["scaled"][1], atol=MAX_DIFFERENCE)
     assert torch.allclose(got["twice"][1], got["plain"][1], atol=MAX_DIFFERENCE)
     assert not torch.allclose(got["lorax"][1], got["plain"][1], atol=0.1)
+
+
+@pytest.mark.parametrize("strategy", ["ties_svd", "cat"])
+def test_a_merge_that_takes_too_long_is_refused(strategy: str, tmp_path: Path) -> None:
+    merging = Merging(LLAMA, {"a": {}, "b": {}}, tmp_path, merge_timeout_s=1e-9)
+    digest = merge_digest(["a", "b"], [0.5, 0.5], strategy=strategy, density=0.5)
+    end = ask(merging.engine, [greedy_request("slow", digest, prompts(1, TINY_VOCAB, (8,))[0], 3)]).finish["slow"]
+    assert end.error is not None
+    assert (end.error.status, "merge_timeout_s" in end.error.message) == (422, True)
+
+
+def test_whole_matrices_that_are_too_large_are_refused_unmade() -> None:
+    """Factors are no such matrices, whatever the size of the layer."""
+    config = read_config(LORA, Reasons())
+    assert config is not None
+    parts = [MergeInput(config, AdapterSpec(()), {}.__getitem__, 1.0)] * 2
+    served = ServedModel(
+        model="m", name="m", fingerprint="f", model_type="llama", vocab_size=10, max_model_len=10,
+        sites=[SiteShape("wide", 1 << 20, 1 << 20)],
+    )  # fmt: skip
+    layers = [("wide", [LoraWeights("wide", 8, 1.0, "a", "b")] * 2)]
+    for strategy in STRATEGIES:
+        merge = Merge(adapters=[b"1", b"2"], weights=[0.5, 0.5], strategy=strategy, density=0.5)  # type: ignore[arg-type]
+        for max_bytes, reason in ((1 << 30, "bytes of memory"), (1 << 60, "merge_timeout_s")):
+            merger = Merger(merge, parts, MergeWatch(3600.0), max_bytes)
+            if not strategy.endswith("_svd"):
+                merger.check_cost(layers, served)
+                continue
+            with pytest.raises(AdapterRefused, match=reason):
+                merger.check_cost(layers, served)
 
 
 def test_what_cannot_be_merged_is_refused_with_the_reason(tmp_path: Path) -> None:

@@ -1,15 +1,22 @@
-"""Merges several adapters into one, as PEFT's `add_weighted_adapter` or LoRAX does. Runs in loader threads."""
+"""Merges several adapters into one, as PEFT's `add_weighted_adapter` or LoRAX does. Runs in threads for merges.
+
+The strategies that prune products and end with `_svd` need each layer's whole matrix, because PEFT prunes its numbers
+one by one: seconds to minutes for a large layer. `svd`, and the others where nothing is pruned, work on the factors.
+"""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
+from gpu_worker.adapters.merges import MergeWatch
 from gpu_worker.adapters.packing.extras_packer import GetTensor, lora_matrices
 from gpu_worker.adapters.packing.packer import HostAdapter, Packer
 from peft_adapters.config import AdapterConfig, read_config
@@ -17,6 +24,30 @@ from peft_adapters.format import AdapterSpec, LoraWeights
 from peft_adapters.reasons import Reasons
 from peft_adapters.recipe import Merge
 from protocol.wire.errors import AdapterRefused
+from protocol.wire.messages import ServedModel
+
+
+def check_bytes(num_bytes: int, max_bytes: int) -> None:
+    """Raise AdapterRefused when a merge would take more memory than it may."""
+    if num_bytes > max_bytes:
+        raise AdapterRefused(
+            [
+                f"merging these adapters takes {num_bytes} bytes of memory; {max_bytes} are for it here: take fewer or"
+                " smaller adapters, or merge_strategy svd, which needs no whole matrices"
+            ]
+        )
+
+
+@cache
+def _svd_s_per_operation(size: int = 384) -> float:
+    """Return the seconds that decomposing a square matrix of `size` takes here, by the cube of its size; measured."""
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    times_s: list[float] = []
+    for _ in range(2):  # the first one also loads the library
+        began_s = time.perf_counter()
+        torch.linalg.svd(matrix, full_matrices=False)
+        times_s.append(time.perf_counter() - began_s)
+    return min(times_s) / size**3
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +81,27 @@ class _Factor:
 
 
 def merge_adapters(
-    digest: str, merge: Merge, files: Sequence[FetchedAdapter], packer: Packer, order: Sequence[str]
-) -> HostAdapter:
+    digest: str, merge: Merge, files: Sequence[FetchedAdapter], packer: Packer, order: Sequence[str],
+    watch: MergeWatch, max_bytes: int,
+) -> HostAdapter:  # fmt: skip
     """Merge the adapters in `files` as `merge` says, and pack the result under `digest`.
 
-    order: names of all the model's modules in its own order, in which random pruning draws. Raises AdapterRefused for
-    adapters that cannot be merged.
+    order: names of all the model's modules in its own order, in which random pruning draws. max_bytes: memory that the
+    merge of one layer may take. Raises AdapterRefused for adapters that cannot be merged, in the time and memory that
+    there is; and GivenUp.
     """
     parts = [_read(file, packer, weight) for file, weight in zip(files, merge.weights, strict=True)]
-    merger = _Merger(merge, parts)
+    merger = Merger(merge, parts, watch, max_bytes)
     tensors: dict[str, Tensor] = {}
     merged: dict[str, list[LoraWeights]] = {"sites": [], "embeddings": []}
     targets = _targets(parts)
     kinds = {site.name: site.kind for site in packer.served.sites}
-    for name in (name for name in order if kinds.get(name) and targets.chosen(name)):
-        found = [
-            (part, lora) for part in parts for lora in (*part.spec.sites, *part.spec.embeddings) if lora.site == name
-        ]
+    by_site = [{lora.site: lora for lora in (*part.spec.sites, *part.spec.embeddings)} for part in parts]
+    chosen = [name for name in order if kinds.get(name) and targets.chosen(name)]
+    merger.check_cost([(name, [own[name] for own in by_site if name in own]) for name in chosen], packer.served)
+    for name in chosen:
+        watch.check()
+        found = [(part, own[name]) for part, own in zip(parts, by_site, strict=True) if name in own]
         if not found:
             raise AdapterRefused([f"{name} is targeted, but none of the merged adapters has LoRA there"])
         a, b, scale = merger.merge(found, transposed=kinds[name] in ("conv1d", "embedding"))
@@ -121,13 +156,17 @@ class _JointTargets:
         )
 
 
-class _Merger:
+class Merger:
     """Merges module by module, in the model's order, because random pruning draws numbers in that order."""
 
-    def __init__(self, merge: Merge, parts: Sequence[MergeInput]) -> None:
+    def __init__(self, merge: Merge, parts: Sequence[MergeInput], watch: MergeWatch, max_bytes: int) -> None:
         # PEFT merges a single adapter linearly, whatever the strategy.
         self.strategy = "linear" if len(parts) == 1 and merge.arithmetic == "peft" else merge.strategy
+        if self.strategy in ("dare_linear_svd", "magnitude_prune_svd") and merge.density >= 1:
+            self.strategy = "svd"  # nothing is pruned: the same sum
         self._merge = merge
+        self._watch = watch
+        self._max_bytes = max_bytes
         self._random = torch.Generator().manual_seed(merge.seed)
         ranks = [part.rank for part in parts]
         if self.strategy == "cat":
@@ -143,6 +182,25 @@ class _Merger:
             )
         # PEFT gives the result the first one's rsLoRA, with alpha = rank.
         self._scale = math.sqrt(self._rank) if parts[0].config.use_rslora else 1.0
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether each layer's whole matrix is needed."""
+        return self.strategy.endswith("_svd")
+
+    def check_cost(self, layers: Sequence[tuple[str, Sequence[LoraWeights]]], served: ServedModel) -> None:
+        """Raise AdapterRefused when whole matrices would take more memory or time than there is. layers: by name."""
+        if not self._is_whole:
+            return
+        sizes = {site.name: (site.in_features, site.out_features) for site in served.sites}
+        num_operations = 0.0
+        for name, loras in layers:
+            rows, columns = sizes[name]
+            # The products of all, one stack of them, its weights and its signs, and what is decomposed.
+            check_bytes((4 * len(loras) + 4) * rows * columns * 4, self._max_bytes)
+            num_operations += rows * columns * min(rows, columns)
+        # The estimate may be wrong by a factor: what takes longer than that is found out between layers.
+        self._watch.check(0.5 * num_operations * _svd_s_per_operation())
 
     def merge(
         self, found: Sequence[tuple[MergeInput, LoraWeights]], *, transposed: bool
@@ -162,6 +220,7 @@ class _Merger:
             return *self._svd(factors), self._scale
         if self.strategy.endswith("svd"):
             deltas = [factor.delta(transposed=transposed) for factor in factors]
+            self._watch.check()
             delta = self._combine(deltas, [factor.weight for factor in factors], self.strategy.removesuffix("_svd"))
             u, s, vh = torch.linalg.svd(delta.T if transposed else delta, full_matrices=False)
             return vh[: self._rank].contiguous(), (u * s)[:, : self._rank].contiguous(), self._scale
