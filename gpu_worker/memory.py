@@ -5,33 +5,21 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
-GiB = 1 << 30
+from gpu_worker.host_memory import free_host_bytes
 
-_CGROUP = Path("/sys/fs/cgroup")
+GiB = 1 << 30
 
 
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that are free on a device; on a CPU at most what the limit of this container leaves."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(psutil.virtual_memory().available, _cgroup_free_bytes())
-
-
-def _cgroup_free_bytes() -> int:
-    """Return what the container's limit leaves; a very large number without one."""
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-    except OSError:  # no cgroup v2
-        return 1 << 62
-    return 1 << 62 if limit == "max" else max(0, int(limit) - used)
+    return free_host_bytes()
 
 
 def share(given: int, free: int, fraction: float, most: int) -> int:

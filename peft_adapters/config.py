@@ -27,7 +27,7 @@ from peft_adapters.texts import TEXTS_FIELD
 from protocol.wire.errors import AdapterRefused
 
 CONFIG_FILE = "adapter_config.json"
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 19
 
 LORA, ADALORA = "LORA", "ADALORA"
 

@@ -9,8 +9,18 @@ from peft_adapters.json_values import is_list, is_object
 from peft_adapters.reasons import Reasons, show
 from peft_adapters.targets import MIN_CONDENSED_TARGETS, BadPattern, Layers, Names, PatternMap, SavedModules, Targets
 
-MAX_PATTERNS = 4_096
+MAX_ENTRIES = 4_096
+"""Entries of `rank_pattern` or `alpha_pattern`."""
 MAX_NAMES = 20_000
+"""Names in `target_modules` or `exclude_modules`."""
+MAX_SAVED = 512
+"""Names in `modules_to_save`, each of which is compared with every module of the base model."""
+MAX_PARAMETERS = 4_096
+MAX_LAYERS_PATTERNS = 64
+MAX_TOKEN_MODULES = 64
+"""Modules in `trainable_token_indices`."""
+MAX_INVOCATION = 1_024
+"""Tokens in `alora_invocation_tokens`."""
 
 _MAX_FLOAT32 = 3.4028234663852886e38
 
@@ -30,13 +40,13 @@ def is_alpha(value: Any) -> bool:
 
 def is_rank(value: Any) -> bool:
     """Return whether a value is a whole number."""
-    return type(value) is int
+    return type(value) is int and abs(value) < 1 << 31
 
 
 def read_pattern_map(name: str, value: Any, valid: Callable[[Any], bool], reasons: Reasons) -> PatternMap | None:
     """Read `rank_pattern` or `alpha_pattern`. valid: whether a number is one for it. None, with reasons, if wrong."""
-    if not is_object(value) or len(value) > MAX_PATTERNS:
-        reasons.add(f"{name} is not a map of at most {MAX_PATTERNS} patterns to numbers")
+    if not is_object(value) or len(value) > MAX_ENTRIES:
+        reasons.add(f"{name} is not a map of at most {MAX_ENTRIES} patterns to numbers")
         return None
     for key, item in value.items():
         if not valid(item):
@@ -99,7 +109,11 @@ def _read_layers(value: Mapping[str, Any], reasons: Reasons) -> Layers | None:
         return None
     indices = [indices] if type(indices) is int else indices
     patterns = [pattern] if isinstance(pattern, str) and pattern else pattern or []
-    if not is_list(indices) or any(type(index) is not int for index in indices) or not _are_names(patterns):
+    if (
+        not is_list(indices)
+        or any(type(index) is not int for index in indices)
+        or not _are_names(patterns, MAX_LAYERS_PATTERNS)
+    ):
         reasons.add("layers_to_transform or layers_pattern is of the wrong type")
         return None
     if len(value["target_modules"] or []) >= MIN_CONDENSED_TARGETS:
@@ -115,16 +129,16 @@ def is_all_linear(targets: Any) -> bool:
 
 def read_parameters(value: Any, reasons: Reasons) -> tuple[str, ...]:
     """Read `target_parameters`: ends of the names of adapted parameters."""
-    if not _are_names(value):
-        reasons.add(f"target_parameters {show(value)} is not a list of names")
+    if not _are_names(value, MAX_PARAMETERS):
+        reasons.add(f"target_parameters {show(value)} is not a list of at most {MAX_PARAMETERS} names")
         return ()
     return tuple(value)
 
 
 def read_saved(value: Any, reasons: Reasons) -> SavedModules | None:
     """Read `modules_to_save`. None, with reasons, if it is wrong."""
-    if not _are_names(value) or not all(value):
-        reasons.add(f"modules_to_save {show(value)} is not a list of names")
+    if not _are_names(value, MAX_SAVED) or not all(value):
+        reasons.add(f"modules_to_save {show(value)} is not a list of at most {MAX_SAVED} names")
         return None
     try:
         return SavedModules.read(value)
@@ -141,6 +155,9 @@ def read_tokens(value: Any, reasons: Reasons) -> dict[str, tuple[int, ...]]:
     if not value:
         return {}
     by_module = value if is_object(value) else {"": value}
+    if len(by_module) > MAX_TOKEN_MODULES:
+        reasons.add(f"trainable_token_indices names {len(by_module)} modules; the limit is {MAX_TOKEN_MODULES}")
+        return {}
     return {name: read_ids("trainable_token_indices", ids, reasons) for name, ids in by_module.items()}
 
 
@@ -151,8 +168,10 @@ def read_ids(name: str, value: Any, reasons: Reasons) -> tuple[int, ...]:
         return ()
     if name == "trainable_token_indices" and len(set(value)) != len(value):
         reasons.add("trainable_token_indices names a token twice")
+    if name == "alora_invocation_tokens" and len(value) > MAX_INVOCATION:
+        reasons.add(f"{name} holds {len(value)} tokens; the limit is {MAX_INVOCATION}")
     return tuple(value)
 
 
-def _are_names(value: Any) -> bool:
-    return is_list(value) and len(value) <= MAX_NAMES and all(isinstance(item, str) for item in value)
+def _are_names(value: Any, most: int = MAX_NAMES) -> bool:
+    return is_list(value) and len(value) <= most and all(isinstance(item, str) for item in value)

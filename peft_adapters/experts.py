@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from peft_adapters.config import AdapterConfig
 from peft_adapters.reasons import Reasons
-from peft_adapters.targets import Names, PatternMap
+from peft_adapters.targets import BadPattern, Names, PatternMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +84,17 @@ def convert(config: AdapterConfig, names: OldNames, modules: Iterable[str], reas
     ranks, alphas = dict(config.ranks.numbers), dict(config.alphas.numbers)
     if used >= set(names.fused):
         ranks[rf".*\.{GATE_UP}"], alphas[rf".*\.{GATE_UP}"] = 2 * config.r, 2 * config.alpha
+    try:
+        patterns = PatternMap(ranks), PatternMap(alphas)
+    except BadPattern as error:
+        reasons.add(f"rank_pattern or alpha_pattern, with what PEFT adds for experts: {error}")
+        return None
     return replace(
         config,
         targets=replace(config.targets, targets=Names(targets.endings - old.keys())),
         parameters=tuple(sorted({*config.parameters, *old.values()})),
-        ranks=PatternMap(ranks),
-        alphas=PatternMap(alphas),
+        ranks=patterns[0],
+        alphas=patterns[1],
     )
 
 

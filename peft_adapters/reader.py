@@ -13,7 +13,7 @@ from peft_adapters.reasons import Reasons
 from peft_adapters.replaced import check_vocabulary, read_replaced, read_tokens
 from peft_adapters.safetensors_header import TensorInfo
 from peft_adapters.spec import AdapterSpec, LoraWeights
-from peft_adapters.targets import Names
+from peft_adapters.targets import Names, endings_of
 from peft_adapters.tensors import AdapterTensors
 from protocol.wire.messages import OPAQUE, ServedModel, SiteShape
 
@@ -105,13 +105,14 @@ def _check_target(config: AdapterConfig, site: SiteShape, reasons: Reasons) -> N
 def _targeted_parameters(matcher: Matcher, targeted: Mapping[str, SiteShape]) -> dict[str, list[str]]:
     """Return the parameters that `target_parameters` means by their module, each module's in the model's order."""
     found: dict[str, list[str]] = {}
+    ends = frozenset(matcher.config.parameters)
     for site in matcher.sites.values():
         if site.kind == "parameter":
             names = [site.name]
         else:
             names = [f"{site.name}.weight", *([f"{site.name}.bias"] if site.has_bias else [])]
         for name in names:
-            if not any(name == end or name.endswith(f".{end}") for end in matcher.config.parameters):
+            if ends.isdisjoint(endings_of(name)):
                 continue
             if name.endswith(".bias") or site.kind not in ("parameter", "linear"):
                 matcher.reasons.add("LoRA on this parameter is not served", name)

@@ -39,5 +39,8 @@ class Reasons:
 
 def show(value: Any) -> str:
     """Return a value from a file that anybody may have written as at most 120 characters of printable ASCII."""
-    text = value if isinstance(value, str) and value.isascii() and value.isprintable() else ascii(value)
+    try:
+        text = value if isinstance(value, str) and value.isascii() and value.isprintable() else ascii(value)
+    except RecursionError:
+        text = "a value that is nested too deeply"
     return text if len(text) <= 120 else text[:117] + "..."

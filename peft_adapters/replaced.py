@@ -75,11 +75,12 @@ def read_replaced(
     """
     saved, reasons = matcher.config.saved, matcher.reasons
     wrapped = {part.site: TOKENS_WRAPPED for part in tokens} | dict.fromkeys(targeted, WRAPPED)
+    with_weight = matcher.tensors.with_weight()
     found: dict[tuple[str, str], ReplacedWeights] = {}
     loaded: dict[str, ReplacedWeights] = {}  # weights that PEFT loads into the base's own modules
     for site in matcher.sites.values():
         is_saved = saved.saves(site.name)
-        if site.kind == OPAQUE and (is_saved or matcher.tensors.has_weight(site.name)):
+        if site.kind == OPAQUE and (is_saved or site.name in with_weight):
             reasons.add("whole weights of quantised layers are not served", site.name)
             continue
         for parameter in _parameters_of(site):
@@ -132,6 +133,8 @@ def _shape(matcher: Matcher, site: SiteShape, parameter: Parameter, name: str) -
     rows, width = site.in_features, site.out_features
     if site.name in (matcher.embedding, matcher.head) and matcher.base is not None:
         own = matcher.infos[name].shape[0]
+        if not own:
+            matcher.reasons.add("this embedding or head has no tokens", site.name)
         if matcher.vocab_size and own != matcher.vocab_size:
             sizes = f"{matcher.vocab_size} and {own}"
             matcher.reasons.add(f"embedding and head of {sizes} tokens do not fit together")

@@ -13,6 +13,7 @@ from protocol.wire.errors import AdapterRefused
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 20_000
+MAX_NAME_CHARS = 512
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 """Bytes of a number by dtype, as safetensors names it. Other dtypes are not served."""
 
@@ -53,6 +54,8 @@ def parse_header(head: bytes, file_size: int) -> dict[str, TensorInfo]:
     reasons = Reasons()
     for name, entry in header.items():
         problem = _entry_problem(entry)
+        if not problem and len(name) > MAX_NAME_CHARS:
+            problem = f"tensor names of more than {MAX_NAME_CHARS} characters"
         if problem:
             reasons.add(problem, name)
         else:

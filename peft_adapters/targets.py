@@ -1,7 +1,9 @@
 """Which modules a LoRA config means, by PEFT's own rules (`check_target_module_exists`, `get_pattern_key`, 0.21).
 
 Anybody may have written a pattern, so patterns run on RE2, whose time is linear in the text: with Python's `re` one
-config could hold the interpreter lock for hours. A pattern that the two would not read in the same way is refused.
+config could hold the interpreter lock for hours. A pattern that the two would not read in the same way is refused. To
+compile one takes RE2 about a millisecond, so that a map or list may hold MAX_PATTERNS of them; plain names, of which
+there may be many more, are compared without.
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ import re2 as _re2  # pyright: ignore[reportMissingTypeStubs]
 re2: Any = _re2  # it has no types
 
 MAX_PATTERN_CHARS = 16_384
+MAX_PATTERNS = 256
+"""Regular expressions in one map or list."""
 MIN_CONDENSED_TARGETS = 20
 """From this many targets on, PEFT replaces the list by shorter suffixes before it looks at `layers_to_transform`."""
 
 _LITERAL = re.compile(r"[\w.-]+", re.ASCII)
+_PART = re.compile(r"[\w-]+", re.ASCII)
 _READ_DIFFERENTLY = re.compile(r"\[[:.=]|\{,")  # POSIX classes in RE2, a lower bound of 0 in Python
 
 
@@ -63,10 +68,10 @@ class Names:
         """Return whether a module is chosen."""
         if self.pattern is not None:
             return self.pattern.fullmatch(module) is not None
-        return any(ending in self.endings for ending in _endings(module))
+        return any(ending in self.endings for ending in endings_of(module))
 
 
-def _endings(module: str) -> Iterable[str]:
+def endings_of(module: str) -> Iterable[str]:
     """Yield `a.b.c`, `b.c`, `c`: the names by which a list may choose a module."""
     yield module
     at = module.find(".")
@@ -104,12 +109,16 @@ class SavedModules:
     """The field `modules_to_save`: modules whose names end so, and all modules in them. PEFT does not adapt these."""
 
     endings: tuple[str, ...]
-    patterns: tuple[Any, ...]
+    plain: frozenset[str]  # names without a dot: parts of a module's name
+    patterns: tuple[Any, ...]  # the others
 
     @classmethod
     def read(cls, names: Sequence[str]) -> SavedModules:
         """Read the config's list. Raises BadPattern."""
-        return cls(tuple(names), tuple(compile_pattern(rf"(?:^|.*\.){name}(?:$|\..*)") for name in names))
+        plain = frozenset(name for name in names if _PART.fullmatch(name))
+        others = [name for name in dict.fromkeys(names) if name not in plain]
+        _check_number(others)
+        return cls(tuple(names), plain, tuple(compile_pattern(rf"(?:^|.*\.){name}(?:$|\..*)") for name in others))
 
     def saves(self, module: str) -> bool:
         """Return whether a module, or one that holds it, is saved."""
@@ -121,6 +130,8 @@ class SavedModules:
 
     def excludes(self, module: str) -> bool:
         """Return whether a module cannot be adapted because it is saved, or lies in one that is."""
+        if not self.plain.isdisjoint(module.split(".")):
+            return True
         return any(pattern.match(module) is not None for pattern in self.patterns)
 
 
@@ -147,20 +158,44 @@ class PatternMap:
     def __init__(self, values: Mapping[str, Any]) -> None:
         """values: numbers by pattern. Raises BadPattern, whose text begins with the pattern."""
         self.numbers = values
-        self._patterns: list[tuple[str, str, Any]] = []
+        self._patterns: list[tuple[str, str, Any]] = []  # (pattern, what a name must end with, compiled)
+        self._found: dict[str, str | None] = {}  # module -> the pattern that matches first
+        _check_number([key for key in values if not _LITERAL.fullmatch(key)])
         for key in values:
+            if _LITERAL.fullmatch(key):
+                self._patterns.append((key, key.rpartition(".")[2], None))
+                continue
             try:
                 compile_pattern(key)
-                compiled = compile_pattern(rf"(.*\.)?({key})$")
+                self._patterns.append((key, "", compile_pattern(rf"(.*\.)?({key})$")))
             except BadPattern as error:
                 raise BadPattern(f"{key[:100]!r} {error}") from None
-            # A key without special characters matches only names with its ending, which is cheap to compare first.
-            tail = key.rpartition(".")[2] if _LITERAL.fullmatch(key) else ""
-            self._patterns.append((key, tail, compiled))
 
     def get(self, module: str, default: Any) -> Any:
         """Return the number for a module, `default` if no pattern matches."""
+        if module not in self._found:
+            self._found[module] = self._first(module)
+        key = self._found[module]
+        return self.numbers.get(module, default) if key is None else self.numbers[key]
+
+    def _first(self, module: str) -> str | None:
+        """Return the first pattern that matches a module, None if none does."""
         for key, tail, compiled in self._patterns:
-            if module.endswith(tail) and compiled.match(module) is not None:
-                return self.numbers[key]
-        return self.numbers.get(module, default)
+            if module.endswith(tail) and (
+                _ends_with(module, key) if compiled is None else compiled.match(module) is not None
+            ):
+                return key
+        return None
+
+
+def _ends_with(module: str, key: str) -> bool:
+    """Return whether a module's name is a plain key or ends with a dot and it. A dot in the key is any character."""
+    at = len(module) - len(key)
+    if at < 0 or (at > 0 and module[at - 1] != "."):
+        return False
+    return all(mine in (".", found) for mine, found in zip(key, module[at:], strict=True))
+
+
+def _check_number(patterns: Sequence[str]) -> None:
+    if len(patterns) > MAX_PATTERNS:
+        raise BadPattern(f"is one of {len(patterns)} regular expressions; the limit is {MAX_PATTERNS}")

@@ -38,9 +38,9 @@ class AdapterTensors:
     # (module, its wrapper, parameter) -> tensor
     plain: dict[tuple[str, str, str], str] = field(default_factory=dict[tuple[str, str, str], str])
 
-    def has_weight(self, module: str) -> bool:
-        """Return whether the file has a module's own weight, whatever wraps the module."""
-        return any(owner == module and parameter == "weight" for owner, _, parameter in self.plain)
+    def with_weight(self) -> set[str]:
+        """Return the modules whose own weight the file has, whatever wraps them."""
+        return {owner for owner, _, parameter in self.plain if parameter == "weight"}
 
     def by_module(self) -> Iterator[tuple[str, str]]:
         """Yield (module, tensor) for every tensor."""

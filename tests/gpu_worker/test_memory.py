@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import psutil
+import pytest
 import torch
 
+from gpu_worker.host_memory import MemoryBudget
 from gpu_worker.memory import free_bytes, share, zeros
+from protocol.wire.errors import Unavailable
 
 CPU = torch.device("cpu")
 
@@ -32,3 +37,32 @@ def test_a_budget_is_as_given_or_a_bounded_share() -> None:
 
 def test_there_is_memory() -> None:
     assert 0 < free_bytes(CPU) <= psutil.virtual_memory().total
+
+
+def test_large_pieces_are_had_one_after_another_and_small_ones_at_once() -> None:
+    budget = MemoryBudget(60.0, small_bytes=10, free_bytes=lambda: 100)
+    order: list[str] = []
+
+    def second() -> None:
+        with budget.hold(60):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with budget.hold(60):
+        thread.start()
+        with budget.hold(10), budget.hold(40):
+            order.append("small ones")
+        assert thread.is_alive()
+        order.append("first ends")
+    thread.join()
+    assert order == ["small ones", "first ends", "second"]
+
+
+def test_what_never_has_room_is_refused() -> None:
+    budget = MemoryBudget(0.001, small_bytes=10, free_bytes=lambda: 100)
+    with pytest.raises(Unavailable, match="needs 101 bytes"), budget.hold(101):
+        pass
+    with budget.hold(60), pytest.raises(Unavailable), budget.hold(41):
+        pass
+    with budget.hold(100):
+        pass

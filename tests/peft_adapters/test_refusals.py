@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from adapter_files import BASE, lora_config, lora_tensors, safetensors
@@ -18,6 +19,7 @@ from peft_adapters.format import (
     parse_header,
     read_adapter,
 )
+from peft_adapters.reasons import show
 from protocol.wire import messages as m
 from protocol.wire.errors import AdapterRefused
 
@@ -131,6 +133,8 @@ def test_gives_every_reason_at_once() -> None:
         ({"rank_pattern": {"q_proj": 4.5}}, "rank_pattern"),
         ({"rank_pattern": {"(": 4}}, "rank_pattern"),
         ({"rank_pattern": {f"x{i}": 4 for i in range(5000)}}, "at most"),
+        ({"rank_pattern": {f"x{i}.*": 4 for i in range(257)}}, "257 regular expressions; the limit is 256"),
+        ({"r": 10**400}, "is not a whole number"),
         ({"use_rslora": "yes"}, "use_rslora"),
         ({"target_modules": None}, "target_modules"),
         ({"target_modules": []}, "target_modules"),
@@ -159,6 +163,12 @@ def test_gives_every_reason_at_once() -> None:
         ({"alora_invocation_tokens": [-1]}, "alora_invocation_tokens"),
         ({"modules_to_save": "lm_head"}, "modules_to_save"),
         ({"modules_to_save": ["("]}, "modules_to_save"),
+        ({"modules_to_save": [f"x{i}" for i in range(513)]}, "at most 512 names"),
+        ({"modules_to_save": [f"x.{i}" for i in range(257)]}, "257 regular expressions"),
+        ({"layers_to_transform": [0], "layers_pattern": [f"l{i}" for i in range(65)]}, "layers_pattern"),
+        ({"trainable_token_indices": {f"x{i}": [1] for i in range(65)}}, "65 modules; the limit is 64"),
+        ({"alora_invocation_tokens": [1] * 1025}, "1025 tokens; the limit is 1024"),
+        ({"target_parameters": [f"x{i}" for i in range(5000)]}, "at most 4096 names"),
         ({"modules_to_save": ["q_proj"]}, "tensors missing for modules_to_save"),
         ({"trainable_token_indices": [1, 1]}, "names a token twice"),
         ({"trainable_token_indices": [1.5]}, "trainable_token_indices"),
@@ -185,6 +195,23 @@ def test_refuses_another_base() -> None:
         sites=[m.SiteShape(site.name, 32, 16) for site in BASE.sites],
     )  # fmt: skip
     assert any("[4, 32]" in reason for reason in reasons(lora_config(), wide))
+
+
+def test_refuses_a_vocabulary_of_nothing() -> None:
+    """The file decides how many tokens an embedding has, but not that it has none."""
+    embedding = m.SiteShape("model.embed_tokens", BASE.vocab_size, 16, "embedding")
+    base = msgspec.structs.replace(BASE, sites=[*BASE.sites, embedding])
+    config = lora_config(modules_to_save=["embed_tokens"])
+    name = "base_model.model.model.embed_tokens.weight"
+    assert any("has no tokens" in reason for reason in reasons(config, base, **{name: np.zeros((0, 16))}))
+    assert any("shape" in reason for reason in reasons(config, base, **{name: np.zeros((64, 0))}))
+
+
+def test_a_value_without_bottom_is_shown_too() -> None:
+    value: list[Any] = []
+    for _ in range(100_000):
+        value = [value]
+    assert show(value) == "a value that is nested too deeply"
 
 
 def test_a_refusal_stays_short() -> None:

@@ -126,6 +126,7 @@ ATTACKS: dict[str, Callable[[Header], None]] = {
     "a dtype that is a list": change("dtype", ["F32"]),
     "one key too many": lambda header: first(header).update(extra=1),
     "one key missing": lambda header: first(header).pop("shape"),
+    "a long name": lambda header: header.update({"x" * 513: header.pop("t0")}),
     "an entry that is a list": lambda header: header.update(t0=[1]),
     "an entry that is null": lambda header: header.update(t0=None),
     "metadata that is no map": lambda header: header.update(__metadata__=[]),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_adapters.targets import BadPattern, Names, PatternMap, compile_pattern
+from peft_adapters.targets import BadPattern, Names, PatternMap, SavedModules, compile_pattern
 
 PIECES = ["q_proj", "model", "layers", ".", r"\.", ".*", ".*?", "[0-9]", r"\d", r"\d+", "(", ")", "|", "^", "$", "?",
           "+", "*", "{2}", "{,3}", "{1,}", "[^.]", "[[:alpha:]]", r"\w", r"\b", "(?:", "(?i)", "(?P<a>", r"\Z", r"\1",
@@ -47,3 +47,35 @@ def test_the_first_matching_pattern_counts() -> None:
     assert ranks.get("model.layers.0.self_attn.v_proj", 9) == 2
     assert ranks.get("model.layers.1.self_attn.v_proj", 9) == 9
     assert PatternMap({"q.proj": 1}).get("q_proj", 9) == 1, "a dot matches any character"
+
+
+@given(
+    st.lists(
+        st.sampled_from(["q_proj", "q.proj", "proj", "0.q_proj", "layers.0", "12.mlp", "x", "lm-head"]), max_size=5
+    ),
+    st.sampled_from([*MODULES, "lm-head", "xq_proj", "layers_0"]),
+)
+def test_plain_keys_mean_what_python_says(keys: list[str], module: str) -> None:
+    """They are compared without a regular expression, and mean the same."""
+    ranks = PatternMap({key: i for i, key in enumerate(keys)})
+    matching = [key for key in ranks.numbers if re.match(rf"(.*\.)?({key})$", module)]
+    assert ranks.get(module, -1) == (ranks.numbers[matching[0]] if matching else -1)
+
+
+@given(
+    st.lists(st.sampled_from(["q_proj", "self.attn", "proj", "layers", ".*norm", "0", "mlp"]), max_size=4),
+    st.sampled_from(MODULES),
+)
+def test_saved_modules_mean_what_python_says(names: list[str], module: str) -> None:
+    expected = any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
+    assert SavedModules.read(names).excludes(module) == expected
+
+
+def test_many_plain_names_compile_nothing() -> None:
+    """A regular expression takes a millisecond to compile, so that 20,000 of them would take twenty seconds."""
+    saved = SavedModules.read([f"module_{i}" for i in range(20_000)])
+    ranks = PatternMap({f"model.layers.{i}.q_proj": i for i in range(20_000)})
+    assert saved.patterns == ()
+    assert all(compiled is None for _, _, compiled in ranks._patterns)
+    assert saved.excludes("model.module_7.weight")
+    assert ranks.get("model.layers.19999.q_proj", -1) == 19_999

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from gpu_worker.host_memory import MemoryBudget
 from peft_adapters.format import MAX_HEADER_BYTES, adapter_digest, parse_header
 from peft_adapters.texts import TEXTS_FIELD, TEXTS_FILE, TOKENIZER, split_texts
 from protocol.wire.errors import AdapterRefused, Internal, NotFound, Unavailable
@@ -40,6 +41,7 @@ class StoreClient:
         """bearer: the token that the stores ask for, `FleetSecret.bearer`."""
         self.urls: tuple[str, ...] = ()
         self._known = threading.Event()
+        self._memory = MemoryBudget(FETCH_TIMEOUT_S)
         self._headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
 
     def set_urls(self, urls: tuple[str, ...]) -> None:
@@ -90,7 +92,8 @@ class StoreClient:
     def _get(self, connection: HTTPConnection, path: str) -> bytes:
         connection.request("GET", path, headers=self._headers)
         response = connection.getresponse()
-        body = response.read()
+        with self._memory.hold(2 * int(response.getheader("Content-Length", "0"))):  # the bytes, and a copy to hand on
+            body = response.read()
         if response.status == 404:
             raise NotFound(f"{path} is not there")
         if response.status == 401:

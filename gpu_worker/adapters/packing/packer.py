@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,6 +27,10 @@ from protocol.wire.messages import ServedModel
 
 EXTRA_PAGE_BYTES = 1 << 16
 """Extras are counted in pages of this size; they are not stored in pages."""
+
+_WHOLE_WEIGHTS = threading.Semaphore(2)
+"""Adapters packed at once for which whole weights of the base are computed with, as for DoRA: several times the memory
+of the base's largest layer each."""
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -96,7 +102,8 @@ class Packer:
         ranks, scales = np.zeros(len(self.sites), np.int32), np.zeros(len(self.sites), np.float32)
         rows: list[tuple[int, Tensor, Tensor]] = []
         names: list[str] = []
-        with torch.inference_mode():
+        has_dora = any(part.magnitude for part in (*spec.sites, *spec.embeddings))
+        with _WHOLE_WEIGHTS if has_dora else nullcontext(), torch.inference_mode():
             extras = pack_extras(spec, get, by_name, self.adaptable)
             for part in spec.sites:
                 site = by_name[part.site]

@@ -1,0 +1,68 @@
+"""How much memory the host has left. Imports no torch: the loader's process asks too."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from protocol.wire.errors import Unavailable
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_host_bytes() -> int:
+    """Return the bytes that are free on the host, at most what the limit of this container leaves."""
+    return min(psutil.virtual_memory().available, _cgroup_free_bytes())
+
+
+def _cgroup_free_bytes() -> int:
+    """Return what the container's limit leaves; a very large number without one."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+    except OSError:  # no cgroup v2
+        return 1 << 62
+    return 1 << 62 if limit == "max" else max(0, int(limit) - used)
+
+
+class MemoryBudget:
+    """Lets threads have large pieces of memory one after another, if all of them at once would take too much."""
+
+    def __init__(
+        self, timeout_s: float, small_bytes: int = 64 << 20, free_bytes: Callable[[], int] = free_host_bytes
+    ) -> None:
+        """timeout_s: the longest wait. small_bytes: pieces up to this size are not counted, so that they wait for none.
+
+        free_bytes: returns what the host has left.
+        """
+        self._timeout_s = timeout_s
+        self._small_bytes = small_bytes
+        self._free_bytes = free_bytes
+        self._held = 0  # guarded by _changed
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, num_bytes: int) -> Iterator[None]:
+        """Wait until there is room for a piece beside those that are held. Raises Unavailable if there is none."""
+        if num_bytes <= self._small_bytes:
+            yield
+            return
+        with self._changed:
+            if (
+                not self._changed.wait_for(
+                    lambda: not self._held or self._held + num_bytes <= self._free_bytes(), self._timeout_s
+                )
+                or num_bytes > self._free_bytes()
+            ):
+                raise Unavailable(f"the adapter needs {num_bytes} bytes of memory, more than this worker has free")
+            self._held += num_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= num_bytes
+                self._changed.notify_all()
