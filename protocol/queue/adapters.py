@@ -127,9 +127,10 @@ class Adapters:
         """
         if registration.on_request:
             max_registered = min(max_registered, MAX_ON_REQUEST)
-        tenant = limits.tenant if limits is not None else ""
+        tenant, registered = limits.tenant if limits is not None else "", self._keys.registrations
+        count = self._keys.registered(tenant, now_ms() // 60_000) if tenant else registered  # which then counts nothing
         reply = await self._redis.eval(
-            _REGISTER, 2, self._keys.registrations, self._keys.registered(tenant, now_ms() // 60_000),
+            _REGISTER, 2, registered, count,
             private_name(registration.name, registration.tenant), m.encode(registration), max_registered,
             private_name("", tenant), limits.max_own if limits else 0, limits.max_per_minute if limits else 0,
             "0" if registration.on_request else "1",

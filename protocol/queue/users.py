@@ -19,8 +19,8 @@ _CONNECTION = ("client|setinfo", "client|setname", "ping", "select")
 _SCRIPTS = ("discard", "eval", "evalsha", "exec", "multi", "script|load", "time", "unwatch", "watch")
 _DATA = (
     "append", "del", "exists", "expire", "get", "getrange", "hdel", "hexists", "hget", "hgetall", "hincrby",
-    "hincrbyfloat", "hlen", "hmget", "hset", "hsetnx", "hvals", "incr", "mget", "pexpire", "pttl", "set", "strlen",
-    "xadd", "xdel", "xlen", "xrange", "xread", "xrevrange", "xtrim", "zadd", "zcard", "zcount", "zrange",
+    "hincrbyfloat", "hkeys", "hlen", "hmget", "hset", "hsetnx", "hvals", "incr", "mget", "pexpire", "pttl", "set",
+    "strlen", "xadd", "xdel", "xlen", "xrange", "xread", "xrevrange", "xtrim", "zadd", "zcard", "zcount", "zrange",
     "zrangebyscore", "zrem", "zremrangebyscore", "zrevrange", "zrevrank",
 )  # fmt: skip
 COMMANDS = (*_CONNECTION, *_SCRIPTS, *_DATA, "info")
@@ -53,7 +53,7 @@ def table(keys: Keys | None = None) -> dict[str, Rights]:
             # An empty name stands for a call without an Idempotency-Key among the keys of `submit.lua`.
             writes=(
                 *request, k.tag, k.body("*"), k.sub("*"), k.out("*"), use, k.job("*"), k.jobs("*"), k.idem("*", "*"),
-                "", k.gateway_beat("*"), k.gateways, k.registrations, k.pins, k.adapter_events,
+                "", k.gateway_beat("*"), k.gateways, k.registrations, k.registered("*", "*"), k.pins, k.adapter_events,
             ),
             reads=(
                 k.api_keys, k.tenants, k.adapters, k.adapter("*"), k.adapter_use("*"), k.workers, k.worker_beat("*"),

@@ -171,7 +171,7 @@ class Keys:
         """Hash: names as in `adapters` -> `messages.Registration`, with tokens encrypted. Permanent."""
         return f"{self.namespace}:adapters:registered"
 
-    def registered(self, tenant: str, minute: int) -> str:
+    def registered(self, tenant: str, minute: int | str) -> str:
         """Counter, 2 min: what a tenant has registered in a minute (unix time)."""
         return f"{self.namespace}:adapters:new:{tenant}:{minute}"
 

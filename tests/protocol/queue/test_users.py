@@ -18,6 +18,7 @@ from script_queue import GATEWAY, ids, make_body, make_submit, row
 import protocol.queue
 from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from lorafleet.launcher.queue_users import password_file
+from protocol.queue.adapters import NameLimits
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Step, now_ms
 from protocol.queue.quota import Quota
 from protocol.queue.redis_client import connect
@@ -171,7 +172,9 @@ async def test_names_and_keys_need_their_own_users(buses: dict[str, Bus]) -> Non
     assert await gateway.api_keys.find(key) is not None
     assert await store.members.beat(keys.store_beat("s"), keys.stores, "s", b"http://s", 5000)
     assert await gateway.members.store_urls() == await buses["worker"].members.store_urls() == ("http://s",)
-    assert await gateway.adapters.register(m.Registration(name="pirate", source="hub:a/b", asked_ms=1))
+    limits = NameLimits("acme", 10, 10)
+    assert await gateway.adapters.register(m.Registration(name="pirate", source="hub:a/b", asked_ms=1), limits=limits)
+    assert await gateway.adapters.ask_again("pirate", "", 2)
     assert list(await store.adapters.registrations()) == ["pirate"]
     assert await store.adapters.take_lease("pirate", 1000)
     await store.adapters.publish([(m.Alias(name="pirate", state="failed"), None)])
