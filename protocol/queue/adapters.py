@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 from redis.exceptions import WatchError
@@ -11,9 +13,13 @@ from redis.exceptions import WatchError
 from protocol.queue.redis_client import Client, read_many
 from protocol.wire import messages as m
 from protocol.wire.codec import decode, now_ms
-from protocol.wire.errors import Conflict, Overloaded
+from protocol.wire.errors import Conflict, Overloaded, ProtocolError
 from protocol.wire.keys import Keys, private_name
 from protocol.wire.records import AdapterUse
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 USE_TTL_S = 7 * 86_400
 _COUNTS = ("hits", "misses", "fetches", "fetch_ms", "loads", "load_ms")
@@ -73,6 +79,15 @@ class NameLimits:
     max_per_minute: int  # registrations, of known names too, and new names that its requests name by their source
 
 
+def _readable(raw: bytes | None, kind: type[T]) -> T | None:
+    """Return a message, None for one that is not there or cannot be read: it must not hide the others."""
+    try:
+        return None if raw is None else decode(raw, kind)
+    except ProtocolError:
+        logger.exception("the catalogue holds what cannot be read")
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class CatalogueNews:
     """What has happened to the catalogue since a look at it."""
@@ -109,13 +124,14 @@ class Adapters:
     async def alias(self, name: str, tenant: str = "") -> m.Alias | None:
         """Return what an adapter name stands for now: everybody's, or a tenant's private one."""
         raw = await self._redis.hget(self._keys.adapters, private_name(name, tenant))
-        found = decode(raw, m.Alias) if raw is not None else None
+        found = _readable(raw, m.Alias)
         # A name from outside may hold a NUL and so look like the field of another tenant's name.
         return found if found is not None and found.tenant == tenant else None
 
     async def aliases(self, tenant: str | None = "") -> list[m.Alias]:
         """Return everybody's names and those of `tenant`; None: those of all tenants."""
-        found = [decode(raw, m.Alias) for raw in (await self._redis.hgetall(self._keys.adapters)).values()]
+        raws = (await self._redis.hgetall(self._keys.adapters)).values()
+        found = [alias for raw in raws if (alias := _readable(raw, m.Alias)) is not None]
         return found if tenant is None else [alias for alias in found if alias.tenant in ("", tenant)]
 
     async def register(
@@ -162,7 +178,7 @@ class Adapters:
     async def registration(self, name: str, tenant: str = "") -> m.Registration | None:
         """Return what a name is registered for."""
         raw = await self._redis.hget(self._keys.registrations, private_name(name, tenant))
-        found = decode(raw, m.Registration) if raw is not None else None
+        found = _readable(raw, m.Registration)
         return found if found is not None and found.tenant == tenant else None
 
     async def unregister(self, name: str, tenant: str = "", *, unless_asked_after: int | None = None) -> bool:
@@ -172,7 +188,7 @@ class Adapters:
         """
         field, registered = private_name(name, tenant), self._keys.registrations
         raw = await self._redis.hget(registered, field)
-        found = decode(raw, m.Registration) if raw is not None else None
+        found = _readable(raw, m.Registration)
         if found is None or found.tenant != tenant:
             return False
         if unless_asked_after is not None and found.asked_ms > unless_asked_after:
@@ -185,7 +201,8 @@ class Adapters:
     async def registrations(self) -> dict[str, m.Registration]:
         """Return all registrations by the name that the catalogue has for them."""
         raws = await self._redis.hgetall(self._keys.registrations)
-        return {name.decode(): decode(raw, m.Registration) for name, raw in raws.items()}
+        found = {name.decode(): _readable(raw, m.Registration) for name, raw in raws.items()}
+        return {name: registration for name, registration in found.items() if registration is not None}
 
     # ------------------------------------------------------------ pins and use
 
@@ -271,7 +288,8 @@ class Adapters:
         """
         async with self._redis.pipeline(transaction=True) as pipe:
             await pipe.watch(self._keys.adapters)
-            named = {decode(raw, m.Alias).digest for raw in await pipe.hvals(self._keys.adapters)}
+            aliases = [_readable(raw, m.Alias) for raw in await pipe.hvals(self._keys.adapters)]
+            named = {alias.digest for alias in aliases if alias is not None}
             gone = [digest for digest in digests if digest not in named]
             pipe.multi()
             for digest in gone:
