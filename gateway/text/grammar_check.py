@@ -57,6 +57,8 @@ class GrammarCheck:
         refusal = self._known(key)
         if refusal is None:
             trial = self._trials.setdefault(key, _Trial())
+            if trial.lock.locked():
+                self._sandbox.on_wait()
             async with trial.lock:
                 if trial.error is not None:
                     raise trial.error

@@ -1,7 +1,8 @@
 """What a schema, regular expression or grammar may hold, found out before anything compiles it. Pure.
 
-Whether it compiles, and at what cost, is found out in the sandbox. Here is refused what could be written in a few bytes
-and costs without bound: counted repetitions inside each other, and trees that are too deep or too wide to walk.
+Whether it compiles, and at what cost, is found out in the sandbox. Here is refused what is written in a few bytes and
+costs without bound, counted repetitions inside each other, and what is too deep or too wide to walk through. `minItems`
+and its kin cost nothing, however large.
 """
 
 from __future__ import annotations
@@ -19,9 +20,6 @@ MAX_VALUES = 20_000
 MAX_CHOICES = 10_000
 """Values in one `enum` or `choice`, schemas in one `anyOf`."""
 
-MAX_COUNT = 100_000
-"""Largest `minItems` and its kin, which are written out as so many parts."""
-
 MAX_PARTS = 100_000
 """Parts of a regular expression once its counted repetitions are written out: (ab){3} has six."""
 
@@ -31,7 +29,6 @@ MAX_TIMES = 16
 MAX_WHITESPACE_BYTES = 256
 """Longest `whitespace_pattern`, which stands between all parts of the JSON."""
 
-_COUNTS = ("minItems", "minLength", "minProperties", "maxItems", "maxLength", "maxProperties")
 _LISTS = ("enum", "anyOf", "oneOf", "allOf", "prefixItems", "required")
 _BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 _VALUES = frozenset({"const", "enum", "default", "example", "examples"})  # what is in them is no schema
@@ -59,7 +56,7 @@ def check_num(num: int, limit: int, what: str, place: str) -> None:
 
 
 def check_schema(schema: Any, place: str, settings: Settings) -> None:
-    """Raise BadRequest for a schema that is too deep, has too many values, or counts too far."""
+    """Raise BadRequest for a schema that is too deep, has too many values, or a pattern beyond the limits."""
     num, depth, limit = 0, 0, settings.max_grammar_depth
     groups: list[tuple[str, Any]] = [(_SCHEMA, schema)]
     while groups:
@@ -75,7 +72,7 @@ def check_schema(schema: Any, place: str, settings: Settings) -> None:
 
 
 def _parts(kind: str, group: Any, place: str) -> list[tuple[str, Any]]:
-    """Return the objects and lists in one, each with its kind; raise BadRequest for what counts too far."""
+    """Return the objects and lists in one, each with its kind; raise BadRequest for what is beyond the limits."""
     if isinstance(group, list):
         return [(kind, part) for part in group if isinstance(part, dict | list)]
     if kind == _SCHEMA:
@@ -91,10 +88,6 @@ def _parts(kind: str, group: Any, place: str) -> list[tuple[str, Any]]:
 
 
 def _check_keywords(schema: dict[str, Any], place: str) -> None:
-    for key in _COUNTS:
-        count = schema.get(key)
-        if isinstance(count, int | float) and count > MAX_COUNT:
-            raise BadRequest(f"{place}: {key} is {count}; the limit is {MAX_COUNT}", param=place)
     for key in _LISTS:
         if isinstance(values := schema.get(key), list):
             check_num(len(values), MAX_CHOICES, f"values in {key}", place)

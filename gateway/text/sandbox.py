@@ -44,7 +44,7 @@ class SandboxPool:
         seconds until it is ready.
         """
         self._num_processes = num_processes
-        self._on_wait = on_wait
+        self.on_wait = on_wait
         self._command = (*command, str(os.getpid()), tokenizer)
         self._start_s = start_s
         self._turns: Turns[Job] = Turns(num_processes)
@@ -76,7 +76,7 @@ class SandboxPool:
         self._turns.add(mine, time.monotonic())
         self._dispatch()
         if mine in self._turns:
-            self._on_wait()
+            self.on_wait()
         try:
             return await answer
         finally:

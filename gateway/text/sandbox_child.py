@@ -32,6 +32,9 @@ READY, READY_UNFILTERED = b"!", b"?"
 
 SIZE_BYTES = 4
 
+NOTHING_FITS = "no text is of this form: it may refer to itself, or leave no choice"
+"""What llguidance calls NoExtensionBias."""
+
 IMPORTED_LATE = (
     "encodings.idna", "encodings.latin_1", "encodings.unicode_escape", "encodings.utf_16", "jinja2.constants",
     "jinja2.debug", "llguidance", "pprint", "textwrap", "traceback", "unicodedata",
@@ -120,11 +123,13 @@ class Worker:
         return ChatTemplate(source, dict(special_tokens))
 
     def _check(self, job: Check) -> Answer:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
-        matcher = LLMatcher(self._vocabulary(), job.grammar, log_level=0)
+        limits = LLParserLimits(verbose_errors=False)
+        matcher = LLMatcher(self._vocabulary(), job.grammar, log_level=0, limits=limits)
         matcher.compute_bitmask()
-        return Answer(refusal=" ".join(matcher.get_error()[:MAX_REFUSAL].split()))
+        error = " ".join(matcher.get_error()[:MAX_REFUSAL].split())
+        return Answer(refusal=NOTHING_FITS if error.startswith("NoExtensionBias") else error)
 
     def _read_vocabulary(self) -> Any:
         from llguidance import LLTokenizer
@@ -163,6 +168,8 @@ def main(parent: int, tokenizer: str) -> None:
         importlib.import_module(name)
     time.localtime()  # reads the time zone's file
     statm = os.open("/proc/self/statm", os.O_RDONLY)
+    with open("/proc/self/oom_score_adj", "w") as score:  # where memory is short, the kernel ends this process first
+        score.write("1000")
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 2)  # the gateway's log is not for strangers to write
     is_filtered = lock_down(parent, MAX_MEMORY_BYTES)

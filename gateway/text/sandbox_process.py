@@ -52,7 +52,10 @@ ENVIRONMENT = {
     # Each thread would reserve memory that counts against the limit, on a machine with many cores all of it.
     "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1",
 }  # fmt: skip
-"""All that a process sees of the gateway's environment, besides the time zone."""
+"""What is set for a process."""
+
+PASSED_ON = ("LD_LIBRARY_PATH", "PYTHONHOME")
+"""All that it sees of the gateway's environment, besides the time zone: where Python itself is."""
 
 
 @dataclass(eq=False, slots=True)
@@ -112,7 +115,8 @@ class SandboxProcess(asyncio.SubprocessProtocol):
     async def start(self, command: Sequence[str]) -> None:
         """Start it: it will be idle or gone. Raises OSError."""
         # Where TZ is set, the C library does not look the zone's file up again.
-        environment = {**ENVIRONMENT, "TZ": os.environ.get("TZ", ":/etc/localtime")}
+        zone = os.environ.get("TZ", ":/etc/localtime")
+        environment = {**ENVIRONMENT, "TZ": zone, **{key: os.environ[key] for key in PASSED_ON if key in os.environ}}
         pipe = asyncio.subprocess.PIPE
         try:
             await self._loop.subprocess_exec(

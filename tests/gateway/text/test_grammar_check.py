@@ -21,9 +21,14 @@ class Script(SandboxPool):
     outcome: str | LorafleetError = ""
     asked: list[tuple[str, str]] = field(default_factory=list)  # tenants and grammars
     gate: asyncio.Event = field(default_factory=asyncio.Event)
+    num_waited: int = 0
 
     def __post_init__(self) -> None:
         self.gate.set()
+        self.on_wait = self.waits
+
+    def waits(self) -> None:
+        self.num_waited += 1
 
     async def do(self, job: SandboxJob, *, tenant: str, limit_s: float = 0.0) -> Answer:
         assert isinstance(job, Check)
@@ -111,6 +116,7 @@ async def test_who_asks_for_the_same_waits_for_the_same(sandbox: Script, outcome
     sandbox.gate.set()
     results = await asyncio.gather(*same, other, return_exceptions=True)
     assert len({str(result) for result in results}) == 1
+    assert sandbox.num_waited == 4, "whoever waits for another is not on the way to the queue"
     assert len(sandbox.asked) == 2
 
 

@@ -59,8 +59,6 @@ SCHEMAS: list[tuple[Any, str]] = [
     ({"properties": {"pattern": {"items": [{"pattern": BOMB}]}}}, "more than 100000 parts"),
     ({"patternProperties": {BOMB: {}}}, "more than 100000 parts"),
     ({"$defs": {"enum": {"anyOf": [{"pattern": BOMB}]}}}, "more than 100000 parts"),
-    ({"properties": {"a": {"minItems": 10**6}}}, "minItems is 1000000; the limit is"),
-    ({"maxProperties": 1e300}, "maxProperties is 1e.300; the limit is"),
     ({"enum": list(range(g.MAX_CHOICES + 1))}, "values in enum; the limit is"),
     ({"a": [0] * (g.MAX_VALUES + 1)}, "values; the limit is"),
     ({"a": [[]] * (g.MAX_VALUES + 1)}, "values; the limit is"),
@@ -81,11 +79,11 @@ def test_schemas_beyond_the_limits_are_refused(schema: Any, said: str) -> None:
 
 
 def test_what_is_no_schema_is_no_keyword() -> None:
-    data = {"pattern": BOMB, "minItems": 10**9}
+    data = {"pattern": BOMB}
     g.check_schema({"default": data, "const": {"a": [data]}, "enum": [data]}, "here", SETTINGS)
     g.check_schema({"default": {"enum": [0] * (g.MAX_CHOICES + 1)}}, "here", SETTINGS)
-    g.check_schema({"properties": {"minItems": {"type": "integer"}, "pattern": {}}}, "here", SETTINGS)
-    g.check_schema({"minItems": True, "pattern": 5, "enum": "a", "patternProperties": []}, "here", SETTINGS)
+    g.check_schema({"properties": {"enum": {"type": "integer"}, "pattern": {}}}, "here", SETTINGS)
+    g.check_schema({"maxItems": (1 << 63) - 1, "pattern": 5, "enum": "a", "patternProperties": []}, "here", SETTINGS)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from waiting import wait_until
 
 from gateway.text.grammar_check import GrammarCheck
 from gateway.text.sandbox import SandboxPool
-from gateway.text.sandbox_child import MAX_ANSWER_BYTES, READY, Answer, Check, Render, framed
+from gateway.text.sandbox_child import MAX_ANSWER_BYTES, NOTHING_FITS, READY, Answer, Check, Render, framed
 from gateway.text.turns import MAX_TENANT_BYTES, MAX_TENANT_WAITING
 from protocol.wire.errors import BadRequest, Overloaded, Unavailable
 
@@ -172,6 +173,15 @@ async def test_an_idle_process_that_ends_is_replaced() -> None:
         assert await pool.render(job("say hello"), tenant="a") == "hello"
 
 
+async def test_a_job_that_computes_long_gives_way() -> None:
+    async with running(stand_in(num=2)) as pool:
+        slow = asyncio.create_task(pool.do(job("spin"), tenant="a", limit_s=20.0))
+        await wait_until(lambda: pool.pids and os.getpriority(os.PRIO_PROCESS, pool.pids[0]) == 10, "it gives way")
+        assert not slow.done()
+    with pytest.raises(Unavailable):
+        await slow
+
+
 async def test_a_job_has_its_cpu_time_and_no_more() -> None:
     async with running(stand_in(num=2)) as pool:
         with pytest.raises(BadRequest, match=r"longer than 0\.05 s"):
@@ -209,8 +219,8 @@ async def test_a_closed_pool_refuses() -> None:
 # ---------------------------------------------------------------- the real process
 
 
-async def test_templates_fail_alone() -> None:
-    async with running(SandboxPool()) as pool:
+async def test_templates_and_grammars_fail_alone(model_folder: Path) -> None:
+    async with running(SandboxPool(tokenizer=str(model_folder / "tokenizer.json"))) as pool:
         with pytest.raises(BadRequest, match=r"longer than 0\.2 s"):
             await pool.do(job(ENDLESS), tenant="a", limit_s=0.2)
         for source, said in (
@@ -224,6 +234,9 @@ async def test_templates_fail_alone() -> None:
             with pytest.raises(BadRequest, match=said):
                 await pool.render(job(source), tenant="a")
         assert await pool.render(job("{{ messages[0].content }}!"), tenant="a") == "hi!"
+        for loop in ({"$ref": "#"}, {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}):
+            grammar = json.dumps({"grammars": [{"json_schema": loop}]})
+            assert (await pool.do(Check(grammar), tenant="a")).refusal == NOTHING_FITS
         with pytest.raises(BadRequest, match="cannot be given these values"):
             await pool.render(Render("", {}, [{"content": 1 << 70}], True, {}), tenant="a")
 
@@ -251,6 +264,7 @@ async def test_a_process_has_no_environment_and_no_rights(monkeypatch: pytest.Mo
         proc = Path(f"/proc/{pid}")
         status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines() if ":\t" in line)
         assert (status["NoNewPrivs"], status["Seccomp"], status["Threads"]) == ("1", "2", "1")
+        assert (proc / "oom_score_adj").read_text() == "1000\n"
         limits = (proc / "limits").read_text()
         for limit in ("Max file size             0 ", "Max processes             0 ", "Max core file size        0 "):
             assert limit in limits
