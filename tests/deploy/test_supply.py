@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import tomllib
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
 
@@ -124,3 +125,11 @@ def test_images_are_pinned_by_what_the_registry_says(tmp_path: Path) -> None:
         ]  # fmt: skip
     docker.write_text("#!/bin/sh\necho 'Digest: latest'\n")
     assert subprocess.run(command, env=environment, check=False, capture_output=True).returncode == 1
+
+
+def test_the_images_are_given_what_their_dockerfile_copies() -> None:
+    copied = re.findall(r"^COPY (?:--\S+ )*(.+) \S+$", (ROOT / "deploy/Dockerfile").read_text(), re.MULTILINE)
+    files = {name for line in copied for name in line.split() if name != "."}
+    assert {"requirements-control.lock", "requirements-worker.lock", "requirements-dev.lock"} <= files
+    given = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert [name for name in files if not any(fnmatchcase(name, pattern) for pattern in given)] == []
