@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=float, default=300.0, metavar="S", help="deadline of a request, seconds (%(default)g)"
     )
     parser.add_argument(
-        "--api-key", default=os.environ.get("OPENAI_API_KEY"), help="API key (default: $OPENAI_API_KEY)"
+        "--api-key-file", type=Path, metavar="FILE", help="file that holds the API key (default: $OPENAI_API_KEY)"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("bench.json"), help="JSON file of the result; the plot is a PNG beside it"
@@ -99,8 +99,14 @@ def config_of(args: argparse.Namespace) -> BenchConfig:
         num_warmup=min(concurrency, 32) if args.warmup is None else args.warmup,
         timeout_s=args.timeout,
         seed=args.seed,
-        api_key=args.api_key,
+        api_key=_api_key(args),
     )
+
+
+def _api_key(args: argparse.Namespace) -> str | None:
+    """Return the key of a file or a variable; a flag could be read in the process list. Raises OSError."""
+    file: Path | None = args.api_key_file
+    return file.read_text().strip() if file is not None else os.environ.get("OPENAI_API_KEY")
 
 
 def _targets(args: argparse.Namespace) -> tuple[Target, ...]:
@@ -111,7 +117,7 @@ def _targets(args: argparse.Namespace) -> tuple[Target, ...]:
         else:
             names += [name.strip() for name in args.adapters.split(",") if name.strip()]
     if not names:
-        names = [_first_model(args.url, args.api_key)]
+        names = [_first_model(args.url, _api_key(args))]
     return tuple(Target.model(name) for name in names)
 
 

@@ -340,6 +340,17 @@ def test_adapters_by_name_or_by_count() -> None:
     assert [target.name for target in counted.targets] == ["lora0", "lora1", "lora2"]
 
 
+def test_the_key_comes_from_a_file_or_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "of the variable")
+    assert config_of(arguments("u:1", "--model", "base")).api_key == "of the variable"
+    (tmp_path / "key").write_text("of the file\n")
+    assert (
+        config_of(arguments("u:1", "--model", "base", "--api-key-file", str(tmp_path / "key"))).api_key == "of the file"
+    )
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert config_of(arguments("u:1", "--model", "base")).api_key is None
+
+
 async def test_command_writes_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "bench.json"
     async with fake_server() as fake:
