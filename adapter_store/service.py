@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import secrets
 import socket
 from collections import Counter
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from adapter_store.blobs import Blobs
 from adapter_store.catalogue import Catalogue
@@ -121,7 +123,7 @@ class Store:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop`. Fetches that are then in progress resume at the next start."""
         port = await self.server.start(self.settings.store_host, self.settings.store_port)
-        url = self.settings.store_url or f"http://{_reachable(self.settings.store_host)}:{port}"
+        url = self.settings.store_url or f"http://{reachable(self.settings.store_host, self.settings.redis_url)}:{port}"
         try:
             async with asyncio.TaskGroup() as tasks:
                 work = tasks.create_task(self._work(url, stop))
@@ -280,6 +282,27 @@ def _is_loopback(host: str) -> bool:
     return host == "localhost" or host.startswith("127.") or host == "::1"
 
 
-def _reachable(host: str) -> str:
-    """Return an address at which other machines reach a listener on `host`."""
-    return socket.gethostbyname(socket.gethostname()) if host in ("", "0.0.0.0", "::") else host
+def reachable(host: str, queue_url: str) -> str:
+    """Return an address, as it stands in a URL, at which the fleet reaches a listener on `host`.
+
+    For a listener on every address it is the one from which this machine reaches the queue: a machine or container on
+    several networks shares that one with the rest of the fleet.
+    """
+    found = host
+    if host in ("", "0.0.0.0", "::"):
+        queue = urlsplit(queue_url)
+        found = _address_towards(queue.hostname, queue.port or 6379) if queue.hostname else ""
+        if not found or ipaddress.ip_address(found).is_loopback:
+            found = socket.gethostbyname(socket.gethostname())
+    return f"[{found}]" if ":" in found else found
+
+
+def _address_towards(host: str, port: int) -> str:
+    """Return the address that this machine has on its way to another, "" if there is no way. Nothing is sent."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return probe.getsockname()[0]
+    except OSError:
+        return ""

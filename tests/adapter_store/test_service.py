@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from adapter_files import BASE, lora_config, lora_tensors, safetensors, write_ad
 from store_run import RunStore, ask, in_state
 from waiting import wait_until
 
-from adapter_store.service import serve
+from adapter_store.service import reachable, serve
 from adapter_store.timings import StoreTimings
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.queue.bus import Bus
@@ -401,3 +402,13 @@ async def test_records_go_with_their_last_name(
 async def test_a_store_that_others_can_reach_needs_a_secret(bus: Bus, settings: Settings) -> None:
     with pytest.raises(BadRequest, match="secret"):
         await serve(settings.model_copy(update={"store_host": "0.0.0.0"}), asyncio.Event())
+
+
+def test_a_store_is_reached_where_it_reaches_the_queue() -> None:
+    own = socket.gethostbyname(socket.gethostname())
+    assert reachable("192.0.2.7", "redis://queue:6379/0") == "192.0.2.7"
+    assert reachable("::1", "unix:///tmp/queue.sock") == "[::1]"
+    assert reachable("0.0.0.0", "unix:///tmp/queue.sock") == own
+    assert reachable("0.0.0.0", "redis://127.0.0.1:6379/0") == own  # nobody else reaches this machine's loopback
+    assert reachable("", f"rediss://store@{own}:6379/0") == own
+    assert reachable("0.0.0.0", "redis://no-such-host.invalid/0") == own

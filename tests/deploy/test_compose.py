@@ -129,11 +129,13 @@ def test_only_the_gateway_has_a_port_and_only_fetchers_get_outside() -> None:
     assert [name for name, service in services.items() if "ports" in service] == ["gateway"]
     assert {name for name, service in services.items() if "outside" in networks(service)} == {"model", "adapter_store"}
     assert known["queue"]["internal"]
-    assert known["store"]["internal"]
+    assert known["fleet"]["internal"]
     assert known["front"]["driver_opts"] == {"com.docker.network.bridge.enable_ip_masquerade": "false"}
-    assert networks(services["gateway"]) == {"queue", "store", "front"}
-    assert networks(services["gpu_worker"]) == {"queue", "store"}
-    assert networks(services["scheduler"]) == networks(services["queue"]) == networks(services["cli"]) == {"queue"}
+    assert networks(services["queue"]) == {"fleet", "queue"}
+    assert networks(services["gateway"]) == {"fleet", "front"}
+    assert networks(services["adapter_store"]) == {"fleet", "outside"}
+    assert networks(services["gpu_worker"]) == {"fleet"}
+    assert networks(services["scheduler"]) == networks(services["cli"]) == {"queue"}
     assert services["users"]["network_mode"] == "none"
 
 
