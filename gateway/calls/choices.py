@@ -122,9 +122,7 @@ class Choice:
             if self._output.ended:
                 break
             piece.text += self._output.add((token.id,))
-            # An end token is no part of the text.
-            if not self._output.ended or self._output.stop is not None:
-                piece.logprobs.append(token)
+            piece.logprobs.append(token)  # an end token too: it is no part of the text, but counted in the usage
 
 
 def mean_logprob(piece: Piece) -> float:

@@ -304,12 +304,12 @@ async def test_chat_logprobs(client: AsyncOpenAI, fleet: ScriptedFleet, top: int
     assert answer.choices[0].logprobs is not None
     entries = answer.choices[0].logprobs.content
     assert entries is not None
-    assert b"".join(bytes(entry.bytes or []) for entry in entries) == "a é".encode()
-    assert len(entries) == len(fleet.tokenizer.encode("a é").ids)  # the end token is no part of the text
+    assert b"".join(bytes(entry.bytes or []) for entry in entries) == "a é<|im_end|>".encode()
+    assert len(entries) == len(fleet.tokenizer.encode("a é").ids) + 1
     assert all(entry.logprob == pytest.approx(-0.5) for entry in entries)
     assert [len(entry.top_logprobs) for entry in entries] == [top or 0] * len(entries)
     assert all([t.logprob for t in entry.top_logprobs] == [-1.0, -2.0, -3.0][: top or 0] for entry in entries)
-    assert [entry.token for entry in entries][-2:] == ["bytes:\\xc3", "bytes:\\xa9"]
+    assert [entry.token for entry in entries][-3:] == ["bytes:\\xc3", "bytes:\\xa9", "<|im_end|>"]
     streamed = [
         entry
         async for chunk in await client.chat.completions.create(**question, stream=True)
@@ -319,6 +319,33 @@ async def test_chat_logprobs(client: AsyncOpenAI, fleet: ScriptedFleet, top: int
     assert streamed == entries
     plain = await client.chat.completions.create(model="base", messages=[{"role": "user", "content": "hi"}])
     assert plain.choices[0].logprobs is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["completions", "completions with echo", "chat/completions"])
+@pytest.mark.parametrize(
+    "end", [{}, {"stop": "dog"}, {"stop_token_ids": [1]}, {"max_tokens": 2}, {"text": ""}, {"text": "", "max_tokens": 1}]
+)
+async def test_every_counted_token_has_its_logprob(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, end: dict[str, Any], path: str, stream: bool
+) -> None:
+    fields = dict(end)
+    text = fields.pop("text", "the dog sleeps")
+    fleet.script = lambda submit, body: Script(text=text)
+    body = {**(CHAT if "chat" in path else COMPLETION), "logprobs": True if "chat" in path else 0, **fields}
+    body |= {"echo": "echo" in path} if "chat" not in path else {"top_logprobs": 0}
+    body |= {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    response = await http.post(f"/v1/{path.split()[0]}", json=body)
+    if stream:
+        events = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
+        answers = [json.loads(event) for event in events]
+    else:
+        answers = [response.json()]
+    usage = answers[-1]["usage"]
+    found = [choice["logprobs"] for answer in answers for choice in answer["choices"] if choice["logprobs"]]
+    num = sum(len(logprobs["content" if "chat" in path else "tokens"]) for logprobs in found)
+    assert num == usage["completion_tokens"] + (usage["prompt_tokens"] if "echo" in path else 0)
+    assert usage["completion_tokens"] >= 1
 
 
 @pytest.mark.parametrize("num", [0, 3])
@@ -331,9 +358,10 @@ async def test_completion_logprobs(client: AsyncOpenAI, fleet: ScriptedFleet, nu
     assert lists.text_offset is not None
     assert lists.token_logprobs is not None
     assert lists.top_logprobs is not None
-    assert "".join(lists.tokens) == "the dog" == answer.choices[0].text
+    assert "".join(lists.tokens) == "the dog<|im_end|>"
+    assert answer.choices[0].text == "the dog"
     for offset, token in zip(lists.text_offset, lists.tokens, strict=True):
-        assert "the dog"[offset:].startswith(token)
+        assert "the dog<|im_end|>"[offset:].startswith(token)
     assert all(math.isclose(value, -0.5) for value in lists.token_logprobs)
     for token, top in zip(lists.tokens, lists.top_logprobs, strict=True):
         assert top[token] == pytest.approx(-0.5)
