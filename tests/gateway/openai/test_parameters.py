@@ -324,7 +324,8 @@ async def test_chat_logprobs(client: AsyncOpenAI, fleet: ScriptedFleet, top: int
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ["completions", "completions with echo", "chat/completions"])
 @pytest.mark.parametrize(
-    "end", [{}, {"stop": "dog"}, {"stop_token_ids": [1]}, {"max_tokens": 2}, {"text": ""}, {"text": "", "max_tokens": 1}]
+    "end",
+    [{}, {"stop": "dog"}, {"stop_token_ids": [1]}, {"max_tokens": 2}, {"text": ""}, {"text": "", "max_tokens": 1}],
 )
 async def test_every_counted_token_has_its_logprob(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, end: dict[str, Any], path: str, stream: bool
