@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,10 +67,17 @@ class Detokenizer:
 
 
 class StopMatcher:
-    """Finds the first stop string in a growing text and holds back text that may be the beginning of one."""
+    """Finds the first stop string in a growing text and holds back text that may be the beginning of one.
+
+    Held is the longest end of the text that some stop string begins with. What begins a stop string is found by
+    bisection in their sorted list, and an end only ever loses characters at its beginning, so a character costs about
+    one look-up however many and long the stop strings are. Nothing is built for a request but the sorted list.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
+        self._order = {stop: i for i, stop in reversed(list(enumerate(stops))) if stop}
+        self._sorted = sorted(self._order)
+        self._ends = tuple(self._sorted)  # as `str.endswith` takes them
         self._held = ""
         self.matched: str | None = None
 
@@ -77,18 +85,29 @@ class StopMatcher:
         """Take new text; return the text that can be shown. Returns "" once `matched` is set."""
         if self.matched is not None:
             return ""
-        if not self._stops:
+        if not self._sorted:
             return text
-        buffer = self._held + text
-        # The first in the caller's order counts among matches at the same position.
-        found = [(at, i) for i, stop in enumerate(self._stops) if (at := buffer.find(stop)) >= 0]
-        if found:
-            at, i = min(found)
-            self.matched, self._held = self._stops[i], ""
-            return buffer[:at]
-        keep = max(overlap(buffer, stop) for stop in self._stops)
-        self._held = buffer[len(buffer) - keep :]
-        return buffer[: len(buffer) - keep]
+        buffer, start = self._held + text, 0
+        found: tuple[int, int, str] | None = None  # the first in the caller's order counts among those that begin alike
+        for end in range(len(self._held) + 1, len(buffer) + 1):
+            while not self._begins_one(buffer[start:end]):
+                start += 1
+            if found is not None and start > found[0]:
+                break  # what ends from here on begins later
+            if buffer.endswith(self._ends, start, end):
+                stop = max((stop for stop in self._sorted if buffer.endswith(stop, start, end)), key=len)
+                match = end - len(stop), self._order[stop], stop
+                found = match if found is None else min(found, match)
+        if found is not None:
+            self.matched, self._held = found[2], ""
+            return buffer[: found[0]]
+        self._held = buffer[start:]
+        return buffer[:start]
+
+    def _begins_one(self, text: str) -> bool:
+        """Return whether a stop string begins with, or is, `text`."""
+        at = bisect_left(self._sorted, text)
+        return at < len(self._sorted) and self._sorted[at].startswith(text)
 
     def flush(self) -> str:
         """Return the text still held back, after the last of the text."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from protocol.wire.text import Detokenizer, OutputText, StopMatcher, StopRule
+from protocol.wire.text import Detokenizer, OutputText, StopMatcher, StopRule, overlap
 
 END = 0
 ALPHABET = "ab é😀漢\n"
@@ -154,3 +154,52 @@ def test_what_may_become_a_stop_string_is_held_back(
     assert [matcher.add(piece) for piece in pieces] == shown
     assert matcher.matched == matched
     assert matcher.add("!") == ("" if matched else "!")
+
+
+class SlowMatcher:
+    """What `StopMatcher` does, by looking for every stop string in all that is held."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = [stop for stop in stops if stop]
+        self.held = ""
+        self.matched: str | None = None
+
+    def add(self, text: str) -> str:
+        if self.matched is not None:
+            return ""
+        buffer = self.held + text
+        found = [(at, i) for i, stop in enumerate(self.stops) if (at := buffer.find(stop)) >= 0]
+        if found:
+            at, i = min(found)
+            self.matched, self.held = self.stops[i], ""
+            return buffer[:at]
+        keep = max((overlap(buffer, stop) for stop in self.stops), default=0)
+        self.held = buffer[len(buffer) - keep :]
+        return buffer[: len(buffer) - keep]
+
+
+@given(st.lists(st.text("ab", max_size=7), max_size=6), st.lists(st.text("ab", max_size=9), max_size=9))
+def test_stop_strings_are_found_as_by_looking_for_each(stop: list[str], pieces: list[str]) -> None:
+    matcher, slow = StopMatcher(stop), SlowMatcher(stop)
+    for piece in pieces:
+        assert matcher.add(piece) == slow.add(piece)
+        assert matcher.matched == slow.matched
+    assert matcher.flush() == slow.held
+
+
+class CountingMatcher(StopMatcher):
+    """Counts its look-ups."""
+
+    num_lookups = 0
+
+    def _begins_one(self, text: str) -> bool:
+        self.num_lookups += 1
+        return super()._begins_one(text)
+
+
+@pytest.mark.parametrize("text", ["a" * 5000, ("a" * 1023 + "b") * 5, "ab" * 2500], ids=["run", "misses", "mixed"])
+def test_a_character_costs_two_look_ups_whatever_the_stop_strings(text: str) -> None:
+    matcher = CountingMatcher(["a" * (1023 - i) + "c" for i in range(64)])
+    shown = "".join(matcher.add(text[at : at + 3]) for at in range(0, len(text), 3))
+    assert shown + matcher.flush() == text
+    assert matcher.num_lookups <= 2 * len(text)
