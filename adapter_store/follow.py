@@ -105,7 +105,9 @@ class Follower:
         except (Changed, QueueError) as error:
             logger.info("adapter %s is read again: %s", name, error or "it was changed meanwhile")
             self._watch.recheck(name)
-        except Exception:
+        except asyncio.CancelledError:
+            raise
+        except BaseException:  # also panics of libraries in Rust
             logger.exception("adapter %s cannot be read", name)
             self._retry_later(name)
         finally:

@@ -176,7 +176,9 @@ class Registrar:
                 await self._bus.adapters.release_lease(field)
         except QueueError as error:
             logger.warning("adapter %s is fetched again later: %s", registration.name, error)
-        except Exception:
+        except asyncio.CancelledError:
+            raise
+        except BaseException:  # also panics of libraries in Rust
             logger.exception("adapter %s cannot be fetched", registration.name)
             self._note_failure(field, registration, refused=False)
         finally:

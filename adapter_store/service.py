@@ -8,6 +8,7 @@ import logging
 import secrets
 import socket
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -28,7 +29,7 @@ from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode
 from protocol.runtime import metrics
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.private_files import private_folder
-from protocol.runtime.service import wait_any
+from protocol.runtime.service import unending, wait_any
 from protocol.runtime.settings import Settings
 from protocol.wire.adapter_refs import Policy
 from protocol.wire.errors import (
@@ -136,8 +137,8 @@ class Store:
 
     async def _work(self, url: str, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._beat(url, stop))
-            tasks.create_task(self._keep(tasks, stop))
+            tasks.create_task(unending(partial(self._beat, url, stop), until=stop))
+            tasks.create_task(unending(partial(self._keep, tasks, stop), until=stop))
             logger.info("adapter store ready at %s: %d adapters on disk", url, len(self.blobs))
 
     def health(self) -> dict[str, object]:
@@ -167,7 +168,7 @@ class Store:
         """Keep the catalogue equal to the base model, the adapter folder and the registrations."""
         follower: Follower | None = None
         wake = asyncio.Event()
-        tasks.create_task(self._listen(wake, stop))
+        tasks.create_task(unending(partial(self._listen, wake, stop), until=stop))
         while not stop.is_set():
             wake.clear()
             try:

@@ -10,9 +10,9 @@ import asyncio
 import logging
 import socket
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import uvicorn
 
@@ -39,6 +39,7 @@ from peft_adapters.texts import TOKENIZER
 from protocol.queue.bus import Bus
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder
+from protocol.runtime.service import unending
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import Unavailable
 
@@ -118,16 +119,16 @@ class _Parts:
     aliases: Aliases
     heartbeat: Heartbeat
 
-    def loops(self) -> list[Coroutine[Any, Any, None]]:
+    def loops(self) -> list[Callable[[], Awaitable[None]]]:
         """Return what runs until the end."""
         replies, aliases = self.replies, self.aliases
-        return [replies.read(), replies.keep(), self.fleet.watch(), aliases.listen(), self.heartbeat.tick()]
+        return [replies.read, replies.keep, self.fleet.watch, aliases.listen, self.heartbeat.tick]
 
 
 async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace_s: float, stop: asyncio.Event) -> None:
     async with asyncio.TaskGroup() as group:
-        loops = [group.create_task(loop) for loop in parts.loops()]
-        serving = group.create_task(server.serve([listener]))
+        loops = [group.create_task(unending(loop)) for loop in parts.loops()]
+        serving = group.create_task(unending(partial(server.serve, [listener]), until=stop))
         await stop.wait()
         parts.endpoints.draining = True
         logger.info("draining")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
 from protocol.runtime import metrics
-from protocol.runtime.service import wait_any
+from protocol.runtime.service import unending, wait_any
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import DeadlineExceeded, ProtocolError
@@ -82,10 +82,9 @@ class Session:
         self._last_ids = await self._recovery.rebuild()
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(loop)
-                    for loop in (self._read(), self._dispatch(), self._watch(), self._renew(), self._search())
-                ]
+                loops = (self._read, self._dispatch, self._watch, self._renew)
+                tasks = [group.create_task(unending(loop)) for loop in loops]
+                tasks.append(group.create_task(self._search()))
                 await stop.wait()
                 async with self._assigning:  # let a started assignment be written
                     for task in tasks:

@@ -55,6 +55,8 @@ class FakeEngine:
         self._wake = threading.Event()
         self._room = threading.Semaphore(MAX_UNACKED)
         self._stopped = False
+        self.has_ended = False
+        self.num_turns = 0
         self.steps = threading.Event()  # cleared: no step is made
         self.steps.set()
         self.orders: list[tuple[str, str]] = []  # about adapters
@@ -174,6 +176,7 @@ class FakeEngine:
     def _loop(self, on_outputs: OnOutputs) -> None:
         next_step = time.perf_counter()
         while not self._stopped:
+            self.num_turns += 1
             if not self._requests:
                 self._wake.wait()
                 self._wake.clear()

@@ -67,6 +67,7 @@ class Heartbeat:
         self._gid = gid
         self._pace = pace or Pace()
         self._lag = LoopLag(self._pace.tick_s, self._pace.clock())
+        self._failure: BaseException | None = None  # what ended the thread
 
     @property
     def lag_s(self) -> float:
@@ -74,10 +75,11 @@ class Heartbeat:
         return self._lag.lag_s(self._pace.clock())
 
     async def tick(self) -> None:
-        """Measure the main loop, which runs this, until cancelled."""
-        while True:
+        """Measure the main loop, which runs this, until cancelled. Raises RuntimeError when the thread has died."""
+        while self._failure is None:
             await asyncio.sleep(self._pace.tick_s)
             self._lag.tick(self._pace.clock())
+        raise RuntimeError("the heartbeat's thread has died") from self._failure
 
     @contextlib.asynccontextmanager
     async def beating(self, bus: Bus, address: str) -> AsyncIterator[None]:
@@ -85,16 +87,22 @@ class Heartbeat:
         await self._beat_once(bus, address)
         loop = asyncio.new_event_loop()
         task = loop.create_task(self._beats(address))
+        is_leaving = False
 
         def run() -> None:
-            with contextlib.suppress(asyncio.CancelledError):
+            try:
                 loop.run_until_complete(task)
+            except asyncio.CancelledError as error:
+                self._failure = None if is_leaving else error
+            except BaseException as error:  # noqa: BLE001  the thread's edge: `tick` tells of it
+                self._failure = error
 
         thread = threading.Thread(target=run, name="heartbeat", daemon=True)
         thread.start()
         try:
             yield
         finally:
+            is_leaving = True
             loop.call_soon_threadsafe(task.cancel)
             await asyncio.to_thread(thread.join)
             loop.close()

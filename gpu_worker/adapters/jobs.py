@@ -98,7 +98,7 @@ class Jobs:
             error = known
         except GivenUp:
             logger.info("merge %.40s is given up: nobody waits for it", digest)
-        except Exception:  # a thread's edge: the adapter's requests must hear of it
+        except BaseException:  # a thread's edge, also for panics of libraries in Rust: the requests must hear of it
             logger.exception("loading adapter %.12s failed", digest)
             error = Internal(f"loading adapter {digest:.12} failed")
         self._ended.put(JobEnd(digest, adapter, error, copies, time.perf_counter() - started, extras))

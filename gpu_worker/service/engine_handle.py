@@ -23,6 +23,16 @@ class EngineHandle(Protocol):
     Commands are carried out between steps, in the order they were given, and ignored once the engine has ended.
     """
 
+    @property
+    def num_turns(self) -> int:
+        """How often the thread has gone round. It does so at least once a second, but for a step that takes longer."""
+        ...
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the thread takes nothing more: it was stopped, or it has crashed and `on_death` is called."""
+        ...
+
     def start(self, on_outputs: OnOutputs, on_death: OnDeath) -> None:
         """Start the thread. It calls `on_outputs` once per step that put anything out, `on_death` if it crashes."""
         ...

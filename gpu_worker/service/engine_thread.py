@@ -27,6 +27,9 @@ MAX_UNACKED_STEPS = 8
 STATS_S = 0.1
 """How old the engine's figures may be while it is busy; when it has nothing to do they are exact."""
 
+TURN_S = 1.0
+"""How long an idle engine waits at most before it goes round once more, which shows that it lives."""
+
 CHECK_S = 10.0
 """How often an idle engine looks for lost blocks and pages: a leak is a crash, so that it is found at once."""
 
@@ -51,7 +54,8 @@ class EngineThread(EngineHandle):
         self._is_woken = False
         self._is_stopping = False
         self._has_ended = False
-        # Only the engine's thread uses these.
+        # Only the engine's thread writes these.
+        self._num_turns = 0
         self._can_step = False
         self._stats = engine.stats()
         self._stats_due_s = 0.0
@@ -63,6 +67,16 @@ class EngineThread(EngineHandle):
     def num_commands(self) -> int:
         """Commands that the engine has not taken yet."""
         return len(self._commands)
+
+    @property
+    def num_turns(self) -> int:
+        """How often the thread has gone round: at least once a second, but for a long step."""
+        return self._num_turns
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the thread takes nothing more: it was stopped, or it has crashed."""
+        return self._has_ended
 
     def start(self, on_outputs: OnOutputs, on_death: OnDeath) -> None:
         """Start the thread, which calls both functions."""
@@ -155,7 +169,7 @@ class EngineThread(EngineHandle):
     # ------------------------------------------------------------ in the engine's thread
 
     def _run(self) -> None:
-        error: Exception | None = None
+        error: BaseException | None = None
         # The model stays. Otherwise each full collection would walk all its objects between steps, for 0.1 s.
         gc.collect()
         gc.freeze()
@@ -165,12 +179,15 @@ class EngineThread(EngineHandle):
                 self._hand_requests_over()
                 self._step()
                 self._check_when_idle()
-        except Exception as crash:  # the loop's edge: whoever gave this engine requests must hear of it
-            logger.exception("the engine crashed")
+        except BaseException as crash:  # noqa: BLE001  the thread's edge, also for panics of libraries in Rust
             error = crash
         gc.unfreeze()
-        self._end()
+        try:
+            self._end()
+        except BaseException as crash:  # noqa: BLE001  see above
+            error = error or crash
         if error is not None:
+            logger.error("the engine crashed", exc_info=error)
             self._on_death(error)
 
     def _wait_for_work(self) -> bool:
@@ -181,7 +198,9 @@ class EngineThread(EngineHandle):
             return self._is_stopping or bool(self._commands or self._hand_overs) or may_step
 
         with self._changed:
-            self._changed.wait_for(has_work)
+            self._num_turns += 1
+            while not self._changed.wait_for(has_work, TURN_S):
+                self._num_turns += 1
             self._is_woken = False
             return not self._is_stopping
 

@@ -24,8 +24,9 @@ from gpu_worker.service.outbox import MAX_ROWS, Outbox, OwnedRequest, PendingOut
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode
 from protocol.runtime import metrics
 from protocol.runtime.fleet_secret import FleetSecret
-from protocol.runtime.service import wait_any
+from protocol.runtime.service import unending, wait_any
 from protocol.runtime.settings import Settings
+from protocol.runtime.watchdog import LOADING_S, WATCHDOG
 from protocol.wire import messages as m
 from protocol.wire.errors import DeadlineExceeded, Internal, LorafleetError, ProtocolError
 
@@ -120,7 +121,7 @@ class Worker:
         """Join under a new id, work until `stop` or the engine's death, leave. Raises Fenced in a group."""
         await self._join()
         async with asyncio.TaskGroup() as group:
-            loops = [group.create_task(loop) for loop in (self._intake(), self._publish(), self._beats())]
+            loops = [group.create_task(unending(loop)) for loop in (self._intake, self._publish, self._beats)]
             ends = [group.create_task(event.wait()) for event in (stop, self._engine_died)]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             await self._drain()
@@ -382,11 +383,14 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     secret = FleetSecret.of(settings)
     bus = Bus(settings.queue_url())
     loader = Loader(secret.bearer if secret else "")
+    WATCHDOG.require(None, LOADING_S)
     try:
         await bus.check()
         engine, served = await asyncio.to_thread(_load, settings, loader)
         if stop.is_set():
             return 0
+        # A thread that has ended cannot be stuck; what is left to do then is the loop's.
+        WATCHDOG.require(lambda: object() if engine.has_ended else engine.num_turns, settings.max_step_s)
         loader.set_urls(await bus.members.store_urls())
         return await Worker(bus, engine, served, settings, loader).run(stop)
     finally:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 import uvloop
 
 from protocol.runtime.redaction import redact
+from protocol.runtime.watchdog import WATCHDOG
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def run(main: Callable[[asyncio.Event], Awaitable[int]], *, sendfile: bool = Fal
 
     The first SIGINT or SIGTERM sets `stop`: the service drains. The second ends the process at once.
     The loop is uvloop's, which needs half the CPU per event; with `sendfile` it is asyncio's, since uvloop lacks it.
+    `WATCHDOG` ends a process that has stopped working, also one that does not come to its end after `main`.
     """
 
     async def shell() -> int:
@@ -87,7 +89,12 @@ def run(main: Callable[[asyncio.Event], Awaitable[int]], *, sendfile: bool = Fal
         loop = asyncio.get_running_loop()
         for sig in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(sig, on_signal)
-        return await main(stop)
+        WATCHDOG.wind()
+        watch = loop.create_task(WATCHDOG.watch())
+        try:
+            return await main(stop)
+        finally:
+            watch.cancel()
 
     # Imported modules stay for ever. Unless frozen, each full collection looks through their 100,000 objects again and
     # stops the loop meanwhile: for 50 ms, on a busy core for half a second.
@@ -95,6 +102,23 @@ def run(main: Callable[[asyncio.Event], Awaitable[int]], *, sendfile: bool = Fal
     gc.freeze()
     with asyncio.Runner(loop_factory=None if sendfile else uvloop.new_event_loop) as runner:
         return runner.run(shell())
+
+
+async def unending(work: Callable[[], Awaitable[object]], until: asyncio.Event | None = None) -> None:
+    """Run a loop that ends when its task is cancelled, or once `until` is set. Raises RuntimeError if it ends before.
+
+    A task group takes a task that returned, or whose library cancelled it from within, for one that is done: its
+    process would live on without it.
+    """
+    try:
+        await work()
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise RuntimeError(f"a loop was cancelled from within: {work}") from error
+    if until is None or not until.is_set():
+        raise RuntimeError(f"a loop has ended: {work}")
 
 
 async def wait_any(event: asyncio.Event, timeout_s: float) -> bool:

@@ -173,6 +173,21 @@ class Settings(BaseSettings):
         default=0, description="most sequences that a worker runs at once; 0: 64 on a CPU, 256 on a GPU"
     )
     max_step_tokens: int = Field(default=0, description="most tokens in one step; 0: 512 on a CPU, 2048 on a GPU")
+    max_step_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="longest step; a worker that is in one for longer logs all its stacks and ends, to be restarted",
+    )
+    max_slowdown: float = Field(
+        default=1.8,
+        ge=0,
+        description="how many times as long a step may take for tenants with more than their share; 0: any time",
+    )
+    max_mask_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="most CPU time to find out which tokens the grammar of one request allows; beyond that it fails",
+    )
     kv_cache_bytes: int = Field(default=0, description="memory for KV blocks; 0: a share of the free memory")
     adapter_pool_bytes: int = Field(
         default=0, description="memory for the LoRA rows of resident adapters; 0: a share of the free memory"

@@ -162,12 +162,15 @@ class _Process:
         return future
 
     def _receive(self) -> None:
-        """Settle futures until the process ends, then fail those that are left."""
+        """Settle futures until the process ends or says what nobody understands, then fail those that are left."""
         try:
             while received := receive(self._socket):
                 self._settle(*received)
         except OSError as error:
             logger.debug("the loader process is gone: %r", error)
+        except BaseException:  # the thread's edge: whoever waits for an adapter must hear of it
+            logger.exception("the loader process cannot be understood; another is started")
+            self.popen.kill()
         with self._asking:
             self.ended = True
             asked, self._asked = self._asked, {}
@@ -178,19 +181,13 @@ class _Process:
         assert isinstance(message, Fetched | Packed | Failed)
         with self._asking:
             future = self._asked.pop(message.number)
-        if isinstance(message, Failed):
-            future.set_exception(_rebuild(message))
-            return
-        assert fd is not None
         try:
-            memory = memoryview(mmap.mmap(fd, 0))
-        finally:
-            os.close(fd)
-        if isinstance(message, Fetched):
-            future.set_result(FetchedAdapter(message.config, memory, message.tokenizer))
-        else:
-            ranks, scales = np.frombuffer(message.ranks, np.int32), np.frombuffer(message.scales, np.float32)
-            future.set_result(Rows(memory, ranks.copy(), scales.copy(), message.invocation, message.tokenizer))
+            future.set_result(_content(message, fd))
+        except LorafleetError as error:
+            future.set_exception(error)
+        except BaseException as error:  # such as no room to map it: this adapter's requests must hear of it
+            logger.exception("an adapter of the loader process cannot be taken")
+            future.set_exception(Internal(f"an adapter cannot be taken from the loader process: {error!r}"))
 
     def close(self) -> None:
         """End the process and wait for its end."""
@@ -199,6 +196,21 @@ class _Process:
         self.popen.wait()
         self._receiver.join()
         self._socket.close()
+
+
+def _content(message: Fetched | Packed | Failed, fd: int | None) -> FetchedAdapter | Rows:
+    """Return what the loader's process has answered. Raises what it says, or that it cannot be mapped."""
+    if isinstance(message, Failed):
+        raise _rebuild(message)
+    assert fd is not None
+    try:
+        memory = memoryview(mmap.mmap(fd, 0))
+    finally:
+        os.close(fd)
+    if isinstance(message, Fetched):
+        return FetchedAdapter(message.config, memory, message.tokenizer)
+    ranks, scales = np.frombuffer(message.ranks, np.int32), np.frombuffer(message.scales, np.float32)
+    return Rows(memory, ranks.copy(), scales.copy(), message.invocation, message.tokenizer)
 
 
 def _rebuild(failed: Failed) -> LorafleetError:

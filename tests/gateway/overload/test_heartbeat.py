@@ -10,7 +10,7 @@ from clocks import ScaledClock
 from scripted_fleet import ScriptedFleet, running_gateway
 from waiting import wait_until
 
-from gateway.overload.heartbeat import LoopLag, Pace
+from gateway.overload.heartbeat import Heartbeat, LoopLag, Pace
 from gateway.service import GatewayTimings
 from protocol.queue.bus import Bus
 
@@ -72,3 +72,17 @@ async def test_a_gateway_whose_loop_stands_still_beats_until_it_is_stuck(
             return bool(await bus._redis.exists(key))
 
         await wait_until(is_back, "the loop turns again")
+
+
+class Dying(Heartbeat):
+    """A heartbeat whose thread dies."""
+
+    async def _beats(self, address: str) -> None:
+        raise SystemExit  # no `Exception`, as a panic of a library in Rust
+
+
+async def test_a_gateway_whose_heartbeat_has_died_ends(bus: Bus) -> None:
+    heartbeat = Dying(bus.url, "g-dying", Pace(tick_s=0.01))
+    async with heartbeat.beating(bus, "127.0.0.1:1"):
+        with pytest.raises(RuntimeError, match="heartbeat"):
+            await heartbeat.tick()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,25 +91,66 @@ def run() -> Iterator[Callable[..., Running]]:
         running.thread.stop()
 
 
+def eventually(is_true: Callable[[], bool]) -> None:
+    """Wait until something is true."""
+    deadline = time.monotonic() + WAIT_S
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def request(rid: str) -> EngineRequest:
     return EngineRequest(rid, 1, "", np.array([1], np.int32), Sampling(), 1)
+
+
+class Panic(BaseException):
+    """What a panic of a library in Rust is: no `Exception`."""
 
 
 def broken(*_args: Any) -> Any:
     raise RuntimeError("out of luck")
 
 
+def panicking(*_args: Any) -> Any:
+    raise Panic("out of luck")
+
+
+@pytest.mark.parametrize("crash", [broken, panicking])
 @pytest.mark.parametrize("method", ["hand_over", "add"])
-def test_a_crash_before_or_in_a_hand_over_leaves_nobody_waiting(run: Callable[..., Running], method: str) -> None:
+def test_a_crash_before_or_in_a_hand_over_leaves_nobody_waiting(
+    run: Callable[..., Running], method: str, crash: Callable[..., Any]
+) -> None:
     engine = IdleEngine()
     running = run(engine)
     running.hold()
-    setattr(engine, method, broken)
+    setattr(engine, method, crash)
     running.thread.submit(request("x"))
     handed_over = [running.thread.hand_over() for _ in range(2)]
     engine.go.set()
     assert [future.result(WAIT_S) for future in handed_over] == [[], []]
     assert str(running.deaths.get(timeout=WAIT_S)) == "out of luck"
+    assert running.thread.has_ended
+
+
+def test_a_death_is_told_even_if_the_end_fails_too(run: Callable[..., Running]) -> None:
+    engine = IdleEngine()
+    running = run(engine)
+    running.hold()
+    engine.step, engine.close = panicking, broken
+    engine.go.set()
+    running.thread.submit(request("x"))
+    assert isinstance(running.deaths.get(timeout=WAIT_S), Panic)
+
+
+def test_an_idle_engine_goes_round_and_one_in_a_step_does_not(run: Callable[..., Running]) -> None:
+    running = run(IdleEngine())
+    before = running.thread.num_turns
+    eventually(lambda: running.thread.num_turns > before + 1)
+    running.hold()
+    before, num_steps = running.thread.num_turns, running.engine.num_steps
+    running.thread.submit(request("x"))
+    assert (running.thread.num_turns, running.engine.num_steps) == (before, num_steps)
+    assert not running.thread.has_ended
 
 
 def test_a_hand_over_nobody_waits_for_any_more_harms_nothing(run: Callable[..., Running]) -> None:
