@@ -2,24 +2,31 @@
 
     python -m benchmarks.fairness [--model FOLDER] [--short]
 
-One worker; without API keys each adapter is a tenant. Twenty quiet tenants together send about a sixth of the requests
-that the worker can do, at Poisson times, in turns alone and beside a tenant that always has 200 requests in flight.
-Then eight equal tenants have sixteen in flight each: Jain's index of prompt + 2 x output tokens (as the scheduler
-counts them) in the middle of that.
+One worker; without API keys each adapter is a tenant. Twice, with `max_slowdown` at its default and off:
+
+- one quiet tenant has one stream after another, alone and beside a tenant that always has 200 requests in flight;
+- eight equal tenants have sixteen in flight each: Jain's index of prompt + 2 x output tokens (as the scheduler counts
+  them) in the middle of that.
+
+With the default besides: twenty quiet tenants together send about a sixth of the requests that the worker can do, at
+Poisson times, in turns alone and beside the flood.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from benchmarks.common import report
-from benchmarks.common.fleet import Setup, fleet, make_adapters, quickstart_model, scratch_folder
+from benchmarks.common.fleet import RunningFleet, Setup, fleet, make_adapters, quickstart_model, scratch_folder
 from benchmarks.neighbours import run_beside
 from lorafleet.bench import BenchConfig, BenchResult, Target, run_bench
+from lorafleet.bench.result import inter_token_gaps_s
+from protocol.runtime.settings import Settings
 from scheduler.simulation.run import jain
 
 QUIET = [f"quiet-{index}" for index in range(20)]
@@ -49,6 +56,82 @@ def attained(result: BenchResult, names: Sequence[str]) -> list[float]:
     return [float(tokens[name]) for name in names]
 
 
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What one quiet tenant's streams, one after another, were like, and what the worker made meanwhile."""
+
+    gap_ms: tuple[float, float]  # between tokens, p50 and p99
+    ttft_ms: tuple[float, float]
+    tokens_per_s: float  # of one stream, from its request to its last token
+    total_tokens_per_s: float  # of the worker
+
+    @property
+    def others_tokens_per_s(self) -> float:
+        """What the worker made for others."""
+        return self.total_tokens_per_s - self.tokens_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Equals:
+    """What eight backlogged equals got."""
+
+    tokens_per_s: float
+    shares: list[float]
+
+
+def measure_stream(running: RunningFleet, flood: BenchConfig | None, num_streams: int) -> Stream:
+    """Measure streams of one quiet tenant alone, or beside a flood that is there when the first third has ended."""
+    quiet = load(running.url, QUIET[:1], num_requests=num_streams, concurrency=1)
+    num_before = running.beats_of_now()[0].counters.num_output_tokens
+    measured = run_beside(quiet, flood).measured
+    num_tokens = running.beats_of_now()[0].counters.num_output_tokens - num_before
+    records = sorted(measured.records, key=lambda record: record.start_s)[num_streams // 3 :]
+    gaps = 1e3 * inter_token_gaps_s(records)
+    first = 1e3 * np.array([record.arrivals_s[0] - record.start_s for record in records])
+    spent_s = sum(record.arrivals_s[-1] - record.start_s for record in records)
+    return Stream(
+        (float(np.percentile(gaps, 50)), float(np.percentile(gaps, 99))),
+        (float(np.percentile(first, 50)), float(np.percentile(first, 99))),
+        sum(record.output_tokens for record in records) / spent_s,
+        num_tokens / measured.wall_s,
+    )
+
+
+def measure_equals(running: RunningFleet, num_rounds: int) -> Equals:
+    """Measure eight tenants with sixteen requests in flight each."""
+    result = run_bench(load(running.url, EQUALS, num_requests=num_rounds * 128, concurrency=128))
+    return Equals(result.summary.output_tokens_per_s, attained(result, EQUALS))
+
+
+def measure_quiet(running: RunningFleet, rounds: int, per_round: int) -> tuple[dict[str, np.ndarray], float, int]:
+    """Return the quiet tenants' times to first token in ms, alone and beside the flood, their rate, its answers."""
+    ttft: dict[str, list[float]] = {"alone": [], "beside the flood": []}
+    num_flood = 0
+    full = run_bench(load(running.url, QUIET, num_requests=96, concurrency=32, seed=1))
+    rate = full.summary.requests_per_s / 6
+    for turn in range(rounds):
+        for name, values in ttft.items():
+            quiet = load(
+                running.url, QUIET, num_requests=per_round, concurrency=per_round, rate_per_s=rate, seed=turn
+            )  # fmt: skip
+            beside = run_beside(quiet, None if name == "alone" else flood_of(running, turn))
+            values += [1e3 * (record.arrivals_s[0] - record.start_s) for record in beside.measured.records]
+            num_flood += len(beside.others)
+            if name != "alone":
+                settle(running)
+    return {name: np.array(values) for name, values in ttft.items()}, rate, num_flood
+
+
+def flood_of(running: RunningFleet, seed: int = 0) -> BenchConfig:
+    """Return the load of the tenant that always has 200 requests in flight."""
+    return load(running.url, [FLOOD], num_requests=100_000, concurrency=NUM_FLOOD, seed=seed)
+
+
+def settle(running: RunningFleet) -> None:
+    """Wait until what a flood left behind is gone."""
+    run_bench(load(running.url, QUIET, num_requests=1, concurrency=1))
+
+
 def draw(axes: Sequence[Any], ttft_ms: dict[str, np.ndarray], shares: Sequence[float]) -> None:
     """Fill one panel with the quiet tenants' times to first token, one with the equals' shares of the tokens."""
     for color, (name, values) in zip((report.GREEN, report.ORANGE), ttft_ms.items(), strict=True):
@@ -59,43 +142,61 @@ def draw(axes: Sequence[Any], ttft_ms: dict[str, np.ndarray], shares: Sequence[f
     axes[1].set(title="eight backlogged equals", ylabel="tokens ÷ mean", xlabel="tenant")
 
 
+def stream_rows(streams: dict[str, dict[str, Stream]]) -> list[tuple[str, ...]]:
+    """Return the rows of the table of one quiet stream."""
+    rows: list[tuple[str, ...]] = []
+    for setting, found in streams.items():
+        alone = found["alone"]
+        for name, stream in found.items():
+            figures = (*stream.gap_ms, *stream.ttft_ms, stream.tokens_per_s)
+            others = f"{stream.others_tokens_per_s:.0f}" if name != "alone" else ""
+            rows.append((
+                setting, name, *(f"{value:.0f}" for value in figures),
+                f"{stream.tokens_per_s / alone.tokens_per_s:.2f}", others, f"{stream.total_tokens_per_s:.0f}",
+            ))  # fmt: skip
+    return rows
+
+
 def main() -> None:
     """Measure a flood beside quiet tenants, and write the result."""
     args = report.parser(__doc__).parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
-    rounds, per_round = (1, 40) if args.short else (2, 128)
-    ttft: dict[str, list[float]] = {"alone": [], "beside the flood": []}
-    num_flood = 0
+    rounds, per_round, num_streams = (1, 40, 9) if args.short else (2, 128, 30)
+    streams: dict[str, dict[str, Stream]] = {}
+    equals: dict[str, Equals] = {}
+    found: tuple[dict[str, np.ndarray], float, int] | None = None
     with scratch_folder() as scratch:
         adapters = scratch / "adapters"
         make_adapters(model, adapters, [*QUIET, FLOOD], [RANK])
-        with fleet(Setup(model, adapters, scratch)) as running:
-            run_bench(load(running.url, [*QUIET, FLOOD], num_requests=42, concurrency=21))  # loads the adapters
-            full = run_bench(load(running.url, QUIET, num_requests=96, concurrency=32, seed=1))
-            rate = full.summary.requests_per_s / 6
-            for turn in range(rounds):
-                for name, values in ttft.items():
-                    quiet = load(
-                        running.url, QUIET, num_requests=per_round, concurrency=per_round, rate_per_s=rate, seed=turn
-                    )
-                    flood = load(running.url, [FLOOD], num_requests=100_000, concurrency=NUM_FLOOD, seed=turn)
-                    beside = run_beside(quiet, None if name == "alone" else flood)
-                    values += [1e3 * (record.arrivals_s[0] - record.start_s) for record in beside.measured.records]
-                    num_flood += len(beside.others)
-                    if name != "alone":
-                        run_bench(load(running.url, QUIET, num_requests=1, concurrency=1))
-            equals = load(running.url, EQUALS, num_requests=(2 if args.short else 3) * 128, concurrency=128)
-            shares = attained(run_bench(equals), EQUALS)
-    pooled = {name: np.array(values) for name, values in ttft.items()}
+        default = Settings.model_fields["max_slowdown"].default
+        for setting, value in (("off", 0.0), (f"{default:g}", default)):
+            environment = {"LORAFLEET_MAX_SLOWDOWN": str(value)}
+            (scratch / setting).mkdir()
+            with fleet(Setup(model, adapters, scratch / setting, environment=environment)) as running:
+                run_bench(load(running.url, [*QUIET, FLOOD], num_requests=42, concurrency=21))  # loads the adapters
+                streams[setting] = {"alone": measure_stream(running, None, num_streams)}
+                streams[setting]["beside the flood"] = measure_stream(running, flood_of(running), num_streams)
+                settle(running)
+                equals[setting] = measure_equals(running, 2 if args.short else 3)
+                found = measure_quiet(running, rounds, per_round) if value else None
+    assert found is not None  # the last setting is the default
+    pooled, rate, num_flood = found
+    header = ("max_slowdown", "one quiet stream", "ms between tokens p50", "p99", "TTFT p50, ms", "p99", "tok/s",
+              "÷ alone", "the flood's tok/s", "the worker's tok/s")  # fmt: skip
+    print(report.table(header, stream_rows(streams)))
+    for setting, equal in equals.items():
+        fairness = f"Jain index {jain(equal.shares):.4f} (wanted: 0.95 or more)"
+        print(f"eight backlogged equals, max_slowdown {setting}: {equal.tokens_per_s:.0f} tok/s, {fairness}")
     figures = {name: {f"p{q}_ms": float(np.percentile(v, q)) for q in (50, 90, 99)} for name, v in pooled.items()}
     ratio = figures["beside the flood"]["p99_ms"] / figures["alone"]["p99_ms"]
     rows = [(name, len(pooled[name]), *(f"{value:.0f}" for value in row.values())) for name, row in figures.items()]
     print(report.table(("quiet tenants", "requests", "TTFT p50, ms", "p90", "p99"), rows))
     print(f"p99 beside the flood ÷ alone: {ratio:.2f} (wanted: 2 or less); the flood had {num_flood} answers meanwhile")
-    print(f"Jain index of eight backlogged equals: {jain(shares):.4f} (wanted: 0.95 or more)")
+    shares = equals[setting].shares
     saved = {
         "machine": machine, "rate_per_s": rate, "figures": figures, "p99_ratio": ratio, "flood_answers": num_flood,
-        "attained": shares, "jain": jain(shares),
+        "attained": shares, "jain": jain(shares), "equals": {name: asdict(equal) for name, equal in equals.items()},
+        "streams": {name: {how: asdict(stream) for how, stream in both.items()} for name, both in streams.items()},
     }  # fmt: skip
     report.save(args.out / "fairness", saved, 2, lambda axes: draw(axes, pooled, shares))
 

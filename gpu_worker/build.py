@@ -237,6 +237,7 @@ def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:
         settings.prefix_cache,
         settings.max_draft_tokens,
         max_draft_step_tokens=16 if on_cpu else 256,  # about where more tokens begin to make a step longer
+        max_slowdown=settings.max_slowdown,
     )
     free = free_bytes(model.device) // (settings.workers if on_cpu else 1)
     kv_bytes = share(settings.kv_cache_bytes, free, 0.25 if on_cpu else 0.6, 2 * GiB if on_cpu else 1 << 62)
@@ -249,7 +250,7 @@ def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:
     if room < max(max_model_len, BLOCK_TOKENS):
         raise BadRequest(f"kv_cache_bytes holds {room} tokens: too few for one request of {max_model_len}")
     num_blocks = min(num_blocks, max_num_seqs * -(-max_model_len // BLOCK_TOKENS))
-    return EngineConfig(limits, num_blocks, max_model_len)
+    return EngineConfig(limits, num_blocks, max_model_len, settings.max_mask_s)
 
 
 def _step_sizes(device: torch.device, settings: Settings) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.table import Table
 
+from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
 from scheduler.core import SchedulerConfig
@@ -91,6 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fleet.add_argument(
         "--remote-mb-s", type=float, default=200.0, help="MB/s from the store to the host cache (%(default)g)"
     )
+    fleet.add_argument(
+        "--max-slowdown", type=float, default=Settings.model_fields["max_slowdown"].default,
+        help="times as long a step may take for tenants with more than their share; 0: any time (%(default)g)",
+    )  # fmt: skip
     fleet.add_argument("--way-ms", type=float, default=0.0, help="time of a request beside its steps (%(default)g)")
     parser.add_argument("--policies", default=",".join(POLICIES), help="policies to compare (%(default)s)")
     parser.add_argument(
@@ -177,6 +182,7 @@ def _worker_model(args: argparse.Namespace) -> WorkerModel:
         host_bytes=args.host_adapters * MEAN_ADAPTER_BYTES,
         bandwidths=Bandwidths(host=args.host_mb_s * 1000, remote=args.remote_mb_s * 1000),
         way_ms=args.way_ms,
+        max_slowdown=args.max_slowdown,
     )
 
 

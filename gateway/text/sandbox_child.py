@@ -20,6 +20,7 @@ import msgspec
 from gateway.text.chat import ChatTemplate
 from gateway.text.lockdown import lock_down
 from protocol.wire.errors import BadRequest
+from protocol.wire.grammar_limits import GRAMMAR_LIMITS
 
 MAX_MEMORY_BYTES = 1 << 30
 WORN_BYTES = MAX_MEMORY_BYTES // 2
@@ -125,7 +126,7 @@ class Worker:
     def _check(self, job: Check) -> Answer:
         from llguidance import LLMatcher, LLParserLimits
 
-        limits = LLParserLimits(verbose_errors=False)
+        limits = LLParserLimits(**GRAMMAR_LIMITS, verbose_errors=False)
         matcher = LLMatcher(self._vocabulary(), job.grammar, log_level=0, limits=limits)
         matcher.compute_bitmask()
         error = " ".join(matcher.get_error()[:MAX_REFUSAL].split())

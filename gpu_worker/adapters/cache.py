@@ -96,6 +96,11 @@ class AdapterCache:
         """Drop a reference."""
         self.pool.release(digest)
 
+    def rank(self, digest: str) -> int:
+        """Return the largest rank of an adapter, 0 while it is not in the pool."""
+        resident = self.pool.residents.get(digest)
+        return int(self.slot_ranks[resident.slot]) if resident is not None and resident.visible else 0
+
     # ------------------------------------------------------------ what is where
 
     @property

@@ -15,7 +15,7 @@ import torch
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.encoder.model import EncoderModel
 from gpu_worker.engine.base import BaseEngine
-from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
+from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput, failure_of
 from gpu_worker.engine.runner import extra_rows, group_by_adapter, lora_batch
 from gpu_worker.engine.step_model import StepWork
 from protocol.wire.errors import BadRequest, Internal, LorafleetError
@@ -157,8 +157,8 @@ class EncoderEngine(BaseEngine):
             return
         try:
             self._check(request)
-        except LorafleetError as error:
-            self._outputs.append(TokenOutput.failed(request, error))
+        except BaseException as error:  # noqa: BLE001  a request's edge: it fails alone
+            self._outputs.append(TokenOutput.failed(request, failure_of(request, error)))
             return
         self._note_use(request)
         self._requests[request.rid] = request

@@ -15,6 +15,7 @@ from typing import Protocol
 from gpu_worker.engine.blocks import BlockPool, chain_hash, chain_seed
 from gpu_worker.engine.sequence import Sequence
 from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEP_TOKENS_PER_SEQ
+from protocol.runtime.step_limit import PROMPT_SHARE, StepLimit, StepTime
 from protocol.wire.messages import StepModel
 
 MAX_SKIPS = 64
@@ -35,6 +36,10 @@ class AdapterSlots(Protocol):
         """Drop a reference to an adapter."""
         ...
 
+    def rank(self, digest: str) -> int:
+        """Return the largest rank of an adapter, 0 while it is not resident."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
@@ -45,6 +50,7 @@ class BatchLimits:
     prefix_cache: bool = True
     max_draft_tokens: int = 0  # draft tokens that a sequence may add to a step, 0: none
     max_draft_step_tokens: int = 0  # draft tokens are added only while the step has fewer tokens than that
+    max_slowdown: float = 0.0  # times as long a step may take for sequences that yield, 0: any
 
     @property
     def short_step_tokens(self) -> int:
@@ -67,6 +73,8 @@ class StepPlan:
     """Draft tokens of sequences, counted in `num_new`."""
     preempted: list[Sequence] = field(default_factory=list[Sequence])
     num_cached: int = 0  # tokens of newly admitted sequences that were found in the prefix cache
+    alone_s: float = 0.0
+    """Predicted seconds of a step that leaves out all that yields so that its time is measured; 0: another step."""
 
     @property
     def num_tokens(self) -> int:
@@ -77,6 +85,10 @@ class StepPlan:
     def num_prompt_rows(self) -> int:
         """Tokens of sequences whose prompt's logprobs are recorded."""
         return sum(num_new for seq, num_new in self.num_new.items() if seq.prompt_logprobs is not None)
+
+    def postpone(self, seq: Sequence) -> None:
+        """Take back a sequence's last token, and its draft tokens: its next token is chosen in a later step."""
+        self.num_new[seq] -= 1 + len(self.drafts.pop(seq, ()))
 
     def add(self, seq: Sequence, num_new: int) -> None:
         """Let the step compute the next `num_new` tokens of a sequence."""
@@ -100,6 +112,8 @@ class Batcher:
         self.waiting: deque[Sequence] = deque()  # in order of arrival; preempted ones first
         self.step_model = StepModel()
         """Predicts how long steps take; all zero while that is unknown."""
+        self._step_limit = StepLimit(limits.max_slowdown)
+        self._num_plans = 0
         self._paused = False  # whether yielding sequences were left out of the last plan
         self._slots = slots
         self._fingerprint = fingerprint
@@ -127,46 +141,98 @@ class Batcher:
         """Choose the next step's tokens and give each chosen sequence the blocks it needs.
 
         Decodes come before prompts, and sequences that yield after all others. While others are here, yielding prompts
-        are computed in short steps. Beside a prompt of others, all yielding sequences pause for one step, never for two
-        in a row, if their decodes would make the step longer by more than an empty step takes.
+        are computed in short steps. While others decode, what yields gets only as much of a step's time as `StepLimit`
+        leaves: at least one sequence of it, all in turn, and half of that time for prompts. Beside a prompt of others,
+        all yielding sequences pause for one step, never for two in a row, if their decodes would make the step longer
+        by more than an empty step takes.
         """
+        self._num_plans += 1
         plan = StepPlan(budget=self.limits.max_step_tokens)
-        others = [seq for seq in self.running if not seq.yields]
-        yielding = [seq for seq in self.running if seq.yields]
+        others = [seq for seq in self.running if not seq.yields and not seq.awaits_mask]
+        yielding = [seq for seq in self.running if seq.yields and not seq.awaits_mask]
         yielding_decodes = [seq for seq in yielding if seq.num_pending == 1]
         yielding_prompts = [seq for seq in yielding if seq.num_pending != 1]
         may_pause = not self._paused and self._is_worth_a_step(yielding_decodes)
 
         self._run([seq for seq in others if seq.num_pending == 1], plan)
-        if not may_pause:
-            self._run(yielding_decodes, plan)
+        time = self._limited(plan) if plan.num_new and any(seq.yields for seq in self) else None
+        has_prompts = len(plan.num_new) < len(others) or any(seq.is_bound and not seq.yields for seq in self.waiting)
+        is_alone = time is not None and self._step_limit.is_alone_due and not (self._paused or has_prompts)
+        num_decodes, alone_s = len(plan.num_new), time.seconds if time is not None else 0.0
+        if time is not None:
+            yielding_decodes.sort(key=lambda seq: seq.last_turn)
+            if yielding_prompts or any(seq.is_bound and seq.yields for seq in self.waiting):
+                time.reserve(PROMPT_SHARE)
+        if not may_pause and not is_alone:
+            self._run(yielding_decodes, plan, time)
         budget_before = plan.budget
         self._run([seq for seq in others if seq.num_pending != 1], plan)
         self._admit([seq for seq in self.waiting if not seq.yields], plan)
 
-        self._paused = may_pause and plan.budget < budget_before
+        self._paused = is_alone or (may_pause and plan.budget < budget_before)
         if not self._paused:
             if may_pause:
-                self._run(yielding_decodes, plan)
+                self._run(yielding_decodes, plan, time)
+            if time is not None:
+                time.reserve(0)
             if any(not seq.yields for seq in self):
                 plan.budget = max(0, plan.budget + self.limits.short_step_tokens - self.limits.max_step_tokens)
-            self._run(yielding_prompts, plan)
+            self._run(yielding_prompts, plan, time)
             if not any(seq.num_skips > MAX_SKIPS for seq in self.waiting):
-                self._admit([seq for seq in self.waiting if seq.yields], plan)
+                self._admit([seq for seq in self.waiting if seq.yields], plan, time)
+            if time is not None:
+                self._run([seq for seq in yielding_decodes if seq not in plan.num_new], plan, time)
         if self.limits.max_draft_tokens and not plan.preempted:
-            self._add_drafts(plan)
+            self._add_drafts(plan, time)
+        if is_alone and plan.num_tokens == num_decodes:
+            plan.alone_s = alone_s
         return plan
+
+    def _limited(self, plan: StepPlan) -> StepTime | None:
+        """Return the time of a step that holds the others' decodes, with its limit; None if steps are not limited."""
+        if not self._step_limit.applies(self.step_model):
+            return None
+        time = StepTime(self.step_model)
+        for seq in plan.num_new:
+            time.add(1, seq.num_tokens, seq.request.digest, self._slots.rank(seq.request.digest))
+        self._step_limit.set_limit(time)
+        return time
+
+    def note_time(self, plan: StepPlan, seconds: float) -> None:
+        """Learn from how long a plan's step took."""
+        if plan.alone_s:
+            self._step_limit.note_alone(plan.alone_s, seconds)
 
     def _is_worth_a_step(self, decodes: list[Sequence]) -> bool:
         """Return whether these decodes make a step longer by more than an empty step takes."""
         return self.step_model.is_worth_a_step(len(decodes), sum(seq.num_tokens for seq in decodes))
 
-    def _run(self, seqs: Iterable[Sequence], plan: StepPlan) -> None:
-        """Add the pending tokens of running sequences, as far as the budget allows."""
+    def _run(self, seqs: Iterable[Sequence], plan: StepPlan, time: StepTime | None = None) -> None:
+        """Add the pending tokens of running sequences, as far as budget and time allow."""
         for seq in seqs:
-            num_new = _chunk(seq, seq.num_pending, plan)
+            num_new = self._chunk(seq, seq.num_computed, plan, time)
             if num_new and seq not in plan.preempted and self._grow(seq, num_new, plan):
-                plan.add(seq, num_new)
+                self._add(seq, num_new, plan, time)
+
+    def _chunk(self, seq: Sequence, num_computed: int, plan: StepPlan, time: StepTime | None) -> int:
+        """Return how many of a sequence's tokens that are not computed fit budget, time and, if recorded, prompt rows.
+
+        The first sequence in a limited step has room for a block: nobody who yields waits for ever.
+        """
+        num_new = min(seq.num_tokens - num_computed, plan.budget)
+        if time is not None:
+            digest = seq.request.digest
+            room = time.room(num_computed, digest, self._slots.rank(digest))
+            num_new = int(min(num_new, max(room, BLOCK_TOKENS) if time.is_empty else room))
+        return num_new if seq.prompt_logprobs is None else min(num_new, MAX_PROMPT_ROWS - plan.num_prompt_rows)
+
+    def _add(self, seq: Sequence, num_new: int, plan: StepPlan, time: StepTime | None) -> None:
+        """Let the step compute the next `num_new` tokens of a sequence."""
+        plan.add(seq, num_new)
+        if time is not None:
+            digest = seq.request.digest
+            time.add(num_new, seq.num_computed + num_new, digest, self._slots.rank(digest))
+            seq.last_turn = self._num_plans
 
     def complete(self, plan: StepPlan) -> None:
         """Note that a plan's tokens are computed; their full blocks can be found in the prefix cache from now on.
@@ -186,9 +252,16 @@ class Batcher:
             for i in range(first, last):
                 self.blocks.publish(seq.blocks[i], seq.hashes[i], self._owner(seq, i))
 
-    def _add_drafts(self, plan: StepPlan) -> None:
-        """Add draft tokens of decoding sequences, as far as the step has room and blocks are free."""
-        decoding = [seq for seq, num_new in plan.num_new.items() if seq.num_pending == num_new == 1 and seq.drafter]
+    def _add_drafts(self, plan: StepPlan, time: StepTime | None) -> None:
+        """Add draft tokens of decoding sequences, as far as the step has room and blocks are free.
+
+        In a step whose time is limited, sequences that yield get none.
+        """
+        decoding = [
+            seq for seq, num_new in plan.num_new.items()
+            if seq.num_pending == num_new == 1 and seq.drafter and not (time is not None and seq.yields)
+            and (seq.matcher is None or seq.matcher.filling is None)
+        ]  # fmt: skip
         room = min(self.limits.max_draft_step_tokens, self.limits.max_step_tokens) - plan.num_tokens
         for i, seq in enumerate(decoding):
             share = room // (len(decoding) - i)  # what one leaves goes to the next ones
@@ -238,14 +311,14 @@ class Batcher:
             self._slots.release(seq.request.digest)
             seq.slot = -1
 
-    def _admit(self, seqs: list[Sequence], plan: StepPlan) -> None:
-        """Start waiting sequences, in order, as far as the budget allows."""
+    def _admit(self, seqs: list[Sequence], plan: StepPlan, time: StepTime | None = None) -> None:
+        """Start waiting sequences, in order, as far as budget and time allow."""
         if plan.preempted:
             return
         for seq in seqs:
             if plan.budget == 0:
                 break
-            if self._has_place(seq) and not self._start(seq, plan) and seq.num_skips > MAX_SKIPS:
+            if self._has_place(seq) and not self._start(seq, plan, time) and seq.num_skips > MAX_SKIPS:
                 break
 
     def _has_place(self, seq: Sequence) -> bool:
@@ -254,13 +327,13 @@ class Batcher:
             return True
         return not seq.yields and any(other.yields for other in self.running)
 
-    def _start(self, seq: Sequence, plan: StepPlan) -> bool:
-        """Admit a waiting sequence and add its tokens. Returns False if its adapter, blocks or budget are lacking."""
+    def _start(self, seq: Sequence, plan: StepPlan, time: StepTime | None) -> bool:
+        """Admit a waiting sequence and add its tokens. Returns False if adapter, blocks, budget or time are lacking."""
         if not seq.is_bound:
             return False  # its adapter has not been in the pool yet, or its grammar is being compiled
         cached = self._lookup(seq)
         num_cached = len(cached) * BLOCK_TOKENS
-        num_new = _chunk(seq, seq.num_tokens - num_cached, plan)
+        num_new = self._chunk(seq, num_cached, plan, time)
         if not num_new:
             return False
         digest = seq.request.digest
@@ -282,7 +355,7 @@ class Batcher:
             seq.num_cached = min(num_cached, seq.num_prompt)
         self.waiting.remove(seq)
         self.running.append(seq)
-        plan.add(seq, num_new)
+        self._add(seq, num_new, plan, time)
         plan.num_cached += num_cached
         return True
 
@@ -342,12 +415,6 @@ class Batcher:
         for seq in self.waiting:
             if seq.blocks or seq.num_computed or seq.slot >= 0:
                 raise AssertionError(f"{seq.rid} waits but holds blocks or an adapter slot")
-
-
-def _chunk(seq: Sequence, num_pending: int, plan: StepPlan) -> int:
-    """Return how many of a sequence's pending tokens fit the budget, and the prompt rows if those are recorded."""
-    num_new = min(num_pending, plan.budget)
-    return num_new if seq.prompt_logprobs is None else min(num_new, MAX_PROMPT_ROWS - plan.num_prompt_rows)
 
 
 def _num_blocks(num_tokens: int) -> int:

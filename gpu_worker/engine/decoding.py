@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from torch import Tensor
 
 from gpu_worker.engine.grammars import Grammars
 from gpu_worker.engine.sampling import Sampled, SampleRow
 from gpu_worker.engine.sequence import Sequence
-from protocol.wire.errors import Internal, LorafleetError
+from gpu_worker.memory import send
+from protocol.wire.errors import Internal
+from protocol.wire.messages import Sampling
 
 Drafts = Mapping[Sequence, list[int]]
 """The draft tokens of each sequence that has any."""
@@ -22,38 +25,77 @@ Masks = Mapping[Sequence, np.ndarray]
 """Tokens allowed in each row of each sequence with a grammar: int32 [1 + draft tokens, W], one bit a token."""
 
 
-def grammar_masks(ready: Iterable[Sequence], drafts: Drafts, grammars: Grammars) -> Masks:
-    """Return the tokens that the sequences' grammars allow. The host does this while a GPU computes the logits."""
+def grammar_masks(
+    ready: Iterable[Sequence], drafts: Drafts, grammars: Grammars, timeout_s: float
+) -> tuple[Masks, set[Sequence]]:
+    """Return the tokens that the sequences' grammars allow, and the sequences of which that is not known in time.
+
+    The host waits for it, at most `timeout_s`, while a GPU computes the logits.
+    """
     guided = [(seq, seq.matcher) for seq in ready if seq.matcher is not None]
     if not guided:
-        return {}
-    masks = grammars.fill([(matcher, drafts.get(seq, [])) for seq, matcher in guided])
-    for (seq, matcher), own in zip(guided, masks, strict=True):
+        return {}, set()
+    filled = grammars.fill([(matcher, drafts.get(seq, [])) for seq, matcher in guided], timeout_s)
+    masks: dict[Sequence, np.ndarray] = {}
+    late: set[Sequence] = set()
+    for (seq, matcher), own in zip(guided, filled, strict=True):
+        if own is None:
+            late.add(seq)
+            continue
         assert seq.stop_rules is not None
-        for i, mask in enumerate(own):
-            matcher.settle_ends(mask, seq.stop_rules.banned(i))
-    return {seq: own for (seq, _), own in zip(guided, masks, strict=True)}
+        masks[seq] = own[: 1 + len(drafts.get(seq, []))]
+        try:
+            for i, mask in enumerate(masks[seq]):
+                matcher.settle_ends(mask, seq.stop_rules.banned(i))
+        except BaseException as error:  # noqa: BLE001  a request's edge: it fails alone
+            seq.failure = error
+    return masks, late
+
+
+def without(logits: Tensor, ready: list[Sequence], drafts: Drafts, late: set[Sequence]) -> Tensor:
+    """Return a step's logits [n, V] without the rows of `late`; `ready` and `drafts` as they were with them."""
+    counts = [1 + len(drafts.get(seq, [])) for seq in ready]
+    keep = np.repeat([seq not in late for seq in ready], counts)
+    rows = np.concatenate((np.flatnonzero(keep), np.arange(len(keep), len(logits))))
+    return logits[send(rows, logits.device)]
 
 
 def sample_rows(ready: Iterable[Sequence], drafts: Drafts, masks: Masks) -> list[SampleRow]:
     """Return what to choose each row's token by, in the order of the logits' rows."""
     rows: list[SampleRow] = []
     for seq in ready:
-        assert seq.stop_rules is not None
-        draft, own = drafts.get(seq, []), masks.get(seq)
-        prompt, num = seq.tokens[: seq.num_prompt], seq.num_output
-        output = np.concatenate((seq.output, np.array(draft, np.int32))) if draft else seq.output
-        for i in range(len(draft) + 1):
-            banned = seq.stop_rules.banned(i) if own is None else ()  # a mask has them already
-            mask = None if own is None else own[i]
-            rows.append(SampleRow(seq.request.sampling, prompt, output[: num + i], banned, mask))
+        draft = drafts.get(seq, [])
+        try:
+            rows += _rows_of(seq, draft, masks.get(seq))
+        except BaseException as error:  # noqa: BLE001  a request's edge: it fails alone
+            seq.failure = error
+            rows += [SampleRow(Sampling(), seq.tokens[:1], seq.output[:0])] * (len(draft) + 1)
     return rows
 
 
-def choice_error(seq: Sequence, is_finite: bool) -> LorafleetError | None:
-    """Return why a sequence's chosen token cannot be used, if it cannot; is_finite: of its first row's logits."""
-    error = seq.matcher.error if seq.matcher is not None else None
-    return error or (None if is_finite else Internal("the model's logits are not finite"))
+def _rows_of(seq: Sequence, draft: list[int], masks: np.ndarray | None) -> list[SampleRow]:
+    assert seq.stop_rules is not None
+    prompt, num = seq.tokens[: seq.num_prompt], seq.num_output
+    output = np.concatenate((seq.output, np.array(draft, np.int32))) if draft else seq.output
+    rows: list[SampleRow] = []
+    for i in range(len(draft) + 1):
+        banned = seq.stop_rules.banned(i) if masks is None else ()  # a mask has them already
+        mask = None if masks is None else masks[i]
+        kept = seq.adjustment if i == 0 else None  # what follows draft tokens may not come true
+        rows.append(SampleRow(seq.request.sampling, prompt, output[: num + i], banned, mask, kept))
+    return rows
+
+
+def check_choice(seq: Sequence, sampled: Sampled, row: int) -> None:
+    """Raise why a sequence's chosen token cannot be used, if it cannot; row: the sequence's first row in `sampled`."""
+    if seq.failure is not None:
+        raise seq.failure
+    if seq.matcher is not None:
+        seq.matcher.check()
+    if row in sampled.failed:
+        raise sampled.failed[row]
+    if not sampled.finite[row]:
+        raise Internal("the model's logits are not finite")
 
 
 def accept_tokens(seq: Sequence, draft: list[int], sampled: Sampled, row: int) -> tuple[list[int], str]:

@@ -17,16 +17,21 @@ from gpu_worker.engine.base import BaseEngine
 from gpu_worker.engine.batcher import Batcher, BatchLimits, StepPlan
 from gpu_worker.engine.binding import RequestBinder
 from gpu_worker.engine.blocks import BlockPool
-from gpu_worker.engine.decoding import accept_tokens, choice_error, grammar_masks, sample_rows
+from gpu_worker.engine.decoding import accept_tokens, check_choice, grammar_masks, sample_rows, without
 from gpu_worker.engine.grammars import Grammars
 from gpu_worker.engine.logprobs import record_prompts
-from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
+from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput, failure_of
 from gpu_worker.engine.runner import Runner, StepInputs
 from gpu_worker.engine.sampling import Sampled, sample
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.step_model import MIN_STEPS, StepWork
 from gpu_worker.model.model import BaseModel
 from protocol.wire.errors import LorafleetError
+
+MASK_WAIT_S = 0.01
+"""How long a step waits for masks at least, and below, as a part of the time that it has taken so far."""
+
+MASK_WAIT_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,7 @@ class EngineConfig:
     limits: BatchLimits
     num_blocks: int
     max_model_len: int  # tokens of prompt and output of one request
+    max_mask_s: float = 30.0  # CPU time of the masks of one request with a grammar
 
 
 class Engine(BaseEngine):
@@ -53,7 +59,7 @@ class Engine(BaseEngine):
         self.runner.check()
         self.blocks = BlockPool(config.num_blocks)
         self.batcher = Batcher(limits, self.blocks, adapters, model.fingerprint)
-        self.grammars = Grammars(model.vocab_size, model.eos_ids)
+        self.grammars = Grammars(model.vocab_size, model.eos_ids, config.max_mask_s)
         self._binder = RequestBinder(
             model, adapters, self.grammars, tokenizer,
             max_model_len=config.max_model_len, max_draft_tokens=limits.max_draft_tokens,
@@ -74,9 +80,9 @@ class Engine(BaseEngine):
             self.meter.lap("inputs")
             logits = self.runner.run(inputs)
             self.meter.lap("forward")
-            sampled = self._sample(plan, inputs, logits)
+            ready, sampled = self._sample(plan, inputs, logits)
             self.meter.lap("sample")
-            num_output = self._settle(plan, inputs, sampled)
+            num_output = self._settle(plan, ready, sampled)
             self.meter.lap("finish")
             self._count(plan, work, num_output)
         self.can_step = bool(plan.num_new and self._seqs)
@@ -90,8 +96,8 @@ class Engine(BaseEngine):
                 continue
             try:
                 finish = self._binder.bind(seq)
-            except LorafleetError as error:
-                self._fail_waiting(seq.rid, error)
+            except BaseException as error:  # noqa: BLE001  a request's edge: it fails alone
+                self._fail_waiting(seq.rid, failure_of(seq.request, error))
                 continue
             if finish:
                 self._outputs.append(seq.put_out([], finish))
@@ -103,29 +109,39 @@ class Engine(BaseEngine):
         self._request_adapters()
         return plan
 
-    def _sample(self, plan: StepPlan, inputs: StepInputs, logits: Tensor) -> Sampled | None:
-        """Choose the next token of every ready sequence, and one after each draft token; None if none is ready."""
-        self.batcher.complete(plan)
-        started_s = time.perf_counter()
-        masks = grammar_masks(inputs.ready, plan.drafts, self.grammars)
-        if masks:
+    def _sample(self, plan: StepPlan, inputs: StepInputs, logits: Tensor) -> tuple[list[Sequence], Sampled | None]:
+        """Choose the next token of every ready sequence, and one after each draft token; None if none is ready.
+
+        Returns the sequences, too: not those whose mask is late.
+        """
+        started_s, ready = time.perf_counter(), inputs.ready
+        timeout_s = max(MASK_WAIT_S, MASK_WAIT_SHARE * self.meter.elapsed_s)
+        masks, late = grammar_masks(ready, plan.drafts, self.grammars, timeout_s)
+        if masks or late:
             self.counters.mask_s += time.perf_counter() - started_s
+        if late:
+            logits = without(logits, ready, plan.drafts, late)
+            ready = [seq for seq in ready if seq not in late]
+            for seq in late:
+                plan.postpone(seq)
+        self.batcher.complete(plan)
         if inputs.prompt_rows:
             logits = record_prompts(logits, inputs.prompt_rows)
-        rows = sample_rows(inputs.ready, plan.drafts, masks)
-        return sample(logits, rows) if rows else None
+        rows = sample_rows(ready, plan.drafts, masks)
+        return ready, sample(logits, rows) if rows else None
 
-    def _settle(self, plan: StepPlan, inputs: StepInputs, sampled: Sampled | None) -> int:
+    def _settle(self, plan: StepPlan, ready: list[Sequence], sampled: Sampled | None) -> int:
         """Append the chosen tokens, end what they end, and put them out. Returns how many they are."""
         num_output = row = 0
-        for seq in inputs.ready:
+        for seq in ready:
             assert sampled is not None
-            draft = plan.drafts.get(seq, [])
-            error = choice_error(seq, bool(sampled.finite[row]))
-            if error is None:
+            draft, num_tokens = plan.drafts.get(seq, []), seq.num_tokens
+            try:
+                check_choice(seq, sampled, row)
                 num_output += self._settle_one(seq, draft, sampled, row)
-            else:
-                self._outputs.append(seq.fail(error))
+            except BaseException as error:  # noqa: BLE001  a request's edge: it fails alone
+                seq.num_tokens = num_tokens  # nothing of this step is put out
+                self._outputs.append(seq.fail(failure_of(seq.request, error)))
                 self._drop(seq.rid)
             row += 1 + len(draft)
         return num_output
@@ -157,6 +173,7 @@ class Engine(BaseEngine):
 
     def _count(self, plan: StepPlan, work: StepWork, num_output: int) -> None:
         self.meter.stop(work, num_output)
+        self.batcher.note_time(plan, self.meter.last_s)
         self.counters.num_preemptions += len(plan.preempted)
         self.counters.num_cached_tokens += plan.num_cached
         if self.counters.num_steps % MIN_STEPS == 0:
@@ -173,8 +190,8 @@ class Engine(BaseEngine):
             self._drop(request.rid)
         try:
             seq, finish = self._binder.open(request)
-        except LorafleetError as error:
-            self._outputs.append(TokenOutput.failed(request, error))
+        except BaseException as error:  # noqa: BLE001  a request's edge: it fails alone
+            self._outputs.append(TokenOutput.failed(request, failure_of(request, error)))
             return
         if finish:
             self._outputs.append(seq.put_out([], finish))

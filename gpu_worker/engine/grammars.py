@@ -7,27 +7,20 @@ it alone, as it does the tokens; on another worker a new matcher consumes the ou
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import (
-    fill_next_token_bitmask,
-    fill_next_token_bitmask_par,
-    fill_next_token_bitmask_par_with_draft_tokens,
-)
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import Tokenizer
 
+from gpu_worker.engine.masks import Filling, MaskCost, MaskFiller
 from protocol.wire.errors import BadRequest, Internal
+from protocol.wire.grammar_limits import GRAMMAR_LIMITS
 
 NUM_COMPILERS = 2
-NUM_FILLERS = max(1, min(8, (os.cpu_count() or 1) // 2))
-MIN_PARALLEL = 4
-"""Masks that are worth waking threads for: one takes some ten microseconds."""
 
 MAX_COMPILED = 128
 """Compiled grammars that are kept, the most recently used."""
@@ -35,8 +28,7 @@ MAX_COMPILED = 128
 MAX_TOKENIZERS = 4
 """Tokenizers that are kept as llguidance sees them, the most recently used."""
 
-LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=50_000, verbose_errors=False)
-"""Bounds one token of one request to some milliseconds, and the states of one request to tens of MB."""
+LIMITS = LLParserLimits(**GRAMMAR_LIMITS, verbose_errors=False)
 
 
 class Vocabulary:
@@ -57,12 +49,20 @@ class Vocabulary:
 class Matcher:
     """One request's matcher, and which tokens may end its output besides the grammar's own end."""
 
-    def __init__(self, state: LLMatcher, vocabulary: Vocabulary, stop_ids: Sequence[int]) -> None:
-        """stop_ids: tokens that end the request. Special ones among them are allowed wherever the output may end."""
+    def __init__(self, state: LLMatcher, vocabulary: Vocabulary, stop_ids: Sequence[int], max_mask_s: float) -> None:
+        """stop_ids: tokens that end the request. Special ones among them are allowed wherever the output may end.
+
+        max_mask_s: see `MaskCost`.
+        """
         self.state = state
         self.vocab_size = vocabulary.tokens.vocab_size
         self.ends = tuple(vocabulary.ends)
-        self._more_ends = tuple(id_ for id_ in stop_ids if vocabulary.is_special(id_) and id_ not in vocabulary.ends)
+        more = (id_ for id_ in stop_ids if id_ not in vocabulary.ends and vocabulary.is_special(id_))
+        self._more_ends = words_of(more, self.vocab_size)
+        self._banned: tuple[np.ndarray, np.ndarray] | None = None  # ids, and the same as words
+        self.cost = MaskCost(max_mask_s)
+        self.filling: Filling | None = None  # its next mask, from when it was asked for until it is taken
+        self._failure: BaseException | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -70,11 +70,26 @@ class Matcher:
         return self.state.is_stopped() and not self.state.is_error()
 
     @property
-    def error(self) -> BadRequest | None:
-        """Why the output cannot go on, None if it can."""
-        if not self.state.is_error():
+    def is_filling(self) -> bool:
+        """Whether the next mask is being computed, so that nothing else may be asked of `state`."""
+        return self.filling is not None and not self.filling.is_done
+
+    def take_mask(self) -> np.ndarray | None:
+        """Return the next mask, int32 [n, W], once it is filled; None before."""
+        filling = self.filling
+        if filling is None or not filling.is_done:
             return None
-        return BadRequest(f"the output's grammar cannot be followed: {one_line(self.state.get_error())}")
+        self.filling, self._failure = None, filling.failure
+        return filling.mask
+
+    def check(self) -> None:
+        """Raise why the output cannot go on, if it cannot."""
+        if self._failure is not None:
+            raise self._failure
+        if self.state.is_error():
+            raise BadRequest(f"the output's grammar cannot be followed: {one_line(self.state.get_error())}")
+        if self.cost.error is not None:
+            raise self.cost.error
 
     def consume(self, token: int) -> None:
         """Take the next token of the output. Sets `error` if the grammar does not allow it."""
@@ -82,22 +97,32 @@ class Matcher:
 
     def possible(self, draft: list[int]) -> list[int]:
         """Return the draft tokens up to the first that the grammar does not allow."""
-        return draft[: self.state.validate_tokens(draft)]
+        try:
+            return draft[: self.state.validate_tokens(draft)]
+        except BaseException as error:  # noqa: BLE001  a request's edge: `check` tells of it
+            self._failure = error
+            return []
 
-    def settle_ends(self, mask: np.ndarray, banned: Sequence[int]) -> None:
+    def settle_ends(self, mask: np.ndarray, banned: np.ndarray) -> None:
         """Allow in a mask, int32 [W], what else may end the output, and forbid `banned`, which may not end it yet.
 
         Where the grammar allows nothing but an end, that stays allowed: it decides what is complete, not `min_tokens`.
         """
-        if self._more_ends and any(_has(mask, id_) for id_ in self.ends):
-            for id_ in self._more_ends:
-                mask.view(np.uint32)[id_ >> 5] |= np.uint32(1 << (id_ & 31))
-        if banned:
-            rest = mask.copy()
-            for id_ in banned:
-                rest.view(np.uint32)[id_ >> 5] &= ~np.uint32(1 << (id_ & 31))
+        if any(_has(mask, id_) for id_ in self.ends):
+            mask |= self._more_ends
+        if len(banned):
+            if self._banned is None or len(self._banned[0]) != len(banned):
+                self._banned = banned, words_of(banned.tolist(), self.vocab_size)
+            rest = mask & ~self._banned[1]
             if rest.any():
                 mask[:] = rest
+
+
+def words_of(ids: Iterable[int], vocab_size: int) -> np.ndarray:
+    """Return ids as the bits of int32 [W]."""
+    bits = np.zeros(32 * -(-vocab_size // 32), np.uint8)
+    bits[[id_ for id_ in ids if id_ < vocab_size]] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def _has(mask: np.ndarray, id_: int) -> bool:
@@ -109,24 +134,26 @@ MatcherRow = tuple[Matcher, list[int]]
 
 
 class Grammars:
-    """Compiles grammars in threads of its own, and fills the masks of a step on several cores."""
+    """Compiles grammars and fills the masks of steps, in threads of its own."""
 
-    def __init__(self, vocab_size: int, eos_ids: frozenset[int]) -> None:
-        """vocab_size: entries of the model's logits. eos_ids: its end-of-text tokens."""
-        self.on_ready: Callable[[], object] = lambda: None  # called from a thread when a matcher has been made
+    def __init__(self, vocab_size: int, eos_ids: frozenset[int], max_mask_s: float) -> None:
+        """vocab_size: entries of the model's logits. eos_ids: its end-of-text tokens. max_mask_s: see `MaskCost`."""
+        self.on_ready: Callable[[], object] = lambda: None  # called from a thread when one is made or filled
         self.num_compiled = 0  # grammars compiled since the start
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
+        self._max_mask_s = max_mask_s
         self._lock = threading.Lock()
         # _lock guards these.
         self._vocabularies: list[Vocabulary] = []  # last used last
         self._compiled: OrderedDict[tuple[int, bytes], LLMatcher] = OrderedDict()  # each has consumed nothing
         self._compilers = ThreadPoolExecutor(NUM_COMPILERS, thread_name_prefix="grammar")
-        self._executor: LLExecutor | None = None
+        self._filler = MaskFiller(lambda: self.on_ready())
 
     def close(self) -> None:
-        """Compile nothing more; does not wait for what is being compiled."""
+        """Compile and fill nothing more; does not wait for what is in progress."""
         self._compilers.shutdown(wait=False, cancel_futures=True)
+        self._filler.close()
 
     def make(
         self, grammar: str, tokenizer: Tokenizer | None, output: Sequence[int], stop_ids: Sequence[int]
@@ -145,7 +172,7 @@ class Grammars:
         if tokenizer is None:
             raise BadRequest("this model has no tokenizer.json: structured output cannot be served")
         vocabulary = self.vocabulary(tokenizer)
-        matcher = Matcher(self._compile(grammar, vocabulary), vocabulary, stop_ids)
+        matcher = Matcher(self._compile(grammar, vocabulary), vocabulary, stop_ids, self._max_mask_s)
         if output and not matcher.state.consume_tokens(list(output)):
             raise Internal(f"a request's output is not its grammar's: {one_line(matcher.state.get_error())}")
         return matcher
@@ -186,40 +213,27 @@ class Grammars:
                     self._compiled.popitem(last=False)
         return known.deep_copy()
 
-    def fill(self, rows: Sequence[MatcherRow]) -> list[np.ndarray]:
+    def fill(self, rows: Sequence[MatcherRow], timeout_s: float) -> list[np.ndarray | None]:
         """Return the tokens allowed next and after each draft token, of each row: bits of int32 [1 + draft tokens, W].
 
         W is the row's vocabulary size divided by 32, rounded up. Bits after a draft token that the grammar does not
-        allow mean nothing. A matcher that reached its limits has an error afterwards.
+        allow mean nothing. None: it is not known after `timeout_s`; the matcher `is_filling` until it is, and its next
+        mask is that of the next token alone. A matcher that reached its limits has an error afterwards.
         """
-        masks: list[np.ndarray] = [np.empty(0)] * len(rows)
         for vocab_size in {matcher.vocab_size for matcher, _ in rows}:
-            mine = [i for i, (matcher, _) in enumerate(rows) if matcher.vocab_size == vocab_size]
-            ends = np.cumsum([1 + len(rows[i][1]) for i in mine]).tolist()
-            whole = np.full((ends[-1], -(-vocab_size // 32)), -1, np.int32)
-            plain: list[tuple[LLMatcher, int]] = []
-            speculating: list[tuple[LLMatcher, int, list[int]]] = []
-            for i, end in zip(mine, ends, strict=True):
-                matcher, draft = rows[i]
-                first = end - 1 - len(draft)
-                masks[i] = whole[first:end]
-                if draft:
-                    speculating.append((matcher.state, first, draft))
-                else:
-                    plain.append((matcher.state, first))
-            if len(plain) < MIN_PARALLEL or NUM_FILLERS == 1:
-                for state, first in plain:
-                    fill_next_token_bitmask(state, whole, first)
-            elif plain:
-                fill_next_token_bitmask_par(self._threads(), plain, whole)
-            if speculating:
-                fill_next_token_bitmask_par_with_draft_tokens(self._threads(), speculating, whole)
-        return masks
+            mine = [row for row in rows if row[0].vocab_size == vocab_size and row[0].filling is None]
+            ends = np.cumsum([1 + len(draft) for _, draft in mine]).tolist()
+            whole = np.full((ends[-1] if ends else 0, -(-vocab_size // 32)), -1, np.int32)
+            for (matcher, draft), end in zip(mine, ends, strict=True):
+                own = whole[end - 1 - len(draft) : end]
+                matcher.filling = Filling(matcher.state, draft, matcher.cost, own)
+            self._filler.start(_fillings(mine), whole)
+        self._filler.wait(_fillings(rows), timeout_s)
+        return [matcher.take_mask() for matcher, _ in rows]
 
-    def _threads(self) -> LLExecutor:
-        if self._executor is None:
-            self._executor = LLExecutor(NUM_FILLERS)
-        return self._executor
+
+def _fillings(rows: Iterable[MatcherRow]) -> list[Filling]:
+    return [matcher.filling for matcher, _ in rows if matcher.filling is not None]
 
 
 def one_line(text: str) -> str:

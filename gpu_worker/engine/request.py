@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from protocol.wire import messages as m
-from protocol.wire.errors import LorafleetError
+from protocol.wire.errors import AdapterRefused, Internal, LorafleetError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +73,16 @@ class EngineStats:
     num_loads: int = 0  # adapters copied into the pool
     num_fetches: int = 0  # adapters fetched and packed
     counters: m.WorkerCounters = field(default_factory=m.WorkerCounters)
+
+
+def failure_of(request: EngineRequest, error: BaseException) -> LorafleetError:
+    """Return the error that ends a request whose own data made `error`, which is logged if nobody expected it.
+
+    A panic of a library in Rust is no `Exception`. It comes of a tokenizer, and that is the adapter's if it has one.
+    """
+    if isinstance(error, LorafleetError):
+        return error
+    logger.error("request %s fails by itself", request.rid, exc_info=error)
+    if request.digest and not isinstance(error, Exception):
+        return AdapterRefused([f"its files make a library fail: {type(error).__name__}"])
+    return Internal(f"the request cannot be computed: {type(error).__name__}")

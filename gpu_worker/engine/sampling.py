@@ -14,13 +14,14 @@ their tensor in place. n is the number of rows, V the size of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_worker.engine.adjustment import Adjustment
 from gpu_worker.engine.logprobs import pack_logprobs
 from gpu_worker.memory import send
 from lora_kernels import ops
@@ -30,10 +31,16 @@ GREEDY_TEMPERATURE = 1e-5
 """Below this a temperature is 0: dividing by it would overflow."""
 
 TOP_P_CANDIDATES = 1024
-"""Most likely tokens looked at first for top-p; only a flatter distribution is sorted whole."""
+"""Most likely tokens looked at first for top-p; only of a flatter distribution all are."""
 
 WATERMARK_KEY, WATERMARK_GAMMA, WATERMARK_DELTA = 15485863, 0.5, 2.0
 """Generator's key, share of the vocabulary that is favoured, and by how much: TGI's and LoRAX's."""
+
+_DIGITS = ((20, 11), (10, 10), (0, 10))
+"""Shift and width of the digits of a float's bits without its sign."""
+
+_ONE_BITS = 0x3F800000
+"""The bits of 1.0."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -45,8 +52,9 @@ class SampleRow:
     sampling: Sampling
     prompt: np.ndarray  # int32
     output: np.ndarray  # int32; its length is the position of the token to choose
-    banned: tuple[int, ...] = ()  # ids that may not be chosen now
+    banned: Sequence[int] | np.ndarray = ()  # ids that may not be chosen now
     mask: np.ndarray | None = None  # int32 [W], bits of the ids that may be chosen, none beyond; None: all ids
+    adjustment: Adjustment | None = None  # kept for its sequence; None: made when it is needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,8 @@ class Sampled:
     ids: np.ndarray  # int64 [n]
     finite: np.ndarray  # bool [n]; False: the logits hold no usable maximum, the id means nothing
     logprobs: list[bytes]  # one record of `logprobs.py` each, b"" where none were asked for
+    failed: Mapping[int, BaseException] = field(default_factory=dict[int, BaseException])
+    """Rows whose own settings made something fail; their ids mean nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,7 @@ class Chosen:
     logits: Tensor  # [n, V], adjusted and masked
     warped: Tensor | None  # fp32 [m, V] of the rows that are drawn; None if m is 0
     warped_row: dict[int, int]  # row -> its row in `warped`
+    failed: dict[int, BaseException]  # as in `Sampled`
 
     def drawn_from(self, row: int) -> Tensor:
         """Return the logits [V] that a row's token was chosen by."""
@@ -89,7 +100,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
         num_top = [rows[i].sampling.num_logprobs or 0 for i in wanting]
         for i, record in zip(wanting, pack_logprobs(recorded.log_softmax(-1), num_top, ids[wanting]), strict=True):
             records[i] = record
-    return Sampled(ids, finite.astype(bool), records)
+    return Sampled(ids, finite.astype(bool), records, chosen.failed)
 
 
 def choose(logits: Tensor, rows: Sequence[SampleRow]) -> Chosen:
@@ -97,11 +108,15 @@ def choose(logits: Tensor, rows: Sequence[SampleRow]) -> Chosen:
 
     The host waits for the device only where top-p must know whether a distribution is flat.
     """
+    failed: dict[int, BaseException] = {}
     if any(_is_adjusted(row) for row in rows):
         logits = logits.float().clone()
         for i, row in enumerate(rows):
             if _is_adjusted(row):
-                _adjust_(logits[i], row)
+                try:
+                    _adjust_(logits[i], row)
+                except BaseException as error:  # noqa: BLE001  a request's edge: the others go on
+                    failed[i] = error
     _mask_(logits, rows)
     ids, finite = ops.argmax(logits)
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature >= GREEDY_TEMPERATURE]
@@ -110,12 +125,12 @@ def choose(logits: Tensor, rows: Sequence[SampleRow]) -> Chosen:
         index, drawn_rows = _index(drawn, logits.device), [rows[i] for i in drawn]
         warped = _warp(logits[index].float(), drawn_rows)
         ids[index] = _draw(warped, drawn_rows)
-    return Chosen(ids, finite, logits, warped, {row: at for at, row in enumerate(drawn)})
+    return Chosen(ids, finite, logits, warped, {row: at for at, row in enumerate(drawn)}, failed)
 
 
-def _index(rows: Sequence[int], device: torch.device) -> Tensor:
+def _index(rows: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
     """Return row numbers as an index on the device; the host would wait while a list is copied there."""
-    return send(np.array(rows, np.int64), device)
+    return send(np.asarray(rows, np.int64), device)
 
 
 def _floats(values: Sequence[float], device: torch.device) -> Tensor:
@@ -130,7 +145,7 @@ def _is_adjusted(row: SampleRow) -> bool:
     """Return whether `_adjust_` would change a row's logits."""
     s = row.sampling
     return bool(
-        row.banned
+        len(row.banned)
         or s.logit_bias
         or s.watermark
         or s.repetition_penalty != 1.0
@@ -144,20 +159,21 @@ def _adjust_(logits: Tensor, row: SampleRow) -> None:
     if s.watermark:
         last = row.output[-1] if len(row.output) else row.prompt[-1]
         logits[watermark_ids(int(last), len(logits)).to(device)] += WATERMARK_DELTA
+    adjustment = row.adjustment or Adjustment(s, row.prompt)
     if s.repetition_penalty != 1.0:
-        seen = send(np.unique(np.concatenate((row.prompt, row.output))).astype(np.int64), device)
+        seen = send(adjustment.text_counts(row.output).ids, device)
         scores = logits[seen]
         logits[seen] = torch.where(scores > 0, scores / s.repetition_penalty, scores * s.repetition_penalty)
     if s.presence_penalty or s.frequency_penalty:
         # OpenAI counts a token in the output; LoRAX takes its share of all text so far, the prompt included.
-        counted = row.output if s.penalties == "openai" else np.concatenate((row.prompt, row.output))
-        unique, counts = np.unique(counted, return_counts=True)
-        weights = counts if s.penalties == "openai" else counts / len(counted)
+        is_share = s.penalties == "lorax"
+        counted = adjustment.text_counts(row.output) if is_share else adjustment.output_counts(row.output)
+        weights = counted.counts / counted.total if is_share else counted.counts
         penalty = s.presence_penalty + s.frequency_penalty * weights
-        logits[send(unique.astype(np.int64), device)] -= send(penalty.astype(np.float32), device)
+        logits[send(counted.ids, device)] -= send(penalty.astype(np.float32), device)
     if s.logit_bias:
-        logits[_index(list(s.logit_bias), device)] += _floats(list(s.logit_bias.values()), device)
-    if row.banned:
+        logits[send(adjustment.bias_ids, device)] += send(adjustment.bias, device)
+    if len(row.banned):
         logits.index_fill_(0, _index(row.banned, device), -torch.inf)
 
 
@@ -224,7 +240,8 @@ def _keep_top_p_(logits: Tensor, top_p: list[float]) -> None:
     threshold = _nucleus_threshold(top, p)
     flat = (top.sum(-1) < p).nonzero()[:, 0]
     if len(flat):
-        threshold[flat] = _nucleus_threshold(probs[flat].sort(dim=-1, descending=True).values, p[flat])
+        keys = _ONE_BITS - probs[flat].view(torch.int32)  # the likelier, the smaller
+        threshold[flat] = (_ONE_BITS - _mass_threshold(keys, probs[flat], p[flat])).view(torch.float32)
     logits[index] = logits[index].masked_fill(probs < threshold, -torch.inf)
 
 
@@ -256,10 +273,29 @@ def _keep_typical_(logits: Tensor, typical_p: list[float]) -> None:
     probs = logp.exp()
     entropy = -(probs * logp).nan_to_num(0.0).sum(-1, keepdim=True)
     distance = (-logp - entropy).abs()
-    nearest, order = distance.sort(dim=-1, stable=True)
-    num_kept = (probs.gather(-1, order).cumsum(-1) < p[:, None]).sum(-1, keepdim=True)
-    threshold = nearest.gather(-1, num_kept.clamp(max=logits.shape[-1] - 1))
+    threshold = _mass_threshold(distance.view(torch.int32), probs, p).view(torch.float32)
     logits[index] = logits[index].masked_fill(distance > threshold, -torch.inf)
+
+
+def _mass_threshold(keys: Tensor, probs: Tensor, p: Tensor) -> Tensor:
+    """Return the least key of each row up to which its probabilities add up to p: int32 [n, 1]; all ones if none does.
+
+    keys: int32 [n, V], not negative: bits of floats in their order. probs: fp32 [n, V]. p: fp32 [n]. The key is found
+    digit by digit, in a tenth of the time that sorting a vocabulary takes.
+    """
+    wanted = p.double().clamp(min=1e-12)[:, None]
+    found = torch.zeros(len(keys), 1, dtype=torch.int32, device=keys.device)
+    before = torch.zeros(len(keys), 1, dtype=torch.float64, device=keys.device)  # mass of smaller keys
+    mass = probs.double()
+    for shift, width in _DIGITS:
+        digits = ((keys >> shift) & ((1 << width) - 1)).long()
+        mass = mass.where((keys >> (shift + width)) == found, 0.0)
+        by_digit = mass.new_zeros(len(keys), 1 << width).scatter_add_(-1, digits, mass)
+        upto = by_digit.cumsum(-1) + before
+        digit = (upto < wanted).sum(-1, keepdim=True).clamp(max=(1 << width) - 1)
+        before = upto.gather(-1, digit) - by_digit.gather(-1, digit)
+        found = (found << width) | digit.int()
+    return found
 
 
 # ---------------------------------------------------------------- draw

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
+from gpu_worker.engine.adjustment import Adjustment
 from gpu_worker.engine.grammars import Matcher
 from gpu_worker.engine.logprobs import PromptLogprobs
 from gpu_worker.engine.request import EngineRequest, TokenOutput
@@ -36,6 +37,7 @@ class Sequence:
         self.hashes: list[bytes] = []  # of the full blocks, as far as known
         self.slot = -1  # adapter slot while running, -1 for the base model
         self.num_skips = 0  # plans that passed it over for lack of blocks
+        self.last_turn = 0  # the last plan of limited time that it was part of, where it yields
         self.yields = request.yields  # to sequences that do not, until it has been passed over too often
 
         # True once adapter and grammar are resolved, which sets the fields below; only then it may run.
@@ -46,6 +48,8 @@ class Sequence:
         self.stop_rules: StopRules | None = None  # None until the tokenizer that they need is known
         self.pending_matcher: Future[Matcher] | None = None  # result of grammar compilation
         self.matcher: Matcher | None = None  # of its grammar, if it has one
+        self.failure: BaseException | None = None  # what its own data has made a step raise; it ends with that step
+        self.adjustment = Adjustment(request.sampling, self._tokens[: self.num_prompt])
         self.drafter: Drafter | None = None  # proposes its next tokens, where the engine speculates
         self.prompt_logprobs: PromptLogprobs | None = None  # recorded until its first token comes, if wanted
 
@@ -53,6 +57,11 @@ class Sequence:
     def rid(self) -> str:
         """The request's id."""
         return self.request.rid
+
+    @property
+    def awaits_mask(self) -> bool:
+        """Whether it sits steps out until it is known which tokens its grammar allows."""
+        return self.matcher is not None and self.matcher.is_filling
 
     @property
     def num_output(self) -> int:

@@ -45,11 +45,17 @@ class StepMeter:
     def __init__(self) -> None:
         self.counters = WorkerCounters()  # totals since the start
         self.fit = StepFit()
+        self.last_s = 0.0  # seconds of the last step that was counted
         self._started_s = self._lap_s = 0.0
 
     def start(self) -> None:
         """Start the clock. A step that finds nothing to do is not stopped."""
         self._started_s = self._lap_s = time.perf_counter()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds from the start of the step to its last lap."""
+        return self._lap_s - self._started_s
 
     def lap(self, phase: Phase) -> None:
         """Count the time since the last lap as that of a phase."""
@@ -59,7 +65,7 @@ class StepMeter:
 
     def stop(self, work: StepWork, num_output: int = 0) -> None:
         """Count a step, up to its last lap, that put out `num_output` tokens."""
-        seconds = self._lap_s - self._started_s
+        seconds = self.last_s = self.elapsed_s
         self.counters.num_steps += 1
         self.counters.num_computed_tokens += work.num_tokens
         self.counters.num_output_tokens += num_output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from gpu_worker.engine.request import EngineRequest
@@ -20,7 +21,7 @@ class StopRules:
     ) -> None:
         """max_output: output tokens that end it. Raises BadRequest where stop strings need a missing tokenizer."""
         self._rule = StopRule.of(request.stop, request.stop_token_ids, request.sampling, eos_ids)
-        self._sorted_end_ids = tuple(sorted(self._rule.end_ids))
+        self._end_ids = np.array(sorted(self._rule.end_ids), np.int64)
         self._max_output = max_output
         self._num_output = 0
         self._text: OutputText | None = None  # None where there is no stop string to look for
@@ -29,9 +30,9 @@ class StopRules:
                 raise BadRequest("this model has no tokenizer.json: stop strings cannot be served", param="stop")
             self._text = OutputText(tokenizer, self._rule)
 
-    def banned(self, num_ahead: int = 0) -> tuple[int, ...]:
-        """Return the ids that the output token `num_ahead` after the next one may not be."""
-        return self._sorted_end_ids if self._num_output + num_ahead < self._rule.min_tokens else ()
+    def banned(self, num_ahead: int = 0) -> np.ndarray:
+        """Return the ids that the output token `num_ahead` after the next one may not be: int64 [b], a view."""
+        return self._end_ids if self._num_output + num_ahead < self._rule.min_tokens else self._end_ids[:0]
 
     @property
     def stop(self) -> str:

@@ -6,6 +6,7 @@ What is right: the likeliest token by transformers' and PEFT's logits that a mat
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +18,10 @@ from llguidance import LLMatcher, LLTokenizer
 from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, random_llama, warm
 from tokenizers import Tokenizer
 
+from gpu_worker.engine.masks import Filling, MaskFiller
 from gpu_worker.engine.request import EngineRequest
 from protocol.wire.errors import BadRequest
+from protocol.wire.grammar_limits import GRAMMAR_LIMITS
 from protocol.wire.messages import Sampling
 
 NUM_TOKENS = 60
@@ -196,3 +199,42 @@ def test_a_grammar_is_compiled_once(tiny: Oracle) -> None:
     again = ask(engine, [replace(request, rid=str(i)) for i in range(1, 5)])
     assert set(map(tuple, again.ids.values())) == {tuple(first.ids["0"])}
     assert engine.grammars.num_compiled == 1
+
+
+class Impatient(MaskFiller):
+    """Waits for no mask, so that most are late."""
+
+    num_late = 0
+
+    def wait(self, fillings: Iterable[Filling], timeout_s: float) -> None:
+        fillings = list(fillings)
+        super().wait(fillings, 0.0)
+        self.num_late += sum(not filling.is_done for filling in fillings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_draft_tokens": 6}, FEW_BLOCKS], ids=["plain", "speculating", "few"])
+def test_masks_that_are_late_change_no_token(
+    tiny: Oracle, expected: dict[str, list[int]], settings: dict[str, Any]
+) -> None:
+    engine = tiny.engine(TOKENIZER, **settings)
+    filler = engine.grammars._filler = Impatient(lambda: engine.grammars.on_ready())
+    warm(engine, tiny.names)
+    assert ask(engine, requests_of(tiny)).ids == expected
+    assert filler.num_late > 100
+
+
+def test_grammars_that_cost_too_much_fail_alone(tiny: Oracle) -> None:
+    [prompt] = prompts(1, VOCAB)
+    plain = greedy_request("plain", "x1", prompt, NUM_TOKENS)
+    wide = grammar(lark_grammar="start: " + " | ".join(f'"w{i}"' for i in range(3000)))
+    guided = [replace(plain, rid=which, digest="", grammar=text) for which, text in GRAMMARS.items()]
+    asked = ask(tiny.engine(TOKENIZER), [plain, replace(plain, rid="wide", digest="", grammar=wide), *guided])
+    errors = {rid: output.error for rid, output in asked.finish.items() if output.error is not None}
+    assert errors.keys() == {"wide"}
+    assert isinstance(errors["wide"], BadRequest)
+    assert f"max is {GRAMMAR_LIMITS['max_items_in_row']}" in errors["wide"].message
+    asked = ask(tiny.engine(TOKENIZER, max_mask_s=1e-9), [plain, *guided])
+    errors = {rid: output.error for rid, output in asked.finish.items() if output.error is not None}
+    assert errors.keys() == GRAMMARS.keys()
+    assert all("the limit is 1e-09 s" in error.message for error in errors.values())
+    assert asked.ids["plain"] == tiny.greedy("x1", prompt, NUM_TOKENS)

@@ -24,7 +24,7 @@ class StepModel(Wire, frozen=True):
     c: float = 0.0
     d: float = 0.0
 
-    def seconds(self, num_tokens: int, num_kv_tokens: int, sum_ranks: int) -> float:
+    def seconds(self, num_tokens: int, num_kv_tokens: float, sum_ranks: int) -> float:
         """Return how long a step with this work takes, in seconds."""
         return self.a + self.b * num_tokens + self.c * num_kv_tokens + self.d * sum_ranks
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -14,46 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from gpu_worker.engine.batcher import MAX_SKIPS, Batcher, BatchLimits, StepPlan
 from gpu_worker.engine.blocks import BlockPool
 from gpu_worker.engine.logprobs import PromptLogprobs
-from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.speculation import Drafter
 from protocol.runtime.settings import BLOCK_TOKENS
-from protocol.wire.messages import Sampling, StepModel
-
-
-class FakeSlots:
-    """Adapters that are resident or not."""
-
-    def __init__(self) -> None:
-        self.resident: set[str] = set()
-        self.refs: dict[str, int] = {}
-
-    def acquire(self, digest: str) -> int | None:
-        if digest not in self.resident:
-            return None
-        self.refs[digest] = self.refs.get(digest, 0) + 1
-        return ord(digest)
-
-    def release(self, digest: str) -> None:
-        self.refs[digest] -= 1
-        assert self.refs[digest] >= 0
-
-
-def make_seq(
-    rid: str, prompt: np.ndarray, max_new: int, digest: str = "", output: list[int] | None = None, **more: Any
-) -> Sequence:
-    request = EngineRequest(rid, 1, digest, prompt.astype(np.int32), Sampling(), max_new, output or [], **more)
-    seq = Sequence(request, 1 << 20)
-    seq.is_bound = True
-    return seq
-
-
-def make_batcher(
-    num_blocks: int, max_num_seqs: int = 8, max_step_tokens: int = 64, *, prefix_cache: bool = True
-) -> tuple[Batcher, FakeSlots]:
-    slots = FakeSlots()
-    limits = BatchLimits(max_num_seqs, max_step_tokens, prefix_cache)
-    return Batcher(limits, BlockPool(num_blocks), slots, "base"), slots
+from protocol.wire.messages import StepModel
+from tests.gpu_worker.engine.batches import FakeSlots, finish_step, make_batcher, make_seq
 
 
 class Cache:
@@ -82,15 +47,19 @@ class BatcherMachine(RuleBasedStateMachine):
 
     @initialize(
         num_blocks=st.integers(6, 20), step_tokens=st.integers(4, 40), prefix_cache=st.booleans(),
-        drafts=st.sampled_from([0, 3, 20]), token_s=st.sampled_from([0.0, 2.0]),
+        drafts=st.sampled_from([0, 3, 20]), token_s=st.sampled_from([0.0, 0.1, 2.0]),
+        slowdown=st.sampled_from([0.0, 1.0, 1.5]),
     )  # fmt: skip
-    def start(self, num_blocks: int, step_tokens: int, prefix_cache: bool, drafts: int, token_s: float) -> None:
-        self.limits = BatchLimits(4, step_tokens, prefix_cache, drafts, max_draft_step_tokens=step_tokens)
+    def start(
+        self, num_blocks: int, step_tokens: int, prefix_cache: bool, drafts: int, token_s: float, slowdown: float
+    ) -> None:
+        self.limits = BatchLimits(4, step_tokens, prefix_cache, drafts, step_tokens, slowdown)
         self.slots = FakeSlots()
         self.blocks = BlockPool(num_blocks)
         self.batcher = Batcher(self.limits, self.blocks, self.slots, "base")
-        self.batcher.step_model = StepModel(a=1.0, b=token_s)
+        self.batcher.step_model = StepModel(a=1.0, b=token_s, c=token_s / 100, d=token_s / 50)
         self.paused = False
+        self.idle_plans: dict[Sequence, int] = {}  # decoding sequence that yields -> plans since its last turn
         self.cache = Cache()
         self.rng = np.random.default_rng(0)
         self.max_len = num_blocks * BLOCK_TOKENS
@@ -137,16 +106,7 @@ class BatcherMachine(RuleBasedStateMachine):
             assert num_tokens <= self.limits.short_step_tokens, "a yielding prompt in a long step"
         if not all(seq.yields for seq in plan.preempted):
             assert not any(seq.yields for seq in self.batcher.running), "these are the first to go"
-        decodes = [seq for seq in running if seq.num_pending == 1 and seq not in plan.preempted]
-        decodes.sort(key=lambda seq: seq.yields)
-        may_pause = self.batcher.step_model.b > 0 and not self.paused
-        self.paused = list(plan.num_new)[: len(decodes)] != decodes
-        if self.paused:
-            assert may_pause
-            assert plan.num_new.keys() - set(decodes), "nobody has anything of it"
-            assert not any(seq.yields for seq in plan.num_new)
-            decodes = [seq for seq in decodes if not seq.yields]
-            assert list(plan.num_new)[: len(decodes)] == decodes
+        self.check_turns(plan, [seq for seq in running if seq.num_pending == 1 and seq not in plan.preempted])
         if any(not seq.request.digest or seq.request.digest in self.slots.resident for seq in self.batcher):
             assert plan.num_new, "nothing runs though something could"
         self.cache.run(plan)
@@ -163,6 +123,33 @@ class BatcherMachine(RuleBasedStateMachine):
                     seq.drafter.learn(len(draft), num_right)
                 if seq.num_tokens >= seq.max_tokens:
                     self.batcher.remove(seq)
+
+    def check_turns(self, plan: StepPlan, decodes: list[Sequence]) -> None:
+        """Who decodes is in every step, who yields where there is time, and where not, everybody in turn."""
+        others = [seq for seq in decodes if not seq.yields]
+        yielding = [seq for seq in decodes if seq.yields]
+        assert list(plan.num_new)[: len(others)] == others, "everybody who does not yield is in every step"
+        is_limited = bool(self.limits.max_slowdown and others)
+        taking_part = [seq for seq in plan.num_new if seq.yields]
+        was_paused, self.paused = self.paused, bool(yielding) and not taking_part
+        if self.paused:
+            assert not was_paused, "never twice in a row"
+            has_prompt = plan.num_new.keys() - set(others)
+            assert is_limited or (has_prompt and self.batcher.step_model.b > 0), "nobody has anything of it"
+        elif not is_limited:
+            assert list(plan.num_new)[: len(decodes)] == [*others, *yielding]
+        elif taking_part:
+            self.check_time(plan, others, taking_part)
+        for seq in yielding:
+            self.idle_plans[seq] = 0 if seq in plan.num_new else self.idle_plans.get(seq, 0) + 1
+            assert self.idle_plans[seq] <= 3 * self.limits.max_num_seqs, "it has waited for more than a round"
+
+    def check_time(self, plan: StepPlan, others: list[Sequence], yielding: list[Sequence]) -> None:
+        """A limited step is longer than it may be by the first sequence that yields at most."""
+        model = self.batcher.step_model
+        limit_s = self.limits.max_slowdown * predicted_s(plan, others, model) * (1 + 1e-9)
+        is_one_block = len(yielding) == 1 and plan.num_new[yielding[0]] <= BLOCK_TOKENS
+        assert is_one_block or predicted_s(plan, [*others, *yielding], model) <= limit_s
 
     @invariant()
     def consistent(self) -> None:
@@ -186,15 +173,16 @@ class BatcherMachine(RuleBasedStateMachine):
         assert self.blocks.num_free == self.blocks.num_blocks
 
 
+def predicted_s(plan: StepPlan, seqs: Iterable[Sequence], model: StepModel) -> float:
+    """Return what the step model says of a step that holds of a plan only some sequences, without draft tokens."""
+    num_new = {seq: plan.num_new[seq] - len(plan.drafts.get(seq, ())) for seq in seqs}
+    num_kv = sum(seq.num_computed + num for seq, num in num_new.items())
+    ranks = 16 * len({seq.request.digest for seq in num_new if seq.request.digest})
+    return model.seconds(sum(num_new.values()), num_kv, ranks)
+
+
 TestBatcherMachine = BatcherMachine.TestCase
 TestBatcherMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
-
-
-def finish_step(batcher: Batcher, plan: StepPlan) -> None:
-    batcher.complete(plan)
-    for seq in plan.num_new:
-        if seq.num_pending == 0:
-            seq.append(1)
 
 
 def test_a_long_prompt_is_computed_in_chunks_beside_decodes() -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from factories import make_adapter, make_tiny_model
@@ -19,14 +20,19 @@ from gpu_worker.adapters.failures import Failures
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import load_engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
+from gpu_worker.engine.sequence import Sequence
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.settings import Settings
-from protocol.wire.errors import AdapterRefused, BadRequest, LorafleetError, NotFound
+from protocol.wire.errors import AdapterRefused, BadRequest, Internal, LorafleetError, NotFound
 from protocol.wire.messages import Sampling
 
 PROMPT = (5, 6, 7, 8)
 GREEDY = Sampling(temperature=0.0, ignore_eos=True)
+
+
+class Panic(BaseException):
+    """What a panic of a library in Rust is: no `Exception`."""
 
 
 class Store:
@@ -47,6 +53,8 @@ class Store:
             raise NotFound(f"no adapter {digest}")
         if digest == "crash":
             raise RuntimeError("a fault of ours")
+        if digest == "panic":
+            raise Panic
         config, weights = parse_config((folder / CONFIG_FILE).read_bytes()), (folder / WEIGHTS_FILE).read_bytes()
         return FetchedAdapter(config, weights, self.tokenizers.get(digest, ""))
 
@@ -60,6 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_adapter(folder / "wide", folder / "model", rank=64, seed=3)
     make_adapter(folder / "cut", folder / "model", seed=4)
     (folder / "crash").mkdir()
+    (folder / "panic").mkdir()
     weights = folder / "cut" / WEIGHTS_FILE
     weights.write_bytes(weights.read_bytes()[:-8])
     return folder
@@ -112,17 +121,23 @@ def request(
     return EngineRequest(rid, 1, digest, tokens, fields.pop("sampling", GREEDY), num_tokens, **fields)
 
 
+def replace_sampling(**fields: Any) -> Sampling:
+    """Return greedy sampling with fields that nobody has checked."""
+    return msgspec.structs.replace(GREEDY, **fields)
+
+
 def test_an_adapter_that_cannot_be_had_fails_its_requests_only(running: Running) -> None:
-    wanted = {"missing": "missing", "cut": "cut", "crash": "crash", "good": "warm", "base": ""}
+    wanted = {"missing": "missing", "cut": "cut", "crash": "crash", "panic": "panic", "good": "warm", "base": ""}
     for rid, digest in wanted.items():
         running.thread.submit(request(rid, digest))
     ends = running.ends(set(wanted))
     assert {rid: end.finish for rid, end in ends.items()} == {
-        "missing": "error", "cut": "error", "crash": "error", "good": "length", "base": "length",
+        "missing": "error", "cut": "error", "crash": "error", "panic": "error", "good": "length", "base": "length",
     }  # fmt: skip
     assert isinstance(ends["missing"].error, NotFound)
     assert isinstance(ends["cut"].error, AdapterRefused)
     assert isinstance(ends["crash"].error, LorafleetError)
+    assert isinstance(ends["panic"].error, LorafleetError)
     assert "fault of ours" not in str(ends["crash"].error)
 
 
@@ -200,6 +215,52 @@ def test_what_cannot_be_computed_is_refused(running: Running, bad: EngineRequest
     assert isinstance(ends["bad"].error, BadRequest)
     assert message in str(ends["bad"].error)
     assert ends["good"].finish == "length"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        request("bad", stop=[3]),
+        request("bad", sampling=replace_sampling(repetition_penalty="2")),
+        request("bad", sampling=replace_sampling(min_tokens="2")),
+        request("bad", "warm", sampling=replace_sampling(repetition_penalty="2")),
+    ],
+    ids=["accepted", "adjusted", "banned", "with an adapter"],
+)
+def test_a_request_whose_own_data_makes_a_step_raise_fails_alone(running: Running, bad: EngineRequest) -> None:
+    running.thread.submit(request("good", "warm", num_tokens=30))
+    running.thread.submit(bad)
+    ends = running.ends({"bad", "good"})
+    assert isinstance(ends["bad"].error, Internal)
+    assert len(running.ids["good"]) == 30
+    assert running.death.empty()
+
+
+@pytest.mark.parametrize("when", ["bind", "accept"])
+def test_a_panic_is_the_adapters_fault_and_nobody_elses(running: Running, when: str) -> None:
+    def panic(*_args: Any) -> str:
+        raise Panic("called `Option::unwrap()` on a `None` value")
+
+    engine = running.thread.engine
+    bind = engine._binder.bind
+
+    def bind_badly(seq: Sequence) -> str:
+        if seq.rid != "bad":
+            return bind(seq)
+        if when == "bind":
+            return panic()
+        seq.accept = panic  # type: ignore[method-assign]
+        return bind(seq)
+
+    engine._binder.bind = bind_badly  # type: ignore[method-assign]
+    for rid in ("bad", "good"):
+        running.thread.submit(request(rid, "warm"))
+    ends = running.ends({"bad", "good"})
+    assert isinstance(ends["bad"].error, AdapterRefused)
+    assert (ends["good"].finish, running.ids["good"]) == ("length", running.ids["good"][:4])
+    assert running.death.empty()
+    stats = running.thread.stats()
+    assert (stats.running, stats.kv_blocks_free) == (0, stats.kv_blocks_total)
 
 
 def test_output_ends_at_the_models_length(running: Running) -> None:

@@ -274,3 +274,22 @@ def test_a_watermark_can_be_found() -> None:
     # Of 200 tokens 100 are green by chance, with a deviation of 7; the watermark makes it e^2 / (1 + e^2) = 88 %.
     assert num_green[True] > 150
     assert num_green[False] < 135
+
+
+@pytest.mark.parametrize("kind", ["flat", "peaked", "ties", "masked"])
+def test_a_threshold_found_by_digits_is_that_of_sorting(kind: str) -> None:
+    logits = torch.randn(6, 3000, generator=torch.Generator().manual_seed(1))
+    logits = {"flat": logits / 50, "peaked": 5 * logits, "ties": logits.round(), "masked": logits}[kind]
+    if kind == "masked":
+        logits[:, ::3] = -torch.inf
+    probs = logits.softmax(-1)
+    p = torch.tensor([1e-9, 0.1, 0.5, 0.9, 0.999, 1.0])
+    keys = 0x3F800000 - probs.view(torch.int32)
+    found = sampling._mass_threshold(keys, probs, p)
+    for i in range(len(p)):
+        order = keys[i].argsort(stable=True)
+        reached = (probs[i][order].double().cumsum(-1) >= p[i].double()).nonzero()
+        if len(reached):
+            assert found[i] == keys[i][order[reached[0, 0]]]
+        else:
+            assert (keys[i] <= found[i]).all(), "all are kept"

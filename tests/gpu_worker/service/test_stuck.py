@@ -48,6 +48,7 @@ class StuckEngine:
 
     check_integrity = close = lambda self: None
 
+service.Loader = lambda bearer: SimpleNamespace(close=lambda: None, set_urls=lambda urls: None)
 service._load = lambda settings, loader: (EngineThread(StuckEngine()), fake_served())
 settings = Settings(redis_url=sys.argv[1], worker_name="stuck", max_step_s=2.0)
 sys.exit(run(lambda stop: service.serve(settings, stop)))

@@ -1,0 +1,94 @@
+"""How much longer a step may become for what yields. Pure; the batcher and its simulation share it.
+
+Everybody in a step waits for its end, so whoever fills steps slows all others down, however evenly places are shared.
+What yields (`scheduler.fairness`) therefore takes part only as far as a step becomes no longer than `max_slowdown`
+times what the others' decodes take alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from statistics import median
+
+from protocol.wire.messages import StepModel
+
+ALONE_EVERY = 32
+"""Of this many limited steps, one runs without what yields, so that what the others take alone is measured.
+
+The step model alone would not do: it is linear and learns from the steps there are. Where all are long, what it says of
+a short one may be far off, and then none would ever become short.
+"""
+
+NUM_MEASURED = 5
+"""Measured steps that are kept; their median counts, since a step may be slow by chance."""
+
+
+PROMPT_SHARE = 0.5
+"""Share of the time left to what yields that is its prompts', if it has any: decodes would never leave them any, and
+once no others are left all of them would come in long steps."""
+
+
+class StepTime:
+    """Predicts how long a step takes while work is added to it."""
+
+    def __init__(self, model: StepModel) -> None:
+        self.model = model
+        self.seconds = model.a
+        self.limit_s = math.inf
+        self.reserved_s = 0.0  # of the time that is left, for later
+        self.is_empty = True  # nothing has been added since the limit was set
+        self._digests: set[str] = set()
+
+    def add(self, num_tokens: int, num_kv_tokens: float, digest: str = "", rank: float = 0) -> None:
+        """Add new tokens. num_kv_tokens: that they attend to. digest, rank: of their adapter."""
+        self.seconds += self.model.b * num_tokens + self.model.c * num_kv_tokens + self._rank_s(digest, rank)
+        self._digests.add(digest)
+        self.is_empty = False
+
+    def room(self, num_kv_tokens: float, digest: str = "", rank: float = 0) -> float:
+        """Return how many new tokens of a sequence, of which `num_kv_tokens` are computed, fit below the limit."""
+        model = self.model
+        left_s = self.limit_s - self.reserved_s - self.seconds - model.c * num_kv_tokens - self._rank_s(digest, rank)
+        per_token_s = model.b + model.c
+        if left_s < 0:
+            return 0
+        return left_s / per_token_s if per_token_s else math.inf
+
+    def reserve(self, share: float) -> None:
+        """Keep a share of the time that is left for later; 0: nothing any more."""
+        self.reserved_s = share * max(0.0, self.limit_s - self.seconds) if share else 0.0
+
+    def _rank_s(self, digest: str, rank: float) -> float:
+        return 0.0 if digest in self._digests else self.model.d * rank
+
+
+class StepLimit:
+    """Limits the steps of one engine."""
+
+    def __init__(self, max_slowdown: float) -> None:
+        """max_slowdown: how many times as long a step may take for what yields; 0: any time."""
+        self._max_slowdown = max_slowdown
+        self._left = 0  # limited steps until the next one without what yields
+        self._alone: deque[tuple[float, float]] = deque(maxlen=NUM_MEASURED)  # (predicted, measured) seconds
+
+    def applies(self, model: StepModel) -> bool:
+        """Return whether steps are limited: something is known of their time."""
+        return self._max_slowdown > 0 and model.seconds(1, 1, 1) > 0
+
+    def set_limit(self, time: StepTime) -> None:
+        """Limit a step that holds the others' decodes and nothing else so far."""
+        measured = median(seconds / predicted for predicted, seconds in self._alone) if self._alone else 1.0
+        time.limit_s = self._max_slowdown * measured * time.seconds
+        time.is_empty = True
+        self._left -= 1
+
+    @property
+    def is_alone_due(self) -> bool:
+        """Whether the others' decodes should have this step for themselves."""
+        return self._left < 0
+
+    def note_alone(self, predicted_s: float, seconds: float) -> None:
+        """Learn from a step that held nothing but the others' decodes."""
+        self._alone.append((predicted_s, seconds))
+        self._left = ALONE_EVERY - 1

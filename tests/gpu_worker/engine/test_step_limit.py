@@ -1,0 +1,101 @@
+"""Steps that what yields may not make much longer: who takes part in which, and what is measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpu_worker.engine.batcher import Batcher
+from gpu_worker.engine.sequence import Sequence
+from protocol.runtime.step_limit import ALONE_EVERY
+from protocol.wire.messages import StepModel
+from tests.gpu_worker.engine.batches import finish_step, make_batcher, make_seq
+
+
+def limited_flood(num: int = 6, **limits: Any) -> tuple[Batcher, Sequence, list[Sequence]]:
+    """Return a batcher in which one sequence and a flood that yields to it decode; a step takes 1 s + 0.1 s a token."""
+    batcher, _ = make_batcher(64, max_num_seqs=8, **limits)
+    quiet = make_seq("quiet", np.arange(4) + 100, 500)
+    flood = [make_seq(f"flood{i}", np.arange(4) + 4 * i, 500, yields=True) for i in range(num)]
+    for seq in (quiet, *flood):
+        batcher.add(seq)
+    while any(seq.num_output == 0 for seq in (quiet, *flood)):
+        finish_step(batcher, batcher.plan())
+    batcher.step_model = StepModel(a=1.0, b=0.1)
+    return batcher, quiet, flood
+
+
+def test_what_yields_takes_turns_in_the_time_that_others_leave() -> None:
+    batcher, quiet, flood = limited_flood(max_slowdown=1.3)
+    plan = batcher.plan()
+    assert plan.num_new == {quiet: 1}, "first it is measured how long that takes"
+    batcher.note_time(plan, 1.1)
+    finish_step(batcher, plan)
+    turns = []
+    for _ in range(4):
+        plan = batcher.plan()
+        assert plan.num_new.pop(quiet) == 1
+        turns.append(list(plan.num_new))
+        finish_step(batcher, plan)
+    # 1.3 x 1.1 s leave 0.33 s for them.
+    assert turns == [flood[:3], flood[3:], flood[:3], flood[3:]]
+
+
+def test_a_step_is_limited_by_what_others_were_measured_to_take() -> None:
+    batcher, quiet, _ = limited_flood(max_slowdown=2.0)
+    plan = batcher.plan()
+    assert plan.num_new == {quiet: 1}
+    batcher.note_time(plan, 0.83)  # and not 1.1, as the model says
+    finish_step(batcher, plan)
+    assert batcher.plan().num_tokens == 1 + 5, "1.1 s and five times 0.1 s are within twice 0.83 s"
+
+
+def test_others_are_measured_again_and_again() -> None:
+    batcher, quiet, _ = limited_flood(max_slowdown=3.0)
+    alone = []
+    for at in range(2 * ALONE_EVERY + 1):
+        plan = batcher.plan()
+        batcher.note_time(plan, 1.1)
+        if set(plan.num_new) == {quiet}:
+            alone.append(at)
+        finish_step(batcher, plan)
+    assert alone == [0, ALONE_EVERY, 2 * ALONE_EVERY]
+
+
+def test_somebody_who_yields_goes_on_however_little_time_there_is() -> None:
+    batcher, quiet, flood = limited_flood(3, max_slowdown=1.0)
+    plan = batcher.plan()
+    batcher.note_time(plan, 0.01)
+    finish_step(batcher, plan)
+    assert [list(batcher.plan().num_new) for _ in range(4)] == [[quiet, flood[i % 3]] for i in range(4)]
+
+
+def test_prompts_that_yield_get_the_time_that_decodes_leave() -> None:
+    batcher, quiet, flood = limited_flood(2, max_slowdown=2.0)
+    plan = batcher.plan()
+    batcher.note_time(plan, 1.13)
+    finish_step(batcher, plan)
+    late = make_seq("late", np.arange(40) + 200, 50, yields=True)
+    batcher.add(late)
+    assert batcher.plan().num_new == {quiet: 1, flood[0]: 1, flood[1]: 1, late: 9}
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_where_all_yield_or_nobody_does_plans_are_the_same_with_a_limit(others: bool) -> None:
+    plans: list[list[dict[str, int]]] = []
+    for max_slowdown in (0.0, 1.1):
+        batcher, _ = make_batcher(64, max_slowdown=max_slowdown)
+        batcher.step_model = StepModel(a=1.0, b=0.1)
+        for i in range(12):
+            batcher.add(make_seq(str(i), np.arange(20) + 20 * i, 6, yields=not others))
+        plans.append([])
+        while len(batcher):
+            plan = batcher.plan()
+            plans[-1].append({seq.rid: num for seq, num in plan.num_new.items()})
+            finish_step(batcher, plan)
+            for seq in list(plan.num_new):
+                if seq.num_tokens >= seq.max_tokens:
+                    batcher.remove(seq)
+    assert plans[0] == plans[1]
