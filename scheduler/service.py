@@ -57,6 +57,8 @@ async def _lead(
     if not token:
         return
     await bus.check()
+    if not (await bus.memory())[1]:
+        logger.warning("the queue has no maxmemory: it may take all of its machine's memory")
     await bus.restarted()  # only later restarts count
     logger.info("leading as %s", token)
     metrics.SCHEDULER_LEADS.set(1)

@@ -49,6 +49,9 @@ WORK_STREAM_TTL_S = 3600
 STATUS_TTL_MS = 5000
 """Life time of the published status."""
 
+MEMORY_ALARM = 0.8
+"""Share of its memory that the queue holds when operators are warned; from 0.9 on gateways let no call in."""
+
 
 class Deposed(Exception):
     """The lease has run out, and another scheduler may lead."""
@@ -76,6 +79,7 @@ class Session:
         self._assigning = asyncio.Lock()
         self._silent_gateways: dict[str, float] = {}
         self._drain = DrainRate()
+        self._memory_is_short = False
 
     async def run(self, stop: asyncio.Event) -> None:
         """Lead until `stop`. Raises Deposed, or a connection error."""
@@ -250,6 +254,8 @@ class Session:
         scheduler = self.scheduler
         self._drain.observe(time.monotonic(), scheduler.ledger.num_ended, scheduler.backlog.num_queued > 0)
         workers = list(scheduler.workers.available())
+        used, most = await self._bus.memory()
+        self._warn_of_memory(used, most)
         status = m.SchedulerStatus(
             queued=scheduler.backlog.num_queued,
             running=scheduler.workers.num_assigned,
@@ -257,9 +263,20 @@ class Session:
             drain_rate=self._drain.rate,
             queued_tokens=scheduler.backlog.num_tokens,
             queued_batch=scheduler.backlog.by_class[BATCH],
+            used_bytes=used,
+            max_bytes=most,
             sent_ms=now_ms(),
         )
         await self._bus.set(self._bus.keys.status, status, STATUS_TTL_MS)
+
+    def _warn_of_memory(self, used: int, most: int) -> None:
+        """Log once when the queue's memory becomes short, and once when it is not any more."""
+        is_short = most > 0 and used >= MEMORY_ALARM * most
+        if is_short and not self._memory_is_short:
+            logger.warning("the queue holds %d of %d bytes; calls are refused from nine tenths on", used, most)
+        elif self._memory_is_short and not is_short:
+            logger.info("the queue holds %d of %d bytes", used, most)
+        self._memory_is_short = is_short
 
 
 def _count(batch: list[QueuedRequest]) -> None:

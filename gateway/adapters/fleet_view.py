@@ -6,7 +6,14 @@ import asyncio
 import logging
 
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
-from protocol.runtime.metrics import FLEET_QUEUED, FLEET_RUNNING, FLEET_WORKERS, WORKERS
+from protocol.runtime.metrics import (
+    FLEET_QUEUED,
+    FLEET_RUNNING,
+    FLEET_WORKERS,
+    QUEUE_MAX_BYTES,
+    QUEUE_USED_BYTES,
+    WORKERS,
+)
 from protocol.wire import messages as m
 from protocol.wire.errors import Unavailable
 
@@ -38,6 +45,8 @@ class FleetView:
         FLEET_WORKERS.set(self.num_workers)
         FLEET_QUEUED.set(self.status.queued if self.status else 0)
         FLEET_RUNNING.set(self.status.running if self.status else 0)
+        QUEUE_USED_BYTES.set(self.status.used_bytes if self.status else 0)
+        QUEUE_MAX_BYTES.set(self.status.max_bytes if self.status else 0)
 
     async def watch(self) -> None:
         """Refresh until cancelled."""

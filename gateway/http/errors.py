@@ -13,8 +13,17 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from protocol.queue.bus import CONNECTION_ERRORS
-from protocol.wire.errors import BadRequest, ClientError, Internal, LorafleetError, NotFound, TooLarge, Unavailable
+from protocol.queue.bus import CONNECTION_ERRORS, MemoryFull
+from protocol.wire.errors import (
+    BadRequest,
+    ClientError,
+    Internal,
+    LorafleetError,
+    NotFound,
+    QueueFull,
+    TooLarge,
+    Unavailable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +93,10 @@ def retry_headers(error: LorafleetError) -> dict[str, str]:
 
 
 def unreachable_queue(cause: Exception) -> Unavailable:
-    """Log a lost connection to the queue, and return the error for the client."""
+    """Log what keeps the queue from doing its part, and return the error for the client."""
+    if isinstance(cause, MemoryFull):
+        logger.error("the queue's memory is full")
+        return QueueFull("the queue's memory is full: nothing new can be stored until something ends or expires")
     logger.error("the queue cannot be reached: %r", cause)
     return Unavailable("the queue cannot be reached", code="queue_unavailable")
 

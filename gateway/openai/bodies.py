@@ -17,6 +17,12 @@ from gateway.http.paths import CHAT, COMPLETIONS
 
 MAX_LORA_SCALE = 100.0
 
+MAX_STOP_TOKEN_IDS = 1024
+MAX_TOOLS = 128  # OpenAI's limit, as the next three
+MAX_METADATA_PAIRS = 16
+MAX_METADATA_KEY = 64  # characters
+MAX_METADATA_VALUE = 512  # characters
+
 
 class StreamOptions(JsonBody):
     """What a stream tells besides its text."""

@@ -19,7 +19,18 @@ from gateway.calls.parse import (
     Source,
     Texts,
 )
-from gateway.openai.bodies import BODIES, AnyRequest, ChatRequest, CompletionRequest, GenerationRequest
+from gateway.openai.bodies import (
+    BODIES,
+    MAX_METADATA_KEY,
+    MAX_METADATA_PAIRS,
+    MAX_METADATA_VALUE,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOOLS,
+    AnyRequest,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
 from gateway.text.structured import constraint_of
 from gateway.tools.definitions import Tools, tools_of
 from protocol.runtime.settings import Settings
@@ -120,13 +131,28 @@ def _options(request: AnyRequest, settings: Settings) -> Options:
 
 
 def _check_sizes(request: GenerationRequest, settings: Settings) -> None:
-    """Refuse lists that are longer than the settings allow. Raises BadRequest."""
-    sizes = [("logit_bias", len(request.logit_bias or {}), settings.max_logit_bias)]
+    """Refuse lists that are longer than they may be. Raises BadRequest."""
+    metadata = request.metadata or {}
+    sizes = [
+        ("model", len(request.models), settings.max_choices),
+        ("logit_bias", len(request.logit_bias or {}), settings.max_logit_bias),
+        ("stop_token_ids", len(request.stop_token_ids or ()), MAX_STOP_TOKEN_IDS),
+        ("metadata", len(metadata), MAX_METADATA_PAIRS),
+    ]
     if isinstance(request, ChatRequest):
         sizes.append(("messages", len(request.messages), settings.max_messages))
+        sizes.append(("tools", len(request.tools or ()), MAX_TOOLS))
     for param, num, limit in sizes:
         if num > limit:
             raise BadRequest(f"{param} has {num} entries; the limit is {limit}", param=param)
+    for what, texts, limit in (
+        ("key", metadata.keys(), MAX_METADATA_KEY),
+        ("value", metadata.values(), MAX_METADATA_VALUE),
+    ):
+        longest = max(map(len, texts), default=0)
+        if longest > limit:
+            message = f"a {what} of metadata has {longest} characters; the limit is {limit}"
+            raise BadRequest(message, param="metadata")
 
 
 def _tools(request: ChatRequest, settings: Settings) -> Tools | None:

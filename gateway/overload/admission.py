@@ -1,8 +1,9 @@
 """Which calls this gateway lets in. Pure: measurements, status and time are given.
 
 A call is let in or refused at once; what was let in is never dropped for load. Two limits are the gateway's own: calls
-in flight, and the lag of its event loop. Two are the queue's: requests and tokens that wait. And one wait is predicted,
-from arrival to the first token: a call is inbound until it is in the queue, then it waits for the requests ahead of it.
+in flight, and the lag of its event loop. Three are the queue's: requests and tokens that wait, and the memory of its
+server. And one wait is predicted, from arrival to the first token: a call is inbound until it is in the queue, then it
+waits for the requests ahead of it.
 
 The queue's script counts requests exactly. The gateway knows the scheduler's status, sent once a second, and what it
 has submitted since. A refusal by the script costs as much work as a call that is let in, so the length of a queue that
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from gateway.overload.inbound import Inbound
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest, Overloaded
+from protocol.wire.errors import BadRequest, Overloaded, QueueFull
 from protocol.wire.keys import BATCH, CLASSES, INTERACTIVE
 
 ROOM = 0.1
@@ -34,6 +35,9 @@ NEARLY_FULL = 1 - ROOM
 MIN_RETRY_S = 1.0
 UNKNOWN_RETRY_S = 5.0
 """Advice while the fleet's drain rate is unknown."""
+
+MAX_MEMORY_SHARE = 0.9
+"""Share of the queue's memory from which on no call is let in: the rest is for what running ones have yet to write."""
 
 STATUS_LIFE_MS = 5000
 """Time for which submitted requests are remembered when no status comes that counts them."""
@@ -155,7 +159,7 @@ class Admission:
 
         Asked three times, the earlier the cheaper: at a call's arrival, when nothing of it has been read (no `load`);
         before any work is done for it (`num_tokens` is 0); and before it is submitted.
-        Raises BadRequest for a load that the queue could never take.
+        Raises BadRequest for a load that the queue could never take, and QueueFull while its memory is nearly used up.
         """
         if load is None:
             self._check_gateway()
@@ -168,6 +172,7 @@ class Admission:
         if status is None:
             return
         self._take(status)
+        _check_memory(status)
         if load.num_tokens:
             self._check_tokens(load.num_tokens, status)
         else:
@@ -265,3 +270,10 @@ class Admission:
         max_queued = self._settings.max_queued
         text = f"{num_queued} requests are waiting; the limit is {max_queued}"
         return Overloaded(text, self._drain_s(num_queued + load.num - (1 - ROOM) * max_queued))
+
+
+def _check_memory(status: m.SchedulerStatus) -> None:
+    """Refuse a call that would take memory of the queue which running ones may need. Raises QueueFull."""
+    most = int(MAX_MEMORY_SHARE * status.max_bytes)
+    if status.max_bytes and status.used_bytes >= most:
+        raise QueueFull(f"the queue holds {status.used_bytes} bytes; calls are let in below {most}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.launcher.lifeline import die_with_parent
+from lorafleet.launcher.machine import memory_bytes
 from lorafleet.launcher.queue_users import make_users, password_file
 from protocol.queue.redis_client import QueueError, ping
 from protocol.runtime.environment import child_environment
@@ -27,6 +28,7 @@ from protocol.wire.errors import BadRequest, Conflict, Internal
 MAX_SOCKET_PATH = 100  # bytes; Linux allows 107
 START_S = 60.0  # loading a long append-only file takes a while
 LOCK_S = 5.0  # a server whose launcher was killed takes a moment to end
+MEMORY_SHARE = 0.25  # of the machine's, for what the queue holds
 
 
 def server_binary() -> str:
@@ -45,11 +47,14 @@ def server_binary() -> str:
 class EmbeddedServer:
     """A queue server with its data in `folder`."""
 
-    def __init__(self, folder: Path, *, durable: bool, guarded: bool, lock_s: float = LOCK_S) -> None:
+    def __init__(
+        self, folder: Path, *, durable: bool, guarded: bool, lock_s: float = LOCK_S, max_bytes: int = 0
+    ) -> None:
         """Prepare without starting.
 
         A `durable` server keeps an append-only file, synced every second. A `guarded` one lets nobody in without the
         password of one of its users. `lock_s` is how long `start` waits for a folder that another server uses.
+        `max_bytes` bounds its memory; 0: a share of the machine's.
         """
         self.folder = private_folder(folder)
         self.socket = _socket_path(folder)
@@ -57,6 +62,7 @@ class EmbeddedServer:
         self.process: subprocess.Popen[bytes]
         self._durable = durable
         self._lock_s = lock_s
+        self._max_bytes = max_bytes or int(MEMORY_SHARE * memory_bytes())
 
     def door(self, user: str) -> dict[str, Any]:
         """Return the settings with which a user of a guarded server enters, or anybody another server."""
@@ -91,7 +97,7 @@ class EmbeddedServer:
         command = [
             server_binary(), "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700", "--save", "",
             "--appendonly", "yes" if self._durable else "no", "--appendfsync", "everysec", "--dir", str(self.folder),
-            "--maxmemory-policy", "noeviction", "--logfile", str(self.log),
+            "--maxmemory", str(self._max_bytes), "--maxmemory-policy", "noeviction", "--logfile", str(self.log),
             # A hundred requests of a worker are then found by hash and not one by one: 0.5 µs less per token.
             "--hash-max-listpack-entries", "32",
             # The percentiles of each command are never read, and cost 5 % of the CPU.
@@ -140,10 +146,10 @@ class EmbeddedServer:
 
 
 def start_embedded(
-    folder: Path, *, durable: bool = True, guarded: bool = False, lock_s: float = LOCK_S
+    folder: Path, *, durable: bool = True, guarded: bool = False, lock_s: float = LOCK_S, max_bytes: int = 0
 ) -> EmbeddedServer:
-    """Start a server with its data in `folder`. Raises as `EmbeddedServer.start` does."""
-    server = EmbeddedServer(folder, durable=durable, guarded=guarded, lock_s=lock_s)
+    """Start a server with its data in `folder`. The parameters and what it raises are those of `EmbeddedServer`."""
+    server = EmbeddedServer(folder, durable=durable, guarded=guarded, lock_s=lock_s, max_bytes=max_bytes)
     server.start()
     return server
 

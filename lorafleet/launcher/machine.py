@@ -1,4 +1,4 @@
-"""The resources of this machine: cores, GPUs and ports."""
+"""The resources of this machine: cores, memory, GPUs and ports."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from protocol.runtime.environment import child_environment
 from protocol.wire.errors import BadRequest, Conflict
 
 CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
+CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
 
 
 def num_cores(cgroup_cpu: Path = CGROUP_CPU) -> int:
@@ -25,6 +26,16 @@ def num_cores(cgroup_cpu: Path = CGROUP_CPU) -> int:
     except (OSError, ValueError):
         return cores
     return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
+
+
+def memory_bytes(cgroup_memory: Path = CGROUP_MEMORY) -> int:
+    """Return the bytes of memory that this process may use: this machine's, or the container's limit if it is less."""
+    all_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = cgroup_memory.read_text().strip()
+    except OSError:
+        return all_bytes
+    return all_bytes if limit == "max" else min(all_bytes, int(limit))
 
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:

@@ -17,7 +17,7 @@ from protocol.queue.dead_letters import DeadLetters
 from protocol.queue.jobs import Jobs
 from protocol.queue.members import Members
 from protocol.queue.quota import Quota, standing_of
-from protocol.queue.redis_client import CONNECTION_ERRORS, QueueError, connect
+from protocol.queue.redis_client import CONNECTION_ERRORS, MemoryFull, QueueError, connect
 from protocol.queue.scripts import FOLDER, Scripts
 from protocol.queue.steps import Refused, Step, StepRow, refused_rows, step_args
 from protocol.queue.streams import Entry, Streams
@@ -29,8 +29,8 @@ from protocol.wire.keys import Keys
 from protocol.wire.records import Holder, Owned, RequestFacts
 
 __all__ = [
-    "CONNECTION_ERRORS", "Bus", "Entry", "Owned", "QueueError", "Refused", "RequestFacts", "Step", "StepRow",
-    "decode", "now_ms",
+    "CONNECTION_ERRORS", "Bus", "Entry", "MemoryFull", "Owned", "QueueError", "Refused", "RequestFacts", "Step",
+    "StepRow", "decode", "now_ms",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -51,8 +51,8 @@ class Bus:
         self._blocking = connect(url, timeout_s=None)
         self._scripts = Scripts(self._redis, lua)
         self._run_id = ""  # of the server, when last asked
-        self.streams = Streams(self._redis, self._blocking, self.keys)
-        self.members = Members(self._redis, self.keys)
+        self.streams = Streams(self._redis, self._blocking, self.keys, self._scripts)
+        self.members = Members(self._redis, self.keys, self._scripts)
         self.adapters = Adapters(self._redis, self.keys)
         self.jobs = Jobs(self._redis, self.keys)
         self.api_keys = ApiKeys(self._redis, self.keys)
@@ -75,6 +75,11 @@ class Bus:
         before, self._run_id = self._run_id, (await self._redis.info("server"))["run_id"]
         return before not in ("", self._run_id)
 
+    async def memory(self) -> tuple[int, int]:
+        """Return the bytes that the server's memory holds and may hold (`maxmemory`; 0: no limit)."""
+        found = await self._redis.info("memory")
+        return found["used_memory"] - found.get("mem_not_counted_for_evict", 0), found["maxmemory"]
+
     # ------------------------------------------------------------ values
 
     async def get(self, key: str, type_: type[T]) -> T | None:
@@ -83,8 +88,9 @@ class Bus:
         return None if raw is None else decode(raw, type_)
 
     async def set(self, key: str, value: msgspec.Struct, ttl_ms: int | None = None) -> None:
-        """Store a message under a key."""
-        await self._redis.set(key, m.encode(value), px=ttl_ms)
+        """Store a message that the fleet lives by under a key."""
+        life = () if ttl_ms is None else ("PX", ttl_ms)
+        await self._scripts.write_vital(self.keys.tag, ("SET", key, m.encode(value), *life))
 
     # ------------------------------------------------------------ a request's life, one script each
 

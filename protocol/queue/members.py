@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from protocol.queue.redis_client import Client, read_many
+from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
 from protocol.wire.codec import decode, now_ms
 from protocol.wire.errors import ProtocolError
@@ -30,9 +31,10 @@ class FleetSummary:
 class Members:
     """The members of a fleet. Each has a heartbeat, a key with a TTL, and a place in the register of its kind."""
 
-    def __init__(self, client: Client, keys: Keys) -> None:
+    def __init__(self, client: Client, keys: Keys, scripts: Scripts) -> None:
         self._redis = client
         self._keys = keys
+        self._scripts = scripts
 
     # ------------------------------------------------------------ beating and leaving
 
@@ -40,12 +42,13 @@ class Members:
         self, key: str, registry: str, member: str, raw: bytes, ttl_ms: int, renew: Iterable[str] = ()
     ) -> bool:
         """Say that `member` lives, and renew the TTL of the streams it reads to 1 h. Returns False if one is gone."""
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.set(key, raw, px=ttl_ms)
-        pipe.zadd(registry, {member: now_ms()})
-        for stream in renew:
-            pipe.expire(stream, STREAM_TTL_S)
-        return all((await pipe.execute())[2:])
+        replies = await self._scripts.write_vital(
+            self._keys.tag,
+            ("SET", key, raw, "PX", ttl_ms),
+            ("ZADD", registry, now_ms(), member),
+            *(("EXPIRE", stream, STREAM_TTL_S) for stream in renew),
+        )
+        return all(replies[2:])
 
     async def leave(self, wid: str) -> None:
         """Take a worker, whose work is handed back, off the register and delete its keys."""

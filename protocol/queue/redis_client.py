@@ -11,16 +11,19 @@ import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry as SyncRetry
 
 Client: TypeAlias = Any
 """An asynchronous client. redis-py types every reply as a union for its two protocols and two client kinds."""
 
-CONNECTION_ERRORS = (RedisConnectionError, RedisTimeoutError, ConnectionError, OSError, NoScriptError)
-"""What a lost connection looks like; loops catch it, wait and go on. The last one comes from a server that was started
-anew between being given a script and being asked to run it."""
+MemoryFull = OutOfMemoryError
+"""What the server answers to a write while its memory is full (`maxmemory`); see `lua/vital.lua` for those it takes."""
+
+CONNECTION_ERRORS = (RedisConnectionError, RedisTimeoutError, ConnectionError, OSError, NoScriptError, MemoryFull)
+"""What a lost connection looks like, and a server without room; loops catch it, wait and go on. A missing script comes
+from a server that was started anew between being given it and being asked to run it."""
 
 QueueError = RedisError
 """Whatever the queue's server or the connection to it can raise."""

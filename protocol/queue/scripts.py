@@ -1,4 +1,8 @@
-"""The Lua scripts, loaded once. What each does, and its keys, arguments and reply, is at the head of its file."""
+"""The Lua scripts, loaded once. What each does, and its keys, arguments and reply, is at the head of its file.
+
+The first line of a file says whether its script runs while the server's memory is full (`allow-oom`). Those that accept
+new work do not; those that carry accepted work on, and end it, do: so a full queue empties.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,9 @@ from typing import Any, Protocol
 
 from protocol.queue.redis_client import Client
 
-NAMES = ("submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position", "join")
+NAMES = (
+    "submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position", "join", "vital",
+)  # fmt: skip
 FOLDER = Path(__file__).parent / "lua"
 
 
@@ -34,9 +40,18 @@ class Scripts:
     repair: Script
     position: Script
     join: Script
+    vital: Script
 
     def __init__(self, client: Client, folder: Path = FOLDER) -> None:
-        """Read the scripts in `folder`; each has `common.lua` before it."""
+        """Read the scripts in `folder`; each has `common.lua` after its first line."""
         common = (folder / "common.lua").read_text()
         for name in NAMES:
-            setattr(self, name, client.register_script(common + (folder / f"{name}.lua").read_text()))
+            flags, rest = (folder / f"{name}.lua").read_text().split("\n", 1)
+            setattr(self, name, client.register_script(f"{flags}\n{common}{rest}"))
+
+    async def write_vital(self, tag: str, *commands: Sequence[str | bytes | int]) -> list[Any]:
+        """Run writes that the fleet lives by, all at once, and return their replies. See `vital.lua`.
+
+        tag: `Keys.tag`.
+        """
+        return await self.vital(keys=[tag], args=[word for command in commands for word in (len(command), *command)])

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 from protocol.queue.redis_client import Client
+from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
 from protocol.wire.codec import now_ms
 from protocol.wire.keys import Keys
@@ -31,11 +32,12 @@ return 1
 class Streams:
     """The streams of a fleet."""
 
-    def __init__(self, client: Client, blocking: Client, keys: Keys) -> None:
+    def __init__(self, client: Client, blocking: Client, keys: Keys, scripts: Scripts) -> None:
         """`blocking` is a client whose reads may take longer than any timeout."""
         self._redis = client
         self._blocking = blocking
         self._keys = keys
+        self._scripts = scripts
 
     # ------------------------------------------------------------ reading
 
@@ -70,27 +72,27 @@ class Streams:
         logger.error("%s on %s goes to the dead letters: %s", entry[0].decode(), stream, reason)
         letter = m.DeadLetter(reason=reason, stream=stream, raw=entry[1].get(b"b", b""), ms=now_ms())
         oldest = now_ms() - DEAD_LETTERS_KEPT_S * 1000
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.xdel(stream, entry[0])
-        pipe.xadd(self._keys.dlq, {"b": m.encode(letter)}, minid=oldest, approximate=True)
-        pipe.expire(self._keys.dlq, DEAD_LETTERS_KEPT_S)
-        await pipe.execute()
+        await self._scripts.write_vital(
+            self._keys.tag,
+            ("XDEL", stream, entry[0]),
+            ("XADD", self._keys.dlq, "MINID", "~", oldest, "*", "b", m.encode(letter)),
+            ("EXPIRE", self._keys.dlq, DEAD_LETTERS_KEPT_S),
+        )
 
     async def tell(self, orders: Sequence[tuple[str, m.Control]]) -> None:
         """Give workers (wid) orders. An order to a worker that is gone is lost."""
-        pipe = self._redis.pipeline(transaction=False)
-        oldest = now_ms() - ORDERS_KEPT_MS
-        for wid, order in orders:
-            pipe.xadd(self._keys.ctl(wid), {"b": m.encode(order)}, nomkstream=True, minid=oldest, approximate=True)
-        await pipe.execute()
+        add = ("NOMKSTREAM", "MINID", "~", now_ms() - ORDERS_KEPT_MS, "*", "b")
+        written = [("XADD", self._keys.ctl(wid), *add, m.encode(order)) for wid, order in orders]
+        await self._scripts.write_vital(self._keys.tag, *written)
 
     async def create(self, stream: str, ttl_s: int) -> None:
         """Make an empty stream with a TTL, so that writers using NOMKSTREAM reach it."""
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.xadd(stream, {"b": b""})
-        pipe.xtrim(stream, maxlen=0, approximate=False)
-        pipe.expire(stream, ttl_s)
-        await pipe.execute()
+        await self._scripts.write_vital(
+            self._keys.tag,
+            ("XADD", stream, "*", "b", b""),
+            ("XTRIM", stream, "MAXLEN", 0),
+            ("EXPIRE", stream, ttl_s),
+        )
 
     async def keep(self, stream: str, *, ttl_s: int, max_age_ms: int) -> bool:
         """Renew a stream's TTL and drop its entries older than `max_age_ms`. Returns False when it is gone."""

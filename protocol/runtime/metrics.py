@@ -61,6 +61,8 @@ LORAX_BATCH_SIZE = Gauge("lorax_batch_current_size", "Requests that workers run.
 FLEET_QUEUED = Gauge("lorafleet_queued_requests", "Requests waiting for a worker.")
 FLEET_RUNNING = Gauge("lorafleet_running_requests", "Requests assigned to workers.")
 FLEET_WORKERS = Gauge("lorafleet_workers", "Workers alive.")
+QUEUE_USED_BYTES = Gauge("lorafleet_queue_used_bytes", "Memory that the queue's server uses.")
+QUEUE_MAX_BYTES = Gauge("lorafleet_queue_max_bytes", "Memory that the queue's server may use; 0: no limit.")
 
 # ---------------------------------------------------------------- scheduler
 

@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     )
     redis_cert_file: Path | None = Field(default=None, description="client certificate to show to the queue")
     redis_key_file: Path | None = Field(default=None, description="private key of the client certificate")
+    queue_bytes: int = Field(
+        default=0, ge=0, description="most memory of the queue that `up` starts; 0: a quarter of this machine's"
+    )
     model: str = Field(default="", description="the base model: a Hub id or a local folder")
     served_name: str = Field(
         default="", description="name of the base model in the API; default: its Hub id or folder name"

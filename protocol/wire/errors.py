@@ -16,6 +16,7 @@ LorafleetError
 ├── ServerError                     5xx and 429: the request was fine, it may be retried
 │   ├── Overloaded (429)
 │   ├── Unavailable (503)
+│   │   └── QueueFull
 │   ├── DeadlineExceeded (504)
 │   ├── WorkerLost (500)
 │   └── Internal (500)              a fault of the fleet; not retried
@@ -146,6 +147,13 @@ class Unavailable(ServerError):
     type = "service_unavailable_error"
     code = "no_worker"
     retry_after_s = 2.0
+
+
+class QueueFull(Unavailable):
+    """The queue has no memory for it. Memory frees as requests end and results expire."""
+
+    code = "queue_full"
+    retry_after_s = 5.0
 
 
 class WorkerLost(ServerError):

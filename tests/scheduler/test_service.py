@@ -9,6 +9,7 @@ from urllib.request import urlopen
 
 import pytest
 from msgspec import json
+from full_memory import full_memory
 from waiting import wait_until
 
 from lorafleet.launcher.embedded import start_embedded
@@ -54,6 +55,31 @@ async def test_a_batch_of_several_adapters_goes_out_in_one_entry(bus: Bus) -> No
         assert [[item.rid for item in batch] for batch in worker.batches] == [["r", "ra", "rb"]]
         assert [item.epoch for item in worker.batches[0]] == [1, 1, 1]
         assert await bus._redis.xlen(bus.keys.sub("interactive")) == 0
+
+
+async def test_a_full_queue_is_scheduled_and_its_scheduler_warns(bus: Bus, caplog: pytest.LogCaptureFixture) -> None:
+    worker = await FakeWorker(bus, "w1", capacity=8).join()
+    await submit(bus, make_submit("r0"), make_submit("r1", deadline_ms=now_ms() - 1))
+
+    async def told(*, full: bool) -> bool:
+        status = await bus.get(bus.keys.status, m.SchedulerStatus)
+        return status is not None and (status.used_bytes > status.max_bytes > 0) == full
+
+    async with running_scheduler(bus):
+        leader = await wait_until(lambda: bus._redis.get(bus.keys.leader), "it leads")
+        await wait_until(lambda: told(full=False), "the memory is told")
+        warnings = [record for record in caplog.records if "the queue holds" in record.message]
+        assert warnings == []
+        async with full_memory(bus):
+            await wait_until(lambda: told(full=True), "the shortage is told")
+            await becomes(bus, "r1", "failed")
+            await holds(worker, "r0")
+            assert await worker.write("r0", 4, end=True) == []
+        await wait_until(lambda: told(full=False), "the shortage is over")
+        assert await bus._redis.get(bus.keys.leader) == leader
+    levels = [record.levelname for record in caplog.records if "the queue holds" in record.message]
+    assert levels[0] == "WARNING"
+    assert levels.count("WARNING") == 1
 
 
 async def test_a_worker_is_told_which_requests_yield(bus: Bus) -> None:

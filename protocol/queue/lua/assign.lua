@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Hand a batch of queued requests to a worker: all of them, or none if one is no longer as the scheduler believes.
 --
 -- KEYS[1]  string  prefix of the shard's keys

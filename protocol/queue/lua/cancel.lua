@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Cancel a request. A queued one ends here. An assigned one is taken from its worker, which is told and whose next step
 -- is refused until it writes this end.
 --

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- End a request from outside its worker: its deadline has passed, or it was tried too often. Fences its owner.
 --
 -- KEYS[1]  string  prefix of the shard's keys

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Register a worker with its first beat, unless live workers serve another model.
 --
 -- KEYS[1]  string  prefix of the shard's keys

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Take or keep the leadership among schedulers.
 --
 -- KEYS[1]  string  prefix of the shard's keys

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom,no-writes
 -- Count the requests of the same class that were submitted before a queued one.
 --
 -- KEYS[1]  string  prefix of the shard's keys

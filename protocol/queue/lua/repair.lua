@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Make a request's log at least as long as what a client has seen: Redis came back without the log's end.
 --
 -- KEYS[1]  string  prefix of the shard's keys

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Take requests from a worker that died or drains, and queue them again with their tokens kept. Fences the worker.
 --
 -- A death counts as a failed attempt of those requests that had made no progress: what kills a worker kills the next

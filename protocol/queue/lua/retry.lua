@@ -1,3 +1,4 @@
+#!lua
 -- Queue the request of a dead letter again, with its tokens kept. No gateway waits for it: its result is stored.
 --
 -- KEYS[1]  string  prefix of the shard's keys

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Make the tokens and ends of one engine step durable and visible: all of them, or none.
 --
 -- KEYS[1]  string  prefix of the shard's keys

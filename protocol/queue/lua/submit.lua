@@ -1,3 +1,4 @@
+#!lua
 -- Accept a group of requests, the choices and prompts of one HTTP call: all of them, or none.
 --
 -- KEYS[1]  string  prefix of the shard's keys

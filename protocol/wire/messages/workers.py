@@ -88,4 +88,6 @@ class SchedulerStatus(Wire, frozen=True):
     drain_rate: float  # requests finished per second while others waited; 0: not known yet
     queued_tokens: int = 0
     queued_batch: int = 0  # of `queued`, those of class batch
+    used_bytes: int = 0  # of the queue server's memory
+    max_bytes: int = 0  # that it may hold; 0: no limit
     sent_ms: int = 0

@@ -21,6 +21,8 @@ from protocol.wire.errors import BadRequest, Overloaded
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "base", "prompt": "hi"}
 
+TOOL = {"type": "function", "function": {"name": "look"}}
+
 BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"model": None}, "model"),
     ("chat", {"model": 3}, "model"),
@@ -91,6 +93,9 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("chat", {"modalities": ["audio"]}, "modalities"),
     ("chat", {"metadata": {"a": 1}}, "metadata"),
+    ("chat", {"tools": [TOOL] * 129}, "tools"),
+    ("completions", {"stop_token_ids": [5] * 1025}, "stop_token_ids"),
+    ("completions", {"model": ["base"] * 129}, "model"),
     ("completions", {"prompt": []}, "prompt"),
     ("completions", {"prompt": ""}, "prompt"),
     ("completions", {"prompt": [[]]}, "prompt"),
@@ -158,6 +163,24 @@ async def test_a_wrong_field_is_400_with_its_name(http: httpx2.AsyncClient, flee
     assert not wrong, "\n".join(wrong)
     assert fleet.seen == []
     assert await bus._redis.xlen(bus.keys.sub("interactive")) == 0
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({str(i): "" for i in range(17)}, "metadata has 17 entries; the limit is 16"),
+        ({"k" * 65: ""}, "a key of metadata has 65 characters; the limit is 64"),
+        ({"k": "v" * 513}, "a value of metadata has 513 characters; the limit is 512"),
+    ],
+)
+async def test_metadata_has_openai_s_limits(http: httpx2.AsyncClient, metadata: dict[str, str], message: str) -> None:
+    for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)):
+        for background in (False, True):
+            answer = await http.post(path, json={**body, "metadata": metadata, "background": background})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"], error["message"]) == (400, "metadata", message)
+    most = {f"{i:064}": "v" * 512 for i in range(16)}
+    assert (await http.post("/v1/completions", json={**COMPLETION, "metadata": most})).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from gateway.overload.admission import Admission, Load
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest, Overloaded
+from protocol.wire.errors import BadRequest, Overloaded, QueueFull
 from protocol.wire.keys import BATCH, INTERACTIVE
 
 NOW_MS = 1_000_000
@@ -104,6 +104,18 @@ def test_calls_in_flight_are_limited() -> None:
     assert site.refusal(load()) is None  # one that is in flight already
     site.calls.pop().close()
     assert site.refusal(None) is None
+
+
+def test_no_call_is_let_in_while_the_queue_s_memory_is_nearly_full() -> None:
+    site = gateway(status(0))
+    assert site.refusal(load()) is None  # a server without a limit
+    site.told = msgspec.structs.replace(status(0), used_bytes=899, max_bytes=1000)
+    assert site.refusal(load()) is None
+    site.told = msgspec.structs.replace(status(0), used_bytes=900, max_bytes=1000)
+    for wanted in (Load(INTERACTIVE), load(), load(BATCH)):
+        with pytest.raises(QueueFull, match="the queue holds 900 bytes; calls are let in below 900") as refused:
+            site.admission.check(wanted)
+        assert (refused.value.status, refused.value.code, refused.value.retry_after_s) == (503, "queue_full", 5.0)
 
 
 def test_the_lag_of_the_loop_is_limited() -> None:

@@ -12,6 +12,7 @@ from urllib.request import urlopen
 import msgspec
 import numpy as np
 import pytest
+from full_memory import full_memory
 from waiting import wait_until
 
 from benchmarks.common.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine, expected_token, fake_served
@@ -113,6 +114,29 @@ async def test_a_batch_runs_to_its_end_and_leaves_no_work_behind(bus: Bus) -> No
         ]
         assert sorted((item.rid, item.num_output_tokens) for item in ended) == [("a", 3), ("b", 8)]
         assert given == [True, True]
+
+
+async def test_a_worker_ends_its_requests_while_the_queue_s_memory_is_full(bus: Bus) -> None:
+    async with running_worker(bus) as (worker, _):
+        engine, wid = worker.engine, worker.wid
+        assert isinstance(engine, FakeEngine)
+        await submit(bus, "a")
+        async with full_memory(bus):
+            await bus.streams.tell([(wid, m.Control(kind="evict", digest="b", order="o1"))])
+            await wait_until(lambda: engine.orders, "it has something to tell, for which there is no room")
+            beaten_ms = (await bus._redis.zscore(bus.keys.workers, wid)) or 0
+
+            async def has_beaten() -> bool:
+                return (await bus._redis.zscore(bus.keys.workers, wid) or 0) > beaten_ms
+
+            await wait_until(has_beaten, "it beats nevertheless")
+            assert await assign(bus, wid, "a") == "ok"
+            await wait_until(lambda: _is(bus, "a", "completed"), "a completes")
+            await wait_until(has_beaten, "it still beats")
+        assert worker.wid == wid
+        await submit(bus, "b")
+        assert await assign(bus, wid, "b") == "ok"
+        await wait_until(lambda: _is(bus, "b", "completed"), "b completes")
 
 
 async def test_a_drained_worker_hands_over_and_another_goes_on_where_it_stopped(bus: Bus) -> None:

@@ -10,7 +10,8 @@ import redis
 from processes import is_running
 from waiting import wait_until
 
-from lorafleet.launcher.embedded import start_embedded
+from lorafleet.launcher.embedded import MEMORY_SHARE, start_embedded
+from lorafleet.launcher.machine import memory_bytes
 from protocol.wire.errors import Conflict, Internal
 
 
@@ -24,6 +25,25 @@ def test_what_was_queued_is_there_after_a_restart(tmp_path: Path) -> None:
     with redis.Redis.from_url(second.url) as client:
         assert client.lrange("jobs", 0, -1) == [b"one"]
     second.stop()
+
+
+def test_its_memory_is_bounded_and_nothing_is_evicted(tmp_path: Path) -> None:
+    for given, expected in ((0, int(MEMORY_SHARE * memory_bytes())), (5_000_000, 5_000_000)):
+        server = start_embedded(tmp_path, durable=False, max_bytes=given)
+        with redis.Redis.from_url(server.url) as client:
+            assert client.config_get("maxmemory*")["maxmemory"] == str(expected)
+            assert client.config_get("maxmemory-policy")["maxmemory-policy"] == "noeviction"
+        server.stop()
+
+
+def test_the_memory_of_this_machine_is_the_container_s(tmp_path: Path) -> None:
+    limit = tmp_path / "memory.max"
+    everything = memory_bytes(limit)
+    assert everything > 1 << 28
+    limit.write_text("max\n")
+    assert memory_bytes(limit) == everything
+    limit.write_text("1048576\n")
+    assert memory_bytes(limit) == 1 << 20
 
 
 def test_two_servers_never_share_a_folder(tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""A queue without memory: new work is answered 503, what runs ends whole, and everything goes on when there is room."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx2
+from full_memory import full_memory
+from scripted_fleet import Script, ScriptedFleet
+from waiting import wait_until
+
+from protocol.queue.bus import Bus
+from protocol.wire import messages as m
+
+COMPLETION = {"model": "base", "prompt": "hi", "max_tokens": 60}
+
+
+def check_refused(answer: httpx2.Response) -> None:
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (503, "queue_full")
+    assert "memory" in error["message"] or "bytes" in error["message"]
+    assert (answer.headers["retry-after"], answer.headers["x-should-retry"]) == ("5", "true")
+
+
+async def test_a_full_queue_is_503_and_running_streams_end_whole(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, bus: Bus
+) -> None:
+    fleet.script = lambda submit, body: Script(hold_after=3)
+    whole = (await http.post("/v1/completions", json={**COMPLETION, "max_tokens": 3})).json()
+    async with asyncio.TaskGroup() as group:
+        held = [
+            group.create_task(http.post("/v1/completions", json={**COMPLETION, "stream": True, "n": 2}))
+            for _ in range(3)
+        ]
+        await wait_until(lambda: len(fleet.seen) == 7, "the calls are let in")
+        async with full_memory(bus):
+            for fields in ({}, {"stream": True}, {"background": True}):
+                check_refused(await http.post("/v1/completions", json={**COMPLETION, **fields}))
+            check_refused(await http.post("/v1/completions", json=COMPLETION, headers={"idempotency-key": "k"}))
+            assert (await http.get("/v1/jobs")).json()["data"] == []
+            assert (await http.get("/health")).status_code == 200
+            fleet.go.set()
+            for task in held:
+                answer = await task
+                assert answer.text.endswith("data: [DONE]\n\n")
+                assert answer.text.count('"finish_reason":"stop"') == 2
+    fleet.script = lambda submit, body: Script()
+    again = await http.post("/v1/completions", json={**COMPLETION, "max_tokens": 3})
+    assert again.json()["choices"] == whole["choices"]
+
+
+async def test_adapters_cannot_be_registered_while_memory_is_full(http: httpx2.AsyncClient, bus: Bus) -> None:
+    async with full_memory(bus):
+        answer = await http.post("/v1/adapters", json={"name": "new", "source": "hub:org/new"})
+        check_refused(answer)
+
+
+async def test_no_call_is_let_in_above_nine_tenths_of_the_memory(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, bus: Bus
+) -> None:
+    status = m.SchedulerStatus(queued=0, running=0, workers=1, drain_rate=1.0, used_bytes=95, max_bytes=100)
+    await bus.set(bus.keys.status, status)
+
+    async def answer_is(code: int) -> httpx2.Response | None:
+        answer = await http.post("/v1/completions", json=COMPLETION)
+        return answer if answer.status_code == code else None
+
+    check_refused(await wait_until(lambda: answer_is(503), "the gateway has heard of it"))
+    metrics = (await http.get("/metrics")).text
+    assert "lorafleet_queue_used_bytes 95.0" in metrics
+    assert "lorafleet_queue_max_bytes 100.0" in metrics
+    assert (await http.get("/v1/jobs")).status_code == 200
+    await bus._redis.delete(bus.keys.status)
+    await wait_until(lambda: answer_is(200), "there is room again")
