@@ -22,7 +22,7 @@ from protocol.runtime.settings import Settings, names_of
 from protocol.wire.errors import BadRequest, PermissionDenied, Unavailable
 
 FLAGS = ("redis_url", "redis_password_file", "data")
-LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency", "weight")
+LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency", "kept_bytes", "weight")
 _UNITS_S = {"m": 60, "h": 3600, "d": 86_400, "y": 365 * 86_400}
 
 
@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits.add_argument("--requests-per-minute", type=int, metavar="N")
     limits.add_argument("--tokens-per-minute", type=int, metavar="N", help="tokens of prompts and outputs")
     limits.add_argument("--concurrency", type=int, metavar="N", help="most choices queued or running at once")
+    limits.add_argument(
+        "--kept-bytes", type=int, metavar="BYTES", help="most that it may keep in the queue; 0: as for every tenant"
+    )
     limits.add_argument("--weight", type=float, metavar="X", help="share relative to other tenants, initially 1")
     limits.add_argument(
         "--visible",
@@ -91,8 +94,8 @@ async def _create(keys: ApiKeys, args: argparse.Namespace) -> None:
 
 async def _list(keys: ApiKeys, _: argparse.Namespace) -> None:
     table = Table(
-        "id", "tenant", "scopes", "created", "expires", "requests/min", "tokens/min", "at once", "weight", "adapters",
-        "note", box=None, header_style="bold",
+        "id", "tenant", "scopes", "created", "expires", "requests/min", "tokens/min", "at once", "bytes", "weight",
+        "adapters", "note", box=None, header_style="bold",
     )  # fmt: skip
     found = await keys.all()
     for key, tenant in found:
@@ -120,7 +123,7 @@ def expiry_ms(text: str) -> int:
 
 
 def _limits(tenant: Tenant) -> list[str]:
-    return [str(getattr(tenant, name)) if getattr(tenant, name) else "-" for name in LIMITS[:3]]
+    return [str(getattr(tenant, name)) if getattr(tenant, name) else "-" for name in LIMITS[:4]]
 
 
 def _scopes(scopes: list[str]) -> str:

@@ -9,7 +9,7 @@ from itertools import islice
 
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.keys import BATCH, CLASSES
+from protocol.wire.keys import BATCH, CLASSES, INTERACTIVE
 from scheduler.backlog import Backlog, OfferResult
 from scheduler.fairness import FairShares, VirtualTokenCounters
 from scheduler.ledger import Ledger
@@ -78,6 +78,8 @@ class Scheduler:
         self.ledger = Ledger(self.workers, self.counters, self.placement.rank_of)
         self.backlog = Backlog(self.counters)
         self.shares = FairShares(self.counters, config.slack_tokens)
+        self.takes_batch = True
+        """Whether requests of class batch are dispatched. Their answers stay in the queue, and may find no room."""
         self.requests: dict[str, QueuedRequest] = {}
         self._deadlines: list[tuple[int, str]] = []
         self._num_seen = 0
@@ -174,7 +176,7 @@ class Scheduler:
             self.placement.refresh()
             self.shares.update(self.placement.total_capacity, self.placement.num_reserved, now_ms)
             self._dispatch_resumed(plan, now_ms)
-            for cls in CLASSES:
+            for cls in CLASSES if self.takes_batch else (INTERACTIVE,):
                 for warm in (True, False):
                     self._dispatch_queue(cls, warm, plan, now_ms)
             self._prefetch(plan, now_ms)

@@ -53,6 +53,10 @@ MEMORY_ALARM = 0.8
 """Share of its memory that the queue holds when operators are warned; from 0.9 on gateways let no call in."""
 
 
+MEMORY_FOR_BATCH = 0.95
+"""Share of its memory up to which the queue's jobs are dispatched: their answers stay there for a day."""
+
+
 class Deposed(Exception):
     """The lease has run out, and another scheduler may lead."""
 
@@ -256,6 +260,7 @@ class Session:
         workers = list(scheduler.workers.available())
         used, most = await self._bus.memory()
         self._warn_of_memory(used, most)
+        scheduler.takes_batch = most == 0 or used < MEMORY_FOR_BATCH * most
         status = m.SchedulerStatus(
             queued=scheduler.backlog.num_queued,
             running=scheduler.workers.num_assigned,
@@ -292,4 +297,6 @@ def _count(batch: list[QueuedRequest]) -> None:
 
 def _assigned(request: QueuedRequest) -> m.Assigned:
     sub = request.submit
-    return m.Assigned(sub.rid, request.epoch + 1, sub.digest, sub.tenant, sub.gateway, request.yields)
+    return m.Assigned(
+        sub.rid, request.epoch + 1, sub.digest, sub.tenant, sub.gateway, request.yields, sub.choice, sub.call, sub.part
+    )

@@ -9,10 +9,10 @@ from protocol.queue.bus import Bus
 
 
 @asynccontextmanager
-async def full_memory(bus: Bus) -> AsyncIterator[None]:
-    """Leave the server no memory meanwhile: it rejects every write that its flags do not allow."""
+async def full_memory(bus: Bus, max_bytes: int = 1) -> AsyncIterator[None]:
+    """Leave the server `max_bytes` meanwhile. Once they are used it rejects every write that its flags do not allow."""
     limit = (await bus._redis.config_get("maxmemory"))["maxmemory"]
-    await bus._redis.config_set("maxmemory", 1)
+    await bus._redis.config_set("maxmemory", max_bytes)
     try:
         yield
     finally:

@@ -61,6 +61,10 @@ class Queue:
         entries = await self.bus.streams.entries(self.keys.sub("interactive"))
         return [(decode(fields[b"b"], m.Submit).rid, int(fields[b"e"])) for _, fields in entries]
 
+    async def submitted(self) -> list[m.Submit]:
+        entries = await self.bus.streams.entries(self.keys.sub("interactive"))
+        return [decode(fields[b"b"], m.Submit) for _, fields in entries]
+
     async def deltas(self) -> list[m.Delta]:
         entries = await self.bus.streams.entries(self.keys.out(GATEWAY))
         return [delta for _, fields in entries for delta in decode(fields[b"b"], list[m.Delta])]

@@ -139,8 +139,9 @@ class ScriptedFleet:
             await asyncio.sleep(1)
 
     async def _play(self, submit: m.Submit, epoch: int) -> None:
-        body = await self.bus.get(self.bus.keys.body(submit.rid), m.Body)
-        assert body is not None
+        shared = (await self.bus.inputs([submit]))[0].body()
+        assert shared is not None
+        body = msgspec.structs.replace(shared, sampling=shared.sampling.of_choice(submit.choice))
         self.seen.append((submit, body))
         await self.assigning.wait()
         order = m.Assigned(submit.rid, epoch + 1, submit.digest, submit.tenant, submit.gateway, submit.stored)
@@ -189,7 +190,7 @@ class ScriptedFleet:
         row = StepRow(order.rid, order.epoch, seq0, raw, records, state, finish, info)
         if body.sampling.prompt_logprobs and not seq0:
             prompt = [logprob_record(id_, body.sampling.num_logprobs) for id_ in memoryview(body.prompt).cast("i")]
-            row.prompt_logprobs = struct.pack("<f", math.nan) + b"".join(prompt)[4:]
+            row.prompt_logprobs = body.prompt + struct.pack("<f", math.nan) + b"".join(prompt)[4:]
         delta = m.Delta(order.rid, order.epoch, seq0, raw, records, finish=finish, error=info, usage=usage)
         outs = {order.gateway: [delta]} if order.gateway else {}
         refused = await self.bus.step(self.wid, Step([row], outs))

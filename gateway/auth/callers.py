@@ -57,11 +57,12 @@ class Caller:
 
     @property
     def quota(self) -> Quota | None:
-        """The tenant and its limits, None if it has none."""
+        """The tenant and its limits, None without keys."""
         tenant = self.tenant
-        if tenant is None or not tenant.is_limited:
+        if tenant is None:
             return None
-        return Quota(tenant.name, tenant.requests_per_minute, tenant.tokens_per_minute, tenant.concurrency)
+        limits = (tenant.requests_per_minute, tenant.tokens_per_minute, tenant.concurrency, tenant.kept_bytes)
+        return Quota(tenant.name, *limits)
 
     def may_use(self, name: str) -> bool:
         """Return whether the caller may use everybody's adapter of a name."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from protocol.queue.quota import Quota, Standing
-from protocol.wire.errors import BadRequest
+from protocol.wire.errors import BadRequest, LorafleetError, Overloaded
 
 RETRY_S = 1.0
 """Retry-After of a tenant with too many choices at once: when one will end is not known."""
+
+BYTES_RETRY_S = 5.0
+"""Retry-After of a tenant that keeps too much in the queue."""
 
 
 def check_quota(quota: Quota, num: int, num_tokens: int) -> None:
@@ -24,6 +27,18 @@ def check_quota(quota: Quota, num: int, num_tokens: int) -> None:
         )  # fmt: skip
 
 
+def refusal(quota: Quota, standing: Standing, num: int, num_tokens: int) -> LorafleetError:
+    """Return the error of a call of `num` choices and `num_tokens` that a limit has refused."""
+    if standing.over == "bytes" and standing.added_bytes > quota.max_bytes:
+        return BadRequest(
+            f"the call may take {standing.added_bytes} bytes of the queue; the limit of tenant {quota.tenant} is"
+            f" {quota.max_bytes}: set max_tokens, or ask for fewer choices or logprobs",
+            code="limit_exceeded",
+        )
+    retry_s = BYTES_RETRY_S if standing.over == "bytes" else standing.retry_ms / 1000 or RETRY_S
+    return Overloaded(limit_text(quota, standing, num, num_tokens), retry_s)
+
+
 def limit_headers(standing: Standing) -> dict[str, str]:
     """Return OpenAI's headers, which say what is left of each limit."""
     headers: dict[str, str] = {}
@@ -37,6 +52,12 @@ def limit_headers(standing: Standing) -> dict[str, str]:
 
 def limit_text(quota: Quota, standing: Standing, num: int, num_tokens: int) -> str:
     """Return the message for a call that a limit has refused."""
+    if standing.over == "bytes":
+        return (
+            f"tenant {quota.tenant} keeps {standing.kept_bytes} bytes in the queue, in requests, answers and jobs, and"
+            f" the call may add {standing.added_bytes}; its limit is {quota.max_bytes}. Answers of jobs are kept for a"
+            " day: DELETE those that have been read"
+        )
     if standing.over == "concurrency":
         running = f"{standing.running} choices are queued or running, the call adds {num}"
         return f"{running}; the limit of tenant {quota.tenant} is {quota.concurrency} at once"

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gateway.adapters.fleet_view import FleetView
-from gateway.auth.limits import RETRY_S, check_quota, limit_headers, limit_text
+from gateway.auth.limits import check_quota, limit_headers, refusal
 from gateway.calls.parse import ParsedCall
 from gateway.calls.tokenize import Prompt, TokenizedCall
 from gateway.overload.admission import Admission, Load
-from protocol.queue.quota import Standing
+from protocol.queue.quota import Quota, Standing
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import LorafleetError, Overloaded
+from protocol.wire.errors import LorafleetError
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class AdmittedCall:
     base: m.ServedModel
     prompts: list[Prompt]  # with the most tokens that each answer may have
     load: Load
+    quota: Quota | None  # whose limits it counts against, None for nobody's
 
 
 class CallAdmission:
@@ -50,34 +51,39 @@ class CallAdmission:
             replace(prompt, max_new_tokens=most(options, prompt.num_tokens, base.max_model_len))
             for prompt in call.prompts
         ]
+        quota = parsed.caller.quota
+        if quota is not None and not quota.max_bytes:
+            quota = replace(quota, max_bytes=self._settings.tenant_bytes)
         if options.is_empty:
-            return AdmittedCall(parsed, base, prompts, Load(options.cls, 0, 0, 0.0))
+            return AdmittedCall(parsed, base, prompts, Load(options.cls, 0, 0, 0.0), quota)
         num_tokens = options.n * sum(prompt.num_tokens + prompt.max_new_tokens for prompt in prompts)
         load = Load(options.cls, len(prompts) * options.n, num_tokens, self.lifetime_s(parsed))
         try:
-            if parsed.caller.quota is not None:
-                check_quota(parsed.caller.quota, load.num, load.num_tokens)
+            if quota is not None:
+                check_quota(quota, load.num, load.num_tokens)
             self._admission.check(load)
         except LorafleetError:
             self.reached_queue()
             raise
-        return AdmittedCall(parsed, base, prompts, load)
+        return AdmittedCall(parsed, base, prompts, load, quota)
 
     def lifetime_s(self, call: ParsedCall) -> float:
         """Return after how many seconds a call is ended, done or not."""
         return self._settings.job_ttl_s if call.options.background else self._settings.request_timeout_s
 
     def settle(self, call: AdmittedCall, outcome: str, told: Any) -> None:
-        """Take note of what the queue made of a call, see `Bus.submit`. Raises Overloaded if it was refused there."""
+        """Take note of what the queue made of a call, see `Bus.submit`.
+
+        Raises Overloaded if it was refused there, and BadRequest if it always will be.
+        """
         caller, load = call.parsed.caller, call.load
         if outcome == "full":
             raise self._admission.full(load, int(told))
         if isinstance(told, Standing):
             caller.headers.update(limit_headers(told))
             if told.over:
-                assert caller.quota is not None
-                text = limit_text(caller.quota, told, load.num, load.num_tokens)
-                raise Overloaded(text, told.retry_ms / 1000 if told.retry_ms else RETRY_S)
+                assert call.quota is not None
+                raise refusal(call.quota, told, load.num, load.num_tokens)
         self._admission.submitted(load)
 
     def reached_queue(self) -> None:

@@ -19,7 +19,6 @@ from protocol.wire.errors import BadRequest, LorafleetError
 from protocol.wire.keys import INTERACTIVE
 
 UNLIMITED = 1 << 31  # output tokens: more than any context
-SEED_BITS = 63
 
 Source = str | list[int]
 """A prompt as a text, or as token ids."""

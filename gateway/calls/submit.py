@@ -12,22 +12,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import msgspec
-
 from gateway.adapters.resolver import Target
 from gateway.calls import observe
 from gateway.calls.admit import AdmittedCall, CallAdmission
-from gateway.calls.parse import SEED_BITS, ParsedCall
+from gateway.calls.parse import ParsedCall
 from gateway.calls.replies import Replies, Subscription
 from gateway.calls.tokenize import Prompt
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
+from protocol.queue.jobs import NewJob
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 
 logger = logging.getLogger(__name__)
 
 PREFIX_TOKENS = 128  # of a prompt, hashed for the scheduler's prefix affinity
-_GOLDEN = 0x9E3779B97F4A7C15  # odd: multiples of it spread the seeds of the choices over all bits
 
 Requests = list[tuple[m.Submit, m.Body]]
 
@@ -109,40 +107,45 @@ class Submitter:
         )  # fmt: skip
 
     def requests(self, call: SubmittedCall, *, gateway: str, stored: bool) -> Requests:
-        """Return the queue's requests of a call, one for each choice.
+        """Return the queue's requests of a call, one for each choice; those of a prompt share a body.
 
         gateway: who gets the tokens, "" for nobody. stored: they live on without their client.
         """
         options, caller = call.parsed.options, call.parsed.caller
         weight = caller.tenant.weight if caller.tenant is not None else 1.0
+        bodies = [self._body(call.parsed, prompt) for prompt in call.prompts]
         found: Requests = []
         for index, rid in enumerate(call.rids):
-            which, sample = divmod(index, options.n)
+            which, choice = divmod(index, options.n)
             prompt = call.prompts[which]
-            digest, limit = prompt.target.digest, prompt.max_new_tokens
-            sampling = msgspec.structs.replace(options.sampling, seed=choice_seed(options.sampling.seed, sample))
             submit = m.Submit(
-                rid=rid, tenant=prompt.target.payer(caller), cls=options.cls, digest=digest,
-                num_prompt_tokens=prompt.num_tokens, max_new_tokens=limit, deadline_ms=call.deadline_ms,
-                gateway=gateway, stored=stored, submitted_ms=now_ms(), prefix=prefix_hash(prompt.ids), weight=weight,
+                rid=rid, tenant=prompt.target.payer(caller), cls=options.cls, digest=prompt.target.digest,
+                num_prompt_tokens=prompt.num_tokens, max_new_tokens=prompt.max_new_tokens,
+                deadline_ms=call.deadline_ms, gateway=gateway, stored=stored, submitted_ms=now_ms(),
+                prefix=prefix_hash(prompt.ids), weight=weight, choice=choice,
             )  # fmt: skip
-            own_ends = [] if sampling.ignore_eos else sorted(prompt.files.eos_ids - self._base_ends)
-            scale = 1.0 if options.lora_scale is None or not digest else options.lora_scale
-            body = m.Body(
-                prompt=prompt.ids, sampling=sampling, max_new_tokens=limit, stop=options.stop,
-                stop_token_ids=[*options.stop_token_ids, *own_ends], lora_scale=scale, salt=caller.name,
-                grammar=prompt.grammar, task=call.parsed.task,
-            )  # fmt: skip
-            found.append((submit, body))
+            found.append((submit, bodies[which]))
         return found
 
-    async def put(self, call: AdmittedCall, requests: Requests, record: m.Idempotent | None) -> m.Idempotent | None:
+    def _body(self, call: ParsedCall, prompt: Prompt) -> m.Body:
+        options = call.options
+        own_ends = [] if options.sampling.ignore_eos else sorted(prompt.files.eos_ids - self._base_ends)
+        return m.Body(
+            prompt=prompt.ids, sampling=options.sampling, max_new_tokens=prompt.max_new_tokens, stop=options.stop,
+            stop_token_ids=[*options.stop_token_ids, *own_ends] if own_ends else options.stop_token_ids,
+            lora_scale=1.0 if options.lora_scale is None or not prompt.target.digest else options.lora_scale,
+            salt=call.caller.name, grammar=prompt.grammar, task=call.task,
+        )  # fmt: skip
+
+    async def put(
+        self, call: AdmittedCall, requests: Requests, record: m.Idempotent | None, job: NewJob | None = None
+    ) -> m.Idempotent | None:
         """Write requests into the queue; return what the call's Idempotency-Key, if any, was used for before.
 
-        record: what is kept under that key. Raises Overloaded.
+        record: what is kept under that key. job: what the call is in the background. Raises Overloaded.
         """
         try:
-            outcome, told = await self._write(call, requests, record)
+            outcome, told = await self._write(call, requests, record, job=job)
             if outcome == "idem":
                 return decode(told, m.Idempotent)
             self._admission.settle(call, outcome, told)
@@ -152,15 +155,16 @@ class Submitter:
         return None
 
     async def _write(
-        self, call: AdmittedCall, requests: Requests, record: m.Idempotent | None, *, forced: bool = False
-    ) -> tuple[str, Any]:
+        self, call: AdmittedCall, requests: Requests, record: m.Idempotent | None, *, forced: bool = False,
+        job: NewJob | None = None,
+    ) -> tuple[str, Any]:  # fmt: skip
         """Write requests into the queue, or find them there; see `Bus.submit`. forced: whatever the limits are."""
         caller, key = call.parsed.caller, call.parsed.key
         return await self._bus.submit(
             call.parsed.options.cls, requests, max_queued=1 << 31 if forced else self._max_queued,
             idem_key=self._bus.keys.idem(caller.owner, key) if key else "",
             idem_value=m.encode(record) if record is not None else b"",
-            quota=caller.quota, forced=forced,
+            quota=call.quota, forced=forced, job=job,
         )  # fmt: skip
 
 
@@ -206,11 +210,6 @@ def rid_of(call: str, index: int) -> str:
 def call_of(rid: str) -> str:
     """Return the id of the call that a request belongs to."""
     return rid.rpartition("-")[0]
-
-
-def choice_seed(seed: int, index: int) -> int:
-    """Return the seed of a prompt's choice; the first keeps the client's, so that n does not change it."""
-    return (seed + index * _GOLDEN) % (1 << SEED_BITS)
 
 
 def prefix_hash(ids: bytes) -> str:

@@ -62,6 +62,14 @@ class Job(BaseModel):
     result: dict[str, Any] | None = None
 
 
+class Deleted(BaseModel):
+    """What was deleted."""
+
+    id: str
+    object: str
+    deleted: bool
+
+
 class Embeddings(BaseModel):
     """Embeddings; `embeddings` is LoRAX's key for the same, left out with base64."""
 
@@ -112,6 +120,7 @@ NATIVE = _errors(_object(error=_TEXT, error_type=_TEXT))
 HEALTH: Responses = {200: {"model": Health}, 503: {"model": Health, "description": "Nothing is served now"}}
 PAGE: Responses = {200: {"model": Page}}
 JOB: Responses = {200: {"model": Job}}
+DELETED: Responses = {200: {"model": Deleted}}
 LATER: Responses = {202: _json("Accepted; it is not done yet", {"type": "object"})}
 REGISTERED: Responses = {201: _json("A new name, served", {"type": "object"}), **LATER}
 STREAMED: Responses = {200: {"content": _EVENTS}}

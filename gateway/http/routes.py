@@ -97,6 +97,10 @@ class Endpoints:
         """Answer `/v1/jobs/{jid}/cancel`."""
         return json_response(await self._jobs.cancel(jid, caller_of(request)))
 
+    async def delete_job(self, jid: str, request: Request) -> Response:
+        """Answer `DELETE /v1/jobs/{jid}`."""
+        return json_response(await self._jobs.delete(jid, caller_of(request)))
+
     # ------------------------------------------------------------ operation
 
     async def health(self) -> Response:
@@ -120,4 +124,5 @@ def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     app.get("/v1/models/{name:path}")(endpoints.model)
     app.get("/v1/jobs", responses=openapi.PAGE)(endpoints.jobs)
     app.get("/v1/jobs/{jid}", responses=openapi.JOB)(endpoints.job)
+    app.delete("/v1/jobs/{jid}", responses=openapi.DELETED)(endpoints.delete_job)
     app.post("/v1/jobs/{jid}/cancel", responses=openapi.JOB)(endpoints.cancel_job)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway.auth.callers import Caller
-from gateway.calls.parse import SEED_BITS, Models, Options, ParsedCall, Rules, Texts
+from gateway.calls.parse import Models, Options, ParsedCall, Rules, Texts
 from gateway.lorax.bodies import AdapterParameters, GenerateRequest, Parameters
 from gateway.lorax.errors import GenerationFailed
 from gateway.text.structured import native_constraint
@@ -18,6 +18,7 @@ from peft_adapters.recipe import MAX_MERGED
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, LorafleetError
+from protocol.wire.messages.requests import SEED_BITS
 
 MAX_ALTERNATIVES = 1000  # return_k_alternatives: each costs 8 bytes per token in the log
 

@@ -13,7 +13,7 @@ from gateway.calls.parse import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.http.json_bodies import json_response
 from gateway.openai.bodies import BODIES, AnyRequest
-from gateway.openai.parse import parse, parse_stored
+from gateway.openai.parse import parse, parse_stored, to_be_stored
 from gateway.openai.write import write, writer_of
 
 
@@ -36,11 +36,11 @@ class OpenAICalls:
             if not earlier.jid:
                 generation = await self._pipeline.attach(self._parse(body, sent, caller), earlier)
                 return write(generation, self._settings.keepalive_s)
-            if await self.jobs.knows(earlier):
-                return json_response(await self.jobs.get(earlier.jid, caller), 202)
+            return json_response(await self.jobs.get(earlier.jid, caller), 202)
         call = self._parse(body, sent, caller)
         if call.options.background:
-            return json_response(await self.jobs.create(await self._pipeline.prepare(call), sent), 202)
+            job = await self.jobs.create(await self._pipeline.prepare(call), sent, to_be_stored(body))
+            return json_response(job, 202)
         return write(await self._pipeline.run(call), self._settings.keepalive_s)
 
     def _parse(self, body: AnyRequest, sent: Sent, caller: Caller) -> ParsedCall:

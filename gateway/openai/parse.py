@@ -8,7 +8,6 @@ from typing import Any
 
 from gateway.auth.callers import Caller
 from gateway.calls.parse import (
-    SEED_BITS,
     UNLIMITED,
     Conversation,
     Models,
@@ -37,8 +36,15 @@ from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
 from protocol.wire.keys import BATCH, INTERACTIVE
+from protocol.wire.messages.requests import SEED_BITS
 
 DEFAULT_COMPLETION_TOKENS = 16
+
+_NOT_STORED = {
+    "api_token", "metadata", "messages", "chat_template_kwargs", "guideline", "logit_bias", "response_format",
+    "structured_outputs",
+}  # fmt: skip
+"""Fields that say how an answer is made, not how it is written. The requests have what of them is still needed."""
 
 
 def parse(request: AnyRequest, caller: Caller, settings: Settings, sent: Sent | None = None) -> ParsedCall:
@@ -56,6 +62,14 @@ def parse(request: AnyRequest, caller: Caller, settings: Settings, sent: Sent | 
         metadata=request.metadata or {},
         sent=sent,
     )
+
+
+def to_be_stored(request: AnyRequest) -> dict[str, Any]:
+    """Return what of a body `parse_stored` needs to write its answer: known fields, and prompts only to be echoed."""
+    body = request.model_dump(exclude_none=True, exclude=_NOT_STORED)
+    if isinstance(request, ChatRequest):
+        return {**body, "messages": [{}]}
+    return body if request.echo else {**body, "prompt": [""] * len(_sources(request))}
 
 
 def parse_stored(endpoint: str, body: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:
@@ -134,7 +148,6 @@ def _check_sizes(request: GenerationRequest, settings: Settings) -> None:
     """Refuse lists that are longer than they may be. Raises BadRequest."""
     metadata = request.metadata or {}
     sizes = [
-        ("model", len(request.models), settings.max_choices),
         ("logit_bias", len(request.logit_bias or {}), settings.max_logit_bias),
         ("stop_token_ids", len(request.stop_token_ids or ()), MAX_STOP_TOKEN_IDS),
         ("metadata", len(metadata), MAX_METADATA_PAIRS),

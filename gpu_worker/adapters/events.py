@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from peft_adapters.recipe import PREFIX
 from protocol.wire.codec import now_ms
 from protocol.wire.messages import AdapterEvent
 from protocol.wire.records import AdapterUse
@@ -28,7 +29,10 @@ class AdapterEvents:
         self._uses.append((digest, resident))
 
     def take(self) -> tuple[list[AdapterEvent], dict[str, AdapterUse]]:
-        """Return what was recorded since the last call: the events, and the use of each adapter by digest."""
+        """Return what was recorded since the last call: the events, and the use of each adapter by digest.
+
+        Merges that requests ask for have no name under which anybody could read their use, and there may be any number.
+        """
         events = [self._events.popleft() for _ in range(len(self._events))]
         uses: dict[str, AdapterUse] = {}
         for _ in range(len(self._uses)):
@@ -44,4 +48,4 @@ class AdapterEvents:
             elif event.kind == "resident":
                 use = uses.setdefault(event.digest, AdapterUse())
                 use.loads, use.load_ms = use.loads + 1, use.load_ms + round(event.ms)
-        return events, uses
+        return events, {digest: use for digest, use in uses.items() if not digest.startswith(PREFIX)}

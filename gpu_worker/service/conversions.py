@@ -31,6 +31,7 @@ def owned_request(item: m.Assigned, entry: bytes, body: m.Body | None, log: byte
     return OwnedRequest(
         item.rid, item.epoch, entry, item.gateway, item.tenant, len(body.prompt) // 4, record_bytes,
         bytearray(log), bytearray(logprobs), body.task,
+        scored_prompt=body.prompt if body.sampling.prompt_logprobs else b"",
     )  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
         digest=item.digest,
         prompt=np.frombuffer(body.prompt, "<i4"),
         output=np.frombuffer(log, "<i4").tolist(),
-        sampling=body.sampling,
+        sampling=body.sampling.of_choice(item.choice),
         max_new_tokens=body.max_new_tokens,
         stop=body.stop,
         stop_token_ids=body.stop_token_ids,

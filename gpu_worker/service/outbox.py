@@ -34,6 +34,7 @@ class OwnedRequest:
     log: bytearray = field(default_factory=bytearray)  # int32 ids that are durable; repairs a log that lost its end
     logprobs: bytearray = field(default_factory=bytearray)  # their logprob records
     task: m.Task = "generate"
+    scored_prompt: bytes = b""  # its prompt (int32), if logprobs of it are wanted
 
     @property
     def num_logged(self) -> int:
@@ -189,7 +190,7 @@ class Outbox:
             error = error_json(new.error)
         return StepRow(
             request.rid, request.epoch, request.num_logged, new.ids, new.logprobs, state, new.finish, error,
-            new.prompt_logprobs,
+            new.prompt_logprobs and request.scored_prompt + new.prompt_logprobs,
         )  # fmt: skip
 
     def _delta(self, request: OwnedRequest, new: PendingOutput) -> m.Delta:

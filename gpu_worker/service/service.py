@@ -233,22 +233,22 @@ class Worker:
         items = assignments_in(entry)
         if not items:
             return
-        inputs = await self.bus.inputs([item.rid for item in items])
+        inputs = await self.bus.inputs(items)
         requests: list[EngineRequest] = []
         owned: list[OwnedRequest] = []
         failed: dict[str, LorafleetError] = {}
-        for item, (raw, tok, lp) in zip(items, inputs, strict=True):
+        for item, found in zip(items, inputs, strict=True):
             body: m.Body | None = None
             try:
-                body = decode(raw, m.Body) if raw is not None else None
+                body = found.body()
                 if body is not None:
-                    requests.append(engine_request(item, body, tok))
+                    requests.append(engine_request(item, body, found.log))
                 else:  # Its keys have expired: the step script refuses its row, and it is dropped.
                     failed[item.rid] = DeadlineExceeded("the request has expired")
             except ProtocolError as error:  # One that cannot be read must not take others of its entry along.
                 logger.exception("request %s cannot be read", item.rid)
                 body, failed[item.rid] = None, Internal(f"the request could not be read: {error.message}")
-            owned.append(owned_request(item, entry[0], body, tok, lp))
+            owned.append(owned_request(item, entry[0], body, found.log, found.logprobs))
         if self.outbox.knows(entry[0]):
             return
         if again := self.outbox.take(entry[0], owned):

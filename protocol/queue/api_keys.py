@@ -33,19 +33,15 @@ _NUM_SECRET_BYTES = 32
 
 
 class Tenant(m.Wire, frozen=True):
-    """A tenant and its limits, which hold for all its keys together. 0: no limit."""
+    """A tenant and its limits, which hold for all its keys together. 0: no limit, where nothing else is said."""
 
     name: str
     requests_per_minute: int = 0  # HTTP calls
     tokens_per_minute: int = 0  # of prompts and outputs
     concurrency: int = 0  # choices queued or running at once
+    kept_bytes: int = 0  # that it may keep in the queue; 0: what the setting `tenant_bytes` says
     weight: float = 1.0  # its share relative to others
     adapters: tuple[str, ...] = ("*",)  # patterns of the names of everybody's adapters that it sees
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether any limit is set, so that its use must be counted."""
-        return bool(self.requests_per_minute or self.tokens_per_minute or self.concurrency)
 
     def sees(self, name: str) -> bool:
         """Return whether the tenant may use the public adapter of this name."""
@@ -129,7 +125,7 @@ class ApiKeys:
     async def set_tenant(self, tenant: Tenant) -> None:
         """Store a tenant and its limits. Raises BadRequest."""
         check_tenant(tenant.name)
-        limits = (tenant.requests_per_minute, tenant.tokens_per_minute, tenant.concurrency)
+        limits = (tenant.requests_per_minute, tenant.tokens_per_minute, tenant.concurrency, tenant.kept_bytes)
         if min(limits) < 0 or not 0 < tenant.weight <= 1000:
             raise BadRequest("limits must not be negative, and a weight above 0 and at most 1000")
         await self._redis.hset(self._keys.tenants, tenant.name, m.encode(tenant))

@@ -13,8 +13,9 @@ import msgspec
 
 from protocol.queue.adapters import Adapters
 from protocol.queue.api_keys import ApiKeys
+from protocol.queue.calls import COMMON, Input, most_log_bytes, packed_bodies
 from protocol.queue.dead_letters import DeadLetters
-from protocol.queue.jobs import Jobs
+from protocol.queue.jobs import Jobs, NewJob
 from protocol.queue.members import Members
 from protocol.queue.quota import Quota, standing_of
 from protocol.queue.redis_client import CONNECTION_ERRORS, MemoryFull, QueueError, connect
@@ -54,7 +55,7 @@ class Bus:
         self.streams = Streams(self._redis, self._blocking, self.keys, self._scripts)
         self.members = Members(self._redis, self.keys, self._scripts)
         self.adapters = Adapters(self._redis, self.keys)
-        self.jobs = Jobs(self._redis, self.keys)
+        self.jobs = Jobs(self._redis, self.keys, self._scripts)
         self.api_keys = ApiKeys(self._redis, self.keys)
         self.dead_letters = DeadLetters(self._redis, self.keys, self._scripts)
 
@@ -104,18 +105,41 @@ class Bus:
         idem_value: bytes = b"",
         quota: Quota | None = None,
         forced: bool = False,
+        job: NewJob | None = None,
     ) -> tuple[Literal["ok", "full", "idem", "limit"], Any]:
-        """Accept requests all together, and reserve their use. `forced`: whatever the tenant's limits say.
+        """Accept the requests of a call all together, as a background `job` if given, and reserve their use.
 
+        Requests with the same body, the very object, share it in the queue. `forced`: whatever the tenant's limits say.
         Returns ("ok", `Standing` of the tenant, or None); or, not accepted, ("full", queued), ("idem", earlier value)
         or ("limit", `Standing`).
         """
-        limits = [quota.tenant, quota.requests_per_minute, quota.tokens_per_minute, quota.concurrency] if quota else []
-        args: list[Any] = [cls, max_queued, idem_value, *(limits or ["", 0, 0, 0]), int(forced)]
-        for sub, body in requests:
-            args += [sub.rid, m.encode(sub), m.encode(body), sub.tenant, sub.digest, sub.gateway, int(sub.stored),
+        keys, call = self.keys, requests[0][0].rid
+        parts, fields = packed_bodies([body for _, body in requests])
+        rows: list[Any] = []
+        num_bytes = sum(map(len, fields.values()))
+        for (given, body), part in zip(requests, parts, strict=True):
+            sub = given if given.rid == call else msgspec.structs.replace(given, call=call, part=part)
+            raw = m.encode(sub)
+            num_bytes += 2 * len(raw) + most_log_bytes(body)
+            rows += [sub.rid, raw, sub.tenant, sub.digest, sub.gateway, int(sub.stored),
                      sub.num_prompt_tokens, sub.max_new_tokens, sub.deadline_ms]  # fmt: skip
-        reply = await self._scripts.submit(keys=[self.keys.tag, self.keys.sub(cls), idem_key], args=args)
+        record = (job.job.jid, m.encode(job.job), job.request, job.ttl_ms) if job else ("", b"", b"", 0)
+        record_bytes = len(idem_key) + len(idem_value) + len(record[1]) + len(record[2])
+        limits: tuple[Any, ...] = ("", 0, 0, 0, 0)
+        if quota:
+            limits = (
+                quota.tenant, quota.requests_per_minute, quota.tokens_per_minute, quota.concurrency, quota.max_bytes
+            )  # fmt: skip
+        reply = await self._scripts.submit(
+            keys=[
+                keys.tag, keys.sub(cls), idem_key,
+                *((keys.job(job.job.jid), keys.jobs(job.job.tenant)) if job else ("", "")),
+            ],
+            args=[
+                cls, max_queued, idem_value, *limits, int(forced), num_bytes, record_bytes, *record, len(fields),
+                *(word for pair in fields.items() for word in pair), *rows,
+            ],
+        )  # fmt: skip
         outcome, *rest = reply[0].decode(), *reply[1:]
         if quota is not None and outcome in ("ok", "limit") and rest:
             return outcome, standing_of(quota, rest)
@@ -252,10 +276,13 @@ class Bus:
             finish=(finish or b"").decode() if ended else "", error=(error or b"").decode() if ended else "",
         )  # fmt: skip
 
-    async def prompt_logprobs(self, rid: str) -> tuple[bytes, bytes] | None:
+    async def prompt_logprobs(self, rid: str, record_bytes: int) -> tuple[bytes, bytes] | None:
         """Return a request's prompt (int32) and the logprob record of each token; None if they are not there."""
-        body, records = await self._redis.mget(self.keys.body(rid), self.keys.plp(rid))
-        return None if body is None or records is None else (decode(body, m.Body).prompt, records)
+        raw = await self._redis.get(self.keys.plp(rid))
+        if raw is None:
+            return None
+        size = len(raw) // (4 + record_bytes) * 4
+        return raw[:size], raw[size:]
 
     async def owned(self, rids: Sequence[str]) -> list[Owned | None]:
         """Return requests with their submissions, None for one that has expired."""
@@ -294,11 +321,18 @@ class Bus:
         """Return a request's log (int32 little endian), None when there is none."""
         return await self._redis.get(self.keys.tok(rid))
 
-    async def inputs(self, rids: Sequence[str]) -> list[tuple[bytes | None, bytes, bytes]]:
-        """Return each request's body (`messages.Body`; None: it has expired), log and logprob records."""
+    async def inputs(self, items: Sequence[m.Assigned | m.Submit]) -> list[Input]:
+        """Return each request's body, log and logprob records."""
         keys = self.keys
-        raws = await self._redis.mget([key(rid) for rid in rids for key in (keys.body, keys.tok, keys.lp)])
-        return [(raws[i], raws[i + 1] or b"", raws[i + 2] or b"") for i in range(0, len(raws), 3)]
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.mget([key(item.rid) for item in items for key in (keys.tok, keys.lp)])
+        for item in items:
+            pipe.hmget(keys.body(item.call or item.rid), COMMON, str(item.part))
+        logs, *bodies = await pipe.execute()
+        return [
+            Input(common, part, tok or b"", lp or b"")
+            for (common, part), tok, lp in zip(bodies, logs[::2], logs[1::2], strict=True)
+        ]
 
     async def scan_assigned(self, chunk: int) -> AsyncIterator[list[tuple[str, str]]]:
         """Yield (rid, owner) of all assigned requests, in lists. Scans all keys, about `chunk` in one command."""

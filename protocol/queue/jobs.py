@@ -1,42 +1,33 @@
-"""The records of background jobs: one message each, and an index per tenant by creation time."""
+"""The records of background jobs: a hash each, and an index per tenant by creation time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from protocol.queue.redis_client import Client, read_many
+from protocol.queue.redis_client import Client
+from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
 from protocol.wire.codec import decode
 from protocol.wire.keys import Keys
 
 
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A job as `Bus.submit` writes it, together with its requests."""
+
+    job: m.Job
+    request: bytes  # what of its HTTP body writing its answer needs, as JSON
+    ttl_ms: int
+
+
 class Jobs:
     """The jobs of a fleet, by id."""
 
-    def __init__(self, client: Client, keys: Keys) -> None:
+    def __init__(self, client: Client, keys: Keys, scripts: Scripts) -> None:
         self._redis = client
         self._keys = keys
-
-    async def save(self, job: m.Job, ttl_ms: int) -> None:
-        """Keep a job for `ttl_ms`, and drop older ones from its tenant's index."""
-        index = self._keys.jobs(job.tenant)
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.set(self._keys.job(job.jid), m.encode(job), px=ttl_ms)
-        pipe.zadd(index, {job.jid: job.created_ms})
-        pipe.zremrangebyscore(index, "-inf", job.created_ms - ttl_ms)
-        pipe.pexpire(index, ttl_ms)
-        await pipe.execute()
-
-    async def forget(self, job: m.Job) -> None:
-        """Delete a job that came to nothing."""
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.delete(self._keys.job(job.jid))
-        pipe.zrem(self._keys.jobs(job.tenant), job.jid)
-        await pipe.execute()
-
-    async def exists(self, jid: str) -> bool:
-        """Return whether a job is known."""
-        return bool(await self._redis.exists(self._keys.job(jid)))
+        self._scripts = scripts
 
     async def get(self, jid: str) -> m.Job | None:
         """Return a job, None if it is unknown or has expired."""
@@ -45,8 +36,21 @@ class Jobs:
 
     async def get_many(self, jids: Sequence[str]) -> list[m.Job]:
         """Return those of these jobs that are known, in their order."""
-        raws = await read_many(self._redis, [self._keys.job(jid) for jid in jids])
-        return [decode(raw, m.Job) for raw in raws if raw]
+        pipe = self._redis.pipeline(transaction=False)
+        for jid in jids:
+            pipe.hget(self._keys.job(jid), "b")
+        return [decode(raw, m.Job) for raw in await pipe.execute() if raw]
+
+    async def request(self, jid: str) -> bytes | None:
+        """Return what is kept of a job's HTTP body, as JSON; None if the job is unknown or has expired."""
+        return await self._redis.hget(self._keys.job(jid), "request")
+
+    async def forget(self, job: m.Job) -> bool:
+        """Delete a job and all that its requests have left; they must have ended. Returns False if it is unknown."""
+        keys = self._keys
+        idem = keys.idem(job.tenant, job.key) if job.key else ""
+        names = [keys.tag, keys.job(job.jid), keys.jobs(job.tenant), idem]
+        return bool(await self._scripts.forget(keys=names, args=[job.jid, *job.rids]))
 
     async def rank(self, tenant: str, jid: str) -> int | None:
         """Return how many of a tenant's jobs are newer than one; None when it is unknown."""

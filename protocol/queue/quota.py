@@ -8,12 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """The tenant that a call is charged to, and its limits. 0: no limit."""
+    """The tenant that a call is charged to, and its limits. 0: no limit.
+
+    `max_bytes` bounds what it keeps in the queue: bodies, messages and logs of its requests, at most what they can come
+    to while they run and what they came to afterwards, jobs, and Idempotency-Keys.
+    """
 
     tenant: str
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
     concurrency: int = 0
+    max_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +37,10 @@ class Standing:
     requests: Allowance | None  # None: no such limit
     tokens: Allowance | None
     running: int  # choices queued or running
-    over: str = ""  # "", requests, tokens or concurrency
+    over: str = ""  # "", requests, tokens, concurrency or bytes
     retry_ms: int = 0  # until the refused call would fit; 0: not known
+    kept_bytes: int = 0  # when bytes are over: what the tenant keeps in the queue
+    added_bytes: int = 0  # and the most that the call would add
 
 
 def standing_of(quota: Quota, reply: Sequence[int | bytes]) -> Standing:
@@ -46,4 +53,6 @@ def standing_of(quota: Quota, reply: Sequence[int | bytes]) -> Standing:
         running,
         over=refusal[0].decode() if refusal and isinstance(refusal[0], bytes) else "",
         retry_ms=int(refusal[1]) if refusal else 0,
+        kept_bytes=int(refusal[2]) if len(refusal) > 2 else 0,
+        added_bytes=int(refusal[3]) if len(refusal) > 2 else 0,
     )

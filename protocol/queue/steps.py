@@ -23,7 +23,7 @@ class StepRow:
     state: str = ""  # "", or a value of `messages.TERMINAL`
     finish: str = ""
     error: str = ""  # JSON of `messages.ErrorInfo`
-    prompt_logprobs: bytes = b""  # with the first token
+    prompt_logprobs: bytes = b""  # with the first token: the prompt (int32), then its records
 
 
 @dataclass(slots=True)

@@ -48,13 +48,14 @@ def table(keys: Keys | None = None) -> dict[str, Rights]:
     """Return the rights of each user by its name: the four services, and the operator of the command line."""
     k = keys or Keys()
     request = (k.req("*"), k.tok("*"), k.lp("*"), k.plp("*"))
-    use = k.quota("*")  # with its running requests; every script that ends a request settles it
+    use = k.quota("*")  # with all that is counted of a tenant; every script that ends a request settles it
     return {
         "gateway": Rights(
             # An empty name stands for a call without an Idempotency-Key among the keys of `submit.lua`.
             writes=(
-                *request, k.tag, k.body("*"), k.sub("*"), k.out("*"), use, k.job("*"), k.jobs("*"), k.idem("*", "*"),
-                "", k.gateway_beat("*"), k.gateways, k.registrations, k.registered("*", "*"), k.pins, k.adapter_events,
+                *request, k.tag, k.call("*"), k.body("*"), k.sub("*"), k.out("*"), use, k.job("*"), k.jobs("*"),
+                k.idem("*", "*"), "", k.gateway_beat("*"), k.gateways, k.registrations, k.registered("*", "*"), k.pins,
+                k.adapter_events,
             ),
             reads=(
                 k.api_keys, k.tenants, k.adapters, k.adapter("*"), k.adapter_use("*"), k.workers, k.worker_beat("*"),
@@ -64,8 +65,8 @@ def table(keys: Keys | None = None) -> dict[str, Rights]:
         ),
         "scheduler": Rights(
             writes=(
-                *request, k.tag, k.sub("*"), k.work("*"), k.own("*"), k.ctl("*"), k.ended, k.leader, k.leader_epoch,
-                k.status, use, k.workers, k.worker_beat("*"), k.gateways,
+                *request, k.tag, k.call("*"), k.sub("*"), k.work("*"), k.own("*"), k.ctl("*"), k.ended, k.leader,
+                k.leader_epoch, k.status, use, k.workers, k.worker_beat("*"), k.gateways,
             ),
             reads=(k.gateway_beat("*"), k.adapter("*")),
             adds=(k.body("*"), k.out("*"), k.dlq),
@@ -73,15 +74,15 @@ def table(keys: Keys | None = None) -> dict[str, Rights]:
         ),
         "worker": Rights(
             writes=(
-                *request, k.tag, k.own("*"), k.work("*"), k.ended, use, k.ctl("*"), k.worker_beat("*"), k.workers,
-                k.base, k.adapter_use("*"),
+                *request, k.tag, k.call("*"), k.own("*"), k.work("*"), k.ended, use, k.ctl("*"), k.worker_beat("*"),
+                k.workers, k.base, k.adapter_use("*"),
             ),
             reads=(k.body("*"), k.stores, k.store_beat("*")),
             adds=(k.out("*"), k.body("*"), k.sub("*"), k.dlq, k.adapter_events),
         ),
         "store": Rights(
             writes=(
-                k.adapters, k.adapter("*"), k.registrations, k.fetching("*"), k.pins, k.adapter_events,
+                k.tag, k.adapters, k.adapter("*"), k.registrations, k.fetching("*"), k.pins, k.adapter_events,
                 k.store_beat("*"), k.stores,
             ),
             reads=(k.base, k.workers, k.worker_beat("*")),
@@ -89,7 +90,7 @@ def table(keys: Keys | None = None) -> dict[str, Rights]:
             scans=True,
         ),
         "operator": Rights(
-            writes=(k.tag, k.api_keys, k.tenants, k.dlq, *request),
+            writes=(k.tag, k.api_keys, k.tenants, k.dlq, k.call("*"), *request),
             reads=(
                 k.status, k.workers, k.worker_beat("*"), k.gateways, k.gateway_beat("*"), k.stores, k.store_beat("*"),
                 k.base, k.work("*"), k.out("*"),

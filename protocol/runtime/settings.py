@@ -109,6 +109,12 @@ class Settings(BaseSettings):
         ge=0,
         description="longest predicted wait for a first token; beyond that, requests get 429; 0: their deadline",
     )
+    tenant_bytes: int = Field(
+        default=256 << 20,
+        ge=0,
+        description="most bytes that a tenant may keep in the queue: requests, answers, jobs; 0: no limit; "
+        "`lorafleet keys` sets it for one",
+    )
     max_open_calls: int = Field(
         default=16_384, ge=1, description="most calls that one gateway answers at once; beyond that, new ones get 429"
     )

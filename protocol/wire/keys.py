@@ -21,13 +21,23 @@ class Keys:
         """Prefix of every sharded key; scripts build request keys from it."""
         return f"{self.namespace}:{{{self.shard}}}"
 
-    # One request. All expire: deadline + 1 h, after the end 10 min (stored: 24 h, dead-lettered: 7 days).
+    # One request. All expire: deadline + 1 h, after the end 2 min (stored: 24 h, dead-lettered: 7 days).
     def req(self, rid: str) -> str:
         """Hash: state, epoch, owner and the other facts of a request. Written by scripts only."""
         return f"{self.tag}:req:{rid}"
 
+    def call(self, rid: str) -> str:
+        """Hash: how many requests of a call have not ended, by the id of its first, and what it costs its tenant.
+
+        Until the last of them has ended; of stored ones what they cost their tenant lives on with their logs.
+        """
+        return f"{self.tag}:call:{rid}"
+
     def body(self, rid: str) -> str:
-        """String: `messages.Body`, msgpack."""
+        """Hash: the `messages.Body` of a call, by the id of its first request; see `protocol.queue.calls`.
+
+        Until the last request of the call has ended.
+        """
         return f"{self.tag}:body:{rid}"
 
     def tok(self, rid: str) -> str:
@@ -39,7 +49,7 @@ class Keys:
         return f"{self.tag}:lp:{rid}"
 
     def plp(self, rid: str) -> str:
-        """String: logprob records of the prompt's tokens, the first NaN, if asked for; with the first token."""
+        """String: the prompt's tokens (int32), then their logprob records, the first NaN; with the first token."""
         return f"{self.tag}:plp:{rid}"
 
     # Work. One reader each, which remembers the last id it saw; an entry is deleted when its work is done and never
@@ -77,7 +87,7 @@ class Keys:
 
     # Jobs: 24 h.
     def job(self, jid: str) -> str:
-        """String: `messages.Job`."""
+        """Hash: `b`, a `messages.Job`, and `request`, what of its HTTP body writing its answer needs, as JSON."""
         return f"{self.tag}:job:{jid}"
 
     def jobs(self, tenant: str) -> str:
@@ -96,6 +106,13 @@ class Keys:
     def running(self, tenant: str) -> str:
         """Sorted set: rid -> unix ms after which it does not count any more. Until the last deadline."""
         return f"{self.tag}:q:{tenant}:run"
+
+    def kept(self, tenant: str) -> str:
+        """Sorted set: what the tenant keeps in the queue, `<call>:<bytes>` -> unix ms when it has expired; and `sum`.
+
+        The score of `sum` is minus the bytes of all others. Until the last of them has expired.
+        """
+        return f"{self.tag}:q:{tenant}:kept"
 
     # API keys. Permanent.
     @property

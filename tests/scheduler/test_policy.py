@@ -238,6 +238,17 @@ def test_one_batch_holds_requests_of_different_adapters_up_to_the_credit() -> No
     assert planned(scheduler) == {"w0": ["r6"]}
 
 
+def test_jobs_wait_while_the_queue_has_no_room_for_their_answers() -> None:
+    scheduler = make_scheduler()
+    for rid, cls in (("job", "batch"), ("call", "interactive")):
+        scheduler.submit(make_submit(rid, cls=cls), 0)
+    scheduler.takes_batch = False
+    assert planned(scheduler) == {"w0": ["call"]}
+    assert planned(scheduler) == {}
+    scheduler.takes_batch = True
+    assert planned(scheduler) == {"w0": ["job"]}
+
+
 def test_a_flood_yields_and_others_take_its_places() -> None:
     scheduler = make_scheduler(capacity=16)
     for tenant in ("quiet", "other"):

@@ -8,8 +8,8 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
-from msgspec import json
 from full_memory import full_memory
+from msgspec import json
 from waiting import wait_until
 
 from lorafleet.launcher.embedded import start_embedded

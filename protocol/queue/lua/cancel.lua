@@ -9,9 +9,10 @@
 -- ARGV[4]  bytes   list of one `messages.Ended`, msgpack, for the scheduler
 -- Reply: str, the request's state after the call; '' when it is unknown.
 local rid, now = ARGV[1], now_ms()
-local f = redis.call('HMGET', req_key(rid), 'state', 'owner', 'gateway')
+local f = redis.call('HMGET', req_key(rid), 'state', 'owner', 'gateway', 'cancel')
 if not f[1] then return '' end
-if is_terminal(f[1]) then return f[1] end
+-- Whoever asks again and again adds nothing: the order is on its way.
+if is_terminal(f[1]) or f[4] == '1' then return f[1] end
 redis.call('HSET', req_key(rid), 'cancel', 1)
 if f[1] == 'queued' then
   drop_submit(rid)

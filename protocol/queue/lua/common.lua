@@ -25,7 +25,19 @@ local function is_terminal(state)
 end
 
 -- Kinds of keys that a request has.
-local request_kinds = {':req:', ':body:', ':tok:', ':lp:', ':plp:'}
+local request_kinds = {':req:', ':tok:', ':lp:', ':plp:'}
+
+-- Bytes of a request besides its logs and messages: its hash, its places in streams and sets, the names of its keys.
+local request_bytes = 2048
+
+-- Return the key of what is known of a call, a hash, by the id of its first request. Fields: open: how many of its
+-- requests have not ended; and where the tenant's bytes are counted, who: the tenant; bytes: what is counted of the
+-- call now; left: what stays of those that have ended; last: unix ms until which the records of a job and an
+-- Idempotency-Key live, 0 without.
+local function call_key(call) return P .. ':call:' .. call end
+
+-- Return the key of a call's bodies, see `calls.py`. It lives as long as any request of the call may run.
+local function body_key(call) return P .. ':body:' .. call end
 
 -- Return the key of a tenant's use: a hash of two buckets that empty evenly over a minute. With ':run' behind it, the
 -- key of a sorted set of its running requests. A tenant's name has no colon, so two tenants never share a key.
@@ -44,16 +56,98 @@ local function settle(rid, tenant, max_new, num_prompt, assigned)
   end
 end
 
+-- What a tenant keeps in the queue is a sorted set of '<call>:<bytes>', by the unix ms when it has expired. Its member
+-- 'sum' has minus the bytes of all others for a score. Both change in one script, so they agree whatever is lost; and
+-- what nobody takes out stops counting by itself.
+
+-- Make a key live until `to`, unix ms, if it would expire before.
+local function live_until(key, to)
+  local expires = redis.call('PEXPIRETIME', key)
+  if expires ~= -2 and expires < to then redis.call('PEXPIREAT', key, to) end
+end
+
+-- Make what the requests of a call share live until `to`, unix ms. Both keys always live equally long, and not all who
+-- end requests may look at bodies.
+local function prolong(call, to)
+  local expires = redis.call('PEXPIRETIME', call_key(call))
+  if expires == -2 or expires >= to then return end
+  redis.call('PEXPIREAT', call_key(call), to)
+  redis.call('PEXPIREAT', body_key(call), to)
+end
+
+-- Count `bytes` of a call against its tenant until `to`, unix ms.
+local function keep(tenant, call, bytes, to)
+  local key = quota_key(tenant) .. ':kept'
+  redis.call('ZADD', key, to, call .. ':' .. bytes)
+  redis.call('ZINCRBY', key, -bytes, 'sum')
+  live_until(key, to + 60000)
+end
+
+-- Count the `bytes` of a call no more. They may have expired before.
+local function give_back(tenant, call, bytes)
+  local key = quota_key(tenant) .. ':kept'
+  if redis.call('ZREM', key, call .. ':' .. bytes) == 1 then redis.call('ZINCRBY', key, bytes, 'sum') end
+end
+
+-- Return the bytes that a tenant keeps. At most 128 expired entries are taken out at once, each by one such call.
+local function kept_bytes(tenant, now)
+  local key = quota_key(tenant) .. ':kept'
+  for _, entry in ipairs(redis.call('ZRANGEBYSCORE', key, 0, now, 'LIMIT', 0, 128)) do
+    redis.call('ZREM', key, entry)
+    redis.call('ZINCRBY', key, string.match(entry, ':(%d+)$'), 'sum')
+  end
+  return -tonumber(redis.call('ZSCORE', key, 'sum') or 0)
+end
+
+-- Note that a request of a call has ended and lives for `ttl` more seconds. With the last one the bodies go, and the
+-- tenant keeps only what is left. `is_stored`: a client may delete that.
+local function leave_call(rid, call, ttl, now, is_stored)
+  local key = call_key(call)
+  local f = redis.call('HMGET', key, 'open', 'who', 'bytes', 'left', 'last')
+  if not f[1] then return end
+  local left = tonumber(f[4] or 0)
+  if f[2] then
+    left = left + request_bytes
+    for _, kind in ipairs({':tok:', ':lp:', ':plp:'}) do left = left + redis.call('STRLEN', P .. kind .. rid) end
+  end
+  if f[1] ~= '1' then
+    redis.call('HSET', key, 'open', f[1] - 1, 'left', left)
+    return
+  end
+  redis.call('UNLINK', key, body_key(call))
+  if not f[2] then return end
+  local to = math.max(now + ttl * 1000, tonumber(f[5]))
+  give_back(f[2], call, f[3])
+  keep(f[2], call, left, to)
+  if is_stored then
+    redis.call('HSET', key, 'who', f[2], 'bytes', left)
+    redis.call('PEXPIREAT', key, to)
+  end
+end
+
 -- Write the end of a request: its state, reason (`finish`), error and time (`now`, ms); shorten the life of its keys.
-local function write_end(rid, state, finish, error, now)
+-- `is_dead`: it may be retried for 7 days, so it does not leave its call.
+local function write_end(rid, state, finish, error, now, is_dead)
   local key = req_key(rid)
-  local f = redis.call('HMGET', key, 'stored', 'quota', 'max_new', 'n_prompt', 't_assign')
+  local f = redis.call('HMGET', key, 'stored', 'quota', 'max_new', 'n_prompt', 't_assign', 'call')
   redis.call('HSET', key, 'state', state, 'finish', finish, 'error', error, 'owner', '', 't_end', now)
   if f[2] then settle(rid, f[2], f[3], f[4], f[5]) end
-  -- An encoder's result (max_new is 0) is large and read at once, so it lives for a minute only.
-  local ttl = f[1] == '1' and 86400 or f[3] == '0' and 60 or 600
+  -- Of what is not stored nobody reads but the gateway that waits for it, and it does so at once. An encoder's result
+  -- (max_new is 0) is large.
+  local ttl = is_dead and 604800 or f[1] == '1' and 86400 or f[3] == '0' and 60 or 120
   for _, kind in ipairs(request_kinds) do
     redis.call('EXPIRE', P .. kind .. rid, ttl)
+  end
+  if not is_dead then
+    leave_call(rid, f[6], ttl, now, f[1] == '1')
+    return
+  end
+  local to = now + ttl * 1000
+  prolong(f[6], to)
+  local c = redis.call('HMGET', call_key(f[6]), 'who', 'bytes')
+  if c[1] then
+    redis.call('ZADD', quota_key(c[1]) .. ':kept', 'XX', to, f[6] .. ':' .. c[2])
+    live_until(quota_key(c[1]) .. ':kept', to + 60000)
   end
 end
 

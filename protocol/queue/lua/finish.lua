@@ -16,7 +16,7 @@ local f = redis.call('HMGET', req_key(rid), 'state', 'owner', 'gateway')
 if not f[1] or is_terminal(f[1]) then return 0 end
 drop_submit(rid)
 redis.call('HINCRBY', req_key(rid), 'epoch', 1)
-write_end(rid, ARGV[2], ARGV[3], ARGV[4], now)
+write_end(rid, ARGV[2], ARGV[3], ARGV[4], now, ARGV[8] ~= '')
 tell_scheduler(ARGV[7])
 if f[2] ~= '' then
   disown(f[2], rid)
@@ -26,6 +26,5 @@ if f[3] ~= '' then redis.call('XADD', P .. ':out:' .. f[3], 'NOMKSTREAM', '*', '
 if ARGV[8] ~= '' then
   redis.call('XADD', P .. ':dlq', 'MINID', '~', now - 604800000, '*', 'b', ARGV[8])
   redis.call('EXPIRE', P .. ':dlq', 604800)
-  for _, kind in ipairs(request_kinds) do redis.call('EXPIRE', P .. kind .. rid, 604800) end  -- for a retry
 end
 return 1

@@ -10,14 +10,14 @@
 local letter, rid, sub, deadline = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 if #redis.call('XRANGE', P .. ':dlq', letter, letter) == 0 then return 'gone' end
 local key, now = req_key(rid), now_ms()
-local f = redis.call('HMGET', key, 'state', 'cls')
-if f[1] ~= 'failed' or redis.call('EXISTS', P .. ':body:' .. rid) == 0 then return 'expired' end
+local f = redis.call('HMGET', key, 'state', 'cls', 'call')
+if f[1] ~= 'failed' or redis.call('EXISTS', body_key(f[3])) == 0 then return 'expired' end
 local epoch = redis.call('HINCRBY', key, 'epoch', 1)
 local id = redis.call('XADD', P .. ':sub:' .. f[2], '*', 'b', sub, 'e', epoch)
 redis.call('HSET', key, 'state', 'queued', 'attempts', 0, 'lost', '', 'finish', '', 'error', '', 'owner', '',
   'cancel', 0, 'gateway', '', 'stored', 1, 'deadline', deadline, 'sub', sub, 'sub_id', id, 't_submit', now, 't_end', '')
-for _, kind in ipairs(request_kinds) do
-  redis.call('PEXPIRE', P .. kind .. rid, math.max(deadline - now, 0) + 3600000)
-end
+local to = math.max(deadline, now) + 3600000
+for _, kind in ipairs(request_kinds) do redis.call('PEXPIREAT', P .. kind .. rid, to) end
+prolong(f[3], to)
 redis.call('XDEL', P .. ':dlq', letter)
 return 'ok'

@@ -16,6 +16,9 @@ class Assigned(Packed, frozen=True):
     tenant: str = ""
     gateway: str = ""
     yields: bool = False  # its tenant has more than its fair share: it yields to requests of tenants that have less
+    choice: int = 0  # this and the next two as in `Submit`
+    call: str = ""
+    part: int = 0
 
 
 class Control(Wire, frozen=True):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from protocol.wire.messages.base import Wire
 
 
 class Job(Wire, frozen=True):
-    """A background request: which requests it is made of, and how its result is written."""
+    """A background request: which requests it is made of, and what lists show of it."""
 
     jid: str
     endpoint: str
@@ -17,11 +15,11 @@ class Job(Wire, frozen=True):
     created_ms: int
     expires_ms: int
     rids: list[str]
-    request: dict[str, Any]  # the HTTP body, to build the result as the endpoint would
     metadata: dict[str, str] = {}
     digests: list[str] = []  # of the adapters that answer, "" for the base model
     texts: list[str] = []  # of each, the hash of the tokenizer and template it brings, "" if none
     opened: list[bool] = []  # of each, whether its prompt ends within the model's reasoning
+    key: str = ""  # the Idempotency-Key it was made with, "" for none
 
 
 class Idempotent(Wire, frozen=True):

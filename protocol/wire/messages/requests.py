@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from protocol.wire.messages.base import Task, Wire
+
+SEED_BITS = 63
+_GOLDEN = 0x9E3779B97F4A7C15  # odd: multiples of it spread the seeds of the choices over all bits
 
 
 class Sampling(Wire, frozen=True):
@@ -28,9 +33,15 @@ class Sampling(Wire, frozen=True):
     prompt_logprobs: bool = False  # those of the prompt's tokens too, `num_logprobs` of each; into `Keys.plp`
     logprobs_of: Literal["model", "choice"] = "model"  # the model's own distribution, or the one drawn from
 
+    def of_choice(self, index: int) -> Sampling:
+        """Return how a prompt's choice is sampled: by a seed of its own. The first keeps the client's, whatever n."""
+        if not index:
+            return self
+        return msgspec.structs.replace(self, seed=(self.seed + index * _GOLDEN) % (1 << SEED_BITS))
+
 
 class Body(Wire, frozen=True):
-    """What a worker needs to run a request; lives in `Keys.body`."""
+    """What a worker needs to run the choices of a prompt; lives in `Keys.body`, see `protocol.queue.calls`."""
 
     prompt: bytes  # int32 little endian token ids
     sampling: Sampling
@@ -58,3 +69,6 @@ class Submit(Wire, frozen=True):
     submitted_ms: int = 0
     prefix: str = ""  # hash of the prompt's first blocks, for prefix affinity
     weight: float = 1.0  # the tenant's share relative to others
+    choice: int = 0  # of its prompt, see `Sampling.of_choice`
+    call: str = ""  # first request of its call; "": itself. This and the next are set by `Bus.submit`
+    part: int = 0  # which of the call's bodies is its own

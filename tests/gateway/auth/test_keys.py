@@ -253,6 +253,47 @@ async def test_what_no_limit_could_ever_let_in_is_the_client_s_fault(http: httpx
         assert "retry-after" not in refused.headers
 
 
+async def test_what_a_tenant_keeps_in_the_queue_is_limited(
+    fleet: ScriptedFleet, http: httpx2.AsyncClient, keys: ApiKeys
+) -> None:
+    small, other = await key_of(keys, "small", kept_bytes=20_000), await key_of(keys, "other")
+    job = {**CHAT, "background": True}
+    made: list[str] = []
+    while True:
+        answer = await http.post("/v1/chat/completions", json=job, headers=small)
+        if answer.status_code != 202:
+            break
+        made.append(answer.json()["id"])
+        await http.get(f"/v1/jobs/{made[-1]}", headers={**small, "prefer": "wait=30"})
+    assert 2 <= len(made) <= 8
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (429, "rate_limit_exceeded")
+    assert "tenant small keeps" in error["message"]
+    assert "its limit is 20000" in error["message"]
+    assert (answer.headers["retry-after"], answer.headers["x-should-retry"]) == ("5", "true")
+    assert (await http.post("/v1/chat/completions", json=job, headers=other)).status_code == 202
+    assert (await http.delete(f"/v1/jobs/{made[0]}", headers=other)).status_code == 404
+    assert (await http.delete(f"/v1/jobs/{made[0]}", headers=small)).status_code == 200
+    assert (await http.post("/v1/chat/completions", json=job, headers=small)).status_code == 202
+    answer = await http.post("/v1/chat/completions", json={**CHAT, "n": 20}, headers=small)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "limit_exceeded")
+    assert "the limit of tenant small is 20000" in answer.json()["error"]["message"]
+
+
+async def test_every_tenant_has_the_fleet_s_limit_of_bytes(
+    bus: Bus, fleet: ScriptedFleet, keys: ApiKeys, model_folder: Path
+) -> None:
+    headers = await key_of(keys, "acme")
+    async with (
+        running_gateway(bus, model_folder, api_keys=True, tenant_bytes=1000) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url) as http,
+    ):
+        answer = await http.post("/v1/chat/completions", json=CHAT, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "limit_exceeded")
+        await keys.set_tenant(Tenant(name="acme", kept_bytes=100_000))
+        assert (await http.post("/v1/chat/completions", json=CHAT, headers=headers)).status_code == 200
+
+
 async def test_a_call_counts_while_it_runs_and_until_its_client_leaves(
     bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient, keys: ApiKeys
 ) -> None:

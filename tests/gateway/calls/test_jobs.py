@@ -212,28 +212,103 @@ async def test_a_job_with_a_key_is_made_once(http: httpx2.AsyncClient, fleet: Sc
     assert len((await http.get("/v1/jobs")).json()["data"]) == 1
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-async def test_a_job_that_a_queue_lost_with_its_last_second_is_found_again(
-    http: httpx2.AsyncClient, bus: Bus, monkeypatch: pytest.MonkeyPatch, when: str
+async def test_a_job_that_a_queue_lost_with_its_last_second_is_made_again(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, bus: Bus
 ) -> None:
-    """Before its requests came: none would find them. After them: its key would tell of a job that is not there."""
-    submit = Bus.submit
-
-    async def lose_job(*args: Any, **more: Any) -> Any:
-        await bus._redis.delete(*await bus._redis.keys(f"{bus.keys.tag}:job*"))
-        return await submit(*args, **more)
-
-    if when == "before":
-        monkeypatch.setattr(Bus, "submit", lose_job)
+    """Job, requests and key are written at once, so they are lost together."""
     headers, body = {"idempotency-key": "k5"}, {**CHAT, "background": True}
+    lost = (await http.post("/v1/chat/completions", json=body, headers=headers)).json()
+    await http.get(f"/v1/jobs/{lost['id']}", headers={"prefer": "wait=30"})
+    for kind in ("job", "idem", "req", "tok", "call", "body"):
+        await bus._redis.delete(*await bus._redis.keys(f"{bus.keys.tag}:{kind}*"), "none")
     job = (await http.post("/v1/chat/completions", json=body, headers=headers)).json()
-    monkeypatch.undo()
-    if when == "after":
-        await bus._redis.delete(bus.keys.job(job["id"]))
-        other = await http.post("/v1/chat/completions", json={**body, "seed": 2}, headers=headers)
-        assert other.json()["error"]["code"] == "idempotency_key_reused"
-        assert (await http.post("/v1/chat/completions", json=body, headers=headers)).json()["id"] == job["id"]
+    assert job["id"] != lost["id"]
     done = await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=30"})
-    assert done.json()["status"] == "completed"
     assert done.json()["result"]["choices"][0]["message"]["content"] == Script().text
     assert [listed["id"] for listed in (await http.get("/v1/jobs")).json()["data"]] == [job["id"]]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": "MARK the quick brown fox"}]}),
+        ("/v1/completions", {**COMPLETION, "prompt": "MARK the quick brown fox", "echo": False}),
+    ],
+)
+async def test_a_job_keeps_what_it_needs_once(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, bus: Bus, path: str, body: dict[str, Any]
+) -> None:
+    fleet.assigning.clear()
+    unknown = {"unknown": "MARK" * 10_000, "user": "MARK", "chat_template_kwargs": {"unused": "MARK"}}
+    asked = {**body, **unknown, "background": True, "metadata": {"note": "ONCE"}, "api_token": "MARK"}
+    job = (await http.post(path, json=asked)).json()
+    await wait_until(lambda: len(fleet.seen) == body.get("n", 1), "its requests have come")
+    found: list[bytes] = []
+    for key in await bus._redis.keys(f"{bus.keys.tag}:*"):
+        kind = await bus._redis.type(key)
+        if kind == b"hash":
+            found += (await bus._redis.hgetall(key)).values()
+        elif kind == b"string":
+            found.append(await bus._redis.get(key))
+    everything = b"".join(found)
+    assert b"MARK" not in everything
+    assert everything.count(b"ONCE") == 1
+    assert everything.count(fleet.seen[0][1].prompt) == 1
+    fleet.assigning.set()
+    done = (await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=30"})).json()
+    assert done["status"] == "completed"
+    assert done["metadata"] == {"note": "ONCE"}
+    assert await bus._redis.keys(f"{bus.keys.tag}:body:*") == []  # bodies go with the end
+
+
+@pytest.mark.parametrize("state", ["queued", "running", "completed"])
+async def test_a_deleted_job_ends_and_leaves_nothing(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, bus: Bus, state: str
+) -> None:
+    fleet.script = lambda submit, body: Script(hold_after=3 if state == "running" else None)
+    if state == "queued":
+        fleet.assigning.clear()
+    headers, body = {"idempotency-key": "k6"}, {**CHAT, "n": 2, "background": True}
+    job = (await http.post("/v1/chat/completions", json=body, headers=headers)).json()
+
+    async def is_so() -> bool:
+        return (await http.get(f"/v1/jobs/{job['id']}")).json()["status"] == state
+
+    await wait_until(is_so, f"the job is {state}")
+    answer = await http.delete(f"/v1/jobs/{job['id']}")
+    assert (answer.status_code, answer.json()) == (200, {"id": job["id"], "object": "job", "deleted": True})
+    for gone in (await http.get(f"/v1/jobs/{job['id']}"), await http.delete(f"/v1/jobs/{job['id']}")):
+        assert (gone.status_code, gone.json()["error"]["code"]) == (404, "job_not_found")
+    assert (await http.get("/v1/jobs")).json()["data"] == []
+    fleet.go.set()
+    fleet.assigning.set()
+    call = job["id"].removeprefix("job_")
+    assert await bus._redis.keys(f"*{call}*") == []
+    assert await bus._redis.xlen(bus.keys.sub("batch")) == 0
+    again = (await http.post("/v1/chat/completions", json=body, headers=headers)).json()
+    assert again["id"] != job["id"]
+
+
+async def test_a_page_of_jobs_ends_when_it_has_cost_enough(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, bus: Bus
+) -> None:
+    fleet.assigning.clear()
+    body = {**CHAT, "n": 128, "background": True}
+    made = [(await http.post("/v1/chat/completions", json=body)).json()["id"] for _ in range(20)]
+    found: list[str] = []
+    pages = 0
+    after: dict[str, str] = {}
+    while True:
+        page = (await http.get("/v1/jobs", params={"limit": 100, **after})).json()
+        assert len(page["data"]) <= 16  # 128 look-ups each
+        found += [job["id"] for job in page["data"]]
+        pages += 1
+        if not page["has_more"]:
+            break
+        after = {"after": page["last_id"]}
+    assert sorted(found) == sorted(made)
+    assert pages > 1
+    none = (await http.get("/v1/jobs", params={"status": "failed"})).json()
+    assert (none["data"], none["first_id"], none["has_more"]) == ([], None, True)
+    last = (await http.get("/v1/jobs", params={"status": "failed", "after": none["last_id"]})).json()
+    assert last["data"] == []

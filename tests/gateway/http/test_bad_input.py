@@ -95,7 +95,6 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"metadata": {"a": 1}}, "metadata"),
     ("chat", {"tools": [TOOL] * 129}, "tools"),
     ("completions", {"stop_token_ids": [5] * 1025}, "stop_token_ids"),
-    ("completions", {"model": ["base"] * 129}, "model"),
     ("completions", {"prompt": []}, "prompt"),
     ("completions", {"prompt": ""}, "prompt"),
     ("completions", {"prompt": [[]]}, "prompt"),

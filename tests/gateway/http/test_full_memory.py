@@ -72,3 +72,23 @@ async def test_no_call_is_let_in_above_nine_tenths_of_the_memory(
     assert (await http.get("/v1/jobs")).status_code == 200
     await bus._redis.delete(bus.keys.status)
     await wait_until(lambda: answer_is(200), "there is room again")
+
+
+async def test_a_queue_that_jobs_have_filled_empties_again(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, bus: Bus
+) -> None:
+    fleet.assigning.clear()
+    body = {**COMPLETION, "n": 32, "max_tokens": 1, "background": True}
+    (used, _), made = await bus.memory(), []
+    async with full_memory(bus, used + (1 << 20)):
+        while (answer := await http.post("/v1/completions", json=body)).status_code == 202:
+            made.append(answer.json()["id"])
+        check_refused(answer)
+        assert len(made) > 5
+        fleet.assigning.set()
+        for jid in made:
+            done = (await http.get(f"/v1/jobs/{jid}", headers={"prefer": "wait=60"})).json()
+            assert (done["status"], len(done["result"]["choices"])) == ("completed", 32)
+        for jid in made:
+            assert (await http.delete(f"/v1/jobs/{jid}")).status_code == 200
+        assert (await http.post("/v1/completions", json=COMPLETION)).status_code == 200

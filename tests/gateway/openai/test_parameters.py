@@ -13,7 +13,6 @@ from openai import AsyncOpenAI
 from scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, ScriptedFleet, running_gateway
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gateway.calls.submit import choice_seed
 from gateway.text.structured import JSON_STYLE
 from gateway.text.tokenizer import TokenText
 from protocol.queue.bus import Bus
@@ -119,7 +118,7 @@ async def test_max_completion_tokens_wins(http: httpx2.AsyncClient, fleet: Scrip
 
 def test_choices_have_seeds_of_their_own() -> None:
     for seed in (0, 1, (1 << 63) - 1):
-        seeds = [choice_seed(seed, i) for i in range(128)]
+        seeds = [m.Sampling(seed=seed).of_choice(i).seed for i in range(128)]
         assert seeds[0] == seed
         assert len(set(seeds)) == 128
         assert all(0 <= s < 1 << 63 for s in seeds)

@@ -164,7 +164,7 @@ async def test_a_body_that_cannot_be_read_fails_its_own_request_alone(bus: Bus) 
         for rid, raw in (("odd", m.encode(odd)), ("text", b"\x81\xa6prompt\xa1\xff"), ("good", b"")):
             await submit(bus, rid)
             if raw:
-                await bus._redis.set(bus.keys.body(rid), raw, keepttl=True)
+                await bus._redis.hset(bus.keys.body(rid), "0", raw)
         assert await assign(bus, worker.wid, "odd", "text", "good") == "ok"
         for rid in ("odd", "text"):
             await wait_until(lambda rid=rid: _is(bus, rid, "failed"), f"{rid} fails")
@@ -433,15 +433,18 @@ async def test_a_worker_shows_its_own_metrics_on_its_port(bus: Bus, unused_tcp_p
         return {line.rpartition(" ")[0]: float(line.split()[-1]) for line in lines if not line.startswith("#")}
 
     async with running_worker(bus, metrics_port=unused_tcp_port) as (worker, _):
-        assert (await asyncio.to_thread(scrape))[
-            'lorafleet_worker_phase_seconds_total{phase="publish",worker="w"}'
-        ] == 0
+        publishing = 'lorafleet_worker_phase_seconds_total{phase="publish",worker="w"}'
+
+        async def shown() -> bool:
+            return publishing in await asyncio.to_thread(scrape)
+
+        await wait_until(shown, "its first beat after it has joined")
+        assert (await asyncio.to_thread(scrape))[publishing] == 0
         await submit(bus, "r")
         await assign(bus, worker.wid, "r")
 
         async def published() -> bool:
-            found = await asyncio.to_thread(scrape)
-            return found['lorafleet_worker_phase_seconds_total{phase="publish",worker="w"}'] > 0
+            return (await asyncio.to_thread(scrape))[publishing] > 0
 
         await wait_until(published, "the time of step scripts is shown")
     with pytest.raises(OSError, match="refused"):

@@ -43,7 +43,7 @@ async def test_letters_come_newest_first(bus: Bus) -> None:
 async def test_a_retried_request_is_queued_with_its_tokens(bus: Bus) -> None:
     letters = bus.dead_letters
     letter_id = await give_up(bus, "a")
-    for key in (bus.keys.req("a"), bus.keys.body("a"), bus.keys.tok("a")):
+    for key in (bus.keys.req("a"), bus.keys.call("a"), bus.keys.body("a"), bus.keys.tok("a")):
         assert 604_000 < await bus._redis.ttl(key) <= 604_800  # as long as the letter
     assert await letters.retry(letter_id, 60) == "a"
     assert await letters.newest(10) == []

@@ -1,7 +1,8 @@
 """The protocol explored: the real scripts under every order of steps, deaths, pauses and lost replies that is drawn.
 
 Two workers (pure publishing core), a scheduler, a gateway (pure delivery core) and a client that cancels take turns in
-a random walk. A token is made from (position, worker life), so a token written by the wrong owner shows.
+a random walk. A token is made from (position, worker life), so a token written by the wrong owner shows. In every other
+walk the requests are choices of one call, whose body must be there until the last of them has ended.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gateway.calls.replies import Cursor
 from gpu_worker.service.outbox import Outbox, OwnedRequest, PendingOutput
 from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.bus import Bus, Refused, Step, decode, now_ms
+from protocol.queue.quota import Quota
 from protocol.queue.scripts import FOLDER
 from protocol.wire import messages as m
 
@@ -26,6 +28,7 @@ GATEWAY = "g"
 LENGTH = 5
 MAX_ATTEMPTS = 3
 RIDS = ("r0", "r1")
+QUOTA = Quota("t", max_bytes=1 << 30)
 
 
 class Life:
@@ -61,6 +64,7 @@ class World:
 
     def __init__(self, url: str, seed: int, lua: Path = FOLDER) -> None:
         self.random = random.Random(seed)
+        self.calls = (RIDS,) if seed % 2 else tuple((rid,) for rid in RIDS)
         self.loop = asyncio.new_event_loop()
         self.bus = Bus(url, lua=lua)
         self.evalsha = self.bus._redis.evalsha
@@ -91,7 +95,9 @@ class World:
         for _ in range(num_moves):
             getattr(self, self.random.choice(self.MOVES))()
             self.clients_see_the_log_and_owners_know_it()
+            self.calls_have_bodies_and_are_counted()
         self.settle_everything()
+        self.calls_have_bodies_and_are_counted()
 
     def log(self, rid: str) -> bytes:
         """Return the ids in a request's log."""
@@ -113,17 +119,27 @@ class World:
         rid = self.random.choice(RIDS)
         if rid in self.submitted:
             return
-        self.submitted.add(rid)
-        self.cursors[rid] = Cursor()
+        for one in self.call_with(rid):
+            self.submitted.add(one)
+            self.cursors[one] = Cursor()
         self.send(rid)
 
+    def call_with(self, rid: str) -> tuple[str, ...]:
+        return next(call for call in self.calls if rid in call)
+
     def send(self, rid: str) -> None:
-        sub = m.Submit(
-            rid=rid, tenant="t", cls="interactive", digest="", num_prompt_tokens=1, max_new_tokens=LENGTH,
-            deadline_ms=now_ms() + 60_000, gateway=GATEWAY,
-        )  # fmt: skip
         body = m.Body(prompt=b"\0\0\0\0", sampling=m.Sampling(), max_new_tokens=LENGTH)
-        self.run(self.bus.submit("interactive", [(sub, body)], max_queued=10))
+        pairs = [
+            (
+                m.Submit(
+                    rid=one, tenant="t", cls="interactive", digest="", num_prompt_tokens=1, max_new_tokens=LENGTH,
+                    deadline_ms=now_ms() + 60_000, gateway=GATEWAY,
+                ),
+                body,
+            )
+            for one in self.call_with(rid)
+        ]  # fmt: skip
+        self.run(self.bus.submit("interactive", pairs, max_queued=10, quota=QUOTA))
 
     def assign(self) -> None:
         """The scheduler hands out what is on the submit stream; with a stale view it does so twice."""
@@ -293,6 +309,23 @@ class World:
                     for token in log[len(known) :]:
                         assert token % 1000 == life.number, "somebody else wrote into the owner's log"
 
+    def calls_have_bodies_and_are_counted(self) -> None:
+        redis, keys = self.bus._redis, self.bus.keys
+        counted = dict(self.run(redis.zrange(keys.kept("t"), 0, -1, withscores=True)))
+        total = -int(counted.pop(b"sum", 0))
+        assert total == sum(int(entry.rpartition(b":")[2]) for entry in counted), "a tenant's bytes drift"
+        for call in self.calls:
+            states = [self.run(redis.hget(keys.req(rid), "state")) for rid in call]
+            if None in states:
+                assert not any(states), "a call is there in part"
+                continue
+            num_open = sum(state.decode() not in m.TERMINAL for state in states)
+            shared = self.run(redis.hgetall(keys.call(call[0])))
+            assert int(shared.get(b"open", 0)) == num_open, "a call does not know how many of its requests run"
+            bodies = self.run(redis.exists(keys.body(call[0])))
+            assert bodies == (num_open > 0), "bodies are not there exactly while they are needed"
+            assert sum(entry.startswith(call[0].encode() + b":") for entry in counted) == 1, "a call is counted once"
+
     def settle_everything(self) -> None:
         """Let the world calm down: then every request has one end, and the client all of it."""
         for _ in range(12):
@@ -348,6 +381,9 @@ def test_no_interleaving_loses_or_doubles_a_token(queue_server: EmbeddedServer) 
         ("finish", "disown(f[2], rid)", ""),
         ("assign", "f[1] ~= 'queued' or f[2] ~= ARGV[i + 1]", "false"),
         ("finish", "if not f[1] or is_terminal(f[1]) then", "if not f[1] then"),
+        ("common", "redis.call('UNLINK', key, body_key(call))", "redis.call('UNLINK', key)"),
+        ("common", "if f[1] ~= '1' then", "if false then"),
+        ("common", "give_back(f[2], call, f[3])", ""),
     ],
 )
 def test_the_exploration_finds_planted_bugs(

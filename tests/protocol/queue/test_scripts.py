@@ -18,9 +18,8 @@ async def test_submit_queues_a_group_with_its_facts_and_life_times(queue: Queue)
     assert {k: fields[k] for k in ("state", "epoch", "attempts", "owner", "cancel", "gateway", "tenant")} == {
         "state": "queued", "epoch": "0", "attempts": "0", "owner": "", "cancel": "0", "gateway": GATEWAY, "tenant": "t",
     }  # fmt: skip
-    body = await queue.bus.get(queue.keys.body("a"), m.Body)
-    assert body == make_body()
-    for key in (queue.keys.req("a"), queue.keys.body("a")):
+    assert [read.body() for read in await queue.bus.inputs(await queue.submitted())] == [make_body()] * 2
+    for key in (queue.keys.req("a"), queue.keys.call("a"), queue.keys.body("a")):
         assert 3600 < await queue.ttl_s(key) <= 3600 + DEADLINE_MS / 1000
 
 
@@ -28,7 +27,7 @@ async def test_submit_takes_all_or_none(queue: Queue) -> None:
     await queue.submit("a", "b")
     assert await queue.submit("c", "d", max_queued=3) == ("full", 2)
     assert await queue.queued() == [("a", 0), ("b", 0)]
-    assert not await queue.bus._redis.exists(queue.keys.req("c"), queue.keys.body("d"))
+    assert not await queue.bus._redis.exists(queue.keys.req("c"), queue.keys.call("c"))
 
 
 async def test_a_repeated_submit_neither_queues_twice_nor_resets(queue: Queue) -> None:
@@ -138,8 +137,8 @@ async def test_step_gives_keys_their_life_times(queue: Queue) -> None:
     for kind in (queue.keys.tok, queue.keys.lp):
         assert 3600 < await queue.ttl_s(kind("a")) <= 3600 + DEADLINE_MS / 1000
     await queue.bus.step("w", Step(rows=[row("a", 1, 2, finish="stop"), row("kept", 1, 2, finish="stop")]))
-    for kind in (queue.keys.req, queue.keys.body, queue.keys.tok, queue.keys.lp):
-        assert 0 < await queue.ttl_s(kind("a")) <= 600
+    for kind in (queue.keys.req, queue.keys.tok, queue.keys.lp):
+        assert 0 < await queue.ttl_s(kind("a")) <= 120
     assert 86_000 < await queue.ttl_s(queue.keys.tok("kept")) <= 86_400
     await queue.submit("vector", max_new_tokens=0)
     await queue.assign("vector")
@@ -204,13 +203,14 @@ async def test_cancel_ends_a_queued_request_and_tells_gateway_and_scheduler(queu
     assert await queue.queued() == []
     assert [(delta.rid, delta.seq0, delta.finish) for delta in await queue.deltas()] == [("a", -1, "cancelled")]
     assert [(item.rid, item.wid) for item in await queue.ended()] == [("a", "")]
-    assert 0 < await queue.ttl_s(queue.keys.req("a")) <= 600
+    assert 0 < await queue.ttl_s(queue.keys.req("a")) <= 120
 
 
 async def test_cancel_asks_the_worker_of_a_running_request(queue: Queue) -> None:
     await queue.running("a")
-    assert await queue.bus.cancel("a") == "assigned"
-    assert await queue.orders() == [m.Control(kind="cancel", rid="a")]
+    for _ in range(2):  # asking again adds nothing
+        assert await queue.bus.cancel("a") == "assigned"
+        assert await queue.orders() == [m.Control(kind="cancel", rid="a")]
     assert await queue.deltas() == []
     assert await queue.bus.cancel("unknown") == ""
 
@@ -388,12 +388,13 @@ async def test_position_counts_what_was_submitted_before(queue: Queue) -> None:
 async def test_a_prompt_s_logprobs_come_with_the_first_token(queue: Queue) -> None:
     await queue.running("a")
     first = row("a", 0, 5)
-    first.prompt_logprobs = b"12345678"
+    first.prompt_logprobs = make_body().prompt + b"12345678abcd"
     assert await queue.bus.step("w", Step([first])) == []
-    assert await queue.bus.prompt_logprobs("a") == (make_body().prompt, b"12345678")
+    assert await queue.bus.prompt_logprobs("a", 4) == (make_body().prompt, b"12345678abcd")
     assert 3600 < await queue.ttl_s(queue.keys.plp("a")) <= 3600 + DEADLINE_MS / 1000
     assert (await queue.bus.step("w", Step([first])))[0].code == "length"  # its reply was lost
-    assert await queue.bus.prompt_logprobs("a") == (make_body().prompt, b"12345678")
+    assert await queue.bus.prompt_logprobs("a", 4) == (make_body().prompt, b"12345678abcd")
     await queue.bus.step("w", Step([row("a", 1, 6, finish="stop")]))
-    assert await queue.ttl_s(queue.keys.plp("a")) <= 600
-    assert await queue.bus.prompt_logprobs("b") is None
+    assert await queue.ttl_s(queue.keys.plp("a")) <= 120
+    assert await queue.bus.prompt_logprobs("a", 4) == (make_body().prompt, b"12345678abcd")
+    assert await queue.bus.prompt_logprobs("b", 4) is None

@@ -20,6 +20,7 @@ from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from lorafleet.launcher.queue_users import password_file
 from protocol.queue.adapters import NameLimits
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Step, now_ms
+from protocol.queue.jobs import NewJob
 from protocol.queue.quota import Quota
 from protocol.queue.redis_client import connect
 from protocol.queue.scripts import FOLDER
@@ -135,7 +136,7 @@ async def test_a_request_lives_its_whole_life_with_four_users(buses: dict[str, B
     for stream in (keys.work("w"), keys.ctl("w")):
         await worker.streams.create(stream, 60)
     token = await scheduler.lead("", "s", 60_000)
-    quota = Quota("acme", requests_per_minute=100, tokens_per_minute=10_000, concurrency=10)
+    quota = Quota("acme", requests_per_minute=100, tokens_per_minute=10_000, concurrency=10, max_bytes=1 << 20)
     for rids in (["r"], ["r2", "r3"]):
         pairs = [(make_submit(rid, tenant="acme"), make_body()) for rid in rids]
         assert (await gateway.submit("interactive", pairs, max_queued=10, quota=quota))[0] == "ok"
@@ -146,8 +147,7 @@ async def test_a_request_lives_its_whole_life_with_four_users(buses: dict[str, B
     batch = [(m.Assigned(rid, 1, ""), 0) for rid in ("r", "r2", "r3")]
     assert (await scheduler.assign("w", batch, leader=token))[0] == "ok"
     await scheduler.streams.tell([("w", m.Control(kind="cancel", rid="r2"))])
-    inputs = await worker.inputs(["r", "r2"])
-    assert all(body for body, _, _ in inputs)
+    assert all(found.body() for found in await worker.inputs([make_submit("r"), make_submit("r2")]))
     step = Step([row("r", 0, 5, 6, finish="stop")], {GATEWAY: [m.Delta("r", 1, 0, b"")]}, [m.Ended("r", "", 2, 0)])
     assert await worker.step("w", step) == []
     delta = await gateway.read_log("r", 0)
@@ -161,6 +161,15 @@ async def test_a_request_lives_its_whole_life_with_four_users(buses: dict[str, B
     assert await scheduler.finish("r3", "failed", "error", dead_letter=letter)
     ((letter_id, _),) = await buses["operator"].dead_letters.newest(5)
     assert await buses["operator"].dead_letters.retry(letter_id, 60) == "r3"
+    facts: dict[str, Any] = {"endpoint": "/x", "tenant": "acme", "model": "b", "created_ms": 1, "expires_ms": 2}
+    job = NewJob(m.Job(jid="job_r5", rids=["r5"], **facts), b"{}", 60_000)
+    pairs = [(make_submit("r5", tenant="acme", stored=True), make_body())]
+    assert (await gateway.submit("batch", pairs, max_queued=9, quota=quota, job=job))[0] == "ok"
+    assert await gateway.finish("r5", "cancelled", "cancelled")
+    assert await gateway.jobs.get("job_r5") == job.job
+    assert await gateway.jobs.forget(job.job)
+    assert (await scheduler.memory())[0] > 0
+    await scheduler.set(keys.status, m.SchedulerStatus(queued=0, running=0, workers=1, drain_rate=0.0), 5000)
     await scheduler.members.leave("w")
     await gateway.members.leave_gateway(GATEWAY)
 
@@ -196,21 +205,21 @@ FORBIDDEN: list[tuple[str, list[str | int]]] = [
     ("worker", ["HGETALL", KEYS.tenants]),
     ("worker", ["XRANGE", KEYS.sub("interactive"), "-", "+"]),
     ("worker", ["XRANGE", KEYS.out("g"), "-", "+"]),
-    ("worker", ["GET", KEYS.job("j")]),
+    ("worker", ["HGETALL", KEYS.job("j")]),
     ("worker", ["HSET", KEYS.adapters, "name", "x"]),
     ("worker", ["HGETALL", KEYS.registrations]),
     ("worker", ["SET", KEYS.leader, "me"]),
     ("worker", ["SCAN", 0]),
     # A store reads neither prompts nor answers.
-    ("store", ["GET", KEYS.body("r")]),
+    ("store", ["HGETALL", KEYS.body("r")]),
     ("store", ["GET", KEYS.tok("r")]),
     ("store", ["HGETALL", KEYS.req("r")]),
     ("store", ["XADD", KEYS.sub("batch"), "*", "b", "x"]),
     ("store", ["HGETALL", KEYS.api_keys]),
-    ("store", ["GET", KEYS.job("j")]),
+    ("store", ["HGETALL", KEYS.job("j")]),
     # A scheduler reads neither prompts nor keys.
-    ("scheduler", ["GET", KEYS.body("r")]),
-    ("scheduler", ["GET", KEYS.job("j")]),
+    ("scheduler", ["HGETALL", KEYS.body("r")]),
+    ("scheduler", ["HGETALL", KEYS.job("j")]),
     ("scheduler", ["HGETALL", KEYS.api_keys]),
     ("scheduler", ["HGETALL", KEYS.registrations]),
     # A gateway makes no keys, gives itself no limits, and neither leads nor publishes.
@@ -221,8 +230,8 @@ FORBIDDEN: list[tuple[str, list[str | int]]] = [
     ("gateway", ["SET", KEYS.base, "x"]),
     ("gateway", ["SCAN", 0]),
     # The operator's commands read no prompts.
-    ("operator", ["GET", KEYS.body("r")]),
-    ("operator", ["GET", KEYS.job("j")]),
+    ("operator", ["HGETALL", KEYS.body("r")]),
+    ("operator", ["HGETALL", KEYS.job("j")]),
     *((user, command) for user in table() for command in (
         ["KEYS", "*"], ["FLUSHALL"], ["CONFIG", "GET", "*"], ["MONITOR"], ["ACL", "LIST"], ["SHUTDOWN"],
         ["SCRIPT", "FLUSH"], ["REPLICAOF", "h", 1], ["SUBSCRIBE", "c"], ["CLIENT", "KILL", "ID", 1], ["SAVE"],
@@ -269,4 +278,4 @@ async def test_a_password_opens_one_user_only(guarded: EmbeddedServer) -> None:
 async def test_a_refusal_is_an_error_of_its_own(buses: dict[str, Bus]) -> None:
     """It is no lost connection, over which the services' loops would go on trying for ever."""
     with pytest.raises(NoPermissionError):
-        await buses["store"].inputs(["r"])
+        await buses["store"].inputs([make_submit("r")])

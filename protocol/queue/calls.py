@@ -1,0 +1,73 @@
+"""What the requests of one call share in the queue: their bodies, kept once.
+
+`Keys.body` is a hash. Its fields of digits hold the bodies, one for each prompt of each of those who answer; what all
+have in common is in `common`. How many requests have not ended, so that the last one takes the bodies along, is in
+`Keys.call`, which `common.lua` counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from protocol.wire import messages as m
+from protocol.wire.codec import MALFORMED, decode
+from protocol.wire.errors import ProtocolError
+
+COMMON = "common"
+
+_FIELDS = m.Body.__struct_fields__
+_VECTOR_BYTES = 16_384  # of an embedding: 4,096 entries
+
+
+def packed_bodies(bodies: Sequence[m.Body]) -> tuple[list[int], dict[str, bytes]]:
+    """Return the part that each request of a call reads, and the fields of the hash. The same object is one part."""
+    parts: dict[int, m.Body] = {id(body): body for body in bodies}
+    numbers = {key: number for number, key in enumerate(parts)}
+    distinct = list(parts.values())
+    which = [numbers[id(body)] for body in bodies]
+    if len(distinct) == 1:
+        return which, {"0": m.encode(distinct[0])}
+    first, *others = distinct
+    common = [name for name in _FIELDS if all(_same(getattr(first, name), getattr(o, name)) for o in others)]
+    own = [name for name in _FIELDS if name not in common]
+    fields = {str(i): m.encode({name: getattr(body, name) for name in own}) for i, body in enumerate(distinct)}
+    return which, {COMMON: m.encode({name: getattr(first, name) for name in common}), **fields}
+
+
+class Input(NamedTuple):
+    """What a worker reads of a request."""
+
+    common: bytes | None  # this and the next are fields of the bodies' hash
+    part: bytes | None  # None: it has expired
+    log: bytes  # int32 ids
+    logprobs: bytes  # their records
+
+    def body(self) -> m.Body | None:
+        """Return the request's body; None if it has expired. Raises ProtocolError."""
+        if self.part is None:
+            return None
+        if self.common is None:
+            return decode(self.part, m.Body)
+        try:
+            fields = decode(self.common, dict[str, Any]) | decode(self.part, dict[str, Any])
+            return msgspec.convert(fields, m.Body)
+        except MALFORMED as error:
+            raise ProtocolError(f"cannot decode {m.Body}: {error}") from error
+
+
+def most_log_bytes(body: m.Body) -> int:
+    """Return how much the logs of one request can come to: its tokens and their logprobs, or an encoder's numbers."""
+    num_prompt, num_top = len(body.prompt) // 4, body.sampling.num_logprobs
+    if body.task == "embed":
+        return _VECTOR_BYTES
+    if body.task == "classify":
+        return 8 * num_prompt
+    token_bytes = 4 if num_top is None else 4 + m.logprob_record_bytes(num_top)
+    return token_bytes * (body.max_new_tokens + (num_prompt if body.sampling.prompt_logprobs else 0))
+
+
+def _same(a: object, b: object) -> bool:
+    return a is b or a == b
