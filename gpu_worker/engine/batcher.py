@@ -14,7 +14,7 @@ from typing import Protocol
 
 from gpu_worker.engine.blocks import BlockPool, chain_hash, chain_seed
 from gpu_worker.engine.sequence import Sequence
-from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEP_TOKENS_PER_SEQ
+from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEP_TOKENS_PER_SEQ, SHORT_STEPS_AFTER
 from protocol.runtime.step_limit import PROMPT_SHARE, StepLimit, StepTime
 from protocol.wire.messages import StepModel
 
@@ -114,6 +114,7 @@ class Batcher:
         """Predicts how long steps take; all zero while that is unknown."""
         self._step_limit = StepLimit(limits.max_slowdown)
         self._num_plans = 0
+        self._short_plans = 0  # plans until yielding prompts are computed in long steps again
         self._paused = False  # whether yielding sequences were left out of the last plan
         self._slots = slots
         self._fingerprint = fingerprint
@@ -140,13 +141,15 @@ class Batcher:
     def plan(self) -> StepPlan:
         """Choose the next step's tokens and give each chosen sequence the blocks it needs.
 
-        Decodes come before prompts, and sequences that yield after all others. While others are here, yielding prompts
-        are computed in short steps. While others decode, what yields gets only as much of a step's time as `StepLimit`
-        leaves: at least one sequence of it, all in turn, and half of that time for prompts. Beside a prompt of others,
-        all yielding sequences pause for one step, never for two in a row, if their decodes would make the step longer
-        by more than an empty step takes.
+        Decodes come before prompts, and sequences that yield after all others. While others are here, and for some
+        steps after, yielding prompts are computed in short steps. While others decode, what yields gets only as much of
+        a step's time as `StepLimit` leaves: at least one sequence of it, all in turn, and half of that time for
+        prompts. Beside a prompt of others, all yielding sequences pause for one step, never for two in a row, if their
+        decodes would make the step longer by more than an empty step takes.
         """
         self._num_plans += 1
+        has_others = any(not seq.yields for seq in self)
+        self._short_plans = SHORT_STEPS_AFTER if has_others else self._short_plans - 1
         plan = StepPlan(budget=self.limits.max_step_tokens)
         others = [seq for seq in self.running if not seq.yields and not seq.awaits_mask]
         yielding = [seq for seq in self.running if seq.yields and not seq.awaits_mask]
@@ -175,7 +178,7 @@ class Batcher:
                 self._run(yielding_decodes, plan, time)
             if time is not None:
                 time.reserve(0)
-            if any(not seq.yields for seq in self):
+            if self._short_plans > 0:
                 plan.budget = max(0, plan.budget + self.limits.short_step_tokens - self.limits.max_step_tokens)
             self._run(yielding_prompts, plan, time)
             if not any(seq.num_skips > MAX_SKIPS for seq in self.waiting):

@@ -30,6 +30,9 @@ take one each and leave as many for prompts. That is all that a worker can use i
 longer than answers.
 """
 
+SHORT_STEPS_AFTER = 64
+"""Steps that stay short after the last request that does not yield: whoever asks now and then asks again soon."""
+
 
 class Settings(BaseSettings):
     """The settings of all services; each reads those it needs. Units are in the names.

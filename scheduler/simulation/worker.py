@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import islice
 
-from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEP_TOKENS_PER_SEQ
+from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEP_TOKENS_PER_SEQ, SHORT_STEPS_AFTER
 from protocol.runtime.step_limit import PROMPT_SHARE, StepLimit, StepTime
 from protocol.wire import messages as m
 from scheduler.placement import AdapterFacts, Bandwidths
@@ -132,6 +132,7 @@ class SimWorker:
         self._starting: list[SimulatedRequest] = []  # requests whose prefill ends with this step
         self._pauses = False  # whether the yielding group is left out of this step, or was of the last one
         self._limit = StepLimit(model.max_slowdown)
+        self._short_steps = 0  # steps until yielding prompts are computed in long ones again
         self._pinned: Counter[str] = Counter()
         self._pool = _AdapterLru(model.pool_bytes)
         self._host = _AdapterLru(model.host_bytes)
@@ -204,6 +205,7 @@ class SimWorker:
             return None
         model = self._model
         self._take_places()
+        self._short_steps = SHORT_STEPS_AFTER if self._num_others else self._short_steps - 1
         time = self._limited()
         has_paused, self._pauses = self._pauses, self._should_pause()
         if time is not None and self._limit.is_alone_due and not (has_paused or self._pauses or self._others.ready):
@@ -220,7 +222,7 @@ class SimWorker:
         num_tokens = sum(group.num_taking_part for group in groups)
         for group in groups:
             max_tokens = model.max_step_tokens
-            if group is self._yielding and self._num_others:
+            if group is self._yielding and self._short_steps > 0:
                 max_tokens = min(max_tokens, SHORT_STEP_TOKENS_PER_SEQ * model.capacity)
             limit = time if group is self._yielding else None
             num_tokens += self._prefill(group, max_tokens - num_tokens, adapters, limit)

@@ -16,7 +16,7 @@ from gpu_worker.engine.blocks import BlockPool
 from gpu_worker.engine.logprobs import PromptLogprobs
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.speculation import Drafter
-from protocol.runtime.settings import BLOCK_TOKENS
+from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEPS_AFTER
 from protocol.wire.messages import StepModel
 from tests.gpu_worker.engine.batches import FakeSlots, finish_step, make_batcher, make_seq
 
@@ -224,6 +224,13 @@ def test_yielding_prompts_come_last_and_in_short_steps() -> None:
     assert list(plan.num_new) == [quiet, flood[0], flood[1], another, flood[2]], "also before a prompt that was begun"
     assert plan.num_new[another] == 8
     assert plan.num_tokens == 16
+    for seq in (quiet, another):
+        batcher.remove(seq)
+    batcher.add(make_seq("late", np.arange(60) + 300, 50, yields=True))
+    assert batcher.plan().num_tokens == 16, "others may soon be back"
+    for _ in range(SHORT_STEPS_AFTER):
+        plan = batcher.plan()
+    assert plan.num_tokens > 16
 
 
 @pytest.mark.parametrize(("token_s", "pauses"), [(0.3, True), (0.2, False)])
