@@ -25,10 +25,11 @@ from gateway.auth.authentication import is_loopback
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.replies import Replies
 from gateway.encoders.routes import EncoderEndpoints
-from gateway.http.app import Envelope, build_app
+from gateway.http.app import DISCARDED_BODIES, Envelope, build_app
+from gateway.http.connection import ConnectionLimits
 from gateway.http.routes import Endpoints
 from gateway.http.server import BACKLOG, HttpServer, allow_connections
-from gateway.lorax.routes import NativeEndpoints
+from gateway.lorax.routes import NativeEndpoints, shape_of
 from gateway.overload.admission import Admission, OverloadLimits
 from gateway.overload.heartbeat import Heartbeat, Pace
 from gateway.text.grammar_check import GrammarCheck
@@ -98,7 +99,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
             parts = _Parts(app, endpoints, replies, fleet, aliases, heartbeat)
             async with heartbeat.beating(beats, address):
                 logger.info("listening on %s", address)
-                await _run(_server(app), listener, parts, settings.grace_s, stop)
+                await _run(_server(app, settings), listener, parts, settings.grace_s, stop)
         await replies.close()
         await own.close()
         await sandbox.close()
@@ -151,12 +152,19 @@ async def _idle(app: Envelope, timeout_s: float) -> bool:
     return True
 
 
-def _server(app: Envelope) -> HttpServer:
+def _server(app: Envelope, settings: Settings) -> HttpServer:
     config = uvicorn.Config(
         app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, server_header=False,
         proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=LAST_WORDS_S,
     )  # fmt: skip
-    return HttpServer(config, allow_connections())
+    limits = ConnectionLimits(
+        KEEP_ALIVE_S, settings.head_timeout_s, settings.body_timeout_s, settings.send_timeout_s,
+        DISCARDED_BODIES * settings.max_body_bytes + (1 << 20),
+    )  # fmt: skip
+    return HttpServer(
+        config, min(settings.max_connections, allow_connections()),
+        max_per_address=settings.max_connections_per_address, limits=limits, shape_of=shape_of,
+    )  # fmt: skip
 
 
 def _listen(host: str, port: int) -> socket.socket:

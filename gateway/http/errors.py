@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER_S = 60
 """OpenAI's clients give up when they are told to wait for much longer."""
+
+MAX_TEXT_CHARACTERS = 1900
+"""Most characters of an error's message."""
 
 _MAX_LISTED = 3  # reasons shown for one field
 _OWN_WORDS = {  # pydantic's error type -> text for whoever wrote the JSON
@@ -63,7 +67,8 @@ class OpenAIErrors:
 
     def body(self, error: LorafleetError) -> bytes:
         """Return the body of an error, as JSON."""
-        fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+        param = None if error.param is None else cut(error.param)
+        fields = {"message": cut(error.message), "type": error.type, "param": param, "code": error.code}
         return orjson.dumps({"error": fields})
 
     def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
@@ -73,6 +78,11 @@ class OpenAIErrors:
 
 
 OPENAI_ERRORS = OpenAIErrors()
+
+
+def cut(text: str) -> str:
+    """Return a text for a client, shortened if what the client sent has made it long."""
+    return text if len(text) <= MAX_TEXT_CHARACTERS else text[: MAX_TEXT_CHARACTERS - 1] + "…"
 
 
 class HttpError(ClientError):
@@ -92,7 +102,7 @@ def retry_headers(error: LorafleetError) -> dict[str, str]:
     return headers
 
 
-def unreachable_queue(cause: Exception) -> Unavailable:
+def unreachable_queue(cause: BaseException) -> Unavailable:
     """Log what keeps the queue from doing its part, and return the error for the client."""
     if isinstance(cause, MemoryFull):
         logger.error("the queue's memory is full")
@@ -101,7 +111,15 @@ def unreachable_queue(cause: Exception) -> Unavailable:
     return Unavailable("the queue cannot be reached", code="queue_unavailable")
 
 
-def error_of(cause: Exception) -> LorafleetError:
+def is_failure(cause: BaseException) -> bool:
+    """Return whether something has failed, so that its client is to be told; False for what ends a task or the process.
+
+    Panics of libraries that are written in Rust are failures, though no `Exception`.
+    """
+    return not isinstance(cause, (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit))
+
+
+def error_of(cause: BaseException) -> LorafleetError:
     """Return the error for a client whose answer has failed; log the failure unless it is the client's."""
     if isinstance(cause, LorafleetError):
         return cause

@@ -5,14 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import logging
 import resource
 import socket
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import uvicorn
+
+from gateway.http.connection import Connection, ConnectionLimits
+from gateway.http.errors import OPENAI_ERRORS, ErrorShape
+from protocol.runtime.metrics import HTTP_DROPPED
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +28,14 @@ MAX_FILES = 1 << 16
 RESERVED_FILES = 512
 """Open files that clients may not take: they are for other uses, above all connections to the queue."""
 
+TICKS_PER_S = 10
+"""Turns of uvicorn's main loop a second."""
+
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+def _openai(_: str) -> ErrorShape:
+    return OPENAI_ERRORS
 
 
 class HttpServer(uvicorn.Server):
@@ -32,11 +45,21 @@ class HttpServer(uvicorn.Server):
     800 streams their tokens a turn takes 20 ms, so that of 800 new connections the last would wait for 15 s.
     """
 
-    def __init__(self, config: uvicorn.Config, max_connections: int = MAX_FILES, rest_s: float = 1.0) -> None:
-        """`rest_s`: pause in which no connection is taken after one could not be."""
+    def __init__(
+        self, config: uvicorn.Config, max_connections: int = MAX_FILES, rest_s: float = 1.0, *,
+        max_per_address: int = 0, limits: ConnectionLimits | None = None,
+        shape_of: Callable[[str], ErrorShape] = _openai,
+    ) -> None:  # fmt: skip
+        """`rest_s`: pause in which no connection is taken after one could not be; `shape_of`: as `Connection` has it.
+
+        `max_per_address`: most connections from one address, 0 for no limit.
+        """
         super().__init__(config)
         self._max_connections = max_connections
+        self._max_per_address = max_per_address
+        self._num_of: Counter[str] = Counter()
         self._rest_s = rest_s
+        self._connection = partial(Connection, limits=limits or ConnectionLimits(), shape_of=shape_of)
         self._listeners: tuple[socket.socket, ...] = ()
         self._opening: set[asyncio.Task[None]] = set()
 
@@ -50,9 +73,8 @@ class HttpServer(uvicorn.Server):
         await self.lifespan.startup()
         self.servers = []
         self._listeners = tuple(sockets or ())
-        protocol: Any = self.config.http_protocol_class
         self._protocol = partial(
-            protocol, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            self._connection, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
         for listener in self._listeners:
             asyncio.get_running_loop().add_reader(listener, self._accept, listener)
@@ -75,7 +97,7 @@ class HttpServer(uvicorn.Server):
                 self._rest(listener, f"there are {self._max_connections}")
                 return
             try:
-                connection, _ = listener.accept()
+                connection, address = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
@@ -83,8 +105,14 @@ class HttpServer(uvicorn.Server):
                     raise
                 self._rest(listener, error)
                 return
+            origin = origin_of(address)
+            if self._max_per_address and self._num_of[origin] >= self._max_per_address and origin:
+                HTTP_DROPPED.labels("connections_of_address").inc()
+                connection.close()
+                continue
+            self._num_of[origin] += 1
             connection.setblocking(False)
-            task = loop.create_task(self._open(connection))
+            task = loop.create_task(self._open(connection, origin))
             self._opening.add(task)
             task.add_done_callback(self._opening.discard)
 
@@ -99,12 +127,39 @@ class HttpServer(uvicorn.Server):
         if listener in self._listeners:
             asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
-    async def _open(self, connection: socket.socket) -> None:
+    async def _open(self, connection: socket.socket, origin: str) -> None:
+        protocol = partial(self._protocol, on_lost=partial(self._lost, origin))
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
+            await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
         except OSError as error:  # The client has left already.
             logger.debug("a connection could not be opened: %s", error)
             connection.close()
+            self._lost(origin)
+
+    def _lost(self, origin: str) -> None:
+        self._num_of[origin] -= 1
+        if not self._num_of[origin]:
+            del self._num_of[origin]
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look once a second for clients that take too long; return whether to end."""
+        if counter % TICKS_PER_S == 0:
+            now_s = asyncio.get_running_loop().time()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Connection):
+                    connection.sweep(now_s)
+        return await super().on_tick(counter)
+
+
+def origin_of(address: Any) -> str:
+    """Return what connections are counted by: an IPv4 address or an IPv6 /64; "" for this machine's own."""
+    if not isinstance(address, tuple):
+        return ""
+    ip = ipaddress.ip_address(address[0].partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if ip.is_loopback:
+        return ""
+    return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
 
 
 def allow_connections() -> int:

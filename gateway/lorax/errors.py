@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import orjson
 from starlette.responses import Response
 
-from gateway.http.errors import retry_headers
+from gateway.http.errors import cut, retry_headers
 from protocol.wire.errors import ClientError, LorafleetError
 
 _BY_STATUS = {  # statuses that mean the same in both APIs -> error_type
@@ -15,8 +15,10 @@ _BY_STATUS = {  # statuses that mean the same in both APIs -> error_type
     403: "permission",
     404: "not_found",
     405: "method_not_allowed",
+    408: "timeout",
     413: "payload_too_large",
     415: "unsupported_media_type",
+    431: "headers_too_large",
     503: "unavailable",
     504: "timeout",
 }
@@ -53,7 +55,7 @@ class LoraxErrors:
         return status, orjson.dumps({"error": text, "error_type": kind})
 
     def _told(self, error: LorafleetError) -> tuple[int, str, str]:
-        message = error.message
+        message = cut(error.message)
         if error.status == 429:
             return 429, "overloaded", f"Model is overloaded: {message}"
         if error.status in (503, 504):
@@ -64,7 +66,7 @@ class LoraxErrors:
             return 500, "incomplete_generation", f"Incomplete generation: {message}"
         if error.status in _BY_STATUS:
             return error.status, _BY_STATUS[error.status], message
-        if error.code == "invalid_json":
+        if error.code in ("invalid_json", "invalid_http"):
             return 400, "bad_request", message
         return 422, "validation", f"Input validation error: {message}"
 

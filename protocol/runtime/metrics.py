@@ -26,6 +26,9 @@ FIRST_TOKEN_SECONDS = Histogram(
 CALL_SECONDS = Histogram(
     "lorafleet_call_seconds", "From a call's admission to its last token.", ["kind"], buckets=_LATENCY_S
 )
+HTTP_DROPPED = Counter(
+    "lorafleet_http_dropped_total", "Connections dropped, or not taken, for what their clients did.", ["reason"]
+)
 CLIENTS_GONE = Counter("lorafleet_clients_gone_total", "Calls whose client left before the end.")
 GATEWAY_LOG_READS = Counter("lorafleet_gateway_log_reads_total", "Times a call read its tokens from the log.")
 GATEWAY_STALE_DELTAS = Counter("lorafleet_gateway_stale_deltas_total", "Deltas that nobody waited for.")

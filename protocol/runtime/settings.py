@@ -99,6 +99,15 @@ class Settings(BaseSettings):
         default=False,
         description="require API keys (see `lorafleet keys`); otherwise anyone who reaches the gateway has full access",
     )
+    open_pages: bool = Field(
+        default=False,
+        description="with API keys: serve /metrics and /openapi.json without a key (else /metrics needs scope admin)",
+    )
+    allowed_hosts: str = Field(
+        default="",
+        description="without API keys: names by which clients reach the gateway, separated by commas, besides this "
+        "machine's; *: any",
+    )
     max_queued: int = Field(
         default=10_000, ge=1, description="most requests that may wait in the queue; beyond that, new ones get 429"
     )
@@ -130,7 +139,29 @@ class Settings(BaseSettings):
         default="",
         description="path prefix that every route also answers under, for clients that need one: /tenant/llms/name",
     )
+    max_connections: int = Field(
+        default=20_000, ge=1, description="most open connections of one gateway; further ones wait"
+    )
+    max_connections_per_address: int = Field(
+        default=1024,
+        ge=0,
+        description="most open connections from one address (IPv6: a /64), this machine's own not counted; 0: no limit",
+    )
+    head_timeout_s: float = Field(
+        default=15.0, gt=0, description="longest time that the head of a request may take to arrive"
+    )
+    body_timeout_s: float = Field(
+        default=60.0, gt=0, description="longest time for a body, plus a second for each 8 kB of it that have arrived"
+    )
+    send_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="longest time for which a client may not read its answer, plus a second for each 8 kB that wait",
+    )
     max_choices: int = Field(default=128, ge=1, description="most choices in one call: its prompts times n")
+    max_call_tokens: int = Field(
+        default=4 << 20, ge=1, description="most prompt tokens in one call, counted for each of its choices"
+    )
     max_inputs: int = Field(
         default=2048, ge=1, description="most texts in one call for embeddings or token classification"
     )

@@ -1,0 +1,255 @@
+"""One connection of a client: uvicorn's protocol, and what it lacks: limits of bytes and time.
+
+uvicorn and httptools bound a body's bytes in memory (reading pauses at 64 kB) and an answer's (writing does), and close
+connections that idle between two requests. They do not bound the head of a request, the framing of its body, requests
+sent ahead, or the time that any of these take. Heads count here as they arrive; time is looked at once a second, by
+`Connection.sweep`, so that a request costs no timer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from starlette.responses import Response
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from gateway.http.errors import ErrorShape, HttpError
+from protocol.runtime.metrics import HTTP_DROPPED
+from protocol.wire.errors import LorafleetError
+
+logger = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 1 << 16
+"""Largest head of a request: request line and headers; of what frames a body in chunks, beyond the body's own size."""
+
+MAX_HEADERS = 128
+
+MAX_PIPELINED = 16
+"""Most requests that a client may send ahead on one connection."""
+
+MIN_BYTES_PER_S = 8192
+"""Slowest client: bodies and answers get so much more time than their timeout."""
+
+LINGER_S = 2.0
+"""Time for which the rest of a refused request is read and thrown away, so that its client reads the answer."""
+
+MAX_LINGER_BYTES = 1 << 22
+
+Phase = Literal["idle", "head", "body", "answer", "linger"]
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """How long clients may take."""
+
+    idle_s: float = 75.0  # before a request begins; longer than the usual 60 s of load balancers: they close first
+    head_s: float = 15.0
+    body_s: float = 60.0  # and a second for each MIN_BYTES_PER_S that have arrived
+    send_s: float = 60.0  # until an answer is read, and a second for each MIN_BYTES_PER_S that wait
+    discarded_bytes: int = 32 << 20  # of a body that nobody reads
+
+
+class _RefusedError(Exception):
+    """Ends the parsing of a request."""
+
+
+class Connection(HttpToolsProtocol):
+    """A connection that is dropped, with a reason, when its client takes too much or too long."""
+
+    def __init__(
+        self, *args: Any, limits: ConnectionLimits, shape_of: Callable[[str], ErrorShape],
+        on_lost: Callable[[], object], **more: Any,
+    ) -> None:  # fmt: skip
+        """`shape_of`: how errors on a path are written; `on_lost` is called at the end."""
+        super().__init__(*args, **more)
+        self._limits = limits
+        self._shape_of = shape_of
+        self._on_lost = on_lost
+        self._phase: Phase = "idle"
+        self._since_s = self.loop.time()  # begin of the phase
+        self._num_bytes = 0  # that have come in it, roughly: what came in one piece counts for where the piece ended
+        self._num_body = 0  # of these, bytes of the body
+        self._num_headers = 0
+        self._head_bytes = 0
+        self._unsent_since_s: float | None = None  # since when the client has not read
+        self._unsent_bytes = 0
+        self._refusal: LorafleetError | None = None
+
+    # ------------------------------------------------------------ what arrives
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what has arrived, within the limits."""
+        if self._phase == "linger":
+            self._num_bytes += len(data)
+            if self._num_bytes > MAX_LINGER_BYTES:
+                self.transport.abort()
+            return
+        if self._phase == "idle":
+            self._enter("head")
+        self._num_bytes += len(data)
+        super().data_received(data)
+        if self._phase == "head" and self._num_bytes > MAX_HEAD_BYTES:
+            self._refuse(_head_too_large())
+        elif self._phase == "body":
+            if self._num_bytes > MAX_HEAD_BYTES + 2 * self._num_body:
+                self._refuse(HttpError(400, "the body's chunks are too small, or too much is between them"))
+            elif self._num_body > self._limits.discarded_bytes:
+                self._drop("body_too_large")
+
+    def on_url(self, url: bytes) -> None:
+        """Take a part of the request line."""
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header. Those after a body are counted, and ignored."""
+        self._num_headers += 1
+        if self._num_headers > MAX_HEADERS:
+            self._fail(HttpError(431, f"a request may have at most {MAX_HEADERS} headers", code="headers_too_large"))
+        self._count_head(len(name) + len(value) + 4)
+        if self._phase == "head":
+            super().on_header(name, value)
+
+    def on_message_begin(self) -> None:
+        """Begin a request."""
+        super().on_message_begin()
+        self._num_headers = self._head_bytes = 0
+        if self._phase != "head":
+            self._enter("head")
+
+    def on_headers_complete(self) -> None:
+        """Begin to answer."""
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._fail(HttpError(400, f"at most {MAX_PIPELINED} requests may be sent ahead", code="too_many_requests"))
+        self._enter("body")
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of the body."""
+        self._num_body += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Note that the request is complete."""
+        is_answered = self.cycle is None or self.cycle.response_complete
+        self._enter("idle" if is_answered and not self.pipeline else "answer")
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Note that the answer is complete."""
+        if self._phase == "answer" and not self.pipeline:
+            self._enter("idle")
+        super().on_response_complete()
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        self._since_s = self.loop.time()
+        self._num_bytes = self._num_body = 0
+
+    def _count_head(self, num_bytes: int) -> None:
+        self._head_bytes += num_bytes
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._fail(_head_too_large())
+
+    def _fail(self, error: LorafleetError) -> None:
+        """Stop the parser, which ends in `send_400_response`."""
+        self._refusal = error
+        raise _RefusedError
+
+    # ------------------------------------------------------------ what is sent
+
+    def pause_writing(self) -> None:
+        """Note that the client does not read as fast as it is answered."""
+        self._unsent_since_s, self._unsent_bytes = self.loop.time(), self.transport.get_write_buffer_size()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """Note that the client has read."""
+        self._unsent_since_s = None
+        super().resume_writing()
+
+    # ------------------------------------------------------------ ends
+
+    def sweep(self, now_s: float) -> None:
+        """Drop the connection if its client takes too long."""
+        limits, seconds = self._limits, now_s - self._since_s
+        if self._unsent_since_s is not None:
+            if now_s - self._unsent_since_s > limits.send_s + self._unsent_bytes / MIN_BYTES_PER_S:
+                self._drop("slow_reader")
+        elif self.transport.is_closing():
+            # What it has been sent is small, and still it does not take it.
+            self._unsent_since_s, self._unsent_bytes = now_s, 0
+        elif (self._phase == "linger" and seconds > LINGER_S) or (self._phase == "idle" and seconds > limits.idle_s):
+            self.transport.close()
+        elif self._phase == "head" and seconds > limits.head_s:
+            HTTP_DROPPED.labels("slow_head").inc()
+            self._refuse(_too_slow(f"the request's head took longer than {limits.head_s:g} s"))
+        elif self._phase == "body" and not self.flow.read_paused and seconds > self._body_s():
+            HTTP_DROPPED.labels("slow_body").inc()
+            self._refuse(_too_slow(f"the request's body came too slowly: {self._num_body} bytes in {seconds:.0f} s"))
+
+    def _body_s(self) -> float:
+        """Return how long the body may take that has come so far."""
+        return self._limits.body_s + self._num_body / MIN_BYTES_PER_S
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, or what the limits refuse."""
+        error, self._refusal = self._refusal or HttpError(400, msg, code="invalid_http"), None
+        self._refuse(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let the server count."""
+        self._on_lost()
+        super().connection_lost(exc)
+
+    def _refuse(self, error: LorafleetError) -> None:
+        """Answer a request with an error, as far as nothing of another answer has been sent, and close."""
+        if self.transport.is_closing():
+            return
+        if self._is_answering():
+            self._drop("broken_request")
+            return
+        path = getattr(self, "url", b"").partition(b"?")[0].decode("latin-1")
+        self.transport.write(_as_bytes(self._shape_of(path).response(error)))
+        self._abandon()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._enter("linger")
+
+    def _is_answering(self) -> bool:
+        """Return whether an answer has begun, or is due, that an error would be taken for."""
+        if self.cycle is None or self.cycle.response_complete:
+            return False
+        return bool(self.pipeline) or self._phase == "head" or self.cycle.response_started
+
+    def _abandon(self) -> None:
+        """Let what is being answered know that nobody hears it."""
+        self.pipeline.clear()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.flow.resume_reading()
+        self.flow.resume_writing()
+
+    def _drop(self, reason: str) -> None:
+        HTTP_DROPPED.labels(reason).inc()
+        logger.warning("the connection of %s is dropped: %s", self.client, reason)
+        self.transport.abort()
+
+
+def _head_too_large() -> HttpError:
+    return HttpError(431, f"the head of a request may have at most {MAX_HEAD_BYTES} bytes", code="headers_too_large")
+
+
+def _too_slow(message: str) -> HttpError:
+    return HttpError(408, message, code="request_timeout")
+
+
+def _as_bytes(response: Response) -> bytes:
+    """Return a response as HTTP/1.1, after which the connection is closed."""
+    headers = [*response.raw_headers, (b"connection", b"close")]
+    lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
+    return STATUS_LINE[response.status_code] + lines + b"\r\n" + bytes(response.body)

@@ -1,0 +1,399 @@
+"""What one connection may cost: bytes of heads and framing, requests sent ahead, time, answers that nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import uvicorn
+import uvloop
+from prometheus_client import REGISTRY
+
+from gateway.http import connection as http_connection
+from gateway.http import server as http_server
+from gateway.http.connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED, Connection, ConnectionLimits
+from gateway.http.server import HttpServer, origin_of
+from gateway.lorax.routes import shape_of
+
+GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+LIMITS = ConnectionLimits(discarded_bytes=1 << 20)
+LONG_S = 10_000.0
+
+
+class App:
+    """Reads a request, and says how many bytes its body has; on /wait only once it may, on /stream without end."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.scopes: list[Any] = []
+        self.ended = asyncio.Event()
+        self.num_sent = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.scopes.append(scope)
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self.ended.set()
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/stream":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            gone = asyncio.create_task(receive_disconnect(receive))
+            while not gone.done():
+                await send({"type": "http.response.body", "body": b"x" * 4096, "more_body": True})
+                self.num_sent += 4096
+                await asyncio.sleep(0)
+            return
+        if scope["path"] == "/refused":
+            await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body", "body": b""})
+            return
+        size, more = 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            size, more = size + len(message["body"]), message["more_body"]
+        if scope["path"] == "/wait":
+            await self.go.wait()
+        body = b"%d" % size
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+
+
+async def receive_disconnect(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Running:
+    """A server, the app behind it, and clients."""
+
+    def __init__(self, server: HttpServer, app: App, port: int) -> None:
+        self.server, self.app, self.port = server, app, port
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.writers.append(writer)
+        return reader, writer
+
+    async def send(self, *parts: bytes) -> bytes:
+        """Return all that the server says to these bytes until it closes the connection."""
+        reader, writer = await self.connect()
+        answer = asyncio.create_task(reader.read())
+        for part in parts:
+            writer.write(part)
+            try:
+                await writer.drain()
+            except ConnectionError:
+                break
+        return await answer
+
+    @property
+    def connections(self) -> list[Connection]:
+        return list(self.server.server_state.connections)  # type: ignore[arg-type]
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        while not condition():  # noqa: ASYNC110  turns of the loop, not time
+            await asyncio.sleep(0)
+
+    def sweep(self) -> None:
+        """Look for slow clients, as if a long time had passed."""
+        for connection in self.connections:
+            connection.sweep(asyncio.get_running_loop().time() + LONG_S)
+
+
+@asynccontextmanager
+async def running(limits: ConnectionLimits = LIMITS, **more: Any) -> AsyncIterator[Running]:
+    app = App()
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(http_server.BACKLOG)
+        sock.setblocking(False)
+        config = uvicorn.Config(app, http="httptools", lifespan="off", log_config=None)
+        server = HttpServer(config, limits=limits, shape_of=shape_of, **more)
+        task = asyncio.create_task(server.serve([sock]))
+        run = Running(server, app, sock.getsockname()[1])
+        await run.until(lambda: server.started)
+        try:
+            yield run
+        finally:
+            for writer in run.writers:
+                writer.close()
+            app.go.set()
+            server.should_exit = True
+            await task
+
+
+def with_server(test: Callable[[Running], Awaitable[None]], **more: Any) -> None:
+    async def main() -> None:
+        async with running(**more) as run:
+            await test(run)
+
+    uvloop.run(main())
+
+
+def parts_of(answer: bytes) -> tuple[int, dict[str, Any]]:
+    """Return status and JSON of an answer that is the last on its connection."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"application/json" in head
+    assert b"connection: close" in head
+    return int(head.split()[1]), json.loads(body)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        GET + b"a: " + b"x" * (1 << 20),
+        GET + b"x" * (1 << 20),
+        GET + b"a: " + b"x" * MAX_HEAD_BYTES + b"\r\n\r\n",
+        b"GET /v1/" + b"x" * (1 << 20),
+        GET + b"".join(b"a%d: 1\r\n" % i for i in range(MAX_HEADERS + 1)) + b"\r\n",
+    ],
+)
+def test_a_large_head_is_431_before_it_is_complete(head: bytes) -> None:
+    async def test(run: Running) -> None:
+        status, body = parts_of(await run.send(head))
+        assert (status, body["error"]["code"]) == (431, "headers_too_large")
+        assert run.app.scopes == []
+
+    with_server(test)
+
+
+def test_a_head_up_to_the_limit_is_served() -> None:
+    async def test(run: Running) -> None:
+        head = GET + b"connection: close\r\na: " + b"x" * (MAX_HEAD_BYTES - 200) + b"\r\n\r\n"
+        assert (await run.send(*[head[at : at + 1000] for at in range(0, len(head), 1000)])).startswith(b"HTTP/1.1 200")
+
+    with_server(test)
+
+
+def test_heads_that_never_end_hold_no_more_than_their_limit() -> None:
+    async def test(run: Running) -> None:
+        for _ in range(10):
+            _, writer = await run.connect()
+            writer.write(GET + b"a: " + b"x" * (MAX_HEAD_BYTES - 100))
+        await run.until(lambda: [c._num_bytes > MAX_HEAD_BYTES // 2 for c in run.connections] == [True] * 10)
+        assert all(connection._num_bytes <= MAX_HEAD_BYTES for connection in run.connections)
+        run.sweep()
+        await run.until(lambda: all(connection._phase == "linger" for connection in run.connections))
+        run.sweep()
+        await run.until(lambda: not run.connections)
+
+    with_server(test)
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"hello\r\n\r\n",
+        b"GET /v1/models HTTP/9.9\r\n\r\n",
+        GET + b"\x00: 1\r\n\r\n",
+        POST + b"content-length: 2\r\ncontent-length: 3\r\n\r\nab",
+        POST + b"content-length: 2\r\ntransfer-encoding: chunked\r\n\r\nab",
+        POST + b"content-length: -2\r\n\r\n",
+        POST + b"transfer-encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_what_is_no_http_is_400_as_json(request_bytes: bytes) -> None:
+    async def test(run: Running) -> None:
+        status, body = parts_of(await run.send(request_bytes))
+        assert (status, body["error"]["type"]) == (400, "invalid_request_error")
+
+    with_server(test)
+
+
+def test_errors_have_the_shape_of_the_path() -> None:
+    async def test(run: Running) -> None:
+        begin = b"POST /generate HTTP/1.1\r\nHost: x\r\n"
+        status, body = parts_of(await run.send(begin + b"a: " + b"x" * MAX_HEAD_BYTES))
+        assert (status, set(body), body["error_type"]) == (431, {"error", "error_type"}, "headers_too_large")
+        status, body = parts_of(await run.send(begin + b"content-length: x\r\n\r\n"))
+        assert (status, body["error_type"]) == (400, "bad_request")
+
+    with_server(test)
+
+
+def test_slow_heads_and_bodies_are_408() -> None:
+    async def test(run: Running) -> None:
+        for begin in (GET, POST + b"content-length: 1000\r\n\r\nabc"):
+            reader, writer = await run.connect()
+            writer.write(begin)
+            await run.until(lambda: any(c._phase in ("head", "body") for c in run.connections))
+            for connection in run.connections:
+                connection.sweep(asyncio.get_running_loop().time())
+            assert all(connection._phase in ("head", "body") for connection in run.connections)  # there is time
+            run.sweep()
+            status, body = parts_of(await reader.read())
+            assert (status, body["error"]["code"]) == (408, "request_timeout")
+            writer.close()
+            await run.until(lambda: not run.connections)
+
+    with_server(test)
+
+
+def test_a_connection_without_a_request_is_closed() -> None:
+    async def test(run: Running) -> None:
+        reader, _ = await run.connect()
+        await run.until(lambda: run.connections)
+        run.sweep()
+        assert await reader.read() == b""
+
+    with_server(test)
+
+
+def test_a_slow_body_that_waits_for_the_gateway_is_given_time() -> None:
+    """Who is not read cannot send."""
+
+    async def test(run: Running) -> None:
+        _, writer = await run.connect()
+        writer.write(POST.replace(b"/v1/completions", b"/wait") + b"content-length: 400000\r\n\r\n" + b"x" * 400_000)
+        await run.until(lambda: run.connections and run.connections[0]._phase == "answer")
+        run.sweep()
+        assert run.connections[0]._phase == "answer"
+
+    with_server(test)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"1\r\nx\r\n" * 50_000,
+        b"1;" + b"x" * (1 << 20),
+        b"1\r\nx\r\n0\r\na: " + b"x" * (1 << 20),
+        b"1\r\nx\r\n0\r\n" + b"".join(b"a%d: 1\r\n" % i for i in range(MAX_HEADERS + 1)),
+    ],
+    ids=["tiny chunks", "a chunk's extension", "a trailer", "trailers"],
+)
+def test_the_framing_of_a_body_is_bounded(body: bytes) -> None:
+    async def test(run: Running) -> None:
+        request = POST + b"transfer-encoding: chunked\r\n\r\n" + body
+        answer = await run.send(*[request[at : at + 1000] for at in range(0, len(request), 1000)])
+        assert answer == b"" or parts_of(answer)[0] in (400, 431)
+        await run.until(lambda: not run.connections)
+        assert all(len(scope["headers"]) < 5 for scope in run.app.scopes)
+
+    with_server(test)
+
+
+def test_trailers_do_not_become_headers() -> None:
+    async def test(run: Running) -> None:
+        head = POST + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n"
+        answer = await run.send(head, b"3\r\nabc\r\n", b"0\r\nx-api-key: stolen\r\n\r\n")
+        assert answer.endswith(b"\r\n\r\n3")
+        assert b"x-api-key" not in dict(run.app.scopes[0]["headers"])
+
+    with_server(test)
+
+
+def test_chunks_of_ordinary_size_are_served() -> None:
+    async def test(run: Running) -> None:
+        head = POST + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n"
+        answer = await run.send(head, *[b"64\r\n" + b"x" * 100 + b"\r\n"] * 5000, b"0\r\n\r\n")
+        assert answer.endswith(b"\r\n\r\n500000")
+
+    with_server(test)
+
+
+def test_requests_sent_ahead_are_bounded_and_answered_in_order() -> None:
+    async def test(run: Running) -> None:
+        reader, writer = await run.connect()
+        some = [POST + b"content-length: %d\r\n\r\n" % i + b"x" * i for i in range(8)]
+        writer.write(b"".join(some))
+        for i in range(8):
+            await reader.readuntil(b"\r\n\r\n")
+            assert await reader.readexactly(1) == b"%d" % i
+        assert await run.send((GET + b"\r\n") * (MAX_PIPELINED + 3)) == b""
+        await run.until(lambda: len(run.app.scopes) >= 9)
+        assert len(run.app.scopes) < 8 + MAX_PIPELINED
+
+    with_server(test)
+
+
+def test_a_body_that_nobody_reads_is_not_held_and_not_endless() -> None:
+    async def test(run: Running) -> None:
+        head = POST.replace(b"/v1/completions", b"/refused") + b"content-length: 1000000000\r\n\r\n"
+        _, writer = await run.connect()
+        writer.write(head)
+        held = 0
+        for _ in range(100):
+            writer.write(b"x" * 65536)
+            try:
+                await writer.drain()
+            except ConnectionError:
+                break
+            held = max([held, *(len(connection.cycle.body) for connection in run.connections if connection.cycle)])
+        assert held <= 64 * 1024 + 256 * 1024
+        await run.until(lambda: not run.connections)
+
+    with_server(test)
+
+
+def test_who_does_not_read_a_stream_is_dropped_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
+    def dropped() -> float:
+        return REGISTRY.get_sample_value("lorafleet_http_dropped_total", {"reason": "slow_reader"}) or 0.0
+
+    async def test(run: Running) -> None:
+        before = dropped()
+        _, writer = await run.connect()
+        writer.write(GET.replace(b"/v1/models", b"/stream") + b"\r\n")
+        await run.until(lambda: run.connections and run.connections[0]._unsent_since_s is not None)
+        assert run.connections[0].transport.get_write_buffer_size() < 1 << 17  # the rest is in the system's buffers
+        run.connections[0].sweep(asyncio.get_running_loop().time())
+        assert not run.app.ended.is_set()
+        run.sweep()
+        await run.app.ended.wait()
+        assert dropped() == before + 1
+        assert "slow_reader" in caplog.text
+        writer.close()
+
+    with_server(test)
+
+
+def test_who_reads_a_stream_slowly_but_steadily_is_served() -> None:
+    async def test(run: Running) -> None:
+        reader, writer = await run.connect()
+        writer.write(GET.replace(b"/v1/models", b"/stream") + b"\r\n")
+        for _ in range(50):
+            await reader.readexactly(1 << 16)
+            for connection in run.connections:
+                connection.sweep(asyncio.get_running_loop().time() + LIMITS.send_s - 1)
+        assert run.connections
+        writer.close()
+        await run.app.ended.wait()
+
+    with_server(test)
+
+
+def test_connections_are_counted_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [origin_of((host, 1)) for host in ("127.0.0.1", "10.0.0.1", "::ffff:10.0.0.1")] == [
+        "", "10.0.0.1", "10.0.0.1",
+    ]  # fmt: skip
+    assert origin_of(("::1", 1, 0, 0)) == ""
+    assert origin_of(("2001:db8::1", 1, 0, 0)) == origin_of(("2001:db8::ffff", 1, 0, 0))
+    assert origin_of(("2001:db8::1", 1, 0, 0)) != origin_of(("2001:db8:0:1::1", 1, 0, 0))
+    monkeypatch.setattr(http_server, "origin_of", lambda address: "10.0.0.1")
+
+    async def test(run: Running) -> None:
+        first, second = await run.connect(), await run.connect()
+        await run.until(lambda: len(run.connections) == 2)
+        assert await run.send(GET + b"\r\n") == b""  # one too many
+        first[1].close()
+        await run.until(lambda: len(run.connections) == 1)
+        assert (await run.send(GET + b"connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        second[1].close()
+        await run.until(lambda: not run.server._num_of)
+
+    with_server(test, max_per_address=2)
+
+
+def test_the_limits_of_a_connection_are_those_that_the_docs_tell() -> None:
+    assert (http_connection.MAX_HEAD_BYTES, http_connection.MAX_PIPELINED) == (65536, 16)
