@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gateway.http.fields import Name
 from peft_adapters.recipe import MAX_MERGED, Merge, Strategy, check_merge, digests_of, needs_density
 from protocol.wire.errors import BadRequest
 
@@ -19,8 +20,8 @@ class MergedAdapters(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    ids: Annotated[list[str], Field(min_length=1, max_length=MAX_MERGED)]
-    weights: list[Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]]
+    ids: Annotated[list[Name], Field(min_length=1, max_length=MAX_MERGED, fail_fast=True)]
+    weights: Annotated[list[Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]], Field(fail_fast=True)]
     merge_strategy: Strategy = "linear"
     density: Annotated[float, Field(ge=0, le=1)] | None = None
     majority_sign_method: Literal["total", "frequency"] = "total"

@@ -21,8 +21,12 @@ from protocol.wire.errors import LorafleetError, Unauthorized
 
 HUB_TOKEN_PREFIX = "hf_"
 
-OPEN_PATHS = frozenset({"/", "/health", "/ping", "/metrics", "/openapi.json"})
-"""What probes and scrapers read without a key."""
+OPEN_PATHS = frozenset({"/", "/health", "/ping"})
+"""What probes read without a key."""
+
+METRICS, API_PAGE = "/metrics", "/openapi.json"
+"""What may be read without a key if the operator says so. With one, metrics need the scope `admin`: they are the whole
+fleet's."""
 
 
 class Authentication:
@@ -30,13 +34,14 @@ class Authentication:
 
     def __init__(
         self, app: ASGIApp, keys: ApiKeys | None, shape_of: Callable[[str], ErrorShape],
-        secret: FleetSecret | None = None,
+        secret: FleetSecret | None = None, *, open_pages: bool,
     ) -> None:  # fmt: skip
         """`keys`: None where the fleet asks for none. `shape_of`: how errors on a path are written.
 
-        `secret`: the fleet's, None where it has none.
+        `secret`: the fleet's, None where it has none. `open_pages`: whether metrics and the API's page need no key.
         """
         self._secret = secret
+        self._open = OPEN_PATHS | {METRICS, API_PAGE} if open_pages else OPEN_PATHS
         self._app = app
         self._keys = keys
         self._shape_of = shape_of
@@ -61,7 +66,7 @@ class Authentication:
         bearer = _bearer(headers)
         if self._keys is None:
             return Caller(token=source_token(bearer, path), secret=self._secret)
-        if path in OPEN_PATHS and method in ("GET", "HEAD"):
+        if path in self._open and method in ("GET", "HEAD"):
             return EVERYBODY
         given = headers.get("x-api-key", "")
         key, token = (given, source_token(bearer, path)) if given else (bearer, "")
@@ -85,6 +90,8 @@ def check_scopes(method: str, path: str, caller: Caller) -> None:
         else:
             for_all = method == "POST" and path.endswith(("/pin", "/unpin", "/evict"))
             caller.require("admin" if for_all else "adapters")
+    elif path == METRICS:
+        caller.require("admin")
     elif path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
         caller.require("adapters")
     else:

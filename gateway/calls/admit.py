@@ -5,18 +5,19 @@ Everything that calls ask of the gateway's admission is asked here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gateway.adapters.fleet_view import FleetView
 from gateway.auth.limits import check_quota, limit_headers, refusal
-from gateway.calls.parse import ParsedCall
+from gateway.calls.parse import Options, ParsedCall
 from gateway.calls.tokenize import Prompt, TokenizedCall
 from gateway.overload.admission import Admission, Load
 from protocol.queue.quota import Quota, Standing
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import LorafleetError
+from protocol.wire.errors import BadRequest, LorafleetError
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,23 @@ class AdmittedCall:
     prompts: list[Prompt]  # with the most tokens that each answer may have
     load: Load
     quota: Quota | None  # whose limits it counts against, None for nobody's
+
+
+MAX_LOGPROB_BYTES = 1 << 27
+"""Most bytes that the logprobs of a call may take in the logs of its requests; as objects they take 20 times that."""
+
+
+def check_logprobs(options: Options, prompts: Sequence[Prompt]) -> None:
+    """Refuse a call whose choices may have too many logprobs together. Raises BadRequest."""
+    of_prompts = sum(prompt.num_tokens for prompt in prompts) if options.sampling.prompt_logprobs else 0
+    num_tokens = options.n * (sum(prompt.max_new_tokens for prompt in prompts) + of_prompts)
+    num_bytes = num_tokens * options.record_bytes
+    if num_bytes > MAX_LOGPROB_BYTES:
+        raise BadRequest(
+            f"the logprobs of up to {num_tokens} tokens take {num_bytes} bytes; the limit of a call is"
+            f" {MAX_LOGPROB_BYTES}: ask for fewer tokens, choices or likely tokens",
+            param="max_tokens", code="limit_exceeded",
+        )  # fmt: skip
 
 
 class CallAdmission:
@@ -51,11 +69,15 @@ class CallAdmission:
             replace(prompt, max_new_tokens=most(options, prompt.num_tokens, base.max_model_len))
             for prompt in call.prompts
         ]
-        quota = parsed.caller.quota
+        parsed.rules.check_total(
+            options.n * sum(prompt.num_tokens for prompt in prompts), self._settings.max_call_tokens
+        )
+        check_logprobs(options, prompts)
+        admitted, quota = parsed.without_prompts(), parsed.caller.quota
         if quota is not None and not quota.max_bytes:
             quota = replace(quota, max_bytes=self._settings.tenant_bytes)
         if options.is_empty:
-            return AdmittedCall(parsed, base, prompts, Load(options.cls, 0, 0, 0.0), quota)
+            return AdmittedCall(admitted, base, prompts, Load(options.cls, 0, 0, 0.0), quota)
         num_tokens = options.n * sum(prompt.num_tokens + prompt.max_new_tokens for prompt in prompts)
         load = Load(options.cls, len(prompts) * options.n, num_tokens, self.lifetime_s(parsed))
         try:
@@ -65,7 +87,7 @@ class CallAdmission:
         except LorafleetError:
             self.reached_queue()
             raise
-        return AdmittedCall(parsed, base, prompts, load, quota)
+        return AdmittedCall(admitted, base, prompts, load, quota)
 
     def lifetime_s(self, call: ParsedCall) -> float:
         """Return after how many seconds a call is ended, done or not."""

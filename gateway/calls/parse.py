@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from gateway.adapters.merged import MergedAdapters
@@ -104,6 +104,12 @@ class Rules:
             asked = f"{num_prompts} prompts for {num_models} models with n = {n}"
             raise BadRequest(f"{asked}; the limit is {self.max_choices} choices", param="n")
 
+    def check_total(self, num_tokens: int, limit: int) -> None:
+        """Refuse a call whose choices have too many prompt tokens together. Raises BadRequest."""
+        if num_tokens > limit:
+            message = f"the prompts of all choices have {num_tokens} tokens together; the limit of a call is {limit}"
+            raise BadRequest(message, param=self.param, code="limit_exceeded")
+
     def check_base(self, options: Options, base: m.ServedModel) -> None:
         """Refuse what the base model cannot do. Raises BadRequest."""
 
@@ -145,11 +151,12 @@ class Sent:
     endpoint: str
     raw: bytes
     key: str = ""  # the Idempotency-Key, "" for none
+    known_hash: str = ""  # of a body that is held no more
 
     @property
     def hash(self) -> str:
         """What identifies the body."""
-        return hashlib.sha256(self.endpoint.encode() + b"\0" + self.raw).hexdigest()
+        return self.known_hash or hashlib.sha256(self.endpoint.encode() + b"\0" + self.raw).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,3 +184,11 @@ class ParsedCall:
     def key(self) -> str:
         """The Idempotency-Key, "" for none."""
         return self.sent.key if self.sent is not None else ""
+
+    def without_prompts(self) -> ParsedCall:
+        """Return the call without what only its tokens were made of, so that an answer does not hold its body."""
+        inputs, sent = self.inputs, None
+        inputs = Conversation([]) if isinstance(inputs, Conversation) else Texts([""] * len(inputs.sources))
+        if self.sent is not None and self.sent.key:
+            sent = Sent(self.sent.endpoint, b"", self.sent.key, self.sent.hash)
+        return replace(self, inputs=inputs, sent=sent)

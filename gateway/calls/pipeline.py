@@ -25,7 +25,8 @@ from gateway.calls.parse import ParsedCall
 from gateway.calls.replies import Replies
 from gateway.calls.resolve import CallResolver
 from gateway.calls.submit import SubmittedCall, Submitter
-from gateway.calls.tokenize import tokenize
+from gateway.calls.tokenize import check_size, tokenize
+from gateway.overload import large
 from gateway.overload.admission import Admission
 from gateway.text.grammar_check import GrammarCheck
 from gateway.text.tokenizer import ModelFiles
@@ -59,6 +60,7 @@ class Pipeline:
         submitted = await self.submitter.submit(admitted)
         if isinstance(submitted, m.Idempotent):  # what its key was used for, a moment ago
             return await self.attach(call, submitted)
+        large.release()
         return self.follow(submitted)
 
     async def prepare(self, call: ParsedCall) -> AdmittedCall:
@@ -66,7 +68,8 @@ class Pipeline:
         call.rules.check_number(len(call.models.names), len(call.sources), call.options.n)
         await self.admission.check_room(call)
         resolved = await self.call_resolver.resolve(call)
-        tokenized = await tokenize(resolved)
+        check_size(resolved, self.settings.max_call_tokens)
+        tokenized = await large.work(lambda: tokenize(resolved))
         constrained = await constrain(tokenized, self.grammars)
         return self.admission.admit(constrained)
 

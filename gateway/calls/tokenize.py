@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from tokenizers import Encoding
 
 from gateway.adapters.resolver import Target
 from gateway.calls.parse import Conversation, Options, ParsedCall, Source, Texts
 from gateway.calls.resolve import ResolvedCall
 from gateway.text.answer_form import AnswerForm, form_of
 from gateway.text.tokenizer import ModelFiles
+from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
 
 Offset = tuple[int, int] | None
 """Where a token lies in its text: characters [start, end); None for a token that is none of the text's own."""
+
+Encoded = tuple[list[int], Sequence[Offset]]
+"""A text's token ids, and their offsets if they are wanted."""
+
+FEW_TOKENS = 1 << 14
+"""Ids, or characters of texts, up to which prompts are made in the event loop: that takes a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,29 +65,60 @@ class TokenizedCall:
         return self.resolved.parsed.options
 
 
+def check_size(call: ResolvedCall, max_call_tokens: int) -> None:
+    """Refuse prompts that have too many tokens whatever these are, before any is made. Raises BadRequest.
+
+    Ids are counted. A text has at least as many tokens as its bytes hold of the longest one; but not where only the
+    end of it is taken.
+    """
+    inputs, rules, options = call.parsed.inputs, call.parsed.rules, call.parsed.options
+    if isinstance(inputs, Conversation):
+        return  # `encode_chat` holds what the template makes of it against the same limit
+    num_tokens = 0
+    for source in inputs.sources:
+        least = len(source) if isinstance(source, list) else _least_tokens(source, call, inputs.truncate)
+        rules.most_tokens(options, least, call.base.max_model_len)
+        num_tokens += least
+    rules.check_total(num_tokens * len(call.targets) * options.n, max_call_tokens)
+
+
+def _least_tokens(text: str, call: ResolvedCall, truncate: int | None) -> int:
+    if truncate is not None:
+        return 0
+    return min(len(text) // target.files.token_text.longest for target in call.targets)
+
+
 async def tokenize(call: ResolvedCall) -> TokenizedCall:
     """Return a call with its prompts. Raises BadRequest for messages and ids that the model cannot take."""
     parsed, base = call.parsed, call.base
     prompts: list[Prompt] = []
+    same: dict[tuple[int, int], list[Prompt]] = {}  # what models with the same tokenizer and vocabulary share
     for target in call.targets:
         vocab_size = target.vocab_size or base.vocab_size
-        check_token_ids(parsed.options, vocab_size)
-        if isinstance(parsed.inputs, Conversation):
-            made = [await _of_conversation(parsed, parsed.inputs, target)]
-        else:
-            made = await _of_texts(parsed, parsed.inputs, target, vocab_size)
-        prompts += made
+        shared = id(target.files), vocab_size
+        if shared not in same:
+            check_token_ids(parsed.options, vocab_size)
+            if isinstance(parsed.inputs, Conversation):
+                same[shared] = [await _of_conversation(parsed, parsed.inputs, target, base)]
+            else:
+                same[shared] = await _of_texts(parsed, parsed.inputs, target, vocab_size, base)
+        prompts += [replace(prompt, target=target) for prompt in same[shared]]
     return TokenizedCall(call, prompts)
 
 
-async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Target) -> Prompt:
+async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Target, base: m.ServedModel) -> Prompt:
     tools, files = call.options.tools, target.files
+
+    def check(text: str) -> None:
+        call.rules.most_tokens(call.options, len(text) // files.token_text.longest, base.max_model_len)
+
     encoded = await files.encode_chat(
         inputs.messages,
         add_generation_prompt=inputs.add_generation_prompt,
         variables=inputs.variables,
         tenant=target.payer(call.caller),
         tools=tools.definitions if tools is not None else None,
+        check=check,
     )
     if not encoded.ids:
         raise BadRequest("the chat template makes an empty prompt of these messages", param=call.rules.param)
@@ -85,13 +126,27 @@ async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Targe
     return Prompt(target, pack(encoded.ids), len(encoded.ids), form=form)
 
 
-async def _of_texts(call: ParsedCall, inputs: Texts, target: Target, vocab_size: int) -> list[Prompt]:
-    rules, files = call.rules, target.files
+async def _of_texts(
+    call: ParsedCall, inputs: Texts, target: Target, vocab_size: int, base: m.ServedModel
+) -> list[Prompt]:
+    def check(encoding: Encoding) -> None:
+        call.rules.most_tokens(call.options, len(encoding), base.max_model_len)
+
     texts = [source for source in inputs.sources if isinstance(source, str)]
-    encoded = iter(await _encoded(files, texts, with_offsets=inputs.with_offsets))
+    encoded = await _encoded(target.files, texts, check if inputs.with_offsets else None)
+    make = partial(_prompts, call, inputs, target, vocab_size, encoded)
+    # In a thread the loop has its turn meanwhile; for few tokens that would cost more than it gives.
+    num_tokens = sum(map(len, inputs.sources))
+    return make() if num_tokens <= FEW_TOKENS else await asyncio.to_thread(make)
+
+
+def _prompts(
+    call: ParsedCall, inputs: Texts, target: Target, vocab_size: int, encoded: Sequence[Encoded]
+) -> list[Prompt]:
+    rules, files, of_texts = call.rules, target.files, iter(encoded)
     prompts: list[Prompt] = []
     for source in inputs.sources:
-        ids, offsets = next(encoded) if isinstance(source, str) else (source, ())
+        ids, offsets = next(of_texts) if isinstance(source, str) else (source, ())
         if inputs.truncate is not None:
             ids = ids[-inputs.truncate :]
         if not ids:
@@ -104,19 +159,28 @@ async def _of_texts(call: ParsedCall, inputs: Texts, target: Target, vocab_size:
 
 
 async def _encoded(
-    files: ModelFiles, texts: Sequence[str], *, with_offsets: bool
-) -> list[tuple[list[int], Sequence[Offset]]]:
-    """Return of each text its token ids, with the special ones, and their offsets if they are wanted."""
+    files: ModelFiles, texts: Sequence[str], check: Callable[[Encoding], object] | None
+) -> list[Encoded]:
+    """Return of each text its token ids, with the special ones, and with a `check` their offsets too.
+
+    `check` raises for an encoding that is too long, before lists are made of it.
+    """
     if not texts:
         return []
-    if not with_offsets:
+    if check is None:
         return [(ids, ()) for ids in await files.encode(texts)]
-    encodings = await asyncio.to_thread(files.tokenizer.encode_batch, list(texts))
-    return [
-        (e.ids, [None if special else (start, end)
-                 for (start, end), special in zip(e.offsets, e.special_tokens_mask, strict=True)])
-        for e in encodings
-    ]  # fmt: skip
+
+    def encode() -> list[Encoded]:
+        encodings = files.tokenizer.encode_batch(list(texts))
+        for encoding in encodings:
+            check(encoding)
+        return [
+            (e.ids, [None if special else (start, end)
+                     for (start, end), special in zip(e.offsets, e.special_tokens_mask, strict=True)])
+            for e in encodings
+        ]  # fmt: skip
+
+    return await asyncio.to_thread(encode)
 
 
 def check_token_ids(options: Options, vocab_size: int) -> None:

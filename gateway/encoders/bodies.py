@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gateway.calls.parse import Source
+from gateway.http.fields import Name, Prompts, Strings
 from gateway.http.json_bodies import JsonBody
 from gateway.lorax.bodies import AdapterParameters
 
@@ -14,18 +14,12 @@ from gateway.lorax.bodies import AdapterParameters
 class EmbeddingsRequest(JsonBody):
     """`POST /v1/embeddings`: OpenAI's fields, and LoRAX's `parameters`, which count instead of `model` if given."""
 
-    input: str | list[str] | list[int] | list[list[int]]
-    model: str
+    input: Prompts
+    model: Name
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     user: str | None = None
     parameters: AdapterParameters | None = None
-
-    @property
-    def sources(self) -> list[Source]:
-        """The inputs, as texts or token ids."""
-        given: Any = self.input
-        return [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
 
 
 class EncoderRequest(JsonBody):
@@ -38,5 +32,5 @@ class EncoderRequest(JsonBody):
 class EncoderBatchRequest(JsonBody):
     """`POST /classify_batch`."""
 
-    inputs: list[str]
+    inputs: Strings
     parameters: AdapterParameters | None = None

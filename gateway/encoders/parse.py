@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gateway.auth.callers import Caller
 from gateway.calls.parse import Models, Options, ParsedCall, Rules, Source, Texts
 from gateway.encoders.bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
+from gateway.http.fields import sources_of
 from gateway.lorax.bodies import AdapterParameters
 from gateway.lorax.errors import GenerationFailed
 from gateway.lorax.parse import models_of
@@ -65,7 +66,7 @@ def parse_embeddings(request: EmbeddingsRequest, caller: Caller, settings: Setti
     rules = EncoderRules(
         "input", settings.max_inputs, native_adapter=given is not None, dimensions=request.dimensions
     )  # fmt: skip
-    return _call(caller, models, request.sources, "embed", rules)
+    return _call(caller, models, sources_of(request.input), "embed", rules)
 
 
 def parse_native(

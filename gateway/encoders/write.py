@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from gateway.lorax.errors import LORAX_GENERATION_ERRORS
 from gateway.lorax.write import compute_type, times_of
 from protocol.wire import messages as m
 
+FEW_NUMBERS = 1 << 14
+"""Numbers up to which an answer is written in the event loop: that takes a few milliseconds."""
+
 CLASSIFY_HEADERS = ("x-compute-time", "x-validation-time", "x-queue-time", "x-inference-time")
 
 Write = Callable[[list[np.ndarray], Generation], Any]
@@ -40,8 +44,12 @@ class EncoderResponse(GenerationResponse):
     async def whole(self, choices: list[Piece]) -> Response:
         """Return the answer."""
         numbers = [np.frombuffer(choice.shown[0], "<i4") for choice in self.generation.choices]
-        body = orjson.dumps(self._write(numbers, self.generation), option=orjson.OPT_SERIALIZE_NUMPY)
+        few = sum(map(len, numbers)) <= FEW_NUMBERS
+        body = self._body(numbers) if few else await asyncio.to_thread(self._body, numbers)
         return Response(body, 200, await self.own_headers(), "application/json")
+
+    def _body(self, numbers: list[np.ndarray]) -> bytes:
+        return orjson.dumps(self._write(numbers, self.generation), option=orjson.OPT_SERIALIZE_NUMPY)
 
     async def own_headers(self) -> dict[str, str]:
         """Return the headers that tell more than the answer."""
@@ -79,10 +87,11 @@ class _NoFrames:
 
 def write_embeddings(request: EmbeddingsRequest) -> Write:
     """Return what writes the answer of `/v1/embeddings`."""
+    light = request.model_copy(update={"input": ""})  # the texts are not held until their answer
 
     def write(numbers: list[np.ndarray], generation: Generation) -> Any:
         vectors = [part.view("<f4") for part in numbers]
-        return embeddings_answer(request, vectors, _base(generation), generation.usage.prompt_tokens)
+        return embeddings_answer(light, vectors, _base(generation), generation.usage.prompt_tokens)
 
     return write
 
@@ -122,6 +131,11 @@ def shortened(vector: np.ndarray, dimensions: int | None, *, unit_length: bool) 
     return part / np.float32(length) if unit_length and length else part
 
 
+def _json(vector: np.ndarray) -> orjson.Fragment:
+    """Return a vector as JSON: one by one, so that no call of orjson holds the interpreter for long."""
+    return orjson.Fragment(orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY))
+
+
 def embeddings_answer(
     request: EmbeddingsRequest, vectors: Sequence[np.ndarray], base: m.ServedModel, num_tokens: int
 ) -> dict[str, Any]:
@@ -132,7 +146,7 @@ def embeddings_answer(
         {
             "object": "embedding",
             "index": index,
-            "embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_text else vector,
+            "embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_text else _json(vector),
         }
         for index, vector in enumerate(cut)
     ]

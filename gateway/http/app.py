@@ -1,4 +1,7 @@
-"""The ASGI application: the routes, and what wraps them: envelope (outermost), CORS, admission, authentication."""
+"""The ASGI application: the routes, and what wraps them.
+
+From the outside in: envelope, browsers, CORS, admission, authentication, large bodies.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.adapters.operator_routes import OperatorEndpoints, add_operator_routes
 from gateway.auth.authentication import Authentication
+from gateway.auth.browsers import Browsers
 from gateway.auth.callers import CALLER
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
 from gateway.http import openapi
-from gateway.http.errors import add_handlers
-from gateway.http.paths import GENERATION_PATHS
+from gateway.http.errors import add_handlers, is_failure
+from gateway.http.paths import GENERATION_PATHS, LARGE_BODY_PATHS, SMALL_BODY_BYTES
 from gateway.http.routes import Endpoints, add_routes
 from gateway.http.sse import RAW_SEND
 from gateway.lorax import metrics as lorax_metrics
 from gateway.lorax.routes import NativeEndpoints, add_native_routes, shape_of
 from gateway.overload.admission import Admission
+from gateway.overload.large import LargeBodies
 from protocol.queue.api_keys import ApiKeys
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.metrics import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
 from protocol.runtime.settings import Settings, names_of
-from protocol.wire.errors import Overloaded, Unavailable
+from protocol.wire.errors import Internal, Overloaded, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +67,17 @@ def build_app(
     add_native_routes(app, native)
     add_operator_routes(app, operators)
     add_encoder_routes(app, encoders)
-    guarded: ASGIApp = Admitted(Authentication(app, keys, shape_of, secret), admission)
+    authentication = Authentication(
+        LargeBodies(app, shape_of), keys, shape_of, secret, open_pages=settings.open_pages
+    )  # fmt: skip
+    guarded: ASGIApp = Admitted(authentication, admission)
     origins = names_of(settings.cors_origins)
     if origins:
         guarded = CORSMiddleware(
             guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS
         )
+    if keys is None:
+        guarded = Browsers(guarded, settings, shape_of)
     return Envelope(guarded, settings)
 
 
@@ -148,35 +158,46 @@ class Envelope:
 
         scope[RAW_SEND] = send
         try:
-            await self._app(scope, self._limited(receive), send_marked)
+            await self._app(scope, self._limited(scope["path"], headers, receive), send_marked)
         except asyncio.CancelledError:
             if not status:  # The server is closing and waits no longer; uvicorn would answer in plain text.
                 error = Unavailable("this gateway is shutting down; another one can take it", code="shutting_down")
                 await shape_of(scope["path"]).response(error)(scope, receive, send_marked)
             raise
-        except Exception:
-            # The client has been answered by `errors.add_handlers`.
+        except BaseException as failure:
+            if not is_failure(failure):
+                raise
             logger.exception("%s %s failed, x-request-id %s", scope["method"], scope["path"], request_id)
+            if not status:  # not yet told by `errors.add_handlers`, which knows of exceptions but not of panics
+                await shape_of(scope["path"]).response(Internal("the gateway failed"))(scope, receive, send_marked)
         route = getattr(scope.get("route"), "path", "unknown")
         HTTP_REQUESTS.labels(route, scope["method"], str(status)).inc()
         if scope["path"] in GENERATION_PATHS and status != 405:
             lorax_metrics.answered(status, time.monotonic() - started_s)
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, path: str, headers: Headers, receive: Receive) -> Receive:
         """Return a `receive` that refuses a body once it has become too large."""
+        limit = self._max_body_bytes
+        if path not in LARGE_BODY_PATHS:
+            limit = min(limit, SMALL_BODY_BYTES)
         num_bytes = 0
 
         async def receive_limited() -> Message:
             nonlocal num_bytes
+            if not num_bytes and "expect" in headers and int(headers.get("content-length", 0)) > limit:
+                raise _too_large(limit)  # the client has not begun to send, and need not
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes <= self._max_body_bytes:
+            if num_bytes <= limit:
                 return message
             # A client that is still sending would meet a closed connection instead of the answer.
             while message.get("more_body") and num_bytes < DISCARDED_BODIES * self._max_body_bytes:
                 message = await receive()
                 num_bytes += len(message.get("body", b""))
-            detail = f"the body is larger than {self._max_body_bytes} bytes"
-            raise HTTPException(413, detail, {"connection": "close"})
+            raise _too_large(limit)
 
         return receive_limited
+
+
+def _too_large(limit: int) -> HTTPException:
+    return HTTPException(413, f"the body is larger than {limit} bytes", {"connection": "close"})

@@ -1,4 +1,4 @@
-"""JSON in and out: bodies are read and answers written by orjson."""
+"""JSON in and out: bodies are read and answers written by orjson, each within the limits of `json_values`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from fastapi import Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from gateway.text.nesting import MAX_DEPTH, is_deeper
+from gateway.http import json_values
+from gateway.overload.large import working
+from protocol.wire.errors import BadRequest
 
 
 class JsonBody(BaseModel):
@@ -22,25 +25,32 @@ class JsonBody(BaseModel):
 
 
 class _JsonRequest(Request):
-    """Parses bodies with orjson, which refuses NaN, which is not JSON, and lone surrogates, which are not text."""
+    """Parses bodies with `json_values.loads`."""
 
     async def json(self) -> Any:
-        raw = await self.body()
-        value = orjson.loads(raw)
-        if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and is_deeper(value, MAX_DEPTH):
-            raise HTTPException(400, f"the body is nested too deeply; the limit is {MAX_DEPTH} levels")
-        return value
+        try:
+            return json_values.loads(await self.body())
+        except BadRequest as error:  # FastAPI lets pass nothing but this
+            raise HTTPException(400, error.message) from error
 
 
 class JsonRoute(APIRoute):
-    """A route whose bodies are parsed by `_JsonRequest`."""
+    """A route whose bodies are parsed by `_JsonRequest`: a large one in its turn, once all of it is there."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the handler."""
         handler = super().get_route_handler()
+        if self.body_field is None:
+            return handler
 
         async def handle(request: Request) -> Response:
-            return await handler(_JsonRequest(request.scope, request.receive))
+            request = _JsonRequest(request.scope, request.receive)
+            try:
+                await request.body()
+            except ClientDisconnect:
+                raise HTTPException(400, "the client left before its body was complete") from None
+            async with working():
+                return await handler(request)
 
         return handle
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gateway.calls.writers import comment, event
-from gateway.http.errors import OPENAI_ERRORS, ErrorShape, error_of
+from gateway.http.errors import OPENAI_ERRORS, ErrorShape, error_of, is_failure
 from gateway.http.sse import STREAM_HEADERS, GenerationResponse
 from gateway.overload.admission import is_inbound
 from protocol.runtime.metrics import CLIENTS_GONE
@@ -52,8 +52,8 @@ class KeepAliveResponse(Response):
                 CLIENTS_GONE.inc()
                 return
             response = answer.result()
-        except Exception as failure:
-            if not self._has_headers:
+        except BaseException as failure:
+            if not self._has_headers or not is_failure(failure):
                 raise
             body = event(self._errors.body(error_of(failure)))
             await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -12,5 +12,13 @@ LORAX_ENCODE = frozenset({"/embed", "/classify", "/classify_batch"})
 GENERATION_PATHS = frozenset({CHAT, COMPLETIONS, EMBEDDINGS}) | LORAX_GENERATE | LORAX_ENCODE
 """A POST to one of these is a call, which goes into the queue."""
 
-LORAX_PATHS = LORAX_GENERATE | LORAX_ENCODE | {"/tokenize", "/info", "/ping", "/startup"}
+TOKENIZE = "/tokenize"
+
+LARGE_BODY_PATHS = GENERATION_PATHS | {TOKENIZE}
+"""Only these take bodies of more than SMALL_BODY_BYTES."""
+
+SMALL_BODY_BYTES = 1 << 16
+"""Bodies up to this size wait for no place: none costs more than a few milliseconds."""
+
+LORAX_PATHS = LORAX_GENERATE | LORAX_ENCODE | {TOKENIZE, "/info", "/ping", "/startup"}
 """Routes that answer and refuse in LoRAX's way."""

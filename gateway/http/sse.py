@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 import orjson
 from starlette.responses import Response
@@ -12,9 +14,12 @@ from gateway.calls import observe
 from gateway.calls.choices import Piece, best_of
 from gateway.calls.follow import ClientGoneError, Generation
 from gateway.calls.writers import Writer, comment, event
-from gateway.http.errors import OPENAI_ERRORS, error_of
+from gateway.http.errors import OPENAI_ERRORS, error_of, is_failure
 
 DONE = b"data: [DONE]\n\n"
+
+FEW_LOGPROB_BYTES = 1 << 14
+"""Logprobs up to which an answer is written in the event loop: that takes a few milliseconds."""
 
 RAW_SEND = "lorafleet.send"
 """Scope key of the server's own `send`: wrappers between server and route need only the start of a response."""
@@ -64,7 +69,9 @@ class GenerationResponse(Response):
         except ClientGoneError:
             observe.client_gone()
             return
-        except Exception as failure:  # noqa: BLE001  the edge of a call: every failure is told or logged
+        except BaseException as failure:  # the edge of a call: every failure is told or logged
+            if not is_failure(failure):
+                raise
             error = error_of(failure)
         if self.started:
             observe.cut_off()
@@ -107,9 +114,16 @@ class GenerationResponse(Response):
 
     async def whole(self, choices: list[Piece]) -> Response:
         """Return the answer of a call that is not streamed."""
-        shown = best_of(choices, self.options)
-        body = orjson.dumps(self.writer.whole(shown, self.generation.usage))
+        shown, usage = best_of(choices, self.options), self.generation.usage
+        body = await self.dumped(lambda: self.writer.whole(shown, usage))
         return Response(body, media_type="application/json")
+
+    async def dumped(self, make: Callable[[], Any]) -> bytes:
+        """Return as JSON what `make` makes of the answer, in a thread if it has many logprobs."""
+        num_bytes = self.generation.usage.completion_tokens * self.options.record_bytes
+        if num_bytes <= FEW_LOGPROB_BYTES and not self.options.sampling.prompt_logprobs:
+            return orjson.dumps(make())
+        return await asyncio.to_thread(lambda: orjson.dumps(make()))
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         whole = [Piece(choice.index) for choice in self.generation.choices]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
 from gateway.adapters.merged import MergedAdapters
+from gateway.http.fields import Name, Strings
 from gateway.http.json_bodies import JsonBody
 
 
@@ -15,14 +16,14 @@ class NativeMerge(MergedAdapters):
 
     model_config = ConfigDict(extra="ignore")
 
-    ids: list[str]
-    weights: list[float] = Field(default_factory=list)
+    ids: Annotated[list[Name], Field(fail_fast=True)]
+    weights: Annotated[list[float], Field(fail_fast=True)] = Field(default_factory=list)
 
 
 class AdapterParameters(JsonBody):
     """Which adapter, from where, on whose behalf."""
 
-    adapter_id: str | None = None
+    adapter_id: Name | None = None
     adapter_source: str | None = None
     merged_adapters: NativeMerge | None = None
     api_token: str | None = None
@@ -43,7 +44,7 @@ class Parameters(AdapterParameters):
     max_new_tokens: int | None = None
     ignore_eos_token: bool = False
     return_full_text: bool | None = None
-    stop: list[str] | None = None
+    stop: Strings | None = None
     truncate: int | None = None
     watermark: bool = False
     details: bool = False

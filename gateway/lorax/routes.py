@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from gateway.auth.callers import caller_of
+from gateway.auth.callers import Caller, caller_of
 from gateway.calls.follow import Generation
 from gateway.calls.pipeline import Pipeline
 from gateway.encoders.bodies import EncoderRequest
@@ -16,13 +17,14 @@ from gateway.encoders.calls import EncoderCalls
 from gateway.http import openapi
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape
 from gateway.http.json_bodies import JsonRoute, json_response
-from gateway.http.paths import LORAX_PATHS
+from gateway.http.paths import LORAX_PATHS, TOKENIZE
 from gateway.http.routes import Endpoints
 from gateway.lorax import metrics as lorax_metrics
 from gateway.lorax.bodies import CompatRequest, GenerateRequest, Parameters, TokenizeRequest
 from gateway.lorax.errors import LORAX_ERRORS, GenerationFailed
-from gateway.lorax.parse import NativeCall, models_of, parse
-from gateway.lorax.write import NativeResponse
+from gateway.lorax.parse import NativeCall, check_tokenized, models_of, parse
+from gateway.lorax.write import NativeResponse, tokens_json
+from gateway.overload import large
 from protocol.runtime.metrics import LORAX_BATCH_SIZE, LORAX_QUEUE_LENGTH
 from protocol.wire.messages import Task
 
@@ -33,6 +35,12 @@ PIPELINES: dict[Task, str] = {
     "generate": "text-generation", "embed": "feature-extraction", "classify": "token-classification"
 }  # fmt: skip
 """The Hub's names of what base models do."""
+
+MIN_TOKENIZED = 1 << 16
+"""Tokens of a text that `/tokenize` answers with, however short the model's context is."""
+
+MAX_CHARACTERS_PER_TOKEN = 16
+"""Longer than this the tokens of a text are on average in no language: it is not worth finding out."""
 
 PROBE = "Where should Johnny live?"
 MAX_LISTED = 1000
@@ -82,19 +90,26 @@ class NativeEndpoints:
 
     async def tokenize(self, body: TokenizeRequest, request: Request) -> Response:
         """Answer `/tokenize`."""
-        special = body.add_special_tokens is not False
-        tokenizer, pipeline = self._pipeline.files.tokenizer, self._pipeline
+        return await self.endpoints.respond(self._tokenized(body, caller_of(request)), errors=LORAX_ERRORS)
+
+    async def _tokenized(self, body: TokenizeRequest, caller: Caller) -> Response:
+        pipeline = self._pipeline
+        files, base = pipeline.files, pipeline.fleet.base
         if body.adapter_id or body.merged_adapters is not None:
             base = await pipeline.fleet.require(worker=False)
-            [target] = await pipeline.call_resolver.targets(models_of(body), base, caller_of(request), GenerationFailed)
-            tokenizer = target.files.tokenizer
-        encoding = await run_in_threadpool(tokenizer.encode, body.inputs, add_special_tokens=special)
-        return json_response(
-            [
-                {"id": id_, "text": text, "start": start, "stop": stop}
-                for id_, text, (start, stop) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
-            ]
-        )
+            [target] = await pipeline.call_resolver.targets(models_of(body), base, caller, GenerationFailed)
+            files = target.files
+        most = MIN_TOKENIZED if base is None else max(base.max_model_len, MIN_TOKENIZED)
+        check_tokenized(len(body.inputs) // MAX_CHARACTERS_PER_TOKEN, most)
+
+        def tokenize() -> bytes:
+            special = body.add_special_tokens is not False
+            # `encode` would hold the interpreter all the while.
+            [encoding] = files.tokenizer.encode_batch([body.inputs], add_special_tokens=special)
+            check_tokenized(len(encoding), most)
+            return tokens_json(encoding)
+
+        return Response(await large.work(lambda: asyncio.to_thread(tokenize)), media_type="application/json")
 
     # ------------------------------------------------------------ operation
 
@@ -178,7 +193,7 @@ def add_native_routes(app: FastAPI, native: NativeEndpoints) -> None:
         app.post(path, responses=streamed)(native.compat)
     app.post("/generate", responses=errors)(native.generate)
     app.post("/generate_stream", responses=streamed, response_class=openapi.EventStream)(native.generate_stream)
-    app.post("/tokenize", responses=errors)(native.tokenize)
+    app.post(TOKENIZE, responses=errors)(native.tokenize)
     app.get("/info", responses=errors)(native.info)
     app.get("/startup", responses=errors, response_class=Response)(native.startup)
     app.get("/metrics", responses=openapi.METRICS)(native.metrics)

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 from starlette.responses import Response
+from tokenizers import Encoding
 
 from gateway.calls.choices import Piece, TokenLogprob, mean_logprob
 from gateway.calls.follow import Generation
@@ -169,9 +170,15 @@ class NativeResponse(GenerationResponse):
 
     async def whole(self, choices: list[Piece]) -> Response:
         """Return the answer of a call that is not streamed."""
-        answer = self.writer.whole(choices, self.generation.usage)
+        usage, as_list = self.generation.usage, self._native.as_list
+
+        def make() -> Any:
+            answer = self.writer.whole(choices, usage)
+            return [answer] if as_list else answer
+
+        body = await self.dumped(make)
         headers = {**self._headers(), **await times_of(self.generation, self._started_s)}
-        return Response(orjson.dumps([answer] if self._native.as_list else answer), 200, headers, "application/json")
+        return Response(body, 200, headers, "application/json")
 
     def _headers(self) -> dict[str, str]:
         """Return what the headers tell besides tokens and times."""
@@ -226,3 +233,9 @@ def compute_type(base: m.ServedModel) -> str:
 def _ascii(value: str) -> str:
     """Return a value in the characters that a header may hold."""
     return value.encode("ascii", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
+
+
+def tokens_json(encoding: Encoding) -> bytes:
+    """Return the answer of `/tokenize`: each token with where it lies in the text."""
+    parts = zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
+    return orjson.dumps([{"id": id_, "text": text, "start": start, "stop": stop} for id_, text, (start, stop) in parts])

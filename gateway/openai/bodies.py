@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from gateway.adapters.merged import MergedAdapters
+from gateway.http.fields import Name, Objects, Prompts, Strings, entries_within
 from gateway.http.json_bodies import JsonBody
 from gateway.http.paths import CHAT, COMPLETIONS
 
@@ -22,6 +23,11 @@ MAX_TOOLS = 128  # OpenAI's limit, as the next three
 MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY = 64  # characters
 MAX_METADATA_VALUE = 512  # characters
+
+MAX_ENTRIES = 1 << 14
+"""Entries of an object that are looked at; its own limit, which `openai.parse` knows, is smaller."""
+
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class StreamOptions(JsonBody):
@@ -34,7 +40,7 @@ class StreamOptions(JsonBody):
 class GenerationRequest(JsonBody):
     """The fields of both routes. null always means the default."""
 
-    model: str | Annotated[list[str], Field(min_length=1)]  # of a list each gives its own choices
+    model: Name | Annotated[list[Name], Field(min_length=1, fail_fast=True)]  # of a list each gives its own choices
     lora_scale: Annotated[float, Field(ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)] | None = None
     merged_adapters: MergedAdapters | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -45,19 +51,19 @@ class GenerationRequest(JsonBody):
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Strings | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Bias], entries_within(MAX_ENTRIES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     service_tier: str | None = None
     background: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], entries_within(MAX_ENTRIES)] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     adapter_source: str | None = None  # this and the next two are LoRAX's
@@ -78,18 +84,18 @@ class GenerationRequest(JsonBody):
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[Objects, Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     guideline: str | None = None  # LoRAX's: for templates that have one
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[dict[str, Any]] | None = None
-    modalities: list[str] | None = None
+    functions: Objects | None = None
+    modalities: Strings | None = None
 
     @property
     def template_variables(self) -> dict[str, Any]:
@@ -101,7 +107,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompts
     best_of: Annotated[int, Field(ge=1)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None

@@ -15,9 +15,9 @@ from gateway.calls.parse import (
     ParsedCall,
     Rules,
     Sent,
-    Source,
     Texts,
 )
+from gateway.http.fields import sources_of
 from gateway.openai.bodies import (
     BODIES,
     MAX_METADATA_KEY,
@@ -53,7 +53,7 @@ def parse(request: AnyRequest, caller: Caller, settings: Settings, sent: Sent | 
     return ParsedCall(
         caller=caller,
         models=Models(request.models, request.adapter_source, request.merged_adapters, request.api_token or ""),
-        inputs=_conversation(request) if isinstance(request, ChatRequest) else Texts(_sources(request)),
+        inputs=_conversation(request) if isinstance(request, ChatRequest) else Texts(sources_of(request.prompt)),
         options=_options(request, settings),
         rules=Rules("messages" if is_chat else "prompt", settings.max_choices),
         model_name=request.model_name,
@@ -69,7 +69,7 @@ def to_be_stored(request: AnyRequest) -> dict[str, Any]:
     body = request.model_dump(exclude_none=True, exclude=_NOT_STORED)
     if isinstance(request, ChatRequest):
         return {**body, "messages": [{}]}
-    return body if request.echo else {**body, "prompt": [""] * len(_sources(request))}
+    return body if request.echo else {**body, "prompt": [""] * len(sources_of(request.prompt))}
 
 
 def parse_stored(endpoint: str, body: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:
@@ -79,12 +79,6 @@ def parse_stored(endpoint: str, body: Mapping[str, Any], caller: Caller, setting
 
 def _conversation(request: ChatRequest) -> Conversation:
     return Conversation(request.messages, request.template_variables, request.add_generation_prompt is not False)
-
-
-def _sources(request: CompletionRequest) -> list[Source]:
-    """Return a completion request's prompts, as texts or token ids."""
-    prompt: Any = request.prompt
-    return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
 
 
 def _form_param(request: AnyRequest) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -14,11 +15,12 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from gateway.text.nesting import MAX_DEPTH, is_deeper
+from gateway.http import json_values
 from peft_adapters.texts import TEXT_FILES, special_tokens, template_of
 from protocol.wire.errors import BadRequest
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+_LONG_NUMBER = re.compile(r"\d{19}")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -118,26 +120,23 @@ def _tool_calls(calls: object, place: str) -> list[dict[str, Any]]:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict):
             raise BadRequest(f"{place}[{i}].function must be an object", param=f"{place}[{i}].function")
-        arguments = function.get("arguments")
+        arguments, where = function.get("arguments"), f"{place}[{i}].function.arguments"
         if isinstance(arguments, str):
-            arguments = _parsed(arguments, f"{place}[{i}].function.arguments")
+            arguments = _parsed(arguments, where)
         normal.append({**call, "function": {**function, "arguments": arguments}})
     return normal
 
 
 def _parsed(text: str, place: str) -> Any:
-    """Return what a tool call's arguments mean, {} for none. Raises BadRequest."""
+    """Return what a tool call's arguments mean, {} for none, with integers as they are. Raises BadRequest."""
     try:
-        value = json.loads(text) if text else {}
-        if "\\u" in text:  # JSON can spell half a character, which is no text
-            json.dumps(value, ensure_ascii=False).encode()
-        if text.count("[") + text.count("{") <= MAX_DEPTH or not is_deeper(value, MAX_DEPTH):
-            return value
-    except RecursionError:
-        pass
+        value = json_values.loads(text.encode(), place) if text else {}
+        # orjson makes floats of integers beyond 64 bits.
+        return json.loads(text) if _LONG_NUMBER.search(text) else value
+    except BadRequest as error:
+        raise BadRequest(error.message, param=place) from error
     except ValueError as error:
         raise BadRequest(f"{place} is not JSON: {error}", param=place) from error
-    raise BadRequest(f"{place} is nested too deeply; the limit is {MAX_DEPTH} levels", param=place)
 
 
 # ---------------------------------------------------------------- the sandbox

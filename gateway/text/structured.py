@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from gateway.http import json_values
 from gateway.text.grammar_limits import (
     MAX_CHOICES,
     check_bytes,
@@ -140,7 +141,9 @@ def _parsed(value: Any, place: str, settings: Settings) -> Any:
         return value
     check_bytes(value, place, settings)
     try:
-        return orjson.loads(value)
+        return json_values.loads(value.encode(), place)
+    except BadRequest as error:
+        raise BadRequest(error.message, param=place) from error
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"{place} is not JSON: {error}", param=place) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,9 @@ from peft_adapters.texts import TEXT_FILES, TOKENIZER
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder, served_name
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
+
+UNKNOWN_CHARACTERS = 256
+"""Characters that one token stands for at most, whatever the vocabulary has: unknown words are one token each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +46,21 @@ class ModelFiles:
 
     async def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, with the special tokens that the tokenizer puts around it."""
-        encodings = await asyncio.to_thread(self.tokenizer.encode_batch_fast, list(texts))
-        return [encoding.ids for encoding in encodings]
+
+        def encode() -> list[list[int]]:
+            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts))]
+
+        return await asyncio.to_thread(encode)
 
     async def encode_chat(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, variables: dict[str, Any],
-        tenant: str, tools: list[dict[str, Any]] | None = None,
+        tenant: str, tools: list[dict[str, Any]] | None = None, check: Callable[[str], object] | None = None,
     ) -> EncodedChat:  # fmt: skip
         """Return the tokens of a conversation. tenant: who has the sandbox render it, where it must.
 
-        Raises BadRequest when it cannot be rendered, Overloaded and Unavailable when the sandbox has no place.
+        `check` is shown the rendered text before it is tokenized.
+        Raises BadRequest when it cannot be rendered, Overloaded and Unavailable when the sandbox has no place, and what
+        `check` does.
         """
         template = self.template
         if template is None:
@@ -66,14 +74,16 @@ class ModelFiles:
         options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "variables": variables}
         if isinstance(template, SandboxedTemplate):
             text = await template.render(normal, **options, tenant=tenant)
-            return await asyncio.to_thread(self._encode_rendered, text)
+            return await asyncio.to_thread(self._encode_rendered, text, check)
 
         def encode() -> EncodedChat:
-            return self._encode_rendered(template.render(normal, **options))
+            return self._encode_rendered(template.render(normal, **options), check)
 
         return await asyncio.to_thread(encode)
 
-    def _encode_rendered(self, text: str) -> EncodedChat:
+    def _encode_rendered(self, text: str, check: Callable[[str], object] | None) -> EncodedChat:
+        if check is not None:
+            check(text)
         # The template has written the special tokens itself.
         ids = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return EncodedChat(ids, opened=text.rstrip().endswith(tuple(begin for begin, _ in THOUGHTS)))
@@ -126,6 +136,8 @@ class TokenText:
         self._tokenizer = tokenizer
         self._added = frozenset(tokenizer.get_added_tokens_decoder())
         self._special = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.longest = max(UNKNOWN_CHARACTERS, *map(len, tokenizer.get_vocab()))
+        """Most characters of a token: a text cannot have fewer tokens than it has of these."""
         self._byte_level = _has_byte_level(json.loads(tokenizer.to_str()).get("decoder"))
         self.bytes = lru_cache(maxsize=1 << 16)(self._bytes)
         self.text = lru_cache(maxsize=1 << 16)(self._text)

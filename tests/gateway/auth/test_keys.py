@@ -51,13 +51,34 @@ async def test_only_a_good_key_gets_in(http: httpx2.AsyncClient, keys: ApiKeys) 
         assert refused.headers["x-request-id"]
     native = await http.post("/generate", json={"inputs": "hi"})
     assert (native.status_code, native.json()["error_type"]) == (401, "authentication")
-    for path in ("/health", "/ping", "/metrics", "/"):
+    for path in ("/health", "/ping", "/"):
         assert (await http.get(path)).status_code == 200
-    for path in ("/info", "/v1/models", "/startup", "/v1/jobs", "/nowhere"):
+    for path in ("/metrics", "/openapi.json", "/info", "/v1/models", "/startup", "/v1/jobs", "/nowhere"):
         assert (await http.get(path)).status_code == 401
     good = await key_of(keys, "acme")
     assert (await http.post("/v1/chat/completions", json=CHAT, headers=good)).status_code == 200
     assert (await http.get("/v1/models", headers={"x-api-key": good["authorization"].split()[1]})).status_code == 200
+
+
+async def test_metrics_are_an_admin_s_unless_the_pages_are_open(
+    bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient, keys: ApiKeys, model_folder: Path
+) -> None:
+    tenant, admin = await key_of(keys, "acme"), await key_of(keys, "ops", "admin")
+    assert (await http.get("/metrics", headers=tenant)).status_code == 403
+    assert (await http.get("/openapi.json", headers=tenant)).status_code == 200
+    await fleet.add_adapter("secret-name", "d1")
+    body = {**CHAT, "model": "secret-name"}
+    assert (await http.post("/v1/chat/completions", json=body, headers=tenant)).status_code == 200
+    shown = await http.get("/metrics", headers=admin)
+    assert shown.status_code == 200
+    assert "secret-name" not in shown.text
+    assert "acme" not in shown.text
+    async with (
+        running_gateway(bus, model_folder, api_keys=True, open_pages=True) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url) as other,
+    ):
+        for path in ("/metrics", "/openapi.json"):
+            assert (await other.get(path)).status_code == 200
 
 
 async def test_openai_s_client_understands_the_refusals(gateway: RunningGateway, keys: ApiKeys) -> None:

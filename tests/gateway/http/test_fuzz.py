@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -24,17 +25,54 @@ from gateway.openai.bodies import BODIES
 from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.bus import Bus
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "enum": [1]}}, "required": ["a"]}
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": SCHEMA, "strict": True}}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+MESSAGES = [
+    {"role": "system", "content": "be brief", "name": "s"},
+    {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [CALL]},
+    {"role": "user", "content": "hi"},
+]
+SAMPLING = {
+    "temperature": 1.0, "top_p": 0.5, "top_k": 4, "min_p": 0.1, "typical_p": 0.9, "seed": 7, "min_tokens": 1, "n": 1,
+    "presence_penalty": 0.1, "frequency_penalty": 0.1, "repetition_penalty": 1.1, "logit_bias": {"5": 1.0},
+    "stop": ["x"], "stop_token_ids": [5], "ignore_eos": False, "max_tokens": 2, "stream": False, "metadata": {"a": "b"},
+    "service_tier": "auto", "merged_adapters": None, "lora_scale": None, "api_token": "t", "background": False,
+}  # fmt: skip
+MERGED = {"ids": ["nobody", "none"], "weights": [0.5, 0.5], "merge_strategy": "ties", "density": 0.5, "svd_rank": 4}
+NATIVE = {
+    "max_new_tokens": 2, "best_of": 1, "temperature": 0.5, "repetition_penalty": 1.1, "top_k": 5, "top_p": 0.9,
+    "typical_p": 0.9, "do_sample": True, "return_full_text": True, "stop": ["x"], "truncate": 5, "watermark": False,
+    "details": True, "decoder_input_details": False, "return_k_alternatives": 2, "seed": 7, "adapter_id": "",
+    "response_format": {"type": "json_object", "schema": SCHEMA}, "merged_adapters": None, "adapter_source": "local",
+}  # fmt: skip
+STRUCTURED = {"json": SCHEMA, "regex": "a+", "choice": ["a", "b"], "grammar": 'start: "a"', "json_object": True}
+
 GOOD: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
-    "/v1/completions": {"model": "base", "prompt": "hi", "max_tokens": 2},
-    "/generate": {"inputs": "hi", "parameters": {"max_new_tokens": 2}},
-    "/generate_stream": {"inputs": "hi", "parameters": {"max_new_tokens": 2}},
-    "/": {"inputs": "hi", "parameters": {"max_new_tokens": 2}},
-    "/tokenize": {"inputs": "hi"},
+    "/v1/chat/completions": {
+        "model": "base", "messages": MESSAGES, **SAMPLING, "logprobs": True, "top_logprobs": 2, "tools": [TOOL],
+        "tool_choice": {"type": "function", "function": {"name": "f"}}, "chat_template_kwargs": {"a": 1},
+        "parallel_tool_calls": True, "stream_options": None,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}},
+    },
+    "/v1/completions": {
+        "model": ["base", "base"], "prompt": [[5, 6], [7]], **SAMPLING, "best_of": 1, "echo": True, "logprobs": 2,
+        "structured_outputs": {"regex": "a+"}, "stream_options": {"include_usage": True},
+    },
+    "/generate": {"inputs": "hi", "parameters": NATIVE},
+    "/generate_stream": {"inputs": "hi", "parameters": NATIVE},
+    "/invocations": {"inputs": "hi", "parameters": NATIVE, "stream": False},
+    "/": {"inputs": "hi", "parameters": {**NATIVE, "merged_adapters": MERGED}},
+    "/tokenize": {"inputs": "hi", "add_special_tokens": True, "adapter_id": "", "api_token": "t"},
     "/v1/embeddings": {"model": "base", "input": ["hi"], "dimensions": 2, "encoding_format": "float"},
+    "/embed": {"inputs": "hi", "parameters": {"adapter_id": ""}},
+    "/classify": {"inputs": "hi", "parameters": {"adapter_id": ""}},
     "/classify_batch": {"inputs": ["hi"], "parameters": {"adapter_id": ""}},
+    "/v1/adapters": {"name": "nobody", "source": "nobody", "token": "t", "wait_s": 0.0, "pin": False, "preload": False},
+    "/v1/load_lora_adapter": {"lora_name": "base", "lora_path": "nobody", "load_inplace": False},
     "/v1/unload_lora_adapter": {"lora_name": "nobody"},
-}
+}  # fmt: skip
 FIELDS = {
     path: sorted(BODIES[path].model_fields) if path in BODIES else sorted(CompatRequest.model_fields) for path in GOOD
 }
@@ -53,14 +91,31 @@ odd_value = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(odd_text, inner, max_size=4)),
     max_leaves=12,
 )
-depths = st.sampled_from([10, 100, 600, 1023, 1024, 5000, 100_000])
+depths = st.sampled_from([10, 60, 99, 100, 101, 600, 1023, 1024, 5000, 100_000])
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Return where a JSON value has parts, at any depth."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in entries:
+        yield (*at, key)
+        yield from places(inner, (*at, key))
+
+
+def put(value: Any, at: tuple[Any, ...], part: Any) -> None:
+    """Put something in a place."""
+    for key in at[:-1]:
+        value = value[key]
+    value[at[-1]] = part
 
 
 @st.composite
 def bodies(draw: st.DrawFn) -> tuple[str, bytes]:
     """A path, and bytes to send there: junk, deep nests, any JSON, or a good body with something odd in it."""
     path = draw(st.sampled_from(sorted(GOOD)))
-    kind = draw(st.sampled_from(["bytes", "deep", "json", "field", "field", "field", "parameter", "cut"]))
+    kind = draw(
+        st.sampled_from(["bytes", "deep", "json", "field", "place", "place", "place", "nest", "parameter", "cut"])
+    )
     if kind == "bytes":
         return path, draw(st.binary(max_size=60))
     good = json.loads(json.dumps(GOOD[path]))
@@ -69,6 +124,15 @@ def bodies(draw: st.DrawFn) -> tuple[str, bytes]:
         nest = opening * depth + "1" + closing * depth
         field = draw(st.sampled_from(FIELDS[path]))
         return path, json.dumps({**good, field: "@"}).replace('"@"', nest).encode()
+    if kind in ("place", "nest"):
+        at = draw(st.sampled_from(list(places(good))))
+        if kind == "place":
+            put(good, at, draw(odd_value))
+            return path, json.dumps(good).encode()
+        depth = draw(depths)
+        put(good, at, "@")
+        nest = draw(st.sampled_from(["[" * depth + "]" * depth, json.dumps("[" * depth), json.dumps("(" * depth)]))
+        return path, json.dumps(good).replace('"@"', nest).encode()
     if kind == "json":
         return path, json.dumps(draw(odd_value)).encode()
     if kind == "parameter" and "parameters" in good:
@@ -107,8 +171,12 @@ def url(queue_server: EmbeddedServer, model_folder: Path, tokenizer: Tokenizer) 
     thread.join()
 
 
+NUM = int(os.environ.get("LORAFLEET_FUZZ", "200"))
+"""Bodies that are tried; a long run is worth it when a route or a body changes."""
+
+
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    max_examples=NUM, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 @given(sent=bodies())
 def test_any_body_gets_an_answer(url: str, patient: httpx2.Client, sent: tuple[str, bytes]) -> None:
@@ -118,6 +186,8 @@ def test_any_body_gets_an_answer(url: str, patient: httpx2.Client, sent: tuple[s
     if answer.status_code >= 400:
         error = answer.json()["error"]
         message = error["message"] if shape_of(path) is OPENAI_ERRORS else error
+        if shape_of(path) is OPENAI_ERRORS:
+            assert set(error) == {"message", "type", "param", "code"}
         assert isinstance(message, str)
         assert message
         assert len(message) < 2000
@@ -130,3 +200,89 @@ def patient() -> Iterator[httpx2.Client]:
     """A client that waits ten seconds: silence is a failure."""
     with httpx2.Client(timeout=10, trust_env=False) as client:
         yield client
+
+
+NUMBERS = ["NaN", "Infinity", "-Infinity", "1e400", "-1e400", "9" * 400, "0x10", "01", "1.", "--1"]
+
+
+HALVES = ['"\\ud800"', '"\\udfff\\ud800"', '"a\\udc00b"']
+
+
+@pytest.mark.parametrize("path", sorted(GOOD))
+def test_no_numbers_and_half_characters_are_client_errors(url: str, patient: httpx2.Client, path: str) -> None:
+    """In every place of a good body, also in those that nothing looks at."""
+    wrong = []
+    for i, at in enumerate([*places(GOOD[path]), ("unknown",)]):
+        good = json.loads(json.dumps(GOOD[path]))
+        put(good, at, "@")
+        for odd in (NUMBERS[i % len(NUMBERS)], HALVES[i % len(HALVES)]):
+            body = json.dumps(good).replace('"@"', odd).encode()
+            answer = patient.post(url + path, content=body, headers={"content-type": "application/json"})
+            if not 400 <= answer.status_code < 500:
+                wrong.append((at, odd[:20], answer.status_code, answer.content[:200]))
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", sorted(GOOD))
+def test_nul_and_huge_numbers_are_no_fault(url: str, patient: httpx2.Client, path: str) -> None:
+    for at in [*places(GOOD[path]), ("unknown",)]:
+        good = json.loads(json.dumps(GOOD[path]))
+        put(good, at, "@")
+        for odd in ('"\\u0000"', "9" * 30):
+            body = json.dumps(good).replace('"@"', odd).encode()
+            answer = patient.post(url + path, content=body, headers={"content-type": "application/json"})
+            assert answer.status_code < 500, (at, odd[:20], answer.content)
+
+
+DEEP = "[" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": {"a": 1}, "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "x" * 100_000, "content": "x"}]}, "messages[0].role"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": DEEP}}]}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[NaN]"}}]}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": '"\\ud800"'}}]}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        ({"structured_outputs": {"json": DEEP}}, "structured_outputs.json"),
+        ({"stop_token_ids": [5] * 500_000}, "stop_token_ids"),
+        ({"logit_bias": {str(i): 999 for i in range(100_000)}}, "logit_bias"),
+        ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
+        ({"metadata": {"a": "x" * 513}}, "metadata"),
+        ({"metadata": {"x" * 65: "a"}}, "metadata"),
+        ({"model": "x" * 2000}, "model"),
+        ({"model": [5] * 500_000}, "model"),
+        ({"stop": [5] * 500_000}, "stop"),
+        ({"tools": [5] * 500_000}, "tools"),
+        ({"merged_adapters": {"ids": [5] * 100_000, "weights": []}}, "merged_adapters"),
+    ],
+)
+def test_what_is_wrong_or_too_much_is_named(
+    url: str, patient: httpx2.Client, fields: dict[str, Any], param: str
+) -> None:
+    good = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
+    answer = patient.post(f"{url}/v1/chat/completions", json={**good, **fields})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert len(answer.content) < 4000
+
+
+@pytest.mark.parametrize(
+    "prompt", [[5, "a"], ["a", 5], [[5], "a"], [[5], [True]], [None], {}, 5, None, [[]], [], [[[]]]]
+)
+def test_prompts_of_mixed_kinds_are_client_errors(url: str, patient: httpx2.Client, prompt: Any) -> None:
+    for path, field in (("/v1/completions", "prompt"), ("/v1/embeddings", "input")):
+        answer = patient.post(url + path, json={"model": "base", field: prompt})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, field)

@@ -183,7 +183,7 @@ def test_templates_are_found_where_models_keep_them(tmp_path: Path, files: dict[
         ({"role": {"a": 1}, "content": "a"}, "role must be one of"),
         ({"role": "r" * 10_000, "content": "a"}, "not 'rrr"),
         ({"role": "user", "content": [{"type": ["text"]}]}, "are not supported"),
-        ({"role": "assistant", "tool_calls": [{"function": {"arguments": "[" * 200_000}}]}, "nested too deeply"),
+        ({"role": "assistant", "tool_calls": [{"function": {"arguments": "[" * 200_000}}]}, "lists and objects"),
         ({"role": "assistant", "tool_calls": [{"function": {"arguments": "[" * 101 + "]" * 101}}]}, "is 100 levels"),
         ({"role": "assistant", "tool_calls": [{"function": {"arguments": '"\\ud800"'}}]}, "is not JSON"),
         ({"role": "assistant", "tool_calls": [{"function": {"arguments": "1" * 5000}}]}, "is not JSON"),

@@ -1,0 +1,224 @@
+"""Large bodies: how many of them a gateway holds, and how many it works on at a time, shared evenly by tenants.
+
+A small body is read, checked and tokenized as it comes. A large one costs up to a second of CPU and hundreds of
+megabytes, so it waits for a place before it is read, and for its turn before each step of work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.auth.callers import CALLER, Caller
+from gateway.http.errors import ErrorShape
+from gateway.http.paths import LARGE_BODY_PATHS, SMALL_BODY_BYTES, TOKENIZE
+from protocol.wire.errors import Overloaded
+
+T = TypeVar("T")
+
+RETRY_S = 5.0
+"""Retry-After of a body that found no place: when one will be free is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class LargeLimits:
+    """Limits for large bodies."""
+
+    num_bodies: int = 12  # held at once, from the first byte that is read to the queue: up to 60 MB each as objects
+    num_of_tenant: int = 4  # of these, for one tenant
+    num_waiting: int = 64  # for a place, with nothing read
+    num_turns: int = 1  # of work at once: up to 800 MB each, for four million tokens
+
+
+class Places:
+    """A number of places. Those that become free go to the tenant that holds fewest, in order of arrival."""
+
+    def __init__(self, num: int, num_of_tenant: int = 0, num_waiting: int = 0) -> None:
+        """`num_of_tenant`: most places of one tenant, `num_waiting`: most that wait; 0: no limit."""
+        self._num = num
+        self._num_of_tenant = num_of_tenant or num
+        self._num_waiting = num_waiting
+        self._held: Counter[str] = Counter()
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # by tenant
+
+    async def take(self, tenant: str) -> None:
+        """Wait for a place. Raises Overloaded when too many wait."""
+        if not self._waiting and self._is_free(tenant):
+            self._held[tenant] += 1
+            return
+        waiting = sum(map(len, self._waiting.values()))
+        # A tenant may fill half of the line, so that there is always room for another.
+        own = len(self._waiting.get(tenant, ()))
+        if self._num_waiting and (waiting >= self._num_waiting or 2 * own >= self._num_waiting):
+            raise Overloaded(f"{waiting} large bodies wait to be read; send smaller ones, or later", RETRY_S)
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, deque()).append(turn)
+        self._hand_out()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():
+                self.give(tenant)  # it came too late
+            raise
+
+    def give(self, tenant: str) -> None:
+        """Give a place back."""
+        self._held[tenant] -= 1
+        if not self._held[tenant]:
+            del self._held[tenant]
+        self._hand_out()
+
+    def _is_free(self, tenant: str) -> bool:
+        return self._held.total() < self._num and self._held[tenant] < self._num_of_tenant
+
+    def _hand_out(self) -> None:
+        """Let those in who have a turn."""
+        while True:
+            able = [tenant for tenant in self._waiting if self._is_free(tenant)]
+            if not able:
+                return
+            tenant = min(able, key=self._held.__getitem__)
+            line = self._waiting.pop(tenant)
+            turn = line.popleft()
+            if line:
+                self._waiting[tenant] = line  # behind the other tenants
+            if not turn.cancelled():
+                self._held[tenant] += 1
+                turn.set_result(None)
+
+
+class LargeBody:
+    """The body of a request that costs work, and its place, if it is so large that it has one."""
+
+    def __init__(self, tenant: str, bodies: Places | None, work: Places) -> None:
+        """`bodies`: where it has its place."""
+        self._tenant = tenant
+        self._bodies = bodies
+        self._work = work
+
+    async def take_turn(self) -> None:
+        """Wait for a turn to work."""
+        await self._work.take(self._tenant)
+
+    def give_turn(self) -> None:
+        """End a turn."""
+        self._work.give(self._tenant)
+
+    def release(self) -> None:
+        """Give the place back, the first time: the body is held no more."""
+        if self._bodies is not None:
+            self._bodies.give(self._tenant)
+            self._bodies = None
+
+
+_BODY: ContextVar[LargeBody | None] = ContextVar("large_body", default=None)
+"""The body that the current task works on; None for a small one."""
+
+
+_TURNS: set[asyncio.Task[Any]] = set()
+"""Work that goes on whether anybody waits for it or not."""
+
+
+@asynccontextmanager
+async def working() -> AsyncIterator[None]:
+    """Work on the current task's body meanwhile: at once if it is small, else when it has its turn.
+
+    Nothing may be awaited that depends on a client, or on another turn.
+    """
+    body = _BODY.get()
+    if body is None:
+        yield
+        return
+    await body.take_turn()
+    try:
+        yield
+    finally:
+        body.give_turn()
+
+
+async def work(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Return what a coroutine returns that works in threads, as `working` does.
+
+    Threads cannot be cancelled: whoever is, leaves at once, but a turn that has begun ends with the work. So no client
+    can have more work done at a time by hanging up.
+    """
+    body = _BODY.get()
+    if body is None:
+        return await make()
+    await body.take_turn()
+    task = asyncio.create_task(make())
+    _TURNS.add(task)
+
+    def end(task: asyncio.Task[Any]) -> None:
+        _TURNS.discard(task)
+        body.give_turn()
+        if not task.cancelled():
+            task.exception()  # whoever has left does not want to know
+
+    task.add_done_callback(end)
+    return await asyncio.shield(task)
+
+
+def release() -> None:
+    """Give the place of the current task's body back, if it has one: nothing of it is held any more."""
+    body = _BODY.get()
+    if body is not None:
+        body.release()
+
+
+class LargeBodies:
+    """Lets requests with large bodies wait for a place before anything of them is read."""
+
+    def __init__(self, app: ASGIApp, shape_of: Callable[[str], ErrorShape], limits: LargeLimits | None = None) -> None:
+        """`shape_of`: how errors on a path are written."""
+        limits = limits or LargeLimits()
+        self._app = app
+        self._shape_of = shape_of
+        self._bodies = Places(limits.num_bodies, limits.num_of_tenant, limits.num_waiting)
+        self._work = Places(limits.num_turns)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it with 429."""
+        path = scope.get("path", "")
+        is_small = path not in LARGE_BODY_PATHS or _is_small(Headers(scope=scope))
+        # A text that is only tokenized passes no limit of calls, so it waits for its turn whatever its size.
+        if is_small and path != TOKENIZE:
+            await self._app(scope, receive, send)
+            return
+        tenant = _tenant_of(scope)
+        if not is_small:
+            try:
+                await self._bodies.take(tenant)
+            except Overloaded as error:
+                await self._shape_of(path).response(error)(scope, receive, send)
+                return
+        body = LargeBody(tenant, None if is_small else self._bodies, self._work)
+        token = _BODY.set(body)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            _BODY.reset(token)
+            body.release()
+
+
+def _is_small(headers: Headers) -> bool:
+    """Return whether a request says that its body is small, or that there is none."""
+    length = headers.get("content-length")
+    if length is None:
+        return "transfer-encoding" not in headers
+    return length.isdecimal() and int(length) <= SMALL_BODY_BYTES
+
+
+def _tenant_of(scope: Scope) -> str:
+    """Return who shares places with others: a tenant, or where there are no keys, an address."""
+    caller: Caller = scope[CALLER]
+    client = scope.get("client")
+    return caller.name or (client[0] if client else "")

@@ -1,0 +1,85 @@
+"""What fails inside is told as JSON in the path's shape, also what is no `Exception`, as panics of Rust are not."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx2
+import pytest
+from scripted_fleet import RunningGateway, ScriptedFleet
+from starlette.responses import Response
+
+from gateway.http.app import Envelope
+from gateway.http.keep_alive import KeepAliveResponse
+from gateway.text.tokenizer import ModelFiles
+from protocol.runtime.settings import Settings
+
+
+class Panic(BaseException):
+    """As pyo3's PanicException."""
+
+
+async def ask(app: Any, path: str = "/v1/x") -> httpx2.Response:
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://x") as http:
+        return await http.post(path)
+
+
+@pytest.mark.parametrize(("path", "fields"), [("/v1/x", {"error"}), ("/generate", {"error", "error_type"})])
+async def test_a_panic_is_told_as_json(path: str, fields: set[str], caplog: pytest.LogCaptureFixture) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise Panic("Rust")
+
+    answer = await ask(Envelope(app, Settings()), path)
+    assert answer.status_code == 500
+    assert set(answer.json()) == fields
+    assert answer.headers["x-request-id"]
+    assert "Rust" in caplog.text
+    assert "Rust" not in answer.text
+
+
+async def test_what_ends_the_process_is_no_failure() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        await Envelope(app, Settings())({"type": "http", "path": "/", "headers": []}, None, None)  # type: ignore[arg-type]
+
+
+async def test_a_panic_after_the_headers_is_an_event() -> None:
+    go = asyncio.Event()
+
+    async def answer() -> Response:
+        await go.wait()
+        raise Panic("Rust")
+
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        go.set()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    await KeepAliveResponse(answer(), stream=True, keepalive_s=0.001)({}, receive, send)
+    assert sent[0]["type"] == "http.response.start"
+    assert b'"internal_error"' in sent[-1]["body"]
+    assert not sent[-1]["more_body"]
+
+
+async def test_a_gateway_outlives_a_panic_of_its_tokenizer(
+    gateway: RunningGateway, fleet: ScriptedFleet, http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panic(*_: Any) -> Any:
+        raise Panic("Rust")
+
+    body, native = {"model": "base", "prompt": "hi"}, {"inputs": "hi"}
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelFiles, "encode", panic)
+        for stream in (True, False):
+            answer = await http.post("/v1/completions", json={**body, "stream": stream})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+        assert set((await http.post("/generate", json=native)).json()) == {"error", "error_type"}
+    assert (await http.post("/v1/completions", json=body)).status_code == 200
+    assert len(fleet.seen) == 1

@@ -1,0 +1,381 @@
+"""Large bodies: places shared evenly, work that leaves the loop its turns, and costs that are known before the work."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tracemalloc
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from scripted_fleet import MAX_MODEL_LEN, RunningGateway, ScriptedFleet, running_gateway
+from waiting import wait_until
+
+from gateway.adapters.resolver import Target
+from gateway.auth.callers import EVERYBODY
+from gateway.calls.admit import check_logprobs
+from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Sent, Texts
+from gateway.calls.resolve import ResolvedCall
+from gateway.calls.tokenize import Prompt, check_size, tokenize
+from gateway.http import json_values
+from gateway.http.paths import SMALL_BODY_BYTES
+from gateway.overload import large
+from gateway.overload.large import LargeBody, Places
+from gateway.text.tokenizer import UNKNOWN_CHARACTERS, ModelFiles, load_model_files
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest, Overloaded
+
+MAX_BODY = 4 << 20
+
+
+# ---------------------------------------------------------------- places
+
+
+async def taken(places: Places, *tenants: str) -> list[asyncio.Task[None]]:
+    """Let tenants ask for places, in this order."""
+    tasks = []
+    for tenant in tenants:
+        tasks.append(asyncio.create_task(places.take(tenant)))
+        await asyncio.sleep(0)
+    return tasks
+
+
+def done(tasks: list[asyncio.Task[None]]) -> list[bool]:
+    return [task.done() for task in tasks]
+
+
+async def test_a_free_place_goes_to_whoever_holds_fewest() -> None:
+    places = Places(2)
+    tasks = await taken(places, "a", "a", "a", "a", "b")
+    assert done(tasks) == [True, True, False, False, False]
+    places.give("a")
+    await asyncio.sleep(0)
+    assert done(tasks) == [True, True, False, False, True]
+    places.give("b")
+    await asyncio.sleep(0)
+    assert done(tasks) == [True, True, True, False, True]
+    places.give("a")
+    await asyncio.sleep(0)
+    assert done(tasks) == [True] * 5
+
+
+async def test_one_tenant_leaves_room_for_others() -> None:
+    places = Places(3, num_of_tenant=2)
+    tasks = await taken(places, "a", "a", "a", "b")
+    assert done(tasks) == [True, True, False, True]
+    places.give("b")
+    await asyncio.sleep(0)
+    assert done(tasks) == [True, True, False, True]  # it has its share
+    places.give("a")
+    await asyncio.sleep(0)
+    assert done(tasks)[2]
+
+
+async def test_the_line_is_bounded_and_half_of_it_is_for_others() -> None:
+    places = Places(1, num_waiting=4)
+    tasks = await taken(places, "a", "a", "a")
+    with pytest.raises(Overloaded, match="2 large bodies wait"):
+        await places.take("a")
+    tasks += await taken(places, "b", "b")
+    with pytest.raises(Overloaded, match="4 large bodies wait"):
+        await places.take("c")
+    for task in tasks:
+        task.cancel()
+
+
+async def test_who_leaves_the_line_takes_no_place() -> None:
+    places = Places(1)
+    first, second, third = await taken(places, "a", "b", "c")
+    second.cancel()
+    places.give("a")  # before the second has heard of it
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert done([first, second, third]) == [True, True, True]
+    [fourth] = await taken(places, "d")
+    third_and_fourth = [third, fourth]
+    assert done(third_and_fourth) == [True, False]
+    fourth.cancel()
+    places.give("c")
+    await places.take("e")
+
+
+async def test_a_place_that_came_too_late_is_given_back() -> None:
+    places = Places(1)
+    _, second = await taken(places, "a", "b")
+    places.give("a")  # to the second, which is cancelled before it runs
+    second.cancel()
+    await asyncio.wait([second])
+    await places.take("c")
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def filled(unit: bytes, before: bytes = b"[", after: bytes = b"]") -> bytes:
+    """Return the largest body that repeats a value."""
+    num = (MAX_BODY - len(before) - len(after)) // len(unit)
+    return before + (unit * num)[:-1] + after
+
+
+@pytest.mark.parametrize(
+    ("raw", "word"),
+    [
+        (filled(b"[],"), "lists and objects"),
+        (filled(b"{},"), "lists and objects"),
+        (filled(b'{"a":1},'), "strings"),
+        (filled(b'"",'), "strings"),
+        (filled(b'"\\"",'), "strings"),
+        (filled(b'"\\\\",'), "strings"),
+        (filled(b"1,"), "values"),
+        (b"[" * 101 + b"]" * 101, "too deeply"),
+        (b'[{"a":' * 60 + b"1" + b"}]" * 60, "too deeply"),
+    ],
+)
+def test_values_are_counted_before_they_are_made(raw: bytes, word: str) -> None:
+    with pytest.raises(BadRequest, match=word):
+        json_values.loads(raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        filled(b"123456,"),
+        filled(b"[1,", b'["', b'"]'),  # brackets in a text are no lists
+        filled(b'\\",', b'["', b'."]'),
+        b"[" * 100 + b"]" * 100,
+        b"[" + b",".join([b"[]"] * 60_000) + b"]",
+        b'{"a":"' + b"[" * 1000 + b'"}',
+    ],
+)
+def test_large_values_that_are_few_enough_are_read(raw: bytes) -> None:
+    assert json_values.loads(raw) == json.loads(raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        filled(b"1.5,"),
+        filled(b"300,"),
+        b"[" + b",".join(b'{"%d":"%d"}' % (i, i) for i in range(60_000)) + b"," + b"1.5," * 700_000 + b"1]",
+        b"[" + b",".join(b'"%d\xc3\xa9"' % i for i in range(130_000)) + b"," + b"1.5," * 500_000 + b"1]",
+        b'["' + ("😀" + "a" * 1000).encode() * 4000 + b'"]',
+    ],
+    ids=["floats", "integers", "objects", "strings", "a wide text"],
+)
+def test_values_take_a_known_multiple_of_their_bytes(raw: bytes) -> None:
+    """As docs/reliability.md counts them."""
+    tracemalloc.start()
+    try:
+        value = json_values.loads(raw)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(value)
+    assert held <= 12 * len(raw)
+    assert peak <= 25 * len(raw)
+
+
+# ---------------------------------------------------------------- prompts
+
+
+@dataclass
+class Counting:
+    """A tokenizer's files that count what is encoded."""
+
+    files: ModelFiles
+    num: list[int] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.files, name)
+
+    async def encode(self, texts: list[str]) -> list[list[int]]:
+        self.num.append(len(texts))
+        return await self.files.encode(texts)
+
+
+@pytest.fixture
+def files(model_folder: Path) -> Counting:
+    return Counting(load_model_files(Settings(model=str(model_folder))))
+
+
+def call_of(files: Any, *sources: str | list[int], models: int = 1, n: int = 1, truncate: int | None = None) -> Any:
+    base = m.ServedModel(
+        model="b", name="b", fingerprint="f", model_type="tiny", vocab_size=300, max_model_len=MAX_MODEL_LEN,
+        sites=[], created_ms=1,
+    )  # fmt: skip
+    parsed = ParsedCall(
+        EVERYBODY, Models(["b"] * models), Texts(sources, truncate), Options(m.Sampling(), n=n), Rules("prompt", 128)
+    )
+    return ResolvedCall(parsed, base, [Target(f"m{i}", f"d{i}", files) for i in range(models)])
+
+
+async def test_models_with_one_tokenizer_share_one_encoding(files: Counting) -> None:
+    made = await tokenize(call_of(files, "the dog", [5, 6, 7], models=128))
+    assert files.num == [1]
+    assert [prompt.target.name for prompt in made.prompts] == [f"m{i}" for i in range(128) for _ in range(2)]
+    assert len({id(prompt.ids) for prompt in made.prompts}) == 2
+
+
+async def test_vocabularies_of_different_size_are_checked_each(files: Counting) -> None:
+    call = call_of(files, [299], models=2)
+    await tokenize(call)
+    larger, smaller = call.targets
+    with pytest.raises(BadRequest, match="from 0 to 9"):
+        await tokenize(replace(call, targets=[larger, replace(smaller, vocab_size=10)]))
+
+
+def test_what_cannot_fit_the_context_is_not_tokenized(files: Counting) -> None:
+    limit = 1 << 30
+    check_size(call_of(files, [5] * (MAX_MODEL_LEN - 1), "a" * UNKNOWN_CHARACTERS * (MAX_MODEL_LEN - 1)), limit)
+    for source in ([5] * MAX_MODEL_LEN, "a" * UNKNOWN_CHARACTERS * MAX_MODEL_LEN):
+        with pytest.raises(BadRequest, match="maximum context length is 256") as caught:
+            check_size(call_of(files, "a", source), limit)
+        assert caught.value.code == "context_length_exceeded"
+    check_size(call_of(files, "a" * UNKNOWN_CHARACTERS * MAX_MODEL_LEN, truncate=5), limit)
+    assert files.num == []
+
+
+def test_models_prompts_and_choices_are_multiplied_before_any_work(files: Counting) -> None:
+    call = call_of(files, [5] * 200, [5] * 50, models=8, n=2)
+    check_size(call, 4000)
+    with pytest.raises(BadRequest, match="4000 tokens together; the limit of a call is 3999"):
+        check_size(call, 3999)
+
+
+def test_an_answer_does_not_hold_its_body(files: Counting) -> None:
+    parsed = replace(call_of(files, "a" * 1000, [5] * 1000).parsed, sent=Sent("/x", b"{}" * 1000))
+    light = parsed.without_prompts()
+    assert (len(light.sources), light.sent, light.key) == (2, None, "")
+    assert not any(light.sources)
+    keyed = replace(parsed, sent=Sent("/x", b"{}" * 1000, "key")).without_prompts()
+    assert keyed.sent is not None
+    assert (keyed.sent.raw, keyed.key) == (b"", "key")
+    assert keyed.sent.hash == Sent("/x", b"{}" * 1000).hash
+    assert replace(parsed, inputs=Conversation([{"a": 1}])).without_prompts().inputs == Conversation([])
+
+
+# ---------------------------------------------------------------- a gateway
+
+
+async def test_the_gateway_answers_while_it_works_on_large_bodies(gateway: RunningGateway) -> None:
+    text = "the quick brown fox "
+    body = json.dumps({"inputs": text * (1_000_000 // len(text))}).encode()
+    headers = {"content-type": "application/json"}
+    async with httpx2.AsyncClient(base_url=gateway.url, timeout=120) as http, asyncio.TaskGroup() as group:
+        asked = [group.create_task(http.post("/tokenize", content=body, headers=headers)) for _ in range(4)]
+        num_answered = 0
+        while not all(task.done() for task in asked):
+            assert (await http.get("/health")).status_code == 200
+            num_answered += 1
+    assert num_answered >= 20
+    assert {task.result().status_code for task in asked} == {422}
+    assert "`inputs` must have at most 65536 tokens. Given: 4" in asked[0].result().text
+
+
+async def test_a_text_too_long_to_tokenize_is_refused_before(http: httpx2.AsyncClient) -> None:
+    body = json.dumps({"inputs": "a" * (MAX_BODY - 100)}).encode()
+    answer = await http.post("/tokenize", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert f"Given: {(MAX_BODY - 100) // 16}" in answer.text
+
+
+async def test_many_models_and_ids_are_refused_at_once(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
+    async with (
+        running_gateway(bus, model_folder, max_choices=1000) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=60) as http,
+    ):
+        for num_models in (130, 600):
+            body = {"model": ["base"] * num_models, "prompt": [1] * 600_000}
+            answer = await http.post("/v1/completions", json=body)
+            assert answer.json()["error"]["code"] == "context_length_exceeded"
+        body = {"model": ["base"] * 130, "prompt": [[1] * 200] * 7}
+        assert (await http.post("/v1/completions", json=body)).status_code == 200
+    assert len(fleet.seen) == 910
+
+
+async def test_what_waits_for_a_place_is_not_read(gateway: RunningGateway, http: httpx2.AsyncClient) -> None:
+    """Four slow senders of one address: the next one is not read, small calls are answered."""
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b'{"model":"base","prompt":"'
+        await asyncio.Event().wait()
+
+    headers = {"content-type": "application/json", "content-length": str(2 * SMALL_BODY_BYTES)}
+    async with httpx2.AsyncClient(base_url=gateway.url, timeout=120) as other:
+        senders = [
+            asyncio.create_task(other.post("/v1/completions", content=slow(), headers=headers)) for _ in range(5)
+        ]
+        body = json.dumps({"model": "base", "prompt": [1] * SMALL_BODY_BYTES}).encode()
+        waiting = asyncio.create_task(
+            http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+        )
+        assert (await http.post("/v1/completions", json={"model": "base", "prompt": "hi"})).status_code == 200
+        assert not waiting.done()
+        for sender in senders:
+            sender.cancel()
+        assert (await waiting).json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("path", ["/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+async def test_routes_that_need_little_take_little(http: httpx2.AsyncClient, path: str) -> None:
+    body = json.dumps({"name": "a", "lora_name": "a", "lora_path": "b", "x": "x" * SMALL_BODY_BYTES}).encode()
+    answer = await http.post(path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "body_too_large"
+
+
+async def test_a_large_chat_is_answered(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    """A large body that costs little: what is unknown in it is ignored."""
+    body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "x": "x" * 10 * SMALL_BODY_BYTES}
+    assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+    await wait_until(lambda: len(fleet.seen) == 1, "it ran")
+
+
+async def test_who_hangs_up_has_no_more_done_at_a_time() -> None:
+    """Threads cannot be cancelled, so a turn lasts as long as its work."""
+    work, go, begun = Places(1), asyncio.Event(), 0
+
+    async def do() -> None:
+        nonlocal begun
+        begun += 1
+        await go.wait()
+
+    async def call() -> None:
+        large._BODY.set(LargeBody("a", None, work))
+        await large.work(do)
+
+    tasks = [asyncio.create_task(call()) for _ in range(3)]
+    await wait_until(lambda: begun == 1, "the first works")
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    assert (begun, work._held.total()) == (1, 1)
+    go.set()
+    await wait_until(lambda: not work._held, "all turns are over")
+
+
+async def test_small_bodies_take_no_turn() -> None:
+    assert await large.work(lambda: asyncio.sleep(0, "done")) == "done"
+    async with large.working():
+        pass
+    large.release()
+
+
+def test_logprobs_of_all_choices_are_bounded(files: Counting) -> None:
+    def check(n: int, num_logprobs: int | None, *, of_prompt: bool = False) -> None:
+        prompt = Prompt(Target("b", "", files), b"", 1 << 17, max_new_tokens=1 << 15)  # type: ignore[arg-type]
+        sampling = m.Sampling(num_logprobs=num_logprobs, prompt_logprobs=of_prompt)
+        check_logprobs(Options(sampling, n=n), [prompt])
+
+    check(128, None)
+    check(16, 20)
+    check(4, 20, of_prompt=True)
+    for refused in ((64, 20, False), (8, 20, True), (1, 1000, False)):
+        with pytest.raises(BadRequest, match="ask for fewer tokens, choices or likely tokens"):
+            check(refused[0], refused[1], of_prompt=refused[2])
