@@ -59,6 +59,8 @@ class HubStub:
         self.gate: asyncio.Event | None = None  # larger bodies wait for it after their first bytes
         self.drop_gated = False  # and break off then
         self.down = False
+        self.moved: dict[str, str] = {}  # old names of repositories -> new ones, to which files redirect
+        self.elsewhere = ""  # another host to which files redirect
         self.seen: list[Seen] = []
 
     def requests(self, part: str) -> list[Seen]:
@@ -128,6 +130,9 @@ class HubStub:
         return JSONResponse(tree)
 
     async def _file(self, request: Request) -> Response:
+        name = "{org}/{name}".format(**request.path_params)
+        if name in self.moved:
+            return Response(status_code=307, headers={"Location": request.url.path.replace(name, self.moved[name])})
         refusal = self._refuse(request, content=True)
         if refusal is not None:
             return refusal
@@ -135,6 +140,8 @@ class HubStub:
         content = found[1].get(request.path_params["file"]) if found else None
         if found is None or content is None:
             return Response(status_code=404, headers={"X-Error-Code": "EntryNotFound"})
+        if self.elsewhere:
+            return Response(status_code=302, headers={"Location": self.elsewhere + request.url.path})
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
         etag = _sibling("", content)["blobId"]
         headers = {"X-Repo-Commit": found[0], "Accept-Ranges": "bytes", "ETag": f'"{etag}"'}

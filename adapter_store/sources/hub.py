@@ -30,6 +30,7 @@ from protocol.wire.errors import AdapterRefused, LorafleetError, NotFound, Permi
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
+MAX_REDIRECTS = 5
 RETRIED = (429, 500, 502, 503, 504)  # statuses that may pass
 PICKLE = re.compile(r"adapter_model\.(bin|pt|pth)")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
@@ -125,15 +126,21 @@ class HubSource:
         repo, _, commit = version.target.partition("@")
         url = hf_hub_url(repo, CONFIG_FILE, revision=commit, endpoint=self._endpoint)
         attempts = Attempts(self._retries)
+        num_redirects = 0
         while True:
             try:
-                # The Hub has decided when it redirects to where the bytes lie.
                 answer = await self._http.head(url, headers=_bearer(self._token_of(access)), follow_redirects=False)
             except httpx2.TransportError as error:
                 await attempts.pause(f"the Hub cannot be reached: {type(error).__name__}")
                 continue
+            if answer.next_request is not None and answer.next_request.url.host == answer.url.host:
+                url = str(answer.next_request.url)  # a repository that has moved: its new place decides
+                num_redirects += 1
+                if num_redirects > MAX_REDIRECTS:
+                    raise Unavailable(f"the Hub redirects {repo} more than {MAX_REDIRECTS} times")
+                continue
             if answer.status_code < 400:
-                return
+                return  # also when it redirects to another host, where the bytes lie: then the Hub has decided
             refusal = _refusal(answer, repo)
             if refusal is not None:
                 raise refusal

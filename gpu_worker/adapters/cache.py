@@ -238,8 +238,8 @@ class AdapterCache:
                 self._take_failure(end, end.error)
             elif end.copied:
                 self._take_copy(end, end.adapter)
-            else:
-                self._take_staged(end, end.adapter)
+            elif error := self._take_staged(end, end.adapter):
+                failed[end.digest] = error
         return failed
 
     def _take_failure(self, end: JobEnd, error: LorafleetError) -> None:
@@ -265,9 +265,16 @@ class AdapterCache:
         ms, num_bytes = 1000 * end.seconds, resident.num_bytes
         self.events.record(AdapterEvent(kind="resident", digest=end.digest, ms=ms, pool_bytes=num_bytes))
 
-    def _take_staged(self, end: JobEnd, adapter: HostAdapter) -> None:
-        """Keep an adapter that has come to the host, and go on with it if it was only prefetched."""
+    def _take_staged(self, end: JobEnd, adapter: HostAdapter) -> LorafleetError | None:
+        """Keep an adapter that has come to the host, and go on with it if it was only prefetched.
+
+        Returns why it is not kept, if no pool could ever hold it: the next request must not fetch it again.
+        """
         self.num_fetches += 1
+        error = self._why_never(adapter)
+        if isinstance(error, AdapterRefused):
+            self._take_failure(end, error)
+            return error
         self._failures.forget(end.digest)
         self._staging_s[end.digest] = end.seconds
         dropped = self.host.put(adapter, self._wanted)
@@ -278,3 +285,4 @@ class AdapterCache:
         if end.digest in self._prefetches:
             self._prefetches.discard(end.digest)
             self._advance(end.digest, self.pool.residents, may_starve=False)
+        return None

@@ -166,6 +166,33 @@ async def test_what_a_token_has_begun_to_fetch_is_ended_by_no_other(
     assert (await mirror.take(source, name, BASE, Access("hf_member"))).digest in mirror.blobs
 
 
+async def test_a_repository_that_moved_is_confirmed_at_its_new_place(closed: HubStub, source: HubSource) -> None:
+    version = await source.resolve("org/private", Access("hf_member"))
+    closed.repos["org/new"] = closed.repos.pop("org/private")
+    closed.moved["org/private"] = "org/new"
+    closed.tokens["hf_member"] = {"org/new"}
+    await source.confirm(version, Access("hf_member"))
+    with pytest.raises(NotFound):
+        await source.confirm(version, Access("hf_stranger"))
+    closed.moved["org/private"] = "org/private"
+    with pytest.raises(Unavailable, match="more than 5 times"):
+        await source.confirm(version, Access("hf_member"))
+
+
+async def test_no_token_goes_to_another_host(closed: HubStub, source: HubSource, tmp_path: Path) -> None:
+    """Where the Hub redirects to, to serve large files: it has decided then, and what follows needs no token."""
+    version = await source.resolve("org/private", Access("hf_member"))
+    async with run_hub() as other:
+        other.repos["org/private"] = Repo()
+        other.repos["org/private"].commits = closed.repos["org/private"].commits
+        closed.elsewhere = other.url.replace("127.0.0.1", "localhost")
+        await source.confirm(version, Access("hf_member"))
+        assert other.seen == [], "it is not needed to know"
+        await source.fetch(version, CONFIG_FILE, tmp_path / "c", 10, Access("hf_member"))
+        assert [seen.token for seen in other.seen] == [""]
+    assert {seen.token for seen in closed.requests("/resolve/")} == {"hf_member"}
+
+
 async def test_what_the_fleet_may_read_is_not_everybodys(closed: HubStub, mirror: Mirror) -> None:
     source = HubSource(closed.url, token="hf_member", retries=QUICK)
     commit = f"org/private@{closed.repos['org/private'].refs['main']}"

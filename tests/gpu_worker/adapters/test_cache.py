@@ -14,6 +14,7 @@ from adapter_loading import ATTENTION, MLP, Loading, make_adapter
 from gpu_worker.adapters.jobs import NUM_STAGERS
 from gpu_worker.adapters.starvation import MAX_STARVED_LOADS
 from lora_kernels.ops import PAGE_ROWS
+from protocol.wire.errors import LorafleetError
 
 
 def test_rows_land_in_the_pages_the_table_names() -> None:
@@ -146,3 +147,18 @@ def test_the_host_keeps_what_is_wanted_and_drops_the_oldest_of_the_rest() -> Non
     loading.load("a", "b", until="a")
     assert "b" in loading.cache.host
     assert loading.cache.host.num_bytes == sum(loading.known[name].num_bytes for name in loading.cache.host)
+
+
+def test_what_no_pool_could_hold_is_neither_kept_nor_fetched_again() -> None:
+    loading = Loading(1, [make_adapter("huge", 10_000), make_adapter("a", 8)])
+    failed: dict[str, LorafleetError] = {}
+    while not failed:
+        loading.changed.clear()
+        failed |= loading.cache.load(["huge"]) | loading.cache.poll()
+        if not failed:
+            assert loading.changed.wait(timeout=60)
+    assert "bytes of the adapter pool" in failed["huge"].message
+    assert list(loading.cache.host) == []
+    loading.load("a", until="a")
+    assert loading.cache.load(["huge"])["huge"].status == 422
+    assert loading.reads == ["huge", "a"]
