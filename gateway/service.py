@@ -40,6 +40,7 @@ from peft_adapters.texts import TOKENIZER
 from protocol.queue.bus import Bus
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder
+from protocol.runtime.sealing import Seal
 from protocol.runtime.service import unending
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import Unavailable
@@ -64,7 +65,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
     timings = timings or GatewayTimings()
     secret = FleetSecret.of(settings)
     files = await asyncio.to_thread(load_model_files, settings)
-    bus = Bus(settings.queue_url())
+    bus = Bus(settings.queue_url(), seal=Seal.of(settings, secret))
     # What happens once a second has connections of its own: it would be late behind hundreds of calls that wait for a
     # connection of `bus`.
     beats = Bus(settings.queue_url())

@@ -24,6 +24,7 @@ from gpu_worker.service.outbox import MAX_ROWS, Outbox, OwnedRequest, PendingOut
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode
 from protocol.runtime import metrics
 from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.sealing import Seal
 from protocol.runtime.service import unending, wait_any
 from protocol.runtime.settings import Settings
 from protocol.runtime.watchdog import LOADING_S, WATCHDOG
@@ -381,7 +382,7 @@ class Worker:
 async def serve(settings: Settings, stop: asyncio.Event) -> int:
     """Load the model and work for the queue until `stop`. Returns the exit code. Raises LorafleetError."""
     secret = FleetSecret.of(settings)
-    bus = Bus(settings.queue_url())
+    bus = Bus(settings.queue_url(), seal=Seal.of(settings, secret))
     loader = Loader(secret.bearer if secret else "")
     WATCHDOG.require(None, LOADING_S)
     try:

@@ -13,7 +13,7 @@ import msgspec
 
 from protocol.queue.adapters import Adapters
 from protocol.queue.api_keys import ApiKeys
-from protocol.queue.calls import COMMON, Input, most_log_bytes, packed_bodies
+from protocol.queue.calls import COMMON, Input, most_log_bytes, packed_bodies, sealed_bodies
 from protocol.queue.dead_letters import DeadLetters
 from protocol.queue.jobs import Jobs, NewJob
 from protocol.queue.members import Members
@@ -22,6 +22,7 @@ from protocol.queue.redis_client import CONNECTION_ERRORS, MemoryFull, QueueErro
 from protocol.queue.scripts import FOLDER, Scripts
 from protocol.queue.steps import Refused, Step, StepRow, refused_rows, step_args
 from protocol.queue.streams import Entry, Streams
+from protocol.runtime.sealing import Seal
 from protocol.wire import messages as m
 from protocol.wire.codec import decode, now_ms
 from protocol.wire.error_codec import error_json
@@ -43,19 +44,20 @@ FROM_OUTSIDE = 1 << 53
 class Bus:
     """A service's connection to the queue."""
 
-    def __init__(self, url: str, keys: Keys | None = None, *, lua: Path = FOLDER) -> None:
-        """`lua` is the folder of the scripts."""
+    def __init__(self, url: str, keys: Keys | None = None, *, lua: Path = FOLDER, seal: Seal | None = None) -> None:
+        """`lua` is the folder of the scripts; `seal` encrypts what requests ask, None: it lies open in the queue."""
         self.url = url
         self.keys = keys or Keys()
         self._redis = connect(url, timeout_s=5)
         # redis-py's default read timeout of 5 s would abort and silently repeat longer blocking reads.
         self._blocking = connect(url, timeout_s=None)
         self._scripts = Scripts(self._redis, lua)
+        self._seal = seal
         self._run_id = ""  # of the server, when last asked
         self.streams = Streams(self._redis, self._blocking, self.keys, self._scripts)
         self.members = Members(self._redis, self.keys, self._scripts)
         self.adapters = Adapters(self._redis, self.keys)
-        self.jobs = Jobs(self._redis, self.keys, self._scripts)
+        self.jobs = Jobs(self._redis, self.keys, self._scripts, seal)
         self.api_keys = ApiKeys(self._redis, self.keys)
         self.dead_letters = DeadLetters(self._redis, self.keys, self._scripts)
 
@@ -115,6 +117,8 @@ class Bus:
         """
         keys, call = self.keys, requests[0][0].rid
         parts, fields = packed_bodies([body for _, body in requests])
+        if self._seal is not None:
+            fields = sealed_bodies(fields, keys.body(call), self._seal)
         rows: list[Any] = []
         num_bytes = sum(map(len, fields.values()))
         for (given, body), part in zip(requests, parts, strict=True):
@@ -123,7 +127,7 @@ class Bus:
             num_bytes += 2 * len(raw) + most_log_bytes(body)
             rows += [sub.rid, raw, sub.tenant, sub.digest, sub.gateway, int(sub.stored),
                      sub.num_prompt_tokens, sub.max_new_tokens, sub.deadline_ms]  # fmt: skip
-        record = (job.job.jid, m.encode(job.job), job.request, job.ttl_ms) if job else ("", b"", b"", 0)
+        record = (job.job.jid, m.encode(job.job), self.jobs.kept(job), job.ttl_ms) if job else ("", b"", b"", 0)
         record_bytes = len(idem_key) + len(idem_value) + len(record[1]) + len(record[2])
         limits: tuple[Any, ...] = ("", 0, 0, 0, 0)
         if quota:
@@ -161,7 +165,8 @@ class Bus:
     async def step(self, wid: str, step: Step) -> list[Refused]:
         """Write a step. Returns the refused rows; when there are any, nothing at all was written."""
         keys = [self.keys.tag, self.keys.work(wid), self.keys.ended, self.keys.own(wid)]
-        return refused_rows(await self._scripts.step(keys=keys, args=step_args(step)))
+        args = step_args(step) if self._seal is None else step_args(step, self._sealed_prompt)
+        return refused_rows(await self._scripts.step(keys=keys, args=args))
 
     async def finish(
         self,
@@ -281,8 +286,14 @@ class Bus:
         raw = await self._redis.get(self.keys.plp(rid))
         if raw is None:
             return None
+        if self._seal is not None:
+            raw = self._seal.open(raw, self.keys.plp(rid))
         size = len(raw) // (4 + record_bytes) * 4
         return raw[:size], raw[size:]
+
+    def _sealed_prompt(self, row: StepRow) -> bytes:
+        assert self._seal is not None
+        return self._seal.seal(row.prompt_logprobs, self.keys.plp(row.rid))
 
     async def owned(self, rids: Sequence[str]) -> list[Owned | None]:
         """Return requests with their submissions, None for one that has expired."""
@@ -330,8 +341,8 @@ class Bus:
             pipe.hmget(keys.body(item.call or item.rid), COMMON, str(item.part))
         logs, *bodies = await pipe.execute()
         return [
-            Input(common, part, tok or b"", lp or b"")
-            for (common, part), tok, lp in zip(bodies, logs[::2], logs[1::2], strict=True)
+            Input(common, part, tok or b"", lp or b"", keys.body(item.call or item.rid), item.part, self._seal)
+            for item, (common, part), tok, lp in zip(items, bodies, logs[::2], logs[1::2], strict=True)
         ]
 
     async def scan_assigned(self, chunk: int) -> AsyncIterator[list[tuple[str, str]]]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from protocol.runtime.sealing import Seal
 from protocol.wire import messages as m
 from protocol.wire.codec import MALFORMED, decode
 from protocol.wire.errors import ProtocolError
@@ -37,6 +38,11 @@ def packed_bodies(bodies: Sequence[m.Body]) -> tuple[list[int], dict[str, bytes]
     return which, {COMMON: m.encode({name: getattr(first, name) for name in common}), **fields}
 
 
+def sealed_bodies(fields: dict[str, bytes], key: str, seal: Seal) -> dict[str, bytes]:
+    """Return the fields of the hash `key`, each bound to its place in it."""
+    return {name: seal.seal(text, f"{key}/{name}") for name, text in fields.items()}
+
+
 class Input(NamedTuple):
     """What a worker reads of a request."""
 
@@ -44,15 +50,22 @@ class Input(NamedTuple):
     part: bytes | None  # None: it has expired
     log: bytes  # int32 ids
     logprobs: bytes  # their records
+    key: str = ""
+    number: int = 0  # the name of `part` in the hash
+    seal: Seal | None = None
 
     def body(self) -> m.Body | None:
         """Return the request's body; None if it has expired. Raises ProtocolError."""
-        if self.part is None:
+        common, part = self.common, self.part
+        if part is None:
             return None
-        if self.common is None:
-            return decode(self.part, m.Body)
+        if self.seal is not None:
+            part = self.seal.open(part, f"{self.key}/{self.number}")
+            common = common and self.seal.open(common, f"{self.key}/{COMMON}")
+        if common is None:
+            return decode(part, m.Body)
         try:
-            fields = decode(self.common, dict[str, Any]) | decode(self.part, dict[str, Any])
+            fields = decode(common, dict[str, Any]) | decode(part, dict[str, Any])
             return msgspec.convert(fields, m.Body)
         except MALFORMED as error:
             raise ProtocolError(f"cannot decode {m.Body}: {error}") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from protocol.queue.redis_client import Client
 from protocol.queue.scripts import Scripts
+from protocol.runtime.sealing import Seal
 from protocol.wire import messages as m
 from protocol.wire.codec import decode
 from protocol.wire.keys import Keys
@@ -24,7 +25,8 @@ class NewJob:
 class Jobs:
     """The jobs of a fleet, by id."""
 
-    def __init__(self, client: Client, keys: Keys, scripts: Scripts) -> None:
+    def __init__(self, client: Client, keys: Keys, scripts: Scripts, seal: Seal | None = None) -> None:
+        self._seal = seal
         self._redis = client
         self._keys = keys
         self._scripts = scripts
@@ -42,8 +44,20 @@ class Jobs:
         return [decode(raw, m.Job) for raw in await pipe.execute() if raw]
 
     async def request(self, jid: str) -> bytes | None:
-        """Return what is kept of a job's HTTP body, as JSON; None if the job is unknown or has expired."""
-        return await self._redis.hget(self._keys.job(jid), "request")
+        """Return what is kept of a job's HTTP body, as JSON; None if the job is unknown or has expired.
+
+        Raises ProtocolError when it cannot be opened.
+        """
+        found = await self._redis.hget(self._keys.job(jid), "request")
+        return (
+            found if found is None or self._seal is None else self._seal.open(found, f"{self._keys.job(jid)}/request")
+        )
+
+    def kept(self, new: NewJob) -> bytes:
+        """Return what `request` will read, as it lies in the queue."""
+        if self._seal is None:
+            return new.request
+        return self._seal.seal(new.request, f"{self._keys.job(new.job.jid)}/request")
 
     async def forget(self, job: m.Job) -> bool:
         """Delete a job and all that its requests have left; they must have ended. Returns False if it is unknown."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
 import msgspec
@@ -46,8 +47,8 @@ class Refused:
     length: int  # of its log, in tokens
 
 
-def step_args(step: Step) -> list[Any]:
-    """Return the arguments of `step.lua`."""
+def step_args(step: Step, sealed: Callable[[StepRow], bytes] = attrgetter("prompt_logprobs")) -> list[Any]:
+    """Return the arguments of `step.lua`; `sealed` returns a row's prompt logprobs as they lie in the queue."""
     rows: list[Any] = []
     logprobs: list[Any] = []
     ends: list[Any] = []
@@ -56,7 +57,7 @@ def step_args(step: Step) -> list[Any]:
         if row.ids and row.logprobs:
             logprobs += (row.rid, row.seq0, row.logprobs)
         if row.prompt_logprobs:
-            logprobs += (row.rid, "prompt", row.prompt_logprobs)
+            logprobs += (row.rid, "prompt", sealed(row))
         if row.state:
             ends += (row.rid, row.state, row.finish, row.error)
     ids = b"".join([row.ids for row in step.rows])

@@ -47,7 +47,8 @@ class Rights:
 def table(keys: Keys | None = None) -> dict[str, Rights]:
     """Return the rights of each user by its name: the four services, and the operator of the command line."""
     k = keys or Keys()
-    request = (k.req("*"), k.tok("*"), k.lp("*"), k.plp("*"))
+    answers = (k.tok("*"), k.lp("*"), k.plp("*"))
+    request = (k.req("*"), *answers)
     use = k.quota("*")  # with all that is counted of a tenant; every script that ends a request settles it
     return {
         "gateway": Rights(
@@ -65,11 +66,11 @@ def table(keys: Keys | None = None) -> dict[str, Rights]:
         ),
         "scheduler": Rights(
             writes=(
-                *request, k.tag, k.call("*"), k.sub("*"), k.work("*"), k.own("*"), k.ctl("*"), k.ended, k.leader,
+                k.req("*"), k.tag, k.call("*"), k.sub("*"), k.work("*"), k.own("*"), k.ctl("*"), k.ended, k.leader,
                 k.leader_epoch, k.status, use, k.workers, k.worker_beat("*"), k.gateways,
             ),
             reads=(k.gateway_beat("*"), k.adapter("*")),
-            adds=(k.body("*"), k.out("*"), k.dlq),
+            adds=(*answers, k.body("*"), k.out("*"), k.dlq),  # what it ends expires
             scans=True,
         ),
         "worker": Rights(
@@ -90,12 +91,12 @@ def table(keys: Keys | None = None) -> dict[str, Rights]:
             scans=True,
         ),
         "operator": Rights(
-            writes=(k.tag, k.api_keys, k.tenants, k.dlq, k.call("*"), *request),
+            writes=(k.tag, k.api_keys, k.tenants, k.dlq, k.call("*"), k.req("*")),
             reads=(
                 k.status, k.workers, k.worker_beat("*"), k.gateways, k.gateway_beat("*"), k.stores, k.store_beat("*"),
                 k.base, k.work("*"), k.out("*"),
             ),
-            adds=(k.body("*"), k.sub("*")),
+            adds=(*answers, k.body("*"), k.sub("*")),  # what it retries lives longer
         ),
     }  # fmt: skip
 

@@ -35,6 +35,8 @@ class FleetSecret:
         self._token_key = self._key("owners of tokens")
         self.bearer = self._key("store http").hex()[:64]
         """The token that a client of a store sends as `Authorization: Bearer`."""
+        self.bodies_key = self._key("bodies")
+        """Of `sealing.Seal`, which derives others from it."""
 
     @classmethod
     def of(cls, settings: Settings) -> FleetSecret | None:

@@ -89,6 +89,10 @@ class Settings(BaseSettings):
         default=None,
         description="file that holds the secret, created if missing; default for `up`: a file in the data folder",
     )
+    seal_bodies: bool = Field(
+        default=False,
+        description="encrypt prompts while they lie in the queue, by the secret; the same for all gateways and workers",
+    )
 
     # Gateway
     host: str = Field(default="127.0.0.1", description="address the gateway listens on")

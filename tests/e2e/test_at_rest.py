@@ -44,7 +44,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SECRETS.items():
             patch.setenv(name, value)
-        with fleet_up(folder, model, "--adapters", str(adapters)) as running:
+        with fleet_up(folder, model, "--adapters", str(adapters), "--seal-bodies") as running:
             asyncio.run(wait_until(running.is_ready, "the fleet is ready", timeout_s=100))
             yield running
 
@@ -52,6 +52,18 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
 async def answer(fleet: RunningFleet, name: str) -> httpx2.Response:
     async with fleet.client() as client:
         return await client.post("/v1/completions", json=completion(name, "Once upon a time"))
+
+
+async def test_the_queues_file_holds_no_prompt(fleet: RunningFleet) -> None:
+    """Requests are answered, so they have been in the queue; test_sealing.py finds them there without a seal."""
+    async with fleet.client() as client:
+        prompt = "Once upon a time"
+        found = (await client.post("/tokenize", json={"inputs": prompt, "add_special_tokens": True})).json()
+        assert (await client.post("/v1/completions", json=completion("tiny", prompt))).status_code == 200
+    tokens = b"".join(entry["id"].to_bytes(4, "little") for entry in found)
+    files = [path.read_bytes() for path in (fleet.output_file.parent / "data").rglob("*.aof")]
+    assert any(b":body:" in raw for raw in files), "the check would prove nothing"
+    assert not [raw for raw in files if tokens in raw]
 
 
 def services(fleet: RunningFleet) -> dict[str, psutil.Process]:

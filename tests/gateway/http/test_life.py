@@ -201,7 +201,7 @@ async def test_a_request_that_the_queue_forgot_is_submitted_again(
         asked = group.create_task(http.post("/v1/completions", json={**COMPLETION, "n": 2}))
         await wait_until(lambda: len(fleet.seen) == 2, "it is queued")
         for submit, _ in fleet.seen:
-            await bus._redis.delete(bus.keys.req(submit.rid), bus.keys.call(submit.rid))
+            await bus._redis.delete(*(key(submit.rid) for key in (bus.keys.req, bus.keys.call, bus.keys.body)))
         await wait_until(lambda: len(fleet.seen) == 4, "it is queued again")
         fleet.assigning.set()
         answer = await asked

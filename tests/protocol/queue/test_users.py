@@ -217,8 +217,10 @@ FORBIDDEN: list[tuple[str, list[str | int]]] = [
     ("store", ["XADD", KEYS.sub("batch"), "*", "b", "x"]),
     ("store", ["HGETALL", KEYS.api_keys]),
     ("store", ["HGETALL", KEYS.job("j")]),
-    # A scheduler reads neither prompts nor keys.
+    # A scheduler reads neither prompts nor answers nor keys.
     ("scheduler", ["HGETALL", KEYS.body("r")]),
+    ("scheduler", ["GET", KEYS.tok("r")]),
+    ("scheduler", ["XRANGE", KEYS.out("g"), "-", "+"]),
     ("scheduler", ["HGETALL", KEYS.job("j")]),
     ("scheduler", ["HGETALL", KEYS.api_keys]),
     ("scheduler", ["HGETALL", KEYS.registrations]),
@@ -231,6 +233,7 @@ FORBIDDEN: list[tuple[str, list[str | int]]] = [
     ("gateway", ["SCAN", 0]),
     # The operator's commands read no prompts.
     ("operator", ["HGETALL", KEYS.body("r")]),
+    ("operator", ["GET", KEYS.tok("r")]),
     ("operator", ["HGETALL", KEYS.job("j")]),
     *((user, command) for user in table() for command in (
         ["KEYS", "*"], ["FLUSHALL"], ["CONFIG", "GET", "*"], ["MONITOR"], ["ACL", "LIST"], ["SHUTDOWN"],
