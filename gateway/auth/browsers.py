@@ -33,7 +33,7 @@ class Browsers:
         self._app = app
         self._shape_of = shape_of
         self._host = settings.host.strip("[]").lower()
-        self._hosts = {name.lower() for name in names_of(settings.allowed_hosts)}
+        self._hosts = {_name_of(name) for name in names_of(settings.allowed_hosts)}
         self._origins = {origin.rstrip("/").lower() for origin in names_of(settings.cors_origins)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

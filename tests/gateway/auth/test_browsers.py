@@ -61,7 +61,8 @@ async def test_names_of_a_private_network_are_answered_elsewhere(host: str) -> N
 async def test_a_public_name_is_answered_to_programs_and_not_to_pages() -> None:
     assert await status("llm.example.com", host_setting="0.0.0.0") == 200
     assert await status("llm.example.com", host_setting="0.0.0.0", sent=CHROME) == 403
-    assert await status("llm.example.com", host_setting="0.0.0.0", sent=CHROME, allowed_hosts="llm.example.com") == 200
+    for allowed in ("llm.example.com", "a.example,LLM.example.com:8443"):
+        assert await status("llm.example.com", host_setting="0.0.0.0", sent=CHROME, allowed_hosts=allowed) == 200
 
 
 @pytest.mark.parametrize("host_setting", ["127.0.0.1", "0.0.0.0"])
