@@ -26,7 +26,7 @@ from peft_adapters.format import (
     parse_header,
     read_adapter,
 )
-from peft_adapters.texts import MAX_TEXT_BYTES
+from peft_adapters.texts import max_bytes
 from protocol.queue.bus import now_ms
 from protocol.runtime.metrics import STORE_FETCH_SECONDS, STORE_FETCHES
 from protocol.wire.errors import AdapterRefused, Unavailable
@@ -125,7 +125,7 @@ class Mirror:
 
     def _check_sizes(self, version: Version) -> None:
         """Raise AdapterRefused for files that are too large, going by what the source says of them."""
-        limits = {CONFIG_FILE: MAX_CONFIG_BYTES, **dict.fromkeys(MORE_FILES, MAX_TEXT_BYTES)}
+        limits = {CONFIG_FILE: MAX_CONFIG_BYTES, **{name: max_bytes(name) for name in MORE_FILES}}
         reasons = [
             f"{name} has {file.num_bytes} bytes; the limit is {limit}"
             for name, file in version.files.items()

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from tokenizers import Tokenizer
 
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
-from gpu_worker.adapters.loader.messages import hash_of
 from gpu_worker.adapters.merges import NUM_MERGERS, MergeWatch
 from gpu_worker.adapters.packing.merging import check_bytes, merge_adapters
 from gpu_worker.adapters.packing.packer import HostAdapter, Packer, row_sites
@@ -36,11 +32,12 @@ from gpu_worker.service.engine_thread import EngineThread
 from lora_kernels import ops
 from peft_adapters.recipe import merge_of
 from peft_adapters.texts import TOKENIZER
+from peft_adapters.tokenizer_json import key_of
 from protocol.queue.bus import now_ms
 from protocol.runtime.model_files import WEIGHT_FILES, model_folder, served_name
 from protocol.runtime.settings import BLOCK_TOKENS, Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import AdapterRefused, BadRequest
+from protocol.wire.errors import BadRequest
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +49,7 @@ FetchFiles = Callable[[str], FetchedAdapter]
 """Returns an adapter's files by digest. Called in loader threads; may block."""
 
 Describe = Callable[[list[RowSite], m.ServedModel, str], object]
-"""Told the model that adapters are packed for: its LoRA sites, the model, the hash of its tokenizer.json."""
+"""Told the model that adapters are packed for: its LoRA sites, the model, the key of its tokenizer.json."""
 
 
 def load_engine(
@@ -71,13 +68,11 @@ def load_engine(
     dtype = choose_dtype(settings.dtype, device)
     task = task_of(read_config(folder))
     tokenizer_file = folder / TOKENIZER
-    tokenizer_text = tokenizer_file.read_text() if tokenizer_file.is_file() else ""
-    tokenizer = Tokenizer.from_str(tokenizer_text) if tokenizer_text else None
+    tokenizer = tokenizer_file.read_text() if tokenizer_file.is_file() else None
     if task == "generate":
         model = load_model(folder, device, dtype, impl, compiled=settings.compile)
         engine, served = build_engine(model, settings, fetch, tokenizer, fetch_files)
-        if tokenizer is not None:
-            engine.grammars.vocabulary(tokenizer)
+        engine.grammars.prepare()
         room = f"room for {engine.blocks.num_blocks * BLOCK_TOKENS} KV tokens, "
     else:
         pooling = read_pooling(folder) if task == "embed" else None
@@ -85,7 +80,7 @@ def load_engine(
         engine, served = build_encoder_engine(model, settings, fetch, fetch_files)
         room = f"pooled by {pooling.mode}, " if pooling is not None else ""
     if describe is not None:
-        describe(row_sites(model.sites), served, hash_of(tokenizer_text))
+        describe(row_sites(model.sites), served, key_of(tokenizer) if tokenizer else "")
     logger.info(
         "%s in %s on %s: %s%d tokens a request, %.1f MiB of adapters; ready in %.1f s",
         served.name, served.dtype, device, room, served.max_model_len,
@@ -98,13 +93,13 @@ def build_engine(
     model: BaseModel,
     settings: Settings,
     fetch: Fetch,
-    tokenizer: Tokenizer | None,
+    tokenizer: str | None = None,
     fetch_files: FetchFiles | None = None,
 ) -> tuple[Engine, m.ServedModel]:
     """Allocate the caches of a loaded model and put the engine together.
 
-    tokenizer: the model's, if it has one. fetch_files: needed where `fetch` may return rows, which cannot be merged.
-    Raises BadRequest for settings that contradict each other or a model that is computed wrongly.
+    tokenizer: the model's tokenizer.json, if it has one. fetch_files: needed where `fetch` may return rows, which
+    cannot be merged. Raises BadRequest for settings that contradict each other or a model that is computed wrongly.
     """
     config = engine_config(model, settings)
     served = served_model(model, config.max_model_len, settings)
@@ -151,7 +146,6 @@ def adapter_cache(
 
     module_names = [name for name, _ in model.module.named_modules()]
     read_files = fetch_files or _files_only(fetch)
-    tokenizers = _Tokenizers()
 
     def read(digest: str) -> HostAdapter:
         files = fetch(digest)
@@ -159,7 +153,8 @@ def adapter_cache(
             adapter = packer.wrap(digest, files)
         else:
             adapter = packer.pack(digest, files.config, files.weights)
-        return replace(adapter, tokenizer=tokenizers.read(files.tokenizer)) if files.tokenizer else adapter
+            adapter = replace(adapter, tokens=files.tokens)
+        return adapter
 
     merge_bytes = free_bytes(torch.device("cpu")) // (2 * NUM_MERGERS * (settings.workers if on_cpu else 1))
 
@@ -201,30 +196,6 @@ def record_steps(engine: Engine, settings: Settings) -> None:
         logger.warning("no CUDA graphs, decode steps are launched kernel by kernel: %s", error)
     else:
         logger.info("decode steps recorded in %.1f s", time.monotonic() - started)
-
-
-class _Tokenizers:
-    """The tokenizers that adapters brought, the last few: many bring the same one. Usable from several threads."""
-
-    def __init__(self, max_kept: int = 8) -> None:
-        self._max_kept = max_kept
-        self._kept: OrderedDict[str, Tokenizer] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, text: str) -> Tokenizer:
-        """Return the tokenizer of a tokenizer.json. Raises AdapterRefused."""
-        key = hash_of(text)
-        with self._lock:
-            found = self._kept.pop(key, None)
-            if found is None:
-                try:
-                    found = Tokenizer.from_str(text)
-                except Exception as error:  # the library raises plain Exception for what it cannot read
-                    raise AdapterRefused([f"its {TOKENIZER} cannot be read: {error}"]) from error
-            self._kept[key] = found
-            if len(self._kept) > self._max_kept:
-                self._kept.popitem(last=False)
-            return found
 
 
 def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:

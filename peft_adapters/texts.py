@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from peft_adapters.json_values import is_list, is_object
+from peft_adapters.tokenizer_json import OwnTokenizer
 from protocol.wire.errors import AdapterRefused
 
 TEXTS_FILE = "texts.json"
@@ -23,58 +24,106 @@ TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 TEXT_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", TEMPLATE)
 """The files that are taken from a source, where it has them."""
 
-MAX_TEXT_BYTES = 64 << 20
+MAX_TOKENIZER_BYTES = 64 << 20
+MAX_TEMPLATE_BYTES = 128 << 10
+MAX_CONFIG_BYTES = 4 << 20
+"""Of the other files. One that repeats all the added tokens of a large vocabulary has 1.2 MB."""
+
+_MAX_BYTES = {TOKENIZER: MAX_TOKENIZER_BYTES, TEMPLATE: MAX_TEMPLATE_BYTES}
+
+MAX_TEMPLATES = 64
+MAX_SPECIAL_TOKENS = 64
+MAX_TOKEN_CHARS = 1_024
 
 
 def join_texts(files: Mapping[str, bytes]) -> bytes:
     """Return an adapter's text files, by name, as one file; b"" if neither tokenizer nor template is among them.
 
-    Raises AdapterRefused for a file that is not UTF-8, is too large, or should be a JSON object and is not.
+    Raises AdapterRefused for a file that is not UTF-8, is too large, or holds what no adapter may bring.
     """
     texts: dict[str, str] = {}
     for name in TEXT_FILES:
         if name in files:
-            if len(files[name]) > MAX_TEXT_BYTES:
-                raise AdapterRefused([f"{name} has {len(files[name])} bytes; the limit is {MAX_TEXT_BYTES}"])
+            _check_size(name, len(files[name]))
             try:
                 texts[name] = files[name].decode()
-                if name.endswith(".json"):
-                    msgspec.json.decode(texts[name], type=dict[str, Any])
-            except (UnicodeDecodeError, msgspec.MsgspecError) as error:
+            except UnicodeDecodeError as error:
                 raise AdapterRefused([f"{name} cannot be read: {error}"]) from error
-    if TOKENIZER not in texts and not template_of(texts):
+    _check(texts)
+    if TOKENIZER in texts:
+        OwnTokenizer.read(texts[TOKENIZER])
+    elif not template_of(texts):
         return b""
     return msgspec.json.encode(texts)
 
 
+def _check(texts: Mapping[str, str]) -> None:
+    """Check what gateways read of an adapter's texts themselves. Raises AdapterRefused."""
+    for name, text in texts.items():
+        _check_size(name, len(text))
+    source = _config(texts, "tokenizer_config.json").get("chat_template")
+    if is_list(source) and len(source) > MAX_TEMPLATES:
+        raise AdapterRefused([f"tokenizer_config.json has {len(source)} templates; the limit is {MAX_TEMPLATES}"])
+    _check_size(TEMPLATE, len((template_of(texts) or "").encode()))
+    tokens = special_tokens(texts)
+    if len(tokens) > MAX_SPECIAL_TOKENS:
+        raise AdapterRefused([f"special_tokens_map.json has {len(tokens)} tokens; the limit is {MAX_SPECIAL_TOKENS}"])
+    for name, token in tokens.items():
+        if max(len(name), len(token)) > MAX_TOKEN_CHARS:
+            raise AdapterRefused([f"{name:.80} has {len(token)} characters; the limit is {MAX_TOKEN_CHARS}"])
+
+
+def max_bytes(name: str) -> int:
+    """Return the most bytes that a text file of this name may have."""
+    return _MAX_BYTES.get(name, MAX_CONFIG_BYTES)
+
+
+def _check_size(name: str, num_bytes: int) -> None:
+    if num_bytes > max_bytes(name):
+        raise AdapterRefused([f"{name} has {num_bytes} bytes; the limit is {max_bytes(name)}"])
+
+
 def split_texts(raw: bytes, digest: str) -> dict[str, str]:
-    """Return the text files in a stored file, by name. Raises AdapterRefused if its sha256 (hex) is not `digest`."""
+    """Return the text files in a stored file, by name, checked except for the tokenizer: see `OwnTokenizer`.
+
+    Raises AdapterRefused if the file's sha256 (hex) is not `digest`, or if it holds what no adapter may bring.
+    """
     if hashlib.sha256(raw).hexdigest() != digest:
         raise AdapterRefused([f"{TEXTS_FILE} has another hash"])
-    return msgspec.json.decode(raw, type=dict[str, str])
+    try:
+        texts = msgspec.json.decode(raw, type=dict[str, str])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise AdapterRefused([f"{TEXTS_FILE} cannot be read: {error}"]) from error
+    _check(texts)
+    return texts
 
 
 def template_of(texts: Mapping[str, str]) -> str | None:
     """Return the chat template among text files, None if there is none; of several named ones the default."""
     if TEMPLATE in texts:
         return texts[TEMPLATE]
-    source = tokenizer_config(texts).get("chat_template")
+    source = _config(texts, "tokenizer_config.json").get("chat_template")
     if is_list(source):
-        named = {entry.get("name"): entry.get("template") for entry in source if is_object(entry)}
-        source = named.get("default")
+        named = [entry.get("template") for entry in source if is_object(entry) and entry.get("name") == "default"]
+        source = named[-1] if named else None
     return source if isinstance(source, str) else None
 
 
-def tokenizer_config(texts: Mapping[str, str]) -> dict[str, Any]:
-    """Return the parsed tokenizer_config.json, {} if there is none."""
-    return msgspec.json.decode(texts.get("tokenizer_config.json", "{}"), type=dict[str, Any])
+def _config(texts: Mapping[str, str], name: str) -> dict[str, Any]:
+    """Return a text file as a JSON object, {} if it is not among them. Raises AdapterRefused if it is none."""
+    try:
+        return msgspec.json.decode(texts.get(name, "{}"), type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise AdapterRefused([f"{name} cannot be read: {error}"]) from error
+    except RecursionError as error:
+        raise AdapterRefused([f"{name} cannot be read: it is nested too deeply"]) from error
 
 
 def special_tokens(texts: Mapping[str, str]) -> dict[str, str]:
     """Return the texts of special tokens by the names that templates use, such as "eos_token"."""
-    older = msgspec.json.decode(texts.get("special_tokens_map.json", "{}"), type=dict[str, Any])
+    older = _config(texts, "special_tokens_map.json")
     tokens: dict[str, str] = {}
-    for name, value in {**older, **tokenizer_config(texts)}.items():
+    for name, value in {**older, **_config(texts, "tokenizer_config.json")}.items():
         text = value.get("content") if is_object(value) else value
         if isinstance(text, str) and (name in _SPECIAL_TOKENS or (name.endswith("_token") and name in older)):
             tokens[name] = text

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from waiting import wait_until
 
 from gateway.service import GatewayTimings, serve
+from peft_adapters.tokenizer_json import token_table
 from protocol.queue.bus import Bus, Step, StepRow, decode, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -25,9 +27,17 @@ from protocol.wire.error_codec import error_json
 from protocol.wire.errors import LorafleetError
 from protocol.wire.keys import CLASSES
 from protocol.wire.text import OutputText, StopRule
+from protocol.wire.tokens import TokenTable
 
 BASE_NAME = "tiny/base"
 MAX_MODEL_LEN = 256
+
+
+@lru_cache
+def _table_of(tokenizer: Tokenizer) -> TokenTable:
+    return token_table(tokenizer.to_str())
+
+
 CORPUS = "the quick brown fox jumps over the lazy dog and the dog sleeps in the sun all day long"
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -206,7 +216,7 @@ class ScriptedFleet:
             return script.numbers, script.finish
         wanted = self.tokenizer.encode(script.text).ids + ([1] if script.eos else [])
         rule = StopRule.of(body.stop, body.stop_token_ids, body.sampling, frozenset([1]))
-        output = OutputText(self.tokenizer, rule)
+        output = OutputText(_table_of(self.tokenizer), rule)
         for i, id_ in enumerate(wanted):
             output.add([id_])
             if output.ended:

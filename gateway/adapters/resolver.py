@@ -58,7 +58,7 @@ class Resolver:
             return Target(base.name, "", self.own.base)
         alias = await self._aliases.served(self._plain(name, base), timeout_s, caller)
         texts, vocab_size = await self.own.facts(alias.digest)
-        files = await self.own.files(alias.digest, texts)
+        files = await self.own.files(alias.digest, texts, caller.name or alias.digest)
         return Target(alias.name, alias.digest, files, texts, vocab_size, alias.source.partition(":")[0])
 
     async def name_in(self, source: str | None, adapter_id: str, caller: Caller) -> str:

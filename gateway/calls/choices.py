@@ -52,7 +52,7 @@ class Choice:
         self._record_bytes = options.record_bytes
         self._shown, self._shown_records = bytearray(), bytearray()  # everything taken so far, as in the log
         self._output = OutputText(
-            prompt.files.tokenizer,
+            prompt.files.tokens,
             StopRule.of(options.stop, options.stop_token_ids, options.sampling, prompt.files.eos_ids),
             shown=prompt.form.shown if prompt.form is not None else {},
         )

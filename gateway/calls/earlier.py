@@ -54,7 +54,7 @@ class EarlierCalls:
         prompts: list[Prompt] = []
         of_prompts = iter(facts[:: call.options.n])
         for i, (digest, texts) in enumerate(zip(record.digests, record.texts, strict=True)):
-            files = await self._own.files(digest, texts)
+            files = await self._own.files(digest, texts, call.caller.name or digest)
             target = Target("", digest, files, texts)
             opened = i < len(record.opened) and record.opened[i]
             form = form_of(files, call.options.tools, opened=opened) if isinstance(call.inputs, Conversation) else None

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from tokenizers import Encoding
-
 from gateway.adapters.resolver import Target
 from gateway.calls.parse import Conversation, Options, ParsedCall, Source, Texts
 from gateway.calls.resolve import ResolvedCall
@@ -85,7 +83,7 @@ def check_size(call: ResolvedCall, max_call_tokens: int) -> None:
 def _least_tokens(text: str, call: ResolvedCall, truncate: int | None) -> int:
     if truncate is not None:
         return 0
-    return min(len(text) // target.files.token_text.longest for target in call.targets)
+    return min(len(text) // target.files.tokens.longest for target in call.targets)
 
 
 async def tokenize(call: ResolvedCall) -> TokenizedCall:
@@ -110,7 +108,7 @@ async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Targe
     tools, files = call.options.tools, target.files
 
     def check(text: str) -> None:
-        call.rules.most_tokens(call.options, len(text) // files.token_text.longest, base.max_model_len)
+        call.rules.most_tokens(call.options, len(text) // files.tokens.longest, base.max_model_len)
 
     encoded = await files.encode_chat(
         inputs.messages,
@@ -129,11 +127,11 @@ async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Targe
 async def _of_texts(
     call: ParsedCall, inputs: Texts, target: Target, vocab_size: int, base: m.ServedModel
 ) -> list[Prompt]:
-    def check(encoding: Encoding) -> None:
-        call.rules.most_tokens(call.options, len(encoding), base.max_model_len)
+    def check(num_tokens: int) -> None:
+        call.rules.most_tokens(call.options, num_tokens, base.max_model_len)
 
     texts = [source for source in inputs.sources if isinstance(source, str)]
-    encoded = await _encoded(target.files, texts, check if inputs.with_offsets else None)
+    encoded = await _encoded(target.files, texts, target.payer(call.caller), check if inputs.with_offsets else None)
     make = partial(_prompts, call, inputs, target, vocab_size, encoded)
     # In a thread the loop has its turn meanwhile; for few tokens that would cost more than it gives.
     num_tokens = sum(map(len, inputs.sources))
@@ -159,28 +157,23 @@ def _prompts(
 
 
 async def _encoded(
-    files: ModelFiles, texts: Sequence[str], check: Callable[[Encoding], object] | None
+    files: ModelFiles, texts: Sequence[str], tenant: str, check: Callable[[int], object] | None
 ) -> list[Encoded]:
     """Return of each text its token ids, with the special ones, and with a `check` their offsets too.
 
-    `check` raises for an encoding that is too long, before lists are made of it.
+    `check` raises for a number of tokens that is too large, before lists are made of them.
     """
     if not texts:
         return []
+    encoder = files.encoder
     if check is None:
-        return [(ids, ()) for ids in await files.encode(texts)]
-
-    def encode() -> list[Encoded]:
-        encodings = files.tokenizer.encode_batch(list(texts))
-        for encoding in encodings:
-            check(encoding)
-        return [
-            (e.ids, [None if special else (start, end)
-                     for (start, end), special in zip(e.offsets, e.special_tokens_mask, strict=True)])
-            for e in encodings
-        ]  # fmt: skip
-
-    return await asyncio.to_thread(encode)
+        return [(ids, ()) for ids in await encoder.encode(texts, add_special_tokens=True, tenant=tenant)]
+    encodings = await encoder.detailed(texts, add_special_tokens=True, tenant=tenant, check=check)
+    return [
+        (e.ids, [None if special else (start, end)
+                 for (start, end), special in zip(e.offsets, e.special, strict=True)])
+        for e in encodings
+    ]  # fmt: skip
 
 
 def check_token_ids(options: Options, vocab_size: int) -> None:
@@ -193,7 +186,7 @@ def check_token_ids(options: Options, vocab_size: int) -> None:
 
 def echoed(source: Source, files: ModelFiles) -> str:
     """Return a prompt as the text that an answer with `echo` begins with."""
-    return source if isinstance(source, str) else files.tokenizer.decode(source)
+    return source if isinstance(source, str) else files.tokens.decode(source)
 
 
 def pack(ids: Sequence[int]) -> bytes:

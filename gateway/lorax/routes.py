@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from gateway.adapters.resolver import BASE
 from gateway.auth.callers import Caller, caller_of
 from gateway.calls.follow import Generation
 from gateway.calls.pipeline import Pipeline
@@ -94,22 +95,23 @@ class NativeEndpoints:
 
     async def _tokenized(self, body: TokenizeRequest, caller: Caller) -> Response:
         pipeline = self._pipeline
-        files, base = pipeline.files, pipeline.fleet.base
+        files, base, tenant = pipeline.files, pipeline.fleet.base, caller.name or BASE
         if body.adapter_id or body.merged_adapters is not None:
             base = await pipeline.fleet.require(worker=False)
             [target] = await pipeline.call_resolver.targets(models_of(body), base, caller, GenerationFailed)
-            files = target.files
+            files, tenant = target.files, target.payer(caller)
         most = MIN_TOKENIZED if base is None else max(base.max_model_len, MIN_TOKENIZED)
         check_tokenized(len(body.inputs) // MAX_CHARACTERS_PER_TOKEN, most)
 
-        def tokenize() -> bytes:
+        async def tokenize() -> bytes:
             special = body.add_special_tokens is not False
-            # `encode` would hold the interpreter all the while.
-            [encoding] = files.tokenizer.encode_batch([body.inputs], add_special_tokens=special)
-            check_tokenized(len(encoding), most)
-            return tokens_json(encoding)
+            [encoding] = await files.encoder.detailed(
+                [body.inputs], add_special_tokens=special, tenant=tenant,
+                check=lambda num_tokens: check_tokenized(num_tokens, most),
+            )  # fmt: skip
+            return await asyncio.to_thread(tokens_json, encoding)
 
-        return Response(await large.work(lambda: asyncio.to_thread(tokenize)), media_type="application/json")
+        return Response(await large.work(tokenize), media_type="application/json")
 
     # ------------------------------------------------------------ operation
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import orjson
 from starlette.responses import Response
-from tokenizers import Encoding
 
 from gateway.calls.choices import Piece, TokenLogprob, mean_logprob
 from gateway.calls.follow import Generation
@@ -17,9 +16,9 @@ from gateway.http.sse import STREAM_HEADERS, GenerationResponse
 from gateway.lorax import metrics as lorax_metrics
 from gateway.lorax.errors import LORAX_GENERATION_ERRORS
 from gateway.lorax.parse import NativeCall
-from gateway.text.tokenizer import ModelFiles
+from gateway.text.tokenizer import Encoding, ModelFiles
 from protocol.wire import messages as m
-from protocol.wire.text import Detokenizer
+from protocol.wire.tokens import Detokenizer
 
 
 class TokenWriter:
@@ -28,7 +27,7 @@ class TokenWriter:
     def __init__(self, files: ModelFiles, *, alternatives: bool) -> None:
         self._files = files
         self._alternatives = alternatives
-        self._detokenizer = Detokenizer(files.tokenizer)
+        self._detokenizer = Detokenizer(files.tokens)
         self._last: dict[str, Any] | None = None
         self.text = ""
 
@@ -46,20 +45,20 @@ class TokenWriter:
         return written
 
     def _token(self, token: TokenLogprob) -> dict[str, Any]:
-        special = self._files.token_text.is_special(token.id)
+        special = token.id in self._files.tokens.special
         text = self._detokenizer.add((token.id,))
         self.text += text
         written = {
             "id": token.id,
             # Special tokens are shown, though they are no part of the text.
-            "text": self._files.token_text.text(token.id) if special else text,
+            "text": self._files.tokens.text_of(token.id) if special else text,
             "logprob": max(token.logprob, MIN_LOGPROB),
             "special": special,
             "skipped": False,
         }
         if self._alternatives:
             written["alternative_tokens"] = [
-                {"id": id_, "text": self._files.token_text.text(id_), "logprob": max(logprob, MIN_LOGPROB)}
+                {"id": id_, "text": self._files.tokens.text_of(id_), "logprob": max(logprob, MIN_LOGPROB)}
                 for id_, logprob in token.top
             ]
         return written
@@ -131,7 +130,7 @@ class NativeWriter:
             "prefill": [
                 {
                     "id": token.id,
-                    "text": self._files.token_text.text(token.id),
+                    "text": self._files.tokens.text_of(token.id),
                     "logprob": shown_logprob(token.logprob),
                 }
                 for token in piece.prompt

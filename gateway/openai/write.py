@@ -21,7 +21,7 @@ from gateway.calls.writers import MIN_LOGPROB, Usage, Writer, shown_logprob
 from gateway.http.sse import GenerationResponse
 from gateway.text.answer_form import AnswerForm
 from gateway.text.answer_parts import AnswerParts, Part
-from gateway.text.tokenizer import TokenText
+from protocol.wire.tokens import TokenTable
 
 
 def write(generation: Generation, keepalive_s: float) -> GenerationResponse:
@@ -38,7 +38,7 @@ def writer_of(call: SubmittedCall, choices: Sequence[Choice]) -> Writer:
     num = len(shown) // len(parsed.models.names)
     model_of = [name for name in parsed.models.names for _ in range(num)] if parsed.names_each else []
     head = Head(kind.id_prefix + call.id, call.created_ms // 1000, parsed.model_name, fingerprint(call), model_of)
-    tokens = [choice.prompt.files.token_text for choice in shown]
+    tokens = [choice.prompt.files.tokens for choice in shown]
     writer = kind(head, tokens, include_usage=options.include_usage, logprobs=options.shows_logprobs)
     if isinstance(writer, ChatWriter):
         writer.forms = {choice.index: (choice.prompt.form, choice.rid) for choice in choices if choice.prompt.form}
@@ -105,7 +105,7 @@ class ChatWriter:
 
     id_prefix = "chatcmpl-"
 
-    def __init__(self, head: Head, tokens: Sequence[TokenText], *, include_usage: bool, logprobs: bool) -> None:
+    def __init__(self, head: Head, tokens: Sequence[TokenTable], *, include_usage: bool, logprobs: bool) -> None:
         self.forms: dict[int, tuple[AnswerForm, str]] = {}
         """Answer form and request id of each choice that may consist of more than text."""
         self._head = head
@@ -237,7 +237,7 @@ class CompletionWriter:
 
     id_prefix = "cmpl-"
 
-    def __init__(self, head: Head, tokens: Sequence[TokenText], *, include_usage: bool, logprobs: bool) -> None:
+    def __init__(self, head: Head, tokens: Sequence[TokenTable], *, include_usage: bool, logprobs: bool) -> None:
         self._head = head
         self._tokens = tokens
         self._logprobs = logprobs
@@ -282,7 +282,7 @@ class CompletionWriter:
 
     def _lists(self, piece: Piece) -> dict[str, Any]:
         offset, tokens = self._offsets.get(piece.index, 0), [*piece.prompt, *piece.logprobs]
-        texts = [self._tokens[piece.index].text(token.id) for token in tokens]
+        texts = [self._tokens[piece.index].text_of(token.id) for token in tokens]
         offsets: list[int] = []
         for text in texts:
             offsets.append(offset)
@@ -296,16 +296,16 @@ class CompletionWriter:
         }
 
 
-def _entry(tokens: TokenText, id_: int, logprob: float) -> dict[str, Any]:
-    return {"token": tokens.text(id_), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(tokens.bytes(id_))}
+def _entry(tokens: TokenTable, id_: int, logprob: float) -> dict[str, Any]:
+    return {"token": tokens.text_of(id_), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(tokens.bytes_of(id_))}
 
 
-def _top(tokens: TokenText, token: TokenLogprob) -> dict[str, float] | None:
+def _top(tokens: TokenTable, token: TokenLogprob) -> dict[str, float] | None:
     """Return the logprobs of the likeliest tokens and the chosen one, by text; of equal texts the likeliest."""
     if math.isnan(token.logprob):
         return None
     best: dict[str, float] = {}
     for id_, logprob in (*token.top, (token.id, token.logprob)):
-        text = tokens.text(id_)
+        text = tokens.text_of(id_)
         best[text] = max(best.get(text, MIN_LOGPROB), logprob)
     return best

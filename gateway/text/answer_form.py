@@ -46,7 +46,7 @@ def form_of(files: ModelFiles, tools: Tools | None, *, opened: bool) -> AnswerFo
     markers = [*(thought or ()), "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<tool_call>", "</tool_call>"]
     find = marker_ids(files)
     known = {id_: text for text in markers if (id_ := find(text)) is not None}
-    shown = {id_: text for id_, text in known.items() if files.token_text.is_special(id_)}
+    shown = {id_: text for id_, text in known.items() if id_ in files.tokens.special}
     in_tags = tools.schemas if tools is not None and style is not None and style.body == "xml" else {}
     raw = {name: raw_parameters(schema) for name, schema in in_tags.items()}
     return AnswerForm(thought, opened, style, shown, raw)
@@ -54,12 +54,7 @@ def form_of(files: ModelFiles, tools: Tools | None, *, opened: bool) -> AnswerFo
 
 def marker_ids(files: ModelFiles) -> MarkerId:
     """Return a function that finds the ids of markers that are one token of a model."""
-
-    def find(text: str) -> int | None:
-        id_ = files.tokenizer.token_to_id(text)
-        return id_ if id_ is not None and files.token_text.is_added(id_) else None
-
-    return find
+    return files.tokens.added.get
 
 
 def answer_grammar(

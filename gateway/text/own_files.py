@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import zlib
 from collections import OrderedDict
 from weakref import WeakValueDictionary
 
 import httpx2
-from tokenizers import Tokenizer
+import msgspec
 
 from gateway.text.sandbox import SandboxedTemplate, SandboxPool
-from gateway.text.tokenizer import ModelFiles, TokenText, read_tokenizer
+from gateway.text.sandbox_child import ReadTokenizer
+from gateway.text.tokenizer import TOKENIZER_S, BaseEncoder, Encoder, ModelFiles, OwnEncoder
 from peft_adapters.texts import (
     TEXTS_FIELD,
     TEXTS_FILE,
@@ -22,12 +24,16 @@ from peft_adapters.texts import (
 )
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
-from protocol.wire.errors import AdapterRefused, BadRequest, NotFound, Unavailable
+from protocol.wire.errors import AdapterRefused, NotFound, Unavailable
+from protocol.wire.tokens import TokenTable
 
 logger = logging.getLogger(__name__)
 
 MAX_KEPT = 32
 """Sets of files that are kept; those with equal tokenizers share one."""
+
+MAX_KEPT_BYTES = 128 << 20
+"""Bytes of packed tokenizers that are kept, the newest one always."""
 
 MAX_FACTS = 10_000
 
@@ -69,10 +75,11 @@ class OwnFiles:
             self._facts.popitem(last=False)
         return facts
 
-    async def files(self, digest: str, texts: str) -> ModelFiles:
+    async def files(self, digest: str, texts: str, tenant: str) -> ModelFiles:
         """Return the files to serve an adapter with: the base's, where it brings none (`texts` is ""), or its own.
 
-        Raises AdapterRefused when they cannot be used, NotFound and Unavailable when they cannot be had.
+        tenant: for whom the sandbox reads a tokenizer. Raises AdapterRefused when they cannot be used, NotFound and
+        Unavailable when they cannot be had, Overloaded when the sandbox has no place.
         """
         if not texts:
             return self.base
@@ -80,12 +87,17 @@ class OwnFiles:
             files = self._kept.get(texts)
             if files is None:
                 raw = await self._fetch(digest)
-                files = await asyncio.to_thread(self._read, split_texts(raw, texts))
+                files = await self._read(await asyncio.to_thread(split_texts, raw, texts), tenant)
             self._kept[texts] = files
             self._kept.move_to_end(texts)
-            if len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
+            self._drop_oldest()
             return files
+
+    def _drop_oldest(self) -> None:
+        encoders = {id(files.encoder): files.encoder for files in self._kept.values()}
+        num_bytes = sum(encoder.num_bytes for encoder in encoders.values() if isinstance(encoder, OwnEncoder))
+        if len(self._kept) > MAX_KEPT or (num_bytes > MAX_KEPT_BYTES and len(self._kept) > 1):
+            self._kept.popitem(last=False)
 
     async def _fetch(self, digest: str) -> bytes:
         urls = await self._bus.members.store_urls()
@@ -105,24 +117,40 @@ class OwnFiles:
             raise NotFound(f"no adapter store has the tokenizer of the adapter {digest:.12} any more", param="model")
         raise Unavailable(f"no adapter store gave the tokenizer of the adapter {digest:.12}", code="no_store")
 
-    def _read(self, texts: dict[str, str]) -> ModelFiles:
+    async def _read(self, texts: dict[str, str], tenant: str) -> ModelFiles:
         base = self.base
-        tokenizer, token_text, eos_ids = base.tokenizer, base.token_text, base.eos_ids
+        encoder, tokens, eos_ids = base.encoder, base.tokens, base.eos_ids
         if TOKENIZER in texts:
-            tokenizer, token_text = self._tokenizer(texts[TOKENIZER])
-            eos = tokenizer.token_to_id(special_tokens(texts).get("eos_token", ""))
+            name = special_tokens(texts).get("eos_token", "")
+            if texts[TOKENIZER] == base.texts[TOKENIZER]:
+                assert isinstance(encoder, BaseEncoder)
+                eos = encoder.id_of(name)
+            else:
+                encoder, tokens, eos = await self._own_tokenizer(texts[TOKENIZER], name, tenant)
             eos_ids = base.eos_ids if eos is None else base.eos_ids | {eos}
         template, source = base.template, template_of(texts)
         if source is not None:
             template = SandboxedTemplate(source, special_tokens(base.texts) | special_tokens(texts), self._sandbox)
-        return ModelFiles(base.name, tokenizer, token_text, template, eos_ids, texts)
+        return ModelFiles(base.name, encoder, tokens, template, eos_ids, base.texts)
 
-    def _tokenizer(self, text: str) -> tuple[Tokenizer, TokenText]:
-        """Return the tokenizer of a tokenizer.json, shared by all with equal texts. Raises AdapterRefused."""
-        for known in (self.base, *self._kept.values()):
-            if known.texts.get(TOKENIZER) == text:
-                return known.tokenizer, known.token_text
+    async def _own_tokenizer(self, text: str, name: str, tenant: str) -> tuple[Encoder, TokenTable, int | None]:
+        """Return what encodes as a tokenizer.json does, its tokens, and the id of a token. Raises AdapterRefused.
+
+        All adapters with equal files share the first two.
+        """
+        file = await asyncio.to_thread(_packed, text)
+        answer = await self._sandbox.do(ReadTokenizer(file, name), tenant=tenant, limit_s=TOKENIZER_S)
+        if answer.refusal:
+            raise AdapterRefused([answer.refusal])
         try:
-            return read_tokenizer(text)
-        except BadRequest as error:
-            raise AdapterRefused([f"its {error.message}"]) from error
+            tokens = msgspec.msgpack.decode(answer.tokens, type=TokenTable)
+        except msgspec.MsgspecError as error:
+            raise AdapterRefused([f"its {TOKENIZER} cannot be read: {error}"]) from error
+        for known in self._kept.values():
+            if known.tokens.key == tokens.key:
+                return known.encoder, known.tokens, answer.id
+        return OwnEncoder(tokens.key, file, self._sandbox), tokens, answer.id
+
+
+def _packed(text: str) -> bytes:
+    return zlib.compress(text.encode(), 1)

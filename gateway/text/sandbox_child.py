@@ -1,4 +1,4 @@
-"""The sandbox's process: renders chat templates and compiles grammars, one after another, and can do nothing else.
+"""The sandbox's process: renders templates, compiles grammars, reads and runs tokenizers, and can do nothing else.
 
 Reads jobs from standard input and writes answers to standard output, each as four bytes of length and MessagePack. A
 first byte says that it is ready: all that it needs is imported and open, and what it does not need is taken away.
@@ -11,15 +11,22 @@ import os
 import resource
 import sys
 import time
+import zlib
+from array import array
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import chain
 from typing import Any, ClassVar
 
 import msgspec
+from tokenizers import Tokenizer
 
 from gateway.text.chat import ChatTemplate
 from gateway.text.lockdown import lock_down
-from protocol.wire.errors import BadRequest
+from peft_adapters.texts import MAX_TOKENIZER_BYTES, TOKENIZER
+from peft_adapters.tokenizer_json import OwnTokenizer
+from protocol.wire.errors import AdapterRefused, BadRequest
 from protocol.wire.grammar_limits import GRAMMAR_LIMITS
 
 MAX_MEMORY_BYTES = 1 << 30
@@ -27,6 +34,9 @@ WORN_BYTES = MAX_MEMORY_BYTES // 2
 """A process that has grown by so much makes place for a new one, so that no job pays for those before it."""
 
 MAX_ANSWER_BYTES = 16 << 20
+MAX_KEPT_TOKENIZER_BYTES = 24 << 20
+"""Bytes of the tokenizers that a process remembers, as files: it needs 15 times as much. The last one always stays."""
+
 MAX_REFUSAL = 1000  # characters
 READY, READY_UNFILTERED = b"!", b"?"
 """The second: the kernel does not filter the process's system calls."""
@@ -63,7 +73,37 @@ class Check(msgspec.Struct, tag=True):
     grammar: str  # as in `messages.Body`
 
 
-SandboxJob = Render | Check
+class ReadTokenizer(msgspec.Struct, tag=True):
+    """An adapter's tokenizer whose tokens are wanted."""
+
+    what: ClassVar[str] = "reading the adapter's tokenizer"
+
+    file: bytes  # its tokenizer.json, packed by zlib
+    name: str  # a token whose id is wanted too
+
+
+class Encode(msgspec.Struct, tag=True):
+    """Texts that an adapter's tokenizer is to make tokens of."""
+
+    what: ClassVar[str] = "the adapter's tokenizer"
+
+    key: str  # of the tokenizer, see `tokenizer_json.key_of`
+    file: bytes  # as in `ReadTokenizer`, b"" where the process may have it already
+    texts: list[str]
+    add_special_tokens: bool
+    detailed: bool  # whether more than ids is wanted
+
+
+SandboxJob = Render | Check | ReadTokenizer | Encode
+
+
+class Encoded(msgspec.Struct, array_like=True):
+    """A text as tokens."""
+
+    ids: bytes  # int32
+    offsets: bytes = b""  # int32 [ids, 2]: where each token begins and ends in the text, in characters
+    special: bytes = b""  # uint8: 1 for each special token, else 0
+    tokens: list[str] = []
 
 
 class Answer(msgspec.Struct):
@@ -71,6 +111,9 @@ class Answer(msgspec.Struct):
 
     text: str = ""
     refusal: str = ""  # what is wrong with the template, or the grammar
+    tokens: bytes = b""  # a TokenTable
+    id: int | None = None  # of the named token
+    encoded: list[Encoded] | None = None  # None: the process does not have the tokenizer
     worn: bool = False  # the process should make place for a new one
 
 
@@ -89,6 +132,7 @@ class Worker:
         self._is_worn = is_worn
         self._template = lru_cache(maxsize=64)(self._read_template)
         self._vocabulary = lru_cache(maxsize=1)(self._read_vocabulary)
+        self._tokenizers: OrderedDict[str, tuple[Tokenizer, int]] = OrderedDict()  # with bytes; last used last
 
     def answer(self, payload: bytes) -> bytes:
         """Return the framed answer to a job, whatever a stranger's code makes libraries raise."""
@@ -99,7 +143,7 @@ class Worker:
             answer = self._do(job)
             answer.worn = self._is_worn()
             message = framed(answer)
-        except BadRequest as error:
+        except (BadRequest, AdapterRefused) as error:
             message = _refusal(error.message)
         except MemoryError:
             message = _refusal(f"{what} wants more than {MAX_MEMORY_BYTES} bytes", worn=True)
@@ -112,7 +156,15 @@ class Worker:
         return message
 
     def _do(self, job: SandboxJob) -> Answer:
-        return self._render(job) if isinstance(job, Render) else self._check(job)
+        match job:
+            case Render():
+                return self._render(job)
+            case Check():
+                return self._check(job)
+            case ReadTokenizer():
+                return self._read_tokenizer(job)
+            case Encode():
+                return self._encode(job)
 
     def _render(self, job: Render) -> Answer:
         template = self._template(job.source, tuple(sorted(job.special_tokens.items())))
@@ -140,6 +192,53 @@ class Worker:
         with open(self._tokenizer_file, encoding="utf-8", closefd=False) as file:
             file.seek(0)  # an earlier job may have run out of memory while it read
             return LLTokenizer(file.read())
+
+    def _read_tokenizer(self, job: ReadTokenizer) -> Answer:
+        own = OwnTokenizer.read(_unpacked(job.file))
+        return Answer(tokens=msgspec.msgpack.encode(own.tokens()), id=own.id_of(job.name))
+
+    def _encode(self, job: Encode) -> Answer:
+        tokenizer = self._tokenizer(job)
+        if tokenizer is None:
+            return Answer()
+        if not job.detailed:
+            found = tokenizer.encode_batch_fast(job.texts, add_special_tokens=job.add_special_tokens)
+            return Answer(encoded=[Encoded(array("i", e.ids).tobytes()) for e in found])
+        found = tokenizer.encode_batch(job.texts, add_special_tokens=job.add_special_tokens)
+        return Answer(
+            encoded=[
+                Encoded(
+                    array("i", e.ids).tobytes(),
+                    array("i", chain.from_iterable(e.offsets)).tobytes(),
+                    bytes(e.special_tokens_mask),
+                    e.tokens,
+                )
+                for e in found
+            ]
+        )
+
+    def _tokenizer(self, job: Encode) -> Tokenizer | None:
+        """Return a job's tokenizer, None if it is not known and the job does not bring it."""
+        if job.key in self._tokenizers:
+            self._tokenizers.move_to_end(job.key)
+        elif not job.file:
+            return None
+        else:
+            encoding = OwnTokenizer.read(_unpacked(job.file)).encoding()
+            num_bytes = len(encoding) + sum(size for _, size in self._tokenizers.values())
+            while self._tokenizers and num_bytes > MAX_KEPT_TOKENIZER_BYTES:
+                _, (_, size) = self._tokenizers.popitem(last=False)
+                num_bytes -= size
+            self._tokenizers[job.key] = Tokenizer.from_buffer(encoding), len(encoding)
+        return self._tokenizers[job.key][0]
+
+
+def _unpacked(file: bytes) -> bytes:
+    """Return a tokenizer.json. Raises AdapterRefused for one that is too large."""
+    raw = zlib.decompressobj().decompress(file, MAX_TOKENIZER_BYTES + 1)
+    if len(raw) > MAX_TOKENIZER_BYTES:
+        raise AdapterRefused([f"{TOKENIZER} has more than {MAX_TOKENIZER_BYTES} bytes"])
+    return raw
 
 
 def _refusal(text: str, *, worn: bool = False) -> bytes:

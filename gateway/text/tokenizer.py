@@ -6,23 +6,121 @@ import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from gateway.text.answer_parts import THOUGHTS
 from gateway.text.chat import ChatTemplate, normalize_messages
-from gateway.text.sandbox import SandboxedTemplate
+from gateway.text.sandbox import SandboxedTemplate, SandboxPool
+from gateway.text.sandbox_child import Encode, Encoded
 from gateway.tools.prompt import explain_tools, knows_tools
 from peft_adapters.texts import TEXT_FILES, TOKENIZER
+from peft_adapters.tokenizer_json import token_table
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder, served_name
 from protocol.runtime.settings import Settings
-from protocol.wire.errors import BadRequest
+from protocol.wire.errors import AdapterRefused, BadRequest
+from protocol.wire.tokens import TokenTable
 
-UNKNOWN_CHARACTERS = 256
-"""Characters that one token stands for at most, whatever the vocabulary has: unknown words are one token each."""
+
+class Encoding(NamedTuple):
+    """A text as tokens, with what belongs to each."""
+
+    ids: list[int]
+    offsets: Sequence[tuple[int, int]]  # where each begins and ends in the text, in characters
+    special: Sequence[int]  # 1 for a special token, else 0
+    tokens: Sequence[str]
+
+
+class BaseEncoder:
+    """The base model's tokenizer. It runs in threads, where the library frees the interpreter."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def id_of(self, token: str) -> int | None:
+        """Return a token's id, None if there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
+    def ids(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Return the ids of each text. Blocks."""
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in found]
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool, tenant: str) -> list[list[int]]:
+        """Return the ids of each text."""
+        return await asyncio.to_thread(self.ids, texts, add_special_tokens=add_special_tokens)
+
+    async def detailed(
+        self, texts: Sequence[str], *, add_special_tokens: bool, tenant: str, check: Callable[[int], object]
+    ) -> list[Encoding]:
+        """Return the tokens of each text, with what belongs to them.
+
+        check: raises for a number of tokens that is too large, before lists are made of them.
+        """
+
+        def encode() -> list[Encoding]:
+            found = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+            for encoding in found:
+                check(len(encoding))
+            return [Encoding(e.ids, e.offsets, e.special_tokens_mask, e.tokens) for e in found]
+
+        return await asyncio.to_thread(encode)
+
+
+class OwnEncoder:
+    """An adapter's tokenizer, which only ever runs in the sandbox."""
+
+    def __init__(self, key: str, file: bytes, sandbox: SandboxPool) -> None:
+        """key, file: as in `sandbox_child.Encode`."""
+        self._key, self._file = key, file
+        self._sandbox = sandbox
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that it takes here."""
+        return len(self._file)
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool, tenant: str) -> list[list[int]]:
+        """Return the ids of each text. Raises as `SandboxPool.do`, and BadRequest for what it cannot encode."""
+        found = await self._do(texts, add_special_tokens, detailed=False, tenant=tenant)
+        return [memoryview(e.ids).cast("i").tolist() for e in found]
+
+    async def detailed(
+        self, texts: Sequence[str], *, add_special_tokens: bool, tenant: str, check: Callable[[int], object]
+    ) -> list[Encoding]:
+        """Return the tokens of each text, with what belongs to them. check: as of `BaseEncoder`. Raises as `encode`."""
+        found = await self._do(texts, add_special_tokens, detailed=True, tenant=tenant)
+        for encoded in found:
+            check(len(encoded.ids) // 4)
+        return await asyncio.to_thread(lambda: [_unpacked(encoded) for encoded in found])
+
+    async def _do(self, texts: Sequence[str], special: bool, *, detailed: bool, tenant: str) -> list[Encoded]:
+        # A process that has the tokenizer already, which most have, needs not be sent it.
+        for file in (b"", self._file):
+            job = Encode(self._key, file, list(texts), special, detailed)
+            answer = await self._sandbox.do(job, tenant=tenant, limit_s=TOKENIZER_S)
+            if answer.refusal:
+                raise BadRequest(answer.refusal)
+            if answer.encoded is not None and len(answer.encoded) == len(texts):
+                return answer.encoded
+        raise BadRequest("the adapter's tokenizer does not encode these texts")
+
+
+def _unpacked(encoded: Encoded) -> Encoding:
+    ends = memoryview(encoded.offsets).cast("i").tolist()
+    offsets = list(zip(ends[::2], ends[1::2], strict=True))
+    return Encoding(memoryview(encoded.ids).cast("i").tolist(), offsets, encoded.special, encoded.tokens)
+
+
+Encoder = BaseEncoder | OwnEncoder
+
+MAX_RENDERED_CHARS = 4 << 20
+"""Characters that an adapter's template may make of a conversation: no request has more either."""
+
+TOKENIZER_S = 15.0
+"""Most CPU seconds of a job with a tokenizer: a large one takes some seconds to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,31 +136,23 @@ class ModelFiles:
     """The base model's tokenizer, chat template and end tokens, or those that an adapter brings."""
 
     name: str  # served name of the base
-    tokenizer: Tokenizer
-    token_text: TokenText
+    encoder: Encoder
+    tokens: TokenTable
     template: ChatTemplate | SandboxedTemplate | None
     eos_ids: frozenset[int]
-    texts: Mapping[str, str]  # the files that these were read from, by name
-
-    async def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, with the special tokens that the tokenizer puts around it."""
-
-        def encode() -> list[list[int]]:
-            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts))]
-
-        return await asyncio.to_thread(encode)
+    texts: Mapping[str, str]  # the base model's files that these were read from, by name
 
     async def encode_chat(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, variables: dict[str, Any],
         tenant: str, tools: list[dict[str, Any]] | None = None, check: Callable[[str], object] | None = None,
     ) -> EncodedChat:  # fmt: skip
-        """Return the tokens of a conversation. tenant: who has the sandbox render it, where it must.
+        """Return the tokens of a conversation. tenant: who has the sandbox work, where it must.
 
         `check` is shown the rendered text before it is tokenized.
         Raises BadRequest when it cannot be rendered, Overloaded and Unavailable when the sandbox has no place, and what
         `check` does.
         """
-        template = self.template
+        template, encoder = self.template, self.encoder
         if template is None:
             raise BadRequest("this model has no chat template; use /v1/completions", code="no_chat_template")
 
@@ -72,21 +162,34 @@ class ModelFiles:
         elif tools:
             variables = {"tools": tools, **variables}
         options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "variables": variables}
+
+        def render_and_encode() -> EncodedChat:
+            assert isinstance(template, ChatTemplate)
+            assert isinstance(encoder, BaseEncoder)
+            text = template.render(normal, **options)
+            if check is not None:
+                check(text)
+            return _chat(text, encoder.ids([text], add_special_tokens=False))
+
+        if isinstance(template, ChatTemplate) and isinstance(encoder, BaseEncoder):
+            return await asyncio.to_thread(render_and_encode)
         if isinstance(template, SandboxedTemplate):
             text = await template.render(normal, **options, tenant=tenant)
-            return await asyncio.to_thread(self._encode_rendered, text, check)
-
-        def encode() -> EncodedChat:
-            return self._encode_rendered(template.render(normal, **options), check)
-
-        return await asyncio.to_thread(encode)
-
-    def _encode_rendered(self, text: str, check: Callable[[str], object] | None) -> EncodedChat:
+            if len(text) > MAX_RENDERED_CHARS:
+                raise BadRequest(
+                    f"the adapter's chat template makes {len(text)} characters; the limit is {MAX_RENDERED_CHARS}",
+                    param="messages",
+                )
+        else:
+            text = await asyncio.to_thread(template.render, normal, **options)
         if check is not None:
             check(text)
-        # The template has written the special tokens itself.
-        ids = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return EncodedChat(ids, opened=text.rstrip().endswith(tuple(begin for begin, _ in THOUGHTS)))
+        return _chat(text, await encoder.encode([text], add_special_tokens=False, tenant=tenant))
+
+
+def _chat(text: str, ids: list[list[int]]) -> EncodedChat:
+    """Return a rendered conversation, in which the template has written the special tokens itself, with its tokens."""
+    return EncodedChat(ids[0], opened=text.rstrip().endswith(tuple(begin for begin, _ in THOUGHTS)))
 
 
 def load_model_files(settings: Settings) -> ModelFiles:
@@ -95,18 +198,21 @@ def load_model_files(settings: Settings) -> ModelFiles:
     texts = {name: (folder / name).read_text() for name in TEXT_FILES if (folder / name).is_file()}
     if TOKENIZER not in texts:
         raise BadRequest(f"{folder} has no {TOKENIZER}")
-    tokenizer, token_text = read_tokenizer(texts[TOKENIZER])
+    try:
+        tokens = token_table(texts[TOKENIZER])
+    except AdapterRefused as error:
+        raise BadRequest(f"{folder}: {error.message}") from error
     return ModelFiles(
         name=served_name(settings.model, settings.served_name),
-        tokenizer=tokenizer,
-        token_text=token_text,
+        encoder=BaseEncoder(_read_tokenizer(texts[TOKENIZER])),
+        tokens=tokens,
         template=ChatTemplate.of(texts),
         eos_ids=_eos_ids(folder),
         texts=texts,
     )
 
 
-def read_tokenizer(text: str) -> tuple[Tokenizer, TokenText]:
+def _read_tokenizer(text: str) -> Tokenizer:
     """Return the tokenizer of a tokenizer.json. Raises BadRequest."""
     try:
         tokenizer = Tokenizer.from_str(text)
@@ -114,7 +220,7 @@ def read_tokenizer(text: str) -> tuple[Tokenizer, TokenText]:
         raise BadRequest(f"{TOKENIZER} cannot be read: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer, TokenText(tokenizer)
+    return tokenizer
 
 
 def _eos_ids(folder: Path) -> frozenset[int]:
@@ -127,67 +233,3 @@ def _eos_ids(folder: Path) -> frozenset[int]:
             ids = source.get("eos_token_id")
             found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
     return frozenset(found)
-
-
-class TokenText:
-    """The bytes and the printable form of single tokens, for logprobs."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._added = frozenset(tokenizer.get_added_tokens_decoder())
-        self._special = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.longest = max(UNKNOWN_CHARACTERS, *map(len, tokenizer.get_vocab()))
-        """Most characters of a token: a text cannot have fewer tokens than it has of these."""
-        self._byte_level = _has_byte_level(json.loads(tokenizer.to_str()).get("decoder"))
-        self.bytes = lru_cache(maxsize=1 << 16)(self._bytes)
-        self.text = lru_cache(maxsize=1 << 16)(self._text)
-
-    def is_added(self, id_: int) -> bool:
-        """Return whether a token was added to the vocabulary as a whole, as markers are."""
-        return id_ in self._added
-
-    def is_special(self, id_: int) -> bool:
-        """Return whether a token is a special one, which is no part of the text."""
-        return id_ in self._special
-
-    def _bytes(self, id_: int) -> bytes:
-        """Return a token's UTF-8 bytes, which may be only a part of a character."""
-        token = self._tokenizer.id_to_token(id_)
-        if token is None:
-            return b""
-        if id_ in self._special:
-            return token.encode()
-        if self._byte_level:
-            values = [_BYTE_OF_CHARACTER.get(character) for character in token]
-            # An added token is stored as it is written, not in the byte alphabet.
-            return token.encode() if None in values else bytes(value for value in values if value is not None)
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)])
-        return token.replace("\u2581", " ").encode()
-
-    def _text(self, id_: int) -> str:
-        r"""Return a token as text; `bytes:\xe2\x80`, as OpenAI does, if it is not valid UTF-8 alone."""
-        raw = self.bytes(id_)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{value:02x}" for value in raw)
-
-
-def _has_byte_level(decoder: dict[str, Any] | None) -> bool:
-    if decoder is None:
-        return False
-    return decoder["type"] == "ByteLevel" or any(_has_byte_level(inner) for inner in decoder.get("decoders", []))
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return the byte that each character of byte-level BPE's alphabet stands for.
-
-    Printable Latin-1 characters stand for themselves, the other 68 bytes are moved to U+0100 and up, in order.
-    """
-    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [value for value in range(256) if value not in kept]
-    return {chr(value): value for value in kept} | {chr(0x100 + i): value for i, value in enumerate(moved)}
-
-
-_BYTE_OF_CHARACTER = _byte_alphabet()

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Container, Iterable
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from gpu_worker.adapters.events import AdapterEvents
 from gpu_worker.adapters.extras import Extras
@@ -23,6 +22,7 @@ from gpu_worker.adapters.weights import PoolWeights
 from peft_adapters.recipe import is_merge
 from protocol.wire.errors import AdapterRefused, LorafleetError, Unavailable
 from protocol.wire.messages import AdapterEvent
+from protocol.wire.tokens import TokenTable
 
 Merge = Callable[[str, MergeWatch], HostAdapter]
 """Fetches, merges and packs the adapters of a merge, by its digest, while the watch allows it."""
@@ -58,7 +58,7 @@ class AdapterCache:
         self.slot_ranks = np.zeros(weights.num_slots, np.int64)  # largest rank of the adapter in each slot
         self.extras: dict[str, Extras] = {}  # of the adapters in the pool that have any, on the device
         self.invocations: dict[str, tuple[int, ...]] = {}  # of the activated LoRA in the pool
-        self.tokenizers: dict[str, Tokenizer] = {}  # of the adapters in the pool that bring their own
+        self.tokens: dict[str, TokenTable] = {}  # of the adapters in the pool that bring their own
         self.on_evicted: Callable[[str], object] | None = None  # called when an adapter leaves the pool
         self.num_loads = 0  # into the pool
         self.num_fetches = 0  # to the host
@@ -221,7 +221,7 @@ class AdapterCache:
         """Forget what is known of an adapter only while it is in the pool."""
         self.extras.pop(digest, None)
         self.invocations.pop(digest, None)
-        self.tokenizers.pop(digest, None)
+        self.tokens.pop(digest, None)
         if self.on_evicted is not None:
             self.on_evicted(digest)
 
@@ -256,8 +256,8 @@ class AdapterCache:
             self.extras[end.digest] = end.extras
         if adapter.invocation:
             self.invocations[end.digest] = adapter.invocation
-        if adapter.tokenizer is not None:
-            self.tokenizers[end.digest] = adapter.tokenizer
+        if adapter.tokens is not None:
+            self.tokens[end.digest] = adapter.tokens
         self.weights.publish(resident.slot, adapter, resident.pages)
         self.slot_ranks[resident.slot] = adapter.ranks.max()
         self.pool.publish(end.digest)

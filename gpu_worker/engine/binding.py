@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.engine.grammars import Grammars
@@ -14,6 +13,7 @@ from gpu_worker.engine.speculation import Drafter
 from gpu_worker.engine.stop import StopRules
 from gpu_worker.model.model import BaseModel
 from protocol.wire.errors import BadRequest
+from protocol.wire.tokens import TokenTable
 
 NEVER = 1 << 40
 """A position behind every text."""
@@ -32,16 +32,19 @@ class RequestBinder:
         model: BaseModel,
         adapters: AdapterCache,
         grammars: Grammars,
-        tokenizer: Tokenizer | None,
+        tokens: TokenTable | None,
         *,
         max_model_len: int,
         max_draft_tokens: int,
     ) -> None:
-        """tokenizer: the base model's. max_draft_tokens: draft tokens that a sequence may add to a step; 0: none."""
+        """tokens: the base model's, None without a tokenizer.
+
+        max_draft_tokens: draft tokens that a sequence may add to a step; 0: none.
+        """
         self._model = model
         self._adapters = adapters
         self._grammars = grammars
-        self._tokenizer = tokenizer
+        self._tokens = tokens
         self._max_model_len = max_model_len
         self._max_draft_tokens = max_draft_tokens
 
@@ -57,9 +60,9 @@ class RequestBinder:
             seq.drafter = Drafter(self._max_draft_tokens)
         if request.digest and any(request.stop):  # the adapter's tokenizer may be another
             return seq, ""
-        finish = self._apply_stop_rules(seq, self._tokenizer)
+        finish = self._apply_stop_rules(seq, self._tokens)
         if request.grammar and not request.digest and not finish:
-            self._compile_grammar(seq, self._tokenizer)
+            self._compile_grammar(seq, self._tokens)
         return seq, finish
 
     def bind(self, seq: Sequence) -> str:
@@ -74,13 +77,13 @@ class RequestBinder:
         request = seq.request
         extras = self._adapters.extras.get(request.digest)
         check_ids(request, (extras.vocab_size if extras is not None else 0) or self._model.vocab_size)
-        tokenizer = self._adapters.tokenizers.get(request.digest, self._tokenizer)
+        tokens = self._adapters.tokens.get(request.digest, self._tokens)
         if seq.stop_rules is None:
-            finish = self._apply_stop_rules(seq, tokenizer)
+            finish = self._apply_stop_rules(seq, tokens)
             if finish:
                 return finish
         if request.grammar and seq.pending_matcher is None:
-            self._compile_grammar(seq, tokenizer)
+            self._compile_grammar(seq, tokens)
         invocation = self._adapters.invocations.get(request.digest)
         if invocation:
             seq.activates, seq.active_from = True, activation_start(request.prompt, invocation)
@@ -97,19 +100,19 @@ class RequestBinder:
         seq.is_bound = True
         return ""
 
-    def _apply_stop_rules(self, seq: Sequence, tokenizer: Tokenizer | None) -> str:
+    def _apply_stop_rules(self, seq: Sequence, tokens: TokenTable | None) -> str:
         """Set a sequence's stop rules and feed them the output so far; return how that ends it."""
-        rules = StopRules(seq.request, seq.max_tokens - seq.num_prompt, self._model.eos_ids, tokenizer)
+        rules = StopRules(seq.request, seq.max_tokens - seq.num_prompt, self._model.eos_ids, tokens)
         seq.stop_rules = rules
         finish = ""
         for token in seq.request.output:
             finish = finish or rules.add(token)
         return finish
 
-    def _compile_grammar(self, seq: Sequence, tokenizer: Tokenizer | None) -> None:
+    def _compile_grammar(self, seq: Sequence, tokens: TokenTable | None) -> None:
         """Start compiling a sequence's grammar in another thread."""
         request = seq.request
-        seq.pending_matcher = self._grammars.make(request.grammar, tokenizer, request.output, request.stop_token_ids)
+        seq.pending_matcher = self._grammars.make(request.grammar, tokens, request.output, request.stop_token_ids)
 
 
 def check_request(request: EngineRequest, max_model_len: int) -> None:

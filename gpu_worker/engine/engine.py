@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from gpu_worker.adapters.cache import AdapterCache
@@ -26,6 +25,7 @@ from gpu_worker.engine.sampling import Sampled, sample
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.step_model import MIN_STEPS, StepWork
 from gpu_worker.model.model import BaseModel
+from peft_adapters.tokenizer_json import token_table
 from protocol.wire.errors import LorafleetError
 
 MASK_WAIT_S = 0.01
@@ -48,9 +48,12 @@ class Engine(BaseEngine):
     """Runs requests of any adapters together, step by step."""
 
     def __init__(
-        self, model: BaseModel, config: EngineConfig, adapters: AdapterCache, tokenizer: Tokenizer | None = None
+        self, model: BaseModel, config: EngineConfig, adapters: AdapterCache, tokenizer: str | None = None
     ) -> None:
-        """Allocate the KV cache and check the model. Raises BadRequest for a model that is computed wrongly."""
+        """Allocate the KV cache and check the model. tokenizer: its tokenizer.json, if it has one.
+
+        Raises BadRequest for a model that is computed wrongly.
+        """
         super().__init__(adapters)
         limits = config.limits
         self.model = model
@@ -59,9 +62,10 @@ class Engine(BaseEngine):
         self.runner.check()
         self.blocks = BlockPool(config.num_blocks)
         self.batcher = Batcher(limits, self.blocks, adapters, model.fingerprint)
-        self.grammars = Grammars(model.vocab_size, model.eos_ids, config.max_mask_s)
+        tokens = token_table(tokenizer) if tokenizer is not None else None
+        self.grammars = Grammars(model.vocab_size, model.eos_ids, config.max_mask_s, tokens, tokenizer)
         self._binder = RequestBinder(
-            model, adapters, self.grammars, tokenizer,
+            model, adapters, self.grammars, tokens,
             max_model_len=config.max_model_len, max_draft_tokens=limits.max_draft_tokens,
         )  # fmt: skip
         self._seqs: dict[str, Sequence] = {}  # by request id

@@ -7,43 +7,96 @@ it alone, as it does the tokens; on another worker a new matcher consumes the ou
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+from weakref import ref
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from tokenizers import Tokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from gpu_worker.engine.masks import Filling, MaskCost, MaskFiller
-from protocol.wire.errors import BadRequest, Internal
+from protocol.runtime.panics import panics_as
+from protocol.wire.errors import BadRequest, Internal, LorafleetError
 from protocol.wire.grammar_limits import GRAMMAR_LIMITS
+from protocol.wire.tokens import TokenTable
+
+logger = logging.getLogger(__name__)
 
 NUM_COMPILERS = 2
 
 MAX_COMPILED = 128
 """Compiled grammars that are kept, the most recently used."""
 
-MAX_TOKENIZERS = 4
-"""Tokenizers that are kept as llguidance sees them, the most recently used."""
+MAX_VOCABULARIES = 16
+"""Adapters' tokenizers that are kept as llguidance sees them, the most recently used; some 20 MB each."""
+
+MAX_BUILD_SHARE = 0.1
+"""Share of time in which a vocabulary may be under construction: the steps stand still meanwhile."""
 
 LIMITS = LLParserLimits(**GRAMMAR_LIMITS, verbose_errors=False)
 
 
 class Vocabulary:
-    """A tokenizer as llguidance sees it."""
+    """A tokenizer as llguidance sees it. Made from all tokens in half a second, which holds the interpreter."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> None:
-        """vocab_size: entries of the logits; the tokenizer may know fewer tokens. Takes 0.25 s for 50,000 tokens."""
-        self.source = tokenizer
+    def __init__(
+        self, tokens: TokenTable, vocab_size: int, eos_ids: frozenset[int], tokenizer: str | None = None
+    ) -> None:
+        """vocab_size: entries of the logits; the tokenizer may know fewer tokens.
+
+        tokenizer: the tokenizer.json, if llguidance may tokenize with it what a grammar leaves no choice of; without,
+        the longest tokens are taken. Raises BadRequest if the tokenizer is of no use for grammars.
+        """
+        self.key = tokens.key
+        self._special = tokens.special
+        vocab_size = max(vocab_size, len(tokens.pieces))
         ends = sorted(id_ for id_ in eos_ids if id_ < vocab_size)
-        self.tokens = LLTokenizer(tokenizer.to_str(), n_vocab=vocab_size, eos_token=ends or None)
+        source = tokenizer if tokenizer is not None else _Tokens(tokens, vocab_size, ends, self)
+        try:
+            with panics_as(BadRequest):
+                self.tokens = LLTokenizer(source, n_vocab=vocab_size, eos_token=ends or None)
+        except ValueError as error:
+            raise BadRequest(
+                f"structured output cannot be served with this tokenizer: {one_line(str(error))}"
+            ) from error
         self.ends = tuple(self.tokens.eos_tokens)
+        self.not_first = _not_first(tokens, self.tokens.vocab_size)
 
     def is_special(self, id_: int) -> bool:
         """Return whether a token stands for no text, as end-of-text does."""
-        return self.tokens.is_special_token(id_)
+        return id_ in self._special or self.tokens.is_special_token(id_)
+
+
+class _Tokens(TokenizerWrapper):
+    """What llguidance asks of a tokenizer that it cannot read itself."""
+
+    def __init__(self, tokens: TokenTable, vocab_size: int, ends: Sequence[int], vocabulary: Vocabulary) -> None:
+        self.is_tokenizer_wrapper = True
+        self.bos_token_id = None
+        self.tokens = [*tokens.pieces, *[b""] * (vocab_size - len(tokens.pieces))]
+        self.special_token_ids = sorted(tokens.special)
+        end: Any = ends[0] if ends else None  # llguidance takes None too, and adds a token of its own
+        self.eos_token_id = end
+        self._vocabulary = ref(vocabulary)  # which holds this object, by way of llguidance
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the tokens of a text: the longest ones from its beginning."""
+        vocabulary = self._vocabulary()
+        assert vocabulary is not None, "matchers hold it"
+        return vocabulary.tokens.greedy_tokenize(text)
+
+
+def _not_first(tokens: TokenTable, vocab_size: int) -> np.ndarray | None:
+    """Return the tokens that are another text at the beginning than the grammar knows: bits of int32 [W], or None."""
+    if tokens.first is None:
+        return None
+    both = enumerate(zip(tokens.first, tokens.pieces, strict=True))
+    return words_of((id_ for id_, (first, piece) in both if first != piece and id_ not in tokens.special), vocab_size)
 
 
 class Matcher:
@@ -56,7 +109,9 @@ class Matcher:
         """
         self.state = state
         self.vocab_size = vocabulary.tokens.vocab_size
-        self.ends = tuple(vocabulary.ends)
+        self.ends = vocabulary.ends
+        self._vocabulary = vocabulary
+        self._is_fresh = True  # nothing is consumed
         more = (id_ for id_ in stop_ids if id_ not in vocabulary.ends and vocabulary.is_special(id_))
         self._more_ends = words_of(more, self.vocab_size)
         self._banned: tuple[np.ndarray, np.ndarray] | None = None  # ids, and the same as words
@@ -80,7 +135,18 @@ class Matcher:
         if filling is None or not filling.is_done:
             return None
         self.filling, self._failure = None, filling.failure
+        self._begin(filling.mask[0])
         return filling.mask
+
+    def _begin(self, mask: np.ndarray) -> None:
+        """Forbid in a mask, int32 [W], what would be another text as the first token.
+
+        At the beginning of a text, some tokenizers drop the space that a token begins with.
+        """
+        if self._is_fresh and self._vocabulary.not_first is not None and self._failure is None:
+            mask &= ~self._vocabulary.not_first
+            if not mask.any():
+                self._failure = BadRequest("the output's grammar cannot be followed: no token can begin it")
 
     def check(self) -> None:
         """Raise why the output cannot go on, if it cannot."""
@@ -93,7 +159,13 @@ class Matcher:
 
     def consume(self, token: int) -> None:
         """Take the next token of the output. Sets `error` if the grammar does not allow it."""
+        self._is_fresh = False
         self.state.consume_token(token)
+
+    def resume(self, output: Sequence[int]) -> bool:
+        """Take an output from its beginning; return whether the grammar allows it."""
+        self._is_fresh = False
+        return self.state.consume_tokens(list(output))
 
     def possible(self, draft: list[int]) -> list[int]:
         """Return the draft tokens up to the first that the grammar does not allow."""
@@ -136,68 +208,104 @@ MatcherRow = tuple[Matcher, list[int]]
 class Grammars:
     """Compiles grammars and fills the masks of steps, in threads of its own."""
 
-    def __init__(self, vocab_size: int, eos_ids: frozenset[int], max_mask_s: float) -> None:
-        """vocab_size: entries of the model's logits. eos_ids: its end-of-text tokens. max_mask_s: see `MaskCost`."""
+    def __init__(
+        self, vocab_size: int, eos_ids: frozenset[int], max_mask_s: float, tokens: TokenTable | None = None,
+        tokenizer: str | None = None,
+    ) -> None:  # fmt: skip
+        """vocab_size: entries of the model's logits. eos_ids: its end-of-text tokens. max_mask_s: see `MaskCost`.
+
+        tokens, tokenizer: the base model's, and its tokenizer.json, if it has one.
+        """
         self.on_ready: Callable[[], object] = lambda: None  # called from a thread when one is made or filled
         self.num_compiled = 0  # grammars compiled since the start
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
         self._max_mask_s = max_mask_s
+        self._tokens, self._tokenizer = tokens, tokenizer
+        self._base: Vocabulary | None = None
         self._lock = threading.Lock()
         # _lock guards these.
-        self._vocabularies: list[Vocabulary] = []  # last used last
-        self._compiled: OrderedDict[tuple[int, bytes], LLMatcher] = OrderedDict()  # each has consumed nothing
+        self._vocabularies: OrderedDict[str, Vocabulary] = OrderedDict()  # of adapters' tokenizers, last used last
+        self._compiled: OrderedDict[tuple[str, bytes], LLMatcher] = OrderedDict()  # each has consumed nothing
         self._compilers = ThreadPoolExecutor(NUM_COMPILERS, thread_name_prefix="grammar")
+        self._builder = ThreadPoolExecutor(1, thread_name_prefix="vocabulary")
+        self._closed = threading.Event()
+        self._may_build_s = 0.0  # when the builder may make the next vocabulary, by time.monotonic
         self._filler = MaskFiller(lambda: self.on_ready())
 
     def close(self) -> None:
         """Compile and fill nothing more; does not wait for what is in progress."""
+        self._closed.set()
         self._compilers.shutdown(wait=False, cancel_futures=True)
+        self._builder.shutdown(wait=False, cancel_futures=True)
         self._filler.close()
 
+    def prepare(self) -> None:
+        """Make what grammars of the base model need. Takes half a second: call it before steps begin."""
+        if self._tokens is None or self._base is not None:
+            return
+        try:
+            self._base = Vocabulary(self._tokens, self._vocab_size, self._eos_ids, self._tokenizer)
+        except BadRequest as error:
+            logger.info("llguidance cannot read the base's tokenizer, so it gets a list of tokens: %s", error.message)
+            self._base = Vocabulary(self._tokens, self._vocab_size, self._eos_ids)
+
     def make(
-        self, grammar: str, tokenizer: Tokenizer | None, output: Sequence[int], stop_ids: Sequence[int]
+        self, grammar: str, tokens: TokenTable | None, output: Sequence[int], stop_ids: Sequence[int]
     ) -> Future[Matcher]:
         """Start making the matcher of a request whose output so far is `output`.
 
         The future raises BadRequest and Internal. grammar: as in `messages.Body`. stop_ids: tokens that end it.
         """
-        future = self._compilers.submit(self._make, grammar, tokenizer, output, stop_ids)
+        ready = tokens is None or tokens is self._tokens or tokens.key in self._vocabularies
+        future = (self._compilers if ready else self._builder).submit(self._make, grammar, tokens, output, stop_ids)
         future.add_done_callback(lambda _: self.on_ready())
         return future
 
-    def _make(
-        self, grammar: str, tokenizer: Tokenizer | None, output: Sequence[int], stop_ids: Sequence[int]
-    ) -> Matcher:
-        if tokenizer is None:
+    def _make(self, grammar: str, tokens: TokenTable | None, output: Sequence[int], stop_ids: Sequence[int]) -> Matcher:
+        if tokens is None:
             raise BadRequest("this model has no tokenizer.json: structured output cannot be served")
-        vocabulary = self.vocabulary(tokenizer)
-        matcher = Matcher(self._compile(grammar, vocabulary), vocabulary, stop_ids, self._max_mask_s)
-        if output and not matcher.state.consume_tokens(list(output)):
-            raise Internal(f"a request's output is not its grammar's: {one_line(matcher.state.get_error())}")
-        return matcher
+        try:
+            with panics_as(BadRequest):
+                vocabulary = self.vocabulary(tokens)
+                matcher = Matcher(self._compile(grammar, vocabulary), vocabulary, stop_ids, self._max_mask_s)
+                if output and not matcher.resume(output):
+                    raise Internal(f"a request's output is not its grammar's: {one_line(matcher.state.get_error())}")
+                return matcher
+        except LorafleetError:
+            raise
+        except Exception as error:  # a thread's edge: whatever it is, it is this request's
+            logger.exception("a grammar cannot be compiled")
+            raise BadRequest(f"the output's grammar cannot be compiled: {one_line(str(error))}") from error
 
-    def vocabulary(self, tokenizer: Tokenizer) -> Vocabulary:
-        """Return a tokenizer as llguidance sees it.
+    def vocabulary(self, tokens: TokenTable) -> Vocabulary:
+        """Return a tokenizer as llguidance sees it. The first time it is made, which is rationed: steps wait for it.
 
-        The first time takes 0.25 s for 50,000 tokens and holds the interpreter meanwhile: call it before steps begin
-        for a tokenizer that is known then.
+        Raises BadRequest.
         """
+        if tokens is self._tokens:
+            self.prepare()
+            assert self._base is not None
+            return self._base
         with self._lock:
-            found = next((known for known in self._vocabularies if known.source is tokenizer), None)
-            if found is None:
-                found = Vocabulary(tokenizer, max(self._vocab_size, tokenizer.get_vocab_size()), self._eos_ids)
-            else:
-                self._vocabularies.remove(found)
-            self._vocabularies.append(found)
-            for old in self._vocabularies[:-MAX_TOKENIZERS]:
-                self._vocabularies.remove(old)
-                self._compiled = OrderedDict((k, v) for k, v in self._compiled.items() if k[0] != id(old))
-            return found
+            found = self._vocabularies.get(tokens.key)
+            if found is not None:
+                self._vocabularies.move_to_end(tokens.key)
+                return found
+        self._closed.wait(max(0.0, self._may_build_s - time.monotonic()))
+        started = time.monotonic()
+        found = Vocabulary(tokens, self._vocab_size, self._eos_ids)
+        self._may_build_s = time.monotonic() + (time.monotonic() - started) / MAX_BUILD_SHARE
+        with self._lock:
+            self._vocabularies[tokens.key] = found
+            while len(self._vocabularies) > MAX_VOCABULARIES:
+                old, _ = self._vocabularies.popitem(last=False)
+                self._compiled = OrderedDict((k, v) for k, v in self._compiled.items() if k[0] != old)
+        return found
 
     def _compile(self, grammar: str, vocabulary: Vocabulary) -> LLMatcher:
         """Return a copy of a grammar's matcher that has consumed nothing. Raises BadRequest."""
-        key = (id(vocabulary), hashlib.blake2b(grammar.encode(), digest_size=16).digest())
+        key = (vocabulary.key, hashlib.blake2b(grammar.encode(), digest_size=16).digest())
         with self._lock:
             known = self._compiled.get(key)
             if known is not None:

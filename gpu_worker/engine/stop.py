@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from gpu_worker.engine.request import EngineRequest
 from protocol.wire.errors import BadRequest
 from protocol.wire.text import OutputText, StopRule
+from protocol.wire.tokens import TokenTable
 
 
 class StopRules:
@@ -17,33 +17,32 @@ class StopRules:
     """
 
     def __init__(
-        self, request: EngineRequest, max_output: int, eos_ids: frozenset[int], tokenizer: Tokenizer | None
+        self, request: EngineRequest, max_output: int, eos_ids: frozenset[int], tokens: TokenTable | None
     ) -> None:
-        """max_output: output tokens that end it. Raises BadRequest where stop strings need a missing tokenizer."""
+        """max_output: output tokens that end it. tokens: of its tokenizer, None if there is none.
+
+        Raises BadRequest where stop strings need a tokenizer that is missing or cannot decode.
+        """
         self._rule = StopRule.of(request.stop, request.stop_token_ids, request.sampling, eos_ids)
         self._end_ids = np.array(sorted(self._rule.end_ids), np.int64)
         self._max_output = max_output
-        self._num_output = 0
-        self._text: OutputText | None = None  # None where there is no stop string to look for
-        if any(self._rule.stop):
-            if tokenizer is None:
-                raise BadRequest("this model has no tokenizer.json: stop strings cannot be served", param="stop")
-            self._text = OutputText(tokenizer, self._rule)
+        has_stops = any(self._rule.stop)
+        if has_stops and tokens is None:
+            raise BadRequest("this model has no tokenizer.json: stop strings cannot be served", param="stop")
+        self._output = OutputText(tokens if has_stops else None, self._rule)
 
     def banned(self, num_ahead: int = 0) -> np.ndarray:
         """Return the ids that the output token `num_ahead` after the next one may not be: int64 [b], a view."""
-        return self._end_ids if self._num_output + num_ahead < self._rule.min_tokens else self._end_ids[:0]
+        return self._end_ids if self._output.num_tokens + num_ahead < self._rule.min_tokens else self._end_ids[:0]
 
     @property
     def stop(self) -> str:
         """The stop string that was found, or ""."""
-        return (self._text and self._text.stop) or ""
+        return self._output.stop or ""
 
     def add(self, token: int) -> str:
         """Take the next output token; return how it ends the request: "stop", "length" or ""."""
-        self._num_output += 1
-        if self._text is not None:
-            self._text.add([token])
-        if token in self._rule.end_ids or self.stop:
+        self._output.add((token,))
+        if self._output.ended:
             return "stop"
-        return "length" if self._num_output >= self._max_output else ""
+        return "length" if self._output.num_tokens >= self._max_output else ""

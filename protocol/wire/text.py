@@ -7,10 +7,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
-
 from protocol.wire import messages as m
+from protocol.wire.tokens import Detokenizer, TokenTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,36 +32,6 @@ class StopRule:
         if not sampling.ignore_eos:
             end_ids |= eos_ids
         return cls(stop, end_ids, sampling.min_tokens)
-
-
-class Detokenizer:
-    """Decodes ids one at a time and never returns half a UTF-8 character."""
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._skip = skip_special_tokens
-        self._ids: list[int] = []
-        self._length = 0  # characters given out
-
-    def add(self, ids: Iterable[int]) -> str:
-        """Return the text that these further ids complete."""
-        pieces: list[str] = []
-        for id_ in ids:
-            self._ids.append(id_)
-            piece = self._stream.step(self._tokenizer, id_)
-            if piece:
-                pieces.append(piece)
-        text = "".join(pieces)
-        self._length += len(text)
-        return text
-
-    def flush(self) -> str:
-        """Return the text still held back, after the last id: the bytes of an incomplete character as U+FFFD."""
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
-        rest = whole[self._length :]
-        self._length = len(whole)
-        return rest
 
 
 class StopMatcher:
@@ -124,11 +92,19 @@ def overlap(text: str, stop: str) -> int:
 
 
 class OutputText:
-    """The text of one request's output tokens: what of it can be shown so far, and where it ends by its `StopRule`."""
+    """The output of one request: what of its text can be shown so far, and where it ends by its `StopRule`.
 
-    def __init__(self, tokenizer: Tokenizer, rule: StopRule, *, shown: Mapping[int, str] = {}) -> None:
-        """shown: special tokens that are written into the text, and how; stop strings are looked for without them."""
-        self._detokenizer = Detokenizer(tokenizer)
+    Gateway and worker feed it the same tokens one by one, so that both end a request at the same one.
+    """
+
+    def __init__(self, tokens: TokenTable | None, rule: StopRule, *, shown: Mapping[int, str] = {}) -> None:
+        """tokens: None where no text is wanted, and there is no stop string to look for in it.
+
+        shown: special tokens that are written into the text, and how; stop strings are looked for without them.
+        Raises BadRequest if ids of this tokenizer cannot be decoded.
+        """
+        assert tokens is not None or not any(rule.stop)
+        self._detokenizer = None if tokens is None else Detokenizer(tokens)
         self._matcher = StopMatcher(rule.stop)
         self._rule = rule
         self._shown = shown
@@ -154,6 +130,8 @@ class OutputText:
             if may_end and id_ in self._rule.end_ids:
                 self.ended = True
                 break
+            if self._detokenizer is None:
+                continue
             text = self._detokenizer.add((id_,))
             if self._shown:
                 self._num_read += len(text)
@@ -170,7 +148,8 @@ class OutputText:
         if self._matcher.matched is not None:
             return ""
         self.ended = True
-        text = self._matcher.add(self._detokenizer.flush()) + self._matcher.flush()
+        rest = self._detokenizer.flush() if self._detokenizer is not None else ""
+        text = self._matcher.add(rest) + self._matcher.flush()
         return self._with_markers(text) if self._shown else text
 
     def _with_markers(self, text: str) -> str:

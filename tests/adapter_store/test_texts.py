@@ -21,7 +21,9 @@ from adapter_store.sources.hub import HubSource
 from adapter_store.sources.s3 import S3Source
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from peft_adapters.texts import (
-    MAX_TEXT_BYTES,
+    MAX_CONFIG_BYTES,
+    MAX_TEMPLATE_BYTES,
+    MAX_TOKENIZER_BYTES,
     TEXTS_FIELD,
     TEXTS_FILE,
     join_texts,
@@ -33,13 +35,18 @@ from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import AdapterRefused
 
-TEXTS = {"tokenizer.json": b'{"model": "\xc3\xa4"}', "chat_template.jinja": b"{{ messages }}"}
+TOKENIZER = b'{"model": {"type": "WordLevel", "vocab": {"\xc3\xa4": 0}}}'
+TEXTS = {"tokenizer.json": TOKENIZER, "chat_template.jinja": b"{{ messages }}"}
 ADAPTER = {
     CONFIG_FILE: json.dumps(lora_config()).encode(),
     WEIGHTS_FILE: safetensors(lora_tensors()),
     "tokenizer_config.json": b'{"eos_token": "<end>"}',
     **TEXTS,
 }
+
+
+def config(**fields: Any) -> dict[str, bytes]:
+    return {"tokenizer_config.json": json.dumps(fields).encode()}
 
 
 def texts_of(blobs: Blobs, digest: str) -> dict[str, str]:
@@ -141,7 +148,17 @@ async def test_from_s3_and_through_the_shared_bucket(tmp_path: Path) -> None:
     [
         ({"tokenizer.json": b"[]"}, "tokenizer.json cannot be read"),
         ({"chat_template.jinja": b"\xff"}, "chat_template.jinja cannot be read"),
-        ({"chat_template.jinja": b"x" * (MAX_TEXT_BYTES + 1)}, f"the limit is {MAX_TEXT_BYTES}"),
+        ({"tokenizer.json": b" " * (MAX_TOKENIZER_BYTES + 1)}, f"the limit is {MAX_TOKENIZER_BYTES}"),
+        ({"chat_template.jinja": b"x" * (MAX_TEMPLATE_BYTES + 1)}, f"the limit is {MAX_TEMPLATE_BYTES}"),
+        ({"tokenizer_config.json": b" " * (MAX_CONFIG_BYTES + 1)}, f"the limit is {MAX_CONFIG_BYTES}"),
+        (config(chat_template="x" * (MAX_TEMPLATE_BYTES + 1)), f"the limit is {MAX_TEMPLATE_BYTES}"),
+        (config(chat_template=[{"name": str(i), "template": "t"} for i in range(65)]), "has 65 templates"),
+        (config(eos_token="x" * 1025), "eos_token has 1025 characters"),
+        (config(eos_token={"content": "x" * 1025}), "eos_token has 1025 characters"),
+        ({"special_tokens_map.json": json.dumps({f"{i}_token": "t" for i in range(65)}).encode()}, "has 65 tokens"),
+        ({"special_tokens_map.json": b'{"a": ' * 10_000}, "special_tokens_map.json cannot be read"),
+        ({"tokenizer_config.json": b'{"a": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"}, "nested too deeply"),
+        ({"tokenizer.json": b'{"model": {"type": "BPE", "vocab": {"a": 4000000000}, "merges": []}}'}, "4|Expected"),
     ],
 )
 def test_what_is_no_text_is_refused(files: dict[str, bytes], said: str) -> None:

@@ -103,7 +103,7 @@ class Oracle:
         values = {"model": "oracle", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | settings
         impl = "reference" if values.get("kernels") == "reference" else None
         model = prepare_model(copy.deepcopy(self.untouched), frozenset(), impl)
-        engine, _ = build_engine(model, Settings(**values), self.fetch, tokenizer)
+        engine, _ = build_engine(model, Settings(**values), self.fetch, tokenizer.to_str() if tokenizer else None)
         return engine
 
 

@@ -17,7 +17,9 @@ import sys
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
+from weakref import WeakValueDictionary
 
+import msgspec
 import numpy as np
 
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
@@ -27,6 +29,7 @@ from gpu_worker.adapters.loader.messages import (
     Fetch,
     Fetched,
     Message,
+    OwnTokens,
     Packed,
     Start,
     Urls,
@@ -39,6 +42,7 @@ from protocol.runtime.service import log_format
 from protocol.wire import errors
 from protocol.wire.errors import Internal, LorafleetError, Unavailable
 from protocol.wire.messages import ServedModel
+from protocol.wire.tokens import TokenTable
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +78,7 @@ class Loader:
         self._tell(Urls(urls))
 
     def describe(self, sites: list[RowSite], served: ServedModel, tokenizer: str) -> None:
-        """Say for which model to pack adapters. tokenizer: hash of its tokenizer.json, see `hash_of`."""
+        """Say for which model to pack adapters. tokenizer: key of its tokenizer.json, "" if it has none."""
         self._tell(Describe(sites, served, tokenizer))
 
     def _tell(self, message: Message) -> None:
@@ -137,6 +141,7 @@ class _Process:
         self._sending = threading.Lock()
         self._asked: dict[int, Future[FetchedAdapter | Rows]] = {}
         self._asking = threading.Lock()
+        self._tables: WeakValueDictionary[str, TokenTable] = WeakValueDictionary()  # of adapters that are held
         self.ended = False  # guarded by _asking
         self._receiver = threading.Thread(target=self._receive, name="loader", daemon=True)
         self._receiver.start()
@@ -182,12 +187,37 @@ class _Process:
         with self._asking:
             future = self._asked.pop(message.number)
         try:
-            future.set_result(_content(message, fd))
+            future.set_result(self._content(message, fd))
         except LorafleetError as error:
             future.set_exception(error)
         except BaseException as error:  # such as no room to map it: this adapter's requests must hear of it
             logger.exception("an adapter of the loader process cannot be taken")
             future.set_exception(Internal(f"an adapter cannot be taken from the loader process: {error!r}"))
+
+    def _content(self, message: Fetched | Packed | Failed, fd: int | None) -> FetchedAdapter | Rows:
+        """Return what the loader's process has answered. Raises what it says, or that it cannot be mapped."""
+        if isinstance(message, Failed):
+            raise _rebuild(message)
+        assert fd is not None
+        try:
+            memory = memoryview(mmap.mmap(fd, 0))
+        finally:
+            os.close(fd)
+        tokens = self._table(message.tokens)
+        if isinstance(message, Fetched):
+            return FetchedAdapter(message.config, memory, tokens)
+        ranks, scales = np.frombuffer(message.ranks, np.int32), np.frombuffer(message.scales, np.float32)
+        return Rows(memory, ranks.copy(), scales.copy(), message.invocation, tokens)
+
+    def _table(self, tokens: OwnTokens | None) -> TokenTable | None:
+        """Return the tokens of an adapter's tokenizer, the same object for all adapters that bring the same one."""
+        if tokens is None:
+            return None
+        table = self._tables.get(tokens.key)
+        if table is None:
+            table = msgspec.msgpack.decode(tokens.table, type=TokenTable)
+            self._tables[tokens.key] = table
+        return table
 
     def close(self) -> None:
         """End the process and wait for its end."""
@@ -196,21 +226,6 @@ class _Process:
         self.popen.wait()
         self._receiver.join()
         self._socket.close()
-
-
-def _content(message: Fetched | Packed | Failed, fd: int | None) -> FetchedAdapter | Rows:
-    """Return what the loader's process has answered. Raises what it says, or that it cannot be mapped."""
-    if isinstance(message, Failed):
-        raise _rebuild(message)
-    assert fd is not None
-    try:
-        memory = memoryview(mmap.mmap(fd, 0))
-    finally:
-        os.close(fd)
-    if isinstance(message, Fetched):
-        return FetchedAdapter(message.config, memory, message.tokenizer)
-    ranks, scales = np.frombuffer(message.ranks, np.int32), np.frombuffer(message.scales, np.float32)
-    return Rows(memory, ranks.copy(), scales.copy(), message.invocation, message.tokenizer)
 
 
 def _rebuild(failed: Failed) -> LorafleetError:

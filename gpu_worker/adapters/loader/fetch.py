@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import OrderedDict
 from contextlib import closing
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
@@ -16,7 +17,9 @@ import msgspec
 from gpu_worker.host_memory import MemoryBudget
 from peft_adapters.format import MAX_HEADER_BYTES, adapter_digest, parse_header
 from peft_adapters.texts import TEXTS_FIELD, TEXTS_FILE, TOKENIZER, split_texts
+from peft_adapters.tokenizer_json import OwnTokenizer, key_of
 from protocol.wire.errors import AdapterRefused, Internal, NotFound, Unavailable
+from protocol.wire.tokens import TokenTable
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ class FetchedAdapter:
 
     config: dict[str, Any]
     weights: bytes | memoryview  # a safetensors file
-    tokenizer: str = ""  # its own tokenizer.json, "" if it brings none
+    tokens: TokenTable | None = None  # of its own tokenizer, if it brings one
 
 
 class StoreClient:
@@ -40,6 +43,8 @@ class StoreClient:
     def __init__(self, bearer: str = "") -> None:
         """bearer: the token that the stores ask for, `FleetSecret.bearer`."""
         self.urls: tuple[str, ...] = ()
+        self.base_tokenizer = ""  # key of the model's tokenizer.json: an adapter with the same one brings none
+        self._tables = _TokenTables()
         self._known = threading.Event()
         self._memory = MemoryBudget(FETCH_TIMEOUT_S)
         self._headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
@@ -87,7 +92,9 @@ class StoreClient:
             weights = self._get(connection, f"{folder}/adapter_model.safetensors")
             own = config.get(TEXTS_FIELD)
             texts = split_texts(self._get(connection, f"{folder}/{TEXTS_FILE}"), own) if own else {}
-            return FetchedAdapter(config, weights, texts.get(TOKENIZER, ""))
+            tokenizer = texts.get(TOKENIZER, "")
+            is_own = tokenizer and key_of(tokenizer) != self.base_tokenizer
+            return FetchedAdapter(config, weights, self._tables.read(tokenizer) if is_own else None)
 
     def _get(self, connection: HTTPConnection, path: str) -> bytes:
         connection.request("GET", path, headers=self._headers)
@@ -101,6 +108,25 @@ class StoreClient:
         if response.status != 200:
             raise HTTPException(f"{response.status} {body[:200]!r}")
         return body
+
+
+class _TokenTables:
+    """The tokens of the last few tokenizers: many adapters bring the same one. Usable from several threads."""
+
+    def __init__(self, max_kept: int = 4) -> None:
+        self._max_kept = max_kept
+        self._kept: OrderedDict[str, TokenTable] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, tokenizer: str) -> TokenTable:
+        """Return the tokens of an adapter's tokenizer.json. Raises AdapterRefused."""
+        key = key_of(tokenizer)
+        with self._lock:
+            found = self._kept.pop(key, None) or OwnTokenizer.read(tokenizer).tokens()
+            self._kept[key] = found
+            if len(self._kept) > self._max_kept:
+                self._kept.popitem(last=False)
+            return found
 
 
 def _connect(url: str) -> HTTPConnection:

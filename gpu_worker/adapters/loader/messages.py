@@ -6,7 +6,6 @@ a file in memory that holds them.
 
 from __future__ import annotations
 
-import hashlib
 import socket
 from typing import Any
 
@@ -14,6 +13,7 @@ import msgspec
 
 from gpu_worker.adapters.packing.rows import RowSite
 from protocol.wire.messages import ServedModel
+from protocol.wire.tokens import TokenTable
 
 
 class Start(msgspec.Struct, tag=True):
@@ -35,7 +35,7 @@ class Describe(msgspec.Struct, tag=True):
 
     sites: list[RowSite]
     served: ServedModel
-    tokenizer: str  # hash of the model's tokenizer.json: an adapter with the same one brings none
+    tokenizer: str  # key of the model's tokenizer.json: an adapter with the same one brings none
 
 
 class Fetch(msgspec.Struct, tag=True):
@@ -46,12 +46,24 @@ class Fetch(msgspec.Struct, tag=True):
     whole: bool = False  # the files themselves are wanted, not rows
 
 
+class OwnTokens(msgspec.Struct):
+    """The tokens of an adapter's own tokenizer. The worker keeps one table of each, and may have this one."""
+
+    key: str
+    table: msgspec.Raw  # a TokenTable
+
+    @classmethod
+    def of(cls, tokens: TokenTable) -> OwnTokens:
+        """Return a table as it travels."""
+        return cls(tokens.key, msgspec.Raw(msgspec.msgpack.encode(tokens)))
+
+
 class Fetched(msgspec.Struct, tag=True):
     """An adapter's files; the descriptor is of the weights file."""
 
     number: int
     config: dict[str, Any]
-    tokenizer: str  # its own tokenizer.json, "" if it brings none
+    tokens: OwnTokens | None
 
 
 class Packed(msgspec.Struct, tag=True):
@@ -61,7 +73,7 @@ class Packed(msgspec.Struct, tag=True):
     ranks: bytes  # int32 [sites]
     scales: bytes  # float32 [sites]
     invocation: tuple[int, ...]
-    tokenizer: str  # its own tokenizer.json, "" if it brings none
+    tokens: OwnTokens | None
 
 
 class Failed(msgspec.Struct, tag=True):
@@ -95,15 +107,10 @@ def receive(source: socket.socket) -> tuple[Message, int | None] | None:
 
 
 def _read(source: socket.socket, count: int) -> bytes:
-    content = b""
+    content = bytearray()
     while len(content) < count:
         piece = source.recv(count - len(content))
         if not piece:
             raise ConnectionError("the message is cut")
         content += piece
-    return content
-
-
-def hash_of(tokenizer: str) -> str:
-    """Return the sha256 (hex) of a tokenizer.json's text, "" included."""
-    return hashlib.sha256(tokenizer.encode()).hexdigest()
+    return bytes(content)

@@ -21,10 +21,10 @@ from gpu_worker.adapters.loader.messages import (
     Fetch,
     Fetched,
     Message,
+    OwnTokens,
     Packed,
     Start,
     Urls,
-    hash_of,
     receive,
     send,
 )
@@ -45,6 +45,8 @@ NUM_FETCHES = 16
 class Stores(Protocol):
     """Where adapters come from: a `StoreClient`."""
 
+    base_tokenizer: str  # key of the model's tokenizer.json, "" if it has none or is not known yet
+
     def set_urls(self, urls: tuple[str, ...]) -> None:
         """Say which stores are alive."""
         ...
@@ -62,7 +64,6 @@ class LoaderServer:
         self.packer: RowPacker | None = None  # None: no model is described, adapters are only fetched
         self._worker = worker
         self._stores = stores
-        self._tokenizer = ""
         self._fetchers = ThreadPoolExecutor(NUM_FETCHES, thread_name_prefix="fetcher")
         self._packing = threading.Lock()
         self._sending = threading.Lock()
@@ -73,7 +74,7 @@ class LoaderServer:
             self._stores.set_urls(message.urls)
         elif isinstance(message, Describe):
             self.packer = RowPacker(message.sites, message.served)
-            self._tokenizer = message.tokenizer
+            self._stores.base_tokenizer = message.tokenizer
         elif isinstance(message, Fetch):
             self._fetchers.submit(self.answer, message)
 
@@ -97,9 +98,9 @@ class LoaderServer:
     def _load(self, request: Fetch) -> tuple[Message, int]:
         """Return the answer to a request and the descriptor to send with it, which the caller closes."""
         files = self._stores.fetch(request.digest)
-        tokenizer = files.tokenizer if hash_of(files.tokenizer) != self._tokenizer else ""
+        tokens = OwnTokens.of(files.tokens) if files.tokens is not None else None
         if self.packer is not None and not request.whole:
-            packed = self._pack(self.packer, request.number, files, tokenizer)
+            packed = self._pack(self.packer, request.number, files, tokens)
             if packed is not None:
                 return packed
         with ExitStack() as undo:
@@ -107,9 +108,11 @@ class LoaderServer:
             with mmap.mmap(fd, len(files.weights)) as content:
                 content.write(files.weights)
             undo.pop_all()
-            return Fetched(request.number, files.config, tokenizer), fd
+            return Fetched(request.number, files.config, tokens), fd
 
-    def _pack(self, packer: RowPacker, number: int, files: FetchedAdapter, tokenizer: str) -> tuple[Packed, int] | None:
+    def _pack(
+        self, packer: RowPacker, number: int, files: FetchedAdapter, tokens: OwnTokens | None
+    ) -> tuple[Packed, int] | None:
         """Return a plain adapter's rows and the descriptor of their buffer, None for any other adapter."""
         fds: list[int] = []
         with ExitStack() as undo:
@@ -123,7 +126,7 @@ class LoaderServer:
             if rows is None:
                 return None
             undo.pop_all()
-            return Packed(number, rows.ranks.tobytes(), rows.scales.tobytes(), rows.invocation, tokenizer), fds[0]
+            return Packed(number, rows.ranks.tobytes(), rows.scales.tobytes(), rows.invocation, tokens), fds[0]
 
 
 def _anonymous_file(num_bytes: int, undo: ExitStack) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from gpu_worker.adapters.extras import Extras, map_tensors, tensors_of
@@ -24,6 +23,7 @@ from peft_adapters.format import AdapterSpec, parse_header, read_adapter
 from peft_adapters.safetensors_header import MAX_HEADER_BYTES, TensorInfo
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel
+from protocol.wire.tokens import TokenTable
 
 EXTRA_PAGE_BYTES = 1 << 16
 """Extras are counted in pages of this size; they are not stored in pages."""
@@ -47,7 +47,7 @@ class HostAdapter:
     num_bytes: int
     extras: Extras = field(default_factory=Extras)
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
-    tokenizer: Tokenizer | None = None  # its own, if it brings one
+    tokens: TokenTable | None = None  # of its own tokenizer, if it brings one
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,14 @@ class Packer:
             rows.append((index, a, b))
         num_pages = (*self._row_pages(packed.ranks), 0)
         return HostAdapter(
-            digest, packed.ranks, packed.scales, rows, num_pages, memory.nbytes, invocation=packed.invocation
+            digest,
+            packed.ranks,
+            packed.scales,
+            rows,
+            num_pages,
+            memory.nbytes,
+            invocation=packed.invocation,
+            tokens=packed.tokens,
         )
 
     def pack_spec(self, digest: str, spec: AdapterSpec, get: GetTensor) -> HostAdapter:

@@ -19,6 +19,7 @@ from peft_adapters.format import AdapterSpec, LoraWeights, read_adapter
 from peft_adapters.safetensors_header import MAX_HEADER_BYTES, TensorInfo, parse_header
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel
+from protocol.wire.tokens import TokenTable
 
 MAX_RANK = 4096
 ALIGN_BYTES = 64
@@ -53,7 +54,7 @@ class Rows:
     ranks: NDArray[np.int32]  # [sites]; 0: the adapter does not change the site
     scales: NDArray[np.float32]  # [sites]
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
-    tokenizer: str = ""  # its own tokenizer.json, "" if it brings none
+    tokens: TokenTable | None = None  # of its own tokenizer, if it brings one
 
 
 def layout(ranks: NDArray[np.int32], sites: Sequence[RowSite]) -> Iterator[tuple[int, int, int, int]]:

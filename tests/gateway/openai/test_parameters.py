@@ -14,7 +14,7 @@ from scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, Scr
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gateway.text.structured import JSON_STYLE
-from gateway.text.tokenizer import TokenText
+from peft_adapters.tokenizer_json import token_table
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 
@@ -381,14 +381,14 @@ def test_tokens_have_their_true_bytes() -> None:
     byte_level.decoder = decoders.Sequence([decoders.ByteLevel()])
     byte_level.add_special_tokens(["<|end|>"])
     byte_level.add_tokens(["neu é"])
-    tokens = TokenText(byte_level)
-    assert [tokens.bytes(i) for i in range(6)] == [b"\xc3", b"\xa9", b" a", b"\n", b"<|end|>", "neu é".encode()]
-    assert [tokens.text(i) for i in range(3)] == ["bytes:\\xc3", "bytes:\\xa9", " a"]
+    tokens = token_table(byte_level.to_str())
+    assert [tokens.bytes_of(i) for i in range(6)] == [b"\xc3", b"\xa9", b" a", b"\n", b"<|end|>", "neu é".encode()]
+    assert [tokens.text_of(i) for i in range(3)] == ["bytes:\\xc3", "bytes:\\xa9", " a"]
     pieces = Tokenizer(models.BPE({"▁the": 0, "<0xC3>": 1, "é": 2, "<0x41": 3}, [], byte_fallback=True))
     pieces.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokens = TokenText(pieces)
-    assert [tokens.bytes(i) for i in range(4)] == [b" the", b"\xc3", "é".encode(), b"<0x41"]
-    assert tokens.bytes(99) == b""
+    tokens = token_table(pieces.to_str())
+    assert [tokens.bytes_of(i) for i in range(4)] == [b" the", b"\xc3", "é".encode(), b"<0x41"]
+    assert tokens.bytes_of(99) == b""
 
 
 # ---------------------------------------------------------------- models, ids, metrics

@@ -25,11 +25,12 @@ from gateway.http import json_values
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload import large
 from gateway.overload.large import LargeBody, Places
-from gateway.text.tokenizer import UNKNOWN_CHARACTERS, ModelFiles, load_model_files
+from gateway.text.tokenizer import ModelFiles, load_model_files
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Overloaded
+from protocol.wire.tokens import UNKNOWN_CHARACTERS
 
 MAX_BODY = 4 << 20
 
@@ -194,9 +195,13 @@ class Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.files, name)
 
-    async def encode(self, texts: list[str]) -> list[list[int]]:
+    @property
+    def encoder(self) -> Counting:
+        return self
+
+    async def encode(self, texts: list[str], **options: Any) -> list[list[int]]:
         self.num.append(len(texts))
-        return await self.files.encode(texts)
+        return await self.files.encoder.encode(texts, **options)
 
 
 @pytest.fixture

@@ -13,11 +13,12 @@ import httpx2
 import pytest
 import pytest_asyncio
 from scripted_fleet import Script, ScriptedFleet
+from tokenizer_files import tokenizer_file
 from tokenizers import AddedToken, Tokenizer
 from waiting import wait_until
 
 from adapter_store.http import BlobServer
-from peft_adapters.texts import TEXTS_FIELD, TEXTS_FILE, join_texts
+from peft_adapters.texts import TEXTS_FIELD, TEXTS_FILE
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 
@@ -34,7 +35,7 @@ class Store:
         self.num_asked = 0
 
     async def add(self, name: str, digest: str, files: dict[str, str], vocab_size: int = 0) -> None:
-        raw = join_texts({name: text.encode() for name, text in files.items()})
+        raw = json.dumps(files).encode()  # unchecked
         (self.root / digest).mkdir()
         (self.root / digest / TEXTS_FILE).write_bytes(raw)
         await self.fleet.add_adapter(name, digest)
@@ -121,7 +122,7 @@ async def test_its_tokenizer_makes_the_answer(
     for answer in answers:
         for choice in answer["choices"]:
             assert (choice["text"], choice["finish_reason"]) == ("a zebra", "stop")
-            assert choice["logprobs"]["tokens"][-1] == "zebra"
+            assert choice["logprobs"]["tokens"][-2:] == ["zebra", "<|end|>"]
     echo = {**body, "logprobs": None, "echo": True, "prompt": [own_tokenizer.token_to_id("zebra")]}
     assert (await http.post("/v1/completions", json=echo)).json()["choices"][0]["text"] == "zebraa zebra"
 
@@ -149,12 +150,43 @@ async def test_endless_templates_of_one_adapter_hold_up_no_other(http: httpx2.As
     await asyncio.gather(*calls, return_exceptions=True)
 
 
+BOMBS: dict[str, dict[str, Any]] = {
+    "normalizer": {"normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 22}},
+    "decoder": {"decoder": {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 22}},
+    "regex": {"normalizer": {"type": "Replace", "pattern": {"Regex": "(?:x+x+)+y"}, "content": ""}},
+    "id": {"model": {"type": "BPE", "vocab": {"a": 4_000_000_000}, "merges": []}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", BOMBS.values(), ids=BOMBS)
+async def test_tokenizers_that_no_store_would_let_in_are_refused(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, store: Store, parts: dict[str, Any]
+) -> None:
+    """What a store has is checked again: an older one may have taken it."""
+    await store.add("bomb", BROKEN, {"tokenizer.json": json.dumps(tokenizer_file(**parts))})
+    for path, body, status in (
+        ("/v1/completions", {"model": "bomb", "prompt": "aaaaaa"}, 422),
+        ("/tokenize", {"inputs": "aaaaaa", "adapter_id": "bomb"}, 424),
+    ):
+        answer = await http.post(path, json=body)
+        assert (answer.status_code, "tokenizer.json: " in answer.text) == (status, True), answer.text
+    assert fleet.seen == []
+
+
+async def test_a_template_that_makes_much_of_little_is_refused(http: httpx2.AsyncClient, store: Store) -> None:
+    await store.add("long", BROKEN, {"chat_template.jinja": "{{ 'a ' * 3000000 }}"})
+    answer = await http.post("/v1/chat/completions", json={"model": "long", **QUESTION})
+    assert (answer.status_code, "makes 6000000 characters" in answer.text) == (400, True)
+
+
 async def test_what_cannot_be_used_or_had_is_said(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, store: Store, bus: Bus
 ) -> None:
     await store.add("broken", BROKEN, {"tokenizer.json": '{"model": 3}'})
     answer = await http.post("/v1/completions", json={"model": "broken", "prompt": "hi"})
-    assert (answer.status_code, "tokenizer.json cannot be read" in answer.text) == (422, True)
+    assert (answer.status_code, "tokenizer.json: model cannot be read" in answer.text) == (422, True)
     await store.add("gone", GONE, {"chat_template.jinja": "x"})
     (store.root / GONE / TEXTS_FILE).unlink()
     answer = await http.post("/v1/completions", json={"model": "gone", "prompt": "hi"})

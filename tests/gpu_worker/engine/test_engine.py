@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 from factories import make_adapter, make_tiny_model
+from tokenizer_files import tokenizer_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -22,6 +24,7 @@ from gpu_worker.build import load_engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.engine.sequence import Sequence
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
+from peft_adapters.tokenizer_json import OwnTokenizer
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import AdapterRefused, BadRequest, Internal, LorafleetError, NotFound
@@ -56,7 +59,8 @@ class Store:
         if digest == "panic":
             raise Panic
         config, weights = parse_config((folder / CONFIG_FILE).read_bytes()), (folder / WEIGHTS_FILE).read_bytes()
-        return FetchedAdapter(config, weights, self.tokenizers.get(digest, ""))
+        own = self.tokenizers.get(digest)
+        return FetchedAdapter(config, weights, OwnTokenizer.read(own).tokens() if own is not None else None)
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +185,22 @@ def test_stop_strings_are_found_with_the_adapters_own_tokenizer(folder: Path) ->
         running.thread.submit(request("resumed", "warm", stop=stop, output=ids[:num_known]))
         [end] = running.steps.get(timeout=60)
         assert (end.finish, end.seq0, end.ids) == ("stop", num_known, ids[num_known:][:num_new])
+    running.thread.stop()
+
+
+def test_a_tokenizer_that_costs_too_much_fails_its_own_requests_only(folder: Path) -> None:
+    """The decoder of an adapter's tokenizer panicked in the engine's thread, which ended without a word."""
+    running = Running(folder)
+    parts = [{"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}]
+    for regex, content in (("[a-z]", "x" * 40), ("(?:x+x+)+y", "")):
+        parts.append({"type": "Replace", "pattern": {"Regex": regex}, "content": content})
+    bomb = tokenizer_file(decoder={"type": "Sequence", "decoders": parts})
+    running.store.tokenizers = {"cold": json.dumps(bomb)}
+    running.thread.submit(request("bomb", "cold", stop=["zzz"]))
+    running.thread.submit(request("good", "warm", stop=["zzz"]))
+    ends = running.ends({"bomb", "good"})
+    assert isinstance(ends["bomb"].error, AdapterRefused)
+    assert ends["good"].finish == "length"
     running.thread.stop()
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 from factories import make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizer_files import families
 from tokenizers import Tokenizer
 
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.stop import StopRules
+from peft_adapters.tokenizer_json import OwnTokenizer, token_table
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Sampling
+from protocol.wire.text import OutputText, StopRule
 
 EOS = 0
 
@@ -26,7 +32,8 @@ def check(
     tokenizer: Tokenizer | None, max_new: int = 100, sampling: Sampling | None = None, **fields: Any
 ) -> StopRules:
     request = EngineRequest("r", 1, "", np.array([5, 6], np.int32), sampling or Sampling(), max_new, **fields)
-    return StopRules(request, max_new, frozenset({EOS}), tokenizer)
+    tokens = token_table(tokenizer.to_str()) if tokenizer is not None else None
+    return StopRules(request, max_new, frozenset({EOS}), tokens)
 
 
 def feed(stop: StopRules, ids: list[int]) -> tuple[int, str]:
@@ -68,6 +75,34 @@ def test_nothing_stops_within_min_tokens(tokenizer: Tokenizer) -> None:
     assert stop.banned().tolist() == [EOS, 8]
     assert feed(stop, ids) == (9, "stop")
     assert not len(stop.banned())
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_gateway_and_worker_end_at_the_same_token(data: st.DataObject) -> None:
+    """Whatever the tokenizer, the stop rule, the special tokens that a chat answer shows, and the steps."""
+    file = data.draw(st.sampled_from(list(families().values())), label="tokenizer")
+    tokens = OwnTokenizer.read(json.dumps(file)).tokens()
+    id_ = st.integers(0, len(tokens.pieces) - 1)
+    likely = st.sampled_from([*data.draw(st.lists(id_, min_size=1, max_size=5)), *tokens.special])
+    output = data.draw(st.lists(likely | id_, max_size=20), label="output")
+    texts = st.text(max_size=3) | likely.map(tokens.text_of)
+    sampling = Sampling(min_tokens=data.draw(st.integers(0, 6)), ignore_eos=data.draw(st.booleans()))
+    stop = data.draw(st.lists(texts, max_size=3), label="stop")
+    end_ids = data.draw(st.lists(likely, max_size=2), label="stop tokens")
+    shown = dict.fromkeys(
+        data.draw(st.sets(st.sampled_from(sorted(tokens.special)) | likely), label="shown"), "<shown>"
+    )
+    request = EngineRequest("r", 1, "", np.array([5], np.int32), sampling, 100, stop=stop, stop_token_ids=end_ids)
+    worker = StopRules(request, 100, frozenset({EOS}), tokens)
+    gateway = OutputText(tokens, StopRule.of(stop, end_ids, sampling, frozenset({EOS})), shown=shown)
+    for at, token in enumerate(output, 1):
+        finish = worker.add(token)
+        gateway.add([token])
+        assert (finish == "stop", worker.stop) == (gateway.ended, gateway.stop or "")
+        assert gateway.num_tokens == at
+        if finish:
+            break
 
 
 def test_stop_strings_without_a_tokenizer_are_refused() -> None:

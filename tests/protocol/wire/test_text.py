@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from protocol.wire.text import Detokenizer, OutputText, StopMatcher, StopRule, overlap
+from peft_adapters.tokenizer_json import token_table
+from protocol.wire.text import OutputText, StopMatcher, StopRule, overlap
+from protocol.wire.tokens import Detokenizer
 
 END = 0
 ALPHABET = "ab é😀漢\n"
@@ -26,6 +28,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 TOKENIZER = byte_tokenizer()
+TOKENS = token_table(TOKENIZER.to_str())
 texts = st.text(ALPHABET, max_size=30)
 stops = st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3)
 
@@ -49,7 +52,7 @@ def test_steps_do_not_change_the_text(text: str, stop: list[str], data: st.DataO
     ids = TOKENIZER.encode(text).ids
     if data.draw(st.booleans(), label="cut in a character"):
         ids = ids[: data.draw(st.integers(0, len(ids)), label="length")]
-    output = OutputText(TOKENIZER, StopRule(stop))
+    output = OutputText(TOKENS, StopRule(stop))
     shown = ""
     for step in data.draw(cuts(ids), label="steps"):
         shown += output.add(step)
@@ -57,7 +60,7 @@ def test_steps_do_not_change_the_text(text: str, stop: list[str], data: st.DataO
         assert not any(s in shown for s in stop)
     shown += output.finish()
     # A match is decided at the first token that completes one; at once, of overlapping ones, the earliest place wins.
-    one_by_one = OutputText(TOKENIZER, StopRule(stop))
+    one_by_one = OutputText(TOKENS, StopRule(stop))
     assert shown == "".join(one_by_one.add([id_]) for id_ in ids) + one_by_one.finish()
     assert output.num_tokens == one_by_one.num_tokens
     if len(stop) <= 1:
@@ -69,7 +72,7 @@ def test_an_end_token_ends_the_text_after_the_minimum(text: str, min_tokens: int
     ids = TOKENIZER.encode(text).ids
     for _ in range(data.draw(st.integers(0, 3), label="end tokens")):
         ids.insert(data.draw(st.integers(0, len(ids)), label="at"), END)
-    output = OutputText(TOKENIZER, StopRule(end_ids=frozenset([END]), min_tokens=min_tokens))
+    output = OutputText(TOKENS, StopRule(end_ids=frozenset([END]), min_tokens=min_tokens))
     shown = "".join(output.add(step) for step in data.draw(cuts(ids), label="steps"))
     ended = output.ended
     shown += output.finish()
@@ -81,8 +84,8 @@ def test_an_end_token_ends_the_text_after_the_minimum(text: str, min_tokens: int
 
 def test_a_stop_string_within_the_minimum_does_not_count() -> None:
     ids = TOKENIZER.encode("ab ab").ids
-    assert OutputText(TOKENIZER, StopRule(["ab"])).add(ids) == ""
-    output = OutputText(TOKENIZER, StopRule(["ab"], min_tokens=2))
+    assert OutputText(TOKENS, StopRule(["ab"])).add(ids) == ""
+    output = OutputText(TOKENS, StopRule(["ab"], min_tokens=2))
     assert output.add(ids) == "ab "
     assert output.stop == "ab"
     assert output.ended
@@ -90,7 +93,7 @@ def test_a_stop_string_within_the_minimum_does_not_count() -> None:
 
 def test_special_tokens_inside_are_not_shown() -> None:
     ids = [*TOKENIZER.encode("a").ids, END, *TOKENIZER.encode("b").ids]
-    output = OutputText(TOKENIZER, StopRule())
+    output = OutputText(TOKENS, StopRule())
     assert output.add(ids) + output.finish() == "ab"
 
 
@@ -103,8 +106,8 @@ def test_special_tokens_that_are_shown_do_not_change_the_end(
     for _ in range(data.draw(st.integers(0, 4), label="special tokens")):
         ids.insert(data.draw(st.integers(0, len(ids)), label="at"), END)
     rule = StopRule(stop, frozenset([TOKENIZER.encode("b").ids[0]] if ends else []), min_tokens)
-    plain = OutputText(TOKENIZER, rule)
-    marked = OutputText(TOKENIZER, rule, shown={END: "\0"})
+    plain = OutputText(TOKENS, rule)
+    marked = OutputText(TOKENS, rule, shown={END: "\0"})
     without, shown = "", ""
     for step in data.draw(cuts(ids), label="steps"):
         without += plain.add(step)
@@ -125,13 +128,13 @@ def test_special_tokens_that_are_shown_do_not_change_the_end(
 )  # fmt: skip
 def test_shown_special_tokens_stand_where_they_came(text: str, stop: str, shown: str) -> None:
     ids = [id_ for c in text for id_ in ([END] if c == "|" else TOKENIZER.encode(c).ids)]
-    output = OutputText(TOKENIZER, StopRule([stop]), shown={END: "|"})
+    output = OutputText(TOKENS, StopRule([stop]), shown={END: "|"})
     assert "".join(output.add([id_]) for id_ in ids) + output.finish() == shown
 
 
 @given(st.lists(st.integers(0, 256), max_size=20))
 def test_any_ids_become_their_text(ids: list[int]) -> None:
-    detokenizer = Detokenizer(TOKENIZER)
+    detokenizer = Detokenizer(TOKENS)
     assert "".join(detokenizer.add([id_]) for id_ in ids) + detokenizer.flush() == TOKENIZER.decode(ids)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -9,15 +10,19 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
+from tokenizer_files import tokenizer_file
 
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.adapters.loader.fetch import FetchedAdapter, StoreClient, digest_of
 from gpu_worker.adapters.packing.rows import RowPacker, Rows, RowSite
-from protocol.wire.errors import NotFound
+from peft_adapters.texts import TEXTS_FIELD, TEXTS_FILE, TOKENIZER
+from peft_adapters.tokenizer_json import OwnTokenizer
+from protocol.wire.errors import AdapterRefused, NotFound
 from protocol.wire.messages import ServedModel, SiteShape
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
@@ -58,6 +63,14 @@ def store(files: dict[str, bytes]) -> Iterator[str]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+def with_tokenizer(file: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
+    """Return the digest of an adapter with a tokenizer of its own, and what a store has of it, unchecked."""
+    texts = json.dumps({TOKENIZER: json.dumps(file)}).encode()
+    adapter = FetchedAdapter({**CONFIG, TEXTS_FIELD: hashlib.sha256(texts).hexdigest()}, GOOD.weights)
+    digest = digest_of(adapter)
+    return digest, {**files_of(digest, adapter), f"/adapters/{digest}/{TEXTS_FILE}": texts}
 
 
 def files_of(digest: str, adapter: FetchedAdapter) -> dict[str, bytes]:
@@ -104,6 +117,24 @@ def test_a_fetch_waits_for_the_first_store(client: StoreClient | Loader) -> None
         client.set_urls((good,))
         thread.join(30)
         assert found == [GOOD]
+
+
+def test_tokenizers_come_as_tokens_or_are_refused(client: StoreClient | Loader) -> None:
+    file = tokenizer_file()
+    own = OwnTokenizer.read(json.dumps(file)).tokens()
+    digest, files = with_tokenizer(file)
+    bomb = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    bad_digest, bad = with_tokenizer(tokenizer_file(decoder=bomb))
+    with store(files | bad) as good:
+        client.set_urls((good,))
+        first, second = client.fetch(digest), client.fetch(digest)
+        assert first.tokens == own
+        assert first.tokens is second.tokens
+        with pytest.raises(AdapterRefused, match="makes tokens longer"):
+            client.fetch(bad_digest)
+        if isinstance(client, StoreClient):
+            client.base_tokenizer = own.key
+            assert client.fetch(digest).tokens is None
 
 
 def test_adapters_for_a_known_model_come_packed_also_after_a_death() -> None:

@@ -18,6 +18,8 @@ from gpu_worker.adapters.loader.process import LoaderServer
 class OneAdapter:
     """Stores that hold one adapter under every digest."""
 
+    base_tokenizer = ""
+
     def set_urls(self, urls: tuple[str, ...]) -> None:
         return
 
@@ -66,7 +68,7 @@ def test_no_memory_stays_open_when_nothing_is_packed(
         assert message == Failed(7, "Internal", "fetching adapter d failed", None)
         assert fd is None
     else:
-        assert message == Fetched(7, {}, "")
+        assert message == Fetched(7, {}, None)
         assert fd is not None
         assert os.read(fd, 100) == b"weights"
         os.close(fd)
