@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
-_TAG = re.compile(r"\{[%{].*?[%}]\}", re.DOTALL)
-_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
-_VARIABLE = re.compile(r"\btools\b")
+import re2 as _re2  # pyright: ignore[reportMissingTypeStubs]
+
+re2: Any = _re2  # it has no types; a template may be a stranger's, on which `re` backtracks for minutes
+_TAG = re2.compile(r"(?s)\{[%{].*?[%}]\}")
+_QUOTED = re2.compile(r"""(?s)'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
+_VARIABLE = re2.compile(r"\btools\b")
 
 _INTRODUCTION = """# Tools
 
@@ -26,9 +29,10 @@ For each function call, return a json object with function name and arguments wi
 </tool_call>"""
 
 
+@lru_cache(maxsize=64)
 def knows_tools(template: str) -> bool:
     """Return whether a chat template, given by its source, writes tools into prompts."""
-    return any(_VARIABLE.search(_QUOTED.sub("", tag)) for tag in _TAG.findall(template))
+    return any("tools" in tag and _VARIABLE.search(_QUOTED.sub("", tag)) for tag in _TAG.findall(template))
 
 
 def explain_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

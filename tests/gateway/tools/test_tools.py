@@ -34,6 +34,7 @@ from gateway.tools.styles import (
     style_of,
 )
 from gateway.tools.xml_calls import raw_parameters
+from peft_adapters.texts import MAX_TEMPLATE_BYTES
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
@@ -483,3 +484,9 @@ async def test_wrong_tools_are_400_with_the_place(http: httpx2.AsyncClient, flee
     answer = await http.post("/v1/chat/completions", json={**good, "tools": [ADD], "tool_choice": "none"})
     assert answer.status_code == 200
     assert fleet.seen[-1][1].grammar == ""
+
+
+@pytest.mark.parametrize("piece", ["{%", "{{ '\\", "{% 'tools' %}"], ids=["tags", "quotes", "quoted"])
+def test_a_template_of_unfinished_pieces_is_read_at_once(piece: str) -> None:
+    """Backtracking took minutes, on the gateway's event loop."""
+    assert not knows_tools(piece * (MAX_TEMPLATE_BYTES // len(piece)))
