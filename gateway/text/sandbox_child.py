@@ -15,6 +15,7 @@ import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from itertools import chain
 from typing import Any, ClassVar
@@ -268,8 +269,8 @@ def main(parent: int, tokenizer: str) -> None:
         importlib.import_module(name)
     time.localtime()  # reads the time zone's file
     statm = os.open("/proc/self/statm", os.O_RDONLY)
-    with open("/proc/self/oom_score_adj", "w") as score:  # where memory is short, the kernel ends this process first
-        score.write("1000")
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")  # where memory is short, the kernel ends this process first
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 2)  # the gateway's log is not for strangers to write
     is_filtered = lock_down(parent, MAX_MEMORY_BYTES)
