@@ -106,8 +106,8 @@ async def load(port: int, *, num: int, concurrency: int, tokens: int) -> list[St
     body = json.dumps(
         {"model": "base", "prompt": [7] * 64, "max_tokens": tokens, "stream": True, "ignore_eos": True}
     ).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    request = head.encode() + b"\r\nConnection: close\r\n\r\n" + body
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    request = head.encode() + b"Content-Type: application/json\r\nConnection: close\r\n\r\n" + body
     room = asyncio.Semaphore(concurrency)
 
     async def one() -> Stream:
