@@ -14,7 +14,7 @@ ARGS ?=
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
-.PHONY: demo up test test-models test-quantised models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short soak tour tour-lorax tour-tgi tour-openai tour-openai2 api-check docker-smoke lock-images audit sbom licences pin-images clean help
+.PHONY: demo up test test-models test-quantised models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour tour-lorax tour-tgi tour-openai tour-openai2 api-check docker-smoke lock-images audit sbom licences pin-images clean help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,8 +81,14 @@ test-quantised: $(QUANT)/.stamp  ## compare adapters on quantised bases with PEF
 quantised-table: $(QUANT)/.stamp  ## write their measurements to docs/peft.md; rows whose library is missing stay
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests $(QUANT)/bin/python -m oracle.quantised_table
 
-chaos-short: $(VENV)/.stamp-dev  ## kill every kind of process under load, 57 times in three minutes, check every answer
-	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 66 --every 2.5 --kills-only --out build/chaos-short $(ARGS)
+chaos-short: $(VENV)/.stamp-dev  ## kill every kind of process under load and attack, 57 times in three minutes, check every answer
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 66 --every 2.5 --kills-only --attackers 1 --out build/chaos-short $(ARGS)
+
+hostile: $(VENV)/.stamp-dev  ## attack a fleet in every way for ten seconds each, beside a victim; the report is build/hostile/report.md
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests $(BIN)/python -W ignore -m hostile $(ARGS)
+
+fuzz: $(VENV)/.stamp-dev  ## try 100,000 odd inputs at everything that strangers reach; the report is build/fuzz/report.md
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests $(BIN)/python -W ignore -m hostile.fuzz $(ARGS)
 
 soak: $(VENV)/.stamp-dev  ## an hour of load at 80 %, 200 adapters; docs/reliability.md has the flags for far too much load
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos.soak $(ARGS)

@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("--alone", action="store_true", help="begin none before the one before is over")
     parser.add_argument("--kills-only", action="store_true", help="of the faults after the first of each sort")
     parser.add_argument("--clients", type=int, default=8, help="calls at a time")
+    parser.add_argument("--attackers", type=int, default=0, help="tenants that attack meanwhile; then API keys are on")
     parser.add_argument("--gateways", type=int, default=2)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1, help="of faults and calls")
@@ -36,7 +37,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("build/chaos"), help="folder for the report and the logs")
     args = parser.parse_args()
     shape = Shape(args.gateways, 2, tuple(f"w{i}" for i in range(args.workers)))
-    plan = Plan(args.faults, args.every, args.clients, args.seed, args.minutes * 60, shape, args.alone, args.kills_only)
+    plan = Plan(
+        args.faults, args.every, args.clients, args.seed, args.minutes * 60, shape, args.alone, args.kills_only,
+        args.attackers,
+    )  # fmt: skip
     set_up_logging("chaos", "info")
     logging.getLogger("httpx2").setLevel("WARNING")
     signal.signal(signal.SIGTERM, signal.default_int_handler)

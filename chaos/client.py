@@ -103,11 +103,13 @@ class Call:
 class Client:
     """Asks the gateways at `urls`, which may die."""
 
-    def __init__(self, urls: Sequence[str]) -> None:
+    def __init__(self, urls: Sequence[str], key: str = "") -> None:
+        """`key`: the API key that it shows; "" for a fleet that asks for none."""
         self._urls = urls
         self._next = 0
         limits = httpx2.Limits(max_keepalive_connections=0)  # a connection from before a kill would only fail
-        self._http = httpx2.AsyncClient(timeout=READ_TIMEOUT_S, trust_env=False, limits=limits)
+        shown = {"authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx2.AsyncClient(timeout=READ_TIMEOUT_S, trust_env=False, limits=limits, headers=shown)
 
     async def close(self) -> None:
         """Close all connections."""

@@ -32,6 +32,7 @@ class Report(msgspec.Struct):
     rss_mb: dict[str, tuple[float, float]]  # process -> at begin and end
     violations: list[str]
     num_runs: int = 1
+    attacks: dict[str, int] = {}  # name -> rounds
 
 
 def report_of(tally: Tally, plan: Plan, words: Sequence[str]) -> Report:
@@ -48,6 +49,7 @@ def report_of(tally: Tally, plan: Plan, words: Sequence[str]) -> Report:
         pauses_s=pauses,
         num_tokens=tally.num_tokens,
         rss_mb=tally.rss_mb,
+        attacks=dict(tally.attacks),
         violations=[f"seed {plan.seed}: {violation}" for violation in tally.violations],
     )
 
@@ -56,8 +58,9 @@ def merged(reports: Sequence[Report]) -> Report:
     """Return the reports of several runs as one."""
     first, *others = reports
     for other in others:
-        for mine, theirs in ((first.faults, other.faults), (first.calls, other.calls), (first.told, other.told)):
-            for name, num in theirs.items():
+        for counts in ("faults", "calls", "told", "attacks"):
+            mine = getattr(first, counts)
+            for name, num in getattr(other, counts).items():
                 mine[name] = mine.get(name, 0) + num
         for name, pauses in other.pauses_s.items():
             first.pauses_s.setdefault(name, []).extend(pauses)
@@ -82,12 +85,14 @@ def as_markdown(report: Report) -> str:
     calls = ", ".join(f"{num:,} {style}" for style, num in sorted(report.calls.items()))
     told = ", ".join(f"{num} {code}" for code, num in sorted(report.told.items())) or "nothing"
     runs = "" if report.num_runs == 1 else f", {report.num_runs} such runs with a seed each"
+    attacks = f"{sum(report.attacks.values())} rounds of {len(report.attacks)} attacks. " if report.attacks else ""
     num_kills = sum(num for name, num in report.faults.items() if name.partition(": ")[2] in KILLS)
     lines = [
         f"`{report.command}`{runs} on {report.machine}, {', '.join(report.dates)}: {sum(report.faults.values()):,} "
         f"faults, {num_kills:,} of them kills, in {report.elapsed_s / 60:.0f} min, "
         f"{sum(report.calls.values()):,} calls answered whole ({calls}), "
-        f"{report.num_tokens:,} tokens. Attempts that were not: {told}. **Violations: {len(report.violations)}.**",
+        f"{report.num_tokens:,} tokens. Attempts that were not: {told}. {attacks}"
+        f"**Violations: {len(report.violations)}.**",
         "",
         "| fault | times | streams concerned | pause p50, s | p99 | longest |",
         "| --- | --- | --- | --- | --- | --- |",

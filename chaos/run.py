@@ -16,9 +16,12 @@ import psutil
 
 from chaos import check
 from chaos.asks import Ask, Expected, Transformers, catalogue, decidable
-from chaos.client import STYLES, Attempt, Call, Client
+from chaos.attacker import HUNG, Attacker
+from chaos.attacks import BODY_ATTACKS
+from chaos.client import GIVE_UP_S, STYLES, Attempt, Call, Client
 from chaos.faults import Havoc, Hit
 from chaos.fleet import ProcessFleet, Shape
+from chaos.wire_attacks import WIRE_ATTACKS
 from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.wire.keys import CLASSES
 
@@ -31,6 +34,7 @@ UNREACHABLE = ["the queue cannot be reached"]
 
 HORIZON_S = 5.0
 MAX_ATTEMPTS = 20  # here a worker's death says nothing about its requests
+ATTACKS = (*BODY_ATTACKS, *WIRE_ATTACKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,7 @@ class Plan:
     shape: Shape
     alone: bool = False  # one fault at a time
     kills_only: bool = False  # once each fault has been done
+    num_attackers: int = 0  # if there are any, API keys are on, and they are another tenant than the clients
 
 
 @dataclass(slots=True)
@@ -54,6 +59,7 @@ class Tally:
     violations: list[str] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)  # style -> complete
     told: Counter[str] = field(default_factory=Counter)  # error codes of unfinished attempts
+    attacks: Counter[str] = field(default_factory=Counter)  # name -> rounds
     pauses: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))  # s, per kind and how
     num_tokens: int = 0
     hits: list[Hit] = field(default_factory=list)
@@ -65,14 +71,16 @@ class Tally:
 class Run:
     """Clients and checks against one fleet."""
 
-    def __init__(self, fleet: ProcessFleet, plan: Plan, asks: list[Ask]) -> None:
+    def __init__(self, fleet: ProcessFleet, plan: Plan, asks: list[Ask], keys: Sequence[str] = ("", "")) -> None:
+        """`keys`: the API keys of the clients and of the attackers, "" without any."""
         self.fleet = fleet
         self.plan = plan
         self.asks = asks
         self.expected: dict[Ask, Expected] = {}
         self.tally = Tally()
         self.havoc = Havoc(fleet, random.Random(plan.seed), kills_only=plan.kills_only)
-        self._client = Client(fleet.urls)
+        client_key, self._attacker_key = keys
+        self._client = Client(fleet.urls, client_key)
         self._checks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -110,6 +118,8 @@ class Run:
         async with asyncio.TaskGroup() as group:
             for number in range(self.plan.num_clients):
                 group.create_task(self._be_client(number, stop))
+            for number in range(self.plan.num_attackers):
+                group.create_task(self._be_attacker(number, stop))
             timer = asyncio.get_running_loop().call_later(self.plan.max_s, stop.set)
             await self.havoc.run(self.plan.num_faults, self.plan.every_s, stop, alone=self.plan.alone)
             timer.cancel()
@@ -128,6 +138,20 @@ class Run:
             call = Call(rng.choice(self.asks), rng.choice(STYLES), time.monotonic())
             await self._client.ask(call.ask, call.style, call)
             self._take(call)
+
+    async def _be_attacker(self, number: int, stop: asyncio.Event) -> None:
+        """Attack in one way after the other. What the attackers are told matters only where it is a fault."""
+        rng = random.Random(f"{self.plan.seed} attacker {number}")
+        while not stop.is_set():
+            attack = rng.choice(ATTACKS)
+            attacker = Attacker(rng.choice(self.fleet.urls), self._attacker_key, GIVE_UP_S)
+            try:
+                await attack.once(attacker)
+            finally:
+                await attacker.close()
+            self.tally.attacks[attack.name] += 1
+            wrong = [what for what in attacker.told if what == HUNG or "internal_error" in what or "in JSON" in what]
+            self.tally.violations += [f"the attack `{attack.name}` was told: {what}" for what in wrong]
 
     def _take(self, call: Call) -> None:
         tally, expected = self.tally, self.expected[call.ask]
@@ -232,10 +256,13 @@ async def prepared(plan: Plan, folder: Path, model: Path, names: Sequence[str]) 
     asks = catalogue(["base", *names], random.Random(plan.seed))
     answers = await asyncio.to_thread(decidable, asks, Transformers(model, adapters, names))
     logger.info("%d of %d asks have an answer that rounding cannot change", len(answers), len(asks))
-    fleet = ProcessFleet.prepare(folder, model, adapters, durable=True, max_attempts=MAX_ATTEMPTS)
+    with_keys = plan.num_attackers > 0
+    fleet = ProcessFleet.prepare(folder, model, adapters, durable=True, max_attempts=MAX_ATTEMPTS, api_keys=with_keys)
     try:
         await fleet.start_all(plan.shape)
-        run = Run(fleet, plan, list(answers))
+        create = fleet.bus.api_keys.create
+        keys = [(await create(name, ["infer"]))[0] for name in ("clients", "attackers")] if with_keys else ["", ""]
+        run = Run(fleet, plan, list(answers), keys)
         try:
             logger.info("the fleet is up")
             await run.ask_undisturbed(answers)

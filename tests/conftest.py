@@ -22,6 +22,7 @@ LONGER_S: dict[str, int] = {
     "gateway/adapters": 60,  # real stores
     "gateway/http": 120,  # hypothesis; hundreds of clients
     "gpu_worker": 120,  # engines are built
+    "hostile": 240,  # a whole fleet under attack; fuzzing
     "kernels/test_triton.py": 600,  # a whole test run in Triton's interpreter; compilations for three cards
     "kernels/triton": 120,  # that run
     "lorafleet/test_profile.py": 60,

@@ -1,0 +1,290 @@
+"""A real fleet with API keys, its victim, and the judgement of what an attack did to both."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+from factories import make_adapter, make_tiny_model
+from hostile import hostile_adapters
+from hostile.adapter_attacks import ADAPTER_ATTACKS, HIDDEN, SECRET, asking, peeping, stealing
+from hostile.victim import Seen, Victim
+from hub_stub import HubStub, Repo, run_hub
+from waiting import wait_until
+
+from chaos.attacker import Attack, Attacker, Round
+from chaos.attacks import BODY_ATTACKS, COMPLETIONS, completion
+from chaos.fleet import ProcessFleet, Shape
+from chaos.wire_attacks import WIRE_ATTACKS
+from protocol.queue.api_keys import Tenant
+
+MULTIPLE = 20.0
+"""Longest p99 gap beside an attack, in gaps of the victim alone."""
+
+FLOOR_S = 0.1
+"""The gap alone counts as at least this much: a busy machine makes pauses of its own."""
+
+FLEET_TOKEN = "hf_fleet"
+FATAL_BYTES = 4 << 30
+"""A member that takes so much is ended, which fails its trial: the machine is not for it alone."""
+
+SAMPLE_S = 0.05
+SETTLE_S = 60.0
+
+SANDBOXES = 3
+"""Processes in which a gateway runs what strangers wrote; each may take 1 GiB beyond its start, which is 70 MB."""
+
+GROWTH_BYTES = {
+    "gateway": 256 << 20, "gateway's children": SANDBOXES * 1100 << 20, "w0": 256 << 20, "w0's children": 512 << 20,
+    "store": 192 << 20, "store's children": 192 << 20, "scheduler": 64 << 20, "scheduler's children": 0,
+    "queue": 160 << 20, "queue's children": 160 << 20,
+}  # fmt: skip
+"""Most memory that members, and their processes, may take beyond what they had before the attacks."""
+
+
+@dataclass(slots=True)
+class Trial:
+    """One attack, and what everybody had of it."""
+
+    name: str
+    alone: Seen
+    beside: Seen
+    told: Mapping[str, int]
+    before: dict[str, int]  # bytes, by member
+    largest: dict[str, int]
+    wrong: list[str] = field(default_factory=list)
+
+
+def judged(trial: Trial, first_rss: Mapping[str, int]) -> list[str]:
+    """Return what a trial shows that must not be. Pure. `first_rss`: bytes of each member before all attacks."""
+    alone, beside = trial.alone, trial.beside
+    wrong = [f"the victim: {error}" for error in beside.errors[:5]]
+    if not beside.num_healthy:
+        wrong.append("/health did not answer")
+    for what, took_s, alone_s in (
+        ("the victim's p99 gap", beside.gap_s(0.99), alone.gap_s(0.99)),
+        ("/health's p99", beside.answer_s(0.99), alone.answer_s(0.99)),
+    ):
+        limit_s = MULTIPLE * max(alone_s, FLOOR_S)
+        if took_s > limit_s:
+            wrong.append(f"{what} took {took_s:.2f} s; the limit is {limit_s:.2f}")
+    for name, num_bytes in trial.largest.items():
+        grown = num_bytes - first_rss[name]
+        if grown > GROWTH_BYTES[name]:
+            wrong.append(f"{name} grew by {grown >> 20} MB; the limit is {GROWTH_BYTES[name] >> 20}")
+    return wrong
+
+
+class Arena:
+    """The fleet under attack."""
+
+    def __init__(self, fleet: ProcessFleet, hub: HubStub, victim: Victim, keys: Mapping[str, str]) -> None:
+        self.fleet = fleet
+        self.hub = hub
+        self.victim = victim
+        self.keys = keys
+        self.pids = {name: member.pid for name, member in fleet.members.items()}
+        self.pids["queue"] = fleet.queue.process.pid
+        self.first_rss = self.rss()
+        self.alone = Seen()
+
+    # ------------------------------------------------------------ watching
+
+    def rss(self) -> dict[str, int]:
+        """Return the memory of each member, and of its children together, in bytes; 0 for what has ended."""
+        found: dict[str, int] = {}
+        for name, pid in self.pids.items():
+            found[name] = found[f"{name}'s children"] = 0
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                found[name] = process.memory_info().rss
+                found[f"{name}'s children"] = sum(map(_rss_of, process.children(recursive=True)))
+        return found
+
+    def ended(self) -> list[str]:
+        """Return the members whose process is not the one they began with."""
+        return [name for name, member in self.fleet.members.items() if not member.is_running]
+
+    async def rest(self, seconds: float) -> Seen:
+        """Let the victim be alone for a while; return what it saw."""
+        await self.victim.seen()
+        await asyncio.sleep(seconds)
+        self.alone = await self.victim.seen()
+        return self.alone
+
+    # ------------------------------------------------------------ attacks
+
+    async def attack(self, attack: Attack, seconds: float, key: str = "attacker") -> Trial:
+        """Attack the fleet beside its victim for so long; return what came of it, judged."""
+        before = largest = self.rss()
+        largest = dict(largest)
+        watch = asyncio.create_task(self._watch(largest))
+        attacker = Attacker(self.fleet.url, self.keys.get(key, ""))
+        await self.victim.seen()
+        try:
+            await attack.run(attacker, seconds)
+        finally:
+            await attacker.close()
+        beside = await self._recovered()
+        watch.cancel()
+        trial = Trial(attack.name, self.alone, beside, attacker.told, before, largest)
+        trial.wrong = [f"{name} has ended: {self.fleet.members[name].log_tail()}" for name in self.ended()]
+        trial.wrong += judged(trial, self.first_rss) + attack.wrongly_told(attacker.told)
+        return trial
+
+    async def _recovered(self) -> Seen:
+        """Return what the victim saw since the attack began, once it has got a whole answer after it."""
+        parts = [await self.victim.seen()]
+
+        async def has_answer() -> bool:
+            parts.append(await self.victim.seen())
+            return parts[-1].num_answers > 0 or bool(parts[-1].errors)
+
+        try:
+            await wait_until(has_answer, "the victim is answered", timeout_s=SETTLE_S, every_s=SAMPLE_S)
+        except AssertionError as error:
+            parts[-1].errors.append(str(error))
+        return _together(parts)
+
+    async def _watch(self, largest: dict[str, int]) -> None:
+        while True:
+            for name, num_bytes in self.rss().items():
+                largest[name] = max(largest[name], num_bytes)
+                if num_bytes > FATAL_BYTES and name in self.fleet.members:
+                    self.fleet.kill(name)
+            await asyncio.sleep(SAMPLE_S)
+
+    # ------------------------------------------------------------ what only this fleet has
+
+    async def read_configs(self, attacker: Attacker) -> None:
+        """Have the store find configs that are bombs, and ask for what it makes of them."""
+        root = self.fleet.folder / "adapters"
+        if not (root / "sparse").exists():
+            hostile_adapters.add_sparse(root, root / "one")
+
+        async def is_refused(name: str) -> bool:
+            alias = await self.fleet.bus.adapters.alias(name)
+            return alias is not None and alias.state == "failed"
+
+        for name in hostile_adapters.CONFIGS:
+            await wait_until(lambda name=name: is_refused(name), f"the store has refused {name}", timeout_s=SETTLE_S)
+            await attacker.post(COMPLETIONS, completion(model=name))
+
+    def attacks(self) -> list[tuple[Attack, str]]:
+        """Return every attack, with the name of the key that it is made with."""
+        return attacks_of(self.hub.repos[SECRET].refs["main"], self.read_configs)
+
+
+def attacks_of(commit: str, read_configs: Round) -> list[tuple[Attack, str]]:
+    """Return every attack, with the name of the key that it is made with; `commit`: of the private adapter."""
+    adapters = [*map(asking, hostile_adapters.TOKENIZERS), *ADAPTER_ATTACKS]
+    configs = Attack("configs of 1.5 GB and of 20,000 modules", read_configs)
+    keyed = {attack: "attacker" if "streams" in attack.name else "" for attack in WIRE_ATTACKS}
+    return [
+        *((attack, "attacker") for attack in (*BODY_ATTACKS, *adapters, configs)),
+        *keyed.items(),
+        (stealing(commit), "thief"),
+        (peeping(["two", HIDDEN]), "peeper"),
+    ]
+
+
+async def _nothing(_: Attacker) -> None:
+    pass
+
+
+NAMES = tuple(attack.name for attack, _ in attacks_of("", _nothing))
+
+
+@asynccontextmanager
+async def arena_in(folder: Path, **settings: Any) -> AsyncIterator[Arena]:
+    """Start a fleet with a victim on it; both end with the block."""
+    model = make_tiny_model(folder / "model", max_len=2048)
+    root = folder / "adapters"
+    for seed, name in enumerate(("one", "two"), start=1):
+        make_adapter(root / name, model, seed=seed, rank=8)
+    hostile_adapters.write_all(root, root / "one")
+    async with run_hub() as hub:
+        files = {name: (root / "one" / name).read_bytes() for name in hostile_adapters.GOOD_FILES}
+        for name in (SECRET, HIDDEN):
+            hub.repos[name] = Repo(private=True)
+            hub.repos[name].commit(files)
+        hub.tokens |= {"hf_owner": {SECRET}, FLEET_TOKEN: {HIDDEN}}
+        values: dict[str, Any] = {"api_keys": True, "request_sources": "hub", "hub_endpoint": hub.url}
+        values |= {"sandboxes": SANDBOXES, "grammar_timeout_s": 1.0}
+        values |= {"tenant_places": "org"}  # what the fleet's own token reads there is for all who may see the name
+        fleet = ProcessFleet.prepare(
+            folder, model, root, durable=True, secret="the secret of the arena", **values | settings
+        )
+        victim: Victim | None = None
+        try:
+            with patch.dict(os.environ, {"HF_TOKEN": FLEET_TOKEN}):
+                await fleet.start_all(Shape())
+            keys = await _keys(fleet)
+            await _fetch_secret(fleet, hub, keys)
+            victim = Victim(fleet.members["gateway"].settings.port, keys["victim"])
+            arena = Arena(fleet, hub, victim, keys)
+            await wait_until(lambda: _has_answered(victim), "the victim is answered", timeout_s=SETTLE_S)
+            arena.first_rss = arena.rss()
+            yield arena
+        finally:
+            if victim is not None:
+                victim.end()
+            await fleet.close()
+            shutil.rmtree(root / "sparse", ignore_errors=True)
+
+
+async def _keys(fleet: ProcessFleet) -> dict[str, str]:
+    keys = fleet.bus.api_keys
+    await keys.set_tenant(Tenant(name="peeper", adapters=("one",)))
+    ordinary = ["infer", "adapters"]
+    scopes = dict.fromkeys(("attacker", "thief", "peeper", "owner"), ordinary)
+    scopes |= {"victim": ["infer"], "operator": [*ordinary, "admin"]}
+    return {tenant: (await keys.create(tenant, of))[0] for tenant, of in scopes.items()}
+
+
+async def _fetch_secret(fleet: ProcessFleet, hub: HubStub, keys: Mapping[str, str]) -> None:
+    """Have the owner use its private adapter, and the operator register one that some tenants may not see."""
+    operator, owner = (Attacker(fleet.url, keys[name]) for name in ("operator", "owner"))
+    try:
+        registered = {"name": HIDDEN, "source": f"hub:{HIDDEN}", "wait_s": SETTLE_S}
+        await operator.post("/v1/adapters", registered)
+        secret = f"{SECRET}@{hub.repos[SECRET].refs['main']}"
+        answer = await owner.post(COMPLETIONS, completion(model=secret, api_token="hf_owner"))
+        assert answer is not None, owner.told
+        assert answer.get("choices"), answer
+    finally:
+        await operator.close()
+        await owner.close()
+
+
+async def _has_answered(victim: Victim) -> bool:
+    seen = await victim.seen()
+    assert not seen.errors, seen.errors
+    return seen.num_answers > 0
+
+
+def _together(parts: list[Seen]) -> Seen:
+    whole = Seen()
+    for part in parts:
+        whole.seconds += part.seconds
+        whole.gaps_s += part.gaps_s
+        whole.num_pieces += part.num_pieces
+        whole.num_answers += part.num_answers
+        whole.num_healthy += part.num_healthy
+        whole.health_s += part.health_s
+        whole.errors += part.errors
+    return whole
+
+
+def _rss_of(process: psutil.Process) -> int:
+    with suppress(psutil.NoSuchProcess):
+        return process.memory_info().rss
+    return 0

@@ -1,0 +1,245 @@
+"""Requests at a real gateway: whatever a body or a head holds, the answer is no 5xx but a documented 503, and JSON."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from hostile.fuzz import odd
+from hostile.fuzz.engine import Check, Target
+from hostile.fuzz.services import json_error, services
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from gateway.adapters.operator_routes import LoadRequest, RegisterRequest, UnloadRequest
+from gateway.encoders.bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
+from gateway.lorax.bodies import CompatRequest, Parameters, TokenizeRequest
+from gateway.openai.bodies import ChatRequest, CompletionRequest
+
+PATIENCE_S = 30.0
+"""Silence after which a request counts as hung."""
+
+BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
+    "/v1/chat/completions": (
+        ChatRequest,
+        {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    ),
+    "/v1/completions": (CompletionRequest, {"model": "base", "prompt": "hi", "max_tokens": 2}),
+    "/generate": (CompatRequest, {"inputs": "hi", "parameters": {"max_new_tokens": 2}}),
+    "/generate_stream": (CompatRequest, {"inputs": "hi", "parameters": {"max_new_tokens": 2}}),
+    "/": (CompatRequest, {"inputs": "hi", "parameters": {"max_new_tokens": 2}}),
+    "/invocations": (CompatRequest, {"inputs": "hi", "parameters": {"max_new_tokens": 2}}),
+    "/tokenize": (TokenizeRequest, {"inputs": "hi"}),
+    "/v1/embeddings": (EmbeddingsRequest, {"model": "base", "input": ["hi"]}),
+    "/embed": (EncoderRequest, {"inputs": "hi"}),
+    "/classify": (EncoderRequest, {"inputs": "hi"}),
+    "/classify_batch": (EncoderBatchRequest, {"inputs": ["hi"]}),
+    "/v1/adapters": (RegisterRequest, {"name": "mine", "source": "local:one", "wait_s": 0}),
+    "/v1/load_lora_adapter": (LoadRequest, {"lora_name": "one", "lora_path": "local:one"}),
+    "/v1/unload_lora_adapter": (UnloadRequest, {"lora_name": "nobody"}),
+}
+"""Path -> what it takes, and a good body."""
+
+LIKELY: dict[str, tuple[Any, ...]] = {
+    "messages": (
+        [{"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}],
+        [{"role": ["user"], "content": "x"}],
+        [{"role": "user", "content": [{"type": "text", "text": 3}]}],
+        [{"role": "tool", "content": "x", "tool_call_id": 3}],
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 3000}}]}],
+        [{"role": "assistant", "tool_calls": {"a": 1}}, {"role": "user", "content": {"a": 1}}],
+        [{"role": "system", "content": "x" * 400}],
+        [{"role": "user", "content": "<|im_end|>"}] * 3,
+    ),
+    "prompt": ("", [], [[]], [""], ["a", "b"], [5], [[5], [6]], [5, "a"], [-1], [1 << 40], "a" * 2000, [True], "\0"),
+    "response_format": (
+        {"type": "json_object"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {"schema": {}}},
+        {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}, {"type": "json_object", "schema": []},
+        {"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "("}}},
+        {"type": "json_schema", "json_schema": {"schema": {"type": "array", "minItems": 1 << 40}}},
+    ),
+    "structured_outputs": (
+        {"regex": "("}, {"regex": "a{1,9999}"}, {"choice": ["a"]}, {"choice": [""]}, {"grammar": "start: start"},
+        {"json": "{"}, {"json": {"type": "x"}}, {"json_object": True, "whitespace_pattern": "("}, {"regex": "\0"},
+    ),
+    "tools": (
+        [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#/x"}}}],
+        [{"type": "function", "function": {"name": "f" * 200}}], [{}], [{"function": None}],
+        [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "nonsense"}}}],
+    ),
+    "tool_choice": ("required", "auto", {"type": "function", "function": {"name": "f"}}, {}, "none", "x"),
+    "merged_adapters": (
+        {"ids": ["one", "one"], "weights": [1, 2]}, {"ids": ["base"], "weights": [1]}, {"ids": [], "weights": []},
+        {"ids": ["one"], "weights": [1], "merge_strategy": "ties", "density": 0},
+    ),
+    "logit_bias": ({"5": 1}, {"-1": 1}, {"1e3": 1}, {"5": 1e300}, {"٣": 1}, {" 5 ": 1}, {"9" * 5000: 1}),
+    "stop": (["a"], [""], "", ["\ud83d"], ["a"] * 70, "a" * 2000, ["\0"]),
+    "model": ("base", "one", "nobody", "base:one", "org/x", "s3://b/x", [], ["base", "one"], "\0", "/", ".."),
+    "n": (2, 3, 128, 129), "best_of": (2, 500), "logprobs": (0, 5, True), "top_logprobs": (0, 20, 21), "echo": (True,),
+    "stream": (True,), "stream_options": ({"include_usage": True},), "background": (True,), "max_tokens": (0, 1, 300),
+    "metadata": ({"a": "b"}, {"a" * 100: "b"}, {"a": "b" * 600}), "stop_token_ids": ([5], [1 << 31], [5] * 2000),
+    "encoding_format": ("base64",), "dimensions": (1, 3), "lora_scale": (0.5, 0), "adapter_source": ("hub", "local"),
+}  # fmt: skip
+
+FIELDS = {path: sorted(body.model_fields) for path, (body, _) in BODIES.items()}
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[str, str, bytes | None, dict[str, str]]:
+    """A method, a path, a body and headers."""
+    how = draw(st.sampled_from(["field", "field", "field", "field", "json", "bytes", "damaged", "path"]))
+    headers = {"content-type": "application/json"}
+    if draw(st.integers(0, 9)) == 0:
+        headers[draw(st.sampled_from(HEADERS))] = draw(st.text('abz09-=;,/ \t"é', max_size=20)).strip()
+    if how == "path":
+        path = draw(st.sampled_from(PATHS)).replace("{}", draw(st.text("aZ0./%-_~:@!", max_size=20)))
+        return draw(st.sampled_from(["GET", "POST", "DELETE", "PUT", "HEAD", "OPTIONS"])), path, None, headers
+    path = draw(st.sampled_from(sorted(BODIES)))
+    good = json.loads(json.dumps(BODIES[path][1]))
+    if how == "json":
+        return "POST", path, odd.written(draw(odd.wild_values)), headers
+    if how == "bytes":
+        return "POST", path, draw(st.binary(max_size=40)), headers
+    for _ in range(draw(st.integers(1, 3))):
+        name = draw(st.sampled_from(FIELDS[path]))
+        into = good
+        if name == "parameters" and draw(st.booleans()):
+            into, name = good.setdefault("parameters", {}), draw(st.sampled_from(PARAMETERS))
+            if not isinstance(into, dict):
+                continue
+        likely = LIKELY.get(name, (None,))
+        into[name] = draw(st.one_of(st.sampled_from(likely), odd.wild_values))
+    raw = odd.written(good)
+    return "POST", path, draw(odd.damaged(st.just(raw))) if how == "damaged" else raw, headers
+
+
+PARAMETERS = sorted(Parameters.model_fields)
+HEADERS = (
+    "content-type",
+    "idempotency-key",
+    "x-request-id",
+    "prefer",
+    "authorization",
+    "x-api-key",
+    "accept",
+    "origin",
+)
+PATHS = (
+    "/v1/models", "/v1/models/{}", "/v1/jobs", "/v1/jobs?limit={}", "/v1/jobs?after={}", "/v1/jobs/{}", "/health",
+    "/v1/jobs/{}/cancel", "/v1/adapters?limit={}", "/v1/adapters/{}", "/v1/adapters/{}/pin", "/v1/adapters/{}/preload",
+    "/metrics", "/info", "/ping", "/openapi.json", "/{}", "/v1/{}", "/v1/adapters/{}/evict?wait_s={}",
+)  # fmt: skip
+
+MAY_FAIL = frozenset({"503"})
+"""Only a 503 says that the gateway, not the request, is at fault: nothing else above 499 is documented."""
+
+
+@contextmanager
+def _gateway() -> Iterator[Check]:
+    with services(max_queued=200) as running:
+        connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=PATIENCE_S)
+
+        def check(case: tuple[str, str, bytes | None, dict[str, str]]) -> str:
+            method, path, body, headers = case
+            try:
+                connection.request(method, path, body, {k: v.encode("latin-1") for k, v in headers.items()})  # type: ignore[dict-item]
+                answer = connection.getresponse()
+                raw = answer.read()
+            except (ValueError, UnicodeEncodeError):  # the client itself refuses to send it
+                connection.close()
+                return "not sent"
+            except (http.client.HTTPException, ConnectionError):
+                connection.close()
+                raise
+            status = answer.status
+            assert not (ended := running.ended()), ended
+            assert status < 500 or str(status) in MAY_FAIL, (status, raw)
+            if status < 400 or method == "HEAD":
+                return str(status)
+            return f"{status} {json_error(raw)}"
+
+        try:
+            yield check
+        finally:
+            connection.close()
+
+
+# ---------------------------------------------------------------- bytes
+
+LINES = (
+    b"content-length: 10", b"content-length: -1", b"content-length: 1e3", b"content-length: 99999999999999999999",
+    b"content-length: 2, 2", b"transfer-encoding: chunked", b"transfer-encoding: gzip, chunked", b"connection: close",
+    b"transfer-encoding: identity", b"expect: 100-continue", b"expect: 200-ok", b"upgrade: websocket",
+    b"connection: upgrade", b"host:", b"host: a:b:c", b"host: [", b" folded", b"no colon", b": no name", b"x: \0",
+    b"x: \xff\xfe", b"content-type: application/json", b"content-type:", b"content-encoding: gzip", b"te: trailers",
+    b"authorization: Bearer \xff", b"x-request-id: \x7f", b"idempotency-key: " + b"k" * 300, b"prefer: wait=999999999",
+    b"range: bytes=0-", b"cookie: " + b"a=b;" * 500, b"sec-websocket-version: 13", b"proxy-connection: x",
+    b"http2-settings: x",
+)  # fmt: skip
+FIRST_LINES = (
+    b"GET /health HTTP/1.1", b"GET /health HTTP/1.0", b"POST /v1/completions HTTP/1.1", b"GET / HTTP/2.0", b"GET /",
+    b"OPTIONS * HTTP/1.1", b"CONNECT a:1 HTTP/1.1", b"GET http://a/health HTTP/1.1", b"PRI * HTTP/2.0",
+    b"get / HTTP/1.1",
+    b"GET  /health  HTTP/1.1", b"GET /%ff%00 HTTP/1.1", b"GET /\xff HTTP/1.1",
+    b"GET /?" + b"a=b&" * 2000 + b" HTTP/1.1",
+    b"POST /v1/chat/completions?a=%zz HTTP/1.1", b"TRACE /health HTTP/1.1", b"\x16\x03\x01\x02\x00",
+    b"M-SEARCH * HTTP/1.1",
+    b"DELETE /v1/adapters/a HTTP/1.1", b"GET /v1/models/" + b"a" * 9000 + b" HTTP/1.1", b"", b"\r\n\r\n",
+)  # fmt: skip
+TAILS = (
+    b"", b'{"a": 1}', b"5\r\nhello\r\n0\r\n\r\n", b"ffffffffffffffff\r\n", b"-1\r\n\r\n", b"0\r\nx: y\r\n\r\n",
+    b"5;a=b\r\nhello\r\n",
+    b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n", b"0x5\r\nhello\r\n0\r\n\r\n", b"5\nhello\n0\n\n",
+)  # fmt: skip
+
+
+@st.composite
+def heads(draw: st.DrawFn) -> bytes:
+    """The bytes of a connection: odd lines, lengths that lie, chunks that do not end, damage."""
+    lines = [draw(st.sampled_from(FIRST_LINES)), b"host: 127.0.0.1"]
+    lines += draw(st.lists(st.sampled_from(LINES), max_size=4))
+    if draw(st.booleans()):
+        lines.append(draw(st.binary(max_size=20)))
+    raw = (
+        draw(st.sampled_from([b"\r\n", b"\r\n", b"\r\n", b"\n"])).join(lines)
+        + b"\r\n\r\n"
+        + draw(st.sampled_from(TAILS))
+    )
+    return draw(odd.damaged(st.just(raw))) if draw(st.booleans()) else raw
+
+
+@contextmanager
+def _server() -> Iterator[Check]:
+    with services() as running:
+
+        def check(raw: bytes) -> str:
+            with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE_S) as connection:
+                answer = b""
+                with suppress(ConnectionError, BrokenPipeError):
+                    connection.sendall(raw)
+                    connection.shutdown(socket.SHUT_WR)
+                    while piece := connection.recv(1 << 16):
+                        answer += piece
+            assert not (ended := running.ended()), ended
+            if not answer:
+                return "closed without an answer"
+            status = answer.split(b" ", 2)[1].decode("latin-1")
+            assert status < "500" or status in MAY_FAIL, answer
+            head, _, body = answer.partition(b"\r\n\r\n")
+            is_whole = b"transfer-encoding: chunked" not in head.lower() and b"HEAD " not in raw
+            if status >= "400" and is_whole and answer.count(b"HTTP/1.1 ") == 1:
+                return f"{status} {json_error(body)}"
+            return status
+
+        yield check
+
+
+TARGETS = (
+    Target("bodies and paths of every route", requests(), _gateway, cost=8.0),
+    Target("bytes at the HTTP server", heads(), _server, cost=8.0),
+)

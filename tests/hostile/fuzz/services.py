@@ -1,0 +1,167 @@
+"""All services of a fleet in a thread of this process, with a queue of their own.
+
+The worker's engine makes up its tokens; everything else is as in production. Cases reach it from outside, by HTTP or
+through the queue, and can end nothing here but what is to be found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import struct
+import tempfile
+import threading
+import traceback
+from collections.abc import Awaitable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import orjson
+import uvloop
+from adapter_files import write_adapter
+from scripted_fleet import MAX_MODEL_LEN, logprob_record, make_model_folder, running_gateway
+from tokenizers import Tokenizer
+from waiting import wait_until
+
+from adapter_store.service import serve as serve_store
+from benchmarks.common.fake_worker import FakeEngine, fake_served
+from gpu_worker.engine.request import TokenOutput
+from gpu_worker.service.service import Worker
+from lorafleet.launcher.embedded import start_embedded
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
+from scheduler.service import serve as serve_scheduler
+
+
+class _Engine(FakeEngine):
+    """Makes up logprobs as well, for those who want them."""
+
+    def _advance(self, running: Any) -> TokenOutput:
+        output, request = super()._advance(running), running.request
+        num_top = request.sampling.num_logprobs
+        output.logprobs = b"".join(logprob_record(id_, num_top) for id_ in output.ids)
+        if request.sampling.prompt_logprobs and not output.seq0:
+            records = b"".join(logprob_record(int(id_), num_top) for id_ in request.prompt)
+            output.prompt_logprobs = struct.pack("<f", math.nan) + records[4:]
+        return output
+
+
+class Services:
+    """The running services, and the queue between them."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, bus: Bus, tasks: dict[str, asyncio.Task[Any]]) -> None:
+        self._loop = loop
+        self.bus = bus
+        self.tasks = tasks
+        self.port = 0
+        self.gid = ""
+        self.worker: Worker | None = None
+
+    def do(self, work: Awaitable[Any]) -> Any:
+        """Do something in the services' thread; return what it returns."""
+
+        async def awaited() -> Any:
+            return await work
+
+        return asyncio.run_coroutine_threadsafe(awaited(), self._loop).result(timeout=60)
+
+    @property
+    def wid(self) -> str:
+        """The worker's id."""
+        assert self.worker is not None
+        return self.worker.wid
+
+    def ended(self) -> list[str]:
+        """Return the services that have ended, and by what."""
+        return [f"{name} ended: {_how(task)}" for name, task in self.tasks.items() if task.done()]
+
+
+def _how(task: asyncio.Task[Any]) -> str:
+    if task.cancelled() or (error := task.exception()) is None:
+        return "by itself"
+    return "".join(traceback.format_exception(error))[-2000:]
+
+
+@contextmanager
+def services(**settings: Any) -> Iterator[Services]:
+    """Start the services; they end with the block."""
+    with tempfile.TemporaryDirectory(prefix="lorafleet-fuzz-") as name:
+        folder = Path(name)
+        queue = start_embedded(folder / "queue", durable=False)
+        told: Future[tuple[Services, asyncio.Event]] = Future()
+        thread = threading.Thread(target=uvloop.run, args=(_serve(queue.url, folder, settings, told),))
+        thread.start()
+        try:
+            running, stop = told.result(timeout=60)
+            try:
+                yield running
+            finally:
+                running._loop.call_soon_threadsafe(stop.set)
+        finally:
+            thread.join(timeout=60)
+            queue.stop()
+
+
+async def _serve(
+    url: str, folder: Path, settings: dict[str, Any], told: Future[tuple[Services, asyncio.Event]]
+) -> None:
+    logging.disable(logging.ERROR)  # refused messages are logged by the thousand
+    stop, model, adapters = asyncio.Event(), make_model_folder(folder / "model"), folder / "adapters"
+    write_adapter(adapters / "one")
+    values = {"redis_url": url, "model": str(model), "data": folder / "data", "adapters": adapters, **settings}
+    mine = Settings(scan_interval_s=0.1, worker_name="w", **values)
+    bus, own = Bus(url), Bus(url)
+    vocab_size = Tokenizer.from_file(str(model / "tokenizer.json")).get_vocab_size()
+    engine = _Engine(step_s=0.001, vocab_size=vocab_size)
+    served = msgspec.structs.replace(fake_served("tiny", vocab_size), max_model_len=MAX_MODEL_LEN)
+    worker = Worker(own, engine, served, mine)
+    tasks = {
+        "scheduler": asyncio.create_task(serve_scheduler(mine, stop)),
+        "store": asyncio.create_task(serve_store(mine, stop)),
+        "worker": asyncio.create_task(worker.run(stop)),
+    }
+    try:
+        await wait_until(lambda: _is_up(bus, worker), "scheduler and worker are up")
+        more = {name: value for name, value in values.items() if name not in ("redis_url", "model")}
+        async with running_gateway(bus, model, **more) as gateway:
+            tasks["gateway"] = gateway.task
+            running = Services(asyncio.get_running_loop(), bus, tasks)
+            running.port, running.gid, running.worker = int(gateway.url.rpartition(":")[2]), gateway.gid, worker
+            told.set_result((running, stop))
+            await stop.wait()
+    except BaseException as error:
+        if not told.done():
+            told.set_exception(error)
+        raise
+    finally:
+        stop.set()
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+        engine.stop()
+        await own.close()
+        await bus.close()
+        logging.disable(logging.NOTSET)
+
+
+async def _is_up(bus: Bus, worker: Worker) -> bool:
+    if not worker.wid or not await bus.has_leader():
+        return False
+    return worker.wid in await bus.members.ids(bus.keys.workers)
+
+
+def json_error(raw: bytes) -> str:
+    """Return the kind of an error of either API. Raises AssertionError for one that is not in its shape."""
+    body = orjson.loads(raw)
+    error = body["error"]
+    if isinstance(error, dict):
+        assert {"message", "type", "param", "code"} == set(error), body
+        message, kind = error["message"], error["code"] or error["type"]
+    else:
+        message, kind = error, body["error_type"]
+    assert isinstance(message, str), body
+    assert message, body
+    assert len(message) < 20_000, f"a message of {len(message)} characters"
+    return str(kind)

@@ -1,0 +1,193 @@
+"""An honest tenant: streams completions one after another, polls /health, and tells what it saw.
+
+`python -m hostile.victim PORT KEY` writes, for each line that it reads, a `Seen` as a line of JSON: what it saw since
+the last one. A process of its own, so that whatever else the attackers' process does delays none of its clocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import orjson
+
+PROMPT = "Once upon a time"
+NUM_TOKENS = 60
+POLL_S = 0.1
+PATIENCE_S = 30.0
+"""Silence after which an answer counts as missing."""
+
+BODY = {
+    "model": "base", "prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True
+}  # fmt: skip
+
+
+class Seen(msgspec.Struct):
+    """What a victim saw for a while."""
+
+    seconds: float = 0.0
+    gaps_s: list[float] = []  # between pieces of text, and from a request to its first
+    num_pieces: int = 0
+    num_answers: int = 0
+    num_healthy: int = 0  # answers of /health
+    health_s: list[float] = []  # what each took
+    errors: list[str] = []
+
+    def gap_s(self, q: float) -> float:
+        """Return the q-quantile of the gaps, never one below it."""
+        return _quantile(self.gaps_s, q)
+
+    def answer_s(self, q: float) -> float:
+        """Return the q-quantile of what /health took."""
+        return _quantile(self.health_s, q)
+
+    @property
+    def rate(self) -> float:
+        """Pieces of text a second."""
+        return self.num_pieces / self.seconds
+
+
+def _quantile(values: Sequence[float], q: float) -> float:
+    ordered = sorted(values) or [math.inf]
+    return ordered[min(len(ordered) - 1, math.ceil(q * len(ordered)) - 1)]
+
+
+class Victim:
+    """The victim's process, as a test holds it."""
+
+    def __init__(self, port: int, key: str) -> None:
+        command = [sys.executable, "-m", "hostile.victim", str(port), key]
+        folder = Path(__file__).parents[1]
+        self._process = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    async def seen(self) -> Seen:
+        """Return what it saw since the last call."""
+        return await asyncio.to_thread(self._ask)
+
+    def _ask(self) -> Seen:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
+        return msgspec.json.decode(self._process.stdout.readline(), type=Seen)
+
+    def end(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+
+class _Watch:
+    """The streams and polls of the victim's own process."""
+
+    def __init__(self, port: int, key: str) -> None:
+        self._port = port
+        self._key = key
+        self._seen = Seen()
+        self._began_s = self._last_s = time.monotonic()
+        self._right = ""  # the text of the first answer, and so of all
+
+    def take(self) -> Seen:
+        """Return what was seen since the last call."""
+        now_s = time.monotonic()
+        seen, self._seen = self._seen, Seen()
+        seen.seconds, self._began_s = now_s - self._began_s, now_s
+        return seen
+
+    async def stream(self) -> None:
+        """Ask again and again."""
+        while True:
+            try:
+                text = await self._answer()
+            except (OSError, TimeoutError, ValueError, EOFError) as error:
+                self._seen.errors.append(f"stream: {error!r}")
+                await asyncio.sleep(POLL_S)
+                continue
+            self._seen.num_answers += 1
+            self._right = self._right or text
+            if text != self._right:
+                self._seen.errors.append(f"the answer was {text!r} instead of {self._right!r}")
+
+    async def poll(self) -> None:
+        """Ask for /health again and again."""
+        while True:
+            began_s = time.monotonic()
+            try:
+                async with asyncio.timeout(PATIENCE_S):
+                    reader, writer = await self._send("GET", "/health", b"")
+                    status = (await reader.readline()).split(b" ")[1:2]
+                    writer.close()
+                if status != [b"200"]:
+                    self._seen.errors.append(f"/health: {status}")
+                self._seen.num_healthy += 1
+            except (OSError, TimeoutError) as error:
+                self._seen.errors.append(f"/health: {error!r}")
+            self._seen.health_s.append(time.monotonic() - began_s)
+            await asyncio.sleep(POLL_S)
+
+    async def _answer(self) -> str:
+        """Return the text of a streamed answer. Raises ValueError for anything but a whole one."""
+        self._last_s = time.monotonic()
+        async with asyncio.timeout(PATIENCE_S):
+            reader, writer = await self._send("POST", "/v1/completions", orjson.dumps(BODY))
+        text, finish = "", None
+        try:
+            while True:
+                async with asyncio.timeout(PATIENCE_S):
+                    line = await reader.readline()
+                if not line:
+                    raise EOFError("the stream was cut off")
+                if line.startswith(b"HTTP/1.1 ") and b" 200 " not in line:
+                    raise ValueError(f"{line!r} {(await reader.read(2000))[-300:]!r}")
+                if not line.startswith(b"data: "):
+                    continue
+                if line == b"data: [DONE]\n":
+                    if finish != "length":
+                        raise ValueError(f"it ends by {finish}")
+                    return text
+                event = orjson.loads(line.removeprefix(b"data: "))
+                if "error" in event:
+                    raise ValueError(str(event["error"]))
+                choice = event["choices"][0]
+                text, finish = text + choice["text"], choice["finish_reason"] or finish
+                self._note_piece()
+        finally:
+            writer.close()
+
+    def _note_piece(self) -> None:
+        now_s = time.monotonic()
+        self._seen.gaps_s.append(now_s - self._last_s)
+        self._seen.num_pieces += 1
+        self._last_s = now_s
+
+    async def _send(self, method: str, path: str, body: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        lines = [f"{method} {path} HTTP/1.1", f"host: 127.0.0.1:{self._port}", f"authorization: Bearer {self._key}"]
+        lines += ["content-type: application/json", f"content-length: {len(body)}", "connection: close", "", ""]
+        writer.write("\r\n".join(lines).encode() + body)
+        return reader, writer
+
+
+async def _main(words: Sequence[str]) -> None:
+    watch = _Watch(int(words[0]), words[1])
+    lines = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(loop) for loop in (watch.stream(), watch.poll())]
+        while await lines.readline():
+            sys.stdout.buffer.write(orjson.dumps(msgspec.to_builtins(watch.take())) + b"\n")
+            sys.stdout.buffer.flush()
+        for task in tasks:
+            task.cancel()
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        asyncio.run(_main(sys.argv[1:]))
