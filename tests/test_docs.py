@@ -14,6 +14,7 @@ FOLDERS = (
     "lorafleet", "peft_adapters", "protocol", "scheduler", "tests",
 )  # fmt: skip
 _PATH = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+?)(?:::\w+)?`")
+_TEST = re.compile(r"`(tests/[\w./-]+\.py)::(\w+)`")
 _LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)(?:#([^)\s]+))?\)")
 
 
@@ -22,6 +23,13 @@ def test_named_files_exist(page: Path) -> None:
     text = page.read_text()
     gone = [path for path in _PATH.findall(text) if not (ROOT / path).exists()]
     gone += [target for target, _ in _LINK.findall(text) if not (page.parent / target).exists()]
+    assert gone == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_tests_exist(page: Path) -> None:
+    named = {(path, name) for path, name in _TEST.findall(page.read_text()) if (ROOT / path).exists()}
+    gone = [name for path, name in named if not re.search(rf"\b(def|class) {name}\b", (ROOT / path).read_text())]
     assert gone == []
 
 
