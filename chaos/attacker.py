@@ -162,6 +162,7 @@ class Attack:
     name: str
     once: Round
     may_be_told: frozenset[str] = frozenset()  # besides `REFUSALS`
+    keyless: bool = False  # somebody without a key can do as much harm by it
 
     async def run(self, attacker: Attacker, seconds: float) -> int:
         """Repeat rounds for so long, at least one of them; return their number."""

@@ -149,14 +149,14 @@ async def _broken_heads(attacker: Attacker) -> None:
 
 
 WIRE_ATTACKS = (
-    Attack("10 × one header of 60 MB", _huge_header, frozenset({CLOSED})),
-    Attack("100,000 headers", _many_headers, frozenset({CLOSED})),
-    Attack("a path of 2 MB", _long_path, frozenset({CLOSED})),
-    Attack("200 half-sent heads", _half_heads, frozenset({HELD, CLOSED})),
+    Attack("10 × one header of 60 MB", _huge_header, frozenset({CLOSED}), keyless=True),
+    Attack("100,000 headers", _many_headers, frozenset({CLOSED}), keyless=True),
+    Attack("a path of 2 MB", _long_path, frozenset({CLOSED}), keyless=True),
+    Attack("200 half-sent heads", _half_heads, frozenset({HELD, CLOSED}), keyless=True),
     Attack("100 slow bodies", _slow_bodies, frozenset({HELD, CLOSED})),
     Attack("16 streams that nobody reads", _slow_readers, frozenset({"200", CLOSED})),
-    Attack("500 idle connections", _connections, frozenset({HELD, CLOSED})),
-    Attack("2,000 pipelined requests", _pipelining, frozenset({"200", CLOSED})),
+    Attack("500 idle connections", _connections, frozenset({HELD, CLOSED}), keyless=True),
+    Attack("2,000 pipelined requests", _pipelining, frozenset({"200", CLOSED}), keyless=True),
     Attack("100,000 chunks of a byte", _small_chunks, frozenset({CLOSED})),
-    Attack("heads that are no HTTP", _broken_heads, frozenset({"200", "405", "505", CLOSED})),
+    Attack("heads that are no HTTP", _broken_heads, frozenset({"200", "405", "505", CLOSED}), keyless=True),
 )

@@ -187,10 +187,9 @@ def attacks_of(commit: str, read_configs: Round) -> list[tuple[Attack, str]]:
     """Return every attack, with the name of the key that it is made with; `commit`: of the private adapter."""
     adapters = [*map(asking, hostile_adapters.TOKENIZERS), *ADAPTER_ATTACKS]
     configs = Attack("configs of 1.5 GB and of 20,000 modules", read_configs)
-    keyed = {attack: "attacker" if "streams" in attack.name else "" for attack in WIRE_ATTACKS}
     return [
         *((attack, "attacker") for attack in (*BODY_ATTACKS, *adapters, configs)),
-        *keyed.items(),
+        *((attack, "" if attack.keyless else "attacker") for attack in WIRE_ATTACKS),
         (stealing(commit), "thief"),
         (peeping(["two", HIDDEN]), "peeper"),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator
@@ -22,10 +23,16 @@ from gateway.text.sandbox_child import Check as GrammarJob
 from gateway.text.sandbox_child import Render
 from gateway.text.structured import constraint_of
 from protocol.runtime.settings import Settings
-from protocol.wire.errors import BadRequest
+from protocol.wire.errors import BadRequest, Overloaded, Unavailable
 
 LIMIT_S = 0.5
 """CPU seconds of a job: enough for every honest one, and an endless one costs no more."""
+
+REFUSALS = (BadRequest, Overloaded, Unavailable)
+"""The job's own fault, a tenant's limit, and a machine too busy to give the job its time."""
+
+TENANTS = itertools.count()
+"""Each case is another tenant's: what one has cost so far would refuse its next ones."""
 
 # ---------------------------------------------------------------- templates
 
@@ -89,8 +96,8 @@ def _templates() -> Iterator[Check]:
             source, messages, variables = case
             try:
                 job = Render(source, {"eos_token": "<end>"}, normalize_messages(messages), True, variables)
-                text = runner.run(pool.do(job, tenant="t", limit_s=LIMIT_S))
-            except BadRequest as refusal:
+                text = runner.run(pool.do(job, tenant=f"t{next(TENANTS)}", limit_s=LIMIT_S))
+            except REFUSALS as refusal:
                 return odd.kind_of(refusal)
             return f"refused: {' '.join(text.refusal.split()[:6])}" if text.refusal else "rendered"
 
@@ -171,8 +178,10 @@ def _grammars() -> Iterator[Check]:
                     constraint = constraint_of(*case, settings)
                     if constraint is None:
                         return "none"
-                    answer = runner.run(pool.do(GrammarJob(grammar_text(constraint)), tenant="t", limit_s=LIMIT_S))
-                except BadRequest as refusal:
+                    answer = runner.run(
+                        pool.do(GrammarJob(grammar_text(constraint)), tenant=f"t{next(TENANTS)}", limit_s=LIMIT_S)
+                    )
+                except REFUSALS as refusal:
                     return odd.kind_of(refusal)
                 return f"refused: {' '.join(answer.refusal.split()[:5])}" if answer.refusal else "compiled"
 
