@@ -100,9 +100,10 @@ def make_encoder_adapter(folder: Path, base: PreTrainedModel, *, rank: int = 4, 
     """Write a PEFT LoRA adapter for an encoder to `folder`, with its own head if the encoder has one; return it."""
     kind = "TOKEN_CLS" if isinstance(base, BertForTokenClassification) else "FEATURE_EXTRACTION"
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"], task_type=kind)
-    model: Any = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)  # PEFT draws the A matrices
+        model: Any = get_peft_model(base, config)
         for name, parameter in model.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)

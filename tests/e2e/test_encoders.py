@@ -63,7 +63,7 @@ async def ask(fleet: RunningFleet, model: str) -> np.ndarray:
 async def test_embeddings_are_transformers_and_peft_s_while_a_worker_dies(
     fleet: RunningFleet, embedder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    assert "/v1/embeddings" in fleet.output  # how to ask is shown
+    await wait_until(lambda: "/v1/embeddings" in fleet.output, "how to ask is shown")
     adapter = fleet.output_file.parent / "adapters" / "legal"
     expected = {"tiny": embeddings_of(embedder), "legal": embeddings_of(embedder, adapter)}
     assert np.abs(expected["legal"] - expected["tiny"]).max() > 0.01

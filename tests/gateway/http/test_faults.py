@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from gateway.http.app import Envelope
 from gateway.http.keep_alive import KeepAliveResponse
-from gateway.text.tokenizer import ModelFiles
+from gateway.text.tokenizer import BaseEncoder
 from protocol.runtime.settings import Settings
 
 
@@ -71,12 +71,12 @@ async def test_a_panic_after_the_headers_is_an_event() -> None:
 async def test_a_gateway_outlives_a_panic_of_its_tokenizer(
     gateway: RunningGateway, fleet: ScriptedFleet, http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def panic(*_: Any) -> Any:
+    def panic(*_: Any, **__: Any) -> Any:
         raise Panic("Rust")
 
     body, native = {"model": "base", "prompt": "hi"}, {"inputs": "hi"}
     with monkeypatch.context() as patch:
-        patch.setattr(ModelFiles, "encode", panic)
+        patch.setattr(BaseEncoder, "ids", panic)
         for stream in (True, False):
             answer = await http.post("/v1/completions", json={**body, "stream": stream})
             assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
