@@ -31,7 +31,7 @@ from peft_adapters.format import (
     parse_config,
     parse_header,
 )
-from peft_adapters.texts import TEXT_FILES, TEXTS_FIELD, TEXTS_FILE, join_texts, split_texts
+from peft_adapters.texts.files import TEXT_FILES, TEXTS_FIELD, TEXTS_FILE, join_texts, split_texts
 from protocol.wire.errors import AdapterRefused, Unavailable
 
 logger = logging.getLogger(__name__)

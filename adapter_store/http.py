@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adapter_store.sources import FILES
-from peft_adapters.texts import TEXTS_FILE
+from peft_adapters.texts.files import TEXTS_FILE
 from protocol.wire.errors import Conflict, LorafleetError
 
 logger = logging.getLogger(__name__)

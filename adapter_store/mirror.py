@@ -26,7 +26,7 @@ from peft_adapters.format import (
     parse_header,
     read_adapter,
 )
-from peft_adapters.texts import max_bytes
+from peft_adapters.texts.files import max_bytes
 from protocol.queue.bus import now_ms
 from protocol.runtime.metrics import STORE_FETCH_SECONDS, STORE_FETCHES
 from protocol.wire.errors import AdapterRefused, Unavailable

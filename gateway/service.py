@@ -36,7 +36,7 @@ from gateway.text.grammar_check import GrammarCheck
 from gateway.text.own_files import OwnFiles
 from gateway.text.sandbox import SandboxPool
 from gateway.text.tokenizer import load_model_files
-from peft_adapters.texts import TOKENIZER
+from peft_adapters.texts.files import TOKENIZER
 from protocol.queue.bus import Bus
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder

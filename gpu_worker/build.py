@@ -31,8 +31,8 @@ from gpu_worker.model.prepare import load_model
 from gpu_worker.service.engine_thread import EngineThread
 from lora_kernels import ops
 from peft_adapters.recipe import merge_of
-from peft_adapters.texts import TOKENIZER
-from peft_adapters.tokenizer_json import key_of
+from peft_adapters.texts.files import TOKENIZER
+from peft_adapters.texts.tokenizer_json import key_of
 from protocol.queue.bus import now_ms
 from protocol.runtime.model_files import WEIGHT_FILES, model_folder, served_name
 from protocol.runtime.settings import BLOCK_TOKENS, Settings

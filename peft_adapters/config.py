@@ -23,7 +23,7 @@ from peft_adapters.config_fields import (
 from peft_adapters.json_values import is_list, load_json_object
 from peft_adapters.reasons import Reasons, show
 from peft_adapters.targets import PatternMap, SavedModules, Targets
-from peft_adapters.texts import TEXTS_FIELD
+from peft_adapters.texts.files import TEXTS_FIELD
 from protocol.wire.errors import AdapterRefused
 
 CONFIG_FILE = "adapter_config.json"

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from waiting import wait_until
 
 from gateway.service import GatewayTimings, serve
-from peft_adapters.tokenizer_json import token_table
+from peft_adapters.texts.tokenizer_json import token_table
 from protocol.queue.bus import Bus, Step, StepRow, decode, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m

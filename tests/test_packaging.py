@@ -138,7 +138,7 @@ def test_the_gateway_reads_no_adapter_files() -> None:
     """The gateway knows how a merge of adapters is named, and which texts an adapter may bring, nothing else."""
     for path in sources("gateway"):
         found = {name for name in dotted_imports(path) if name.startswith("peft_adapters.")}
-        known = ("peft_adapters.recipe", "peft_adapters.texts", "peft_adapters.tokenizer_json")
+        known = ("peft_adapters.recipe", "peft_adapters.texts.files", "peft_adapters.texts.tokenizer_json")
         assert all(name.startswith(known) for name in found), path
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
-from peft_adapters.texts import TEXT_FILES
+from peft_adapters.texts.files import TEXT_FILES
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
 """The files that every adapter has. Weights in a pickle (`.bin`) are refused."""

@@ -16,7 +16,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gateway.http import json_values
-from peft_adapters.texts import TEXT_FILES, special_tokens, template_of
+from peft_adapters.texts.files import TEXT_FILES, special_tokens, template_of
 from protocol.wire.errors import BadRequest
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})

@@ -14,7 +14,7 @@ import msgspec
 from gateway.text.sandbox import SandboxedTemplate, SandboxPool
 from gateway.text.sandbox_child import ReadTokenizer
 from gateway.text.tokenizer import TOKENIZER_S, BaseEncoder, Encoder, ModelFiles, OwnEncoder
-from peft_adapters.texts import (
+from peft_adapters.texts.files import (
     TEXTS_FIELD,
     TEXTS_FILE,
     TOKENIZER,

@@ -25,8 +25,8 @@ from tokenizers import Tokenizer
 
 from gateway.text.chat import ChatTemplate
 from gateway.text.lockdown import lock_down
-from peft_adapters.texts import MAX_TOKENIZER_BYTES, TOKENIZER
-from peft_adapters.tokenizer_json import OwnTokenizer
+from peft_adapters.texts.files import MAX_TOKENIZER_BYTES, TOKENIZER
+from peft_adapters.texts.tokenizer_json import OwnTokenizer
 from protocol.wire.errors import AdapterRefused, BadRequest
 from protocol.wire.grammar_limits import GRAMMAR_LIMITS
 

@@ -16,8 +16,8 @@ from gateway.text.chat import ChatTemplate, normalize_messages
 from gateway.text.sandbox import SandboxedTemplate, SandboxPool
 from gateway.text.sandbox_child import Encode, Encoded
 from gateway.tools.prompt import explain_tools, knows_tools
-from peft_adapters.texts import TEXT_FILES, TOKENIZER
-from peft_adapters.tokenizer_json import token_table
+from peft_adapters.texts.files import TEXT_FILES, TOKENIZER
+from peft_adapters.texts.tokenizer_json import token_table
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder, served_name
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import AdapterRefused, BadRequest

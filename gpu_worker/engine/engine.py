@@ -25,7 +25,7 @@ from gpu_worker.engine.sampling import Sampled, sample
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.step_model import MIN_STEPS, StepWork
 from gpu_worker.model.model import BaseModel
-from peft_adapters.tokenizer_json import token_table
+from peft_adapters.texts.tokenizer_json import token_table
 from protocol.wire.errors import LorafleetError
 
 MASK_WAIT_S = 0.01

@@ -20,7 +20,7 @@ from adapter_store.shared_bucket import SharedBucket
 from adapter_store.sources.hub import HubSource
 from adapter_store.sources.s3 import S3Source
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
-from peft_adapters.texts import (
+from peft_adapters.texts.files import (
     MAX_CONFIG_BYTES,
     MAX_TEMPLATE_BYTES,
     MAX_TOKENIZER_BYTES,

@@ -16,8 +16,8 @@ import msgspec
 
 from gpu_worker.host_memory import MemoryBudget
 from peft_adapters.format import MAX_HEADER_BYTES, adapter_digest, parse_header
-from peft_adapters.texts import TEXTS_FIELD, TEXTS_FILE, TOKENIZER, split_texts
-from peft_adapters.tokenizer_json import OwnTokenizer, key_of
+from peft_adapters.texts.files import TEXTS_FIELD, TEXTS_FILE, TOKENIZER, split_texts
+from peft_adapters.texts.tokenizer_json import OwnTokenizer, key_of
 from protocol.wire.errors import AdapterRefused, Internal, NotFound, Unavailable
 from protocol.wire.tokens import TokenTable
 

@@ -14,7 +14,7 @@ from scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, Scr
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gateway.text.structured import JSON_STYLE
-from peft_adapters.tokenizer_json import token_table
+from peft_adapters.texts.tokenizer_json import token_table
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 

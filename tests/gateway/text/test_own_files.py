@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer
 from waiting import wait_until
 
 from adapter_store.http import BlobServer
-from peft_adapters.texts import TEXTS_FIELD, TEXTS_FILE
+from peft_adapters.texts.files import TEXTS_FIELD, TEXTS_FILE
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from gateway.text.sandbox import SandboxPool
 from gateway.text.sandbox_child import Encode, ReadTokenizer
 from gateway.text.tokenizer import OwnEncoder
-from peft_adapters.tokenizer_json import key_of, token_table
+from peft_adapters.texts.tokenizer_json import key_of, token_table
 from protocol.wire.errors import BadRequest
 from protocol.wire.tokens import TokenTable
 

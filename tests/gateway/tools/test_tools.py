@@ -34,7 +34,7 @@ from gateway.tools.styles import (
     style_of,
 )
 from gateway.tools.xml_calls import raw_parameters
-from peft_adapters.texts import MAX_TEMPLATE_BYTES
+from peft_adapters.texts.files import MAX_TEMPLATE_BYTES
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest

@@ -24,7 +24,7 @@ from gpu_worker.build import load_engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.engine.sequence import Sequence
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
-from peft_adapters.tokenizer_json import OwnTokenizer
+from peft_adapters.texts.tokenizer_json import OwnTokenizer
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import AdapterRefused, BadRequest, Internal, LorafleetError, NotFound

@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 from tokenizer_files import added, families, tokenizer_file
 
 from gpu_worker.engine.grammars import MAX_VOCABULARIES, Grammars, Matcher
-from peft_adapters.tokenizer_json import OwnTokenizer
+from peft_adapters.texts.tokenizer_json import OwnTokenizer
 from protocol.wire.errors import BadRequest
 from protocol.wire.tokens import TokenTable
 

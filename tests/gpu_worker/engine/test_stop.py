@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.stop import StopRules
-from peft_adapters.tokenizer_json import OwnTokenizer, token_table
+from peft_adapters.texts.tokenizer_json import OwnTokenizer, token_table
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Sampling
 from protocol.wire.text import OutputText, StopRule

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from peft_adapters import config as config_module
 from peft_adapters.format import adapter_digest, canonical_config, parse_config, parse_header, read_adapter
-from peft_adapters.texts import TEXT_FILES, join_texts, special_tokens, split_texts, template_of
+from peft_adapters.texts.files import TEXT_FILES, join_texts, special_tokens, split_texts, template_of
 from protocol.wire.errors import AdapterRefused
 
 WEIGHTS = safetensors(lora_tensors())

@@ -9,8 +9,8 @@ from hostile.fuzz.engine import Target, pure
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 
-from peft_adapters.tokenizer_components import MAX_GROWTH
-from peft_adapters.tokenizer_json import OwnTokenizer, token_table
+from peft_adapters.texts.tokenizer_components import MAX_GROWTH
+from peft_adapters.texts.tokenizer_json import OwnTokenizer, token_table
 from protocol.wire.errors import AdapterRefused
 
 TEXT = "Hello a b  aaaa 漢😀 <s> don't\n" * 20

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from peft_adapters.tokenizer_json import token_table
+from peft_adapters.texts.tokenizer_json import token_table
 from protocol.wire.text import OutputText, StopMatcher, StopRule, overlap
 from protocol.wire.tokens import Detokenizer
 

@@ -20,8 +20,8 @@ from tokenizer_files import tokenizer_file
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.adapters.loader.fetch import FetchedAdapter, StoreClient, digest_of
 from gpu_worker.adapters.packing.rows import RowPacker, Rows, RowSite
-from peft_adapters.texts import TEXTS_FIELD, TEXTS_FILE, TOKENIZER
-from peft_adapters.tokenizer_json import OwnTokenizer
+from peft_adapters.texts.files import TEXTS_FIELD, TEXTS_FILE, TOKENIZER
+from peft_adapters.texts.tokenizer_json import OwnTokenizer
 from protocol.wire.errors import AdapterRefused, NotFound
 from protocol.wire.messages import ServedModel, SiteShape
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from peft_adapters.json_values import is_list, is_object
-from peft_adapters.tokenizer_json import OwnTokenizer
+from peft_adapters.texts.tokenizer_json import OwnTokenizer
 from protocol.wire.errors import AdapterRefused
 
 TEXTS_FILE = "texts.json"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_adapters.json_values import is_list, is_object
-from peft_adapters.regexes import regex_cost
+from peft_adapters.texts.regexes import regex_cost
 from protocol.wire.errors import AdapterRefused
 
 MAX_COMPONENTS = 16

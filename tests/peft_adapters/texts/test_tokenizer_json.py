@@ -14,8 +14,8 @@ from tokenizer_files import LLAMA_3, added, families, model, tokenizer_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from peft_adapters.regexes import regex_cost
-from peft_adapters.tokenizer_json import MAX_COMMAS, OwnTokenizer, token_table
+from peft_adapters.texts.regexes import regex_cost
+from peft_adapters.texts.tokenizer_json import MAX_COMMAS, OwnTokenizer, token_table
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.tokens import Detokenizer, TokenTable
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from peft_adapters.tokenizer_components import (
+from peft_adapters.texts.tokenizer_components import (
     DECODERS,
     NORMALIZERS,
     POST_PROCESSORS,

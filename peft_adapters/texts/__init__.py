@@ -1,0 +1,1 @@
+"""The texts that adapters bring: which files, which tokenizers, and what each of these may cost."""
