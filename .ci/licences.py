@@ -13,7 +13,7 @@ from pathlib import Path
 PAGE = Path("docs/licences.md")
 LOCKS = {"gateway, scheduler, store": "requirements-control.lock", "worker": "requirements-worker.lock",
          "development": "requirements-dev.lock"}  # fmt: skip
-"""Who needs a package first -> the lock that names it."""
+"""The part of the project that first needs a package -> the lock that names the package."""
 
 PERMISSIVE = (
     "MIT", "MIT-0", "MIT-CMU", "Apache-2.0", "BSD", "BSD-2-Clause", "BSD-3-Clause", "ISC", "PSF-2.0", "Unlicense",

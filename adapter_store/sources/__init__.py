@@ -55,7 +55,7 @@ class Access:
 
     @property
     def reader(self) -> Reader:
-        """Whose rights these are."""
+        """The kind of rights: of a caller's token, of the fleet's own credentials, or of anyone."""
         return "token" if self.token else "fleet" if self.as_fleet else "anyone"
 
 

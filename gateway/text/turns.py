@@ -1,4 +1,4 @@
-"""Whose job a pool of processes does next, and how many may wait. Pure: times are given.
+"""The order in which a pool of processes does jobs, and how many may wait. Pure: times are given.
 
 Tenants take turns, those first whose jobs have cost little of late. No tenant has all the processes, so that another
 one's first job finds one. What waits is bounded in number and bytes, of each tenant and of all; what jobs cost is
@@ -53,7 +53,7 @@ class _Tenant(Generic[T]):
 
 
 class Turns(Generic[T]):
-    """Who waits for one of `num_processes`."""
+    """The jobs that wait for one of `num_processes`."""
 
     def __init__(self, num_processes: int) -> None:
         self._most_running = max(1, num_processes - 1)

@@ -27,7 +27,7 @@ TEXT_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", TEM
 MAX_TOKENIZER_BYTES = 64 << 20
 MAX_TEMPLATE_BYTES = 128 << 10
 MAX_CONFIG_BYTES = 4 << 20
-"""Of the other files. One that repeats all the added tokens of a large vocabulary has 1.2 MB."""
+"""Largest size of any other text file. One that repeats all the added tokens of a large vocabulary has 1.2 MB."""
 
 _MAX_BYTES = {TOKENIZER: MAX_TOKENIZER_BYTES, TEMPLATE: MAX_TEMPLATE_BYTES}
 

@@ -36,7 +36,7 @@ class FleetSecret:
         self.bearer = self._key("store http").hex()[:64]
         """The token that a client of a store sends as `Authorization: Bearer`."""
         self.bodies_key = self._key("bodies")
-        """Of `sealing.Seal`, which derives others from it."""
+        """The key that `sealing.Seal` derives the keys of bodies from."""
 
     @classmethod
     def of(cls, settings: Settings) -> FleetSecret | None:

@@ -7,7 +7,7 @@ from hostile.fuzz.engine import Target, run
 from hostile.fuzz.targets import TARGETS, shares
 
 NUM_CASES = 2400
-"""Of all targets together."""
+"""Cases of all targets together."""
 
 SEED = 1
 NUMS = shares([target.name for target in TARGETS], NUM_CASES)

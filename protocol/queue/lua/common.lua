@@ -132,7 +132,7 @@ local function write_end(rid, state, finish, error, now, is_dead)
   local f = redis.call('HMGET', key, 'stored', 'quota', 'max_new', 'n_prompt', 't_assign', 'call')
   redis.call('HSET', key, 'state', state, 'finish', finish, 'error', error, 'owner', '', 't_end', now)
   if f[2] then settle(rid, f[2], f[3], f[4], f[5]) end
-  -- Of what is not stored nobody reads but the gateway that waits for it, and it does so at once. An encoder's result
+  -- A request that is not stored is read only by the gateway that waits for it, at once. An encoder's result
   -- (max_new is 0) is large.
   local ttl = is_dead and 604800 or f[1] == '1' and 86400 or f[3] == '0' and 60 or 120
   for _, kind in ipairs(request_kinds) do

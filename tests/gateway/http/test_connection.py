@@ -251,7 +251,7 @@ def test_a_connection_without_a_request_is_closed() -> None:
 
 
 def test_a_slow_body_that_waits_for_the_gateway_is_given_time() -> None:
-    """Who is not read cannot send."""
+    """A client whose bytes are not read can send no more."""
 
     async def test(run: Running) -> None:
         _, writer = await run.connect()

@@ -39,7 +39,7 @@ def test_one_tenant_never_has_all_the_threads() -> None:
 
 
 def test_a_merge_that_nobody_waits_for_is_given_up() -> None:
-    """Those that have not begun never do; one that is wanted again after all begins again, and is no failure."""
+    """Merges that have not begun never do; one that is wanted again begins again, and counts as no failure."""
     cold = loading()
     cold.settle(*MERGES, until=lambda: len(cold.merging) == NUM_MERGERS)
     cold.settle("a", until=lambda: cold.cache.is_resident("a") and not cold.cache.loading)

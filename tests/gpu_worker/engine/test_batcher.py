@@ -125,7 +125,7 @@ class BatcherMachine(RuleBasedStateMachine):
                     self.batcher.remove(seq)
 
     def check_turns(self, plan: StepPlan, decodes: list[Sequence]) -> None:
-        """Who decodes is in every step, who yields where there is time, and where not, everybody in turn."""
+        """Decodes that do not yield are in every step; those that yield are where there is time, else in turn."""
         others = [seq for seq in decodes if not seq.yields]
         yielding = [seq for seq in decodes if seq.yields]
         assert list(plan.num_new)[: len(others)] == others, "everybody who does not yield is in every step"
