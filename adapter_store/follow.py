@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from adapter_store.catalogue import Catalogue
 from adapter_store.mirror import Mirror
 from adapter_store.sources import Changed
-from adapter_store.sources.local import NAME, LocalSource
+from adapter_store.sources.local import LocalSource
 from adapter_store.watch import Watch
 from protocol.queue.bus import QueueError
+from protocol.wire.adapter_refs import FOLDER
 from protocol.wire.errors import ClientError, LorafleetError
 from protocol.wire.messages import Alias, ServedModel
 
@@ -72,7 +73,7 @@ class Follower:
             [
                 Alias(name=name, state="downloading", source=f"local:{name}")
                 for name in changes.appeared
-                if NAME.fullmatch(name)
+                if FOLDER.fullmatch(name)
             ]
         )
         for name in changes.removed:
@@ -80,7 +81,7 @@ class Follower:
             logger.info("adapter %s is gone", name)
             await self._catalogue.remove(name)
         for name in changes.settled:
-            if NAME.fullmatch(name) is None:
+            if FOLDER.fullmatch(name) is None:
                 logger.warning("the folder %.200r is not served: its name is not valid for an adapter", name)
             elif name in self._busy:
                 self._watch.recheck(name)  # once the work in progress has ended

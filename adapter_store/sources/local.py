@@ -1,4 +1,4 @@
-"""Adapters in folders under one root: `NAME` or `ORG/NAME` with an adapter_config.json.
+"""Adapters in folders under one root: `NAME` or `ORG/NAME` with an adapter_config.json; deeper ones, if registered.
 
 Nothing outside the root is read, not even through a symbolic link.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from pathlib import Path
 
 from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, RemoteFile, Version
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.wire.adapter_refs import NESTED_FOLDER
 from protocol.wire.errors import AdapterRefused, NotFound
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 CHUNK_BYTES = 8 << 20
 
@@ -120,7 +119,7 @@ class LocalSource:
         return await asyncio.to_thread(self._resolve, target)
 
     def _resolve(self, name: str) -> Version:
-        state = self._state(str(self.root / name), maybe_outside=True) if NAME.fullmatch(name) else None
+        state = self._state(str(self.root / name), maybe_outside=True) if NESTED_FOLDER.fullmatch(name) else None
         if state is None:
             raise NotFound(f"there is no adapter folder {name!r}")
         if state.problem:

@@ -209,7 +209,9 @@ class AdapterOperations:
             for root in (self._root, PurePosixPath(os.path.realpath(self._root))):
                 if path.is_relative_to(root):
                     reference = parse_source(f"local:{path.relative_to(root)}")
-        elif reference is None and "/" not in source:
+                    if reference is None:
+                        raise _not_a_folder(source)
+        elif reference is None:
             reference = parse_source(f"local:{source}")
         if reference is None:
             raise BadRequest(
@@ -340,6 +342,14 @@ class AdapterOperations:
             logger.warning("what an unloaded adapter takes is not all freed: %s", error)
         except CONNECTION_ERRORS as error:
             logger.warning("what an unloaded adapter takes is not all freed: %s", error)
+
+
+def _not_a_folder(path: str) -> BadRequest:
+    return BadRequest(
+        f"{path!r:.300} is under the adapter root, but not a folder that can be served: at most 8 folders deep, each"
+        " name of at most 96 letters, digits, dots, dashes and underscores, the first a letter or a digit",
+        param="source",
+    )
 
 
 def _check_name(name: str) -> None:

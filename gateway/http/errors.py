@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from gateway.http.unknown import methods_of, unknown_url
 from protocol.queue.bus import CONNECTION_ERRORS, MemoryFull
 from protocol.wire.errors import (
     BadRequest,
@@ -145,7 +146,10 @@ def add_handlers(app: FastAPI, shape_of: Callable[[str], ErrorShape]) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return error_response(request, _from_http(request, error), error.headers)
+        headers = error.headers
+        if error.status_code == 405:  # the exception names the methods of one route, and a path may have several
+            headers = {**(headers or {}), "Allow": ", ".join(methods_of(request.app.routes, request.scope))}
+        return error_response(request, _from_http(request, error), headers)
 
     async def queue(request: Request, error: Exception) -> Response:
         return error_response(request, unreachable_queue(error))
@@ -162,10 +166,12 @@ def add_handlers(app: FastAPI, shape_of: Callable[[str], ErrorShape]) -> None:
 
 
 def _from_http(request: Request, error: HTTPException) -> LorafleetError:
+    method, path = request.method, request.url.path
     if error.status_code == 404:
-        return NotFound(f"Unknown request URL: {request.method} {request.url.path}", code="unknown_url")
+        return NotFound(unknown_url(method, path, request.app.routes), code="unknown_url")
     if error.status_code == 405:
-        return HttpError(405, f"{request.method} is not allowed on {request.url.path}", code="method_not_allowed")
+        allowed = ", ".join(methods_of(request.app.routes, request.scope))
+        return HttpError(405, f"{method} is not allowed on {path}: only {allowed}", code="method_not_allowed")
     if error.status_code == 413:
         return TooLarge(str(error.detail), code="body_too_large")
     return HttpError(error.status_code, str(error.detail))

@@ -15,6 +15,9 @@ from protocol.wire.errors import PermissionDenied
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB = re.compile(rf"(?:hub:)?({_NAME})/({_NAME})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,127}}))?")
 FOLDER = re.compile(rf"{_NAME}(?:/{_NAME})?")
+NESTED_FOLDER = re.compile(rf"{_NAME}(?:/{_NAME}){{0,7}}")
+"""A folder that a registration may name. Only those of FOLDER's form are served by themselves."""
+
 _S3 = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([A-Za-z0-9!_.*'()/-]{1,900}?)/?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -65,7 +68,7 @@ def parse_source(source: str) -> Reference | None:
     """Parse the source of a registration: a reference, or "local:FOLDER", which no request can name."""
     if source.startswith("local:"):
         path = source.removeprefix("local:")
-        return Reference("local", "", path) if FOLDER.fullmatch(path) else None
+        return Reference("local", "", path) if NESTED_FOLDER.fullmatch(path) else None
     return parse_reference(source)
 
 

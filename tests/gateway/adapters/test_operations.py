@@ -291,6 +291,15 @@ async def test_as_vllm_has_it(fleet: Fleet) -> None:
     assert "bytes" in (await load("x", "org/cut", 422))["error"]["message"]
     await load("x", "org/none", 404)
     await load("x", "/etc/passwd", 400)
+    write_adapter(fleet.root / "run" / "seed" / "checkpoint-10", seed=8)
+    await load("deep", str(fleet.root / "run" / "seed" / "checkpoint-10"))
+    await fleet.ask("deep")
+    assert (await fleet.shows("deep"))["source"] == "local:run/seed/checkpoint-10"
+    assert "no adapter folder" in (await load("x", "run/seed/checkpoint-11", 404))["error"]["message"]
+    odd = await load("x", str(fleet.root / "run" / ".hidden"), 400)
+    assert "is under the adapter root, but not a folder that can be served" in odd["error"]["message"]
+    (fleet.root / "run" / "seed" / "away").symlink_to("/etc")
+    assert "leaves the adapter root" in (await load("x", "run/seed/away", 422))["error"]["message"]
 
     write_adapter(fleet.root / "trained", seed=6)
     await load("rl", str(fleet.root / "trained"))

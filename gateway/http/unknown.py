@@ -1,0 +1,70 @@
+"""What is said of URLs and methods that no route has: the nearest that are served, and why a known one is not. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import Scope
+
+MAX_COMPARED = 100
+"""Characters of a path up to which it is compared with those of the routes: that takes a millisecond."""
+
+MAX_SUGGESTED = 3
+
+_CHAT = "/v1/chat/completions"
+_ENCODERS = "here are /v1/embeddings, and /classify for a token classifier as base"
+_ADAPTERS = "GET /v1/adapters says where each adapter is; a name can be preloaded, pinned, evicted and unloaded there"
+_HEALTH = "/health says whether requests are served"
+
+NOT_SERVED = {
+    **dict.fromkeys(
+        ("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"), f"scores of pairs of texts are not: {_ENCODERS}"
+    ),
+    **dict.fromkeys(("/v1/classify", "/pooling"), f"a label of a whole text is not: {_ENCODERS}"),
+    **dict.fromkeys(
+        ("/v1/responses", "/v1/messages", "/inference/v1/generate"), f"this API is not: use {_CHAT} or /api/chat"
+    ),
+    **dict.fromkeys(
+        ("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/audio/speech", "/v1/images/generations"),
+        "models here take and make text alone",
+    ),
+    **dict.fromkeys(
+        ("/sleep", "/wake_up", "/is_sleeping", "/pause", "/resume", "/is_paused", "/release_memory_occupation",
+         "/resume_memory_occupation"),
+        f"workers do not sleep: {_HEALTH}, and evicting adapters frees their memory",
+    ),
+    **dict.fromkeys(
+        ("/reset_prefix_cache", "/reset_mm_cache", "/flush_cache"),
+        "prefix caches are kept apart by tenant and content, and never have to be reset",
+    ),
+    **dict.fromkeys(
+        ("/get_model_info", "/model_info", "/get_server_info", "/server_info"),
+        "/info and /v1/models say which model is served, /metrics how the fleet is",
+    ),
+    "/health_generate": f"{_HEALTH}, and /startup generates a token",
+    **dict.fromkeys(("/load_lora_adapter", "/unload_lora_adapter"), "they are below /v1, as in vLLM"),
+    "/collective_rpc": f"workers are not reached from outside. {_ADAPTERS}",
+}  # fmt: skip
+"""Path of another server's API -> why it is not served, or what is in its place."""
+
+
+def methods_of(routes: Iterable[BaseRoute], scope: Scope) -> list[str]:
+    """Return the methods that a request's path may be asked with; [] if no route has it."""
+    matching = [route for route in routes if isinstance(route, Route) and route.matches(scope)[0] != Match.NONE]
+    return sorted({method for route in matching for method in route.methods or ()})
+
+
+def unknown_url(method: str, path: str, routes: Iterable[BaseRoute]) -> str:
+    """Return what a client is told that has asked for a path of no route."""
+    text = f"Unknown request URL: {method} {path}."
+    reason = NOT_SERVED.get(path.rstrip("/"))
+    if reason is not None:
+        return f"{text} It is not served: {reason}."
+    served = {route.path: route for route in routes if isinstance(route, Route)}
+    near = get_close_matches(path, served, MAX_SUGGESTED) if len(path) <= MAX_COMPARED else []
+    if not near:
+        return f"{text} /openapi.json lists what is served."
+    shown = [f"{'/'.join(sorted(served[known].methods or ()))} {known}" for known in near]
+    return f"{text} Did you mean {' or '.join(shown)}? /openapi.json lists what is served."

@@ -1,0 +1,58 @@
+"""URLs and methods that no route has: what exists instead."""
+
+from __future__ import annotations
+
+import httpx2
+import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gateway.http.errors import MAX_TEXT_CHARACTERS
+from gateway.http.unknown import MAX_COMPARED, unknown_url
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "words"),
+    [
+        ("POST", "/chat/completions", "Did you mean POST /v1/chat/completions"),
+        ("POST", "/v1/chat/completion", "Did you mean POST /v1/chat/completions"),
+        ("POST", "/v1/v1/completions", "POST /v1/completions"),
+        ("GET", "/v1/model", "GET /v1/models"),
+        ("POST", "/v1/rerank", "not served: scores of pairs of texts"),
+        ("POST", "/v1/score", "not served: scores of pairs of texts"),
+        ("POST", "/v1/classify", "not served: a label of a whole text"),
+        ("GET", "/is_sleeping", "not served: workers do not sleep"),
+        ("POST", "/flush_cache/", "not served: prefix caches"),
+        ("GET", "/get_server_info", "/info and /v1/models"),
+        ("GET", "/qqq", "GET /qqq. /openapi.json lists"),
+    ],
+)
+async def test_an_unknown_url_is_told_what_exists(http: httpx2.AsyncClient, method: str, path: str, words: str) -> None:
+    answer = await http.request(method, path)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (404, "unknown_url")
+    assert error["message"].startswith(f"Unknown request URL: {method} {path}.")
+    assert words in error["message"]
+
+
+async def test_long_unknown_urls_are_not_compared(http: httpx2.AsyncClient) -> None:
+    """The time that a comparison takes grows with the square of a path."""
+
+    async def answer(_: Request) -> Response:
+        return Response()
+
+    routes = [Route("/v1/chat/completions", answer)]
+    assert "Did you mean" in unknown_url("GET", "/v1/chat/completion", routes)
+    near = "/v1/chat/completions" * (MAX_COMPARED // 20 + 1)
+    assert "Did you mean" not in unknown_url("GET", near, [Route(near, answer)])
+    asked = await http.get("/" + "v1/chat/completions" * 400)
+    assert len(asked.json()["error"]["message"]) <= MAX_TEXT_CHARACTERS
+
+
+async def test_a_405_names_all_methods_of_a_path(http: httpx2.AsyncClient) -> None:
+    for path, allowed in (("/v1/jobs/job_none", "DELETE, GET"), ("/v1/chat/completions", "POST")):
+        answer = await http.put(path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+        assert answer.json()["error"]["message"] == f"PUT is not allowed on {path}: only {allowed}"
+    assert (await http.put("/generate")).headers["allow"] == "POST"
