@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 
 from protocol.queue.bus import Bus, Refused, Step, StepRow, decode, now_ms
@@ -12,13 +13,21 @@ DEADLINE_MS = 60_000
 
 
 def make_submit(rid: str, **more: object) -> m.Submit:
-    facts: dict[str, object] = {"tenant": "t", "cls": "interactive", "digest": "", "gateway": GATEWAY}
-    facts |= {"num_prompt_tokens": 3, "max_new_tokens": 8, "deadline_ms": now_ms() + DEADLINE_MS} | more
-    return m.Submit(rid=rid, **facts)  # type: ignore[arg-type]
+    plain = m.Submit(
+        rid=rid, tenant="t", cls="interactive", digest="", gateway=GATEWAY, num_prompt_tokens=3, max_new_tokens=8,
+        deadline_ms=now_ms() + DEADLINE_MS,
+    )  # fmt: skip
+    return msgspec.structs.replace(plain, **more)
 
 
 def make_body() -> m.Body:
     return m.Body(prompt=b"\1\0\0\0" * 3, sampling=m.Sampling(), max_new_tokens=8)
+
+
+def make_job(jid: str, *rids: str, key: str = "") -> m.Job:
+    return m.Job(
+        jid=jid, endpoint="/x", tenant="acme", model="b", created_ms=1, expires_ms=2, rids=list(rids), key=key
+    )  # fmt: skip
 
 
 def ids(*tokens: int) -> bytes:

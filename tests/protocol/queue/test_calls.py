@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import msgspec
 import pytest
-from script_queue import Queue, ids, make_body, make_submit, row
+from script_queue import Queue, ids, make_body, make_job, make_submit, row
 
 from protocol.queue.bus import Step, now_ms
 from protocol.queue.calls import packed_bodies
@@ -19,10 +18,10 @@ from protocol.wire.errors import ProtocolError
 ACME = Quota("acme", max_bytes=1 << 20)
 
 
-async def submit_call(queue: Queue, bodies: list[m.Body], **more: Any) -> list[m.Submit]:
+async def submit_call(queue: Queue, bodies: list[m.Body], quota: Quota | None = None) -> list[m.Submit]:
     """Submit a call of requests a0, a1, ... with these bodies; return its requests as the scheduler reads them."""
     pairs = [(make_submit(f"a{i}", choice=i), body) for i, body in enumerate(bodies)]
-    assert (await queue.bus.submit("interactive", pairs, max_queued=1000, **more))[0] == "ok"
+    assert (await queue.bus.submit("interactive", pairs, max_queued=1000, quota=quota))[0] == "ok"
     return await queue.submitted()
 
 
@@ -196,9 +195,8 @@ async def test_what_has_expired_counts_no_more(queue: Queue) -> None:
     assert await kept(queue) == 3 * 2048
 
 
-def job(jid: str = "job_a0", **more: Any) -> NewJob:
-    facts: dict[str, Any] = {"endpoint": "/x", "tenant": "acme", "model": "b", "created_ms": 1, "expires_ms": 2}
-    return NewJob(m.Job(jid=jid, **facts | {"rids": ["a0", "a1"]} | more), b'{"n":2}', 90_000_000)
+def job(key: str = "") -> NewJob:
+    return NewJob(make_job("job_a0", "a0", "a1", key=key), b'{"n":2}', 90_000_000)
 
 
 async def test_a_job_is_written_with_its_requests_or_not_at_all(queue: Queue) -> None:

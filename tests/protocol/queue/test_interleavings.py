@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
+from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from redis.exceptions import ResponseError
@@ -28,6 +29,13 @@ GATEWAY = "g"
 LENGTH = 5
 MAX_ATTEMPTS = 3
 RIDS = ("r0", "r1")
+ENDS: dict[str, tuple[str, m.FinishReason]] = {
+    "exhausted": ("failed", "error"),
+    "cancelled": ("cancelled", "cancelled"),
+}
+"""How a scheduler ends what a dead worker had, by what `requeue` says of it."""
+T = TypeVar("T")
+
 QUOTA = Quota("t", max_bytes=1 << 30)
 
 
@@ -83,7 +91,7 @@ class World:
         for slot in (0, 1):
             self.start_worker(slot)
 
-    def run(self, awaitable: Any) -> Any:
+    def run(self, awaitable: Awaitable[T]) -> T:
         return self.loop.run_until_complete(awaitable)
 
     def close(self) -> None:
@@ -207,11 +215,12 @@ class World:
 
     def write_step(self, wid: str, step: Step, lose_reply: bool) -> list[Refused] | None:
         """Call the step script once, or twice as a client does that lost its connection; None: the reply is lost."""
-        num_calls = 1 + (self.random.random() < 0.2)
+        is_repeated = self.random.random() < 0.2
 
         async def evalsha(*args: Any) -> Any:
-            for _ in range(num_calls):
-                reply = await self.evalsha(*args)
+            if is_repeated:
+                await self.evalsha(*args)
+            reply = await self.evalsha(*args)
             if lose_reply:
                 raise ConnectionError
             return reply
@@ -246,9 +255,9 @@ class World:
         for _ in range(2):
             outcomes = self.run(self.bus.requeue(wid, rids, counts=True, max_attempts=MAX_ATTEMPTS)) if rids else {}
             for rid, outcome in outcomes.items():
-                end = {"exhausted": ("failed", "error"), "cancelled": ("cancelled", "cancelled")}.get(outcome)
-                for _ in range(2 if end else 0):
-                    self.run(self.bus.finish(rid, *end))
+                if outcome in ENDS:
+                    for _ in range(2):
+                        self.run(self.bus.finish(rid, *ENDS[outcome]))
         self.run(self.bus.members.leave(wid))
 
     def cancel(self) -> None:
@@ -290,13 +299,17 @@ class World:
     # ------------------------------------------------------------ what must always hold
 
     def clients_see_the_log_and_owners_know_it(self) -> None:
-        for rid in self.submitted:
-            log = _ids(self.log(rid))
+        rids = sorted(self.submitted)
+        pipe = self.bus._redis.pipeline(transaction=False)
+        for rid in rids:
+            pipe.get(self.bus.keys.tok(rid))
+            pipe.hmget(self.bus.keys.req(rid), ("epoch", "owner", "state"))
+        replies = self.run(pipe.execute())
+        for rid, raw, (epoch, owner, state) in zip(rids, replies[::2], replies[1::2], strict=True):
+            log = _ids(raw or b"")
             assert [token // 1000 for token in log] == list(range(len(log))), "a position is missing or doubled"
             assert self.shown[rid] == log[: len(self.shown[rid])], "a client saw what the log does not hold"
             assert len(self.ends[rid]) <= 1
-            fields = ("epoch", "owner", "state")
-            epoch, owner, state = self.run(self.bus._redis.hmget(self.bus.keys.req(rid), fields))
             if state.decode() in m.TERMINAL:
                 ended_as, last_log = self.final.setdefault(rid, (state, log))
                 assert ended_as == state, "a request ended twice"
@@ -310,19 +323,25 @@ class World:
                         assert token % 1000 == life.number, "somebody else wrote into the owner's log"
 
     def calls_have_bodies_and_are_counted(self) -> None:
-        redis, keys = self.bus._redis, self.bus.keys
-        counted = dict(self.run(redis.zrange(keys.kept("t"), 0, -1, withscores=True)))
+        keys, pipe = self.bus.keys, self.bus._redis.pipeline(transaction=False)
+        pipe.zrange(keys.kept("t"), 0, -1, withscores=True)
+        for call in self.calls:
+            for rid in call:
+                pipe.hget(keys.req(rid), "state")
+            pipe.hget(keys.call(call[0]), "open")
+            pipe.exists(keys.body(call[0]))
+        replies = iter(self.run(pipe.execute()))
+        counted = dict(next(replies))
         total = -int(counted.pop(b"sum", 0))
         assert total == sum(int(entry.rpartition(b":")[2]) for entry in counted), "a tenant's bytes drift"
         for call in self.calls:
-            states = [self.run(redis.hget(keys.req(rid), "state")) for rid in call]
+            states = [next(replies) for _ in call]
+            open_now, bodies = next(replies), next(replies)
             if None in states:
                 assert not any(states), "a call is there in part"
                 continue
             num_open = sum(state.decode() not in m.TERMINAL for state in states)
-            shared = self.run(redis.hgetall(keys.call(call[0])))
-            assert int(shared.get(b"open", 0)) == num_open, "a call does not know how many of its requests run"
-            bodies = self.run(redis.exists(keys.body(call[0])))
+            assert int(open_now or 0) == num_open, "a call does not know how many of its requests run"
             assert bodies == (num_open > 0), "bodies are not there exactly while they are needed"
             assert sum(entry.startswith(call[0].encode() + b":") for entry in counted) == 1, "a call is counted once"
 

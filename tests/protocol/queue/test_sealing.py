@@ -28,8 +28,8 @@ def sealed_by(secret: FleetSecret) -> Seal:
     return Seal(secret.bodies_key)
 
 
-def body(**more: object) -> m.Body:
-    return m.Body(prompt=PROMPT, sampling=m.Sampling(**more), max_new_tokens=8, stop=[STOP])  # type: ignore[arg-type]
+def body(seed: int = 0) -> m.Body:
+    return m.Body(prompt=PROMPT, sampling=m.Sampling(seed=seed), max_new_tokens=8, stop=[STOP])
 
 
 @pytest_asyncio.fixture

@@ -5,15 +5,14 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
 from redis.exceptions import NoPermissionError
-from script_queue import GATEWAY, ids, make_body, make_submit, row
+from script_queue import GATEWAY, ids, make_body, make_job, make_submit, row
 
 import protocol.queue
 from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
@@ -119,7 +118,7 @@ def url_of(server: EmbeddedServer, user: str) -> str:
 
 
 @pytest_asyncio.fixture
-async def buses(guarded: EmbeddedServer) -> Any:
+async def buses(guarded: EmbeddedServer) -> AsyncIterator[dict[str, Bus]]:
     found = {user: Bus(url_of(guarded, user)) for user in table()}
     yield found
     for bus in found.values():
@@ -161,8 +160,7 @@ async def test_a_request_lives_its_whole_life_with_four_users(buses: dict[str, B
     assert await scheduler.finish("r3", "failed", "error", dead_letter=letter)
     ((letter_id, _),) = await buses["operator"].dead_letters.newest(5)
     assert await buses["operator"].dead_letters.retry(letter_id, 60) == "r3"
-    facts: dict[str, Any] = {"endpoint": "/x", "tenant": "acme", "model": "b", "created_ms": 1, "expires_ms": 2}
-    job = NewJob(m.Job(jid="job_r5", rids=["r5"], **facts), b"{}", 60_000)
+    job = NewJob(make_job("job_r5", "r5"), b"{}", 60_000)
     pairs = [(make_submit("r5", tenant="acme", stored=True), make_body())]
     assert (await gateway.submit("batch", pairs, max_queued=9, quota=quota, job=job))[0] == "ok"
     assert await gateway.finish("r5", "cancelled", "cancelled")
@@ -199,7 +197,7 @@ async def test_names_and_keys_need_their_own_users(buses: dict[str, Bus]) -> Non
     await store.members.leave_store("s")
 
 
-FORBIDDEN: list[tuple[str, list[str | int]]] = [
+FORBIDDEN: list[tuple[str, Sequence[str | int]]] = [
     # A worker reads no API keys, and no requests that it was not given by name; it names no adapters.
     ("worker", ["HGETALL", KEYS.api_keys]),
     ("worker", ["HGETALL", KEYS.tenants]),
@@ -250,7 +248,7 @@ FORBIDDEN: list[tuple[str, list[str | int]]] = [
     FORBIDDEN,
     ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value))[:40],
 )
-async def test_everything_else_is_refused(guarded: EmbeddedServer, user: str, command: list[str | int]) -> None:
+async def test_everything_else_is_refused(guarded: EmbeddedServer, user: str, command: Sequence[str | int]) -> None:
     url = url_of(guarded, user) if user != PROBE else f"unix://{PROBE}:none@{guarded.socket}"
     client = connect(url, timeout_s=5)
     try:
