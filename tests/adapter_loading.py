@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gpu_worker.adapters.cache import AdapterCache
+from gpu_worker.adapters.copy_stream import CopyStream
 from gpu_worker.adapters.merges import MergeWatch
 from gpu_worker.adapters.packing.packer import HostAdapter
 from gpu_worker.adapters.weights import PoolWeights
@@ -41,16 +44,46 @@ def make_adapter(digest: str, rank: int, where: int = ATTENTION) -> HostAdapter:
     return HostAdapter(digest, ranks, np.full(len(SITES), 0.5, np.float32), rows, pages, num_bytes)
 
 
+class RecordedStream(CopyStream):
+    """A stream that copies at once, and records what it is asked for."""
+
+    def __init__(self, on_wait: Callable[[], object]) -> None:
+        self.calls: list[str] = []
+        self._on_wait = on_wait  # called whenever steps are waited for
+
+    def allocate_like(self, tensor: Tensor) -> Tensor:
+        self.calls.append("allocate")
+        return torch.full_like(tensor, -1.0)
+
+    def wait_for_steps(self) -> None:
+        self.calls.append("wait")
+        self._on_wait()
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        self.calls.append("use")
+        yield
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+
+
 class Loading:
     """A cache over a pool of a few pages whose loaders' news can be awaited."""
 
     def __init__(
-        self, num_pages: int, adapters: list[HostAdapter], host_bytes: int = 1 << 20, merge_timeout_s: float = 60.0
+        self,
+        num_pages: int,
+        adapters: list[HostAdapter],
+        host_bytes: int = 1 << 20,
+        merge_timeout_s: float = 60.0,
+        stream: CopyStream | None = None,
     ) -> None:
         budget = num_pages * (PAGE_BYTES[0] + PAGE_BYTES[1]) + PAGE_BYTES[2]
-        self.weights = PoolWeights(SITES, [], budget, "cpu")
+        self.weights = PoolWeights(SITES, [], budget, "cpu", stream=stream)
         self.known = {adapter.digest: adapter for adapter in adapters}
         self.reads: list[str] = []
+        self.on_read: Callable[[], object] = lambda: None  # called in the thread that reads
         self.store_answers = threading.Event()
         self.store_answers.set()
         self.changed = threading.Event()
@@ -66,6 +99,7 @@ class Loading:
 
     def _read(self, digest: str) -> HostAdapter:
         self.reads.append(digest)
+        self.on_read()
         assert self.store_answers.wait(timeout=60)
         if digest not in self.known:
             raise NotFound(f"no adapter store has the adapter {digest}")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
-from typing import Any
 
-import pytest
 import torch
-from adapter_loading import ATTENTION, MLP, Loading, make_adapter
+from adapter_loading import ATTENTION, MLP, Loading, RecordedStream, make_adapter
 
 from gpu_worker.adapters.jobs import NUM_STAGERS
 from gpu_worker.adapters.starvation import MAX_STARVED_LOADS
@@ -47,20 +44,14 @@ def test_an_idle_adapter_leaves_for_a_wanted_one_and_comes_back() -> None:
     assert loading.cache.pool.residents.keys() == {"a"}
 
 
-def test_what_loads_adapters_waits_for_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_loads_adapters_waits_for_steps() -> None:
     policies: dict[str, int] = {}
-    loading = Loading(1, [make_adapter("a", 8)])
 
-    def noting(job: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            own = threading.current_thread()
-            policies[own.name.split("_")[0]] = os.sched_getscheduler(0)
-            return job(*args)
+    def note() -> None:
+        policies[threading.current_thread().name.split("_")[0]] = os.sched_getscheduler(0)
 
-        return run
-
-    monkeypatch.setattr(loading.cache, "_read", noting(loading.cache._read))
-    monkeypatch.setattr(loading.weights, "copy", noting(loading.weights.copy))
+    loading = Loading(1, [make_adapter("a", 8)], stream=RecordedStream(note))
+    loading.on_read = note
     loading.load("a", until="a")
     assert policies == {"stager": os.SCHED_IDLE, "copier": os.SCHED_IDLE}
     assert os.sched_getscheduler(0) != os.SCHED_IDLE

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from adapter_loading import SITES, make_adapter
-from torch import Tensor
+from adapter_loading import SITES, RecordedStream, make_adapter
 
 from gpu_worker.adapters.extras import Extras, LinearExtras
 from gpu_worker.adapters.weights import PoolWeights, split_budget
@@ -25,42 +21,18 @@ def test_a_budget_is_split_by_pages() -> None:
         split_budget([100, 300, 0], 399)
 
 
-class RecordedStream:
-    """A `CopyStream` that copies at once and records what it is asked for."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.rows: Tensor | None = None  # looked at whenever steps are waited for
-        self.rows_at_wait: list[float] = []
-
-    def allocate_like(self, tensor: Tensor) -> Tensor:
-        self.calls.append("allocate")
-        return torch.full_like(tensor, -1.0)
-
-    def wait_for_steps(self) -> None:
-        self.calls.append("wait")
-        assert self.rows is not None
-        self.rows_at_wait.append(self.rows.abs().sum().item())
-
-    @contextmanager
-    def use(self) -> Iterator[None]:
-        self.calls.append("use")
-        yield
-
-    def synchronize(self) -> None:
-        self.calls.append("synchronize")
-
-
 def test_a_copy_allocates_then_waits_for_steps_then_writes() -> None:
     """Memory that was freed on the default stream may be read there by what was launched before it was allocated."""
-    stream: Any = RecordedStream()
+    rows_at_wait: list[float] = []
+    stream = RecordedStream(lambda: rows_at_wait.append(weights.lora_sites[0].a_rows.abs().sum().item()))
     weights = PoolWeights(SITES, [], 100_000, "cpu", 1 << 20, stream)
     extras = Extras(linear={0: LinearExtras(bias=torch.ones(6), lora_bias=torch.ones(6))})
     adapter = replace(make_adapter("a", 8), extras=extras)
-    stream.rows = weights.lora_sites[0].a_rows
     copied = weights.copy(adapter, [[0], [], [], [0]])
     assert stream.calls == ["allocate", "allocate", "wait", "use", "synchronize"]
-    assert stream.rows_at_wait == [0.0], "rows are written before steps have ended that may read their pages"
-    assert torch.equal(stream.rows[:8], adapter.rows[0][1])
-    assert torch.equal(copied.linear[0].bias, torch.ones(6))
-    assert copied.linear[0].bias is not extras.linear[0].bias
+    assert rows_at_wait == [0.0], "rows are written before steps have ended that may read their pages"
+    assert torch.equal(weights.lora_sites[0].a_rows[:8], adapter.rows[0][1])
+    bias = copied.linear[0].bias
+    assert bias is not None
+    assert torch.equal(bias, torch.ones(6))
+    assert bias is not extras.linear[0].bias

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_padding_has_no_adapter_and_lies_in_the_dummy_block() -> None:
 
 
 def test_graphs_are_refused_where_there_is_no_gpu(tmp_path: Path) -> None:
-    def fetch(digest: str) -> None:
+    def fetch(digest: str) -> NoReturn:
         raise NotFound(digest)
 
     make_tiny_model(tmp_path / "model")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from gpu_worker.engine.batcher import Batcher, BatchLimits, StepPlan
@@ -35,9 +33,14 @@ class FakeSlots:
 
 
 def make_seq(
-    rid: str, prompt: np.ndarray, max_new: int, digest: str = "", output: list[int] | None = None, **more: Any
+    rid: str,
+    prompt: np.ndarray,
+    max_new: int,
+    digest: str = "",
+    output: list[int] | None = None,
+    yields: bool = False,
 ) -> Sequence:
-    request = EngineRequest(rid, 1, digest, prompt.astype(np.int32), Sampling(), max_new, output or [], **more)
+    request = EngineRequest(rid, 1, digest, prompt.astype(np.int32), Sampling(), max_new, output or [], yields=yields)
     seq = Sequence(request, 1 << 20)
     seq.is_bound = True
     return seq

@@ -88,7 +88,7 @@ class BatcherMachine(RuleBasedStateMachine):
         if not self.slots.refs.get(digest):
             self.slots.resident.discard(digest)
 
-    @precondition(lambda self: len(self.batcher))
+    @precondition(lambda self: len(self.batcher) > 0)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         self.batcher.remove(data.draw(st.sampled_from(list(self.batcher))))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
@@ -21,6 +21,7 @@ from tokenizers.models import WordLevel
 from gpu_worker.adapters.failures import Failures
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import load_engine
+from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.engine.sequence import Sequence
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
@@ -30,7 +31,6 @@ from protocol.runtime.settings import Settings
 from protocol.wire.errors import AdapterRefused, BadRequest, Internal, LorafleetError, NotFound
 from protocol.wire.messages import Sampling
 
-PROMPT = (5, 6, 7, 8)
 GREEDY = Sampling(temperature=0.0, ignore_eos=True)
 
 
@@ -83,9 +83,12 @@ class Running:
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.store = Store(folder)
-        values = {"model": str(folder / "model"), "device": "cpu", "dtype": "float32"} | settings
-        values = {"adapter_pool_bytes": 16 << 20, "kv_cache_bytes": 16 << 20} | values
+        values: dict[str, Any] = {"model": str(folder / "model"), "device": "cpu", "dtype": "float32"}
+        values |= {"adapter_pool_bytes": 16 << 20, "kv_cache_bytes": 16 << 20, **settings}
         self.thread, self.served = load_engine(Settings(**values), self.store.fetch)
+        engine = self.thread.engine
+        assert isinstance(engine, Engine)
+        self.engine = engine
         self.steps: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
         self.death: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self.acks = True
@@ -119,10 +122,14 @@ def running(folder: Path) -> Iterator[Running]:
 
 
 def request(
-    rid: str, digest: str = "", num_tokens: int = 4, prompt: list[int] | None = None, **fields: Any
+    rid: str,
+    digest: str = "",
+    num_tokens: int = 4,
+    prompt: Iterable[int] = (5, 6, 7, 8),
+    sampling: Sampling = GREEDY,
+    **fields: Any,
 ) -> EngineRequest:
-    tokens = np.array([5, 6, 7, 8] if prompt is None else prompt, np.int32)
-    return EngineRequest(rid, 1, digest, tokens, fields.pop("sampling", GREEDY), num_tokens, **fields)
+    return EngineRequest(rid, 1, digest, np.array([*prompt], np.int32), sampling, num_tokens, **fields)
 
 
 def replace_sampling(**fields: Any) -> Sampling:
@@ -146,7 +153,7 @@ def test_an_adapter_that_cannot_be_had_fails_its_requests_only(running: Running)
 
 
 def test_a_failed_adapter_is_tried_again_for_a_new_request(running: Running) -> None:
-    running.thread.engine.adapters._failures = Failures(trouble=Backoff(0.0, 0.0))
+    running.engine.adapters._failures = Failures(trouble=Backoff(0.0, 0.0))
     for _ in range(2):
         running.thread.submit(request("x", "missing"))
         running.ends({"x"})
@@ -258,21 +265,21 @@ def test_a_request_whose_own_data_makes_a_step_raise_fails_alone(running: Runnin
 
 @pytest.mark.parametrize("when", ["bind", "accept"])
 def test_a_panic_is_the_adapters_fault_and_nobody_elses(running: Running, when: str) -> None:
-    def panic(*_args: Any) -> str:
+    def panic(*_args: object, **_options: object) -> NoReturn:
         raise Panic("called `Option::unwrap()` on a `None` value")
 
-    engine = running.thread.engine
-    bind = engine._binder.bind
+    binder = running.engine._binder
+    bind = binder.bind
 
     def bind_badly(seq: Sequence) -> str:
         if seq.rid != "bad":
             return bind(seq)
         if when == "bind":
-            return panic()
-        seq.accept = panic  # type: ignore[method-assign]
+            panic()
+        seq.accept = panic
         return bind(seq)
 
-    engine._binder.bind = bind_badly  # type: ignore[method-assign]
+    binder.bind = bind_badly
     for rid in ("bad", "good"):
         running.thread.submit(request(rid, "warm"))
     ends = running.ends({"bad", "good"})
@@ -328,7 +335,7 @@ def test_a_second_delivery_is_ignored_and_a_newer_epoch_replaces(running: Runnin
 
 def test_a_leak_is_a_crash(folder: Path) -> None:
     running = Running(folder)
-    running.thread.engine.blocks.allocate(1)
+    running.engine.blocks.allocate(1)
     running.thread.submit(request("x"))
     assert isinstance(running.death.get(timeout=60), AssertionError)
     running.thread.stop()
@@ -367,7 +374,7 @@ def test_a_crash_is_reported_once_and_nothing_hangs(folder: Path) -> None:
     def crash() -> list[TokenOutput]:
         raise RuntimeError("out of luck")
 
-    running.thread.engine.step = crash
+    running.engine.step = crash
     running.thread.submit(request("x"))
     assert str(running.death.get(timeout=60)) == "out of luck"
     running.thread.submit(request("y"))
@@ -403,9 +410,12 @@ def test_served_model_tells_what_adapters_can_target(running: Running) -> None:
 
 
 def test_what_steps_cost_is_learnt_with_the_adapters_that_ran(running: Running) -> None:
-    engine = running.thread.engine
     learnt: list[tuple[float, int, int, int]] = []
-    engine.meter.fit.add = lambda *step: learnt.append(step)
+
+    def add(seconds: float, num_tokens: int, num_kv_tokens: int, sum_ranks: int) -> None:
+        learnt.append((seconds, num_tokens, num_kv_tokens, sum_ranks))
+
+    running.engine.meter.fit.add = add
     running.thread.submit(request("x", "warm", num_tokens=3))
     running.ends({"x"})
     works = [work for _, *work in learnt]
@@ -421,7 +431,7 @@ def test_a_worker_counts_what_it_did(folder: Path) -> None:
         running.thread.submit(request(rid, digest, num_tokens=3, prompt=prompt))
         running.ends({rid})
     running.thread.stop()
-    stats = running.thread.engine.stats()
+    stats = running.engine.stats()
     counters = stats.counters
     assert counters.num_steps == 9
     assert counters.num_output_tokens == 9

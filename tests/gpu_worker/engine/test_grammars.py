@@ -110,10 +110,10 @@ def test_other_failures_of_the_library_fail_one_request(grammars: Grammars, monk
     panic = type("PanicException", (BaseException,), {})
     for error in (panic("index out of bounds"), TypeError("not a grammar"), MemoryError()):
 
-        def fail(*_: Any, error: BaseException = error) -> None:
+        def fail(*_: object, error: BaseException = error, **_options: object) -> None:
             raise error
 
-        monkeypatch.setattr(grammars, "_compile", fail)
+        monkeypatch.setattr("gpu_worker.engine.grammars.LLMatcher", fail)
         with pytest.raises(BadRequest, match=r"grammar|library"):
             grammars.make(GRAMMAR, tokens_of(tokenizer_file()), [], []).result()
 

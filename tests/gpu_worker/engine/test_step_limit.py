@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -14,9 +12,9 @@ from protocol.wire.messages import StepModel
 from tests.gpu_worker.engine.batches import finish_step, make_batcher, make_seq
 
 
-def limited_flood(num: int = 6, **limits: Any) -> tuple[Batcher, Sequence, list[Sequence]]:
+def limited_flood(num: int = 6, *, max_slowdown: float) -> tuple[Batcher, Sequence, list[Sequence]]:
     """Return a batcher in which one sequence and a flood that yields to it decode; a step takes 1 s + 0.1 s a token."""
-    batcher, _ = make_batcher(64, max_num_seqs=8, **limits)
+    batcher, _ = make_batcher(64, max_num_seqs=8, max_slowdown=max_slowdown)
     quiet = make_seq("quiet", np.arange(4) + 100, 500)
     flood = [make_seq(f"flood{i}", np.arange(4) + 4 * i, 500, yields=True) for i in range(num)]
     for seq in (quiet, *flood):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -29,9 +29,16 @@ def tokenizer() -> Tokenizer:
 
 
 def check(
-    tokenizer: Tokenizer | None, max_new: int = 100, sampling: Sampling | None = None, **fields: Any
+    tokenizer: Tokenizer | None,
+    max_new: int = 100,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
 ) -> StopRules:
-    request = EngineRequest("r", 1, "", np.array([5, 6], np.int32), sampling or Sampling(), max_new, **fields)
+    request = EngineRequest(
+        "r", 1, "", np.array([5, 6], np.int32), sampling or Sampling(), max_new, stop=[*stop],
+        stop_token_ids=[*stop_token_ids],
+    )  # fmt: skip
     tokens = token_table(tokenizer.to_str()) if tokenizer is not None else None
     return StopRules(request, max_new, frozenset({EOS}), tokens)
 

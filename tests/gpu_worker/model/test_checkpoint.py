@@ -151,9 +151,9 @@ def test_pooling_is_what_sentence_transformers_files_say(
         assert read_pooling(tmp_path) == expected
 
 
-async def test_a_worker_leaves_with_the_refusal(folder: Path, bus: Bus, queue_server: object) -> None:
+async def test_a_worker_leaves_with_the_refusal(folder: Path, bus: Bus) -> None:
     """The command line makes exit code 2 of it, after which `up` does not try again."""
     truncate(folder)
-    settings = Settings(redis_url=queue_server.url, model=str(folder), device="cpu")  # pyright: ignore
+    settings = Settings(redis_url=bus.url, model=str(folder), device="cpu")
     with pytest.raises(BadRequest, match="cannot be loaded"):
         await serve(settings, asyncio.Event())

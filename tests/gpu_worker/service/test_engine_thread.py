@@ -6,24 +6,26 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import NoReturn, Protocol
 
 import numpy as np
 import pytest
+from adapter_loading import Loading
 
+from gpu_worker.engine.base import BaseEngine
 from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
 from gpu_worker.service.engine_thread import EngineThread
+from protocol.wire.errors import LorafleetError
 from protocol.wire.messages import Sampling
 
 WAIT_S = 30.0
 
 
-class IdleEngine:
+class IdleEngine(BaseEngine):
     """An engine that holds what it is given and puts nothing out."""
 
     def __init__(self) -> None:
-        self.can_step = False
-        self.has_work = False
+        super().__init__(Loading(1, []).cache)
         self.held: list[str] = []
         self.wake: Callable[[], object] = lambda: None
         self.stepping = threading.Event()  # set once a step has begun
@@ -37,13 +39,6 @@ class IdleEngine:
     def add(self, request: EngineRequest) -> None:
         self.held.append(request.rid)
 
-    def cancel(self, rid: str) -> None:
-        self.held.remove(rid)
-
-    def hand_over(self) -> list[str]:
-        rids, self.held = self.held, []
-        return rids
-
     def step(self) -> list[TokenOutput]:
         self.num_steps += 1
         self.stepping.set()
@@ -53,20 +48,26 @@ class IdleEngine:
     def stats(self) -> EngineStats:
         return EngineStats(capacity=1)
 
-    def check_integrity(self) -> None:
-        pass
+    def _held(self) -> list[str]:
+        return self.held
 
-    def close(self) -> None:
-        pass
+    def _drop(self, rid: str) -> None:
+        self.held.remove(rid)
+
+    def _waiting(self) -> list[EngineRequest]:
+        return []
+
+    def _fail_waiting(self, rid: str, error: LorafleetError) -> None:
+        raise AssertionError(f"{rid} waits for no adapter")
 
 
 class Running:
     """An engine thread that has been started, and its deaths."""
 
-    def __init__(self, engine: IdleEngine, **limits: int) -> None:
+    def __init__(self, engine: IdleEngine, max_commands: int) -> None:
         self.engine = engine
         self.deaths: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self.thread = EngineThread(engine, **limits)  # type: ignore[arg-type]
+        self.thread = EngineThread(engine, max_commands=max_commands)
         self.thread.start(lambda outputs: None, self.deaths.put)
 
     def hold(self) -> None:
@@ -77,12 +78,16 @@ class Running:
         assert self.engine.stepping.wait(WAIT_S)
 
 
+class Run(Protocol):
+    def __call__(self, engine: IdleEngine, max_commands: int = 100) -> Running: ...
+
+
 @pytest.fixture
-def run() -> Iterator[Callable[..., Running]]:
+def run() -> Iterator[Run]:
     started: list[Running] = []
 
-    def start(engine: IdleEngine, **limits: int) -> Running:
-        started.append(Running(engine, **limits))
+    def start(engine: IdleEngine, max_commands: int = 100) -> Running:
+        started.append(Running(engine, max_commands))
         return started[-1]
 
     yield start
@@ -107,18 +112,18 @@ class Panic(BaseException):
     """What a panic of a library in Rust is: no `Exception`."""
 
 
-def broken(*_args: Any) -> Any:
+def broken(*_args: object, **_options: object) -> NoReturn:
     raise RuntimeError("out of luck")
 
 
-def panicking(*_args: Any) -> Any:
+def panicking(*_args: object, **_options: object) -> NoReturn:
     raise Panic("out of luck")
 
 
 @pytest.mark.parametrize("crash", [broken, panicking])
 @pytest.mark.parametrize("method", ["hand_over", "add"])
 def test_a_crash_before_or_in_a_hand_over_leaves_nobody_waiting(
-    run: Callable[..., Running], method: str, crash: Callable[..., Any]
+    run: Run, method: str, crash: Callable[..., NoReturn]
 ) -> None:
     engine = IdleEngine()
     running = run(engine)
@@ -132,7 +137,7 @@ def test_a_crash_before_or_in_a_hand_over_leaves_nobody_waiting(
     assert running.thread.has_ended
 
 
-def test_a_death_is_told_even_if_the_end_fails_too(run: Callable[..., Running]) -> None:
+def test_a_death_is_told_even_if_the_end_fails_too(run: Run) -> None:
     engine = IdleEngine()
     running = run(engine)
     running.hold()
@@ -142,7 +147,7 @@ def test_a_death_is_told_even_if_the_end_fails_too(run: Callable[..., Running]) 
     assert isinstance(running.deaths.get(timeout=WAIT_S), Panic)
 
 
-def test_an_idle_engine_goes_round_and_one_in_a_step_does_not(run: Callable[..., Running]) -> None:
+def test_an_idle_engine_goes_round_and_one_in_a_step_does_not(run: Run) -> None:
     running = run(IdleEngine())
     before = running.thread.num_turns
     eventually(lambda: running.thread.num_turns > before + 1)
@@ -153,7 +158,7 @@ def test_an_idle_engine_goes_round_and_one_in_a_step_does_not(run: Callable[...,
     assert not running.thread.has_ended
 
 
-def test_a_hand_over_nobody_waits_for_any_more_harms_nothing(run: Callable[..., Running]) -> None:
+def test_a_hand_over_nobody_waits_for_any_more_harms_nothing(run: Run) -> None:
     engine = IdleEngine()
     running = run(engine)
     running.hold()
@@ -166,7 +171,7 @@ def test_a_hand_over_nobody_waits_for_any_more_harms_nothing(run: Callable[..., 
     assert running.deaths.empty()
 
 
-def test_what_has_arrived_wakes_the_engine_once(run: Callable[..., Running]) -> None:
+def test_what_has_arrived_wakes_the_engine_once(run: Run) -> None:
     engine = IdleEngine()
     running = run(engine)
     running.hold()
@@ -180,7 +185,7 @@ def test_what_has_arrived_wakes_the_engine_once(run: Callable[..., Running]) -> 
     assert running.thread.num_commands == 0
 
 
-def test_a_full_inbox_has_no_room_until_the_engine_takes_its_commands(run: Callable[..., Running]) -> None:
+def test_a_full_inbox_has_no_room_until_the_engine_takes_its_commands(run: Run) -> None:
     engine = IdleEngine()
     running = run(engine, max_commands=3)
     running.hold()
@@ -195,7 +200,7 @@ def test_a_full_inbox_has_no_room_until_the_engine_takes_its_commands(run: Calla
     assert running.thread.hand_over().result(WAIT_S) == ["a", "b", "c"]
 
 
-def test_an_engine_that_died_has_room_for_what_it_ignores(run: Callable[..., Running]) -> None:
+def test_an_engine_that_died_has_room_for_what_it_ignores(run: Run) -> None:
     engine = IdleEngine()
     running = run(engine, max_commands=1)
     running.hold()

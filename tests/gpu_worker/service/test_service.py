@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from types import CoroutineType
 from typing import Any
 from urllib.request import urlopen
 
@@ -16,6 +17,7 @@ from full_memory import full_memory
 from waiting import wait_until
 
 from benchmarks.common.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine, expected_token, fake_served
+from gpu_worker.engine.request import EngineRequest
 from gpu_worker.service.service import Worker
 from protocol.queue.bus import Bus, Refused, Step, decode, now_ms
 from protocol.runtime.settings import Settings
@@ -97,7 +99,12 @@ async def test_a_batch_runs_to_its_end_and_leaves_no_work_behind(bus: Bus) -> No
             await submit(bus, rid, max_new=num)
         given: list[bool] = []
         submit_to_engine = worker.engine.submit
-        worker.engine.submit = lambda request: (given.append(request.yields), submit_to_engine(request))
+
+        def note_and_submit(request: EngineRequest) -> None:
+            given.append(request.yields)
+            submit_to_engine(request)
+
+        worker.engine.submit = note_and_submit
         assert await assign(bus, worker.wid, "a", "b", yields=True) == "ok"
         for rid, num in (("a", 3), ("b", 8)):
             await wait_until(lambda rid=rid: _is(bus, rid, "completed"), f"{rid} completes")
@@ -269,6 +276,7 @@ async def test_of_workers_that_start_together_one_model_joins(bus: Bus, num_each
     try:
         await wait_until(lambda: _num_joined_or_refused(bus, runs, len(workers)), "each has joined or been refused")
         base = await bus.get(bus.keys.base, m.ServedModel)
+        assert base is not None
         assert base in (SERVED, OTHER)
         joined = {worker.served.name for worker, run in zip(workers, runs, strict=True) if not run.done()}
         assert joined == {base.name}
@@ -302,7 +310,8 @@ async def test_the_fleet_promises_what_its_smallest_worker_can_hold(bus: Bus) ->
 
 async def test_joining_again_leaves_no_task_behind(bus: Bus) -> None:
     def num_waits() -> int:
-        return sum(task.get_coro().__qualname__ == "Event.wait" for task in asyncio.all_tasks())
+        running = (task.get_coro() for task in asyncio.all_tasks())
+        return sum(isinstance(wait, CoroutineType) and wait.__qualname__ == "Event.wait" for wait in running)
 
     async with running_worker(bus) as (worker, _):
         for _ in range(3):
