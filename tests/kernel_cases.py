@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from lora_kernels.ops import BLOCK_TOKENS, PAGE_ROWS, AdapterTable, AttentionBat
 
 Distribution = Literal["identical", "distinct", "uniform", "zipf", "skewed", "some base", "none"]
 DISTRIBUTIONS: tuple[Distribution, ...] = ("identical", "distinct", "uniform", "zipf", "skewed", "some base")
-RANKS = (1, 3, 8, 16, 48, 64, 128, 256)
+RANKS: tuple[int, ...] = (1, 3, 8, 16, 48, 64, 128, 256)
 
 # Relative and absolute error an implementation may show against fp32 on the same inputs, for outputs of order 1.
 # fp32: sums of a few hundred to a few thousand products, errors growing with the root of the count: 2^-24 * 64 ~ 4e-6.
@@ -33,6 +33,10 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = N
     """Compare with an fp32 answer, by the tolerance of the dtype computed in."""
     rtol, atol = TOLERANCES[dtype or actual.dtype]
     torch.testing.assert_close(actual.float(), expected.float(), rtol=rtol, atol=atol)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @contextmanager
@@ -151,6 +155,23 @@ def _site(
     return LoraSite(index, group, a_rows.to(dtype), b_rows.to(dtype))
 
 
+class AttentionOptions(TypedDict, total=False):
+    """What a case may add to plain attention."""
+
+    window: int
+    softcap: float
+    sinks: bool
+
+
+class AttentionLogits(TypedDict):
+    """The keyword arguments of paged_attention."""
+
+    scale: float
+    window: int
+    softcap: float
+    sinks: Tensor | None
+
+
 @dataclass(slots=True)
 class AttentionCase:
     """One call of paged_attention, and the answer in fp32."""
@@ -159,15 +180,15 @@ class AttentionCase:
     k_cache: Tensor
     v_cache: Tensor
     batch: AttentionBatch
-    logits: dict[str, Any]  # keyword arguments of paged_attention
+    logits: AttentionLogits
 
     def run(self, impl: ops.Impl) -> Tensor:
         with poisoned_memory():
             return ops.paged_attention(self.q, self.k_cache, self.v_cache, self.batch, impl=impl, **self.logits)
 
     def expected(self) -> Tensor:
-        tensors = (self.q.float(), self.k_cache.float(), self.v_cache.float())
-        return ops.paged_attention(*tensors, self.batch, impl="reference", **self.logits)
+        q, k_cache, v_cache = self.q.float(), self.k_cache.float(), self.v_cache.float()
+        return ops.paged_attention(q, k_cache, v_cache, self.batch, impl="reference", **self.logits)
 
 
 def attention_case(
@@ -200,6 +221,11 @@ def attention_case(
     batch = ops.build_attention_batch(np.array(query_lens), np.array(kv_lens), tables, device)
     q = torch.randn(sum(query_lens), heads[0], head_dims[0], generator=generator)
     sink_logits = torch.randn(heads[0], generator=generator).to(device, dtype) if sinks else None
-    logits = {"scale": head_dims[0] ** -0.5, "window": window, "softcap": softcap, "sinks": sink_logits}
+    logits: AttentionLogits = {
+        "scale": head_dims[0] ** -0.5,
+        "window": window,
+        "softcap": softcap,
+        "sinks": sink_logits,
+    }
     q, k_cache, v_cache = (tensor.to(device, dtype) for tensor in (q, *caches))
     return AttentionCase(q, k_cache, v_cache, batch, logits)

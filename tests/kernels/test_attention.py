@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from kernel_cases import AttentionCase, assert_close, attention_case
+from kernel_cases import AttentionCase, AttentionOptions, assert_close, attention_case
 
 from lora_kernels import ops
-from lora_kernels.ops import BLOCK_TOKENS
+from lora_kernels.ops import BLOCK_TOKENS, Impl
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STEPS = {
+STEPS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "decodes": ((1, 1, 1, 1), (1, 16, 65, 130)),
     "one long decode": ((1,), (1100,)),  # long enough to be split over threads
     "chunks": ((40, 3, 17), (40, 80, 17)),
     "mixed": ((1, 33, 1, 2, 7), (65, 33, 16, 90, 600)),
 }
-OPTIONS = [
+OPTIONS: list[AttentionOptions] = [
     {},
     {"window": 1},
     {"window": 20},
@@ -28,7 +30,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_steps_and_options(step, options, impl):
+def test_steps_and_options(step: str, options: AttentionOptions, impl: Impl) -> None:
     for dtype in DTYPES:
         case = attention_case(*STEPS[step], (6, 2), (32, 32), dtype, **options)
         assert_close(case.run(impl), case.expected())
@@ -47,12 +49,12 @@ def test_steps_and_options(step, options, impl):
         ((40, 1), (16, 24)),  # more rows per query than a task usually has
     ],
 )
-def test_head_shapes(heads, head_dims, dtype, impl):
+def test_head_shapes(heads: tuple[int, int], head_dims: tuple[int, int], dtype: torch.dtype, impl: Impl) -> None:
     case = attention_case(*STEPS["mixed"], heads, head_dims, dtype)
     assert_close(case.run(impl), case.expected())
 
 
-def test_queries_may_be_a_view_of_a_fused_projection(impl):
+def test_queries_may_be_a_view_of_a_fused_projection(impl: Impl) -> None:
     case = attention_case(*STEPS["mixed"], (6, 2), (32, 32), torch.bfloat16)
     fused = torch.randn(case.q.shape[0], 10 * 32).to(torch.bfloat16)
     fused[:, : 6 * 32] = case.q.flatten(1)
@@ -63,7 +65,7 @@ def test_queries_may_be_a_view_of_a_fused_projection(impl):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kv_write_puts_each_token_in_its_slot(dtype, impl):
+def test_kv_write_puts_each_token_in_its_slot(dtype: torch.dtype, impl: Impl) -> None:
     case = attention_case(*STEPS["mixed"], (6, 2), (32, 24), dtype)
     fused = torch.randn(case.batch.num_tokens, 2 * 32 + 2 * 24).to(dtype)
     k, v = fused[:, :64].view(-1, 2, 32), fused[:, 64:].view(-1, 2, 24)
@@ -79,7 +81,7 @@ def test_kv_write_puts_each_token_in_its_slot(dtype, impl):
     torch.testing.assert_close(v_cache, case.v_cache, equal_nan=True, rtol=0, atol=0)
 
 
-def test_a_chunked_prompt_equals_the_whole_prompt(impl):
+def test_a_chunked_prompt_equals_the_whole_prompt(impl: Impl) -> None:
     whole = attention_case((75,), (75,), (6, 2), (32, 32), torch.float32)
     expected = whole.run(impl)
     for end, size in ((40, 40), (60, 20), (75, 15)):
@@ -90,7 +92,7 @@ def test_a_chunked_prompt_equals_the_whole_prompt(impl):
         assert_close(chunk.run(impl), expected[end - size : end])
 
 
-def test_nothing_is_left_of_an_earlier_step(native):
+def test_nothing_is_left_of_an_earlier_step(native: Impl) -> None:
     """The kernels keep their working memory: what a step of NaN leaves there must not be read by the next."""
     for dtype in DTYPES:
         spoiled = attention_case((64,), (64,), (6, 2), (64, 64), dtype)
@@ -128,9 +130,9 @@ def _another_block(case: AttentionCase) -> None:
 @pytest.mark.parametrize(
     "mistake", [_one_key_more, _no_sinks, _no_softcap, _no_scale, _one_token_short, _another_block]
 )
-def test_the_comparison_notices(mistake, dtype, native):
+def test_the_comparison_notices(mistake: Callable[[AttentionCase], None], dtype: torch.dtype, native: Impl) -> None:
     """What a broken kernel would compute: the tolerance of each dtype must tell it from the right answer."""
-    options = {"window": 20, "softcap": 2.0, "sinks": True}
+    options: AttentionOptions = {"window": 20, "softcap": 2.0, "sinks": True}
     case = attention_case((30, 1), (30, 31), (6, 2), (32, 32), dtype, **options)
     expected = case.expected()
     assert_close(case.run(native), expected)

@@ -27,7 +27,7 @@ except RuntimeError as error:
 """
 
 
-def test_native_kernels_are_there_where_a_compiler_is():
+def test_native_kernels_are_there_where_a_compiler_is() -> None:
     if shutil.which("g++"):
         from lora_kernels import cpu
 
@@ -35,7 +35,7 @@ def test_native_kernels_are_there_where_a_compiler_is():
         assert build_library().is_relative_to(cache_dir())
 
 
-def test_a_second_build_takes_the_cached_file(monkeypatch, tmp_path):
+def test_a_second_build_takes_the_cached_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cache, log = tmp_path / "cache", tmp_path / "log"
     monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(cache))
     monkeypatch.setenv("CXX", str(fake_compiler(tmp_path / "compiler", log)))
@@ -62,19 +62,19 @@ while [ "$1" != -o ]; do shift; done
     return path
 
 
-def test_a_failing_compiler_is_reported_with_its_words(monkeypatch, tmp_path):
+def test_a_failing_compiler_is_reported_with_its_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path))
     with pytest.raises(BuildError, match="no-such-flag"):
         build_library(flags=("--no-such-flag",))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_processor_family_is_refused():
+def test_another_processor_family_is_refused() -> None:
     with pytest.raises(BuildError, match="aarch64"):
         build_library(machine="aarch64")
 
 
-def test_without_a_compiler_torch_serves_and_says_so_once(tmp_path):
+def test_without_a_compiler_torch_serves_and_says_so_once(tmp_path: Path) -> None:
     environment = {**os.environ, "CXX": "no-such-compiler", "LORAFLEET_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     result = subprocess.run(

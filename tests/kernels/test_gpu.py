@@ -8,13 +8,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DISTRIBUTIONS, RANKS, LoraCase, assert_close, attention_case, lora_case, token_slots
+from kernel_cases import (
+    DISTRIBUTIONS,
+    RANKS,
+    AttentionOptions,
+    Distribution,
+    LoraCase,
+    assert_close,
+    attention_case,
+    lora_case,
+    token_slots,
+)
 
 from lora_kernels import ops
+from lora_kernels.ops import Activation
 
 # cuBLAS asks for this where uninitialized memory is filled (kernel_cases.poisoned_memory). Read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -51,7 +63,7 @@ def check(case: LoraCase) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("num_tokens", [1, 7, 32, 257, 1000])
-def test_lora_for_every_mix(distribution, num_tokens, dtype):
+def test_lora_for_every_mix(distribution: Distribution, num_tokens: int, dtype: torch.dtype) -> None:
     slots = token_slots(distribution, num_tokens, num_slots=12, seed=num_tokens)
     if (slots < 0).all():
         slots[0] = 2
@@ -61,18 +73,18 @@ def test_lora_for_every_mix(distribution, num_tokens, dtype):
 
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("num_tokens", [4, 300])
-def test_lora_for_every_rank(rank, num_tokens):
+def test_lora_for_every_rank(rank: int, num_tokens: int) -> None:
     slots = np.where(np.arange(num_tokens) % 50 == 1, 1, 0)
     check(lora_case(slots, [rank, 16], 4096, (1024,), torch.bfloat16, device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lora_of_one_adapter_by_library_products(dtype):
+def test_lora_of_one_adapter_by_library_products(dtype: torch.dtype) -> None:
     """An adapter of one page is always in order, and this step is long."""
     check(lora_case(np.zeros(600, dtype=int), [16], 1024, (512, 512), dtype, device=DEVICE))
 
 
-def test_lora_never_waits_for_the_device():
+def test_lora_never_waits_for_the_device() -> None:
     case = lora_case(token_slots("zipf", 64, 8), [16] * 8, 1024, (1024, 256), torch.bfloat16, device=DEVICE)
     case.run("triton")
     outs = [out.clone() for out in case.outs]
@@ -80,7 +92,7 @@ def test_lora_never_waits_for_the_device():
         ops.lora_add_(outs, case.x, case.sites, case.table, case.batch, impl="triton")
 
 
-def test_one_graph_serves_any_mix():
+def test_one_graph_serves_any_mix() -> None:
     """Captured with an empty list of rows, replayed with others copied over it, also with none."""
     num_tokens, ranks = 64, [16, 3, 64, 8, 128]
     mixes = [token_slots(d, num_tokens, len(ranks)) for d in ("identical", "distinct", "zipf", "some base", "none")]
@@ -131,14 +143,21 @@ def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     [((1,), (5000,)), ((1,) * 20, tuple(range(1, 4000, 200))), ((300, 77), (900, 77)), ((1, 1, 200), (64, 700, 333))],
     ids=["one decode", "decodes", "chunks", "mixed"],
 )
-def test_attention(query_lens, kv_lens, heads, head_dims, options, dtype):
+def test_attention(
+    query_lens: tuple[int, ...],
+    kv_lens: tuple[int, ...],
+    heads: tuple[int, int],
+    head_dims: tuple[int, int],
+    options: AttentionOptions,
+    dtype: torch.dtype,
+) -> None:
     case = attention_case(query_lens, kv_lens, heads, head_dims, dtype, device=DEVICE, **options)
     actual = case.run("triton")
     assert_close(actual, case.expected())
     assert torch.equal(actual, case.run("triton")), "the same step must give the same bits"
 
 
-def test_attention_never_waits_for_the_device():
+def test_attention_never_waits_for_the_device() -> None:
     case = attention_case((1,) * 8, (700,) * 8, (32, 8), (128, 128), torch.bfloat16, device=DEVICE)
     case.run("triton")
     with no_waiting():
@@ -146,7 +165,7 @@ def test_attention_never_waits_for_the_device():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kv_write(dtype):
+def test_kv_write(dtype: torch.dtype) -> None:
     tables = np.array([[4, 1], [2, 3]], dtype=np.int32)
     batch = ops.build_attention_batch(np.array([3, 17]), np.array([18, 17]), tables, DEVICE)
     k, v = torch.randn(20, 8, 128 + 64, device=DEVICE).to(dtype).split([128, 64], dim=-1)
@@ -159,7 +178,7 @@ def test_kv_write(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_pointwise(dtype):
+def test_pointwise(dtype: torch.dtype) -> None:
     x, residual = torch.randn(2, 33, 4096, device=DEVICE).to(dtype)
     weight = torch.randn(4096, device=DEVICE).to(dtype)
     for plus_one in (False, True):
@@ -168,7 +187,7 @@ def test_pointwise(dtype):
         expected = ops.rms_norm(x, weight, 1e-5, residual=expected_carried, plus_one=plus_one, impl="reference")
         assert_close(normed, expected)
         assert torch.equal(carried, expected_carried)
-    for act in ("silu", "gelu", "gelu_tanh"):
+    for act in get_args(Activation):
         assert_close(ops.gated_act(x, residual, act, impl="triton"), ops.gated_act(x, residual, act, impl="reference"))
     angles = torch.randn(33, 64, device=DEVICE).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)

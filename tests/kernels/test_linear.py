@@ -7,6 +7,7 @@ import torch
 from kernel_cases import assert_close, poisoned_memory
 
 from lora_kernels import ops
+from lora_kernels.ops import Impl
 
 BF16 = torch.bfloat16
 
@@ -24,7 +25,7 @@ def weight_and_input(n: int, k: int, m: int, dtype: torch.dtype) -> tuple[torch.
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 13, 14, 15, 16, 29, 64, 257])
-def test_rows(m, impl):
+def test_rows(m: int, impl: Impl) -> None:
     """Every remainder of the register tile, and more rows than a block has."""
     for n, k in ((96, 64), (33, 130), (200, 2)):
         weight, x = weight_and_input(n, k, m, BF16)
@@ -33,7 +34,7 @@ def test_rows(m, impl):
         assert_close(actual, x.float() @ weight.float().T)
 
 
-def test_many_rows_of_many_features(native):
+def test_many_rows_of_many_features(native: Impl) -> None:
     """So many that the input is cut in blocks of rows."""
     weight, x = weight_and_input(64, 4096, 700, BF16)
     assert_close(ops.linear(x, ops.pack_linear(weight, impl=native), impl=native), x.float() @ weight.float().T)
@@ -41,14 +42,14 @@ def test_many_rows_of_many_features(native):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
 @pytest.mark.parametrize("k", [33, 64])
-def test_dtypes_and_bias(dtype, k, impl):
+def test_dtypes_and_bias(dtype: torch.dtype, k: int, impl: Impl) -> None:
     weight, x = weight_and_input(50, k, 9, dtype)
     bias = torch.linspace(-1, 1, 50).to(dtype)
     actual = ops.linear(x, ops.pack_linear(weight, impl=impl), bias, impl=impl)
     assert_close(actual, x.float() @ weight.float().T + bias.float())
 
 
-def test_leading_dimensions_and_strided_rows(impl):
+def test_leading_dimensions_and_strided_rows(impl: Impl) -> None:
     weight, x = weight_and_input(40, 64, 12, BF16)
     packed = ops.pack_linear(weight, impl=impl)
     expected = ops.linear(x, packed, impl=impl)
@@ -57,19 +58,19 @@ def test_leading_dimensions_and_strided_rows(impl):
     assert torch.equal(ops.linear(fused[:, 64:], packed, impl=impl), expected)
 
 
-def test_no_rows(impl):
+def test_no_rows(impl: Impl) -> None:
     weight, _ = weight_and_input(40, 64, 1, BF16)
     assert ops.linear(torch.empty(0, 64, dtype=BF16), ops.pack_linear(weight, impl=impl), impl=impl).shape == (0, 40)
 
 
-def test_bf16_weights_are_packed(native):
+def test_bf16_weights_are_packed(native: Impl) -> None:
     packed = ops.pack_linear(weight_and_input(40, 64, 1, BF16)[0], impl=native)
     assert packed.layout == "vnni"
     with pytest.raises(RuntimeError, match="x has 32 features; the weight takes 64"):
         ops.linear(torch.zeros(1, 32, dtype=BF16), packed, impl=native)
 
 
-def test_bf16_weights_stay_with_torch_where_there_is_amx(native, monkeypatch):
+def test_bf16_weights_stay_with_torch_where_there_is_amx(native: Impl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     weight, x = weight_and_input(40, 64, 12, BF16)
     packed = ops.pack_linear(weight, impl=native)
@@ -77,7 +78,7 @@ def test_bf16_weights_stay_with_torch_where_there_is_amx(native, monkeypatch):
     assert_close(ops.linear(x, packed, impl=native), x.float() @ weight.float().T)
 
 
-def test_the_comparison_notices_one_weight_row(native):
+def test_the_comparison_notices_one_weight_row(native: Impl) -> None:
     weight, x = weight_and_input(40, 64, 12, BF16)
     broken = weight.clone()
     broken[17] = weight[18]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DISTRIBUTIONS, RANKS, LoraCase, assert_close, lora_case, token_slots
+from kernel_cases import DISTRIBUTIONS, RANKS, Distribution, LoraCase, assert_close, lora_case, token_slots
 
 from lora_kernels import ops
 from lora_kernels.ops import Impl, LoraSite
@@ -21,7 +23,7 @@ def check(case: LoraCase, impl: Impl) -> None:
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("num_tokens", SIZES)
-def test_every_mix_and_size(distribution, num_tokens, impl):
+def test_every_mix_and_size(distribution: Distribution, num_tokens: int, impl: Impl) -> None:
     for i, dtype in enumerate(DTYPES):
         ranks = list(RANKS[i::3])  # every rank with some dtype, and ranks 1 to 256 in one step
         check(lora_case(token_slots(distribution, num_tokens, len(ranks), 5), ranks, 96, (80, 33), dtype), impl)
@@ -29,14 +31,14 @@ def test_every_mix_and_size(distribution, num_tokens, impl):
 
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_rank_and_dtype(rank, dtype, impl):
+def test_every_rank_and_dtype(rank: int, dtype: torch.dtype, impl: Impl) -> None:
     """Groups of one row, of a few, and of more than a tile, at widths that fill no vector."""
     slots = np.repeat([0, 1, 2, -1], [1, 3, 70, 2])
     for k, widths in ((70, (64,)), (33, (200, 9, 130))):
         check(lora_case(slots, [rank] * 3, k, widths, dtype, row_scales=True), impl)
 
 
-def test_outputs_may_be_columns_of_one_fused_output(impl):
+def test_outputs_may_be_columns_of_one_fused_output(impl: Impl) -> None:
     case = lora_case(token_slots("zipf", 40, 3), [8, 16, 3], 64, (48, 16, 16), torch.bfloat16)
     expected = case.expected()
     fused = torch.cat(case.outs, dim=1)
@@ -51,7 +53,7 @@ def test_outputs_may_be_columns_of_one_fused_output(impl):
     assert torch.equal(before[base_rows], fused[base_rows])
 
 
-def test_rows_without_an_adapter_are_not_touched(impl):
+def test_rows_without_an_adapter_are_not_touched(impl: Impl) -> None:
     slots = token_slots("some base", 61, 4)
     case = lora_case(slots, [16, 3, 48, 8], 32, (40,), torch.bfloat16)
     (out,) = case.run(impl)
@@ -60,7 +62,7 @@ def test_rows_without_an_adapter_are_not_touched(impl):
     assert not torch.equal(out[~base], case.outs[0][~base])
 
 
-def test_nothing_is_left_of_an_earlier_step(native):
+def test_nothing_is_left_of_an_earlier_step(native: Impl) -> None:
     """The kernels keep their working memory: what a step of NaN leaves there must not be read by the next."""
     for dtype in DTYPES:
         spoiled = lora_case(np.repeat([0, 1], [40, 2]), [64, 64], 96, (80,), dtype)
@@ -109,7 +111,7 @@ def _take_the_next_page(case: LoraCase) -> None:
         _take_the_next_page,
     ],
 )
-def test_the_comparison_notices(mistake, dtype, native):
+def test_the_comparison_notices(mistake: Callable[[LoraCase], None], dtype: torch.dtype, native: Impl) -> None:
     """What a broken kernel would compute: the tolerance of each dtype must tell it from the right answer."""
     case = lora_case(token_slots("uniform", 50, 3), [20, 64, 33], 96, (80,), dtype, row_scales=True)
     check(case, native)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from kernel_cases import assert_close, attention_case, lora_case
 
 from lora_kernels import ops
+from lora_kernels.ops import Impl
 
 BF16 = torch.bfloat16
 ROW, WORDS = torch.tensor([1]), torch.zeros(1, 2, dtype=torch.int32)
 
 
-def test_schemas_and_fake_kernels_are_true(native):
+def test_schemas_and_fake_kernels_are_true(native: Impl) -> None:
     """What an operator says it mutates is what it mutates, and its fake result has the shape of the real one."""
     del native
     checks = ("test_schema", "test_faketensor")
@@ -53,7 +56,7 @@ def test_schemas_and_fake_kernels_are_true(native):
     torch.library.opcheck(lorafleet.lora_add_.default, arguments, test_utils=checks)
 
 
-def test_a_layer_compiles_as_one_graph(native):
+def test_a_layer_compiles_as_one_graph(native: Impl) -> None:
     lora = lora_case(np.array([0, 1, -1, 1]), [16, 3], 32, (24, 24), torch.float32)
     attention = attention_case((1, 3), (20, 3), (3, 1), (8, 8), torch.float32)
     weight = ops.pack_linear(torch.randn(48, 32), impl=native)
@@ -84,18 +87,18 @@ def test_a_layer_compiles_as_one_graph(native):
         (lambda: ops.rms_norm(torch.ones(2, 4).double(), torch.ones(4).double(), 1e-5, impl="cpu"), "dtype is Double"),
     ],
 )
-def test_wrong_arguments_are_refused(call, message, native):
+def test_wrong_arguments_are_refused(call: Callable[[], object], message: str, native: Impl) -> None:
     del native
     with pytest.raises(RuntimeError, match=message):
         call()
 
 
-def test_an_unknown_implementation_is_refused():
+def test_an_unknown_implementation_is_refused() -> None:
     with pytest.raises(ValueError, match="impl is 'fastest'"):
         ops.gated_act(torch.ones(1, 1), torch.ones(1, 1), impl="fastest")  # pyright: ignore[reportArgumentType]
 
 
-def test_the_default_on_a_cpu_is_native(native):
+def test_the_default_on_a_cpu_is_native(native: Impl) -> None:
     x = torch.randn(3, 8)
     assert torch.equal(ops.gated_act(x, x), ops.gated_act(x, x, impl=native))
     assert_close(ops.gated_act(x, x), ops.gated_act(x, x, impl="reference"))

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import assert_close
+from kernel_cases import assert_close, randn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from lora_kernels import ops
+from lora_kernels.ops import Activation, Impl
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 64), (5, 33), (70, 576)]
 
 
-def randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("plus_one", [False, True])
-def test_rms_norm_is_hugging_faces(shape, plus_one, dtype, impl):
+def test_rms_norm_is_hugging_faces(shape: tuple[int, int], plus_one: bool, dtype: torch.dtype, impl: Impl) -> None:
     x = randn(*shape, dtype=dtype) * 3
     module = (GemmaRMSNorm if plus_one else LlamaRMSNorm)(shape[1], eps=1e-2).to(dtype)
     module.weight.data = randn(shape[1], dtype=dtype, seed=1)
@@ -33,7 +32,7 @@ def test_rms_norm_is_hugging_faces(shape, plus_one, dtype, impl):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rms_norm_adds_the_residual_first(shape, dtype, impl):
+def test_rms_norm_adds_the_residual_first(shape: tuple[int, int], dtype: torch.dtype, impl: Impl) -> None:
     x, residual, weight = (randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=1), randn(shape[1], dtype=dtype))
     total = x + residual
     kept = x.clone()
@@ -43,7 +42,7 @@ def test_rms_norm_adds_the_residual_first(shape, dtype, impl):
     assert torch.equal(actual, ops.rms_norm(total, weight, 1e-5, impl=impl))
 
 
-def test_rms_norm_of_strided_rows(impl):
+def test_rms_norm_of_strided_rows(impl: Impl) -> None:
     fused = randn(9, 100, dtype=torch.bfloat16)
     weight = randn(40, dtype=torch.bfloat16)
     assert torch.equal(
@@ -54,7 +53,7 @@ def test_rms_norm_of_strided_rows(impl):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (20, 20), (64, 16)])
-def test_rotary_is_hugging_faces(head_dim, rotary_dim, dtype, impl):
+def test_rotary_is_hugging_faces(head_dim: int, rotary_dim: int, dtype: torch.dtype, impl: Impl) -> None:
     tokens, q_heads, k_heads = 37, 6, 2
     fused = randn(tokens, (q_heads + k_heads) * head_dim, dtype=dtype)
     angles = torch.arange(tokens)[:, None] * 0.7 ** torch.arange(rotary_dim // 2)
@@ -75,31 +74,32 @@ def test_rotary_is_hugging_faces(head_dim, rotary_dim, dtype, impl):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gated_act(shape, dtype, impl):
+def test_gated_act(shape: tuple[int, int], dtype: torch.dtype, impl: Impl) -> None:
     fused = randn(shape[0], 2 * shape[1], dtype=dtype) * 4
     gate, up = fused.chunk(2, dim=1)
-    expected = {
+    expected: dict[Activation, torch.Tensor] = {
         "silu": F.silu(gate.float()),
         "gelu": F.gelu(gate.float()),
         "gelu_tanh": F.gelu(gate.float(), approximate="tanh"),
     }
-    for act in ("silu", "gelu", "gelu_tanh"):
-        assert_close(ops.gated_act(gate, up, act, impl=impl), expected[act] * up.float())
+    for act, activated in expected.items():
+        assert_close(ops.gated_act(gate, up, act, impl=impl), activated * up.float())
     with pytest.raises(AssertionError):
         assert_close(ops.gated_act(up, gate, "silu", impl=impl), expected["silu"] * up.float())
 
 
-def test_activations_are_right_far_out(native):
+def test_activations_are_right_far_out(native: Impl) -> None:
     """At zero, and where exp overflows or underflows."""
     gate = torch.tensor([[0.0, -0.0, 1e-30, -200.0, 200.0, 89.0, -89.0, -104.0, 1e38, -1e38]])
     up = torch.ones_like(gate)
-    for act, function in (("silu", F.silu), ("gelu", F.gelu)):
+    functions: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+    for act, function in functions.items():
         torch.testing.assert_close(ops.gated_act(gate, up, act, impl=native), function(gate), rtol=1e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [1, 31, 96, 5000])
-def test_mask_logits_forbids_what_has_no_bit(vocab, dtype, impl):
+def test_mask_logits_forbids_what_has_no_bit(vocab: int, dtype: torch.dtype, impl: Impl) -> None:
     may = torch.rand(3, -(-vocab // 32) * 32, generator=torch.Generator().manual_seed(vocab)) < 0.5
     words = (may.view(3, -1, 32).long() << torch.arange(32)).sum(-1).to(torch.int32)
     wide = randn(5, vocab + 7, dtype=dtype)
@@ -116,7 +116,7 @@ def test_mask_logits_forbids_what_has_no_bit(vocab, dtype, impl):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [1, 33, 5000])
-def test_argmax_is_the_first_of_the_largest(vocab, dtype, impl):
+def test_argmax_is_the_first_of_the_largest(vocab: int, dtype: torch.dtype, impl: Impl) -> None:
     x = randn(8, vocab, dtype=dtype)  # many are equal in bf16
     x[1] = -x[1].abs() - 1  # none above zero
     x[2] = -torch.inf

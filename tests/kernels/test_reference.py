@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from kernel_cases import assert_close, attention_case, lora_case, token_slots
+from kernel_cases import AttentionOptions, assert_close, attention_case, lora_case, token_slots
 
 from lora_kernels.ops import BLOCK_TOKENS, PAGE_ROWS
 
@@ -32,7 +32,7 @@ def test_lora_add_is_the_sum_over_rank_rows() -> None:
 
 
 def test_paged_attention_is_a_softmax_over_visible_keys() -> None:
-    options = {"window": 9, "softcap": 3.0, "sinks": True}
+    options: AttentionOptions = {"window": 9, "softcap": 3.0, "sinks": True}
     case = attention_case((1, 5, 20), (18, 33, 20), (6, 2), (8, 4), torch.float32, **options)
     actual = case.run("reference")
     sinks = case.logits["sinks"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lora_kernels import ops
+from lora_kernels.ops import Impl
 
 BF16 = torch.bfloat16
 
@@ -32,7 +33,7 @@ def check(x: torch.Tensor, packed: ops.PackedLinear, expected: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize("rows", [1, 40])
-def test_more_threads_than_cores_and_than_tasks(native, num_threads, rows):
+def test_more_threads_than_cores_and_than_tasks(native: Impl, num_threads: int, rows: int) -> None:
     del native, num_threads
     x, weight, expected = case(0, rows)
     for width in (32, 64, 1000):  # 1, 2 and 32 tasks
@@ -42,7 +43,7 @@ def test_more_threads_than_cores_and_than_tasks(native, num_threads, rows):
             check(x, packed, expected[:, :width])
 
 
-def test_several_threads_compute_at_once(native, num_threads):
+def test_several_threads_compute_at_once(native: Impl, num_threads: int) -> None:
     """The second caller finds the team busy and does its own work."""
     del native
     failed: list[BaseException] = []

@@ -29,7 +29,7 @@ def run(*args: str, **env: str) -> str:
 
 
 @pytest.mark.timeout(600)
-def test_kernels_match_the_reference_in_the_interpreter():
+def test_kernels_match_the_reference_in_the_interpreter() -> None:
     """The interpreter must be chosen before triton is first imported, hence a process of its own."""
     output = run("-m", "pytest", str(FOLDER), "-p", "no:cacheprovider", TRITON_INTERPRET="1")
     passed = re.search(r"(\d+) passed", output)
@@ -38,11 +38,11 @@ def test_kernels_match_the_reference_in_the_interpreter():
 
 
 @pytest.mark.timeout(600)
-def test_variants_compile_without_spills_and_are_documented():
+def test_variants_compile_without_spills_and_are_documented() -> None:
     assert " 0 unfit" in run("-m", "benchmarks.triton_aot", "--check")
 
 
-def test_a_kernel_that_spills_is_found_unfit():
+def test_a_kernel_that_spills_is_found_unfit() -> None:
     """The check can fail: an attention tile four times too large for its registers."""
     target = triton_aot.TARGETS[0]
     launch = next(v.launch for v in triton_aot.variants(target) if v.launch.kernel is attention_kernel)
@@ -52,7 +52,7 @@ def test_a_kernel_that_spills_is_found_unfit():
     assert any("crowded" in problem for problem in triton_aot.problems({(0, "crowded"): used}))
 
 
-def test_steps_of_one_shape_share_their_kernels():
+def test_steps_of_one_shape_share_their_kernels() -> None:
     """A compilation in the middle of serving stalls every request: what changes by the step may not cause one.
 
     Steps of nearly one size (the size decides tiles and splits), at other sites, lengths and alignments.

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DISTRIBUTIONS, RANKS, LoraCase, assert_close, lora_case, poisoned_memory, token_slots
+from kernel_cases import (
+    DISTRIBUTIONS,
+    RANKS,
+    Distribution,
+    LoraCase,
+    assert_close,
+    lora_case,
+    poisoned_memory,
+    token_slots,
+)
 
 from lora_kernels import ops
 from lora_kernels.triton_ops import lora, tuning
@@ -21,7 +30,7 @@ def check(case: LoraCase) -> None:
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize(("num_tokens", "dtype"), [(1, FP32), (7, FP16), (33, FP32), (67, FP16)])
-def test_matches_reference_for_every_mix(distribution, num_tokens, dtype):
+def test_matches_reference_for_every_mix(distribution: Distribution, num_tokens: int, dtype: torch.dtype) -> None:
     slots = token_slots(distribution, num_tokens, num_slots=5, seed=num_tokens)
     if (slots < 0).all():
         slots[0] = 2
@@ -29,7 +38,7 @@ def test_matches_reference_for_every_mix(distribution, num_tokens, dtype):
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_matches_reference_for_every_rank(rank):
+def test_matches_reference_for_every_rank(rank: int) -> None:
     """Small and large tiles, with a neighbour of another rank."""
     for num_tokens in (3, 70):
         slots = np.where(np.arange(num_tokens) % 35 == 1, 1, 0)
@@ -37,17 +46,17 @@ def test_matches_reference_for_every_rank(rank):
 
 
 @pytest.mark.parametrize(("k", "widths"), [(16, (16,)), (100, (33, 7, 65)), (256, (300, 16)), (200, (16,) * 5)])
-def test_matches_reference_for_odd_widths(k, widths):
+def test_matches_reference_for_odd_widths(k: int, widths: tuple[int, ...]) -> None:
     """Widths below and across a block, and more siblings than one launch takes."""
     slots = token_slots("some base", 9, num_slots=4)
     check(lora_case(slots, [16, 8, 48, 2], k=k, widths=widths, dtype=FP16))
 
 
-def test_scales_rows_by_request():
+def test_scales_rows_by_request() -> None:
     check(lora_case(token_slots("uniform", 21, 3), [8, 16, 4], 32, (24, 40), FP32, row_scales=True))
 
 
-def test_leaves_everything_else_alone():
+def test_leaves_everything_else_alone() -> None:
     """Rows of the base model, sites an adapter does not touch, and the columns beside a slice keep their bits."""
     case = lora_case(token_slots("some base", 20, 3), [8, 16, 4], 32, (24, 40), FP32)
     fused = torch.randn(20, 24 + 8 + 40)
@@ -67,7 +76,7 @@ def test_leaves_everything_else_alone():
 
 
 @pytest.mark.parametrize(("num_sms", "splits"), [(1, 1), (30, 4), (200, 16)])
-def test_split_sums_agree(num_sms, splits):
+def test_split_sums_agree(num_sms: int, splits: int) -> None:
     """A device's size decides how K is split, never the answer. Of 16 parts of 17 blocks, 7 are empty."""
     case = lora_case(token_slots("distinct", 6, 6), [16, 3, 8, 40, 16, 1], 1040, (64,), FP32)
     device = Device(backend="cuda", num_sms=num_sms, capability=80, upcast=True)
@@ -81,7 +90,7 @@ def test_split_sums_agree(num_sms, splits):
         assert_close(actual, expected)
 
 
-def test_a_program_strides_over_tiles():
+def test_a_program_strides_over_tiles() -> None:
     case = lora_case(token_slots("distinct", 6, 6), [16, 3, 8, 40, 16, 1], 32, (32,), FP32)
     no_room = Device(backend="cuda", num_sms=0, capability=80, upcast=True)
     outs = [out.clone() for out in case.outs]
@@ -93,7 +102,7 @@ def test_a_program_strides_over_tiles():
         assert_close(actual, expected)
 
 
-def test_a_recorded_step_serves_any_mix():
+def test_a_recorded_step_serves_any_mix() -> None:
     """What a CUDA graph replays is the launches of one step, while the work list is overwritten in place."""
     num_tokens, ranks = 18, [16, 3, 64, 8]
     mixes = [token_slots(d, num_tokens, len(ranks)) for d in ("identical", "distinct", "zipf", "some base", "none")]
@@ -122,14 +131,19 @@ class TestUniformStep:
     """A long step of one adapter is two library products a site, where that can be decided without the device."""
 
     @pytest.fixture
-    def launches(self, monkeypatch) -> list[Launch]:
-        ran = []
+    def launches(self, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+        ran: list[Launch] = []
         launch = Launch.__call__
-        monkeypatch.setattr(Launch, "__call__", lambda self: (ran.append(self), launch(self)))
+
+        def note_and_launch(planned: Launch) -> None:
+            ran.append(planned)
+            launch(planned)
+
+        monkeypatch.setattr(Launch, "__call__", note_and_launch)
         return ran
 
-    def case(self, *, in_order: bool, **options) -> LoraCase:
-        case = lora_case(np.full(tuning.UNIFORM_GEMM_ROWS, 1), [3, 40], 32, (24, 16), FP32, **options)
+    def case(self, *, in_order: bool, row_scales: bool = False) -> LoraCase:
+        case = lora_case(np.full(tuning.UNIFORM_GEMM_ROWS, 1), [3, 40], 32, (24, 16), FP32, row_scales=row_scales)
         host = case.table.host
         assert host is not None
         if in_order:
@@ -141,19 +155,19 @@ class TestUniformStep:
                 site.b_rows[32:72] = torch.randn(40, site.b_rows.shape[1]) / 40**0.5
         return case
 
-    def test_uses_products_when_pages_are_in_order(self, launches):
+    def test_uses_products_when_pages_are_in_order(self, launches: list[Launch]) -> None:
         check(self.case(in_order=True))
         assert not launches
 
-    def test_uses_kernels_when_pages_are_scattered(self, launches):
+    def test_uses_kernels_when_pages_are_scattered(self, launches: list[Launch]) -> None:
         check(self.case(in_order=False))
         assert len(launches) == 2
 
-    def test_uses_kernels_when_rows_have_factors(self, launches):
+    def test_uses_kernels_when_rows_have_factors(self, launches: list[Launch]) -> None:
         check(self.case(in_order=True, row_scales=True))
         assert len(launches) == 2
 
-    def test_uses_kernels_without_the_host_copy(self, launches):
+    def test_uses_kernels_without_the_host_copy(self, launches: list[Launch]) -> None:
         case = self.case(in_order=True)
         case.table.host = None
         check(case)

@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from kernel_cases import assert_close, attention_case, lora_case, poisoned_memory, token_slots
+from kernel_cases import AttentionOptions, assert_close, attention_case, lora_case, poisoned_memory, token_slots
 
 from lora_kernels.triton_ops import attention, lora
 from lora_kernels.triton_ops.launch import Device
@@ -58,7 +58,8 @@ def run_lora(module: ModuleType) -> None:
 
 def run_attention(module: ModuleType) -> None:
     """A mixed step, its decodes split, with and without the options."""
-    for options in ({}, {"window": 20, "softcap": 2.0, "sinks": True}):
+    plain: AttentionOptions = {}
+    for options in (plain, AttentionOptions(window=20, softcap=2.0, sinks=True)):
         case = attention_case((1, 33, 40, 2, 1), (150, 33, 56, 90, 20), (6, 2), (32, 16), FP32, **options)
         with poisoned_memory():
             actual = case.q.new_empty(*case.q.shape[:2], case.v_cache.shape[3])
@@ -68,7 +69,7 @@ def run_attention(module: ModuleType) -> None:
         assert_close(actual, case.expected())
 
 
-def test_the_originals_pass():
+def test_the_originals_pass() -> None:
     run_lora(lora)
     run_attention(attention)
 
@@ -93,7 +94,7 @@ def test_the_originals_pass():
         ("for rank_start in range(0, rank, BLOCK_R)", "for rank_start in range(0, BLOCK_R, BLOCK_R)"),
     ],
 )
-def test_lora_comparison_notices(old, new, tmp_path):
+def test_lora_comparison_notices(old: str, new: str, tmp_path: Path) -> None:
     module = mutant(lora, old, new, tmp_path)
     with pytest.raises(AssertionError):
         run_lora(module)
@@ -118,7 +119,7 @@ def test_lora_comparison_notices(old, new, tmp_path):
         ("if end - first > DECODE_QUERIES", "if end - first > 1"),
     ],
 )
-def test_attention_comparison_notices(old, new, tmp_path):
+def test_attention_comparison_notices(old: str, new: str, tmp_path: Path) -> None:
     module = mutant(attention, old, new, tmp_path)
     with pytest.raises(AssertionError):
         run_attention(module)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kernel_cases import assert_close
+from kernel_cases import assert_close, randn
 
 from lora_kernels import ops
+from lora_kernels.ops import Activation
 
 DTYPES = (torch.float32, torch.float16)
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_heads", "head_dims"), [(1, (16, 16)), (3, (24, 8)), (300, (32, 32))])
-def test_kv_write(num_heads, head_dims, dtype):
+def test_kv_write(num_heads: int, head_dims: tuple[int, int], dtype: torch.dtype) -> None:
     tables = np.array([[4, 1], [2, 3]], dtype=np.int32)
     batch = ops.build_attention_batch(np.array([3, 17]), np.array([18, 17]), tables, "cpu")
     fused = randn(20, num_heads, sum(head_dims), dtype=dtype)
@@ -31,7 +28,7 @@ def test_kv_write(num_heads, head_dims, dtype):
     assert torch.equal(v_cache, expected_v)
 
 
-def test_kv_write_passes_over_negative_slots():
+def test_kv_write_passes_over_negative_slots() -> None:
     batch = ops.build_attention_batch(np.array([2]), np.array([2]), np.array([[1]], dtype=np.int32), "cpu")
     batch.slot_mapping = torch.tensor([16, -1])
     k_cache, v_cache = torch.zeros(2, 1, 16, 16), torch.zeros(2, 1, 16, 16)
@@ -44,7 +41,7 @@ def test_kv_write_passes_over_negative_slots():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("plus_one", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_rms_norm(dtype, plus_one, with_residual):
+def test_rms_norm(dtype: torch.dtype, plus_one: bool, with_residual: bool) -> None:
     x, weight = randn(5, 200, dtype=dtype), randn(200, dtype=dtype, seed=1)
     residual = randn(5, 200, dtype=dtype, seed=2) if with_residual else None
     expected_residual = None if residual is None else residual.clone()
@@ -56,7 +53,7 @@ def test_rms_norm(dtype, plus_one, with_residual):
         assert torch.equal(residual, expected_residual)
 
 
-def test_rms_norm_of_heads_in_a_fused_projection():
+def test_rms_norm_of_heads_in_a_fused_projection() -> None:
     heads = randn(4, 3 * 32 + 10)[:, 10:].unflatten(1, (3, 32))
     weight = randn(32, seed=1)
     actual = ops.rms_norm(heads, weight, 1e-5, impl="triton")
@@ -65,7 +62,7 @@ def test_rms_norm_of_heads_in_a_fused_projection():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(32, 32), (24, 24), (48, 20)])
-def test_rotary(dtype, head_dim, rotary_dim):
+def test_rotary(dtype: torch.dtype, head_dim: int, rotary_dim: int) -> None:
     fused = randn(5, 4 * head_dim, dtype=dtype)
     expected = fused.clone()
     angles = randn(5, rotary_dim // 2, seed=1).repeat(1, 2)
@@ -81,7 +78,7 @@ def test_rotary(dtype, head_dim, rotary_dim):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # to inf, as it should
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
-def test_gated_act(dtype, act):
+def test_gated_act(dtype: torch.dtype, act: Activation) -> None:
     fused = 3 * randn(3, 2 * 1100, dtype=dtype)
     gate, up = fused.split(1100, dim=1)
     assert_close(ops.gated_act(gate, up, act, impl="triton"), ops.gated_act(gate, up, act, impl="reference"))
