@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from gateway.http.fields import Name
+from gateway.http.parameter_check import JsonBody
 from peft_adapters.recipe import MAX_MERGED, Merge, Strategy, check_merge, digests_of, needs_density
 from protocol.wire.errors import BadRequest
 
@@ -15,10 +16,10 @@ MAX_WEIGHT = 1000.0
 MAX_SVD_RANK = 4096
 
 
-class MergedAdapters(BaseModel):
+class MergedAdapters(JsonBody):
     """What is merged, and how. The last three fields are not in LoRAX."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    OBJECT = "merged_adapters"
 
     ids: Annotated[list[Name], Field(min_length=1, max_length=MAX_MERGED, fail_fast=True)]
     weights: Annotated[list[Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]], Field(fail_fast=True)]

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.responses import PlainTextResponse, Response
 
 from gateway.adapters.memory import Freed
 from gateway.adapters.operations import AdapterOperations, Unloaded, Wanted
 from gateway.auth.callers import caller_of
 from gateway.http import openapi
+from gateway.http.parameter_check import JsonBody
 from gateway.http.routes import json_response
 from protocol.wire.errors import BadRequest, Conflict, NotFound, Unavailable
 
@@ -23,12 +24,10 @@ MAX_WAIT_S = 600.0
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class RegisterRequest(_Body):
+class RegisterRequest(JsonBody):
     """`POST /v1/adapters`."""
+
+    OBJECT = "register"
 
     name: Annotated[str, Field(min_length=1, max_length=1100)]
     source: Annotated[str, Field(max_length=1100)] = ""  # default: the name
@@ -40,23 +39,22 @@ class RegisterRequest(_Body):
     tenant: Annotated[str, Field(max_length=64)] | None = None  # whose name it is; an admin may name one
 
 
-class LoadRequest(BaseModel):
+class LoadRequest(JsonBody):
     """`POST /v1/load_lora_adapter`, as vLLM has it."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+    OBJECT = "load_lora"
 
     lora_name: str
     lora_path: str
     load_inplace: bool = False
 
 
-class UnloadRequest(BaseModel):
+class UnloadRequest(JsonBody):
     """`POST /v1/unload_lora_adapter`, as vLLM has it."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+    OBJECT = "unload_lora"
 
     lora_name: str
-    lora_int_id: int | None = None
 
 
 class OperatorEndpoints:

@@ -24,6 +24,7 @@ from gateway.auth.callers import CALLER
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
 from gateway.http import openapi
 from gateway.http.errors import add_handlers, is_failure
+from gateway.http.parameter_check import IGNORED_HEADER
 from gateway.http.paths import GENERATION_PATHS, LARGE_BODY_PATHS, SMALL_BODY_BYTES
 from gateway.http.routes import Endpoints, add_routes
 from gateway.http.sse import RAW_SEND
@@ -44,7 +45,7 @@ DISCARDED_BODIES = 8
 """Multiple of the limit up to which a too large body is read and discarded, so that its client reads the error."""
 
 EXPOSED_HEADERS = (
-    "x-request-id", "openai-processing-ms", "retry-after", "x-should-retry",
+    "x-request-id", "openai-processing-ms", "retry-after", "x-should-retry", IGNORED_HEADER,
     *(f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset") for what in ("requests", "tokens")),
 )  # fmt: skip
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -62,6 +63,7 @@ def build_app(
 ) -> Envelope:
     """Return the application. `keys`: None where the fleet asks for none. `secret`: the fleet's, None without one."""
     app = FastAPI(title="Lorafleet", docs_url=None, redoc_url=None, responses=openapi.OPENAI)
+    app.state.settings = settings
     add_handlers(app, shape_of)
     add_routes(app, endpoints)
     add_native_routes(app, native)

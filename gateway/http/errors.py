@@ -196,6 +196,4 @@ def _from_validation(errors: Sequence[Any], content_type: str) -> LorafleetError
 
 
 def _words(error: Mapping[str, Any]) -> str:
-    if error["type"] == "extra_forbidden":
-        return f"it has no field {error['loc'][-1]}"
     return _OWN_WORDS.get(error["type"]) or error["msg"][:1].lower() + error["msg"][1:]

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import orjson
 from fastapi import Request
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from gateway.auth.callers import caller_of
 from gateway.http import json_values
+from gateway.http.parameter_check import IGNORED_HEADER, JsonBody, check_parameters
 from gateway.overload.large import working
+from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
+logger = logging.getLogger(__name__)
 
-class JsonBody(BaseModel):
-    """A JSON object of typed fields; fields that it does not know are ignored."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+Handler = Callable[..., Coroutine[Any, Any, Response]]
 
 
 class _JsonRequest(Request):
@@ -35,7 +38,13 @@ class _JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route whose bodies are parsed by `_JsonRequest`: a large one in its turn, once all of it is there."""
+    """A route whose bodies are parsed by `_JsonRequest`: a large one in its turn, once all of it is there.
+
+    A body that is a `JsonBody` may have no parameter that would have no effect; a handler takes it with its request.
+    """
+
+    def __init__(self, path: str, endpoint: Handler, **options: Any) -> None:
+        super().__init__(path, _checked(endpoint), **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the handler."""
@@ -53,6 +62,21 @@ class JsonRoute(APIRoute):
                 return await handler(request)
 
         return handle
+
+
+def _checked(endpoint: Handler) -> Handler:
+    """Return a handler that is called with bodies whose parameters `check_parameters` has judged."""
+
+    @functools.wraps(endpoint)
+    async def checked(*, request: Request, body: JsonBody, **others: Any) -> Response:
+        settings: Settings = request.app.state.settings
+        ignored = check_parameters(body, settings.unknown_parameters)
+        if ignored:
+            logger.warning("%s is served without %s", request.url.path, ignored)
+            caller_of(request).headers[IGNORED_HEADER] = ignored
+        return await endpoint(request=request, body=body, **others)
+
+    return checked if "body" in inspect.signature(endpoint).parameters else endpoint
 
 
 def json_response(value: Any, status: int = 200) -> Response:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from gateway.adapters.merged import MergedAdapters
 from gateway.http.fields import Name, Strings
-from gateway.http.json_bodies import JsonBody
+from gateway.http.parameter_check import JsonBody
 
 
 class NativeMerge(MergedAdapters):
     """Adapters to be merged for a request. `lorax.parse` checks them, to refuse in LoRAX's words."""
-
-    model_config = ConfigDict(extra="ignore")
 
     ids: Annotated[list[Name], Field(fail_fast=True)]
     weights: Annotated[list[float], Field(fail_fast=True)] = Field(default_factory=list)
@@ -22,6 +20,8 @@ class NativeMerge(MergedAdapters):
 
 class AdapterParameters(JsonBody):
     """Which adapter, from where, on whose behalf."""
+
+    OBJECT = "adapter"
 
     adapter_id: Name | None = None
     adapter_source: str | None = None
@@ -31,6 +31,8 @@ class AdapterParameters(JsonBody):
 
 class Parameters(AdapterParameters):
     """The `parameters` of a generation. Ranges are checked by `lorax.parse`, in LoRAX's words."""
+
+    OBJECT = "parameters"
 
     best_of: int | None = None
     temperature: float | None = None
@@ -50,26 +52,37 @@ class Parameters(AdapterParameters):
     details: bool = False
     decoder_input_details: bool = False
     return_k_alternatives: int | None = None
-    apply_chat_template: bool = False
     seed: int | None = Field(default=None, ge=0, lt=1 << 64)
     response_format: dict[str, Any] | None = None
 
 
 class GenerateRequest(JsonBody):
-    """`POST /generate` and `/generate_stream`."""
+    """`POST /generate`."""
+
+    OBJECT = "generate"
 
     inputs: str
     parameters: Parameters | None = None
 
 
+class StreamRequest(GenerateRequest):
+    """`POST /generate_stream`."""
+
+    OBJECT = "generate_stream"
+
+
 class CompatRequest(GenerateRequest):
     """`POST /` and `/invocations`."""
+
+    OBJECT = "compat"
 
     stream: bool = False
 
 
 class TokenizeRequest(AdapterParameters):
     """`POST /tokenize`. LoRAX takes no adapter here; ours may bring their own tokenizer."""
+
+    OBJECT = "tokenize"
 
     inputs: str
     add_special_tokens: bool | None = None

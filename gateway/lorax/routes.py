@@ -21,7 +21,7 @@ from gateway.http.json_bodies import JsonRoute, json_response
 from gateway.http.paths import LORAX_PATHS, TOKENIZE
 from gateway.http.routes import Endpoints
 from gateway.lorax import metrics as lorax_metrics
-from gateway.lorax.bodies import CompatRequest, GenerateRequest, Parameters, TokenizeRequest
+from gateway.lorax.bodies import CompatRequest, GenerateRequest, Parameters, StreamRequest, TokenizeRequest
 from gateway.lorax.errors import LORAX_ERRORS, GenerationFailed
 from gateway.lorax.parse import NativeCall, check_tokenized, models_of, parse
 from gateway.lorax.write import NativeResponse, tokens_json
@@ -70,7 +70,7 @@ class NativeEndpoints:
         """Answer `/generate`."""
         return await self._generate(body, request, stream=False)
 
-    async def generate_stream(self, body: GenerateRequest, request: Request) -> Response:
+    async def generate_stream(self, body: StreamRequest, request: Request) -> Response:
         """Answer `/generate_stream`."""
         return await self._generate(body, request, stream=True)
 

@@ -1,7 +1,6 @@
 """The HTTP bodies of OpenAI's routes.
 
-Unknown fields are ignored, as clients gain new ones every month. A known field that would change the answer and is not
-supported is refused by name, see `openai.parse`.
+A field that is not declared here is refused, see `gateway/http/parameters.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from pydantic import Field
 
 from gateway.adapters.merged import MergedAdapters
 from gateway.http.fields import Name, Objects, Prompts, Strings, entries_within
-from gateway.http.json_bodies import JsonBody
+from gateway.http.parameter_check import JsonBody
 from gateway.http.paths import CHAT, COMPLETIONS
 
 MAX_LORA_SCALE = 100.0
@@ -32,6 +31,8 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 class StreamOptions(JsonBody):
     """What a stream tells besides its text."""
+
+    OBJECT = "stream_options"
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # vLLM's: with the former, every chunk tells the usage so far
@@ -84,6 +85,8 @@ class GenerationRequest(JsonBody):
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
+    OBJECT = "chat"
+
     messages: Annotated[Objects, Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     logprobs: bool | None = None
@@ -94,8 +97,6 @@ class ChatRequest(GenerationRequest):
     tools: Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    functions: Objects | None = None
-    modalities: Strings | None = None
 
     @property
     def template_variables(self) -> dict[str, Any]:
@@ -107,11 +108,12 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
+    OBJECT = "completions"
+
     prompt: Prompts
     best_of: Annotated[int, Field(ge=1)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
-    suffix: str | None = None
 
 
 AnyRequest = ChatRequest | CompletionRequest

@@ -170,10 +170,6 @@ def _check_chat(request: ChatRequest) -> tuple[int | None, int | None, bool]:
     """Return (max tokens, logprobs, echo) of a chat request."""
     if request.top_logprobs is not None and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
-    if request.functions:
-        raise BadRequest("functions are not supported", param="functions")
-    if request.modalities is not None and request.modalities != ["text"]:
-        raise BadRequest("the only modality is text", param="modalities")
     max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     if max_tokens == 0:
         raise BadRequest("max_tokens must be at least 1", param="max_tokens")
@@ -183,8 +179,6 @@ def _check_chat(request: ChatRequest) -> tuple[int | None, int | None, bool]:
 def _check_completion(request: CompletionRequest) -> tuple[int | None, int | None, bool]:
     """Return (max tokens, logprobs, echo) of a completion request."""
     echo = bool(request.echo)
-    if request.suffix:
-        raise BadRequest("suffix is not supported", param="suffix")
     if request.max_tokens == 0 and not echo:
         raise BadRequest("max_tokens is 0, which is only meaningful with echo", param="max_tokens")
     return request.max_tokens, request.logprobs, echo

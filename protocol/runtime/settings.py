@@ -112,6 +112,10 @@ class Settings(BaseSettings):
         description="without API keys: names by which clients reach the gateway, separated by commas, besides this "
         "machine's; *: any",
     )
+    unknown_parameters: Literal["refuse", "warn"] = Field(
+        default="refuse",
+        description="what a request's unknown or unsupported parameter becomes: a 400, or a header and a log line",
+    )
     max_queued: int = Field(
         default=10_000, ge=1, description="most requests that may wait in the queue; beyond that, new ones get 429"
     )

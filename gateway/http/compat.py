@@ -1,0 +1,54 @@
+"""The table of `docs/compat.md`, made of the list of parameters: `python -m gateway.http.compat` writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import orjson
+
+from gateway.http.parameters import OBJECTS, PARAMETERS, SERVERS, Parameter
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "compat.md"
+BEGIN, END = "<!-- table of gateway/http/parameters.py -->\n", "<!-- end of the table -->\n"
+
+_HEADS = {"openai": "OpenAI", "vllm": "vLLM", "sglang": "SGLang", "tgi": "TGI", "lorax": "LoRAX", "ollama": "Ollama"}
+
+
+def table() -> str:
+    """Return the table as Markdown: one part for each object, or objects that have the same parameter in common."""
+    parts: dict[tuple[str, ...], list[Parameter]] = {}
+    for parameter in PARAMETERS:
+        parts.setdefault(tuple(parameter.objects), []).append(parameter)
+    lines: list[str] = []
+    for objects, rows in parts.items():
+        lines += [f"### {', '.join(_place(name) for name in objects)}", ""]
+        lines += [f"| parameter | {' | '.join(_HEADS[name] for name in SERVERS)} | here |"]
+        lines += ["| --- " * (len(SERVERS) + 2) + "|"]
+        same: dict[str, list[str]] = {}  # what parameters have in common -> their names
+        for parameter in rows:
+            same.setdefault(_cells(parameter), []).append(f"`{parameter.name}`")
+        lines += [f"| {', '.join(names)} | {cells} |" for cells, names in same.items()] + [""]
+    return "\n".join(lines)
+
+
+def _place(name: str) -> str:
+    where = OBJECTS[name]
+    return f"`{where}`" if " " not in where else where
+
+
+def _cells(parameter: Parameter) -> str:
+    known = " | ".join("✓" if name in parameter.servers else "" for name in SERVERS)
+    here = parameter.fate + (f": {parameter.why}" if parameter.why else "")
+    if parameter.neutral:
+        here += f" ({', '.join(f'`{orjson.dumps(value).decode()}`' for value in parameter.neutral)} is accepted)"
+    return f"{known} | {here}"
+
+
+def with_table(page: str) -> str:
+    """Return the page with the table of now."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_table(PAGE.read_text()))

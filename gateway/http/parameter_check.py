@@ -1,0 +1,138 @@
+"""Parameters that nobody knows, or that are not served: found in a body that is already read, and refused by name.
+
+An honest body costs a look at a dict per object. What names are near to an unknown one is found out only to refuse it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from gateway.http.parameters import OBJECTS, PARAMETERS_OF, Parameter
+from protocol.wire.errors import BadRequest
+
+IGNORED_HEADER = "x-ignored-parameters"
+"""Names the parameters that a call was served without, where the settings only warn of them."""
+
+MAX_NAMED = 8
+"""Parameters that are named in an error, a header or a log line. The search for more ends with them."""
+
+MAX_ENTRIES = 128
+"""Entries of a list that are looked into, such as tools; no list of objects may have more."""
+
+MAX_NAME_CHARACTERS = 64
+"""Characters of a name that are shown, and that are compared with known ones."""
+
+
+def _describe(schema: dict[str, Any], body: type[JsonBody]) -> None:
+    """Tell in `/openapi.json` what a body may have beside its fields."""
+    schema["additionalProperties"] = False
+    for name, parameter in PARAMETERS_OF[body.OBJECT].items():
+        if parameter.fate == "accepted":
+            schema["properties"][name] = {"description": f"Accepted without effect: it {parameter.why}."}
+
+
+class JsonBody(BaseModel):
+    """A JSON object of typed fields. What it does not know is kept apart until `check_parameters` has judged it."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="allow", allow_inf_nan=False, json_schema_extra=_describe
+    )  # fmt: skip
+
+    OBJECT: ClassVar[str]
+    """Which of `parameters.OBJECTS` this is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """A parameter that would have no effect though its sender expects one."""
+
+    path: str  # stream_options.include_usge
+    name: str
+    object: str
+    known: Parameter | None  # None: no object of this kind has such a parameter
+
+    def told(self) -> str:
+        """Return what is wrong with it."""
+        if self.known is not None:
+            return f"`{self.path}` {self.known.why}."
+        unknown = f"Unknown parameter: `{self.path}`."
+        for kind, where in OBJECTS.items():
+            if self.name in PARAMETERS_OF[kind]:
+                return f"{unknown} It is one of {where}."
+        near = difflib.get_close_matches(self.name, PARAMETERS_OF[self.object], n=1)
+        return f"{unknown} Did you mean `{near[0]}`?" if near else unknown
+
+
+def check_parameters(body: JsonBody, policy: Literal["refuse", "warn"]) -> str:
+    """Refuse a body with parameters that would have no effect, or return their names under the policy `warn`.
+
+    Afterwards nothing of it is left in the body, nor of what is accepted without effect. Raises BadRequest.
+    """
+    found = list(islice(_ignored(body, body.OBJECT, ""), MAX_NAMED))
+    _forget(body)
+    if not found:
+        return ""
+    if policy == "refuse":
+        first = found[0]
+        rest = f" Nor: {', '.join(one.path for one in found[1:])}." if len(found) > 1 else ""
+        code = "unknown_parameter" if first.known is None else "unsupported_parameter"
+        raise BadRequest(f"{first.told()}{rest}", param=first.path, code=code)
+    return ", ".join(one.path for one in found)
+
+
+def _ignored(value: JsonBody | dict[str, Any], kind: str, path: str) -> Iterator[Ignored]:
+    """Yield what would have no effect in an object of a kind, and in those that it holds."""
+    known = PARAMETERS_OF[kind]
+    if isinstance(value, JsonBody):
+        for name, given in (value.__pydantic_extra__ or {}).items():
+            yield from _judged(name, given, kind, path)
+        for name in _HOLDERS[kind]:
+            yield from _within(getattr(value, name, None), known[name].holds, path + name)
+        return
+    for name, given in value.items():
+        yield from _judged(name, given, kind, path)
+        if name in known and known[name].holds:
+            yield from _within(given, known[name].holds, path + name)
+
+
+def _judged(name: str, value: Any, kind: str, path: str) -> Iterator[Ignored]:
+    parameter = PARAMETERS_OF[kind].get(name)
+    if value is not None and (parameter is None or parameter.has_effect(value)):
+        shown = _shown(name)
+        yield Ignored(path + shown, shown, kind, parameter)
+
+
+def _within(value: Any, kind: str, path: str) -> Iterator[Ignored]:
+    """Yield what would have no effect in a value that is an object of a kind, or a list of such."""
+    if isinstance(value, list):
+        for i, entry in enumerate(islice(value, MAX_ENTRIES)):
+            if isinstance(entry, dict):
+                yield from _ignored(entry, kind, f"{path}[{i}].")
+    elif isinstance(value, JsonBody | dict):
+        yield from _ignored(value, kind, path + ".")
+
+
+def _forget(body: JsonBody) -> None:
+    """Drop what a body and those in it have beside their fields."""
+    if body.__pydantic_extra__:
+        body.__pydantic_extra__.clear()
+    for name in _HOLDERS[body.OBJECT]:
+        if isinstance(inner := getattr(body, name, None), JsonBody):
+            _forget(inner)
+
+
+def _shown(name: str) -> str:
+    """Return a client's name as it may stand in a header and a line of the log: printable ASCII, and not long."""
+    return ascii(name[:MAX_NAME_CHARACTERS])[1:-1][:MAX_NAME_CHARACTERS]
+
+
+_HOLDERS: Mapping[str, list[str]] = {
+    kind: [name for name, parameter in known.items() if parameter.holds] for kind, known in PARAMETERS_OF.items()
+}
+"""Object -> its parameters that hold objects."""

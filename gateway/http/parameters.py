@@ -1,0 +1,295 @@
+"""Every parameter that OpenAI, vLLM, SGLang, TGI, LoRAX or Ollama documents for a route that is served here.
+
+This is the one list of what becomes of each: it is *served* (a field of the body declares it), *accepted* without
+effect, or *refused*, which the 400 explains with the words here. What is not in it is unknown, and refused too
+(`parameter_check.py`). A new field of a body, or a new body, has its row here;
+`tests/gateway/http/test_parameters.py` checks that.
+`docs/compat.md` is its table: `python -m gateway.http.compat` writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+from gateway.http.paths import CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE
+
+Fate = Literal["served", "accepted", "refused"]
+
+SERVERS = ("openai", "vllm", "sglang", "tgi", "lorax", "ollama")
+"""Whose parameters are listed."""
+
+OBJECTS: Mapping[str, str] = MappingProxyType({
+    "chat": CHAT,
+    "completions": COMPLETIONS,
+    "embeddings": EMBEDDINGS,
+    "generate": "/generate",
+    "generate_stream": "/generate_stream",
+    "compat": "/",
+    "parameters": "parameters of LoRAX's routes",
+    "encode": "/embed and /classify",
+    "encode_batch": "/classify_batch",
+    "adapter": "parameters of an encoder's routes",
+    "tokenize": TOKENIZE,
+    "register": "/v1/adapters",
+    "load_lora": "/v1/load_lora_adapter",
+    "unload_lora": "/v1/unload_lora_adapter",
+    "stream_options": "stream_options",
+    "merged_adapters": "merged_adapters",
+    "response_format": "response_format",
+    "json_schema": "response_format.json_schema",
+    "structured_outputs": "structured_outputs",
+    "tool": "an entry of tools",
+    "function": "function of an entry of tools",
+    "tool_choice": "tool_choice",
+    "named_function": "function of a tool_choice",
+    "allowed_tools": "tool_choice.allowed_tools",
+    "allowed_tool": "an entry of tool_choice.allowed_tools.tools",
+})  # fmt: skip
+"""The JSON objects whose fields are parameters -> where each stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of one or more objects."""
+
+    name: str
+    objects: Sequence[str]  # of `OBJECTS`: where it is a field
+    servers: frozenset[str]  # who knows it; none: only this project
+    fate: Fate = "served"
+    why: str = ""  # why it has no effect, or is refused: a sentence without its subject, the parameter
+    neutral: Sequence[Any] = ()  # values at which a refused parameter has no effect, and is accepted; null always is
+    holds: str = ""  # of `OBJECTS`: what its value is, or each entry of a list
+
+    def has_effect(self, value: Any) -> bool:
+        """Return whether the parameter would change anything at this value."""
+        return self.fate == "refused" and value is not None and value not in self.neutral
+
+
+_BOTH = "chat completions"
+_NATIVE = "generate generate_stream compat"
+_ENCODERS = "encode encode_batch"
+_ALL = "openai vllm sglang tgi lorax ollama"
+_OWN = ""
+
+
+def _rows(
+    names: str, objects: str, servers: str, fate: Fate = "served", why: str = "", neutral: Sequence[Any] = (),
+    holds: str = "",
+) -> Iterable[Parameter]:  # fmt: skip
+    """Return a parameter for each of the names."""
+    for name in names.split():
+        yield Parameter(name, objects.split(), frozenset(servers.split()), fate, why, neutral, holds)
+
+
+def _accepted(names: str, objects: str, servers: str, why: str) -> Iterable[Parameter]:
+    return _rows(names, objects, servers, "accepted", why)
+
+
+def _refused(names: str, objects: str, servers: str, why: str, *neutral: Any) -> Iterable[Parameter]:
+    return _rows(names, objects, servers, "refused", why, neutral)
+
+
+_NO_BEAMS = "belongs to beam search, which is not supported: best_of of several sampled choices comes closest"
+_NO_IMAGES = "is about images, sounds or videos, and only texts are served"
+_NO_AUDIO = "asks for sound, and only texts are made"
+_SCORES = "asks for logprobs in a form that is not made: logprobs with echo scores a prompt"
+_ONE_ENGINE = "says how one engine's processes share work, and nothing about the answer: leave it out"
+_CODE = "is code that the server would run, which no client may send"
+
+PARAMETERS: Sequence[Parameter] = (
+    # Chat and completions
+    *_rows("model", _BOTH, _ALL),
+    *_rows("messages", "chat", _ALL),
+    *_rows("prompt", "completions", _ALL),
+    *_rows("temperature top_p stop seed max_tokens frequency_penalty presence_penalty stream", _BOTH, _ALL),
+    *_rows("max_completion_tokens", "chat", "openai vllm sglang"),
+    *_rows("stream_options", _BOTH, "openai vllm sglang tgi ollama", holds="stream_options"),
+    *_rows("n logprobs logit_bias", _BOTH, "openai vllm sglang tgi lorax"),
+    *_rows("top_logprobs", "chat", "openai vllm sglang tgi"),
+    *_rows("echo", "completions", "openai vllm sglang lorax"),
+    *_rows("best_of", "completions", "openai vllm sglang lorax"),
+    *_rows("top_k", _BOTH, "vllm sglang lorax"),
+    *_rows("repetition_penalty", _BOTH, "vllm sglang lorax"),
+    *_rows("min_p min_tokens stop_token_ids ignore_eos", _BOTH, "vllm sglang"),
+    *_rows("typical_p", _BOTH, _OWN),
+    *_rows("response_format", _BOTH, "openai vllm sglang tgi lorax ollama", holds="response_format"),
+    *_rows("structured_outputs", _BOTH, "vllm", holds="structured_outputs"),
+    *_rows("tools", "chat", _ALL, holds="tool"),
+    *_rows("tool_choice", "chat", _ALL, holds="tool_choice"),
+    *_rows("parallel_tool_calls", "chat", "openai vllm"),
+    *_rows("chat_template_kwargs", "chat", "vllm sglang"),
+    *_rows("add_generation_prompt", "chat", "vllm"),
+    *_rows("guideline", "chat", "tgi lorax"),
+    *_rows("service_tier metadata", _BOTH, "openai"),
+    *_rows("background", _BOTH, _OWN),
+    *_rows("adapter_source api_token ignore_eos_token", _BOTH, "lorax"),
+    *_rows("merged_adapters", _BOTH, _OWN, holds="merged_adapters"),
+    *_rows("lora_scale", _BOTH, _OWN),
+    *_accepted("user", "chat completions embeddings", "openai vllm sglang lorax ollama",
+               "names an end user to OpenAI's abuse detection, and never changes an answer"),
+    *_accepted("safety_identifier", _BOTH, "openai", "is for OpenAI's abuse detection, and never changes an answer"),
+    *_accepted("store", _BOTH, "openai", "asks OpenAI to keep the answer; with background this server does"),
+    *_accepted("prompt_cache_key prompt_cache_retention prompt_cache_options", _BOTH, "openai",
+               "advises OpenAI's prompt cache; here prompts that begin alike share it by themselves"),
+    *_accepted("prediction", "chat", "openai", "may only save time: an answer is the same without it"),
+    *_accepted("session_id", _BOTH, "vllm", "advises a router; here prompts that begin alike meet by themselves"),
+    *_accepted("stream_interval", _BOTH, "vllm", "says how many tokens share an event; here those of a step do"),
+    *_accepted("return_mm_kwargs return_token_offsets", _BOTH, "vllm",
+               "is about vLLM's routes that only render, and on this one vLLM ignores it too"),
+    *_accepted("custom_labels", "completions", "sglang", "labels the server's metrics, and never changes an answer"),
+    *_refused("functions", "chat", "openai", "was replaced by tools, which are served", []),
+    *_refused("function_call", "chat", "openai", "was replaced by tool_choice, which is served", "auto", "none"),
+    *_refused("modalities", "chat", "openai", "may only ask for text", ["text"]),
+    *_refused("audio", "chat", "openai", _NO_AUDIO),
+    *_refused("web_search_options", "chat", "openai", "asks for a search of the web, which a model here cannot do"),
+    *_refused("moderation", "chat", "openai", "asks for a filter of contents, and there is none"),
+    *_refused("verbosity", "chat", "openai", "is a trained ability of OpenAI's models: say it in a message", "medium"),
+    *_refused("reasoning_effort", "chat", "openai vllm sglang ollama",
+              "is not passed on by itself: a template that has such a variable takes it in chat_template_kwargs"),
+    *_refused("reasoning", "chat", "sglang ollama",
+              "is not passed on by itself: a template that has such a variable takes it in chat_template_kwargs"),
+    *_refused("echo", "chat", "vllm", "is served on /v1/completions only", False),
+    *_refused("best_of", "chat", "vllm", "is served on /v1/completions only", 1),
+    *_refused("suffix", "completions", "openai vllm sglang lorax ollama",
+              "asks for a text between two others, for which no model here is trained", ""),
+    *_refused("use_beam_search", _BOTH, "vllm", _NO_BEAMS, False),
+    *_refused("length_penalty", _BOTH, "vllm", _NO_BEAMS, 1),
+    *_refused("early_stopping", _BOTH, "vllm", _NO_BEAMS, False),
+    *_refused("prompt_embeds", "completions", "vllm", "skips the vocabulary: prompts are texts or token ids", []),
+    *_refused("prompt_logprobs", _BOTH, "vllm", _SCORES),
+    *_refused("logprob_token_ids", _BOTH, "vllm", _SCORES, []),
+    *_refused("allowed_token_ids", _BOTH, "vllm", "is not supported; structured_outputs restricts an answer"),
+    *_refused("bad_words", _BOTH, "vllm", "is not supported; logit_bias of -100 forbids a token", []),
+    *_refused("return_token_ids", _BOTH, "vllm", "is not supported", False),
+    *_refused("return_tokens_as_token_ids", _BOTH, "vllm", "is not supported", False),
+    *_refused("include_stop_str_in_output", _BOTH, "vllm", "is not supported: a stop string is cut off", False),
+    *_refused("no_stop_trim", _BOTH, "sglang", "is not supported: a stop string is cut off", False),
+    *_refused("skip_special_tokens", _BOTH, "vllm sglang", "is not supported: special tokens are no text", True),
+    *_refused("spaces_between_special_tokens", _BOTH, "vllm", "is not supported", True),
+    *_refused("add_special_tokens", "chat", "vllm", "is not supported: the template writes them", False),
+    *_refused("add_special_tokens", "completions", "vllm", "is not supported: send token ids", True),
+    *_refused("truncate_prompt_tokens truncation_side", _BOTH, "vllm", "is not supported"),
+    *_refused("continue_final_message", "chat", "vllm sglang", "is not supported", False),
+    *_refused("documents", "chat", "vllm", "is not passed on by itself: put it into chat_template_kwargs", []),
+    *_refused("chat_template", "chat", "vllm", _CODE + ": the model's or the adapter's own template is used"),
+    *_refused("guided_json guided_regex guided_choice guided_grammar", _BOTH, "vllm",
+              "is the former name of a field of structured_outputs, which is served"),
+    *_refused("guided_decoding_backend guided_whitespace_pattern", _BOTH, "vllm",
+              "is the former name of a field of structured_outputs, which is served"),
+    *_refused("regex ebnf json_schema", _BOTH, "sglang", "is not supported; structured_outputs is"),
+    *_refused("stop_regex", _BOTH, "sglang", "is not supported; stop strings are"),
+    *_refused("lora_path", _BOTH, "sglang", "is not supported: model names the adapter"),
+    *_refused("rid", _BOTH, "sglang", "is not supported: X-Request-Id is answered with"),
+    *_refused("request_id", _BOTH, "vllm", "is not supported: X-Request-Id is answered with"),
+    *_refused("cache_salt extra_key", _BOTH, "vllm sglang", "is not supported: each tenant has a prefix cache"),
+    *_refused("priority", _BOTH, "vllm sglang", "is not supported: service_tier flex is the lower class", 0),
+    *_refused("include_reasoning separate_reasoning stream_reasoning", "chat", "vllm sglang",
+              "is always so: the reasoning of a model comes apart from its answer", True),
+    *_refused("thinking_token_budget", _BOTH, "vllm", "is not supported: only the whole answer has a limit", -1),
+    *_refused("watermarking", _BOTH, "vllm", "is served on LoRAX's routes only, as watermark", False),
+    *_refused("repetition_detection", _BOTH, "vllm", "is not supported; the penalties prevent repetitions"),
+    *_refused("return_prompt_text", "chat", "vllm", "is not supported", False),
+    *_refused("return_hidden_states return_routed_experts", _BOTH, "sglang", "asks for inner numbers", False),
+    *_refused("routed_experts_prompt_start", _BOTH, "vllm", "asks for inner numbers", 0),
+    *_refused("mm_processor_kwargs media_io_kwargs", "chat", "vllm", _NO_IMAGES, {}),
+    *_refused("kv_transfer_params ec_transfer_params vllm_xargs", _BOTH, "vllm", _ONE_ENGINE, {}),
+    *_refused("bootstrap_host bootstrap_port bootstrap_room session_params", _BOTH, "sglang", _ONE_ENGINE),
+    *_refused("custom_logit_processor custom_params", _BOTH, "sglang", _CODE),
+    *_refused("tool_prompt", "chat", "tgi", "is not supported: the template explains tools, or a system message"),
+    # What they hold
+    *_rows("include_usage", "stream_options", "openai vllm sglang tgi ollama"),
+    *_rows("continuous_usage_stats", "stream_options", "vllm sglang"),
+    *_accepted("include_obfuscation", "stream_options", "openai",
+               "pads the events of a stream against eavesdroppers, which no client reads"),
+    *_rows("ids weights merge_strategy density majority_sign_method", "merged_adapters", "lorax"),
+    *_rows("svd_rank seed arithmetic", "merged_adapters", _OWN),
+    *_rows("type", "response_format", _ALL),
+    *_rows("json_schema", "response_format", "openai vllm sglang ollama", holds="json_schema"),
+    *_rows("schema", "response_format", "lorax"),
+    *_refused("value", "response_format", "tgi", "is not supported: a schema comes as json_schema"),
+    *_refused("format structures triggers", "response_format", "vllm sglang", "belongs to structural tags, which are"
+              " not supported"),
+    *_rows("schema", "json_schema", "openai vllm sglang ollama"),
+    *_accepted("name description", "json_schema", "openai vllm sglang ollama", "is for the reader of a request"),
+    *_accepted("strict", "json_schema", "openai vllm sglang ollama", "is always so: the grammar holds every answer"),
+    *_rows("json regex choice grammar json_object whitespace_pattern disable_any_whitespace", "structured_outputs",
+           "vllm"),
+    *_refused("structural_tag", "structured_outputs", "vllm", "is not supported", False),
+    *_refused("disable_additional_properties", "structured_outputs", "vllm",
+              "is not supported: say additionalProperties in the schema", False),
+    *_accepted("disable_fallback", "structured_outputs", "vllm", "is always so: there is one program for grammars"),
+    *_rows("type", "tool", _ALL),
+    *_rows("function", "tool", _ALL, holds="function"),
+    *_accepted("cache_control", "tool", _OWN, "advises the prompt cache of Anthropic, which some clients write for"),
+    *_refused("defer_loading", "tool function", "vllm", "asks for a search among tools", False),
+    *_rows("name description parameters", "function", _ALL),
+    *_accepted("strict", "function", "openai vllm sglang", "is always so: the grammar holds every call"),
+    *_rows("type", "tool_choice", _ALL),
+    *_rows("function", "tool_choice", _ALL, holds="named_function"),
+    *_rows("allowed_tools", "tool_choice", "openai", holds="allowed_tools"),
+    *_rows("name", "named_function", _ALL),
+    *_rows("mode", "allowed_tools", "openai"),
+    *_rows("tools", "allowed_tools", "openai", holds="allowed_tool"),
+    *_rows("type", "allowed_tool", "openai"),
+    *_rows("function", "allowed_tool", "openai", holds="named_function"),
+    # Embeddings
+    *_rows("input model encoding_format dimensions", "embeddings", "openai vllm sglang ollama"),
+    *_rows("parameters", "embeddings", "lorax", holds="adapter"),
+    *_refused("truncate_prompt_tokens truncation_side", "embeddings", "vllm", "is not supported"),
+    *_refused("add_special_tokens normalize use_activation", "embeddings", "vllm", "is always so", True),
+    *_refused("embed_dtype", "embeddings", "vllm", "is not supported: embeddings are float32", "float32"),
+    *_refused("endianness", "embeddings", "vllm", "is not supported: base64 is little-endian", "native", "little"),
+    *_refused("messages", "embeddings", "vllm", "is not supported: no template is rendered for an embedding"),
+    *_refused("priority", "embeddings", "vllm sglang", "is not supported", 0),
+    *_refused("request_id", "embeddings", "vllm", "is not supported: X-Request-Id is answered with"),
+    *_refused("rid", "embeddings", "sglang", "is not supported: X-Request-Id is answered with"),
+    *_refused("mm_processor_kwargs", "embeddings", "vllm", _NO_IMAGES, {}),
+    # LoRAX's and TGI's native routes
+    *_rows("inputs", _NATIVE, "tgi lorax"),
+    *_rows("parameters", _NATIVE, "tgi lorax", holds="parameters"),
+    *_rows("stream", "compat", "tgi lorax"),
+    *_refused("stream", "generate", "tgi lorax", "is not supported here: /generate_stream and / stream", False),
+    *_accepted("stream", "generate_stream", "tgi lorax", "has no effect: this route always streams"),
+    *_rows("adapter_id", "parameters adapter", "tgi lorax"),
+    *_rows("adapter_source api_token", "parameters adapter", "lorax"),
+    *_rows("merged_adapters", "parameters adapter", "lorax", holds="merged_adapters"),
+    *_rows("best_of temperature repetition_penalty frequency_penalty top_k top_p typical_p do_sample max_new_tokens",
+           "parameters", "tgi lorax"),
+    *_rows("return_full_text stop truncate watermark details decoder_input_details seed", "parameters", "tgi lorax"),
+    *_rows("presence_penalty ignore_eos_token return_k_alternatives", "parameters", "lorax"),
+    *_rows("response_format", "parameters", "lorax", holds="response_format"),
+    *_accepted("apply_chat_template", "parameters", "lorax", "is a field that LoRAX reads and never uses"),
+    *_refused("top_n_tokens", "parameters", "tgi", "is not supported: return_k_alternatives is", 0),
+    *_refused("grammar", "parameters", "tgi", "is not supported: response_format is"),
+    # Encoders, tokenizers
+    *_rows("inputs", _ENCODERS, "tgi lorax"),
+    *_rows("parameters", _ENCODERS, "lorax", holds="adapter"),
+    *_refused("stream", _ENCODERS, "lorax", "is not supported here: the answer comes at once", False),
+    *_rows("inputs", "tokenize", "tgi lorax"),
+    *_rows("add_special_tokens", "tokenize", "lorax"),
+    *_rows("adapter_id adapter_source api_token", "tokenize", _OWN),
+    *_rows("merged_adapters", "tokenize", _OWN, holds="merged_adapters"),
+    # Operators
+    *_rows("name source token replace pin preload wait_s tenant", "register", _OWN),
+    *_rows("lora_name lora_path", "load_lora", "vllm sglang"),
+    *_rows("load_inplace", "load_lora", "vllm"),
+    *_refused("is_3d_lora_weight", "load_lora", "vllm", "is found out from the adapter's tensors", False),
+    *_refused("pinned", "load_lora", "sglang", "is not supported: POST /v1/adapters/NAME/pin pins", False),
+    *_rows("lora_name", "unload_lora", "vllm sglang"),
+    *_accepted("lora_int_id", "load_lora unload_lora", "vllm", "numbers an adapter within vLLM; here its name counts"),
+)  # fmt: skip
+
+
+def _by_object() -> dict[str, dict[str, Parameter]]:
+    found: dict[str, dict[str, Parameter]] = {name: {} for name in OBJECTS}
+    for parameter in PARAMETERS:
+        for name in parameter.objects:
+            found[name][parameter.name] = parameter
+    return found
+
+
+PARAMETERS_OF: Mapping[str, Mapping[str, Parameter]] = _by_object()
+"""Object -> its parameters by name."""
