@@ -7,9 +7,10 @@ The order of one row's transformations:
     warp     temperature, top-k, top-p, min-p, typical
     draw     by noise that is a function of (seed, position) alone; greedy at temperature 0
 
-So a token depends neither on the batch nor on the worker. Logprobs are those of the model's own distribution, before
-all of this, or, where a request wants that, of the one its token was drawn from. Names that end in an underscore change
-their tensor in place. n is the number of rows, V the size of the vocabulary.
+So a token depends neither on the batch nor on the worker. Probabilities are added as integers (`_mass`): a GPU adds in
+any order, and of floats the sum would differ from run to run. Logprobs are those of the model's own distribution,
+before all of this, or, where a request wants that, of the one its token was drawn from. Names that end in an underscore
+change their tensor in place. n is the number of rows, V the size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ WATERMARK_KEY, WATERMARK_GAMMA, WATERMARK_DELTA = 15485863, 0.5, 2.0
 
 _DIGITS = ((20, 11), (10, 10), (0, 10))
 """Shift and width of the digits of a float's bits without its sign."""
+
+_MASS_BITS = 52
+"""A probability of 1 is 2 to this as a mass."""
 
 _ONE_BITS = 0x3F800000
 """The bits of 1.0."""
@@ -247,8 +251,9 @@ def _keep_top_p_(logits: Tensor, top_p: list[float]) -> None:
 
 def _nucleus_threshold(probs: Tensor, p: Tensor) -> Tensor:
     """Return the probability of the last token that top-p keeps: [n, 1], of descending probs [n, m] and p [n]."""
-    before = probs.cumsum(-1) - probs
-    num_kept = (before < p[:, None]).sum(-1, keepdim=True).clamp(min=1)
+    mass = _mass(probs)
+    before = mass.cumsum(-1) - mass
+    num_kept = (before < _mass(p)[:, None]).sum(-1, keepdim=True).clamp(min=1)
     return probs.gather(-1, num_kept - 1)
 
 
@@ -283,19 +288,24 @@ def _mass_threshold(keys: Tensor, probs: Tensor, p: Tensor) -> Tensor:
     keys: int32 [n, V], not negative: bits of floats in their order. probs: fp32 [n, V]. p: fp32 [n]. The key is found
     digit by digit, in a tenth of the time that sorting a vocabulary takes.
     """
-    wanted = p.double().clamp(min=1e-12)[:, None]
+    wanted = _mass(p).clamp(min=1)[:, None]
     found = torch.zeros(len(keys), 1, dtype=torch.int32, device=keys.device)
-    before = torch.zeros(len(keys), 1, dtype=torch.float64, device=keys.device)  # mass of smaller keys
-    mass = probs.double()
+    before = torch.zeros(len(keys), 1, dtype=torch.int64, device=keys.device)  # mass of smaller keys
+    mass = _mass(probs)
     for shift, width in _DIGITS:
         digits = ((keys >> shift) & ((1 << width) - 1)).long()
-        mass = mass.where((keys >> (shift + width)) == found, 0.0)
+        mass = mass.where((keys >> (shift + width)) == found, 0)
         by_digit = mass.new_zeros(len(keys), 1 << width).scatter_add_(-1, digits, mass)
         upto = by_digit.cumsum(-1) + before
         digit = (upto < wanted).sum(-1, keepdim=True).clamp(max=(1 << width) - 1)
         before = upto.gather(-1, digit) - by_digit.gather(-1, digit)
         found = (found << width) | digit.int()
     return found
+
+
+def _mass(probs: Tensor) -> Tensor:
+    """Return fp32 probabilities as integers, whose sums are exact: int64."""
+    return (probs.double() * (1 << _MASS_BITS)).long()
 
 
 # ---------------------------------------------------------------- draw
@@ -306,11 +316,12 @@ def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 
     A row that is not finite gives any id.
     """
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    cumulative = _mass(logits.softmax(-1)).cumsum(-1)
     seeds = np.array([row.sampling.seed & 0xFFFFFFFFFFFFFFFF for row in rows], np.uint64)
     positions = np.array([len(row.output) for row in rows], np.uint64)
     u = send(uniforms(seeds, positions), logits.device)
-    ids = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    drawn = (u[:, None] * cumulative[:, -1:]).long()
+    ids = torch.searchsorted(cumulative, drawn, right=True)[:, 0]
     return ids.clamp(max=logits.shape[-1] - 1)
 
 

@@ -299,3 +299,17 @@ def test_a_threshold_found_by_digits_is_that_of_sorting(kind: str) -> None:
             assert found[i] == keys[i][order[reached[0, 0]]]
         else:
             assert (keys[i] <= found[i]).all(), "all are kept"
+
+
+def test_probabilities_add_up_to_the_same_in_any_order() -> None:
+    """A GPU adds in any order, so that a seed would give another token in another run."""
+    generator = torch.Generator().manual_seed(2)
+    probs = (8 * torch.randn(4, 50_000, generator=generator)).softmax(-1)
+    orders = [torch.randperm(50_000, generator=generator) for _ in range(8)]
+    assert len({float(probs[0, order].double().cumsum(-1)[-1]) for order in orders}) > 1, "of floats they do not"
+    assert len({int(sampling._mass(probs[0, order]).cumsum(-1)[-1]) for order in orders}) == 1
+    p = torch.tensor([0.3, 0.9, 0.999, 1.0])
+    found = [
+        sampling._mass_threshold(0x3F800000 - probs[:, order].view(torch.int32), probs[:, order], p) for order in orders
+    ]
+    assert all(torch.equal(found[0], other) for other in found)
