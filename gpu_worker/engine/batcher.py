@@ -15,7 +15,7 @@ from typing import Protocol
 from gpu_worker.engine.blocks import BlockPool, chain_hash, chain_seed
 from gpu_worker.engine.sequence import Sequence
 from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEP_TOKENS_PER_SEQ, SHORT_STEPS_AFTER
-from protocol.runtime.step_limit import PROMPT_SHARE, StepLimit, StepTime
+from protocol.runtime.step_limit import ALONE_EVERY, PROMPT_SHARE, StepLimit, StepTime
 from protocol.wire.messages import StepModel
 
 MAX_SKIPS = 64
@@ -74,7 +74,8 @@ class StepPlan:
     preempted: list[Sequence] = field(default_factory=list[Sequence])
     num_cached: int = 0  # tokens of newly admitted sequences that were found in the prefix cache
     alone_s: float = 0.0
-    """Predicted seconds of a step that leaves out all that yields so that its time is measured; 0: another step."""
+    """Predicted seconds of a step of nothing but decodes that do not yield, if its time is to be measured, else 0."""
+    is_limited: bool = False  # what yields gets only a part of its time
 
     @property
     def num_tokens(self) -> int:
@@ -127,7 +128,15 @@ class Batcher:
         return len(self.running) + len(self.waiting)
 
     def add(self, seq: Sequence) -> None:
-        """Let a sequence wait to be admitted."""
+        """Let a sequence wait to be admitted. If it yields, all that its tenant has here does from now on.
+
+        A tenant's first requests do not yield, until it has more than its share; beside the others they would fill
+        every step, and its later ones would come on top.
+        """
+        if seq.yields and seq.request.tenant:
+            for other in self:
+                if other.request.tenant == seq.request.tenant:
+                    other.yields = other.num_skips <= MAX_SKIPS
         self.waiting.append(seq)
 
     def remove(self, seq: Sequence) -> None:
@@ -189,16 +198,31 @@ class Batcher:
             self._add_drafts(plan, time)
         if is_alone and plan.num_tokens == num_decodes:
             plan.alone_s = alone_s
+        elif time is None and self._num_plans % ALONE_EVERY == 0:
+            plan.alone_s = self._alone_s(plan)
+        plan.is_limited = time is not None
         return plan
+
+    def _alone_s(self, plan: StepPlan) -> float:
+        """Return the predicted seconds of a step without limit, 0 if it holds anything but others' decodes."""
+        seqs = plan.num_new
+        if any(seq.yields for seq in self) or plan.num_tokens != len(seqs) or any(seq.num_pending != 1 for seq in seqs):
+            return 0.0
+        return self._time_of(plan).seconds if seqs and self._step_limit.applies(self.step_model) else 0.0
 
     def _limited(self, plan: StepPlan) -> StepTime | None:
         """Return the time of a step that holds the others' decodes, with its limit; None if steps are not limited."""
         if not self._step_limit.applies(self.step_model):
             return None
+        time = self._time_of(plan)
+        self._step_limit.set_limit(time)
+        return time
+
+    def _time_of(self, plan: StepPlan) -> StepTime:
+        """Return the time of a step that holds decodes."""
         time = StepTime(self.step_model)
         for seq in plan.num_new:
             time.add(1, seq.num_tokens, seq.request.digest, self._slots.rank(seq.request.digest))
-        self._step_limit.set_limit(time)
         return time
 
     def note_time(self, plan: StepPlan, seconds: float) -> None:
@@ -220,13 +244,13 @@ class Batcher:
     def _chunk(self, seq: Sequence, num_computed: int, plan: StepPlan, time: StepTime | None) -> int:
         """Return how many of a sequence's tokens that are not computed fit budget, time and, if recorded, prompt rows.
 
-        The first sequence in a limited step has room for a block: nobody who yields waits for ever.
+        The first sequence in a limited step has room for a token: nobody who yields waits for ever.
         """
         num_new = min(seq.num_tokens - num_computed, plan.budget)
         if time is not None:
             digest = seq.request.digest
             room = time.room(num_computed, digest, self._slots.rank(digest))
-            num_new = int(min(num_new, max(room, BLOCK_TOKENS) if time.is_empty else room))
+            num_new = int(min(num_new, max(room, 1) if time.is_empty else room))
         return num_new if seq.prompt_logprobs is None else min(num_new, MAX_PROMPT_ROWS - plan.num_prompt_rows)
 
     def _add(self, seq: Sequence, num_new: int, plan: StepPlan, time: StepTime | None) -> None:

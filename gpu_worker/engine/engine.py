@@ -23,7 +23,7 @@ from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput, f
 from gpu_worker.engine.runner import Runner, StepInputs
 from gpu_worker.engine.sampling import Sampled, sample
 from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.step_model import MIN_STEPS, StepWork
+from gpu_worker.engine.step_model import StepWork
 from gpu_worker.model.model import BaseModel
 from peft_adapters.texts.tokenizer_json import token_table
 from protocol.wire.errors import LorafleetError
@@ -176,12 +176,11 @@ class Engine(BaseEngine):
         return StepWork(plan.num_tokens, num_kv_tokens, self._sum_ranks(seq.slot for seq in plan.num_new))
 
     def _count(self, plan: StepPlan, work: StepWork, num_output: int) -> None:
-        self.meter.stop(work, num_output)
+        self.meter.stop(work, num_output, is_limited=plan.is_limited)
         self.batcher.note_time(plan, self.meter.last_s)
+        self.batcher.step_model = self.meter.model
         self.counters.num_preemptions += len(plan.preempted)
         self.counters.num_cached_tokens += plan.num_cached
-        if self.counters.num_steps % MIN_STEPS == 0:
-            self.batcher.step_model = self.meter.fit.model()
 
     # ------------------------------------------------------------ requests
 

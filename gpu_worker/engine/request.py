@@ -28,6 +28,7 @@ class EngineRequest:
     stop_token_ids: list[int] = field(default_factory=list)
     salt: str = ""  # separates the prefix caches of tenants
     lora_scale: float = 1.0  # multiplies the adapter's own scale
+    tenant: str = ""  # whose it is; "" if that is not known
     yields: bool = False  # to requests that do not, see `Batcher`
     grammar: str = ""  # that the output must follow, as in `messages.Body`
     task: m.Task = "generate"

@@ -24,8 +24,13 @@ MAX_SURPRISE = 4.0
 """A step that takes more times as long as expected counts as this many times: the expectation was wrong, not the
 step."""
 
+SURPRISE = 1.5
+"""Where steps are limited, the terms are solved at once after a step that took more times as long as expected: while
+all steps had one size, what more of anything costs was not known, and of the first long one it is."""
+
 _SCALE = np.array([1.0, 1e3, 1e5, 1e3])  # usual sizes of the four terms: keeps the equations well conditioned
-_RIDGE = 1e-6  # relative; terms that always varied together share the time instead of cancelling each other out
+_RIDGE = 1e-6
+"""Relative weight of what was known before: of terms that recent steps leave open it stays."""
 
 Phase = Literal["plan", "inputs", "forward", "sample", "finish"]
 
@@ -45,6 +50,7 @@ class StepMeter:
     def __init__(self) -> None:
         self.counters = WorkerCounters()  # totals since the start
         self.fit = StepFit()
+        self.model = StepModel()  # of the time of steps, as far as they have shown
         self.last_s = 0.0  # seconds of the last step that was counted
         self._started_s = self._lap_s = 0.0
 
@@ -63,13 +69,20 @@ class StepMeter:
         setattr(self.counters, total, getattr(self.counters, total) + now_s - self._lap_s)
         self._lap_s = now_s
 
-    def stop(self, work: StepWork, num_output: int = 0) -> None:
-        """Count a step, up to its last lap, that put out `num_output` tokens."""
-        seconds = self.last_s = self.elapsed_s
-        self.counters.num_steps += 1
+    def stop(self, work: StepWork, num_output: int = 0, *, is_limited: bool = False) -> None:
+        """Count a step, up to its last lap, that put out `num_output` tokens. is_limited: its time was."""
         self.counters.num_computed_tokens += work.num_tokens
         self.counters.num_output_tokens += num_output
+        self.learn(self.elapsed_s, work, is_limited=is_limited)
+
+    def learn(self, seconds: float, work: StepWork, *, is_limited: bool = False) -> None:
+        """Note how long a step took."""
+        self.last_s = seconds
+        self.counters.num_steps += 1
         self.fit.add(seconds, work.num_tokens, work.num_kv_tokens, work.sum_ranks)
+        expected_s = self.model.seconds(work.num_tokens, work.num_kv_tokens, work.sum_ranks)
+        if self.counters.num_steps % MIN_STEPS == 0 or (is_limited and seconds > SURPRISE * expected_s):
+            self.model = self.fit.model()
 
 
 class StepFit:
@@ -95,24 +108,27 @@ class StepFit:
         self._targets = FORGET * self._targets + x * (seconds / unit)
         self._num_steps += 1
         if self._num_steps % MIN_STEPS == 0:
-            self._terms = _solve_nonnegative(self._moments, self._targets)
+            self._terms = self._solve()
 
     def model(self) -> StepModel:
         """Return the fitted terms; all zero while too few steps have been seen."""
         if self._num_steps < MIN_STEPS:
             return StepModel()
-        terms = _solve_nonnegative(self._moments, self._targets) / _SCALE
-        a, b, c, d = (float(term) for term in terms)
+        a, b, c, d = (float(term) for term in self._solve() / _SCALE)
         return StepModel(a=a, b=b, c=c, d=d)
 
+    def _solve(self) -> np.ndarray:
+        return _solve_nonnegative(self._moments, self._targets, self._terms)
 
-def _solve_nonnegative(moments: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Minimize x·M·x - 2 t·x over x >= 0 by dropping the most negative term until none is left."""
+
+def _solve_nonnegative(moments: np.ndarray, targets: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Minimize x·M·x - 2 t·x over x >= 0, near `before`, by dropping the most negative term until none is left."""
     active = list(range(len(targets)))
     terms = np.zeros(len(targets))
     while active:
         part = moments[np.ix_(active, active)]
-        solved = np.linalg.solve(part + _RIDGE * np.diag(np.diag(part) + 1e-12), targets[active])
+        ridge = _RIDGE * (np.diag(part) + 1e-12)
+        solved = np.linalg.solve(part + np.diag(ridge), targets[active] + ridge * before[active])
         if (solved >= 0).all():
             terms[active] = solved
             break

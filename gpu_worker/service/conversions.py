@@ -54,6 +54,7 @@ def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
         stop_token_ids=body.stop_token_ids,
         salt=body.salt,
         lora_scale=body.lora_scale,
+        tenant=item.tenant,
         yields=item.yields,
         grammar=body.grammar,
         task=body.task,

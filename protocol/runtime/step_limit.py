@@ -14,7 +14,8 @@ from statistics import median
 from protocol.wire.messages import StepModel
 
 ALONE_EVERY = 32
-"""One in this many limited steps leaves out what yields, so that the time of the others alone is measured.
+"""One in this many limited steps leaves out what yields, so that the time of the others alone is measured. So it is in
+as many steps while nothing that yields is there: the limit is known when somebody comes.
 
 The step model alone would not do: it is linear and learns from the steps there are. Where all are long, what it says of
 a short one may be far off, and then none would ever become short.

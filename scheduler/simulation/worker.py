@@ -297,7 +297,7 @@ class SimWorker:
             digest, num_cached = request.submit.digest, request.submit.num_prompt_tokens - request.left_prompt
             if time is not None:
                 room = time.room(num_cached, digest, self._rank(digest))
-                chunk = int(min(chunk, max(room, BLOCK_TOKENS) if time.is_empty else room))
+                chunk = int(min(chunk, max(room, 1) if time.is_empty else room))
                 if not chunk:
                     break
                 time.add(chunk, num_cached + chunk, digest, self._rank(digest))

@@ -148,8 +148,8 @@ class BatcherMachine(RuleBasedStateMachine):
         """A limited step is longer than it may be by the first sequence that yields at most."""
         model = self.batcher.step_model
         limit_s = self.limits.max_slowdown * predicted_s(plan, others, model) * (1 + 1e-9)
-        is_one_block = len(yielding) == 1 and plan.num_new[yielding[0]] <= BLOCK_TOKENS
-        assert is_one_block or predicted_s(plan, [*others, *yielding], model) <= limit_s
+        is_one_token = len(yielding) == 1 and plan.num_new[yielding[0]] == 1
+        assert is_one_token or predicted_s(plan, [*others, *yielding], model) <= limit_s
 
     @invariant()
     def consistent(self) -> None:

@@ -70,6 +70,41 @@ def test_somebody_who_yields_goes_on_however_little_time_there_is() -> None:
     assert [list(batcher.plan().num_new) for _ in range(4)] == [[quiet, flood[i % 3]] for i in range(4)]
 
 
+def test_a_prompt_that_yields_goes_on_token_by_token_where_a_token_takes_long() -> None:
+    batcher, quiet, _ = limited_flood(0, max_slowdown=1.5)
+    batcher.step_model = StepModel(a=1.0, b=0.4)
+    batcher.add(make_seq("late", np.arange(40) + 200, 50, yields=True))
+    batcher.note_time(batcher.plan(), 1.4)
+    for _ in range(3):
+        plan = batcher.plan()
+        assert plan.num_new.pop(quiet) == 1
+        assert list(plan.num_new.values()) == [1], "a block of it would be 6.4 s"
+        finish_step(batcher, plan)
+
+
+def test_how_long_others_take_is_known_before_anybody_yields() -> None:
+    batcher, quiet, _ = limited_flood(0, max_slowdown=2.0)
+    for _ in range(2 * ALONE_EVERY):
+        plan = batcher.plan()
+        batcher.note_time(plan, 1.23)  # and not 1.1, as the model says
+        finish_step(batcher, plan)
+    batcher.add(make_seq("late", np.arange(40) + 200, 50, yields=True))
+    plan = batcher.plan()
+    assert plan.num_new.pop(quiet) == 1
+    assert list(plan.num_new.values()) == [13], "twice 1.23 s less 1.1 s, at 0.1 s a token"
+
+
+def test_all_of_a_tenant_yields_once_one_of_its_requests_does() -> None:
+    batcher, _ = make_batcher(64, max_num_seqs=8)
+    running, waiting, strangers = (make_seq(name, np.arange(4), 500, tenant=name[0]) for name in ("a1", "a2", "b1"))
+    batcher.add(running)
+    finish_step(batcher, batcher.plan())
+    batcher.add(waiting)
+    batcher.add(strangers)
+    batcher.add(make_seq("a3", np.arange(4), 500, tenant="a", yields=True))
+    assert (running.yields, waiting.yields, strangers.yields) == (True, True, False)
+
+
 def test_prompts_that_yield_get_the_time_that_decodes_leave() -> None:
     batcher, quiet, flood = limited_flood(2, max_slowdown=2.0)
     plan = batcher.plan()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpu_worker.engine.step_model import MIN_STEPS, StepFit
+from gpu_worker.engine.step_model import MIN_STEPS, SURPRISE, StepFit, StepMeter, StepWork
 from protocol.wire.messages import StepModel
 
 
@@ -75,3 +75,23 @@ def test_a_change_is_followed() -> None:
         for tokens, kv, ranks in steps(3000):
             fitted.add(slowness * (0.01 + 5e-4 * tokens), tokens, kv, ranks)
     assert fitted.model().b == pytest.approx(1.5e-3, rel=0.05)
+
+
+def test_what_recent_steps_leave_open_stays_known() -> None:
+    truth, fitted = StepModel(a=0.01, b=5e-4, c=2e-8), StepFit()
+    rng = np.random.default_rng(3)
+    for tokens, kv, _ in [*steps(400), *[(1, 60, 0)] * 20_000]:
+        fitted.add((truth.a + truth.b * tokens + truth.c * kv) * (1 + 0.05 * rng.standard_normal()), tokens, kv, 0)
+    assert fitted.model().b == pytest.approx(truth.b, rel=0.2)
+
+
+@pytest.mark.parametrize("is_limited", [True, False])
+def test_one_long_step_tells_at_once_what_more_tokens_cost(is_limited: bool) -> None:
+    """If the time of steps matters to somebody: another such step would come before the terms are solved again."""
+    meter = StepMeter()
+    for step in range(MIN_STEPS):
+        meter.learn(0.01, StepWork(4 if step == 0 else 1, 50, 0))
+    assert meter.model.seconds(48, 50, 0) < 0.02, "small steps do not tell"
+    meter.learn(0.01 * SURPRISE, StepWork(1, 50, 0), is_limited=is_limited)
+    meter.learn(0.075, StepWork(48, 50, 0), is_limited=is_limited)
+    assert (meter.model.seconds(48, 50, 0) > 0.05) == is_limited
