@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import psutil
 from factories import make_adapter, make_tiny_model
 from hostile import hostile_adapters
 from hostile.adapter_attacks import ADAPTER_ATTACKS, HIDDEN, SECRET, asking, peeping, stealing
+from hostile.memory import Crowd, growth_bytes
 from hostile.victim import Seen, Victim
 from hub_stub import HubStub, Repo, run_hub
 from waiting import wait_until
@@ -39,15 +41,8 @@ FATAL_BYTES = 4 << 30
 SAMPLE_S = 0.05
 SETTLE_S = 60.0
 
-SANDBOXES = 3
-"""Processes in which a gateway runs what strangers wrote; each may take 1 GiB beyond its start, which is 70 MB."""
-
-GROWTH_BYTES = {
-    "gateway": 256 << 20, "gateway's children": SANDBOXES * 1100 << 20, "w0": 256 << 20, "w0's children": 512 << 20,
-    "store": 192 << 20, "store's children": 192 << 20, "scheduler": 64 << 20, "scheduler's children": 0,
-    "queue": 160 << 20, "queue's children": 160 << 20,
-}  # fmt: skip
-"""Most memory that members, and their processes, may take beyond what they had before the attacks."""
+CROWD = Crowd(tenants=2, connections=540, calls=256, logprob_bytes=8 << 20)
+"""The victim and, at most, an attacker."""
 
 
 @dataclass(slots=True)
@@ -60,17 +55,22 @@ class Trial:
     told: Mapping[str, int]
     before: dict[str, int]  # bytes, by member
     largest: dict[str, int]
+    cpu_s: dict[str, float]  # used meanwhile, by member, its children included
     wrong: list[str] = field(default_factory=list)
 
 
-def judged(trial: Trial, first_rss: Mapping[str, int]) -> list[str]:
-    """Return what a trial shows that must not be. Pure. `first_rss`: bytes of each member before all attacks."""
+def judged(trial: Trial, first_rss: Mapping[str, int], growth_bytes: Mapping[str, int]) -> list[str]:
+    """Return what a trial shows that must not be. Pure.
+
+    `first_rss`: bytes of each member before all attacks; `growth_bytes`: most that it may take beyond.
+    """
     alone, beside = trial.alone, trial.beside
     wrong = [f"the victim: {error}" for error in beside.errors[:5]]
     if not beside.num_healthy:
         wrong.append("/health did not answer")
     for what, took_s, alone_s in (
         ("the victim's p99 gap", beside.gap_s(0.99), alone.gap_s(0.99)),
+        ("the victim's longest wait for a first token", beside.first_s(1.0), alone.first_s(1.0)),
         ("/health's p99", beside.answer_s(0.99), alone.answer_s(0.99)),
     ):
         limit_s = MULTIPLE * max(alone_s, FLOOR_S)
@@ -78,8 +78,8 @@ def judged(trial: Trial, first_rss: Mapping[str, int]) -> list[str]:
             wrong.append(f"{what} took {took_s:.2f} s; the limit is {limit_s:.2f}")
     for name, num_bytes in trial.largest.items():
         grown = num_bytes - first_rss[name]
-        if grown > GROWTH_BYTES[name]:
-            wrong.append(f"{name} grew by {grown >> 20} MB; the limit is {GROWTH_BYTES[name] >> 20}")
+        if grown > growth_bytes[name]:
+            wrong.append(f"{name} grew by {grown >> 20} MB; the limit is {growth_bytes[name] >> 20}")
     return wrong
 
 
@@ -109,6 +109,16 @@ class Arena:
                 found[f"{name}'s children"] = sum(map(_rss_of, process.children(recursive=True)))
         return found
 
+    def cpu_s(self) -> dict[str, float]:
+        """Return the CPU seconds that each member and its children have used, and this process."""
+        found = {"attacker": time.process_time()}
+        for name, pid in self.pids.items():
+            found[name] = 0.0
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                found[name] = sum(process.cpu_times()[:4]) + sum(map(_cpu_s_of, process.children(recursive=True)))
+        return found
+
     def ended(self) -> list[str]:
         """Return the members whose process is not the one they began with."""
         return [name for name, member in self.fleet.members.items() if not member.is_running]
@@ -124,8 +134,8 @@ class Arena:
 
     async def attack(self, attack: Attack, seconds: float, key: str = "attacker") -> Trial:
         """Attack the fleet beside its victim for so long; return what came of it, judged."""
-        before = largest = self.rss()
-        largest = dict(largest)
+        before, cpu_s = self.rss(), self.cpu_s()
+        largest = dict(before)
         watch = asyncio.create_task(self._watch(largest))
         attacker = Attacker(self.fleet.url, self.keys.get(key, ""))
         await self.victim.seen()
@@ -135,9 +145,11 @@ class Arena:
             await attacker.close()
         beside = await self._recovered()
         watch.cancel()
-        trial = Trial(attack.name, self.alone, beside, attacker.told, before, largest)
+        used_s = {name: used_s - cpu_s[name] for name, used_s in self.cpu_s().items()}
+        trial = Trial(attack.name, self.alone, beside, attacker.told, before, largest, used_s)
         trial.wrong = [f"{name} has ended: {self.fleet.members[name].log_tail()}" for name in self.ended()]
-        trial.wrong += judged(trial, self.first_rss) + attack.wrongly_told(attacker.told)
+        growth = growth_bytes(self.fleet.settings, CROWD)
+        trial.wrong += judged(trial, self.first_rss, growth) + attack.wrongly_told(attacker.told)
         return trial
 
     async def _recovered(self) -> Seen:
@@ -152,7 +164,7 @@ class Arena:
             await wait_until(has_answer, "the victim is answered", timeout_s=SETTLE_S, every_s=SAMPLE_S)
         except AssertionError as error:
             parts[-1].errors.append(str(error))
-        return _together(parts)
+        return sum(parts, start=Seen())
 
     async def _watch(self, largest: dict[str, int]) -> None:
         while True:
@@ -203,13 +215,13 @@ NAMES = tuple(attack.name for attack, _ in attacks_of("", _nothing))
 
 
 @asynccontextmanager
-async def arena_in(folder: Path, **settings: Any) -> AsyncIterator[Arena]:
-    """Start a fleet with a victim on it; both end with the block."""
-    model = make_tiny_model(folder / "model", max_len=2048)
+async def arena_in(folder: Path, model: Path | None = None, **settings: Any) -> AsyncIterator[Arena]:
+    """Start a fleet with a victim on it; both end with the block. model: served in place of a tiny one."""
+    model = model or make_tiny_model(folder / "model", max_len=2048)
     root = folder / "adapters"
     for seed, name in enumerate(("one", "two"), start=1):
         make_adapter(root / name, model, seed=seed, rank=8)
-    hostile_adapters.write_all(root, root / "one")
+    hostile_adapters.write_all(root, root / "one", model)
     async with run_hub() as hub:
         files = {name: (root / "one" / name).read_bytes() for name in hostile_adapters.GOOD_FILES}
         for name in (SECRET, HIDDEN):
@@ -217,7 +229,7 @@ async def arena_in(folder: Path, **settings: Any) -> AsyncIterator[Arena]:
             hub.repos[name].commit(files)
         hub.tokens |= {"hf_owner": {SECRET}, FLEET_TOKEN: {HIDDEN}}
         values: dict[str, Any] = {"api_keys": True, "request_sources": "hub", "hub_endpoint": hub.url}
-        values |= {"sandboxes": SANDBOXES, "grammar_timeout_s": 1.0}
+        values |= {"grammar_timeout_s": 1.0}
         values |= {"tenant_places": "org"}  # what the fleet's own token reads there is for all who may see the name
         fleet = ProcessFleet.prepare(
             folder, model, root, durable=True, secret="the secret of the arena", **values | settings
@@ -270,17 +282,10 @@ async def _has_answered(victim: Victim) -> bool:
     return seen.num_answers > 0
 
 
-def _together(parts: list[Seen]) -> Seen:
-    whole = Seen()
-    for part in parts:
-        whole.seconds += part.seconds
-        whole.gaps_s += part.gaps_s
-        whole.num_pieces += part.num_pieces
-        whole.num_answers += part.num_answers
-        whole.num_healthy += part.num_healthy
-        whole.health_s += part.health_s
-        whole.errors += part.errors
-    return whole
+def _cpu_s_of(process: psutil.Process) -> float:
+    with suppress(psutil.NoSuchProcess):
+        return sum(process.cpu_times()[:4])
+    return 0.0
 
 
 def _rss_of(process: psutil.Process) -> int:

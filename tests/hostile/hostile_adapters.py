@@ -25,10 +25,9 @@ CONFIGS = ("sparse", "many-saved")
 GOOD_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def write_all(root: Path, good: Path) -> None:
-    """Write every hostile adapter below `root`, with the weights of a good one."""
-    texts = {file.name: file.read_text() for file in good.parent.parent.glob("model/tokenizer*.json")}
-    plain = json.loads(texts["tokenizer.json"])
+def write_all(root: Path, good: Path, model: Path) -> None:
+    """Write every hostile adapter below `root`, with the weights of a good one and texts like those of its model."""
+    plain = json.loads((model / "tokenizer.json").read_text())
     changes: dict[str, dict[str, Any]] = {
         "panics": {"decoder": {"type": "Sequence", "decoders": PANIC}},
         "metaspace": {"decoder": METASPACE, "pre_tokenizer": METASPACE},

@@ -6,23 +6,26 @@ from typing import Any
 
 import msgspec
 import pytest
-from hostile.arena import FLOOR_S, GROWTH_BYTES, MULTIPLE, Trial, judged
+from hostile.arena import CROWD, FLOOR_S, MULTIPLE, Trial, judged
+from hostile.memory import growth_bytes
 from hostile.victim import Seen
 
 from chaos.attacker import CLOSED, HUNG, Attack, Attacker
+from protocol.runtime.settings import Settings
 
 GAP_S = 0.02
-PEACE = Seen(1.0, [GAP_S] * 50, num_pieces=50, num_answers=1, num_healthy=9, health_s=[GAP_S] * 9)
-RSS = dict.fromkeys(GROWTH_BYTES, 1 << 20)
+PEACE = Seen(1.0, [GAP_S] * 50, [GAP_S] * 3, num_pieces=53, num_answers=3, num_healthy=9, health_s=[GAP_S] * 9)
+GROWTH = growth_bytes(Settings(), CROWD)
+RSS = dict.fromkeys(GROWTH, 1 << 20)
 
 
 def trial(largest: dict[str, int] = RSS, **changes: Any) -> Trial:
-    return Trial("a", PEACE, msgspec.structs.replace(PEACE, **changes), {}, RSS, largest)
+    return Trial("a", PEACE, msgspec.structs.replace(PEACE, **changes), {}, RSS, largest, {})
 
 
 def test_a_victim_in_peace_passes() -> None:
-    assert judged(trial(), RSS) == []
-    assert judged(trial(gaps_s=[GAP_S] * 50 + [MULTIPLE * FLOOR_S]), RSS) == []
+    assert judged(trial(), RSS, GROWTH) == []
+    assert judged(trial(gaps_s=[GAP_S] * 50 + [MULTIPLE * FLOOR_S]), RSS, GROWTH) == []
 
 
 @pytest.mark.parametrize(
@@ -32,19 +35,20 @@ def test_a_victim_in_peace_passes() -> None:
         ({"num_healthy": 0}, "did not answer"),
         ({"gaps_s": [GAP_S] * 50 + [1.1 * MULTIPLE * FLOOR_S]}, "p99 gap"),
         ({"gaps_s": []}, "p99 gap"),
+        ({"ttft_s": [GAP_S, 1.1 * MULTIPLE * FLOOR_S]}, "first token"),
         ({"health_s": [GAP_S, 1.1 * MULTIPLE * FLOOR_S]}, "/health's p99"),
     ],
 )
 def test_every_harm_to_the_victim_is_found(changes: dict[str, Any], word: str) -> None:
-    (found,) = judged(trial(**changes), RSS)
+    (found,) = judged(trial(**changes), RSS, GROWTH)
     assert word in found
 
 
-@pytest.mark.parametrize("member", sorted(GROWTH_BYTES))
+@pytest.mark.parametrize("member", sorted(GROWTH))
 def test_a_member_that_has_grown_too_much_is_found(member: str) -> None:
-    most = RSS | {member: RSS[member] + GROWTH_BYTES[member]}
-    assert judged(trial(most), RSS) == []
-    (found,) = judged(trial(most | {member: most[member] + (1 << 20)}), RSS)
+    most = RSS | {member: RSS[member] + GROWTH[member]}
+    assert judged(trial(most), RSS, GROWTH) == []
+    (found,) = judged(trial(most | {member: most[member] + (1 << 20)}), RSS, GROWTH)
     assert found.startswith(f"{member} grew")
 
 

@@ -33,7 +33,8 @@ class Seen(msgspec.Struct):
     """What a victim saw for a while."""
 
     seconds: float = 0.0
-    gaps_s: list[float] = []  # between pieces of text, and from a request to its first
+    gaps_s: list[float] = []  # between pieces of text
+    ttft_s: list[float] = []  # from a request to its first piece
     num_pieces: int = 0
     num_answers: int = 0
     num_healthy: int = 0  # answers of /health
@@ -44,6 +45,10 @@ class Seen(msgspec.Struct):
         """Return the q-quantile of the gaps, never one below it."""
         return _quantile(self.gaps_s, q)
 
+    def first_s(self, q: float) -> float:
+        """Return the q-quantile of the times to a first piece; 0 if there was none."""
+        return _quantile(self.ttft_s or [0.0], q)
+
     def answer_s(self, q: float) -> float:
         """Return the q-quantile of what /health took."""
         return _quantile(self.health_s, q)
@@ -52,6 +57,10 @@ class Seen(msgspec.Struct):
     def rate(self) -> float:
         """Pieces of text a second."""
         return self.num_pieces / self.seconds
+
+    def __add__(self, other: Seen) -> Seen:
+        both = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
+        return Seen(*(mine + others for mine, others in both))
 
 
 def _quantile(values: Sequence[float], q: float) -> float:
@@ -64,8 +73,9 @@ class Victim:
 
     def __init__(self, port: int, key: str) -> None:
         command = [sys.executable, "-m", "hostile.victim", str(port), key]
-        folder = Path(__file__).parents[1]
-        self._process = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        folder, pipe = Path(__file__).parents[1], subprocess.PIPE
+        # In a session of its own, it does not give way as the attackers' process does.
+        self._process = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, start_new_session=True)
 
     async def seen(self) -> Seen:
         """Return what it saw since the last call."""
@@ -137,7 +147,7 @@ class _Watch:
         self._last_s = time.monotonic()
         async with asyncio.timeout(PATIENCE_S):
             reader, writer = await self._send("POST", "/v1/completions", orjson.dumps(BODY))
-        text, finish = "", None
+        text, finish, is_first = "", None, True
         try:
             while True:
                 async with asyncio.timeout(PATIENCE_S):
@@ -157,13 +167,14 @@ class _Watch:
                     raise ValueError(str(event["error"]))
                 choice = event["choices"][0]
                 text, finish = text + choice["text"], choice["finish_reason"] or finish
-                self._note_piece()
+                self._note_piece(is_first=is_first)
+                is_first = False
         finally:
             writer.close()
 
-    def _note_piece(self) -> None:
+    def _note_piece(self, *, is_first: bool) -> None:
         now_s = time.monotonic()
-        self._seen.gaps_s.append(now_s - self._last_s)
+        (self._seen.ttft_s if is_first else self._seen.gaps_s).append(now_s - self._last_s)
         self._seen.num_pieces += 1
         self._last_s = now_s
 
