@@ -185,8 +185,8 @@ def check_token_ids(options: Options, vocab_size: int) -> None:
 
 
 def echoed(source: Source, files: ModelFiles) -> str:
-    """Return a prompt as the text that an answer with `echo` begins with."""
-    return source if isinstance(source, str) else files.tokens.decode(source)
+    """Return a prompt as the text that an answer with `echo` begins with: as sent, special tokens with it."""
+    return source if isinstance(source, str) else files.tokens.decode(source, special=True)
 
 
 def pack(ids: Sequence[int]) -> bytes:

@@ -19,6 +19,7 @@ from gateway.calls.parse import Conversation
 from gateway.calls.submit import SubmittedCall
 from gateway.calls.writers import MIN_LOGPROB, Usage, Writer, shown_logprob
 from gateway.http.sse import GenerationResponse
+from gateway.openai.offsets import TextOffsets
 from gateway.text.answer_form import AnswerForm
 from gateway.text.answer_parts import AnswerParts, Part
 from protocol.wire.tokens import TokenTable
@@ -40,6 +41,8 @@ def writer_of(call: SubmittedCall, choices: Sequence[Choice]) -> Writer:
     head = Head(kind.id_prefix + call.id, call.created_ms // 1000, parsed.model_name, fingerprint(call), model_of)
     tokens = [choice.prompt.files.tokens for choice in shown]
     writer = kind(head, tokens, include_usage=options.include_usage, logprobs=options.shows_logprobs)
+    if isinstance(writer, CompletionWriter) and options.shows_logprobs:
+        writer.offsets = [TextOffsets(choice.prompt.files.tokens, choice.prompt.echo) for choice in shown]
     if isinstance(writer, ChatWriter):
         writer.forms = {choice.index: (choice.prompt.form, choice.rid) for choice in choices if choice.prompt.form}
     return writer
@@ -238,11 +241,12 @@ class CompletionWriter:
     id_prefix = "cmpl-"
 
     def __init__(self, head: Head, tokens: Sequence[TokenTable], *, include_usage: bool, logprobs: bool) -> None:
+        self.offsets: Sequence[TextOffsets] = ()
+        """Of each choice, if logprobs are shown."""
         self._head = head
         self._tokens = tokens
         self._logprobs = logprobs
         self._frames = _Frames(head, "text_completion", include_usage)
-        self._offsets: dict[int, int] = {}  # characters of tokens written so far, per choice
 
     def frames(self, piece: Piece) -> bytes:
         """Return the chunks of a piece; b"" when it shows nothing yet."""
@@ -281,16 +285,11 @@ class CompletionWriter:
         }
 
     def _lists(self, piece: Piece) -> dict[str, Any]:
-        offset, tokens = self._offsets.get(piece.index, 0), [*piece.prompt, *piece.logprobs]
-        texts = [self._tokens[piece.index].text_of(token.id) for token in tokens]
-        offsets: list[int] = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
-        self._offsets[piece.index] = offset
+        tokens, offsets = [*piece.prompt, *piece.logprobs], self.offsets[piece.index]
+        of_prompt = offsets.of_prompt([token.id for token in piece.prompt])
         return {
-            "text_offset": offsets,
-            "tokens": texts,
+            "text_offset": of_prompt + offsets.of_output(token.id for token in piece.logprobs),
+            "tokens": [self._tokens[piece.index].text_of(token.id) for token in tokens],
             "token_logprobs": [shown_logprob(token.logprob) for token in tokens],
             "top_logprobs": [_top(self._tokens[piece.index], token) for token in tokens],
         }

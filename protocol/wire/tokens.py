@@ -74,20 +74,20 @@ class TokenTable(msgspec.Struct, dict=True, weakref=True):
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{value:02x}" for value in raw)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids, without special tokens. Raises BadRequest if this tokenizer's cannot be decoded."""
-        detokenizer = Detokenizer(self)
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Return the text of ids, with special tokens or without. Raises BadRequest if they cannot be decoded."""
+        detokenizer = Detokenizer(self, special=special)
         return detokenizer.add(ids) + detokenizer.flush()
 
 
 class Detokenizer:
     """Decodes ids step by step, and never returns half a UTF-8 character."""
 
-    def __init__(self, tokens: TokenTable) -> None:
-        """Begin a text. Raises BadRequest if ids of this tokenizer cannot be decoded."""
+    def __init__(self, tokens: TokenTable, *, special: bool = False) -> None:
+        """Begin a text, with special tokens or without. Raises BadRequest if this tokenizer's cannot be decoded."""
         if tokens.refusal:
             raise BadRequest(tokens.refusal)
-        self._pieces, self._hidden = tokens.pieces, tokens.hidden
+        self._pieces, self._hidden = tokens.pieces, tokens.unknown if special else tokens.hidden
         self._first, self._last = tokens.first, tokens.last
         self._held: list[int] = []  # the last id so far, where it matters that it is
         self._stripped, self._num_strip = tokens.strip

@@ -1,0 +1,44 @@
+"""Where tokens begin in a choice's text, in characters: the `text_offset` of completions. Pure.
+
+A token that is no part of the text begins where the next one does, and so does each byte of a character.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from protocol.wire.tokens import Detokenizer, TokenTable
+
+
+class TextOffsets:
+    """The offsets of one choice, which come in pieces."""
+
+    def __init__(self, tokens: TokenTable, echo: str) -> None:
+        """echo: what the text begins with."""
+        self._tokens = tokens
+        self._echo = echo
+        self._at = len(echo)
+        self._output = Detokenizer(tokens)
+
+    def of_prompt(self, ids: Sequence[int]) -> list[int]:
+        """Return the offsets of the prompt's tokens."""
+        tokens, echo = self._tokens, self._echo
+        is_of_ids = tokens.decode(ids, special=True) == echo
+        detokenizer = Detokenizer(tokens, special=is_of_ids)
+        at, offsets = 0, []
+        for id_ in ids:
+            offsets.append(min(at, len(echo)))
+            text = detokenizer.add((id_,))
+            if id_ in tokens.special and not is_of_ids:  # of the tokenizer, or spelled out by the client
+                text = tokens.text_of(id_)
+                text = text if echo.startswith(text, at) else ""
+            at += len(text)
+        return offsets
+
+    def of_output(self, ids: Iterable[int]) -> list[int]:
+        """Return the offsets of further tokens of the output."""
+        offsets: list[int] = []
+        for id_ in ids:
+            offsets.append(self._at)
+            self._at += len(self._output.add((id_,)))
+        return offsets

@@ -1,0 +1,74 @@
+"""`text_offset`: each token begins in the text where it says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted_fleet import Script, ScriptedFleet
+from tokenizers import Tokenizer
+
+from gateway.openai.offsets import TextOffsets
+from peft_adapters.texts.tokenizer_json import token_table
+from protocol.wire.tokens import TokenTable
+
+IM_START, IM_END = 0, 1
+
+
+@pytest.fixture(scope="session")
+def table(tokenizer: Tokenizer) -> TokenTable:
+    return token_table(tokenizer.to_str())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("as_ids", [False, True])
+async def test_offsets_of_an_echo(http: httpx2.AsyncClient, fleet: ScriptedFleet, as_ids: bool, stream: bool) -> None:
+    """A prompt is echoed the same as text and as ids, and offsets count only what is in the text."""
+    prompt = "<|im_start|>hi 😀<|im_end|>"
+    ids = fleet.tokenizer.encode(prompt).ids
+    assert (ids[0], ids[-1]) == (IM_START, IM_END)
+    fleet.script = lambda submit, body: Script(text="é!", chunk=1)
+    body = {"model": "base", "prompt": ids if as_ids else prompt, "echo": True, "logprobs": 0, "max_tokens": 9}
+    text, tokens, offsets = await _asked(http, {**body, "stream": stream})
+    assert text == "<|im_start|>hi 😀<|im_end|>é!"
+    assert len(tokens) == len(offsets)
+    start, end = text.index("😀"), text.index("é")
+    assert offsets[: tokens.index(" ")] == [0, 12, 13]
+    assert offsets[tokens.index(" ") + 1 : len(ids)] == [start] * 4 + [start + 1]
+    assert offsets[len(ids) :] == [end, end, end + 1, end + 2], "two bytes, one character, and the end of the text"
+    assert tokens[-1] == "<|im_end|>"
+
+
+async def _asked(http: httpx2.AsyncClient, body: dict[str, Any]) -> tuple[str, list[str], list[int]]:
+    """Return the text, the tokens and their offsets of an answer, streamed or not."""
+    answer = await http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")] or [answer.text]
+    chunks = [json.loads(line) for line in lines]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    shown = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    text = "".join(choice["text"] for choice in choices)
+    tokens = [token for one in shown for token in one["tokens"]]
+    return text, tokens, [offset for one in shown for offset in one["text_offset"]]
+
+
+@given(ids=st.lists(st.integers(0, 299), max_size=20), more=st.lists(st.integers(0, 299), max_size=20))
+def test_offsets_are_within_the_text_and_never_fall(table: TokenTable, ids: list[int], more: list[int]) -> None:
+    echo = table.decode(ids, special=True)
+    text = echo + table.decode(more)
+    writer = TextOffsets(table, echo)
+    offsets = writer.of_prompt(ids) + writer.of_output(more[:7]) + writer.of_output(more[7:])
+    assert offsets == sorted(offsets)
+    assert all(0 <= offset <= len(text) for offset in offsets)
+    for id_, offset in zip(ids, offsets, strict=False):
+        if table.bytes_of(id_).isascii():
+            assert text.startswith(("�", table.text_of(id_)), offset)
+
+
+def test_a_beginning_that_the_tokenizer_adds_has_no_place(table: TokenTable, tokenizer: Tokenizer) -> None:
+    ids = [IM_START, *tokenizer.encode("the dog").ids]
+    assert TextOffsets(table, "the dog").of_prompt(ids)[:2] == [0, 0]
