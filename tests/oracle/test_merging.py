@@ -30,6 +30,7 @@ from oracle.peft_kinds import (
 from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, prompts
 from peft import PeftModel
 
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.adapters.merges import MergeWatch
 from gpu_worker.adapters.packing.merging import MergeInput, Merger
 from gpu_worker.build import build_engine
@@ -37,7 +38,7 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.model.prepare import prepare_model
 from peft_adapters.config import read_config
 from peft_adapters.reasons import Reasons
-from peft_adapters.recipe import Merge, check_merge, digest_of_merge, merge_of
+from peft_adapters.recipe import Merge, Strategy, check_merge, digest_of_merge, merge_of
 from peft_adapters.spec import AdapterSpec, LoraWeights
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import AdapterRefused, BadRequest
@@ -46,7 +47,7 @@ from protocol.wire.messages import ServedModel, SiteShape
 WEIGHTS = [0.7, -0.4, 1.3]
 NAMES = ["a", "b", "c"]
 LORA = {"peft_type": "LORA", "r": 8, "target_modules": ["wide"]}
-STRATEGIES: dict[str, dict[str, Any]] = {
+STRATEGIES: dict[Strategy, dict[str, Any]] = {
     "linear": {},
     "cat": {},
     "svd": {"svd_rank": 5},
@@ -87,7 +88,7 @@ class Merging:
                 self.peft.load_adapter(str(root / name), adapter_name=name)
         self.peft.eval()
 
-    def _fetch(self, digest: str) -> Any:
+    def _fetch(self, digest: str) -> FetchedAdapter:
         self.reads.append(digest)
         return read_files(self.folders[digest])
 
@@ -122,7 +123,7 @@ def merging(tmp_path_factory: pytest.TempPathFactory) -> Merging:
     [*STRATEGIES.items(), *UNPRUNED.items()],
     ids=[*STRATEGIES, *(f"{strategy} unpruned" for strategy in UNPRUNED)],
 )
-def test_merges_are_those_of_peft(strategy: str, fields: dict[str, Any], merging: Merging) -> None:
+def test_merges_are_those_of_peft(strategy: Strategy, fields: dict[str, Any], merging: Merging) -> None:
     prompt = prompts(1, TINY_VOCAB, (20,))[0]
     digest = merge_digest(NAMES, WEIGHTS, strategy=strategy, seed=3, **fields)
     requests = [greedy_request("merged", digest, prompt, 4), greedy_request("a", digest_of("a"), prompt, 4)]
@@ -150,7 +151,7 @@ def test_merges_are_those_of_peft(strategy: str, fields: dict[str, Any], merging
     ids=["conv1d", "both ends", "pattern", "some layers"],
 )
 @pytest.mark.parametrize("strategy", ["cat", "dare_ties_svd", "ties"])
-def test_merges_of_other_adapters_too(base: Base, fields: dict[str, Any], strategy: str, tmp_path: Path) -> None:
+def test_merges_of_other_adapters_too(base: Base, fields: dict[str, Any], strategy: Strategy, tmp_path: Path) -> None:
     options = STRATEGIES[strategy]
     merging = Merging(base, dict.fromkeys(NAMES, fields), tmp_path)
     prompt = prompts(1, TINY_VOCAB, (20,))[0]
@@ -189,7 +190,7 @@ def test_lorax_arithmetic(merging: Merging) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ties_svd", "cat"])
-def test_a_merge_that_takes_too_long_is_refused(strategy: str, tmp_path: Path) -> None:
+def test_a_merge_that_takes_too_long_is_refused(strategy: Strategy, tmp_path: Path) -> None:
     merging = Merging(LLAMA, {"a": {}, "b": {}}, tmp_path, merge_timeout_s=1e-9)
     digest = merge_digest(["a", "b"], [0.5, 0.5], strategy=strategy, density=0.5)
     end = ask(merging.engine, [greedy_request("slow", digest, prompts(1, TINY_VOCAB, (8,))[0], 3)]).finish["slow"]
@@ -208,7 +209,7 @@ def test_whole_matrices_that_are_too_large_are_refused_unmade() -> None:
     )  # fmt: skip
     layers = [("wide", [LoraWeights("wide", 8, 1.0, "a", "b")] * 2)]
     for strategy in STRATEGIES:
-        merge = Merge(adapters=[b"1", b"2"], weights=[0.5, 0.5], strategy=strategy, density=0.5)  # type: ignore[arg-type]
+        merge = Merge(adapters=[b"1", b"2"], weights=[0.5, 0.5], strategy=strategy, density=0.5)
         for max_bytes, reason in ((1 << 30, "bytes of memory"), (1 << 60, "merge_timeout_s")):
             merger = Merger(merge, parts, MergeWatch(3600.0), max_bytes)
             if not strategy.endswith("_svd"):

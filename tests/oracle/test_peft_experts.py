@@ -20,9 +20,8 @@ from oracle.peft_kinds import (
     make_engine,
     measure,
 )
-from oracle.peft_oracle import ask, greedy_request
+from oracle.peft_oracle import FAMILY_OF_TYPE, ask, greedy_request
 from peft.utils.transformers_weight_conversion import (
-    _MODEL_TO_CONVERSION_PATTERN,
     _MOE_FUSED_TARGETS,
     _MOE_TARGET_MODULE_MAPPING,
 )
@@ -119,7 +118,7 @@ def test_what_peft_cannot_convert_is_refused_by_name(tmp_path: Path) -> None:
 def test_the_families_are_those_of_peft() -> None:
     theirs = {
         model_type: family
-        for model_type, family in _MODEL_TO_CONVERSION_PATTERN.items()
+        for model_type, family in FAMILY_OF_TYPE.items()
         if family in _MOE_FUSED_TARGETS and model_type in CONFIG_MAPPING
     }
     assert sorted(theirs) == sorted(FAMILIES)

@@ -41,8 +41,8 @@ IDS = torch.arange(TINY_VOCAB)[None]
 
 def start(init: str, model: PreTrainedModel, **fields: Any) -> PeftModel:
     """Let PEFT begin as for training: the base loses what the adapter gets."""
-    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"} | fields
-    config = LoraConfig(**fields, init_lora_weights=init)
+    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": init} | fields
+    config = LoraConfig(task_type="CAUSAL_LM", **fields)
     if init == "corda":
         pytest.importorskip("attr", reason="PEFT's CorDA imports attrs")
         from peft.tuners.lora.corda import preprocess_corda
@@ -55,11 +55,17 @@ def start(init: str, model: PreTrainedModel, **fields: Any) -> PeftModel:
     return get_peft_model(model, config).eval()
 
 
+def config_of(peft: PeftModel) -> Any:
+    """Return a model's `LoraConfig`, whose `init_lora_weights` has a type that does not know all of PEFT's inits."""
+    return peft.peft_config["default"]
+
+
 def train_and_save(peft: PeftModel, init: str, root: Path) -> None:
     """Save as PEFT's guides say: `raw` as it is, `converted` for the base as it was."""
-    peft.peft_config["default"].init_lora_weights = True
+    config = config_of(peft)
+    config.init_lora_weights = True
     peft.save_pretrained(str(root / "start"))
-    peft.peft_config["default"].init_lora_weights = init
+    config.init_lora_weights = init
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
@@ -74,7 +80,9 @@ def train_and_save(peft: PeftModel, init: str, root: Path) -> None:
     [("pissa", {}), ("pissa_niter_4", {"use_rslora": True}), ("olora", {}), ("corda", {}), ("lora_ga", {})],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_converted_save_is_served_and_an_unconverted_one_refused(init: str, fields: Any, tmp_path: Path) -> None:
+def test_a_converted_save_is_served_and_an_unconverted_one_refused(
+    init: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(1)
@@ -98,7 +106,7 @@ def test_as_saved_it_is_served_on_the_base_that_was_saved_with_it(tmp_path: Path
         warnings.simplefilter("ignore")
         torch.manual_seed(1)
         peft = start("pissa", make_base(LLAMA))
-        peft.peft_config["default"].init_lora_weights = True
+        config_of(peft).init_lora_weights = True
         peft.save_pretrained(str(tmp_path))
         base = copy.deepcopy(peft).unload()
     settings = Settings(model="oracle", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracle.peft_oracle import TINY_VOCAB, Oracle, ask, greedy_request, prompts, sixteen_loras, tiny_llama, warm
+from oracle.peft_oracle import TINY_VOCAB, Oracle, ask, greedy_request, prompts, warm
 
 from gpu_worker.engine.request import EngineRequest
 from protocol.wire.messages import Sampling
@@ -15,11 +15,6 @@ from protocol.wire.messages import Sampling
 NUM_TOKENS = 40
 FEW_BLOCKS: dict[str, Any] = {"kv_cache_bytes": 30 * 16 * 512, "max_model_len": 128}
 SPECULATING: dict[str, Any] = {"max_draft_tokens": 6, "max_num_seqs": 8}
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Oracle:
-    return Oracle(tiny_llama(), sixteen_loras(head=True), scale=0.3)
 
 
 @pytest.fixture(scope="module")

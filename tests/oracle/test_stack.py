@@ -9,9 +9,10 @@ import pytest
 import torch
 from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, warm
 from oracle.tiny_models import tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.runner import StepInputs
 from gpu_worker.model.blocks import LayerStack
 from lora_kernels import cpu
 
@@ -37,7 +38,7 @@ def logits_of(engine: Engine, names: list[str]) -> list[Tensor]:
     seen: list[Tensor] = []
     run = engine.runner.run
 
-    def watch(inputs: Any) -> Tensor:
+    def watch(inputs: StepInputs) -> Tensor:
         logits = run(inputs)
         seen.append(logits.clone())
         return logits
@@ -53,7 +54,8 @@ def logits_of(engine: Engine, names: list[str]) -> list[Tensor]:
 @pytest.mark.parametrize("model_type", STACKED)
 def test_a_stack_computes_what_its_layers_compute(model_type: str, dtype: torch.dtype) -> None:
     targets = STACKED[model_type]
-    base = tiny_model(model_type).to(dtype)
+    base = tiny_model(model_type)
+    nn.Module.to(base, dtype)  # `PreTrainedModel.to` has no types
     oracle = Oracle(base, {"one": Lora(5, targets), "two": Lora(17, targets[:1])}, scale=0.4)
     stacked, apart = (oracle.engine(max_step_tokens=16, max_num_seqs=12) for _ in range(2))
     (stack,) = stacks(stacked)
@@ -70,7 +72,7 @@ def test_a_stack_computes_what_its_layers_compute(model_type: str, dtype: torch.
 def test_layers_with_rotary_embeddings_of_their_own_stay_apart() -> None:
     """Each layer of a list must get what the first gets."""
     model = tiny_model("llama")
-    for i, layer in enumerate(model.get_submodule("model.layers")):
+    for i, layer in enumerate(model.get_submodule("model.layers").children()):
         layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: (args, turned(kwargs, i)), with_kwargs=True)
     oracle = Oracle(model, {"one": Lora(5, ("q_proj",))}, scale=0.4)
     assert stacks(oracle.engine()) == []

@@ -6,18 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from oracle.peft_oracle import TINY_VOCAB, Oracle, ask, greedy_request, prompts, sixteen_loras, tiny_llama, warm
+from oracle.peft_oracle import TINY_VOCAB, Oracle, ask, greedy_request, prompts, warm
 
 from gpu_worker.engine.batcher import Batcher, StepPlan
 from protocol.wire.messages import Sampling, StepModel
 
 NUM_TOKENS = 24
 FEW_BLOCKS: dict[str, Any] = {"kv_cache_bytes": 30 * 16 * 512, "max_model_len": 128}
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Oracle:
-    return Oracle(tiny_llama(), sixteen_loras(head=True), scale=0.3)
 
 
 def watched(batcher: Batcher) -> list[StepPlan]:
@@ -30,7 +25,7 @@ def watched(batcher: Batcher) -> list[StepPlan]:
         plans.append(plan())
         return plans[-1]
 
-    batcher.plan = note  # type: ignore[method-assign]
+    batcher.plan = note
     return plans
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -94,12 +94,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 def causal_types() -> list[str]:
     """Return every model type whose causal LM declares that its attention can be replaced."""
-    return sorted(
-        model_type
-        for model_type, config_class in CONFIG_MAPPING.items()
-        if config_class in MODEL_FOR_CAUSAL_LM_MAPPING
-        and MODEL_FOR_CAUSAL_LM_MAPPING[config_class]._supports_attention_backend
-    )
+    found: list[str] = []
+    for model_type, config_class in CONFIG_MAPPING.items():
+        if config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
+            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+            assert isinstance(model_class, type)
+            assert issubclass(model_class, PreTrainedModel)
+            if model_class._supports_attention_backend:
+                found.append(model_type)
+    return sorted(found)
 
 
 def tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:
@@ -116,11 +119,12 @@ def _shrink(config_class: type[PreTrainedConfig], overrides: dict[str, Any]) -> 
     values = {name: value for name, value in TINY.items() if name in names} | _layer_kinds(default, names)
     if "kv_lora_rank" in names:  # latent attention: each head has keys of its own
         values["num_key_value_heads"] = values["num_attention_heads"]
-    for name in config_class.sub_configs:
+    parts = cast(dict[str, type[PreTrainedConfig]], config_class.sub_configs)  # a property of the class
+    for name in parts:
         part = getattr(default, name, None)
         if isinstance(part, PreTrainedConfig):
             values[name] = _shrink(type(part), overrides.get(name, {})).to_dict()
-    own = {name: value for name, value in overrides.items() if name not in config_class.sub_configs}
+    own = {name: value for name, value in overrides.items() if name not in parts}
     return config_class(**values | own)
 
 
