@@ -38,9 +38,13 @@ def make_seq(
     max_new: int,
     digest: str = "",
     output: list[int] | None = None,
+    *,
     yields: bool = False,
+    tenant: str = "",
 ) -> Sequence:
-    request = EngineRequest(rid, 1, digest, prompt.astype(np.int32), Sampling(), max_new, output or [], yields=yields)
+    request = EngineRequest(
+        rid, 1, digest, prompt.astype(np.int32), Sampling(), max_new, output or [], yields=yields, tenant=tenant
+    )
     seq = Sequence(request, 1 << 20)
     seq.is_bound = True
     return seq

@@ -70,7 +70,7 @@ def test_somebody_who_yields_goes_on_however_little_time_there_is() -> None:
     assert [list(batcher.plan().num_new) for _ in range(4)] == [[quiet, flood[i % 3]] for i in range(4)]
 
 
-def test_a_prompt_that_yields_goes_on_token_by_token_where_a_token_takes_long() -> None:
+def test_a_yielding_prompt_goes_on_by_tokens_where_a_token_takes_long() -> None:
     batcher, quiet, _ = limited_flood(0, max_slowdown=1.5)
     batcher.step_model = StepModel(a=1.0, b=0.4)
     batcher.add(make_seq("late", np.arange(40) + 200, 50, yields=True))
