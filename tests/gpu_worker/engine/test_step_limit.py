@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import numpy as np
 import pytest
 
 from gpu_worker.engine.batcher import Batcher
 from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.step_model import StepMeter, StepWork
 from protocol.runtime.step_limit import ALONE_EVERY
 from protocol.wire.messages import StepModel
 from tests.gpu_worker.engine.batches import finish_step, make_batcher, make_seq
@@ -132,3 +135,33 @@ def test_where_all_yield_or_nobody_does_plans_are_the_same_with_a_limit(others: 
                 if seq.num_tokens >= seq.max_tokens:
                     batcher.remove(seq)
     assert plans[0] == plans[1]
+
+
+def test_bursts_beside_a_quiet_stream_make_hardly_a_step_long() -> None:
+    """With a clock of its own: of a thousand steps with a token of the stream, three take more than twice as long."""
+    batcher, _ = make_batcher(1024, max_num_seqs=64, max_step_tokens=512, max_slowdown=1.8)
+    meter, rng, names = StepMeter(), np.random.default_rng(1), count()
+
+    def add(tenant: str, num_prompt: int, num_new: int, *, yields: bool) -> None:
+        prompt = rng.integers(0, 5, num_prompt)
+        batcher.add(make_seq(f"{tenant}{next(names)}", prompt, num_new, tenant=tenant, yields=yields))
+
+    alone, beside = [], []
+    for step in range(1300):
+        if not any(seq.request.tenant == "quiet" for seq in batcher):
+            add("quiet", 4, 60, yields=False)
+        if step >= 300 and step % 100 == 0:
+            for i in range(48):  # a tenant's first requests do not yield
+                add("flood", 4 + i, 1 + i % 60, yields=i >= 8)
+        plan = batcher.plan()
+        seconds = (0.010 + 0.0007 * plan.num_tokens) * rng.uniform(0.95, 1.1)
+        if any(seq.request.tenant == "quiet" and seq.num_output for seq in plan.num_new):
+            (beside if step >= 300 else alone).append(seconds)
+        meter.learn(seconds, StepWork(plan.num_tokens, 0, 0), is_limited=plan.is_limited)
+        batcher.note_time(plan, seconds)
+        batcher.step_model = meter.model
+        finish_step(batcher, plan)
+        for seq in [seq for seq in plan.num_new if seq.num_tokens >= seq.max_tokens]:
+            batcher.remove(seq)
+    assert len(beside) > 800
+    assert sum(seconds > 2 * max(alone) for seconds in beside) <= 3
