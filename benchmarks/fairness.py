@@ -2,11 +2,13 @@
 
     python -m benchmarks.fairness [--model FOLDER] [--short]
 
-One worker; without API keys each adapter is a tenant. Twice, with `max_slowdown` at its default and off:
+Two fleets of one worker, with `max_slowdown` off and at its default, of which one is asked at a time; without API keys
+each adapter is a tenant. Of both:
 
 - one quiet tenant has one stream after another, alone and beside a tenant that always has 200 requests in flight;
-- eight equal tenants have sixteen in flight each: Jain's index of prompt + 2 x output tokens (as the scheduler counts
-  them) in the middle of that.
+- eight equal tenants have sixteen in flight each, in turns of one fleet and the other: output tokens a second, and
+  Jain's index of prompt + 2 x output tokens (as the scheduler counts them). Both are of the middle half of a turn: at
+  its ends not all are over their share.
 
 With the default besides: twenty quiet tenants together send about a sixth of the requests that the worker can do, at
 Poisson times, in turns alone and beside the flood.
@@ -15,7 +17,8 @@ Poisson times, in turns alone and beside the flood.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,6 +37,7 @@ EQUALS = QUIET[:8]
 FLOOD = "flood"
 NUM_FLOOD = 200
 RANK = 16
+KV_CACHE_BYTES = 1 << 30  # of each fleet: by default the first would take its share of all memory
 OUTPUT_WEIGHT = 2  # of an output token, beside a prompt's
 
 
@@ -43,7 +47,9 @@ def load(url: str, names: Sequence[str], **fields: Any) -> BenchConfig:
     return BenchConfig(url=url, targets=targets, prompt_words=64, output_tokens=64, **fields)
 
 
-def attained(result: BenchResult, names: Sequence[str]) -> list[float]:
+def attained(
+    result: BenchResult, names: Sequence[str], prompt_weight: int = 1, output_weight: int = OUTPUT_WEIGHT
+) -> list[float]:  # fmt: skip
     """Return the tokens each tenant got in the middle half of a run, a request's output spread over its chunks."""
     start = min(record.start_s for record in result.records)
     low, high = start + 0.25 * result.wall_s, start + 0.75 * result.wall_s
@@ -51,8 +57,8 @@ def attained(result: BenchResult, names: Sequence[str]) -> list[float]:
     for record in result.records:
         times = np.array(record.arrivals_s)
         inside = np.count_nonzero((times >= low) & (times < high))
-        tokens[record.target] += OUTPUT_WEIGHT * record.output_tokens * int(inside) / max(len(times), 1)
-        tokens[record.target] += record.prompt_tokens * bool(len(times) and low <= times[0] < high)
+        tokens[record.target] += output_weight * record.output_tokens * int(inside) / max(len(times), 1)
+        tokens[record.target] += prompt_weight * record.prompt_tokens * bool(len(times) and low <= times[0] < high)
     return [float(tokens[name]) for name in names]
 
 
@@ -73,10 +79,10 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Equals:
-    """What eight backlogged equals got."""
+    """What eight backlogged equals got, in each turn."""
 
-    tokens_per_s: float
-    shares: list[float]
+    tokens_per_s: list[float]
+    shares: list[float]  # of all turns
 
 
 def measure_stream(running: RunningFleet, flood: BenchConfig | None, num_streams: int) -> Stream:
@@ -97,10 +103,16 @@ def measure_stream(running: RunningFleet, flood: BenchConfig | None, num_streams
     )
 
 
-def measure_equals(running: RunningFleet, num_rounds: int) -> Equals:
-    """Measure eight tenants with sixteen requests in flight each."""
-    result = run_bench(load(running.url, EQUALS, num_requests=num_rounds * 128, concurrency=128))
-    return Equals(result.summary.output_tokens_per_s, attained(result, EQUALS))
+def measure_equals(fleets: Mapping[str, RunningFleet], num_turns: int) -> dict[str, Equals]:
+    """Measure eight tenants with sixteen requests in flight each, in turns of the fleets."""
+    rates: dict[str, list[float]] = {setting: [] for setting in fleets}
+    shares = {setting: np.zeros(len(EQUALS)) for setting in fleets}
+    for turn in range(num_turns):
+        for setting, running in fleets.items():
+            result = run_bench(load(running.url, EQUALS, num_requests=3 * 128, concurrency=128, seed=turn))
+            rates[setting].append(2 * sum(attained(result, EQUALS, 0, 1)) / result.wall_s)
+            shares[setting] += attained(result, EQUALS)
+    return {setting: Equals(rates[setting], shares[setting].tolist()) for setting in fleets}
 
 
 def measure_quiet(running: RunningFleet, rounds: int, per_round: int) -> tuple[dict[str, np.ndarray], float, int]:
@@ -161,38 +173,41 @@ def main() -> None:
     """Measure a flood beside quiet tenants, and write the result."""
     args = report.parser(__doc__).parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
-    rounds, per_round, num_streams = (1, 40, 9) if args.short else (2, 128, 30)
+    rounds, per_round, num_streams, num_turns = (1, 40, 9, 2) if args.short else (2, 128, 30, 4)
+    default = Settings.model_fields["max_slowdown"].default
+    settings = {"off": 0.0, f"{default:g}": default}
     streams: dict[str, dict[str, Stream]] = {}
-    equals: dict[str, Equals] = {}
-    found: tuple[dict[str, np.ndarray], float, int] | None = None
-    with scratch_folder() as scratch:
+    with scratch_folder() as scratch, ExitStack() as stack:
         adapters = scratch / "adapters"
         make_adapters(model, adapters, [*QUIET, FLOOD], [RANK])
-        default = Settings.model_fields["max_slowdown"].default
-        for setting, value in (("off", 0.0), (f"{default:g}", default)):
-            environment = {"LORAFLEET_MAX_SLOWDOWN": str(value)}
+        fleets: dict[str, RunningFleet] = {}
+        for setting, value in settings.items():
+            environment = {"LORAFLEET_MAX_SLOWDOWN": str(value), "LORAFLEET_KV_CACHE_BYTES": str(KV_CACHE_BYTES)}
             (scratch / setting).mkdir()
-            with fleet(Setup(model, adapters, scratch / setting, environment=environment)) as running:
-                run_bench(load(running.url, [*QUIET, FLOOD], num_requests=42, concurrency=21))  # loads the adapters
-                streams[setting] = {"alone": measure_stream(running, None, num_streams)}
-                streams[setting]["beside the flood"] = measure_stream(running, flood_of(running), num_streams)
-                settle(running)
-                equals[setting] = measure_equals(running, 2 if args.short else 3)
-                found = measure_quiet(running, rounds, per_round) if value else None
-    assert found is not None  # the last setting is the default
-    pooled, rate, num_flood = found
+            fleets[setting] = stack.enter_context(
+                fleet(Setup(model, adapters, scratch / setting, environment=environment))
+            )
+        for setting, running in fleets.items():
+            run_bench(load(running.url, [*QUIET, FLOOD], num_requests=42, concurrency=21))  # loads the adapters
+            streams[setting] = {"alone": measure_stream(running, None, num_streams)}
+            streams[setting]["beside the flood"] = measure_stream(running, flood_of(running), num_streams)
+            settle(running)
+        equals = measure_equals(fleets, num_turns)
+        pooled, rate, num_flood = measure_quiet(fleets[f"{default:g}"], rounds, per_round)
     header = ("max_slowdown", "one quiet stream", "ms between tokens p50", "p99", "TTFT p50, ms", "p99", "tok/s",
               "÷ alone", "the flood's tok/s", "the worker's tok/s")  # fmt: skip
     print(report.table(header, stream_rows(streams)))
     for setting, equal in equals.items():
         fairness = f"Jain index {jain(equal.shares):.4f} (wanted: 0.95 or more)"
-        print(f"eight backlogged equals, max_slowdown {setting}: {equal.tokens_per_s:.0f} tok/s, {fairness}")
+        rates = ", ".join(f"{rate:.0f}" for rate in equal.tokens_per_s)
+        print(f"eight backlogged equals, max_slowdown {setting}: {np.mean(equal.tokens_per_s):.0f} tok/s ({rates})")
+        print(f"    {fairness}")
     figures = {name: {f"p{q}_ms": float(np.percentile(v, q)) for q in (50, 90, 99)} for name, v in pooled.items()}
     ratio = figures["beside the flood"]["p99_ms"] / figures["alone"]["p99_ms"]
     rows = [(name, len(pooled[name]), *(f"{value:.0f}" for value in row.values())) for name, row in figures.items()]
     print(report.table(("quiet tenants", "requests", "TTFT p50, ms", "p90", "p99"), rows))
     print(f"p99 beside the flood ÷ alone: {ratio:.2f} (wanted: 2 or less); the flood had {num_flood} answers meanwhile")
-    shares = equals[setting].shares
+    shares = equals[f"{default:g}"].shares
     saved = {
         "machine": machine, "rate_per_s": rate, "figures": figures, "p99_ratio": ratio, "flood_answers": num_flood,
         "attained": shares, "jain": jain(shares), "equals": {name: asdict(equal) for name, equal in equals.items()},
