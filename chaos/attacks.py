@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -171,6 +172,13 @@ async def _flood(attacker: Attacker) -> None:
     await together(*(attacker.stream(COMPLETIONS, body, read) for _ in range(200)))
 
 
+async def _long_prompts(attacker: Attacker) -> None:
+    def body() -> dict[str, Any]:
+        return completion(prompt=[random.randrange(5, 200) for _ in range(1500)], max_tokens=1)
+
+    await together(*(attacker.post(COMPLETIONS, body()) for _ in range(4)))
+
+
 async def _choices(attacker: Attacker) -> None:
     body = completion(max_tokens=60, ignore_eos=True, n=64, logprobs=20, temperature=1, prompt="a" * 200)
     bias = {str(number): 1 for number in range(200)}
@@ -213,6 +221,7 @@ BODY_ATTACKS = (
     Attack("bodies of 20 MB", _large_body, frozenset({CLOSED})),
     Attack("cancel storm", _cancel_storm, frozenset({"200"})),
     Attack("200 streams of one tenant", _flood, frozenset({"200"})),
+    Attack("4 long prompts at a time", _long_prompts, frozenset({"200"})),
     Attack("64 choices with logprobs and bias", _choices, frozenset({"200"})),
     Attack("many who wait for a job", _waiters, ANSWERED),
     Attack("wrong keys", _wrong_keys, frozenset({CLOSED})),

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from gpu_worker.engine.blocks import BlockPool, chain_hash, chain_seed
 from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.spending import Spending
 from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEP_TOKENS_PER_SEQ, SHORT_STEPS_AFTER
 from protocol.runtime.step_limit import ALONE_EVERY, PROMPT_SHARE, StepLimit, StepTime
 from protocol.wire.messages import StepModel
@@ -101,7 +102,8 @@ class Batcher:
     """The running and waiting sequences of one engine.
 
     A sequence that yields comes last in everything: it gets the tokens, places and blocks that the others leave. See
-    `plan` for the tokens and `_make_room` for places and blocks; `scheduler.fairness` decides which sequences yield.
+    `plan` for the tokens and `_make_room` for places and blocks. `scheduler.fairness` decides which sequences yield;
+    besides these, where steps are limited, all of the tenant that has had most of the tokens of late.
 
     fingerprint: of the base model, part of the prefix cache's keys.
     """
@@ -117,6 +119,8 @@ class Batcher:
         self._num_plans = 0
         self._short_plans = 0  # plans until yielding prompts are computed in long steps again
         self._paused = False  # whether yielding sequences were left out of the last plan
+        self._spending = Spending(limits.max_num_seqs)
+        self._heaviest = ""  # tenant that had most of the last steps; "" for none
         self._slots = slots
         self._fingerprint = fingerprint
 
@@ -133,9 +137,11 @@ class Batcher:
         A tenant's first requests do not yield, until it has more than its share; beside the others they would fill
         every step, and its later ones would come on top.
         """
-        if seq.yields and seq.request.tenant:
+        tenant = seq.request.tenant
+        seq.yields = seq.yields or bool(tenant and tenant == self._heaviest)
+        if seq.yields and tenant:
             for other in self:
-                if other.request.tenant == seq.request.tenant:
+                if other.request.tenant == tenant:
                     other.yields = other.num_skips <= MAX_SKIPS
         self.waiting.append(seq)
 
@@ -157,6 +163,7 @@ class Batcher:
         decodes would make the step longer by more than an empty step takes.
         """
         self._num_plans += 1
+        self._mark_heaviest()
         has_others = any(not seq.yields for seq in self)
         self._short_plans = SHORT_STEPS_AFTER if has_others else self._short_plans - 1
         plan = StepPlan(budget=self.limits.max_step_tokens)
@@ -201,7 +208,19 @@ class Batcher:
         elif time is None and self._num_plans % ALONE_EVERY == 0:
             plan.alone_s = self._alone_s(plan)
         plan.is_limited = time is not None
+        if self.limits.max_slowdown:
+            self._spending.note((seq.request.tenant, num_new) for seq, num_new in plan.num_new.items())
         return plan
+
+    def _mark_heaviest(self) -> None:
+        """Let all sequences yield of the tenant that has had most of the last steps, and no longer those it was."""
+        before, self._heaviest = self._heaviest, self._spending.heaviest()
+        if before == self._heaviest:
+            return
+        for seq in self:
+            tenant = seq.request.tenant
+            if tenant and tenant in (before, self._heaviest):
+                seq.yields = (seq.request.yields or tenant == self._heaviest) and seq.num_skips <= MAX_SKIPS
 
     def _alone_s(self, plan: StepPlan) -> float:
         """Return the predicted seconds of a step without limit, 0 if it holds anything but others' decodes."""

@@ -108,6 +108,33 @@ def test_all_of_a_tenant_yields_once_one_of_its_requests_does() -> None:
     assert (running.yields, waiting.yields, strangers.yields) == (True, True, False)
 
 
+def test_a_tenant_with_few_places_and_long_prompts_fills_no_more_than_a_step() -> None:
+    batcher, _ = make_batcher(1024, max_num_seqs=16, max_step_tokens=64, max_slowdown=2.0)
+    quiet = make_seq("quiet", np.arange(4), 500, tenant="quiet")
+    batcher.add(quiet)
+    for _ in range(60):
+        finish_step(batcher, batcher.plan())
+    batcher.step_model = StepModel(a=1.0, b=0.1)
+    heavy = [make_seq(f"heavy{i}", np.arange(500) + i, 5, tenant="heavy") for i in range(3)]
+    for seq in heavy:
+        batcher.add(seq)
+    sizes = []
+    for _ in range(40):
+        plan = batcher.plan()
+        assert plan.num_new[quiet] == 1
+        sizes.append(plan.num_tokens)
+        finish_step(batcher, plan)
+    assert (sizes[0], max(sizes[4:])) == (64, 12), "twice 1.1 s are 11 tokens more"
+    assert not quiet.yields
+    for seq in heavy:
+        batcher.remove(seq)
+    for _ in range(200):
+        finish_step(batcher, batcher.plan())
+    late = make_seq("late", np.arange(30) + 900, 5, tenant="heavy")
+    batcher.add(late)
+    assert batcher.plan().num_new == {quiet: 1, late: 30}, "long ago counts no more"
+
+
 def test_prompts_that_yield_get_the_time_that_decodes_leave() -> None:
     batcher, quiet, flood = limited_flood(2, max_slowdown=2.0)
     plan = batcher.plan()
