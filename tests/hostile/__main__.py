@@ -58,7 +58,7 @@ def main() -> int:
     first, _, last = args.attacks.partition("-")
     wanted = range(int(first), int(last or sys.maxsize) + 1)
     with tempfile.TemporaryDirectory(prefix="lorafleet-hostile-") as folder:
-        model = args.model or deepened(fetch_quickstart_model(Settings().data / "models"), Path(folder) / "deep")
+        model = args.model or deepened(fetch_quickstart_model(Settings().data / "models"), Path(folder) / "twice")
         trials = asyncio.run(_attack(Path(folder), model, args.seconds, args.alone, wanted, args.only))
     report = as_markdown(trials, " ".join(sys.argv[1:]))
     args.out.parent.mkdir(parents=True, exist_ok=True)
