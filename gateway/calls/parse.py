@@ -78,6 +78,7 @@ class Conversation:
     messages: list[dict[str, Any]]
     variables: dict[str, Any] = field(default_factory=dict)  # for the template, besides the messages
     add_generation_prompt: bool = True
+    continue_final: bool = False  # the answer goes on with the last message, which is the assistant's
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,7 @@ async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Targe
     encoded = await files.encode_chat(
         inputs.messages,
         add_generation_prompt=inputs.add_generation_prompt,
+        continue_final=inputs.continue_final,
         variables=inputs.variables,
         tenant=target.payer(call.caller),
         tools=tools.definitions if tools is not None else None,
@@ -120,7 +121,10 @@ async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Targe
     )
     if not encoded.ids:
         raise BadRequest("the chat template makes an empty prompt of these messages", param=call.rules.param)
-    form = form_of(files, tools, opened=encoded.opened)
+    form = form_of(files, tools, opened=encoded.opened, continued=encoded.continued)
+    if encoded.continued and form is not None and form.style is not None and not form.style.marker:
+        message = "this model's tool calls are whole answers: none can follow a message that is continued; leave out"
+        raise BadRequest(f"{message} tools, or continue_final_message", param="continue_final_message")
     return Prompt(target, pack(encoded.ids), len(encoded.ids), form=form)
 
 

@@ -46,6 +46,9 @@ _NOT_STORED = {
 }  # fmt: skip
 """Fields that say how an answer is made, not how it is written. The requests have what of them is still needed."""
 
+_NO_VARIABLES = ("messages", "add_generation_prompt", "continue_final_message")
+"""What a chat template is given besides `chat_template_kwargs`."""
+
 
 def parse(request: AnyRequest, caller: Caller, settings: Settings, sent: Sent | None = None) -> ParsedCall:
     """Return what a body asks for. Raises BadRequest naming the parameter."""
@@ -78,7 +81,16 @@ def parse_stored(endpoint: str, body: Mapping[str, Any], caller: Caller, setting
 
 
 def _conversation(request: ChatRequest) -> Conversation:
-    return Conversation(request.messages, request.template_variables, request.add_generation_prompt is not False)
+    variables, continue_final = request.template_variables, bool(request.continue_final_message)
+    if continue_final and request.add_generation_prompt:
+        message = "continue_final_message and add_generation_prompt exclude each other: an answer goes on, or begins"
+        raise BadRequest(message, param="continue_final_message")
+    for name in _NO_VARIABLES:
+        if name in variables:
+            param = f"chat_template_kwargs.{name}"
+            raise BadRequest(f"{param} has no effect: {name} is a parameter of its own", param=param)
+    begin_answer = request.add_generation_prompt is not False and not continue_final
+    return Conversation(request.messages, variables, begin_answer, continue_final)
 
 
 def _form_param(request: AnyRequest) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -90,13 +90,20 @@ class _Frames:
 
     def __init__(self, head: Head, kind: str, include_usage: bool) -> None:
         self._start = b"data: " + orjson.dumps(head.json(kind))[:-1] + b',"choices":['
-        self._end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        self._end = self._role_end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        self._num_told = 0  # output tokens that earlier chunks told of
 
     def choice(self, body: bytes) -> bytes:
         return self._start + body + self._end
 
+    def role(self, body: bytes) -> bytes:
+        """Return the chunk before a choice's first tokens: it does not tell of these."""
+        return self._start + body + self._role_end
+
     def show_usage(self, usage: Usage) -> None:
         """Let the chunks from now on tell the usage so far."""
+        before, self._num_told = replace(usage, completion_tokens=self._num_told), usage.completion_tokens
+        self._role_end = b'],"usage":' + orjson.dumps(before.json()) + b"}\n\n"
         self._end = b'],"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
 
     def usage(self, usage: Usage) -> bytes:
@@ -125,7 +132,7 @@ class ChatWriter:
         if piece.index not in self._started and (piece.text or piece.logprobs or piece.finish):
             self._started.add(piece.index)
             role = b'{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null}'
-            out = self._frames.choice(start + role)
+            out = self._frames.role(start + role)
         if piece.index in self.forms:
             return out + self._split_frames(piece, start)
         if piece.text or piece.logprobs:
@@ -204,7 +211,7 @@ def _delta(part: Part, form: AnswerForm, rid: str) -> dict[str, Any]:
     if part.kind == "text":
         return {"content": part.text}
     if part.kind == "reasoning":
-        return {"reasoning_content": part.text}
+        return _reasoning(part.text)
     if part.kind == "arguments":
         return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
     return {"tool_calls": [{"index": part.index, **_call(part, form, rid, "")}]}
@@ -222,8 +229,13 @@ def _message(parts: Sequence[Part], form: AnswerForm, rid: str) -> dict[str, Any
     if calls:
         message["tool_calls"] = calls
     if form.thought is not None:
-        message["reasoning_content"] = "".join(part.text for part in parts if part.kind == "reasoning") or None
+        message |= _reasoning("".join(part.text for part in parts if part.kind == "reasoning") or None)
     return message
+
+
+def _reasoning(text: str | None) -> dict[str, str | None]:
+    """Return reasoning under both names that clients look for."""
+    return {"reasoning": text, "reasoning_content": text}
 
 
 def _call(part: Part, form: AnswerForm, rid: str, arguments: str) -> dict[str, Any]:

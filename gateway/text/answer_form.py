@@ -36,10 +36,13 @@ class AnswerForm:
         return digest if num == 9 else f"call_{digest}"
 
 
-def form_of(files: ModelFiles, tools: Tools | None, *, opened: bool) -> AnswerForm | None:
-    """Return the form of an answer; None if it is nothing but text. opened: the prompt ends within the reasoning."""
+def form_of(files: ModelFiles, tools: Tools | None, *, opened: bool, continued: bool = False) -> AnswerForm | None:
+    """Return the form of an answer; None if it is nothing but text. opened: the prompt ends within the reasoning.
+
+    continued: it ends within the answer's text, behind any reasoning.
+    """
     template = files.template.source if files.template is not None else ""
-    thought = next((marks for marks in THOUGHTS if marks[1] in template), None)
+    thought = None if continued else next((marks for marks in THOUGHTS if marks[1] in template), None)
     if thought is None and tools is None:
         return None
     style = style_of(template) if tools is not None else None

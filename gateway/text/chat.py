@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jinja2
 import jinja2.ext
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from gateway.http import json_values
+from gateway.text.messages import Message
+from gateway.text.template_forms import form_of_template, in_forms, shows_lists
 from peft_adapters.texts.files import TEXT_FILES, special_tokens, template_of
 from protocol.wire.errors import BadRequest
 
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
-_LONG_NUMBER = re.compile(r"\d{19}")
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+END_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+"""Written after a last message that is to be continued, to find its end in what a template makes of it.
+
+transformers' own, with a space at its end, by which one sees whether the template strips what it writes.
+"""
+
+_FAILURES = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError, AttributeError)
+
+
+class _RaisedError(jinja2.TemplateError):
+    """What a template says by `raise_exception`."""
 
 
 class ChatTemplate:
     """A compiled chat template with the model's special tokens. Raises BadRequest when it does not compile."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self._form = form_of_template(environment.parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise BadRequest(f"the model's chat template is broken: {error}") from error
         self._special_tokens = special_tokens
@@ -47,96 +59,74 @@ class ChatTemplate:
         return None if source is None else cls(source, special_tokens(texts))
 
     def render(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, variables: dict[str, Any]
-    ) -> str:
-        """Return the prompt of normalized messages. Raises BadRequest with the template's own words."""
-        try:
-            return self._template.render(
-                **{
-                    "tools": None,
-                    "documents": None,
-                    **self._special_tokens,
-                    **variables,
-                    "messages": messages,
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-            message = f"the model's chat template refuses these messages: {error}"
-            raise BadRequest(message, param="messages") from error
+        self, messages: list[Message], *, add_generation_prompt: bool = True, continue_final: bool = False,
+        variables: dict[str, Any],
+    ) -> str:  # fmt: skip
+        """Return the prompt of normalized messages. continue_final: it ends with the text of the last one.
+
+        Raises BadRequest, with the template's own words where it has any.
+        """
+        failure: Exception | None = None
+        for form in in_forms(messages, self._form):
+            shown = [*form[:-1], _marked(form[-1])] if continue_final else form
+            try:
+                text = self._render(shown, add_generation_prompt, variables)
+            except (_RaisedError, SecurityError) as error:
+                message = f"the model's chat template refuses these messages: {error}"
+                raise BadRequest(message, param="messages") from error
+            except _FAILURES as error:
+                failure = failure or error
+                continue
+            if not shows_lists(text, shown):
+                return _up_to_mark(text, form[-1]) if continue_final else text
+        place = f" in line {_line(failure.__traceback__)} ({type(failure).__name__})" if failure is not None else ""
+        raise BadRequest(f"the model's chat template fails on these messages{place}", param="messages") from failure
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
+        return self._template.render(
+            **{
+                "tools": None,
+                "documents": None,
+                **self._special_tokens,
+                **variables,
+                "messages": messages,
+                "add_generation_prompt": add_generation_prompt,
+            }
+        )
 
 
-def normalize_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Check messages and bring them into the form that templates expect. Raises BadRequest naming the place.
-
-    Lists of text parts become one text, `developer` becomes `system`, tool arguments become objects, absent values go.
-    """
-    return [_normalize(message, f"messages[{i}]") for i, message in enumerate(messages)]
+# ---------------------------------------------------------------- a message that is to be continued
 
 
-def _normalize(message: dict[str, Any], place: str) -> dict[str, Any]:
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        text = f"{place}.role must be one of {', '.join(sorted(ROLES))}, not {role!r:.100}"
-        raise BadRequest(text, param=f"{place}.role")
-    if message.get("content") is None and role != "assistant":
-        raise BadRequest(f"{place}.content is missing", param=f"{place}.content")
-    normal = {key: value for key, value in message.items() if value is not None}
-    if role == "developer":
-        normal["role"] = "system"
-    if "content" in normal:
-        normal["content"] = _text_of(normal["content"], f"{place}.content")
-    if "tool_calls" in normal:
-        normal["tool_calls"] = _tool_calls(normal["tool_calls"], f"{place}.tool_calls")
-    reasoning = next((normal[field] for field in _REASONING_FIELDS if field in normal), None)
-    if reasoning is not None:
-        normal = {"thinking": reasoning, **normal, "reasoning_content": reasoning}
-    return normal
+def _marked(message: Message) -> Message:
+    """Return a message with the mark at the end of its text."""
+    content = message["content"]
+    if isinstance(content, list):
+        *before, last = content
+        return {**message, "content": [*before, {**last, "text": last["text"] + END_MARK}]}
+    return {**message, "content": content + END_MARK}
 
 
-def _text_of(content: object, place: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise BadRequest(f"{place} must be a string or a list of parts", param=place)
-    texts: list[str] = []
-    for i, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") not in ("text", "refusal"):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise BadRequest(f"{place}[{i}]: parts of type {kind!r:.100} are not supported", param=f"{place}[{i}]")
-        text = part.get(part["type"])
-        if not isinstance(text, str):
-            raise BadRequest(f"{place}[{i}].{part['type']} must be a string", param=f"{place}[{i}]")
-        texts.append(text)
-    return "\n".join(texts)
+def _up_to_mark(text: str, message: Message) -> str:
+    """Return a rendered text up to the end of its last message, as transformers finds it. Raises BadRequest."""
+    content = message["content"]
+    final, mark = content[-1]["text"] if isinstance(content, list) else content, END_MARK.strip()
+    if final.strip() not in text or mark not in text:
+        reason = "the model's chat template does not show the whole of the last message, which is to be continued"
+        raise BadRequest(reason, param="messages")
+    end = text.rindex(mark)
+    # Without the space after the mark, the template strips the text, and so must be done here.
+    return text[:end] if text.startswith(END_MARK, end) else text[:end].rstrip()
 
 
-def _tool_calls(calls: object, place: str) -> list[dict[str, Any]]:
-    """Return tool calls with their arguments as objects: the API sends JSON text, templates expect what it means."""
-    if not isinstance(calls, list):
-        raise BadRequest(f"{place} must be a list", param=place)
-    normal: list[dict[str, Any]] = []
-    for i, call in enumerate(calls):
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict):
-            raise BadRequest(f"{place}[{i}].function must be an object", param=f"{place}[{i}].function")
-        arguments, where = function.get("arguments"), f"{place}[{i}].function.arguments"
-        if isinstance(arguments, str):
-            arguments = _parsed(arguments, where)
-        normal.append({**call, "function": {**function, "arguments": arguments}})
-    return normal
-
-
-def _parsed(text: str, place: str) -> Any:
-    """Return what a tool call's arguments mean, {} for none, with integers as they are. Raises BadRequest."""
-    try:
-        value = json_values.loads(text.encode(), place) if text else {}
-        # orjson makes floats of integers beyond 64 bits.
-        return json.loads(text) if _LONG_NUMBER.search(text) else value
-    except BadRequest as error:
-        raise BadRequest(error.message, param=place) from error
-    except ValueError as error:
-        raise BadRequest(f"{place} is not JSON: {error}", param=place) from error
+def _line(traceback: TracebackType | None) -> int | str:
+    """Return the line of a template that an error comes from."""
+    line: int | str = "?"
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == "<template>":
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return line
 
 
 # ---------------------------------------------------------------- the sandbox
@@ -153,7 +143,7 @@ class _GenerationBlocks(jinja2.ext.Extension):
 
 
 def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise _RaisedError(message)
 
 
 def _strftime_now(pattern: str) -> str:

@@ -185,8 +185,9 @@ class SandboxedTemplate:
     sandbox: SandboxPool
 
     async def render(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, variables: dict[str, Any], tenant: str
-    ) -> str:
-        """Return the prompt of normalized messages. Raises as `SandboxPool.render`."""
-        job = Render(self.source, self.special_tokens, messages, add_generation_prompt, variables)
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, continue_final: bool,
+        variables: dict[str, Any], tenant: str,
+    ) -> str:  # fmt: skip
+        """Return the prompt of normalized messages, as `ChatTemplate.render`. Raises as `SandboxPool.render`."""
+        job = Render(self.source, self.special_tokens, messages, add_generation_prompt, variables, continue_final)
         return await self.sandbox.render(job, tenant=tenant)

@@ -64,6 +64,7 @@ class Render(msgspec.Struct, tag=True):
     messages: list[dict[str, Any]]
     add_generation_prompt: bool
     variables: dict[str, Any]
+    continue_final: bool = False
 
 
 class Check(msgspec.Struct, tag=True):
@@ -170,8 +171,11 @@ class Worker:
     def _render(self, job: Render) -> Answer:
         template = self._template(job.source, tuple(sorted(job.special_tokens.items())))
         return Answer(
-            template.render(job.messages, add_generation_prompt=job.add_generation_prompt, variables=job.variables)
-        )
+            template.render(
+                job.messages, add_generation_prompt=job.add_generation_prompt, continue_final=job.continue_final,
+                variables=job.variables,
+            )
+        )  # fmt: skip
 
     def _read_template(self, source: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
         return ChatTemplate(source, dict(special_tokens))

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from gateway.http import json_values
+from gateway.text.closed_schemas import closed
 from gateway.text.grammar_limits import (
     MAX_CHOICES,
     check_bytes,
@@ -35,8 +36,8 @@ JSON_STYLE: dict[str, Any] = {
 }
 
 _KINDS = ("json", "json_object", "regex", "choice", "grammar")
-_WAYS = ("whitespace_pattern", "disable_any_whitespace")
-_NO_MORE = ("structural_tag", "disable_additional_properties")
+_WAYS = ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties")
+_NO_MORE = ("structural_tag",)
 
 
 def constraint_of(
@@ -85,7 +86,8 @@ def _response_format(form: Mapping[str, Any], settings: Settings) -> Constraint 
     place = "response_format.json_schema.schema"
     if "schema" not in inner:
         raise BadRequest(f"{place} is missing", param=place)
-    return _json(inner["schema"], place, settings)
+    strict = is_strict(inner, "response_format.json_schema")
+    return {"json_schema": checked_schema(inner["schema"], place, settings, strict=strict)}
 
 
 # ---------------------------------------------------------------- structured_outputs
@@ -109,7 +111,9 @@ def _structured_outputs(wish: Mapping[str, Any], settings: Settings) -> Constrai
     if kind == "json_object":
         return _json(ANY_OBJECT, place, settings, style)
     if kind == "json":
-        return _json(_parsed(value, place, settings), place, settings, style)
+        close = settings.close_objects or bool(given.get("disable_additional_properties"))
+        schema = _parsed(value, place, settings)
+        return {"json_schema": checked_schema(schema, place, settings, style, close=close)}
     if kind == "choice":
         return _choice(value, place, settings)
     if not isinstance(value, str) or not value:
@@ -165,11 +169,25 @@ def _json(schema: Any, place: str, settings: Settings, style: Mapping[str, Any] 
 
 
 def checked_schema(
-    schema: Any, place: str, settings: Settings, style: Mapping[str, Any] = JSON_STYLE
-) -> dict[str, Any]:
-    """Return a JSON schema with how its JSON is to be written. Raises BadRequest."""
+    schema: Any, place: str, settings: Settings, style: Mapping[str, Any] = JSON_STYLE, *,
+    close: bool | None = None, strict: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Return a JSON schema with its objects closed, and how its JSON is to be written. Raises BadRequest.
+
+    close: whether objects that name their properties have no others, None for the setting. strict: as OpenAI has it.
+    """
     if not isinstance(schema, dict):
         raise BadRequest(f"{place} must be an object", param=place)
     check_schema(schema, place, settings)
-    check_bytes(orjson.dumps(schema).decode(), place, settings)
-    return {**schema, "x-guidance": dict(style)}
+    num_bytes = len(orjson.dumps(schema))
+    check_num(num_bytes, settings.max_grammar_bytes, "bytes", place)
+    close = strict or (settings.close_objects if close is None else close)
+    return {**closed(schema, place, num_bytes=num_bytes, close=close, strict=strict), "x-guidance": dict(style)}
+
+
+def is_strict(definition: Mapping[str, Any], place: str) -> bool:
+    """Return whether a schema's or a function's definition is `strict`. Raises BadRequest."""
+    strict = definition.get("strict")
+    if strict is not None and not isinstance(strict, bool):
+        raise BadRequest(f"{place}.strict must be a boolean", param=f"{place}.strict")
+    return bool(strict)

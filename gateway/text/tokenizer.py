@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from gateway.text.answer_parts import THOUGHTS
-from gateway.text.chat import ChatTemplate, normalize_messages
+from gateway.text.chat import ChatTemplate
+from gateway.text.messages import Message, normalize_messages, text_of
 from gateway.text.sandbox import SandboxedTemplate, SandboxPool
 from gateway.text.sandbox_child import Encode, Encoded
-from gateway.tools.prompt import explain_tools, knows_tools
+from gateway.tools.prompt import explain_tools, knows_tools, without_calls
 from peft_adapters.texts.files import TEXT_FILES, TOKENIZER
 from peft_adapters.texts.tokenizer_json import token_table
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder, served_name
@@ -128,7 +129,8 @@ class EncodedChat:
     """A conversation as tokens."""
 
     ids: list[int]
-    opened: bool  # it ends with the beginning of the model's reasoning
+    opened: bool  # it ends within the model's reasoning
+    continued: bool = False  # it ends within the text of an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,25 +145,31 @@ class ModelFiles:
     texts: Mapping[str, str]  # the base model's files that these were read from, by name
 
     async def encode_chat(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, variables: dict[str, Any],
-        tenant: str, tools: list[dict[str, Any]] | None = None, check: Callable[[str], object] | None = None,
+        self, messages: list[Message], *, add_generation_prompt: bool, continue_final: bool = False,
+        variables: dict[str, Any], tenant: str, tools: list[dict[str, Any]] | None = None,
+        check: Callable[[str], object] | None = None,
     ) -> EncodedChat:  # fmt: skip
         """Return the tokens of a conversation. tenant: who has the sandbox work, where it must.
 
-        `check` is shown the rendered text before it is tokenized.
-        Raises BadRequest when it cannot be rendered, Overloaded and Unavailable when the sandbox has no place, and what
-        `check` does.
+        continue_final: the last message, the assistant's, goes on. `check` is shown the rendered text before it is
+        tokenized. Raises BadRequest when it cannot be rendered, Overloaded and Unavailable when the sandbox has no
+        place, and what `check` does.
         """
         template, encoder = self.template, self.encoder
         if template is None:
             raise BadRequest("this model has no chat template; use /v1/completions", code="no_chat_template")
 
         normal = normalize_messages(messages)
-        if tools and not knows_tools(template.source):
-            normal = explain_tools(normal, tools)
-        elif tools:
+        final = _continued(normal) if continue_final else None
+        if "tool_calls" not in template.source:
+            normal = without_calls(normal)
+        if tools and knows_tools(template.source):
             variables = {"tools": tools, **variables}
-        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "variables": variables}
+        elif tools:
+            normal = explain_tools(without_calls(normal), tools)
+        options: dict[str, Any] = {
+            "add_generation_prompt": add_generation_prompt, "continue_final": continue_final, "variables": variables,
+        }  # fmt: skip
 
         def render_and_encode() -> EncodedChat:
             assert isinstance(template, ChatTemplate)
@@ -169,7 +177,7 @@ class ModelFiles:
             text = template.render(normal, **options)
             if check is not None:
                 check(text)
-            return _chat(text, encoder.ids([text], add_special_tokens=False))
+            return _chat(text, encoder.ids([text], add_special_tokens=False), final)
 
         if isinstance(template, ChatTemplate) and isinstance(encoder, BaseEncoder):
             return await asyncio.to_thread(render_and_encode)
@@ -184,12 +192,27 @@ class ModelFiles:
             text = await asyncio.to_thread(template.render, normal, **options)
         if check is not None:
             check(text)
-        return _chat(text, await encoder.encode([text], add_special_tokens=False, tenant=tenant))
+        return _chat(text, await encoder.encode([text], add_special_tokens=False, tenant=tenant), final)
 
 
-def _chat(text: str, ids: list[list[int]]) -> EncodedChat:
-    """Return a rendered conversation, in which the template has written the special tokens itself, with its tokens."""
-    return EncodedChat(ids[0], opened=text.rstrip().endswith(tuple(begin for begin, _ in THOUGHTS)))
+def _continued(messages: Sequence[Message]) -> str:
+    """Return the text of the last message, which is to be continued. Raises BadRequest if there is none."""
+    last, content = messages[-1], messages[-1].get("content", [])
+    if last["role"] != "assistant" or content == [] or "tool_calls" in last:
+        message = "continue_final_message: the last message must be the assistant's, with content and no tool calls"
+        raise BadRequest(message, param="continue_final_message")
+    return text_of(content)
+
+
+def _chat(text: str, ids: list[list[int]], final: str | None) -> EncodedChat:
+    """Return a rendered conversation, in which the template has written the special tokens itself, with its tokens.
+
+    final: the text at its end that is to be continued, None for none.
+    """
+    opened = text.rstrip().endswith(tuple(begin for begin, _ in THOUGHTS))
+    if final is not None:
+        opened = opened or any(final.rfind(begin) > final.rfind(end) for begin, end in THOUGHTS)
+    return EncodedChat(ids[0], opened, continued=bool(final and final.strip()) and not opened)
 
 
 def load_model_files(settings: Settings) -> ModelFiles:

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from gateway.text.grammar_limits import MAX_TIMES, check_num
-from gateway.text.structured import checked_schema
+from gateway.text.structured import checked_schema, is_strict
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
@@ -71,7 +71,7 @@ def _definition(tool: dict[str, Any], place: str, settings: Settings) -> tuple[s
     parameters, where = function.get("parameters"), f"{place}.function.parameters"
     if parameters is None:
         parameters = {"type": "object", "properties": {}, "additionalProperties": False}
-    schema = checked_schema(parameters, where, settings)
+    schema = checked_schema(parameters, where, settings, strict=is_strict(function, f"{place}.function"))
     if schema.get("type", "object") != "object":
         raise BadRequest(f"{where}.type must be object, not {schema['type']!r}", param=where)
     return name, {**schema, "type": "object"}

@@ -9,6 +9,8 @@ from typing import Any
 
 import re2 as _re2  # pyright: ignore[reportMissingTypeStubs]
 
+from gateway.text.messages import Message, text_of
+
 re2: Any = _re2  # it has no types; a template may be a stranger's, on which `re` backtracks for minutes
 _TAG = re2.compile(r"(?s)\{[%{].*?[%}]\}")
 _QUOTED = re2.compile(r"""(?s)'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
@@ -35,19 +37,24 @@ def knows_tools(template: str) -> bool:
     return any("tools" in tag and _VARIABLE.search(_QUOTED.sub("", tag)) for tag in _TAG.findall(template))
 
 
-def explain_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return normalized messages in which tools, their calls and their results are text."""
+def explain_tools(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
+    """Return normalized messages, without calls, whose first explains the tools."""
     introduction = _INTRODUCTION.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
-    plain = [_plain(message) for message in messages]
-    if plain[0]["role"] == "system":
-        first = {**plain[0], "content": f"{plain[0]['content']}\n\n{introduction}"}
-        return [first, *plain[1:]]
-    return [{"role": "system", "content": introduction}, *plain]
+    if messages[0]["role"] in ("system", "developer"):
+        first = {**messages[0], "content": f"{text_of(messages[0]['content'])}\n\n{introduction}"}
+        return [first, *messages[1:]]
+    return [{"role": "system", "content": introduction}, *messages]
 
 
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    if message["role"] in ("tool", "function"):
-        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+def without_calls(messages: Sequence[Message]) -> list[Message]:
+    """Return normalized messages in which calls and their results are text."""
+    return [_plain(message) for message in messages]
+
+
+def _plain(message: Message) -> Message:
+    text = text_of(message.get("content"))
+    if message["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{text}\n</tool_response>"}
     if "tool_calls" not in message:
         return message
     calls = [
@@ -56,5 +63,4 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
         for function in (call["function"] for call in message["tool_calls"])
     ]  # fmt: skip
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
-    text = message.get("content", "")
     return {**rest, "content": "\n".join([*([text] if text else []), *calls])}

@@ -16,6 +16,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+from gateway.text.closed_schemas import MAX_FREE_KEYS
 from gateway.text.grammar_limits import check_num
 from gateway.text.grammars import lark_string
 from protocol.wire.errors import BadRequest
@@ -28,7 +29,9 @@ RAW_VALUE_RULES = [f"raw_value[lazy]: RAW_TEXT {lark_string(_END_VALUE + chr(10)
 _TAG = re.compile(r"\s*(?:<parameter=([^>\n]+)>\n|</function>)")
 MAX_SHARED_BYTES = 1 << 20
 _PLAIN = frozenset({"type", "enum", "const", "title", "description", "default", "examples", "x-guidance"})
-_OF_OBJECTS = frozenset({"properties", "required", "additionalProperties", "$defs", "definitions", "$schema"})
+_OF_OBJECTS = frozenset(
+    {"properties", "required", "additionalProperties", "maxProperties", "$defs", "definitions", "$schema"}
+)
 
 
 def raw_parameters(schema: dict[str, Any]) -> frozenset[str]:
@@ -78,8 +81,12 @@ def arguments_rules(name: str, schema: dict[str, Any], rule: str) -> list[str]:
         rules += [f"{own}: {lark_string(f'<parameter={key}>' + chr(10))} {own}_value"]
         rules += _value_rules(f"{own}_value", value, shared)
     more = schema.get("additionalProperties", True)
+    most = schema.get("maxProperties", MAX_FREE_KEYS)
+    if not isinstance(most, int) or most < len(properties):
+        text = f"tools: the arguments of {name}: maxProperties must be at least the number of properties"
+        raise BadRequest(text, param="tools")
     if not properties and more is not False:  # a schema that names some parameters allows no others
-        parts.append(f"{rule}_any*")
+        parts.append(f"{rule}_any{{0,{min(most, MAX_FREE_KEYS)}}}")
         rules += [f'{rule}_any: "<parameter=" /[^>\\n]+/ ">\\n" {rule}_any_value']
         rules += _value_rules(f"{rule}_any_value", {} if more is True else more, shared, raw=False)
     return [f"{rule}: {' '.join([*parts, lark_string(END_FUNCTION)])}", *rules]

@@ -180,6 +180,11 @@ class Settings(BaseSettings):
     max_grammar_bytes: int = Field(
         default=65_536, ge=1, description="largest JSON schema, regular expression or grammar in a request"
     )
+    close_objects: bool = Field(
+        default=True,
+        description="in schemas of outputs and tools, objects that name properties have no others, unless the schema"
+        " itself says so with additionalProperties",
+    )
     max_grammar_depth: int = Field(
         default=64, ge=1, le=200, description="deepest nesting of a JSON schema in a request"
     )

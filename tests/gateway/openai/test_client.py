@@ -27,6 +27,26 @@ async def test_chat_answers_with_the_worker_s_text(client: AsyncOpenAI, fleet: S
     assert answer.usage.prompt_tokens_details.cached_tokens == 3
 
 
+async def test_usage_so_far_counts_what_was_shown(client: AsyncOpenAI, fleet: ScriptedFleet) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    fleet.script = lambda submit, body: Script("one two three", chunk=1)
+    stream = await client.chat.completions.create(
+        model="base", messages=[{"role": "user", "content": "Hi"}], stream=True, stream_options=options, n=2
+    )
+    shown: list[int] = []
+    roles: list[int] = []
+    async for chunk in stream:
+        assert chunk.usage is not None
+        assert chunk.usage.prompt_tokens > 0
+        shown.append(chunk.usage.completion_tokens)
+        if chunk.choices and chunk.choices[0].delta.role:
+            roles.append(shown[-1])
+    assert roles[0] == shown[0] == 0
+    assert shown == sorted(shown)
+    assert len(roles) == 2
+    assert shown[-1] > 2
+
+
 async def test_chat_stream_has_role_text_one_end_and_usage(client: AsyncOpenAI, fleet: ScriptedFleet) -> None:
     stream = await client.chat.completions.create(
         model=BASE_NAME,

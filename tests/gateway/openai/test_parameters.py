@@ -13,6 +13,7 @@ from openai import AsyncOpenAI
 from scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, ScriptedFleet, running_gateway
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from gateway.text.closed_schemas import MAX_FREE_KEYS
 from gateway.text.structured import JSON_STYLE
 from peft_adapters.texts.tokenizer_json import token_table
 from protocol.queue.bus import Bus
@@ -42,21 +43,22 @@ async def test_every_parameter_reaches_the_worker(http: httpx2.AsyncClient, flee
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+ANY, CLOSED = {"type": "object", "maxProperties": MAX_FREE_KEYS}, {**SCHEMA, "additionalProperties": False}
 FORMS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
     ({"response_format": {"type": "text"}}, None),
     ({"structured_outputs": None}, None),
-    ({"response_format": {"type": "json_object"}}, {"json_schema": {"type": "object", "x-guidance": JSON_STYLE}}),
+    ({"response_format": {"type": "json_object"}}, {"json_schema": {**ANY, "x-guidance": JSON_STYLE}}),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": SCHEMA}}},
-        {"json_schema": {**SCHEMA, "x-guidance": JSON_STYLE}},
+        {"json_schema": {**CLOSED, "x-guidance": JSON_STYLE}},
     ),
     (
         {"structured_outputs": {"json": json.dumps(SCHEMA), "disable_any_whitespace": True}},
-        {"json_schema": {**SCHEMA, "x-guidance": {"whitespace_flexible": False, "lenient": False}}},
+        {"json_schema": {**CLOSED, "x-guidance": {"whitespace_flexible": False, "lenient": False}}},
     ),
     (
         {"structured_outputs": {"json": {**SCHEMA, "x-guidance": {"lenient": True}}, "whitespace_pattern": " "}},
-        {"json_schema": {**SCHEMA, "x-guidance": {**JSON_STYLE, "whitespace_pattern": " "}}},
+        {"json_schema": {**CLOSED, "x-guidance": {**JSON_STYLE, "whitespace_pattern": " "}}},
     ),
     ({"structured_outputs": {"choice": ["yes", 'n"o', "ü"]}}, {"lark_grammar": 'start: "yes" | "n\\"o" | "ü"'}),
     ({"structured_outputs": {"regex": r"a/b\/c\d"}}, {"lark_grammar": r"start: /a\/b\/c\d/"}),

@@ -10,7 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from gateway.text.chat import ChatTemplate, normalize_messages
+from gateway.text.chat import ChatTemplate
+from gateway.text.messages import normalize_messages
+from gateway.text.template_forms import Form, in_forms
 from protocol.wire.errors import BadRequest
 
 CONVERSATION: list[dict[str, Any]] = [
@@ -83,19 +85,61 @@ def test_rendering_equals_transformers(template: str, variables: dict[str, Any])
     assert len(wanted) > 40
 
 
-def test_messages_become_what_templates_expect() -> None:
-    normal = normalize_messages(
-        [
-            {"role": "developer", "content": "a", "name": None},
-            {"role": "user", "content": [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]},
-            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": ""}}]},
-        ]
-    )
-    assert normal == [
-        {"role": "system", "content": "a"},
-        {"role": "user", "content": "b\nc"},
-        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+MIXED: list[dict[str, Any]] = [
+    {"role": "developer", "content": "a", "name": None},
+    {"role": "user", "content": [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]},
+    {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "1", "function": {"name": "f", "arguments": ""}}, {"function": {"name": "g", "arguments": {"k": "é"}}}]},
+    {"role": "tool", "tool_call_id": "1", "content": "d"},
+    {"role": "assistant", "content": None, "tool_calls": [], "refusal": "e"},
+    {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+    {"role": "function", "name": "f", "content": "g"},
+]  # fmt: skip
+
+
+def test_messages_become_one_form() -> None:
+    parts = [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
+    f, g = {"name": "f", "arguments": {}}, {"name": "g", "arguments": {"k": "é"}}
+    before = json.dumps(MIXED)
+    assert normalize_messages(MIXED) == [
+        {"role": "developer", "content": "a"},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "tool_calls": [{"id": "1", "function": f}, {"function": g}]},
+        {"role": "tool", "tool_call_id": "1", "content": "d"},
+        {"role": "assistant", "content": "e"},
+        {"role": "assistant", "tool_calls": [{"id": "000000005", "type": "function", "function": f}]},
+        {"role": "tool", "name": "f", "tool_call_id": "000000005", "content": "g"},
     ]
+    assert json.dumps(MIXED) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("{{ messages[0].role }}{{ messages[1].content }}", "systemb\nc"),
+        ("{{ messages[0].role }}{{ 'developer' }}", "developerdeveloper"),
+        ("{% for p in messages[1].content %}{{ p.text }}{% endfor %}{{ messages[0].content[0].text }}", "bca"),
+        ("{% for p in messages[1].content %}{{ p.text }}{% endfor %}{{ messages[0].content is string }}", "bcTrue"),
+        ("{% set c = messages[1]['content'] %}{% for p in c %}{{ p.text }}{% endfor %}", "bc"),
+        ("{{ messages[1].content | trim }}{% for p in messages[0].content if p is mapping %}{% endfor %}", "b\nc"),
+        ("{{ messages[1].content + '' }}{% for p in messages[0].content if p is mapping %}{% endfor %}", "b\nc"),
+        ("[{{ messages[2]['content'] }}]", "[]"),
+        ("{{ messages[2].content is none }}", "True"),
+        ("{{ messages[2].tool_calls[1].function | tojson }}", '{"name": "g", "arguments": {"k": "é"}}'),
+        ("{{ messages[2].tool_calls[1].function.arguments }}", '{"k": "é"}'),
+        ("{% set f = messages[2].tool_calls[1].function %}{{ 'a' + f.arguments }}", 'a{"k": "é"}'),
+        ("{{ messages[2].tool_calls[1].function['arguments']['k'] }}", "é"),
+        (
+            "{% set a = messages[2].tool_calls[1].function.arguments %}{{ a | tojson }}{{ 'b' if a else a }}",
+            '{"k": "é"}b',
+        ),
+        ("{{ 'name' in messages[3] }}", "False"),
+        ("{{ messages[3].name.upper() }}", "F"),
+        ("{{ messages[6].name }}{{ messages[6].tool_call_id == messages[5].tool_calls[0].id }}", "fTrue"),
+    ],
+)
+def test_a_template_gets_the_form_that_it_expects(source: str, wanted: str) -> None:
+    assert ChatTemplate(source, {}).render(normalize_messages(MIXED), variables={}) == wanted
 
 
 @pytest.mark.parametrize(
@@ -104,9 +148,28 @@ def test_messages_become_what_templates_expect() -> None:
         ({"role": "assistant", "tool_calls": 3}, "messages[0].tool_calls"),
         ({"role": "assistant", "tool_calls": [3]}, "messages[0].tool_calls[0].function"),
         (
-            {"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]},
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
             "messages[0].tool_calls[0].function.arguments",
         ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]},
+            "messages[0].tool_calls[0].function.name",
+        ),
+        ({"role": "assistant", "tool_calls": [{"id": 3, "function": {"name": "f"}}]}, "messages[0].tool_calls[0].id"),
+        ({"role": "assistant", "function_call": "f"}, "messages[0].function_call.name"),
+        (
+            {"role": "assistant", "function_call": {"name": "f"}, "tool_calls": [{"function": {"name": "f"}}]},
+            "messages[0].function_call",
+        ),
+        ({"role": "assistant", "refusal": 4}, "messages[0].refusal"),
+        ({"role": "assistant", "audio": {"id": "a"}}, "messages[0].audio"),
+        ({"role": "user", "content": "a", "name": 4}, "messages[0].name"),
+        ({"role": "tool", "content": None, "tool_call_id": "a"}, "messages[0].content"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}, "messages[0].content[0]"),
         ({"role": "user", "content": ["a"]}, "messages[0].content[0]"),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0]"),
     ],
@@ -135,6 +198,24 @@ def test_a_template_that_fails_or_reaches_out_is_a_client_error(template: str) -
     with pytest.raises(BadRequest) as caught:
         ChatTemplate(template, {}).render([{"role": "user", "content": "x"}], variables={})
     assert caught.value.param == "messages"
+    assert "undefined" not in caught.value.message
+
+
+def test_a_template_is_tried_five_times_at_most() -> None:
+    calls = [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "1", "content": "b"},
+    ]
+    forms = list(in_forms(normalize_messages(messages), Form(parts=True, only_parts=True)))
+    assert len(forms) == 5
+    assert all(one not in forms[:i] for i, one in enumerate(forms))
+
+
+def test_a_template_that_fails_is_told_with_the_line() -> None:
+    with pytest.raises(BadRequest, match=r"fails on these messages in line 3 \(UndefinedError\)$"):
+        ChatTemplate("\n\n{{ nothing.at.all }}", {}).render([{"role": "user", "content": "x"}], variables={})
 
 
 def test_a_broken_template_is_refused_at_the_start() -> None:
@@ -183,10 +264,16 @@ def test_templates_are_found_where_models_keep_them(tmp_path: Path, files: dict[
         ({"role": {"a": 1}, "content": "a"}, "role must be one of"),
         ({"role": "r" * 10_000, "content": "a"}, "not 'rrr"),
         ({"role": "user", "content": [{"type": ["text"]}]}, "are not supported"),
-        ({"role": "assistant", "tool_calls": [{"function": {"arguments": "[" * 200_000}}]}, "lists and objects"),
-        ({"role": "assistant", "tool_calls": [{"function": {"arguments": "[" * 101 + "]" * 101}}]}, "is 100 levels"),
-        ({"role": "assistant", "tool_calls": [{"function": {"arguments": '"\\ud800"'}}]}, "is not JSON"),
-        ({"role": "assistant", "tool_calls": [{"function": {"arguments": "1" * 5000}}]}, "is not JSON"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 200_000}}]},
+            "lists and objects",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 101 + "]" * 101}}]},
+            "is 100 levels",
+        ),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '"\\ud800"'}}]}, "is not JSON"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "1" * 5000}}]}, "is not JSON"),
     ],
 )
 def test_hostile_messages_are_refused_in_few_words(message: dict[str, Any], said: str) -> None:

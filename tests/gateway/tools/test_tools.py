@@ -433,6 +433,7 @@ async def test_reasoning_is_told_apart(bus: Bus, tmp_path: Path) -> None:
             asked = {**body, "chat_template_kwargs": {"begin_thinking": opened}}
             message = (await it.http.post("/v1/chat/completions", json=asked)).json()["choices"][0]["message"]
             assert (message["reasoning_content"].strip(), message["content"]) == ("Hm.", "So.")
+            assert message["reasoning"] == message["reasoning_content"]
             deltas: dict[str, str] = {}
             headers = {"Idempotency-Key": f"why-{opened}"}
             for _ in range(2):  # the second finds the first's
@@ -443,6 +444,7 @@ async def test_reasoning_is_told_apart(bus: Bus, tmp_path: Path) -> None:
                         for name, value in json.loads(line[6:])["choices"][0]["delta"].items():
                             deltas[name] = deltas.get(name, "") + (value or "")
                 assert (deltas["reasoning_content"].strip(), deltas["content"]) == ("Hm.", "So.")
+                assert deltas["reasoning"] == deltas["reasoning_content"]
             job = await it.http.post("/v1/chat/completions", json={**asked, "background": True})
             url = f"/v1/jobs/{job.json()['id']}"
             result = (await it.http.get(url, headers={"prefer": "wait=20"})).json()["result"]
@@ -452,7 +454,7 @@ async def test_reasoning_is_told_apart(bus: Bus, tmp_path: Path) -> None:
         form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "array"}}}
         answer = await it.http.post("/v1/chat/completions", json={**asked, "response_format": form})
         message = answer.json()["choices"][0]["message"]
-        assert (message["reasoning_content"], message["content"]) == (None, "[1]")
+        assert (message["reasoning"], message["reasoning_content"], message["content"]) == (None, None, "[1]")
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

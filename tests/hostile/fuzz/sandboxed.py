@@ -16,8 +16,8 @@ from hostile.fuzz.engine import Check, Target
 from hypothesis import strategies as st
 from scripted_fleet import make_model_folder
 
-from gateway.text.chat import normalize_messages
 from gateway.text.grammars import grammar_text
+from gateway.text.messages import normalize_messages
 from gateway.text.sandbox import SandboxPool
 from gateway.text.sandbox_child import Check as GrammarJob
 from gateway.text.sandbox_child import Render

@@ -1,0 +1,209 @@
+"""Closes the objects of a JSON schema: an object that names its properties has no others. Pure.
+
+Libraries that make schemas of classes leave `additionalProperties` out, which by the letter allows any key. Models then
+write on, the same key again and again, for a grammar knows no other bound. What a schema itself says of
+`additionalProperties` holds. Objects of free keys, which the grammar cannot keep from repeating, have so many and no
+more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote
+
+from protocol.wire.errors import BadRequest
+
+MAX_FREE_KEYS = 256
+"""Most properties of an object besides those that it names, unless its schema has `maxProperties`."""
+
+MIN_STEPS = 256
+BYTES_PER_STEP = 2
+"""A schema's walk takes a step for each object and name in it that is read or copied: at most one for so many bytes."""
+
+_ALL, _ANY = "allOf", ("anyOf", "oneOf")
+_APPLIED = (_ALL, *_ANY, "$ref")  # schemas that hold for the same value
+_OBJECT = ("properties", "patternProperties", "additionalProperties", "required", "minProperties", "maxProperties")
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
+_OF_PARTS = ("items", "prefixItems", "additionalItems", "additionalProperties")  # of other values: one or a list
+
+Schema = dict[str, Any]
+
+
+def closed(schema: Schema, place: str, *, num_bytes: int, close: bool = True, strict: bool = False) -> Schema:
+    """Return a schema whose objects have no properties but those that it names.
+
+    num_bytes: its size. close: False to bound free keys alone. strict: to refuse objects that are said to be open.
+    Raises BadRequest, also for one whose parts refer to each other so often that this takes too long.
+    """
+    walk = _Walk(schema, place, MIN_STEPS + num_bytes // BYTES_PER_STEP, close=close, strict=strict)
+    if not isinstance(schema.get("$defs", {}), dict):
+        raise BadRequest(f"{place}.$defs must be an object", param=place)
+    result = walk.alone(schema)
+    copies = walk.copies()
+    return {**result, "$defs": {**result.get("$defs", {}), **copies}} if copies else result
+
+
+@dataclass(slots=True)
+class _Names:
+    """What the schemas that hold for one value say about its properties."""
+
+    names: dict[str, None] = field(default_factory=dict)  # in the schema's order
+    has_properties: bool = False
+    as_written: bool = False  # it says itself what else may be there, or that cannot be told
+
+
+class _Walk:
+    """One schema's closing."""
+
+    def __init__(self, root: Schema, place: str, max_steps: int, *, close: bool, strict: bool) -> None:
+        self._root = root
+        self._place = place
+        self._steps = self._max_steps = max_steps
+        self._close = close
+        self._strict = strict
+        self._copy_of: dict[str, str] = {}  # reference -> the name of its open copy
+        self._to_copy: list[tuple[str, Schema]] = []
+        self._targets: dict[str, Schema | None] = {}
+        self._num = 0  # of the last copy's name
+
+    def copies(self) -> Schema:
+        """Return, by name, what is to be added to the root's `$defs`: what is referred to beside others, left open."""
+        copies: Schema = {}
+        while self._to_copy:
+            name, target = self._to_copy.pop()
+            copies[name] = self._beside({k: v for k, v in target.items() if k not in ("$defs", "definitions")})
+        return copies
+
+    def alone(self, schema: Any) -> Any:
+        """Return a schema closed that no other holds beside for the same value."""
+        if not isinstance(schema, dict):
+            return schema
+        applied = [key for key in _APPLIED if key in schema]
+        if _passes_on(schema, applied):
+            return self._with_parts(schema, self.alone)
+        result = self._with_parts(schema, self._beside)
+        found, own = self._names(schema), result.get("properties", {})
+        if self._close and found.has_properties and not found.as_written and isinstance(own, dict):
+            self._spend(len(found.names))
+            result["properties"] = own | {name: {} for name in found.names if name not in own}
+            result["additionalProperties"] = False
+        elif not applied and _has_free_keys(schema):
+            least = schema.get("minProperties", 0)
+            result["maxProperties"] = max(len(own) + MAX_FREE_KEYS, least if isinstance(least, int) else 0)
+        return result
+
+    def _beside(self, schema: Any) -> Any:
+        """Return a schema that others hold beside: closed, it would forbid their properties."""
+        if not isinstance(schema, dict):
+            return schema
+        return self._with_parts(schema, self._beside)
+
+    def _with_parts(self, schema: Schema, applied: Callable[[Any], Any]) -> Schema:
+        """Return a schema with the schemas in it closed; `applied` does those that hold for the same value."""
+        self._spend(1)
+        if self._strict and schema.get("additionalProperties", False) is not False:
+            text = f"{self._place}: where strict is true, additionalProperties must be false or left out"
+            raise BadRequest(text, param=self._place)
+        result = dict(schema)
+        for key, part in schema.items():
+            if key in _BY_NAME and isinstance(part, dict):
+                result[key] = {name: self.alone(value) for name, value in part.items()}
+            elif key in _OF_PARTS:
+                result[key] = [self.alone(value) for value in part] if isinstance(part, list) else self.alone(part)
+            elif key in (_ALL, *_ANY) and isinstance(part, list):
+                result[key] = [applied(value) for value in part]
+        if "$ref" in schema and applied == self._beside:
+            result["$ref"] = self._open(schema["$ref"])
+        return result
+
+    def _open(self, ref: Any) -> Any:
+        """Return a reference to an open copy of what one refers to."""
+        target = self._target(ref)
+        if target is None:
+            return ref
+        if ref not in self._copy_of:
+            while f"open{self._num}" in self._root.get("$defs", {}):
+                self._num += 1
+            self._copy_of[ref] = f"open{self._num}"
+            self._to_copy.append((self._copy_of[ref], target))
+            self._num += 1
+        return f"#/$defs/{self._copy_of[ref]}"
+
+    def _names(self, outer: Schema) -> _Names:
+        """Return what a schema, and those that hold for the same value, say."""
+        found, seen, waiting = _Names(), set[int](), [outer]
+        while waiting:
+            schema = waiting.pop()
+            if id(schema) in seen:
+                continue
+            seen.add(id(schema))
+            self._spend(1)
+            if schema.keys() & {"additionalProperties", "unevaluatedProperties", "enum", "const"}:
+                found.as_written = True
+            if isinstance(properties := schema.get("properties"), dict):
+                self._spend(len(properties))
+                found.has_properties = True
+                found.names |= dict.fromkeys(properties)
+            if "patternProperties" in schema:
+                found.has_properties = True
+                found.as_written = found.as_written or schema is not outer  # others are forbidden beside them alone
+            if isinstance(required := schema.get("required"), list):
+                self._spend(len(required))
+                found.names |= {name: None for name in required if isinstance(name, str)}
+            inner = [part for key in (_ALL, *_ANY) if isinstance(schema.get(key), list) for part in schema[key]]
+            if "$ref" in schema:
+                target = self._target(schema["$ref"])
+                found.as_written = found.as_written or target is None
+                inner.append(target)
+            waiting += [part for part in reversed(inner) if isinstance(part, dict)]
+        return found
+
+    def _target(self, ref: Any) -> Schema | None:
+        """Return the schema that a pointer into this one refers to; None for any other reference."""
+        if not isinstance(ref, str):
+            return None
+        if ref not in self._targets:
+            self._targets[ref] = _pointed_to(self._root, ref)
+        return self._targets[ref]
+
+    def _spend(self, steps: int) -> None:
+        self._steps -= steps
+        if self._steps < 0:
+            text = f"{self._place}: its schemas refer to each other so often that closing its objects takes more than"
+            text = f"{text} {self._max_steps} steps, the limit for its size; give them additionalProperties"
+            raise BadRequest(text, param=self._place)
+
+
+def _pointed_to(root: Schema, ref: str) -> Schema | None:
+    if ref != "#" and not ref.startswith("#/"):
+        return None
+    at: Any = root
+    for part in unquote(ref).split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(at, list):
+            at = at[int(name)] if name.isdecimal() and len(name) < 9 and int(name) < len(at) else None
+        else:
+            at = at.get(name) if isinstance(at, dict) else None
+    return at if isinstance(at, dict) else None
+
+
+def _passes_on(schema: Schema, applied: list[str]) -> bool:
+    """Return whether a value is held to nothing but one of other schemas, as far as objects go."""
+    if len(applied) != 1 or schema.keys() & {*_OBJECT, "enum", "const"}:
+        return False
+    parts = schema[applied[0]]
+    return applied[0] != _ALL or (isinstance(parts, list) and len(parts) == 1)
+
+
+def _has_free_keys(schema: Schema) -> bool:
+    """Return whether an object may have properties of any name, and a grammar can bound their number."""
+    kinds, more = schema.get("type"), schema.get("additionalProperties", True)
+    if "maxProperties" in schema or (more is False and "patternProperties" not in schema):
+        return False
+    is_object = kinds == "object" or (isinstance(kinds, list) and "object" in kinds) or "additionalProperties" in schema
+    names, required = schema.get("properties", {}), schema.get("required", [])
+    if not is_object or not isinstance(names, dict) or not isinstance(required, list):
+        return False
+    return names.keys() <= {name for name in required if isinstance(name, str)}

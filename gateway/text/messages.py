@@ -1,0 +1,143 @@
+"""The messages of a chat as OpenAI's API has them, checked, and brought into one form. Pure.
+
+What a template makes of that form is its own affair: `template_forms` knows what it expects.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from gateway.http import json_values
+from protocol.wire.errors import BadRequest
+
+Message = dict[str, Any]
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+
+_LONG_NUMBER = re.compile(r"\d{19}")
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_STRINGS = ("name", "tool_call_id", *_REASONING_FIELDS)
+_PART_TYPES = ("text", "refusal")
+
+
+def normalize_messages(messages: list[Message]) -> list[Message]:
+    """Return checked messages in one form. Raises BadRequest naming the place.
+
+    `content` is a text or a list of text parts, and absent only from an assistant's message. Arguments of tool calls
+    are objects. `function_call` and the role `function` become a tool call and its result, a refusal becomes text, and
+    absent values go.
+    """
+    normal: list[Message] = []
+    call_id = ""  # of the last call
+    for i, message in enumerate(messages):
+        one = _normalize(message, f"messages[{i}]", new_id=f"{i:09}")  # as long as Mistral's templates demand
+        if one["role"] == "function":
+            one |= {"role": "tool", "tool_call_id": call_id}
+        elif "tool_calls" in one:
+            call_id = one["tool_calls"][-1].get("id", "")
+        normal.append(one)
+    return normal
+
+
+def text_of(content: object) -> str:
+    """Return the `content` of a normalized message as one text, "" for none."""
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content)
+    return content if isinstance(content, str) else ""
+
+
+def _normalize(message: Message, place: str, new_id: str) -> Message:
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        text = f"{place}.role must be one of {', '.join(sorted(ROLES))}, not {role!r:.100}"
+        raise BadRequest(text, param=f"{place}.role")
+    normal = {key: value for key, value in message.items() if value is not None}
+    if "content" not in normal and role != "assistant":
+        raise BadRequest(f"{place}.content is missing", param=f"{place}.content")
+    for key in _STRINGS:
+        if not isinstance(normal.get(key, ""), str):
+            raise BadRequest(f"{place}.{key} must be a string", param=f"{place}.{key}")
+    if "content" in normal:
+        normal["content"] = _content(normal["content"], f"{place}.content")
+    if role == "assistant":
+        _normalize_assistant(normal, place, new_id)
+    reasoning = next((normal[field] for field in _REASONING_FIELDS if field in normal), None)
+    if reasoning is not None:
+        normal = {"thinking": reasoning, **normal, "reasoning_content": reasoning}
+    return normal
+
+
+def _normalize_assistant(message: Message, place: str, new_id: str) -> None:
+    """Bring what only the model's own messages have into one form. new_id: for a call that has none."""
+    if "audio" in message:
+        raise BadRequest(f"{place}.audio is not supported: this model reads text", param=f"{place}.audio")
+    refusal = message.pop("refusal", "")
+    if not isinstance(refusal, str):
+        raise BadRequest(f"{place}.refusal must be a string", param=f"{place}.refusal")
+    if refusal:
+        message["content"] = "\n".join(filter(None, [text_of(message.get("content")), refusal]))
+    calls, where = message.pop("tool_calls", []), f"{place}.tool_calls"
+    if not isinstance(calls, list):
+        raise BadRequest(f"{where} must be a list", param=where)
+    normal = [_tool_call(call, f"{where}[{i}]") for i, call in enumerate(calls)]
+    if "function_call" in message:
+        if calls:
+            raise BadRequest(f"{place} has both tool_calls and function_call", param=f"{place}.function_call")
+        function = _function(message.pop("function_call"), f"{place}.function_call")
+        normal = [{"id": new_id, "type": "function", "function": function}]
+    if normal:  # templates take a list that is there for one that is not empty
+        message["tool_calls"] = normal
+
+
+def _tool_call(call: object, place: str) -> dict[str, Any]:
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+        raise BadRequest(f"{place}.function must be an object", param=f"{place}.function")
+    if not isinstance(call.get("id", ""), str):
+        raise BadRequest(f"{place}.id must be a string", param=f"{place}.id")
+    return {**call, "function": _function(call["function"], f"{place}.function")}
+
+
+def _function(function: Any, place: str) -> dict[str, Any]:
+    """Return the function of a call with its arguments as an object: the API sends the object's JSON."""
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRequest(f"{place}.name must be a string", param=f"{place}.name")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments, f"{place}.arguments")
+    if not isinstance(arguments, dict):
+        raise BadRequest(f"{place}.arguments must be an object, as JSON", param=f"{place}.arguments")
+    return {**function, "arguments": arguments}
+
+
+def _content(content: object, place: str) -> str | list[dict[str, str]]:
+    """Return a message's text, or its parts, of which each is text."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise BadRequest(f"{place} must be a string or a list of parts", param=place)
+    return [{"type": "text", "text": _text(part, f"{place}[{i}]")} for i, part in enumerate(content)]
+
+
+def _text(part: object, place: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if not isinstance(part, dict) or kind not in _PART_TYPES:
+        text = f"{place}: parts of type {kind!r:.100} are not supported: this model reads text"
+        raise BadRequest(text, param=place)
+    text = part.get(kind)
+    if not isinstance(text, str):
+        raise BadRequest(f"{place}.{kind} must be a string", param=place)
+    return text
+
+
+def _parsed(text: str, place: str) -> Any:
+    """Return what a tool call's arguments mean, with integers as they are. Raises BadRequest."""
+    try:
+        value = json_values.loads(text.encode(), place)
+        # orjson makes floats of integers beyond 64 bits.
+        return json.loads(text) if _LONG_NUMBER.search(text) else value
+    except BadRequest as error:
+        raise BadRequest(error.message, param=place) from error
+    except ValueError as error:
+        raise BadRequest(f"{place} is not JSON: {error}", param=place) from error
