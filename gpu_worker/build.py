@@ -42,6 +42,13 @@ from protocol.wire.errors import BadRequest
 logger = logging.getLogger(__name__)
 
 
+STATES_PER_SEQ = 4
+"""State slots for each sequence that may run, if there is memory: two for a grammar, two for the prefix cache."""
+
+LONGEST_WITHOUT_LIMIT = 1 << 17
+"""Tokens of the longest request to a model that names no limit and keeps nothing per token."""
+
+
 Fetch = Callable[[str], FetchedAdapter | Rows]
 """Returns an adapter's files by digest, or rows packed from them. Called in loader threads; may block."""
 
@@ -202,6 +209,17 @@ def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:
     """Decide every size of the engine. Raises BadRequest when settings contradict each other."""
     on_cpu = model.device.type == "cpu"
     max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
+    free = free_bytes(model.device) // (settings.workers if on_cpu else 1)
+    kv_bytes = share(settings.kv_cache_bytes, free, 0.25 if on_cpu else 0.6, 2 * GiB if on_cpu else 1 << 62)
+    num_states = 0
+    if model.mixers.calls:
+        if settings.max_draft_tokens:
+            raise BadRequest(
+                f"max_draft_tokens is {settings.max_draft_tokens}, but this model's layers keep states, which cannot "
+                "go back by a token: leave it 0"
+            )
+        num_states, max_num_seqs = _num_states(model.mixers.slot_bytes, kv_bytes, max_num_seqs)
+        kv_bytes -= num_states * model.mixers.slot_bytes
     limits = BatchLimits(
         max_num_seqs,
         max_step_tokens,
@@ -210,18 +228,30 @@ def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:
         max_draft_step_tokens=16 if on_cpu else 256,  # about where more tokens begin to make a step longer
         max_slowdown=settings.max_slowdown,
     )
-    free = free_bytes(model.device) // (settings.workers if on_cpu else 1)
-    kv_bytes = share(settings.kv_cache_bytes, free, 0.25 if on_cpu else 0.6, 2 * GiB if on_cpu else 1 << 62)
-    num_blocks = kv_bytes // sum(layer.block_bytes(model.dtype) for layer in model.layers)
+    block_bytes = sum(layer.block_bytes(model.dtype) for layer in model.layers)
+    num_blocks = kv_bytes // block_bytes if block_bytes else max_num_seqs * LONGEST_WITHOUT_LIMIT // BLOCK_TOKENS
     room = num_blocks * BLOCK_TOKENS
-    longest = model.max_positions or room
+    longest = model.max_positions or (room if block_bytes else LONGEST_WITHOUT_LIMIT)
     if settings.max_model_len > longest:
         raise BadRequest(f"max_model_len is {settings.max_model_len}, the model is made for {longest} tokens")
     max_model_len = settings.max_model_len or min(longest, room)
     if room < max(max_model_len, BLOCK_TOKENS):
         raise BadRequest(f"kv_cache_bytes holds {room} tokens: too few for one request of {max_model_len}")
     num_blocks = min(num_blocks, max_num_seqs * -(-max_model_len // BLOCK_TOKENS))
-    return EngineConfig(limits, num_blocks, max_model_len, settings.max_mask_s)
+    return EngineConfig(limits, num_blocks, max_model_len, num_states, settings.max_mask_s)
+
+
+def _num_states(slot_bytes: int, num_bytes: int, max_num_seqs: int) -> tuple[int, int]:
+    """Return how many state slots there are, and how many sequences may run with them.
+
+    slot_bytes: of one slot. num_bytes: of KV cache and states together, of which these take half at most. A sequence
+    has one slot, or two with a grammar; as many again are for the prefix cache. Raises BadRequest where no sequence
+    has room.
+    """
+    room = num_bytes // 2 // slot_bytes - 1  # one more is of no text
+    if room < 2:
+        raise BadRequest(f"kv_cache_bytes is {num_bytes}, of which half holds {room} states of {slot_bytes} bytes")
+    return min(room, STATES_PER_SEQ * max_num_seqs), min(max_num_seqs, room // 2)
 
 
 def _step_sizes(device: torch.device, settings: Settings) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from typing import Protocol
 from gpu_worker.engine.blocks import BlockPool, chain_hash, chain_seed
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.spending import Spending
+from gpu_worker.engine.states import StatePool
 from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEP_TOKENS_PER_SEQ, SHORT_STEPS_AFTER
 from protocol.runtime.step_limit import ALONE_EVERY, PROMPT_SHARE, StepLimit, StepTime
 from protocol.wire.messages import StepModel
@@ -68,10 +69,13 @@ class StepPlan:
     """What one step computes."""
 
     budget: int = 0  # tokens that may still be added
+    has_states: bool = False  # whether the model's layers keep states, which cannot be taken back by a token
     num_new: dict[Sequence, int] = field(default_factory=dict[Sequence, int])
     """Tokens to compute per sequence, decodes first."""
     drafts: dict[Sequence, list[int]] = field(default_factory=dict[Sequence, list[int]])
     """Draft tokens of sequences, counted in `num_new`."""
+    saves: dict[Sequence, dict[int, int]] = field(default_factory=dict[Sequence, dict[int, int]])
+    """Positions after which a sequence's states are saved, and the slots for them."""
     preempted: list[Sequence] = field(default_factory=list[Sequence])
     num_cached: int = 0  # tokens of newly admitted sequences that were found in the prefix cache
     alone_s: float = 0.0
@@ -89,8 +93,12 @@ class StepPlan:
         return sum(num_new for seq, num_new in self.num_new.items() if seq.prompt_logprobs is not None)
 
     def postpone(self, seq: Sequence) -> None:
-        """Take back a sequence's last token, and its draft tokens: its next token is chosen in a later step."""
-        self.num_new[seq] -= 1 + len(self.drafts.pop(seq, ()))
+        """Take back a sequence's last token, and its draft tokens: its next token is chosen in a later step.
+
+        Where layers keep states all of its tokens are taken back, and computed again from the states before them.
+        """
+        num = 1 + len(self.drafts.pop(seq, ()))
+        self.num_new[seq] -= self.num_new[seq] if self.has_states else num
 
     def add(self, seq: Sequence, num_new: int) -> None:
         """Let the step compute the next `num_new` tokens of a sequence."""
@@ -108,9 +116,16 @@ class Batcher:
     fingerprint: of the base model, part of the prefix cache's keys.
     """
 
-    def __init__(self, limits: BatchLimits, blocks: BlockPool, slots: AdapterSlots, fingerprint: str) -> None:
+    def __init__(
+        self, limits: BatchLimits, blocks: BlockPool, slots: AdapterSlots, fingerprint: str,
+        states: StatePool | None = None,
+    ) -> None:  # fmt: skip
+        """states: of a model whose layers keep states, with a slot for every sequence that may run."""
         self.limits = limits
         self.blocks = blocks
+        self.states = states
+        if states is not None:
+            blocks.on_forget = states.forget
         self.running: list[Sequence] = []  # in order of admission
         self.waiting: deque[Sequence] = deque()  # in order of arrival; preempted ones first
         self.step_model = StepModel()
@@ -166,7 +181,7 @@ class Batcher:
         self._mark_heaviest()
         has_others = any(not seq.yields for seq in self)
         self._short_plans = SHORT_STEPS_AFTER if has_others else self._short_plans - 1
-        plan = StepPlan(budget=self.limits.max_step_tokens)
+        plan = StepPlan(budget=self.limits.max_step_tokens, has_states=self.states is not None)
         others = [seq for seq in self.running if not seq.yields and not seq.awaits_mask]
         yielding = [seq for seq in self.running if seq.yields and not seq.awaits_mask]
         yielding_decodes = [seq for seq in yielding if seq.num_pending == 1]
@@ -275,6 +290,10 @@ class Batcher:
     def _add(self, seq: Sequence, num_new: int, plan: StepPlan, time: StepTime | None) -> None:
         """Let the step compute the next `num_new` tokens of a sequence."""
         plan.add(seq, num_new)
+        if self.states is not None and self.limits.prefix_cache:
+            saves = self.states.plan_saves(seq, num_new)
+            if saves:
+                plan.saves[seq] = saves
         if time is not None:
             digest = seq.request.digest
             time.add(num_new, seq.num_computed + num_new, digest, self._slots.rank(digest))
@@ -287,6 +306,10 @@ class Batcher:
         """
         for seq, num_new in plan.num_new.items():
             self.advance(seq, num_new - len(plan.drafts.get(seq, ())))
+        if self.states is not None:
+            self.states.end_step()
+            for seq, num_new in plan.num_new.items():
+                self.states.complete(seq, num_new, plan.saves.get(seq, {}))
 
     def advance(self, seq: Sequence, num_new: int) -> None:
         """Note that the next tokens of a running sequence are computed."""
@@ -344,6 +367,8 @@ class Batcher:
     def _preempt(self, seq: Sequence, plan: StepPlan) -> None:
         """Take back a sequence's blocks and adapter slot but keep its tokens; it is the first to be admitted again."""
         plan.num_new.pop(seq, None)
+        if self.states is not None:
+            self.states.release(plan.saves.pop(seq, {}).values())
         plan.preempted.append(seq)
         self.running.remove(seq)
         self._free(seq)
@@ -353,6 +378,9 @@ class Batcher:
         self.blocks.release(seq.blocks)
         seq.blocks = []
         seq.num_computed = 0
+        if self.states is not None:
+            self.states.release(seq.state_slots)
+            seq.state_slots = []
         if seq.request.digest:
             self._slots.release(seq.request.digest)
             seq.slot = -1
@@ -386,7 +414,7 @@ class Batcher:
         slot = self._slots.acquire(digest) if digest else -1
         if slot is None:
             return False
-        if not self._make_room(seq, cached, plan):
+        if not self._make_room(seq, cached, plan) or (self.states and self.states.take(seq, len(cached))) is False:
             if digest:
                 self._slots.release(digest)
             seq.num_skips += 1
@@ -433,7 +461,8 @@ class Batcher:
             return []
         num_full = (seq.num_tokens - 1) // BLOCK_TOKENS
         self._extend_hashes(seq, num_full)
-        return self.blocks.lookup(seq.hashes[:num_full])
+        found = self.blocks.lookup(seq.hashes[:num_full])
+        return found if self.states is None else found[: self.states.longest(seq.hashes[: len(found)])[0]]
 
     def _extend_hashes(self, seq: Sequence, num_blocks: int) -> None:
         """Compute the hashes of a sequence's first `num_blocks` blocks, which must be full."""
@@ -458,6 +487,8 @@ class Batcher:
     def check_integrity(self) -> None:
         """Raise AssertionError unless block tables, reference counts and the state of sequences agree."""
         self.blocks.check_integrity([seq.blocks for seq in self])
+        if self.states is not None:
+            self.states.check_integrity(slot for seq in self for slot in seq.state_slots)
         for seq in self.waiting:
             if seq.blocks or seq.num_computed or seq.slot >= 0:
                 raise AssertionError(f"{seq.rid} waits but holds blocks or an adapter slot")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -37,6 +37,7 @@ class BlockPool:
         self._owner = [""] * num_blocks  # of a published block, see `publish`
         self._block: dict[bytes, int] = {}  # hash -> published block
         self._owned: dict[str, set[int]] = {}  # owner -> its published blocks
+        self.on_forget: Callable[[bytes], object] = lambda _: None  # told the hash of a block that is found no longer
 
     @property
     def num_free(self) -> int:
@@ -119,6 +120,7 @@ class BlockPool:
             return
         del self._block[hash_]
         self._hash[block] = None
+        self.on_forget(hash_)
         owned = self._owned[self._owner[block]]
         owned.discard(block)
         if not owned:

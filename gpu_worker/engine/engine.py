@@ -23,6 +23,7 @@ from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput, f
 from gpu_worker.engine.runner import Runner, StepInputs
 from gpu_worker.engine.sampling import Sampled, sample
 from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.states import StatePool
 from gpu_worker.engine.step_model import StepWork
 from gpu_worker.model.model import BaseModel
 from peft_adapters.texts.tokenizer_json import token_table
@@ -41,6 +42,7 @@ class EngineConfig:
     limits: BatchLimits
     num_blocks: int
     max_model_len: int  # tokens of prompt and output of one request
+    num_states: int = 0  # slots for the states of layers that keep states
     max_mask_s: float = 30.0  # CPU time of the masks of one request with a grammar
 
 
@@ -58,10 +60,12 @@ class Engine(BaseEngine):
         limits = config.limits
         self.model = model
         self.config = config
-        self.runner = Runner(model, config.num_blocks, adapters.extras)
+        self.runner = Runner(model, config.num_blocks, adapters.extras, config.num_states)
         self.runner.check()
         self.blocks = BlockPool(config.num_blocks)
-        self.batcher = Batcher(limits, self.blocks, adapters, model.fingerprint)
+        mixers = model.mixers
+        states = StatePool(config.num_states, saves_outputs=not mixers.tells_prompts_apart) if mixers.calls else None
+        self.batcher = Batcher(limits, self.blocks, adapters, model.fingerprint, states)
         tokens = token_table(tokenizer) if tokenizer is not None else None
         self.grammars = Grammars(model.vocab_size, model.eos_ids, config.max_mask_s, tokens, tokenizer)
         self._binder = RequestBinder(

@@ -22,6 +22,7 @@ from gpu_worker.engine.sequence import Sequence
 from gpu_worker.memory import send
 from gpu_worker.model.apply_extras import ExtraRows
 from gpu_worker.model.logits_check import spread_of
+from gpu_worker.model.mixers import Run, StateBatch
 from gpu_worker.model.model import BaseModel
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest
@@ -122,14 +123,21 @@ class _StepRows:
 class Runner:
     """Runs plans on a model whose KV cache it allocates."""
 
-    def __init__(self, model: BaseModel, num_blocks: int, extras: Mapping[str, Extras] | None = None) -> None:
-        """extras: by digest, of the adapters in the pool that do more than plain LoRA; it may change between steps."""
+    def __init__(
+        self, model: BaseModel, num_blocks: int, extras: Mapping[str, Extras] | None = None, num_states: int = 0
+    ) -> None:
+        """extras: by digest, of the adapters in the pool that do more than plain LoRA; it may change between steps.
+
+        num_states: slots for the states of layers that keep states; another one stays as it is, all zero.
+        """
         self.model = model
         self.num_blocks = num_blocks
+        self.num_states = num_states
         self._extras: Mapping[str, Extras] = {} if extras is None else extras
         self._graphs: DecodeGraphs | None = None
         for layer in model.layers:
             layer.allocate(num_blocks + 1, model.dtype, model.device)  # the last is for the padding of recorded steps
+        model.mixers.allocate(num_states + 1, model.device)
 
     def record(self, recorder: GraphRecorder, max_num_seqs: int, max_model_len: int) -> None:
         """Record the decode steps of up to max_num_seqs sequences, to be replayed from now on. Raises Unrecordable.
@@ -157,6 +165,7 @@ class Runner:
         rows, heads = step.logit_rows(plan.drafts, prompt_rows)
         device, context = self.model.device, self.model.context
         context.attention = ops.build_attention_batch(step.num_new, step.ends, block_tables(step.seqs), device)
+        self.model.mixers.batch = state_batch(step, plan.saves, device) if self.model.mixers.calls else None
         context.lora = lora_batch(slots, scales, device)
         context.lora_logits = lora_batch(slots[rows], scales[rows], device)
         context.extras, context.extras_logits = [], []
@@ -169,6 +178,16 @@ class Runner:
             prompt_rows=prompt_rows,
             vocab_sizes=vocab_sizes,
         )
+
+    def _check_runs(self, starts: np.ndarray, ends: np.ndarray) -> StateBatch | None:
+        """Return the runs of the prompts of `check`, whose states are in the first slots."""
+        if not self.model.mixers.calls:
+            return None
+        firsts = np.cumsum(ends - starts) - (ends - starts)
+        zero = self.num_states
+        parts = enumerate(zip(firsts.tolist(), (ends - starts).tolist(), starts.tolist(), strict=True))
+        runs = [Run(first, first + num, slot if start else zero, slot, num) for slot, (first, num, start) in parts]
+        return StateBatch.of([], runs, [], self.model.device)
 
     def _set_extras(self, step: _StepRows, rows: np.ndarray, heads: np.ndarray) -> Tensor | None:
         """Set which rows have extras, in the model's context. Returns the rows' vocabulary sizes if they differ.
@@ -200,6 +219,7 @@ class Runner:
             return inputs.graph.replay()
         with torch.inference_mode():
             logits = self.model.forward(inputs.input_ids, inputs.positions, inputs.logit_rows)
+            self.model.mixers.save()
             if inputs.vocab_sizes is not None:
                 ids = torch.arange(logits.shape[-1], device=logits.device)
                 logits = logits.masked_fill(ids >= inputs.vocab_sizes[:, None], -torch.inf)
@@ -213,7 +233,7 @@ class Runner:
         """
         check = self.model.check
         assert check is not None
-        num = min(len(check.prompts), self.num_blocks)
+        num = min(len(check.prompts), self.num_blocks, self.num_states or len(check.prompts))
         room = min(self.num_blocks // num * ops.BLOCK_TOKENS, self.model.max_positions or len(check.prompts[0]))
         prompts = [ids[:room] for ids in check.prompts[:num]]
         lengths = np.array([len(ids) for ids in prompts])
@@ -228,6 +248,7 @@ class Runner:
             for i in range(num):
                 table[i, : blocks[i]] = i * (self.num_blocks // num) + np.arange(blocks[i])
             context.attention = ops.build_attention_batch(ends - starts, ends, table, device)
+            self.model.mixers.batch = self._check_runs(starts, ends)
             ids = torch.cat([ids[start:end] for ids, start, end in zip(prompts, starts, ends, strict=True)])
             rows = torch.arange(len(ids), device=device)
             logits = self.run(StepInputs(ids, context.attention.positions, rows, []))
@@ -242,6 +263,25 @@ class Runner:
                 f"are off by {error:.2g} of their spread (limit {limit:.2g})"
             )
         return error
+
+
+def state_batch(step: _StepRows, saves: Mapping[Sequence, dict[int, int]], device: torch.device) -> StateBatch:
+    """Return the runs of a step. saves: the positions after which a sequence's states are saved, and to which slots."""
+    rows: list[tuple[int, int, int]] = []
+    runs: list[Run] = []
+    copies: list[tuple[int, int]] = []
+    for seq, num, first in zip(step.seqs, step.num_new.tolist(), step.starts.tolist(), strict=True):
+        read, write, wanted = seq.state_read, seq.state_slots[0], saves.get(seq, {})
+        if num == 1 and seq.num_computed >= seq.num_prompt:
+            rows.append((first, read, write))
+            copies += [(write, slot) for slot in wanted.values()]
+            continue
+        offset, start = first - seq.num_computed, first
+        for end in sorted({*(position + offset for position in wanted), first + num}):
+            num_prompt = min(max(seq.num_prompt + offset - start, 0), end - start)
+            runs.append(Run(start, end, read, write, num_prompt, wanted.get(end - offset, -1)))
+            start, read = end, write
+    return StateBatch.of(rows, runs, copies, device)
 
 
 def block_tables(seqs: list[Sequence]) -> np.ndarray:

@@ -36,6 +36,9 @@ class Sequence:
         self.blocks: list[int] = []
         self.hashes: list[bytes] = []  # of the full blocks, as far as known
         self.slot = -1  # adapter slot while running, -1 for the base model
+        self.state_slots: list[int] = []  # slots of its states, where the model has any; see `Batcher`
+        self.state_read = -1  # the slot with which the next step begins
+        self.state_saved = b""  # hash of the newest state saved of its output
         self.num_skips = 0  # plans that passed it over for lack of blocks
         self.last_turn = 0  # the last plan of limited time that it was part of, where it yields
         self.yields = request.yields  # to sequences that do not, until it has been passed over too often

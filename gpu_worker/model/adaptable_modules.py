@@ -151,9 +151,9 @@ def _watch_embedding(embedding: AdaptableEmbedding, context: StepContext) -> Cal
 def _watch_norm(norm: AdaptableModule, context: StepContext) -> Callable[..., Tensor]:
     base = original_forward(norm.module)
 
-    def forward(x: Tensor) -> Tensor:
-        out = base(x)
-        return norm.apply_norms(context.extras, out, x) if context.extras else out
+    def forward(x: Tensor, *gates: Tensor) -> Tensor:
+        out = base(x, *gates)
+        return norm.apply_norms(context.extras, out, x, *gates) if context.extras else out
 
     return forward
 

@@ -169,16 +169,18 @@ class AdaptableModule:
         self.module = module
         self.layout = layout
 
-    def apply_norms(self, groups: list[ExtraRows], out: Tensor, x: Tensor) -> Tensor:
+    def apply_norms(self, groups: list[ExtraRows], out: Tensor, x: Tensor, *gates: Tensor) -> Tensor:
         """Overwrite the rows of `out` whose adapters replace the norm's parameters with what x becomes under these.
 
-        x, out: one shape, in which `layout` finds the tokens; or [T, D], as shortcuts call it. Returns `out`.
+        x, out, gates: one shape, in which `layout` finds the tokens; or [T, D], as shortcuts call it. gates: what a
+        gated norm takes besides x. Returns `out`.
         """
         dim = self.layout.args[0] if x.ndim == self.layout.num_dims else 0
         for group in groups:
             own = group.extras.norms.get(self.name)
             if own is not None:
-                out.index_copy_(dim, group.rows, run_with(self.module, own, x.index_select(dim, group.rows)))
+                inputs = [value.index_select(dim, group.rows) for value in (x, *gates)]
+                out.index_copy_(dim, group.rows, run_with(self.module, own, *inputs))
         return out
 
     def apply_parameters(self, groups: list[ExtraRows], out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

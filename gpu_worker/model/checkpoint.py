@@ -155,6 +155,11 @@ def refusal(module: PreTrainedModel, reasons: list[str]) -> BadRequest:
     return BadRequest(f"model type {module.config.model_type} cannot be served: it has {'; '.join(reasons)}")
 
 
+def takes_positions(module: PreTrainedModel) -> bool:
+    """Return whether a model is told the tokens' positions."""
+    return "position_ids" in inspect.signature(module.forward).parameters
+
+
 @contextmanager
 def refuse_what_cannot_run(module: PreTrainedModel) -> Iterator[None]:
     """Raise a refusal where running a model raises what models raise that need more than token ids."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gpu_worker.model.checkpoint import quantisation_of
+from gpu_worker.model.checkpoint import quantisation_of, takes_positions
 
 LAST_DIGITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Relative differences that rounding and another order of sums may make of a number."""
@@ -43,8 +43,8 @@ def ask_untouched(module: PreTrainedModel, config: Any) -> LogitsCheck:
 def _logits_of(module: PreTrainedModel, prompts: list[Tensor]) -> list[Tensor]:
     found = []
     for ids in prompts:
-        positions = torch.arange(len(ids), device=ids.device)
-        found.append(module(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0])
+        positions = {"position_ids": torch.arange(len(ids), device=ids.device)[None]} if takes_positions(module) else {}
+        found.append(module(input_ids=ids[None], use_cache=False, **positions).logits[0])
     return found
 
 

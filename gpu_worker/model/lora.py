@@ -106,6 +106,7 @@ class SharedInput:
         """
         if x is not self._x:
             rows = x.reshape(-1, x.shape[-1])
+            rows = rows if rows.stride(-1) == 1 else rows.contiguous()
             if torch.compiler.is_compiling():
                 self._x, self._outs = x, torch.ops.lorafleet_layers.project(rows, self.handle, self.sizes)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.attention import PagedLayer, StepContext
 from gpu_worker.model.logits_check import LogitsCheck
 from gpu_worker.model.lora import SharedInput, SiteInfo
+from gpu_worker.model.mixers import MixerStates, running
 from protocol.wire.errors import BadRequest
 
 
@@ -35,6 +37,8 @@ class BaseModel:
     fingerprint: str
     keeps_logits: bool  # whether the module's forward takes logits_to_keep
     num_shortcuts: int  # decoder layers that run by shortcut as a whole
+    mixers: MixerStates  # none for a model whose layers keep keys and values only
+    takes_positions: bool  # whether the module's forward takes position_ids
     check: LogitsCheck | None = None
 
     @property
@@ -53,12 +57,14 @@ class BaseModel:
         input_ids, position_ids: int64 [T]. logit_rows: int64 [rows], the tokens whose logits are wanted; None: all T.
         Returns the logits [rows, V]. Writes the step's keys and values to the KV cache.
         """
-        inputs = {"input_ids": input_ids[None], "position_ids": position_ids[None], "use_cache": False}
-        if logit_rows is None:
-            return self.module(**inputs).logits[0]
-        if self.keeps_logits:
-            return self.module(**inputs, logits_to_keep=logit_rows).logits[0]
-        return self.module(**inputs).logits[0, logit_rows]
+        inputs: dict[str, Any] = {"input_ids": input_ids[None], "use_cache": False}
+        if self.takes_positions:
+            inputs["position_ids"] = position_ids[None]
+        if self.keeps_logits and logit_rows is not None:
+            inputs["logits_to_keep"] = logit_rows
+        with running(self.mixers) if self.mixers.calls else contextlib.nullcontext():
+            logits = self.module(**inputs).logits[0]
+        return logits if self.keeps_logits or logit_rows is None else logits[logit_rows]
 
 
 def choose_device(device: str) -> torch.device:

@@ -17,18 +17,23 @@ from transformers import PreTrainedModel
 
 from gpu_worker.model.adaptable_modules import find_adaptable_modules
 from gpu_worker.model.attention import ATTENTION, AttentionCall, StepContext, make_layers
-from gpu_worker.model.checkpoint import read_eos_ids, read_model, refusal, refuse_what_cannot_run
+from gpu_worker.model.checkpoint import read_eos_ids, read_model, refusal, refuse_what_cannot_run, takes_positions
 from gpu_worker.model.compiled import install_compiled
 from gpu_worker.model.logits_check import ask_untouched
 from gpu_worker.model.lora import install_sites
+from gpu_worker.model.mixers import MixerStates
 from gpu_worker.model.model import BaseModel, fingerprint_of
 from gpu_worker.model.shortcuts import install_shortcuts
 from gpu_worker.model.trial import Trial, run_trial
 from lora_kernels import ops
+from protocol.wire.errors import BadRequest
 
 logger = logging.getLogger(__name__)
 
-SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+SERVED_LAYER_TYPES = {
+    "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "mlp", "moe", "hybrid",
+    "hybrid_sliding",
+}  # fmt: skip
 
 
 def load_model(
@@ -56,11 +61,13 @@ def prepare_model(
         check = ask_untouched(module, config)
         module.set_attn_implementation(ATTENTION)
         trial = run_trial(module, keeps_logits)
-    _refuse_calls(module, trial, config)
+    _refuse_calls(module, trial)
+    if compiled and trial.mixers:
+        raise BadRequest("compile is on, but this model's layers keep states, and cannot be compiled")
     context = StepContext()
     layers = make_layers(trial.attention, context, impl)
     names = {module_: name for name, module_ in module.named_modules()}
-    attention_names = {names[layer.call.module] for layer in layers}
+    attention_names = {names[layer.call.module] for layer in layers} | trial.mixer_modules
     sites, shared = install_sites(module, trial.linears, attention_names, context, impl)
     adaptable = find_adaptable_modules(module, trial.per_token, sites, shared, context)
     num_shortcuts = 0
@@ -80,7 +87,8 @@ def prepare_model(
     return BaseModel(
         module=module, device=device, dtype=dtype, context=context, layers=layers, sites=sites, shared=shared,
         adaptable=adaptable, eos_ids=eos_ids, max_positions=_max_positions(config, trial.attention),
-        fingerprint=fingerprint, keeps_logits=keeps_logits, num_shortcuts=num_shortcuts, check=check,
+        fingerprint=fingerprint, keeps_logits=keeps_logits, num_shortcuts=num_shortcuts,
+        mixers=MixerStates(trial.mixers), takes_positions=takes_positions(module), check=check,
     )  # fmt: skip
 
 
@@ -113,25 +121,23 @@ def _on_one_thread(function: Callable[..., Any]) -> Callable[..., Any]:
 def _refuse_module(module: PreTrainedModel, config: Any) -> None:
     """Raise BadRequest for what a model's class or config shows that cannot be served."""
     reasons = []
-    if not module._supports_attention_backend:
-        reasons.append("attention that cannot be replaced (no AttentionInterface)")
     unknown = set(getattr(config, "layer_types", None) or ()) - SERVED_LAYER_TYPES
     if unknown:
         reasons.append(f"layers of type {', '.join(sorted(unknown))}")
     if getattr(config, "is_encoder_decoder", False):
         reasons.append("an encoder")
-    if "position_ids" not in inspect.signature(module.forward).parameters:
-        reasons.append("no way to be told the tokens' positions")
     if reasons:
         raise refusal(module, reasons)
 
 
-def _refuse_calls(module: PreTrainedModel, trial: Trial, config: Any) -> None:
+def _refuse_calls(module: PreTrainedModel, trial: Trial) -> None:
     """Raise BadRequest for attention calls in a trial run that paged attention does not compute."""
     reasons = []
     calls = trial.attention
-    if len(calls) < config.num_hidden_layers:
-        reasons.append(f"{len(calls)} attention calls for {config.num_hidden_layers} layers")
+    if not calls and not trial.mixers:
+        reasons.append("attention that cannot be replaced (no AttentionInterface)")
+    if calls and not takes_positions(module):
+        reasons.append("no way to be told the tokens' positions")
     if any(not call.is_causal for call in calls):
         reasons.append("attention in both directions")
     if any(call.has_own_mask for call in calls):

@@ -6,6 +6,7 @@ computed what the original computes, on the original's own input. What is not re
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -99,6 +100,8 @@ def find_norm(module: nn.Module, impl: ops.Impl | None) -> Norm | None:
     """Return the RMSNorm that computes exactly what a module computes, None if there is none."""
     parameters = list(module.named_parameters(recurse=False))
     if [name for name, _ in parameters] != ["weight"] or next(module.children(), None) is not None:
+        return None
+    if len(inspect.signature(module.forward).parameters) != 1:  # a gated norm
         return None
     weight = parameters[0][1].detach()
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))

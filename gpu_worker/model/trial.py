@@ -12,8 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from gpu_worker.model.apply_extras import TokenLayout
 from gpu_worker.model.attention import AttentionCall, AttentionRecorder, bind, unbind
+from gpu_worker.model.checkpoint import takes_positions
 from gpu_worker.model.lora import LinearCall, linear_shape
 from gpu_worker.model.masks import record_masks
+from gpu_worker.model.mixers import MixerCall, MixerRecorder, install_functions, running
 
 NUM_TOKENS = 5
 NUM_HEAD_ROWS = 2  # a number that tells the head's rows from all tokens
@@ -35,6 +37,8 @@ class Trial:
     linears: list[LinearCall] = field(default_factory=list)
     modules: dict[str, ModuleCall] = field(default_factory=dict)  # the first call of every module that has children
     per_token: dict[str, TokenLayout] = field(default_factory=dict)  # modules with parameters of their own, called once
+    mixers: list[MixerCall] = field(default_factory=list)
+    mixer_modules: set[str] = field(default_factory=set)  # the modules that call mixers' functions
 
 
 def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
@@ -82,12 +86,19 @@ class _Watch:
         self._recorder = AttentionRecorder()
         self._linears: dict[str, LinearCall | None] = {}  # None: called in a way that no site can be
         self._called: set[str] = set()
+        self._inside: list[str] = []  # modules that are running, the innermost last
+        self._mixing: set[str] = set()  # modules in which a mixer's function was called
+        self._mixers = MixerRecorder(self._note_mixer)
 
     def run(self, keeps_logits: bool) -> Trial:
         """Run the model once and remove the hooks. May be called once."""
         handles = []
+        install_functions(self.module)
         for name, child in self.module.named_modules():
             bind(child, self._recorder)
+            if next(child.children(), None) is not None:
+                handles.append(child.register_forward_pre_hook(self._enter_hook(name)))
+                handles.append(child.register_forward_hook(self._leave_hook, always_call=True))
             if type(child) not in (nn.Linear, Conv1D) and next(child.parameters(recurse=False), None) is not None:
                 handles.append(child.register_forward_hook(self._parameters_hook(name), with_kwargs=True))
             if linear_shape(child) is not None:
@@ -96,16 +107,33 @@ class _Watch:
                 handles.append(child.register_forward_pre_hook(self._module_hook(name), with_kwargs=True))
         ids = torch.arange(self.num_tokens, device=self.module.device)[None]
         keep = {"logits_to_keep": torch.arange(self.num_head_rows, device=ids.device)} if keeps_logits else {}
+        positions = {"position_ids": ids} if takes_positions(self.module) else {}
         try:
-            self.module(input_ids=ids, position_ids=ids, use_cache=False, **keep)
+            with running(self._mixers):
+                self.module(input_ids=ids, use_cache=False, **positions, **keep)
         finally:
             for handle in handles:
                 handle.remove()
             for child in self.module.modules():
                 unbind(child)
-        self.trial.attention = self._recorder.calls
+        self.trial.attention, self.trial.mixers = self._recorder.calls, self._mixers.calls
         self.trial.linears = [call for call in self._linears.values() if call is not None]
+        for name in self._mixing:  # an adapter's rows alone would have other states
+            self.trial.per_token.pop(name, None)
         return self.trial
+
+    def _enter_hook(self, name: str) -> Any:
+        def hook(_: nn.Module, _args: tuple[Any, ...]) -> None:
+            self._inside.append(name)
+
+        return hook
+
+    def _leave_hook(self, _: nn.Module, _args: tuple[Any, ...], _out: Any) -> None:
+        self._inside.pop()
+
+    def _note_mixer(self) -> None:
+        self.trial.mixer_modules.add(self._inside[-1])
+        self._mixing.update(self._inside)
 
     def _linear_hook(self, name: str) -> Any:
         def hook(linear: nn.Module, args: tuple[Any, ...], out: Any) -> None:

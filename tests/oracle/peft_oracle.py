@@ -78,18 +78,21 @@ class Oracle:
         """Return the greedy continuation under one adapter, computed alone, once. scale: multiplies the adapter's."""
         key = (name, prompt.tobytes(), num_tokens, scale)
         if key not in self._greedy:
-            self._greedy[key] = self._generate(name, prompt, num_tokens, scale)
+            self._greedy[key] = self.generate(name, prompt, num_tokens, scale=scale)[0]
         return [*self._greedy[key]]
 
-    def _generate(self, name: str, prompt: np.ndarray, num_tokens: int, scale: float) -> list[int]:
+    def generate(
+        self, name: str, prompt: np.ndarray, num_tokens: int, *, scale: float = 1.0
+    ) -> tuple[list[int], torch.Tensor]:
+        """Return the greedy continuation under one adapter, computed alone, and the logits [num_tokens, V] of it."""
         ids = torch.from_numpy(prompt.astype(np.int64))[None]
         options: dict[str, Any] = {
             "attention_mask": torch.ones_like(ids), "max_new_tokens": num_tokens, "do_sample": False,
-            "eos_token_id": None, "pad_token_id": 0,
+            "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True,
         }  # fmt: skip
         with torch.inference_mode(), self._under(name, scale) as model:
             out = model.generate(input_ids=ids, **options)
-        return out[0, len(prompt) :].tolist()
+        return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits)
 
     def logits(self, name: str, ids: np.ndarray) -> torch.Tensor:
         """Return the logits [T, V] of a text under one adapter, computed alone."""

@@ -29,7 +29,7 @@ from protocol.wire.messages import OPAQUE
     [
         ("bert", {"is_decoder": False}, "both directions"),
         ("bloom", {}, "AttentionInterface"),
-        ("lfm2", {}, "layers of type conv"),
+        ("deepseek_v32", {}, "layers of type indexed_attention"),
         ("doge", {}, "a mask of its own making"),
     ],
 )

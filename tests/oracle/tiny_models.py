@@ -24,7 +24,7 @@ _SIZES: dict[tuple[str, ...], Any] = {
     ("intermediate_size", "n_inner", "ffn_dim", "dff", "ffn_hidden_size", "dense_intermediate_size"): 96,
     ("intermediate_size_mlp", "prefix_dense_intermediate_size"): 96,
     ("num_hidden_layers", "n_layer", "num_layers", "n_layers"): 2,
-    ("num_attention_heads", "n_head", "n_heads"): 4,
+    ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads"): 4,
     ("num_key_value_heads", "kv_n_heads"): 2,
     ("head_dim", "v_head_dim", "qk_nope_head_dim"): 16,
     ("qk_rope_head_dim", "rotary_dim"): 8,
@@ -39,6 +39,12 @@ _SIZES: dict[tuple[str, ...], Any] = {
     ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "zero_expert_num"): 1,
     ("n_group", "topk_group", "first_k_dense_replace", "num_dense_layers"): 1,
     ("hidden_size_per_layer_input", "router_hidden_size", "gated_norm_rank", "laurel_rank"): 8,
+    ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads"): 8,
+    ("mamba_d_state", "state_size", "ssm_state_size", "mamba_head_dim", "mamba_chunk_size", "chunk_size"): 16,
+    ("mamba_d_ssm",): 128,
+    ("n_groups", "linear_num_key_heads"): 2,
+    ("linear_num_value_heads",): 4,
+    ("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"): 16,
     ("initializer_range", "init_std"): 0.2,
     ("pad_token_id",): 0,
     ("bos_token_id", "cls_token_id"): 1,
@@ -51,6 +57,11 @@ TINY = {name: value for names, value in _SIZES.items() for name in names}
 
 _MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
 _MIXED4 = {"layer_types": 2 * _MIXED["layer_types"], "num_hidden_layers": 4}
+_HYBRID3 = {"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3}
+_INDEXED = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64,
+    "indexer_compress_ratio": 4, "ple_layer_ids": [], "hc_lowrank": 8,
+}  # fmt: skip
 _WINDOWS = {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}
 _SHARED_KV = {"num_kv_shared_layers": 2, **_MIXED4}
 
@@ -59,6 +70,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         **_MIXED,
         "rope_parameters": {name: {"rope_type": "default", "rope_theta": 1e4} for name in _MIXED["layer_types"]},
     },
+    "bamba": {"attn_layer_indices": [1]},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8}},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, **_MIXED4},
     "dots3_note": {
@@ -69,9 +81,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 8},
     "gemma3n_text": _SHARED_KV,
     "gemma4_text": _SHARED_KV,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 12},
     "granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.3},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hrm_text": {"initializer_range": 0.1},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0},
     "jetmoe": {"kv_channels": 16},
     "laguna": _MIXED,
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -81,28 +95,31 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
     "mllama": {"text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]}},
     "moshi": {"sliding_window": 64},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"]},
     "qwen2": _WINDOWS,
     "qwen2_moe": _WINDOWS,
     "qwen3": _WINDOWS,
+    "reformer": {"axial_pos_embds": False},
+    "qwen4_exp": {"text_config": _INDEXED},
+    "qwen4_exp_text": _INDEXED,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "smollm3": {"no_rope_layer_interval": 2},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "initializer_range": 0.05,
+        "n_mamba_heads": 2,
+        "layers_block_type": ["mamba", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+    },
+    "zamba2": {"initializer_range": 0.05, **_HYBRID3},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What cannot be derived, by model type."""
 
 
 def causal_types() -> list[str]:
-    """Return every model type whose causal LM declares that its attention can be replaced."""
-    found: list[str] = []
-    for model_type, config_class in CONFIG_MAPPING.items():
-        if config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
-            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-            assert isinstance(model_class, type)
-            assert issubclass(model_class, PreTrainedModel)
-            if model_class._supports_attention_backend:
-                found.append(model_type)
-    return sorted(found)
+    """Return every model type of transformers that has a causal LM."""
+    return sorted(name for name, config_class in CONFIG_MAPPING.items() if config_class in MODEL_FOR_CAUSAL_LM_MAPPING)
 
 
 def tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:

@@ -108,7 +108,7 @@ def test_all_of_a_tenant_yields_once_one_of_its_requests_does() -> None:
     assert (running.yields, waiting.yields, strangers.yields) == (True, True, False)
 
 
-def test_a_tenant_with_few_places_and_long_prompts_fills_no_more_than_a_step() -> None:
+def test_a_tenant_of_few_long_prompts_fills_no_more_than_a_step() -> None:
     batcher, _ = make_batcher(1024, max_num_seqs=16, max_step_tokens=64, max_slowdown=2.0)
     quiet = make_seq("quiet", np.arange(4), 500, tenant="quiet")
     batcher.add(quiet)

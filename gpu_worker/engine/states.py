@@ -1,0 +1,146 @@
+"""Slots for the states of layers that keep a state in place of keys and values. Pure.
+
+A running sequence has a slot of its own. The other slots hold states of finished or longer texts at some position, by
+the hash of the block that ends there, for the prefix cache: such a state is good at that position alone.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+
+from gpu_worker.engine.sequence import Sequence
+from protocol.runtime.settings import BLOCK_TOKENS
+
+PROMPT_TOKENS = 256
+"""States of a prompt are saved at multiples of that, and at its last full block, for prompts that begin alike."""
+
+OUTPUT_TOKENS = 64
+"""Of an output the newest state at a multiple of that is saved, for the next turn of a conversation."""
+
+
+def worth_saving(num_prompt: int, first: int, end: int, *, with_output: bool = True) -> list[int]:
+    """Return the positions after `first`, up to `end`, at which the states of a sequence are worth a slot.
+
+    num_prompt: tokens of its prompt. with_output: whether states of its output are. The last of a text's tokens is
+    never found in the prefix cache, because its logits are needed, so that a prompt's last block that can be found is
+    full before that token.
+    """
+    last = (num_prompt - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    positions = {*range(PROMPT_TOKENS, last, PROMPT_TOKENS), last}
+    output = end // OUTPUT_TOKENS * OUTPUT_TOKENS
+    if with_output and output > num_prompt:
+        positions.add(output)
+    return sorted(position for position in positions if first < position <= end)
+
+
+class StatePool:
+    """Slots 0 … num_slots - 1. What is saved is reused in LRU order, when a slot is needed."""
+
+    def __init__(self, num_slots: int, *, saves_outputs: bool = True) -> None:
+        """saves_outputs: whether the state after an output is that of a prompt with the same tokens."""
+        self.num_slots = num_slots
+        self.saves_outputs = saves_outputs
+        self.zero = num_slots  # one more slot, of the state with which every text begins
+        self._free = list(range(num_slots))
+        self._saved: OrderedDict[bytes, int] = OrderedDict()  # hash -> slot, least recently used first
+        self._read: set[int] = set()  # slots that the next step reads, which must not be overwritten before
+
+    def allocate(self) -> int | None:
+        """Return a slot, if need be that of the saved state that was used least recently; None if there is none."""
+        if self._free:
+            return self._free.pop()
+        for hash_, slot in self._saved.items():
+            if slot not in self._read:
+                del self._saved[hash_]
+                return slot
+        return None
+
+    def release(self, slots: Iterable[int]) -> None:
+        """Free slots."""
+        self._free.extend(slots)
+
+    def longest(self, hashes: list[bytes]) -> tuple[int, int]:
+        """Return how many of a text's first blocks a saved state covers, and its slot; 0 and that of no tokens."""
+        for num in range(len(hashes), 0, -1):
+            slot = self._saved.get(hashes[num - 1])
+            if slot is not None:
+                return num, slot
+        return 0, self.zero
+
+    def read(self, hash_: bytes) -> None:
+        """Keep a saved state until the next step has read it."""
+        self._saved.move_to_end(hash_)
+        self._read.add(self._saved[hash_])
+
+    def save(self, hash_: bytes, slot: int) -> None:
+        """Let a state be found by the hash of the block that it follows; its slot is free if there is one already."""
+        if hash_ in self._saved:
+            self._saved.move_to_end(hash_)
+            self._free.append(slot)
+        else:
+            self._saved[hash_] = slot
+
+    def forget(self, hash_: bytes) -> None:
+        """Free the slot of a saved state, if there is one and no step is about to read it."""
+        slot = self._saved.get(hash_)
+        if slot is not None and slot not in self._read:
+            del self._saved[hash_]
+            self._free.append(slot)
+
+    def take(self, seq: Sequence, num_cached: int) -> bool:
+        """Give a waiting sequence slots for its states. Returns False, and gives none, where there are not enough.
+
+        num_cached: blocks of its beginning, the last of which a saved state follows. A sequence with a grammar has two
+        slots, and each step reads one and writes the other, because a step whose mask is late is computed again.
+        """
+        saved = self.longest(seq.hashes[:num_cached])[1]
+        if num_cached:
+            self.read(seq.hashes[num_cached - 1])
+        for _ in range(1 if seq.matcher is None else 2):
+            slot = self.allocate()
+            if slot is None:
+                self.release(seq.state_slots)
+                seq.state_slots = []
+                return False
+            seq.state_slots.append(slot)
+        seq.state_read = saved
+        return True
+
+    def plan_saves(self, seq: Sequence, num_new: int) -> dict[int, int]:
+        """Return the positions among a sequence's next tokens after which its states are saved, and slots for them."""
+        first, end = seq.num_computed, seq.num_computed + num_new
+        saves = dict[int, int]()
+        for position in worth_saving(seq.num_prompt, first, end, with_output=self.saves_outputs):
+            slot = self.allocate()
+            if slot is not None:
+                saves[position] = slot
+        return saves
+
+    def complete(self, seq: Sequence, num_new: int, saves: Mapping[int, int]) -> None:
+        """Note that a sequence's next tokens are computed: it goes on from the states left, and the saved are found.
+
+        num_new: 0 if they were taken back, because the mask for the token after them is late.
+        """
+        if num_new > 0:
+            seq.state_slots.reverse()
+            seq.state_read = seq.state_slots[-1]
+        for position, slot in saves.items():
+            if position > seq.num_computed:
+                self.release([slot])
+                continue
+            hash_ = seq.hashes[position // BLOCK_TOKENS - 1]
+            self.save(hash_, slot)
+            if position > seq.num_prompt:
+                self.forget(seq.state_saved)
+                seq.state_saved = hash_
+
+    def end_step(self) -> None:
+        """Note that a step has read what it had to."""
+        self._read.clear()
+
+    def check_integrity(self, held: Iterable[int]) -> None:
+        """Raise AssertionError unless every slot is held by one sequence, saved or free."""
+        slots = sorted([*held, *self._saved.values(), *self._free])
+        if slots != list(range(self.num_slots)):
+            raise AssertionError(f"state slots are lost or held twice: {slots} of {self.num_slots}")

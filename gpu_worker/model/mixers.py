@@ -1,0 +1,401 @@
+"""Layers that keep a state in place of keys and values: convolutions, gated delta rules, state space scans.
+
+Transformers' mixers compute everything token by token but for a few functions of their module, such as
+`causal_conv1d_fn`, which see a sequence at once. They have no interface as attention has one, so ours take these
+functions' places: in a step they run each sequence's tokens from its state, and everywhere else they are what they
+were. What they compute is transformers' own: its function for several tokens, and its function for one token, all
+sequences together. Both are the fast ones of `flash-linear-attention`, `mamba-ssm` and `causal-conv1d` where these are
+installed.
+
+A step's tokens are packed: T of them, of all sequences, in runs. A state is that of one sequence in one call.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpu_worker.memory import zeros
+
+UNLIMITED = (0.0, float("inf"))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive tokens of one sequence in a step."""
+
+    start: int  # its first row
+    end: int
+    read: int  # slot of the state that it begins with
+    write: int  # slot of the state that it leaves
+    num_prompt: int  # of its tokens, those of the prompt, which come first
+    save: int = -1  # another slot for that state; -1: none
+
+
+@dataclass(frozen=True, slots=True)
+class Singles:
+    """The output tokens of sequences of which the step has one token, which are computed together."""
+
+    rows: Tensor  # int64 [D]
+    reads: Tensor  # int64 [D] slots, as those of a `Run`
+    writes: Tensor  # int64 [D]
+
+
+@dataclass(frozen=True, slots=True)
+class StateBatch:
+    """The runs of a step. Those of several tokens are computed one after the other, in their order."""
+
+    singles: Singles | None  # None: there are none
+    runs: list[Run]
+    copies: tuple[Tensor, Tensor] | None  # int64 [n] each: slots to be copied after the step, and to which
+
+    @classmethod
+    def of(
+        cls, singles: list[tuple[int, int, int]], runs: list[Run], copies: list[tuple[int, int]], device: torch.device
+    ) -> StateBatch:
+        """singles: row, slot to read and slot to write of each run of one token. copies: from slot, to slot."""
+        table = torch.tensor(singles, dtype=torch.int64).reshape(-1, 3).T.to(device)
+        pairs = torch.tensor(copies, dtype=torch.int64).reshape(-1, 2).T.to(device)
+        return cls(Singles(*table) if singles else None, runs, (pairs[0], pairs[1]) if copies else None)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the step's tokens are the singles, in order."""
+        return not self.runs
+
+
+class MixerCall:
+    """One call of a mixer's function in each forward pass, with the states of all sequences.
+
+    Subclasses know one function: how a state looks, what is computed for one token of many sequences (`step`) and for
+    several tokens of one (`scan`).
+    """
+
+    def __init__(self, many: Callable[..., Any], one: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:
+        """many, one: transformers' functions. args, kwargs: what the trial run called the first with."""
+        self.many = many
+        self.one = one
+        self.shape, self.dtype = self.state_of(args, kwargs)
+        self.states: Tensor | None = None  # [slots, …]
+
+    @property
+    def tells_prompts_apart(self) -> bool:
+        """Whether a prompt's tokens are computed otherwise than the same tokens of an output."""
+        return False
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one sequence's state."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def allocate(self, num_slots: int, device: torch.device) -> None:
+        """Allocate the states of `num_slots` slots, all zero, which is how a sequence begins."""
+        self.states = zeros((num_slots, *self.shape), self.dtype, device)
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy states from slots to other slots, int64 [n] both."""
+        assert self.states is not None
+        self.states[targets] = self.states[sources]
+
+    def put(self, run: Run, state: Tensor) -> None:
+        """Keep the state that a run leaves."""
+        assert self.states is not None
+        self.states[run.write] = state
+        if run.save >= 0:
+            self.states[run.save] = state
+
+    def run(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute the function for a step, and move every run's state on."""
+        raise NotImplementedError
+
+    def state_of(self, args: tuple[Any, ...], kwargs: Any) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return the shape and dtype of a state."""
+        raise NotImplementedError
+
+
+class Convolution(MixerCall):
+    """causal_conv1d_fn(x [1, C, T], weight [C, K], bias, activation): a state is the last K inputs [C, K]."""
+
+    def state_of(self, args: tuple[Any, ...], kwargs: Any) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return the shape and dtype of a state."""
+        bound = _bind(self.many, args, kwargs)
+        return tuple(bound["weight"].shape), bound["hidden_states"].dtype
+
+    def run(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the convolved x [1, C, T]."""
+        bound = _bind(self.many, args, kwargs)
+        x, states = bound.pop("hidden_states"), self.states
+        assert states is not None
+        out = torch.empty_like(x) if batch.runs else None
+        if batch.singles is not None:
+            own = states[batch.singles.reads]
+            rows = x[0].T if batch.is_decode else x[0].T[batch.singles.rows]
+            new = self.one(rows[..., None], own, bound["weight"], bound.get("bias"), bound.get("activation"))[..., 0]
+            states[batch.singles.writes] = own
+            if out is None:
+                return new.T[None]
+            out[0].T[batch.singles.rows] = new
+        assert out is not None
+        for run in batch.runs:
+            whole = torch.cat((states[run.read][None], x[:, :, run.start : run.end]), -1)
+            out[:, :, run.start : run.end] = self.many(whole, **bound)[:, :, states.shape[-1] :]
+            self.put(run, whole[0, :, -states.shape[-1] :])
+        return out
+
+
+class DeltaRule(MixerCall):
+    """chunk_gated_delta_rule(q, k [1, T, H, K], v [1, T, G, V], g, beta): a state is [G, K, V] in fp32.
+
+    Yang et al., Gated Delta Networks, 2024; with a decay for each channel of a key: Kimi Linear, 2025.
+    """
+
+    def state_of(self, args: tuple[Any, ...], kwargs: Any) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return the shape and dtype of a state."""
+        bound = _bind(self.many, args, kwargs)
+        key, value = bound["key"], bound["value"]
+        return (value.shape[2], key.shape[3], value.shape[3]), torch.float32
+
+    def run(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, None]:
+        """Return the outputs [1, T, G, V], and no state."""
+        bound = _bind(self.many, args, kwargs)
+        inputs = {name: bound.pop(name) for name in ("query", "key", "value", "g", "beta")}
+        states = self.states
+        assert states is not None
+        for name in ("initial_state", "output_final_state", "chunk_size", "cu_seqlens"):
+            bound.pop(name, None)
+        out = torch.empty_like(inputs["value"]) if batch.runs else None
+        if batch.singles is not None:
+            at = batch.singles
+            rows = {name: (x[0] if batch.is_decode else x[0, at.rows])[:, None] for name, x in inputs.items()}
+            own = states[at.reads]
+            new, states[at.writes] = self.one(**rows, initial_state=own, output_final_state=True, **bound)
+            if out is None:
+                return new.transpose(0, 1), None
+            out[0, at.rows] = new[:, 0]
+        assert out is not None
+        for run in batch.runs:
+            part = {name: x[:, run.start : run.end] for name, x in inputs.items()}
+            own = states[run.read][None]
+            done, state = self.many(**part, initial_state=own, output_final_state=True, **bound)
+            out[:, run.start : run.end] = done
+            self.put(run, state[0])
+        return out, None
+
+
+class ChunkScan(MixerCall):
+    """mamba2_chunk_scan(x [1, T, H, P], dt [1, T, H], A [H], B, C [1, T, G, N], …): a state is [H, P, N] in fp32.
+
+    Dao and Gu, Transformers are SSMs, 2024. Transformers limits dt in prompts only. Where there are limits, output
+    tokens that are computed again are computed one by one, as they were the first time.
+    """
+
+    @property
+    def tells_prompts_apart(self) -> bool:
+        """Whether a prompt's tokens are computed otherwise than the same tokens of an output."""
+        return self._limited
+
+    def state_of(self, args: tuple[Any, ...], kwargs: Any) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return the shape and dtype of a state."""
+        bound = _bind(self.many, args, kwargs)
+        self._limited = tuple(bound.get("dt_limit", UNLIMITED)) != UNLIMITED
+        return (*bound["hidden_states"].shape[2:], bound["B"].shape[-1]), torch.float32
+
+    def run(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the outputs [1, T, H, P]."""
+        bound = _bind(self.many, args, kwargs)
+        inputs = {name: bound.pop(name) for name in ("hidden_states", "dt", "B", "C")}
+        states = self.states
+        assert states is not None
+        for name in ("initial_states", "return_final_states"):
+            bound.pop(name, None)
+        out = torch.empty_like(inputs["hidden_states"], dtype=torch.float32)
+        if batch.singles is not None:
+            at = batch.singles
+            own = states[at.reads]
+            out[0, at.rows] = self._one(own, {name: x[0, at.rows] for name, x in inputs.items()}, bound)
+            states[at.writes] = own
+        for run in batch.runs:
+            end = run.start + run.num_prompt if self._limited else run.end
+            own = states[run.read][None].clone()
+            if end > run.start:
+                part = {name: x[:, run.start : end] for name, x in inputs.items()}
+                out[:, run.start : end], own = self.many(**part, initial_states=own, return_final_states=True, **bound)
+            for row in range(end, run.end):
+                out[:, row] = self._one(own, {name: x[:, row] for name, x in inputs.items()}, bound)
+            self.put(run, own[0])
+        return out
+
+    def _one(self, states: Tensor, rows: dict[str, Tensor], bound: dict[str, Any]) -> Tensor:
+        """Return the outputs [n, H, P] of one token each of n sequences, and move their states [n, H, P, N] on."""
+        width, num_states = states.shape[2:]
+        bias, skip = bound.get("dt_bias"), bound.get("D")
+        return self.one(
+            states,
+            rows["hidden_states"],
+            rows["dt"][..., None].expand(-1, -1, width),
+            bound["A"][:, None, None].expand(-1, width, num_states),
+            rows["B"],
+            rows["C"],
+            None if skip is None else skip[:, None].expand(-1, width),
+            dt_bias=None if bias is None else bias[:, None].expand(-1, width),
+            dt_softplus=bound.get("dt_softplus", False),
+        ).float()
+
+
+class SelectiveScan(MixerCall):
+    """mamba_selective_scan(x, dt [1, C, T], A [C, N], B, C [1, N, T], …): a state is [C, N] in fp32.
+
+    Gu and Dao, Mamba, 2023. Transformers' function for several tokens takes no state to begin with, so a run that has
+    one is computed token by token.
+    """
+
+    def state_of(self, args: tuple[Any, ...], kwargs: Any) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return the shape and dtype of a state."""
+        return tuple(_bind(self.many, args, kwargs)["A"].shape), torch.float32
+
+    def run(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the outputs [1, C, T]."""
+        bound = _bind(self.many, args, kwargs)
+        inputs = {name: bound[name] for name in ("hidden_states", "dt", "B", "C", "z") if bound.get(name) is not None}
+        states = self.states
+        assert states is not None
+        out = torch.empty_like(inputs["hidden_states"])
+        if batch.singles is not None:
+            rows, own = batch.singles.rows, states[batch.singles.reads]
+            out[0].T[rows] = self._step(own, {name: x[0].T[rows] for name, x in inputs.items()}, bound)
+            states[batch.singles.writes] = own
+        for run in batch.runs:
+            own = states[run.read][None].clone()
+            for row in range(run.start, run.end):
+                out[:, :, row] = self._step(own, {name: x[:, :, row] for name, x in inputs.items()}, bound)
+            self.put(run, own[0])
+        return out
+
+    def _step(self, states: Tensor, rows: dict[str, Tensor], bound: dict[str, Any]) -> Tensor:
+        """Compute one token each of n sequences, rows [n, C] and [n, N], and move their states [n, C, N] on."""
+        return self.one(
+            states, rows["hidden_states"], rows["dt"], bound["A"], rows["B"], rows["C"], bound.get("D"),
+            z=rows.get("z"), dt_bias=bound.get("delta_bias"), dt_softplus=bound.get("delta_softplus", False),
+        )  # fmt: skip
+
+
+FUNCTIONS: dict[str, tuple[type[MixerCall], str]] = {
+    "causal_conv1d_fn": (Convolution, "causal_conv1d_update"),
+    "torch_chunk_gated_delta_rule": (DeltaRule, "torch_recurrent_gated_delta_rule"),
+    "chunk_kimi_delta_attention": (DeltaRule, "recurrent_kimi_delta_attention"),
+    "mamba2_chunk_scan": (ChunkScan, "mamba2_selective_state_update"),
+    "mamba_selective_scan": (SelectiveScan, "mamba_selective_state_update"),
+}
+"""Transformers' functions for several tokens -> what they are here, and its function for one token."""
+
+
+def _bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments by the names that transformers gives them."""
+    return dict(zip(_names(function), args, strict=False)) | kwargs
+
+
+@functools.cache
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    code = inspect.unwrap(function).__code__
+    return code.co_varnames[: code.co_argcount]
+
+
+# ---------------------------------------------------------------- whose functions run
+
+
+class MixerRecorder:
+    """Collects the calls of a trial run, in order."""
+
+    def __init__(self, on_call: Callable[[], object]) -> None:
+        self.calls: list[MixerCall] = []
+        self._on_call = on_call
+
+    def call(self, name: str, many: Callable[..., Any], one: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Note a call, and compute it as transformers does."""
+        self._on_call()
+        self.calls.append(FUNCTIONS[name][0](many, one, args, kwargs))
+        return many(*args, **kwargs)
+
+
+@dataclass(slots=True)
+class MixerStates:
+    """The calls of a model's mixers in one forward pass, in order."""
+
+    calls: list[MixerCall] = field(default_factory=list[MixerCall])
+    batch: StateBatch | None = None  # of the step
+    _next: int = 0
+
+    @property
+    def tells_prompts_apart(self) -> bool:
+        """Whether an output's states are not those that a prompt with the same tokens would have."""
+        return any(call.tells_prompts_apart for call in self.calls)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a sequence's states in all calls."""
+        return sum(call.state_bytes for call in self.calls)
+
+    def allocate(self, num_slots: int, device: torch.device) -> None:
+        """Allocate the states of `num_slots` slots."""
+        for call in self.calls:
+            call.allocate(num_slots, device)
+
+    def save(self) -> None:
+        """Copy the states that are to be saved after the step."""
+        if self.batch is not None and self.batch.copies is not None:
+            for call in self.calls:
+                call.copy(*self.batch.copies)
+
+    def call(self, name: str, many: Callable[..., Any], one: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Compute the forward pass's next call."""
+        if self.batch is None:
+            raise RuntimeError("a mixer was called before the step's runs were known")
+        call = self.calls[self._next % len(self.calls)]
+        self._next += 1
+        return call.run(self.batch, args, kwargs)
+
+
+_active = threading.local()
+_switches: set[Callable[..., Any]] = set()  # what `install_functions` has put into transformers' modules
+
+
+@contextmanager
+def running(mixers: MixerStates | MixerRecorder) -> Iterator[None]:
+    """Have `mixers` compute what this thread's mixers call, until the end."""
+    before = getattr(_active, "mixers", None)
+    _active.mixers = mixers
+    if isinstance(mixers, MixerStates):
+        mixers._next = 0
+    try:
+        yield
+    finally:
+        _active.mixers = before
+
+
+def install_functions(model: nn.Module) -> None:
+    """Put ours in the place of the functions of the modules that define a model's parts. Doing it twice is the same."""
+    for source in {type(part).__module__ for part in model.modules()}:
+        space = vars(sys.modules[source])
+        for name, (_, one) in FUNCTIONS.items():
+            many = space.get(name)
+            if many is not None and many not in _switches and one in space:
+                space[name] = _switch(name, many, space[one])
+
+
+def _switch(name: str, many: Callable[..., Any], one: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(many)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        mixers = getattr(_active, "mixers", None)
+        return many(*args, **kwargs) if mixers is None else mixers.call(name, many, one, args, kwargs)
+
+    _switches.add(call)
+    return call

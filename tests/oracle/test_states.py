@@ -1,0 +1,161 @@
+"""Models whose layers keep states: whatever happens to a request, its tokens are those of transformers and PEFT."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from factories import make_tokenizer
+from oracle.conformance import adapters_for
+from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, warm
+from oracle.test_grammars import GRAMMARS, Impatient, by_hand
+from oracle.tiny_models import tiny_model
+
+from gpu_worker.engine.states import OUTPUT_TOKENS, PROMPT_TOKENS
+from gpu_worker.model.prepare import prepare_model
+from protocol.runtime.settings import BLOCK_TOKENS
+from protocol.wire.errors import BadRequest
+
+NUM_TOKENS = 12
+TYPES = {
+    "qwen3_5_text": "gated delta rule beside attention",
+    "kimi_linear": "delta rule with a decay for each channel",
+    "falcon_h1": "scan and attention in one layer",
+    "nemotron_h": "scan whose steps are limited in prompts only",
+    "jamba": "selective scan",
+    "mamba": "no attention at all",
+    "lfm2": "short convolution only",
+}
+BEGINNING = PROMPT_TOKENS + 20  # tokens that all long prompts have in common
+
+
+class Case:
+    """A tiny model of a type with adapters, and what is right for some prompts."""
+
+    def __init__(self, model_type: str) -> None:
+        model = tiny_model(model_type, max_position_embeddings=512) if model_type != "mamba" else tiny_model("mamba")
+        sites = prepare_model(tiny_model(model_type), frozenset(), None).sites
+        self.oracle = Oracle(model, adapters_for(model, sites), scale=0.4)
+        rng = np.random.default_rng(1)
+        beginning = rng.integers(3, 190, BEGINNING).astype(np.int32)
+        long = [np.concatenate((beginning, rng.integers(3, 190, n).astype(np.int32))) for n in (25, 40)]
+        self.prompts = [*prompts(3, 190, (1, 17, 49)), *long]
+        self.expected = {
+            name: [self.oracle.greedy(name, prompt, NUM_TOKENS) for prompt in self.prompts]
+            for name in self.oracle.names
+        }
+
+    def requests(self, names: list[str] | None = None, **fields: Any) -> list[Any]:
+        return [
+            greedy_request(f"{name}/{i}", name, prompt, NUM_TOKENS, **fields)
+            for name in names or self.oracle.names
+            for i, prompt in enumerate(self.prompts)
+        ]
+
+
+@pytest.fixture(scope="module", params=TYPES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
+
+
+def test_every_adapter_changes_the_answer(case: Case) -> None:
+    base, *others = case.expected.values()
+    assert all(expected != base for expected in others)
+
+
+@pytest.mark.parametrize("step_tokens", [24, 400])
+def test_prompts_in_chunks_and_saved_states_change_no_token(case: Case, step_tokens: int) -> None:
+    engine = case.oracle.engine(max_step_tokens=step_tokens, max_num_seqs=8)
+    warm(engine, case.oracle.names)
+    for again in range(2):
+        before = engine.counters.num_cached_tokens
+        asked = ask(engine, case.requests())
+        found = engine.counters.num_cached_tokens - before
+        for name, expected in case.expected.items():
+            assert [asked.ids[f"{name}/{i}"] for i in range(len(expected))] == expected, (again, name)
+        if again:  # the last full block of each prompt, as far as its last token is not part of it
+            full = [(len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS for prompt in case.prompts]
+            assert found == len(case.oracle.names) * sum(full)
+
+
+def test_prompts_that_begin_alike_share_a_state(case: Case) -> None:
+    engine = case.oracle.engine(max_num_seqs=1, max_step_tokens=400)
+    asked = ask(engine, case.requests([""])[3:])
+    assert [asked.ids["/3"], asked.ids["/4"]] == case.expected[""][3:]
+    assert [asked.finish[f"/{i}"].num_cached_tokens for i in (3, 4)] == [0, PROMPT_TOKENS]
+
+
+def test_who_loses_place_and_states_says_the_same(case: Case) -> None:
+    engine = case.oracle.engine(max_num_seqs=4, max_step_tokens=64, prefix_cache=False)
+    warm(engine, case.oracle.names)
+    flood = case.requests(yields=True)
+    quiet = [replace(request, rid=f"quiet-{request.rid}") for request in case.requests(["all"])]
+
+    def let_all_in(num_steps: int) -> None:
+        while quiet and num_steps == 6:
+            engine.add(quiet.pop())
+
+    asked = ask(engine, flood, let_all_in)
+    assert engine.counters.num_preemptions >= 2
+    for name, expected in case.expected.items():
+        assert [asked.ids[f"{name}/{i}"] for i in range(len(expected))] == expected, name
+    assert [asked.ids[f"quiet-all/{i}"] for i in range(len(case.prompts))] == case.expected["all"]
+
+
+def test_an_output_that_another_worker_began_goes_on(case: Case) -> None:
+    engine = case.oracle.engine(max_num_seqs=4)
+    begun = {
+        f"{name}/{i}": greedy_request(
+            f"{name}/{i}", name, prompt, NUM_TOKENS, output=np.array(expected[i][:7], np.int32)
+        )
+        for name, expected in case.expected.items()
+        for i, prompt in enumerate(case.prompts)
+    }
+    asked = ask(engine, begun.values())
+    for name, expected in case.expected.items():
+        assert [asked.ids[f"{name}/{i}"] for i in range(len(expected))] == [ids[7:] for ids in expected], name
+
+
+def test_the_next_turn_of_a_conversation_finds_the_answer_before(case: Case) -> None:
+    [prompt], num = prompts(1, 190, (9,)), OUTPUT_TOKENS + 8
+    engine = case.oracle.engine(max_num_seqs=2)
+    first = ask(engine, [greedy_request("first", "few", prompt, num)])
+    assert first.ids["first"] == case.oracle.greedy("few", prompt, num)
+    turn = np.concatenate((prompt, np.array(first.ids["first"], np.int32), prompt))
+    second = ask(engine, [greedy_request("second", "few", turn, NUM_TOKENS)])
+    assert second.ids["second"] == case.oracle.greedy("few", turn, NUM_TOKENS)
+    saved = 0 if engine.model.mixers.tells_prompts_apart else OUTPUT_TOKENS
+    assert second.finish["second"].num_cached_tokens == saved
+
+
+def test_masks_that_are_late_change_no_token() -> None:
+    tokenizer = make_tokenizer().backend_tokenizer
+    base = tiny_model("qwen3_5_text", vocab_size=tokenizer.get_vocab_size())
+    oracle = Oracle(base, {"x": Lora(4, ("q_proj", "in_proj_qkv", "out_proj"))}, scale=0.4)
+    requests = [
+        greedy_request(f"{name}/{which}", name, prompt, 20, grammar=text)
+        for name in oracle.names
+        for prompt, (which, text) in zip(prompts(3, 100, (3, 20, 40)), list(GRAMMARS.items())[1:4], strict=True)
+    ]
+    engine = oracle.engine(tokenizer, max_step_tokens=64)
+    filler = engine.grammars._filler = Impatient(lambda: engine.grammars.on_ready())
+    warm(engine, oracle.names)
+    asked = ask(engine, requests)
+    for request in requests:
+        assert asked.ids[request.rid] == by_hand(oracle, request), request.rid
+    assert filler.num_late > 20
+
+
+def test_states_take_their_part_of_the_cache() -> None:
+    case = Oracle(tiny_model("qwen3_5_text"), {}, scale=0.4)
+    engine = case.engine(kv_cache_bytes=1 << 20)
+    config, slot_bytes = engine.config, engine.model.mixers.slot_bytes
+    assert (config.num_states + 1) * slot_bytes <= 1 << 19
+    assert 1 <= config.limits.max_num_seqs <= config.num_states // 2
+    few = 5 * slot_bytes
+    with pytest.raises(BadRequest, match=f"kv_cache_bytes is {few}, of which half holds 1 states"):
+        case.engine(kv_cache_bytes=few)
+    with pytest.raises(BadRequest, match="max_draft_tokens is 4"):
+        case.engine(max_draft_tokens=4)
