@@ -68,14 +68,17 @@ class BatcherMachine(RuleBasedStateMachine):
     @rule(
         kind=st.integers(0, 2), length=st.integers(1, 80), max_new=st.integers(1, 40),
         digest=st.sampled_from(["", "a", "b"]), resumed=st.integers(0, 20), yields=st.booleans(),
+        tenant=st.sampled_from(["", "s", "t"]),
     )  # fmt: skip
-    def add(self, kind: int, length: int, max_new: int, digest: str, resumed: int, yields: bool) -> None:
+    def add(
+        self, kind: int, length: int, max_new: int, digest: str, resumed: int, yields: bool, tenant: str
+    ) -> None:  # fmt: skip
         length = min(length, self.max_len - 1)
         max_new = min(max_new, self.max_len - length)
         prompt = np.arange(length) * (kind + 1)
         output = [7 * kind] * min(resumed, max_new - 1)
         self.count += 1
-        seq = make_seq(str(self.count), prompt, max_new, digest, output, yields=yields)
+        seq = make_seq(str(self.count), prompt, max_new, digest, output, yields=yields, tenant=tenant)
         seq.drafter = Drafter(self.limits.max_draft_tokens) if self.limits.max_draft_tokens else None
         self.batcher.add(seq)
 
@@ -98,6 +101,7 @@ class BatcherMachine(RuleBasedStateMachine):
         running = list(self.batcher.running)
         has_others = any(not seq.yields for seq in self.batcher)  # before: one passed over too often ceases to yield
         plan = self.batcher.plan()
+        has_others = has_others and any(not seq.yields for seq in self.batcher)  # one whose tenant had most begins to
         assert plan.num_tokens <= self.limits.max_step_tokens
         assert len(self.batcher.running) <= self.limits.max_num_seqs
         assert set(plan.num_new) <= set(self.batcher.running)
