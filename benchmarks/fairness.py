@@ -169,14 +169,24 @@ def stream_rows(streams: dict[str, dict[str, Stream]]) -> list[tuple[str, ...]]:
     return rows
 
 
+STREAM_COLUMNS = (
+    "max_slowdown", "one quiet stream", "ms between tokens p50", "p99", "TTFT p50, ms", "p99", "tok/s", "÷ alone",
+    "the flood's tok/s", "the worker's tok/s",
+)  # fmt: skip
+
+
 def main() -> None:
     """Measure a flood beside quiet tenants, and write the result."""
-    args = report.parser(__doc__).parse_args()
+    parser = report.parser(__doc__)
+    parser.add_argument("--parts", default="streams,equals,quiet", help="what to measure (default: all)")
+    args = parser.parse_args()
+    parts = args.parts.split(",")
     machine, model = report.machine(), args.model or quickstart_model()
     rounds, per_round, num_streams, num_turns = (1, 40, 9, 2) if args.short else (2, 128, 30, 4)
     default = Settings.model_fields["max_slowdown"].default
     settings = {"off": 0.0, f"{default:g}": default}
     streams: dict[str, dict[str, Stream]] = {}
+    equals: dict[str, Equals] = {}
     with scratch_folder() as scratch, ExitStack() as stack:
         adapters = scratch / "adapters"
         make_adapters(model, adapters, [*QUIET, FLOOD], [RANK])
@@ -187,26 +197,32 @@ def main() -> None:
             fleets[setting] = stack.enter_context(
                 fleet(Setup(model, adapters, scratch / setting, environment=environment))
             )
-        for setting, running in fleets.items():
+        for running in fleets.values():
             run_bench(load(running.url, [*QUIET, FLOOD], num_requests=42, concurrency=21))  # loads the adapters
-            streams[setting] = {"alone": measure_stream(running, None, num_streams)}
-            streams[setting]["beside the flood"] = measure_stream(running, flood_of(running), num_streams)
-            settle(running)
-        equals = measure_equals(fleets, num_turns)
+        if "streams" in parts:
+            for setting, running in fleets.items():
+                streams[setting] = {"alone": measure_stream(running, None, num_streams)}
+                streams[setting]["beside the flood"] = measure_stream(running, flood_of(running), num_streams)
+                settle(running)
+            print(report.table(STREAM_COLUMNS, stream_rows(streams)), flush=True)
+        if "equals" in parts:
+            equals = measure_equals(fleets, num_turns)
+            for setting, equal in equals.items():
+                rates = ", ".join(f"{rate:.0f}" for rate in equal.tokens_per_s)
+                print(
+                    f"eight backlogged equals, max_slowdown {setting}: {np.mean(equal.tokens_per_s):.0f} tok/s ({rates})"
+                )
+                print(f"    Jain index {jain(equal.shares):.4f} (wanted: 0.95 or more)", flush=True)
+        if "quiet" not in parts:
+            return
         pooled, rate, num_flood = measure_quiet(fleets[f"{default:g}"], rounds, per_round)
-    header = ("max_slowdown", "one quiet stream", "ms between tokens p50", "p99", "TTFT p50, ms", "p99", "tok/s",
-              "÷ alone", "the flood's tok/s", "the worker's tok/s")  # fmt: skip
-    print(report.table(header, stream_rows(streams)))
-    for setting, equal in equals.items():
-        fairness = f"Jain index {jain(equal.shares):.4f} (wanted: 0.95 or more)"
-        rates = ", ".join(f"{rate:.0f}" for rate in equal.tokens_per_s)
-        print(f"eight backlogged equals, max_slowdown {setting}: {np.mean(equal.tokens_per_s):.0f} tok/s ({rates})")
-        print(f"    {fairness}")
     figures = {name: {f"p{q}_ms": float(np.percentile(v, q)) for q in (50, 90, 99)} for name, v in pooled.items()}
     ratio = figures["beside the flood"]["p99_ms"] / figures["alone"]["p99_ms"]
     rows = [(name, len(pooled[name]), *(f"{value:.0f}" for value in row.values())) for name, row in figures.items()]
     print(report.table(("quiet tenants", "requests", "TTFT p50, ms", "p90", "p99"), rows))
     print(f"p99 beside the flood ÷ alone: {ratio:.2f} (wanted: 2 or less); the flood had {num_flood} answers meanwhile")
+    if not streams or not equals:
+        return  # a file is written only of all parts
     shares = equals[f"{default:g}"].shares
     saved = {
         "machine": machine, "rate_per_s": rate, "figures": figures, "p99_ratio": ratio, "flood_answers": num_flood,

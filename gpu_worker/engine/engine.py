@@ -34,6 +34,9 @@ MASK_WAIT_S = 0.01
 
 MASK_WAIT_SHARE = 0.25
 
+YIELDING_MASK_WAIT_S = 0.001
+"""The same of a limited step whose masks are all for sequences that yield: they may make it no longer, too."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -123,8 +126,7 @@ class Engine(BaseEngine):
         Returns the sequences, too: not those whose mask is late.
         """
         started_s, ready = time.perf_counter(), inputs.ready
-        timeout_s = max(MASK_WAIT_S, MASK_WAIT_SHARE * self.meter.elapsed_s)
-        masks, late = grammar_masks(ready, plan.drafts, self.grammars, timeout_s)
+        masks, late = grammar_masks(ready, plan.drafts, self.grammars, self._mask_wait_s(plan, ready))
         if masks or late:
             self.counters.mask_s += time.perf_counter() - started_s
         if late:
@@ -137,6 +139,12 @@ class Engine(BaseEngine):
             logits = record_prompts(logits, inputs.prompt_rows)
         rows = sample_rows(ready, plan.drafts, masks)
         return ready, sample(logits, rows) if rows else None
+
+    def _mask_wait_s(self, plan: StepPlan, ready: list[Sequence]) -> float:
+        """Return how long a step may wait for masks: hardly, if these are all of sequences for which it may not."""
+        if plan.is_limited and all(seq.yields for seq in ready if seq.matcher is not None):
+            return YIELDING_MASK_WAIT_S
+        return max(MASK_WAIT_S, MASK_WAIT_SHARE * self.meter.elapsed_s)
 
     def _settle(self, plan: StepPlan, ready: list[Sequence], sampled: Sampled | None) -> int:
         """Append the chosen tokens, end what they end, and put them out. Returns how many they are."""

@@ -50,13 +50,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m hostile", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--seconds", type=float, default=10.0, help="that rounds of each attack are begun for")
     parser.add_argument("--alone", type=float, default=6.0, help="seconds that the victim is alone between attacks")
-    parser.add_argument("--attacks", default="1-", help="numbers of the attacks to make, such as 1-14 or 15-")
+    parser.add_argument("--attacks", default="1-", help="numbers of the attacks to make, such as 1-14 or 5-9,28-")
     parser.add_argument("--only", default="", help="part of the names of the attacks to make")
     parser.add_argument("--model", type=Path, help="folder of the model; default: the quickstart's, each layer twice")
     parser.add_argument("--out", type=Path, default=Path("build/hostile/report.md"), help="file for the report")
     args = parser.parse_args()
-    first, _, last = args.attacks.partition("-")
-    wanted = range(int(first), int(last or sys.maxsize) + 1)
+    wanted = [_range_of(text) for text in args.attacks.split(",")]
     with tempfile.TemporaryDirectory(prefix="lorafleet-hostile-") as folder:
         model = args.model or deepened(fetch_quickstart_model(Settings().data / "models"), Path(folder) / "twice")
         trials = asyncio.run(_attack(Path(folder), model, args.seconds, args.alone, wanted, args.only))
@@ -65,6 +64,11 @@ def main() -> int:
     args.out.write_text(report)
     print(report)
     return 1 if any(trial.wrong for trial in trials) else 0
+
+
+def _range_of(text: str) -> range:
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or sys.maxsize) + 1)
 
 
 def deepened(model: Path, folder: Path) -> Path:
@@ -85,14 +89,14 @@ def deepened(model: Path, folder: Path) -> Path:
 
 
 async def _attack(
-    folder: Path, model: Path, seconds: float, alone_s: float, numbers: range, only: str
+    folder: Path, model: Path, seconds: float, alone_s: float, numbers: Sequence[range], only: str
 ) -> list[Trial]:  # fmt: skip
     trials: list[Trial] = []
     async with arena_in(folder, model, **SETTINGS) as arena:
         with giving_way():
             await arena.rest(alone_s)
             for number, (attack, key) in enumerate(arena.attacks(), start=1):
-                if number in numbers and only in attack.name:
+                if any(number in part for part in numbers) and only in attack.name:
                     trial = await arena.attack(attack, seconds, key)
                     trial.alone += await arena.rest(alone_s)
                     trials.append(trial)

@@ -53,6 +53,17 @@ def test_a_step_is_limited_by_what_others_were_measured_to_take() -> None:
     assert batcher.plan().num_tokens == 1 + 5, "1.1 s and five times 0.1 s are within twice 0.83 s"
 
 
+def test_steps_that_were_slow_by_chance_raise_no_limit() -> None:
+    batcher, _, _ = limited_flood(max_slowdown=2.0)
+    for seconds in (2.2, 0.83, 3.3):
+        for _ in range(ALONE_EVERY):
+            plan = batcher.plan()
+            batcher.note_time(plan, seconds)
+            finish_step(batcher, plan)
+    assert batcher.plan().num_tokens == 1, "it is measured again"
+    assert batcher.plan().num_tokens == 1 + 5, "1.1 s and five times 0.1 s are within twice 0.83 s"
+
+
 def test_others_are_measured_again_and_again() -> None:
     batcher, quiet, _ = limited_flood(max_slowdown=3.0)
     alone = []
