@@ -209,9 +209,8 @@ def main() -> None:
             equals = measure_equals(fleets, num_turns)
             for setting, equal in equals.items():
                 rates = ", ".join(f"{rate:.0f}" for rate in equal.tokens_per_s)
-                print(
-                    f"eight backlogged equals, max_slowdown {setting}: {np.mean(equal.tokens_per_s):.0f} tok/s ({rates})"
-                )
+                mean = np.mean(equal.tokens_per_s)
+                print(f"eight backlogged equals, max_slowdown {setting}: {mean:.0f} tok/s ({rates})")
                 print(f"    Jain index {jain(equal.shares):.4f} (wanted: 0.95 or more)", flush=True)
         if "quiet" not in parts:
             return
