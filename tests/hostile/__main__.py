@@ -67,8 +67,8 @@ def main() -> int:
 
 
 def _range_of(text: str) -> range:
-    first, _, last = text.partition("-")
-    return range(int(first), int(last or sys.maxsize) + 1)
+    first, dash, last = text.partition("-")
+    return range(int(first), int(last or (sys.maxsize if dash else first)) + 1)
 
 
 def deepened(model: Path, folder: Path) -> Path:
