@@ -55,6 +55,7 @@ class Choice:
             prompt.files.tokens,
             StopRule.of(options.stop, options.stop_token_ids, options.sampling, prompt.files.eos_ids),
             shown=prompt.form.shown if prompt.form is not None else {},
+            includes_stop=options.includes_stop,
         )
 
     @property

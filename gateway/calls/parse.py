@@ -36,6 +36,7 @@ class Options:
     stop_token_ids: list[int] = field(default_factory=list)
     stream: bool = False
     include_usage: bool = False
+    includes_stop: bool = False  # the text ends with what ended it, a stop string or a token that is text
     running_usage: bool = False  # every chunk tells the usage so far
     echo: bool = False
     background: bool = False
@@ -72,6 +73,22 @@ class Models:
 
 
 @dataclass(frozen=True, slots=True)
+class Truncation:
+    """How a prompt that is too long is shortened."""
+
+    num: int | None  # tokens that are left; None: as many as fit beside the longest output
+    keeps_first: bool = False  # its first tokens are left, and not its last
+
+    def limit(self, max_model_len: int, max_tokens: int | None) -> int:
+        """Return how many tokens are left of a prompt at most."""
+        return max(max_model_len - (max_tokens or 1), 1) if self.num is None else self.num
+
+    def cut(self, ids: list[int], limit: int) -> list[int]:
+        """Return the ids that are left."""
+        return ids[:limit] if self.keeps_first else ids[-limit:]
+
+
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """One prompt, which the chat template makes of messages."""
 
@@ -79,6 +96,8 @@ class Conversation:
     variables: dict[str, Any] = field(default_factory=dict)  # for the template, besides the messages
     add_generation_prompt: bool = True
     continue_final: bool = False  # the answer goes on with the last message, which is the assistant's
+    add_special_tokens: bool = False  # beside those that the template writes
+    truncation: Truncation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +105,9 @@ class Texts:
     """Prompts as texts or token ids."""
 
     sources: Sequence[Source]
-    truncate: int | None = None  # only so many tokens of each are taken, its last
+    truncation: Truncation | None = None
     with_offsets: bool = False  # where each token lies in its text is wanted, see `Prompt.offsets`
+    add_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +172,7 @@ class Sent:
     endpoint: str
     raw: bytes
     key: str = ""  # the Idempotency-Key, "" for none
+    request_id: str = ""  # the X-Request-Id, "" for none
     known_hash: str = ""  # of a body that is held no more
 
     @property
@@ -174,6 +195,8 @@ class ParsedCall:
     names_each: bool = False  # every choice names its model
     form_param: str = "response_format"  # the field that demands something of the output's form
     metadata: Mapping[str, str] = field(default_factory=dict)  # of a job
+    answer_id: str = ""  # what the answer's id ends with, "" for one that is made here
+    cache_salt: str = ""  # keeps prefixes in the cache apart, besides the tenant
     sent: Sent | None = None
 
     @property
@@ -186,10 +209,15 @@ class ParsedCall:
         """The Idempotency-Key, "" for none."""
         return self.sent.key if self.sent is not None else ""
 
+    @property
+    def salt(self) -> str:
+        """What keeps the call's prefixes in the cache apart from others: the tenant, and its own salt."""
+        return f"{self.caller.name}\0{self.cache_salt}" if self.cache_salt else self.caller.name
+
     def without_prompts(self) -> ParsedCall:
         """Return the call without what only its tokens were made of, so that an answer does not hold its body."""
         inputs, sent = self.inputs, None
         inputs = Conversation([]) if isinstance(inputs, Conversation) else Texts([""] * len(inputs.sources))
         if self.sent is not None and self.sent.key:
-            sent = Sent(self.sent.endpoint, b"", self.sent.key, self.sent.hash)
+            sent = Sent(self.sent.endpoint, b"", self.sent.key, known_hash=self.sent.hash)
         return replace(self, inputs=inputs, sent=sent)

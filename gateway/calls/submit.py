@@ -134,7 +134,7 @@ class Submitter:
             prompt=prompt.ids, sampling=options.sampling, max_new_tokens=prompt.max_new_tokens, stop=options.stop,
             stop_token_ids=[*options.stop_token_ids, *own_ends] if own_ends else options.stop_token_ids,
             lora_scale=1.0 if options.lora_scale is None or not prompt.target.digest else options.lora_scale,
-            salt=call.caller.name, grammar=prompt.grammar, task=call.task,
+            salt=call.salt, grammar=prompt.grammar, task=call.task,
         )  # fmt: skip
 
     async def put(

@@ -72,17 +72,27 @@ def check_size(call: ResolvedCall, max_call_tokens: int) -> None:
     inputs, rules, options = call.parsed.inputs, call.parsed.rules, call.parsed.options
     if isinstance(inputs, Conversation):
         return  # `encode_chat` holds what the template makes of it against the same limit
-    num_tokens = 0
+    num_tokens, limit = 0, most_left(inputs, options, call.base)
     for source in inputs.sources:
-        least = len(source) if isinstance(source, list) else _least_tokens(source, call, inputs.truncate)
+        least = len(source) if isinstance(source, list) else _least_tokens(source, call)
+        least = least if limit is None else min(least, limit)
         rules.most_tokens(options, least, call.base.max_model_len)
         num_tokens += least
     rules.check_total(num_tokens * len(call.targets) * options.n, max_call_tokens)
 
 
-def _least_tokens(text: str, call: ResolvedCall, truncate: int | None) -> int:
-    if truncate is not None:
-        return 0
+def most_left(inputs: Conversation | Texts, options: Options, base: m.ServedModel) -> int | None:
+    """Return how many tokens are left of each prompt at most, None where none is cut off. Raises BadRequest."""
+    if inputs.truncation is None:
+        return None
+    limit = inputs.truncation.limit(base.max_model_len, options.max_tokens)
+    if limit > base.max_model_len:
+        message = f"truncate_prompt_tokens is {limit}; this model's context has {base.max_model_len} tokens"
+        raise BadRequest(message, param="truncate_prompt_tokens")
+    return limit
+
+
+def _least_tokens(text: str, call: ResolvedCall) -> int:
     return min(len(text) // target.files.tokens.longest for target in call.targets)
 
 
@@ -106,9 +116,11 @@ async def tokenize(call: ResolvedCall) -> TokenizedCall:
 
 async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Target, base: m.ServedModel) -> Prompt:
     tools, files = call.options.tools, target.files
+    limit = most_left(inputs, call.options, base)
 
     def check(text: str) -> None:
-        call.rules.most_tokens(call.options, len(text) // files.tokens.longest, base.max_model_len)
+        least = len(text) // files.tokens.longest
+        call.rules.most_tokens(call.options, least if limit is None else min(least, limit), base.max_model_len)
 
     encoded = await files.encode_chat(
         inputs.messages,
@@ -117,6 +129,7 @@ async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Targe
         variables=inputs.variables,
         tenant=target.payer(call.caller),
         tools=tools.definitions if tools is not None else None,
+        add_special_tokens=inputs.add_special_tokens,
         check=check,
     )
     if not encoded.ids:
@@ -125,7 +138,8 @@ async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Targe
     if encoded.continued and form is not None and form.style is not None and not form.style.marker:
         message = "this model's tool calls are whole answers: none can follow a message that is continued; leave out"
         raise BadRequest(f"{message} tools, or continue_final_message", param="continue_final_message")
-    return Prompt(target, pack(encoded.ids), len(encoded.ids), form=form)
+    ids = encoded.ids if limit is None or inputs.truncation is None else inputs.truncation.cut(encoded.ids, limit)
+    return Prompt(target, pack(ids), len(ids), form=form)
 
 
 async def _of_texts(
@@ -135,35 +149,39 @@ async def _of_texts(
         call.rules.most_tokens(call.options, num_tokens, base.max_model_len)
 
     texts = [source for source in inputs.sources if isinstance(source, str)]
-    encoded = await _encoded(target.files, texts, target.payer(call.caller), check if inputs.with_offsets else None)
-    make = partial(_prompts, call, inputs, target, vocab_size, encoded)
+    encoded = await _encoded(
+        target.files, texts, target.payer(call.caller), check if inputs.with_offsets else None,
+        special=inputs.add_special_tokens,
+    )  # fmt: skip
+    make = partial(_prompts, call, inputs, target, vocab_size, encoded, most_left(inputs, call.options, base))
     # In a thread the loop has its turn meanwhile; for few tokens that would cost more than it gives.
     num_tokens = sum(map(len, inputs.sources))
     return make() if num_tokens <= FEW_TOKENS else await asyncio.to_thread(make)
 
 
 def _prompts(
-    call: ParsedCall, inputs: Texts, target: Target, vocab_size: int, encoded: Sequence[Encoded]
+    call: ParsedCall, inputs: Texts, target: Target, vocab_size: int, encoded: Sequence[Encoded], limit: int | None
 ) -> list[Prompt]:
     rules, files, of_texts = call.rules, target.files, iter(encoded)
     prompts: list[Prompt] = []
     for source in inputs.sources:
         ids, offsets = next(of_texts) if isinstance(source, str) else (source, ())
-        if inputs.truncate is not None:
-            ids = ids[-inputs.truncate :]
+        shown: Source = source
+        if limit is not None and inputs.truncation is not None and len(ids) > limit:
+            shown = ids = inputs.truncation.cut(ids, limit)
         if not ids:
             raise rules.empty_prompt()
         if not isinstance(source, str) and not (min(ids) >= 0 and max(ids) < vocab_size):
             raise BadRequest(f"{rules.param}: token ids must be from 0 to {vocab_size - 1}", param=rules.param)
-        echo = echoed(source, files) if call.options.echo else ""
+        echo = echoed(shown, files) if call.options.echo else ""
         prompts.append(Prompt(target, pack(ids), len(ids), echo=echo, offsets=offsets))
     return prompts
 
 
 async def _encoded(
-    files: ModelFiles, texts: Sequence[str], tenant: str, check: Callable[[int], object] | None
+    files: ModelFiles, texts: Sequence[str], tenant: str, check: Callable[[int], object] | None, *, special: bool
 ) -> list[Encoded]:
-    """Return of each text its token ids, with the special ones, and with a `check` their offsets too.
+    """Return of each text its token ids, with the special ones if they are wanted, and with a `check` their offsets.
 
     `check` raises for a number of tokens that is too large, before lists are made of them.
     """
@@ -171,8 +189,8 @@ async def _encoded(
         return []
     encoder = files.encoder
     if check is None:
-        return [(ids, ()) for ids in await encoder.encode(texts, add_special_tokens=True, tenant=tenant)]
-    encodings = await encoder.detailed(texts, add_special_tokens=True, tenant=tenant, check=check)
+        return [(ids, ()) for ids in await encoder.encode(texts, add_special_tokens=special, tenant=tenant)]
+    encodings = await encoder.detailed(texts, add_special_tokens=special, tenant=tenant, check=check)
     return [
         (e.ids, [None if special else (start, end)
                  for (start, end), special in zip(e.offsets, e.special, strict=True)])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 import uuid
 
@@ -24,6 +23,7 @@ from gateway.auth.callers import CALLER
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
 from gateway.http import openapi
 from gateway.http.errors import add_handlers, is_failure
+from gateway.http.fields import REQUEST_ID
 from gateway.http.parameter_check import IGNORED_HEADER
 from gateway.http.paths import GENERATION_PATHS, LARGE_BODY_PATHS, SMALL_BODY_BYTES
 from gateway.http.routes import Endpoints, add_routes
@@ -48,7 +48,6 @@ EXPOSED_HEADERS = (
     "x-request-id", "openai-processing-ms", "retry-after", "x-should-retry", IGNORED_HEADER,
     *(f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset") for what in ("requests", "tokens")),
 )  # fmt: skip
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def build_app(
@@ -140,7 +139,7 @@ class Envelope:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         started_s = time.monotonic()
         status = 0
 

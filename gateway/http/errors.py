@@ -196,4 +196,9 @@ def _from_validation(errors: Sequence[Any], content_type: str) -> LorafleetError
 
 
 def _words(error: Mapping[str, Any]) -> str:
+    given = error.get("input")
+    if (
+        error["type"] == "int_type" and isinstance(given, float) and abs(given) >= 1 << 63
+    ):  # orjson's of a large integer
+        return f"it must be an integer from {-(1 << 63)} to {(1 << 63) - 1}"
     return _OWN_WORDS.get(error["type"]) or error["msg"][:1].lower() + error["msg"][1:]

@@ -5,6 +5,7 @@ Without that, pydantic makes an error of every wrong element, and tries every me
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -13,6 +14,9 @@ from pydantic_core import PydanticCustomError
 
 MAX_NAME_CHARACTERS = 1100
 """Longest name of a model: an s3:// URL."""
+
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+"""A client's id of its request, which stands in headers too."""
 
 Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
 

@@ -15,6 +15,7 @@ from gateway.calls.parse import Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape
+from gateway.http.fields import REQUEST_ID
 from gateway.http.json_bodies import JsonRoute, json_response
 from gateway.http.keep_alive import KeepAliveResponse
 from gateway.http.paths import CHAT, COMPLETIONS
@@ -57,7 +58,11 @@ class Endpoints:
         return await self._generate(COMPLETIONS, body, request)
 
     async def _generate(self, endpoint: str, body: AnyRequest, request: Request) -> Response:
-        sent = Sent(endpoint, await request.body(), request.headers.get("idempotency-key", ""))
+        request_id = request.headers.get("x-request-id", "")
+        sent = Sent(
+            endpoint, await request.body(), request.headers.get("idempotency-key", ""),
+            request_id if REQUEST_ID.fullmatch(request_id) else "",
+        )  # fmt: skip
         if len(sent.key) > MAX_KEY_CHARACTERS:
             raise BadRequest(f"an Idempotency-Key may have at most {MAX_KEY_CHARACTERS} characters")
         stream = bool(body.stream) and not body.background

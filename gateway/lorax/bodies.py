@@ -54,6 +54,7 @@ class Parameters(AdapterParameters):
     return_k_alternatives: int | None = None
     seed: int | None = Field(default=None, ge=0, lt=1 << 64)
     response_format: dict[str, Any] | None = None
+    grammar: dict[str, Any] | None = None  # TGI's
 
 
 class GenerateRequest(JsonBody):

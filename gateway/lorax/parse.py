@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway.auth.callers import Caller
-from gateway.calls.parse import Models, Options, ParsedCall, Rules, Texts
+from gateway.calls.parse import Models, Options, ParsedCall, Rules, Texts, Truncation
 from gateway.lorax.bodies import AdapterParameters, GenerateRequest, Parameters
 from gateway.lorax.errors import GenerationFailed
-from gateway.text.structured import native_constraint
+from gateway.text.grammars import Constraint
+from gateway.text.structured import native_constraint, tgi_constraint
 from peft_adapters.recipe import MAX_MERGED
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -99,11 +100,12 @@ def parse(
         max_tokens=p.max_new_tokens,
         stop=[stop for stop in p.stop or [] if stop],
         stream=stream,
-        constraint=native_constraint(p.response_format, settings),
+        constraint=_constraint(p, settings),
         output="tokens",
     )
+    truncation = None if p.truncate is None else Truncation(p.truncate)
     call = ParsedCall(
-        caller, models_of(p), Texts([request.inputs], p.truncate), options,
+        caller, models_of(p), Texts([request.inputs], truncation), options,
         NativeRules("inputs", settings.max_choices, p.truncate),
     )  # fmt: skip
     return NativeCall(
@@ -157,6 +159,14 @@ def _sampling(p: Parameters, seed: int, *, sampled: bool) -> m.Sampling:
         logprobs_of="choice",
         ignore_eos=p.ignore_eos_token,
     )
+
+
+def _constraint(p: Parameters, settings: Settings) -> Constraint | None:
+    if p.grammar is not None and p.response_format is not None:
+        raise _bad("`grammar` and `response_format` exclude each other", "grammar")
+    if p.grammar is not None:
+        return tgi_constraint(p.grammar, "grammar", settings)
+    return native_constraint(p.response_format, settings)
 
 
 def _best_of(p: Parameters, limit: int, *, stream: bool) -> int:

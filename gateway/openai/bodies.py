@@ -6,16 +6,18 @@ A field that is not declared here is refused, see `gateway/http/parameters.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from gateway.adapters.merged import MergedAdapters
-from gateway.http.fields import Name, Objects, Prompts, Strings, entries_within
+from gateway.http.fields import REQUEST_ID, Name, Objects, Prompts, Strings, entries_within
 from gateway.http.parameter_check import JsonBody
 from gateway.http.paths import CHAT, COMPLETIONS
 
 MAX_LORA_SCALE = 100.0
+
+MAX_SALT_CHARACTERS = 128  # vLLM's limit
 
 MAX_STOP_TOKEN_IDS = 1024
 MAX_TOOLS = 128  # OpenAI's limit, as the next three
@@ -67,6 +69,21 @@ class GenerationRequest(JsonBody):
     metadata: Annotated[dict[str, str], entries_within(MAX_ENTRIES)] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None  # this and the next five are vLLM's until 2025
+    guided_json_object: bool | None = None
+    guided_regex: str | None = None
+    guided_choice: Strings | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    regex: str | None = None  # this and the next are SGLang's
+    ebnf: str | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None  # this and what follows are vLLM's
+    truncation_side: Literal["left", "right"] | None = None
+    add_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
+    request_id: Annotated[str, Field(pattern=f"^{REQUEST_ID.pattern}$")] | None = None
     adapter_source: str | None = None  # this and the next two are LoRAX's
     api_token: str | None = None
     ignore_eos_token: bool | None = None
@@ -94,6 +111,8 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: Objects | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     guideline: str | None = None  # LoRAX's: for templates that have one
     tools: Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -102,7 +121,11 @@ class ChatRequest(GenerationRequest):
     @property
     def template_variables(self) -> dict[str, Any]:
         """Variables for the chat template, besides the messages."""
-        own = {} if self.guideline is None else {"guideline": self.guideline}
+        own = {
+            name: value
+            for name in ("guideline", "documents", "reasoning_effort")
+            if (value := getattr(self, name)) is not None
+        }
         return own | (self.chat_template_kwargs or {})
 
 
@@ -115,6 +138,7 @@ class CompletionRequest(GenerationRequest):
     best_of: Annotated[int, Field(ge=1)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
+    json_schema: str | None = None  # SGLang's
 
 
 AnyRequest = ChatRequest | CompletionRequest

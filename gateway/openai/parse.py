@@ -16,6 +16,7 @@ from gateway.calls.parse import (
     Rules,
     Sent,
     Texts,
+    Truncation,
 )
 from gateway.http.fields import sources_of
 from gateway.openai.bodies import (
@@ -30,7 +31,8 @@ from gateway.openai.bodies import (
     CompletionRequest,
     GenerationRequest,
 )
-from gateway.text.structured import constraint_of
+from gateway.text.grammars import Constraint
+from gateway.text.structured import OTHER_NAMES, constraint_of
 from gateway.tools.definitions import Tools, tools_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -42,7 +44,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 _NOT_STORED = {
     "api_token", "metadata", "messages", "chat_template_kwargs", "guideline", "logit_bias", "response_format",
-    "structured_outputs",
+    "structured_outputs", "documents", "cache_salt", "truncation_side", *OTHER_NAMES,
 }  # fmt: skip
 """Fields that say how an answer is made, not how it is written. The requests have what of them is still needed."""
 
@@ -56,13 +58,15 @@ def parse(request: AnyRequest, caller: Caller, settings: Settings, sent: Sent | 
     return ParsedCall(
         caller=caller,
         models=Models(request.models, request.adapter_source, request.merged_adapters, request.api_token or ""),
-        inputs=_conversation(request) if isinstance(request, ChatRequest) else Texts(sources_of(request.prompt)),
+        inputs=_inputs(request, sent),
         options=_options(request, settings),
         rules=Rules("messages" if is_chat else "prompt", settings.max_choices),
         model_name=request.model_name,
         names_each=isinstance(request.model, list),
         form_param=_form_param(request),
         metadata=request.metadata or {},
+        answer_id=(sent.request_id if sent is not None else "") or request.request_id or "",
+        cache_salt=request.cache_salt or "",
         sent=sent,
     )
 
@@ -80,7 +84,30 @@ def parse_stored(endpoint: str, body: Mapping[str, Any], caller: Caller, setting
     return parse(BODIES[endpoint].model_validate(body), caller, settings)
 
 
-def _conversation(request: ChatRequest) -> Conversation:
+def _inputs(request: AnyRequest, sent: Sent | None) -> Conversation | Texts:
+    truncation = _truncation(request)
+    if isinstance(request, ChatRequest):
+        return _conversation(request, truncation)
+    if truncation is not None and request.echo and (request.background or (sent is not None and sent.key)):
+        message = "the echo of a shortened prompt is not kept: leave out background, the Idempotency-Key or echo"
+        raise BadRequest(message, param="echo")
+    special = request.add_special_tokens is not False
+    return Texts(sources_of(request.prompt), add_special_tokens=special, truncation=truncation)
+
+
+def _truncation(request: AnyRequest) -> Truncation | None:
+    """Return how prompts are shortened. Raises BadRequest."""
+    num = request.truncate_prompt_tokens
+    if num == 0:
+        raise BadRequest("truncate_prompt_tokens must be at least 1, or -1", param="truncate_prompt_tokens")
+    if num is None:
+        if request.truncation_side is not None:
+            raise BadRequest("truncation_side needs truncate_prompt_tokens", param="truncation_side")
+        return None
+    return Truncation(None if num == -1 else num, keeps_first=request.truncation_side == "right")
+
+
+def _conversation(request: ChatRequest, truncation: Truncation | None) -> Conversation:
     variables, continue_final = request.template_variables, bool(request.continue_final_message)
     if continue_final and request.add_generation_prompt:
         message = "continue_final_message and add_generation_prompt exclude each other: an answer goes on, or begins"
@@ -90,14 +117,19 @@ def _conversation(request: ChatRequest) -> Conversation:
             param = f"chat_template_kwargs.{name}"
             raise BadRequest(f"{param} has no effect: {name} is a parameter of its own", param=param)
     begin_answer = request.add_generation_prompt is not False and not continue_final
-    return Conversation(request.messages, variables, begin_answer, continue_final)
+    return Conversation(
+        request.messages, variables, begin_answer, continue_final,
+        add_special_tokens=bool(request.add_special_tokens), truncation=truncation,
+    )  # fmt: skip
 
 
 def _form_param(request: AnyRequest) -> str:
     """Return the field that demands something of the output's form."""
     if isinstance(request, ChatRequest) and request.tools and request.tool_choice != "none":
         return "tools"
-    return "response_format" if request.structured_outputs is None else "structured_outputs"
+    if request.structured_outputs is not None:
+        return "structured_outputs"
+    return next(iter(_other_names(request)), "response_format")
 
 
 def _options(request: AnyRequest, settings: Settings) -> Options:
@@ -142,7 +174,8 @@ def _options(request: AnyRequest, settings: Settings) -> Options:
         background=background,
         cls=BATCH if background or request.service_tier == "flex" else INTERACTIVE,
         lora_scale=request.lora_scale,
-        constraint=constraint_of(request.response_format, request.structured_outputs, settings),
+        constraint=_constraint(request, settings),
+        includes_stop=bool(request.include_stop_str_in_output),
         num_best=num_best,
         shows_logprobs=shows_logprobs,
         scores_only=scores_only,
@@ -172,6 +205,16 @@ def _check_sizes(request: GenerationRequest, settings: Settings) -> None:
         if longest > limit:
             message = f"a {what} of metadata has {longest} characters; the limit is {limit}"
             raise BadRequest(message, param="metadata")
+
+
+def _constraint(request: AnyRequest, settings: Settings) -> Constraint | None:
+    return constraint_of(request.response_format, request.structured_outputs, settings, _other_names(request))
+
+
+def _other_names(request: AnyRequest) -> dict[str, Any]:
+    """Return what the fields of `OTHER_NAMES` demand, those that are given."""
+    given = {name: getattr(request, name, None) for name in OTHER_NAMES}
+    return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def _tools(request: ChatRequest, settings: Settings) -> Tools | None:
@@ -223,6 +266,7 @@ def _sampling(request: GenerationRequest, num_logprobs: int | None, *, prompt_lo
         frequency_penalty=given(request.frequency_penalty, 0.0),
         repetition_penalty=given(request.repetition_penalty, 1.0),
         logit_bias=_logit_bias(request.logit_bias or {}),
+        shows_special=request.skip_special_tokens is False,
         num_logprobs=num_logprobs,
         prompt_logprobs=prompt_logprobs,
         min_tokens=given(request.min_tokens, 0),

@@ -38,7 +38,13 @@ def writer_of(call: SubmittedCall, choices: Sequence[Choice]) -> Writer:
     kind = ChatWriter if isinstance(parsed.inputs, Conversation) else CompletionWriter
     num = len(shown) // len(parsed.models.names)
     model_of = [name for name in parsed.models.names for _ in range(num)] if parsed.names_each else []
-    head = Head(kind.id_prefix + call.id, call.created_ms // 1000, parsed.model_name, fingerprint(call), model_of)
+    head = Head(
+        kind.id_prefix + (parsed.answer_id or call.id),
+        call.created_ms // 1000,
+        parsed.model_name,
+        fingerprint(call),
+        model_of,
+    )
     tokens = [choice.prompt.files.tokens for choice in shown]
     writer = kind(head, tokens, include_usage=options.include_usage, logprobs=options.shows_logprobs)
     if isinstance(writer, CompletionWriter) and options.shows_logprobs:

@@ -1,6 +1,7 @@
 """What clients may demand of an output's form, as a grammar of llguidance. Pure.
 
-`response_format` as OpenAI and LoRAX have it, `structured_outputs` as vLLM has it. `grammar_check` finds out whether a
+`response_format` as OpenAI, TGI and LoRAX have it, `structured_outputs` and `guided_…` as vLLM, `regex` and `ebnf` as
+SGLang, `grammar` as TGI. `grammar_check` finds out whether a
 grammar can be compiled.
 """
 
@@ -13,6 +14,7 @@ import orjson
 
 from gateway.http import json_values
 from gateway.text.closed_schemas import closed
+from gateway.text.ebnf import is_ebnf, lark_of
 from gateway.text.grammar_limits import (
     MAX_CHOICES,
     check_bytes,
@@ -37,17 +39,31 @@ JSON_STYLE: dict[str, Any] = {
 
 _KINDS = ("json", "json_object", "regex", "choice", "grammar")
 _WAYS = ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties")
-_NO_MORE = ("structural_tag",)
+
+
+OTHER_NAMES: Mapping[str, str] = {
+    "guided_json": "json", "guided_json_object": "json_object", "guided_regex": "regex", "guided_choice": "choice",
+    "guided_grammar": "grammar", "guided_whitespace_pattern": "whitespace_pattern", "regex": "regex",
+    "ebnf": "grammar", "json_schema": "json",
+}  # fmt: skip
+"""Parameters of vLLM until 2025 and of SGLang -> the field of `structured_outputs` that means the same."""
 
 
 def constraint_of(
-    response_format: Mapping[str, Any] | None, structured_outputs: Mapping[str, Any] | None, settings: Settings
-) -> Constraint | None:
-    """Return the grammar that a request of OpenAI's routes demands, None for none. Raises BadRequest."""
+    response_format: Mapping[str, Any] | None, structured_outputs: Mapping[str, Any] | None, settings: Settings,
+    others: Mapping[str, Any] = {},
+) -> Constraint | None:  # fmt: skip
+    """Return the grammar that a request of OpenAI's routes demands, None for none. Raises BadRequest.
+
+    others: of `OTHER_NAMES`, those that are given.
+    """
     formatted = None if response_format is None else _response_format(response_format, settings)
-    structured = None if structured_outputs is None else _structured_outputs(structured_outputs, settings)
+    structured = None
+    if structured_outputs is not None or others:
+        structured = _structured_outputs(structured_outputs or {}, others, settings)
     if formatted is not None and structured is not None:
-        raise BadRequest("response_format and structured_outputs exclude each other", param="structured_outputs")
+        place = "structured_outputs" if structured_outputs is not None else next(iter(others))
+        raise BadRequest(f"response_format and {place} exclude each other", param=place)
     return structured if formatted is None else formatted
 
 
@@ -59,6 +75,8 @@ def native_constraint(response_format: Mapping[str, Any] | None, settings: Setti
     param = "response_format"
     if response_format is None or response_format.get("schema", ...) is None:
         return None
+    if response_format.get("value") is not None or response_format.get("json_schema") is not None:
+        return _response_format(response_format, settings)  # as the clients of other servers write it
     kind = response_format.get("type")
     if kind == "text":
         return None
@@ -67,11 +85,35 @@ def native_constraint(response_format: Mapping[str, Any] | None, settings: Setti
     return _json(response_format.get("schema", ANY_OBJECT), param, settings)
 
 
+def tgi_constraint(grammar: Mapping[str, Any] | None, place: str, settings: Settings) -> Constraint | None:
+    """Return the grammar that TGI's {type, value} demands, None for none. Raises BadRequest."""
+    if grammar is None:
+        return None
+    kind, value, where = grammar.get("type"), grammar.get("value"), f"{place}.value"
+    if kind == "regex":
+        if not isinstance(value, str) or not value:
+            raise BadRequest(f"{where} must be a string, and not empty", param=where)
+        check_bytes(value, where, settings)
+        check_regex(value, where)
+        return {"lark_grammar": f"start: {regex_literal(value)}"}
+    if kind == "json_schema" and isinstance(value, dict) and "schema" in value:
+        return _json(value["schema"], f"{where}.schema", settings)
+    if kind not in ("json", "json_object", "json_schema"):
+        raise BadRequest(f"{place} of type {kind!r:.100} is not supported", param=place)
+    return _json(_parsed(value, where, settings), where, settings)
+
+
 # ---------------------------------------------------------------- response_format
 
 
 def _response_format(form: Mapping[str, Any], settings: Settings) -> Constraint | None:
     kind = form.get("type")
+    given = [name for name in ("json_schema", "schema", "value") if form.get(name) is not None]
+    if len(given) > 1 or (given and kind == "text") or (given == ["json_schema"] and kind == "json_object"):
+        message = f"response_format.{given[-1]} has no effect beside the others, whose type is {kind!r:.100}"
+        raise BadRequest(message, param=f"response_format.{given[-1]}")
+    if given == ["value"]:
+        return tgi_constraint(form, "response_format", settings)
     if kind == "text":
         return None
     if kind == "json_object":
@@ -93,21 +135,21 @@ def _response_format(form: Mapping[str, Any], settings: Settings) -> Constraint 
 # ---------------------------------------------------------------- structured_outputs
 
 
-def _structured_outputs(wish: Mapping[str, Any], settings: Settings) -> Constraint:
+def _structured_outputs(wish: Mapping[str, Any], others: Mapping[str, Any], settings: Settings) -> Constraint:
     given = {name: value for name, value in wish.items() if value is not None and value is not False}
-    for name in given:
-        if name in _NO_MORE:
-            raise BadRequest(f"structured_outputs.{name} is not supported", param=f"structured_outputs.{name}")
-        if name not in (*_KINDS, *_WAYS):
-            raise BadRequest(f"structured_outputs.{name} is unknown", param=f"structured_outputs.{name}")
+    places = {name: f"structured_outputs.{name}" for name in given}
+    for name, value in others.items():
+        kind = OTHER_NAMES[name]
+        if kind in given:
+            raise BadRequest(f"{places[kind]} and {name} exclude each other", param=name)
+        given[kind], places[kind] = value, name
     kinds = [name for name in _KINDS if name in given]
     if len(kinds) != 1:
-        asked = " and ".join(kinds) or "none"
-        raise BadRequest(
-            f"structured_outputs must have one of {', '.join(_KINDS)}; it has {asked}", param="structured_outputs"
-        )
-    kind, value, place = kinds[0], given[kinds[0]], f"structured_outputs.{kinds[0]}"
-    style = _style(given)
+        asked = " and ".join(places[name] for name in kinds) or "none"
+        param = next(iter(others), "structured_outputs")
+        raise BadRequest(f"{param} needs exactly one of {', '.join(_KINDS)}; there is {asked}", param=param)
+    kind, value, place = kinds[0], given[kinds[0]], places[kinds[0]]
+    style = _style(given, places.get("whitespace_pattern", ""))
     if kind == "json_object":
         return _json(ANY_OBJECT, place, settings, style)
     if kind == "json":
@@ -120,17 +162,18 @@ def _structured_outputs(wish: Mapping[str, Any], settings: Settings) -> Constrai
         raise BadRequest(f"{place} must be a string, and not empty", param=place)
     check_bytes(value, place, settings)
     if kind == "grammar":
+        if is_ebnf(value):
+            value = lark_of(value, place)
         check_lark(value, place, settings)
         return {"lark_grammar": value}
     check_regex(value, place)
     return {"lark_grammar": f"start: {regex_literal(value)}"}
 
 
-def _style(given: Mapping[str, Any]) -> dict[str, Any]:
+def _style(given: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Return how the JSON of a `structured_outputs` is to be written, as llguidance's `x-guidance`."""
     pattern, compact = given.get("whitespace_pattern"), given.get("disable_any_whitespace", False)
     if pattern is not None:
-        place = "structured_outputs.whitespace_pattern"
         if not isinstance(pattern, str):
             raise BadRequest(f"{place} must be a string", param=place)
         check_whitespace(pattern, place)

@@ -147,13 +147,13 @@ class ModelFiles:
     async def encode_chat(
         self, messages: list[Message], *, add_generation_prompt: bool, continue_final: bool = False,
         variables: dict[str, Any], tenant: str, tools: list[dict[str, Any]] | None = None,
-        check: Callable[[str], object] | None = None,
+        check: Callable[[str], object] | None = None, add_special_tokens: bool = False,
     ) -> EncodedChat:  # fmt: skip
         """Return the tokens of a conversation. tenant: who has the sandbox work, where it must.
 
-        continue_final: the last message, the assistant's, goes on. `check` is shown the rendered text before it is
-        tokenized. Raises BadRequest when it cannot be rendered, Overloaded and Unavailable when the sandbox has no
-        place, and what `check` does.
+        continue_final: the last message, the assistant's, goes on. add_special_tokens: beside the template's own.
+        `check` is shown the rendered text before it is tokenized. Raises BadRequest when it cannot be rendered,
+        Overloaded and Unavailable when the sandbox has no place, and what `check` does.
         """
         template, encoder = self.template, self.encoder
         if template is None:
@@ -177,7 +177,7 @@ class ModelFiles:
             text = template.render(normal, **options)
             if check is not None:
                 check(text)
-            return _chat(text, encoder.ids([text], add_special_tokens=False), final)
+            return _chat(text, encoder.ids([text], add_special_tokens=add_special_tokens), final)
 
         if isinstance(template, ChatTemplate) and isinstance(encoder, BaseEncoder):
             return await asyncio.to_thread(render_and_encode)
@@ -192,7 +192,8 @@ class ModelFiles:
             text = await asyncio.to_thread(template.render, normal, **options)
         if check is not None:
             check(text)
-        return _chat(text, await encoder.encode([text], add_special_tokens=False, tenant=tenant), final)
+        ids = await encoder.encode([text], add_special_tokens=add_special_tokens, tenant=tenant)
+        return _chat(text, ids, final)
 
 
 def _continued(messages: Sequence[Message]) -> str:

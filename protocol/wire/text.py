@@ -15,13 +15,14 @@ from protocol.wire.tokens import Detokenizer, TokenTable
 class StopRule:
     """Where the output of a request ends: the worker generates no further, and the gateway shows no more.
 
-    It ends before the first stop string in the text without special tokens, and with the first token of `end_ids`;
-    neither counts within the first `min_tokens` tokens.
+    It ends before the first stop string in the text, and with the first token of `end_ids`; neither counts within the
+    first `min_tokens` tokens. The text is without special tokens unless the request wants them.
     """
 
     stop: Sequence[str] = ()
     end_ids: frozenset[int] = frozenset()
     min_tokens: int = 0
+    with_special: bool = False  # special tokens are part of the text
 
     @classmethod
     def of(
@@ -31,7 +32,7 @@ class StopRule:
         end_ids = frozenset(stop_token_ids)
         if not sampling.ignore_eos:
             end_ids |= eos_ids
-        return cls(stop, end_ids, sampling.min_tokens)
+        return cls(stop, end_ids, sampling.min_tokens, sampling.shows_special)
 
 
 class StopMatcher:
@@ -97,17 +98,21 @@ class OutputText:
     Gateway and worker feed it the same tokens one by one, so that both end a request at the same one.
     """
 
-    def __init__(self, tokens: TokenTable | None, rule: StopRule, *, shown: Mapping[int, str] = {}) -> None:
+    def __init__(
+        self, tokens: TokenTable | None, rule: StopRule, *, shown: Mapping[int, str] = {}, includes_stop: bool = False
+    ) -> None:
         """tokens: None where no text is wanted, and there is no stop string to look for in it.
 
-        shown: special tokens that are written into the text, and how; stop strings are looked for without them.
+        shown: special tokens that are written into the text, and how; stop strings are looked for without them. Of a
+        text with all special tokens they are part already. includes_stop: what ended the text is shown, if it is text.
         Raises BadRequest if ids of this tokenizer cannot be decoded.
         """
         assert tokens is not None or not any(rule.stop)
-        self._detokenizer = None if tokens is None else Detokenizer(tokens)
+        self._detokenizer = None if tokens is None else Detokenizer(tokens, special=rule.with_special)
         self._matcher = StopMatcher(rule.stop)
         self._rule = rule
-        self._shown = shown
+        self._shown: Mapping[int, str] = {} if rule.with_special else shown
+        self._includes_stop = includes_stop
         self._markers: deque[tuple[int, str]] = deque()  # special tokens to be written: after how many characters
         self._num_read = 0  # characters before the next token's, and below, of them given out; only with `shown`
         self._num_given = 0
@@ -129,6 +134,8 @@ class OutputText:
             may_end = self.num_tokens > self._rule.min_tokens
             if may_end and id_ in self._rule.end_ids:
                 self.ended = True
+                if self._includes_stop and self._detokenizer is not None:
+                    pieces.append(self._shown_text(self._matcher.add(self._detokenizer.add((id_,)))))
                 break
             if self._detokenizer is None:
                 continue
@@ -140,7 +147,9 @@ class OutputText:
             if may_end:
                 text = self._matcher.add(text)
                 self.ended = self._matcher.matched is not None
-            pieces.append(self._with_markers(text) if self._shown else text)
+                if self.ended and self._includes_stop:
+                    text += self._matcher.matched or ""
+            pieces.append(self._shown_text(text))
         return "".join(pieces)
 
     def finish(self) -> str:
@@ -150,6 +159,11 @@ class OutputText:
         self.ended = True
         rest = self._detokenizer.flush() if self._detokenizer is not None else ""
         text = self._matcher.add(rest) + self._matcher.flush()
+        if self._matcher.matched is not None and self._includes_stop:
+            text += self._matcher.matched
+        return self._shown_text(text)
+
+    def _shown_text(self, text: str) -> str:
         return self._with_markers(text) if self._shown else text
 
     def _with_markers(self, text: str) -> str:

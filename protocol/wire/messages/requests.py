@@ -28,6 +28,7 @@ class Sampling(Wire, frozen=True):
     num_logprobs: int | None = None  # top logprobs per token besides the chosen one's; None: no logprobs at all
     min_tokens: int = 0
     ignore_eos: bool = False
+    shows_special: bool = False  # special tokens are text, in which stop strings are found too
     penalties: Literal["openai", "lorax"] = "openai"  # what frequency and presence count, see `sampling._adjust_`
     watermark: bool = False
     prompt_logprobs: bool = False  # those of the prompt's tokens too, `num_logprobs` of each; into `Keys.plp`

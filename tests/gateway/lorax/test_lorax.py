@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from waiting import wait_until
 
 from gateway.openai.bodies import ChatRequest
+from gateway.text.closed_schemas import MAX_FREE_KEYS
 from gateway.text.structured import JSON_STYLE
 from peft_adapters.recipe import merge_of
 from protocol.queue.bus import Bus
@@ -70,7 +71,13 @@ async def test_what_the_output_must_be(http: httpx2.AsyncClient, fleet: Scripted
         assert answer.status_code == 200, answer.text
     grammars = [json.loads(body.grammar)["grammars"][0] if body.grammar else None for _, body in fleet.seen]
     style = {"x-guidance": JSON_STYLE}
-    assert grammars == [{"json_schema": {"type": "object", **style}}, {"json_schema": {**schema, **style}}, None, None]
+    free = {"type": "object", "maxProperties": MAX_FREE_KEYS, **style}
+    assert grammars == [
+        {"json_schema": free},
+        {"json_schema": {**schema, "additionalProperties": False, **style}},
+        None,
+        None,
+    ]
     for stop, reason in (([], "eos_token"), (["}"], "stop_sequence")):
         body = generate_body(response_format=forms[0], details=True, stop=stop)
         answer = await http.post("/generate", json=body)

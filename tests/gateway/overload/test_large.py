@@ -18,7 +18,7 @@ from waiting import wait_until
 from gateway.adapters.resolver import Target
 from gateway.auth.callers import EVERYBODY
 from gateway.calls.admit import check_logprobs
-from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Sent, Texts
+from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Sent, Texts, Truncation
 from gateway.calls.resolve import ResolvedCall
 from gateway.calls.tokenize import Prompt, check_size, tokenize
 from gateway.http import json_values
@@ -214,9 +214,8 @@ def call_of(files: Any, *sources: str | list[int], models: int = 1, n: int = 1, 
         model="b", name="b", fingerprint="f", model_type="tiny", vocab_size=300, max_model_len=MAX_MODEL_LEN,
         sites=[], created_ms=1,
     )  # fmt: skip
-    parsed = ParsedCall(
-        EVERYBODY, Models(["b"] * models), Texts(sources, truncate), Options(m.Sampling(), n=n), Rules("prompt", 128)
-    )
+    texts = Texts(sources, None if truncate is None else Truncation(truncate))
+    parsed = ParsedCall(EVERYBODY, Models(["b"] * models), texts, Options(m.Sampling(), n=n), Rules("prompt", 128))
     return ResolvedCall(parsed, base, [Target(f"m{i}", f"d{i}", files) for i in range(models)])
 
 

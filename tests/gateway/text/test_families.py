@@ -131,7 +131,8 @@ def test_any_conversation_is_rendered_or_refused_in_the_template_s_words(
         if message["role"] == "user":  # whatever else a family leaves out
             parts = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
             for part in parts:
-                assert part["text"].strip() in text.replace("\r", ""), part
+                # Some templates write one line break where a text has two.
+                assert "".join(part["text"].split()) in "".join(text.split()), part
 
 
 def reference(name: str, messages: Conversation) -> str:
