@@ -58,6 +58,7 @@ SIMULATED = {"foretold": report.BLUE, "replayed": report.ORANGE}
 SLOWER = 1.025
 CONCURRENCY = 32  # of the load that measures the fleet's capacity
 NUM_ALONE = 20
+STEP_TOKENS = 512  # what a worker on a CPU puts into one step at most, see the setting max_step_tokens
 
 
 def config(url: str, **fields: Any) -> BenchConfig:
@@ -124,7 +125,7 @@ def measure_way_ms(running: RunningFleet) -> float:
 def worker_model(beat: m.WorkerBeat, way_ms: float) -> WorkerModel:
     """Return a worker like the one that sent a beat."""
     return WorkerModel(
-        capacity=beat.capacity, max_step_tokens=beat.max_step_tokens, step=beat.step_model,
+        capacity=beat.capacity, max_step_tokens=STEP_TOKENS, step=beat.step_model,
         pool_bytes=beat.pool_bytes_total, host_bytes=beat.pool_bytes_total, bandwidths=AT_ONCE,
         way_ms=way_ms,
     )  # fmt: skip
@@ -181,11 +182,12 @@ def main() -> None:
                 results[load] = {"real": real_figures(result)}
                 models[load] = {"rate_per_s": rate}
                 arrivals = trace(result)
-                for how, known in zip(SIMULATED, (beat, running.beats_of_now()[0]), strict=True):
-                    worker = worker_model(known, way_ms)
-                    results[load][how] = simulated_figures(arrivals, worker, facts)
+                after = running.beats_of_now()[0]
+                for how, known in zip(SIMULATED, (beat, after), strict=True):
+                    results[load][how] = simulated_figures(arrivals, worker_model(known, way_ms), facts)
                     models[load][how] = msgspec.to_builtins(known.step_model)
-                results[load]["replayed, slower"] = simulated_figures(arrivals, slower(worker), facts)
+                by_slower = simulated_figures(arrivals, slower(worker_model(after, way_ms)), facts)
+                results[load]["replayed, slower"] = by_slower
     rows = [
         (
             load, name, *(f"{of[how][name]:,.0f}" for how in ("real", *SIMULATED)),

@@ -77,7 +77,9 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
         admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, timings.overload)
         aliases = Aliases(bus, settings, secret, admission.leave_inbound, timings.alias_poll_s)
         tokenizer = model_folder(settings.model, TOKENIZER_FILES) / TOKENIZER
-        sandbox = SandboxPool(settings.sandboxes, str(tokenizer), admission.leave_inbound)
+        sandbox = SandboxPool(
+            settings.sandboxes, str(tokenizer), admission.leave_inbound, template_s=settings.template_timeout_s
+        )
         own = OwnFiles(bus, files, sandbox, secret.bearer if secret else "")
         grammars = GrammarCheck(sandbox, settings.grammar_timeout_s)
         resolver = Resolver(bus, aliases, own, settings.adapters)

@@ -38,6 +38,17 @@ def _openai(_: str) -> ErrorShape:
     return OPENAI_ERRORS
 
 
+def origin_of(address: Any) -> str:
+    """Return what connections are counted by: an IPv4 address or an IPv6 /64; "" for this machine's own."""
+    if not isinstance(address, tuple):
+        return ""
+    ip = ipaddress.ip_address(address[0].partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if ip.is_loopback:
+        return ""
+    return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
+
+
 class HttpServer(uvicorn.Server):
     """Serves the listening sockets that `serve` is given.
 
@@ -48,15 +59,16 @@ class HttpServer(uvicorn.Server):
     def __init__(
         self, config: uvicorn.Config, max_connections: int = MAX_FILES, rest_s: float = 1.0, *,
         max_per_address: int = 0, limits: ConnectionLimits | None = None,
-        shape_of: Callable[[str], ErrorShape] = _openai,
+        shape_of: Callable[[str], ErrorShape] = _openai, origin_of: Callable[[Any], str] = origin_of,
     ) -> None:  # fmt: skip
         """`rest_s`: pause in which no connection is taken after one could not be; `shape_of`: as `Connection` has it.
 
-        `max_per_address`: most connections from one address, 0 for no limit.
+        `max_per_address`: most connections from one address, 0 for no limit. `origin_of`: what is one, by the system's.
         """
         super().__init__(config)
         self._max_connections = max_connections
         self._max_per_address = max_per_address
+        self._origin_of = origin_of
         self._num_of: Counter[str] = Counter()
         self._rest_s = rest_s
         self._connection = partial(Connection, limits=limits or ConnectionLimits(), shape_of=shape_of)
@@ -105,7 +117,7 @@ class HttpServer(uvicorn.Server):
                     raise
                 self._rest(listener, error)
                 return
-            origin = origin_of(address)
+            origin = self._origin_of(address)
             if self._max_per_address and self._num_of[origin] >= self._max_per_address and origin:
                 HTTP_DROPPED.labels("connections_of_address").inc()
                 connection.close()
@@ -149,17 +161,6 @@ class HttpServer(uvicorn.Server):
                 if isinstance(connection, Connection):
                     connection.sweep(now_s)
         return await super().on_tick(counter)
-
-
-def origin_of(address: Any) -> str:
-    """Return what connections are counted by: an IPv4 address or an IPv6 /64; "" for this machine's own."""
-    if not isinstance(address, tuple):
-        return ""
-    ip = ipaddress.ip_address(address[0].partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    if ip.is_loopback:
-        return ""
-    return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
 
 
 def allow_connections() -> int:

@@ -24,7 +24,7 @@ from protocol.wire.errors import BadRequest, LorafleetError, Unavailable
 
 logger = logging.getLogger(__name__)
 
-JOB_S = 5.0
+TEMPLATE_S = 5.0
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
 """How long no process is started after one that could not be: at first, and at most."""
 
@@ -36,17 +36,18 @@ class SandboxPool:
 
     def __init__(
         self, num_processes: int = 2, tokenizer: str = "", on_wait: Callable[[], object] = lambda: None,
-        command: Sequence[str] = COMMAND, start_s: float = START_S,
+        command: Sequence[str] = COMMAND, start_s: float = START_S, template_s: float = TEMPLATE_S,
     ) -> None:  # fmt: skip
         """tokenizer: path of the base model's tokenizer.json, for grammars. on_wait: called in a task that must wait.
 
         command: starts a process; the gateway's process id and `tokenizer` are added to it. start_s: its most
-        seconds until it is ready.
+        seconds until it is ready. template_s: most CPU seconds of a template.
         """
         self._num_processes = num_processes
         self.on_wait = on_wait
         self._command = (*command, str(os.getpid()), tokenizer)
         self._start_s = start_s
+        self._template_s = template_s
         self._turns: Turns[Job] = Turns(num_processes)
         self._processes: set[SandboxProcess] = set()  # from before their start until they are gone
         self._idle: list[SandboxProcess] = []  # the next one last: it was used last, and remembers most
@@ -61,8 +62,8 @@ class SandboxPool:
         """Ids of the processes that run."""
         return [process.pid for process in self._processes if process.pid]
 
-    async def do(self, job: SandboxJob, *, tenant: str, limit_s: float = JOB_S) -> Answer:
-        """Return what came of a job. limit_s: its most CPU seconds.
+    async def do(self, job: SandboxJob, *, tenant: str, limit_s: float | None = None) -> Answer:
+        """Return what came of a job. limit_s: its most CPU seconds, None for those of a template.
 
         Raises BadRequest for what is the job's own fault, Overloaded at its tenant's limits, and Unavailable without a
         process or on a machine that is too busy.
@@ -72,7 +73,7 @@ class SandboxPool:
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise BadRequest(f"{job.what} cannot be given these values: {error}") from error
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        mine = Job(tenant, len(payload), job.what, limit_s, payload, answer)
+        mine = Job(tenant, len(payload), job.what, self._template_s if limit_s is None else limit_s, payload, answer)
         self._turns.add(mine, time.monotonic())
         self._dispatch()
         if mine in self._turns:

@@ -191,6 +191,9 @@ class Settings(BaseSettings):
     grammar_timeout_s: float = Field(
         default=5.0, gt=0, description="most CPU time to compile a schema or grammar before it is refused"
     )
+    template_timeout_s: float = Field(
+        default=5.0, gt=0, description="most CPU time to render a chat template that an adapter brings"
+    )
     sandboxes: int = Field(
         default=3,
         ge=2,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def oracle(model: Path, adapters: Path) -> Iterator[Oracle]:
+def oracle(model: Path, adapters: Path) -> Oracle:
     oracle = Oracle(model, adapters, list(RANKS))
     texts = {name: oracle.text(name, PROMPTS[0], 24) for name in ("base", *RANKS)}
     assert len(set(texts.values())) == len(texts), "each adapter must change the answer"

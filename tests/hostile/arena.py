@@ -229,7 +229,7 @@ async def arena_in(folder: Path, model: Path | None = None, **settings: Any) -> 
             hub.repos[name].commit(files)
         hub.tokens |= {"hf_owner": {SECRET}, FLEET_TOKEN: {HIDDEN}}
         values: dict[str, Any] = {"api_keys": True, "request_sources": "hub", "hub_endpoint": hub.url}
-        values |= {"grammar_timeout_s": 1.0}
+        values |= {"grammar_timeout_s": 0.25, "template_timeout_s": 0.25}
         values |= {"tenant_places": "org"}  # what the fleet's own token reads there is for all who may see the name
         fleet = ProcessFleet.prepare(
             folder, model, root, durable=True, secret="the secret of the arena", **values | settings

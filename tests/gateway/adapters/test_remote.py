@@ -121,7 +121,7 @@ async def test_by_default_only_what_is_registered(bus: Bus, hub: HubStub, model_
 
 
 async def test_policy_is_kept(bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path) -> None:
-    settings = {"request_sources": "hub,s3", "hub_orgs": "acme", "s3_buckets": "ours"}
+    settings: dict[str, Any] = {"request_sources": "hub,s3", "hub_orgs": "acme", "s3_buckets": "ours"}
     async with (
         running(bus, hub, model_folder, tmp_path, **settings) as gateway,
         httpx2.AsyncClient(base_url=gateway.url) as http,

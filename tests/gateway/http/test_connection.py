@@ -373,14 +373,13 @@ def test_who_reads_a_stream_slowly_but_steadily_is_served() -> None:
     with_server(test)
 
 
-def test_connections_are_counted_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_are_counted_by_address() -> None:
     assert [origin_of((host, 1)) for host in ("127.0.0.1", "10.0.0.1", "::ffff:10.0.0.1")] == [
         "", "10.0.0.1", "10.0.0.1",
     ]  # fmt: skip
     assert origin_of(("::1", 1, 0, 0)) == ""
     assert origin_of(("2001:db8::1", 1, 0, 0)) == origin_of(("2001:db8::ffff", 1, 0, 0))
     assert origin_of(("2001:db8::1", 1, 0, 0)) != origin_of(("2001:db8:0:1::1", 1, 0, 0))
-    monkeypatch.setattr(http_server, "origin_of", lambda address: "10.0.0.1")
 
     async def test(run: Running) -> None:
         first, second = await run.connect(), await run.connect()
@@ -392,7 +391,7 @@ def test_connections_are_counted_by_address(monkeypatch: pytest.MonkeyPatch) -> 
         second[1].close()
         await run.until(lambda: not run.server._num_of)
 
-    with_server(test, max_per_address=2)
+    with_server(test, max_per_address=2, origin_of=lambda address: "10.0.0.1")
 
 
 def test_the_limits_of_a_connection_are_those_that_the_docs_tell() -> None:

@@ -30,7 +30,7 @@ class Script(SandboxPool):
     def waits(self) -> None:
         self.num_waited += 1
 
-    async def do(self, job: SandboxJob, *, tenant: str, limit_s: float = 0.0) -> Answer:
+    async def do(self, job: SandboxJob, *, tenant: str, limit_s: float | None = None) -> Answer:
         assert isinstance(job, Check)
         self.asked.append((tenant, job.grammar))
         await self.gate.wait()
