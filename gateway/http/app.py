@@ -1,6 +1,6 @@
 """The ASGI application: the routes, and what wraps them.
 
-From the outside in: envelope, browsers, CORS, admission, authentication, large bodies.
+From the outside in: envelope, browsers, CORS, admission, authentication, large bodies, calls.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Sequence
 
 from fastapi import FastAPI
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,8 +22,10 @@ from gateway.auth.browsers import Browsers
 from gateway.auth.callers import CALLER
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
 from gateway.http import openapi
+from gateway.http.direct import DirectCalls
 from gateway.http.errors import add_handlers, is_failure
 from gateway.http.fields import REQUEST_ID
+from gateway.http.headers import header_of
 from gateway.http.parameter_check import IGNORED_HEADER
 from gateway.http.paths import GENERATION_PATHS, LARGE_BODY_PATHS, SMALL_BODY_BYTES
 from gateway.http.routes import Endpoints, add_routes
@@ -69,7 +71,7 @@ def build_app(
     add_operator_routes(app, operators)
     add_encoder_routes(app, encoders)
     authentication = Authentication(
-        LargeBodies(app, shape_of), keys, shape_of, secret, open_pages=settings.open_pages
+        LargeBodies(DirectCalls(app, shape_of), shape_of), keys, shape_of, secret, open_pages=settings.open_pages
     )  # fmt: skip
     guarded: ASGIApp = Admitted(authentication, admission)
     origins = names_of(settings.cors_origins)
@@ -137,8 +139,8 @@ class Envelope:
                 self._idle.set()
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
+        headers = scope["headers"]
+        given = header_of(headers, b"x-request-id") or ""
         request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         started_s = time.monotonic()
         status = 0
@@ -176,7 +178,7 @@ class Envelope:
         if scope["path"] in GENERATION_PATHS and status != 405:
             lorax_metrics.answered(status, time.monotonic() - started_s)
 
-    def _limited(self, path: str, headers: Headers, receive: Receive) -> Receive:
+    def _limited(self, path: str, headers: Sequence[tuple[bytes, bytes]], receive: Receive) -> Receive:
         """Return a `receive` that refuses a body once it has become too large."""
         limit = self._max_body_bytes
         if path not in LARGE_BODY_PATHS:
@@ -185,7 +187,8 @@ class Envelope:
 
         async def receive_limited() -> Message:
             nonlocal num_bytes
-            if not num_bytes and "expect" in headers and int(headers.get("content-length", 0)) > limit:
+            waits = not num_bytes and header_of(headers, b"expect") is not None
+            if waits and int(header_of(headers, b"content-length") or 0) > limit:
                 raise _too_large(limit)  # the client has not begun to send, and need not
             message = await receive()
             num_bytes += len(message.get("body", b""))

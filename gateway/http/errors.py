@@ -130,39 +130,37 @@ def error_of(cause: BaseException) -> LorafleetError:
     return Internal("the gateway failed while answering")
 
 
-def add_handlers(app: FastAPI, shape_of: Callable[[str], ErrorShape]) -> None:
-    """Turn every error that leaves a route into a response, in the shape of the request's path."""
+def is_foreseen(error: Exception) -> bool:
+    """Return whether an error that leaves a route has a meaning for its client: any other is a fault of ours."""
+    return isinstance(error, (LorafleetError, RequestValidationError, HTTPException, *CONNECTION_ERRORS))
 
-    def error_response(request: Request, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
-        return shape_of(request.url.path).response(error, headers)
 
-    async def own(request: Request, error: Exception) -> Response:
-        assert isinstance(error, LorafleetError)
-        return error_response(request, error)
-
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return error_response(request, _from_validation(error.errors(), request.headers.get("content-type", "")))
-
-    async def http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        headers = error.headers
+def response_to(error: Exception, request: Request, shape_of: Callable[[str], ErrorShape]) -> Response:
+    """Return the response to an error that leaves a route, in the shape of the request's path."""
+    headers: Mapping[str, str] | None = None
+    if isinstance(error, LorafleetError):
+        told = error
+    elif isinstance(error, RequestValidationError):
+        told = _from_validation(error.errors(), request.headers.get("content-type", ""))
+    elif isinstance(error, HTTPException):
+        told, headers = _from_http(request, error), error.headers
         if error.status_code == 405:  # the exception names the methods of one route, and a path may have several
             headers = {**(headers or {}), "Allow": ", ".join(methods_of(request.app.routes, request.scope))}
-        return error_response(request, _from_http(request, error), headers)
+    elif isinstance(error, CONNECTION_ERRORS):
+        told = unreachable_queue(error)
+    else:
+        told = Internal("the gateway failed")
+    return shape_of(request.url.path).response(told, headers)
 
-    async def queue(request: Request, error: Exception) -> Response:
-        return error_response(request, unreachable_queue(error))
 
-    async def fault(request: Request, _: Exception) -> Response:
-        return error_response(request, Internal("the gateway failed"))
+def add_handlers(app: FastAPI, shape_of: Callable[[str], ErrorShape]) -> None:
+    """Turn every error that leaves a route into a response."""
 
-    app.add_exception_handler(Exception, fault)
-    app.add_exception_handler(LorafleetError, own)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http)
-    for kind in CONNECTION_ERRORS:
-        app.add_exception_handler(kind, queue)
+    async def handle(request: Request, error: Exception) -> Response:
+        return response_to(error, request, shape_of)
+
+    for kind in (Exception, LorafleetError, RequestValidationError, HTTPException, *CONNECTION_ERRORS):
+        app.add_exception_handler(kind, handle)
 
 
 def _from_http(request: Request, error: HTTPException) -> LorafleetError:

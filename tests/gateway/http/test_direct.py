@@ -1,0 +1,122 @@
+"""Calls go past FastAPI: what they are answered must not differ from what FastAPI would answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2
+import pytest
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from gateway.http.direct import DirectCalls
+from gateway.http.errors import OPENAI_ERRORS, add_handlers
+from gateway.http.json_bodies import JsonRoute, json_response
+from gateway.http.paths import COMPLETIONS
+from gateway.openai.bodies import CompletionRequest
+from protocol.queue.redis_client import MemoryFull
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import NotFound
+
+JSON = "application/json"
+
+FAULTS = {"own": NotFound("nothing is here"), "queue": ConnectionError("gone"), "memory": MemoryFull("full"),
+          "fault": ZeroDivisionError()}  # fmt: skip
+
+
+def both() -> tuple[DirectCalls, FastAPI]:
+    """Return the two ways of one application."""
+    app = FastAPI()
+    app.state.settings = Settings()
+    add_handlers(app, lambda _: OPENAI_ERRORS)
+    app.router.route_class = JsonRoute
+
+    async def answer(body: CompletionRequest, request: Request) -> Response:
+        if body.model_name in FAULTS:
+            raise FAULTS[body.model_name]
+        return json_response(
+            {"prompt": body.prompt, "n": body.n, "path": request.url.path, "sent": len(await request.body())}
+        )
+
+    async def other(body: CompletionRequest, request: Request) -> Response:
+        return json_response({"other": body.prompt, "path": request.url.path})
+
+    app.post(COMPLETIONS)(answer)
+    app.get(COMPLETIONS)(lambda: {"got": True})
+    app.post("/v1/other")(other)
+    return DirectCalls(app, lambda _: OPENAI_ERRORS), app
+
+
+async def asked(app: Any, method: str, path: str, body: bytes, content_type: str | None) -> tuple[int, Any, bytes]:
+    """Return status, headers and body of an answer."""
+    transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
+    headers = {} if content_type is None else {"content-type": content_type}
+    async with httpx2.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        answer = await client.request(method, path, content=body, headers=headers)
+    return answer.status_code, sorted(answer.headers.multi_items()), answer.content
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, "/v1/other", "/v1/none"])
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (b'{"model":"base","prompt":"hi","n":2}', JSON),
+        (b'{"model":"base","prompt":"hi"}', "application/json; charset=utf-8"),
+        (b'{"model":"base","prompt":"hi"}', "Application/JSON"),
+        (b'{"model":"base","prompt":"hi"}', "application/vnd.api+json"),
+        (b'{"model":"base","prompt":"hi"}', "application/a/b+json"),
+        (b'{"model":"base","prompt":"hi"}', "application/jsonp"),
+        (b'{"model":"base","prompt":"hi"}', "application"),
+        (b'{"model":"base","prompt":"hi"}', "text/json"),
+        (b'{"model":"base","prompt":"hi"}', "text/plain"),
+        (b'{"model":"base","prompt":"hi"}', ""),
+        (b'{"model":"base","prompt":"hi"}', None),
+        (b"", JSON),
+        (b"", None),
+        (b"prompt=hi", "application/x-www-form-urlencoded"),
+        (b"{", JSON),
+        (b'{"model":"base","prompt":"\xff"}', JSON),
+        (b"null", JSON),
+        (b"[1]", JSON),
+        (b'"text"', JSON),
+        (b"{}", JSON),
+        (b'{"model":"base","prompt":"hi","unknown":1}', JSON),
+        (b'{"model":"base","prompt":3,"n":0}', JSON),
+        (b'{"model":"base","prompt":"hi","n":"2"}', JSON),
+        (b"[" * 200 + b"]" * 200, JSON),
+        *((b'{"model":"%b","prompt":"hi"}' % fault.encode(), JSON) for fault in FAULTS),
+    ],
+)  # fmt: skip
+async def test_a_call_is_answered_as_by_fastapi(path: str, body: bytes, content_type: str | None) -> None:
+    """Status, headers and body are the same, whatever is sent."""
+    direct, app = both()
+    assert await asked(direct, "POST", path, body, content_type) == await asked(app, "POST", path, body, content_type)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "OPTIONS", "DELETE"])
+async def test_other_methods_of_a_calls_path_go_to_fastapi(method: str) -> None:
+    """Only POST is a call."""
+    direct, app = both()
+    assert await asked(direct, method, COMPLETIONS, b"", None) == await asked(app, method, COMPLETIONS, b"", None)
+
+
+def test_a_handler_that_takes_more_is_refused_at_the_start() -> None:
+    """Nothing would give it the rest."""
+    app = FastAPI()
+    app.router.route_class = JsonRoute
+
+    async def answer(body: CompletionRequest, request: Request, wish: str) -> Response:
+        return json_response([body.prompt, request.url.path, wish])
+
+    app.post(COMPLETIONS)(answer)
+    with pytest.raises(TypeError, match="wish"):
+        DirectCalls(app, lambda _: OPENAI_ERRORS)
+
+
+async def test_a_fault_is_answered_and_raised_to_be_logged() -> None:
+    """The client is told, and the wrapper outside hears of it, as from FastAPI."""
+    for app in both():
+        transport = httpx2.ASGITransport(app=app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            with pytest.raises(ZeroDivisionError):
+                await client.post(COMPLETIONS, json={"model": "fault", "prompt": "hi"})
