@@ -7,13 +7,13 @@ key comes as `x-api-key`, and the bearer is the token as without keys.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.auth.callers import CALLER, EVERYBODY, Caller
 from gateway.http.errors import ErrorShape, unreachable_queue
+from gateway.http.headers import header_of
 from protocol.queue.api_keys import PREFIX, ApiKeys
 from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.runtime.fleet_secret import FleetSecret
@@ -51,7 +51,7 @@ class Authentication:
         if scope["type"] == "http":
             path = scope["path"]
             try:
-                scope[CALLER] = await self._caller(scope["method"], path, Headers(scope=scope))
+                scope[CALLER] = await self._caller(scope["method"], path, scope["headers"])
             except CONNECTION_ERRORS as error:
                 await self._shape_of(path).response(unreachable_queue(error))(scope, receive, send)
                 return
@@ -61,14 +61,14 @@ class Authentication:
                 return
         await self._app(scope, receive, send)
 
-    async def _caller(self, method: str, path: str, headers: Headers) -> Caller:
+    async def _caller(self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]]) -> Caller:
         """Return who sent a request. Raises Unauthorized and PermissionDenied."""
         bearer = _bearer(headers)
         if self._keys is None:
             return Caller(token=source_token(bearer, path), secret=self._secret)
         if path in self._open and method in ("GET", "HEAD"):
             return EVERYBODY
-        given = headers.get("x-api-key", "")
+        given = header_of(headers, b"x-api-key") or ""
         key, token = (given, source_token(bearer, path)) if given else (bearer, "")
         if not key:
             raise Unauthorized("no API key was given: send `Authorization: Bearer KEY`, or `x-api-key: KEY`")
@@ -108,8 +108,8 @@ def source_token(bearer: str, path: str) -> str:
     return bearer if bearer.startswith(HUB_TOKEN_PREFIX) or not path.startswith("/v1/") else ""
 
 
-def _bearer(headers: Headers) -> str:
-    kind, _, value = headers.get("authorization", "").partition(" ")
+def _bearer(headers: Sequence[tuple[bytes, bytes]]) -> str:
+    kind, _, value = (header_of(headers, b"authorization") or "").partition(" ")
     return value.strip() if kind.lower() == "bearer" else ""
 
 

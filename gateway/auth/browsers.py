@@ -8,7 +8,7 @@ rebinding) has that name in `Host`. Clients that are no browsers send neither he
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -23,6 +23,9 @@ PRIVATE_SUFFIXES = (".localhost", ".local", ".internal", ".home.arpa", ".svc.clu
 """Ends of names that nobody can register, so that no page of a stranger can have them."""
 
 _ANY = "*"
+
+_LOOKED_AT = frozenset({b"host", b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"user-agent"})
+"""The headers that tell the requests of web pages apart."""
 
 
 class Browsers:
@@ -40,22 +43,24 @@ class Browsers:
         """Pass a request on, or refuse it."""
         if scope["type"] == "http":
             try:
-                self._check(scope["method"], Headers(scope=scope))
+                self._check(scope["method"], scope["headers"])
             except PermissionDenied as error:
                 await self._shape_of(scope["path"]).response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _check(self, method: str, headers: Headers) -> None:
+    def _check(self, method: str, raw: Sequence[tuple[bytes, bytes]]) -> None:
         """Raise PermissionDenied for what a foreign page may have sent."""
+        headers = Headers(raw=[pair for pair in raw if pair[0] in _LOOKED_AT])
+        is_browser = _is_browser(headers)
         for host in headers.getlist("host"):
-            if not self._is_own(host, is_browser=_is_browser(headers)):
+            if not self._is_own(host, is_browser=is_browser):
                 raise PermissionDenied(
                     f"this gateway has no API keys and does not answer under the name {host:.200}; if that is its name,"
                     " add it to the setting allowed_hosts",
                     code="unknown_host",
                 )
-        if _ANY in self._origins:
+        if not is_browser or _ANY in self._origins:
             return
         for origin in headers.getlist("origin"):
             if origin.lower() not in self._origins and not _is_same(origin, headers.get("host", "")):
@@ -74,7 +79,7 @@ class Browsers:
         name = _name_of(host)
         if _ANY in self._hosts or name in self._hosts or name == self._host:
             return True
-        if _is_address(name) or name == "localhost" or name.endswith(".localhost"):
+        if name == "localhost" or name.endswith(".localhost") or _is_address(name):
             return True  # no page of a stranger has an address or this machine as its name
         if is_loopback(self._host):
             return False

@@ -75,27 +75,26 @@ class Submitter:
         Raises Overloaded. When it fails nobody listens to the call any more.
         """
         made = self.made(call)
-        made = replace(made, mail=self._replies.subscribe(made.rids, eager=made.parsed.options.stream))
-        assert made.mail is not None
+        mail = self._replies.subscribe(made.rids, eager=made.parsed.options.stream)
         if made.parsed.options.is_empty:
-            return made
+            return replace(made, mail=mail)
         requests = self.requests(made, gateway=self._replies.gid, stored=bool(made.parsed.key))
         record = record_of(made) if made.parsed.key else None
         try:
             earlier = await self.put(call, requests, record)
         except asyncio.CancelledError:
-            self._replies.unsubscribe(made.mail)
+            self._replies.unsubscribe(mail)
             if not made.parsed.key:
                 await cancel(self._bus, made.rids)  # the queue may have it, and nobody would take it out any more
             raise
         except BaseException:
-            self._replies.unsubscribe(made.mail)
+            self._replies.unsubscribe(mail)
             raise
         if earlier is not None:
-            self._replies.unsubscribe(made.mail)
+            self._replies.unsubscribe(mail)
             return earlier
         # What was accepted may not be refused when a queue that lost its last second is told of it again.
-        return replace(made, resubmit=partial(self._write, call, requests, record, forced=True))
+        return replace(made, mail=mail, resubmit=partial(self._write, call, requests, record, forced=True))
 
     def made(self, call: AdmittedCall) -> SubmittedCall:
         """Return a call as it will be in the queue, with a new id."""

@@ -110,7 +110,7 @@ async def tokenize(call: ResolvedCall) -> TokenizedCall:
                 same[shared] = [await _of_conversation(parsed, parsed.inputs, target, base)]
             else:
                 same[shared] = await _of_texts(parsed, parsed.inputs, target, vocab_size, base)
-        prompts += [replace(prompt, target=target) for prompt in same[shared]]
+        prompts += [prompt if prompt.target is target else replace(prompt, target=target) for prompt in same[shared]]
     return TokenizedCall(call, prompts)
 
 

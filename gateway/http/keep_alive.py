@@ -95,7 +95,8 @@ async def _disconnected(receive: Receive) -> None:
 
 async def _end(task: asyncio.Task[Any]) -> None:
     """Cancel a task unless it is done, and wait for its end. Its result or failure is of no interest any more."""
-    task.cancel()
-    await asyncio.wait([task])
+    if not task.done():
+        task.cancel()
+        await asyncio.wait([task])
     if not task.cancelled():
         task.exception()

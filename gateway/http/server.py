@@ -11,7 +11,7 @@ import resource
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import uvicorn
@@ -40,9 +40,12 @@ def _openai(_: str) -> ErrorShape:
 
 def origin_of(address: Any) -> str:
     """Return what connections are counted by: an IPv4 address or an IPv6 /64; "" for this machine's own."""
-    if not isinstance(address, tuple):
-        return ""
-    ip = ipaddress.ip_address(address[0].partition("%")[0])
+    return _origin(address[0]) if isinstance(address, tuple) else ""
+
+
+@lru_cache(1024)
+def _origin(host: str) -> str:
+    ip = ipaddress.ip_address(host.partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
     if ip.is_loopback:
         return ""

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.auth.callers import CALLER, Caller
 from gateway.http.errors import ErrorShape
+from gateway.http.headers import header_of
 from gateway.http.paths import LARGE_BODY_PATHS, SMALL_BODY_BYTES, TOKENIZE
 from protocol.wire.errors import Overloaded
 
@@ -188,7 +188,7 @@ class LargeBodies:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with 429."""
         path = scope.get("path", "")
-        is_small = path not in LARGE_BODY_PATHS or _is_small(Headers(scope=scope))
+        is_small = path not in LARGE_BODY_PATHS or _is_small(scope["headers"])
         # A text that is only tokenized passes no limit of calls, so it waits for its turn whatever its size.
         if is_small and path != TOKENIZE:
             await self._app(scope, receive, send)
@@ -209,11 +209,11 @@ class LargeBodies:
             body.release()
 
 
-def _is_small(headers: Headers) -> bool:
+def _is_small(headers: Sequence[tuple[bytes, bytes]]) -> bool:
     """Return whether a request says that its body is small, or that there is none."""
-    length = headers.get("content-length")
+    length = header_of(headers, b"content-length")
     if length is None:
-        return "transfer-encoding" not in headers
+        return header_of(headers, b"transfer-encoding") is None
     return length.isdecimal() and int(length) <= SMALL_BODY_BYTES
 
 
