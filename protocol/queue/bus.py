@@ -13,7 +13,7 @@ import msgspec
 
 from protocol.queue.adapters import Adapters
 from protocol.queue.api_keys import ApiKeys
-from protocol.queue.calls import COMMON, Input, most_log_bytes, packed_bodies, sealed_bodies
+from protocol.queue.calls import Input, most_log_bytes, packed_bodies, sealed_bodies
 from protocol.queue.dead_letters import DeadLetters
 from protocol.queue.jobs import Jobs, NewJob
 from protocol.queue.members import Members
@@ -334,15 +334,11 @@ class Bus:
 
     async def inputs(self, items: Sequence[m.Assigned | m.Submit]) -> list[Input]:
         """Return each request's body, log and logprob records."""
-        keys = self.keys
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.mget([key(item.rid) for item in items for key in (keys.tok, keys.lp)])
-        for item in items:
-            pipe.hmget(keys.body(item.call or item.rid), COMMON, str(item.part))
-        logs, *bodies = await pipe.execute()
+        args = [word for item in items for word in (item.rid, item.call or item.rid, item.part)]
+        found = await self._scripts.inputs(keys=[self.keys.tag], args=args)
         return [
-            Input(common, part, tok or b"", lp or b"", keys.body(item.call or item.rid), item.part, self._seal)
-            for item, (common, part), tok, lp in zip(items, bodies, logs[::2], logs[1::2], strict=True)
+            Input(*found[4 * i : 4 * i + 4], self.keys.body(item.call or item.rid), item.part, self._seal)
+            for i, item in enumerate(items)
         ]
 
     async def scan_assigned(self, chunk: int) -> AsyncIterator[list[tuple[str, str]]]:

@@ -25,6 +25,8 @@ _VECTOR_BYTES = 16_384  # of an embedding: 4,096 entries
 
 def packed_bodies(bodies: Sequence[m.Body]) -> tuple[list[int], dict[str, bytes]]:
     """Return the part that each request of a call reads, and the fields of the hash. The same object is one part."""
+    if len(bodies) == 1:
+        return [0], {"0": m.encode(bodies[0])}
     parts: dict[int, m.Body] = {id(body): body for body in bodies}
     numbers = {key: number for number, key in enumerate(parts)}
     distinct = list(parts.values())

@@ -14,7 +14,7 @@ from protocol.queue.redis_client import Client
 
 NAMES = (
     "submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position", "join", "vital",
-    "forget",
+    "forget", "inputs",
 )  # fmt: skip
 FOLDER = Path(__file__).parent / "lua"
 
@@ -43,6 +43,7 @@ class Scripts:
     join: Script
     vital: Script
     forget: Script
+    inputs: Script
 
     def __init__(self, client: Client, folder: Path = FOLDER) -> None:
         """Read the scripts in `folder`; each has `common.lua` after its first line."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from redis.exceptions import NoPermissionError
+from redis.exceptions import NoPermissionError, ResponseError
 from script_queue import GATEWAY, ids, make_body, make_job, make_submit, row
 
 import protocol.queue
@@ -279,4 +279,7 @@ async def test_a_password_opens_one_user_only(guarded: EmbeddedServer) -> None:
 async def test_a_refusal_is_an_error_of_its_own(buses: dict[str, Bus]) -> None:
     """It is no lost connection, over which the services' loops would go on trying for ever."""
     with pytest.raises(NoPermissionError):
+        await buses["store"].get(KEYS.status, m.SchedulerStatus)
+    with pytest.raises(ResponseError, match="No permissions") as refused:
         await buses["store"].inputs([make_submit("r")])
+    assert not isinstance(refused.value, CONNECTION_ERRORS)
