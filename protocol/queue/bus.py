@@ -16,6 +16,7 @@ from protocol.queue.api_keys import ApiKeys
 from protocol.queue.calls import Input, most_log_bytes, packed_bodies, sealed_bodies
 from protocol.queue.dead_letters import DeadLetters
 from protocol.queue.jobs import Jobs, NewJob
+from protocol.queue.line import Line
 from protocol.queue.members import Members
 from protocol.queue.quota import Quota, standing_of
 from protocol.queue.redis_client import CONNECTION_ERRORS, MemoryFull, QueueError, connect
@@ -37,6 +38,9 @@ __all__ = [
 
 T = TypeVar("T")
 
+TIMEOUT_S = 5
+"""Most time until the queue's server has answered."""
+
 FROM_OUTSIDE = 1 << 53
 """Epoch of a delta about an end that was not written by the owner: it is above every owner's."""
 
@@ -48,10 +52,11 @@ class Bus:
         """`lua` is the folder of the scripts; `seal` encrypts what requests ask, None: it lies open in the queue."""
         self.url = url
         self.keys = keys or Keys()
-        self._redis = connect(url, timeout_s=5)
+        self._redis = connect(url, timeout_s=TIMEOUT_S)
         # redis-py's default read timeout of 5 s would abort and silently repeat longer blocking reads.
         self._blocking = connect(url, timeout_s=None)
-        self._scripts = Scripts(self._redis, lua)
+        self._line = Line(self._blocking, TIMEOUT_S)
+        self._scripts = Scripts(self._redis, self._line, lua)
         self._seal = seal
         self._run_id = ""  # of the server, when last asked
         self.streams = Streams(self._redis, self._blocking, self.keys, self._scripts)
@@ -63,6 +68,7 @@ class Bus:
 
     async def close(self) -> None:
         """Close all connections."""
+        await self._line.close()
         await self._redis.aclose()
         await self._blocking.aclose()
 
@@ -336,9 +342,10 @@ class Bus:
         """Return each request's body, log and logprob records."""
         args = [word for item in items for word in (item.rid, item.call or item.rid, item.part)]
         found = await self._scripts.inputs(keys=[self.keys.tag], args=args)
+        rows = zip(items, found[::4], found[1::4], found[2::4], found[3::4], strict=True)
         return [
-            Input(*found[4 * i : 4 * i + 4], self.keys.body(item.call or item.rid), item.part, self._seal)
-            for i, item in enumerate(items)
+            Input(common, part, log, logprobs, self.keys.body(item.call or item.rid), item.part, self._seal)
+            for item, common, part, log, logprobs in rows
         ]
 
     async def scan_assigned(self, chunk: int) -> AsyncIterator[list[tuple[str, str]]]:

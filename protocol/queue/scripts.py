@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from redis.exceptions import NoScriptError
+
+from protocol.queue.line import LOST, Line, NotTakenError
 from protocol.queue.redis_client import Client
 
 NAMES = (
@@ -19,12 +22,23 @@ NAMES = (
 FOLDER = Path(__file__).parent / "lua"
 
 
-class Script(Protocol):
-    """A registered script; redis-py sends it again when the server has forgotten it."""
+class Script:
+    """A registered script, which may be run twice.
+
+    So what goes wrong on the line is left to redis-py, which connects again, and sends the script again when the server
+    has forgotten it.
+    """
+
+    def __init__(self, client: Client, line: Line, text: str) -> None:
+        self._registered = client.register_script(text)
+        self._line = line
 
     async def __call__(self, *, keys: Sequence[Any], args: Sequence[Any]) -> Any:
         """Run it. Replies are bytes, ints, and lists of them."""
-        ...
+        try:
+            return await self._line.ask(("EVALSHA", self._registered.sha, len(keys), *keys, *args))
+        except (*LOST, NotTakenError, NoScriptError):
+            return await self._registered(keys=keys, args=args)
 
 
 class Scripts:
@@ -45,12 +59,12 @@ class Scripts:
     forget: Script
     inputs: Script
 
-    def __init__(self, client: Client, folder: Path = FOLDER) -> None:
+    def __init__(self, client: Client, line: Line, folder: Path = FOLDER) -> None:
         """Read the scripts in `folder`; each has `common.lua` after its first line."""
         common = (folder / "common.lua").read_text()
         for name in NAMES:
             flags, rest = (folder / f"{name}.lua").read_text().split("\n", 1)
-            setattr(self, name, client.register_script(f"{flags}\n{common}{rest}"))
+            setattr(self, name, Script(client, line, f"{flags}\n{common}{rest}"))
 
     async def write_vital(self, tag: str, *commands: Sequence[str | bytes | int]) -> list[Any]:
         """Run writes that the fleet lives by, all at once, and return their replies. See `vital.lua`.

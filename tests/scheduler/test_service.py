@@ -288,6 +288,7 @@ async def test_what_a_draining_worker_hands_back_goes_on_elsewhere(bus: Bus) -> 
         await holds(first, "r")
         first.draining = True
         await first.beat()
+        await wait_until(lambda: status_is(bus, workers=0, running=1), "it is known that it drains")
         second = await FakeWorker(bus, "w2").join()
         await bus.requeue("w1", ["r"], counts=False, max_attempts=3)
         first.drop("r")

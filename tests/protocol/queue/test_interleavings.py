@@ -39,6 +39,10 @@ T = TypeVar("T")
 QUOTA = Quota("t", max_bytes=1 << 30)
 
 
+class LostReplyError(Exception):
+    """The client has given up."""
+
+
 class Life:
     """One life of a worker process."""
 
@@ -75,7 +79,7 @@ class World:
         self.calls = (RIDS,) if seed % 2 else tuple((rid,) for rid in RIDS)
         self.loop = asyncio.new_event_loop()
         self.bus = Bus(url, lua=lua)
-        self.evalsha = self.bus._redis.evalsha
+        self.ask = self.bus._line.ask
         self.run(self.bus._redis.flushall())
         self.run(self.bus.streams.create(self.bus.keys.out(GATEWAY), 300))
         self.lives: dict[int, Life] = {}
@@ -217,21 +221,21 @@ class World:
         """Call the step script once, or twice as a client does that lost its connection; None: the reply is lost."""
         is_repeated = self.random.random() < 0.2
 
-        async def evalsha(*args: Any) -> Any:
+        async def ask(command: Any) -> Any:
             if is_repeated:
-                await self.evalsha(*args)
-            reply = await self.evalsha(*args)
+                await self.ask(command)
+            reply = await self.ask(command)
             if lose_reply:
-                raise ConnectionError
+                raise LostReplyError
             return reply
 
-        self.bus._redis.evalsha = evalsha
+        self.bus._line.ask = ask
         try:
             return self.run(self.bus.step(wid, step))
-        except ConnectionError:
+        except LostReplyError:
             return None
         finally:
-            self.bus._redis.evalsha = self.evalsha
+            self.bus._line.ask = self.ask
 
     def die(self) -> None:
         """A worker is killed, or only stops for a while; its successor has a new id."""

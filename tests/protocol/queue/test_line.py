@@ -1,0 +1,99 @@
+"""The line that scripts share: replies reach who asked, and what goes wrong on it is made good."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from redis.exceptions import ResponseError
+from script_queue import Queue
+
+from protocol.queue.bus import Bus
+from protocol.queue.line import LOST, MAX_COMMAND_BYTES, MAX_WAITING, Line, NotTakenError
+from protocol.queue.redis_client import connect
+
+
+async def test_replies_and_errors_reach_who_asked(bus: Bus) -> None:
+    """An error of the server's is one command's own."""
+
+    async def ask(i: int) -> str:
+        try:
+            return (await bus._line.ask(("ECHO", str(i)) if i % 3 else ("NONE", i))).decode()
+        except ResponseError:
+            return "error"
+
+    assert await asyncio.gather(*map(ask, range(MAX_WAITING))) == [
+        str(i) if i % 3 else "error" for i in range(MAX_WAITING)
+    ]
+
+
+async def test_a_reply_nobody_waits_for_is_not_taken_for_anothers(bus: Bus) -> None:
+    """Whoever asks may be cancelled before the reply comes."""
+    await bus._line.ask(("PING",))  # it is open
+    tasks = [asyncio.create_task(bus._line.ask(("ECHO", i))) for i in range(100)]
+    await asyncio.sleep(0)  # all are sent
+    for task in tasks[::2]:
+        task.cancel()
+    replies = await asyncio.gather(*tasks, return_exceptions=True)
+    assert replies[1::2] == [b"%d" % i for i in range(1, 100, 2)]
+    assert all(isinstance(reply, asyncio.CancelledError) for reply in replies[::2])
+    assert await bus._line.ask(("ECHO", "next")) == b"next"
+
+
+async def test_a_lost_line_is_told_to_all_who_wait_and_opened_again(bus: Bus) -> None:
+    """A blocked command keeps the others waiting until the connection is lost."""
+    number = await bus._line.ask(("CLIENT", "ID"))
+    waiting = [asyncio.create_task(bus._line.ask(("BLPOP", "none", 0))) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert await bus._redis.client_kill_filter(_id=number) == 1
+    assert all(isinstance(reply, LOST) for reply in await asyncio.gather(*waiting, return_exceptions=True))
+    assert await bus._line.ask(("ECHO", "again")) == b"again"
+
+
+async def test_scripts_run_though_the_line_is_lost_or_the_server_forgot_them(queue: Queue) -> None:
+    """redis-py connects again, and sends them again."""
+    line = queue.bus._line
+    assert await queue.submit("a") == ("ok", None)
+    await queue.bus._redis.script_flush()
+    assert await queue.submit("b") == ("ok", None)
+    await queue.bus._redis.client_kill_filter(_id=await line.ask(("CLIENT", "ID")))
+    assert await queue.submit("c") == ("ok", None)
+    assert [rid for rid, _ in await queue.queued()] == ["a", "b", "c"]
+
+
+async def test_a_large_command_takes_a_connection_of_its_own(queue: Queue) -> None:
+    """It would keep those behind it waiting."""
+    with pytest.raises(NotTakenError):
+        await queue.bus._line.ask(("ECHO", bytes(MAX_COMMAND_BYTES)))
+    assert await queue.bus._line.ask(("ECHO", "small")) == b"small"
+
+
+async def test_no_more_wait_on_the_line_than_it_may_hold(bus: Bus) -> None:
+    """The rest takes connections of its own."""
+    await bus._line.ask(("PING",))  # it is open
+    waiting = [asyncio.create_task(bus._line.ask(("ECHO", i))) for i in range(2 * MAX_WAITING)]
+    replies = await asyncio.gather(*waiting, return_exceptions=True)
+    assert replies[:MAX_WAITING] == [b"%d" % i for i in range(MAX_WAITING)]
+    assert all(isinstance(reply, NotTakenError) for reply in replies[MAX_WAITING:])
+
+
+async def test_a_server_that_does_not_answer_is_given_up(bus: Bus, tmp_path: Path) -> None:
+    """Neither connecting nor a command takes longer than the timeout."""
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(4096):
+            pass
+        writer.close()
+
+    async with await asyncio.start_unix_server(silent, tmp_path / "s"):
+        client = connect(f"unix://{tmp_path / 's'}", timeout_s=None)
+        line = Line(client, timeout_s=0.05)
+        with pytest.raises(LOST):
+            await line.ask(("ECHO", "1"))
+        await line.close()
+        await client.aclose()
+    slow = Line(bus._blocking, timeout_s=0.05)
+    with pytest.raises(LOST):
+        await slow.ask(("BLPOP", "none", 0))
+    await slow.close()
