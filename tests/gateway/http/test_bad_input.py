@@ -34,7 +34,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"messages": [{"role": "user"}]}, "messages[0].content"),
     ("chat", {"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
     ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
-    ("chat", {"messages": [{"role": "tool", "content": "x"}]}, "messages"),  # the template says so
+    ("chat", {"messages": [{"role": "tool", "content": None}]}, "messages[0].content"),
     ("chat", {"temperature": "hot"}, "temperature"),
     ("chat", {"temperature": 2.1}, "temperature"),
     ("chat", {"temperature": -0.1}, "temperature"),
@@ -154,6 +154,7 @@ async def test_a_wrong_field_is_400_with_its_name(http: httpx2.AsyncClient, flee
     for route, fields, param in BAD_FIELDS:
         path, good = ("/v1/chat/completions", CHAT) if route == "chat" else ("/v1/completions", COMPLETION)
         answer = await http.post(path, json={**good, **fields})
+        assert answer.status_code == 400, (route, fields)
         error = answer.json()["error"]
         if (answer.status_code, error["type"], error["param"]) != (400, "invalid_request_error", param):
             wrong.append(f"{route} {fields}: {answer.status_code} {error}")

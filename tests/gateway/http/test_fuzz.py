@@ -234,6 +234,7 @@ def test_nul_and_huge_numbers_are_no_fault(url: str, patient: httpx2.Client, pat
             assert answer.status_code < 500, (at, odd[:20], answer.content)
 
 
+SURROGATE = '"\\ud800"'
 DEEP = "[" * 200_000
 
 
@@ -252,7 +253,7 @@ DEEP = "[" * 200_000
             "messages[0].tool_calls[0].function.arguments",
         ),
         (
-            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": '"\\ud800"'}}]}]},
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": SURROGATE}}]}]},
             "messages[0].tool_calls[0].function.arguments",
         ),
         ({"structured_outputs": {"json": DEEP}}, "structured_outputs.json"),
