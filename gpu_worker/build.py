@@ -219,7 +219,7 @@ def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:
                 "go back by a token: leave it 0"
             )
         num_states, max_num_seqs = _num_states(model.mixers.slot_bytes, kv_bytes, max_num_seqs)
-        kv_bytes -= num_states * model.mixers.slot_bytes
+        kv_bytes -= (num_states + 1) * model.mixers.slot_bytes
     limits = BatchLimits(
         max_num_seqs,
         max_step_tokens,

@@ -19,7 +19,7 @@ from gateway.http.paths import CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE
 Fate = Literal["served", "accepted", "refused"]
 
 SERVERS = ("openai", "vllm", "sglang", "tgi", "lorax", "ollama")
-"""Whose parameters are listed."""
+"""The servers whose parameters are listed."""
 
 OBJECTS: Mapping[str, str] = MappingProxyType({
     "chat": CHAT,

@@ -260,7 +260,7 @@ class CompletionWriter:
 
     def __init__(self, head: Head, tokens: Sequence[TokenTable], *, include_usage: bool, logprobs: bool) -> None:
         self.offsets: Sequence[TextOffsets] = ()
-        """Of each choice, if logprobs are shown."""
+        """Where each choice's tokens begin in its text, if logprobs are shown."""
         self._head = head
         self._tokens = tokens
         self._logprobs = logprobs

@@ -414,7 +414,7 @@ class Batcher:
         slot = self._slots.acquire(digest) if digest else -1
         if slot is None:
             return False
-        if not self._make_room(seq, cached, plan) or (self.states and self.states.take(seq, len(cached))) is False:
+        if not self._make_room(seq, cached, plan) or not (self.states is None or self.states.take(seq, len(cached))):
             if digest:
                 self._slots.release(digest)
             seq.num_skips += 1

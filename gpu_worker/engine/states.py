@@ -13,10 +13,10 @@ from gpu_worker.engine.sequence import Sequence
 from protocol.runtime.settings import BLOCK_TOKENS
 
 PROMPT_TOKENS = 256
-"""States of a prompt are saved at multiples of that, and at its last full block, for prompts that begin alike."""
+"""The states of a prompt are saved at multiples of this, and at its last full block, for prompts that begin alike."""
 
 OUTPUT_TOKENS = 64
-"""Of an output the newest state at a multiple of that is saved, for the next turn of a conversation."""
+"""The newest state of an output at a multiple of this is saved, for the next turn of a conversation."""
 
 
 def worth_saving(num_prompt: int, first: int, end: int, *, with_output: bool = True) -> list[int]:

@@ -16,6 +16,7 @@ import functools
 import inspect
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from gpu_worker.memory import zeros
 
 UNLIMITED = (0.0, float("inf"))
+"""The `dt_limit` of a scan whose step sizes are not limited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +75,10 @@ class StateBatch:
         return not self.runs
 
 
-class MixerCall:
+class MixerCall(ABC):
     """One call of a mixer's function in each forward pass, with the states of all sequences.
 
-    Subclasses know one function: how a state looks, what is computed for one token of many sequences (`step`) and for
-    several tokens of one (`scan`).
+    A subclass knows one function: how a state looks, and how a step's runs are computed.
     """
 
     def __init__(self, many: Callable[..., Any], one: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:
@@ -113,13 +114,13 @@ class MixerCall:
         if run.save >= 0:
             self.states[run.save] = state
 
+    @abstractmethod
     def run(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the function for a step, and move every run's state on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state_of(self, args: tuple[Any, ...], kwargs: Any) -> tuple[tuple[int, ...], torch.dtype]:
         """Return the shape and dtype of a state."""
-        raise NotImplementedError
 
 
 class Convolution(MixerCall):
@@ -198,6 +199,11 @@ class ChunkScan(MixerCall):
     tokens that are computed again are computed one by one, as they were the first time.
     """
 
+    def __init__(self, many: Callable[..., Any], one: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:
+        """Read off the call whether dt is limited. The arguments are those of `MixerCall`."""
+        super().__init__(many, one, args, kwargs)
+        self._limited = tuple(_bind(many, args, kwargs).get("dt_limit", UNLIMITED)) != UNLIMITED
+
     @property
     def tells_prompts_apart(self) -> bool:
         """Whether a prompt's tokens are computed otherwise than the same tokens of an output."""
@@ -206,7 +212,6 @@ class ChunkScan(MixerCall):
     def state_of(self, args: tuple[Any, ...], kwargs: Any) -> tuple[tuple[int, ...], torch.dtype]:
         """Return the shape and dtype of a state."""
         bound = _bind(self.many, args, kwargs)
-        self._limited = tuple(bound.get("dt_limit", UNLIMITED)) != UNLIMITED
         return (*bound["hidden_states"].shape[2:], bound["B"].shape[-1]), torch.float32
 
     def run(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -16,7 +16,7 @@ from gateway.text.turns import MAX_TENANT_BYTES, MAX_WAITING_BYTES
 from protocol.runtime.settings import Settings
 
 UNREAD_BYTES = 320 << 10
-"""Of a body that nobody reads, and of an answer that its client does not: what uvicorn and the loop hold."""
+"""What uvicorn and the event loop hold of a body that nobody reads, and of an answer that its client does not read."""
 
 AS_VALUES = 32
 """Bytes of a body's values for each byte of a small one: `{"":[]},` again and again."""
@@ -37,7 +37,7 @@ OWN_TEXTS_BYTES = 128 << 20
 """Adapters' own tokenizers and templates."""
 
 SANDBOX_BYTES = 1100 << 20
-"""Of a process that runs what strangers wrote: 1 GiB beyond its start, which is 70 MB."""
+"""The memory of a process that runs what strangers wrote: 1 GiB beyond its start, which is 70 MB."""
 
 
 @dataclass(frozen=True, slots=True)
