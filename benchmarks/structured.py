@@ -24,8 +24,8 @@ from tokenizers import Tokenizer
 from benchmarks.common import report
 from benchmarks.common.fleet import quickstart_model
 from benchmarks.common.schemas import random_schema
-from gateway.text.grammars import grammar_text
-from gateway.text.structured import constraint_of
+from gateway.grammars.notation import grammar_text
+from gateway.grammars.structured import constraint_of
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import load_engine
 from gpu_worker.engine.engine import Engine

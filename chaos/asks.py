@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_worker.engine.sampling import SampleRow, sample
+from gpu_worker.sampling.sampling import SampleRow, sample
 from protocol.wire.messages import Sampling
 
 PROMPTS = ("The first prompt", "and another, rather longer one: " + 20 * "abc ", "x")

@@ -25,6 +25,7 @@ from gateway.auth.authentication import is_loopback
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.replies import Replies
 from gateway.encoders.routes import EncoderEndpoints
+from gateway.grammars.check import GrammarCheck
 from gateway.http.app import DISCARDED_BODIES, Envelope, build_app
 from gateway.http.connection import ConnectionLimits
 from gateway.http.routes import Endpoints
@@ -32,9 +33,8 @@ from gateway.http.server import BACKLOG, HttpServer, allow_connections
 from gateway.lorax.routes import NativeEndpoints, shape_of
 from gateway.overload.admission import Admission, OverloadLimits
 from gateway.overload.heartbeat import Heartbeat, Pace
-from gateway.text.grammar_check import GrammarCheck
+from gateway.sandbox.sandbox import SandboxPool
 from gateway.text.own_files import OwnFiles
-from gateway.text.sandbox import SandboxPool
 from gateway.text.tokenizer import load_model_files
 from peft_adapters.texts.files import TOKENIZER
 from protocol.queue.bus import Bus

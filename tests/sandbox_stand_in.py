@@ -12,7 +12,7 @@ import sys
 
 import msgspec
 
-from gateway.text.sandbox_child import SIZE_BYTES, Answer, Render, SandboxJob, framed
+from gateway.sandbox.child import SIZE_BYTES, Answer, Render, SandboxJob, framed
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gateway.http.fields import Name
-from gateway.http.parameter_check import JsonBody
+from gateway.bodies.fields import Name
+from gateway.bodies.parameter_check import JsonBody
 from peft_adapters.recipe import MAX_MERGED, Merge, Strategy, check_merge, digests_of, needs_density
 from protocol.wire.errors import BadRequest
 

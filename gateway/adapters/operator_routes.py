@@ -15,8 +15,8 @@ from starlette.responses import PlainTextResponse, Response
 from gateway.adapters.memory import Freed
 from gateway.adapters.operations import AdapterOperations, Unloaded, Wanted
 from gateway.auth.callers import caller_of
+from gateway.bodies.parameter_check import JsonBody
 from gateway.http import openapi
-from gateway.http.parameter_check import JsonBody
 from gateway.http.routes import json_response
 from protocol.wire.errors import BadRequest, Conflict, NotFound, Unavailable
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gateway.calls.tokenize import Prompt, TokenizedCall
+from gateway.grammars.check import GrammarCheck
+from gateway.grammars.notation import grammar_text
 from gateway.text.answer_form import answer_grammar, marker_ids
-from gateway.text.grammar_check import GrammarCheck
-from gateway.text.grammars import grammar_text
 
 
 async def constrain(call: TokenizedCall, grammars: GrammarCheck) -> TokenizedCall:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from gateway.adapters.merged import MergedAdapters
 from gateway.auth.callers import Caller
-from gateway.text.grammars import Constraint
+from gateway.grammars.notation import Constraint
 from gateway.tools.definitions import Tools
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, LorafleetError

@@ -26,9 +26,9 @@ from gateway.calls.replies import Replies
 from gateway.calls.resolve import CallResolver
 from gateway.calls.submit import SubmittedCall, Submitter
 from gateway.calls.tokenize import check_size, tokenize
+from gateway.grammars.check import GrammarCheck
 from gateway.overload import large
 from gateway.overload.admission import Admission
-from gateway.text.grammar_check import GrammarCheck
 from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gateway.http.fields import Name, Prompts, Strings
-from gateway.http.parameter_check import JsonBody
+from gateway.bodies.fields import Name, Prompts, Strings
+from gateway.bodies.parameter_check import JsonBody
 from gateway.lorax.bodies import AdapterParameters
 
 

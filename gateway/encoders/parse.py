@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.auth.callers import Caller
+from gateway.bodies.fields import sources_of
 from gateway.calls.parse import Models, Options, ParsedCall, Rules, Source, Texts
 from gateway.encoders.bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
-from gateway.http.fields import sources_of
 from gateway.lorax.bodies import AdapterParameters
 from gateway.lorax.errors import GenerationFailed
 from gateway.lorax.parse import models_of

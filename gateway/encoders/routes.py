@@ -8,11 +8,11 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from gateway.auth.callers import caller_of
+from gateway.bodies.json_bodies import JsonRoute
 from gateway.calls.pipeline import Pipeline
 from gateway.encoders.bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
 from gateway.encoders.calls import EncoderCalls
 from gateway.http import openapi
-from gateway.http.json_bodies import JsonRoute
 from gateway.http.paths import EMBEDDINGS
 from gateway.http.routes import Endpoints
 from gateway.lorax.errors import LORAX_ERRORS

@@ -20,13 +20,13 @@ from gateway.adapters.operator_routes import OperatorEndpoints, add_operator_rou
 from gateway.auth.authentication import Authentication
 from gateway.auth.browsers import Browsers
 from gateway.auth.callers import CALLER
+from gateway.bodies.fields import REQUEST_ID
+from gateway.bodies.parameter_check import IGNORED_HEADER
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
 from gateway.http import openapi
 from gateway.http.direct import DirectCalls
 from gateway.http.errors import add_handlers, is_failure
-from gateway.http.fields import REQUEST_ID
 from gateway.http.headers import header_of
-from gateway.http.parameter_check import IGNORED_HEADER
 from gateway.http.paths import GENERATION_PATHS, LARGE_BODY_PATHS, SMALL_BODY_BYTES
 from gateway.http.routes import Endpoints, add_routes
 from gateway.http.sse import RAW_SEND

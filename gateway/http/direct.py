@@ -19,9 +19,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
+from gateway.bodies.json_bodies import JsonRoute, body_value
 from gateway.http.errors import ErrorShape, is_foreseen, response_to
 from gateway.http.headers import header_of
-from gateway.http.json_bodies import JsonRoute, body_value
 from gateway.http.paths import GENERATION_PATHS
 from gateway.overload.large import working
 

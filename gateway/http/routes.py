@@ -10,13 +10,13 @@ from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
 from gateway.auth.callers import caller_of
+from gateway.bodies.fields import REQUEST_ID
+from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.calls.jobs import JobStatus
 from gateway.calls.parse import Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape
-from gateway.http.fields import REQUEST_ID
-from gateway.http.json_bodies import JsonRoute, json_response
 from gateway.http.keep_alive import KeepAliveResponse
 from gateway.http.paths import CHAT, COMPLETIONS
 from gateway.openai.bodies import AnyRequest, ChatRequest, CompletionRequest

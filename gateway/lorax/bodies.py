@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from gateway.adapters.merged import MergedAdapters
-from gateway.http.fields import Name, Strings
-from gateway.http.parameter_check import JsonBody
+from gateway.bodies.fields import Name, Strings
+from gateway.bodies.parameter_check import JsonBody
 
 
 class NativeMerge(MergedAdapters):

@@ -11,10 +11,10 @@ from typing import Any
 
 from gateway.auth.callers import Caller
 from gateway.calls.parse import Models, Options, ParsedCall, Rules, Texts, Truncation
+from gateway.grammars.notation import Constraint
+from gateway.grammars.structured import native_constraint, tgi_constraint
 from gateway.lorax.bodies import AdapterParameters, GenerateRequest, Parameters
 from gateway.lorax.errors import GenerationFailed
-from gateway.text.grammars import Constraint
-from gateway.text.structured import native_constraint, tgi_constraint
 from peft_adapters.recipe import MAX_MERGED
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m

@@ -11,13 +11,13 @@ from starlette.responses import Response
 
 from gateway.adapters.resolver import BASE
 from gateway.auth.callers import Caller, caller_of
+from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.calls.follow import Generation
 from gateway.calls.pipeline import Pipeline
 from gateway.encoders.bodies import EncoderRequest
 from gateway.encoders.calls import EncoderCalls
 from gateway.http import openapi
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape
-from gateway.http.json_bodies import JsonRoute, json_response
 from gateway.http.paths import LORAX_PATHS, TOKENIZE
 from gateway.http.routes import Endpoints
 from gateway.lorax import metrics as lorax_metrics

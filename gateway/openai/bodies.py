@@ -1,6 +1,6 @@
 """The HTTP bodies of OpenAI's routes.
 
-A field that is not declared here is refused, see `gateway/http/parameters.py`.
+A field that is not declared here is refused, see `gateway/bodies/parameters.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from gateway.adapters.merged import MergedAdapters
-from gateway.http.fields import REQUEST_ID, Name, Objects, Prompts, Strings, entries_within
-from gateway.http.parameter_check import JsonBody
+from gateway.bodies.fields import REQUEST_ID, Name, Objects, Prompts, Strings, entries_within
+from gateway.bodies.parameter_check import JsonBody
 from gateway.http.paths import CHAT, COMPLETIONS
 
 MAX_LORA_SCALE = 100.0

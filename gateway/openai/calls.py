@@ -7,11 +7,11 @@ from functools import partial
 from starlette.responses import Response
 
 from gateway.auth.callers import Caller
+from gateway.bodies.json_bodies import json_response
 from gateway.calls.earlier import check_same_body
 from gateway.calls.jobs import JobApi, Jobs
 from gateway.calls.parse import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
-from gateway.http.json_bodies import json_response
 from gateway.openai.bodies import BODIES, AnyRequest
 from gateway.openai.parse import parse, parse_stored, to_be_stored
 from gateway.openai.write import write, writer_of

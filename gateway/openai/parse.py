@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gateway.auth.callers import Caller
+from gateway.bodies.fields import sources_of
 from gateway.calls.parse import (
     UNLIMITED,
     Conversation,
@@ -18,7 +19,8 @@ from gateway.calls.parse import (
     Texts,
     Truncation,
 )
-from gateway.http.fields import sources_of
+from gateway.grammars.notation import Constraint
+from gateway.grammars.structured import OTHER_NAMES, constraint_of
 from gateway.openai.bodies import (
     BODIES,
     MAX_METADATA_KEY,
@@ -31,8 +33,6 @@ from gateway.openai.bodies import (
     CompletionRequest,
     GenerationRequest,
 )
-from gateway.text.grammars import Constraint
-from gateway.text.structured import OTHER_NAMES, constraint_of
 from gateway.tools.definitions import Tools, tools_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m

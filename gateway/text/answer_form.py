@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from gateway.grammars.notation import Constraint, lark_regex, lark_string
 from gateway.text.answer_parts import THOUGHTS, AnswerParts, Thought
-from gateway.text.grammars import Constraint, lark_regex, lark_string
 from gateway.text.tokenizer import ModelFiles
 from gateway.tools.definitions import Tools
 from gateway.tools.grammar import tool_grammar

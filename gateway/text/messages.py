@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any
 
-from gateway.http import json_values
+from gateway.bodies import json_values
 from protocol.wire.errors import BadRequest
 
 Message = dict[str, Any]

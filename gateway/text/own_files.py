@@ -11,8 +11,8 @@ from weakref import WeakValueDictionary
 import httpx2
 import msgspec
 
-from gateway.text.sandbox import SandboxedTemplate, SandboxPool
-from gateway.text.sandbox_child import ReadTokenizer
+from gateway.sandbox.child import ReadTokenizer
+from gateway.sandbox.sandbox import SandboxedTemplate, SandboxPool
 from gateway.text.tokenizer import TOKENIZER_S, BaseEncoder, Encoder, ModelFiles, OwnEncoder
 from peft_adapters.texts.files import (
     TEXTS_FIELD,

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+from gateway.sandbox.child import Encode, Encoded
+from gateway.sandbox.sandbox import SandboxedTemplate, SandboxPool
 from gateway.text.answer_parts import THOUGHTS
 from gateway.text.chat import ChatTemplate
 from gateway.text.messages import Message, normalize_messages, text_of
-from gateway.text.sandbox import SandboxedTemplate, SandboxPool
-from gateway.text.sandbox_child import Encode, Encoded
 from gateway.tools.prompt import explain_tools, knows_tools, without_calls
 from peft_adapters.texts.files import TEXT_FILES, TOKENIZER
 from peft_adapters.texts.tokenizer_json import token_table
@@ -74,7 +74,7 @@ class OwnEncoder:
     """An adapter's tokenizer, which only ever runs in the sandbox."""
 
     def __init__(self, key: str, file: bytes, sandbox: SandboxPool) -> None:
-        """key, file: as in `sandbox_child.Encode`."""
+        """key, file: as in `gateway.sandbox.child.Encode`."""
         self._key, self._file = key, file
         self._sandbox = sandbox
 

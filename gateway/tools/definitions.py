@@ -9,8 +9,8 @@ from typing import Any
 
 import orjson
 
-from gateway.text.grammar_limits import MAX_TIMES, check_num
-from gateway.text.structured import checked_schema, is_strict
+from gateway.grammars.limits import MAX_TIMES, check_num
+from gateway.grammars.structured import checked_schema, is_strict
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from gateway.text.grammars import Constraint, lark_regex, lark_string
+from gateway.grammars.notation import Constraint, lark_regex, lark_string
 from gateway.tools.definitions import Tools
 from gateway.tools.styles import MarkerId, ToolStyle
 from gateway.tools.xml_calls import RAW_VALUE_RULES, arguments_rules

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from gpu_worker.adapters.cache import AdapterCache
-from gpu_worker.engine.grammars import Grammars
-from gpu_worker.engine.logprobs import PromptLogprobs
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.speculation import Drafter
 from gpu_worker.engine.stop import StopRules
 from gpu_worker.model.model import BaseModel
+from gpu_worker.sampling.grammars import Grammars
+from gpu_worker.sampling.logprobs import PromptLogprobs
 from protocol.wire.errors import BadRequest
 from protocol.wire.tokens import TokenTable
 

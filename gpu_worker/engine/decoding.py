@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from torch import Tensor
 
-from gpu_worker.engine.grammars import Grammars
-from gpu_worker.engine.sampling import Sampled, SampleRow
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.memory import send
+from gpu_worker.sampling.grammars import Grammars
+from gpu_worker.sampling.sampling import Sampled, SampleRow
 from protocol.wire.errors import Internal
 from protocol.wire.messages import Sampling
 

@@ -17,15 +17,15 @@ from gpu_worker.engine.batcher import Batcher, BatchLimits, StepPlan
 from gpu_worker.engine.binding import RequestBinder
 from gpu_worker.engine.blocks import BlockPool
 from gpu_worker.engine.decoding import accept_tokens, check_choice, grammar_masks, sample_rows, without
-from gpu_worker.engine.grammars import Grammars
-from gpu_worker.engine.logprobs import record_prompts
 from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput, failure_of
 from gpu_worker.engine.runner import Runner, StepInputs
-from gpu_worker.engine.sampling import Sampled, sample
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.states import StatePool
 from gpu_worker.engine.step_model import StepWork
 from gpu_worker.model.model import BaseModel
+from gpu_worker.sampling.grammars import Grammars
+from gpu_worker.sampling.logprobs import record_prompts
+from gpu_worker.sampling.sampling import Sampled, sample
 from peft_adapters.texts.tokenizer_json import token_table
 from protocol.wire.errors import LorafleetError
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from gpu_worker.adapters.extras import Extras
 from gpu_worker.cuda.graphs import DecodeGraph, DecodeGraphs, DecodeLists, GraphRecorder
 from gpu_worker.engine.batcher import StepPlan
-from gpu_worker.engine.logprobs import PromptRows
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.memory import send
@@ -24,6 +23,7 @@ from gpu_worker.model.apply_extras import ExtraRows
 from gpu_worker.model.logits_check import spread_of
 from gpu_worker.model.mixers import Run, StateBatch
 from gpu_worker.model.model import BaseModel
+from gpu_worker.sampling.logprobs import PromptRows
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest
 

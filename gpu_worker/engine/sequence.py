@@ -6,12 +6,12 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from gpu_worker.engine.adjustment import Adjustment
-from gpu_worker.engine.grammars import Matcher
-from gpu_worker.engine.logprobs import PromptLogprobs
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.engine.speculation import Drafter
 from gpu_worker.engine.stop import StopRules
+from gpu_worker.sampling.adjustment import Adjustment
+from gpu_worker.sampling.grammars import Matcher
+from gpu_worker.sampling.logprobs import PromptLogprobs
 from protocol.wire.errors import LorafleetError
 
 

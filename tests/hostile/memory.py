@@ -12,7 +12,7 @@ from gateway.calls.admit import MAX_LOGPROB_BYTES
 from gateway.http.connection import MAX_HEAD_BYTES
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload.large import LargeLimits
-from gateway.text.turns import MAX_TENANT_BYTES, MAX_WAITING_BYTES
+from gateway.sandbox.turns import MAX_TENANT_BYTES, MAX_WAITING_BYTES
 from protocol.runtime.settings import Settings
 
 UNREAD_BYTES = 320 << 10

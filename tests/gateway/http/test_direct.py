@@ -9,9 +9,9 @@ import pytest
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.http.direct import DirectCalls
 from gateway.http.errors import OPENAI_ERRORS, add_handlers
-from gateway.http.json_bodies import JsonRoute, json_response
 from gateway.http.paths import COMPLETIONS
 from gateway.openai.bodies import CompletionRequest
 from protocol.queue.redis_client import MemoryFull

@@ -12,9 +12,9 @@ from scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, Scr
 from tokenizers import Tokenizer
 from waiting import wait_until
 
+from gateway.grammars.closed_schemas import MAX_FREE_KEYS
+from gateway.grammars.structured import JSON_STYLE
 from gateway.openai.bodies import ChatRequest
-from gateway.text.closed_schemas import MAX_FREE_KEYS
-from gateway.text.structured import JSON_STYLE
 from peft_adapters.recipe import merge_of
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m

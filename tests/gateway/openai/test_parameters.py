@@ -13,8 +13,8 @@ from openai import AsyncOpenAI
 from scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, ScriptedFleet, running_gateway
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gateway.text.closed_schemas import MAX_FREE_KEYS
-from gateway.text.structured import JSON_STYLE
+from gateway.grammars.closed_schemas import MAX_FREE_KEYS
+from gateway.grammars.structured import JSON_STYLE
 from peft_adapters.texts.tokenizer_json import token_table
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m

@@ -17,11 +17,11 @@ from waiting import wait_until
 
 from gateway.adapters.resolver import Target
 from gateway.auth.callers import EVERYBODY
+from gateway.bodies import json_values
 from gateway.calls.admit import check_logprobs
 from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Sent, Texts, Truncation
 from gateway.calls.resolve import ResolvedCall
 from gateway.calls.tokenize import Prompt, check_size, tokenize
-from gateway.http import json_values
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload import large
 from gateway.overload.large import LargeBody, Places

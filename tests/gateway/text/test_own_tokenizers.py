@@ -14,8 +14,8 @@ import pytest_asyncio
 from tokenizer_files import families, tokenizer_file
 from tokenizers import Tokenizer
 
-from gateway.text.sandbox import SandboxPool
-from gateway.text.sandbox_child import Encode, ReadTokenizer
+from gateway.sandbox.child import Encode, ReadTokenizer
+from gateway.sandbox.sandbox import SandboxPool
 from gateway.text.tokenizer import OwnEncoder
 from peft_adapters.texts.tokenizer_json import key_of, token_table
 from protocol.wire.errors import BadRequest

@@ -17,9 +17,9 @@ from openai import AsyncOpenAI
 from scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
 from tokenizers import AddedToken, Tokenizer
 
+from gateway.grammars.notation import grammar_text
 from gateway.text.answer_form import AnswerForm, answer_grammar
 from gateway.text.answer_parts import THOUGHTS, AnswerParts, Thought
-from gateway.text.grammars import grammar_text
 from gateway.tools.definitions import tools_of
 from gateway.tools.prompt import knows_tools
 from gateway.tools.styles import (

@@ -13,9 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from gpu_worker.engine.batcher import MAX_SKIPS, Batcher, BatchLimits, StepPlan
 from gpu_worker.engine.blocks import BlockPool
-from gpu_worker.engine.logprobs import PromptLogprobs
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.speculation import Drafter
+from gpu_worker.sampling.logprobs import PromptLogprobs
 from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEPS_AFTER
 from protocol.wire.messages import StepModel
 from tests.gpu_worker.engine.batches import FakeSlots, finish_step, make_batcher, make_seq

@@ -16,12 +16,12 @@ from hostile.fuzz.engine import Check, Target
 from hypothesis import strategies as st
 from scripted_fleet import make_model_folder
 
-from gateway.text.grammars import grammar_text
+from gateway.grammars.notation import grammar_text
+from gateway.grammars.structured import constraint_of
+from gateway.sandbox.child import Check as GrammarJob
+from gateway.sandbox.child import Render
+from gateway.sandbox.sandbox import SandboxPool
 from gateway.text.messages import normalize_messages
-from gateway.text.sandbox import SandboxPool
-from gateway.text.sandbox_child import Check as GrammarJob
-from gateway.text.sandbox_child import Render
-from gateway.text.structured import constraint_of
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Overloaded, Unavailable
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 from waiting import wait_until
 
-from gateway.text.grammar_check import LIMIT_REMEMBERED_S, GrammarCheck
-from gateway.text.sandbox import SandboxPool
-from gateway.text.sandbox_child import Answer, Check, SandboxJob
+from gateway.grammars.check import LIMIT_REMEMBERED_S, GrammarCheck
+from gateway.sandbox.child import Answer, Check, SandboxJob
+from gateway.sandbox.sandbox import SandboxPool
 from protocol.wire.errors import BadRequest, LorafleetError, Overloaded, Unavailable
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.text import grammar_limits as g
-from gateway.text.structured import JSON_STYLE, constraint_of
+from gateway.grammars import limits as g
+from gateway.grammars.structured import JSON_STYLE, constraint_of
 from gateway.tools.definitions import tools_of
 from gateway.tools.xml_calls import arguments_rules
 from protocol.runtime.settings import Settings

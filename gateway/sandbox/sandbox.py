@@ -1,8 +1,8 @@
 """Runs what strangers wrote, chat templates of adapters and grammars of clients, in processes that can be killed.
 
 Jinja's sandbox keeps a template from Python's objects, not from an endless loop or a text without limit, and a grammar
-of a few lines may take minutes to compile. The processes, `sandbox_child`, keep their time and memory apart from
-everybody else's requests, and can reach nothing (`lockdown`). `turns` says whose job is next, `sandbox_process` is the
+of a few lines may take minutes to compile. The processes, `child`, keep their time and memory apart from
+everybody else's requests, and can reach nothing (`lockdown`). `turns` says whose job is next, `process` is the
 gateway's side of one process.
 """
 
@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.text.sandbox_child import Answer, Render, SandboxJob, framed
-from gateway.text.sandbox_process import START_S, Job, SandboxProcess
-from gateway.text.turns import Turns
+from gateway.sandbox.child import Answer, Render, SandboxJob, framed
+from gateway.sandbox.process import START_S, Job, SandboxProcess
+from gateway.sandbox.turns import Turns
 from protocol.wire.errors import BadRequest, LorafleetError, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ TEMPLATE_S = 5.0
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
 """How long no process is started after one that could not be: at first, and at most."""
 
-COMMAND = (sys.executable, "-s", "-P", "-m", "gateway.text.sandbox_child")
+COMMAND = (sys.executable, "-s", "-P", "-m", "gateway.sandbox.child")
 
 
 class SandboxPool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from gateway.text.grammars import lark_string
+from gateway.grammars.notation import lark_string
 from protocol.wire.errors import BadRequest
 
 MAX_TOKENS = 10_000

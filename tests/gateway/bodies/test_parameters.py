@@ -11,9 +11,9 @@ import httpx2
 import pytest
 from scripted_fleet import RunningGateway, ScriptedFleet, running_gateway
 
-from gateway.http.compat import PAGE, with_table
-from gateway.http.parameter_check import IGNORED_HEADER, MAX_ENTRIES, MAX_NAMED, JsonBody, check_parameters
-from gateway.http.parameters import OBJECTS, PARAMETERS, PARAMETERS_OF, SERVERS
+from gateway.bodies.compat import PAGE, with_table
+from gateway.bodies.parameter_check import IGNORED_HEADER, MAX_ENTRIES, MAX_NAMED, JsonBody, check_parameters
+from gateway.bodies.parameters import OBJECTS, PARAMETERS, PARAMETERS_OF, SERVERS
 from gateway.openai.bodies import MAX_TOOLS, ChatRequest
 from protocol.queue.bus import Bus
 from protocol.wire.errors import BadRequest
@@ -82,7 +82,7 @@ def test_every_entry_of_the_list_says_what_it_must() -> None:
 
 def test_the_page_has_the_table_of_the_list() -> None:
     page = PAGE.read_text()
-    assert page == with_table(page), "run `python -m gateway.http.compat`"
+    assert page == with_table(page), "run `python -m gateway.bodies.compat`"
 
 
 def test_no_list_is_longer_than_is_looked_into() -> None:

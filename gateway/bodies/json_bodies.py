@@ -16,8 +16,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from gateway.auth.callers import caller_of
-from gateway.http import json_values
-from gateway.http.parameter_check import IGNORED_HEADER, JsonBody, check_parameters
+from gateway.bodies import json_values
+from gateway.bodies.parameter_check import IGNORED_HEADER, JsonBody, check_parameters
 from gateway.overload.large import working
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest

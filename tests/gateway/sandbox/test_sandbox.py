@@ -15,10 +15,10 @@ import pytest
 import sandbox_stand_in
 from waiting import wait_until
 
-from gateway.text.grammar_check import GrammarCheck
-from gateway.text.sandbox import SandboxPool
-from gateway.text.sandbox_child import MAX_ANSWER_BYTES, NOTHING_FITS, READY, Answer, Check, Render, framed
-from gateway.text.turns import MAX_TENANT_BYTES, MAX_TENANT_WAITING
+from gateway.grammars.check import GrammarCheck
+from gateway.sandbox.child import MAX_ANSWER_BYTES, NOTHING_FITS, READY, Answer, Check, Render, framed
+from gateway.sandbox.sandbox import SandboxPool
+from gateway.sandbox.turns import MAX_TENANT_BYTES, MAX_TENANT_WAITING
 from protocol.wire.errors import BadRequest, Overloaded, Unavailable
 
 NUM = 3

@@ -10,8 +10,8 @@ import msgspec
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.text.sandbox import TEMPLATE_S, SandboxPool
-from gateway.text.sandbox_child import READY, SIZE_BYTES, Answer, Render, framed
+from gateway.sandbox.child import READY, SIZE_BYTES, Answer, Render, framed
+from gateway.sandbox.sandbox import TEMPLATE_S, SandboxPool
 from protocol.wire.errors import BadRequest, Unavailable
 
 NUM = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.text.ebnf import is_ebnf, lark_of
+from gateway.grammars.ebnf import is_ebnf, lark_of
 from protocol.wire.errors import BadRequest
 
 

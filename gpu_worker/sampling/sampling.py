@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_worker.engine.adjustment import Adjustment
-from gpu_worker.engine.logprobs import pack_logprobs
 from gpu_worker.memory import send
+from gpu_worker.sampling.adjustment import Adjustment
+from gpu_worker.sampling.logprobs import pack_logprobs
 from lora_kernels import ops
 from protocol.wire.messages import Sampling
 

@@ -17,8 +17,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from gpu_worker.engine import sampling
-from gpu_worker.engine.sampling import SampleRow, sample, uniforms, watermark_ids
+from gpu_worker.sampling import sampling
+from gpu_worker.sampling.sampling import SampleRow, sample, uniforms, watermark_ids
 from protocol.wire.messages import Sampling, logprob_record_bytes
 
 NOTHING = np.zeros(0, np.int32)

@@ -3,8 +3,8 @@
 This is the one list of what becomes of each: it is *served* (a field of the body declares it), *accepted* without
 effect, or *refused*, which the 400 explains with the words here. What is not in it is unknown, and refused too
 (`parameter_check.py`). A new field of a body, or a new body, has its row here;
-`tests/gateway/http/test_parameters.py` checks that.
-`docs/compat.md` is its table: `python -m gateway.http.compat` writes it.
+`tests/gateway/bodies/test_parameters.py` checks that.
+`docs/compat.md` is its table: `python -m gateway.bodies.compat` writes it.
 """
 
 from __future__ import annotations

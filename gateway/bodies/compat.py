@@ -1,4 +1,4 @@
-"""The table of `docs/compat.md`, made of the list of parameters: `python -m gateway.http.compat` writes it."""
+"""The table of `docs/compat.md`, made of the list of parameters: `python -m gateway.bodies.compat` writes it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import orjson
 
-from gateway.http.parameters import OBJECTS, PARAMETERS, SERVERS, Parameter
+from gateway.bodies.parameters import OBJECTS, PARAMETERS, SERVERS, Parameter
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "compat.md"
-BEGIN, END = "<!-- table of gateway/http/parameters.py -->\n", "<!-- end of the table -->\n"
+BEGIN, END = "<!-- table of gateway/bodies/parameters.py -->\n", "<!-- end of the table -->\n"
 
 _HEADS = {"openai": "OpenAI", "vllm": "vLLM", "sglang": "SGLang", "tgi": "TGI", "lorax": "LoRAX", "ollama": "Ollama"}
 

@@ -22,7 +22,7 @@ from typing import cast
 
 import msgspec
 
-from gateway.text.sandbox_child import (
+from gateway.sandbox.child import (
     MAX_ANSWER_BYTES,
     MAX_MEMORY_BYTES,
     MAX_REFUSAL,
@@ -31,7 +31,7 @@ from gateway.text.sandbox_child import (
     SIZE_BYTES,
     Answer,
 )
-from gateway.text.turns import Turn
+from gateway.sandbox.turns import Turn
 from protocol.wire.errors import BadRequest, LorafleetError, Unavailable
 
 START_S = 30.0

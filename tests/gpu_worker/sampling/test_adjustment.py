@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_worker.engine.adjustment import MANY, Adjustment, TokenCounts
+from gpu_worker.sampling.adjustment import MANY, Adjustment, TokenCounts
 from protocol.wire.messages import Sampling
 
 texts = st.lists(st.integers(0, 400), max_size=3 * MANY)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.text import turns as t
-from gateway.text.turns import Turn, Turns
+from gateway.sandbox import turns as t
+from gateway.sandbox.turns import Turn, Turns
 from protocol.wire.errors import Overloaded, Unavailable
 
 TENANTS = st.sampled_from("abcd")

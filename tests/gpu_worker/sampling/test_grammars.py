@@ -12,7 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from tokenizer_files import added, families, tokenizer_file
 
-from gpu_worker.engine.grammars import MAX_VOCABULARIES, Grammars, Matcher
+from gpu_worker.sampling.grammars import MAX_VOCABULARIES, Grammars, Matcher
 from peft_adapters.texts.tokenizer_json import OwnTokenizer
 from protocol.wire.errors import BadRequest
 from protocol.wire.tokens import TokenTable
@@ -113,7 +113,7 @@ def test_other_failures_of_the_library_fail_one_request(grammars: Grammars, monk
         def fail(*_: object, error: BaseException = error, **_options: object) -> None:
             raise error
 
-        monkeypatch.setattr("gpu_worker.engine.grammars.LLMatcher", fail)
+        monkeypatch.setattr("gpu_worker.sampling.grammars.LLMatcher", fail)
         with pytest.raises(BadRequest, match=r"grammar|library"):
             grammars.make(GRAMMAR, tokens_of(tokenizer_file()), [], []).result()
 

@@ -10,7 +10,7 @@ import pytest
 
 PROBE = """
 import ctypes, json, os, random, resource, socket, subprocess, threading, time
-from gateway.text.lockdown import lock_down
+from gateway.sandbox.lockdown import lock_down
 
 def tries(what):
     try:
@@ -61,11 +61,11 @@ def test_nothing_but_computing_is_left() -> None:
 
 @pytest.mark.parametrize("closes", ["os.abort()", "os.kill(os.getpid(), 0)"])
 def test_a_process_can_end_itself_only(closes: str) -> None:
-    code = f"import os; from gateway.text.lockdown import lock_down; lock_down(os.getppid(), 1 << 28); {closes}"
+    code = f"import os; from gateway.sandbox.lockdown import lock_down; lock_down(os.getppid(), 1 << 28); {closes}"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode != 0
 
 
 def test_a_process_whose_parent_has_ended_does_not_start() -> None:
-    code = "import os; from gateway.text.lockdown import lock_down; lock_down(1 << 30, 1 << 28); print('started')"
+    code = "import os; from gateway.sandbox.lockdown import lock_down; lock_down(1 << 30, 1 << 28); print('started')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")

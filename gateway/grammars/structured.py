@@ -1,8 +1,7 @@
 """What clients may demand of an output's form, as a grammar of llguidance. Pure.
 
 `response_format` as OpenAI, TGI and LoRAX have it, `structured_outputs` and `guided_…` as vLLM, `regex` and `ebnf` as
-SGLang, `grammar` as TGI. `grammar_check` finds out whether a
-grammar can be compiled.
+SGLang, `grammar` as TGI. `check` finds out whether a grammar can be compiled.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from typing import Any
 
 import orjson
 
-from gateway.http import json_values
-from gateway.text.closed_schemas import closed
-from gateway.text.ebnf import is_ebnf, lark_of
-from gateway.text.grammar_limits import (
+from gateway.bodies import json_values
+from gateway.grammars.closed_schemas import closed
+from gateway.grammars.ebnf import is_ebnf, lark_of
+from gateway.grammars.limits import (
     MAX_CHOICES,
     check_bytes,
     check_lark,
@@ -24,7 +23,7 @@ from gateway.text.grammar_limits import (
     check_schema,
     check_whitespace,
 )
-from gateway.text.grammars import Constraint, lark_string, regex_literal
+from gateway.grammars.notation import Constraint, lark_string, regex_literal
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from gateway.http.parameters import OBJECTS, PARAMETERS_OF, Parameter
+from gateway.bodies.parameters import OBJECTS, PARAMETERS_OF, Parameter
 from protocol.wire.errors import BadRequest
 
 IGNORED_HEADER = "x-ignored-parameters"

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
-from gateway.text.sandbox import SandboxPool
-from gateway.text.sandbox_child import Check
+from gateway.sandbox.child import Check
+from gateway.sandbox.sandbox import SandboxPool
 from protocol.wire.errors import BadRequest, ServerError
 
 MAX_REMEMBERED = 4096

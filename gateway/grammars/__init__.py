@@ -1,0 +1,1 @@
+"""What clients demand of an answer's form, as grammars."""
