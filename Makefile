@@ -73,13 +73,13 @@ bench: $(VENV)/.stamp-demo  ## measure whole fleets for a few minutes; flags in 
 	$(BIN)/python -m benchmarks --short --out build/bench $(ARGS)
 
 peft-table: $(VENV)/.stamp-dev  ## compare every kind of adapter with PEFT and write docs/peft.md
-	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m oracle.peft_table
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m oracle.adapters.peft_table
 
 test-quantised: $(QUANT)/.stamp  ## compare adapters on quantised bases with PEFT, with the libraries that need no GPU
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(QUANT)/bin/python -m pytest tests/oracle/test_quantised.py $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(QUANT)/bin/python -m pytest tests/oracle/adapters/test_quantised.py $(ARGS)
 
 quantised-table: $(QUANT)/.stamp  ## write their measurements to docs/peft.md; rows whose library is missing stay
-	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests $(QUANT)/bin/python -m oracle.quantised_table
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests $(QUANT)/bin/python -m oracle.adapters.quantised_table
 
 chaos-short: $(VENV)/.stamp-dev  ## kill every kind of process under load and attack, 57 times in three minutes, check every answer
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 66 --every 2.5 --kills-only --attackers 1 --out build/chaos-short $(ARGS)

@@ -59,7 +59,7 @@ def main() -> int:
 
 
 async def _run(plan: Plan, folder: Path) -> Tally:
-    from tests.factories import make_adapter, make_tiny_model
+    from tests.helpers.factories import make_adapter, make_tiny_model
 
     model = make_tiny_model(folder / "model", max_len=2048)
     for seed, (name, rank) in enumerate(RANKS.items(), start=1):

@@ -209,7 +209,7 @@ def _family(pid: int) -> list[psutil.Process]:
 
 async def _soak(args: argparse.Namespace, folder: Path) -> tuple[Course, float]:
     """Return what happened, and the calls per second that the fleet sustains."""
-    from tests.factories import make_adapter, make_tiny_model
+    from tests.helpers.factories import make_adapter, make_tiny_model
 
     model, adapters = make_tiny_model(folder / "model", max_len=2048), folder / "adapters"
     for i in range(NUM_TEMPLATES):

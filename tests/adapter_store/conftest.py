@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from store_run import RunStore, StoreRun
+from helpers.store_run import RunStore, StoreRun
 
 from adapter_store.service import serve
 from adapter_store.timings import StoreTimings

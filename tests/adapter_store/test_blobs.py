@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from adapter_files import write_adapter
+from helpers.adapter_files import write_adapter
 
 from adapter_store.blobs import AdapterFolder, Blobs
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE

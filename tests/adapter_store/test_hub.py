@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from adapter_files import BASE, lora_config, lora_tensors, safetensors
-from hub_stub import HubStub, Repo, run_hub
-from store_run import QUICK
-from waiting import wait_until
+from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
+from helpers.hub_stub import HubStub, Repo, run_hub
+from helpers.store_run import QUICK
+from helpers.waiting import wait_until
 
 from adapter_store.blobs import Blobs
 from adapter_store.mirror import Mirror

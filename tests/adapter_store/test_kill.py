@@ -14,10 +14,10 @@ from pathlib import Path
 import httpx2
 import pytest
 import pytest_asyncio
-from adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
-from hub_stub import LFS_BYTES, HubStub, Repo, run_hub
-from store_run import ask, in_state
-from waiting import wait_until
+from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from helpers.hub_stub import LFS_BYTES, HubStub, Repo, run_hub
+from helpers.store_run import ask, in_state
+from helpers.waiting import wait_until
 
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.queue.bus import Bus, now_ms

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from adapter_files import BASE, write_adapter
-from store_run import RunStore, in_state
-from waiting import wait_until
+from helpers.adapter_files import BASE, write_adapter
+from helpers.store_run import RunStore, in_state
+from helpers.waiting import wait_until
 
 from adapter_store.catalogue import Catalogue
 from adapter_store.pin_controller import REPEAT_S, PinController

@@ -13,10 +13,10 @@ import httpx2
 import msgspec
 import pytest
 import pytest_asyncio
-from adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
-from hub_stub import HubStub, Repo, run_hub
-from store_run import RunStore, ask, in_state
-from waiting import wait_until
+from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from helpers.hub_stub import HubStub, Repo, run_hub
+from helpers.store_run import RunStore, ask, in_state
+from helpers.waiting import wait_until
 
 from adapter_store.sources.retry import Retries
 from adapter_store.timings import StoreTimings

@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
-from s3_server import BUCKET, S3Server, run_cutter, run_s3
-from store_run import QUICK, RunStore, ask, in_state
+from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from helpers.s3_server import BUCKET, S3Server, run_cutter, run_s3
+from helpers.store_run import QUICK, RunStore, ask, in_state
 
 from adapter_store.blobs import Blobs
 from adapter_store.mirror import Mirror

@@ -14,9 +14,9 @@ import httpx2
 import msgspec
 import numpy as np
 import pytest
-from adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
-from store_run import RunStore, ask, in_state
-from waiting import wait_until
+from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from helpers.store_run import RunStore, ask, in_state
+from helpers.waiting import wait_until
 
 from adapter_store.service import reachable, serve
 from adapter_store.timings import StoreTimings

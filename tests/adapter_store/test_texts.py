@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx2
 import pytest
-from adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
-from hub_stub import Repo, run_hub
-from s3_server import BUCKET, run_s3
-from store_run import QUICK, RunStore, ask, in_state
+from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from helpers.hub_stub import Repo, run_hub
+from helpers.s3_server import BUCKET, run_s3
+from helpers.store_run import QUICK, RunStore, ask, in_state
 
 from adapter_store.blobs import Blobs
 from adapter_store.mirror import Mirror

@@ -15,12 +15,12 @@ from typing import Any, Literal
 import httpx2
 import pytest
 import pytest_asyncio
-from factories import make_adapter, make_tiny_model
-from fleets import chunks, completion
-from hosts import two_hosts
+from helpers.factories import make_adapter, make_tiny_model
+from helpers.fleets import chunks, completion
+from helpers.hosts import two_hosts
+from helpers.text_oracle import Oracle
+from helpers.waiting import wait_until
 from safetensors.torch import load_file, save_file
-from text_oracle import Oracle
-from waiting import wait_until
 
 from chaos.fleet import ProcessFleet, Shape
 from scheduler.workers import QUEUED_AHEAD

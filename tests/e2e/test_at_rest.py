@@ -10,9 +10,9 @@ from pathlib import Path
 import httpx2
 import psutil
 import pytest
-from factories import make_adapter, make_tiny_model
-from fleets import RunningFleet, completion, fleet_up
-from waiting import wait_until
+from helpers.factories import make_adapter, make_tiny_model
+from helpers.fleets import RunningFleet, completion, fleet_up
+from helpers.waiting import wait_until
 
 from protocol.queue.redis_client import QueueError, connect
 from protocol.queue.users import table

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from factories import make_adapter, make_tiny_model
-from fleets import MARKER, QUICK
-from processes import with_variable
+from helpers.factories import make_adapter, make_tiny_model
+from helpers.fleets import MARKER, QUICK
+from helpers.processes import with_variable
 
 
 def test_the_demo_shows_every_answer_and_that_they_shared_steps(tmp_path: Path) -> None:

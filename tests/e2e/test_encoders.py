@@ -10,12 +10,12 @@ import httpx2
 import numpy as np
 import pytest
 import torch
-from factories import LABELS, WORDS, make_encoder_adapter, make_tiny_encoder
-from fleets import RunningFleet, fleet_up
+from helpers.factories import LABELS, WORDS, make_encoder_adapter, make_tiny_encoder
+from helpers.fleets import RunningFleet, fleet_up
+from helpers.scripted_fleet import running_gateway
+from helpers.waiting import wait_until
 from peft import PeftModel
-from scripted_fleet import running_gateway
 from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer
-from waiting import wait_until
 
 import adapter_store.service
 import gpu_worker.service.service

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import torch
-from factories import make_adapter, make_tiny_model
+from helpers.factories import make_adapter, make_tiny_model
+from helpers.waiting import wait_until
 from openai import AsyncOpenAI
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from waiting import wait_until
 
 from chaos.fleet import ProcessFleet, Shape
 

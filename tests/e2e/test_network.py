@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from factories import make_adapter, make_tiny_model
-from hosts import MEMORY, Host, MemoryGroup, memory_group, relay, two_hosts
-from waiting import wait_until
+from helpers.factories import make_adapter, make_tiny_model
+from helpers.hosts import MEMORY, Host, MemoryGroup, memory_group, relay, two_hosts
+from helpers.waiting import wait_until
 
 from chaos.asks import GREEDY, Ask
 from chaos.client import Call, Client

@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx2
 import pytest
 import pytest_asyncio
-from factories import make_adapter, make_tiny_model
-from waiting import wait_until
+from helpers.factories import make_adapter, make_tiny_model
+from helpers.waiting import wait_until
 
 from chaos.asks import GREEDY, Ask
 from chaos.client import Attempt, Call, Client

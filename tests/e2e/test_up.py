@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from factories import make_adapter, make_tiny_model
-from fleets import RunningFleet, chunks, completion, fleet_up
-from text_oracle import Oracle
-from waiting import wait_until
+from helpers.factories import make_adapter, make_tiny_model
+from helpers.fleets import RunningFleet, chunks, completion, fleet_up
+from helpers.text_oracle import Oracle
+from helpers.waiting import wait_until
 
 PROMPT = "Once upon a time"
 

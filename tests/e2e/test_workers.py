@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from factories import make_adapter, make_tiny_model
-from fleets import RunningFleet, chunks, completion, fleet_up
+from helpers.factories import make_adapter, make_tiny_model
+from helpers.fleets import RunningFleet, chunks, completion, fleet_up
+from helpers.processes import is_running, working_below
+from helpers.waiting import wait_until
 from jsonschema import Draft202012Validator
-from processes import is_running, working_below
-from waiting import wait_until
 
 from protocol.queue.bus import Bus, decode
 from protocol.wire.messages import Assigned, WorkerBeat

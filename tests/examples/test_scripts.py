@@ -14,9 +14,9 @@ import httpx2
 import msgspec
 import pytest
 import pytest_asyncio
-from adapter_files import BASE, write_adapter
-from scripted_fleet import make_model_folder, running_gateway
-from waiting import wait_until
+from helpers.adapter_files import BASE, write_adapter
+from helpers.scripted_fleet import make_model_folder, running_gateway
+from helpers.waiting import wait_until
 
 from adapter_store.service import serve as serve_store
 from benchmarks.common.fake_worker import FakeEngine, fake_served, serve_fake

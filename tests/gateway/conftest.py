@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx2
 import pytest
 import pytest_asyncio
+from helpers.scripted_fleet import RunningGateway, ScriptedFleet, make_model_folder, running_gateway
 from openai import AsyncOpenAI
-from scripted_fleet import RunningGateway, ScriptedFleet, make_model_folder, running_gateway
 from tokenizers import Tokenizer
 
 from protocol.queue.bus import Bus

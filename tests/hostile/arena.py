@@ -14,13 +14,13 @@ from typing import Any
 from unittest.mock import patch
 
 import psutil
-from factories import make_adapter, make_tiny_model
+from helpers.factories import make_adapter, make_tiny_model
+from helpers.hub_stub import HubStub, Repo, run_hub
+from helpers.waiting import wait_until
 from hostile import hostile_adapters
 from hostile.adapter_attacks import ADAPTER_ATTACKS, HIDDEN, SECRET, asking, peeping, stealing
 from hostile.memory import Crowd, growth_bytes
 from hostile.victim import Seen, Victim
-from hub_stub import HubStub, Repo, run_hub
-from waiting import wait_until
 
 from chaos.attacker import Attack, Attacker, Round
 from chaos.attacks import BODY_ATTACKS, COMPLETIONS, completion

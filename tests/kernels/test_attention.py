@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import AttentionCase, AttentionOptions, assert_close, attention_case
+from helpers.kernel_cases import AttentionCase, AttentionOptions, assert_close, attention_case
 
 from lora_kernels import ops
 from lora_kernels.ops import BLOCK_TOKENS, Impl

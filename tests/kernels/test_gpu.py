@@ -13,7 +13,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from kernel_cases import (
+from helpers.kernel_cases import (
     DISTRIBUTIONS,
     RANKS,
     AttentionOptions,

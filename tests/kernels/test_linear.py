@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import assert_close, poisoned_memory
+from helpers.kernel_cases import assert_close, poisoned_memory
 
 from lora_kernels import ops
 from lora_kernels.ops import Impl

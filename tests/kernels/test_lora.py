@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DISTRIBUTIONS, RANKS, Distribution, LoraCase, assert_close, lora_case, token_slots
+from helpers.kernel_cases import DISTRIBUTIONS, RANKS, Distribution, LoraCase, assert_close, lora_case, token_slots
 
 from lora_kernels import ops
 from lora_kernels.ops import Impl, LoraSite

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from kernel_cases import assert_close, attention_case, lora_case
+from helpers.kernel_cases import assert_close, attention_case, lora_case
 
 from lora_kernels import ops
 from lora_kernels.ops import Impl

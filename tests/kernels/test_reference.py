@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from kernel_cases import AttentionOptions, assert_close, attention_case, lora_case, token_slots
+from helpers.kernel_cases import AttentionOptions, assert_close, attention_case, lora_case, token_slots
 
 from lora_kernels.ops import BLOCK_TOKENS, PAGE_ROWS
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest_asyncio
-from hub_stub import HubStub, Repo, run_hub
+from helpers.hub_stub import HubStub, Repo, run_hub
 
 from lorafleet.quickstart import HUB_MODEL_ID
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import make_adapter, make_tiny_model
+from helpers.factories import make_adapter, make_tiny_model
 
 from lora_kernels import cpu
 from lorafleet.__main__ import main

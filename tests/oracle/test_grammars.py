@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from factories import make_tokenizer
+from helpers.factories import make_tokenizer
 from jsonschema import Draft202012Validator
 from llguidance import LLMatcher, LLTokenizer
 from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, random_llama, warm

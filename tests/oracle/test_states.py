@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from factories import make_tokenizer
+from helpers.factories import make_tokenizer
 from oracle.conformance import adapters_for
 from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, warm
 from oracle.test_grammars import GRAMMARS, Impatient, by_hand

@@ -11,11 +11,11 @@ from typing import Any, cast
 
 import pytest
 import torch
+from helpers.peft_configs import lora_configs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft_configs import lora_configs
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 

@@ -6,10 +6,10 @@ import json
 import re
 from typing import Any
 
-from adapter_files import lora_config, lora_tensors, safetensors
+from helpers.adapter_files import lora_config, lora_tensors, safetensors
+from helpers.peft_configs import lora_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft_configs import lora_configs
 
 from peft_adapters.format import adapter_digest, canonical_config, parse_header
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from adapter_files import BASE, lora_config, lora_tensors, safetensors
+from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
 
 from peft_adapters.format import AdapterSpec, parse_header, read_adapter
 from protocol.wire.errors import AdapterRefused

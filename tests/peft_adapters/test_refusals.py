@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from adapter_files import BASE, lora_config, lora_tensors, safetensors
+from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
 from peft.utils.peft_types import PeftType
 
 from peft_adapters.format import (

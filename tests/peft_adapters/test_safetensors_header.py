@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapter_files import lora_tensors, safetensors
+from helpers.adapter_files import lora_tensors, safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest_asyncio
-from script_queue import GATEWAY, Queue
+from helpers.script_queue import GATEWAY, Queue
 
 from protocol.queue.bus import Bus
 

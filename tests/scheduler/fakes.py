@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-from waiting import wait_until
+from helpers.waiting import wait_until
 
 from protocol.queue.bus import Bus, Step, StepRow, decode, now_ms
 from protocol.queue.quota import Quota

@@ -8,9 +8,9 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
-from full_memory import full_memory
+from helpers.full_memory import full_memory
+from helpers.waiting import wait_until
 from msgspec import json
-from waiting import wait_until
 
 from lorafleet.launcher.embedded import start_embedded
 from protocol.queue.bus import Bus, decode, now_ms

@@ -13,10 +13,10 @@ import httpx2
 import msgspec
 import pytest
 import pytest_asyncio
-from adapter_files import BASE, lora_config, lora_tensors, safetensors
-from hub_stub import HubStub, Repo, run_hub
-from scripted_fleet import BASE_NAME, RunningGateway, Script, ScriptedFleet, running_gateway
-from waiting import wait_until
+from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
+from helpers.hub_stub import HubStub, Repo, run_hub
+from helpers.scripted_fleet import BASE_NAME, RunningGateway, Script, ScriptedFleet, running_gateway
+from helpers.waiting import wait_until
 
 from adapter_store.service import serve
 from adapter_store.sources.retry import Retries

@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx2
 import pytest
+from helpers.scripted_fleet import ScriptedFleet, running_gateway
 from openai import AsyncOpenAI
-from scripted_fleet import ScriptedFleet, running_gateway
 from starlette.responses import PlainTextResponse
 
 from gateway.auth.browsers import Browsers

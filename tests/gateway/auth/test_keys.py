@@ -10,9 +10,9 @@ import httpx2
 import msgspec
 import pytest
 import pytest_asyncio
+from helpers.scripted_fleet import BASE_NAME, RunningGateway, Script, ScriptedFleet, running_gateway
+from helpers.waiting import wait_until
 from openai import AsyncOpenAI, AuthenticationError, PermissionDeniedError, RateLimitError
-from scripted_fleet import BASE_NAME, RunningGateway, Script, ScriptedFleet, running_gateway
-from waiting import wait_until
 
 from gateway.auth.limits import duration
 from protocol.queue.api_keys import ApiKeys, Tenant, hash_of

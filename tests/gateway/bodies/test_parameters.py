@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from scripted_fleet import RunningGateway, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import RunningGateway, ScriptedFleet, running_gateway
 
 from gateway.bodies.compat import PAGE, with_table
 from gateway.bodies.parameter_check import IGNORED_HEADER, MAX_ENTRIES, MAX_NAMED, JsonBody, check_parameters

@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx2
 import pytest
-from scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
-from waiting import wait_until
+from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
+from helpers.waiting import wait_until
 
 from protocol.queue.bus import Bus
 from protocol.wire.errors import WorkerLost

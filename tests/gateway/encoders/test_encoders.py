@@ -12,8 +12,8 @@ import httpx2
 import numpy as np
 import pytest
 import pytest_asyncio
+from helpers.scripted_fleet import BASE_NAME, Script, ScriptedFleet, running_gateway
 from openai import AsyncOpenAI
-from scripted_fleet import BASE_NAME, Script, ScriptedFleet, running_gateway
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 import pytest
-from waiting import wait_until
+from helpers.waiting import wait_until
 
 from gateway.grammars.check import LIMIT_REMEMBERED_S, GrammarCheck
 from gateway.sandbox.child import Answer, Check, SandboxJob

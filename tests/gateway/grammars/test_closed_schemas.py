@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import pytest
-from factories import make_tokenizer
+from helpers.factories import make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator

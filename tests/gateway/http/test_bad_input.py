@@ -10,9 +10,9 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from helpers.scripted_fleet import MAX_MODEL_LEN, ScriptedFleet, running_gateway
+from helpers.waiting import wait_until
 from openai import AsyncOpenAI
-from scripted_fleet import MAX_MODEL_LEN, ScriptedFleet, running_gateway
-from waiting import wait_until
 
 from gateway.http.errors import retry_headers
 from protocol.queue.bus import Bus

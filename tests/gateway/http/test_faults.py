@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from scripted_fleet import RunningGateway, ScriptedFleet
+from helpers.scripted_fleet import RunningGateway, ScriptedFleet
 from starlette.responses import Response
 
 from gateway.http.app import Envelope

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import httpx2
-from full_memory import full_memory
-from scripted_fleet import Script, ScriptedFleet
-from waiting import wait_until
+from helpers.full_memory import full_memory
+from helpers.scripted_fleet import Script, ScriptedFleet
+from helpers.waiting import wait_until
 
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m

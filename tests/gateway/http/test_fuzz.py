@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx2
 import pytest
+from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted_fleet import Script, ScriptedFleet, running_gateway
 from tokenizers import Tokenizer
 
 from gateway.http.errors import OPENAI_ERRORS

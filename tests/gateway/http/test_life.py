@@ -13,8 +13,8 @@ from typing import Any
 import httpx2
 import orjson
 import pytest
-from scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
-from waiting import wait_until
+from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
+from helpers.waiting import wait_until
 
 from gateway.http.app import Envelope
 from protocol.queue.bus import Bus

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx2
 import orjson
 import pytest
-from scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
-from waiting import wait_until
+from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
+from helpers.waiting import wait_until
 
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m

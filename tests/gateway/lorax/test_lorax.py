@@ -8,9 +8,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, ScriptedFleet, running_gateway
+from helpers.waiting import wait_until
 from tokenizers import Tokenizer
-from waiting import wait_until
 
 from gateway.grammars.closed_schemas import MAX_FREE_KEYS
 from gateway.grammars.structured import JSON_STYLE

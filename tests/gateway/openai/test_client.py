@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from helpers.scripted_fleet import BASE_NAME, Script, ScriptedFleet
 from openai import AsyncOpenAI, NotFoundError
-from scripted_fleet import BASE_NAME, Script, ScriptedFleet
 
 TEXT = Script().text
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx2
 import pytest
+from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
 from openai import AsyncOpenAI
-from scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
 
 from protocol.queue.bus import Bus
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
 
 from protocol.queue.bus import Bus
 from protocol.wire.errors import LorafleetError, WorkerLost

@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx2
 import pytest
+from helpers.scripted_fleet import Script, ScriptedFleet
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_fleet import Script, ScriptedFleet
 from tokenizers import Tokenizer
 
 from gateway.openai.offsets import TextOffsets

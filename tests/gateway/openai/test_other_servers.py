@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from scripted_fleet import MAX_MODEL_LEN, Script, ScriptedFleet
+from helpers.scripted_fleet import MAX_MODEL_LEN, Script, ScriptedFleet
 from tokenizers import Tokenizer
 
 from gateway.grammars.structured import JSON_STYLE

@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx2
 import pytest
+from helpers.scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, ScriptedFleet, running_gateway
 from openai import AsyncOpenAI
-from scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, ScriptedFleet, running_gateway
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gateway.grammars.closed_schemas import MAX_FREE_KEYS

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import redis
-from clocks import ScaledClock
-from scripted_fleet import ScriptedFleet, running_gateway
-from waiting import wait_until
+from helpers.clocks import ScaledClock
+from helpers.scripted_fleet import ScriptedFleet, running_gateway
+from helpers.waiting import wait_until
 
 from gateway.overload.heartbeat import Heartbeat, LoopLag, Pace
 from gateway.service import GatewayTimings

@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx2
 import pytest
-from scripted_fleet import MAX_MODEL_LEN, RunningGateway, ScriptedFleet, running_gateway
-from waiting import wait_until
+from helpers.scripted_fleet import MAX_MODEL_LEN, RunningGateway, ScriptedFleet, running_gateway
+from helpers.waiting import wait_until
 
 from gateway.adapters.resolver import Target
 from gateway.auth.callers import EVERYBODY

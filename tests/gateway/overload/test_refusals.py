@@ -8,9 +8,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from clocks import ScaledClock
-from scripted_fleet import Script, ScriptedFleet, running_gateway
-from waiting import wait_until
+from helpers.clocks import ScaledClock
+from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
+from helpers.waiting import wait_until
 
 from gateway.overload.admission import OverloadLimits
 from gateway.overload.heartbeat import Pace

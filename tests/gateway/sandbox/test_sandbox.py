@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
-import sandbox_stand_in
-from waiting import wait_until
+from helpers import sandbox_stand_in
+from helpers.waiting import wait_until
 
 from gateway.grammars.check import GrammarCheck
 from gateway.sandbox.child import MAX_ANSWER_BYTES, NOTHING_FITS, READY, Answer, Check, Render, framed

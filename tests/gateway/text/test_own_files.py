@@ -12,10 +12,10 @@ from typing import Any
 import httpx2
 import pytest
 import pytest_asyncio
-from scripted_fleet import Script, ScriptedFleet, running_gateway
-from tokenizer_files import tokenizer_file
+from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
+from helpers.tokenizer_files import tokenizer_file
+from helpers.waiting import wait_until
 from tokenizers import AddedToken, Tokenizer
-from waiting import wait_until
 
 from adapter_store.http import BlobServer
 from peft_adapters.texts.files import TEXTS_FIELD, TEXTS_FILE

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
-from tokenizer_files import families, tokenizer_file
+from helpers.tokenizer_files import families, tokenizer_file
 from tokenizers import Tokenizer
 
 from gateway.sandbox.child import Encode, ReadTokenizer

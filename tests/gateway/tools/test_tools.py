@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx2
 import pytest
+from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
 from llguidance import LLMatcher, LLTokenizer
 from openai import AsyncOpenAI
-from scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
 from tokenizers import AddedToken, Tokenizer
 
 from gateway.grammars.notation import grammar_text

@@ -6,7 +6,7 @@ import os
 import threading
 
 import torch
-from adapter_loading import ATTENTION, MLP, Loading, RecordedStream, make_adapter
+from helpers.adapter_loading import ATTENTION, MLP, Loading, RecordedStream, make_adapter
 
 from gpu_worker.adapters.jobs import NUM_STAGERS
 from gpu_worker.adapters.starvation import MAX_STARVED_LOADS

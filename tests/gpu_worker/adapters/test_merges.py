@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from adapter_loading import Loading, make_adapter
+from helpers.adapter_loading import Loading, make_adapter
 
 from gpu_worker.adapters.jobs import NUM_STAGERS
 from gpu_worker.adapters.merges import NUM_MERGERS, NUM_PER_TENANT, GivenUp, MergeWatch

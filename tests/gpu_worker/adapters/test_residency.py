@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adapter_loading import PAGE_BYTES, Loading, make_adapter
+from helpers.adapter_loading import PAGE_BYTES, Loading, make_adapter
 
 from gpu_worker.adapters.packing.packer import HostAdapter
 from gpu_worker.adapters.residency import Residency

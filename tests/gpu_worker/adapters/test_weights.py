@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from adapter_loading import SITES, RecordedStream, make_adapter
+from helpers.adapter_loading import SITES, RecordedStream, make_adapter
 
 from gpu_worker.adapters.extras import Extras, LinearExtras
 from gpu_worker.adapters.weights import PoolWeights, split_budget

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
-from factories import make_tiny_model
+from helpers.factories import make_tiny_model
 
 from gpu_worker.build import load_engine
 from gpu_worker.cuda.graphs import DecodeLists, choose_size, graph_sizes

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import msgspec
 import numpy as np
 import pytest
-from factories import make_adapter, make_tiny_model
-from tokenizer_files import tokenizer_file
+from helpers.factories import make_adapter, make_tiny_model
+from helpers.tokenizer_files import tokenizer_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 

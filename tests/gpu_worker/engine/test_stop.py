@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from factories import make_tokenizer
+from helpers.factories import make_tokenizer
+from helpers.tokenizer_files import families
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_files import families
 from tokenizers import Tokenizer
 
 from gpu_worker.engine.request import EngineRequest

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import LABELS, make_tiny_encoder
+from helpers.factories import LABELS, make_tiny_encoder
 from oracle.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
 

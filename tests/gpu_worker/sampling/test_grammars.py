@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tokenizer_files import added, families, tokenizer_file
 from jsonschema import Draft202012Validator
-from tokenizer_files import added, families, tokenizer_file
 
 from gpu_worker.sampling.grammars import MAX_VOCABULARIES, Grammars, Matcher
 from peft_adapters.texts.tokenizer_json import OwnTokenizer

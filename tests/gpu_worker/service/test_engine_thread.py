@@ -10,7 +10,7 @@ from typing import NoReturn, Protocol
 
 import numpy as np
 import pytest
-from adapter_loading import Loading
+from helpers.adapter_loading import Loading
 
 from gpu_worker.engine.base import BaseEngine
 from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput

@@ -13,8 +13,8 @@ from urllib.request import urlopen
 import msgspec
 import numpy as np
 import pytest
-from full_memory import full_memory
-from waiting import wait_until
+from helpers.full_memory import full_memory
+from helpers.waiting import wait_until
 
 from benchmarks.common.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine, expected_token, fake_served
 from gpu_worker.engine.request import EngineRequest

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from waiting import wait_until
+from helpers.waiting import wait_until
 
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire import messages as m

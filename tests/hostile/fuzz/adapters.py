@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from adapter_files import BASE, lora_config, lora_tensors, safetensors
+from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
 from hostile.fuzz import odd
 from hostile.fuzz.engine import Target, pure
 from hypothesis import strategies as st

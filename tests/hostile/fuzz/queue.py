@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 import orjson
+from helpers.script_queue import make_body, make_submit
 from hostile.fuzz import messages, odd
 from hostile.fuzz.engine import Check, Target
 from hostile.fuzz.services import Services, services
 from hypothesis import strategies as st
-from script_queue import make_body, make_submit
 
 PLACES = (
     "interactive", "batch", "ended", "work", "orders", "deliveries", "events", "worker's beat", "store's beat",

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from helpers.scripted_fleet import make_model_folder
 from hostile.fuzz import odd
 from hostile.fuzz.engine import Check, Target
 from hypothesis import strategies as st
-from scripted_fleet import make_model_folder
 
 from gateway.grammars.notation import grammar_text
 from gateway.grammars.structured import constraint_of

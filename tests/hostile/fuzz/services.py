@@ -22,10 +22,10 @@ from typing import Any
 import msgspec
 import orjson
 import uvloop
-from adapter_files import write_adapter
-from scripted_fleet import MAX_MODEL_LEN, logprob_record, make_model_folder, running_gateway
+from helpers.adapter_files import write_adapter
+from helpers.scripted_fleet import MAX_MODEL_LEN, logprob_record, make_model_folder, running_gateway
+from helpers.waiting import wait_until
 from tokenizers import Tokenizer
-from waiting import wait_until
 
 from adapter_store.service import serve as serve_store
 from benchmarks.common.fake_worker import FakeEngine, fake_served

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import AttentionCase, AttentionOptions, assert_close, attention_case, poisoned_memory
+from helpers.kernel_cases import AttentionCase, AttentionOptions, assert_close, attention_case, poisoned_memory
 
 from lora_kernels.triton_ops import attention
 from lora_kernels.triton_ops.launch import Launch, device_of

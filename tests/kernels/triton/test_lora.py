@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kernel_cases import (
+from helpers.kernel_cases import (
     DISTRIBUTIONS,
     RANKS,
     Distribution,

@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from kernel_cases import AttentionOptions, assert_close, attention_case, lora_case, poisoned_memory, token_slots
+from helpers.kernel_cases import AttentionOptions, assert_close, attention_case, lora_case, poisoned_memory, token_slots
 
 from lora_kernels.triton_ops import attention, lora
 from lora_kernels.triton_ops.launch import Device

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kernel_cases import assert_close, randn
+from helpers.kernel_cases import assert_close, randn
 
 from lora_kernels import ops
 from lora_kernels.ops import Activation

@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
-from processes import is_running, read_pid
-from waiting import wait_until
+from helpers.processes import is_running, read_pid
+from helpers.waiting import wait_until
 
 from lorafleet.launcher.child import MAX_FAILED_STARTS, Child, ServiceFailed, Spec
 from protocol.runtime.service import JsonLines

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import redis
-from processes import is_running
-from waiting import wait_until
+from helpers.processes import is_running
+from helpers.waiting import wait_until
 
 from lorafleet.launcher.embedded import MEMORY_SHARE, start_embedded
 from lorafleet.launcher.machine import memory_bytes

@@ -8,9 +8,9 @@ import json
 from typing import Any
 
 import pytest
+from helpers.tokenizer_files import LLAMA_3, added, families, model, tokenizer_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_files import LLAMA_3, added, families, model, tokenizer_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 

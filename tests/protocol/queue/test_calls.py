@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import msgspec
 import pytest
-from script_queue import Queue, ids, make_body, make_job, make_submit, row
+from helpers.script_queue import Queue, ids, make_body, make_job, make_submit, row
 
 from protocol.queue.bus import Step, now_ms
 from protocol.queue.calls import packed_bodies

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from script_queue import GATEWAY, make_body, make_submit
+from helpers.script_queue import GATEWAY, make_body, make_submit
 
 from protocol.queue.bus import Bus, Step, StepRow, decode, now_ms
 from protocol.wire import messages as m

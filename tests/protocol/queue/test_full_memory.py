@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from full_memory import full_memory
-from script_queue import GATEWAY, Queue, ids, make_body, make_submit, row
+from helpers.full_memory import full_memory
+from helpers.script_queue import GATEWAY, Queue, ids, make_body, make_submit, row
 
 from protocol.queue.bus import CONNECTION_ERRORS, MemoryFull, Step
 from protocol.queue.quota import Quota

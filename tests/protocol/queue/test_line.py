@@ -6,8 +6,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from helpers.script_queue import Queue
 from redis.exceptions import ResponseError
-from script_queue import Queue
 
 from protocol.queue.bus import Bus
 from protocol.queue.line import LOST, MAX_COMMAND_BYTES, MAX_WAITING, Line, NotTakenError

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from helpers.script_queue import GATEWAY, Queue, ids, row
 from redis.exceptions import ResponseError
-from script_queue import GATEWAY, Queue, ids, row
 
 from protocol.queue.bus import Refused, Step
 from protocol.wire import messages as m

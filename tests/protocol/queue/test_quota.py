@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from script_queue import Queue, ids, make_body, make_submit, row
+from helpers.script_queue import Queue, ids, make_body, make_submit, row
 
 from protocol.queue.bus import Step, now_ms
 from protocol.queue.quota import Quota, Standing

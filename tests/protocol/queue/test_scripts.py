@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from script_queue import DEADLINE_MS, GATEWAY, Queue, ids, make_body, make_submit, row
+from helpers.script_queue import DEADLINE_MS, GATEWAY, Queue, ids, make_body, make_submit, row
 
 from protocol.queue.bus import Refused, Step, decode, now_ms
 from protocol.wire import messages as m

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
+from helpers.script_queue import GATEWAY, Queue, ids, make_submit, row
 from hypothesis import given
 from hypothesis import strategies as st
-from script_queue import GATEWAY, Queue, ids, make_submit, row
 
 from protocol.queue.bus import Bus, now_ms
 from protocol.queue.jobs import NewJob

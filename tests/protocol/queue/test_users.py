@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from helpers.script_queue import GATEWAY, ids, make_body, make_job, make_submit, row
 from redis.exceptions import NoPermissionError, ResponseError
-from script_queue import GATEWAY, ids, make_body, make_job, make_submit, row
 
 import protocol.queue
 from lorafleet.launcher.embedded import EmbeddedServer, start_embedded

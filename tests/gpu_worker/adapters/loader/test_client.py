@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import psutil
 import pytest
-from processes import is_running
+from helpers.processes import is_running
 
 from gpu_worker.adapters.loader.client import MAX_DEATHS, Loader
 from gpu_worker.adapters.loader.fetch import FetchedAdapter

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tokenizer_files import tokenizer_file
 from safetensors.numpy import save
-from tokenizer_files import tokenizer_file
 
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.adapters.loader.fetch import FetchedAdapter, StoreClient, digest_of

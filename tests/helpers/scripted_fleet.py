@@ -16,9 +16,9 @@ from typing import Any
 
 import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from waiting import wait_until
 
 from gateway.service import GatewayTimings, serve
+from helpers.waiting import wait_until
 from peft_adapters.texts.tokenizer_json import token_table
 from protocol.queue.bus import Bus, Step, StepRow, decode, now_ms
 from protocol.runtime.settings import Settings

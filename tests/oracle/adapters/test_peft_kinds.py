@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from oracle.peft_kinds import (
+from oracle.adapters.peft_kinds import (
     BIASED,
     GPT2,
     INVOCATION,
@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_adapters.format import WEIGHTS_FILE
 
-TABLE = Path(__file__).parents[2] / "docs" / "peft.md"
+TABLE = Path(__file__).parents[3] / "docs" / "peft.md"
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracle.peft_kinds import (
+from oracle.adapters.peft_kinds import (
     MAX_DIFFERENCE,
     NUM_TOKENS,
     Base,

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx2
-from waiting import wait_until
 
 from adapter_store.sources.retry import Retries
+from helpers.waiting import wait_until
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, adapter_digest, parse_config, parse_header
 from protocol.queue.bus import Bus
 from protocol.runtime.fleet_secret import FleetSecret

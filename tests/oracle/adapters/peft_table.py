@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from oracle.peft_kinds import KINDS, make_adapter, measure
+from oracle.adapters.peft_kinds import KINDS, make_adapter, measure
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "peft.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "peft.md"
 HEADING = "## Measured"
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     explained = (
         "Largest difference of any logit, fp32, tiny random models of two layers, three prompts in one batch with the\n"
         "base; the last column is how far the adapter moves a logit. Written by `make peft-table`; the tests measure\n"
-        "the same (`tests/oracle/test_peft_kinds.py`) and allow 1e-4.\n"
+        "the same (`tests/oracle/adapters/test_peft_kinds.py`) and allow 1e-4.\n"
     )
     DOCUMENT.write_text(f"{before}{HEADING}\n\n{explained}\n" + "\n".join(rows) + "\n")
 

@@ -15,7 +15,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from waiting import wait_until
+
+from helpers.waiting import wait_until
 
 LFS_BYTES = 2000  # files above are kept as the Hub keeps large files
 

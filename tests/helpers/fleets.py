@@ -18,8 +18,8 @@ from typing import Any
 import httpx2
 import orjson
 import psutil
-from processes import with_variable, working_below
 
+from helpers.processes import with_variable, working_below
 from lorafleet.launcher.machine import claim_port
 from lorafleet.launcher.queue_users import password_file
 from protocol.runtime.settings import Settings

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle.peft_kinds import (
+from oracle.adapters.peft_kinds import (
     EXPERTS,
     MAX_DIFFERENCE,
     MIXTRAL,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from oracle.peft_kinds import MAX_DIFFERENCE, Kind, asked_prompts, make_adapter
+from oracle.adapters.peft_kinds import MAX_DIFFERENCE, Kind, asked_prompts, make_adapter
+from oracle.adapters.quantised import BASE, CPU, GPU_ONLY, SCHEMES, Scheme, engine_on, measure, refusal
+from oracle.adapters.quantised_table import DOCUMENT, NAME, read_table
 from oracle.peft_oracle import ask, greedy_request
-from oracle.quantised import BASE, CPU, GPU_ONLY, SCHEMES, Scheme, engine_on, measure, refusal
-from oracle.quantised_table import DOCUMENT, NAME, read_table
 
 from gpu_worker.model.checkpoint import read_model
 from gpu_worker.model.model import fingerprint_of

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle.peft_kinds import (
+from oracle.adapters.peft_kinds import (
     LLAMA,
     MAX_DIFFERENCE,
     Kind,

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from oracle.peft_kinds import (
+from oracle.adapters.peft_kinds import (
     GPT2,
     LLAMA,
     MAX_DIFFERENCE,

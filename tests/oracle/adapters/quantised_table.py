@@ -9,10 +9,10 @@ import warnings
 from pathlib import Path
 
 import transformers
+from oracle.adapters.quantised import GPU_ONLY, SCHEMES, Scheme, measure, refusal
 from oracle.models_table import read_table, replace_block
-from oracle.quantised import GPU_ONLY, SCHEMES, Scheme, measure, refusal
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "peft.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "peft.md"
 NAME = "quantised"
 HEAD = ["base", "with", "computes in", "difference from PEFT", "last digits", "adapters", "quantising", ""]
 

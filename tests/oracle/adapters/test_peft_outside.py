@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle.peft_kinds import (
+from oracle.adapters.peft_kinds import (
     BIASED,
     INVOCATION,
     MAX_DIFFERENCE,

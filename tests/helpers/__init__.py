@@ -1,0 +1,1 @@
+"""Stand-ins, factories and waits that many tests share."""
