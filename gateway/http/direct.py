@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway.bodies.json_bodies import JsonRoute, body_value
-from gateway.http.errors import ErrorShape, is_foreseen, response_to
+from gateway.http.errors import ErrorShape, is_foreseen, let_go, response_to
 from gateway.http.headers import header_of
 from gateway.http.paths import GENERATION_PATHS
 from gateway.overload.large import working
@@ -72,6 +72,7 @@ class DirectCalls:
             await response_to(error, request, self._shape_of)(scope, receive, send)
             if not is_foreseen(error):
                 raise  # it is logged outside
+            let_go(error)
 
 
 def _checked(route: JsonRoute, raw: bytes, request: Request) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import tracemalloc
 from collections.abc import AsyncIterator
@@ -301,6 +302,36 @@ async def test_many_models_and_ids_are_refused_at_once(bus: Bus, fleet: Scripted
         body = {"model": ["base"] * 130, "prompt": [[1] * 200] * 7}
         assert (await http.post("/v1/completions", json=body)).status_code == 200
     assert len(fleet.seen) == 910
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"model": ["base"] * 130}),  # refused by its size
+        ("/v1/completions", {"model": "base"}),  # longer than the context
+        ("/v1/completions", {"model": "nobody"}),
+        ("/v1/completions", {"model": "base", "max_tokens": "many"}),
+        ("/v1/completions", {"model": "base", "maxtokens": 1}),
+        ("/v1/chat/completions", {"model": "base", "messages": [], "stop_token_ids": True}),
+        ("/generate", {"inputs": 1}),
+    ],
+)
+async def test_nothing_of_a_refused_body_stays(http: httpx2.AsyncClient, path: str, fields: dict[str, Any]) -> None:
+    ids = list(range(300, 600_300))
+    body = json.dumps({**fields, ("stop_token_ids" if fields.get("stop_token_ids") else "prompt"): ids}, separators=(",", ":"))
+    gc.collect()
+    gc.disable()  # what is held in circles would stay until it runs
+    try:
+        answer = await http.post(path, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code in (400, 404, 422)
+
+        async def is_gone() -> bool:
+            large_lists = (kept for kept in gc.get_objects() if isinstance(kept, list) and len(kept) > 100_000)
+            return all(kept is ids for kept in large_lists)
+
+        await wait_until(is_gone, "the ids are gone", timeout_s=10)
+    finally:
+        gc.enable()
 
 
 async def test_what_waits_for_a_place_is_not_read(gateway: RunningGateway, http: httpx2.AsyncClient) -> None:
