@@ -318,7 +318,9 @@ async def test_many_models_and_ids_are_refused_at_once(bus: Bus, fleet: Scripted
 )
 async def test_nothing_of_a_refused_body_stays(http: httpx2.AsyncClient, path: str, fields: dict[str, Any]) -> None:
     ids = list(range(300, 600_300))
-    body = json.dumps({**fields, ("stop_token_ids" if fields.get("stop_token_ids") else "prompt"): ids}, separators=(",", ":"))
+    body = json.dumps(
+        {**fields, ("stop_token_ids" if fields.get("stop_token_ids") else "prompt"): ids}, separators=(",", ":")
+    )
     gc.collect()
     gc.disable()  # what is held in circles would stay until it runs
     try:
