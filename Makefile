@@ -10,6 +10,8 @@ PIP := $(BIN)/python -m pip
 MODEL ?=
 ADAPTERS ?=
 ARGS ?=
+# Files of tests at a time: twice the cores of a small machine, since most tests wait for a fleet.
+PROCESSES ?= 4
 # PyPI's torch brings 3 GB of CUDA libraries. Without a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
@@ -25,12 +27,12 @@ demo: $(VENV)/.stamp-demo  ## fetch a small model, start a fleet, ask the base a
 up: $(VENV)/.stamp-demo  ## start a fleet on this machine: make up MODEL=org/name ADAPTERS=folder
 	$(BIN)/lorafleet up "$(MODEL)" $(if $(ADAPTERS),--adapters "$(ADAPTERS)") $(ARGS)
 
-test: $(VENV)/.stamp-dev  ## run every test in random order, two files at a time: no network, GPU, Docker or Redis needed
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+test: $(VENV)/.stamp-dev  ## run every test in random order, four files at a time: no network, GPU, Docker or Redis needed
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 coverage: $(VENV)/.stamp-dev  ## run every test and show the lines that none of them reaches, services included
 	$(BIN)/coverage erase
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/coverage run -m pytest -n 2 --dist loadfile --timeout=120 $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/coverage run -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --timeout=120 $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -38,16 +38,28 @@ LONGER_S: dict[str, int] = {
 """File or folder -> the limit of each of its tests, s, where 30 s are not enough on two busy cores."""
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Set the limits of the files in LONGER_S; a marker at a test wins."""
+    """Set the limits of the files in LONGER_S, a marker at a test wins, and begin with the files that take longest.
+
+    Files are handed to processes one by one in this order, so that no long one is begun when the others have ended.
+    """
     missing = [name for name in LONGER_S if not (TESTS / name).exists()]
     if missing:
         raise pytest.UsageError(f"tests/conftest.py sets limits for files that do not exist: {', '.join(missing)}")
     for item in items:
-        name = item.path.relative_to(TESTS).as_posix()
-        limits = [limit_s for prefix, limit_s in LONGER_S.items() if name == prefix or name.startswith(f"{prefix}/")]
-        if limits and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(max(limits)))
+        limit_s = _limit_s(item)
+        if limit_s and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(limit_s))
+    items.sort(key=_limit_s, reverse=True)
+
+
+def _limit_s(item: pytest.Item) -> int:
+    """Return the limit that LONGER_S sets for a test, s; 0: none."""
+    name = item.path.relative_to(TESTS).as_posix()
+    return max(
+        (limit for prefix, limit in LONGER_S.items() if name == prefix or name.startswith(f"{prefix}/")), default=0
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -159,7 +159,7 @@ def let_go(error: BaseException) -> None:
     The collector would find them late, and look through a million token ids each time until then.
     """
     related: BaseException | None = error
-    while related is not None:
+    while related is not None and related.__traceback__ is not None:  # one that is raised again may follow itself
         related.__traceback__ = None
         related = related.__cause__ or related.__context__
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.http.direct import DirectCalls
-from gateway.http.errors import OPENAI_ERRORS, add_handlers
+from gateway.http.errors import OPENAI_ERRORS, add_handlers, let_go
 from gateway.http.paths import COMPLETIONS
 from gateway.openai.bodies import CompletionRequest
 from protocol.queue.redis_client import MemoryFull
@@ -120,3 +120,15 @@ async def test_a_fault_is_answered_and_raised_to_be_logged() -> None:
         async with httpx2.AsyncClient(transport=transport, base_url="http://gateway") as client:
             with pytest.raises(ZeroDivisionError):
                 await client.post(COMPLETIONS, json={"model": "fault", "prompt": "hi"})
+
+
+def test_errors_that_follow_each_other_are_let_go() -> None:
+    first, second = NotFound("first"), NotFound("second")
+    try:
+        raise first
+    except NotFound:
+        with pytest.raises(NotFound):
+            raise second
+    first.__cause__ = second  # as when it is raised again where the second was caught
+    let_go(first)
+    assert (first.__traceback__, second.__traceback__) == (None, None)
