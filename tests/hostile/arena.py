@@ -240,7 +240,7 @@ async def arena_in(folder: Path, model: Path | None = None, **settings: Any) -> 
                 await fleet.start_all(Shape())
             keys = await _keys(fleet)
             await _fetch_secret(fleet, hub, keys)
-            victim = Victim(fleet.members["gateway"].settings.port, keys["victim"])
+            victim = Victim(fleet.members["gateway"].settings.port, keys["victim"], fleet.settings.dtype)
             arena = Arena(fleet, hub, victim, keys)
             await wait_until(lambda: _has_answered(victim), "the victim is answered", timeout_s=SETTLE_S)
             arena.first_rss = arena.rss()
