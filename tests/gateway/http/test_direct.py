@@ -124,11 +124,9 @@ async def test_a_fault_is_answered_and_raised_to_be_logged() -> None:
 
 def test_errors_that_follow_each_other_are_let_go() -> None:
     first, second = NotFound("first"), NotFound("second")
-    try:
-        raise first
-    except NotFound:
+    for error in (first, second):
         with pytest.raises(NotFound):
-            raise second
-    first.__cause__ = second  # as when it is raised again where the second was caught
+            raise error
+    first.__cause__, second.__cause__ = second, first  # as when each is raised again where the other was caught
     let_go(first)
     assert (first.__traceback__, second.__traceback__) == (None, None)
