@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from gpu_worker.memory import zeros
+from lora_kernels import ops
 
 UNLIMITED = (0.0, float("inf"))
 """The `dt_limit` of a scan whose step sizes are not limited."""
@@ -259,8 +260,8 @@ class ChunkScan(MixerCall):
 class SelectiveScan(MixerCall):
     """mamba_selective_scan(x, dt [1, C, T], A [C, N], B, C [1, N, T], …): a state is [C, N] in fp32.
 
-    Gu and Dao, Mamba, 2023. Transformers' function for several tokens takes no state to begin with, so a run that has
-    one is computed token by token.
+    Gu and Dao, Mamba, 2023. Transformers' function for several tokens takes no state to begin with, and computes token
+    by token in Python, so that a step of a long prompt would be everybody's. Runs are `ops.selective_scan`'s.
     """
 
     def state_of(self, args: tuple[Any, ...], kwargs: Any) -> tuple[tuple[int, ...], torch.dtype]:
@@ -279,10 +280,13 @@ class SelectiveScan(MixerCall):
             out[0].T[rows] = self._step(own, {name: x[0].T[rows] for name, x in inputs.items()}, bound)
             states[batch.singles.writes] = own
         for run in batch.runs:
-            own = states[run.read][None].clone()
-            for row in range(run.start, run.end):
-                out[:, :, row] = self._step(own, {name: x[:, :, row] for name, x in inputs.items()}, bound)
-            self.put(run, own[0])
+            own = states[run.read].clone()
+            part = {name: x[0, :, run.start : run.end].T for name, x in inputs.items()}
+            out[0, :, run.start : run.end] = ops.selective_scan(
+                part["hidden_states"], part["dt"], bound["A"], part["B"], part["C"], own, skip=bound.get("D"),
+                gate=part.get("z"), dt_bias=bound.get("delta_bias"), softplus=bound.get("delta_softplus", False),
+            ).T  # fmt: skip
+            self.put(run, own)
         return out
 
     def _step(self, states: Tensor, rows: dict[str, Tensor], bound: dict[str, Any]) -> Tensor:

@@ -65,6 +65,7 @@ __all__ = [
     "recordable_lora_batch",
     "rms_norm",
     "rotary_",
+    "selective_scan",
     "unpack_linear",
 ]
 
@@ -189,6 +190,22 @@ def argmax(x: Tensor, impl: Impl | None = None) -> tuple[Tensor, Tensor]:
     is not finite, and its index means nothing.
     """
     return _choose(x, impl).argmax(x)
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, *, skip: Tensor | None = None,
+    gate: Tensor | None = None, dt_bias: Tensor | None = None, softplus: bool = False, impl: Impl | None = None,
+) -> Tensor:  # fmt: skip
+    """For one token after the other: state = exp(dt * a) * state + dt * x * b, and its output: (state @ c).
+
+    x: [T, C]. dt: [T, C], fp32 or of x's dtype. a: [C, N]. b, c: [T, N]. state: fp32 [C, N], what the tokens before
+    have left, changed in place. Returns [T, C] of x's dtype, computed in fp32 and rounded once. dt_bias: [C] is added
+    to dt; softplus: then dt = log(1 + exp(dt)). skip: [C], skip * x is added to the output. gate: [T, C], the output is
+    multiplied by silu(gate). Gu and Dao, Mamba, 2023.
+    """
+    return _choose(x, impl).selective_scan(
+        x, dt, a, b, c, state, skip=skip, gate=gate, dt_bias=dt_bias, softplus=softplus
+    )
 
 
 class DecoderStack(Protocol):

@@ -155,5 +155,27 @@ def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     return ids, torch.isfinite(values)
 
 
+def selective_scan(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, *, skip: Tensor | None = None,
+    gate: Tensor | None = None, dt_bias: Tensor | None = None, softplus: bool = False,
+) -> Tensor:  # fmt: skip
+    """See `ops.selective_scan`."""
+    inputs, steps = x.float(), dt.float()
+    if dt_bias is not None:
+        steps = steps + dt_bias.float()
+    if softplus:
+        steps = F.softplus(steps)
+    outs: list[Tensor] = []
+    for token, step, into, from_ in zip(inputs, steps, b.float(), c.float(), strict=True):
+        state.mul_(torch.exp(step[:, None] * a.float())).add_((step * token)[:, None] * into)
+        outs.append(state @ from_)
+    out = torch.stack(outs) if outs else torch.zeros_like(inputs)
+    if skip is not None:
+        out = out + inputs * skip.float()
+    if gate is not None:
+        out = out * F.silu(gate.float())
+    return out.to(x.dtype)
+
+
 def decoder_stack(layers: Sequence[DecoderLayer]) -> None:
     """Return None: nothing here is faster than one layer after the other. See `ops.decoder_stack`."""

@@ -30,6 +30,9 @@ def test_schemas_and_fake_kernels_are_true(native: Impl) -> None:
     rows, words = torch.tensor([3, 1]), torch.tensor([[5, -1], [0, 7]], dtype=torch.int32)
     torch.library.opcheck(lorafleet.mask_logits_.default, (x, rows, words), test_utils=checks)
     torch.library.opcheck(lorafleet.argmax.default, (x,), test_utils=checks)
+    dt, a, b, state = torch.rand(5, 64), -torch.rand(4, 64), torch.rand(5, 4), torch.rand(4, 64)
+    scan = (x, dt, a, b, b.clone(), state, None, None, None, True)
+    torch.library.opcheck(lorafleet.selective_scan.default, scan, test_utils=checks)
     q, k, cos = torch.randn(5, 2, 8), torch.randn(5, 1, 8), torch.rand(5, 8)
     torch.library.opcheck(lorafleet.rotary_.default, (q, k, cos, cos.clone()), test_utils=checks)
 

@@ -143,6 +143,28 @@ def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     return _ops.argmax.default(x)
 
 
+def selective_scan(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, *, skip: Tensor | None = None,
+    gate: Tensor | None = None, dt_bias: Tensor | None = None, softplus: bool = False,
+) -> Tensor:  # fmt: skip
+    """See `ops.selective_scan`."""
+    ours = state.T.contiguous()  # channels last: they are the lanes
+    out = _ops.selective_scan.default(
+        _rows(x), _floats(dt), _floats(a.T), _floats(b), _floats(c), ours, None if skip is None else _floats(skip),
+        None if gate is None else _rows(gate.to(x.dtype)), None if dt_bias is None else _floats(dt_bias), softplus,
+    )  # fmt: skip
+    state.copy_(ours.T)
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _floats(x: Tensor) -> Tensor:
+    return x.float().contiguous()
+
+
 class DecoderStack:
     """A `ops.DecoderStack` in native code: csrc/stack.cpp."""
 
@@ -228,6 +250,10 @@ def _register_fakes() -> None:
     @fake("lorafleet::gated_act")
     def _(gate: Tensor, *_: object) -> Tensor:
         return gate.new_empty(gate.shape)
+
+    @fake("lorafleet::selective_scan")
+    def _(x: Tensor, *_: object) -> Tensor:
+        return x.new_empty(x.shape)
 
     @fake("lorafleet::argmax")
     def _(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -429,6 +429,44 @@ std::tuple<Tensor, Tensor> argmax(const Tensor& x) {
   return {ids, finite};
 }
 
+const float* floats(const std::optional<Tensor>& t, at::IntArrayRef sizes, const char* name) {
+  if (!t) return nullptr;
+  TORCH_CHECK(t->scalar_type() == at::kFloat && t->is_contiguous() && t->sizes() == sizes, name, " must be float32 ",
+              sizes);
+  return t->const_data_ptr<float>();
+}
+
+Tensor selective_scan(const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& b, const Tensor& c,
+                      const Tensor& state, const std::optional<Tensor>& skip, const std::optional<Tensor>& gate,
+                      const std::optional<Tensor>& dt_bias, bool softplus) {
+  TORCH_CHECK(x.dim() == 2 && a.dim() == 2, "x must be [T, C], a [N, C]");
+  const int64_t tokens = x.size(0), channels = x.size(1), states = a.size(0);
+  if (gate) {
+    TORCH_CHECK(gate->sizes() == x.sizes(), "gate must have the shape of x");
+    check_same_dtype(*gate, x, "gate");
+  }
+  floats(state, {states, channels}, "state");
+  Tensor out = at::empty(x.sizes(), x.options());
+  active->scan({
+      .dtype = dtype_of(x),
+      .x = rows_of(x, "x"),
+      .gate = gate ? rows_of(*gate, "gate") : Matrix{nullptr, 0},
+      .out = {out.data_ptr(), channels},
+      .dt = floats(dt, {tokens, channels}, "dt"),
+      .a = floats(a, {states, channels}, "a"),
+      .b = floats(b, {tokens, states}, "b"),
+      .c = floats(c, {tokens, states}, "c"),
+      .skip = floats(skip, {channels}, "skip"),
+      .bias = floats(dt_bias, {channels}, "dt_bias"),
+      .state = state.mutable_data_ptr<float>(),
+      .tokens = tokens,
+      .channels = channels,
+      .states = states,
+      .softplus = softplus,
+  });
+  return out;
+}
+
 TORCH_LIBRARY(lorafleet, m) {
   m.def("isa() -> str", &isa);
   m.def("set_isa(str name) -> bool", &set_isa);
@@ -447,6 +485,9 @@ TORCH_LIBRARY(lorafleet, m) {
   m.def("gated_act(Tensor gate, Tensor up, str act) -> Tensor");
   m.def("mask_logits_(Tensor(a!) logits, Tensor rows, Tensor words) -> ()");
   m.def("argmax(Tensor x) -> (Tensor, Tensor)");
+  m.def(
+      "selective_scan(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor(a!) state, Tensor? skip, Tensor? gate, "
+      "Tensor? dt_bias, bool softplus) -> Tensor");
   register_stack(m);
 }
 
@@ -461,6 +502,7 @@ TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
   m.impl("gated_act", &gated_act);
   m.impl("mask_logits_", &mask_logits_);
   m.impl("argmax", &argmax);
+  m.impl("selective_scan", &selective_scan);
 }
 
 }  // namespace lorafleet

@@ -37,10 +37,11 @@ inline void with_dtype(Dtype dtype, const F& f) {
 #include "linear.h"
 #include "lora.h"
 #include "pointwise.h"
+#include "scan.h"
 
 constexpr Kernels kKernels = {
     LORAFLEET_STRING(LORAFLEET_ISA), linear, lora_add, kv_write, attention, rms_norm, rotary, gated_act, mask_logits,
-    argmax,
+    argmax, scan,
 };
 
 }  // namespace

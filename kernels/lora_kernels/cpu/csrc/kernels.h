@@ -144,6 +144,20 @@ struct ArgmaxArgs {
   bool* finite;  // [rows]
 };
 
+// h[c, n] = exp(dt * a[c, n]) * h[c, n] + dt * x * b[n] for one token after the other; out is sum(h * c[n]) + skip * x,
+// times silu(gate). dt is softplus(dt + bias) where softplus is true.
+struct ScanArgs {
+  Dtype dtype;
+  Matrix x, gate, out;       // [tokens, channels]; gate.data may be null
+  const float* dt;           // [tokens, channels]
+  const float* a;            // [states, channels]
+  const float *b, *c;        // [tokens, states]
+  const float *skip, *bias;  // [channels] or null
+  float* state;              // [states, channels]
+  int64_t tokens, channels, states;
+  bool softplus;
+};
+
 struct Kernels {
   const char* name;
   void (*linear)(const LinearArgs&);
@@ -155,6 +169,7 @@ struct Kernels {
   void (*gated_act)(const GatedActArgs&);
   void (*mask_logits)(const MaskArgs&);
   void (*argmax)(const ArgmaxArgs&);
+  void (*scan)(const ScanArgs&);
 };
 
 const Kernels& avx2_kernels();
