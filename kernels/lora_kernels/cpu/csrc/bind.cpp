@@ -447,23 +447,12 @@ Tensor selective_scan(const Tensor& x, const Tensor& dt, const Tensor& a, const 
   }
   floats(state, {states, channels}, "state");
   Tensor out = at::empty(x.sizes(), x.options());
-  active->scan({
-      .dtype = dtype_of(x),
-      .x = rows_of(x, "x"),
-      .gate = gate ? rows_of(*gate, "gate") : Matrix{nullptr, 0},
-      .out = {out.data_ptr(), channels},
-      .dt = floats(dt, {tokens, channels}, "dt"),
-      .a = floats(a, {states, channels}, "a"),
-      .b = floats(b, {tokens, states}, "b"),
-      .c = floats(c, {tokens, states}, "c"),
-      .skip = floats(skip, {channels}, "skip"),
-      .bias = floats(dt_bias, {channels}, "dt_bias"),
-      .state = state.mutable_data_ptr<float>(),
-      .tokens = tokens,
-      .channels = channels,
-      .states = states,
-      .softplus = softplus,
-  });
+  const Matrix gates = gate ? rows_of(*gate, "gate") : Matrix{nullptr, 0};
+  const float *steps = floats(dt, {tokens, channels}, "dt"), *rates = floats(a, {states, channels}, "a");
+  const float *into = floats(b, {tokens, states}, "b"), *from = floats(c, {tokens, states}, "c");
+  const float *skips = floats(skip, {channels}, "skip"), *biases = floats(dt_bias, {channels}, "dt_bias");
+  active->scan({dtype_of(x), rows_of(x, "x"), gates, {out.data_ptr(), channels}, steps, rates, into, from, skips,
+                biases, state.mutable_data_ptr<float>(), tokens, channels, states, softplus});
   return out;
 }
 
