@@ -237,6 +237,7 @@ class Mirror:
             num_bytes=files.num_bytes,
             config=canonical_config(files.config),
             modules=spec.modules,
+            mapped=dict(spec.mapped),
             source=source,
             created_ms=now_ms(),
         )

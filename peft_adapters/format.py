@@ -4,7 +4,8 @@ The public face of this package. Pure: no torch, no files. The store checks adap
 it. An adapter is read exactly as PEFT 0.21 would apply it, or refused with every reason at once.
 
 To follow an adapter through the package: `config` reads its fields with the help of `targets`, `tensors` sorts its
-tensors by name, `reader` matches both with the base model, and `spec` is the result.
+tensors by name, `names` finds the base model's names for them, `reader` matches both with the base model, and `spec`
+is the result.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from peft_adapters.config import (
@@ -23,11 +25,13 @@ from peft_adapters.config import (
     parse_config,
     read_config,
 )
+from peft_adapters.names.keys import peft_keys
+from peft_adapters.names.translation import translate
 from peft_adapters.reader import read_spec
 from peft_adapters.reasons import Reasons, show
 from peft_adapters.safetensors_header import MAX_HEADER_BYTES, TensorInfo, parse_header
 from peft_adapters.spec import AdapterSpec, LoraWeights, ReplacedWeights, TrainedTokens
-from peft_adapters.tensors import sort_tensors
+from peft_adapters.tensors import AdapterTensors, sort_tensors
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel
 
@@ -59,6 +63,8 @@ def adapter_digest(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
 def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], base: ServedModel | None) -> AdapterSpec:
     """Read an adapter as PEFT would apply it to a base model; without one, check what can be checked.
 
+    Where its file names tensors or modules otherwise than PEFT and the base model do, `AdapterSpec.mapped` says how.
+
     config: its parsed `adapter_config.json`. tensors: from `parse_header`. Every tensor must be used, and every layer
     that the config targets must have its tensors. Raises AdapterRefused with all reasons.
     """
@@ -67,10 +73,25 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], b
         raise AdapterRefused([f"peft_type {show(kind)} is not served; only LORA and ADALORA are"])
     reasons = Reasons()
     fields = read_config(config, reasons)
-    sorted_tensors = sort_tensors(tensors, reasons)
+    keys = peft_keys(tensors)
+    sorted_tensors = sort_tensors(keys.files, reasons)
     if fields is None:
         raise AdapterRefused(reasons.render())
-    spec = read_spec(fields, sorted_tensors, tensors, base, reasons)
+    other = None if base is None else translate(_outputs(sorted_tensors, tensors), _modules(sorted_tensors), base)
+    spec = read_spec(fields, sorted_tensors, tensors, other.base if other is not None else base, reasons)
+    if other is not None and base is not None and not reasons:
+        spec = other.back(spec, base.sites, reasons)
     if reasons:
         raise AdapterRefused(reasons.render())
-    return spec
+    rules = {**keys.rules, **(other.rules if other is not None else {})}
+    return replace(spec, mapped=rules) if rules else spec
+
+
+def _modules(tensors: AdapterTensors) -> set[str]:
+    """Return the modules that a file has tensors of."""
+    return {module for module, _ in tensors.by_module()}
+
+
+def _outputs(tensors: AdapterTensors, infos: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """Return the modules with LoRA in a file, with the rows of their B; 0 without one."""
+    return {module: infos[pair["B"]].shape[0] if "B" in pair else 0 for module, pair in tensors.lora.items()}

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class LoraBlock:
+    """A part of the LoRA on one layer, where the adapter's model fuses or splits layers that the base does not."""
+
+    a: str  # tensor [rank, in]
+    b: str  # tensor, of which rows [begin, end) count: [.., rank]
+    begin: int
+    end: int
+    at: int = 0  # output of the layer to which the first of these rows belongs
+    factor: float = 1.0  # of b
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +37,16 @@ class LoraWeights:
     singular: str = ""  # AdaLoRA's values, which multiply the rows of a: [rank, 1]
     experts: tuple[tuple[tuple[str, str], ...], ...] = ()
     """In the place of a and b, for each expert: a [rank / n, in] and b [out / n, rank / n] of each of its n layers."""
+    blocks: tuple[LoraBlock, ...] = ()
+    """In the place of a and b: A is the blocks' A stacked, B has their rows as blocks and is zero elsewhere."""
+    width: int = 0  # out, where there are blocks
+
+    @property
+    def tensors(self) -> list[tuple[str, str]]:
+        """The names of all pairs of a and b."""
+        if self.blocks:
+            return [(block.a, block.b) for block in self.blocks]
+        return [pair for pairs in self.experts for pair in pairs] or [(self.a, self.b)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +78,7 @@ class AdapterSpec:
     tokens: tuple[TrainedTokens, ...] = ()
     invocation: tuple[int, ...] = ()  # activated LoRA: active from these tokens' last occurrence in the prompt on
     vocab_size: int = 0  # tokens the adapter knows; 0: those of the base
+    mapped: Mapping[str, str] = field(default_factory=dict[str, str])  # names of the file -> of the base, as patterns
 
     @property
     def rank(self) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from peft_adapters.names.keys import PREFIX
 from peft_adapters.reasons import Reasons
 
-_PREFIX = "base_model.model."
 _WRAPPED = ".base_layer"
 
 _LORA = re.compile(r"(.+)\.lora_(?:(A|B)\.weight|(A|B|E)|B\.(bias))", re.DOTALL)
@@ -52,12 +52,15 @@ class AdapterTensors:
         yield from ((module, name) for (module, _, _), name in self.plain.items())
 
 
-def sort_tensors(names: Iterable[str], reasons: Reasons) -> AdapterTensors:
-    """Sort the tensors of a file by their names. Adds a reason for names that PEFT does not write."""
+def sort_tensors(names: Mapping[str, str], reasons: Reasons) -> AdapterTensors:
+    """Sort the tensors of a file by their names. Adds a reason for names that PEFT does not write.
+
+    names: the file's names of its tensors by the names that PEFT gives them, see `peft_keys`.
+    """
     found = AdapterTensors()
-    for name in names:
-        if not name.startswith(_PREFIX) or not _sort(name.removeprefix(_PREFIX), name, found):
-            reasons.add("tensors that are not understood", name)
+    for name, own in names.items():
+        if not name.startswith(PREFIX) or not _sort(name.removeprefix(PREFIX), own, found):
+            reasons.add("tensors that are not understood", own)
     return found
 
 

@@ -28,8 +28,24 @@ def pack_extras(spec: AdapterSpec, get: GetTensor, sites: dict[str, SiteInfo], a
 
 def lora_matrices(part: LoraWeights, get: GetTensor) -> tuple[Tensor, Tensor]:
     """Return A [rank, in] and B [out, rank] of one module in the file's dtype, AdaLoRA's values multiplied into A."""
+    if part.blocks:
+        return _block_matrices(part, get)
     a, b = get(part.a), get(part.b)
     return (a * get(part.singular) if part.singular else a), b
+
+
+def _block_matrices(part: LoraWeights, get: GetTensor) -> tuple[Tensor, Tensor]:
+    """Return A and B of a layer that the adapter's model fuses or splits otherwise; B in fp32 where it is scaled."""
+    a = torch.cat([get(block.a) for block in part.blocks])
+    rows = [get(block.b)[block.begin : block.end] for block in part.blocks]
+    if any(block.factor != 1.0 for block in part.blocks):
+        rows = [block.factor * own.float() for block, own in zip(part.blocks, rows, strict=True)]
+    b = torch.zeros(part.width, len(a), dtype=rows[0].dtype)
+    column = 0
+    for block, own in zip(part.blocks, rows, strict=True):
+        b[block.at : block.at + len(own), column : column + own.shape[1]] = own
+        column += own.shape[1]
+    return a, b
 
 
 class _ExtrasPacker:

@@ -126,6 +126,7 @@ def _read(files: FetchedAdapter, packer: Packer, weight: float) -> MergeInput:
         "target_parameters": bool(config.parameters),
         "trained tokens": bool(spec.tokens),
         "another vocabulary": bool(spec.vocab_size),
+        "names that are not the base model's": bool(spec.mapped),  # by its config's names the merge finds its layers
         "whole modules or biases": bool(packer.pack_spec("", replace(spec, sites=(), embeddings=()), get).extras),
     }
     reasons = [

@@ -119,7 +119,7 @@ class Packer:
                 if own is not None and own.lora is not None:
                     continue  # the pool cannot hold it
                 rows.append((site.index, a.to(site.dtype), b.T.to(site.dtype).contiguous()))
-                names += [part.a, part.b]
+                names += part.tensors[0]
                 ranks[site.index], scales[site.index] = part.rank, part.scale
         _check_finite(rows, names, extras)
         if self.pin:

@@ -125,7 +125,7 @@ class RowPacker:
         if spec.rank > MAX_RANK or len({part.site for part in spec.sites}) < len(spec.sites):
             return False
         return all(
-            not (part.bias or part.magnitude or part.singular)
+            not (part.bias or part.magnitude or part.singular or part.blocks)
             and tensors[part.b].shape[0] == self._sites[self._index[part.site]].out_features
             and self._sites[self._index[part.site]].dtype in _ITEMS
             for part in spec.sites
