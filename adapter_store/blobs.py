@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_adapters.effect import has_effect
 from peft_adapters.format import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
     MAX_HEADER_BYTES,
     WEIGHTS_FILE,
+    AdapterSpec,
     TensorInfo,
     adapter_digest,
     canonical_config,
@@ -73,6 +75,15 @@ class AdapterFolder:
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
         ):
             return adapter_digest(self.config, self.tensors, view)
+
+    def has_effect(self, spec: AdapterSpec) -> bool:
+        """Return whether the adapter, read as `spec`, may change an answer. Raises OSError."""
+        with (
+            (self.folder / WEIGHTS_FILE).open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
+            memoryview(view) as weights,
+        ):
+            return has_effect(spec, self.tensors, weights)
 
     @classmethod
     def open_fetched(cls, folder: Path) -> AdapterFolder:

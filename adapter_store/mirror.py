@@ -9,23 +9,25 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 from weakref import WeakValueDictionary
 
 from adapter_store.blobs import AdapterFolder, Blobs
+from adapter_store.formats import HEAD_BYTES, convert, depends_on_base, plan_conversion
 from adapter_store.shared_bucket import SharedBucket
 from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, Source, Version
 from peft_adapters.format import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
-    MAX_HEADER_BYTES,
     WEIGHTS_FILE,
     canonical_config,
     parse_config,
     parse_header,
     read_adapter,
 )
+from peft_adapters.formats.conversion import Conversion
 from peft_adapters.texts.files import max_bytes
 from protocol.queue.bus import now_ms
 from protocol.runtime.metrics import STORE_FETCH_SECONDS, STORE_FETCHES
@@ -33,9 +35,6 @@ from protocol.wire.errors import AdapterRefused, Unavailable
 from protocol.wire.messages import AdapterRecord, ServedModel
 
 logger = logging.getLogger(__name__)
-
-HEAD_BYTES = 8 + MAX_HEADER_BYTES
-"""Bytes of a weights file that hold its whole header."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -52,13 +51,16 @@ class Mirror:
     """Fetches adapters into one store's blobs, from their sources or from the shared bucket."""
 
     def __init__(
-        self, blobs: Blobs, *, max_bytes: int, max_parallel: int = 4, shared_bucket: SharedBucket | None = None
-    ) -> None:
+        self, blobs: Blobs, *, max_bytes: int, max_parallel: int = 4, shared_bucket: SharedBucket | None = None,
+        effect_test: Literal["off", "folders", "all"] = "folders",
+    ) -> None:  # fmt: skip
         """Set the limits.
 
         `max_bytes` is the largest file that is fetched. `max_parallel` is the number of fetches at once from one
         source: counted per source, so that a slow source delays no other. One tenant has at most three in four of them.
+        `effect_test` says which adapters are looked through for having no effect.
         """
+        self._effect_test = effect_test
         self._tenant_parallel = max(1, max_parallel * 3 // 4)
         self._tenant_slots: WeakValueDictionary[tuple[Source, str], asyncio.Semaphore] = WeakValueDictionary()
         self.blobs = blobs
@@ -86,7 +88,7 @@ class Mirror:
             if digest is not None:
                 return Mirrored(digest, fixed)
         async with self._looks[source]:
-            version = await source.resolve(target, access)
+            version = _for_base(await source.resolve(target, access), base)
             self._check_sizes(version)
             digest = await self._known(source, version, access)
         if digest is None:
@@ -196,26 +198,31 @@ class Mirror:
 
     async def _fetch(self, source: Source, version: Version, base: ServedModel | None, access: Access) -> str:
         folder = await asyncio.to_thread(self.blobs.staging, version.key)
-        num_bytes = version.files[WEIGHTS_FILE].num_bytes
+        weights, config = version.weights, version.files.get(CONFIG_FILE)
+        num_bytes = version.files[weights].num_bytes
         head_bytes = min(num_bytes, HEAD_BYTES)
-        has_config = await asyncio.to_thread(_drop_unless, folder / CONFIG_FILE, version.files[CONFIG_FILE].num_bytes)
-        if has_config and await asyncio.to_thread(_size, folder / WEIGHTS_FILE) >= head_bytes:
+        has_config = config is None or await asyncio.to_thread(_drop_unless, folder / CONFIG_FILE, config.num_bytes)
+        if has_config and await asyncio.to_thread(_size, folder / weights) >= head_bytes:
             await source.confirm(version, access)  # others' rights may have read what lies here
-        await source.fetch(version, CONFIG_FILE, folder / CONFIG_FILE, version.files[CONFIG_FILE].num_bytes, access)
-        await source.fetch(version, WEIGHTS_FILE, folder / WEIGHTS_FILE, head_bytes, access)
-        await asyncio.to_thread(_check_head, folder, num_bytes, base)
-        if not version.at_hand:
-            here = await asyncio.to_thread(_size, folder / WEIGHTS_FILE)
-            await asyncio.to_thread(self.blobs.check_room, num_bytes, here)
-        await source.fetch(version, WEIGHTS_FILE, folder / WEIGHTS_FILE, num_bytes, access)
+        if config is not None:
+            await source.fetch(version, CONFIG_FILE, folder / CONFIG_FILE, config.num_bytes, access)
+        await source.fetch(version, weights, folder / weights, head_bytes, access)
+        conversion = await asyncio.to_thread(_check_head, folder, weights, num_bytes, base)
+        if not version.at_hand or conversion is not None:
+            here = await asyncio.to_thread(_size, folder / weights)
+            # What is converted lies beside its source until it is done.
+            await asyncio.to_thread(self.blobs.check_room, num_bytes, here - (num_bytes if conversion else 0))
+        await source.fetch(version, weights, folder / weights, num_bytes, access)
         for name in version.files.keys() & set(MORE_FILES):
             await source.fetch(version, name, folder / name, version.files[name].num_bytes, access)
-        return await asyncio.to_thread(self._finish, version, folder)
+        return await asyncio.to_thread(self._finish, version, folder, conversion)
 
-    def _finish(self, version: Version, folder: Path) -> str:
+    def _finish(self, version: Version, folder: Path, conversion: Conversion | None) -> str:
         for name, file in version.files.items():
             if file.checksum is not None and _checksum(folder / name, file.checksum[0]) != file.checksum[1]:
                 raise Changed(f"{name} of {version.source} does not match the {file.checksum[0]} that its source gives")
+        if conversion is not None:
+            convert(folder, version.weights, conversion, folder)
         return self.blobs.put(version.key, AdapterFolder.open_fetched(folder), sync=not version.at_hand)
 
     async def describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
@@ -230,6 +237,10 @@ class Mirror:
         if files is None:
             raise Changed(f"adapter {digest:.12} has left the disk")
         spec = read_adapter(files.config, files.tensors, base)
+        tested = self._effect_test == "all" or (self._effect_test == "folders" and source.startswith("local:"))
+        no_effect = tested and not files.has_effect(spec)
+        if no_effect:
+            logger.warning("adapter %s has no effect: everything that it adds to the base model is zero", source)
         return AdapterRecord(
             digest=digest,
             rank=spec.rank,
@@ -238,6 +249,7 @@ class Mirror:
             config=canonical_config(files.config),
             modules=spec.modules,
             mapped=dict(spec.mapped),
+            no_effect=no_effect,
             source=source,
             created_ms=now_ms(),
         )
@@ -260,13 +272,27 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _check_head(folder: Path, num_bytes: int, base: ServedModel | None) -> None:
-    """Check the config and the header of the weights. Raises AdapterRefused."""
+def _for_base(version: Version, base: ServedModel | None) -> Version:
+    """Return a version whose key names what its conversion needs to know of the base. Raises Unavailable without it."""
+    if not depends_on_base(version.weights):
+        return version
+    if base is None:
+        raise Unavailable(f"{version.source} can be read once a worker has told which model it is for")
+    return replace(version, key=f"{version.key}:{base.model_type}:{base.head_dim}")
+
+
+def _check_head(folder: Path, weights: str, num_bytes: int, base: ServedModel | None) -> Conversion | None:
+    """Check the config and the header of the weights. Returns how to convert them. Raises AdapterRefused."""
+    conversion = plan_conversion(folder, weights, num_bytes, base)
+    if conversion is not None:
+        read_adapter(conversion.config, conversion.infos(), base)
+        return conversion
     with (folder / CONFIG_FILE).open("rb") as file:
         config = parse_config(file.read(MAX_CONFIG_BYTES + 1))
     with (folder / WEIGHTS_FILE).open("rb") as file:
         tensors = parse_header(file.read(HEAD_BYTES), num_bytes)
     read_adapter(config, tensors, base)
+    return None
 
 
 def _checksum(path: Path, algorithm: str) -> str:

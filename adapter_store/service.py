@@ -104,7 +104,7 @@ class Store:
         self.shared_bucket = SharedBucket(s3, settings.store_bucket) if settings.store_bucket else None
         self.mirror = Mirror(
             blobs, max_bytes=settings.max_adapter_bytes, max_parallel=settings.max_downloads,
-            shared_bucket=self.shared_bucket,
+            shared_bucket=self.shared_bucket, effect_test=settings.effect_test,
         )  # fmt: skip
         self.catalogue = Catalogue(bus, self.sid, record_kept_s=timings.record_kept_s)
         self.server = BlobServer(self.locate, self.drop, self.health, secret.bearer if secret else "")

@@ -24,7 +24,7 @@ from gpu_worker.encoder.pooling import read_pooling
 from gpu_worker.engine.batcher import BatchLimits
 from gpu_worker.engine.engine import Engine, EngineConfig
 from gpu_worker.memory import GiB, free_bytes, share
-from gpu_worker.model.checkpoint import read_config, read_model, task_of
+from gpu_worker.model.checkpoint import head_dim_of, read_config, read_model, task_of
 from gpu_worker.model.compiled import compile_errors, warm
 from gpu_worker.model.model import BaseModel, choose_device, choose_dtype
 from gpu_worker.model.prepare import load_model
@@ -280,4 +280,5 @@ def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: 
         labels=model.labels if is_encoder else [],
         width=model.width if is_encoder else 0,
         unit_length=is_encoder and model.pooling.unit_length,
+        head_dim=head_dim_of(model.config),
     )

@@ -21,6 +21,7 @@ COMMANDS = {
     "keys": ("lorafleet.keys", "create, list and revoke API keys, and set the limits of their tenants"),
     "users": ("lorafleet.users", "make the users of a queue: a password for each service, and the ACL file"),
     "dlq": ("lorafleet.dlq", "list, show and retry requests that were given up"),
+    "adapter": ("adapter_store.command", "check an adapter, or convert one of MLX-LM or llama.cpp, without a fleet"),
     "bench": ("lorafleet.bench.cli", "put load on an OpenAI-compatible server and measure it"),
     "profile": ("lorafleet.profile", "measure what a worker's steps spend their time on"),
     "simulate": ("scheduler.simulate", "try scheduling policies on a simulated fleet"),

@@ -6,16 +6,43 @@ file here, a line in `adapter_store.service.Store` and its reference syntax in `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.formats.gguf import GGUF_END
+from peft_adapters.formats.mlx import MLX_WEIGHTS
 from peft_adapters.texts.files import TEXT_FILES
+from protocol.wire.errors import AdapterRefused
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
-"""The files that every adapter has. Weights in a pickle (`.bin`) are refused."""
+"""The files that every adapter of PEFT has, and every one in the store. Weights in a pickle (`.bin`) are refused."""
+
+_GGUF = re.compile(r"[\w.-]{1,200}\.gguf", re.ASCII)
+
+
+def choose_weights(names: Iterable[str]) -> str:
+    """Return the weights file among the names of a source's files: PEFT's, else MLX-LM's, else the only one in GGUF.
+
+    "" if there is none. Raises AdapterRefused for several in GGUF.
+    """
+    found = set(names)
+    for name in (WEIGHTS_FILE, MLX_WEIGHTS):
+        if name in found:
+            return name
+    gguf = sorted(name for name in found if _GGUF.fullmatch(name))
+    if len(gguf) > 1:
+        raise AdapterRefused([f"there are {len(gguf)} GGUF files, of which an adapter is one: {', '.join(gguf)[:200]}"])
+    return gguf[0] if gguf else ""
+
+
+def needs_config(weights: str) -> bool:
+    """Return whether a config belongs to a weights file; one in GGUF has all that counts in it."""
+    return not weights.endswith(GGUF_END)
+
 
 MORE_FILES = TEXT_FILES
 """The optional files that are fetched, too. No other file of a source is ever read."""
@@ -39,8 +66,13 @@ class Version:
     target: str
     files: Mapping[str, RemoteFile] = field(
         default_factory=dict[str, RemoteFile]
-    )  # by name: FILES, and MORE_FILES that exist
+    )  # by name: a weights file, its config if it needs one, and MORE_FILES that exist
     at_hand: bool = False  # on this machine: so cheap to fetch again that it needs no sync to disk
+
+    @property
+    def weights(self) -> str:
+        """The name of its weights file."""
+        return choose_weights(self.files)
 
 
 Reader = Literal["anyone", "fleet", "token"]

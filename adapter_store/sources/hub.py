@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from adapter_store.sources import FILES, FLEET, MORE_FILES, Access, Changed, RemoteFile, Version
+from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, RemoteFile, Version, choose_weights, needs_config
 from adapter_store.sources.retry import Attempts, Retries
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.wire.adapter_refs import parse_reference
@@ -93,10 +93,12 @@ class HubSource:
 
         info = await self._retrying(lambda: asyncio.to_thread(ask), repo, reference.revision)
         files = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-        for name in FILES:
+        weights = choose_weights(files) or WEIGHTS_FILE
+        own = (CONFIG_FILE, weights) if needs_config(weights) else (weights,)
+        for name in own:
             if name not in files:
                 raise AdapterRefused([_why_missing(name, files)])
-        found = {name: _remote_file(files[name]) for name in (*FILES, *MORE_FILES) if name in files}
+        found = {name: _remote_file(files[name]) for name in (*own, *MORE_FILES) if name in files}
         return self._version(f"{repo}@{info.sha}", found)
 
     async def _retrying(self, call: Callable[[], Any], repo: str, revision: str) -> Any:
@@ -124,7 +126,8 @@ class HubSource:
     async def confirm(self, version: Version, access: Access) -> None:
         """Ask for the head of a file: the Hub shows gated repositories to all; see `Source.confirm`."""
         repo, _, commit = version.target.partition("@")
-        url = hf_hub_url(repo, CONFIG_FILE, revision=commit, endpoint=self._endpoint)
+        name = version.weights if version.files and CONFIG_FILE not in version.files else CONFIG_FILE
+        url = hf_hub_url(repo, name, revision=commit, endpoint=self._endpoint)
         attempts = Attempts(self._retries)
         num_redirects = 0
         while True:

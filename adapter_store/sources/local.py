@@ -1,4 +1,4 @@
-"""Adapters in folders under one root: `NAME` or `ORG/NAME` with an adapter_config.json; deeper ones, if registered.
+"""Adapters in folders under one root: `NAME` or `ORG/NAME` with an adapter_config.json or GGUF; deeper, if registered.
 
 Nothing outside the root is read, not even through a symbolic link.
 """
@@ -12,7 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, RemoteFile, Version
+from adapter_store.sources import (
+    FLEET,
+    MORE_FILES,
+    Access,
+    Changed,
+    RemoteFile,
+    Version,
+    choose_weights,
+    needs_config,
+)
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.wire.adapter_refs import NESTED_FOLDER
 from protocol.wire.errors import AdapterRefused, NotFound
@@ -42,6 +51,7 @@ class FolderState:
 
     config: Stamp | None = None
     weights: Stamp | None = None
+    weights_name: str = WEIGHTS_FILE
     more: tuple[tuple[str, Stamp], ...] = ()  # of the files in MORE_FILES that exist, by name
     problem: str = ""  # why it cannot be an adapter, whatever its files contain
 
@@ -77,15 +87,19 @@ class LocalSource:
         return states
 
     def _state(self, folder: str, maybe_outside: bool) -> FolderState | None:
-        """Return the state of a folder; None if it holds no adapter_config.json."""
+        """Return the state of a folder; None if it holds neither adapter_config.json nor GGUF."""
         try:
             if maybe_outside and not self._inside(folder):
                 return FolderState(problem="the folder is a symbolic link that leaves the adapter root")
-            config = self._stamp(folder, CONFIG_FILE)
-            if config is None:
-                return None
+            config, name = self._stamp(folder, CONFIG_FILE), WEIGHTS_FILE
+            weights = self._stamp(folder, name)
+            if config is None or weights is None:
+                name = choose_weights(_names(folder)) or WEIGHTS_FILE
+                if config is None and needs_config(name):
+                    return None
+                weights = self._stamp(folder, name)
             more = [(name, stamp) for name in MORE_FILES if (stamp := self._stamp(folder, name))]
-            return FolderState(config, self._stamp(folder, WEIGHTS_FILE), tuple(more))
+            return FolderState(config if needs_config(name) else None, weights, name, tuple(more))
         except AdapterRefused as error:
             return FolderState(problem=error.message)
         except OSError as error:
@@ -124,16 +138,17 @@ class LocalSource:
             raise NotFound(f"there is no adapter folder {name!r}")
         if state.problem:
             raise AdapterRefused([state.problem])
-        if state.config is None or state.weights is None:
+        if state.weights is None:
             raise AdapterRefused([self._why_no_weights(name)])
+        config = {CONFIG_FILE: RemoteFile(state.config.num_bytes, str(state.config))} if state.config else {}
         return Version(
             key=f"local:{self.root}:{name}:{state.config}:{state.weights}" + "".join(f":{part}" for part in state.more),
             source=f"local:{name}",
             target=name,
             at_hand=True,
             files={
-                CONFIG_FILE: RemoteFile(state.config.num_bytes, str(state.config)),
-                WEIGHTS_FILE: RemoteFile(state.weights.num_bytes, str(state.weights)),
+                **config,
+                state.weights_name: RemoteFile(state.weights.num_bytes, str(state.weights)),
                 **{name: RemoteFile(stamp.num_bytes, str(stamp)) for name, stamp in state.more},
             },
         )
@@ -167,6 +182,14 @@ class LocalSource:
                 raise Changed
         finally:
             os.close(source)
+
+
+def _names(folder: str) -> list[str]:
+    """Return the names in a folder, none if it does not exist."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
 
 
 def _folders(path: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:

@@ -11,6 +11,9 @@ from protocol.wire.records import AdapterUse
 TIERS = ("resident", "loading", "host", "on_disk")
 """Where an adapter may be, seen from a worker, the nearest first; what is on disk is at the store."""
 
+NO_EFFECT = "no_effect"
+"""The state, in place of where it is, of an adapter that is served and gives what the base model gives."""
+
 
 class AdapterObjects:
     """Makes the objects of `/v1/adapters` from the workers' latest beats."""
@@ -30,13 +33,15 @@ class AdapterObjects:
         workers = self._workers(alias.digest) if alias.state == "on_disk" else {}
         tiers = {worker["tier"] for worker in workers.values()}
         nearest = next((tier for tier in TIERS if tier in tiers), alias.state)
+        has_effect = record is None or not record.no_effect
         return {
             "name": alias.name,
             "object": "adapter",
-            "state": nearest,
+            "state": nearest if has_effect else NO_EFFECT,
             "digest": alias.digest or None,
             "source": alias.source or None,
             "reason": alias.reason or None,
+            "warning": None if has_effect else "everything that it adds to the base model is zero",
             "rank": record.rank if record else None,
             "bytes": record.num_bytes if record else None,
             "modules": record.modules if record else None,
@@ -96,6 +101,6 @@ def adapter_object(alias: m.Alias, record: m.AdapterRecord | None, base: m.Serve
         "parent": base.name,
         "digest": alias.digest or None,
         "rank": record.rank if record else None,
-        "state": alias.state,
+        "state": NO_EFFECT if record and record.no_effect else alias.state,
         "reason": alias.reason or None,
     }

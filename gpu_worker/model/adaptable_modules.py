@@ -56,8 +56,7 @@ class AdaptableModules:
             has_bias = norm.module._parameters.get("bias") is not None
             shapes.append(SiteShape(name, width, width, "norm", has_bias))
         for name, other in self.modules.items():
-            for parameter in _adaptable_parameters(other.module):
-                shapes.append(_parameter_shape(name, other.module, parameter))
+            shapes += parameter_shapes(name, other.module)
         return shapes
 
     def watch(self) -> None:
@@ -91,7 +90,7 @@ def find_adaptable_modules(
         if isinstance(module, nn.Embedding):
             if _is_plain_lookup(module):
                 found.embeddings[name] = AdaptableEmbedding(name, module)
-        elif _is_norm(module):
+        elif is_norm(module):
             found.norms[name] = AdaptableModule(name, module, per_token[name])
         elif _adaptable_parameters(module):
             found.modules[name] = AdaptableModule(name, module, per_token[name])
@@ -109,6 +108,11 @@ def _adaptable_parameters(module: nn.Module) -> list[str]:
     ]
 
 
+def parameter_shapes(name: str, module: nn.Module) -> list[SiteShape]:
+    """Return what the fleet must know of a module's own parameters to read adapters for them."""
+    return [_parameter_shape(name, module, parameter) for parameter in _adaptable_parameters(module)]
+
+
 def _parameter_shape(name: str, module: nn.Module, parameter: str) -> SiteShape:
     weight = module.get_parameter(parameter)
     num_experts = len(weight) if weight.ndim == 3 else 0
@@ -118,7 +122,7 @@ def _parameter_shape(name: str, module: nn.Module, parameter: str) -> SiteShape:
     return SiteShape(f"{name}.{parameter}", second, first, "parameter", num_experts=num_experts)
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     """Return whether a module has a weight vector, perhaps a bias, and nothing else."""
     parameters = dict(module.named_parameters(recurse=False))
     vectors = all(parameter.ndim == 1 for parameter in parameters.values())

@@ -124,6 +124,16 @@ def task_of(config: PreTrainedConfig) -> Task:
     return "embed"
 
 
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Return the dimension of an attention head, 0 where a config does not say it."""
+    text = config.get_text_config()
+    own = getattr(text, "head_dim", None)
+    if not own:
+        width, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+        own = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else 0
+    return own if isinstance(own, int) else 0
+
+
 def _has_pooler(config: PreTrainedConfig) -> bool:
     model: Any = MODEL_MAPPING[type(config)]
     return "add_pooling_layer" in inspect.signature(model.__init__).parameters

@@ -290,6 +290,10 @@ class Settings(BaseSettings):
     )
     scan_interval_s: float = Field(default=1.0, description="pause between scans of the adapter folder")
     max_adapter_bytes: int = Field(default=8 << 30, ge=1, description="largest file of an adapter")
+    effect_test: Literal["off", "folders", "all"] = Field(
+        default="folders",
+        description="which adapters are looked through for having no effect: all that they add is zero",
+    )
     store_quota_bytes: int = Field(
         default=0,
         ge=0,

@@ -39,3 +39,4 @@ class ServedModel(Wire, frozen=True):
     labels: list[str] = []  # of `classify`, by index
     width: int = 0  # of `embed`: entries of a vector
     unit_length: bool = False  # of `embed`: whether vectors are normalised to length 1
+    head_dim: int = 0  # of an attention head; 0: not known

@@ -1,0 +1,170 @@
+"""`lorafleet adapter` checks and converts adapters in folders, without a fleet."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from adapter_store.blobs import AdapterFolder
+from adapter_store.formats import convert, depends_on_base, plan_conversion
+from adapter_store.sources import choose_weights, needs_config
+from peft_adapters.effect import is_zero_product
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, AdapterSpec, read_adapter
+from protocol.runtime.environment import COMPUTE, HUB, HUB_CACHE, NETWORK, child_environment
+from protocol.wire.errors import AdapterRefused, BadRequest, NotFound
+from protocol.wire.messages import ServedModel
+
+DESCRIBE_S = 600.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    actions = parser.add_subparsers(metavar="check|convert", required=True)
+    check = actions.add_parser("check", help="say what of an adapter takes effect, or every reason against it")
+    check.description = (
+        "Print what an adapter changes, and what its names are mapped to. Exit code 0 if it is served and changes"
+        " something, 1 if it is refused or has no effect, 2 for wrong usage."
+    )
+    check.add_argument("folder", metavar="DIR", type=Path, help="folder of an adapter of PEFT, MLX-LM or llama.cpp")
+    check.set_defaults(do=_check)
+    conversion = actions.add_parser("convert", help="write an adapter of MLX-LM or llama.cpp as PEFT would")
+    conversion.add_argument("folder", metavar="SRC", type=Path, help="folder of the adapter; it is not changed")
+    conversion.add_argument("target", metavar="DST", type=Path, help="folder to write, which must not exist")
+    conversion.set_defaults(do=_convert)
+    for action in (check, conversion):
+        action.add_argument(
+            "--base", metavar="MODEL", default="",
+            help="the base model, a Hub id or a folder: only its config is read. GGUF cannot be read without it",
+        )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit code. Raises BadRequest, NotFound; OSError."""
+    base = describe(args.base) if args.base else None
+    try:
+        return args.do(args, base)
+    except AdapterRefused as refused:
+        console = Console(highlight=False)
+        console.print(f"[bold red]refused[/]: {args.folder}")
+        for reason in refused.reasons:
+            console.print(f"  - {escape(reason)}", soft_wrap=True)
+        return 1
+
+
+def describe(model: str) -> ServedModel:
+    """Return what adapters must fit of a base model, by way of a process that has torch. Raises BadRequest."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gpu_worker.describe", model], capture_output=True, text=True, timeout=DESCRIBE_S,
+        env=child_environment(*COMPUTE, *HUB_CACHE, *HUB, *NETWORK), check=False,
+    )  # fmt: skip
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise BadRequest(f"--base {model}: {lines[-1] if lines else 'it cannot be read'}")
+    return msgspec.json.decode(done.stdout.strip().splitlines()[-1], type=ServedModel)
+
+
+def _weights_of(folder: Path) -> str:
+    """Return the name of a folder's weights file. Raises NotFound, AdapterRefused."""
+    if not folder.is_dir():
+        raise NotFound(f"{folder} is not a folder")
+    weights = choose_weights(os.listdir(folder))
+    if not weights:
+        raise NotFound(f"{folder} has neither {WEIGHTS_FILE} nor adapters.safetensors nor a file in GGUF")
+    if needs_config(weights) and not (folder / CONFIG_FILE).is_file():
+        raise NotFound(f"{folder} has no {CONFIG_FILE}")
+    return weights
+
+
+# ---------------------------------------------------------------- check
+
+
+def _check(args: argparse.Namespace, base: ServedModel | None) -> int:
+    folder, weights = args.folder, _weights_of(args.folder)
+    conversion = plan_conversion(folder, weights, (folder / weights).stat().st_size, base)
+    if conversion is None:
+        files = AdapterFolder.open(folder)
+        config, tensors = files.config, files.tensors
+        sources = tensors
+    else:
+        config, tensors = conversion.config, conversion.infos()
+        sources = {moved.name: moved.source for moved in conversion.tensors}
+    spec = read_adapter(config, tensors, base)
+    raw = memoryview((folder / weights).read_bytes())
+    zero = {
+        part.site for part in (*spec.sites, *spec.embeddings, *spec.parameters) if is_zero_product(part, sources, raw)
+    }
+    rows = Counter(_rows(spec, zero))
+    console = Console(highlight=False)
+    table = Table("modules", "layers", "what", "rank", "scale", "takes effect", box=None, header_style="bold")
+    for row, count in rows.items():
+        effect = "yes" if row.has_effect else "no: it adds zero"
+        table.add_row(escape(row.modules), str(count), row.what, row.rank, row.scale, effect)
+    console.print(table)
+    if conversion is not None:
+        console.print(f"{weights}: read as `lorafleet adapter convert` would write it", soft_wrap=True)
+    for theirs, own in spec.mapped.items():
+        console.print(f"mapped: {escape(theirs)} → {escape(own)}", soft_wrap=True)
+    if base is None:
+        console.print("Without --base it is not known whether the base model has these modules.", soft_wrap=True)
+    if not any(row.has_effect for row in rows):
+        console.print("[bold red]no effect[/]: everything that it adds to the base model is zero")
+        return 1
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Modules of all layers that are changed alike."""
+
+    modules: str
+    what: str
+    rank: str = ""
+    scale: str = ""
+    has_effect: bool = True
+
+
+def _rows(spec: AdapterSpec, zero: set[str]) -> Iterator[_Row]:
+    for part in (*spec.sites, *spec.embeddings, *spec.parameters):
+        more = {"DoRA": part.magnitude, "bias": part.bias, "AdaLoRA": part.singular}
+        what = " + ".join(["LoRA", *(name for name, tensor in more.items() if tensor)])
+        yield _Row(_pattern(part.site), what, str(part.rank), f"{part.scale:g}", part.site not in zero)
+    for whole in spec.replaced:
+        yield _Row(_pattern(whole.site), f"whole {whole.parameter}")
+    for tokens in spec.tokens:
+        yield _Row(_pattern(tokens.site), f"{len(tokens.indices)} trained tokens")
+
+
+def _pattern(module: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", module)
+
+
+# ---------------------------------------------------------------- convert
+
+
+def _convert(args: argparse.Namespace, base: ServedModel | None) -> int:
+    folder, weights = args.folder, _weights_of(args.folder)
+    if depends_on_base(weights) and base is None:
+        raise BadRequest("an adapter in GGUF can be converted for a base model only: name it with --base")
+    conversion = plan_conversion(folder, weights, (folder / weights).stat().st_size, base)
+    if conversion is None:
+        raise BadRequest(f"{folder} is an adapter as PEFT saves it already")
+    read_adapter(conversion.config, conversion.infos(), base)
+    try:
+        args.target.mkdir(parents=True)
+    except FileExistsError:
+        raise BadRequest(f"{args.target} is there already") from None
+    convert(folder, weights, conversion, args.target)
+    print(f"{args.target}: {len(conversion.tensors)} tensors, digest {AdapterFolder.open(args.target).digest()}")
+    return 0

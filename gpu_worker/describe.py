@@ -1,0 +1,77 @@
+"""`python -m gpu_worker.describe MODEL` prints what adapters must fit of a base model, as JSON, without its weights.
+
+It lists what the model's classes have, where a worker also watches a trial run: a module that a worker finds not to be
+computed token by token is listed here all the same. It runs in its own process, so that nobody else needs torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from gpu_worker.model.adaptable_modules import is_norm, parameter_shapes
+from gpu_worker.model.checkpoint import head_dim_of, read_config, task_of
+from gpu_worker.model.lora import linear_shape
+from protocol.runtime.model_files import TOKENIZER_FILES, model_folder, served_name
+from protocol.wire.errors import LorafleetError
+from protocol.wire.messages import ServedModel, SiteShape
+
+
+def describe(model: str) -> ServedModel:
+    """Return what adapters must fit of a model, a folder or a Hub id. Raises BadRequest, and the Hub's OSErrors."""
+    config = read_config(model_folder(model, TOKENIZER_FILES))
+    task = task_of(config)
+    auto = {"generate": AutoModelForCausalLM, "embed": AutoModel, "classify": AutoModelForTokenClassification}[task]
+    with torch.device("meta"):
+        module = auto.from_config(config)
+    text = config.get_text_config()
+    return ServedModel(
+        model=model, name=served_name(model, ""), fingerprint="", model_type=config.model_type,
+        vocab_size=text.vocab_size, max_model_len=0, sites=sites_of(module),
+        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)), task=task, head_dim=head_dim_of(config),
+    )  # fmt: skip
+
+
+def sites_of(model: PreTrainedModel) -> list[SiteShape]:
+    """Return the parts of a model's decoder and head, or of an encoder, that adapters may change."""
+    decoder: Any = model.get_decoder()
+    inside = {part for root in (decoder, model.get_output_embeddings()) if root is not None for part in root.modules()}
+    whole = not inside
+    found: list[SiteShape] = []
+    for name, module in model.named_modules():
+        if whole or module in inside:
+            found += _sites(name, module)
+    return found
+
+
+def _sites(name: str, module: nn.Module) -> list[SiteShape]:
+    if shape := linear_shape(module):
+        rows, width = shape
+        has_bias = getattr(module, "bias", None) is not None
+        return [SiteShape(name, width, rows, "conv1d" if isinstance(module, Conv1D) else "linear", has_bias)]
+    if isinstance(module, nn.Embedding):
+        return [SiteShape(name, module.num_embeddings, module.embedding_dim, "embedding")]
+    if is_norm(module):
+        width = len(module.get_parameter("weight"))
+        return [SiteShape(name, width, width, "norm", module._parameters.get("bias") is not None)]
+    return parameter_shapes(name, module)
+
+
+def main() -> int:
+    """Print the model that the argument names; return the exit code."""
+    try:
+        print(msgspec.json.encode(describe(sys.argv[1])).decode())
+    except (LorafleetError, OSError) as error:
+        print(error.message if isinstance(error, LorafleetError) else error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

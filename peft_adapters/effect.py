@@ -1,0 +1,58 @@
+"""Whether an adapter changes anything at all, as far as its own files can tell.
+
+B is zero when LoRA is made, and stays zero where training never reached it: such an adapter loads, answers, and gives
+what the base gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from peft_adapters.safetensors_header import ITEM_BYTES, TensorInfo
+from peft_adapters.spec import AdapterSpec, LoraWeights
+
+CHUNK_BYTES = 1 << 20
+
+
+def has_effect(spec: AdapterSpec, tensors: Mapping[str, TensorInfo], weights: memoryview) -> bool:
+    """Return whether an adapter may change an answer; False only where every product that it adds is exactly zero.
+
+    tensors: of its weights file, which `weights` is. What takes a parameter's place (whole modules, trained tokens,
+    DoRA's magnitudes) counts as a change: whether it differs from the base's own, only the base's weights can tell.
+    Reads up to the first number that is not zero.
+    """
+    if spec.replaced or spec.tokens:
+        return True
+    parts = (*spec.sites, *spec.embeddings, *spec.parameters)
+    return any(not is_zero_product(part, tensors, weights) for part in parts)
+
+
+def is_zero_product(part: LoraWeights, tensors: Mapping[str, TensorInfo], weights: memoryview) -> bool:
+    """Return whether LoRA on one module adds exactly zero: a factor, or one half of each pair, is zero.
+
+    tensors, weights: as in `has_effect`.
+    """
+
+    def is_zero(name: str) -> bool:
+        return _is_zero(tensors[name], weights)
+
+    if part.magnitude:
+        return False
+    if not part.scale:
+        return True
+    if part.bias and not is_zero(part.bias):
+        return False
+    if part.singular and is_zero(part.singular):
+        return True
+    return all(is_zero(b) or is_zero(a) for a, b in part.tensors)
+
+
+def _is_zero(info: TensorInfo, weights: memoryview) -> bool:
+    item = np.uint32 if ITEM_BYTES[info.dtype] == 4 else np.uint16
+    for begin in range(info.begin, info.end, CHUNK_BYTES):
+        bits = np.frombuffer(weights[begin : min(begin + CHUNK_BYTES, info.end)], item)
+        if (bits << 1).any():  # the shift drops the signs: minus zero is zero
+            return False
+    return True

@@ -1,0 +1,104 @@
+"""`lorafleet adapter` as people run it, on folders, with and without a base model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.adapter_files import lora_config, lora_tensors, safetensors, write_adapter
+from helpers.other_formats import peft_pairs, write_gguf, write_mlx
+from safetensors.numpy import load_file
+
+from lorafleet.__main__ import main
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+
+MODEL = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 16,
+    "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    return str(folder)
+
+
+def test_check_shows_what_takes_effect(tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(write_adapter(tmp_path / "a", alpha_pattern={"v_proj": 2}))
+    assert main(["adapter", "check", folder, "--base", base]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["model.layers.*.self_attn.q_proj", "2", "LoRA", "4", "2", "yes"] in lines
+    assert ["model.layers.*.self_attn.v_proj", "2", "LoRA", "4", "0.5", "yes"] in lines
+    assert main(["adapter", "check", folder]) == 0
+    assert "Without --base" in capsys.readouterr().out
+
+
+def test_check_says_what_is_mapped_and_what_is_zero(
+    tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_adapter(tmp_path / "a")
+    tensors = {
+        name.replace("model.layers", "model.language_model.layers"): np.zeros_like(value) if "q_proj" in name else value
+        for name, value in lora_tensors().items()
+    }
+    (folder / WEIGHTS_FILE).write_bytes(safetensors(tensors))
+    assert main(["adapter", "check", str(folder), "--base", base]) == 0
+    out = capsys.readouterr().out
+    assert "mapped: model.language_model.* → model.*" in out
+    assert "no: it adds zero" in out
+    (folder / WEIGHTS_FILE).write_bytes(safetensors({name: np.zeros_like(value) for name, value in tensors.items()}))
+    assert main(["adapter", "check", str(folder), "--base", base]) == 1
+    assert "no effect" in capsys.readouterr().out
+
+
+def test_check_gives_every_reason(tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_adapter(tmp_path / "a", target_modules=["q_proj", "o_proj"], use_qalora=True)
+    assert main(["adapter", "check", str(folder), "--base", base]) == 1
+    out = capsys.readouterr().out
+    for part in ("use_qalora", "does not target", "missing for targeted layers"):
+        assert part in out
+
+
+def test_wrong_usage_is_told(tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    folder = str(write_adapter(tmp_path / "a"))
+    for words, reason in (
+        (["check", str(tmp_path / "nowhere")], "is not a folder"),
+        (["check", str(tmp_path / "empty")], "has neither"),
+        (["check", folder, "--base", str(tmp_path / "empty")], "no config.json"),
+        (["convert", folder, str(tmp_path / "b")], "already"),
+    ):
+        assert main(["adapter", *words]) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_mlx_is_converted(tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    peft = write_adapter(tmp_path / "peft")
+    source, target = write_mlx(peft, tmp_path / "mlx", scale=20.0), tmp_path / "out"
+    assert main(["adapter", "check", str(source), "--base", base]) == 0
+    assert "adapters.safetensors: read as" in capsys.readouterr().out
+    assert main(["adapter", "convert", str(source), str(target)]) == 0
+    assert "digest" in capsys.readouterr().out
+    found, expected = load_file(target / WEIGHTS_FILE), load_file(peft / WEIGHTS_FILE)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert json.loads((target / CONFIG_FILE).read_text())["lora_alpha"] == 80.0
+    assert main(["adapter", "check", str(target), "--base", base]) == 0
+    assert main(["adapter", "convert", str(source), str(target)]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_gguf_is_converted_for_a_base(tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    peft = write_adapter(tmp_path / "peft")
+    write_gguf(peft_pairs(peft), tmp_path / "cpp" / "lora.gguf", "llama", 8.0, heads=(2, 2))
+    source, target = str(tmp_path / "cpp"), tmp_path / "out"
+    assert main(["adapter", "convert", source, str(target)]) == 2
+    assert "--base" in capsys.readouterr().err
+    assert main(["adapter", "convert", source, str(target), "--base", base]) == 0
+    found, expected = load_file(target / WEIGHTS_FILE), load_file(peft / WEIGHTS_FILE)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert json.loads((target / CONFIG_FILE).read_text())["lora_alpha"] == lora_config()["lora_alpha"]

@@ -1,0 +1,148 @@
+"""A store serves adapters of MLX-LM and llama.cpp as PEFT's, and says of one without effect that it has none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from helpers.other_formats import peft_pairs, write_gguf, write_mlx
+from helpers.store_run import RunStore, ask, in_state
+from safetensors.numpy import load
+
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+
+LLAMA = msgspec.structs.replace(BASE, head_dim=8)
+
+
+@pytest.fixture
+def root(settings: Settings) -> Path:
+    assert settings.adapters is not None
+    return settings.adapters
+
+
+def same(weights: bytes, peft: Path) -> bool:
+    """Return whether weights are those that PEFT saved, whatever their order."""
+    found, expected = load(weights), load((peft / WEIGHTS_FILE).read_bytes())
+    return found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in found)
+
+
+async def record_of(bus: Bus, alias: m.Alias) -> m.AdapterRecord:
+    record = await bus.get(bus.keys.adapter(alias.digest), m.AdapterRecord)
+    assert record is not None
+    return record
+
+
+async def test_a_folder_of_mlx_is_served(bus: Bus, root: Path, tmp_path: Path, run_store: RunStore) -> None:
+    await bus.set(bus.keys.base, LLAMA)
+    write_mlx(write_adapter(tmp_path / "peft"), root / "mlx", scale=20.0)
+    before = {path.name: path.read_bytes() for path in (root / "mlx").iterdir()}
+    store = run_store()
+    alias = await in_state(bus, "mlx", "on_disk")
+    config, weights = await ask(await store.url(), alias.digest)
+    assert same(weights, tmp_path / "peft")
+    assert (config["r"], config["lora_alpha"]) == (4, 80.0)
+    assert (await record_of(bus, alias)).modules == ["q_proj", "v_proj"]
+    assert {path.name: path.read_bytes() for path in (root / "mlx").iterdir()} == before
+
+
+async def test_a_folder_of_gguf_is_served(bus: Bus, root: Path, tmp_path: Path, run_store: RunStore) -> None:
+    pairs = peft_pairs(write_adapter(tmp_path / "peft"))
+    write_gguf(pairs, root / "cpp" / "lora-f32.gguf", "llama", 8.0, heads=(2, 2))
+    store = run_store()
+    await in_state(bus, "cpp", "failed")  # until the base is known, whose heads it takes to read it
+    await bus.set(bus.keys.base, LLAMA)
+    alias = await in_state(bus, "cpp", "on_disk")
+    _, weights = await ask(await store.url(), alias.digest)
+    assert same(weights, tmp_path / "peft")
+    await bus.set(bus.keys.base, msgspec.structs.replace(LLAMA, head_dim=16, fingerprint="f2"))
+    other = await in_state(bus, "cpp", "on_disk", not_digest=alias.digest)
+    assert not same((await ask(await store.url(), other.digest))[1], tmp_path / "peft")
+
+
+async def test_the_same_adapter_has_one_digest(bus: Bus, root: Path, tmp_path: Path, run_store: RunStore) -> None:
+    await bus.set(bus.keys.base, LLAMA)
+    peft = write_adapter(tmp_path / "peft", rank=4)
+    write_mlx(peft, root / "one", scale=2.0)
+    write_mlx(peft, root / "two", scale=2.0)
+    write_gguf(peft_pairs(peft), root / "three" / "a.gguf", "llama", 8.0, heads=(2, 2))
+    run_store()
+    digests = {(await in_state(bus, name, "on_disk")).digest for name in ("one", "two", "three")}
+    assert len(digests) == 1
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "two GGUF files": (lambda folder: [(folder / f"{i}.gguf").write_bytes(b"GGUF") for i in range(2)], "2 GGUF files"),
+    "no GGUF": (lambda folder: (folder / "a.gguf").write_bytes(b"not"), "does not begin as GGUF"),
+    "MLX without parameters": (
+        lambda folder: (
+            (folder / CONFIG_FILE).write_text("{}"), (folder / "adapters.safetensors").write_bytes(safetensors({}))
+        ),
+        "no lora_parameters",
+    ),
+    "MLX without weights": (
+        lambda folder: (folder / CONFIG_FILE).write_text(json.dumps({"lora_parameters": {"scale": 1.0}})), "is missing",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_what_cannot_be_converted_is_refused(name: str, bus: Bus, root: Path, run_store: RunStore) -> None:
+    await bus.set(bus.keys.base, LLAMA)
+    (root / "bad").mkdir()
+    REFUSED[name][0](root / "bad")
+    run_store()
+    alias = await in_state(bus, "bad", "failed")
+    assert REFUSED[name][1] in alias.reason
+
+
+async def test_too_large_a_file_is_not_read(bus: Bus, root: Path, run_store: RunStore) -> None:
+    await bus.set(bus.keys.base, LLAMA)
+    (root / "big").mkdir()
+    with (root / "big" / "a.gguf").open("wb") as file:
+        file.truncate(5_000)
+    run_store(max_adapter_bytes=4_000)
+    assert "5000 bytes; the limit is 4000" in (await in_state(bus, "big", "failed")).reason
+
+
+# ---------------------------------------------------------------- effect
+
+
+def write_zeros(folder: Path) -> Path:
+    folder.mkdir()
+    zeros = {name: np.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in lora_tensors().items()}
+    (folder / WEIGHTS_FILE).write_bytes(safetensors(zeros))
+    (folder / CONFIG_FILE).write_text(json.dumps(lora_config()))
+    return folder
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("folders", True), ("all", True), ("off", False)])
+async def test_an_adapter_of_zeros_has_no_effect(
+    setting: str, expected: bool, bus: Bus, root: Path, run_store: RunStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    await bus.set(bus.keys.base, BASE)
+    write_zeros(root / "zeros")
+    write_adapter(root / "usual")
+    run_store(effect_test=setting)
+    assert (await record_of(bus, await in_state(bus, "zeros", "on_disk"))).no_effect == expected
+    assert not (await record_of(bus, await in_state(bus, "usual", "on_disk"))).no_effect
+    assert ("local:zeros has no effect" in caplog.text) == expected
+    assert "local:usual has no effect" not in caplog.text
+
+
+async def test_what_was_mapped_is_recorded(bus: Bus, root: Path, run_store: RunStore) -> None:
+    await bus.set(bus.keys.base, BASE)
+    write_adapter(root / "wrapped")
+    raw = {name.replace("model.layers", "language_model.layers"): value for name, value in lora_tensors().items()}
+    raw = {name.replace("base_model.model.", "base_model.model.model."): value for name, value in raw.items()}
+    (root / "wrapped" / WEIGHTS_FILE).write_bytes(safetensors(raw))
+    run_store()
+    record = await record_of(bus, await in_state(bus, "wrapped", "on_disk"))
+    assert record.mapped == {"model.language_model.*": "model.*"}
