@@ -24,6 +24,13 @@ def field_of(alias: m.Alias) -> str:
     return private_name(alias.name, alias.tenant)
 
 
+def _is_same(known: m.AdapterRecord | None, record: m.AdapterRecord) -> bool:
+    """Return whether a record says what another one says, whenever it was made and for whichever source."""
+    if known is None:
+        return False
+    return msgspec.structs.replace(known, created_ms=record.created_ms, source=record.source) == record
+
+
 def _is_of_a_name(event: bytes) -> bool:
     """Return whether an event may concern the catalogue; one that cannot be decoded may."""
     try:
@@ -101,10 +108,13 @@ class Catalogue:
         old = self.aliases.get(field_of(alias))
         created = old.created_ms if old else now_ms()
         alias = msgspec.structs.replace(alias, created_ms=created, changed_ms=now_ms())
+        is_new = record is not None and not _is_same(await self.record(record.digest), record)
         if record is not None:
             self._records[record.digest] = record
         self._mine[field_of(alias)] = alias
         if old is not None and msgspec.structs.replace(old, changed_ms=alias.changed_ms) == alias:
+            if is_new:  # the same content is read otherwise, for another base model
+                await self._write([old])
             return
         await self._write([alias])
         self.aliases[field_of(alias)] = alias

@@ -12,6 +12,7 @@ import pytest
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
 from helpers.other_formats import peft_pairs, write_gguf, write_mlx
 from helpers.store_run import RunStore, ask, in_state
+from helpers.waiting import wait_until
 from safetensors.numpy import load
 
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
@@ -146,3 +147,22 @@ async def test_what_was_mapped_is_recorded(bus: Bus, root: Path, run_store: RunS
     run_store()
     record = await record_of(bus, await in_state(bus, "wrapped", "on_disk"))
     assert record.mapped == {"model.language_model.*": "model.*"}
+
+
+async def test_what_is_recorded_follows_the_base(bus: Bus, root: Path, run_store: RunStore) -> None:
+    """The name and its content stay the same: what the adapter changes of another base is recorded all the same."""
+    await bus.set(bus.keys.base, BASE)
+    write_adapter(root / "text")
+    run_store()
+    alias = await in_state(bus, "text", "on_disk")
+    assert (await record_of(bus, alias)).mapped == {}
+    sites = [
+        msgspec.structs.replace(site, name=site.name.replace("model.", "model.language_model.")) for site in BASE.sites
+    ]
+    await bus.set(bus.keys.base, msgspec.structs.replace(BASE, sites=sites, fingerprint="f2"))
+
+    async def is_mapped() -> bool:
+        return (await record_of(bus, alias)).mapped == {"model.*": "model.language_model.*"}
+
+    await wait_until(is_mapped, "the record is of the other base")
+    assert await bus.adapters.alias("text") == alias
