@@ -20,9 +20,10 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from urllib3.exceptions import HTTPError
 
-from adapter_store.sources import FILES, FLEET, MORE_FILES, Access, Changed, RemoteFile, Version
+from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, RemoteFile, Version
 from adapter_store.sources.retry import Attempts, Retries
-from peft_adapters.format import WEIGHTS_FILE
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.formats.mlx import MLX_WEIGHTS
 from protocol.wire.adapter_refs import parse_reference
 from protocol.wire.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
 
@@ -62,7 +63,9 @@ class S3Source:
             raise NotFound(f"s3:{target} is not an address of the form s3://bucket/prefix")
         bucket, prefix = reference.owner, reference.path
         files: dict[str, RemoteFile] = {}
-        for name in (*FILES, *MORE_FILES):
+        for name in (CONFIG_FILE, WEIGHTS_FILE, MLX_WEIGHTS, *MORE_FILES):
+            if name == MLX_WEIGHTS and WEIGHTS_FILE in files:
+                continue
             try:
                 head = self._s3.head_object(Bucket=bucket, Key=f"{prefix}/{name}")
             except ClientError as error:
@@ -70,6 +73,8 @@ class S3Source:
                 if name in MORE_FILES and _status(error) in (403, 404):
                     continue
                 if name == WEIGHTS_FILE and _status(error) == 404:
+                    continue  # it may be one of MLX-LM
+                if name == MLX_WEIGHTS and _status(error) in (403, 404):
                     raise AdapterRefused([f"{reference.source} has no {WEIGHTS_FILE}"]) from error
                 raise _refusal(error, f"{reference.source}/{name}") from error
             except BotoCoreError as error:

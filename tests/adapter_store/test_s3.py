@@ -9,10 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from helpers.other_formats import write_mlx
 from helpers.s3_server import BUCKET, S3Server, run_cutter, run_s3
 from helpers.store_run import QUICK, RunStore, ask, in_state
+from safetensors.numpy import load_file
 
 from adapter_store.blobs import Blobs
 from adapter_store.mirror import Mirror
@@ -68,6 +71,17 @@ async def test_takes_and_refreshes(s3: S3Server, source: S3Source, mirror: Mirro
     assert second.digest != first.digest
     upload(s3, "team/a", weights(1), lora_alpha=99)
     assert (await mirror.take(source, f"//{BUCKET}/team/a", BASE)).digest not in (first.digest, second.digest)
+
+
+async def test_one_of_mlx_is_taken(s3: S3Server, source: S3Source, mirror: Mirror, tmp_path: Path) -> None:
+    peft = write_adapter(tmp_path / "peft")
+    for path in write_mlx(peft, tmp_path / "mlx", scale=2.0).iterdir():
+        s3.client().put_object(Bucket=BUCKET, Key=f"team/mlx/{path.name}", Body=path.read_bytes())
+    taken = await mirror.take(source, f"//{BUCKET}/team/mlx", BASE)
+    folder = mirror.blobs.verified(taken.digest)
+    assert folder is not None
+    found, expected = load_file(folder / WEIGHTS_FILE), load_file(peft / WEIGHTS_FILE)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
 async def test_an_object_replaced_meanwhile_is_noticed(s3: S3Server, source: S3Source, tmp_path: Path) -> None:

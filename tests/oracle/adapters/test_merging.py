@@ -29,6 +29,7 @@ from oracle.adapters.peft_kinds import (
 )
 from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, prompts
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.adapters.merges import MergeWatch
@@ -37,6 +38,7 @@ from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.model.prepare import prepare_model
 from peft_adapters.config import read_config
+from peft_adapters.format import WEIGHTS_FILE
 from peft_adapters.reasons import Reasons
 from peft_adapters.recipe import Merge, Strategy, check_merge, digest_of_merge, merge_of
 from peft_adapters.spec import AdapterSpec, LoraWeights
@@ -219,14 +221,24 @@ def test_whole_matrices_that_are_too_large_are_refused_unmade() -> None:
                 merger.check_cost(layers, served)
 
 
+def rename(weights: Path) -> None:
+    """Give tensors the names that a multimodal wrapper has for them."""
+    found = load_file(weights)
+    save_file({name.replace(".layers.", ".language_model.layers."): tensor for name, tensor in found.items()}, weights)
+
+
 def test_what_cannot_be_merged_is_refused_with_the_reason(tmp_path: Path) -> None:
-    options = {"a": {}, "wide": {"r": 9}, "dora": {"use_dora": True}, "pattern": {"target_modules": ".*q_proj"}}
+    options = {
+        "a": {}, "wide": {"r": 9}, "dora": {"use_dora": True}, "pattern": {"target_modules": ".*q_proj"}, "named": {}
+    }  # fmt: skip
     merging = Merging(LLAMA, {"a": {}}, tmp_path)
     for name, fields in options.items():
         make_adapter(Kind(LLAMA, fields), tmp_path / f"{name}2")
         merging.folders[digest_of(name)] = tmp_path / f"{name}2"
     prompt = prompts(1, TINY_VOCAB, (8,))[0]
-    for name, reason in {"wide": "equal ranks", "dora": "DoRA", "pattern": "patterns"}.items():
+    rename(tmp_path / "named2" / WEIGHTS_FILE)
+    reasons = {"wide": "equal ranks", "dora": "DoRA", "pattern": "patterns", "named": "names that are not"}
+    for name, reason in reasons.items():
         digest = merge_digest(["a", name], [0.5, 0.5])
         end = ask(merging.engine, [greedy_request(name, digest, prompt, 3)]).finish[name]
         assert end.error is not None
