@@ -7,12 +7,14 @@ layers were fused, and each expert keeps its own matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from peft_adapters.config import AdapterConfig
 from peft_adapters.reasons import Reasons
-from peft_adapters.targets import BadPattern, Names, PatternMap
+from peft_adapters.targets import BadPattern, Names, PatternMap, Targets
+from protocol.wire.messages import SiteShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class OldNames:
     def parameters(self) -> dict[str, str]:
         """Old names of layers, with the end of the name of the parameter that holds them today."""
         first, second = self.fused
-        return {self.router: "gate.weight", first: GATE_UP, second: GATE_UP, self.down: DOWN}
+        return {self.router: ROUTER, first: GATE_UP, second: GATE_UP, self.down: DOWN}
 
     def layers_of(self, parameter: str) -> tuple[str, ...]:
         """Return the old layers of one expert that a parameter holds today."""
@@ -39,8 +41,14 @@ class OldNames:
         old, new = self.renamed
         return name.replace(old, new) if old else name
 
+    def old_module(self, name: str) -> str:
+        """Return the old name of a module."""
+        old, new = self.renamed
+        return name.replace(new, old) if new else name
 
-GATE_UP, DOWN = "gate_up_proj", "down_proj"
+
+GATE_UP, DOWN, ROUTER = "gate_up_proj", "down_proj", "gate.weight"
+_OLD = re.compile(r"\.experts\.\d+\.")
 
 _MIXTRAL = OldNames("gate", ("w1", "w3"), "w2", (".block_sparse_moe.", ".mlp."))
 _QWEN2_MOE = OldNames("gate", ("gate_proj", "up_proj"), "down_proj")
@@ -60,18 +68,24 @@ FAMILIES: dict[str, OldNames] = {
 """The old names by model type."""
 
 
-def convert(config: AdapterConfig, names: OldNames, modules: Iterable[str], reasons: Reasons) -> AdapterConfig | None:
+def convert(
+    config: AdapterConfig, names: OldNames, sites: Mapping[str, SiteShape], in_file: Iterable[str], reasons: Reasons
+) -> AdapterConfig | None:
     """Return a config in which parameters have replaced old names; None if it has no old names.
 
-    modules: names of the base's modules. Adds reasons for what PEFT does not convert.
+    sites: the base's, by name. in_file: modules with LoRA in the file. Adds reasons for what PEFT does not convert. A
+    pattern, which PEFT does not convert at all, is read as the list of what it matches where the file has old names.
     """
     if config.all_linear:
         reasons.add("all-linear is not served where PEFT takes experts for linear layers: list the layers")
         return None
     targets = config.targets.targets
     if targets.pattern is not None:
-        _check_pattern(targets, names, modules, reasons)
-        return None
+        listed = _listed(config.targets, names, sites) if any(_OLD.search(name) for name in in_file) else None
+        if listed is None:
+            _check_pattern(targets, names, sites, reasons)
+            return None
+        config, targets = replace(config, targets=Targets(listed, None, config.targets.layers)), listed
     old = {target: new for target in targets.endings if (new := names.parameters.get(target.rpartition(".")[2]))}
     if not old:
         return None
@@ -96,6 +110,37 @@ def convert(config: AdapterConfig, names: OldNames, modules: Iterable[str], reas
         ranks=patterns[0],
         alphas=patterns[1],
     )
+
+
+def _listed(targets: Targets, names: OldNames, sites: Mapping[str, SiteShape]) -> Names | None:
+    """Return what a pattern means of a model under its old names, as a list.
+
+    None if no list can mean it: it chooses some experts and not others, or layers that are named like theirs.
+    """
+    whole: set[str] = set()
+    experts: dict[str, bool] = {}  # old name of a layer of experts -> whether the pattern chooses it
+    for site in sites.values():
+        old = list(_old_layers(site, names))
+        for layer in old:
+            leaf, chosen = layer.rpartition(".")[2], targets.chosen(layer)
+            if experts.setdefault(leaf, chosen) != chosen:
+                return None
+        if not old and site.kind != "parameter" and targets.chosen(site.name):
+            whole.add(site.name)
+    if any(name.rpartition(".")[2] in names.parameters for name in whole):
+        return None
+    return Names(frozenset(whole | {leaf for leaf, chosen in experts.items() if chosen}))
+
+
+def _old_layers(site: SiteShape, names: OldNames) -> Iterator[str]:
+    """Yield the layers that were in the place of a parameter, by their old names; none for any other site."""
+    if site.kind != "parameter":
+        return
+    parent, _, leaf = site.name.rpartition(".")
+    for old in names.layers_of(leaf):
+        yield from (f"{names.old_module(parent)}.{expert}.{old}" for expert in range(site.num_experts))
+    if site.name.endswith(f".{ROUTER}"):
+        yield f"{names.old_module(parent).rpartition('.')[0]}.{names.router}"
 
 
 def _check_pattern(targets: Names, names: OldNames, modules: Iterable[str], reasons: Reasons) -> None:

@@ -61,7 +61,7 @@ def _convert_old_names(matcher: Matcher) -> None:
     old = experts.FAMILIES.get(matcher.base.model_type) if matcher.base else None
     if old is None:
         return
-    converted = experts.convert(matcher.config, old, matcher.sites, matcher.reasons)
+    converted = experts.convert(matcher.config, old, matcher.sites, matcher.tensors.lora, matcher.reasons)
     if converted is not None:
         matcher.config, matcher.old_names = converted, old
         matcher.tensors.lora = experts.rename(matcher.tensors.lora, old)

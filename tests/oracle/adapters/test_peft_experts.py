@@ -16,9 +16,14 @@ from oracle.adapters.peft_kinds import (
     Base,
     Kind,
     asked_prompts,
+    difference,
+    engine_logits,
+    load,
     make_base,
     make_engine,
     measure,
+    model_logits,
+    peft_logits,
 )
 from oracle.peft_oracle import FAMILY_OF_TYPE, ask, greedy_request
 from peft.utils.transformers_weight_conversion import (
@@ -90,20 +95,50 @@ def test_experts_that_were_layers(name: str, tmp_path: Path) -> None:
     assert measured.change >= 100 * MAX_DIFFERENCE
 
 
+PATTERNS: dict[str, tuple[Base, list[str], str]] = {
+    "mixtral": (MIXTRAL, ["q_proj", "gate", "w1", "w2", "w3"], r".*\.(q_proj|gate|w\d)"),
+    "mixtral, by the old block": (MIXTRAL, ["w2"], r"model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.w2"),
+    "qwen3_moe": (QWEN3_MOE, ["q_proj", "gate_proj", "up_proj", "down_proj"], r".*\.(q|gate|up|down)_proj"),
+    "qwen3_moe, Unsloth's": (
+        QWEN3_MOE, ["gate_proj", "up_proj", "down_proj"],
+        r"(?:\bmodel\.layers\.[\d]{1,}\.(?:mlp|feed_forward|ffn|dense)\..*?(?:gate_proj|up_proj|down_proj))",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_pattern_means_the_layers_that_it_matched(name: str, tmp_path: Path) -> None:
+    """PEFT 0.21 converts lists of names alone: the same adapter with a list is what decides."""
+    base, targets, pattern = PATTERNS[name]
+    for folder, meant in (("list", targets), ("pattern", pattern)):
+        write(base, targets, tmp_path / folder)
+        file = tmp_path / folder / CONFIG_FILE
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": meant}))
+    engine = make_engine(base, {"tuned": tmp_path / "pattern"})
+    prompt = asked_prompts(Kind(base))[1]
+    ids, logits = engine_logits(engine, [greedy_request("0", "tuned", prompt, 3)])["0"]
+    expected = peft_logits(load(Kind(base), tmp_path / "list"), prompt, ids)
+    assert difference(logits, expected) <= MAX_DIFFERENCE
+    assert (expected - model_logits(make_base(base), prompt, ids)).abs().max() >= 100 * MAX_DIFFERENCE
+
+
 def test_what_peft_cannot_convert_is_refused_by_name(tmp_path: Path) -> None:
     write(MIXTRAL, ["w1", "q_proj"], tmp_path / "half")
     write(MIXTRAL, ["w2", "q_proj"], tmp_path / "hole", without="layers.1.block_sparse_moe.experts.2.w2.lora_B")
     write(MIXTRAL, ["w2", "q_proj"], tmp_path / "pattern")
+    write(MIXTRAL, ["q_proj"], tmp_path / "new")
     write(MIXTRAL, ["q_proj"], tmp_path / "whole")
     write(MIXTRAL, ["w1", "w3"], tmp_path / "lost")
-    for name, targets in {"pattern": r".*\.(w2|q_proj)", "whole": "all-linear"}.items():
+    patterns = {"pattern": r".*(\.0\.w2|q_proj)", "new": r".*(w2|q_proj)", "whole": "all-linear"}
+    for name, targets in patterns.items():
         file = tmp_path / name / CONFIG_FILE
         file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": targets}))
     reasons = {
         "half": "only one of w1 and w3",
         "hole": "missing for targeted layers: model.layers.1.mlp.experts.2.w2.lora_B",
         "lost": "loses what is adapted of w1 and w3",
-        "pattern": "list the layers",
+        "pattern": "layers that the base model does not have",  # it matches some experts only
+        "new": "list the layers",  # of which the file has none
         "whole": "list the layers",
     }
     engine = make_engine(MIXTRAL, {name: tmp_path / name for name in reasons})
