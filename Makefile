@@ -16,7 +16,7 @@ PROCESSES ?= 4
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
-.PHONY: demo up test test-models test-quantised models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour tour-lorax tour-tgi tour-openai tour-openai2 api-check docker-smoke lock-images audit sbom licences pin-images clean help
+.PHONY: demo up test test-models test-quantised models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour api-check docker-smoke lock-images audit sbom licences pin-images clean help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -98,29 +98,14 @@ soak: $(VENV)/.stamp-dev  ## an hour of load at 80 %, 200 adapters; docs/reliabi
 chaos: $(VENV)/.stamp-dev  ## the same with 1,000 faults, in an hour or two; the report is build/chaos/report.md
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 1000 $(ARGS)
 
-tour: tour-lorax tour-tgi tour-openai tour-openai2  ## run other servers' clients against a running fleet: make tour URL=http://127.0.0.1:8000 ADAPTER=name
-
-build/tour-%/bin/python:
-	$(PYTHON) -m venv build/tour-$*
-
-tour-lorax: build/tour-lorax/bin/python
-	$< -m pip install --disable-pip-version-check --quiet lorax-client==0.6.3
-	$< examples/lorax_tour.py $(or $(URL),http://127.0.0.1:8000) $(ADAPTER)
-
-tour-tgi: build/tour-tgi/bin/python
-	$< -m pip install --disable-pip-version-check --quiet text-generation==0.7.0
-	$< examples/tgi_tour.py $(or $(URL),http://127.0.0.1:8000)
-
-tour-openai: OPENAI = openai>=3,<4
-tour-openai2: OPENAI = openai>=2,<3
-tour-openai tour-openai2: %: build/%/bin/python
-	$< -m pip install --disable-pip-version-check --quiet '$(OPENAI)' 'litellm>=1.110' 'langchain-openai>=1.7'
-	$< examples/openai_tour.py $(or $(URL),http://127.0.0.1:8000) $(or $(ADAPTER),base) $(or $(KEY),any)
+tour: $(VENV)/.stamp-dev  ## run other peoples programs against a fleet of its own, or against URL=: make tour ARGS="openai langchain"
+	PYTHONPATH=.:kernels:tests $(BIN)/python -m examples.tours $(ARGS)
 
 # Some requests ask for as many tokens as fit, so this is quick only with a short --max-model-len or a small model.
-api-check: build/tour-schemathesis/bin/python  ## check every route against /openapi.json with generated requests: make api-check URL=http://127.0.0.1:8000
-	$< -m pip install --disable-pip-version-check --quiet 'schemathesis>=4.32,<5'
-	build/tour-schemathesis/bin/schemathesis run $(or $(URL),http://127.0.0.1:8000)/openapi.json --max-examples 20 --request-timeout 60 --phases examples,coverage,fuzzing \
+api-check:  ## check every route against /openapi.json with generated requests: make api-check URL=http://127.0.0.1:8000
+	test -d build/schemathesis || $(PYTHON) -m venv build/schemathesis
+	build/schemathesis/bin/python -m pip install --disable-pip-version-check --quiet 'schemathesis>=4.32,<5'
+	build/schemathesis/bin/schemathesis run $(or $(URL),http://127.0.0.1:8000)/openapi.json --max-examples 20 --request-timeout 60 --phases examples,coverage,fuzzing \
 	  --checks not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance $(ARGS)
 
 docker-smoke:  ## `docker compose up` in a fresh clone; then two workers, one of them killed while it answers

@@ -1,0 +1,50 @@
+"""The programs of `make tour`: what each needs installed, and the script that uses it as its users do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One row: a program's name, its script below this folder, and its packages; the first one's version is shown.
+
+    `packages` are requirements of pip, or of npm where the script is JavaScript. `shares` lets the environment see the
+    packages of the repository's own one, so that PyTorch is not installed again. `arguments` go to the script.
+    """
+
+    name: str
+    script: str
+    packages: tuple[str, ...]
+    shares: bool = False
+    arguments: tuple[str, ...] = ()
+
+
+NODE = "node@^22.22"  # the newest SDKs want 22; npm has it as a package
+PROGRAMS = (
+    Program("openai", "sdks/openai_tour.py", ("openai>=3,<4",)),
+    Program("openai2", "sdks/openai_tour.py", ("openai>=2,<3",)),
+    Program("litellm", "sdks/litellm_tour.py", ("litellm>=1.110,<2",)),
+    # pip finds no litellm-proxy, which the proxy of 1.110 asks for.
+    Program("litellm-proxy", "sdks/litellm_proxy_tour.py", ("litellm[proxy]>=1.100,<1.110",)),
+    Program("langchain", "sdks/langchain_tour.py", ("langchain-openai>=1.7,<2",)),
+    Program(
+        "llama-index",
+        "sdks/llama_index_tour.py",
+        ("llama-index-llms-openai-like>=0.8,<0.9", "llama-index-embeddings-openai-like"),
+    ),
+    Program("dspy", "sdks/dspy_tour.py", ("dspy>=3.4,<4",)),
+    Program("openai-agents", "sdks/openai_agents_tour.py", ("openai-agents>=0.24,<0.25",)),
+    Program("pydantic-ai", "sdks/pydantic_ai_tour.py", ("pydantic-ai-slim[openai]>=2.68,<3",)),
+    Program("instructor", "sdks/instructor_tour.py", ("instructor>=1.17,<2",)),
+    Program("smolagents", "sdks/smolagents_tour.py", ("smolagents[openai]>=1.26,<2",)),
+    Program("llm", "sdks/llm_tour.py", ("llm>=0.36,<0.40",)),
+    Program("lorax", "sdks/lorax_tour.py", ("lorax-client==0.6.3",)),
+    Program("tgi", "sdks/tgi_tour.py", ("text-generation==0.7.0",)),
+    Program("openai-js", "js/openai.mjs", ("openai@^7", NODE)),
+    Program("ai", "js/ai.mjs", ("ai@^7", "@ai-sdk/openai-compatible@^3", "zod@^4", NODE)),
+    Program("promptfoo", "js/promptfoo.mjs", ("promptfoo@^0.123", NODE)),
+    Program("lm-eval", "tools/lm_eval_tour.py", ("lm_eval[api]==0.4.13",), shares=True),
+    Program("guidellm", "tools/guidellm_tour.py", ("guidellm>=0.8,<0.9",), shares=True),
+    Program("aiperf", "tools/aiperf_tour.py", ("aiperf>=0.13,<0.14",), shares=True),
+)
