@@ -36,9 +36,10 @@ JSON_STYLE: dict[str, Any] = {
     "lenient": False,  # refuse what cannot be enforced
 }
 
-_KINDS = ("json", "json_object", "regex", "choice", "grammar")
-_WAYS = ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties")
+STYLE = "x-guidance"
+"""The key of a schema by which llguidance is told how to write its JSON: ours alone."""
 
+_KINDS = ("json", "json_object", "regex", "choice", "grammar")
 
 OTHER_NAMES: Mapping[str, str] = {
     "guided_json": "json", "guided_json_object": "json_object", "guided_regex": "regex", "guided_choice": "choice",
@@ -220,11 +221,14 @@ def checked_schema(
     """
     if not isinstance(schema, dict):
         raise BadRequest(f"{place} must be an object", param=place)
+    if STYLE in schema:
+        other = "structured_outputs has whitespace_pattern and disable_any_whitespace"
+        raise BadRequest(f"{place}.{STYLE} is not supported: {other}", param=f"{place}.{STYLE}")
     check_schema(schema, place, settings)
     num_bytes = len(orjson.dumps(schema))
     check_num(num_bytes, settings.max_grammar_bytes, "bytes", place)
     close = strict or (settings.close_objects if close is None else close)
-    return {**closed(schema, place, num_bytes=num_bytes, close=close, strict=strict), "x-guidance": dict(style)}
+    return {**closed(schema, place, num_bytes=num_bytes, close=close, strict=strict), STYLE: dict(style)}
 
 
 def is_strict(definition: Mapping[str, Any], place: str) -> bool:

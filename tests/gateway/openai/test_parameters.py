@@ -57,7 +57,7 @@ FORMS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
         {"json_schema": {**CLOSED, "x-guidance": {"whitespace_flexible": False, "lenient": False}}},
     ),
     (
-        {"structured_outputs": {"json": {**SCHEMA, "x-guidance": {"lenient": True}}, "whitespace_pattern": " "}},
+        {"structured_outputs": {"json": SCHEMA, "whitespace_pattern": " "}},
         {"json_schema": {**CLOSED, "x-guidance": {**JSON_STYLE, "whitespace_pattern": " "}}},
     ),
     ({"structured_outputs": {"choice": ["yes", 'n"o', "ü"]}}, {"lark_grammar": 'start: "yes" | "n\\"o" | "ü"'}),
