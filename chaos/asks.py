@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_worker.sampling.adjustment import Adjustment
 from gpu_worker.sampling.sampling import SampleRow, sample
 from protocol.wire.messages import Sampling
 
@@ -104,7 +105,7 @@ class Transformers:
         while len(output) < ask.num_tokens:
             step = self._model(input_ids=ids, past_key_values=past, use_cache=True)
             past = step.past_key_values
-            row = SampleRow(sampling, prompt, np.array(output, np.int32))
+            row = SampleRow(sampling, np.array(output, np.int32), adjustment=Adjustment.of(sampling, prompt))
             drawn = sample(step.logits[:, -1] + nudges, [row] * NUM_NUDGES).ids
             if (drawn != drawn[0]).any():
                 return None

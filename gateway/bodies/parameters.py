@@ -95,7 +95,6 @@ def _refused(names: str, objects: str, servers: str, why: str, *neutral: Any) ->
 _NO_BEAMS = "belongs to beam search, which is not supported: best_of of several sampled choices comes closest"
 _NO_IMAGES = "is about images, sounds or videos, and only texts are served"
 _NO_AUDIO = "asks for sound, and only texts are made"
-_SCORES = "asks for logprobs in a form that is not made: logprobs with echo scores a prompt"
 _ONE_ENGINE = "says how one engine's processes share work, and nothing about the answer: leave it out"
 _CODE = "is code that the server would run, which no client may send"
 
@@ -110,6 +109,7 @@ PARAMETERS: Sequence[Parameter] = (
     *_rows("n logprobs logit_bias", _BOTH, "openai vllm sglang tgi lorax"),
     *_rows("top_logprobs", "chat", "openai vllm sglang tgi"),
     *_rows("echo", "completions", "openai vllm sglang lorax"),
+    *_rows("echo", "chat", "vllm"),
     *_rows("best_of", "completions", "openai vllm sglang lorax"),
     *_rows("top_k", _BOTH, "vllm sglang lorax"),
     *_rows("repetition_penalty", _BOTH, "vllm sglang lorax"),
@@ -125,13 +125,16 @@ PARAMETERS: Sequence[Parameter] = (
     *_rows("reasoning_effort", "chat", "openai vllm sglang ollama"),
     *_rows("include_stop_str_in_output truncate_prompt_tokens truncation_side add_special_tokens request_id", _BOTH,
            "vllm"),
+    *_rows("allowed_token_ids bad_words prompt_logprobs logprob_token_ids return_token_ids return_tokens_as_token_ids",
+           _BOTH, "vllm"),
     *_rows("skip_special_tokens cache_salt", _BOTH, "vllm sglang"),
     *_rows("guided_json guided_json_object guided_regex guided_choice guided_grammar guided_whitespace_pattern", _BOTH,
            "vllm"),
     *_rows("regex ebnf", _BOTH, "sglang"),
     *_rows("json_schema", "completions", "sglang"),
     *_accepted("guided_decoding_backend", _BOTH, "vllm", "names a program: here one enforces every form"),
-    *_accepted("spaces_between_special_tokens", _BOTH, "vllm", "is about tokenizers in Python: there are none here"),
+    *_accepted("spaces_between_special_tokens", _BOTH, "vllm", "has an effect with decoders that write a space before"
+               " each word: special tokens are shown as they are spelled here, without one"),
     *_refused("extra_key", _BOTH, "sglang", "is not supported: cache_salt keeps prefixes apart"),
     *_rows("add_generation_prompt", "chat", "vllm"),
     *_rows("continue_final_message", "chat", "vllm sglang"),
@@ -162,7 +165,6 @@ PARAMETERS: Sequence[Parameter] = (
     *_refused("verbosity", "chat", "openai", "is a trained ability of OpenAI's models: say it in a message", "medium"),
     *_refused("reasoning", "chat", "sglang ollama",
               "is not passed on by itself: a template that has such a variable takes it in chat_template_kwargs"),
-    *_refused("echo", "chat", "vllm", "is served on /v1/completions only", False),
     *_refused("best_of", "chat", "vllm", "is served on /v1/completions only", 1),
     *_refused("suffix", "completions", "openai vllm sglang lorax ollama",
               "asks for a text between two others, for which no model here is trained", ""),
@@ -170,12 +172,6 @@ PARAMETERS: Sequence[Parameter] = (
     *_refused("length_penalty", _BOTH, "vllm", _NO_BEAMS, 1),
     *_refused("early_stopping", _BOTH, "vllm", _NO_BEAMS, False),
     *_refused("prompt_embeds", "completions", "vllm", "skips the vocabulary: prompts are texts or token ids", []),
-    *_refused("prompt_logprobs", _BOTH, "vllm", _SCORES),
-    *_refused("logprob_token_ids", _BOTH, "vllm", _SCORES, []),
-    *_refused("allowed_token_ids", _BOTH, "vllm", "is not supported; structured_outputs restricts an answer"),
-    *_refused("bad_words", _BOTH, "vllm", "is not supported; logit_bias of -100 forbids a token", []),
-    *_refused("return_token_ids", _BOTH, "vllm", "is not supported", False),
-    *_refused("return_tokens_as_token_ids", _BOTH, "vllm", "is not supported", False),
     *_refused("no_stop_trim", _BOTH, "sglang", "is served as include_stop_str_in_output", False),
     *_refused("chat_template", "chat", "vllm", _CODE + ": the model's or the adapter's own template is used"),
     *_refused("stop_regex", _BOTH, "sglang", "is not supported; stop strings are"),

@@ -37,9 +37,10 @@ MAX_LOGPROB_BYTES = 1 << 27
 
 def check_logprobs(options: Options, prompts: Sequence[Prompt]) -> None:
     """Refuse a call whose choices may have too many logprobs together. Raises BadRequest."""
-    of_prompts = sum(prompt.num_tokens for prompt in prompts) if options.sampling.prompt_logprobs else 0
-    num_tokens = options.n * (sum(prompt.max_new_tokens for prompt in prompts) + of_prompts)
-    num_bytes = num_tokens * options.record_bytes
+    num_new = options.n * sum(prompt.max_new_tokens for prompt in prompts) if options.record_bytes else 0
+    num_old = options.n * sum(prompt.num_tokens for prompt in prompts) if options.prompt_record_bytes else 0
+    num_tokens = num_new + num_old
+    num_bytes = num_new * options.record_bytes + num_old * options.prompt_record_bytes
     if num_bytes > MAX_LOGPROB_BYTES:
         raise BadRequest(
             f"the logprobs of up to {num_tokens} tokens take {num_bytes} bytes; the limit of a call is"

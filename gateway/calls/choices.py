@@ -21,7 +21,8 @@ class TokenLogprob(NamedTuple):
 
     id: int
     logprob: float
-    top: list[tuple[int, float]]
+    top: list[tuple[int, float]]  # or those that were asked for
+    rank: int = 0  # of a prompt's token: how many are as likely, itself among them
 
 
 @dataclass(slots=True)
@@ -32,6 +33,7 @@ class Piece:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens, if they are wanted
+    ids: list[int] = field(default_factory=list)  # of the output's tokens, if they are wanted
     finish: str = ""  # "stop" or "length" at the end
 
 
@@ -45,10 +47,10 @@ class Choice:
         self.cursor = Cursor()
         self.num_cached_tokens = 0
         self.options = options
-        self.needs_prompt = options.sampling.prompt_logprobs
+        self.needs_prompt = options.sampling.prompt_logprobs is not None
         """Whether `give_prompt` is still to be called, before the first token is taken."""
         self._prompt: list[TokenLogprob] = []
-        self._echo = prompt.echo
+        self._echo = prompt.echo if options.echo else ""
         self._record_bytes = options.record_bytes
         self._shown, self._shown_records = bytearray(), bytearray()  # everything taken so far, as in the log
         self._output = OutputText(
@@ -76,7 +78,7 @@ class Choice:
     def give_prompt(self, ids: bytes, records: bytes) -> None:
         """Take the prompt's tokens (int32) and their logprob records, to be shown with the next piece."""
         self.needs_prompt = False
-        self._prompt = unpack(ids, records)
+        self._prompt = unpack(ids, records, of_prompt=True)
 
     def take(self, delta: m.Delta, piece: Piece) -> None:
         """Add a delta that leaves no gap to `piece`. Raises the error that ended the request."""
@@ -112,6 +114,8 @@ class Choice:
         """Add to `piece` new tokens (int32) and their logprob records, if there are any."""
         if self.options.output == "numbers":  # read from `shown` at the end
             return
+        if self.options.shows_ids:
+            piece.ids += memoryview(ids).cast("i")
         if not self._record_bytes:
             piece.text += self._output.add(memoryview(ids).cast("i"))
             return
@@ -143,14 +147,16 @@ def best_of(pieces: Sequence[Piece], options: Options) -> Sequence[Piece]:
     return [replace(piece, index=i) for i, piece in enumerate(shown)]
 
 
-def unpack(ids: bytes, records: bytes) -> list[TokenLogprob]:
+def unpack(ids: bytes, records: bytes, *, of_prompt: bool = False) -> list[TokenLogprob]:
     """Return tokens (int32, at least one) with the logprobs of their records, all of one size.
 
-    A record is the token's logprob (float32), then the most likely ids and logprobs (int32, float32).
+    A record is the token's logprob (float32), of a prompt's token its rank (int32), then the most likely ids and
+    logprobs (int32, float32).
     """
     num_top = (len(records) * 4 // len(ids) - 4) // 8
-    layout = struct.Struct("<f" + "if" * num_top)
+    layout = struct.Struct("<f" + "i" * of_prompt + "if" * num_top)
     return [
-        TokenLogprob(id_, logprob, list(zip(top[::2], top[1::2], strict=True)))
-        for id_, (logprob, *top) in zip(memoryview(ids).cast("i"), layout.iter_unpack(records), strict=True)
-    ]
+        TokenLogprob(id_, logprob, list(zip(rest[of_prompt::2], rest[of_prompt + 1 :: 2], strict=True)),
+                     rest[0] if of_prompt else 0)
+        for id_, (logprob, *rest) in zip(memoryview(ids).cast("i"), layout.iter_unpack(records), strict=True)
+    ]  # fmt: skip

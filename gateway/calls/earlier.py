@@ -62,7 +62,7 @@ class EarlierCalls:
                 fact = next(of_prompts, None)
                 if fact is None:
                     raise NotFound("the result has expired", code="result_expired")
-                echo = echoed(source, files) if call.options.echo else ""
+                echo = echoed(call, source, files)
                 prompts.append(Prompt(target, b"", fact.num_prompt_tokens, echo=echo, form=form))
         return SubmittedCall(call_of(record.rids[0]), call, self._fleet.base, prompts, record.created_ms, 0)
 

@@ -163,7 +163,9 @@ class Generation:
         if choice.cursor.is_stale(delta):
             return
         if choice.needs_prompt and delta.ids:
-            found = await self._insist(partial(self._replies.bus.prompt_logprobs, choice.rid, choice.record_bytes))
+            found = await self._insist(
+                partial(self._replies.bus.prompt_logprobs, choice.rid, choice.options.prompt_record_bytes)
+            )
             if found is None:
                 raise Unavailable("the queue has lost the logprobs of a prompt", code="request_lost")
             choice.give_prompt(*found)

@@ -221,7 +221,7 @@ class Jobs:
             if delta is None:
                 raise NotFound("the result has expired", code="result_expired")
             if choice.needs_prompt:
-                found = await self._bus.prompt_logprobs(choice.rid, choice.record_bytes)
+                found = await self._bus.prompt_logprobs(choice.rid, choice.options.prompt_record_bytes)
                 if found is None:
                     raise NotFound("the result has expired", code="result_expired")
                 choice.give_prompt(*found)

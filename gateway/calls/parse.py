@@ -34,6 +34,7 @@ class Options:
     default_tokens: int = UNLIMITED
     stop: list[str] = field(default_factory=list)
     stop_token_ids: list[int] = field(default_factory=list)
+    bad_words: list[str] = field(default_factory=list)  # none is empty
     stream: bool = False
     include_usage: bool = False
     includes_stop: bool = False  # the text ends with what ended it, a stop string or a token that is text
@@ -45,7 +46,10 @@ class Options:
     constraint: Constraint | None = None  # on the form of the output
     tools: Tools | None = None  # that may be called
     num_best: int = 0  # of the n choices of a prompt only so many are shown, those with the best mean logprob; 0: all
-    shows_logprobs: bool = False
+    num_shown: int | None = None  # most likely tokens shown beside each of the output; None: no logprobs are shown
+    num_shown_of_prompt: int | None = None  # the same of the prompt, apart from those of `echo`
+    shows_ids: bool = False  # the answer has the ids of its tokens, and of the prompt's
+    names_ids: bool = False  # logprobs name tokens by their ids
     scores_only: bool = False  # no token is wanted, only the logprobs of the prompt
     output: Literal["text", "tokens", "numbers"] = "text"
     """What choices gather: text up to its end, every token with its logprob, or an encoder's numbers."""
@@ -55,6 +59,12 @@ class Options:
         """Size of a token's logprob record, 0 without logprobs."""
         num = self.sampling.num_logprobs
         return 0 if num is None else m.logprob_record_bytes(num)
+
+    @property
+    def prompt_record_bytes(self) -> int:
+        """Size of a prompt token's logprob record, 0 without such logprobs."""
+        num = self.sampling.prompt_logprobs
+        return 0 if num is None else m.prompt_record_bytes(num)
 
     @property
     def is_empty(self) -> bool:
@@ -98,6 +108,7 @@ class Conversation:
     continue_final: bool = False  # the answer goes on with the last message, which is the assistant's
     add_special_tokens: bool = False  # beside those that the template writes
     truncation: Truncation | None = None
+    echoes: bool = False  # answers begin with the text of the last message, if its role is theirs
 
 
 @dataclass(frozen=True, slots=True)

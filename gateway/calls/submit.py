@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from gateway.adapters.resolver import Target
 from gateway.calls import observe
 from gateway.calls.admit import AdmittedCall, CallAdmission
@@ -129,8 +131,11 @@ class Submitter:
     def _body(self, call: ParsedCall, prompt: Prompt) -> m.Body:
         options = call.options
         own_ends = [] if options.sampling.ignore_eos else sorted(prompt.files.eos_ids - self._base_ends)
+        sampling = options.sampling
+        if prompt.bad_words:
+            sampling = msgspec.structs.replace(sampling, bad_words=prompt.bad_words)
         return m.Body(
-            prompt=prompt.ids, sampling=options.sampling, max_new_tokens=prompt.max_new_tokens, stop=options.stop,
+            prompt=prompt.ids, sampling=sampling, max_new_tokens=prompt.max_new_tokens, stop=options.stop,
             stop_token_ids=[*options.stop_token_ids, *own_ends] if own_ends else options.stop_token_ids,
             lora_scale=1.0 if options.lora_scale is None or not prompt.target.digest else options.lora_scale,
             salt=call.salt, grammar=prompt.grammar, task=call.task,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from gateway.adapters.resolver import Target
 from gateway.calls.parse import Conversation, Options, ParsedCall, Source, Texts
 from gateway.calls.resolve import ResolvedCall
 from gateway.text.answer_form import AnswerForm, form_of
+from gateway.text.messages import normalize_messages, text_of
 from gateway.text.tokenizer import ModelFiles
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
@@ -21,6 +22,9 @@ Offset = tuple[int, int] | None
 
 Encoded = tuple[list[int], Sequence[Offset]]
 """A text's token ids, and their offsets if they are wanted."""
+
+MAX_BAD_WORD_TOKENS = 1024
+"""Tokens of all bad words together: vLLM's limit. A step compares as many numbers of tokens as there are lengths."""
 
 FEW_TOKENS = 1 << 14
 """Ids, or characters of texts, up to which prompts are made in the event loop: that takes a millisecond."""
@@ -38,6 +42,7 @@ class Prompt:
     grammar: str = ""  # that answers must follow, as in `messages.Body`
     form: AnswerForm | None = None  # what answers may consist of besides text
     offsets: Sequence[Offset] = ()  # of each token, if the call wants them
+    bad_words: list[list[int]] = field(default_factory=list)  # sequences of tokens that answers may not have
 
     @property
     def files(self) -> ModelFiles:
@@ -110,6 +115,9 @@ async def tokenize(call: ResolvedCall) -> TokenizedCall:
                 same[shared] = [await _of_conversation(parsed, parsed.inputs, target, base)]
             else:
                 same[shared] = await _of_texts(parsed, parsed.inputs, target, vocab_size, base)
+            if parsed.options.bad_words:
+                bad = await _bad_words(parsed.options.bad_words, target.files, target.payer(parsed.caller))
+                same[shared] = [replace(prompt, bad_words=bad) for prompt in same[shared]]
         prompts += [prompt if prompt.target is target else replace(prompt, target=target) for prompt in same[shared]]
     return TokenizedCall(call, prompts)
 
@@ -139,7 +147,7 @@ async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Targe
         message = "this model's tool calls are whole answers: none can follow a message that is continued; leave out"
         raise BadRequest(f"{message} tools, or continue_final_message", param="continue_final_message")
     ids = encoded.ids if limit is None or inputs.truncation is None else inputs.truncation.cut(encoded.ids, limit)
-    return Prompt(target, pack(ids), len(ids), form=form)
+    return Prompt(target, pack(ids), len(ids), echo=echoed(call, "", files), form=form)
 
 
 async def _of_texts(
@@ -173,8 +181,7 @@ def _prompts(
             raise rules.empty_prompt()
         if not isinstance(source, str) and not (min(ids) >= 0 and max(ids) < vocab_size):
             raise BadRequest(f"{rules.param}: token ids must be from 0 to {vocab_size - 1}", param=rules.param)
-        echo = echoed(shown, files) if call.options.echo else ""
-        prompts.append(Prompt(target, pack(ids), len(ids), echo=echo, offsets=offsets))
+        prompts.append(Prompt(target, pack(ids), len(ids), echo=echoed(call, shown, files), offsets=offsets))
     return prompts
 
 
@@ -198,17 +205,55 @@ async def _encoded(
     ]  # fmt: skip
 
 
+async def _bad_words(words: Sequence[str], files: ModelFiles, tenant: str) -> list[list[int]]:
+    """Return words as tokens: each as it begins a text and, where that is one other token first, after a space.
+
+    That is what vLLM does. Raises BadRequest for a word that has no tokens, and for too many tokens.
+    """
+    bare = [word.lstrip() for word in words]
+    texts = [text for word in bare for text in (word, f" {word}")]
+    ids = await files.encoder.encode(texts, add_special_tokens=False, tenant=tenant)
+    found: list[list[int]] = []
+    for word, first, spaced in zip(words, ids[::2], ids[1::2], strict=True):
+        if not first:
+            raise BadRequest(f"bad_words: {word!r} has no tokens", param="bad_words")
+        found.append(first)
+        if spaced and spaced[0] != first[0] and len(spaced) == len(first):
+            found.append(spaced)
+    num = sum(map(len, found))
+    if num > MAX_BAD_WORD_TOKENS:
+        message = f"bad_words has {num} tokens, words with a space before them counted apart"
+        raise BadRequest(f"{message}; the limit is {MAX_BAD_WORD_TOKENS}", param="bad_words")
+    return found
+
+
 def check_token_ids(options: Options, vocab_size: int) -> None:
     """Refuse parameters with token ids that a model does not have. Raises BadRequest."""
-    for param, ids in (("logit_bias", options.sampling.logit_bias), ("stop_token_ids", options.stop_token_ids)):
-        for id_ in ids:
-            if not 0 <= id_ < vocab_size:
-                raise BadRequest(f"{param}: {id_} is not a token id, which are 0 to {vocab_size - 1}", param=param)
+    sampling = options.sampling
+    for param, ids in (
+        ("logit_bias", sampling.logit_bias),
+        ("stop_token_ids", options.stop_token_ids),
+        ("allowed_token_ids", sampling.allowed_token_ids),
+        ("logprob_token_ids", sampling.logprob_token_ids),
+    ):
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+            wrong = next(id_ for id_ in ids if not 0 <= id_ < vocab_size)
+            raise BadRequest(f"{param}: {wrong} is not a token id, which are 0 to {vocab_size - 1}", param=param)
 
 
-def echoed(source: Source, files: ModelFiles) -> str:
-    """Return a prompt as the text that an answer with `echo` begins with: as sent, special tokens with it."""
-    return source if isinstance(source, str) else files.tokens.decode(source, special=True)
+def echoed(call: ParsedCall, source: Source, files: ModelFiles) -> str:
+    """Return the text that answers to a prompt begin with: that of the prompt as sent, special tokens with it.
+
+    In a chat it is that of the last message, if its role is the answer's. "" where none is wanted.
+    """
+    inputs = call.inputs
+    if not (inputs.echoes if isinstance(inputs, Conversation) else call.options.echo):
+        return ""
+    if isinstance(inputs, Texts):
+        return source if isinstance(source, str) else files.tokens.decode(source, special=True)
+    [last] = normalize_messages(inputs.messages[-1:])
+    is_answer = last["role"] == "assistant" or not inputs.add_generation_prompt
+    return text_of(last.get("content")) if is_answer else ""
 
 
 def pack(ids: Sequence[int]) -> bytes:

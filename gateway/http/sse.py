@@ -121,7 +121,7 @@ class GenerationResponse(Response):
     async def dumped(self, make: Callable[[], Any]) -> bytes:
         """Return as JSON what `make` makes of the answer, in a thread if it has many logprobs."""
         num_bytes = self.generation.usage.completion_tokens * self.options.record_bytes
-        if num_bytes <= FEW_LOGPROB_BYTES and not self.options.sampling.prompt_logprobs:
+        if num_bytes <= FEW_LOGPROB_BYTES and self.options.sampling.prompt_logprobs is None:
             return orjson.dumps(make())
         return await asyncio.to_thread(lambda: orjson.dumps(make()))
 
@@ -142,4 +142,5 @@ def merge(whole: Piece, piece: Piece) -> None:
     whole.text += piece.text
     whole.logprobs += piece.logprobs
     whole.prompt += piece.prompt
+    whole.ids += piece.ids
     whole.finish = piece.finish or whole.finish

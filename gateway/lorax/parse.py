@@ -155,7 +155,7 @@ def _sampling(p: Parameters, seed: int, *, sampled: bool) -> m.Sampling:
         penalties="lorax",
         watermark=p.watermark,
         num_logprobs=p.return_k_alternatives or 0,
-        prompt_logprobs=p.decoder_input_details,
+        prompt_logprobs=0 if p.decoder_input_details else None,
         logprobs_of="choice",
         ignore_eos=p.ignore_eos_token,
     )

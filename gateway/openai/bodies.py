@@ -20,6 +20,10 @@ MAX_LORA_SCALE = 100.0
 MAX_SALT_CHARACTERS = 128  # vLLM's limit
 
 MAX_STOP_TOKEN_IDS = 1024
+MAX_ALLOWED_TOKEN_IDS = 1 << 16
+MAX_LOGPROB_TOKEN_IDS = 128  # vLLM's limit, as the next
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARACTERS = 128
 MAX_TOOLS = 128  # OpenAI's limit, as the next three
 MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY = 64  # characters
@@ -29,6 +33,7 @@ MAX_ENTRIES = 1 << 14
 """Entries of an object that are looked at; its own limit, which `openai.parse` knows, is smaller."""
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 class StreamOptions(JsonBody):
@@ -55,7 +60,7 @@ class GenerationRequest(JsonBody):
     max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     stop: str | Strings | None = None
-    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
+    stop_token_ids: Ids | None = None
     ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -80,6 +85,13 @@ class GenerationRequest(JsonBody):
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None  # this and what follows are vLLM's
     truncation_side: Literal["left", "right"] | None = None
     add_special_tokens: bool | None = None
+    allowed_token_ids: Annotated[Ids, Field(min_length=1)] | None = None
+    bad_words: Strings | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
+    logprob_token_ids: Annotated[Ids, Field(min_length=1)] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    echo: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
@@ -136,7 +148,6 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Prompts
     best_of: Annotated[int, Field(ge=1)] | None = None
-    echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
     json_schema: str | None = None  # SGLang's
 

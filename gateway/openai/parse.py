@@ -23,6 +23,10 @@ from gateway.grammars.notation import Constraint
 from gateway.grammars.structured import OTHER_NAMES, constraint_of
 from gateway.openai.bodies import (
     BODIES,
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORD_CHARACTERS,
+    MAX_BAD_WORDS,
+    MAX_LOGPROB_TOKEN_IDS,
     MAX_METADATA_KEY,
     MAX_METADATA_PAIRS,
     MAX_METADATA_VALUE,
@@ -44,7 +48,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 _NOT_STORED = {
     "api_token", "metadata", "messages", "chat_template_kwargs", "guideline", "logit_bias", "response_format",
-    "structured_outputs", "documents", "cache_salt", "truncation_side", *OTHER_NAMES,
+    "structured_outputs", "documents", "cache_salt", "truncation_side", "allowed_token_ids", "bad_words", *OTHER_NAMES,
 }  # fmt: skip
 """Fields that say how an answer is made, not how it is written. The requests have what of them is still needed."""
 
@@ -75,7 +79,7 @@ def to_be_stored(request: AnyRequest) -> dict[str, Any]:
     """Return what of a body `parse_stored` needs to write its answer: known fields, and prompts only to be echoed."""
     body = request.model_dump(exclude_none=True, exclude=_NOT_STORED)
     if isinstance(request, ChatRequest):
-        return {**body, "messages": [{}]}
+        return {**body, "messages": request.messages[-1:] if request.echo else [{}]}
     return body if request.echo else {**body, "prompt": [""] * len(sources_of(request.prompt))}
 
 
@@ -86,13 +90,23 @@ def parse_stored(endpoint: str, body: Mapping[str, Any], caller: Caller, setting
 
 def _inputs(request: AnyRequest, sent: Sent | None) -> Conversation | Texts:
     truncation = _truncation(request)
+    if request.background or (sent is not None and sent.key):
+        _check_kept(request)
     if isinstance(request, ChatRequest):
         return _conversation(request, truncation)
-    if truncation is not None and request.echo and (request.background or (sent is not None and sent.key)):
-        message = "the echo of a shortened prompt is not kept: leave out background, the Idempotency-Key or echo"
-        raise BadRequest(message, param="echo")
     special = request.add_special_tokens is not False
     return Texts(sources_of(request.prompt), add_special_tokens=special, truncation=truncation)
+
+
+def _check_kept(request: AnyRequest) -> None:
+    """Refuse what answers cannot be written with once their prompts are gone. Raises BadRequest."""
+    if request.return_token_ids:
+        param, what = "return_token_ids", "the ids of a prompt are"
+    elif request.truncate_prompt_tokens is not None and request.echo and isinstance(request, CompletionRequest):
+        param, what = "echo", "the echo of a shortened prompt is"
+    else:
+        return
+    raise BadRequest(f"{what} not kept: leave out background, the Idempotency-Key or {param}", param=param)
 
 
 def _truncation(request: AnyRequest) -> Truncation | None:
@@ -119,7 +133,7 @@ def _conversation(request: ChatRequest, truncation: Truncation | None) -> Conver
     begin_answer = request.add_generation_prompt is not False and not continue_final
     return Conversation(
         request.messages, variables, begin_answer, continue_final,
-        add_special_tokens=bool(request.add_special_tokens), truncation=truncation,
+        add_special_tokens=bool(request.add_special_tokens), truncation=truncation, echoes=bool(request.echo),
     )  # fmt: skip
 
 
@@ -134,23 +148,23 @@ def _form_param(request: AnyRequest) -> str:
 
 def _options(request: AnyRequest, settings: Settings) -> Options:
     if isinstance(request, ChatRequest):
-        max_tokens, num_logprobs, echo = _check_chat(request)
+        max_tokens, num_shown, echo = _check_chat(request)
     else:
-        max_tokens, num_logprobs, echo = _check_completion(request)
-    if num_logprobs is not None and num_logprobs > settings.max_logprobs:
-        param = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
-        raise BadRequest(f"{param} is {num_logprobs}; the limit is {settings.max_logprobs}", param=param)
+        max_tokens, num_shown, echo = _check_completion(request)
+    _check_logprobs(request, num_shown, max_tokens, settings)
     _check_sizes(request, settings)
     n = num_best = request.n or 1
     if n > settings.max_choices:
         raise BadRequest(f"n is {n}; the limit is {settings.max_choices}", param="n")
     if isinstance(request, CompletionRequest) and request.best_of is not None:
         n = _best_of(request, num_best, settings)
-    shows_logprobs, scores_only = num_logprobs is not None, False
+    of_prompt = [num for num in (request.prompt_logprobs, num_shown if echo else None) if num is not None]
+    num_logprobs = len(request.logprob_token_ids) if request.logprob_token_ids else num_shown
     if n > num_best and num_logprobs is None:
         num_logprobs = 0  # the choices are ranked by them
-    if echo and shows_logprobs and max_tokens == 0:
-        max_tokens, scores_only = 1, True  # computing a prompt yields its next token, which is not shown
+    scores_only = bool(of_prompt) and max_tokens == 0
+    if scores_only:
+        max_tokens = 1  # computing a prompt yields its next token, which is not shown
     stream, background = bool(request.stream), bool(request.background)
     if request.stream_options is not None and not stream:
         raise BadRequest("stream_options is only allowed when stream is true", param="stream_options")
@@ -161,12 +175,13 @@ def _options(request: AnyRequest, settings: Settings) -> Options:
     usage_wish = request.stream_options
     include_usage = bool(usage_wish and usage_wish.include_usage)
     return Options(
-        sampling=_sampling(request, num_logprobs, prompt_logprobs=echo and shows_logprobs),
+        sampling=_sampling(request, num_logprobs, max(of_prompt, default=None)),
         n=n,
         max_tokens=max_tokens,
         default_tokens=UNLIMITED if isinstance(request, ChatRequest) else DEFAULT_COMPLETION_TOKENS,
         stop=_stop(request, settings),
         stop_token_ids=request.stop_token_ids or [],
+        bad_words=request.bad_words or [],
         stream=stream,
         include_usage=include_usage,
         running_usage=include_usage and bool(usage_wish and usage_wish.continuous_usage_stats),
@@ -177,10 +192,29 @@ def _options(request: AnyRequest, settings: Settings) -> Options:
         constraint=_constraint(request, settings),
         includes_stop=bool(request.include_stop_str_in_output),
         num_best=num_best,
-        shows_logprobs=shows_logprobs,
+        num_shown=num_shown,
+        num_shown_of_prompt=request.prompt_logprobs,
+        shows_ids=bool(request.return_token_ids),
+        names_ids=bool(request.return_tokens_as_token_ids),
         scores_only=scores_only,
         tools=_tools(request, settings) if isinstance(request, ChatRequest) else None,
     )
+
+
+def _check_logprobs(request: AnyRequest, num_shown: int | None, max_tokens: int | None, settings: Settings) -> None:
+    """Refuse more logprobs than there may be, and wishes about logprobs that there are not. Raises BadRequest."""
+    param = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
+    for name, num in ((param, num_shown), ("prompt_logprobs", request.prompt_logprobs)):
+        if num is not None and num > settings.max_logprobs:
+            raise BadRequest(f"{name} is {num}; the limit is {settings.max_logprobs}", param=name)
+    for name in ("logprob_token_ids", "return_tokens_as_token_ids"):
+        if getattr(request, name) and num_shown is None:
+            raise BadRequest(f"{name} needs logprobs", param=name)
+    if request.logprob_token_ids and max_tokens == 0:
+        raise BadRequest("logprob_token_ids is about the output, and max_tokens is 0", param="logprob_token_ids")
+    if request.prompt_logprobs is not None and request.stream:
+        message = "prompt_logprobs cannot be streamed, as in vLLM; echo with logprobs can"
+        raise BadRequest(message, param="prompt_logprobs")
 
 
 def _check_sizes(request: GenerationRequest, settings: Settings) -> None:
@@ -189,6 +223,9 @@ def _check_sizes(request: GenerationRequest, settings: Settings) -> None:
     sizes = [
         ("logit_bias", len(request.logit_bias or {}), settings.max_logit_bias),
         ("stop_token_ids", len(request.stop_token_ids or ()), MAX_STOP_TOKEN_IDS),
+        ("allowed_token_ids", len(request.allowed_token_ids or ()), MAX_ALLOWED_TOKEN_IDS),
+        ("logprob_token_ids", len(request.logprob_token_ids or ()), MAX_LOGPROB_TOKEN_IDS),
+        ("bad_words", len(request.bad_words or ()), MAX_BAD_WORDS),
         ("metadata", len(metadata), MAX_METADATA_PAIRS),
     ]
     if isinstance(request, ChatRequest):
@@ -198,13 +235,14 @@ def _check_sizes(request: GenerationRequest, settings: Settings) -> None:
         if num > limit:
             raise BadRequest(f"{param} has {num} entries; the limit is {limit}", param=param)
     for what, texts, limit in (
-        ("key", metadata.keys(), MAX_METADATA_KEY),
-        ("value", metadata.values(), MAX_METADATA_VALUE),
+        ("key of metadata", metadata.keys(), MAX_METADATA_KEY),
+        ("value of metadata", metadata.values(), MAX_METADATA_VALUE),
+        ("word of bad_words", request.bad_words or (), MAX_BAD_WORD_CHARACTERS),
     ):
         longest = max(map(len, texts), default=0)
         if longest > limit:
-            message = f"a {what} of metadata has {longest} characters; the limit is {limit}"
-            raise BadRequest(message, param="metadata")
+            message = f"a {what} has {longest} characters; the limit is {limit}"
+            raise BadRequest(message, param=what.split()[-1])
 
 
 def _constraint(request: AnyRequest, settings: Settings) -> Constraint | None:
@@ -222,7 +260,7 @@ def _tools(request: ChatRequest, settings: Settings) -> Tools | None:
 
 
 def _check_chat(request: ChatRequest) -> tuple[int | None, int | None, bool]:
-    """Return (max tokens, logprobs, echo) of a chat request."""
+    """Return (max tokens, logprobs, whether the prompt is echoed) of a chat request, whose echo is a message's."""
     if request.top_logprobs is not None and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
@@ -234,8 +272,8 @@ def _check_chat(request: ChatRequest) -> tuple[int | None, int | None, bool]:
 def _check_completion(request: CompletionRequest) -> tuple[int | None, int | None, bool]:
     """Return (max tokens, logprobs, echo) of a completion request."""
     echo = bool(request.echo)
-    if request.max_tokens == 0 and not echo:
-        raise BadRequest("max_tokens is 0, which is only meaningful with echo", param="max_tokens")
+    if request.max_tokens == 0 and not echo and request.prompt_logprobs is None:
+        raise BadRequest("max_tokens is 0, which is only meaningful with echo or prompt_logprobs", param="max_tokens")
     return request.max_tokens, request.logprobs, echo
 
 
@@ -251,7 +289,7 @@ def _best_of(request: CompletionRequest, n: int, settings: Settings) -> int:
     return best_of
 
 
-def _sampling(request: GenerationRequest, num_logprobs: int | None, *, prompt_logprobs: bool) -> m.Sampling:
+def _sampling(request: GenerationRequest, num_logprobs: int | None, prompt_logprobs: int | None) -> m.Sampling:
     def given(value: Any, default: Any) -> Any:
         return default if value is None else value
 
@@ -267,7 +305,9 @@ def _sampling(request: GenerationRequest, num_logprobs: int | None, *, prompt_lo
         repetition_penalty=given(request.repetition_penalty, 1.0),
         logit_bias=_logit_bias(request.logit_bias or {}),
         shows_special=request.skip_special_tokens is False,
+        allowed_token_ids=request.allowed_token_ids or [],
         num_logprobs=num_logprobs,
+        logprob_token_ids=request.logprob_token_ids or [],
         prompt_logprobs=prompt_logprobs,
         min_tokens=given(request.min_tokens, 0),
         ignore_eos=bool(request.ignore_eos or request.ignore_eos_token),

@@ -15,8 +15,9 @@ import orjson
 
 from gateway.calls.choices import Choice, Piece, TokenLogprob
 from gateway.calls.follow import Generation
-from gateway.calls.parse import Conversation
+from gateway.calls.parse import Conversation, Options
 from gateway.calls.submit import SubmittedCall
+from gateway.calls.tokenize import Prompt
 from gateway.calls.writers import MIN_LOGPROB, Usage, Writer, shown_logprob
 from gateway.http.sse import GenerationResponse
 from gateway.openai.offsets import TextOffsets
@@ -45,10 +46,7 @@ def writer_of(call: SubmittedCall, choices: Sequence[Choice]) -> Writer:
         fingerprint(call),
         model_of,
     )
-    tokens = [choice.prompt.files.tokens for choice in shown]
-    writer = kind(head, tokens, include_usage=options.include_usage, logprobs=options.shows_logprobs)
-    if isinstance(writer, CompletionWriter) and options.shows_logprobs:
-        writer.offsets = [TextOffsets(choice.prompt.files.tokens, choice.prompt.echo) for choice in shown]
+    writer = kind(head, [choice.prompt for choice in shown], options)
     if isinstance(writer, ChatWriter):
         writer.forms = {choice.index: (choice.prompt.form, choice.rid) for choice in choices if choice.prompt.form}
     return writer
@@ -102,9 +100,9 @@ class _Frames:
     def choice(self, body: bytes) -> bytes:
         return self._start + body + self._end
 
-    def role(self, body: bytes) -> bytes:
-        """Return the chunk before a choice's first tokens: it does not tell of these."""
-        return self._start + body + self._role_end
+    def role(self, body: bytes, ids: bytes) -> bytes:
+        """Return the chunk before a choice's first tokens: it does not tell of these. ids: a field of the chunk."""
+        return self._start + body + b"]" + ids + self._role_end[1:]
 
     def show_usage(self, usage: Usage) -> None:
         """Let the chunks from now on tell the usage so far."""
@@ -116,18 +114,72 @@ class _Frames:
         return self._start + b'],"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
 
 
+class _Details:
+    """What the writers of both routes tell of tokens, besides their text."""
+
+    def __init__(self, prompts: Sequence[Prompt], options: Options) -> None:
+        """prompts: of each choice that is shown."""
+        self.logprobs = options.num_shown is not None
+        self.ids = options.shows_ids
+        self.of_prompt = options.num_shown_of_prompt is not None
+        self._prompts = prompts
+        self._options = options
+
+    def tokens(self, index: int) -> TokenTable:
+        """Return the tokens of a choice's tokenizer."""
+        return self._prompts[index].files.tokens
+
+    def name(self, tokens: TokenTable, id_: int) -> str:
+        """Return how logprobs name a token."""
+        return f"token_id:{id_}" if self._options.names_ids else tokens.text_of(id_)
+
+    def top(self, token: TokenLogprob) -> list[tuple[int, float]]:
+        """Return the tokens shown beside a token: the most likely ones, or it and those that were asked for."""
+        if self._options.sampling.logprob_token_ids and not token.rank:
+            return [(token.id, token.logprob), *(other for other in token.top if other[0] != token.id)]
+        return token.top[: self._options.num_shown]
+
+    def token_ids(self, piece: Piece) -> bytes:
+        """Return a field of a chunk's choice: the ids of its tokens, b"" if they are not wanted."""
+        return b',"token_ids":' + orjson.dumps(piece.ids) if self.ids else b""
+
+    def prompt_ids(self, index: int) -> list[int]:
+        """Return the ids of a choice's prompt."""
+        return memoryview(self._prompts[index].ids).cast("i").tolist()
+
+    def fields(self, piece: Piece) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return more fields of a whole answer: those about a choice's output, and those about its prompt."""
+        output: dict[str, Any] = {"token_ids": piece.ids} if self.ids else {}
+        prompt: dict[str, Any] = {"prompt_token_ids": self.prompt_ids(piece.index)} if self.ids else {}
+        if self.of_prompt:
+            tokens, num = self.tokens(piece.index), self._options.num_shown_of_prompt
+            prompt["prompt_logprobs"] = [_ranked(tokens, token, token.top[:num]) for token in piece.prompt]
+        return output, prompt
+
+
+def _ranked(tokens: TokenTable, token: TokenLogprob, top: Sequence[tuple[int, float]]) -> dict[str, Any] | None:
+    """Return a prompt's token and the most likely ones by id, as vLLM does; None for the first token."""
+    if math.isnan(token.logprob):
+        return None
+    ranked = [(token.id, token.logprob, token.rank), *((*one, rank) for rank, one in enumerate(top, 1))]
+    return {
+        str(id_): {"logprob": max(logprob, MIN_LOGPROB), "rank": rank, "decoded_token": tokens.text_of(id_)}
+        for id_, logprob, rank in ranked
+    }
+
+
 class ChatWriter:
     """`chat.completion` and its chunks."""
 
     id_prefix = "chatcmpl-"
 
-    def __init__(self, head: Head, tokens: Sequence[TokenTable], *, include_usage: bool, logprobs: bool) -> None:
+    def __init__(self, head: Head, prompts: Sequence[Prompt], options: Options) -> None:
         self.forms: dict[int, tuple[AnswerForm, str]] = {}
         """Answer form and request id of each choice that may consist of more than text."""
         self._head = head
-        self._tokens = tokens
-        self._logprobs = logprobs
-        self._frames = _Frames(head, "chat.completion.chunk", include_usage)
+        self._details = _Details(prompts, options)
+        self._echoes = [prompt.echo for prompt in prompts]
+        self._frames = _Frames(head, "chat.completion.chunk", options.include_usage)
         self._splitters: dict[int, AnswerParts] = {}
         self._started: set[int] = set()
 
@@ -135,18 +187,27 @@ class ChatWriter:
         """Return the chunks of a piece; b"" when it shows nothing yet."""
         start = self._head.choice_start(piece.index) + b',"delta":'
         out = b""
-        if piece.index not in self._started and (piece.text or piece.logprobs or piece.finish):
+        if piece.index not in self._started and (piece.text or piece.logprobs or piece.ids or piece.finish):
             self._started.add(piece.index)
-            role = b'{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null}'
-            out = self._frames.role(start + role)
+            out = self._first_frames(piece.index, start)
         if piece.index in self.forms:
             return out + self._split_frames(piece, start)
-        if piece.text or piece.logprobs:
-            logprobs = orjson.dumps(self._content(piece)) if self._logprobs else b"null"
-            body = b'{"content":%b},"logprobs":%b,"finish_reason":null}' % (orjson.dumps(piece.text), logprobs)
-            out += self._frames.choice(start + body)
+        if piece.text or piece.logprobs or piece.ids:
+            logprobs = orjson.dumps(self._content(piece)) if self._details.logprobs else b"null"
+            body = b'{"content":%b},"logprobs":%b,"finish_reason":null' % (orjson.dumps(piece.text), logprobs)
+            out += self._frames.choice(start + body + self._details.token_ids(piece) + b"}")
         if piece.finish:
             out += self._frames.choice(start + b'{},"logprobs":null,"finish_reason":"%b"}' % piece.finish.encode())
+        return out
+
+    def _first_frames(self, index: int, start: bytes) -> bytes:
+        """Return the chunks before a choice's first tokens: of its role and, if there is one, of what it echoes."""
+        ids = b',"prompt_token_ids":' + orjson.dumps(self._details.prompt_ids(index)) if self._details.ids else b""
+        role = b'{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null}'
+        out = self._frames.role(start + role, ids)
+        if self._echoes[index]:
+            content = orjson.dumps({"content": self._echoes[index]})
+            out += self._frames.role(start + content + b',"logprobs":null,"finish_reason":null}', b"")
         return out
 
     def _split_frames(self, piece: Piece, start: bytes) -> bytes:
@@ -157,12 +218,14 @@ class ChatWriter:
         if piece.finish:
             parts += splitter.finish()
         deltas = [_delta(part, form, rid) for part in parts]
-        logprobs = self._content(piece) if self._logprobs and piece.logprobs else None
-        if logprobs is not None and not deltas:
+        logprobs = self._content(piece) if self._details.logprobs and piece.logprobs else None
+        if (logprobs is not None or piece.ids) and not deltas:
             deltas = [{}]
         out = b""
         for i, delta in enumerate(deltas):
-            body = {"logprobs": logprobs if i == 0 else None, "finish_reason": None}
+            body: dict[str, Any] = {"logprobs": logprobs if i == 0 else None, "finish_reason": None}
+            if self._details.ids:
+                body["token_ids"] = piece.ids if i == 0 else []
             out += self._frames.choice(start + orjson.dumps(delta) + b"," + orjson.dumps(body)[1:])
         if piece.finish:
             finish = _finish(piece.finish, splitter)
@@ -178,12 +241,17 @@ class ChatWriter:
         self._frames.show_usage(usage)
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
-        """Return the answer as one object."""
-        return {
+        """Return the answer as one object. What it tells of the prompt is with the choices if there are several."""
+        answer: dict[str, Any] = {
             **self._head.json("chat.completion"),
             "choices": [self._choice(piece) for piece in choices],
             "usage": usage.json(),
         }
+        for piece, choice in zip(choices, answer["choices"], strict=True):
+            output, prompt = self._details.fields(piece)
+            choice |= output
+            (choice if self._head.model_of else answer).update(prompt)
+        return answer
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
@@ -193,20 +261,24 @@ class ChatWriter:
             splitter = form.splitter()
             message |= _message([*splitter.add(piece.text), *splitter.finish()], form, rid)
             finish = _finish(finish, splitter)
+        if echo := self._echoes[piece.index]:
+            message["content"] = echo + (message["content"] or "")
         return {
             **self._head.choice(piece.index),
             "message": message,
-            "logprobs": self._content(piece) if self._logprobs else None,
+            "logprobs": self._content(piece) if self._details.logprobs else None,
             "finish_reason": finish,
         }
 
     def _content(self, piece: Piece) -> dict[str, Any]:
-        tokens = self._tokens[piece.index]
+        details, tokens = self._details, self._details.tokens(piece.index)
+
+        def entry(id_: int, logprob: float) -> dict[str, Any]:
+            name, raw = details.name(tokens, id_), list(tokens.bytes_of(id_))
+            return {"token": name, "logprob": max(logprob, MIN_LOGPROB), "bytes": raw}
+
         entries = [
-            {
-                **_entry(tokens, token.id, token.logprob),
-                "top_logprobs": [_entry(tokens, *pair) for pair in token.top],
-            }
+            {**entry(token.id, token.logprob), "top_logprobs": [entry(*pair) for pair in details.top(token)]}
             for token in piece.logprobs
         ]
         return {"content": entries, "refusal": None}
@@ -258,25 +330,33 @@ class CompletionWriter:
 
     id_prefix = "cmpl-"
 
-    def __init__(self, head: Head, tokens: Sequence[TokenTable], *, include_usage: bool, logprobs: bool) -> None:
-        self.offsets: Sequence[TextOffsets] = ()
-        """Where each choice's tokens begin in its text, if logprobs are shown."""
+    def __init__(self, head: Head, prompts: Sequence[Prompt], options: Options) -> None:
         self._head = head
-        self._tokens = tokens
-        self._logprobs = logprobs
-        self._frames = _Frames(head, "text_completion", include_usage)
+        self._details = _Details(prompts, options)
+        self._echoes = options.echo
+        self._offsets = [TextOffsets(prompt.files.tokens, prompt.echo) for prompt in prompts if self._details.logprobs]
+        self._frames = _Frames(head, "text_completion", options.include_usage)
+        self._started: set[int] = set()  # choices whose prompt has been told of
 
     def frames(self, piece: Piece) -> bytes:
         """Return the chunks of a piece; b"" when it shows nothing yet."""
         start = self._head.choice_start(piece.index) + b',"text":'
         out = b""
-        if piece.text or piece.logprobs or piece.prompt:
-            logprobs = orjson.dumps(self._lists(piece)) if self._logprobs else b"null"
-            body = b'%b,"logprobs":%b,"finish_reason":null}' % (orjson.dumps(piece.text), logprobs)
-            out = self._frames.choice(start + body)
+        if piece.text or piece.logprobs or piece.prompt or piece.ids:
+            logprobs = orjson.dumps(self._lists(piece)) if self._details.logprobs else b"null"
+            body = b'%b,"logprobs":%b,"finish_reason":null' % (orjson.dumps(piece.text), logprobs)
+            out = self._frames.choice(start + body + self._ids(piece) + b"}")
         if piece.finish:
             out += self._frames.choice(start + b'"","logprobs":null,"finish_reason":"%b"}' % piece.finish.encode())
         return out
+
+    def _ids(self, piece: Piece) -> bytes:
+        """Return the fields of a chunk that hold ids: the prompt's in the first one of a choice."""
+        ids = self._details.token_ids(piece)
+        if not ids or piece.index in self._started:
+            return ids
+        self._started.add(piece.index)
+        return ids + b',"prompt_token_ids":' + orjson.dumps(self._details.prompt_ids(piece.index))
 
     def usage_frame(self, usage: Usage) -> bytes:
         """Return the chunk after the last choice's end."""
@@ -290,39 +370,38 @@ class CompletionWriter:
         """Return the answer as one object."""
         return {
             **self._head.json("text_completion"),
-            "choices": [
-                {
-                    **self._head.choice(piece.index),
-                    "text": piece.text,
-                    "logprobs": self._lists(piece) if self._logprobs else None,
-                    "finish_reason": piece.finish,
-                }
-                for piece in choices
-            ],
+            "choices": [self._choice(piece) for piece in choices],
             "usage": usage.json(),
         }
 
-    def _lists(self, piece: Piece) -> dict[str, Any]:
-        tokens, offsets = [*piece.prompt, *piece.logprobs], self.offsets[piece.index]
-        of_prompt = offsets.of_prompt([token.id for token in piece.prompt])
+    def _choice(self, piece: Piece) -> dict[str, Any]:
+        output, prompt = self._details.fields(piece)
         return {
-            "text_offset": of_prompt + offsets.of_output(token.id for token in piece.logprobs),
-            "tokens": [self._tokens[piece.index].text_of(token.id) for token in tokens],
-            "token_logprobs": [shown_logprob(token.logprob) for token in tokens],
-            "top_logprobs": [_top(self._tokens[piece.index], token) for token in tokens],
+            **self._head.choice(piece.index),
+            "text": piece.text,
+            "logprobs": self._lists(piece) if self._details.logprobs else None,
+            "finish_reason": piece.finish,
+            **output,
+            **prompt,
         }
 
+    def _lists(self, piece: Piece) -> dict[str, Any]:
+        details, offsets, prompt = self._details, self._offsets[piece.index], piece.prompt if self._echoes else []
+        names, tokens = details.tokens(piece.index), [*prompt, *piece.logprobs]
+        of_prompt = offsets.of_prompt([token.id for token in prompt])
+        return {
+            "text_offset": of_prompt + offsets.of_output(token.id for token in piece.logprobs),
+            "tokens": [details.name(names, token.id) for token in tokens],
+            "token_logprobs": [shown_logprob(token.logprob) for token in tokens],
+            "top_logprobs": [self._top(names, token) for token in tokens],
+        }
 
-def _entry(tokens: TokenTable, id_: int, logprob: float) -> dict[str, Any]:
-    return {"token": tokens.text_of(id_), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(tokens.bytes_of(id_))}
-
-
-def _top(tokens: TokenTable, token: TokenLogprob) -> dict[str, float] | None:
-    """Return the logprobs of the likeliest tokens and the chosen one, by text; of equal texts the likeliest."""
-    if math.isnan(token.logprob):
-        return None
-    best: dict[str, float] = {}
-    for id_, logprob in (*token.top, (token.id, token.logprob)):
-        text = tokens.text_of(id_)
-        best[text] = max(best.get(text, MIN_LOGPROB), logprob)
-    return best
+    def _top(self, tokens: TokenTable, token: TokenLogprob) -> dict[str, float] | None:
+        """Return the logprobs of the tokens shown beside one, and its own, by text; of equal texts the likeliest."""
+        if math.isnan(token.logprob):
+            return None
+        best: dict[str, float] = {}
+        for id_, logprob in (*self._details.top(token), (token.id, token.logprob)):
+            text = self._details.name(tokens, id_)
+            best[text] = max(best.get(text, MIN_LOGPROB), logprob)
+        return best

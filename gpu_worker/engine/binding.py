@@ -54,8 +54,9 @@ class RequestBinder:
         if not request.digest:
             check_ids(request, self._model.vocab_size)
         seq = Sequence(request, self._max_model_len)
-        if request.sampling.prompt_logprobs and not request.output:
-            seq.prompt_logprobs = PromptLogprobs(request.prompt, request.sampling.num_logprobs or 0)
+        num_top = request.sampling.prompt_logprobs
+        if num_top is not None and not request.output:
+            seq.prompt_logprobs = PromptLogprobs(request.prompt, num_top)
         if self._max_draft_tokens:
             seq.drafter = Drafter(self._max_draft_tokens)
         if request.digest and any(request.stop):  # the adapter's tokenizer may be another
@@ -135,9 +136,11 @@ def check_ids(request: EngineRequest, vocab_size: int) -> None:
     """Raise BadRequest for token ids that the model, or the adapter, does not have."""
     if request.prompt.min() < 0 or request.prompt.max() >= vocab_size:
         raise BadRequest(f"the prompt holds token ids outside 0 … {vocab_size - 1}", param="prompt")
-    ids = [*request.sampling.logit_bias, *request.stop_token_ids]
-    if any(not 0 <= token < vocab_size for token in ids):
-        raise BadRequest(f"logit_bias or stop_token_ids holds ids outside 0 … {vocab_size - 1}")
+    s = request.sampling
+    words = [id_ for word in s.bad_words for id_ in word]
+    for ids in (s.logit_bias, s.allowed_token_ids, s.logprob_token_ids, words, request.stop_token_ids):
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+            raise BadRequest(f"a parameter of the request holds token ids outside 0 … {vocab_size - 1}")
 
 
 def activation_start(prompt: np.ndarray, invocation: tuple[int, ...]) -> int:

@@ -15,7 +15,7 @@ from gpu_worker.engine.sequence import Sequence
 from gpu_worker.memory import send
 from gpu_worker.sampling.grammars import Grammars
 from gpu_worker.sampling.sampling import Sampled, SampleRow
-from protocol.wire.errors import Internal
+from protocol.wire.errors import BadRequest, Internal
 from protocol.wire.messages import Sampling
 
 Drafts = Mapping[Sequence, list[int]]
@@ -69,20 +69,24 @@ def sample_rows(ready: Iterable[Sequence], drafts: Drafts, masks: Masks) -> list
             rows += _rows_of(seq, draft, masks.get(seq))
         except BaseException as error:  # noqa: BLE001  a request's edge: it fails alone
             seq.failure = error
-            rows += [SampleRow(Sampling(), seq.tokens[:1], seq.output[:0])] * (len(draft) + 1)
+            rows += [SampleRow(Sampling(), seq.output[:0])] * (len(draft) + 1)
     return rows
 
 
 def _rows_of(seq: Sequence, draft: list[int], masks: np.ndarray | None) -> list[SampleRow]:
     assert seq.stop_rules is not None
-    prompt, num = seq.tokens[: seq.num_prompt], seq.num_output
+    num, adjustment = seq.num_output, seq.adjustment
     output = np.concatenate((seq.output, np.array(draft, np.int32))) if draft else seq.output
     rows: list[SampleRow] = []
     for i in range(len(draft) + 1):
         banned = seq.stop_rules.banned(i) if masks is None else ()  # a mask has them already
         mask = None if masks is None else masks[i]
-        kept = seq.adjustment if i == 0 else None  # what follows draft tokens may not come true
-        rows.append(SampleRow(seq.request.sampling, prompt, output[: num + i], banned, mask, kept))
+        if adjustment is not None:
+            banned, mask = adjustment.restricted(output[: num + i], banned, mask)
+            if i == 0 and mask is not None and not mask.any():
+                raise BadRequest("allowed_token_ids, bad_words, min_tokens and the output's form leave no token")
+        own = adjustment.copy() if adjustment is not None and i else adjustment  # draft tokens may not come true
+        rows.append(SampleRow(seq.request.sampling, output[: num + i], banned, mask, own))
     return rows
 
 

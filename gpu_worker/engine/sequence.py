@@ -52,7 +52,7 @@ class Sequence:
         self.pending_matcher: Future[Matcher] | None = None  # result of grammar compilation
         self.matcher: Matcher | None = None  # of its grammar, if it has one
         self.failure: BaseException | None = None  # what its own data has made a step raise; it ends with that step
-        self.adjustment = Adjustment(request.sampling, self._tokens[: self.num_prompt])
+        self.adjustment = Adjustment.of(request.sampling, self._tokens[: self.num_prompt])  # None: nothing to adjust
         self.drafter: Drafter | None = None  # proposes its next tokens, where the engine speculates
         self.prompt_logprobs: PromptLogprobs | None = None  # recorded until its first token comes, if wanted
 

@@ -5,8 +5,12 @@ Counting a text of 30,000 tokens anew takes longer than a step of a small model.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import numpy as np
 
+from gpu_worker.sampling.grammars import words_of
 from protocol.wire.messages import Sampling
 
 MANY = 64
@@ -43,6 +47,12 @@ class TokenCounts:
             for token in text.tolist():
                 self._count(token, 1)
 
+    def copy(self) -> TokenCounts:
+        """Return counts that go on by themselves."""
+        own = copy.copy(self)
+        own._places, own._ids, own._counts = self._places.copy(), self._ids.copy(), self._counts.copy()
+        return own
+
     def _count(self, token: int, num: int) -> None:
         place = self._places.get(token)
         if place is None:
@@ -54,16 +64,71 @@ class TokenCounts:
 
 
 class Adjustment:
-    """One sequence's bias, and the tokens in its text where penalties need them."""
+    """One sequence's bias, which tokens it may choose, and the tokens in its text where penalties need them."""
 
     def __init__(self, sampling: Sampling, prompt: np.ndarray) -> None:
         """prompt: int32 [P]."""
         bias = sampling.logit_bias
+        self.prompt = prompt
         self.bias_ids = np.fromiter(bias, np.int64, len(bias))
         self.bias = np.fromiter(bias.values(), np.float32, len(bias))
-        self._prompt = prompt
+        self._sampling = sampling
+        allowed = sampling.allowed_token_ids
+        self._allowed = words_of(allowed, max(allowed) + 1) if allowed else None  # the same as bits of int32 [W]
+        self._bad_ends: dict[int, dict[bytes, list[int]]] = {}  # tokens before the last of a bad word, by their number
+        for word in sampling.bad_words:
+            ends = self._bad_ends.setdefault(len(word) - 1, {})
+            ends.setdefault(np.array(word[:-1], np.int32).tobytes(), []).append(word[-1])
         self._of_output: TokenCounts | None = None
         self._of_text: TokenCounts | None = None
+
+    @classmethod
+    def of(cls, sampling: Sampling, prompt: np.ndarray) -> Adjustment | None:
+        """Return a sequence's; None for a request that changes no logit and may choose any token."""
+        s = sampling
+        penalises = s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1.0
+        changes = penalises or s.logit_bias or s.watermark or s.allowed_token_ids or s.bad_words
+        return cls(sampling, prompt) if changes else None
+
+    def copy(self) -> Adjustment:
+        """Return an adjustment for a text that may not come true, which goes on by itself."""
+        own = copy.copy(self)
+        own._of_output = None if self._of_output is None else self._of_output.copy()
+        own._of_text = None if self._of_text is None else self._of_text.copy()
+        return own
+
+    def changes(self, num_output: int) -> bool:
+        """Return whether any logit is changed after so many tokens of output."""
+        s = self._sampling
+        counts = (s.presence_penalty or s.frequency_penalty) and (num_output or s.penalties == "lorax")
+        return bool(counts or s.logit_bias or s.watermark or s.repetition_penalty != 1.0)
+
+    def restricted(
+        self, output: np.ndarray, banned: Sequence[int] | np.ndarray, mask: np.ndarray | None
+    ) -> tuple[Sequence[int] | np.ndarray, np.ndarray | None]:
+        """Return the ids that may not be chosen after the output, int32 [n], and the mask of those that may.
+
+        banned, mask: the same without the request's own wishes, as in `SampleRow`; a mask holds all there is to forbid.
+        A mask may be left without any token.
+        """
+        forbidden = self._bad_ends_after(output)
+        if mask is None:
+            forbidden = [*banned, *forbidden] if forbidden else banned
+            if self._allowed is None:
+                return forbidden, None
+            mask = self._allowed
+        elif self._allowed is not None:
+            num = min(len(mask), len(self._allowed))
+            mask = mask[:num] & self._allowed[:num]
+        return (), (mask & ~words_of(forbidden, 32 * len(mask)) if len(forbidden) else mask)
+
+    def _bad_ends_after(self, output: np.ndarray) -> list[int]:
+        """Return the tokens that would complete a bad word after the output, int32 [n]."""
+        found: list[int] = []
+        for num, ends in self._bad_ends.items():
+            if num <= len(output):
+                found += ends.get(output[len(output) - num :].tobytes(), ())
+        return found
 
     def output_counts(self, output: np.ndarray) -> TokenCounts:
         """Return the counts of the output, int32 [n], which begins with that of the last call."""
@@ -76,6 +141,6 @@ class Adjustment:
         """Return the counts of prompt and output; see `output_counts`."""
         if self._of_text is None:
             self._of_text = TokenCounts()
-            self._of_text.add(self._prompt)
-        self._of_text.add(output[self._of_text.total - len(self._prompt) :])
+            self._of_text.add(self.prompt)
+        self._of_text.add(output[self._of_text.total - len(self.prompt) :])
         return self._of_text

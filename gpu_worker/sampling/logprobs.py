@@ -1,7 +1,8 @@
 """Logprobs as the queue carries them: of the tokens chosen, and of a prompt's own tokens.
 
 A record is `messages.logprob_record_bytes` long: the token's logprob (float32), then id (int32) and logprob (float32)
-of each of the most likely tokens.
+of each of the most likely tokens, or of those that were asked for. In a prompt's, the token's rank (int32) follows its
+logprob: how many tokens are as likely, itself among them.
 """
 
 from __future__ import annotations
@@ -13,21 +14,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protocol.wire.messages import logprob_record_bytes
+from protocol.wire.messages import prompt_record_bytes
 
 _TOP = np.dtype([("id", "<i4"), ("logprob", "<f4")])
 
 
-def pack_logprobs(logprobs: Tensor, num_top: Sequence[int], ids: np.ndarray) -> list[bytes]:
+def pack_logprobs(logprobs: Tensor, num_top: Sequence[int], ids: np.ndarray, *, ranks: bool = False) -> list[bytes]:
     """Return a record for each row of `logprobs`, fp32 [n, V]. Waits for the device.
 
-    num_top: for each row, how many of the most likely tokens to list. ids: int64 [n], the tokens chosen.
+    num_top: for each row, how many of the most likely tokens to list. ids: int64 [n], the tokens chosen. ranks: whether
+    the records have those of the chosen tokens.
     """
-    chosen = logprobs.gather(-1, torch.from_numpy(ids).to(logprobs.device)[:, None])[:, 0].cpu().numpy()
+    chosen = logprobs.gather(-1, torch.from_numpy(ids).to(logprobs.device)[:, None])
     values, tokens = logprobs.topk(max(num_top), dim=-1)
     top = np.empty((len(num_top), max(num_top)), _TOP)
     top["id"], top["logprob"] = tokens.cpu().numpy(), values.cpu().numpy()
-    return [chosen[i].astype("<f4").tobytes() + top[i, :num].tobytes() for i, num in enumerate(num_top)]
+    heads = [value.tobytes() for value in chosen[:, 0].cpu().numpy().astype("<f4")]
+    if ranks:
+        found = (logprobs >= chosen).sum(-1).cpu().numpy().astype("<i4")
+        heads = [head + rank.tobytes() for head, rank in zip(heads, found, strict=True)]
+    return [head + top[i, :num].tobytes() for i, (head, num) in enumerate(zip(heads, num_top, strict=True))]
+
+
+def pack_listed(logprobs: Tensor, listed: Sequence[int]) -> bytes:
+    """Return the end of a record that lists these tokens, whatever their logprobs [V] are. Waits for the device."""
+    top = np.empty(len(listed), _TOP)
+    top["id"] = listed
+    top["logprob"] = logprobs[torch.tensor(listed, device=logprobs.device)].cpu().numpy()
+    return top.tobytes()
 
 
 class PromptLogprobs:
@@ -40,7 +54,7 @@ class PromptLogprobs:
         """prompt: int32 [P]. num_top: how many of the most likely tokens to list for each."""
         self._prompt = prompt
         self._num_top = num_top
-        self._record_bytes = logprob_record_bytes(num_top)
+        self._record_bytes = prompt_record_bytes(num_top)
         self._records = bytearray(self._record_bytes * len(prompt))
         self._records[:4] = np.float32(np.nan).tobytes()
 
@@ -52,7 +66,7 @@ class PromptLogprobs:
         """Record the tokens at positions start + 1, start + 2, … by logits [n, V] of those before. May be repeated."""
         num = len(logits)
         ids = self._prompt[start + 1 : start + 1 + num].astype(np.int64)
-        records = pack_logprobs(logits.float().log_softmax(-1), [self._num_top] * num, ids)
+        records = pack_logprobs(logits.float().log_softmax(-1), [self._num_top] * num, ids, ranks=True)
         first = (start + 1) * self._record_bytes
         self._records[first : first + num * self._record_bytes] = b"".join(records)
 

@@ -2,8 +2,8 @@
 
 The order of one row's transformations:
 
-    adjust   watermark, repetition, presence and frequency penalties, bias, banned tokens
-    mask     what its grammar allows
+    adjust   watermark, repetition, presence and frequency penalties, bias, banned tokens, ends of bad words
+    mask     what its grammar allows, and its list of allowed tokens
     warp     temperature, top-k, top-p, min-p, typical
     draw     by noise that is a function of (seed, position) alone; greedy at temperature 0
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gpu_worker.memory import send
 from gpu_worker.sampling.adjustment import Adjustment
-from gpu_worker.sampling.logprobs import pack_logprobs
+from gpu_worker.sampling.logprobs import pack_listed, pack_logprobs
 from lora_kernels import ops
 from protocol.wire.messages import Sampling
 
@@ -54,11 +54,10 @@ class SampleRow:
     """What one row's token is chosen by."""
 
     sampling: Sampling
-    prompt: np.ndarray  # int32
     output: np.ndarray  # int32; its length is the position of the token to choose
     banned: Sequence[int] | np.ndarray = ()  # ids that may not be chosen now
     mask: np.ndarray | None = None  # int32 [W], bits of the ids that may be chosen, none beyond; None: all ids
-    adjustment: Adjustment | None = None  # kept for its sequence; None: made when it is needed
+    adjustment: Adjustment | None = None  # its sequence's, None for a request that changes no logit
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +100,12 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
         for at, i in enumerate(wanting):
             if rows[i].sampling.logprobs_of == "choice":
                 recorded[at] = chosen.drawn_from(i)
-        num_top = [rows[i].sampling.num_logprobs or 0 for i in wanting]
-        for i, record in zip(wanting, pack_logprobs(recorded.log_softmax(-1), num_top, ids[wanting]), strict=True):
-            records[i] = record
+        recorded = recorded.log_softmax(-1)
+        listed = [rows[i].sampling.logprob_token_ids for i in wanting]
+        num_top = [0 if own else rows[i].sampling.num_logprobs or 0 for i, own in zip(wanting, listed, strict=True)]
+        packed = pack_logprobs(recorded, num_top, ids[wanting])
+        for at, i in enumerate(wanting):
+            records[i] = packed[at] + (pack_listed(recorded[at], listed[at]) if listed[at] else b"")
     return Sampled(ids, finite.astype(bool), records, chosen.failed)
 
 
@@ -147,23 +149,23 @@ def _floats(values: Sequence[float], device: torch.device) -> Tensor:
 
 def _is_adjusted(row: SampleRow) -> bool:
     """Return whether `_adjust_` would change a row's logits."""
-    s = row.sampling
-    return bool(
-        len(row.banned)
-        or s.logit_bias
-        or s.watermark
-        or s.repetition_penalty != 1.0
-        or ((s.presence_penalty or s.frequency_penalty) and (len(row.output) or s.penalties == "lorax"))
-    )
+    return len(row.banned) > 0 or (row.adjustment is not None and row.adjustment.changes(len(row.output)))
 
 
 def _adjust_(logits: Tensor, row: SampleRow) -> None:
     """Apply watermark, penalties, bias and bans to one row of fp32 logits [V]."""
+    if row.adjustment is not None:
+        _apply_(row.adjustment, logits, row)
+    if len(row.banned):
+        logits.index_fill_(0, _index(row.banned, logits.device), -torch.inf)
+
+
+def _apply_(adjustment: Adjustment, logits: Tensor, row: SampleRow) -> None:
+    """Apply watermark, penalties and bias to one row of fp32 logits [V]."""
     s, device = row.sampling, logits.device
     if s.watermark:
-        last = row.output[-1] if len(row.output) else row.prompt[-1]
+        last = row.output[-1] if len(row.output) else adjustment.prompt[-1]
         logits[watermark_ids(int(last), len(logits)).to(device)] += WATERMARK_DELTA
-    adjustment = row.adjustment or Adjustment(s, row.prompt)
     if s.repetition_penalty != 1.0:
         seen = send(adjustment.text_counts(row.output).ids, device)
         scores = logits[seen]
@@ -177,8 +179,6 @@ def _adjust_(logits: Tensor, row: SampleRow) -> None:
         logits[send(counted.ids, device)] -= send(penalty.astype(np.float32), device)
     if s.logit_bias:
         logits[send(adjustment.bias_ids, device)] += send(adjustment.bias, device)
-    if len(row.banned):
-        logits.index_fill_(0, _index(row.banned, device), -torch.inf)
 
 
 def watermark_ids(last: int, vocab_size: int) -> Tensor:

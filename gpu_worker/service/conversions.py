@@ -31,7 +31,7 @@ def owned_request(item: m.Assigned, entry: bytes, body: m.Body | None, log: byte
     return OwnedRequest(
         item.rid, item.epoch, entry, item.gateway, item.tenant, len(body.prompt) // 4, record_bytes,
         bytearray(log), bytearray(logprobs), body.task,
-        scored_prompt=body.prompt if body.sampling.prompt_logprobs else b"",
+        scored_prompt=body.prompt if body.sampling.prompt_logprobs is not None else b"",
     )  # fmt: skip
 
 

@@ -75,13 +75,15 @@ class Input(NamedTuple):
 
 def most_log_bytes(body: m.Body) -> int:
     """Return how much the logs of one request can come to: its tokens and their logprobs, or an encoder's numbers."""
-    num_prompt, num_top = len(body.prompt) // 4, body.sampling.num_logprobs
+    num_prompt, sampling = len(body.prompt) // 4, body.sampling
     if body.task == "embed":
         return _VECTOR_BYTES
     if body.task == "classify":
         return 8 * num_prompt
+    num_top, num_of_prompt = sampling.num_logprobs, sampling.prompt_logprobs
     token_bytes = 4 if num_top is None else 4 + m.logprob_record_bytes(num_top)
-    return token_bytes * (body.max_new_tokens + (num_prompt if body.sampling.prompt_logprobs else 0))
+    prompt_bytes = 0 if num_of_prompt is None else 4 + m.prompt_record_bytes(num_of_prompt)
+    return token_bytes * body.max_new_tokens + prompt_bytes * num_prompt
 
 
 def _same(a: object, b: object) -> bool:

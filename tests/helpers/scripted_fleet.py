@@ -7,7 +7,7 @@ import json
 import math
 import struct
 from array import array
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -192,14 +192,15 @@ class ScriptedFleet:
     ) -> bool:
         """Write one step of one request; returns False when it was refused, and ends a cancelled request."""
         raw = array("i", ids).tobytes()
-        records = b"".join(logprob_record(id_, body.sampling.num_logprobs, logprob) for id_ in ids)
+        s = body.sampling
+        records = b"".join(logprob_record(id_, s.num_logprobs, logprob, listed=s.logprob_token_ids) for id_ in ids)
         info = error_json(error) if end else ""
         finish = "error" if info else end
         state = {"": "", "error": "failed"}.get(finish, "completed")
         usage = m.Usage(len(body.prompt) // 4, seq0 + len(ids), 3) if end else None
         row = StepRow(order.rid, order.epoch, seq0, raw, records, state, finish, info)
-        if body.sampling.prompt_logprobs and not seq0:
-            prompt = [logprob_record(id_, body.sampling.num_logprobs) for id_ in memoryview(body.prompt).cast("i")]
+        if s.prompt_logprobs is not None and not seq0:
+            prompt = [logprob_record(id_, s.prompt_logprobs, rank=7) for id_ in memoryview(body.prompt).cast("i")]
             row.prompt_logprobs = body.prompt + struct.pack("<f", math.nan) + b"".join(prompt)[4:]
         delta = m.Delta(order.rid, order.epoch, seq0, raw, records, finish=finish, error=info, usage=usage)
         outs = {order.gateway: [delta]} if order.gateway else {}
@@ -226,12 +227,16 @@ class ScriptedFleet:
         return wanted, script.finish
 
 
-def logprob_record(id_: int, num_top: int | None, logprob: float = -0.5) -> bytes:
-    """Return the record of a token: `logprob` for itself, then the following ids with -1, -2, ..."""
+def logprob_record(
+    id_: int, num_top: int | None, logprob: float = -0.5, *, rank: int | None = None, listed: Sequence[int] = ()
+) -> bytes:
+    """Return the record of a token: `logprob` for itself, then `listed` or the following ids with -1, -2, ..."""
     if num_top is None:
         return b""
-    top = [value for i in range(num_top) for value in (id_ + i, -1.0 * (i + 1))]
-    return struct.pack("<f" + "if" * num_top, logprob, *top)
+    ids = listed or range(id_, id_ + num_top)
+    top = [value for i, other in enumerate(ids, 1) for value in (other, -1.0 * i)]
+    ranks = [] if rank is None else [rank]
+    return struct.pack("<f" + "i" * len(ranks) + "if" * num_top, logprob, *ranks, *top)
 
 
 @dataclass(slots=True)

@@ -91,7 +91,7 @@ def test_logprobs_are_those_of_the_model(tiny: Oracle) -> None:
 
 def test_logprobs_of_prompts_are_those_of_the_model(tiny: Oracle) -> None:
     """In chunks, beside others, from the cache for others only, and after a preemption."""
-    size = 1 + 2 * 3
+    size = 2 + 2 * 3
     lengths = [1, 2, 40, 100, 100, 100, 100, 33]
     given = prompts(len(lengths), TINY_VOCAB, lengths)
     given[4:7] = given[3:4] * 3  # the same four times: what one has computed must not be skipped by the next
@@ -100,7 +100,7 @@ def test_logprobs_of_prompts_are_those_of_the_model(tiny: Oracle) -> None:
         EngineRequest(str(i), 1, name, prompt, Sampling(temperature=0.0, ignore_eos=True, num_logprobs=3), 8)
         for i, (name, prompt) in enumerate(zip(names, given, strict=True))
     ]
-    asking = [replace(r, sampling=msgspec.structs.replace(r.sampling, prompt_logprobs=True)) for r in requests]
+    asking = [replace(r, sampling=msgspec.structs.replace(r.sampling, prompt_logprobs=3)) for r in requests]
     engine = tiny.engine(max_model_len=128, max_step_tokens=48, max_num_seqs=8)
     plain = ask(engine, requests)
     assert plain.prompt_logprobs == {}
@@ -120,13 +120,16 @@ def test_logprobs_of_prompts_are_those_of_the_model(tiny: Oracle) -> None:
         assert asked.finish[request.rid].num_cached_tokens == 0
         records = np.frombuffer(asked.prompt_logprobs[request.rid], "<f4").reshape(len(request.prompt), size)
         assert np.isnan(records[0, 0])
+        assert records[0, 1:].tolist() == [0] * (size - 1)
         ids = request.prompt.astype(np.int64)
         expected = logits_under(tiny, request.digest, ids)[:-1].log_softmax(-1)
         chosen = expected[torch.arange(len(ids) - 1), torch.from_numpy(ids[1:])]
         assert np.allclose(records[1:, 0], chosen.numpy(), atol=1e-4)
+        ranks = (expected > chosen[:, None]).sum(-1) + 1
+        assert records[1:, 1].view("<i4").tolist() == ranks.tolist()
         values, top = expected.topk(3)
-        assert records[1:, 1::2].view("<i4").tolist() == top.tolist()
-        assert np.allclose(records[1:, 2::2], values.numpy(), atol=1e-4)
+        assert records[1:, 2::2].view("<i4").tolist() == top.tolist()
+        assert np.allclose(records[1:, 3::2], values.numpy(), atol=1e-4)
     resumed = ask(engine, [replace(r, epoch=2, output=plain.ids[r.rid][:3]) for r in asking])
     assert resumed.prompt_logprobs == {}  # they are in the queue since the first token
 

@@ -4,7 +4,7 @@ from protocol.wire.messages.adapters import AdapterEvent, AdapterRecord, Adapter
 from protocol.wire.messages.assignments import Assigned, Control
 from protocol.wire.messages.base import TERMINAL, FinishReason, Packed, Task, Wire, encode
 from protocol.wire.messages.dead_letters import DeadLetter, Death
-from protocol.wire.messages.deliveries import Delta, ErrorInfo, Usage, logprob_record_bytes
+from protocol.wire.messages.deliveries import Delta, ErrorInfo, Usage, logprob_record_bytes, prompt_record_bytes
 from protocol.wire.messages.jobs import Idempotent, Job
 from protocol.wire.messages.model import OPAQUE, ServedModel, SiteShape
 from protocol.wire.messages.requests import Body, Sampling, Submit
@@ -43,4 +43,5 @@ __all__ = [
     "WorkerCounters",
     "encode",
     "logprob_record_bytes",
+    "prompt_record_bytes",
 ]

@@ -43,3 +43,8 @@ class ErrorInfo(Wire, frozen=True):
 def logprob_record_bytes(num_logprobs: int) -> int:
     """Return the bytes of a token's record: its float32 logprob, then `num_logprobs` (int32 id, float32 logprob)."""
     return 4 + 8 * num_logprobs
+
+
+def prompt_record_bytes(num_logprobs: int) -> int:
+    """Return the bytes of a prompt token's record: as of an output's, with its int32 rank after its logprob."""
+    return 4 + logprob_record_bytes(num_logprobs)

@@ -25,13 +25,16 @@ class Sampling(Wire, frozen=True):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] = []  # tokens that may be chosen; []: all
+    bad_words: list[list[int]] = []  # sequences of tokens that may not occur in the output
     num_logprobs: int | None = None  # top logprobs per token besides the chosen one's; None: no logprobs at all
+    logprob_token_ids: list[int] = []  # the `num_logprobs` tokens listed in place of the most likely ones; []: those
     min_tokens: int = 0
     ignore_eos: bool = False
     shows_special: bool = False  # special tokens are text, in which stop strings are found too
     penalties: Literal["openai", "lorax"] = "openai"  # what frequency and presence count, see `sampling._adjust_`
     watermark: bool = False
-    prompt_logprobs: bool = False  # those of the prompt's tokens too, `num_logprobs` of each; into `Keys.plp`
+    prompt_logprobs: int | None = None  # of the prompt's tokens too, so many most likely at each; into `Keys.plp`
     logprobs_of: Literal["model", "choice"] = "model"  # the model's own distribution, or the one drawn from
 
     def of_choice(self, index: int) -> Sampling:

@@ -107,6 +107,22 @@ async def test_its_template_and_tokenizer_make_the_prompt(
     assert store.num_asked == 1
 
 
+async def test_its_tokenizer_makes_tokens_of_bad_words(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, store: Store, own_tokenizer: Tokenizer
+) -> None:
+    word = own_tokenizer.token_to_id("zebra")
+    body = {"model": ["own", "base"], "prompt": "hi", "bad_words": ["zebra"], "return_token_ids": True}
+    answer = await http.post("/v1/completions", json={**body, "allowed_token_ids": [5, 6]})
+    assert answer.status_code == 200, answer.text
+    by_digest = {submit.digest: body.sampling.bad_words for submit, body in fleet.seen}
+    assert by_digest[OWN] == [[word]]
+    assert by_digest[""][0] == fleet.tokenizer.encode("zebra", add_special_tokens=False).ids
+    beyond = await http.post("/v1/completions", json={**body, "allowed_token_ids": [word]})
+    assert (beyond.status_code, beyond.json()["error"]["param"]) == (400, "allowed_token_ids")
+    alone = await http.post("/v1/completions", json={**body, "model": "own", "allowed_token_ids": [word]})
+    assert alone.status_code == 200
+
+
 async def test_its_tokenizer_makes_the_answer(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, store: Store, own_tokenizer: Tokenizer
 ) -> None:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from gpu_worker.sampling import sampling
+from gpu_worker.sampling.adjustment import Adjustment
 from gpu_worker.sampling.sampling import SampleRow, sample, uniforms, watermark_ids
 from protocol.wire.messages import Sampling, logprob_record_bytes
 
@@ -27,7 +28,9 @@ NOTHING = np.zeros(0, np.int32)
 def row(
     prompt: np.ndarray = NOTHING, output: np.ndarray = NOTHING, banned: tuple[int, ...] = (), **fields: Any
 ) -> SampleRow:
-    return SampleRow(Sampling(**fields), prompt.astype(np.int32), output.astype(np.int32), banned)
+    wish = Sampling(**fields)
+    adjustment = Adjustment.of(wish, prompt.astype(np.int32))
+    return SampleRow(wish, output.astype(np.int32), banned, adjustment=adjustment)
 
 
 def at_position(position: int, **fields: Any) -> SampleRow:
@@ -259,7 +262,7 @@ def test_what_a_mask_forbids_is_never_chosen(dtype: torch.dtype, vocab: int, num
     allowed[:, :width] = torch.from_numpy(may)[:, :width]
     expected = logits.masked_fill(~allowed, -torch.inf)
     expected[2] = logits[2]
-    rows = [SampleRow(Sampling(temperature=0.0), NOTHING, NOTHING, mask=None if i == 2 else words[i]) for i in range(4)]
+    rows = [SampleRow(Sampling(temperature=0.0), NOTHING, mask=None if i == 2 else words[i]) for i in range(4)]
     assert sample(logits.clone(), rows).ids.tolist() == expected.float().argmax(-1).tolist()
     drawn = sample(logits.clone(), [replace(row, sampling=Sampling(temperature=3.0, seed=9)) for row in rows]).ids
     assert all(expected[i, id_] > -torch.inf for i, id_ in enumerate(drawn))
