@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUANT := build/quantised
 SUPPLY := build/supply
+LM_EVAL := build/lm-eval
 PIP := $(BIN)/python -m pip
 MODEL ?=
 ADAPTERS ?=
@@ -16,7 +17,7 @@ PROCESSES ?= 4
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
-.PHONY: demo up test test-models test-quantised models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour api-check docker-smoke lock-images audit sbom licences pin-images clean help
+.PHONY: demo up test test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour api-check docker-smoke lock-images audit sbom licences pin-images clean help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,6 +81,9 @@ peft-table: $(VENV)/.stamp-dev  ## compare every kind of adapter with PEFT and w
 test-quantised: $(QUANT)/.stamp  ## compare adapters on quantised bases with PEFT, with the libraries that need no GPU
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(QUANT)/bin/python -m pytest tests/oracle/adapters/test_quantised.py $(ARGS)
 
+lm-eval: $(LM_EVAL)/.stamp  ## hold lm-eval on a fleet to lm-eval on transformers and PEFT, about two minutes
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m lm_eval tests/e2e/test_lm_eval.py $(ARGS)
+
 quantised-table: $(QUANT)/.stamp  ## write their measurements to docs/peft.md; rows whose library is missing stay
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests $(QUANT)/bin/python -m oracle.adapters.quantised_table
 
@@ -133,6 +137,14 @@ $(VENV)/.stamp-dev: pyproject.toml requirements-dev.lock | $(VENV)/bin/python
 $(SUPPLY)/.stamp: | $(VENV)/bin/python
 	$(BIN)/python -m venv $(SUPPLY)
 	$(SUPPLY)/bin/python -m pip install --disable-pip-version-check --quiet 'uv>=0.5,<1' 'pip-audit>=2.7,<3' 'cyclonedx-bom>=5,<8'
+	@touch $@
+
+# In its own environment, which sees the packages of the other one: lm-eval brings fifty more.
+$(LM_EVAL)/.stamp: pyproject.toml | $(VENV)/.stamp-dev
+	$(BIN)/python -m venv $(LM_EVAL)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$($(LM_EVAL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dev.pth
+	$(LM_EVAL)/bin/python -m pip install --disable-pip-version-check --quiet 'lm_eval[api]==0.4.13'
 	@touch $@
 
 # In its own environment: otherwise every worker and every PEFT model would import these libraries, which takes seconds.
