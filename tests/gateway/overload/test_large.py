@@ -405,14 +405,15 @@ async def test_small_bodies_take_no_turn() -> None:
 
 
 def test_logprobs_of_all_choices_are_bounded(files: Counting) -> None:
-    def check(n: int, num_logprobs: int | None, *, of_prompt: bool = False) -> None:
+    def check(n: int, num_logprobs: int | None, *, of_prompt: int | None = None) -> None:
         prompt = Prompt(Target("b", "", files), b"", 1 << 17, max_new_tokens=1 << 15)  # type: ignore[arg-type]
         sampling = m.Sampling(num_logprobs=num_logprobs, prompt_logprobs=of_prompt)
         check_logprobs(Options(sampling, n=n), [prompt])
 
     check(128, None)
     check(16, 20)
-    check(4, 20, of_prompt=True)
-    for refused in ((64, 20, False), (8, 20, True), (1, 1000, False)):
+    check(4, 20, of_prompt=20)
+    check(5, None, of_prompt=20)
+    for refused in ((64, 20, None), (8, 20, 20), (1, 1000, None), (7, None, 20)):
         with pytest.raises(BadRequest, match="ask for fewer tokens, choices or likely tokens"):
             check(refused[0], refused[1], of_prompt=refused[2])

@@ -83,6 +83,9 @@ LIKELY: dict[str, tuple[Any, ...]] = {
     "n": (2, 3, 128, 129), "best_of": (2, 500), "logprobs": (0, 5, True), "top_logprobs": (0, 20, 21), "echo": (True,),
     "stream": (True,), "stream_options": ({"include_usage": True},), "background": (True,), "max_tokens": (0, 1, 300),
     "metadata": ({"a": "b"}, {"a" * 100: "b"}, {"a": "b" * 600}), "stop_token_ids": ([5], [1 << 31], [5] * 2000),
+    "allowed_token_ids": ([5], [], [-1], [1 << 31], [5] * 20_000), "logprob_token_ids": ([5, 5], [], [-1], [5] * 200),
+    "bad_words": (["a"], [""], ["\ud83d"], ["\0 "], ["a" * 200], ["😀" * 99] * 9), "prompt_logprobs": (0, 20, 21, -1),
+    "return_token_ids": (True,), "return_tokens_as_token_ids": (True,), "add_generation_prompt": (False,),
     "encoding_format": ("base64",), "dimensions": (1, 3), "lora_scale": (0.5, 0), "adapter_source": ("hub", "local"),
 }  # fmt: skip
 

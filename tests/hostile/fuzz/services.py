@@ -42,10 +42,11 @@ class _Engine(FakeEngine):
 
     def _advance(self, running: Any) -> TokenOutput:
         output, request = super()._advance(running), running.request
-        num_top = request.sampling.num_logprobs
-        output.logprobs = b"".join(logprob_record(id_, num_top) for id_ in output.ids)
-        if request.sampling.prompt_logprobs and not output.seq0:
-            records = b"".join(logprob_record(int(id_), num_top) for id_ in request.prompt)
+        s, ids = request.sampling, request.prompt.tolist()
+        own = [logprob_record(id_, s.num_logprobs, listed=s.logprob_token_ids) for id_ in output.ids]
+        output.logprobs = b"".join(own)
+        if s.prompt_logprobs is not None and not output.seq0:
+            records = b"".join(logprob_record(id_, s.prompt_logprobs, rank=1) for id_ in ids)
             output.prompt_logprobs = struct.pack("<f", math.nan) + records[4:]
         return output
 
