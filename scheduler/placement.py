@@ -295,6 +295,8 @@ class Placement:
 
     def _takes(self, worker: Worker, request: QueuedRequest, tier: Tier, warm_elsewhere: bool) -> bool:
         cls, digest = request.submit.cls, request.submit.digest
+        if not worker.understands(request):
+            return False
         if request.attempts:
             if request.attempts >= self._max_attempts - 1:
                 if any(attempts >= request.attempts for attempts in worker.suspects):
@@ -331,15 +333,18 @@ class Placement:
 
     def _candidates(self, request: QueuedRequest, holders: Collection[str], homes: Collection[str]) -> Iterable[Worker]:
         """Return the workers to consider: all if they are few, else some with the adapter or its homes, and others."""
-        if len(self._available) <= MAX_CANDIDATES:
-            return self._available
+        available = self._available
+        if request.submit.needs:
+            available = [worker for worker in available if worker.understands(request)]
+        if len(available) <= MAX_CANDIDATES:
+            return available
         self._turn += 1
         half = MAX_CANDIDATES // 2
         if request.submit.digest != BASE and not holders:
             known = [self._workers.by_id[wid] for wid in homes]
-            return {worker.wid: worker for worker in (*known[:half], *self._some(self._available, half, None))}.values()
+            return {worker.wid: worker for worker in (*known[:half], *self._some(available, half, None))}.values()
         known = [self._workers.by_id[wid] for wid in (*holders, *homes)]
-        chosen = (*self._some(known, half, request), *self._some(self._available, half, request))
+        chosen = (*self._some(known, half, request), *self._some(available, half, request))
         return {worker.wid: worker for worker in chosen}.values()
 
     def _some(self, workers: list[Worker], num: int, request: QueuedRequest | None) -> list[Worker]:

@@ -271,6 +271,7 @@ class Session:
             used_bytes=used,
             max_bytes=most,
             sent_ms=now_ms(),
+            knows=sorted({name for worker in workers for name in worker.knows}),
         )
         await self._bus.set(self._bus.keys.status, status, STATUS_TTL_MS)
 

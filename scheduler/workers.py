@@ -54,6 +54,7 @@ class Worker:
     resident: frozenset[str] = frozenset()
     loading: frozenset[str] = frozenset()
     host: frozenset[str] = frozenset()
+    knows: frozenset[str] = frozenset()  # fields of requests that older workers would ignore
     indexed: frozenset[str] = frozenset()  # adapters for which `Workers.holders` names it
     model: m.StepModel = UNFITTED_STEP
     requests: dict[str, QueuedRequest] = field(default_factory=dict[str, QueuedRequest])
@@ -87,6 +88,10 @@ class Worker:
     def available(self) -> bool:
         """Whether it may get requests."""
         return not self.beat.draining and not self.unreachable and self.beat.capacity > 0
+
+    def understands(self, request: QueuedRequest) -> bool:
+        """Return whether it knows all that a request uses."""
+        return self.knows.issuperset(request.submit.needs)
 
     def tier(self, digest: str) -> Tier:
         """Return where an adapter is."""
@@ -191,7 +196,7 @@ class Workers:
         if before != (worker.available, beat.capacity) or beat.wid not in self.by_id:
             self.version += 1
         worker.resident, worker.loading = frozenset(beat.resident), frozenset(beat.loading)
-        worker.host = frozenset(beat.host)
+        worker.host, worker.knows = frozenset(beat.host), frozenset(beat.knows)
         worker.model = self._usual_model() if beat.step_model == m.StepModel() else beat.step_model
         self._index(worker)
         return worker

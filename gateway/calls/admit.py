@@ -17,7 +17,7 @@ from gateway.overload.admission import Admission, Load
 from protocol.queue.quota import Quota, Standing
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest, LorafleetError
+from protocol.wire.errors import BadRequest, LorafleetError, Unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,16 @@ class CallAdmission:
             self.reached_queue()
             raise
         return AdmittedCall(admitted, base, prompts, load, quota)
+
+    def check_known(self, needs: Sequence[str]) -> None:
+        """Refuse what needs a worker that knows more than any does, which would ignore the rest. Raises Unavailable."""
+        status = self._fleet.status
+        if status is None or not status.workers:
+            return  # the scheduler has not met the workers yet; it gives the call to none that is too old
+        unknown = set(needs) - set(status.knows)
+        if unknown:
+            text = f"no worker knows {', '.join(sorted(unknown))}: all are older than this gateway"
+            raise Unavailable(f"{text}; it can be asked when one of its version has joined", code="workers_too_old")
 
     def lifetime_s(self, call: ParsedCall) -> float:
         """Return after how many seconds a call is ended, done or not."""

@@ -24,6 +24,7 @@ from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
 from protocol.queue.jobs import NewJob
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire.messages.requests import fields_in_use
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +75,14 @@ class Submitter:
     async def submit(self, call: AdmittedCall) -> SubmittedCall | m.Idempotent:
         """Submit a call whose tokens come to this gateway; or return what its Idempotency-Key was used for before.
 
-        Raises Overloaded. When it fails nobody listens to the call any more.
+        Raises Overloaded, Unavailable. When it fails nobody listens to the call any more.
         """
         made = self.made(call)
+        empty = made.parsed.options.is_empty
+        requests = [] if empty else self.requests(made, gateway=self._replies.gid, stored=bool(made.parsed.key))
         mail = self._replies.subscribe(made.rids, eager=made.parsed.options.stream)
-        if made.parsed.options.is_empty:
+        if empty:
             return replace(made, mail=mail)
-        requests = self.requests(made, gateway=self._replies.gid, stored=bool(made.parsed.key))
         record = record_of(made) if made.parsed.key else None
         try:
             earlier = await self.put(call, requests, record)
@@ -110,11 +112,15 @@ class Submitter:
     def requests(self, call: SubmittedCall, *, gateway: str, stored: bool) -> Requests:
         """Return the queue's requests of a call, one for each choice; those of a prompt share a body.
 
-        gateway: who gets the tokens, "" for nobody. stored: they live on without their client.
+        gateway: who gets the tokens, "" for nobody. stored: they live on without their client. Raises Unavailable when
+        it is now, and no worker is new enough for all that they use.
         """
         options, caller = call.parsed.options, call.parsed.caller
         weight = caller.tenant.weight if caller.tenant is not None else 1.0
         bodies = [self._body(call.parsed, prompt) for prompt in call.prompts]
+        needs = [sorted({*fields_in_use(body.sampling), *fields_in_use(body)}) for body in bodies]
+        if not options.background:
+            self._admission.check_known([name for names in needs for name in names])
         found: Requests = []
         for index, rid in enumerate(call.rids):
             which, choice = divmod(index, options.n)
@@ -123,7 +129,7 @@ class Submitter:
                 rid=rid, tenant=prompt.target.payer(caller), cls=options.cls, digest=prompt.target.digest,
                 num_prompt_tokens=prompt.num_tokens, max_new_tokens=prompt.max_new_tokens,
                 deadline_ms=call.deadline_ms, gateway=gateway, stored=stored, submitted_ms=now_ms(),
-                prefix=prefix_hash(prompt.ids), weight=weight, choice=choice,
+                prefix=prefix_hash(prompt.ids), weight=weight, choice=choice, needs=needs[which],
             )  # fmt: skip
             found.append((submit, bodies[which]))
         return found

@@ -10,6 +10,7 @@ from gpu_worker.service.outbox import Outbox, OwnedRequest
 from protocol.queue.bus import Entry, decode, now_ms
 from protocol.wire import messages as m
 from protocol.wire.errors import ProtocolError
+from protocol.wire.messages.requests import KNOWN_FIELDS
 
 
 def assignments_in(entry: Entry) -> list[m.Assigned]:
@@ -88,4 +89,5 @@ def worker_beat(name: str, stats: EngineStats, outbox: Outbox, *, publish_s: flo
         counters=msgspec.structs.replace(stats.counters, publish_s=publish_s),
         draining=draining,
         sent_ms=now_ms(),
+        knows=KNOWN_FIELDS,
     )

@@ -279,3 +279,21 @@ def test_what_is_known_of_adapters_is_bounded() -> None:
         placement.learn(f"a{i}", AdapterFacts(rank=i, num_bytes=1))
     assert placement.unknown({"a0", "a1", "a2", "a3", BASE}) == ["a1"]
     assert (placement.rank_of("a3"), placement.rank_of("a1")) == (3, 16)
+
+
+def test_a_request_goes_only_to_workers_that_know_its_fields() -> None:
+    """Older ones would ignore what they do not know, and answer something else."""
+    newest = beat("new", step_model=STEP, capacity=64, knows=["later", "last"])
+    site = Site(*beats(MAX_CANDIDATES - 1, capacity=64), newest)
+    assert {site.wid(needs=["later"]) for _ in range(20)} == {"new"}
+    assert len({site.wid() for _ in range(20)}) > 1
+    assert site.choose(needs=["later", "unheard_of"]) is OfferResult.BLOCKED
+    assert site.placement.has_room(request("r", needs=["unheard_of"]))  # others may be served meanwhile
+    site.fill("new")
+    assert site.choose(needs=["later"]) is OfferResult.BLOCKED
+
+
+@pytest.mark.parametrize("digest", ["", "cold"])
+def test_the_newest_worker_is_found_among_many(digest: str) -> None:
+    site = Site(*beats(10 * MAX_CANDIDATES, capacity=64), beat("new", step_model=STEP, capacity=64, knows=["later"]))
+    assert site.wid(digest, needs=["later"], final=True) == "new"

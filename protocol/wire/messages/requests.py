@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import msgspec
 
@@ -58,6 +59,38 @@ class Body(Wire, frozen=True):
     task: Task = "generate"  # embed: the log becomes float32 [width]; classify: per prompt token (int32 label, float32)
 
 
+EVERY_WORKER_KNOWS = frozenset({
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "seed", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "logit_bias", "num_logprobs", "min_tokens", "ignore_eos", "shows_special", "penalties",
+    "watermark", "prompt_logprobs", "logprobs_of",
+    "prompt", "sampling", "max_new_tokens", "stop", "stop_token_ids", "salt", "lora_scale", "grammar", "task",
+})  # fmt: skip
+"""The fields of `Sampling` and `Body` that workers know without saying so: those of the first version that is asked.
+
+A field that is added later is not entered here. It counts as new by itself: workers tell that they know it, and a
+request that uses it goes only to them, since others would ignore it and answer something else.
+"""
+
+
+@cache
+def _new_of(kind: type[Wire]) -> dict[str, Any]:
+    """Return the fields of a message that not every worker knows, with their defaults."""
+    return {
+        field.name: field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+        for field in msgspec.structs.fields(kind)
+        if field.name not in EVERY_WORKER_KNOWS
+    }
+
+
+def fields_in_use(message: Wire) -> list[str]:
+    """Return the fields of a message by which a request needs a worker that knows them."""
+    return [name for name, default in _new_of(type(message)).items() if getattr(message, name) != default]
+
+
+KNOWN_FIELDS = sorted({*_new_of(Sampling), *_new_of(Body)})
+"""What a worker of this version says that it knows."""
+
+
 class Submit(Wire, frozen=True):
     """What a scheduler needs to place a request; also kept in the request's hash to queue it again."""
 
@@ -76,3 +109,4 @@ class Submit(Wire, frozen=True):
     choice: int = 0  # of its prompt, see `Sampling.of_choice`
     call: str = ""  # first request of its call; "": itself. This and the next are set by `Bus.submit`
     part: int = 0  # which of the call's bodies is its own
+    needs: list[str] = []  # fields that its worker must know, see `fields_in_use`

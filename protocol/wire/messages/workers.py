@@ -77,6 +77,7 @@ class WorkerBeat(Wire, frozen=True):
     counters: WorkerCounters = msgspec.field(default_factory=WorkerCounters)
     draining: bool = False
     sent_ms: int = 0
+    knows: list[str] = []  # `requests.KNOWN_FIELDS` of its version
 
 
 class SchedulerStatus(Wire, frozen=True):
@@ -91,3 +92,4 @@ class SchedulerStatus(Wire, frozen=True):
     used_bytes: int = 0  # of the queue server's memory
     max_bytes: int = 0  # that it may hold; 0: no limit
     sent_ms: int = 0
+    knows: list[str] = []  # of `WorkerBeat`: those of the worker that knows most

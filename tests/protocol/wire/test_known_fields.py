@@ -1,0 +1,26 @@
+"""Which fields of a request not every worker knows: all that were added since workers say what they know."""
+
+from __future__ import annotations
+
+from protocol.wire import messages as m
+from protocol.wire.messages.requests import EVERY_WORKER_KNOWS, KNOWN_FIELDS, fields_in_use
+
+
+class LaterSampling(m.Sampling, frozen=True):
+    """A version with one more field of each kind."""
+
+    draw: int = 3
+    forbidden: tuple[int, ...] = ()
+
+
+def test_a_field_counts_as_new_by_itself_and_only_if_used() -> None:
+    assert fields_in_use(LaterSampling(temperature=0.0, watermark=True)) == []
+    assert fields_in_use(LaterSampling(draw=3, forbidden=())) == []
+    assert fields_in_use(LaterSampling(draw=4)) == ["draw"]
+    assert fields_in_use(LaterSampling(draw=4, forbidden=(1,))) == ["draw", "forbidden"]
+
+
+def test_a_worker_knows_all_fields_of_its_version() -> None:
+    fields = {*m.Sampling.__struct_fields__, *m.Body.__struct_fields__}
+    assert fields >= EVERY_WORKER_KNOWS
+    assert set(KNOWN_FIELDS) == fields - EVERY_WORKER_KNOWS
