@@ -17,7 +17,7 @@ PROCESSES ?= 4
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
-.PHONY: demo up test test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour api-check docker-smoke lock-images audit sbom licences pin-images clean help
+.PHONY: demo up test test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -104,6 +104,14 @@ chaos: $(VENV)/.stamp-dev  ## the same with 1,000 faults, in an hour or two; the
 
 tour: $(VENV)/.stamp-dev  ## run other peoples programs against a fleet of its own, or against URL=: make tour ARGS="openai langchain"
 	PYTHONPATH=.:kernels:tests $(BIN)/python -m examples.tours $(ARGS)
+
+tour-%:
+	$(MAKE) tour ARGS=$*
+
+forms:  ## how often answers of a form are whole, asked by instructor and llm: make forms URL=http://127.0.0.1:8000
+	test -d build/forms || $(PYTHON) -m venv build/forms
+	build/forms/bin/python -m pip install --disable-pip-version-check --quiet 'instructor>=1.17,<2' 'llm>=0.36,<0.40'
+	build/forms/bin/python examples/tours/tools/forms.py $(or $(URL),http://127.0.0.1:8000) $(ADAPTER)
 
 # Some requests ask for as many tokens as fit, so this is quick only with a short --max-model-len or a small model.
 api-check:  ## check every route against /openapi.json with generated requests: make api-check URL=http://127.0.0.1:8000

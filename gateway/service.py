@@ -30,12 +30,15 @@ from gateway.http.app import DISCARDED_BODIES, Envelope, build_app
 from gateway.http.connection import ConnectionLimits
 from gateway.http.routes import Endpoints
 from gateway.http.server import BACKLOG, HttpServer, allow_connections
-from gateway.lorax.routes import NativeEndpoints, shape_of
+from gateway.http.shapes import shape_of
+from gateway.lorax.routes import NativeEndpoints
+from gateway.ollama.routes import OllamaEndpoints
 from gateway.overload.admission import Admission, OverloadLimits
 from gateway.overload.heartbeat import Heartbeat, Pace
 from gateway.sandbox.sandbox import SandboxPool
 from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import load_model_files
+from gateway.tokenizer.routes import TokenizerEndpoints
 from peft_adapters.texts.files import TOKENIZER
 from protocol.queue.bus import Bus
 from protocol.runtime.fleet_secret import FleetSecret
@@ -84,7 +87,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
         grammars = GrammarCheck(sandbox, settings.grammar_timeout_s)
         resolver = Resolver(bus, aliases, own, settings.adapters)
         pipeline = Pipeline(settings, bus, files, fleet, resolver, replies, grammars, admission)
-        endpoints = Endpoints(pipeline)
+        endpoints = Endpoints(pipeline, admission)
         operators = OperatorEndpoints(AdapterOperations(bus, settings, aliases, secret))
         native = NativeEndpoints(endpoints, pipeline)
         if not settings.api_keys and not is_loopback(settings.host):
@@ -94,8 +97,12 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
                 settings.host or "every address",
             )
         encoders = EncoderEndpoints(endpoints, pipeline)
+        tokenizers = TokenizerEndpoints(endpoints, pipeline)
+        ollama = OllamaEndpoints(endpoints, pipeline)
         keys = bus.api_keys if settings.api_keys else None
-        app = build_app(endpoints, native, operators, encoders, settings, admission, keys, secret)
+        app = build_app(
+            endpoints, native, operators, encoders, tokenizers, ollama, settings, admission, keys, secret
+        )  # fmt: skip
         with _listen(settings.host, settings.port) as listener:
             address = _address(listener)
             await replies.open()

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.auth.callers import CALLER, EVERYBODY, Caller
 from gateway.http.errors import ErrorShape, unreachable_queue
 from gateway.http.headers import header_of
+from gateway.http.paths import OLLAMA_PREFIX, PING
 from protocol.queue.api_keys import PREFIX, ApiKeys
 from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.runtime.fleet_secret import FleetSecret
@@ -21,7 +22,7 @@ from protocol.wire.errors import LorafleetError, Unauthorized
 
 HUB_TOKEN_PREFIX = "hf_"
 
-OPEN_PATHS = frozenset({"/", "/health", "/ping"})
+OPEN_PATHS = frozenset({"/", "/health", PING})
 """What probes read without a key."""
 
 METRICS, API_PAGE = "/metrics", "/openapi.json"
@@ -66,7 +67,7 @@ class Authentication:
         bearer = _bearer(headers)
         if self._keys is None:
             return Caller(token=source_token(bearer, path), secret=self._secret)
-        if path in self._open and method in ("GET", "HEAD"):
+        if path in self._open and (method in ("GET", "HEAD") or path == PING):
             return EVERYBODY
         given = header_of(headers, b"x-api-key") or ""
         key, token = (given, source_token(bearer, path)) if given else (bearer, "")
@@ -105,7 +106,7 @@ def source_token(bearer: str, path: str) -> str:
     """
     if bearer.startswith(PREFIX):
         return ""
-    return bearer if bearer.startswith(HUB_TOKEN_PREFIX) or not path.startswith("/v1/") else ""
+    return bearer if bearer.startswith(HUB_TOKEN_PREFIX) or not path.startswith(("/v1/", OLLAMA_PREFIX)) else ""
 
 
 def _bearer(headers: Sequence[tuple[bytes, bytes]]) -> str:

@@ -18,6 +18,8 @@ from starlette.responses import Response
 from gateway.auth.callers import caller_of
 from gateway.bodies import json_values
 from gateway.bodies.parameter_check import IGNORED_HEADER, JsonBody, check_parameters
+from gateway.http.errors import ERROR_SHAPE, OPENAI_ERRORS
+from gateway.http.paths import TOKENIZE
 from gateway.overload.large import working
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
@@ -36,10 +38,13 @@ def body_value(raw: bytes) -> Any:
 
 
 class _JsonRequest(Request):
-    """Parses bodies with `body_value`."""
+    """Parses bodies with `body_value`, and notes whose errors a body of `/tokenize` is answered with."""
 
     async def json(self) -> Any:
-        return body_value(await self.body())
+        value = body_value(await self.body())
+        if self.url.path == TOKENIZE and isinstance(value, dict) and value.keys() & {"prompt", "messages"}:
+            self.scope[ERROR_SHAPE] = OPENAI_ERRORS
+        return value
 
 
 class JsonRoute(APIRoute):
@@ -48,6 +53,9 @@ class JsonRoute(APIRoute):
     A body that is a `JsonBody` may have no parameter that would have no effect; a handler takes it with its request.
     Calls take the way of `direct.py`.
     """
+
+    any_type = False
+    """Whether a body is taken for JSON whatever its content type says."""
 
     def __init__(self, path: str, endpoint: Handler, **options: Any) -> None:
         super().__init__(path, _checked(endpoint), **options)
@@ -59,7 +67,11 @@ class JsonRoute(APIRoute):
             return handler
 
         async def handle(request: Request) -> Response:
-            request = _JsonRequest(request.scope, request.receive)
+            scope = request.scope
+            if self.any_type:
+                rest = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
+                scope = {**scope, "headers": [*rest, (b"content-type", b"application/json")]}
+            request = _JsonRequest(scope, request.receive)
             try:
                 await request.body()
             except ClientDisconnect:
@@ -68,6 +80,12 @@ class JsonRoute(APIRoute):
                 return await handler(request)
 
         return handle
+
+
+class AnyTypeRoute(JsonRoute):
+    """A route whose clients need not say that their bodies are JSON, such as curl in Ollama's documentation."""
+
+    any_type = True
 
 
 def _checked(endpoint: Handler) -> Handler:

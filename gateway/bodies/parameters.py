@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from gateway.http.paths import CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE
+from gateway.http.paths import (
+    CHAT,
+    COMPLETIONS,
+    DETOKENIZE,
+    EMBEDDINGS,
+    OLLAMA_CHAT,
+    OLLAMA_EMBED,
+    OLLAMA_GENERATE,
+    TOKENIZE,
+)
 
 Fate = Literal["served", "accepted", "refused"]
 
@@ -33,6 +42,12 @@ OBJECTS: Mapping[str, str] = MappingProxyType({
     "encode_batch": "/classify_batch",
     "adapter": "parameters of an encoder's routes",
     "tokenize": TOKENIZE,
+    "detokenize": DETOKENIZE,
+    "ollama_chat": OLLAMA_CHAT,
+    "ollama_generate": OLLAMA_GENERATE,
+    "ollama_options": "options of Ollama's routes",
+    "ollama_embed": OLLAMA_EMBED,
+    "ollama_show": "/api/show",
     "register": "/v1/adapters",
     "load_lora": "/v1/load_lora_adapter",
     "unload_lora": "/v1/unload_lora_adapter",
@@ -71,6 +86,7 @@ class Parameter:
 _BOTH = "chat completions"
 _NATIVE = "generate generate_stream compat"
 _ENCODERS = "encode encode_batch"
+_OLLAMA = "ollama_chat ollama_generate"
 _ALL = "openai vllm sglang tgi lorax ollama"
 _OWN = ""
 
@@ -259,9 +275,54 @@ PARAMETERS: Sequence[Parameter] = (
     *_rows("parameters", _ENCODERS, "lorax", holds="adapter"),
     *_refused("stream", _ENCODERS, "lorax", "is not supported here: the answer comes at once", False),
     *_rows("inputs", "tokenize", "tgi lorax"),
-    *_rows("add_special_tokens", "tokenize", "lorax"),
+    *_rows("add_special_tokens", "tokenize", "vllm sglang lorax"),
+    *_rows("prompt model", "tokenize", "vllm sglang"),
+    *_rows("messages return_token_strs add_generation_prompt continue_final_message chat_template_kwargs", "tokenize",
+           "vllm"),
+    *_rows("tools", "tokenize", "vllm", holds="tool"),
+    *_refused("chat_template", "tokenize", "vllm", _CODE + ": the model's or the adapter's own template is used"),
+    *_refused("mm_processor_kwargs media_io_kwargs", "tokenize", "vllm", _NO_IMAGES, {}),
+    *_rows("tokens model", "detokenize", "vllm sglang"),
+    *_refused("skip_special_tokens", "detokenize", "sglang", "is not supported: special tokens are shown", False),
     *_rows("adapter_id adapter_source api_token", "tokenize", _OWN),
     *_rows("merged_adapters", "tokenize", _OWN, holds="merged_adapters"),
+    # Ollama
+    *_rows("model stream format think logprobs top_logprobs", _OLLAMA, "ollama"),
+    *_rows("options", _OLLAMA, "ollama", holds="ollama_options"),
+    *_rows("messages", "ollama_chat", "ollama"),
+    *_rows("tools", "ollama_chat", "ollama", holds="tool"),
+    *_rows("prompt system raw", "ollama_generate", "ollama"),
+    *_accepted("keep_alive", f"{_OLLAMA} ollama_embed", "ollama",
+               "says how long a model stays in memory: here adapters make room for others by themselves"),
+    *_refused("template", "ollama_generate", "ollama", _CODE + ": the model's or the adapter's own template is used",
+              ""),
+    *_refused("suffix", "ollama_generate", "ollama",
+              "asks for a text between two others, for which no model here is trained", ""),
+    *_refused("images", "ollama_generate", "ollama", _NO_IMAGES, []),
+    *_refused("context", "ollama_generate", "ollama",
+              "is not kept: /api/chat takes the messages of a conversation", []),
+    *_refused("width height steps", "ollama_generate", "ollama", _NO_IMAGES, 0),
+    *_refused("truncate", f"{_OLLAMA} ollama_embed", "ollama",
+              "is not supported: what is longer than the context is refused", False),
+    *_refused("shift", _OLLAMA, "ollama", "is not supported: an answer ends where the context does", False),
+    *_rows("temperature top_p top_k min_p typical_p seed num_predict num_ctx stop repeat_penalty presence_penalty"
+           " frequency_penalty", "ollama_options", "ollama"),
+    *_refused("repeat_last_n", "ollama_options", "ollama",
+              "is not supported: repeat_penalty counts all of the prompt and the answer", -1),
+    *_refused("mirostat", "ollama_options", "ollama", "is not supported: min_p or typical_p adapts to a text too", 0),
+    *_accepted("mirostat_tau mirostat_eta", "ollama_options", "ollama",
+               "belongs to mirostat, which must be 0, and then has no effect"),
+    *_refused("tfs_z", "ollama_options", "ollama", "is not supported: Ollama has no such sampling any more", 1),
+    *_refused("penalize_newline", "ollama_options", "ollama", "is always so: penalties count every token", True),
+    *_accepted("num_keep", "ollama_options", "ollama", "is about a context that is shifted, which none is here"),
+    *_accepted("numa num_batch num_gpu main_gpu low_vram f16_kv logits_all vocab_only use_mmap use_mlock"
+               " embedding_only num_thread", "ollama_options", "ollama",
+               "says how a process loads a model, and never changes an answer"),
+    *_rows("model input dimensions", "ollama_embed", "ollama"),
+    *_accepted("options", "ollama_embed", "ollama", "is about loading and generating, and never changes a vector"),
+    *_rows("model name", "ollama_show", "ollama"),
+    *_refused("verbose", "ollama_show", "ollama", "asks for lists of a GGUF file, which there is none of", False),
+    *_refused("system template options", "ollama_show", "ollama", "is not supported: nothing is changed here", "", {}),
     # Operators
     *_rows("name source token replace pin preload wait_s tenant", "register", _OWN),
     *_rows("lora_name lora_path", "load_lora", "vllm sglang"),

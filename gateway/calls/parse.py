@@ -13,6 +13,7 @@ from typing import Any, Literal
 from gateway.adapters.merged import MergedAdapters
 from gateway.auth.callers import Caller
 from gateway.grammars.notation import Constraint
+from gateway.text.answer_form import AnswerForm
 from gateway.tools.definitions import Tools
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, LorafleetError
@@ -144,6 +145,9 @@ class Rules:
 
     def check_base(self, options: Options, base: m.ServedModel) -> None:
         """Refuse what the base model cannot do. Raises BadRequest."""
+
+    def check_form(self, form: AnswerForm | None) -> None:
+        """Refuse what answers by the model's template cannot have. Raises BadRequest."""
 
     def refused_adapter(self, error: LorafleetError) -> LorafleetError:
         """Return how it is told that an adapter cannot be served."""

@@ -1,14 +1,14 @@
 """How a call walks through the gateway, whichever API it came by: one way, stage by stage.
 
     stage                  takes            returns          module
-    parse                  an HTTP body     ParsedCall       `parse` of openai, lorax and encoders
+    parse                  an HTTP body     ParsedCall       `parse` of openai, lorax, ollama, encoders
     resolve names          ParsedCall       ResolvedCall     calls.resolve
     render and tokenize    ResolvedCall     TokenizedCall    calls.tokenize
     constrain              TokenizedCall    TokenizedCall    calls.constrain
     admit                  TokenizedCall    AdmittedCall     calls.admit
     submit                 AdmittedCall     SubmittedCall    calls.submit
     follow                 SubmittedCall    Generation       calls.follow
-    write                  Generation       HTTP response    `write` of openai, lorax and encoders
+    write                  Generation       HTTP response    `write` of openai, lorax, ollama, encoders
 
 The first and the last stage are the API's, everything between them is here.
 """

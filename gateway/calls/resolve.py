@@ -54,9 +54,10 @@ class CallResolver:
         return ResolvedCall(call, base, targets)
 
     async def targets(
-        self, models: Models, base: m.ServedModel, caller: Caller, refused: Callable[[LorafleetError], LorafleetError]
-    ) -> list[Target]:
-        """Return what names stand for, waiting for all at once. Raises as `resolve`; `refused` are its rules."""
+        self, models: Models, base: m.ServedModel, caller: Caller,
+        refused: Callable[[LorafleetError], LorafleetError] | None = None,
+    ) -> list[Target]:  # fmt: skip
+        """Return what names stand for, waiting for all at once. Raises as `resolve`, or what `refused` makes of it."""
         if models.token:
             caller = replace(caller, token=models.token)
 
@@ -67,6 +68,8 @@ class CallResolver:
             except Unavailable:
                 raise
             except LorafleetError as error:
+                if refused is None:
+                    raise
                 raise refused(error) from error
 
         targets = await asyncio.gather(*map(of, models.names))

@@ -143,6 +143,7 @@ async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Targe
     if not encoded.ids:
         raise BadRequest("the chat template makes an empty prompt of these messages", param=call.rules.param)
     form = form_of(files, tools, opened=encoded.opened, continued=encoded.continued)
+    call.rules.check_form(form)
     if encoded.continued and form is not None and form.style is not None and not form.style.marker:
         message = "this model's tool calls are whole answers: none can follow a message that is continued; leave out"
         raise BadRequest(f"{message} tools, or continue_final_message", param="continue_final_message")

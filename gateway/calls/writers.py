@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,11 +40,29 @@ def comment(text: str) -> bytes:
     return f": {text or 'ping'}\n\n".encode()
 
 
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """How the parts of a stream stand one after the other."""
+
+    media_type: bytes
+    event: Callable[[bytes], bytes]  # from one JSON text to a part
+    idle: Callable[[str], bytes]  # a part that only keeps the connection alive; takes what the call waits for
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """The headers of a stream."""
+        return [(b"content-type", self.media_type), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+
+
+SSE = Framing(b"text/event-stream; charset=utf-8", event, comment)
+"""Server-sent events."""
+
+
 class Writer(Protocol):
     """How one endpoint writes its answers."""
 
     def frames(self, piece: Piece) -> bytes:
-        """Return the SSE frames of a piece; b"" when it shows nothing yet."""
+        """Return the frames of a piece; b"" when it shows nothing yet."""
         ...
 
     def usage_frame(self, usage: Usage) -> bytes:

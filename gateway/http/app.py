@@ -29,11 +29,14 @@ from gateway.http.errors import add_handlers, is_failure
 from gateway.http.headers import header_of
 from gateway.http.paths import GENERATION_PATHS, LARGE_BODY_PATHS, SMALL_BODY_BYTES
 from gateway.http.routes import Endpoints, add_routes
+from gateway.http.shapes import shape_of
 from gateway.http.sse import RAW_SEND
 from gateway.lorax import metrics as lorax_metrics
-from gateway.lorax.routes import NativeEndpoints, add_native_routes, shape_of
+from gateway.lorax.routes import NativeEndpoints, add_native_routes
+from gateway.ollama.routes import OllamaEndpoints, add_ollama_routes
 from gateway.overload.admission import Admission
 from gateway.overload.large import LargeBodies
+from gateway.tokenizer.routes import TokenizerEndpoints, add_tokenizer_routes
 from protocol.queue.api_keys import ApiKeys
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.metrics import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
@@ -57,6 +60,8 @@ def build_app(
     native: NativeEndpoints,
     operators: OperatorEndpoints,
     encoders: EncoderEndpoints,
+    tokenizers: TokenizerEndpoints,
+    ollama: OllamaEndpoints,
     settings: Settings,
     admission: Admission,
     keys: ApiKeys | None,
@@ -70,6 +75,8 @@ def build_app(
     add_native_routes(app, native)
     add_operator_routes(app, operators)
     add_encoder_routes(app, encoders)
+    add_tokenizer_routes(app, tokenizers)
+    add_ollama_routes(app, ollama)
     authentication = Authentication(
         LargeBodies(DirectCalls(app, shape_of), shape_of), keys, shape_of, secret, open_pages=settings.open_pages
     )  # fmt: skip

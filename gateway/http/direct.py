@@ -80,7 +80,7 @@ def _checked(route: JsonRoute, raw: bytes, request: Request) -> Any:
     refused = partial(RequestValidationError, body=None)
     if not raw:
         raise refused([{"type": "missing", "loc": ("body",), "msg": "", "input": None}])
-    if not _is_json(header_of(request.scope["headers"], b"content-type") or ""):
+    if not route.any_type and not _is_json(header_of(request.scope["headers"], b"content-type") or ""):
         raise refused([{"type": "model_type", "loc": ("body",), "msg": "", "input": None}])
     try:
         value = body_value(raw)

@@ -80,6 +80,9 @@ class OpenAIErrors:
 
 OPENAI_ERRORS = OpenAIErrors()
 
+ERROR_SHAPE = "lorafleet.errors"
+"""Scope key of the shape of a request's errors, where its body tells the API and not its path."""
+
 
 def cut(text: str) -> str:
     """Return a text for a client, shortened if what the client sent has made it long."""
@@ -150,7 +153,8 @@ def response_to(error: Exception, request: Request, shape_of: Callable[[str], Er
         told = unreachable_queue(error)
     else:
         told = Internal("the gateway failed")
-    return shape_of(request.url.path).response(told, headers)
+    shape = request.scope.get(ERROR_SHAPE) or shape_of(request.url.path)
+    return shape.response(told, headers)
 
 
 def let_go(error: BaseException) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway.calls.writers import comment, event
+from gateway.calls.writers import SSE, Framing
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape, error_of, is_failure
-from gateway.http.sse import STREAM_HEADERS, GenerationResponse
+from gateway.http.sse import GenerationResponse
 from gateway.overload.admission import is_inbound
 from protocol.runtime.metrics import CLIENTS_GONE
 
@@ -24,7 +24,7 @@ class KeepAliveResponse(Response):
     """Becomes the response that an answer comes to.
 
     Nothing is sent for `keepalive_s`, nor while the call is inbound, so that what goes wrong until then is raised and
-    becomes an HTTP error. After that a stream gets its headers, a comment each `keepalive_s`, and an error as an event.
+    becomes an HTTP error. After that a stream gets its headers, an idle part each `keepalive_s`, and errors as parts.
     """
 
     def __init__(
@@ -34,12 +34,14 @@ class KeepAliveResponse(Response):
         stream: bool,
         keepalive_s: float,
         errors: ErrorShape = OPENAI_ERRORS,
+        framing: Framing = SSE,
     ) -> None:
-        """`answer` is awaited once the response is sent; `errors` writes an error as an event."""
+        """`answer` is awaited once the response is sent; `errors` writes an error in a stream, `framing` its parts."""
         self._answer = answer
         self._stream = stream
         self._keepalive_s = keepalive_s
         self._errors = errors
+        self._framing = framing
         self._has_headers = False
         self.background = None
 
@@ -55,7 +57,7 @@ class KeepAliveResponse(Response):
         except BaseException as failure:
             if not self._has_headers or not is_failure(failure):
                 raise
-            body = event(self._errors.body(error_of(failure)))
+            body = self._framing.event(self._errors.body(error_of(failure)))
             await send({"type": "http.response.body", "body": body, "more_body": False})
             return
         finally:
@@ -72,18 +74,18 @@ class KeepAliveResponse(Response):
                 if client.done():
                     return False
                 if self._stream and not is_inbound():
-                    await self._send_comment(send)
+                    await self._send_idle(send)
                 await asyncio.wait([answer, client], timeout=self._keepalive_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await _end(client)
         return True
 
-    async def _send_comment(self, send: Send) -> None:
-        """Send a comment, after the headers if they have not been sent."""
+    async def _send_idle(self, send: Send) -> None:
+        """Send an idle part, after the headers if they have not been sent."""
         if not self._has_headers:
             self._has_headers = True
-            await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
-        frame = comment("its adapter is being fetched")
+            await send({"type": "http.response.start", "status": 200, "headers": self._framing.headers})
+        frame = self._framing.idle("its adapter is being fetched")
         await send({"type": "http.response.body", "body": frame, "more_body": True})
 
 

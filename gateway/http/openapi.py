@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
+LINES = "application/x-ndjson"
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -86,6 +87,36 @@ class Embedding(BaseModel):
     embeddings: list[float]
 
 
+class Detokenized(BaseModel):
+    """The text of token ids, in vLLM's form."""
+
+    prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """What transformers knows of the base model's tokenizer, and its chat template."""
+
+    tokenizer_class: str
+
+
+class Version(BaseModel):
+    """The version of this server."""
+
+    version: str
+
+
+class Load(BaseModel):
+    """The calls that this gateway is answering."""
+
+    server_load: int
+
+
+class OllamaModels(BaseModel):
+    """Models as Ollama lists them."""
+
+    models: list[dict[str, Any]]
+
+
 class EventStream(Response):
     """Server-sent events."""
 
@@ -115,8 +146,10 @@ _NUMBER, _INTEGER = {"type": "number"}, {"type": "integer"}
 _MAYBE = {"type": ["string", "null"]}
 _EVENTS = {EVENTS: {"schema": _object(data=_TEXT)}}  # of one event, as in OpenAPI 3.2; schemathesis reads it so
 
-OPENAI = _errors(_object(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE)))
-NATIVE = _errors(_object(error=_TEXT, error_type=_TEXT))
+_OPENAI_ERROR = _object(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE))
+_NATIVE_ERROR = _object(error=_TEXT, error_type=_TEXT)
+OPENAI = _errors(_OPENAI_ERROR)
+NATIVE = _errors(_NATIVE_ERROR)
 HEALTH: Responses = {200: {"model": Health}, 503: {"model": Health, "description": "Nothing is served now"}}
 PAGE: Responses = {200: {"model": Page}}
 JOB: Responses = {200: {"model": Job}}
@@ -139,3 +172,25 @@ ENTITIES_OF_SEVERAL: Responses = {
     200: _json("The entities of each text", {"type": "array", "items": _ENTITIES}), **NATIVE
 }  # fmt: skip
 METRICS: Responses = {200: {"content": {"text/plain": {"schema": _TEXT}}}}
+_TOKENS = {"type": "array", "items": _object(id=_INTEGER, text=_TEXT, start=_INTEGER, stop=_INTEGER)}
+_COUNTED = _object(
+    count=_INTEGER, max_model_len=_INTEGER, tokens={"type": "array", "items": _INTEGER},
+    token_strs={"type": ["array", "null"], "items": _TEXT},
+)  # fmt: skip
+TOKENIZED: Responses = {
+    200: _json("LoRAX's answer to `inputs`, vLLM's to others", {"anyOf": [_TOKENS, _COUNTED]}),
+    **_errors({"anyOf": [_OPENAI_ERROR, _NATIVE_ERROR]}),
+}
+DETOKENIZED: Responses = {200: {"model": Detokenized}}
+TOKENIZER_INFO: Responses = {200: {"model": TokenizerInfo}}
+VERSION: Responses = {200: {"model": Version}}
+LOAD: Responses = {200: {"model": Load}}
+OLLAMA = _errors(_object(error=_TEXT))
+OLLAMA_GENERATED: Responses = {
+    200: {
+        "description": "One object, or one on each line",
+        "content": {JSON: {"schema": _object(model=_TEXT, created_at=_TEXT, done={"type": "boolean"})}, LINES: {}},
+    },
+    **OLLAMA,
+}
+OLLAMA_MODELS: Responses = {200: {"model": OllamaModels}, **OLLAMA}

@@ -9,16 +9,28 @@ EMBEDDINGS = "/v1/embeddings"
 LORAX_GENERATE = frozenset({"/", "/generate", "/generate_stream", "/invocations"})
 LORAX_ENCODE = frozenset({"/embed", "/classify", "/classify_batch"})
 
-GENERATION_PATHS = frozenset({CHAT, COMPLETIONS, EMBEDDINGS}) | LORAX_GENERATE | LORAX_ENCODE
+OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED = "/api/chat", "/api/generate", "/api/embed"
+OLLAMA_PREFIX = "/api/"
+"""What is below it answers and refuses in Ollama's way."""
+
+GENERATION_PATHS = (
+    frozenset({CHAT, COMPLETIONS, EMBEDDINGS, OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED})
+    | LORAX_GENERATE
+    | LORAX_ENCODE
+)
 """A POST to one of these is a call, which goes into the queue."""
 
-TOKENIZE = "/tokenize"
+TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
+PING = "/ping"
 
-LARGE_BODY_PATHS = GENERATION_PATHS | {TOKENIZE}
+TOKENIZER_PATHS = frozenset({TOKENIZE, DETOKENIZE})
+"""A POST to one of these works on a text, but is no call."""
+
+LARGE_BODY_PATHS = GENERATION_PATHS | TOKENIZER_PATHS
 """Only these take bodies of more than SMALL_BODY_BYTES."""
 
 SMALL_BODY_BYTES = 1 << 16
 """Bodies up to this size wait for no place: none costs more than a few milliseconds."""
 
-LORAX_PATHS = LORAX_GENERATE | LORAX_ENCODE | {TOKENIZE, "/info", "/ping", "/startup"}
+LORAX_PATHS = LORAX_GENERATE | LORAX_ENCODE | {TOKENIZE, "/info", PING, "/startup"}
 """Routes that answer and refuse in LoRAX's way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Coroutine
+from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
@@ -15,12 +16,14 @@ from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.calls.jobs import JobStatus
 from gateway.calls.parse import Sent
 from gateway.calls.pipeline import Pipeline
+from gateway.calls.writers import SSE, Framing
 from gateway.http import openapi
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape
 from gateway.http.keep_alive import KeepAliveResponse
 from gateway.http.paths import CHAT, COMPLETIONS
 from gateway.openai.bodies import AnyRequest, ChatRequest, CompletionRequest
 from gateway.openai.calls import OpenAICalls
+from gateway.overload.admission import Admission
 from protocol.wire.errors import BadRequest, Unavailable
 
 MAX_KEY_CHARACTERS = 255
@@ -31,21 +34,23 @@ _PREFER_WAIT = re.compile(r"\bwait=(\d{1,6})\b")
 class Endpoints:
     """The handlers of OpenAI's routes, jobs and health."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: Pipeline, admission: Admission) -> None:
         self._pipeline = pipeline
+        self._admission = admission
         self._calls = OpenAICalls(pipeline)
         self._jobs = self._calls.jobs
         self.draining = False
 
     async def respond(
-        self, answer: Coroutine[Any, Any, Response], *, stream: bool = False, errors: ErrorShape = OPENAI_ERRORS
-    ) -> Response:
+        self, answer: Coroutine[Any, Any, Response], *, stream: bool = False, errors: ErrorShape = OPENAI_ERRORS,
+        framing: Framing = SSE,
+    ) -> Response:  # fmt: skip
         """Return the response that a call comes to, kept alive until then. Raises Unavailable while draining."""
         if self.draining:
             answer.close()
             raise Unavailable("this gateway is shutting down; another one can take the request", code="shutting_down")
         keepalive_s = self._pipeline.settings.keepalive_s
-        return KeepAliveResponse(answer, stream=stream, keepalive_s=keepalive_s, errors=errors)
+        return KeepAliveResponse(answer, stream=stream, keepalive_s=keepalive_s, errors=errors, framing=framing)
 
     # ------------------------------------------------------------ generation
 
@@ -119,6 +124,14 @@ class Endpoints:
             return json_response(body)
         return json_response({**body, "error": "unhealthy", "error_type": "healthcheck"}, 503)
 
+    async def version(self) -> Response:
+        """Answer vLLM's `/version`."""
+        return json_response({"version": version("lorafleet")})
+
+    async def load(self) -> Response:
+        """Answer vLLM's `/load`."""
+        return json_response({"server_load": self._admission.num_in_flight})
+
 
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     """Bind paths to handlers."""
@@ -131,3 +144,5 @@ def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     app.get("/v1/jobs/{jid}", responses=openapi.JOB)(endpoints.job)
     app.delete("/v1/jobs/{jid}", responses=openapi.DELETED)(endpoints.delete_job)
     app.post("/v1/jobs/{jid}/cancel", responses=openapi.JOB)(endpoints.cancel_job)
+    app.get("/version", responses=openapi.VERSION)(endpoints.version)
+    app.get("/load", responses=openapi.LOAD)(endpoints.load)

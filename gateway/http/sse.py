@@ -1,4 +1,4 @@
-"""The response to a call: server-sent events or one JSON object, until its client leaves."""
+"""The response to a call: a stream or one JSON object, until its client leaves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.calls import observe
 from gateway.calls.choices import Piece, best_of
 from gateway.calls.follow import ClientGoneError, Generation
-from gateway.calls.writers import Writer, comment, event
+from gateway.calls.writers import SSE, Writer
 from gateway.http.errors import OPENAI_ERRORS, error_of, is_failure
 
 DONE = b"data: [DONE]\n\n"
@@ -24,17 +24,12 @@ FEW_LOGPROB_BYTES = 1 << 14
 RAW_SEND = "lorafleet.send"
 """Scope key of the server's own `send`: wrappers between server and route need only the start of a response."""
 
-STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
-
 
 class GenerationResponse(Response):
     """Sends the answer of a running generation, and closes the generation in every case."""
 
     errors = OPENAI_ERRORS
+    framing = SSE
     done = DONE  # the frame that ends a stream
 
     def __init__(self, generation: Generation, writer: Writer, *, keepalive_s: float) -> None:
@@ -76,7 +71,8 @@ class GenerationResponse(Response):
         if self.started:
             observe.cut_off()
             # Without [DONE], so that no client takes this for a normal end.
-            await send({"type": "http.response.body", "body": event(self.errors.body(error)), "more_body": False})
+            last = self.framing.event(self.errors.body(error))
+            await send({"type": "http.response.body", "body": last, "more_body": False})
         else:
             await self.errors.response(error)(scope, receive, send)
 
@@ -95,12 +91,15 @@ class GenerationResponse(Response):
             if not frames:
                 if loop.time() - last_s < self.keepalive_s:
                     continue
-                frames = comment(await generation.waiting_for())
+                frames = self.framing.idle(await generation.waiting_for())
             await self._send_frames(send, frames, more=True)
             last_s = loop.time()
-        if self.options.include_usage:
-            frames += self.writer.usage_frame(generation.usage)
-        await self._send_frames(send, frames + self.done, more=False)
+        await self._send_frames(send, frames + await self.last_frames(), more=False)
+
+    async def last_frames(self) -> bytes:
+        """Return what a stream ends with."""
+        usage = self.writer.usage_frame(self.generation.usage) if self.options.include_usage else b""
+        return usage + self.done
 
     async def _send_frames(self, send: Send, frames: bytes, *, more: bool) -> None:
         if not self.started:
@@ -110,7 +109,7 @@ class GenerationResponse(Response):
 
     def stream_headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers of a streamed answer."""
-        return list(STREAM_HEADERS)
+        return self.framing.headers
 
     async def whole(self, choices: list[Piece]) -> Response:
         """Return the answer of a call that is not streamed."""

@@ -16,6 +16,7 @@ MAX_SUGGESTED = 3
 _CHAT = "/v1/chat/completions"
 _ENCODERS = "here are /v1/embeddings, and /classify for a token classifier as base"
 _ADAPTERS = "GET /v1/adapters says where each adapter is; a name can be preloaded, pinned, evicted and unloaded there"
+_REGISTER = "POST /v1/adapters serves an adapter under a name, DELETE /v1/adapters/NAME ends that; /api/tags lists all"
 _HEALTH = "/health says whether requests are served"
 
 NOT_SERVED = {
@@ -45,6 +46,10 @@ NOT_SERVED = {
     ),
     "/health_generate": f"{_HEALTH}, and /startup generates a token",
     **dict.fromkeys(("/load_lora_adapter", "/unload_lora_adapter"), "they are below /v1, as in vLLM"),
+    **dict.fromkeys(
+        ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete"), f"models are not made here. {_REGISTER}"
+    ),
+    "/api/embeddings": "its vectors come from /api/embed, if the base model is an encoder",
     "/collective_rpc": f"workers are not reached from outside. {_ADAPTERS}",
 }  # fmt: skip
 """Path of another server's API -> why it is not served, or what is in its place."""

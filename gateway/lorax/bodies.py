@@ -78,12 +78,3 @@ class CompatRequest(GenerateRequest):
     OBJECT = "compat"
 
     stream: bool = False
-
-
-class TokenizeRequest(AdapterParameters):
-    """`POST /tokenize`. LoRAX takes no adapter here; ours may bring their own tokenizer."""
-
-    OBJECT = "tokenize"
-
-    inputs: str
-    add_special_tokens: bool | None = None

@@ -120,12 +120,6 @@ def parse(
     )
 
 
-def check_tokenized(num_tokens: int, limit: int) -> None:
-    """Refuse a text with more tokens than `/tokenize` answers with. Raises BadRequest."""
-    if num_tokens > limit:
-        raise _bad(f"`inputs` must have at most {limit} tokens. Given: {num_tokens}", "inputs")
-
-
 def models_of(p: AdapterParameters) -> Models:
     """Return who is to answer. Raises BadRequest for contradictions."""
     merged = p.merged_adapters

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from gateway.adapters.resolver import BASE
-from gateway.auth.callers import Caller, caller_of
+from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.calls.follow import Generation
 from gateway.calls.pipeline import Pipeline
 from gateway.encoders.bodies import EncoderRequest
 from gateway.encoders.calls import EncoderCalls
 from gateway.http import openapi
-from gateway.http.errors import OPENAI_ERRORS, ErrorShape
-from gateway.http.paths import LORAX_PATHS, TOKENIZE
+from gateway.http.paths import PING
 from gateway.http.routes import Endpoints
 from gateway.lorax import metrics as lorax_metrics
-from gateway.lorax.bodies import CompatRequest, GenerateRequest, Parameters, StreamRequest, TokenizeRequest
-from gateway.lorax.errors import LORAX_ERRORS, GenerationFailed
-from gateway.lorax.parse import NativeCall, check_tokenized, models_of, parse
-from gateway.lorax.write import NativeResponse, tokens_json
-from gateway.overload import large
+from gateway.lorax.bodies import CompatRequest, GenerateRequest, Parameters, StreamRequest
+from gateway.lorax.errors import LORAX_ERRORS
+from gateway.lorax.parse import NativeCall, parse
+from gateway.lorax.write import NativeResponse
 from protocol.runtime.metrics import LORAX_BATCH_SIZE, LORAX_QUEUE_LENGTH
 from protocol.wire.messages import Task
 
@@ -37,19 +33,8 @@ PIPELINES: dict[Task, str] = {
 }  # fmt: skip
 """The Hub's names of what base models do."""
 
-MIN_TOKENIZED = 1 << 16
-"""Tokens of a text that `/tokenize` answers with, however short the model's context is."""
-
-MAX_CHARACTERS_PER_TOKEN = 16
-"""Longer than this the tokens of a text are on average in no language: it is not worth finding out."""
-
 PROBE = "Where should Johnny live?"
 MAX_LISTED = 1000
-
-
-def shape_of(path: str) -> ErrorShape:
-    """Return how errors on a path are written."""
-    return LORAX_ERRORS if path in LORAX_PATHS else OPENAI_ERRORS
 
 
 class NativeEndpoints:
@@ -88,30 +73,6 @@ class NativeEndpoints:
     async def _answer(self, native: NativeCall, started_s: float) -> NativeResponse:
         generation = await self._pipeline.run(native.call)
         return NativeResponse(generation, native, started_s, self._pipeline.settings.keepalive_s)
-
-    async def tokenize(self, body: TokenizeRequest, request: Request) -> Response:
-        """Answer `/tokenize`."""
-        return await self.endpoints.respond(self._tokenized(body, caller_of(request)), errors=LORAX_ERRORS)
-
-    async def _tokenized(self, body: TokenizeRequest, caller: Caller) -> Response:
-        pipeline = self._pipeline
-        files, base, tenant = pipeline.files, pipeline.fleet.base, caller.name or BASE
-        if body.adapter_id or body.merged_adapters is not None:
-            base = await pipeline.fleet.require(worker=False)
-            [target] = await pipeline.call_resolver.targets(models_of(body), base, caller, GenerationFailed)
-            files, tenant = target.files, target.payer(caller)
-        most = MIN_TOKENIZED if base is None else max(base.max_model_len, MIN_TOKENIZED)
-        check_tokenized(len(body.inputs) // MAX_CHARACTERS_PER_TOKEN, most)
-
-        async def tokenize() -> bytes:
-            special = body.add_special_tokens is not False
-            [encoding] = await files.encoder.detailed(
-                [body.inputs], add_special_tokens=special, tenant=tenant,
-                check=lambda num_tokens: check_tokenized(num_tokens, most),
-            )  # fmt: skip
-            return await asyncio.to_thread(tokens_json, encoding)
-
-        return Response(await large.work(tokenize), media_type="application/json")
 
     # ------------------------------------------------------------ operation
 
@@ -195,10 +156,10 @@ def add_native_routes(app: FastAPI, native: NativeEndpoints) -> None:
         app.post(path, responses=streamed)(native.compat)
     app.post("/generate", responses=errors)(native.generate)
     app.post("/generate_stream", responses=streamed, response_class=openapi.EventStream)(native.generate_stream)
-    app.post(TOKENIZE, responses=errors)(native.tokenize)
     app.get("/info", responses=errors)(native.info)
     app.get("/startup", responses=errors, response_class=Response)(native.startup)
     app.get("/metrics", responses=openapi.METRICS)(native.metrics)
-    for path in ("/", "/ping", "/health"):
+    for path in ("/", PING, "/health"):
         app.get(path, responses=openapi.HEALTH)(native.endpoints.health)
         app.head(path, include_in_schema=False)(native.endpoints.health)
+    app.post(PING, responses=openapi.HEALTH)(native.endpoints.health)  # as SageMaker and vLLM have it

@@ -12,11 +12,11 @@ from starlette.responses import Response
 from gateway.calls.choices import Piece, TokenLogprob, mean_logprob
 from gateway.calls.follow import Generation
 from gateway.calls.writers import MIN_LOGPROB, Usage, shown_logprob
-from gateway.http.sse import STREAM_HEADERS, GenerationResponse
+from gateway.http.sse import GenerationResponse
 from gateway.lorax import metrics as lorax_metrics
 from gateway.lorax.errors import LORAX_GENERATION_ERRORS
 from gateway.lorax.parse import NativeCall
-from gateway.text.tokenizer import Encoding, ModelFiles
+from gateway.text.tokenizer import ModelFiles
 from protocol.wire import messages as m
 from protocol.wire.tokens import Detokenizer
 
@@ -165,7 +165,7 @@ class NativeResponse(GenerationResponse):
     def stream_headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers of a streamed answer."""
         own = [(name.encode(), value.encode()) for name, value in self._headers().items()]
-        return [*STREAM_HEADERS, *own]
+        return [*self.framing.headers, *own]
 
     async def whole(self, choices: list[Piece]) -> Response:
         """Return the answer of a call that is not streamed."""
@@ -232,9 +232,3 @@ def compute_type(base: m.ServedModel) -> str:
 def _ascii(value: str) -> str:
     """Return a value in the characters that a header may hold."""
     return value.encode("ascii", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
-
-
-def tokens_json(encoding: Encoding) -> bytes:
-    """Return the answer of `/tokenize`: each token with where it lies in the text."""
-    parts = zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
-    return orjson.dumps([{"id": id_, "text": text, "start": start, "stop": stop} for id_, text, (start, stop) in parts])

@@ -93,7 +93,7 @@ def _inputs(request: AnyRequest, sent: Sent | None) -> Conversation | Texts:
     if request.background or (sent is not None and sent.key):
         _check_kept(request)
     if isinstance(request, ChatRequest):
-        return _conversation(request, truncation)
+        return conversation_of(request, truncation)
     special = request.add_special_tokens is not False
     return Texts(sources_of(request.prompt), add_special_tokens=special, truncation=truncation)
 
@@ -121,7 +121,8 @@ def _truncation(request: AnyRequest) -> Truncation | None:
     return Truncation(None if num == -1 else num, keeps_first=request.truncation_side == "right")
 
 
-def _conversation(request: ChatRequest, truncation: Truncation | None) -> Conversation:
+def conversation_of(request: ChatRequest, truncation: Truncation | None = None) -> Conversation:
+    """Return what a chat's prompt is made of. Raises BadRequest for parameters that contradict each other."""
     variables, continue_final = request.template_variables, bool(request.continue_final_message)
     if continue_final and request.add_generation_prompt:
         message = "continue_final_message and add_generation_prompt exclude each other: an answer goes on, or begins"
@@ -179,7 +180,7 @@ def _options(request: AnyRequest, settings: Settings) -> Options:
         n=n,
         max_tokens=max_tokens,
         default_tokens=UNLIMITED if isinstance(request, ChatRequest) else DEFAULT_COMPLETION_TOKENS,
-        stop=_stop(request, settings),
+        stop=stop_strings(request.stop, settings),
         stop_token_ids=request.stop_token_ids or [],
         bad_words=request.bad_words or [],
         stream=stream,
@@ -321,8 +322,9 @@ def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
         raise BadRequest(f"the keys of logit_bias must be token ids: {error}", param="logit_bias") from error
 
 
-def _stop(request: GenerationRequest, settings: Settings) -> list[str]:
-    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+def stop_strings(given: str | list[str] | None, settings: Settings) -> list[str]:
+    """Return a body's stop strings, without empty ones. Raises BadRequest for too many, or too long ones."""
+    stops = [given] if isinstance(given, str) else given or []
     if len(stops) > settings.max_stop_strings:
         message = f"stop has {len(stops)} strings; the limit is {settings.max_stop_strings}"
         raise BadRequest(message, param="stop")

@@ -116,6 +116,11 @@ class Admission:
 
     # ------------------------------------------------------------ a call's way
 
+    @property
+    def num_in_flight(self) -> int:
+        """Calls that this gateway is answering."""
+        return self._num_in_flight
+
     @contextmanager
     def enter(self) -> Iterator[None]:
         """Count the current task's call while it lasts: in flight until the end, inbound until `leave_inbound`."""

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.auth.callers import CALLER, Caller
 from gateway.http.errors import ErrorShape
 from gateway.http.headers import header_of
-from gateway.http.paths import LARGE_BODY_PATHS, SMALL_BODY_BYTES, TOKENIZE
+from gateway.http.paths import LARGE_BODY_PATHS, SMALL_BODY_BYTES, TOKENIZER_PATHS
 from protocol.wire.errors import Overloaded
 
 T = TypeVar("T")
@@ -190,7 +190,7 @@ class LargeBodies:
         path = scope.get("path", "")
         is_small = path not in LARGE_BODY_PATHS or _is_small(scope["headers"])
         # A text that is only tokenized passes no limit of calls, so it waits for its turn whatever its size.
-        if is_small and path != TOKENIZE:
+        if is_small and path not in TOKENIZER_PATHS:
             await self._app(scope, receive, send)
             return
         tenant = _tenant_of(scope)

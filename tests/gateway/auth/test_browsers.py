@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 from starlette.responses import PlainTextResponse
 
 from gateway.auth.browsers import Browsers
-from gateway.lorax.routes import shape_of
+from gateway.http.shapes import shape_of
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 

@@ -14,6 +14,7 @@ from helpers.scripted_fleet import RunningGateway, ScriptedFleet, running_gatewa
 from gateway.bodies.compat import PAGE, with_table
 from gateway.bodies.parameter_check import IGNORED_HEADER, MAX_ENTRIES, MAX_NAMED, JsonBody, check_parameters
 from gateway.bodies.parameters import OBJECTS, PARAMETERS, PARAMETERS_OF, SERVERS
+from gateway.http.paths import LORAX_PATHS, OLLAMA_PREFIX
 from gateway.openai.bodies import MAX_TOOLS, ChatRequest
 from protocol.queue.bus import Bus
 from protocol.wire.errors import BadRequest
@@ -33,6 +34,11 @@ GOOD: dict[str, dict[str, Any]] = {
     "/classify": {"inputs": "hi"},
     "/classify_batch": {"inputs": ["hi"]},
     "/tokenize": {"inputs": "hi"},
+    "/detokenize": {"tokens": [5]},
+    "/api/chat": CHAT,
+    "/api/generate": COMPLETION,
+    "/api/embed": {"model": "base", "input": "hi"},
+    "/api/show": {"model": "base"},
     "/v1/adapters": {"name": "a"},
     "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "/a"},
     "/v1/unload_lora_adapter": {"lora_name": "a"},
@@ -107,14 +113,13 @@ def told(answer: httpx2.Response) -> str:
 async def test_a_typo_is_refused_with_the_nearest_name(http: httpx2.AsyncClient, path: str) -> None:
     first = next(iter(GOOD[path]))
     answer = await http.post(path, json={**GOOD[path], f"{first}x": 1, "another": 2})
-    is_openai = path.startswith("/v1/")
-    assert answer.status_code == (400 if is_openai else 422), answer.text
+    assert answer.status_code == (422 if path in LORAX_PATHS else 400), answer.text
     assert f"Unknown parameter: `{first}x`. Did you mean `{first}`? Nor: another." in told(answer)
-    if is_openai:
+    if path in LORAX_PATHS:
+        assert answer.json()["error_type"] == "validation"
+    elif not path.startswith(OLLAMA_PREFIX):
         error = answer.json()["error"]
         assert (error["param"], error["code"]) == (f"{first}x", "unknown_parameter")
-    else:
-        assert answer.json()["error_type"] == "validation"
 
 
 @pytest.mark.parametrize("path", GOOD)

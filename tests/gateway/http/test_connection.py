@@ -18,7 +18,7 @@ from gateway.http import connection as http_connection
 from gateway.http import server as http_server
 from gateway.http.connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED, Connection, ConnectionLimits
 from gateway.http.server import HttpServer, origin_of
-from gateway.lorax.routes import shape_of
+from gateway.http.shapes import shape_of
 
 GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from gateway.http.errors import OPENAI_ERRORS
+from gateway.http.shapes import shape_of
 from gateway.lorax.bodies import CompatRequest, Parameters
-from gateway.lorax.routes import shape_of
 from gateway.openai.bodies import BODIES
 from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.bus import Bus

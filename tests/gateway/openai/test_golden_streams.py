@@ -78,6 +78,14 @@ STREAMS = {
         {"model": "base", "prompt": "hi", "max_tokens": 4, "stream": True, "echo": True, "logprobs": 1,
          "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
     ),
+    "ollama-chat": Stream(
+        "/api/chat",
+        {"model": "base:latest", "messages": MESSAGES, "tools": [], "stream": True, "options": {"num_predict": 12},
+         "logprobs": True, "top_logprobs": 1},
+    ),
+    "ollama-chat-tools": Stream("/api/chat", {"model": "base", "messages": MESSAGES, "tools": [TOOL]}, CALLS),
+    "ollama-chat-error": Stream("/api/chat", {"model": "base", "messages": MESSAGES}, error=WorkerLost("three died")),
+    "ollama-generate": Stream("/api/generate", {"model": "fox", "prompt": "hi", "options": {"stop": ["you"]}}),
     "litellm": Stream(CHAT, GREEDY),
     "langchain": Stream(
         CHAT,
@@ -88,6 +96,8 @@ REPLACED = [
     (rb"cmpl-[0-9a-f]{32}", b"cmpl-ID"),
     (rb'"created":\d+', b'"created":0'),
     (rb"call_[0-9a-f]{24}", b"call_ID"),
+    (rb'"created_at":"[^"]*"', b'"created_at":"ANY"'),
+    (rb'_duration":\d+', b'_duration":0'),
     (rb"(?m)^(date|x-request-id|openai-processing-ms): .*$", rb"\1: ANY"),
 ]
 

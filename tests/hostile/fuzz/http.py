@@ -17,8 +17,10 @@ from pydantic import BaseModel
 
 from gateway.adapters.operator_routes import LoadRequest, RegisterRequest, UnloadRequest
 from gateway.encoders.bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
-from gateway.lorax.bodies import CompatRequest, Parameters, TokenizeRequest
+from gateway.lorax.bodies import CompatRequest, Parameters
+from gateway.ollama import bodies as ollama
 from gateway.openai.bodies import ChatRequest, CompletionRequest
+from gateway.tokenizer.bodies import DetokenizeRequest, TokenizeRequest
 
 PATIENCE_S = 30.0
 """Silence after which a request counts as hung."""
@@ -34,6 +36,14 @@ BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "/": (CompatRequest, {"inputs": "hi", "parameters": {"max_new_tokens": 2}}),
     "/invocations": (CompatRequest, {"inputs": "hi", "parameters": {"max_new_tokens": 2}}),
     "/tokenize": (TokenizeRequest, {"inputs": "hi"}),
+    "/detokenize": (DetokenizeRequest, {"tokens": [5]}),
+    "/api/chat": (
+        ollama.ChatRequest,
+        {"model": "base", "messages": [{"role": "user", "content": "hi"}], "options": {"num_predict": 2}},
+    ),
+    "/api/generate": (ollama.GenerateRequest, {"model": "base", "prompt": "hi", "options": {"num_predict": 2}}),
+    "/api/embed": (ollama.EmbedRequest, {"model": "base", "input": ["hi"]}),
+    "/api/show": (ollama.ShowRequest, {"model": "base"}),
     "/v1/embeddings": (EmbeddingsRequest, {"model": "base", "input": ["hi"]}),
     "/embed": (EncoderRequest, {"inputs": "hi"}),
     "/classify": (EncoderRequest, {"inputs": "hi"}),

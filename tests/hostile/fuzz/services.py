@@ -154,14 +154,14 @@ async def _is_up(bus: Bus, worker: Worker) -> bool:
 
 
 def json_error(raw: bytes) -> str:
-    """Return the kind of an error of either API. Raises AssertionError for one that is not in its shape."""
+    """Return the kind of an error of any API. Raises AssertionError for one that is not in its shape."""
     body = orjson.loads(raw)
     error = body["error"]
     if isinstance(error, dict):
         assert {"message", "type", "param", "code"} == set(error), body
         message, kind = error["message"], error["code"] or error["type"]
     else:
-        message, kind = error, body["error_type"]
+        message, kind = error, body.get("error_type", "error")  # Ollama's have none
     assert isinstance(message, str), body
     assert message, body
     assert len(message) < 20_000, f"a message of {len(message)} characters"

@@ -1,0 +1,1 @@
+"""Ollama's API, with the base model and its adapters as models."""

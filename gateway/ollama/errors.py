@@ -1,0 +1,27 @@
+"""Errors as Ollama writes them: `{"error": "…"}`, with their HTTP status before a stream, without one in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import orjson
+from starlette.responses import Response
+
+from gateway.http.errors import cut, retry_headers
+from protocol.wire.errors import LorafleetError
+
+
+class OllamaErrors:
+    """Ollama's shape of errors."""
+
+    def body(self, error: LorafleetError) -> bytes:
+        """Return the JSON of an error."""
+        return orjson.dumps({"error": cut(error.message)})
+
+    def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
+        """Return the response that an error is."""
+        all_headers = {**retry_headers(error), **(headers or {})}
+        return Response(self.body(error), error.status, all_headers, "application/json")
+
+
+OLLAMA_ERRORS = OllamaErrors()

@@ -1,0 +1,102 @@
+"""The base model and its adapters as Ollama's models. Pure.
+
+What belongs to GGUF files alone, such as the number of parameters, is empty: it is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from gateway.ollama.parse import tagged_name
+from gateway.ollama.write import time_text
+from gateway.text.answer_parts import THOUGHTS
+from gateway.text.tokenizer import ModelFiles
+from protocol.wire import messages as m
+
+FOREVER = "9999-12-31T23:59:59Z"
+"""Models here do not expire: an adapter stays until its memory is needed for another."""
+
+Known = tuple[m.Alias, m.AdapterRecord]
+"""An adapter that is served."""
+
+
+def listed(base: m.ServedModel, adapters: Iterable[Known]) -> list[dict[str, Any]]:
+    """Return the models of `/api/tags`: the base, then the adapters."""
+    return [_listed(base, None), *(_listed(base, known) for known in adapters)]
+
+
+def running(base: m.ServedModel, adapters: Iterable[Known], beats: Iterable[m.WorkerBeat]) -> list[dict[str, Any]]:
+    """Return the models of `/api/ps`: the base if a worker has it, and the adapters that lie in a worker's pool."""
+    held = [beat.resident for beat in beats]
+    resident = {digest for digests in held for digest in digests}
+    shown: list[Known | None] = [None] if held else []
+    shown += [known for known in adapters if known[0].digest in resident]
+    return [
+        {
+            **{key: value for key, value in _listed(base, known).items() if key != "modified_at"},
+            "expires_at": FOREVER,
+            "size_vram": _size(known) if base.device == "cuda" else 0,
+            "context_length": base.max_model_len,
+        }
+        for known in shown
+    ]
+
+
+def shown(base: m.ServedModel, known: Known | None, files: ModelFiles) -> dict[str, Any]:
+    """Return what `/api/show` says of the base (None) or of an adapter. files: its own, or the base's."""
+    kind = base.model_type
+    source = f"FROM {base.name}\n" + (f"ADAPTER {known[0].source}\n" if known is not None else "")
+    return {
+        "modelfile": source,
+        "parameters": "\n".join(f'stop "{files.tokens.text_of(id_)}"' for id_ in sorted(files.eos_ids)),
+        "template": files.template.source if files.template is not None else "",
+        "details": _details(base, known),
+        "model_info": {
+            "general.architecture": kind,
+            "general.basename": base.name,
+            f"{kind}.context_length": base.max_model_len,
+            f"{kind}.vocab_size": base.vocab_size,
+            **({f"{kind}.embedding_length": base.width} if base.width else {}),
+            **({"adapter.type": "lora", "adapter.rank": known[1].rank} if known is not None else {}),
+        },
+        "capabilities": _capabilities(base, files),
+        "modified_at": time_text(known[0].changed_ms or known[0].created_ms if known is not None else base.created_ms),
+    }
+
+
+def _capabilities(base: m.ServedModel, files: ModelFiles) -> list[str]:
+    if base.task != "generate":
+        return ["embedding"] if base.task == "embed" else []
+    source = files.template.source if files.template is not None else None
+    thinks = source is not None and any(end in source for _, end in THOUGHTS)
+    return ["completion", *(["tools"] if source is not None else []), *(["thinking"] if thinks else [])]
+
+
+def _listed(base: m.ServedModel, known: Known | None) -> dict[str, Any]:
+    name = tagged_name(base.name if known is None else known[0].name)
+    changed_ms = base.created_ms if known is None else known[0].changed_ms or known[0].created_ms
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": time_text(changed_ms),
+        "size": _size(known),
+        "digest": base.fingerprint if known is None else known[0].digest,
+        "details": _details(base, known),
+    }
+
+
+def _size(known: Known | None) -> int:
+    """Return an adapter's bytes; 0 for the base, whose size no worker tells."""
+    return 0 if known is None else known[1].num_bytes
+
+
+def _details(base: m.ServedModel, known: Known | None) -> dict[str, Any]:
+    return {
+        "parent_model": "" if known is None else tagged_name(base.name),
+        "format": "safetensors",
+        "family": base.model_type,
+        "families": [base.model_type],
+        "parameter_size": "",
+        "quantization_level": base.dtype,
+    }

@@ -1,0 +1,213 @@
+"""*Parse* for Ollama's API: from a body to a `ParsedCall`. Pure.
+
+Names and defaults are Ollama's; the few things that are not done as there are refused by name (`bodies/parameters.py`).
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.auth.callers import Caller
+from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Texts
+from gateway.encoders.bodies import EmbeddingsRequest
+from gateway.encoders.parse import parse_embeddings
+from gateway.grammars.limits import check_num
+from gateway.grammars.notation import Constraint
+from gateway.grammars.structured import ANY_OBJECT, checked_schema
+from gateway.ollama import bodies
+from gateway.ollama.bodies import ChatRequest, EmbedRequest, GenerateRequest
+from gateway.openai.bodies import MAX_TOOLS
+from gateway.openai.parse import stop_strings
+from gateway.text.answer_form import AnswerForm
+from gateway.tools.definitions import Tools, tools_of
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest
+from protocol.wire.messages.requests import SEED_BITS
+
+DEFAULT_TEMPERATURE = 0.8
+DEFAULT_TOP_K = 40
+DEFAULT_TOP_P = 0.9
+
+TAG = ":latest"
+"""What Ollama puts behind every name that has no other version."""
+
+_WITHOUT_RAW = ("system", "think")
+
+
+@dataclass(frozen=True, slots=True)
+class OllamaRules(Rules):
+    """What later stages refuse a call for, or shorten it to, as Ollama does."""
+
+    num_ctx: int | None = None  # tokens of prompt and output that the client wants at most
+    thinks: str = ""  # the model's name, if reasoning is asked of it
+
+    def check_form(self, form: AnswerForm | None) -> None:
+        """Refuse reasoning of a model whose template has no marks of it. Raises BadRequest."""
+        if self.thinks and (form is None or form.thought is None):
+            raise BadRequest(f'"{self.thinks}" does not support thinking', param="think")
+
+    def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
+        """Return how many tokens the answer may have: no more than the context has room for. Raises BadRequest."""
+        context = min(self.num_ctx or max_model_len, max_model_len)
+        room = context - num_prompt_tokens
+        if room < 1:
+            message = f"the prompt has {num_prompt_tokens} tokens; the context has {context} (num_ctx, or the model's)"
+            raise BadRequest(message, param=self.param, code="context_length_exceeded")
+        return min(options.max_tokens or room, room)
+
+
+def plain_name(name: str) -> str:
+    """Return a model's name without Ollama's default tag."""
+    return name.removesuffix(TAG)
+
+
+def tagged_name(name: str) -> str:
+    """Return a model's name as Ollama's lists have it: with a tag."""
+    return name if ":" in name.rpartition("/")[2] else name + TAG
+
+
+def parse(request: ChatRequest | GenerateRequest, caller: Caller, settings: Settings) -> ParsedCall:
+    """Return what a body asks for. Raises BadRequest naming the parameter."""
+    is_chat = isinstance(request, ChatRequest)
+    given = request.options or bodies.Options()
+    rules = OllamaRules(
+        "messages" if is_chat else "prompt", settings.max_choices, given.num_ctx,
+        request.model if request.think else "",
+    )  # fmt: skip
+    return ParsedCall(
+        caller=caller,
+        models=Models([plain_name(request.model)]),
+        inputs=_conversation(request, settings) if isinstance(request, ChatRequest) else _inputs(request),
+        options=_options(request, given, settings),
+        rules=rules,
+        model_name=request.model,
+        form_param="tools" if isinstance(request, ChatRequest) and request.tools else "format",
+    )
+
+
+def parse_embed(request: EmbedRequest, caller: Caller, settings: Settings) -> ParsedCall:
+    """Return what `/api/embed` asks for. Raises BadRequest."""
+    asked = EmbeddingsRequest(model=plain_name(request.model), input=request.input, dimensions=request.dimensions)
+    return parse_embeddings(asked, caller, settings)
+
+
+def _options(request: ChatRequest | GenerateRequest, given: bodies.Options, settings: Settings) -> Options:
+    num_logprobs = _num_logprobs(request, settings)
+    return Options(
+        sampling=_sampling(given, num_logprobs),
+        max_tokens=given.num_predict if given.num_predict is not None and given.num_predict > 0 else None,
+        stop=stop_strings(given.stop, settings),
+        stream=request.streams,
+        constraint=_constraint(request.format, settings),
+        num_shown=num_logprobs,
+        tools=_tools(request, settings) if isinstance(request, ChatRequest) else None,
+    )
+
+
+def _num_logprobs(request: ChatRequest | GenerateRequest, settings: Settings) -> int | None:
+    num = request.top_logprobs
+    if num is not None and not request.logprobs:
+        raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+    check_num(num or 0, settings.max_logprobs, "tokens", "top_logprobs")
+    return (num or 0) if request.logprobs else None
+
+
+def _sampling(given: bodies.Options, num_logprobs: int | None) -> m.Sampling:
+    seed = given.seed if given.seed is not None and given.seed >= 0 else None  # -1 is Ollama's "any"
+    return m.Sampling(
+        temperature=_or(given.temperature, DEFAULT_TEMPERATURE),
+        top_p=_or(given.top_p, DEFAULT_TOP_P),
+        top_k=max(_or(given.top_k, DEFAULT_TOP_K), 0),
+        min_p=_or(given.min_p, 0.0),
+        typical_p=_or(given.typical_p, 1.0),
+        seed=secrets.randbits(SEED_BITS) if seed is None else seed,
+        repetition_penalty=_or(given.repeat_penalty, 1.0),
+        presence_penalty=_or(given.presence_penalty, 0.0),
+        frequency_penalty=_or(given.frequency_penalty, 0.0),
+        num_logprobs=num_logprobs,
+    )
+
+
+def _constraint(form: str | dict[str, Any] | None, settings: Settings) -> Constraint | None:
+    """Return the grammar that a `format` demands, None for none. Raises BadRequest."""
+    if isinstance(form, str) and form not in ("", "json"):
+        raise BadRequest(f'format must be "json" or a JSON schema, not {form!r:.100}', param="format")
+    if form in (None, ""):
+        return None
+    return {"json_schema": checked_schema(ANY_OBJECT if form == "json" else form, "format", settings)}
+
+
+def _tools(request: ChatRequest, settings: Settings) -> Tools | None:
+    check_num(len(request.tools or ()), MAX_TOOLS, "entries", "tools")
+    return tools_of(request.tools, None, None, settings)
+
+
+def _inputs(request: GenerateRequest) -> Conversation | Texts:
+    prompt = request.prompt or ""
+    if request.raw:
+        for name in _WITHOUT_RAW:
+            if getattr(request, name):
+                raise BadRequest(f"{name} has no effect beside raw: no template is rendered", param=name)
+        return Texts([prompt])
+    messages = [{"role": "system", "content": request.system}] if request.system else []
+    return Conversation([*messages, {"role": "user", "content": prompt}], _variables(request))
+
+
+def _conversation(request: ChatRequest, settings: Settings) -> Conversation:
+    given = request.messages or []
+    check_num(len(given), settings.max_messages, "entries", "messages")
+    messages = openai_messages(given)
+    last = messages[-1]
+    goes_on = last.get("role") == "assistant" and bool(last.get("content")) and not last.get("tool_calls")
+    return Conversation(messages, _variables(request), add_generation_prompt=not goes_on, continue_final=goes_on)
+
+
+def _variables(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
+    """Return how templates are told whether, and how much, to reason: each family has a variable of its own."""
+    if request.think is None:
+        return {}
+    variables: dict[str, Any] = {"enable_thinking": bool(request.think), "thinking": bool(request.think)}
+    return variables | ({"reasoning_effort": request.think} if isinstance(request.think, str) else {})
+
+
+def openai_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages as OpenAI has them: there calls have ids, and results name their call by its id.
+
+    What is of a wrong type is left as it is, to be refused with all other messages. Raises BadRequest for images.
+    """
+    found: list[dict[str, Any]] = []
+    open_calls: list[tuple[Any, str]] = []  # (name, id) of calls without a result
+    for i, message in enumerate(messages):
+        if message.get("images"):
+            raise BadRequest(f"messages[{i}].images: this model reads text", param=f"messages[{i}].images")
+        one = {key: value for key, value in message.items() if key not in ("images", "tool_name")}
+        calls = one.get("tool_calls")
+        if isinstance(calls, list):
+            one["tool_calls"] = [_with_id(call, f"{i:04}{n:05}", open_calls) for n, call in enumerate(calls)]
+        if one.get("role") == "tool":
+            name = message.get("tool_name")
+            answered = next((call for call in open_calls if name in (None, call[0])), None)
+            if answered is not None:
+                open_calls.remove(answered)
+                one.setdefault("tool_call_id", answered[1])
+            if name is not None:
+                one.setdefault("name", name)
+        found.append(one)
+    return found
+
+
+def _with_id(call: Any, id_: str, open_calls: list[tuple[Any, str]]) -> Any:
+    """Return a tool call with an id and a type, and note it among the open ones."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    id_ = call.get("id") or id_
+    open_calls.append((function.get("name"), id_))
+    return {"type": "function", **call, "id": id_}
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value

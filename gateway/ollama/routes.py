@@ -1,0 +1,131 @@
+"""Ollama's routes: `/api/chat`, `/api/generate`, `/api/embed`, and what its clients ask of models."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from gateway.adapters.resolver import BASE
+from gateway.auth.callers import Caller, caller_of
+from gateway.bodies.json_bodies import AnyTypeRoute, json_response
+from gateway.calls.parse import Models
+from gateway.calls.pipeline import Pipeline
+from gateway.http import openapi
+from gateway.http.paths import OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE
+from gateway.http.routes import Endpoints
+from gateway.ollama import models
+from gateway.ollama.bodies import ChatRequest, EmbedRequest, GenerateRequest, ShowRequest
+from gateway.ollama.errors import OLLAMA_ERRORS
+from gateway.ollama.models import Known
+from gateway.ollama.parse import parse, parse_embed, plain_name
+from gateway.ollama.write import EmbedResponse, Objects, OllamaResponse
+from protocol.wire.errors import BadRequest, ModelNotFound
+
+VERSION = "0.12.11"
+"""The Ollama whose API this is, the first with logprobs; clients refuse to work with old ones."""
+
+
+class OllamaEndpoints:
+    """The routes' handlers."""
+
+    def __init__(self, endpoints: Endpoints, pipeline: Pipeline) -> None:
+        self._endpoints = endpoints
+        self._pipeline = pipeline
+
+    # ------------------------------------------------------------ generation
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        """Answer `/api/chat`."""
+        return await self._generate(body, request)
+
+    async def generate(self, body: GenerateRequest, request: Request) -> Response:
+        """Answer `/api/generate`."""
+        return await self._generate(body, request)
+
+    async def _generate(self, body: ChatRequest | GenerateRequest, request: Request) -> Response:
+        started_s, caller = time.monotonic(), caller_of(request)
+        objects = Objects(body.model, isinstance(body, ChatRequest))
+        keepalive_s = self._pipeline.settings.keepalive_s
+
+        async def answer() -> Response:
+            if body.is_empty:
+                await self._require(body.model, caller)
+                return json_response(objects.loaded())
+            generation = await self._pipeline.run(parse(body, caller, self._pipeline.settings))
+            return OllamaResponse(generation, objects, started_s, keepalive_s)
+
+        stream = body.streams and not body.is_empty
+        return await self._endpoints.respond(
+            answer(), stream=stream, errors=OLLAMA_ERRORS, framing=objects.framing()
+        )  # fmt: skip
+
+    async def embed(self, body: EmbedRequest, request: Request) -> Response:
+        """Answer `/api/embed`."""
+        started_s, caller, settings = time.monotonic(), caller_of(request), self._pipeline.settings
+
+        async def answer() -> Response:
+            generation = await self._pipeline.run(parse_embed(body, caller, settings))
+            return EmbedResponse(generation, body, started_s, settings.keepalive_s)
+
+        return await self._endpoints.respond(answer(), errors=OLLAMA_ERRORS)
+
+    async def _require(self, name: str, caller: Caller) -> None:
+        """Wait until a model can be asked. Raises as `CallResolver.targets`."""
+        base = await self._pipeline.fleet.require(worker=True)
+        await self._pipeline.call_resolver.targets(Models([plain_name(name)]), base, caller)
+
+    # ------------------------------------------------------------ models
+
+    async def tags(self, request: Request) -> Response:
+        """Answer `/api/tags`."""
+        base = await self._pipeline.fleet.require(worker=False)
+        return json_response({"models": models.listed(base, await self._known(caller_of(request)))})
+
+    async def ps(self, request: Request) -> Response:
+        """Answer `/api/ps`."""
+        base = await self._pipeline.fleet.require(worker=False)
+        beats = await self._pipeline.bus.members.worker_beats()
+        known = await self._known(caller_of(request))
+        return json_response({"models": models.running(base, known, filter(None, beats.values()))})
+
+    async def show(self, body: ShowRequest, request: Request) -> Response:
+        """Answer `/api/show`."""
+        asked = body.model or body.name
+        if asked is None:
+            raise BadRequest("model: it is missing", param="model")
+        pipeline, caller, name = self._pipeline, caller_of(request), plain_name(asked)
+        base = await pipeline.fleet.require(worker=False)
+        if name in (BASE, base.name):
+            return json_response(models.shown(base, None, pipeline.files))
+        alias = await pipeline.resolver.known(name, caller)
+        if alias is None or alias.state != "on_disk":
+            raise ModelNotFound(asked)
+        [target] = await pipeline.call_resolver.targets(Models([name]), base, caller)
+        records = await pipeline.bus.adapters.records([alias.digest])
+        if alias.digest not in records:
+            raise ModelNotFound(asked)
+        return json_response(models.shown(base, (alias, records[alias.digest]), target.files))
+
+    async def version(self) -> Response:
+        """Answer `/api/version`."""
+        return json_response({"version": VERSION})
+
+    async def _known(self, caller: Caller) -> list[Known]:
+        """Return the adapters that a caller sees and that are served, by name."""
+        aliases = [alias for alias in await self._pipeline.resolver.visible(caller) if alias.state == "on_disk"]
+        records = await self._pipeline.bus.adapters.records(sorted({alias.digest for alias in aliases}))
+        return [(alias, records[alias.digest]) for alias in aliases if alias.digest in records]
+
+
+def add_ollama_routes(app: FastAPI, ollama: OllamaEndpoints) -> None:
+    """Bind paths to handlers."""
+    app.router.route_class = AnyTypeRoute
+    app.post(OLLAMA_CHAT, responses=openapi.OLLAMA_GENERATED)(ollama.chat)
+    app.post(OLLAMA_GENERATE, responses=openapi.OLLAMA_GENERATED)(ollama.generate)
+    app.post(OLLAMA_EMBED, responses=openapi.OLLAMA)(ollama.embed)
+    app.post("/api/show", responses=openapi.OLLAMA)(ollama.show)
+    app.get("/api/tags", responses=openapi.OLLAMA_MODELS)(ollama.tags)
+    app.get("/api/ps", responses=openapi.OLLAMA_MODELS)(ollama.ps)
+    app.get("/api/version", responses={**openapi.OLLAMA, **openapi.VERSION})(ollama.version)

@@ -1,0 +1,277 @@
+"""*Write* for Ollama's API: an answer as one object, or as objects one a line, the last of them with counts and times.
+
+A tool call is an object of a message, so it is told when it is whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import orjson
+from starlette.responses import Response
+
+from gateway.bodies import json_values
+from gateway.calls.choices import Piece, TokenLogprob
+from gateway.calls.follow import Generation
+from gateway.calls.writers import MIN_LOGPROB, Framing, Usage
+from gateway.encoders.write import EncoderResponse, shortened
+from gateway.http.sse import GenerationResponse
+from gateway.ollama.bodies import EmbedRequest
+from gateway.ollama.errors import OLLAMA_ERRORS
+from gateway.text.answer_form import AnswerForm
+from gateway.text.answer_parts import Part
+from protocol.wire.errors import BadRequest
+from protocol.wire.tokens import TokenTable
+
+NDJSON = b"application/x-ndjson"
+NS_PER_MS = 1_000_000
+
+
+def line(body: bytes) -> bytes:
+    """Return one JSON text as a line."""
+    return body + b"\n"
+
+
+def time_text(ms: int | None = None) -> str:
+    """Return a unix time in ms, or the present one, as RFC 3339 has it."""
+    moment = datetime.now(UTC) if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """Makes the objects of one answer."""
+
+    model: str  # as the client named it
+    is_chat: bool
+
+    def part(self, text: str = "", *, thinking: str = "", calls: Sequence[Any] = (), done: bool = False) -> Any:
+        """Return an object with some of the answer."""
+        message: dict[str, Any] = {"content" if self.is_chat else "response": text}
+        if thinking:
+            message["thinking"] = thinking
+        if calls:
+            message["tool_calls"] = list(calls)
+        shown = {"message": {"role": "assistant", **message}} if self.is_chat else message
+        return {"model": self.model, "created_at": time_text(), **shown, "done": done}
+
+    def loaded(self) -> Any:
+        """Return the answer to a request that asks nothing: the model is there."""
+        return {**self.part(done=True), "done_reason": "load"}
+
+    def framing(self) -> Framing:
+        """Return how the lines of a stream stand: one that only keeps the connection alive has no text."""
+        return Framing(NDJSON, line, lambda _: line(orjson.dumps(self.part())))
+
+
+@dataclass(slots=True)
+class _Call:
+    """A tool call, as far as it has come."""
+
+    id: str
+    index: int
+    name: str
+    arguments: str = ""
+
+    def object(self) -> Any:
+        """Return it as Ollama has it. Raises ValueError, or BadRequest, for arguments that were cut off."""
+        arguments = json_values.loads(self.arguments.encode(), "arguments")
+        return {"id": self.id, "function": {"index": self.index, "name": self.name, "arguments": arguments}}
+
+
+@dataclass(slots=True)
+class _Gained:
+    """What an answer has gained: reasoning, text and whole calls."""
+
+    thinking: str = ""
+    text: str = ""
+    calls: list[Any] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.thinking or self.text or self.calls)
+
+
+class _Reader:
+    """Reads the parts of one answer as its text comes."""
+
+    def __init__(self, form: AnswerForm | None, rid: str) -> None:
+        self._form = form
+        self._rid = rid
+        self._splitter = form.splitter() if form is not None else None
+        self._call: _Call | None = None  # one that is not whole yet
+
+    def read(self, text: str, *, ended: bool) -> _Gained:
+        """Return what further text adds."""
+        gained = _Gained()
+        if self._splitter is None:
+            gained.text = text
+            return gained
+        parts = self._splitter.add(text)
+        if ended:
+            parts += self._splitter.finish()
+        for part in parts:
+            self._take(part, gained)
+        if ended:
+            self._end_call(gained)
+        return gained
+
+    def _take(self, part: Part, gained: _Gained) -> None:
+        if part.kind == "reasoning":
+            gained.thinking += part.text
+        elif part.kind == "text":
+            gained.text += part.text
+        elif part.kind == "arguments" and self._call is not None:
+            self._call.arguments += part.text
+        elif part.kind == "call":
+            self._end_call(gained)
+            assert self._form is not None
+            self._call = _Call(self._form.call_id(self._rid, part.index), part.index, part.text)
+
+    def _end_call(self, gained: _Gained) -> None:
+        if self._call is None:
+            return
+        call, self._call = self._call, None
+        try:
+            gained.calls.append(call.object())
+        except (ValueError, BadRequest):  # it was cut off, and stays text
+            gained.text += f"{call.name}({call.arguments}"
+
+
+class OllamaWriter:
+    """The objects of `/api/chat` and `/api/generate`."""
+
+    def __init__(
+        self, objects: Objects, tokens: TokenTable, form: AnswerForm | None, rid: str, *, logprobs: bool
+    ) -> None:  # fmt: skip
+        """form, rid: of the one choice, see `openai.write`."""
+        self._objects = objects
+        self._tokens = tokens
+        self._logprobs = logprobs
+        self._form, self._rid = form, rid
+        self._streamed = _Reader(form, rid)
+        self.finish = ""
+
+    def frames(self, piece: Piece) -> bytes:
+        """Return the line of a piece; b"" when it shows nothing yet."""
+        self.finish = piece.finish or self.finish
+        gained = self._streamed.read(piece.text, ended=bool(piece.finish))
+        shows = self._logprobs and bool(piece.logprobs)
+        if not gained and not shows:
+            return b""
+        made = self._objects.part(gained.text, thinking=gained.thinking, calls=gained.calls)
+        return line(orjson.dumps({**made, **(self._entries(piece) if shows else {})}))
+
+    def usage_frame(self, usage: Usage) -> bytes:
+        """Return nothing: the last object has the counts."""
+        return b""
+
+    def show_usage(self, usage: Usage) -> None:
+        """Do nothing: only the last object has counts."""
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        """Return the answer as one object, without counts and times."""
+        [piece] = choices
+        self.finish = piece.finish
+        gained = _Reader(self._form, self._rid).read(piece.text, ended=True)
+        made = self._objects.part(gained.text, thinking=gained.thinking, calls=gained.calls, done=True)
+        return {**made, **(self._entries(piece) if self._logprobs else {})}
+
+    def last(self) -> dict[str, Any]:
+        """Return the object after a stream's text, without counts and times."""
+        return self._objects.part(done=True)
+
+    def _entries(self, piece: Piece) -> dict[str, Any]:
+        return {"logprobs": [self._entry(token) for token in piece.logprobs]}
+
+    def _entry(self, token: TokenLogprob) -> dict[str, Any]:
+        top = [self._scored(*pair) for pair in token.top]
+        return {**self._scored(token.id, token.logprob), **({"top_logprobs": top} if top else {})}
+
+    def _scored(self, id_: int, logprob: float) -> dict[str, Any]:
+        tokens = self._tokens
+        return {"token": tokens.text_of(id_), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(tokens.bytes_of(id_))}
+
+
+class OllamaResponse(GenerationResponse):
+    """The answer of `/api/chat` and `/api/generate`."""
+
+    errors = OLLAMA_ERRORS
+
+    def __init__(self, generation: Generation, objects: Objects, started_s: float, keepalive_s: float) -> None:
+        """Take the call's arrival, `started_s`, monotonic, and `keepalive_s` as `GenerationResponse` does."""
+        [choice] = generation.choices
+        shows = generation.call.parsed.options.num_shown is not None
+        writer = OllamaWriter(
+            objects, choice.prompt.files.tokens, choice.prompt.form, choice.rid, logprobs=shows
+        )  # fmt: skip
+        super().__init__(generation, writer, keepalive_s=keepalive_s)
+        self._made = writer
+        self._started_s = started_s
+        self.framing = objects.framing()
+
+    async def last_frames(self) -> bytes:
+        """Return the object that a stream ends with."""
+        numbers = await self._numbers()
+        return line(orjson.dumps({**self._made.last(), **numbers}))
+
+    async def whole(self, choices: list[Piece]) -> Response:
+        """Return the answer of a call that is not streamed."""
+        usage, finish = self.generation.usage, choices[0].finish
+        self._made.finish = finish
+        numbers = await self._numbers()
+        body = await self.dumped(lambda: {**self.writer.whole(choices, usage), **numbers})
+        return Response(body, media_type="application/json")
+
+    async def _numbers(self) -> Mapping[str, Any]:
+        usage = self.generation.usage
+        counts = {"prompt_eval_count": usage.prompt_tokens, "eval_count": usage.completion_tokens}
+        return {"done_reason": self._made.finish, **await durations(self.generation, self._started_s), **counts}
+
+
+async def durations(generation: Generation, started_s: float) -> dict[str, int]:
+    """Return the times of a call's parts in ns. started_s: monotonic, of its arrival.
+
+    load: from arrival until a worker has it, with the wait for its adapter and in the queue; prompt_eval: until the
+    first token; eval: until the end. The queue counts whole milliseconds; the total alone is known if it has lost them.
+    """
+    total = {"total_duration": round((time.monotonic() - started_s) * 1e9)}
+    known = await generation.facts()
+    if known is None:
+        return total
+    arrived_ms = round(1000 * (generation.call.submitted_s - started_s))
+    spans_ms = {
+        "load_duration": arrived_ms + known.assigned_ms - known.submitted_ms,
+        "prompt_eval_duration": known.first_ms - known.assigned_ms,
+        "eval_duration": known.ended_ms - known.first_ms,
+    }
+    return total | {name: max(ms, 0) * NS_PER_MS for name, ms in spans_ms.items()}
+
+
+class EmbedResponse(EncoderResponse):
+    """The answer of `/api/embed`: vectors of length 1, as Ollama gives them."""
+
+    def __init__(self, generation: Generation, request: EmbedRequest, started_s: float, keepalive_s: float) -> None:
+        """Take the call's arrival, `started_s`, monotonic, and `keepalive_s` as `GenerationResponse` does."""
+        model, dimensions = request.model, request.dimensions
+
+        def write(numbers: list[np.ndarray], generation: Generation) -> Any:
+            return {
+                "model": model,
+                "embeddings": [_unit(shortened(part.view("<f4"), dimensions, unit_length=False)) for part in numbers],
+                "total_duration": round((time.monotonic() - started_s) * 1e9),
+                "prompt_eval_count": generation.usage.prompt_tokens,
+            }
+
+        super().__init__(generation, write, native=False, keepalive_s=keepalive_s)
+        self.errors = OLLAMA_ERRORS
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    """Return a vector (float32) of length 1 in the same direction."""
+    length = float(np.linalg.norm(vector))
+    return vector / np.float32(length) if length else vector

@@ -1,0 +1,200 @@
+"""Texts as tokens, and tokens as text: `/tokenize` in LoRAX's form and vLLM's, and vLLM's kin of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from gateway.adapters.resolver import BASE, Target
+from gateway.auth.callers import Caller, caller_of
+from gateway.bodies.json_bodies import JsonRoute
+from gateway.calls.parse import Models
+from gateway.calls.pipeline import Pipeline
+from gateway.grammars.limits import check_num
+from gateway.http import openapi
+from gateway.http.errors import OPENAI_ERRORS
+from gateway.http.paths import DETOKENIZE, TOKENIZE
+from gateway.http.routes import Endpoints
+from gateway.lorax.errors import LORAX_ERRORS, GenerationFailed
+from gateway.lorax.parse import models_of
+from gateway.openai.bodies import MAX_TOOLS, ChatRequest
+from gateway.openai.parse import conversation_of
+from gateway.overload import large
+from gateway.text.tokenizer import Encoding
+from gateway.tokenizer.bodies import DetokenizeRequest, TokenizeRequest
+from gateway.tools.definitions import tools_of
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest
+
+MIN_TOKENIZED = 1 << 16
+"""Tokens of a text that are answered with, however short the model's context is."""
+
+MAX_CHARACTERS_PER_TOKEN = 16
+"""Longer than this the tokens of a text are on average in no language: it is not worth finding out."""
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+"""transformers' class for a tokenizer.json whose model names none."""
+
+
+class TokenizerEndpoints:
+    """The routes' handlers."""
+
+    def __init__(self, endpoints: Endpoints, pipeline: Pipeline) -> None:
+        self._respond = endpoints.respond
+        self._pipeline = pipeline
+        self._info = b""  # the answer of `/tokenizer_info`, once it was asked for
+
+    async def tokenize(self, body: TokenizeRequest, request: Request) -> Response:
+        """Answer `/tokenize`, in LoRAX's way or vLLM's."""
+        form, caller = body.form(), caller_of(request)
+        if form == "inputs":
+            return await self._respond(self._of_inputs(body, caller), errors=LORAX_ERRORS)
+        answer = self._of_prompt(body, caller) if form == "prompt" else self._of_messages(body, caller)
+        return await self._respond(answer, errors=OPENAI_ERRORS)
+
+    async def detokenize(self, body: DetokenizeRequest, request: Request) -> Response:
+        """Answer `/detokenize`."""
+        return await self._respond(self._text(body, caller_of(request)))
+
+    async def info(self) -> Response:
+        """Answer `/tokenizer_info` with the base model's `tokenizer_config.json` and its chat template."""
+        files = self._pipeline.files
+        if not self._info:
+            config: dict[str, Any] = orjson.loads(files.texts.get(TOKENIZER_CONFIG, "{}"))
+            config.setdefault("tokenizer_class", TOKENIZER_CLASS)
+            if files.template is not None:
+                config["chat_template"] = files.template.source
+            self._info = orjson.dumps(config)
+        return Response(self._info, media_type="application/json")
+
+    # ------------------------------------------------------------ LoRAX's form
+
+    async def _of_inputs(self, body: TokenizeRequest, caller: Caller) -> Response:
+        pipeline, text = self._pipeline, body.inputs or ""
+        base, target = pipeline.fleet.base, None
+        if body.adapter_id or body.merged_adapters is not None:
+            base = await pipeline.fleet.require(worker=False)
+            [target] = await pipeline.call_resolver.targets(models_of(body), base, caller, GenerationFailed)
+
+        async def tokenize() -> bytes:
+            encoding = await self._encoding(text, body.add_special_tokens is not False, target, base, caller, "inputs")
+            return await asyncio.to_thread(_tokens_json, encoding)
+
+        return Response(await large.work(tokenize), media_type="application/json")
+
+    # ------------------------------------------------------------ vLLM's forms
+
+    async def _of_prompt(self, body: TokenizeRequest, caller: Caller) -> Response:
+        base, target = await self._asked(body.model, caller)
+        text, strings = body.prompt or "", bool(body.return_token_strs)
+
+        async def tokenize() -> bytes:
+            encoding = await self._encoding(text, body.add_special_tokens is not False, target, base, caller, "prompt")
+            return await asyncio.to_thread(_answer, encoding.ids, encoding.tokens if strings else None, base)
+
+        return Response(await large.work(tokenize), media_type="application/json")
+
+    async def _of_messages(self, body: TokenizeRequest, caller: Caller) -> Response:
+        settings = self._pipeline.settings
+        check_num(len(body.messages or ()), settings.max_messages, "entries", "messages")
+        check_num(len(body.tools or ()), MAX_TOOLS, "entries", "tools")
+        asked = body.model_dump(
+            include={"messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
+        )  # fmt: skip
+        chat = conversation_of(ChatRequest(model=body.model or "", **asked))
+        tools = tools_of(body.tools, None, None, settings)
+        base, target = await self._asked(body.model, caller)
+        most, special, rendered = _most(base), bool(body.add_special_tokens), ""
+
+        def check(text: str) -> None:
+            nonlocal rendered
+            rendered = text
+            _check(most, "messages")(len(text) // MAX_CHARACTERS_PER_TOKEN)
+
+        async def tokenize() -> bytes:
+            encoded = await target.files.encode_chat(
+                chat.messages, add_generation_prompt=chat.add_generation_prompt, continue_final=chat.continue_final,
+                variables=chat.variables, tenant=target.payer(caller), check=check, add_special_tokens=special,
+                tools=tools.definitions if tools is not None else None,
+            )  # fmt: skip
+            _check(most, "messages")(len(encoded.ids))
+            if not body.return_token_strs:
+                return await asyncio.to_thread(_answer, encoded.ids, None, base)
+            encoding = await self._encoding(rendered, special, target, base, caller, "messages")
+            return await asyncio.to_thread(_answer, encoding.ids, encoding.tokens, base)
+
+        return Response(await large.work(tokenize), media_type="application/json")
+
+    async def _text(self, body: DetokenizeRequest, caller: Caller) -> Response:
+        base, target = await self._asked(body.model, caller)
+        _check(_most(base), "tokens")(len(body.tokens))
+        vocab_size = target.vocab_size or base.vocab_size
+
+        def text() -> bytes:
+            if body.tokens and not (min(body.tokens) >= 0 and max(body.tokens) < vocab_size):
+                raise BadRequest(f"tokens: token ids must be from 0 to {vocab_size - 1}", param="tokens")
+            return orjson.dumps({"prompt": target.files.tokens.decode(body.tokens, special=True)})
+
+        return Response(await large.work(lambda: asyncio.to_thread(text)), media_type="application/json")
+
+    # ------------------------------------------------------------ parts
+
+    async def _asked(self, model: str | None, caller: Caller) -> tuple[m.ServedModel, Target]:
+        """Return the base model, and whose tokenizer is asked for. Raises as `CallResolver.targets`."""
+        base = await self._pipeline.fleet.require(worker=False)
+        [target] = await self._pipeline.call_resolver.targets(Models([model or ""]), base, caller)
+        return base, target
+
+    async def _encoding(
+        self, text: str, special: bool, target: Target | None, base: m.ServedModel | None, caller: Caller, param: str
+    ) -> Encoding:
+        """Return the tokens of a text. Raises BadRequest naming `param` for too many."""
+        files = self._pipeline.files if target is None else target.files
+        tenant = (caller.name or BASE) if target is None else target.payer(caller)
+        check = _check(_most(base), param)
+        check(len(text) // MAX_CHARACTERS_PER_TOKEN)
+        [encoding] = await files.encoder.detailed([text], add_special_tokens=special, tenant=tenant, check=check)
+        return encoding
+
+
+def _most(base: m.ServedModel | None) -> int:
+    """Return how many tokens are answered with at most."""
+    return MIN_TOKENIZED if base is None else max(base.max_model_len, MIN_TOKENIZED)
+
+
+def _check(limit: int, param: str) -> Callable[[int], None]:
+    """Return what raises BadRequest for more tokens than are answered with."""
+
+    def check(num_tokens: int) -> None:
+        if num_tokens > limit:
+            raise BadRequest(f"`{param}` must have at most {limit} tokens. Given: {num_tokens}", param=param)
+
+    return check
+
+
+def _tokens_json(encoding: Encoding) -> bytes:
+    """Return LoRAX's answer: each token with where it lies in the text."""
+    parts = zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
+    return orjson.dumps([{"id": id_, "text": text, "start": start, "stop": stop} for id_, text, (start, stop) in parts])
+
+
+def _answer(ids: list[int], strings: Any, base: m.ServedModel) -> bytes:
+    """Return vLLM's answer. strings: the tokens as the vocabulary has them, None if they are not wanted."""
+    return orjson.dumps(
+        {"count": len(ids), "max_model_len": base.max_model_len, "tokens": ids, "token_strs": strings}
+    )  # fmt: skip
+
+
+def add_tokenizer_routes(app: FastAPI, tokenizer: TokenizerEndpoints) -> None:
+    """Bind paths to handlers."""
+    app.router.route_class = JsonRoute
+    app.post(TOKENIZE, responses=openapi.TOKENIZED)(tokenizer.tokenize)
+    app.post(DETOKENIZE, responses=openapi.DETOKENIZED)(tokenizer.detokenize)
+    app.get("/tokenizer_info", responses=openapi.TOKENIZER_INFO)(tokenizer.info)
