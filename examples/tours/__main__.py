@@ -63,7 +63,7 @@ def main() -> int:
         variables = {**os.environ, "PYTHONPATH": str(HERE)}
         if not variables.get("URL"):
             variables["URL"], model = stack.enter_context(text_fleet(out / "data"))
-            variables["TOKENIZER"] = str(model)
+            variables |= {"ADAPTER": "pirate", "TOKENIZER": str(model)}
             variables["EMBEDDER_URL"] = stack.enter_context(embedding_fleet(out / "embedder"))
         for prefix in ("", "EMBEDDER_"):
             url = variables.get(f"{prefix}URL")

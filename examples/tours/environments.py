@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from examples.tours.programs import Program
@@ -34,8 +33,8 @@ def install(program: Program, folder: Path) -> None:
     else:
         _run([sys.executable, "-m", "venv", str(folder)], folder)
         if program.shares:
-            own = Path(_site_packages(folder)) / "shared.pth"
-            own.write_text(sysconfig.get_path("purelib") + "\n")
+            shared = [path for path in sys.path if path.endswith("site-packages")]
+            Path(_site_packages(folder), "shared.pth").write_text("\n".join(shared) + "\n")
         _run([str(python(folder)), "-m", "pip", "install", "--quiet", *program.packages], folder)
     stamp.write_text(wanted)
 

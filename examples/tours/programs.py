@@ -33,7 +33,7 @@ PROGRAMS = (
         "sdks/llama_index_tour.py",
         ("llama-index-llms-openai-like>=0.8,<0.9", "llama-index-embeddings-openai-like"),
     ),
-    Program("dspy", "sdks/dspy_tour.py", ("dspy>=3.4,<4",)),
+    Program("dspy", "sdks/dspy_tour.py", ("dspy[numpy]>=3.4,<4",)),
     Program("openai-agents", "sdks/openai_agents_tour.py", ("openai-agents>=0.24,<0.25",)),
     Program("pydantic-ai", "sdks/pydantic_ai_tour.py", ("pydantic-ai-slim[openai]>=2.68,<3",)),
     Program("instructor", "sdks/instructor_tour.py", ("instructor>=1.17,<2",)),
