@@ -46,7 +46,7 @@ _UNREADABLE = (
 )  # fmt: skip
 """What transformers and the quantisation libraries raise on files they cannot use."""
 
-_CANNOT_RUN = (
+CANNOT_RUN = (
     TypeError, ValueError, LookupError, AttributeError, RuntimeError, NotImplementedError, ImportError, AssertionError
 )  # fmt: skip
 """What a model raises that wants images, a mask or a cache of its own, or kernels that this machine lacks."""
@@ -125,9 +125,12 @@ def task_of(config: PreTrainedConfig) -> Task:
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:
-    """Return the dimension of an attention head, 0 where a config does not say it."""
+    """Return the dimension of an attention head, 0 where a config does not say it, or one for each layer."""
     text = config.get_text_config()
-    own = getattr(text, "head_dim", None)
+    try:
+        own = getattr(text, "head_dim", None)
+    except RuntimeError:  # transformers' way to say that layers differ (Gemma 4)
+        return 0
     if not own:
         width, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
         own = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else 0
@@ -165,6 +168,10 @@ def refusal(module: PreTrainedModel, reasons: list[str]) -> BadRequest:
     return BadRequest(f"model type {module.config.model_type} cannot be served: it has {'; '.join(reasons)}")
 
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""Names by which transformers passes a cache object, the newer first."""
+
+
 def takes_positions(module: PreTrainedModel) -> bool:
     """Return whether a model is told the tokens' positions."""
     return "position_ids" in inspect.signature(module.forward).parameters
@@ -175,7 +182,7 @@ def refuse_what_cannot_run(module: PreTrainedModel) -> Iterator[None]:
     """Raise a refusal where running a model raises what models raise that need more than token ids."""
     try:
         yield
-    except _CANNOT_RUN as error:
+    except CANNOT_RUN as error:
         method, what = quantisation_of(module.config), "a forward pass that needs more than tokens"
         what = f"layers quantised with {method} that cannot run here" if method else what
         raise refusal(module, [f"{what}: {one_line(error)}"]) from error
