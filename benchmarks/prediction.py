@@ -134,7 +134,7 @@ def worker_model(beat: m.WorkerBeat, way_ms: float) -> WorkerModel:
 def slower(model: WorkerModel) -> WorkerModel:
     """Return a worker whose steps all take a little longer."""
     step = model.step
-    return replace(model, step=m.StepModel(*(SLOWER * term for term in (step.a, step.b, step.c, step.d))))
+    return replace(model, step=m.StepModel(*(SLOWER * term for term in (step.a, step.b, step.c, step.d, step.e))))
 
 
 def draw(axes: Sequence[Any], results: dict[str, dict[str, dict[str, float]]]) -> None:

@@ -136,7 +136,8 @@ class Worker:
     def step_s(self, request: QueuedRequest, num_tokens: int, rank: int) -> float:
         """Predict the seconds of its steps once `request`, of `num_tokens` and with an adapter of `rank`, is added."""
         more = 0 if request.submit.digest in self.by_digest else rank
-        return self.model.seconds(len(self.requests) + 1, self.num_tokens + num_tokens, self.rank_sum + more)
+        num = len(self.requests) + 1
+        return self.model.seconds(num, self.num_tokens + num_tokens, self.rank_sum + more, num)
 
 
 class Workers:

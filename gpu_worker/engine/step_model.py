@@ -1,6 +1,6 @@
 """What steps cost: totals by phase, and a model of a step's time that is learnt while running.
 
-The model: seconds = a + b·tokens + c·kv_tokens + d·(sum of ranks).
+The model: seconds = a + b·tokens + c·kv_tokens + d·(sum of ranks) + e·passes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SURPRISE = 1.5
 """Where steps are limited, the terms are solved at once after a step that took more times as long as expected: while
 all steps had one size, what more of anything costs was not known, and of the first long one it is."""
 
-_SCALE = np.array([1.0, 1e3, 1e5, 1e3])  # usual sizes of the four terms: keeps the equations well conditioned
+_SCALE = np.array([1.0, 1e3, 1e5, 1e3, 10.0])  # usual sizes of the five terms: keeps the equations well conditioned
 _RIDGE = 1e-6
 """Relative weight of what was known before: of terms that recent steps leave open it stays."""
 
@@ -42,6 +42,7 @@ class StepWork:
     num_tokens: int
     num_kv_tokens: int  # cached tokens that its sequences attend to
     sum_ranks: int  # over its distinct adapters
+    num_passes: int = 0  # forward passes of one sequence; 0 where all sequences share one
 
 
 class StepMeter:
@@ -79,8 +80,8 @@ class StepMeter:
         """Note how long a step took."""
         self.last_s = seconds
         self.counters.num_steps += 1
-        self.fit.add(seconds, work.num_tokens, work.num_kv_tokens, work.sum_ranks)
-        expected_s = self.model.seconds(work.num_tokens, work.num_kv_tokens, work.sum_ranks)
+        self.fit.add(seconds, work.num_tokens, work.num_kv_tokens, work.sum_ranks, work.num_passes)
+        expected_s = self.model.seconds(work.num_tokens, work.num_kv_tokens, work.sum_ranks, work.num_passes)
         if self.counters.num_steps % MIN_STEPS == 0 or (is_limited and seconds > SURPRISE * expected_s):
             self.model = self.fit.model()
 
@@ -90,16 +91,13 @@ class StepFit:
 
     def __init__(self) -> None:
         self._num_steps = 0
-        self._terms = np.zeros(4)  # the last fit, scaled
-        self._moments = np.zeros((4, 4))
-        self._targets = np.zeros(4)
+        self._terms = np.zeros(5)  # the last fit, scaled
+        self._moments = np.zeros((5, 5))
+        self._targets = np.zeros(5)
 
-    def add(self, seconds: float, num_tokens: int, num_kv_tokens: int, sum_ranks: int) -> None:
-        """Learn from one step.
-
-        num_kv_tokens: cached tokens that its sequences attend to. sum_ranks: over its distinct adapters.
-        """
-        x = np.array([1.0, num_tokens, num_kv_tokens, sum_ranks]) / _SCALE
+    def add(self, seconds: float, num_tokens: int, num_kv_tokens: int, sum_ranks: int, num_passes: int = 0) -> None:
+        """Learn from one step, of which `StepWork` describes the rest."""
+        x = np.array([1.0, num_tokens, num_kv_tokens, sum_ranks, num_passes]) / _SCALE
         # Errors count relative to the expected time. Absolute ones would let a few long prefills outweigh all decodes;
         # relative to the measured time, steps slow by chance would count little and the model come out too fast.
         unit = max(float(x @ self._terms), seconds / MAX_SURPRISE) if self._terms.any() else seconds
@@ -114,8 +112,7 @@ class StepFit:
         """Return the fitted terms; all zero while too few steps have been seen."""
         if self._num_steps < MIN_STEPS:
             return StepModel()
-        a, b, c, d = (float(term) for term in self._solve() / _SCALE)
-        return StepModel(a=a, b=b, c=c, d=d)
+        return StepModel(*(float(term) for term in self._solve() / _SCALE))
 
     def _solve(self) -> np.ndarray:
         return _solve_nonnegative(self._moments, self._targets, self._terms)

@@ -42,15 +42,17 @@ class StepTime:
         self._digests: set[str] = set()
 
     def add(self, num_tokens: int, num_kv_tokens: float, digest: str = "", rank: float = 0) -> None:
-        """Add new tokens. num_kv_tokens: that they attend to. digest, rank: of their adapter."""
-        self.seconds += self.model.b * num_tokens + self.model.c * num_kv_tokens + self._rank_s(digest, rank)
+        """Add new tokens of a sequence. num_kv_tokens: that they attend to. digest, rank: of their adapter."""
+        model = self.model
+        self.seconds += model.b * num_tokens + model.c * num_kv_tokens + self._rank_s(digest, rank) + model.e
         self._digests.add(digest)
         self.is_empty = False
 
     def room(self, num_kv_tokens: float, digest: str = "", rank: float = 0) -> float:
         """Return how many new tokens of a sequence, of which `num_kv_tokens` are computed, fit below the limit."""
         model = self.model
-        left_s = self.limit_s - self.reserved_s - self.seconds - model.c * num_kv_tokens - self._rank_s(digest, rank)
+        own_s = model.c * num_kv_tokens + self._rank_s(digest, rank) + model.e
+        left_s = self.limit_s - self.reserved_s - self.seconds - own_s
         per_token_s = model.b + model.c
         if left_s < 0:
             return 0
@@ -75,7 +77,7 @@ class StepLimit:
 
     def applies(self, model: StepModel) -> bool:
         """Return whether steps are limited: something is known of their time."""
-        return self._max_slowdown > 0 and model.seconds(1, 1, 1) > 0
+        return self._max_slowdown > 0 and model.seconds(1, 1, 1, 1) > 0
 
     def set_limit(self, time: StepTime) -> None:
         """Limit a step that holds the others' decodes and nothing else so far."""

@@ -219,6 +219,13 @@ def test_step_time_counts_the_rank_of_an_adapter_once() -> None:
     assert worker.step_s(request("b", "e"), 100, 64) == pytest.approx(0.01 + 0.002 + 2e-4 + 80e-4)
 
 
+def test_step_time_counts_a_pass_for_each_request_that_runs_alone() -> None:
+    workers = make_workers(beat("w", step_model=m.StepModel(a=0.001, e=0.01)))
+    worker, ledger = workers.by_id["w"], make_ledger(workers)
+    ledger.assign(request("a", ""), worker)
+    assert worker.step_s(request("b", ""), 100, 0) == pytest.approx(0.001 + 0.02)
+
+
 def test_a_new_worker_counts_as_fast_as_one_that_has_measured() -> None:
     model = m.StepModel(a=0.001, b=0.0001)
     workers = make_workers(beat("w"))

@@ -17,20 +17,25 @@ class Ended(Packed, frozen=True):
 
 
 class StepModel(Wire, frozen=True):
-    """Seconds of a step = a + b·tokens + c·kv_tokens + d·(sum of ranks over distinct adapters), fitted online."""
+    """Seconds of a step = a + b·tokens + c·kv_tokens + d·(sum of ranks over distinct adapters) + e·passes.
+
+    Fitted online. passes: forward passes of one sequence, of which packed steps have none: their e is 0.
+    """
 
     a: float = 0.0
     b: float = 0.0
     c: float = 0.0
     d: float = 0.0
+    e: float = 0.0
 
-    def seconds(self, num_tokens: int, num_kv_tokens: float, sum_ranks: int) -> float:
+    def seconds(self, num_tokens: int, num_kv_tokens: float, sum_ranks: int, num_passes: int = 0) -> float:
         """Return how long a step with this work takes, in seconds."""
-        return self.a + self.b * num_tokens + self.c * num_kv_tokens + self.d * sum_ranks
+        terms = self.b * num_tokens + self.c * num_kv_tokens + self.d * sum_ranks + self.e * num_passes
+        return self.a + terms
 
-    def is_worth_a_step(self, num_tokens: int, num_kv_tokens: int) -> bool:
-        """Return whether this work takes longer than the fixed cost of a step."""
-        return self.b * num_tokens + self.c * num_kv_tokens > self.a
+    def is_worth_a_step(self, num_seqs: int, num_kv_tokens: int) -> bool:
+        """Return whether the decodes of sequences take longer than the fixed cost of a step."""
+        return (self.b + self.e) * num_seqs + self.c * num_kv_tokens > self.a
 
 
 class WorkerCounters(msgspec.Struct, omit_defaults=True):

@@ -412,7 +412,8 @@ def test_served_model_tells_what_adapters_can_target(running: Running) -> None:
 def test_what_steps_cost_is_learnt_with_the_adapters_that_ran(running: Running) -> None:
     learnt: list[tuple[float, int, int, int]] = []
 
-    def add(seconds: float, num_tokens: int, num_kv_tokens: int, sum_ranks: int) -> None:
+    def add(seconds: float, num_tokens: int, num_kv_tokens: int, sum_ranks: int, num_passes: int = 0) -> None:
+        assert num_passes == 0, "packed steps have none"
         learnt.append((seconds, num_tokens, num_kv_tokens, sum_ranks))
 
     running.engine.meter.fit.add = add

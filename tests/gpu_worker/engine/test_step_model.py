@@ -47,6 +47,19 @@ def test_steps_that_are_slow_by_chance_count_as_much_as_others() -> None:
     assert sums[1] == pytest.approx(sums[0], rel=0.05)
 
 
+def test_passes_of_one_sequence_are_told_from_their_tokens() -> None:
+    """Of a model whose sequences run one by one, a decode costs a pass, a prompt hardly more."""
+    truth, fitted = StepModel(a=0.001, b=2e-4, e=0.01), StepFit()
+    rng = np.random.default_rng(3)
+    for _ in range(400):
+        decodes, prompt = int(rng.integers(1, 32)), int(rng.integers(0, 2) * rng.integers(100, 500))
+        tokens, passes = decodes + prompt, decodes + bool(prompt)
+        fitted.add(truth.seconds(tokens, 0, 0, passes), tokens, 0, 0, passes)
+    found = fitted.model()
+    assert found.e == pytest.approx(truth.e, rel=0.02)
+    assert found.b == pytest.approx(truth.b, rel=0.02)
+
+
 def test_no_term_is_negative() -> None:
     truth = StepModel(a=0.01, b=5e-4, c=-1e-8, d=0.0)
     found = fit(truth, 400, noise=0.05)
