@@ -400,6 +400,12 @@ def install_functions(model: nn.Module) -> None:
                 space[name] = _switch(name, many, space[one])
 
 
+def switch(name: str, kind: type[MixerCall], many: Callable[..., Any], one: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that a mixer of ours calls for `many`, which `kind` computes in a step."""
+    FUNCTIONS[name] = (kind, "")
+    return _switch(name, many, one)
+
+
 def _switch(name: str, many: Callable[..., Any], one: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(many)
     def call(*args: Any, **kwargs: Any) -> Any:
