@@ -211,27 +211,37 @@ def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:
     max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
     free = free_bytes(model.device) // (settings.workers if on_cpu else 1)
     kv_bytes = share(settings.kv_cache_bytes, free, 0.25 if on_cpu else 0.6, 2 * GiB if on_cpu else 1 << 62)
+    if settings.max_draft_tokens and (model.mixers.calls or model.passes is not None):
+        what = "sequences run one by one, whose caches" if model.passes is not None else "layers keep states, which"
+        raise BadRequest(
+            f"max_draft_tokens is {settings.max_draft_tokens}, but this model's {what} cannot go back by a token: "
+            "leave it 0"
+        )
     num_states = 0
+    passes = model.passes
+    if passes is not None:
+        max_num_seqs = passes.account.num_places(kv_bytes, max_num_seqs)
+        kv_bytes -= max_num_seqs * passes.account.sequence_bytes
     if model.mixers.calls:
-        if settings.max_draft_tokens:
-            raise BadRequest(
-                f"max_draft_tokens is {settings.max_draft_tokens}, but this model's layers keep states, which cannot "
-                "go back by a token: leave it 0"
-            )
         num_states, max_num_seqs = _num_states(model.mixers.slot_bytes, kv_bytes, max_num_seqs)
         kv_bytes -= (num_states + 1) * model.mixers.slot_bytes
     limits = BatchLimits(
         max_num_seqs,
         max_step_tokens,
-        settings.prefix_cache,
+        settings.prefix_cache and passes is None,
         settings.max_draft_tokens,
         max_draft_step_tokens=16 if on_cpu else 256,  # about where more tokens begin to make a step longer
         max_slowdown=settings.max_slowdown,
+        max_later_chunk=1 if passes is not None and passes.continues == "tokens" else 0,
     )
     block_bytes = sum(layer.block_bytes(model.dtype) for layer in model.layers)
+    if passes is not None:
+        block_bytes = BLOCK_TOKENS * passes.account.token_bytes
     num_blocks = kv_bytes // block_bytes if block_bytes else max_num_seqs * LONGEST_WITHOUT_LIMIT // BLOCK_TOKENS
     room = num_blocks * BLOCK_TOKENS
     longest = model.max_positions or (room if block_bytes else LONGEST_WITHOUT_LIMIT)
+    if passes is not None and passes.continues == "nothing":  # every token is a pass over all of its text
+        longest = min(longest, max_step_tokens)
     if settings.max_model_len > longest:
         raise BadRequest(f"max_model_len is {settings.max_model_len}, the model is made for {longest} tokens")
     max_model_len = settings.max_model_len or min(longest, room)

@@ -18,12 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gpu_worker.encoder.pooling import Pooling
-from gpu_worker.engine.runner import CHECK_LIMITS
 from gpu_worker.memory import send
 from gpu_worker.model.adaptable_modules import AdaptableModules, find_adaptable_modules
 from gpu_worker.model.attention import ATTENTION, AttentionCall, StepContext, bind
 from gpu_worker.model.checkpoint import refusal, refuse_what_cannot_run
-from gpu_worker.model.logits_check import spread_of
+from gpu_worker.model.logits_check import CHECK_LIMITS, spread_of
 from gpu_worker.model.lora import SharedInput, SiteInfo, install_sites
 from gpu_worker.model.model import fingerprint_of
 from gpu_worker.model.trial import Trial, run_encoder_trial

@@ -53,6 +53,7 @@ class BatchLimits:
     max_draft_tokens: int = 0  # draft tokens that a sequence may add to a step, 0: none
     max_draft_step_tokens: int = 0  # draft tokens are added only while the step has fewer tokens than that
     max_slowdown: float = 0.0  # times as long a step may take for sequences that yield, 0: any
+    max_later_chunk: int = 0  # tokens of a sequence in a step once some are computed, 0: any number
 
     @property
     def short_step_tokens(self) -> int:
@@ -280,7 +281,8 @@ class Batcher:
 
         The first sequence in a limited step has room for a token: nobody who yields waits for ever.
         """
-        num_new = min(seq.num_tokens - num_computed, plan.budget)
+        most = (self.limits.max_later_chunk if num_computed else 0) or plan.budget
+        num_new = min(seq.num_tokens - num_computed, plan.budget, most)
         if time is not None:
             digest = seq.request.digest
             room = time.room(num_computed, digest, self._slots.rank(digest))
@@ -376,7 +378,7 @@ class Batcher:
 
     def _free(self, seq: Sequence) -> None:
         self.blocks.release(seq.blocks)
-        seq.blocks = []
+        seq.blocks, seq.kept = [], None
         seq.num_computed = 0
         if self.states is not None:
             self.states.release(seq.state_slots)

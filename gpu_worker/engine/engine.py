@@ -23,6 +23,7 @@ from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.states import StatePool
 from gpu_worker.engine.step_model import StepWork
 from gpu_worker.model.model import BaseModel
+from gpu_worker.one_by_one.runner import OneByOneRunner
 from gpu_worker.sampling.grammars import Grammars
 from gpu_worker.sampling.logprobs import record_prompts
 from gpu_worker.sampling.sampling import Sampled, sample
@@ -63,7 +64,10 @@ class Engine(BaseEngine):
         limits = config.limits
         self.model = model
         self.config = config
-        self.runner = Runner(model, config.num_blocks, adapters.extras, config.num_states)
+        if model.passes is None:
+            self.runner = Runner(model, config.num_blocks, adapters.extras, config.num_states)
+        else:
+            self.runner = OneByOneRunner(model, model.passes, config.num_blocks, adapters.extras)
         self.runner.check()
         self.blocks = BlockPool(config.num_blocks)
         mixers = model.mixers
@@ -185,7 +189,9 @@ class Engine(BaseEngine):
 
     def _work_of(self, plan: StepPlan) -> StepWork:
         num_kv_tokens = sum(seq.num_computed + num_new for seq, num_new in plan.num_new.items())
-        return StepWork(plan.num_tokens, num_kv_tokens, self._sum_ranks(seq.slot for seq in plan.num_new))
+        sum_ranks = self._sum_ranks(seq.slot for seq in plan.num_new)
+        num_passes = 0 if self.model.passes is None else len(plan.num_new)
+        return StepWork(plan.num_tokens, num_kv_tokens, sum_ranks, num_passes)
 
     def _count(self, plan: StepPlan, work: StepWork, num_output: int) -> None:
         self.meter.stop(work, num_output, is_limited=plan.is_limited)

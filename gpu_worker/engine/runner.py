@@ -20,49 +20,54 @@ from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.memory import send
 from gpu_worker.model.apply_extras import ExtraRows
-from gpu_worker.model.logits_check import spread_of
 from gpu_worker.model.mixers import Run, StateBatch
 from gpu_worker.model.model import BaseModel
 from gpu_worker.sampling.logprobs import PromptRows
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest
 
-CHECK_LIMITS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
-"""Differences of logits that rounding may make: 0.06 measured in bf16 with 30 layers. Wrong attention makes about 1."""
 
-MAX_OVER_SENSITIVITY = 3.0
-"""A model that rounds activations may differ by this many times what a change of its embeddings' last digits makes."""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
-    """One step's inputs on the device; the work lists are in the model's context."""
+    """What is to be computed in one step, and what its rows of logits are."""
+
+    ready: list[Sequence]  # sequences whose next token can be chosen: theirs are the first rows, in this order
+    prompt_rows: list[PromptRows] = field(default_factory=list[PromptRows])  # whose rows follow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedInputs(StepInputs):
+    """One packed step's inputs on the device; the work lists are in the model's context."""
 
     input_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
     logit_rows: Tensor | None  # int64 [n], tokens that go through the head; None: all
-    # Sequences whose next token can be chosen. Their rows come first in logit_rows, in this order.
-    ready: list[Sequence]
-    prompt_rows: list[PromptRows] = field(default_factory=list)  # whose rows follow in logit_rows
     vocab_sizes: Tensor | None = None  # int64 [n], where an adapter of the step has a vocabulary of its own
     graph: DecodeGraph | None = None  # replayed instead of running the model; the tensors above are its own
 
 
 @dataclass(frozen=True, slots=True)
-class _StepRows:
+class StepRows:
     """A plan on the host, before it is sent."""
 
     seqs: list[Sequence]
+    num_before: np.ndarray  # int64 [S] tokens of each sequence that are computed before it
     num_new: np.ndarray  # int64 [S] tokens of each sequence in this step
     ends: np.ndarray  # int64 [S] tokens computed after it
     complete: np.ndarray  # bool [S], whether all known tokens are computed then, so that the next can be chosen
 
     @classmethod
-    def of(cls, plan: StepPlan) -> _StepRows:
+    def of(cls, plan: StepPlan) -> StepRows:
+        """Return the rows of a plan."""
         seqs = list(plan.num_new)
         num_new = np.fromiter(plan.num_new.values(), np.int64, len(seqs))
-        ends = np.array([seq.num_computed for seq in seqs]) + num_new
-        return cls(seqs, num_new, ends, ends >= np.array([seq.num_tokens for seq in seqs]))
+        return cls.after(seqs, np.array([seq.num_computed for seq in seqs]), num_new)
+
+    @classmethod
+    def after(cls, seqs: list[Sequence], num_before: np.ndarray, num_new: np.ndarray) -> StepRows:
+        """Return the rows of the `num_new` tokens of each sequence that follow its first `num_before`."""
+        ends = num_before + num_new
+        return cls(seqs, num_before, num_new, ends, ends >= np.array([seq.num_tokens for seq in seqs]))
 
     @property
     def starts(self) -> np.ndarray:
@@ -72,8 +77,8 @@ class _StepRows:
     def token_ids(self, drafts: Mapping[Sequence, list[int]]) -> np.ndarray:
         """Return the step's tokens: int32 [T]; draft tokens come after the known tokens of their sequence."""
         parts: list[np.ndarray] = []
-        for seq, end in zip(self.seqs, self.ends, strict=True):
-            parts.append(seq.tokens[seq.num_computed : end])
+        for seq, start, end in zip(self.seqs, self.num_before, self.ends, strict=True):
+            parts.append(seq.tokens[start:end])
             if seq in drafts:
                 parts.append(np.array(drafts[seq], np.int32))
         return np.concatenate(parts)
@@ -83,19 +88,20 @@ class _StepRows:
         slots = np.repeat(np.array([seq.slot for seq in self.seqs], np.int32), self.num_new)
         scales = np.repeat(np.array([seq.request.lora_scale for seq in self.seqs], np.float32), self.num_new)
         for i, seq in enumerate(self.seqs):
-            num_before = seq.active_from - seq.num_computed
-            if num_before > 0:  # an activated LoRA before its invocation
+            num_inactive = seq.active_from - self.num_before[i]
+            if num_inactive > 0:  # an activated LoRA before its invocation
                 first = int(self.num_new[:i].sum())
-                slots[first : first + min(self.num_new[i], num_before)] = -1
+                slots[first : first + min(self.num_new[i], num_inactive)] = -1
         return slots, scales
 
     def prompt_rows(self) -> list[PromptRows]:
         """Return the rows of prompts whose logprobs are recorded."""
         found: list[PromptRows] = []
-        for i, (seq, end) in enumerate(zip(self.seqs, self.ends.tolist(), strict=True)):
+        spans = zip(self.seqs, self.num_before.tolist(), self.ends.tolist(), strict=True)
+        for i, (seq, start, end) in enumerate(spans):
             recorder = seq.prompt_logprobs
-            if recorder is not None and (num := recorder.num_rows(seq.num_computed, end)):
-                found.append(PromptRows(recorder, i, seq.num_computed, num))
+            if recorder is not None and (num := recorder.num_rows(start, end)):
+                found.append(PromptRows(recorder, i, start, num))
         return found
 
     def logit_rows(
@@ -151,26 +157,25 @@ class Runner:
 
     def prepare(self, plan: StepPlan) -> StepInputs:
         """Build a plan's inputs and work lists with numpy and send them to the device; the host does not wait."""
-        step = _StepRows.of(plan)
+        step = StepRows.of(plan)
         ids = step.token_ids(plan.drafts).astype(np.int64)
         ready = [seq for seq, is_complete in zip(step.seqs, step.complete, strict=True) if is_complete]
         slots, scales = step.adapters()
         prompt_rows = step.prompt_rows()
-        has_extras = any(seq.request.digest in self._extras for seq in step.seqs)
-        if self._graphs is not None and not has_extras and not prompt_rows:
+        if self._graphs is not None and not self._has_extras(step) and not prompt_rows:
             graph = self._graphs.find(step.num_new, step.complete)
             if graph is not None:
                 graph.fill(DecodeLists(ids, step.ends, block_tables(step.seqs), slots, scales))
-                return StepInputs(graph.input_ids, graph.attention.positions, graph.rows, ready, graph=graph)
+                return PackedInputs(
+                    input_ids=graph.input_ids, positions=graph.attention.positions, logit_rows=graph.rows,
+                    ready=ready, graph=graph,
+                )  # fmt: skip
         rows, heads = step.logit_rows(plan.drafts, prompt_rows)
         device, context = self.model.device, self.model.context
         context.attention = ops.build_attention_batch(step.num_new, step.ends, block_tables(step.seqs), device)
         self.model.mixers.batch = state_batch(step, plan.saves, device) if self.model.mixers.calls else None
-        context.lora = lora_batch(slots, scales, device)
-        context.lora_logits = lora_batch(slots[rows], scales[rows], device)
-        context.extras, context.extras_logits = [], []
-        vocab_sizes = self._set_extras(step, rows, heads) if has_extras else None
-        return StepInputs(
+        vocab_sizes = self.set_adapters(step, slots, scales, rows, heads)
+        return PackedInputs(
             input_ids=send(ids, device),
             positions=context.attention.positions,
             logit_rows=None if len(rows) == len(ids) and not prompt_rows else send(rows, device),
@@ -179,31 +184,37 @@ class Runner:
             vocab_sizes=vocab_sizes,
         )
 
-    def _check_runs(self, starts: np.ndarray, ends: np.ndarray) -> StateBatch | None:
-        """Return the runs of the prompts of `check`, whose states are in the first slots."""
-        if not self.model.mixers.calls:
-            return None
-        firsts = np.cumsum(ends - starts) - (ends - starts)
-        zero = self.num_states
-        parts = enumerate(zip(firsts.tolist(), (ends - starts).tolist(), starts.tolist(), strict=True))
-        runs = [Run(first, first + num, slot if start else zero, slot, num) for slot, (first, num, start) in parts]
-        return StateBatch.of([], runs, [], self.model.device)
+    def set_adapters(
+        self, step: StepRows, slots: np.ndarray, scales: np.ndarray, rows: np.ndarray, heads: np.ndarray
+    ) -> Tensor | None:
+        """Set what adapters do to which rows, in the model's context. Returns vocabulary sizes as `_set_extras` does.
 
-    def _set_extras(self, step: _StepRows, rows: np.ndarray, heads: np.ndarray) -> Tensor | None:
+        slots, scales: as `StepRows.adapters` returns them; rows, heads: as `StepRows.logit_rows` does.
+        """
+        context, device = self.model.context, self.model.device
+        context.lora = lora_batch(slots, scales, device)
+        context.lora_logits = lora_batch(slots[rows], scales[rows], device)
+        context.extras, context.extras_logits = [], []
+        return self._set_extras(step, rows, heads) if self._has_extras(step) else None
+
+    def _has_extras(self, step: StepRows) -> bool:
+        return any(seq.request.digest in self._extras for seq in step.seqs)
+
+    def _set_extras(self, step: StepRows, rows: np.ndarray, heads: np.ndarray) -> Tensor | None:
         """Set which rows have extras, in the model's context. Returns the rows' vocabulary sizes if they differ.
 
-        rows, heads: int64 [n], as `_StepRows.logit_rows` returns them.
+        rows, heads: int64 [n], as `StepRows.logit_rows` returns them.
         """
         seqs, num_new, starts = step.seqs, step.num_new, step.starts
         context, device, own_size = self.model.context, self.model.device, self.model.vocab_size
         active_from = np.array([seq.active_from for seq in seqs])
-        num_computed = np.array([seq.num_computed for seq in seqs])
-        logit_positions = num_computed[heads] + rows - starts[heads]
+        num_before = step.num_before
+        logit_positions = num_before[heads] + rows - starts[heads]
         sizes = np.full(len(heads), own_size)
         for (digest, scale), members in group_by_adapter([seq.request for seq in seqs], self._extras).items():
             extras = self._extras[digest]
             own_rows = np.concatenate([np.arange(starts[i], starts[i] + num_new[i]) for i in members])
-            positions = np.concatenate([np.arange(num_new[i]) + num_computed[i] for i in members])
+            positions = np.concatenate([np.arange(num_new[i]) + num_before[i] for i in members])
             active = positions >= np.repeat(active_from[members], num_new[members])
             context.extras.append(extra_rows(extras, own_rows, active, scale, device))
             own_heads = np.flatnonzero(np.isin(heads, members))
@@ -214,58 +225,45 @@ class Runner:
         return send(sizes, device) if (sizes != own_size).any() else None
 
     def run(self, inputs: StepInputs) -> Tensor:
-        """Compute a step. Returns the logits [n, V] of `inputs.logit_rows` (one useless row if nothing is ready)."""
+        """Compute a step. Returns the logits [n, V] of its rows (one useless row if nothing is ready)."""
+        assert isinstance(inputs, PackedInputs)
         if inputs.graph is not None:
             return inputs.graph.replay()
         with torch.inference_mode():
             logits = self.model.forward(inputs.input_ids, inputs.positions, inputs.logit_rows)
             self.model.mixers.save()
-            if inputs.vocab_sizes is not None:
-                ids = torch.arange(logits.shape[-1], device=logits.device)
-                logits = logits.masked_fill(ids >= inputs.vocab_sizes[:, None], -torch.inf)
-            return logits
+            return without_unknown_ids(logits, inputs.vocab_sizes)
 
     def check(self) -> float:
-        """Compare the finished engine with the untouched model on random prompts, packed together and in two chunks.
+        """Compare the finished engine with the untouched model. Overwrites the first blocks.
 
         Returns the root mean square difference of logits relative to their spread. Raises BadRequest if it is too
-        large. Overwrites the first blocks.
+        large.
         """
-        check = self.model.check
+        check, error = self.model.check, self._difference()
         assert check is not None
-        num = min(len(check.prompts), self.num_blocks, self.num_states or len(check.prompts))
-        room = min(self.num_blocks // num * ops.BLOCK_TOKENS, self.model.max_positions or len(check.prompts[0]))
-        prompts = [ids[:room] for ids in check.prompts[:num]]
-        lengths = np.array([len(ids) for ids in prompts])
-        firsts = lengths // 2 + 1
-        context, device = self.model.context, self.model.device
-        context.lora = context.lora_logits = None
-        context.extras = context.extras_logits = []
-        parts: list[list[Tensor]] = [[] for _ in prompts]
-        for starts, ends in ((np.zeros_like(firsts), firsts), (firsts, lengths)):
-            blocks = -(-ends // ops.BLOCK_TOKENS)
-            table = np.zeros((num, blocks.max()), np.int32)
-            for i in range(num):
-                table[i, : blocks[i]] = i * (self.num_blocks // num) + np.arange(blocks[i])
-            context.attention = ops.build_attention_batch(ends - starts, ends, table, device)
-            self.model.mixers.batch = self._check_runs(starts, ends)
-            ids = torch.cat([ids[start:end] for ids, start, end in zip(prompts, starts, ends, strict=True)])
-            rows = torch.arange(len(ids), device=device)
-            logits = self.run(StepInputs(ids, context.attention.positions, rows, []))
-            for part, new in zip(parts, logits.split((ends - starts).tolist()), strict=True):
-                part.append(new)
-        expected = [rows[:n] for rows, n in zip(check.logits, lengths, strict=False)]
-        error = spread_of([row for part in parts for row in part], expected)
-        limit = max(CHECK_LIMITS[self.model.dtype], MAX_OVER_SENSITIVITY * check.sensitivity)
+        limit = check.limit(self.model.dtype)
         if not error < limit:
             raise BadRequest(
-                f"model type {self.model.module.config.model_type} cannot be served: with paged attention its logits "
-                f"are off by {error:.2g} of their spread (limit {limit:.2g})"
+                f"model type {self.model.module.config.model_type} cannot be served: its logits are off by {error:.2g} "
+                f"of their spread (limit {limit:.2g})"
             )
         return error
 
+    def _difference(self) -> float:
+        """Return by how much the model as it runs here differs from the untouched one, as `spread_of` does."""
+        return self.model.packed_difference(self.num_blocks, self.num_states)
 
-def state_batch(step: _StepRows, saves: Mapping[Sequence, dict[int, int]], device: torch.device) -> StateBatch:
+
+def without_unknown_ids(logits: Tensor, vocab_sizes: Tensor | None) -> Tensor:
+    """Return logits [n, V] that are -inf from each row's vocabulary size on: int64 [n]; None: as they are."""
+    if vocab_sizes is None:
+        return logits
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    return logits.masked_fill(ids >= vocab_sizes[:, None], -torch.inf)
+
+
+def state_batch(step: StepRows, saves: Mapping[Sequence, dict[int, int]], device: torch.device) -> StateBatch:
     """Return the runs of a step. saves: the positions after which a sequence's states are saved, and to which slots."""
     rows: list[tuple[int, int, int]] = []
     runs: list[Run] = []

@@ -39,6 +39,7 @@ class Sequence:
         self.state_slots: list[int] = []  # slots of its states, where the model has any; see `Batcher`
         self.state_read = -1  # the slot with which the next step begins
         self.state_saved = b""  # hash of the newest state saved of its output
+        self.kept: object = None  # what its model keeps of it, where sequences run one by one
         self.num_skips = 0  # plans that passed it over for lack of blocks
         self.last_turn = 0  # the last plan of limited time that it was part of, where it yields
         self.yields = request.yields  # to sequences that do not, until it has been passed over too often

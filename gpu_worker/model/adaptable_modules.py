@@ -134,7 +134,8 @@ def _is_plain_lookup(module: nn.Embedding) -> bool:
     """Return whether an embedding gives its rows, perhaps scaled, and nothing else."""
     if not is_number(module.weight):
         return False
-    ids = torch.arange(min(3, module.num_embeddings), device=module.weight.device)[None]
+    # In falling order, because an embedding of positions may give the first rows whatever its ids.
+    ids = torch.arange(min(3, module.num_embeddings), device=module.weight.device).flip(0)[None]
     try:
         found = original_forward(module)(ids)
     except Exception:  # noqa: BLE001 - a subclass may want any arguments, and raise anything without them

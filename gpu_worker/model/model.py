@@ -8,15 +8,18 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.attention import PagedLayer, StepContext
-from gpu_worker.model.logits_check import LogitsCheck
+from gpu_worker.model.logits_check import LogitsCheck, spread_of
 from gpu_worker.model.lora import SharedInput, SiteInfo
-from gpu_worker.model.mixers import MixerStates, running
+from gpu_worker.model.mixers import MixerStates, Run, StateBatch, running
+from gpu_worker.one_by_one.passes import Passes
+from lora_kernels import ops
 from protocol.wire.errors import BadRequest
 
 
@@ -40,6 +43,7 @@ class BaseModel:
     mixers: MixerStates  # none for a model whose layers keep keys and values only
     takes_positions: bool  # whether the module's forward takes position_ids
     check: LogitsCheck | None = None
+    passes: Passes | None = None  # of a model whose sequences run one by one, which has no `layers` and no `mixers`
 
     @property
     def config(self) -> Any:
@@ -65,6 +69,49 @@ class BaseModel:
         with running(self.mixers) if self.mixers.calls else contextlib.nullcontext():
             logits = self.module(**inputs).logits[0]
         return logits if self.keeps_logits or logit_rows is None else logits[logit_rows]
+
+    def packed_difference(self, num_blocks: int, num_states: int) -> float:
+        """Return by how much packed steps differ from the untouched model, as `spread_of` does.
+
+        Random prompts are computed packed together and in two chunks. num_blocks, num_states: of the caches, which must
+        be allocated, with a state more; the first ones are overwritten.
+        """
+        check, context, device = self.check, self.context, self.device
+        assert check is not None
+        num = min(len(check.prompts), num_blocks, num_states or len(check.prompts))
+        room = min(num_blocks // num * ops.BLOCK_TOKENS, self.max_positions or len(check.prompts[0]))
+        prompts = [ids[:room] for ids in check.prompts[:num]]
+        lengths = np.array([len(ids) for ids in prompts])
+        firsts = lengths // 2 + 1
+        context.lora = context.lora_logits = None
+        context.extras = context.extras_logits = []
+        parts: list[list[Tensor]] = [[] for _ in prompts]
+        for starts, ends in ((np.zeros_like(firsts), firsts), (firsts, lengths)):
+            blocks = -(-ends // ops.BLOCK_TOKENS)
+            table = np.zeros((num, blocks.max()), np.int32)
+            for i in range(num):
+                table[i, : blocks[i]] = i * (num_blocks // num) + np.arange(blocks[i])
+            context.attention = ops.build_attention_batch(ends - starts, ends, table, device)
+            self.mixers.batch = self._check_runs(starts, ends, zero=num_states)
+            ids = torch.cat([ids[start:end] for ids, start, end in zip(prompts, starts, ends, strict=True)])
+            with torch.inference_mode():
+                logits = self.forward(ids, context.attention.positions, torch.arange(len(ids), device=device))
+            for part, new in zip(parts, logits.split((ends - starts).tolist()), strict=True):
+                part.append(new)
+        expected = [rows[:n] for rows, n in zip(check.logits, lengths, strict=False)]
+        return spread_of([row for part in parts for row in part], expected)
+
+    def _check_runs(self, starts: np.ndarray, ends: np.ndarray, zero: int) -> StateBatch | None:
+        """Return the runs of chunks [start, end) of prompts, whose states are in the first slots. zero: an empty one's.
+
+        None for a model without states.
+        """
+        if not self.mixers.calls:
+            return None
+        firsts = np.cumsum(ends - starts) - (ends - starts)
+        parts = enumerate(zip(firsts.tolist(), (ends - starts).tolist(), starts.tolist(), strict=True))
+        runs = [Run(first, first + num, slot if start else zero, slot, num) for slot, (first, num, start) in parts]
+        return StateBatch.of([], runs, [], self.device)
 
 
 def choose_device(device: str) -> torch.device:

@@ -15,16 +15,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gpu_worker.model.adaptable_modules import find_adaptable_modules
-from gpu_worker.model.attention import ATTENTION, AttentionCall, StepContext, make_layers
+from gpu_worker.model.adaptable_modules import AdaptableModules, find_adaptable_modules
+from gpu_worker.model.attention import ATTENTION, AttentionCall, StepContext, make_layers, unbind
 from gpu_worker.model.checkpoint import read_eos_ids, read_model, refusal, refuse_what_cannot_run, takes_positions
 from gpu_worker.model.compiled import install_compiled
+from gpu_worker.model.lightning import install_lightning
 from gpu_worker.model.logits_check import ask_untouched
 from gpu_worker.model.lora import install_sites
 from gpu_worker.model.mixers import MixerStates
 from gpu_worker.model.model import BaseModel, fingerprint_of
 from gpu_worker.model.shortcuts import install_shortcuts
 from gpu_worker.model.trial import Trial, run_trial
+from gpu_worker.one_by_one.trial import find_passes, watch
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest
 
@@ -49,47 +51,111 @@ def prepare_model(
 ) -> BaseModel:
     """Turn a Hugging Face causal LM into one that runs packed steps over paged caches. Changes `module`.
 
-    eos_ids: token ids that end a text. impl: the kernels' implementation, None for the device's own. compiled: torch
-    compiles each layer as Hugging Face wrote it, instead of shortcuts. Raises BadRequest naming what cannot be served.
+    Where its layers cannot be packed, its sequences run one by one (`passes`). eos_ids: token ids that end a text.
+    impl: the kernels' implementation, None for the device's own. compiled: torch compiles each layer as Hugging Face
+    wrote it, instead of shortcuts. Raises BadRequest naming what cannot be served.
     """
     config = module.config.get_text_config()
-    _refuse_module(module, config)
+    if getattr(config, "is_encoder_decoder", False):
+        raise refusal(module, ["an encoder"])
     fingerprint = fingerprint_of(module)
-    device, dtype = module.device, module.dtype
-    keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
     with refuse_what_cannot_run(module), torch.inference_mode():
         check = ask_untouched(module, config)
-        module.set_attn_implementation(ATTENTION)
-        trial = run_trial(module, keeps_logits)
-    _refuse_calls(module, trial)
-    if compiled and trial.mixers:
-        raise BadRequest("compile is on, but this model's layers keep states, and cannot be compiled")
     context = StepContext()
-    layers = make_layers(trial.attention, context, impl)
+    model = BaseModel(
+        module=module, device=module.device, dtype=module.dtype, context=context, layers=[], sites=[], shared=[],
+        adaptable=AdaptableModules(context), eos_ids=eos_ids, max_positions=_max_positions(config),
+        fingerprint=fingerprint, keeps_logits="logits_to_keep" in inspect.signature(module.forward).parameters,
+        num_shortcuts=0, mixers=MixerStates(), takes_positions=takes_positions(module), check=check,
+    )  # fmt: skip
+    trial, reasons = _pack(model, impl)
+    if compiled and (trial.mixers or reasons):
+        what = "sequences run one by one" if reasons else "layers keep states"
+        raise BadRequest(f"compile is on, but this model's {what}, and cannot be compiled")
+    if reasons:
+        trial = _run_one_by_one(model, reasons)
+    _install(model, trial, impl, compiled=compiled)
+    return model
+
+
+def _pack(model: BaseModel, impl: ops.Impl | None) -> tuple[Trial, list[str]]:
+    """Give a model's attention paged caches, and its mixers states. Returns its trial run, and why it cannot be packed.
+
+    The caches are large enough for the trial's tokens.
+    """
+    module, config = model.module, model.config
+    unknown = set(getattr(config, "layer_types", None) or ()) - SERVED_LAYER_TYPES
+    if unknown:
+        return Trial(), [f"layers of type {', '.join(sorted(unknown))}"]
+    with refuse_what_cannot_run(module), torch.inference_mode():
+        install_lightning(module)
+        module.set_attn_implementation(ATTENTION)
+        trial = run_trial(module, model.keeps_logits)
+    reasons = _unpackable(module, trial)
+    if reasons:
+        return trial, reasons
+    model.max_positions = _max_positions(config, trial.attention)
+    model.layers, model.mixers = make_layers(trial.attention, model.context, impl), MixerStates(trial.mixers)
+    check = model.check
+    assert check is not None
+    num = len(check.prompts)
+    num_blocks = num * -(-max(len(ids) for ids in check.prompts) // ops.BLOCK_TOKENS)
+    for layer in model.layers:
+        layer.allocate(num_blocks, model.dtype, model.device)
+    model.mixers.allocate(num + 1, model.device)
+    error, limit = model.packed_difference(num_blocks, num if model.mixers.calls else 0), check.limit(model.dtype)
+    if error < limit:
+        return trial, []
+    for layer in model.layers:
+        unbind(layer.call.module)
+    model.layers, model.mixers = [], MixerStates()
+    model.max_positions = _max_positions(config)
+    return trial, [f"packed logits that are off by {error:.2g} of their spread (limit {limit:.2g})"]
+
+
+def _run_one_by_one(model: BaseModel, reasons: list[str]) -> Trial:
+    """Let a model's sequences run one by one, and return the trial of that.
+
+    reasons: why they cannot be packed. Raises BadRequest where they cannot run one by one either.
+    """
+    module, check = model.module, model.check
+    assert check is not None
+    module.set_attn_implementation("eager")
+    with torch.inference_mode():
+        passes = find_passes(module, check, keeps_logits=model.keeps_logits, max_positions=model.max_positions)
+        if passes is None:
+            raise refusal(module, [*reasons, "no cache of its own to go on from"])
+        trial = watch(passes)
+    if not any(part.isdigit() for call in trial.linears for part in call.name.split(".")):
+        raise refusal(module, [*reasons, "no linear layer that sees every token"])
+    model.passes = passes
+    account, name = passes.account, module.config.model_type
+    logger.warning(
+        "%s cannot be packed (%s): its sequences run one by one, going on by %s; %d bytes each and %d a token",
+        name, "; ".join(reasons), passes.continues, account.sequence_bytes, account.token_bytes,
+    )  # fmt: skip
+    return trial
+
+
+def _install(model: BaseModel, trial: Trial, impl: ops.Impl | None, *, compiled: bool) -> None:
+    """Put our linear layers and shortcuts into a model. trial: of the model as it runs."""
+    module, context, layers = model.module, model.context, model.layers
     names = {module_: name for name, module_ in module.named_modules()}
     attention_names = {names[layer.call.module] for layer in layers} | trial.mixer_modules
-    sites, shared = install_sites(module, trial.linears, attention_names, context, impl)
-    adaptable = find_adaptable_modules(module, trial.per_token, sites, shared, context)
-    num_shortcuts = 0
-    if not compiled:
-        for layer in layers:  # of one block: the trial's tokens, on which shortcuts are checked
-            layer.allocate(1, dtype, device)
+    model.sites, model.shared = install_sites(module, trial.linears, attention_names, context, impl)
+    model.adaptable = find_adaptable_modules(module, trial.per_token, model.sites, model.shared, context)
+    if not compiled and model.passes is None:
         with torch.inference_mode():
-            num_shortcuts = install_shortcuts(module, trial, layers, adaptable, impl)
-    adaptable.watch()
-    if device.type == "cpu" and not compiled:
+            model.num_shortcuts = install_shortcuts(module, trial, layers, model.adaptable, impl)
+    model.adaptable.watch()
+    if model.device.type == "cpu" and not compiled:
         _compute_angles_on_one_thread(module)
     if compiled:
-        num_compiled = install_compiled(module, layers, shared, context)
+        num_compiled = install_compiled(module, layers, model.shared, context)
         logger.info("%d layers of %s are compiled", num_compiled, module.config.model_type)
-    else:
-        logger.info("%d of %d layers of %s run by shortcuts", num_shortcuts, len(layers), module.config.model_type)
-    return BaseModel(
-        module=module, device=device, dtype=dtype, context=context, layers=layers, sites=sites, shared=shared,
-        adaptable=adaptable, eos_ids=eos_ids, max_positions=_max_positions(config, trial.attention),
-        fingerprint=fingerprint, keeps_logits=keeps_logits, num_shortcuts=num_shortcuts,
-        mixers=MixerStates(trial.mixers), takes_positions=takes_positions(module), check=check,
-    )  # fmt: skip
+    elif model.passes is None:
+        num, model_type = model.num_shortcuts, module.config.model_type
+        logger.info("%d of %d layers of %s run by shortcuts", num, len(layers), model_type)
 
 
 def _compute_angles_on_one_thread(module: nn.Module) -> None:
@@ -115,23 +181,11 @@ def _on_one_thread(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-# ---------------------------------------------------------------- what cannot be served
+# ---------------------------------------------------------------- what cannot be packed
 
 
-def _refuse_module(module: PreTrainedModel, config: Any) -> None:
-    """Raise BadRequest for what a model's class or config shows that cannot be served."""
-    reasons = []
-    unknown = set(getattr(config, "layer_types", None) or ()) - SERVED_LAYER_TYPES
-    if unknown:
-        reasons.append(f"layers of type {', '.join(sorted(unknown))}")
-    if getattr(config, "is_encoder_decoder", False):
-        reasons.append("an encoder")
-    if reasons:
-        raise refusal(module, reasons)
-
-
-def _refuse_calls(module: PreTrainedModel, trial: Trial) -> None:
-    """Raise BadRequest for attention calls in a trial run that paged attention does not compute."""
+def _unpackable(module: PreTrainedModel, trial: Trial) -> list[str]:
+    """Return the attention calls of a trial run that paged attention does not compute, as noun phrases."""
     reasons = []
     calls = trial.attention
     if not calls and not trial.mixers:
@@ -142,21 +196,23 @@ def _refuse_calls(module: PreTrainedModel, trial: Trial) -> None:
         reasons.append("attention in both directions")
     if any(call.has_own_mask for call in calls):
         reasons.append("attention with a mask of its own making")
-    if reasons:
-        raise refusal(module, reasons)
+    return reasons
 
 
 # ---------------------------------------------------------------- the longest sequence
 
 
-def _max_positions(config: Any, calls: list[AttentionCall]) -> int:
-    """Return the longest sequence that is computed exactly whatever else is in its step; 0 if there is no limit."""
+def _max_positions(config: Any, calls: list[AttentionCall] | None = None) -> int:
+    """Return the longest sequence that is computed exactly whatever else is in its step; 0 if there is no limit.
+
+    calls: of attention that is packed; None for sequences that run one by one.
+    """
     limits = [getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)]
     limits += _rope_limits(config)
-    limits += [call.chunk for call in calls]  # a sequence that fits one chunk sees all of itself
-    if not getattr(config, "layer_types", None) and not any(call.window for call in calls):
+    limits += [call.chunk for call in calls or ()]  # a sequence that fits one chunk sees all of itself
+    if calls is not None and not getattr(config, "layer_types", None) and not any(call.window for call in calls):
         limits.append(getattr(config, "sliding_window", None))  # a window that only Hugging Face's cache would keep
-    return min((limit for limit in limits if limit), default=0)
+    return min((limit for limit in limits if limit and limit > 0), default=0)
 
 
 def _rope_limits(config: Any) -> list[int]:

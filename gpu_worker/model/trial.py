@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +47,7 @@ def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
 
     keeps_logits: whether its forward takes logits_to_keep.
     """
-    trial = _Watch(module, NUM_TOKENS, NUM_HEAD_ROWS).run(keeps_logits)
+    trial = _watch(module, NUM_TOKENS, NUM_HEAD_ROWS, keeps_logits=keeps_logits)
     with record_masks() as masks:
         other = _watch_again(module, trial, keeps_logits)
     for call, masked in zip(trial.attention, other.attention, strict=True):
@@ -60,19 +61,54 @@ def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
 
 def run_encoder_trial(module: PreTrainedModel) -> Trial:
     """Run a few tokens through an encoder whose attention is ours, and record what is called, masks included."""
-    trial = _Watch(module, NUM_TOKENS, NUM_HEAD_ROWS).run(keeps_logits=False)
+    trial = _watch(module, NUM_TOKENS, NUM_HEAD_ROWS, keeps_logits=False)
     _watch_again(module, trial, keeps_logits=False)
     return trial
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedPass:
+    """A forward pass to be watched: how many tokens it computes, of how many rows the logits, and itself."""
+
+    num_tokens: int
+    num_head_rows: int
+    run: Callable[[], object]
+
+
+def watch_passes(module: PreTrainedModel, passes: Sequence[WatchedPass]) -> Trial:
+    """Run forward passes, and return what the first called: of modules those that see all tokens in every pass.
+
+    What sees a pass's one token is told from what sees all tokens by the other passes.
+    """
+    trial, *others = [_Watch(module, one.num_tokens, one.num_head_rows).run(one.run) for one in passes]
+    for one, other in zip(passes[1:], others, strict=True):
+        _keep_common(trial, other, linears_only=one.num_tokens == 1)
+    return trial
+
+
+def _watch(module: PreTrainedModel, num_tokens: int, num_head_rows: int, *, keeps_logits: bool) -> Trial:
+    """Watch a forward pass of the model's first `num_tokens` ids."""
+    ids = torch.arange(num_tokens, device=module.device)[None]
+    keep = {"logits_to_keep": torch.arange(num_head_rows, device=ids.device)} if keeps_logits else {}
+    positions = {"position_ids": ids} if takes_positions(module) else {}
+    watch = _Watch(module, num_tokens, num_head_rows)
+    return watch.run(lambda: module(input_ids=ids, use_cache=False, **positions, **keep))
 
 
 def _watch_again(module: PreTrainedModel, trial: Trial, keeps_logits: bool) -> Trial:
     """Run other tokens through the model, and drop from `trial` the modules that do not see all tokens both times."""
     # The layers of an expert see the tokens sent to it, which by chance are all of them once, but not twice.
-    other = _Watch(module, 2 * NUM_TOKENS + 1, NUM_HEAD_ROWS + 1).run(keeps_logits)
+    other = _watch(module, 2 * NUM_TOKENS + 1, NUM_HEAD_ROWS + 1, keeps_logits=keeps_logits)
+    _keep_common(trial, other)
+    return other
+
+
+def _keep_common(trial: Trial, other: Trial, *, linears_only: bool = False) -> None:
+    """Drop from `trial` the modules that do not see all tokens in `other` too."""
     always = {call.name for call in other.linears}
     trial.linears = [call for call in trial.linears if call.name in always]
-    trial.per_token = {n: layout for n, layout in trial.per_token.items() if other.per_token.get(n) == layout}
-    return other
+    if not linears_only:
+        trial.per_token = {n: layout for n, layout in trial.per_token.items() if other.per_token.get(n) == layout}
 
 
 class _Watch:
@@ -90,8 +126,8 @@ class _Watch:
         self._mixing: set[str] = set()  # modules in which a mixer's function was called
         self._mixers = MixerRecorder(self._note_mixer)
 
-    def run(self, keeps_logits: bool) -> Trial:
-        """Run the model once and remove the hooks. May be called once."""
+    def run(self, call: Callable[[], object]) -> Trial:
+        """Run the model once, by `call`, and remove the hooks. May be called once."""
         handles = []
         install_functions(self.module)
         for name, child in self.module.named_modules():
@@ -105,12 +141,9 @@ class _Watch:
                 handles.append(child.register_forward_hook(self._linear_hook(name)))
             elif name and next(child.children(), None) is not None:
                 handles.append(child.register_forward_pre_hook(self._module_hook(name), with_kwargs=True))
-        ids = torch.arange(self.num_tokens, device=self.module.device)[None]
-        keep = {"logits_to_keep": torch.arange(self.num_head_rows, device=ids.device)} if keeps_logits else {}
-        positions = {"position_ids": ids} if takes_positions(self.module) else {}
         try:
             with running(self._mixers):
-                self.module(input_ids=ids, use_cache=False, **positions, **keep)
+                call()
         finally:
             for handle in handles:
                 handle.remove()

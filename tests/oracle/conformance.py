@@ -20,6 +20,7 @@ from gpu_worker.engine.runner import StepInputs
 from gpu_worker.model.checkpoint import one_line
 from gpu_worker.model.lora import SiteInfo
 from gpu_worker.model.prepare import prepare_model
+from gpu_worker.one_by_one.account import Continues
 from protocol.wire.errors import BadRequest
 
 NUM_NEW = 8
@@ -30,6 +31,14 @@ MAX_DIFFERENCE = 1e-4
 
 NO_OUT_PROJ = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 """Model types for which PEFT makes no LoRA on out_proj, which their fused kernels for training read past it."""
+
+
+GOES_ON_BY: dict[Continues, str] = {
+    "chunks": "",
+    "tokens": ", prompts by token after the first chunk",
+    "nothing": ", each token after a pass over all of its text",
+}
+"""What a user must know of how sequences run one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +67,11 @@ def try_type(model_type: str) -> Outcome:
 def conform(model: PreTrainedModel) -> Outcome:
     """Compare tokens and logits of the engine with PEFT's. Raises AssertionError where they differ."""
     try:
-        sites = prepare_model(copy.deepcopy(model), frozenset(), None).sites
+        tried = prepare_model(copy.deepcopy(model), frozenset(), None)
+        sites, passes = tried.sites, tried.passes
         oracle = Oracle(model, adapters_for(model, sites), scale=0.4)
-        engine = oracle.engine(max_step_tokens=16, max_num_seqs=8)
+        step_tokens = 16 if passes is None or passes.continues != "nothing" else sum(LENGTHS)  # where a text must fit
+        engine = oracle.engine(max_step_tokens=step_tokens, max_num_seqs=8)
     except BadRequest as refusal:
         return Outcome(refused=refusal.message.partition(" cannot be served: ")[2].removeprefix("it has "))
     logits = watch_logits(engine)
@@ -76,8 +87,8 @@ def conform(model: PreTrainedModel) -> Outcome:
         ids = np.concatenate([prompt, got])
         expected, base = (oracle.logits(who, ids)[len(prompt) - 1 : -1] for who in (name, ""))
         tokens, generated = oracle.generate(name, prompt, NUM_NEW)
-        if engine.model.mixers.calls:  # transformers computes some mixers otherwise token by token than at once
-            expected = generated
+        if engine.model.mixers.calls or engine.model.passes:
+            expected = generated  # transformers computes some mixers otherwise token by token than at once
         rows = torch.stack([logits[request.rid, number] for number in range(NUM_NEW)])
         differences.append((rows - expected).abs().max().item())
         assert got == tokens, f"{request.rid}: {got} is not {tokens}, its logits {differences[-1]:.1g} off"
@@ -97,6 +108,9 @@ def notes_on(model: PreTrainedModel, engine: Engine, sites: list[SiteInfo]) -> l
     notes = []
     if model.config.get_text_config() is not model.config:
         notes.append("text only")
+    passes = engine.model.passes
+    if passes is not None:
+        notes.append(f"one by one{GOES_ON_BY[passes.continues]}")
     layers = engine.model.layers
     if any(layer.call.chunk for layer in layers):
         notes.append("sequences of one attention chunk at most")

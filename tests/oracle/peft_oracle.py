@@ -24,6 +24,7 @@ from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
+from gpu_worker.model.checkpoint import takes_positions
 from gpu_worker.model.prepare import prepare_model
 from protocol.runtime.settings import Settings
 from protocol.wire.messages import Sampling
@@ -89,6 +90,7 @@ class Oracle:
         options: dict[str, Any] = {
             "attention_mask": torch.ones_like(ids), "max_new_tokens": num_tokens, "do_sample": False,
             "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True,
+            "forced_eos_token_id": None,
         }  # fmt: skip
         with torch.inference_mode(), self._under(name, scale) as model:
             out = model.generate(input_ids=ids, **options)
@@ -97,8 +99,9 @@ class Oracle:
     def logits(self, name: str, ids: np.ndarray) -> torch.Tensor:
         """Return the logits [T, V] of a text under one adapter, computed alone."""
         with torch.inference_mode(), self._under(name) as model:
-            positions = torch.arange(len(ids))[None]
-            inputs = {"input_ids": torch.from_numpy(ids.astype(np.int64))[None], "position_ids": positions}
+            inputs = {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]}
+            if takes_positions(self.untouched):
+                inputs["position_ids"] = torch.arange(len(ids))[None]
             return model(**inputs, use_cache=False).logits[0]
 
     @contextlib.contextmanager

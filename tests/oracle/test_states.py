@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.factories import make_tokenizer
-from oracle.conformance import adapters_for
+from oracle.adapters.peft_kinds import INVOCATION, MAX_DIFFERENCE, Kind, make_adapter, measure
+from oracle.cases import NUM_TOKENS, Case
 from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, warm
 from oracle.test_grammars import GRAMMARS, Impatient, by_hand
-from oracle.tiny_models import tiny_model
+from oracle.tiny_models import tiny_config, tiny_model
 
 from gpu_worker.engine.states import OUTPUT_TOKENS, PROMPT_TOKENS
-from gpu_worker.model.prepare import prepare_model
 from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire.errors import BadRequest
 
-NUM_TOKENS = 12
 TYPES = {
     "qwen3_5_text": "gated delta rule beside attention",
     "kimi_linear": "delta rule with a decay for each channel",
@@ -27,32 +26,8 @@ TYPES = {
     "jamba": "selective scan",
     "mamba": "no attention at all",
     "lfm2": "short convolution only",
+    "minimax": "linear attention written into the layer",
 }
-BEGINNING = PROMPT_TOKENS + 20  # tokens that all long prompts have in common
-
-
-class Case:
-    """A tiny model of a type with adapters, and what is right for some prompts."""
-
-    def __init__(self, model_type: str) -> None:
-        model = tiny_model(model_type, max_position_embeddings=512) if model_type != "mamba" else tiny_model("mamba")
-        sites = prepare_model(tiny_model(model_type), frozenset(), None).sites
-        self.oracle = Oracle(model, adapters_for(model, sites), scale=0.4)
-        rng = np.random.default_rng(1)
-        beginning = rng.integers(3, 190, BEGINNING).astype(np.int32)
-        long = [np.concatenate((beginning, rng.integers(3, 190, n).astype(np.int32))) for n in (25, 40)]
-        self.prompts = [*prompts(3, 190, (1, 17, 49)), *long]
-        self.expected = {
-            name: [self.oracle.greedy(name, prompt, NUM_TOKENS) for prompt in self.prompts]
-            for name in self.oracle.names
-        }
-
-    def requests(self, names: list[str] | None = None, **fields: Any) -> list[Any]:
-        return [
-            greedy_request(f"{name}/{i}", name, prompt, NUM_TOKENS, **fields)
-            for name in names or self.oracle.names
-            for i, prompt in enumerate(self.prompts)
-        ]
 
 
 @pytest.fixture(scope="module", params=TYPES)
@@ -159,3 +134,27 @@ def test_states_take_their_part_of_the_cache() -> None:
         case.engine(kv_cache_bytes=few)
     with pytest.raises(BadRequest, match="max_draft_tokens is 4"):
         case.engine(max_draft_tokens=4)
+
+
+KINDS = {"dora": {"use_dora": True}, "activated": {"alora_invocation_tokens": INVOCATION}}
+PROJECTIONS = {
+    "qwen3_5_text": ["in_proj_qkv", "in_proj_z", "in_proj_b", "out_proj"],
+    "kimi_linear": ["q_proj", "v_proj", "b_proj", "o_proj"],
+    "falcon_h1": ["in_proj", "q_proj"],
+    "mamba2": ["in_proj"],
+    "jamba": ["in_proj", "x_proj", "out_proj"],
+    "lfm2": ["in_proj", "out_proj"],
+    "minimax": ["qkv_proj", "output_gate", "out_proj"],
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("model_type", PROJECTIONS)
+def test_adapters_of_other_kinds_on_a_mixers_own_projections(model_type: str, name: str, tmp_path: Path) -> None:
+    """In one mixed batch with the base, prompts in chunks."""
+    base = (model_type, tiny_config(model_type).to_dict())
+    kind = Kind(base, {"target_modules": PROJECTIONS[model_type], **KINDS[name]})
+    make_adapter(kind, tmp_path)
+    measured = measure(kind, tmp_path, max_step_tokens=24, max_num_seqs=8)
+    assert measured.difference <= MAX_DIFFERENCE
+    assert measured.change >= 100 * MAX_DIFFERENCE

@@ -19,11 +19,11 @@ from transformers import (
 MAX_LAYERS = 6
 
 _SIZES: dict[tuple[str, ...], Any] = {
-    ("vocab_size", "vocab_size_per_layer_input"): TINY_VOCAB,
+    ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"): TINY_VOCAB,
     ("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim"): 64,
     ("intermediate_size", "n_inner", "ffn_dim", "dff", "ffn_hidden_size", "dense_intermediate_size"): 96,
     ("intermediate_size_mlp", "prefix_dense_intermediate_size"): 96,
-    ("num_hidden_layers", "n_layer", "num_layers", "n_layers"): 2,
+    ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"): 2,
     ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads"): 4,
     ("num_key_value_heads", "kv_n_heads"): 2,
     ("head_dim", "v_head_dim", "qk_nope_head_dim"): 16,
@@ -103,7 +103,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": _INDEXED},
     "qwen4_exp_text": _INDEXED,
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "rembert": {"initializer_range": 0.1},
     "smollm3": {"no_rope_layer_interval": 2},
+    "xlstm": {"hidden_size": 128},  # so that transformers' cache rounds no size
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "initializer_range": 0.05,

@@ -34,9 +34,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.runner import MAX_OVER_SENSITIVITY
 from gpu_worker.model.checkpoint import quantisation_of, read_model
-from gpu_worker.model.logits_check import last_digits_changed
+from gpu_worker.model.logits_check import MAX_OVER_SENSITIVITY, last_digits_changed
 from gpu_worker.model.prepare import prepare_model
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest

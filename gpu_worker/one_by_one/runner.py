@@ -1,0 +1,108 @@
+"""Runs plans sequence by sequence: each has forward passes of its own, with its own adapter and its own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu_worker.adapters.extras import Extras
+from gpu_worker.cuda.graphs import GraphRecorder, Unrecordable
+from gpu_worker.engine.batcher import StepPlan
+from gpu_worker.engine.runner import Runner, StepInputs, StepRows, without_unknown_ids
+from gpu_worker.engine.sequence import Sequence
+from gpu_worker.memory import send
+from gpu_worker.model.model import BaseModel
+from gpu_worker.one_by_one.account import passes_of
+from gpu_worker.one_by_one.passes import Kept, Passes
+from gpu_worker.one_by_one.trial import difference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneByOneInputs(StepInputs):
+    """The rows of one step, on the host."""
+
+    rows: StepRows
+
+
+class OneByOneRunner(Runner):
+    """Runs plans on a model whose sequences run one by one."""
+
+    def __init__(
+        self, model: BaseModel, passes: Passes, num_blocks: int, extras: Mapping[str, Extras] | None = None
+    ) -> None:
+        """Take a model with its passes. extras: as of `Runner`."""
+        super().__init__(model, num_blocks, extras)
+        self._passes = passes
+
+    def record(self, recorder: GraphRecorder, max_num_seqs: int, max_model_len: int) -> None:
+        """Raise Unrecordable."""
+        raise Unrecordable("its sequences run one by one")
+
+    def prepare(self, plan: StepPlan) -> OneByOneInputs:
+        """Return which rows of logits a plan's passes will give; nothing is sent before they run."""
+        rows = StepRows.of(plan)
+        ready = [seq for seq, is_complete in zip(rows.seqs, rows.complete, strict=True) if is_complete]
+        return OneByOneInputs(ready=ready, prompt_rows=rows.prompt_rows(), rows=rows)
+
+    def run(self, inputs: StepInputs) -> Tensor:
+        """Compute a step. Returns the logits [n, V] of its rows (a useless one if there are none)."""
+        assert isinstance(inputs, OneByOneInputs)
+        last: list[Tensor] = []
+        of_prompts: list[Tensor] = []
+        prompts = {prompt.seq_index: prompt for prompt in inputs.prompt_rows}
+        rows = inputs.rows
+        with torch.inference_mode():
+            for i, (seq, is_ready) in enumerate(zip(rows.seqs, rows.complete.tolist(), strict=True)):
+                end, prompt = int(rows.ends[i]), prompts.get(i)
+                wanted = list(range(prompt.start, prompt.start + prompt.num_rows)) if prompt is not None else []
+                found = self._run_sequence(seq, end, [*wanted, end - 1] if is_ready else wanted)
+                if wanted:
+                    of_prompts.append(found[: len(wanted)])
+                if is_ready:
+                    last.append(found[len(wanted) :])
+            parts = [*last, *of_prompts] or [torch.zeros(1, self.model.vocab_size, device=self.model.device)]
+            # An adapter may know more tokens than others, and a model fewer than it has embeddings.
+            width = max(self.model.vocab_size, *(part.shape[1] for part in parts))
+            return torch.cat([F.pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in parts])
+
+    def _run_sequence(self, seq: Sequence, end: int, wanted: list[int]) -> Tensor:
+        """Compute a sequence's tokens up to `end`; return the logits [n, V] of those at the `wanted` positions."""
+        kept, start = seq.kept, seq.num_computed
+        assert kept is None or isinstance(kept, Kept)
+        if kept is not None and kept.end > start:  # its last token was taken back, because its mask was late
+            assert kept.logits is not None
+            return kept.logits
+        found: list[Tensor] = []
+        for first, behind in passes_of(self._passes.continues, start, end, is_wanted=bool(wanted)):
+            here = [position for position in wanted if first <= position < behind]
+            logits, kept = self._pass(seq, kept if first else None, first, behind, here)
+            found.append(logits[: len(here)])
+        if self._passes.continues != "nothing" and kept is not None:
+            kept.logits = found[-1][-1:] if seq.matcher is not None else None
+            seq.kept = kept
+        return torch.cat(found) if found else torch.empty(0, self.model.vocab_size, device=self.model.device)
+
+    def _pass(
+        self, seq: Sequence, kept: Kept | None, first: int, behind: int, wanted: list[int]
+    ) -> tuple[Tensor, Kept]:
+        """Run the pass of the tokens [first, behind); return logits of `wanted`, at least one row, and what is kept."""
+        step = StepRows.after([seq], np.array([first]), np.array([behind - first]))
+        slots, scales = step.adapters()
+        rows = np.array(wanted or [first]) - first
+        vocab_sizes = self.set_adapters(step, slots, scales, rows, np.zeros(len(rows), np.int64))
+        device = self.model.device
+        ids, places = send(step.token_ids({}).astype(np.int64), device), send(rows, device)
+        logits, kept = self._passes.run(kept, ids, places)
+        return without_unknown_ids(logits, vocab_sizes), kept
+
+    def _difference(self) -> float:
+        context = self.model.context
+        context.lora = context.lora_logits = None
+        context.extras = context.extras_logits = []
+        assert self.model.check is not None
+        return difference(self._passes, self.model.check)

@@ -1,0 +1,128 @@
+"""How the sequences of a model run one by one: found by making passes and comparing their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gpu_worker.model.checkpoint import CANNOT_RUN
+from gpu_worker.model.logits_check import LogitsCheck, spread_of
+from gpu_worker.model.trial import NUM_HEAD_ROWS, NUM_TOKENS, Trial, WatchedPass, watch_passes
+from gpu_worker.one_by_one.account import Account, Continues, passes_of
+from gpu_worker.one_by_one.passes import Kept, Passes
+
+SHORT_TEXTS = ([0, 16, 17], [0, 1, 2])
+"""Parts of short texts whose caches are measured, those of the first one for what a token takes."""
+
+LONG_TOKENS = 288
+"""Tokens of a long one, which is computed in parts, too: some caches compress what lies a hundred tokens back, and some
+attention draws lots in texts that are longer than a chunk."""
+
+NUM_LAST_TOKENS = 16
+"""Tokens of the long text that are no part of its first chunk."""
+
+WAYS: tuple[Continues, ...] = ("chunks", "tokens", "nothing")
+"""Ways to go on from a cache, the fastest first."""
+
+
+def find_passes(
+    module: PreTrainedModel, check: LogitsCheck, *, keeps_logits: bool, max_positions: int
+) -> Passes | None:
+    """Return how passes of one sequence at a time compute what `check` says; None if they do not.
+
+    keeps_logits: whether the module's forward takes logits_to_keep. max_positions: tokens of its longest text, 0: any.
+    """
+    passes, limit = Passes(module, keeps_logits=keeps_logits), check.limit(module.dtype)
+    num = min(LONG_TOKENS, max_positions or LONG_TOKENS)
+    text = torch.randint(module.config.get_text_config().vocab_size, (num,), generator=torch.Generator().manual_seed(1))
+    text = text.to(module.device)
+    for way in WAYS:
+        passes.continues = way
+        try:
+            if way == "chunks":
+                passes.learn(lambda: _run(passes, None, check.prompts[0])[1])
+            if difference(passes, check) < limit and _measure(passes, text) < limit:
+                return passes
+        except CANNOT_RUN:  # what a model raises that does not take its own cache back
+            continue
+    return None
+
+
+def difference(passes: Passes, check: LogitsCheck) -> float:
+    """Return by how much the logits of prompts differ from the right ones, as `spread_of` does.
+
+    The prompts are computed in parts: their first half, a part of the rest, their last tokens one by one.
+    """
+    got: list[Tensor] = []
+    expected: list[Tensor] = []
+    for ids, right in zip(check.prompts, check.logits, strict=True):
+        num = len(ids)
+        for first, logits, _ in _in_parts(passes, ids, [0, num // 2 + 1, num - 2, num - 1, num]):
+            got.append(logits)
+            expected.append(right[first : first + len(logits)])
+    return spread_of(got, expected)
+
+
+def _measure(passes: Passes, text: Tensor) -> float:
+    """Set the account of passes by the caches of a text and of its beginning.
+
+    Returns by how much the text's logits differ if it is computed in parts, as `spread_of` does.
+    """
+    num = len(text)
+    middle = [num // 2] if passes.continues == "chunks" else []  # a pass for each of its tokens would take too long
+    short = [part for cuts in SHORT_TEXTS for part in _in_parts(passes, text, cuts)]
+    parts = list(_in_parts(passes, text, [0, *middle, num - NUM_LAST_TOKENS, num - 1, num]))
+    [whole] = _in_parts(passes, text, [0, num])
+    if passes.continues != "nothing":
+        short_one, *others = (size for _, _, size in (*short, *parts))
+        passes.account = Account.through(short_one, whole[2], *others)
+    right = whole[1]
+    return spread_of([logits for _, logits, _ in parts], [right[i : i + len(logits)] for i, logits, _ in parts])
+
+
+def _in_parts(passes: Passes, ids: Tensor, cuts: list[int]) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
+    """Compute a text in parts between cuts.
+
+    Yields for each pass its first position, its logits [n, V], and the tokens and bytes of the cache after it.
+    """
+    kept: Kept | None = None
+    for start, end in pairwise(cuts):
+        for first, behind in passes_of(passes.continues, start, end, is_wanted=True):
+            logits, kept = _run(passes, kept if first else None, ids[first:behind])
+            yield first, logits, (kept.end, kept.num_bytes)
+
+
+def watch(passes: Passes) -> Trial:
+    """Return what passes call: of modules those that see all of a pass's tokens whenever they run."""
+    sizes = [(NUM_TOKENS, NUM_HEAD_ROWS), (2 * NUM_TOKENS + 1, NUM_HEAD_ROWS + 1)]
+    if passes.continues == "chunks":
+        sizes.append((NUM_TOKENS + 2, NUM_HEAD_ROWS))
+    if passes.continues != "nothing":
+        sizes.append((1, 1))
+    return watch_passes(passes.module, list(_watched(passes, sizes)))
+
+
+def _watched(passes: Passes, sizes: list[tuple[int, int]]) -> Iterator[WatchedPass]:
+    """Yield passes of so many tokens and rows of logits: two from a text's beginning, the others from where these end.
+
+    The caller runs each before it asks for the next.
+    """
+    device = passes.module.device
+    kept: Kept | None = None
+
+    def run(num: int, rows: int, *, is_first: bool) -> None:
+        nonlocal kept
+        ids = torch.arange(num, device=device)
+        kept = passes.run(None if is_first else kept, ids, torch.arange(rows, device=device))[1]
+
+    for number, (num, rows) in enumerate(sizes):
+        yield WatchedPass(num, rows, lambda num=num, rows=rows, first=number < 2: run(num, rows, is_first=first))
+
+
+def _run(passes: Passes, kept: Kept | None, ids: Tensor) -> tuple[Tensor, Kept]:
+    with torch.inference_mode():
+        return passes.run(kept, ids, torch.arange(len(ids), device=ids.device))
