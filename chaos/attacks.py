@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import random
 import uuid
@@ -205,6 +206,20 @@ async def _names(attacker: Attacker) -> None:
     await together(*(attacker.get(f"/v1/models/{name[:2000]}") for name in names))
     await together(*(attacker.post(COMPLETIONS, completion(model=f"nobody/{_new()}")) for _ in range(100)))
 
+
+async def _many_logprobs(attacker: Attacker) -> None:
+    body = completion(max_tokens=1500, n=16, logprobs=20, temperature=1, ignore_eos=True)
+
+    async def leave() -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2):
+                await attacker.post(COMPLETIONS, body)
+
+    await together(*(leave() for _ in range(100)))
+
+
+MANY_LOGPROBS = Attack("100 × 24,000 tokens with logprobs", _many_logprobs, frozenset({"200"}))
+"""Whole answers that would have more logprobs together than a gateway may hold."""
 
 BODY_ATTACKS = (
     Attack("130 models × 600,000 ids", _many_models(130)),

@@ -35,6 +35,7 @@ from gateway.lorax.routes import NativeEndpoints
 from gateway.ollama.routes import OllamaEndpoints
 from gateway.overload.admission import Admission, OverloadLimits
 from gateway.overload.heartbeat import Heartbeat, Pace
+from gateway.overload.memory import MemoryAccount
 from gateway.sandbox.sandbox import SandboxPool
 from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import load_model_files
@@ -42,6 +43,7 @@ from gateway.tokenizer.routes import TokenizerEndpoints
 from peft_adapters.texts.files import TOKENIZER
 from protocol.queue.bus import Bus
 from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.metrics import GATEWAY_HELD_BYTES
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder
 from protocol.runtime.sealing import Seal
 from protocol.runtime.service import unending
@@ -78,6 +80,8 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
         fleet = FleetView(beats, settings.beat_timeout_s)
         heartbeat = Heartbeat(settings.queue_url(), replies.gid, timings.pace)
         admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, timings.overload)
+        memory = MemoryAccount(settings.gateway_memory)
+        GATEWAY_HELD_BYTES.set_function(lambda: memory.num_bytes)
         aliases = Aliases(bus, settings, secret, admission.leave_inbound, timings.alias_poll_s)
         tokenizer = model_folder(settings.model, TOKENIZER_FILES) / TOKENIZER
         sandbox = SandboxPool(
@@ -101,7 +105,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
         ollama = OllamaEndpoints(endpoints, pipeline)
         keys = bus.api_keys if settings.api_keys else None
         app = build_app(
-            endpoints, native, operators, encoders, tokenizers, ollama, settings, admission, keys, secret
+            endpoints, native, operators, encoders, tokenizers, ollama, settings, admission, memory, keys, secret
         )  # fmt: skip
         with _listen(settings.host, settings.port) as listener:
             address = _address(listener)
@@ -109,7 +113,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
             parts = _Parts(app, endpoints, replies, fleet, aliases, heartbeat)
             async with heartbeat.beating(beats, address):
                 logger.info("listening on %s", address)
-                await _run(_server(app, settings), listener, parts, settings.grace_s, stop)
+                await _run(_server(app, settings, memory), listener, parts, settings.grace_s, stop)
         await replies.close()
         await own.close()
         await sandbox.close()
@@ -162,7 +166,7 @@ async def _idle(app: Envelope, timeout_s: float) -> bool:
     return True
 
 
-def _server(app: Envelope, settings: Settings) -> HttpServer:
+def _server(app: Envelope, settings: Settings, memory: MemoryAccount) -> HttpServer:
     config = uvicorn.Config(
         app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, server_header=False,
         proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=LAST_WORDS_S,
@@ -174,6 +178,7 @@ def _server(app: Envelope, settings: Settings) -> HttpServer:
     return HttpServer(
         config, min(settings.max_connections, allow_connections()),
         max_per_address=settings.max_connections_per_address, limits=limits, shape_of=shape_of,
+        memory=memory,
     )  # fmt: skip
 
 

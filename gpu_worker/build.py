@@ -129,7 +129,9 @@ def build_encoder_engine(
     longest = model.max_positions or max_step_tokens
     if settings.max_model_len > longest:
         raise BadRequest(f"max_model_len is {settings.max_model_len}, the model is made for {longest} tokens")
-    config = EncoderConfig(max_num_seqs, max_step_tokens, settings.max_model_len or longest)
+    config = EncoderConfig(
+        max_num_seqs, max_step_tokens, settings.max_model_len or longest, max_slowdown=settings.max_slowdown
+    )  # fmt: skip
     served = served_model(model, config.max_model_len, settings)
     return EncoderEngine(model, config, adapter_cache(model, served, settings, fetch, fetch_files)), served
 

@@ -92,7 +92,7 @@ class AdapterOperations:
         """Return a page of at most `limit` adapters after a name, by name: those the caller sees, or a tenant's own."""
         owner = None if tenant is None else caller.namespace(tenant)
         found = [
-            alias for alias in await self._bus.adapters.aliases(None)
+            alias async for alias in self._bus.adapters.each()
             if alias.name > after and (caller.sees(alias) if owner is None else alias.tenant == owner)
         ]  # fmt: skip
         aliases = sorted(found, key=lambda alias: alias.name)
@@ -309,7 +309,7 @@ class AdapterOperations:
         await self._bus.adapters.unregister(name, tenant)
         await self._aliases.wait(name, tenant, lambda found: found is None or found.is_folder, max(wait_s, REMOVAL_S))
         digest = alias.digest if alias is not None else ""
-        others = [other for other in await self._bus.adapters.aliases(None) if other.digest == digest]
+        others = [other async for other in self._bus.adapters.each() if other.digest == digest]
         kept_by = sorted({other.name if caller.sees(other) else OTHERS for other in others})
         error = Conflict(f"the adapter `{name}` was unloaded", param="model", code="adapter_unloaded")
         if not digest or (kept_by if caller.is_admin else kept_by and kept_by != [OTHERS]):

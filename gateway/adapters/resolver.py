@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.adapters.aliases import Aliases
+from gateway.adapters.catalogue import Catalogue
 from gateway.adapters.views import adapter_object, base_object
 from gateway.auth.callers import EVERYBODY, Caller
 from gateway.text.own_files import OwnFiles
@@ -47,6 +48,7 @@ class Resolver:
         self._folder = folder
         self._aliases = aliases
         self.own = own
+        self.catalogue = Catalogue(bus)
 
     async def resolve(self, name: str, base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY) -> Target:
         """Return the target of `base`, the base's own name or "", of an adapter's name or source, or of `base:adapter`.
@@ -97,12 +99,6 @@ class Resolver:
             alias = await self._bus.adapters.alias(name)
         return alias if alias is not None and caller.sees(alias) else None
 
-    async def visible(self, caller: Caller) -> list[m.Alias]:
-        """Return the aliases that a caller sees, by name. A tenant's hides everybody's of the same name."""
-        seen = [alias for alias in await self._bus.adapters.aliases(caller.name) if caller.sees(alias)]
-        by_name = {alias.name: alias for alias in sorted(seen, key=lambda alias: bool(alias.tenant))}
-        return [by_name[name] for name in sorted(by_name)]
-
     def _plain(self, name: str, base: m.ServedModel) -> str:
         """Return an adapter's name without the base's name as its prefix."""
         for prefix in (f"{base.name}:", f"{BASE}:"):
@@ -110,12 +106,11 @@ class Resolver:
                 return name.removeprefix(prefix)
         return name
 
-    async def models(self, base: m.ServedModel, caller: Caller) -> list[dict[str, Any]]:
-        """Return the model objects that a caller sees: the base, then the adapters by name."""
-        aliases = await self.visible(caller)
-        digests = sorted({alias.digest for alias in aliases if alias.digest})
-        records = await self._bus.adapters.records(digests)
-        return [base_object(base), *(adapter_object(alias, records.get(alias.digest), base) for alias in aliases)]
+    async def models(self, base: m.ServedModel, caller: Caller) -> bytes:
+        """Return as a JSON list the model objects that a caller sees: the base, then the adapters by name."""
+        return await self.catalogue.listed(
+            caller, base_object(base), lambda alias, record: adapter_object(alias, record, base)
+        )
 
     async def model(self, name: str, base: m.ServedModel, caller: Caller) -> dict[str, Any]:
         """Return the object of one model in any state. Raises ModelNotFound."""

@@ -1,22 +1,24 @@
-"""JSON in and out: bodies are read and answers written by orjson, each within the limits of `json_values`."""
+"""JSON in and out: bodies are read within the limits of `json_values`, large answers written by `json_slices`."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-import orjson
 from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from gateway.auth.callers import caller_of
 from gateway.bodies import json_values
+from gateway.bodies.json_slices import dumps, has_rows, slices
 from gateway.bodies.parameter_check import IGNORED_HEADER, JsonBody, check_parameters
 from gateway.http.errors import ERROR_SHAPE, OPENAI_ERRORS
 from gateway.http.paths import TOKENIZE
@@ -25,6 +27,9 @@ from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
 logger = logging.getLogger(__name__)
+
+SENT_BYTES = 1 << 14
+"""Bytes of a large answer that are gathered before they are sent."""
 
 Handler = Callable[..., Coroutine[Any, Any, Response]]
 
@@ -103,6 +108,61 @@ def _checked(endpoint: Handler) -> Handler:
     return checked if "body" in inspect.signature(endpoint).parameters else endpoint
 
 
-def json_response(value: Any, status: int = 200) -> Response:
-    """Return a value as a JSON answer."""
-    return Response(orjson.dumps(value), status, media_type="application/json")
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a value, which may hold `Rows`, as a JSON answer."""
+    return Response(dumps(value), status, headers, media_type="application/json")
+
+
+def json_answer(value: Any, status: int = 200) -> Response:
+    """Return a value as a JSON answer, in slices if it holds `Rows`."""
+    return SlicedResponse(value, status) if has_rows(value) else json_response(value, status)
+
+
+class SlicedResponse(Response):
+    """A JSON answer that is written a slice at a time, as its client reads it; between two of them others have a turn.
+
+    So it is never there as a whole, and its length is not told before.
+    """
+
+    media_type = "application/json"
+
+    def __init__(
+        self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None,
+        is_over: Callable[[], bool] | None = None,
+    ) -> None:  # fmt: skip
+        """is_over: whether nobody reads it any more; None: the answer finds that out itself."""
+        super().__init__(None, status, headers)
+        self._value = value
+        self._is_over = is_over
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer, as far as its client is there."""
+        if self._is_over is not None:
+            await self._send(send, self._is_over)
+            return
+        left = asyncio.create_task(disconnected(receive))
+        try:
+            await self._send(send, left.done)
+        finally:
+            left.cancel()
+
+    async def _send(self, send: Send, is_over: Callable[[], bool]) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        gathered = b""
+        for part in slices(self._value):
+            gathered += part
+            if len(gathered) < SENT_BYTES:
+                continue
+            if is_over():
+                return
+            await send({"type": "http.response.body", "body": gathered, "more_body": True})
+            gathered = b""
+            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": gathered, "more_body": False})
+
+
+async def disconnected(receive: Receive) -> None:
+    """Wait until the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

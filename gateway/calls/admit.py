@@ -11,13 +11,15 @@ from typing import Any
 
 from gateway.adapters.fleet_view import FleetView
 from gateway.auth.limits import check_quota, limit_headers, refusal
-from gateway.calls.parse import Options, ParsedCall
+from gateway.calls.parse import ParsedCall
+from gateway.calls.size import call_bytes, check_logprobs, numbers_of
 from gateway.calls.tokenize import Prompt, TokenizedCall
 from gateway.overload.admission import Admission, Load
+from gateway.overload.memory import CHARACTER_BYTES, held, hold
 from protocol.queue.quota import Quota, Standing
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest, LorafleetError, Unavailable
+from protocol.wire.errors import LorafleetError, Unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,24 +31,7 @@ class AdmittedCall:
     prompts: list[Prompt]  # with the most tokens that each answer may have
     load: Load
     quota: Quota | None  # whose limits it counts against, None for nobody's
-
-
-MAX_LOGPROB_BYTES = 1 << 27
-"""Most bytes that the logprobs of a call may take in the logs of its requests; as objects they take 20 times that."""
-
-
-def check_logprobs(options: Options, prompts: Sequence[Prompt]) -> None:
-    """Refuse a call whose choices may have too many logprobs together. Raises BadRequest."""
-    num_new = options.n * sum(prompt.max_new_tokens for prompt in prompts) if options.record_bytes else 0
-    num_old = options.n * sum(prompt.num_tokens for prompt in prompts) if options.prompt_record_bytes else 0
-    num_tokens = num_new + num_old
-    num_bytes = num_new * options.record_bytes + num_old * options.prompt_record_bytes
-    if num_bytes > MAX_LOGPROB_BYTES:
-        raise BadRequest(
-            f"the logprobs of up to {num_tokens} tokens take {num_bytes} bytes; the limit of a call is"
-            f" {MAX_LOGPROB_BYTES}: ask for fewer tokens, choices or likely tokens",
-            param="max_tokens", code="limit_exceeded",
-        )  # fmt: skip
+    num_bytes: int = 0  # of memory that it may hold from the queue on
 
 
 class CallAdmission:
@@ -63,7 +48,7 @@ class CallAdmission:
         self._admission.check(Load(call.options.cls))
 
     def admit(self, call: TokenizedCall) -> AdmittedCall:
-        """Let a call in. Raises Overloaded, and BadRequest for more than can ever be let in."""
+        """Let a call in. Raises Overloaded, Unavailable, and BadRequest for more than can ever be let in."""
         parsed, base, options = call.parsed, call.resolved.base, call.options
         most = parsed.rules.most_tokens
         prompts = [
@@ -74,11 +59,15 @@ class CallAdmission:
             options.n * sum(prompt.num_tokens for prompt in prompts), self._settings.max_call_tokens
         )
         check_logprobs(options, prompts)
+        num_bytes = call_bytes(options, prompts, numbers_of(parsed.task, prompts, base.width))
+        if options.output != "text":  # the answer needs its prompts' texts again
+            num_bytes += CHARACTER_BYTES * sum(map(len, parsed.sources))
+        hold(held() + num_bytes)  # beside the body, until it is submitted
         admitted, quota = parsed.without_prompts(), parsed.caller.quota
         if quota is not None and not quota.max_bytes:
             quota = replace(quota, max_bytes=self._settings.tenant_bytes)
         if options.is_empty:
-            return AdmittedCall(admitted, base, prompts, Load(options.cls, 0, 0, 0.0), quota)
+            return AdmittedCall(admitted, base, prompts, Load(options.cls, 0, 0, 0.0), quota, num_bytes)
         num_tokens = options.n * sum(prompt.num_tokens + prompt.max_new_tokens for prompt in prompts)
         load = Load(options.cls, len(prompts) * options.n, num_tokens, self.lifetime_s(parsed))
         try:
@@ -88,7 +77,7 @@ class CallAdmission:
         except LorafleetError:
             self.reached_queue()
             raise
-        return AdmittedCall(admitted, base, prompts, load, quota)
+        return AdmittedCall(admitted, base, prompts, load, quota, num_bytes)
 
     def check_known(self, needs: Sequence[str]) -> None:
         """Refuse what needs a worker that knows more than any does, which would ignore the rest. Raises Unavailable."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -25,14 +25,77 @@ class TokenLogprob(NamedTuple):
     rank: int = 0  # of a prompt's token: how many are as likely, itself among them
 
 
+class Logprobs:
+    """Tokens with their logprobs, packed as they come from the log: as objects they would take twenty times as much."""
+
+    __slots__ = ("_of_prompt", "_records", "packed")
+
+    def __init__(
+        self, packed: bytes | bytearray = b"", records: bytes | bytearray = b"", *, of_prompt: bool = False
+    ) -> None:
+        """packed: ids, int32. records: a logprob (float32), of a prompt's token its rank (int32), then others' ids.
+
+        Each of these is followed by its logprob (int32, float32).
+        """
+        self.packed = packed
+        self._records = records
+        self._of_prompt = of_prompt
+
+    def __len__(self) -> int:
+        return len(self.packed) // 4
+
+    @property
+    def ids(self) -> memoryview[int]:
+        """The ids of the tokens."""
+        return memoryview(self.packed).cast("i")
+
+    @property
+    def values(self) -> memoryview[float]:
+        """The logprobs of the tokens."""
+        return memoryview(self._records).cast("f")[:: max(len(self._records) // max(len(self.packed), 1), 1)]
+
+    def __iter__(self) -> Iterator[TokenLogprob]:
+        """Make the tokens one after the other."""
+        if not self.packed:
+            return
+        num_top = (len(self._records) * 4 // len(self.packed) - 4) // 8
+        first = int(self._of_prompt)
+        layout = struct.Struct("<f" + "i" * first + "if" * num_top)
+        for id_, (logprob, *rest) in zip(self.ids, layout.iter_unpack(self._records), strict=True):
+            top = list(zip(rest[first::2], rest[first + 1 :: 2], strict=True))
+            yield TokenLogprob(id_, logprob, top, rest[0] if first else 0)
+
+    def first(self, num: int) -> Logprobs:
+        """Return the first tokens."""
+        if num == len(self):
+            return self
+        records = self._records[: len(self._records) // max(len(self), 1) * num]
+        return Logprobs(self.packed[: 4 * num], records, of_prompt=self._of_prompt)
+
+    def joined(self, more: Logprobs) -> Logprobs:
+        """Return these tokens with more after them. It may be this object, which then has grown."""
+        if not more.packed or not self.packed:
+            return self if self.packed else more
+        if not isinstance(self.packed, bytearray):
+            packed, records = bytearray(self.packed) + more.packed, bytearray(self._records) + more._records
+            return Logprobs(packed, records, of_prompt=self._of_prompt)
+        assert isinstance(self._records, bytearray)
+        self.packed += more.packed
+        self._records += more._records
+        return self
+
+
+NONE = Logprobs()
+
+
 @dataclass(slots=True)
 class Piece:
     """What a choice has gained since the piece before."""
 
     index: int
     text: str = ""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens, if they are wanted
+    logprobs: Logprobs = NONE
+    prompt: Logprobs = NONE  # of the prompt's tokens, if they are wanted
     ids: list[int] = field(default_factory=list)  # of the output's tokens, if they are wanted
     finish: str = ""  # "stop" or "length" at the end
 
@@ -49,7 +112,7 @@ class Choice:
         self.options = options
         self.needs_prompt = options.sampling.prompt_logprobs is not None
         """Whether `give_prompt` is still to be called, before the first token is taken."""
-        self._prompt: list[TokenLogprob] = []
+        self._prompt = NONE
         self._echo = prompt.echo if options.echo else ""
         self._record_bytes = options.record_bytes
         self._shown, self._shown_records = bytearray(), bytearray()  # everything taken so far, as in the log
@@ -78,7 +141,7 @@ class Choice:
     def give_prompt(self, ids: bytes, records: bytes) -> None:
         """Take the prompt's tokens (int32) and their logprob records, to be shown with the next piece."""
         self.needs_prompt = False
-        self._prompt = unpack(ids, records, of_prompt=True)
+        self._prompt = Logprobs(ids, records, of_prompt=True)
 
     def take(self, delta: m.Delta, piece: Piece) -> None:
         """Add a delta that leaves no gap to `piece`. Raises the error that ended the request."""
@@ -90,7 +153,7 @@ class Choice:
         if self._echo:
             piece.text, self._echo = self._echo, ""
         if self._prompt:
-            piece.prompt, self._prompt = self._prompt, []
+            piece.prompt, self._prompt = self._prompt, NONE
         if ids and not self.options.scores_only:
             self.absorb(ids, records, piece)
         if delta.usage is not None:
@@ -119,20 +182,21 @@ class Choice:
         if not self._record_bytes:
             piece.text += self._output.add(memoryview(ids).cast("i"))
             return
-        tokens = unpack(ids, records)
-        if self.options.output == "tokens":
-            piece.logprobs += tokens
-            return
-        for token in tokens:
-            if self._output.ended:
-                break
-            piece.text += self._output.add((token.id,))
-            piece.logprobs.append(token)  # an end token too: it is no part of the text, but counted in the usage
+        tokens = Logprobs(ids, records)
+        if self.options.output != "tokens":
+            num = 0
+            for id_ in memoryview(ids).cast("i"):
+                if self._output.ended:
+                    break
+                piece.text += self._output.add((id_,))
+                num += 1  # an end token too: it is no part of the text, but counted in the usage
+            tokens = tokens.first(num)
+        piece.logprobs = piece.logprobs.joined(tokens)
 
 
 def mean_logprob(piece: Piece) -> float:
     """Return the mean logprob of a choice's output, 0 without one."""
-    return sum(token.logprob for token in piece.logprobs) / max(len(piece.logprobs), 1)
+    return sum(piece.logprobs.values) / max(len(piece.logprobs), 1)
 
 
 def best_of(pieces: Sequence[Piece], options: Options) -> Sequence[Piece]:
@@ -145,18 +209,3 @@ def best_of(pieces: Sequence[Piece], options: Options) -> Sequence[Piece]:
         ranked = sorted(pieces[start : start + n], key=mean_logprob, reverse=True)
         shown += ranked[:num_best]
     return [replace(piece, index=i) for i, piece in enumerate(shown)]
-
-
-def unpack(ids: bytes, records: bytes, *, of_prompt: bool = False) -> list[TokenLogprob]:
-    """Return tokens (int32, at least one) with the logprobs of their records, all of one size.
-
-    A record is the token's logprob (float32), of a prompt's token its rank (int32), then the most likely ids and
-    logprobs (int32, float32).
-    """
-    num_top = (len(records) * 4 // len(ids) - 4) // 8
-    layout = struct.Struct("<f" + "i" * of_prompt + "if" * num_top)
-    return [
-        TokenLogprob(id_, logprob, list(zip(rest[of_prompt::2], rest[of_prompt + 1 :: 2], strict=True)),
-                     rest[0] if of_prompt else 0)
-        for id_, (logprob, *rest) in zip(memoryview(ids).cast("i"), layout.iter_unpack(records), strict=True)
-    ]  # fmt: skip

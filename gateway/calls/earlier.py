@@ -10,8 +10,10 @@ from gateway.adapters.resolver import Target
 from gateway.auth.callers import Caller
 from gateway.calls.parse import Conversation, ParsedCall, Sent
 from gateway.calls.replies import Replies
+from gateway.calls.size import call_bytes, longest, numbers_of
 from gateway.calls.submit import SubmittedCall, call_of
 from gateway.calls.tokenize import Prompt, echoed
+from gateway.overload.memory import held, hold
 from gateway.text.answer_form import form_of
 from gateway.text.own_files import OwnFiles
 from protocol.queue.bus import Bus, RequestFacts
@@ -20,6 +22,9 @@ from protocol.wire import messages as m
 from protocol.wire.errors import IdempotencyKeyReused, NotFound
 
 ATTACHED_POLL_S = 0.1
+
+UNKNOWN_MODEL_LEN = 1 << 17
+"""The context that a model is taken to have while no worker has told its model to this gateway."""
 
 
 class EarlierCalls:
@@ -37,12 +42,24 @@ class EarlierCalls:
         return await self._bus.get(self._bus.keys.idem(caller.owner, sent.key), m.Idempotent) if sent.key else None
 
     async def attach(self, call: ParsedCall, record: m.Idempotent) -> SubmittedCall:
-        """Return an earlier call, to be followed from its first token. Raises as `check_same_body`, and NotFound."""
+        """Return an earlier call, to be followed from its first token, and charge for what it holds beside its body.
+
+        Raises as `check_same_body` and `memory.hold`, and NotFound.
+        """
         assert call.sent is not None
         check_same_body(record, call.sent)
         known = await self.known(call, record, await self._bus.requests(record.rids))
+        hold(held() + self.num_bytes(known))
         mail = self._replies.subscribe(record.rids, eager=call.options.stream)
-        return replace(known, mail=mail, deadline_ms=record.created_ms + self._timeout_ms, poll_s=ATTACHED_POLL_S)
+        deadline_ms = record.created_ms + self._timeout_ms
+        return replace(
+            known, parsed=call.without_prompts(), mail=mail, deadline_ms=deadline_ms, poll_s=ATTACHED_POLL_S
+        )  # fmt: skip
+
+    def num_bytes(self, call: SubmittedCall) -> int:
+        """Return the most bytes of memory that an earlier call holds while it is read."""
+        numbers = numbers_of(call.parsed.task, call.prompts, self._fleet.base.width if self._fleet.base else 0)
+        return call_bytes(call.parsed.options, call.prompts, numbers)
 
     async def known(
         self, call: ParsedCall, record: m.Idempotent | m.Job, facts: Sequence[RequestFacts | None]
@@ -52,6 +69,7 @@ class EarlierCalls:
         Raises NotFound when its result has expired, or its adapter's tokenizer is gone.
         """
         prompts: list[Prompt] = []
+        max_model_len = self._fleet.base.max_model_len if self._fleet.base is not None else UNKNOWN_MODEL_LEN
         of_prompts = iter(facts[:: call.options.n])
         for i, (digest, texts) in enumerate(zip(record.digests, record.texts, strict=True)):
             files = await self._own.files(digest, texts, call.caller.name or digest)
@@ -63,7 +81,8 @@ class EarlierCalls:
                 if fact is None:
                     raise NotFound("the result has expired", code="result_expired")
                 echo = echoed(call, source, files)
-                prompts.append(Prompt(target, b"", fact.num_prompt_tokens, echo=echo, form=form))
+                most = longest(call.options, fact.num_prompt_tokens, max_model_len)
+                prompts.append(Prompt(target, b"", fact.num_prompt_tokens, most, echo=echo, form=form))
         return SubmittedCall(call_of(record.rids[0]), call, self._fleet.base, prompts, record.created_ms, 0)
 
 

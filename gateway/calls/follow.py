@@ -28,6 +28,10 @@ DEADLINE_SLACK_MS = 5000
 
 RECONNECT_S = 0.2
 
+TEXT_TOKENS, LOGPROB_TOKENS = 1024, 64
+"""Tokens that are read from a log at a time, without logprobs and with them: a millisecond's work or two, after which
+others have their turn."""
+
 
 class ClientGoneError(Exception):
     """The client has hung up: there is nobody to answer."""
@@ -52,6 +56,11 @@ class Generation:
     def is_done(self) -> bool:
         """Whether every choice has ended."""
         return not self._open
+
+    @property
+    def client_gone(self) -> bool:
+        """Whether the client has hung up."""
+        return self._mail.client_gone
 
     @property
     def usage(self) -> Usage:
@@ -92,6 +101,8 @@ class Generation:
         for delta in deltas:
             choice = self._by_rid[delta.rid]
             if choice.cursor.needs_log(delta):
+                if self._mail.nudged:
+                    continue  # the logs are read below
                 await self._take(choice, await self._read_log(choice), pieces)
                 if choice.cursor.needs_log(delta):
                     # The queue has lost the tokens before it; its owner, or the next one, will write them again.
@@ -150,11 +161,17 @@ class Generation:
 
     async def _catch_up(self, pieces: dict[str, Piece]) -> None:
         """Read what was not delivered from the logs of all open requests. Raises DeadlineExceeded."""
+        num_tokens = 0
         for rid in list(self._open):
             choice = self._by_rid[rid]
             delta = await self._read_log(choice)
             if delta.ids or delta.finish:
                 await self._take(choice, delta, pieces)
+            num_tokens += len(delta.ids) // 4
+            limit = log_limit(choice)
+            if limit and num_tokens >= limit:
+                self._mail.nudge()
+                break  # the others' logs are read in the next turn
         slack_ms = min(DEADLINE_SLACK_MS, self.call.deadline_ms - self.call.created_ms)
         if self._open and now_ms() > self.call.deadline_ms + slack_ms:
             raise DeadlineExceeded("the request took longer than it may")
@@ -182,7 +199,8 @@ class Generation:
 
     async def _read_log(self, choice: Choice) -> m.Delta:
         """Return what a choice's log holds beyond its cursor. Raises Unavailable if the queue has lost the request."""
-        read = partial(self._replies.read_log, choice.rid, choice.cursor, choice.record_bytes)
+        limit = log_limit(choice)
+        read = partial(self._replies.read_log, choice.rid, choice.cursor, choice.record_bytes, limit)
         delta = await self._insist(read)
         if delta is None:
             await self._mend()
@@ -190,6 +208,8 @@ class Generation:
         if delta is None:
             self._open.discard(choice.rid)
             raise Unavailable(f"the queue does not know the request {choice.rid} any more", code="request_lost")
+        if limit and len(delta.ids) >= 4 * limit:
+            self._mail.nudge()  # there is more, which the next turn reads
         return delta
 
     async def _insist(self, do: Callable[[], Awaitable[T]]) -> T:
@@ -201,6 +221,13 @@ class Generation:
                 if now_ms() > self.call.deadline_ms:
                     raise
                 await asyncio.sleep(RECONNECT_S)
+
+
+def log_limit(choice: Choice) -> int:
+    """Return how many tokens of a choice are read, decoded and written at a time; 0: all of them."""
+    if choice.options.output == "numbers":
+        return 0
+    return LOGPROB_TOKENS if choice.record_bytes else TEXT_TOKENS
 
 
 def choices_of(call: SubmittedCall) -> list[Choice]:

@@ -15,11 +15,13 @@ from gateway.auth.callers import EVERYBODY, Caller
 from gateway.calls.admit import AdmittedCall
 from gateway.calls.choices import Choice, Piece, best_of
 from gateway.calls.earlier import check_same_body
-from gateway.calls.follow import choices_of
+from gateway.calls.follow import choices_of, log_limit
 from gateway.calls.parse import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
+from gateway.calls.size import TextGrowth
 from gateway.calls.submit import SubmittedCall, facts_of
 from gateway.calls.writers import Usage, Writer
+from gateway.overload.memory import held, hold
 from protocol.queue.bus import RequestFacts
 from protocol.queue.jobs import NewJob
 from protocol.wire import messages as m
@@ -213,20 +215,26 @@ class Jobs:
         if request is None:
             raise NotFound("the result has expired", code="result_expired")
         call = await self._pipeline.earlier.known(api.parse(orjson.loads(request), EVERYBODY), job, facts)
+        hold(held() + self._pipeline.earlier.num_bytes(call))
         usage = Usage(prompt_tokens=sum(prompt.num_tokens for prompt in call.prompts))
         pieces: list[Piece] = []
-        choices = choices_of(call)
+        choices, growth = choices_of(call), TextGrowth(call.parsed.options, call.prompts)
         for choice in choices:
-            delta = await self._bus.read_log(choice.rid, 0, choice.record_bytes)
-            if delta is None:
-                raise NotFound("the result has expired", code="result_expired")
             if choice.needs_prompt:
                 found = await self._bus.prompt_logprobs(choice.rid, choice.options.prompt_record_bytes)
                 if found is None:
                     raise NotFound("the result has expired", code="result_expired")
                 choice.give_prompt(*found)
             piece = Piece(choice.index)
-            choice.take(delta, piece)
+            while not choice.cursor.ended:
+                delta = await self._bus.read_log(
+                    choice.rid, choice.cursor.next, choice.record_bytes, log_limit(choice)
+                )  # fmt: skip
+                if delta is None or not (delta.ids or delta.finish):
+                    raise NotFound("the result has expired", code="result_expired")
+                before = len(piece.text)
+                choice.take(delta, piece)
+                growth.add(piece.text[before:])
             pieces.append(piece)
             usage.completion_tokens += choice.num_output_tokens
         return api.writer(call, choices).whole(best_of(pieces, call.parsed.options), usage)

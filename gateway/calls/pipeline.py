@@ -27,7 +27,7 @@ from gateway.calls.resolve import CallResolver
 from gateway.calls.submit import SubmittedCall, Submitter
 from gateway.calls.tokenize import check_size, tokenize
 from gateway.grammars.check import GrammarCheck
-from gateway.overload import large
+from gateway.overload import large, memory
 from gateway.overload.admission import Admission
 from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import Bus
@@ -61,6 +61,7 @@ class Pipeline:
         if isinstance(submitted, m.Idempotent):  # what its key was used for, a moment ago
             return await self.attach(call, submitted)
         large.release()
+        memory.hold(admitted.num_bytes)
         return self.follow(submitted)
 
     async def prepare(self, call: ParsedCall) -> AdmittedCall:
@@ -76,7 +77,11 @@ class Pipeline:
     async def attach(self, call: ParsedCall, record: m.Idempotent) -> Generation:
         """Follow what a call's Idempotency-Key was used for before. Raises ClientError if that was another body."""
         self.admission.left()
-        return self.follow(await self.earlier.attach(call, record))
+        of_body = memory.held()
+        attached = await self.earlier.attach(call, record)
+        large.release()
+        memory.hold(memory.held() - of_body)
+        return self.follow(attached)
 
     def follow(self, call: SubmittedCall) -> Generation:
         """Return what follows a submitted call; it must be closed."""

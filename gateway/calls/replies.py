@@ -74,6 +74,11 @@ def _rank(delta: m.Delta) -> tuple[int, bool, int]:
 # ---------------------------------------------------------------- delivery
 
 
+def max_pending(num_choices: int) -> int:
+    """Return how many deltas are held for a call at most."""
+    return max(MAX_PENDING, 2 * num_choices)
+
+
 class Subscription:
     """The mailbox of one call, between the reader and the call's task; bounded."""
 
@@ -84,7 +89,7 @@ class Subscription:
         self.nudged = False
         self.restarted = False  # the queue was restarted since the call last looked
         self._eager = eager  # wake for every delta, not only for ends and a full mailbox
-        self._max_pending = max(MAX_PENDING, 2 * len(rids))
+        self._max_pending = max_pending(len(rids))
         self._pending: list[m.Delta] = []
         self._waiter: asyncio.Future[None] | None = None
         self._until_s = 0.0  # end of the present wait, in the loop's time
@@ -198,10 +203,10 @@ class Replies:
             for subscription in listeners:
                 subscription.fail(error)
 
-    async def read_log(self, rid: str, cursor: Cursor, record_bytes: int) -> m.Delta | None:
-        """Return what a request's log holds beyond the cursor; None when the queue does not know the request."""
+    async def read_log(self, rid: str, cursor: Cursor, record_bytes: int, limit: int) -> m.Delta | None:
+        """Return what a request's log holds beyond the cursor, see `Bus.read_log`."""
         GATEWAY_LOG_READS.inc()
-        return await self.bus.read_log(rid, cursor.next, record_bytes)
+        return await self.bus.read_log(rid, cursor.next, record_bytes, limit)
 
     # ------------------------------------------------------------ loops
 

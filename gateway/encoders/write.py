@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import orjson
-from starlette.responses import Response
 
+from gateway.bodies.json_slices import Rows
 from gateway.calls.choices import Piece
 from gateway.calls.follow import Generation
 from gateway.calls.tokenize import Offset
@@ -24,7 +22,10 @@ from gateway.lorax.write import compute_type, times_of
 from protocol.wire import messages as m
 
 FEW_NUMBERS = 1 << 14
-"""Numbers up to which an answer is written in the event loop: that takes a few milliseconds."""
+"""Numbers up to which an answer is written in one piece: that takes a few milliseconds."""
+
+VECTORS = 4
+"""Vectors that are written at a time, and texts whose entities are."""
 
 CLASSIFY_HEADERS = ("x-compute-time", "x-validation-time", "x-queue-time", "x-inference-time")
 
@@ -41,15 +42,15 @@ class EncoderResponse(GenerationResponse):
         self._write = write
         self.errors = LORAX_GENERATION_ERRORS if native else OPENAI_ERRORS
 
-    async def whole(self, choices: list[Piece]) -> Response:
-        """Return the answer."""
+    async def whole(self, choices: list[Piece]) -> tuple[Any, dict[str, str]]:
+        """Return the answer and its headers."""
         numbers = [np.frombuffer(choice.shown[0], "<i4") for choice in self.generation.choices]
-        few = sum(map(len, numbers)) <= FEW_NUMBERS
-        body = self._body(numbers) if few else await asyncio.to_thread(self._body, numbers)
-        return Response(body, 200, await self.own_headers(), "application/json")
+        return self._write(numbers, self.generation), await self.own_headers()
 
-    def _body(self, numbers: list[np.ndarray]) -> bytes:
-        return orjson.dumps(self._write(numbers, self.generation), option=orjson.OPT_SERIALIZE_NUMPY)
+    @property
+    def is_large(self) -> bool:
+        """Whether the answer takes long to write."""
+        return sum(choice.cursor.next for choice in self.generation.choices) > FEW_NUMBERS
 
     async def own_headers(self) -> dict[str, str]:
         """Return the headers that tell more than the answer."""
@@ -107,11 +108,12 @@ def write_entities(request: EncoderRequest | EncoderBatchRequest) -> Write:
     def write(numbers: list[np.ndarray], generation: Generation) -> Any:
         texts = request.inputs if isinstance(request, EncoderBatchRequest) else [request.inputs]
         labels, prompts = _base(generation).labels, generation.call.prompts
-        found = [
-            entities_of(text, prompt.offsets, part[::2], part[1::2].copy().view("<f4"), labels)
-            for text, prompt, part in zip(texts, prompts, numbers, strict=True)
-        ]
-        return found if isinstance(request, EncoderBatchRequest) else found[0]
+
+        def rows() -> Iterator[list[dict[str, Any]]]:
+            for text, prompt, part in zip(texts, prompts, numbers, strict=True):
+                yield entities_of(text, prompt.offsets, part[::2], part[1::2].copy().view("<f4"), labels)
+
+        return Rows(rows, at_once=VECTORS) if isinstance(request, EncoderBatchRequest) else next(rows())
 
     return write
 
@@ -131,25 +133,19 @@ def shortened(vector: np.ndarray, dimensions: int | None, *, unit_length: bool) 
     return part / np.float32(length) if unit_length and length else part
 
 
-def _json(vector: np.ndarray) -> orjson.Fragment:
-    """Return a vector as JSON: one by one, so that no call of orjson holds the interpreter for long."""
-    return orjson.Fragment(orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY))
-
-
 def embeddings_answer(
     request: EmbeddingsRequest, vectors: Sequence[np.ndarray], base: m.ServedModel, num_tokens: int
 ) -> dict[str, Any]:
     """Return OpenAI's answer; with numbers in it also under LoRAX's key, whose clients never ask for base64."""
-    cut = [shortened(vector, request.dimensions, unit_length=base.unit_length) for vector in vectors]
     as_text = request.encoding_format == "base64"
-    data = [
-        {
-            "object": "embedding",
-            "index": index,
-            "embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_text else _json(vector),
-        }
-        for index, vector in enumerate(cut)
-    ]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for index, whole in enumerate(vectors):
+            vector = shortened(whole, request.dimensions, unit_length=base.unit_length)
+            shown = base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_text else vector
+            yield {"object": "embedding", "index": index, "embedding": shown}
+
+    data = Rows(rows, at_once=VECTORS)
     answer = {
         "object": "list",
         "data": data,

@@ -1,6 +1,6 @@
 """The ASGI application: the routes, and what wraps them.
 
-From the outside in: envelope, browsers, CORS, admission, authentication, large bodies, calls.
+From the outside in: envelope, browsers, CORS, admission, authentication, memory, large bodies, calls.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from gateway.lorax.routes import NativeEndpoints, add_native_routes
 from gateway.ollama.routes import OllamaEndpoints, add_ollama_routes
 from gateway.overload.admission import Admission
 from gateway.overload.large import LargeBodies
+from gateway.overload.memory import Charged, MemoryAccount
 from gateway.tokenizer.routes import TokenizerEndpoints, add_tokenizer_routes
 from protocol.queue.api_keys import ApiKeys
 from protocol.runtime.fleet_secret import FleetSecret
@@ -64,6 +65,7 @@ def build_app(
     ollama: OllamaEndpoints,
     settings: Settings,
     admission: Admission,
+    memory: MemoryAccount,
     keys: ApiKeys | None,
     secret: FleetSecret | None = None,
 ) -> Envelope:
@@ -77,9 +79,9 @@ def build_app(
     add_encoder_routes(app, encoders)
     add_tokenizer_routes(app, tokenizers)
     add_ollama_routes(app, ollama)
-    authentication = Authentication(
-        LargeBodies(DirectCalls(app, shape_of), shape_of), keys, shape_of, secret, open_pages=settings.open_pages
-    )  # fmt: skip
+    bodies = LargeBodies(DirectCalls(app, shape_of), shape_of)
+    charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)
+    authentication = Authentication(charged, keys, shape_of, secret, open_pages=settings.open_pages)
     guarded: ASGIApp = Admitted(authentication, admission)
     origins = names_of(settings.cors_origins)
     if origins:

@@ -8,6 +8,7 @@ sent ahead, or the time that any of these take. Heads count here as they arrive;
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.http.errors import ErrorShape, HttpError
+from gateway.overload.memory import Charge
 from protocol.runtime.metrics import HTTP_DROPPED
 from protocol.wire.errors import LorafleetError
 
@@ -32,6 +34,13 @@ MAX_PIPELINED = 16
 
 MIN_BYTES_PER_S = 8192
 """Slowest client: bodies and answers get so much more time than their timeout."""
+
+FREE_BYTES = 1 << 12
+"""Bytes of a head, or of a body that waits to be read, that a connection is not charged for: few honest ones have
+more."""
+
+UNSENT_BYTES = 1 << 13
+"""Bytes of an answer beyond the system's buffers from which on its client is waited for, and charged for them."""
 
 LINGER_S = 2.0
 """Time for which the rest of a refused request is read and thrown away, so that its client reads the answer."""
@@ -61,10 +70,14 @@ class Connection(HttpToolsProtocol):
 
     def __init__(
         self, *args: Any, limits: ConnectionLimits, shape_of: Callable[[str], ErrorShape],
-        on_lost: Callable[[], object], **more: Any,
+        on_lost: Callable[[], object], charge: Charge, **more: Any,
     ) -> None:  # fmt: skip
-        """`shape_of`: how errors on a path are written; `on_lost` is called at the end."""
+        """`shape_of`: how errors on a path are written; `on_lost` is called at the end.
+
+        `charge`: what its address is charged for what has not been read here, or not there.
+        """
         super().__init__(*args, **more)
+        self._charge = charge
         self._limits = limits
         self._shape_of = shape_of
         self._on_lost = on_lost
@@ -77,6 +90,26 @@ class Connection(HttpToolsProtocol):
         self._unsent_since_s: float | None = None  # since when the client has not read
         self._unsent_bytes = 0
         self._refusal: LorafleetError | None = None
+
+    # ------------------------------------------------------------ what is held
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin."""
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=UNSENT_BYTES)
+
+    def _settle(self) -> None:
+        """Charge the address for what this connection holds, which ends where there is no room for it."""
+        held = self.transport.get_write_buffer_size() + (self._num_bytes if self._phase == "head" else 0)
+        cycles = [self.cycle] if self.cycle is not None else []
+        held += sum(len(cycle.body) for cycle in (*cycles, *(waiting for waiting, _ in self.pipeline)))
+        try:
+            self._charge.hold(max(0, held - FREE_BYTES))
+        except LorafleetError as error:
+            if self._phase == "head":
+                self._refuse(error)
+            else:
+                self._drop("memory")
 
     # ------------------------------------------------------------ what arrives
 
@@ -98,6 +131,8 @@ class Connection(HttpToolsProtocol):
                 self._refuse(HttpError(400, "the body's chunks are too small, or too much is between them"))
             elif self._num_body > self._limits.discarded_bytes:
                 self._drop("body_too_large")
+        if self._num_bytes + len(data) > FREE_BYTES and not self.transport.is_closing():
+            self._settle()
 
     def on_url(self, url: bytes) -> None:
         """Take a part of the request line."""
@@ -165,17 +200,21 @@ class Connection(HttpToolsProtocol):
         """Note that the client does not read as fast as it is answered."""
         self._unsent_since_s, self._unsent_bytes = self.loop.time(), self.transport.get_write_buffer_size()
         super().pause_writing()
+        self._settle()
 
     def resume_writing(self) -> None:
         """Note that the client has read."""
         self._unsent_since_s = None
         super().resume_writing()
+        self._settle()
 
     # ------------------------------------------------------------ ends
 
     def sweep(self, now_s: float) -> None:
         """Drop the connection if its client takes too long."""
         limits, seconds = self._limits, now_s - self._since_s
+        if self._charge.num_bytes:
+            self._settle()
         if self._unsent_since_s is not None:
             if now_s - self._unsent_since_s > limits.send_s + self._unsent_bytes / MIN_BYTES_PER_S:
                 self._drop("slow_reader")
@@ -202,6 +241,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let the server count."""
+        self._charge.close()
         self._on_lost()
         super().connection_lost(exc)
 

@@ -24,6 +24,7 @@ from gateway.http.errors import ErrorShape, is_foreseen, let_go, response_to
 from gateway.http.headers import header_of
 from gateway.http.paths import GENERATION_PATHS
 from gateway.overload.large import working
+from gateway.overload.memory import hold_values
 
 
 class DirectCalls:
@@ -65,11 +66,12 @@ class DirectCalls:
                 raise HTTPException(400, "the client left before its body was complete") from None
             async with working():
                 response = await route.endpoint(body=_checked(route, await request.body(), request), request=request)
+            del request  # and its body with it, which is not held until the answer's end
             await response(scope, receive, send_noting)
         except Exception as error:
             if has_begun:
                 raise
-            await response_to(error, request, self._shape_of)(scope, receive, send)
+            await response_to(error, Request(scope), self._shape_of)(scope, receive, send)
             if not is_foreseen(error):
                 raise  # it is logged outside
             let_go(error)
@@ -82,6 +84,7 @@ def _checked(route: JsonRoute, raw: bytes, request: Request) -> Any:
         raise refused([{"type": "missing", "loc": ("body",), "msg": "", "input": None}])
     if not route.any_type and not _is_json(header_of(request.scope["headers"], b"content-type") or ""):
         raise refused([{"type": "model_type", "loc": ("body",), "msg": "", "input": None}])
+    hold_values(raw)
     try:
         value = body_value(raw)
     except json.JSONDecodeError as error:

@@ -13,6 +13,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from gateway.bodies.json_bodies import disconnected
 from gateway.calls.writers import SSE, Framing
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape, error_of, is_failure
 from gateway.http.sse import GenerationResponse
@@ -68,7 +69,7 @@ class KeepAliveResponse(Response):
 
     async def _keep_alive(self, answer: asyncio.Task[Response], receive: Receive, send: Send) -> bool:
         """Wait until the answer is there; False when the client leaves first."""
-        client = asyncio.create_task(_disconnected(receive))
+        client = asyncio.create_task(disconnected(receive))
         try:
             while not answer.done():
                 if client.done():
@@ -87,12 +88,6 @@ class KeepAliveResponse(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self._framing.headers})
         frame = self._framing.idle("its adapter is being fetched")
         await send({"type": "http.response.body", "body": frame, "more_body": True})
-
-
-async def _disconnected(receive: Receive) -> None:
-    """Wait until the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _end(task: asyncio.Task[Any]) -> None:

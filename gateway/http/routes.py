@@ -7,12 +7,13 @@ from collections.abc import Coroutine
 from importlib.metadata import version
 from typing import Annotated, Any
 
+import orjson
 from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
 from gateway.auth.callers import caller_of
 from gateway.bodies.fields import REQUEST_ID
-from gateway.bodies.json_bodies import JsonRoute, json_response
+from gateway.bodies.json_bodies import JsonRoute, json_answer, json_response
 from gateway.calls.jobs import JobStatus
 from gateway.calls.parse import Sent
 from gateway.calls.pipeline import Pipeline
@@ -78,7 +79,8 @@ class Endpoints:
     async def models(self, request: Request) -> Response:
         """Answer `/v1/models`."""
         base = await self._pipeline.fleet.require(worker=False)
-        return json_response({"object": "list", "data": await self._pipeline.resolver.models(base, caller_of(request))})
+        models = await self._pipeline.resolver.models(base, caller_of(request))
+        return json_response({"object": "list", "data": orjson.Fragment(models)})
 
     async def model(self, name: str, request: Request) -> Response:
         """Answer `/v1/models/{name}`."""
@@ -101,11 +103,11 @@ class Endpoints:
         """Answer `/v1/jobs/{jid}`."""
         # A draining gateway lets nobody wait.
         wait = None if self.draining else _PREFER_WAIT.search(request.headers.get("prefer", ""))
-        return json_response(await self._jobs.get(jid, caller_of(request), float(wait[1]) if wait else 0.0))
+        return json_answer(await self._jobs.get(jid, caller_of(request), float(wait[1]) if wait else 0.0))
 
     async def cancel_job(self, jid: str, request: Request) -> Response:
         """Answer `/v1/jobs/{jid}/cancel`."""
-        return json_response(await self._jobs.cancel(jid, caller_of(request)))
+        return json_answer(await self._jobs.cancel(jid, caller_of(request)))
 
     async def delete_job(self, jid: str, request: Request) -> Response:
         """Answer `DELETE /v1/jobs/{jid}`."""

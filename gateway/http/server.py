@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import logging
 import resource
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import uvicorn
 
+from gateway.http.addresses import origin_of
 from gateway.http.connection import Connection, ConnectionLimits
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape
+from gateway.overload.memory import MemoryAccount, address_holder
 from protocol.runtime.metrics import HTTP_DROPPED
 
 logger = logging.getLogger(__name__)
@@ -38,20 +39,6 @@ def _openai(_: str) -> ErrorShape:
     return OPENAI_ERRORS
 
 
-def origin_of(address: Any) -> str:
-    """Return what connections are counted by: an IPv4 address or an IPv6 /64; "" for this machine's own."""
-    return _origin(address[0]) if isinstance(address, tuple) else ""
-
-
-@lru_cache(1024)
-def _origin(host: str) -> str:
-    ip = ipaddress.ip_address(host.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    if ip.is_loopback:
-        return ""
-    return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
-
-
 class HttpServer(uvicorn.Server):
     """Serves the listening sockets that `serve` is given.
 
@@ -63,10 +50,12 @@ class HttpServer(uvicorn.Server):
         self, config: uvicorn.Config, max_connections: int = MAX_FILES, rest_s: float = 1.0, *,
         max_per_address: int = 0, limits: ConnectionLimits | None = None,
         shape_of: Callable[[str], ErrorShape] = _openai, origin_of: Callable[[Any], str] = origin_of,
+        memory: MemoryAccount | None = None,
     ) -> None:  # fmt: skip
         """`rest_s`: pause in which no connection is taken after one could not be; `shape_of`: as `Connection` has it.
 
         `max_per_address`: most connections from one address, 0 for no limit. `origin_of`: what is one, by the system's.
+        `memory`: where addresses are charged for what their connections hold; None: no limit.
         """
         super().__init__(config)
         self._max_connections = max_connections
@@ -74,6 +63,7 @@ class HttpServer(uvicorn.Server):
         self._origin_of = origin_of
         self._num_of: Counter[str] = Counter()
         self._rest_s = rest_s
+        self._memory = memory or MemoryAccount(1 << 62)
         self._connection = partial(Connection, limits=limits or ConnectionLimits(), shape_of=shape_of)
         self._listeners: tuple[socket.socket, ...] = ()
         self._opening: set[asyncio.Task[None]] = set()
@@ -143,7 +133,8 @@ class HttpServer(uvicorn.Server):
             asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     async def _open(self, connection: socket.socket, origin: str) -> None:
-        protocol = partial(self._protocol, on_lost=partial(self._lost, origin))
+        charge = self._memory.open(address_holder(origin))
+        protocol = partial(self._protocol, on_lost=partial(self._lost, origin), charge=charge)
         try:
             await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
         except OSError as error:  # The client has left already.

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
-import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from gateway.bodies.json_bodies import SlicedResponse, json_response
 from gateway.calls import observe
 from gateway.calls.choices import Piece, best_of
 from gateway.calls.follow import ClientGoneError, Generation
+from gateway.calls.size import TextGrowth
 from gateway.calls.writers import SSE, Writer
 from gateway.http.errors import OPENAI_ERRORS, error_of, is_failure
 
 DONE = b"data: [DONE]\n\n"
 
 FEW_LOGPROB_BYTES = 1 << 14
-"""Logprobs up to which an answer is written in the event loop: that takes a few milliseconds."""
+"""Logprobs up to which an answer is written in one piece: that takes a few milliseconds."""
 
 RAW_SEND = "lorafleet.send"
 """Scope key of the server's own `send`: wrappers between server and route need only the start of a response."""
@@ -40,6 +40,7 @@ class GenerationResponse(Response):
         self.keepalive_s = keepalive_s
         self.background = None
         self.started = False  # the headers have been sent
+        self._growth = TextGrowth(self.options, generation.call.prompts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer, whole or as a stream, until it ends or its client leaves."""
@@ -82,7 +83,7 @@ class GenerationResponse(Response):
         last_s = loop.time()
         generation = self.generation
         while True:
-            pieces = await generation.advance(self.keepalive_s)
+            pieces = await self._advance()
             if self.options.running_usage:
                 self.writer.show_usage(generation.usage)
             frames = b"".join([self.writer.frames(piece) for piece in pieces])
@@ -101,6 +102,13 @@ class GenerationResponse(Response):
         usage = self.writer.usage_frame(self.generation.usage) if self.options.include_usage else b""
         return usage + self.done
 
+    async def _advance(self) -> list[Piece]:
+        """Wait for progress. Raises as `Generation.advance`, and for a text that there is no room for."""
+        pieces = await self.generation.advance(self.keepalive_s)
+        for piece in pieces:
+            self._growth.add(piece.text)
+        return pieces
+
     async def _send_frames(self, send: Send, frames: bytes, *, more: bool) -> None:
         if not self.started:
             self.started = True
@@ -111,27 +119,28 @@ class GenerationResponse(Response):
         """Return the headers of a streamed answer."""
         return self.framing.headers
 
-    async def whole(self, choices: list[Piece]) -> Response:
-        """Return the answer of a call that is not streamed."""
-        shown, usage = best_of(choices, self.options), self.generation.usage
-        body = await self.dumped(lambda: self.writer.whole(shown, usage))
-        return Response(body, media_type="application/json")
+    async def whole(self, choices: list[Piece]) -> tuple[Any, dict[str, str]]:
+        """Return the answer of a call that is not streamed, and its headers."""
+        return self.writer.whole(best_of(choices, self.options), self.generation.usage), {}
 
-    async def dumped(self, make: Callable[[], Any]) -> bytes:
-        """Return as JSON what `make` makes of the answer, in a thread if it has many logprobs."""
+    @property
+    def is_large(self) -> bool:
+        """Whether the answer of a call that is not streamed takes long to write."""
         num_bytes = self.generation.usage.completion_tokens * self.options.record_bytes
-        if num_bytes <= FEW_LOGPROB_BYTES and self.options.sampling.prompt_logprobs is None:
-            return orjson.dumps(make())
-        return await asyncio.to_thread(lambda: orjson.dumps(make()))
+        return num_bytes > FEW_LOGPROB_BYTES or self.options.sampling.prompt_logprobs is not None
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         whole = [Piece(choice.index) for choice in self.generation.choices]
         while True:
-            for piece in await self.generation.advance(self.keepalive_s):
+            for piece in await self._advance():
                 merge(whole[piece.index], piece)
             if self.generation.is_done:
                 break
-        response = await self.whole(whole)
+        answer, headers = await self.whole(whole)
+        if self.is_large:
+            response: Response = SlicedResponse(answer, 200, headers, lambda: self.generation.client_gone)
+        else:
+            response = json_response(answer, headers=headers)
         self.started = True
         await response(scope, receive, send)
 
@@ -139,7 +148,7 @@ class GenerationResponse(Response):
 def merge(whole: Piece, piece: Piece) -> None:
     """Add a later piece of a choice to an earlier one."""
     whole.text += piece.text
-    whole.logprobs += piece.logprobs
-    whole.prompt += piece.prompt
+    whole.logprobs = whole.logprobs.joined(piece.logprobs)
+    whole.prompt = whole.prompt.joined(piece.prompt)
     whole.ids += piece.ids
     whole.finish = piece.finish or whole.finish

@@ -80,9 +80,8 @@ class NativeEndpoints:
         """Answer `/info`."""
         pipeline, settings = self._pipeline, self._pipeline.settings
         base = await pipeline.fleet.require(worker=False)
-        adapters = [
-            alias.name for alias in await pipeline.resolver.visible(caller_of(request)) if alias.state == "on_disk"
-        ]
+        async with pipeline.resolver.catalogue.visible(caller_of(request)) as aliases:
+            adapters = [alias.name for alias in aliases if alias.state == "on_disk"]
         return json_response(
             {
                 "model_id": base.name,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import orjson
-from starlette.responses import Response
 
+from gateway.bodies.json_slices import Rows
 from gateway.calls.choices import Piece, TokenLogprob, mean_logprob
 from gateway.calls.follow import Generation
 from gateway.calls.writers import MIN_LOGPROB, Usage, shown_logprob
@@ -31,18 +31,23 @@ class TokenWriter:
         self._last: dict[str, Any] | None = None
         self.text = ""
 
-    def tokens(self, tokens: Sequence[TokenLogprob], *, ended: bool) -> list[dict[str, Any]]:
-        """Return tokens as JSON. ended: the last one gets the bytes of a character that was cut off."""
-        written = [self._token(token) for token in tokens]
-        if ended and not written and self._last is not None:
+    def tokens(self, tokens: Iterable[TokenLogprob], *, ended: bool) -> Iterator[dict[str, Any]]:
+        """Make tokens as JSON, one after the other. ended: the last gets the bytes of a character that was cut off."""
+        held: dict[str, Any] | None = None
+        for token in tokens:
+            if held is not None:
+                yield held
+            held = self._token(token)
+        if ended and held is None and self._last is not None:
             # The end came without a token. Clients expect one with it: the last one again, without text.
-            written = [{**self._last, "text": "", "special": True, "skipped": True}]
-        if ended and written and (rest := self._detokenizer.flush()):
-            written[-1]["text"] += rest
+            held = {**self._last, "text": "", "special": True, "skipped": True}
+        if held is None:
+            return
+        if ended and (rest := self._detokenizer.flush()):
+            held["text"] += rest
             self.text += rest
-        if written:
-            self._last = written[-1]
-        return written
+        self._last = held
+        yield held
 
     def _token(self, token: TokenLogprob) -> dict[str, Any]:
         special = token.id in self._files.tokens.special
@@ -82,7 +87,7 @@ class NativeWriter:
 
     def frames(self, piece: Piece) -> bytes:
         """Return the SSE frames of a piece, one per token; the last has the whole text."""
-        tokens = self._streamed.tokens(piece.logprobs, ended=bool(piece.finish))
+        tokens = list(self._streamed.tokens(piece.logprobs, ended=bool(piece.finish)))
         self._num_streamed += len(piece.logprobs)
         frames: list[bytes] = []
         for i, token in enumerate(tokens):
@@ -120,22 +125,21 @@ class NativeWriter:
         return answer
 
     def _sequence(self, piece: Piece) -> dict[str, Any]:
-        writer = self._token_writer()
-        tokens = writer.tokens(piece.logprobs, ended=True)
+        ids = piece.logprobs.ids
+        text = self._files.tokens.decode(ids)
+
+        def prefill() -> Iterator[dict[str, Any]]:
+            for token in piece.prompt:
+                shown = {"id": token.id, "text": self._files.tokens.text_of(token.id)}
+                yield {**shown, "logprob": shown_logprob(token.logprob)}
+
         return {
-            "generated_text": self._prefix + writer.text,
-            "finish_reason": self._reason(piece.finish, piece.logprobs[-1].id if piece.logprobs else -1, writer.text),
-            "generated_tokens": len(piece.logprobs),
+            "generated_text": self._prefix + text,
+            "finish_reason": self._reason(piece.finish, ids[-1] if ids else -1, text),
+            "generated_tokens": len(ids),
             "seed": self._native.seed,
-            "prefill": [
-                {
-                    "id": token.id,
-                    "text": self._files.tokens.text_of(token.id),
-                    "logprob": shown_logprob(token.logprob),
-                }
-                for token in piece.prompt
-            ],
-            "tokens": tokens,
+            "prefill": Rows(prefill),
+            "tokens": Rows(lambda: self._token_writer().tokens(piece.logprobs, ended=True)),
         }
 
     def _reason(self, finish: str, last: int, text: str) -> str:
@@ -167,17 +171,11 @@ class NativeResponse(GenerationResponse):
         own = [(name.encode(), value.encode()) for name, value in self._headers().items()]
         return [*self.framing.headers, *own]
 
-    async def whole(self, choices: list[Piece]) -> Response:
-        """Return the answer of a call that is not streamed."""
-        usage, as_list = self.generation.usage, self._native.as_list
-
-        def make() -> Any:
-            answer = self.writer.whole(choices, usage)
-            return [answer] if as_list else answer
-
-        body = await self.dumped(make)
+    async def whole(self, choices: list[Piece]) -> tuple[Any, dict[str, str]]:
+        """Return the answer of a call that is not streamed, and its headers."""
+        answer = self.writer.whole(choices, self.generation.usage)
         headers = {**self._headers(), **await times_of(self.generation, self._started_s)}
-        return Response(body, 200, headers, "application/json")
+        return [answer] if self._native.as_list else answer, headers
 
     def _headers(self) -> dict[str, str]:
         """Return what the headers tell besides tokens and times."""

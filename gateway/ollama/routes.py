@@ -7,6 +7,7 @@ import time
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from gateway.adapters.catalogue import OBJECTS_AT_ONCE
 from gateway.adapters.resolver import BASE
 from gateway.auth.callers import Caller, caller_of
 from gateway.bodies.json_bodies import AnyTypeRoute, json_response
@@ -114,9 +115,14 @@ class OllamaEndpoints:
 
     async def _known(self, caller: Caller) -> list[Known]:
         """Return the adapters that a caller sees and that are served, by name."""
-        aliases = [alias for alias in await self._pipeline.resolver.visible(caller) if alias.state == "on_disk"]
-        records = await self._pipeline.bus.adapters.records(sorted({alias.digest for alias in aliases}))
-        return [(alias, records[alias.digest]) for alias in aliases if alias.digest in records]
+        known: list[Known] = []
+        async with self._pipeline.resolver.catalogue.visible(caller) as aliases:
+            served = [alias for alias in aliases if alias.state == "on_disk"]
+            for begin in range(0, len(served), OBJECTS_AT_ONCE):
+                some = served[begin : begin + OBJECTS_AT_ONCE]
+                records = await self._pipeline.bus.adapters.records(sorted({alias.digest for alias in some}))
+                known += [(alias, records[alias.digest]) for alias in some if alias.digest in records]
+        return known
 
 
 def add_ollama_routes(app: FastAPI, ollama: OllamaEndpoints) -> None:

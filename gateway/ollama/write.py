@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import orjson
-from starlette.responses import Response
 
 from gateway.bodies import json_values
+from gateway.bodies.json_slices import Rows, dumps
 from gateway.calls.choices import Piece, TokenLogprob
 from gateway.calls.follow import Generation
 from gateway.calls.writers import MIN_LOGPROB, Framing, Usage
-from gateway.encoders.write import EncoderResponse, shortened
+from gateway.encoders.write import VECTORS, EncoderResponse, shortened
 from gateway.http.sse import GenerationResponse
 from gateway.ollama.bodies import EmbedRequest
 from gateway.ollama.errors import OLLAMA_ERRORS
@@ -164,7 +164,7 @@ class OllamaWriter:
         if not gained and not shows:
             return b""
         made = self._objects.part(gained.text, thinking=gained.thinking, calls=gained.calls)
-        return line(orjson.dumps({**made, **(self._entries(piece) if shows else {})}))
+        return line(dumps({**made, **(self._entries(piece) if shows else {})}))
 
     def usage_frame(self, usage: Usage) -> bytes:
         """Return nothing: the last object has the counts."""
@@ -186,7 +186,7 @@ class OllamaWriter:
         return self._objects.part(done=True)
 
     def _entries(self, piece: Piece) -> dict[str, Any]:
-        return {"logprobs": [self._entry(token) for token in piece.logprobs]}
+        return {"logprobs": Rows(lambda: map(self._entry, piece.logprobs))}
 
     def _entry(self, token: TokenLogprob) -> dict[str, Any]:
         top = [self._scored(*pair) for pair in token.top]
@@ -219,13 +219,11 @@ class OllamaResponse(GenerationResponse):
         numbers = await self._numbers()
         return line(orjson.dumps({**self._made.last(), **numbers}))
 
-    async def whole(self, choices: list[Piece]) -> Response:
-        """Return the answer of a call that is not streamed."""
-        usage, finish = self.generation.usage, choices[0].finish
-        self._made.finish = finish
+    async def whole(self, choices: list[Piece]) -> tuple[Any, dict[str, str]]:
+        """Return the answer of a call that is not streamed, and its headers."""
+        self._made.finish = choices[0].finish
         numbers = await self._numbers()
-        body = await self.dumped(lambda: {**self.writer.whole(choices, usage), **numbers})
-        return Response(body, media_type="application/json")
+        return {**self.writer.whole(choices, self.generation.usage), **numbers}, {}
 
     async def _numbers(self) -> Mapping[str, Any]:
         usage = self.generation.usage
@@ -259,10 +257,13 @@ class EmbedResponse(EncoderResponse):
         """Take the call's arrival, `started_s`, monotonic, and `keepalive_s` as `GenerationResponse` does."""
         model, dimensions = request.model, request.dimensions
 
+        def shown(part: np.ndarray) -> np.ndarray:
+            return _unit(shortened(part.view("<f4"), dimensions, unit_length=False))
+
         def write(numbers: list[np.ndarray], generation: Generation) -> Any:
             return {
                 "model": model,
-                "embeddings": [_unit(shortened(part.view("<f4"), dimensions, unit_length=False)) for part in numbers],
+                "embeddings": Rows(lambda: map(shown, numbers), at_once=VECTORS),
                 "total_duration": round((time.monotonic() - started_s) * 1e9),
                 "prompt_eval_count": generation.usage.prompt_tokens,
             }

@@ -7,7 +7,7 @@ from functools import partial
 from starlette.responses import Response
 
 from gateway.auth.callers import Caller
-from gateway.bodies.json_bodies import json_response
+from gateway.bodies.json_bodies import json_answer
 from gateway.calls.earlier import check_same_body
 from gateway.calls.jobs import JobApi, Jobs
 from gateway.calls.parse import ParsedCall, Sent
@@ -36,11 +36,11 @@ class OpenAICalls:
             if not earlier.jid:
                 generation = await self._pipeline.attach(self._parse(body, sent, caller), earlier)
                 return write(generation, self._settings.keepalive_s)
-            return json_response(await self.jobs.get(earlier.jid, caller), 202)
+            return json_answer(await self.jobs.get(earlier.jid, caller), 202)
         call = self._parse(body, sent, caller)
         if call.options.background:
             job = await self.jobs.create(await self._pipeline.prepare(call), sent, to_be_stored(body))
-            return json_response(job, 202)
+            return json_answer(job, 202)
         return write(await self._pipeline.run(call), self._settings.keepalive_s)
 
     def _parse(self, body: AnyRequest, sent: Sent, caller: Caller) -> ParsedCall:

@@ -5,7 +5,7 @@ A token that is no part of the text begins where the next one does, and so does 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from protocol.wire.tokens import Detokenizer, TokenTable
 
@@ -20,25 +20,27 @@ class TextOffsets:
         self._at = len(echo)
         self._output = Detokenizer(tokens)
 
-    def of_prompt(self, ids: Sequence[int]) -> list[int]:
-        """Return the offsets of the prompt's tokens."""
+    def of(self, prompt: Sequence[int], output: Iterable[int]) -> Iterator[int]:
+        """Make the offsets of the prompt's tokens and of further ones of the output, one after the other."""
+        yield from self.of_prompt(prompt)
+        yield from self.of_output(output)
+
+    def of_prompt(self, ids: Sequence[int]) -> Iterator[int]:
+        """Make the offsets of the prompt's tokens, one after the other."""
         tokens, echo = self._tokens, self._echo
         is_of_ids = tokens.decode(ids, special=True) == echo
         detokenizer = Detokenizer(tokens, special=is_of_ids)
-        at, offsets = 0, []
+        at = 0
         for id_ in ids:
-            offsets.append(min(at, len(echo)))
+            yield min(at, len(echo))
             text = detokenizer.add((id_,))
             if id_ in tokens.special and not is_of_ids:  # of the tokenizer, or spelled out by the client
                 text = tokens.text_of(id_)
                 text = text if echo.startswith(text, at) else ""
             at += len(text)
-        return offsets
 
-    def of_output(self, ids: Iterable[int]) -> list[int]:
-        """Return the offsets of further tokens of the output."""
-        offsets: list[int] = []
+    def of_output(self, ids: Iterable[int]) -> Iterator[int]:
+        """Make the offsets of further tokens of the output, one after the other."""
         for id_ in ids:
-            offsets.append(self._at)
+            yield self._at
             self._at += len(self._output.add((id_,)))
-        return offsets

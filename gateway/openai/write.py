@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
 
-from gateway.calls.choices import Choice, Piece, TokenLogprob
+from gateway.bodies.json_slices import Rows, dumps
+from gateway.calls.choices import NONE, Choice, Piece, TokenLogprob
 from gateway.calls.follow import Generation
 from gateway.calls.parse import Conversation, Options
 from gateway.calls.submit import SubmittedCall
@@ -153,7 +154,7 @@ class _Details:
         prompt: dict[str, Any] = {"prompt_token_ids": self.prompt_ids(piece.index)} if self.ids else {}
         if self.of_prompt:
             tokens, num = self.tokens(piece.index), self._options.num_shown_of_prompt
-            prompt["prompt_logprobs"] = [_ranked(tokens, token, token.top[:num]) for token in piece.prompt]
+            prompt["prompt_logprobs"] = Rows(lambda: (_ranked(tokens, one, one.top[:num]) for one in piece.prompt))
         return output, prompt
 
 
@@ -193,7 +194,7 @@ class ChatWriter:
         if piece.index in self.forms:
             return out + self._split_frames(piece, start)
         if piece.text or piece.logprobs or piece.ids:
-            logprobs = orjson.dumps(self._content(piece)) if self._details.logprobs else b"null"
+            logprobs = dumps(self._content(piece)) if self._details.logprobs else b"null"
             body = b'{"content":%b},"logprobs":%b,"finish_reason":null' % (orjson.dumps(piece.text), logprobs)
             out += self._frames.choice(start + body + self._details.token_ids(piece) + b"}")
         if piece.finish:
@@ -226,7 +227,7 @@ class ChatWriter:
             body: dict[str, Any] = {"logprobs": logprobs if i == 0 else None, "finish_reason": None}
             if self._details.ids:
                 body["token_ids"] = piece.ids if i == 0 else []
-            out += self._frames.choice(start + orjson.dumps(delta) + b"," + orjson.dumps(body)[1:])
+            out += self._frames.choice(start + orjson.dumps(delta) + b"," + dumps(body)[1:])
         if piece.finish:
             finish = _finish(piece.finish, splitter)
             out += self._frames.choice(start + b'{},"logprobs":null,"finish_reason":"%b"}' % finish.encode())
@@ -277,11 +278,12 @@ class ChatWriter:
             name, raw = details.name(tokens, id_), list(tokens.bytes_of(id_))
             return {"token": name, "logprob": max(logprob, MIN_LOGPROB), "bytes": raw}
 
-        entries = [
-            {**entry(token.id, token.logprob), "top_logprobs": [entry(*pair) for pair in details.top(token)]}
-            for token in piece.logprobs
-        ]
-        return {"content": entries, "refusal": None}
+        def entries() -> Iterator[dict[str, Any]]:
+            for token in piece.logprobs:
+                top = [entry(*pair) for pair in details.top(token)]
+                yield {**entry(token.id, token.logprob), "top_logprobs": top}
+
+        return {"content": Rows(entries), "refusal": None}
 
 
 def _delta(part: Part, form: AnswerForm, rid: str) -> dict[str, Any]:
@@ -343,7 +345,7 @@ class CompletionWriter:
         start = self._head.choice_start(piece.index) + b',"text":'
         out = b""
         if piece.text or piece.logprobs or piece.prompt or piece.ids:
-            logprobs = orjson.dumps(self._lists(piece)) if self._details.logprobs else b"null"
+            logprobs = dumps(self._lists(piece)) if self._details.logprobs else b"null"
             body = b'%b,"logprobs":%b,"finish_reason":null' % (orjson.dumps(piece.text), logprobs)
             out = self._frames.choice(start + body + self._ids(piece) + b"}")
         if piece.finish:
@@ -386,14 +388,13 @@ class CompletionWriter:
         }
 
     def _lists(self, piece: Piece) -> dict[str, Any]:
-        details, offsets, prompt = self._details, self._offsets[piece.index], piece.prompt if self._echoes else []
-        names, tokens = details.tokens(piece.index), [*prompt, *piece.logprobs]
-        of_prompt = offsets.of_prompt([token.id for token in prompt])
+        details, offsets, prompt = self._details, self._offsets[piece.index], piece.prompt if self._echoes else NONE
+        names, both = details.tokens(piece.index), (prompt, piece.logprobs)
         return {
-            "text_offset": of_prompt + offsets.of_output(token.id for token in piece.logprobs),
-            "tokens": [details.name(names, token.id) for token in tokens],
-            "token_logprobs": [shown_logprob(token.logprob) for token in tokens],
-            "top_logprobs": [self._top(names, token) for token in tokens],
+            "text_offset": Rows(lambda: offsets.of(prompt.ids, piece.logprobs.ids)),
+            "tokens": Rows(lambda: (details.name(names, id_) for part in both for id_ in part.ids)),
+            "token_logprobs": Rows(lambda: (shown_logprob(value) for part in both for value in part.values)),
+            "top_logprobs": Rows(lambda: (self._top(names, token) for part in both for token in part)),
         }
 
     def _top(self, tokens: TokenTable, token: TokenLogprob) -> dict[str, float] | None:

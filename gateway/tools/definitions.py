@@ -25,6 +25,7 @@ class Tools:
     schemas: dict[str, dict[str, Any]]  # of the arguments, by name
     required: bool  # at least one call must come
     parallel: bool  # more than one may
+    num_bytes: int  # of all definitions as JSON
 
     @property
     def names(self) -> list[str]:
@@ -54,7 +55,7 @@ def tools_of(
         return None
     one = choice in schemas if isinstance(choice, str) else choice is not None and choice.get("type") == "function"
     chosen = {name: schemas[name] for name in wanted}
-    return Tools(list(tools), chosen, required, parallel=parallel is not False and not one)
+    return Tools(list(tools), chosen, required, parallel is not False and not one, num_bytes)
 
 
 def _definition(tool: dict[str, Any], place: str, settings: Settings) -> tuple[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ step.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ import torch
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.encoder.model import EncoderModel
 from gpu_worker.engine.base import BaseEngine
+from gpu_worker.engine.batcher import MAX_SKIPS
 from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput, failure_of
 from gpu_worker.engine.runner import extra_rows, group_by_adapter, lora_batch
 from gpu_worker.engine.step_model import StepWork
@@ -28,6 +30,7 @@ class EncoderConfig:
     max_num_seqs: int  # texts in one step
     max_step_tokens: int  # a longer text has a step of its own
     max_model_len: int  # tokens of one text
+    max_slowdown: float = 0.0  # how many times as long a step may be for what yields; 0: any time
 
 
 @dataclass(slots=True)
@@ -52,6 +55,7 @@ class EncoderEngine(BaseEngine):
         self.model = model
         self.config = config
         self._requests: dict[str, EngineRequest] = {}  # all wait: by id, in the order they came
+        self._num_skips: Counter[str] = Counter()  # steps of others in which one that yields had no place, by id
 
     # ------------------------------------------------------------ a step
 
@@ -74,10 +78,32 @@ class EncoderEngine(BaseEngine):
         return batch
 
     def _next_batch(self) -> Batch:
-        """Take the next texts whose adapters are in the pool, in order."""
-        batch = Batch()
-        for request in list(self._requests.values()):
-            is_over = batch.num_tokens + len(request.prompt) > self.config.max_step_tokens
+        """Take the next texts whose adapters are in the pool, in order; those that yield after the others.
+
+        Beside others, what yields has as many tokens as make the step `max_slowdown` times as long. Whoever was passed
+        over `MAX_SKIPS` times yields no more.
+        """
+        batch, waiting = Batch(), list(self._requests.values())
+        yielding = [request for request in waiting if request.yields and self._num_skips[request.rid] <= MAX_SKIPS]
+        if yielding:
+            late = {request.rid for request in yielding}
+            waiting = [request for request in waiting if request.rid not in late]
+        self._take(waiting, batch, self.config.max_step_tokens)
+        if not yielding:
+            return batch
+        others = batch.num_tokens
+        most = self.config.max_step_tokens
+        if others and self.config.max_slowdown:
+            most = min(most, int(self.config.max_slowdown * others))
+        self._take(yielding, batch, most)
+        if others:
+            self._num_skips.update(request.rid for request in yielding if request.rid in self._requests)
+        return batch
+
+    def _take(self, requests: Iterable[EngineRequest], batch: Batch, most: int) -> None:
+        """Add texts to a batch, in order, until it has `most` tokens; a longer text may be alone in it."""
+        for request in requests:
+            is_over = batch.num_tokens + len(request.prompt) > most
             if batch.requests and (is_over or len(batch.requests) == self.config.max_num_seqs):
                 break
             slot = self.adapters.acquire(request.digest) if request.digest else -1
@@ -88,11 +114,10 @@ class EncoderEngine(BaseEngine):
                 self._release(request)
                 self._fail_waiting(request.rid, error)
                 continue
-            del self._requests[request.rid]
+            self._drop(request.rid)
             batch.requests.append(request)
             batch.slots.append(slot)
             batch.num_tokens += len(request.prompt)
-        return batch
 
     def _run(self, batch: Batch) -> None:
         """Compute a batch, let go of its adapters, and put out its results."""
@@ -182,10 +207,12 @@ class EncoderEngine(BaseEngine):
         return self._requests.values()
 
     def _fail_waiting(self, rid: str, error: LorafleetError) -> None:
-        self._outputs.append(TokenOutput.failed(self._requests.pop(rid), error))
+        self._outputs.append(TokenOutput.failed(self._requests[rid], error))
+        self._drop(rid)
 
     def _drop(self, rid: str) -> None:
         self._requests.pop(rid, None)
+        self._num_skips.pop(rid, None)
 
     def stats(self) -> EngineStats:
         """Return the engine's figures as they are now."""

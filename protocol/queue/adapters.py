@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -62,6 +62,9 @@ end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 return ''
 """
+
+ALIASES_AT_ONCE = 256
+"""Names, about, that are read from the catalogue at a time: a millisecond's work."""
 
 MAX_REGISTERED = 10_000
 """Most registrations of a fleet."""
@@ -133,6 +136,20 @@ class Adapters:
         raws = (await self._redis.hgetall(self._keys.adapters)).values()
         found = [alias for raw in raws if (alias := _readable(raw, m.Alias)) is not None]
         return found if tenant is None else [alias for alias in found if alias.tenant in ("", tenant)]
+
+    async def each(self) -> AsyncIterator[m.Alias]:
+        """Make all names of all tenants, some hundreds at a time, so that thousands hold nobody up.
+
+        One that changes meanwhile is there as it was or as it is; one that comes or goes may be there or not.
+        """
+        seen: set[bytes] = set()
+        cursor = -1
+        while cursor:
+            cursor, found = await self._redis.hscan(self._keys.adapters, max(cursor, 0), count=ALIASES_AT_ONCE)
+            for field, raw in found.items():
+                if field not in seen and (alias := _readable(raw, m.Alias)) is not None:
+                    seen.add(field)
+                    yield alias
 
     async def register(
         self, registration: m.Registration, max_registered: int = MAX_REGISTERED, limits: NameLimits | None = None

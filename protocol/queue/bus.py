@@ -266,21 +266,23 @@ class Bus:
             )  # fmt: skip
         return found
 
-    async def read_log(self, rid: str, seq0: int, record_bytes: int = 0) -> m.Delta | None:
+    async def read_log(self, rid: str, seq0: int, record_bytes: int = 0, limit: int = 0) -> m.Delta | None:
         """Return a request's tokens from index `seq0` on, and its end if it has ended, as if delivered just now.
 
-        `record_bytes` is the size of its logprob records, 0 without them. None when the request is unknown.
+        `record_bytes` is the size of its logprob records, 0 without them. `limit`: most tokens, 0 for all; where there
+        are so many, its end is not told. None when the request is unknown.
         """
+        end = seq0 + limit if limit else 0  # GETRANGE takes -1 for the last
         pipe = self._redis.pipeline(transaction=False)
         # The state first: if it is terminal, the tokens read after it are complete.
         pipe.hmget(self.keys.req(rid), "state", "epoch", "finish", "error")
-        pipe.getrange(self.keys.tok(rid), seq0 * 4, -1)
+        pipe.getrange(self.keys.tok(rid), seq0 * 4, end * 4 - 1)
         if record_bytes:
-            pipe.getrange(self.keys.lp(rid), seq0 * record_bytes, -1)
+            pipe.getrange(self.keys.lp(rid), seq0 * record_bytes, end * record_bytes - 1)
         (state, epoch, finish, error), ids, *rest = await pipe.execute()
         if state is None:
             return None
-        ended = state.decode() in m.TERMINAL
+        ended = state.decode() in m.TERMINAL and (not limit or len(ids) < 4 * limit)
         logprobs = rest[0][: len(ids) // 4 * record_bytes] if rest else b""
         return m.Delta(
             rid, int(epoch), seq0, ids, logprobs,

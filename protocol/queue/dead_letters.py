@@ -14,6 +14,15 @@ from protocol.wire.codec import decode, now_ms
 from protocol.wire.errors import BadRequest, Conflict, NotFound, ProtocolError
 from protocol.wire.keys import Keys
 
+KEPT_S = 604_800
+"""How long a letter is kept."""
+
+MAX_LETTERS = 1024
+"""Most letters that are kept: the oldest leave. A request's has one to two kB."""
+
+MAX_RAW_BYTES = 32 << 10
+"""Most bytes that are kept of a message that could not be read; so all letters together have 32 MiB at most."""
+
 _ID = re.compile(r"\d+-\d+")
 
 
@@ -36,7 +45,8 @@ class DeadLetters:
             raise BadRequest(f"{letter_id!r} is no dead letter's id, which looks like 1764043172123-0")
         entries = await self._redis.xrange(self._keys.dlq, letter_id, letter_id)
         if not entries:
-            raise NotFound(f"there is no dead letter {letter_id}: it was retried, or is older than 7 days")
+            gone = f"it was retried, is older than 7 days, or {MAX_LETTERS} came since"
+            raise NotFound(f"there is no dead letter {letter_id}: {gone}")
         return _read(entries[0][1])
 
     async def retry(self, letter_id: str, timeout_s: float) -> str:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
+from protocol.queue.dead_letters import KEPT_S, MAX_LETTERS, MAX_RAW_BYTES
 from protocol.queue.redis_client import Client
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
@@ -17,7 +18,6 @@ logger = logging.getLogger(__name__)
 Entry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 """A stream's entry: its id and its fields. A message lies in the field `b"b"`."""
 
-DEAD_LETTERS_KEPT_S = 604_800
 ORDERS_KEPT_MS = 300_000
 
 _DELETE_IF_LENGTH = """
@@ -68,15 +68,16 @@ class Streams:
     # ------------------------------------------------------------ writing
 
     async def reject(self, stream: str, entry: Entry, reason: str) -> None:
-        """Move an entry that cannot be used to the dead letters."""
+        """Move an entry that cannot be used to the dead letters, of which only so many are kept, and so much of it."""
         logger.error("%s on %s goes to the dead letters: %s", entry[0].decode(), stream, reason)
-        letter = m.DeadLetter(reason=reason, stream=stream, raw=entry[1].get(b"b", b""), ms=now_ms())
-        oldest = now_ms() - DEAD_LETTERS_KEPT_S * 1000
+        letter = m.DeadLetter(reason=reason, stream=stream, raw=entry[1].get(b"b", b"")[:MAX_RAW_BYTES], ms=now_ms())
+        oldest = now_ms() - KEPT_S * 1000
         await self._scripts.write_vital(
             self._keys.tag,
             ("XDEL", stream, entry[0]),
             ("XADD", self._keys.dlq, "MINID", "~", oldest, "*", "b", m.encode(letter)),
-            ("EXPIRE", self._keys.dlq, DEAD_LETTERS_KEPT_S),
+            ("XTRIM", self._keys.dlq, "MAXLEN", MAX_LETTERS),
+            ("EXPIRE", self._keys.dlq, KEPT_S),
         )
 
     async def tell(self, orders: Sequence[tuple[str, m.Control]]) -> None:

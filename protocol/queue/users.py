@@ -19,10 +19,10 @@ _CONNECTION = ("client|setinfo", "client|setname", "ping", "select")
 _SCRIPTS = ("discard", "eval", "evalsha", "exec", "multi", "script|load", "time", "unwatch", "watch")
 _DATA = (
     "append", "del", "exists", "expire", "get", "getrange", "hdel", "hexists", "hget", "hgetall", "hincrby",
-    "hincrbyfloat", "hkeys", "hlen", "hmget", "hset", "hsetnx", "hvals", "incr", "mget", "pexpire", "pexpireat",
-    "pexpiretime", "pttl", "set", "strlen", "unlink", "xadd", "xdel", "xlen", "xrange", "xread", "xrevrange", "xtrim",
-    "zadd", "zcard", "zcount", "zincrby", "zrange", "zrangebyscore", "zrem", "zremrangebyscore", "zrevrange",
-    "zrevrank", "zscore",
+    "hincrbyfloat", "hkeys", "hlen", "hmget", "hscan", "hset", "hsetnx", "hvals", "incr", "mget", "pexpire",
+    "pexpireat", "pexpiretime", "pttl", "set", "strlen", "unlink", "xadd", "xdel", "xlen", "xrange", "xread",
+    "xrevrange", "xtrim", "zadd", "zcard", "zcount", "zincrby", "zrange", "zrangebyscore", "zrem", "zremrangebyscore",
+    "zrevrange", "zrevrank", "zscore",
 )  # fmt: skip
 COMMANDS = (*_CONNECTION, *_SCRIPTS, *_DATA, "info")
 """What every service runs. Which keys a command may touch is what tells the services apart. `info` counts as dangerous,

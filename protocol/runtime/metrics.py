@@ -31,6 +31,7 @@ HTTP_DROPPED = Counter(
 )
 CLIENTS_GONE = Counter("lorafleet_clients_gone_total", "Calls whose client left before the end.")
 GATEWAY_LOG_READS = Counter("lorafleet_gateway_log_reads_total", "Times a call read its tokens from the log.")
+GATEWAY_HELD_BYTES = Gauge("lorafleet_gateway_held_bytes", "Bytes of memory that calls are charged for here.")
 GATEWAY_STALE_DELTAS = Counter("lorafleet_gateway_stale_deltas_total", "Deltas that nobody waited for.")
 
 # ---------------------------------------------------------------- gateway, under LoRAX's names and with its buckets

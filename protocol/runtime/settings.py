@@ -138,6 +138,12 @@ class Settings(BaseSettings):
     max_open_calls: int = Field(
         default=16_384, ge=1, description="most calls that one gateway answers at once; beyond that, new ones get 429"
     )
+    gateway_memory: int = Field(
+        default=2 << 30,
+        ge=1 << 20,
+        description="bytes of memory that calls may hold in one gateway, a quarter of them one tenant's or, without "
+        "keys, one address's; beyond that, new ones get 429 or 503",
+    )
     max_body_bytes: int = Field(default=4 << 20, ge=1, description="largest HTTP request body")
     cors_origins: str = Field(
         default="",

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hostile.memory import SANDBOX_BYTES, Crowd, gateway_bytes
 
 from lorafleet.quickstart import HUB_MODEL_ID
 from protocol.queue.users import table
@@ -17,6 +18,8 @@ VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 COMPOSE = (ROOT / "compose.yaml").read_text()
 READERS = ("gateway", "gpu_worker")
 """Services that read the base model's files."""
+START_BYTES = 400 << 20
+"""A gateway with its model's tokenizer, before anybody has asked for anything."""
 
 
 def compose(**variables: str) -> dict[str, Any]:
@@ -143,3 +146,14 @@ def test_the_queue_refuses_writes_before_its_container_is_full() -> None:
     queue = compose()["queue"]
     assert "--maxmemory 1536mb --maxmemory-policy noeviction" in queue["command"][2]
     assert queue["deploy"]["resources"]["limits"]["memory"] == "2g"
+
+
+def test_whatever_clients_ask_for_fits_the_gateways_container() -> None:
+    gateway = compose()["gateway"]
+    given = gateway["environment"]
+    settings = Settings(
+        gateway_memory=given["LORAFLEET_GATEWAY_MEMORY"], max_connections=given["LORAFLEET_MAX_CONNECTIONS"]
+    )  # fmt: skip
+    most = sum(gateway_bytes(settings, Crowd(10**6, settings.max_connections)).values())
+    assert gateway["deploy"]["resources"]["limits"]["memory"] == "4g"
+    assert most + START_BYTES + SANDBOX_BYTES < 4 << 30

@@ -15,6 +15,10 @@ SECRET, HIDDEN = "org/secret", "org/hidden"
 STRANGER = "a stranger was served"
 """Counted when somebody gets what belongs to others."""
 
+NATIVE = {"stop": ["y"], "max_new_tokens": 40}
+"""Without a limit an answer goes on to the end of the context, and one that is not streamed says nothing until then:
+of 8,192 tokens at 17 ms that is longer than an attacker's patience, and would count as a hung call."""
+
 SERVED = frozenset({"200", "201", "202"})
 
 _numbers = itertools.count()
@@ -35,7 +39,7 @@ def asking(name: str) -> Attack:
             *(attacker.post(COMPLETIONS, body) for body in bodies),
             attacker.post(CHAT, chat(model=name, tools=[{"type": "function", "function": {"name": "f"}}])),
             attacker.post("/tokenize", {"inputs": "aaaaaa", "adapter_id": name}),
-            attacker.post("/generate", {"inputs": "aaaaaa", "parameters": {"adapter_id": name, "stop": ["y"]}}),
+            attacker.post("/generate", {"inputs": "aaaaaa", "parameters": {"adapter_id": name, **NATIVE}}),
         )
 
     return Attack(f"adapter `{name}`", once, frozenset({"200", "424 generation"}))

@@ -23,7 +23,7 @@ from hostile.memory import Crowd, growth_bytes
 from hostile.victim import Seen, Victim
 
 from chaos.attacker import Attack, Attacker, Round
-from chaos.attacks import BODY_ATTACKS, COMPLETIONS, completion
+from chaos.attacks import BODY_ATTACKS, COMPLETIONS, MANY_LOGPROBS, completion
 from chaos.fleet import ProcessFleet, Shape
 from chaos.wire_attacks import WIRE_ATTACKS
 from protocol.queue.api_keys import Tenant
@@ -41,8 +41,11 @@ FATAL_BYTES = 4 << 30
 SAMPLE_S = 0.05
 SETTLE_S = 60.0
 
-CROWD = Crowd(tenants=2, connections=540, calls=256, logprob_bytes=8 << 20)
-"""The victim and, at most, an attacker."""
+CROWD = Crowd(holders=4, connections=540)
+"""The victim and, at most, an attacker, and their addresses."""
+
+GATEWAY_MEMORY = 256 << 20
+"""Bytes that calls may hold: so few that an attack which took more would be seen."""
 
 
 @dataclass(slots=True)
@@ -204,6 +207,7 @@ def attacks_of(commit: str, read_configs: Round) -> list[tuple[Attack, str]]:
         *((attack, "" if attack.keyless else "attacker") for attack in WIRE_ATTACKS),
         (stealing(commit), "thief"),
         (peeping(["two", HIDDEN]), "peeper"),
+        (MANY_LOGPROBS, "attacker"),
     ]
 
 
@@ -230,6 +234,7 @@ async def arena_in(folder: Path, model: Path | None = None, **settings: Any) -> 
         hub.tokens |= {"hf_owner": {SECRET}, FLEET_TOKEN: {HIDDEN}}
         values: dict[str, Any] = {"api_keys": True, "request_sources": "hub", "hub_endpoint": hub.url}
         values |= {"grammar_timeout_s": 0.25, "template_timeout_s": 0.25}
+        values |= {"gateway_memory": GATEWAY_MEMORY}
         values |= {"tenant_places": "org"}  # what the fleet's own token reads there is for all who may see the name
         fleet = ProcessFleet.prepare(
             folder, model, root, durable=True, secret="the secret of the arena", **values | settings

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gateway.calls.admit import MAX_LOGPROB_BYTES
-from gateway.http.connection import MAX_HEAD_BYTES
+from gateway.http.connection import FREE_BYTES, UNSENT_BYTES
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload.large import LargeLimits
+from gateway.overload.memory import SHARE
 from gateway.sandbox.turns import MAX_TENANT_BYTES, MAX_WAITING_BYTES
+from protocol.queue.adapters import MAX_REGISTERED
 from protocol.runtime.settings import Settings
 
-UNREAD_BYTES = 320 << 10
-"""What uvicorn and the event loop hold of a body that nobody reads, and of an answer that its client does not read."""
-
-AS_VALUES = 32
-"""Bytes of a body's values for each byte of a small one: `{"":[]},` again and again."""
-
-AS_LARGE_VALUES = 16
-"""The same for a large one, whose lists and objects `json_values` bounds, and the body itself."""
+CONNECTION_BYTES = 30 << 10
+"""A connection that idles."""
 
 PARSED = 25
 """Bytes that parsing a large body takes for each of its bytes."""
@@ -30,8 +25,11 @@ PARSED = 25
 TOKENIZED = 200
 """The same of tokenizing it: of a token a character, with offsets."""
 
-AS_LOGPROBS = 20
-"""Bytes of logprobs as values for each byte of them in a log."""
+MAX_THREADS = 32
+"""Most texts of small bodies that are tokenized at a time: threads of the event loop's executor."""
+
+CATALOGUE_BYTES = 3 << 10
+"""An adapter in the list of all, as it was read and as JSON."""
 
 OWN_TEXTS_BYTES = 128 << 20
 """Adapters' own tokenizers and templates."""
@@ -44,27 +42,22 @@ SANDBOX_BYTES = 1100 << 20
 class Crowd:
     """What clients have at a gateway at once."""
 
-    tenants: int
+    holders: int  # tenants, and addresses
     connections: int
-    calls: int  # in flight
-    logprob_bytes: int = 1 << 62  # that their logs may hold
 
 
 def gateway_bytes(settings: Settings, crowd: Crowd) -> dict[str, int]:
     """Return the most bytes that a gateway takes for a crowd, beyond what it has at its start, by what takes them."""
-    limits = LargeLimits()
+    turns = LargeLimits().num_turns
     connections = min(crowd.connections, settings.max_connections)
-    calls = min(crowd.calls, settings.max_open_calls)
-    large = min(limits.num_bodies, crowd.tenants * limits.num_of_tenant)
-    logprobs = min(crowd.logprob_bytes, crowd.tenants * settings.tenant_bytes, calls * MAX_LOGPROB_BYTES)
     return {
-        "connections": connections * (MAX_HEAD_BYTES + UNREAD_BYTES),
-        "calls": calls * AS_VALUES * SMALL_BODY_BYTES,
-        "large bodies": large * AS_LARGE_VALUES * settings.max_body_bytes,
-        "parsing": limits.num_turns * PARSED * settings.max_body_bytes,
-        "tokenizing": limits.num_turns * TOKENIZED * settings.max_body_bytes,
-        "answers": logprobs * AS_LOGPROBS,
-        "jobs for sandboxes": min(crowd.tenants * MAX_TENANT_BYTES, MAX_WAITING_BYTES),
+        "calls": settings.gateway_memory * min(crowd.holders, SHARE) // SHARE,
+        "connections": connections * (CONNECTION_BYTES + FREE_BYTES + UNSENT_BYTES),
+        "parsing": turns * PARSED * settings.max_body_bytes,
+        "tokenizing": turns * TOKENIZED * settings.max_body_bytes,
+        "tokenizing small": MAX_THREADS * TOKENIZED * SMALL_BODY_BYTES,
+        "catalogue": CATALOGUE_BYTES * MAX_REGISTERED,
+        "jobs for sandboxes": min(crowd.holders * MAX_TENANT_BYTES, MAX_WAITING_BYTES),
         "adapters' texts": OWN_TEXTS_BYTES,
     }
 

@@ -14,19 +14,20 @@ PAGE = Path(__file__).parents[2] / "docs" / "threat-model.md"
 
 def test_the_page_has_the_formulas_values_at_the_defaults() -> None:
     settings = Settings()
-    everybody = Crowd(10**6, settings.max_connections, settings.max_open_calls)
-    tenant = Crowd(1, settings.max_connections_per_address, settings.max_connections_per_address)
+    everybody = Crowd(10**6, settings.max_connections)
+    tenant = Crowd(2, settings.max_connections_per_address)  # and its address
     section = PAGE.read_text().partition("### Memory of a gateway")[2].partition("###")[0]
     rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| ")][2:]
     written = [[int(re.sub(r"\D", "", cell)) for cell in row[-2:]] for row in rows]
     of_all, of_one = (gateway_bytes(settings, crowd) for crowd in (everybody, tenant))
-    of_all["answers"] = of_one["answers"]  # written for each tenant
     computed = [[of_all[what] >> 20, of_one[what] >> 20] for what in of_one]
-    assert written[: len(computed)] == computed
+    total = [sum(of.values()) >> 20 for of in (of_all, of_one)]
+    assert written[: len(computed) + 1] == [*computed, total]
+    assert total[0] < 4608
 
 
 def test_less_is_less() -> None:
-    settings, crowd = Settings(), Crowd(2, 500, 200)
+    settings, crowd = Settings(), Crowd(2, 500)
     whole = sum(gateway_bytes(settings, crowd).values())
-    for change in ({"max_connections": 10}, {"max_open_calls": 10}, {"max_body_bytes": 1 << 20}, {"tenant_bytes": 1}):
+    for change in ({"max_connections": 10}, {"gateway_memory": 1 << 30}, {"max_body_bytes": 1 << 20}):
         assert sum(gateway_bytes(settings.model_copy(update=change), crowd).values()) < whole, change

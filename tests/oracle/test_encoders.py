@@ -24,6 +24,7 @@ from gpu_worker.build import build_encoder_engine
 from gpu_worker.encoder.engine import EncoderEngine
 from gpu_worker.encoder.model import prepare_encoder
 from gpu_worker.encoder.pooling import Pooling
+from gpu_worker.engine.batcher import MAX_SKIPS
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
@@ -261,3 +262,30 @@ def test_a_decoder_is_no_encoder() -> None:
             module.is_causal = True  # pyright: ignore[reportArgumentType] - a module's attributes may be anything
     with pytest.raises(BadRequest, match="attention in one direction"):
         prepare_encoder(model, "embed", None)
+
+
+def test_texts_that_yield_come_after_others_and_never_wait_for_ever() -> None:
+    oracle = Oracle(make_encoder("bert", "embed"), "embed", {"few": {"r": 3, "target_modules": ["query"]}})
+    engine = oracle.engine(Pooling("mean"), max_step_tokens=100, max_slowdown=2.0)
+    [short, long] = prompts(2, TINY_VOCAB, (10, 40))
+
+    def step() -> list[str]:
+        return sorted(output.rid for output in engine.step())
+
+    for number in range(6):
+        engine.add(request(f"flood-{number}", "", long, "embed", yields=True))
+    assert step() == ["flood-0", "flood-1"]  # alone it has all of a step
+    engine.add(request("quiet-0", "", short, "embed"))
+    assert step() == ["quiet-0"]  # a text of the flood would make this step five times as long
+    for number in range(1, 5):
+        engine.add(request(f"quiet-{number}", "", short, "embed"))
+    assert step() == ["flood-2", *(f"quiet-{number}" for number in range(1, 5))]  # twice as long is what it may take
+    num_steps, last = 2, list[str]()  # in which it has been passed over
+    while "flood-3" in engine._requests:
+        engine.add(request(f"quiet-{num_steps + 3}", "", short, "embed"))
+        last = step()
+        num_steps += 1
+    assert num_steps == MAX_SKIPS + 2
+    assert last == ["flood-3", "flood-4"]  # as long ago as the other, before the text that has just come
+    assert step() == ["flood-5", f"quiet-{num_steps + 2}"]
+    assert not engine._num_skips

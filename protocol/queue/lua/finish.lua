@@ -25,6 +25,7 @@ end
 if f[3] ~= '' then redis.call('XADD', P .. ':out:' .. f[3], 'NOMKSTREAM', '*', 'b', ARGV[5]) end
 if ARGV[8] ~= '' then
   redis.call('XADD', P .. ':dlq', 'MINID', '~', now - 604800000, '*', 'b', ARGV[8])
+  redis.call('XTRIM', P .. ':dlq', 'MAXLEN', 1024) -- `MAX_LETTERS` of dead_letters.py
   redis.call('EXPIRE', P .. ':dlq', 604800)
 end
 return 1

@@ -16,9 +16,11 @@ from prometheus_client import REGISTRY
 
 from gateway.http import connection as http_connection
 from gateway.http import server as http_server
+from gateway.http.addresses import origin_of
 from gateway.http.connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED, Connection, ConnectionLimits
-from gateway.http.server import HttpServer, origin_of
+from gateway.http.server import HttpServer
 from gateway.http.shapes import shape_of
+from gateway.overload.memory import SHARE, MemoryAccount, address_holder
 
 GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
@@ -371,6 +373,54 @@ def test_who_reads_a_stream_slowly_but_steadily_is_served() -> None:
         await run.app.ended.wait()
 
     with_server(test)
+
+
+def test_what_nobody_reads_is_charged_to_its_address() -> None:
+    memory = MemoryAccount(SHARE * 40_000)
+
+    def dropped() -> float:
+        return REGISTRY.get_sample_value("lorafleet_http_dropped_total", {"reason": "memory"}) or 0.0
+
+    async def test(run: Running) -> None:
+        before = dropped()
+        _, first = await run.connect()
+        first.write(GET + b"x: " + b"y" * 30_000)  # a head that does not end
+        await run.until(lambda: memory.held_by(address_holder("")) > 25_000)
+        answer = await run.send(GET + b"x: " + b"y" * 30_000)
+        assert answer.startswith(b"HTTP/1.1 429 ")
+        assert b"address localhost holds" in answer
+        assert b"the limit is 40000" in answer
+        first.close()
+        await run.until(lambda: not memory.num_bytes)
+        _, second = await run.connect()
+        second.write(POST + b"content-length: 900000\r\n\r\n" + b"z" * 50_000)  # read at once, and so not held
+        await run.until(lambda: len(run.app.scopes) == 1)
+        run.connections[0].sweep(asyncio.get_running_loop().time())
+        assert memory.num_bytes == 0
+        _, third = await run.connect()
+        third.write(GET.replace(b"/v1/models", b"/stream") + b"\r\n")
+        await run.until(lambda: memory.num_bytes or dropped() > before)  # its client does not read
+        third.close()
+        second.close()
+        await run.until(lambda: not memory.num_bytes and not run.connections)
+
+    with_server(test, memory=memory)
+
+
+def test_an_answer_that_has_no_room_is_cut_off() -> None:
+    memory = MemoryAccount(SHARE * 5000)
+
+    async def test(run: Running) -> None:
+        reader, writer = await run.connect()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(GET.replace(b"/v1/models", b"/stream") + b"\r\n")
+        await run.until(lambda: run.connections)
+        await run.until(lambda: not run.connections)
+        assert memory.num_bytes == 0
+        await run.app.ended.wait()
+        del reader
+
+    with_server(test, memory=memory)
 
 
 def test_connections_are_counted_by_address() -> None:

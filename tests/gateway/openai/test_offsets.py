@@ -61,7 +61,7 @@ def test_offsets_are_within_the_text_and_never_fall(table: TokenTable, ids: list
     echo = table.decode(ids, special=True)
     text = echo + table.decode(more)
     writer = TextOffsets(table, echo)
-    offsets = writer.of_prompt(ids) + writer.of_output(more[:7]) + writer.of_output(more[7:])
+    offsets = [*writer.of(ids, more[:7]), *writer.of_output(more[7:])]
     assert offsets == sorted(offsets)
     assert all(0 <= offset <= len(text) for offset in offsets)
     for id_, offset in zip(ids, offsets, strict=False):
@@ -71,4 +71,4 @@ def test_offsets_are_within_the_text_and_never_fall(table: TokenTable, ids: list
 
 def test_a_beginning_that_the_tokenizer_adds_has_no_place(table: TokenTable, tokenizer: Tokenizer) -> None:
     ids = [IM_START, *tokenizer.encode("the dog").ids]
-    assert TextOffsets(table, "the dog").of_prompt(ids)[:2] == [0, 0]
+    assert list(TextOffsets(table, "the dog").of_prompt(ids))[:2] == [0, 0]

@@ -19,9 +19,9 @@ from helpers.waiting import wait_until
 from gateway.adapters.resolver import Target
 from gateway.auth.callers import EVERYBODY
 from gateway.bodies import json_values
-from gateway.calls.admit import check_logprobs
 from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Sent, Texts, Truncation
 from gateway.calls.resolve import ResolvedCall
+from gateway.calls.size import check_logprobs
 from gateway.calls.tokenize import Prompt, check_size, tokenize
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload import large
@@ -407,7 +407,7 @@ async def test_small_bodies_take_no_turn() -> None:
 def test_logprobs_of_all_choices_are_bounded(files: Counting) -> None:
     def check(n: int, num_logprobs: int | None, *, of_prompt: int | None = None) -> None:
         prompt = Prompt(Target("b", "", files), b"", 1 << 17, max_new_tokens=1 << 15)  # type: ignore[arg-type]
-        sampling = m.Sampling(num_logprobs=num_logprobs, prompt_logprobs=of_prompt)
+        sampling = m.Sampling(num_logprobs=num_logprobs, prompt_logprobs=20 if of_prompt else None)
         check_logprobs(Options(sampling, n=n), [prompt])
 
     check(128, None)

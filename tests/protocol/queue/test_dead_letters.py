@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from helpers.script_queue import GATEWAY, make_body, make_submit
 
 from protocol.queue.bus import Bus, Step, StepRow, decode, now_ms
+from protocol.queue.dead_letters import MAX_LETTERS, MAX_RAW_BYTES
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Conflict, NotFound, WorkerLost
 
@@ -93,3 +96,21 @@ async def test_a_letter_that_cannot_be_read_hides_no_other(bus: Bus) -> None:
     (_, broken), (good, _) = await bus.dead_letters.newest(10)
     assert "cannot be read" in broken.reason
     assert good == letter_id
+
+
+async def test_letters_are_bounded_in_number_and_size(bus: Bus) -> None:
+    stream = bus.keys.sub("batch")
+    reject = partial(bus.streams.reject, stream, reason="it is too long")
+    await reject((b"1-0", {b"b": b"x" * (1 << 20)}))
+    [(first, letter)] = await bus.dead_letters.newest(2)
+    assert len(letter.raw) == MAX_RAW_BYTES
+    for number in range(MAX_LETTERS):
+        await reject((b"%d-0" % (number + 2), {b"b": b"%d" % number}))
+    assert await bus.streams.length(bus.keys.dlq) == MAX_LETTERS
+    with pytest.raises(NotFound, match=str(MAX_LETTERS)):
+        await bus.dead_letters.get(first)
+    assert await bus._redis.memory_usage(bus.keys.dlq) < MAX_LETTERS * (MAX_RAW_BYTES + 1024)
+    last = await give_up(bus, "a")  # by another script
+    assert await bus.streams.length(bus.keys.dlq) == MAX_LETTERS
+    [(found, newest)] = await bus.dead_letters.newest(1)
+    assert (found, newest.submit is not None) == (last, True)

@@ -1,0 +1,73 @@
+"""Large answers as JSON, a slice at a time, as orjson holds the interpreter while it works. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import orjson
+
+ROWS = 64
+"""Rows that are made and written at a time."""
+
+
+class Rows:
+    """A list whose entries are made when they are written, so that they are never there all at once."""
+
+    def __init__(self, rows: Callable[[], Iterable[Any]], at_once: int = ROWS) -> None:
+        """rows: begins them anew. at_once: how many may be made and written at a time."""
+        self._rows = rows
+        self._at_once = at_once
+
+    def slices(self) -> Iterator[bytes]:
+        """Return the JSON text of the list in order, a few rows at a time."""
+        rows, begin = iter(self._rows()), b"["
+        while some := list(islice(rows, self._at_once)):
+            yield begin + dumps(some)[1:-1]
+            begin = b","
+        yield b"]" if begin == b"," else b"[]"
+
+    def whole(self) -> list[Any]:
+        """Return the list."""
+        return list(self._rows())
+
+
+def dumps(value: Any) -> bytes:
+    """Return the JSON text of a value in one piece."""
+    return orjson.dumps(value, default=_whole, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def slices(value: Any) -> Iterator[bytes]:
+    """Return the JSON text of a value in order, in pieces of which none takes long: what is no `Rows` is small."""
+    if isinstance(value, Rows):
+        yield from value.slices()
+    elif isinstance(value, dict) and has_rows(value):
+        begin = b"{"
+        for key, entry in value.items():
+            yield begin + orjson.dumps(key) + b":"
+            yield from slices(entry)
+            begin = b","
+        yield b"}"
+    elif isinstance(value, list) and has_rows(value):
+        begin = b"["
+        for entry in value:
+            yield begin
+            yield from slices(entry)
+            begin = b","
+        yield b"]"
+    else:
+        yield dumps(value)
+
+
+def has_rows(value: Any) -> bool:
+    """Return whether a value holds `Rows` somewhere."""
+    if isinstance(value, Mapping):
+        return any(map(has_rows, value.values()))
+    return isinstance(value, Rows) or (isinstance(value, list) and any(map(has_rows, value)))
+
+
+def _whole(value: Any) -> list[Any]:
+    if isinstance(value, Rows):
+        return value.whole()
+    raise TypeError

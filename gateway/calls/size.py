@@ -1,0 +1,134 @@
+"""What a call may come to hold in the gateway's memory from the queue on, known before it is submitted. Pure.
+
+Nothing of it depends on what the model says, but for the length of its words: an answer whose tokens are longer than
+`TEXT_BYTES` on average is charged for the rest as it grows (`TextGrowth`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gateway.calls.parse import Options
+from gateway.calls.replies import max_pending
+from gateway.calls.tokenize import Prompt
+from gateway.overload import memory
+from gateway.overload.memory import CALL_BYTES, CHARACTER_BYTES, LARGE_FACTOR
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest
+
+MAX_LOGPROB_BYTES = 1 << 27
+"""Most bytes that the logprobs of a call may take in the logs of its requests."""
+
+CHOICE_BYTES = 4 << 10
+"""A choice without its tokens: its request, its end, its stop rule."""
+
+DELTA_BYTES = 256
+"""A delta that waits, without its logprobs."""
+
+ID_BYTES = 5
+"""A token's id, in an array that grows."""
+
+SHOWN_ID_BYTES = 48
+"""The same in the list of an answer that shows ids, and in its JSON."""
+
+TEXT_BYTES = 4
+"""A token's text, where an answer's text is gathered: about what English, Chinese and code have."""
+
+NUMBER_BYTES = 12
+"""A number of an encoder's answer: as it came, as it is kept, and to be written."""
+
+OFFSET_BYTES = 136
+"""Where a token lies in its text: a pair of two numbers."""
+
+GROWTH_BYTES = 1 << 14
+"""What a growing answer is charged at a time."""
+
+ENTRY_BYTES = 160
+"""A `logit_bias` entry, an id of a list or a letter of a bad word, here and in the body that may be told again."""
+
+RECORDS = 3
+"""How often logprobs are held, as bytes: as they came, to tell them to the queue again, and to be written."""
+
+WRITTEN_TOKENS, WRITTEN_BYTES = 64, 16
+"""Tokens whose logprobs are written at a time, and bytes that this takes for each of a record's."""
+
+
+def longest(options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
+    """Return the most tokens of an answer."""
+    wanted = options.default_tokens if options.max_tokens is None else options.max_tokens
+    return max(min(wanted, max_model_len - num_prompt_tokens), 0)
+
+
+def check_logprobs(options: Options, prompts: Sequence[Prompt]) -> None:
+    """Refuse a call whose choices may have too many logprobs together. Raises BadRequest."""
+    num_bytes = logprob_bytes(options, prompts)
+    if num_bytes > MAX_LOGPROB_BYTES:
+        num_old = sum(prompt.num_tokens for prompt in prompts) if options.prompt_record_bytes else 0
+        num_tokens = options.n * (sum(prompt.max_new_tokens for prompt in prompts) + num_old)
+        raise BadRequest(
+            f"the logprobs of up to {num_tokens} tokens take {num_bytes} bytes; the limit of a call is"
+            f" {MAX_LOGPROB_BYTES}: ask for fewer tokens, choices or likely tokens",
+            param="max_tokens", code="limit_exceeded",
+        )  # fmt: skip
+
+
+def logprob_bytes(options: Options, prompts: Sequence[Prompt]) -> int:
+    """Return the most bytes that the logprobs of a call's answers and prompts have in the logs."""
+    num_new, num_old = (sum(prompt.max_new_tokens for prompt in prompts), sum(prompt.num_tokens for prompt in prompts))
+    return options.n * (num_new * options.record_bytes + num_old * options.prompt_record_bytes)
+
+
+def numbers_of(task: m.Task, prompts: Sequence[Prompt], width: int) -> int:
+    """Return how many numbers an encoder makes of a call's prompts. width: of its vectors."""
+    if task == "classify":
+        return 2 * sum(prompt.num_tokens for prompt in prompts)
+    return width * len(prompts) if task == "embed" else 0
+
+
+def call_bytes(options: Options, prompts: Sequence[Prompt], num_numbers: int = 0) -> int:
+    """Return the most bytes that a call holds from the queue on.
+
+    prompts: with the most tokens of each answer. num_numbers: of an encoder's answer.
+    """
+    num_choices, record = options.n * len(prompts), max(options.record_bytes, options.prompt_record_bytes)
+    num_new = options.n * sum(prompt.max_new_tokens for prompt in prompts)
+    num_bytes = CALL_BYTES + num_choices * CHOICE_BYTES + NUMBER_BYTES * num_numbers
+    num_bytes += max_pending(num_choices) * (DELTA_BYTES + record) + WRITTEN_TOKENS * WRITTEN_BYTES * record
+    num_bytes += num_new * (ID_BYTES + (TEXT_BYTES if gathers_text(options) else 0))
+    num_bytes += RECORDS * logprob_bytes(options, prompts)
+    if options.shows_ids:
+        num_bytes += SHOWN_ID_BYTES * (num_new + options.n * sum(prompt.num_tokens for prompt in prompts))
+    for prompt in prompts:
+        num_bytes += len(prompt.ids) + CHARACTER_BYTES * (len(prompt.grammar) + options.n * len(prompt.echo))
+        num_bytes += OFFSET_BYTES * len(prompt.offsets)
+    given = options.sampling
+    num_entries = len(given.logit_bias) + len(given.allowed_token_ids) + len(given.logprob_token_ids)
+    num_bytes += ENTRY_BYTES * (num_entries + len(options.stop_token_ids) + sum(map(len, options.bad_words)))
+    num_bytes += CHARACTER_BYTES * sum(map(len, options.stop))
+    if options.tools is not None:
+        num_bytes += LARGE_FACTOR * options.tools.num_bytes
+    return num_bytes
+
+
+def gathers_text(options: Options) -> bool:
+    """Return whether an answer's text is held until its end."""
+    return not options.stream or options.output == "tokens" or options.tools is not None
+
+
+class TextGrowth:
+    """The text of a call's answers as far as it is longer than what the call was charged for it."""
+
+    def __init__(self, options: Options, prompts: Sequence[Prompt]) -> None:
+        self._room = 0
+        if gathers_text(options):
+            self._room = TEXT_BYTES * options.n * sum(prompt.max_new_tokens for prompt in prompts)
+        self._is_gathered = gathers_text(options)
+
+    def add(self, text: str) -> None:
+        """Note a piece of text that is gathered. Raises as `memory.hold` when there is no room for it."""
+        if self._is_gathered and text:
+            self._room -= len(text) if text.isascii() else CHARACTER_BYTES * len(text)
+            if self._room < 0:
+                more = -self._room + GROWTH_BYTES
+                memory.hold(memory.held() + more)
+                self._room += more

@@ -1,0 +1,188 @@
+"""The memory that calls may hold in a gateway: one account of bytes, charged before the work that takes them.
+
+A call is charged the most that it can come to hold, as far as that is known: its body before it is read, its values
+before they are made, its prompt and longest answer before it is submitted. What a client does not read is charged to
+its address. What would be too much is refused before anything is done for it, and nothing that was charged is taken
+away. So a gateway's memory is the account's limit and what `docs/threat-model.md` lists beside it, whatever is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.auth.callers import CALLER, Caller
+from gateway.http.addresses import origin_of
+from gateway.http.errors import ErrorShape
+from gateway.http.headers import header_of
+from gateway.http.paths import GENERATION_PATHS, LARGE_BODY_PATHS, SMALL_BODY_BYTES
+from protocol.wire.errors import BadRequest, LorafleetError, Overloaded, Unavailable
+
+SHARE = 4
+"""A holder, which is a tenant or an address, may have one part in so many of the account."""
+
+RETRY_S = 5.0
+"""Retry-After of what finds no room: when a call will end is not known."""
+
+CALL_BYTES = 32 << 10
+"""What a call holds whatever it asks for: its tasks, headers, options and the objects around them."""
+
+VALUE_BYTES, CONTAINER_BYTES, CHARACTER_BYTES = 96, 288, 4
+"""What a value of a body takes at most, beside its text; a list or an object; and a byte of a text."""
+
+SMALL_FACTOR, LARGE_FACTOR = 32, 16
+"""The same for each byte of a whole body, of one of up to 64 kB and a larger one, where its values are not counted."""
+
+
+class MemoryAccount:
+    """The bytes that are held, by whom, and how many they may be."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.max_share = max_bytes // SHARE
+        self.num_bytes = 0
+        self._of: dict[str, int] = {}  # of each holder that holds any
+
+    def held_by(self, holder: str) -> int:
+        """Return the bytes that a holder has."""
+        return self._of.get(holder, 0)
+
+    def open(self, holder: str) -> Charge:
+        """Return a charge of nothing; whoever opens it closes it."""
+        return Charge(self, holder)
+
+    def move(self, holder: str, num: int) -> None:
+        """Charge a holder `num` bytes more, or less. Raises Overloaded for its share, Unavailable for the whole."""
+        own = self._of.get(holder, 0) + num
+        if num > 0:
+            if own > self.max_share:
+                held = f"{holder} holds {own - num} bytes of this gateway's memory, and this may take {num} more"
+                raise Overloaded(f"{held}; the limit is {self.max_share}", RETRY_S)
+            if self.num_bytes + num > self.max_bytes:
+                held = f"calls hold {self.num_bytes} bytes of this gateway's memory, and this one may take {num} more"
+                raise Unavailable(f"{held}; the limit is {self.max_bytes}", code="gateway_full")
+        self.num_bytes += num
+        if own:
+            self._of[holder] = own
+        else:
+            self._of.pop(holder, None)
+
+
+class Charge:
+    """What one call, or one connection, is charged."""
+
+    __slots__ = ("_account", "_holder", "num_bytes")
+
+    def __init__(self, account: MemoryAccount, holder: str) -> None:
+        self._account = account
+        self._holder = holder
+        self.num_bytes = 0
+
+    def hold(self, num_bytes: int) -> None:
+        """Be charged so many bytes instead of those before, which stay charged where that raises.
+
+        Raises as `MemoryAccount.move`, and BadRequest for what could never be charged.
+        """
+        if num_bytes > self._account.max_share:
+            raise BadRequest(
+                f"this may take {num_bytes} bytes of the gateway's memory; the limit of one caller is"
+                f" {self._account.max_share}: ask for fewer tokens, choices or logprobs",
+                code="limit_exceeded",
+            )
+        self._account.move(self._holder, num_bytes - self.num_bytes)
+        self.num_bytes = num_bytes
+
+    def close(self) -> None:
+        """Be charged nothing any more. A second time does nothing."""
+        self._account.move(self._holder, -self.num_bytes)
+        self.num_bytes = 0
+
+
+_CHARGE: ContextVar[Charge | None] = ContextVar("charge", default=None)
+"""The charge of the call that the current task works for."""
+
+
+def held() -> int:
+    """Return what the current task's call is charged."""
+    charge = _CHARGE.get()
+    return 0 if charge is None else charge.num_bytes
+
+
+def hold(num_bytes: int) -> None:
+    """Charge the current task's call so many bytes in all. Raises as `Charge.hold`."""
+    charge = _CHARGE.get()
+    if charge is not None:
+        charge.hold(num_bytes)
+
+
+def hold_values(raw: bytes) -> None:
+    """Charge the current task's call for its body and the values that are about to be made of it."""
+    hold(CALL_BYTES + 2 * len(raw) + values_bytes(raw))
+
+
+def values_bytes(raw: bytes) -> int:
+    """Return the most bytes that the values of a JSON text take, found by counting in it."""
+    num_containers = raw.count(b"[") + raw.count(b"{")
+    num_values = raw.count(b",") + raw.count(b":") + num_containers + 1
+    return CHARACTER_BYTES * len(raw) + VALUE_BYTES * num_values + CONTAINER_BYTES * num_containers
+
+
+def tenant_holder(name: str) -> str:
+    """Return the holder that a tenant is."""
+    return f"tenant {name}"
+
+
+def address_holder(address: str) -> str:
+    """Return the holder that an address is, as connections are counted by; "" is this machine."""
+    return f"address {address or 'localhost'}"
+
+
+class Charged:
+    """Charges requests for their bodies before these are read, and for all that they hold until they end."""
+
+    def __init__(self, app: ASGIApp, account: MemoryAccount, shape_of: Callable[[str], ErrorShape], most: int) -> None:
+        """`shape_of`: how errors on a path are written. `most`: bytes of a body that does not say how many it has."""
+        self._app = app
+        self._account = account
+        self._shape_of = shape_of
+        self._most = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it with 429 or 503."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        charge = self._account.open(_holder_of(scope))
+        token = _CHARGE.set(charge)
+        try:
+            try:
+                charge.hold(self._bytes_of(scope))
+            except LorafleetError as error:
+                await self._shape_of(scope["path"]).response(error)(scope, receive, send)
+                return
+            await self._app(scope, receive, send)
+        finally:
+            _CHARGE.reset(token)
+            charge.close()
+
+    def _bytes_of(self, scope: Scope) -> int:
+        """Return what a request may take until the values of its body are counted. One without a body takes nothing."""
+        path, length = scope["path"], header_of(scope["headers"], b"content-length")
+        most = self._most if path in LARGE_BODY_PATHS else min(self._most, SMALL_BODY_BYTES)
+        if length is None:
+            num = most if header_of(scope["headers"], b"transfer-encoding") is not None else 0
+        else:
+            num = min(int(length), most) if length.isdecimal() else most
+        if path in GENERATION_PATHS and scope["method"] == "POST":  # see `hold_values`
+            return CALL_BYTES + 2 * num
+        return num * (SMALL_FACTOR if num <= SMALL_BODY_BYTES else LARGE_FACTOR)
+
+
+def _holder_of(scope: Scope) -> str:
+    caller: Caller = scope[CALLER]
+    if caller.tenant is not None:
+        return tenant_holder(caller.name)
+    client = scope.get("client")
+    return address_holder(origin_of(tuple(client)) if client else "")

@@ -1,0 +1,166 @@
+"""Large answers in slices: the same JSON as in one piece, and no slice that holds up others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import numpy as np
+import orjson
+import pytest
+from helpers.scripted_fleet import Script, ScriptedFleet
+from hypothesis import given
+from hypothesis import strategies as st
+from openai import AsyncOpenAI
+
+from gateway.adapters.catalogue import OBJECTS_AT_ONCE
+from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse
+from gateway.bodies.json_slices import Rows, dumps, slices
+from gateway.calls.choices import Logprobs
+from gateway.calls.follow import LOGPROB_TOKENS
+from protocol.queue.adapters import ALIASES_AT_ONCE
+from protocol.queue.bus import Bus
+from protocol.wire import messages as m
+
+PLAIN = st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text(max_size=5)
+VALUES = st.recursive(
+    PLAIN,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=4)
+        | st.tuples(st.lists(inner, max_size=9), st.integers(1, 3)).map(lambda pair: Rows(lambda: pair[0], pair[1]))
+    ),
+    max_leaves=20,
+)
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, Rows):
+        return [plain(row) for row in value.whole()]
+    if isinstance(value, list):
+        return [plain(row) for row in value]
+    return {key: plain(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+
+
+@given(VALUES)
+def test_slices_are_the_json_of_the_whole(value: Any) -> None:
+    text = b"".join(slices(value))
+    assert json.loads(text) == plain(value) == json.loads(dumps(value))
+
+
+def test_rows_are_made_when_they_are_written() -> None:
+    made: list[int] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number in range(1000):
+            made.append(number)
+            yield {"n": number, "v": np.ones(2, np.float32)}
+
+    parts = slices({"a": 1, "rows": Rows(rows, at_once=10), "z": [2]})
+    before = 0
+    for part in parts:
+        assert len(made) - before <= 10, part
+        assert part.count(b'"n"') <= 10
+        before = len(made)
+    assert len(made) == 1000
+
+
+async def test_an_answer_in_slices_stops_when_its_client_leaves() -> None:
+    made: list[int] = []
+    sent: list[dict[str, Any]] = []
+
+    def rows() -> Iterator[str]:
+        for number in range(100_000):
+            made.append(number)
+            yield "x" * 100
+
+    left = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) == 5:
+            left.set()
+
+    await SlicedResponse(Rows(rows))({"type": "http"}, receive, send)
+    assert 5 <= len(sent) < 10
+    assert len(made) * 100 < 10 * (SENT_BYTES + 10_000)
+    assert all(len(message.get("body", b"")) < SENT_BYTES + 10_000 for message in sent)
+
+
+def test_packed_logprobs_are_those_of_the_log() -> None:
+    ids = np.arange(5, dtype=np.int32)
+    records = np.zeros((5, 5), np.float32)
+    records[:, 0] = -0.5 * ids
+    records[:, 1::2] = np.stack([ids + 7, ids + 9], 1).astype(np.int32).view(np.float32)
+    records[:, 2::2] = [-1, -2]
+    whole = Logprobs(ids.tobytes(), records.tobytes())
+    found = list(whole)
+    assert [token.id for token in found] == ids.tolist()
+    assert found[3] == (3, -1.5, [(10, -1.0), (12, -2.0)], 0)
+    parts = Logprobs()
+    for part in (whole.first(2), Logprobs(ids[2:].tobytes(), records[2:].tobytes())):
+        parts = parts.joined(part)
+    assert list(parts) == found
+    assert len(whole) == 5
+    assert list(Logprobs()) == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_many_logprobs_are_whole_in_slices(
+    client: AsyncOpenAI, http: httpx2.AsyncClient, fleet: ScriptedFleet, stream: bool
+) -> None:
+    fleet.script = lambda submit, body: Script(text="abc " * 100, eos=False, finish="length", chunk=10_000)
+    body = {"model": "base", "prompt": "hi", "max_tokens": 200, "logprobs": 20, "n": 2, "stream": stream}
+    answer = await http.post("/v1/completions", json=body)
+    if stream:
+        found: dict[int, list[str]] = {0: [], 1: []}
+        for line in answer.text.splitlines():
+            if line.startswith("data: {"):
+                for choice in orjson.loads(line[6:])["choices"]:
+                    found[choice["index"]] += (choice["logprobs"] or {"tokens": []})["tokens"]
+    else:
+        assert answer.headers["transfer-encoding"] == "chunked"
+        found = {choice["index"]: choice["logprobs"]["tokens"] for choice in answer.json()["choices"]}
+        assert all(len(choice["logprobs"]["top_logprobs"]) == 200 for choice in answer.json()["choices"])
+    assert [len(tokens) for tokens in found.values()] == [200, 200]
+    assert "".join(found[0]) == ("abc " * 100)[: len("".join(found[0]))]
+    named = {"model": "base", "prompt": "hi", "max_tokens": 150, "logprobs": 20}
+    typed = await client.completions.create(**named)
+    assert typed.choices[0].logprobs is not None
+    assert len(typed.choices[0].logprobs.tokens or []) == 150
+
+
+async def test_a_log_is_read_so_many_tokens_at_a_time(bus: Bus, http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    fleet.script = lambda submit, body: Script(text="abc " * 100, eos=False, finish="length", chunk=10_000)
+    body = {"model": "base", "prompt": "hi", "max_tokens": 200, "logprobs": 5, "background": True}
+    job = (await http.post("/v1/completions", json=body)).json()
+    found = (await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=20"})).json()
+    assert len(found["result"]["choices"][0]["logprobs"]["tokens"]) == 200
+    rid, record_bytes = fleet.seen[0][0].rid, m.logprob_record_bytes(5)
+    parts = [await bus.read_log(rid, begin, record_bytes, LOGPROB_TOKENS) for begin in range(0, 201, LOGPROB_TOKENS)]
+    sizes = [(len(part.ids) // 4, len(part.logprobs) // record_bytes, part.finish) for part in parts if part]
+    assert sizes == [(64, 64, ""), (64, 64, ""), (64, 64, ""), (8, 8, "length")]
+    whole = await bus.read_log(rid, 0, record_bytes)
+    assert whole is not None
+    assert whole.logprobs == b"".join(part.logprobs for part in parts if part)
+
+
+async def test_thousands_of_adapters_are_listed_some_at_a_time(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    num = 3 * OBJECTS_AT_ONCE + 5
+    for number in range(num):
+        await fleet.add_adapter(f"a{number:05}", digest=f"{number % 7:064}")
+    listed = (await http.get("/v1/models")).json()["data"]
+    assert [entry["id"] for entry in listed[1:]] == [f"a{number:05}" for number in range(num)]
+    assert listed[1]["rank"] == 8
+    info = (await http.get("/info")).json()
+    assert info["num_adapters"] == num
+    names = [alias.name async for alias in fleet.bus.adapters.each()]
+    assert sorted(names) == [entry["id"] for entry in listed[1:]]
+    assert num > ALIASES_AT_ONCE
