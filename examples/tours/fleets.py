@@ -41,15 +41,15 @@ def embedding_fleet(data: Path) -> Iterator[str]:
 
 
 def first_adapter(url: str, key: str) -> str:
-    """Return the name of the first adapter that the fleet lists. Raises RuntimeError where there is none."""
+    """Return the name of the first adapter that the fleet lists. Raises SystemExit where there is none."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         models = httpx2.get(f"{url}/v1/models", headers=headers, timeout=30, trust_env=False).raise_for_status().json()
     except httpx2.HTTPError as error:
-        raise RuntimeError(f"no fleet answers at {url}: {error}") from error
+        raise SystemExit(f"no fleet answers at {url}: {error}") from error
     names = [model["id"] for model in models["data"] if model["parent"]]
     if not names:
-        raise RuntimeError(f"the fleet at {url} lists no adapter; a tour compares one with the base model")
+        raise SystemExit(f"the fleet at {url} lists no adapter; a tour compares one with the base model")
     return names[0]
 
 
@@ -70,7 +70,7 @@ def _fleet(model: Path, adapters: Path, data: Path) -> Iterator[str]:
             end = time.monotonic() + READY_S
             while not _is_ready(url):
                 if fleet.poll() is not None or time.monotonic() > end:
-                    raise RuntimeError(f"the fleet does not start; see {log.name}")
+                    raise SystemExit(f"the fleet does not start; see {log.name}")
                 time.sleep(0.5)
             yield url
         finally:
