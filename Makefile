@@ -102,7 +102,7 @@ soak: $(VENV)/.stamp-dev  ## an hour of load at 80 %, 200 adapters; docs/reliabi
 chaos: $(VENV)/.stamp-dev  ## the same with 1,000 faults, in an hour or two; the report is build/chaos/report.md
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 1000 $(ARGS)
 
-tour: $(VENV)/.stamp-dev  ## run other peoples programs against a fleet of its own, or against URL=: make tour ARGS="openai langchain"
+tour: $(VENV)/.stamp-dev  ## run other people's programs against a fleet of its own, or against URL=: make tour ARGS="openai langchain"
 	PYTHONPATH=.:kernels:tests $(BIN)/python -m examples.tours $(ARGS)
 
 tour-%:
