@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from msgspec import structs
+
 from gateway.adapters.fleet_view import FleetView
 from gateway.auth.limits import check_quota, limit_headers, refusal
 from gateway.calls.parse import ParsedCall
@@ -52,7 +54,7 @@ class CallAdmission:
         parsed, base, options = call.parsed, call.resolved.base, call.options
         most = parsed.rules.most_tokens
         prompts = [
-            replace(prompt, max_new_tokens=most(options, prompt.num_tokens, base.max_model_len))
+            structs.replace(prompt, max_new_tokens=most(options, prompt.num_tokens, base.max_model_len))
             for prompt in call.prompts
         ]
         parsed.rules.check_total(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from msgspec import structs
+
 from gateway.calls.tokenize import Prompt, TokenizedCall
 from gateway.grammars.check import GrammarCheck
 from gateway.grammars.notation import grammar_text
@@ -20,5 +22,5 @@ async def constrain(call: TokenizedCall, grammars: GrammarCheck) -> TokenizedCal
         marker = marker_ids(prompt.files)
         grammar = grammar_text(*answer_grammar(options.constraint, options.tools, prompt.form, marker))
         await grammars.check(grammar, call.parsed.form_param, prompt.target.payer(call.parsed.caller))
-        prompts.append(replace(prompt, grammar=grammar))
+        prompts.append(structs.replace(prompt, grammar=grammar))
     return replace(call, prompts=prompts)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
+
+import msgspec
+from msgspec import structs
 
 from gateway.adapters.resolver import Target
 from gateway.calls.parse import Conversation, Options, ParsedCall, Source, Texts
@@ -30,8 +33,7 @@ FEW_TOKENS = 1 << 14
 """Ids, or characters of texts, up to which prompts are made in the event loop: that takes a millisecond."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True):
     """One prompt of a call, for one of those who answer."""
 
     target: Target
@@ -42,7 +44,7 @@ class Prompt:
     grammar: str = ""  # that answers must follow, as in `messages.Body`
     form: AnswerForm | None = None  # what answers may consist of besides text
     offsets: Sequence[Offset] = ()  # of each token, if the call wants them
-    bad_words: list[list[int]] = field(default_factory=list)  # sequences of tokens that answers may not have
+    bad_words: list[list[int]] = []  # sequences of tokens that answers may not have
 
     @property
     def files(self) -> ModelFiles:
@@ -117,8 +119,10 @@ async def tokenize(call: ResolvedCall) -> TokenizedCall:
                 same[shared] = await _of_texts(parsed, parsed.inputs, target, vocab_size, base)
             if parsed.options.bad_words:
                 bad = await _bad_words(parsed.options.bad_words, target.files, target.payer(parsed.caller))
-                same[shared] = [replace(prompt, bad_words=bad) for prompt in same[shared]]
-        prompts += [prompt if prompt.target is target else replace(prompt, target=target) for prompt in same[shared]]
+                same[shared] = [structs.replace(prompt, bad_words=bad) for prompt in same[shared]]
+        prompts += [
+            prompt if prompt.target is target else structs.replace(prompt, target=target) for prompt in same[shared]
+        ]
     return TokenizedCall(call, prompts)
 
 
