@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import random
 import uuid
@@ -209,13 +208,12 @@ async def _names(attacker: Attacker) -> None:
 
 async def _many_logprobs(attacker: Attacker) -> None:
     body = completion(max_tokens=1500, n=16, logprobs=20, temperature=1, ignore_eos=True)
-
-    async def leave() -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2):
-                await attacker.post(COMPLETIONS, body)
-
-    await together(*(leave() for _ in range(100)))
+    calls = [asyncio.ensure_future(attacker.post(COMPLETIONS, body)) for _ in range(100)]
+    await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait(calls, timeout=2)
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
 
 
 MANY_LOGPROBS = Attack("100 × 24,000 tokens with logprobs", _many_logprobs, frozenset({"200"}))

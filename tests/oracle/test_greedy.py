@@ -127,10 +127,10 @@ def test_64_adapters_run_in_one_batch() -> None:
     assert len({tuple(ids) for ids in asked.ids.values()}) == 64
 
 
-def test_a_smollm2_sized_model_too() -> None:
-    """30 layers of width 576, 9 heads over 3: as SmolLM2-135M, with random weights."""
+def test_a_model_of_smollm2s_width_too() -> None:
+    """12 layers of width 576, 9 heads over 3: as those of SmolLM2-135M, with random weights."""
     base = random_llama(
-        std=0.06, vocab_size=8192, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        std=0.06, vocab_size=8192, hidden_size=576, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True,
     )  # fmt: skip
     oracle = Oracle(base, sixteen_loras(head=False), scale=0.1)
