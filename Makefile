@@ -11,8 +11,8 @@ PIP := $(BIN)/python -m pip
 MODEL ?=
 ADAPTERS ?=
 ARGS ?=
-# Files of tests at a time: twice the cores of a small machine, since most tests wait for a fleet.
-PROCESSES ?= 4
+# Files of tests at a time on two cores: many tests wait for a fleet. More would make the fleets of others late.
+PROCESSES ?= 3
 # PyPI's torch brings 3 GB of CUDA libraries. Without a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
@@ -28,7 +28,7 @@ demo: $(VENV)/.stamp-demo  ## fetch a small model, start a fleet, ask the base a
 up: $(VENV)/.stamp-demo  ## start a fleet on this machine: make up MODEL=org/name ADAPTERS=folder
 	$(BIN)/lorafleet up "$(MODEL)" $(if $(ADAPTERS),--adapters "$(ADAPTERS)") $(ARGS)
 
-test: $(VENV)/.stamp-dev  ## run every test in random order, four files at a time: no network, GPU, Docker or Redis needed
+test: $(VENV)/.stamp-dev  ## run every test in random order, three files at a time: no network, GPU, Docker or Redis needed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 coverage: $(VENV)/.stamp-dev  ## run every test and show the lines that none of them reaches, services included
