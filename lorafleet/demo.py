@@ -30,7 +30,7 @@ from protocol.wire.errors import BadRequest, Internal, LorafleetError, Unavailab
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "adapters"
 QUESTION = "Why is the sky blue?"
-MAX_TOKENS = 80
+TOKENS = 80
 COLORS = ("white", "cyan", "magenta", "green", "yellow", "blue")
 
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.usage = f"{parser.prog} [flags]"
     parser.add_argument("--question", default=QUESTION, help="the question (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="most tokens of each answer (%(default)s)")
     parser.add_argument("--once", action="store_true", help="stop after the answers instead of serving")
     add_settings(parser, first=("model", *MAIN_FLAGS), skip=("worker_name", "store_url"))
 
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
     async def on_ready(plan: LaunchPlan, screen: Screen) -> bool:
         names = await model_names(plan.settings)
-        await show_answers(plan.settings, screen, names, args.question)
+        await show_answers(plan.settings, screen, names, args.question, args.tokens)
         if not args.once:
             screen.say("\nThe fleet continues to serve. Ask it yourself, or stop it with Ctrl-C:\n")
             for name in names:
@@ -93,8 +94,11 @@ async def model_names(settings: Settings) -> list[str]:
         raise Unavailable(f"the store does not list the {expected} adapters of {folder}; see its log") from error
 
 
-async def show_answers(settings: Settings, screen: Screen, names: list[str], question: str) -> None:
-    """Ask all models at once, show the answers as they grow, and say how many engine steps they shared."""
+async def show_answers(settings: Settings, screen: Screen, names: list[str], question: str, max_tokens: int) -> None:
+    """Ask all models at once, show the answers as they grow, and say how many engine steps they shared.
+
+    max_tokens: of each answer.
+    """
     answers = [Answer(name) for name in names]
     screen.say(f"\n[bold]{escape(question)}[/]")
     live = Live(console=screen.console, auto_refresh=False)
@@ -107,7 +111,7 @@ async def show_answers(settings: Settings, screen: Screen, names: list[str], que
         await _ask_all(client, [Answer(name) for name in names], question, 1, lambda: None)
         started = time.monotonic()
         with live:
-            await _ask_all(client, answers, question, MAX_TOKENS, show)
+            await _ask_all(client, answers, question, max_tokens, show)
     seconds = time.monotonic() - started
     num_tokens = sum(answer.num_tokens for answer in answers)
     num_shared, num_steps = await shared_steps(settings, len(answers))
