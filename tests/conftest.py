@@ -6,6 +6,7 @@ No key may outlive its test without a TTL.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,15 +49,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if missing:
         raise pytest.UsageError(f"tests/conftest.py sets limits for files that do not exist: {', '.join(missing)}")
     for item in items:
-        limit_s = _limit_s(item)
+        limit_s = _limit_s(item.path)
         if limit_s and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(limit_s))
-    items.sort(key=_limit_s, reverse=True)
+    items.sort(key=lambda item: _limit_s(item.path), reverse=True)
 
 
-def _limit_s(item: pytest.Item) -> int:
-    """Return the limit that LONGER_S sets for a test, s; 0: none."""
-    name = item.path.relative_to(TESTS).as_posix()
+@cache
+def _limit_s(path: Path) -> int:
+    """Return the limit that LONGER_S sets for the tests of a file, s; 0: none."""
+    name = path.relative_to(TESTS).as_posix()
     return max(
         (limit for prefix, limit in LONGER_S.items() if name == prefix or name.startswith(f"{prefix}/")), default=0
     )

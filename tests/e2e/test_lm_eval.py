@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from helpers.factories import make_adapter, make_tiny_model
+from helpers.fleets import tiny_fleet
 
-from chaos.fleet import ProcessFleet, Shape
+from chaos.fleet import ProcessFleet
 
 PYTHON = Path(__file__).parents[2] / "build" / "lm-eval" / "bin" / "python"
 MAX_LENGTH = 128  # tokens of a window of lm-eval
@@ -82,16 +82,9 @@ pytestmark = [pytest.mark.lm_eval, pytest.mark.asyncio(loop_scope="module"), pyt
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ProcessFleet]:
     folder: Path = tmp_path_factory.mktemp("fleet")
-    model = make_tiny_model(folder / "model")
-    for seed, name in enumerate(ADAPTERS, start=1):
-        make_adapter(folder / "adapters" / name, model, seed=seed)
     write_tasks(folder / "tasks")
-    running = ProcessFleet.prepare(folder, model, folder / "adapters", durable=False)
-    try:
-        await running.start_all(Shape())
+    async with tiny_fleet(folder, ADAPTERS) as running:
         yield running
-    finally:
-        await running.close()
 
 
 def write_tasks(folder: Path) -> None:

@@ -12,11 +12,11 @@ import httpx2
 import pytest
 import pytest_asyncio
 import torch
-from helpers.factories import make_adapter, make_tiny_model
+from helpers.fleets import tiny_fleet
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chaos.fleet import ProcessFleet, Shape
+from chaos.fleet import ProcessFleet
 
 ADAPTERS = ("one", "two")
 NAMES = ("base", *ADAPTERS)
@@ -61,15 +61,8 @@ class Oracle:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ProcessFleet]:
     folder: Path = tmp_path_factory.mktemp("fleet")
-    model = make_tiny_model(folder / "model")
-    for seed, name in enumerate(ADAPTERS, start=1):
-        make_adapter(folder / "adapters" / name, model, seed=seed)
-    running = ProcessFleet.prepare(folder, model, folder / "adapters", durable=False)
-    try:
-        await running.start_all(Shape())
+    async with tiny_fleet(folder, ADAPTERS) as running:
         yield running
-    finally:
-        await running.close()
 
 
 @pytest_asyncio.fixture(loop_scope="module")

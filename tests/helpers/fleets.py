@@ -9,8 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import httpx2
 import orjson
 import psutil
 
+from chaos.fleet import ProcessFleet, Shape
+from helpers.factories import make_adapter, make_tiny_model
 from helpers.processes import with_variable, working_below
 from lorafleet.launcher.machine import claim_port
 from lorafleet.launcher.queue_users import password_file
@@ -104,6 +106,20 @@ class RunningFleet:
         environment["LORAFLEET_SECRET_FILE"] = str(self.output_file.parent / "data" / "secret")
         with (folder / f"{name}.log").open("wb") as log:
             self.more.append(subprocess.Popen([*command, *QUICK], env=environment, stdout=log, stderr=log))
+
+
+@asynccontextmanager
+async def tiny_fleet(folder: Path, adapters: Sequence[str]) -> AsyncIterator[ProcessFleet]:
+    """Run the services of a tiny model, in `folder/model`, and of adapters in `folder/adapters`, seeded 1, 2, …"""
+    model = make_tiny_model(folder / "model")
+    for seed, name in enumerate(adapters, start=1):
+        make_adapter(folder / "adapters" / name, model, seed=seed)
+    fleet = ProcessFleet.prepare(folder, model, folder / "adapters", durable=False)
+    try:
+        await fleet.start_all(Shape())
+        yield fleet
+    finally:
+        await fleet.close()
 
 
 @contextmanager

@@ -212,6 +212,25 @@ class Impatient(MaskFiller):
         self.num_late += sum(not filling.is_done for filling in fillings)
 
 
+def assert_late_masks_change_no_token(oracle: Oracle, tokenizer: Tokenizer, max_step_tokens: int) -> None:
+    """Ask the base and every adapter for outputs by three grammars, with most masks late.
+
+    tokenizer: the model's, in place of `TOKENIZER`.
+    """
+    requests = [
+        greedy_request(f"{name}/{which}", name, prompt, 20, grammar=text)
+        for name in oracle.names
+        for prompt, (which, text) in zip(prompts(3, 100, (3, 20, 40)), list(GRAMMARS.items())[1:4], strict=True)
+    ]
+    engine = oracle.engine(tokenizer, max_step_tokens=max_step_tokens)
+    filler = engine.grammars._filler = Impatient(lambda: engine.grammars.on_ready())
+    warm(engine, oracle.names)
+    asked = ask(engine, requests)
+    for request in requests:
+        assert asked.ids[request.rid] == by_hand(oracle, request), request.rid
+    assert filler.num_late > 20
+
+
 @pytest.mark.parametrize("settings", [{}, {"max_draft_tokens": 6}, FEW_BLOCKS], ids=["plain", "speculating", "few"])
 def test_masks_that_are_late_change_no_token(
     tiny: Oracle, expected: dict[str, list[int]], settings: dict[str, Any]

@@ -12,7 +12,7 @@ from helpers.factories import make_tokenizer
 from oracle.adapters.peft_kinds import INVOCATION, MAX_DIFFERENCE, Kind, make_adapter, measure
 from oracle.cases import NUM_TOKENS, Case
 from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, warm
-from oracle.test_grammars import GRAMMARS, Impatient, by_hand
+from oracle.test_grammars import assert_late_masks_change_no_token
 from oracle.tiny_models import tiny_model
 
 from gpu_worker.build import build_engine
@@ -161,18 +161,7 @@ def test_masks_that_are_late_change_no_token(model_type: str) -> None:
     targets = ("query_key_value", "dense") if model_type == "falcon" else ("c_attn", "c_fc")
     options = {"fan_in_fan_out": True} if model_type == "openai-gpt" else {}
     oracle = Oracle(base, {"x": Lora(4, targets, options)}, scale=0.4)
-    requests = [
-        greedy_request(f"{name}/{which}", name, prompt, 20, grammar=text)
-        for name in oracle.names
-        for prompt, (which, text) in zip(prompts(3, 100, (3, 20, 40)), list(GRAMMARS.items())[1:4], strict=True)
-    ]
-    engine = oracle.engine(tokenizer, max_step_tokens=512)
-    filler = engine.grammars._filler = Impatient(lambda: engine.grammars.on_ready())
-    warm(engine, oracle.names)
-    asked = ask(engine, requests)
-    for request in requests:
-        assert asked.ids[request.rid] == by_hand(oracle, request), request.rid
-    assert filler.num_late > 20
+    assert_late_masks_change_no_token(oracle, tokenizer, max_step_tokens=512)
 
 
 def test_caches_take_their_part_of_the_memory() -> None:

@@ -48,7 +48,7 @@ def test_steps_that_are_slow_by_chance_count_as_much_as_others() -> None:
 
 
 def test_passes_of_one_sequence_are_told_from_their_tokens() -> None:
-    """Of a model whose sequences run one by one, a decode costs a pass, a prompt hardly more."""
+    """Where sequences run one by one, each pass has a cost of its own, which a decode has as much as a prompt."""
     truth, fitted = StepModel(a=0.001, b=2e-4, e=0.01), StepFit()
     rng = np.random.default_rng(3)
     for _ in range(400):
