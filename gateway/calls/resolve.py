@@ -18,6 +18,7 @@ from protocol.wire.errors import BadRequest, LorafleetError, Unavailable
 _NO_TEXT = {
     "embed": "Embedding models don't support text generation",
     "classify": "Classify models don't support text generation",
+    "score": "Classify models don't support text generation",
 }
 
 
@@ -89,10 +90,16 @@ def _merged(merged: MergedAdapters, parts: list[Target], base: Target) -> Target
 
 def check_task(base: m.ServedModel, wanted: m.Task) -> None:
     """Raise BadRequest, saying why, unless the base model does what is wanted."""
-    if base.task == wanted:
+    if base.does(wanted):
         return
-    does = {"generate": "generates text", "embed": "computes embeddings", "classify": "labels tokens"}[base.task]
+    does = {
+        "generate": "generates text", "embed": "computes embeddings", "classify": "labels tokens",
+        "score": "scores texts",
+    }[base.task]  # fmt: skip
     if wanted == "generate":
         raise BadRequest(f"{_NO_TEXT[base.task]}: {base.name} is an encoder ({base.model_type}) and {does}")
-    needed = {"embed": "embeddings need an encoder", "classify": "labels need a token classifier"}[wanted]
+    needed = {
+        "embed": "embeddings need an encoder", "classify": "labels need a token classifier",
+        "score": "scores of texts need a sequence classifier",
+    }[wanted]  # fmt: skip
     raise BadRequest(f"{base.name} ({base.model_type}) {does}; {needed} as base model", param="model")

@@ -31,7 +31,8 @@ class EngineRequest:
     tenant: str = ""  # whose it is; "" if that is not known
     yields: bool = False  # to requests that do not, see `Batcher`
     grammar: str = ""  # that the output must follow, as in `messages.Body`
-    task: m.Task = "generate"
+    task: m.Task = "generate"  # what its output is, see `messages.Body`
+    second: int = 0  # where the second text of a pair begins, as in `messages.Body`
 
 
 @dataclass(slots=True)

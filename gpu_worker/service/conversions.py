@@ -59,6 +59,7 @@ def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
         yields=item.yields,
         grammar=body.grammar,
         task=body.task,
+        second=body.second,
     )
 
 

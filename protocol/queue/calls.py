@@ -80,6 +80,8 @@ def most_log_bytes(body: m.Body) -> int:
         return _VECTOR_BYTES
     if body.task == "classify":
         return 8 * num_prompt
+    if body.task == "score":
+        return 4 * m.MAX_LABELS
     num_top, num_of_prompt = sampling.num_logprobs, sampling.prompt_logprobs
     token_bytes = 4 if num_top is None else 4 + m.logprob_record_bytes(num_top)
     prompt_bytes = 0 if num_of_prompt is None else 4 + m.prompt_record_bytes(num_of_prompt)

@@ -2,17 +2,19 @@
 
 from protocol.wire.messages.adapters import AdapterEvent, AdapterRecord, AdapterState, Alias, Registration
 from protocol.wire.messages.assignments import Assigned, Control
-from protocol.wire.messages.base import TERMINAL, FinishReason, Packed, Task, Wire, encode
+from protocol.wire.messages.base import MAX_LABELS, TERMINAL, FinishReason, Packed, Task, Wire, encode
 from protocol.wire.messages.dead_letters import DeadLetter, Death
 from protocol.wire.messages.deliveries import Delta, ErrorInfo, Usage, logprob_record_bytes, prompt_record_bytes
 from protocol.wire.messages.jobs import Idempotent, Job
-from protocol.wire.messages.model import OPAQUE, ServedModel, SiteShape
+from protocol.wire.messages.model import OPAQUE, Activation, ServedModel, SiteShape
 from protocol.wire.messages.requests import Body, Sampling, Submit
 from protocol.wire.messages.workers import Ended, SchedulerStatus, StepModel, WorkerBeat, WorkerCounters
 
 __all__ = [
+    "MAX_LABELS",
     "OPAQUE",
     "TERMINAL",
+    "Activation",
     "AdapterEvent",
     "AdapterRecord",
     "AdapterState",

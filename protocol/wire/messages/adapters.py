@@ -61,6 +61,7 @@ class AdapterRecord(Wire, frozen=True):
     source: str
     created_ms: int
     vocab_size: int = 0  # tokens it knows, 0: those of the base
+    num_labels: int = 0  # of its own head, see `ServedModel.label_head`; 0: it has none
     no_effect: bool = False  # every product that it adds is zero
     mapped: dict[str, str] = {}  # names of its file -> of the base model, as patterns, where they differ
 

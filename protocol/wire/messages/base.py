@@ -7,8 +7,11 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-Task = Literal["generate", "embed", "classify"]
-"""What a request asks for, and what a base model computes: text, an embedding, or a label per token."""
+Task = Literal["generate", "embed", "classify", "score"]
+"""What a request asks for, and what a base model computes: text, an embedding, a label per token, or the logits of the
+labels of the whole text."""
+MAX_LABELS = 4096
+"""Most labels of a head that scores texts: the log of a text holds a number for each."""
 TERMINAL = ("completed", "failed", "cancelled")
 """States of a request that has ended. Before, it is `queued` or `assigned`."""
 

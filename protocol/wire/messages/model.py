@@ -9,6 +9,9 @@ from protocol.wire.messages.base import Packed, Task, Wire
 OPAQUE = "opaque"
 """Kind of a linear layer whose weights cannot be read, such as a quantised one: adapters can only add to its output."""
 
+Activation = Literal["", "softmax", "sigmoid", "none"]
+"""What makes scores of the logits of a text. "": sigmoid of a single one, softmax of several."""
+
 
 class SiteShape(Packed, frozen=True):
     """A part of the model that an adapter can change, as the model names it."""
@@ -35,8 +38,15 @@ class ServedModel(Wire, frozen=True):
     tied_embeddings: bool = False
     created_ms: int = 0
     device: str = ""  # "cpu" or "cuda"
-    task: Task = "generate"
-    labels: list[str] = []  # of `classify`, by index
+    task: Task = "generate"  # what it is for
+    tasks: list[Task] = []  # what it does besides, for the base model or for adapters alone, see `labels`
+    labels: list[str] = []  # of `classify` and `score`, by index; [] of `score`: only adapters with a head can be asked
+    activation: Activation = ""  # of `score`
+    label_head: str = ""  # of `score`: the site whose outputs are the logits; an adapter's may have another number
     width: int = 0  # of `embed`: entries of a vector
     unit_length: bool = False  # of `embed`: whether vectors are normalised to length 1
     head_dim: int = 0  # of an attention head; 0: not known
+
+    def does(self, task: Task) -> bool:
+        """Return whether requests may ask this of the model."""
+        return task == self.task or task in self.tasks

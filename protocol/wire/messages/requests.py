@@ -46,7 +46,13 @@ class Sampling(Wire, frozen=True):
 
 
 class Body(Wire, frozen=True):
-    """What a worker needs to run the choices of a prompt; lives in `Keys.body`, see `protocol.queue.calls`."""
+    """What a worker needs to run the choices of a prompt; lives in `Keys.body`, see `protocol.queue.calls`.
+
+    What the request's log holds in the end depends on the task. generate: int32 token ids. embed: float32 [width], the
+    vector. classify: for each prompt token its int32 label and the label's float32 probability. score: float32
+    [labels], the logits of the head before any activation, as many as the head has that answers: the adapter's own
+    (`AdapterRecord.num_labels`), else the base's; a reranker by yes and no has one, the logit of yes less that of no.
+    """
 
     prompt: bytes  # int32 little endian token ids
     sampling: Sampling
@@ -56,7 +62,8 @@ class Body(Wire, frozen=True):
     salt: str = ""  # separates the prefix caches of tenants
     lora_scale: float = 1.0
     grammar: str = ""  # that the output must follow: llguidance's list of grammars as JSON; "": none
-    task: Task = "generate"  # embed: the log becomes float32 [width]; classify: per prompt token (int32 label, float32)
+    task: Task = "generate"  # what the log becomes, see below
+    second: int = 0  # index of the first token of the second text of a pair, whose type id is 1; 0: all are of type 0
 
 
 EVERY_WORKER_KNOWS = frozenset({
@@ -71,6 +78,9 @@ A field that is added later is not entered here. It counts as new by itself: wor
 request that uses it goes only to them, since others would ignore it and answer something else.
 """
 
+SCORE: Task = "score"
+"""The task that not every worker knows."""
+
 
 @cache
 def _new_of(kind: type[Wire]) -> dict[str, Any]:
@@ -83,11 +93,12 @@ def _new_of(kind: type[Wire]) -> dict[str, Any]:
 
 
 def fields_in_use(message: Wire) -> list[str]:
-    """Return the fields of a message by which a request needs a worker that knows them."""
-    return [name for name, default in _new_of(type(message)).items() if getattr(message, name) != default]
+    """Return the fields of a message, and the task, by which a request needs a worker that knows them."""
+    tasks = [SCORE] if isinstance(message, Body) and message.task == SCORE else []
+    return tasks + [name for name, default in _new_of(type(message)).items() if getattr(message, name) != default]
 
 
-KNOWN_FIELDS = sorted({*_new_of(Sampling), *_new_of(Body)})
+KNOWN_FIELDS = sorted({*_new_of(Sampling), *_new_of(Body), SCORE})
 """What a worker of this version says that it knows."""
 
 

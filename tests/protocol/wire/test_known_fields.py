@@ -23,4 +23,12 @@ def test_a_field_counts_as_new_by_itself_and_only_if_used() -> None:
 def test_a_worker_knows_all_fields_of_its_version() -> None:
     fields = {*m.Sampling.__struct_fields__, *m.Body.__struct_fields__}
     assert fields >= EVERY_WORKER_KNOWS
-    assert set(KNOWN_FIELDS) == fields - EVERY_WORKER_KNOWS
+    assert set(KNOWN_FIELDS) == (fields - EVERY_WORKER_KNOWS) | {"score"}
+
+
+def test_a_text_is_scored_by_workers_that_know_the_task() -> None:
+    def needs(task: m.Task) -> list[str]:
+        return fields_in_use(m.Body(prompt=b"", sampling=m.Sampling(), max_new_tokens=0, task=task))
+
+    assert needs("score") == ["score"]
+    assert not any(map(needs, ("generate", "embed", "classify")))
