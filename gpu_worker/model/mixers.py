@@ -5,7 +5,7 @@ Transformers' mixers compute everything token by token but for a few functions o
 functions' places: in a step they run each sequence's tokens from its state, and everywhere else they are what they
 were. What they compute is transformers' own: its function for several tokens, and its function for one token, all
 sequences together. Both are the fast ones of `flash-linear-attention`, `mamba-ssm` and `causal-conv1d` where these are
-installed.
+installed. On a CPU, convolutions, delta rules and selective scans are native operations of `lora_kernels`.
 
 A step's tokens are packed: T of them, of all sequences, in runs. A state is that of one sequence in one call.
 """
@@ -27,6 +27,12 @@ from torch import Tensor, nn
 
 from gpu_worker.memory import zeros
 from lora_kernels import ops
+
+SILU = ("silu", "swish")
+"""Names of the activation that `ops.causal_conv` knows."""
+
+DELTA_INPUTS = ("query", "key", "value", "g", "beta")
+"""Arguments of a delta rule that have a row for each token."""
 
 UNLIMITED = (0.0, float("inf"))
 """The `dt_limit` of a scan whose step sizes are not limited."""
@@ -60,6 +66,7 @@ class StateBatch:
     singles: Singles | None  # None: there are none
     runs: list[Run]
     copies: tuple[Tensor, Tensor] | None  # int64 [n] each: slots to be copied after the step, and to which
+    all_runs: Tensor  # of one token and of more, as `ops.delta_rule` takes them
 
     @classmethod
     def of(
@@ -68,7 +75,10 @@ class StateBatch:
         """singles: row, slot to read and slot to write of each run of one token. copies: from slot, to slot."""
         table = torch.tensor(singles, dtype=torch.int64).reshape(-1, 3).T.to(device)
         pairs = torch.tensor(copies, dtype=torch.int64).reshape(-1, 2).T.to(device)
-        return cls(Singles(*table) if singles else None, runs, (pairs[0], pairs[1]) if copies else None)
+        rows = [(row, row + 1, read, write, -1) for row, read, write in singles]
+        rows += [(run.start, run.end, run.read, run.write, run.save) for run in runs]
+        all_runs = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
+        return cls(Singles(*table) if singles else None, runs, (pairs[0], pairs[1]) if copies else None, all_runs)
 
     @property
     def is_decode(self) -> bool:
@@ -125,32 +135,44 @@ class MixerCall(ABC):
 
 
 class Convolution(MixerCall):
-    """causal_conv1d_fn(x [1, C, T], weight [C, K], bias, activation): a state is the last K inputs [C, K]."""
+    """causal_conv1d_fn(x [1, C, T], weight [C, K], bias, activation): a state is the last K inputs [K, C]."""
 
     def state_of(self, args: tuple[Any, ...], kwargs: Any) -> tuple[tuple[int, ...], torch.dtype]:
         """Return the shape and dtype of a state."""
         bound = _bind(self.many, args, kwargs)
-        return tuple(bound["weight"].shape), bound["hidden_states"].dtype
+        return tuple(bound["weight"].shape[::-1]), bound["hidden_states"].dtype
 
     def run(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the convolved x [1, C, T]."""
         bound = _bind(self.many, args, kwargs)
+        x, weight, activation = bound["hidden_states"], bound["weight"], bound.get("activation")
+        if not ops.is_native(x) or weight.dtype != x.dtype or activation not in (None, *SILU):
+            return self.by_transformers(batch, args, kwargs)
+        bias, silu = bound.get("bias"), activation in SILU
+        assert self.states is not None
+        return ops.causal_conv(x[0].T, weight, self.states, batch.all_runs, bias=bias, silu=silu).T[None]
+
+    def by_transformers(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Do as `run` does, by transformers' functions."""
+        bound = _bind(self.many, args, kwargs)
         x, states = bound.pop("hidden_states"), self.states
+        weight, bias, activation = bound["weight"], bound.get("bias"), bound.get("activation")
         assert states is not None
         out = torch.empty_like(x) if batch.runs else None
         if batch.singles is not None:
-            own = states[batch.singles.reads]
+            own = states[batch.singles.reads].transpose(1, 2)
             rows = x[0].T if batch.is_decode else x[0].T[batch.singles.rows]
-            new = self.one(rows[..., None], own, bound["weight"], bound.get("bias"), bound.get("activation"))[..., 0]
-            states[batch.singles.writes] = own
+            new = self.one(rows[..., None], own, weight, bias, activation)[..., 0]
+            states[batch.singles.writes] = own.transpose(1, 2)
             if out is None:
                 return new.T[None]
             out[0].T[batch.singles.rows] = new
         assert out is not None
+        num_taps = states.shape[1]
         for run in batch.runs:
-            whole = torch.cat((states[run.read][None], x[:, :, run.start : run.end]), -1)
-            out[:, :, run.start : run.end] = self.many(whole, **bound)[:, :, states.shape[-1] :]
-            self.put(run, whole[0, :, -states.shape[-1] :])
+            whole = torch.cat((states[run.read].T[None], x[:, :, run.start : run.end]), -1)
+            out[:, :, run.start : run.end] = self.many(whole, **bound)[:, :, num_taps:]
+            self.put(run, whole[0, :, -num_taps:].T)
         return out
 
 
@@ -169,7 +191,17 @@ class DeltaRule(MixerCall):
     def run(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, None]:
         """Return the outputs [1, T, G, V], and no state."""
         bound = _bind(self.many, args, kwargs)
-        inputs = {name: bound.pop(name) for name in ("query", "key", "value", "g", "beta")}
+        if not ops.is_native(bound["query"]):
+            return self.by_transformers(batch, args, kwargs)
+        q, k, v, g, beta = (bound[name][0] for name in DELTA_INPUTS)
+        normalize = bound.get("use_qk_l2norm_in_kernel", False)
+        assert self.states is not None
+        return ops.delta_rule(q, k, v, g, beta, self.states, batch.all_runs, normalize=normalize)[None], None
+
+    def by_transformers(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, None]:
+        """Do as `run` does, by transformers' functions."""
+        bound = _bind(self.many, args, kwargs)
+        inputs = {name: bound.pop(name) for name in DELTA_INPUTS}
         states = self.states
         assert states is not None
         for name in ("initial_state", "output_final_state", "chunk_size", "cu_seqlens"):

@@ -53,8 +53,11 @@ __all__ = [
     "argmax",
     "build_attention_batch",
     "build_lora_batch",
+    "causal_conv",
     "decoder_stack",
+    "delta_rule",
     "gated_act",
+    "is_native",
     "kv_write_",
     "linear",
     "lora_add_",
@@ -206,6 +209,39 @@ def selective_scan(
     return _choose(x, impl).selective_scan(
         x, dt, a, b, c, state, skip=skip, gate=gate, dt_bias=dt_bias, softplus=softplus
     )
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, runs: Tensor, *, normalize: bool = False,
+    impl: Impl | None = None,
+) -> Tensor:  # fmt: skip
+    """s = exp(g) * s; s += outer(k, beta * (v - k @ s)), and its output q @ s / sqrt(K), for one token after the other.
+
+    q, k: [T, H, K]. v: [T, G, V], G a multiple of H: head g reads key head g // (G // H). g: [T, G], or [T, G, K] for a
+    decay of each channel of a key. beta: [T, G]. states: fp32 [slots, G, K, V], changed in place. runs: int64 [n, 5] on
+    the CPU, every token in one of them: first row, end, slot of the state to begin with, slot of the state that is
+    left, and another slot for that, or -1. Runs are computed in order. normalize: q and k are divided by their length,
+    sqrt(sum(x ** 2) + 1e-6). Returns [T, G, V] of v's dtype, computed in fp32 and rounded once. Yang et al., Gated
+    Delta Networks, 2024; with a decay for each channel: Kimi Linear, 2025.
+    """
+    return _choose(q, impl).delta_rule(q, k, v, g, beta, states, runs, normalize=normalize)
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, states: Tensor, runs: Tensor, *, bias: Tensor | None = None, silu: bool = False,
+    impl: Impl | None = None,
+) -> Tensor:  # fmt: skip
+    """out[t] = (weight * x[t - K + 1 : t + 1].T).sum(1) + bias for each run, whose first inputs its state has: [T, C].
+
+    x: [T, C]. weight: [C, K]. bias: [C]. states: [slots, K, C], the last K inputs, oldest first, changed in place. All
+    of one dtype; computed in fp32 and rounded once. runs: see `delta_rule`. silu: the output is silu(out).
+    """
+    return _choose(x, impl).causal_conv(x, weight, states, runs, bias=bias, silu=silu)
+
+
+def is_native(tensor: Tensor) -> bool:
+    """Return whether operations on such a tensor are native code: a CPU's, where it could be built."""
+    return tensor.device.type == "cpu" and _choose(tensor, None) is not reference
 
 
 class DecoderStack(Protocol):

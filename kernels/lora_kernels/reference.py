@@ -177,5 +177,50 @@ def selective_scan(
     return out.to(x.dtype)
 
 
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, runs: Tensor, *, normalize: bool = False
+) -> Tensor:
+    """See `ops.delta_rule`."""
+    group = v.shape[1] // k.shape[1]
+    query, key = (x.float().repeat_interleave(group, 1) for x in (q, k))
+    if normalize:
+        query, key = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (query, key))
+    query = query * q.shape[-1] ** -0.5
+    value, rate = v.float(), beta.float()[..., None]
+    decay = torch.exp(g.float()).reshape(*g.shape[:2], -1, 1)
+    out = torch.empty_like(value)
+    for start, end, read, write, save in runs.tolist():
+        state = states[read]
+        for t in range(start, end):
+            state = state * decay[t]
+            change = rate[t] * (value[t] - (key[t, :, None] @ state)[:, 0])
+            state = state + key[t][..., None] * change[:, None]
+            out[t] = (query[t, :, None] @ state)[:, 0]
+        _leave(states, state, write, save)
+    return out.to(v.dtype)
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, states: Tensor, runs: Tensor, *, bias: Tensor | None = None, silu: bool = False
+) -> Tensor:
+    """See `ops.causal_conv`."""
+    num_taps = weight.shape[1]
+    out = x.new_empty(x.shape, dtype=torch.float32)
+    for start, end, read, write, save in runs.tolist():
+        inputs = torch.cat((states[read], x[start:end]))
+        spans = inputs[1:].float().unfold(0, num_taps, 1)  # [tokens, C, K]
+        out[start:end] = (spans * weight.float()).sum(-1)
+        _leave(states, inputs[-num_taps:], write, save)
+    if bias is not None:
+        out = out + bias.float()
+    return (F.silu(out) if silu else out).to(x.dtype)
+
+
+def _leave(states: Tensor, state: Tensor, write: int, save: int) -> None:
+    states[write] = state
+    if save >= 0:
+        states[save] = state
+
+
 def decoder_stack(layers: Sequence[DecoderLayer]) -> None:
     """Return None: nothing here is faster than one layer after the other. See `ops.decoder_stack`."""

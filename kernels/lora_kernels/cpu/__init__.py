@@ -157,6 +157,22 @@ def selective_scan(
     return out
 
 
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, runs: Tensor, *, normalize: bool = False
+) -> Tensor:
+    """See `ops.delta_rule`."""
+    return _ops.delta_rule.default(
+        _rows(q), _rows(k.to(q.dtype)), _rows(v.to(q.dtype)), _floats(g), _floats(beta), states, runs, normalize
+    ).to(v.dtype)
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, states: Tensor, runs: Tensor, *, bias: Tensor | None = None, silu: bool = False
+) -> Tensor:
+    """See `ops.causal_conv`."""
+    return _ops.causal_conv.default(_rows(x), weight.contiguous(), states, runs, bias, silu)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -252,6 +268,14 @@ def _register_fakes() -> None:
         return gate.new_empty(gate.shape)
 
     @fake("lorafleet::selective_scan")
+    def _(x: Tensor, *_: object) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @fake("lorafleet::delta_rule")
+    def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+        return v.new_empty(v.shape)
+
+    @fake("lorafleet::causal_conv")
     def _(x: Tensor, *_: object) -> Tensor:
         return x.new_empty(x.shape)
 

@@ -78,7 +78,6 @@ void check_same_dtype(const Tensor& t, const Tensor& like, const char* name) {
 
 int64_t rows_in(const Tensor& t) { return t.size(-1) == 0 ? 0 : t.numel() / t.size(-1); }
 
-// A tensor of any number of dimensions as rows of its last one.
 Matrix rows_of(const Tensor& t, const char* name) {
   TORCH_CHECK(t.dim() >= 2 && t.stride(-1) == 1, name, " needs rows whose entries are contiguous");
   int64_t expected = t.stride(-2) * t.size(-2);
@@ -87,12 +86,6 @@ Matrix rows_of(const Tensor& t, const char* name) {
     expected *= t.size(d);
   }
   return {t.data_ptr(), t.stride(-2)};
-}
-
-template <typename T>
-const T* ints(const Tensor& t, const char* name) {
-  TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
-  return t.const_data_ptr<T>();
 }
 
 Tensor pack_linear(const Tensor& weight) {
@@ -429,33 +422,6 @@ std::tuple<Tensor, Tensor> argmax(const Tensor& x) {
   return {ids, finite};
 }
 
-const float* floats(const std::optional<Tensor>& t, at::IntArrayRef sizes, const char* name) {
-  if (!t) return nullptr;
-  TORCH_CHECK(t->scalar_type() == at::kFloat && t->is_contiguous() && t->sizes() == sizes, name, " must be float32 ",
-              sizes);
-  return t->const_data_ptr<float>();
-}
-
-Tensor selective_scan(const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& b, const Tensor& c,
-                      const Tensor& state, const std::optional<Tensor>& skip, const std::optional<Tensor>& gate,
-                      const std::optional<Tensor>& dt_bias, bool softplus) {
-  TORCH_CHECK(x.dim() == 2 && a.dim() == 2, "x must be [T, C], a [N, C]");
-  const int64_t tokens = x.size(0), channels = x.size(1), states = a.size(0);
-  if (gate) {
-    TORCH_CHECK(gate->sizes() == x.sizes(), "gate must have the shape of x");
-    check_same_dtype(*gate, x, "gate");
-  }
-  floats(state, {states, channels}, "state");
-  Tensor out = at::empty(x.sizes(), x.options());
-  const Matrix gates = gate ? rows_of(*gate, "gate") : Matrix{nullptr, 0};
-  const float *steps = floats(dt, {tokens, channels}, "dt"), *rates = floats(a, {states, channels}, "a");
-  const float *into = floats(b, {tokens, states}, "b"), *from = floats(c, {tokens, states}, "c");
-  const float *skips = floats(skip, {channels}, "skip"), *biases = floats(dt_bias, {channels}, "dt_bias");
-  active->scan({dtype_of(x), rows_of(x, "x"), gates, {out.data_ptr(), channels}, steps, rates, into, from, skips,
-                biases, state.mutable_data_ptr<float>(), tokens, channels, states, softplus});
-  return out;
-}
-
 TORCH_LIBRARY(lorafleet, m) {
   m.def("isa() -> str", &isa);
   m.def("set_isa(str name) -> bool", &set_isa);
@@ -474,9 +440,6 @@ TORCH_LIBRARY(lorafleet, m) {
   m.def("gated_act(Tensor gate, Tensor up, str act) -> Tensor");
   m.def("mask_logits_(Tensor(a!) logits, Tensor rows, Tensor words) -> ()");
   m.def("argmax(Tensor x) -> (Tensor, Tensor)");
-  m.def(
-      "selective_scan(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor(a!) state, Tensor? skip, Tensor? gate, "
-      "Tensor? dt_bias, bool softplus) -> Tensor");
   register_stack(m);
 }
 
@@ -491,7 +454,6 @@ TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
   m.impl("gated_act", &gated_act);
   m.impl("mask_logits_", &mask_logits_);
   m.impl("argmax", &argmax);
-  m.impl("selective_scan", &selective_scan);
 }
 
 }  // namespace lorafleet

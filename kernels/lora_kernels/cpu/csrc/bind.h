@@ -6,6 +6,8 @@
 
 #include <optional>
 
+#include "kernels.h"
+
 namespace lorafleet {
 
 using at::Tensor;
@@ -24,6 +26,21 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const std::op
                 bool plus_one);
 void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin);
 Tensor gated_act(const Tensor& gate, const Tensor& up, c10::string_view act);
+
+// The kernels in use; null where the processor has none.
+extern const Kernels* active;
+
+Dtype dtype_of(const Tensor& t);
+void check_same_dtype(const Tensor& t, const Tensor& like, const char* name);
+
+// A tensor of any number of dimensions as rows of its last one.
+Matrix rows_of(const Tensor& t, const char* name);
+
+template <typename T>
+const T* ints(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  return t.const_data_ptr<T>();
+}
 
 // Adds the class DecoderStack to the library.
 void register_stack(torch::Library& library);

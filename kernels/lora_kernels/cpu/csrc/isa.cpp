@@ -38,10 +38,11 @@ inline void with_dtype(Dtype dtype, const F& f) {
 #include "lora.h"
 #include "pointwise.h"
 #include "scan.h"
+#include "delta.h"
 
 constexpr Kernels kKernels = {
     LORAFLEET_STRING(LORAFLEET_ISA), linear, lora_add, kv_write, attention, rms_norm, rotary, gated_act, mask_logits,
-    argmax, scan,
+    argmax, scan, delta_rule, causal_conv,
 };
 
 }  // namespace

@@ -158,6 +158,39 @@ struct ScanArgs {
   bool softplus;
 };
 
+// Consecutive tokens of one sequence. Runs are computed in order: one may begin with the state that another leaves.
+struct StateRun {
+  int64_t start, end;         // rows
+  int64_t read, write, save;  // slots of the states that it begins with and leaves; another for the latter, or -1
+};
+
+// s = exp(decay) * s; s += k (x) beta * (v - s^T k); out = s^T q / sqrt(key_dim) for one token after the other.
+struct DeltaArgs {
+  Dtype dtype;
+  const void *q, *k, *v;
+  int64_t q_token, q_head, k_token, k_head, v_token, v_head;  // strides in elements
+  void* out;                                                  // [tokens, heads, width]
+  const float* decay;                                         // [tokens, heads] or [tokens, heads, key_dim]
+  const float* beta;                                          // [tokens, heads]
+  float* states;                                              // [slots, heads, key_dim, width]
+  const StateRun* runs;
+  int64_t num_runs, heads, key_heads, key_dim, width;
+  bool per_channel;  // the decay
+  bool normalize;    // q and k, to length 1
+};
+
+// out[t] = sum(weight[:, j] * x[t - taps + 1 + j]) + bias, of each run from its state: its last `taps` inputs.
+struct ConvArgs {
+  Dtype dtype;
+  Matrix x, out;       // [tokens, channels]
+  const void* weight;  // [channels, taps]
+  const void* bias;    // [channels] or null
+  void* states;        // [slots, taps, channels]
+  const StateRun* runs;
+  int64_t num_runs, channels, taps;
+  bool silu;
+};
+
 struct Kernels {
   const char* name;
   void (*linear)(const LinearArgs&);
@@ -170,6 +203,8 @@ struct Kernels {
   void (*mask_logits)(const MaskArgs&);
   void (*argmax)(const ArgmaxArgs&);
   void (*scan)(const ScanArgs&);
+  void (*delta_rule)(const DeltaArgs&);
+  void (*causal_conv)(const ConvArgs&);
 };
 
 const Kernels& avx2_kernels();
