@@ -245,6 +245,7 @@ class Mirror:
             digest=digest,
             rank=spec.rank,
             vocab_size=spec.vocab_size,
+            num_labels=spec.num_labels,
             num_bytes=files.num_bytes,
             config=canonical_config(files.config),
             modules=spec.modules,

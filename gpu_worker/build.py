@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -24,8 +25,9 @@ from gpu_worker.encoder.pooling import read_pooling
 from gpu_worker.engine.batcher import BatchLimits
 from gpu_worker.engine.engine import Engine, EngineConfig
 from gpu_worker.memory import GiB, free_bytes, share
-from gpu_worker.model.checkpoint import head_dim_of, read_config, read_model, task_of
+from gpu_worker.model.checkpoint import head_dim_of, read_config, read_headless, read_model, task_of, tokenizer_types
 from gpu_worker.model.compiled import compile_errors, warm
+from gpu_worker.model.labels import activation_of, pair_activation_of
 from gpu_worker.model.model import BaseModel, choose_device, choose_dtype
 from gpu_worker.model.prepare import load_model
 from gpu_worker.service.engine_thread import EngineThread
@@ -73,7 +75,8 @@ def load_engine(
     impl: ops.Impl | None = "reference" if settings.kernels == "reference" else None
     folder = model_folder(settings.model, WEIGHT_FILES)
     dtype = choose_dtype(settings.dtype, device)
-    task = task_of(read_config(folder))
+    headless = settings.task == "score"
+    task = "score" if headless else task_of(read_config(folder))
     tokenizer_file = folder / TOKENIZER
     tokenizer = tokenizer_file.read_text() if tokenizer_file.is_file() else None
     if task == "generate":
@@ -83,7 +86,12 @@ def load_engine(
         room = f"room for {engine.blocks.num_blocks * BLOCK_TOKENS} KV tokens, "
     else:
         pooling = read_pooling(folder) if task == "embed" else None
-        model = prepare_encoder(read_model(folder, device, dtype), task, impl, pooling)
+        if headless:
+            module, missing = read_headless(folder, device, dtype)
+        else:
+            module, missing = read_model(folder, device, dtype), []
+        has_types = task != "score" or tokenizer_types(folder)
+        model = prepare_encoder(module, task, impl, pooling, missing, has_types=has_types)
         engine, served = build_encoder_engine(model, settings, fetch, fetch_files)
         room = f"pooled by {pooling.mode}, " if pooling is not None else ""
     if describe is not None:
@@ -273,6 +281,14 @@ def _step_sizes(device: torch.device, settings: Settings) -> tuple[int, int]:
     return max_num_seqs, max(settings.max_step_tokens or (512 if on_cpu else 2048), max_num_seqs)
 
 
+def score_facts(model: EncoderModel) -> dict[str, Any]:
+    """Return what the fleet is told of a classifier of whole texts, as fields of `ServedModel`."""
+    return {
+        "activation": activation_of(model.config), "pair_activation": pair_activation_of(model.config),
+        "label_head": model.label_head, "missing": model.missing,
+    }  # fmt: skip
+
+
 def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: Settings) -> m.ServedModel:
     """Return what the fleet is told of the model."""
     is_encoder = isinstance(model, EncoderModel)
@@ -290,6 +306,7 @@ def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: 
         device=model.device.type,
         task=model.task if is_encoder else "generate",
         labels=model.labels if is_encoder else [],
+        **(score_facts(model) if is_encoder and model.task == "score" else {}),
         width=model.width if is_encoder else 0,
         unit_length=is_encoder and model.pooling.unit_length,
         head_dim=head_dim_of(model.config),

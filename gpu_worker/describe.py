@@ -12,11 +12,11 @@ from typing import Any
 import msgspec
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gpu_worker.model.adaptable_modules import is_norm, parameter_shapes
-from gpu_worker.model.checkpoint import head_dim_of, read_config, task_of
+from gpu_worker.model.checkpoint import CLASSES, head_dim_of, read_config, task_of
 from gpu_worker.model.lora import linear_shape
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder, served_name
 from protocol.wire.errors import LorafleetError
@@ -27,15 +27,22 @@ def describe(model: str) -> ServedModel:
     """Return what adapters must fit of a model, a folder or a Hub id. Raises BadRequest, and the Hub's OSErrors."""
     config = read_config(model_folder(model, TOKENIZER_FILES))
     task = task_of(config)
-    auto = {"generate": AutoModelForCausalLM, "embed": AutoModel, "classify": AutoModelForTokenClassification}[task]
     with torch.device("meta"):
-        module = auto.from_config(config)
+        module = CLASSES[task].from_config(config)
     text = config.get_text_config()
     return ServedModel(
         model=model, name=served_name(model, ""), fingerprint="", model_type=config.model_type,
         vocab_size=text.vocab_size, max_model_len=0, sites=sites_of(module),
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)), task=task, head_dim=head_dim_of(config),
+        label_head=_label_head(module) if task == "score" else "",
     )  # fmt: skip
+
+
+def _label_head(model: PreTrainedModel) -> str:
+    """Return the last linear layer outside the body with as many outputs as there are labels, "" if there is none."""
+    body, num = f"{model.base_model_prefix}.", model.config.num_labels
+    shapes = {name: linear_shape(module) for name, module in model.named_modules() if not name.startswith(body)}
+    return next((name for name, shape in reversed(shapes.items()) if shape is not None and shape[0] == num), "")
 
 
 def sites_of(model: PreTrainedModel) -> list[SiteShape]:

@@ -53,6 +53,9 @@ class LaunchPlan:
         if does == "feature-extraction":
             route = "/v1/embeddings"
             body = {"model": model, "input": question}
+        elif does == "text-classification":
+            route = "/v1/classify"
+            body = {"model": model, "input": question}
         elif does == "token-classification":
             route = "/classify"
             body = {"inputs": question, "parameters": {"adapter_id": model}}

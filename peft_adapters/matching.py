@@ -39,14 +39,18 @@ class Matcher:
         self.is_tied = base is not None and base.tied_embeddings and bool(self.embedding and self.head)
         self.old_names: OldNames | None = None  # of experts, where the file has them as transformers 4 named them
         self.vocab_size = 0  # tokens of the replaced embedding or head, 0 while they are the base's
+        self.label_head = base.label_head if base else ""
+        self.num_labels = 0  # of the adapter's own head of labels, 0 while it is the base's
         self._used: set[str] = set()
 
     def size(self, site: SiteShape) -> tuple[int, int]:
-        """Return a layer's inputs and outputs, in the adapter's own vocabulary."""
+        """Return a layer's inputs and outputs, in the adapter's own vocabulary and with its own labels."""
         if self.vocab_size and site.name == self.embedding:
             return self.vocab_size, site.out_features
         if self.vocab_size and site.name == self.head:
             return site.in_features, self.vocab_size
+        if self.num_labels and site.name == self.label_head:
+            return site.in_features, self.num_labels
         return site.in_features, site.out_features
 
     def take(self, name: str | None, module: str, what: str, shape: tuple[int, ...]) -> str:

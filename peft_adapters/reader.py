@@ -53,6 +53,7 @@ def read_spec(
         tokens=tuple(tokens),
         invocation=matcher.config.invocation,
         vocab_size=matcher.vocab_size,
+        num_labels=matcher.num_labels,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from peft_adapters.matching import Matcher
 from peft_adapters.spec import ReplacedWeights, TrainedTokens
-from protocol.wire.messages import OPAQUE, SiteShape
+from protocol.wire.messages import MAX_LABELS, OPAQUE, SiteShape
 
 WRAPPED, TOKENS_WRAPPED, ORIGINAL, SAVED_TWICE = (
     ".base_layer", ".token_adapter.base_layer", ".original_module", ".modules_to_save"
@@ -71,7 +71,8 @@ def read_replaced(
 ) -> list[ReplacedWeights]:
     """Return the parameters that the file brings whole: `modules_to_save`, biases, saved base weights.
 
-    Sets the matcher's vocabulary size where the embedding or the head has another number of rows.
+    Sets the matcher's vocabulary size where the embedding or the head has another number of rows, and the number of
+    labels where their head is replaced.
     """
     saved, reasons = matcher.config.saved, matcher.reasons
     wrapped = {part.site: TOKENS_WRAPPED for part in tokens} | dict.fromkeys(targeted, WRAPPED)
@@ -96,6 +97,9 @@ def read_replaced(
                 _replacement(matcher, site, SAVED_TWICE, parameter)
     if matcher.is_tied:
         _tie(matcher, found, loaded)
+    for name in matcher.base.missing if matcher.base is not None else ():
+        if (name, "weight") not in found:
+            reasons.add("the base model has no weights of this layer, and the adapter does not bring it", name)
     return list(found.values())
 
 
@@ -126,7 +130,10 @@ def _tie(
 
 
 def _shape(matcher: Matcher, site: SiteShape, parameter: Parameter, name: str) -> tuple[int, ...]:
-    """Return the shape that a replaced parameter must have. The file decides the tokens of embedding and head."""
+    """Return the shape that a replaced parameter must have. The file decides the numbers of tokens and of labels."""
+    if site.name == matcher.label_head and matcher.base is not None and parameter == "weight":
+        matcher.num_labels = _num_labels(matcher, name)
+        return (matcher.num_labels, site.in_features)
     if parameter == "bias" or site.kind == "norm":
         num = matcher.size(site)[1] if parameter == "bias" and site.kind != "norm" else site.in_features
         return (num,)
@@ -142,6 +149,14 @@ def _shape(matcher: Matcher, site: SiteShape, parameter: Parameter, name: str) -
             matcher.vocab_size = own
         rows, width = (own, width) if site.kind == "embedding" else (rows, own)
     return (width, rows) if site.kind == "linear" else (rows, width)
+
+
+def _num_labels(matcher: Matcher, name: str) -> int:
+    """Return how many labels the head has whose weight is a tensor of the file."""
+    num = matcher.infos[name].shape[0] if matcher.infos[name].shape else 0
+    if not 1 <= num <= MAX_LABELS:
+        matcher.reasons.add(f"its head has {num} labels, where 1 to {MAX_LABELS} are served")
+    return num
 
 
 # ---------------------------------------------------------------- vocabulary

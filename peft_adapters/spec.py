@@ -78,6 +78,7 @@ class AdapterSpec:
     tokens: tuple[TrainedTokens, ...] = ()
     invocation: tuple[int, ...] = ()  # activated LoRA: active from these tokens' last occurrence in the prompt on
     vocab_size: int = 0  # tokens the adapter knows; 0: those of the base
+    num_labels: int = 0  # of its own head of labels; 0: it has none
     mapped: Mapping[str, str] = field(default_factory=dict[str, str])  # names of the file -> of the base, as patterns
 
     @property

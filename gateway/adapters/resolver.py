@@ -33,6 +33,7 @@ class Target:
     texts: str = ""  # hash of its own files, "" if it has none
     vocab_size: int = 0  # tokens it knows; 0: those of the base
     source: str = ""  # kind of its source, one of SOURCES; "" for the base model
+    num_labels: int = 0  # of its own head; 0: it has none
 
     def payer(self, caller: Caller) -> str:
         """Return the tenant that a request of a caller counts for: its own or, without API keys, the model."""
@@ -59,9 +60,10 @@ class Resolver:
         if is_base(name, base):
             return Target(base.name, "", self.own.base)
         alias = await self._aliases.served(self._plain(name, base), timeout_s, caller)
-        texts, vocab_size = await self.own.facts(alias.digest)
+        texts, vocab_size, num_labels = await self.own.facts(alias.digest)
         files = await self.own.files(alias.digest, texts, caller.name or alias.digest)
-        return Target(alias.name, alias.digest, files, texts, vocab_size, alias.source.partition(":")[0])
+        source = alias.source.partition(":")[0]
+        return Target(alias.name, alias.digest, files, texts, vocab_size, source, num_labels)
 
     async def name_in(self, source: str | None, adapter_id: str, caller: Caller) -> str:
         """Return the name under which an adapter of LoRAX's `adapter_source` is resolved; its id without a source.

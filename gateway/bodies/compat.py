@@ -11,7 +11,10 @@ from gateway.bodies.parameters import OBJECTS, PARAMETERS, SERVERS, Parameter
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "compat.md"
 BEGIN, END = "<!-- table of gateway/bodies/parameters.py -->\n", "<!-- end of the table -->\n"
 
-_HEADS = {"openai": "OpenAI", "vllm": "vLLM", "sglang": "SGLang", "tgi": "TGI", "lorax": "LoRAX", "ollama": "Ollama"}
+_HEADS = {
+    "openai": "OpenAI", "vllm": "vLLM", "sglang": "SGLang", "tgi": "TGI", "lorax": "LoRAX", "ollama": "Ollama",
+    "cohere": "Cohere", "jina": "Jina",
+}  # fmt: skip  # fmt: skip
 
 
 def table() -> str:

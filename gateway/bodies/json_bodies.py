@@ -6,7 +6,7 @@ import asyncio
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, MutableMapping
 from typing import Any
 
 from fastapi import Request
@@ -21,7 +21,7 @@ from gateway.bodies import json_values
 from gateway.bodies.json_slices import dumps, has_rows, slices
 from gateway.bodies.parameter_check import IGNORED_HEADER, JsonBody, check_parameters
 from gateway.http.errors import ERROR_SHAPE, OPENAI_ERRORS
-from gateway.http.paths import TOKENIZE
+from gateway.http.paths import OPENAI_FORMS
 from gateway.overload.large import working
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
@@ -42,13 +42,19 @@ def body_value(raw: bytes) -> Any:
         raise HTTPException(400, error.message) from error
 
 
+def note_form(scope: MutableMapping[str, Any], value: Any) -> None:
+    """Note that a body has errors in OpenAI's form, where its path has two forms of body and this is not LoRAX's."""
+    fields = OPENAI_FORMS.get(scope["path"])
+    if fields is not None and isinstance(value, dict) and value.keys() & fields:
+        scope[ERROR_SHAPE] = OPENAI_ERRORS
+
+
 class _JsonRequest(Request):
-    """Parses bodies with `body_value`, and notes whose errors a body of `/tokenize` is answered with."""
+    """Parses bodies with `body_value`."""
 
     async def json(self) -> Any:
         value = body_value(await self.body())
-        if self.url.path == TOKENIZE and isinstance(value, dict) and value.keys() & {"prompt", "messages"}:
-            self.scope[ERROR_SHAPE] = OPENAI_ERRORS
+        note_form(self.scope, value)
         return value
 
 

@@ -1,4 +1,4 @@
-"""Every parameter that OpenAI, vLLM, SGLang, TGI, LoRAX or Ollama documents for a route that is served here.
+"""Every parameter that OpenAI, vLLM, SGLang, TGI, LoRAX, Ollama, Cohere or Jina documents for a route served here.
 
 This is the one list of what becomes of each: it is *served* (a field of the body declares it), *accepted* without
 effect, or *refused*, which the 400 explains with the words here. What is not in it is unknown, and refused too
@@ -16,24 +16,30 @@ from typing import Any, Literal
 
 from gateway.http.paths import (
     CHAT,
+    CLASSIFY,
     COMPLETIONS,
     DETOKENIZE,
     EMBEDDINGS,
     OLLAMA_CHAT,
     OLLAMA_EMBED,
     OLLAMA_GENERATE,
+    RERANK,
+    SCORE,
     TOKENIZE,
 )
 
 Fate = Literal["served", "accepted", "refused"]
 
-SERVERS = ("openai", "vllm", "sglang", "tgi", "lorax", "ollama")
+SERVERS = ("openai", "vllm", "sglang", "tgi", "lorax", "ollama", "cohere", "jina")
 """The servers whose parameters are listed."""
 
 OBJECTS: Mapping[str, str] = MappingProxyType({
     "chat": CHAT,
     "completions": COMPLETIONS,
     "embeddings": EMBEDDINGS,
+    "labels": f"{CLASSIFY} and /classify",
+    "rerank": " ".join(RERANK),
+    "score": " ".join(SCORE),
     "generate": "/generate",
     "generate_stream": "/generate_stream",
     "compat": "/",
@@ -253,6 +259,35 @@ PARAMETERS: Sequence[Parameter] = (
     *_refused("request_id", "embeddings", "vllm", "is not supported: X-Request-Id is answered with"),
     *_refused("rid", "embeddings", "sglang", "is not supported: X-Request-Id is answered with"),
     *_refused("mm_processor_kwargs", "embeddings", "vllm", _NO_IMAGES, {}),
+    # Labels and scores
+    *_rows("model", "labels score", "vllm sglang"),
+    *_rows("model query documents top_n", "rerank", "vllm sglang cohere jina"),
+    *_rows("return_documents", "rerank", "sglang cohere jina"),
+    *_rows("max_tokens_per_doc", "rerank", "cohere"),
+    *_rows("input", "labels", "vllm sglang"),
+    *_rows("messages add_special_tokens add_generation_prompt continue_final_message chat_template_kwargs", "labels",
+           "vllm"),
+    *_rows("text_1 text_2 queries documents items data_1 data_2", "score", "vllm"),
+    *_rows("use_activation cache_salt", "labels rerank score", "vllm"),
+    *_accepted("user", "labels rerank score", "vllm sglang",
+               "names an end user to the server's operator, and never changes an answer"),
+    *_refused("activation softmax", "labels rerank score", "vllm", "was replaced by use_activation, which is served",
+              True),
+    *_refused("truncate_prompt_tokens truncation_side", "labels rerank score", "vllm",
+              "is not supported: what is longer than the model takes is refused"),
+    *_refused("padding", "labels rerank score", "vllm", "is not supported: no text is padded", "do_not_pad"),
+    *_refused("priority", "labels rerank score", "vllm cohere", "is not supported", 0),
+    *_refused("request_id", "labels rerank score", "vllm", "is not supported: X-Request-Id is answered with"),
+    *_refused("rid", "labels", "sglang", "is not supported: X-Request-Id is answered with"),
+    *_refused("mm_processor_kwargs media_io_kwargs", "labels rerank score", "vllm", _NO_IMAGES, {}),
+    *_refused("chat_template", "labels", "vllm", _CODE + ": the model's or the adapter's own template is used"),
+    *_refused("encoding_format", "rerank score", "vllm", "is not supported: scores are JSON numbers", "float"),
+    *_refused("truncation", "rerank", "jina", "is not supported: max_tokens_per_doc is", False),
+    *_refused("return_embeddings", "rerank", "jina", "is not supported: /v1/embeddings has vectors", False),
+    *_refused("rank_fields", "rerank", "cohere", "is not supported: of a document only its text is ranked", ["text"]),
+    *_refused("max_chunks_per_doc", "rerank", "cohere",
+              "is not supported: documents are not cut into chunks; max_tokens_per_doc is"),
+    *_refused("instruction", "rerank", "sglang", "is not supported: a reranker's template has its instruction"),
     # LoRAX's and TGI's native routes
     *_rows("inputs", _NATIVE, "tgi lorax"),
     *_rows("parameters", _NATIVE, "tgi lorax", holds="parameters"),

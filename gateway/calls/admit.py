@@ -61,7 +61,7 @@ class CallAdmission:
             options.n * sum(prompt.num_tokens for prompt in prompts), self._settings.max_call_tokens
         )
         check_logprobs(options, prompts)
-        num_bytes = call_bytes(options, prompts, numbers_of(parsed.task, prompts, base.width))
+        num_bytes = call_bytes(options, prompts, numbers_of(parsed.task, prompts, base))
         if options.output != "text":  # the answer needs its prompts' texts again
             num_bytes += CHARACTER_BYTES * sum(map(len, parsed.sources))
         hold(held() + num_bytes)  # beside the body, until it is submitted

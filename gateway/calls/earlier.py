@@ -58,7 +58,7 @@ class EarlierCalls:
 
     def num_bytes(self, call: SubmittedCall) -> int:
         """Return the most bytes of memory that an earlier call holds while it is read."""
-        numbers = numbers_of(call.parsed.task, call.prompts, self._fleet.base.width if self._fleet.base else 0)
+        numbers = numbers_of(call.parsed.task, call.prompts, self._fleet.base)
         return call_bytes(call.parsed.options, call.prompts, numbers)
 
     async def known(

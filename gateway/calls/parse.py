@@ -124,6 +124,31 @@ class Texts:
 
 
 @dataclass(frozen=True, slots=True)
+class Pairs:
+    """Pairs of texts whose likeness is asked for: each is a prompt for a model that scores pairs.
+
+    For one that computes embeddings each text is a prompt: the firsts, then the seconds.
+    """
+
+    firsts: Sequence[str]  # one of all pairs, or one of each
+    seconds: Sequence[str]  # of each pair
+    most_tokens: int  # of all pairs together: a first text counts in each of its pairs
+    most_second: int | None = None  # tokens that are left of each second text; None: all
+    apart: bool = False  # each text is a prompt of its own
+
+    @property
+    def sources(self) -> Sequence[str]:
+        """One entry for each prompt: of a pair its second text."""
+        return [*self.firsts, *self.seconds] if self.apart else self.seconds
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """The pairs."""
+        firsts = [self.firsts[0]] * len(self.seconds) if len(self.firsts) == 1 else self.firsts
+        return list(zip(firsts, self.seconds, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
 class Rules:
     """What later stages refuse a call for, in the words of its API. These are OpenAI's; other APIs override some."""
 
@@ -146,6 +171,9 @@ class Rules:
 
     def check_base(self, options: Options, base: m.ServedModel) -> None:
         """Refuse what the base model cannot do. Raises BadRequest."""
+
+    def check_apart(self) -> None:
+        """Refuse what cannot be had of pairs whose texts are prompts of their own. Raises BadRequest."""
 
     def check_form(self, form: AnswerForm | None) -> None:
         """Refuse what answers by the model's template cannot have. Raises BadRequest."""
@@ -203,10 +231,10 @@ class ParsedCall:
 
     caller: Caller
     models: Models
-    inputs: Conversation | Texts
+    inputs: Conversation | Texts | Pairs
     options: Options
     rules: Rules
-    task: m.Task = "generate"
+    task: m.Task = "generate"  # of pairs "score", until it is known that the base computes embeddings
     model_name: str = ""  # of who answers, as the answer has it
     names_each: bool = False  # every choice names its model
     form_param: str = "response_format"  # the field that demands something of the output's form
@@ -218,7 +246,7 @@ class ParsedCall:
     @property
     def sources(self) -> Sequence[Source]:
         """The prompts that each model is asked, one entry for each; that of a conversation is not known yet."""
-        return self.inputs.sources if isinstance(self.inputs, Texts) else [""]
+        return [""] if isinstance(self.inputs, Conversation) else self.inputs.sources
 
     @property
     def key(self) -> str:

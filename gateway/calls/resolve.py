@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gateway.adapters.fleet_view import FleetView
 from gateway.adapters.merged import MergedAdapters, merge_of_request
 from gateway.adapters.resolver import Resolver, Target, is_base
 from gateway.auth.callers import Caller
-from gateway.calls.parse import Models, ParsedCall
+from gateway.calls.parse import Models, Pairs, ParsedCall
 from peft_adapters.recipe import digest_of_merge
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, LorafleetError, Unavailable
@@ -47,9 +47,12 @@ class CallResolver:
         the call's rules make of these, and Unavailable.
         """
         base = await self._fleet.require(worker=not call.options.background)
-        check_task(base, call.task)
+        if not isinstance(call.inputs, Pairs):
+            check_task(base, call.task)
         call.rules.check_base(call.options, base)
         targets = await self.targets(call.models, base, call.caller, call.rules.refused_adapter)
+        if call.task == "score":
+            call = with_heads(call, base, targets)
         if call.options.lora_scale is not None and not any(target.digest for target in targets):
             raise BadRequest("lora_scale scales an adapter, and the base model has none", param="lora_scale")
         return ResolvedCall(call, base, targets)
@@ -88,18 +91,48 @@ def _merged(merged: MergedAdapters, parts: list[Target], base: Target) -> Target
     return Target(",".join(merged.ids), digest, base.files, source=sources)
 
 
+DOES: Mapping[m.Task, str] = {
+    "generate": "generates text", "embed": "computes embeddings", "classify": "labels tokens", "score": "labels texts"
+}  # fmt: skip
+
+_NEEDED: Mapping[m.Task, str] = {
+    "generate": "text needs a model that generates it", "embed": "embeddings need an encoder",
+    "classify": "labels need a token classifier", "score": "labels of texts need a sequence classifier",
+}  # fmt: skip
+
+
 def check_task(base: m.ServedModel, wanted: m.Task) -> None:
     """Raise BadRequest, saying why, unless the base model does what is wanted."""
     if base.does(wanted):
         return
-    does = {
-        "generate": "generates text", "embed": "computes embeddings", "classify": "labels tokens",
-        "score": "scores texts",
-    }[base.task]  # fmt: skip
     if wanted == "generate":
-        raise BadRequest(f"{_NO_TEXT[base.task]}: {base.name} is an encoder ({base.model_type}) and {does}")
-    needed = {
-        "embed": "embeddings need an encoder", "classify": "labels need a token classifier",
-        "score": "scores of texts need a sequence classifier",
-    }[wanted]  # fmt: skip
-    raise BadRequest(f"{base.name} ({base.model_type}) {does}; {needed} as base model", param="model")
+        raise BadRequest(f"{_NO_TEXT[base.task]}: {base.name} is an encoder ({base.model_type}) and {DOES[base.task]}")
+    message = f"{base.name} ({base.model_type}) {DOES[base.task]}; {_NEEDED[wanted]} as base model"
+    raise BadRequest(message, param="model")
+
+
+def num_labels(base: m.ServedModel, target: Target) -> int:
+    """Return how many labels the head has by which a target labels texts, its own or the base's; 0: there is none."""
+    return (target.num_labels or len(base.labels)) if base.does("score") else 0
+
+
+def with_heads(call: ParsedCall, base: m.ServedModel, targets: Sequence[Target]) -> ParsedCall:
+    """Return a call for labels or scores as those who answer can compute it: pairs, where they have no head, apart.
+
+    Raises BadRequest where they can do neither.
+    """
+    pairs = call.inputs if isinstance(call.inputs, Pairs) else None
+    for target in targets:
+        num = num_labels(base, target)
+        if pairs is not None and not num and base.does("embed"):
+            call.rules.check_apart()
+            return replace(call, task="embed", inputs=replace(pairs, apart=True))
+        if not num and base.does("score"):
+            raise BadRequest(f"{target.name} has no head that labels texts: ask an adapter that has one", param="model")
+        if not num:
+            message = f"{base.name} ({base.model_type}) {DOES[base.task]}; scores of pairs need a cross-encoder, a"
+            raise BadRequest(f"{message} reranker or a model of embeddings as base model", param="model")
+        if pairs is not None and num > 1:
+            message = f"{target.name} has {num} labels, and the score of a pair is that of one: /v1/classify tells all"
+            raise BadRequest(message, param="model")
+    return call

@@ -78,11 +78,14 @@ def logprob_bytes(options: Options, prompts: Sequence[Prompt]) -> int:
     return options.n * (num_new * options.record_bytes + num_old * options.prompt_record_bytes)
 
 
-def numbers_of(task: m.Task, prompts: Sequence[Prompt], width: int) -> int:
-    """Return how many numbers an encoder makes of a call's prompts. width: of its vectors."""
+def numbers_of(task: m.Task, prompts: Sequence[Prompt], base: m.ServedModel | None) -> int:
+    """Return how many numbers an encoder makes of a call's prompts. base: None while it is not known."""
     if task == "classify":
         return 2 * sum(prompt.num_tokens for prompt in prompts)
-    return width * len(prompts) if task == "embed" else 0
+    if task == "score":
+        own = len(base.labels) if base is not None else 0
+        return sum(prompt.target.num_labels or own for prompt in prompts)
+    return len(prompts) * base.width if task == "embed" and base is not None else 0
 
 
 def call_bytes(options: Options, prompts: Sequence[Prompt], num_numbers: int = 0) -> int:

@@ -145,6 +145,7 @@ class Submitter:
             stop_token_ids=[*options.stop_token_ids, *own_ends] if own_ends else options.stop_token_ids,
             lora_scale=1.0 if options.lora_scale is None or not prompt.target.digest else options.lora_scale,
             salt=call.salt, grammar=prompt.grammar, task=call.task,
+            second=prompt.second,
         )  # fmt: skip
 
     async def put(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import msgspec
 from msgspec import structs
 
 from gateway.adapters.resolver import Target
-from gateway.calls.parse import Conversation, Options, ParsedCall, Source, Texts
+from gateway.calls.parse import Conversation, Options, Pairs, ParsedCall, Source, Texts
 from gateway.calls.resolve import ResolvedCall
+from gateway.overload import memory
+from gateway.overload.memory import CHARACTER_BYTES
 from gateway.text.answer_form import AnswerForm, form_of
 from gateway.text.messages import normalize_messages, text_of
 from gateway.text.tokenizer import ModelFiles
@@ -28,6 +30,9 @@ Encoded = tuple[list[int], Sequence[Offset]]
 
 MAX_BAD_WORD_TOKENS = 1024
 """Tokens of all bad words together: vLLM's limit. A step compares as many numbers of tokens as there are lengths."""
+
+ENCODED_BYTES = 150
+"""A token of a pair while pairs are made: of the library's encoding, and of lists of ids."""
 
 FEW_TOKENS = 1 << 14
 """Ids, or characters of texts, up to which prompts are made in the event loop: that takes a millisecond."""
@@ -44,6 +49,7 @@ class Prompt(msgspec.Struct, frozen=True):
     grammar: str = ""  # that answers must follow, as in `messages.Body`
     form: AnswerForm | None = None  # what answers may consist of besides text
     offsets: Sequence[Offset] = ()  # of each token, if the call wants them
+    second: int = 0  # where the second text of a pair begins, as in `messages.Body`
     bad_words: list[list[int]] = []  # sequences of tokens that answers may not have
 
     @property
@@ -79,8 +85,12 @@ def check_size(call: ResolvedCall, max_call_tokens: int) -> None:
     inputs, rules, options = call.parsed.inputs, call.parsed.rules, call.parsed.options
     if isinstance(inputs, Conversation):
         return  # `encode_chat` holds what the template makes of it against the same limit
-    num_tokens, limit = 0, most_left(inputs, options, call.base)
-    for source in inputs.sources:
+    num_tokens, limit = 0, None
+    if isinstance(inputs, Pairs):  # `_check_pairs` holds what becomes of them against the same limit
+        sources = [*inputs.firsts, *(inputs.seconds if inputs.most_second is None else ())]
+    else:
+        sources, limit = inputs.sources, most_left(inputs, options, call.base)
+    for source in sources:
         least = len(source) if isinstance(source, list) else _least_tokens(source, call)
         least = least if limit is None else min(least, limit)
         rules.most_tokens(options, least, call.base.max_model_len)
@@ -115,6 +125,8 @@ async def tokenize(call: ResolvedCall) -> TokenizedCall:
             check_token_ids(parsed.options, vocab_size)
             if isinstance(parsed.inputs, Conversation):
                 same[shared] = [await _of_conversation(parsed, parsed.inputs, target, base)]
+            elif isinstance(parsed.inputs, Pairs):
+                same[shared] = await _of_pairs(parsed, parsed.inputs, target, vocab_size, base)
             else:
                 same[shared] = await _of_texts(parsed, parsed.inputs, target, vocab_size, base)
             if parsed.options.bad_words:
@@ -190,6 +202,44 @@ def _prompts(
     return prompts
 
 
+async def _of_pairs(
+    call: ParsedCall, inputs: Pairs, target: Target, vocab_size: int, base: m.ServedModel
+) -> list[Prompt]:
+    files, tenant = target.files, target.payer(call.caller)
+    if inputs.most_second is not None:
+        cut = await files.encoder.shortened(inputs.seconds, inputs.most_second, tenant=tenant)
+        inputs = replace(inputs, seconds=cut)
+    if inputs.apart:
+        return await _of_texts(call, Texts(inputs.sources), target, vocab_size, base)
+    if base.task == "generate" and not target.num_labels and files.template_of_pairs is None:
+        message = f"{target.name} ranks by a prompt: its chat template names no roles query and document"
+        raise BadRequest(f"{message}, and the setting pair_template names no other", param="model")
+    await _check_pairs(call, inputs, target, base)
+    encoded = await files.encode_pairs(inputs.texts, tenant=tenant)
+    for pair in encoded:
+        call.rules.most_tokens(call.options, len(pair.ids), base.max_model_len)
+    return [Prompt(target, pack(pair.ids), len(pair.ids), second=pair.second) for pair in encoded]
+
+
+async def _check_pairs(call: ParsedCall, inputs: Pairs, target: Target, base: m.ServedModel) -> None:
+    """Refuse pairs that are too long, alone or together, and charge for them, before they are made.
+
+    A first text stands in each of its pairs, so that these may be much longer than the body. Raises BadRequest, and as
+    `memory.hold`.
+    """
+    texts = [*inputs.firsts, *inputs.seconds]
+    ids = await target.files.encoder.encode(texts, add_special_tokens=False, tenant=target.payer(call.caller))
+    sizes = [(len(one), len(text)) for one, text in zip(ids, texts, strict=True)]
+    firsts, seconds = sizes[: len(inputs.firsts)], sizes[len(inputs.firsts) :]
+    if len(firsts) == 1:
+        firsts *= len(seconds)
+    for (first, _), (second, _) in zip(firsts, seconds, strict=True):
+        call.rules.most_tokens(call.options, first + second, base.max_model_len)
+    num_tokens, num_characters = (sum(size[which] for size in firsts + seconds) for which in (0, 1))
+    call.rules.check_total(num_tokens, inputs.most_tokens)
+    memory.hold(memory.held() + ENCODED_BYTES * num_tokens + CHARACTER_BYTES * num_characters)
+
+
 async def _encoded(
     files: ModelFiles, texts: Sequence[str], tenant: str, check: Callable[[int], object] | None, *, special: bool
 ) -> list[Encoded]:
@@ -253,6 +303,8 @@ def echoed(call: ParsedCall, source: Source, files: ModelFiles) -> str:
     """
     inputs = call.inputs
     if not (inputs.echoes if isinstance(inputs, Conversation) else call.options.echo):
+        return ""
+    if isinstance(inputs, Pairs):
         return ""
     if isinstance(inputs, Texts):
         return source if isinstance(source, str) else files.tokens.decode(source, special=True)

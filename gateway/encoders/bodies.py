@@ -1,13 +1,17 @@
-"""The HTTP bodies that ask an encoder. LoRAX's `parameters` are the same on its routes and OpenAI's."""
+"""The HTTP bodies that ask for vectors, labels or scores. LoRAX's `parameters` are the same on its routes and OpenAI's.
+
+Labels and scores have vLLM's forms, which for ranks are Jina's and Cohere's too.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from gateway.bodies.fields import Name, Prompts, Strings
+from gateway.bodies.fields import Name, Objects, Prompts, Strings
 from gateway.bodies.parameter_check import JsonBody
+from gateway.http.paths import OPENAI_FORMS
 from gateway.lorax.bodies import AdapterParameters
 
 
@@ -39,3 +43,69 @@ class EncoderBatchRequest(JsonBody):
 
     inputs: Strings
     parameters: AdapterParameters | None = None
+
+
+class ClassifyRequest(JsonBody):
+    """`POST /v1/classify`, and `/classify` in vLLM's form: the labels of texts, or of one conversation."""
+
+    OBJECT = "labels"
+
+    model: Name = ""
+    input: Prompts | None = None
+    messages: Annotated[Objects, Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    use_activation: bool | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
+
+
+def _form(value: Any) -> str:
+    return "vllm" if isinstance(value, dict) and value.keys() & OPENAI_FORMS["/classify"] else "lorax"
+
+
+EitherClassifyRequest = Annotated[
+    Annotated[EncoderRequest, Tag("lorax")] | Annotated[ClassifyRequest, Tag("vllm")], Discriminator(_form)
+]
+"""`POST /classify`, in LoRAX's form or vLLM's."""
+
+
+def _number(value: Any) -> str:
+    return "text" if isinstance(value, str) else "texts"
+
+
+OneOrMore = Annotated[Annotated[str, Tag("text")] | Annotated[Strings, Tag("texts")], Discriminator(_number)]
+"""A text, or several."""
+
+
+class RerankRequest(JsonBody):
+    """`POST /rerank`, `/v1/rerank` and `/v2/rerank`."""
+
+    OBJECT = "rerank"
+
+    model: Name = ""
+    query: str
+    documents: Annotated[list[Any], Field(fail_fast=True)]  # strings, or objects with a text; see `parse_rerank`
+    top_n: Annotated[int, Field(ge=0)] | None = None
+    return_documents: bool | None = None
+    max_tokens_per_doc: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    use_activation: bool | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
+
+
+class ScoreRequest(JsonBody):
+    """`POST /score` and `/v1/score`. The texts have one of four pairs of names; see `parse_score`."""
+
+    OBJECT = "score"
+
+    model: Name = ""
+    text_1: OneOrMore | None = None
+    text_2: OneOrMore | None = None
+    queries: OneOrMore | None = None
+    documents: OneOrMore | None = None
+    items: OneOrMore | None = None
+    data_1: OneOrMore | None = None
+    data_2: OneOrMore | None = None
+    use_activation: bool | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from gateway.auth.callers import Caller
+from gateway.calls.follow import Generation
 from gateway.calls.pipeline import Pipeline
-from gateway.encoders.bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
-from gateway.encoders.parse import parse_embeddings, parse_native
+from gateway.encoders.bodies import (
+    ClassifyRequest,
+    EmbeddingsRequest,
+    EncoderBatchRequest,
+    EncoderRequest,
+    RerankRequest,
+    ScoreRequest,
+)
+from gateway.encoders.parse import parse_classify, parse_embeddings, parse_native, parse_rerank, parse_score
+from gateway.encoders.scores import write_labels, write_ranks, write_scores, write_text_labels
 from gateway.encoders.write import (
     ClassifyResponse,
     EncoderResponse,
+    Write,
     write_embedding,
     write_embeddings,
     write_entities,
 )
+from protocol.wire.messages import Task
 
 
 class EncoderCalls:
@@ -25,8 +36,7 @@ class EncoderCalls:
     async def embeddings(self, request: EmbeddingsRequest, caller: Caller) -> EncoderResponse:
         """Answer `/v1/embeddings`. Raises what the client did wrong, Overloaded and Unavailable."""
         generation = await self._pipeline.run(parse_embeddings(request, caller, self._settings))
-        write = write_embeddings(request)
-        return EncoderResponse(generation, write, native=False, keepalive_s=self._settings.keepalive_s)
+        return self._answer(generation, write_embeddings(request))
 
     async def embed(self, request: EncoderRequest, caller: Caller) -> EncoderResponse:
         """Answer `/embed`. Raises as `embeddings`, and GenerationFailed."""
@@ -37,5 +47,27 @@ class EncoderCalls:
         self, request: EncoderRequest | EncoderBatchRequest, caller: Caller, started_s: float
     ) -> EncoderResponse:
         """Answer `/classify` and `/classify_batch`. started_s: monotonic, of its arrival. Raises as `embed`."""
-        generation = await self._pipeline.run(parse_native(request, "classify", caller, self._settings))
-        return ClassifyResponse(generation, write_entities(request), started_s, self._settings.keepalive_s)
+        base = await self._pipeline.fleet.require(worker=True)
+        of_texts = base.does("score") and not base.does("classify")
+        task: Task = "score" if of_texts else "classify"
+        generation = await self._pipeline.run(parse_native(request, task, caller, self._settings))
+        write = write_text_labels(request) if of_texts else write_entities(request)
+        return ClassifyResponse(generation, write, started_s, self._settings.keepalive_s)
+
+    async def labels(self, request: ClassifyRequest, caller: Caller) -> EncoderResponse:
+        """Answer `/v1/classify`. Raises as `embeddings`."""
+        generation = await self._pipeline.run(parse_classify(request, caller, self._settings))
+        return self._answer(generation, write_labels(request))
+
+    async def ranks(self, request: RerankRequest, caller: Caller) -> EncoderResponse:
+        """Answer `/v1/rerank`. Raises as `embeddings`."""
+        parsed, documents = parse_rerank(request, caller, self._settings)
+        return self._answer(await self._pipeline.run(parsed), write_ranks(request, documents))
+
+    async def scores(self, request: ScoreRequest, caller: Caller) -> EncoderResponse:
+        """Answer `/v1/score`. Raises as `embeddings`."""
+        parsed, num_firsts = parse_score(request, caller, self._settings)
+        return self._answer(await self._pipeline.run(parsed), write_scores(request, num_firsts))
+
+    def _answer(self, generation: Generation, write: Write) -> EncoderResponse:
+        return EncoderResponse(generation, write, native=False, keepalive_s=self._settings.keepalive_s)

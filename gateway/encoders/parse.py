@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gateway.auth.callers import Caller
 from gateway.bodies.fields import sources_of
-from gateway.calls.parse import Models, Options, ParsedCall, Rules, Source, Texts
-from gateway.encoders.bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
+from gateway.calls.parse import Conversation, Models, Options, Pairs, ParsedCall, Rules, Source, Texts
+from gateway.encoders.bodies import (
+    ClassifyRequest,
+    EmbeddingsRequest,
+    EncoderBatchRequest,
+    EncoderRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from gateway.lorax.bodies import AdapterParameters
 from gateway.lorax.errors import GenerationFailed
 from gateway.lorax.parse import models_of
@@ -26,13 +34,17 @@ class EncoderRules(Rules):
     native: bool = False  # LoRAX's route, in LoRAX's words
     native_adapter: bool = False  # the adapter is named as LoRAX does
     dimensions: int | None = None
+    of_pairs: bool = False
+    raw: bool = False  # logits are wanted as they are
 
     def check_number(self, num_models: int, num_prompts: int, n: int) -> None:
         """Refuse a number of texts that is beyond the settings. Raises BadRequest."""
         if not num_prompts:
             raise BadRequest(f"{self.param} is an empty list", param=self.param)
         if num_prompts > self.max_choices:
-            raise BadRequest(f"{self.param} has {num_prompts} texts; the limit is {self.max_choices}", param=self.param)
+            what = "pairs" if self.of_pairs else "texts"
+            message = f"{self.param} has {num_prompts} {what}; the limit is {self.max_choices}"
+            raise BadRequest(message, param=self.param)
 
     def check_base(self, options: Options, base: m.ServedModel) -> None:
         """Refuse more entries than the model's vectors have. Raises BadRequest."""
@@ -40,13 +52,20 @@ class EncoderRules(Rules):
             message = f"dimensions is {self.dimensions}; this model's embeddings have {base.width} entries"
             raise BadRequest(message, param="dimensions")
 
+    def check_apart(self) -> None:
+        """Refuse logits of pairs whose scores are likenesses of vectors. Raises BadRequest."""
+        if self.raw:
+            message = "use_activation has no effect on this model: its scores are cosines of embeddings"
+            raise BadRequest(message, param="use_activation")
+
     def refused_adapter(self, error: LorafleetError) -> LorafleetError:
         """Return how it is told that an adapter cannot be served."""
         return GenerationFailed(error) if self.native_adapter else error
 
     def empty_prompt(self) -> BadRequest:
         """Return how it is told that a text is empty."""
-        return BadRequest("`inputs` cannot be empty" if self.native else "input: a text is empty", param=self.param)
+        message = "`inputs` cannot be empty" if self.native else f"{self.param}: a text is empty"
+        return BadRequest(message, param=self.param)
 
     def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
         """Return 0: no token is generated. Raises BadRequest for a text that is longer than the model takes."""
@@ -55,7 +74,8 @@ class EncoderRules(Rules):
         if self.native:
             message = f"`inputs` must have less than {max_model_len + 1} tokens. Given: {num_prompt_tokens}"
             raise BadRequest(message, param=self.param)
-        message = f"input: a text has {num_prompt_tokens} tokens; this model takes at most {max_model_len}"
+        what = "a pair" if self.of_pairs else "a text"
+        message = f"{self.param}: {what} has {num_prompt_tokens} tokens; this model takes at most {max_model_len}"
         raise BadRequest(message, param=self.param, code="context_length_exceeded")
 
 
@@ -83,3 +103,94 @@ def _call(caller: Caller, models: Models, sources: Sequence[Source], task: m.Tas
         raise rules.empty_prompt()  # however many special tokens the tokenizer would put around it
     texts = Texts(sources, with_offsets=task == "classify")
     return ParsedCall(caller, models, texts, OPTIONS, rules, task=task)
+
+
+# ---------------------------------------------------------------- labels and scores of texts
+
+_OF_CHAT = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+
+
+def parse_classify(request: ClassifyRequest, caller: Caller, settings: Settings) -> ParsedCall:
+    """Return what `/v1/classify` asks for. Raises BadRequest."""
+    param = "messages" if request.input is None else "input"
+    rules = EncoderRules(param, settings.max_inputs)
+    if request.input is None:
+        if request.messages is None:
+            raise BadRequest("input: it is missing, and so is messages", param="input")
+        if len(request.messages) > settings.max_messages:
+            message = f"messages has {len(request.messages)} entries; the limit is {settings.max_messages}"
+            raise BadRequest(message, param="messages")
+        if request.add_generation_prompt and request.continue_final_message:
+            message = "continue_final_message and add_generation_prompt exclude each other"
+            raise BadRequest(message, param="continue_final_message")
+        inputs = Conversation(
+            request.messages, request.chat_template_kwargs or {},
+            add_generation_prompt=bool(request.add_generation_prompt),
+            continue_final=bool(request.continue_final_message), add_special_tokens=bool(request.add_special_tokens),
+        )  # fmt: skip
+    else:
+        for name in ("messages", *_OF_CHAT):
+            if getattr(request, name) is not None:
+                raise BadRequest(f"{name} has no effect beside input: it is of another form of this route", param=name)
+        sources = sources_of(request.input)
+        if not all(sources):
+            raise rules.empty_prompt()
+        inputs = Texts(sources, add_special_tokens=request.add_special_tokens is not False)
+    return _scored(caller, request, inputs, rules)
+
+
+def parse_rerank(request: RerankRequest, caller: Caller, settings: Settings) -> tuple[ParsedCall, list[str]]:
+    """Return what `/v1/rerank` asks for, and the documents' texts. Raises BadRequest."""
+    texts = [text_of(document, f"documents[{i}]") for i, document in enumerate(request.documents)]
+    rules = EncoderRules("documents", settings.max_inputs, of_pairs=True, raw=request.use_activation is False)
+    if not request.query:
+        raise BadRequest("query is empty", param="query")
+    if not all(texts):
+        raise rules.empty_prompt()
+    return _scored(
+        caller, request, Pairs([request.query], texts, settings.max_call_tokens, request.max_tokens_per_doc), rules
+    ), texts
+
+
+def text_of(document: Any, place: str) -> str:
+    """Return the text of a document: itself, or what is under `text`. Raises BadRequest for anything else."""
+    if isinstance(document, str):
+        return document
+    text = document.get("text") if isinstance(document, dict) else None
+    if not isinstance(text, str):
+        raise BadRequest(f"{place} must be a string, or an object with a string under text", param=place)
+    if others := [name for name in document if name != "text"]:
+        message = f"{place}.{others[0]:.64} has no effect: of a document only its text is ranked"
+        raise BadRequest(message, param=f"{place}.{others[0]:.64}", code="unsupported_parameter")
+    return text
+
+
+_NAMES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
+
+
+def parse_score(request: ScoreRequest, caller: Caller, settings: Settings) -> tuple[ParsedCall, int]:
+    """Return what `/v1/score` asks for, and how many first texts its pairs have. Raises BadRequest."""
+    given = {name for pair in _NAMES for name in pair if getattr(request, name) is not None}
+    names = next((pair for pair in _NAMES if given == set(pair)), None)
+    if names is None:
+        wanted = ", or ".join(" and ".join(pair) for pair in _NAMES)
+        found = " and ".join(sorted(given)) or "nothing"
+        raise BadRequest(f"the texts must be {wanted}, not {found}", param=next(iter(sorted(given)), "text_1"))
+    firsts, seconds = ([one] if isinstance(one := getattr(request, name), str) else one for name in names)
+    rules = EncoderRules(names[1], settings.max_inputs, of_pairs=True, raw=request.use_activation is False)
+    rules.check_number(1, len(seconds), 1)
+    if len(firsts) not in (1, len(seconds)):
+        message = f"{names[0]} has {len(firsts)} texts and {names[1]} {len(seconds)}: they must be as many, or one"
+        raise BadRequest(message, param=names[0])
+    if not all(firsts) or not all(seconds):
+        raise rules.empty_prompt()
+    return _scored(caller, request, Pairs(firsts, seconds, settings.max_call_tokens), rules), len(firsts)
+
+
+def _scored(
+    caller: Caller, request: ClassifyRequest | RerankRequest | ScoreRequest, inputs: Conversation | Texts | Pairs,
+    rules: EncoderRules,
+) -> ParsedCall:  # fmt: skip
+    return ParsedCall(
+        caller, Models([request.model]), inputs, OPTIONS, rules, task="score", cache_salt=request.cache_salt or ""
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The routes of encoder bases: OpenAI's `/v1/embeddings`; LoRAX's `/embed`, `/classify` and `/classify_batch`."""
+"""The routes of vectors, labels and scores: OpenAI's, vLLM's, Cohere's and Jina's, and LoRAX's."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ from starlette.responses import Response
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute
 from gateway.calls.pipeline import Pipeline
-from gateway.encoders.bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
+from gateway.encoders.bodies import (
+    ClassifyRequest,
+    EitherClassifyRequest,
+    EmbeddingsRequest,
+    EncoderBatchRequest,
+    EncoderRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from gateway.encoders.calls import EncoderCalls
 from gateway.http import openapi
-from gateway.http.paths import EMBEDDINGS
+from gateway.http.errors import OPENAI_ERRORS
+from gateway.http.paths import CLASSIFY, EMBEDDINGS, RERANK, SCORE
 from gateway.http.routes import Endpoints
 from gateway.lorax.errors import LORAX_ERRORS
 
@@ -33,8 +42,10 @@ class EncoderEndpoints:
         """Answer `/embed`."""
         return await self._respond(self._encoders.embed(body, caller_of(request)), errors=LORAX_ERRORS)
 
-    async def classify(self, body: EncoderRequest, request: Request) -> Response:
-        """Answer `/classify`."""
+    async def classify(self, body: EitherClassifyRequest, request: Request) -> Response:
+        """Answer `/classify`, in LoRAX's way or vLLM's."""
+        if isinstance(body, ClassifyRequest):
+            return await self.labels(body, request)
         answer = self._encoders.classify(body, caller_of(request), time.monotonic())
         return await self._respond(answer, errors=LORAX_ERRORS)
 
@@ -43,6 +54,18 @@ class EncoderEndpoints:
         answer = self._encoders.classify(body, caller_of(request), time.monotonic())
         return await self._respond(answer, errors=LORAX_ERRORS)
 
+    async def labels(self, body: ClassifyRequest, request: Request) -> Response:
+        """Answer `/v1/classify`."""
+        return await self._respond(self._encoders.labels(body, caller_of(request)), errors=OPENAI_ERRORS)
+
+    async def rerank(self, body: RerankRequest, request: Request) -> Response:
+        """Answer `/rerank`, `/v1/rerank` and `/v2/rerank`."""
+        return await self._respond(self._encoders.ranks(body, caller_of(request)))
+
+    async def score(self, body: ScoreRequest, request: Request) -> Response:
+        """Answer `/score` and `/v1/score`."""
+        return await self._respond(self._encoders.scores(body, caller_of(request)))
+
 
 def add_encoder_routes(app: FastAPI, encoders: EncoderEndpoints) -> None:
     """Bind paths to handlers."""
@@ -50,4 +73,9 @@ def add_encoder_routes(app: FastAPI, encoders: EncoderEndpoints) -> None:
     app.post(EMBEDDINGS, responses=openapi.EMBEDDINGS)(encoders.embeddings)
     app.post("/embed", responses=openapi.EMBEDDING)(encoders.embed)
     app.post("/classify", responses=openapi.ENTITIES)(encoders.classify)
+    app.post(CLASSIFY, responses=openapi.LABELS)(encoders.labels)
+    for path in RERANK:
+        app.post(path, responses=openapi.RANKS)(encoders.rerank)
+    for path in SCORE:
+        app.post(path, responses=openapi.SCORES)(encoders.score)
     app.post("/classify_batch", responses=openapi.ENTITIES_OF_SEVERAL)(encoders.classify_batch)

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.bodies.json_bodies import JsonRoute, body_value
+from gateway.bodies.json_bodies import JsonRoute, body_value, note_form
 from gateway.http.errors import ErrorShape, is_foreseen, let_go, response_to
 from gateway.http.headers import header_of
 from gateway.http.paths import GENERATION_PATHS
@@ -90,6 +90,7 @@ def _checked(route: JsonRoute, raw: bytes, request: Request) -> Any:
     except json.JSONDecodeError as error:
         place = {"loc": ("body", error.pos), "ctx": {"error": error.msg}}
         raise refused([{"type": "json_invalid", "msg": "", "input": {}, **place}]) from error
+    note_form(request.scope, value)
     assert route.body_field is not None
     body, errors = route.body_field.validate(value, {}, loc=("body",))
     if errors:

@@ -199,16 +199,23 @@ def _from_validation(errors: Sequence[Any], content_type: str) -> LorafleetError
     if first["type"] == "json_invalid":
         message = f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
         return BadRequest(message, code="invalid_json")
-    depth = 3 if tuple(first["loc"][1:2]) == ("parameters",) else 2  # where LoRAX's bodies have most fields
-    place: tuple[Any, ...] = tuple(first["loc"][1:depth])
+    loc = _loc(first)
+    depth = 2 if loc[:1] == ("parameters",) else 1  # where LoRAX's bodies have most fields
+    place = loc[:depth]
     if not place:
         if content_type and "json" not in content_type and first["type"] != "missing":
             return HttpError(415, f"the body must be JSON, not {content_type}", code="unsupported_media_type")
         return BadRequest("the body must be a JSON object")
     field = ".".join(map(str, place))
-    reasons = [_words(e) for e in errors if tuple(e["loc"][1:depth]) == place]
+    reasons = [_words(e) for e in errors if _loc(e)[:depth] == place]
     listed = " or ".join(list(dict.fromkeys(reasons))[:_MAX_LISTED])
     return BadRequest(f"{field}: {listed}", param=field)
+
+
+def _loc(error: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return where in the body an error is, without the tag of one of its forms."""
+    loc = tuple(error["loc"][1:])
+    return loc[1:] if loc[:1] in (("lorax",), ("vllm",)) else loc  # tags of `EitherClassifyRequest`
 
 
 def _words(error: Mapping[str, Any]) -> str:

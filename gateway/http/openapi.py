@@ -87,6 +87,37 @@ class Embedding(BaseModel):
     embeddings: list[float]
 
 
+class Labels(BaseModel):
+    """The labels of texts, in vLLM's form."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    data: list[dict[str, Any]]
+    usage: dict[str, int | None]
+
+
+class Ranks(BaseModel):
+    """Documents in the order of their relevance, in Jina's and Cohere's form."""
+
+    id: str
+    model: str
+    usage: dict[str, int]
+    results: list[dict[str, Any]]
+
+
+class Scores(BaseModel):
+    """The scores of pairs of texts, in vLLM's form."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    data: list[dict[str, Any]]
+    usage: dict[str, int]
+
+
 class Detokenized(BaseModel):
     """The text of token ids, in vLLM's form."""
 
@@ -162,14 +193,19 @@ GENERATED: Responses = {
     202: {"model": Job, "description": "A background job"},
 }
 EMBEDDINGS: Responses = {200: {"model": Embeddings}}
+LABELS: Responses = {200: {"model": Labels}}
+RANKS: Responses = {200: {"model": Ranks}}
+SCORES: Responses = {200: {"model": Scores}}
 EMBEDDING: Responses = {200: {"model": Embedding}, **NATIVE}
 _ENTITIES = {
     "type": "array",
     "items": _object(entity_group=_TEXT, score=_NUMBER, word=_TEXT, start=_INTEGER, end=_INTEGER),
 }
-ENTITIES: Responses = {200: _json("The entities of a text", _ENTITIES), **NATIVE}
+_LABELS = {"type": "array", "items": _object(label=_TEXT, score=_NUMBER)}
+_OF_TEXT = {"anyOf": [_ENTITIES, _LABELS]}
+ENTITIES: Responses = {200: _json("The entities or the labels of a text", _OF_TEXT), **NATIVE}
 ENTITIES_OF_SEVERAL: Responses = {
-    200: _json("The entities of each text", {"type": "array", "items": _ENTITIES}), **NATIVE
+    200: _json("The entities or the labels of each text", {"type": "array", "items": _OF_TEXT}), **NATIVE
 }  # fmt: skip
 METRICS: Responses = {200: {"content": {"text/plain": {"schema": _TEXT}}}}
 _TOKENS = {"type": "array", "items": _object(id=_INTEGER, text=_TEXT, start=_INTEGER, stop=_INTEGER)}

@@ -5,6 +5,9 @@ from __future__ import annotations
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 EMBEDDINGS = "/v1/embeddings"
+CLASSIFY = "/v1/classify"
+RERANK = ("/rerank", "/v1/rerank", "/v2/rerank")
+SCORE = ("/score", "/v1/score")
 
 LORAX_GENERATE = frozenset({"/", "/generate", "/generate_stream", "/invocations"})
 LORAX_ENCODE = frozenset({"/embed", "/classify", "/classify_batch"})
@@ -14,7 +17,8 @@ OLLAMA_PREFIX = "/api/"
 """What is below it answers and refuses in Ollama's way."""
 
 GENERATION_PATHS = (
-    frozenset({CHAT, COMPLETIONS, EMBEDDINGS, OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED})
+    frozenset({CHAT, COMPLETIONS, EMBEDDINGS, CLASSIFY, *RERANK, *SCORE})
+    | {OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED}
     | LORAX_GENERATE
     | LORAX_ENCODE
 )
@@ -34,3 +38,6 @@ SMALL_BODY_BYTES = 1 << 16
 
 LORAX_PATHS = LORAX_GENERATE | LORAX_ENCODE | {TOKENIZE, "/info", PING, "/startup"}
 """Routes that answer and refuse in LoRAX's way."""
+
+OPENAI_FORMS = {TOKENIZE: {"prompt", "messages"}, "/classify": {"input", "messages"}}
+"""Of them, those that a body with such a field has in vLLM's form, whose errors are OpenAI's."""

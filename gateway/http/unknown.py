@@ -14,16 +14,12 @@ MAX_COMPARED = 100
 MAX_SUGGESTED = 3
 
 _CHAT = "/v1/chat/completions"
-_ENCODERS = "here are /v1/embeddings, and /classify for a token classifier as base"
 _ADAPTERS = "GET /v1/adapters says where each adapter is; a name can be preloaded, pinned, evicted and unloaded there"
 _REGISTER = "POST /v1/adapters serves an adapter under a name, DELETE /v1/adapters/NAME ends that; /api/tags lists all"
 _HEALTH = "/health says whether requests are served"
 
 NOT_SERVED = {
-    **dict.fromkeys(
-        ("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"), f"scores of pairs of texts are not: {_ENCODERS}"
-    ),
-    **dict.fromkeys(("/v1/classify", "/pooling"), f"a label of a whole text is not: {_ENCODERS}"),
+    "/pooling": "numbers of single tokens are not: /v1/embeddings, /v1/classify and /v1/score have those of texts",
     **dict.fromkeys(
         ("/v1/responses", "/v1/messages", "/inference/v1/generate"), f"this API is not: use {_CHAT} or /api/chat"
     ),

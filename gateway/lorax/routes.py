@@ -117,7 +117,9 @@ class NativeEndpoints:
         base = await self._pipeline.fleet.require(worker=True)
         if base.task == "embed":
             answer = await self._encoders.embed(EncoderRequest(inputs=PROBE), caller)
-        elif base.task == "classify":
+        elif base.task == "score" and not base.labels:
+            return Response()  # only adapters have heads
+        elif base.task in ("classify", "score"):
             answer = await self._encoders.classify(EncoderRequest(inputs=PROBE), caller, now_s)
         else:
             body = GenerateRequest(inputs=PROBE, parameters=Parameters(max_new_tokens=1))

@@ -14,7 +14,7 @@ import time
 import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from itertools import chain
@@ -91,9 +91,15 @@ class Encode(msgspec.Struct, tag=True):
 
     key: str  # of the tokenizer, see `tokenizer_json.key_of`
     file: bytes  # as in `ReadTokenizer`, b"" where the process may have it already
-    texts: list[str]
+    texts: list[str | tuple[str, str]]  # or pairs of texts
     add_special_tokens: bool
     detailed: bool  # whether more than ids is wanted
+
+
+def second_of(types: Sequence[int]) -> int:
+    """Return the index from which on all tokens of a pair are of type 1, 0 if there are none, or others after them."""
+    second = len(types) - sum(types)
+    return second if 0 < second < len(types) and types[second] == 1 else 0
 
 
 SandboxJob = Render | Check | ReadTokenizer | Encode
@@ -106,6 +112,7 @@ class Encoded(msgspec.Struct, array_like=True):
     offsets: bytes = b""  # int32 [ids, 2]: where each token begins and ends in the text, in characters
     special: bytes = b""  # uint8: 1 for each special token, else 0
     tokens: list[str] = []
+    second: int = 0  # of a pair: index of the first token of type 1; 0: there is none
 
 
 class Answer(msgspec.Struct):
@@ -206,6 +213,9 @@ class Worker:
         tokenizer = self._tokenizer(job)
         if tokenizer is None:
             return Answer()
+        if job.texts and isinstance(job.texts[0], tuple):
+            found = tokenizer.encode_batch(job.texts, add_special_tokens=job.add_special_tokens)
+            return Answer(encoded=[Encoded(array("i", e.ids).tobytes(), second=second_of(e.type_ids)) for e in found])
         if not job.detailed:
             found = tokenizer.encode_batch_fast(job.texts, add_special_tokens=job.add_special_tokens)
             return Answer(encoded=[Encoded(array("i", e.ids).tobytes()) for e in found])

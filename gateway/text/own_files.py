@@ -49,7 +49,7 @@ class OwnFiles:
         self.base = base
         self._sandbox = sandbox
         self._kept: OrderedDict[str, ModelFiles] = OrderedDict()
-        self._facts: OrderedDict[str, tuple[str, int]] = OrderedDict()  # as `facts` returns, by digest; never change
+        self._facts: OrderedDict[str, tuple[str, int, int]] = OrderedDict()  # as `facts` returns, by digest: for ever
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
         self._http = httpx2.AsyncClient(timeout=TIMEOUT, headers=headers, trust_env=False)
@@ -58,17 +58,17 @@ class OwnFiles:
         """Close the connections to the stores."""
         await self._http.aclose()
 
-    async def facts(self, digest: str) -> tuple[str, int]:
-        """Return the hash of an adapter's own texts, "" if it brings none, and its vocabulary's size, 0 for the base's.
+    async def facts(self, digest: str) -> tuple[str, int, int]:
+        """Return the hash of an adapter's own texts, its vocabulary's size, and the number of its own labels.
 
-        Raises NotFound.
+        "" if it brings no texts, 0 for the base's vocabulary and for no head of its own. Raises NotFound.
         """
         facts = self._facts.get(digest)
         if facts is None:
             record = await self._bus.get(self._bus.keys.adapter(digest), m.AdapterRecord)
             if record is None:
                 raise NotFound(f"the adapter {digest:.12} has just left the catalogue", param="model")
-            facts = record.config.get(TEXTS_FIELD, ""), record.vocab_size
+            facts = record.config.get(TEXTS_FIELD, ""), record.vocab_size, record.num_labels
         self._facts[digest] = facts
         self._facts.move_to_end(digest)
         if len(self._facts) > MAX_FACTS:
@@ -131,7 +131,7 @@ class OwnFiles:
         template, source = base.template, template_of(texts)
         if source is not None:
             template = SandboxedTemplate(source, special_tokens(base.texts) | special_tokens(texts), self._sandbox)
-        return ModelFiles(base.name, encoder, tokens, template, eos_ids, base.texts)
+        return ModelFiles(base.name, encoder, tokens, template, eos_ids, base.texts, base.pair_template)
 
     async def _own_tokenizer(self, text: str, name: str, tenant: str) -> tuple[Encoder, TokenTable, int | None]:
         """Return what encodes as a tokenizer.json does, its tokens, and the id of a token. Raises AdapterRefused.

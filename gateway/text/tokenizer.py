@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from gateway.sandbox.child import Encode, Encoded
+from gateway.sandbox.child import Encode, Encoded, second_of
 from gateway.sandbox.sandbox import SandboxedTemplate, SandboxPool
 from gateway.text.answer_parts import THOUGHTS
 from gateway.text.chat import ChatTemplate
 from gateway.text.messages import Message, normalize_messages, text_of
 from gateway.tools.prompt import explain_tools, knows_tools, without_calls
-from peft_adapters.texts.files import TEXT_FILES, TOKENIZER
+from peft_adapters.texts.files import TEXT_FILES, TOKENIZER, special_tokens
 from peft_adapters.texts.tokenizer_json import token_table
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder, served_name
 from protocol.runtime.settings import Settings
@@ -32,6 +32,20 @@ class Encoding(NamedTuple):
     offsets: Sequence[tuple[int, int]]  # where each begins and ends in the text, in characters
     special: Sequence[int]  # 1 for a special token, else 0
     tokens: Sequence[str]
+
+
+Pair = tuple[str, str]
+"""Two texts, such as a query and a document."""
+
+PAIR_ROLES = ("query", "document")
+"""The roles of a pair's texts in a chat template, as sentence-transformers and vLLM name them."""
+
+
+class EncodedPair(NamedTuple):
+    """A pair of texts as tokens."""
+
+    ids: list[int]
+    second: int = 0  # index of the first token of type 1; 0: there is none
 
 
 class BaseEncoder:
@@ -69,6 +83,30 @@ class BaseEncoder:
 
         return await asyncio.to_thread(encode)
 
+    async def shortened(self, texts: Sequence[str], most: int, *, tenant: str) -> list[str]:
+        """Return of each text its first tokens, at most so many, as text."""
+
+        def cut() -> list[str]:
+            found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            shown: list[str] = []
+            for text, encoding in zip(texts, found, strict=True):
+                is_long = len(encoding) > most
+                if is_long:
+                    encoding.truncate(most)
+                shown.append(text[: encoding.offsets[-1][1]] if is_long else text)
+            return shown
+
+        return await asyncio.to_thread(cut)
+
+    async def pairs(self, pairs: Sequence[Pair], *, tenant: str) -> list[EncodedPair]:
+        """Return the ids of each pair, and where its second text begins."""
+
+        def encode() -> list[EncodedPair]:
+            found = self._tokenizer.encode_batch(list(pairs), add_special_tokens=True)
+            return [EncodedPair(e.ids, second_of(e.type_ids)) for e in found]
+
+        return await asyncio.to_thread(encode)
+
 
 class OwnEncoder:
     """An adapter's tokenizer, which only ever runs in the sandbox."""
@@ -97,10 +135,25 @@ class OwnEncoder:
             check(len(encoded.ids) // 4)
         return await asyncio.to_thread(lambda: [_unpacked(encoded) for encoded in found])
 
-    async def _do(self, texts: Sequence[str], special: bool, *, detailed: bool, tenant: str) -> list[Encoded]:
+    async def shortened(self, texts: Sequence[str], most: int, *, tenant: str) -> list[str]:
+        """Return of each text its first tokens, at most so many, as text. Raises as `encode`."""
+        found = await self._do(texts, special=False, detailed=True, tenant=tenant)
+        return [
+            text[: memoryview(e.offsets).cast("i")[2 * most - 1]] if len(e.ids) > 4 * most else text
+            for text, e in zip(texts, found, strict=True)
+        ]
+
+    async def pairs(self, pairs: Sequence[Pair], *, tenant: str) -> list[EncodedPair]:
+        """Return the ids of each pair, and where its second text begins. Raises as `encode`."""
+        found = await self._do(pairs, special=True, detailed=False, tenant=tenant)
+        return [EncodedPair(memoryview(e.ids).cast("i").tolist(), e.second) for e in found]
+
+    async def _do(
+        self, texts: Sequence[str] | Sequence[Pair], special: bool, *, detailed: bool, tenant: str
+    ) -> list[Encoded]:
         # A process that has the tokenizer already, which most have, needs not be sent it.
         for file in (b"", self._file):
-            job = Encode(self._key, file, list(texts), special, detailed)
+            job = Encode(self._key, file, [*texts], special, detailed)
             answer = await self._sandbox.do(job, tenant=tenant, limit_s=TOKENIZER_S)
             if answer.refusal:
                 raise BadRequest(answer.refusal)
@@ -143,6 +196,39 @@ class ModelFiles:
     template: ChatTemplate | SandboxedTemplate | None
     eos_ids: frozenset[int]
     texts: Mapping[str, str]  # the base model's files that these were read from, by name
+    pair_template: ChatTemplate | None = None  # the settings', that makes prompts of pairs of texts
+
+    @property
+    def template_of_pairs(self) -> ChatTemplate | SandboxedTemplate | None:
+        """What makes prompts of pairs: the settings' template, or the own one if it names the roles of a pair's texts.
+
+        None where there is neither.
+        """
+        own = self.template
+        if self.pair_template is not None or own is None:
+            return self.pair_template
+        return own if all(role in own.source for role in PAIR_ROLES) else None
+
+    async def encode_pairs(self, pairs: Sequence[Pair], *, tenant: str) -> list[EncodedPair]:
+        """Return the tokens of pairs of texts: as a template makes prompts of them, or as the tokenizer joins them.
+
+        tenant: who has the sandbox work, where it must. Raises as `encode_chat`.
+        """
+        template = self.template_of_pairs
+        if template is None:
+            return await self.encoder.pairs(pairs, tenant=tenant)
+        options: dict[str, Any] = {"add_generation_prompt": True, "variables": {}}
+        messages = [[{"role": "query", "content": a}, {"role": "document", "content": b}] for a, b in pairs]
+        if isinstance(template, SandboxedTemplate):
+            texts = [await template.render(pair, **options, continue_final=False, tenant=tenant) for pair in messages]
+            num = sum(map(len, texts))
+            if num > MAX_RENDERED_CHARS:
+                message = f"the adapter's chat template makes {num} characters of the pairs"
+                raise BadRequest(f"{message}; the limit is {MAX_RENDERED_CHARS}")
+        else:
+            texts = await asyncio.to_thread(lambda: [template.render(pair, **options) for pair in messages])
+        ids = await self.encoder.encode(texts, add_special_tokens=False, tenant=tenant)
+        return [EncodedPair(one) for one in ids]
 
     async def encode_chat(
         self, messages: list[Message], *, add_generation_prompt: bool, continue_final: bool = False,
@@ -231,9 +317,22 @@ def load_model_files(settings: Settings) -> ModelFiles:
         encoder=BaseEncoder(_read_tokenizer(texts[TOKENIZER])),
         tokens=tokens,
         template=ChatTemplate.of(texts),
+        pair_template=_pair_template(settings, texts),
         eos_ids=_eos_ids(folder),
         texts=texts,
     )
+
+
+def _pair_template(settings: Settings, texts: Mapping[str, str]) -> ChatTemplate | None:
+    """Return the template of the settings that makes prompts of pairs. Raises BadRequest for a file that is none."""
+    path = settings.pair_template
+    if path is None:
+        return None
+    try:
+        source = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRequest(f"pair_template: {path} cannot be read: {error}") from error
+    return ChatTemplate(source, special_tokens(texts))
 
 
 def _read_tokenizer(text: str) -> Tokenizer:

@@ -7,8 +7,9 @@ step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from gpu_worker.engine.batcher import MAX_SKIPS
 from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput, failure_of
 from gpu_worker.engine.runner import extra_rows, group_by_adapter, lora_batch
 from gpu_worker.engine.step_model import StepWork
+from gpu_worker.model.apply_extras import ExtraRows
+from lora_kernels import ops
 from protocol.wire.errors import BadRequest, Internal, LorafleetError
 
 
@@ -55,6 +58,7 @@ class EncoderEngine(BaseEngine):
         self.model = model
         self.config = config
         self._requests: dict[str, EngineRequest] = {}  # all wait: by id, in the order they came
+        self._label_site = next((site.index for site in model.sites if site.name == model.label_head), -1)
         self._num_skips: Counter[str] = Counter()  # steps of others in which one that yields had no place, by id
 
     # ------------------------------------------------------------ a step
@@ -134,6 +138,9 @@ class EncoderEngine(BaseEngine):
 
     def _adapter_misfit(self, request: EngineRequest) -> LorafleetError | None:
         """Return why a text cannot be computed with its adapter, which is in the pool; None if it can."""
+        if self.model.missing and not request.digest:
+            message = f"the base model's folder has no weights of {', '.join(self.model.missing)}: ask an adapter"
+            return BadRequest(message, param="model")
         if self.adapters.invocations.get(request.digest):
             return BadRequest("adapters with alora_invocation_tokens are not served on encoders", param="model")
         extras = self.adapters.extras.get(request.digest)
@@ -146,9 +153,19 @@ class EncoderEngine(BaseEngine):
         """Return what goes into each text's log, int32; see `messages.Body.task`."""
         model, lengths = self.model, batch.lengths
         with torch.inference_mode():
-            ids, positions = model.prepare([request.prompt for request in batch.requests])
-            self._set_adapters(batch)
-            found = model.forward(ids, positions)
+            inputs = model.prepare(
+                [request.prompt for request in batch.requests], [request.second for request in batch.requests]
+            )
+            if model.apart:
+                found = model.forward(inputs, partial(self._set_text, batch))
+            else:
+                self._set_adapters(batch)
+                found = model.forward(inputs)
+            model.context.of_all = None
+            if model.task == "score":
+                logits = model.score(inputs, found, partial(self._set_head_adapters, batch))
+                nums = [self._num_labels(request) for request in batch.requests]
+                return [part[:num].float().cpu().numpy().view(np.int32) for part, num in zip(logits, nums, strict=True)]
             if model.task == "embed":
                 vectors = torch.stack([model.pooling.apply(part) for part in found.split(lengths.tolist())])
                 return list(vectors.cpu().numpy().view(np.int32))
@@ -168,6 +185,39 @@ class EncoderEngine(BaseEngine):
             rows = np.concatenate([np.arange(ends[i] - lengths[i], ends[i]) for i in members])
             active = np.ones(len(rows), bool)
             context.extras.append(extra_rows(self.adapters.extras[digest], rows, active, scale, device))
+
+    def _set_text(self, batch: Batch, index: int) -> None:
+        """Set the adapter of all rows of a pass, which are of one text."""
+        request, device = batch.requests[index], self.model.device
+        slot, scale = batch.slots[index], request.lora_scale
+        own = self.adapters.extras.get(request.digest) if request.digest else None
+
+        @cache
+        def of_all(num: int) -> tuple[ops.LoraBatch | None, list[ExtraRows]]:
+            batch = lora_batch(np.full(num, slot, np.int32), np.full(num, scale, np.float32), device)
+            rows = np.arange(num)
+            return batch, [extra_rows(own, rows, np.ones(num, bool), scale, device)] if own else []
+
+        self.model.context.of_all = of_all
+        self.model.context.lora, self.model.context.extras = of_all(len(request.prompt))
+
+    def _set_head_adapters(self, batch: Batch, members: Sequence[int]) -> None:
+        """Set which adapter each row of the head has, where its rows are some of a batch's texts."""
+        context, device = self.model.context, self.model.device
+        requests = [batch.requests[i] for i in members]
+        slots = np.array([batch.slots[i] for i in members], np.int32)
+        scales = np.array([request.lora_scale for request in requests], np.float32)
+        context.lora_logits = lora_batch(slots, scales, device)
+        context.extras_logits = []
+        for (digest, scale), own in group_by_adapter(requests, self.adapters.extras).items():
+            rows, active = np.array(own), np.ones(len(own), bool)
+            context.extras_logits.append(extra_rows(self.adapters.extras[digest], rows, active, scale, device))
+
+    def _num_labels(self, request: EngineRequest) -> int:
+        """Return how many labels the head has that answers a request: its adapter's own, or the base's."""
+        extras = self.adapters.extras.get(request.digest)
+        own = None if extras is None else extras.linear.get(self._label_site)
+        return self.model.width if own is None or own.weight is None else len(own.weight)
 
     # ------------------------------------------------------------ requests
 
@@ -192,6 +242,8 @@ class EncoderEngine(BaseEngine):
         """Raise BadRequest for what no step can compute."""
         if request.task != self.model.task:
             raise BadRequest(f"this worker's model does {self.model.task}; it does not {request.task}")
+        if not 0 <= request.second < max(1, len(request.prompt)):
+            raise BadRequest("the second text of a pair begins outside the tokens", param="input")
         if not len(request.prompt):
             raise BadRequest("the text is empty", param="input")
         if len(request.prompt) > self.config.max_model_len:
@@ -224,7 +276,7 @@ class EncoderEngine(BaseEngine):
 
 def _output(request: EngineRequest, found: np.ndarray) -> TokenOutput:
     """Return a request's result, as it goes into its log (int32), or an error if it is not finite."""
-    values = found.view(np.float32) if request.task == "embed" else found[1::2].view(np.float32)
+    values = found[1::2].view(np.float32) if request.task == "classify" else found.view(np.float32)
     if not np.isfinite(values).all():
         return TokenOutput.failed(request, Internal("the model's output is not finite"))
     return TokenOutput(request.rid, request.epoch, 0, found.tolist(), finish="stop")

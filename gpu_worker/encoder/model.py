@@ -1,14 +1,16 @@
 """An encoder as base model: Hugging Face's BERT, RoBERTa and the like, whose linear layers are LoRA sites.
 
-A step is one forward pass over whole texts, packed one after the other; each token sees all of its own text. Nothing is
-cached. Trial runs show which layers attend, and the finished model is compared with the untouched one.
+A step is one forward pass over whole texts, packed one after the other; each token sees all of its own text. Where the
+attention cannot be replaced, as DeBERTa's and MPNet's with their biases by distance, each text has a pass of its own.
+Nothing is cached. Trial runs show which layers attend, and the finished model is compared with the untouched one.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,15 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gpu_worker.encoder.head import Classifier, reads_first_alone
 from gpu_worker.encoder.pooling import Pooling
 from gpu_worker.memory import send
 from gpu_worker.model.adaptable_modules import AdaptableModules, find_adaptable_modules
 from gpu_worker.model.attention import ATTENTION, AttentionCall, StepContext, bind
-from gpu_worker.model.checkpoint import refusal, refuse_what_cannot_run
+from gpu_worker.model.checkpoint import refusal, refuse_what_cannot_run, takes_positions
+from gpu_worker.model.labels import labels_of
 from gpu_worker.model.logits_check import CHECK_LIMITS, spread_of
-from gpu_worker.model.lora import SharedInput, SiteInfo, install_sites
+from gpu_worker.model.lora import SharedInput, SiteInfo, install_sites, linear_shape
 from gpu_worker.model.model import fingerprint_of
-from gpu_worker.model.trial import Trial, run_encoder_trial
+from gpu_worker.model.trial import NUM_HEAD_ROWS, NUM_TOKENS, Trial, WatchedPass, run_encoder_trial, watch_passes
 from lora_kernels import ops
 from protocol.wire.messages import Task
 
@@ -78,6 +82,16 @@ class EncoderLayer:
         return near if mask is None else mask & near
 
 
+@dataclass(frozen=True, slots=True)
+class EncoderInputs:
+    """The packed texts of a step, on the device."""
+
+    lengths: list[int]
+    ids: Tensor  # int64 [T]
+    positions: Tensor  # int64 [T]
+    types: Tensor | None  # int64 [T]; None: all are of type 0
+
+
 @dataclass(slots=True)
 class EncoderModel:
     """A loaded encoder, ready for packed steps."""
@@ -90,11 +104,16 @@ class EncoderModel:
     shared: list[SharedInput]
     adaptable: AdaptableModules
     task: Task
-    width: int  # entries of a token's hidden state, or its labels
+    width: int  # entries of a hidden state, or the labels of a token or text
     pooling: Pooling
     max_positions: int  # tokens of the longest text; 0: no limit known
     padding_id: int | None  # where positions start behind this id and skip it, as RoBERTa's; None: they start at 0
     fingerprint: str
+    takes_types: bool = False  # whether it tells the second text of a pair from the first by type ids
+    classifier: Classifier | None = None  # of `score`
+    label_head: str = ""  # of `score`: the layer that makes the logits
+    missing: list[str] = field(default_factory=list[str])  # parts of the head that adapters must bring
+    apart: bool = False  # whether each text has a forward pass of its own, because its attention cannot be packed
 
     @property
     def config(self) -> Any:
@@ -108,23 +127,61 @@ class EncoderModel:
 
     @property
     def labels(self) -> list[str]:
-        """Names of the labels that tokens get, by index; none for embeddings."""
-        names: dict[int, str] = self.config.id2label if self.task == "classify" else {}
-        return [names[index] for index in sorted(names)]
+        """Names of the labels that tokens or texts get, by index; none for embeddings, or where the head is missing."""
+        return [] if self.task == "embed" or self.missing else labels_of(self.config)
 
-    def prepare(self, texts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Return the ids and positions, int64 [T] each, of packed texts; sets their groups in the context.
+    def prepare(self, texts: Sequence[np.ndarray], seconds: Sequence[int] = ()) -> EncoderInputs:
+        """Return packed texts on the device; sets their groups in the context.
 
-        texts: int [L] each, none empty.
+        texts: int [L] each, none empty. seconds: where the second text of each pair begins, 0 for no pair; [] for none.
         """
-        self.context.texts = group_texts([len(text) for text in texts], self.device)
+        lengths = [len(text) for text in texts]
+        self.context.texts = group_texts(lengths, self.device)
         positions = np.concatenate([positions_of(text, self.padding_id) for text in texts])
-        return send(np.concatenate(texts).astype(np.int64), self.device), send(positions, self.device)
+        types = None
+        if self.takes_types and any(seconds):
+            types = np.concatenate([types_of(num, second) for num, second in zip(lengths, seconds, strict=True)])
+            types = send(types, self.device)
+        ids = np.concatenate(texts).astype(np.int64)
+        return EncoderInputs(lengths, send(ids, self.device), send(positions, self.device), types)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Return a packed step's hidden states [T, D], or for labels their logits [T, labels]; ids, positions: [T]."""
-        out = self.module(input_ids=input_ids[None], position_ids=position_ids[None])
+    def forward(self, inputs: EncoderInputs, set_text: Callable[[int], object] = lambda _: None) -> Tensor:
+        """Return a packed step's hidden states [T, D], or for labels of tokens their logits [T, labels].
+
+        set_text: sets the adapters of one text, by index, where each has a forward pass of its own.
+        """
+        if not self.apart:
+            return self._states(inputs.ids, inputs.types, position_ids=inputs.positions[None])
+        types = [None] * len(inputs.lengths) if inputs.types is None else inputs.types.split(inputs.lengths)
+        found: list[Tensor] = []
+        for i, (text, own) in enumerate(zip(inputs.ids.split(inputs.lengths), types, strict=True)):
+            set_text(i)
+            found.append(self._states(text, own, attention_mask=torch.ones_like(text)[None]))
+        return torch.cat(found)
+
+    def _states(self, ids: Tensor, types: Tensor | None, **more: Tensor) -> Tensor:
+        if types is not None:
+            more["token_type_ids"] = types[None]
+        body = self.module if self.classifier is None else self.classifier.body
+        out = body(input_ids=ids[None], **more)
         return out.logits[0] if self.task == "classify" else out.last_hidden_state[0]
+
+    def score(
+        self, inputs: EncoderInputs, hidden: Tensor, set_adapters: Callable[[Sequence[int]], object] = lambda _: None
+    ) -> list[Tensor]:
+        """Return the logits of each text [N] by a step's hidden states [T, D].
+
+        set_adapters: sets the adapters of some of the texts, by index, for the head's rows; N is the base's number of
+        labels, or more where adapters have heads of their own.
+        """
+        assert self.classifier is not None
+        ends = np.cumsum(inputs.lengths).tolist()
+        starts = [end - length for end, length in zip(ends, inputs.lengths, strict=True)]
+        found: list[Tensor] = []
+        for members, states in self.classifier.groups(hidden, starts, ends):
+            set_adapters(members)
+            found += self.classifier.logits(states)
+        return found
 
 
 def group_texts(lengths: Sequence[int], device: torch.device) -> list[Texts]:
@@ -151,27 +208,38 @@ def positions_of(text: np.ndarray, padding_id: int | None) -> np.ndarray:
     return np.cumsum(counts) * counts + padding_id
 
 
+def types_of(length: int, second: int) -> np.ndarray:
+    """Return the type ids, int64 [L], of a text whose second part begins at `second`; 0: it has none."""
+    return (np.arange(length) >= second).astype(np.int64) if second else np.zeros(length, np.int64)
+
+
 # ---------------------------------------------------------------- from a Hugging Face model
 
 
 def prepare_encoder(
-    module: PreTrainedModel, task: Task, impl: ops.Impl | None, pooling: Pooling | None = None
-) -> EncoderModel:
+    module: PreTrainedModel, task: Task, impl: ops.Impl | None, pooling: Pooling | None = None,
+    missing: Sequence[str] = (), has_types: bool = True,
+) -> EncoderModel:  # fmt: skip
     """Turn a Hugging Face encoder into one that runs packed steps. Changes `module`.
 
-    impl: of the kernels; None: the best for the device. pooling: for embeddings. Raises BadRequest for what is not
-    served.
+    impl: of the kernels; None: the best for the device. pooling: for embeddings. missing: tensors of the head that the
+    folder lacks, so that adapters must bring them. has_types: whether the tokenizer has type ids. Raises BadRequest for
+    what is not served.
     """
     pooling = pooling or Pooling()
     _refuse_module(module)
+    apart = not module._supports_attention_backend or not takes_positions(module)
     fingerprint, device, dtype = fingerprint_of(module), module.device, module.dtype
     with refuse_what_cannot_run(module), torch.inference_mode():
-        texts = _random_texts(module)
-        expected = [_untouched(module, task, text) for text in texts]
-        padding_id = _padding_id(module, task, texts[0], expected[0])
-        module.set_attn_implementation(ATTENTION)
-        trial = run_encoder_trial(module)
-    _refuse_calls(module, trial)
+        probe = Probe.of(module, task)
+        padding_id = _padding_id(module, task, probe) if takes_positions(module) else None
+        sees_first = task == "score" and reads_first_alone(Classifier.of(module), probe.states[0][None])
+        if not apart:
+            module.set_attn_implementation(ATTENTION)
+        trial = _trial(module, task, apart=apart)
+    if not apart:
+        _refuse_calls(module, trial)
+    label_head = _label_head(module, trial) if task == "score" else ""
     context = EncoderContext()
     for call in trial.attention:
         bind(call.module, EncoderLayer(call, context))
@@ -184,26 +252,66 @@ def prepare_encoder(
     longest = getattr(module.config, "max_position_embeddings", None) or 0
     if longest and padding_id is not None:
         longest -= padding_id + 1
+    mark = f":{','.join(missing)}" if missing else ""
     model = EncoderModel(
         module=module, device=device, dtype=dtype, context=context, sites=sites, shared=shared, adaptable=adaptable,
-        task=task, width=expected[0].shape[-1], pooling=pooling, max_positions=longest, padding_id=padding_id,
-        fingerprint=f"{fingerprint}:{task}:{pooling.mode}:{pooling.unit_length}",
+        task=task, width=probe.found[0].shape[-1], pooling=pooling, max_positions=longest, padding_id=padding_id,
+        fingerprint=f"{fingerprint}:{task}:{pooling.mode}:{pooling.unit_length}{mark}",
+        takes_types=has_types and takes_types(module),
+        classifier=Classifier.of(module, sees_first=sees_first) if task == "score" else None, label_head=label_head,
+        missing=_missing_sites(module, missing, sites), apart=apart,
     )  # fmt: skip
-    _check(model, texts, expected)
+    _check(model, probe)
     return model
+
+
+def takes_types(module: PreTrainedModel) -> bool:
+    """Return whether a model tells the second text of a pair from the first by type ids."""
+    takes = "token_type_ids" in inspect.signature(module.forward).parameters
+    return takes and (getattr(module.config, "type_vocab_size", None) or 0) > 1
+
+
+def _missing_sites(module: PreTrainedModel, missing: Sequence[str], sites: Sequence[SiteInfo]) -> list[str]:
+    """Return the layers that missing tensors belong to. Raises BadRequest for one that no adapter can bring."""
+    layers = sorted({name.rpartition(".")[0] for name in missing})
+    if others := sorted(set(layers) - {site.name for site in sites}):
+        raise refusal(module, [f"no weights for {', '.join(others)}, which adapters cannot bring"])
+    return layers
+
+
+def _trial(module: PreTrainedModel, task: Task, *, apart: bool) -> Trial:
+    """Run a few tokens through a model, and some rows of a classifier of texts through its head."""
+    if task != "score" and not apart:
+        return run_encoder_trial(module)
+    classifier = Classifier.of(module) if task == "score" else None
+
+    def run(num_tokens: int, num_rows: int) -> None:
+        ids = torch.arange(num_tokens, device=module.device)[None]
+        more = {"attention_mask": torch.ones_like(ids)} if apart else {"position_ids": ids}
+        if classifier is None:
+            module(input_ids=ids, **more)
+            return
+        hidden = classifier.body(input_ids=ids, **more).last_hidden_state[0]
+        classifier.logits(hidden[:num_rows, None])
+
+    sizes = ((NUM_TOKENS, NUM_HEAD_ROWS), (2 * NUM_TOKENS + 1, NUM_HEAD_ROWS + 1))
+    passes = [WatchedPass(num, rows, partial(run, num, rows)) for num, rows in sizes]
+    return watch_passes(module, passes, any_rows=apart)
+
+
+def _label_head(module: PreTrainedModel, trial: Trial) -> str:
+    """Return the layer that makes a classifier's logits: the head's last. Raises BadRequest if it is no linear one."""
+    last = next((call.name for call in reversed(trial.linears) if call.is_head), "")
+    shape = linear_shape(module.get_submodule(last)) if last else None
+    if shape is None or shape[0] != module.config.num_labels:
+        raise refusal(module, ["a head that does not end in a linear layer"])
+    return last
 
 
 def _refuse_module(module: PreTrainedModel) -> None:
     """Raise BadRequest for what a model's class and configuration show not to be served."""
-    reasons = []
-    if not module._supports_attention_backend:
-        reasons.append("attention that cannot be replaced (no AttentionInterface)")
-    if "position_ids" not in inspect.signature(module.forward).parameters:
-        reasons.append("no way to be told the tokens' positions")
     if getattr(module.config, "token_dropout", False):
-        reasons.append("embeddings scaled by how much of a batch is masked (token_dropout)")
-    if reasons:
-        raise refusal(module, reasons)
+        raise refusal(module, ["embeddings scaled by how much of a batch is masked (token_dropout)"])
 
 
 def _refuse_calls(module: PreTrainedModel, trial: Trial) -> None:
@@ -222,38 +330,71 @@ def _refuse_calls(module: PreTrainedModel, trial: Trial) -> None:
         raise refusal(module, reasons)
 
 
-def _random_texts(module: PreTrainedModel) -> list[Tensor]:
-    """Return random texts to compare the finished model with the untouched one on; they pass a short window."""
-    window = getattr(module.config, "sliding_window", None) or 0
-    longest = 2 * window + 8 if 4 < window <= 256 else 24
-    generator = torch.Generator().manual_seed(0)
-    lengths = (longest, longest - 7, 3)
-    texts = [torch.randint(module.config.vocab_size, (num,), generator=generator) for num in lengths]
-    return [text.to(module.device) for text in texts]
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Random texts, and what the untouched model makes of each alone, for the finished model to be held against."""
+
+    texts: list[Tensor]  # int64 [T]
+    seconds: list[int]  # where the second text of each pair begins, 0 for no pair
+    states: list[Tensor]  # hidden states [T, D], or for labels of tokens their logits [T, labels]
+    found: list[Tensor]  # the same; of `score` the logits [1, labels]
+
+    @classmethod
+    def of(cls, module: PreTrainedModel, task: Task) -> Probe:
+        """Ask a model. The texts pass a short window."""
+        window = getattr(module.config, "sliding_window", None) or 0
+        longest = 2 * window + 8 if 4 < window <= 256 else 24
+        generator = torch.Generator().manual_seed(0)
+        lengths = (longest, longest - 7, 3)
+        texts = [torch.randint(module.config.vocab_size, (num,), generator=generator) for num in lengths]
+        texts = [text.to(module.device) for text in texts]
+        seconds = [0, 5, 0] if task == "score" and takes_types(module) else [0] * len(texts)
+        states = [states_of(module, task, *pair) for pair in zip(texts, seconds, strict=True)]
+        found = states
+        if task == "score":
+            found = [_untouched(module, *pair).logits for pair in zip(texts, seconds, strict=True)]
+        return cls(texts, seconds, states, found)
 
 
-def _untouched(module: PreTrainedModel, task: Task, text: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Return what the untouched model makes of a text alone: hidden states or logits, [T, …]."""
+def states_of(
+    module: PreTrainedModel, task: Task, text: Tensor, second: int = 0, positions: Tensor | None = None
+) -> Tensor:
+    """Return what the untouched model makes of a text alone before any head of whole texts: `Probe.states` of it."""
+    if task == "classify":
+        return _untouched(module, text, second, positions).logits[0]
+    body: Any = module.base_model
+    return _untouched(body, text, second, positions).last_hidden_state[0]
+
+
+def _untouched(module: Any, text: Tensor, second: int, positions: Tensor | None = None) -> Any:
     own = {} if positions is None else {"position_ids": positions[None]}
-    out = module(input_ids=text[None], attention_mask=torch.ones_like(text)[None], **own)
-    return out.logits[0] if task == "classify" else out.last_hidden_state[0]
+    if second:
+        own["token_type_ids"] = torch.from_numpy(types_of(len(text), second)).to(text.device)[None]
+    return module(input_ids=text[None], attention_mask=torch.ones_like(text)[None], **own)
 
 
-def _padding_id(module: PreTrainedModel, task: Task, text: Tensor, expected: Tensor) -> int | None:
+def _padding_id(module: PreTrainedModel, task: Task, probe: Probe) -> int | None:
     """Find out how a model numbers positions by itself. Raises ValueError if it does so in neither known way."""
+    text, expected = probe.texts[0], probe.states[0]
     for padding_id in (None, module.config.pad_token_id):
         positions = torch.from_numpy(positions_of(text.cpu().numpy(), padding_id)).to(text.device)
-        if spread_of([_untouched(module, task, text, positions)], [expected]) < CHECK_LIMITS[module.dtype]:
+        if spread_of([states_of(module, task, text, 0, positions)], [expected]) < CHECK_LIMITS[module.dtype]:
             return padding_id
     raise ValueError("it numbers positions in an unknown way")
 
 
-def _check(model: EncoderModel, texts: list[Tensor], expected: list[Tensor]) -> None:
+def _check(model: EncoderModel, probe: Probe) -> None:
     """Compare the finished model with the untouched one. Raises BadRequest if they differ."""
     with torch.inference_mode():
-        got = model.forward(*model.prepare([text.cpu().numpy() for text in texts]))
-    error, limit = spread_of([got], expected), CHECK_LIMITS[model.dtype]
+        inputs = model.prepare([text.cpu().numpy() for text in probe.texts], probe.seconds)
+        error, limit = spread_of([model.forward(inputs)], probe.states), CHECK_LIMITS[model.dtype]
+        if not error < limit:
+            what = f"outputs that are off by {error:.2g} of their spread when texts are packed ({limit:.2g})"
+            raise refusal(model.module, [what])
+        if model.task != "score":
+            return
+        got = torch.stack(model.score(inputs, torch.cat(probe.states))).float()
+    expected = torch.cat(probe.found).float()
+    error = ((got - expected).square().mean() / expected.square().mean()).sqrt().item()  # few numbers have no spread
     if not error < limit:
-        raise refusal(
-            model.module, [f"outputs that are off by {error:.2g} of their spread when texts are packed ({limit:.2g})"]
-        )
+        raise refusal(model.module, [f"logits that are off by {error:.2g} of their size when texts are packed"])

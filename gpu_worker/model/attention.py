@@ -7,6 +7,7 @@ the borders between sequences come from the paged cache. No `Cache` object is pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,6 +32,9 @@ class StepContext:
     lora_logits: ops.LoraBatch | None = None  # the same for the rows that go through the head
     extras: list[ExtraRows] = field(default_factory=list)  # tokens whose adapters have extras
     extras_logits: list[ExtraRows] = field(default_factory=list)  # the same for the rows that go through the head
+    of_all: Callable[[int], tuple[ops.LoraBatch | None, list[ExtraRows]]] | None = None
+    """In their place, where all rows are of one text, however many a layer is called with: from that number to LoRA and
+    extras. None: layers see the step's rows."""
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -37,6 +40,12 @@ MAX_NAMED = 3
 MAX_LINE = 400
 
 UNSERVED_HEADS = ("SequenceClassification", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
+
+CLASSES: Mapping[Task, Any] = {
+    "generate": AutoModelForCausalLM, "embed": AutoModel, "classify": AutoModelForTokenClassification,
+    "score": AutoModelForSequenceClassification,
+}  # fmt: skip
+"""The class that loads a model for what it is to do."""
 
 QUANTISATIONS = {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"}
 
@@ -58,8 +67,30 @@ def read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTra
     dtype: of weights that are not quantised. Raises BadRequest in one line.
     """
     config = read_config(folder)
-    task = task_of(config)
-    auto = {"generate": AutoModelForCausalLM, "embed": AutoModel, "classify": AutoModelForTokenClassification}[task]
+    module, missing = _read(folder, config, task_of(config), device, dtype)
+    _refuse_tensors(folder, "lack", missing)
+    return module
+
+
+def read_headless(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:
+    """Load an encoder as a classifier of texts, and return which tensors of its head the folder lacks.
+
+    Raises as `read_model`, and BadRequest for a model that is no encoder or lacks others.
+    """
+    config = read_config(folder)
+    if not is_encoder(config) or type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise BadRequest(f"model type {config.model_type} has no class for sequence classification as an encoder")
+    module, missing = _read(folder, config, "score", device, dtype)
+    body = f"{module.base_model_prefix}."
+    _refuse_tensors(folder, "lack", (name for name in missing if name.startswith(body)))
+    return module, missing
+
+
+def _read(
+    folder: Path, config: PreTrainedConfig, task: Task, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load a model for a task, and return which of its tensors the folder lacks."""
+    auto = CLASSES[task]
     quantised = quantisation_of(config)
     if quantised and quantised not in QUANTISATIONS:  # transformers would read the weights as if they were not
         raise BadRequest(f"the model in {folder} is quantised with {quantised}, unknown to transformers")
@@ -78,12 +109,11 @@ def read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTra
         how = f", quantised with {quantised}," if quantised else ""
         raise BadRequest(f"the model in {folder}{how} cannot be loaded: {one_line(error)}") from error
     module, info = loaded
-    # Transformers fills these tensors with random numbers and only warns.
-    _refuse_tensors(folder, "lack", info["missing_keys"])
+    # Transformers fills these tensors, and those that are missing, with random numbers and only warns.
     _refuse_tensors(folder, "have other shapes for", (name for name, *_ in info["mismatched_keys"]))
     if not quantised:
         torch.nn.Module.to(module, device)
-    return module.eval().requires_grad_(False)
+    return module.eval().requires_grad_(False), sorted(info["missing_keys"])
 
 
 def _refuse_tensors(folder: Path, what: str, found: Iterable[str]) -> None:
@@ -116,12 +146,20 @@ def task_of(config: PreTrainedConfig) -> Task:
     name = next(iter(getattr(config, "architectures", None) or ()), "")
     if name.endswith("ForTokenClassification") and type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
         return "classify"
+    of_texts = name.endswith("ForSequenceClassification") and type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if of_texts and is_encoder(config):
+        return "score"
     if name.endswith(tuple(f"For{head}" for head in UNSERVED_HEADS)):
-        raise BadRequest(f"{name} is not served: of encoders embeddings and token classification are")
+        raise BadRequest(f"{name} is not served: of encoders embeddings and classification are")
+    return "embed" if is_encoder(config) else "generate"
+
+
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Return whether a model sees a text as a whole, judging by its config, and not token after token."""
+    name = next(iter(getattr(config, "architectures", None) or ()), "")
     decodes = name.endswith(("ForCausalLM", "LMHeadModel")) or getattr(config, "is_decoder", False)
-    if decodes or getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
-        return "generate"
-    return "embed"
+    is_both = getattr(config, "is_encoder_decoder", False)
+    return not decodes and not is_both and type(config) in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:
@@ -135,6 +173,18 @@ def head_dim_of(config: PreTrainedConfig) -> int:
         width, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
         own = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else 0
     return own if isinstance(own, int) else 0
+
+
+def tokenizer_types(folder: Path) -> bool:
+    """Return whether a folder's tokenizer tells a model which text of a pair a token is of. Raises BadRequest.
+
+    That is so for the classes of BERT's family, and where `model_input_names` says it.
+    """
+    try:
+        names: list[str] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).model_input_names
+    except _UNREADABLE as error:
+        raise BadRequest(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from error
+    return "token_type_ids" in names
 
 
 def _has_pooler(config: PreTrainedConfig) -> bool:

@@ -127,10 +127,14 @@ class SharedInput:
         else:
             out = ops.linear(rows, self._packed, self._bias, impl=self.impl)
             outs = list(out.split_with_sizes(self.sizes, -1)) if len(self.sizes) > 1 else [out]
-        batch = self.context.lora_logits if self.is_head else self.context.lora
+        if self.context.of_all is not None:
+            batch, extras = self.context.of_all(len(rows))
+        elif self.is_head:
+            batch, extras = self.context.lora_logits, self.context.extras_logits
+        else:
+            batch, extras = self.context.lora, self.context.extras
         if batch is not None and self.table is not None:
             ops.lora_add_(outs, rows, self.lora_sites, self.table, batch, impl=self.impl)
-        extras = self.context.extras_logits if self.is_head else self.context.extras
         if extras:
             for i, site in enumerate(self.lora_sites):
                 outs[i] = apply_linear(extras, site.index, outs[i], rows, self._biases[i])

@@ -75,12 +75,15 @@ class WatchedPass:
     run: Callable[[], object]
 
 
-def watch_passes(module: PreTrainedModel, passes: Sequence[WatchedPass]) -> Trial:
+def watch_passes(module: PreTrainedModel, passes: Sequence[WatchedPass], *, any_rows: bool = False) -> Trial:
     """Run forward passes, and return what the first called: of modules those that see all tokens in every pass.
 
-    What sees a pass's one token is told from what sees all tokens by the other passes.
+    What sees a pass's one token is told from what sees all tokens by the other passes. any_rows: linear layers count
+    that see other rows than tokens, too.
     """
-    trial, *others = [_Watch(module, one.num_tokens, one.num_head_rows).run(one.run) for one in passes]
+    trial, *others = [
+        _Watch(module, one.num_tokens, one.num_head_rows, any_rows=any_rows).run(one.run) for one in passes
+    ]
     for one, other in zip(passes[1:], others, strict=True):
         _keep_common(trial, other, linears_only=one.num_tokens == 1)
     return trial
@@ -114,8 +117,9 @@ def _keep_common(trial: Trial, other: Trial, *, linears_only: bool = False) -> N
 class _Watch:
     """One run of a model with hooks on its modules."""
 
-    def __init__(self, module: PreTrainedModel, num_tokens: int, num_head_rows: int) -> None:
+    def __init__(self, module: PreTrainedModel, num_tokens: int, num_head_rows: int, *, any_rows: bool = False) -> None:
         self.module = module
+        self.any_rows = any_rows
         self.num_tokens = num_tokens
         self.num_head_rows = num_head_rows
         self.trial = Trial()
@@ -173,7 +177,8 @@ class _Watch:
             x = args[0] if args and isinstance(args[0], Tensor) else None
             shape = linear_shape(linear)
             num_rows = -1 if x is None else x.numel() // x.shape[-1]
-            regular = num_rows in (self.num_tokens, self.num_head_rows) and isinstance(out, Tensor)
+            regular = isinstance(out, Tensor)
+            regular &= self.any_rows or num_rows in (self.num_tokens, self.num_head_rows)
             if x is None or shape is None or not regular or out.shape != (*x.shape[:-1], shape[0]):
                 self._linears[name] = None
                 return

@@ -60,6 +60,11 @@ class Settings(BaseSettings):
         default=0, ge=0, description="most memory of the queue that `up` starts; 0: a quarter of this machine's"
     )
     model: str = Field(default="", description="the base model: a Hub id or a local folder")
+    task: Literal["auto", "score"] = Field(
+        default="auto",
+        description="what the base model is for; score makes a classifier of texts of an encoder whose folder has no"
+        " head, so that each adapter must bring one",
+    )
     served_name: str = Field(
         default="", description="name of the base model in the API; default: its Hub id or folder name"
     )
@@ -144,6 +149,11 @@ class Settings(BaseSettings):
         description="bytes of memory that calls may hold in one gateway, a quarter of them one tenant's or, without "
         "keys, one address's; beyond that, new ones get 429 or 503",
     )
+    pair_template: Path | None = Field(
+        default=None,
+        description="file with the chat template that makes prompts of a reranker's pairs, whose messages have the"
+        " roles query and document; without it the model's own template, if it names these",
+    )
     max_body_bytes: int = Field(default=4 << 20, ge=1, description="largest HTTP request body")
     cors_origins: str = Field(
         default="",
@@ -177,7 +187,7 @@ class Settings(BaseSettings):
         default=4 << 20, ge=1, description="most prompt tokens in one call, counted for each of its choices"
     )
     max_inputs: int = Field(
-        default=2048, ge=1, description="most texts in one call for embeddings or token classification"
+        default=2048, ge=1, description="most texts in one call for embeddings or labels, and most pairs for scores"
     )
     max_stop_strings: int = Field(default=64, ge=0, description="most stop strings in one request")
     max_stop_characters: int = Field(default=1024, ge=1, description="longest stop string, in characters")

@@ -5,6 +5,7 @@ import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import numpy as np
@@ -15,7 +16,7 @@ from helpers.fleets import RunningFleet, fleet_up
 from helpers.scripted_fleet import running_gateway
 from helpers.waiting import wait_until
 from peft import PeftModel
-from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 import adapter_store.service
 import gpu_worker.service.service
@@ -149,3 +150,48 @@ async def test_entities_of_a_fleet_on_a_token_classifier(bus: Bus, tmp_path: Pat
         assert told == wanted, name
         assert found[name], name
     assert found[""] != found["mine"]
+
+
+async def test_ranks_and_labels_of_a_fleet_on_a_cross_encoder(bus: Bus, tmp_path: Path) -> None:
+    folder = make_tiny_encoder(tmp_path / "ranker", labels=["relevance"], of_texts=True)
+    kind, adapters = AutoModelForSequenceClassification, tmp_path / "adapters"
+    make_encoder_adapter(adapters / "mine", kind.from_pretrained(folder))
+    make_encoder_adapter(adapters / "moods", kind.from_pretrained(folder, num_labels=3, ignore_mismatched_sizes=True))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    query, documents = TEXTS[0], TEXTS[1:7]
+
+    def logits(name: str, num_labels: int = 1) -> torch.Tensor:
+        model = kind.from_pretrained(folder, num_labels=num_labels, ignore_mismatched_sizes=True)
+        model = PeftModel.from_pretrained(model, str(adapters / name)).eval() if name else model.eval()
+        pairs = [(query, document) for document in documents] if num_labels == 1 else [(text,) for text in documents]
+        with torch.inference_mode():
+            return torch.cat([model(**tokenizer(*pair, return_tensors="pt")).logits for pair in pairs])
+
+    async with (
+        all_services(bus, folder, tmp_path / "data", adapters) as url,
+        httpx2.AsyncClient(base_url=url, timeout=60) as client,
+    ):
+        instead = ""
+
+        async def ask(path: str, **body: object) -> dict[str, Any] | None:
+            nonlocal instead
+            answer = await client.post(path, json=body)
+            instead = f"{body['model']} is served, not {answer.status_code} {answer.text}"
+            return answer.json() if answer.status_code == 200 else None
+
+        async def served(path: str, **body: object) -> dict[str, Any]:
+            return await wait_until(lambda: ask(path, **body), lambda: instead, timeout_s=90)
+
+        found: dict[str, np.ndarray] = {}
+        for name in ("", "mine"):
+            answer = await served("/v1/rerank", model=name or "base", query=query, documents=documents)
+            expected = logits(name).sigmoid()[:, 0].numpy()
+            order = [row["index"] for row in answer["results"]]
+            found[name] = np.array([row["relevance_score"] for row in answer["results"]])
+            assert order == np.argsort(-expected).tolist()
+            assert np.abs(found[name] - expected[order]).max() < 1e-5
+        assert np.abs(found[""] - found["mine"]).max() > 0.01
+        answer = await served("/v1/classify", model="moods", input=documents)
+        probs = np.array([row["probs"] for row in answer["data"]])
+        assert np.abs(probs - logits("moods", 3).softmax(-1).numpy()).max() < 1e-5
+        assert np.ptp(probs, axis=0).max() > 0.01

@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
     LlamaConfig,
@@ -69,16 +70,19 @@ WORDS = "my name is ada lovelace and i live in london with grace hopper of new y
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
 
-def make_tiny_encoder(folder: Path, *, labels: Sequence[str] = (), max_len: int = 64) -> Path:
-    """Write a random fp32 BERT, with `labels` one for token classification, and a tokenizer of `WORDS`; return it."""
+def make_tiny_encoder(folder: Path, *, labels: Sequence[str] = (), max_len: int = 64, of_texts: bool = False) -> Path:
+    """Write a random fp32 BERT, with `labels` a classifier of tokens or texts, and a tokenizer of `WORDS`."""
     vocab = {text: i for i, text in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS.split()])}
     tokenizer = Tokenizer(WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    tokenizer.post_processor = TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
     )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
     config = BertConfig(
         vocab_size=len(vocab), hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=max_len, initializer_range=0.3, pad_token_id=0,
@@ -88,7 +92,8 @@ def make_tiny_encoder(folder: Path, *, labels: Sequence[str] = (), max_len: int 
         if labels:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
-            model: PreTrainedModel = BertForTokenClassification(config)
+            kind = BertForSequenceClassification if of_texts else BertForTokenClassification
+            model: PreTrainedModel = kind(config)
         else:
             model = BertModel(config)
     model.save_pretrained(folder)
@@ -99,6 +104,7 @@ def make_tiny_encoder(folder: Path, *, labels: Sequence[str] = (), max_len: int 
 def make_encoder_adapter(folder: Path, base: PreTrainedModel, *, rank: int = 4, seed: int = 1) -> Path:
     """Write a PEFT LoRA adapter for an encoder to `folder`, with its own head if the encoder has one; return it."""
     kind = "TOKEN_CLS" if isinstance(base, BertForTokenClassification) else "FEATURE_EXTRACTION"
+    kind = "SEQ_CLS" if isinstance(base, BertForSequenceClassification) else kind
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"], task_type=kind)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -120,15 +120,16 @@ class ScriptedFleet:
         )
 
     async def add_adapter(
-        self, name: str, digest: str = "", *, state: m.AdapterState = "on_disk", reason: str = ""
+        self, name: str, digest: str = "", *, state: m.AdapterState = "on_disk", reason: str = "", num_labels: int = 0
     ) -> None:
         """Write an adapter into the catalogue, as the store does."""
         alias = m.Alias(name=name, state=state, digest=digest, source=f"local:{name}", reason=reason, created_ms=1000)
         await self.bus._redis.hset(self.bus.keys.adapters, name, m.encode(alias))
         if digest:
             record = m.AdapterRecord(
-                digest=digest, rank=8, num_bytes=10, config={}, modules=["q_proj"], source=f"local:{name}", created_ms=1
-            )
+                digest=digest, rank=8, num_bytes=10, config={}, modules=["q_proj"], source=f"local:{name}",
+                created_ms=1, num_labels=num_labels,
+            )  # fmt: skip
             await self.bus.set(self.bus.keys.adapter(digest), record)
 
     async def run(self) -> None:

@@ -231,5 +231,6 @@ def test_the_example_asks_as_the_model_can_answer(model: Path) -> None:
     (model / "chat_template.jinja").write_text("{{ messages }}")
     assert "/v1/chat/completions" in plan.curl("it's")
     assert "/v1/embeddings" in plan.curl("it's", does="feature-extraction")
-    assert "/classify" in plan.curl("it's", does="token-classification")
+    assert ":8001/classify" in plan.curl("it's", does="token-classification")
+    assert "/v1/classify" in plan.curl("it's", does="text-classification")
     assert local_url(Settings(host="::")) == "http://[::1]:8000"

@@ -42,13 +42,19 @@ SIZES = {
 MORE: dict[str, dict[str, Any]] = {
     "albert": {"embedding_size": 32},
     "modernbert": {"local_attention": 16, "global_attn_every_n_layers": 2},
-}
+    "deberta-v2": {
+        "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False,
+        "share_att_key": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "type_vocab_size": 0,
+    },
+}  # fmt: skip
 ATTENTION = {
     "bert": ["query", "value"], "roberta": ["key", "value"], "distilbert": ["q_lin", "out_lin"],
-    "albert": ["query", "dense"], "modernbert": ["Wqkv", "Wo"],
+    "albert": ["query", "dense"], "modernbert": ["Wqkv", "Wo"], "deberta-v2": ["query_proj", "value_proj"],
+    "mpnet": ["q", "v"],
 }  # fmt: skip
 """Of each type, linear layers that only occur within its layers."""
 
+WITHOUT_POOLER = ("distilbert", "modernbert", "deberta-v2")
 WORDS = {"bert": "word_embeddings", "distilbert": "word_embeddings"}
 NORMS = {"bert": "embeddings.LayerNorm", "distilbert": "output_layer_norm"}
 
@@ -56,7 +62,7 @@ NORMS = {"bert": "embeddings.LayerNorm", "distilbert": "output_layer_norm"}
 def make_encoder(model_type: str, task: Task) -> PreTrainedModel:
     """Return a tiny random encoder in fp32."""
     config = type(AutoConfig.for_model(model_type))(**SIZES | MORE.get(model_type, {}))
-    options = {} if task == "classify" or model_type in ("distilbert", "modernbert") else {"add_pooling_layer": False}
+    options = {} if task == "classify" or model_type in WITHOUT_POOLER else {"add_pooling_layer": False}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if task == "classify":

@@ -14,7 +14,7 @@ from helpers.scripted_fleet import RunningGateway, ScriptedFleet, running_gatewa
 from gateway.bodies.compat import PAGE, with_table
 from gateway.bodies.parameter_check import IGNORED_HEADER, MAX_ENTRIES, MAX_NAMED, JsonBody, check_parameters
 from gateway.bodies.parameters import OBJECTS, PARAMETERS, PARAMETERS_OF, SERVERS
-from gateway.http.paths import LORAX_PATHS, OLLAMA_PREFIX
+from gateway.http.paths import LORAX_PATHS, OLLAMA_PREFIX, RERANK, SCORE
 from gateway.openai.bodies import MAX_TOOLS, ChatRequest
 from protocol.queue.bus import Bus
 from protocol.wire.errors import BadRequest
@@ -26,6 +26,9 @@ GOOD: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETION,
     "/v1/embeddings": {"model": "base", "input": "hi"},
+    "/v1/classify": {"model": "base", "input": "hi"},
+    **{path: {"model": "base", "query": "hi", "documents": ["a"]} for path in RERANK},
+    **{path: {"model": "base", "text_1": "hi", "text_2": "a"} for path in SCORE},
     "/": {"inputs": "hi"},
     "/invocations": {"inputs": "hi"},
     "/generate": {"inputs": "hi"},

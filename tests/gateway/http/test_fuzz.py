@@ -66,6 +66,12 @@ GOOD: dict[str, dict[str, Any]] = {
     "/": {"inputs": "hi", "parameters": {**NATIVE, "merged_adapters": MERGED}},
     "/tokenize": {"inputs": "hi", "add_special_tokens": True, "adapter_id": "", "api_token": "t"},
     "/v1/embeddings": {"model": "base", "input": ["hi"], "dimensions": 2, "encoding_format": "float"},
+    "/v1/classify": {"model": "base", "input": ["hi"], "use_activation": False},
+    "/v1/rerank": {
+        "model": "base", "query": "hi", "documents": ["a", {"text": "b"}], "top_n": 1, "return_documents": False,
+        "max_tokens_per_doc": 1,
+    },
+    "/v1/score": {"model": "base", "text_1": "hi", "text_2": ["a", "b"]},
     "/embed": {"inputs": "hi", "parameters": {"adapter_id": ""}},
     "/classify": {"inputs": "hi", "parameters": {"adapter_id": ""}},
     "/classify_batch": {"inputs": ["hi"], "parameters": {"adapter_id": ""}},

@@ -107,7 +107,11 @@ def test_an_encoder_is_read_for_what_it_was_made_for(tmp_path: Path) -> None:
     edit_config(embedder, architectures=["BertForMaskedLM"])  # as most checkpoints say
     assert task_of(read_config(embedder)) == "embed"
     edit_config(embedder, architectures=["BertForSequenceClassification"])
-    with pytest.raises(BadRequest, match="BertForSequenceClassification is not served: of encoders"):
+    assert task_of(read_config(embedder)) == "score"
+    with pytest.raises(BadRequest, match=r"lack 2 of the model's tensors: classifier\.bias, classifier\.weight"):
+        read_model(embedder, CPU, torch.float32)
+    edit_config(embedder, architectures=["BertForQuestionAnswering"])
+    with pytest.raises(BadRequest, match="BertForQuestionAnswering is not served: of encoders"):
         read_model(embedder, CPU, torch.float32)
     edit_config(embedder, architectures=["BertLMHeadModel"], is_decoder=True)
     assert task_of(read_config(embedder)) == "generate"

@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from gateway.adapters.operator_routes import LoadRequest, RegisterRequest, UnloadRequest
-from gateway.encoders.bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
+from gateway.encoders.bodies import (
+    ClassifyRequest,
+    EmbeddingsRequest,
+    EncoderBatchRequest,
+    EncoderRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from gateway.lorax.bodies import CompatRequest, Parameters
 from gateway.ollama import bodies as ollama
 from gateway.openai.bodies import ChatRequest, CompletionRequest
@@ -45,6 +52,9 @@ BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "/api/embed": (ollama.EmbedRequest, {"model": "base", "input": ["hi"]}),
     "/api/show": (ollama.ShowRequest, {"model": "base"}),
     "/v1/embeddings": (EmbeddingsRequest, {"model": "base", "input": ["hi"]}),
+    "/v1/classify": (ClassifyRequest, {"model": "base", "input": ["hi"]}),
+    "/v1/rerank": (RerankRequest, {"model": "base", "query": "hi", "documents": ["a", {"text": "b"}]}),
+    "/v1/score": (ScoreRequest, {"model": "base", "text_1": "hi", "text_2": ["a", "b"]}),
     "/embed": (EncoderRequest, {"inputs": "hi"}),
     "/classify": (EncoderRequest, {"inputs": "hi"}),
     "/classify_batch": (EncoderBatchRequest, {"inputs": ["hi"]}),

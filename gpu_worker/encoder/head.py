@@ -1,0 +1,81 @@
+"""The head of a sequence classifier, run apart from the body: on the rows of a step that it reads, all texts at once.
+
+A head is what transformers' class does with the body's hidden states, whatever that is: the class's own forward runs,
+with a stand-in for the body that gives states computed before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+class _Computed(nn.Module):
+    """In the place of a body: returns hidden states [S, L, D] that are known, with what the body's pooler makes."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.hidden = torch.empty(0)
+        self.__dict__["body"] = body  # not a child: its modules keep their names
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPooling:
+        pooled = None
+        pooler: Any = getattr(self.body, "pooler", None)
+        activation: Any = getattr(self.body, "pooler_activation", None)
+        if activation is not None:  # ALBERT's pooler is a linear layer beside it
+            pooled = activation(pooler(self.hidden[:, 0]))
+        elif pooler is not None:
+            pooled = pooler(self.hidden)
+        return BaseModelOutputWithPooling(last_hidden_state=self.hidden, pooler_output=pooled)  # pyright: ignore
+
+
+@dataclass(slots=True)
+class Classifier:
+    """A sequence classifier as body and head, which share their modules with the whole."""
+
+    body: Any
+    head: Any
+    computed: _Computed
+    sees_first: bool = False  # whether the head reads the first token's state alone
+
+    @classmethod
+    def of(cls, module: PreTrainedModel, *, sees_first: bool = False) -> Classifier:
+        """Take a model apart. Its modules must not be replaced afterwards."""
+        body: Any = module.base_model
+        computed = _Computed(body)
+        without_pooler = _with(body, pooler=None) if getattr(body, "pooler", None) is not None else body
+        return cls(without_pooler, _with(module, **{module.base_model_prefix: computed}), computed, sees_first)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [S, N] of S texts of one length by their hidden states [S, L, D]."""
+        self.computed.hidden = hidden
+        return self.head().logits
+
+    def groups(self, hidden: Tensor, starts: Sequence[int], ends: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield which texts of a packed step go through the head together, with their states [S, L, D].
+
+        hidden: [T, D]. starts, ends: of each text's rows.
+        """
+        if self.sees_first:
+            yield list(range(len(starts))), hidden[list(starts)][:, None]
+            return
+        for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            yield [i], hidden[None, start:end]
+
+
+def reads_first_alone(classifier: Classifier, hidden: Tensor) -> bool:
+    """Return whether the head says the same of a text [1, L, D] as of its first token's state alone."""
+    return torch.equal(classifier.logits(hidden), classifier.logits(hidden[:, :1]))
+
+
+def _with(module: nn.Module, **children: nn.Module | None) -> Any:
+    """Return a module that is another with some children exchanged; all else they share."""
+    other = object.__new__(type(module))
+    other.__dict__ = {**module.__dict__, "_modules": {**module._modules, **children}}
+    return other
