@@ -22,9 +22,15 @@ from gateway.adapters.operations import AdapterOperations
 from gateway.adapters.operator_routes import OperatorEndpoints
 from gateway.adapters.resolver import Resolver
 from gateway.auth.authentication import is_loopback
+from gateway.batches.batches import BatchService
+from gateway.batches.routes import BatchEndpoints
+from gateway.batches.runner import BatchPace, BatchRunner
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.replies import Replies
 from gateway.encoders.routes import EncoderEndpoints
+from gateway.files.files import FileService
+from gateway.files.routes import FileEndpoints
+from gateway.files.storage import open_storage
 from gateway.grammars.check import GrammarCheck
 from gateway.http.app import DISCARDED_BODIES, Envelope, build_app
 from gateway.http.connection import ConnectionLimits
@@ -62,6 +68,7 @@ class GatewayTimings:
 
     overload: OverloadLimits = field(default_factory=OverloadLimits)
     pace: Pace = field(default_factory=Pace)
+    batches: BatchPace = field(default_factory=BatchPace)
     alias_poll_s: float = 2.0  # pause after which an awaited alias is looked up, in case its event was lost
 
 
@@ -104,13 +111,20 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
         tokenizers = TokenizerEndpoints(endpoints, pipeline)
         ollama = OllamaEndpoints(endpoints, pipeline)
         keys = bus.api_keys if settings.api_keys else None
-        app = build_app(
-            endpoints, native, operators, encoders, tokenizers, ollama, settings, admission, memory, keys, secret
+        storage = open_storage(settings.files, settings.data / "files", settings.s3_endpoint)
+        uploads = FileService(bus, storage, settings)
+        batch_wake = asyncio.Event()
+        app, inner = build_app(
+            endpoints, native, operators, encoders, tokenizers, ollama,
+            FileEndpoints(uploads, settings.max_file_bytes),
+            BatchEndpoints(BatchService(bus, uploads, settings), batch_wake.set),
+            settings, admission, memory, keys, secret,
         )  # fmt: skip
+        runner = BatchRunner(bus, replies.gid, uploads, storage, settings, inner, batch_wake, timings.batches)
         with _listen(settings.host, settings.port) as listener:
             address = _address(listener)
             await replies.open()
-            parts = _Parts(app, endpoints, replies, fleet, aliases, heartbeat)
+            parts = _Parts(app, endpoints, replies, fleet, aliases, heartbeat, uploads, runner)
             async with heartbeat.beating(beats, address):
                 logger.info("listening on %s", address)
                 await _run(_server(app, settings, memory), listener, parts, settings.grace_s, stop)
@@ -133,20 +147,24 @@ class _Parts:
     fleet: FleetView
     aliases: Aliases
     heartbeat: Heartbeat
+    files: FileService
+    batches: BatchRunner
 
     def loops(self) -> list[Callable[[], Awaitable[None]]]:
         """Return what runs until the end."""
         replies, aliases = self.replies, self.aliases
-        return [replies.read, replies.keep, self.fleet.watch, aliases.listen, self.heartbeat.tick]
+        return [replies.read, replies.keep, self.fleet.watch, aliases.listen, self.heartbeat.tick, self.files.sweep]
 
 
 async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace_s: float, stop: asyncio.Event) -> None:
     async with asyncio.TaskGroup() as group:
         loops = [group.create_task(unending(loop)) for loop in parts.loops()]
         serving = group.create_task(unending(partial(server.serve, [listener]), until=stop))
+        batches = group.create_task(unending(parts.batches.run))
         await stop.wait()
         parts.endpoints.draining = True
         logger.info("draining")
+        batches.cancel()
         if not await _idle(parts.app, grace_s):
             for waiters in (parts.replies, parts.aliases):
                 waiters.fail_all(Unavailable("this gateway is shutting down", code="shutting_down"))
@@ -173,7 +191,7 @@ def _server(app: Envelope, settings: Settings, memory: MemoryAccount) -> HttpSer
     )  # fmt: skip
     limits = ConnectionLimits(
         KEEP_ALIVE_S, settings.head_timeout_s, settings.body_timeout_s, settings.send_timeout_s,
-        DISCARDED_BODIES * settings.max_body_bytes + (1 << 20),
+        max(DISCARDED_BODIES * settings.max_body_bytes, settings.max_file_bytes) + (1 << 20),
     )  # fmt: skip
     return HttpServer(
         config, min(settings.max_connections, allow_connections()),

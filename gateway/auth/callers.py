@@ -29,6 +29,7 @@ class Caller:
     token: str = field(default="", repr=False)  # for the source of an adapter
     secret: FleetSecret | None = field(default=None, repr=False)  # of the fleet, which hashes tokens with it
     headers: dict[str, str] = field(default_factory=dict)  # of the response, about limits; filled on submission
+    until_ms: int = 0  # unix time until which its calls, the lines of a batch, may take; 0: it is no batch
 
     @property
     def owner(self) -> str:
@@ -39,6 +40,11 @@ class Caller:
     def name(self) -> str:
         """The tenant's name, "" for everybody: whose names of adapters and whose prefix cache are used."""
         return self.tenant.name if self.tenant is not None else ""
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether its calls are the lines of a batch."""
+        return self.until_ms > 0
 
     @property
     def is_admin(self) -> bool:
@@ -61,6 +67,8 @@ class Caller:
         tenant = self.tenant
         if tenant is None:
             return None
+        if self.is_batch:  # what runs when nobody else does takes nothing from the tenant's rates
+            return Quota(tenant.name, 0, 0, 0, tenant.kept_bytes)
         limits = (tenant.requests_per_minute, tenant.tokens_per_minute, tenant.concurrency, tenant.kept_bytes)
         return Quota(tenant.name, *limits)
 

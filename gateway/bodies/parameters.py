@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from gateway.http.paths import (
+    BATCHES,
     CHAT,
     CLASSIFY,
     COMPLETIONS,
@@ -54,6 +55,8 @@ OBJECTS: Mapping[str, str] = MappingProxyType({
     "ollama_options": "options of Ollama's routes",
     "ollama_embed": OLLAMA_EMBED,
     "ollama_show": "/api/show",
+    "batch": BATCHES,
+    "output_expiry": "output_expires_after",
     "register": "/v1/adapters",
     "load_lora": "/v1/load_lora_adapter",
     "unload_lora": "/v1/unload_lora_adapter",
@@ -358,6 +361,10 @@ PARAMETERS: Sequence[Parameter] = (
     *_rows("model name", "ollama_show", "ollama"),
     *_refused("verbose", "ollama_show", "ollama", "asks for lists of a GGUF file, which there is none of", False),
     *_refused("system template options", "ollama_show", "ollama", "is not supported: nothing is changed here", "", {}),
+    # Batches
+    *_rows("input_file_id endpoint completion_window metadata", "batch", "openai"),
+    *_rows("output_expires_after", "batch", "openai", holds="output_expiry"),
+    *_rows("anchor seconds", "output_expiry", "openai"),
     # Operators
     *_rows("name source token replace pin preload wait_s tenant", "register", _OWN),
     *_rows("lora_name lora_path", "load_lora", "vllm sglang"),

@@ -18,6 +18,7 @@ from gateway.calls.size import call_bytes, check_logprobs, numbers_of
 from gateway.calls.tokenize import Prompt, TokenizedCall
 from gateway.overload.admission import Admission, Load
 from gateway.overload.memory import CHARACTER_BYTES, held, hold
+from protocol.queue.bus import now_ms
 from protocol.queue.quota import Quota, Standing
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -47,7 +48,7 @@ class CallAdmission:
     async def check_room(self, call: ParsedCall) -> None:
         """Refuse a call that the queue has no place for, before it costs any work. Raises Overloaded, Unavailable."""
         await self._fleet.require(worker=not call.options.background)
-        self._admission.check(Load(call.options.cls))
+        self._admission.check(Load(call.cls))
 
     def admit(self, call: TokenizedCall) -> AdmittedCall:
         """Let a call in. Raises Overloaded, Unavailable, and BadRequest for more than can ever be let in."""
@@ -69,9 +70,9 @@ class CallAdmission:
         if quota is not None and not quota.max_bytes:
             quota = replace(quota, max_bytes=self._settings.tenant_bytes)
         if options.is_empty:
-            return AdmittedCall(admitted, base, prompts, Load(options.cls, 0, 0, 0.0), quota, num_bytes)
+            return AdmittedCall(admitted, base, prompts, Load(parsed.cls, 0, 0, 0.0), quota, num_bytes)
         num_tokens = options.n * sum(prompt.num_tokens + prompt.max_new_tokens for prompt in prompts)
-        load = Load(options.cls, len(prompts) * options.n, num_tokens, self.lifetime_s(parsed))
+        load = Load(parsed.cls, len(prompts) * options.n, num_tokens, self.lifetime_s(parsed))
         try:
             if quota is not None:
                 check_quota(quota, load.num, load.num_tokens)
@@ -93,6 +94,8 @@ class CallAdmission:
 
     def lifetime_s(self, call: ParsedCall) -> float:
         """Return after how many seconds a call is ended, done or not."""
+        if call.caller.is_batch:
+            return max(1.0, (call.caller.until_ms - now_ms()) / 1000)
         return self._settings.job_ttl_s if call.options.background else self._settings.request_timeout_s
 
     def settle(self, call: AdmittedCall, outcome: str, told: Any) -> None:

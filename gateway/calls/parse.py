@@ -19,7 +19,7 @@ from gateway.text.answer_form import AnswerForm
 from gateway.tools.definitions import Tools
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, LorafleetError
-from protocol.wire.keys import INTERACTIVE
+from protocol.wire.keys import BATCH, INTERACTIVE
 
 UNLIMITED = 1 << 31  # output tokens: more than any context
 
@@ -247,6 +247,11 @@ class ParsedCall:
     def sources(self) -> Sequence[Source]:
         """The prompts that each model is asked, one entry for each; that of a conversation is not known yet."""
         return [""] if isinstance(self.inputs, Conversation) else self.inputs.sources
+
+    @property
+    def cls(self) -> str:
+        """The class of its requests."""
+        return BATCH if self.caller.is_batch else self.options.cls
 
     @property
     def key(self) -> str:

@@ -126,7 +126,7 @@ class Submitter:
             which, choice = divmod(index, options.n)
             prompt = call.prompts[which]
             submit = m.Submit(
-                rid=rid, tenant=prompt.target.payer(caller), cls=options.cls, digest=prompt.target.digest,
+                rid=rid, tenant=prompt.target.payer(caller), cls=call.parsed.cls, digest=prompt.target.digest,
                 num_prompt_tokens=prompt.num_tokens, max_new_tokens=prompt.max_new_tokens,
                 deadline_ms=call.deadline_ms, gateway=gateway, stored=stored, submitted_ms=now_ms(),
                 prefix=prefix_hash(prompt.ids), weight=weight, choice=choice, needs=needs[which],
@@ -172,7 +172,7 @@ class Submitter:
         """Write requests into the queue, or find them there; see `Bus.submit`. forced: whatever the limits are."""
         caller, key = call.parsed.caller, call.parsed.key
         return await self._bus.submit(
-            call.parsed.options.cls, requests, max_queued=1 << 31 if forced else self._max_queued,
+            call.parsed.cls, requests, max_queued=1 << 31 if forced else self._max_queued,
             idem_key=self._bus.keys.idem(caller.owner, key) if key else "",
             idem_value=m.encode(record) if record is not None else b"",
             quota=call.quota, forced=forced, job=job,

@@ -20,14 +20,17 @@ from gateway.adapters.operator_routes import OperatorEndpoints, add_operator_rou
 from gateway.auth.authentication import Authentication
 from gateway.auth.browsers import Browsers
 from gateway.auth.callers import CALLER
+from gateway.batches.calls import InnerCalls
+from gateway.batches.routes import BatchEndpoints, add_batch_routes
 from gateway.bodies.fields import REQUEST_ID
 from gateway.bodies.parameter_check import IGNORED_HEADER
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
+from gateway.files.routes import FileEndpoints, add_file_routes
 from gateway.http import openapi
 from gateway.http.direct import DirectCalls
 from gateway.http.errors import add_handlers, is_failure
 from gateway.http.headers import header_of
-from gateway.http.paths import GENERATION_PATHS, LARGE_BODY_PATHS, SMALL_BODY_BYTES
+from gateway.http.paths import FILES, GENERATION_PATHS, LARGE_BODY_PATHS, SMALL_BODY_BYTES
 from gateway.http.routes import Endpoints, add_routes
 from gateway.http.shapes import shape_of
 from gateway.http.sse import RAW_SEND
@@ -63,13 +66,18 @@ def build_app(
     encoders: EncoderEndpoints,
     tokenizers: TokenizerEndpoints,
     ollama: OllamaEndpoints,
+    files: FileEndpoints,
+    batches: BatchEndpoints,
     settings: Settings,
     admission: Admission,
     memory: MemoryAccount,
     keys: ApiKeys | None,
     secret: FleetSecret | None = None,
-) -> Envelope:
-    """Return the application. `keys`: None where the fleet asks for none. `secret`: the fleet's, None without one."""
+) -> tuple[Envelope, InnerCalls]:
+    """Return the application, and the way to ask it from within.
+
+    `keys`: None where the fleet asks for none. `secret`: the fleet's, None without one.
+    """
     app = FastAPI(title="Lorafleet", docs_url=None, redoc_url=None, responses=openapi.OPENAI)
     app.state.settings = settings
     add_handlers(app, shape_of)
@@ -79,6 +87,8 @@ def build_app(
     add_encoder_routes(app, encoders)
     add_tokenizer_routes(app, tokenizers)
     add_ollama_routes(app, ollama)
+    add_file_routes(app, files)
+    add_batch_routes(app, batches)
     bodies = LargeBodies(DirectCalls(app, shape_of), shape_of)
     charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)
     authentication = Authentication(charged, keys, shape_of, secret, open_pages=settings.open_pages)
@@ -90,7 +100,7 @@ def build_app(
         )
     if keys is None:
         guarded = Browsers(guarded, settings, shape_of)
-    return Envelope(guarded, settings)
+    return Envelope(guarded, settings), InnerCalls(charged)
 
 
 class Admitted:
@@ -120,6 +130,7 @@ class Envelope:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
         self._max_body_bytes = settings.max_body_bytes
+        self._max_form_bytes = settings.max_file_bytes + SMALL_BODY_BYTES
         self._prefix = settings.path_prefix.rstrip("/")
         self._num_open = 0
         self._idle = asyncio.Event()
@@ -190,7 +201,9 @@ class Envelope:
     def _limited(self, path: str, headers: Sequence[tuple[bytes, bytes]], receive: Receive) -> Receive:
         """Return a `receive` that refuses a body once it has become too large."""
         limit = self._max_body_bytes
-        if path not in LARGE_BODY_PATHS:
+        if path == FILES:
+            limit = self._max_form_bytes
+        elif path not in LARGE_BODY_PATHS:
             limit = min(limit, SMALL_BODY_BYTES)
         num_bytes = 0
 

@@ -142,6 +142,35 @@ class Load(BaseModel):
     server_load: int
 
 
+class File(BaseModel):
+    """A file."""
+
+    id: str
+    object: str
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: str
+
+
+class Batch(BaseModel):
+    """A batch."""
+
+    id: str
+    object: str
+    endpoint: str
+    input_file_id: str
+    completion_window: str
+    status: str
+    created_at: int
+    expires_at: int
+    request_counts: dict[str, int]
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+
+
 class OllamaModels(BaseModel):
     """Models as Ollama lists them."""
 
@@ -207,6 +236,31 @@ ENTITIES: Responses = {200: _json("The entities or the labels of a text", _OF_TE
 ENTITIES_OF_SEVERAL: Responses = {
     200: _json("The entities or the labels of each text", {"type": "array", "items": _OF_TEXT}), **NATIVE
 }  # fmt: skip
+FILE: Responses = {200: {"model": File}}
+BATCH: Responses = {200: {"model": Batch}}
+CONTENT: Responses = {
+    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+}
+UPLOAD: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": ["batch"]},
+                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+                    },
+                    "additionalProperties": False,
+                }
+            }
+        },
+    }
+}
 METRICS: Responses = {200: {"content": {"text/plain": {"schema": _TEXT}}}}
 _TOKENS = {"type": "array", "items": _object(id=_INTEGER, text=_TEXT, start=_INTEGER, stop=_INTEGER)}
 _COUNTED = _object(

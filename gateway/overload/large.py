@@ -221,4 +221,6 @@ def _tenant_of(scope: Scope) -> str:
     """Return who shares places with others: a tenant, or where there are no keys, an address."""
     caller: Caller = scope[CALLER]
     client = scope.get("client")
+    if caller.is_batch:
+        return f"batches of {caller.owner}"
     return caller.name or (client[0] if client else "")

@@ -182,6 +182,8 @@ class Charged:
 
 def _holder_of(scope: Scope) -> str:
     caller: Caller = scope[CALLER]
+    if caller.is_batch:
+        return f"batches of {caller.owner}"
     if caller.tenant is not None:
         return tenant_holder(caller.name)
     client = scope.get("client")

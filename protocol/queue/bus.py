@@ -13,13 +13,15 @@ import msgspec
 
 from protocol.queue.adapters import Adapters
 from protocol.queue.api_keys import ApiKeys
+from protocol.queue.batches import Batches
 from protocol.queue.calls import Input, most_log_bytes, packed_bodies, sealed_bodies
 from protocol.queue.dead_letters import DeadLetters
+from protocol.queue.files import Files
 from protocol.queue.jobs import Jobs, NewJob
 from protocol.queue.line import Line
 from protocol.queue.members import Members
 from protocol.queue.quota import Quota, standing_of
-from protocol.queue.redis_client import CONNECTION_ERRORS, MemoryFull, QueueError, connect
+from protocol.queue.redis_client import CONNECTION_ERRORS, MemoryFull, QueueError, connect, read_many
 from protocol.queue.scripts import FOLDER, Scripts
 from protocol.queue.steps import Refused, Step, StepRow, refused_rows, step_args
 from protocol.queue.streams import Entry, Streams
@@ -63,6 +65,8 @@ class Bus:
         self.members = Members(self._redis, self.keys, self._scripts)
         self.adapters = Adapters(self._redis, self.keys)
         self.jobs = Jobs(self._redis, self.keys, self._scripts, seal)
+        self.files = Files(self._redis, self.keys, self._scripts)
+        self.batches = Batches(self._redis, self.keys, self._scripts)
         self.api_keys = ApiKeys(self._redis, self.keys)
         self.dead_letters = DeadLetters(self._redis, self.keys, self._scripts)
 
@@ -95,6 +99,10 @@ class Bus:
         """Return a message stored under a key."""
         raw = await self._redis.get(key)
         return None if raw is None else decode(raw, type_)
+
+    async def get_many(self, keys: Sequence[str], type_: type[T]) -> list[T | None]:
+        """Return the messages stored under keys."""
+        return [None if raw is None else decode(raw, type_) for raw in await read_many(self._redis, keys)]
 
     async def set(self, key: str, value: msgspec.Struct, ttl_ms: int | None = None) -> None:
         """Store a message that the fleet lives by under a key."""
@@ -198,6 +206,10 @@ class Bus:
         args = [rid, m.encode([delta]), m.encode(order), _ended(rid)]
         reply = await self._scripts.cancel(keys=[self.keys.tag], args=args)
         return reply.decode()
+
+    async def forget_call(self, idem_key: str, rids: Sequence[str]) -> None:
+        """Delete all that the requests of a call have left, which have ended, and its Idempotency-Key."""
+        await self._scripts.forget(keys=[self.keys.tag, "", "", idem_key], args=["", *rids])
 
     async def requeue(
         self, wid: str, rids: Sequence[str], *, counts: bool, max_attempts: int, name: str = ""

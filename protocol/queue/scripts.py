@@ -17,7 +17,7 @@ from protocol.queue.redis_client import Client
 
 NAMES = (
     "submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position", "join", "vital",
-    "forget", "inputs",
+    "forget", "inputs", "keep_file", "drop_file", "open_batch", "claim_batch", "save_batch",
 )  # fmt: skip
 FOLDER = Path(__file__).parent / "lua"
 
@@ -58,6 +58,11 @@ class Scripts:
     vital: Script
     forget: Script
     inputs: Script
+    keep_file: Script
+    drop_file: Script
+    open_batch: Script
+    claim_batch: Script
+    save_batch: Script
 
     def __init__(self, client: Client, line: Line, folder: Path = FOLDER) -> None:
         """Read the scripts in `folder`; each has `common.lua` after its first line."""

@@ -20,9 +20,9 @@ _SCRIPTS = ("discard", "eval", "evalsha", "exec", "multi", "script|load", "time"
 _DATA = (
     "append", "del", "exists", "expire", "get", "getrange", "hdel", "hexists", "hget", "hgetall", "hincrby",
     "hincrbyfloat", "hkeys", "hlen", "hmget", "hscan", "hset", "hsetnx", "hvals", "incr", "mget", "pexpire",
-    "pexpireat", "pexpiretime", "pttl", "set", "strlen", "unlink", "xadd", "xdel", "xlen", "xrange", "xread",
-    "xrevrange", "xtrim", "zadd", "zcard", "zcount", "zincrby", "zrange", "zrangebyscore", "zrem", "zremrangebyscore",
-    "zrevrange", "zrevrank", "zscore",
+    "pexpireat", "pexpiretime", "pttl", "sadd", "scard", "set", "srem", "strlen", "unlink", "xadd", "xdel", "xlen",
+    "xrange", "xread", "xrevrange", "xtrim", "zadd", "zcard", "zcount", "zincrby", "zrange", "zrangebyscore",
+    "zrank", "zrem", "zremrangebyscore", "zrevrange", "zrevrank", "zscore",
 )  # fmt: skip
 COMMANDS = (*_CONNECTION, *_SCRIPTS, *_DATA, "info")
 """What every service runs. Which keys a command may touch is what tells the services apart. `info` counts as dangerous,
@@ -56,7 +56,8 @@ def table(keys: Keys | None = None) -> dict[str, Rights]:
             writes=(
                 *request, k.tag, k.call("*"), k.body("*"), k.sub("*"), k.out("*"), use, k.job("*"), k.jobs("*"),
                 k.idem("*", "*"), "", k.gateway_beat("*"), k.gateways, k.registrations, k.registered("*", "*"), k.pins,
-                k.adapter_events,
+                k.adapter_events, k.file("*"), k.files("*"), k.file_expiry, k.batch("*"), k.batches("*"),
+                k.open_batches,
             ),
             reads=(
                 k.api_keys, k.tenants, k.adapters, k.adapter("*"), k.adapter_use("*"), k.workers, k.worker_beat("*"),

@@ -219,6 +219,27 @@ class Settings(BaseSettings):
     max_logprobs: int = Field(default=20, ge=0, description="largest top_logprobs in a request")
     request_timeout_s: float = Field(default=3600.0, description="deadline of a request, counted from its submission")
     job_ttl_s: float = Field(default=86_400.0, description="how long a job and its result are kept")
+    files: str = Field(
+        default="",
+        description="where uploaded files and the answers of batches are: a folder that all gateways share, or"
+        " s3://BUCKET/PREFIX; default: a folder in the data folder",
+    )
+    max_file_bytes: int = Field(default=200 << 20, ge=1, description="largest uploaded file")
+    tenant_file_bytes: int = Field(
+        default=10 << 30, ge=0, description="most bytes of a tenant's files; 0: no limit; without keys: of all files"
+    )
+    tenant_files: int = Field(
+        default=10_000, ge=0, description="most files of a tenant; 0: no limit; without keys: of all files"
+    )
+    file_ttl_s: float = Field(
+        default=30 * 86_400.0, gt=0, description="how long a file is kept; a client may ask for less"
+    )
+    tenant_batches: int = Field(
+        default=32, ge=1, description="most batches of a tenant that have not ended; without keys: of all batches"
+    )
+    max_batch_calls: int = Field(
+        default=1024, ge=1, description="most lines of batches that one gateway runs at once, if workers have places"
+    )
     keepalive_s: float = Field(default=10.0, description="silence after which a stream gets a keep-alive comment")
 
     # Scheduler

@@ -98,6 +98,44 @@ class Keys:
         """String NX, 24 h: `messages.Idempotent`, the call that an Idempotency-Key was first used for."""
         return f"{self.tag}:idem:{tenant}:{key}"
 
+    # Files and batches.
+    def file(self, file_id: str) -> str:
+        """String: `messages.File`. Until the file expires."""
+        return f"{self.tag}:file:{file_id}"
+
+    def files(self, tenant: str) -> str:
+        """Sorted set: file id -> unix ms when it was made. Until the last of them expires."""
+        return f"{self.tag}:files:{tenant}"
+
+    def file_sizes(self, tenant: str) -> str:
+        """Hash: file id -> bytes, and `sum` of all. Until the last of them expires."""
+        return f"{self.tag}:files:{tenant}:sizes"
+
+    @property
+    def file_expiry(self) -> str:
+        """Sorted set: `<tenant>:<file id>` -> unix ms when it expires. Permanent, cleaned by gateways."""
+        return f"{self.tag}:file-expiry"
+
+    def batch(self, batch_id: str) -> str:
+        """Hash: `b` is `messages.Batch`; `owner` the gateway that runs it, `epoch` how many have; `cancel` unix ms.
+
+        As long as the longest-lived files of the settings.
+        """
+        return f"{self.tag}:batch:{batch_id}"
+
+    def batches(self, tenant: str) -> str:
+        """Sorted set: batch id -> unix ms when it was made. Until the last of them expires."""
+        return f"{self.tag}:batches:{tenant}"
+
+    def open_batches_of(self, tenant: str) -> str:
+        """Set: ids of a tenant's batches that have not ended. Until the last of them expires."""
+        return f"{self.tag}:batches:{tenant}:open"
+
+    @property
+    def open_batches(self) -> str:
+        """Sorted set: `<tenant>:<batch id>` -> unix ms until which a gateway runs it, 0 before one does. Permanent."""
+        return f"{self.tag}:open-batches"
+
     # A tenant's use. Written by the scripts that accept and end requests.
     def quota(self, tenant: str) -> str:
         """Hash: how much of a minute's requests and tokens is used, and when. Until all of it is available again."""
@@ -215,6 +253,7 @@ class Keys:
         fixed = {
             self.ended, self.workers, self.gateways, self.stores, self.leader_epoch,
             self.base, self.adapters, self.registrations, self.pins, self.adapter_events, self.api_keys, self.tenants,
+            self.file_expiry, self.open_batches,
             *(self.sub(c) for c in CLASSES),
         }  # fmt: skip
         return key in fixed or key.startswith(f"{self.namespace}:adapter:")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gateway.batches.lines import MAX_LINES
+from gateway.batches.runner import BatchPace
 from gateway.http.connection import FREE_BYTES, UNSENT_BYTES
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload.large import LargeLimits
@@ -34,6 +36,9 @@ CATALOGUE_BYTES = 3 << 10
 OWN_TEXTS_BYTES = 128 << 20
 """Adapters' own tokenizers and templates."""
 
+LINE_BYTES = 512
+"""What is held of a line of a batch."""
+
 SANDBOX_BYTES = 1100 << 20
 """The memory of a process that runs what strangers wrote: 1 GiB beyond its start, which is 70 MB."""
 
@@ -59,6 +64,7 @@ def gateway_bytes(settings: Settings, crowd: Crowd) -> dict[str, int]:
         "catalogue": CATALOGUE_BYTES * MAX_REGISTERED,
         "jobs for sandboxes": min(crowd.holders * MAX_TENANT_BYTES, MAX_WAITING_BYTES),
         "adapters' texts": OWN_TEXTS_BYTES,
+        "lines of batches": BatchPace().max_batches * MAX_LINES * LINE_BYTES,
     }
 
 

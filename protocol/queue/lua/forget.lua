@@ -1,11 +1,11 @@
 #!lua flags=allow-oom
--- Delete a job with all that its requests have left, and give its tenant the bytes back. All of them have ended.
+-- Delete a job, or a call, with all that its requests have left, and give its tenant the bytes back. All have ended.
 --
 -- KEYS[1]  string  prefix of the shard's keys
--- KEYS[2]  hash    the job
--- KEYS[3]  zset    its tenant's jobs
+-- KEYS[2]  hash    the job; '' if it is none
+-- KEYS[3]  zset    its tenant's jobs; '' if it is none
 -- KEYS[4]  string  what its Idempotency-Key was first used for; '' without one
--- ARGV[1]  str     id of the job
+-- ARGV[1]  str     id of the job; '' if it is none
 -- ARGV[2...]       rids of its requests, the call's first one first
 -- Reply: int, 1 if the job was there, else 0.
 local call = call_key(ARGV[2])
@@ -15,6 +15,7 @@ for i = 2, #ARGV do
   for _, kind in ipairs(request_kinds) do redis.call('UNLINK', P .. kind .. ARGV[i]) end
 end
 redis.call('UNLINK', call, body_key(ARGV[2]))
-redis.call('ZREM', KEYS[3], ARGV[1])
 if KEYS[4] ~= '' then redis.call('DEL', KEYS[4]) end
+if KEYS[2] == '' then return 0 end
+redis.call('ZREM', KEYS[3], ARGV[1])
 return redis.call('UNLINK', KEYS[2])

@@ -3,6 +3,7 @@
 from protocol.wire.messages.adapters import AdapterEvent, AdapterRecord, AdapterState, Alias, Registration
 from protocol.wire.messages.assignments import Assigned, Control
 from protocol.wire.messages.base import MAX_LABELS, TERMINAL, FinishReason, Packed, Task, Wire, encode
+from protocol.wire.messages.batches import ENDED_BATCH, Batch, BatchProblem, BatchStatus, BatchUsage, File
 from protocol.wire.messages.dead_letters import DeadLetter, Death
 from protocol.wire.messages.deliveries import Delta, ErrorInfo, Usage, logprob_record_bytes, prompt_record_bytes
 from protocol.wire.messages.jobs import Idempotent, Job
@@ -11,6 +12,7 @@ from protocol.wire.messages.requests import Body, Sampling, Submit
 from protocol.wire.messages.workers import Ended, SchedulerStatus, StepModel, WorkerBeat, WorkerCounters
 
 __all__ = [
+    "ENDED_BATCH",
     "MAX_LABELS",
     "OPAQUE",
     "TERMINAL",
@@ -20,6 +22,10 @@ __all__ = [
     "AdapterState",
     "Alias",
     "Assigned",
+    "Batch",
+    "BatchProblem",
+    "BatchStatus",
+    "BatchUsage",
     "Body",
     "Control",
     "DeadLetter",
@@ -27,6 +33,7 @@ __all__ = [
     "Delta",
     "Ended",
     "ErrorInfo",
+    "File",
     "FinishReason",
     "Idempotent",
     "Job",

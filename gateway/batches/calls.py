@@ -1,0 +1,86 @@
+"""Calls that no client waits for: each goes the way of a request over HTTP, within the gateway.
+
+So every endpoint may stand in a batch, and answers and refuses there as it does elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Scope
+
+from gateway.auth.callers import CALLER, Caller
+from gateway.http.errors import is_failure
+from gateway.http.sse import RAW_SEND
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CallAnswer:
+    """The response of an endpoint."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes  # JSON
+
+    @property
+    def retry_after_s(self) -> float:
+        """After how many seconds another try may succeed."""
+        given = self.headers.get("retry-after", "")
+        return float(given) if given.isdecimal() else 1.0
+
+
+class InnerCalls:
+    """Asks the endpoints of this gateway."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """`app`: what is behind authentication."""
+        self._app = app
+
+    async def post(self, path: str, body: bytes, caller: Caller, key: str) -> CallAnswer:
+        """Return the response to a body, JSON, that was sent with an Idempotency-Key.
+
+        An answer that is given up, by cancelling, goes on in the queue; the same key finds it again.
+        """
+        scope: Scope = {
+            "type": "http", "method": "POST", "path": path, "root_path": "", "query_string": b"", "client": None,
+            "scheme": "http", "http_version": "1.1", "server": None,
+            "headers": [
+                (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)),
+                (b"idempotency-key", key.encode()),
+            ],
+            CALLER: caller,
+        }  # fmt: skip
+        start: Message = {}
+        parts: list[bytes] = []
+        received, has_ended = False, asyncio.Event()
+
+        async def receive() -> Message:
+            nonlocal received
+            if received:
+                await has_ended.wait()
+                return {"type": "http.disconnect"}
+            received = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                start.update(message)
+            else:
+                parts.append(message.get("body", b""))
+
+        scope[RAW_SEND] = send
+        try:
+            await self._app(scope, receive, send)
+        except BaseException as failure:
+            if not is_failure(failure) or not start:
+                raise
+            logger.exception("%s failed for a batch", path)  # its client has been told
+        finally:
+            has_ended.set()
+        headers = {name.decode().lower(): value.decode() for name, value in start["headers"]}
+        return CallAnswer(start["status"], headers, b"".join(parts))

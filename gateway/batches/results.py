@@ -1,0 +1,179 @@
+"""The answers of a batch while it runs: parts of a file that are only ever added to, and what they come to.
+
+Each gateway that runs the batch writes parts of its own, named by its epoch. A line that two of them have answered, the
+earlier without knowing that it was thought dead, counts once.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+import orjson
+
+from gateway.batches.lines import Splitter
+from gateway.files.storage import Storage
+from protocol.wire import messages as m
+
+Kind = Literal["output", "error"]
+
+MAX_PART_BYTES = 1 << 20
+"""Bytes of answers that wait to be written."""
+
+WRITTEN_BYTES = 256 << 10
+"""Bytes of an output file that are gathered before they are written."""
+
+NO_USAGE = m.BatchUsage()
+
+_LONGEST = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a line came to."""
+
+    number: int  # of the line
+    kind: Kind
+    line: bytes  # of the output or error file, as JSON, without its end
+    usage: m.BatchUsage = NO_USAGE
+
+
+@dataclass(slots=True)
+class Tally:
+    """The lines that have answers, and what these come to."""
+
+    done: set[int] = field(default_factory=set)
+    completed: int = 0
+    failed: int = 0
+    usage: m.BatchUsage = NO_USAGE
+
+    def add(self, number: int, kind: str, usage: m.BatchUsage) -> bool:
+        """Count an answer. Returns False if its line has one already."""
+        if number in self.done:
+            return False
+        self.done.add(number)
+        if kind == "output":
+            self.completed += 1
+        else:
+            self.failed += 1
+        self.usage = _usage(a + b for a, b in zip(_numbers(self.usage), _numbers(usage), strict=True))
+        return True
+
+
+class Results:
+    """The answers of a batch."""
+
+    def __init__(self, storage: Storage, batch_id: str, epoch: int) -> None:
+        self._storage = storage
+        self._folder = f"batches/{batch_id}"
+        self._epoch = epoch
+        self._num_parts = 0
+        self._waiting: list[Answer] = []
+        self._num_bytes = 0
+        self.tally = Tally()
+
+    async def load(self) -> None:
+        """Count what earlier gateways have written. Raises Unavailable."""
+        async for _, _ in self._lines(self.tally):
+            pass
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits that it should be written now."""
+        return self._num_bytes >= MAX_PART_BYTES
+
+    def add(self, answer: Answer) -> None:
+        """Take the answer to a line that has none."""
+        if self.tally.add(answer.number, answer.kind, answer.usage):
+            self._waiting.append(answer)
+            self._num_bytes += len(answer.line)
+
+    async def flush(self) -> list[int]:
+        """Write what waits. Returns the numbers of these lines, whose answers cannot be lost any more."""
+        answers, self._waiting, self._num_bytes = self._waiting, [], 0
+        if not answers:
+            return []
+        self._num_parts += 1
+        name = f"{self._folder}/{self._epoch:08}-{self._num_parts:08}"
+        await self._storage.write(name, _each(b"".join(map(_row, answers))))
+        return [answer.number for answer in answers]
+
+    async def file(self, kind: Kind) -> AsyncIterator[bytes]:
+        """Yield the output or the error file."""
+        gathered, num_bytes = [], 0
+        async for found, line in self._lines(Tally()):
+            if found != kind:
+                continue
+            gathered.append(line)
+            num_bytes += len(line) + 1
+            if num_bytes >= WRITTEN_BYTES:
+                yield b"\n".join(gathered) + b"\n"
+                gathered, num_bytes = [], 0
+        if gathered:
+            yield b"\n".join(gathered) + b"\n"
+
+    async def forget(self) -> None:
+        """Delete the parts."""
+        await self._storage.delete(self._folder)
+
+    async def _lines(self, tally: Tally) -> AsyncIterator[tuple[str, bytes]]:
+        """Yield kind and line of every answer that is written, each line's once."""
+        for name in await self._storage.names(self._folder):
+            splitter = Splitter(_LONGEST)
+            async for chunk in self._storage.read(name):
+                for _, _, row in splitter.feed(chunk):
+                    assert row is not None
+                    number, kind, *usage, line = row.split(b" ", 6)
+                    if tally.add(int(number), kind.decode(), _usage(map(int, usage))):
+                        yield kind.decode(), line
+
+
+def answer_of(number: int, custom_id: str, status: int, request_id: str, body: bytes) -> Answer:
+    """Return the answer to a line from the response of its endpoint, whose body is JSON."""
+    response = {"status_code": status, "request_id": request_id, "body": orjson.Fragment(body)}
+    kind: Kind = "output" if status < 400 else "error"
+    return Answer(number, kind, _line(custom_id, response, None), usage_of(body) if status < 400 else NO_USAGE)
+
+
+def failure_of(number: int, custom_id: str, code: str, message: str) -> Answer:
+    """Return the answer to a line that its endpoint was not asked for, or has not answered."""
+    return Answer(number, "error", _line(custom_id, None, {"code": code, "message": message}))
+
+
+def usage_of(body: bytes) -> m.BatchUsage:
+    """Return the tokens that an answer tells of, in the words of any of the APIs."""
+    usage = orjson.loads(body).get("usage") or {}
+    given = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+    made = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}
+    return m.BatchUsage(
+        input_tokens=usage.get("prompt_tokens") or usage.get("input_tokens") or 0,
+        cached_tokens=given.get("cached_tokens") or usage.get("cache_read_input_tokens") or 0,
+        output_tokens=usage.get("completion_tokens") or usage.get("output_tokens") or 0,
+        reasoning_tokens=made.get("reasoning_tokens") or 0,
+    )
+
+
+def _line(custom_id: str, response: dict[str, Any] | None, error: dict[str, str] | None) -> bytes:
+    made = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": custom_id, "response": response, "error": error}
+    return orjson.dumps(made)
+
+
+def _row(answer: Answer) -> bytes:
+    numbers = " ".join(map(str, _numbers(answer.usage)))
+    return b"%d %s %s %s\n" % (answer.number, answer.kind.encode(), numbers.encode(), answer.line)
+
+
+def _numbers(usage: m.BatchUsage) -> tuple[int, ...]:
+    return msgspec.structs.astuple(usage)
+
+
+def _usage(numbers: Iterable[int]) -> m.BatchUsage:
+    return m.BatchUsage(**dict(zip(m.BatchUsage.__struct_fields__, numbers, strict=True)))
+
+
+async def _each(*chunks: bytes) -> AsyncIterator[bytes]:
+    for chunk in chunks:
+        yield chunk

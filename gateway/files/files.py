@@ -1,0 +1,206 @@
+"""What clients do with files: upload, list, read, delete. Bytes are in the storage, records in the queue."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+from gateway.auth.callers import Caller
+from gateway.files.storage import Storage
+from gateway.files.upload import UploadedForm
+from gateway.overload.large import Places
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest, LorafleetError, NotFound, Overloaded
+
+logger = logging.getLogger(__name__)
+
+ID_PREFIX = "file-"
+PURPOSES = ("batch",)
+"""What uploaded files are for: only batches read any."""
+
+OUTPUT_PURPOSE = "batch_output"
+
+NUM_UPLOADS, NUM_UPLOADS_OF_TENANT, NUM_WAITING = 16, 4, 64
+"""Files that a gateway receives at once, in all and of one tenant, and that wait for that."""
+
+MIN_LIFE_S, MAX_LIFE_S = 3600, 30 * 86_400
+"""Life times that a client may ask for, as OpenAI has them."""
+
+SWEEP_S = 60.0
+"""Pause between looks for files that have expired."""
+
+_AT_ONCE = 100  # records of a list, or expired files, that are read together
+
+
+class FileService:
+    """The files of the fleet."""
+
+    def __init__(self, bus: Bus, storage: Storage, settings: Settings) -> None:
+        self._bus = bus
+        self._storage = storage
+        self._settings = settings
+        self._uploads = Places(NUM_UPLOADS, NUM_UPLOADS_OF_TENANT, NUM_WAITING)
+
+    # ------------------------------------------------------------ making
+
+    async def upload(self, form: UploadedForm, body: AsyncIterator[bytes], caller: Caller) -> m.File:
+        """Keep an uploaded file. Raises BadRequest, TooLarge, Overloaded, Unavailable."""
+        await self._uploads.take(caller.owner)
+        file_id = new_id()
+        try:
+            num_bytes = await self._storage.write(place_of(file_id), form.chunks(body))
+            try:
+                purpose = form.fields.pop("purpose", "")
+                life_s = _life_s(form.fields, self._settings.file_ttl_s)
+                for name in form.fields:
+                    raise BadRequest(f"unknown field of the form: {name!r:.100}", param=name)
+                if purpose not in PURPOSES:
+                    raise BadRequest(
+                        f"purpose is {purpose!r:.100}; files are for: {', '.join(PURPOSES)}", param="purpose"
+                    )
+                return await self._keep(file_id, caller.owner, form.filename, purpose, num_bytes, life_s)
+            except BaseException:
+                await self._storage.delete(place_of(file_id))
+                raise
+        finally:
+            self._uploads.give(caller.owner)
+
+    async def make(
+        self, file_id: str, tenant: str, filename: str, chunks: AsyncIterator[bytes], life_s: float
+    ) -> m.File | None:
+        """Write an output file under an id; None when there is nothing in it. Raises Unavailable.
+
+        It is written whatever the tenant has: what was computed is not thrown away.
+        """
+        num_bytes = await self._storage.write(place_of(file_id), chunks)
+        if not num_bytes:
+            await self._storage.delete(place_of(file_id))
+            return None
+        return await self._keep(file_id, tenant, filename, OUTPUT_PURPOSE, num_bytes, life_s, is_forced=True)
+
+    async def _keep(
+        self, file_id: str, tenant: str, filename: str, purpose: str, num_bytes: int, life_s: float, *,
+        is_forced: bool = False,
+    ) -> m.File:  # fmt: skip
+        created_ms = now_ms()
+        file = m.File(
+            id=file_id, tenant=tenant, filename=filename, purpose=purpose, num_bytes=num_bytes, created_ms=created_ms,
+            expires_ms=created_ms + int(life_s * 1000),
+        )  # fmt: skip
+        settings = self._settings
+        max_bytes, max_files = (0, 0) if is_forced else (settings.tenant_file_bytes, settings.tenant_files)
+        outcome, num = await self._bus.files.keep(file, max_bytes=max_bytes, max_files=max_files)
+        if outcome == "bytes":
+            raise Overloaded(
+                f"your files have {num} bytes and this one {num_bytes}; the limit is {max_bytes}: delete some", 60.0
+            )
+        if outcome == "files":
+            raise Overloaded(f"you have {num} files; the limit is {max_files}: delete some", 60.0)
+        return file
+
+    # ------------------------------------------------------------ using
+
+    async def get(self, file_id: str, caller: Caller) -> m.File:
+        """Return a file. Raises NotFound."""
+        file = await self._bus.files.get(file_id, caller.owner)
+        if file is None:
+            raise NotFound(f"there is no file {file_id!r:.100}", param="id", code="file_not_found")
+        return file
+
+    def read(self, file: m.File, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        """Yield a file's bytes. Raises NotFound, Unavailable."""
+        return self._storage.read(place_of(file.id), start, end)
+
+    async def delete(self, file_id: str, caller: Caller) -> None:
+        """Delete a file. Raises NotFound, Unavailable."""
+        await self.get(file_id, caller)
+        await self._bus.files.forget(file_id, caller.owner)
+        await self._storage.delete(place_of(file_id))
+
+    async def list(
+        self, caller: Caller, purpose: str | None, limit: int, after: str | None, *, oldest_first: bool
+    ) -> dict[str, Any]:
+        """Return a page of the caller's files. Raises NotFound when `after` is unknown."""
+        files, start = self._bus.files, 0
+        if after is not None:
+            rank = await files.rank(caller.owner, after, oldest_first=oldest_first)
+            if rank is None:
+                raise NotFound(f"there is no file {after!r:.100}", param="after")
+            start = rank + 1
+        page: list[dict[str, Any]] = []
+        while len(page) <= limit:  # one more tells whether there are more
+            ids = await files.ids(caller.owner, start, _AT_ONCE, oldest_first=oldest_first)
+            if not ids:
+                break
+            start += len(ids)
+            page += [view(file) for file in await files.get_many(ids) if purpose in (None, file.purpose)]
+        shown = page[:limit]
+        return {
+            "object": "list",
+            "data": shown,
+            "first_id": shown[0]["id"] if shown else None,
+            "last_id": shown[-1]["id"] if shown else None,
+            "has_more": len(page) > limit,
+        }
+
+    # ------------------------------------------------------------ expiry
+
+    async def sweep(self) -> None:
+        """Delete what has expired, until cancelled."""
+        while True:
+            try:
+                await self.delete_expired()
+            except (LorafleetError, *CONNECTION_ERRORS) as error:
+                logger.warning("expired files cannot be deleted now: %s", error)
+            await asyncio.sleep(SWEEP_S)
+
+    async def delete_expired(self) -> None:
+        """Delete what has expired."""
+        await self._storage.tidy()
+        while expired := await self._bus.files.expired(now_ms(), _AT_ONCE):
+            for tenant, file_id in expired:
+                await self._storage.delete(place_of(file_id))
+                await self._bus.files.forget(file_id, tenant)
+
+
+def new_id() -> str:
+    """Return a new file's id."""
+    return ID_PREFIX + secrets.token_hex(12)
+
+
+def place_of(file_id: str) -> str:
+    """Return the name of a file's bytes in the storage."""
+    return f"files/{file_id}"
+
+
+def view(file: m.File) -> dict[str, Any]:
+    """Return a file as OpenAI's object."""
+    return {
+        "id": file.id,
+        "object": "file",
+        "bytes": file.num_bytes,
+        "created_at": file.created_ms // 1000,
+        "expires_at": file.expires_ms // 1000,
+        "filename": file.filename,
+        "purpose": file.purpose,
+        "status": "processed",
+        "status_details": None,
+    }
+
+
+def _life_s(fields: dict[str, str], default_s: float) -> float:
+    """Take `expires_after` out of a form's fields and return the life time that it asks for. Raises BadRequest."""
+    anchor, given = fields.pop("expires_after[anchor]", None), fields.pop("expires_after[seconds]", None)
+    if anchor is None and given is None:
+        return default_s
+    if anchor != "created_at":
+        raise BadRequest(f"expires_after[anchor] is {anchor!r:.100}; it must be created_at", param="expires_after")
+    if given is None or not given.isdecimal() or not MIN_LIFE_S <= int(given[:12]) <= MAX_LIFE_S:
+        text = f"expires_after[seconds] is {given!r:.100}; it must be from {MIN_LIFE_S} to {MAX_LIFE_S}"
+        raise BadRequest(text, param="expires_after")
+    return min(float(given), default_s)

@@ -1,0 +1,186 @@
+"""A batch whose gateway dies, freezes or drains: another one goes on, and every line has one answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import orjson
+from helpers.waiting import wait_until
+
+from gateway.auth.callers import Caller
+from gateway.batches.calls import CallAnswer, InnerCalls
+from gateway.batches.runner import BatchPace, BatchRunner
+from gateway.files.files import FileService
+from gateway.files.storage import FolderStorage
+from protocol.queue.bus import Bus, now_ms
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+
+PACE = BatchPace(poll_s=0.02, lease_s=0.4, beat_s=0.05)
+FROZEN = BatchPace(poll_s=0.02, lease_s=0.4, beat_s=1000)
+NUM_LINES = 40
+
+
+@dataclass
+class Endpoint(InnerCalls):
+    """Answers lines at once, but those that it is told to hold."""
+
+    answer: Callable[[int], CallAnswer] = lambda number: CallAnswer(200, {}, b'{"n":%d}' % number)
+    holds: Callable[[int], bool] = lambda number: False
+    asked: list[int] = field(default_factory=list)
+    go: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def post(self, path: str, body: bytes, caller: Caller, key: str) -> CallAnswer:
+        number = orjson.loads(body)["n"]
+        self.asked.append(number)
+        if self.holds(number):
+            await self.go.wait()
+        return self.answer(number)
+
+
+@dataclass
+class World:
+    """The storage and the records that gateways share."""
+
+    bus: Bus
+    root: Path
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(redis_url=self.bus.url, model="any")
+
+    @property
+    def storage(self) -> FolderStorage:
+        return FolderStorage(self.root)
+
+    @property
+    def files(self) -> FileService:
+        return FileService(self.bus, self.storage, self.settings)
+
+    async def batch(self, num: int = NUM_LINES, life_ms: int = 60_000) -> m.Batch:
+        """Open a batch of lines that are numbered from 1."""
+
+        async def chunks() -> AsyncIterator[bytes]:
+            for n in range(1, num + 1):
+                yield json.dumps({"custom_id": f"c{n}", "method": "POST", "url": "/v1/x", "body": {"n": n}}).encode()
+                yield b"\n"
+
+        source = await self.files.make("file-in", "t", "in.jsonl", chunks(), 600)
+        assert source is not None
+        batch = m.Batch(
+            id="batch_1", tenant="t", endpoint="/v1/x", input_file=source.id, created_ms=now_ms(),
+            expires_ms=now_ms() + life_ms,
+        )  # fmt: skip
+        assert await self.bus.batches.open(batch, ttl_ms=600_000, max_open=1) == -1
+        return batch
+
+    @asynccontextmanager
+    async def gateway(self, gid: str, calls: Endpoint, pace: BatchPace = PACE) -> AsyncIterator[asyncio.Task[None]]:
+        runner = BatchRunner(self.bus, gid, self.files, self.storage, self.settings, calls, asyncio.Event(), pace)
+        task = asyncio.create_task(runner.run())
+        try:
+            yield task
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def ended(self) -> m.Batch:
+        async def look() -> m.Batch | None:
+            batch = await self.bus.batches.get("batch_1", "t")
+            assert batch is not None
+            return batch if batch.status in m.ENDED_BATCH else None
+
+        return await wait_until(look, "the batch has ended")
+
+    async def rows(self, file_id: str) -> dict[str, dict[str, object]]:
+        """Return the rows of an output file by custom_id, each of which is there once."""
+        file = await self.bus.files.get(file_id, "t")
+        assert file is not None
+        text = b"".join([chunk async for chunk in self.files.read(file)])
+        assert len(text) == file.num_bytes
+        rows = [json.loads(row) for row in text.splitlines()]
+        found = {row["custom_id"]: row for row in rows}
+        assert len(found) == len(rows)
+        return found
+
+
+async def test_a_frozen_gateway_is_replaced_and_writes_nothing_more(bus: Bus, tmp_path: Path) -> None:
+    world = World(bus, tmp_path)
+    await world.batch()
+    frozen, other = Endpoint(holds=lambda number: number > 10), Endpoint()
+    async with world.gateway("g1", frozen, FROZEN):
+        await wait_until(lambda: len(frozen.asked) > 10, "the first gateway waits for answers")
+        async with world.gateway("g2", other):
+            batch = await world.ended()
+            assert (batch.status, batch.total, batch.completed, batch.failed) == ("completed", NUM_LINES, NUM_LINES, 0)
+            frozen.go.set()
+            await wait_until(lambda: len(frozen.asked) == NUM_LINES, "the first gateway goes on")
+        assert (await world.ended()) == batch
+    assert (await world.rows(batch.output_file)).keys() == {f"c{n}" for n in range(1, NUM_LINES + 1)}
+
+
+async def test_a_draining_gateway_leaves_its_answers_to_the_next(bus: Bus, tmp_path: Path) -> None:
+    world = World(bus, tmp_path)
+    await world.batch()
+    first, other = Endpoint(holds=lambda number: number > 10), Endpoint()
+    async with world.gateway("g1", first):
+        await wait_until(lambda: len(first.asked) > 10, "the first gateway waits for answers")
+    async with world.gateway("g2", other):
+        batch = await world.ended()
+    assert batch.completed == NUM_LINES
+    assert sorted(other.asked) == list(range(11, NUM_LINES + 1))
+    assert len(await world.rows(batch.output_file)) == NUM_LINES
+
+
+async def test_a_busy_fleet_is_asked_again(bus: Bus, tmp_path: Path) -> None:
+    world, seen = World(bus, tmp_path), set[int]()
+
+    def answer(number: int) -> CallAnswer:
+        if number in seen:
+            return CallAnswer(200, {}, b"{}")
+        seen.add(number)
+        return CallAnswer((429, 503)[number % 2], {"retry-after": "0"}, b'{"error":{}}')
+
+    await world.batch(6)
+    async with world.gateway("g1", Endpoint(answer)):
+        batch = await world.ended()
+    assert (batch.completed, batch.failed) == (6, 0)
+
+
+async def test_what_is_not_answered_in_time_has_expired(bus: Bus, tmp_path: Path) -> None:
+    world = World(bus, tmp_path)
+    await world.batch(6, life_ms=700)
+    async with world.gateway("g1", Endpoint(holds=lambda number: number % 2 == 0)):
+        batch = await world.ended()
+    assert (batch.status, batch.completed, batch.failed) == ("expired", 3, 3)
+    assert (await world.rows(batch.output_file)).keys() == {"c1", "c3", "c5"}
+    assert {row["error"]["code"] for row in (await world.rows(batch.error_file)).values()} == {"batch_expired"}  # type: ignore[index]
+
+
+async def test_an_input_that_is_deleted_meanwhile_fails_the_batch(bus: Bus, tmp_path: Path) -> None:
+    world = World(bus, tmp_path)
+    batch = await world.batch()
+    first = Endpoint(holds=lambda number: number > 10)
+    async with world.gateway("g1", first):
+        await wait_until(lambda: len(first.asked) > 10, "the first gateway waits for answers")
+    await world.bus.files.forget(batch.input_file, "t")
+    async with world.gateway("g2", Endpoint()):
+        batch = await world.ended()
+    assert batch.status == "failed"
+    assert [problem.code for problem in batch.problems] == ["file_not_found"]
+    assert len(await world.rows(batch.output_file)) == 10
+
+
+async def test_usage_is_the_sum_of_all_answers(bus: Bus, tmp_path: Path) -> None:
+    world = World(bus, tmp_path)
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 1}}
+    await world.batch(5)
+    async with world.gateway("g1", Endpoint(lambda number: CallAnswer(200, {}, orjson.dumps({"usage": usage})))):
+        batch = await world.ended()
+    assert batch.usage == m.BatchUsage(input_tokens=15, cached_tokens=5, output_tokens=10)

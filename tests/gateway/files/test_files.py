@@ -1,0 +1,172 @@
+"""Files as OpenAI's client drives them, and forms that no client writes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import pytest_asyncio
+from helpers.scripted_fleet import RunningGateway, ScriptedFleet, running_gateway
+from helpers.waiting import wait_until
+from openai import APIStatusError, AsyncOpenAI
+
+from gateway.files.files import FileService
+from gateway.files.storage import FolderStorage
+from protocol.queue.bus import Bus, now_ms
+from protocol.runtime.settings import Settings
+
+LINE = b'{"custom_id": "a"}\n'
+
+
+@pytest_asyncio.fixture
+async def small(bus: Bus, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path) -> Any:
+    """A gateway whose files are small and few."""
+    limits = {"max_file_bytes": 100_000, "tenant_file_bytes": 150_000, "tenant_files": 5, "data": tmp_path}
+    async with running_gateway(bus, model_folder, **limits) as gateway:
+        yield gateway
+
+
+@pytest_asyncio.fixture
+async def openai(small: RunningGateway) -> Any:
+    async with AsyncOpenAI(base_url=f"{small.url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+async def refusal(openai: AsyncOpenAI, **asked: Any) -> APIStatusError:
+    with pytest.raises(APIStatusError) as caught:
+        await openai.files.create(**{"file": ("a.jsonl", LINE), "purpose": "batch"} | asked)
+    return caught.value
+
+
+async def test_a_file_comes_back_as_it_was_sent(openai: AsyncOpenAI) -> None:
+    content = bytes(range(256)) * 300
+    made = await openai.files.create(file=('dir/naïve "x".jsonl', content), purpose="batch")
+    assert (made.bytes, made.purpose, made.status) == (len(content), "batch", "processed")
+    assert made.expires_at is not None
+    assert made.expires_at - made.created_at == 30 * 86_400
+    assert (await openai.files.content(made.id)).content == content
+    assert await openai.files.retrieve(made.id) == made
+    assert (await openai.files.wait_for_processing(made.id)).id == made.id
+    assert (await openai.files.delete(made.id)).deleted
+    for ask in (openai.files.retrieve, openai.files.content, openai.files.delete):
+        with pytest.raises(APIStatusError) as caught:
+            await ask(made.id)
+        assert (caught.value.status_code, caught.value.code) == (404, "file_not_found")
+
+
+async def test_lists_page_in_both_orders(openai: AsyncOpenAI) -> None:
+    made = [(await openai.files.create(file=(f"{i}", LINE), purpose="batch")).id for i in range(4)]
+    assert [file.id async for file in openai.files.list(limit=3)] == made[::-1]
+    assert [file.id async for file in openai.files.list(limit=3, order="asc")] == made
+    assert [file.id async for file in openai.files.list(purpose="batch_output")] == []
+    with pytest.raises(APIStatusError):
+        await openai.files.list(after="file-none")
+
+
+async def test_what_an_upload_refuses(openai: AsyncOpenAI, tmp_path: Path) -> None:
+    assert (await refusal(openai, purpose="vision")).param == "purpose"
+    assert (await refusal(openai, file=("a", b"x" * 100_001))).status_code == 413
+    short = await refusal(openai, expires_after={"anchor": "created_at", "seconds": 60})
+    assert (short.status_code, short.param) == (400, "expires_after")
+    assert (await refusal(openai, extra_body={"prupose": "batch"})).param == "prupose"
+    kept = await openai.files.create(file=("a", b"x" * 70_000), purpose="batch")
+    await openai.files.create(file=("a", b"x" * 70_000), purpose="batch")
+    over = await refusal(openai, file=("a", b"x" * 70_000))
+    assert over.status_code == 429
+    assert "150000" in over.message
+    await openai.files.delete(kept.id)
+    for _ in range(4):
+        await openai.files.create(file=("a", LINE), purpose="batch")
+    assert (await refusal(openai)).status_code == 429
+    assert len(found_below(tmp_path)) == 5
+
+
+def found_below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+BOUNDARY = "b0"
+
+
+def form(*parts: bytes, end: bytes = b"--b0--\r\n") -> bytes:
+    return b"".join(b"--b0\r\n" + part + b"\r\n" for part in parts) + end
+
+
+FILE = b'Content-Disposition: form-data; name="file"; filename="a"\r\n\r\nhello'
+PURPOSE = b'Content-Disposition: form-data; name="purpose"\r\n\r\nbatch'
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (form(FILE, PURPOSE), 200),
+        (form(PURPOSE, FILE), 200),
+        (form(PURPOSE), 400),
+        (form(FILE), 400),
+        (form(FILE, FILE, PURPOSE), 400),
+        (form(FILE, PURPOSE, PURPOSE), 400),
+        (form(FILE, PURPOSE, end=b""), 400),
+        (form(FILE.replace(b'"file"', b'"other"'), PURPOSE), 400),
+        (form(FILE, PURPOSE + b"x" * 5000), 400),
+        (form(FILE, *[PURPOSE.replace(b"purpose", b"p%d" % i) for i in range(40)]), 400),
+        (form(b"X: " + b"y" * 5000 + b"\r\n" + FILE, PURPOSE), 400),
+        (form(*[b"\r\n".join(b"H%d: x" % i for i in range(40)) + b"\r\n" + FILE], PURPOSE), 400),
+        (form(FILE, PURPOSE.replace(b"batch", b"\xff")), 400),
+        (b"junk", 400),
+        (b"", 400),
+    ],
+)
+async def test_odd_forms_get_an_answer_and_leave_nothing(
+    small: RunningGateway, tmp_path: Path, body: bytes, status: int
+) -> None:
+    async with httpx2.AsyncClient(base_url=small.url) as http:
+        headers = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
+        answer = await http.post("/v1/files", content=body, headers=headers)
+    assert answer.status_code == status, answer.text
+    if status != 200:
+        assert answer.json()["error"]["message"]
+        assert not found_below(tmp_path)
+
+
+async def test_a_body_that_is_no_form_is_refused(small: RunningGateway) -> None:
+    async with httpx2.AsyncClient(base_url=small.url) as http:
+        for headers in ({}, {"content-type": "application/json"}, {"content-type": "multipart/form-data"}):
+            assert (await http.post("/v1/files", content=b"{}", headers=headers)).status_code == 400
+
+
+async def test_a_client_that_leaves_in_the_middle_leaves_nothing(small: RunningGateway, tmp_path: Path) -> None:
+    host, port = small.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /v1/files HTTP/1.1\r\nHost: {host}\r\nContent-Length: 50000\r\n"
+    writer.write(
+        f"{head}Content-Type: multipart/form-data; boundary=b0\r\n\r\n".encode() + form(FILE)[:-10] + b"x" * 999
+    )
+    await wait_until(lambda: found_below(tmp_path), "the upload has begun")
+    writer.close()
+    await wait_until(lambda: not found_below(tmp_path), "what was begun is deleted")
+
+
+async def test_expired_files_are_deleted_with_their_bytes(bus: Bus, tmp_path: Path) -> None:
+    files = FileService(bus, FolderStorage(tmp_path), Settings(redis_url=bus.url, model="any"))
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield LINE
+
+    short, long = [await files.make(f"file-{life_s}", "t", "a", chunks(), life_s) for life_s in (0.05, 600)]
+    assert short is not None
+    assert long is not None
+    assert await bus.files.get(long.id, "other") is None
+
+    async def is_gone() -> bool:
+        await files.delete_expired()
+        return await bus.files.get(short.id, "t") is None
+
+    await wait_until(is_gone, "the file has expired")
+    await files.delete_expired()
+    assert [path.name for path in (tmp_path / "files").iterdir()] == [long.id]
+    assert await bus.files.ids("t", 0, 10, oldest_first=True) == [long.id]
+    assert await bus.files.expired(now_ms(), 10) == []
