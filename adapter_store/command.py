@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises BadRequest, NotFound; OSError."""
-    base = describe(args.base) if args.base else None
+def run(args: argparse.Namespace, describe: Callable[[str], ServedModel] | None = None) -> int:
+    """Run the command; return the exit code. describe: how a base model is; None: as `describe_base`.
+
+    Raises BadRequest, NotFound; OSError.
+    """
+    base = (describe or describe_base)(args.base) if args.base else None
     try:
         return args.do(args, base)
     except AdapterRefused as refused:
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
 
 
-def describe(model: str) -> ServedModel:
+def describe_base(model: str) -> ServedModel:
     """Return what adapters must fit of a base model, by way of a process that has torch. Raises BadRequest."""
     done = subprocess.run(
         [sys.executable, "-m", "gpu_worker.describe", model], capture_output=True, text=True, timeout=DESCRIBE_S,

@@ -176,7 +176,7 @@ async def run(
     with tempfile.TemporaryDirectory() as folder:
         fleet, queue = start(Path(folder), model, tree, workers=workers, step_ms=step_ms, capacity=capacity)
         try:
-            await _ready(queue.url, fleet, workers)
+            await wait_until_ready(queue.url, fleet, workers)
             await load(fleet.url_port, num=16, concurrency=8, tokens=2)
             results = [await measure(fleet, **one) for one in loads]
         finally:
@@ -188,7 +188,8 @@ async def run(
     return [{"workers": workers, "step_ms": step_ms, **result} for result in results]
 
 
-async def _ready(queue_url: str, fleet: Processes, workers: int) -> None:
+async def wait_until_ready(queue_url: str, fleet: Processes, workers: int) -> None:
+    """Wait until the workers have joined and the gateway listens. Raises RuntimeError when a service ends."""
     bus = Bus(queue_url)
     while len(await bus.members.ids(bus.keys.workers)) < workers or not await _listens(fleet.url_port):
         if any(process.poll() is not None for process in fleet.processes.values()):

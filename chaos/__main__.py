@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--kills-only", action="store_true", help="of the faults after the first of each sort")
     parser.add_argument("--clients", type=int, default=8, help="calls at a time")
     parser.add_argument("--attackers", type=int, default=0, help="tenants that attack meanwhile; then API keys are on")
+    parser.add_argument("--lines", type=int, default=0, help="of the batches that run meanwhile, one after the other")
     parser.add_argument("--gateways", type=int, default=2)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1, help="of faults and calls")
@@ -39,7 +40,7 @@ def main() -> int:
     shape = Shape(args.gateways, 2, tuple(f"w{i}" for i in range(args.workers)))
     plan = Plan(
         args.faults, args.every, args.clients, args.seed, args.minutes * 60, shape, args.alone, args.kills_only,
-        args.attackers,
+        args.lines, args.attackers,
     )  # fmt: skip
     set_up_logging("chaos", "info")
     logging.getLogger("httpx2").setLevel("WARNING")

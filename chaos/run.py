@@ -18,6 +18,7 @@ from chaos import check
 from chaos.asks import Ask, Expected, Transformers, catalogue, decidable
 from chaos.attacker import HUNG, Attacker
 from chaos.attacks import BODY_ATTACKS
+from chaos.batches import BatchClient
 from chaos.client import GIVE_UP_S, STYLES, Attempt, Call, Client
 from chaos.faults import Havoc, Hit
 from chaos.fleet import ProcessFleet, Shape
@@ -49,6 +50,7 @@ class Plan:
     shape: Shape
     alone: bool = False  # one fault at a time
     kills_only: bool = False  # once each fault has been done
+    num_lines: int = 0  # of the batches that a client runs, one after the other; 0: there is no such client
     num_attackers: int = 0  # if there are any, API keys are on, and they are another tenant than the clients
 
 
@@ -60,6 +62,7 @@ class Tally:
     calls: Counter[str] = field(default_factory=Counter)  # style -> complete
     told: Counter[str] = field(default_factory=Counter)  # error codes of unfinished attempts
     attacks: Counter[str] = field(default_factory=Counter)  # name -> rounds
+    num_lost_batches: int = 0  # that a queue without power has forgotten, just made
     pauses: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))  # s, per kind and how
     num_tokens: int = 0
     hits: list[Hit] = field(default_factory=list)
@@ -79,8 +82,8 @@ class Run:
         self.expected: dict[Ask, Expected] = {}
         self.tally = Tally()
         self.havoc = Havoc(fleet, random.Random(plan.seed), kills_only=plan.kills_only)
-        client_key, self._attacker_key = keys
-        self._client = Client(fleet.urls, client_key)
+        self._client_key, self._attacker_key = keys
+        self._client = Client(fleet.urls, self._client_key)
         self._checks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -118,6 +121,8 @@ class Run:
         async with asyncio.TaskGroup() as group:
             for number in range(self.plan.num_clients):
                 group.create_task(self._be_client(number, stop))
+            if self.plan.num_lines:
+                group.create_task(self._run_batches(stop))
             for number in range(self.plan.num_attackers):
                 group.create_task(self._be_attacker(number, stop))
             timer = asyncio.get_running_loop().call_later(self.plan.max_s, stop.set)
@@ -138,6 +143,21 @@ class Run:
             call = Call(rng.choice(self.asks), rng.choice(STYLES), time.monotonic())
             await self._client.ask(call.ask, call.style, call)
             self._take(call)
+
+    async def _run_batches(self, stop: asyncio.Event) -> None:
+        """Run one batch after the other; the last one is run to its end after the faults."""
+        rng = random.Random(f"{self.plan.seed} batches")
+        client = BatchClient(self.fleet.urls, self._client_key, self.expected)
+        try:
+            while not stop.is_set():
+                wrong = await client.run(self.plan.num_lines, rng)
+                if wrong is None:
+                    self.tally.num_lost_batches += 1
+                    continue
+                self.tally.violations += [f"batch: {what}" for what in wrong]
+                self.tally.calls["batch"] += self.plan.num_lines
+        finally:
+            await client.close()
 
     async def _be_attacker(self, number: int, stop: asyncio.Event) -> None:
         """Attack in one way after the other. What the attackers are told matters only where it is a fault."""
@@ -225,9 +245,15 @@ class Run:
                 self.tally.violations += left
                 break
             await asyncio.sleep(0.5)
+        self._check_lost_batches()
         self.tally.num_dead_letters = await self.fleet.bus.streams.length(self.fleet.bus.keys.dlq)
         if self.tally.num_dead_letters:
             self.tally.violations.append(f"{self.tally.num_dead_letters} dead letters")
+
+    def _check_lost_batches(self) -> None:
+        cuts = [hit for hit in self.havoc.hits if hit.how == "power cut"]
+        if self.tally.num_lost_batches > len(cuts):
+            self.tally.violations.append(f"{self.tally.num_lost_batches} batches are lost after {len(cuts)} power cuts")
 
     async def _left_over(self) -> list[str]:
         bus = self.fleet.bus

@@ -1,7 +1,7 @@
 """The lines of a batch's input file: where each is, whether it can be run, and in which order. Pure.
 
 A line is read twice: first by itself, to find out that it is a call and of which model, later to be run. Between the
-two nothing of it is held but its place, a hash of its name and what it is sorted by, some 300 bytes.
+two nothing of it is held but its place, a hash of its name and what it is sorted by, some 640 bytes at most.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from helpers.adapter_files import lora_config, lora_tensors, safetensors, write_
 from helpers.other_formats import peft_pairs, write_gguf, write_mlx
 from safetensors.numpy import load_file
 
+from adapter_store.command import add_arguments, describe_base, run
 from lorafleet.__main__ import main
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.wire.messages import ServedModel
 
 MODEL = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 16,
@@ -20,12 +23,24 @@ MODEL = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> str:
-    folder = tmp_path / "base"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("base")
     (folder / "config.json").write_text(json.dumps(MODEL))
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def described(base: str) -> ServedModel:
+    """What the process with torch says of the base, once for all tests but the first."""
+    return describe_base(base)
+
+
+def adapter(described: ServedModel, *words: str) -> int:
+    """Run a command for a base that is described already; return its exit code."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run(parser.parse_args([*words, "--base", "described"]), lambda _: described)
 
 
 def test_check_shows_what_takes_effect(tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,7 +54,7 @@ def test_check_shows_what_takes_effect(tmp_path: Path, base: str, capsys: pytest
 
 
 def test_check_says_what_is_mapped_and_what_is_zero(
-    tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, described: ServedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_adapter(tmp_path / "a")
     tensors = {
@@ -47,18 +62,18 @@ def test_check_says_what_is_mapped_and_what_is_zero(
         for name, value in lora_tensors().items()
     }
     (folder / WEIGHTS_FILE).write_bytes(safetensors(tensors))
-    assert main(["adapter", "check", str(folder), "--base", base]) == 0
+    assert adapter(described, "check", str(folder)) == 0
     out = capsys.readouterr().out
     assert "mapped: model.language_model.* → model.*" in out
     assert "no: it adds zero" in out
     (folder / WEIGHTS_FILE).write_bytes(safetensors({name: np.zeros_like(value) for name, value in tensors.items()}))
-    assert main(["adapter", "check", str(folder), "--base", base]) == 1
+    assert adapter(described, "check", str(folder)) == 1
     assert "no effect" in capsys.readouterr().out
 
 
-def test_check_gives_every_reason(tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_gives_every_reason(tmp_path: Path, described: ServedModel, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_adapter(tmp_path / "a", target_modules=["q_proj", "o_proj"], use_qalora=True)
-    assert main(["adapter", "check", str(folder), "--base", base]) == 1
+    assert adapter(described, "check", str(folder)) == 1
     out = capsys.readouterr().out
     for part in ("use_qalora", "does not target", "missing for targeted layers"):
         assert part in out
@@ -77,28 +92,30 @@ def test_wrong_usage_is_told(tmp_path: Path, base: str, capsys: pytest.CaptureFi
         assert reason in capsys.readouterr().err
 
 
-def test_mlx_is_converted(tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mlx_is_converted(tmp_path: Path, described: ServedModel, capsys: pytest.CaptureFixture[str]) -> None:
     peft = write_adapter(tmp_path / "peft")
     source, target = write_mlx(peft, tmp_path / "mlx", scale=20.0), tmp_path / "out"
-    assert main(["adapter", "check", str(source), "--base", base]) == 0
+    assert adapter(described, "check", str(source)) == 0
     assert "adapters.safetensors: read as" in capsys.readouterr().out
     assert main(["adapter", "convert", str(source), str(target)]) == 0
     assert "digest" in capsys.readouterr().out
     found, expected = load_file(target / WEIGHTS_FILE), load_file(peft / WEIGHTS_FILE)
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
     assert json.loads((target / CONFIG_FILE).read_text())["lora_alpha"] == 80.0
-    assert main(["adapter", "check", str(target), "--base", base]) == 0
+    assert adapter(described, "check", str(target)) == 0
     assert main(["adapter", "convert", str(source), str(target)]) == 2
     assert "is there already" in capsys.readouterr().err
 
 
-def test_gguf_is_converted_for_a_base(tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gguf_is_converted_for_a_base(
+    tmp_path: Path, described: ServedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
     peft = write_adapter(tmp_path / "peft")
     write_gguf(peft_pairs(peft), tmp_path / "cpp" / "lora.gguf", "llama", 8.0, heads=(2, 2))
     source, target = str(tmp_path / "cpp"), tmp_path / "out"
     assert main(["adapter", "convert", source, str(target)]) == 2
     assert "--base" in capsys.readouterr().err
-    assert main(["adapter", "convert", source, str(target), "--base", base]) == 0
+    assert adapter(described, "convert", source, str(target)) == 0
     found, expected = load_file(target / WEIGHTS_FILE), load_file(peft / WEIGHTS_FILE)
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
     assert json.loads((target / CONFIG_FILE).read_text())["lora_alpha"] == lora_config()["lora_alpha"]

@@ -65,7 +65,7 @@ def test_only_one_service_fetches_and_the_others_wait_for_it() -> None:
         assert services[name]["depends_on"]["model"] == {"condition": "service_completed_successfully"}
         assert services[name]["environment"]["HF_HUB_OFFLINE"] == "1"
         writable = {volume.split(":")[0] for volume in services[name]["volumes"] if not volume.endswith(":ro")}
-        assert writable == {"secret"}
+        assert writable == {"secret", *(["files"] if name == "gateway" else [])}
     assert services["model"]["restart"] == "no"  # its error stays the last line of its log
     assert services["model"]["image"] == services["gpu_worker"]["image"]  # converting takes torch
 

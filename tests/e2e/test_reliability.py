@@ -25,6 +25,8 @@ from protocol.wire import messages as m
 SHAPE = Shape(gateways=2, schedulers=2, workers=("w0", "w1"), stores=1)
 MODELS = ("base", "one", "two")
 NUM_TOKENS = 150
+PAUSE_S = 0.2
+"""Between two calls of a client: what restarts needs the cores."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -83,7 +85,7 @@ async def right(shared_fleet: ProcessFleet) -> dict[Ask, str]:
 
 
 class Traffic:
-    """Clients that ask without a pause; every answer must be right, and what has begun must not be cut."""
+    """Clients that ask again and again; every answer must be right, and what has begun must not be cut."""
 
     def __init__(self, fleet: ProcessFleet, right: dict[Ask, str], num_clients: int = 6) -> None:
         self.calls: list[Call] = []
@@ -113,6 +115,7 @@ class Traffic:
             assert call.is_complete
             assert call.attempts[-1].text == self._right[ask]
             self.calls.append(call)
+            await asyncio.sleep(PAUSE_S)
 
     @property
     def errors(self) -> list[Attempt]:

@@ -36,7 +36,7 @@ CATALOGUE_BYTES = 3 << 10
 OWN_TEXTS_BYTES = 128 << 20
 """Adapters' own tokenizers and templates."""
 
-LINE_BYTES = 512
+LINE_BYTES = 640
 """What is held of a line of a batch."""
 
 SANDBOX_BYTES = 1100 << 20

@@ -34,7 +34,7 @@ def test_kernels_match_the_reference_in_the_interpreter() -> None:
     output = run("-m", "pytest", str(FOLDER), "-p", "no:cacheprovider", TRITON_INTERPRET="1")
     passed = re.search(r"(\d+) passed", output)
     assert passed is not None, output
-    assert int(passed[1]) > 100
+    assert int(passed[1]) > 70
 
 
 @pytest.mark.timeout(600)

@@ -30,7 +30,13 @@ TYPES = {
 }
 
 
-@pytest.fixture(scope="module", params=TYPES)
+RARE = ("falcon_h1", "nemotron_h", "jamba")
+"""Types that `make test-models` tries: each of their mixers is another type's too."""
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.models if name in RARE else ()) for name in TYPES]
+)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 

@@ -35,8 +35,10 @@ def check_launches(case: AttentionCase) -> list[Launch]:
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize(("heads", "head_dims"), [((4, 4), (16, 16)), ((6, 2), (32, 32)), ((9, 1), (24, 12))])
-@pytest.mark.parametrize("dtype", [FP32, FP16])
+@pytest.mark.parametrize(
+    ("heads", "head_dims", "dtype"),
+    [((4, 4), (16, 16), FP32), ((6, 2), (32, 32), FP16), ((9, 1), (24, 12), FP32)],
+)
 def test_matches_reference(step: str, heads: tuple[int, int], head_dims: tuple[int, int], dtype: torch.dtype) -> None:
     query_lens, kv_lens = STEPS[step]
     check(attention_case(query_lens, kv_lens, heads, head_dims, dtype))

@@ -29,7 +29,7 @@ def check(case: LoraCase) -> None:
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize(("num_tokens", "dtype"), [(1, FP32), (7, FP16), (33, FP32), (67, FP16)])
+@pytest.mark.parametrize(("num_tokens", "dtype"), [(7, FP32), (67, FP16)])
 def test_matches_reference_for_every_mix(distribution: Distribution, num_tokens: int, dtype: torch.dtype) -> None:
     slots = token_slots(distribution, num_tokens, num_slots=5, seed=num_tokens)
     if (slots < 0).all():

@@ -1,0 +1,171 @@
+"""`lorafleet batch` runs a file of calls as a batch: uploads it, shows how far it is, downloads the answers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lorafleet.api import Api, add_flags
+from protocol.wire.errors import BadRequest
+
+ENDED = ("completed", "failed", "expired", "cancelled")
+POLL_S = 1.0
+MAX_SHOWN = 10
+"""Problems of an input file that are printed."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    actions = parser.add_subparsers(metavar="run|list|show|cancel", required=True)
+    start = actions.add_parser("run", help="upload a file of calls, wait for its answers and download them")
+    start.description = (
+        "Each line of the file is a call: {custom_id, method, url, body}. Exit code 0 if every line has an answer,"
+        " 1 if some failed, 130 if you leave before: the batch goes on, `lorafleet batch show` follows it."
+    )
+    start.add_argument("file", metavar="FILE.jsonl", type=Path)
+    start.add_argument("--model", help="the model of lines that name none")
+    start.add_argument("--endpoint", help="the endpoint of all lines (default: the url of the first)")
+    start.add_argument("--out", type=Path, metavar="FILE", help="where the answers go (default: FILE.output.jsonl)")
+    start.add_argument("--errors", type=Path, metavar="FILE", help="where failures go (default: FILE.errors.jsonl)")
+    start.set_defaults(do=_run)
+    listing = actions.add_parser("list", help="list batches, the newest first")
+    listing.add_argument("--limit", type=int, default=20, help="most that are listed (%(default)s)")
+    listing.set_defaults(do=_list)
+    show = actions.add_parser("show", help="show one, and download what it has if it has ended")
+    show.add_argument("--out", type=Path, metavar="FILE", help="where the answers go (default: they stay there)")
+    show.add_argument("--errors", type=Path, metavar="FILE", help="where failures go (default: they stay there)")
+    show.set_defaults(do=_show)
+    cancel = actions.add_parser("cancel", help="end one; what it has is kept")
+    cancel.set_defaults(do=_cancel)
+    for action in (show, cancel):
+        action.add_argument("batch", metavar="ID")
+    for action in (start, listing, show, cancel):
+        add_flags(action)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
+    with Api(args) as api:
+        return args.do(api, args)
+
+
+def _run(api: Api, args: argparse.Namespace) -> int:
+    with _lines(args.file, args.model) as (file, first_url):
+        endpoint = args.endpoint or first_url
+        if not endpoint:
+            raise BadRequest(f"{args.file}: the first line has no url: give --endpoint")
+        uploaded = api.ask("POST", "/v1/files", files={"file": (args.file.name, file)}, data={"purpose": "batch"})
+    asked = {"input_file_id": uploaded["id"], "endpoint": endpoint, "completion_window": "24h"}
+    batch = api.ask("POST", "/v1/batches", json=asked)
+    print(f"{batch['id']} is made of {args.file}", file=sys.stderr)
+    try:
+        batch = _follow(api, batch)
+    except KeyboardInterrupt:
+        print(f"\nit goes on: `lorafleet batch show {batch['id']}`", file=sys.stderr)
+        raise
+    out = args.out or args.file.with_suffix(".output.jsonl")
+    errors = args.errors or args.file.with_suffix(".errors.jsonl")
+    _download(api, batch, out, errors)
+    return _told(batch)
+
+
+def _follow(api: Api, batch: dict[str, Any]) -> dict[str, Any]:
+    """Show how far a batch is until it has ended; return it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("validating", total=None)
+        while batch["status"] not in ENDED:
+            time.sleep(POLL_S)
+            batch = api.ask("GET", f"/v1/batches/{batch['id']}")
+            counts = batch["request_counts"]
+            done = counts["completed"] + counts["failed"]
+            progress.update(task, description=batch["status"], completed=done, total=counts["total"] or None)
+    return batch
+
+
+def _download(api: Api, batch: dict[str, Any], out: Path | None, errors: Path | None) -> None:
+    for key, target in (("output_file_id", out), ("error_file_id", errors)):
+        if batch[key] and target is not None:
+            api.download(f"/v1/files/{batch[key]}/content", target)
+            print(target)
+
+
+def _told(batch: dict[str, Any]) -> int:
+    """Print how a batch has ended; return the exit code."""
+    counts, usage = batch["request_counts"], batch["usage"]
+    for problem in ((batch["errors"] or {}).get("data") or [])[:MAX_SHOWN]:
+        where = f"line {problem['line']}: " if problem["line"] else ""
+        print(f"{where}{problem['message']} ({problem['code']})", file=sys.stderr)
+    print(
+        f"{batch['status']}: {counts['completed']} of {counts['total']} lines answered, {counts['failed']} failed;"
+        f" {usage['input_tokens']} tokens in, {usage['output_tokens']} out",
+        file=sys.stderr,
+    )
+    return 0 if batch["status"] == "completed" and not counts["failed"] else 1
+
+
+def _list(api: Api, args: argparse.Namespace) -> int:
+    table = Table("id", "status", "endpoint", "lines", "answered", "failed", box=None, header_style="bold")
+    page = api.ask("GET", "/v1/batches", params={"limit": args.limit})
+    for batch in page["data"]:
+        counts = batch["request_counts"]
+        table.add_row(
+            batch["id"], batch["status"], batch["endpoint"],
+            *(str(counts[name]) for name in ("total", "completed", "failed")),
+        )  # fmt: skip
+    console = Console(width=max(120, Console().width))
+    console.print(table if page["data"] else "no batches")
+    return 0
+
+
+def _show(api: Api, args: argparse.Namespace) -> int:
+    batch = api.ask("GET", f"/v1/batches/{args.batch}")
+    print(json.dumps(batch, indent=2))
+    _download(api, batch, args.out, args.errors)
+    return 0
+
+
+def _cancel(api: Api, args: argparse.Namespace) -> int:
+    batch = api.ask("POST", f"/v1/batches/{args.batch}/cancel")
+    print(f"{batch['id']} is {batch['status']}")
+    return 0
+
+
+@contextmanager
+def _lines(path: Path, model: str | None) -> Iterator[tuple[IO[bytes], str]]:
+    """Open a file of calls, with a model in all of them; yield it with the first line's url. Raises BadRequest."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise BadRequest(f"cannot read {path}: {error.strerror}") from error
+    with file, tempfile.TemporaryFile() as changed:
+        first_url = ""
+        for number, raw in enumerate(file, start=1):
+            if number > 1 and model is None:
+                break
+            try:
+                line = json.loads(raw) if raw.strip() else {}
+            except ValueError as error:
+                raise BadRequest(f"{path}, line {number}: no JSON: {error}") from error
+            if not isinstance(line, dict):
+                raise BadRequest(f"{path}, line {number}: no JSON object")
+            if number == 1 and isinstance(line.get("url"), str):
+                first_url = line["url"]
+            if model is not None and line:
+                if isinstance(line.get("body"), dict):
+                    line["body"].setdefault("model", model)
+                changed.write(json.dumps(line).encode() + b"\n")
+        chosen = file if model is None else changed
+        chosen.seek(0)
+        yield chosen, first_url
