@@ -1,5 +1,7 @@
 """Adapters in S3 or a compatible server: `s3://bucket/prefix`, with the files directly under the prefix.
 
+One in GGUF has any name, so the prefix is listed, where PEFT's and MLX-LM's files are not there.
+
 The ETags of the objects make up the version. Every read sends If-Match, so an object that was replaced is noticed.
 S3 is read with the fleet's own credentials only, and callers' tokens mean nothing to it.
 """
@@ -20,15 +22,17 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from urllib3.exceptions import HTTPError
 
-from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, RemoteFile, Version
+from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, RemoteFile, Version, choose_weights, needs_config
 from adapter_store.sources.retry import Attempts, Retries
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from peft_adapters.formats.mlx import MLX_WEIGHTS
-from protocol.wire.adapter_refs import parse_reference
+from protocol.wire.adapter_refs import Reference, parse_reference
 from protocol.wire.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
 
 CHUNK_BYTES = 64 << 10
 """Bytes written at once; at most so many are lost when a body breaks off."""
+MAX_LISTED = 1_000
+"""Objects under a prefix among which a GGUF file is looked for: what S3 lists in one answer."""
 _MD5 = re.compile(r"[0-9a-f]{32}")
 
 
@@ -62,24 +66,11 @@ class S3Source:
         if reference is None:
             raise NotFound(f"s3:{target} is not an address of the form s3://bucket/prefix")
         bucket, prefix = reference.owner, reference.path
-        files: dict[str, RemoteFile] = {}
-        for name in (CONFIG_FILE, WEIGHTS_FILE, MLX_WEIGHTS, *MORE_FILES):
-            if name == MLX_WEIGHTS and WEIGHTS_FILE in files:
-                continue
-            try:
-                head = self._s3.head_object(Bucket=bucket, Key=f"{prefix}/{name}")
-            except ClientError as error:
-                # Without the permission to list, S3 answers 403 for an object that does not exist.
-                if name in MORE_FILES and _status(error) in (403, 404):
-                    continue
-                if name == WEIGHTS_FILE and _status(error) == 404:
-                    continue  # it may be one of MLX-LM
-                if name == MLX_WEIGHTS and _status(error) in (403, 404):
-                    raise AdapterRefused([f"{reference.source} has no {WEIGHTS_FILE}"]) from error
-                raise _refusal(error, f"{reference.source}/{name}") from error
-            except BotoCoreError as error:
-                raise _unreachable(error) from error
-            files[name] = RemoteFile(head["ContentLength"], head["ETag"], _checksum(head))
+        files = self._needed(reference)
+        for name in MORE_FILES:
+            file = self._head(reference, name, absent=(403, 404))
+            if file is not None:
+                files[name] = file
         etags = ",".join(file.etag for file in files.values())
         return Version(
             key=f"s3:{self._endpoint}/{bucket}/{prefix}:{etags}",
@@ -87,6 +78,51 @@ class S3Source:
             target=f"//{bucket}/{prefix}",
             files=files,
         )
+
+    def _needed(self, reference: Reference) -> dict[str, RemoteFile]:
+        """Return the config and weights of an adapter, or its one file in GGUF. Raises as `resolve`."""
+        config = self._head(reference, CONFIG_FILE, absent=(404,))
+        if config is not None:
+            # Without the permission to list, S3 answers 403 for an object that does not exist.
+            for name, absent in ((WEIGHTS_FILE, (404,)), (MLX_WEIGHTS, (403, 404))):
+                weights = self._head(reference, name, absent=absent)
+                if weights is not None:
+                    return {CONFIG_FILE: config, name: weights}
+        name = choose_weights(self._names(reference))
+        if not name or needs_config(name):
+            if config is None:
+                raise NotFound(f"{reference.source}/{CONFIG_FILE} does not exist, and no GGUF file beside it")
+            raise AdapterRefused([f"{reference.source} has no {WEIGHTS_FILE}"])
+        weights = self._head(reference, name, absent=())
+        assert weights is not None
+        return {name: weights}
+
+    def _head(self, reference: Reference, name: str, *, absent: tuple[int, ...]) -> RemoteFile | None:
+        """Return size and ETag of an object; None for an answer in `absent`. Raises as `resolve`."""
+        try:
+            head = self._s3.head_object(Bucket=reference.owner, Key=f"{reference.path}/{name}")
+        except ClientError as error:
+            if _status(error) in absent:
+                return None
+            raise _refusal(error, f"{reference.source}/{name}") from error
+        except BotoCoreError as error:
+            raise _unreachable(error) from error
+        return RemoteFile(head["ContentLength"], head["ETag"], _checksum(head))
+
+    def _names(self, reference: Reference) -> list[str]:
+        """Return the names of the objects directly under a prefix, none where listing is not allowed."""
+        prefix = f"{reference.path}/"
+        try:
+            page = self._s3.list_objects_v2(Bucket=reference.owner, Prefix=prefix, Delimiter="/", MaxKeys=MAX_LISTED)
+        except ClientError as error:
+            if _status(error) in (403, 404):
+                return []
+            raise _refusal(error, reference.source) from error
+        except BotoCoreError as error:
+            raise _unreachable(error) from error
+        if page.get("IsTruncated"):
+            raise AdapterRefused([f"{reference.source} has more than {MAX_LISTED} objects: too many to look for GGUF"])
+        return [entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ())]
 
     async def confirm(self, version: Version, access: Access) -> None:
         """Do nothing: S3 has decided when it gave the heads of the objects."""

@@ -30,8 +30,9 @@ _FUSED = {
     "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj", "ffn_up": "mlp.gate_up_proj",
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+_ATTENTION = {weight: module for weight, module in _SPLIT.items() if weight.startswith("attn_")}
 _HEAD = "output.weight"
-_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.weight", re.ASCII)
+_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,5})\.([\w.]{1,64})\.weight", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +46,40 @@ class Architecture:
 
 ARCHITECTURES = {
     "llama": Architecture(("llama", "mistral", "mixtral"), _SPLIT, is_paired=True),
+    "mistral3": Architecture(("ministral3",), _SPLIT, is_paired=True),
+    "granite": Architecture(("granite",), _SPLIT, is_paired=True),
+    "smollm3": Architecture(("smollm3",), _SPLIT, is_paired=True),
     "qwen2": Architecture(("qwen2",), _SPLIT),
+    "qwen2moe": Architecture(("qwen2_moe",), _ATTENTION),
     "qwen3": Architecture(("qwen3",), _SPLIT),
+    "qwen3moe": Architecture(("qwen3_moe",), _ATTENTION),
+    "qwen35": Architecture(("qwen3_5", "qwen3_5_text"), _SPLIT),
     "gemma": Architecture(("gemma",), _SPLIT),
     "gemma2": Architecture(("gemma2",), _SPLIT),
     "gemma3": Architecture(("gemma3", "gemma3_text"), _SPLIT),
+    "phi2": Architecture(
+        ("phi",), {**_ATTENTION, "attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"}
+    ),
     "phi3": Architecture(("phi3",), _FUSED),
-}
-"""The architectures that are served. Others reorder their weights in other ways."""
+    "glm4": Architecture(("glm4",), {**_ATTENTION, "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}),
+    "olmo2": Architecture(("olmo2", "olmo3"), _SPLIT),
+    "seed_oss": Architecture(("seed_oss",), _SPLIT),
+    "command-r": Architecture(("cohere",), _SPLIT),
+    "cohere2": Architecture(("cohere2",), _SPLIT),
+    "exaone4": Architecture(("exaone4",), _SPLIT),
+    "stablelm": Architecture(("stablelm",), _SPLIT),
+    "starcoder2": Architecture(("starcoder2",), {**_ATTENTION, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
+    "gpt-oss": Architecture(("gpt_oss",), _ATTENTION),
+    "lfm2": Architecture(
+        ("lfm2",),
+        {
+            **_ATTENTION, "attn_output": "self_attn.out_proj", "ffn_gate": "feed_forward.w1",
+            "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2", "shortconv.in_proj": "conv.in_proj",
+            "shortconv.out_proj": "conv.out_proj",
+        },
+    ),
+}  # fmt: skip
+"""The architectures that are served. Others reorder their weights in other ways, as qwen35 those of its delta rules."""
 
 
 def convert_gguf(file: GgufFile, base: ServedModel) -> Conversion:

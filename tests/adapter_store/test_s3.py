@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from botocore.exceptions import ClientError
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
-from helpers.other_formats import write_mlx
+from helpers.other_formats import peft_pairs, write_gguf, write_mlx
 from helpers.s3_server import BUCKET, S3Server, run_cutter, run_s3
 from helpers.store_run import QUICK, RunStore, ask, in_state
 from safetensors.numpy import load_file
@@ -82,6 +83,50 @@ async def test_one_of_mlx_is_taken(s3: S3Server, source: S3Source, mirror: Mirro
     assert folder is not None
     found, expected = load_file(folder / WEIGHTS_FILE), load_file(peft / WEIGHTS_FILE)
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def upload_gguf(s3: S3Server, prefix: str, folder: Path, seed: int = 0) -> Path:
+    """Upload llama.cpp's form of a PEFT adapter, which is made in a folder."""
+    peft = write_adapter(folder / "peft", seed=seed)
+    path = write_gguf(peft_pairs(peft), folder / "any-name.gguf", "llama", 8.0, heads=(2, 2))
+    s3.client().put_object(Bucket=BUCKET, Key=f"{prefix}/{path.name}", Body=path.read_bytes())
+    return peft
+
+
+async def test_one_in_gguf_is_taken(s3: S3Server, source: S3Source, mirror: Mirror, tmp_path: Path) -> None:
+    peft, base = upload_gguf(s3, "team/cpp", tmp_path), msgspec.structs.replace(BASE, head_dim=8)
+    s3.client().put_object(Bucket=BUCKET, Key="team/cpp/older/other.gguf", Body=b"GGUF")  # deeper: another's
+    taken = await mirror.take(source, f"//{BUCKET}/team/cpp", base)
+    folder = mirror.blobs.verified(taken.digest)
+    assert folder is not None
+    found, expected = load_file(folder / WEIGHTS_FILE), load_file(peft / WEIGHTS_FILE)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    upload_gguf(s3, "team/cpp", tmp_path / "2", seed=1)
+    assert (await mirror.take(source, f"//{BUCKET}/team/cpp", base)).digest != taken.digest
+
+
+async def test_two_in_gguf_are_refused(s3: S3Server, source: S3Source) -> None:
+    for name in ("a", "b"):
+        s3.client().put_object(Bucket=BUCKET, Key=f"two/{name}.gguf", Body=b"GGUF")
+    with pytest.raises(AdapterRefused, match="2 GGUF files"):
+        await source.resolve(f"//{BUCKET}/two")
+
+
+class Crowded:
+    """An S3 client of a prefix with more objects than are listed, none of them an adapter's config."""
+
+    meta = SimpleNamespace(endpoint_url="http://s3")
+
+    def head_object(self, **_: Any) -> Any:
+        raise ClientError({"ResponseMetadata": {"HTTPStatusCode": 404}}, "HeadObject")
+
+    def list_objects_v2(self, **asked: Any) -> dict[str, Any]:
+        return {"Contents": [{"Key": f"a/{i}"} for i in range(asked["MaxKeys"])], "IsTruncated": True}
+
+
+async def test_a_crowded_prefix_is_not_read_through() -> None:
+    with pytest.raises(AdapterRefused, match="more than 1000 objects"):
+        await S3Source(Crowded()).resolve("//bucket/a")
 
 
 async def test_an_object_replaced_meanwhile_is_noticed(s3: S3Server, source: S3Source, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from protocol.wire.messages import ServedModel
 QWEN3: Base = ("qwen3", {"head_dim": 16})
 PHI3: Base = ("phi3", {})
 GEMMA3: Base = ("gemma3_text", {"head_dim": 16, "sliding_window": 12, "tie_word_embeddings": True})
+LFM2: Base = ("lfm2", {"layer_types": ["conv", "full_attention"]})
 WIDE: Base = ("llama", {"head_dim": 32})  # heads that do not divide the width
 SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -50,6 +51,9 @@ GGUF: dict[str, tuple[Kind, str, tuple[int, int]]] = {
     "llama, other heads": (Kind(WIDE, {"target_modules": SPLIT}), "llama", (4, 2)),
     "qwen3": (Kind(QWEN3, {"target_modules": SPLIT}), "qwen3", (0, 0)),
     "gemma3": (Kind(GEMMA3, {"target_modules": SPLIT}), "gemma3", (0, 0)),
+    "granite": (Kind(("granite", {}), {"target_modules": SPLIT}), "granite", (4, 2)),
+    "starcoder2": (Kind(("starcoder2", {}), {"target_modules": [*SPLIT[:4], "c_fc", "c_proj"]}), "starcoder2", (0, 0)),
+    "lfm2": (Kind(LFM2, {"target_modules": ["q_proj", "out_proj", "w1", "w2", "w3", "in_proj"]}), "lfm2", (0, 0)),
     "phi3": (Kind(PHI3, {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}), "phi3", (0, 0)),
 }
 
