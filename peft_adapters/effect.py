@@ -42,7 +42,7 @@ def is_zero_product(part: LoraWeights, tensors: Mapping[str, TensorInfo], weight
         return False
     if not part.scale:
         return True
-    if part.bias and not is_zero(part.bias):
+    if not all(is_zero(bias) for bias in part.biases):
         return False
     if part.singular and is_zero(part.singular):
         return True

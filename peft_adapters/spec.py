@@ -16,7 +16,9 @@ class LoraBlock:
     begin: int
     end: int
     at: int = 0  # output of the layer to which the first of these rows belongs
-    factor: float = 1.0  # of b
+    factor: float = 1.0  # of b and the bias
+    bias: str = ""  # tensors of which the same rows count; see `LoraWeights`
+    magnitude: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,10 @@ class LoraWeights:
     experts: tuple[tuple[tuple[str, str], ...], ...] = ()
     """In the place of a and b, for each expert: a [rank / n, in] and b [out / n, rank / n] of each of its n layers."""
     blocks: tuple[LoraBlock, ...] = ()
-    """In the place of a and b: A is the blocks' A stacked, B has their rows as blocks and is zero elsewhere."""
+    """In the place of a and b: A is the blocks' A stacked, B has their rows as blocks and is zero elsewhere.
+
+    Then bias and magnitude are one block's, and say that all blocks have them.
+    """
     width: int = 0  # out, where there are blocks
 
     @property
@@ -47,6 +52,11 @@ class LoraWeights:
         if self.blocks:
             return [(block.a, block.b) for block in self.blocks]
         return [pair for pairs in self.experts for pair in pairs] or [(self.a, self.b)]
+
+    @property
+    def biases(self) -> list[str]:
+        """The names of all biases."""
+        return [name for name in [block.bias for block in self.blocks] or [self.bias] if name]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 The rows of a fused layer are its parts' rows, one after the other. So LoRA of the fused layer is, on each part, the
 same A and the part's rows of B. LoRA of the parts is, on the fused layer, their A stacked, and their B as blocks on a
-diagonal; its rank is the sum of theirs.
+diagonal; its rank is the sum of theirs. A bias of LoRA and DoRA's magnitudes have a number for each row, and are cut
+and joined as rows are: the length of a row of the weight is the same in both forms.
 """
 
 from __future__ import annotations
@@ -130,8 +131,8 @@ def uncut(lora: Iterable[LoraWeights], cuts: Sequence[Cut], reasons: Reasons) ->
     for own in lora:
         if own.site not in parts and own.site not in whole:
             found.append(own)
-        elif own.bias or own.magnitude or own.singular:
-            reasons.add("only plain LoRA is served on layers that the base model fuses or splits otherwise", own.site)
+        elif own.singular:
+            reasons.add("AdaLoRA is not served on layers that the base model fuses or splits otherwise", own.site)
         elif own.site in whole:
             found += [
                 replace(
@@ -139,7 +140,7 @@ def uncut(lora: Iterable[LoraWeights], cuts: Sequence[Cut], reasons: Reasons) ->
                     site=part.name,
                     a="",
                     b="",
-                    blocks=(LoraBlock(own.a, own.b, part.begin, part.end),),
+                    blocks=(LoraBlock(own.a, own.b, part.begin, part.end, bias=own.bias, magnitude=own.magnitude),),
                     width=part.end - part.begin,
                 )
                 for part in whole[own.site].parts
@@ -154,9 +155,14 @@ def _join(cut: Cut, own: list[tuple[Part, LoraWeights]]) -> LoraWeights:
     """Return one LoRA for a fused layer. The first part's scale holds for all; the others' B make up for it."""
     scale = next((lora.scale for _, lora in own if lora.scale), 0.0)
     blocks = tuple(
-        LoraBlock(lora.a, lora.b, 0, part.end - part.begin, part.begin, lora.scale / scale if scale else 1.0)
+        LoraBlock(
+            lora.a, lora.b, 0, part.end - part.begin, part.begin, lora.scale / scale if scale else 1.0, lora.bias,
+            lora.magnitude,
+        )
         for part, lora in own
-    )
+    )  # fmt: skip
+    first = own[0][1]
     return LoraWeights(
-        cut.fused, sum(lora.rank for _, lora in own), scale, "", "", blocks=blocks, width=cut.parts[-1].end
-    )
+        cut.fused, sum(lora.rank for _, lora in own), scale, "", "", bias=first.bias, magnitude=first.magnitude,
+        blocks=blocks, width=cut.parts[-1].end,
+    )  # fmt: skip

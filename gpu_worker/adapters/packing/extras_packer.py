@@ -109,7 +109,7 @@ class _ExtrasPacker:
         if len(b) != site.out_features or "weight" in self._linear.get(part.site, {}):
             self._linear[part.site]["lora"] = LowRank(a.to(site.dtype), b.T.to(site.dtype).contiguous(), part.scale)
         if part.bias:
-            self._linear[part.site]["lora_bias"] = part.scale * self._get(part.bias).float()
+            self._linear[part.site]["lora_bias"] = part.scale * self._bias(part)
         if part.magnitude:
             self._linear[part.site]["dora"] = self._dora(part, self._weight(part.site))
 
@@ -166,12 +166,32 @@ class _ExtrasPacker:
     def _dtype(self, site: str) -> torch.dtype:
         return self._weight(site).dtype
 
+    def _bias(self, part: LoraWeights) -> Tensor:
+        """Return LoRA's bias [N] in fp32, zero where no block has any."""
+        if not part.blocks:
+            return self._get(part.bias).float()
+        found = torch.zeros(part.width)
+        for block in part.blocks:
+            rows = self._get(block.bias)[block.begin : block.end].float()
+            found[block.at : block.at + len(rows)] = block.factor * rows
+        return found
+
+    def _magnitude(self, part: LoraWeights, weight: Tensor) -> Tensor:
+        """Return DoRA's magnitudes [N] in fp32, those of the weight [N, K] itself where no block has any."""
+        if not part.blocks:
+            return self._get(part.magnitude).float()
+        found = torch.linalg.norm(weight, dim=1).cpu()
+        for block in part.blocks:
+            rows = self._get(block.magnitude)[block.begin : block.end].float()
+            found[block.at : block.at + len(rows)] = rows
+        return found
+
     def _dora(self, part: LoraWeights, weight: Tensor) -> Dora:
         """Compute DoRA's factors as PEFT does: in fp32, from the weight [N, K] in force and what LoRA adds to it."""
         a, b = (tensor.to(weight.device).float() for tensor in lora_matrices(part, self._get))
         weight = weight.float()
         delta = b @ a
-        magnitude = self._get(part.magnitude).float()
+        magnitude = self._magnitude(part, weight)
         norm = torch.linalg.norm(weight + part.scale * delta, dim=1).cpu()
         squares = [
             weight.square().sum(1),

@@ -158,6 +158,18 @@ CASES: dict[str, Twins] = {
         phi3, llama, split, lora(*SPLIT, rank_pattern={"q_proj": 2, "up_proj": 7}, alpha_pattern={"v_proj": 40}),
         PARTS | MLP_PARTS,
     ),
+    "fused on a split base, DoRA": Twins(
+        llama, phi3, fused, lora("qkv_proj", "o_proj", use_dora=True), {"*.qkv_proj": "*.q_proj, *.k_proj, *.v_proj"}
+    ),
+    "split on a fused base, DoRA of all and of some": Twins(
+        phi3, llama, split, lora("q_proj", "v_proj", "gate_proj", "up_proj", use_dora=True), PARTS | MLP_PARTS
+    ),
+    "fused on a split base, biases": Twins(
+        llama, phi3, fused, lora("gate_up_proj", lora_bias=True), {"*.gate_up_proj": "*.gate_proj, *.up_proj"}
+    ),
+    "split on a fused base, biases": Twins(
+        phi3, llama, split, lora("q_proj", "k_proj", lora_bias=True, alpha_pattern={"k_proj": 40}), PARTS
+    ),
     "split on a fused base, rsLoRA of one layer": Twins(
         phi3, llama, split, lora("q_proj", "v_proj", use_rslora=True, layers_to_transform=[1], layers_pattern="layers"),
         PARTS,

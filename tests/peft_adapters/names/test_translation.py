@@ -10,7 +10,10 @@ import pytest
 from helpers.adapter_files import BASE, safetensors
 
 from peft_adapters.format import AdapterSpec, parse_header, read_adapter
+from peft_adapters.names.fused import Cut, Part, uncut
 from peft_adapters.names.layouts import LAYOUTS
+from peft_adapters.reasons import Reasons
+from peft_adapters.spec import LoraWeights
 from protocol.wire import messages as m
 from protocol.wire.errors import AdapterRefused
 
@@ -169,11 +172,10 @@ UNKNOWN = "tensors that are not understood"
 MISSING = "tensors missing for targeted layers"
 NOTHING = "matches no layer"
 SHAPE = "has shape"
-PLAIN = "only plain LoRA"
 
 
-def of_qkv(what: str) -> dict[str, np.ndarray[Any, Any]]:
-    return {f"base_model.model.model.layers.{i}.self_attn.qkv_proj.{what}": np.ones(32) for i in range(2)}
+def of_qkv(what: str, rows: int) -> dict[str, np.ndarray[Any, Any]]:
+    return {f"base_model.model.model.layers.{i}.self_attn.qkv_proj.{what}": np.ones(rows) for i in range(2)}
 
 
 def saved(module: str, rows: int) -> dict[str, np.ndarray[Any, Any]]:
@@ -245,8 +247,10 @@ FUSIONS: dict[str, Case] = {
     "fused but not targeted": (QKV, base(), {"target_modules": ["o_proj"]}, NOTHING),
     "interleaved by head": (adapter(layers("model", {"self_attn.query_key_value": 32})), base(), {}, NOT_THERE),
     "split of an unknown family": (WHOLE, base("model", "minimax", fused=True), {}, NOT_THERE),
-    "fused with DoRA": (QKV | of_qkv("lora_magnitude_vector"), base(), TO_QKV | {"use_dora": True}, PLAIN),
-    "fused with a bias": (QKV | of_qkv("lora_B.bias"), base(), TO_QKV | {"lora_bias": True}, PLAIN),
+    "fused with too few of DoRA's magnitudes": (
+        QKV | of_qkv("lora_magnitude_vector", 31), base(), TO_QKV | {"use_dora": True}, SHAPE,
+    ),
+    "fused with too long a bias": (QKV | of_qkv("lora_B.bias", 33), base(), TO_QKV | {"lora_bias": True}, SHAPE),
     "parts that do not add up": (adapter(layers("model", Q_V | {"self_attn.v_proj": 7})), PHI, {}, SHAPE),
     "q of everything": (adapter(layers("model", {"self_attn.q_proj": 32})), PHI, TO_Q, NOT_THERE),
     "gate of another size": (adapter(layers("model", {"mlp.gate_proj": 20})), PHI, {"target_modules": ["gate_proj"]},
@@ -258,6 +262,14 @@ FUSIONS: dict[str, Case] = {
         TO_Q | {"modules_to_save": ["v_proj"]}, "fuses or splits",
     ),
 }  # fmt: skip
+
+
+def test_values_of_adalora_are_not_cut() -> None:
+    own = LoraWeights("m.qkv_proj", 2, 1.0, "a", "b", singular="e")
+    found = Reasons()
+    assert uncut([own], [Cut(is_fused=True, fused="m.qkv_proj", parts=(Part("m.q_proj", 0, 16),))], found) == []
+    assert "AdaLoRA is not served" in found.render()[0]
+
 
 REFUSED = {**NAMES, **FILES, **FUSIONS}
 
