@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -185,10 +186,26 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def is_plain(linear: nn.Module) -> bool:
     """Return whether a layer is nothing but x @ weight.T + bias, so that its weight may be taken out of it."""
-    if type(linear) not in (nn.Linear, Conv1D) or "forward" in vars(linear):
+    if not isinstance(linear, (nn.Linear, Conv1D)) or "forward" in vars(linear):
         return False
     names = {name for name, _ in (*linear.named_parameters(), *linear.named_buffers())}
-    return names <= {"weight", "bias"} and is_number(linear.get_parameter("weight"))
+    if not names <= {"weight", "bias"} or not is_number(linear.get_parameter("weight")):
+        return False
+    return type(linear) in (nn.Linear, Conv1D) or _computes_its_product(linear)
+
+
+def _computes_its_product(linear: nn.Module) -> bool:
+    """Return whether a layer of a class of its own, such as Falcon's, computes what `nn.Linear` does."""
+    weight = linear.get_parameter("weight")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    try:
+        with torch.inference_mode():
+            found, expected = linear(x), F.linear(x, weight, getattr(linear, "bias", None))
+    except Exception:  # noqa: BLE001 - it may want any arguments, and raise anything without them
+        return False
+    tolerance = 4 * torch.finfo(weight.dtype).eps
+    return isinstance(found, Tensor) and torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def is_number(parameter: Tensor) -> bool:

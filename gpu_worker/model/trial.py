@@ -73,6 +73,7 @@ class WatchedPass:
     num_tokens: int
     num_head_rows: int
     run: Callable[[], object]
+    num_text: int = 0  # tokens of the text after it, which some linear layers see again in every pass; 0: none do
 
 
 def watch_passes(module: PreTrainedModel, passes: Sequence[WatchedPass], *, any_rows: bool = False) -> Trial:
@@ -82,7 +83,8 @@ def watch_passes(module: PreTrainedModel, passes: Sequence[WatchedPass], *, any_
     that see other rows than tokens, too.
     """
     trial, *others = [
-        _Watch(module, one.num_tokens, one.num_head_rows, any_rows=any_rows).run(one.run) for one in passes
+        _Watch(module, one.num_tokens, one.num_head_rows, num_text=one.num_text, any_rows=any_rows).run(one.run)
+        for one in passes
     ]
     for one, other in zip(passes[1:], others, strict=True):
         _keep_common(trial, other, linears_only=one.num_tokens == 1)
@@ -117,9 +119,12 @@ def _keep_common(trial: Trial, other: Trial, *, linears_only: bool = False) -> N
 class _Watch:
     """One run of a model with hooks on its modules."""
 
-    def __init__(self, module: PreTrainedModel, num_tokens: int, num_head_rows: int, *, any_rows: bool = False) -> None:
+    def __init__(
+        self, module: PreTrainedModel, num_tokens: int, num_head_rows: int, *, num_text: int = 0, any_rows: bool = False
+    ) -> None:
         self.module = module
         self.any_rows = any_rows
+        self.num_text = num_text
         self.num_tokens = num_tokens
         self.num_head_rows = num_head_rows
         self.trial = Trial()
@@ -178,7 +183,7 @@ class _Watch:
             shape = linear_shape(linear)
             num_rows = -1 if x is None else x.numel() // x.shape[-1]
             regular = isinstance(out, Tensor)
-            regular &= self.any_rows or num_rows in (self.num_tokens, self.num_head_rows)
+            regular &= self.any_rows or num_rows in (self.num_tokens, self.num_head_rows, self.num_text)
             if x is None or shape is None or not regular or out.shape != (*x.shape[:-1], shape[0]):
                 self._linears[name] = None
                 return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +14,15 @@ from torch import Tensor
 from gpu_worker.adapters.extras import Extras
 from gpu_worker.cuda.graphs import GraphRecorder, Unrecordable
 from gpu_worker.engine.batcher import StepPlan
-from gpu_worker.engine.runner import Runner, StepInputs, StepRows, without_unknown_ids
+from gpu_worker.engine.runner import Runner, StepInputs, StepRows, extra_rows, lora_batch, without_unknown_ids
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.memory import send
+from gpu_worker.model.apply_extras import ExtraRows
 from gpu_worker.model.model import BaseModel
 from gpu_worker.one_by_one.account import passes_of
 from gpu_worker.one_by_one.passes import Kept, Passes
 from gpu_worker.one_by_one.trial import difference
+from lora_kernels import ops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +100,37 @@ class OneByOneRunner(Runner):
         vocab_sizes = self.set_adapters(step, slots, scales, rows, np.zeros(len(rows), np.int64))
         device = self.model.device
         ids, places = send(step.token_ids({}).astype(np.int64), device), send(rows, device)
-        logits, kept = self._passes.run(kept, ids, places)
+        self.model.context.of_all = self._adapters_by_rows(seq, behind - first, len(rows), behind)
+        try:
+            logits, kept = self._passes.run(kept, ids, places)
+        finally:
+            self.model.context.of_all = None
         return without_unknown_ids(logits, vocab_sizes), kept
+
+    def _adapters_by_rows(
+        self, seq: Sequence, num_new: int, num_logits: int, behind: int
+    ) -> Callable[[int], tuple[ops.LoraBatch | None, list[ExtraRows]]]:
+        """Return what the sequence's adapter does to the rows of a layer, by their number.
+
+        `num_logits` of the head, `num_new` of most layers, and `behind` of those that see all of the text again.
+        """
+        context, device = self.model.context, self.model.device
+
+        @functools.cache
+        def of_text() -> tuple[ops.LoraBatch | None, list[ExtraRows]]:
+            slots, scales = StepRows.after([seq], np.zeros(1, np.int64), np.array([behind])).adapters()
+            batch, extras = lora_batch(slots, scales, device), self._extras.get(seq.request.digest)
+            if extras is None:
+                return batch, []
+            active = np.arange(behind) >= seq.active_from
+            return batch, [extra_rows(extras, np.arange(behind), active, seq.request.lora_scale, device)]
+
+        def by_rows(num: int) -> tuple[ops.LoraBatch | None, list[ExtraRows]]:
+            if num == num_logits:
+                return context.lora_logits, context.extras_logits
+            return (context.lora, context.extras) if num == num_new else of_text()
+
+        return by_rows
 
     def _difference(self) -> float:
         context = self.model.context

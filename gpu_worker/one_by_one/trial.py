@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -97,7 +98,7 @@ def _in_parts(passes: Passes, ids: Tensor, cuts: list[int]) -> Iterator[tuple[in
 
 
 def watch(passes: Passes) -> Trial:
-    """Return what passes call: of modules those that see all of a pass's tokens whenever they run."""
+    """Return what passes call: of modules those that see all tokens of a pass, or of the text, whenever they run."""
     sizes = [(NUM_TOKENS, NUM_HEAD_ROWS), (2 * NUM_TOKENS + 1, NUM_HEAD_ROWS + 1)]
     if passes.continues == "chunks":
         sizes.append((NUM_TOKENS + 2, NUM_HEAD_ROWS))
@@ -119,8 +120,11 @@ def _watched(passes: Passes, sizes: list[tuple[int, int]]) -> Iterator[WatchedPa
         ids = torch.arange(num, device=device)
         kept = passes.run(None if is_first else kept, ids, torch.arange(rows, device=device))[1]
 
+    num_text = 0
     for number, (num, rows) in enumerate(sizes):
-        yield WatchedPass(num, rows, lambda num=num, rows=rows, first=number < 2: run(num, rows, is_first=first))
+        num_text = num if number < 2 else num_text + num
+        call = partial(run, num, rows, is_first=number < 2)
+        yield WatchedPass(num, rows, call, num_text)
 
 
 def _run(passes: Passes, kept: Kept | None, ids: Tensor) -> tuple[Tensor, Kept]:

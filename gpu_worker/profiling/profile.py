@@ -48,6 +48,8 @@ OPERATIONS = {
     "lorafleet::rms_norm": "norm",
     "lorafleet::rotary_": "rotary",
     "lorafleet::gated_act": "activation",
+    "lorafleet::delta_rule": "delta rule",
+    "lorafleet::causal_conv": "convolution",
 }
 """Names in torch's profiler -> ours; other operations keep the names they have there."""
 

@@ -13,7 +13,7 @@ from oracle.adapters.peft_kinds import INVOCATION, MAX_DIFFERENCE, Kind, make_ad
 from oracle.cases import NUM_TOKENS, Case
 from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, warm
 from oracle.test_grammars import assert_late_masks_change_no_token
-from oracle.tiny_models import tiny_model
+from oracle.tiny_models import tiny_config, tiny_model
 
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
@@ -154,6 +154,37 @@ BLOOM = ("bloom", {"n_layer": 2, "n_head": 4})
 @pytest.mark.parametrize("name", KINDS)
 def test_adapters_that_do_more_than_lora(name: str, tmp_path: Path) -> None:
     kind = Kind(BLOOM, {"target_modules": ["query_key_value", "dense", "dense_h_to_4h"], **KINDS[name]})
+    make_adapter(kind, tmp_path)
+    measured = measure(kind, tmp_path)
+    assert measured.difference <= MAX_DIFFERENCE
+    assert measured.change >= 100 * MAX_DIFFERENCE
+
+
+OF_A_TEXT = {
+    "lora": {}, "dora": {"use_dora": True}, "biases": {"lora_bias": True},
+    "weights": {"modules_to_save": ["kv_b_proj"]},
+}  # fmt: skip
+"""PEFT's activated LoRA takes no input of such a layer, which has four dimensions."""
+
+
+@pytest.mark.parametrize("name", OF_A_TEXT)
+def test_layers_that_see_all_of_a_text_have_adapters(name: str, tmp_path: Path) -> None:
+    """Keys and values are made anew of what the cache keeps of each token, by a layer that adapters may change."""
+    fields = {k: v for k, v in tiny_config("deepseek_v32").to_dict().items() if k not in ("model_type", "dtype")}
+    targets = ["kv_a_proj_with_mqa"] if name == "weights" else ["kv_b_proj"]
+    kind = Kind(("deepseek_v32", fields), {"target_modules": targets, **OF_A_TEXT[name]})
+    make_adapter(kind, tmp_path)
+    measured = measure(kind, tmp_path)
+    assert measured.difference <= MAX_DIFFERENCE
+    assert measured.change >= 100 * MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("name", ["dora", "weights"])
+def test_a_linear_layer_of_a_class_of_its_own_is_one(name: str, tmp_path: Path) -> None:
+    """Falcon's compute what torch's do, so that whatever needs their weights is served."""
+    fields = {"dora": {"use_dora": True}, "weights": {"modules_to_save": ["query_key_value"]}}[name]
+    targets = ["dense"] if name == "weights" else ["query_key_value", "dense_4h_to_h"]
+    kind = Kind(("falcon", {"bias": True}), {"target_modules": targets, **fields})
     make_adapter(kind, tmp_path)
     measured = measure(kind, tmp_path)
     assert measured.difference <= MAX_DIFFERENCE
