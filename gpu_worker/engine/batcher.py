@@ -81,7 +81,7 @@ class StepPlan:
     num_cached: int = 0  # tokens of newly admitted sequences that were found in the prefix cache
     alone_s: float = 0.0
     """Predicted seconds of a step of nothing but decodes that do not yield, if its time is to be measured, else 0."""
-    is_limited: bool = False  # what yields gets only a part of its time
+    limited: StepTime | None = None  # predicted, but for prompts that do not yield, where what yields has only a part
 
     @property
     def num_tokens(self) -> int:
@@ -223,7 +223,7 @@ class Batcher:
             plan.alone_s = alone_s
         elif time is None and self._num_plans % ALONE_EVERY == 0:
             plan.alone_s = self._alone_s(plan)
-        plan.is_limited = time is not None
+        plan.limited = time
         if self.limits.max_slowdown:
             self._spending.note((seq.request.tenant, num_new) for seq, num_new in plan.num_new.items())
         return plan
@@ -249,9 +249,7 @@ class Batcher:
         """Return the time of a step that holds the others' decodes, with its limit; None if steps are not limited."""
         if not self._step_limit.applies(self.step_model):
             return None
-        time = self._time_of(plan)
-        self._step_limit.set_limit(time)
-        return time
+        return self._step_limit.set_limit(self._time_of(plan))
 
     def _time_of(self, plan: StepPlan) -> StepTime:
         """Return the time of a step that holds decodes."""
@@ -264,6 +262,8 @@ class Batcher:
         """Learn from how long a plan's step took."""
         if plan.alone_s:
             self._step_limit.note_alone(plan.alone_s, seconds)
+        elif plan.limited is not None and plan.limited.num_tokens == plan.num_tokens:
+            self._step_limit.note_limited(plan.limited, seconds)
 
     def _is_worth_a_step(self, decodes: list[Sequence]) -> bool:
         """Return whether these decodes make a step longer by more than an empty step takes."""

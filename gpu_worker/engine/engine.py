@@ -146,7 +146,7 @@ class Engine(BaseEngine):
 
     def _mask_wait_s(self, plan: StepPlan, ready: list[Sequence]) -> float:
         """Return how long a step may wait for masks: hardly, if these are all of sequences for which it may not."""
-        if plan.is_limited and all(seq.yields for seq in ready if seq.matcher is not None):
+        if plan.limited is not None and all(seq.yields for seq in ready if seq.matcher is not None):
             return YIELDING_MASK_WAIT_S
         return max(MASK_WAIT_S, MASK_WAIT_SHARE * self.meter.elapsed_s)
 
@@ -194,7 +194,7 @@ class Engine(BaseEngine):
         return StepWork(plan.num_tokens, num_kv_tokens, sum_ranks, num_passes)
 
     def _count(self, plan: StepPlan, work: StepWork, num_output: int) -> None:
-        self.meter.stop(work, num_output, is_limited=plan.is_limited)
+        self.meter.stop(work, num_output, is_limited=plan.limited is not None)
         self.batcher.note_time(plan, self.meter.last_s)
         self.batcher.step_model = self.meter.model
         self.counters.num_preemptions += len(plan.preempted)

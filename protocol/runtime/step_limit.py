@@ -21,9 +21,8 @@ a short one may be far off, and then none would ever become short.
 """
 
 NUM_MEASURED = 5
-"""Measured steps that are kept; the fastest counts. By chance a step is only ever slow, and most are beside a flood
-that takes the cores: by their median the limit would grow with the harm that it is for."""
-
+"""Measured steps of a kind that are kept; the fastest counts. By chance a step is only ever slow, and most are beside a
+flood that takes the cores: by their median the limit would grow with the harm that it is for."""
 
 PROMPT_SHARE = 0.5
 """Share of the time left to what yields that is its prompts', if it has any: decodes would never leave them any, and
@@ -37,8 +36,10 @@ class StepTime:
         self.model = model
         self.seconds = model.a
         self.limit_s = math.inf
+        self.others_s = 0.0  # of that, what was there when the limit was set
         self.reserved_s = 0.0  # of the time that is left, for later
         self.is_empty = True  # nothing has been added since the limit was set
+        self.num_tokens = 0  # in it
         self._digests: set[str] = set()
 
     def add(self, num_tokens: int, num_kv_tokens: float, digest: str = "", rank: float = 0) -> None:
@@ -46,6 +47,7 @@ class StepTime:
         model = self.model
         self.seconds += model.b * num_tokens + model.c * num_kv_tokens + self._rank_s(digest, rank) + model.e
         self._digests.add(digest)
+        self.num_tokens += num_tokens
         self.is_empty = False
 
     def room(self, num_kv_tokens: float, digest: str = "", rank: float = 0) -> float:
@@ -74,22 +76,36 @@ class StepLimit:
         self._max_slowdown = max_slowdown
         self._left = 0  # limited steps until the next one without what yields
         self._alone: deque[tuple[float, float]] = deque(maxlen=NUM_MEASURED)  # (predicted, measured) seconds
+        self._more: deque[float] = deque(maxlen=NUM_MEASURED)  # what yields took ÷ what was predicted of it
 
     def applies(self, model: StepModel) -> bool:
         """Return whether steps are limited: something is known of their time."""
         return self._max_slowdown > 0 and model.seconds(1, 1, 1, 1) > 0
 
-    def set_limit(self, time: StepTime) -> None:
-        """Limit a step that holds the others' decodes and nothing else so far."""
+    def set_limit(self, time: StepTime) -> StepTime:
+        """Limit a step that holds the others' decodes and nothing else so far; return its time."""
         measured = min((seconds / predicted for predicted, seconds in self._alone), default=1.0)
-        time.limit_s = self._max_slowdown * measured * time.seconds
+        left_s = (self._max_slowdown * measured - 1) * time.seconds
+        time.others_s = time.seconds
+        time.limit_s = time.seconds + left_s / max(1.0, min(self._more, default=1.0))
         time.is_empty = True
         self._left -= 1
+        return time
 
     @property
     def is_alone_due(self) -> bool:
         """Whether the others' decodes should have this step for themselves."""
         return self._left < 0
+
+    def note_limited(self, time: StepTime, seconds: float) -> None:
+        """Learn from a limited step.
+
+        The step model knows tokens. What they take besides, such as logprobs or a core that others use, it learns too
+        late, and only on average: until then the limit would be missed by as much in every step.
+        """
+        predicted_s = time.seconds - time.others_s
+        if predicted_s > (time.limit_s - time.others_s) / 2 > 0:
+            self._more.append((seconds - time.others_s) / predicted_s)
 
     def note_alone(self, predicted_s: float, seconds: float) -> None:
         """Learn from a step that held nothing but the others' decodes."""

@@ -58,10 +58,22 @@ def test_steps_that_were_slow_by_chance_raise_no_limit() -> None:
     for seconds in (2.2, 0.83, 3.3):
         for _ in range(ALONE_EVERY):
             plan = batcher.plan()
-            batcher.note_time(plan, seconds)
+            batcher.note_time(plan, seconds if plan.num_tokens == 1 else 1.0 + 0.1 * plan.num_tokens)
             finish_step(batcher, plan)
     assert batcher.plan().num_tokens == 1, "it is measured again"
     assert batcher.plan().num_tokens == 1 + 5, "1.1 s and five times 0.1 s are within twice 0.83 s"
+
+
+def test_steps_that_take_longer_than_expected_become_smaller() -> None:
+    batcher, _, _ = limited_flood(max_slowdown=1.5)
+    sizes = []
+    for _ in range(8):
+        plan = batcher.plan()
+        sizes.append(plan.num_tokens - 1)
+        batcher.note_time(plan, 1.1 if plan.num_tokens == 1 else 1.1 + 0.2 * (plan.num_tokens - 1))
+        finish_step(batcher, plan)
+    assert sizes[:2] == [0, 5], "by the model, 1.5 x 1.1 s leave room for five"
+    assert set(sizes[2:]) == {2}, "they took 2.1 s, twice as much more as expected; 1.5 s are within the limit"
 
 
 def test_others_are_measured_again_and_again() -> None:
@@ -195,7 +207,7 @@ def test_bursts_beside_a_quiet_stream_make_hardly_a_step_long() -> None:
         seconds = (0.010 + 0.0007 * plan.num_tokens) * rng.uniform(0.95, 1.1)
         if any(seq.request.tenant == "quiet" and seq.num_output for seq in plan.num_new):
             (beside if step >= 300 else alone).append(seconds)
-        meter.learn(seconds, StepWork(plan.num_tokens, 0, 0), is_limited=plan.is_limited)
+        meter.learn(seconds, StepWork(plan.num_tokens, 0, 0), is_limited=plan.limited is not None)
         batcher.note_time(plan, seconds)
         batcher.step_model = meter.model
         finish_step(batcher, plan)
