@@ -232,7 +232,13 @@ _ENTITIES = {
 }
 _LABELS = {"type": "array", "items": _object(label=_TEXT, score=_NUMBER)}
 _OF_TEXT = {"anyOf": [_ENTITIES, _LABELS]}
-ENTITIES: Responses = {200: _json("The entities or the labels of a text", _OF_TEXT), **NATIVE}
+ENTITIES: Responses = {
+    200: _json(
+        "The entities or the labels of a text; to `input` and `messages` vLLM's answer",
+        {"anyOf": [*_OF_TEXT["anyOf"], Labels.model_json_schema()]},
+    ),
+    **_errors({"anyOf": [_OPENAI_ERROR, _NATIVE_ERROR]}),
+}
 ENTITIES_OF_SEVERAL: Responses = {
     200: _json("The entities or the labels of each text", {"type": "array", "items": _OF_TEXT}), **NATIVE
 }  # fmt: skip

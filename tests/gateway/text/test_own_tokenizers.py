@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from gateway.sandbox.child import Encode, ReadTokenizer
 from gateway.sandbox.sandbox import SandboxPool
-from gateway.text.tokenizer import OwnEncoder
+from gateway.text.tokenizer import BaseEncoder, OwnEncoder
 from peft_adapters.texts.tokenizer_json import key_of, token_table
 from protocol.wire.errors import BadRequest
 from protocol.wire.tokens import TokenTable
@@ -56,6 +56,22 @@ async def test_texts_become_the_tokens_that_they_always_were(pool: SandboxPool, 
         assert seen == [len(e.ids) for e in expected]
         for e, f in zip(expected, detailed, strict=True):
             assert (f.ids, f.offsets, list(f.special), f.tokens) == (e.ids, e.offsets, e.special_tokens_mask, e.tokens)
+
+
+@pytest.mark.parametrize("name", [name for name in ("BertTokenizer", "Llama-3") if name in families()])
+async def test_pairs_and_shortened_texts_are_as_the_base_s(pool: SandboxPool, name: str) -> None:
+    file = families()[name]
+    own, base = encoder(pool, file), BaseEncoder(Tokenizer.from_str(json.dumps(file)))
+    pairs = [("Hello world", "zebra ab"), ("漢字", "123 <|end|>"), ("", "ab")]
+    joined = await own.pairs(pairs, tenant="a")
+    assert joined == await base.pairs(pairs, tenant="a")
+    assert any(pair.second for pair in joined)
+    for most in (1, 2, 50):
+        cut = await own.shortened(TEXTS, most, tenant="a")
+        assert cut == await base.shortened(TEXTS, most, tenant="a")
+        lengths = [len(ids) for ids in await base.encode(cut, add_special_tokens=False, tenant="a")]
+        assert all(length <= most for length in lengths)
+        assert (cut == TEXTS) == (most == 50)
 
 
 async def test_a_new_process_is_sent_the_file(pool: SandboxPool) -> None:
