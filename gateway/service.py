@@ -21,6 +21,7 @@ from gateway.adapters.fleet_view import FleetView
 from gateway.adapters.operations import AdapterOperations
 from gateway.adapters.operator_routes import OperatorEndpoints
 from gateway.adapters.resolver import Resolver
+from gateway.anthropic.routes import AnthropicEndpoints
 from gateway.auth.authentication import is_loopback
 from gateway.batches.batches import BatchService
 from gateway.batches.routes import BatchEndpoints
@@ -110,6 +111,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
         encoders = EncoderEndpoints(endpoints, pipeline)
         tokenizers = TokenizerEndpoints(endpoints, pipeline)
         ollama = OllamaEndpoints(endpoints, pipeline)
+        anthropic = AnthropicEndpoints(endpoints, pipeline)
         keys = bus.api_keys if settings.api_keys else None
         storage = open_storage(settings.files, settings.data / "files", settings.s3_endpoint)
         uploads = FileService(bus, storage, settings)
@@ -118,7 +120,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
             endpoints, native, operators, encoders, tokenizers, ollama,
             FileEndpoints(uploads, settings.max_file_bytes),
             BatchEndpoints(BatchService(bus, uploads, settings), batch_wake.set),
-            settings, admission, memory, keys, secret,
+            anthropic, settings, admission, memory, keys, secret,
         )  # fmt: skip
         runner = BatchRunner(bus, replies.gid, uploads, storage, settings, inner, batch_wake, timings.batches)
         with _listen(settings.host, settings.port) as listener:

@@ -40,6 +40,7 @@ PROGRAMS = (
     Program("smolagents", "sdks/smolagents_tour.py", ("smolagents[openai]>=1.26,<2",)),
     Program("llm", "sdks/llm_tour.py", ("llm>=0.36,<0.40",)),
     Program("ollama", "sdks/ollama_tour.py", ("ollama>=0.6,<1",)),
+    Program("anthropic", "sdks/anthropic_tour.py", ("anthropic>=2.14,<3",)),
     Program("lorax", "sdks/lorax_tour.py", ("lorax-client==0.6.3",)),
     Program("tgi", "sdks/tgi_tour.py", ("text-generation==0.7.0",)),
     Program("openai-js", "js/openai.mjs", ("openai@^7", NODE)),

@@ -7,12 +7,12 @@ key comes as `x-api-key`, and the bearer is the token as without keys.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.auth.callers import CALLER, EVERYBODY, Caller
-from gateway.http.errors import ErrorShape, unreachable_queue
+from gateway.http.errors import ShapeOf, unreachable_queue
 from gateway.http.headers import header_of
 from gateway.http.paths import OLLAMA_PREFIX, PING
 from protocol.queue.api_keys import PREFIX, ApiKeys
@@ -34,10 +34,10 @@ class Authentication:
     """Puts the caller into a request's scope, or refuses the request with 401 or 403."""
 
     def __init__(
-        self, app: ASGIApp, keys: ApiKeys | None, shape_of: Callable[[str], ErrorShape],
+        self, app: ASGIApp, keys: ApiKeys | None, shape_of: ShapeOf,
         secret: FleetSecret | None = None, *, open_pages: bool,
     ) -> None:  # fmt: skip
-        """`keys`: None where the fleet asks for none. `shape_of`: how errors on a path are written.
+        """`keys`: None where the fleet asks for none. `shape_of`: how errors of a request are written.
 
         `secret`: the fleet's, None where it has none. `open_pages`: whether metrics and the API's page need no key.
         """
@@ -54,11 +54,11 @@ class Authentication:
             try:
                 scope[CALLER] = await self._caller(scope["method"], path, scope["headers"])
             except CONNECTION_ERRORS as error:
-                await self._shape_of(path).response(unreachable_queue(error))(scope, receive, send)
+                await self._shape_of(scope).response(unreachable_queue(error))(scope, receive, send)
                 return
             except LorafleetError as error:
                 headers = {"www-authenticate": "Bearer"} if error.status == 401 else {}
-                await self._shape_of(path).response(error, headers)(scope, receive, send)
+                await self._shape_of(scope).response(error, headers)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -8,14 +8,14 @@ rebinding) has that name in `Host`. Clients that are no browsers send neither he
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.auth.authentication import is_loopback
-from gateway.http.errors import ErrorShape
+from gateway.http.errors import ShapeOf
 from protocol.runtime.settings import Settings, names_of
 from protocol.wire.errors import PermissionDenied
 
@@ -31,8 +31,8 @@ _LOOKED_AT = frozenset({b"host", b"origin", b"sec-fetch-site", b"sec-fetch-mode"
 class Browsers:
     """Refuses with 403 what pages of other sites ask, and requests under names that are not the gateway's."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, shape_of: Callable[[str], ErrorShape]) -> None:
-        """`shape_of`: how errors on a path are written."""
+    def __init__(self, app: ASGIApp, settings: Settings, shape_of: ShapeOf) -> None:
+        """`shape_of`: how errors of a request are written."""
         self._app = app
         self._shape_of = shape_of
         self._host = settings.host.strip("[]").lower()
@@ -45,7 +45,7 @@ class Browsers:
             try:
                 self._check(scope["method"], scope["headers"])
             except PermissionDenied as error:
-                await self._shape_of(scope["path"]).response(error)(scope, receive, send)
+                await self._shape_of(scope).response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -148,9 +148,10 @@ def usage_of(body: bytes) -> m.BatchUsage:
     usage = orjson.loads(body).get("usage") or {}
     given = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
     made = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}
+    anthropic = usage.get("cache_read_input_tokens") or 0  # which its input_tokens do not count
     return m.BatchUsage(
-        input_tokens=usage.get("prompt_tokens") or usage.get("input_tokens") or 0,
-        cached_tokens=given.get("cached_tokens") or usage.get("cache_read_input_tokens") or 0,
+        input_tokens=usage.get("prompt_tokens") or (usage.get("input_tokens") or 0) + anthropic,
+        cached_tokens=given.get("cached_tokens") or anthropic,
         output_tokens=usage.get("completion_tokens") or usage.get("output_tokens") or 0,
         reasoning_tokens=made.get("reasoning_tokens") or 0,
     )

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 import orjson
 
+from gateway.anthropic.errors import OVERLOADED
 from gateway.auth.callers import Caller
 from gateway.batches.calls import InnerCalls
 from gateway.batches.lines import InputLines, Line, read_lines
@@ -36,7 +37,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-RETRIED = frozenset({429, 502, 503})
+RETRIED = frozenset({429, 502, 503, OVERLOADED})
 """Statuses that tell of a fleet that is busy, and not of the line."""
 
 _LOOKED_AT = 64  # open batches, when the next one to run is chosen

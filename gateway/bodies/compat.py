@@ -13,8 +13,8 @@ BEGIN, END = "<!-- table of gateway/bodies/parameters.py -->\n", "<!-- end of th
 
 _HEADS = {
     "openai": "OpenAI", "vllm": "vLLM", "sglang": "SGLang", "tgi": "TGI", "lorax": "LoRAX", "ollama": "Ollama",
-    "cohere": "Cohere", "jina": "Jina",
-}  # fmt: skip  # fmt: skip
+    "cohere": "Cohere", "jina": "Jina", "anthropic": "Anthropic",
+}  # fmt: skip
 
 
 def table() -> str:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from gateway.bodies.parameters import OBJECTS, PARAMETERS_OF, Parameter
+from gateway.bodies.parameters import BY_TYPE, OBJECTS, PARAMETERS_OF, Parameter
 from protocol.wire.errors import BadRequest
 
 IGNORED_HEADER = "x-ignored-parameters"
@@ -22,8 +22,8 @@ IGNORED_HEADER = "x-ignored-parameters"
 MAX_NAMED = 8
 """Parameters that are named in an error, a header or a log line. The search for more ends with them."""
 
-MAX_ENTRIES = 128
-"""Entries of a list that are looked into, such as tools; no list of objects may have more."""
+MAX_ENTRIES = 1 << 14
+"""Entries of a list that are looked into, such as messages and tools; no list of objects may have more."""
 
 MAX_NAME_CHARACTERS = 64
 """Characters of a name that are shown, and that are compared with known ones."""
@@ -111,10 +111,18 @@ def _within(value: Any, kind: str, path: str) -> Iterator[Ignored]:
     """Yield what would have no effect in a value that is an object of a kind, or a list of such."""
     if isinstance(value, list):
         for i, entry in enumerate(islice(value, MAX_ENTRIES)):
-            if isinstance(entry, dict):
-                yield from _ignored(entry, kind, f"{path}[{i}].")
+            if isinstance(entry, dict) and (known := _kind_of(entry, kind)) is not None:
+                yield from _ignored(entry, known, f"{path}[{i}].")
     elif isinstance(value, dict) or hasattr(value, "OBJECT"):
         yield from _ignored(value, kind, path + ".")
+
+
+def _kind_of(entry: dict[str, Any], kind: str) -> str | None:
+    """Return which of `OBJECTS` an entry is; None if it has a type that *parse* refuses."""
+    if kind not in BY_TYPE:
+        return kind
+    given = entry.get("type")
+    return BY_TYPE[kind].get(given) if given is None or isinstance(given, str) else None
 
 
 def _forget(body: JsonBody) -> None:

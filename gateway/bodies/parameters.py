@@ -1,4 +1,4 @@
-"""Every parameter that OpenAI, vLLM, SGLang, TGI, LoRAX, Ollama, Cohere or Jina documents for a route served here.
+"""Every parameter that OpenAI, vLLM, SGLang, TGI, LoRAX, Ollama, Cohere, Jina or Anthropic documents for routes here.
 
 This is the one list of what becomes of each: it is *served* (a field of the body declares it), *accepted* without
 effect, or *refused*, which the 400 explains with the words here. What is not in it is unknown, and refused too
@@ -19,8 +19,10 @@ from gateway.http.paths import (
     CHAT,
     CLASSIFY,
     COMPLETIONS,
+    COUNT_TOKENS,
     DETOKENIZE,
     EMBEDDINGS,
+    MESSAGES,
     OLLAMA_CHAT,
     OLLAMA_EMBED,
     OLLAMA_GENERATE,
@@ -31,7 +33,7 @@ from gateway.http.paths import (
 
 Fate = Literal["served", "accepted", "refused"]
 
-SERVERS = ("openai", "vllm", "sglang", "tgi", "lorax", "ollama", "cohere", "jina")
+SERVERS = ("openai", "vllm", "sglang", "tgi", "lorax", "ollama", "cohere", "jina", "anthropic")
 """The servers whose parameters are listed."""
 
 OBJECTS: Mapping[str, str] = MappingProxyType({
@@ -57,6 +59,18 @@ OBJECTS: Mapping[str, str] = MappingProxyType({
     "ollama_show": "/api/show",
     "batch": BATCHES,
     "output_expiry": "output_expires_after",
+    "messages": MESSAGES,
+    "count_tokens": COUNT_TOKENS,
+    "message": "an entry of messages of Anthropic's routes",
+    "text_block": "a block of type text",
+    "thinking_block": "a block of type thinking",
+    "tool_use_block": "a block of type tool_use",
+    "tool_result_block": "a block of type tool_result",
+    "messages_tool": "an entry of tools of Anthropic's routes",
+    "messages_tool_choice": "tool_choice of Anthropic's routes",
+    "thinking": "thinking",
+    "output_config": "output_config",
+    "output_format": "output_config.format",
     "register": "/v1/adapters",
     "load_lora": "/v1/load_lora_adapter",
     "unload_lora": "/v1/unload_lora_adapter",
@@ -74,6 +88,15 @@ OBJECTS: Mapping[str, str] = MappingProxyType({
 })  # fmt: skip
 """The JSON objects whose fields are parameters -> where each stands."""
 
+BY_TYPE: Mapping[str, Mapping[str | None, str]] = MappingProxyType({
+    "block": {kind: f"{kind}_block" for kind in ("text", "thinking", "tool_use", "tool_result")},
+    "any_tool": {None: "messages_tool", "custom": "messages_tool"},
+})  # fmt: skip
+"""Objects with a `type`: what they are called -> each type that is served -> which of `OBJECTS` that is.
+
+Other types are refused by *parse*, with reasons.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
@@ -85,7 +108,7 @@ class Parameter:
     fate: Fate = "served"
     why: str = ""  # why it has no effect, or is refused: a sentence without its subject, the parameter
     neutral: Sequence[Any] = ()  # values at which a refused parameter has no effect, and is accepted; null always is
-    holds: str = ""  # of `OBJECTS`: what its value is, or each entry of a list
+    holds: str = ""  # of `OBJECTS` or `BY_TYPE`: what its value is, or each entry of a list
 
     def has_effect(self, value: Any) -> bool:
         """Return whether the parameter would change anything at this value."""
@@ -97,6 +120,7 @@ _NATIVE = "generate generate_stream compat"
 _ENCODERS = "encode encode_batch"
 _OLLAMA = "ollama_chat ollama_generate"
 _ALL = "openai vllm sglang tgi lorax ollama"
+_ANTHROPIC = "messages count_tokens"
 _OWN = ""
 
 
@@ -121,6 +145,9 @@ _NO_BEAMS = "belongs to beam search, which is not supported: best_of of several 
 _NO_IMAGES = "is about images, sounds or videos, and only texts are served"
 _NO_AUDIO = "asks for sound, and only texts are made"
 _ONE_ENGINE = "says how one engine's processes share work, and nothing about the answer: leave it out"
+_KEPT = "is kept at Anthropic, and nothing is here: send the whole conversation"
+_ELSEWHERE = "belongs to what runs at Anthropic: here the model and your own tools answer"
+_LONG = "asks for a conversation to be shortened, which clients do themselves here"
 _CODE = "is code that the server would run, which no client may send"
 
 PARAMETERS: Sequence[Parameter] = (
@@ -365,6 +392,58 @@ PARAMETERS: Sequence[Parameter] = (
     *_rows("input_file_id endpoint completion_window metadata", "batch", "openai"),
     *_rows("output_expires_after", "batch", "openai", holds="output_expiry"),
     *_rows("anchor seconds", "output_expiry", "openai"),
+    # Anthropic
+    *_rows("model", _ANTHROPIC, "vllm anthropic"),
+    *_rows("messages", _ANTHROPIC, "vllm anthropic", holds="message"),
+    *_rows("system", _ANTHROPIC, "vllm anthropic", holds="block"),
+    *_rows("tools", _ANTHROPIC, "vllm anthropic", holds="any_tool"),
+    *_rows("tool_choice", _ANTHROPIC, "vllm anthropic", holds="messages_tool_choice"),
+    *_rows("thinking", _ANTHROPIC, "anthropic", holds="thinking"),
+    *_rows("output_config", _ANTHROPIC, "vllm anthropic", holds="output_config"),
+    *_rows("chat_template_kwargs", _ANTHROPIC, "vllm"),
+    *_rows("max_tokens stop_sequences stream temperature top_p top_k", "messages", "vllm anthropic"),
+    *_accepted("metadata", "messages", "vllm anthropic",
+               "names an end user to Anthropic's abuse detection, and never changes an answer"),
+    *_accepted("cache_control", f"{_ANTHROPIC} text_block tool_use_block tool_result_block messages_tool", "anthropic",
+               "advises Anthropic's prompt cache; here prompts that begin alike share it by themselves"),
+    *_refused("service_tier", "messages", "anthropic", "may not choose: there is one tier", "auto", "standard_only"),
+    *_refused("speed", _ANTHROPIC, "anthropic", "may not choose: there is one speed", "standard"),
+    *_refused("inference_geo", "messages", "anthropic", "names a region of Anthropic's"),
+    *_refused("container", "messages", "anthropic", _ELSEWHERE),
+    *_refused("mcp_servers", _ANTHROPIC, "anthropic", _ELSEWHERE, []),
+    *_refused("context_management", _ANTHROPIC, "anthropic", _LONG, {}, {"edits": []},
+              {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
+    *_refused("compaction", _ANTHROPIC, "anthropic", _LONG),
+    *_refused("thread", "messages", "anthropic", _KEPT),
+    *_refused("diagnostics", "messages", "anthropic", _KEPT),
+    *_refused("fallbacks fallback_credit_token billing_policy", "messages", "anthropic", "is about Anthropic's models"
+              " and bills"),
+    *_refused("output_format", _ANTHROPIC, "anthropic", "is served as output_config.format"),
+    *_refused("kv_transfer_params", "messages", "vllm", _ONE_ENGINE, {}),
+    *_rows("role", "message", "vllm anthropic"),
+    *_rows("content", "message tool_result_block", "vllm anthropic", holds="block"),
+    *_rows("type", "text_block thinking_block tool_use_block tool_result_block", "vllm anthropic"),
+    *_rows("text", "text_block", "vllm anthropic"),
+    *_refused("citations", "text_block", "anthropic", "refers to documents, and only texts are served", []),
+    *_rows("thinking", "thinking_block", "vllm anthropic"),
+    *_accepted("signature", "thinking_block", "vllm anthropic", "proves who wrote the thinking, which nobody asks for"
+               " here: it is a text for the template"),
+    *_rows("id name input", "tool_use_block", "vllm anthropic"),
+    *_refused("caller", "tool_use_block", "anthropic", _ELSEWHERE, {"type": "direct"}),
+    *_refused("toolset_name", "tool_use_block tool_result_block", "anthropic", "belongs to toolsets, which Anthropic's"
+              " models alone are trained on"),
+    *_rows("tool_use_id is_error", "tool_result_block", "vllm anthropic"),
+    *_rows("type name description input_schema strict", "messages_tool", "vllm anthropic"),
+    *_accepted("eager_input_streaming", "messages_tool", "anthropic", "is always so: arguments come as they are made"),
+    *_refused("defer_loading", "messages_tool", "vllm anthropic", "asks for a search among tools", False),
+    *_refused("allowed_callers", "messages_tool", "anthropic", _ELSEWHERE, ["direct"]),
+    *_refused("input_examples", "messages_tool", "anthropic", "is not supported: a description may have examples", []),
+    *_rows("type name disable_parallel_tool_use", "messages_tool_choice", "vllm anthropic"),
+    *_rows("type budget_tokens display", "thinking", "anthropic"),
+    *_rows("effort", "output_config", "vllm anthropic"),
+    *_rows("format", "output_config", "vllm anthropic", holds="output_format"),
+    *_refused("task_budget", "output_config", "anthropic", "is not supported: only the whole answer has a limit"),
+    *_rows("type schema", "output_format", "vllm anthropic"),
     # Operators
     *_rows("name source token replace pin preload wait_s tenant", "register", _OWN),
     *_rows("lora_name lora_path", "load_lora", "vllm sglang"),

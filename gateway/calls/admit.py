@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import structs
 
 from gateway.adapters.fleet_view import FleetView
-from gateway.auth.limits import check_quota, limit_headers, refusal
+from gateway.auth.limits import check_quota, refusal
 from gateway.calls.parse import ParsedCall
 from gateway.calls.size import call_bytes, check_logprobs, numbers_of
 from gateway.calls.tokenize import Prompt, TokenizedCall
@@ -107,7 +107,7 @@ class CallAdmission:
         if outcome == "full":
             raise self._admission.full(load, int(told))
         if isinstance(told, Standing):
-            caller.headers.update(limit_headers(told))
+            caller.headers.update(call.parsed.rules.limit_headers(told))
             if told.over:
                 assert call.quota is not None
                 raise refusal(call.quota, told, load.num, load.num_tokens)

@@ -98,6 +98,7 @@ class Piece:
     prompt: Logprobs = NONE  # of the prompt's tokens, if they are wanted
     ids: list[int] = field(default_factory=list)  # of the output's tokens, if they are wanted
     finish: str = ""  # "stop" or "length" at the end
+    stop: str | None = None  # the stop string that ended it, if one did
 
 
 class Choice:
@@ -166,7 +167,7 @@ class Choice:
             piece.finish = "length"
         elif delta.finish:
             piece.text += self._output.finish()
-            piece.finish = delta.finish
+            piece.finish, piece.stop = delta.finish, self._output.stop
 
     def skip(self, piece: Piece) -> None:
         """End a choice of which no token is wanted: its text is the echoed prompt."""

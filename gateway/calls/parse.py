@@ -14,9 +14,11 @@ import msgspec
 
 from gateway.adapters.merged import MergedAdapters
 from gateway.auth.callers import Caller
+from gateway.auth.limits import limit_headers
 from gateway.grammars.notation import Constraint
 from gateway.text.answer_form import AnswerForm
 from gateway.tools.definitions import Tools
+from protocol.queue.quota import Standing
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, LorafleetError
 from protocol.wire.keys import BATCH, INTERACTIVE
@@ -47,6 +49,7 @@ class Options(msgspec.Struct, frozen=True):
     lora_scale: float | None = None  # None: 1
     constraint: Constraint | None = None  # on the form of the output
     tools: Tools | None = None  # that may be called
+    max_thought: int | None = None  # most tokens of reasoning, where they can be bounded; None: any number
     num_best: int = 0  # of the n choices of a prompt only so many are shown, those with the best mean logprob; 0: all
     num_shown: int | None = None  # most likely tokens shown beside each of the output; None: no logprobs are shown
     num_shown_of_prompt: int | None = None  # the same of the prompt, apart from those of `echo`
@@ -185,6 +188,10 @@ class Rules:
     def empty_prompt(self) -> BadRequest:
         """Return how it is told that a prompt has no tokens."""
         return BadRequest(f"a {self.param} is empty", param=self.param)
+
+    def limit_headers(self, standing: Standing) -> dict[str, str]:
+        """Return the headers that tell what is left of the tenant's limits."""
+        return limit_headers(standing)
 
     def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
         """Return how many tokens a choice may have. Raises BadRequest when prompt and output do not fit the context."""

@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.adapters.operator_routes import OperatorEndpoints, add_operator_routes
+from gateway.anthropic.routes import AnthropicEndpoints, add_anthropic_routes
 from gateway.auth.authentication import Authentication
 from gateway.auth.browsers import Browsers
 from gateway.auth.callers import CALLER
@@ -28,11 +29,11 @@ from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
 from gateway.files.routes import FileEndpoints, add_file_routes
 from gateway.http import openapi
 from gateway.http.direct import DirectCalls
-from gateway.http.errors import add_handlers, is_failure
+from gateway.http.errors import REQUEST_ID_OF, add_handlers, is_failure
 from gateway.http.headers import header_of
 from gateway.http.paths import FILES, GENERATION_PATHS, LARGE_BODY_PATHS, SMALL_BODY_BYTES
 from gateway.http.routes import Endpoints, add_routes
-from gateway.http.shapes import shape_of
+from gateway.http.shapes import shape_of, speaks_anthropic
 from gateway.http.sse import RAW_SEND
 from gateway.lorax import metrics as lorax_metrics
 from gateway.lorax.routes import NativeEndpoints, add_native_routes
@@ -54,8 +55,10 @@ DISCARDED_BODIES = 8
 """Multiple of the limit up to which a too large body is read and discarded, so that its client reads the error."""
 
 EXPOSED_HEADERS = (
-    "x-request-id", "openai-processing-ms", "retry-after", "x-should-retry", IGNORED_HEADER,
+    "x-request-id", "request-id", "openai-processing-ms", "retry-after", "x-should-retry", IGNORED_HEADER,
     *(f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset") for what in ("requests", "tokens")),
+    *(f"anthropic-ratelimit-{what}-{part}" for what in ("requests", "tokens")
+      for part in ("limit", "remaining", "reset")),
 )  # fmt: skip
 
 
@@ -68,6 +71,7 @@ def build_app(
     ollama: OllamaEndpoints,
     files: FileEndpoints,
     batches: BatchEndpoints,
+    anthropic: AnthropicEndpoints,
     settings: Settings,
     admission: Admission,
     memory: MemoryAccount,
@@ -89,6 +93,7 @@ def build_app(
     add_ollama_routes(app, ollama)
     add_file_routes(app, files)
     add_batch_routes(app, batches)
+    add_anthropic_routes(app, anthropic)
     bodies = LargeBodies(DirectCalls(app, shape_of), shape_of)
     charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)
     authentication = Authentication(charged, keys, shape_of, secret, open_pages=settings.open_pages)
@@ -118,7 +123,7 @@ class Admitted:
         try:
             self._admission.check()
         except Overloaded as error:
-            await shape_of(scope["path"]).response(error)(scope, receive, send)
+            await shape_of(scope).response(error)(scope, receive, send)
             return
         with self._admission.enter():
             await self._app(scope, receive, send)
@@ -162,6 +167,10 @@ class Envelope:
         headers = scope["headers"]
         given = header_of(headers, b"x-request-id") or ""
         request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        REQUEST_ID_OF.set(request_id)
+        ids = [(b"x-request-id", request_id.encode())]
+        if speaks_anthropic(scope):
+            ids.append((b"request-id", request_id.encode()))
         started_s = time.monotonic()
         status = 0
 
@@ -174,7 +183,7 @@ class Envelope:
                 message["headers"] = [
                     *message.get("headers", ()),
                     *((name.encode(), value.encode()) for name, value in limits.items()),
-                    (b"x-request-id", request_id.encode()),
+                    *ids,
                     (b"openai-processing-ms", b"%d" % elapsed_ms),
                 ]
             await send(message)
@@ -185,14 +194,14 @@ class Envelope:
         except asyncio.CancelledError:
             if not status:  # The server is closing and waits no longer; uvicorn would answer in plain text.
                 error = Unavailable("this gateway is shutting down; another one can take it", code="shutting_down")
-                await shape_of(scope["path"]).response(error)(scope, receive, send_marked)
+                await shape_of(scope).response(error)(scope, receive, send_marked)
             raise
         except BaseException as failure:
             if not is_failure(failure):
                 raise
             logger.exception("%s %s failed, x-request-id %s", scope["method"], scope["path"], request_id)
             if not status:  # not yet told by `errors.add_handlers`, which knows of exceptions but not of panics
-                await shape_of(scope["path"]).response(Internal("the gateway failed"))(scope, receive, send_marked)
+                await shape_of(scope).response(Internal("the gateway failed"))(scope, receive, send_marked)
         route = getattr(scope.get("route"), "path", "unknown")
         HTTP_REQUESTS.labels(route, scope["method"], str(status)).inc()
         if scope["path"] in GENERATION_PATHS and status != 405:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from gateway.http.errors import ErrorShape, HttpError
+from gateway.http.errors import HttpError, ShapeOf
 from gateway.overload.memory import Charge
 from protocol.runtime.metrics import HTTP_DROPPED
 from protocol.wire.errors import LorafleetError
@@ -69,10 +69,10 @@ class Connection(HttpToolsProtocol):
     """A connection that is dropped, with a reason, when its client takes too much or too long."""
 
     def __init__(
-        self, *args: Any, limits: ConnectionLimits, shape_of: Callable[[str], ErrorShape],
+        self, *args: Any, limits: ConnectionLimits, shape_of: ShapeOf,
         on_lost: Callable[[], object], charge: Charge, **more: Any,
     ) -> None:  # fmt: skip
-        """`shape_of`: how errors on a path are written; `on_lost` is called at the end.
+        """`shape_of`: how errors of a request are written; `on_lost` is called at the end.
 
         `charge`: what its address is charged for what has not been read here, or not there.
         """
@@ -253,7 +253,8 @@ class Connection(HttpToolsProtocol):
             self._drop("broken_request")
             return
         path = getattr(self, "url", b"").partition(b"?")[0].decode("latin-1")
-        self.transport.write(_as_bytes(self._shape_of(path).response(error)))
+        scope = {"path": path, "headers": getattr(self, "headers", [])}
+        self.transport.write(_as_bytes(self._shape_of(scope).response(error)))
         self._abandon()
         if self.transport.can_write_eof():
             self.transport.write_eof()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway.bodies.json_bodies import JsonRoute, body_value, note_form
-from gateway.http.errors import ErrorShape, is_foreseen, let_go, response_to
+from gateway.http.errors import ShapeOf, is_foreseen, let_go, response_to
 from gateway.http.headers import header_of
 from gateway.http.paths import GENERATION_PATHS
 from gateway.overload.large import working
@@ -30,8 +29,8 @@ from gateway.overload.memory import hold_values
 class DirectCalls:
     """Answers calls as FastAPI would, and hands it everything else."""
 
-    def __init__(self, app: FastAPI, shape_of: Callable[[str], ErrorShape]) -> None:
-        """`app`: has its routes already; `shape_of`: how errors on a path are written.
+    def __init__(self, app: FastAPI, shape_of: ShapeOf) -> None:
+        """`app`: has its routes already; `shape_of`: how errors of a request are written.
 
         Raises TypeError for a call whose handler takes more than its body and the request.
         """

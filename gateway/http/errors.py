@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import orjson
@@ -35,6 +36,9 @@ MAX_RETRY_AFTER_S = 60
 MAX_TEXT_CHARACTERS = 1900
 """Most characters of an error's message."""
 
+_WITH_FIELDS = (("parameters",), ("thinking",), ("output_config",))
+"""Fields that are objects, whose own fields errors name: in LoRAX's bodies most are in one."""
+
 _MAX_LISTED = 3  # reasons shown for one field
 _OWN_WORDS = {  # pydantic's error type -> text for whoever wrote the JSON
     "missing": "it is missing",
@@ -61,6 +65,13 @@ class ErrorShape(Protocol):
     def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
         """Return the response of an error. `headers` come on top of those for its kind."""
         ...
+
+
+ShapeOf = Callable[[Mapping[str, Any]], ErrorShape]
+"""Returns how errors of a request are written, which has its path and headers as in an ASGI scope."""
+
+REQUEST_ID_OF: ContextVar[str] = ContextVar("request_id", default="")
+"""The id of the request that the current task answers, which some errors have in their body; "" where there is none."""
 
 
 class OpenAIErrors:
@@ -138,8 +149,8 @@ def is_foreseen(error: Exception) -> bool:
     return isinstance(error, (LorafleetError, RequestValidationError, HTTPException, *CONNECTION_ERRORS))
 
 
-def response_to(error: Exception, request: Request, shape_of: Callable[[str], ErrorShape]) -> Response:
-    """Return the response to an error that leaves a route, in the shape of the request's path."""
+def response_to(error: Exception, request: Request, shape_of: ShapeOf) -> Response:
+    """Return the response to an error that leaves a route, in the shape that the request wants."""
     headers: Mapping[str, str] | None = None
     if isinstance(error, LorafleetError):
         told = error
@@ -153,7 +164,7 @@ def response_to(error: Exception, request: Request, shape_of: Callable[[str], Er
         told = unreachable_queue(error)
     else:
         told = Internal("the gateway failed")
-    shape = request.scope.get(ERROR_SHAPE) or shape_of(request.url.path)
+    shape = request.scope.get(ERROR_SHAPE) or shape_of(request.scope)
     return shape.response(told, headers)
 
 
@@ -168,7 +179,7 @@ def let_go(error: BaseException) -> None:
         related = related.__cause__ or related.__context__
 
 
-def add_handlers(app: FastAPI, shape_of: Callable[[str], ErrorShape]) -> None:
+def add_handlers(app: FastAPI, shape_of: ShapeOf) -> None:
     """Turn every error that leaves a route into a response."""
 
     async def handle(request: Request, error: Exception) -> Response:
@@ -200,7 +211,7 @@ def _from_validation(errors: Sequence[Any], content_type: str) -> LorafleetError
         message = f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
         return BadRequest(message, code="invalid_json")
     loc = _loc(first)
-    depth = 2 if loc[:1] == ("parameters",) else 1  # where LoRAX's bodies have most fields
+    depth = 2 if loc[:1] in _WITH_FIELDS else 1
     place = loc[:depth]
     if not place:
         if content_type and "json" not in content_type and first["type"] != "missing":

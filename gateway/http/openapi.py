@@ -177,6 +177,25 @@ class OllamaModels(BaseModel):
     models: list[dict[str, Any]]
 
 
+class Message(BaseModel):
+    """A message of Anthropic's API."""
+
+    id: str
+    type: str
+    role: str
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: str | None
+    stop_sequence: str | None
+    usage: dict[str, int]
+
+
+class Counted(BaseModel):
+    """The tokens of a prompt."""
+
+    input_tokens: int
+
+
 class EventStream(Response):
     """Server-sent events."""
 
@@ -210,8 +229,15 @@ _OPENAI_ERROR = _object(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE, c
 _NATIVE_ERROR = _object(error=_TEXT, error_type=_TEXT)
 OPENAI = _errors(_OPENAI_ERROR)
 NATIVE = _errors(_NATIVE_ERROR)
+_ANTHROPIC = _errors(
+    _object(type=_TEXT, error=_object(type=_TEXT, message=_TEXT), request_id={"type": ["string", "null"]})
+)
+MESSAGES: Responses = {200: {"model": Message, "content": _EVENTS}, **_ANTHROPIC}
+COUNTED: Responses = {200: {"model": Counted}, **_ANTHROPIC}
 HEALTH: Responses = {200: {"model": Health}, 503: {"model": Health, "description": "Nothing is served now"}}
 PAGE: Responses = {200: {"model": Page}}
+_MODELS = {"type": "object", "required": ["data"], "properties": {"data": {"type": "array"}}}
+MODELS: Responses = {200: _json("OpenAI's list or, with the header anthropic-version, a page of Anthropic's", _MODELS)}
 JOB: Responses = {200: {"model": Job}}
 DELETED: Responses = {200: {"model": Deleted}}
 LATER: Responses = {202: _json("Accepted; it is not done yet", {"type": "object"})}

@@ -12,12 +12,20 @@ SCORE = ("/score", "/v1/score")
 LORAX_GENERATE = frozenset({"/", "/generate", "/generate_stream", "/invocations"})
 LORAX_ENCODE = frozenset({"/embed", "/classify", "/classify_batch"})
 
+MESSAGES = "/v1/messages"
+"""What is below it, too, answers and refuses in Anthropic's way."""
+
+COUNT_TOKENS = f"{MESSAGES}/count_tokens"
+
+MODELS = "/v1/models"
+"""It, and what is below it, answers in Anthropic's way whoever sends `anthropic-version`, else in OpenAI's."""
+
 OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED = "/api/chat", "/api/generate", "/api/embed"
 OLLAMA_PREFIX = "/api/"
 """What is below it answers and refuses in Ollama's way."""
 
 GENERATION_PATHS = (
-    frozenset({CHAT, COMPLETIONS, EMBEDDINGS, CLASSIFY, *RERANK, *SCORE})
+    frozenset({CHAT, COMPLETIONS, EMBEDDINGS, CLASSIFY, MESSAGES, *RERANK, *SCORE})
     | {OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED}
     | LORAX_GENERATE
     | LORAX_ENCODE
@@ -32,7 +40,7 @@ BATCH_ENDPOINTS = frozenset(path for path in GENERATION_PATHS if path.startswith
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 PING = "/ping"
 
-TOKENIZER_PATHS = frozenset({TOKENIZE, DETOKENIZE})
+TOKENIZER_PATHS = frozenset({TOKENIZE, DETOKENIZE, COUNT_TOKENS})
 """A POST to one of these works on a text, but is no call."""
 
 LARGE_BODY_PATHS = GENERATION_PATHS | TOKENIZER_PATHS

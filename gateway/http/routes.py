@@ -11,6 +11,8 @@ import orjson
 from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
+from gateway.adapters.resolver import is_base
+from gateway.anthropic.models import DEFAULT_LIMIT, MAX_LIMIT, page, shown
 from gateway.auth.callers import caller_of
 from gateway.bodies.fields import REQUEST_ID
 from gateway.bodies.json_bodies import JsonRoute, json_answer, json_response
@@ -21,11 +23,12 @@ from gateway.calls.writers import SSE, Framing
 from gateway.http import openapi
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape
 from gateway.http.keep_alive import KeepAliveResponse
-from gateway.http.paths import CHAT, COMPLETIONS
+from gateway.http.paths import CHAT, COMPLETIONS, MODELS
+from gateway.http.shapes import speaks_anthropic
 from gateway.openai.bodies import AnyRequest, ChatRequest, CompletionRequest
 from gateway.openai.calls import OpenAICalls
 from gateway.overload.admission import Admission
-from protocol.wire.errors import BadRequest, Unavailable
+from protocol.wire.errors import BadRequest, ModelNotFound, Unavailable
 
 MAX_KEY_CHARACTERS = 255
 
@@ -64,28 +67,41 @@ class Endpoints:
         return await self._generate(COMPLETIONS, body, request)
 
     async def _generate(self, endpoint: str, body: AnyRequest, request: Request) -> Response:
-        request_id = request.headers.get("x-request-id", "")
-        sent = Sent(
-            endpoint, await request.body(), request.headers.get("idempotency-key", ""),
-            request_id if REQUEST_ID.fullmatch(request_id) else "",
-        )  # fmt: skip
-        if len(sent.key) > MAX_KEY_CHARACTERS:
-            raise BadRequest(f"an Idempotency-Key may have at most {MAX_KEY_CHARACTERS} characters")
+        sent = await sent_of(endpoint, request)
         stream = bool(body.stream) and not body.background
         return await self.respond(self._calls.answer(body, sent, caller_of(request)), stream=stream)
 
     # ------------------------------------------------------------ models
 
-    async def models(self, request: Request) -> Response:
-        """Answer `/v1/models`."""
+    async def models(
+        self,
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = DEFAULT_LIMIT,
+        after_id: str | None = None,
+        before_id: str | None = None,
+        lifecycle: Annotated[list[str] | None, Query(alias="lifecycle[]")] = None,
+    ) -> Response:
+        """Answer `/v1/models`: OpenAI's list whole, or a page of Anthropic's, which the parameters are for."""
         base = await self._pipeline.fleet.require(worker=False)
+        if speaks_anthropic(request.scope):
+            async with self._pipeline.resolver.catalogue.visible(caller_of(request)) as aliases:
+                served = [alias for alias in aliases if alias.state == "on_disk"]
+                return json_response(page(base, served, limit, after_id, before_id, lifecycle))
         models = await self._pipeline.resolver.models(base, caller_of(request))
         return json_response({"object": "list", "data": orjson.Fragment(models)})
 
     async def model(self, name: str, request: Request) -> Response:
         """Answer `/v1/models/{name}`."""
         base = await self._pipeline.fleet.require(worker=False)
-        return json_response(await self._pipeline.resolver.model(name, base, caller_of(request)))
+        resolver, caller = self._pipeline.resolver, caller_of(request)
+        if not speaks_anthropic(request.scope):
+            return json_response(await resolver.model(name, base, caller))
+        if is_base(name, base):
+            return json_response(shown(base, None))
+        alias = await resolver.known(name, caller)
+        if alias is None or alias.state != "on_disk":
+            raise ModelNotFound(name)
+        return json_response(shown(base, alias))
 
     # ------------------------------------------------------------ jobs
 
@@ -135,13 +151,22 @@ class Endpoints:
         return json_response({"server_load": self._admission.num_in_flight})
 
 
+async def sent_of(endpoint: str, request: Request) -> Sent:
+    """Return a body as it came. Raises BadRequest for an Idempotency-Key that is too long."""
+    headers = request.headers
+    key, request_id = headers.get("idempotency-key", ""), headers.get("x-request-id", "")
+    if len(key) > MAX_KEY_CHARACTERS:
+        raise BadRequest(f"an Idempotency-Key may have at most {MAX_KEY_CHARACTERS} characters")
+    return Sent(endpoint, await request.body(), key, request_id if REQUEST_ID.fullmatch(request_id) else "")
+
+
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     """Bind paths to handlers."""
     app.router.route_class = JsonRoute
     app.post(CHAT, responses=openapi.GENERATED)(endpoints.chat)
     app.post(COMPLETIONS, responses=openapi.GENERATED)(endpoints.completions)
-    app.get("/v1/models", responses=openapi.PAGE)(endpoints.models)
-    app.get("/v1/models/{name:path}")(endpoints.model)
+    app.get(MODELS, responses=openapi.MODELS)(endpoints.models)
+    app.get(MODELS + "/{name:path}")(endpoints.model)
     app.get("/v1/jobs", responses=openapi.PAGE)(endpoints.jobs)
     app.get("/v1/jobs/{jid}", responses=openapi.JOB)(endpoints.job)
     app.delete("/v1/jobs/{jid}", responses=openapi.DELETED)(endpoints.delete_job)

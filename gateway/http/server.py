@@ -17,7 +17,7 @@ import uvicorn
 
 from gateway.http.addresses import origin_of
 from gateway.http.connection import Connection, ConnectionLimits
-from gateway.http.errors import OPENAI_ERRORS, ErrorShape
+from gateway.http.errors import OPENAI_ERRORS, ErrorShape, ShapeOf
 from gateway.overload.memory import MemoryAccount, address_holder
 from protocol.runtime.metrics import HTTP_DROPPED
 
@@ -35,7 +35,7 @@ TICKS_PER_S = 10
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
-def _openai(_: str) -> ErrorShape:
+def _openai(_: object) -> ErrorShape:
     return OPENAI_ERRORS
 
 
@@ -49,7 +49,7 @@ class HttpServer(uvicorn.Server):
     def __init__(
         self, config: uvicorn.Config, max_connections: int = MAX_FILES, rest_s: float = 1.0, *,
         max_per_address: int = 0, limits: ConnectionLimits | None = None,
-        shape_of: Callable[[str], ErrorShape] = _openai, origin_of: Callable[[Any], str] = origin_of,
+        shape_of: ShapeOf = _openai, origin_of: Callable[[Any], str] = origin_of,
         memory: MemoryAccount | None = None,
     ) -> None:  # fmt: skip
         """`rest_s`: pause in which no connection is taken after one could not be; `shape_of`: as `Connection` has it.

@@ -151,4 +151,4 @@ def merge(whole: Piece, piece: Piece) -> None:
     whole.logprobs = whole.logprobs.joined(piece.logprobs)
     whole.prompt = whole.prompt.joined(piece.prompt)
     whole.ids += piece.ids
-    whole.finish = piece.finish or whole.finish
+    whole.finish, whole.stop = piece.finish or whole.finish, piece.stop or whole.stop

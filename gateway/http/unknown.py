@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Scope
 
+from gateway.http.paths import MESSAGES
+
 MAX_COMPARED = 100
 """Characters of a path up to which it is compared with those of the routes: that takes a millisecond."""
 
@@ -21,8 +23,10 @@ _HEALTH = "/health says whether requests are served"
 NOT_SERVED = {
     "/pooling": "numbers of single tokens are not: /v1/embeddings, /v1/classify and /v1/score have those of texts",
     **dict.fromkeys(
-        ("/v1/responses", "/v1/messages", "/inference/v1/generate"), f"this API is not: use {_CHAT} or /api/chat"
+        ("/v1/responses", "/inference/v1/generate"), f"this API is not: use {_CHAT}, {MESSAGES} or /api/chat"
     ),
+    f"{MESSAGES}/batches": f"batches of messages are not: {MESSAGES} takes them one by one",
+    "/v1/complete": f"the API before {MESSAGES} is not",
     **dict.fromkeys(
         ("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/audio/speech", "/v1/images/generations"),
         "models here take and make text alone",

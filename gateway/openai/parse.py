@@ -127,15 +127,20 @@ def conversation_of(request: ChatRequest, truncation: Truncation | None = None) 
     if continue_final and request.add_generation_prompt:
         message = "continue_final_message and add_generation_prompt exclude each other: an answer goes on, or begins"
         raise BadRequest(message, param="continue_final_message")
-    for name in _NO_VARIABLES:
-        if name in variables:
-            param = f"chat_template_kwargs.{name}"
-            raise BadRequest(f"{param} has no effect: {name} is a parameter of its own", param=param)
+    check_variables(variables)
     begin_answer = request.add_generation_prompt is not False and not continue_final
     return Conversation(
         request.messages, variables, begin_answer, continue_final,
         add_special_tokens=bool(request.add_special_tokens), truncation=truncation, echoes=bool(request.echo),
     )  # fmt: skip
+
+
+def check_variables(variables: Mapping[str, Any]) -> None:
+    """Refuse variables for a template that it gets from other parameters. Raises BadRequest."""
+    for name in _NO_VARIABLES:
+        if name in variables:
+            param = f"chat_template_kwargs.{name}"
+            raise BadRequest(f"{param} has no effect: {name} is a parameter of its own", param=param)
 
 
 def _form_param(request: AnyRequest) -> str:
@@ -322,14 +327,17 @@ def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
         raise BadRequest(f"the keys of logit_bias must be token ids: {error}", param="logit_bias") from error
 
 
-def stop_strings(given: str | list[str] | None, settings: Settings) -> list[str]:
-    """Return a body's stop strings, without empty ones. Raises BadRequest for too many, or too long ones."""
+def stop_strings(given: str | list[str] | None, settings: Settings, param: str = "stop") -> list[str]:
+    """Return a body's stop strings, without empty ones. Raises BadRequest for too many, or too long ones.
+
+    param: the field that has them.
+    """
     stops = [given] if isinstance(given, str) else given or []
     if len(stops) > settings.max_stop_strings:
-        message = f"stop has {len(stops)} strings; the limit is {settings.max_stop_strings}"
-        raise BadRequest(message, param="stop")
+        message = f"{param} has {len(stops)} strings; the limit is {settings.max_stop_strings}"
+        raise BadRequest(message, param=param)
     longest = max(map(len, stops), default=0)
     if longest > settings.max_stop_characters:
         message = f"a stop string has {longest} characters; the limit is {settings.max_stop_characters}"
-        raise BadRequest(message, param="stop")
+        raise BadRequest(message, param=param)
     return [stop for stop in stops if stop]

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.auth.callers import CALLER, Caller
-from gateway.http.errors import ErrorShape
+from gateway.http.errors import ShapeOf
 from gateway.http.headers import header_of
 from gateway.http.paths import LARGE_BODY_PATHS, SMALL_BODY_BYTES, TOKENIZER_PATHS
 from protocol.wire.errors import Overloaded
@@ -177,8 +177,8 @@ def release() -> None:
 class LargeBodies:
     """Lets requests with large bodies wait for a place before anything of them is read."""
 
-    def __init__(self, app: ASGIApp, shape_of: Callable[[str], ErrorShape], limits: LargeLimits | None = None) -> None:
-        """`shape_of`: how errors on a path are written."""
+    def __init__(self, app: ASGIApp, shape_of: ShapeOf, limits: LargeLimits | None = None) -> None:
+        """`shape_of`: how errors of a request are written."""
         limits = limits or LargeLimits()
         self._app = app
         self._shape_of = shape_of
@@ -198,7 +198,7 @@ class LargeBodies:
             try:
                 await self._bodies.take(tenant)
             except Overloaded as error:
-                await self._shape_of(path).response(error)(scope, receive, send)
+                await self._shape_of(scope).response(error)(scope, receive, send)
                 return
         body = LargeBody(tenant, None if is_small else self._bodies, self._work)
         token = _BODY.set(body)

@@ -8,14 +8,13 @@ away. So a gateway's memory is the account's limit and what `docs/threat-model.m
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.auth.callers import CALLER, Caller
 from gateway.http.addresses import origin_of
-from gateway.http.errors import ErrorShape
+from gateway.http.errors import ShapeOf
 from gateway.http.headers import header_of
 from gateway.http.paths import GENERATION_PATHS, LARGE_BODY_PATHS, SMALL_BODY_BYTES
 from protocol.wire.errors import BadRequest, LorafleetError, Overloaded, Unavailable
@@ -142,8 +141,8 @@ def address_holder(address: str) -> str:
 class Charged:
     """Charges requests for their bodies before these are read, and for all that they hold until they end."""
 
-    def __init__(self, app: ASGIApp, account: MemoryAccount, shape_of: Callable[[str], ErrorShape], most: int) -> None:
-        """`shape_of`: how errors on a path are written. `most`: bytes of a body that does not say how many it has."""
+    def __init__(self, app: ASGIApp, account: MemoryAccount, shape_of: ShapeOf, most: int) -> None:
+        """`shape_of`: how errors of a request are written. `most`: bytes of a body that does not say its length."""
         self._app = app
         self._account = account
         self._shape_of = shape_of
@@ -160,7 +159,7 @@ class Charged:
             try:
                 charge.hold(self._bytes_of(scope))
             except LorafleetError as error:
-                await self._shape_of(scope["path"]).response(error)(scope, receive, send)
+                await self._shape_of(scope).response(error)(scope, receive, send)
                 return
             await self._app(scope, receive, send)
         finally:

@@ -29,11 +29,11 @@ class AnswerForm:
         """Return a new splitter, for one answer."""
         return AnswerParts(thought=self.thought, opened=self.opened, style=self.style, raw=self.raw)
 
-    def call_id(self, rid: str, index: int) -> str:
-        """Return the id of a request's call; the same each time the answer is read."""
+    def call_id(self, rid: str, index: int, prefix: str = "call_") -> str:
+        """Return the id of a request's call; the same each time the answer is read. prefix: of the API."""
         num = self.style.id_characters if self.style is not None else 24
         digest = hashlib.sha256(f"{rid}/{index}".encode()).hexdigest()[:num]
-        return digest if num == 9 else f"call_{digest}"
+        return digest if num == 9 else prefix + digest
 
 
 def form_of(files: ModelFiles, tools: Tools | None, *, opened: bool, continued: bool = False) -> AnswerForm | None:
@@ -61,27 +61,41 @@ def marker_ids(files: ModelFiles) -> MarkerId:
 
 
 def answer_grammar(
-    constraint: Constraint | None, tools: Tools | None, form: AnswerForm | None, marker: MarkerId
-) -> list[Constraint]:
-    """Return the grammar of an answer, followed by those that it refers to by name; [] if any answer will do."""
+    constraint: Constraint | None, tools: Tools | None, form: AnswerForm | None, marker: MarkerId,
+    max_thought: int | None = None,
+) -> list[Constraint]:  # fmt: skip
+    """Return the grammar of an answer, followed by those that it refers to by name; [] if any answer will do.
+
+    max_thought: tokens of reasoning, after which its end mark follows; None for any number. It has no effect where the
+    mark is not one token, which alone can be forced.
+    """
+    if form is None or form.thought is None or marker(form.thought[1]) is None:
+        max_thought = None
     if tools is not None and form is not None and form.style is not None:
         opening = form.thought[0] if form.thought is not None and not form.opened else ""
         grammars = tool_grammar(tools, form.style, marker, constraint, thought=opening)
     elif constraint is not None:
         grammars = [constraint]
+    elif max_thought is not None and form is not None and form.thought is not None:
+        # An answer that opened reasoning would not be held to its limit.
+        text = f"TEXT: /(?s:.*)/ & ~/[ \\n]*{lark_regex(form.thought[0])}(?s:.*)/"
+        grammars = [{"lark_grammar": f"start: TEXT\n{text}"}]
     else:
         return []
     if form is None or form.thought is None:
         return grammars
     return [
-        _after_reasoning(form.thought, marker, opened=form.opened),
+        _after_reasoning(form.thought, marker, opened=form.opened, limit=max_thought),
         {**grammars[0], "name": "answer"},
         *grammars[1:],
     ]
 
 
-def _after_reasoning(thought: Thought, marker: MarkerId, *, opened: bool) -> Constraint:
-    """Return the grammar of free reasoning, followed by an answer of the grammar named `answer`."""
+def _after_reasoning(thought: Thought, marker: MarkerId, *, opened: bool, limit: int | None) -> Constraint:
+    """Return the grammar of free reasoning, followed by an answer of the grammar named `answer`.
+
+    limit: most tokens of the reasoning, None for any number.
+    """
     begin, end = map(marker, thought)
     # If the end mark is one token, its text must not be spelled out by others.
     other = "" if end is None else f" & ~/(?s:.*){lark_regex(thought[1])}(?s:.*)/"
@@ -89,7 +103,9 @@ def _after_reasoning(thought: Thought, marker: MarkerId, *, opened: bool) -> Con
     if end is None:
         rules += ["thought: thought_end GAP?", f"thought_end[lazy]: THOUGHT {lark_string(thought[1])}"]
     else:
-        rules += [f"thought: THOUGHT <[{end}]> GAP?"]
+        words = "THOUGHT" if limit is None else "words"
+        rules += [f"thought: {words} <[{end}]> GAP?"]
+        rules += [] if limit is None else [f"words[max_tokens={limit}]: THOUGHT"]
     opening = lark_string(thought[0]) if begin is None else f"<[{begin}]>"
     start = "start: thought @answer" if opened else f"start: ({opening} thought)? @answer"
     return {"lark_grammar": "\n".join([start, *rules])}

@@ -111,12 +111,12 @@ class TokenizerEndpoints:
         chat = conversation_of(ChatRequest(model=body.model or "", **asked))
         tools = tools_of(body.tools, None, None, settings)
         base, target = await self._asked(body.model, caller)
-        most, special, rendered = _most(base), bool(body.add_special_tokens), ""
+        most, special, rendered = most_tokenized(base), bool(body.add_special_tokens), ""
 
         def check(text: str) -> None:
             nonlocal rendered
             rendered = text
-            _check(most, "messages")(len(text) // MAX_CHARACTERS_PER_TOKEN)
+            check_tokens(most, "messages")(len(text) // MAX_CHARACTERS_PER_TOKEN)
 
         async def tokenize() -> bytes:
             encoded = await target.files.encode_chat(
@@ -124,7 +124,7 @@ class TokenizerEndpoints:
                 variables=chat.variables, tenant=target.payer(caller), check=check, add_special_tokens=special,
                 tools=tools.definitions if tools is not None else None,
             )  # fmt: skip
-            _check(most, "messages")(len(encoded.ids))
+            check_tokens(most, "messages")(len(encoded.ids))
             if not body.return_token_strs:
                 return await asyncio.to_thread(_answer, encoded.ids, None, base)
             encoding = await self._encoding(rendered, special, target, base, caller, "messages")
@@ -134,7 +134,7 @@ class TokenizerEndpoints:
 
     async def _text(self, body: DetokenizeRequest, caller: Caller) -> Response:
         base, target = await self._asked(body.model, caller)
-        _check(_most(base), "tokens")(len(body.tokens))
+        check_tokens(most_tokenized(base), "tokens")(len(body.tokens))
         vocab_size = target.vocab_size or base.vocab_size
 
         def text() -> bytes:
@@ -158,18 +158,18 @@ class TokenizerEndpoints:
         """Return the tokens of a text. Raises BadRequest naming `param` for too many."""
         files = self._pipeline.files if target is None else target.files
         tenant = (caller.name or BASE) if target is None else target.payer(caller)
-        check = _check(_most(base), param)
+        check = check_tokens(most_tokenized(base), param)
         check(len(text) // MAX_CHARACTERS_PER_TOKEN)
         [encoding] = await files.encoder.detailed([text], add_special_tokens=special, tenant=tenant, check=check)
         return encoding
 
 
-def _most(base: m.ServedModel | None) -> int:
+def most_tokenized(base: m.ServedModel | None) -> int:
     """Return how many tokens are answered with at most."""
     return MIN_TOKENIZED if base is None else max(base.max_model_len, MIN_TOKENIZED)
 
 
-def _check(limit: int, param: str) -> Callable[[int], None]:
+def check_tokens(limit: int, param: str) -> Callable[[int], None]:
     """Return what raises BadRequest for more tokens than are answered with."""
 
     def check(num_tokens: int) -> None:

@@ -14,7 +14,19 @@ from gateway.grammars.structured import checked_schema, is_strict
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_NAME = re.compile(r"[a-zA-Z0-9_-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolWords:
+    """What an API calls the parts of a tool that is refused, and how long its name may be."""
+
+    name: str = ".function.name"
+    schema: str = ".function.parameters"
+    max_name: int = 64
+
+
+OPENAI_WORDS = ToolWords()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +47,12 @@ class Tools:
 
 def tools_of(
     tools: Sequence[dict[str, Any]] | None, choice: str | dict[str, Any] | None, parallel: bool | None,
-    settings: Settings,
+    settings: Settings, words: ToolWords = OPENAI_WORDS,
 ) -> Tools | None:  # fmt: skip
-    """Return the tools that a request may call, None for none. Raises BadRequest naming the wrong field."""
+    """Return the tools, as OpenAI has them, that a request may call; None for none.
+
+    Raises BadRequest naming the wrong field in the API's words.
+    """
     if not tools:
         if choice not in (None, "none", "auto"):
             raise BadRequest("tool_choice needs tools", param="tool_choice")
@@ -46,9 +61,9 @@ def tools_of(
     check_num(num_bytes, MAX_TIMES * settings.max_grammar_bytes, "bytes", "tools")
     schemas: dict[str, dict[str, Any]] = {}
     for i, tool in enumerate(tools):
-        name, schema = _definition(tool, f"tools[{i}]", settings)
+        name, schema = _definition(tool, f"tools[{i}]", settings, words)
         if name in schemas:
-            raise BadRequest(f"tools[{i}].function.name: {name!r} is there twice", param=f"tools[{i}].function.name")
+            raise BadRequest(f"tools[{i}]{words.name}: {name!r} is there twice", param=f"tools[{i}]{words.name}")
         schemas[name] = schema
     wanted, required = _chosen(choice, list(schemas))
     if not wanted:
@@ -58,7 +73,7 @@ def tools_of(
     return Tools(list(tools), chosen, required, parallel is not False and not one, num_bytes)
 
 
-def _definition(tool: dict[str, Any], place: str, settings: Settings) -> tuple[str, dict[str, Any]]:
+def _definition(tool: dict[str, Any], place: str, settings: Settings, words: ToolWords) -> tuple[str, dict[str, Any]]:
     """Return a tool's name and the schema of its arguments."""
     if tool.get("type") != "function":
         raise BadRequest(f"{place}.type must be function, not {tool.get('type')!r}", param=f"{place}.type")
@@ -66,10 +81,10 @@ def _definition(tool: dict[str, Any], place: str, settings: Settings) -> tuple[s
     if not isinstance(function, dict):
         raise BadRequest(f"{place}.function must be an object", param=f"{place}.function")
     name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        message = f"{place}.function.name must be 1 to 64 letters, digits, _ or -"
-        raise BadRequest(message, param=f"{place}.function.name")
-    parameters, where = function.get("parameters"), f"{place}.function.parameters"
+    if not isinstance(name, str) or len(name) > words.max_name or not _NAME.fullmatch(name):
+        message = f"{place}{words.name} must be 1 to {words.max_name} letters, digits, _ or -"
+        raise BadRequest(message, param=f"{place}{words.name}")
+    parameters, where = function.get("parameters"), f"{place}{words.schema}"
     if parameters is None:
         parameters = {"type": "object", "properties": {}, "additionalProperties": False}
     schema = checked_schema(parameters, where, settings, strict=is_strict(function, f"{place}.function"))

@@ -62,6 +62,19 @@ def main() -> None:
             model=models[1], messages=MESSAGES, response_format=City, max_tokens=200, temperature=0, **where
         )
         City.model_validate_json(held.choices[0].message.content)
+    with tour.check("Anthropic's route: completion(), whole and streamed, a tool call; anthropic_messages()"):
+        there = {"api_base": tour.url, "api_key": tour.key, "max_retries": 0}
+        model = f"anthropic/{tour.adapter}"
+        whole = litellm.completion(model=model, messages=MESSAGES, **GREEDY, **there)
+        same(whole.choices[0].message.content, said[models[1]])
+        stream = litellm.completion(model=model, messages=MESSAGES, stream=True, **GREEDY, **there)
+        same("".join(chunk.choices[0].delta.content or "" for chunk in stream), said[models[1]])
+        called = litellm.completion(
+            model=model, messages=MESSAGES, tools=[WEATHER], tool_choice="required", max_tokens=100, **there
+        )
+        assert set(json.loads(called.choices[0].message.tool_calls[0].function.arguments)) == {"city", "unit"}
+        message = asyncio.run(litellm.anthropic_messages(model=model, messages=MESSAGES, **GREEDY, **there))
+        same(message["content"][0]["text"], said[models[1]])
     if tour.embedder:
         with tour.check("embeddings of base and adapter"):
             there = {"api_base": f"{tour.embedder}/v1", "api_key": tour.key}

@@ -83,7 +83,7 @@ def test_usage_is_read_in_the_words_of_every_api() -> None:
     openai = usage_of(
         b'{"usage":{"prompt_tokens":3,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":1}}}'
     )
-    anthropic = usage_of(b'{"usage":{"input_tokens":3,"output_tokens":2,"cache_read_input_tokens":1}}')
+    anthropic = usage_of(b'{"usage":{"input_tokens":2,"output_tokens":2,"cache_read_input_tokens":1}}')
     assert (openai.input_tokens, openai.cached_tokens, openai.output_tokens) == (3, 1, 2)
     assert openai == anthropic
     assert usage_of(b'{"data":[]}').input_tokens == 0

@@ -13,7 +13,7 @@ from helpers.scripted_fleet import RunningGateway, ScriptedFleet, running_gatewa
 
 from gateway.bodies.compat import PAGE, with_table
 from gateway.bodies.parameter_check import IGNORED_HEADER, MAX_ENTRIES, MAX_NAMED, JsonBody, check_parameters
-from gateway.bodies.parameters import OBJECTS, PARAMETERS, PARAMETERS_OF, SERVERS
+from gateway.bodies.parameters import BY_TYPE, OBJECTS, PARAMETERS, PARAMETERS_OF, SERVERS
 from gateway.http.paths import LORAX_PATHS, OLLAMA_PREFIX, RERANK, SCORE
 from gateway.openai.bodies import MAX_TOOLS, ChatRequest
 from protocol.queue.bus import Bus
@@ -43,6 +43,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "/api/embed": {"model": "base", "input": "hi"},
     "/api/show": {"model": "base"},
     "/v1/batches": {"input_file_id": "file-a", "endpoint": "/v1/completions", "completion_window": "24h"},
+    "/v1/messages": {**CHAT, "max_tokens": 8},
+    "/v1/messages/count_tokens": CHAT,
     "/v1/adapters": {"name": "a"},
     "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "/a"},
     "/v1/unload_lora_adapter": {"lora_name": "a"},
@@ -82,11 +84,12 @@ def test_every_entry_of_the_list_says_what_it_must() -> None:
         assert bool(parameter.why) == (parameter.fate != "served"), parameter.name
         assert not parameter.why.endswith("."), parameter.name
         assert not parameter.neutral or parameter.fate == "refused", parameter.name
-        assert not parameter.holds or parameter.holds in OBJECTS, parameter.name
+        assert not parameter.holds or parameter.holds in {*OBJECTS, *BY_TYPE}, parameter.name
         for kind in parameter.objects:
             assert (parameter.name, kind) not in seen, f"{parameter.name} is there twice"
             seen.add((parameter.name, kind))
     assert all(PARAMETERS_OF[kind] for kind in OBJECTS)
+    assert all(kind in OBJECTS for kinds in BY_TYPE.values() for kind in kinds.values())
     assert len(PARAMETERS) > 200
 
 
@@ -124,7 +127,8 @@ async def test_a_typo_is_refused_with_the_nearest_name(http: httpx2.AsyncClient,
         assert answer.json()["error_type"] == "validation"
     elif not path.startswith(OLLAMA_PREFIX):
         error = answer.json()["error"]
-        assert (error["param"], error["code"]) == (f"{first}x", "unknown_parameter")
+        details = error.get("details") or {"error_code": error["code"], "param": error["param"]}
+        assert details == {"error_code": "unknown_parameter", "param": f"{first}x"}
 
 
 @pytest.mark.parametrize("path", GOOD)

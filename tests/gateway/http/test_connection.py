@@ -215,6 +215,10 @@ def test_what_is_no_http_is_400_as_json(request_bytes: bytes) -> None:
 
 def test_errors_have_the_shape_of_the_path() -> None:
     async def test(run: Running) -> None:
+        for begin in (b"POST /v1/messages HTTP/1.1\r\n", b"GET /v1/models/a HTTP/1.1\r\nanthropic-version: 1\r\n"):
+            status, body = parts_of(await run.send(begin + b"Host: x\r\na: " + b"x" * MAX_HEAD_BYTES))
+            assert (status, body["type"], body["request_id"]) == (431, "error", None)
+            assert body["error"]["details"] == {"error_code": "headers_too_large"}
         begin = b"POST /generate HTTP/1.1\r\nHost: x\r\n"
         status, body = parts_of(await run.send(begin + b"a: " + b"x" * MAX_HEAD_BYTES))
         assert (status, set(body), body["error_type"]) == (431, {"error", "error_type"}, "headers_too_large")

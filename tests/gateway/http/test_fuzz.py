@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from gateway.anthropic.errors import ANTHROPIC_ERRORS
 from gateway.http.errors import OPENAI_ERRORS
 from gateway.http.shapes import shape_of
 from gateway.lorax.bodies import CompatRequest, Parameters
@@ -34,6 +35,14 @@ MESSAGES = [
     {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [CALL]},
     {"role": "user", "content": "hi"},
 ]
+BLOCKS = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "hm", "signature": "s"}, {"type": "text", "text": "x"},
+        {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}},
+    ]},
+    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "1", "is_error": True}]},
+]  # fmt: skip
 SAMPLING = {
     "temperature": 1.0, "top_p": 0.5, "top_k": 4, "min_p": 0.1, "typical_p": 0.9, "seed": 7, "min_tokens": 1, "n": 1,
     "presence_penalty": 0.1, "frequency_penalty": 0.1, "repetition_penalty": 1.1, "logit_bias": {"5": 1.0},
@@ -75,6 +84,13 @@ GOOD: dict[str, dict[str, Any]] = {
     "/embed": {"inputs": "hi", "parameters": {"adapter_id": ""}},
     "/classify": {"inputs": "hi", "parameters": {"adapter_id": ""}},
     "/classify_batch": {"inputs": ["hi"], "parameters": {"adapter_id": ""}},
+    "/v1/messages": {
+        "model": "base", "max_tokens": 2, "messages": BLOCKS, "system": [{"type": "text", "text": "be brief"}],
+        "tools": [{"name": "f", "description": "d", "input_schema": SCHEMA, "strict": True}],
+        "tool_choice": {"type": "any", "disable_parallel_tool_use": True}, "thinking": {"type": "adaptive"},
+        "output_config": {"effort": "low"}, "stop_sequences": ["x"], "temperature": 0.5, "top_p": 0.5, "top_k": 4,
+    },
+    "/v1/messages/count_tokens": {"model": "base", "messages": BLOCKS, "chat_template_kwargs": {"a": 1}},
     "/v1/adapters": {"name": "nobody", "source": "nobody", "token": "t", "wait_s": 0.0, "pin": False, "preload": False},
     "/v1/load_lora_adapter": {"lora_name": "base", "lora_path": "nobody", "load_inplace": False},
     "/v1/unload_lora_adapter": {"lora_name": "nobody"},
@@ -190,10 +206,11 @@ def test_any_body_gets_an_answer(url: str, patient: httpx2.Client, sent: tuple[s
     answer = patient.post(url + path, content=body, headers={"content-type": "application/json"})
     assert answer.status_code < 500, answer.content
     if answer.status_code >= 400:
-        error = answer.json()["error"]
-        message = error["message"] if shape_of(path) is OPENAI_ERRORS else error
-        if shape_of(path) is OPENAI_ERRORS:
+        error, shape = answer.json()["error"], shape_of({"path": path, "headers": []})
+        message = error if isinstance(error, str) else error["message"]
+        if shape is OPENAI_ERRORS:
             assert set(error) == {"message", "type", "param", "code"}
+        assert isinstance(error, str) == (shape not in (OPENAI_ERRORS, ANTHROPIC_ERRORS))
         assert isinstance(message, str)
         assert message
         assert len(message) < 2000

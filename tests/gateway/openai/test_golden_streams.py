@@ -20,9 +20,9 @@ from protocol.wire.errors import LorafleetError, WorkerLost
 
 GOLDEN = Path(__file__).parent / "golden"
 QWEN = (Path(__file__).parents[1] / "templates" / "qwen.jinja").read_text()
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, MESSAGES_PATH = "/v1/chat/completions", "/v1/completions", "/v1/messages"
 MESSAGES = [{"role": "user", "content": "hi"}]
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {"name": "add", "parameters": {"type": "object", "properties": {"p": {"type": "string"}}}},
 }
@@ -42,6 +42,7 @@ TGI = {
     "truncate": None, "typical_p": None, "best_of": None, "watermark": False, "details": True,
     "decoder_input_details": False, "top_n_tokens": None, "grammar": None,
 }  # fmt: skip
+ANTHROPIC = {"model": "fox", "messages": MESSAGES, "max_tokens": 60, "stream": True}
 GREEDY = {"model": "base", "messages": MESSAGES, "temperature": 0.0, "max_tokens": 12, "stream": True}
 
 
@@ -86,6 +87,14 @@ STREAMS = {
     "ollama-chat-tools": Stream("/api/chat", {"model": "base", "messages": MESSAGES, "tools": [TOOL]}, CALLS),
     "ollama-chat-error": Stream("/api/chat", {"model": "base", "messages": MESSAGES}, error=WorkerLost("three died")),
     "ollama-generate": Stream("/api/generate", {"model": "fox", "prompt": "hi", "options": {"stop": ["you"]}}),
+    "anthropic-messages": Stream(MESSAGES_PATH, {**ANTHROPIC, "stop_sequences": ["you", "?"]}),
+    "anthropic-messages-tools": Stream(
+        MESSAGES_PATH,
+        {**ANTHROPIC, "max_tokens": 300, "tools": [{"name": "add", "input_schema": TOOL["function"]["parameters"]}]},
+        CALLS,
+    ),
+    "anthropic-messages-limit": Stream(MESSAGES_PATH, {**ANTHROPIC, "max_tokens": 4}),
+    "anthropic-messages-error": Stream(MESSAGES_PATH, ANTHROPIC, error=WorkerLost("three died")),
     "litellm": Stream(CHAT, GREEDY),
     "langchain": Stream(
         CHAT,
@@ -95,10 +104,12 @@ STREAMS = {
 REPLACED = [
     (rb"cmpl-[0-9a-f]{32}", b"cmpl-ID"),
     (rb'"created":\d+', b'"created":0'),
-    (rb"call_[0-9a-f]{24}", b"call_ID"),
+    (rb"(call|toolu)_[0-9a-f]{24}", rb"\1_ID"),
+    (rb"msg_[0-9a-f]{32}", b"msg_ID"),
+    (rb"req_[0-9a-f]{32}", b"req_ID"),
     (rb'"created_at":"[^"]*"', b'"created_at":"ANY"'),
     (rb'_duration":\d+', b'_duration":0'),
-    (rb"(?m)^(date|x-request-id|openai-processing-ms): .*$", rb"\1: ANY"),
+    (rb"(?m)^(date|(?:x-)?request-id|openai-processing-ms): .*$", rb"\1: ANY"),
 ]
 
 

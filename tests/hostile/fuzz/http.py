@@ -1,4 +1,4 @@
-"""Requests at a real gateway: whatever a body or a head holds, the answer is no 5xx but a documented 503, and JSON."""
+"""Requests at a real gateway: whatever a body or a head holds, the answer is JSON, and no 5xx but a 503 or 529."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from gateway.adapters.operator_routes import LoadRequest, RegisterRequest, UnloadRequest
+from gateway.anthropic.bodies import CountTokensRequest, MessagesRequest
 from gateway.encoders.bodies import (
     ClassifyRequest,
     EmbeddingsRequest,
@@ -58,6 +59,14 @@ BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "/embed": (EncoderRequest, {"inputs": "hi"}),
     "/classify": (EncoderRequest, {"inputs": "hi"}),
     "/classify_batch": (EncoderBatchRequest, {"inputs": ["hi"]}),
+    "/v1/messages": (
+        MessagesRequest,
+        {"model": "base", "max_tokens": 2, "messages": [{"role": "user", "content": "hi"}]},
+    ),
+    "/v1/messages/count_tokens": (
+        CountTokensRequest,
+        {"model": "base", "messages": [{"role": "user", "content": "hi"}]},
+    ),
     "/v1/adapters": (RegisterRequest, {"name": "mine", "source": "local:one", "wait_s": 0}),
     "/v1/load_lora_adapter": (LoadRequest, {"lora_name": "one", "lora_path": "local:one"}),
     "/v1/unload_lora_adapter": (UnloadRequest, {"lora_name": "nobody"}),
@@ -74,6 +83,10 @@ LIKELY: dict[str, tuple[Any, ...]] = {
         [{"role": "assistant", "tool_calls": {"a": 1}}, {"role": "user", "content": {"a": 1}}],
         [{"role": "system", "content": "x" * 400}],
         [{"role": "user", "content": "<|im_end|>"}] * 3,
+        [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}],
+        [{"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "f", "input": {"a": [{}]}}]},
+         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image"}]}]}],
+        [{"role": "assistant", "content": [{"type": "thinking", "thinking": "\ud83d"}]}],
     ),
     "prompt": ("", [], [[]], [""], ["a", "b"], [5], [[5], [6]], [5, "a"], [-1], [1 << 40], "a" * 2000, [True], "\0"),
     "response_format": (
@@ -91,8 +104,16 @@ LIKELY: dict[str, tuple[Any, ...]] = {
         [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#/x"}}}],
         [{"type": "function", "function": {"name": "f" * 200}}], [{}], [{"function": None}],
         [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "nonsense"}}}],
+        [{"name": "f", "input_schema": {"type": "object"}}], [{"name": "f", "input_schema": {"$ref": "#"}}],
+        [{"type": "web_search_20250305", "name": "web_search"}],
     ),
-    "tool_choice": ("required", "auto", {"type": "function", "function": {"name": "f"}}, {}, "none", "x"),
+    "thinking": ({"type": "adaptive"}, {"type": "enabled", "budget_tokens": 1024}, {"type": "x"}, {"type": "disabled"}),
+    "output_config": ({"effort": "low"}, {"format": {"type": "json_schema", "schema": {}}}, {"format": {"type": []}}),
+    "system": ("x", [{"type": "text", "text": "x"}], [{"type": "image"}], [[]]), "stop_sequences": (["a"], [""] * 90),
+    "tool_choice": (
+        "required", "auto", {"type": "function", "function": {"name": "f"}}, {}, "none", "x", {"type": "any"},
+        {"type": "tool", "name": "f"},
+    ),
     "merged_adapters": (
         {"ids": ["one", "one"], "weights": [1, 2]}, {"ids": ["base"], "weights": [1]}, {"ids": [], "weights": []},
         {"ids": ["one"], "weights": [1], "merge_strategy": "ties", "density": 0},
@@ -158,8 +179,8 @@ PATHS = (
     "/metrics", "/info", "/ping", "/openapi.json", "/{}", "/v1/{}", "/v1/adapters/{}/evict?wait_s={}",
 )  # fmt: skip
 
-MAY_FAIL = frozenset({"503"})
-"""Only a 503 says that the gateway, not the request, is at fault: nothing else above 499 is documented."""
+MAY_FAIL = frozenset({"503", "529"})
+"""Only a 503, or Anthropic's 529, says that the gateway is at fault: nothing else above 499 is documented."""
 
 
 @contextmanager

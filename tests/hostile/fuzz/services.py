@@ -158,8 +158,8 @@ def json_error(raw: bytes) -> str:
     body = orjson.loads(raw)
     error = body["error"]
     if isinstance(error, dict):
-        assert {"message", "type", "param", "code"} == set(error), body
-        message, kind = error["message"], error["code"] or error["type"]
+        assert set(error) in ({"message", "type", "param", "code"}, {"message", "type"}, {"message", "type", "details"})
+        message, kind = error["message"], error.get("code") or error["type"]
     else:
         message, kind = error, body.get("error_type", "error")  # Ollama's have none
     assert isinstance(message, str), body

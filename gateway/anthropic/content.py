@@ -1,0 +1,195 @@
+"""Messages, system texts and tools of Anthropic's API in OpenAI's form, which is what chat templates know. Pure.
+
+A message of Anthropic's is a list of blocks: calls are blocks of the assistant's, their results blocks of the user's,
+and messages of one role that follow each other are one turn. Which fields blocks have is in `bodies/parameters.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from gateway.bodies.parameter_check import MAX_ENTRIES
+from gateway.grammars.limits import check_num
+from gateway.openai.bodies import MAX_TOOLS
+from gateway.text.messages import Message
+from gateway.tools.definitions import ToolWords
+from protocol.wire.errors import BadRequest
+
+WORDS = ToolWords(name=".name", schema=".input_schema", max_name=128)
+
+ERROR = "Error: "
+"""What the text of a result with `is_error` begins with, as templates know no such mark."""
+
+_BLOCKS_OF = {"user": ("text", "tool_result"), "assistant": ("text", "thinking", "tool_use"), "system": ("text",)}
+
+_READS_TEXT = "this model reads text"
+_AT_ANTHROPIC = "it belongs to a tool that runs at Anthropic"
+_NOT_READ = {
+    "image": _READS_TEXT,
+    "document": _READS_TEXT,
+    "search_result": _READS_TEXT,
+    "redacted_thinking": "it is encrypted, and Anthropic alone can read it",
+    "container_upload": _AT_ANTHROPIC,
+    "server_tool_use": _AT_ANTHROPIC,
+    "tool_reference": "it refers to a search among tools, and all tools are shown here",
+}
+"""Type of a block that is not served -> why."""
+
+_TRAINED_ON = ("bash_", "text_editor_", "computer_", "browser_", "memory_")
+"""What the types of tools begin with that clients run and whose parameters no definition says."""
+
+
+def messages_of(system: str | list[dict[str, Any]] | None, given: Sequence[dict[str, Any]]) -> list[Message]:
+    """Return messages in OpenAI's form, the system text before them. Raises BadRequest naming the place."""
+    made: list[Message] = []
+    calls: set[str] = set()  # ids of those so far
+    if system:
+        _add(made, {"role": "system", "content": _texts(system, "system")})
+    for i, message in enumerate(given):
+        role, place = message.get("role"), f"messages[{i}].content"
+        if not isinstance(role, str) or role not in _BLOCKS_OF:
+            text = f"messages[{i}].role must be one of {', '.join(_BLOCKS_OF)}, not {role!r:.100}"
+            raise BadRequest(text, param=f"messages[{i}].role")
+        blocks = _blocks(message.get("content"), place, _BLOCKS_OF[role])
+        if role == "assistant":
+            _add(made, _of_assistant(blocks, place, calls))
+            continue
+        for one in _of_others(role, blocks, place, calls):
+            _add(made, one)
+    return [_plain(message) for message in made]
+
+
+def definitions_of(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return tools in OpenAI's form. Raises BadRequest for those that are not the client's own."""
+    check_num(len(tools), MAX_TOOLS, "entries", "tools")
+    return [_definition(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
+
+
+def _definition(tool: dict[str, Any], place: str) -> dict[str, Any]:
+    kind = tool.get("type")
+    if kind is not None and kind != "custom":
+        why = "it runs at Anthropic"
+        if isinstance(kind, str) and kind.startswith(_TRAINED_ON):
+            why = "only Anthropic's models are trained on its parameters: give a tool with a name and an input_schema"
+        raise BadRequest(f"{place}: tools of type {kind!r:.100} are not supported: {why}", param=f"{place}.type")
+    for name, types in (("description", str), ("strict", bool)):
+        if not isinstance(tool.get(name), types | None):
+            what = "a string" if types is str else "true or false"
+            raise BadRequest(f"{place}.{name} must be {what}", param=f"{place}.{name}")
+    if tool.get("input_schema") is None:
+        raise BadRequest(f"{place}.input_schema: it is missing", param=f"{place}.input_schema")
+    function = {"name": tool.get("name"), "parameters": tool["input_schema"]}
+    more = {name: tool[name] for name in ("description", "strict") if tool.get(name) is not None}
+    return {"type": "function", "function": {**function, **more}}
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def _blocks(content: Any, place: str, allowed: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a content as blocks, whose types are among those allowed."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise BadRequest(f"{place} must be a string or a list of blocks", param=place)
+    check_num(len(content), MAX_ENTRIES, "blocks", place)
+    for i, block in enumerate(content):
+        kind = block.get("type") if isinstance(block, dict) else type(block).__name__
+        if isinstance(kind, str) and kind in allowed and isinstance(block, dict):
+            continue
+        if not isinstance(kind, str):
+            why = "the type of a block is a string"
+        elif kind.endswith("_tool_result"):
+            why = _AT_ANTHROPIC
+        else:
+            why = _NOT_READ.get(kind) or f"there may be {', '.join(allowed)} here"
+        raise BadRequest(f"{place}[{i}]: blocks of type {kind!r:.100} are not supported: {why}", param=f"{place}[{i}]")
+    return content
+
+
+def _texts(content: Any, place: str) -> list[dict[str, str]]:
+    """Return a content that may only be text as text parts."""
+    return [_text(block, f"{place}[{i}]") for i, block in enumerate(_blocks(content, place, ("text",)))]
+
+
+def _text(block: Mapping[str, Any], place: str) -> dict[str, str]:
+    return {"type": "text", "text": _string(block, "text", place)}
+
+
+def _string(block: Mapping[str, Any], name: str, place: str) -> str:
+    value = block.get(name)
+    if not isinstance(value, str):
+        raise BadRequest(f"{place}.{name} must be a string", param=f"{place}.{name}")
+    return value
+
+
+def _of_assistant(blocks: Sequence[dict[str, Any]], place: str, calls: set[str]) -> Message:
+    message: Message = {"role": "assistant", "content": []}
+    for i, block in enumerate(blocks):
+        where = f"{place}[{i}]"
+        if block["type"] == "text":
+            message["content"].append(_text(block, where))
+        elif block["type"] == "thinking":
+            thinking = _string(block, "thinking", where)
+            message["reasoning_content"] = message.get("reasoning_content", "") + thinking
+        else:
+            message.setdefault("tool_calls", []).append(_call(block, where))
+            calls.add(block["id"])
+    return message
+
+
+def _call(block: Mapping[str, Any], place: str) -> dict[str, Any]:
+    id_, name, given = _string(block, "id", place), _string(block, "name", place), block.get("input")
+    if not isinstance(given, dict):
+        raise BadRequest(f"{place}.input must be an object", param=f"{place}.input")
+    return {"id": id_, "type": "function", "function": {"name": name, "arguments": given}}
+
+
+def _of_others(role: str, blocks: Sequence[dict[str, Any]], place: str, calls: set[str]) -> Iterator[Message]:
+    """Yield what the user, or the system, says: texts, and results of calls between them."""
+    if not blocks:
+        raise BadRequest(f"{place} is empty", param=place)
+    for i, block in enumerate(blocks):
+        where = f"{place}[{i}]"
+        if block["type"] == "text":
+            yield {"role": role, "content": [_text(block, where)]}
+        else:
+            yield _result(block, where, calls)
+
+
+def _result(block: Mapping[str, Any], place: str, calls: set[str]) -> Message:
+    id_, content, is_error = _string(block, "tool_use_id", place), block.get("content"), block.get("is_error")
+    if id_ not in calls:
+        text = f"{place}.tool_use_id: {id_!r:.100} is the id of no tool_use block before it"
+        raise BadRequest(text, param=f"{place}.tool_use_id")
+    if not isinstance(is_error, bool | None):
+        raise BadRequest(f"{place}.is_error must be true or false", param=f"{place}.is_error")
+    parts = _texts("" if content is None else content, f"{place}.content")
+    if is_error and not (parts and parts[0]["text"].startswith("Error")):
+        parts = [{"type": "text", "text": ERROR + (parts[0]["text"] if parts else "")}, *parts[1:]]
+    return {"role": "tool", "tool_call_id": id_, "content": parts}
+
+
+# ---------------------------------------------------------------- messages
+
+
+def _add(made: list[Message], message: Message) -> None:
+    """Add a message, or what it says to the last one if that is of the same role."""
+    last = made[-1] if made else None
+    if last is None or last["role"] != message["role"] or message["role"] == "tool":
+        made.append(message)
+        return
+    last["content"] += message["content"]
+    if "tool_calls" in message:
+        last.setdefault("tool_calls", []).extend(message["tool_calls"])
+    if "reasoning_content" in message:
+        last["reasoning_content"] = last.get("reasoning_content", "") + message["reasoning_content"]
+
+
+def _plain(message: Message) -> Message:
+    """Return a message whose content is a text if it has one part, and absent beside calls if it has none."""
+    content = message["content"]
+    if not content and "tool_calls" in message:
+        return {key: value for key, value in message.items() if key != "content"}
+    return {**message, "content": content if len(content) > 1 else content[0]["text"] if content else ""}

@@ -1,0 +1,56 @@
+"""Errors as Anthropic writes them, before a stream and in it.
+
+`details.error_code` names the cause, `details.param` the field that is wrong; both are left out where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import orjson
+from starlette.responses import Response
+
+from gateway.http.errors import REQUEST_ID_OF, cut, retry_headers
+from protocol.wire.errors import LorafleetError
+
+OVERLOADED = 529
+"""Anthropic's status for what is 503 elsewhere."""
+
+_STATUS = {503: OVERLOADED}
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    OVERLOADED: "overloaded_error",
+}
+"""Status -> `type`. Other statuses below 500 are invalid requests, and those from it failures."""
+
+_CODES = {("unsupported_parameter", "thread"): "thread_unsupported_request"}
+"""Our code and the parameter -> Anthropic's code, where its client acts on it: it sends whole conversations then."""
+
+
+class AnthropicErrors:
+    """Anthropic's shape of errors."""
+
+    def body(self, error: LorafleetError) -> bytes:
+        """Return the JSON of an error."""
+        status = _STATUS.get(error.status, error.status)
+        kind = _TYPES.get(status) or ("invalid_request_error" if status < 500 else "api_error")
+        code = _CODES.get((error.code or "", error.param or ""), error.code)
+        given = {"error_code": code, "param": None if error.param is None else cut(error.param)}
+        details = {name: value for name, value in given.items() if value is not None}
+        told = {"type": kind, "message": cut(error.message), **({"details": details} if details else {})}
+        return orjson.dumps({"type": "error", "error": told, "request_id": REQUEST_ID_OF.get() or None})
+
+    def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
+        """Return the response that an error is."""
+        all_headers = {**retry_headers(error), **(headers or {})}
+        return Response(self.body(error), _STATUS.get(error.status, error.status), all_headers, "application/json")
+
+
+ANTHROPIC_ERRORS = AnthropicErrors()

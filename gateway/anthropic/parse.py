@@ -1,0 +1,169 @@
+"""*Parse* for Anthropic's API: from a body to a `ParsedCall`. Pure.
+
+Defaults are Anthropic's; what is not done as there is refused by name (`bodies/parameters.py`, `content.py`).
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from gateway.anthropic.bodies import CountTokensRequest, MessagesRequest, ThinkingConfig
+from gateway.anthropic.content import WORDS, definitions_of, messages_of
+from gateway.auth.callers import Caller
+from gateway.bodies.parameter_check import MAX_ENTRIES
+from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Sent
+from gateway.grammars.limits import check_num
+from gateway.grammars.notation import Constraint
+from gateway.grammars.structured import checked_schema
+from gateway.openai.parse import check_variables, stop_strings
+from gateway.text.answer_form import AnswerForm
+from gateway.tools.definitions import Tools, tools_of
+from protocol.queue.quota import Standing
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest
+from protocol.wire.messages.requests import SEED_BITS
+
+DEFAULT_TEMPERATURE = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class MessagesRules(Rules):
+    """What later stages refuse a call for, or shorten it to, as Anthropic does."""
+
+    thinks: bool = False  # reasoning is demanded of the model
+
+    def check_form(self, form: AnswerForm | None) -> None:
+        """Refuse reasoning that is demanded of a model whose template has no marks of it. Raises BadRequest."""
+        if self.thinks and (form is None or form.thought is None):
+            message = "thinking.type may not be enabled: the template of this model knows no reasoning"
+            raise BadRequest(message, param="thinking")
+
+    def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
+        """Return how many tokens the answer may have: no more than the context has room for. Raises BadRequest."""
+        room = max_model_len - num_prompt_tokens
+        if room < 1:
+            # Agents look for these words, and shorten their conversation.
+            message = f"prompt is too long: {num_prompt_tokens} tokens > {max_model_len - 1} maximum"
+            raise BadRequest(message, param=self.param, code="context_length_exceeded")
+        return min(options.max_tokens or room, room)
+
+    def limit_headers(self, standing: Standing) -> dict[str, str]:
+        """Return the headers that tell what is left of the tenant's limits. Times are in RFC 3339."""
+        headers: dict[str, str] = {}
+        for what, allowance in (("requests", standing.requests), ("tokens", standing.tokens)):
+            if allowance is not None:
+                reset = datetime.now(UTC) + timedelta(milliseconds=allowance.reset_ms)
+                headers[f"anthropic-ratelimit-{what}-limit"] = str(allowance.limit)
+                headers[f"anthropic-ratelimit-{what}-remaining"] = str(allowance.remaining)
+                headers[f"anthropic-ratelimit-{what}-reset"] = reset.strftime("%Y-%m-%dT%H:%M:%SZ")
+        return headers
+
+
+def parse(request: MessagesRequest, caller: Caller, settings: Settings, sent: Sent | None = None) -> ParsedCall:
+    """Return what a body asks for. Raises BadRequest naming the parameter."""
+    return ParsedCall(
+        caller=caller,
+        models=Models([request.model]),
+        inputs=conversation_of(request, settings),
+        options=_options(request, settings),
+        rules=rules_of(request, settings),
+        model_name=request.model,
+        form_param="tools" if request.tools else "output_config.format",
+        sent=sent,
+    )
+
+
+def rules_of(request: CountTokensRequest, settings: Settings) -> MessagesRules:
+    """Return the rules of a request."""
+    thinks = request.thinking is not None and request.thinking.type == "enabled"
+    return MessagesRules("messages", settings.max_choices, thinks)
+
+
+def conversation_of(request: CountTokensRequest, settings: Settings) -> Conversation:
+    """Return what a prompt is made of. Raises BadRequest naming the place."""
+    check_num(len(request.messages), min(settings.max_messages, MAX_ENTRIES), "entries", "messages")
+    messages, variables = messages_of(request.system, request.messages), _variables(request)
+    if messages[-1]["role"] != "assistant":
+        return Conversation(messages, variables)
+    last, place = messages[-1], f"messages[{len(request.messages) - 1}]"
+    if "tool_calls" in last:
+        raise BadRequest(f"{place}: the calls of the last message have no results yet", param=place)
+    if not last["content"] and len(messages) > 1:  # nothing that the answer could go on with
+        return Conversation(messages[:-1], variables)
+    if not last["content"]:
+        raise BadRequest(f"{place} is empty, and the only message", param=place)
+    return Conversation(messages, variables, add_generation_prompt=False, continue_final=True)
+
+
+def tools_in(request: CountTokensRequest, settings: Settings) -> Tools | None:
+    """Return the tools that a request may call, None for none. Raises BadRequest."""
+    given, choice, parallel = definitions_of(request.tools or []), request.tool_choice, None
+    chosen: str | dict[str, Any] | None = None
+    if choice is not None:
+        parallel = not choice.disable_parallel_tool_use
+        if (choice.name is None) == (choice.type == "tool"):
+            raise BadRequest("tool_choice.name belongs to the type tool, which needs it", param="tool_choice.name")
+        named = {"type": "function", "function": {"name": choice.name}}
+        chosen = {"auto": "auto", "any": "required", "none": "none", "tool": named}[choice.type]
+    return tools_of(given, chosen, parallel, settings, WORDS)
+
+
+def _options(request: MessagesRequest, settings: Settings) -> Options:
+    thinking, top_p = request.thinking, request.top_p
+    budget = thinking.budget_tokens if thinking is not None else None
+    if budget is not None and budget >= request.max_tokens:
+        message = f"thinking.budget_tokens is {budget}; it must be less than max_tokens, which is {request.max_tokens}"
+        raise BadRequest(message, param="thinking.budget_tokens")
+    return Options(
+        sampling=m.Sampling(
+            temperature=DEFAULT_TEMPERATURE if request.temperature is None else request.temperature,
+            top_p=1.0 if top_p is None else top_p,
+            top_k=request.top_k or 0,
+            seed=secrets.randbits(SEED_BITS),
+        ),
+        # Computing a prompt yields its next token: one is the least, which is not shown where none is wanted.
+        max_tokens=max(request.max_tokens, 1),
+        scores_only=not request.max_tokens,
+        stop=stop_strings(request.stop_sequences, settings, "stop_sequences"),
+        stream=bool(request.stream),
+        constraint=_constraint(request, settings),
+        tools=tools_in(request, settings),
+        max_thought=budget,
+    )
+
+
+def _variables(request: CountTokensRequest) -> dict[str, Any]:
+    """Return how templates are told whether, and how much, to reason: each family has variables of its own."""
+    variables = _thinking_variables(request.thinking)
+    if request.output_config is not None and request.output_config.effort is not None:
+        variables["reasoning_effort"] = request.output_config.effort
+    given = request.chat_template_kwargs or {}
+    check_variables(given)
+    return variables | given
+
+
+def _thinking_variables(thinking: ThinkingConfig | None) -> dict[str, Any]:
+    if thinking is None:
+        return {}
+    if thinking.type != "enabled" and thinking.budget_tokens is not None:
+        raise BadRequest("thinking.budget_tokens belongs to the type enabled", param="thinking.budget_tokens")
+    if thinking.type == "enabled" and thinking.budget_tokens is None:
+        raise BadRequest("thinking.budget_tokens: it is missing", param="thinking.budget_tokens")
+    thinks = thinking.type != "disabled"
+    budget = {} if thinking.budget_tokens is None else {"thinking_budget": thinking.budget_tokens}
+    return {"enable_thinking": thinks, "thinking": thinks, **budget}
+
+
+def _constraint(request: MessagesRequest, settings: Settings) -> Constraint | None:
+    """Return the grammar that `output_config.format` demands, None for none. Raises BadRequest."""
+    form = request.output_config.format if request.output_config is not None else None
+    if form is None:
+        return None
+    place = "output_config.format"
+    if form.get("type") != "json_schema":
+        raise BadRequest(f"{place}.type must be json_schema, not {form.get('type')!r:.100}", param=f"{place}.type")
+    return {"json_schema": checked_schema(form.get("schema"), f"{place}.schema", settings)}

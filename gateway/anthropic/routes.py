@@ -1,0 +1,76 @@
+"""Anthropic's routes: `/v1/messages`, the count of its tokens, and models for who asks in its way."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from gateway.anthropic.bodies import CountTokensRequest, MessagesRequest
+from gateway.anthropic.errors import ANTHROPIC_ERRORS
+from gateway.anthropic.parse import conversation_of, parse, rules_of, tools_in
+from gateway.anthropic.write import FRAMING, MessagesResponse
+from gateway.auth.callers import Caller, caller_of
+from gateway.bodies.json_bodies import JsonRoute, json_response
+from gateway.calls.parse import Models, Sent
+from gateway.calls.pipeline import Pipeline
+from gateway.http import openapi
+from gateway.http.paths import COUNT_TOKENS, MESSAGES
+from gateway.http.routes import Endpoints, sent_of
+from gateway.overload import large
+from gateway.text.answer_form import form_of
+from gateway.tokenizer.routes import MAX_CHARACTERS_PER_TOKEN, check_tokens, most_tokenized
+
+
+class AnthropicEndpoints:
+    """The routes' handlers."""
+
+    def __init__(self, endpoints: Endpoints, pipeline: Pipeline) -> None:
+        self._endpoints = endpoints
+        self._pipeline = pipeline
+
+    async def messages(self, body: MessagesRequest, request: Request) -> Response:
+        """Answer `/v1/messages`."""
+        answer = self._answer(body, await sent_of(MESSAGES, request), caller_of(request))
+        return await self._endpoints.respond(
+            answer, stream=bool(body.stream), errors=ANTHROPIC_ERRORS, framing=FRAMING
+        )  # fmt: skip
+
+    async def _answer(self, body: MessagesRequest, sent: Sent, caller: Caller) -> Response:
+        pipeline = self._pipeline
+        earlier = await pipeline.earlier.find(sent, caller)
+        call = parse(body, caller, pipeline.settings, sent)
+        generation = await pipeline.run(call) if earlier is None else await pipeline.attach(call, earlier)
+        shows = body.thinking is None or body.thinking.display != "omitted"
+        return MessagesResponse(generation, pipeline.settings.keepalive_s, shows_thinking=shows)
+
+    async def count_tokens(self, body: CountTokensRequest, request: Request) -> Response:
+        """Answer `/v1/messages/count_tokens`."""
+        return await self._endpoints.respond(self._count(body, caller_of(request)), errors=ANTHROPIC_ERRORS)
+
+    async def _count(self, body: CountTokensRequest, caller: Caller) -> Response:
+        pipeline, settings = self._pipeline, self._pipeline.settings
+        chat, tools = conversation_of(body, settings), tools_in(body, settings)
+        base = await pipeline.fleet.require(worker=False)
+        [target] = await pipeline.call_resolver.targets(Models([body.model]), base, caller)
+        check = check_tokens(most_tokenized(base), "messages")
+
+        async def tokenize() -> int:
+            encoded = await target.files.encode_chat(
+                chat.messages, add_generation_prompt=chat.add_generation_prompt, continue_final=chat.continue_final,
+                variables=chat.variables, tenant=target.payer(caller),
+                tools=tools.definitions if tools is not None else None,
+                check=lambda text: check(len(text) // MAX_CHARACTERS_PER_TOKEN),
+            )  # fmt: skip
+            form = form_of(target.files, tools, opened=encoded.opened, continued=encoded.continued)
+            rules_of(body, settings).check_form(form)
+            check(len(encoded.ids))
+            return len(encoded.ids)
+
+        return json_response({"input_tokens": await large.work(tokenize)})
+
+
+def add_anthropic_routes(app: FastAPI, anthropic: AnthropicEndpoints) -> None:
+    """Bind paths to handlers."""
+    app.router.route_class = JsonRoute
+    app.post(MESSAGES, responses=openapi.MESSAGES)(anthropic.messages)
+    app.post(COUNT_TOKENS, responses=openapi.COUNTED)(anthropic.count_tokens)

@@ -1,0 +1,276 @@
+"""*Write* for Anthropic's API: an answer as a message of content blocks, whole or as the events that build it.
+
+Both are made of the same steps, so that a message which a client builds of a stream is the whole one.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import orjson
+from pydantic_core import from_json
+
+from gateway.anthropic.errors import ANTHROPIC_ERRORS
+from gateway.calls.choices import Piece
+from gateway.calls.follow import Generation
+from gateway.calls.writers import SSE, Framing, Usage
+from gateway.http.sse import GenerationResponse
+from gateway.text.answer_form import AnswerForm
+from gateway.text.answer_parts import Part
+from protocol.wire.errors import Internal
+
+PING = b'event: ping\ndata: {"type":"ping"}\n\n'
+
+
+def event(kind: bytes, body: bytes) -> bytes:
+    """Return a JSON text as an event of a kind."""
+    return b"event: " + kind + b"\ndata: " + body + b"\n\n"
+
+
+def _ping(text: str) -> bytes:
+    return (f": {text}\n".encode() if text else b"") + PING
+
+
+FRAMING = Framing(SSE.media_type, lambda body: event(b"error", body), _ping)
+"""How errors, and what only keeps the connection alive, stand in a stream."""
+
+
+class Step(NamedTuple):
+    """One change of a message's blocks: one begins, gains a text of a kind, or ends."""
+
+    kind: str  # open, text_delta, thinking_delta, signature_delta, input_json_delta or close
+    text: str = ""
+    block: Any = None  # of open: the block, without what it gains
+
+
+_GAINS = {
+    "text_delta": "text",
+    "thinking_delta": "thinking",
+    "signature_delta": "signature",
+    "input_json_delta": "partial_json",
+}
+"""Kind of a delta -> the field of it, and of a block, that has the text."""
+
+
+class Blocks:
+    """The content blocks of one answer as its text comes: reasoning, text, and calls of tools."""
+
+    def __init__(self, form: AnswerForm | None, rid: str, *, shows_thinking: bool) -> None:
+        """form: None for nothing but text. rid: of the answer's request. shows_thinking: else that is left out."""
+        self._form = form
+        self._rid = rid
+        self._shows_thinking = shows_thinking
+        self._splitter = form.splitter() if form is not None else None
+        self._open = ""  # the type of the block that may still gain
+        self._signed = hashlib.sha256()
+
+    @property
+    def num_calls(self) -> int:
+        """Calls begun so far."""
+        return self._splitter.num_calls if self._splitter is not None else 0
+
+    def read(self, text: str, *, ended: bool) -> Iterator[Step]:
+        """Yield what further text changes, and with the end of it what ends."""
+        if self._splitter is None:
+            parts = [Part("text", text)] if text else []
+        else:
+            parts = [*self._splitter.add(text), *(self._splitter.finish() if ended else ())]
+        for part in parts:
+            yield from self._take(part)
+        if ended:
+            yield from self._close()
+
+    def _take(self, part: Part) -> Iterator[Step]:
+        if part.kind == "text":
+            yield from self._begin("text", {"type": "text", "text": ""})
+            yield Step("text_delta", part.text)
+        elif part.kind == "reasoning":
+            # White space alone is what templates and models write for no reasoning.
+            text = part.text if self._open == "thinking" else part.text.lstrip()
+            if text:
+                yield from self._begin("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+                self._signed.update(text.encode())
+                if self._shows_thinking:
+                    yield Step("thinking_delta", text)
+        elif part.kind == "call":
+            assert self._form is not None
+            yield from self._close()
+            id_ = self._form.call_id(self._rid, part.index, "toolu_")
+            yield from self._begin("tool_use", {"type": "tool_use", "id": id_, "name": part.text, "input": {}})
+        else:
+            yield Step("input_json_delta", part.text)
+
+    def _begin(self, kind: str, block: dict[str, Any]) -> Iterator[Step]:
+        if self._open != kind:
+            yield from self._close()
+            self._open = kind
+            yield Step("open", block=block)
+
+    def _close(self) -> Iterator[Step]:
+        if self._open == "thinking":  # clients drop reasoning without a signature
+            yield Step("signature_delta", base64.b64encode(self._signed.digest()).decode())
+        if self._open:
+            self._open = ""
+            yield Step("close")
+
+
+def content_of(steps: Iterator[Step]) -> list[Any]:
+    """Return the blocks that all steps of an answer build. Raises Internal for arguments that are no JSON object."""
+    content: list[Any] = []
+    arguments = ""
+    for step in steps:
+        if step.kind == "open":
+            content.append(dict(step.block))
+            arguments = ""
+        elif step.kind == "input_json_delta":
+            arguments += step.text
+        elif step.kind != "close":
+            content[-1][_GAINS[step.kind]] += step.text
+        elif content[-1]["type"] == "tool_use":
+            content[-1]["input"] = orjson.Fragment(_input(arguments))
+    return content
+
+
+def _input(arguments: str) -> bytes:
+    """Return arguments as they were written or, of an object that was cut off, what there is of it.
+
+    That is what Anthropic's client makes of the stream.
+    """
+    raw = arguments.encode()
+    try:
+        value = from_json(raw or b"{}", allow_partial=True)
+    except ValueError as error:
+        raise Internal(f"the arguments of a call cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise Internal("the arguments of a call are no object")
+    try:
+        from_json(raw)
+    except ValueError:
+        return json.dumps(value).encode()
+    return raw
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The fields that a message begins with."""
+
+    id: str
+    model: str
+    num_prompt_tokens: int
+
+    def message(self, content: list[Any], stop: dict[str, Any], usage: dict[str, Any]) -> dict[str, Any]:
+        """Return a message."""
+        kind = {"id": self.id, "type": "message", "role": "assistant", "model": self.model}
+        return {**kind, "content": content, **stop, "usage": usage}
+
+
+def usage_json(usage: Usage) -> dict[str, Any]:
+    """Return the `usage` of a message. Its input is what the prefix cache did not have; nothing is stored for a fee."""
+    return {
+        "input_tokens": max(usage.prompt_tokens - usage.cached_tokens, 0),
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": usage.cached_tokens,
+        "output_tokens": usage.completion_tokens,
+    }
+
+
+class MessagesWriter:
+    """The message of `/v1/messages`, and the events of its stream."""
+
+    def __init__(
+        self, head: Head, form: AnswerForm | None, rid: str, *, max_tokens: int, shows_thinking: bool
+    ) -> None:  # fmt: skip
+        """form, rid: of the one choice, see `openai.write`. max_tokens: of the body; 0: no token is wanted."""
+        self._head = head
+        self._max_tokens = max_tokens
+        self._make_blocks = lambda: Blocks(form, rid, shows_thinking=shows_thinking)
+        self._blocks = self._make_blocks()
+        self._begun = False
+        self._index = -1  # of the latest block
+        self._last = Piece(0)
+
+    def frames(self, piece: Piece) -> bytes:
+        """Return the events of a piece, those that begin the message before the first."""
+        out = b"" if self._begun else self._start()
+        if piece.finish:
+            self._last = piece
+        for step in self._blocks.read(piece.text, ended=bool(piece.finish)):
+            out += self._event(step)
+        return out
+
+    def _start(self) -> bytes:
+        self._begun = True
+        usage = usage_json(Usage(prompt_tokens=self._head.num_prompt_tokens))
+        message = self._head.message([], {"stop_reason": None, "stop_sequence": None}, usage)
+        return event(b"message_start", orjson.dumps({"type": "message_start", "message": message}))
+
+    def _event(self, step: Step) -> bytes:
+        if step.kind == "open":
+            self._index += 1
+            begun = {"type": "content_block_start", "index": self._index, "content_block": step.block}
+            return event(b"content_block_start", orjson.dumps(begun)) + (b"" if self._index else PING)
+        if step.kind == "close":
+            return event(b"content_block_stop", b'{"type":"content_block_stop","index":%d}' % self._index)
+        kind, field = step.kind.encode(), _GAINS[step.kind].encode()
+        delta = b'{"type":"%b","%b":%b}' % (kind, field, orjson.dumps(step.text))
+        body = b'{"type":"content_block_delta","index":%d,"delta":%b}' % (self._index, delta)
+        return event(b"content_block_delta", body)
+
+    def last_frames(self, usage: Usage) -> bytes:
+        """Return the events that end a stream, after those of all blocks."""
+        delta = self._stop(self._last, self._blocks, usage)
+        ended = {"type": "message_delta", "delta": delta, "usage": usage_json(usage)}
+        return event(b"message_delta", orjson.dumps(ended)) + event(b"message_stop", b'{"type":"message_stop"}')
+
+    def usage_frame(self, usage: Usage) -> bytes:
+        """Return nothing: the last events have the counts."""
+        return b""
+
+    def show_usage(self, usage: Usage) -> None:
+        """Do nothing: only the first and the last events have counts."""
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        """Return the answer as one message."""
+        [piece] = choices
+        blocks = self._make_blocks()
+        content = content_of(blocks.read(piece.text, ended=True))
+        return self._head.message(content, self._stop(piece, blocks, usage), usage_json(usage))
+
+    def _stop(self, piece: Piece, blocks: Blocks, usage: Usage) -> dict[str, Any]:
+        if piece.stop is not None:
+            reason = "stop_sequence"
+        elif piece.finish == "stop":
+            reason = "tool_use" if blocks.num_calls else "end_turn"
+        elif usage.completion_tokens >= self._max_tokens:
+            reason = "max_tokens"
+        else:  # the context ended before
+            reason = "model_context_window_exceeded"
+        return {"stop_reason": reason, "stop_sequence": piece.stop}
+
+
+class MessagesResponse(GenerationResponse):
+    """The answer of `/v1/messages`."""
+
+    errors = ANTHROPIC_ERRORS
+    framing = FRAMING
+
+    def __init__(self, generation: Generation, keepalive_s: float, *, shows_thinking: bool) -> None:
+        """Take `keepalive_s` as `GenerationResponse` does. shows_thinking: else blocks of reasoning are empty."""
+        [choice] = generation.choices
+        parsed = generation.call.parsed
+        head = Head(f"msg_{generation.call.id}", parsed.model_name, choice.prompt.num_tokens)
+        max_tokens = 0 if parsed.options.scores_only else parsed.options.max_tokens or 0
+        writer = MessagesWriter(
+            head, choice.prompt.form, choice.rid, max_tokens=max_tokens, shows_thinking=shows_thinking
+        )  # fmt: skip
+        super().__init__(generation, writer, keepalive_s=keepalive_s)
+        self._made = writer
+
+    async def last_frames(self) -> bytes:
+        """Return what a stream ends with."""
+        return self._made.last_frames(self.generation.usage)
