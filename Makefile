@@ -38,7 +38,7 @@ coverage: $(VENV)/.stamp-dev  ## run every test and show the lines that none of 
 	$(BIN)/coverage report
 
 test-models: $(VENV)/.stamp-dev  ## compare the engine with docs/models.md: every model type of transformers, about three minutes
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not lm_eval" tests/oracle/test_models.py tests/oracle/test_states.py tests/oracle/test_one_by_one.py $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not lm_eval" tests/oracle/test_models.py tests/oracle/test_states.py tests/oracle/test_one_by_one.py tests/oracle/test_encoder_types.py $(ARGS)
 
 lock: $(VENV)/.stamp-dev  ## write the versions of the development environment to requirements-dev.lock
 	$(BIN)/python .ci/lock.py > .requirements-dev.lock.part && mv .requirements-dev.lock.part requirements-dev.lock

@@ -16,6 +16,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
+@dataclass
+class _Output(BaseModelOutputWithPooling):
+    """What a body returns; None of all that some bodies return beside it, which heads only pass on."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return
+
+
 class _Computed(nn.Module):
     """In the place of a body: returns hidden states [S, L, D] that are known, with what the body's pooler makes."""
 
@@ -24,7 +34,7 @@ class _Computed(nn.Module):
         self.hidden = torch.empty(0)
         self.__dict__["body"] = body  # not a child: its modules keep their names
 
-    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPooling:
+    def forward(self, *_: Any, **__: Any) -> _Output:
         pooled = None
         pooler: Any = getattr(self.body, "pooler", None)
         activation: Any = getattr(self.body, "pooler_activation", None)
@@ -32,7 +42,14 @@ class _Computed(nn.Module):
             pooled = activation(pooler(self.hidden[:, 0]))
         elif pooler is not None:
             pooled = pooler(self.hidden)
-        return BaseModelOutputWithPooling(last_hidden_state=self.hidden, pooler_output=pooled)  # pyright: ignore
+        return _Output(last_hidden_state=self.hidden, pooler_output=pooled)  # pyright: ignore
+
+
+class _NoPooler(nn.Module):
+    """In the place of a body's pooler, which runs with the head: what it returns is not used."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
 
 
 @dataclass(slots=True)
@@ -49,13 +66,14 @@ class Classifier:
         """Take a model apart. Its modules must not be replaced afterwards."""
         body: Any = module.base_model
         computed = _Computed(body)
-        without_pooler = _with(body, pooler=None) if getattr(body, "pooler", None) is not None else body
+        without_pooler = _with(body, pooler=_NoPooler()) if getattr(body, "pooler", None) is not None else body
         return cls(without_pooler, _with(module, **{module.base_model_prefix: computed}), computed, sees_first)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [S, N] of S texts of one length by their hidden states [S, L, D]."""
         self.computed.hidden = hidden
-        return self.head().logits
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)  # some ask for their shape
+        return self.head(input_ids=ids).logits
 
     def groups(self, hidden: Tensor, starts: Sequence[int], ends: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
         """Yield which texts of a packed step go through the head together, with their states [S, L, D].

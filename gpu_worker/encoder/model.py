@@ -33,6 +33,9 @@ from gpu_worker.model.trial import NUM_HEAD_ROWS, NUM_TOKENS, Trial, WatchedPass
 from lora_kernels import ops
 from protocol.wire.messages import Task
 
+MIXING = ("mobilebert",)
+"""Types whose embeddings are made of those of neighbours too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Texts:
@@ -227,8 +230,7 @@ def prepare_encoder(
     what is not served.
     """
     pooling = pooling or Pooling()
-    _refuse_module(module)
-    apart = not module._supports_attention_backend or not takes_positions(module)
+    apart = _runs_apart(module)
     fingerprint, device, dtype = fingerprint_of(module), module.device, module.dtype
     with refuse_what_cannot_run(module), torch.inference_mode():
         probe = Probe.of(module, task)
@@ -308,10 +310,11 @@ def _label_head(module: PreTrainedModel, trial: Trial) -> str:
     return last
 
 
-def _refuse_module(module: PreTrainedModel) -> None:
-    """Raise BadRequest for what a model's class and configuration show not to be served."""
-    if getattr(module.config, "token_dropout", False):
-        raise refusal(module, ["embeddings scaled by how much of a batch is masked (token_dropout)"])
+def _runs_apart(module: PreTrainedModel) -> bool:
+    """Return whether a model must see each text alone: its attention stays as it is, or other parts mix tokens too."""
+    if module.config.model_type in MIXING or getattr(module.config, "token_dropout", False):
+        return True
+    return not module._supports_attention_backend or not takes_positions(module)
 
 
 def _refuse_calls(module: PreTrainedModel, trial: Trial) -> None:
