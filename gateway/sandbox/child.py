@@ -91,7 +91,7 @@ class Encode(msgspec.Struct, tag=True):
 
     key: str  # of the tokenizer, see `tokenizer_json.key_of`
     file: bytes  # as in `ReadTokenizer`, b"" where the process may have it already
-    texts: list[str | tuple[str, str]]  # or pairs of texts
+    texts: Sequence[str | tuple[str, str]]  # or pairs of texts
     add_special_tokens: bool
     detailed: bool  # whether more than ids is wanted
 

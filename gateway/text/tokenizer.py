@@ -153,7 +153,7 @@ class OwnEncoder:
     ) -> list[Encoded]:
         # A process that has the tokenizer already, which most have, needs not be sent it.
         for file in (b"", self._file):
-            job = Encode(self._key, file, [*texts], special, detailed)
+            job = Encode(self._key, file, list(texts), special, detailed)
             answer = await self._sandbox.do(job, tenant=tenant, limit_s=TOKENIZER_S)
             if answer.refusal:
                 raise BadRequest(answer.refusal)

@@ -12,6 +12,7 @@ from oracle.test_encoders import MORE, SIZES
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForSequenceClassification
 
 from gpu_worker.encoder.model import prepare_encoder
+from protocol.wire.messages import Task
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "encoders.md"
 OTHER_SIZES: dict[str, dict[str, Any]] = MORE | {
@@ -38,8 +39,10 @@ TYPES = [(name, way == "text by text") for way in ("packed", "text by text") for
 @pytest.mark.models
 @pytest.mark.parametrize(("model_type", "apart"), TYPES)
 def test_a_type_is_served_as_the_page_says(model_type: str, apart: bool) -> None:
-    for task, auto in (("score", AutoModelForSequenceClassification), ("embed", AutoModel)):
-        config = CONFIG_MAPPING[model_type](**SIZES | OTHER_SIZES.get(model_type, {}), num_labels=3)
+    classes: dict[Task, Any] = {"score": AutoModelForSequenceClassification, "embed": AutoModel}
+    for task, auto in classes.items():
+        sizes: Any = SIZES | OTHER_SIZES.get(model_type, {}) | {"num_labels": 3}
+        config = CONFIG_MAPPING[model_type](**sizes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = auto.from_config(config, attn_implementation="eager").eval()
