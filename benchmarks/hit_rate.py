@@ -60,18 +60,15 @@ class Run:
 def write_adapters(model: Path, root: Path, names: Sequence[str]) -> None:
     """Write adapters of rank `RANK` on q and v, each with random weights of its own."""
     from safetensors.numpy import save_file
-    from transformers import AutoConfig
 
-    shapes = module_shapes(model)
-    places = [(layer, name) for layer in range(AutoConfig.from_pretrained(model).num_hidden_layers) for name in TARGETS]
+    shapes = {name: shape for name, shape in module_shapes(model).items() if name.endswith(tuple(TARGETS))}
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model), "r": RANK}
     config |= {"lora_alpha": 2 * RANK, "target_modules": [name.rpartition(".")[2] for name in TARGETS]}
     for seed, name in enumerate(names):
         random = np.random.default_rng(seed)
         tensors: dict[str, np.ndarray] = {}
-        for layer, module in places:
-            num_out, num_in = shapes[module]
-            prefix = f"base_model.model.model.layers.{layer}.{module}"
+        for module, (num_out, num_in) in shapes.items():
+            prefix = f"base_model.model.{module}"
             a = random.standard_normal((RANK, num_in), np.float32) / num_in**0.5
             b = random.standard_normal((num_out, RANK), np.float32) * B_STD
             tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a, b
@@ -91,7 +88,7 @@ def pool_bytes(model: Path, num_adapters: int, item_bytes: int = 4) -> int:
     config = AutoConfig.from_pretrained(model)
     widths = {"self_attn": 0, "mlp": 0}
     for module, shape in module_shapes(model).items():
-        widths[module.partition(".")[0]] += config.num_hidden_layers * sum(shape)
+        widths[module.split(".")[-2]] += sum(shape)
     pages = [item_bytes * PAGE_ROWS * width for width in (*widths.values(), config.hidden_size + config.vocab_size)]
     budgets = itertools.count(num_adapters * sum(pages[:2]), pages[0] // 8)
     return next(budget for budget in budgets if split_budget(pages, budget)[0] >= num_adapters)

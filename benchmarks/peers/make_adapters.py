@@ -7,6 +7,7 @@ that skips an adapter gives other answers, and no server gains by skipping zeros
 """
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -15,38 +16,37 @@ from pathlib import Path
 import torch
 from rich.progress import track
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from protocol.runtime.environment import COMPUTE, child_environment
 
-MODULES = {
-    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-}
 B_STD = 0.01
 
 
+@functools.cache
 def module_shapes(model: Path) -> dict[str, tuple[int, int]]:
-    """Return (out, in) features of each adapted module of a Llama layer, keyed like "mlp.up_proj"."""
-    config = AutoConfig.from_pretrained(model)
-    hidden, mlp = config.hidden_size, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    sizes = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
-    sizes |= {"gate_proj": (mlp, hidden), "up_proj": (mlp, hidden), "down_proj": (hidden, mlp)}
-    return {f"{block}.{name}": sizes[name] for block, names in MODULES.items() for name in names}
+    """Return (out, in) features of each linear layer of a model but its head, by its name, "model.layers.0.mlp…"."""
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    head = module.get_output_embeddings()
+    return {
+        name: (part.out_features, part.in_features)
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) and part is not head
+    }
 
 
 def make_adapter(model: Path, folder: Path, rank: int, seed: int) -> None:
     """Write one adapter in PEFT's format, bf16."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for layer in range(AutoConfig.from_pretrained(model).num_hidden_layers):
-        for module, (out_features, in_features) in module_shapes(model).items():
-            prefix = f"base_model.model.model.layers.{layer}.{module}"
-            lora_a = torch.randn(rank, in_features, generator=generator) / in_features**0.5
-            lora_b = torch.randn(out_features, rank, generator=generator) * B_STD
-            weights[f"{prefix}.lora_A.weight"] = lora_a.to(torch.bfloat16)
-            weights[f"{prefix}.lora_B.weight"] = lora_b.to(torch.bfloat16)
+    for module, (out_features, in_features) in module_shapes(model).items():
+        prefix = f"base_model.model.{module}"
+        lora_a = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+        lora_b = torch.randn(out_features, rank, generator=generator) * B_STD
+        weights[f"{prefix}.lora_A.weight"] = lora_a.to(torch.bfloat16)
+        weights[f"{prefix}.lora_B.weight"] = lora_b.to(torch.bfloat16)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -55,7 +55,7 @@ def make_adapter(model: Path, folder: Path, rank: int, seed: int) -> None:
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": [name for names in MODULES.values() for name in names],
+        "target_modules": sorted({name.rpartition(".")[2] for name in module_shapes(model)}),
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -74,7 +74,7 @@ def convert(llama_cpp: Path, model: Path, adapter: Path, gguf: Path) -> None:
 def main() -> None:
     """Write the adapters that the command line describes."""
     parser = argparse.ArgumentParser(description="Write random adapters for measurements.")
-    parser.add_argument("--model", type=Path, required=True, help="folder of a Llama model")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)

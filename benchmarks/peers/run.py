@@ -125,32 +125,36 @@ def median_points(rounds: list[list[Point]]) -> list[Point]:
     return merged
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description="Compare Lorafleet with vLLM and llama.cpp.")
-    parser.add_argument("--peers", type=Path, required=True, help="the folder that setup.sh made")
-    parser.add_argument("--systems", default=",".join(SYSTEMS), help="the systems to run, in order (%(default)s)")
+def parse_arguments(parser: argparse.ArgumentParser, systems: str, waves: int = 3) -> argparse.Namespace:
+    """Return the parsed command line. systems, waves: unless it says otherwise."""
+    parser.add_argument("--systems", default=systems, help="the systems to run, in order (%(default)s)")
     parser.add_argument("--concurrency", default="1,8,32", help="requests in flight (%(default)s)")
     parser.add_argument("--num-adapters", type=int, default=32)
     parser.add_argument("--prompt-words", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--waves", type=int, default=3, help="measured requests per request in flight (%(default)s)")
+    parser.add_argument(
+        "--waves", type=int, default=waves, help="measured requests per request in flight (%(default)s)"
+    )
     parser.add_argument("--min-requests", type=int, default=8, help="least requests of a load (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="path without an ending (default: benchmarks/results/peers-DATE)")
+    parser.add_argument("--out", type=Path, help="path without an ending (default: benchmarks/results/NAME-DATE)")
     args = parser.parse_args()
     args.systems = args.systems.split(",")
     args.concurrency = [int(number) for number in args.concurrency.split(",")]
     return args
 
 
-def main() -> None:
-    """Run all rounds; save and print their medians."""
-    args = parse_arguments()
+def lab_of(root: Path, args: argparse.Namespace, *, cache_gib: int = 0, pool_gib: int = 0) -> Lab:
+    """Return the laboratory of a folder, in the size of the command line."""
+    num_threads = len(os.sched_getaffinity(0))
+    return Lab(root.resolve(), args.num_adapters, max(args.concurrency), num_threads, cache_gib, pool_gib)
+
+
+def compare(lab: Lab, name: str, args: argparse.Namespace) -> None:
+    """Run all rounds; save and print their medians. name: of the results."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a server must not outlive this process
-    lab = Lab(args.peers.resolve(), args.num_adapters, max(args.concurrency), len(os.sched_getaffinity(0)))
     started_at = datetime.now(UTC)
-    out = args.out or RESULTS / f"peers-{started_at:%Y-%m-%d}"
+    out = args.out or RESULTS / f"{name}-{started_at:%Y-%m-%d}"
     about = {"started_at": started_at.isoformat(timespec="seconds"), "machine": machine()}
     about["load"] = {
         key: getattr(args, key)
@@ -165,6 +169,14 @@ def main() -> None:
     out.with_suffix(".md").write_text(markdown(report))
     save_plot(report, out.with_suffix(".png"))
     print(f"\n{markdown(report)}\nwrote {out}.json, .md and .png")
+
+
+def main() -> None:
+    """Compare on the model of the command line's folder."""
+    parser = argparse.ArgumentParser(description="Compare Lorafleet with vLLM and llama.cpp.")
+    parser.add_argument("--peers", type=Path, required=True, help="the folder that setup.sh made")
+    args = parse_arguments(parser, ",".join(SYSTEMS))
+    compare(lab_of(args.peers, args), "peers", args)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ class Lab:
     num_adapters: int
     max_concurrency: int
     num_threads: int
+    cache_gib: int = 0  # room for keys, values and states; 0: Lorafleet's own choice, and 1 for vLLM
+    pool_gib: int = 0  # of Lorafleet's adapter pool; 0: its own choice
 
     @property
     def model(self) -> Path:
@@ -77,6 +79,8 @@ def lorafleet(lab: Lab, scratch: Path) -> list[Server]:
     """Return Lorafleet with its whole path: HTTP, queue, scheduler and worker."""
     command = [sys.executable, "-m", "lorafleet", "up", str(lab.model), "--adapters", str(lab.adapters)]
     command += ["--host", "127.0.0.1", "--port", PORT, "--data", str(scratch / "data"), "--dtype", "bfloat16"]
+    sizes = {"--kv-cache-bytes": lab.cache_gib, "--adapter-pool-bytes": lab.pool_gib}
+    command += [f"{flag}={size << 30}" for flag, size in sizes.items() if size]
     return [Server("Lorafleet", command, _by_model_name(lab))]
 
 
@@ -89,7 +93,7 @@ def vllm(lab: Lab, _: Path) -> list[Server]:
     environment = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_CPU_KVCACHE_SPACE": str(lab.cache_gib or 1),  # GiB
     }
     with_lora = [*command, "--enable-lora", "--max-lora-rank", "16", "--max-loras", str(lab.num_adapters)]
     with_lora += ["--lora-modules", *(f"{name}={lab.adapters / name}" for name in lab.adapter_names)]
