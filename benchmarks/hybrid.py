@@ -4,8 +4,8 @@
 
 The weights are random, in bf16, because only the shape decides the speed; the tokenizer is the quickstart model's. Each
 server is measured as `benchmarks.peers.run` measures: 64 random words in, 64 tokens out, streamed, end of text ignored.
-Adapters have rank 16 on every linear layer, those of the gated delta rule's layers too. Takes about five minutes and 4
-GB of disk for Lorafleet alone; peers are those of `benchmarks/peers/setup.sh`.
+Adapters have rank 16 on every linear layer, those of the gated delta rule's layers too. Takes about seven minutes on
+two cores and 4 GB of disk for Lorafleet alone; peers are those of `benchmarks/peers/setup.sh`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -58,29 +59,30 @@ def make_model(folder: Path) -> None:
     PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def make_lab(root: Path, num_adapters: int, peers: Path | None) -> None:
-    """Put model and adapters into a folder, and with peers their programs and files for llama.cpp."""
+def make_lab(root: Path, num_adapters: int, peers: Path | None, systems: Sequence[str]) -> None:
+    """Put model and adapters into a folder, and what the peers among `systems` need."""
     model = root / "model"
     if not model.exists():
         make_model(model)
-    for index in range(num_adapters):
-        adapter = root / "adapters/peft" / f"adapter-{index}"
+    adapters = [root / "adapters/peft" / f"adapter-{index}" for index in range(num_adapters)]
+    for index, adapter in enumerate(adapters):
         if not adapter.exists():
             make_adapter(model, adapter, RANK, seed=index)
-    if peers is None:
+    if peers is not None:
+        for name in ("vllm", "llama", "llama.cpp"):
+            if not (root / name).exists():
+                (root / name).symlink_to(peers.resolve() / name)
+    if "llama.cpp" not in systems:
         return
-    for name in ("vllm", "llama", "llama.cpp"):
-        if not (root / name).exists():
-            (root / name).symlink_to(peers.resolve() / name)
     gguf = root / "model.bf16.gguf"
     if not gguf.exists():
         script = root / "llama.cpp/convert_hf_to_gguf.py"
         command = [sys.executable, str(script), "--outtype", "bf16", "--outfile", str(gguf), str(model)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=child_environment(*COMPUTE))
-    for index in range(num_adapters):
-        converted = root / "adapters/gguf" / f"adapter-{index}.gguf"
+    for adapter in adapters:
+        converted = root / "adapters/gguf" / f"{adapter.name}.gguf"
         if not converted.exists():
-            convert(root / "llama.cpp", model, root / "adapters/peft" / f"adapter-{index}", converted)
+            convert(root / "llama.cpp", model, adapter, converted)
 
 
 def main() -> None:
@@ -93,7 +95,7 @@ def main() -> None:
     args = parse_arguments(parser, "lorafleet", waves=2)
     with scratch_folder() as scratch:
         root = args.lab or scratch / "lab"
-        make_lab(root, args.num_adapters, args.peers)
+        make_lab(root, args.num_adapters, args.peers, args.systems)
         compare(lab_of(root, args, cache_gib=CACHE_GIB, pool_gib=POOL_GIB), "hybrid", args)
 
 

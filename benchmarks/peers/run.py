@@ -100,7 +100,7 @@ def run_round(lab: Lab, args: argparse.Namespace, scratch: Path) -> list[Point]:
             with running(server, log_path) as url:
                 print(server.name, flush=True)
                 check_adapters_differ(server, url)
-                for scenario in server.scenarios:
+                for scenario in (name for name in server.scenarios if not args.loads or name in args.loads):
                     for concurrency in args.concurrency:
                         point = measure(server, url, scenario, concurrency, args)
                         points.append(point)
@@ -128,6 +128,7 @@ def median_points(rounds: list[list[Point]]) -> list[Point]:
 def parse_arguments(parser: argparse.ArgumentParser, systems: str, waves: int = 3) -> argparse.Namespace:
     """Return the parsed command line. systems, waves: unless it says otherwise."""
     parser.add_argument("--systems", default=systems, help="the systems to run, in order (%(default)s)")
+    parser.add_argument("--loads", default="", help='some loads only, such as "base,one adapter" (default: all)')
     parser.add_argument("--concurrency", default="1,8,32", help="requests in flight (%(default)s)")
     parser.add_argument("--num-adapters", type=int, default=32)
     parser.add_argument("--prompt-words", type=int, default=64)
@@ -140,6 +141,7 @@ def parse_arguments(parser: argparse.ArgumentParser, systems: str, waves: int = 
     parser.add_argument("--out", type=Path, help="path without an ending (default: benchmarks/results/NAME-DATE)")
     args = parser.parse_args()
     args.systems = args.systems.split(",")
+    args.loads = [name for name in args.loads.split(",") if name]
     args.concurrency = [int(number) for number in args.concurrency.split(",")]
     return args
 
