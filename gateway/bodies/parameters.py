@@ -311,6 +311,8 @@ PARAMETERS: Sequence[Parameter] = (
     *_refused("rid", "labels", "sglang", "is not supported: X-Request-Id is answered with"),
     *_refused("mm_processor_kwargs media_io_kwargs", "labels rerank score", "vllm", _NO_IMAGES, {}),
     *_refused("chat_template", "labels", "vllm", _CODE + ": the model's or the adapter's own template is used"),
+    *_refused("query label_token_ids apply_softmax item_first", "score", "sglang",
+              "is of SGLang's form, by likely tokens: a pair is text_1 and text_2, or queries and documents"),
     *_refused("encoding_format", "rerank score", "vllm", "is not supported: scores are JSON numbers", "float"),
     *_refused("truncation", "rerank", "jina", "is not supported: max_tokens_per_doc is", False),
     *_refused("return_embeddings", "rerank", "jina", "is not supported: /v1/embeddings has vectors", False),
