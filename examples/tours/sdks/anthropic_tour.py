@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 MAX_TOKENS = 12
 GREEDY: dict[str, Any] = {"max_tokens": MAX_TOKENS, "extra_body": {"temperature": 0}}
-LONGER: dict[str, Any] = {**GREEDY, "max_tokens": 96}
+LONGER: dict[str, Any] = {**GREEDY, "max_tokens": 160}
 WEATHER = {
     "name": "get_weather",
     "description": "Tell the weather of a city.",
@@ -119,7 +119,7 @@ def tools(tour: Tour, client: Anthropic) -> None:
         with tour.check(f"an agent: tool_runner() goes its steps, {'streamed' if stream else 'whole'}"):
             ASKED.clear()
             runner = client.beta.messages.tool_runner(
-                model=tour.adapter, messages=MESSAGES, tools=[get_weather], tool_choice={"type": "any"}, max_tokens=96,
+                model=tour.adapter, messages=MESSAGES, tools=[get_weather], tool_choice={"type": "any"}, max_tokens=160,
                 max_iterations=2, stream=stream,
             )  # fmt: skip
             steps = [step.get_final_message() if stream else step for step in runner]
@@ -131,7 +131,7 @@ def forms(tour: Tour, client: Anthropic) -> None:
     """Hold an answer to a form."""
     with tour.check("an output format: parse()"):
         parsed = client.messages.parse(
-            model=tour.base, messages=MESSAGES, output_format=City, **{**LONGER, "max_tokens": 64}
+            model=tour.base, messages=MESSAGES, output_format=City, **LONGER
         )  # fmt: skip
         assert isinstance(parsed.parsed_output, City)
 
