@@ -113,7 +113,7 @@ def _within(value: Any, kind: str, path: str) -> Iterator[Ignored]:
         for i, entry in enumerate(islice(value, MAX_ENTRIES)):
             if isinstance(entry, dict) and (known := _kind_of(entry, kind)) is not None:
                 yield from _ignored(entry, known, f"{path}[{i}].")
-    elif isinstance(value, dict) or hasattr(value, "OBJECT"):
+    elif kind not in BY_TYPE and (isinstance(value, dict) or hasattr(value, "OBJECT")):  # those stand in lists
         yield from _ignored(value, kind, path + ".")
 
 

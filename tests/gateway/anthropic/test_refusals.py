@@ -206,6 +206,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (user({"type": "tool_use", "id": "a", "name": "b", "input": {}}), "messages[0].content[0]", "'tool_use'"),
     (user(), "messages[0].content", "is empty"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "a string or a list of blocks"),
+    ({"messages": [{"role": "user", "content": {"type": "text"}}]}, "messages[0].content", "or a list of blocks"),
+    ({"messages": [{"role": "user", "content": [3]}]}, "messages[0].content[0]", "'int' are not supported"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "one of user, assistant, system"),
     ({"messages": [{"role": "user", "content": "x", "nam": 1}]}, "messages[0].nam", "Unknown parameter"),
     ({"messages": []}, "messages", "at least 1"),
