@@ -21,7 +21,6 @@ from gpu_worker.cuda.capture import CudaRecorder
 from gpu_worker.cuda.graphs import Unrecordable
 from gpu_worker.encoder.engine import EncoderConfig, EncoderEngine
 from gpu_worker.encoder.model import EncoderModel, prepare_encoder
-from gpu_worker.encoder.pooling import read_pooling
 from gpu_worker.engine.batcher import BatchLimits
 from gpu_worker.engine.engine import Engine, EngineConfig
 from gpu_worker.memory import GiB, free_bytes, share
@@ -29,6 +28,7 @@ from gpu_worker.model.checkpoint import head_dim_of, read_config, read_headless,
 from gpu_worker.model.compiled import compile_errors, warm
 from gpu_worker.model.labels import activation_of, pair_activation_of
 from gpu_worker.model.model import BaseModel, choose_device, choose_dtype
+from gpu_worker.model.pooling import read_pooling
 from gpu_worker.model.prepare import load_model
 from gpu_worker.service.engine_thread import EngineThread
 from lora_kernels import ops
@@ -80,7 +80,7 @@ def load_engine(
     tokenizer_file = folder / TOKENIZER
     tokenizer = tokenizer_file.read_text() if tokenizer_file.is_file() else None
     if task == "generate":
-        model = load_model(folder, device, dtype, impl, compiled=settings.compile)
+        model = load_model(folder, device, dtype, impl, score_tokens=settings.score_tokens, compiled=settings.compile)
         engine, served = build_engine(model, settings, fetch, tokenizer, fetch_files)
         engine.grammars.prepare()
         room = f"room for {engine.blocks.num_blocks * BLOCK_TOKENS} KV tokens, "
@@ -281,17 +281,9 @@ def _step_sizes(device: torch.device, settings: Settings) -> tuple[int, int]:
     return max_num_seqs, max(settings.max_step_tokens or (512 if on_cpu else 2048), max_num_seqs)
 
 
-def score_facts(model: EncoderModel) -> dict[str, Any]:
-    """Return what the fleet is told of a classifier of whole texts, as fields of `ServedModel`."""
-    return {
-        "activation": activation_of(model.config), "pair_activation": pair_activation_of(model.config),
-        "label_head": model.label_head, "missing": model.missing,
-    }  # fmt: skip
-
-
 def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: Settings) -> m.ServedModel:
     """Return what the fleet is told of the model."""
-    is_encoder = isinstance(model, EncoderModel)
+    own = _encoder_tasks(model) if isinstance(model, EncoderModel) else _decoder_tasks(model)
     return m.ServedModel(
         model=settings.model,
         name=served_name(settings.model, settings.served_name),
@@ -304,10 +296,30 @@ def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: 
         tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
         created_ms=now_ms(),
         device=model.device.type,
-        task=model.task if is_encoder else "generate",
-        labels=model.labels if is_encoder else [],
-        **(score_facts(model) if is_encoder and model.task == "score" else {}),
-        width=model.width if is_encoder else 0,
-        unit_length=is_encoder and model.pooling.unit_length,
+        **own,
         head_dim=head_dim_of(model.config),
     )
+
+
+def _encoder_tasks(model: EncoderModel) -> dict[str, Any]:
+    found = {"task": model.task, "labels": model.labels, "width": model.width, "unit_length": model.pooling.unit_length}
+    if model.task == "score":
+        found |= {"label_head": model.label_head, "missing": model.missing, **_activations(model)}
+    return found
+
+
+def _activations(model: BaseModel | EncoderModel) -> dict[str, Any]:
+    return {"activation": activation_of(model.config), "pair_activation": pair_activation_of(model.config)}
+
+
+def _decoder_tasks(model: BaseModel) -> dict[str, Any]:
+    tasks, pooling = model.tasks, model.tasks.pooling
+    return {
+        "task": tasks.main,
+        "tasks": sorted(tasks.names - {tasks.main}),
+        "labels": tasks.labels,
+        "label_head": tasks.head_name if "score" in tasks.names else "",
+        "width": model.width if pooling is not None else 0,
+        "unit_length": pooling is not None and pooling.unit_length,
+        **(_activations(model) if tasks.head is not None else {}),
+    }

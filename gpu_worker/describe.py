@@ -17,7 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from gpu_worker.model.adaptable_modules import is_norm, parameter_shapes
 from gpu_worker.model.checkpoint import CLASSES, head_dim_of, read_config, task_of
+from gpu_worker.model.headless import has_no_lm_head
 from gpu_worker.model.lora import linear_shape
+from gpu_worker.model.tasks import head_name_of
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder, served_name
 from protocol.wire.errors import LorafleetError
 from protocol.wire.messages import ServedModel, SiteShape
@@ -30,11 +32,16 @@ def describe(model: str) -> ServedModel:
     with torch.device("meta"):
         module = CLASSES[task].from_config(config)
     text = config.get_text_config()
+    name = next(iter(getattr(config, "architectures", None) or ()), "")
+    if task == "generate" and has_no_lm_head(name):
+        module.set_output_embeddings(nn.Identity())
+    is_decoder = task == "generate"
     return ServedModel(
         model=model, name=served_name(model, ""), fingerprint="", model_type=config.model_type,
         vocab_size=text.vocab_size, max_model_len=0, sites=sites_of(module),
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)), task=task, head_dim=head_dim_of(config),
-        label_head=_label_head(module) if task == "score" else "",
+        label_head=head_name_of(config) if is_decoder else _label_head(module) if task == "score" else "",
+        width=text.hidden_size if is_decoder else 0,
     )  # fmt: skip
 
 

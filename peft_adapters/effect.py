@@ -19,11 +19,11 @@ CHUNK_BYTES = 1 << 20
 def has_effect(spec: AdapterSpec, tensors: Mapping[str, TensorInfo], weights: memoryview) -> bool:
     """Return whether an adapter may change an answer; False only where every product that it adds is exactly zero.
 
-    tensors: of its weights file, which `weights` is. What takes a parameter's place (whole modules, trained tokens,
-    DoRA's magnitudes) counts as a change: whether it differs from the base's own, only the base's weights can tell.
-    Reads up to the first number that is not zero.
+    tensors: of its weights file, which `weights` is. What takes a parameter's place (whole modules, heads, trained
+    tokens, DoRA's magnitudes) counts as a change: whether it differs from the base's own, only the base's weights can
+    tell. Reads up to the first number that is not zero.
     """
-    if spec.replaced or spec.tokens:
+    if spec.replaced or spec.tokens or spec.head:
         return True
     parts = (*spec.sites, *spec.embeddings, *spec.parameters)
     return any(not is_zero_product(part, tensors, weights) for part in parts)

@@ -10,7 +10,7 @@ from peft_adapters.config import ADALORA, AdapterConfig
 from peft_adapters.lora import read_lora, read_parameters
 from peft_adapters.matching import LINEAR, Matcher
 from peft_adapters.reasons import Reasons
-from peft_adapters.replaced import check_vocabulary, read_replaced, read_tokens
+from peft_adapters.replaced import check_vocabulary, read_head, read_replaced, read_tokens
 from peft_adapters.safetensors_header import TensorInfo
 from peft_adapters.spec import AdapterSpec, LoraWeights
 from peft_adapters.targets import Names, endings_of
@@ -43,6 +43,7 @@ def read_spec(
     for site in targeted.values():
         (embeddings if site.kind == "embedding" else sites).extend(read_lora(matcher, site))
     wrapped = [lora for module, names in parameters.items() for lora in read_parameters(matcher, module, names)]
+    head = read_head(matcher)
     matcher.check_unused()
     check_vocabulary(matcher, replaced, tokens)
     return AdapterSpec(
@@ -53,6 +54,7 @@ def read_spec(
         tokens=tuple(tokens),
         invocation=matcher.config.invocation,
         vocab_size=matcher.vocab_size,
+        head=head,
         num_labels=matcher.num_labels,
     )
 

@@ -159,6 +159,26 @@ def _num_labels(matcher: Matcher, name: str) -> int:
     return num
 
 
+# ---------------------------------------------------------------- heads of sequence classifiers
+
+
+def read_head(matcher: Matcher) -> str:
+    """Return the tensor of the head that makes a classifier of a decoder, "" for none; sets the number of labels.
+
+    It is none of a decoder's sites, because the base may lack it.
+    """
+    base, plain = matcher.base, matcher.tensors.plain
+    name = base.label_head if base is not None else ""
+    weight = plain.get((name, "", "weight"))
+    if base is None or not name or name in matcher.sites or weight is None:
+        return ""
+    for wrapper in (ORIGINAL, SAVED_TWICE):
+        if (name, wrapper, "weight") in plain:
+            matcher.ignore(plain[name, wrapper, "weight"])
+    matcher.num_labels = _num_labels(matcher, weight)
+    return matcher.take(weight, name, "weight", (matcher.num_labels, base.width))
+
+
 # ---------------------------------------------------------------- vocabulary
 
 

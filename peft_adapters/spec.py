@@ -89,6 +89,7 @@ class AdapterSpec:
     invocation: tuple[int, ...] = ()  # activated LoRA: active from these tokens' last occurrence in the prompt on
     vocab_size: int = 0  # tokens the adapter knows; 0: those of the base
     num_labels: int = 0  # of its own head of labels; 0: it has none
+    head: str = ""  # that head, where the base has none among its layers: tensor [labels, width]
     mapped: Mapping[str, str] = field(default_factory=dict[str, str])  # names of the file -> of the base, as patterns
 
     @property

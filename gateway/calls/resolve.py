@@ -53,6 +53,8 @@ class CallResolver:
         targets = await self.targets(call.models, base, call.caller, call.rules.refused_adapter)
         if call.task == "score":
             call = with_heads(call, base, targets)
+        elif call.task == "generate":
+            refuse_classifiers(targets)
         if call.options.lora_scale is not None and not any(target.digest for target in targets):
             raise BadRequest("lora_scale scales an adapter, and the base model has none", param="lora_scale")
         return ResolvedCall(call, base, targets)
@@ -106,9 +108,18 @@ def check_task(base: m.ServedModel, wanted: m.Task) -> None:
     if base.does(wanted):
         return
     if wanted == "generate":
-        raise BadRequest(f"{_NO_TEXT[base.task]}: {base.name} is an encoder ({base.model_type}) and {DOES[base.task]}")
+        kind = "has no language model's head" if base.does("embed") and base.tasks else "is an encoder"
+        raise BadRequest(f"{_NO_TEXT[base.task]}: {base.name} {kind} ({base.model_type}) and {DOES[base.task]}")
     message = f"{base.name} ({base.model_type}) {DOES[base.task]}; {_NEEDED[wanted]} as base model"
     raise BadRequest(message, param="model")
+
+
+def refuse_classifiers(targets: Sequence[Target]) -> None:
+    """Raise BadRequest for adapters that make a classifier of their base, where text is wanted."""
+    for target in targets:
+        if target.num_labels:
+            message = f"{target.name} is a classifier of {target.num_labels} labels and generates no text"
+            raise BadRequest(f"{message}: /v1/classify asks it", param="model")
 
 
 def num_labels(base: m.ServedModel, target: Target) -> int:

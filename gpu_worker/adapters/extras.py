@@ -93,8 +93,14 @@ class Extras:
     parameters: dict[str, list[ParameterLora]] = field(default_factory=dict)  # by module name
     vocab_size: int = 0  # 0: the base model's
     in_layers: bool = False  # whether any of it lies within the decoder layers
+    head: Tensor | None = None  # [labels, D], of the sequence classifier that the adapter makes of the model
 
     def __bool__(self) -> bool:
+        return self.in_steps or self.head is not None
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether any of it is applied in a forward pass; a head is, to what comes out of it."""
         return bool(self.linear or self.embeddings or self.norms or self.parameters or self.vocab_size)
 
     @property

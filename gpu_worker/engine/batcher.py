@@ -459,7 +459,7 @@ class Batcher:
 
     def _lookup(self, seq: Sequence) -> list[int]:
         """Return the cached blocks of a sequence's beginning, without its last token, whose logits are needed."""
-        if not self.limits.prefix_cache or seq.prompt_logprobs is not None:
+        if not self.limits.prefix_cache or seq.needs_all_rows:
             return []
         num_full = (seq.num_tokens - 1) // BLOCK_TOKENS
         self._extend_hashes(seq, num_full)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 from gpu_worker.adapters.cache import AdapterCache
+from gpu_worker.engine.pooled import head_of
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.speculation import Drafter
 from gpu_worker.engine.stop import StopRules
 from gpu_worker.model.model import BaseModel
+from gpu_worker.model.pooling import TextPool
 from gpu_worker.sampling.grammars import Grammars
 from gpu_worker.sampling.logprobs import PromptLogprobs
 from protocol.wire.errors import BadRequest
+from protocol.wire.messages import Task
 from protocol.wire.tokens import TokenTable
+
+_DOES: dict[Task, str] = {"generate": "generates text", "embed": "embeds texts", "score": "scores texts"}
 
 NEVER = 1 << 40
 """A position behind every text."""
@@ -50,10 +55,16 @@ class RequestBinder:
 
     def open(self, request: EngineRequest) -> tuple[Sequence, str]:
         """Return a request's sequence, and how it has ended already. Raises BadRequest for what no step can compute."""
+        self._check_task(request)
         check_request(request, self._max_model_len)
         if not request.digest:
             check_ids(request, self._model.vocab_size)
         seq = Sequence(request, self._max_model_len)
+        if request.task != "generate":
+            if not request.digest:
+                self._bind_pool(seq)
+            # One script writes a result and the request's end, so that there is none without the other.
+            return seq, "stop" if request.output else ""
         num_top = request.sampling.prompt_logprobs
         if num_top is not None and not request.output:
             seq.prompt_logprobs = PromptLogprobs(request.prompt, num_top)
@@ -78,6 +89,16 @@ class RequestBinder:
         request = seq.request
         extras = self._adapters.extras.get(request.digest)
         check_ids(request, (extras.vocab_size if extras is not None else 0) or self._model.vocab_size)
+        invocation = self._adapters.invocations.get(request.digest)
+        if request.task != "generate":
+            if invocation:
+                raise BadRequest("adapters with alora_invocation_tokens generate text alone", param="model")
+            self._bind_pool(seq)
+            return ""
+        if extras is not None and extras.head is not None:
+            raise BadRequest(
+                "this adapter is a classifier: it has a head for scores, and generates no text", param="model"
+            )
         tokens = self._adapters.tokens.get(request.digest, self._tokens)
         if seq.stop_rules is None:
             finish = self._apply_stop_rules(seq, tokens)
@@ -85,11 +106,42 @@ class RequestBinder:
                 return finish
         if request.grammar and seq.pending_matcher is None:
             self._compile_grammar(seq, tokens)
-        invocation = self._adapters.invocations.get(request.digest)
         if invocation:
             seq.activates, seq.active_from = True, activation_start(request.prompt, invocation)
             seq.num_base = 0 if extras is not None and extras.reaches_all_rows else seq.active_from
         return ""
+
+    def _check_task(self, request: EngineRequest) -> None:
+        """Raise BadRequest for a task that is not the model's."""
+        names = self._model.tasks.names
+        if request.task in names:
+            return
+        does = " and ".join(_DOES[task] for task in sorted(names))
+        raise BadRequest(f"this worker's model {does}; it does not {request.task}", param="model")
+
+    def _bind_pool(self, seq: Sequence) -> None:
+        """Decide what a sequence's result is made of, and where it may end. Raises BadRequest where there is no head.
+
+        As in transformers, a classifier looks at the last token that is not the padding token.
+        """
+        tasks, request = self._model.tasks, seq.request
+        assert tasks.pooling is not None
+        if request.task == "embed":
+            seq.pool = TextPool(tasks.pooling.mode)
+            if tasks.pooling.mode == "cls":
+                seq.end_at(1)  # what a token sees are those before it
+            return
+        seq.pool = TextPool("lasttoken")
+        if head_of(seq, tasks, self._adapters.extras) is None:
+            if tasks.score_tokens is None:
+                who = "neither this adapter nor its base" if request.digest else "this base model has no"
+                has = "has a classification head" if request.digest else "classification head: ask an adapter with one"
+                raise BadRequest(f"{who} {has}", param="model")
+            seq.is_scored_by_tokens = True
+            return
+        padding_id = getattr(self._model.config, "pad_token_id", None)
+        if padding_id is not None:
+            seq.end_at(1 + int(np.flatnonzero(request.prompt != padding_id).max(initial=0)))
 
     def _bind_grammar(self, seq: Sequence) -> str:
         if seq.pending_matcher is not None:
@@ -118,9 +170,15 @@ class RequestBinder:
 
 def check_request(request: EngineRequest, max_model_len: int) -> None:
     """Raise BadRequest for what no step can compute. max_model_len: tokens of prompt and output."""
-    if request.task != "generate":
-        raise BadRequest(f"this worker's model generates text; it does not {request.task}")
     num = len(request.prompt)
+    if request.task != "generate":
+        if num == 0:
+            raise BadRequest("the text is empty", param="input")
+        if num > max_model_len:
+            raise BadRequest(
+                f"the text has {num} tokens, this model takes at most {max_model_len}", code="context_length_exceeded"
+            )
+        return
     if num == 0:
         raise BadRequest("the prompt is empty", param="prompt")
     if num >= max_model_len:

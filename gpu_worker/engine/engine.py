@@ -17,6 +17,7 @@ from gpu_worker.engine.batcher import Batcher, BatchLimits, StepPlan
 from gpu_worker.engine.binding import RequestBinder
 from gpu_worker.engine.blocks import BlockPool
 from gpu_worker.engine.decoding import accept_tokens, check_choice, grammar_masks, sample_rows, without
+from gpu_worker.engine.pooled import outputs_of
 from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput, failure_of
 from gpu_worker.engine.runner import Runner, StepInputs
 from gpu_worker.engine.sequence import Sequence
@@ -139,6 +140,8 @@ class Engine(BaseEngine):
             for seq in late:
                 plan.postpone(seq)
         self.batcher.complete(plan)
+        if inputs.pooled:
+            logits = self._settle_pooled(inputs, logits)
         if inputs.prompt_rows:
             logits = record_prompts(logits, inputs.prompt_rows)
         rows = sample_rows(ready, plan.drafts, masks)
@@ -178,6 +181,15 @@ class Engine(BaseEngine):
             output.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs.records, None
         self._outputs.append(output)
         return len(ids)
+
+    def _settle_pooled(self, inputs: StepInputs, logits: Tensor) -> Tensor:
+        """End the texts that a step has completed, and put out their numbers. Returns the logits without their rows."""
+        num = len(logits) - sum(rows.needs_logits for rows in inputs.pooled)
+        outputs = outputs_of(inputs.pooled, logits[num:], self.model.tasks, self.adapters.extras)
+        self._outputs += outputs
+        for output in outputs:
+            self._drop(output.rid)
+        return logits[:num]
 
     def _keep_right_draft(self, seq: Sequence, num_drafted: int, num_right: int) -> None:
         """Keep the keys and values of the right draft tokens, the first ones; those of the others are written over."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from gpu_worker.adapters.extras import Extras
 from gpu_worker.cuda.graphs import DecodeGraph, DecodeGraphs, DecodeLists, GraphRecorder
 from gpu_worker.engine.batcher import StepPlan
+from gpu_worker.engine.pooled import PooledRows, gather
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.memory import send
@@ -33,6 +34,7 @@ class StepInputs:
 
     ready: list[Sequence]  # sequences whose next token can be chosen: theirs are the first rows, in this order
     prompt_rows: list[PromptRows] = field(default_factory=list[PromptRows])  # whose rows follow
+    pooled: list[PooledRows] = field(default_factory=list[PooledRows])  # those scored by tokens have the last rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,16 @@ class StepRows:
         """Return the rows of the `num_new` tokens of each sequence that follow its first `num_before`."""
         ends = num_before + num_new
         return cls(seqs, num_before, num_new, ends, ends >= np.array([seq.num_tokens for seq in seqs]))
+
+    def pooled(self) -> list[PooledRows]:
+        """Return the rows of requests for numbers, and leave their sequences out of `complete`."""
+        found: list[PooledRows] = []
+        for i, seq in enumerate(self.seqs):
+            if seq.pool is not None:
+                first, num, start = int(self.starts[i]), int(self.num_new[i]), int(self.num_before[i])
+                found.append(PooledRows(seq, i, first, num, start, bool(self.complete[i])))
+                self.complete[i] = False
+        return found
 
     @property
     def starts(self) -> np.ndarray:
@@ -105,12 +117,12 @@ class StepRows:
         return found
 
     def logit_rows(
-        self, drafts: Mapping[Sequence, list[int]], prompt_rows: list[PromptRows]
+        self, drafts: Mapping[Sequence, list[int]], prompt_rows: list[PromptRows], pooled: Iterable[PooledRows] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens that go through the head, and the index of each one's sequence: int64 [n] both.
 
         In order: the last known token of each complete sequence with its draft tokens; then the tokens of
-        `prompt_rows`.
+        `prompt_rows`; then the last token of each text of `pooled` that is scored by tokens and ends here.
         """
         # At least one row goes through the head, so that no kernel meets an empty batch.
         heads = np.flatnonzero(self.complete) if self.complete.any() else np.zeros(1, np.int64)
@@ -123,6 +135,9 @@ class StepRows:
         for prompt in prompt_rows:
             heads = np.concatenate((heads, np.full(prompt.num_rows, prompt.seq_index)))
             rows = np.concatenate((rows, starts[prompt.seq_index] + np.arange(prompt.num_rows)))
+        for part in pooled:
+            if part.needs_logits:
+                heads, rows = np.append(heads, part.seq_index), np.append(rows, part.first + part.num - 1)
         return rows, heads
 
 
@@ -159,10 +174,11 @@ class Runner:
         """Build a plan's inputs and work lists with numpy and send them to the device; the host does not wait."""
         step = StepRows.of(plan)
         ids = step.token_ids(plan.drafts).astype(np.int64)
+        pooled = step.pooled()
         ready = [seq for seq, is_complete in zip(step.seqs, step.complete, strict=True) if is_complete]
         slots, scales = step.adapters()
         prompt_rows = step.prompt_rows()
-        if self._graphs is not None and not self._has_extras(step) and not prompt_rows:
+        if self._graphs is not None and not self._has_extras(step) and not prompt_rows and not pooled:
             graph = self._graphs.find(step.num_new, step.complete)
             if graph is not None:
                 graph.fill(DecodeLists(ids, step.ends, block_tables(step.seqs), slots, scales))
@@ -170,7 +186,7 @@ class Runner:
                     input_ids=graph.input_ids, positions=graph.attention.positions, logit_rows=graph.rows,
                     ready=ready, graph=graph,
                 )  # fmt: skip
-        rows, heads = step.logit_rows(plan.drafts, prompt_rows)
+        rows, heads = step.logit_rows(plan.drafts, prompt_rows, pooled)
         device, context = self.model.device, self.model.context
         context.attention = ops.build_attention_batch(step.num_new, step.ends, block_tables(step.seqs), device)
         self.model.mixers.batch = state_batch(step, plan.saves, device) if self.model.mixers.calls else None
@@ -178,9 +194,10 @@ class Runner:
         return PackedInputs(
             input_ids=send(ids, device),
             positions=context.attention.positions,
-            logit_rows=None if len(rows) == len(ids) and not prompt_rows else send(rows, device),
+            logit_rows=None if len(rows) == len(ids) and not prompt_rows and not pooled else send(rows, device),
             ready=ready,
             prompt_rows=prompt_rows,
+            pooled=pooled,
             vocab_sizes=vocab_sizes,
         )
 
@@ -198,7 +215,9 @@ class Runner:
         return self._set_extras(step, rows, heads) if self._has_extras(step) else None
 
     def _has_extras(self, step: StepRows) -> bool:
-        return any(seq.request.digest in self._extras for seq in step.seqs)
+        return any(
+            seq.request.digest in self._extras and self._extras[seq.request.digest].in_steps for seq in step.seqs
+        )
 
     def _set_extras(self, step: StepRows, rows: np.ndarray, heads: np.ndarray) -> Tensor | None:
         """Set which rows have extras, in the model's context. Returns the rows' vocabulary sizes if they differ.
@@ -213,6 +232,8 @@ class Runner:
         sizes = np.full(len(heads), own_size)
         for (digest, scale), members in group_by_adapter([seq.request for seq in seqs], self._extras).items():
             extras = self._extras[digest]
+            if not extras.in_steps:
+                continue
             own_rows = np.concatenate([np.arange(starts[i], starts[i] + num_new[i]) for i in members])
             positions = np.concatenate([np.arange(num_new[i]) + num_before[i] for i in members])
             active = positions >= np.repeat(active_from[members], num_new[members])
@@ -230,7 +251,10 @@ class Runner:
         if inputs.graph is not None:
             return inputs.graph.replay()
         with torch.inference_mode():
-            logits = self.model.forward(inputs.input_ids, inputs.positions, inputs.logit_rows)
+            with self.model.hidden_states(is_wanted=bool(inputs.pooled)) as hidden:
+                logits = self.model.forward(inputs.input_ids, inputs.positions, inputs.logit_rows)
+            if inputs.pooled:
+                gather(inputs.pooled, hidden[-1][0])
             self.model.mixers.save()
             return without_unknown_ids(logits, inputs.vocab_sizes)
 

@@ -9,6 +9,7 @@ import numpy as np
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.engine.speculation import Drafter
 from gpu_worker.engine.stop import StopRules
+from gpu_worker.model.pooling import TextPool
 from gpu_worker.sampling.adjustment import Adjustment
 from gpu_worker.sampling.grammars import Matcher
 from gpu_worker.sampling.logprobs import PromptLogprobs
@@ -56,6 +57,8 @@ class Sequence:
         self.adjustment = Adjustment.of(request.sampling, self._tokens[: self.num_prompt])  # None: nothing to adjust
         self.drafter: Drafter | None = None  # proposes its next tokens, where the engine speculates
         self.prompt_logprobs: PromptLogprobs | None = None  # recorded until its first token comes, if wanted
+        self.pool: TextPool | None = None  # of a request for numbers, see `pooled.py`
+        self.is_scored_by_tokens = False  # whether its result is read off the logits of its last token
 
     @property
     def rid(self) -> str:
@@ -66,6 +69,15 @@ class Sequence:
     def awaits_mask(self) -> bool:
         """Whether it sits steps out until it is known which tokens its grammar allows."""
         return self.matcher is not None and self.matcher.is_filling
+
+    @property
+    def needs_all_rows(self) -> bool:
+        """Whether every token of its prompt must be computed here: nothing of a cached block but keys is known."""
+        return self.prompt_logprobs is not None or (self.pool is not None and self.pool.needs_all)
+
+    def end_at(self, num_tokens: int) -> None:
+        """Leave out what follows a prompt's first tokens, because nothing that is asked for depends on it."""
+        self.num_prompt = self.num_tokens = num_tokens
 
     @property
     def num_output(self) -> int:

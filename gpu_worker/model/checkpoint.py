@@ -61,14 +61,20 @@ CANNOT_RUN = (
 """What a model raises that wants images, a mask or a cache of its own, or kernels that this machine lacks."""
 
 
-def read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def read_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, auto: Any = None, *, may_lack_head: bool = False
+) -> PreTrainedModel:
     """Load a folder's model onto a device, in eval mode, with the head that its task needs (see `task_of`).
 
-    dtype: of weights that are not quantised. Raises BadRequest in one line.
+    dtype: of weights that are not quantised. auto: the class in place of the task's. may_lack_head: whether the folder
+    may lack the language model's head, which is then an identity. Raises BadRequest in one line.
     """
     config = read_config(folder)
-    module, missing = _read(folder, config, task_of(config), device, dtype)
-    _refuse_tensors(folder, "lack", missing)
+    module, missing = _read(folder, config, auto or CLASSES[task_of(config)], device, dtype)
+    if may_lack_head and missing and set(missing) <= _head_tensors(module):
+        module.set_output_embeddings(torch.nn.Identity())
+    else:
+        _refuse_tensors(folder, "lack", missing)
     return module
 
 
@@ -80,17 +86,16 @@ def read_headless(folder: Path, device: torch.device, dtype: torch.dtype) -> tup
     config = read_config(folder)
     if not is_encoder(config) or type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise BadRequest(f"model type {config.model_type} has no class for sequence classification as an encoder")
-    module, missing = _read(folder, config, "score", device, dtype)
+    module, missing = _read(folder, config, CLASSES["score"], device, dtype)
     body = f"{module.base_model_prefix}."
     _refuse_tensors(folder, "lack", (name for name in missing if name.startswith(body)))
     return module, missing
 
 
 def _read(
-    folder: Path, config: PreTrainedConfig, task: Task, device: torch.device, dtype: torch.dtype
+    folder: Path, config: PreTrainedConfig, auto: Any, device: torch.device, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Load a model for a task, and return which of its tensors the folder lacks."""
-    auto = CLASSES[task]
+    """Load a model by a class of transformers, and return which of its tensors the folder lacks."""
     quantised = quantisation_of(config)
     if quantised and quantised not in QUANTISATIONS:  # transformers would read the weights as if they were not
         raise BadRequest(f"the model in {folder} is quantised with {quantised}, unknown to transformers")
@@ -98,7 +103,7 @@ def _read(
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Quantised weights must be loaded onto their device; others come through host memory, whatever accelerate would do.
     place: dict[str, Any] = {"device_map": {"": device}} if quantised else {}
-    if task == "embed" and _has_pooler(config):
+    if auto is AutoModel and _has_pooler(config):
         place["add_pooling_layer"] = False  # it serves the pretraining task alone, and many checkpoints lack it
     try:
         loaded: Any = auto.from_pretrained(
@@ -114,6 +119,13 @@ def _read(
     if not quantised:
         torch.nn.Module.to(module, device)
     return module.eval().requires_grad_(False), sorted(info["missing_keys"])
+
+
+def _head_tensors(module: PreTrainedModel) -> set[str]:
+    """Return the names of the tensors of a language model's head."""
+    head = module.get_output_embeddings()
+    name = next((name for name, child in module.named_modules() if child is head), "")
+    return {f"{name}.{own}" for own, _ in head.named_parameters()} if name and head is not None else set()
 
 
 def _refuse_tensors(folder: Path, what: str, found: Iterable[str]) -> None:
@@ -142,13 +154,18 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def task_of(config: PreTrainedConfig) -> Task:
-    """Return what a model is for, judging by its config. Raises BadRequest for a head that is not served."""
+    """Return what a model is for, judging by its config. Raises BadRequest for a head that is not served.
+
+    Every decoder counts as one that generates text: see `headless.py` for those without a language model's head.
+    """
     name = next(iter(getattr(config, "architectures", None) or ()), "")
     if name.endswith("ForTokenClassification") and type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
         return "classify"
     of_texts = name.endswith("ForSequenceClassification") and type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if of_texts and is_encoder(config):
         return "score"
+    if of_texts and is_decoder(config):
+        return "generate"
     if name.endswith(tuple(f"For{head}" for head in UNSERVED_HEADS)):
         raise BadRequest(f"{name} is not served: of encoders embeddings and classification are")
     return "embed" if is_encoder(config) else "generate"
@@ -160,6 +177,11 @@ def is_encoder(config: PreTrainedConfig) -> bool:
     decodes = name.endswith(("ForCausalLM", "LMHeadModel")) or getattr(config, "is_decoder", False)
     is_both = getattr(config, "is_encoder_decoder", False)
     return not decodes and not is_both and type(config) in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def is_decoder(config: PreTrainedConfig) -> bool:
+    """Return whether a model of this type reads its text in one direction."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from gpu_worker.model.attention import PagedLayer, StepContext
 from gpu_worker.model.logits_check import LogitsCheck, spread_of
 from gpu_worker.model.lora import SharedInput, SiteInfo
 from gpu_worker.model.mixers import MixerStates, Run, StateBatch, running
+from gpu_worker.model.tasks import ModelTasks, decoder_of, hidden_states
 from gpu_worker.one_by_one.passes import Passes
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest
@@ -42,6 +44,8 @@ class BaseModel:
     num_shortcuts: int  # decoder layers that run by shortcut as a whole
     mixers: MixerStates  # none for a model whose layers keep keys and values only
     takes_positions: bool  # whether the module's forward takes position_ids
+    tasks: ModelTasks
+    width: int  # entries of a hidden state; 0: they cannot be had
     check: LogitsCheck | None = None
     passes: Passes | None = None  # of a model whose sequences run one by one, which has no `layers` and no `mixers`
 
@@ -54,6 +58,14 @@ class BaseModel:
     def vocab_size(self) -> int:
         """Tokens the model knows."""
         return self.config.vocab_size
+
+    def hidden_states(self, *, is_wanted: bool) -> AbstractContextManager[list[Tensor]]:
+        """Return a context that gathers the hidden states [1, T, D] of the passes in it, where they are wanted."""
+        if not is_wanted:
+            return contextlib.nullcontext([])
+        decoder = decoder_of(self.module)
+        assert decoder is not None
+        return hidden_states(decoder)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, logit_rows: Tensor | None) -> Tensor:
         """Run the packed step that the context describes.

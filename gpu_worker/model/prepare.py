@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,16 @@ from transformers import PreTrainedModel
 
 from gpu_worker.model.adaptable_modules import AdaptableModules, find_adaptable_modules
 from gpu_worker.model.attention import ATTENTION, AttentionCall, StepContext, make_layers, unbind
-from gpu_worker.model.checkpoint import read_eos_ids, read_model, refusal, refuse_what_cannot_run, takes_positions
+from gpu_worker.model.checkpoint import read_eos_ids, refusal, refuse_what_cannot_run, takes_positions
 from gpu_worker.model.compiled import install_compiled
+from gpu_worker.model.headless import read_decoder
 from gpu_worker.model.lightning import install_lightning
 from gpu_worker.model.logits_check import ask_untouched
 from gpu_worker.model.lora import install_sites
 from gpu_worker.model.mixers import MixerStates
 from gpu_worker.model.model import BaseModel, fingerprint_of
 from gpu_worker.model.shortcuts import install_shortcuts
+from gpu_worker.model.tasks import ModelTasks, decoder_of, head_name_of, hidden_states
 from gpu_worker.model.trial import Trial, run_trial
 from gpu_worker.one_by_one.trial import find_passes, watch
 from lora_kernels import ops
@@ -39,34 +43,53 @@ SERVED_LAYER_TYPES = {
 
 
 def load_model(
-    folder: Path, device: torch.device, dtype: torch.dtype, impl: ops.Impl | None, *, compiled: bool = False
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    impl: ops.Impl | None,
+    *,
+    score_tokens: str = "",
+    compiled: bool = False,
 ) -> BaseModel:
-    """Load a model folder and prepare it, see `prepare_model`. Raises BadRequest naming what cannot be served."""
-    module = read_model(folder, device, dtype)
-    return prepare_model(module, read_eos_ids(folder, module.config), impl, compiled=compiled)
+    """Load a model folder and prepare it, see `prepare_model`. Raises BadRequest naming what cannot be served.
+
+    score_tokens: see `read_score_tokens`.
+    """
+    module, tasks = read_decoder(folder, device, dtype, score_tokens)
+    return prepare_model(module, read_eos_ids(folder, module.config), impl, tasks, compiled=compiled)
 
 
 def prepare_model(
-    module: PreTrainedModel, eos_ids: frozenset[int], impl: ops.Impl | None, *, compiled: bool = False
+    module: PreTrainedModel,
+    eos_ids: frozenset[int],
+    impl: ops.Impl | None,
+    tasks: ModelTasks | None = None,
+    *,
+    compiled: bool = False,
 ) -> BaseModel:
     """Turn a Hugging Face causal LM into one that runs packed steps over paged caches. Changes `module`.
 
     Where its layers cannot be packed, its sequences run one by one (`passes`). eos_ids: token ids that end a text.
-    impl: the kernels' implementation, None for the device's own. compiled: torch compiles each layer as Hugging Face
+    impl: the kernels' implementation, None for the device's own. tasks: what it is asked for, None for what any causal
+    LM is. compiled: torch compiles each layer as Hugging Face
     wrote it, instead of shortcuts. Raises BadRequest naming what cannot be served.
     """
     config = module.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise refusal(module, ["an encoder"])
-    fingerprint = fingerprint_of(module)
-    with refuse_what_cannot_run(module), torch.inference_mode():
+    tasks = ModelTasks(head_name=head_name_of(module.config)) if tasks is None else tasks
+    fingerprint = fingerprint_of(module) + tasks.fingerprint
+    decoder = decoder_of(module)
+    watched = nullcontext([]) if decoder is None else hidden_states(decoder)
+    with refuse_what_cannot_run(module), torch.inference_mode(), watched as hidden:
         check = ask_untouched(module, config)
     context = StepContext()
     model = BaseModel(
         module=module, device=module.device, dtype=module.dtype, context=context, layers=[], sites=[], shared=[],
         adaptable=AdaptableModules(context), eos_ids=eos_ids, max_positions=_max_positions(config),
         fingerprint=fingerprint, keeps_logits="logits_to_keep" in inspect.signature(module.forward).parameters,
-        num_shortcuts=0, mixers=MixerStates(), takes_positions=takes_positions(module), check=check,
+        num_shortcuts=0, mixers=MixerStates(), takes_positions=takes_positions(module), check=check, tasks=tasks,
+        width=hidden[0].shape[-1] if hidden and hidden[0].shape[:2] == (1, len(check.prompts[0])) else 0,
     )  # fmt: skip
     trial, reasons = _pack(model, impl)
     if compiled and (trial.mixers or reasons):
@@ -74,6 +97,11 @@ def prepare_model(
         raise BadRequest(f"compile is on, but this model's {what}, and cannot be compiled")
     if reasons:
         trial = _run_one_by_one(model, reasons)
+    passes = model.passes
+    if not model.width or (passes is not None and passes.continues == "nothing"):
+        if not tasks.generates:
+            raise refusal(module, ["no language model's head, and hidden states that cannot be had chunk by chunk"])
+        model.tasks = replace(tasks, pooling=None)
     _install(model, trial, impl, compiled=compiled)
     return model
 

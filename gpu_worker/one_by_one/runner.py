@@ -49,26 +49,33 @@ class OneByOneRunner(Runner):
     def prepare(self, plan: StepPlan) -> OneByOneInputs:
         """Return which rows of logits a plan's passes will give; nothing is sent before they run."""
         rows = StepRows.of(plan)
+        pooled = rows.pooled()
         ready = [seq for seq, is_complete in zip(rows.seqs, rows.complete, strict=True) if is_complete]
-        return OneByOneInputs(ready=ready, prompt_rows=rows.prompt_rows(), rows=rows)
+        return OneByOneInputs(ready=ready, prompt_rows=rows.prompt_rows(), pooled=pooled, rows=rows)
 
     def run(self, inputs: StepInputs) -> Tensor:
         """Compute a step. Returns the logits [n, V] of its rows (a useless one if there are none)."""
         assert isinstance(inputs, OneByOneInputs)
         last: list[Tensor] = []
         of_prompts: list[Tensor] = []
+        of_scores: list[Tensor] = []
+        scored = {rows.seq_index for rows in inputs.pooled if rows.needs_logits}
         prompts = {prompt.seq_index: prompt for prompt in inputs.prompt_rows}
         rows = inputs.rows
         with torch.inference_mode():
             for i, (seq, is_ready) in enumerate(zip(rows.seqs, rows.complete.tolist(), strict=True)):
                 end, prompt = int(rows.ends[i]), prompts.get(i)
                 wanted = list(range(prompt.start, prompt.start + prompt.num_rows)) if prompt is not None else []
-                found = self._run_sequence(seq, end, [*wanted, end - 1] if is_ready else wanted)
+                found = self._run_sequence(seq, end, [*wanted, end - 1] if is_ready or i in scored else wanted)
                 if wanted:
                     of_prompts.append(found[: len(wanted)])
                 if is_ready:
                     last.append(found[len(wanted) :])
-            parts = [*last, *of_prompts] or [torch.zeros(1, self.model.vocab_size, device=self.model.device)]
+                elif i in scored:
+                    of_scores.append(found)
+            parts = [*last, *of_prompts, *of_scores] or [
+                torch.zeros(1, self.model.vocab_size, device=self.model.device)
+            ]
             # An adapter may know more tokens than others, and a model fewer than it has embeddings.
             width = max(self.model.vocab_size, *(part.shape[1] for part in parts))
             return torch.cat([F.pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in parts])
@@ -102,9 +109,12 @@ class OneByOneRunner(Runner):
         ids, places = send(step.token_ids({}).astype(np.int64), device), send(rows, device)
         self.model.context.of_all = self._adapters_by_rows(seq, behind - first, len(rows), behind)
         try:
-            logits, kept = self._passes.run(kept, ids, places)
+            with self.model.hidden_states(is_wanted=seq.pool is not None) as hidden:
+                logits, kept = self._passes.run(kept, ids, places)
         finally:
             self.model.context.of_all = None
+        if seq.pool is not None:
+            seq.pool.add(hidden[-1][0], first)
         return without_unknown_ids(logits, vocab_sizes), kept
 
     def _adapters_by_rows(

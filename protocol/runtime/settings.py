@@ -265,6 +265,11 @@ class Settings(BaseSettings):
     max_model_len: int = Field(
         default=0, description="longest prompt plus output; 0: what the model and the KV cache allow"
     )
+    score_tokens: str = Field(
+        default="",
+        description="two tokens, as no,yes, by which a reranker's base scores a text: the logit of the second less that"
+        " of the first; empty: what the model's folder says",
+    )
     max_num_seqs: int = Field(
         default=0, description="most sequences that a worker runs at once; 0: 64 on a CPU, 256 on a GPU"
     )

@@ -141,3 +141,20 @@ def make_adapter(
                 parameter.normal_(0.0, scale / rank**0.5, generator=generator)
     model.save_pretrained(folder)
     return folder
+
+
+def make_decoder_adapter(folder: Path, base: PreTrainedModel, *, rank: int = 4, seed: int = 1) -> Path:
+    """Write a PEFT LoRA adapter for a bare decoder, or a sequence classifier with its own head, to `folder`; return it.
+
+    Its matrices are random, so that it changes the answer.
+    """
+    kind = "SEQ_CLS" if type(base).__name__.endswith("ForSequenceClassification") else "FEATURE_EXTRACTION"
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type=kind)
+    model: Any = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.3 / rank**0.5, generator=generator)
+    model.save_pretrained(folder)
+    return folder

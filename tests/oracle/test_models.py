@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from oracle.conformance import MAX_DIFFERENCE, conform, try_type
 from oracle.models_table import read_table
+from oracle.pooled_oracle import conform_pooled
 from oracle.tiny_models import causal_types, tiny_model
 
 SERVED, REFUSED = read_table("served"), read_table("refused")
@@ -84,3 +85,9 @@ def test_rope_scalings(rope: dict[str, object]) -> None:
     outcome = conform(tiny_model("llama", rope_parameters={"rope_theta": 1e4, **rope}))
     assert outcome.difference <= MAX_DIFFERENCE
     assert not outcome.refused
+
+
+@pytest.mark.parametrize("model_type", [pytest.param(name, marks=pytest.mark.models) for name in SERVED])
+def test_embeddings_and_scores_are_those_of_transformers(model_type: str) -> None:
+    """Of each type as far as it has them: by `AutoModel`, and by the type's sequence classifier."""
+    conform_pooled(tiny_model(model_type))

@@ -79,6 +79,7 @@ class _ExtrasPacker:
             norms=dict(self._norms),
             parameters=dict(parameters),
             vocab_size=spec.vocab_size,
+            head=self._get(spec.head).to(next(iter(self._sites.values())).dtype) if spec.head else None,
             in_layers=any(part.isdigit() for name in inner for part in name.split(".")),
         )
 

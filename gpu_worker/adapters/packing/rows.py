@@ -120,7 +120,9 @@ class RowPacker:
         return True
 
     def _is_plain(self, spec: AdapterSpec, tensors: Mapping[str, TensorInfo]) -> bool:
-        if spec.embeddings or spec.parameters or spec.replaced or spec.tokens or spec.vocab_size or not spec.sites:
+        if spec.embeddings or spec.parameters or spec.replaced or spec.tokens or spec.vocab_size or spec.head:
+            return False
+        if not spec.sites:
             return False
         if spec.rank > MAX_RANK or len({part.site for part in spec.sites}) < len(spec.sites):
             return False

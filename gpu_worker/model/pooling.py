@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,14 +37,44 @@ class Pooling:
         return F.normalize(vector, dim=0) if self.unit_length else vector
 
 
+class TextPool:
+    """The hidden states of one text that is computed in chunks, as far as its result needs them.
+
+    Of a text of which one token counts the last one is kept: it ends with that token. A text that is preempted begins
+    anew, with its first token.
+    """
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode: Mode = mode
+        self._kept = torch.empty(0)  # fp32 [D]: of one token, or the sum or maximum of those so far
+        self._num = 0
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether every token's hidden state counts, so that none may be left out because its block is cached."""
+        return self.mode in ("mean", "max")
+
+    def add(self, hidden: Tensor, start: int) -> None:
+        """Take the hidden states [n, D] of the tokens from position `start` on."""
+        hidden = hidden.float()
+        part = hidden.sum(0) if self.mode == "mean" else hidden.amax(0) if self.mode == "max" else hidden[-1].clone()
+        if start == 0 or not self.needs_all:
+            self._kept, self._num = part, len(hidden)
+        else:
+            self._kept = self._kept + part if self.mode == "mean" else torch.maximum(self._kept, part)
+            self._num += len(hidden)
+
+    @property
+    def vector(self) -> Tensor:
+        """The vector that all tokens so far make, fp32 [D]."""
+        return self._kept / self._num if self.mode == "mean" else self._kept
+
+
 def read_pooling(folder: Path) -> Pooling:
     """Return the pooling that sentence-transformers' files in a folder ask for. Raises BadRequest if not served."""
     if not (folder / MODULES).is_file():
         return Pooling()
-    modules = _read(folder / MODULES)
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise BadRequest(f"{folder / MODULES} is not a list of modules")
-    kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
+    modules, kinds = _modules(folder), module_kinds(folder)
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         shown = ", ".join(kinds)
         raise BadRequest(
@@ -57,6 +88,24 @@ def read_pooling(folder: Path) -> Pooling:
     if settings.is_file() and _object(settings).get("do_lower_case"):
         raise BadRequest(f"{settings}: do_lower_case is not served; tokenizer.json should do it")
     return Pooling(_mode(folder / str(modules[1].get("path")) / "config.json"), unit_length=len(kinds) == 3)
+
+
+def module_kinds(folder: Path) -> list[str]:
+    """Return the classes of a folder's modules, in order. Raises BadRequest for a list that cannot be read."""
+    return [str(module.get("type")).rpartition(".")[2] for module in _modules(folder)]
+
+
+def module_settings(folder: Path, kind: str) -> Mapping[str, Any]:
+    """Return the config of the first module of a class. Raises BadRequest where there is none that can be read."""
+    path = next(str(module.get("path")) for module in _modules(folder) if str(module.get("type")).endswith(f".{kind}"))
+    return _object(folder / path / "config.json")
+
+
+def _modules(folder: Path) -> list[dict[str, Any]]:
+    modules = _read(folder / MODULES)
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise BadRequest(f"{folder / MODULES} is not a list of modules")
+    return modules
 
 
 def _mode(path: Path) -> Mode:
