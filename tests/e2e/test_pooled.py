@@ -1,0 +1,147 @@
+"""A fleet on a decoder generates, embeds and labels at once, with adapters of each task, though a worker dies."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.factories import make_adapter, make_decoder_adapter, make_tiny_model
+from helpers.fleets import RunningFleet, fleet_up
+from helpers.waiting import wait_until
+from peft import PeftModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from protocol.queue.bus import Bus
+
+TEXTS = ["The first text", "Another", "and a third, rather longer one: " + 20 * "abc ", "x"]
+NUM_COPIES = 6
+NUM_LABELS = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[RunningFleet]:
+    folder = tmp_path_factory.mktemp("fleet")
+    make_adapter(folder / "adapters" / "chat", model)
+    make_decoder_adapter(folder / "adapters" / "search", AutoModel.from_pretrained(model))
+    make_decoder_adapter(folder / "adapters" / "sorts", classifier(model))
+    with fleet_up(folder, model, "--adapters", str(folder / "adapters"), "--workers", "2") as running:
+        asyncio.run(wait_until(running.is_ready, "the fleet is ready", timeout_s=100))
+        yield running
+
+
+def classifier(model: Path) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_pretrained(model, num_labels=NUM_LABELS)
+
+
+def expected_of(model: Path, adapters: Path) -> dict[str, list[Any]]:
+    """Return what transformers and PEFT say of TEXTS, each alone: two vectors, probabilities, a text."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    texts = [tokenizer(text, return_tensors="pt") for text in TEXTS]
+    plain: Any = AutoModel.from_pretrained(model)
+    found: dict[str, list[Any]] = {}
+    with torch.inference_mode():
+        found["tiny"] = [F.normalize(plain(**ids).last_hidden_state[0, -1], dim=0).numpy() for ids in texts]
+        own = PeftModel.from_pretrained(plain, str(adapters / "search")).eval()
+        found["search"] = [F.normalize(own(**ids).last_hidden_state[0, -1], dim=0).numpy() for ids in texts]
+        own = PeftModel.from_pretrained(classifier(model), str(adapters / "sorts")).eval()
+        found["sorts"] = [own(**ids).logits[0].softmax(-1).numpy() for ids in texts]
+        base = AutoModelForCausalLM.from_pretrained(model)
+        base.generation_config.eos_token_id = None
+        own = PeftModel.from_pretrained(base, str(adapters / "chat")).eval()
+        outs = [
+            own.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :] for ids in texts
+        ]
+    found["chat"] = [tokenizer.decode(out, skip_special_tokens=True) for out in outs]
+    return found
+
+
+async def answers(fleet: RunningFleet, path: str, name: str, **fields: Any) -> Any:
+    async with fleet.client() as client:
+        answer = await client.post(path, json={"model": name, **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+async def vectors(fleet: RunningFleet, name: str, **fields: Any) -> np.ndarray:
+    given = {"input": TEXTS * NUM_COPIES, "encoding_format": "float", **fields}
+    data = (await answers(fleet, "/v1/embeddings", name, **given))["data"]
+    return np.array([item["embedding"] for item in data], np.float32)
+
+
+async def labels(fleet: RunningFleet) -> np.ndarray:
+    data = (await answers(fleet, "/v1/classify", "sorts", input=TEXTS * NUM_COPIES))["data"]
+    return np.array([item["probs"] for item in data], np.float32)
+
+
+async def texts(fleet: RunningFleet) -> list[str]:
+    fields = {"prompt": TEXTS, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    return [choice["text"] for choice in (await answers(fleet, "/v1/completions", "chat", **fields))["choices"]]
+
+
+async def test_all_tasks_of_one_base_while_a_worker_dies(fleet: RunningFleet, model: Path) -> None:
+    expected = expected_of(model, fleet.output_file.parent / "adapters")
+    assert np.abs(np.array(expected["search"]) - np.array(expected["tiny"])).max() > 0.01
+
+    async def are_there() -> bool:
+        async with fleet.client() as client:
+            return len((await client.get("/v1/models")).json()["data"]) == 4
+
+    await wait_until(are_there, "the store has read the adapters")
+    # Frozen, so that what they are given is not done before one of them is killed.
+    workers = {name: fleet.worker(name) for name in ("worker-0", "worker-1")}
+    for worker in workers.values():
+        worker.send_signal(signal.SIGSTOP)
+    asking = asyncio.gather(vectors(fleet, "tiny"), vectors(fleet, "search"), labels(fleet), texts(fleet))
+    queue = Bus(fleet.redis_url)
+
+    async def holder() -> str:
+        for wid, beat in (await queue.members.worker_beats()).items():
+            if beat is not None and await queue.work_of(wid):
+                return beat.name
+        return ""
+
+    victim = workers.pop(await wait_until(holder, "a frozen worker has been given some of it"))
+    await queue.close()
+    victim.send_signal(signal.SIGKILL)
+    for worker in workers.values():
+        worker.send_signal(signal.SIGCONT)
+    *numbers, generated = await asking
+    assert generated == expected["chat"]
+    for name, got in zip(("tiny", "search", "sorts"), numbers, strict=True):
+        assert np.abs(got - np.tile(np.array(expected[name]), (NUM_COPIES, 1))).max() < 1e-4, name
+    shorter = await vectors(fleet, "search", dimensions=10)
+    first = np.array(expected["search"])[:, :10]
+    first /= np.linalg.norm(first, axis=1, keepdims=True)
+    assert np.abs(shorter - np.tile(first, (NUM_COPIES, 1))).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "fields", "reason"),
+    [
+        ("/v1/completions", "sorts", {"prompt": "x"}, "generates no text"),
+        ("/v1/classify", "chat", {"input": "x"}, "no head"),
+        ("/v1/classify", "tiny", {"input": "x"}, "no head"),
+        ("/v1/embeddings", "search", {"input": "x", "dimensions": 65}, "have 64 entries"),
+    ],
+)
+async def test_what_a_name_cannot_do_is_a_400(
+    fleet: RunningFleet, path: str, name: str, fields: dict[str, Any], reason: str
+) -> None:
+    async with fleet.client() as client:
+        answer = await client.post(path, json={"model": name, **fields})
+    assert answer.status_code == 400
+    assert reason in answer.json()["error"]["message"]
