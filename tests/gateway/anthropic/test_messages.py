@@ -15,6 +15,7 @@ from helpers.anthropic_events import Event, built, events_of, held_to
 from helpers.scripted_fleet import MAX_MODEL_LEN, Script, ScriptedFleet, make_model_folder, running_gateway
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from gateway.anthropic.write import Head, MessagesWriter
 from gateway.calls.choices import Piece
@@ -295,6 +296,20 @@ async def test_templates_are_told_whether_to_reason(bus: Bus, fleet: ScriptedFle
         ):
             await whole(http, {**BODY, "max_tokens": 2000, **given})
             assert prompt_of(fleet) == f"<think></think>{told}hi"
+
+
+async def test_a_budget_of_thinking_is_enforced(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}<think>\n{# </think> #}")
+    async with running_gateway(bus, folder) as gateway, httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http:
+        await whole(http, {**BODY, "max_tokens": 2000, "thinking": {"type": "enabled", "budget_tokens": 1024}})
+        await whole(http, {**BODY, "thinking": {"type": "adaptive"}})
+    first, second = (body.grammar for _, body in fleet.seen)
+    assert "words[max_tokens=1024]: THOUGHT" in json.loads(first)["grammars"][0]["lark_grammar"]
+    assert second == ""
 
 
 async def test_a_format_is_enforced(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
