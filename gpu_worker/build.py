@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from msgspec import structs
 
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
@@ -26,7 +27,7 @@ from gpu_worker.engine.engine import Engine, EngineConfig
 from gpu_worker.memory import GiB, free_bytes, share
 from gpu_worker.model.checkpoint import head_dim_of, read_config, read_headless, read_model, task_of, tokenizer_types
 from gpu_worker.model.compiled import compile_errors, warm
-from gpu_worker.model.labels import activation_of, pair_activation_of
+from gpu_worker.model.labels import activation_of, folder_activation, pair_activation_of
 from gpu_worker.model.model import BaseModel, choose_device, choose_dtype
 from gpu_worker.model.pooling import read_pooling
 from gpu_worker.model.prepare import load_model
@@ -94,6 +95,9 @@ def load_engine(
         model = prepare_encoder(module, task, impl, pooling, missing, has_types=has_types)
         engine, served = build_encoder_engine(model, settings, fetch, fetch_files)
         room = f"pooled by {pooling.mode}, " if pooling is not None else ""
+    if served.does("score") and served.labels:
+        own = folder_activation(folder)
+        served = structs.replace(served, pair_activation=served.pair_activation if own is None else own)
     if describe is not None:
         describe(row_sites(model.sites), served, key_of(tokenizer) if tokenizer else "")
     logger.info(

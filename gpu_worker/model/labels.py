@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import MAX_LABELS, Activation
+
+SETTINGS = "config_sentence_transformers.json"
 
 _OF_PROBLEMS: dict[str | None, Activation] = {
     "single_label_classification": "softmax", "multi_label_classification": "sigmoid", "regression": "none", None: ""
@@ -41,8 +45,26 @@ def pair_activation_of(config: PreTrainedConfig) -> Activation:
     """
     own: Any = getattr(config, "sentence_transformers", None) or {}
     path = own.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None)
-    if path is None:
-        return ""
+    return "" if path is None else _named(path)
+
+
+def folder_activation(folder: Path) -> Activation | None:
+    """Return the same by sentence-transformers' own file, which counts before the config; None where it says nothing.
+
+    Raises BadRequest for a file that is no JSON object, and as `pair_activation_of`.
+    """
+    file = folder / SETTINGS
+    if not file.is_file():
+        return None
+    try:
+        path = json.loads(file.read_text()).get("activation_fn")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadRequest(f"{file} cannot be read: {error}") from error
+    return None if path is None else _named(path)
+
+
+def _named(path: object) -> Activation:
+    """Return the activation of a class's name with its module's."""
     name = str(path).rpartition(".")[2]
     if name not in _OF_CLASSES:
         raise BadRequest(f"scores by the activation {path!r} are not served; {', '.join(_OF_CLASSES)} are")
