@@ -6,9 +6,10 @@ Everything that calls ask of the gateway's admission is asked here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 from msgspec import structs
 
 from gateway.adapters.fleet_view import FleetView
@@ -25,8 +26,7 @@ from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, Unavailable
 
 
-@dataclass(frozen=True, slots=True)
-class AdmittedCall:
+class AdmittedCall(msgspec.Struct, frozen=True):
     """A call that may go into the queue, and what it adds there."""
 
     parsed: ParsedCall

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from msgspec import structs
 
 from gateway.calls.tokenize import Prompt, TokenizedCall
@@ -27,4 +25,4 @@ async def constrain(call: TokenizedCall, grammars: GrammarCheck) -> TokenizedCal
         grammar = grammar_text(*made)
         await grammars.check(grammar, call.parsed.form_param, prompt.target.payer(call.parsed.caller))
         prompts.append(structs.replace(prompt, grammar=grammar))
-    return replace(call, prompts=prompts)
+    return structs.replace(call, prompts=prompts)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec import structs
 
 from gateway.adapters.fleet_view import FleetView
 from gateway.adapters.resolver import Target
@@ -52,7 +53,7 @@ class EarlierCalls:
         hold(held() + self.num_bytes(known))
         mail = self._replies.subscribe(record.rids, eager=call.options.stream)
         deadline_ms = record.created_ms + self._timeout_ms
-        return replace(
+        return structs.replace(
             known, parsed=call.without_prompts(), mail=mail, deadline_ms=deadline_ms, poll_s=ATTACHED_POLL_S
         )  # fmt: skip
 

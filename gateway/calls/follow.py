@@ -132,9 +132,10 @@ class Generation:
     async def close(self) -> None:
         """Stop following. Requests that still run are cancelled, unless an Idempotency-Key may ask for them again."""
         self._replies.unsubscribe(self._mail)
-        observe.left(self._kind, sum(choice.num_output_tokens for choice in self.choices))
+        num_tokens = sum(choice.num_output_tokens for choice in self.choices)
+        observe.left(self._kind, num_tokens)
         if self.is_done:
-            observe.succeeded(self._kind, time.monotonic() - self.call.submitted_s, self.usage.completion_tokens)
+            observe.succeeded(self._kind, time.monotonic() - self.call.submitted_s, num_tokens)
         elif not self.call.parsed.key:
             await cancel(self._replies.bus, list(self._open))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+import msgspec
 
 from gateway.adapters.fleet_view import FleetView
 from gateway.adapters.merged import MergedAdapters, merge_of_request
@@ -22,8 +24,7 @@ _NO_TEXT = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ResolvedCall:
+class ResolvedCall(msgspec.Struct, frozen=True):
     """A call, and who answers it."""
 
     parsed: ParsedCall
@@ -78,7 +79,8 @@ class CallResolver:
                     raise
                 raise refused(error) from error
 
-        targets = await asyncio.gather(*map(of, models.names))
+        names = models.names
+        targets = [await of(names[0])] if len(names) == 1 else await asyncio.gather(*map(of, names))  # tasks cost
         if models.merged is None:
             return targets
         if len(targets) > 1 or targets[0].digest:
@@ -137,7 +139,7 @@ def with_heads(call: ParsedCall, base: m.ServedModel, targets: Sequence[Target])
         num = num_labels(base, target)
         if pairs is not None and not num and base.does("embed"):
             call.rules.check_apart()
-            return replace(call, task="embed", inputs=replace(pairs, apart=True))
+            return msgspec.structs.replace(call, task="embed", inputs=replace(pairs, apart=True))
         if not num and base.does("score"):
             raise BadRequest(f"{target.name} has no head that labels texts: ask an adapter that has one", param="model")
         if not num:

@@ -74,8 +74,11 @@ def check_logprobs(options: Options, prompts: Sequence[Prompt]) -> None:
 
 def logprob_bytes(options: Options, prompts: Sequence[Prompt]) -> int:
     """Return the most bytes that the logprobs of a call's answers and prompts have in the logs."""
+    record, prompt_record = options.record_bytes, options.prompt_record_bytes
+    if not (record or prompt_record):
+        return 0
     num_new, num_old = (sum(prompt.max_new_tokens for prompt in prompts), sum(prompt.num_tokens for prompt in prompts))
-    return options.n * (num_new * options.record_bytes + num_old * options.prompt_record_bytes)
+    return options.n * (num_new * record + num_old * prompt_record)
 
 
 def numbers_of(task: m.Task, prompts: Sequence[Prompt], base: m.ServedModel | None) -> int:

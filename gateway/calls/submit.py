@@ -8,11 +8,10 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import msgspec
+from msgspec import Struct, structs
 
 from gateway.adapters.resolver import Target
 from gateway.calls import observe
@@ -33,8 +32,7 @@ PREFIX_TOKENS = 128  # of a prompt, hashed for the scheduler's prefix affinity
 Requests = list[tuple[m.Submit, m.Body]]
 
 
-@dataclass(frozen=True, slots=True)
-class SubmittedCall:
+class SubmittedCall(Struct, frozen=True):
     """A call whose requests are in the queue, now or since an earlier call with the same Idempotency-Key."""
 
     id: str
@@ -82,7 +80,7 @@ class Submitter:
         requests = [] if empty else self.requests(made, gateway=self._replies.gid, stored=bool(made.parsed.key))
         mail = self._replies.subscribe(made.rids, eager=made.parsed.options.stream)
         if empty:
-            return replace(made, mail=mail)
+            return structs.replace(made, mail=mail)
         record = record_of(made) if made.parsed.key else None
         try:
             earlier = await self.put(call, requests, record)
@@ -98,7 +96,7 @@ class Submitter:
             self._replies.unsubscribe(mail)
             return earlier
         # What was accepted may not be refused when a queue that lost its last second is told of it again.
-        return replace(made, mail=mail, resubmit=partial(self._write, call, requests, record, forced=True))
+        return structs.replace(made, mail=mail, resubmit=partial(self._write, call, requests, record, forced=True))
 
     def made(self, call: AdmittedCall) -> SubmittedCall:
         """Return a call as it will be in the queue, with a new id."""
@@ -139,7 +137,7 @@ class Submitter:
         own_ends = [] if options.sampling.ignore_eos else sorted(prompt.files.eos_ids - self._base_ends)
         sampling = options.sampling
         if prompt.bad_words:
-            sampling = msgspec.structs.replace(sampling, bad_words=prompt.bad_words)
+            sampling = structs.replace(sampling, bad_words=prompt.bad_words)
         return m.Body(
             prompt=prompt.ids, sampling=sampling, max_new_tokens=prompt.max_new_tokens, stop=options.stop,
             stop_token_ids=[*options.stop_token_ids, *own_ends] if own_ends else options.stop_token_ids,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import msgspec
@@ -58,8 +58,7 @@ class Prompt(msgspec.Struct, frozen=True):
         return self.target.files
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizedCall:
+class TokenizedCall(msgspec.Struct, frozen=True):
     """A call with its prompts: for each of those who answer every one."""
 
     resolved: ResolvedCall

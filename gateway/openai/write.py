@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -57,8 +58,12 @@ def fingerprint(call: SubmittedCall) -> str:
     """Return the `system_fingerprint`: the same as long as base weights and adapters are; "" while no base is known."""
     if call.base is None:
         return ""
-    digests = ",".join(target.digest for target in call.targets)
-    return "fp_" + hashlib.sha256(f"{call.base.fingerprint}:{digests}".encode()).hexdigest()[:12]
+    return _fingerprint(call.base.fingerprint, ",".join(target.digest for target in call.targets))
+
+
+@lru_cache(256)
+def _fingerprint(base: str, digests: str) -> str:
+    return "fp_" + hashlib.sha256(f"{base}:{digests}".encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)

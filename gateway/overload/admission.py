@@ -233,12 +233,14 @@ class Admission:
 
         The queue drains while calls are inbound, so it is the longer of the two. What is unknown counts as 0.
         """
+        inbound_s = 0.0 if load.num_tokens else self._inbound.wait_s(self._now_s())
+        if not status.drain_rate:
+            return inbound_s
         ahead = [self._queues[INTERACTIVE]] if load.cls == INTERACTIVE else list(self._queues.values())
-        num_ahead, inbound_s = sum(self._expected(queue, status) for queue in ahead), 0.0
+        num_ahead = sum(self._expected(queue, status) for queue in ahead)
         if not load.num_tokens:
             num_ahead += sum(queue.num_inbound for queue in ahead)
-            inbound_s = self._inbound.wait_s(self._now_s())
-        return max(inbound_s, num_ahead / status.drain_rate if status.drain_rate else 0.0)
+        return max(inbound_s, num_ahead / status.drain_rate)
 
     # ------------------------------------------------------------ parts
 

@@ -44,7 +44,11 @@ class _Cancellable:
     socket_timeout: float | None
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        limit_s, self.socket_timeout = self.socket_timeout, None  # without a timeout there is no wait_for
+        limit_s = self.socket_timeout
+        if limit_s is None:
+            await super().send_packed_command(command, check_health)  # type: ignore[misc]
+            return
+        self.socket_timeout = None  # without a timeout there is no wait_for
         try:
             async with asyncio.timeout(limit_s):
                 await super().send_packed_command(command, check_health)  # type: ignore[misc]

@@ -15,6 +15,7 @@ import httpx2
 import pytest
 from helpers.scripted_fleet import MAX_MODEL_LEN, RunningGateway, ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
+from msgspec import structs
 
 from gateway.adapters.resolver import Target
 from gateway.auth.callers import EVERYBODY
@@ -232,7 +233,7 @@ async def test_vocabularies_of_different_size_are_checked_each(files: Counting) 
     await tokenize(call)
     larger, smaller = call.targets
     with pytest.raises(BadRequest, match="from 0 to 9"):
-        await tokenize(replace(call, targets=[larger, replace(smaller, vocab_size=10)]))
+        await tokenize(structs.replace(call, targets=[larger, replace(smaller, vocab_size=10)]))
 
 
 def test_what_cannot_fit_the_context_is_not_tokenized(files: Counting) -> None:
@@ -254,15 +255,15 @@ def test_models_prompts_and_choices_are_multiplied_before_any_work(files: Counti
 
 
 def test_an_answer_does_not_hold_its_body(files: Counting) -> None:
-    parsed = replace(call_of(files, "a" * 1000, [5] * 1000).parsed, sent=Sent("/x", b"{}" * 1000))
+    parsed = structs.replace(call_of(files, "a" * 1000, [5] * 1000).parsed, sent=Sent("/x", b"{}" * 1000))
     light = parsed.without_prompts()
     assert (len(light.sources), light.sent, light.key) == (2, None, "")
     assert not any(light.sources)
-    keyed = replace(parsed, sent=Sent("/x", b"{}" * 1000, "key")).without_prompts()
+    keyed = structs.replace(parsed, sent=Sent("/x", b"{}" * 1000, "key")).without_prompts()
     assert keyed.sent is not None
     assert (keyed.sent.raw, keyed.key) == (b"", "key")
     assert keyed.sent.hash == Sent("/x", b"{}" * 1000).hash
-    assert replace(parsed, inputs=Conversation([{"a": 1}])).without_prompts().inputs == Conversation([])
+    assert structs.replace(parsed, inputs=Conversation([{"a": 1}])).without_prompts().inputs == Conversation([])
 
 
 # ---------------------------------------------------------------- a gateway
