@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,19 @@ class Api:
                 _check(answer)
                 for chunk in answer.iter_bytes():
                     file.write(chunk)
+        except httpx2.HTTPError as error:
+            raise _unreachable(self.url, error) from error
+
+    def events(self, path: str) -> Iterator[dict[str, Any]]:
+        """Yield the events of a stream, until its end. Raises as `ask`."""
+        try:
+            with self._client.stream("GET", path) as answer:
+                if answer.status_code >= 400:
+                    answer.read()
+                _check(answer)
+                for line in answer.iter_lines():
+                    if line.startswith("data: ") and line != "data: [DONE]":
+                        yield json.loads(line.removeprefix("data: "))
         except httpx2.HTTPError as error:
             raise _unreachable(self.url, error) from error
 

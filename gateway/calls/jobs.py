@@ -16,17 +16,19 @@ from gateway.calls.admit import AdmittedCall
 from gateway.calls.choices import Choice, Piece, best_of
 from gateway.calls.earlier import check_same_body
 from gateway.calls.follow import choices_of, log_limit
+from gateway.calls.job_stream import JobStream, numbers_of
 from gateway.calls.parse import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.size import TextGrowth
 from gateway.calls.submit import SubmittedCall, facts_of
+from gateway.calls.waiting import waiting_state
 from gateway.calls.writers import Usage, Writer
 from gateway.overload.memory import held, hold
-from protocol.queue.bus import RequestFacts
+from protocol.queue.bus import RequestFacts, now_ms
 from protocol.queue.jobs import NewJob
 from protocol.wire import messages as m
 from protocol.wire.error_codec import error_from
-from protocol.wire.errors import NotFound
+from protocol.wire.errors import BadRequest, NotFound
 
 ID_PREFIX = "job_"
 POLL_S = 0.2
@@ -126,11 +128,15 @@ class Jobs:
         await self._bus.jobs.forget(job)
         return {"id": jid, "object": "job", "deleted": True}
 
-    async def list(self, caller: Caller, status: JobStatus | None, limit: int, after: str | None) -> dict[str, Any]:
+    async def list(
+        self, caller: Caller, status: JobStatus | None, limit: int, after: str | None, model: str | None = None
+    ) -> dict[str, Any]:
         """Return the caller's jobs, newest first, without bodies and results. Raises NotFound when `after` is unknown.
 
-        The page may have fewer than `limit`, even none of this status, and yet not be the last (`has_more`): it ends
-        when it has cost enough. `last_id` is where the next one goes on.
+        status, model: only those jobs.
+
+        The page may have fewer than `limit`, even none of those asked for, and yet not be the last (`has_more`): it
+        ends when it has cost enough. `last_id` is where the next one goes on.
         """
         start = 0
         if after is not None:
@@ -147,7 +153,7 @@ class Jobs:
             for job, facts in await self._load_many(jids):
                 cost += len(m.encode(job)) + _LOOK_UP_COST * len(job.rids)
                 view = await self._view(job, facts, whole=False)
-                if status is None or view["status"] == status:
+                if status in (None, view["status"]) and model in (None, job.model):
                     page.append(view)
             start, last, cost = start + len(jids), jids[-1], cost + _LOOK_UP_COST * len(jids)
         return {
@@ -192,7 +198,7 @@ class Jobs:
             if is_terminal
             else None,
             "expires_at": job.expires_ms // 1000,
-            "position": await self._position(job, facts) if state == "queued" and whole else None,
+            **(await self._outlook(job, facts) if whole else {}),
             "attempts": max((fact.attempts for fact in known), default=0),
             "tokens_generated": sum(fact.num_output_tokens for fact in known),
             "error": error,
@@ -202,20 +208,47 @@ class Jobs:
             view["result"] = await self._result(job, facts) if state == "completed" else None
         return view
 
-    async def _position(self, job: m.Job, facts: Facts) -> int | None:
-        """Return how many requests wait ahead of the job's first waiting one."""
-        for rid, fact in zip(job.rids, facts, strict=True):
-            if fact is not None and fact.state == "queued":
-                return await self._bus.position(rid)
-        return None
+    async def _outlook(self, job: m.Job, facts: Facts) -> dict[str, Any]:
+        """Return what a job waits for whose first token has not come: its place, when it may begin, what is first."""
+        rid = next(
+            (rid for rid, fact in zip(job.rids, facts, strict=True) if fact and not fact.is_terminal), ""
+        )  # fmt: skip
+        if not rid or state_of(facts)[0] != "queued":
+            return {"position": None, "estimated_start_at": None, "waiting_for": None}
+        position, status = await self._bus.position(rid), self._pipeline.fleet.status
+        drain_rate = status.drain_rate if status is not None else 0.0
+        wait_s = position / drain_rate if position is not None and drain_rate else None
+        return {
+            "position": position,
+            "estimated_start_at": None if wait_s is None else int(now_ms() / 1000 + wait_s),
+            "waiting_for": await waiting_state(self._bus, rid),
+        }
 
-    async def _result(self, job: m.Job, facts: Facts) -> dict[str, Any]:
-        """Return the completion object that the endpoint would have answered."""
+    async def _call(self, job: m.Job, facts: Facts) -> tuple[JobApi, SubmittedCall]:
+        """Return a job's call as it was submitted, and charge for what it holds. Raises NotFound, `memory.hold`'s."""
         api, request = self._apis[job.endpoint], await self._bus.jobs.request(job.jid)
         if request is None:
             raise NotFound("the result has expired", code="result_expired")
         call = await self._pipeline.earlier.known(api.parse(orjson.loads(request), EVERYBODY), job, facts)
         hold(held() + self._pipeline.earlier.num_bytes(call))
+        return api, call
+
+    async def stream(self, jid: str, caller: Caller, event_id: str) -> JobStream:
+        """Return a job's answer as a stream, after the event with an id, "" for all. Raises NotFound, BadRequest."""
+        job = await self._load(jid, caller)
+        api, call = await self._call(job, await self._facts(job))
+        options = call.parsed.options
+        if 0 < options.num_best < options.n:
+            raise BadRequest("which choices are the best is known when all have ended: best_of cannot be streamed")
+        choices, usage = choices_of(call), Usage(prompt_tokens=sum(prompt.num_tokens for prompt in call.prompts))
+        after = numbers_of(event_id, len(choices))
+        return JobStream(
+            self._bus, choices, api.writer(call, choices), usage, after, self._pipeline.settings.keepalive_s
+        )  # fmt: skip
+
+    async def _result(self, job: m.Job, facts: Facts) -> dict[str, Any]:
+        """Return the completion object that the endpoint would have answered."""
+        api, call = await self._call(job, facts)
         usage = Usage(prompt_tokens=sum(prompt.num_tokens for prompt in call.prompts))
         pieces: list[Piece] = []
         choices, growth = choices_of(call), TextGrowth(call.parsed.options, call.prompts)

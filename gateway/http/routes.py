@@ -111,15 +111,20 @@ class Endpoints:
         status: JobStatus | None = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         after: str | None = None,
+        model: str | None = None,
     ) -> Response:
         """Answer `/v1/jobs`."""
-        return json_response(await self._jobs.list(caller_of(request), status, limit, after))
+        return json_response(await self._jobs.list(caller_of(request), status, limit, after, model))
 
     async def job(self, jid: str, request: Request) -> Response:
         """Answer `/v1/jobs/{jid}`."""
         # A draining gateway lets nobody wait.
         wait = None if self.draining else _PREFER_WAIT.search(request.headers.get("prefer", ""))
         return json_answer(await self._jobs.get(jid, caller_of(request), float(wait[1]) if wait else 0.0))
+
+    async def stream_job(self, jid: str, request: Request) -> Response:
+        """Answer `/v1/jobs/{jid}/stream`."""
+        return await self._jobs.stream(jid, caller_of(request), request.headers.get("last-event-id", ""))
 
     async def cancel_job(self, jid: str, request: Request) -> Response:
         """Answer `/v1/jobs/{jid}/cancel`."""
@@ -169,6 +174,7 @@ def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     app.get(MODELS + "/{name:path}")(endpoints.model)
     app.get("/v1/jobs", responses=openapi.PAGE)(endpoints.jobs)
     app.get("/v1/jobs/{jid}", responses=openapi.JOB)(endpoints.job)
+    app.get("/v1/jobs/{jid}/stream", responses=openapi.STREAMED)(endpoints.stream_job)
     app.delete("/v1/jobs/{jid}", responses=openapi.DELETED)(endpoints.delete_job)
     app.post("/v1/jobs/{jid}/cancel", responses=openapi.JOB)(endpoints.cancel_job)
     app.get("/version", responses=openapi.VERSION)(endpoints.version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -314,3 +315,72 @@ async def test_a_page_of_jobs_ends_when_it_has_cost_enough(
     assert (none["data"], none["first_id"], none["has_more"]) == ([], None, True)
     last = (await http.get("/v1/jobs", params={"status": "failed", "after": none["last_id"]})).json()
     assert last["data"] == []
+
+
+def events_of(text: str) -> list[tuple[str, str]]:
+    """The events of a stream: id and data."""
+    found: list[tuple[str, str]] = []
+    for block in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":"))
+        if "data" in fields:
+            found.append((fields.get("id", ""), fields["data"]))
+    return found
+
+
+def shown(events: list[tuple[str, str]]) -> dict[int, str]:
+    """The text of each choice."""
+    texts: dict[int, str] = {}
+    for _, data in events:
+        for choice in json.loads(data)["choices"] if data != "[DONE]" else []:
+            texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+    return texts
+
+
+@pytest.mark.parametrize("body", [COMPLETION, {**COMPLETION, "prompt": "hi", "logprobs": 2, "n": 1, "stop": "are"}])
+async def test_a_jobs_stream_is_the_same_each_time_and_from_anywhere(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, body: dict[str, Any]
+) -> None:
+    fleet.script = lambda submit, body: Script(hold_after=3, chunk=2)
+    job = (await http.post("/v1/completions", json={**body, "background": True})).json()
+    path = f"/v1/jobs/{job['id']}/stream"
+    live = asyncio.create_task(http.get(path))
+    fleet.go.set()
+    whole = events_of((await live).text)
+    assert whole[-1][1] == "[DONE]"
+    done = (await http.get(f"/v1/jobs/{job['id']}")).json()
+    texts = {choice["index"]: choice["text"] for choice in done["result"]["choices"]}
+    assert shown(whole) == texts
+    again = events_of((await http.get(path)).text)
+    assert shown(again) == texts
+    if job["model"] and len(texts) == 1:
+        assert again == whole
+    for at in range(0, len(whole) - 1, 3):
+        before = shown(whole[: at + 1])
+        rest = events_of((await http.get(path, headers={"last-event-id": whole[at][0]})).text)
+        after = shown(rest)
+        assert {index: before.get(index, "") + after.get(index, "") for index in texts} == texts
+    for wrong in ("x", "1,2,3,4,5,6", "-1"):
+        answer = await http.get(path, headers={"last-event-id": wrong})
+        assert answer.status_code == 400, wrong
+
+
+async def test_a_stream_ends_with_what_ended_its_job(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    fleet.script = lambda submit, body: Script(error=WorkerLost("three workers died"))
+    job = (await http.post("/v1/completions", json={**COMPLETION, "background": True})).json()
+    last = events_of((await http.get(f"/v1/jobs/{job['id']}/stream")).text)[-1]
+    assert json.loads(last[1])["error"]["code"] == "worker_lost"
+    assert (await http.get("/v1/jobs/job_none/stream")).status_code == 404
+    best = {"model": "base", "prompt": "hi", "best_of": 3, "background": True, "temperature": 1}
+    job = (await http.post("/v1/completions", json=best)).json()
+    assert (await http.get(f"/v1/jobs/{job['id']}/stream")).status_code == 400
+
+
+async def test_a_waiting_job_says_what_it_waits_for(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    fleet.assigning.clear()
+    for model in ("base", "base"):
+        job = (await http.post("/v1/completions", json={**COMPLETION, "model": model, "background": True})).json()
+    assert (job["position"], job["waiting_for"]) == (4, "queued, 4 before it")
+    listed = (await http.get("/v1/jobs", params={"model": "base"})).json()["data"]
+    assert len(listed) == 2
+    assert (await http.get("/v1/jobs", params={"model": "other"})).json()["data"] == []
+    fleet.assigning.set()

@@ -1,0 +1,99 @@
+"""Files as objects in S3 or a compatible server."""
+
+# boto3 has no types, so this file is checked less strictly.
+# pyright: standard
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import closing
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from gateway.files.storage import CHUNK_BYTES
+from protocol.wire.errors import LorafleetError, NotFound, Unavailable
+
+
+def make_client(endpoint: str) -> Any:
+    """Return a boto3 client of `endpoint`, "" for AWS; credentials and region come from the usual AWS settings."""
+    config = Config(connect_timeout=10, read_timeout=30, retries={"max_attempts": 4, "mode": "standard"})
+    return boto3.client("s3", endpoint_url=endpoint or None, config=config)
+
+
+class S3Storage:
+    """Objects below a prefix of a bucket."""
+
+    def __init__(self, client: Any, bucket: str, prefix: str) -> None:
+        """`client`: of boto3; `prefix`: of all keys, with its slash."""
+        self._s3 = client
+        self._bucket = bucket
+        self._prefix = prefix
+
+    async def write(self, name: str, chunks: AsyncIterator[bytes]) -> int:
+        """See `Storage.write`. The bytes wait in a temporary file until all are there."""
+        num_bytes = 0
+        with tempfile.TemporaryFile() as file:
+            async for chunk in chunks:
+                await asyncio.to_thread(file.write, chunk)
+                num_bytes += len(chunk)
+            file.seek(0)
+            try:
+                await asyncio.to_thread(self._s3.upload_fileobj, file, self._bucket, self._prefix + name)
+            except (BotoCoreError, ClientError) as error:
+                raise _failed(error) from error
+        return num_bytes
+
+    async def read(self, name: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        """See `Storage.read`."""
+        if end is not None and end <= start:
+            return
+        ask = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
+        try:
+            reply = await asyncio.to_thread(
+                self._s3.get_object, Bucket=self._bucket, Key=self._prefix + name, **ask
+            )  # fmt: skip
+            with closing(reply["Body"]) as body:
+                while chunk := await asyncio.to_thread(body.read, CHUNK_BYTES):
+                    yield chunk
+        except ClientError as error:
+            code = error.response.get("Error", {}).get("Code", "")
+            if code == "InvalidRange":
+                return
+            if code in ("NoSuchKey", "404"):
+                raise NotFound("the bytes of this file are not there any more") from error
+            raise _failed(error) from error
+        except BotoCoreError as error:
+            raise _failed(error) from error
+
+    async def names(self, prefix: str) -> list[str]:
+        """See `Storage.names`."""
+        try:
+            return await asyncio.to_thread(self._names, prefix)
+        except (BotoCoreError, ClientError) as error:
+            raise _failed(error) from error
+
+    def _names(self, prefix: str) -> list[str]:
+        pages = self._s3.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=f"{self._prefix}{prefix.rstrip('/')}/"
+        )  # fmt: skip
+        return sorted(entry["Key"].removeprefix(self._prefix) for page in pages for entry in page.get("Contents", ()))
+
+    async def delete(self, name: str) -> None:
+        """See `Storage.delete`."""
+        try:
+            for found in [name, *await self.names(name)]:
+                await asyncio.to_thread(self._s3.delete_object, Bucket=self._bucket, Key=self._prefix + found)
+        except (BotoCoreError, ClientError) as error:
+            raise _failed(error) from error
+
+    async def tidy(self) -> None:
+        """Do nothing: S3 shows nothing that is not finished."""
+
+
+def _failed(error: Exception) -> LorafleetError:
+    return Unavailable(f"the storage of files in S3 fails: {type(error).__name__}")

@@ -1,0 +1,92 @@
+"""`lorafleet jobs` lists, shows, follows and cancels background jobs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lorafleet.api import Api, add_flags
+from protocol.wire.errors import Internal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    actions = parser.add_subparsers(metavar="list|show|tail|cancel", required=True)
+    listing = actions.add_parser("list", help="list jobs, the newest first")
+    listing.add_argument("--limit", type=int, default=20, help="most that are listed (%(default)s)")
+    listing.add_argument("--status", help="only those that are queued, running, completed, failed, cancelled, expired")
+    listing.add_argument("--model", help="only those of a model")
+    listing.set_defaults(do=_list)
+    show = actions.add_parser("show", help="show one, with its result")
+    show.set_defaults(do=_show)
+    tail = actions.add_parser("tail", help="print the text of one as it is made, from the beginning to the end")
+    tail.add_argument("--choice", type=int, default=0, help="of several choices, the one to print (%(default)s)")
+    tail.set_defaults(do=_tail)
+    cancel = actions.add_parser("cancel", help="end one")
+    cancel.set_defaults(do=_cancel)
+    for action in (show, tail, cancel):
+        action.add_argument("job", metavar="ID")
+    for action in (listing, show, tail, cancel):
+        add_flags(action)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
+    with Api(args) as api:
+        return args.do(api, args)
+
+
+def _list(api: Api, args: argparse.Namespace) -> int:
+    wanted = {"limit": args.limit, "status": args.status, "model": args.model}
+    page = api.ask("GET", "/v1/jobs", params={name: value for name, value in wanted.items() if value is not None})
+    table = Table("id", "status", "model", "endpoint", "tokens", "attempts", box=None, header_style="bold")
+    for job in page["data"]:
+        table.add_row(
+            job["id"], job["status"], escape(job["model"]), job["endpoint"], str(job["tokens_generated"]),
+            str(job["attempts"]),
+        )  # fmt: skip
+    console = Console(width=max(140, Console().width))
+    console.print(table if page["data"] else "no jobs")
+    return 0
+
+
+def _show(api: Api, args: argparse.Namespace) -> int:
+    print(json.dumps(api.ask("GET", f"/v1/jobs/{args.job}"), indent=2))
+    return 0
+
+
+def _tail(api: Api, args: argparse.Namespace) -> int:
+    for event in api.events(f"/v1/jobs/{args.job}/stream"):
+        if "error" in event:
+            raise Internal(event["error"]["message"])
+        for choice in event["choices"]:
+            if choice["index"] == args.choice:
+                sys.stdout.write(_text_of(choice))
+                sys.stdout.flush()
+    print()
+    return 0
+
+
+def _cancel(api: Api, args: argparse.Namespace) -> int:
+    job = api.ask("POST", f"/v1/jobs/{args.job}/cancel")
+    print(f"{job['id']} is {job['status']}")
+    return 0
+
+
+def _text_of(choice: dict[str, Any]) -> str:
+    """Return the text that an event adds to a choice: of a completion, or of a chat with its reasoning and calls."""
+    if "text" in choice:
+        return choice["text"]
+    delta = choice["delta"]
+    calls = [call["function"] for call in delta.get("tool_calls") or ()]
+    parts = (
+        delta.get("reasoning_content"), delta.get("content"),
+        *(call.get(name) for call in calls for name in ("name", "arguments")),
+    )  # fmt: skip
+    return "".join(part for part in parts if part)
