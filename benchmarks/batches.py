@@ -143,7 +143,7 @@ def measure_beside(model: Path, scratch: Path, rounds: int, per_round: int) -> d
         rate = run_bench(full).summary.requests_per_s / 3
         for turn in range(rounds):
             for name in ttft:
-                batch_id = ""
+                batch_id, before, started = "", 0, time.monotonic()
                 if name != "alone":
                     batch_id = begin(running.url, lines_of(names, 5000, 64))
                     while not (before := look(running.url, batch_id)["request_counts"]["completed"]):
