@@ -30,8 +30,8 @@ from gateway.calls.pipeline import Pipeline
 from gateway.calls.replies import Replies
 from gateway.encoders.routes import EncoderEndpoints
 from gateway.files.files import FileService
+from gateway.files.place import open_storage
 from gateway.files.routes import FileEndpoints
-from gateway.files.storage import open_storage
 from gateway.grammars.check import GrammarCheck
 from gateway.http.app import DISCARDED_BODIES, Envelope, build_app
 from gateway.http.connection import ConnectionLimits
@@ -47,6 +47,10 @@ from gateway.sandbox.sandbox import SandboxPool
 from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import load_model_files
 from gateway.tokenizer.routes import TokenizerEndpoints
+from gateway.webhooks.endpoints import WebhookService
+from gateway.webhooks.outside import Outside
+from gateway.webhooks.routes import WebhookRoutes
+from gateway.webhooks.sender import SenderPace, WebhookSender
 from peft_adapters.texts.files import TOKENIZER
 from protocol.queue.bus import Bus
 from protocol.runtime.fleet_secret import FleetSecret
@@ -70,6 +74,7 @@ class GatewayTimings:
     overload: OverloadLimits = field(default_factory=OverloadLimits)
     pace: Pace = field(default_factory=Pace)
     batches: BatchPace = field(default_factory=BatchPace)
+    webhooks: SenderPace = field(default_factory=SenderPace)
     alias_poll_s: float = 2.0  # pause after which an awaited alias is looked up, in case its event was lost
 
 
@@ -116,21 +121,25 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
         storage = open_storage(settings.files, settings.data / "files", settings.s3_endpoint)
         uploads = FileService(bus, storage, settings)
         batch_wake = asyncio.Event()
+        outside = Outside(private=settings.private_webhooks)
+        sender = WebhookSender(bus, replies.gid, outside, secret, timings.webhooks)
         app, inner = build_app(
             endpoints, native, operators, encoders, tokenizers, ollama,
             FileEndpoints(uploads, settings.max_file_bytes),
             BatchEndpoints(BatchService(bus, uploads, settings), batch_wake.set),
-            anthropic, settings, admission, memory, keys, secret,
+            anthropic, WebhookRoutes(WebhookService(bus, outside, sender, secret)), settings, admission, memory, keys,
+            secret,
         )  # fmt: skip
         runner = BatchRunner(bus, replies.gid, uploads, storage, settings, inner, batch_wake, timings.batches)
         with _listen(settings.host, settings.port) as listener:
             address = _address(listener)
             await replies.open()
-            parts = _Parts(app, endpoints, replies, fleet, aliases, heartbeat, uploads, runner)
+            parts = _Parts(app, endpoints, replies, fleet, aliases, heartbeat, uploads, runner, sender)
             async with heartbeat.beating(beats, address):
                 logger.info("listening on %s", address)
                 await _run(_server(app, settings, memory), listener, parts, settings.grace_s, stop)
         await replies.close()
+        await outside.close()
         await own.close()
         await sandbox.close()
     finally:
@@ -151,11 +160,15 @@ class _Parts:
     heartbeat: Heartbeat
     files: FileService
     batches: BatchRunner
+    webhooks: WebhookSender
 
     def loops(self) -> list[Callable[[], Awaitable[None]]]:
         """Return what runs until the end."""
         replies, aliases = self.replies, self.aliases
-        return [replies.read, replies.keep, self.fleet.watch, aliases.listen, self.heartbeat.tick, self.files.sweep]
+        return [
+            replies.read, replies.keep, self.fleet.watch, aliases.listen, self.heartbeat.tick, self.files.sweep,
+            self.webhooks.run,
+        ]  # fmt: skip
 
 
 async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace_s: float, stop: asyncio.Event) -> None:

@@ -98,7 +98,12 @@ class Results:
             return []
         self._num_parts += 1
         name = f"{self._folder}/{self._epoch:08}-{self._num_parts:08}"
-        await self._storage.write(name, _each(b"".join(map(_row, answers))))
+        try:
+            await self._storage.write(name, _each(b"".join(map(_row, answers))))
+        except BaseException:  # given up in the middle, too: they wait again
+            self._waiting += answers
+            self._num_bytes += sum(len(answer.line) for answer in answers)
+            raise
         return [answer.number for answer in answers]
 
     async def file(self, kind: Kind) -> AsyncIterator[bytes]:

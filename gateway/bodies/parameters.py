@@ -29,6 +29,7 @@ from gateway.http.paths import (
     RERANK,
     SCORE,
     TOKENIZE,
+    WEBHOOKS,
 )
 
 Fate = Literal["served", "accepted", "refused"]
@@ -71,6 +72,10 @@ OBJECTS: Mapping[str, str] = MappingProxyType({
     "thinking": "thinking",
     "output_config": "output_config",
     "output_format": "output_config.format",
+    "webhook": WEBHOOKS,
+    "webhook_change": f"{WEBHOOKS}/ID",
+    "webhook_rotation": f"{WEBHOOKS}/ID/rotate_secret",
+    "webhook_test": f"{WEBHOOKS}/ID/test",
     "register": "/v1/adapters",
     "load_lora": "/v1/load_lora_adapter",
     "unload_lora": "/v1/unload_lora_adapter",
@@ -446,6 +451,10 @@ PARAMETERS: Sequence[Parameter] = (
     *_rows("format", "output_config", "vllm anthropic", holds="output_format"),
     *_refused("task_budget", "output_config", "anthropic", "is not supported: only the whole answer has a limit"),
     *_rows("type schema", "output_format", "vllm anthropic"),
+    # Webhooks
+    *_rows("name url event_types", "webhook webhook_change", "openai"),
+    *_rows("keep_old_secret_active_for_24_hours", "webhook_rotation", "openai"),
+    *_rows("event_type", "webhook_test", "openai"),
     # Operators
     *_rows("name source token replace pin preload wait_s tenant", "register", _OWN),
     *_rows("lora_name lora_path", "load_lora", "vllm sglang"),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from protocol.runtime.private_files import private_folder
-from protocol.wire.errors import BadRequest, NotFound, Unavailable
+from protocol.wire.errors import NotFound, Unavailable
 
 CHUNK_BYTES = 256 << 10
 """Bytes that are read or written at once."""
@@ -53,21 +53,6 @@ class Storage(Protocol):
     async def tidy(self) -> None:
         """Delete what was begun long ago and never finished."""
         ...
-
-
-def open_storage(place: str, default: Path, s3_endpoint: str = "") -> Storage:
-    """Return the storage of a setting: a folder, `s3://BUCKET/PREFIX`, or "" for the default folder.
-
-    Raises BadRequest for what is neither.
-    """
-    if not place.startswith("s3://"):
-        return FolderStorage(Path(place).expanduser() if place else default)
-    bucket, _, prefix = place.removeprefix("s3://").rstrip("/").partition("/")
-    if not bucket:
-        raise BadRequest(f"files: {place!r} names no bucket; it is s3://BUCKET/PREFIX")
-    from gateway.files.s3_storage import S3Storage, make_client  # boto3 takes a gateway a third of a second more
-
-    return S3Storage(make_client(s3_endpoint), bucket, f"{prefix}/" if prefix else "")
 
 
 class FolderStorage:

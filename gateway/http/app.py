@@ -42,6 +42,7 @@ from gateway.overload.admission import Admission
 from gateway.overload.large import LargeBodies
 from gateway.overload.memory import Charged, MemoryAccount
 from gateway.tokenizer.routes import TokenizerEndpoints, add_tokenizer_routes
+from gateway.webhooks.routes import WebhookRoutes, add_webhook_routes
 from protocol.queue.api_keys import ApiKeys
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.metrics import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
@@ -72,6 +73,7 @@ def build_app(
     files: FileEndpoints,
     batches: BatchEndpoints,
     anthropic: AnthropicEndpoints,
+    webhooks: WebhookRoutes,
     settings: Settings,
     admission: Admission,
     memory: MemoryAccount,
@@ -94,6 +96,7 @@ def build_app(
     add_file_routes(app, files)
     add_batch_routes(app, batches)
     add_anthropic_routes(app, anthropic)
+    add_webhook_routes(app, webhooks)
     bodies = LargeBodies(DirectCalls(app, shape_of), shape_of)
     charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)
     authentication = Authentication(charged, keys, shape_of, secret, open_pages=settings.open_pages)

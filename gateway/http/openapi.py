@@ -171,6 +171,48 @@ class Batch(BaseModel):
     error_file_id: str | None = None
 
 
+class Webhook(BaseModel):
+    """An endpoint of webhooks; its secret is told where it is new."""
+
+    id: str
+    object: str
+    name: str
+    url: str
+    event_types: list[str]
+    created_at: int
+    updated_at: int
+    signing_secret: str | None = None
+
+
+class WebhookTested(BaseModel):
+    """What an endpoint of webhooks has answered."""
+
+    object: str
+    webhook_endpoint_id: str
+    event_type: str
+    status_code: int
+    success: bool
+
+
+class Delivery(BaseModel):
+    """A webhook that was given up, or is sent again."""
+
+    id: str
+    object: str
+    webhook_endpoint_id: str
+    event_id: str
+    event_type: str
+    created_at: int
+    attempts: int
+
+
+class Names(BaseModel):
+    """A list of names."""
+
+    object: str
+    data: list[str]
+
+
 class OllamaModels(BaseModel):
     """Models as Ollama lists them."""
 
@@ -270,6 +312,10 @@ ENTITIES_OF_SEVERAL: Responses = {
 }  # fmt: skip
 FILE: Responses = {200: {"model": File}}
 BATCH: Responses = {200: {"model": Batch}}
+WEBHOOK: Responses = {200: {"model": Webhook}}
+WEBHOOK_TEST: Responses = {200: {"model": WebhookTested}}
+DELIVERY: Responses = {200: {"model": Delivery}}
+NAMES: Responses = {200: {"model": Names}}
 CONTENT: Responses = {
     200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 }

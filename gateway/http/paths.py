@@ -32,7 +32,7 @@ GENERATION_PATHS = (
 )
 """A POST to one of these is a call, which goes into the queue."""
 
-FILES, BATCHES = "/v1/files", "/v1/batches"
+FILES, BATCHES, WEBHOOKS = "/v1/files", "/v1/batches", "/v1/webhook_endpoints"
 
 BATCH_ENDPOINTS = frozenset(path for path in GENERATION_PATHS if path.startswith("/v1/"))
 """What the lines of a batch may ask."""

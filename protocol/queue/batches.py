@@ -71,7 +71,7 @@ class Batches:
         keys = self._keys
         names = [keys.tag, keys.batch(batch.id), keys.open_batches, keys.open_batches_of(batch.tenant)]
         end = "1" if batch.status in m.ENDED_BATCH else "0" if leaves else ""
-        args = [batch.id, batch.tenant, epoch, m.encode(batch), end]
+        args = [batch.id, batch.tenant, epoch, m.encode(batch), end, batch.status]
         return bool(await self._scripts.save_batch(keys=names, args=args))
 
     # ------------------------------------------------------------ asking

@@ -25,6 +25,7 @@ from protocol.queue.redis_client import CONNECTION_ERRORS, MemoryFull, QueueErro
 from protocol.queue.scripts import FOLDER, Scripts
 from protocol.queue.steps import Refused, Step, StepRow, refused_rows, step_args
 from protocol.queue.streams import Entry, Streams
+from protocol.queue.webhooks import Webhooks
 from protocol.runtime.sealing import Seal
 from protocol.wire import messages as m
 from protocol.wire.codec import decode, now_ms
@@ -67,6 +68,7 @@ class Bus:
         self.jobs = Jobs(self._redis, self.keys, self._scripts, seal)
         self.files = Files(self._redis, self.keys, self._scripts)
         self.batches = Batches(self._redis, self.keys, self._scripts)
+        self.webhooks = Webhooks(self._redis, self.keys)
         self.api_keys = ApiKeys(self._redis, self.keys)
         self.dead_letters = DeadLetters(self._redis, self.keys, self._scripts)
 

@@ -57,7 +57,8 @@ def table(keys: Keys | None = None) -> dict[str, Rights]:
                 *request, k.tag, k.call("*"), k.body("*"), k.sub("*"), k.out("*"), use, k.job("*"), k.jobs("*"),
                 k.idem("*", "*"), "", k.gateway_beat("*"), k.gateways, k.registrations, k.registered("*", "*"), k.pins,
                 k.adapter_events, k.file("*"), k.files("*"), k.file_expiry, k.batch("*"), k.batches("*"),
-                k.open_batches,
+                k.open_batches, k.webhooks, k.events, k.event_cursor, k.deliveries, k.delivery_times,
+                k.undelivered("*"), k.sender,
             ),
             reads=(
                 k.api_keys, k.tenants, k.adapters, k.adapter("*"), k.adapter_use("*"), k.workers, k.worker_beat("*"),
@@ -71,7 +72,7 @@ def table(keys: Keys | None = None) -> dict[str, Rights]:
                 k.leader_epoch, k.status, use, k.workers, k.worker_beat("*"), k.gateways,
             ),
             reads=(k.gateway_beat("*"), k.adapter("*")),
-            adds=(*answers, k.body("*"), k.out("*"), k.dlq),  # what it ends expires
+            adds=(*answers, k.body("*"), k.out("*"), k.dlq, k.events),  # what it ends expires
             scans=True,
         ),
         "worker": Rights(
@@ -80,7 +81,7 @@ def table(keys: Keys | None = None) -> dict[str, Rights]:
                 k.workers, k.base, k.adapter_use("*"),
             ),
             reads=(k.body("*"), k.stores, k.store_beat("*")),
-            adds=(k.out("*"), k.body("*"), k.sub("*"), k.dlq, k.adapter_events),
+            adds=(k.out("*"), k.body("*"), k.sub("*"), k.dlq, k.adapter_events, k.events),
         ),
         "store": Rights(
             writes=(

@@ -240,6 +240,10 @@ class Settings(BaseSettings):
     max_batch_calls: int = Field(
         default=1024, ge=1, description="most lines of batches that one gateway runs at once, if workers have places"
     )
+    private_webhooks: bool = Field(
+        default=False,
+        description="let webhooks go to http:// and to addresses of private networks; else only to https:// outside",
+    )
     keepalive_s: float = Field(default=10.0, description="silence after which a stream gets a keep-alive comment")
 
     # Scheduler

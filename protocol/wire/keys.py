@@ -136,6 +136,41 @@ class Keys:
         """Sorted set: `<tenant>:<batch id>` -> unix ms until which a gateway runs it, 0 before one does. Permanent."""
         return f"{self.tag}:open-batches"
 
+    # Webhooks.
+    @property
+    def webhooks(self) -> str:
+        """Hash: `<tenant>:<endpoint id>` -> `messages.WebhookEndpoint`. Permanent."""
+        return f"{self.tag}:webhooks"
+
+    @property
+    def events(self) -> str:
+        """Stream: ends of jobs and batches: `tenant`, `id` and, of a batch, `type`. MAXLEN, permanent."""
+        return f"{self.tag}:events"
+
+    @property
+    def event_cursor(self) -> str:
+        """String: the last entry of `events` that deliveries were made of. Permanent."""
+        return f"{self.tag}:events:cursor"
+
+    @property
+    def deliveries(self) -> str:
+        """Hash: delivery id -> `messages.Delivery`, until it has arrived or is given up. Permanent."""
+        return f"{self.tag}:deliveries"
+
+    @property
+    def delivery_times(self) -> str:
+        """Sorted set: delivery id -> unix ms of its next attempt. Permanent."""
+        return f"{self.tag}:deliveries:due"
+
+    def undelivered(self, tenant: str) -> str:
+        """Hash: delivery id -> `messages.Delivery` that was given up. 7 days after the last one."""
+        return f"{self.tag}:undelivered:{tenant}"
+
+    @property
+    def sender(self) -> str:
+        """String PX 10 s: the gateway that sends webhooks."""
+        return f"{self.tag}:webhook-sender"
+
     # A tenant's use. Written by the scripts that accept and end requests.
     def quota(self, tenant: str) -> str:
         """Hash: how much of a minute's requests and tokens is used, and when. Until all of it is available again."""
@@ -253,7 +288,8 @@ class Keys:
         fixed = {
             self.ended, self.workers, self.gateways, self.stores, self.leader_epoch,
             self.base, self.adapters, self.registrations, self.pins, self.adapter_events, self.api_keys, self.tenants,
-            self.file_expiry, self.open_batches,
+            self.file_expiry, self.open_batches, self.webhooks, self.events, self.event_cursor, self.deliveries,
+            self.delivery_times,
             *(self.sub(c) for c in CLASSES),
         }  # fmt: skip
         return key in fixed or key.startswith(f"{self.namespace}:adapter:")

@@ -31,7 +31,8 @@ local request_kinds = {':req:', ':tok:', ':lp:', ':plp:'}
 local request_bytes = 2048
 
 -- Return the key of what is known of a call, a hash, by the id of its first request. Fields: open: how many of its
--- requests have not ended; and where the tenant's bytes are counted, who: the tenant; bytes: what is counted of the
+-- requests have not ended; job: `<tenant>:<id>` of a background job; and where the tenant's bytes are counted, who: the
+-- tenant; bytes: what is counted of the
 -- call now; left: what stays of those that have ended; last: unix ms until which the records of a job and an
 -- Idempotency-Key live, 0 without.
 local function call_key(call) return P .. ':call:' .. call end
@@ -99,11 +100,24 @@ local function kept_bytes(tenant, now)
   return -tonumber(redis.call('ZSCORE', key, 'sum') or 0)
 end
 
+-- Tell that a job or a batch has ended, to whoever sends webhooks. `type`: of the event, '' for a job's, whose requests
+-- say how it ended.
+local function tell_end(tenant, id, type)
+  redis.call('XADD', P .. ':events', 'MAXLEN', '~', '10000', '*', 'tenant', tenant, 'id', id, 'type', type)
+end
+
+-- Tell that a call has ended if it is a job; `job` is `<tenant>:<id>`, or false.
+local function tell_job(job)
+  if not job then return end
+  local tenant, id = string.match(job, '^([^:]*):(.*)$')
+  tell_end(tenant, id, '')
+end
+
 -- Note that a request of a call has ended and lives for `ttl` more seconds. With the last one the bodies go, and the
 -- tenant keeps only what is left. `is_stored`: a client may delete that.
 local function leave_call(rid, call, ttl, now, is_stored)
   local key = call_key(call)
-  local f = redis.call('HMGET', key, 'open', 'who', 'bytes', 'left', 'last')
+  local f = redis.call('HMGET', key, 'open', 'who', 'bytes', 'left', 'last', 'job')
   if not f[1] then return end
   local left = tonumber(f[4] or 0)
   if f[2] then
@@ -115,6 +129,7 @@ local function leave_call(rid, call, ttl, now, is_stored)
     return
   end
   redis.call('UNLINK', key, body_key(call))
+  tell_job(f[6])
   if not f[2] then return end
   local to = math.max(now + ttl * 1000, tonumber(f[5]))
   give_back(f[2], call, f[3])
@@ -144,7 +159,8 @@ local function write_end(rid, state, finish, error, now, is_dead)
   end
   local to = now + ttl * 1000
   prolong(f[6], to)
-  local c = redis.call('HMGET', call_key(f[6]), 'who', 'bytes')
+  local c = redis.call('HMGET', call_key(f[6]), 'who', 'bytes', 'job')
+  tell_job(c[3])
   if c[1] then
     redis.call('ZADD', quota_key(c[1]) .. ':kept', 'XX', to, f[6] .. ':' .. c[2])
     live_until(quota_key(c[1]) .. ':kept', to + 60000)

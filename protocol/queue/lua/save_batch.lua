@@ -10,6 +10,7 @@
 -- ARGV[3]  int     epoch under which the gateway runs it
 -- ARGV[4]  bytes   `messages.Batch`, msgpack
 -- ARGV[5]  str     '1': it has ended; '0': nobody runs it any more, and the next gateway may; '': it goes on
+-- ARGV[6]  str     its status
 -- Reply: int, 1 when it is written, 0 when another gateway runs it by now, or it has ended.
 local member = ARGV[2] .. ':' .. ARGV[1]
 if not redis.call('ZSCORE', KEYS[3], member) then return 0 end
@@ -18,6 +19,7 @@ redis.call('HSET', KEYS[2], 'b', ARGV[4])
 if ARGV[5] == '1' then
   redis.call('ZREM', KEYS[3], member)
   redis.call('SREM', KEYS[4], ARGV[1])
+  tell_end(ARGV[2], ARGV[1], 'batch.' .. ARGV[6])
 elseif ARGV[5] == '0' then
   redis.call('ZADD', KEYS[3], 0, member)
   redis.call('HSET', KEYS[2], 'owner', '')

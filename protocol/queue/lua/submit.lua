@@ -129,6 +129,7 @@ if KEYS[4] ~= '' then
   local ttl = tonumber(ARGV[15])
   lives = math.max(lives, now + ttl)
   redis.call('HSET', KEYS[4], 'b', ARGV[13], 'request', ARGV[14])
+  redis.call('HSET', call_key(call), 'job', string.match(KEYS[5], '[^:]*$') .. ':' .. ARGV[12])
   redis.call('PEXPIRE', KEYS[4], ttl)
   redis.call('ZADD', KEYS[5], now, ARGV[12])
   redis.call('ZREMRANGEBYSCORE', KEYS[5], '-inf', now - ttl)

@@ -9,6 +9,7 @@ from protocol.wire.messages.deliveries import Delta, ErrorInfo, Usage, logprob_r
 from protocol.wire.messages.jobs import Idempotent, Job
 from protocol.wire.messages.model import OPAQUE, Activation, ServedModel, SiteShape
 from protocol.wire.messages.requests import Body, Sampling, Submit
+from protocol.wire.messages.webhooks import Delivery, WebhookEndpoint
 from protocol.wire.messages.workers import Ended, SchedulerStatus, StepModel, WorkerBeat, WorkerCounters
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Control",
     "DeadLetter",
     "Death",
+    "Delivery",
     "Delta",
     "Ended",
     "ErrorInfo",
@@ -47,6 +49,7 @@ __all__ = [
     "Submit",
     "Task",
     "Usage",
+    "WebhookEndpoint",
     "Wire",
     "WorkerBeat",
     "WorkerCounters",

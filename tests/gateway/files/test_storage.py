@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from helpers.s3_server import BUCKET, S3Server, run_s3
 
+from gateway.files.place import open_storage
 from gateway.files.s3_storage import S3Storage
-from gateway.files.storage import ABANDONED_S, PARTIAL, FolderStorage, Storage, open_storage
+from gateway.files.storage import ABANDONED_S, PARTIAL, FolderStorage, Storage
 from protocol.wire.errors import BadRequest, NotFound, Unavailable
 
 
