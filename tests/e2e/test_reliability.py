@@ -25,7 +25,7 @@ from protocol.wire import messages as m
 SHAPE = Shape(gateways=2, schedulers=2, workers=("w0", "w1"), stores=1)
 MODELS = ("base", "one", "two")
 NUM_TOKENS = 150
-PAUSE_S = 0.2
+PAUSE_S = 0.5
 """Between two calls of a client: what restarts needs the cores."""
 
 

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 from hostile.arena import NAMES, Arena, arena_in
 
-SECONDS = float(os.environ.get("LORAFLEET_HOSTILE_S", "0.4"))
+SECONDS = float(os.environ.get("LORAFLEET_HOSTILE_S", "0.1"))
 """How long rounds of an attack are begun; each has one at least."""
 
 ALONE_S = 3.0

@@ -443,11 +443,11 @@ async def test_request_ids_are_kept_or_made(http: httpx2.AsyncClient, client: As
 async def test_metrics_count_without_naming_adapters(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, gateway: RunningGateway, bus: Bus
 ) -> None:
-    await fleet.add_adapter("secret-name", "secret-digest")
+    await fleet.add_adapter("undisclosed-name", "undisclosed-digest")
 
     async def value(line: str) -> float:
         text = (await http.get("/metrics")).text
-        assert "secret" not in text
+        assert "undisclosed" not in text
         return next((float(row.split()[-1]) for row in text.splitlines() if row.startswith(line)), 0.0)
 
     lines = {
@@ -458,7 +458,7 @@ async def test_metrics_count_without_naming_adapters(
     }
     before = {line: await value(line) for line in lines}
     fleet.script = lambda submit, body: Script(text="abc")
-    await http.post("/v1/completions", json={**COMPLETION, "model": "secret-name"})
+    await http.post("/v1/completions", json={**COMPLETION, "model": "undisclosed-name"})
     assert {line: await value(line) - before[line] for line in lines} == lines
     assert await value("lorafleet_workers ") == 1
     assert "text/plain" in (await http.get("/metrics")).headers["content-type"]
@@ -468,7 +468,7 @@ async def test_metrics_tell_of_every_live_worker(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, gateway: RunningGateway, bus: Bus
 ) -> None:
     counters = m.WorkerCounters(num_steps=7, num_cached_tokens=32, num_evictions=3, plan_s=0.25, publish_s=0.5)
-    facts: dict[str, Any] = {"capacity": 8, "resident": ["secret"], "num_loads": 5}
+    facts: dict[str, Any] = {"capacity": 8, "resident": ["undisclosed"], "num_loads": 5}
     facts |= {"kv_blocks_free": 10, "kv_blocks_total": 12}
     beats = [
         m.WorkerBeat(wid="w1", name="one", sent_ms=2, counters=counters, **facts),
@@ -492,7 +492,7 @@ async def test_metrics_tell_of_every_live_worker(
     }
     for line, value in lines.items():
         assert [float(row.split()[-1]) for row in rows if row.startswith(f"{line} ")] == [value], line
-    assert not any("secret" in row for row in rows)
+    assert not any("undisclosed" in row for row in rows)
 
     await bus.members.leave("w2")
     assert 'worker="two"' not in (await http.get("/metrics")).text
