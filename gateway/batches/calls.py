@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -56,6 +57,7 @@ class InnerCalls:
             CALLER: caller,
         }  # fmt: skip
         start: Message = {}
+        request_id = f"req_{uuid.uuid4().hex}"
         parts: list[bytes] = []
         received, has_ended = False, asyncio.Event()
 
@@ -79,8 +81,9 @@ class InnerCalls:
         except BaseException as failure:
             if not is_failure(failure) or not start:
                 raise
-            logger.exception("%s failed for a batch", path)  # its client has been told
+            logger.exception("%s failed for a batch, x-request-id %s", path, request_id)  # its client has been told
         finally:
             has_ended.set()
         headers = {name.decode().lower(): value.decode() for name, value in start["headers"]}
+        headers["x-request-id"] = request_id
         return CallAnswer(start["status"], headers, b"".join(parts))

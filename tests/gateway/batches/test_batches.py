@@ -71,6 +71,7 @@ async def test_every_line_gets_the_answer_that_its_endpoint_gives(client: AsyncO
     for sent in lines:
         response = rows[sent["custom_id"]]["response"]
         assert response["status_code"] == 200
+        assert response["request_id"].startswith("req_")
         whole = await client.chat.completions.create(**sent["body"])
         assert response["body"]["choices"][0]["message"]["content"] == whole.choices[0].message.content
         used += response["body"]["usage"]["total_tokens"]
