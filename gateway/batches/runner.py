@@ -166,14 +166,15 @@ class BatchRun:
 
     async def run(self) -> None:
         """Run the batch to its end. Raises Lost, NotFound, Unavailable and connection errors."""
-        async with asyncio.TaskGroup() as group:
-            beating = group.create_task(self._beat())
-            try:
-                await self._work()
-            except BaseExceptionGroup as failed:
-                raise failed.exceptions[0] from failed
-            finally:
-                beating.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:
+                beating = group.create_task(self._beat())
+                try:
+                    await self._work()
+                finally:
+                    beating.cancel()
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from failed
 
     async def leave(self) -> None:
         """Write what there is, and let another gateway go on at once."""

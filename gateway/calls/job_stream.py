@@ -18,6 +18,7 @@ from gateway.calls.choices import Choice, Piece
 from gateway.calls.waiting import waiting_state
 from gateway.calls.writers import SSE, Usage, Writer
 from gateway.http.errors import OPENAI_ERRORS, error_of, is_failure
+from gateway.http.sse import DONE
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, NotFound
@@ -27,8 +28,6 @@ POLL_S, WAITING_POLL_S = 0.1, 0.5
 
 TOKENS_AT_ONCE = 64
 """Tokens of a choice that are read at a time, before other calls have a turn."""
-
-DONE = b"data: [DONE]\n\n"
 
 
 class JobStream(Response):

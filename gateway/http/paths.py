@@ -53,4 +53,4 @@ LORAX_PATHS = LORAX_GENERATE | LORAX_ENCODE | {TOKENIZE, "/info", PING, "/startu
 """Routes that answer and refuse in LoRAX's way."""
 
 OPENAI_FORMS = {TOKENIZE: {"prompt", "messages"}, "/classify": {"input", "messages"}}
-"""Of them, those that a body with such a field has in vLLM's form, whose errors are OpenAI's."""
+"""Paths of LoRAX's that also take a body in vLLM's form -> the fields that tell it by. Its errors are OpenAI's."""

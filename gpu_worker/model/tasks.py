@@ -24,7 +24,7 @@ from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Task
 
 DEFAULT_POOLING = Pooling("lasttoken", unit_length=True)
-"""Of decoders without sentence-transformers' files, as vLLM has it."""
+"""The pooling of decoders whose folder has no files of sentence-transformers; vLLM has the same."""
 
 SCORE_MODULE = "LogitScore"
 """sentence-transformers' module of a reranker that reads its score off the language model's head."""

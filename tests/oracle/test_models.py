@@ -89,5 +89,5 @@ def test_rope_scalings(rope: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("model_type", [pytest.param(name, marks=pytest.mark.models) for name in SERVED])
 def test_embeddings_and_scores_are_those_of_transformers(model_type: str) -> None:
-    """Of each type as far as it has them: by `AutoModel`, and by the type's sequence classifier."""
+    """Embeddings are held to `AutoModel`, scores to the type's sequence classifier, where transformers has these."""
     conform_pooled(tiny_model(model_type))
