@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -68,7 +68,7 @@ class FolderStorage:
         part = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
         num_bytes = 0
         try:
-            file = await asyncio.to_thread(_create, part)
+            file = await _opened(lambda: _create(part))
             try:
                 async for chunk in chunks:
                     await asyncio.to_thread(file.write, chunk)
@@ -86,7 +86,7 @@ class FolderStorage:
     async def read(self, name: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
         """See `Storage.read`."""
         try:
-            file = await asyncio.to_thread((self._root / name).open, "rb")
+            file = await _opened(lambda: (self._root / name).open("rb"))
         except FileNotFoundError as error:
             raise NotFound("the bytes of this file are not there any more") from error
         except OSError as error:
@@ -130,6 +130,21 @@ class FolderStorage:
             with suppress(OSError):
                 if path.stat().st_mtime < time.time() - ABANDONED_S:
                     path.unlink()
+
+
+async def _opened(open_file: Callable[[], BinaryIO]) -> BinaryIO:
+    """Open a file in a thread. Raises OSError. A caller that is cancelled meanwhile leaves no open file."""
+    opening = asyncio.get_running_loop().run_in_executor(None, open_file)
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(_close)
+        raise
+
+
+def _close(opening: asyncio.Future[BinaryIO]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 def _create(part: Path) -> BinaryIO:

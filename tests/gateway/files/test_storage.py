@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import select
 import stat
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 from helpers.s3_server import BUCKET, S3Server, run_s3
+from helpers.waiting import wait_until
 
 from gateway.files.place import open_storage
 from gateway.files.s3_storage import S3Storage
@@ -110,3 +113,30 @@ def test_the_setting_names_a_folder_or_a_bucket(tmp_path: Path, monkeypatch: pyt
     assert isinstance(open_storage("s3://bucket/some/prefix", tmp_path), S3Storage)
     with pytest.raises(BadRequest, match="names no bucket"):
         open_storage("s3:///prefix", tmp_path)
+
+
+async def test_a_reader_that_is_cancelled_leaves_no_open_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"  # opening one waits for the other side
+    os.mkfifo(pipe)
+    reading = asyncio.create_task(content(FolderStorage(tmp_path), "pipe"))
+
+    def writer() -> int | None:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody opens it for reading yet
+            return None
+
+    await asyncio.sleep(0)  # it opens the file in a thread
+    reading.cancel()
+    await asyncio.wait([reading])
+    side = await wait_until(writer, "the thread opens the pipe")
+    try:
+        await wait_until(lambda: _has_no_reader(side), "the pipe is closed again")
+    finally:
+        os.close(side)
+
+
+def _has_no_reader(writer: int) -> bool:
+    poll = select.poll()
+    poll.register(writer, 0)
+    return bool(poll.poll(0))
