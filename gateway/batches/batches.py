@@ -9,6 +9,7 @@ from typing import Any
 from gateway.auth.callers import Caller
 from gateway.batches.bodies import BatchRequest
 from gateway.files.files import FileService
+from gateway.http.list_page import list_page
 from gateway.http.paths import BATCH_ENDPOINTS
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.settings import Settings
@@ -94,13 +95,7 @@ class BatchService:
             start = rank + 1
         ids = await batches.newest(caller.owner, start, limit + 1)
         page = [view(batch) for batch in await batches.get_many(ids[:limit])]
-        return {
-            "object": "list",
-            "data": page,
-            "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None,
-            "has_more": len(ids) > limit,
-        }
+        return list_page(page, has_more=len(ids) > limit)
 
 
 def view(batch: m.Batch) -> dict[str, Any]:

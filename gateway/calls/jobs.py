@@ -23,6 +23,7 @@ from gateway.calls.size import TextGrowth
 from gateway.calls.submit import SubmittedCall, facts_of
 from gateway.calls.waiting import waiting_state
 from gateway.calls.writers import Usage, Writer
+from gateway.http.list_page import list_page
 from gateway.overload.memory import held, hold
 from protocol.queue.bus import RequestFacts, now_ms
 from protocol.queue.jobs import NewJob
@@ -156,13 +157,8 @@ class Jobs:
                 if status in (None, view["status"]) and model in (None, job.model):
                     page.append(view)
             start, last, cost = start + len(jids), jids[-1], cost + _LOOK_UP_COST * len(jids)
-        return {
-            "object": "list",
-            "data": page,
-            "first_id": page[0]["id"] if page else None,
-            "last_id": last,
-            "has_more": bool(await self._bus.jobs.newest(caller.owner, start, 1)),
-        }
+        more = await self._bus.jobs.newest(caller.owner, start, 1)
+        return list_page(page, has_more=bool(more), last_id=last)
 
     # ------------------------------------------------------------ storage
 

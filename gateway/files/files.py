@@ -11,6 +11,7 @@ from typing import Any
 from gateway.auth.callers import Caller
 from gateway.files.storage import Storage
 from gateway.files.upload import UploadedForm
+from gateway.http.list_page import list_page
 from gateway.overload.large import Places
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.settings import Settings
@@ -139,14 +140,7 @@ class FileService:
                 break
             start += len(ids)
             page += [view(file) for file in await files.get_many(ids) if purpose in (None, file.purpose)]
-        shown = page[:limit]
-        return {
-            "object": "list",
-            "data": shown,
-            "first_id": shown[0]["id"] if shown else None,
-            "last_id": shown[-1]["id"] if shown else None,
-            "has_more": len(page) > limit,
-        }
+        return list_page(page[:limit], has_more=len(page) > limit)
 
     # ------------------------------------------------------------ expiry
 

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from gateway.auth.callers import Caller
+from gateway.http.list_page import list_page
 from gateway.webhooks.bodies import WebhookChange, WebhookRequest
 from gateway.webhooks.outside import Outside, UnreachableError
 from gateway.webhooks.sender import WebhookSender, new_delivery
@@ -107,14 +108,7 @@ class WebhookService:
             if after not in ids:
                 raise NotFound(f"there is no webhook endpoint {after!r:.100}", param="after")
             found = found[ids.index(after) + 1 :]
-        page = [view(endpoint) for endpoint in found[:limit]]
-        return {
-            "object": "list",
-            "data": page,
-            "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None,
-            "has_more": len(found) > limit,
-        }
+        return list_page([view(endpoint) for endpoint in found[:limit]], has_more=len(found) > limit)
 
     async def delete(self, endpoint_id: str, caller: Caller) -> None:
         """Delete an endpoint; what is on its way there is forgotten. Raises NotFound."""
