@@ -37,6 +37,7 @@ SHAPE = Qwen3_5TextConfig(
     max_position_embeddings=32_768,
     tie_word_embeddings=True,
     rope_parameters={"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+    mtp_num_hidden_layers=1,  # llama.cpp's converters ask for it; the layer itself is not written
 )  # fmt: skip
 """Qwen3.5-0.8B's text model as its makers publish it: 18 layers with a gated delta rule, 6 with attention."""
 
@@ -77,7 +78,7 @@ def make_lab(root: Path, num_adapters: int, peers: Path | None, systems: Sequenc
     gguf = root / "model.bf16.gguf"
     if not gguf.exists():
         script = root / "llama.cpp/convert_hf_to_gguf.py"
-        command = [sys.executable, str(script), "--outtype", "bf16", "--outfile", str(gguf), str(model)]
+        command = [sys.executable, str(script), "--no-nextn", "--outtype", "bf16", "--outfile", str(gguf), str(model)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=child_environment(*COMPUTE))
     for adapter in adapters:
         converted = root / "adapters/gguf" / f"{adapter.name}.gguf"

