@@ -13,6 +13,8 @@ ADAPTERS ?=
 ARGS ?=
 # Files of tests at a time on two cores: many tests wait for a fleet. More would make the fleets of others late.
 PROCESSES ?= 3
+# Modules that were compiled are kept, whatever the environment says: a test run starts hundreds of processes.
+export PYTHONDONTWRITEBYTECODE =
 # PyPI's torch brings 3 GB of CUDA libraries. Without a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))

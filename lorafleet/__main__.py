@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
+from protocol.runtime.imports import importing
 from protocol.runtime.private_files import use_private_umask
 from protocol.runtime.redaction import redact
 from protocol.wire.errors import ClientError, LorafleetError
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name == chosen:  # only what runs is imported
-            imported = importlib.import_module(module)
+            with importing():
+                imported = importlib.import_module(module)
             imported.add_arguments(command)
             command.set_defaults(run=imported.run)
     args = parser.parse_args(words)

@@ -8,6 +8,7 @@ import importlib
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.lifeline import hold_lifeline
 from protocol.runtime.environment import forget_secrets
+from protocol.runtime.imports import importing
 from protocol.runtime.service import run as run_service
 from protocol.runtime.service import set_up_logging
 from protocol.wire.errors import BadRequest
@@ -42,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
         raise BadRequest(f"--model: the {args.service} needs the base model, a Hub id or a local folder")
     set_up_logging(args.service, settings.log_level, settings.log_format)
     try:
-        module = importlib.import_module(SERVICES[args.service])
+        with importing():
+            module = importlib.import_module(SERVICES[args.service])
     except ModuleNotFoundError as error:
         raise BadRequest(f"{error.name} is not installed: pip install 'lorafleet[worker]'") from error
     return run_service(lambda stop: module.serve(settings, stop), sendfile=args.service == "store")

@@ -24,6 +24,7 @@ from gpu_worker.service.outbox import MAX_ROWS, Outbox, OwnedRequest, PendingOut
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode
 from protocol.runtime import metrics
 from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.imports import importing
 from protocol.runtime.sealing import Seal
 from protocol.runtime.service import unending, wait_any
 from protocol.runtime.settings import Settings
@@ -401,6 +402,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
 
 def _load(settings: Settings, loader: Loader) -> tuple[EngineHandle, m.ServedModel]:
     """Build the engine. Imports torch, so it runs in a thread and is not part of importing this module."""
-    from gpu_worker.build import load_engine
+    with importing():
+        from gpu_worker.build import load_engine
 
     return load_engine(settings, loader.fetch, loader.describe, loader.fetch_files)
