@@ -5,6 +5,7 @@ No key may outlive its test without a TTL.
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import AsyncIterator, Iterator
 from functools import cache
@@ -43,6 +44,7 @@ LONGER_S: dict[str, int] = {
 def pytest_configure() -> None:
     """Do not look for garbage while tests are imported: that is half the time of it, in each process."""
     gc.disable()
+    atexit.register(gc.unfreeze)  # libraries in C++ complain of what is left
 
 
 def pytest_collection_finish() -> None:
@@ -50,11 +52,6 @@ def pytest_collection_finish() -> None:
     gc.enable()
     gc.collect()
     gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    """Let the interpreter free what was imported, as libraries in C++ expect."""
-    gc.unfreeze()
 
 
 @pytest.hookimpl(trylast=True)
