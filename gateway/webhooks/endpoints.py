@@ -12,18 +12,19 @@ from gateway.auth.callers import Caller
 from gateway.http.list_page import list_page
 from gateway.webhooks.bodies import WebhookChange, WebhookRequest
 from gateway.webhooks.outside import Outside, UnreachableError
-from gateway.webhooks.sender import WebhookSender, new_delivery
+from gateway.webhooks.sender import MAX_WAITING, WebhookSender, new_delivery
 from gateway.webhooks.sign import EVENTS, new_secret
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest, Conflict, NotFound
+from protocol.wire.errors import BadRequest, Conflict, NotFound, Overloaded
 
 MAX_ENDPOINTS = 20
 """Endpoints of a tenant."""
 
 OLD_SECRET_MS = 24 * 3600 * 1000
 _HINT_CHARACTERS = 4
+_RETRY_S = 60.0  # until one of too many deliveries may have arrived
 
 
 class WebhookService:
@@ -122,12 +123,15 @@ class WebhookService:
         return {"object": "list", "data": [delivery_view(one) for one in await self._webhooks.given_up(caller.owner)]}
 
     async def retry(self, delivery_id: str, caller: Caller) -> dict[str, Any]:
-        """Send a delivery again that was given up, for another day; return it. Raises NotFound."""
+        """Send a delivery again that was given up, for another day; return it. Raises NotFound, Overloaded."""
         found = [one for one in await self._webhooks.given_up(caller.owner) if one.id == delivery_id]
         if not found:
             raise NotFound(f"there is no delivery {delivery_id!r:.100} that was given up", code="delivery_not_found")
         again = msgspec.structs.replace(found[0], attempts=0, error="", created_ms=now_ms())
-        await self._webhooks.retry(again)
+        num_waiting = await self._webhooks.add(again, MAX_WAITING)
+        if num_waiting >= 0:
+            text = f"{num_waiting} of your deliveries wait to arrive; the limit is {MAX_WAITING}"
+            raise Overloaded(text, _RETRY_S)
         return delivery_view(again)
 
     def _sealed(self, given: str, endpoint_id: str) -> str:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 MAX_AGE_MS = 24 * 3600 * 1000
 """Age of a delivery from which on it is not tried any more."""
 
-MAX_PENDING = 1000
+MAX_WAITING = 1000
 """Deliveries of a tenant that wait to arrive; beyond that, further ones are given up at once."""
 
 _AT_ONCE = 64  # ends, or deliveries, that are looked at together
@@ -59,7 +59,6 @@ class WebhookSender:
         self._pace = pace or SenderPace()
         self._sending: dict[str, asyncio.Task[None]] = {}  # by delivery
         self._of_tenant: Counter[str] = Counter()  # those that are being sent
-        self._pending: Counter[str] | None = None  # of each tenant; None: not counted yet
 
     async def run(self) -> None:
         """Send until cancelled."""
@@ -68,8 +67,6 @@ class WebhookSender:
                 try:
                     if await self._bus.webhooks.lead(self._gid, int(self._pace.lease_s * 1000)):
                         await self._turn()
-                    else:
-                        self._pending = None
                 except CONNECTION_ERRORS as error:
                     logger.warning("webhooks wait: %s", error)
                 except Exception:
@@ -83,8 +80,6 @@ class WebhookSender:
     async def _turn(self) -> None:
         """Make deliveries of what has ended, and begin those that are due."""
         webhooks = self._bus.webhooks
-        if self._pending is None:
-            self._pending = Counter(one.tenant for one in await webhooks.pending())
         while True:
             ended, cursor = await webhooks.ended(_AT_ONCE)
             if not ended:
@@ -99,9 +94,8 @@ class WebhookSender:
             self._sending[delivery.id] = asyncio.create_task(self._send(delivery))
 
     async def _plan(self, ended: list[Ended], cursor: str) -> None:
-        assert self._pending is not None
-        endpoints = await self._bus.webhooks.endpoints()
-        deliveries: list[m.Delivery] = []
+        webhooks = self._bus.webhooks
+        endpoints = await webhooks.endpoints()
         for one in ended:
             wanted = [endpoint for endpoint in endpoints if endpoint.tenant == one.tenant]
             type_ = await self._type_of(one) if wanted else ""
@@ -109,13 +103,11 @@ class WebhookSender:
                 if type_ not in endpoint.events:
                     continue
                 delivery = new_delivery(endpoint, type_, one.id)
-                if self._pending[one.tenant] >= MAX_PENDING:
-                    error = f"{MAX_PENDING} deliveries were waiting already"
-                    await self._bus.webhooks.done(msgspec.structs.replace(delivery, error=error), given_up=True)
-                    continue
-                self._pending[one.tenant] += 1
-                deliveries.append(delivery)
-        await self._bus.webhooks.plan(deliveries, cursor)
+                num_waiting = await webhooks.add(delivery, MAX_WAITING)
+                if num_waiting >= 0:
+                    error = f"{num_waiting} deliveries were waiting already"
+                    await webhooks.done(msgspec.structs.replace(delivery, error=error), given_up=True)
+        await webhooks.move_on(cursor)
 
     async def _type_of(self, ended: Ended) -> str:
         """Return the type of the event of an end, "" if nothing is known of it any more."""
@@ -136,8 +128,6 @@ class WebhookSender:
             )  # fmt: skip
             if not error or now_ms() - delivery.created_ms > MAX_AGE_MS:
                 await webhooks.done(tried, given_up=bool(error))
-                if self._pending is not None:
-                    self._pending[delivery.tenant] -= 1
             else:
                 pace = self._pace
                 pause_s = min(pace.first_retry_s * 4**delivery.attempts, pace.max_retry_s) * random.uniform(0.8, 1.2)

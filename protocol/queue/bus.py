@@ -68,7 +68,7 @@ class Bus:
         self.jobs = Jobs(self._redis, self.keys, self._scripts, seal)
         self.files = Files(self._redis, self.keys, self._scripts)
         self.batches = Batches(self._redis, self.keys, self._scripts)
-        self.webhooks = Webhooks(self._redis, self.keys)
+        self.webhooks = Webhooks(self._redis, self.keys, self._scripts)
         self.api_keys = ApiKeys(self._redis, self.keys)
         self.dead_letters = DeadLetters(self._redis, self.keys, self._scripts)
 

@@ -18,6 +18,7 @@ from protocol.queue.redis_client import Client
 NAMES = (
     "submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position", "join", "vital",
     "forget", "inputs", "keep_file", "drop_file", "open_batch", "claim_batch", "save_batch",
+    "add_delivery",
 )  # fmt: skip
 FOLDER = Path(__file__).parent / "lua"
 
@@ -63,6 +64,7 @@ class Scripts:
     open_batch: Script
     claim_batch: Script
     save_batch: Script
+    add_delivery: Script
 
     def __init__(self, client: Client, line: Line, folder: Path = FOLDER) -> None:
         """Read the scripts in `folder`; each has `common.lua` after its first line."""

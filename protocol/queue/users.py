@@ -58,7 +58,7 @@ def table(keys: Keys | None = None) -> dict[str, Rights]:
                 k.idem("*", "*"), "", k.gateway_beat("*"), k.gateways, k.registrations, k.registered("*", "*"), k.pins,
                 k.adapter_events, k.file("*"), k.files("*"), k.file_expiry, k.batch("*"), k.batches("*"),
                 k.open_batches, k.webhooks, k.events, k.event_cursor, k.deliveries, k.delivery_times,
-                k.undelivered("*"), k.sender,
+                k.waiting_deliveries("*"), k.undelivered("*"), k.sender,
             ),
             reads=(
                 k.api_keys, k.tenants, k.adapters, k.adapter("*"), k.adapter_use("*"), k.workers, k.worker_beat("*"),

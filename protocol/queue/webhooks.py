@@ -6,16 +6,19 @@ event arrives at least once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protocol.queue.redis_client import Client
+from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
 from protocol.wire.codec import decode, now_ms
 from protocol.wire.keys import Keys
 
 GIVEN_UP_S = 604_800
 """How long a delivery that was given up is kept."""
+
+WAITING_S = 3 * 86_400
+"""How long it is known which deliveries of a tenant wait, after the last one began or was tried: they wait a day."""
 
 MAX_GIVEN_UP = 256
 """Deliveries of a tenant that were given up and are kept, the newest."""
@@ -33,9 +36,10 @@ class Ended:
 class Webhooks:
     """The webhooks of a fleet."""
 
-    def __init__(self, client: Client, keys: Keys) -> None:
+    def __init__(self, client: Client, keys: Keys, scripts: Scripts) -> None:
         self._redis = client
         self._keys = keys
+        self._scripts = scripts
 
     # ------------------------------------------------------------ endpoints
 
@@ -77,18 +81,25 @@ class Webhooks:
         fields = [{name.decode(): value.decode() for name, value in entry.items()} for _, entry in entries]
         return [Ended(one["tenant"], one["id"], one["type"]) for one in fields], cursor
 
-    async def plan(self, deliveries: Sequence[m.Delivery], cursor: str) -> None:
-        """Note deliveries, due now, and that events up to `cursor` are done."""
-        pipe = self._redis.pipeline(transaction=True)
-        for one in deliveries:
-            pipe.hset(self._keys.deliveries, one.id, m.encode(one))
-            pipe.zadd(self._keys.delivery_times, {one.id: now_ms()})
-        pipe.set(self._keys.event_cursor, cursor)
-        await pipe.execute()
+    async def add(self, delivery: m.Delivery, max_waiting: int) -> int:
+        """Note a delivery, new or one that was given up, due now. Returns -1.
 
-    async def pending(self) -> list[m.Delivery]:
-        """Return all deliveries that have not arrived."""
-        return [decode(raw, m.Delivery) for raw in await self._redis.hvals(self._keys.deliveries)]
+        If `max_waiting` of its tenant's wait already, it returns how many do, and nothing is changed.
+        """
+        keys, tenant = self._keys, delivery.tenant
+        names = [
+            keys.tag,
+            keys.deliveries,
+            keys.delivery_times,
+            keys.waiting_deliveries(tenant),
+            keys.undelivered(tenant),
+        ]
+        args = [delivery.id, m.encode(delivery), max_waiting, WAITING_S]
+        return await self._scripts.add_delivery(keys=names, args=args)
+
+    async def move_on(self, cursor: str) -> None:
+        """Note that deliveries were made of all events up to `cursor`."""
+        await self._redis.set(self._keys.event_cursor, cursor)
 
     async def due(self, num: int) -> list[m.Delivery]:
         """Return at most `num` deliveries whose time has come, the most overdue first."""
@@ -101,9 +112,12 @@ class Webhooks:
 
     async def later(self, delivery: m.Delivery, due_ms: int) -> None:
         """Write a delivery that was tried, and when it is tried again."""
+        waiting = self._keys.waiting_deliveries(delivery.tenant)
         pipe = self._redis.pipeline(transaction=True)
         pipe.hset(self._keys.deliveries, delivery.id, m.encode(delivery))
         pipe.zadd(self._keys.delivery_times, {delivery.id: due_ms})
+        pipe.sadd(waiting, delivery.id)
+        pipe.expire(waiting, WAITING_S)
         await pipe.execute()
 
     async def done(self, delivery: m.Delivery, *, given_up: bool = False) -> None:
@@ -112,6 +126,7 @@ class Webhooks:
         pipe = self._redis.pipeline(transaction=True)
         pipe.hdel(self._keys.deliveries, delivery.id)
         pipe.zrem(self._keys.delivery_times, delivery.id)
+        pipe.srem(self._keys.waiting_deliveries(delivery.tenant), delivery.id)
         if given_up:
             pipe.hset(aside, delivery.id, m.encode(delivery))
             pipe.expire(aside, GIVEN_UP_S)
@@ -126,11 +141,3 @@ class Webhooks:
         """Return a tenant's deliveries that were given up, the newest first."""
         found = [decode(raw, m.Delivery) for raw in await self._redis.hvals(self._keys.undelivered(tenant))]
         return sorted(found, key=lambda one: -one.created_ms)
-
-    async def retry(self, delivery: m.Delivery) -> None:
-        """Send a delivery again that was given up."""
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.hset(self._keys.deliveries, delivery.id, m.encode(delivery))
-        pipe.zadd(self._keys.delivery_times, {delivery.id: now_ms()})
-        pipe.hdel(self._keys.undelivered(delivery.tenant), delivery.id)
-        await pipe.execute()

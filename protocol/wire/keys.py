@@ -162,6 +162,10 @@ class Keys:
         """Sorted set: delivery id -> unix ms of its next attempt. Permanent."""
         return f"{self.tag}:deliveries:due"
 
+    def waiting_deliveries(self, tenant: str) -> str:
+        """Set: ids of a tenant's entries in `deliveries`. 3 days after the last one began or was tried."""
+        return f"{self.tag}:deliveries:of:{tenant}"
+
     def undelivered(self, tenant: str) -> str:
         """Hash: delivery id -> `messages.Delivery` that was given up. 7 days after the last one."""
         return f"{self.tag}:undelivered:{tenant}"

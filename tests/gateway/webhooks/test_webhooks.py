@@ -20,7 +20,7 @@ from openai import APIStatusError, AsyncOpenAI, InvalidWebhookSignatureError
 
 from gateway.batches.runner import BatchPace
 from gateway.service import GatewayTimings
-from gateway.webhooks.sender import MAX_AGE_MS, SenderPace
+from gateway.webhooks.sender import MAX_AGE_MS, MAX_WAITING, SenderPace
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire import messages as m
 
@@ -147,7 +147,7 @@ async def test_what_is_given_up_is_listed_and_sent_again(
         id="d", event="evt_1", endpoint=made.id, tenant="public", type="job.completed", subject="job_1",
         created_ms=now_ms() - MAX_AGE_MS - 1,
     )  # fmt: skip
-    await bus.webhooks.plan([old], "0")
+    await bus.webhooks.add(old, 1)
     async with httpx2.AsyncClient(base_url=hooked.url) as http:
 
         async def listed() -> list[dict[str, Any]]:
@@ -161,6 +161,39 @@ async def test_what_is_given_up_is_listed_and_sent_again(
         assert (await http.post("/v1/webhook_deliveries/d/retry")).json()["attempts"] == 0
         await wait_until(lambda: len(receiver.got) == 2, "it has arrived")
         assert await listed() == []
+
+
+async def test_deliveries_that_wait_are_bounded_whatever_is_sent_again(
+    openai: AsyncOpenAI, hooked: RunningGateway, receiver: Receiver, bus: Bus
+) -> None:
+    made = await endpoint(openai, receiver.url, "job.completed")
+
+    def delivery(number: int) -> m.Delivery:
+        return m.Delivery(
+            id=f"d{number}", event=f"evt_{number}", endpoint=made.id, tenant="public", type="job.completed",
+            subject=f"job_{number}", created_ms=now_ms(),
+        )  # fmt: skip
+
+    async with httpx2.AsyncClient(base_url=hooked.url) as http:
+
+        async def retry(number: int) -> int:
+            return (await http.post(f"/v1/webhook_deliveries/d{number}/retry")).status_code
+
+        for number in range(MAX_WAITING):
+            await bus.webhooks.add(delivery(number), MAX_WAITING)
+            await bus.webhooks.later(delivery(number), now_ms() + 3_600_000)
+        for number in (MAX_WAITING, MAX_WAITING + 1):
+            await bus.webhooks.done(delivery(number), given_up=True)
+        assert await retry(MAX_WAITING) == 429
+        await bus.webhooks.done(delivery(0))
+        receiver.refusals, receiver.answer = 1, "503 Busy"
+        assert [await retry(MAX_WAITING + number) for number in (0, 0, 1)] == [200, 404, 429]
+
+        async def is_taken() -> bool:
+            return await retry(MAX_WAITING + 1) == 200
+
+        await wait_until(is_taken, "one has arrived, and what was sent again was counted once")
+        assert len(receiver.got) >= 2
 
 
 async def test_endpoints_are_changed_tested_rotated_and_deleted(openai: AsyncOpenAI, receiver: Receiver) -> None:
