@@ -25,7 +25,7 @@ from gateway.anthropic.routes import AnthropicEndpoints
 from gateway.auth.authentication import is_loopback
 from gateway.batches.batches import BatchService
 from gateway.batches.routes import BatchEndpoints
-from gateway.batches.runner import BatchPace, BatchRunner
+from gateway.batches.runner import BatchMeans, BatchPace, BatchRunner
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.replies import Replies
 from gateway.encoders.routes import EncoderEndpoints
@@ -130,7 +130,8 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
             anthropic, WebhookRoutes(WebhookService(bus, outside, sender, secret)), settings, admission, memory, keys,
             secret,
         )  # fmt: skip
-        runner = BatchRunner(bus, replies.gid, uploads, storage, settings, inner, batch_wake, timings.batches)
+        means = BatchMeans(bus, replies.gid, uploads, storage, settings, inner, timings.batches)
+        runner = BatchRunner(means, batch_wake)
         with _listen(settings.host, settings.port) as listener:
             address = _address(listener)
             await replies.open()

@@ -11,9 +11,9 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -55,6 +55,19 @@ class BatchPace:
     places: float = 1.25  # calls that run at once, per place that the workers have
 
 
+@dataclass(frozen=True, slots=True)
+class BatchMeans:
+    """What a gateway runs batches with."""
+
+    bus: Bus
+    gid: str  # this gateway
+    files: FileService
+    storage: Storage
+    settings: Settings
+    calls: InnerCalls
+    pace: BatchPace = field(default_factory=BatchPace)
+
+
 class Lost(Exception):
     """Another gateway runs the batch, or it has ended."""
 
@@ -62,18 +75,11 @@ class Lost(Exception):
 class BatchRunner:
     """Runs batches that nobody else does."""
 
-    def __init__(
-        self, bus: Bus, gid: str, files: FileService, storage: Storage, settings: Settings, calls: InnerCalls,
-        wake: asyncio.Event, pace: BatchPace | None = None,
-    ) -> None:  # fmt: skip
-        """gid: this gateway. wake: set when there may be a batch to run."""
-        self._bus = bus
-        self._gid = gid
-        self._files = files
-        self._storage = storage
-        self._settings = settings
-        self._calls = calls
-        self._pace = pace or BatchPace()
+    def __init__(self, means: BatchMeans, wake: asyncio.Event) -> None:
+        """wake: set when there may be a batch to run."""
+        self._means = means
+        self._bus = means.bus
+        self._pace = means.pace
         self._running: dict[str, asyncio.Task[None]] = {}  # by batch id
         self._tenants: dict[str, str] = {}  # of those
         self._wake = wake
@@ -112,7 +118,7 @@ class BatchRunner:
             tenant, batch_id = min(waiting, key=lambda found: held.count(found[0]))
             waiting.remove((tenant, batch_id))
             lease_ms = int(self._pace.lease_s * 1000)
-            claimed = await self._bus.batches.claim(batch_id, tenant, self._gid, lease_ms)
+            claimed = await self._bus.batches.claim(batch_id, tenant, self._means.gid, lease_ms)
             if claimed is None:
                 continue
             self._num_places = self._num_places or await self._places()
@@ -121,7 +127,7 @@ class BatchRunner:
 
     async def _run(self, claimed: ClaimedBatch) -> None:
         batch = claimed.batch
-        run = BatchRun(self, claimed)
+        run = BatchRun(self._means, claimed, self._num_calls)
         try:
             await run.run()
         except Lost:
@@ -143,23 +149,24 @@ class BatchRunner:
         beats = await self._bus.members.worker_beats()
         return sum(beat.capacity for beat in beats.values() if beat is not None)
 
-    @property
-    def num_calls(self) -> int:
+    def _num_calls(self) -> int:
         """How many lines each batch of this gateway may have running."""
         most = max(self._pace.min_calls, math.ceil(self._pace.places * self._num_places))
-        return max(1, min(most, self._settings.max_batch_calls) // max(1, len(self._running)))
+        return max(1, min(most, self._means.settings.max_batch_calls) // max(1, len(self._running)))
 
 
 class BatchRun:
     """One batch while this gateway runs it."""
 
-    def __init__(self, runner: BatchRunner, claimed: ClaimedBatch) -> None:
-        self._runner = runner
-        self._bus: Bus = runner._bus
-        self._settings: Settings = runner._settings
+    def __init__(self, means: BatchMeans, claimed: ClaimedBatch, num_calls: Callable[[], int]) -> None:
+        """num_calls: tells how many of its lines may run now."""
+        self._means = means
+        self._bus = means.bus
+        self._settings = means.settings
+        self._num_calls = num_calls
         self.batch = claimed.batch
         self._epoch = claimed.epoch
-        self._results = Results(runner._storage, self.batch.id, claimed.epoch)
+        self._results = Results(means.storage, self.batch.id, claimed.epoch)
         self._is_cancelled = asyncio.Event()
         if claimed.cancelled_ms:
             self._cancel(claimed.cancelled_ms)
@@ -184,14 +191,14 @@ class BatchRun:
 
     async def _beat(self) -> None:
         """Say that the batch goes on, and how far it is; notice that it was cancelled. Raises Lost."""
-        pace = self._runner._pace
+        pace = self._means.pace
         deadline = asyncio.get_running_loop().time() + pace.lease_s
         while True:
             await asyncio.sleep(pace.beat_s)
             try:
                 batch = self.batch
                 lease_ms = int(pace.lease_s * 1000)
-                claimed = await self._bus.batches.claim(batch.id, batch.tenant, self._runner._gid, lease_ms)
+                claimed = await self._bus.batches.claim(batch.id, batch.tenant, self._means.gid, lease_ms)
                 if claimed is None or claimed.epoch != self._epoch:
                     raise Lost
                 deadline = asyncio.get_running_loop().time() + pace.lease_s
@@ -216,7 +223,7 @@ class BatchRun:
         if source is None:
             await self._fail("file_not_found", "the input file was deleted, or has expired")
             return
-        chunks = self._runner._files.read(source)
+        chunks = self._means.files.read(source)
         try:
             found = await read_lines(chunks, self.batch.endpoint, self._settings.max_body_bytes)
         except NotFound:
@@ -245,7 +252,7 @@ class BatchRun:
             async with asyncio.timeout(max(0.0, (self.batch.expires_ms - now_ms()) / 1000)):
                 for line in todo:
                     running.add(asyncio.create_task(self._run_line(line, source, caller)))
-                    await _wait(running, cancelled, self._runner.num_calls)
+                    await _wait(running, cancelled, self._num_calls())
                     if cancelled.done():
                         break
                 await _wait(running, cancelled, 1)
@@ -271,7 +278,7 @@ class BatchRun:
         """Write an output file. Returns its id, "" when there is nothing in it."""
         batch = self.batch
         life_s = float(batch.output_life_s or self._settings.file_ttl_s)
-        made = await self._runner._files.make(
+        made = await self._means.files.make(
             f"file-{batch.id.removeprefix('batch_')}-{kind}", batch.tenant, f"{batch.id}_{kind}.jsonl",
             self._results.file(kind), life_s,
         )  # fmt: skip
@@ -308,7 +315,7 @@ class BatchRun:
         raw = orjson.dumps(body)
         del body
         while True:
-            answer = await self._runner._calls.post(self.batch.endpoint, raw, caller, self._key(line))
+            answer = await self._means.calls.post(self.batch.endpoint, raw, caller, self._key(line))
             if answer.status not in RETRIED:
                 break
             await asyncio.sleep(answer.retry_after_s * random.uniform(1.0, 1.5))
@@ -323,7 +330,7 @@ class BatchRun:
 
     async def _read(self, line: Line, source: m.File) -> tuple[str, dict[str, object]]:
         """Return a line's custom_id and body."""
-        raw = b"".join([chunk async for chunk in self._runner._files.read(source, line.start, line.end)])
+        raw = b"".join([chunk async for chunk in self._means.files.read(source, line.start, line.end)])
         value = orjson.loads(raw)
         return value["custom_id"], value["body"]
 

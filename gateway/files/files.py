@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from gateway.auth.callers import Caller
@@ -35,6 +35,8 @@ MIN_LIFE_S, MAX_LIFE_S = 3600, 30 * 86_400
 SWEEP_S = 60.0
 """Pause between looks for files that have expired."""
 
+_EXPIRY = ("expires_after[anchor]", "expires_after[seconds]")
+
 _AT_ONCE = 100  # records of a list, or expired files, that are read together
 
 
@@ -54,17 +56,12 @@ class FileService:
         await self._uploads.take(caller.owner)
         file_id = new_id()
         try:
-            num_bytes = await self._storage.write(place_of(file_id), form.chunks(body))
+            num_bytes = await self._storage.write(place_of(file_id), form.chunks(body, _check_fields))
             try:
-                purpose = form.fields.pop("purpose", "")
-                life_s = _life_s(form.fields, self._settings.file_ttl_s)
-                for name in form.fields:
-                    raise BadRequest(f"unknown field of the form: {name!r:.100}", param=name)
-                if purpose not in PURPOSES:
-                    raise BadRequest(
-                        f"purpose is {purpose!r:.100}; files are for: {', '.join(PURPOSES)}", param="purpose"
-                    )
-                return await self._keep(file_id, caller.owner, form.filename, purpose, num_bytes, life_s)
+                fields = {"purpose": "", **form.fields}
+                _check_fields(fields)
+                life_s = _life_s(fields, self._settings.file_ttl_s)
+                return await self._keep(file_id, caller.owner, form.filename, fields["purpose"], num_bytes, life_s)
             except BaseException:
                 await self._storage.delete(place_of(file_id))
                 raise
@@ -187,9 +184,19 @@ def view(file: m.File) -> dict[str, Any]:
     }
 
 
-def _life_s(fields: dict[str, str], default_s: float) -> float:
-    """Take `expires_after` out of a form's fields and return the life time that it asks for. Raises BadRequest."""
-    anchor, given = fields.pop("expires_after[anchor]", None), fields.pop("expires_after[seconds]", None)
+def _check_fields(fields: Mapping[str, str]) -> None:
+    """Refuse the fields of a form, of which some may be to come. Raises BadRequest."""
+    for name in fields:
+        if name not in ("purpose", *_EXPIRY):
+            raise BadRequest(f"unknown field of the form: {name!r:.100}", param=name)
+    purpose = fields.get("purpose")
+    if purpose is not None and purpose not in PURPOSES:
+        raise BadRequest(f"purpose is {purpose!r:.100}; files are for: {', '.join(PURPOSES)}", param="purpose")
+
+
+def _life_s(fields: Mapping[str, str], default_s: float) -> float:
+    """Return the life time that a form's `expires_after` asks for. Raises BadRequest."""
+    anchor, given = (fields.get(name) for name in _EXPIRY)
     if anchor is None and given is None:
         return default_s
     if anchor != "created_at":

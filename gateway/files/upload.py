@@ -5,7 +5,7 @@ The file's bytes are passed on as they come; the other fields are few and short.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from python_multipart.exceptions import MultipartParseError
@@ -44,6 +44,7 @@ class UploadedForm:
         self._headers: dict[bytes, bytes] = {}
         self._field = ""
         self._has_ended = False
+        self._check: Callable[[Mapping[str, str]], None] = lambda fields: None
         callbacks: Any = {
             "on_part_begin": self._begin, "on_part_data": self._take, "on_part_end": self._end,
             "on_header_field": self._take_header, "on_header_value": self._take_value,
@@ -51,8 +52,14 @@ class UploadedForm:
         }  # fmt: skip
         self._parser = MultipartParser(boundary, callbacks)
 
-    async def chunks(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Yield the file's bytes. Raises BadRequest for a broken form, and TooLarge."""
+    async def chunks(
+        self, body: AsyncIterator[bytes], check: Callable[[Mapping[str, str]], None]
+    ) -> AsyncIterator[bytes]:
+        """Yield the file's bytes. Raises BadRequest for a broken form, TooLarge, and what `check` raises.
+
+        check: is called with the fields that come before the file, before its first byte is yielded.
+        """
+        self._check = check
         async for part in body:
             try:
                 self._parser.write(part)
@@ -98,6 +105,7 @@ class UploadedForm:
             return
         if self._field != "file" or self.has_file:
             raise BadRequest(f"one file is uploaded at a time, as `file`: not {self._field!r:.100}", param=self._field)
+        self._check(self.fields)
         self._is_file = self.has_file = True
         name = options[b"filename"].decode(errors="replace").replace("\\", "/").rpartition("/")[2]
         self.filename = "".join(c for c in name if c.isprintable())[:MAX_FILENAME_CHARACTERS] or "file"

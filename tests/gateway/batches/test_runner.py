@@ -14,7 +14,7 @@ from helpers.waiting import wait_until
 
 from gateway.auth.callers import Caller
 from gateway.batches.calls import CallAnswer, InnerCalls
-from gateway.batches.runner import BatchPace, BatchRunner
+from gateway.batches.runner import BatchMeans, BatchPace, BatchRunner
 from gateway.files.files import FileService
 from gateway.files.storage import FolderStorage
 from protocol.queue.bus import Bus, now_ms
@@ -81,7 +81,8 @@ class World:
 
     @asynccontextmanager
     async def gateway(self, gid: str, calls: Endpoint, pace: BatchPace = PACE) -> AsyncIterator[asyncio.Task[None]]:
-        runner = BatchRunner(self.bus, gid, self.files, self.storage, self.settings, calls, asyncio.Event(), pace)
+        means = BatchMeans(self.bus, gid, self.files, self.storage, self.settings, calls, pace)
+        runner = BatchRunner(means, asyncio.Event())
         task = asyncio.create_task(runner.run())
         try:
             yield task

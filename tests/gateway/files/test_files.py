@@ -132,6 +132,21 @@ async def test_odd_forms_get_an_answer_and_leave_nothing(
         assert not found_below(tmp_path)
 
 
+async def test_a_purpose_before_the_file_is_refused_before_the_file_is_sent(
+    small: RunningGateway, tmp_path: Path
+) -> None:
+    host, port = small.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /v1/files HTTP/1.1\r\nHost: {host}\r\nContent-Length: 50000\r\n"
+    wrong = PURPOSE.replace(b"batch", b"vision")
+    writer.write(
+        f"{head}Content-Type: multipart/form-data; boundary=b0\r\n\r\n".encode() + form(wrong, FILE)[:-10] + b"x" * 999
+    )
+    assert b" 400 " in await reader.readline()
+    writer.close()
+    await wait_until(lambda: not found_below(tmp_path), "nothing is kept")
+
+
 async def test_a_body_that_is_no_form_is_refused(small: RunningGateway) -> None:
     async with httpx2.AsyncClient(base_url=small.url) as http:
         for headers in ({}, {"content-type": "application/json"}, {"content-type": "multipart/form-data"}):
