@@ -37,9 +37,7 @@ class AnthropicEndpoints:
 
     async def _answer(self, body: MessagesRequest, sent: Sent, caller: Caller) -> Response:
         pipeline = self._pipeline
-        earlier = await pipeline.earlier.find(sent, caller)
-        call = parse(body, caller, pipeline.settings, sent)
-        generation = await pipeline.run(call) if earlier is None else await pipeline.attach(call, earlier)
+        generation = await pipeline.run(parse(body, caller, pipeline.settings, sent))
         shows = body.thinking is None or body.thinking.display != "omitted"
         return MessagesResponse(generation, pipeline.settings.keepalive_s, shows_thinking=shows)
 

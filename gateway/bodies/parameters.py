@@ -285,6 +285,7 @@ PARAMETERS: Sequence[Parameter] = (
     # Embeddings
     *_rows("input model encoding_format dimensions", "embeddings", "openai vllm sglang ollama"),
     *_rows("parameters", "embeddings", "lorax", holds="adapter"),
+    *_rows("background", "embeddings", _OWN),
     *_refused("truncate_prompt_tokens truncation_side", "embeddings", "vllm", "is not supported"),
     *_refused("add_special_tokens normalize use_activation", "embeddings", "vllm", "is always so", True),
     *_refused("embed_dtype", "embeddings", "vllm", "is not supported: embeddings are float32", "float32"),

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 from msgspec import structs
 
 from gateway.adapters.fleet_view import FleetView
 from gateway.adapters.resolver import Target
 from gateway.auth.callers import Caller
-from gateway.calls.parse import Conversation, ParsedCall, Sent
+from gateway.calls.parse import Conversation, Pairs, ParsedCall, Sent, Texts
 from gateway.calls.replies import Replies
 from gateway.calls.size import call_bytes, longest, numbers_of
 from gateway.calls.submit import SubmittedCall, call_of
-from gateway.calls.tokenize import Prompt, echoed
+from gateway.calls.tokenize import Offset, Prompt, echoed, encoded
 from gateway.overload.memory import held, hold
 from gateway.text.answer_form import form_of
 from gateway.text.own_files import OwnFiles
@@ -54,7 +56,7 @@ class EarlierCalls:
         mail = self._replies.subscribe(record.rids, eager=call.options.stream)
         deadline_ms = record.created_ms + self._timeout_ms
         return structs.replace(
-            known, parsed=call.without_prompts(), mail=mail, deadline_ms=deadline_ms, poll_s=ATTACHED_POLL_S
+            known, parsed=known.parsed.without_prompts(), mail=mail, deadline_ms=deadline_ms, poll_s=ATTACHED_POLL_S
         )  # fmt: skip
 
     def num_bytes(self, call: SubmittedCall) -> int:
@@ -69,6 +71,8 @@ class EarlierCalls:
 
         Raises NotFound when its result has expired, or its adapter's tokenizer is gone.
         """
+        if isinstance(call.inputs, Pairs) and len(record.rids) != len(call.sources):
+            call = structs.replace(call, task="embed", inputs=replace(call.inputs, apart=True))
         prompts: list[Prompt] = []
         max_model_len = self._fleet.base.max_model_len if self._fleet.base is not None else UNKNOWN_MODEL_LEN
         of_prompts = iter(facts[:: call.options.n])
@@ -77,14 +81,30 @@ class EarlierCalls:
             target = Target("", digest, files, texts)
             opened = i < len(record.opened) and record.opened[i]
             form = form_of(files, call.options.tools, opened=opened) if isinstance(call.inputs, Conversation) else None
-            for source in call.sources:
+            offsets = await self._offsets(call, target, max_model_len)
+            for source, of_tokens in zip(call.sources, offsets, strict=True):
                 fact = next(of_prompts, None)
                 if fact is None:
                     raise NotFound("the result has expired", code="result_expired")
                 echo = echoed(call, source, files)
                 most = longest(call.options, fact.num_prompt_tokens, max_model_len)
-                prompts.append(Prompt(target, b"", fact.num_prompt_tokens, most, echo=echo, form=form))
+                prompts.append(
+                    Prompt(target, b"", fact.num_prompt_tokens, most, echo=echo, form=form, offsets=of_tokens)
+                )
         return SubmittedCall(call_of(record.rids[0]), call, self._fleet.base, prompts, record.created_ms, 0)
+
+    async def _offsets(
+        self, call: ParsedCall, target: Target, max_model_len: int
+    ) -> Sequence[Sequence[Offset]]:  # fmt: skip
+        """Return where the tokens of each prompt lie in its text, () where that is not wanted."""
+        inputs = call.inputs
+        if not (isinstance(inputs, Texts) and inputs.with_offsets):
+            return [()] * len(call.sources)
+        texts = [source for source in inputs.sources if isinstance(source, str)]
+        check = partial(call.rules.most_tokens, call.options, max_model_len=max_model_len)
+        tenant = target.payer(call.caller)
+        found = await encoded(target.files, texts, tenant, check, special=inputs.add_special_tokens)
+        return [offsets for _, offsets in found]
 
 
 def check_same_body(record: m.Idempotent, sent: Sent) -> None:

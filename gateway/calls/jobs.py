@@ -52,6 +52,7 @@ class JobApi:
 
     parse: Callable[[Mapping[str, Any], Caller], ParsedCall]  # of a body as JSON
     writer: Callable[[SubmittedCall, Sequence[Choice]], Writer]
+    generates: bool = True  # whether answers are text, which comes token by token
 
 
 class Jobs:
@@ -61,7 +62,11 @@ class Jobs:
         """apis: by endpoint."""
         self._pipeline = pipeline
         self._bus = pipeline.bus
-        self._apis = apis
+        self._apis = dict(apis)
+
+    def serve(self, endpoint: str, api: JobApi) -> None:
+        """Let another endpoint's calls be jobs."""
+        self._apis[endpoint] = api
 
     async def create(self, call: AdmittedCall, sent: Sent, request: Mapping[str, Any]) -> dict[str, Any]:
         """Submit a call as a job and return it. Raises Overloaded.
@@ -173,6 +178,9 @@ class Jobs:
         facts = iter(await self._bus.requests([rid for job in jobs for rid in job.rids]))
         return [(job, [next(facts) for _ in job.rids]) for job in jobs]
 
+    def _generates(self, job: m.Job) -> bool:
+        return self._apis[job.endpoint].generates
+
     async def _facts(self, job: m.Job) -> Facts:
         return await self._bus.requests(job.rids)
 
@@ -196,7 +204,7 @@ class Jobs:
             "expires_at": job.expires_ms // 1000,
             **(await self._outlook(job, facts) if whole else {}),
             "attempts": max((fact.attempts for fact in known), default=0),
-            "tokens_generated": sum(fact.num_output_tokens for fact in known),
+            "tokens_generated": sum(fact.num_output_tokens for fact in known) if self._generates(job) else 0,
             "error": error,
             "metadata": job.metadata,
         }
@@ -232,6 +240,8 @@ class Jobs:
     async def stream(self, jid: str, caller: Caller, event_id: str) -> JobStream:
         """Return a job's answer as a stream, after the event with an id, "" for all. Raises NotFound, BadRequest."""
         job = await self._load(jid, caller)
+        if not self._generates(job):
+            raise BadRequest(f"the answer of {job.endpoint} comes as a whole: GET /v1/jobs/{jid} has it")
         api, call = await self._call(job, await self._facts(job))
         options = call.parsed.options
         if 0 < options.num_best < options.n:

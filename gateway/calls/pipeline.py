@@ -55,7 +55,13 @@ class Pipeline:
         self.earlier = EarlierCalls(settings, bus, fleet, resolver.own, replies)
 
     async def run(self, call: ParsedCall) -> Generation:
-        """Take a call from *parse* to *follow*. Raises what the client did wrong, Overloaded and Unavailable."""
+        """Take a call from *parse* to *follow*, or find it by its Idempotency-Key where it was submitted before.
+
+        Raises what the client did wrong, Overloaded and Unavailable.
+        """
+        earlier = await self.earlier.find(call.sent, call.caller) if call.sent is not None else None
+        if earlier is not None:
+            return await self.attach(call, earlier)
         admitted = await self.prepare(call)
         submitted = await self.submitter.submit(admitted)
         if isinstance(submitted, m.Idempotent):  # what its key was used for, a moment ago

@@ -173,20 +173,20 @@ async def _of_texts(
         call.rules.most_tokens(call.options, num_tokens, base.max_model_len)
 
     texts = [source for source in inputs.sources if isinstance(source, str)]
-    encoded = await _encoded(
+    found = await encoded(
         target.files, texts, target.payer(call.caller), check if inputs.with_offsets else None,
         special=inputs.add_special_tokens,
     )  # fmt: skip
-    make = partial(_prompts, call, inputs, target, vocab_size, encoded, most_left(inputs, call.options, base))
+    make = partial(_prompts, call, inputs, target, vocab_size, found, most_left(inputs, call.options, base))
     # In a thread the loop has its turn meanwhile; for few tokens that would cost more than it gives.
     num_tokens = sum(map(len, inputs.sources))
     return make() if num_tokens <= FEW_TOKENS else await asyncio.to_thread(make)
 
 
 def _prompts(
-    call: ParsedCall, inputs: Texts, target: Target, vocab_size: int, encoded: Sequence[Encoded], limit: int | None
+    call: ParsedCall, inputs: Texts, target: Target, vocab_size: int, found: Sequence[Encoded], limit: int | None
 ) -> list[Prompt]:
-    rules, files, of_texts = call.rules, target.files, iter(encoded)
+    rules, files, of_texts = call.rules, target.files, iter(found)
     prompts: list[Prompt] = []
     for source in inputs.sources:
         ids, offsets = next(of_texts) if isinstance(source, str) else (source, ())
@@ -214,10 +214,10 @@ async def _of_pairs(
         message = f"{target.name} ranks by a prompt: its chat template names no roles query and document"
         raise BadRequest(f"{message}, and the setting pair_template names no other", param="model")
     await _check_pairs(call, inputs, target, base)
-    encoded = await files.encode_pairs(inputs.texts, tenant=tenant)
-    for pair in encoded:
+    pairs = await files.encode_pairs(inputs.texts, tenant=tenant)
+    for pair in pairs:
         call.rules.most_tokens(call.options, len(pair.ids), base.max_model_len)
-    return [Prompt(target, pack(pair.ids), len(pair.ids), second=pair.second) for pair in encoded]
+    return [Prompt(target, pack(pair.ids), len(pair.ids), second=pair.second) for pair in pairs]
 
 
 async def _check_pairs(call: ParsedCall, inputs: Pairs, target: Target, base: m.ServedModel) -> None:
@@ -239,7 +239,7 @@ async def _check_pairs(call: ParsedCall, inputs: Pairs, target: Target, base: m.
     memory.hold(memory.held() + ENCODED_BYTES * num_tokens + CHARACTER_BYTES * num_characters)
 
 
-async def _encoded(
+async def encoded(
     files: ModelFiles, texts: Sequence[str], tenant: str, check: Callable[[int], object] | None, *, special: bool
 ) -> list[Encoded]:
     """Return of each text its token ids, with the special ones if they are wanted, and with a `check` their offsets.

@@ -24,6 +24,7 @@ class EmbeddingsRequest(JsonBody):
     model: Name
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    background: bool | None = None
     parameters: AdapterParameters | None = None
 
 

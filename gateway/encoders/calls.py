@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import msgspec
+from starlette.responses import Response
+
 from gateway.auth.callers import Caller
+from gateway.bodies.json_bodies import json_answer
+from gateway.calls.earlier import check_same_body
 from gateway.calls.follow import Generation
+from gateway.calls.jobs import JobApi, Jobs
+from gateway.calls.parse import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.encoders.bodies import (
     ClassifyRequest,
@@ -13,61 +22,90 @@ from gateway.encoders.bodies import (
     RerankRequest,
     ScoreRequest,
 )
-from gateway.encoders.parse import parse_classify, parse_embeddings, parse_native, parse_rerank, parse_score
+from gateway.encoders.parse import (
+    parse_classify,
+    parse_embeddings,
+    parse_native,
+    parse_rerank,
+    parse_score,
+    parse_stored,
+    to_be_stored,
+)
 from gateway.encoders.scores import write_labels, write_ranks, write_scores, write_text_labels
 from gateway.encoders.write import (
     ClassifyResponse,
+    EmbeddingsWriter,
     EncoderResponse,
     Write,
     write_embedding,
     write_embeddings,
     write_entities,
 )
+from gateway.http.paths import EMBEDDINGS
 from protocol.wire.messages import Task
 
 
 class EncoderCalls:
-    """The way of an encoder's calls, from *parse* to *write*."""
+    """The way of an encoder's calls, from *parse* to *write*: at once, in the background, or by an Idempotency-Key."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: Pipeline, jobs: Jobs) -> None:
+        """jobs: those of the gateway, among which embeddings are from now on."""
         self._pipeline = pipeline
         self._settings = pipeline.settings
+        self._jobs = jobs
+        jobs.serve(
+            EMBEDDINGS, JobApi(partial(parse_stored, settings=pipeline.settings), EmbeddingsWriter, generates=False)
+        )
 
-    async def embeddings(self, request: EmbeddingsRequest, caller: Caller) -> EncoderResponse:
+    async def embeddings(self, request: EmbeddingsRequest, sent: Sent, caller: Caller) -> Response:
         """Answer `/v1/embeddings`. Raises what the client did wrong, Overloaded and Unavailable."""
-        generation = await self._pipeline.run(parse_embeddings(request, caller, self._settings))
-        return self._answer(generation, write_embeddings(request))
+        earlier = await self._pipeline.earlier.find(sent, caller)
+        if earlier is not None and earlier.jid:
+            check_same_body(earlier, sent)
+            return json_answer(await self._jobs.get(earlier.jid, caller), 202)
+        call = parse_embeddings(request, caller, self._settings)
+        if call.options.background:
+            prepared = await self._pipeline.prepare(msgspec.structs.replace(call, sent=sent))
+            return json_answer(await self._jobs.create(prepared, sent, to_be_stored(request)), 202)
+        return self._answer(await self._run(call, sent), write_embeddings(request))
 
-    async def embed(self, request: EncoderRequest, caller: Caller) -> EncoderResponse:
+    async def embed(self, request: EncoderRequest, sent: Sent | None, caller: Caller) -> EncoderResponse:
         """Answer `/embed`. Raises as `embeddings`, and GenerationFailed."""
-        generation = await self._pipeline.run(parse_native(request, "embed", caller, self._settings))
+        generation = await self._run(parse_native(request, "embed", caller, self._settings), sent)
         return EncoderResponse(generation, write_embedding, native=True, keepalive_s=self._settings.keepalive_s)
 
     async def classify(
-        self, request: EncoderRequest | EncoderBatchRequest, caller: Caller, started_s: float
+        self, request: EncoderRequest | EncoderBatchRequest, sent: Sent | None, caller: Caller, started_s: float
     ) -> EncoderResponse:
         """Answer `/classify` and `/classify_batch`. started_s: monotonic, of its arrival. Raises as `embed`."""
         base = await self._pipeline.fleet.require(worker=True)
         of_texts = base.does("score") and not base.does("classify")
         task: Task = "score" if of_texts else "classify"
-        generation = await self._pipeline.run(parse_native(request, task, caller, self._settings))
+        generation = await self._run(parse_native(request, task, caller, self._settings), sent)
         write = write_text_labels(request) if of_texts else write_entities(request)
         return ClassifyResponse(generation, write, started_s, self._settings.keepalive_s)
 
-    async def labels(self, request: ClassifyRequest, caller: Caller) -> EncoderResponse:
+    async def labels(self, request: ClassifyRequest, sent: Sent, caller: Caller) -> EncoderResponse:
         """Answer `/v1/classify`. Raises as `embeddings`."""
-        generation = await self._pipeline.run(parse_classify(request, caller, self._settings))
+        generation = await self._run(parse_classify(request, caller, self._settings), sent)
         return self._answer(generation, write_labels(request))
 
-    async def ranks(self, request: RerankRequest, caller: Caller) -> EncoderResponse:
+    async def ranks(self, request: RerankRequest, sent: Sent, caller: Caller) -> EncoderResponse:
         """Answer `/v1/rerank`. Raises as `embeddings`."""
         parsed, documents = parse_rerank(request, caller, self._settings)
-        return self._answer(await self._pipeline.run(parsed), write_ranks(request, documents))
+        return self._answer(await self._run(parsed, sent), write_ranks(request, documents))
 
-    async def scores(self, request: ScoreRequest, caller: Caller) -> EncoderResponse:
+    async def scores(self, request: ScoreRequest, sent: Sent, caller: Caller) -> EncoderResponse:
         """Answer `/v1/score`. Raises as `embeddings`."""
         parsed, num_firsts = parse_score(request, caller, self._settings)
-        return self._answer(await self._pipeline.run(parsed), write_scores(request, num_firsts))
+        return self._answer(await self._run(parsed, sent), write_scores(request, num_firsts))
+
+    async def _run(self, call: ParsedCall, sent: Sent | None) -> Generation:
+        """Follow a call, or what its Idempotency-Key was used for before. Raises as `Pipeline.run`."""
+        if sent is None or not sent.key:
+            return await self._pipeline.run(call)
+        await self._pipeline.fleet.require(worker=False)  # without the base model's sizes no numbers can be read
+        return await self._pipeline.run(msgspec.structs.replace(call, sent=sent))
 
     def _answer(self, generation: Generation, write: Write) -> EncoderResponse:
         return EncoderResponse(generation, write, native=False, keepalive_s=self._settings.keepalive_s)

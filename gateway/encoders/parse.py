@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from gateway.auth.callers import Caller
 from gateway.bodies.fields import sources_of
@@ -23,8 +25,10 @@ from gateway.lorax.parse import models_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, LorafleetError
+from protocol.wire.keys import BATCH
 
 OPTIONS = Options(sampling=m.Sampling(), output="numbers")
+IN_BACKGROUND = msgspec.structs.replace(OPTIONS, background=True, cls=BATCH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,7 @@ class EncoderRules(Rules):
     dimensions: int | None = None
     of_pairs: bool = False
     raw: bool = False  # logits are wanted as they are
+    as_base64: bool = False  # vectors are wanted as base64
 
     def check_number(self, num_models: int, num_prompts: int, n: int) -> None:
         """Refuse a number of texts that is beyond the settings. Raises BadRequest."""
@@ -84,9 +89,24 @@ def parse_embeddings(request: EmbeddingsRequest, caller: Caller, settings: Setti
     given = request.parameters
     models = Models([request.model]) if given is None else models_of(given)
     rules = EncoderRules(
-        "input", settings.max_inputs, native_adapter=given is not None, dimensions=request.dimensions
+        "input", settings.max_inputs, native_adapter=given is not None, dimensions=request.dimensions,
+        as_base64=request.encoding_format == "base64",
     )  # fmt: skip
-    return _call(caller, models, sources_of(request.input), "embed", rules)
+    call = _call(caller, models, sources_of(request.input), "embed", rules)
+    if not request.background:
+        return call
+    return msgspec.structs.replace(call, options=IN_BACKGROUND, model_name=request.model)
+
+
+def to_be_stored(request: EmbeddingsRequest) -> dict[str, Any]:
+    """Return what of a body `parse_stored` needs to write its answer: known fields, and how many texts there are."""
+    body = request.model_dump(exclude_none=True)
+    return {**body, "input": ["-"] * len(sources_of(request.input))}
+
+
+def parse_stored(body: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:
+    """Return what a body of `/v1/embeddings` that was kept as JSON asks for. Raises as `parse_embeddings`."""
+    return parse_embeddings(EmbeddingsRequest.model_validate(body), caller, settings)
 
 
 def parse_native(

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute
+from gateway.calls.parse import Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.encoders.bodies import (
     ClassifyRequest,
@@ -23,7 +24,7 @@ from gateway.encoders.calls import EncoderCalls
 from gateway.http import openapi
 from gateway.http.errors import OPENAI_ERRORS
 from gateway.http.paths import CLASSIFY, EMBEDDINGS, RERANK, SCORE
-from gateway.http.routes import Endpoints
+from gateway.http.routes import Endpoints, sent_of
 from gateway.lorax.errors import LORAX_ERRORS
 
 
@@ -32,39 +33,45 @@ class EncoderEndpoints:
 
     def __init__(self, endpoints: Endpoints, pipeline: Pipeline) -> None:
         self._respond = endpoints.respond
-        self._encoders = EncoderCalls(pipeline)
+        self._encoders = EncoderCalls(pipeline, endpoints.calls.jobs)
 
     async def embeddings(self, body: EmbeddingsRequest, request: Request) -> Response:
         """Answer `/v1/embeddings`."""
-        return await self._respond(self._encoders.embeddings(body, caller_of(request)))
+        return await self._respond(self._encoders.embeddings(body, await _sent(request), caller_of(request)))
 
     async def embed(self, body: EncoderRequest, request: Request) -> Response:
         """Answer `/embed`."""
-        return await self._respond(self._encoders.embed(body, caller_of(request)), errors=LORAX_ERRORS)
+        answer = self._encoders.embed(body, await _sent(request), caller_of(request))
+        return await self._respond(answer, errors=LORAX_ERRORS)
 
     async def classify(self, body: EitherClassifyRequest, request: Request) -> Response:
         """Answer `/classify`, in LoRAX's way or vLLM's."""
         if isinstance(body, ClassifyRequest):
             return await self.labels(body, request)
-        answer = self._encoders.classify(body, caller_of(request), time.monotonic())
+        answer = self._encoders.classify(body, await _sent(request), caller_of(request), time.monotonic())
         return await self._respond(answer, errors=LORAX_ERRORS)
 
     async def classify_batch(self, body: EncoderBatchRequest, request: Request) -> Response:
         """Answer `/classify_batch`."""
-        answer = self._encoders.classify(body, caller_of(request), time.monotonic())
+        answer = self._encoders.classify(body, await _sent(request), caller_of(request), time.monotonic())
         return await self._respond(answer, errors=LORAX_ERRORS)
 
     async def labels(self, body: ClassifyRequest, request: Request) -> Response:
         """Answer `/v1/classify`."""
-        return await self._respond(self._encoders.labels(body, caller_of(request)), errors=OPENAI_ERRORS)
+        answer = self._encoders.labels(body, await _sent(request), caller_of(request))
+        return await self._respond(answer, errors=OPENAI_ERRORS)
 
     async def rerank(self, body: RerankRequest, request: Request) -> Response:
         """Answer `/rerank`, `/v1/rerank` and `/v2/rerank`."""
-        return await self._respond(self._encoders.ranks(body, caller_of(request)))
+        return await self._respond(self._encoders.ranks(body, await _sent(request), caller_of(request)))
 
     async def score(self, body: ScoreRequest, request: Request) -> Response:
         """Answer `/score` and `/v1/score`."""
-        return await self._respond(self._encoders.scores(body, caller_of(request)))
+        return await self._respond(self._encoders.scores(body, await _sent(request), caller_of(request)))
+
+
+async def _sent(request: Request) -> Sent:
+    return await sent_of(request.url.path, request)
 
 
 def add_encoder_routes(app: FastAPI, encoders: EncoderEndpoints) -> None:

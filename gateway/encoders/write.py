@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 
 from gateway.bodies.json_slices import Rows
-from gateway.calls.choices import Piece
+from gateway.calls.choices import Choice, Piece
 from gateway.calls.follow import Generation
+from gateway.calls.submit import SubmittedCall
 from gateway.calls.tokenize import Offset
 from gateway.calls.writers import Usage
 from gateway.encoders.bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
+from gateway.encoders.parse import EncoderRules
 from gateway.http.errors import OPENAI_ERRORS
 from gateway.http.sse import GenerationResponse
 from gateway.lorax.errors import LORAX_GENERATION_ERRORS
 from gateway.lorax.write import compute_type, times_of
 from protocol.wire import messages as m
+from protocol.wire.errors import Unavailable
 
 FEW_NUMBERS = 1 << 14
 """Numbers up to which an answer is written in one piece: that takes a few milliseconds."""
@@ -84,6 +87,30 @@ class _NoFrames:
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         return {}
+
+
+class EmbeddingsWriter(_NoFrames):
+    """Writes the embeddings of a job."""
+
+    def __init__(self, call: SubmittedCall, choices: Sequence[Choice]) -> None:
+        """Raise Unavailable while the base model is not known, without which its vectors cannot be read."""
+        if call.base is None:
+            raise Unavailable("no worker has told its model to this gateway yet", code="no_worker")
+        self._base = call.base
+        self._model = call.parsed.model_name
+        self._rules = call.parsed.rules
+        self._choices = choices
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        """Return the answer that the endpoint would have given."""
+        rules = self._rules
+        assert isinstance(rules, EncoderRules)
+        request = EmbeddingsRequest(
+            input="", model=self._model, dimensions=rules.dimensions,
+            encoding_format="base64" if rules.as_base64 else "float",
+        )  # fmt: skip
+        vectors = [np.frombuffer(choice.shown[0], "<f4") for choice in self._choices]
+        return embeddings_answer(request, vectors, self._base, usage.prompt_tokens)
 
 
 def write_embeddings(request: EmbeddingsRequest) -> Write:

@@ -289,7 +289,10 @@ GENERATED: Responses = {
     200: {"model": Generated, "content": _EVENTS},
     202: {"model": Job, "description": "A background job"},
 }
-EMBEDDINGS: Responses = {200: {"model": Embeddings}}
+EMBEDDINGS: Responses = {
+    200: {"model": Embeddings},
+    202: {"model": Job, "description": "A background job"},
+}
 LABELS: Responses = {200: {"model": Labels}}
 RANKS: Responses = {200: {"model": Ranks}}
 SCORES: Responses = {200: {"model": Scores}}

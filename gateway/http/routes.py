@@ -41,8 +41,8 @@ class Endpoints:
     def __init__(self, pipeline: Pipeline, admission: Admission) -> None:
         self._pipeline = pipeline
         self._admission = admission
-        self._calls = OpenAICalls(pipeline)
-        self._jobs = self._calls.jobs
+        self.calls = OpenAICalls(pipeline)
+        self._jobs = self.calls.jobs
         self.draining = False
 
     async def respond(
@@ -69,7 +69,7 @@ class Endpoints:
     async def _generate(self, endpoint: str, body: AnyRequest, request: Request) -> Response:
         sent = await sent_of(endpoint, request)
         stream = bool(body.stream) and not body.background
-        return await self.respond(self._calls.answer(body, sent, caller_of(request)), stream=stream)
+        return await self.respond(self.calls.answer(body, sent, caller_of(request)), stream=stream)
 
     # ------------------------------------------------------------ models
 

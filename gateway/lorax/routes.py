@@ -44,7 +44,7 @@ class NativeEndpoints:
     def __init__(self, endpoints: Endpoints, pipeline: Pipeline) -> None:
         self.endpoints = endpoints
         self._pipeline = pipeline
-        self._encoders = EncoderCalls(pipeline)
+        self._encoders = EncoderCalls(pipeline, endpoints.calls.jobs)
 
     # ------------------------------------------------------------ generation
 
@@ -116,11 +116,11 @@ class NativeEndpoints:
         caller, now_s = caller_of(request), time.monotonic()
         base = await self._pipeline.fleet.require(worker=True)
         if base.task == "embed":
-            answer = await self._encoders.embed(EncoderRequest(inputs=PROBE), caller)
+            answer = await self._encoders.embed(EncoderRequest(inputs=PROBE), None, caller)
         elif base.task == "score" and not base.labels:
             return Response()  # only adapters have heads
         elif base.task in ("classify", "score"):
-            answer = await self._encoders.classify(EncoderRequest(inputs=PROBE), caller, now_s)
+            answer = await self._encoders.classify(EncoderRequest(inputs=PROBE), None, caller, now_s)
         else:
             body = GenerateRequest(inputs=PROBE, parameters=Parameters(max_new_tokens=1))
             answer = await self._answer(parse(body, caller, self._pipeline.settings, stream=False), now_s)

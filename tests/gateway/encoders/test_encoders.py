@@ -234,3 +234,67 @@ def test_where_entities_begin_and_end() -> None:
     assert found(1, 2, 2, 0, 2, 2) == [("X", "aa bb cc"), ("X", "ee ff")]
     assert found(1, 1, 2, 3, 3, 0) == [("X", "aa"), ("X", "bb cc"), ("Y", "dd ee")]
     assert found(4, 4, 0, 5, 5, 0) == [("MISC", "aa bb"), ("a-b", "dd"), ("a-b", "ee")]
+
+
+ASKED: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/embeddings", {"model": "legal", "input": ["ada", "ada lives"], "dimensions": 2}),
+    ("/embed", {"inputs": "ada"}),
+    ("/v1/rerank", {"model": "base", "query": "ada", "documents": ["london", "ada lives"]}),
+    ("/v1/score", {"model": "base", "text_1": "ada", "text_2": ["london", "ada lives"]}),
+]
+
+
+async def asked_twice(http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str, body: dict[str, Any]) -> None:
+    """Ask with an Idempotency-Key twice: it is computed once; with another body the key is refused."""
+    fleet.seen.clear()
+    headers = {"idempotency-key": f"key of {path}"}
+    first = await http.post(path, json=body, headers=headers)
+    num = len(fleet.seen)
+    second = await http.post(path, json=body, headers=headers)
+    assert (first.status_code, second.status_code) == (200, 200), second.text
+    assert second.json() == first.json()
+    assert len(fleet.seen) == num > 0, "nothing is computed again"
+    reused = await http.post("/v1/embeddings", json={"model": "base", "input": "x"}, headers=headers)
+    assert (reused.status_code, reused.json()["error"]["code"]) == (422, "idempotency_key_reused")
+    assert len(fleet.seen) == num
+
+
+async def test_a_repeated_key_finds_vectors_and_likenesses(embedder: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    for path, body in ASKED:
+        await asked_twice(embedder, fleet, path, body)
+
+
+async def test_a_repeated_key_finds_labels_with_their_places(tagger: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    headers = {"idempotency-key": "k"}
+    for path, inputs in (("/classify", "Ada lives in London"), ("/classify_batch", ["ada", "Lives in London ."])):
+        headers["idempotency-key"] += path
+        first, second = [
+            (await tagger.post(path, json={"inputs": inputs}, headers=headers)).json() for _ in range(2)
+        ]  # fmt: skip
+        assert first == second
+        assert any(
+            entity["word"] == "london" for found in first for entity in (found if path != "/classify" else [found])
+        )
+    assert len(fleet.seen) == 3
+
+
+async def test_embeddings_in_the_background(embedder: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    body = {"model": "legal", "input": ["ada", "ada lives"], "dimensions": 2, "encoding_format": "base64"}
+    at_once = (await embedder.post("/v1/embeddings", json=body)).json()
+    headers = {"idempotency-key": "k"}
+    made = await embedder.post("/v1/embeddings", json={**body, "background": True}, headers=headers)
+    assert made.status_code == 202, made.text
+    job = made.json()
+    assert {submit.cls for submit, _ in fleet.seen} >= {"interactive"}
+    done = (await embedder.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=20"})).json()
+    assert (done["status"], done["endpoint"], done["model"]) == ("completed", "/v1/embeddings", "legal")
+    assert done["result"] == at_once
+    assert (done["tokens_generated"], done["error"]) == (0, None)
+    assert {submit.cls for submit, _ in fleet.seen} == {"interactive", "batch"}
+    again = await embedder.post("/v1/embeddings", json={**body, "background": True}, headers=headers)
+    assert (again.status_code, again.json()["id"]) == (202, job["id"])
+    stream = await embedder.get(f"/v1/jobs/{job['id']}/stream")
+    assert (stream.status_code, "comes as a whole" in stream.text) == (400, True)
+    floats = (await embedder.post("/v1/embeddings", json={"model": "base", "input": "ada", "background": True})).json()
+    found = (await embedder.get(f"/v1/jobs/{floats['id']}", headers={"prefer": "wait=20"})).json()["result"]
+    assert found["data"] == [{"object": "embedding", "index": 0, "embedding": [3, 0, 3, 4]}]
