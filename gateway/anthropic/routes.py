@@ -37,7 +37,7 @@ class AnthropicEndpoints:
 
     async def _answer(self, body: MessagesRequest, sent: Sent, caller: Caller) -> Response:
         pipeline = self._pipeline
-        generation = await pipeline.run(parse(body, caller, pipeline.settings, sent))
+        generation = await pipeline.run_once(parse(body, caller, pipeline.settings, sent))
         shows = body.thinking is None or body.thinking.display != "omitted"
         return MessagesResponse(generation, pipeline.settings.keepalive_s, shows_thinking=shows)
 

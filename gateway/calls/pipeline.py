@@ -55,13 +55,7 @@ class Pipeline:
         self.earlier = EarlierCalls(settings, bus, fleet, resolver.own, replies)
 
     async def run(self, call: ParsedCall) -> Generation:
-        """Take a call from *parse* to *follow*, or find it by its Idempotency-Key where it was submitted before.
-
-        Raises what the client did wrong, Overloaded and Unavailable.
-        """
-        earlier = await self.earlier.find(call.sent, call.caller) if call.sent is not None else None
-        if earlier is not None:
-            return await self.attach(call, earlier)
+        """Take a call from *parse* to *follow*. Raises what the client did wrong, Overloaded and Unavailable."""
         admitted = await self.prepare(call)
         submitted = await self.submitter.submit(admitted)
         if isinstance(submitted, m.Idempotent):  # what its key was used for, a moment ago
@@ -69,6 +63,11 @@ class Pipeline:
         large.release()
         memory.hold(admitted.num_bytes)
         return self.follow(submitted)
+
+    async def run_once(self, call: ParsedCall) -> Generation:
+        """Run a call, or follow what its Idempotency-Key was used for before. Raises as `run` and `attach`."""
+        earlier = await self.earlier.find(call.sent, call.caller) if call.sent is not None else None
+        return await self.run(call) if earlier is None else await self.attach(call, earlier)
 
     async def prepare(self, call: ParsedCall) -> AdmittedCall:
         """Take a call from *parse* to *admit*: what costs least is refused first. Raises as `run`."""

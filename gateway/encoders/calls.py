@@ -101,11 +101,11 @@ class EncoderCalls:
         return self._answer(await self._run(parsed, sent), write_scores(request, num_firsts))
 
     async def _run(self, call: ParsedCall, sent: Sent | None) -> Generation:
-        """Follow a call, or what its Idempotency-Key was used for before. Raises as `Pipeline.run`."""
+        """Follow a call, or what its Idempotency-Key was used for before. Raises as `Pipeline.run_once`."""
         if sent is None or not sent.key:
             return await self._pipeline.run(call)
         await self._pipeline.fleet.require(worker=False)  # without the base model's sizes no numbers can be read
-        return await self._pipeline.run(msgspec.structs.replace(call, sent=sent))
+        return await self._pipeline.run_once(msgspec.structs.replace(call, sent=sent))
 
     def _answer(self, generation: Generation, write: Write) -> EncoderResponse:
         return EncoderResponse(generation, write, native=False, keepalive_s=self._settings.keepalive_s)

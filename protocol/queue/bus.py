@@ -18,7 +18,7 @@ from protocol.queue.calls import Input, most_log_bytes, packed_bodies, sealed_bo
 from protocol.queue.dead_letters import DeadLetters
 from protocol.queue.files import Files
 from protocol.queue.jobs import Jobs, NewJob
-from protocol.queue.line import Line
+from protocol.queue.line import LOST, Line, NotTakenError
 from protocol.queue.members import Members
 from protocol.queue.quota import Quota, standing_of
 from protocol.queue.redis_client import CONNECTION_ERRORS, MemoryFull, QueueError, connect, read_many
@@ -99,7 +99,10 @@ class Bus:
 
     async def get(self, key: str, type_: type[T]) -> T | None:
         """Return a message stored under a key."""
-        raw = await self._redis.get(key)
+        try:
+            raw = await self._line.ask(("GET", key))
+        except (*LOST, NotTakenError):  # redis-py connects again
+            raw = await self._redis.get(key)
         return None if raw is None else decode(raw, type_)
 
     async def get_many(self, keys: Sequence[str], type_: type[T]) -> list[T | None]:
