@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8, help="calls at a time")
     parser.add_argument("--attackers", type=int, default=0, help="tenants that attack meanwhile; then API keys are on")
     parser.add_argument("--lines", type=int, default=0, help="of the batches that run meanwhile, one after the other")
+    parser.add_argument("--adapters", type=int, default=0, help="that these lines ask; 0: those that clients ask")
     parser.add_argument("--gateways", type=int, default=2)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1, help="of faults and calls")
@@ -40,7 +41,7 @@ def main() -> int:
     shape = Shape(args.gateways, 2, tuple(f"w{i}" for i in range(args.workers)))
     plan = Plan(
         args.faults, args.every, args.clients, args.seed, args.minutes * 60, shape, args.alone, args.kills_only,
-        args.lines, args.attackers,
+        args.lines, args.adapters, args.attackers,
     )  # fmt: skip
     set_up_logging("chaos", "info")
     logging.getLogger("httpx2").setLevel("WARNING")
@@ -65,7 +66,10 @@ async def _run(plan: Plan, folder: Path) -> Tally:
     model = make_tiny_model(folder / "model", max_len=2048)
     for seed, (name, rank) in enumerate(RANKS.items(), start=1):
         make_adapter(folder / "adapters" / name, model, rank=rank, seed=seed)
-    async with prepared(plan, folder, model, list(RANKS)) as run:
+    of_lines = [f"line-{number:02}" for number in range(plan.num_adapters)]
+    for number, name in enumerate(of_lines):
+        make_adapter(folder / "adapters" / name, model, rank=8, seed=100 + number)
+    async with prepared(plan, folder, model, list(RANKS), of_lines) as run:
         return await run.run()
 
 

@@ -67,6 +67,12 @@ def catalogue(models: Sequence[str], rng: random.Random) -> list[Ask]:
     ]
 
 
+def one_ask(model: str, number: int) -> Ask:
+    """Return a short ask for a model, greedy or seeded."""
+    sampling = {**SEEDED, "seed": number} if number % 3 == 2 else GREEDY
+    return Ask(model, PROMPTS[number % len(PROMPTS)], NUM_TOKENS[0], tuple(sampling.items()))
+
+
 class Transformers:
     """The oracle: transformers and PEFT, one request at a time, with the worker's sampling."""
 

@@ -26,6 +26,7 @@ class BatchClient:
         """`key`: the API key that it shows; "" for a fleet that asks for none."""
         self._urls = urls
         self._next = 0
+        self.ended: set[tuple[str, str]] = set()  # (type of the event, id of the batch)
         self._expected = expected
         limits = httpx2.Limits(max_keepalive_connections=0)  # a connection from before a kill would only fail
         shown = {"authorization": f"Bearer {key}"} if key else {}
@@ -55,6 +56,7 @@ class BatchClient:
                 return None if "no batch" in batch["error"] or "no file" in batch["error"] else [batch["error"]]
             await asyncio.sleep(POLL_S)
             batch = await self._insist("GET", f"/v1/batches/{batch['id']}")
+        self.ended.add((f"batch.{batch['status']}", batch["id"]))
         if batch["status"] != "completed" or batch["request_counts"] != {
             "total": num_lines, "completed": num_lines, "failed": 0
         }:  # fmt: skip

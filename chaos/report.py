@@ -33,6 +33,8 @@ class Report(msgspec.Struct):
     violations: list[str]
     num_runs: int = 1
     attacks: dict[str, int] = {}  # name -> rounds
+    num_ended: int = 0  # jobs and batches that a webhook had to tell of
+    num_webhooks: int = 0  # that arrived
 
 
 def report_of(tally: Tally, plan: Plan, words: Sequence[str]) -> Report:
@@ -50,6 +52,8 @@ def report_of(tally: Tally, plan: Plan, words: Sequence[str]) -> Report:
         num_tokens=tally.num_tokens,
         rss_mb=tally.rss_mb,
         attacks=dict(tally.attacks),
+        num_ended=tally.num_ended,
+        num_webhooks=tally.num_webhooks,
         violations=[f"seed {plan.seed}: {violation}" for violation in tally.violations],
     )
 
@@ -67,6 +71,8 @@ def merged(reports: Sequence[Report]) -> Report:
         first.dates = sorted({*first.dates, *other.dates})
         first.elapsed_s += other.elapsed_s
         first.num_tokens += other.num_tokens
+        first.num_ended += other.num_ended
+        first.num_webhooks += other.num_webhooks
         first.violations += other.violations
         first.num_runs += other.num_runs
     return first
@@ -86,12 +92,13 @@ def as_markdown(report: Report) -> str:
     told = ", ".join(f"{num} {code}" for code, num in sorted(report.told.items())) or "nothing"
     runs = "" if report.num_runs == 1 else f", {report.num_runs} such runs with a seed each"
     attacks = f"{sum(report.attacks.values())} rounds of {len(report.attacks)} attacks. " if report.attacks else ""
+    told_of = f"{report.num_webhooks} webhooks told of {report.num_ended} ends. " if report.num_ended else ""
     num_kills = sum(num for name, num in report.faults.items() if name.partition(": ")[2] in KILLS)
     lines = [
         f"`{report.command}`{runs} on {report.machine}, {', '.join(report.dates)}: {sum(report.faults.values()):,} "
         f"faults, {num_kills:,} of them kills, in {report.elapsed_s / 60:.0f} min, "
         f"{sum(report.calls.values()):,} calls answered whole ({calls}), "
-        f"{report.num_tokens:,} tokens. Attempts that were not: {told}. {attacks}"
+        f"{report.num_tokens:,} tokens. Attempts that were not: {told}. {attacks}{told_of}"
         f"**Violations: {len(report.violations)}.**",
         "",
         "| fault | times | streams concerned | pause p50, s | p99 | longest |",

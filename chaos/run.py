@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import secrets
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Sequence
@@ -15,13 +16,14 @@ from pathlib import Path
 import psutil
 
 from chaos import check
-from chaos.asks import Ask, Expected, Transformers, catalogue, decidable
+from chaos.asks import Ask, Expected, Transformers, catalogue, decidable, one_ask
 from chaos.attacker import HUNG, Attacker
 from chaos.attacks import BODY_ATTACKS
 from chaos.batches import BatchClient
 from chaos.client import GIVE_UP_S, STYLES, Attempt, Call, Client
 from chaos.faults import Havoc, Hit
 from chaos.fleet import ProcessFleet, Shape
+from chaos.webhooks import Receiver, receiving
 from chaos.wire_attacks import WIRE_ATTACKS
 from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.wire.keys import CLASSES
@@ -51,6 +53,7 @@ class Plan:
     alone: bool = False  # one fault at a time
     kills_only: bool = False  # once each fault has been done
     num_lines: int = 0  # of the batches that a client runs, one after the other; 0: there is no such client
+    num_adapters: int = 0  # of those lines, beside which nobody asks them; 0: lines ask what clients ask
     num_attackers: int = 0  # if there are any, API keys are on, and they are another tenant than the clients
 
 
@@ -69,16 +72,27 @@ class Tally:
     elapsed_s: float = 0.0
     rss_mb: dict[str, tuple[float, float]] = field(default_factory=dict)  # of each process, at begin and end
     num_dead_letters: int = 0
+    num_ended: int = 0  # jobs and batches that clients saw the end of, and a webhook had to tell of
+    num_webhooks: int = 0  # that arrived and were not refused
 
 
 class Run:
     """Clients and checks against one fleet."""
 
-    def __init__(self, fleet: ProcessFleet, plan: Plan, asks: list[Ask], keys: Sequence[str] = ("", "")) -> None:
-        """`keys`: the API keys of the clients and of the attackers, "" without any."""
+    def __init__(
+        self, fleet: ProcessFleet, plan: Plan, asks: list[Ask], keys: Sequence[str] = ("", ""),
+        lines: Sequence[Ask] = (), receiver: Receiver | None = None,
+    ) -> None:  # fmt: skip
+        """`keys`: the API keys of the clients and of the attackers, "" without any.
+
+        lines: what batches ask, () for what clients ask. receiver: of webhooks.
+        """
         self.fleet = fleet
         self.plan = plan
         self.asks = asks
+        self._lines = lines or asks
+        self._receiver = receiver
+        self._ended: set[tuple[str, str]] = set()  # (type of the event, id) of what clients saw the end of
         self.expected: dict[Ask, Expected] = {}
         self.tally = Tally()
         self.havoc = Havoc(fleet, random.Random(plan.seed), kills_only=plan.kills_only)
@@ -95,8 +109,9 @@ class Run:
     async def ask_undisturbed(self, answers: dict[Ask, list[int]]) -> None:
         """Ask everything once, for the answers that must come under faults too. They must be those of transformers."""
         room = asyncio.Semaphore(8)
-        found = await asyncio.gather(*(self._ask_once(ask, room) for ask in self.asks))
-        self.expected = dict(zip(self.asks, found, strict=True))
+        asks = list(dict.fromkeys([*self.asks, *self._lines]))
+        found = await asyncio.gather(*(self._ask_once(ask, room) for ask in asks))
+        self.expected = dict(zip(asks, found, strict=True))
         for ask, ids in answers.items():
             if list(memoryview(self.expected[ask].ids).cast("i")) != ids:
                 raise RuntimeError(f"transformers answers {ask} in another way")
@@ -147,7 +162,8 @@ class Run:
     async def _run_batches(self, stop: asyncio.Event) -> None:
         """Run one batch after the other; the last one is run to its end after the faults."""
         rng = random.Random(f"{self.plan.seed} batches")
-        client = BatchClient(self.fleet.urls, self._client_key, self.expected)
+        expected = {ask: self.expected[ask] for ask in self._lines}
+        client = BatchClient(self.fleet.urls, self._client_key, expected)
         try:
             while not stop.is_set():
                 wrong = await client.run(self.plan.num_lines, rng)
@@ -157,6 +173,7 @@ class Run:
                 self.tally.violations += [f"batch: {what}" for what in wrong]
                 self.tally.calls["batch"] += self.plan.num_lines
         finally:
+            self._ended |= client.ended
             await client.close()
 
     async def _be_attacker(self, number: int, stop: asyncio.Event) -> None:
@@ -185,6 +202,8 @@ class Run:
         if call.is_complete:
             tally.calls[call.style] += 1
             tally.num_tokens += expected.num_tokens
+            if call.style == "job" and not self._may_be_forgotten(call.attempts[-1]):
+                self._ended.add(("job.completed", f"job_{call.attempts[-1].call}"))
         else:
             self._accuse(call, call.attempts[-1], ["was never answered"])
         self._note_pauses(call)
@@ -246,6 +265,9 @@ class Run:
                 break
             await asyncio.sleep(0.5)
         self._check_lost_batches()
+        if self._receiver is not None:
+            self.tally.violations += await self._receiver.missing(self._ended, SETTLE_S)
+            self.tally.num_ended, self.tally.num_webhooks = len(self._ended), self._receiver.arrived.total()
         self.tally.num_dead_letters = await self.fleet.bus.streams.length(self.fleet.bus.keys.dlq)
         if self.tally.num_dead_letters:
             self.tally.violations.append(f"{self.tally.num_dead_letters} dead letters")
@@ -273,28 +295,38 @@ class Run:
 
 
 @asynccontextmanager
-async def prepared(plan: Plan, folder: Path, model: Path, names: Sequence[str]) -> AsyncIterator[Run]:
+async def prepared(
+    plan: Plan, folder: Path, model: Path, names: Sequence[str], of_lines: Sequence[str] = ()
+) -> AsyncIterator[Run]:  # fmt: skip
     """Start a fleet with the adapters `names` of `folder`/adapters, ask it everything undisturbed, and yield the run.
 
-    The fleet ends with the context.
+    of_lines: more adapters, which the lines of batches ask. The fleet ends with the context.
     """
     adapters = folder / "adapters"
     asks = catalogue(["base", *names], random.Random(plan.seed))
-    answers = await asyncio.to_thread(decidable, asks, Transformers(model, adapters, names))
-    logger.info("%d of %d asks have an answer that rounding cannot change", len(answers), len(asks))
+    lines = [one_ask(name, number) for number, name in enumerate(of_lines)]
+    oracle = Transformers(model, adapters, [*names, *of_lines])
+    answers = await asyncio.to_thread(decidable, [*asks, *lines], oracle)
+    logger.info("%d of %d asks have an answer that rounding cannot change", len(answers), len(asks) + len(lines))
     with_keys = plan.num_attackers > 0
-    fleet = ProcessFleet.prepare(folder, model, adapters, durable=True, max_attempts=MAX_ATTEMPTS, api_keys=with_keys)
+    fleet = ProcessFleet.prepare(
+        folder, model, adapters, durable=True, max_attempts=MAX_ATTEMPTS, api_keys=with_keys, private_webhooks=True,
+        secret=secrets.token_hex(16),
+    )  # fmt: skip
     try:
         await fleet.start_all(plan.shape)
         create = fleet.bus.api_keys.create
         keys = [(await create(name, ["infer"]))[0] for name in ("clients", "attackers")] if with_keys else ["", ""]
-        run = Run(fleet, plan, list(answers), keys)
-        try:
-            logger.info("the fleet is up")
-            await run.ask_undisturbed(answers)
-            logger.info("undisturbed answers are known")
-            yield run
-        finally:
-            await run.close()
+        async with receiving(plan.seed) as receiver:
+            known = [ask for ask in asks if ask in answers]
+            run = Run(fleet, plan, known, keys, [ask for ask in lines if ask in answers], receiver)
+            try:
+                logger.info("the fleet is up")
+                await receiver.subscribe(fleet.url, keys[0])
+                await run.ask_undisturbed(answers)
+                logger.info("undisturbed answers are known")
+                yield run
+            finally:
+                await run.close()
     finally:
         await fleet.close()

@@ -1,0 +1,87 @@
+"""Webhooks under faults: a web server that checks every signature, refuses some, and counts what has arrived."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx2
+import orjson
+from openai import InvalidWebhookSignatureError, OpenAI
+
+from chaos.fleet import until
+
+logger = logging.getLogger(__name__)
+
+EVENTS = ("batch.completed", "batch.failed", "batch.expired", "batch.cancelled", "job.completed", "job.failed")
+REFUSED = 0.2
+"""Share of deliveries that are answered with 503, to be sent again."""
+
+
+class Receiver:
+    """Takes the webhooks of one tenant."""
+
+    def __init__(self, seed: int) -> None:
+        """seed: of which are refused."""
+        self.url = ""
+        self.secret = ""  # that they are signed with
+        self.arrived: Counter[tuple[str, str]] = Counter()  # (type, id of the job or batch) -> times, refused ones not
+        self.violations: list[str] = []
+        self._rng = random.Random(f"{seed} webhooks")
+        self._openai = OpenAI(api_key="none")
+        self._events: dict[str, str] = {}  # webhook-id -> the event's data
+
+    async def subscribe(self, url: str, key: str) -> None:
+        """Have the ends of all jobs and batches of an API key sent here. url: of a gateway."""
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        wanted = {"name": "chaos", "url": self.url, "event_types": list(EVENTS)}
+        async with httpx2.AsyncClient(trust_env=False, headers=headers) as http:
+            answer = await http.post(f"{url}/v1/webhook_endpoints", json=wanted)
+        self.secret = answer.raise_for_status().json()["signing_secret"]
+
+    async def missing(self, ended: set[tuple[str, str]], wait_s: float) -> list[str]:
+        """Return what is wrong once all that ended should have arrived. ended: (type, id)."""
+        await until(lambda: ended <= self.arrived.keys(), wait_s)
+        never = sorted(ended - self.arrived.keys())
+        return [*self.violations, *(f"no webhook has told of {type_} {id_}" for type_, id_ in never)]
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Take one webhook. A gateway that dies in the middle has sent nothing."""
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+            headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in head[1:] if line)}
+            body = await reader.readexactly(int(headers["content-length"]))
+            status = "503 Busy" if self._rng.random() < REFUSED else "200 OK"
+            self._take(headers, body, is_counted=status == "200 OK")
+            writer.write(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+            await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            logger.info("a webhook was cut off: %s", error)
+        finally:
+            writer.close()
+
+    def _take(self, headers: dict[str, str], body: bytes, *, is_counted: bool) -> None:
+        try:
+            self._openai.webhooks.unwrap(body.decode(), headers, secret=self.secret)
+        except InvalidWebhookSignatureError as error:
+            self.violations.append(f"a webhook is not signed: {error}")
+        event = orjson.loads(body)
+        told = f"{event['type']} {event['data']['id']}"
+        if self._events.setdefault(headers["webhook-id"], told) != told or event["id"] != headers["webhook-id"]:
+            self.violations.append(f"{headers['webhook-id']} tells of {told} and of {self._events[event['id']]}")
+        if is_counted:
+            self.arrived[event["type"], event["data"]["id"]] += 1
+
+
+@asynccontextmanager
+async def receiving(seed: int) -> AsyncIterator[Receiver]:
+    """Run a receiver on this machine."""
+    receiver = Receiver(seed)
+    server = await asyncio.start_server(receiver.serve, "127.0.0.1", 0)
+    receiver.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/hook"
+    async with server:
+        yield receiver
