@@ -11,9 +11,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 import httpx2
 
@@ -26,6 +27,41 @@ STANDBY_S = 3.0
 """Age in s at which a scheduler counts as up: a standby cannot be observed."""
 
 
+class ServiceProcess(Protocol):
+    """The part of `subprocess.Popen` that a fleet uses."""
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        ...
+
+    @property
+    def returncode(self) -> int | Any:
+        """The exit code, or the signal that ended it as a negative number; None while it runs."""
+        ...
+
+    def poll(self) -> int | None:
+        """Return `returncode` of now."""
+        ...
+
+    def wait(self) -> int:
+        """Wait for the end; return `returncode`."""
+        ...
+
+    def send_signal(self, sig: int) -> None:
+        """Send a signal, if it still runs."""
+        ...
+
+
+Spawn = Callable[[Sequence[str], Mapping[str, str], int, BinaryIO], ServiceProcess]
+"""Starts a command in a session of its own, given its environment, its standard input and the file of its output."""
+
+
+def spawn(command: Sequence[str], environment: Mapping[str, str], stdin: int, log: BinaryIO) -> ServiceProcess:
+    """Start a command as a program of its own; see `Spawn`."""
+    return subprocess.Popen(command, env=environment, stdin=stdin, stdout=log, stderr=log, start_new_session=True)
+
+
 @dataclass(slots=True)
 class Member:
     """One service process and its successors."""
@@ -34,7 +70,7 @@ class Member:
     name: str
     settings: Settings
     log: Path
-    process: subprocess.Popen[bytes] | None = None
+    process: ServiceProcess | None = None
     started_ms: int = 0  # unix time
     paused: bool = False  # by SIGSTOP
     within: tuple[str, ...] = ()  # a command that replaces itself by the service's, such as nsenter
@@ -75,11 +111,14 @@ class ProcessFleet:
     bus: Bus
     http: httpx2.AsyncClient
     members: dict[str, Member] = field(default_factory=dict)
+    spawn: Spawn = spawn
     _lifeline: tuple[int, int] = field(default_factory=os.pipe)  # members end when this process does
 
     @classmethod
-    def prepare(cls, folder: Path, model: Path, adapters: Path, *, durable: bool, **settings: object) -> ProcessFleet:
-        """Start the queue alone. `settings` are for every member."""
+    def prepare(
+        cls, folder: Path, model: Path, adapters: Path, *, durable: bool, spawn: Spawn = spawn, **settings: object
+    ) -> ProcessFleet:
+        """Start the queue alone. spawn: how members are started. `settings` are for every member."""
         queue = start_embedded(folder / "queue", durable=durable)
         values: dict[str, object] = {
             "redis_url": queue.url, "model": str(model), "adapters": adapters, "data": folder / "data", "device": "cpu",
@@ -87,7 +126,7 @@ class ProcessFleet:
             "adapter_host_bytes": 64 << 20,
         }  # fmt: skip
         http = httpx2.AsyncClient(timeout=2, trust_env=False)
-        return cls(folder, Settings.model_validate(values | settings), queue, Bus(queue.url), http)
+        return cls(folder, Settings.model_validate(values | settings), queue, Bus(queue.url), http, spawn=spawn)
 
     # ------------------------------------------------------------ members
 
@@ -107,10 +146,9 @@ class ProcessFleet:
         environment = os.environ | member.settings.environment() | {lifeline.VARIABLE: "1", "OMP_NUM_THREADS": "1"}
         command = [*member.within, sys.executable, "-m", "lorafleet", "serve", service]
         member.started_ms, member.paused = now_ms(), False
+        start = spawn if member.within else self.spawn
         with member.log.open("ab") as log:
-            member.process = subprocess.Popen(
-                command, env=environment, stdin=self._lifeline[0], stdout=log, stderr=log, start_new_session=True
-            )
+            member.process = start(command, environment, self._lifeline[0], log)
         return member
 
     async def start_all(self, shape: Shape) -> None:

@@ -18,6 +18,7 @@ import pytest_asyncio
 from helpers.factories import make_adapter, make_tiny_model
 from helpers.fleets import chunks, completion
 from helpers.hosts import two_hosts
+from helpers.preloaded import fork
 from helpers.text_oracle import Oracle
 from helpers.waiting import wait_until
 from safetensors.torch import load_file, save_file
@@ -41,8 +42,8 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proce
         make_adapter(folder / "adapters" / name, model, seed=seed)
     with two_hosts() as (near, far):
         running = ProcessFleet.prepare(
-            folder, model, folder / "adapters", durable=False, secret="of this test's fleet", scan_interval_s=0.2,
-            max_num_seqs=NUM_RUNNING, keepalive_s=0.1,
+            folder, model, folder / "adapters", durable=False, spawn=fork, secret="of this test's fleet",
+            scan_interval_s=0.2, max_num_seqs=NUM_RUNNING, keepalive_s=0.1,
         )  # fmt: skip
         running.add("store", store_host=near.address).within = near.within
         hide = "; ".join(f"mkdir -p '{hidden}'; mount -t tmpfs none '{hidden}'" for hidden in hidden_folders(running))

@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from helpers.factories import make_adapter, make_tiny_model
 from helpers.hosts import MEMORY, Host, MemoryGroup, memory_group, relay, two_hosts
+from helpers.preloaded import fork
 from helpers.waiting import wait_until
 
 from chaos.asks import GREEDY, Ask
@@ -50,6 +51,7 @@ async def started(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tup
             model,
             folder / "adapters",
             durable=False,
+            spawn=fork,
             request_timeout_s=200,
             secret="the fleet of this test",
         )

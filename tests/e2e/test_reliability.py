@@ -15,17 +15,18 @@ import httpx2
 import pytest
 import pytest_asyncio
 from helpers.factories import make_adapter, make_tiny_model
+from helpers.preloaded import fork
 from helpers.waiting import wait_until
 
 from chaos.asks import GREEDY, Ask
 from chaos.client import Attempt, Call, Client
-from chaos.fleet import ProcessFleet, Shape
+from chaos.fleet import Member, ProcessFleet, Shape
 from protocol.wire import messages as m
 
 SHAPE = Shape(gateways=2, schedulers=2, workers=("w0", "w1"), stores=1)
 MODELS = ("base", "one", "two")
 NUM_TOKENS = 150
-PAUSE_S = 0.5
+PAUSE_S = 1.0
 """Between two calls of a client: what restarts needs the cores."""
 
 
@@ -36,7 +37,14 @@ async def shared_fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterato
     for seed, name in enumerate(MODELS[1:], start=1):
         make_adapter(folder / "adapters" / name, model, seed=seed)
     running = ProcessFleet.prepare(
-        folder, model, folder / "adapters", durable=True, request_timeout_s=120, max_attempts=3, keepalive_s=1
+        folder,
+        model,
+        folder / "adapters",
+        durable=True,
+        spawn=fork,
+        request_timeout_s=120,
+        max_attempts=3,
+        keepalive_s=1,
     )
     try:
         await running.start_all(SHAPE)
@@ -125,15 +133,23 @@ class Traffic:
 
 
 async def test_restarts_of_every_service_under_load_show_no_error(fleet: ProcessFleet, right: dict[Ask, str]) -> None:
+    """First one of each service, all at the same time, then the other ones."""
+    members = list(fleet.members.values())
+    first = {member.service: member for member in members}.values()
     async with Traffic(fleet, right) as traffic:
-        for member in list(fleet.members.values()):
-            fleet.signal(member.name, signal.SIGTERM)
-            await wait_until(lambda member=member: not member.is_running, f"{member.name} has drained", timeout_s=60)
-            assert member.process is not None
-            assert member.process.returncode == 0, member.log_tail()
-            fleet.start(member.service, member.name)
-            await wait_until(lambda member=member: fleet.is_up(member), f"{member.name} is back", timeout_s=100)
+        await asyncio.gather(*(restart(fleet, member) for member in first))
+        await asyncio.gather(*(restart(fleet, member) for member in members if member not in first))
     assert traffic.errors == []
+
+
+async def restart(fleet: ProcessFleet, member: Member) -> None:
+    """Drain a member, start it again and wait until it works."""
+    fleet.signal(member.name, signal.SIGTERM)
+    await wait_until(lambda: not member.is_running, f"{member.name} has drained", timeout_s=60)
+    assert member.process is not None
+    assert member.process.returncode == 0, member.log_tail()
+    fleet.start(member.service, member.name)
+    await wait_until(lambda: fleet.is_up(member), f"{member.name} is back", timeout_s=100)
 
 
 async def test_another_gateway_tells_what_a_killed_one_had_begun(fleet: ProcessFleet, right: dict[Ask, str]) -> None:

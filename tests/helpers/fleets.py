@@ -21,6 +21,7 @@ import psutil
 
 from chaos.fleet import ProcessFleet, Shape
 from helpers.factories import make_adapter, make_tiny_model
+from helpers.preloaded import fork
 from helpers.processes import with_variable, working_below
 from lorafleet.launcher.machine import claim_port
 from lorafleet.launcher.queue_users import password_file
@@ -114,7 +115,7 @@ async def tiny_fleet(folder: Path, adapters: Sequence[str]) -> AsyncIterator[Pro
     model = make_tiny_model(folder / "model")
     for seed, name in enumerate(adapters, start=1):
         make_adapter(folder / "adapters" / name, model, seed=seed)
-    fleet = ProcessFleet.prepare(folder, model, folder / "adapters", durable=False)
+    fleet = ProcessFleet.prepare(folder, model, folder / "adapters", durable=False, spawn=fork)
     try:
         await fleet.start_all(Shape())
         yield fleet

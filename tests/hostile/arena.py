@@ -16,6 +16,7 @@ from unittest.mock import patch
 import psutil
 from helpers.factories import make_adapter, make_tiny_model
 from helpers.hub_stub import HubStub, Repo, run_hub
+from helpers.preloaded import fork
 from helpers.waiting import wait_until
 from hostile import hostile_adapters
 from hostile.adapter_attacks import ADAPTER_ATTACKS, HIDDEN, SECRET, asking, peeping, stealing
@@ -237,7 +238,7 @@ async def arena_in(folder: Path, model: Path | None = None, **settings: Any) -> 
         values |= {"gateway_memory": GATEWAY_MEMORY}
         values |= {"tenant_places": "org"}  # what the fleet's own token reads there is for all who may see the name
         fleet = ProcessFleet.prepare(
-            folder, model, root, durable=True, secret="the secret of the arena", **values | settings
+            folder, model, root, durable=True, spawn=fork, secret="the secret of the arena", **values | settings
         )
         victim: Victim | None = None
         try:

@@ -44,15 +44,11 @@ def test_matches_reference(step: str, heads: tuple[int, int], head_dims: tuple[i
     check(attention_case(query_lens, kv_lens, heads, head_dims, dtype))
 
 
-@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(
-    "options",
+    ("step", "options"),
     [
-        {"window": 1},
-        {"window": 20},
-        {"softcap": 2.0},
-        {"sinks": True},
-        {"window": 33, "softcap": 5.0, "sinks": True},
+        *(("mixed", options) for options in ({"window": 1}, {"window": 20}, {"softcap": 2.0}, {"sinks": True})),
+        *((step, {"window": 33, "softcap": 5.0, "sinks": True}) for step in STEPS),
     ],
     ids=str,
 )
