@@ -170,7 +170,7 @@ class EngineThread(EngineHandle):
 
     def _run(self) -> None:
         error: BaseException | None = None
-        # The model stays. Otherwise each full collection would walk all its objects between steps, for 0.1 s.
+        # The model stays until the process ends. Each full collection would walk all its objects between steps, for 0.1 s.
         gc.collect()
         gc.freeze()
         try:
@@ -181,7 +181,6 @@ class EngineThread(EngineHandle):
                 self._check_when_idle()
         except BaseException as crash:  # noqa: BLE001  the thread's edge, also for panics of libraries in Rust
             error = crash
-        gc.unfreeze()
         try:
             self._end()
         except BaseException as crash:  # noqa: BLE001  see above

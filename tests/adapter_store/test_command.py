@@ -12,7 +12,8 @@ from helpers.adapter_files import lora_config, lora_tensors, safetensors, write_
 from helpers.other_formats import peft_pairs, write_gguf, write_mlx
 from safetensors.numpy import load_file
 
-from adapter_store.command import add_arguments, describe_base, run
+from adapter_store.command import add_arguments, run
+from gpu_worker.describe import describe
 from lorafleet.__main__ import main
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.wire.messages import ServedModel
@@ -32,8 +33,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def described(base: str) -> ServedModel:
-    """What the process with torch says of the base, once for all tests but the first."""
-    return describe_base(base)
+    """What the process with torch says of the base; the first test has it say so."""
+    return describe(base)
 
 
 def adapter(described: ServedModel, *words: str) -> int:
