@@ -170,7 +170,8 @@ class EngineThread(EngineHandle):
 
     def _run(self) -> None:
         error: BaseException | None = None
-        # The model stays until the process ends. Each full collection would walk all its objects between steps, for 0.1 s.
+        # The model stays until the process ends. Each full collection would walk all its objects between steps, for
+        # 0.1 s.
         gc.collect()
         gc.freeze()
         try:

@@ -39,7 +39,7 @@ FLEET_TOKEN = "hf_fleet"
 FATAL_BYTES = 4 << 30
 """A member that takes so much is ended, which fails its trial: the machine is not for it alone."""
 
-SAMPLE_S = 0.05
+SAMPLE_S = 0.1
 SETTLE_S = 60.0
 
 CROWD = Crowd(holders=4, connections=540)

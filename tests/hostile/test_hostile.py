@@ -16,7 +16,7 @@ from hostile.arena import NAMES, Arena, arena_in
 SECONDS = float(os.environ.get("LORAFLEET_HOSTILE_S", "0.1"))
 """How long rounds of an attack are begun; each has one at least."""
 
-ALONE_S = 3.0
+ALONE_S = 1.0
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
