@@ -14,9 +14,9 @@ from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from lorafleet.api import Api, add_flags
+from lorafleet.tables import print_list
 from protocol.wire.errors import BadRequest
 
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -116,16 +116,13 @@ def _told(batch: dict[str, Any]) -> int:
 
 
 def _list(api: Api, args: argparse.Namespace) -> int:
-    table = Table("id", "status", "endpoint", "lines", "answered", "failed", box=None, header_style="bold")
     page = api.ask("GET", "/v1/batches", params={"limit": args.limit})
-    for batch in page["data"]:
-        counts = batch["request_counts"]
-        table.add_row(
-            batch["id"], batch["status"], batch["endpoint"],
-            *(str(counts[name]) for name in ("total", "completed", "failed")),
-        )  # fmt: skip
-    console = Console(width=max(120, Console().width))
-    console.print(table if page["data"] else "no batches")
+    rows = [
+        [batch["id"], batch["status"], batch["endpoint"],
+         *(str(batch["request_counts"][name]) for name in ("total", "completed", "failed"))]
+        for batch in page["data"]
+    ]  # fmt: skip
+    print_list(("id", "status", "endpoint", "lines", "answered", "failed"), rows, "no batches")
     return 0
 
 

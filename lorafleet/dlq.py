@@ -7,12 +7,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.embedded import with_queue
+from lorafleet.tables import print_list
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
 from protocol.queue.dead_letters import DeadLetters
 from protocol.runtime.settings import Settings
@@ -56,17 +53,13 @@ async def _with_letters(settings: Settings, args: argparse.Namespace) -> int:
 
 
 async def _list(letters: DeadLetters, _: Settings, args: argparse.Namespace) -> None:
-    table = Table("id", "when", "request", "adapter", "tokens", "deaths", "why", box=None, header_style="bold")
-    found = await letters.newest(args.limit)
-    for letter_id, letter in found:
+    rows: list[list[str]] = []
+    for letter_id, letter in await letters.newest(args.limit):
         sub = letter.submit
         rid, digest = (sub.rid, sub.digest[:12] or "base") if sub else ("", letter.stream)
-        table.add_row(
-            letter_id, _time(letter.ms), rid, digest, str(letter.num_output_tokens), str(len(letter.deaths)),
-            escape(letter.reason),
-        )  # fmt: skip
-    console = Console(width=max(140, Console().width))
-    console.print(table if found else "no dead letters")
+        num_tokens, num_deaths = str(letter.num_output_tokens), str(len(letter.deaths))
+        rows.append([letter_id, _time(letter.ms), rid, digest, num_tokens, num_deaths, letter.reason])
+    print_list(("id", "when", "request", "adapter", "tokens", "deaths", "why"), rows, "no dead letters")
 
 
 async def _show(letters: DeadLetters, _: Settings, args: argparse.Namespace) -> None:

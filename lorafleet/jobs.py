@@ -7,11 +7,8 @@ import json
 import sys
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from lorafleet.api import Api, add_flags
+from lorafleet.tables import print_list
 from protocol.wire.errors import Internal
 
 
@@ -45,14 +42,9 @@ def run(args: argparse.Namespace) -> int:
 def _list(api: Api, args: argparse.Namespace) -> int:
     wanted = {"limit": args.limit, "status": args.status, "model": args.model}
     page = api.ask("GET", "/v1/jobs", params={name: value for name, value in wanted.items() if value is not None})
-    table = Table("id", "status", "model", "endpoint", "tokens", "attempts", box=None, header_style="bold")
-    for job in page["data"]:
-        table.add_row(
-            job["id"], job["status"], escape(job["model"]), job["endpoint"], str(job["tokens_generated"]),
-            str(job["attempts"]),
-        )  # fmt: skip
-    console = Console(width=max(140, Console().width))
-    console.print(table if page["data"] else "no jobs")
+    columns = ("id", "status", "model", "endpoint", "tokens", "attempts")
+    names = ("id", "status", "model", "endpoint", "tokens_generated", "attempts")
+    print_list(columns, [[str(job[name]) for name in names] for job in page["data"]], "no jobs")
     return 0
 
 

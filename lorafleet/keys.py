@@ -11,11 +11,10 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.embedded import with_queue
+from lorafleet.tables import print_list
 from protocol.queue.api_keys import SCOPES, ApiKeys, Tenant
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError, now_ms
 from protocol.runtime.settings import Settings, names_of
@@ -93,18 +92,16 @@ async def _create(keys: ApiKeys, args: argparse.Namespace) -> None:
 
 
 async def _list(keys: ApiKeys, _: argparse.Namespace) -> None:
-    table = Table(
+    columns = (
         "id", "tenant", "scopes", "created", "expires", "requests/min", "tokens/min", "at once", "bytes", "weight",
-        "adapters", "note", box=None, header_style="bold",
+        "adapters", "note",
     )  # fmt: skip
-    found = await keys.all()
-    for key, tenant in found:
-        table.add_row(
-            key.id, key.tenant, _scopes(key.scopes), _time(key.created_ms), _expiry(key.expires_ms), *_limits(tenant),
-            f"{tenant.weight:g}", escape(" ".join(tenant.adapters)), escape(key.note),
-        )  # fmt: skip
-    console = Console(width=max(160, Console().width))
-    console.print(table if found else "no keys")
+    rows = [
+        [key.id, key.tenant, _scopes(key.scopes), _time(key.created_ms), _expiry(key.expires_ms), *_limits(tenant),
+         f"{tenant.weight:g}", " ".join(tenant.adapters), key.note]
+        for key, tenant in await keys.all()
+    ]  # fmt: skip
+    print_list(columns, rows, "no keys", width=160)
 
 
 async def _revoke(keys: ApiKeys, args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -34,6 +35,9 @@ MIN_LIFE_S, MAX_LIFE_S = 3600, 30 * 86_400
 
 SWEEP_S = 60.0
 """Pause between looks for files that have expired."""
+
+TIDY_S = 3600.0
+"""Mean pause between looks for files that were never finished: each goes through the whole storage."""
 
 _EXPIRY = ("expires_after[anchor]", "expires_after[seconds]")
 
@@ -142,17 +146,18 @@ class FileService:
     # ------------------------------------------------------------ expiry
 
     async def sweep(self) -> None:
-        """Delete what has expired, until cancelled."""
+        """Delete what has expired or was never finished, until cancelled."""
         while True:
             try:
                 await self.delete_expired()
+                if random.random() < SWEEP_S / TIDY_S:  # at other times than other gateways
+                    await self._storage.tidy()
             except (LorafleetError, *CONNECTION_ERRORS) as error:
                 logger.warning("expired files cannot be deleted now: %s", error)
             await asyncio.sleep(SWEEP_S)
 
     async def delete_expired(self) -> None:
         """Delete what has expired."""
-        await self._storage.tidy()
         while expired := await self._bus.files.expired(now_ms(), _AT_ONCE):
             for tenant, file_id in expired:
                 await self._storage.delete(place_of(file_id))
