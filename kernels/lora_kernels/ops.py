@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from lora_kernels import reference
+from lora_kernels.quantised import QuantisedWeight
 from lora_kernels.segments import (
     BLOCK_TOKENS,
     PAGE_ROWS,
@@ -31,6 +32,7 @@ from lora_kernels.tables import (
     LoraSite,
     PackedLinear,
     PagedAttention,
+    QuantisedLinear,
     RmsNorm,
     SiblingLinears,
 )
@@ -48,6 +50,8 @@ __all__ = [
     "LoraSite",
     "PackedLinear",
     "PagedAttention",
+    "QuantisedLinear",
+    "QuantisedWeight",
     "RmsNorm",
     "SiblingLinears",
     "argmax",
@@ -63,6 +67,7 @@ __all__ = [
     "lora_add_",
     "mask_logits_",
     "pack_linear",
+    "pack_quantised",
     "paged_attention",
     "recordable_attention_batch",
     "recordable_lora_batch",
@@ -131,10 +136,21 @@ def pack_linear(weight: Tensor, impl: Impl | None = None) -> PackedLinear:
     return _choose(weight, impl).pack_linear(weight)
 
 
-def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, impl: Impl | None = None) -> Tensor:
+def pack_quantised(weights: Sequence[QuantisedWeight], impl: Impl | None = None) -> QuantisedLinear:
+    """Lay out weights [N_i, K] that read one input for `linear`, side by side. They need not be of one kind.
+
+    The result holds a copy of their memory, but for the reference.
+    """
+    return _choose(weights[0].rows, impl).pack_quantised(weights)
+
+
+def linear(
+    x: Tensor, packed: PackedLinear | QuantisedLinear, bias: Tensor | None = None, impl: Impl | None = None
+) -> Tensor:
     """x @ weight.T + bias: [T, N].
 
-    x: [T, K]. packed: the weight [N, K], from `pack_linear` of the same implementation. bias: [N].
+    x: [T, K]. packed: the weight [N, K], from `pack_linear` or `pack_quantised` of the same implementation. bias: [N].
+    Quantised weights are multiplied as the numbers that they stand for, rounded to no dtype.
     """
     return _choose(x, impl).linear(x, packed, bias)
 
@@ -264,7 +280,7 @@ def decoder_stack(layers: Sequence[DecoderLayer], impl: Impl | None = None) -> D
 
     Returns None where the implementation has nothing faster than one after the other.
     """
-    return _choose(layers[0].qkv.packed.weight, impl).decoder_stack(layers)
+    return _choose(layers[0].attention_norm.weight, impl).decoder_stack(layers)
 
 
 # Filled on first use, so that an implementation is imported only once it is chosen. A dict, which torch.compile reads.

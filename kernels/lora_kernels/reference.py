@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_kernels.quantised import QuantisedWeight
 from lora_kernels.segments import BLOCK_TOKENS, PAGE_ROWS, AttentionBatch, LoraBatch
-from lora_kernels.tables import Activation, AdapterTable, DecoderLayer, LoraSite, PackedLinear
+from lora_kernels.tables import Activation, AdapterTable, DecoderLayer, LoraSite, PackedLinear, QuantisedLinear
 
 
 def lora_add_(
@@ -103,8 +104,16 @@ def pack_linear(weight: Tensor) -> PackedLinear:
     return PackedLinear(weight, out_features=weight.shape[0], in_features=weight.shape[1], layout="plain")
 
 
-def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
+def pack_quantised(weights: Sequence[QuantisedWeight]) -> QuantisedLinear:
+    """See `ops.pack_quantised`."""
+    return QuantisedLinear(list(weights), [], [], [w.out_features for w in weights], weights[0].in_features)
+
+
+def linear(x: Tensor, packed: PackedLinear | QuantisedLinear, bias: Tensor | None = None) -> Tensor:
     """See `ops.linear`."""
+    if isinstance(packed, QuantisedLinear):
+        out = torch.cat([F.linear(x.float(), weight.dequantise()) for weight in packed.weights], dim=-1)
+        return (out if bias is None else out + bias.float()).to(x.dtype)
     return F.linear(x, packed.weight, bias)
 
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from lora_kernels.quantised import QuantisedWeight
+
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
@@ -44,10 +46,21 @@ class PackedLinear:
 
 
 @dataclass(frozen=True, slots=True)
-class SiblingLinears:
-    """Linear layers that read one input, packed as one weight, and their rows of the adapter pool."""
+class QuantisedLinear:
+    """Weights of linear layers that read one input, which stay quantised, laid out for one implementation."""
 
-    packed: PackedLinear
+    weights: list[QuantisedWeight]  # of the reference alone; packed ones have taken their place elsewhere
+    panels: list[Tensor]  # uint8 [panels, bytes] of each weight, see csrc/quant_forms.h
+    forms: list[int]  # how each one's panels are laid out
+    sizes: list[int]  # output width of each
+    in_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class SiblingLinears:
+    """Linear layers that read one input, packed for one product, and their rows of the adapter pool."""
+
+    packed: PackedLinear | QuantisedLinear
     bias: Tensor | None
     sizes: list[int]  # output width of each
     sites: list[LoraSite]  # one each; empty: no adapter can change them

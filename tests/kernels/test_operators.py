@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.kernel_cases import assert_close, attention_case, lora_case
+from helpers.quantised_weights import random_weight
 
 from lora_kernels import ops
 from lora_kernels.ops import Impl
@@ -25,6 +26,11 @@ def test_schemas_and_fake_kernels_are_true(native: Impl) -> None:
     torch.library.opcheck(lorafleet.pack_linear.default, (weight,), test_utils=checks)
     packed = lorafleet.pack_linear(weight)
     torch.library.opcheck(lorafleet.linear.default, (x, packed, None, 48), test_utils=checks)
+    blocks = random_weight("q4_k", 48, 256).rows
+    torch.library.opcheck(lorafleet.pack_quantised.default, (blocks, "q4_k", 256), test_utils=checks)
+    panels, form = lorafleet.pack_quantised(blocks, "q4_k", 256)
+    quantised = (torch.randn(5, 256).to(BF16), [panels, panels], [form, form], [48, 48], None)
+    torch.library.opcheck(lorafleet.quant_linear.default, quantised, test_utils=checks)
     torch.library.opcheck(lorafleet.rms_norm.default, (x, x[0].clone(), 1e-5, residual, False), test_utils=checks)
     torch.library.opcheck(lorafleet.gated_act.default, (x, x.clone(), "silu"), test_utils=checks)
     rows, words = torch.tensor([3, 1]), torch.tensor([[5, -1], [0, 7]], dtype=torch.int32)

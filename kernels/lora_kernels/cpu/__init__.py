@@ -15,8 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.cpu.build import BuildError, build_library
+from lora_kernels.quantised import QuantisedWeight
 from lora_kernels.segments import AttentionBatch, LoraBatch
-from lora_kernels.tables import Activation, AdapterTable, DecoderLayer, LoraSite, PackedLinear, RmsNorm, SiblingLinears
+from lora_kernels.tables import (
+    Activation,
+    AdapterTable,
+    DecoderLayer,
+    LoraSite,
+    PackedLinear,
+    QuantisedLinear,
+    RmsNorm,
+    SiblingLinears,
+)
 
 _log = logging.getLogger(__name__)
 _ops = torch.ops.lorafleet
@@ -109,8 +119,18 @@ def pack_linear(weight: Tensor) -> PackedLinear:
     return PackedLinear(_ops.pack_linear.default(weight), out_features, in_features, "vnni")
 
 
-def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
+def pack_quantised(weights: Sequence[QuantisedWeight]) -> QuantisedLinear:
+    """See `ops.pack_quantised`."""
+    packed = [_ops.pack_quantised.default(weight.rows, weight.kind, weight.in_features) for weight in weights]
+    sizes = [weight.out_features for weight in weights]
+    return QuantisedLinear([], [panels for panels, _ in packed], [form for _, form in packed], sizes,
+                           weights[0].in_features)  # fmt: skip
+
+
+def linear(x: Tensor, packed: PackedLinear | QuantisedLinear, bias: Tensor | None = None) -> Tensor:
     """See `ops.linear`."""
+    if isinstance(packed, QuantisedLinear):
+        return _ops.quant_linear.default(x, packed.panels, packed.forms, packed.sizes, bias)
     if packed.layout == "plain":
         return F.linear(x, packed.weight, bias)
     return _ops.linear.default(x, packed.weight, bias, packed.out_features)
@@ -231,9 +251,11 @@ def _norm(norm: RmsNorm) -> tuple[Tensor, float, bool]:
 
 
 def _linears(linears: SiblingLinears) -> tuple[object, ...]:
-    sites = linears.sites
+    sites, packed = linears.sites, linears.packed
+    quantised = isinstance(packed, QuantisedLinear)
     return (
-        linears.packed.weight,
+        packed.panels if quantised else [packed.weight],
+        packed.forms if quantised else [],
         linears.bias,
         linears.sizes,
         [site.a_rows for site in sites],
@@ -254,6 +276,17 @@ def _register_fakes() -> None:
     @fake("lorafleet::linear")
     def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
         return x.new_empty(*x.shape[:-1], out_features)
+
+    @fake("lorafleet::pack_quantised")
+    def _(rows: Tensor, kind: str, in_features: int) -> tuple[Tensor, int]:
+        form, panel_bytes = _ops.quantised_form(kind, in_features)
+        return rows.new_empty(-(-rows.shape[0] // 32), panel_bytes), form
+
+    @fake("lorafleet::quant_linear")
+    def _(
+        x: Tensor, panels: Sequence[Tensor], forms: Sequence[int], sizes: Sequence[int], bias: Tensor | None
+    ) -> Tensor:
+        return x.new_empty(*x.shape[:-1], sum(sizes))
 
     @fake("lorafleet::paged_attention")
     def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> Tensor:

@@ -13,6 +13,8 @@ namespace lorafleet {
 using at::Tensor;
 
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features);
+Tensor quant_linear(const Tensor& x, at::TensorList panels, at::IntArrayRef forms, at::IntArrayRef sizes,
+                    const std::optional<Tensor>& bias);
 void lora_add_(at::TensorList outs, const Tensor& x, at::TensorList a_rows, at::TensorList b_rows,
                at::IntArrayRef indices, at::IntArrayRef groups, const Tensor& ranks, const Tensor& scales,
                const Tensor& pages, const Tensor& rows, const Tensor& small_tiles, const Tensor& large_tiles,

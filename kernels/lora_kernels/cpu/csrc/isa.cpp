@@ -35,13 +35,15 @@ inline void with_dtype(Dtype dtype, const F& f) {
 #include "tiles.h"
 #include "attention.h"
 #include "linear.h"
+#include "quant.h"
 #include "lora.h"
 #include "pointwise.h"
 #include "scan.h"
 #include "delta.h"
 
 constexpr Kernels kKernels = {
-    LORAFLEET_STRING(LORAFLEET_ISA), linear, lora_add, kv_write, attention, rms_norm, rotary, gated_act, mask_logits,
+    LORAFLEET_STRING(LORAFLEET_ISA), linear, quant_uses_integers, quant_prepare,
+    quant_linear, lora_add, kv_write, attention, rms_norm, rotary, gated_act, mask_logits,
     argmax, scan, delta_rule, causal_conv,
 };
 

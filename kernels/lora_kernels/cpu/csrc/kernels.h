@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "quant_forms.h"
+
 namespace lorafleet {
 
 struct bf16 {
@@ -31,6 +33,25 @@ struct LinearArgs {
   const uint16_t* bias;    // bf16 [out_features] or null
   Matrix out;              // bf16 [rows, out_features]
   int64_t rows, in_features, out_features;
+};
+
+struct QuantPart {
+  const uint8_t* panels;  // [panels, panel_bytes], see quant_forms.h
+  int64_t form;           // index into kQuantForms
+  int64_t out_features;
+};
+
+struct QuantArgs {
+  Dtype dtype;  // of x, bias and out
+  Matrix x;     // [rows, in_features]
+  const float* x32;     // x in fp32, where products are; null: they are of bf16
+  int64_t x32_stride;
+  const float* x_sums;  // sums of x's groups: [rows, in_features / 32]; null: no part has minima, or x32 is there
+  const QuantPart* parts;  // side by side in out
+  int64_t num_parts;
+  const void* bias;  // [out_features of all parts] or null
+  Matrix out;
+  int64_t rows, in_features;
 };
 
 struct LoraSiteArgs {
@@ -194,6 +215,9 @@ struct ConvArgs {
 struct Kernels {
   const char* name;
   void (*linear)(const LinearArgs&);
+  bool (*quant_uses_integers)(Dtype);
+  void (*quant_prepare)(const QuantArgs&, float* x32, float* x_sums);
+  void (*quant_linear)(const QuantArgs&);
   void (*lora_add)(const LoraArgs&);
   void (*kv_write)(const KvWriteArgs&);
   void (*attention)(const AttentionArgs&);

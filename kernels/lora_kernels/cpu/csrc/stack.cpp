@@ -16,14 +16,15 @@ using OptionalTensor = std::optional<Tensor>;
 
 // What reads one input: sibling linear layers as one product, and their places in the adapter pool.
 struct Sites {
-  Tensor weight;  // packed [panels, K / 2, 32, 2], or [N, K]
+  std::vector<Tensor> weights;  // one, packed [panels, K / 2, 32, 2] or [N, K]; or panels of quantised ones
+  std::vector<int64_t> forms;   // of quantised ones; none: they are not
   OptionalTensor bias;
   std::vector<int64_t> sizes;  // output widths of the siblings
   std::vector<Tensor> a_rows, b_rows;  // none: no adapter touches these layers
   std::vector<int64_t> indices, groups;
 };
-using SitesTuple = std::tuple<Tensor, OptionalTensor, std::vector<int64_t>, std::vector<Tensor>, std::vector<Tensor>,
-                              std::vector<int64_t>, std::vector<int64_t>>;
+using SitesTuple = std::tuple<std::vector<Tensor>, std::vector<int64_t>, OptionalTensor, std::vector<int64_t>,
+                              std::vector<Tensor>, std::vector<Tensor>, std::vector<int64_t>, std::vector<int64_t>>;
 
 struct Norm {
   Tensor weight;
@@ -61,7 +62,7 @@ struct Step {
 };
 
 Sites sites_of(const SitesTuple& t) {
-  return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t), std::get<5>(t), std::get<6>(t)};
+  return std::apply([](const auto&... part) { return Sites{part...}; }, t);
 }
 
 Norm norm_of(const NormTuple& t) { return {std::get<0>(t), std::get<1>(t), std::get<2>(t)}; }
@@ -74,8 +75,10 @@ int64_t width_of(const Sites& sites) {
 
 // Returns the outputs of all siblings side by side: [T, sum of sizes].
 Tensor project(const Sites& sites, const Tensor& x, const Step& step) {
-  const bool packed = sites.weight.dim() == 4;
-  Tensor out = packed ? linear(x, sites.weight, sites.bias, width_of(sites)) : at::linear(x, sites.weight, sites.bias);
+  const Tensor& weight = sites.weights[0];
+  Tensor out = !sites.forms.empty() ? quant_linear(x, sites.weights, sites.forms, sites.sizes, sites.bias)
+               : weight.dim() == 4  ? linear(x, weight, sites.bias, width_of(sites))
+                                    : at::linear(x, weight, sites.bias);
   if (step.lora.empty() || sites.a_rows.empty()) return out;
   const std::vector<Tensor> outs = out.split_with_sizes(sites.sizes, -1);
   lora_add_(outs, x, sites.a_rows, sites.b_rows, sites.indices, sites.groups, step.table[0], step.table[1],

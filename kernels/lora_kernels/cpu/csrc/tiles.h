@@ -24,6 +24,12 @@ inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch_line(static_cast<const char*>(from) + i);
 }
 
+template <int64_t Bytes>
+inline void prefetch_ahead(const uint8_t* from) {
+#pragma GCC unroll 32
+  for (int64_t i = 0; i < Bytes; i += 64) prefetch_line(from + i);
+}
+
 // How left [rows, depth] times right [depth, columns] is computed. Left rows are broadcast, right rows are vectors.
 // A packed right operand has an entry per column for every kDepth rows.
 template <typename T>

@@ -1,0 +1,90 @@
+"""Products with quantised weights on a CPU, beside a read of the same bytes and beside bf16, in one run.
+
+    python -m benchmarks.quantised
+
+Eight layers of 8,192 x 2,048 in each kind, more than a cache holds, for 1 to 512 rows in bf16. Figures are the least of
+calls that take turns with a read of as many bytes (a sum of them, on all threads). Takes two minutes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import orjson
+import torch
+from torch import Tensor
+
+from benchmarks.common import report
+from lora_kernels import cpu, ops
+from lora_kernels.quantised import Kind, QuantisedWeight, row_bytes
+
+LAYERS, N, K = 8, 8192, 2048
+ROWS = (1, 2, 4, 8, 32, 128, 512)
+SHOWN: tuple[Kind, ...] = ("q4_0", "q4_1", "q4_k", "q8_0", "q6_k")
+ROUNDS = 15
+
+
+def layers_of(kind: Kind | None) -> list[ops.PackedLinear | ops.QuantisedLinear]:
+    """Return packed layers of a kind, in bf16 for None."""
+    if kind is None:
+        return [ops.pack_linear(torch.randn(N, K).to(torch.bfloat16)) for _ in range(LAYERS)]
+    blocks = torch.randint(0, 256, (N, row_bytes(kind, K)), dtype=torch.uint8)
+    return [ops.pack_quantised([QuantisedWeight(kind, blocks, K)]) for _ in range(LAYERS)]
+
+
+def bytes_of(layers: list[ops.PackedLinear | ops.QuantisedLinear]) -> int:
+    """Return the bytes that a product with all layers reads."""
+    tensors = [
+        t for layer in layers for t in (layer.panels if isinstance(layer, ops.QuantisedLinear) else [layer.weight])
+    ]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def run(layers: list[ops.PackedLinear | ops.QuantisedLinear], x: Tensor) -> None:
+    """Multiply by all layers."""
+    for layer in layers:
+        ops.linear(x, layer)
+
+
+def least(calls: list[Callable[[], object]]) -> list[float]:
+    """Return the least seconds of each call; they take turns."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(ROUNDS + 1):
+        for own, call in zip(times, calls, strict=True):
+            begin = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - begin)
+    return [min(own[1:]) for own in times]
+
+
+def main() -> None:
+    """Measure, print a table, and save the figures."""
+    args = report.parser(__doc__).parse_args()
+    if not cpu.load():
+        raise SystemExit("the native operations cannot be built here; the log says why")
+    points: list[dict[str, float | int | str]] = []
+    with torch.inference_mode():
+        for kind in (*SHOWN, None):
+            layers = layers_of(kind)
+            size = bytes_of(layers)
+            read = partial(torch.sum, torch.ones(size // 4))
+            for rows in ROWS:
+                own, floor = least([partial(run, layers, torch.randn(rows, K).to(torch.bfloat16)), read])
+                work = 2e-9 * rows * N * K * LAYERS
+                points.append({"kind": kind or "bf16", "rows": rows, "ms": 1e3 * own, "gb_per_s": 1e-9 * size / own,
+                               "read_gb_per_s": 1e-9 * size / floor, "gflop_per_s": work / own})  # fmt: skip
+    rows = [
+        (p["kind"], p["rows"], f"{p['ms']:.2f}", f"{p['gb_per_s']:.1f}", f"{p['read_gb_per_s']:.1f}",
+         f"{p['gflop_per_s']:.0f}")
+        for p in points
+    ]  # fmt: skip
+    print(report.table(("weights", "rows", "ms", "GB/s", "a read, GB/s", "GFLOP/s"), rows))
+    about = {"machine": report.machine(), "isa": cpu.isa()}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "quantised.json").write_bytes(orjson.dumps(about | {"points": points}, option=orjson.OPT_INDENT_2))
+
+
+if __name__ == "__main__":
+    main()

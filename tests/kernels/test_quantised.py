@@ -1,0 +1,125 @@
+"""Weights that stay quantised: what GGUF's blocks stand for, and the product with them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from helpers.kernel_cases import assert_close, poisoned_memory, randn
+from helpers.quantised_weights import random_weight
+
+from lora_kernels import ops, quantised
+from lora_kernels.ops import Impl
+from lora_kernels.quantised import KINDS, Kind, QuantisedWeight
+
+BF16 = torch.bfloat16
+
+
+def oracle(weight: QuantisedWeight) -> torch.Tensor:
+    kind = gguf.GGMLQuantizationType[weight.kind.upper()]
+    return torch.from_numpy(gguf.dequantize(weight.rows.numpy(), kind))
+
+
+def product(
+    x: torch.Tensor, weights: list[QuantisedWeight], impl: Impl, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    with poisoned_memory():
+        return ops.linear(x, ops.pack_quantised(weights, impl=impl), bias, impl=impl)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_are_those_of_the_gguf_package(kind: Kind) -> None:
+    weight = random_weight(kind, 33, 768)
+    assert torch.equal(weight.dequantise(), oracle(weight))
+    ids = torch.tensor([[3, 32], [0, 3]])
+    assert torch.equal(weight.dequantise(ids), oracle(weight)[ids])
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_quantising_is_that_of_the_gguf_package(kind: Literal["q8_0", "q4_0"]) -> None:
+    numbers = randn(40, 96)
+    numbers[3] = 0.0
+    found = quantised.quantise(numbers, kind)
+    expected = gguf.quantize(numbers.numpy(), gguf.GGMLQuantizationType[kind.upper()])
+    # A number halfway between two codes may be rounded either way.
+    assert (found.rows.numpy() != expected).mean() < 0.002
+    step = 1 / 127 if kind == "q8_0" else 1 / 8
+    farthest = numbers.view(-1, 32).abs().amax(1).repeat_interleave(32).view(40, 96)
+    assert ((found.dequantise() - numbers).abs() <= farthest * step * 1.01).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_product_is_that_of_the_numbers(kind: Kind, dtype: torch.dtype, impl: Impl) -> None:
+    weight = random_weight(kind, 70, 512)
+    x = randn(9, 512, dtype=dtype)
+    bias = torch.linspace(-1, 1, 70).to(dtype)
+    assert_close(product(x, [weight], impl, bias), x.float() @ oracle(weight).T + bias.float())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 7, 8, 13, 29, 127, 128, 129, 300])
+def test_rows(rows: int, native: Impl) -> None:
+    """Every remainder of the register tiles, and more rows than share a widened chunk."""
+    for weight in (random_weight("q4_k", 33, 512), random_weight("q8_0", 64, 352)):
+        k = weight.in_features
+        for dtype in (torch.float32, BF16):
+            x = randn(rows, k, dtype=dtype)
+            assert_close(product(x, [weight], native), x.float() @ oracle(weight).T)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_width(kind: Kind, native: Impl) -> None:
+    """A last chunk and a last panel that are not full, down to one block and one column."""
+    generator = np.random.default_rng(0)
+    block = quantised.block_inputs(kind)
+    for _ in range(8):
+        n, k = int(generator.integers(1, 100)), block * int(generator.integers(1, 1600 // block))
+        weight, rows = random_weight(kind, n, k, seed=n), int(generator.integers(1, 20))
+        x = randn(rows, k, dtype=BF16, seed=k)
+        assert_close(product(x, [weight], native), x.float() @ oracle(weight).T)
+
+
+def test_siblings_of_several_kinds(impl: Impl) -> None:
+    weights = [random_weight("q4_k", 40, 256), random_weight("q6_k", 7, 256), random_weight("q4_0", 32, 256)]
+    x = randn(5, 256, dtype=BF16)
+    expected = torch.cat([x.float() @ oracle(weight).T for weight in weights], dim=1)
+    assert_close(product(x, weights, impl), expected)
+
+
+def test_a_row_is_the_same_beside_others(native: Impl) -> None:
+    weight = random_weight("q4_1", 96, 640)
+    for dtype in (torch.float32, BF16):
+        x = randn(150, 640, dtype=dtype)
+        alone = torch.cat([product(row, [weight], native) for row in x.split(1)])
+        assert_close(product(x, [weight], native), alone)
+
+
+def test_strided_rows_and_none(impl: Impl) -> None:
+    weight = random_weight("q4_0", 40, 64)
+    x = randn(12, 64, dtype=BF16)
+    fused = torch.cat([x, x], dim=1)
+    assert torch.equal(product(fused[:, 64:], [weight], impl), product(x, [weight], impl))
+    assert product(x[:0], [weight], impl).shape == (0, 40)
+
+
+def test_what_does_not_fit_is_refused(native: Impl) -> None:
+    weight = random_weight("q4_0", 40, 64)
+    packed = ops.pack_quantised([weight], impl=native)
+    with pytest.raises(RuntimeError, match="not packed for 32 inputs"):
+        ops.linear(torch.zeros(1, 32, dtype=BF16), packed, impl=native)
+    with pytest.raises(RuntimeError, match="18 for every 32 of 96 inputs"):
+        ops.pack_quantised([QuantisedWeight("q4_0", weight.rows, 96)], impl=native)
+    with pytest.raises(ValueError, match="blocks of 256 numbers: rows of 64"):
+        quantised.row_bytes("q4_k", 64)
+
+
+def test_the_comparison_notices_one_block(native: Impl) -> None:
+    weight = random_weight("q6_k", 40, 512)
+    x = randn(12, 512, dtype=BF16)
+    rows = weight.rows.clone()
+    rows[17, 210:] = weight.rows[18, 210:]
+    with pytest.raises(AssertionError):
+        assert_close(product(x, [QuantisedWeight("q6_k", rows, 512)], native), x.float() @ oracle(weight).T)
