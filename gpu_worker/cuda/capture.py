@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
 
 from gpu_worker.cuda.graphs import Replay, Unrecordable
+from gpu_worker.cuda.waits import is_wait, no_waits
 
 
 class CudaRecorder:
@@ -33,15 +33,10 @@ class CudaRecorder:
     def _run_without_waiting(self, step: Callable[[], object]) -> None:
         """Run a step and raise Unrecordable if the host waits for the device in it: a capture would fail for good."""
         self._side.synchronize()
-        before = torch.cuda.get_sync_debug_mode()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-            torch.cuda.set_sync_debug_mode("error")
         try:
-            step()
+            with no_waits():
+                step()
         except RuntimeError as error:
-            if "synchronizing CUDA operation" not in str(error):
+            if not is_wait(error):
                 raise
             raise Unrecordable("the model waits for the device in the middle of a step") from error
-        finally:
-            torch.cuda.set_sync_debug_mode(before)

@@ -31,6 +31,9 @@ from protocol.wire.messages import Sampling
 GREEDY_TEMPERATURE = 1e-5
 """Below this a temperature is 0: dividing by it would overflow."""
 
+DRAWN_AT_ONCE = 1 << 24
+"""Logits that tokens are drawn from together: each takes some 40 bytes for that time."""
+
 TOP_P_CANDIDATES = 1024
 """Most likely tokens looked at first for top-p; only of a flatter distribution all are."""
 
@@ -78,15 +81,12 @@ class Chosen:
     ids: Tensor  # int64 [n]
     finite: Tensor  # bool [n], as in `Sampled`
     logits: Tensor  # [n, V], adjusted and masked
-    warped: Tensor | None  # fp32 [m, V] of the rows that are drawn; None if m is 0
-    warped_row: dict[int, int]  # row -> its row in `warped`
+    warped: dict[int, Tensor]  # fp32 [V] by row, of those that are drawn and whose request asks for these numbers
     failed: dict[int, BaseException]  # as in `Sampled`
 
     def drawn_from(self, row: int) -> Tensor:
         """Return the logits [V] that a row's token was chosen by."""
-        if self.warped is None or row not in self.warped_row:
-            return self.logits[row]
-        return self.warped[self.warped_row[row]]
+        return self.warped.get(row, self.logits[row])
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
@@ -126,12 +126,14 @@ def choose(logits: Tensor, rows: Sequence[SampleRow]) -> Chosen:
     _mask_(logits, rows)
     ids, finite = ops.argmax(logits)
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature >= GREEDY_TEMPERATURE]
-    warped = None
-    if drawn:
-        index, drawn_rows = _index(drawn, logits.device), [rows[i] for i in drawn]
-        warped = _warp(logits[index].float(), drawn_rows)
-        ids[index] = _draw(warped, drawn_rows)
-    return Chosen(ids, finite, logits, warped, {row: at for at, row in enumerate(drawn)}, failed)
+    warped: dict[int, Tensor] = {}
+    most = max(1, DRAWN_AT_ONCE // logits.shape[-1])
+    for part in (drawn[first : first + most] for first in range(0, len(drawn), most)):
+        index, drawn_rows = _index(part, logits.device), [rows[i] for i in part]
+        numbers = _warp(logits[index].float(), drawn_rows)
+        ids[index] = _draw(numbers, drawn_rows)
+        warped |= {i: numbers[at] for at, i in enumerate(part) if rows[i].sampling.logprobs_of == "choice"}
+    return Chosen(ids, finite, logits, warped, failed)
 
 
 def _index(rows: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
@@ -304,8 +306,8 @@ def _mass_threshold(keys: Tensor, probs: Tensor, p: Tensor) -> Tensor:
 
 
 def _mass(probs: Tensor) -> Tensor:
-    """Return fp32 probabilities as integers, whose sums are exact: int64."""
-    return (probs.double() * (1 << _MASS_BITS)).long()
+    """Return fp32 probabilities as integers, whose sums are exact: int64. A power of two scales floats exactly."""
+    return (probs * float(1 << _MASS_BITS)).long()
 
 
 # ---------------------------------------------------------------- draw
@@ -316,7 +318,7 @@ def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 
     A row that is not finite gives any id.
     """
-    cumulative = _mass(logits.softmax(-1)).cumsum(-1)
+    cumulative = _mass(logits.softmax(-1)).cumsum_(-1)
     seeds = np.array([row.sampling.seed & 0xFFFFFFFFFFFFFFFF for row in rows], np.uint64)
     positions = np.array([len(row.output) for row in rows], np.uint64)
     u = send(uniforms(seeds, positions), logits.device)

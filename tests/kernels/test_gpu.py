@@ -6,8 +6,7 @@ Written without a GPU at hand: none of it has run yet. `benchmarks/gpu_kernels.p
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import get_args
 
 import numpy as np
@@ -25,6 +24,7 @@ from helpers.kernel_cases import (
     token_slots,
 )
 
+from gpu_worker.cuda.waits import no_waits
 from lora_kernels import ops
 from lora_kernels.ops import Activation
 
@@ -39,16 +39,6 @@ pytestmark = [
 
 DEVICE = "cuda"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Fail where the host waits for the device."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def check(case: LoraCase) -> None:
@@ -88,7 +78,7 @@ def test_lora_never_waits_for_the_device() -> None:
     case = lora_case(token_slots("zipf", 64, 8), [16] * 8, 1024, (1024, 256), torch.bfloat16, device=DEVICE)
     case.run("triton")
     outs = [out.clone() for out in case.outs]
-    with no_waiting():
+    with no_waits():
         ops.lora_add_(outs, case.x, case.sites, case.table, case.batch, impl="triton")
 
 
@@ -160,7 +150,7 @@ def test_attention(
 def test_attention_never_waits_for_the_device() -> None:
     case = attention_case((1,) * 8, (700,) * 8, (32, 8), (128, 128), torch.bfloat16, device=DEVICE)
     case.run("triton")
-    with no_waiting():
+    with no_waits():
         ops.paged_attention(case.q, case.k_cache, case.v_cache, case.batch, impl="triton", **case.logits)
 
 

@@ -17,6 +17,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from gpu_worker.cuda.waits import no_waits
 from gpu_worker.sampling import sampling
 from gpu_worker.sampling.adjustment import Adjustment
 from gpu_worker.sampling.sampling import SampleRow, sample, uniforms, watermark_ids
@@ -206,11 +207,8 @@ def test_choosing_never_waits_for_a_gpu() -> None:
         row(prompt=np.arange(9), temperature=0.0, repetition_penalty=1.3, banned=(1, 2)),
     ]  # fmt: skip
     sampling.choose(logits, rows)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         ids = sampling.choose(logits, rows).ids
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert ids.tolist() == sample(logits.cpu(), rows).ids.tolist()
 
 
@@ -316,3 +314,23 @@ def test_probabilities_add_up_to_the_same_in_any_order() -> None:
         sampling._mass_threshold(0x3F800000 - probs[:, order].view(torch.int32), probs[:, order], p) for order in orders
     ]
     assert all(torch.equal(found[0], other) for other in found)
+
+
+# ---------------------------------------------------------------- many rows
+
+
+def test_probabilities_become_the_integers_that_float64_would_give() -> None:
+    exponents = torch.randint(-149, 1, (20_000,), generator=torch.Generator().manual_seed(0))
+    probs = torch.ldexp(torch.rand(20_000, generator=torch.Generator().manual_seed(1)), exponents).clamp(max=1.0)
+    probs = torch.cat((probs, torch.tensor([0.0, 1.0, 2.0**-52, 2.0**-149])))
+    assert torch.equal(sampling._mass(probs), (probs.double() * 2.0**52).long())
+
+
+def test_rows_that_are_drawn_in_several_parts_get_the_same_tokens() -> None:
+    vocab_size, num_rows = 60_000, sampling.DRAWN_AT_ONCE // 60_000 + 3
+    logits = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(2)) * 3
+    rows = [row(temperature=0.8, seed=i, num_logprobs=0, logprobs_of="choice") for i in range(num_rows)]
+    at_once = sample(logits.clone(), rows)
+    for i in (0, 1, num_rows - 4, num_rows - 3, num_rows - 1):
+        alone = sample(logits[i : i + 1].clone(), rows[i : i + 1])
+        assert (at_once.ids[i], at_once.logprobs[i]) == (alone.ids[0], alone.logprobs[0])

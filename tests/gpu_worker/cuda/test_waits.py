@@ -1,0 +1,28 @@
+"""What finds the host waiting for a GPU warns of nothing itself: warnings are errors in these tests."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from gpu_worker.cuda.waits import is_wait, no_waits
+
+
+def test_the_mode_is_set_and_taken_back_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[object] = []
+
+    def set_mode(mode: object) -> None:  # as torch does
+        warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect all.", stacklevel=2)
+        modes.append(mode)
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    wait = RuntimeError("called a synchronizing CUDA operation")
+    with pytest.raises(RuntimeError) as raised, no_waits():
+        assert modes == ["error"]
+        raise wait
+    assert is_wait(raised.value)
+    assert not is_wait(RuntimeError("out of memory"))
+    assert modes == ["error", 0]
