@@ -20,9 +20,10 @@ from gpu_worker.adapters.packing.rows import Rows, RowSite
 from gpu_worker.adapters.weights import PoolWeights
 from gpu_worker.cuda.capture import CudaRecorder
 from gpu_worker.cuda.graphs import Unrecordable
+from gpu_worker.cuda.warm_up import run_steps, warm_up_steps
 from gpu_worker.encoder.engine import EncoderConfig, EncoderEngine
 from gpu_worker.encoder.model import EncoderModel, prepare_encoder
-from gpu_worker.engine.batcher import BatchLimits
+from gpu_worker.engine.batcher import MAX_PROMPT_ROWS, BatchLimits
 from gpu_worker.engine.engine import Engine, EngineConfig
 from gpu_worker.memory import GiB, free_bytes, share
 from gpu_worker.model.checkpoint import head_dim_of, read_config, read_headless, read_model, task_of, tokenizer_types
@@ -201,12 +202,33 @@ def _files_only(fetch: Fetch) -> FetchFiles:
     return read_files
 
 
+def warm_up(engine: Engine) -> None:
+    """Run steps of every form, so that no kernel is compiled while requests wait. Before the first request.
+
+    Nothing is done for a model whose sequences run one by one: its steps have no kernels of ours.
+    """
+    model, limits = engine.model, engine.config.limits
+    if model.passes is not None:
+        return
+    started = time.monotonic()
+    num_slots = engine.adapters.weights.num_slots
+    steps = list(warm_up_steps(limits.max_num_seqs, limits.max_step_tokens, num_slots, MAX_PROMPT_ROWS))
+    run_steps(
+        model, steps, max_model_len=engine.config.max_model_len, block=engine.blocks.num_blocks,
+        empty_state=engine.config.num_states,
+    )  # fmt: skip
+    logger.info("%d steps tried in %.1f s", len(steps), time.monotonic() - started)
+
+
 def record_steps(engine: Engine, settings: Settings) -> None:
     """Record the decode steps where there is a GPU. Raises BadRequest if settings demand it and it cannot be done."""
     device = engine.model.device
     if device.type != "cuda" and settings.cuda_graphs == "on":
         raise BadRequest(f"cuda_graphs is on, but the device is {device.type}")
-    if device.type != "cuda" or settings.cuda_graphs == "off":
+    if device.type != "cuda":
+        return
+    warm_up(engine)
+    if settings.cuda_graphs == "off":
         return
     started = time.monotonic()
     try:

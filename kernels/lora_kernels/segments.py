@@ -17,6 +17,7 @@ BLOCK_TOKENS = 16  # tokens in a KV block
 
 TILE_SMALL = 16  # rows of a decode tile: the smallest M of a tensor-core dot
 TILE_LARGE = 64  # rows of a prefill tile
+LARGE_TILE_ROWS_PER_SEGMENT = 32  # mean rows of a segment from which on a GPU's tiles are large
 
 _COUNTS = 4  # num_rows, num_segments, num_small_tiles, num_large_tiles
 

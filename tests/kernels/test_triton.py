@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from benchmarks import triton_aot
-from lora_kernels.triton_ops.attention import attention_kernel
+from lora_kernels.ops import AdapterTable, LoraSite, build_attention_batch, build_lora_batch
+from lora_kernels.triton_ops.attention import Logits, attention_kernel, plan_attention
+from lora_kernels.triton_ops.lora import plan_lora
+from lora_kernels.triton_ops.pointwise import plan_gated_act, plan_rotary
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).parent / "triton"
@@ -72,3 +75,43 @@ def test_steps_of_one_shape_share_their_kernels() -> None:
     first = variants(32, site=0, kv_len=16)
     for num_tokens, site, kv_len in ((32, 1, 17), (31, 16, 1000), (30, 31, 1), (29, 2, 4096)):
         assert variants(num_tokens, site, kv_len) == first
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class TestTensorsThatKernelsWouldReadWronglyAreRefused:
+    device = triton_aot.TARGETS[1].device
+
+    def attend(self, q: torch.Tensor, k_cache: torch.Tensor) -> None:
+        one = np.ones(4, np.int64)
+        batch = build_attention_batch(one, one, np.zeros((4, 1), np.int32), "meta")
+        list(plan_attention(meta(4, 8, 64), q, k_cache, meta(9, 2, 16, 64), batch, Logits(0.125), self.device))
+
+    def test_attention(self) -> None:
+        self.attend(meta(4, 8, 64), meta(9, 2, 16, 64))
+        with pytest.raises(ValueError, match=r"strides \(512, 1, 8\): the last must be 1"):
+            self.attend(meta(4, 64, 8).transpose(1, 2), meta(9, 2, 16, 64))
+        with pytest.raises(ValueError, match="cannot be computed with together"):
+            self.attend(meta(4, 8, 64, dtype=torch.float32), meta(9, 2, 16, 64))
+        with pytest.raises(ValueError, match="must be contiguous"):
+            self.attend(meta(4, 8, 64), meta(9, 16, 2, 64).transpose(1, 2))
+
+    def test_lora(self) -> None:
+        table = AdapterTable(meta(2, 1, dtype=torch.int32), meta(2, 1), meta(2, 1, 1, dtype=torch.int32))
+        sites = [LoraSite(0, 0, meta(32, 64), meta(32, 48))]
+        batch = build_lora_batch(np.zeros(4, np.int32), "meta")
+        assert batch is not None
+        plan_lora([meta(4, 48)], meta(4, 64), sites, table, batch, self.device)
+        with pytest.raises(ValueError, match="the last must be 1"):
+            plan_lora([meta(48, 4).T], meta(4, 64), sites, table, batch, self.device)
+        with pytest.raises(ValueError, match="cannot be computed with together"):
+            plan_lora([meta(4, 48)], meta(4, 64, dtype=torch.float16), sites, table, batch, self.device)
+
+    def test_pointwise(self) -> None:
+        plan_gated_act(meta(4, 64), meta(4, 64), meta(4, 64), "silu")
+        with pytest.raises(ValueError, match="the last must be 1"):
+            plan_gated_act(meta(4, 64), meta(64, 4).T, meta(4, 64), "silu")
+        with pytest.raises(ValueError, match="the last must be 1"):
+            plan_rotary(meta(4, 64, 8).transpose(1, 2), meta(4, 64), meta(4, 64))

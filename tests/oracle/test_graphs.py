@@ -11,6 +11,7 @@ from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, pr
 from oracle.recorders import Rerun, Tape
 from oracle.test_stack import stacks
 
+from gpu_worker.build import warm_up
 from gpu_worker.cuda.graphs import Unrecordable, graph_sizes
 from gpu_worker.engine.engine import Engine
 from lora_kernels import cpu
@@ -102,6 +103,22 @@ def test_padding_touches_no_block_of_anybody(oracle: Oracle, recorder: type[Reru
         assert layer.k_cache is not None
         written = (layer.k_cache[:num_blocks] != torch.pi).any(dim=(1, 3)).sum()
         assert written == num_written
+
+
+@pytest.mark.parametrize("kernels", ["reference", pytest.param("auto", marks=NATIVE)])
+def test_the_steps_before_the_first_request_leave_no_trace(
+    oracle: Oracle, expected: dict[str, list[int]], kernels: str
+) -> None:
+    engine = oracle.engine(kernels=kernels, max_num_seqs=6, max_step_tokens=80, kv_cache_bytes=64 * 16 * 512)
+    caches = [cache for layer in engine.model.layers for cache in (layer.k_cache, layer.v_cache) if cache is not None]
+    for cache in caches:
+        cache.fill_(torch.pi)
+    warm_up(engine)
+    for cache in caches:
+        assert (cache[:-1] == torch.pi).all()
+        assert (cache[-1] != torch.pi).all(), "the dummy block alone"
+    requests = [greedy_request(rid, *wanted) for rid, wanted in lengths(oracle).items()]
+    assert ask(engine, requests).ids == expected
 
 
 @pytest.mark.parametrize(("recorder", "kernels"), RECORDERS)

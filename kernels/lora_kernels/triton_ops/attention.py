@@ -19,14 +19,14 @@ from torch import Tensor
 
 import lora_kernels.triton_ops.tuning as tuning
 from lora_kernels.segments import BLOCK_TOKENS, AttentionBatch
-from lora_kernels.triton_ops.launch import Device, Launch, Limits, device_of, pad_to_power_of_2
+from lora_kernels.triton_ops.launch import Device, Launch, Limits, device_of, pad_to_power_of_2, require_rows
 
 _LOG2_E = tl.constexpr(1.4426950408889634)  # logits are kept in base 2: exp2 is what the hardware has
 MAX_DECODE_ROWS = 64  # (query, head) rows up to which a step of short queries is served as decodes
 
 # Arguments whose value changes from step to step must not pick a kernel variant: a variant is a compilation.
 _PER_STEP = ("num_seqs", "tables_stride", "window")
-_UNALIGNED = ("block_tables", "query_starts", "kv_lens")
+_UNALIGNED = ("block_tables", "query_starts", "kv_lens", "part_max", "part_sum")
 
 
 @triton.jit
@@ -190,7 +190,7 @@ def attention_kernel(
     tl.store(target, acc.to(out.dtype.element_ty), mask=live[:, None] & (dv_range < HEAD_DIM_V)[None, :])
 
 
-@triton.jit(do_not_specialize=("num_seqs",), do_not_specialize_on_alignment=("query_starts",))
+@triton.jit(do_not_specialize=("num_seqs",), do_not_specialize_on_alignment=("query_starts", "part_max", "part_sum"))
 def reduce_kernel(
     out,  # [num_tokens, heads, HEAD_DIM_V]
     parts,  # float32 [SPLITS, num_seqs, DECODE_QUERIES, heads, HEAD_DIM_V]
@@ -274,7 +274,13 @@ def plan_attention(
     logits: Logits,
     device: Device,
 ) -> Iterator[Launch]:
-    """Yield the launches of one call: the decodes with their reduce, the chunks, or both. Runs nothing."""
+    """Yield the launches of one call: the decodes with their reduce, the chunks, or both. Runs nothing.
+
+    Raises ValueError for tensors that the kernels would read wrongly.
+    """
+    require_rows(q, k_cache, v_cache)
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError(f"caches of strides {k_cache.stride()} and {v_cache.stride()} must be contiguous")
     group = q.shape[1] // k_cache.shape[1]
     decode_rows = _decode_rows(batch.max_query_len, group)
     decode_queries = decode_rows // group

@@ -73,6 +73,20 @@ def _gpu(index: int) -> Device:
     )
 
 
+def require_rows(*tensors: Tensor, same_dtype: bool = True) -> None:
+    """Raise ValueError unless the entries of a row lie side by side in every tensor, and all have one dtype.
+
+    Kernels are given the other strides only. same_dtype: False where a kernel converts.
+    """
+    for tensor in tensors:
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(
+                f"a tensor of shape {tuple(tensor.shape)} has strides {tensor.stride()}: the last must be 1"
+            )
+        if same_dtype and tensor.dtype != tensors[0].dtype:
+            raise ValueError(f"tensors of {tensors[0].dtype} and {tensor.dtype} cannot be computed with together")
+
+
 def pad_to_power_of_2(size: int, at_least: int = 1) -> int:
     """Return the smallest power of two that is not below a size, nor below `at_least`."""
     return max(at_least, triton.next_power_of_2(size))

@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 import lora_kernels.triton_ops.tuning as tuning
-from lora_kernels.segments import PAGE_ROWS, TILE_LARGE, TILE_SMALL, LoraBatch
+from lora_kernels.segments import LARGE_TILE_ROWS_PER_SEGMENT, PAGE_ROWS, TILE_LARGE, TILE_SMALL, LoraBatch
 from lora_kernels.tables import AdapterTable, LoraSite
-from lora_kernels.triton_ops.launch import Device, Launch, device_of
+from lora_kernels.triton_ops.launch import Device, Launch, device_of, require_rows
 
 MAX_SITES = 4  # siblings in one launch; a site's column and group are packed into one integer each
 _SITE_BITS = 15
@@ -242,7 +242,11 @@ def plan_lora(
     batch: LoraBatch,
     device: Device,
 ) -> tuple[Launch, Launch]:
-    """Return the shrink and the expand of up to MAX_SITES siblings. Allocates the planes between them; runs nothing."""
+    """Return the shrink and the expand of up to MAX_SITES siblings. Allocates the planes between them; runs nothing.
+
+    Raises ValueError for tensors that the kernels would read wrongly.
+    """
+    require_rows(x, *outs, *(rows for site in sites for rows in (site.a_rows, site.b_rows)))
     k = x.shape[1]
     max_rank = table.pages.shape[2] * PAGE_ROWS
     tiles = _choose_tiles(batch)
@@ -317,7 +321,7 @@ def _plan_expand(
 
 
 def _choose_tiles(batch: LoraBatch) -> _Tiles:
-    if batch.num_rows >= tuning.LARGE_TILE_ROWS_PER_SEGMENT * batch.num_segments:
+    if batch.num_rows >= LARGE_TILE_ROWS_PER_SEGMENT * batch.num_segments:
         return _Tiles(batch.large_tiles, batch.counts[3:4], batch.num_large_tiles, TILE_LARGE)
     return _Tiles(batch.small_tiles, batch.counts[2:3], batch.num_small_tiles, TILE_SMALL)
 

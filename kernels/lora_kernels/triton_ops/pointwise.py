@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_kernels.segments import BLOCK_TOKENS, AttentionBatch
 from lora_kernels.tables import Activation
-from lora_kernels.triton_ops.launch import Launch, Limits, pad_to_power_of_2
+from lora_kernels.triton_ops.launch import Launch, Limits, pad_to_power_of_2, require_rows
 
 _TILE_ELEMENTS = 4096  # of one program: 32 a thread with 4 warps
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -157,7 +157,8 @@ def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Att
 
 
 def plan_kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> Launch:
-    """Return the launch of `kv_write_`."""
+    """Return the launch of `kv_write_`. Raises ValueError for tensors that the kernel would read wrongly."""
+    require_rows(k, v, same_dtype=False)
     num_tokens, num_heads, head_dim = k.shape
     block_d = pad_to_power_of_2(max(head_dim, v.shape[2]))
     block_h = _heads_per_program(num_heads, block_d)
@@ -226,7 +227,11 @@ def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def plan_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Launch:
-    """Return the launch that rotates the heads of x, queries or keys, in place."""
+    """Return the launch that rotates the heads of x, queries or keys, in place.
+
+    Raises ValueError for tensors that the kernel would read wrongly.
+    """
+    require_rows(x, cos, sin, same_dtype=False)
     num_tokens, num_heads, _ = x.shape
     half = cos.shape[1] // 2
     block_d = pad_to_power_of_2(half)
@@ -255,7 +260,8 @@ def gated_act(gate: Tensor, up: Tensor, act: Activation = "silu") -> Tensor:
 
 
 def plan_gated_act(out: Tensor, gate: Tensor, up: Tensor, act: Activation) -> Launch:
-    """Return the launch that writes act(gate) * up to `out`."""
+    """Return the launch that writes act(gate) * up to `out`. Raises ValueError for tensors it would read wrongly."""
+    require_rows(gate, up)
     num_tokens, size = gate.shape
     block = min(1024, pad_to_power_of_2(size))
     args = {

@@ -17,7 +17,6 @@ SPLIT_WAVES = 2  # programs to aim at where a reduction may be split, in multipl
 GRID_WAVES = 16  # most programs of a launch over tiles, in multiples of SMs: bounds the idle ones of a captured graph
 MAX_LORA_SPLITS = 16
 MAX_KV_SPLITS = 32
-LARGE_TILE_ROWS_PER_SEGMENT = 32  # mean rows of a segment from which on tiles have 64 rows
 UNIFORM_GEMM_ROWS = 256  # rows of a one-adapter step from which on two library products a site replace the launches
 
 

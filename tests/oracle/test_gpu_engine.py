@@ -1,0 +1,70 @@
+"""The engine on a CUDA device: the tokens of the untouched model, and no kernel compiled after the first request.
+
+Written without a GPU at hand: none of it has run yet.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import ModuleType
+from typing import Literal
+
+import pytest
+import torch
+from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, tiny_llama
+
+from gpu_worker.build import build_engine
+from gpu_worker.engine.engine import Engine
+from gpu_worker.model.prepare import prepare_model
+from protocol.runtime.settings import Settings
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(600),  # the first run compiles every variant
+]
+
+LORAS = {
+    "one": Lora(3),
+    "two": Lora(16, ("q_proj", "v_proj", "lm_head")),
+    "three": Lora(40, ("down_proj",)),
+    "dora": Lora(5, options={"use_dora": True}),
+}
+
+
+def gpu_engine(oracle: Oracle, cuda_graphs: Literal["on", "off"]) -> Engine:
+    module = copy.deepcopy(oracle.untouched).cuda()
+    model = prepare_model(module, frozenset(), None)
+    settings = Settings(
+        model="oracle", device="cuda", cuda_graphs=cuda_graphs, max_num_seqs=16, max_step_tokens=256,
+        adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20,
+    )  # fmt: skip
+    return build_engine(model, settings, oracle.fetch)[0]
+
+
+def num_compiled() -> int:
+    """Return how many kernel variants Triton has compiled or loaded in this process."""
+    from lora_kernels.triton_ops import attention, lora, pointwise
+
+    modules: tuple[ModuleType, ...] = (attention, lora, pointwise)
+    kernels = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
+    assert len(kernels) >= 8
+    return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+
+@pytest.mark.parametrize("cuda_graphs", ["on", "off"])
+def test_a_mixed_soak_equals_one_by_one_and_compiles_nothing(cuda_graphs: Literal["on", "off"]) -> None:
+    oracle = Oracle(tiny_llama(), LORAS, scale=0.4)
+    engine = gpu_engine(oracle, cuda_graphs)
+    before = num_compiled()
+    assert before > 20
+    wanted = {
+        f"{name}/{i}": (name, prompt, 3 + 2 * i)
+        for name in oracle.names
+        for i, prompt in enumerate(prompts(7, TINY_VOCAB, (5, 33, 120, 12, 64, 200)))
+    }
+    asked = ask(engine, [greedy_request(rid, *one) for rid, one in wanted.items()])
+    for rid, (name, prompt, num) in wanted.items():
+        assert asked.ids[rid] == oracle.greedy(name, prompt, num), rid
+        assert not name or asked.ids[rid] != oracle.greedy("", prompt, num), "the adapter must change the answer"
+    assert num_compiled() == before
