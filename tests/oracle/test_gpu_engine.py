@@ -33,7 +33,8 @@ LORAS = {
 
 
 def gpu_engine(oracle: Oracle, cuda_graphs: Literal["on", "off"]) -> Engine:
-    module = copy.deepcopy(oracle.untouched).cuda()
+    module = copy.deepcopy(oracle.untouched)
+    torch.nn.Module.to(module, "cuda")
     model = prepare_model(module, frozenset(), None)
     settings = Settings(
         model="oracle", device="cuda", cuda_graphs=cuda_graphs, max_num_seqs=16, max_step_tokens=256,
