@@ -44,6 +44,8 @@ ENDED = ("completed", "failed", "expired", "cancelled")
 RANK = 8
 NUM_ADAPTERS, NUM_IN_POOL = 200, 16
 IN_FLIGHT = 80  # 1.25 for each of 64 places, as many as a batch has
+OUTPUT_TOKENS = 64
+TURNS = 3  # of interactive requests alone, then beside a batch, in a round
 INTERACTIVE = [f"interactive-{index}" for index in range(4)]
 
 
@@ -121,19 +123,19 @@ def interactive(running: RunningFleet, num: int, rate: float, seed: int) -> Benc
     targets = tuple(Target.model(name) for name in INTERACTIVE)
     return BenchConfig(
         url=running.url, targets=targets, num_requests=num, concurrency=num, rate_per_s=rate, prompt_words=64,
-        output_tokens=64, seed=seed,
+        output_tokens=OUTPUT_TOKENS, seed=seed,
     )  # fmt: skip
 
 
-def measure_beside(model: Path, scratch: Path, rounds: int, per_round: int) -> dict[str, Any]:
+def measure_beside(model: Path, scratch: Path, rounds: int, per_turn: int) -> dict[str, Any]:
     """Return TTFT and gaps of interactive requests alone and beside a batch, which fills what they leave."""
     adapters = scratch / "beside-adapters"
     names = [f"batch-{index}" for index in range(8)]
     make_adapters(model, adapters, [*INTERACTIVE, *names], [RANK])
     (scratch / "beside").mkdir()
-    ttft: dict[str, list[float]] = {"alone": [], "beside a batch": []}
-    gaps: dict[str, list[float]] = {"alone": [], "beside a batch": []}
-    num_done = 0.0
+    ttft: dict[str, list[list[float]]] = {"alone": [], "beside a batch": []}  # of each round
+    gaps: dict[str, list[list[float]]] = {"alone": [], "beside a batch": []}
+    lines_per_s: list[float] = []
     environment = {"LORAFLEET_KV_CACHE_BYTES": str(1 << 30)}
     with fleet(Setup(model, adapters, scratch / "beside", environment=environment)) as running:
         targets = tuple(Target.model(name) for name in [*INTERACTIVE, *names])
@@ -142,30 +144,64 @@ def measure_beside(model: Path, scratch: Path, rounds: int, per_round: int) -> d
         )  # fmt: skip
         run_bench(full)  # loads the adapters
         rate = run_bench(full).summary.requests_per_s / 3
-        for turn in range(rounds):
+        for turn in range(rounds * TURNS):
             for name in ttft:
-                batch_id, before, started = "", 0, time.monotonic()
-                if name != "alone":
-                    batch_id = begin(running.url, lines_of(names, 5000, 64))
-                    while not (before := look(running.url, batch_id)["request_counts"]["completed"]):
-                        time.sleep(0.2)
-                    started = time.monotonic()
-                measured = run_bench(interactive(running, per_round, rate, turn))
+                batch_id = "" if name == "alone" else begin_filling(running, names)
+                before, started = num_tokens(running), time.monotonic()
+                measured = run_bench(interactive(running, per_turn, rate, turn))
                 if batch_id:
-                    num_done += (look(running.url, batch_id)["request_counts"]["completed"] - before) / (
-                        time.monotonic() - started
-                    )
+                    num = num_tokens(running) - before - per_turn * OUTPUT_TOKENS
+                    lines_per_s.append(num / OUTPUT_TOKENS / (time.monotonic() - started))
                     httpx2.post(f"{running.url}/v1/batches/{batch_id}/cancel", trust_env=False)
                     with suppress(RuntimeError):
                         finish(running.url, batch_id)
-                ttft[name] += [1e3 * (record.arrivals_s[0] - record.start_s) for record in measured.records]
-                gaps[name] += (1e3 * inter_token_gaps_s(measured.records)).tolist()
-    found: dict[str, Any] = {"rate_per_s": rate, "batch_lines_per_s": num_done / rounds}
+                if turn % TURNS == 0:
+                    ttft[name].append([])
+                    gaps[name].append([])
+                ttft[name][-1] += [1e3 * (record.arrivals_s[0] - record.start_s) for record in measured.records]
+                gaps[name][-1] += (1e3 * inter_token_gaps_s(measured.records)).tolist()
+        batch_alone_per_s = rate_alone(running, names)
+    found: dict[str, Any] = {
+        "rate_per_s": rate, "batch_lines_per_s": lines_per_s, "batch_alone_lines_per_s": batch_alone_per_s
+    }  # fmt: skip
     for what, values in (("ttft_ms", ttft), ("gap_ms", gaps)):
-        found[what] = {
-            name: {f"p{q}": float(np.percentile(some, q)) for q in (50, 90, 99)} for name, some in values.items()
-        }
-        found[f"{what}_p99_ratio"] = found[what]["beside a batch"]["p99"] / found[what]["alone"]["p99"]
+        found[what] = {name: percentiles(of_rounds) for name, of_rounds in values.items()}
+        for q in ("p50", "p99"):
+            alone, beside = (found[what][name][q] for name in values)
+            found[f"{what}_{q}_ratio"] = beside["median"] / alone["median"]
+    return found
+
+
+def rate_alone(running: RunningFleet, names: Sequence[str]) -> float:
+    """Return the lines a second of a batch beside which nobody asks."""
+    batch_id = begin_filling(running, names)
+    before, started = num_tokens(running), time.monotonic()
+    time.sleep(15.0)
+    found = (num_tokens(running) - before) / OUTPUT_TOKENS / (time.monotonic() - started)
+    httpx2.post(f"{running.url}/v1/batches/{batch_id}/cancel", trust_env=False)
+    return found
+
+
+def begin_filling(running: RunningFleet, names: Sequence[str]) -> str:
+    """Start a batch that fills what the fleet has left; return its id once its first lines are answered."""
+    batch_id = begin(running.url, lines_of(names, 5000, OUTPUT_TOKENS))
+    while not look(running.url, batch_id)["request_counts"]["completed"]:
+        time.sleep(0.2)
+    return batch_id
+
+
+def num_tokens(running: RunningFleet) -> int:
+    """Return how many tokens the workers have put out: lines are too long to be counted in a few seconds."""
+    return sum(beat.counters.num_output_tokens for beat in running.beats_of_now())
+
+
+def percentiles(of_rounds: Sequence[Sequence[float]]) -> dict[str, dict[str, Any]]:
+    """Return percentiles of each round with their median, and of all rounds together."""
+    found: dict[str, dict[str, Any]] = {}
+    for q in (50, 90, 99):
+        each = [float(np.percentile(some, q)) for some in of_rounds]
+        together = float(np.percentile(np.concatenate(of_rounds), q))
+        found[f"p{q}"] = {"rounds": each, "median": float(np.median(each)), "together": together}
     return found
 
 
@@ -210,7 +246,7 @@ def main() -> None:
         if "order" in parts:
             found["order"] = measure_order(model, scratch, 600 if args.short else 3000)
         if "beside" in parts:
-            found["beside"] = measure_beside(model, scratch, 1 if args.short else 3, 30 if args.short else 100)
+            found["beside"] = measure_beside(model, scratch, 1 if args.short else 3, 15 if args.short else 40)
         if "many" in parts:
             found["many"] = measure_many(model, 5_000 if args.short else 50_000)
     print(json.dumps(found, indent=2))

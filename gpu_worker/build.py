@@ -143,7 +143,8 @@ def build_encoder_engine(
     if settings.max_model_len > longest:
         raise BadRequest(f"max_model_len is {settings.max_model_len}, the model is made for {longest} tokens")
     config = EncoderConfig(
-        max_num_seqs, max_step_tokens, settings.max_model_len or longest, max_slowdown=settings.max_slowdown
+        max_num_seqs, max_step_tokens, settings.max_model_len or longest, max_slowdown=settings.max_slowdown,
+        max_batch_slowdown=settings.max_batch_slowdown,
     )  # fmt: skip
     served = served_model(model, config.max_model_len, settings)
     return EncoderEngine(model, config, adapter_cache(model, served, settings, fetch, fetch_files)), served
@@ -268,6 +269,7 @@ def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:
         settings.max_draft_tokens,
         max_draft_step_tokens=16 if on_cpu else 256,  # about where more tokens begin to make a step longer
         max_slowdown=settings.max_slowdown,
+        max_batch_slowdown=settings.max_batch_slowdown,
         max_later_chunk=1 if passes is not None and passes.continues == "tokens" else 0,
     )
     block_bytes = sum(layer.block_bytes(model.dtype) for layer in model.layers)

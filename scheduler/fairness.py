@@ -120,10 +120,10 @@ class FairShares:
         self._least_over = None
 
     def yields(self, request: QueuedRequest) -> bool:
-        """Return whether a request yields to others: batch work does, one that a worker has had before does not."""
-        if request.resumed:
-            return False
-        return request.submit.cls == BATCH or self.tenant_yields(request.submit.tenant)
+        """Return whether a request yields to others: batch work does, another that a worker has had before does not."""
+        if request.submit.cls == BATCH:
+            return True
+        return not request.resumed and self.tenant_yields(request.submit.tenant)
 
     def tenant_yields(self, tenant: str) -> bool:
         """Return whether a tenant's next interactive request yields."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from protocol.wire.keys import BATCH
 from scheduler.fairness import VirtualTokenCounters
 from scheduler.request import BASE, QueuedRequest, decrement
 from scheduler.workers import Tier, Worker, Workers
@@ -49,6 +50,7 @@ class Ledger:
         if request.ready:
             worker.num_ready += 1
             worker.num_ready_yielding += request.yields
+            worker.num_ready_batch += request.submit.cls == BATCH
         else:
             worker.cold[sub.digest] += 1
         if request.attempts:
@@ -74,6 +76,7 @@ class Ledger:
         if request.ready:
             worker.num_ready -= 1
             worker.num_ready_yielding -= request.yields
+            worker.num_ready_batch -= request.submit.cls == BATCH
         else:
             decrement(worker.cold, digest)
         if request.attempts and not request.started:
@@ -130,4 +133,5 @@ class Ledger:
             request.ready = True
             worker.num_ready += 1
             worker.num_ready_yielding += request.yields
+            worker.num_ready_batch += request.submit.cls == BATCH
             decrement(worker.cold, request.submit.digest)

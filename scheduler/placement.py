@@ -315,7 +315,7 @@ class Placement:
         sub = request.submit
         step_ms = 1000 * worker.step_s(request, sub.num_prompt_tokens + round(output_tokens), rank)
         decode_ms = output_tokens * step_ms
-        num_ahead = worker.num_in_front(yields=request.yields) + 1 - worker.beat.capacity
+        num_ahead = worker.num_in_front(sub.cls, yields=request.yields) + 1 - worker.beat.capacity
         if num_ahead > 0:
             decode_ms *= 1 + num_ahead / worker.beat.capacity  # places come free at even intervals
         return decode_ms

@@ -299,5 +299,6 @@ def _count(batch: list[QueuedRequest]) -> None:
 def _assigned(request: QueuedRequest) -> m.Assigned:
     sub = request.submit
     return m.Assigned(
-        sub.rid, request.epoch + 1, sub.digest, sub.tenant, sub.gateway, request.yields, sub.choice, sub.call, sub.part
-    )
+        sub.rid, request.epoch + 1, sub.digest, sub.tenant, sub.gateway, request.yields, sub.choice, sub.call, sub.part,
+        sub.cls == BATCH,
+    )  # fmt: skip

@@ -61,6 +61,7 @@ class Worker:
     num_ready: int = 0  # requests whose adapter is resident; each takes a place
     num_yielding: int = 0  # requests that yield
     num_ready_yielding: int = 0  # requests that yield and take a place, which others may take from them
+    num_ready_batch: int = 0  # of those batch work, whose places may also be taken by others that yield
     by_digest: Counter[str] = field(default_factory=Counter[str])
     cold: Counter[str] = field(default_factory=Counter[str])  # digest -> requests that wait for it
     suspects: Counter[int] = field(default_factory=Counter[int])  # attempts -> requests, until they make progress here
@@ -104,17 +105,19 @@ class Worker:
     def ready_credit(self, cls: str, *, yields: bool = False) -> int:
         """Return how many more requests whose adapter is resident it may get; 0 or less: none."""
         beat = self.beat
-        may_take_places = not yields and cls != BATCH and self.num_ready_yielding > 0
+        may_take_places = self.num_in_front(cls, yields=yields) < self.num_ready
         has_few_blocks = beat.kv_blocks_free * 16 < beat.kv_blocks_total
         if has_few_blocks and beat.waiting > beat.waiting_adapter and not may_take_places:
             return 0  # memory, not the number of requests, is the limit now
         if self._leaves_room(cls, yields):
             return self._unreserved_places(cls) - self.num_ready
-        return beat.capacity + QUEUED_AHEAD - self.num_in_front(yields=yields)
+        return beat.capacity + QUEUED_AHEAD - self.num_in_front(cls, yields=yields)
 
-    def num_in_front(self, *, yields: bool) -> int:
+    def num_in_front(self, cls: str, *, yields: bool) -> int:
         """Return how many requests one more would have to wait for if all places were taken."""
-        return self.num_ready if yields else self.num_ready - self.num_ready_yielding
+        if cls == BATCH:
+            return self.num_ready
+        return self.num_ready - (self.num_ready_batch if yields else self.num_ready_yielding)
 
     def takes_cold(self, digest: str, cls: str, *, yields: bool = False) -> bool:
         """Return whether it may get a request that has to wait for adapter `digest` there."""

@@ -18,7 +18,7 @@ from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.encoder.model import EncoderModel
 from gpu_worker.engine.base import BaseEngine
 from gpu_worker.engine.batcher import MAX_SKIPS
-from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput, failure_of
+from gpu_worker.engine.request import BATCH_LEVEL, EngineRequest, EngineStats, TokenOutput, failure_of
 from gpu_worker.engine.runner import extra_rows, group_by_adapter, lora_batch
 from gpu_worker.engine.step_model import StepWork
 from gpu_worker.model.apply_extras import ExtraRows
@@ -34,6 +34,7 @@ class EncoderConfig:
     max_step_tokens: int  # a longer text has a step of its own
     max_model_len: int  # tokens of one text
     max_slowdown: float = 0.0  # how many times as long a step may be for what yields; 0: any time
+    max_batch_slowdown: float = 0.0  # for batch work; 0: as for what yields
 
 
 @dataclass(slots=True)
@@ -84,24 +85,21 @@ class EncoderEngine(BaseEngine):
     def _next_batch(self) -> Batch:
         """Take the next texts whose adapters are in the pool, in order; those that yield after the others.
 
-        Beside others, what yields has as many tokens as make the step `max_slowdown` times as long. Whoever was passed
-        over `MAX_SKIPS` times yields no more.
+        Beside others, what yields has as many tokens as make the step `max_slowdown` times as long, batch work
+        `max_batch_slowdown` times. Whoever was passed over `MAX_SKIPS` times yields no more, but for batch work.
         """
-        batch, waiting = Batch(), list(self._requests.values())
-        yielding = [request for request in waiting if request.yields and self._num_skips[request.rid] <= MAX_SKIPS]
-        if yielding:
-            late = {request.rid for request in yielding}
-            waiting = [request for request in waiting if request.rid not in late]
-        self._take(waiting, batch, self.config.max_step_tokens)
-        if not yielding:
-            return batch
-        others = batch.num_tokens
-        most = self.config.max_step_tokens
-        if others and self.config.max_slowdown:
-            most = min(most, int(self.config.max_slowdown * others))
-        self._take(yielding, batch, most)
-        if others:
-            self._num_skips.update(request.rid for request in yielding if request.rid in self._requests)
+        config, batch = self.config, Batch()
+        levels: list[list[EngineRequest]] = [[] for _ in range(BATCH_LEVEL + 1)]
+        for request in self._requests.values():
+            is_late = request.level < BATCH_LEVEL and self._num_skips[request.rid] > MAX_SKIPS
+            levels[0 if is_late else request.level].append(request)
+        slowdowns = (0.0, config.max_slowdown, config.max_batch_slowdown or config.max_slowdown)
+        for requests, slowdown in zip(levels, slowdowns, strict=True):
+            others = batch.num_tokens
+            most = config.max_step_tokens if not (others and slowdown) else int(slowdown * others)
+            self._take(requests, batch, min(most, config.max_step_tokens))
+            if others:
+                self._num_skips.update(request.rid for request in requests if request.rid in self._requests)
         return batch
 
     def _take(self, requests: Iterable[EngineRequest], batch: Batch, most: int) -> None:

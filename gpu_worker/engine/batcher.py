@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-from gpu_worker.engine.blocks import BlockPool, chain_hash, chain_seed
+from gpu_worker.engine.blocks import BlockPool
+from gpu_worker.engine.request import BATCH_LEVEL
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.spending import Spending
 from gpu_worker.engine.states import StatePool
+from gpu_worker.engine.step_plan import StepPlan
 from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEP_TOKENS_PER_SEQ, SHORT_STEPS_AFTER
-from protocol.runtime.step_limit import ALONE_EVERY, PROMPT_SHARE, StepLimit, StepTime
+from protocol.runtime.step_limit import ALONE_EVERY, BATCH_STEP, PROMPT_SHARE, StepLimit, StepTime
 from protocol.wire.messages import StepModel
 
 MAX_SKIPS = 64
@@ -53,6 +55,7 @@ class BatchLimits:
     max_draft_tokens: int = 0  # draft tokens that a sequence may add to a step, 0: none
     max_draft_step_tokens: int = 0  # draft tokens are added only while the step has fewer tokens than that
     max_slowdown: float = 0.0  # times as long a step may take for sequences that yield, 0: any
+    max_batch_slowdown: float = 0.0  # times as long a step may take for batch work, 0: any
     max_later_chunk: int = 0  # tokens of a sequence in a step once some are computed, 0: any number
 
     @property
@@ -65,54 +68,13 @@ class BatchLimits:
             raise ValueError("max_step_tokens must be at least max_num_seqs, so that every step can decode all")
 
 
-@dataclass(slots=True)
-class StepPlan:
-    """What one step computes."""
-
-    budget: int = 0  # tokens that may still be added
-    has_states: bool = False  # whether the model's layers keep states, which cannot be taken back by a token
-    num_new: dict[Sequence, int] = field(default_factory=dict[Sequence, int])
-    """Tokens to compute per sequence, decodes first."""
-    drafts: dict[Sequence, list[int]] = field(default_factory=dict[Sequence, list[int]])
-    """Draft tokens of sequences, counted in `num_new`."""
-    saves: dict[Sequence, dict[int, int]] = field(default_factory=dict[Sequence, dict[int, int]])
-    """Positions after which a sequence's states are saved, and the slots for them."""
-    preempted: list[Sequence] = field(default_factory=list[Sequence])
-    num_cached: int = 0  # tokens of newly admitted sequences that were found in the prefix cache
-    alone_s: float = 0.0
-    """Predicted seconds of a step of nothing but decodes that do not yield, if its time is to be measured, else 0."""
-    limited: StepTime | None = None  # predicted, but for prompts that do not yield, where what yields has only a part
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the step."""
-        return sum(self.num_new.values())
-
-    @property
-    def num_prompt_rows(self) -> int:
-        """Tokens of sequences whose prompt's logprobs are recorded."""
-        return sum(num_new for seq, num_new in self.num_new.items() if seq.prompt_logprobs is not None)
-
-    def postpone(self, seq: Sequence) -> None:
-        """Take back a sequence's last token, and its draft tokens: its next token is chosen in a later step.
-
-        Where layers keep states all of its tokens are taken back, and computed again from the states before them.
-        """
-        num = 1 + len(self.drafts.pop(seq, ()))
-        self.num_new[seq] -= self.num_new[seq] if self.has_states else num
-
-    def add(self, seq: Sequence, num_new: int) -> None:
-        """Let the step compute the next `num_new` tokens of a sequence."""
-        self.num_new[seq] = num_new
-        self.budget -= num_new
-
-
 class Batcher:
     """The running and waiting sequences of one engine.
 
     A sequence that yields comes last in everything: it gets the tokens, places and blocks that the others leave. See
     `plan` for the tokens and `_make_room` for places and blocks. `scheduler.fairness` decides which sequences yield;
-    besides these, where steps are limited, all of the tenant that has had most of the tokens of late.
+    besides these, where steps are limited, all of the tenant that has had most of the tokens of late. Batch work yields
+    to all others: where no other sequence has anybody to yield to, these are the others, and only batch work yields.
 
     fingerprint: of the base model, part of the prefix cache's keys.
     """
@@ -131,7 +93,8 @@ class Batcher:
         self.waiting: deque[Sequence] = deque()  # in order of arrival; preempted ones first
         self.step_model = StepModel()
         """Predicts how long steps take; all zero while that is unknown."""
-        self._step_limit = StepLimit(limits.max_slowdown)
+        self._step_limit = StepLimit()
+        self._levels: list[int] = []  # of the sequences of the last plan, each once, ascending
         self._num_plans = 0
         self._short_plans = 0  # plans until yielding prompts are computed in long steps again
         self._paused = False  # whether yielding sequences were left out of the last plan
@@ -155,7 +118,7 @@ class Batcher:
         """
         tenant = seq.request.tenant
         seq.yields = seq.yields or bool(tenant and tenant == self._heaviest)
-        if seq.yields and tenant:
+        if seq.level == 1 and tenant:
             for other in self:
                 if other.request.tenant == tenant:
                     other.yields = other.num_skips <= MAX_SKIPS
@@ -177,32 +140,38 @@ class Batcher:
         a step's time as `StepLimit` leaves: at least one sequence of it, all in turn, and half of that time for
         prompts. Beside a prompt of others, all yielding sequences pause for one step, never for two in a row, if their
         decodes would make the step longer by more than an empty step takes.
+
+        Batch work pauses beside every prompt of others. For some steps after them its steps are limited, too. It waits
+        while tenants over their share and those that they yield to are here.
         """
         self._num_plans += 1
         self._mark_heaviest()
-        has_others = any(not seq.yields for seq in self)
+        self._levels = sorted({seq.level for seq in self})
+        has_others = any(not self._yields(seq) for seq in self)
         self._short_plans = SHORT_STEPS_AFTER if has_others else self._short_plans - 1
         plan = StepPlan(budget=self.limits.max_step_tokens, has_states=self.states is not None)
-        others = [seq for seq in self.running if not seq.yields and not seq.awaits_mask]
-        yielding = [seq for seq in self.running if seq.yields and not seq.awaits_mask]
+        others = [seq for seq in self.running if not self._yields(seq) and not seq.awaits_mask]
+        yielding = [seq for seq in self.running if self._takes_turns(seq) and not seq.awaits_mask]
         yielding_decodes = [seq for seq in yielding if seq.num_pending == 1]
         yielding_prompts = [seq for seq in yielding if seq.num_pending != 1]
-        may_pause = not self._paused and self._is_worth_a_step(yielding_decodes)
+        may_pause = self._turns_of_batch or (not self._paused and self._is_worth_a_step(yielding_decodes))
 
         self._run([seq for seq in others if seq.num_pending == 1], plan)
-        time = self._limited(plan) if plan.num_new and any(seq.yields for seq in self) else None
-        has_prompts = len(plan.num_new) < len(others) or any(seq.is_bound and not seq.yields for seq in self.waiting)
-        is_alone = time is not None and self._step_limit.is_alone_due and not (self._paused or has_prompts)
+        time = self._limited(plan)
+        can_come = [seq for seq in self.waiting if seq.is_bound]
+        has_prompts = len(plan.num_new) < len(others) or not all(map(self._yields, can_come))
+        is_due = time is not None and bool(plan.num_new) and self._step_limit.is_alone_due
+        is_alone = is_due and not (self._paused or has_prompts)
         num_decodes, alone_s = len(plan.num_new), time.seconds if time is not None else 0.0
         if time is not None:
             yielding_decodes.sort(key=lambda seq: seq.last_turn)
-            if yielding_prompts or any(seq.is_bound and seq.yields for seq in self.waiting):
+            if yielding_prompts or any(map(self._takes_turns, can_come)):
                 time.reserve(PROMPT_SHARE)
         if not may_pause and not is_alone:
             self._run(yielding_decodes, plan, time)
         budget_before = plan.budget
         self._run([seq for seq in others if seq.num_pending != 1], plan)
-        self._admit([seq for seq in self.waiting if not seq.yields], plan)
+        self._admit([seq for seq in self.waiting if not self._yields(seq)], plan)
 
         self._paused = is_alone or (may_pause and plan.budget < budget_before)
         if not self._paused:
@@ -214,9 +183,12 @@ class Batcher:
                 plan.budget = max(0, plan.budget + self.limits.short_step_tokens - self.limits.max_step_tokens)
             self._run(yielding_prompts, plan, time)
             if not any(seq.num_skips > MAX_SKIPS for seq in self.waiting):
-                self._admit([seq for seq in self.waiting if seq.yields], plan, time)
+                self._admit([seq for seq in self.waiting if self._takes_turns(seq)], plan, time)
             if time is not None:
                 self._run([seq for seq in yielding_decodes if seq not in plan.num_new], plan, time)
+        if not plan.num_new and len(self._levels) > 2:  # nobody else can run: batch work need not wait
+            self._run([seq for seq in self.running if seq.level == BATCH_LEVEL and not seq.awaits_mask], plan)
+            self._admit([seq for seq in self.waiting if seq.level == BATCH_LEVEL], plan)
         if self.limits.max_draft_tokens and not plan.preempted:
             self._add_drafts(plan, time)
         if is_alone and plan.num_tokens == num_decodes:
@@ -225,8 +197,23 @@ class Batcher:
             plan.alone_s = self._alone_s(plan)
         plan.limited = time
         if self.limits.max_slowdown:
-            self._spending.note((seq.request.tenant, num_new) for seq, num_new in plan.num_new.items())
+            self._spending.note(
+                (seq.request.tenant, num_new) for seq, num_new in plan.num_new.items() if not seq.request.batch
+            )
         return plan
+
+    def _yields(self, seq: Sequence) -> bool:
+        """Return whether a sequence yields to others that are here, or may come."""
+        return seq.level > (self._levels[0] if len(self._levels) > 1 else 0)
+
+    def _takes_turns(self, seq: Sequence) -> bool:
+        """Return whether a sequence gets what the others leave: it yields, and no other would yield to it as well."""
+        return self._yields(seq) and seq.level in self._levels[:2]
+
+    @property
+    def _turns_of_batch(self) -> bool:
+        """Whether only batch work gets what the others leave, and its bound is on."""
+        return self.limits.max_batch_slowdown > 0 and self._levels[:2][-1:] == [BATCH_LEVEL]
 
     def _mark_heaviest(self) -> None:
         """Let all sequences yield of the tenant that has had most of the last steps, and no longer those it was."""
@@ -236,20 +223,26 @@ class Batcher:
         for seq in self:
             tenant = seq.request.tenant
             if tenant and tenant in (before, self._heaviest):
-                seq.yields = (seq.request.yields or tenant == self._heaviest) and seq.num_skips <= MAX_SKIPS
+                seq.yields = (seq.request.level > 0 or tenant == self._heaviest) and seq.num_skips <= MAX_SKIPS
 
     def _alone_s(self, plan: StepPlan) -> float:
         """Return the predicted seconds of a step without limit, 0 if it holds anything but others' decodes."""
-        seqs = plan.num_new
-        if any(seq.yields for seq in self) or plan.num_tokens != len(seqs) or any(seq.num_pending != 1 for seq in seqs):
+        seqs, is_shared = plan.num_new, any(map(self._takes_turns, self))
+        if is_shared or plan.num_tokens != len(seqs) or any(seq.num_pending != 1 for seq in seqs):
             return 0.0
-        return self._time_of(plan).seconds if seqs and self._step_limit.applies(self.step_model) else 0.0
+        limits = self.limits.max_slowdown or self.limits.max_batch_slowdown
+        return self._time_of(plan).seconds if seqs and limits and self._step_limit.applies(self.step_model) else 0.0
 
     def _limited(self, plan: StepPlan) -> StepTime | None:
-        """Return the time of a step that holds the others' decodes, with its limit; None if steps are not limited."""
-        if not self._step_limit.applies(self.step_model):
+        """Return the time of a step that holds the others' decodes, with its limit; None if it is not limited."""
+        limits, slowdown = self.limits, 0.0
+        if plan.num_new and any(map(self._takes_turns, self)):
+            slowdown = limits.max_batch_slowdown if self._turns_of_batch else limits.max_slowdown
+        elif self._turns_of_batch and self._short_plans > 0:
+            slowdown = BATCH_STEP
+        if not slowdown or not self._step_limit.applies(self.step_model):
             return None
-        return self._step_limit.set_limit(self._time_of(plan))
+        return self._step_limit.set_limit(self._time_of(plan), slowdown)
 
     def _time_of(self, plan: StepPlan) -> StepTime:
         """Return the time of a step that holds decodes."""
@@ -319,9 +312,9 @@ class Batcher:
         seq.num_computed += num_new
         if self.limits.prefix_cache:
             last = seq.num_computed // BLOCK_TOKENS
-            self._extend_hashes(seq, last)
+            seq.extend_hashes(last, self._fingerprint)
             for i in range(first, last):
-                self.blocks.publish(seq.blocks[i], seq.hashes[i], self._owner(seq, i))
+                self.blocks.publish(seq.blocks[i], seq.hashes[i], seq.owner(i))
 
     def _add_drafts(self, plan: StepPlan, time: StepTime | None) -> None:
         """Add draft tokens of decoding sequences, as far as the step has room and blocks are free.
@@ -330,7 +323,7 @@ class Batcher:
         """
         decoding = [
             seq for seq, num_new in plan.num_new.items()
-            if seq.num_pending == num_new == 1 and seq.drafter and not (time is not None and seq.yields)
+            if seq.num_pending == num_new == 1 and seq.drafter and not (time is not None and self._yields(seq))
             and (seq.matcher is None or seq.matcher.filling is None)
         ]  # fmt: skip
         room = min(self.limits.max_draft_step_tokens, self.limits.max_step_tokens) - plan.num_tokens
@@ -358,7 +351,7 @@ class Batcher:
         """
         missing = _num_blocks(seq.num_computed + num_new) - len(seq.blocks)
         while missing > self.blocks.num_free:
-            victim = next((other for other in reversed(self.running) if other.yields), self.running[-1])
+            victim = max(reversed(self.running), key=lambda other: other.level)
             self._preempt(victim, plan)
             if victim is seq:
                 return False
@@ -401,7 +394,7 @@ class Batcher:
         """Return whether fewer sequences run than may, or `seq` may take the place of one that yields."""
         if len(self.running) < self.limits.max_num_seqs:
             return True
-        return not seq.yields and any(other.yields for other in self.running)
+        return any(other.level > seq.level for other in self.running)
 
     def _start(self, seq: Sequence, plan: StepPlan, time: StepTime | None) -> bool:
         """Admit a waiting sequence and add its tokens. Returns False if adapter, blocks, budget or time are lacking."""
@@ -444,7 +437,7 @@ class Batcher:
         # It must fit whole, with a block of growth for every running sequence, or it would soon be preempted again.
         num_free = self.blocks.num_free - self.blocks.num_idle(cached)
         num_running, num_needed = len(self.running), _num_blocks(seq.num_tokens) - len(cached)
-        candidates = [] if seq.yields else [other for other in self.running if other.yields]
+        candidates = sorted((other for other in self.running if other.level > seq.level), key=lambda other: other.level)
         victims: list[Sequence] = []
         dropped = Counter[int]()
         while num_running == self.limits.max_num_seqs or num_needed + num_running > num_free:
@@ -462,29 +455,9 @@ class Batcher:
         if not self.limits.prefix_cache or seq.needs_all_rows:
             return []
         num_full = (seq.num_tokens - 1) // BLOCK_TOKENS
-        self._extend_hashes(seq, num_full)
+        seq.extend_hashes(num_full, self._fingerprint)
         found = self.blocks.lookup(seq.hashes[:num_full])
         return found if self.states is None else found[: self.states.longest(seq.hashes[: len(found)])[0]]
-
-    def _extend_hashes(self, seq: Sequence, num_blocks: int) -> None:
-        """Compute the hashes of a sequence's first `num_blocks` blocks, which must be full."""
-        request = seq.request
-        while len(seq.hashes) < num_blocks:
-            start = len(seq.hashes) * BLOCK_TOKENS
-            end = start + BLOCK_TOKENS
-            digest = self._owner(seq, len(seq.hashes))
-            if not seq.hashes:
-                parent = chain_seed(self._fingerprint, digest, request.lora_scale, request.salt)
-            else:
-                parent = seq.hashes[-1]
-            if seq.activates and end > seq.active_from:
-                # The block's content depends on the token from which on the adapter is active.
-                parent = chain_seed(f"{parent.hex()}:{seq.active_from}", digest, request.lora_scale, "")
-            seq.hashes.append(chain_hash(parent, seq.tokens[start:end]))
-
-    def _owner(self, seq: Sequence, block: int) -> str:
-        """Return the digest of the adapter that computed a block of a sequence, "" for the base model."""
-        return "" if (block + 1) * BLOCK_TOKENS <= seq.num_base else seq.request.digest
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless block tables, reference counts and the state of sequences agree."""

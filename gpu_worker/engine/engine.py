@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.engine.base import BaseEngine
-from gpu_worker.engine.batcher import Batcher, BatchLimits, StepPlan
+from gpu_worker.engine.batcher import Batcher, BatchLimits
 from gpu_worker.engine.binding import RequestBinder
 from gpu_worker.engine.blocks import BlockPool
 from gpu_worker.engine.decoding import accept_tokens, check_choice, grammar_masks, sample_rows, without
@@ -23,6 +23,7 @@ from gpu_worker.engine.runner import Runner, StepInputs
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.states import StatePool
 from gpu_worker.engine.step_model import StepWork
+from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.model.model import BaseModel
 from gpu_worker.one_by_one.runner import OneByOneRunner
 from gpu_worker.sampling.grammars import Grammars

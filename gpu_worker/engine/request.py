@@ -12,6 +12,9 @@ from protocol.wire.errors import AdapterRefused, Internal, LorafleetError
 
 logger = logging.getLogger(__name__)
 
+BATCH_LEVEL = 2
+"""The level of batch work, see `EngineRequest.level`."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
@@ -30,9 +33,15 @@ class EngineRequest:
     lora_scale: float = 1.0  # multiplies the adapter's own scale
     tenant: str = ""  # whose it is; "" if that is not known
     yields: bool = False  # to requests that do not, see `Batcher`
+    batch: bool = False  # whether it is of the class `batch`: it yields to all that are not
     grammar: str = ""  # that the output must follow, as in `messages.Body`
     task: m.Task = "generate"  # what its output is, see `messages.Body`
     second: int = 0  # where the second text of a pair begins, as in `messages.Body`
+
+    @property
+    def level(self) -> int:
+        """It yields to requests of a lower level: 0 to none, 1 to those with 0, 2, batch work, to all that are none."""
+        return BATCH_LEVEL if self.batch else int(self.yields)
 
 
 @dataclass(slots=True)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from gpu_worker.adapters.extras import Extras
 from gpu_worker.cuda.graphs import DecodeGraph, DecodeGraphs, DecodeLists, GraphRecorder
-from gpu_worker.engine.batcher import StepPlan
 from gpu_worker.engine.pooled import PooledRows, gather
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.memory import send
 from gpu_worker.model.apply_extras import ExtraRows
 from gpu_worker.model.mixers import Run, StateBatch

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
+from gpu_worker.engine.blocks import chain_hash, chain_seed
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.engine.speculation import Drafter
 from gpu_worker.engine.stop import StopRules
@@ -13,6 +14,7 @@ from gpu_worker.model.pooling import TextPool
 from gpu_worker.sampling.adjustment import Adjustment
 from gpu_worker.sampling.grammars import Matcher
 from gpu_worker.sampling.logprobs import PromptLogprobs
+from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire.errors import LorafleetError
 
 
@@ -43,7 +45,7 @@ class Sequence:
         self.kept: object = None  # what its model keeps of it, where sequences run one by one
         self.num_skips = 0  # plans that passed it over for lack of blocks
         self.last_turn = 0  # the last plan of limited time that it was part of, where it yields
-        self.yields = request.yields  # to sequences that do not, until it has been passed over too often
+        self.yields = request.level > 0  # to sequences of a lower level, until it has been passed over too often
 
         # True once adapter and grammar are resolved, which sets the fields below; only then it may run.
         self.is_bound = not (request.digest or request.grammar)
@@ -64,6 +66,11 @@ class Sequence:
     def rid(self) -> str:
         """The request's id."""
         return self.request.rid
+
+    @property
+    def level(self) -> int:
+        """0 if it yields to nobody, 1 if to those with 0, 2 if to all that are no batch work: it is batch work."""
+        return max(1, self.request.level) if self.yields else 0
 
     @property
     def awaits_mask(self) -> bool:
@@ -131,3 +138,23 @@ class Sequence:
         output = self.put_out([], "error")
         output.error = error
         return output
+
+    def extend_hashes(self, num_blocks: int, fingerprint: str) -> None:
+        """Compute the hashes of its first `num_blocks` blocks, which must be full. fingerprint: of the base model."""
+        request = self.request
+        while len(self.hashes) < num_blocks:
+            start = len(self.hashes) * BLOCK_TOKENS
+            end = start + BLOCK_TOKENS
+            digest = self.owner(len(self.hashes))
+            if not self.hashes:
+                parent = chain_seed(fingerprint, digest, request.lora_scale, request.salt)
+            else:
+                parent = self.hashes[-1]
+            if self.activates and end > self.active_from:
+                # The block's content depends on the token from which on the adapter is active.
+                parent = chain_seed(f"{parent.hex()}:{self.active_from}", digest, request.lora_scale, "")
+            self.hashes.append(chain_hash(parent, self.tokens[start:end]))
+
+    def owner(self, block: int) -> str:
+        """Return the digest of the adapter that computes a block of it, "" for the base model."""
+        return "" if (block + 1) * BLOCK_TOKENS <= self.num_base else self.request.digest

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from gpu_worker.adapters.extras import Extras
 from gpu_worker.cuda.graphs import GraphRecorder, Unrecordable
-from gpu_worker.engine.batcher import StepPlan
 from gpu_worker.engine.runner import Runner, StepInputs, StepRows, extra_rows, lora_batch, without_unknown_ids
 from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.memory import send
 from gpu_worker.model.apply_extras import ExtraRows
 from gpu_worker.model.model import BaseModel

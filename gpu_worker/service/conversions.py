@@ -57,6 +57,7 @@ def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
         lora_scale=body.lora_scale,
         tenant=item.tenant,
         yields=item.yields,
+        batch=item.batch,
         grammar=body.grammar,
         task=body.task,
         second=body.second,

@@ -288,6 +288,11 @@ class Settings(BaseSettings):
         ge=0,
         description="how many times as long a step may take for tenants with more than their share; 0: any time",
     )
+    max_batch_slowdown: float = Field(
+        default=1.1,
+        ge=0,
+        description="how many times as long a step may take for batch work; 0: as for tenants over their share",
+    )
     max_mask_s: float = Field(
         default=30.0,
         gt=0,

@@ -2,7 +2,7 @@
 
 Everybody in a step waits for its end, so whoever fills steps slows all others down, however evenly places are shared.
 What yields (`scheduler.fairness`) therefore takes part only as far as a step becomes no longer than `max_slowdown`
-times what the others' decodes take alone.
+times what the others' decodes take alone; batch work, `max_batch_slowdown` times.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ flood that takes the cores: by their median the limit would grow with the harm t
 PROMPT_SHARE = 0.5
 """Share of the time left to what yields that is its prompts', if it has any: decodes would never leave them any, and
 once no others are left all of them would come in long steps."""
+
+BATCH_STEP = 3.0
+"""Times as long as an empty step a step of nothing but batch work may take, while others may come soon: whoever comes
+waits for its end."""
 
 
 class StepTime:
@@ -71,21 +75,22 @@ class StepTime:
 class StepLimit:
     """Limits the steps of one engine."""
 
-    def __init__(self, max_slowdown: float) -> None:
-        """max_slowdown: how many times as long a step may take for what yields; 0: any time."""
-        self._max_slowdown = max_slowdown
+    def __init__(self) -> None:
         self._left = 0  # limited steps until the next one without what yields
         self._alone: deque[tuple[float, float]] = deque(maxlen=NUM_MEASURED)  # (predicted, measured) seconds
         self._more: deque[float] = deque(maxlen=NUM_MEASURED)  # what yields took ÷ what was predicted of it
 
     def applies(self, model: StepModel) -> bool:
-        """Return whether steps are limited: something is known of their time."""
-        return self._max_slowdown > 0 and model.seconds(1, 1, 1, 1) > 0
+        """Return whether steps can be limited: something is known of their time."""
+        return model.seconds(1, 1, 1, 1) > 0
 
-    def set_limit(self, time: StepTime) -> StepTime:
-        """Limit a step that holds the others' decodes and nothing else so far; return its time."""
+    def set_limit(self, time: StepTime, slowdown: float) -> StepTime:
+        """Limit a step that holds the others' decodes and nothing else so far; return its time.
+
+        slowdown: how many times as long it may take for what yields.
+        """
         measured = min((seconds / predicted for predicted, seconds in self._alone), default=1.0)
-        left_s = (self._max_slowdown * measured - 1) * time.seconds
+        left_s = (slowdown * measured - 1) * time.seconds
         time.others_s = time.seconds
         time.limit_s = time.seconds + left_s / max(1.0, min(self._more, default=1.0))
         time.is_empty = True

@@ -131,7 +131,7 @@ class SimWorker:
         self._num_others = 0  # requests here that do not yield
         self._starting: list[SimulatedRequest] = []  # requests whose prefill ends with this step
         self._pauses = False  # whether the yielding group is left out of this step, or was of the last one
-        self._limit = StepLimit(model.max_slowdown)
+        self._limit = StepLimit()
         self._short_steps = 0  # steps until yielding prompts are computed in long ones again
         self._pinned: Counter[str] = Counter()
         self._pool = _AdapterLru(model.pool_bytes)
@@ -244,14 +244,15 @@ class SimWorker:
         """Return the time of a step that holds the others' decodes, with its limit; None if it is not limited."""
         others, step = self._others, self._model.step
         has_yielding = bool(self._yielding.ends or self._yielding.ready)
-        if not others.ends or not has_yielding or not self._limit.applies(step):
+        slowdown = self._model.max_slowdown
+        if not others.ends or not has_yielding or not slowdown or not self._limit.applies(step):
             return None
         time = StepTime(step)
         time.add(len(others.ends), others.num_kv_tokens)
         for request in self._running.values():
             if not request.yields:
                 time.add(0, 0, request.submit.digest, self._rank(request.submit.digest))
-        self._limit.set_limit(time)
+        self._limit.set_limit(time, slowdown)
         return time
 
     def _take_turns(self, time: StepTime | None, adapters: set[str], num_before: int) -> int:

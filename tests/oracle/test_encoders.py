@@ -295,3 +295,14 @@ def test_texts_that_yield_come_after_others_and_never_wait_for_ever() -> None:
     assert last == ["flood-3", "flood-4"]  # as long ago as the other, before the text that has just come
     assert step() == ["flood-5", f"quiet-{num_steps + 2}"]
     assert not engine._num_skips
+
+
+def test_texts_of_batches_come_after_all_others_however_long_they_wait() -> None:
+    oracle = Oracle(make_encoder("bert", "embed"), "embed", {"few": {"r": 3, "target_modules": ["query"]}})
+    engine = oracle.engine(Pooling("mean"), max_step_tokens=100, max_slowdown=2.0, max_batch_slowdown=1.1)
+    [short, long] = prompts(2, TINY_VOCAB, (10, 40))
+    engine.add(request("line", "", short, "embed", batch=True))
+    for number in range(MAX_SKIPS + 2):
+        engine.add(request(f"flood-{number}", "", long, "embed", yields=True))
+        assert [output.rid for output in engine.step()] == [f"flood-{number}"], "50 tokens are more than 1.1 x 40"
+    assert [output.rid for output in engine.step()] == ["line"]

@@ -28,8 +28,8 @@ from oracle.tiny_models import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gpu_worker.engine.batcher import StepPlan
 from gpu_worker.engine.runner import StepInputs
+from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.model.headless import read_decoder
 from gpu_worker.model.model import choose_device
 from gpu_worker.model.pooling import Pooling, TextPool

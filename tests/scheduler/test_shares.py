@@ -88,7 +88,8 @@ def test_a_tenant_that_was_served_more_tokens_yields_too() -> None:
 
 def test_batch_work_yields_and_a_resumed_request_does_not() -> None:
     shares = make_shares(flood=200, quiet=1)
-    assert shares.yields(QueuedRequest(make_submit("a", tenant="quiet", cls="batch"), 0))
+    for attempts in (0, 2):
+        assert shares.yields(QueuedRequest(make_submit("a", tenant="quiet", cls="batch"), attempts))
     assert shares.yields(QueuedRequest(make_submit("b", tenant="flood"), 0))
     assert not shares.yields(QueuedRequest(make_submit("b", tenant="flood"), 2))
     assert not shares.yields(QueuedRequest(make_submit("c", tenant="quiet"), 0))

@@ -162,6 +162,19 @@ def test_yielding_requests_wait_for_each_other() -> None:
     assert worker.ready_credit("interactive", yields=True) < 0
 
 
+def test_places_of_batch_work_count_as_free_for_all_others() -> None:
+    """Also for tenants that yield, as one does that is alone."""
+    workers = make_workers(beat("w", capacity=16))
+    worker, ledger = workers.by_id["w"], make_ledger(workers)
+    for i in range(12):
+        line = request(f"line{i}", cls="batch")
+        line.yields = True
+        ledger.assign(line, worker)
+    assert worker.ready_credit("batch") == 0
+    for yields in (False, True):
+        assert worker.ready_credit("interactive", yields=yields) == 16 + QUEUED_AHEAD
+
+
 def test_a_worker_of_one_place_serves_everyone() -> None:
     worker = make_workers(beat("w", capacity=1)).by_id["w"]
     assert worker.ready_credit("batch") == 1
@@ -315,6 +328,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert worker.requests == {item.rid: item for item in items}
             assert worker.num_ready == sum(item.ready for item in items)
             assert worker.num_ready_yielding == sum(item.ready and item.yields for item in items)
+            assert worker.num_ready_batch == sum(item.ready and item.submit.cls == "batch" for item in items)
             assert worker.num_yielding == sum(item.yields for item in items)
             assert worker.cold == Counter(item.submit.digest for item in items if not item.ready)
             assert worker.by_digest == Counter(item.submit.digest for item in items)

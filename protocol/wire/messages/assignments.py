@@ -19,6 +19,7 @@ class Assigned(Packed, frozen=True):
     choice: int = 0  # this and the next two as in `Submit`
     call: str = ""
     part: int = 0
+    batch: bool = False  # of the class `batch`: it yields to all that is not
 
 
 class Control(Wire, frozen=True):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from gpu_worker.engine.batcher import Batcher, BatchLimits, StepPlan
+from gpu_worker.engine.batcher import Batcher, BatchLimits
 from gpu_worker.engine.blocks import BlockPool
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.step_plan import StepPlan
 from protocol.wire.messages import Sampling
 
 
@@ -40,11 +41,13 @@ def make_seq(
     output: list[int] | None = None,
     *,
     yields: bool = False,
+    batch: bool = False,
     tenant: str = "",
 ) -> Sequence:
     request = EngineRequest(
-        rid, 1, digest, prompt.astype(np.int32), Sampling(), max_new, output or [], yields=yields, tenant=tenant
-    )
+        rid, 1, digest, prompt.astype(np.int32), Sampling(), max_new, output or [], yields=yields, batch=batch,
+        tenant=tenant,
+    )  # fmt: skip
     seq = Sequence(request, 1 << 20)
     seq.is_bound = True
     return seq
@@ -52,10 +55,12 @@ def make_seq(
 
 def make_batcher(
     num_blocks: int, max_num_seqs: int = 8, max_step_tokens: int = 64, *, prefix_cache: bool = True,
-    max_slowdown: float = 0.0,
+    max_slowdown: float = 0.0, max_batch_slowdown: float = 0.0,
 ) -> tuple[Batcher, FakeSlots]:  # fmt: skip
     slots = FakeSlots()
-    limits = BatchLimits(max_num_seqs, max_step_tokens, prefix_cache, max_slowdown=max_slowdown)
+    limits = BatchLimits(
+        max_num_seqs, max_step_tokens, prefix_cache, max_slowdown=max_slowdown, max_batch_slowdown=max_batch_slowdown
+    )  # fmt: skip
     return Batcher(limits, BlockPool(num_blocks), slots, "base"), slots
 
 

@@ -11,12 +11,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gpu_worker.engine.batcher import MAX_SKIPS, Batcher, BatchLimits, StepPlan
+from gpu_worker.engine.batcher import MAX_SKIPS, Batcher, BatchLimits
 from gpu_worker.engine.blocks import BlockPool
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.speculation import Drafter
+from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.sampling.logprobs import PromptLogprobs
-from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEPS_AFTER
+from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire.messages import StepModel
 from tests.gpu_worker.engine.batches import FakeSlots, finish_step, make_batcher, make_seq
 
@@ -48,12 +49,13 @@ class BatcherMachine(RuleBasedStateMachine):
     @initialize(
         num_blocks=st.integers(6, 20), step_tokens=st.integers(4, 40), prefix_cache=st.booleans(),
         drafts=st.sampled_from([0, 3, 20]), token_s=st.sampled_from([0.0, 0.1, 2.0]),
-        slowdown=st.sampled_from([0.0, 1.0, 1.5]),
+        slowdown=st.sampled_from([0.0, 1.0, 1.5]), batch_slowdown=st.sampled_from([0.0, 1.1]),
     )  # fmt: skip
     def start(
-        self, num_blocks: int, step_tokens: int, prefix_cache: bool, drafts: int, token_s: float, slowdown: float
-    ) -> None:
-        self.limits = BatchLimits(4, step_tokens, prefix_cache, drafts, step_tokens, slowdown)
+        self, num_blocks: int, step_tokens: int, prefix_cache: bool, drafts: int, token_s: float, slowdown: float,
+        batch_slowdown: float,
+    ) -> None:  # fmt: skip
+        self.limits = BatchLimits(4, step_tokens, prefix_cache, drafts, step_tokens, slowdown, batch_slowdown)
         self.slots = FakeSlots()
         self.blocks = BlockPool(num_blocks)
         self.batcher = Batcher(self.limits, self.blocks, self.slots, "base")
@@ -67,18 +69,20 @@ class BatcherMachine(RuleBasedStateMachine):
 
     @rule(
         kind=st.integers(0, 2), length=st.integers(1, 80), max_new=st.integers(1, 40),
-        digest=st.sampled_from(["", "a", "b"]), resumed=st.integers(0, 20), yields=st.booleans(),
+        digest=st.sampled_from(["", "a", "b"]), resumed=st.integers(0, 20), level=st.integers(0, 2),
         tenant=st.sampled_from(["", "s", "t"]),
     )  # fmt: skip
     def add(
-        self, kind: int, length: int, max_new: int, digest: str, resumed: int, yields: bool, tenant: str
+        self, kind: int, length: int, max_new: int, digest: str, resumed: int, level: int, tenant: str
     ) -> None:  # fmt: skip
         length = min(length, self.max_len - 1)
         max_new = min(max_new, self.max_len - length)
         prompt = np.arange(length) * (kind + 1)
         output = [7 * kind] * min(resumed, max_new - 1)
         self.count += 1
-        seq = make_seq(str(self.count), prompt, max_new, digest, output, yields=yields, tenant=tenant)
+        seq = make_seq(
+            str(self.count), prompt, max_new, digest, output, yields=level == 1, batch=level == 2, tenant=tenant
+        )  # fmt: skip
         seq.drafter = Drafter(self.limits.max_draft_tokens) if self.limits.max_draft_tokens else None
         self.batcher.add(seq)
 
@@ -99,17 +103,18 @@ class BatcherMachine(RuleBasedStateMachine):
     @rule()
     def step(self) -> None:
         running = list(self.batcher.running)
-        has_others = any(not seq.yields for seq in self.batcher)  # before: one passed over too often ceases to yield
+        before = {seq.level for seq in self.batcher}  # one passed over too often ceases to yield
         plan = self.batcher.plan()
-        has_others = has_others and any(not seq.yields for seq in self.batcher)  # one whose tenant had most begins to
+        self.levels = sorted({seq.level for seq in self.batcher})  # one whose tenant had most begins to
+        has_others = before == set(self.levels) and (self.levels[:1] == [0] or len(before) > 1)
         assert plan.num_tokens <= self.limits.max_step_tokens
         assert len(self.batcher.running) <= self.limits.max_num_seqs
         assert set(plan.num_new) <= set(self.batcher.running)
-        if has_others and any(seq.yields and seq.num_pending > 1 for seq in plan.num_new):
+        if has_others and any(self.yields(seq) and seq.num_pending > 1 for seq in plan.num_new):
             num_tokens = plan.num_tokens - sum(map(len, plan.drafts.values()))
             assert num_tokens <= self.limits.short_step_tokens, "a yielding prompt in a long step"
-        if not all(seq.yields for seq in plan.preempted):
-            assert not any(seq.yields for seq in self.batcher.running), "these are the first to go"
+        for seq in plan.preempted:
+            assert not any(other.level > seq.level for other in self.batcher.running), "these are the first to go"
         self.check_turns(plan, [seq for seq in running if seq.num_pending == 1 and seq not in plan.preempted])
         if any(not seq.request.digest or seq.request.digest in self.slots.resident for seq in self.batcher):
             assert plan.num_new, "nothing runs though something could"
@@ -130,28 +135,47 @@ class BatcherMachine(RuleBasedStateMachine):
 
     def check_turns(self, plan: StepPlan, decodes: list[Sequence]) -> None:
         """Decodes that do not yield are in every step; those that yield are where there is time, else in turn."""
-        others = [seq for seq in decodes if not seq.yields]
-        yielding = [seq for seq in decodes if seq.yields]
+        others = [seq for seq in decodes if not self.yields(seq)]
+        yielding = [seq for seq in decodes if self.yields(seq) and seq.level in self.levels[:2]]
         assert list(plan.num_new)[: len(others)] == others, "everybody who does not yield is in every step"
+        taking_part = [seq for seq in plan.num_new if self.yields(seq)]
+        if self.limits.max_batch_slowdown and self.levels[:2][-1:] == [2]:
+            self.check_batch(plan, others, taking_part)
+            return
+        if len(self.levels) > 2:
+            assert not plan.num_new or {seq.level for seq in plan.num_new} in ({2}, *LOWER), "batch work waits"
         is_limited = bool(self.limits.max_slowdown and others)
-        taking_part = [seq for seq in plan.num_new if seq.yields]
         was_paused, self.paused = self.paused, bool(yielding) and not taking_part
         if self.paused:
             assert not was_paused, "never twice in a row"
             has_prompt = plan.num_new.keys() - set(others)
             assert is_limited or (has_prompt and self.batcher.step_model.b > 0), "nobody has anything of it"
         elif not is_limited:
-            assert list(plan.num_new)[: len(decodes)] == [*others, *yielding]
+            assert list(plan.num_new)[: len(others) + len(yielding)] == [*others, *yielding]
         elif taking_part:
-            self.check_time(plan, others, taking_part)
+            self.check_time(plan, others, taking_part, self.limits.max_slowdown)
         for seq in yielding:
             self.idle_plans[seq] = 0 if seq in plan.num_new else self.idle_plans.get(seq, 0) + 1
             assert self.idle_plans[seq] <= 3 * self.limits.max_num_seqs, "it has waited for more than a round"
 
-    def check_time(self, plan: StepPlan, others: list[Sequence], yielding: list[Sequence]) -> None:
+    def yields(self, seq: Sequence) -> bool:
+        """Whether a sequence yields to others that are here, or may come."""
+        return seq.level > (self.levels[0] if len(self.levels) > 1 else 0)
+
+    def check_batch(self, plan: StepPlan, others: list[Sequence], taking_part: list[Sequence]) -> None:
+        """Batch work is in no step with another's prompt, and makes no step longer than it may."""
+        self.paused = False
+        if set(plan.num_new) - set(others) - set(taking_part):
+            assert not taking_part, "beside a prompt"
+        elif others and taking_part:
+            self.check_time(plan, others, taking_part, self.limits.max_batch_slowdown)
+
+    def check_time(
+        self, plan: StepPlan, others: list[Sequence], yielding: list[Sequence], slowdown: float
+    ) -> None:  # fmt: skip
         """A limited step is longer than it may be by the first sequence that yields at most."""
         model = self.batcher.step_model
-        limit_s = self.limits.max_slowdown * predicted_s(plan, others, model) * (1 + 1e-9)
+        limit_s = slowdown * predicted_s(plan, others, model) * (1 + 1e-9)
         is_one_token = len(yielding) == 1 and plan.num_new[yielding[0]] == 1
         assert is_one_token or predicted_s(plan, [*others, *yielding], model) <= limit_s
 
@@ -185,6 +209,8 @@ def predicted_s(plan: StepPlan, seqs: Iterable[Sequence], model: StepModel) -> f
     return model.seconds(sum(num_new.values()), num_kv, ranks)
 
 
+LOWER = [{0}, {1}, {0, 1}]
+
 TestBatcherMachine = BatcherMachine.TestCase
 TestBatcherMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 
@@ -202,59 +228,6 @@ def test_a_long_prompt_is_computed_in_chunks_beside_decodes() -> None:
         chunks.append(plan.num_new[long])
         finish_step(batcher, plan)
     assert chunks == [31, 31, 31, 7]
-
-
-def test_yielding_prompts_come_last_and_in_short_steps() -> None:
-    batcher, _ = make_batcher(64, max_num_seqs=8, max_step_tokens=64)
-    flood = [make_seq(f"flood{i}", np.arange(20) + i, 50, yields=True) for i in range(6)]
-    batcher.add(flood[0])
-    batcher.add(flood[1])
-    plan = batcher.plan()
-    assert plan.num_new == {flood[0]: 20, flood[1]: 20}, "there are no others"
-    finish_step(batcher, plan)
-    quiet = make_seq("quiet", np.arange(40) + 100, 50)
-    for seq in (*flood[2:], quiet):
-        batcher.add(seq)
-    plan = batcher.plan()
-    assert plan.num_new == {flood[0]: 1, flood[1]: 1, quiet: 40}
-    finish_step(batcher, plan)
-    plan = batcher.plan()
-    short = {quiet: 1, flood[0]: 1, flood[1]: 1, flood[2]: 13}
-    assert plan.num_new == short, "twice as many tokens as there can be decodes"
-    finish_step(batcher, plan)
-    another = make_seq("another", np.arange(8) + 200, 50)
-    batcher.add(another)
-    plan = batcher.plan()
-    assert list(plan.num_new) == [quiet, flood[0], flood[1], another, flood[2]], "also before a prompt that was begun"
-    assert plan.num_new[another] == 8
-    assert plan.num_tokens == 16
-    for seq in (quiet, another):
-        batcher.remove(seq)
-    batcher.add(make_seq("late", np.arange(60) + 300, 50, yields=True))
-    assert batcher.plan().num_tokens == 16, "others may soon be back"
-    for _ in range(SHORT_STEPS_AFTER):
-        plan = batcher.plan()
-    assert plan.num_tokens > 16
-
-
-@pytest.mark.parametrize(("token_s", "pauses"), [(0.3, True), (0.2, False)])
-def test_yielding_decodes_pause_beside_anothers_prompt_if_worth_a_step(token_s: float, pauses: bool) -> None:
-    batcher, _ = make_batcher(64, max_num_seqs=8, max_step_tokens=64)
-    batcher.step_model = StepModel(a=1.0, b=token_s)
-    flood = [make_seq(f"flood{i}", np.arange(4) + i, 50, yields=True) for i in range(4)]
-    for seq in flood:
-        batcher.add(seq)
-    finish_step(batcher, batcher.plan())
-    quiet = [make_seq(f"quiet{i}", np.arange(60) + 100 * i, 50) for i in range(2)]
-    batcher.add(quiet[0])
-    plan = batcher.plan()
-    assert plan.num_new == ({} if pauses else dict.fromkeys(flood, 1)) | {quiet[0]: 60}
-    finish_step(batcher, plan)
-    batcher.add(quiet[1])
-    plan = batcher.plan()
-    assert plan.num_new == {quiet[0]: 1, **dict.fromkeys(flood, 1), quiet[1]: 59}, "never two steps in a row"
-    finish_step(batcher, plan)
-    assert batcher.plan().num_new == dict.fromkeys([*quiet[:2], *flood], 1), "beside decodes alone they go on"
 
 
 def test_a_second_equal_prompt_computes_only_its_last_block() -> None:

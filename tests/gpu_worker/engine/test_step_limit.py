@@ -10,6 +10,7 @@ import pytest
 from gpu_worker.engine.batcher import Batcher
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.step_model import StepMeter, StepWork
+from protocol.runtime.settings import SHORT_STEPS_AFTER
 from protocol.runtime.step_limit import ALONE_EVERY
 from protocol.wire.messages import StepModel
 from tests.gpu_worker.engine.batches import finish_step, make_batcher, make_seq
@@ -215,3 +216,56 @@ def test_bursts_beside_a_quiet_stream_make_hardly_a_step_long() -> None:
             batcher.remove(seq)
     assert len(beside) > 800
     assert sum(seconds > 2 * max(alone) for seconds in beside) <= 3
+
+
+def test_yielding_prompts_come_last_and_in_short_steps() -> None:
+    batcher, _ = make_batcher(64, max_num_seqs=8, max_step_tokens=64)
+    flood = [make_seq(f"flood{i}", np.arange(20) + i, 50, yields=True) for i in range(6)]
+    batcher.add(flood[0])
+    batcher.add(flood[1])
+    plan = batcher.plan()
+    assert plan.num_new == {flood[0]: 20, flood[1]: 20}, "there are no others"
+    finish_step(batcher, plan)
+    quiet = make_seq("quiet", np.arange(40) + 100, 50)
+    for seq in (*flood[2:], quiet):
+        batcher.add(seq)
+    plan = batcher.plan()
+    assert plan.num_new == {flood[0]: 1, flood[1]: 1, quiet: 40}
+    finish_step(batcher, plan)
+    plan = batcher.plan()
+    short = {quiet: 1, flood[0]: 1, flood[1]: 1, flood[2]: 13}
+    assert plan.num_new == short, "twice as many tokens as there can be decodes"
+    finish_step(batcher, plan)
+    another = make_seq("another", np.arange(8) + 200, 50)
+    batcher.add(another)
+    plan = batcher.plan()
+    assert list(plan.num_new) == [quiet, flood[0], flood[1], another, flood[2]], "also before a prompt that was begun"
+    assert plan.num_new[another] == 8
+    assert plan.num_tokens == 16
+    for seq in (quiet, another):
+        batcher.remove(seq)
+    batcher.add(make_seq("late", np.arange(60) + 300, 50, yields=True))
+    assert batcher.plan().num_tokens == 16, "others may soon be back"
+    for _ in range(SHORT_STEPS_AFTER):
+        plan = batcher.plan()
+    assert plan.num_tokens > 16
+
+
+@pytest.mark.parametrize(("token_s", "pauses"), [(0.3, True), (0.2, False)])
+def test_yielding_decodes_pause_beside_anothers_prompt_if_worth_a_step(token_s: float, pauses: bool) -> None:
+    batcher, _ = make_batcher(64, max_num_seqs=8, max_step_tokens=64)
+    batcher.step_model = StepModel(a=1.0, b=token_s)
+    flood = [make_seq(f"flood{i}", np.arange(4) + i, 50, yields=True) for i in range(4)]
+    for seq in flood:
+        batcher.add(seq)
+    finish_step(batcher, batcher.plan())
+    quiet = [make_seq(f"quiet{i}", np.arange(60) + 100 * i, 50) for i in range(2)]
+    batcher.add(quiet[0])
+    plan = batcher.plan()
+    assert plan.num_new == ({} if pauses else dict.fromkeys(flood, 1)) | {quiet[0]: 60}
+    finish_step(batcher, plan)
+    batcher.add(quiet[1])
+    plan = batcher.plan()
+    assert plan.num_new == {quiet[0]: 1, **dict.fromkeys(flood, 1), quiet[1]: 59}, "never two steps in a row"
+    finish_step(batcher, plan)
+    assert batcher.plan().num_new == dict.fromkeys([*quiet[:2], *flood], 1), "beside decodes alone they go on"
