@@ -304,7 +304,7 @@ async def prepared(
     """
     adapters = folder / "adapters"
     asks = catalogue(["base", *names], random.Random(plan.seed))
-    lines = [one_ask(name, number) for number, name in enumerate(of_lines)]
+    lines = [one_ask(name, number) for number, name in enumerate([*of_lines, *of_lines])]  # one may be undecidable
     oracle = Transformers(model, adapters, [*names, *of_lines])
     answers = await asyncio.to_thread(decidable, [*asks, *lines], oracle)
     logger.info("%d of %d asks have an answer that rounding cannot change", len(answers), len(asks) + len(lines))
