@@ -35,9 +35,8 @@ test: $(VENV)/.stamp-dev  ## run every test in random order, three files at a ti
 
 coverage: $(VENV)/.stamp-dev  ## run every test and show the lines that none of them reaches, services included
 	$(BIN)/coverage erase
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/coverage run -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --timeout=120 $(ARGS)
-	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/coverage run -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --timeout=120 $(ARGS); status=$$?; \
+	$(BIN)/coverage combine --quiet && $(BIN)/coverage report && $(BIN)/python .ci/coverage_table.py && exit $$status
 
 test-models: $(VENV)/.stamp-dev  ## compare the engine with docs/models.md: every model type of transformers, about three minutes
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not lm_eval" tests/oracle/test_models.py tests/oracle/test_states.py tests/oracle/test_one_by_one.py tests/oracle/test_encoder_types.py $(ARGS)

@@ -1,8 +1,7 @@
-"""Fleets on encoders: `lorafleet up` serves embeddings and entities of base and adapters, though a worker dies."""
+"""Fleets on encoders serve embeddings, entities, ranks and labels of base and adapters, though a worker dies."""
 
 import asyncio
-import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
+import pytest_asyncio
 import torch
 from helpers.factories import LABELS, WORDS, make_encoder_adapter, make_tiny_encoder
-from helpers.fleets import RunningFleet, fleet_up
+from helpers.fleets import one_worker_dies, services_of
 from helpers.scripted_fleet import running_gateway
 from helpers.waiting import wait_until
 from peft import PeftModel
@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoMode
 import adapter_store.service
 import gpu_worker.service.service
 import scheduler.service
+from chaos.fleet import ProcessFleet
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 
@@ -34,12 +35,10 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_encoder(tmp_path_factory.mktemp("embedder") / "tiny")
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, embedder: Path) -> Iterator[RunningFleet]:
-    folder = tmp_path_factory.mktemp("fleet")
-    make_encoder_adapter(folder / "adapters" / "legal", AutoModel.from_pretrained(embedder))
-    with fleet_up(folder, embedder, "--adapters", str(folder / "adapters"), "--workers", "2") as running:
-        asyncio.run(wait_until(running.is_ready, "the fleet is ready", timeout_s=100))
+@pytest_asyncio.fixture
+async def fleet(tmp_path: Path, embedder: Path) -> AsyncIterator[ProcessFleet]:
+    make_encoder_adapter(tmp_path / "adapters" / "legal", AutoModel.from_pretrained(embedder))
+    async with services_of(tmp_path, embedder, "w0", "w1") as running:
         yield running
 
 
@@ -53,45 +52,26 @@ def embeddings_of(folder: Path, adapter: Path | None = None) -> np.ndarray:
     return torch.stack(found).numpy()
 
 
-async def ask(fleet: RunningFleet, model: str) -> np.ndarray:
+async def ask(fleet: ProcessFleet, model: str) -> np.ndarray:
     body = {"model": model, "input": TEXTS * NUM_COPIES, "encoding_format": "float"}
-    async with fleet.client() as client:
+    async with httpx2.AsyncClient(base_url=fleet.url, timeout=60, trust_env=False) as client:
         answer = await client.post("/v1/embeddings", json=body)
     assert answer.status_code == 200, answer.text
     return np.array([item["embedding"] for item in answer.json()["data"]], np.float32)
 
 
-async def test_embeddings_are_transformers_and_peft_s_while_a_worker_dies(
-    fleet: RunningFleet, embedder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    await wait_until(lambda: "/v1/embeddings" in fleet.output, "how to ask is shown")
-    adapter = fleet.output_file.parent / "adapters" / "legal"
+async def test_embeddings_are_transformers_and_peft_s_while_a_worker_dies(fleet: ProcessFleet, embedder: Path) -> None:
+    adapter = fleet.folder / "adapters" / "legal"
     expected = {"tiny": embeddings_of(embedder), "legal": embeddings_of(embedder, adapter)}
     assert np.abs(expected["legal"] - expected["tiny"]).max() > 0.01
 
     async def is_there() -> bool:
-        async with fleet.client() as client:
+        async with httpx2.AsyncClient(base_url=fleet.url, timeout=60, trust_env=False) as client:
             return len((await client.get("/v1/models")).json()["data"]) == 2
 
     await wait_until(is_there, "the store has read the adapter")
-    # Frozen, so that what they are given is not done before one of them is killed.
-    workers = {name: fleet.worker(name) for name in ("worker-0", "worker-1")}
-    for worker in workers.values():
-        worker.send_signal(signal.SIGSTOP)
-    asking = asyncio.gather(ask(fleet, "tiny"), ask(fleet, "legal"))
-    queue = Bus(fleet.redis_url)
-
-    async def holder() -> str:
-        for wid, beat in (await queue.members.worker_beats()).items():
-            if beat is not None and await queue.work_of(wid):
-                return beat.name
-        return ""
-
-    victim = workers.pop(await wait_until(holder, "a frozen worker has been given some of it"))
-    await queue.close()
-    victim.send_signal(signal.SIGKILL)
-    for worker in workers.values():
-        worker.send_signal(signal.SIGCONT)
+    async with one_worker_dies(fleet):
+        asking = asyncio.gather(ask(fleet, "tiny"), ask(fleet, "legal"))
     for name, got in zip(expected, await asking, strict=True):
         assert np.abs(got - np.tile(expected[name], (NUM_COPIES, 1))).max() < 1e-4, name
 

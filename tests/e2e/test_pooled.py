@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
+import pytest_asyncio
 import torch
 import torch.nn.functional as F
 from helpers.factories import make_adapter, make_decoder_adapter, make_tiny_model
-from helpers.fleets import RunningFleet, fleet_up
+from helpers.fleets import one_worker_dies, services_of
 from helpers.waiting import wait_until
 from peft import PeftModel
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from protocol.queue.bus import Bus
+from chaos.fleet import ProcessFleet
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
 TEXTS = ["The first text", "Another", "and a third, rather longer one: " + 20 * "abc ", "x"]
 NUM_COPIES = 6
@@ -30,14 +33,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[RunningFleet]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def fleet(tmp_path_factory: pytest.TempPathFactory, model: Path) -> AsyncIterator[ProcessFleet]:
     folder = tmp_path_factory.mktemp("fleet")
     make_adapter(folder / "adapters" / "chat", model)
     make_decoder_adapter(folder / "adapters" / "search", AutoModel.from_pretrained(model))
     make_decoder_adapter(folder / "adapters" / "sorts", classifier(model))
-    with fleet_up(folder, model, "--adapters", str(folder / "adapters"), "--workers", "2") as running:
-        asyncio.run(wait_until(running.is_ready, "the fleet is ready", timeout_s=100))
+    async with services_of(folder, model, "w0", "w1") as running:
         yield running
 
 
@@ -69,56 +71,40 @@ def expected_of(model: Path, adapters: Path) -> dict[str, list[Any]]:
     return found
 
 
-async def answers(fleet: RunningFleet, path: str, name: str, **fields: Any) -> Any:
-    async with fleet.client() as client:
+async def answers(fleet: ProcessFleet, path: str, name: str, **fields: Any) -> Any:
+    async with httpx2.AsyncClient(base_url=fleet.url, timeout=60, trust_env=False) as client:
         answer = await client.post(path, json={"model": name, **fields})
     assert answer.status_code == 200, answer.text
     return answer.json()
 
 
-async def vectors(fleet: RunningFleet, name: str, **fields: Any) -> np.ndarray:
+async def vectors(fleet: ProcessFleet, name: str, **fields: Any) -> np.ndarray:
     given = {"input": TEXTS * NUM_COPIES, "encoding_format": "float", **fields}
     data = (await answers(fleet, "/v1/embeddings", name, **given))["data"]
     return np.array([item["embedding"] for item in data], np.float32)
 
 
-async def labels(fleet: RunningFleet) -> np.ndarray:
+async def labels(fleet: ProcessFleet) -> np.ndarray:
     data = (await answers(fleet, "/v1/classify", "sorts", input=TEXTS * NUM_COPIES))["data"]
     return np.array([item["probs"] for item in data], np.float32)
 
 
-async def texts(fleet: RunningFleet) -> list[str]:
+async def texts(fleet: ProcessFleet) -> list[str]:
     fields = {"prompt": TEXTS, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
     return [choice["text"] for choice in (await answers(fleet, "/v1/completions", "chat", **fields))["choices"]]
 
 
-async def test_all_tasks_of_one_base_while_a_worker_dies(fleet: RunningFleet, model: Path) -> None:
-    expected = expected_of(model, fleet.output_file.parent / "adapters")
+async def test_all_tasks_of_one_base_while_a_worker_dies(fleet: ProcessFleet, model: Path) -> None:
+    expected = expected_of(model, fleet.folder / "adapters")
     assert np.abs(np.array(expected["search"]) - np.array(expected["tiny"])).max() > 0.01
 
     async def are_there() -> bool:
-        async with fleet.client() as client:
+        async with httpx2.AsyncClient(base_url=fleet.url, timeout=60, trust_env=False) as client:
             return len((await client.get("/v1/models")).json()["data"]) == 4
 
     await wait_until(are_there, "the store has read the adapters")
-    # Frozen, so that what they are given is not done before one of them is killed.
-    workers = {name: fleet.worker(name) for name in ("worker-0", "worker-1")}
-    for worker in workers.values():
-        worker.send_signal(signal.SIGSTOP)
-    asking = asyncio.gather(vectors(fleet, "tiny"), vectors(fleet, "search"), labels(fleet), texts(fleet))
-    queue = Bus(fleet.redis_url)
-
-    async def holder() -> str:
-        for wid, beat in (await queue.members.worker_beats()).items():
-            if beat is not None and await queue.work_of(wid):
-                return beat.name
-        return ""
-
-    victim = workers.pop(await wait_until(holder, "a frozen worker has been given some of it"))
-    await queue.close()
-    victim.send_signal(signal.SIGKILL)
-    for worker in workers.values():
-        worker.send_signal(signal.SIGCONT)
+    async with one_worker_dies(fleet):
+        asking = asyncio.gather(vectors(fleet, "tiny"), vectors(fleet, "search"), labels(fleet), texts(fleet))
     *numbers, generated = await asking
     assert generated == expected["chat"]
     for name, got in zip(("tiny", "search", "sorts"), numbers, strict=True):
@@ -139,9 +125,9 @@ async def test_all_tasks_of_one_base_while_a_worker_dies(fleet: RunningFleet, mo
     ],
 )
 async def test_what_a_name_cannot_do_is_a_400(
-    fleet: RunningFleet, path: str, name: str, fields: dict[str, Any], reason: str
+    fleet: ProcessFleet, path: str, name: str, fields: dict[str, Any], reason: str
 ) -> None:
-    async with fleet.client() as client:
+    async with httpx2.AsyncClient(base_url=fleet.url, timeout=60, trust_env=False) as client:
         answer = await client.post(path, json={"model": name, **fields})
     assert answer.status_code == 400
     assert reason in answer.json()["error"]["message"]

@@ -23,6 +23,7 @@ from chaos.fleet import ProcessFleet, Shape
 from helpers.factories import make_adapter, make_tiny_model
 from helpers.preloaded import fork
 from helpers.processes import with_variable, working_below
+from helpers.waiting import wait_until
 from lorafleet.launcher.machine import claim_port
 from lorafleet.launcher.queue_users import password_file
 from protocol.runtime.settings import Settings
@@ -115,12 +116,43 @@ async def tiny_fleet(folder: Path, adapters: Sequence[str]) -> AsyncIterator[Pro
     model = make_tiny_model(folder / "model")
     for seed, name in enumerate(adapters, start=1):
         make_adapter(folder / "adapters" / name, model, seed=seed)
+    async with services_of(folder, model) as fleet:
+        yield fleet
+
+
+@asynccontextmanager
+async def services_of(folder: Path, model: Path, *workers: str) -> AsyncIterator[ProcessFleet]:
+    """Run the services of a model and of the adapters in `folder/adapters`, with workers of these names, or one."""
     fleet = ProcessFleet.prepare(folder, model, folder / "adapters", durable=False, spawn=fork)
     try:
-        await fleet.start_all(Shape())
+        await fleet.start_all(Shape(workers=workers) if workers else Shape())
         yield fleet
     finally:
         await fleet.close()
+
+
+@asynccontextmanager
+async def one_worker_dies(fleet: ProcessFleet) -> AsyncIterator[None]:
+    """Freeze the workers while something is asked in the block; then kill one that was given some of it, thaw others.
+
+    Frozen, so that what it was given is not done before it is killed.
+    """
+    workers = [member.name for member in fleet.members.values() if member.service == "worker"]
+    for name in workers:
+        fleet.signal(name, signal.SIGSTOP)
+    yield
+
+    async def holder() -> str:
+        for wid, beat in (await fleet.bus.members.worker_beats()).items():
+            if beat is not None and await fleet.bus.work_of(wid):
+                return beat.name
+        return ""
+
+    victim = await wait_until(holder, "a frozen worker has been given some of it")
+    fleet.kill(victim)
+    for name in workers:
+        if name != victim:
+            fleet.signal(name, signal.SIGCONT)
 
 
 @contextmanager

@@ -1,0 +1,38 @@
+"""Print how much of each package the tests reach, as a table in Markdown: `make coverage` runs it at its end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from typing import Any
+
+
+def table(files: dict[str, dict[str, Any]]) -> str:
+    """Return the table of coverage's report in JSON, by the folder in which a package lies."""
+    sums: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for name, file in files.items():
+        package = name.removeprefix("kernels/").split("/")[0]
+        for row in (package, "all"):
+            sums[row].update({key: value for key, value in file["summary"].items() if isinstance(value, int)})
+    lines = ["| package | statements | reached | branches | taken |", "|---|---|---|---|---|"]
+    for package in (*sorted(sums.keys() - {"all"}), "all"):
+        counts = sums[package]
+        reached = counts["covered_lines"] / max(counts["num_statements"], 1)
+        taken = counts["covered_branches"] / max(counts["num_branches"], 1)
+        numbers = f"{counts['num_statements']:,} | {reached:.1%} | {counts['num_branches']:,} | {taken:.1%}"
+        lines.append(f"| `{package}` | {numbers} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Print the table of the data that `coverage combine` has left; return the exit code."""
+    command = [sys.executable, "-m", "coverage", "json", "--quiet", "-o", "/dev/stdout"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    print(table(json.loads(report)["files"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
