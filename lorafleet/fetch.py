@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx2
 
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.quickstart import fetch_quickstart_model
-from protocol.runtime.model_files import WEIGHT_FILES, model_folder
+from protocol.runtime.model_files import WEIGHT_FILES, gguf_folder, is_gguf, model_folder
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
@@ -18,10 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.description = (
         "Make sure that the base model is on this machine, and print its folder. A Hub id is fetched into the cache of"
-        " the Hub's client; a local folder is only checked. Without MODEL: SmolLM2-135M-Instruct, into the data folder."
+        " the Hub's client; a local folder is only checked; of a GGUF file config and tokenizer are read."
+        " Without MODEL: SmolLM2-135M-Instruct, into the data folder."
     )
     parser.add_argument(
-        "model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help="a Hub id or a local folder"
+        "model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help="a Hub id, a local folder or a GGUF file"
     )
     add_settings(parser, first=("data",), skip=tuple(Settings.model_fields))
 
@@ -44,8 +47,26 @@ def fetch_model(settings: Settings) -> Path:
             return fetch_quickstart_model(folder)
         except OSError as error:
             raise BadRequest(f"--data: cannot write to {folder}: {error.strerror}") from error
+    file = Path(settings.model).expanduser()
+    if is_gguf(file):
+        _make_gguf_folder(file)
     try:
         return model_folder(settings.model, WEIGHT_FILES)
     except (httpx2.HTTPError, OSError) as error:  # the Hub's own errors are OSErrors: not found, gated, not reachable
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadRequest(f"cannot fetch {settings.model} from the Hub: {reason}") from error
+
+
+def _make_gguf_folder(file: Path) -> None:
+    """Make the folder of a GGUF file unless it is there, in a process of its own, which needs torch once.
+
+    Raises BadRequest for a file that is not served.
+    """
+    folder = gguf_folder(file)
+    if (folder / "config.json").is_file():
+        return
+    command = [sys.executable, "-m", "gpu_worker.quantised.gguf_folder", str(file), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise BadRequest(lines[-1] if lines else f"reading {file} ended with code {done.returncode}")

@@ -24,7 +24,7 @@ from lorafleet.launcher.fleet import Fleet, local_url, service_specs
 from lorafleet.launcher.machine import claim_port
 from lorafleet.launcher.screen import Screen
 from protocol.queue.redis_client import QueueError, ping
-from protocol.runtime.model_files import served_name
+from protocol.runtime.model_files import is_gguf, served_name
 from protocol.runtime.private_files import private_folder
 from protocol.runtime.redaction import redact
 from protocol.runtime.settings import Settings
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.usage = f"{parser.prog} MODEL [flags]"
     parser.add_argument(
-        "model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help="a Hub id or a local folder"
+        "model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help="a Hub id, a local folder or a GGUF file"
     )
     # The launcher itself sets the names of workers and the address of the store.
     add_settings(parser, first=MAIN_FLAGS, skip=("model", "worker_name", "store_url"))
@@ -118,7 +118,7 @@ def prepare(settings: Settings) -> LaunchPlan:
     The plan's settings have a free port and absolute folders. Raises BadRequest, Conflict or Unavailable.
     """
     if not settings.model:
-        raise BadRequest("MODEL is missing: give a Hub id or a local folder")
+        raise BadRequest("MODEL is missing: give a Hub id, a local folder or a GGUF file")
     if settings.adapters is not None and not settings.adapters.is_dir():
         raise BadRequest(f"--adapters: {settings.adapters} is not a folder")
     if _has_queue(settings):
@@ -135,7 +135,7 @@ def prepare(settings: Settings) -> LaunchPlan:
         "data": settings.data.resolve(),
         "secret_file": (settings.secret_file or settings.data / "secret").resolve(),
         "adapters": settings.adapters and settings.adapters.resolve(),
-        "model": str(local.resolve()) if local.is_dir() else settings.model,
+        "model": str(folder if is_gguf(local) else local.resolve()) if local.exists() else settings.model,
         "served_name": served_name(settings.model, settings.served_name),
     }
     return LaunchPlan(settings.model_copy(update=update), folder)

@@ -33,6 +33,8 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from gpu_worker.quantised.index import MappedWeights, is_quantised_folder
+from gpu_worker.quantised.modules import fill_model, parameters_on_meta
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Task
 
@@ -49,7 +51,7 @@ CLASSES: Mapping[Task, Any] = {
 
 QUANTISATIONS = {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"}
 
-_UNREADABLE = (
+UNREADABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError,
     SafetensorError, StrictDataclassError,
 )  # fmt: skip
@@ -96,6 +98,8 @@ def _read(
     folder: Path, config: PreTrainedConfig, auto: Any, device: torch.device, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load a model by a class of transformers, and return which of its tensors the folder lacks."""
+    if is_quantised_folder(folder):
+        return _read_blocks(folder, config, auto, device, dtype), []
     quantised = quantisation_of(config)
     if quantised and quantised not in QUANTISATIONS:  # transformers would read the weights as if they were not
         raise BadRequest(f"the model in {folder} is quantised with {quantised}, unknown to transformers")
@@ -110,7 +114,7 @@ def _read(
             folder, config=config, dtype=dtype, attn_implementation="eager", trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, **place,
         )  # fmt: skip
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         how = f", quantised with {quantised}," if quantised else ""
         raise BadRequest(f"the model in {folder}{how} cannot be loaded: {one_line(error)}") from error
     module, info = loaded
@@ -119,6 +123,20 @@ def _read(
     if not quantised:
         torch.nn.Module.to(module, device)
     return module.eval().requires_grad_(False), sorted(info["missing_keys"])
+
+
+def _read_blocks(
+    folder: Path, config: PreTrainedConfig, auto: Any, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Load a model whose weights stay in quantised blocks (see `gpu_worker.quantised`)."""
+    if device.type != "cpu":
+        raise BadRequest(f"the weights in {folder} are in GGUF's blocks, which are served on a CPU only: --device cpu")
+    if auto is not AutoModelForCausalLM:
+        raise BadRequest(f"the weights in {folder} are in GGUF's blocks, which are served for causal LMs only")
+    weights = MappedWeights(folder)
+    with parameters_on_meta():
+        module = auto.from_config(config, attn_implementation="eager", dtype=dtype)
+    return fill_model(module, weights, dtype)
 
 
 def _head_tensors(module: PreTrainedModel) -> set[str]:
@@ -146,7 +164,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise BadRequest(f"model type {model_type!r} is not known to transformers {transformers.__version__}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise BadRequest(f"{folder / 'config.json'} is not a valid {model_type} config: {one_line(error)}") from error
     if task_of(config) == "generate" and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise BadRequest(f"model type {model_type} is not a causal language model, nor an encoder that is served")
@@ -204,7 +222,7 @@ def tokenizer_types(folder: Path) -> bool:
     """
     try:
         names: list[str] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).model_input_names
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise BadRequest(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from error
     return "token_type_ids" in names
 
@@ -221,7 +239,7 @@ def read_eos_ids(folder: Path, config: PreTrainedConfig) -> frozenset[int]:
     if (folder / "generation_config.json").is_file():
         try:
             sources.append(GenerationConfig.from_pretrained(folder))
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise BadRequest(f"{folder / 'generation_config.json'} is not readable: {one_line(error)}") from error
     for source in sources:
         ids = getattr(source, "eos_token_id", None)

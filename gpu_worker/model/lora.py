@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gpu_worker.model.apply_extras import apply_linear
 from gpu_worker.model.attention import StepContext
+from gpu_worker.quantised.modules import BlockLinear, beside_each_other
 from lora_kernels import ops
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import OPAQUE
@@ -70,13 +71,17 @@ class SharedInput:
         shapes = [_shape(linear) for linear in linears]
         self.sizes = [out_features for out_features, _ in shapes]
         self.in_features = shapes[0][1]
-        self._opaque: list[nn.Module] = []  # layers that can only be called, such as quantised ones; see `is_plain`
+        self._opaque: list[nn.Module] = []  # layers that can only be called, such as libraries' quantised ones
         self._lead: list[int] = [1] * num_lead  # some of them find the token dimension by the number of dimensions
+        self._packed: ops.PackedLinear | ops.QuantisedLinear | None = None
         if is_plain(linears[0]):
             weights = [_weight(linear) for linear in linears]
             joint = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
             self._packed = ops.pack_linear(joint, impl=impl)
-            self._bias = _joint_bias(linears, weights)
+        elif isinstance(linears[0], BlockLinear):
+            self._packed = beside_each_other([linear for linear in linears if isinstance(linear, BlockLinear)])
+        if self._packed is not None:
+            self._bias = _joint_bias(linears, self.sizes)
             self._biases = [None] * len(self.sizes) if self._bias is None else list(self._bias.split(self.sizes))
         else:
             self._opaque = linears
@@ -88,11 +93,12 @@ class SharedInput:
     @property
     def linears(self) -> ops.SiblingLinears:
         """The siblings as an operation over whole layers takes them. They must not be opaque."""
+        assert self._packed is not None
         return ops.SiblingLinears(self._packed, self._bias, self.sizes, self.lora_sites)
 
     @property
     def is_opaque(self) -> bool:
-        """Whether the layers can only be called, because their weights are not plain matrices."""
+        """Whether the layers can only be called, because we know nothing of their weights."""
         return bool(self._opaque)
 
     @property
@@ -122,7 +128,7 @@ class SharedInput:
 
         Those of plain layers are slices of one tensor.
         """
-        if self._opaque:
+        if self._packed is None:
             x = rows.view(*self._lead, *rows.shape)
             outs = [linear(x).reshape(len(rows), -1).contiguous() for linear in self._opaque]
         else:
@@ -143,7 +149,7 @@ class SharedInput:
 
     def weight(self, index: int) -> Tensor:
         """Return the weight [N, K] of sibling `index`. Raises AdapterRefused where it is quantised."""
-        if self._opaque:
+        if not isinstance(self._packed, ops.PackedLinear):
             raise AdapterRefused(["it needs weights of the base model, which are quantised"])
         first = sum(self.sizes[:index])
         return ops.unpack_linear(self._packed)[first : first + self.sizes[index]]
@@ -217,7 +223,7 @@ def find_siblings(calls: list[LinearCall]) -> list[list[LinearCall]]:
     """Group the layers of a trial run by the tensors they read, in the order of calls."""
     groups: dict[tuple[Any, ...], list[LinearCall]] = {}
     for call in calls:
-        key = (*map(id, call.xs), _dtype(call), is_plain(call.module))
+        key = (*map(id, call.xs), _dtype(call), is_plain(call.module), isinstance(call.module, BlockLinear))
         groups.setdefault(key, []).append(call)
     return list(groups.values())
 
@@ -274,12 +280,11 @@ def _weight(linear: nn.Module) -> Tensor:
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
-def _joint_bias(linears: list[nn.Module], weights: list[Tensor]) -> Tensor | None:
+def _joint_bias(linears: list[nn.Module], sizes: list[int]) -> Tensor | None:
     biases = [dict(linear.named_parameters(recurse=False)).get("bias") for linear in linears]
-    if all(bias is None for bias in biases):
+    known = next((bias for bias in biases if bias is not None), None)
+    if known is None:
         return None
-    parts = [
-        weight.new_zeros(len(weight)) if bias is None else bias.detach()
-        for bias, weight in zip(biases, weights, strict=True)
-    ]
-    return torch.cat(parts)
+    return torch.cat([
+        known.new_zeros(size) if bias is None else bias.detach() for bias, size in zip(biases, sizes, strict=True)
+    ])  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
@@ -14,9 +16,54 @@ TOKENIZER_FILES = ("*.json", "*.jinja")
 WEIGHT_FILES = (*TOKENIZER_FILES, "*.safetensors", "*.model")
 
 
+QUANTISED_INDEX = "quantised.json"
+"""Says where the weights of a folder that is served quantised lie; see `gpu_worker/quantised`."""
+
+GGUF_LINK = "model.gguf"
+"""Name of the link to the file in the folder that is made of a GGUF model."""
+
+GGUF_MAGIC = b"GGUF"
+
+GGUF_FOLDERS = 1
+"""Version of what is made of a GGUF file. A new one makes new folders."""
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a path is a GGUF file, whatever its name: Ollama's have none that says so."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:
+        return False
+
+
+def gguf_folder(file: Path) -> Path:
+    """Return where the config and tokenizer of a GGUF file are kept, which `lorafleet fetch` makes.
+
+    A file that has changed has another folder.
+    """
+    status = file.resolve().stat()
+    key = repr((GGUF_FOLDERS, str(file.resolve()), status.st_size, status.st_mtime_ns))
+    return cache_folder() / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+def cache_folder() -> Path:
+    """Return the folder of what is made of models once: $LORAFLEET_CACHE_DIR, else lorafleet/ in the user's cache."""
+    chosen = os.environ.get("LORAFLEET_CACHE_DIR")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafleet"
+
+
 def model_folder(model: str, patterns: tuple[str, ...]) -> Path:
-    """Return the folder of `model`, a path or a Hub id (fetched if needed). Raises BadRequest when it is neither."""
+    """Return the folder of `model`, a path or a Hub id (fetched if needed). Raises BadRequest when it is neither.
+
+    That of a GGUF file is the one which `lorafleet fetch` and `lorafleet up` make.
+    """
     path = Path(model).expanduser()
+    if is_gguf(path):
+        folder = gguf_folder(path)
+        if not (folder / "config.json").is_file():
+            raise BadRequest(f"{path} has not been prepared on this machine: run `lorafleet fetch {path}` first")
+        return folder
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BadRequest(f"{path} holds no config.json: it is not a model folder")
@@ -27,8 +74,10 @@ def model_folder(model: str, patterns: tuple[str, ...]) -> Path:
 
 
 def served_name(model: str, name: str) -> str:
-    """Return the base model's name in the API: `name` if given, else the Hub id or the folder's name."""
+    """Return the base model's name in the API: `name` if given, else the Hub id, or the folder's or file's name."""
     if name:
         return name
     path = Path(model).expanduser()
+    if is_gguf(path):
+        return path.name.removesuffix(".gguf")
     return path.resolve().name if path.is_dir() else model

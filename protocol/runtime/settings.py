@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     queue_bytes: int = Field(
         default=0, ge=0, description="most memory of the queue that `up` starts; 0: a quarter of this machine's"
     )
-    model: str = Field(default="", description="the base model: a Hub id or a local folder")
+    model: str = Field(default="", description="the base model: a Hub id, a local folder or a GGUF file")
     task: Literal["auto", "score"] = Field(
         default="auto",
         description="what the base model is for; score makes a classifier of texts of an encoder whose folder has no"

@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest_asyncio
+from helpers.gguf_models import write_gguf
 from helpers.hub_stub import HubStub, Repo, run_hub
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lorafleet.quickstart import HUB_MODEL_ID
 
@@ -33,6 +35,17 @@ async def python(words: list[str], home: Path, **variables: str) -> tuple[int, s
     out, err = await process.communicate()
     assert process.returncode is not None
     return process.returncode, out.decode().strip(), err.decode().splitlines()
+
+
+def tiny_llama() -> PreTrainedModel:
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=300, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+    )
+
+
+def look(folder: str) -> tuple[set[str], int]:
+    """Return the names of a folder's files, and when it was made."""
+    return {path.name for path in Path(folder).iterdir()}, Path(folder).stat().st_mtime_ns
 
 
 async def fetch(home: Path, model: str, **variables: str) -> tuple[int, str, list[str]]:
@@ -74,6 +87,30 @@ async def test_a_folder_is_only_looked_at(tmp_path: Path) -> None:
     assert (code, errors) == (2, [f"lorafleet fetch: error: {folder} holds no config.json: it is not a model folder"])
     (folder / "config.json").write_text("{}")
     assert await fetch(tmp_path, str(folder)) == (0, str(folder), [])
+
+
+async def test_a_gguf_file_becomes_a_folder_once(tmp_path: Path) -> None:
+    """Whatever its name; services of this machine find the folder by the file's path, and not before."""
+    file, cache = tmp_path / "sha256-12ab", {"LORAFLEET_CACHE_DIR": str(tmp_path / "cache")}
+    write_gguf(tiny_llama(), file, "q4_0")
+    code, _, errors = await python(["-c", FIND, str(file)], tmp_path, **cache)
+    assert (code, errors[-1].endswith(f"run `lorafleet fetch {file}` first")) == (1, True)
+    code, folder, _ = await fetch(tmp_path, str(file), **cache)
+    assert code == 0
+    names, made = look(folder)
+    assert {"config.json", "tokenizer.json", "quantised.json", "model.gguf"} <= names
+    assert await fetch(tmp_path, str(file), **cache) == (0, folder, [])
+    assert look(folder) == (names, made)
+    assert (await python(["-c", FIND, str(file)], tmp_path, **cache))[:2] == (0, folder)
+
+
+async def test_a_gguf_file_that_is_not_served_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "adapter.gguf"
+    write_gguf(tiny_llama(), file, "q4_0", {"ffn_up": "tq1_0"})
+    code, out, errors = await fetch(tmp_path, str(file), LORAFLEET_CACHE_DIR=str(tmp_path / "cache"))
+    assert (code, out) == (2, "")
+    assert errors[-1].startswith("lorafleet fetch: error: the file has 2 tensors that are not served: blk.0.ffn_up")
+    assert not [*(tmp_path / "cache").rglob("config.json")]
 
 
 async def test_without_a_model_the_quickstart_is_fetched_once(hub: HubStub, tmp_path: Path) -> None:

@@ -1,0 +1,147 @@
+"""Linear layers and embeddings whose weights stay in quantised blocks, and the model that is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gpu_worker.quantised.index import MappedWeights
+from lora_kernels import ops
+from protocol.wire.errors import BadRequest
+
+
+class BlockLinear(nn.Module):
+    """x @ weight.T + bias with a quantised weight, which is multiplied as the numbers that it stands for."""
+
+    def __init__(self, weight: ops.QuantisedWeight, bias: Tensor | None, impl: ops.Impl | None) -> None:
+        """bias: [N], of the dtype that is computed in."""
+        super().__init__()
+        self.out_features, self.in_features = weight.out_features, weight.in_features
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.packed = ops.pack_quantised([weight], impl=impl)
+        self._impl: ops.Impl | None = impl
+        # Tells the model's fingerprint of the kind.
+        self.register_buffer(weight.kind, torch.empty(self.out_features, self.in_features, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output [..., N] for x [..., K]."""
+        rows = x.reshape(-1, x.shape[-1])
+        bias = None if self.bias is None else self.bias.detach()
+        return ops.linear(rows, self.packed, bias, impl=self._impl).view(*x.shape[:-1], self.out_features)
+
+
+def beside_each_other(linears: list[BlockLinear]) -> ops.QuantisedLinear:
+    """Return the weights of layers that read one input as one operand, which shares their memory."""
+    parts = [linear.packed for linear in linears]
+    return ops.QuantisedLinear(
+        [weight for part in parts for weight in part.weights], [panels for part in parts for panels in part.panels],
+        [form for part in parts for form in part.forms], [size for part in parts for size in part.sizes],
+        parts[0].in_features,
+    )  # fmt: skip
+
+
+class BlockEmbedding(nn.Module):
+    """Rows of a quantised weight, of which only those that are asked for are dequantised."""
+
+    def __init__(self, weight: ops.QuantisedWeight, dtype: torch.dtype, scale: Tensor | None) -> None:
+        """scale: what the rows are multiplied by, if anything."""
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = weight.out_features, weight.in_features
+        self._weight = weight
+        self._dtype = dtype
+        self._scale = None if scale is None else scale.to(dtype)
+        self.register_buffer(weight.kind, torch.empty(self.num_embeddings, self.embedding_dim, device="meta"))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the rows [..., D] of token ids."""
+        rows = self._weight.dequantise(input_ids).to(self._dtype)
+        return rows if self._scale is None else rows * self._scale
+
+
+def fill_model(
+    model: PreTrainedModel, weights: MappedWeights, dtype: torch.dtype, impl: ops.Impl | None = None
+) -> PreTrainedModel:
+    """Give a model, whose parameters are on no device, the weights of a folder. Returns it in eval mode.
+
+    Quantised weights of linear layers and of embeddings stay quantised, all others become numbers of `dtype`. Raises
+    BadRequest for weights that do not fit the model.
+    """
+    for name, module in [*model.named_modules()]:
+        source = _source(model, name, weights)
+        if source is None or not weights.is_quantised(source):
+            continue
+        parent, _, child = name.rpartition(".")
+        if type(module) is nn.Linear:
+            bias = weights.numbers(f"{name}.bias", dtype) if module.bias is not None else None
+            made = BlockLinear(weights.blocks(source), bias, impl)
+            shape, wanted = (made.out_features, made.in_features), (module.out_features, module.in_features)
+        elif isinstance(module, nn.Embedding):
+            made = BlockEmbedding(weights.blocks(source), dtype, getattr(module, "embed_scale", None))
+            shape, wanted = (made.num_embeddings, made.embedding_dim), (module.num_embeddings, module.embedding_dim)
+        else:
+            raise BadRequest(f"{source} is quantised, and no linear layer or embedding")
+        _check_shape(source, shape, wanted)
+        setattr(model.get_submodule(parent), child, made)
+    for name, parameter in [*model.named_parameters(remove_duplicate=False)]:
+        if parameter.is_meta:
+            owner, _, own = name.rpartition(".")
+            module = model.get_submodule(owner)
+            source = _source(model, owner, weights) if own == "weight" else name
+            if source is None or source not in weights.index.tensors:
+                raise BadRequest(f"the quantised weights lack the model's tensor {name}")
+            numbers = weights.numbers(source, dtype)
+            _check_shape(source, tuple(numbers.shape), tuple(parameter.shape))
+            module.register_parameter(own, nn.Parameter(numbers, requires_grad=False))
+    _divide_frequencies(model, weights)
+    return model.eval().requires_grad_(False)
+
+
+def _source(model: PreTrainedModel, name: str, weights: MappedWeights) -> str | None:
+    """Return the tensor that a module's weight is: its own, or the embedding's for a head that is tied to it."""
+    own = f"{name}.weight"
+    if own in weights.index.tensors:
+        return own
+    head: Any = model.get_output_embeddings()
+    if model.config.get_text_config().tie_word_embeddings and head is model.get_submodule(name):
+        embedding = model.get_input_embeddings()
+        return next((f"{other}.weight" for other, module in model.named_modules() if module is embedding), None)
+    return None
+
+
+def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if found != wanted:
+        raise BadRequest(f"{name} has the shape {[*found]}, the model wants {[*wanted]}")
+
+
+def _divide_frequencies(model: PreTrainedModel, weights: MappedWeights) -> None:
+    """Divide rotary frequencies by the factors of the file, which are Llama 3's way to longer texts in GGUF."""
+    if not weights.index.rope_factors:
+        return
+    factors = weights.numbers(weights.index.rope_factors, torch.float32)
+    for module in model.modules():
+        own = dict(module.named_buffers(recurse=False))
+        if "inv_freq" in own:
+            _check_shape(weights.index.rope_factors, tuple(factors.shape), tuple(own["inv_freq"].shape))
+            module.inv_freq = own["inv_freq"] / factors
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Keep parameters of modules that are made meanwhile on no device; buffers are computed as ever."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None:
+            self._parameters[name] = type(param)(param.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
