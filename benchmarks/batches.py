@@ -148,7 +148,8 @@ def measure_beside(model: Path, scratch: Path, rounds: int, per_turn: int) -> di
             for name in ttft:
                 batch_id = "" if name == "alone" else begin_filling(running, names)
                 before, started = num_tokens(running), time.monotonic()
-                measured = run_bench(interactive(running, per_turn, rate, turn))
+                seed = 2 * turn + bool(batch_id)  # else the prefix cache would know the prompts
+                measured = run_bench(interactive(running, per_turn, rate, seed))
                 if batch_id:
                     num = num_tokens(running) - before - per_turn * OUTPUT_TOKENS
                     lines_per_s.append(num / OUTPUT_TOKENS / (time.monotonic() - started))
@@ -246,7 +247,7 @@ def main() -> None:
         if "order" in parts:
             found["order"] = measure_order(model, scratch, 600 if args.short else 3000)
         if "beside" in parts:
-            found["beside"] = measure_beside(model, scratch, 1 if args.short else 3, 15 if args.short else 40)
+            found["beside"] = measure_beside(model, scratch, 1 if args.short else 3, 15 if args.short else 30)
         if "many" in parts:
             found["many"] = measure_many(model, 5_000 if args.short else 50_000)
     print(json.dumps(found, indent=2))
