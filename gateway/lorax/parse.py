@@ -5,12 +5,13 @@ Names, defaults, ranges and the texts of refusals are LoRAX's, so that its clien
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from dataclasses import dataclass
 from typing import Any
 
 from gateway.auth.callers import Caller
-from gateway.calls.parse import Models, Options, ParsedCall, Rules, Texts, Truncation
+from gateway.calls.parse import Models, Options, ParsedCall, Rules, Sent, Texts, Truncation
 from gateway.grammars.notation import Constraint
 from gateway.grammars.structured import native_constraint, tgi_constraint
 from gateway.lorax.bodies import AdapterParameters, GenerateRequest, Parameters
@@ -77,7 +78,7 @@ class NativeRules(Rules):
 
 
 def parse(
-    request: GenerateRequest, caller: Caller, settings: Settings, *, stream: bool, as_list: bool = False
+    request: GenerateRequest, caller: Caller, settings: Settings, sent: Sent, *, stream: bool, as_list: bool = False
 ) -> NativeCall:
     """Return what a body asks for, checked in LoRAX's order and words. Raises BadRequest."""
     p = request.parameters or Parameters()
@@ -93,7 +94,7 @@ def parse(
         raise _bad("you must use sampling when `best_of` is > 1", "best_of")
     if best_of > 1 and p.seed is not None:
         raise _bad("`seed` must not be set when `best_of` > 1", "seed")
-    seed = secrets.randbits(SEED_BITS) if p.seed is None else p.seed
+    seed = _drawn_seed(sent) if p.seed is None else p.seed
     options = Options(
         sampling=_sampling(p, seed, sampled=sampled),
         n=best_of,
@@ -106,7 +107,7 @@ def parse(
     truncation = None if p.truncate is None else Truncation(p.truncate)
     call = ParsedCall(
         caller, models_of(p), Texts([request.inputs], truncation), options,
-        NativeRules("inputs", settings.max_choices, p.truncate),
+        NativeRules("inputs", settings.max_choices, p.truncate), sent=sent if sent.key else None,
     )  # fmt: skip
     return NativeCall(
         call,
@@ -118,6 +119,14 @@ def parse(
         full_text=bool(p.return_full_text),
         as_list=as_list,
     )
+
+
+def _drawn_seed(sent: Sent) -> int:
+    """Return a seed, with an Idempotency-Key the same each time, since answers tell it."""
+    if not sent.key:
+        return secrets.randbits(SEED_BITS)
+    digest = hashlib.sha256(f"{sent.key}\0{sent.hash}".encode()).digest()
+    return int.from_bytes(digest) % (1 << SEED_BITS)
 
 
 def models_of(p: AdapterParameters) -> Models:

@@ -11,12 +11,13 @@ from starlette.responses import Response
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.calls.follow import Generation
+from gateway.calls.parse import Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.encoders.bodies import EncoderRequest
 from gateway.encoders.calls import EncoderCalls
 from gateway.http import openapi
 from gateway.http.paths import PING
-from gateway.http.routes import Endpoints
+from gateway.http.routes import Endpoints, sent_of
 from gateway.lorax import metrics as lorax_metrics
 from gateway.lorax.bodies import CompatRequest, GenerateRequest, Parameters, StreamRequest
 from gateway.lorax.errors import LORAX_ERRORS
@@ -64,15 +65,16 @@ class NativeEndpoints:
         self, body: GenerateRequest, request: Request, *, stream: bool, as_list: bool = False
     ) -> Response:
         started_s, settings = time.monotonic(), self._pipeline.settings
+        sent = await sent_of(request.url.path, request)
 
         async def answer() -> Response:
-            native = parse(body, caller_of(request), settings, stream=stream, as_list=as_list)
+            native = parse(body, caller_of(request), settings, sent, stream=stream, as_list=as_list)
             return await self._answer(native, started_s)
 
         return await self.endpoints.respond(answer(), stream=stream, errors=LORAX_ERRORS)
 
     async def _answer(self, native: NativeCall, started_s: float) -> NativeResponse:
-        generation = await self._pipeline.run(native.call)
+        generation = await self._pipeline.run_once(native.call)
         return NativeResponse(generation, native, started_s, self._pipeline.settings.keepalive_s)
 
     # ------------------------------------------------------------ operation
@@ -123,7 +125,9 @@ class NativeEndpoints:
             answer = await self._encoders.classify(EncoderRequest(inputs=PROBE), None, caller, now_s)
         else:
             body = GenerateRequest(inputs=PROBE, parameters=Parameters(max_new_tokens=1))
-            answer = await self._answer(parse(body, caller, self._pipeline.settings, stream=False), now_s)
+            answer = await self._answer(
+                parse(body, caller, self._pipeline.settings, Sent("/startup", b""), stream=False), now_s
+            )
         if not await _makes_output(answer.generation):
             return json_response({"error": "Empty generation", "error_type": "failed healthcheck"}, 500)
         return Response()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
@@ -11,11 +12,12 @@ from gateway.adapters.catalogue import OBJECTS_AT_ONCE
 from gateway.adapters.resolver import BASE
 from gateway.auth.callers import Caller, caller_of
 from gateway.bodies.json_bodies import AnyTypeRoute, json_response
-from gateway.calls.parse import Models
+from gateway.calls.follow import Generation
+from gateway.calls.parse import Models, ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
 from gateway.http.paths import OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE
-from gateway.http.routes import Endpoints
+from gateway.http.routes import Endpoints, sent_of
 from gateway.ollama import models
 from gateway.ollama.bodies import ChatRequest, EmbedRequest, GenerateRequest, ShowRequest
 from gateway.ollama.errors import OLLAMA_ERRORS
@@ -46,7 +48,7 @@ class OllamaEndpoints:
         return await self._generate(body, request)
 
     async def _generate(self, body: ChatRequest | GenerateRequest, request: Request) -> Response:
-        started_s, caller = time.monotonic(), caller_of(request)
+        started_s, caller, sent = time.monotonic(), caller_of(request), await sent_of(request.url.path, request)
         objects = Objects(body.model, isinstance(body, ChatRequest))
         keepalive_s = self._pipeline.settings.keepalive_s
 
@@ -54,7 +56,7 @@ class OllamaEndpoints:
             if body.is_empty:
                 await self._require(body.model, caller)
                 return json_response(objects.loaded())
-            generation = await self._pipeline.run(parse(body, caller, self._pipeline.settings))
+            generation = await self._run(parse(body, caller, self._pipeline.settings), sent)
             return OllamaResponse(generation, objects, started_s, keepalive_s)
 
         stream = body.streams and not body.is_empty
@@ -65,12 +67,17 @@ class OllamaEndpoints:
     async def embed(self, body: EmbedRequest, request: Request) -> Response:
         """Answer `/api/embed`."""
         started_s, caller, settings = time.monotonic(), caller_of(request), self._pipeline.settings
+        sent = await sent_of(request.url.path, request)
 
         async def answer() -> Response:
-            generation = await self._pipeline.run(parse_embed(body, caller, settings))
+            generation = await self._run(parse_embed(body, caller, settings), sent)
             return EmbedResponse(generation, body, started_s, settings.keepalive_s)
 
         return await self._endpoints.respond(answer(), errors=OLLAMA_ERRORS)
+
+    async def _run(self, call: ParsedCall, sent: Sent) -> Generation:
+        """Follow a call, or what its Idempotency-Key was used for before. Raises as `Pipeline.run_once`."""
+        return await self._pipeline.run_once(msgspec.structs.replace(call, sent=sent) if sent.key else call)
 
     async def _require(self, name: str, caller: Caller) -> None:
         """Wait until a model can be asked. Raises as `CallResolver.targets`."""

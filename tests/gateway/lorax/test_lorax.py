@@ -94,6 +94,22 @@ async def test_the_compatible_route_wraps_its_answer(http: httpx2.AsyncClient, p
     assert events(streamed.content)[-1]["generated_text"] == found["generated_text"]
 
 
+async def test_a_repeated_key_finds_the_same_answer(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    """With the seed that was drawn, and the tokens of the prompt."""
+    body, headers = generate_body(details=True, do_sample=True, decoder_input_details=True), {"idempotency-key": "k"}
+    first, second = [(await http.post("/generate", json=body, headers=headers)).json() for _ in range(2)]
+    assert first == second
+    assert first["details"]["seed"] is not None
+    assert len(first["details"]["prefill"]) > 1
+    streamed, headers = generate_body(details=True, do_sample=True), {"idempotency-key": "other"}
+    one, other = [
+        events((await http.post("/generate_stream", json=streamed, headers=headers)).content) for _ in range(2)
+    ]  # fmt: skip
+    assert one == other
+    assert len(fleet.seen) == 2
+    assert (await http.post("/generate", json=body, headers=headers)).status_code == 422
+
+
 async def test_details_hold_every_token(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     body = generate_body(details=True, seed=5, do_sample=True, return_k_alternatives=2)
     answer = (await http.post("/generate", json=body)).json()

@@ -54,6 +54,18 @@ def lines(answer: httpx2.Response) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("path", ROUTES)
+async def test_a_repeated_key_finds_the_same_answer(http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str) -> None:
+    headers = {"idempotency-key": "k"}
+    for number, body in enumerate((ROUTES[path], {**ROUTES[path], **WHOLE})):
+        headers["idempotency-key"] += str(number)
+        answers = [await http.post(path, json=body, headers=headers) for _ in range(2)]
+        first, second = ("".join(text_of(json.loads(line)) for line in one.text.splitlines()) for one in answers)
+        assert first == second == TEXT
+    assert len(fleet.seen) == 2
+    assert (await http.post(path, json={**ROUTES[path], "model": "x"}, headers=headers)).status_code == 422
+
+
+@pytest.mark.parametrize("path", ROUTES)
 async def test_an_answer_streams_unless_it_is_told_not_to(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str
 ) -> None:
