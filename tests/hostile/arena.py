@@ -16,7 +16,6 @@ from unittest.mock import patch
 import psutil
 from helpers.factories import make_adapter, make_tiny_model
 from helpers.hub_stub import HubStub, Repo, run_hub
-from helpers.preloaded import fork
 from helpers.waiting import wait_until
 from hostile import hostile_adapters
 from hostile.adapter_attacks import ADAPTER_ATTACKS, HIDDEN, SECRET, asking, peeping, stealing
@@ -221,7 +220,10 @@ NAMES = tuple(attack.name for attack, _ in attacks_of("", _nothing))
 
 @asynccontextmanager
 async def arena_in(folder: Path, model: Path | None = None, **settings: Any) -> AsyncIterator[Arena]:
-    """Start a fleet with a victim on it; both end with the block. model: served in place of a tiny one."""
+    """Start a fleet with a victim on it; both end with the block.
+
+    model: served in place of a tiny one. settings: of the fleet, and what else `ProcessFleet.prepare` takes.
+    """
     model = model or make_tiny_model(folder / "model", max_len=2048)
     root = folder / "adapters"
     for seed, name in enumerate(("one", "two"), start=1):
@@ -238,7 +240,7 @@ async def arena_in(folder: Path, model: Path | None = None, **settings: Any) -> 
         values |= {"gateway_memory": GATEWAY_MEMORY}
         values |= {"tenant_places": "org"}  # what the fleet's own token reads there is for all who may see the name
         fleet = ProcessFleet.prepare(
-            folder, model, root, durable=True, spawn=fork, secret="the secret of the arena", **values | settings
+            folder, model, root, durable=True, secret="the secret of the arena", **values | settings
         )
         victim: Victim | None = None
         try:

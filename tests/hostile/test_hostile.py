@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
+from helpers.preloaded import fork
 from hostile.arena import NAMES, Arena, arena_in
 
 SECONDS = float(os.environ.get("LORAFLEET_HOSTILE_S", "0.1"))
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def arena(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Arena]:
-    async with arena_in(tmp_path_factory.mktemp("arena")) as arena:
+    async with arena_in(tmp_path_factory.mktemp("arena"), spawn=fork) as arena:
         await arena.rest(ALONE_S)
         yield arena
 
