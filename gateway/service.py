@@ -132,7 +132,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
         )  # fmt: skip
         means = BatchMeans(bus, replies.gid, uploads, storage, settings, inner, timings.batches)
         runner = BatchRunner(means, batch_wake)
-        with _listen(settings.host, settings.port) as listener:
+        with listen(settings.host, settings.port) as listener:
             address = _address(listener)
             await replies.open()
             parts = _Parts(app, endpoints, replies, fleet, aliases, heartbeat, uploads, runner, sender)
@@ -216,7 +216,8 @@ def _server(app: Envelope, settings: Settings, memory: MemoryAccount) -> HttpSer
     )  # fmt: skip
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, port 0: on a free one. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     listener.setblocking(False)

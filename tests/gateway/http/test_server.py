@@ -19,6 +19,7 @@ import uvloop
 
 from gateway.http import server as http_server
 from gateway.http.server import HttpServer
+from gateway.service import listen
 
 NUM = 200
 ROOT = Path(__file__).resolve().parents[3]
@@ -136,3 +137,12 @@ def test_a_process_may_have_more_connections_than_shells_allow() -> None:
     )
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert told.split() == [str(4096 - http_server.RESERVED_FILES), "4096", "4096"]
+
+
+def test_no_answer_waits_for_an_acknowledgement() -> None:
+    """On asyncio's loop too, which leaves a connection as it is accepted."""
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        listener.settimeout(30)
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
