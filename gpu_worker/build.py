@@ -21,11 +21,12 @@ from gpu_worker.adapters.weights import PoolWeights
 from gpu_worker.cuda.capture import CudaRecorder
 from gpu_worker.cuda.graphs import Unrecordable
 from gpu_worker.cuda.warm_up import run_steps, warm_up_steps
+from gpu_worker.cuda.workspace import CudaMeter, workspace_bytes
 from gpu_worker.encoder.engine import EncoderConfig, EncoderEngine
 from gpu_worker.encoder.model import EncoderModel, prepare_encoder
 from gpu_worker.engine.batcher import MAX_PROMPT_ROWS, BatchLimits
 from gpu_worker.engine.engine import Engine, EngineConfig
-from gpu_worker.memory import GiB, free_bytes, share
+from gpu_worker.memory import CacheBytes, GiB, free_bytes, share_out
 from gpu_worker.model.checkpoint import head_dim_of, read_config, read_headless, read_model, task_of, tokenizer_types
 from gpu_worker.model.compiled import compile_errors, warm
 from gpu_worker.model.labels import activation_of, folder_activation, pair_activation_of
@@ -121,9 +122,10 @@ def build_engine(
     tokenizer: the model's tokenizer.json, if it has one. fetch_files: needed where `fetch` may return rows, which
     cannot be merged. Raises BadRequest for settings that contradict each other or a model that is computed wrongly.
     """
-    config = engine_config(model, settings)
+    memory = share_out(room_for_caches(model, settings), settings, on_cpu=model.device.type == "cpu")
+    config = engine_config(model, settings, memory.kv)
     served = served_model(model, config.max_model_len, settings)
-    cache = adapter_cache(model, served, settings, fetch, fetch_files)
+    cache = adapter_cache(model, served, settings, memory, fetch, fetch_files)
     with compile_errors():
         engine = Engine(model, config, cache, tokenizer)
         if settings.compile:
@@ -147,24 +149,56 @@ def build_encoder_engine(
         max_batch_slowdown=settings.max_batch_slowdown,
     )  # fmt: skip
     served = served_model(model, config.max_model_len, settings)
-    return EncoderEngine(model, config, adapter_cache(model, served, settings, fetch, fetch_files)), served
+    memory = share_out(_usable_bytes(model.device, settings), settings, on_cpu=model.device.type == "cpu")
+    return EncoderEngine(model, config, adapter_cache(model, served, settings, memory, fetch, fetch_files)), served
+
+
+def room_for_caches(model: BaseModel, settings: Settings) -> int:
+    """Return the bytes that caches may take: on a GPU what is left by weights and the largest steps, which are run.
+
+    Raises BadRequest when nothing is left.
+    """
+    room = _usable_bytes(model.device, settings)
+    if model.device.type == "cpu":
+        return room
+    if model.passes is not None:  # its sequences run one by one, and have caches of their own
+        return int(room * 0.9)
+    max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
+    longest = settings.max_model_len or model.max_positions or max_step_tokens
+    needed = workspace_bytes(
+        model, CudaMeter(model.device), max_num_seqs=max_num_seqs, max_step_tokens=max_step_tokens,
+        max_model_len=longest, max_prompt_rows=MAX_PROMPT_ROWS, has_graphs=settings.cuda_graphs != "off",
+    )  # fmt: skip
+    logger.info("the largest steps take %.1f MiB of %.1f MiB", needed / (1 << 20), room / (1 << 20))
+    if needed >= room:
+        raise BadRequest(
+            f"the largest steps need {needed >> 20} MiB, and {room >> 20} MiB are left beside the weights: lower "
+            f"max_step_tokens ({max_step_tokens}) or max_num_seqs ({max_num_seqs}), or raise gpu_memory_utilization "
+            f"({settings.gpu_memory_utilization})"
+        )
+    return room - needed
+
+
+def _usable_bytes(device: torch.device, settings: Settings) -> int:
+    """Return the bytes of a device that this worker may still fill."""
+    if device.type == "cpu":  # the workers of one machine start at the same time and share what is free
+        return free_bytes(device) // settings.workers
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, free - int(total * (1 - settings.gpu_memory_utilization)))
 
 
 def adapter_cache(
     model: BaseModel | EncoderModel,
     served: m.ServedModel,
     settings: Settings,
+    memory: CacheBytes,
     fetch: Fetch,
     fetch_files: FetchFiles | None = None,
 ) -> AdapterCache:
     """Allocate the adapter pool of a loaded model. Arguments as of `build_engine`."""
-    # The workers of one machine start at the same time and share what is free.
-    free = free_bytes(model.device) // (settings.workers if model.device.type == "cpu" else 1)
     on_cpu = model.device.type == "cpu"
-    pool_bytes = share(settings.adapter_pool_bytes, free, 0.25, 2 * GiB if on_cpu else 16 * GiB)
-    host_bytes = share(settings.adapter_host_bytes, free_bytes(torch.device("cpu")), 0.1, 2 * GiB)
-    extra_bytes = share(settings.adapter_extra_bytes, free, 0.05, 2 * GiB if on_cpu else 8 * GiB)
-    weights = PoolWeights(model.sites, model.shared, pool_bytes, model.device, extra_bytes)
+    host_bytes = settings.adapter_host_bytes or min(int(free_bytes(torch.device("cpu")) * 0.1), 2 * GiB)
+    weights = PoolWeights(model.sites, model.shared, memory.pool, model.device, memory.extra)
     packer = Packer(model.sites, served, model.adaptable, pin=not on_cpu)
 
     module_names = [name for name, _ in model.module.named_modules()]
@@ -242,12 +276,13 @@ def record_steps(engine: Engine, settings: Settings) -> None:
         logger.info("decode steps recorded in %.1f s", time.monotonic() - started)
 
 
-def engine_config(model: BaseModel, settings: Settings) -> EngineConfig:
-    """Decide every size of the engine. Raises BadRequest when settings contradict each other."""
+def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> EngineConfig:
+    """Decide every size of the engine. Raises BadRequest when settings contradict each other.
+
+    kv_bytes: for keys, values and states.
+    """
     on_cpu = model.device.type == "cpu"
     max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
-    free = free_bytes(model.device) // (settings.workers if on_cpu else 1)
-    kv_bytes = share(settings.kv_cache_bytes, free, 0.25 if on_cpu else 0.6, 2 * GiB if on_cpu else 1 << 62)
     if settings.max_draft_tokens and (model.mixers.calls or model.passes is not None):
         what = "sequences run one by one, whose caches" if model.passes is not None else "layers keep states, which"
         raise BadRequest(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gpu_worker.host_memory import free_host_bytes
+from protocol.runtime.settings import Settings
 
 GiB = 1 << 30
 
@@ -22,9 +24,30 @@ def free_bytes(device: torch.device) -> int:
     return free_host_bytes()
 
 
-def share(given: int, free: int, fraction: float, most: int) -> int:
-    """Return a budget in bytes: `given`, or if that is 0 a fraction of what is free, at most `most`."""
-    return given or min(int(free * fraction), most)
+@dataclass(frozen=True, slots=True)
+class CacheBytes:
+    """Memory of one worker's caches on its device, in bytes."""
+
+    kv: int  # keys, values, and states of layers that keep some
+    pool: int  # rows of resident adapters
+    extra: int  # what adapters change beyond rows
+
+
+def share_out(room: int, settings: Settings, *, on_cpu: bool) -> CacheBytes:
+    """Share memory out among the caches, where settings leave it open.
+
+    room: bytes. On a CPU, which has other uses for its memory, the caches take at most a quarter for keys and values,
+    a quarter for adapters and a twentieth for what these change else, 2 GiB each. On a GPU they take all of it, 28 % of
+    it and 16 GiB at most for adapters, 6 % and 8 GiB for what they change else.
+    """
+    if on_cpu:
+        kv, pool, extra = (min(int(room * part), 2 * GiB) for part in (0.25, 0.25, 0.05))
+        return CacheBytes(
+            settings.kv_cache_bytes or kv, settings.adapter_pool_bytes or pool, settings.adapter_extra_bytes or extra
+        )
+    pool = settings.adapter_pool_bytes or min(int(room * 0.28), 16 * GiB)
+    extra = settings.adapter_extra_bytes or min(int(room * 0.06), 8 * GiB)
+    return CacheBytes(settings.kv_cache_bytes or room - pool - extra, pool, extra)
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

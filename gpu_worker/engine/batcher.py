@@ -306,6 +306,13 @@ class Batcher:
             for seq, num_new in plan.num_new.items():
                 self.states.complete(seq, num_new, plan.saves.get(seq, {}))
 
+    def abandon(self, plan: StepPlan) -> None:
+        """Take back a plan that could not be computed: its sequences wait, in their order, to be computed anew."""
+        for seq in reversed(list(plan.num_new)):
+            self._preempt(seq, plan)
+        if self.states is not None:
+            self.states.end_step()
+
     def advance(self, seq: Sequence, num_new: int) -> None:
         """Note that the next tokens of a running sequence are computed."""
         first = seq.num_computed // BLOCK_TOKENS

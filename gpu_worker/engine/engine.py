@@ -5,10 +5,12 @@ One thread uses it; `service/engine_thread.py` has it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gpu_worker.adapters.cache import AdapterCache
@@ -30,7 +32,9 @@ from gpu_worker.sampling.grammars import Grammars
 from gpu_worker.sampling.logprobs import record_prompts
 from gpu_worker.sampling.sampling import Sampled, sample
 from peft_adapters.texts.tokenizer_json import token_table
-from protocol.wire.errors import LorafleetError
+from protocol.wire.errors import LorafleetError, Unavailable
+
+logger = logging.getLogger(__name__)
 
 MASK_WAIT_S = 0.01
 """How long a step waits for masks at least, and below, as a part of the time that it has taken so far."""
@@ -90,19 +94,18 @@ class Engine(BaseEngine):
         self.meter.start()
         self._receive()
         plan = self._plan()
-        if plan.num_new:
+        has_work = bool(plan.num_new)
+        if has_work:
             work = self._work_of(plan)
             self.meter.lap("plan")
-            inputs = self.runner.prepare(plan)
-            self.meter.lap("inputs")
-            logits = self.runner.run(inputs)
-            self.meter.lap("forward")
-            ready, sampled = self._sample(plan, inputs, logits)
-            self.meter.lap("sample")
-            num_output = self._settle(plan, ready, sampled)
-            self.meter.lap("finish")
-            self._count(plan, work, num_output)
-        self.can_step = bool(plan.num_new and self._seqs)
+            computed = self._compute(plan)
+            if computed is not None:
+                num_output = self._settle(plan, *computed)
+                self.meter.lap("finish")
+                self._count(plan, work, num_output)
+            else:
+                self._make_room(plan)
+        self.can_step = has_work and bool(self._seqs)
         return self._put_out()
 
     def _receive(self) -> None:
@@ -126,6 +129,37 @@ class Engine(BaseEngine):
         self._request_adapters()
         return plan
 
+    def _compute(self, plan: StepPlan) -> tuple[list[Sequence], Sampled | None] | None:
+        """Compute a step and choose tokens, as `_sample` does. Returns None where the device has no memory for it."""
+        try:
+            inputs = self.runner.prepare(plan)
+            self.meter.lap("inputs")
+            logits = self.runner.run(inputs)
+            self.meter.lap("forward")
+            found = self._sample(plan, inputs, logits)
+            self.meter.lap("sample")
+        except torch.OutOfMemoryError as error:
+            logger.warning("no memory for a step of %d tokens: %s", plan.num_tokens, error)
+            return None
+        return found
+
+    def _make_room(self, plan: StepPlan) -> None:
+        """Fail the largest requests of a step for which there was no memory, half of its tokens, so that others fit.
+
+        So do those that already keep something of the step, which cannot be computed again.
+        """
+        sizes, most, num_failed = dict(plan.num_new), plan.num_tokens / 2, 0
+        self.batcher.abandon(plan)
+        for seq in sorted(sizes, key=lambda seq: sizes[seq], reverse=True):
+            if num_failed < most or seq.prompt_logprobs is not None or seq.pool is not None:
+                num_failed += sizes[seq]
+                text = (
+                    f"the worker has no memory for a step of {len(sizes)} requests, of which this is one of the largest"
+                )
+                self._fail_waiting(seq.rid, Unavailable(text, code="out_of_memory"))
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _sample(self, plan: StepPlan, inputs: StepInputs, logits: Tensor) -> tuple[list[Sequence], Sampled | None]:
         """Choose the next token of every ready sequence, and one after each draft token; None if none is ready.
 
@@ -140,13 +174,17 @@ class Engine(BaseEngine):
             ready = [seq for seq in ready if seq not in late]
             for seq in late:
                 plan.postpone(seq)
-        self.batcher.complete(plan)
-        if inputs.pooled:
-            logits = self._settle_pooled(inputs, logits)
-        if inputs.prompt_rows:
-            logits = record_prompts(logits, inputs.prompt_rows)
         rows = sample_rows(ready, plan.drafts, masks)
-        return ready, sample(logits, rows) if rows else None
+        sampled = sample(logits[: len(rows)], rows) if rows else None
+        num = len(logits) - sum(part.needs_logits for part in inputs.pooled)
+        outputs = outputs_of(inputs.pooled, logits[num:], self.model.tasks, self.adapters.extras)
+        if inputs.prompt_rows:
+            record_prompts(logits[:num], inputs.prompt_rows)
+        self.batcher.complete(plan)
+        self._outputs += outputs
+        for output in outputs:
+            self._drop(output.rid)
+        return ready, sampled
 
     def _mask_wait_s(self, plan: StepPlan, ready: list[Sequence]) -> float:
         """Return how long a step may wait for masks: hardly, if these are all of sequences for which it may not."""
@@ -182,15 +220,6 @@ class Engine(BaseEngine):
             output.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs.records, None
         self._outputs.append(output)
         return len(ids)
-
-    def _settle_pooled(self, inputs: StepInputs, logits: Tensor) -> Tensor:
-        """End the texts that a step has completed, and put out their numbers. Returns the logits without their rows."""
-        num = len(logits) - sum(rows.needs_logits for rows in inputs.pooled)
-        outputs = outputs_of(inputs.pooled, logits[num:], self.model.tasks, self.adapters.extras)
-        self._outputs += outputs
-        for output in outputs:
-            self._drop(output.rid)
-        return logits[:num]
 
     def _keep_right_draft(self, seq: Sequence, num_drafted: int, num_right: int) -> None:
         """Keep the keys and values of the right draft tokens, the first ones; those of the others are written over."""

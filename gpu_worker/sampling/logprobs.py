@@ -85,10 +85,9 @@ class PromptRows(NamedTuple):
     num_rows: int
 
 
-def record_prompts(logits: Tensor, prompts: Sequence[PromptRows]) -> Tensor:
-    """Record prompts by the last rows of a step's logits [n, V], in the order given. Returns the rows before them."""
-    first = row = len(logits) - sum(prompt.num_rows for prompt in prompts)
+def record_prompts(logits: Tensor, prompts: Sequence[PromptRows]) -> None:
+    """Record prompts by the last rows of a step's logits [n, V], in the order given."""
+    row = len(logits) - sum(prompt.num_rows for prompt in prompts)
     for prompt in prompts:
         prompt.recorder.record(prompt.start, logits[row : row + prompt.num_rows])
         row += prompt.num_rows
-    return logits[:first]

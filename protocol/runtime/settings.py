@@ -298,6 +298,9 @@ class Settings(BaseSettings):
         gt=0,
         description="most CPU time to find out which tokens the grammar of one request allows; beyond that it fails",
     )
+    gpu_memory_utilization: float = Field(
+        default=0.9, gt=0, le=1, description="part of a GPU's memory that weights, steps and caches may fill"
+    )
     kv_cache_bytes: int = Field(default=0, description="memory for KV blocks; 0: a share of the free memory")
     adapter_pool_bytes: int = Field(
         default=0, description="memory for the LoRA rows of resident adapters; 0: a share of the free memory"

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gpu_worker.host_memory import MemoryBudget
-from gpu_worker.memory import free_bytes, share, zeros
+from gpu_worker.memory import CacheBytes, GiB, free_bytes, share_out, zeros
+from protocol.runtime.settings import Settings
 from protocol.wire.errors import Unavailable
 
 CPU = torch.device("cpu")
@@ -29,10 +30,17 @@ def test_nothing_is_zeros_too() -> None:
     assert zeros((0, 5), torch.float32, CPU).shape == (0, 5)
 
 
-def test_a_budget_is_as_given_or_a_bounded_share() -> None:
-    assert share(123, 1000, 0.5, 10) == 123
-    assert share(0, 1000, 0.5, 10_000) == 500
-    assert share(0, 1000, 0.5, 10) == 10
+def test_caches_of_a_cpu_are_bounded_shares_or_as_given() -> None:
+    assert share_out(8000, Settings(), on_cpu=True) == CacheBytes(2000, 2000, 400)
+    assert share_out(100 * GiB, Settings(), on_cpu=True) == CacheBytes(2 * GiB, 2 * GiB, 2 * GiB)
+    assert share_out(8000, Settings(kv_cache_bytes=5, adapter_extra_bytes=7), on_cpu=True) == CacheBytes(5, 2000, 7)
+
+
+def test_caches_of_a_gpu_fill_what_there_is() -> None:
+    assert share_out(1000, Settings(), on_cpu=False) == CacheBytes(660, 280, 60)
+    assert share_out(200 * GiB, Settings(), on_cpu=False) == CacheBytes(176 * GiB, 16 * GiB, 8 * GiB)
+    given = Settings(adapter_pool_bytes=100, adapter_extra_bytes=50)
+    assert share_out(1000, given, on_cpu=False) == CacheBytes(850, 100, 50)
 
 
 def test_there_is_memory() -> None:

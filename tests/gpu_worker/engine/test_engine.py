@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import msgspec
 import numpy as np
 import pytest
+import torch
 from helpers.factories import make_adapter, make_tiny_model
 from helpers.tokenizer_files import tokenizer_file
 from tokenizers import Tokenizer
@@ -23,12 +24,14 @@ from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import load_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
+from gpu_worker.engine.runner import StepInputs
 from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.step_plan import StepPlan
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
 from peft_adapters.texts.tokenizer_json import OwnTokenizer
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.settings import Settings
-from protocol.wire.errors import AdapterRefused, BadRequest, Internal, LorafleetError, NotFound
+from protocol.wire.errors import AdapterRefused, BadRequest, Internal, LorafleetError, NotFound, Unavailable
 from protocol.wire.messages import Sampling
 
 GREEDY = Sampling(temperature=0.0, ignore_eos=True)
@@ -441,3 +444,49 @@ def test_a_worker_counts_what_it_did(folder: Path) -> None:
     assert (stats.num_loads, counters.num_evictions) == (2, 1)
     phases = (counters.plan_s, counters.inputs_s, counters.forward_s, counters.sample_s, counters.finish_s)
     assert all(seconds > 0 for seconds in phases)
+
+
+class FullRunner:
+    """Runs steps of at most so many tokens, as a device whose memory ends there."""
+
+    def __init__(self, engine: Engine, most: int, *, after_forward: bool) -> None:
+        self._runner, self._most, self._after = engine.runner, most, after_forward
+        self.num_refused = 0
+        self._is_too_large = False
+
+    def prepare(self, plan: StepPlan) -> StepInputs:
+        self._is_too_large = plan.num_tokens > self._most
+        return self._runner.prepare(plan)
+
+    def run(self, inputs: StepInputs) -> torch.Tensor:
+        logits = self._runner.run(inputs) if self._after else torch.empty(0)
+        if self._is_too_large:
+            self.num_refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits if self._after else self._runner.run(inputs)
+
+
+@pytest.mark.parametrize("after_forward", [False, True])
+def test_a_step_without_memory_fails_its_largest_requests_alone(folder: Path, after_forward: bool) -> None:
+    rng = np.random.default_rng(0)
+    wanted = {f"small-{i}": ("warm" if i % 2 else "", rng.integers(5, 50, 4 + i)) for i in range(4)}
+    running = Running(folder)
+    for rid, (digest, prompt) in wanted.items():
+        running.thread.submit(request(rid, digest, 6, prompt))
+    running.ends(set(wanted))
+    expected = dict(running.ids)
+
+    runner = FullRunner(running.engine, 60, after_forward=after_forward)
+    running.engine.runner = runner  # type: ignore[assignment]
+    for rid, (digest, prompt) in wanted.items():
+        running.thread.submit(request(f"{rid}-again", digest, 6, prompt))
+    running.thread.submit(request("large", "", 6, rng.integers(5, 50, 200)))
+    ends = running.ends({"large", *(f"{rid}-again" for rid in wanted)})
+    running.thread.stop()
+    assert runner.num_refused > 0
+    error = ends.pop("large").error
+    assert isinstance(error, Unavailable)
+    assert "no memory for a step of" in error.message
+    assert {end.finish for end in ends.values()} == {"length"}
+    assert {rid: running.ids[f"{rid}-again"] for rid in wanted} == expected
+    running.engine.check_integrity()

@@ -1,0 +1,77 @@
+"""How much memory steps take besides weights and caches, found by running the largest ones before there are caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from gpu_worker.cuda.warm_up import WarmUpStep, run_steps
+from gpu_worker.model.model import BaseModel
+from gpu_worker.sampling.sampling import SampleRow, sample
+from protocol.wire.messages import Sampling
+
+NUM_LOGPROBS = 20
+"""Most likely tokens of each row of the trial: as many as OpenAI's API lets a request ask for."""
+
+
+class MemoryMeter(Protocol):
+    """Measures memory on a device."""
+
+    def peak(self, run: Callable[[], object]) -> int:
+        """Run something and return the most bytes that were allocated meanwhile, beyond those before it."""
+        ...
+
+
+class CudaMeter:
+    """Measures by torch's allocator."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def peak(self, run: Callable[[], object]) -> int:
+        """See `MemoryMeter.peak`."""
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        run()
+        torch.cuda.synchronize(self._device)
+        most = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.empty_cache()
+        return most - before
+
+
+def workspace_bytes(
+    model: BaseModel, meter: MemoryMeter, *, max_num_seqs: int, max_step_tokens: int, max_model_len: int,
+    max_prompt_rows: int, has_graphs: bool,
+) -> int:  # fmt: skip
+    """Return the bytes that the largest steps take on a model without caches, which are those of the trial then.
+
+    max_num_seqs, max_step_tokens, max_prompt_rows: as of `warm_up_steps`. max_model_len: most tokens of a sequence.
+    has_graphs: whether decode steps will be recorded, which keep their memory for good.
+    """
+    for layer in model.layers:
+        layer.allocate(1, model.dtype, model.device)
+    model.mixers.allocate(2, model.device)
+    none = np.int32(-1)
+    decodes = WarmUpStep(np.ones(max_num_seqs, np.int64), np.full(max_num_seqs, none))
+    num_rows = min(max_prompt_rows, max_step_tokens)
+    chunk = WarmUpStep(np.array([max_step_tokens]), np.full(max_step_tokens, none))
+    scored = WarmUpStep(np.array([num_rows]), np.full(num_rows, none), through_head=True)
+
+    def run(step: WarmUpStep) -> int:
+        return meter.peak(lambda: run_steps(model, [step], max_model_len=max_model_len, block=0, empty_state=1))
+
+    sizes = {name: run(step) for name, step in (("decodes", decodes), ("chunk", chunk), ("scored", scored))}
+    sizes["sample"] = meter.peak(lambda: _sample(model, max_num_seqs))
+    return max(sizes.values()) + (sizes["decodes"] if has_graphs else 0)
+
+
+def _sample(model: BaseModel, num_rows: int) -> None:
+    """Choose tokens for as many rows as a step can have, each in a way that takes the most memory."""
+    logits = torch.zeros(num_rows, model.vocab_size, dtype=model.dtype, device=model.device)
+    wish = Sampling(temperature=1.0, top_p=0.5, num_logprobs=NUM_LOGPROBS, logprobs_of="choice")
+    sample(logits, [SampleRow(wish, np.zeros(0, np.int32)) for _ in range(num_rows)])
