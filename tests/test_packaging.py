@@ -36,7 +36,6 @@ HTTP_FRAMEWORKS = {"fastapi", "starlette", "uvicorn"}
 MAY_BE_HEAVY = {"gpu_worker", "lora_kernels", "chaos"}
 
 PATCHES = {
-    "gpu_worker/cuda/test_waits.py",  # plays torch on a GPU
     "gateway/http/test_faults.py",  # a panic of the tokenizers library
     "gateway/http/test_life.py",  # a queue that does what it is told and is not heard; one that was restarted
     "gateway/overload/test_refusals.py",  # a queue that is slow for as long as the test wants
