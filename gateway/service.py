@@ -43,6 +43,8 @@ from gateway.ollama.routes import OllamaEndpoints
 from gateway.overload.admission import Admission, OverloadLimits
 from gateway.overload.heartbeat import Heartbeat, Pace
 from gateway.overload.memory import MemoryAccount
+from gateway.responses.routes import ResponseEndpoints
+from gateway.responses.service import Responses
 from gateway.sandbox.sandbox import SandboxPool
 from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import load_model_files
@@ -127,8 +129,8 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
             endpoints, native, operators, encoders, tokenizers, ollama,
             FileEndpoints(uploads, settings.max_file_bytes),
             BatchEndpoints(BatchService(bus, uploads, settings), batch_wake.set),
-            anthropic, WebhookRoutes(WebhookService(bus, outside, sender, secret)), settings, admission, memory, keys,
-            secret,
+            anthropic, ResponseEndpoints(endpoints, Responses(pipeline, endpoints.calls.jobs)),
+            WebhookRoutes(WebhookService(bus, outside, sender, secret)), settings, admission, memory, keys, secret,
         )  # fmt: skip
         means = BatchMeans(bus, replies.gid, uploads, storage, settings, inner, timings.batches)
         runner = BatchRunner(means, batch_wake)

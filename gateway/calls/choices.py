@@ -100,6 +100,14 @@ class Piece:
     finish: str = ""  # "stop" or "length" at the end
     stop: str | None = None  # the stop string that ended it, if one did
 
+    def add(self, piece: Piece) -> None:
+        """Add a later piece of the choice."""
+        self.text += piece.text
+        self.logprobs = self.logprobs.joined(piece.logprobs)
+        self.prompt = self.prompt.joined(piece.prompt)
+        self.ids += piece.ids
+        self.finish, self.stop = piece.finish or self.finish, piece.stop or self.stop
+
 
 class Choice:
     """The state of one choice, which is one request in the queue."""
@@ -193,6 +201,24 @@ class Choice:
                 num += 1  # an end token too: it is no part of the text, but counted in the usage
             tokens = tokens.first(num)
         piece.logprobs = piece.logprobs.joined(tokens)
+
+
+def tokens_of(delta: m.Delta, record_bytes: int) -> list[m.Delta]:
+    """Return a delta as deltas of one token each, then one of the end if it has any.
+
+    record_bytes: size of a token's logprob record.
+    """
+    parts = [
+        m.Delta(
+            delta.rid, delta.epoch, delta.seq0 + i, delta.ids[4 * i : 4 * i + 4],
+            delta.logprobs[record_bytes * i : record_bytes * (i + 1)],
+        )
+        for i in range(len(delta.ids) // 4)
+    ]  # fmt: skip
+    if delta.finish:
+        end = delta.seq0 + len(delta.ids) // 4
+        parts.append(m.Delta(delta.rid, delta.epoch, end, finish=delta.finish, error=delta.error, usage=delta.usage))
+    return parts
 
 
 def mean_logprob(piece: Piece) -> float:

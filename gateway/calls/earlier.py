@@ -91,7 +91,10 @@ class EarlierCalls:
                 prompts.append(
                     Prompt(target, b"", fact.num_prompt_tokens, most, echo=echo, form=form, offsets=of_tokens)
                 )
-        return SubmittedCall(call_of(record.rids[0]), call, self._fleet.base, prompts, record.created_ms, 0)
+        ended_ms = max((fact.ended_ms for fact in facts if fact is not None), default=0)
+        return SubmittedCall(
+            call_of(record.rids[0]), call, self._fleet.base, prompts, record.created_ms, 0, ended_ms=ended_ms
+        )  # fmt: skip
 
     async def _offsets(
         self, call: ParsedCall, target: Target, max_model_len: int

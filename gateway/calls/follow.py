@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
 from gateway.calls import observe
-from gateway.calls.choices import Choice, Piece
+from gateway.calls.choices import Choice, Piece, tokens_of
 from gateway.calls.replies import Replies
 from gateway.calls.submit import SubmittedCall, cancel
 from gateway.calls.waiting import waiting_state
@@ -22,6 +22,9 @@ from protocol.wire.errors import DeadlineExceeded, LorafleetError, Unavailable
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+Pieces = dict[tuple[str, int], Piece]
+"""What choices have gained, by request and, where each token is a piece, by the number of tokens before it."""
 
 DEADLINE_SLACK_MS = 5000
 """Most time after its deadline that a call waits for the scheduler to end it; this is for when there is none."""
@@ -50,6 +53,7 @@ class Generation:
         self._by_rid = {choice.rid: choice for choice in self.choices}
         self._open = {choice.rid for choice in self.choices}
         self._has_token = False
+        self._failure: LorafleetError | None = None  # what has ended the call, once its pieces were returned
         self._kind = observe.kind_of("".join(target.digest for target in call.targets))
 
     @property
@@ -65,12 +69,7 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """Tokens of the call so far."""
-        prompts = {id(choice.prompt): choice for choice in self.choices}.values()
-        return Usage(
-            prompt_tokens=sum(choice.prompt.num_tokens for choice in prompts),
-            completion_tokens=sum(choice.num_output_tokens for choice in self.choices),
-            cached_tokens=sum(choice.num_cached_tokens for choice in prompts),
-        )
+        return usage_of(self.choices)
 
     async def facts(self) -> RequestFacts | None:
         """Return the queue's facts of the first request; None if it does not know it, or cannot be reached."""
@@ -85,19 +84,22 @@ class Generation:
         self._mail.hang_up()
 
     async def advance(self, timeout_s: float) -> list[Piece]:
-        """Wait for progress and return it, one piece per choice; [] when there is none in `timeout_s`.
+        """Wait for progress and return it, one piece per choice, or per token; [] when there is none in `timeout_s`.
 
         Raises the error that ended a request, and ClientGoneError.
         """
         if self.call.parsed.options.is_empty:
             return self._skip_all()
+        if self._failure is not None:
+            self._open.clear()
+            raise self._failure
         poll_s = self.call.poll_s
         deltas = await self._mail.take(min(poll_s, timeout_s) if poll_s else timeout_s)
         if self._mail.client_gone:
             raise ClientGoneError
         if self._mail.failure is not None:
             raise self._mail.failure
-        pieces: dict[str, Piece] = {}
+        pieces: Pieces = {}
         for delta in deltas:
             choice = self._by_rid[delta.rid]
             if choice.cursor.needs_log(delta):
@@ -160,7 +162,7 @@ class Generation:
                 repair = partial(self._replies.bus.repair, rid, 0, ids, records, choice.record_bytes)
                 await self._insist(repair)
 
-    async def _catch_up(self, pieces: dict[str, Piece]) -> None:
+    async def _catch_up(self, pieces: Pieces) -> None:
         """Read what was not delivered from the logs of all open requests. Raises DeadlineExceeded."""
         num_tokens = 0
         for rid in list(self._open):
@@ -177,7 +179,7 @@ class Generation:
         if self._open and now_ms() > self.call.deadline_ms + slack_ms:
             raise DeadlineExceeded("the request took longer than it may")
 
-    async def _take(self, choice: Choice, delta: m.Delta, pieces: dict[str, Piece]) -> None:
+    async def _take(self, choice: Choice, delta: m.Delta, pieces: Pieces) -> None:
         if choice.cursor.is_stale(delta):
             return
         if choice.needs_prompt and delta.ids:
@@ -187,16 +189,25 @@ class Generation:
             if found is None:
                 raise Unavailable("the queue has lost the logprobs of a prompt", code="request_lost")
             choice.give_prompt(*found)
-        piece = pieces.setdefault(choice.rid, Piece(choice.index))
-        try:
-            choice.take(delta, piece)
-        except LorafleetError:
-            self._open.discard(choice.rid)
-            observe.choice_ended(delta.finish)
-            raise
-        if piece.finish and choice.rid in self._open:
-            self._open.discard(choice.rid)
-            observe.choice_ended(piece.finish)
+        by_token = choice.options.by_token
+        for one in tokens_of(delta, choice.record_bytes) if by_token else [delta]:
+            if by_token and one.ids and one.seq0 < choice.cursor.next:
+                continue  # delivered before
+            place = (choice.rid, choice.cursor.next if by_token else 0)
+            piece = pieces.setdefault(place, Piece(choice.index))
+            try:
+                choice.take(one, piece)
+            except LorafleetError as error:
+                observe.choice_ended(one.finish)
+                if by_token and len(pieces) > 1:
+                    del pieces[place]
+                    self._failure = error  # told once the tokens before it are
+                    return
+                self._open.discard(choice.rid)
+                raise
+            if piece.finish and choice.rid in self._open:
+                self._open.discard(choice.rid)
+                observe.choice_ended(piece.finish)
 
     async def _read_log(self, choice: Choice) -> m.Delta:
         """Return what a choice's log holds beyond its cursor. Raises Unavailable if the queue has lost the request."""
@@ -222,6 +233,16 @@ class Generation:
                 if now_ms() > self.call.deadline_ms:
                     raise
                 await asyncio.sleep(RECONNECT_S)
+
+
+def usage_of(choices: Sequence[Choice]) -> Usage:
+    """Return the tokens of choices so far; those that share a prompt count it once."""
+    prompts = {id(choice.prompt): choice for choice in choices}.values()
+    return Usage(
+        prompt_tokens=sum(choice.prompt.num_tokens for choice in prompts),
+        completion_tokens=sum(choice.num_output_tokens for choice in choices),
+        cached_tokens=sum(choice.num_cached_tokens for choice in prompts),
+    )
 
 
 def log_limit(choice: Choice) -> int:

@@ -14,14 +14,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gateway.bodies.json_bodies import disconnected
-from gateway.calls.choices import Choice, Piece
+from gateway.calls.choices import Choice, Piece, tokens_of
+from gateway.calls.follow import usage_of
 from gateway.calls.waiting import waiting_state
-from gateway.calls.writers import SSE, Usage, Writer
+from gateway.calls.writers import SSE, Writer
 from gateway.http.errors import OPENAI_ERRORS, error_of, is_failure
 from gateway.http.sse import DONE
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
-from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest, NotFound
+from protocol.wire.errors import BadRequest, LorafleetError, NotFound
 
 POLL_S, WAITING_POLL_S = 0.1, 0.5
 """Pauses between looks into the logs: while tokens come, and before the first."""
@@ -33,18 +33,19 @@ TOKENS_AT_ONCE = 64
 class JobStream(Response):
     """Streams the choices of a job until all have ended."""
 
+    done = DONE  # the frame that ends a stream
+
     def __init__(
-        self, bus: Bus, choices: Sequence[Choice], writer: Writer, usage: Usage, after: Sequence[int],
-        keepalive_s: float,
+        self, bus: Bus, choices: Sequence[Choice], writer: Writer, after: Sequence[int], keepalive_s: float
     ) -> None:  # fmt: skip
-        """usage: of the prompts. after: the numbers of the last event's id, one for each choice."""
+        """after: the numbers of the last event's id, one for each choice."""
+        self.choices = choices
         self._bus = bus
-        self._choices = choices
         self._writer = writer
-        self._usage = usage
         self._after = after
         self._told = [0] * len(choices)
         self._keepalive_s = keepalive_s
+        self._failure: LorafleetError | None = None  # what has ended a choice
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,11 +57,11 @@ class JobStream(Response):
                 if left.done():
                     return
                 await send({"type": "http.response.body", "body": frames, "more_body": True})
-            last = DONE
+            last = self.done
         except BaseException as failure:  # the edge of a call: every failure is told
             if not is_failure(failure):
                 raise
-            last = SSE.event(OPENAI_ERRORS.body(error_of(failure)))
+            last = await self.failed(error_of(failure))
         finally:
             left.cancel()
         await send({"type": "http.response.body", "body": last, "more_body": False})
@@ -69,27 +70,42 @@ class JobStream(Response):
         """Yield the events of all choices as they come. Raises what has ended a request."""
         loop = asyncio.get_running_loop()
         told_s = loop.time()
-        while not all(choice.cursor.ended for choice in self._choices):
+        if first := self.first():
+            yield first
+        while not all(choice.cursor.ended for choice in self.choices):
             has_new = False
-            for choice in self._choices:
+            for choice in self.choices:
                 frames, is_new = await self._advance(choice)
                 has_new = has_new or is_new
                 if frames:
                     told_s = loop.time()
                     yield frames
+                if self._failure is not None:
+                    raise self._failure
             if has_new:
                 continue
-            has_begun = any(choice.cursor.next for choice in self._choices)
+            has_begun = any(choice.cursor.next for choice in self.choices)
             if loop.time() - told_s >= self._keepalive_s:
                 told_s = loop.time()
                 yield SSE.idle("" if has_begun else await self._waiting_for())
             await asyncio.sleep(POLL_S if has_begun else WAITING_POLL_S)
-        self._usage.completion_tokens = sum(choice.num_output_tokens for choice in self._choices)
-        if self._choices[0].options.include_usage:
-            yield self._writer.usage_frame(self._usage)
+        if last := await self.last():
+            yield last
+
+    def first(self) -> bytes:
+        """Return what a stream begins with, before any token."""
+        return b""
+
+    async def last(self) -> bytes:
+        """Return what comes after all tokens."""
+        return self._writer.usage_frame(usage_of(self.choices)) if self.choices[0].options.include_usage else b""
+
+    async def failed(self, error: LorafleetError) -> bytes:
+        """Return what a stream ends with that cannot go on."""
+        return SSE.event(OPENAI_ERRORS.body(error))
 
     async def _advance(self, choice: Choice) -> tuple[bytes, bool]:
-        """Return the events of a choice's next tokens, and whether there were any. Raises what has ended it."""
+        """Return the events of a choice's next tokens, and whether there were any. Raises NotFound."""
         if choice.cursor.ended:
             return b"", False
         expired = NotFound("the result has expired", code="result_expired")
@@ -105,13 +121,17 @@ class JobStream(Response):
         except CONNECTION_ERRORS:
             return b"", False
         out = b""
-        for one in _tokens(delta, choice.record_bytes):
+        for one in tokens_of(delta, choice.record_bytes):
             piece = Piece(choice.index)
-            choice.take(one, piece)
-            out += self._event(choice, piece)
+            try:
+                choice.take(one, piece)
+            except LorafleetError as error:
+                self._failure = error  # told once the tokens before it are
+                break
+            out += self.event(choice, piece)
         return out, bool(delta.ids or delta.finish)
 
-    def _event(self, choice: Choice, piece: Piece) -> bytes:
+    def event(self, choice: Choice, piece: Piece) -> bytes:
         """Return the events of one token or of the end, with their id; b"" if the client has them, or there is none."""
         position = choice.cursor.next + bool(piece.finish)
         frames = self._writer.frames(piece)
@@ -126,7 +146,7 @@ class JobStream(Response):
 
     async def _waiting_for(self) -> str:
         try:
-            return await waiting_state(self._bus, self._choices[0].rid)
+            return await waiting_state(self._bus, self.choices[0].rid)
         except CONNECTION_ERRORS:
             return "the queue cannot be reached"
 
@@ -139,18 +159,3 @@ def numbers_of(event_id: str, num_choices: int) -> list[int]:
     if len(numbers) != num_choices or not all(number.isdecimal() and len(number) < 12 for number in numbers):
         raise BadRequest(f"{event_id!r:.100} is no id of an event of this job: it has {num_choices} numbers")
     return [int(number) for number in numbers]
-
-
-def _tokens(delta: m.Delta, record_bytes: int) -> list[m.Delta]:
-    """Return a delta as deltas of one token each, then one of the end if it has any."""
-    parts = [
-        m.Delta(
-            delta.rid, delta.epoch, delta.seq0 + i, delta.ids[4 * i : 4 * i + 4],
-            delta.logprobs[record_bytes * i : record_bytes * (i + 1)],
-        )
-        for i in range(len(delta.ids) // 4)
-    ]  # fmt: skip
-    if delta.finish:
-        end = delta.seq0 + len(delta.ids) // 4
-        parts.append(m.Delta(delta.rid, delta.epoch, end, finish=delta.finish, error=delta.error, usage=delta.usage))
-    return parts

@@ -13,18 +13,18 @@ import orjson
 
 from gateway.auth.callers import EVERYBODY, Caller
 from gateway.calls.admit import AdmittedCall
-from gateway.calls.choices import Choice, Piece, best_of
+from gateway.calls.choices import Choice, Piece, best_of, tokens_of
 from gateway.calls.earlier import check_same_body
-from gateway.calls.follow import choices_of, log_limit
+from gateway.calls.follow import choices_of, log_limit, usage_of
 from gateway.calls.job_stream import JobStream, numbers_of
 from gateway.calls.parse import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.size import TextGrowth
-from gateway.calls.submit import SubmittedCall, facts_of
+from gateway.calls.submit import SubmittedCall, facts_of, record_of
 from gateway.calls.waiting import waiting_state
-from gateway.calls.writers import Usage, Writer
+from gateway.calls.writers import Writer
 from gateway.http.list_page import list_page
-from gateway.overload.memory import held, hold
+from gateway.overload.memory import held, hold, values_bytes
 from protocol.queue.bus import RequestFacts, now_ms
 from protocol.queue.jobs import NewJob
 from protocol.wire import messages as m
@@ -53,6 +53,7 @@ class JobApi:
     parse: Callable[[Mapping[str, Any], Caller], ParsedCall]  # of a body as JSON
     writer: Callable[[SubmittedCall, Sequence[Choice]], Writer]
     generates: bool = True  # whether answers are text, which comes token by token
+    id_prefix: str = ID_PREFIX
 
 
 class Jobs:
@@ -73,41 +74,59 @@ class Jobs:
 
         request: what of the body writing its answer needs; `JobApi.parse` takes it.
         """
-        submitter, ttl_s = self._pipeline.submitter, self._pipeline.settings.job_ttl_s
-        made, caller = submitter.made(call), call.parsed.caller
+        caller = call.parsed.caller
+        made = await self.submit(call, sent, request)
+        if isinstance(made, m.Idempotent):
+            return await self.get(made.jid, caller)
+        return await self._view(made, await self.facts(made), whole=True)
+
+    async def submit(self, call: AdmittedCall, sent: Sent, request: Mapping[str, Any]) -> m.Job | m.Idempotent:
+        """Submit a call as a job that nobody follows; or return what its Idempotency-Key was used for before.
+
+        Raises Overloaded, and IdempotencyKeyReused for a key that was used with another body.
+        """
+        submitter = self._pipeline.submitter
+        made = submitter.made(call)
+        new = self.new(made, sent, request)
+        record = record_of(made, new.job.jid) if sent.key else None
+        earlier = await submitter.put(call, submitter.requests(made, gateway="", stored=True), record, new)
+        if earlier is None:
+            return new.job
+        check_same_body(earlier, sent)
+        return earlier
+
+    def new(self, made: SubmittedCall, sent: Sent, request: Mapping[str, Any], *, background: bool = True) -> NewJob:
+        """Return a call as a job. background: nobody follows it, so its end is told."""
         job = m.Job(
-            jid=ID_PREFIX + made.id,
+            jid=self._apis[sent.endpoint].id_prefix + made.id,
             endpoint=sent.endpoint,
-            tenant=caller.owner,
-            model=call.parsed.model_name,
+            tenant=made.parsed.caller.owner,
+            model=made.parsed.model_name,
             created_ms=made.created_ms,
             expires_ms=made.deadline_ms,
             rids=made.rids,
-            metadata=dict(call.parsed.metadata),
+            metadata=dict(made.parsed.metadata),
             key=sent.key,
+            background=background,
             **facts_of(made),
         )
-        record = None
-        if sent.key:
-            record = m.Idempotent(body_hash=sent.hash, created_ms=job.created_ms, rids=job.rids, jid=job.jid)
-        requests = submitter.requests(made, gateway="", stored=True)
-        new = NewJob(job, orjson.dumps(request), int((ttl_s + KEPT_AFTER_EXPIRY_S) * 1000))
-        earlier = await submitter.put(call, requests, record, new)
-        if earlier is not None:
-            check_same_body(earlier, sent)
-            return await self.get(earlier.jid, caller)
-        return await self._view(job, await self._facts(job), whole=True)
+        ttl_s = self._pipeline.settings.job_ttl_s + KEPT_AFTER_EXPIRY_S
+        return NewJob(job, orjson.dumps(request), int(ttl_s * 1000))
 
     async def get(self, jid: str, caller: Caller, wait_s: float = 0.0) -> dict[str, Any]:
         """Return a job; with `wait_s`, wait at most so long until it has ended. Raises NotFound."""
-        job = await self._load(jid, caller)
-        facts = await self._facts(job)
+        job = await self.load(jid, caller)
+        facts = await self.facts(job)
         if wait_s > 0 and state_of(facts)[0] in ("queued", "running"):
-            with suppress(TimeoutError):
-                async with asyncio.timeout(min(wait_s, MAX_WAIT_S)):
-                    await self._wait(job)
-            facts = await self._facts(job)
+            await self.wait_ended(job, wait_s)
+            facts = await self.facts(job)
         return await self._view(job, facts, whole=True)
+
+    async def wait_ended(self, job: m.Job, wait_s: float) -> None:
+        """Wait at most so long until a job has ended."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(wait_s, MAX_WAIT_S)):
+                await self._wait(job)
 
     async def _wait(self, job: m.Job) -> None:
         """Wait until a job has ended, looking at a few of its requests at a time, however many it has."""
@@ -123,16 +142,19 @@ class Jobs:
 
     async def cancel(self, jid: str, caller: Caller) -> dict[str, Any]:
         """Cancel what still runs of a job and return it. Raises NotFound."""
-        job = await self._load(jid, caller)
+        job = await self.load(jid, caller)
         await asyncio.gather(*(self._bus.cancel(rid) for rid in job.rids))
-        return await self._view(job, await self._facts(job), whole=True)
+        return await self._view(job, await self.facts(job), whole=True)
 
     async def delete(self, jid: str, caller: Caller) -> dict[str, Any]:
         """Delete a job with its requests, ending what still runs of it, and free what it kept. Raises NotFound."""
-        job = await self._load(jid, caller)
+        await self.forget(await self.load(jid, caller))
+        return {"id": jid, "object": "job", "deleted": True}
+
+    async def forget(self, job: m.Job) -> None:
+        """Delete a job with its requests, ending what still runs of it."""
         await asyncio.gather(*(self._bus.finish(rid, "cancelled", "cancelled") for rid in job.rids))
         await self._bus.jobs.forget(job)
-        return {"id": jid, "object": "job", "deleted": True}
 
     async def list(
         self, caller: Caller, status: JobStatus | None, limit: int, after: str | None, model: str | None = None
@@ -167,7 +189,8 @@ class Jobs:
 
     # ------------------------------------------------------------ storage
 
-    async def _load(self, jid: str, caller: Caller) -> m.Job:
+    async def load(self, jid: str, caller: Caller) -> m.Job:
+        """Return a job of the caller's. Raises NotFound."""
         job = await self._bus.jobs.get(jid)
         if job is None or job.tenant != caller.owner:
             raise NotFound(f"there is no job {jid}", code="job_not_found")
@@ -181,7 +204,8 @@ class Jobs:
     def _generates(self, job: m.Job) -> bool:
         return self._apis[job.endpoint].generates
 
-    async def _facts(self, job: m.Job) -> Facts:
+    async def facts(self, job: m.Job) -> Facts:
+        """Return what the queue knows of a job's requests, None for one that has expired."""
         return await self._bus.requests(job.rids)
 
     # ------------------------------------------------------------ what the client sees
@@ -228,55 +252,77 @@ class Jobs:
             "waiting_for": await waiting_state(self._bus, rid),
         }
 
-    async def _call(self, job: m.Job, facts: Facts) -> tuple[JobApi, SubmittedCall]:
-        """Return a job's call as it was submitted, and charge for what it holds. Raises NotFound, `memory.hold`'s."""
-        api, request = self._apis[job.endpoint], await self._bus.jobs.request(job.jid)
+    async def request(self, job: m.Job) -> Any:
+        """Return what is kept of a job's body, and charge for it. Raises NotFound, and as `memory.hold`."""
+        request = await self._bus.jobs.request(job.jid)
         if request is None:
             raise NotFound("the result has expired", code="result_expired")
-        call = await self._pipeline.earlier.known(api.parse(orjson.loads(request), EVERYBODY), job, facts)
+        hold(held() + len(request) + values_bytes(request))
+        return orjson.loads(request)
+
+    async def call(self, job: m.Job, facts: Facts, request: Any) -> tuple[JobApi, SubmittedCall]:
+        """Return a job's call as it was submitted, and charge for what it holds. Raises NotFound, `memory.hold`'s.
+
+        request: what is kept of its body.
+        """
+        api = self._apis[job.endpoint]
+        call = await self._pipeline.earlier.known(api.parse(request, EVERYBODY), job, facts)
         hold(held() + self._pipeline.earlier.num_bytes(call))
         return api, call
 
     async def stream(self, jid: str, caller: Caller, event_id: str) -> JobStream:
         """Return a job's answer as a stream, after the event with an id, "" for all. Raises NotFound, BadRequest."""
-        job = await self._load(jid, caller)
+        job = await self.load(jid, caller)
         if not self._generates(job):
             raise BadRequest(f"the answer of {job.endpoint} comes as a whole: GET /v1/jobs/{jid} has it")
-        api, call = await self._call(job, await self._facts(job))
+        api, call = await self.call(job, await self.facts(job), await self.request(job))
         options = call.parsed.options
+        if options.by_token:
+            raise BadRequest(f"the stream of {jid} is at {job.endpoint}/{jid}?stream=true")
         if 0 < options.num_best < options.n:
             raise BadRequest("which choices are the best is known when all have ended: best_of cannot be streamed")
-        choices, usage = choices_of(call), Usage(prompt_tokens=sum(prompt.num_tokens for prompt in call.prompts))
+        choices = choices_of(call)
         after = numbers_of(event_id, len(choices))
-        return JobStream(
-            self._bus, choices, api.writer(call, choices), usage, after, self._pipeline.settings.keepalive_s
-        )  # fmt: skip
+        return JobStream(self._bus, choices, api.writer(call, choices), after, self._pipeline.settings.keepalive_s)
 
     async def _result(self, job: m.Job, facts: Facts) -> dict[str, Any]:
-        """Return the completion object that the endpoint would have answered."""
-        api, call = await self._call(job, facts)
-        usage = Usage(prompt_tokens=sum(prompt.num_tokens for prompt in call.prompts))
+        """Return the object that the endpoint would have answered. Raises NotFound."""
+        api, call = await self.call(job, facts, await self.request(job))
+        choices = choices_of(call)
+        writer = api.writer(call, choices)
+        pieces = await self.read(choices, writer)
+        return writer.whole(best_of(pieces, call.parsed.options), usage_of(choices))
+
+    async def read(self, choices: Sequence[Choice], writer: Writer) -> list[Piece]:
+        """Return what the choices of a job have come to; it has ended. Raises NotFound, and what has ended a request.
+
+        writer: reads the tokens too where each is a piece of its own.
+        """
+        prompts = list({id(choice.prompt): choice.prompt for choice in choices}.values())
+        growth, expired = TextGrowth(choices[0].options, prompts), "the result has expired"
         pieces: list[Piece] = []
-        choices, growth = choices_of(call), TextGrowth(call.parsed.options, call.prompts)
         for choice in choices:
             if choice.needs_prompt:
                 found = await self._bus.prompt_logprobs(choice.rid, choice.options.prompt_record_bytes)
                 if found is None:
-                    raise NotFound("the result has expired", code="result_expired")
+                    raise NotFound(expired, code="result_expired")
                 choice.give_prompt(*found)
-            piece = Piece(choice.index)
+            whole = Piece(choice.index)
             while not choice.cursor.ended:
                 delta = await self._bus.read_log(
                     choice.rid, choice.cursor.next, choice.record_bytes, log_limit(choice)
                 )  # fmt: skip
                 if delta is None or not (delta.ids or delta.finish):
-                    raise NotFound("the result has expired", code="result_expired")
-                before = len(piece.text)
-                choice.take(delta, piece)
-                growth.add(piece.text[before:])
-            pieces.append(piece)
-            usage.completion_tokens += choice.num_output_tokens
-        return api.writer(call, choices).whole(best_of(pieces, call.parsed.options), usage)
+                    raise NotFound(expired, code="result_expired")
+                for one in tokens_of(delta, choice.record_bytes) if choice.options.by_token else [delta]:
+                    piece = Piece(choice.index)
+                    choice.take(one, piece)
+                    growth.add(piece.text)
+                    if choice.options.by_token:
+                        writer.frames(piece)
+                    whole.add(piece)
+            pieces.append(whole)
+        return pieces
 
 
 def state_of(facts: Facts) -> tuple[JobStatus, dict[str, Any] | None]:

@@ -56,6 +56,7 @@ class Options(msgspec.Struct, frozen=True):
     shows_ids: bool = False  # the answer has the ids of its tokens, and of the prompt's
     names_ids: bool = False  # logprobs name tokens by their ids
     scores_only: bool = False  # no token is wanted, only the logprobs of the prompt
+    by_token: bool = False  # each token is a piece of its own, so that the events of an answer are the same each time
     output: Literal["text", "tokens", "numbers"] = "text"
     """What choices gather: text up to its end, every token with its logprob, or an encoder's numbers."""
 
@@ -92,6 +93,7 @@ class Truncation:
 
     num: int | None  # tokens that are left; None: as many as fit beside the longest output
     keeps_first: bool = False  # its first tokens are left, and not its last
+    drops_messages: bool = False  # of a conversation: whole messages go instead, the earliest first
 
     def limit(self, max_model_len: int, max_tokens: int | None) -> int:
         """Return how many tokens are left of a prompt at most."""
@@ -244,6 +246,8 @@ class ParsedCall(msgspec.Struct, frozen=True):
     form_param: str = "response_format"  # the field that demands something of the output's form
     metadata: Mapping[str, str] = {}  # of a job
     answer_id: str = ""  # what the answer's id ends with, "" for one that is made here
+    call_id: str = ""  # the id of the call, "" for one that is made as it is submitted
+    shown: Mapping[str, Any] = {}  # fields of the body that the answer repeats
     cache_salt: str = ""  # keeps prefixes in the cache apart, besides the tenant
     sent: Sent | None = None
 

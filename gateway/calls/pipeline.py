@@ -15,6 +15,8 @@ The first and the last stage are the API's, everything between them is here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from gateway.adapters.fleet_view import FleetView
 from gateway.adapters.resolver import Resolver
 from gateway.calls.admit import AdmittedCall, CallAdmission
@@ -31,6 +33,7 @@ from gateway.overload import large, memory
 from gateway.overload.admission import Admission
 from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import Bus
+from protocol.queue.jobs import NewJob
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 
@@ -54,10 +57,13 @@ class Pipeline:
         self.submitter = Submitter(settings, bus, replies, self.admission, files.eos_ids)
         self.earlier = EarlierCalls(settings, bus, fleet, resolver.own, replies)
 
-    async def run(self, call: ParsedCall) -> Generation:
-        """Take a call from *parse* to *follow*. Raises what the client did wrong, Overloaded and Unavailable."""
+    async def run(self, call: ParsedCall, job: Callable[[SubmittedCall], NewJob] | None = None) -> Generation:
+        """Take a call from *parse* to *follow*. Raises what the client did wrong, Overloaded and Unavailable.
+
+        job: makes the job that the call is kept as, None for none.
+        """
         admitted = await self.prepare(call)
-        submitted = await self.submitter.submit(admitted)
+        submitted = await self.submitter.submit(admitted, job)
         if isinstance(submitted, m.Idempotent):  # what its key was used for, a moment ago
             return await self.attach(call, submitted)
         large.release()

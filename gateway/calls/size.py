@@ -49,6 +49,12 @@ ENTRY_BYTES = 160
 RECORDS = 3
 """How often logprobs are held, as bytes: as they came, to tell them to the queue again, and to be written."""
 
+WHOLE_TEXTS = 5
+"""How often a text is held whose last events have it whole: as it is gathered, and in each of them."""
+
+WRITTEN_RECORDS = 50
+"""How often logprobs are held there: as JSON, which has ten times their bytes, and as often as the text."""
+
 WRITTEN_TOKENS, WRITTEN_BYTES = 64, 16
 """Tokens whose logprobs are written at a time, and bytes that this takes for each of a record's."""
 
@@ -100,8 +106,8 @@ def call_bytes(options: Options, prompts: Sequence[Prompt], num_numbers: int = 0
     num_new = options.n * sum(prompt.max_new_tokens for prompt in prompts)
     num_bytes = CALL_BYTES + num_choices * CHOICE_BYTES + NUMBER_BYTES * num_numbers
     num_bytes += max_pending(num_choices) * (DELTA_BYTES + record) + WRITTEN_TOKENS * WRITTEN_BYTES * record
-    num_bytes += num_new * (ID_BYTES + (TEXT_BYTES if gathers_text(options) else 0))
-    num_bytes += RECORDS * logprob_bytes(options, prompts)
+    num_bytes += num_new * (ID_BYTES + (texts_held(options) * TEXT_BYTES if gathers_text(options) else 0))
+    num_bytes += (WRITTEN_RECORDS if options.by_token else RECORDS) * logprob_bytes(options, prompts)
     if options.shows_ids:
         num_bytes += SHOWN_ID_BYTES * (num_new + options.n * sum(prompt.num_tokens for prompt in prompts))
     for prompt in prompts:
@@ -118,7 +124,12 @@ def call_bytes(options: Options, prompts: Sequence[Prompt], num_numbers: int = 0
 
 def gathers_text(options: Options) -> bool:
     """Return whether an answer's text is held until its end."""
-    return not options.stream or options.output == "tokens" or options.tools is not None
+    return not options.stream or options.by_token or options.output == "tokens" or options.tools is not None
+
+
+def texts_held(options: Options) -> int:
+    """Return how often an answer's text is held at its end."""
+    return WHOLE_TEXTS if options.by_token else 1
 
 
 class TextGrowth:
@@ -129,6 +140,7 @@ class TextGrowth:
         if gathers_text(options):
             self._room = TEXT_BYTES * options.n * sum(prompt.max_new_tokens for prompt in prompts)
         self._is_gathered = gathers_text(options)
+        self._times = texts_held(options)
 
     def add(self, text: str) -> None:
         """Note a piece of text that is gathered. Raises as `memory.hold` when there is no room for it."""
@@ -136,5 +148,5 @@ class TextGrowth:
             self._room -= len(text) if text.isascii() else CHARACTER_BYTES * len(text)
             if self._room < 0:
                 more = -self._room + GROWTH_BYTES
-                memory.hold(memory.held() + more)
+                memory.hold(memory.held() + self._times * more)
                 self._room += more

@@ -41,6 +41,7 @@ class SubmittedCall(Struct, frozen=True):
     prompts: list[Prompt]
     created_ms: int
     deadline_ms: int
+    ended_ms: int = 0  # unix time of its end, 0 where that is not known
     submitted_s: float = 0.0  # monotonic: the moment before it was submitted
     poll_s: float = 0.0  # how often to look into the log, when another gateway gets the deltas; 0: they come here
     mail: Subscription | None = None  # where its deltas arrive; None if nobody waits for them
@@ -70,20 +71,25 @@ class Submitter:
         self._admission = admission
         self._base_ends = base_ends
 
-    async def submit(self, call: AdmittedCall) -> SubmittedCall | m.Idempotent:
+    async def submit(
+        self, call: AdmittedCall, job: Callable[[SubmittedCall], NewJob] | None = None
+    ) -> SubmittedCall | m.Idempotent:
         """Submit a call whose tokens come to this gateway; or return what its Idempotency-Key was used for before.
 
-        Raises Overloaded, Unavailable. When it fails nobody listens to the call any more.
+        job: makes the job that the call is kept as, None for none. Raises Overloaded, Unavailable. When it fails nobody
+        listens to the call any more.
         """
         made = self.made(call)
         empty = made.parsed.options.is_empty
-        requests = [] if empty else self.requests(made, gateway=self._replies.gid, stored=bool(made.parsed.key))
+        stored = bool(made.parsed.key) or job is not None
+        requests = [] if empty else self.requests(made, gateway=self._replies.gid, stored=stored)
         mail = self._replies.subscribe(made.rids, eager=made.parsed.options.stream)
         if empty:
             return structs.replace(made, mail=mail)
-        record = record_of(made) if made.parsed.key else None
+        new = job(made) if job is not None else None
+        record = record_of(made, new.job.jid if new is not None else "") if made.parsed.key else None
         try:
-            earlier = await self.put(call, requests, record)
+            earlier = await self.put(call, requests, record, new)
         except asyncio.CancelledError:
             self._replies.unsubscribe(mail)
             if not made.parsed.key:
@@ -96,14 +102,16 @@ class Submitter:
             self._replies.unsubscribe(mail)
             return earlier
         # What was accepted may not be refused when a queue that lost its last second is told of it again.
-        return structs.replace(made, mail=mail, resubmit=partial(self._write, call, requests, record, forced=True))
+        return structs.replace(
+            made, mail=mail, resubmit=partial(self._write, call, requests, record, forced=True, job=new)
+        )
 
     def made(self, call: AdmittedCall) -> SubmittedCall:
         """Return a call as it will be in the queue, with a new id."""
         created_ms = now_ms()
         deadline_ms = created_ms + int(self._admission.lifetime_s(call.parsed) * 1000)
         return SubmittedCall(
-            uuid.uuid4().hex, call.parsed, call.base, call.prompts, created_ms, deadline_ms,
+            call.parsed.call_id or uuid.uuid4().hex, call.parsed, call.base, call.prompts, created_ms, deadline_ms,
             submitted_s=time.monotonic(),
         )  # fmt: skip
 
@@ -191,11 +199,11 @@ def targets_of(parsed: ParsedCall, prompts: Sequence[Prompt]) -> list[Target]:
     return [prompt.target for prompt in prompts[:: len(parsed.sources)]]
 
 
-def record_of(call: SubmittedCall) -> m.Idempotent:
-    """Return what is kept under a call's Idempotency-Key."""
+def record_of(call: SubmittedCall, jid: str = "") -> m.Idempotent:
+    """Return what is kept under a call's Idempotency-Key. jid: of the job that the call is, "" if it is none."""
     assert call.parsed.sent is not None
     body_hash = call.parsed.sent.hash
-    return m.Idempotent(body_hash=body_hash, created_ms=call.created_ms, rids=call.rids, **facts_of(call))
+    return m.Idempotent(body_hash=body_hash, created_ms=call.created_ms, rids=call.rids, jid=jid, **facts_of(call))
 
 
 def facts_of(call: SubmittedCall) -> dict[str, Any]:

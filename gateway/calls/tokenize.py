@@ -138,6 +138,34 @@ async def tokenize(call: ResolvedCall) -> TokenizedCall:
 
 
 async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Target, base: m.ServedModel) -> Prompt:
+    """Return the prompt that the template makes of messages; of as many as fit where they may be dropped.
+
+    Those of the system at the beginning stay, and what remains begins with the user. Each try renders the template:
+    their number grows with the logarithm of the number of messages.
+    """
+    if inputs.truncation is None or not inputs.truncation.drops_messages:
+        return await _rendered(call, inputs, target, base)
+    whole, messages = replace(inputs, truncation=None), inputs.messages
+    first = next((i for i, one in enumerate(messages) if one["role"] not in ("system", "developer")), len(messages))
+    starts = [first, *(i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user")]
+    fitting: Prompt | None = None
+    low, high = 0, len(starts)  # the first start that fits is in [low, high]
+    while low < high or fitting is None:
+        middle = 0 if high == len(starts) and not low else min((low + high) // 2, len(starts) - 1)
+        shortened = replace(whole, messages=messages[:first] + messages[starts[middle] :])
+        try:
+            prompt = await _rendered(call, shortened, target, base)
+            call.rules.most_tokens(call.options, prompt.num_tokens, base.max_model_len)
+        except BadRequest as error:
+            if error.code not in ("context_length_exceeded", "limit_exceeded") or middle == len(starts) - 1:
+                raise
+            low = middle + 1
+        else:
+            high, fitting = middle, prompt
+    return fitting
+
+
+async def _rendered(call: ParsedCall, inputs: Conversation, target: Target, base: m.ServedModel) -> Prompt:
     tools, files = call.options.tools, target.files
     limit = most_left(inputs, call.options, base)
 

@@ -41,6 +41,7 @@ from gateway.ollama.routes import OllamaEndpoints, add_ollama_routes
 from gateway.overload.admission import Admission
 from gateway.overload.large import LargeBodies
 from gateway.overload.memory import Charged, MemoryAccount
+from gateway.responses.routes import ResponseEndpoints, add_response_routes
 from gateway.tokenizer.routes import TokenizerEndpoints, add_tokenizer_routes
 from gateway.webhooks.routes import WebhookRoutes, add_webhook_routes
 from protocol.queue.api_keys import ApiKeys
@@ -73,6 +74,7 @@ def build_app(
     files: FileEndpoints,
     batches: BatchEndpoints,
     anthropic: AnthropicEndpoints,
+    responses: ResponseEndpoints,
     webhooks: WebhookRoutes,
     settings: Settings,
     admission: Admission,
@@ -96,6 +98,7 @@ def build_app(
     add_file_routes(app, files)
     add_batch_routes(app, batches)
     add_anthropic_routes(app, anthropic)
+    add_response_routes(app, responses)
     add_webhook_routes(app, webhooks)
     bodies = LargeBodies(DirectCalls(app, shape_of), shape_of)
     charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)

@@ -63,6 +63,18 @@ class Job(BaseModel):
     result: dict[str, Any] | None = None
 
 
+class ResponseObject(BaseModel):
+    """A response of OpenAI's Responses API."""
+
+    id: str
+    object: str
+    created_at: int
+    status: str
+    model: str
+    output: list[dict[str, Any]]
+    usage: dict[str, Any] | None = None
+
+
 class Deleted(BaseModel):
     """What was deleted."""
 
@@ -293,6 +305,8 @@ EMBEDDINGS: Responses = {
     200: {"model": Embeddings},
     202: {"model": Job, "description": "A background job"},
 }
+RESPONSE: Responses = {200: {"model": ResponseObject}}
+RESPONDED: Responses = {200: {"model": ResponseObject, "content": _EVENTS}}
 LABELS: Responses = {200: {"model": Labels}}
 RANKS: Responses = {200: {"model": Ranks}}
 SCORES: Responses = {200: {"model": Scores}}

@@ -15,6 +15,8 @@ LORAX_ENCODE = frozenset({"/embed", "/classify", "/classify_batch"})
 MESSAGES = "/v1/messages"
 """What is below it, too, answers and refuses in Anthropic's way."""
 
+RESPONSES = "/v1/responses"
+
 COUNT_TOKENS = f"{MESSAGES}/count_tokens"
 
 MODELS = "/v1/models"
@@ -25,7 +27,7 @@ OLLAMA_PREFIX = "/api/"
 """What is below it answers and refuses in Ollama's way."""
 
 GENERATION_PATHS = (
-    frozenset({CHAT, COMPLETIONS, EMBEDDINGS, CLASSIFY, MESSAGES, *RERANK, *SCORE})
+    frozenset({CHAT, COMPLETIONS, EMBEDDINGS, CLASSIFY, MESSAGES, RESPONSES, *RERANK, *SCORE})
     | {OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED}
     | LORAX_GENERATE
     | LORAX_ENCODE

@@ -15,6 +15,7 @@ from gateway.calls.follow import ClientGoneError, Generation
 from gateway.calls.size import TextGrowth
 from gateway.calls.writers import SSE, Writer
 from gateway.http.errors import OPENAI_ERRORS, error_of, is_failure
+from protocol.wire.errors import LorafleetError
 
 DONE = b"data: [DONE]\n\n"
 
@@ -72,8 +73,7 @@ class GenerationResponse(Response):
         if self.started:
             observe.cut_off()
             # Without [DONE], so that no client takes this for a normal end.
-            last = self.framing.event(self.errors.body(error))
-            await send({"type": "http.response.body", "body": last, "more_body": False})
+            await send({"type": "http.response.body", "body": self.failed(error), "more_body": False})
         else:
             await self.errors.response(error)(scope, receive, send)
 
@@ -101,6 +101,10 @@ class GenerationResponse(Response):
         """Return what a stream ends with."""
         usage = self.writer.usage_frame(self.generation.usage) if self.options.include_usage else b""
         return usage + self.done
+
+    def failed(self, error: LorafleetError) -> bytes:
+        """Return what a stream ends with that cannot go on."""
+        return self.framing.event(self.errors.body(error))
 
     async def _advance(self) -> list[Piece]:
         """Wait for progress. Raises as `Generation.advance`, and for a text that there is no room for."""
@@ -133,7 +137,9 @@ class GenerationResponse(Response):
         whole = [Piece(choice.index) for choice in self.generation.choices]
         while True:
             for piece in await self._advance():
-                merge(whole[piece.index], piece)
+                if self.options.by_token:
+                    self.writer.frames(piece)  # it keeps what it has read
+                whole[piece.index].add(piece)
             if self.generation.is_done:
                 break
         answer, headers = await self.whole(whole)
@@ -143,12 +149,3 @@ class GenerationResponse(Response):
             response = json_response(answer, headers=headers)
         self.started = True
         await response(scope, receive, send)
-
-
-def merge(whole: Piece, piece: Piece) -> None:
-    """Add a later piece of a choice to an earlier one."""
-    whole.text += piece.text
-    whole.logprobs = whole.logprobs.joined(piece.logprobs)
-    whole.prompt = whole.prompt.joined(piece.prompt)
-    whole.ids += piece.ids
-    whole.finish, whole.stop = piece.finish or whole.finish, piece.stop or whole.stop

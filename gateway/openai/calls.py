@@ -12,9 +12,11 @@ from gateway.calls.earlier import check_same_body
 from gateway.calls.jobs import JobApi, Jobs
 from gateway.calls.parse import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
+from gateway.http.paths import RESPONSES
 from gateway.openai.bodies import BODIES, AnyRequest
 from gateway.openai.parse import parse, parse_stored, to_be_stored
 from gateway.openai.write import write, writer_of
+from gateway.responses.write import job_api
 
 
 class OpenAICalls:
@@ -26,6 +28,7 @@ class OpenAICalls:
         apis = {
             path: JobApi(partial(parse_stored, path, settings=pipeline.settings), writer_of) for path in BODIES
         }  # fmt: skip
+        apis[RESPONSES] = job_api(pipeline.settings)
         self.jobs = Jobs(pipeline, apis)
 
     async def answer(self, body: AnyRequest, sent: Sent, caller: Caller) -> Response:

@@ -191,6 +191,7 @@ class Outbox:
         return StepRow(
             request.rid, request.epoch, request.num_logged, new.ids, new.logprobs, state, new.finish, error,
             new.prompt_logprobs and request.scored_prompt + new.prompt_logprobs,
+            new.num_cached_tokens if new.finish else 0,
         )  # fmt: skip
 
     def _delta(self, request: OwnedRequest, new: PendingOutput) -> m.Delta:

@@ -146,7 +146,10 @@ class Bus:
             num_bytes += 2 * len(raw) + most_log_bytes(body)
             rows += [sub.rid, raw, sub.tenant, sub.digest, sub.gateway, int(sub.stored),
                      sub.num_prompt_tokens, sub.max_new_tokens, sub.deadline_ms]  # fmt: skip
-        record = (job.job.jid, m.encode(job.job), self.jobs.kept(job), job.ttl_ms) if job else ("", b"", b"", 0)
+        record: tuple[Any, ...] = ("", b"", b"", 0, 0)
+        if job:
+            told = int(job.job.background)
+            record = (job.job.jid, m.encode(job.job), self.jobs.kept(job), job.ttl_ms, told)
         record_bytes = len(idem_key) + len(idem_value) + len(record[1]) + len(record[2])
         limits: tuple[Any, ...] = ("", 0, 0, 0, 0)
         if quota:
@@ -292,18 +295,20 @@ class Bus:
         end = seq0 + limit if limit else 0  # GETRANGE takes -1 for the last
         pipe = self._redis.pipeline(transaction=False)
         # The state first: if it is terminal, the tokens read after it are complete.
-        pipe.hmget(self.keys.req(rid), "state", "epoch", "finish", "error")
+        pipe.hmget(self.keys.req(rid), "state", "epoch", "finish", "error", "n_prompt", "cached")
         pipe.getrange(self.keys.tok(rid), seq0 * 4, end * 4 - 1)
         if record_bytes:
             pipe.getrange(self.keys.lp(rid), seq0 * record_bytes, end * record_bytes - 1)
-        (state, epoch, finish, error), ids, *rest = await pipe.execute()
+        (state, epoch, finish, error, num_prompt, cached), ids, *rest = await pipe.execute()
         if state is None:
             return None
         ended = state.decode() in m.TERMINAL and (not limit or len(ids) < 4 * limit)
         logprobs = rest[0][: len(ids) // 4 * record_bytes] if rest else b""
+        usage = m.Usage(int(num_prompt), seq0 + len(ids) // 4, int(cached or 0)) if ended else None
         return m.Delta(
             rid, int(epoch), seq0, ids, logprobs,
             finish=(finish or b"").decode() if ended else "", error=(error or b"").decode() if ended else "",
+            usage=usage,
         )  # fmt: skip
 
     async def prompt_logprobs(self, rid: str, record_bytes: int) -> tuple[bytes, bytes] | None:

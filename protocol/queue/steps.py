@@ -25,6 +25,7 @@ class StepRow:
     finish: str = ""
     error: str = ""  # JSON of `messages.ErrorInfo`
     prompt_logprobs: bytes = b""  # with the first token: the prompt (int32), then its records
+    num_cached: int = 0  # of one that ended: tokens of its prompt that the prefix cache had
 
 
 @dataclass(slots=True)
@@ -59,10 +60,10 @@ def step_args(step: Step, sealed: Callable[[StepRow], bytes] = attrgetter("promp
         if row.prompt_logprobs:
             logprobs += (row.rid, "prompt", sealed(row))
         if row.state:
-            ends += (row.rid, row.state, row.finish, row.error)
+            ends += (row.rid, row.state, row.finish, row.error, row.num_cached)
     ids = b"".join([row.ids for row in step.rows])
     outs = [part for gid, deltas in step.outs.items() for part in (gid, m.encode(deltas))]
-    counts = [len(logprobs) // 3, len(ends) // 4, len(step.outs)]
+    counts = [len(logprobs) // 3, len(ends) // 5, len(step.outs)]
     ended = m.encode(step.ended) if step.ended else b""
     return [msgspec.msgpack.encode(rows), ids, *counts, ended, *logprobs, *ends, *outs, *step.done_entries]
 

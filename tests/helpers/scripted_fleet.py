@@ -199,7 +199,7 @@ class ScriptedFleet:
         finish = "error" if info else end
         state = {"": "", "error": "failed"}.get(finish, "completed")
         usage = m.Usage(len(body.prompt) // 4, seq0 + len(ids), 3) if end else None
-        row = StepRow(order.rid, order.epoch, seq0, raw, records, state, finish, info)
+        row = StepRow(order.rid, order.epoch, seq0, raw, records, state, finish, info, num_cached=3 if end else 0)
         if s.prompt_logprobs is not None and not seq0:
             prompt = [logprob_record(id_, s.prompt_logprobs, rank=7) for id_ in memoryview(body.prompt).cast("i")]
             row.prompt_logprobs = body.prompt + struct.pack("<f", math.nan) + b"".join(prompt)[4:]

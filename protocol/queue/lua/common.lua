@@ -31,9 +31,8 @@ local request_kinds = {':req:', ':tok:', ':lp:', ':plp:'}
 local request_bytes = 2048
 
 -- Return the key of what is known of a call, a hash, by the id of its first request. Fields: open: how many of its
--- requests have not ended; job: `<tenant>:<id>` of a background job; and where the tenant's bytes are counted, who: the
--- tenant; bytes: what is counted of the
--- call now; left: what stays of those that have ended; last: unix ms until which the records of a job and an
+-- requests have not ended; job: `<tenant>:<id>` of a job whose end is told; and where the tenant's bytes are counted,
+-- who: the tenant; bytes: what is counted of the call now; left: what stays of those that have ended; last: unix ms until which the records of a job and an
 -- Idempotency-Key live, 0 without.
 local function call_key(call) return P .. ':call:' .. call end
 

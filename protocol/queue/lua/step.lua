@@ -13,8 +13,8 @@
 -- ARGV[5]  int     number of delivery groups
 -- ARGV[6]  bytes   list of `messages.Ended`, msgpack; '' for none
 -- ARGV[7...]       per logprob group, 3 values: rid (str), seq0 (int, tokens) or 'prompt', records (bytes)
---                  per end group, 4 values: rid (str), state (str), finish (str), error (JSON str). Each has a row,
---                  maybe without tokens.
+--                  per end group, 5 values: rid (str), state (str), finish (str), error (JSON str), cached (int, tokens
+--                  of its prompt that the prefix cache had). Each has a row, maybe without tokens.
 --                  per delivery group, 2 values: gateway id (str), list of `messages.Delta` (bytes, msgpack)
 --                  then the ids of assignments whose last request this step ends (stream ids)
 -- Reply: array. Empty: everything was written. Otherwise nothing was, and it names each row that cannot be written in
@@ -25,7 +25,7 @@ local call, tok = redis.call, P .. ':tok:'
 local rows, all_ids = cmsgpack.unpack(ARGV[1]), ARGV[2]
 local first_lp = 7
 local first_end = first_lp + ARGV[3] * 3
-local first_out = first_end + ARGV[4] * 4
+local first_out = first_end + ARGV[4] * 5
 local first_done = first_out + ARGV[5] * 2
 
 -- Return whether the worker may write every row, by its hash of owned requests alone: one call for all rows.
@@ -70,7 +70,7 @@ end
 -- Look at each request itself and return what is wrong with which row, as in the reply.
 local function refused()
   local bad, ending = {}, {}
-  for a = first_end, first_out - 4, 4 do ending[ARGV[a]] = ARGV[a + 1] end
+  for a = first_end, first_out - 5, 5 do ending[ARGV[a]] = ARGV[a + 1] end
   for a = 1, #rows, 4 do
     local rid, epoch, seq0 = rows[a], rows[a + 1], rows[a + 2]
     local f = call('HMGET', req_key(rid), 'epoch', 'cancel', 'state')
@@ -120,8 +120,9 @@ for a = first_lp, first_end - 3, 3 do
     if ttl > 0 then call('PEXPIRE', P .. ':lp:' .. ARGV[a], ttl) end
   end
 end
-for a = first_end, first_out - 4, 4 do
+for a = first_end, first_out - 5, 5 do
   call('HDEL', KEYS[4], ARGV[a])
+  if ARGV[a + 4] ~= '0' then call('HSET', req_key(ARGV[a]), 'cached', ARGV[a + 4]) end
   write_end(ARGV[a], ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], now)
 end
 for a = first_out, first_done - 2, 2 do

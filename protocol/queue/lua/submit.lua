@@ -21,8 +21,9 @@
 -- ARGV[13] bytes   `messages.Job`, msgpack
 -- ARGV[14] bytes   what of the job's HTTP body writing its answer needs
 -- ARGV[15] int     ms that the job lives
--- ARGV[16] int     number of bodies' fields
--- ARGV[17...]      per field of the bodies' hash, 2 values: name (str), value (bytes), see `calls.py`
+-- ARGV[16] int     1: the job's end is told to whoever sends webhooks, else 0
+-- ARGV[17] int     number of bodies' fields
+-- ARGV[18...]      per field of the bodies' hash, 2 values: name (str), value (bytes), see `calls.py`
 --                  then per request, 9 values: rid (str), `messages.Submit` (bytes, msgpack), tenant (str), digest
 --                  (str), gateway (str), stored (int, 0 or 1), n_prompt (int, tokens), max_new (int, tokens), deadline
 --                  (int, unix ms)
@@ -34,8 +35,8 @@
 --        {'limit', standing..., 'requests' | 'tokens' | 'concurrency' (str), ms until it would fit or 0 (int)}
 --        {'limit', standing..., 'bytes', 0, bytes that the tenant keeps (int), bytes that the call adds (int)}
 local cls, max_queued, idem_value, who, forced = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[9] == '1'
-local first_field, width = 17, 9
-local first = first_field + ARGV[16] * 2
+local first_field, width = 18, 9
+local first = first_field + ARGV[17] * 2
 local call = ARGV[first]
 -- Accepted before, and the reply was lost: a second entry, or an epoch set back, would run the request twice. The first
 -- request may have ended and expired while others run, or all may have ended just now.
@@ -129,7 +130,9 @@ if KEYS[4] ~= '' then
   local ttl = tonumber(ARGV[15])
   lives = math.max(lives, now + ttl)
   redis.call('HSET', KEYS[4], 'b', ARGV[13], 'request', ARGV[14])
-  redis.call('HSET', call_key(call), 'job', string.match(KEYS[5], '[^:]*$') .. ':' .. ARGV[12])
+  if ARGV[16] == '1' then
+    redis.call('HSET', call_key(call), 'job', string.match(KEYS[5], '[^:]*$') .. ':' .. ARGV[12])
+  end
   redis.call('PEXPIRE', KEYS[4], ttl)
   redis.call('ZADD', KEYS[5], now, ARGV[12])
   redis.call('ZREMRANGEBYSCORE', KEYS[5], '-inf', now - ttl)

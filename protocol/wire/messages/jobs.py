@@ -19,6 +19,7 @@ class Job(Wire, frozen=True):
     digests: list[str] = []  # of the adapters that answer, "" for the base model
     texts: list[str] = []  # of each, the hash of the tokenizer and template it brings, "" if none
     opened: list[bool] = []  # of each, whether its prompt ends within the model's reasoning
+    background: bool = True  # nobody follows it, so its end is told
     key: str = ""  # the Idempotency-Key it was made with, "" for none
 
 

@@ -1,0 +1,1 @@
+"""OpenAI's Responses API, on the base model and its adapters."""

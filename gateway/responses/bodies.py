@@ -1,0 +1,65 @@
+"""The HTTP body of `POST /v1/responses`. What items and tools hold is read in `items.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from gateway.bodies.fields import Name, Objects, Strings
+from gateway.bodies.parameter_check import JsonBody
+from gateway.openai.bodies import MAX_LORA_SCALE, MAX_METADATA_KEY, MAX_METADATA_PAIRS, MAX_METADATA_VALUE
+
+MAX_ID_CHARACTERS = 100
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=MAX_METADATA_KEY)], Annotated[str, Field(max_length=MAX_METADATA_VALUE)]],
+    Field(max_length=MAX_METADATA_PAIRS),
+]
+
+
+class TextConfig(JsonBody):
+    """The form of the answer's text."""
+
+    OBJECT = "response_text"
+
+    format: dict[str, Any] | None = None
+
+
+class ReasoningConfig(JsonBody):
+    """How much the model reasons."""
+
+    OBJECT = "response_reasoning"
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+
+
+class ResponseRequest(JsonBody):
+    """`POST /v1/responses`. null always means the default."""
+
+    OBJECT = "response"
+
+    model: Name
+    input: str | Objects | None = None
+    instructions: str | None = None
+    previous_response_id: Annotated[str, Field(max_length=MAX_ID_CHARACTERS)] | None = None
+    tools: Objects | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    include: Strings | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    service_tier: Literal["auto", "default", "flex"] | None = None
+    metadata: Metadata | None = None
+    store: bool | None = None
+    background: bool | None = None
+    stream: bool | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None  # this and the next two are vLLM's
+    top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    lora_scale: Annotated[float, Field(ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)] | None = None

@@ -1,0 +1,221 @@
+"""Input items of the Responses API: checked, brought into the form that lists show, and as messages. Pure.
+
+A conversation is a list of items there: messages, reasoning, calls of functions and their results are items of their
+own. Which fields they have is in `bodies/parameters.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from gateway.bodies import json_values
+from gateway.text.messages import Message
+from protocol.wire.errors import BadRequest
+
+Item = dict[str, Any]
+
+FIRST_OUTPUT = 0x8000
+"""The number in the id of an answer's first item; those of input items are below it."""
+
+MAX_ID_CHARACTERS = 100
+
+PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
+"""Type of an item -> what its id begins with."""
+
+_ID = re.compile(r"(?:msg|rs|fc|fco)_([0-9a-f]{32})([0-9a-f]{4})")
+_ROLES = ("user", "assistant", "system", "developer")
+_READS_TEXT = "this model reads text"
+_AT_OPENAI = "it belongs to a tool that runs at OpenAI"
+_NOT_READ = {
+    "compaction": "it is encrypted, and OpenAI alone can read it",
+    "custom_tool_call": "tools are functions here",
+    "custom_tool_call_output": "tools are functions here",
+}
+"""Type of an item that is not served -> why."""
+
+_PARTS_OF = {"user": ("input_text",), "assistant": ("output_text", "refusal", "input_text")}
+_TEXT_OF = {"input_text": "text", "output_text": "text", "refusal": "refusal", "reasoning_text": "text",
+            "summary_text": "text"}  # fmt: skip
+"""Type of a part -> its field that has the text."""
+
+
+class Reference(NamedTuple):
+    """An item that an earlier response has."""
+
+    call: str  # the id of that response, without its prefix
+    id: str
+
+
+def item_id(kind: str, call: str, number: int) -> str:
+    """Return the id of an item. call: the id of the response that has it, without its prefix."""
+    return f"{PREFIXES[kind]}_{call}{number:04x}"
+
+
+def references(given: str | Sequence[Item] | None) -> Iterator[Reference]:
+    """Yield the references to items of other responses. Raises BadRequest for what is no such id."""
+    if given is None or isinstance(given, str):
+        return
+    for i, item in enumerate(given):
+        if item.get("type") != "item_reference":
+            continue
+        found = _ID.fullmatch(item["id"]) if isinstance(item.get("id"), str) else None
+        if found is None:
+            text = f"input[{i}].id: {item.get('id')!r:.100} is the id of no item that is kept"
+            raise BadRequest(text, param=f"input[{i}].id")
+        yield Reference(found[1], found[0])
+
+
+def items_of(given: str | Sequence[Item] | None, call: str, known: Mapping[str, Item], first: int) -> list[Item]:
+    """Return what a body has as input as items with ids. Raises BadRequest naming the place.
+
+    call: the id of the response, without its prefix. known: the items that others refer to, by id. first: number of the
+    first item.
+    """
+    if given is None:
+        return []
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
+    made: list[Item] = []
+    ids: set[str] = set()
+    for i, one in enumerate(given):
+        place, kind = f"input[{i}]", one.get("type", "message")
+        if kind == "item_reference":
+            item = known[one["id"]]
+        else:
+            item = _item(one, kind, place)
+            own = one.get("id")
+            is_own = isinstance(own, str) and 0 < len(own) <= MAX_ID_CHARACTERS and own not in ids
+            item = {"id": own if is_own else item_id(item["type"], call, first + i), **item}
+        ids.add(item["id"])
+        made.append(item)
+    return made
+
+
+def _item(given: Item, kind: Any, place: str) -> Item:
+    """Return an item without its id."""
+    if kind == "message":
+        return _message(given, place)
+    if kind == "function_call":
+        arguments = _string(given, "arguments", place)
+        _check_object(arguments, f"{place}.arguments")
+        texts = {name: _string(given, name, place) for name in ("call_id", "name")}
+        return {"type": kind, **texts, "arguments": arguments, "status": "completed"}
+    if kind == "function_call_output":
+        output = given.get("output")
+        if not isinstance(output, str):
+            output = _parts(output, f"{place}.output", ("input_text",))
+        return {"type": kind, "call_id": _string(given, "call_id", place), "output": output, "status": "completed"}
+    if kind == "reasoning":
+        summary = _parts(given.get("summary") or [], f"{place}.summary", ("summary_text",))
+        content = _parts(given.get("content") or [], f"{place}.content", ("reasoning_text",))
+        return {"type": kind, "summary": summary, "content": content}
+    if not isinstance(kind, str):
+        why = "the type of an item is a string"
+    else:
+        why = _NOT_READ.get(kind, _AT_OPENAI)
+    raise BadRequest(f"{place}: items of type {kind!r:.100} are not supported: {why}", param=f"{place}.type")
+
+
+def _message(given: Item, place: str) -> Item:
+    role, content = given.get("role"), given.get("content")
+    if role not in _ROLES:
+        text = f"{place}.role must be one of {', '.join(_ROLES)}, not {role!r:.100}"
+        raise BadRequest(text, param=f"{place}.role")
+    allowed = _PARTS_OF.get(role, ("input_text",))
+    if isinstance(content, str):
+        content = [{"type": allowed[0], "text": content}]
+    parts = _parts(content, f"{place}.content", allowed)
+    for part in parts:
+        if part["type"] == "output_text":  # as the official client's types have it
+            part |= {"annotations": [], "logprobs": []}
+    return {"type": "message", "role": role, "status": "completed", "content": parts}
+
+
+def _parts(content: Any, place: str, allowed: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a content that may only be text as parts."""
+    if not isinstance(content, list):
+        raise BadRequest(f"{place} must be a string or a list of parts", param=place)
+    made: list[dict[str, Any]] = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if not isinstance(part, dict) or not isinstance(kind, str) or kind not in allowed:
+            why = f"{_READS_TEXT}; there may be {', '.join(allowed)} here"
+            raise BadRequest(f"{place}[{i}]: parts of type {kind!r:.100} are not supported: {why}", param=place)
+        field = _TEXT_OF[kind]
+        made.append({"type": kind, field: _string(part, field, f"{place}[{i}]")})
+    return made
+
+
+def _string(given: Mapping[str, Any], name: str, place: str) -> str:
+    value = given.get(name)
+    if not isinstance(value, str):
+        raise BadRequest(f"{place}.{name} must be a string", param=f"{place}.{name}")
+    return value
+
+
+def _check_object(arguments: str, place: str) -> None:
+    """Refuse arguments of a call that are no JSON object. Raises BadRequest."""
+    try:
+        value = json_values.loads(arguments.encode() or b"{}", place)
+    except BadRequest as error:
+        raise BadRequest(error.message, param=place) from error
+    except ValueError as error:
+        raise BadRequest(f"{place} is not JSON: {error}", param=place) from error
+    if not isinstance(value, dict):
+        raise BadRequest(f"{place} must be an object, as JSON", param=place)
+
+
+# ---------------------------------------------------------------- messages
+
+
+def messages_of(instructions: str | None, items: Iterable[Item]) -> list[Message]:
+    """Return items as messages in OpenAI's form. Raises BadRequest for calls without results, and the reverse."""
+    made: list[Message] = []
+    if instructions:
+        made.append({"role": "system", "content": instructions})
+    open_calls: dict[str, str] = {}  # id of a call without a result -> its function
+    calls: set[str] = set()
+    for item in items:
+        if item["type"] == "function_call_output":
+            if item["call_id"] not in calls:
+                text = f"input: no call has the call_id {item['call_id']!r:.100} that a function_call_output names"
+                raise BadRequest(text, param="input")
+            open_calls.pop(item["call_id"], None)
+            output = item["output"]
+            content = output if isinstance(output, str) else "\n".join(part["text"] for part in output)
+            made.append({"role": "tool", "tool_call_id": item["call_id"], "content": content})
+        elif item["type"] == "message" and item["role"] != "assistant":
+            made.append({"role": item["role"], "content": _content(item["content"])})
+        else:
+            if not made or made[-1]["role"] != "assistant":
+                made.append({"role": "assistant"})
+            _add(made[-1], item)
+            if item["type"] == "function_call":
+                open_calls[item["call_id"]] = item["name"]
+                calls.add(item["call_id"])
+    if open_calls:
+        call_id, name = next(iter(open_calls.items()))
+        text = f"input: no function_call_output has the result of the call {call_id!r:.100} of {name!r:.100}"
+        raise BadRequest(text, param="input")
+    return [{**message, "content": ""} if message.keys() <= {"role", "reasoning_content"} else message
+            for message in made]  # fmt: skip
+
+
+def _content(parts: Sequence[Mapping[str, Any]]) -> str | list[dict[str, str]]:
+    texts = [part[_TEXT_OF[part["type"]]] for part in parts]
+    return texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
+
+
+def _add(message: Message, item: Item) -> None:
+    """Add an item to the assistant's turn that it is of."""
+    if item["type"] == "function_call":
+        function = {"name": item["name"], "arguments": item["arguments"] or "{}"}
+        call = {"id": item["call_id"], "type": "function", "function": function}
+        message.setdefault("tool_calls", []).append(call)
+        return
+    kind: Literal["content", "summary"] = "content" if item["content"] or item["type"] == "message" else "summary"
+    text = "".join(part[_TEXT_OF[part["type"]]] for part in item[kind])
+    field = "content" if item["type"] == "message" else "reasoning_content"
+    message[field] = message.get(field, "") + text

@@ -1,0 +1,243 @@
+"""*Parse* for the Responses API: from a body, and what went before, to a `ParsedCall`. Pure."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import orjson
+
+from gateway.auth.callers import Caller
+from gateway.bodies.parameter_check import MAX_ENTRIES
+from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Sent, Truncation
+from gateway.grammars.limits import check_num
+from gateway.grammars.notation import Constraint
+from gateway.grammars.structured import ANY_OBJECT, checked_schema, is_strict
+from gateway.openai.bodies import MAX_TOOLS
+from gateway.openai.parse import check_variables
+from gateway.responses.bodies import ResponseRequest
+from gateway.responses.items import Item, messages_of
+from gateway.tools.definitions import Tools, ToolWords, tools_of
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest
+from protocol.wire.keys import BATCH, INTERACTIVE
+from protocol.wire.messages.requests import SEED_BITS
+
+LOGPROBS = "message.output_text.logprobs"
+"""The one value of `include` that is served."""
+
+WORDS = ToolWords(name=".name", schema=".parameters")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a body's input goes on with."""
+
+    items: Sequence[Item] = ()  # of the previous response, its output at their end
+    known: Mapping[str, Item] = field(default_factory=dict[str, Item])  # by id, those that the input refers to
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseRules(Rules):
+    """What later stages refuse a call for, or shorten it to, as OpenAI does."""
+
+    def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
+        """Return how many tokens the answer may have: no more than the context has room for. Raises BadRequest."""
+        room = max_model_len - num_prompt_tokens
+        if room < 1:
+            message = (
+                f"This model's maximum context length is {max_model_len} tokens. However, your input has "
+                f"{num_prompt_tokens} tokens. Please reduce the length of the input, or set truncation to auto."
+            )
+            raise BadRequest(message, param=self.param, code="context_length_exceeded")
+        return min(options.max_tokens or room, room)
+
+
+def check_input(request: ResponseRequest, settings: Settings, caller: Caller) -> None:
+    """Refuse what can be seen to be wrong before anything is looked up. Raises BadRequest."""
+    if request.input is None and request.previous_response_id is None:
+        raise BadRequest("input: it is missing", param="input")
+    if not isinstance(request.input, str | None):
+        check_num(len(request.input), min(settings.max_messages, MAX_ENTRIES), "entries", "input")
+    if request.background and request.store is False:
+        raise BadRequest("background needs store, which is false: who would find the response?", param="store")
+    if caller.is_batch and request.store:
+        raise BadRequest("store cannot be true in a batch: the batch's output file has the response", param="store")
+    for name in request.include or ():
+        if name != LOGPROBS:
+            raise BadRequest(f"include: {name!r:.100} is not supported; there is {LOGPROBS}", param="include")
+    if request.top_logprobs and LOGPROBS not in (request.include or ()):
+        raise BadRequest(f"top_logprobs needs {LOGPROBS} in include", param="top_logprobs")
+
+
+def parse(
+    request: ResponseRequest, caller: Caller, settings: Settings, sent: Sent | None = None,
+    items: Sequence[Item] = (), call_id: str = "",
+) -> ParsedCall:  # fmt: skip
+    """Return what a body asks for. Raises BadRequest naming the parameter.
+
+    items: of the whole conversation so far; none for a body whose answer is only read.
+    """
+    check_num(len(items), min(settings.max_messages, MAX_ENTRIES), "items with those of the previous response", "input")
+    messages = messages_of(request.instructions, items)
+    if not messages and items:
+        raise BadRequest("input is empty", param="input")
+    truncation = Truncation(None, drops_messages=True) if request.truncation == "auto" else None
+    return ParsedCall(
+        caller=caller,
+        models=Models([request.model]),
+        inputs=Conversation(messages, _variables(request), truncation=truncation),
+        options=_options(request, settings),
+        rules=ResponseRules("input", settings.max_choices),
+        model_name=request.model,
+        form_param="tools" if request.tools else "text.format",
+        metadata=request.metadata or {},
+        call_id=call_id,
+        shown=shown(request, is_stored=request.store is not False and not caller.is_batch),
+        sent=sent,
+    )
+
+
+def shown(request: ResponseRequest, *, is_stored: bool) -> dict[str, Any]:
+    """Return the fields of a body that its response repeats."""
+    tools = [{"description": None, "strict": None, "parameters": None, **tool} for tool in request.tools or ()]
+    form = (request.text.format if request.text is not None else None) or {"type": "text"}
+    choice: str | dict[str, Any] = "auto" if request.tool_choice is None else request.tool_choice
+    return {
+        "model": request.model,
+        "instructions": request.instructions,
+        "previous_response_id": request.previous_response_id,
+        "conversation": None,
+        "tools": tools,
+        "tool_choice": choice,
+        "parallel_tool_calls": request.parallel_tool_calls is not False,
+        "text": {"format": form, "verbosity": "medium"},
+        "reasoning": {"effort": request.reasoning.effort if request.reasoning is not None else None, "summary": None},
+        "max_output_tokens": request.max_output_tokens,
+        "max_tool_calls": None,
+        "temperature": 1.0 if request.temperature is None else request.temperature,
+        "top_p": 1.0 if request.top_p is None else request.top_p,
+        "top_logprobs": request.top_logprobs or 0,
+        "truncation": request.truncation or "disabled",
+        "service_tier": "flex" if request.service_tier == "flex" else "default",
+        "metadata": request.metadata or {},
+        "store": is_stored,
+        "user": None,
+    }
+
+
+def _options(request: ResponseRequest, settings: Settings) -> Options:
+    num_shown = (request.top_logprobs or 0) if LOGPROBS in (request.include or ()) else None
+    if num_shown is not None and num_shown > settings.max_logprobs:
+        raise BadRequest(
+            f"top_logprobs is {num_shown}; the limit is {settings.max_logprobs}", param="top_logprobs"
+        )  # fmt: skip
+    background = bool(request.background)
+    return Options(
+        sampling=m.Sampling(
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            top_k=max(request.top_k or 0, 0),
+            seed=secrets.randbits(SEED_BITS) if request.seed is None else request.seed % (1 << SEED_BITS),
+            num_logprobs=num_shown,
+        ),
+        max_tokens=request.max_output_tokens,
+        stream=bool(request.stream) and not background,
+        background=background,
+        cls=BATCH if background or request.service_tier == "flex" else INTERACTIVE,
+        lora_scale=request.lora_scale,
+        constraint=_constraint(request, settings),
+        tools=_tools(request, settings),
+        num_shown=num_shown,
+        by_token=True,
+    )
+
+
+def _variables(request: ResponseRequest) -> dict[str, Any]:
+    """Return how templates are told how much to reason."""
+    effort = request.reasoning.effort if request.reasoning is not None else None
+    given = request.chat_template_kwargs or {}
+    check_variables(given)
+    return ({} if effort is None else {"reasoning_effort": effort}) | given
+
+
+def _constraint(request: ResponseRequest, settings: Settings) -> Constraint | None:
+    """Return the grammar that `text.format` demands, None for none. Raises BadRequest."""
+    form, place = request.text.format if request.text is not None else None, "text.format"
+    kind = form.get("type") if form is not None else "text"
+    if form is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json_schema": checked_schema(ANY_OBJECT, place, settings)}
+    if kind != "json_schema":
+        text = f"{place}.type must be text, json_object or json_schema, not {kind!r:.100}"
+        raise BadRequest(text, param=f"{place}.type")
+    strict = is_strict(form, place)
+    return {"json_schema": checked_schema(form.get("schema"), f"{place}.schema", settings, strict=strict)}
+
+
+def _tools(request: ResponseRequest, settings: Settings) -> Tools | None:
+    """Return the functions that may be called, None for none. Raises BadRequest for tools that are none."""
+    check_num(len(request.tools or ()), MAX_TOOLS, "entries", "tools")
+    given = [_definition(tool, f"tools[{i}]") for i, tool in enumerate(request.tools or ())]
+    return tools_of(given, _choice(request.tool_choice), request.parallel_tool_calls, settings, WORDS)
+
+
+def _definition(tool: dict[str, Any], place: str) -> dict[str, Any]:
+    """Return a tool as chats have it."""
+    kind = tool.get("type")
+    if kind != "function":
+        why = "a tool's own kind has no place here: give a function" if kind == "custom" else "it runs at OpenAI"
+        raise BadRequest(f"{place}: tools of type {kind!r:.100} are not supported: {why}", param=f"{place}.type")
+    if not isinstance(tool.get("description"), str | None):
+        raise BadRequest(f"{place}.description must be a string", param=f"{place}.description")
+    is_strict(tool, place)
+    names = ("name", "description", "parameters", "strict")
+    return {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}
+
+
+def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    """Return a `tool_choice` as chats have it."""
+    if isinstance(choice, str) and choice not in ("none", "auto", "required"):
+        text = f"tool_choice must be none, auto or required, or name a function, not {choice!r:.100}"
+        raise BadRequest(text, param="tool_choice")
+    if not isinstance(choice, dict):
+        return choice
+    kind = choice.get("type")
+    if kind == "function":
+        return {"type": kind, "function": {"name": choice.get("name")}}
+    if kind == "allowed_tools":
+        tools = choice.get("tools")
+        named = [_choice(tool) if isinstance(tool, dict) else tool for tool in tools] if isinstance(tools, list) else []
+        return {"type": kind, "allowed_tools": {"mode": choice.get("mode"), "tools": named}}
+    text = f"tool_choice of type {kind!r:.100} is not supported; there is function, and allowed_tools"
+    raise BadRequest(text, param="tool_choice.type")
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def to_be_stored(call: ParsedCall, request: ResponseRequest, items: Sequence[Item], max_bytes: int) -> dict[str, Any]:
+    """Return what `parse_stored` needs to write the answer, and a later response to go on with it.
+
+    Raises BadRequest for a conversation that has more than `max_bytes` as JSON.
+    """
+    kept = {"shown": dict(call.shown), "include": request.include, "background": request.background, "items": items}
+    num_bytes = len(orjson.dumps(kept))
+    if num_bytes > max_bytes:
+        text = f"the conversation has {num_bytes} bytes; the limit is {max_bytes}"
+        raise BadRequest(text, param="input", code="limit_exceeded")
+    return kept
+
+
+def parse_stored(kept: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:
+    """Return what a response asked for that was kept, without its input. Raises as `parse`."""
+    names = ("model", "tools", "tool_choice", "parallel_tool_calls", "max_output_tokens", "top_logprobs", "metadata")
+    body = {name: kept["shown"][name] for name in names}
+    request = ResponseRequest.model_validate({**body, "include": kept["include"], "background": kept["background"]})
+    parsed = parse(request, caller, settings)
+    return msgspec.structs.replace(parsed, shown=kept["shown"])

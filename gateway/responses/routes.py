@@ -1,0 +1,94 @@
+"""The routes of the Responses API."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import FastAPI, Query, Request
+from starlette.responses import Response
+
+from gateway.auth.callers import caller_of
+from gateway.bodies.json_bodies import JsonRoute, json_answer, json_response
+from gateway.http import openapi
+from gateway.http.paths import RESPONSES
+from gateway.http.routes import Endpoints, sent_of
+from gateway.responses.bodies import ResponseRequest
+from gateway.responses.parse import LOGPROBS
+from gateway.responses.service import Responses
+from gateway.responses.write import FRAMING, STREAM_ERRORS
+from protocol.wire.errors import BadRequest
+
+Included = Annotated[list[str] | None, Query(alias="include[]")]
+"""What clients ask for besides a response: its logprobs, which are there if it was made with them."""
+
+
+class ResponseEndpoints:
+    """The routes' handlers."""
+
+    def __init__(self, endpoints: Endpoints, responses: Responses) -> None:
+        self._endpoints = endpoints
+        self._responses = responses
+
+    async def create(self, body: ResponseRequest, request: Request) -> Response:
+        """Answer `POST /v1/responses`."""
+        answer = self._responses.create(body, await sent_of(RESPONSES, request), caller_of(request))
+        return await self._endpoints.respond(
+            answer, stream=bool(body.stream), errors=STREAM_ERRORS, framing=FRAMING
+        )  # fmt: skip
+
+    async def get(
+        self,
+        response_id: str,
+        request: Request,
+        include: Included = None,
+        stream: bool = False,
+        starting_after: Annotated[int | None, Query(ge=0, lt=1 << 31)] = None,
+    ) -> Response:
+        """Answer `GET /v1/responses/{id}`: with the response, or its events from one on."""
+        _check_included(include)
+        if stream:
+            after = -1 if starting_after is None else starting_after
+            return await self._responses.stream(response_id, caller_of(request), after)
+        if starting_after is not None:
+            raise BadRequest("starting_after needs stream=true", param="starting_after")
+        return json_answer(await self._responses.get(response_id, caller_of(request)))
+
+    async def cancel(self, response_id: str, request: Request) -> Response:
+        """Answer `POST /v1/responses/{id}/cancel`."""
+        return json_answer(await self._responses.cancel(response_id, caller_of(request)))
+
+    async def delete(self, response_id: str, request: Request) -> Response:
+        """Answer `DELETE /v1/responses/{id}`."""
+        return json_response(await self._responses.delete(response_id, caller_of(request)))
+
+    async def input_items(
+        self,
+        response_id: str,
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+        after: str | None = None,
+        include: Included = None,
+    ) -> Response:
+        """Answer `GET /v1/responses/{id}/input_items`."""
+        _check_included(include)
+        caller = caller_of(request)
+        page = await self._responses.input_items(response_id, caller, limit, after, newest_first=order == "desc")
+        return json_response(page)
+
+
+def _check_included(include: list[str] | None) -> None:
+    for name in include or ():
+        if name != LOGPROBS:
+            raise BadRequest(f"include: {name!r:.100} is not supported; there is {LOGPROBS}", param="include")
+
+
+def add_response_routes(app: FastAPI, responses: ResponseEndpoints) -> None:
+    """Bind paths to handlers."""
+    app.router.route_class = JsonRoute
+    one = f"{RESPONSES}/{{response_id}}"
+    app.post(RESPONSES, responses=openapi.RESPONDED)(responses.create)
+    app.get(one, responses=openapi.RESPONDED)(responses.get)
+    app.delete(one, responses=openapi.DELETED)(responses.delete)
+    app.post(f"{one}/cancel", responses=openapi.RESPONSE)(responses.cancel)
+    app.get(f"{one}/input_items", responses=openapi.PAGE)(responses.input_items)

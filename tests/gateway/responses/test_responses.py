@@ -1,0 +1,245 @@
+"""`/v1/responses`: its answers, whole, streamed and replayed, held to the official client's types and to each other."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import pytest_asyncio
+from helpers.response_events import Event, built, events_of, held_to
+from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
+from helpers.waiting import wait_until
+
+from protocol.queue.bus import Bus
+from protocol.wire.errors import WorkerLost
+
+TEXT = Script().text
+QWEN = (Path(__file__).parents[1] / "templates" / "qwen.jinja").read_text()
+PATH = "/v1/responses"
+BODY: dict[str, Any] = {"model": "base", "input": "hi", "max_output_tokens": 100}
+TOOL = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {"p": {"type": "string"}}}}
+CALL = '<tool_call>\n{"name": "add", "arguments": {"p": "ö"}}\n</tool_call>'
+LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+
+
+async def whole(http: httpx2.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
+    answer = await http.post(PATH, json=body)
+    assert answer.status_code == 200, answer.text
+    return held_to(answer.json())
+
+
+async def streamed(http: httpx2.AsyncClient, body: dict[str, Any]) -> list[Event]:
+    answer = await http.post(PATH, json={**body, "stream": True})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    return events_of(answer.content)
+
+
+async def found(http: httpx2.AsyncClient, response_id: str) -> dict[str, Any]:
+    answer = await http.get(f"{PATH}/{response_id}")
+    assert answer.status_code == 200, answer.text
+    return held_to(answer.json())
+
+
+async def ended(http: httpx2.AsyncClient, response_id: str) -> dict[str, Any]:
+    async def has_ended() -> dict[str, Any] | None:
+        response = await found(http, response_id)
+        return response if response["status"] not in ("queued", "in_progress") else None
+
+    return await wait_until(has_ended, "the response has ended")
+
+
+def same(response: dict[str, Any]) -> dict[str, Any]:
+    """Return a response without what differs between two calls."""
+    items = [{key: item[key] for key in item if key not in ("id", "call_id")} for item in response["output"]]
+    rest = {key: value for key, value in response.items() if key not in ("id", "created_at", "completed_at")}
+    return {**rest, "output": items}
+
+
+def prompt_of(fleet: ScriptedFleet, index: int = -1) -> str:
+    ids = list(memoryview(fleet.seen[index][1].prompt).cast("i"))
+    return fleet.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+@pytest_asyncio.fixture
+async def qwen(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of a gateway whose model reasons, and calls tools in Hermes' way."""
+    folder = make_model_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(QWEN)
+    fleet.max_model_len = 1024
+    await fleet.register()
+    async with (
+        running_gateway(bus, folder) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+    ):
+        yield http
+
+
+# ---------------------------------------------------------------- answers
+
+
+async def test_an_answer_its_stream_and_what_is_kept_are_the_same(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet
+) -> None:
+    one, events = await whole(http, {**BODY, **LOGPROBS}), await streamed(http, {**BODY, **LOGPROBS})
+    other = built(events)
+    assert one["id"] != other["id"]
+    assert same(one) == same(other)
+    for response in (one, other):
+        assert await found(http, response["id"]) == response
+    num, prompt = len(fleet.tokenizer.encode(TEXT).ids) + 1, len(fleet.seen[0][1].prompt) // 4
+    assert one["usage"] == {
+        "input_tokens": prompt, "input_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 0},
+        "output_tokens": num, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": prompt + num,
+    }  # fmt: skip
+    [message] = one["output"]
+    [part] = message["content"]
+    assert (part["text"], one["status"], message["status"]) == (TEXT, "completed", "completed")
+    assert len(part["logprobs"]) == num - 1  # the end is no part of the text
+    assert b"".join(bytes(entry["bytes"]) for entry in part["logprobs"]).decode() == TEXT
+    assert {len(entry["top_logprobs"]) for entry in part["logprobs"]} == {2}
+
+
+async def test_a_replay_has_the_same_bytes(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    fleet.script = lambda submit, body: Script(chunk=4)
+    raw = (await http.post(PATH, json={**BODY, **LOGPROBS, "stream": True})).content
+    events = events_of(raw)
+    response_id = events[0]["response"]["id"]
+    again = await http.get(f"{PATH}/{response_id}", params={"stream": True})
+    assert again.content == raw
+    later = await http.get(f"{PATH}/{response_id}", params={"stream": True, "starting_after": 5})
+    assert raw.endswith(later.content)
+    assert events_of(later.content) == events[6:]
+    past = await http.get(f"{PATH}/{response_id}", params={"stream": True, "starting_after": 10_000})
+    assert (past.status_code, past.content) == (200, b"")
+
+
+async def test_reasoning_text_and_calls_are_items(qwen: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    fleet.script = lambda submit, body: Script(f"<think>\nHm.\n</think>\n\nLet me see.\n{CALL}\n{CALL}")
+    body = {**BODY, "tools": [TOOL], "max_output_tokens": 300, **LOGPROBS}
+    events = await streamed(qwen, body)
+    one, other = await whole(qwen, body), built(events)
+    assert same(one) == same(other)
+    assert await found(qwen, other["id"]) == other
+    reasoning, message, *calls = one["output"]
+    assert reasoning["content"] == [{"type": "reasoning_text", "text": "Hm.\n"}]
+    assert message["content"][0]["text"] == "Let me see."
+    shown = b"".join(bytes(entry["bytes"]) for entry in message["content"][0]["logprobs"]).decode()
+    assert "Let me see." in shown
+    assert "Hm" not in shown
+    assert [(call["name"], call["arguments"]) for call in calls] == [("add", '{"p": "ö"}')] * 2
+    assert len({call["call_id"] for call in calls}) == 2
+    assert 0 < one["usage"]["output_tokens_details"]["reasoning_tokens"] < one["usage"]["output_tokens"]
+
+
+async def test_an_answer_that_is_cut_off_is_incomplete(http: httpx2.AsyncClient) -> None:
+    events = await streamed(http, {**BODY, "max_output_tokens": 5})
+    assert events[-1]["type"] == "response.incomplete"
+    response = built(events)
+    assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert (response["output"][0]["status"], response["completed_at"]) == ("incomplete", None)
+    assert same(await whole(http, {**BODY, "max_output_tokens": 5})) == same(response)
+
+
+async def test_an_empty_answer_is_an_empty_message(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    fleet.script = lambda submit, body: Script("")
+    response = built(await streamed(http, BODY))
+    assert response["output"][0]["content"][0]["text"] == ""
+    assert same(await whole(http, BODY)) == same(response)
+
+
+async def test_a_failure_ends_the_stream_and_is_kept(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    fleet.script = lambda submit, body: Script(error=WorkerLost("three workers died"))
+    events = await streamed(http, BODY)
+    assert events[-1]["type"] == "response.failed"
+    response = events[-1]["response"]
+    assert response["error"] == {"code": "server_error", "message": "three workers died"}
+    assert (response["status"], response["output"][0]["status"]) == ("failed", "incomplete")
+    assert await found(http, response["id"]) == response
+    replay = await http.get(f"{PATH}/{response['id']}", params={"stream": True})
+    assert events_of(replay.content) == events
+    assert (await http.post(PATH, json=BODY)).status_code == 500
+
+
+async def test_what_is_not_stored_is_not_found(http: httpx2.AsyncClient, bus: Bus) -> None:
+    response = await whole(http, {**BODY, "store": False})
+    assert response["store"] is False
+    assert (await http.get(f"{PATH}/{response['id']}")).status_code == 404
+    assert await bus._redis.keys("*job*") == []
+
+
+# ---------------------------------------------------------------- conversations
+
+
+async def test_a_conversation_goes_on_with_a_response(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    first = await whole(http, {**BODY, "instructions": "Be brief."})
+    second = await whole(http, {**BODY, "input": "go on", "previous_response_id": first["id"]})
+    assert prompt_of(fleet) == (
+        f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n{TEXT}<|im_end|>\n"
+        "<|im_start|>user\ngo on<|im_end|>\n<|im_start|>assistant\n"
+    )
+    await http.delete(f"{PATH}/{first['id']}")  # each stands alone
+    third = await whole(http, {**BODY, "input": "and?", "previous_response_id": second["id"]})
+    assert prompt_of(fleet).count("<|im_start|>") == 6
+    items = (await http.get(f"{PATH}/{third['id']}/input_items", params={"order": "asc"})).json()
+    assert [item["content"][0]["text"] for item in items["data"]] == ["hi", TEXT, "go on", TEXT, "and?"]
+    assert len({item["id"] for item in items["data"]}) == 5
+    paged: list[Any] = []
+    page: dict[str, Any] = {"has_more": True, "last_id": None}
+    while page["has_more"]:
+        after = {} if page["last_id"] is None else {"after": page["last_id"]}
+        page = (await http.get(f"{PATH}/{third['id']}/input_items", params={"limit": 2, **after})).json()
+        paged += page["data"]
+    assert paged == items["data"][::-1]
+    gone = await http.get(f"{PATH}/{third['id']}/input_items", params={"after": "msg_1"})
+    assert gone.status_code == 404
+
+
+async def test_results_of_calls_and_references_are_read(qwen: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    fleet.script = lambda submit, body: Script(f"<think>\nHm.\n</think>\n\n{CALL}")
+    body = {**BODY, "tools": [TOOL], "max_output_tokens": 300}
+    first = await whole(qwen, body)
+    reasoning, call = first["output"]
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "7"}
+    fleet.script = lambda submit, body: Script()
+    ways: list[dict[str, Any]] = [
+        {"input": [result], "previous_response_id": first["id"]},
+        {"input": [{"role": "user", "content": "hi"}, reasoning, call, result]},
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+                   *({"type": "item_reference", "id": item["id"]} for item in first["output"]), result]},
+    ]  # fmt: skip
+    prompts = set[str]()
+    for way in ways:
+        await whole(qwen, {**body, **way})
+        prompts.add(prompt_of(fleet))
+    [prompt] = prompts
+    assert "<tool_response>\n7\n</tool_response>" in prompt
+    assert '{"name": "add", "arguments": {"p": "ö"}}' in prompt
+
+
+async def test_truncation_drops_the_earliest_messages(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": f"{i} {'dog ' * 8}"} for i in range(15)]
+    body = {**BODY, "input": turns, "instructions": "Be brief.", "max_output_tokens": 20}
+    refused = await http.post(PATH, json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    response = await whole(http, {**body, "truncation": "auto"})
+    assert response["truncation"] == "auto"
+    prompt = prompt_of(fleet)
+    assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+    assert "14 dog" in prompt
+    assert "<|im_start|>user\n0 dog" not in prompt
+    await fleet.register()
+    too_long = await http.post(PATH, json={**body, "input": "dog " * 300, "truncation": "auto"})
+    assert (too_long.status_code, too_long.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+async def test_tokens_that_come_with_a_failure_are_shown(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    fleet.script = lambda submit, body: Script(error=WorkerLost("three workers died"), chunk=1000)
+    raw = (await http.post(PATH, json={**BODY, "stream": True})).content
+    events = events_of(raw)
+    assert events[-1]["response"]["output"][0]["content"][0]["text"] == TEXT
+    replay = await http.get(f"{PATH}/{events[0]['response']['id']}", params={"stream": True})
+    assert replay.content == raw
