@@ -181,6 +181,7 @@ _AT_OPENAI = "belongs to what runs at OpenAI: here the model and your own tools 
 _KEPT = "is kept at Anthropic, and nothing is here: send the whole conversation"
 _ELSEWHERE = "belongs to what runs at Anthropic: here the model and your own tools answer"
 _LONG = "asks for a conversation to be shortened, which clients do themselves here"
+_CHAT_ONLY = "is served on /v1/chat/completions only"
 _CODE = "is code that the server would run, which no client may send"
 
 PARAMETERS: Sequence[Parameter] = (
@@ -507,8 +508,9 @@ PARAMETERS: Sequence[Parameter] = (
     *_refused("context_management", "response", "openai", _LONG, []),
     *_refused("background_options access_programs", "response", "openai", "is about OpenAI's service"),
     *_refused("image", "response", "openai", _NO_IMAGES),
-    *_refused("stop min_p repetition_penalty frequency_penalty presence_penalty", "response", "sglang vllm",
-              "is served on /v1/chat/completions only", [], 0, 1),
+    *_refused("stop", "response", "sglang vllm", _CHAT_ONLY, []),
+    *_refused("min_p frequency_penalty presence_penalty", "response", "sglang vllm", _CHAT_ONLY, 0),
+    *_refused("repetition_penalty", "response", "sglang vllm", _CHAT_ONLY, 1),
     *_refused("priority", "response", "vllm sglang", "is not supported: service_tier flex is the lower class", 0),
     *_refused("structured_outputs", "response", "vllm", "is served as text.format, and on /v1/chat/completions"),
     *_refused("ignore_eos skip_special_tokens include_stop_str_in_output enable_response_messages", "response", "vllm",

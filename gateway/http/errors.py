@@ -36,7 +36,7 @@ MAX_RETRY_AFTER_S = 60
 MAX_TEXT_CHARACTERS = 1900
 """Most characters of an error's message."""
 
-_WITH_FIELDS = (("parameters",), ("thinking",), ("output_config",))
+_WITH_FIELDS = (("parameters",), ("thinking",), ("output_config",), ("text",), ("reasoning",))
 """Fields that are objects, whose own fields errors name: in LoRAX's bodies most are in one."""
 
 _MAX_LISTED = 3  # reasons shown for one field

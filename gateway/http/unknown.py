@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Scope
 
-from gateway.http.paths import MESSAGES
+from gateway.http.paths import MESSAGES, RESPONSES
 
 MAX_COMPARED = 100
 """Characters of a path up to which it is compared with those of the routes: that takes a millisecond."""
@@ -22,9 +22,8 @@ _HEALTH = "/health says whether requests are served"
 
 NOT_SERVED = {
     "/pooling": "numbers of single tokens are not: /v1/embeddings, /v1/classify and /v1/score have those of texts",
-    **dict.fromkeys(
-        ("/v1/responses", "/inference/v1/generate"), f"this API is not: use {_CHAT}, {MESSAGES} or /api/chat"
-    ),
+    "/inference/v1/generate": f"this API is not: use {_CHAT}, {RESPONSES}, {MESSAGES} or /api/chat",
+    "/v1/conversations": f"conversations are not kept: previous_response_id of {RESPONSES} goes on with a response",
     f"{MESSAGES}/batches": f"batches of messages are not: {MESSAGES} takes them one by one",
     "/v1/complete": f"the API before {MESSAGES} is not",
     **dict.fromkeys(

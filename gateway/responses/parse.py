@@ -61,6 +61,8 @@ def check_input(request: ResponseRequest, settings: Settings, caller: Caller) ->
     """Refuse what can be seen to be wrong before anything is looked up. Raises BadRequest."""
     if request.input is None and request.previous_response_id is None:
         raise BadRequest("input: it is missing", param="input")
+    if request.input == [] and request.previous_response_id is None:
+        raise BadRequest("input is an empty list", param="input")
     if not isinstance(request.input, str | None):
         check_num(len(request.input), min(settings.max_messages, MAX_ENTRIES), "entries", "input")
     if request.background and request.store is False:
@@ -84,8 +86,6 @@ def parse(
     """
     check_num(len(items), min(settings.max_messages, MAX_ENTRIES), "items with those of the previous response", "input")
     messages = messages_of(request.instructions, items)
-    if not messages and items:
-        raise BadRequest("input is empty", param="input")
     truncation = Truncation(None, drops_messages=True) if request.truncation == "auto" else None
     return ParsedCall(
         caller=caller,

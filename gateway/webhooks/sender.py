@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import msgspec
 
 from gateway.calls.jobs import state_of
+from gateway.http.paths import RESPONSES
 from gateway.webhooks.outside import Outside, UnreachableError
 from gateway.webhooks.sign import event_body, event_id, signed_headers
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
@@ -114,8 +115,14 @@ class WebhookSender:
         if ended.type:
             return ended.type
         job = await self._bus.jobs.get(ended.id)
-        state = state_of(await self._bus.requests(job.rids))[0] if job is not None else "expired"
-        return f"job.{state}"
+        if job is None:
+            return ""
+        facts = await self._bus.requests(job.rids)
+        state = state_of(facts)[0]
+        if job.endpoint != RESPONSES:
+            return f"job.{state}"
+        is_cut = state == "completed" and any(fact is not None and fact.finish == "length" for fact in facts)
+        return "response.incomplete" if is_cut else f"response.{state}"
 
     async def _send(self, delivery: m.Delivery) -> None:
         """Try a delivery once, and note what came of it."""

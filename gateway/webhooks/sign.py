@@ -16,7 +16,8 @@ NUM_SECRET_BYTES = 32
 
 BATCH_EVENTS = tuple(f"batch.{end}" for end in ("completed", "failed", "expired", "cancelled"))
 JOB_EVENTS = tuple(f"job.{end}" for end in ("completed", "failed", "cancelled"))
-EVENTS = (*BATCH_EVENTS, *JOB_EVENTS)
+RESPONSE_EVENTS = tuple(f"response.{end}" for end in ("completed", "failed", "incomplete", "cancelled"))
+EVENTS = (*BATCH_EVENTS, *RESPONSE_EVENTS, *JOB_EVENTS)
 """The types of events that are sent. Those of jobs are this project's own."""
 
 

@@ -45,6 +45,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "/v1/batches": {"input_file_id": "file-a", "endpoint": "/v1/completions", "completion_window": "24h"},
     "/v1/messages": {**CHAT, "max_tokens": 8},
     "/v1/messages/count_tokens": CHAT,
+    "/v1/responses": {"model": "base", "input": "hi"},
     "/v1/webhook_endpoints": {"name": "n", "url": "https://example.com", "event_types": ["job.failed"]},
     "/v1/webhook_endpoints/{endpoint_id}": {"name": "n"},
     "/v1/webhook_endpoints/{endpoint_id}/rotate_secret": {"keep_old_secret_active_for_24_hours": False},

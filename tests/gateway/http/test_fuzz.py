@@ -43,6 +43,14 @@ BLOCKS = [
     ]},
     {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "1", "is_error": True}]},
 ]  # fmt: skip
+ITEMS = [
+    {"role": "user", "content": "hi"},
+    {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+    {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "x", "annotations": []}]},
+    {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a": 1}'},
+    {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "1"}]},
+    {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+]
 SAMPLING = {
     "temperature": 1.0, "top_p": 0.5, "top_k": 4, "min_p": 0.1, "typical_p": 0.9, "seed": 7, "min_tokens": 1, "n": 1,
     "presence_penalty": 0.1, "frequency_penalty": 0.1, "repetition_penalty": 1.1, "logit_bias": {"5": 1.0},
@@ -91,6 +99,15 @@ GOOD: dict[str, dict[str, Any]] = {
         "output_config": {"effort": "low"}, "stop_sequences": ["x"], "temperature": 0.5, "top_p": 0.5, "top_k": 4,
     },
     "/v1/messages/count_tokens": {"model": "base", "messages": BLOCKS, "chat_template_kwargs": {"a": 1}},
+    "/v1/responses": {
+        "model": "base", "input": ITEMS, "instructions": "be brief",
+        "tools": [{"type": "function", **TOOL["function"]}],
+        "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+        "parallel_tool_calls": True, "text": {"format": {"type": "text"}}, "reasoning": {"effort": "low"},
+        "max_output_tokens": 2, "temperature": 0.5, "top_p": 0.5, "top_k": 4, "seed": 7, "top_logprobs": 2,
+        "include": ["message.output_text.logprobs"], "truncation": "auto", "metadata": {"a": "b"}, "store": False,
+        "service_tier": "auto", "chat_template_kwargs": {"a": 1},
+    },
     "/v1/adapters": {"name": "nobody", "source": "nobody", "token": "t", "wait_s": 0.0, "pin": False, "preload": False},
     "/v1/load_lora_adapter": {"lora_name": "base", "lora_path": "nobody", "load_inplace": False},
     "/v1/unload_lora_adapter": {"lora_name": "nobody"},

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import pytest
 import pytest_asyncio
 from helpers.response_events import Event, built, events_of, held_to
 from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway

@@ -28,6 +28,7 @@ from gateway.encoders.bodies import (
 from gateway.lorax.bodies import CompatRequest, Parameters
 from gateway.ollama import bodies as ollama
 from gateway.openai.bodies import ChatRequest, CompletionRequest
+from gateway.responses.bodies import ResponseRequest
 from gateway.tokenizer.bodies import DetokenizeRequest, TokenizeRequest
 
 PATIENCE_S = 30.0
@@ -67,6 +68,7 @@ BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
         CountTokensRequest,
         {"model": "base", "messages": [{"role": "user", "content": "hi"}]},
     ),
+    "/v1/responses": (ResponseRequest, {"model": "base", "input": "hi", "max_output_tokens": 2}),
     "/v1/adapters": (RegisterRequest, {"name": "mine", "source": "local:one", "wait_s": 0}),
     "/v1/load_lora_adapter": (LoadRequest, {"lora_name": "one", "lora_path": "local:one"}),
     "/v1/unload_lora_adapter": (UnloadRequest, {"lora_name": "nobody"}),
