@@ -24,6 +24,7 @@ from gateway.calls.jobs import Facts, Jobs, state_of
 from gateway.calls.parse import Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.writers import Usage
+from gateway.http.list_page import list_page
 from gateway.http.paths import RESPONSES
 from gateway.responses.bodies import ResponseRequest
 from gateway.responses.items import Item, items_of, references
@@ -155,13 +156,7 @@ class Responses:
             if start > len(items):
                 raise NotFound(f"there is no item {after!r:.100}", param="after")
         page = items[start : start + limit]
-        return {
-            "object": "list",
-            "data": page,
-            "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None,
-            "has_more": len(items) > start + limit,
-        }
+        return list_page(page, has_more=len(items) > start + limit)
 
     # ------------------------------------------------------------ what is kept
 
