@@ -44,7 +44,7 @@ PROGRAMS = (
     Program("lorax", "sdks/lorax_tour.py", ("lorax-client==0.6.3",)),
     Program("tgi", "sdks/tgi_tour.py", ("text-generation==0.7.0",)),
     Program("openai-js", "js/openai.mjs", ("openai@^7", NODE)),
-    Program("ai", "js/ai.mjs", ("ai@^7", "@ai-sdk/openai-compatible@^3", "zod@^4", NODE)),
+    Program("ai", "js/ai.mjs", ("ai@^7", "@ai-sdk/openai-compatible@^3", "@ai-sdk/openai@^4", "zod@^4", NODE)),
     Program("promptfoo", "js/promptfoo.mjs", ("promptfoo@^0.123", NODE)),
     Program("lm-eval", "tools/lm_eval_tour.py", ("lm_eval[api]==0.4.13",), shares=True),
     Program("guidellm", "tools/guidellm_tour.py", ("guidellm>=0.8,<0.9",), shares=True),

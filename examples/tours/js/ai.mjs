@@ -1,7 +1,8 @@
 // Vercel's AI SDK with its provider for OpenAI-compatible servers: texts, streams, objects, tools, errors.
 import assert from 'node:assert/strict'
+import { createOpenAI } from '@ai-sdk/openai'
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible'
-import { APICallError, embedMany, generateText, Output, streamText, tool } from 'ai'
+import { APICallError, embedMany, generateText, isStepCount, Output, streamText, tool } from 'ai'
 import { z } from 'zod'
 import { MAX_TOKENS, QUESTION, TEXTS, check, differ, embedder, end, fleet } from './checks.mjs'
 
@@ -54,6 +55,29 @@ await check('a tool is called, whole and streamed', async () => {
   const streamed = await streamText(forced).toolCalls
   assert.deepEqual(streamed[0].input, toolCalls[0].input)
   assert.equal(cities.length, toolCalls.length + streamed.length)
+})
+await check('on Responses: the chats\' texts, streams, an object, a tool and the step after it', async () => {
+  const openai = createOpenAI({ baseURL: fleet.v1, apiKey: fleet.key })
+  for (const model of [fleet.base, fleet.adapter]) {
+    const { text } = await generateText({ model: openai.responses(model), ...brief })
+    assert.equal(text, said[model])
+    let streamed = ''
+    for await (const part of streamText({ model: openai.responses(model), ...brief }).textStream) streamed += part
+    assert.equal(streamed, said[model])
+  }
+  const model = openai.responses(fleet.base)
+  const { output } = await generateText({ model, output: Output.object({ schema: city }), ...wide })
+  city.parse(output)
+  const weather = tool({
+    description: 'Tell the weather of a city.', inputSchema: z.object({ city: z.string() }),
+    execute: async () => 'sunny',
+  })
+  const run = await generateText({
+    model, tools: { weather }, ...wide, stopWhen: isStepCount(2),
+    prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber ? 'none' : 'required' }),
+  })
+  assert.equal(run.steps.length, 2)
+  assert.equal(run.steps[0].toolResults[0].output, 'sunny')
 })
 if (embedder.url) {
   await check('embeddings of base and adapter', async () => {

@@ -42,6 +42,19 @@ def main() -> None:
         same(usage["input_tokens"] + usage["output_tokens"], usage["total_tokens"])
     with tour.check("a stream equals the whole answer"):
         same("".join(str(chunk.content) for chunk in adapter.stream(QUESTION)), answer)
+    with tour.check("use_responses_api: the chats' answer, a stream, a tool call, a conversation, an output"):
+        responding = ChatOpenAI(model=tour.adapter, max_tokens=MAX_TOKENS, use_responses_api=True, **where)
+        first = responding.invoke(QUESTION)
+        same(first.text, answer)
+        same("".join(chunk.text for chunk in responding.stream(QUESTION)), answer)
+        again = responding.invoke([HumanMessage(QUESTION), first, HumanMessage("Why?")])
+        assert again.usage_metadata["input_tokens"] > first.usage_metadata["input_tokens"]
+        following = responding.invoke("Why?", previous_response_id=first.response_metadata["id"])
+        same(following.text, again.text)
+        wide = ChatOpenAI(model=tour.base, max_tokens=200, use_responses_api=True, **where)
+        call = wide.bind_tools([get_weather], tool_choice="get_weather").invoke(QUESTION).tool_calls[0]
+        same(list(call["args"]), ["city"])
+        assert isinstance(wide.with_structured_output(City, method="json_schema").invoke(QUESTION), City)
     with tour.check("batch, async"):
         same(adapter.batch([QUESTION, "Who are you?"])[0].content, answer)
         same(asyncio.run(adapter.ainvoke(QUESTION)).content, answer)

@@ -46,6 +46,21 @@ def main() -> None:
     with tour.check("async"):
         whole = asyncio.run(litellm.acompletion(model=models[1], messages=MESSAGES, **GREEDY, **where))
         same(whole.choices[0].message.content, said[models[1]])
+    with tour.check("responses(), whole and streamed, a conversation, a tool call"):
+        brief = {"input": MESSAGES[0]["content"], "temperature": 0.0, "max_output_tokens": MAX_TOKENS}
+        for model in models:
+            answer = litellm.responses(model=model, **brief, **where)
+            same(answer.output[0].content[0].text, said[model])
+            events = list(litellm.responses(model=model, stream=True, **brief, **where))
+            same("".join(one.delta for one in events if one.type == "response.output_text.delta"), said[model])
+        more = litellm.responses(model=models[0], previous_response_id=answer.id, **brief, **where)
+        assert more.output
+        tool = {"type": "function", **WEATHER["function"]}
+        called = litellm.responses(
+            model=models[0], input=MESSAGES[0]["content"], tools=[tool], tool_choice="required", temperature=0.0,
+            max_output_tokens=100, **where,
+        )  # fmt: skip
+        assert set(json.loads(called.output[0].arguments)) == {"city", "unit"}
     with tour.check("text_completion"):
         text = litellm.text_completion(
             model=f"text-completion-openai/{tour.adapter}", prompt="One, two,", max_tokens=4, **where

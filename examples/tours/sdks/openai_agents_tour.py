@@ -9,6 +9,7 @@ from agents import (
     Agent,
     ModelSettings,
     OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
     Runner,
     function_tool,
     set_tracing_disabled,
@@ -75,6 +76,30 @@ async def tour_all(tour: Tour) -> None:
         wide = ModelSettings(temperature=0, max_tokens=200)
         run = await Runner.run(agent(tour.adapter, wide, output_type=City), QUESTION)
         assert isinstance(run.final_output, City)
+    with tour.check("on Responses: the chats' answer, streamed, a tool, an output type, a conversation"):
+
+        def responding(name: str, settings: ModelSettings = brief, **parts: object) -> Agent:
+            model = OpenAIResponsesModel(model=name, openai_client=client)
+            return Agent(name=name, instructions="Be brief.", model=model, model_settings=settings, **parts)
+
+        run = await Runner.run(responding(tour.adapter), QUESTION)
+        same(run.final_output, answer)
+        streamed = Runner.run_streamed(responding(tour.adapter), QUESTION)
+        async for _ in streamed.stream_events():
+            pass
+        same(streamed.final_output, answer)
+        tooled = await Runner.run(responding(tour.base, forced, tools=[get_weather]), QUESTION, max_turns=3)
+        outputs = [item.output for item in tooled.new_items if isinstance(item, ToolCallOutputItem)]
+        assert outputs, "no tool was called"
+        assert all(output.startswith("It is sunny in ") for output in outputs)
+        held = await Runner.run(
+            responding(tour.adapter, ModelSettings(temperature=0, max_tokens=200), output_type=City), QUESTION
+        )
+        assert isinstance(held.final_output, City)
+        more = await Runner.run(responding(tour.adapter), "And of Italy?", previous_response_id=run.last_response_id)
+        assert more.final_output
+        again = await Runner.run(responding(tour.adapter), [*run.to_input_list(), {"role": "user", "content": "Why?"}])
+        assert again.final_output
     with tour.check("errors"):
         with raises(openai.NotFoundError, "nobody-has-this"):
             await Runner.run(agent("nobody-has-this"), QUESTION)

@@ -32,6 +32,54 @@ async def leave_early(tour: Tour) -> str:
         return whole.choices[0].message.content
 
 
+def responses(tour: Tour, client: openai.OpenAI, said: dict[str, str]) -> None:
+    """Use the Responses API: what chats have said is said again."""
+    made = client.responses
+    brief = {"input": QUESTION, "temperature": 0, "max_output_tokens": MAX_TOKENS}
+    with tour.check("responses: the chats' texts, a stream, what is kept"):
+        for model in (tour.base, tour.adapter):
+            whole = made.create(model=model, **brief)
+            same(whole.output_text, said[model])
+            same(made.retrieve(whole.id).model_dump(), whole.model_dump())
+            with made.stream(model=model, **brief) as stream:
+                text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+            same(text, said[model])
+    with tour.check("responses: in the background, resumed, cancelled, deleted"):
+        events = list(made.create(model=tour.adapter, background=True, stream=True, **brief))
+        same([event.sequence_number for event in events], list(range(len(events))))
+        id_ = events[0].response.id
+        rest = made.retrieve(id_, stream=True, starting_after=4)
+        same([event.sequence_number for event in rest], list(range(5, len(events))))
+        same(made.retrieve(id_).output_text, said[tour.adapter])
+        long = made.create(model=tour.adapter, input=QUESTION, background=True, extra_body={"seed": 1})
+        assert made.cancel(long.id).status in ("cancelled", "completed")
+        made.delete(long.id)
+        with raises(openai.NotFoundError, long.id):
+            made.retrieve(long.id)
+    with tour.check("responses: a conversation, input items, a tool call and its result, parse(), logprobs"):
+        first = made.create(model=tour.base, **brief)
+        second = made.create(model=tour.base, previous_response_id=first.id, **brief)
+        same([item.role for item in made.input_items.list(second.id, limit=1)], ["user", "assistant", "user"])
+        tool = {"type": "function", **WEATHER["function"]}
+        asked = made.create(
+            model=tour.base, input=QUESTION, tools=[tool], tool_choice="required", temperature=0, max_output_tokens=100
+        )
+        call = asked.output[0]
+        assert set(json.loads(call.arguments)) == {"city", "unit"}
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+        told = made.create(
+            model=tour.base, input=[result], previous_response_id=asked.id, tools=[tool], max_output_tokens=MAX_TOKENS
+        )
+        assert told.status in ("completed", "incomplete")
+        held = made.parse(model=tour.adapter, input=QUESTION, text_format=City, temperature=0, max_output_tokens=200)
+        assert isinstance(held.output_parsed, City)
+        scored = made.create(
+            model=tour.base, input=QUESTION, include=["message.output_text.logprobs"], top_logprobs=2,
+            max_output_tokens=4,
+        )  # fmt: skip
+        assert all(len(one.top_logprobs) == 2 for one in scored.output[0].content[0].logprobs)
+
+
 def main() -> None:
     """Use every kind of call once."""
     tour = Tour()
@@ -104,6 +152,8 @@ def main() -> None:
             assert isinstance(held.choices[0].message.parsed, City)
     with tour.check("async: a stream left early, then the same answer"):
         same(asyncio.run(leave_early(tour)), said[tour.adapter])
+    if hasattr(client, "responses") and openai.__version__ >= "3":
+        responses(tour, client, said)
     if tour.embedder:
         with tour.check("embeddings of base and adapter, as base64 and as numbers"):
             embedder = openai.OpenAI(base_url=f"{tour.embedder}/v1", api_key=tour.key, max_retries=0)

@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 import pytest_asyncio
 from helpers.response_events import Event, built, events_of, held_to
 from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
 from helpers.waiting import wait_until
 
+from gateway.adapters.resolver import Target
+from gateway.calls import tokenize
+from gateway.calls.parse import Options
+from gateway.calls.size import RECORDS, TEXT_BYTES, WHOLE_TEXTS, WRITTEN_RECORDS, call_bytes
+from gateway.calls.tokenize import Prompt
 from protocol.queue.bus import Bus
+from protocol.wire import messages as m
 from protocol.wire.errors import WorkerLost
 
 TEXT = Script().text
@@ -242,3 +249,45 @@ async def test_tokens_that_come_with_a_failure_are_shown(http: httpx2.AsyncClien
     assert events[-1]["response"]["output"][0]["content"][0]["text"] == TEXT
     replay = await http.get(f"{PATH}/{events[0]['response']['id']}", params={"stream": True})
     assert replay.content == raw
+
+
+# ---------------------------------------------------------------- limits
+
+
+async def test_a_conversation_is_bounded(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
+    async with (
+        running_gateway(bus, model_folder, max_body_bytes=4000, max_messages=4) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+    ):
+        first = await whole(http, {**BODY, "max_output_tokens": 3})
+        long = [{"role": "user", "content": "😀" * 300}] * 3
+        answer = await http.post(PATH, json={**BODY, "input": long})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "limit_exceeded")
+        assert "the conversation has" in answer.text
+        more = {"input": [{"role": "user", "content": "x"}] * 3, "previous_response_id": first["id"]}
+        answer = await http.post(PATH, json={**BODY, **more})
+        assert answer.status_code == 400
+        assert "input has 5 items with those of the previous response; the limit is 4" in answer.text
+
+
+async def test_truncation_renders_a_few_times(http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    num, rendered = 0, tokenize._rendered
+
+    async def counted(*given: Any) -> Any:
+        nonlocal num
+        num += 1
+        return await rendered(*given)
+
+    monkeypatch.setattr(tokenize, "_rendered", counted)
+    turns = [{"role": "user", "content": "dog"}] * 1000
+    await whole(http, {**BODY, "input": turns, "truncation": "auto", "max_output_tokens": 3})
+    assert 2 < num <= 12
+
+
+def test_what_last_events_hold_is_charged() -> None:
+    prompt = Prompt(Target("", "", None, ""), b"", 1, 1000)  # type: ignore[arg-type]
+    sampling = m.Sampling(num_logprobs=1)
+    once, again = (
+        call_bytes(Options(sampling=sampling, stream=True, by_token=by_token), [prompt]) for by_token in (False, True)
+    )
+    assert again - once == 1000 * (WHOLE_TEXTS * TEXT_BYTES + (WRITTEN_RECORDS - RECORDS) * m.logprob_record_bytes(1))
