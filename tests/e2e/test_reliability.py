@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from helpers.factories import make_adapter, make_tiny_model
 from helpers.preloaded import fork
+from helpers.response_events import built, events_of
 from helpers.waiting import wait_until
 
 from chaos.asks import GREEDY, Ask
@@ -197,6 +198,38 @@ async def test_another_gateway_tells_what_a_killed_one_had_begun(fleet: ProcessF
 
     await wait_until(is_cancelled, "nobody computes for nobody")
     await bus.cancel(f"{again.call}-0")
+
+
+async def test_a_response_outlives_its_gateway_and_its_worker(fleet: ProcessFleet) -> None:
+    """Its events go on at the other gateway without a gap, and its text is the one that a chat has."""
+    first, second = (member for member in fleet.members.values() if member.service == "gateway")
+    one, other = (f"http://127.0.0.1:{member.settings.port}/v1" for member in (first, second))
+    async with httpx2.AsyncClient(timeout=120) as http:
+
+        async def chat(model: str) -> str:
+            messages = [{"role": "user", "content": "x"}]
+            body = {"model": model, "messages": messages, "max_tokens": 600, "temperature": 0}
+            return (await http.post(f"{other}/chat/completions", json=body)).json()["choices"][0]["message"]["content"]
+
+        texts = [await chat(model) for model in MODELS]
+        assert len(set(texts)) == len(MODELS)
+        body = {"model": "one", "input": "x", "max_output_tokens": 600, "temperature": 0, "background": True}
+        raw = b""
+        async with http.stream("POST", f"{one}/responses", json={**body, "stream": True}) as answer:
+            async for part in answer.aiter_raw():
+                raw += part
+                if raw.count(b"event: response.output_text.delta") > 5:
+                    break
+        seen = events_of(raw[: raw.rfind(b"\n\n") + 2])
+        fleet.kill(first.name)
+        fleet.kill("w0")
+        url, last = f"{other}/responses/{seen[0]['response']['id']}", seen[-1]["sequence_number"]
+        rest = await http.get(url, params={"stream": True, "starting_after": last})
+        response = built([*seen, *events_of(rest.content)])
+        assert events_of(rest.content)[0]["sequence_number"] == last + 1
+        assert response["output"][0]["content"][0]["text"] == texts[1]
+        assert (await http.get(url)).json() == response
+        await http.delete(url)
 
 
 async def test_two_hundred_long_streams_end_when_their_clients_leave(

@@ -88,12 +88,14 @@ def main() -> None:
                 text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
                 same(text, said[model])
         with tour.check("responses, whole and streamed, a conversation"):
-            brief = {"input": MESSAGES[0]["content"], "temperature": 0.0, "max_output_tokens": MAX_TOKENS}
+            brief = {"input": MESSAGES[0]["content"], "temperature": 0.0, "max_output_tokens": 16}  # its least
             for model in models:
                 whole = client.responses.create(model=model, **brief)
-                same(whole.output_text, said[model])
+                assert whole.output_text.startswith(said[model]), whole.output_text
                 events = client.responses.create(model=model, stream=True, **brief)
-                same("".join(one.delta for one in events if one.type == "response.output_text.delta"), said[model])
+                same(
+                    "".join(one.delta for one in events if one.type == "response.output_text.delta"), whole.output_text
+                )
             assert client.responses.create(model=models[0], previous_response_id=whole.id, **brief).output_text
         with tour.check("a tool call"):
             forced = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 100, "temperature": 0}

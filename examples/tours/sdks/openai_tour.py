@@ -64,11 +64,12 @@ def responses(tour: Tour, client: openai.OpenAI, said: dict[str, str]) -> None:
         asked = made.create(
             model=tour.base, input=QUESTION, tools=[tool], tool_choice="required", temperature=0, max_output_tokens=100
         )
-        call = asked.output[0]
-        assert set(json.loads(call.arguments)) == {"city", "unit"}
-        result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+        assert all(set(json.loads(call.arguments)) == {"city", "unit"} for call in asked.output)
+        results = [
+            {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"} for call in asked.output
+        ]
         told = made.create(
-            model=tour.base, input=[result], previous_response_id=asked.id, tools=[tool], max_output_tokens=MAX_TOKENS
+            model=tour.base, input=results, previous_response_id=asked.id, tools=[tool], max_output_tokens=MAX_TOKENS
         )
         assert told.status in ("completed", "incomplete")
         held = made.parse(model=tour.adapter, input=QUESTION, text_format=City, temperature=0, max_output_tokens=200)
