@@ -21,6 +21,7 @@ from protocol.wire.errors import LorafleetError, WorkerLost
 GOLDEN = Path(__file__).parent / "golden"
 QWEN = (Path(__file__).parents[1] / "templates" / "qwen.jinja").read_text()
 CHAT, COMPLETIONS, MESSAGES_PATH = "/v1/chat/completions", "/v1/completions", "/v1/messages"
+RESPONSES = "/v1/responses"
 MESSAGES = [{"role": "user", "content": "hi"}]
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -43,6 +44,7 @@ TGI = {
     "decoder_input_details": False, "top_n_tokens": None, "grammar": None,
 }  # fmt: skip
 ANTHROPIC = {"model": "fox", "messages": MESSAGES, "max_tokens": 60, "stream": True}
+ASKED = {"model": "fox", "input": "hi", "temperature": 0.0, "max_output_tokens": 60, "stream": True}
 GREEDY = {"model": "base", "messages": MESSAGES, "temperature": 0.0, "max_tokens": 12, "stream": True}
 
 
@@ -87,6 +89,16 @@ STREAMS = {
     "ollama-chat-tools": Stream("/api/chat", {"model": "base", "messages": MESSAGES, "tools": [TOOL]}, CALLS),
     "ollama-chat-error": Stream("/api/chat", {"model": "base", "messages": MESSAGES}, error=WorkerLost("three died")),
     "ollama-generate": Stream("/api/generate", {"model": "fox", "prompt": "hi", "options": {"stop": ["you"]}}),
+    "openai-responses": Stream(RESPONSES, ASKED),
+    "openai-responses-logprobs": Stream(
+        RESPONSES,
+        {**ASKED, "max_output_tokens": 4, "include": ["message.output_text.logprobs"], "top_logprobs": 1},
+    ),
+    "openai-responses-tools": Stream(
+        RESPONSES, {**ASKED, "max_output_tokens": 300, "tools": [{"type": "function", **TOOL["function"]}]}, CALLS
+    ),
+    "openai-responses-incomplete": Stream(RESPONSES, {**ASKED, "max_output_tokens": 4, "background": True}),
+    "openai-responses-failed": Stream(RESPONSES, ASKED, error=WorkerLost("three died")),
     "anthropic-messages": Stream(MESSAGES_PATH, {**ANTHROPIC, "stop_sequences": ["you", "?"]}),
     "anthropic-messages-tools": Stream(
         MESSAGES_PATH,
@@ -104,6 +116,8 @@ STREAMS = {
 REPLACED = [
     (rb"cmpl-[0-9a-f]{32}", b"cmpl-ID"),
     (rb'"created":\d+', b'"created":0'),
+    (rb'"(created|completed)_at":\d+', rb'"\1_at":0'),
+    (rb"(resp|rs|fc)_[0-9a-f]{32}", rb"\1_ID"),
     (rb"(call|toolu)_[0-9a-f]{24}", rb"\1_ID"),
     (rb"msg_[0-9a-f]{32}", b"msg_ID"),
     (rb"req_[0-9a-f]{32}", b"req_ID"),
@@ -116,7 +130,7 @@ REPLACED = [
 async def bytes_of(http: httpx2.AsyncClient, fleet: ScriptedFleet, stream: Stream) -> bytes:
     """Return headers and body of a streamed answer, what differs each time replaced."""
     num = len(fleet.tokenizer.encode(stream.says).ids) + 1
-    half = -(-min(num, stream.body.get("max_tokens") or num) // 2)
+    half = -(-min(num, stream.body.get("max_tokens") or stream.body.get("max_output_tokens") or num) // 2)
     fleet.go.clear()
     fleet.script = lambda submit, body: Script(stream.says, chunk=half, hold_after=half, error=stream.error)
     raw = b""

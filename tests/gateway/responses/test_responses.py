@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
-import pytest
+import msgspec
 import pytest_asyncio
 from helpers.response_events import Event, built, events_of, held_to
 from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
 from helpers.waiting import wait_until
 
 from gateway.adapters.resolver import Target
-from gateway.calls import tokenize
+from gateway.auth.callers import EVERYBODY
 from gateway.calls.parse import Options
+from gateway.calls.resolve import ResolvedCall
 from gateway.calls.size import RECORDS, TEXT_BYTES, WHOLE_TEXTS, WRITTEN_RECORDS, call_bytes
-from gateway.calls.tokenize import Prompt
+from gateway.calls.tokenize import Prompt, tokenize
+from gateway.responses.bodies import ResponseRequest
+from gateway.responses.items import items_of
+from gateway.responses.parse import parse
 from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import WorkerLost
 
@@ -270,18 +276,30 @@ async def test_a_conversation_is_bounded(bus: Bus, fleet: ScriptedFleet, model_f
         assert "input has 5 items with those of the previous response; the limit is 4" in answer.text
 
 
-async def test_truncation_renders_a_few_times(http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    num, rendered = 0, tokenize._rendered
+class CountedFiles:
+    """A model's files whose template makes one token of each message."""
 
-    async def counted(*given: Any) -> Any:
-        nonlocal num
-        num += 1
-        return await rendered(*given)
+    def __init__(self) -> None:
+        self.num = 0
+        self.template = None
 
-    monkeypatch.setattr(tokenize, "_rendered", counted)
-    turns = [{"role": "user", "content": "dog"}] * 1000
-    await whole(http, {**BODY, "input": turns, "truncation": "auto", "max_output_tokens": 3})
-    assert 2 < num <= 12
+    async def encode_chat(self, messages: list[Any], **_: Any) -> SimpleNamespace:
+        self.num += 1
+        return SimpleNamespace(ids=[0] * len(messages), opened=False, continued=False)
+
+
+async def test_truncation_renders_a_few_times() -> None:
+    request = ResponseRequest.model_validate({"model": "base", "truncation": "auto", "instructions": "Be brief."})
+    items = items_of([{"role": "user", "content": "x"}] * 1000, "0" * 32, {}, 0)
+    call = parse(request, EVERYBODY, Settings(), None, items)
+    base = m.ServedModel("b", "b", "f", "tiny", 300, max_model_len=100, sites=[], created_ms=0)
+    for max_len, num in ((100, 99), (2000, 1001)):
+        files = CountedFiles()
+        target: Any = SimpleNamespace(files=files, payer=lambda _: "", vocab_size=300)
+        resolved = ResolvedCall(call, msgspec.structs.replace(base, max_model_len=max_len), [target])
+        [prompt] = (await tokenize(resolved)).prompts
+        assert prompt.num_tokens == num
+        assert files.num <= 12
 
 
 def test_what_last_events_hold_is_charged() -> None:
