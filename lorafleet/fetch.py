@@ -11,6 +11,7 @@ import httpx2
 
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.quickstart import fetch_quickstart_model
+from protocol.runtime.environment import COMPUTE, HUB_CACHE, child_environment
 from protocol.runtime.model_files import WEIGHT_FILES, gguf_folder, is_gguf, model_folder
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
@@ -66,7 +67,8 @@ def _make_gguf_folder(file: Path) -> None:
     if (folder / "config.json").is_file():
         return
     command = [sys.executable, "-m", "gpu_worker.quantised.gguf_folder", str(file), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = child_environment(*COMPUTE, *HUB_CACHE)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         raise BadRequest(lines[-1] if lines else f"reading {file} ended with code {done.returncode}")
