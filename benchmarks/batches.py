@@ -216,14 +216,16 @@ def measure_many(model: Path, num_lines: int) -> dict[str, Any]:
         gateway, server = (
             psutil.Process(pid) for pid in (services.processes["gateway"].pid, services.queue_pid)
         )  # fmt: skip
-        rss: dict[str, list[float]] = {"gateway": [], "queue": []}
+        rss: dict[str, dict[str, float]] = {"gateway": {}, "queue": {}}
         try:
             asyncio.run(wait_until_ready(queue.url, services, 4))
             batch_id, started = begin(url, lines_of(["fake"], num_lines, 1)), time.monotonic()
-            while look(url, batch_id)["status"] not in ENDED:
-                rss["gateway"].append(gateway.memory_info().rss / 1e6)
-                rss["queue"].append(server.memory_info().rss / 1e6)
-                time.sleep(1.0)
+            while (batch := look(url, batch_id))["status"] not in ENDED:
+                fifth = min(4, batch["request_counts"]["completed"] * 5 // num_lines)
+                until = f"up to {(fifth + 1) * num_lines // 5} lines"
+                for name, process in (("gateway", gateway), ("queue", server)):
+                    rss[name][until] = max(rss[name].get(until, 0.0), process.memory_info().rss / 1e6)
+                time.sleep(0.5)
             finish(url, batch_id)
             seconds = time.monotonic() - started
         finally:
@@ -232,8 +234,7 @@ def measure_many(model: Path, num_lines: int) -> dict[str, Any]:
             for process in services.processes.values():
                 process.wait()
             queue.stop()
-    quarters = {name: [float(np.max(part)) for part in np.array_split(values, 4)] for name, values in rss.items()}
-    return {"lines": num_lines, "lines_per_s": num_lines / seconds, "largest_rss_mb_by_quarter": quarters}
+    return {"lines": num_lines, "lines_per_s": num_lines / seconds, "largest_rss_mb": rss}
 
 
 def main() -> None:
