@@ -199,7 +199,7 @@ def adapter_cache(
     on_cpu = model.device.type == "cpu"
     host_bytes = settings.adapter_host_bytes or min(int(free_bytes(torch.device("cpu")) * 0.1), 2 * GiB)
     weights = PoolWeights(model.sites, model.shared, memory.pool, model.device, memory.extra)
-    packer = Packer(model.sites, served, model.adaptable, pin=not on_cpu)
+    packer = Packer(model.sites, served, model.adaptable)
 
     module_names = [name for name, _ in model.module.named_modules()]
     read_files = fetch_files or _files_only(fetch)

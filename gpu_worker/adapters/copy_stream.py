@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+
+STAGING_BYTES = 16 << 20
+"""Page-locked memory of a worker. torch keeps what it has locked, rounded up to powers of two, so that adapters which
+were locked one by one would take more than they are counted with, and for good."""
+
+_ALIGN_BYTES = 256
+
+
+class Staging:
+    """Copies host tensors to a device through one piece of memory, so that only this needs to be page-locked."""
+
+    def __init__(self, memory: Tensor, wait: Callable[[], object]) -> None:
+        """memory: uint8 [bytes]. wait: returns when all copies that were launched have ended."""
+        self._memory, self._wait = memory, wait
+        self._num_used = 0  # bytes from which copies may still read
+
+    def copy_(self, target: Tensor, source: Tensor) -> None:
+        """Launch the copy of a host tensor to one of the same shape and dtype. Both are contiguous.
+
+        The source may change once this returns. Waits where the memory is full.
+        """
+        to, data = target.view(-1).view(torch.uint8), source.view(-1).view(torch.uint8)
+        done = 0
+        while done < len(data):
+            if self._num_used >= len(self._memory):
+                self._wait()
+                self._num_used = 0
+            part = self._memory[self._num_used : self._num_used + len(data) - done]
+            part.copy_(data[done : done + len(part)])
+            to[done : done + len(part)].copy_(part, non_blocking=True)
+            done += len(part)
+            self._num_used += -(-len(part) // _ALIGN_BYTES) * _ALIGN_BYTES
+
+    def reset(self) -> None:
+        """Note that all copies have ended."""
+        self._num_used = 0
 
 
 class CopyStream:
@@ -14,14 +51,16 @@ class CopyStream:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        memory = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._staging = Staging(memory, self._stream.synchronize)
 
     def allocate_like(self, tensor: Tensor) -> Tensor:
-        """Return an empty tensor of the same shape and dtype on the device.
+        """Return an empty, contiguous tensor of the same shape and dtype on the device.
 
         Its memory comes from the default stream, whose steps will read it. Freed before the copy has ended, it is not
         given out again until then.
         """
-        allocated = torch.empty_like(tensor, device=self._device)
+        allocated = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
         allocated.record_stream(self._stream)
         return allocated
 
@@ -33,6 +72,11 @@ class CopyStream:
         """Return a context in which the calling thread launches on this stream."""
         return torch.cuda.stream(self._stream)
 
+    def copy_(self, target: Tensor, source: Tensor) -> None:
+        """Launch a copy to the device, within `use`; see `Staging.copy_`."""
+        self._staging.copy_(target, source)
+
     def synchronize(self) -> None:
         """Wait until everything launched here has ended."""
         self._stream.synchronize()
+        self._staging.reset()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gpu_worker.adapters.copy_stream import CopyStream
 from gpu_worker.adapters.extras import Extras, map_tensors, tensors_of
@@ -76,29 +77,34 @@ class PoolWeights:
         pages: by group. For a loader thread: returns when all has arrived.
         """
         if self._stream is None:
-            self._copy_rows(adapter, pages)
+            self._copy_rows(adapter, pages, Tensor.copy_)
             return adapter.extras
         # First allocate, then wait: what was just allocated may have been freed while launched steps still read it,
         # as they may read the pages, which were another adapter's.
         extras = map_tensors(adapter.extras, self._stream.allocate_like)
         self._stream.wait_for_steps()
         with self._stream.use():
-            self._copy_rows(adapter, pages)
+            self._copy_rows(adapter, pages, self._stream.copy_)
             for target, source in zip(tensors_of(extras), tensors_of(adapter.extras), strict=True):
-                target.copy_(source, non_blocking=True)
+                self._stream.copy_(target, source.contiguous())
         self._stream.synchronize()
         return extras
 
-    def _copy_rows(self, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> None:
+    def _copy_rows(
+        self, adapter: HostAdapter, pages: Sequence[Sequence[int]], copy: Callable[[Tensor, Tensor], object]
+    ) -> None:
+        """Copy rows to their pages, those of neighbouring pages at once. copy: takes target and source."""
+        runs = [page_runs(group) for group in pages]
         for index, a, b in adapter.rows:
             site = self.lora_sites[index]
-            for i, page in enumerate(pages[site.group]):
-                first, last = i * PAGE_ROWS, min((i + 1) * PAGE_ROWS, len(a))
-                if first >= last:
+            for first, page, num in runs[site.group]:
+                last = min((first + num) * PAGE_ROWS, len(a))
+                if first * PAGE_ROWS >= last:
                     break
-                at = slice(page * PAGE_ROWS, page * PAGE_ROWS + last - first)
-                site.a_rows[at].copy_(a[first:last], non_blocking=True)
-                site.b_rows[at].copy_(b[first:last], non_blocking=True)
+                rows = slice(first * PAGE_ROWS, last)
+                at = slice(page * PAGE_ROWS, page * PAGE_ROWS + last - rows.start)
+                copy(site.a_rows[at], a[rows])
+                copy(site.b_rows[at], b[rows])
 
     def publish(self, slot: int, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> None:
         """Enter an adapter whose rows have arrived into the table. Called between steps. pages: by group."""
@@ -109,6 +115,18 @@ class PoolWeights:
             table.scales[slot] = torch.from_numpy(adapter.scales).to(table.scales.device)
             for group, group_pages in enumerate(pages[: len(GROUPS)]):
                 table.pages[slot, group, : len(group_pages)] = torch.tensor(group_pages, dtype=torch.int32)
+
+
+def page_runs(pages: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return runs of pages that follow one another: (index of the first, the first, how many)."""
+    runs: list[tuple[int, int, int]] = []
+    for index, page in enumerate(pages):
+        if runs and page == runs[-1][1] + runs[-1][2]:
+            first, start, num = runs.pop()
+            runs.append((first, start, num + 1))
+        else:
+            runs.append((index, page, 1))
+    return runs
 
 
 def split_budget(page_bytes: Sequence[int], budget: int) -> list[int]:

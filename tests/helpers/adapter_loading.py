@@ -64,6 +64,9 @@ class RecordedStream(CopyStream):
         self.calls.append("use")
         yield
 
+    def copy_(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
     def synchronize(self) -> None:
         self.calls.append("synchronize")
 

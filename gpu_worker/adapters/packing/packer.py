@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_worker.adapters.extras import Extras, map_tensors, tensors_of
+from gpu_worker.adapters.extras import Extras, tensors_of
 from gpu_worker.adapters.packing.extras_packer import GetTensor, lora_matrices, pack_extras
 from gpu_worker.adapters.packing.rows import MAX_RANK, Rows, RowSite, layout
 from gpu_worker.model.adaptable_modules import AdaptableModules
@@ -57,7 +57,6 @@ class Packer:
     sites: Sequence[SiteInfo]
     served: ServedModel
     adaptable: AdaptableModules
-    pin: bool  # whether tensors lie in page-locked memory, from which a GPU copies while it computes
 
     @cached_property
     def row_sites(self) -> list[RowSite]:
@@ -77,10 +76,8 @@ class Packer:
         return spec, lambda name: _read(file, tensors[name])
 
     def wrap(self, digest: str, packed: Rows) -> HostAdapter:
-        """Return an adapter whose rows are packed already; they stay where they are, unless `pin` moves them."""
+        """Return an adapter whose rows are packed already; they stay where they are."""
         memory = torch.frombuffer(packed.buffer, dtype=torch.uint8)
-        if self.pin:
-            memory = memory.pin_memory()
         typed = {site.dtype: memory.view(site.dtype) for site in self.sites}
         rows: list[tuple[int, Tensor, Tensor]] = []
         for index, begin_a, begin_b, _ in layout(packed.ranks, self.row_sites):
@@ -122,9 +119,6 @@ class Packer:
                 names += part.tensors[0]
                 ranks[site.index], scales[site.index] = part.rank, part.scale
         _check_finite(rows, names, extras)
-        if self.pin:
-            rows = [(index, a.pin_memory(), b.pin_memory()) for index, a, b in rows]
-            extras = map_tensors(extras, Tensor.pin_memory)
         extra_bytes = extras.num_bytes
         num_pages = (*self._row_pages(ranks), -(-extra_bytes // EXTRA_PAGE_BYTES))
         num_bytes = sum(a.nbytes + b.nbytes for _, a, b in rows) + extra_bytes

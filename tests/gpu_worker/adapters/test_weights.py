@@ -8,8 +8,10 @@ import pytest
 import torch
 from helpers.adapter_loading import SITES, RecordedStream, make_adapter
 
+from gpu_worker.adapters.copy_stream import Staging
 from gpu_worker.adapters.extras import Extras, LinearExtras
-from gpu_worker.adapters.weights import PoolWeights, split_budget
+from gpu_worker.adapters.weights import PoolWeights, page_runs, split_budget
+from lora_kernels.ops import PAGE_ROWS
 from protocol.wire.errors import BadRequest
 
 
@@ -19,6 +21,58 @@ def test_a_budget_is_split_by_pages() -> None:
     assert split_budget([100, 0, 0], 1050) == [10, 0, 0]
     with pytest.raises(BadRequest, match="adapter_pool_bytes"):
         split_budget([100, 300, 0], 399)
+
+
+def test_neighbouring_pages_are_one_run() -> None:
+    assert page_runs([]) == []
+    assert page_runs([4, 5, 6, 1, 2, 9]) == [(0, 4, 3), (3, 1, 2), (5, 9, 1)]
+    assert page_runs([3, 2, 1]) == [(0, 3, 1), (1, 2, 1), (2, 1, 1)]
+
+
+@pytest.mark.parametrize("pages", [[0, 1, 2], [2, 0, 1], [2, 1, 0]], ids=str)
+def test_rows_lie_in_the_pages_that_the_pool_gave(pages: list[int]) -> None:
+    weights = PoolWeights(SITES, [], 100_000, "cpu")
+    adapter = make_adapter("a", 40)
+    rows = [(index, torch.rand(a.shape), torch.rand(b.shape)) for index, a, b in adapter.rows]
+    weights.copy(replace(adapter, rows=rows), [pages, pages, pages, []])
+    for index, a, b in rows:
+        site = weights.lora_sites[index]
+        where = torch.cat([torch.arange(page * PAGE_ROWS, (page + 1) * PAGE_ROWS) for page in pages])[:40]
+        assert torch.equal(site.a_rows[where], a)
+        assert torch.equal(site.b_rows[where], b)
+        assert not site.a_rows.sum(-1)[48:].any()
+
+
+@pytest.mark.parametrize("num_bytes", [256, 1000, 1 << 20])
+def test_copies_through_a_small_piece_of_memory_are_whole(num_bytes: int) -> None:
+    num_waits = 0
+    launched: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Late(torch.Tensor):
+        """A device's tensor, to which a copy is made when it is waited for."""
+
+        def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> Late:  # type: ignore[override]
+            assert non_blocking
+            launched.append((self.as_subclass(torch.Tensor), source))
+            return self
+
+    def wait() -> None:
+        nonlocal num_waits
+        num_waits += 1
+        for target, source in launched:
+            target.copy_(source)
+        launched.clear()
+
+    staging = Staging(torch.zeros(num_bytes, dtype=torch.uint8), wait)
+    sources = [torch.rand(7, 33), torch.rand(40).bfloat16(), torch.zeros(0), torch.rand(3, 5, 2), torch.ones(1)]
+    targets = [torch.zeros_like(source) for source in sources]
+    for target, source in zip(targets, sources, strict=True):
+        changed = source.clone()
+        staging.copy_(target.as_subclass(Late), changed)
+        changed.zero_()
+    wait()
+    assert all(torch.equal(target, source) for target, source in zip(targets, sources, strict=True))
+    assert (num_waits > 1) == (num_bytes < sum(source.nbytes for source in sources))
 
 
 def test_a_copy_allocates_then_waits_for_steps_then_writes() -> None:

@@ -25,7 +25,7 @@ def test_numbers_that_are_not_finite_in_the_pools_dtype_are_refused() -> None:
     def pack(largest: float) -> HostAdapter:
         a, b = torch.ones(2, 4), torch.full((6, 2), largest)
         names = ("base_model.model.layers.0.q.lora_A.weight", "base_model.model.layers.0.q.lora_B.weight")
-        packer = Packer(sites, served, AdaptableModules(StepContext()), pin=False)
+        packer = Packer(sites, served, AdaptableModules(StepContext()))
         return packer.pack("d", config, save(dict(zip(names, (a, b), strict=True))))
 
     assert pack(60_000.0).num_pages == (1, 0, 0, 0)

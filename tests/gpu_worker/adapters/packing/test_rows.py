@@ -35,7 +35,7 @@ def packers(dtype: torch.dtype, head: torch.dtype = torch.float32) -> tuple[Pack
         model="m", name="m", fingerprint="", model_type="", vocab_size=10, max_model_len=10,
         sites=[SiteShape(site.name, site.in_features, site.out_features, site.kind) for site in sites],
     )  # fmt: skip
-    packer = Packer(sites, served, AdaptableModules(StepContext()), pin=False)
+    packer = Packer(sites, served, AdaptableModules(StepContext()))
     return packer, RowPacker(packer.row_sites, served)
 
 
