@@ -23,6 +23,7 @@ from gateway.service import GatewayTimings
 from gateway.webhooks.sender import MAX_AGE_MS, MAX_WAITING, SenderPace
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire import messages as m
+from protocol.wire.errors import WorkerLost
 
 PACE = GatewayTimings(
     batches=BatchPace(poll_s=0.05), webhooks=SenderPace(poll_s=0.05, lease_s=1.0, first_retry_s=0.05)
@@ -128,6 +129,33 @@ async def test_ends_of_jobs_arrive_however_they_end(
         done: "job.completed", cancelled: "job.cancelled"
     }  # fmt: skip
     assert all(event["id"] == headers["webhook-id"] for event, (headers, _) in zip(events, receiver.got, strict=True))
+
+
+async def test_ends_of_responses_arrive_in_openai_s_words(
+    openai: AsyncOpenAI, receiver: Receiver, fleet: ScriptedFleet
+) -> None:
+    ends = ("completed", "incomplete", "failed", "cancelled")
+    made = await endpoint(openai, receiver.url, *(f"response.{end}" for end in ends))
+    ids: dict[str, str] = {}
+    await openai.responses.create(model="base", input="hi")  # followed, so its end is not told
+    for end in ends:
+        fleet.script = {
+            "failed": lambda submit, body: Script(error=WorkerLost("three workers died")),
+            "cancelled": lambda submit, body: Script(hold_after=1),
+        }.get(end, lambda submit, body: Script())
+        tokens = 4 if end == "incomplete" else None
+        response = await openai.responses.create(
+            model="base", input="hi", background=True, max_output_tokens=tokens
+        )  # fmt: skip
+        ids[response.id] = f"response.{end}"
+        if end == "cancelled":
+            fleet.go.set()
+            ids[response.id] = f"response.{(await openai.responses.cancel(response.id)).status}"
+        await wait_until(lambda: len(receiver.got) == len(ids), f"that it is {end} has arrived")
+    events = [
+        openai.webhooks.unwrap(body.decode(), headers, secret=made.signing_secret) for headers, body in receiver.got
+    ]
+    assert {event.data.id: event.type for event in events} == ids  # type: ignore[union-attr]
 
 
 async def test_what_is_refused_is_sent_again_with_the_same_id(openai: AsyncOpenAI, receiver: Receiver) -> None:
