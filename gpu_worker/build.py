@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +28,23 @@ from gpu_worker.encoder.model import EncoderModel, prepare_encoder
 from gpu_worker.engine.batcher import MAX_PROMPT_ROWS, BatchLimits
 from gpu_worker.engine.engine import Engine, EngineConfig
 from gpu_worker.memory import CacheBytes, GiB, free_bytes, share_out
-from gpu_worker.model.checkpoint import head_dim_of, read_config, read_headless, read_model, task_of, tokenizer_types
+from gpu_worker.model.checkpoint import (
+    head_dim_of,
+    quantisation_of,
+    read_config,
+    read_headless,
+    read_model,
+    task_of,
+    tokenizer_types,
+)
 from gpu_worker.model.compiled import compile_errors, warm
+from gpu_worker.model.headless import has_no_lm_head
 from gpu_worker.model.labels import activation_of, folder_activation, pair_activation_of
 from gpu_worker.model.model import BaseModel, choose_device, choose_dtype
 from gpu_worker.model.pooling import read_pooling
 from gpu_worker.model.prepare import load_model
+from gpu_worker.quantised.index import is_quantised_folder
+from gpu_worker.quantised.quantise import quantised_folder
 from gpu_worker.service.engine_thread import EngineThread
 from lora_kernels import ops
 from peft_adapters.recipe import merge_of
@@ -77,6 +89,8 @@ def load_engine(
         torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.workers))
     impl: ops.Impl | None = "reference" if settings.kernels == "reference" else None
     folder = model_folder(settings.model, WEIGHT_FILES)
+    if settings.quantization != "none":
+        folder = _quantise(folder, device, settings)
     dtype = choose_dtype(settings.dtype, device)
     headless = settings.task == "score"
     task = "score" if headless else task_of(read_config(folder))
@@ -108,6 +122,20 @@ def load_engine(
         engine.adapters.pool.total_bytes / (1 << 20), time.monotonic() - started,
     )  # fmt: skip
     return EngineThread(engine), served
+
+
+def _quantise(folder: Path, device: torch.device, settings: Settings) -> Path:
+    """Return the folder of a model as `settings.quantization` wants it. Raises BadRequest where that isn't served."""
+    config, given = read_config(folder), f"quantization is {settings.quantization}"
+    assert settings.quantization != "none"
+    if device.type != "cpu":
+        raise BadRequest(f"{given}, which is served on a CPU only; the device is {device.type}")
+    if is_quantised_folder(folder) or quantisation_of(config):
+        raise BadRequest(f"{given}, but the weights in {folder} are quantised already")
+    name = next(iter(getattr(config, "architectures", None) or ()), "")
+    if settings.task == "score" or task_of(config) != "generate" or has_no_lm_head(name):
+        raise BadRequest(f"{given}, which is served for causal LMs only; this is {name or config.model_type}")
+    return quantised_folder(folder, config, settings.quantization)
 
 
 def build_engine(

@@ -262,6 +262,10 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="device of the workers; auto: a GPU if there is one"
     )
+    quantization: Literal["none", "int8", "int4"] = Field(
+        default="none",
+        description="on a CPU: quantise the base's linear layers to 8 or 4 bits once, in the cache, and serve these",
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto",
         description="type of weights and activations; auto: bfloat16 if the hardware multiplies it, else float32",

@@ -1,0 +1,117 @@
+"""Quantises a Hub folder once, and keeps the result: a folder of blocks that later starts map.
+
+int8 is Q8_0, int4 is Q4_0 with the head in Q8_0, both by rounding to the nearest. Linear layers are quantised whose
+inputs are whole blocks; all else stays as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from gpu_worker.quantised.index import ALIGNMENT, DTYPES, FORMAT, Entry, Index, write_index
+from gpu_worker.quantised.modules import parameters_on_meta
+from lora_kernels.quantised import block_inputs, quantise
+from protocol.runtime.model_files import TOKENIZER_FILES, cache_folder
+from protocol.wire.errors import BadRequest
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "weights.bin"
+MAX_KEPT = 4
+"""Folders kept, least recently used first to go: each is as large as its weights."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def quantised_folder(folder: Path, config: PreTrainedConfig, quantization: Literal["int8", "int4"]) -> Path:
+    """Return the folder of a model's weights in blocks, made if it isn't there, whole or not at all.
+
+    Raises BadRequest for a model that isn't a plain causal LM in safetensors.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise BadRequest(f"quantization is {quantization}, but {folder} has no safetensors to quantise")
+    root = cache_folder() / "quantised"
+    made = root / _key(folder, files, quantization)
+    if (made / "config.json").is_file():
+        made.touch()
+        return made
+    started = time.monotonic()
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as scratch:
+        new = Path(scratch) / "made"
+        new.mkdir()
+        for pattern in TOKENIZER_FILES:
+            for path in folder.glob(pattern):
+                if path.is_file() and not path.name.endswith(".safetensors.index.json"):
+                    shutil.copyfile(path, new / path.name)
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config)
+        with (new / WEIGHTS).open("wb") as out:
+            entries = _write_weights(out, model, files, quantization)
+        write_index(new, Index(WEIGHTS, entries))
+        shutil.rmtree(made, ignore_errors=True)
+        new.rename(made)
+    logger.info("%s quantised to %s in %.1f s", folder, quantization, time.monotonic() - started)
+    for old in sorted(root.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)[MAX_KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)  # who has mapped it keeps it
+    return made
+
+
+def _key(folder: Path, files: list[Path], quantization: str) -> str:
+    """Return the name of what is made of a folder: of its files, their sizes and times, and how they are quantised.
+
+    A file of the Hub's cache is a link to one that is named by its content.
+    """
+    stamps = [
+        (path.resolve(), path.stat().st_size, path.stat().st_mtime_ns) for path in [*files, folder / "config.json"]
+    ]
+    return hashlib.sha256(repr((FORMAT, quantization, [(str(p), *rest) for p, *rest in stamps])).encode()).hexdigest()[
+        :24
+    ]
+
+
+def _write_weights(out: BinaryIO, model: PreTrainedModel, files: list[Path], quantization: str) -> dict[str, Entry]:
+    """Write all tensors of a model. Returns where they lie. Raises BadRequest where the files lack one."""
+    where: dict[str, Any] = {}
+    for path in files:
+        opened: Any = safe_open(path, framework="pt")
+        where |= dict.fromkeys(opened.keys(), opened)
+    head: Any = model.get_output_embeddings()
+    linears = {f"{name}.weight": module for name, module in model.named_modules() if type(module) is nn.Linear}
+    embedding = model.get_input_embeddings()
+    embedded = next(f"{name}.weight" for name, module in model.named_modules() if module is embedding)
+    entries: dict[str, Entry] = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        linear = linears.get(name)
+        source = embedded if linear is not None and linear is head and name not in where else name
+        if source not in where:
+            raise BadRequest(f"quantization is {quantization}, but the weights lack {source} under transformers' name")
+        weight: Tensor = where[source].get_tensor(source)
+        if linear is None or weight.shape[1] % block_inputs("q8_0"):
+            if weight.dtype not in _NAMES:
+                raise BadRequest(f"quantization is {quantization}, but {source} is of {weight.dtype}")
+            entries[name] = _append(out, _NAMES[weight.dtype], weight.contiguous(), tuple(weight.shape))
+            continue
+        made = quantise(weight, "q8_0" if quantization == "int8" or linear is head else "q4_0")
+        entries[name] = _append(out, made.kind, made.rows, tuple(weight.shape))
+    return entries
+
+
+def _append(out: BinaryIO, kind: Any, tensor: Tensor, shape: tuple[int, ...]) -> Entry:
+    offset = -(-out.tell() // ALIGNMENT) * ALIGNMENT
+    out.seek(offset)
+    flat = tensor.reshape(-1)
+    flat.view(torch.uint8).numpy().tofile(out)
+    return Entry(kind, shape, offset)

@@ -1,0 +1,96 @@
+"""`quantization`: a folder that is quantised once, beside transformers with the same weights dequantised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from oracle.peft_oracle import ATTENTION, MLP, Lora, Oracle, ask, greedy_request, prompts, random_llama
+from transformers import LlamaForCausalLM
+
+from gpu_worker.build import build_engine, load_engine
+from gpu_worker.model.checkpoint import read_config, read_model
+from gpu_worker.model.prepare import prepare_model
+from gpu_worker.quantised.quantise import MAX_KEPT, quantised_folder
+from lora_kernels import cpu
+from lora_kernels.quantised import quantise
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest
+
+NUM_TOKENS = 12
+LORAS = {"few": Lora(4, ("q_proj", "down_proj")), "all": Lora(7, (*ATTENTION, *MLP))}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    cpu.load()  # the native kernels lie in the same cache, and are not to be built for each test
+    monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "quantised"
+
+
+def base(folder: Path, **fields: Any) -> LlamaForCausalLM:
+    """Write a tiny model whose width is no multiple of a block for one layer."""
+    model = random_llama(
+        std=0.1, vocab_size=160, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, **fields,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    return model
+
+
+def dequantised(model: LlamaForCausalLM, quantization: str) -> LlamaForCausalLM:
+    model.tie_weights()
+    head = model.lm_head
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # the embedding stays as it is
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.in_features % 32 == 0:
+            kind = "q8_0" if quantization == "int8" or module is head else "q4_0"
+            module.weight = torch.nn.Parameter(quantise(module.weight.detach(), kind).dequantise())
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_tokens_are_those_of_the_dequantised_weights(
+    quantization: Literal["int8", "int4"], tied: bool, tmp_path: Path, cache: Path
+) -> None:
+    folder = tmp_path / "base"
+    oracle = Oracle(dequantised(base(folder, tie_word_embeddings=tied), quantization), LORAS, scale=0.4)
+    made = quantised_folder(folder, read_config(folder), quantization)
+    written = (made / "weights.bin").stat().st_mtime_ns
+    assert quantised_folder(folder, read_config(folder), quantization) == made
+    assert (made / "weights.bin").stat().st_mtime_ns == written, "made once"
+    assert [*cache.iterdir()] == [made]
+    model = prepare_model(read_model(made, torch.device("cpu"), torch.float32), frozenset(), None)
+    engine, _ = build_engine(
+        model, Settings(model="m", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20), oracle.fetch
+    )
+    asked = [(name, prompt) for prompt in prompts(3, 160) for name in oracle.names]
+    got = ask(engine, [greedy_request(str(i), name, prompt, NUM_TOKENS) for i, (name, prompt) in enumerate(asked)])
+    for i, (name, prompt) in enumerate(asked):
+        assert got.ids[str(i)] == oracle.greedy(name, prompt, NUM_TOKENS)
+    assert len({tuple(got.ids[str(i)]) for i in range(3)}) == 3, "adapters change the answer"
+
+
+def test_changed_weights_are_quantised_anew_and_few_are_kept(tmp_path: Path, cache: Path) -> None:
+    made: list[Path] = []
+    for i in range(MAX_KEPT + 2):
+        folder = tmp_path / str(i % 2)
+        base(folder)
+        made.append(quantised_folder(folder, read_config(folder), "int8"))
+    assert len(set(made)) == len(made)
+    assert {*cache.iterdir()} == {*made[-MAX_KEPT:]}
+
+
+def test_what_cannot_be_quantised_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    base(folder)
+    settings = Settings(model=str(folder), device="cpu", quantization="int4")
+    made = quantised_folder(folder, read_config(folder), "int4")
+    with pytest.raises(BadRequest, match=r"quantization is int4, but the weights in .* are quantised already"):
+        load_engine(settings.model_copy(update={"model": str(made)}), lambda _: pytest.fail("no adapter is asked for"))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(BadRequest, match=r"quantization is int4, but .* has no safetensors"):
+        load_engine(settings, lambda _: pytest.fail("no adapter is asked for"))
