@@ -37,7 +37,6 @@ SHAPE = Qwen3_5TextConfig(
     max_position_embeddings=32_768,
     tie_word_embeddings=True,
     rope_parameters={"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
-    mtp_num_hidden_layers=1,  # llama.cpp's converters ask for it; the layer itself is not written
 )  # fmt: skip
 """Qwen3.5-0.8B's text model as its makers publish it: 18 layers with a gated delta rule, 6 with attention."""
 
@@ -52,6 +51,7 @@ def make_model(folder: Path) -> None:
     finally:
         torch.set_default_dtype(before)
     model.generation_config.eos_token_id = None
+    model.config.update({"mtp_num_hidden_layers": 1})  # llama.cpp's converters ask for it; it is not written
     model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         source = quickstart_model() / name

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
 @contextmanager
-def importing() -> Iterator[None]:
+def importing() -> Generator[None]:
     """Do not look for garbage within the block, which imports modules.
 
     Imported modules stay for ever, and looking through their objects takes a fifth of the time that torch and
