@@ -90,11 +90,14 @@ def test_siblings_of_several_kinds(impl: Impl) -> None:
 
 
 def test_a_row_is_the_same_beside_others(native: Impl) -> None:
-    weight = random_weight("q4_1", 96, 640)
-    for dtype in (torch.float32, BF16):
-        x = randn(150, 640, dtype=dtype)
-        alone = torch.cat([product(row, [weight], native) for row in x.split(1)])
-        assert_close(product(x, [weight], native), alone)
+    """Whatever is beside it, a row's product has the same bits: neither batch nor worker changes a token."""
+    for kind, width in (("q4_1", 640), ("q8_0", 32 * 7), ("q6_k", 512)):
+        weight = random_weight(kind, 96, width)
+        for dtype in (torch.float32, BF16):
+            x = randn(150, width, dtype=dtype)
+            alone = torch.cat([product(row, [weight], native) for row in x.split(1)])
+            for num in (2, 3, 7, 13, 15, 150):
+                assert torch.equal(product(x[:num], [weight], native), alone[:num]), (kind, dtype, num)
 
 
 def test_strided_rows_and_none(impl: Impl) -> None:

@@ -150,47 +150,67 @@ inline void float_tile(const float* x, int64_t x_stride, int64_t inputs, const f
 }
 constexpr int kFloatRows = kLanes == 16 ? 12 : 2;
 
-// sums[i] += each group's integer products, scaled. x_sums: of each row's groups of 32 inputs, where there are addends.
-// Few rows have several sums for each column at once: one would wait for itself.
-template <int Rows>
-inline void integer_tile(const uint16_t* x, int64_t x_stride, const float* x_sums, int64_t x_sums_stride,
-                         int64_t inputs, int group, bool has_addends, const Widened& w, float* sums) {
-  constexpr int kSets = Rows <= 2 ? 4 : Rows <= 6 ? 2 : 1;
-  const auto* codes = static_cast<const uint16_t*>(w.codes);
-  const int pairs = group / 2;
-  for (int64_t g = 0; g < inputs / group; ++g) {
-    Vec acc[kSets][Rows][kPanelVecs];
-    for (int s = 0; s < kSets; ++s)
-      for (int i = 0; i < Rows; ++i)
-        for (int v = 0; v < kPanelVecs; ++v) acc[s][i][v] = zero();
-    for (int p = 0; p < pairs; p += kSets) {
+// What integer products of a tile of rows read, but for the rows' number.
+struct IntegerTile {
+  const uint16_t* x;
+  int64_t x_stride;
+  const float* x_sums;  // of each row's groups of 32 inputs, where there are addends
+  int64_t x_sums_stride;
+  int group;
+  bool has_addends;
+  Widened widened;
+  float* sums;
+};
+
+// sums[i] += the integer products of groups [g, g + Groups), each scaled. Groups are added one after the other, and the
+// products within one too, so that a row's sum depends neither on Groups nor on the rows beside it.
+template <int Rows, int Groups>
+inline void integer_groups(const IntegerTile& t, int64_t g) {
+  const auto* codes = static_cast<const uint16_t*>(t.widened.codes);
+  const int pairs = t.group / 2;
+  Vec acc[Groups][Rows][kPanelVecs];
+  for (int s = 0; s < Groups; ++s)
+    for (int i = 0; i < Rows; ++i)
+      for (int v = 0; v < kPanelVecs; ++v) acc[s][i][v] = zero();
+  for (int p = 0; p < pairs; ++p) {
 #pragma GCC unroll 4
-      for (int s = 0; s < kSets; ++s) {
-        Pairs codes_v[kPanelVecs];
-        for (int v = 0; v < kPanelVecs; ++v)
-          codes_v[v] = load_pairs(codes + ((g * pairs + p + s) * kPanelVecs + v) * 2 * kLanes);
+    for (int s = 0; s < Groups; ++s) {
+      Pairs codes_v[kPanelVecs];
+      for (int v = 0; v < kPanelVecs; ++v)
+        codes_v[v] = load_pairs(codes + (((g + s) * pairs + p) * kPanelVecs + v) * 2 * kLanes);
 #pragma GCC unroll 16
-        for (int i = 0; i < Rows; ++i) {
-          int pair;
-          __builtin_memcpy(&pair, x + i * x_stride + g * group + (p + s) * 2, 4);
-          const Pairs xv = set1_pair(pair);
-#pragma GCC unroll 4
-          for (int v = 0; v < kPanelVecs; ++v) acc[s][i][v] = dot_pairs(acc[s][i][v], codes_v[v], xv);
-        }
-      }
-    }
-    for (int v = 0; v < kPanelVecs; ++v) {
-      const Vec scale = load(w.scales + g * kPanel + v * kLanes);
-      const Vec addend = has_addends ? load(w.addends + g * kPanel + v * kLanes) : zero();
       for (int i = 0; i < Rows; ++i) {
-        Vec all = acc[0][i][v];
-        for (int s = 1; s < kSets; ++s) all = add(all, acc[s][i][v]);
-        Vec total = fma(scale, all, load(sums + i * kPanel + v * kLanes));
-        if (has_addends) total = fma(addend, set1(x_sums[i * x_sums_stride + g]), total);
-        store(sums + i * kPanel + v * kLanes, total);
+        int pair;
+        __builtin_memcpy(&pair, t.x + i * t.x_stride + (g + s) * t.group + p * 2, 4);
+        const Pairs xv = set1_pair(pair);
+#pragma GCC unroll 4
+        for (int v = 0; v < kPanelVecs; ++v) acc[s][i][v] = dot_pairs(acc[s][i][v], codes_v[v], xv);
       }
     }
   }
+  for (int i = 0; i < Rows; ++i) {
+    for (int v = 0; v < kPanelVecs; ++v) {
+      Vec total = load(t.sums + i * kPanel + v * kLanes);
+      for (int s = 0; s < Groups; ++s) {
+        const int64_t at = (g + s) * kPanel + v * kLanes;
+        total = fma(load(t.widened.scales + at), acc[s][i][v], total);
+        if (t.has_addends)
+          total = fma(load(t.widened.addends + at), set1(t.x_sums[i * t.x_sums_stride + g + s]), total);
+      }
+      store(t.sums + i * kPanel + v * kLanes, total);
+    }
+  }
+}
+
+// sums[i] += the integer products of `inputs` inputs. Few rows compute several groups at once: a sum would wait for
+// itself.
+template <int Rows>
+inline void integer_tile(const IntegerTile& t, int64_t inputs) {
+  constexpr int kGroups = Rows <= 2 ? 4 : Rows <= 6 ? 2 : 1;
+  const int64_t groups = inputs / t.group;
+  int64_t g = 0;
+  for (; g + kGroups <= groups; g += kGroups) integer_groups<Rows, kGroups>(t, g);
+  for (; g < groups; ++g) integer_groups<Rows, 1>(t, g);
 }
 constexpr int kIntegerRows = kBf16Products ? 14 : 1;  // 28 accumulators, 2 vectors of codes, 1 of inputs
 
@@ -225,8 +245,9 @@ inline void quant_panel(const QuantArgs& args, const QuantPart& part, const uint
         const auto* x = static_cast<const uint16_t*>(args.x.data) + at * args.x.stride + first;
         const float* x_sums = args.x_sums ? args.x_sums + at * (args.in_features / 32) + first / 32 : nullptr;
         with_size<kIntegerRows>(num, [&]<int Rows>() {
-          integer_tile<Rows>(x, args.x.stride, x_sums, args.in_features / 32, inputs, form.group, form.min, widened,
-                             sums + begin * kPanel);
+          const IntegerTile t = {x, args.x.stride, x_sums, args.in_features / 32, form.group, form.min, widened,
+                                 sums + begin * kPanel};
+          integer_tile<Rows>(t, inputs);
         });
       } else {
         with_size<kFloatRows>(num, [&]<int Rows>() {
