@@ -38,14 +38,14 @@ from gpu_worker.model.checkpoint import (
     tokenizer_types,
 )
 from gpu_worker.model.compiled import compile_errors, warm
-from gpu_worker.model.headless import has_no_lm_head
-from gpu_worker.model.labels import activation_of, folder_activation, pair_activation_of
 from gpu_worker.model.model import BaseModel, choose_device, choose_dtype
-from gpu_worker.model.pooling import read_pooling
 from gpu_worker.model.prepare import load_model
 from gpu_worker.quantised.index import is_quantised_folder
 from gpu_worker.quantised.quantise import quantised_folder
 from gpu_worker.service.engine_thread import EngineThread
+from gpu_worker.tasks.headless import has_no_lm_head
+from gpu_worker.tasks.labels import activation_of, folder_activation, pair_activation_of
+from gpu_worker.tasks.pooling import read_pooling
 from lora_kernels import ops
 from peft_adapters.recipe import merge_of
 from peft_adapters.texts.files import TOKENIZER

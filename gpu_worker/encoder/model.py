@@ -24,12 +24,12 @@ from gpu_worker.memory import send
 from gpu_worker.model.adaptable_modules import AdaptableModules, find_adaptable_modules
 from gpu_worker.model.attention import ATTENTION, AttentionCall, StepContext, bind
 from gpu_worker.model.checkpoint import refusal, refuse_what_cannot_run, takes_positions
-from gpu_worker.model.labels import labels_of
 from gpu_worker.model.logits_check import CHECK_LIMITS, spread_of
 from gpu_worker.model.lora import SharedInput, SiteInfo, install_sites, linear_shape
 from gpu_worker.model.model import fingerprint_of
-from gpu_worker.model.pooling import Pooling
 from gpu_worker.model.trial import NUM_HEAD_ROWS, NUM_TOKENS, Trial, WatchedPass, run_encoder_trial, watch_passes
+from gpu_worker.tasks.labels import labels_of
+from gpu_worker.tasks.pooling import Pooling
 from lora_kernels import ops
 from protocol.wire.messages import Task
 

@@ -11,9 +11,9 @@ from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.speculation import Drafter
 from gpu_worker.engine.stop import StopRules
 from gpu_worker.model.model import BaseModel
-from gpu_worker.model.pooling import TextPool
 from gpu_worker.sampling.grammars import Grammars
 from gpu_worker.sampling.logprobs import PromptLogprobs
+from gpu_worker.tasks.pooling import TextPool
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Task
 from protocol.wire.tokens import TokenTable

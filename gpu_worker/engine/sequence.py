@@ -10,10 +10,10 @@ from gpu_worker.engine.blocks import chain_hash, chain_seed
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.engine.speculation import Drafter
 from gpu_worker.engine.stop import StopRules
-from gpu_worker.model.pooling import TextPool
 from gpu_worker.sampling.adjustment import Adjustment
 from gpu_worker.sampling.grammars import Matcher
 from gpu_worker.sampling.logprobs import PromptLogprobs
+from gpu_worker.tasks.pooling import TextPool
 from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire.errors import LorafleetError
 

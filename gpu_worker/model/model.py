@@ -19,8 +19,8 @@ from gpu_worker.model.attention import PagedLayer, StepContext
 from gpu_worker.model.logits_check import LogitsCheck, spread_of
 from gpu_worker.model.lora import SharedInput, SiteInfo
 from gpu_worker.model.mixers import MixerStates, Run, StateBatch, running
-from gpu_worker.model.tasks import ModelTasks, decoder_of, hidden_states
 from gpu_worker.one_by_one.passes import Passes
+from gpu_worker.tasks.model_tasks import ModelTasks, decoder_of, hidden_states
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest
 

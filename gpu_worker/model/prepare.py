@@ -21,16 +21,16 @@ from gpu_worker.model.adaptable_modules import AdaptableModules, find_adaptable_
 from gpu_worker.model.attention import ATTENTION, AttentionCall, StepContext, make_layers, unbind
 from gpu_worker.model.checkpoint import read_eos_ids, refusal, refuse_what_cannot_run, takes_positions
 from gpu_worker.model.compiled import install_compiled
-from gpu_worker.model.headless import read_decoder
 from gpu_worker.model.lightning import install_lightning
 from gpu_worker.model.logits_check import ask_untouched
 from gpu_worker.model.lora import install_sites
 from gpu_worker.model.mixers import MixerStates
 from gpu_worker.model.model import BaseModel, fingerprint_of
 from gpu_worker.model.shortcuts import install_shortcuts
-from gpu_worker.model.tasks import ModelTasks, decoder_of, head_name_of, hidden_states
 from gpu_worker.model.trial import Trial, run_trial
 from gpu_worker.one_by_one.trial import find_passes, watch
+from gpu_worker.tasks.headless import read_decoder
+from gpu_worker.tasks.model_tasks import ModelTasks, decoder_of, head_name_of, hidden_states
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest
 

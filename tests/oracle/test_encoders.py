@@ -25,7 +25,7 @@ from gpu_worker.encoder.engine import EncoderEngine
 from gpu_worker.encoder.model import prepare_encoder
 from gpu_worker.engine.batcher import MAX_SKIPS
 from gpu_worker.engine.request import EngineRequest, TokenOutput
-from gpu_worker.model.pooling import Pooling
+from gpu_worker.tasks.pooling import Pooling
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Sampling, Task

@@ -30,9 +30,9 @@ from transformers import PreTrainedModel
 
 from gpu_worker.engine.runner import StepInputs
 from gpu_worker.engine.step_plan import StepPlan
-from gpu_worker.model.headless import read_decoder
 from gpu_worker.model.model import choose_device
-from gpu_worker.model.pooling import Pooling, TextPool
+from gpu_worker.tasks.headless import read_decoder
+from gpu_worker.tasks.pooling import Pooling, TextPool
 from protocol.wire.errors import BadRequest
 
 PADDING_ID = 7

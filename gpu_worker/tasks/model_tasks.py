@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from gpu_worker.model.pooling import MODULES, Pooling, module_kinds, module_settings, read_pooling
+from gpu_worker.tasks.pooling import MODULES, Pooling, module_kinds, module_settings, read_pooling
 from peft_adapters.texts.files import TOKENIZER
 from peft_adapters.texts.tokenizer_json import token_table
 from protocol.wire.errors import BadRequest

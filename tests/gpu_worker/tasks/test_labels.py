@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import BertConfig
 
-from gpu_worker.model.labels import SETTINGS, activation_of, folder_activation, labels_of, pair_activation_of
+from gpu_worker.tasks.labels import SETTINGS, activation_of, folder_activation, labels_of, pair_activation_of
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import MAX_LABELS
 

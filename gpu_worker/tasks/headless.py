@@ -15,8 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from gpu_worker.model.checkpoint import read_config, read_model, refusal
-from gpu_worker.model.pooling import MODULES
-from gpu_worker.model.tasks import (
+from gpu_worker.tasks.model_tasks import (
     ModelTasks,
     decoder_of,
     head_in,
@@ -24,6 +23,7 @@ from gpu_worker.model.tasks import (
     read_decoder_pooling,
     read_score_tokens,
 )
+from gpu_worker.tasks.pooling import MODULES
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import MAX_LABELS
 

@@ -1,0 +1,1 @@
+"""What a model is for besides text: embeddings, labels, scores."""
