@@ -91,7 +91,8 @@ def test_siblings_of_several_kinds(impl: Impl) -> None:
 
 def test_a_row_is_the_same_beside_others(native: Impl) -> None:
     """Whatever is beside it, a row's product has the same bits: neither batch nor worker changes a token."""
-    for kind, width in (("q4_1", 640), ("q8_0", 32 * 7), ("q6_k", 512)):
+    cases: list[tuple[Kind, int]] = [("q4_1", 640), ("q8_0", 32 * 7), ("q6_k", 512)]
+    for kind, width in cases:
         weight = random_weight(kind, 96, width)
         for dtype in (torch.float32, BF16):
             x = randn(150, width, dtype=dtype)
