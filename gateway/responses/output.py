@@ -42,7 +42,7 @@ class Output:
     def __init__(self, call: str, rid: str, form: AnswerForm | None, tokens: TokenTable, options: Options) -> None:
         """call: the id of the response, without its prefix. rid: of its request. form: None for nothing but text."""
         self.items: list[Item] = []
-        """Those that have ended, and the one that may still gain."""
+        """The items so far; text may still be added to the last one."""
         self.num_reasoning_tokens = 0
         self._call = call
         self._rid = rid
@@ -50,7 +50,7 @@ class Output:
         self._tokens = tokens
         self._options = options
         self._splitter = form.splitter() if form is not None else None
-        self._open = ""  # the type of the item that may still gain
+        self._open = ""  # the type of the item to which text may still be added
         self._texts: list[str] = []  # of that item
         self._logprobs: list[bytes] = []  # of that item's tokens, as JSON
         self._waiting: list[bytes] = []  # those of tokens whose text has not come

@@ -89,7 +89,7 @@ class ResponseWriter:
         self.after = -1 if call.parsed.options.stream else SILENT
         """Events up to this number are not written."""
         self.number = 0
-        """Of the next event."""
+        """The sequence number of the next event."""
         self._background = call.parsed.options.background
         self._head = {"id": ID_PREFIX + call.id, "object": "response", "created_at": call.created_ms // 1000}
         self._shown = call.parsed.shown

@@ -43,6 +43,20 @@ async def fleet(bus: Bus, tokenizer: Tokenizer) -> AsyncIterator[ScriptedFleet]:
 
 
 @pytest_asyncio.fixture
+async def qwen(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of a gateway whose model reasons, and calls tools in Hermes' way."""
+    folder = make_model_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text((Path(__file__).parent / "templates" / "qwen.jinja").read_text())
+    fleet.max_model_len = 1024
+    await fleet.register()
+    async with (
+        running_gateway(bus, folder) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+    ):
+        yield http
+
+
+@pytest_asyncio.fixture
 async def gateway(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncIterator[RunningGateway]:
     async with running_gateway(bus, model_folder) as running:
         yield running

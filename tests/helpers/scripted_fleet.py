@@ -101,6 +101,11 @@ class ScriptedFleet:
     host: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)  # of the base model, besides what every test wants
 
+    def prompt(self, index: int = -1) -> str:
+        """Return the prompt of a request that was seen, special tokens included."""
+        ids = memoryview(self.seen[index][1].prompt).cast("i").tolist()
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
     async def register(self, *, worker: bool = True) -> None:
         """Publish the base model and one worker's beat."""
         base = m.ServedModel(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import orjson
 import pytest
-import pytest_asyncio
 from helpers.anthropic_events import Event, built, events_of, held_to
 from helpers.scripted_fleet import MAX_MODEL_LEN, Script, ScriptedFleet, make_model_folder, running_gateway
 from hypothesis import given, settings
@@ -27,7 +25,6 @@ from protocol.wire import messages as m
 from protocol.wire.errors import Internal, WorkerLost
 
 TEXT = Script().text
-QWEN = (Path(__file__).parents[1] / "templates" / "qwen.jinja").read_text()
 PATH = "/v1/messages"
 BODY: dict[str, Any] = {"model": "base", "max_tokens": 100, "messages": [{"role": "user", "content": "hi"}]}
 TOOL = {
@@ -59,25 +56,6 @@ async def both(http: httpx2.AsyncClient, body: dict[str, Any]) -> dict[str, Any]
     assert one.pop("id") != other.pop("id")
     assert one == other
     return one
-
-
-def prompt_of(fleet: ScriptedFleet, index: int = -1) -> str:
-    ids = list(memoryview(fleet.seen[index][1].prompt).cast("i"))
-    return fleet.tokenizer.decode(ids, skip_special_tokens=False)
-
-
-@pytest_asyncio.fixture
-async def qwen(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of a gateway whose model reasons, and calls tools in Hermes' way."""
-    folder = make_model_folder(tmp_path / "model")
-    (folder / "chat_template.jinja").write_text(QWEN)
-    fleet.max_model_len = 1024
-    await fleet.register()
-    async with (
-        running_gateway(bus, folder) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
-        yield http
 
 
 # ---------------------------------------------------------------- answers
@@ -171,14 +149,14 @@ async def test_messages_of_one_role_are_one_turn(http: httpx2.AsyncClient, fleet
     parts = [{"type": "text", "text": "two"}, {"type": "text", "text": "three"}]
     messages = [{"role": "user", "content": "one"}, {"role": "user", "content": parts}]
     await whole(http, {**BODY, "messages": messages})
-    assert prompt_of(fleet) == "<|im_start|>user\none\ntwo\nthree<|im_end|>\n<|im_start|>assistant\n"
+    assert fleet.prompt() == "<|im_start|>user\none\ntwo\nthree<|im_end|>\n<|im_start|>assistant\n"
 
 
 async def test_a_last_message_of_the_assistant_goes_on(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     await both(http, {**BODY, "messages": [*BODY["messages"], {"role": "assistant", "content": "Well,"}]})
-    assert prompt_of(fleet).endswith("<|im_start|>assistant\nWell,")
+    assert fleet.prompt().endswith("<|im_start|>assistant\nWell,")
     await whole(http, {**BODY, "messages": [*BODY["messages"], {"role": "assistant", "content": ""}]})
-    assert prompt_of(fleet).endswith("<|im_start|>assistant\n")
+    assert fleet.prompt().endswith("<|im_start|>assistant\n")
 
 
 async def test_calls_and_their_results_reach_the_template(qwen: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
@@ -212,8 +190,8 @@ async def test_calls_and_their_results_reach_the_template(qwen: httpx2.AsyncClie
     function = {"name": "add", "parameters": TOOL["input_schema"], "description": "adds"}
     body = {"model": "base", "messages": openai, "tools": [{"type": "function", "function": function}]}
     assert (await qwen.post("/v1/chat/completions", json=body)).status_code == 200
-    assert prompt_of(fleet, 0) == prompt_of(fleet, 1)
-    assert "Error: no p" in prompt_of(fleet)
+    assert fleet.prompt(0) == fleet.prompt(1)
+    assert "Error: no p" in fleet.prompt()
 
 
 async def test_count_tokens_is_what_an_answer_counts(qwen: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
@@ -258,7 +236,7 @@ async def test_tool_choices_become_grammars(
     grammar = fleet.seen[0][1].grammar
     if not num:
         assert grammar == ""
-        assert "<tools>" not in prompt_of(fleet)
+        assert "<tools>" not in fleet.prompt()
         return
     lark = json.dumps(json.loads(grammar)["grammars"])
     assert sum(f'name\\\\\\": \\\\\\"{name}' in lark for name in ("add", "sub")) == num
@@ -295,7 +273,7 @@ async def test_templates_are_told_whether_to_reason(bus: Bus, fleet: ScriptedFle
             ({"chat_template_kwargs": {"own": 5, "thinking": 3}}, "False 3 False False 5"),
         ):
             await whole(http, {**BODY, "max_tokens": 2000, **given})
-            assert prompt_of(fleet) == f"<think></think>{told}hi"
+            assert fleet.prompt() == f"<think></think>{told}hi"
 
 
 async def test_a_budget_of_thinking_is_enforced(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import msgspec
-import pytest_asyncio
 from helpers.response_events import Event, built, events_of, held_to
-from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 
 from gateway.adapters.resolver import Target
@@ -29,7 +27,6 @@ from protocol.wire import messages as m
 from protocol.wire.errors import WorkerLost
 
 TEXT = Script().text
-QWEN = (Path(__file__).parents[1] / "templates" / "qwen.jinja").read_text()
 PATH = "/v1/responses"
 BODY: dict[str, Any] = {"model": "base", "input": "hi", "max_output_tokens": 100}
 TOOL = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {"p": {"type": "string"}}}}
@@ -69,25 +66,6 @@ def same(response: dict[str, Any]) -> dict[str, Any]:
     items = [{key: item[key] for key in item if key not in ("id", "call_id")} for item in response["output"]]
     rest = {key: value for key, value in response.items() if key not in ("id", "created_at", "completed_at")}
     return {**rest, "output": items}
-
-
-def prompt_of(fleet: ScriptedFleet, index: int = -1) -> str:
-    ids = list(memoryview(fleet.seen[index][1].prompt).cast("i"))
-    return fleet.tokenizer.decode(ids, skip_special_tokens=False)
-
-
-@pytest_asyncio.fixture
-async def qwen(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of a gateway whose model reasons, and calls tools in Hermes' way."""
-    folder = make_model_folder(tmp_path / "model")
-    (folder / "chat_template.jinja").write_text(QWEN)
-    fleet.max_model_len = 1024
-    await fleet.register()
-    async with (
-        running_gateway(bus, folder) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
-        yield http
 
 
 # ---------------------------------------------------------------- answers
@@ -189,13 +167,13 @@ async def test_what_is_not_stored_is_not_found(http: httpx2.AsyncClient, bus: Bu
 async def test_a_conversation_goes_on_with_a_response(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     first = await whole(http, {**BODY, "instructions": "Be brief."})
     second = await whole(http, {**BODY, "input": "go on", "previous_response_id": first["id"]})
-    assert prompt_of(fleet) == (
+    assert fleet.prompt() == (
         f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n{TEXT}<|im_end|>\n"
         "<|im_start|>user\ngo on<|im_end|>\n<|im_start|>assistant\n"
     )
     await http.delete(f"{PATH}/{first['id']}")  # each stands alone
     third = await whole(http, {**BODY, "input": "and?", "previous_response_id": second["id"]})
-    assert prompt_of(fleet).count("<|im_start|>") == 6
+    assert fleet.prompt().count("<|im_start|>") == 6
     items = (await http.get(f"{PATH}/{third['id']}/input_items", params={"order": "asc"})).json()
     assert [item["content"][0]["text"] for item in items["data"]] == ["hi", TEXT, "go on", TEXT, "and?"]
     assert len({item["id"] for item in items["data"]}) == 5
@@ -226,7 +204,7 @@ async def test_results_of_calls_and_references_are_read(qwen: httpx2.AsyncClient
     prompts = set[str]()
     for way in ways:
         await whole(qwen, {**body, **way})
-        prompts.add(prompt_of(fleet))
+        prompts.add(fleet.prompt())
     [prompt] = prompts
     assert "<tool_response>\n7\n</tool_response>" in prompt
     assert '{"name": "add", "arguments": {"p": "ö"}}' in prompt
@@ -239,7 +217,7 @@ async def test_truncation_drops_the_earliest_messages(http: httpx2.AsyncClient, 
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
     response = await whole(http, {**body, "truncation": "auto"})
     assert response["truncation"] == "auto"
-    prompt = prompt_of(fleet)
+    prompt = fleet.prompt()
     assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
     assert "14 dog" in prompt
     assert "<|im_start|>user\n0 dog" not in prompt
