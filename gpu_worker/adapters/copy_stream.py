@@ -8,14 +8,14 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-STAGING_BYTES = 16 << 20
+BUFFER_BYTES = 16 << 20
 """Page-locked memory of a worker. torch keeps what it has locked, rounded up to powers of two, so that adapters which
 were locked one by one would take more than they are counted with, and for good."""
 
 _ALIGN_BYTES = 256
 
 
-class Staging:
+class CopyBuffer:
     """Copies host tensors to a device through one piece of memory, so that only this needs to be page-locked."""
 
     def __init__(self, memory: Tensor, wait: Callable[[], object]) -> None:
@@ -51,8 +51,8 @@ class CopyStream:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        memory = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
-        self._staging = Staging(memory, self._stream.synchronize)
+        memory = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._buffer = CopyBuffer(memory, self._stream.synchronize)
 
     def allocate_like(self, tensor: Tensor) -> Tensor:
         """Return an empty, contiguous tensor of the same shape and dtype on the device.
@@ -73,10 +73,10 @@ class CopyStream:
         return torch.cuda.stream(self._stream)
 
     def copy_(self, target: Tensor, source: Tensor) -> None:
-        """Launch a copy to the device, within `use`; see `Staging.copy_`."""
-        self._staging.copy_(target, source)
+        """Launch a copy to the device, within `use`; see `CopyBuffer.copy_`."""
+        self._buffer.copy_(target, source)
 
     def synchronize(self) -> None:
         """Wait until everything launched here has ended."""
         self._stream.synchronize()
-        self._staging.reset()
+        self._buffer.reset()

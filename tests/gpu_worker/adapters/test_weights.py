@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.adapter_loading import SITES, RecordedStream, make_adapter
 
-from gpu_worker.adapters.copy_stream import Staging
+from gpu_worker.adapters.copy_stream import CopyBuffer
 from gpu_worker.adapters.extras import Extras, LinearExtras
 from gpu_worker.adapters.weights import PoolWeights, page_runs, split_budget
 from lora_kernels.ops import PAGE_ROWS
@@ -63,12 +63,12 @@ def test_copies_through_a_small_piece_of_memory_are_whole(num_bytes: int) -> Non
             target.copy_(source)
         launched.clear()
 
-    staging = Staging(torch.zeros(num_bytes, dtype=torch.uint8), wait)
+    buffer = CopyBuffer(torch.zeros(num_bytes, dtype=torch.uint8), wait)
     sources = [torch.rand(7, 33), torch.rand(40).bfloat16(), torch.zeros(0), torch.rand(3, 5, 2), torch.ones(1)]
     targets = [torch.zeros_like(source) for source in sources]
     for target, source in zip(targets, sources, strict=True):
         changed = source.clone()
-        staging.copy_(target.as_subclass(Late), changed)
+        buffer.copy_(target.as_subclass(Late), changed)
         changed.zero_()
     wait()
     assert all(torch.equal(target, source) for target, source in zip(targets, sources, strict=True))
