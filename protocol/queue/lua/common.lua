@@ -92,7 +92,8 @@ end
 -- Return the bytes that a tenant keeps. At most 128 expired entries are taken out at once, each by one such call.
 local function kept_bytes(tenant, now)
   local key = quota_key(tenant) .. ':kept'
-  for _, entry in ipairs(redis.call('ZRANGEBYSCORE', key, 0, now, 'LIMIT', 0, 128)) do
+  -- Not from 0: that is what 'sum' has when nothing is kept.
+  for _, entry in ipairs(redis.call('ZRANGEBYSCORE', key, '(0', now, 'LIMIT', 0, 128)) do
     redis.call('ZREM', key, entry)
     redis.call('ZINCRBY', key, string.match(entry, ':(%d+)$'), 'sum')
   end

@@ -155,6 +155,15 @@ async def test_what_a_tenant_keeps_is_bounded_and_said(queue: Queue) -> None:
     ] == "ok"
 
 
+async def test_a_tenant_that_keeps_nothing_any_more_is_served(queue: Queue) -> None:
+    for rid in ("r1", "r2"):
+        pairs = [(make_submit(rid, stored=True), make_body())]
+        assert (await queue.bus.submit("interactive", pairs, max_queued=99, quota=ACME))[0] == "ok"
+        await queue.bus.cancel(rid)
+        await queue.bus.forget_call("", [rid])
+        assert await kept(queue) == 0
+
+
 async def test_an_end_leaves_what_its_logs_hold(queue: Queue) -> None:
     body = msgspec.structs.replace(make_body(), max_new_tokens=1000, sampling=m.Sampling(num_logprobs=2))
     await submit_call(queue, [body] * 3, quota=ACME)
