@@ -43,8 +43,11 @@ from gateway.ollama.routes import OllamaEndpoints
 from gateway.overload.admission import Admission, OverloadLimits
 from gateway.overload.heartbeat import Heartbeat, Pace
 from gateway.overload.memory import MemoryAccount
+from gateway.responses.conversation_routes import ConversationEndpoints
+from gateway.responses.conversations import SWEEP_S, Conversations
 from gateway.responses.routes import ResponseEndpoints
 from gateway.responses.service import Responses
+from gateway.responses.stored import StoredResponses
 from gateway.sandbox.sandbox import SandboxPool
 from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import load_model_files
@@ -77,6 +80,7 @@ class GatewayTimings:
     pace: Pace = field(default_factory=Pace)
     batches: BatchPace = field(default_factory=BatchPace)
     webhooks: SenderPace = field(default_factory=SenderPace)
+    conversation_sweep_s: float = SWEEP_S
     alias_poll_s: float = 2.0  # pause after which an awaited alias is looked up, in case its event was lost
 
 
@@ -122,6 +126,9 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
         keys = bus.api_keys if settings.api_keys else None
         storage = open_storage(settings.files, settings.data / "files", settings.s3_endpoint)
         uploads = FileService(bus, storage, settings)
+        jobs = endpoints.calls.jobs
+        stored = StoredResponses(pipeline, jobs)
+        conversations = Conversations(bus, settings, jobs, stored, timings.conversation_sweep_s)
         batch_wake = asyncio.Event()
         outside = Outside(private=settings.private_webhooks)
         sender = WebhookSender(bus, replies.gid, outside, secret, timings.webhooks)
@@ -129,7 +136,8 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
             endpoints, native, operators, encoders, tokenizers, ollama,
             FileEndpoints(uploads, settings.max_file_bytes),
             BatchEndpoints(BatchService(bus, uploads, settings), batch_wake.set),
-            anthropic, ResponseEndpoints(endpoints, Responses(pipeline, endpoints.calls.jobs)),
+            anthropic, ResponseEndpoints(endpoints, Responses(pipeline, jobs, stored, conversations)),
+            ConversationEndpoints(conversations),
             WebhookRoutes(WebhookService(bus, outside, sender, secret)), settings, admission, memory, keys, secret,
         )  # fmt: skip
         means = BatchMeans(bus, replies.gid, uploads, storage, settings, inner, timings.batches)
@@ -137,7 +145,9 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
         with listen(settings.host, settings.port) as listener:
             address = _address(listener)
             await replies.open()
-            parts = _Parts(app, endpoints, replies, fleet, aliases, heartbeat, uploads, runner, sender)
+            parts = _Parts(
+                app, endpoints, replies, fleet, aliases, heartbeat, uploads, runner, sender, conversations
+            )  # fmt: skip
             async with heartbeat.beating(beats, address):
                 logger.info("listening on %s", address)
                 await _run(_server(app, settings, memory), listener, parts, settings.grace_s, stop)
@@ -164,13 +174,14 @@ class _Parts:
     files: FileService
     batches: BatchRunner
     webhooks: WebhookSender
+    conversations: Conversations
 
     def loops(self) -> list[Callable[[], Awaitable[None]]]:
         """Return what runs until the end."""
         replies, aliases = self.replies, self.aliases
         return [
             replies.read, replies.keep, self.fleet.watch, aliases.listen, self.heartbeat.tick, self.files.sweep,
-            self.webhooks.run,
+            self.webhooks.run, self.conversations.sweep,
         ]  # fmt: skip
 
 

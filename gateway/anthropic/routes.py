@@ -18,7 +18,7 @@ from gateway.http.paths import COUNT_TOKENS, MESSAGES
 from gateway.http.routes import Endpoints, sent_of
 from gateway.overload import large
 from gateway.text.answer_form import form_of
-from gateway.tokenizer.routes import MAX_CHARACTERS_PER_TOKEN, check_tokens, most_tokenized
+from gateway.text.counted import MAX_CHARACTERS_PER_TOKEN, check_tokens, most_tokenized
 
 
 class AnthropicEndpoints:

@@ -17,7 +17,7 @@ CALLER = "lorafleet.caller"
 """Key of an ASGI scope under which its `Caller` is."""
 
 PUBLIC = "public"
-"""Owner of jobs and idempotency keys where there are no API keys."""
+"""Owner of jobs, idempotency keys and conversations where there are no API keys."""
 
 
 @dataclass(frozen=True, slots=True)

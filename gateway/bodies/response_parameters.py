@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gateway.bodies.parameter_rows import LONG, NO_IMAGES, OWN, Parameter, accepted, refused, rows
-from gateway.http.paths import RESPONSES
+from gateway.http.paths import CONVERSATIONS, INPUT_TOKENS, RESPONSES
 
 _AT_OPENAI = "belongs to what runs at OpenAI: here the model and your own tools answer"
 _CHAT_ONLY = "is served on /v1/chat/completions only"
 
 RESPONSE_OBJECTS: Mapping[str, str] = {
     "response": RESPONSES,
+    "input_tokens": INPUT_TOKENS,
     "response_text": "text of /v1/responses",
     "response_format_text": "text.format of /v1/responses",
     "response_reasoning": "reasoning of /v1/responses",
+    "response_conversation": "conversation of /v1/responses",
+    "conversation": CONVERSATIONS,
+    "conversation_change": f"{CONVERSATIONS}/ID",
+    "new_items": f"{CONVERSATIONS}/ID/items",
     "response_tool": "an entry of tools of /v1/responses",
     "response_tool_choice": "tool_choice of /v1/responses",
     "message_item": "an item of type message",
@@ -44,16 +49,25 @@ RESPONSE_TYPES: Mapping[str, Mapping[str | None, str]] = {
 }  # fmt: skip
 """Their part of `BY_TYPE`."""
 
+_PROMPTS = "response input_tokens"
+
 RESPONSE_PARAMETERS: Sequence[Parameter] = (
-    *rows("model instructions temperature top_p stream", "response", "openai vllm sglang"),
-    *rows("input", "response", "openai vllm sglang", holds="input_item"),
-    *rows("tools", "response", "openai vllm sglang", holds="response_any_tool"),
-    *rows("tool_choice", "response", "openai vllm sglang", holds="response_tool_choice"),
-    *rows("parallel_tool_calls max_output_tokens top_logprobs include truncation service_tier metadata store"
-           " background previous_response_id", "response", "openai vllm sglang"),
-    *rows("text", "response", "openai vllm", holds="response_text"),
-    *rows("reasoning", "response", "openai vllm sglang", holds="response_reasoning"),
-    *rows("seed chat_template_kwargs", "response", "vllm"),
+    *rows("model instructions", _PROMPTS, "openai vllm sglang"),
+    *rows("input", _PROMPTS, "openai vllm sglang", holds="input_item"),
+    *rows("tools", _PROMPTS, "openai vllm sglang", holds="response_any_tool"),
+    *rows("tool_choice", _PROMPTS, "openai vllm sglang", holds="response_tool_choice"),
+    *rows("parallel_tool_calls truncation previous_response_id", _PROMPTS, "openai vllm sglang"),
+    *rows("temperature top_p stream max_output_tokens top_logprobs include service_tier metadata store background",
+          "response", "openai vllm sglang"),
+    *rows("conversation", _PROMPTS, "openai", holds="response_conversation"),
+    *rows("id", "response_conversation", "openai"),
+    *rows("items", "conversation new_items", "openai", holds="input_item"),
+    *rows("metadata", "conversation conversation_change", "openai"),
+    *rows("text", _PROMPTS, "openai vllm", holds="response_text"),
+    *rows("reasoning", _PROMPTS, "openai vllm sglang", holds="response_reasoning"),
+    *rows("chat_template_kwargs", _PROMPTS, "vllm"),
+    *rows("seed", "response", "vllm"),
+    *refused("personality", "input_tokens", "openai", "names a style of OpenAI's models: instructions say one"),
     *rows("top_k", "response", "vllm sglang"),
     *rows("lora_scale", "response", OWN),
     *accepted("user", "response", "openai vllm sglang",
@@ -64,7 +78,6 @@ RESPONSE_PARAMETERS: Sequence[Parameter] = (
                "advises OpenAI's prompt cache; here prompts that begin alike share it by themselves"),
     *accepted("stream_options", "response", "openai",
                "pads the events of a stream against eavesdroppers, which no client reads"),
-    *refused("conversation", "response", "openai", "is not kept: previous_response_id goes on with a response"),
     *refused("prompt", "response", "openai vllm", "names a template that is kept at OpenAI, and nothing is here"),
     *refused("max_tool_calls", "response", "openai vllm sglang", _AT_OPENAI),
     *refused("moderation", "response", "openai", "asks for a filter of contents, and there is none"),

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import structs
 
 from gateway.adapters.fleet_view import FleetView
+from gateway.auth.callers import PUBLIC
 from gateway.auth.limits import check_quota, refusal
 from gateway.calls.parse import ParsedCall
 from gateway.calls.size import call_bytes, check_logprobs, numbers_of
@@ -20,10 +21,14 @@ from gateway.calls.tokenize import Prompt, TokenizedCall
 from gateway.overload.admission import Admission, Load
 from gateway.overload.memory import CHARACTER_BYTES, held, hold
 from protocol.queue.bus import now_ms
+from protocol.queue.conversations import MAX_TURNS
 from protocol.queue.quota import Quota, Standing
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import LorafleetError, Unavailable
+from protocol.wire.errors import LorafleetError, NotFound, Overloaded, Unavailable
+
+TURN_RETRY_S = 1.0
+"""Retry-After of one more response of a conversation with too many: when one of them will end is not known."""
 
 
 class AdmittedCall(msgspec.Struct, frozen=True):
@@ -33,7 +38,7 @@ class AdmittedCall(msgspec.Struct, frozen=True):
     base: m.ServedModel
     prompts: list[Prompt]  # with the most tokens that each answer may have
     load: Load
-    quota: Quota | None  # whose limits it counts against, None for nobody's
+    quota: Quota | None  # whose limits it counts against, None for nobody's: without keys, and nothing of it is kept
     num_bytes: int = 0  # of memory that it may hold from the queue on
 
 
@@ -67,6 +72,8 @@ class CallAdmission:
             num_bytes += CHARACTER_BYTES * sum(map(len, parsed.sources))
         hold(held() + num_bytes)  # beside the body, until it is submitted
         admitted, quota = parsed.without_prompts(), parsed.caller.quota
+        if quota is None and parsed.is_kept:
+            quota = Quota(PUBLIC)  # without keys all callers together may keep what a tenant may
         if quota is not None and not quota.max_bytes:
             quota = replace(quota, max_bytes=self._settings.tenant_bytes)
         if options.is_empty:
@@ -106,6 +113,11 @@ class CallAdmission:
         caller, load = call.parsed.caller, call.load
         if outcome == "full":
             raise self._admission.full(load, int(told))
+        if outcome == "conversation":
+            if told < 0:
+                raise NotFound("the conversation is gone", param="conversation", code="conversation_not_found")
+            text = f"{told} responses of this conversation have not ended, or not been added; the limit is {MAX_TURNS}"
+            raise Overloaded(text, TURN_RETRY_S)
         if isinstance(told, Standing):
             caller.headers.update(call.parsed.rules.limit_headers(told))
             if told.over:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -64,6 +64,8 @@ class Jobs:
         self._pipeline = pipeline
         self._bus = pipeline.bus
         self._apis = dict(apis)
+        self.before_forget: Callable[[m.Job], Awaitable[None]] = _do_nothing
+        """What is done before a job is deleted."""
 
     def serve(self, endpoint: str, api: JobApi) -> None:
         """Let another endpoint's calls be jobs."""
@@ -80,14 +82,18 @@ class Jobs:
             return await self.get(made.jid, caller)
         return await self._view(made, await self.facts(made), whole=True)
 
-    async def submit(self, call: AdmittedCall, sent: Sent, request: Mapping[str, Any]) -> m.Job | m.Idempotent:
+    async def submit(
+        self, call: AdmittedCall, sent: Sent, request: Mapping[str, Any], conversation: str = ""
+    ) -> m.Job | m.Idempotent:  # fmt: skip
         """Submit a call as a job that nobody follows; or return what its Idempotency-Key was used for before.
+
+        conversation: whose turn it is, "" for none.
 
         Raises Overloaded, and IdempotencyKeyReused for a key that was used with another body.
         """
         submitter = self._pipeline.submitter
         made = submitter.made(call)
-        new = self.new(made, sent, request)
+        new = self.new(made, sent, request, conversation=conversation)
         record = record_of(made, new.job.jid) if sent.key else None
         earlier = await submitter.put(call, submitter.requests(made, gateway="", stored=True), record, new)
         if earlier is None:
@@ -95,8 +101,11 @@ class Jobs:
         check_same_body(earlier, sent)
         return earlier
 
-    def new(self, made: SubmittedCall, sent: Sent, request: Mapping[str, Any], *, background: bool = True) -> NewJob:
-        """Return a call as a job. background: nobody follows it, so its end is told."""
+    def new(
+        self, made: SubmittedCall, sent: Sent, request: Mapping[str, Any], *, background: bool = True,
+        conversation: str = "",
+    ) -> NewJob:  # fmt: skip
+        """Return a call as a job. background: nobody follows it, so its end is told. conversation: whose turn it is."""
         job = m.Job(
             jid=self._apis[sent.endpoint].id_prefix + made.id,
             endpoint=sent.endpoint,
@@ -108,6 +117,7 @@ class Jobs:
             metadata=dict(made.parsed.metadata),
             key=sent.key,
             background=background,
+            conversation=conversation,
             **facts_of(made),
         )
         ttl_s = self._pipeline.settings.job_ttl_s + KEPT_AFTER_EXPIRY_S
@@ -153,6 +163,7 @@ class Jobs:
 
     async def forget(self, job: m.Job) -> None:
         """Delete a job with its requests, ending what still runs of it."""
+        await self.before_forget(job)
         await asyncio.gather(*(self._bus.finish(rid, "cancelled", "cancelled") for rid in job.rids))
         await self._bus.jobs.forget(job)
 
@@ -340,6 +351,10 @@ def state_of(facts: Facts) -> tuple[JobStatus, dict[str, Any] | None]:
     if all(fact.is_terminal for fact in known):
         return "completed", None
     return "queued" if all(fact.state == "queued" and not fact.num_output_tokens for fact in known) else "running", None
+
+
+async def _do_nothing(job: m.Job) -> None:
+    """Do nothing before a job is deleted."""
 
 
 def _seconds(ms: int) -> int | None:

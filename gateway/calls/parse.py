@@ -271,6 +271,11 @@ class ParsedCall(msgspec.Struct, frozen=True):
         """What keeps the call's prefixes in the cache apart from others: the tenant, and its own salt."""
         return f"{self.caller.name}\0{self.cache_salt}" if self.cache_salt else self.caller.name
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether what it leaves in the queue outlives its client: a job, a response, an Idempotency-Key."""
+        return self.options.background or bool(self.key or self.shown.get("store"))
+
     def without_prompts(self) -> ParsedCall:
         """Return the call without what only its tokens were made of, so that an answer does not hold its body."""
         inputs, sent = self.inputs, None

@@ -41,6 +41,7 @@ from gateway.ollama.routes import OllamaEndpoints, add_ollama_routes
 from gateway.overload.admission import Admission
 from gateway.overload.large import LargeBodies
 from gateway.overload.memory import Charged, MemoryAccount
+from gateway.responses.conversation_routes import ConversationEndpoints, add_conversation_routes
 from gateway.responses.routes import ResponseEndpoints, add_response_routes
 from gateway.tokenizer.routes import TokenizerEndpoints, add_tokenizer_routes
 from gateway.webhooks.routes import WebhookRoutes, add_webhook_routes
@@ -75,6 +76,7 @@ def build_app(
     batches: BatchEndpoints,
     anthropic: AnthropicEndpoints,
     responses: ResponseEndpoints,
+    conversations: ConversationEndpoints,
     webhooks: WebhookRoutes,
     settings: Settings,
     admission: Admission,
@@ -99,6 +101,7 @@ def build_app(
     add_batch_routes(app, batches)
     add_anthropic_routes(app, anthropic)
     add_response_routes(app, responses)
+    add_conversation_routes(app, conversations)
     add_webhook_routes(app, webhooks)
     bodies = LargeBodies(DirectCalls(app, shape_of), shape_of)
     charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)

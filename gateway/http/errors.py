@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from gateway.http.unknown import methods_of, unknown_url
+from gateway.http.unknown import NOT_SERVED, methods_of, unknown_url
 from protocol.queue.bus import CONNECTION_ERRORS, MemoryFull
 from protocol.wire.errors import (
     BadRequest,
@@ -158,7 +158,7 @@ def response_to(error: Exception, request: Request, shape_of: ShapeOf) -> Respon
         told = _from_validation(error.errors(), request.headers.get("content-type", ""))
     elif isinstance(error, HTTPException):
         told, headers = _from_http(request, error), error.headers
-        if error.status_code == 405:  # the exception names the methods of one route, and a path may have several
+        if told.status == 405:  # the exception names the methods of one route, and a path may have several
             headers = {**(headers or {}), "Allow": ", ".join(methods_of(request.app.routes, request.scope))}
     elif isinstance(error, CONNECTION_ERRORS):
         told = unreachable_queue(error)
@@ -194,7 +194,7 @@ def add_handlers(app: FastAPI, shape_of: ShapeOf) -> None:
 
 def _from_http(request: Request, error: HTTPException) -> LorafleetError:
     method, path = request.method, request.url.path
-    if error.status_code == 404:
+    if error.status_code == 404 or (error.status_code == 405 and path in NOT_SERVED):
         return NotFound(unknown_url(method, path, request.app.routes), code="unknown_url")
     if error.status_code == 405:
         allowed = ", ".join(methods_of(request.app.routes, request.scope))

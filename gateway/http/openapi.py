@@ -75,6 +75,22 @@ class ResponseObject(BaseModel):
     usage: dict[str, Any] | None = None
 
 
+class Conversation(BaseModel):
+    """A conversation that is kept."""
+
+    id: str
+    object: str
+    created_at: int
+    metadata: dict[str, str]
+
+
+class Item(BaseModel):
+    """An item of a conversation."""
+
+    id: str
+    type: str
+
+
 class Deleted(BaseModel):
     """What was deleted."""
 
@@ -250,6 +266,13 @@ class Counted(BaseModel):
     input_tokens: int
 
 
+class InputTokens(BaseModel):
+    """The tokens of a response's prompt."""
+
+    object: str
+    input_tokens: int
+
+
 class EventStream(Response):
     """Server-sent events."""
 
@@ -307,6 +330,9 @@ EMBEDDINGS: Responses = {
 }
 RESPONSE: Responses = {200: {"model": ResponseObject}}
 RESPONDED: Responses = {200: {"model": ResponseObject, "content": _EVENTS}}
+INPUT_TOKENS: Responses = {200: {"model": InputTokens}}
+CONVERSATION: Responses = {200: {"model": Conversation}}
+ITEM: Responses = {200: {"model": Item}}
 LABELS: Responses = {200: {"model": Labels}}
 RANKS: Responses = {200: {"model": Ranks}}
 SCORES: Responses = {200: {"model": Scores}}

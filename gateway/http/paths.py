@@ -16,6 +16,8 @@ MESSAGES = "/v1/messages"
 """What is below it, too, answers and refuses in Anthropic's way."""
 
 RESPONSES = "/v1/responses"
+INPUT_TOKENS = f"{RESPONSES}/input_tokens"
+CONVERSATIONS = "/v1/conversations"
 
 COUNT_TOKENS = f"{MESSAGES}/count_tokens"
 
@@ -42,7 +44,7 @@ BATCH_ENDPOINTS = frozenset(path for path in GENERATION_PATHS if path.startswith
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 PING = "/ping"
 
-TOKENIZER_PATHS = frozenset({TOKENIZE, DETOKENIZE, COUNT_TOKENS})
+TOKENIZER_PATHS = frozenset({TOKENIZE, DETOKENIZE, COUNT_TOKENS, INPUT_TOKENS})
 """A POST to one of these works on a text, but is no call."""
 
 LARGE_BODY_PATHS = GENERATION_PATHS | TOKENIZER_PATHS

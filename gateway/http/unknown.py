@@ -23,7 +23,8 @@ _HEALTH = "/health says whether requests are served"
 NOT_SERVED = {
     "/pooling": "numbers of single tokens are not: /v1/embeddings, /v1/classify and /v1/score have those of texts",
     "/inference/v1/generate": f"this API is not: use {_CHAT}, {RESPONSES}, {MESSAGES} or /api/chat",
-    "/v1/conversations": f"conversations are not kept: previous_response_id of {RESPONSES} goes on with a response",
+    f"{RESPONSES}/compact": "nothing is compacted: truncation auto leaves the earliest messages out of a"
+    " prompt, and items of a conversation can be deleted",
     f"{MESSAGES}/batches": f"batches of messages are not: {MESSAGES} takes them one by one",
     "/v1/complete": f"the API before {MESSAGES} is not",
     **dict.fromkeys(

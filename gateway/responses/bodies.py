@@ -34,32 +34,83 @@ class ReasoningConfig(JsonBody):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
 
-class ResponseRequest(JsonBody):
-    """`POST /v1/responses`. null always means the default."""
+class ConversationRef(JsonBody):
+    """The conversation that a response is a turn of."""
 
-    OBJECT = "response"
+    OBJECT = "response_conversation"
+
+    id: Annotated[str, Field(max_length=MAX_ID_CHARACTERS)]
+
+
+class PromptRequest(JsonBody):
+    """What the prompt of a response is made of. null always means the default."""
 
     model: Name
     input: str | Objects | None = None
     instructions: str | None = None
     previous_response_id: Annotated[str, Field(max_length=MAX_ID_CHARACTERS)] | None = None
+    conversation: Annotated[str, Field(max_length=MAX_ID_CHARACTERS)] | ConversationRef | None = None
     tools: Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # vLLM's
+
+
+class InputTokensRequest(PromptRequest):
+    """`POST /v1/responses/input_tokens`."""
+
+    OBJECT = "input_tokens"
+
+
+class ResponseRequest(PromptRequest):
+    """`POST /v1/responses`."""
+
+    OBJECT = "response"
+
     max_output_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     include: Strings | None = None
-    truncation: Literal["auto", "disabled"] | None = None
     service_tier: Literal["auto", "default", "flex"] | None = None
     metadata: Metadata | None = None
     store: bool | None = None
     background: bool | None = None
     stream: bool | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None  # this and the next two are vLLM's
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None  # this and the next are vLLM's
     top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
     lora_scale: Annotated[float, Field(ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)] | None = None
+
+
+def conversation_id_of(request: PromptRequest) -> str:
+    """Return the id of the conversation that a response is a turn of, "" for none."""
+    given = request.conversation
+    return given.id if isinstance(given, ConversationRef) else given or ""
+
+
+class ConversationRequest(JsonBody):
+    """`POST /v1/conversations`."""
+
+    OBJECT = "conversation"
+
+    items: Objects | None = None
+    metadata: Metadata | None = None
+
+
+class ConversationChange(JsonBody):
+    """`POST /v1/conversations/{id}`. null takes the metadata away."""
+
+    OBJECT = "conversation_change"
+
+    metadata: Metadata | None
+
+
+class NewItems(JsonBody):
+    """`POST /v1/conversations/{id}/items`."""
+
+    OBJECT = "new_items"
+
+    items: Objects

@@ -67,11 +67,14 @@ def references(given: str | Sequence[Item] | None) -> Iterator[Reference]:
         yield Reference(found[1], found[0])
 
 
-def items_of(given: str | Sequence[Item] | None, call: str, known: Mapping[str, Item], first: int) -> list[Item]:
-    """Return what a body has as input as items with ids. Raises BadRequest naming the place.
+def items_of(
+    given: str | Sequence[Item] | None, call: str, known: Mapping[str, Item], first: int, *, renamed: bool = False,
+    param: str = "input",
+) -> list[Item]:  # fmt: skip
+    """Return what a body has as items with ids. Raises BadRequest naming the place.
 
     call: the id of the response, without its prefix. known: the items that others refer to, by id. first: number of the
-    first item.
+    first item. renamed: all get new ids, for a conversation, which has each id once. param: the field of the body.
     """
     if given is None:
         return []
@@ -80,13 +83,15 @@ def items_of(given: str | Sequence[Item] | None, call: str, known: Mapping[str, 
     made: list[Item] = []
     ids: set[str] = set()
     for i, one in enumerate(given):
-        place, kind = f"input[{i}]", one.get("type", "message")
+        place, kind = f"{param}[{i}]", one.get("type", "message")
         if kind == "item_reference":
             item = known[one["id"]]
+            if renamed:
+                item = {**item, "id": item_id(item["type"], call, first + i)}
         else:
             item = _item(one, kind, place)
             own = one.get("id")
-            is_own = isinstance(own, str) and 0 < len(own) <= MAX_ID_CHARACTERS and own not in ids
+            is_own = isinstance(own, str) and 0 < len(own) <= MAX_ID_CHARACTERS and own not in ids and not renamed
             item = {"id": own if is_own else item_id(item["type"], call, first + i), **item}
         ids.add(item["id"])
         made.append(item)

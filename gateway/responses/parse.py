@@ -18,8 +18,9 @@ from gateway.grammars.notation import Constraint
 from gateway.grammars.structured import ANY_OBJECT, checked_schema, is_strict
 from gateway.openai.bodies import MAX_TOOLS
 from gateway.openai.parse import check_variables
-from gateway.responses.bodies import ResponseRequest
+from gateway.responses.bodies import InputTokensRequest, PromptRequest, ResponseRequest, conversation_id_of
 from gateway.responses.items import Item, messages_of
+from gateway.text.counted import check_tokens
 from gateway.tools.definitions import Tools, ToolWords, tools_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -57,18 +58,44 @@ class ResponseRules(Rules):
         return min(options.max_tokens or room, room)
 
 
-def check_input(request: ResponseRequest, settings: Settings, caller: Caller) -> None:
-    """Refuse what can be seen to be wrong before anything is looked up. Raises BadRequest."""
-    if request.input is None and request.previous_response_id is None:
+@dataclass(frozen=True, slots=True)
+class CountRules(Rules):
+    """What a prompt that is only counted is refused for."""
+
+    most: int  # tokens
+
+    def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
+        """Return that no answer is wanted, whatever the context has room for. Raises BadRequest."""
+        check_tokens(self.most, self.param)(num_prompt_tokens)
+        return 0
+
+
+def check_prompt(request: PromptRequest, settings: Settings) -> None:
+    """Refuse a prompt that can be seen to be wrong before anything is looked up. Raises BadRequest."""
+    goes_on = request.previous_response_id is not None or request.conversation is not None
+    if request.input is None and not goes_on:
         raise BadRequest("input: it is missing", param="input")
-    if request.input == [] and request.previous_response_id is None:
+    if request.input == [] and not goes_on:
         raise BadRequest("input is an empty list", param="input")
     if not isinstance(request.input, str | None):
         check_num(len(request.input), min(settings.max_messages, MAX_ENTRIES), "entries", "input")
+    if request.conversation is not None and request.previous_response_id is not None:
+        text = "conversation and previous_response_id are both given: either goes on with what was said before"
+        raise BadRequest(text, param="conversation", code="mutually_exclusive_parameters")
+
+
+def check_input(request: ResponseRequest, settings: Settings, caller: Caller) -> None:
+    """Refuse what can be seen to be wrong before anything is looked up. Raises BadRequest."""
+    check_prompt(request, settings)
     if request.background and request.store is False:
         raise BadRequest("background needs store, which is false: who would find the response?", param="store")
     if caller.is_batch and request.store:
         raise BadRequest("store cannot be true in a batch: the batch's output file has the response", param="store")
+    if caller.is_batch and request.conversation is not None:
+        text = "conversation has no place in a batch: its lines run in any order, and nothing of them is kept"
+        raise BadRequest(text, param="conversation")
+    if request.conversation is not None and request.store is False:
+        raise BadRequest("conversation needs store, which is false: it keeps what is said", param="store")
     for name in request.include or ():
         if name != LOGPROBS:
             raise BadRequest(f"include: {name!r:.100} is not supported; there is {LOGPROBS}", param="include")
@@ -84,13 +111,10 @@ def parse(
 
     items: of the whole conversation so far; none for a body whose answer is only read.
     """
-    check_num(len(items), min(settings.max_messages, MAX_ENTRIES), "items with those of the previous response", "input")
-    messages = messages_of(request.instructions, items)
-    truncation = Truncation(None, drops_messages=True) if request.truncation == "auto" else None
     return ParsedCall(
         caller=caller,
         models=Models([request.model]),
-        inputs=Conversation(messages, _variables(request), truncation=truncation),
+        inputs=_inputs(request, settings, items),
         options=_options(request, settings),
         rules=ResponseRules("input", settings.max_choices),
         model_name=request.model,
@@ -102,6 +126,32 @@ def parse(
     )
 
 
+def parse_count(
+    request: InputTokensRequest, caller: Caller, settings: Settings, items: Sequence[Item], most: int
+) -> ParsedCall:  # fmt: skip
+    """Return the call whose prompt is to be counted. Raises BadRequest naming the parameter.
+
+    most: tokens that are counted; `truncation` leaves no more than the context has room for.
+    """
+    _constraint(request, settings)  # what the response would be refused for is not counted
+    rules = ResponseRules("input", 1) if request.truncation == "auto" else CountRules("input", 1, most)
+    return ParsedCall(
+        caller=caller,
+        models=Models([request.model]),
+        inputs=_inputs(request, settings, items),
+        options=Options(m.Sampling(), background=True, tools=_tools(request, settings)),  # it needs no worker
+        rules=rules,
+        form_param="tools",
+    )
+
+
+def _inputs(request: PromptRequest, settings: Settings, items: Sequence[Item]) -> Conversation:
+    """Return what the template makes the prompt of. Raises BadRequest."""
+    check_num(len(items), min(settings.max_messages, MAX_ENTRIES), "items with those that were before", "input")
+    truncation = Truncation(None, drops_messages=True) if request.truncation == "auto" else None
+    return Conversation(messages_of(request.instructions, items), _variables(request), truncation=truncation)
+
+
 def shown(request: ResponseRequest, *, is_stored: bool) -> dict[str, Any]:
     """Return the fields of a body that its response repeats."""
     tools = [{"description": None, "strict": None, "parameters": None, **tool} for tool in request.tools or ()]
@@ -111,7 +161,7 @@ def shown(request: ResponseRequest, *, is_stored: bool) -> dict[str, Any]:
         "model": request.model,
         "instructions": request.instructions,
         "previous_response_id": request.previous_response_id,
-        "conversation": None,
+        "conversation": {"id": conversation_id_of(request)} if request.conversation is not None else None,
         "tools": tools,
         "tool_choice": choice,
         "parallel_tool_calls": request.parallel_tool_calls is not False,
@@ -157,7 +207,7 @@ def _options(request: ResponseRequest, settings: Settings) -> Options:
     )
 
 
-def _variables(request: ResponseRequest) -> dict[str, Any]:
+def _variables(request: PromptRequest) -> dict[str, Any]:
     """Return how templates are told how much to reason."""
     effort = request.reasoning.effort if request.reasoning is not None else None
     given = request.chat_template_kwargs or {}
@@ -165,7 +215,7 @@ def _variables(request: ResponseRequest) -> dict[str, Any]:
     return ({} if effort is None else {"reasoning_effort": effort}) | given
 
 
-def _constraint(request: ResponseRequest, settings: Settings) -> Constraint | None:
+def _constraint(request: PromptRequest, settings: Settings) -> Constraint | None:
     """Return the grammar that `text.format` demands, None for none. Raises BadRequest."""
     form, place = request.text.format if request.text is not None else None, "text.format"
     kind = form.get("type") if form is not None else "text"
@@ -180,7 +230,7 @@ def _constraint(request: ResponseRequest, settings: Settings) -> Constraint | No
     return {"json_schema": checked_schema(form.get("schema"), f"{place}.schema", settings, strict=strict)}
 
 
-def _tools(request: ResponseRequest, settings: Settings) -> Tools | None:
+def _tools(request: PromptRequest, settings: Settings) -> Tools | None:
     """Return the functions that may be called, None for none. Raises BadRequest for tools that are none."""
     check_num(len(request.tools or ()), MAX_TOOLS, "entries", "tools")
     given = [_definition(tool, f"tools[{i}]") for i, tool in enumerate(request.tools or ())]
@@ -221,12 +271,18 @@ def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
 # ---------------------------------------------------------------- what is kept
 
 
-def to_be_stored(call: ParsedCall, request: ResponseRequest, items: Sequence[Item], max_bytes: int) -> dict[str, Any]:
+def to_be_stored(
+    call: ParsedCall, request: ResponseRequest, items: Sequence[Item], num_own: int, max_bytes: int
+) -> dict[str, Any]:  # fmt: skip
     """Return what `parse_stored` needs to write the answer, and a later response to go on with it.
 
-    Raises BadRequest for a conversation that has more than `max_bytes` as JSON.
+    num_own: how many of the items, the last ones, are the body's own. Raises BadRequest for a conversation that has
+    more than `max_bytes` as JSON.
     """
-    kept = {"shown": dict(call.shown), "include": request.include, "background": request.background, "items": items}
+    kept = {
+        "shown": dict(call.shown), "include": request.include, "background": request.background, "items": items,
+        "num_own": num_own,
+    }  # fmt: skip
     num_bytes = len(orjson.dumps(kept))
     if num_bytes > max_bytes:
         text = f"the conversation has {num_bytes} bytes; the limit is {max_bytes}"

@@ -10,9 +10,9 @@ from starlette.responses import Response
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_answer, json_response
 from gateway.http import openapi
-from gateway.http.paths import RESPONSES
+from gateway.http.paths import INPUT_TOKENS, RESPONSES
 from gateway.http.routes import Endpoints, sent_of
-from gateway.responses.bodies import ResponseRequest
+from gateway.responses.bodies import InputTokensRequest, ResponseRequest
 from gateway.responses.parse import LOGPROBS
 from gateway.responses.service import Responses
 from gateway.responses.write import FRAMING, STREAM_ERRORS
@@ -36,6 +36,14 @@ class ResponseEndpoints:
             answer, stream=bool(body.stream), errors=STREAM_ERRORS, framing=FRAMING
         )  # fmt: skip
 
+    async def count(self, body: InputTokensRequest, request: Request) -> Response:
+        """Answer `POST /v1/responses/input_tokens`."""
+
+        async def answer() -> Response:
+            return json_response(await self._responses.count(body, caller_of(request)))
+
+        return await self._endpoints.respond(answer())
+
     async def get(
         self,
         response_id: str,
@@ -45,7 +53,7 @@ class ResponseEndpoints:
         starting_after: Annotated[int | None, Query(ge=0, lt=1 << 31)] = None,
     ) -> Response:
         """Answer `GET /v1/responses/{id}`: with the response, or its events from one on."""
-        _check_included(include)
+        check_included(include)
         if stream:
             after = -1 if starting_after is None else starting_after
             return await self._responses.stream(response_id, caller_of(request), after)
@@ -71,13 +79,14 @@ class ResponseEndpoints:
         include: Included = None,
     ) -> Response:
         """Answer `GET /v1/responses/{id}/input_items`."""
-        _check_included(include)
+        check_included(include)
         caller = caller_of(request)
         page = await self._responses.input_items(response_id, caller, limit, after, newest_first=order == "desc")
         return json_response(page)
 
 
-def _check_included(include: list[str] | None) -> None:
+def check_included(include: list[str] | None) -> None:
+    """Refuse a value of `include` that is not served. Raises BadRequest."""
     for name in include or ():
         if name != LOGPROBS:
             raise BadRequest(f"include: {name!r:.100} is not supported; there is {LOGPROBS}", param="include")
@@ -88,6 +97,7 @@ def add_response_routes(app: FastAPI, responses: ResponseEndpoints) -> None:
     app.router.route_class = JsonRoute
     one = f"{RESPONSES}/{{response_id}}"
     app.post(RESPONSES, responses=openapi.RESPONDED)(responses.create)
+    app.post(INPUT_TOKENS, responses=openapi.INPUT_TOKENS)(responses.count)
     app.get(one, responses=openapi.RESPONDED)(responses.get)
     app.delete(one, responses=openapi.DELETED)(responses.delete)
     app.post(f"{one}/cancel", responses=openapi.RESPONSE)(responses.cancel)

@@ -1,39 +1,31 @@
-"""Responses: made now or in the background, found again, gone on with, ended and deleted, by any gateway.
-
-A response that is kept is a job, whose record has the whole conversation up to it. So each stands alone, whatever
-becomes of those before it.
-"""
+"""Responses: made now or in the background, found again, gone on with, ended and deleted, by any gateway."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import orjson
 from starlette.responses import Response
 
 from gateway.auth.callers import Caller
 from gateway.bodies.json_bodies import json_answer
-from gateway.calls.choices import Choice
 from gateway.calls.earlier import check_same_body
-from gateway.calls.follow import choices_of, usage_of
-from gateway.calls.jobs import Facts, Jobs, state_of
+from gateway.calls.jobs import Jobs
 from gateway.calls.parse import Sent
 from gateway.calls.pipeline import Pipeline
-from gateway.calls.writers import Usage
+from gateway.calls.tokenize import tokenize
 from gateway.http.list_page import list_page
-from gateway.http.paths import RESPONSES
-from gateway.responses.bodies import ResponseRequest
+from gateway.overload import large
+from gateway.responses.bodies import InputTokensRequest, PromptRequest, ResponseRequest, conversation_id_of
+from gateway.responses.conversations import Conversations
 from gateway.responses.items import Item, items_of, references
-from gateway.responses.parse import Context, check_input, parse, to_be_stored
-from gateway.responses.stream import ResponseStream
-from gateway.responses.write import ID_PREFIX, End, FollowedResponse, ResponseWriter, failure_of, writer_of
-from protocol.wire import messages as m
-from protocol.wire.error_codec import error_from
-from protocol.wire.errors import BadRequest, LorafleetError, NotFound
+from gateway.responses.parse import Context, check_input, check_prompt, parse, parse_count, to_be_stored
+from gateway.responses.stored import GOES_ON, StoredResponses, end_of
+from gateway.responses.write import ID_PREFIX, FollowedResponse
+from gateway.text.counted import most_tokenized
+from protocol.wire.errors import BadRequest, NotFound
 
 CANCEL_WAIT_S = 10.0
 """Most time until a worker has let go of a response that is cancelled."""
@@ -45,10 +37,14 @@ MAX_REFERRED = 16
 class Responses:
     """The responses of the fleet."""
 
-    def __init__(self, pipeline: Pipeline, jobs: Jobs) -> None:
+    def __init__(
+        self, pipeline: Pipeline, jobs: Jobs, stored: StoredResponses, conversations: Conversations
+    ) -> None:  # fmt: skip
         self._pipeline = pipeline
         self._settings = pipeline.settings
         self._jobs = jobs
+        self._stored = stored
+        self._conversations = conversations
 
     async def create(self, body: ResponseRequest, sent: Sent, caller: Caller) -> Response:
         """Answer a body. Raises what the client did wrong, Overloaded and Unavailable."""
@@ -63,15 +59,23 @@ class Responses:
             return FollowedResponse(generation, self._settings.keepalive_s)
         call_id = uuid.uuid4().hex
         context = await self._context(body, caller)
-        items = [*context.items, *items_of(body.input, call_id, context.known, len(context.items))]
+        own = items_of(
+            body.input, call_id, context.known, len(context.items), renamed=body.conversation is not None
+        )  # fmt: skip
+        if not (own or context.items):
+            raise BadRequest("input: it is missing, and the conversation is empty", param="input")
+        items = [*context.items, *own]
         call = parse(body, caller, self._settings, sent, items, call_id)
         if not call.shown["store"]:
             return FollowedResponse(await pipeline.run(call), self._settings.keepalive_s)
-        kept = to_be_stored(call, body, items, self._settings.max_body_bytes)
+        kept = to_be_stored(call, body, items, len(own), self._settings.max_body_bytes)
+        conversation = conversation_id_of(body)
         if not body.background:
-            job = partial(self._jobs.new, sent=sent, request=kept, background=False)
+            job = partial(
+                self._jobs.new, sent=sent, request=kept, background=False, conversation=conversation
+            )  # fmt: skip
             return FollowedResponse(await pipeline.run(call, job), self._settings.keepalive_s)
-        made = await self._jobs.submit(await pipeline.prepare(call), sent, kept)
+        made = await self._jobs.submit(await pipeline.prepare(call), sent, kept, conversation)
         return await self._of_background(body, made.jid, caller)
 
     async def _of_background(self, body: ResponseRequest, response_id: str, caller: Caller) -> Response:
@@ -79,12 +83,26 @@ class Responses:
             return await self.stream(response_id, caller, -1)
         return json_answer(await self.get(response_id, caller))
 
-    async def _context(self, body: ResponseRequest, caller: Caller) -> Context:
-        """Return what a body's input goes on with, and refers to. Raises BadRequest."""
+    async def count(self, body: InputTokensRequest, caller: Caller) -> dict[str, Any]:
+        """Return how many tokens a body's prompt has. Raises what the client did wrong, Overloaded and Unavailable."""
+        check_prompt(body, self._settings)
+        context = await self._context(body, caller)
+        items = [*context.items, *items_of(body.input, uuid.uuid4().hex, context.known, len(context.items))]
+        base = await self._pipeline.fleet.require(worker=False)
+        call = parse_count(body, caller, self._settings, items, most_tokenized(base))
+        resolved = await self._pipeline.call_resolver.resolve(call)
+        [prompt] = (await large.work(lambda: tokenize(resolved))).prompts
+        call.rules.most_tokens(call.options, prompt.num_tokens, base.max_model_len)
+        return {"object": "response.input_tokens", "input_tokens": prompt.num_tokens}
+
+    async def _context(self, body: PromptRequest, caller: Caller) -> Context:
+        """Return what a body's input goes on with, and refers to. Raises BadRequest; NotFound for a conversation."""
         items: list[Item] = []
+        if body.conversation is not None:
+            items = await self._conversations.all_items(conversation_id_of(body), caller)
         if body.previous_response_id is not None:
             try:
-                items = await self._conversation(body.previous_response_id, caller)
+                items = await self._items(body.previous_response_id, caller)
             except NotFound as error:
                 text = f"Previous response with id {body.previous_response_id!r:.100} not found."
                 raise BadRequest(text, param="previous_response_id", code="previous_response_not_found") from error
@@ -98,38 +116,34 @@ class Responses:
                 text = f"input refers to items of more than {MAX_REFERRED} responses, which is the limit"
                 raise BadRequest(text, param="input", code="limit_exceeded")
             with suppress(NotFound):
-                known |= {item["id"]: item for item in await self._conversation(ID_PREFIX + call, caller)}
+                known |= {item["id"]: item for item in await self._items(ID_PREFIX + call, caller)}
         for _, id_ in references(body.input):
             if id_ not in known:
                 raise BadRequest(f"Item with id {id_!r:.100} not found.", param="input", code="item_not_found")
         return Context(items, known)
 
-    async def _conversation(self, response_id: str, caller: Caller) -> list[Item]:
+    async def _items(self, response_id: str, caller: Caller) -> list[Item]:
         """Return the items of a response, those of its output at their end. Raises NotFound, BadRequest."""
-        job, facts = await self._load(response_id, caller)
-        end, kept = end_of(job, facts), await self._jobs.request(job)
-        if end.status not in ("completed", "incomplete"):
+        job, facts = await self._stored.load(response_id, caller)
+        end = end_of(job, facts)
+        if end.status not in GOES_ON:
             text = f"response {response_id} is {end.status}: only one with an answer can be gone on with"
             raise BadRequest(text, param="previous_response_id", code="previous_response_not_completed")
-        writer, _ = await self._read(job, facts, kept)
-        return [*kept["items"], *orjson.loads(orjson.dumps(writer.output.items))]
+        return await self._stored.all_items(job, facts)
 
     # ------------------------------------------------------------ one response
 
     async def get(self, response_id: str, caller: Caller) -> dict[str, Any]:
         """Return a response. Raises NotFound."""
-        return await self._view(*(await self._load(response_id, caller)))
+        return await self._stored.view(*(await self._stored.load(response_id, caller)))
 
     async def stream(self, response_id: str, caller: Caller, after: int) -> Response:
         """Return the events of a response with numbers greater than `after`, as they come. Raises NotFound."""
-        job, facts = await self._load(response_id, caller)
-        choices, writer = await self._open(job, facts, await self._jobs.request(job))
-        writer.after = after
-        return ResponseStream(self._pipeline.bus, choices, writer, self._settings.keepalive_s)
+        return await self._stored.stream(*(await self._stored.load(response_id, caller)), after)
 
     async def cancel(self, response_id: str, caller: Caller) -> dict[str, Any]:
         """End a response of the background and return it. A second time does nothing. Raises NotFound, BadRequest."""
-        job, _ = await self._load(response_id, caller)
+        job, _ = await self._stored.load(response_id, caller)
         if not job.background:
             raise BadRequest("Cannot cancel a synchronous response: end its connection", code="not_background")
         await self._jobs.cancel(response_id, caller)
@@ -137,8 +151,8 @@ class Responses:
         return await self.get(response_id, caller)
 
     async def delete(self, response_id: str, caller: Caller) -> dict[str, Any]:
-        """Delete a response, ending it if it is not done. Raises NotFound."""
-        job, _ = await self._load(response_id, caller)
+        """Delete a response, ending it if it is not done. Its conversation keeps its turn. Raises NotFound."""
+        job, _ = await self._stored.load(response_id, caller)
         await self._jobs.forget(job)
         return {"id": response_id, "object": "response", "deleted": True}
 
@@ -146,8 +160,8 @@ class Responses:
         self, response_id: str, caller: Caller, limit: int, after: str | None, *, newest_first: bool
     ) -> dict[str, Any]:
         """Return a page of the items that a response was made of. Raises NotFound, also for an unknown `after`."""
-        job, _ = await self._load(response_id, caller)
-        items: list[Item] = (await self._jobs.request(job))["items"]
+        job, _ = await self._stored.load(response_id, caller)
+        items = await self._stored.input_items(job)
         if newest_first:
             items.reverse()
         start = 0
@@ -157,57 +171,3 @@ class Responses:
                 raise NotFound(f"there is no item {after!r:.100}", param="after")
         page = items[start : start + limit]
         return list_page(page, has_more=len(items) > start + limit)
-
-    # ------------------------------------------------------------ what is kept
-
-    async def _load(self, response_id: str, caller: Caller) -> tuple[m.Job, Facts]:
-        """Return a response's job, and what the queue knows of its request. Raises NotFound."""
-        found = None
-        if response_id.startswith(ID_PREFIX):
-            with suppress(NotFound):
-                found = await self._jobs.load(response_id, caller)
-        if found is not None and found.endpoint == RESPONSES:
-            facts = await self._jobs.facts(found)
-            if None not in facts:
-                return found, facts
-        text = f"Response with id {response_id!r:.100} not found."
-        raise NotFound(text, param="response_id", code="response_not_found")
-
-    async def _read(self, job: m.Job, facts: Facts, kept: Any) -> tuple[ResponseWriter, Usage]:
-        """Return the writer of a response that has ended, with all that this has come to. Raises NotFound."""
-        choices, writer = await self._open(job, facts, kept)
-        try:
-            await self._jobs.read(choices, writer)
-        except LorafleetError:
-            if not choices[0].cursor.ended:
-                raise
-            writer.output.cut()
-        return writer, usage_of(choices)
-
-    async def _open(self, job: m.Job, facts: Facts, kept: Any) -> tuple[Sequence[Choice], ResponseWriter]:
-        """Return a response to be read from its first token. Raises NotFound."""
-        _, call = await self._jobs.call(job, facts, kept)
-        choices = choices_of(call)
-        return choices, writer_of(call, choices)
-
-    async def _view(self, job: m.Job, facts: Facts) -> dict[str, Any]:
-        end, kept = end_of(job, facts), await self._jobs.request(job)
-        if end.status in ("queued", "in_progress"):
-            _, writer = await self._open(job, facts, kept)
-            return writer.object(end)
-        writer, usage = await self._read(job, facts, kept)
-        return writer.object(end, usage)
-
-
-def end_of(job: m.Job, facts: Facts) -> End:
-    """Return how a response has ended, or that it has not."""
-    state, _ = state_of(facts)
-    [fact] = facts
-    assert fact is not None, "an expired response is not found"
-    if state == "failed":
-        return failure_of(error_from(fact.error))
-    if state == "cancelled":
-        return End(state)
-    if state == "completed":
-        return End("incomplete" if fact.finish == "length" else state, None, fact.ended_ms)
-    return End("queued" if state == "queued" and job.background else "in_progress")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -25,17 +24,12 @@ from gateway.lorax.parse import models_of
 from gateway.openai.bodies import MAX_TOOLS, ChatRequest
 from gateway.openai.parse import conversation_of
 from gateway.overload import large
+from gateway.text.counted import MAX_CHARACTERS_PER_TOKEN, check_tokens, most_tokenized
 from gateway.text.tokenizer import Encoding
 from gateway.tokenizer.bodies import DetokenizeRequest, TokenizeRequest
 from gateway.tools.definitions import tools_of
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
-
-MIN_TOKENIZED = 1 << 16
-"""Tokens of a text that are answered with, however short the model's context is."""
-
-MAX_CHARACTERS_PER_TOKEN = 16
-"""Longer than this the tokens of a text are on average in no language: it is not worth finding out."""
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -162,21 +156,6 @@ class TokenizerEndpoints:
         check(len(text) // MAX_CHARACTERS_PER_TOKEN)
         [encoding] = await files.encoder.detailed([text], add_special_tokens=special, tenant=tenant, check=check)
         return encoding
-
-
-def most_tokenized(base: m.ServedModel | None) -> int:
-    """Return how many tokens are answered with at most."""
-    return MIN_TOKENIZED if base is None else max(base.max_model_len, MIN_TOKENIZED)
-
-
-def check_tokens(limit: int, param: str) -> Callable[[int], None]:
-    """Return what raises BadRequest for more tokens than are answered with."""
-
-    def check(num_tokens: int) -> None:
-        if num_tokens > limit:
-            raise BadRequest(f"`{param}` must have at most {limit} tokens. Given: {num_tokens}", param=param)
-
-    return check
 
 
 def _tokens_json(encoding: Encoding) -> bytes:

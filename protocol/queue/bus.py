@@ -15,6 +15,7 @@ from protocol.queue.adapters import Adapters
 from protocol.queue.api_keys import ApiKeys
 from protocol.queue.batches import Batches
 from protocol.queue.calls import Input, most_log_bytes, packed_bodies, sealed_bodies
+from protocol.queue.conversations import MAX_TURNS, Conversations
 from protocol.queue.dead_letters import DeadLetters
 from protocol.queue.files import Files
 from protocol.queue.jobs import Jobs, NewJob
@@ -68,6 +69,7 @@ class Bus:
         self.jobs = Jobs(self._redis, self.keys, self._scripts, seal)
         self.files = Files(self._redis, self.keys, self._scripts)
         self.batches = Batches(self._redis, self.keys, self._scripts)
+        self.conversations = Conversations(self._redis, self.keys, self._scripts, seal)
         self.webhooks = Webhooks(self._redis, self.keys, self._scripts)
         self.api_keys = ApiKeys(self._redis, self.keys)
         self.dead_letters = DeadLetters(self._redis, self.keys, self._scripts)
@@ -127,12 +129,12 @@ class Bus:
         quota: Quota | None = None,
         forced: bool = False,
         job: NewJob | None = None,
-    ) -> tuple[Literal["ok", "full", "idem", "limit"], Any]:
+    ) -> tuple[Literal["ok", "full", "idem", "limit", "conversation"], Any]:
         """Accept the requests of a call all together, as a background `job` if given, and reserve their use.
 
         Requests with the same body, the very object, share it in the queue. `forced`: whatever the tenant's limits say.
-        Returns ("ok", `Standing` of the tenant, or None); or, not accepted, ("full", queued), ("idem", earlier value)
-        or ("limit", `Standing`).
+        Returns ("ok", `Standing` of the tenant, or None); or, not accepted, ("full", queued), ("idem", earlier value),
+        ("limit", `Standing`) or ("conversation", turns that are to be added, or -1 where its tenant has none such).
         """
         keys, call = self.keys, requests[0][0].rid
         parts, fields = packed_bodies([body for _, body in requests])
@@ -160,9 +162,11 @@ class Bus:
             keys=[
                 keys.tag, keys.sub(cls), idem_key,
                 *((keys.job(job.job.jid), keys.jobs(job.job.tenant)) if job else ("", "")),
+                *((keys.conversation(job.job.conversation), keys.turns) if job and job.job.conversation else ("", "")),
             ],
             args=[
-                cls, max_queued, idem_value, *limits, int(forced), num_bytes, record_bytes, *record, len(fields),
+                cls, max_queued, idem_value, *limits, int(forced), num_bytes, record_bytes, *record, MAX_TURNS,
+                len(fields),
                 *(word for pair in fields.items() for word in pair), *rows,
             ],
         )  # fmt: skip

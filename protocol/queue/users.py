@@ -57,8 +57,9 @@ def table(keys: Keys | None = None) -> dict[str, Rights]:
                 *request, k.tag, k.call("*"), k.body("*"), k.sub("*"), k.out("*"), use, k.job("*"), k.jobs("*"),
                 k.idem("*", "*"), "", k.gateway_beat("*"), k.gateways, k.registrations, k.registered("*", "*"), k.pins,
                 k.adapter_events, k.file("*"), k.files("*"), k.file_expiry, k.batch("*"), k.batches("*"),
-                k.open_batches, k.webhooks, k.events, k.event_cursor, k.deliveries, k.delivery_times,
-                k.waiting_deliveries("*"), k.undelivered("*"), k.sender,
+                k.open_batches, k.conversation("*"), k.conversations("*"), k.turns, k.webhooks, k.events,
+                k.event_cursor, k.deliveries, k.delivery_times, k.waiting_deliveries("*"), k.undelivered("*"),
+                k.sender,
             ),
             reads=(
                 k.api_keys, k.tenants, k.adapters, k.adapter("*"), k.adapter_use("*"), k.workers, k.worker_beat("*"),

@@ -137,8 +137,8 @@ class Settings(BaseSettings):
     tenant_bytes: int = Field(
         default=256 << 20,
         ge=0,
-        description="most bytes that a tenant may keep in the queue: requests, answers, jobs; 0: no limit; "
-        "`lorafleet keys` sets it for one",
+        description="most bytes that a tenant may keep in the queue: requests, answers, jobs, conversations; 0: no"
+        " limit; `lorafleet keys` sets it for one; without keys: of all that outlives its client",
     )
     max_open_calls: int = Field(
         default=16_384, ge=1, description="most calls that one gateway answers at once; beyond that, new ones get 429"
@@ -219,6 +219,14 @@ class Settings(BaseSettings):
     max_logprobs: int = Field(default=20, ge=0, description="largest top_logprobs in a request")
     request_timeout_s: float = Field(default=3600.0, description="deadline of a request, counted from its submission")
     job_ttl_s: float = Field(default=86_400.0, description="how long a job and its result are kept")
+    conversation_ttl_s: float = Field(
+        default=30 * 86_400.0,
+        gt=0,
+        description="how long a conversation is kept after its last change; at least as a job",
+    )
+    tenant_conversations: int = Field(
+        default=10_000, ge=0, description="most conversations of a tenant; 0: no limit; without keys: of all"
+    )
     files: str = Field(
         default="",
         description="where uploaded files and the answers of batches are: a folder that all gateways share, or"

@@ -98,6 +98,35 @@ class Keys:
         """String NX, 24 h: `messages.Idempotent`, the call that an Idempotency-Key was first used for."""
         return f"{self.tag}:idem:{tenant}:{key}"
 
+    # Conversations. The first four live for the settings' time after the last change.
+    def conversation(self, conversation_id: str) -> str:
+        """Hash: `b`, a `messages.Conversation`; `tenant`; `bytes` of it all; `next`, the number of its next item."""
+        return f"{self.tag}:conv:{conversation_id}"
+
+    def conversation_items(self, conversation_id: str) -> str:
+        """Hash: item id -> the item as JSON."""
+        return f"{self.tag}:conv:{conversation_id}:items"
+
+    def conversation_order(self, conversation_id: str) -> str:
+        """Sorted set: item id -> its number."""
+        return f"{self.tag}:conv:{conversation_id}:order"
+
+    def conversation_turns(self, conversation_id: str) -> str:
+        """Sorted set: id of a response that is to be added to the conversation -> unix ms when it was submitted."""
+        return f"{self.tag}:conv:{conversation_id}:turns"
+
+    def conversations(self, tenant: str) -> str:
+        """Sorted set: conversation id -> unix ms when it expires. Until the last of them does."""
+        return f"{self.tag}:convs:{tenant}"
+
+    @property
+    def turns(self) -> str:
+        """Sorted set: `<tenant>:<conversation>:<response>` of all that are to be added -> unix ms of the next look.
+
+        Permanent, cleaned by gateways.
+        """
+        return f"{self.tag}:turns"
+
     # Files and batches.
     def file(self, file_id: str) -> str:
         """String: `messages.File`. Until the file expires."""
@@ -293,7 +322,7 @@ class Keys:
             self.ended, self.workers, self.gateways, self.stores, self.leader_epoch,
             self.base, self.adapters, self.registrations, self.pins, self.adapter_events, self.api_keys, self.tenants,
             self.file_expiry, self.open_batches, self.webhooks, self.events, self.event_cursor, self.deliveries,
-            self.delivery_times,
+            self.delivery_times, self.turns,
             *(self.sub(c) for c in CLASSES),
         }  # fmt: skip
         return key in fixed or key.startswith(f"{self.namespace}:adapter:")

@@ -79,6 +79,27 @@ def responses(tour: Tour, client: openai.OpenAI, said: dict[str, str]) -> None:
             max_output_tokens=4,
         )  # fmt: skip
         assert all(len(one.top_logprobs) == 2 for one in scored.output[0].content[0].logprobs)
+    with tour.check("conversations: made, gone on with in two ways, listed, changed, deleted; input_tokens"):
+        kept = client.conversations
+        one = kept.create(items=[{"role": "developer", "content": "Be brief."}], metadata={"who": "me"})
+        turn = made.create(model=tour.base, conversation=one.id, **brief)
+        same(turn.conversation.id, one.id)
+        late = made.create(model=tour.adapter, conversation=one.id, background=True, stream=True, **brief)
+        last = list(late)[-1].response
+        items = list(kept.items.list(one.id, order="asc", limit=2))
+        same([item.role for item in items], ["developer", "user", "assistant", "user", "assistant"])
+        same([items[2].id, items[4].id], [turn.output[0].id, last.output[0].id])
+        same(kept.items.retrieve(items[4].id, conversation_id=one.id).content[0].text, last.output_text)
+        counted = made.input_tokens.count(model=tour.base, conversation=one.id, input=QUESTION).input_tokens
+        again = made.create(model=tour.base, conversation={"id": one.id}, **brief)
+        same(counted, again.usage.input_tokens)
+        same(kept.items.delete(items[0].id, conversation_id=one.id).id, one.id)
+        added = kept.items.create(one.id, items=[{"role": "user", "content": "Thanks."}])
+        same(next(iter(kept.items.list(one.id))).id, added.data[0].id)
+        same(kept.update(one.id, metadata={"who": "you"}).metadata, {"who": "you"})
+        assert kept.delete(one.id).deleted
+        with raises(openai.NotFoundError, one.id):
+            kept.retrieve(one.id)
 
 
 def main() -> None:

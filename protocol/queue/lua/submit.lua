@@ -6,6 +6,8 @@
 -- KEYS[3]  string  what an Idempotency-Key was first used for; '' without one
 -- KEYS[4]  hash    the call as a background job; '' if it is none
 -- KEYS[5]  zset    the jobs of its tenant by creation time; '' if it is none
+-- KEYS[6]  hash    the conversation that the job is a turn of; '' if it is none
+-- KEYS[7]  zset    all turns that are to be added, by when to look; '' if it is none
 -- ARGV[1]  str     class
 -- ARGV[2]  int     most requests that the class may have queued
 -- ARGV[3]  bytes   `messages.Idempotent`, msgpack; '' without one
@@ -22,8 +24,9 @@
 -- ARGV[14] bytes   what of the job's HTTP body writing its answer needs
 -- ARGV[15] int     ms that the job lives
 -- ARGV[16] int     1: the job's end is told to whoever sends webhooks, else 0
--- ARGV[17] int     number of bodies' fields
--- ARGV[18...]      per field of the bodies' hash, 2 values: name (str), value (bytes), see `calls.py`
+-- ARGV[17] int     most turns of a conversation that are to be added
+-- ARGV[18] int     number of bodies' fields
+-- ARGV[19...]      per field of the bodies' hash, 2 values: name (str), value (bytes), see `calls.py`
 --                  then per request, 9 values: rid (str), `messages.Submit` (bytes, msgpack), tenant (str), digest
 --                  (str), gateway (str), stored (int, 0 or 1), n_prompt (int, tokens), max_new (int, tokens), deadline
 --                  (int, unix ms)
@@ -32,11 +35,12 @@
 --        {'ok', standing...}; without a tenant {'ok'}, and so when the requests are known: an earlier reply was lost.
 --        {'full', number of queued requests (int)}
 --        {'idem', value stored under KEYS[3] (bytes)}
+--        {'conversation', turns that are to be added (int), or -1: its tenant has no such conversation}
 --        {'limit', standing..., 'requests' | 'tokens' | 'concurrency' (str), ms until it would fit or 0 (int)}
 --        {'limit', standing..., 'bytes', 0, bytes that the tenant keeps (int), bytes that the call adds (int)}
 local cls, max_queued, idem_value, who, forced = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[9] == '1'
-local first_field, width = 18, 9
-local first = first_field + ARGV[17] * 2
+local first_field, width = 19, 9
+local first = first_field + ARGV[18] * 2
 local call = ARGV[first]
 -- Accepted before, and the reply was lost: a second entry, or an epoch set back, would run the request twice. The first
 -- request may have ended and expired while others run, or all may have ended just now.
@@ -96,6 +100,15 @@ if who ~= '' and max_bytes > 0 and not forced then
   if kept + wanted.bytes > max_bytes then return answer('limit', 'bytes', 0, kept, wanted.bytes) end
 end
 
+local owner, conversation = string.match(KEYS[5], '[^:]*$'), string.match(KEYS[6], '[^:]*$')
+if conversation ~= '' then
+  -- One that a queue has lost with its last second is not there when a forced call comes again.
+  local is_there = redis.call('HGET', KEYS[6], 'tenant') == owner
+  local num_turns = redis.call('ZCARD', KEYS[6] .. ':turns')
+  if not forced and not is_there then return {'conversation', -1} end
+  if not forced and num_turns >= tonumber(ARGV[17]) then return {'conversation', num_turns} end
+  if not is_there then conversation = '' end
+end
 local queued = redis.call('XLEN', KEYS[2])
 if queued + num > max_queued then return {'full', queued} end
 local to = 0
@@ -130,13 +143,16 @@ if KEYS[4] ~= '' then
   local ttl = tonumber(ARGV[15])
   lives = math.max(lives, now + ttl)
   redis.call('HSET', KEYS[4], 'b', ARGV[13], 'request', ARGV[14])
-  if ARGV[16] == '1' then
-    redis.call('HSET', call_key(call), 'job', string.match(KEYS[5], '[^:]*$') .. ':' .. ARGV[12])
-  end
+  if ARGV[16] == '1' then redis.call('HSET', call_key(call), 'job', owner .. ':' .. ARGV[12]) end
   redis.call('PEXPIRE', KEYS[4], ttl)
   redis.call('ZADD', KEYS[5], now, ARGV[12])
   redis.call('ZREMRANGEBYSCORE', KEYS[5], '-inf', now - ttl)
   redis.call('PEXPIRE', KEYS[5], ttl)
+end
+if conversation ~= '' then
+  redis.call('ZADD', KEYS[6] .. ':turns', now, ARGV[12])
+  live_until(KEYS[6] .. ':turns', redis.call('PEXPIRETIME', KEYS[6]))
+  redis.call('ZADD', KEYS[7], now + 60000, owner .. ':' .. conversation .. ':' .. ARGV[12])
 end
 if who ~= '' then
   redis.call('HSET', call_key(call), 'who', who, 'bytes', wanted.bytes, 'left', ARGV[11], 'last', lives)

@@ -6,7 +6,7 @@ from protocol.wire.messages.base import MAX_LABELS, TERMINAL, FinishReason, Pack
 from protocol.wire.messages.batches import ENDED_BATCH, Batch, BatchProblem, BatchStatus, BatchUsage, File
 from protocol.wire.messages.dead_letters import DeadLetter, Death
 from protocol.wire.messages.deliveries import Delta, ErrorInfo, Usage, logprob_record_bytes, prompt_record_bytes
-from protocol.wire.messages.jobs import Idempotent, Job
+from protocol.wire.messages.jobs import Conversation, Idempotent, Job
 from protocol.wire.messages.model import OPAQUE, Activation, ServedModel, SiteShape
 from protocol.wire.messages.requests import Body, Sampling, Submit
 from protocol.wire.messages.webhooks import Delivery, WebhookEndpoint
@@ -29,6 +29,7 @@ __all__ = [
     "BatchUsage",
     "Body",
     "Control",
+    "Conversation",
     "DeadLetter",
     "Death",
     "Delivery",

@@ -21,6 +21,16 @@ class Job(Wire, frozen=True):
     opened: list[bool] = []  # of each, whether its prompt ends within the model's reasoning
     background: bool = True  # nobody follows it, so its end is told
     key: str = ""  # the Idempotency-Key it was made with, "" for none
+    conversation: str = ""  # whose turn it is, once it has ended; "" for none
+
+
+class Conversation(Wire, frozen=True):
+    """A conversation that clients keep. Its items lie beside it, each as JSON."""
+
+    id: str
+    tenant: str
+    created_ms: int
+    metadata: dict[str, str] = {}
 
 
 class Idempotent(Wire, frozen=True):

@@ -108,6 +108,17 @@ GOOD: dict[str, dict[str, Any]] = {
         "include": ["message.output_text.logprobs"], "truncation": "auto", "metadata": {"a": "b"}, "store": False,
         "service_tier": "auto", "chat_template_kwargs": {"a": 1},
     },
+    "/v1/responses/input_tokens": {
+        "model": "base", "input": ITEMS, "instructions": "be brief", "reasoning": {"effort": "low"},
+        "tools": [{"type": "function", **TOOL["function"]}], "tool_choice": "auto", "parallel_tool_calls": True,
+        "text": {"format": {"type": "text"}}, "truncation": "auto", "chat_template_kwargs": {"a": 1},
+    },
+    "/v1/conversations": {"items": ITEMS, "metadata": {"a": "b"}},
+    "/v1/batches": {
+        "input_file_id": "file-1", "endpoint": "/v1/completions", "completion_window": "24h", "metadata": {"a": "b"},
+        "output_expires_after": {"anchor": "created_at", "seconds": 3600},
+    },
+    "/v1/webhook_endpoints": {"name": "n", "url": "https://example.com/", "event_types": ["job.failed"]},
     "/v1/adapters": {"name": "nobody", "source": "nobody", "token": "t", "wait_s": 0.0, "pin": False, "preload": False},
     "/v1/load_lora_adapter": {"lora_name": "base", "lora_path": "nobody", "load_inplace": False},
     "/v1/unload_lora_adapter": {"lora_name": "nobody"},

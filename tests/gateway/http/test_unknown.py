@@ -21,7 +21,7 @@ from gateway.http.unknown import MAX_COMPARED, unknown_url
         ("GET", "/v1/model", "GET /v1/models"),
         ("POST", "/v3/rerank", "POST /v2/rerank"),
         ("POST", "/pooling", "not served: numbers of single tokens"),
-        ("POST", "/v1/conversations", "previous_response_id of /v1/responses"),
+        ("POST", "/v1/responses/compact", "not served: nothing is compacted"),
         ("GET", "/is_sleeping", "not served: workers do not sleep"),
         ("POST", "/flush_cache/", "not served: prefix caches"),
         ("GET", "/get_server_info", "/info and /v1/models"),

@@ -38,7 +38,6 @@ REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
      "unsupported_parameter"),
     ({"input": [{"role": "user", "content": "x"}] * 2049}, "input", None),
     ({"previous_response_id": "resp_1"}, "previous_response_id", "previous_response_not_found"),
-    ({"conversation": "conv_1"}, "conversation", "unsupported_parameter"),
     ({"prompt": {"id": "pmpt_1"}}, "prompt", "unsupported_parameter"),
     ({"background": True, "store": False}, "store", None),
     ({"include": ["reasoning.encrypted_content"]}, "include", None),

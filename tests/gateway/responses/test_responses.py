@@ -161,6 +161,30 @@ async def test_what_is_not_stored_is_not_found(http: httpx2.AsyncClient, bus: Bu
     assert await bus._redis.keys("*job*") == []
 
 
+# ---------------------------------------------------------------- counts
+
+
+async def test_a_count_is_what_the_response_is_charged(http: httpx2.AsyncClient, qwen: httpx2.AsyncClient) -> None:
+    first = await whole(http, BODY)
+    conversation = (await http.post("/v1/conversations", json={"items": [{"role": "user", "content": "ä"}]})).json()
+    turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": f"{i} {'dog ' * 8}"} for i in range(15)]
+    for client, fields in (
+        (http, {"input": "hi", "instructions": "Be brief."}),
+        (http, {"input": "go on", "previous_response_id": first["id"]}),
+        (http, {"conversation": conversation["id"]}),
+        (http, {"input": turns, "truncation": "auto"}),
+        (qwen, {"input": "hi", "tools": [TOOL], "text": {"format": {"type": "text"}}}),
+    ):
+        counted = (await client.post(f"{PATH}/input_tokens", json={"model": "base", **fields})).json()
+        assert counted["object"] == "response.input_tokens"
+        used = await whole(client, {"model": "base", "max_output_tokens": 20, **fields})
+        assert counted["input_tokens"] == used["usage"]["input_tokens"]
+    longer = (await http.post(f"{PATH}/input_tokens", json={"model": "base", "input": "dog " * 3000})).json()
+    assert longer["input_tokens"] > 3000  # though no response could be made of it
+    most = await http.post(f"{PATH}/input_tokens", json={"model": "base", "input": "dog " * 200_000})
+    assert (most.status_code, most.json()["error"]["param"]) == (400, "input")
+
+
 # ---------------------------------------------------------------- conversations
 
 
@@ -251,7 +275,26 @@ async def test_a_conversation_is_bounded(bus: Bus, fleet: ScriptedFleet, model_f
         more = {"input": [{"role": "user", "content": "x"}] * 3, "previous_response_id": first["id"]}
         answer = await http.post(PATH, json={**BODY, **more})
         assert answer.status_code == 400
-        assert "input has 5 items with those of the previous response; the limit is 4" in answer.text
+        assert "input has 5 items with those that were before; the limit is 4" in answer.text
+
+
+async def test_what_is_kept_without_keys_is_bounded(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
+    async with (
+        running_gateway(bus, model_folder, tenant_bytes=20_000) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+    ):
+        made: list[str] = []
+        while (answer := await http.post(PATH, json=BODY)).status_code == 200:
+            made.append(answer.json()["id"])
+        assert 2 <= len(made) <= 10
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (429, "rate_limit_exceeded")
+        assert "tenant public keeps " in error["message"]
+        assert "its limit is 20000" in error["message"]
+        assert (await http.post(PATH, json={**BODY, "background": True})).status_code == 429
+        assert (await http.post(PATH, json={**BODY, "store": False})).status_code == 200  # it leaves nothing
+        await http.delete(f"{PATH}/{made[0]}")
+        await whole(http, BODY)
 
 
 class CountedFiles:

@@ -14,7 +14,8 @@ from helpers.scripted_fleet import MAX_MODEL_LEN, TEMPLATE, Script, ScriptedFlee
 from helpers.waiting import wait_until
 from tokenizers import Tokenizer
 
-from gateway.tokenizer.routes import MAX_CHARACTERS_PER_TOKEN, MIN_TOKENIZED, TOKENIZER_CLASS
+from gateway.text.counted import MAX_CHARACTERS_PER_TOKEN, MIN_TOKENIZED
+from gateway.tokenizer.routes import TOKENIZER_CLASS
 from protocol.queue.bus import Bus
 
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the dog é"}]

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.queue.bus import Bus, now_ms
+from protocol.queue.conversations import ConversationLimits
 from protocol.queue.jobs import NewJob
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.sealing import MARK, Seal
@@ -22,6 +23,7 @@ OURS, THEIRS = FleetSecret("a secret of the fleet"), FleetSecret("a secret of an
 PROMPT = ids(*range(7000, 7040))
 STOP = "a stop string that nobody should read"
 ASKED = b'{"messages": "what the client asked"}'
+SAID = b'{"content": "what is said in a conversation"}'
 
 
 def sealed_by(secret: FleetSecret) -> Seal:
@@ -84,8 +86,11 @@ async def test_a_dump_holds_prompts_only_without_a_seal(bus: Bus, sealed: Bus, i
     step.prompt_logprobs = PROMPT + b"\0" * 8 * (len(PROMPT) // 4)
     assert await Queue(client).write(step) == []
     assert await client.prompt_logprobs("r", 8) == (PROMPT, b"\0" * 8 * (len(PROMPT) // 4))
+    limits, made = ConversationLimits(60_000, 9, 9, 99_999, 0), m.Conversation("conv_1", "t", 1)
+    await client.conversations.change("conv_1", "t", limits, record=made, is_new=True, items=[("a", SAID)])
+    assert await client.conversations.item("conv_1", "a") == SAID
     raw = await everything(bus)
-    for text in (PROMPT, STOP.encode(), ASKED):
+    for text in (PROMPT, STOP.encode(), ASKED, SAID):
         assert (text in raw) is not is_sealed
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from helpers.script_queue import GATEWAY, ids, make_body, make_job, make_submit, row
+from msgspec import structs
 from redis.exceptions import NoPermissionError, ResponseError
 
 import protocol.queue
@@ -19,6 +20,7 @@ from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from lorafleet.launcher.queue_users import password_file
 from protocol.queue.adapters import NameLimits
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Step, now_ms
+from protocol.queue.conversations import ConversationLimits
 from protocol.queue.jobs import NewJob
 from protocol.queue.quota import Quota
 from protocol.queue.redis_client import connect
@@ -166,6 +168,20 @@ async def test_a_request_lives_its_whole_life_with_four_users(buses: dict[str, B
     assert await gateway.finish("r5", "cancelled", "cancelled")
     assert await gateway.jobs.get("job_r5") == job.job
     assert await gateway.jobs.forget(job.job)
+    conversations, limits = gateway.conversations, ConversationLimits(60_000, 9, 9, 9999, 99_999)
+    made = m.Conversation("conv_1", "acme", 1)
+    assert (await conversations.change("conv_1", "acme", limits, record=made, is_new=True, items=[("a", b"1")]))[
+        0
+    ] == "ok"
+    job = NewJob(structs.replace(make_job("resp_r6", "r6"), conversation="conv_1"), b"{}", 60_000)
+    pairs = [(make_submit("r6", tenant="acme", stored=True), make_body())]
+    assert (await gateway.submit("batch", pairs, max_queued=9, quota=quota, job=job))[0] == "ok"
+    [turn] = await conversations.due(1 << 50, 9)
+    await conversations.look_again(turn, 1)
+    assert (await conversations.change("conv_1", "acme", limits, items=[("b", b"2")], response="resp_r6")).code == "ok"
+    assert await conversations.items("conv_1") == [b"1", b"2"]
+    assert await conversations.drop("conv_1", "acme", "a")
+    assert await conversations.drop("conv_1", "acme")
     assert (await scheduler.memory())[0] > 0
     await scheduler.set(keys.status, m.SchedulerStatus(queued=0, running=0, workers=1, drain_rate=0.0), 5000)
     await scheduler.members.leave("w")

@@ -1,0 +1,85 @@
+"""The routes of the Conversations API."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import FastAPI, Query, Request
+from starlette.responses import Response
+
+from gateway.auth.callers import caller_of
+from gateway.bodies.json_bodies import JsonRoute, json_response
+from gateway.http import openapi
+from gateway.http.paths import CONVERSATIONS
+from gateway.responses.bodies import ConversationChange, ConversationRequest, NewItems
+from gateway.responses.conversations import Conversations
+from gateway.responses.routes import Included, check_included
+
+
+class ConversationEndpoints:
+    """The routes' handlers."""
+
+    def __init__(self, conversations: Conversations) -> None:
+        self._conversations = conversations
+
+    async def create(self, body: ConversationRequest, request: Request) -> Response:
+        """Answer `POST /v1/conversations`."""
+        return json_response(await self._conversations.create(body, caller_of(request)))
+
+    async def get(self, conversation_id: str, request: Request) -> Response:
+        """Answer `GET /v1/conversations/{id}`."""
+        return json_response(await self._conversations.get(conversation_id, caller_of(request)))
+
+    async def update(self, conversation_id: str, body: ConversationChange, request: Request) -> Response:
+        """Answer `POST /v1/conversations/{id}`."""
+        return json_response(await self._conversations.update(conversation_id, body.metadata, caller_of(request)))
+
+    async def delete(self, conversation_id: str, request: Request) -> Response:
+        """Answer `DELETE /v1/conversations/{id}`."""
+        return json_response(await self._conversations.delete(conversation_id, caller_of(request)))
+
+    async def add(
+        self, conversation_id: str, body: NewItems, request: Request, include: Included = None
+    ) -> Response:  # fmt: skip
+        """Answer `POST /v1/conversations/{id}/items`."""
+        check_included(include)
+        return json_response(await self._conversations.add(conversation_id, body.items, caller_of(request)))
+
+    async def items(
+        self,
+        conversation_id: str,
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+        after: str | None = None,
+        include: Included = None,
+    ) -> Response:
+        """Answer `GET /v1/conversations/{id}/items`."""
+        check_included(include)
+        caller = caller_of(request)
+        page = await self._conversations.page(conversation_id, caller, limit, after, newest_first=order == "desc")
+        return json_response(page)
+
+    async def item(self, conversation_id: str, item_id: str, request: Request, include: Included = None) -> Response:
+        """Answer `GET /v1/conversations/{id}/items/{item}`."""
+        check_included(include)
+        return json_response(await self._conversations.item(conversation_id, item_id, caller_of(request)))
+
+    async def delete_item(self, conversation_id: str, item_id: str, request: Request) -> Response:
+        """Answer `DELETE /v1/conversations/{id}/items/{item}`."""
+        return json_response(await self._conversations.delete_item(conversation_id, item_id, caller_of(request)))
+
+
+def add_conversation_routes(app: FastAPI, conversations: ConversationEndpoints) -> None:
+    """Bind paths to handlers."""
+    app.router.route_class = JsonRoute
+    one = f"{CONVERSATIONS}/{{conversation_id}}"
+    item = f"{one}/items/{{item_id}}"
+    app.post(CONVERSATIONS, responses=openapi.CONVERSATION)(conversations.create)
+    app.get(one, responses=openapi.CONVERSATION)(conversations.get)
+    app.post(one, responses=openapi.CONVERSATION)(conversations.update)
+    app.delete(one, responses=openapi.DELETED)(conversations.delete)
+    app.post(f"{one}/items", responses=openapi.PAGE)(conversations.add)
+    app.get(f"{one}/items", responses=openapi.PAGE)(conversations.items)
+    app.get(item, responses=openapi.ITEM)(conversations.item)
+    app.delete(item, responses=openapi.CONVERSATION)(conversations.delete_item)

@@ -1,0 +1,284 @@
+"""Conversations that clients keep: made, changed and listed; and the turns that responses add to them.
+
+A response of a conversation is made of the items that are there when it is asked, and of its own input. Its turn, its
+input and its output, is added as a whole once it has ended with an answer: by whoever reads the conversation next, or
+by the sweep of any gateway, whichever gateway the response was asked at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from gateway.auth.callers import Caller
+from gateway.calls.jobs import KEPT_AFTER_EXPIRY_S, Jobs
+from gateway.http.list_page import list_page
+from gateway.overload.memory import held, hold, values_bytes
+from gateway.responses.bodies import ConversationRequest, Metadata
+from gateway.responses.items import Item, items_of
+from gateway.responses.stored import GOES_ON, StoredResponses, end_of
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
+from protocol.queue.conversations import ConversationLimits, Outcome
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest, LorafleetError, NotFound, Overloaded
+
+logger = logging.getLogger(__name__)
+
+ID_PREFIX = "conv_"
+
+MAX_ADDED = 20
+"""Items that are added at once, as OpenAI has it."""
+
+SWEEP_S = 20.0
+"""Pause between looks for responses that have ended and whose conversations nobody has read since."""
+
+LOOK_AGAIN_MS = 60_000
+"""Pause between two looks at a response that has not ended."""
+
+_ID = re.compile(r"conv_[0-9a-f]{32}")
+_AT_ONCE = 100  # turns that are looked at together
+_RETRY_S = 60.0  # until something may have been deleted, or has expired
+
+
+class Conversations:
+    """The conversations of the fleet."""
+
+    def __init__(
+        self, bus: Bus, settings: Settings, jobs: Jobs, stored: StoredResponses, sweep_s: float = SWEEP_S
+    ) -> None:  # fmt: skip
+        """jobs: one that is about to be deleted is added to its conversation before."""
+        self._bus = bus
+        self._queue = bus.conversations
+        self._jobs = jobs
+        self._stored = stored
+        self._sweep_s = sweep_s
+        ttl_s = max(settings.conversation_ttl_s, settings.job_ttl_s + KEPT_AFTER_EXPIRY_S)  # none ends before its turns
+        self._limits = ConversationLimits(
+            int(ttl_s * 1000), settings.tenant_conversations, settings.max_messages, settings.max_body_bytes,
+            settings.tenant_bytes,
+        )  # fmt: skip
+        jobs.before_forget = self._add_turn_of
+
+    # ------------------------------------------------------------ what clients do
+
+    async def create(self, request: ConversationRequest, caller: Caller) -> dict[str, Any]:
+        """Make a conversation. Raises BadRequest, Overloaded."""
+        items = _given(request.items or [])
+        made = m.Conversation(ID_PREFIX + secrets.token_hex(16), caller.owner, now_ms(), dict(request.metadata or {}))
+        await self._change(made.id, caller, record=made, is_new=True, items=items)
+        return view(made)
+
+    async def get(self, conversation_id: str, caller: Caller) -> dict[str, Any]:
+        """Return a conversation. Raises NotFound."""
+        return view(await self._known(conversation_id, caller))
+
+    async def update(self, conversation_id: str, metadata: Metadata | None, caller: Caller) -> dict[str, Any]:
+        """Give a conversation other metadata. Raises NotFound, Overloaded."""
+        known = await self._known(conversation_id, caller)
+        changed = m.Conversation(known.id, known.tenant, known.created_ms, dict(metadata or {}))
+        await self._change(known.id, caller, record=changed)
+        return view(changed)
+
+    async def delete(self, conversation_id: str, caller: Caller) -> dict[str, Any]:
+        """Delete a conversation with its items. Its responses stay. Raises NotFound."""
+        await self._known(conversation_id, caller)
+        await self._queue.drop(conversation_id, caller.owner)
+        return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}
+
+    async def add(self, conversation_id: str, given: Sequence[Item], caller: Caller) -> dict[str, Any]:
+        """Add items at a conversation's end; return them. Raises BadRequest, NotFound, Overloaded."""
+        items = _given(given)
+        if not items:
+            raise BadRequest("items is an empty list", param="items")
+        await self._known(conversation_id, caller)
+        await self._add_turns(conversation_id, caller.owner)
+        await self._change(conversation_id, caller, items=items)
+        return list_page(items, has_more=False)
+
+    async def page(
+        self, conversation_id: str, caller: Caller, limit: int, after: str | None, *, newest_first: bool
+    ) -> dict[str, Any]:
+        """Return a page of a conversation's items. Raises NotFound, also for an unknown `after`."""
+        await self._known(conversation_id, caller)
+        await self._add_turns(conversation_id, caller.owner)
+        start = 0
+        if after is not None:
+            rank = await self._queue.rank(conversation_id, after, newest_first=newest_first)
+            if rank is None:
+                raise NotFound(f"there is no item {after!r:.100}", param="after")
+            start = rank + 1
+        raws = await self._queue.items(conversation_id, start, limit + 1, newest_first=newest_first)
+        return list_page(_values(raws[:limit]), has_more=len(raws) > limit)
+
+    async def item(self, conversation_id: str, item_id: str, caller: Caller) -> Item:
+        """Return an item. Raises NotFound."""
+        await self._known(conversation_id, caller)
+        await self._add_turns(conversation_id, caller.owner)
+        raw = await self._queue.item(conversation_id, item_id)
+        if raw is None:
+            raise _no_item(item_id)
+        return _values([raw])[0]
+
+    async def delete_item(self, conversation_id: str, item_id: str, caller: Caller) -> dict[str, Any]:
+        """Delete an item; return the conversation. Raises NotFound."""
+        known = await self._known(conversation_id, caller)
+        await self._add_turns(conversation_id, caller.owner)
+        if not await self._queue.drop(conversation_id, caller.owner, item_id):
+            raise _no_item(item_id)
+        return view(known)
+
+    # ------------------------------------------------------------ what responses do
+
+    async def all_items(self, conversation_id: str, caller: Caller) -> list[Item]:
+        """Return the items that a response goes on with; the conversation lives on. Raises NotFound."""
+        known = await self._known(conversation_id, caller, "conversation")
+        await self._add_turns(known.id, caller.owner)
+        await self._change(known.id, caller)
+        return _values(await self._queue.items(known.id))
+
+    async def _add_turn_of(self, job: m.Job) -> None:
+        """Add the turn of a response that is about to be deleted, if it has ended with an answer."""
+        if job.conversation:
+            await self._add_turns(job.conversation, job.tenant)
+
+    async def _add_turns(self, conversation_id: str, tenant: str) -> None:
+        """Add the responses that have ended to a conversation, in the order of their ends: each once, or never.
+
+        Those without an answer, failed and cancelled ones, add nothing. Raises what keeps one from being read now: then
+        nobody goes on without it.
+        """
+        ids = await self._queue.turns(conversation_id)
+        if not ids:
+            return
+        jobs = {job.jid: job for job in await self._bus.jobs.get_many(ids)}
+        known = await self._bus.requests([job.rids[0] for job in jobs.values()])
+        facts = dict(zip(jobs, known, strict=True))
+        ended = [(fact.ended_ms if (fact := facts.get(id_)) is not None else 0, id_) for id_ in ids]
+        for _, id_ in sorted(ended):
+            fact, items = facts.get(id_), []
+            if fact is not None:  # else it is deleted
+                status = end_of(jobs[id_], [fact]).status
+                if status in ("queued", "in_progress"):
+                    continue
+                if status in GOES_ON:
+                    before = held()
+                    try:
+                        items = await self._stored.turn(jobs[id_], [fact])
+                    except NotFound as error:  # such as the adapter's tokenizer, which may come back
+                        logger.warning("%s cannot be added to its conversation: %s", id_, error)
+                        continue
+                    finally:
+                        hold(before)
+            await self._queue.change(conversation_id, tenant, self._limits, items=_written(items), response=id_)
+
+    async def sweep(self) -> None:
+        """Add the responses that have ended to their conversations, until cancelled."""
+        while True:
+            try:
+                await self.add_due_turns()
+            except (LorafleetError, *CONNECTION_ERRORS) as error:
+                logger.warning("responses cannot be added to their conversations now: %s", error)
+            await asyncio.sleep(self._sweep_s)
+
+    async def add_due_turns(self) -> None:
+        """Look at each response whose time has come, and add it to its conversation if it has ended."""
+        while due := await self._queue.due(now_ms(), _AT_ONCE):
+            for turn in due:
+                try:
+                    await self._add_turns(turn.conversation, turn.tenant)
+                except LorafleetError as error:  # the others are not kept waiting
+                    logger.warning("%s cannot be added to its conversation now: %s", turn.response, error)
+                await self._queue.look_again(turn, now_ms() + LOOK_AGAIN_MS)
+
+    # ------------------------------------------------------------ the queue's part
+
+    async def _known(self, conversation_id: str, caller: Caller, param: str = "conversation_id") -> m.Conversation:
+        found = None
+        if _ID.fullmatch(conversation_id):
+            found = await self._queue.get(conversation_id, caller.owner)
+        if found is None:
+            raise _not_found(conversation_id, param)
+        return found
+
+    async def _change(
+        self, conversation_id: str, caller: Caller, *, record: m.Conversation | None = None, is_new: bool = False,
+        items: Sequence[Item] = (),
+    ) -> None:  # fmt: skip
+        limits = self._limits
+        if caller.tenant is not None and caller.tenant.kept_bytes:
+            limits = limits.with_kept(caller.tenant.kept_bytes)
+        made = await self._queue.change(
+            conversation_id, caller.owner, limits, record=record, is_new=is_new, items=_written(items)
+        )  # fmt: skip
+        if made.code == "gone":
+            raise _not_found(conversation_id, "conversation_id")
+        if made.code != "ok":
+            raise _refusal(made, limits, len(items), caller.owner)
+
+
+def view(conversation: m.Conversation) -> dict[str, Any]:
+    """Return a conversation as OpenAI's object."""
+    return {
+        "id": conversation.id,
+        "object": "conversation",
+        "created_at": conversation.created_ms // 1000,
+        "metadata": conversation.metadata,
+    }
+
+
+def _given(items: Sequence[Item]) -> list[Item]:
+    """Return the items of a body with ids, which are new. Raises BadRequest."""
+    if len(items) > MAX_ADDED:
+        raise BadRequest(
+            f"items has {len(items)} entries; the limit is {MAX_ADDED} at a time", param="items", code="limit_exceeded"
+        )  # fmt: skip
+    for i, item in enumerate(items):
+        if item.get("type") == "item_reference":
+            text = f"items[{i}]: an item_reference is not supported here: send the item itself"
+            raise BadRequest(text, param=f"items[{i}].type")
+    return items_of(items, uuid.uuid4().hex, {}, 0, renamed=True, param="items")
+
+
+def _written(items: Sequence[Item]) -> list[tuple[str, bytes]]:
+    return [(item["id"], orjson.dumps(item)) for item in items]
+
+
+def _values(raws: Sequence[bytes]) -> list[Item]:
+    """Return items that were kept as JSON, and charge for them. Raises as `memory.hold`."""
+    hold(held() + sum(len(raw) + values_bytes(raw) for raw in raws))
+    return [orjson.loads(raw) for raw in raws]
+
+
+def _not_found(conversation_id: str, param: str) -> NotFound:
+    text = f"Conversation with id {conversation_id!r:.100} not found."
+    return NotFound(text, param=param, code="conversation_not_found")
+
+
+def _no_item(item_id: str) -> NotFound:
+    return NotFound(f"Item with id {item_id!r:.100} not found.", param="item_id", code="item_not_found")
+
+
+def _refusal(made: Outcome, limits: ConversationLimits, num: int, tenant: str) -> LorafleetError:
+    """Return the error of a change that a limit has refused. num: of items that it would have added."""
+    if made.code == "conversations":
+        text = f"you have {made.there} conversations; the limit is {limits.max_conversations}: delete some"
+        return Overloaded(text, _RETRY_S)
+    if made.code == "kept":
+        text = (
+            f"tenant {tenant} keeps {made.there} bytes in the queue, and this would add {made.added}; its limit is"
+            f" {limits.max_kept}: delete conversations, responses or jobs"
+        )
+        return Overloaded(text, _RETRY_S)
+    if made.code == "items":
+        text = f"the conversation has {made.there} items and this would add {num}; the limit is {limits.max_items}"
+    else:
+        text = f"the conversation has {made.there} bytes; with these items it would exceed {limits.max_bytes}"
+    return BadRequest(f"{text}: delete some", param="items", code="limit_exceeded")

@@ -1,0 +1,120 @@
+"""Responses that are kept, read again from what the queue holds: whole, as events, and what a conversation gets of one.
+
+A response that is kept is a job, whose record has the whole conversation up to it. So each stands alone, whatever
+becomes of those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+from gateway.auth.callers import Caller
+from gateway.calls.choices import Choice
+from gateway.calls.follow import choices_of, usage_of
+from gateway.calls.jobs import Facts, Jobs, state_of
+from gateway.calls.pipeline import Pipeline
+from gateway.calls.writers import Usage
+from gateway.http.paths import RESPONSES
+from gateway.responses.items import Item
+from gateway.responses.stream import ResponseStream
+from gateway.responses.write import ID_PREFIX, End, ResponseWriter, failure_of, writer_of
+from protocol.wire import messages as m
+from protocol.wire.error_codec import error_from
+from protocol.wire.errors import LorafleetError, NotFound
+
+GOES_ON = ("completed", "incomplete")
+"""Ends of a response that has an answer, with which a conversation goes on."""
+
+
+class StoredResponses:
+    """The responses that are kept, by id."""
+
+    def __init__(self, pipeline: Pipeline, jobs: Jobs) -> None:
+        self._pipeline = pipeline
+        self._jobs = jobs
+
+    async def load(self, response_id: str, caller: Caller) -> tuple[m.Job, Facts]:
+        """Return a response's job, and what the queue knows of its request. Raises NotFound."""
+        found = None
+        if response_id.startswith(ID_PREFIX):
+            with suppress(NotFound):
+                found = await self._jobs.load(response_id, caller)
+        if found is not None and found.endpoint == RESPONSES:
+            facts = await self._jobs.facts(found)
+            if None not in facts:
+                return found, facts
+        text = f"Response with id {response_id!r:.100} not found."
+        raise NotFound(text, param="response_id", code="response_not_found")
+
+    async def view(self, job: m.Job, facts: Facts) -> dict[str, Any]:
+        """Return a response as OpenAI's object. Raises NotFound."""
+        end, kept = end_of(job, facts), await self._jobs.request(job)
+        if end.status in ("queued", "in_progress"):
+            _, writer = await self._open(job, facts, kept)
+            return writer.object(end)
+        writer, usage = await self._read(job, facts, kept)
+        return writer.object(end, usage)
+
+    async def stream(self, job: m.Job, facts: Facts, after: int) -> Response:
+        """Return the events of a response with numbers greater than `after`, as they come. Raises NotFound."""
+        choices, writer = await self._open(job, facts, await self._jobs.request(job))
+        writer.after = after
+        return ResponseStream(self._pipeline.bus, choices, writer, self._pipeline.settings.keepalive_s)
+
+    async def input_items(self, job: m.Job) -> list[Item]:
+        """Return the items that a response was made of. Raises NotFound."""
+        return (await self._jobs.request(job))["items"]
+
+    async def all_items(self, job: m.Job, facts: Facts) -> list[Item]:
+        """Return the items of a response that has an answer, those of its output at their end. Raises NotFound."""
+        kept = await self._jobs.request(job)
+        return [*kept["items"], *await self._output(job, facts, kept)]
+
+    async def turn(self, job: m.Job, facts: Facts) -> list[Item]:
+        """Return what a conversation gets of a response that has an answer: its own input, and its output.
+
+        Raises NotFound.
+        """
+        kept = await self._jobs.request(job)
+        own = kept["items"][len(kept["items"]) - kept["num_own"] :]
+        return [*own, *await self._output(job, facts, kept)]
+
+    async def _output(self, job: m.Job, facts: Facts, kept: Any) -> list[Item]:
+        writer, _ = await self._read(job, facts, kept)
+        return orjson.loads(orjson.dumps(writer.output.items))
+
+    async def _read(self, job: m.Job, facts: Facts, kept: Any) -> tuple[ResponseWriter, Usage]:
+        """Return the writer of a response that has ended, with all that this has come to. Raises NotFound."""
+        choices, writer = await self._open(job, facts, kept)
+        try:
+            await self._jobs.read(choices, writer)
+        except LorafleetError:
+            if not choices[0].cursor.ended:
+                raise
+            writer.output.cut()
+        return writer, usage_of(choices)
+
+    async def _open(self, job: m.Job, facts: Facts, kept: Any) -> tuple[Sequence[Choice], ResponseWriter]:
+        """Return a response to be read from its first token. Raises NotFound."""
+        _, call = await self._jobs.call(job, facts, kept)
+        choices = choices_of(call)
+        return choices, writer_of(call, choices)
+
+
+def end_of(job: m.Job, facts: Facts) -> End:
+    """Return how a response has ended, or that it has not."""
+    state, _ = state_of(facts)
+    [fact] = facts
+    assert fact is not None, "an expired response is not found"
+    if state == "failed":
+        return failure_of(error_from(fact.error))
+    if state == "cancelled":
+        return End(state)
+    if state == "completed":
+        return End("incomplete" if fact.finish == "length" else state, None, fact.ended_ms)
+    return End("queued" if state == "queued" and job.background else "in_progress")

@@ -1,0 +1,154 @@
+"""Conversations that clients keep: their items, and the responses that are to be added to them.
+
+A response of a conversation is noted as its *turn* by the script that submits it. Any gateway may add the turn once the
+response has ended; the script that adds its items takes the note away, so it is added once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from protocol.queue.redis_client import Client
+from protocol.queue.scripts import Scripts
+from protocol.runtime.sealing import Seal
+from protocol.wire import messages as m
+from protocol.wire.codec import decode
+from protocol.wire.keys import Keys
+
+MAX_TURNS = 16
+"""Responses of one conversation that are to be added to it, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationLimits:
+    """What a tenant's conversations may come to, and how long each lives."""
+
+    ttl_ms: int  # after its last change
+    max_conversations: int  # of the tenant, 0: no limit
+    max_items: int  # of one
+    max_bytes: int  # of one
+    max_kept: int  # of the tenant, with all else that it keeps in the queue; 0: no limit
+
+    def with_kept(self, max_kept: int) -> ConversationLimits:
+        """Return the limits of a tenant that may keep so many bytes."""
+        return replace(self, max_kept=max_kept)
+
+
+class Outcome(NamedTuple):
+    """What has become of a change."""
+
+    code: str  # ok, gone; or the limit that has refused it: conversations, items, bytes, kept
+    there: int = 0  # of that limit
+    added: int = 0  # bytes that the change would have added, where `kept` has refused it
+
+
+class Turn(NamedTuple):
+    """A response that is to be added to a conversation."""
+
+    tenant: str
+    conversation: str
+    response: str
+
+
+class Conversations:
+    """The conversations of a fleet, by id. An id that a client has sent must be checked before it becomes a key."""
+
+    def __init__(self, client: Client, keys: Keys, scripts: Scripts, seal: Seal | None = None) -> None:
+        self._redis = client
+        self._keys = keys
+        self._scripts = scripts
+        self._seal = seal
+
+    # ------------------------------------------------------------ changing
+
+    async def change(
+        self, conversation_id: str, tenant: str, limits: ConversationLimits, *, record: m.Conversation | None = None,
+        is_new: bool = False, items: Sequence[tuple[str, bytes]] = (), response: str = "",
+    ) -> Outcome:  # fmt: skip
+        """Make a conversation, or change it and let it live on; see `change_conversation.lua`.
+
+        record: None for the one that it has. items: their ids, and each as JSON. response: whose turn they are, "" if
+        they are none.
+        """
+        place = self._keys.conversation_items(conversation_id)
+        words: list[str | bytes] = []
+        for item_id, item in items:
+            words += [item_id, item if self._seal is None else self._seal.seal(item, f"{place}/{item_id}")]
+        args = [
+            conversation_id, tenant, b"" if record is None else m.encode(record), int(is_new), limits.ttl_ms,
+            limits.max_conversations, limits.max_items, limits.max_bytes, limits.max_kept, response, *words,
+        ]  # fmt: skip
+        names = [self._keys.tag, *self._names(conversation_id, tenant), self._keys.turns]
+        reply = await self._scripts.change_conversation(keys=names, args=args)
+        return Outcome(reply[0].decode(), *map(int, reply[1:]))
+
+    async def drop(self, conversation_id: str, tenant: str, item_id: str = "") -> bool:
+        """Delete a conversation, or one of its items. Returns whether the tenant had it."""
+        names = [self._keys.tag, *self._names(conversation_id, tenant)]
+        return bool(await self._scripts.drop_conversation(keys=names, args=[conversation_id, tenant, item_id]))
+
+    def _names(self, conversation_id: str, tenant: str) -> list[str]:
+        keys = self._keys
+        return [
+            keys.conversation(conversation_id), keys.conversation_items(conversation_id),
+            keys.conversation_order(conversation_id), keys.conversation_turns(conversation_id),
+            keys.conversations(tenant),
+        ]  # fmt: skip
+
+    # ------------------------------------------------------------ asking
+
+    async def get(self, conversation_id: str, tenant: str) -> m.Conversation | None:
+        """Return a tenant's conversation; None if it is unknown, another's, or has expired."""
+        raw = await self._redis.hget(self._keys.conversation(conversation_id), "b")
+        found = decode(raw, m.Conversation) if raw is not None else None
+        return found if found is not None and found.tenant == tenant else None
+
+    async def rank(self, conversation_id: str, item_id: str, *, newest_first: bool) -> int | None:
+        """Return how many of the items come before one in a list; None when it is unknown."""
+        name = self._keys.conversation_order(conversation_id)
+        return await (self._redis.zrevrank(name, item_id) if newest_first else self._redis.zrank(name, item_id))
+
+    async def items(
+        self, conversation_id: str, start: int = 0, num: int = 0, *, newest_first: bool = False
+    ) -> list[bytes]:
+        """Return items `[start, start + num)`, num 0: all from there on, each as JSON. Raises ProtocolError."""
+        name, last = self._keys.conversation_order(conversation_id), start + num - 1 if num else -1
+        found = await (self._redis.zrevrange if newest_first else self._redis.zrange)(name, start, last)
+        return [item for item in await self._read(conversation_id, [raw.decode() for raw in found]) if item is not None]
+
+    async def item(self, conversation_id: str, item_id: str) -> bytes | None:
+        """Return one item as JSON; None if it is unknown. Raises ProtocolError."""
+        return (await self._read(conversation_id, [item_id]))[0]
+
+    async def _read(self, conversation_id: str, item_ids: Sequence[str]) -> list[bytes | None]:
+        place = self._keys.conversation_items(conversation_id)
+        found: list[bytes | None] = await self._redis.hmget(place, item_ids) if item_ids else []
+        if self._seal is None:
+            return found
+        seal = self._seal
+        return [
+            item if item is None else seal.open(item, f"{place}/{item_id}")
+            for item_id, item in zip(item_ids, found, strict=True)
+        ]
+
+    # ------------------------------------------------------------ turns
+
+    async def turns(self, conversation_id: str) -> list[str]:
+        """Return the ids of the responses that are to be added to a conversation, in the order of their submission."""
+        found = await self._redis.zrange(self._keys.conversation_turns(conversation_id), 0, -1)
+        return [response.decode() for response in found]
+
+    async def due(self, now_ms: int, num: int) -> list[Turn]:
+        """Return at most `num` turns that a gateway should look at."""
+        found = await self._redis.zrangebyscore(self._keys.turns, "-inf", now_ms, start=0, num=num)
+        return [Turn(*member.decode().split(":")) for member in found]
+
+    async def look_again(self, turn: Turn, at_ms: int) -> None:
+        """Put off the next look at a turn; forget it if its conversation is gone, or has it."""
+        member, name = ":".join(turn), self._keys.conversation_turns(turn.conversation)
+        if await self._redis.zscore(name, turn.response) is None:
+            await self._redis.zrem(self._keys.turns, member)
+        else:
+            await self._redis.zadd(self._keys.turns, {member: at_ms}, xx=True)
