@@ -5,6 +5,7 @@ Only ids, times and the request's own id are replaced. After a change that is me
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
+from helpers.waiting import wait_until
 
 from protocol.queue.bus import Bus
 from protocol.wire.errors import LorafleetError, WorkerLost
@@ -56,6 +58,7 @@ class Stream:
     body: dict[str, Any]
     says: str = 'é "so"\n<b>, you?'
     error: LorafleetError | None = None
+    is_cancelled: bool = False  # after the first step
 
 
 STREAMS = {
@@ -99,6 +102,7 @@ STREAMS = {
     ),
     "openai-responses-incomplete": Stream(RESPONSES, {**ASKED, "max_output_tokens": 4, "background": True}),
     "openai-responses-failed": Stream(RESPONSES, ASKED, error=WorkerLost("three died")),
+    "openai-responses-cancelled": Stream(RESPONSES, {**ASKED, "background": True}, is_cancelled=True),
     "anthropic-messages": Stream(MESSAGES_PATH, {**ANTHROPIC, "stop_sequences": ["you", "?"]}),
     "anthropic-messages-tools": Stream(
         MESSAGES_PATH,
@@ -127,19 +131,40 @@ REPLACED = [
 ]
 
 
+async def cancelled(http: httpx2.AsyncClient, fleet: ScriptedFleet, raw: bytes) -> None:
+    """Cancel the response whose first events are given; its worker goes on when the queue knows that."""
+    found = re.search(rb"resp_([0-9a-f]{32})", raw)
+    assert found is not None
+    call = found[1].decode()
+    asked = asyncio.create_task(http.post(f"{RESPONSES}/resp_{call}/cancel"))
+
+    async def is_known() -> bool:
+        return await fleet.bus._redis.hget(fleet.bus.keys.req(f"{call}-0"), "cancel") == b"1"
+
+    await wait_until(is_known, "the queue knows of the cancellation")
+    fleet.go.set()
+    assert (await asked).json()["status"] == "cancelled"
+
+
 async def bytes_of(http: httpx2.AsyncClient, fleet: ScriptedFleet, stream: Stream) -> bytes:
     """Return headers and body of a streamed answer, what differs each time replaced."""
     num = len(fleet.tokenizer.encode(stream.says).ids) + 1
     half = -(-min(num, stream.body.get("max_tokens") or stream.body.get("max_output_tokens") or num) // 2)
     fleet.go.clear()
     fleet.script = lambda submit, body: Script(stream.says, chunk=half, hold_after=half, error=stream.error)
-    raw = b""
+    raw, cancelling = b"", None
     async with http.stream("POST", stream.path, json=stream.body) as answer:
         lines = [f"{name}: {value}" for name, value in sorted(answer.headers.items())]
         head = "\n".join([f"HTTP {answer.status_code}", *lines, "", ""]).encode()
         async for part in answer.aiter_raw():
             raw += part
+            if stream.is_cancelled:
+                if b".delta" in raw and cancelling is None:
+                    cancelling = asyncio.create_task(cancelled(http, fleet, raw))
+                continue
             fleet.go.set()  # the second step comes when the first has been delivered
+    if cancelling is not None:
+        await cancelling
     shown = head + raw
     for pattern, value in REPLACED:
         shown = re.sub(pattern, value, shown)

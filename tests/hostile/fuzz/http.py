@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from gateway.adapters.operator_routes import LoadRequest, RegisterRequest, UnloadRequest
 from gateway.anthropic.bodies import CountTokensRequest, MessagesRequest
+from gateway.batches.bodies import BatchRequest
 from gateway.encoders.bodies import (
     ClassifyRequest,
     EmbeddingsRequest,
@@ -28,8 +29,15 @@ from gateway.encoders.bodies import (
 from gateway.lorax.bodies import CompatRequest, Parameters
 from gateway.ollama import bodies as ollama
 from gateway.openai.bodies import ChatRequest, CompletionRequest
-from gateway.responses.bodies import ResponseRequest
+from gateway.responses.bodies import (
+    ConversationChange,
+    ConversationRequest,
+    InputTokensRequest,
+    NewItems,
+    ResponseRequest,
+)
 from gateway.tokenizer.bodies import DetokenizeRequest, TokenizeRequest
+from gateway.webhooks.bodies import WebhookChange, WebhookRequest
 
 PATIENCE_S = 30.0
 """Silence after which a request counts as hung."""
@@ -69,11 +77,24 @@ BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
         {"model": "base", "messages": [{"role": "user", "content": "hi"}]},
     ),
     "/v1/responses": (ResponseRequest, {"model": "base", "input": "hi", "max_output_tokens": 2}),
+    "/v1/responses/input_tokens": (InputTokensRequest, {"model": "base", "input": "hi"}),
+    "/v1/conversations": (ConversationRequest, {"items": [{"role": "user", "content": "hi"}]}),
+    "/v1/conversations/CONVERSATION": (ConversationChange, {"metadata": {"a": "b"}}),
+    "/v1/conversations/CONVERSATION/items": (NewItems, {"items": [{"role": "user", "content": "hi"}]}),
+    "/v1/batches": (
+        BatchRequest,
+        {"input_file_id": "FILE", "endpoint": "/v1/completions", "completion_window": "24h"},
+    ),
+    "/v1/webhook_endpoints": (
+        WebhookRequest,
+        {"name": "n", "url": "http://127.0.0.1:9/", "event_types": ["batch.expired"]},
+    ),
+    "/v1/webhook_endpoints/WEBHOOK": (WebhookChange, {"name": "n"}),
     "/v1/adapters": (RegisterRequest, {"name": "mine", "source": "local:one", "wait_s": 0}),
     "/v1/load_lora_adapter": (LoadRequest, {"lora_name": "one", "lora_path": "local:one"}),
     "/v1/unload_lora_adapter": (UnloadRequest, {"lora_name": "nobody"}),
 }
-"""Path -> what it takes, and a good body."""
+"""Path -> what it takes, and a good body. Names in capitals stand for what `_made` has made."""
 
 LIKELY: dict[str, tuple[Any, ...]] = {
     "messages": (
@@ -129,6 +150,24 @@ LIKELY: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([5], [], [-1], [1 << 31], [5] * 20_000), "logprob_token_ids": ([5, 5], [], [-1], [5] * 200),
     "bad_words": (["a"], [""], ["\ud83d"], ["\0 "], ["a" * 200], ["😀" * 99] * 9), "prompt_logprobs": (0, 20, 21, -1),
     "return_token_ids": (True,), "return_tokens_as_token_ids": (True,), "add_generation_prompt": (False,),
+    "input": (
+        "", [], [{"role": "user", "content": "hi"}], [{"type": "item_reference", "id": "msg_" + "0" * 36}], ["a"],
+        [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "[" * 3000}], [{"type": []}], [[5]],
+        [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": "\ud83d"}]}], "a" * 2000,
+    ),
+    "items": (
+        [{"role": "user", "content": "x"}] * 25, [{"role": ["user"]}], [{"type": "item_reference", "id": "ITEM"}], [{}],
+        [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "\0"}]}],
+        [{"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text"}]}], [[]],
+    ),
+    "conversation": ("CONVERSATION", {"id": "CONVERSATION"}, "conv_1", {}, {"id": 5}, [], "CONVERSATION:items"),
+    "previous_response_id": ("RESPONSE", "resp_1", "", "RESPONSE" * 9), "max_output_tokens": (1, 0, 1 << 31),
+    "truncation": ("auto", "disabled", "x"), "store": (False, True), "include": (["message.output_text.logprobs"], [5]),
+    "text": ({"format": {"type": "json_object"}}, {"format": {"type": []}}, {"verbosity": "low"}),
+    "reasoning": ({"effort": "low"}, {"effort": []}), "input_file_id": ("FILE", "file-1", "", "../.."),
+    "url": ("https://127.0.0.1/", "http://[", "https://a:b@c/", "ftp://x", "https://" + "a" * 3000),
+    "event_types": (["batch.completed"], [], ["x"], [["batch.failed"]], ["batch.failed"] * 99),
+    "completion_window": ("24h", "1h", ""), "endpoint": ("/v1/responses", "/v1/files", "", "/v1/chat/completions"),
     "encoding_format": ("base64",), "dimensions": (1, 3), "lora_scale": (0.5, 0), "adapter_source": ("hub", "local"),
 }  # fmt: skip
 
@@ -178,20 +217,56 @@ HEADERS = (
 PATHS = (
     "/v1/models", "/v1/models/{}", "/v1/jobs", "/v1/jobs?limit={}", "/v1/jobs?after={}", "/v1/jobs/{}", "/health",
     "/v1/jobs/{}/cancel", "/v1/adapters?limit={}", "/v1/adapters/{}", "/v1/adapters/{}/pin", "/v1/adapters/{}/preload",
-    "/metrics", "/info", "/ping", "/openapi.json", "/{}", "/v1/{}", "/v1/adapters/{}/evict?wait_s={}",
+    "/v1/responses/RESPONSE?stream={}&starting_after={}", "/v1/responses/RESPONSE/input_items?after={}&limit={}",
+    "/v1/responses/{}/cancel", "/v1/responses/RESPONSE/cancel", "/v1/responses/{}", "/v1/responses/compact",
+    "/v1/conversations/CONVERSATION/items?after={}&order={}", "/v1/conversations/CONVERSATION/items/{}",
+    "/v1/conversations/CONVERSATION/items/ITEM?include[]={}", "/v1/conversations/{}", "/v1/conversations/{}/items",
+    "/v1/files?limit={}&after={}", "/v1/files/{}", "/v1/files/FILE/content", "/v1/files?purpose={}&order={}",
+    "/v1/batches?after={}&limit={}", "/v1/batches/{}", "/v1/batches/{}/cancel", "/v1/jobs/RESPONSE/stream",
+    "/v1/webhook_endpoints/{}", "/v1/webhook_deliveries?after={}",
+    "/v1/webhook_deliveries/{}/retry", "/metrics", "/info", "/ping", "/openapi.json", "/{}", "/v1/{}",
+    "/v1/adapters/{}/evict?wait_s={}",
 )  # fmt: skip
 
 MAY_FAIL = frozenset({"503", "529"})
 """Only a 503, or Anthropic's 529, says that the gateway is at fault: nothing else above 499 is documented."""
 
 
+def _made(connection: http.client.HTTPConnection) -> dict[str, str]:
+    """Make one of each thing that clients keep; return their ids by what stands for them in paths and bodies."""
+
+    def sent(path: str, body: dict[str, Any] | bytes, kind: str = "application/json") -> dict[str, Any]:
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("POST", path, raw, {"content-type": kind})
+        answer = connection.getresponse()
+        found = json.loads(answer.read())
+        assert answer.status == 200, found
+        return found
+
+    line = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": "base", "prompt": "hi"}}'
+    part = b'--b\r\ncontent-disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+    form = part % (b"purpose", b"", b"batch") + part % (b"file", b'; filename="a.jsonl"', line) + b"--b--\r\n"
+    conversation = sent("/v1/conversations", {})["id"]
+    added = sent(f"/v1/conversations/{conversation}/items", {"items": [{"role": "user", "content": "hi"}]})
+    return {
+        "CONVERSATION": conversation,
+        "ITEM": added["data"][0]["id"],
+        "RESPONSE": sent("/v1/responses", {"model": "base", "input": "hi", "max_output_tokens": 2})["id"],
+        "FILE": sent("/v1/files", form, "multipart/form-data; boundary=b")["id"],
+        "WEBHOOK": sent("/v1/webhook_endpoints", BODIES["/v1/webhook_endpoints"][1])["id"],
+    }
+
+
 @contextmanager
 def _gateway() -> Iterator[Check]:
-    with services(max_queued=200) as running:
+    with services(max_queued=200, private_webhooks=True, secret="of the fuzzed fleet") as running:
         connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=PATIENCE_S)
+        made = _made(connection)
 
         def check(case: tuple[str, str, bytes | None, dict[str, str]]) -> str:
             method, path, body, headers = case
+            for name, id_ in made.items():
+                path, body = path.replace(name, id_), body and body.replace(name.encode(), id_.encode())
             try:
                 connection.request(method, path, body, {k: v.encode("latin-1") for k, v in headers.items()})  # type: ignore[dict-item]
                 answer = connection.getresponse()
