@@ -29,8 +29,8 @@ from peft_adapters.format import (
 )
 from peft_adapters.formats.conversion import Conversion
 from peft_adapters.texts.files import max_bytes
+from protocol.metrics.series import STORE_FETCH_SECONDS, STORE_FETCHES
 from protocol.queue.bus import now_ms
-from protocol.runtime.metrics import STORE_FETCH_SECONDS, STORE_FETCHES
 from protocol.wire.errors import AdapterRefused, Unavailable
 from protocol.wire.messages import AdapterRecord, ServedModel
 

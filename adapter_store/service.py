@@ -25,8 +25,9 @@ from adapter_store.sources.hub import HubSource
 from adapter_store.sources.local import LocalSource
 from adapter_store.sources.s3 import S3Source, make_client
 from adapter_store.timings import StoreTimings
+from protocol.metrics import series as metrics
+from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode
-from protocol.runtime import metrics
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.private_files import private_folder
 from protocol.runtime.service import unending, wait_any
@@ -62,7 +63,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: StoreTimings |
     bus = Bus(settings.queue_url())
     try:
         if await _reach(bus, stop):
-            with metrics.serve_metrics(settings.metrics_port):
+            with serve_metrics(settings.metrics_port):
                 blobs = await asyncio.to_thread(_open_blobs, settings)
                 await Store(bus, settings, blobs, secret, timings).run(stop)
         return 0

@@ -26,6 +26,7 @@ from gateway.auth.authentication import is_loopback
 from gateway.batches.batches import BatchService
 from gateway.batches.routes import BatchEndpoints
 from gateway.batches.runner import BatchMeans, BatchPace, BatchRunner
+from gateway.calls import observe
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.replies import Replies
 from gateway.encoders.routes import EncoderEndpoints
@@ -43,6 +44,7 @@ from gateway.ollama.routes import OllamaEndpoints
 from gateway.overload.admission import Admission, OverloadLimits
 from gateway.overload.heartbeat import Heartbeat, Pace
 from gateway.overload.memory import MemoryAccount
+from gateway.requests.routes import RequestEndpoints
 from gateway.responses.conversation_routes import ConversationEndpoints
 from gateway.responses.conversations import SWEEP_S, Conversations
 from gateway.responses.routes import ResponseEndpoints
@@ -57,9 +59,9 @@ from gateway.webhooks.outside import Outside
 from gateway.webhooks.routes import WebhookRoutes
 from gateway.webhooks.sender import SenderPace, WebhookSender
 from peft_adapters.texts.files import TOKENIZER
+from protocol.metrics.series import GATEWAY_HELD_BYTES
 from protocol.queue.bus import Bus
 from protocol.runtime.fleet_secret import FleetSecret
-from protocol.runtime.metrics import GATEWAY_HELD_BYTES
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder
 from protocol.runtime.sealing import Seal
 from protocol.runtime.service import unending
@@ -100,6 +102,8 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
         heartbeat = Heartbeat(settings.queue_url(), replies.gid, timings.pace)
         admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, timings.overload)
         memory = MemoryAccount(settings.gateway_memory)
+        for names in (observe.ADAPTERS, observe.TENANTS):
+            names.set_limit(settings.metrics_named)
         GATEWAY_HELD_BYTES.set_function(lambda: memory.num_bytes)
         aliases = Aliases(bus, settings, secret, admission.leave_inbound, timings.alias_poll_s)
         tokenizer = model_folder(settings.model, TOKENIZER_FILES) / TOKENIZER
@@ -138,7 +142,8 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
             BatchEndpoints(BatchService(bus, uploads, settings), batch_wake.set),
             anthropic, ResponseEndpoints(endpoints, Responses(pipeline, jobs, stored, conversations)),
             ConversationEndpoints(conversations),
-            WebhookRoutes(WebhookService(bus, outside, sender, secret)), settings, admission, memory, keys, secret,
+            WebhookRoutes(WebhookService(bus, outside, sender, secret)),
+            RequestEndpoints(endpoints, pipeline), settings, admission, memory, keys, secret,
         )  # fmt: skip
         means = BatchMeans(bus, replies.gid, uploads, storage, settings, inner, timings.batches)
         runner = BatchRunner(means, batch_wake)

@@ -349,7 +349,7 @@ def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> Engine
     if room < max(max_model_len, BLOCK_TOKENS):
         raise BadRequest(f"kv_cache_bytes holds {room} tokens: too few for one request of {max_model_len}")
     num_blocks = min(num_blocks, max_num_seqs * -(-max_model_len // BLOCK_TOKENS))
-    return EngineConfig(limits, num_blocks, max_model_len, num_states, settings.max_mask_s)
+    return EngineConfig(limits, num_blocks, max_model_len, num_states, num_blocks * block_bytes, settings.max_mask_s)
 
 
 def _num_states(slot_bytes: int, num_bytes: int, max_num_seqs: int) -> tuple[int, int]:

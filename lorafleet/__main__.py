@@ -24,6 +24,7 @@ COMMANDS = {
     "dlq": ("lorafleet.dlq", "list, show and retry requests that were given up"),
     "adapter": ("adapter_store.command", "check an adapter, or convert one of MLX-LM or llama.cpp, without a fleet"),
     "batch": ("lorafleet.batch", "run a file of calls as a batch, and list, show and cancel batches"),
+    "explain": ("lorafleet.explain", "tell what became of a request, and run it again to compare"),
     "jobs": ("lorafleet.jobs", "list, show, follow and cancel background jobs"),
     "bench": ("lorafleet.bench.cli", "put load on an OpenAI-compatible server and measure it"),
     "profile": ("lorafleet.profile", "measure what a worker's steps spend their time on"),

@@ -23,6 +23,12 @@ MAX_REFUSED = 32
 MAX_PLACED = 512
 """Requests that one plan assigns; the next plan assigns the rest, so that other tasks of the event loop get a turn."""
 
+MAX_OPTIONS = 4
+"""Workers that a request's record names with their estimated waits."""
+
+TIERS = ("resident", "loading", "host", "store")
+"""Names of `workers.Tier`, in its order."""
+
 PREFETCH_AGAIN_MS = 10_000
 """Time in which a worker is told only once to fetch an adapter ahead."""
 
@@ -212,6 +218,34 @@ class Scheduler:
     def of_gateway(self, gid: str) -> list[str]:
         """Return the requests that end when a gateway dies."""
         return [rid for rid, r in self.requests.items() if r.submit.gateway == gid and not r.submit.stored]
+
+    def oldest_ms(self) -> dict[str, int]:
+        """Return for each class when its oldest request that waits was submitted, unix time; no class without one."""
+        oldest: dict[str, int] = {}
+        for request in self.requests.values():
+            sub = request.submit
+            if not request.wid and sub.submitted_ms < oldest.get(sub.cls, 1 << 62):
+                oldest[sub.cls] = sub.submitted_ms
+        return oldest
+
+    def placed(self, request: QueuedRequest, wid: str, now_ms: int) -> m.Placed:
+        """Return why a request goes to a worker, as its record tells it."""
+        choice = request.choice
+        options = [choice.chosen] if choice is not None else []
+        if choice is not None:
+            others = sorted(choice.candidates, key=lambda one: one.wait_ms)
+            options += [one for one in others if one is not choice.chosen][: MAX_OPTIONS - 1]
+        held_ms = now_ms - request.held_since_ms if request.held_since_ms >= 0 else 0
+        lead = self.counters[request.submit.tenant] - self.counters.level
+        return m.Placed(
+            now_ms, wid, choice.because if choice is not None else "",
+            [
+                m.Option(one.name, round(one.wait_ms), TIERS[one.tier] if request.submit.digest else "", one.crowded)
+                for one in options
+            ],
+            len(choice.candidates) - len(options) if choice is not None else 0,
+            round(held_ms), request.yields, round(lead), self.backlog.num_queued,
+        )  # fmt: skip
 
     def assigned_to(self, wid: str) -> list[str]:
         """Return the requests that a worker has."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from scheduler.backlog import OfferResult
-from scheduler.request import BASE, QueuedRequest
+from scheduler.request import BASE, Candidate, Choice, QueuedRequest
 from scheduler.workers import Tier, Worker, Workers, num_reserved
 
 LOAD_BOUND = 1.25
@@ -157,6 +157,7 @@ class _Best:
 
     wait_ms: float = math.inf
     worker: Worker | None = None
+    index: int = 0  # among the candidates
 
 
 class Placement:
@@ -267,6 +268,7 @@ class Placement:
         holders = self._workers.holders.get(digest, ())
         homes = self._rendezvous.order(digest)[: self.homes[digest]] if digest != BASE else ()
         best, crowded = _Best(), _Best()
+        candidates: list[Candidate] = []
         preferred_open = digest == BASE
         for worker in self._candidates(request, holders, homes):
             tier = worker.tier(digest)
@@ -279,19 +281,26 @@ class Placement:
                 wait_ms *= 2  # another copy of the adapter has to save more than it costs
             wait_ms += max(0.0, worker.prefill_until_ms - now_ms)
             wait_ms += self._prefill_ms(worker, request) + self._batch_ms(worker, request, output_tokens, facts.rank)
-            place = crowded if self._is_crowded(worker) else best
+            is_crowded = self._is_crowded(worker)
+            candidates.append(Candidate(worker.beat.name, wait_ms, tier, is_crowded))
+            place = crowded if is_crowded else best
             if wait_ms < place.wait_ms:
-                place.wait_ms, place.worker = wait_ms, worker
-        worker = best.worker or crowded.worker
+                place.wait_ms, place.worker, place.index = wait_ms, worker, len(candidates) - 1
+        found = best if best.worker is not None else crowded
+        worker = found.worker
         if worker is None:
             return OfferResult.BLOCKED
+        request.choice = Choice(_reason(request, candidates, found is crowded), candidates[found.index], candidates)
         if preferred_open or final:
             return worker
         patience_ms = self.bandwidths.cost_ms(worker.tier(digest), facts.num_bytes)
         if request.held_since_ms < 0:
             request.held_since_ms = now_ms
         request.held_until_ms = request.held_since_ms + patience_ms
-        return OfferResult.HELD if now_ms < request.held_until_ms else worker
+        if now_ms >= request.held_until_ms:
+            return worker
+        request.choice = None
+        return OfferResult.HELD
 
     def _takes(self, worker: Worker, request: QueuedRequest, tier: Tier, warm_elsewhere: bool) -> bool:
         cls, digest = request.submit.cls, request.submit.digest
@@ -358,6 +367,17 @@ class Placement:
                 if len(found) == num:
                     break
         return found
+
+
+def _reason(request: QueuedRequest, candidates: list[Candidate], all_crowded: bool) -> str:
+    """Return why the worker with the least wait gets a request, one of `REASONS`."""
+    if request.resumed:
+        return "resumed"
+    if request.held_since_ms >= 0:
+        return "held_enough"
+    if len(candidates) == 1:
+        return "only_place"
+    return "all_crowded" if all_crowded else "least_wait"
 
 
 def _has_credit(worker: Worker, request: QueuedRequest) -> bool:

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import msgspec
 
+from protocol.metrics import series as metrics
 from protocol.queue.bus import Bus, Entry, Owned, now_ms
-from protocol.runtime import metrics
 from protocol.wire import messages as m
 from protocol.wire.codec import MALFORMED
 from protocol.wire.errors import Internal, LorafleetError, WorkerLost

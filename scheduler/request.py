@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from protocol.wire import messages as m
 
@@ -12,6 +12,34 @@ Key = TypeVar("Key")
 
 BASE = ""
 """The digest of requests for the base model."""
+
+
+class Candidate(NamedTuple):
+    """A worker that could take a request."""
+
+    name: str
+    wait_ms: float  # estimated
+    tier: int  # see `workers.Tier`
+    crowded: bool  # it has more than its share of the requests
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Why a worker was chosen for a request."""
+
+    because: str  # one of `REASONS`
+    chosen: Candidate
+    candidates: list[Candidate]  # in the order in which they were looked at, the chosen one among them
+
+
+REASONS = {
+    "least_wait": "the shortest estimated wait",
+    "only_place": "the only worker that could take it",
+    "all_crowded": "the shortest wait, though all that could take it had more than their share of the requests",
+    "held_enough": "it had waited for a worker with its adapter for as long as loading it here takes",
+    "resumed": "a worker had it before; of those with room, the shortest wait",
+}
+"""Why a worker was chosen, by the words of `messages.Placed.because`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +61,7 @@ class QueuedRequest:
     held_since_ms: float = -1.0  # when it was first held for a worker with its adapter; -1: never
     held_until_ms: float = 0.0
     yields: bool = False  # to requests of other tenants, see `FairShares`
+    choice: Choice | None = None  # of the worker it was last offered to
 
     @property
     def rid(self) -> str:

@@ -12,8 +12,9 @@ import os
 import secrets
 import socket
 
+from protocol.metrics import series as metrics
+from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
-from protocol.runtime import metrics
 from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings
 from scheduler.core import SchedulerConfig
@@ -35,7 +36,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         SchedulerConfig.of(settings).max_lag
     )  # what tenants have had outlives a lost connection
     try:
-        with metrics.serve_metrics(settings.metrics_port):
+        with serve_metrics(settings.metrics_port):
             while not stop.is_set():
                 try:
                     await _lead(bus, settings, candidate, counters, stop)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from heapq import nlargest
 
+from protocol.metrics import series as metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
-from protocol.runtime import metrics
 from protocol.runtime.service import unending, wait_any
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -52,6 +54,9 @@ STATUS_TTL_MS = 5000
 MEMORY_ALARM = 0.8
 """Share of its memory that the queue holds when operators are warned; from 0.9 on gateways let no call in."""
 
+
+MAX_TOLD = 64
+"""Adapters of running and of waiting requests that the status names."""
 
 MEMORY_FOR_BATCH = 0.95
 """Share of its memory up to which the queue's jobs are dispatched: their answers stay there for a day."""
@@ -183,8 +188,10 @@ class Session:
 
     async def _assign(self, wid: str, batch: list[QueuedRequest]) -> None:
         """Write one assignment; what cannot be assigned goes back to the backlog."""
-        pairs = [(_assigned(request), request.epoch) for request in batch]
-        status, stale = await self._bus.assign(wid, pairs, leader=self._lease.token)
+        now = now_ms()
+        pairs = [(_assigned(request, now), request.epoch) for request in batch]
+        placed = {request.rid: self.scheduler.placed(request, wid, now) for request in batch}
+        status, stale = await self._bus.assign(wid, pairs, leader=self._lease.token, placed=placed)
         if status == "ok":
             _count(batch)
             return
@@ -270,6 +277,11 @@ class Session:
             queued_batch=scheduler.backlog.by_class[BATCH],
             used_bytes=used,
             max_bytes=most,
+            oldest_ms=scheduler.oldest_ms(),
+            dead_letters=await self._bus.dead_letters.count(),
+            leader=self._lease.token,
+            running_adapters=_most(sum((worker.by_digest for worker in workers), Counter[str]())),
+            waiting_adapters=_most(scheduler.backlog.by_digest),
             sent_ms=now_ms(),
             knows=sorted({name for worker in workers for name in worker.knows}),
         )
@@ -296,9 +308,15 @@ def _count(batch: list[QueuedRequest]) -> None:
             metrics.QUEUE_SECONDS.observe(max(0, now - request.submit.submitted_ms) / 1000)
 
 
-def _assigned(request: QueuedRequest) -> m.Assigned:
+def _most(digests: Mapping[str, int]) -> list[str]:
+    """Return the adapters with most requests."""
+    return nlargest(MAX_TOLD, (digest for digest in digests if digest), key=digests.__getitem__)
+
+
+def _assigned(request: QueuedRequest, now: int) -> m.Assigned:
     sub = request.submit
+    queued_ms = max(0, now - sub.submitted_ms) if sub.submitted_ms else 0
     return m.Assigned(
         sub.rid, request.epoch + 1, sub.digest, sub.tenant, sub.gateway, request.yields, sub.choice, sub.call, sub.part,
-        sub.cls == BATCH,
+        sub.cls == BATCH, queued_ms, sub.trace,
     )  # fmt: skip

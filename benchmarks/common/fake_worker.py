@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
+from gpu_worker.engine.timelines import Timelines
 from gpu_worker.service.engine_handle import OnDeath, OnOutputs
 from gpu_worker.service.service import Worker
 from protocol.queue.bus import Bus, now_ms
@@ -66,6 +67,7 @@ class FakeEngine:
         self._leaving: dict[str, str] = {}  # digest -> order
         self._uses: dict[str, AdapterUse] = {}
         self._thread: threading.Thread | None = None
+        self._timelines = Timelines()
 
     def start(self, on_outputs: OnOutputs, on_death: OnDeath) -> None:
         """Start the thread that steps."""
@@ -77,6 +79,8 @@ class FakeEngine:
         with self._lock:
             first_token = expected_token(request.prompt, 0, self._vocab)
             self._requests[request.rid] = _Running(request, len(request.output), first_token)
+            tier = "resident" if request.digest in self._resident else "store" if request.digest else ""
+            self._timelines.take(request, tier)
             if request.digest:
                 use = self._uses.setdefault(request.digest, AdapterUse(last_ms=now_ms()))
                 use.hits += request.digest in self._resident
@@ -90,6 +94,7 @@ class FakeEngine:
         with self._lock:
             for rid in rids:
                 self._requests.pop(rid, None)
+                self._timelines.forget(rid)
 
     # ------------------------------------------------------------ adapters, which take no time and no room here
 
@@ -152,6 +157,7 @@ class FakeEngine:
         with self._lock:
             rids = list(self._requests)
             self._requests.clear()
+            self._timelines.clear()
         done.set_result(rids)
         return done
 
@@ -187,7 +193,10 @@ class FakeEngine:
             self._room.acquire()
             self.steps.wait()
             with self._lock:
+                self._timelines.look(self._resident.__contains__, self._host)
+                self._timelines.begin(self._requests)
                 outputs = [self._advance(running) for running in list(self._requests.values())]
+                self._timelines.tell(outputs)
             on_outputs(outputs)
 
     def _advance(self, running: _Running) -> TokenOutput:

@@ -5,17 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from protocol.queue.bus import CONNECTION_ERRORS, Bus
-from protocol.runtime.metrics import (
-    FLEET_QUEUED,
-    FLEET_RUNNING,
-    FLEET_WORKERS,
-    QUEUE_MAX_BYTES,
-    QUEUE_USED_BYTES,
-    WORKERS,
-)
+from protocol.metrics import series
+from protocol.metrics.fleet import WORKERS
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.wire import messages as m
 from protocol.wire.errors import Unavailable
+from protocol.wire.keys import CLASSES
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +35,23 @@ class FleetView:
 
     async def refresh(self) -> None:
         """Read all of it once. Raises a connection error."""
-        fleet = await self._bus.members.summary(self._beat_timeout_ms)
+        with series.QUEUE_ANSWER_SECONDS.time():
+            fleet = await self._bus.members.summary(self._beat_timeout_ms)
         self.num_workers, self.base, self.status = fleet.num_workers, fleet.base, fleet.status
-        FLEET_WORKERS.set(self.num_workers)
-        FLEET_QUEUED.set(self.status.queued if self.status else 0)
-        FLEET_RUNNING.set(self.status.running if self.status else 0)
-        QUEUE_USED_BYTES.set(self.status.used_bytes if self.status else 0)
-        QUEUE_MAX_BYTES.set(self.status.max_bytes if self.status else 0)
+        series.FLEET_WORKERS.set(self.num_workers)
+        status = self.status or m.SchedulerStatus(queued=0, running=0, workers=0, drain_rate=0.0)
+        series.FLEET_QUEUED.set(status.queued)
+        series.FLEET_RUNNING.set(status.running)
+        series.QUEUE_USED_BYTES.set(status.used_bytes)
+        series.QUEUE_MAX_BYTES.set(status.max_bytes)
+        series.FLEET_DEAD_LETTERS.set(status.dead_letters)
+        series.FLEET_HAS_LEADER.set(self.status is not None)
+        epoch = status.leader.rpartition(":")[2]
+        if epoch.isdecimal():
+            series.FLEET_LEADER_EPOCH.set(int(epoch))
+        for cls in CLASSES:
+            oldest_ms = status.oldest_ms.get(cls, 0)
+            series.FLEET_OLDEST_SECONDS.labels(cls).set(max(0, now_ms() - oldest_ms) / 1000 if oldest_ms else 0)
 
     async def watch(self) -> None:
         """Refresh until cancelled."""
@@ -59,14 +64,16 @@ class FleetView:
                 logger.exception("the fleet cannot be seen")
             await asyncio.sleep(REFRESH_S)
 
-    async def show_workers(self) -> None:
-        """Set the metrics of each live worker; there are none while the queue cannot be reached."""
+    async def show_workers(self) -> list[m.WorkerBeat]:
+        """Set the metrics of each live worker, and return their beats: none while the queue cannot be reached."""
         try:
             beats = await self._bus.members.worker_beats()
         except CONNECTION_ERRORS as error:
             logger.warning("the workers cannot be seen: %s", error)
             beats = {}
-        WORKERS.show(beat for beat in beats.values() if beat is not None)
+        alive = [beat for beat in beats.values() if beat is not None]
+        WORKERS.show(alive)
+        return alive
 
     async def require(self, *, worker: bool) -> m.ServedModel:
         """Return the base model. Raises Unavailable while it is unknown or, with `worker`, no worker is alive."""

@@ -36,7 +36,7 @@ def refusal(quota: Quota, standing: Standing, num: int, num_tokens: int) -> Lora
             code="limit_exceeded",
         )
     retry_s = BYTES_RETRY_S if standing.over == "bytes" else standing.retry_ms / 1000 or RETRY_S
-    return Overloaded(limit_text(quota, standing, num, num_tokens), retry_s)
+    return Overloaded(limit_text(quota, standing, num, num_tokens), retry_s, standing.over)
 
 
 def limit_headers(standing: Standing) -> dict[str, str]:

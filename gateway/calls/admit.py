@@ -13,7 +13,7 @@ import msgspec
 from msgspec import structs
 
 from gateway.adapters.fleet_view import FleetView
-from gateway.auth.callers import PUBLIC
+from gateway.auth.callers import PUBLIC, Caller
 from gateway.auth.limits import check_quota, refusal
 from gateway.calls.parse import ParsedCall
 from gateway.calls.size import call_bytes, check_logprobs, numbers_of
@@ -71,11 +71,7 @@ class CallAdmission:
         if options.output != "text":  # the answer needs its prompts' texts again
             num_bytes += CHARACTER_BYTES * sum(map(len, parsed.sources))
         hold(held() + num_bytes)  # beside the body, until it is submitted
-        admitted, quota = parsed.without_prompts(), parsed.caller.quota
-        if quota is None and parsed.is_kept:
-            quota = Quota(PUBLIC)  # without keys all callers together may keep what a tenant may
-        if quota is not None and not quota.max_bytes:
-            quota = replace(quota, max_bytes=self._settings.tenant_bytes)
+        admitted, quota = parsed.without_prompts(), self.quota_of(parsed.caller, is_kept=parsed.is_kept)
         if options.is_empty:
             return AdmittedCall(admitted, base, prompts, Load(parsed.cls, 0, 0, 0.0), quota, num_bytes)
         num_tokens = options.n * sum(prompt.num_tokens + prompt.max_new_tokens for prompt in prompts)
@@ -88,6 +84,30 @@ class CallAdmission:
             self.reached_queue()
             raise
         return AdmittedCall(admitted, base, prompts, load, quota, num_bytes)
+
+    def quota_of(self, caller: Caller, *, is_kept: bool = False) -> Quota | None:
+        """Return the limits that a caller's calls count against, None for nobody's. is_kept: what is made is kept."""
+        quota = caller.quota
+        if quota is None and is_kept:
+            quota = Quota(PUBLIC)  # without keys all callers together may keep what a tenant may
+        if quota is not None and not quota.max_bytes:
+            quota = replace(quota, max_bytes=self._settings.tenant_bytes)
+        return quota
+
+    def check_again(self, load: Load, quota: Quota | None) -> None:
+        """Refuse to run a request once more that its caller, or the queue, has no room for. Raises as `admit`."""
+        if quota is not None:
+            check_quota(quota, load.num, load.num_tokens)
+        self._admission.check(Load(load.cls))
+        self._admission.check(load)
+
+    def settle_again(self, load: Load, quota: Quota | None, outcome: str, told: Any) -> None:
+        """Take note of what the queue made of a request that is run once more. Raises as `settle`."""
+        if outcome == "full":
+            raise self._admission.full(load, int(told))
+        if quota is not None and isinstance(told, Standing) and told.over:
+            raise refusal(quota, told, load.num, load.num_tokens)
+        self._admission.submitted(load)
 
     def check_known(self, needs: Sequence[str]) -> None:
         """Refuse what needs a worker that knows more than any does, which would ignore the rest. Raises Unavailable."""

@@ -53,6 +53,9 @@ class Generation:
         self._by_rid = {choice.rid: choice for choice in self.choices}
         self._open = {choice.rid for choice in self.choices}
         self._has_token = False
+        self._started_s = call.submitted_s or time.monotonic()  # one that was submitted before is followed from now on
+        self._tenant = call.parsed.caller.owner
+        self._timings: dict[str, m.Timing] = {}  # the latest of each request
         self._failure: LorafleetError | None = None  # what has ended the call, once its pieces were returned
         self._kind = observe.kind_of("".join(target.digest for target in call.targets))
 
@@ -102,6 +105,8 @@ class Generation:
         pieces: Pieces = {}
         for delta in deltas:
             choice = self._by_rid[delta.rid]
+            if delta.timing is not None and not choice.cursor.is_stale(delta):
+                self._note(choice, delta.timing)
             if choice.cursor.needs_log(delta):
                 if self._mail.nudged:
                     continue  # the logs are read below
@@ -118,7 +123,8 @@ class Generation:
             await self._catch_up(pieces)
         if pieces and not self._has_token:
             self._has_token = True
-            observe.first_token(self._kind, time.monotonic() - self.call.submitted_s)
+            first = self.choices[next(iter(pieces.values())).index]
+            observe.first_token(first.prompt.target, time.monotonic() - self._started_s)
         return list(pieces.values())
 
     async def waiting_for(self) -> str:
@@ -135,13 +141,21 @@ class Generation:
         """Stop following. Requests that still run are cancelled, unless an Idempotency-Key may ask for them again."""
         self._replies.unsubscribe(self._mail)
         num_tokens = sum(choice.num_output_tokens for choice in self.choices)
-        observe.left(self._kind, num_tokens)
+        for choice in self.choices:
+            observe.left(self._tenant, choice.prompt.target, choice.num_output_tokens)
         if self.is_done:
-            observe.succeeded(self._kind, time.monotonic() - self.call.submitted_s, num_tokens)
+            observe.succeeded(self._kind, time.monotonic() - self._started_s, num_tokens)
         elif not self.call.parsed.key:
             await cancel(self._replies.bus, list(self._open))
 
     # ------------------------------------------------------------ order
+
+    def _note(self, choice: Choice, timing: m.Timing) -> None:
+        """Take the times that a worker tells of an assignment, twice at most: with the first token and with the end."""
+        before = self._timings.get(choice.rid)
+        self._timings[choice.rid] = timing
+        if before is None or before.taken_ms != timing.taken_ms:
+            observe.placed(self._tenant, choice.prompt.target, timing)
 
     def _skip_all(self) -> list[Piece]:
         pieces = [Piece(choice.index) for choice in self.choices]

@@ -1,4 +1,7 @@
-"""What is counted of calls, under our metric names and LoRAX's."""
+"""What is counted of calls, under our metric names and LoRAX's.
+
+Who answers and who asks are labels too, as long as they are among the most used: see `protocol.metrics.names`.
+"""
 
 from __future__ import annotations
 
@@ -8,53 +11,122 @@ from typing import Any
 
 from prometheus_client import Counter, Histogram
 
+from gateway.adapters.resolver import Target
 from gateway.calls.tokenize import Prompt
 from gateway.lorax import metrics as lorax
-from protocol.runtime import metrics
+from peft_adapters.recipe import is_merge
+from protocol.metrics import series
+from protocol.metrics.names import TopNames
+from protocol.wire import messages as m
+
+MERGES = "merged"
+"""Name of all adapters that calls have merged of others."""
+
+ADAPTERS = TopNames(
+    "adapter", series.ADAPTER_REQUESTS, series.ADAPTER_TOKENS, series.ADAPTER_FIRST_TOKEN_SECONDS, series.ADAPTER_USES,
+    series.ADAPTER_WAIT_SECONDS,
+)  # fmt: skip
+TENANTS = TopNames("tenant", series.TENANT_TOKENS, series.TENANT_REFUSED, series.TENANT_QUEUE_SECONDS)
+
+_CHILDREN: dict[str, dict[tuple[Any, ...], Any]] = {}
+"""Name -> (metric, other labels) -> the series, which prometheus_client would look for under a lock each time."""
+
+ADAPTERS.on_drop = TENANTS.on_drop = lambda name: _CHILDREN.pop(name, None)
+
+
+MAX_NAMES = 4096
+_NAMES: dict[str, str] = {}  # digest -> a name by which it was asked for; the one learnt first leaves first
+
+
+def name_of_digest(digest: str) -> str | None:
+    """Return a name by which an adapter was asked for here, None if it was not lately."""
+    return _NAMES.get(digest)
+
+
+def name_of(target: Target) -> str:
+    """Return the label of whoever answers."""
+    return MERGES if is_merge(target.digest) else target.name
 
 
 def kind_of(digest: str) -> str:
     """Return a metric's label of whoever answers: an adapter, or the base model."""
-    return metrics.KIND_ADAPTER if digest else metrics.KIND_BASE
+    return series.KIND_ADAPTER if digest else series.KIND_BASE
 
 
-@cache  # prometheus_client looks for it under a lock each time
+@cache
 def _child(metric: Counter | Histogram, label: str) -> Any:
     """Return a metric's child of a label."""
     return metric.labels(label)
 
 
-def accepted(prompts: Sequence[Prompt]) -> None:
-    """Count a call that is in the queue."""
+def _named(metric: Counter | Histogram, name: str, *labels: str) -> Any:
+    """Return a metric's child of a name that `TopNames` has chosen, and of labels with few values."""
+    children = _CHILDREN.setdefault(name, {})
+    child = children.get((metric, *labels))
+    if child is None:
+        child = children[metric, *labels] = metric.labels(name, *labels)
+    return child
+
+
+def accepted(tenant: str, prompts: Sequence[Prompt]) -> None:
+    """Count a call that is in the queue. tenant: who asks."""
+    who = TENANTS.of(tenant)
     for prompt in prompts:
-        _child(metrics.PROMPT_TOKENS, kind_of(prompt.target.digest)).inc(prompt.num_tokens)
+        adapter = ADAPTERS.of(name_of(prompt.target))
+        if prompt.target.digest and prompt.target.digest not in _NAMES:
+            _NAMES[prompt.target.digest] = name_of(prompt.target)
+            if len(_NAMES) > MAX_NAMES:
+                del _NAMES[next(iter(_NAMES))]
+        _child(series.PROMPT_TOKENS, kind_of(prompt.target.digest)).inc(prompt.num_tokens)
+        _named(series.ADAPTER_REQUESTS, adapter).inc()
+        _named(series.ADAPTER_TOKENS, adapter, "prompt").inc(prompt.num_tokens)
+        _named(series.TENANT_TOKENS, who, "prompt").inc(prompt.num_tokens)
     lorax.accepted([(prompt.num_tokens, prompt.max_new_tokens) for prompt in prompts])
 
 
-def first_token(kind: str, seconds: float) -> None:
-    """Note how long a call waited for its first token."""
-    _child(metrics.FIRST_TOKEN_SECONDS, kind).observe(seconds)
+def refused(tenant: str, reason: str) -> None:
+    """Count a 429. tenant: who asked, "" where that was not asked yet; reason: what there was too much of."""
+    _named(series.TENANT_REFUSED, TENANTS.of(tenant), reason).inc()
+
+
+def placed(tenant: str, target: Target, timing: m.Timing) -> None:
+    """Count a request's assignment to a worker, once it has put out something there."""
+    _named(series.TENANT_QUEUE_SECONDS, TENANTS.of(tenant)).observe(timing.queued_ms / 1000)
+    if timing.tier:
+        adapter = ADAPTERS.of(name_of(target))
+        _named(series.ADAPTER_USES, adapter, timing.tier).inc()
+        if timing.ready_ms >= 0:
+            _named(series.ADAPTER_WAIT_SECONDS, adapter, timing.tier).observe(timing.ready_ms / 1000)
+
+
+def first_token(target: Target, seconds: float, trace_id: str = "") -> None:
+    """Note how long a call waited for its first token. trace_id: of its trace, "" without one."""
+    exemplar = {"trace_id": trace_id} if trace_id else None
+    _child(series.FIRST_TOKEN_SECONDS, kind_of(target.digest)).observe(seconds, exemplar)
+    _named(series.ADAPTER_FIRST_TOKEN_SECONDS, ADAPTERS.of(name_of(target))).observe(seconds, exemplar)
 
 
 def choice_ended(finish: str) -> None:
     """Count a choice that came to an end, and how."""
-    _child(metrics.GENERATIONS, finish).inc()
+    _child(series.GENERATIONS, finish).inc()
 
 
-def left(kind: str, num_tokens: int) -> None:
-    """Count the output tokens of a call that nobody follows any more."""
-    _child(metrics.OUTPUT_TOKENS, kind).inc(num_tokens)
+def left(tenant: str, target: Target, num_tokens: int) -> None:
+    """Count the output tokens of a choice that nobody follows any more."""
+    _child(series.OUTPUT_TOKENS, kind_of(target.digest)).inc(num_tokens)
+    _named(series.ADAPTER_TOKENS, ADAPTERS.of(name_of(target)), "output").inc(num_tokens)
+    _named(series.TENANT_TOKENS, TENANTS.of(tenant), "output").inc(num_tokens)
 
 
-def succeeded(kind: str, seconds: float, num_tokens: int) -> None:
+def succeeded(kind: str, seconds: float, num_tokens: int, trace_id: str = "") -> None:
     """Count a call that came to its end."""
-    _child(metrics.CALL_SECONDS, kind).observe(seconds)
+    _child(series.CALL_SECONDS, kind).observe(seconds, {"trace_id": trace_id} if trace_id else None)
     lorax.succeeded(seconds, num_tokens)
 
 
 def client_gone() -> None:
     """Count a call whose client hung up."""
-    metrics.CLIENTS_GONE.inc()
+    series.CLIENTS_GONE.inc()
     lorax.failed("dropped")
 
 

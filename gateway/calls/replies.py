@@ -11,8 +11,8 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from protocol.metrics.series import GATEWAY_LOG_READS, GATEWAY_STALE_DELTAS
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode
-from protocol.runtime.metrics import GATEWAY_LOG_READS, GATEWAY_STALE_DELTAS
 from protocol.runtime.service import wait_any
 from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, ProtocolError

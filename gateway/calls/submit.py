@@ -66,6 +66,7 @@ class Submitter:
     ) -> None:
         """base_ends: tokens that end a text of the base model, which workers know."""
         self._max_queued = settings.max_queued
+        self._keep_bodies = settings.keep_prompts
         self._bus = bus
         self._replies = replies
         self._admission = admission
@@ -168,7 +169,7 @@ class Submitter:
             self._admission.settle(call, outcome, told)
         finally:
             self._admission.reached_queue()
-        observe.accepted(call.prompts)
+        observe.accepted(call.parsed.caller.owner, call.prompts)
         return None
 
     async def _write(
@@ -181,7 +182,7 @@ class Submitter:
             call.parsed.cls, requests, max_queued=1 << 31 if forced else self._max_queued,
             idem_key=self._bus.keys.idem(caller.owner, key) if key else "",
             idem_value=m.encode(record) if record is not None else b"",
-            quota=call.quota, forced=forced, job=job,
+            quota=call.quota, forced=forced, job=job, keep_bodies=self._keep_bodies,
         )  # fmt: skip
 
 

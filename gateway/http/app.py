@@ -25,11 +25,12 @@ from gateway.batches.calls import InnerCalls
 from gateway.batches.routes import BatchEndpoints, add_batch_routes
 from gateway.bodies.fields import REQUEST_ID
 from gateway.bodies.parameter_check import IGNORED_HEADER
+from gateway.calls import observe
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
 from gateway.files.routes import FileEndpoints, add_file_routes
 from gateway.http import openapi
 from gateway.http.direct import DirectCalls
-from gateway.http.errors import REQUEST_ID_OF, add_handlers, is_failure
+from gateway.http.errors import REFUSALS_OF, REQUEST_ID_OF, add_handlers, is_failure
 from gateway.http.headers import header_of
 from gateway.http.paths import FILES, GENERATION_PATHS, LARGE_BODY_PATHS, SMALL_BODY_BYTES
 from gateway.http.routes import Endpoints, add_routes
@@ -41,13 +42,14 @@ from gateway.ollama.routes import OllamaEndpoints, add_ollama_routes
 from gateway.overload.admission import Admission
 from gateway.overload.large import LargeBodies
 from gateway.overload.memory import Charged, MemoryAccount
+from gateway.requests.routes import RequestEndpoints, add_request_routes
 from gateway.responses.conversation_routes import ConversationEndpoints, add_conversation_routes
 from gateway.responses.routes import ResponseEndpoints, add_response_routes
 from gateway.tokenizer.routes import TokenizerEndpoints, add_tokenizer_routes
 from gateway.webhooks.routes import WebhookRoutes, add_webhook_routes
+from protocol.metrics.series import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
 from protocol.queue.api_keys import ApiKeys
 from protocol.runtime.fleet_secret import FleetSecret
-from protocol.runtime.metrics import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
 from protocol.runtime.settings import Settings, names_of
 from protocol.wire.errors import Internal, Overloaded, Unavailable
 
@@ -78,6 +80,7 @@ def build_app(
     responses: ResponseEndpoints,
     conversations: ConversationEndpoints,
     webhooks: WebhookRoutes,
+    requests: RequestEndpoints,
     settings: Settings,
     admission: Admission,
     memory: MemoryAccount,
@@ -103,6 +106,7 @@ def build_app(
     add_response_routes(app, responses)
     add_conversation_routes(app, conversations)
     add_webhook_routes(app, webhooks)
+    add_request_routes(app, requests)
     bodies = LargeBodies(DirectCalls(app, shape_of), shape_of)
     charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)
     authentication = Authentication(charged, keys, shape_of, secret, open_pages=settings.open_pages)
@@ -177,6 +181,8 @@ class Envelope:
         given = header_of(headers, b"x-request-id") or ""
         request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         REQUEST_ID_OF.set(request_id)
+        refusals: list[str] = []
+        REFUSALS_OF.set(refusals)
         ids = [(b"x-request-id", request_id.encode())]
         if speaks_anthropic(scope):
             ids.append((b"request-id", request_id.encode()))
@@ -213,6 +219,8 @@ class Envelope:
                 await shape_of(scope).response(Internal("the gateway failed"))(scope, receive, send_marked)
         route = getattr(scope.get("route"), "path", "unknown")
         HTTP_REQUESTS.labels(route, scope["method"], str(status)).inc()
+        if status == 429:
+            observe.refused(scope[CALLER].owner if CALLER in scope else "", refusals[-1] if refusals else "gateway")
         if scope["path"] in GENERATION_PATHS and status != 405:
             lorax_metrics.answered(status, time.monotonic() - started_s)
 

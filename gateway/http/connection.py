@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.http.errors import HttpError, ShapeOf
 from gateway.overload.memory import Charge
-from protocol.runtime.metrics import HTTP_DROPPED
+from protocol.metrics.series import HTTP_DROPPED
 from protocol.wire.errors import LorafleetError
 
 logger = logging.getLogger(__name__)

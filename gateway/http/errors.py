@@ -23,6 +23,7 @@ from protocol.wire.errors import (
     Internal,
     LorafleetError,
     NotFound,
+    Overloaded,
     QueueFull,
     TooLarge,
     Unavailable,
@@ -74,6 +75,10 @@ REQUEST_ID_OF: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the request that the current task answers, which some errors have in their body; "" where there is none."""
 
 
+REFUSALS_OF: ContextVar[list[str]] = ContextVar("refusals")
+"""Takes what the current request's 429s are too many of; shared with the tasks that work for the request."""
+
+
 class OpenAIErrors:
     """The shape of OpenAI's errors."""
 
@@ -110,6 +115,8 @@ class HttpError(ClientError):
 
 def retry_headers(error: LorafleetError) -> dict[str, str]:
     """Return the headers that tell a client whether and when to try again."""
+    if isinstance(error, Overloaded) and (refusals := REFUSALS_OF.get(None)) is not None:
+        refusals.append(error.reason)
     headers = {"x-should-retry": "true" if error.retryable else "false"}
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:

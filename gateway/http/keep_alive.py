@@ -18,7 +18,7 @@ from gateway.calls.writers import SSE, Framing
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape, error_of, is_failure
 from gateway.http.sse import GenerationResponse
 from gateway.overload.admission import is_inbound
-from protocol.runtime.metrics import CLIENTS_GONE
+from protocol.metrics.series import CLIENTS_GONE
 
 
 class KeepAliveResponse(Response):

@@ -396,6 +396,22 @@ DETOKENIZED: Responses = {200: {"model": Detokenized}}
 TOKENIZER_INFO: Responses = {200: {"model": TokenizerInfo}}
 VERSION: Responses = {200: {"model": Version}}
 LOAD: Responses = {200: {"model": Load}}
+_HAPPENED = _object(ms=_INTEGER, event=_TEXT, text=_TEXT)
+EXPLAINED: Responses = {
+    200: _json(
+        "What became of a request",
+        _object(
+            id=_TEXT, object=_TEXT, call=_TEXT, state=_TEXT, prompt_tokens=_INTEGER, output_tokens=_INTEGER,
+            attempts=_INTEGER, timeline={"type": "array", "items": _HAPPENED},
+        ),
+    )
+}  # fmt: skip
+REPLAYED: Responses = {
+    200: _json(
+        "How a request compares with itself, run again",
+        _object(id=_TEXT, replay=_TEXT, equal={"type": "boolean"}, tokens=_INTEGER, tokens_now=_INTEGER),
+    )
+}
 OLLAMA = _errors(_object(error=_TEXT))
 OLLAMA_GENERATED: Responses = {
     200: {

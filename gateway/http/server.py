@@ -19,7 +19,7 @@ from gateway.http.addresses import origin_of
 from gateway.http.connection import Connection, ConnectionLimits
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape, ShapeOf
 from gateway.overload.memory import MemoryAccount, address_holder
-from protocol.runtime.metrics import HTTP_DROPPED
+from protocol.metrics.series import HTTP_DROPPED
 
 logger = logging.getLogger(__name__)
 

@@ -1,18 +1,16 @@
-"""Metrics under LoRAX's names: what calls add to them, and `/metrics` as text or, as LoRAX has it, as JSON."""
+"""Metrics under LoRAX's names: what calls add to them, and `/metrics` as its JSON."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from prometheus_client import REGISTRY, generate_latest
+from prometheus_client import REGISTRY
 
-from protocol.runtime import metrics
+from protocol.metrics import series as metrics
 
 _CAUSES = {400: "validation", 422: "validation", 413: "validation", 429: "overloaded", 403: "download_adapter",
            404: "download_adapter"}  # fmt: skip
-_SUFFIXED = re.compile(rb"\b(lorax_[a-z_]+)_total\b")
 
 
 def accepted(prompts: Sequence[tuple[int, int]]) -> None:
@@ -48,11 +46,6 @@ def timed(validation_s: float, queue_s: float, inference_s: float) -> None:
     metrics.LORAX_VALIDATION_SECONDS.observe(validation_s)
     metrics.LORAX_QUEUE_SECONDS.observe(queue_s)
     metrics.LORAX_INFERENCE_SECONDS.observe(inference_s)
-
-
-def as_text() -> bytes:
-    """Return all metrics as Prometheus reads them; LoRAX's counters by their own names, which do not end in _total."""
-    return _SUFFIXED.sub(rb"\1", generate_latest())
 
 
 def as_json() -> dict[str, Any]:

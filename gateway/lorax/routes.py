@@ -8,8 +8,10 @@ from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from gateway.adapters.residency import look
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_response
+from gateway.calls import observe
 from gateway.calls.follow import Generation
 from gateway.calls.parse import Sent
 from gateway.calls.pipeline import Pipeline
@@ -23,7 +25,9 @@ from gateway.lorax.bodies import CompatRequest, GenerateRequest, Parameters, Str
 from gateway.lorax.errors import LORAX_ERRORS
 from gateway.lorax.parse import NativeCall, parse
 from gateway.lorax.write import NativeResponse
-from protocol.runtime.metrics import LORAX_BATCH_SIZE, LORAX_QUEUE_LENGTH
+from protocol.metrics.fleet import RESIDENCY
+from protocol.metrics.pages import page
+from protocol.metrics.series import LORAX_BATCH_SIZE, LORAX_QUEUE_LENGTH
 from protocol.wire.messages import Task
 
 VERSION = "0.1.0"
@@ -135,13 +139,16 @@ class NativeEndpoints:
     async def metrics(self, request: Request) -> Response:
         """Answer `/metrics`."""
         fleet = self._pipeline.fleet
-        await fleet.show_workers()
+        beats = await fleet.show_workers()
+        if self._pipeline.settings.vllm_metrics and self._pipeline.settings.metrics_named:
+            RESIDENCY.seen = await look(self._pipeline.bus, fleet, beats, observe.name_of_digest)
         LORAX_QUEUE_LENGTH.set(fleet.status.queued if fleet.status else 0)
         LORAX_BATCH_SIZE.set(fleet.status.running if fleet.status else 0)
-        if "application/json" in request.headers.get("accept", ""):
+        accept = request.headers.get("accept", "")
+        if "application/json" in accept:
             return json_response(await run_in_threadpool(lorax_metrics.as_json))
-        text = await run_in_threadpool(lorax_metrics.as_text)
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        text, media_type = await run_in_threadpool(page, accept)
+        return Response(text, media_type=media_type)
 
 
 async def _makes_output(generation: Generation) -> bool:

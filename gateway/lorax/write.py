@@ -196,7 +196,7 @@ async def times_of(generation: Generation, started_s: float) -> dict[str, str]:
     """Return the headers with counts and, in whole milliseconds, the times of a call's parts. started_s: monotonic."""
     usage = generation.usage
     total_ms = 1000 * (time.monotonic() - started_s)
-    validation_ms = 1000 * (generation.call.submitted_s - started_s)
+    validation_ms = 1000 * max(generation.call.submitted_s - started_s, 0.0)  # 0 for one that was submitted before
     known = await generation.facts()
     queue_ms = first_ms = output_ms = 0.0
     if known is not None:  # None: the queue has lost the request

@@ -218,7 +218,7 @@ class Admission:
             num_queued = status.queued + sum(queue.num_new for queue in self._queues.values())
             excess = (queued_tokens + num_tokens - (1 - ROOM) * max_tokens) / queued_tokens
             text = f"requests of {queued_tokens} tokens are waiting; the limit is {max_tokens}"
-            raise Overloaded(text, self._drain_s(excess * num_queued))
+            raise Overloaded(text, self._drain_s(excess * num_queued), "queued_tokens")
 
     def _check_wait(self, load: Load, status: m.SchedulerStatus) -> None:
         """Refuse a call whose first token would come too late."""
@@ -226,7 +226,7 @@ class Admission:
         max_wait_s = min(self._settings.max_wait_s or load.timeout_s, load.timeout_s)
         if wait_s > max_wait_s:
             text = f"the first token would come in about {wait_s:.0f} s; the limit is {max_wait_s:g} s"
-            raise Overloaded(text, max(MIN_RETRY_S, wait_s - (1 - ROOM) * max_wait_s))
+            raise Overloaded(text, max(MIN_RETRY_S, wait_s - (1 - ROOM) * max_wait_s), "wait")
 
     def _wait_s(self, load: Load, status: m.SchedulerStatus) -> float:
         """Return the time to a call's first token: until it is in the queue, and until those ahead of it have left.
@@ -276,7 +276,7 @@ class Admission:
     def _full(self, load: Load, num_queued: int) -> Overloaded:
         max_queued = self._settings.max_queued
         text = f"{num_queued} requests are waiting; the limit is {max_queued}"
-        return Overloaded(text, self._drain_s(num_queued + load.num - (1 - ROOM) * max_queued))
+        return Overloaded(text, self._drain_s(num_queued + load.num - (1 - ROOM) * max_queued), "queue")
 
 
 def _check_memory(status: m.SchedulerStatus) -> None:

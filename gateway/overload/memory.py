@@ -58,7 +58,7 @@ class MemoryAccount:
         if num > 0:
             if own > self.max_share:
                 held = f"{holder} holds {own - num} bytes of this gateway's memory, and this may take {num} more"
-                raise Overloaded(f"{held}; the limit is {self.max_share}", RETRY_S)
+                raise Overloaded(f"{held}; the limit is {self.max_share}", RETRY_S, "memory")
             if self.num_bytes + num > self.max_bytes:
                 held = f"calls hold {self.num_bytes} bytes of this gateway's memory, and this one may take {num} more"
                 raise Unavailable(f"{held}; the limit is {self.max_bytes}", code="gateway_full")

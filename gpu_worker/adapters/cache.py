@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Iterable
 
 import numpy as np
 
-from gpu_worker.adapters.events import AdapterEvents
+from gpu_worker.adapters.events import AdapterEvents, LoadTimes
 from gpu_worker.adapters.extras import Extras
 from gpu_worker.adapters.failures import Failures
 from gpu_worker.adapters.host import HostTier
@@ -63,6 +63,7 @@ class AdapterCache:
         self.num_loads = 0  # into the pool
         self.num_fetches = 0  # to the host
         self.events = AdapterEvents()
+        self.load_times = LoadTimes()
         self._read = read
         self._failures = failures or Failures()
         self._merge = merge
@@ -117,6 +118,14 @@ class AdapterCache:
         """Return whether steps may use an adapter."""
         resident = self.pool.residents.get(digest)
         return resident is not None and resident.visible
+
+    def tier(self, digest: str) -> str:
+        """Return where an adapter is: resident, loading, host or store."""
+        if self.is_resident(digest):
+            return "resident"
+        if digest in self._jobs:
+            return "loading"
+        return "host" if digest in self.host else "store"
 
     # ------------------------------------------------------------ loading
 
@@ -262,6 +271,7 @@ class AdapterCache:
         self.slot_ranks[resident.slot] = adapter.ranks.max()
         self.pool.publish(end.digest)
         self.num_loads += 1
+        self.load_times.note("host", end.seconds)
         ms, num_bytes = 1000 * end.seconds, resident.num_bytes
         self.events.record(AdapterEvent(kind="resident", digest=end.digest, ms=ms, pool_bytes=num_bytes))
 
@@ -271,6 +281,7 @@ class AdapterCache:
         Returns why it is not kept, if no pool could ever hold it: the next request must not fetch it again.
         """
         self.num_fetches += 1
+        self.load_times.note("store", end.seconds)
         error = self._why_never(adapter)
         if isinstance(error, AdapterRefused):
             self._take_failure(end, error)

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 
 from peft_adapters.recipe import PREFIX
 from protocol.wire.codec import now_ms
-from protocol.wire.messages import AdapterEvent
+from protocol.wire.messages import LOAD_BUCKETS_S, AdapterEvent
 from protocol.wire.records import AdapterUse
 
 MAX_KEPT = 10_000
 """Events, and uses, that wait for the service; older ones are lost."""
+
+
+class LoadTimes:
+    """How long adapters took to come, by where they came from; as `messages.WorkerBeat.load_seconds` has it."""
+
+    def __init__(self) -> None:
+        self._times: dict[str, list[float]] = {}
+
+    def note(self, tier: str, seconds: float) -> None:
+        """Count a load."""
+        times = self._times.setdefault(tier, [0.0] * (len(LOAD_BUCKETS_S) + 2))
+        times[bisect_left(LOAD_BUCKETS_S, seconds)] += 1
+        times[-1] += seconds
+
+    def copy(self) -> dict[str, list[float]]:
+        """Return the counts so far."""
+        return {tier: list(times) for tier, times in self._times.items()}
 
 
 class AdapterEvents:

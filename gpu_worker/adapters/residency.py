@@ -57,7 +57,8 @@ class Residency:
             "waiting_adapter": sum(digest not in resident for digest in waiting),
             "pool_bytes_free": cache.pool.free_bytes, "pool_bytes_total": cache.pool.total_bytes,
             "resident": list(resident), "loading": cache.loading, "host": list(cache.host), "pinned": self.pins,
-            "num_loads": cache.num_loads, "num_fetches": cache.num_fetches,
+            "num_loads": cache.num_loads, "num_fetches": cache.num_fetches, "load_seconds": cache.load_times.copy(),
+            "host_bytes_used": cache.host.num_bytes, "host_bytes_total": cache.host.max_bytes,
         }  # fmt: skip
 
     def note(self, failed: Mapping[str, LorafleetError]) -> None:

@@ -79,6 +79,7 @@ class EncoderEngine(BaseEngine):
     def _plan(self) -> Batch:
         """Choose the step's texts, then the adapters to load for later steps."""
         batch = self._next_batch()
+        self.timelines.begin(request.rid for request in batch.requests)
         self._request_adapters()
         return batch
 
@@ -233,7 +234,7 @@ class EncoderEngine(BaseEngine):
         except BaseException as error:  # noqa: BLE001  a request's edge: it fails alone
             self._outputs.append(TokenOutput.failed(request, failure_of(request, error)))
             return
-        self._note_use(request)
+        self._note_taken(request)
         self._requests[request.rid] = request
 
     def _check(self, request: EngineRequest) -> None:

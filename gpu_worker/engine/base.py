@@ -11,6 +11,7 @@ from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.adapters.residency import Residency
 from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
 from gpu_worker.engine.step_model import StepMeter
+from gpu_worker.engine.timelines import Timelines
 from protocol.wire.errors import LorafleetError
 
 
@@ -22,6 +23,7 @@ class BaseEngine(ABC):
         self.residency = Residency(adapters)
         self.meter = StepMeter()
         self.counters = self.meter.counters
+        self.timelines = Timelines()
         self.can_step = False  # whether the next step may do something without a new request or adapter
         self._outputs: list[TokenOutput] = []  # put out at the end of the next step
         adapters.on_evicted = self._on_evicted
@@ -50,12 +52,14 @@ class BaseEngine(ABC):
         """Forget a request; nothing more is put out for it."""
         self._outputs = [output for output in self._outputs if output.rid != rid]
         self._drop(rid)
+        self.timelines.forget(rid)
 
     def hand_over(self) -> list[str]:
         """Forget all requests; returns their ids."""
         rids = list(self._held())
         for rid in rids:
             self._drop(rid)
+        self.timelines.clear()
         self._outputs = []
         return rids
 
@@ -93,14 +97,17 @@ class BaseEngine(ABC):
     def _fail_waiting(self, rid: str, error: LorafleetError) -> None:
         """End a request that waits with an error."""
 
-    def _note_use(self, request: EngineRequest) -> None:
-        """Tell the fleet that a request for an adapter has come."""
+    def _note_taken(self, request: EngineRequest) -> None:
+        """Begin a request's times, and tell the fleet if it is for an adapter."""
+        tier = self.adapters.tier(request.digest) if request.digest else ""
+        self.timelines.take(request, tier)
         if request.digest:
-            self.adapters.events.record_use(request.digest, resident=self.adapters.is_resident(request.digest))
+            self.adapters.events.record_use(request.digest, resident=tier == "resident")
 
     def _collect_adapters(self) -> None:
         """Take the adapters that have been loaded since the last step; end the requests for those that cannot be."""
         self._fail_requests_for(self.adapters.poll())
+        self.timelines.look(self.adapters.is_resident, self.adapters.host)
 
     def _request_adapters(self) -> None:
         """Load what waiting requests and pins need. Call it after the batch is chosen: none of its adapters may go."""
@@ -140,6 +147,7 @@ class BaseEngine(ABC):
     def _put_out(self) -> list[TokenOutput]:
         """Return all outputs that wait."""
         outputs, self._outputs = self._outputs, []
+        self.timelines.tell(outputs)
         return outputs
 
     def _on_evicted(self, digest: str) -> None:

@@ -53,6 +53,7 @@ class EngineConfig:
     num_blocks: int
     max_model_len: int  # tokens of prompt and output of one request
     num_states: int = 0  # slots for the states of layers that keep states
+    kv_bytes: int = 0  # of all blocks
     max_mask_s: float = 30.0  # CPU time of the masks of one request with a grammar
 
 
@@ -126,6 +127,8 @@ class Engine(BaseEngine):
     def _plan(self) -> StepPlan:
         """Choose the step's tokens, then the adapters to load for later steps."""
         plan = self.batcher.plan()
+        self.timelines.begin(seq.rid for seq in plan.num_new)
+        self.timelines.preempt(seq.rid for seq in plan.preempted)
         self._request_adapters()
         return plan
 
@@ -260,7 +263,7 @@ class Engine(BaseEngine):
             self._outputs.append(seq.put_out([], finish))
             return
         self._seqs[request.rid] = seq
-        self._note_use(request)
+        self._note_taken(request)
         self.batcher.add(seq)
 
     def _held(self) -> Collection[str]:
@@ -310,4 +313,5 @@ class Engine(BaseEngine):
             waiting=len(self.batcher.waiting),
             kv_blocks_free=self.blocks.num_free,
             kv_blocks_total=self.blocks.num_blocks,
+            kv_bytes_total=self.config.kv_bytes,
         )

@@ -56,6 +56,7 @@ class TokenOutput:
     finish: str = ""  # "stop", "length" or "error"; "" while running
     error: LorafleetError | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    timing: m.Timing | None = None  # with its first token here, and with its end
     prompt_logprobs: bytes = b""  # records of the whole prompt, with the first token of a request that wants them
 
     @classmethod
@@ -83,6 +84,10 @@ class EngineStats:
     pinned: dict[str, str] = field(default_factory=dict)  # digest -> why it is not in the pool
     num_loads: int = 0  # adapters copied into the pool
     num_fetches: int = 0  # adapters fetched and packed
+    load_seconds: dict[str, list[float]] = field(default_factory=dict)  # as in `messages.WorkerBeat`
+    kv_bytes_total: int = 0
+    host_bytes_used: int = 0
+    host_bytes_total: int = 0
     counters: m.WorkerCounters = field(default_factory=m.WorkerCounters)
 
 

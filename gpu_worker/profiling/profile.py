@@ -23,7 +23,7 @@ from gpu_worker.engine.runner import StepInputs
 from gpu_worker.model.blocks import stacks_of
 from gpu_worker.profiling.steps import Decode, Prefill, Queue
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
-from protocol.runtime.metrics import PHASES
+from protocol.metrics.series import PHASES
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Internal
 

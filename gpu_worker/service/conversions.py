@@ -26,13 +26,16 @@ def owned_request(item: m.Assigned, entry: bytes, body: m.Body | None, log: byte
     written so far.
     """
     if body is None:
-        return OwnedRequest(item.rid, item.epoch, entry, item.gateway, item.tenant, 0, 0, bytearray(log))
+        return OwnedRequest(
+            item.rid, item.epoch, entry, item.gateway, item.tenant, 0, 0, bytearray(log), queued_ms=item.queued_ms
+        )
     num_top = body.sampling.num_logprobs
     record_bytes = 0 if num_top is None else m.logprob_record_bytes(num_top)
     return OwnedRequest(
         item.rid, item.epoch, entry, item.gateway, item.tenant, len(body.prompt) // 4, record_bytes,
         bytearray(log), bytearray(logprobs), body.task,
         scored_prompt=body.prompt if body.sampling.prompt_logprobs is not None else b"",
+        queued_ms=item.queued_ms,
     )  # fmt: skip
 
 
@@ -88,6 +91,10 @@ def worker_beat(name: str, stats: EngineStats, outbox: Outbox, *, publish_s: flo
         pinned=stats.pinned,
         num_loads=stats.num_loads,
         num_fetches=stats.num_fetches,
+        load_seconds=stats.load_seconds,
+        kv_bytes_total=stats.kv_bytes_total,
+        host_bytes_used=stats.host_bytes_used,
+        host_bytes_total=stats.host_bytes_total,
         counters=msgspec.structs.replace(stats.counters, publish_s=publish_s),
         draining=draining,
         sent_ms=now_ms(),

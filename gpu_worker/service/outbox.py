@@ -10,6 +10,8 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from gpu_worker.engine.request import TokenOutput
 from protocol.queue.bus import Refused, Step, StepRow
 from protocol.wire import messages as m
@@ -34,6 +36,7 @@ class OwnedRequest:
     log: bytearray = field(default_factory=bytearray)  # int32 ids that are durable; repairs a log that lost its end
     logprobs: bytearray = field(default_factory=bytearray)  # their logprob records
     task: m.Task = "generate"
+    queued_ms: int = 0  # from its submission to this assignment
     scored_prompt: bytes = b""  # its prompt (int32), if logprobs of it are wanted
 
     @property
@@ -57,6 +60,7 @@ class PendingOutput:
     finish: str = ""  # messages.FinishReason; "" while the request runs
     error: LorafleetError | None = None
     num_cached_tokens: int = 0
+    timing: m.Timing | None = None  # the newest
 
     def cut(self, request: OwnedRequest) -> bool:
         """Drop the ids that the log holds already. Returns whether anything is left that continues the log."""
@@ -168,7 +172,9 @@ class Outbox:
             if row.code in ("cancelled", "length"):
                 _adopt(request, new, row.length)
             if row.code == "cancelled":
-                pending[row.rid] = PendingOutput(finish="cancelled", num_cached_tokens=new.num_cached_tokens)
+                pending[row.rid] = PendingOutput(
+                    finish="cancelled", num_cached_tokens=new.num_cached_tokens, timing=new.timing
+                )
                 recovery.dropped.append(row.rid)
             elif row.code == "length" and row.length < request.num_logged:
                 recovery.repairs.append(request)
@@ -188,10 +194,11 @@ class Outbox:
         if new.finish:
             state = {"error": "failed", "cancelled": "cancelled"}.get(new.finish, "completed")
             error = error_json(new.error)
+        note = m.encode(timing) if (timing := _timing(request, new)) is not None else b""
         return StepRow(
             request.rid, request.epoch, request.num_logged, new.ids, new.logprobs, state, new.finish, error,
             new.prompt_logprobs and request.scored_prompt + new.prompt_logprobs,
-            new.num_cached_tokens if new.finish else 0,
+            new.num_cached_tokens if new.finish else 0, note,
         )  # fmt: skip
 
     def _delta(self, request: OwnedRequest, new: PendingOutput) -> m.Delta:
@@ -200,7 +207,7 @@ class Outbox:
             usage = m.Usage(request.num_prompt_tokens, request.num_output(new), new.num_cached_tokens)
         return m.Delta(
             request.rid, request.epoch, request.num_logged, new.ids, new.logprobs, new.finish,
-            error_json(new.error), usage,
+            error_json(new.error), usage, _timing(request, new),
         )  # fmt: skip
 
     def _ended(self, request: OwnedRequest, new: PendingOutput) -> m.Ended:
@@ -217,8 +224,14 @@ def add_outputs(pending: dict[str, PendingOutput], outputs: Iterable[TokenOutput
         new.logprobs += output.logprobs
         new.prompt_logprobs += output.prompt_logprobs
         new.num_cached_tokens = output.num_cached_tokens
+        new.timing = output.timing or new.timing
         if output.finish:
             new.finish, new.error = output.finish, output.error
+
+
+def _timing(request: OwnedRequest, new: PendingOutput) -> m.Timing | None:
+    """Return the times of a request that are to be told with what is new of it."""
+    return msgspec.structs.replace(new.timing, queued_ms=request.queued_ms) if new.timing is not None else None
 
 
 def _adopt(request: OwnedRequest, new: PendingOutput, length: int) -> None:

@@ -21,8 +21,9 @@ from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
 from gpu_worker.service.engine_handle import EngineHandle
 from gpu_worker.service.outbox import MAX_ROWS, Outbox, OwnedRequest, PendingOutput, Recovery, add_outputs
+from protocol.metrics.fleet import WORKERS
+from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode
-from protocol.runtime import metrics
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.imports import importing
 from protocol.runtime.sealing import Seal
@@ -106,7 +107,7 @@ class Worker:
             lambda outputs: loop.call_soon_threadsafe(self.on_outputs, outputs),
             lambda error: loop.call_soon_threadsafe(self.on_death, error),
         )
-        with metrics.serve_metrics(self.settings.metrics_port):
+        with serve_metrics(self.settings.metrics_port):
             while True:
                 try:
                     await self._be_member(stop)
@@ -369,7 +370,7 @@ class Worker:
         if self.loader is not None:
             self.loader.set_urls(await self.bus.members.store_urls())
         if self.settings.metrics_port:  # else nobody reads them here
-            metrics.WORKERS.show([beat])
+            WORKERS.show([beat])
 
     async def _tell_adapter_events(self) -> None:
         """Tell the fleet what happened to adapters here. A lost connection loses them: nothing depends on them."""

@@ -5,7 +5,7 @@ Every method may be called twice safely.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,6 +23,7 @@ from protocol.queue.line import LOST, Line, NotTakenError
 from protocol.queue.members import Members
 from protocol.queue.quota import Quota, standing_of
 from protocol.queue.redis_client import CONNECTION_ERRORS, MemoryFull, QueueError, connect, read_many
+from protocol.queue.request_records import record_of
 from protocol.queue.scripts import FOLDER, Scripts
 from protocol.queue.steps import Refused, Step, StepRow, refused_rows, step_args
 from protocol.queue.streams import Entry, Streams
@@ -33,7 +34,7 @@ from protocol.wire.codec import decode, now_ms
 from protocol.wire.error_codec import error_json
 from protocol.wire.errors import Internal, LorafleetError, ProtocolError
 from protocol.wire.keys import Keys
-from protocol.wire.records import Holder, Owned, RequestFacts
+from protocol.wire.records import Holder, Owned, RequestFacts, RequestRecord
 
 __all__ = [
     "CONNECTION_ERRORS", "Bus", "Entry", "MemoryFull", "Owned", "QueueError", "Refused", "RequestFacts", "Step",
@@ -129,10 +130,12 @@ class Bus:
         quota: Quota | None = None,
         forced: bool = False,
         job: NewJob | None = None,
+        keep_bodies: bool = False,
     ) -> tuple[Literal["ok", "full", "idem", "limit", "conversation"], Any]:
         """Accept the requests of a call all together, as a background `job` if given, and reserve their use.
 
         Requests with the same body, the very object, share it in the queue. `forced`: whatever the tenant's limits say.
+        `keep_bodies`: they live on with the records of requests that have ended.
         Returns ("ok", `Standing` of the tenant, or None); or, not accepted, ("full", queued), ("idem", earlier value),
         ("limit", `Standing`) or ("conversation", turns that are to be added, or -1 where its tenant has none such).
         """
@@ -148,6 +151,7 @@ class Bus:
             num_bytes += 2 * len(raw) + most_log_bytes(body)
             rows += [sub.rid, raw, sub.tenant, sub.digest, sub.gateway, int(sub.stored),
                      sub.num_prompt_tokens, sub.max_new_tokens, sub.deadline_ms]  # fmt: skip
+        kept_bytes = sum(map(len, fields.values())) if keep_bodies else 0
         record: tuple[Any, ...] = ("", b"", b"", 0, 0)
         if job:
             told = int(job.job.background)
@@ -166,6 +170,7 @@ class Bus:
             ],
             args=[
                 cls, max_queued, idem_value, *limits, int(forced), num_bytes, record_bytes, *record, MAX_TURNS,
+                kept_bytes,
                 len(fields),
                 *(word for pair in fields.items() for word in pair), *rows,
             ],
@@ -176,15 +181,22 @@ class Bus:
         return outcome, rest[0] if rest else None
 
     async def assign(
-        self, wid: str, batch: Sequence[tuple[m.Assigned, int]], *, leader: str = ""
+        self,
+        wid: str,
+        batch: Sequence[tuple[m.Assigned, int]],
+        *,
+        leader: str = "",
+        placed: Mapping[str, m.Placed] | None = None,
     ) -> tuple[Literal["ok", "deposed", "gone", "stale"], list[str]]:
         """Hand requests to a worker; `batch` pairs each message (epoch + 1) with the epoch it had when read.
 
+        placed: why, by request id: kept in their records.
         Returns ("stale", rids) when some are no longer queued as believed; nothing is assigned then.
         """
         args: list[Any] = [leader, wid, m.encode([message for message, _ in batch])]
         for message, epoch in batch:
-            args += [message.rid, epoch]
+            why = placed.get(message.rid) if placed else None
+            args += [message.rid, epoch, m.encode(why) if why is not None else b""]
         reply = await self._scripts.assign(keys=[self.keys.tag, self.keys.leader, self.keys.work(wid)], args=args)
         return reply[0].decode(), [rid.decode() for rid in reply[1:]]
 
@@ -289,6 +301,17 @@ class Bus:
                 )
             )  # fmt: skip
         return found
+
+    async def record(self, rid: str) -> RequestRecord | None:
+        """Return all that is kept of a request but its prompt and tokens, None for one that has expired or never was.
+
+        Raises ProtocolError.
+        """
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hgetall(self.keys.req(rid))
+        pipe.strlen(self.keys.tok(rid))
+        fields, length = await pipe.execute()
+        return record_of(fields, length) if fields else None
 
     async def read_log(self, rid: str, seq0: int, record_bytes: int = 0, limit: int = 0) -> m.Delta | None:
         """Return a request's tokens from index `seq0` on, and its end if it has ended, as if delivered just now.

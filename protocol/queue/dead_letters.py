@@ -34,6 +34,10 @@ class DeadLetters:
         self._keys = keys
         self._scripts = scripts
 
+    async def count(self) -> int:
+        """Return how many letters there are."""
+        return await self._redis.xlen(self._keys.dlq)
+
     async def newest(self, limit: int) -> list[tuple[str, m.DeadLetter]]:
         """Return at most `limit` letters, the newest first."""
         entries = await self._redis.xrevrange(self._keys.dlq, count=limit)

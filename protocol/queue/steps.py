@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from protocol.wire import messages as m
+from protocol.wire.records import run_field
 
 
 @dataclass(slots=True)
@@ -26,6 +27,7 @@ class StepRow:
     error: str = ""  # JSON of `messages.ErrorInfo`
     prompt_logprobs: bytes = b""  # with the first token: the prompt (int32), then its records
     num_cached: int = 0  # of one that ended: tokens of its prompt that the prefix cache had
+    note: bytes = b""  # `messages.Timing`, with the first token of an assignment and with its end
 
 
 @dataclass(slots=True)
@@ -53,6 +55,7 @@ def step_args(step: Step, sealed: Callable[[StepRow], bytes] = attrgetter("promp
     rows: list[Any] = []
     logprobs: list[Any] = []
     ends: list[Any] = []
+    notes: list[Any] = []
     for row in step.rows:
         rows += (row.rid, str(row.epoch), row.seq0, len(row.ids))
         if row.ids and row.logprobs:
@@ -61,11 +64,13 @@ def step_args(step: Step, sealed: Callable[[StepRow], bytes] = attrgetter("promp
             logprobs += (row.rid, "prompt", sealed(row))
         if row.state:
             ends += (row.rid, row.state, row.finish, row.error, row.num_cached)
+        if row.note:
+            notes += (row.rid, run_field(row.epoch), row.note)
     ids = b"".join([row.ids for row in step.rows])
     outs = [part for gid, deltas in step.outs.items() for part in (gid, m.encode(deltas))]
-    counts = [len(logprobs) // 3, len(ends) // 5, len(step.outs)]
+    counts = [len(logprobs) // 3, len(ends) // 5, len(notes) // 3, len(step.outs)]
     ended = m.encode(step.ended) if step.ended else b""
-    return [msgspec.msgpack.encode(rows), ids, *counts, ended, *logprobs, *ends, *outs, *step.done_entries]
+    return [msgspec.msgpack.encode(rows), ids, *counts, ended, *logprobs, *ends, *notes, *outs, *step.done_entries]
 
 
 def refused_rows(reply: Sequence[Any]) -> list[Refused]:

@@ -70,10 +70,10 @@ def table(keys: Keys | None = None) -> dict[str, Rights]:
         "scheduler": Rights(
             writes=(
                 k.req("*"), k.tag, k.call("*"), k.sub("*"), k.work("*"), k.own("*"), k.ctl("*"), k.ended, k.leader,
-                k.leader_epoch, k.status, use, k.workers, k.worker_beat("*"), k.gateways,
+                k.leader_epoch, k.status, use, k.workers, k.worker_beat("*"), k.gateways, k.dlq,
             ),
             reads=(k.gateway_beat("*"), k.adapter("*")),
-            adds=(*answers, k.body("*"), k.out("*"), k.dlq, k.events),  # what it ends expires
+            adds=(*answers, k.body("*"), k.out("*"), k.events),  # what it ends expires
             scans=True,
         ),
         "worker": Rights(

@@ -80,7 +80,13 @@ class Settings(BaseSettings):
         default=0,
         ge=0,
         le=65535,
-        description="port where scheduler, store and worker serve Prometheus metrics; 0: none",
+        description="port of the metrics of scheduler, store and worker; 0: none",
+    )
+    metrics_names: int = Field(
+        default=100, ge=0, le=1000, description="adapters, and tenants, with series of their own; the rest are `other`"
+    )
+    vllm_metrics: bool = Field(
+        default=False, description="show where adapters are, and vLLM's series, on the gateways' /metrics too"
     )
     grace_s: float = Field(
         default=30.0, ge=0, description="how long a stopping service may take to finish or hand over its requests"
@@ -120,6 +126,10 @@ class Settings(BaseSettings):
     unknown_parameters: Literal["refuse", "warn"] = Field(
         default="refuse",
         description="what a request's unknown or unsupported parameter becomes: a 400, or a header and a log line",
+    )
+    keep_prompts: bool = Field(
+        default=False,
+        description="keep prompts as long as the records of requests, so that these can be replayed",
     )
     max_queued: int = Field(
         default=10_000, ge=1, description="most requests that may wait in the queue; beyond that, new ones get 429"
@@ -459,6 +469,11 @@ class Settings(BaseSettings):
             url = url._replace(query="&".join(part for part in (url.query, urlencode(given)) if part))
         # `urlunsplit` would write unix:///path as unix:/path.
         return urlunsplit(url) if url.netloc else self.redis_url
+
+    @property
+    def metrics_named(self) -> int:
+        """How many names /metrics may have: none where strangers read it."""
+        return 0 if self.api_keys and self.open_pages else self.metrics_names
 
     def environment(self) -> dict[str, str]:
         """Return the `LORAFLEET_*` variables with which another process reads exactly these settings."""

@@ -133,11 +133,13 @@ class Overloaded(ServerError):
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
+    reason = "gateway"
 
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        """`retry_after_s` is when a retry may succeed."""
+    def __init__(self, message: str, retry_after_s: float, reason: str = "gateway") -> None:
+        """`retry_after_s` is when a retry may succeed; `reason` what there is too much of, in one word, for metrics."""
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.reason = reason
 
 
 class Unavailable(ServerError):

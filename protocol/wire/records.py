@@ -6,6 +6,25 @@ from dataclasses import dataclass
 
 from protocol.wire import messages as m
 
+FIRST_NOTES = LAST_NOTES = 8
+"""Assignments of a request of which notes are kept in its hash: the first and the last ones."""
+
+
+def _slot(epoch: int) -> int:
+    """Return the place of an assignment's notes, as `note_slot` of `common.lua`. Assignments have the odd epochs."""
+    number = (epoch + 1) // 2
+    return number if number <= FIRST_NOTES else FIRST_NOTES + 1 + (number - FIRST_NOTES - 1) % LAST_NOTES
+
+
+def placed_field(epoch: int) -> str:
+    """Return the field of a request's hash that holds why it was placed (`messages.Placed`)."""
+    return f"placed:{_slot(epoch)}"
+
+
+def run_field(epoch: int) -> str:
+    """Return the field of a request's hash that holds the times of an assignment (`messages.Timing`)."""
+    return f"run:{_slot(epoch)}"
+
 
 @dataclass(frozen=True, slots=True)
 class RequestFacts:
@@ -28,6 +47,31 @@ class RequestFacts:
     def is_terminal(self) -> bool:
         """Whether it has ended."""
         return self.state in m.TERMINAL
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One assignment of a request, as far as its record tells of it."""
+
+    placed: m.Placed
+    timing: m.Timing | None = None  # None: nothing came of it, or not yet
+    left_ms: int = 0  # when it was taken from the worker; 0: it was not
+    left_how: str = ""  # "died" or "handed back"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """All that the queue keeps of a request, but its prompt and its tokens."""
+
+    facts: RequestFacts
+    tenant: str
+    cls: str
+    digest: str
+    call: str
+    num_cached_tokens: int
+    num_ahead: int  # requests of its class that waited when it came
+    deadline_ms: int
+    assignments: list[Assignment]  # in order; of very many the first and the last ones
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,9 +127,9 @@ def test_containers_have_no_rights_that_they_do_not_need() -> None:
         assert service["deploy"]["resources"]["limits"].keys() == {"memory", "pids"}, name
 
 
-def test_only_the_gateway_has_a_port_and_only_fetchers_get_outside() -> None:
+def test_who_has_ports_and_who_gets_outside() -> None:
     services, known = compose(), yaml.safe_load(COMPOSE)["networks"]
-    assert [name for name, service in services.items() if "ports" in service] == ["gateway"]
+    assert [name for name, service in services.items() if "ports" in service] == ["gateway", "grafana"]
     assert {name for name, service in services.items() if "outside" in networks(service)} == {"model", "adapter_store"}
     assert known["queue"]["internal"]
     assert known["fleet"]["internal"]
@@ -140,6 +140,10 @@ def test_only_the_gateway_has_a_port_and_only_fetchers_get_outside() -> None:
     assert networks(services["gpu_worker"]) == {"fleet"}
     assert networks(services["scheduler"]) == networks(services["cli"]) == {"queue"}
     assert services["users"]["network_mode"] == "none"
+    observers = {name for name, service in services.items() if service.get("profiles") == ["observe"]}
+    assert observers == {"prometheus", "traces", "grafana"}
+    assert networks(services["grafana"]) == {"observe", "front"}  # it reaches no service of the fleet
+    assert known["observe"]["internal"]
 
 
 def test_the_queue_refuses_writes_before_its_container_is_full() -> None:

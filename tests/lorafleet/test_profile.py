@@ -13,7 +13,7 @@ from helpers.factories import make_adapter, make_tiny_model
 
 from lora_kernels import cpu
 from lorafleet.__main__ import main
-from protocol.runtime.metrics import PHASES
+from protocol.metrics.series import PHASES
 
 
 @pytest.fixture(scope="module")

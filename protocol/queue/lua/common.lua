@@ -30,9 +30,16 @@ local request_kinds = {':req:', ':tok:', ':lp:', ':plp:'}
 -- Bytes of a request besides its logs and messages: its hash, its places in streams and sets, the names of its keys.
 local request_bytes = 2048
 
+-- Return the place of the notes of an assignment, by its epoch: of the first eight and the last eight they are kept, in
+-- the fields placed:<slot> (`messages.Placed`), run:<slot> (`messages.Timing`), left:<slot> (see `requeue.lua`).
+local function note_slot(epoch)
+  local number = math.floor((epoch + 1) / 2)
+  return number <= 8 and number or 9 + (number - 9) % 8
+end
+
 -- Return the key of what is known of a call, a hash, by the id of its first request. Fields: open: how many of its
 -- requests have not ended; job: `<tenant>:<id>` of a job whose end is told; and where the tenant's bytes are counted,
--- who: the tenant; bytes: what is counted of the call now; left: what stays of those that have ended; last: unix ms until which the records of a job and an
+-- kept: bytes of bodies that live on; who: the tenant; bytes: what is counted of the call now; left: what stays of those that have ended; last: unix ms until which the records of a job and an
 -- Idempotency-Key live, 0 without.
 local function call_key(call) return P .. ':call:' .. call end
 
@@ -113,11 +120,11 @@ local function tell_job(job)
   tell_end(tenant, id, '')
 end
 
--- Note that a request of a call has ended and lives for `ttl` more seconds. With the last one the bodies go, and the
+-- Note that a request of a call has ended and lives for `ttl` more seconds. With the last one the bodies go, unless they are kept, and the
 -- tenant keeps only what is left. `is_stored`: a client may delete that.
 local function leave_call(rid, call, ttl, now, is_stored)
   local key = call_key(call)
-  local f = redis.call('HMGET', key, 'open', 'who', 'bytes', 'left', 'last', 'job')
+  local f = redis.call('HMGET', key, 'open', 'who', 'bytes', 'left', 'last', 'job', 'kept')
   if not f[1] then return end
   local left = tonumber(f[4] or 0)
   if f[2] then
@@ -128,7 +135,13 @@ local function leave_call(rid, call, ttl, now, is_stored)
     redis.call('HSET', key, 'open', f[1] - 1, 'left', left)
     return
   end
-  redis.call('UNLINK', key, body_key(call))
+  redis.call('UNLINK', key)
+  if f[7] then
+    redis.call('EXPIRE', body_key(call), ttl)
+    left = left + tonumber(f[7])
+  else
+    redis.call('UNLINK', body_key(call))
+  end
   tell_job(f[6])
   if not f[2] then return end
   local to = math.max(now + ttl * 1000, tonumber(f[5]))

@@ -12,6 +12,7 @@
 -- ARGV[5...]       rids (str)
 -- Reply: array of str, 2 values per request: rid, outcome. Outcomes: requeued; exhausted and cancelled, which are left
 --        for `finish`; other: the request is not this worker's any more.
+-- The request's field `left:<slot>` says when and how it left the worker: unix ms, a space, `died` or `handed back`.
 -- The request's field `lost` holds one JSON line per death, a `messages.Death`.
 local wid, counts, name, max_attempts, now = ARGV[1], ARGV[2] == '1', ARGV[3], tonumber(ARGV[4]), now_ms()
 local out = {}
@@ -30,7 +31,8 @@ for i = 5, #ARGV do
     local _, num_lost = string.gsub(lost, '\n', '')
     disown(wid, rid)
     local epoch = redis.call('HINCRBY', key, 'epoch', 1)
-    redis.call('HSET', key, 'attempts', attempts, 'lost', lost)
+    redis.call('HSET', key, 'attempts', attempts, 'lost', lost, 'left:' .. note_slot(epoch - 1),
+      now .. (counts and ' died' or ' handed back'))
     if f[3] == '1' then outcome = 'cancelled'
     elseif attempts >= max_attempts or num_lost >= 4 * max_attempts then outcome = 'exhausted'
     else

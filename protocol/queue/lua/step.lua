@@ -10,11 +10,13 @@
 -- ARGV[2]  bytes   token ids of all rows, int32 little endian, one row after the other
 -- ARGV[3]  int     number of logprob groups
 -- ARGV[4]  int     number of end groups
--- ARGV[5]  int     number of delivery groups
--- ARGV[6]  bytes   list of `messages.Ended`, msgpack; '' for none
--- ARGV[7...]       per logprob group, 3 values: rid (str), seq0 (int, tokens) or 'prompt', records (bytes)
+-- ARGV[5]  int     number of notes
+-- ARGV[6]  int     number of delivery groups
+-- ARGV[7]  bytes   list of `messages.Ended`, msgpack; '' for none
+-- ARGV[8...]       per logprob group, 3 values: rid (str), seq0 (int, tokens) or 'prompt', records (bytes)
 --                  per end group, 5 values: rid (str), state (str), finish (str), error (JSON str), cached (int, tokens
 --                  of its prompt that the prefix cache had). Each has a row, maybe without tokens.
+--                  per note, 3 values: rid (str), field of its hash (str), `messages.Timing` (bytes, msgpack)
 --                  per delivery group, 2 values: gateway id (str), list of `messages.Delta` (bytes, msgpack)
 --                  then the ids of assignments whose last request this step ends (stream ids)
 -- Reply: array. Empty: everything was written. Otherwise nothing was, and it names each row that cannot be written in
@@ -23,10 +25,11 @@
 --        An error if rows contradict each other, such as two for the same request and position.
 local call, tok = redis.call, P .. ':tok:'
 local rows, all_ids = cmsgpack.unpack(ARGV[1]), ARGV[2]
-local first_lp = 7
+local first_lp = 8
 local first_end = first_lp + ARGV[3] * 3
-local first_out = first_end + ARGV[4] * 5
-local first_done = first_out + ARGV[5] * 2
+local first_note = first_end + ARGV[4] * 5
+local first_out = first_note + ARGV[5] * 3
+local first_done = first_out + ARGV[6] * 2
 
 -- Return whether the worker may write every row, by its hash of owned requests alone: one call for all rows.
 -- That hash outlives a request that has expired, so a request without tokens must exist besides.
@@ -70,7 +73,7 @@ end
 -- Look at each request itself and return what is wrong with which row, as in the reply.
 local function refused()
   local bad, ending = {}, {}
-  for a = first_end, first_out - 5, 5 do ending[ARGV[a]] = ARGV[a + 1] end
+  for a = first_end, first_note - 5, 5 do ending[ARGV[a]] = ARGV[a + 1] end
   for a = 1, #rows, 4 do
     local rid, epoch, seq0 = rows[a], rows[a + 1], rows[a + 2]
     local f = call('HMGET', req_key(rid), 'epoch', 'cancel', 'state')
@@ -120,7 +123,11 @@ for a = first_lp, first_end - 3, 3 do
     if ttl > 0 then call('PEXPIRE', P .. ':lp:' .. ARGV[a], ttl) end
   end
 end
-for a = first_end, first_out - 5, 5 do
+for a = first_note, first_out - 3, 3 do
+  -- What has expired meanwhile must not come back without a life time.
+  if call('EXISTS', req_key(ARGV[a])) == 1 then call('HSET', req_key(ARGV[a]), ARGV[a + 1], ARGV[a + 2]) end
+end
+for a = first_end, first_note - 5, 5 do
   call('HDEL', KEYS[4], ARGV[a])
   if ARGV[a + 4] ~= '0' then call('HSET', req_key(ARGV[a]), 'cached', ARGV[a + 4]) end
   write_end(ARGV[a], ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], now)
@@ -130,5 +137,5 @@ for a = first_out, first_done - 2, 2 do
   call('XADD', P .. ':out:' .. ARGV[a], 'NOMKSTREAM', '*', 'b', ARGV[a + 1])
 end
 for a = first_done, #ARGV do call('XDEL', KEYS[2], ARGV[a]) end
-if ARGV[6] ~= '' then call('XADD', KEYS[3], 'MAXLEN', '~', '10000', '*', 'b', ARGV[6]) end
+if ARGV[7] ~= '' then call('XADD', KEYS[3], 'MAXLEN', '~', '10000', '*', 'b', ARGV[7]) end
 return {}

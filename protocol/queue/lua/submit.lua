@@ -25,8 +25,9 @@
 -- ARGV[15] int     ms that the job lives
 -- ARGV[16] int     1: the job's end is told to whoever sends webhooks, else 0
 -- ARGV[17] int     most turns of a conversation that are to be added
--- ARGV[18] int     number of bodies' fields
--- ARGV[19...]      per field of the bodies' hash, 2 values: name (str), value (bytes), see `calls.py`
+-- ARGV[18] int     bytes of the bodies where they live on as long as the requests, 0 where they go with the last one
+-- ARGV[19] int     number of bodies' fields
+-- ARGV[20...]      per field of the bodies' hash, 2 values: name (str), value (bytes), see `calls.py`
 --                  then per request, 9 values: rid (str), `messages.Submit` (bytes, msgpack), tenant (str), digest
 --                  (str), gateway (str), stored (int, 0 or 1), n_prompt (int, tokens), max_new (int, tokens), deadline
 --                  (int, unix ms)
@@ -39,8 +40,8 @@
 --        {'limit', standing..., 'requests' | 'tokens' | 'concurrency' (str), ms until it would fit or 0 (int)}
 --        {'limit', standing..., 'bytes', 0, bytes that the tenant keeps (int), bytes that the call adds (int)}
 local cls, max_queued, idem_value, who, forced = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[9] == '1'
-local first_field, width = 19, 9
-local first = first_field + ARGV[18] * 2
+local first_field, width = 20, 9
+local first = first_field + ARGV[19] * 2
 local call = ARGV[first]
 -- Accepted before, and the reply was lost: a second entry, or an epoch set back, would run the request twice. The first
 -- request may have ended and expired while others run, or all may have ended just now.
@@ -120,7 +121,7 @@ for a = first, #ARGV, width do
   redis.call('HSET', req_key(rid), 'state', 'queued', 'cls', cls, 'epoch', 0, 'attempts', 0, 'owner', '', 'cancel', 0,
     'tenant', ARGV[a + 2], 'digest', ARGV[a + 3], 'gateway', ARGV[a + 4], 'stored', ARGV[a + 5],
     'n_prompt', ARGV[a + 6], 'max_new', ARGV[a + 7], 'deadline', deadline, 'sub', sub, 'sub_id', id, 't_submit', now,
-    'call', call)
+    'call', call, 'ahead', queued + (a - first) / width)
   redis.call('PEXPIRE', req_key(rid), ttl)
   if is_rated then
     redis.call('HSET', req_key(rid), 'quota', who)
@@ -129,6 +130,7 @@ for a = first, #ARGV, width do
   end
 end
 redis.call('HSET', call_key(call), 'open', num)
+if ARGV[18] ~= '0' then redis.call('HSET', call_key(call), 'kept', ARGV[18]) end
 redis.call('PEXPIREAT', call_key(call), to)
 for a = first_field, first - 2, 1000 do
   redis.call('HSET', body_key(call), unpack(ARGV, a, math.min(a + 999, first - 1)))

@@ -1,19 +1,34 @@
 """The messages that cross the queue, one file per edge."""
 
 from protocol.wire.messages.adapters import AdapterEvent, AdapterRecord, AdapterState, Alias, Registration
-from protocol.wire.messages.assignments import Assigned, Control
+from protocol.wire.messages.assignments import Assigned, Control, Option, Placed
 from protocol.wire.messages.base import MAX_LABELS, TERMINAL, FinishReason, Packed, Task, Wire, encode
 from protocol.wire.messages.batches import ENDED_BATCH, Batch, BatchProblem, BatchStatus, BatchUsage, File
 from protocol.wire.messages.dead_letters import DeadLetter, Death
-from protocol.wire.messages.deliveries import Delta, ErrorInfo, Usage, logprob_record_bytes, prompt_record_bytes
+from protocol.wire.messages.deliveries import (
+    Delta,
+    ErrorInfo,
+    Timing,
+    Usage,
+    logprob_record_bytes,
+    prompt_record_bytes,
+)
 from protocol.wire.messages.jobs import Conversation, Idempotent, Job
 from protocol.wire.messages.model import OPAQUE, Activation, ServedModel, SiteShape
 from protocol.wire.messages.requests import Body, Sampling, Submit
 from protocol.wire.messages.webhooks import Delivery, WebhookEndpoint
-from protocol.wire.messages.workers import Ended, SchedulerStatus, StepModel, WorkerBeat, WorkerCounters
+from protocol.wire.messages.workers import (
+    LOAD_BUCKETS_S,
+    Ended,
+    SchedulerStatus,
+    StepModel,
+    WorkerBeat,
+    WorkerCounters,
+)
 
 __all__ = [
     "ENDED_BATCH",
+    "LOAD_BUCKETS_S",
     "MAX_LABELS",
     "OPAQUE",
     "TERMINAL",
@@ -40,7 +55,9 @@ __all__ = [
     "FinishReason",
     "Idempotent",
     "Job",
+    "Option",
     "Packed",
+    "Placed",
     "Registration",
     "Sampling",
     "SchedulerStatus",
@@ -49,6 +66,7 @@ __all__ = [
     "StepModel",
     "Submit",
     "Task",
+    "Timing",
     "Usage",
     "WebhookEndpoint",
     "Wire",

@@ -20,6 +20,31 @@ class Assigned(Packed, frozen=True):
     call: str = ""
     part: int = 0
     batch: bool = False  # of the class `batch`: it yields to all that is not
+    queued_ms: int = 0  # from its submission to this assignment
+    trace: str = ""  # as in `Submit`
+
+
+class Option(Packed, frozen=True):
+    """A worker that might have got a request, as the scheduler saw it."""
+
+    worker: str  # name
+    wait_ms: int  # estimated, until the request would be done there: prompts before it, its adapter, its decoding
+    tier: str  # where its adapter was: resident, loading, host or store; "" for the base model
+    crowded: bool = False  # it had more than its share of the requests, so that any other was better
+
+
+class Placed(Packed, frozen=True):
+    """Why a request was given to a worker: kept in its record, one for each assignment."""
+
+    ms: int  # unix time
+    wid: str
+    because: str  # see `scheduler.placement.Reason`
+    options: list[Option]  # the one that was chosen first, then the others, the shortest wait first; at most 4
+    num_others: int = 0  # workers that were looked at beyond these
+    held_ms: int = 0  # for how long it was kept for a worker with its adapter
+    yields: bool = False  # to requests of tenants that have less than their fair share
+    lead_tokens: int = 0  # weighted tokens by which its tenant was ahead of the tenant served least
+    num_queued: int = 0  # requests that still waited then
 
 
 class Control(Wire, frozen=True):

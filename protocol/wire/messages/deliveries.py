@@ -13,6 +13,29 @@ class Usage(Packed, frozen=True):
     num_cached_tokens: int = 0
 
 
+class Timing(Packed, frozen=True):
+    """What one assignment of a request has taken so far: told with its first token there, and with its end.
+
+    `taken_ms` is unix time by the worker's clock. The other times are ms since then, -1 for what has not happened.
+    """
+
+    taken_ms: int
+    queued_ms: int = 0  # before: from its submission to this assignment
+    tier: str = ""  # where its adapter was when it came: resident, loading, host or store; "" for the base model
+    staged_ms: int = -1  # until its adapter was in host memory, where it was not
+    ready_ms: int = -1  # until its adapter was in the pool, where it was not
+    begun_ms: int = -1  # until its first step
+    first_ms: int = -1  # until its first token there
+    ended_ms: int = -1
+    num_preempted: int = 0  # times that it lost its KV blocks to others
+    num_cached_tokens: int = 0  # of its prompt, found in the prefix cache
+
+    @property
+    def adapter_ms(self) -> int:
+        """How long it waited for its adapter."""
+        return max(self.ready_ms, 0)
+
+
 class Delta(Packed, frozen=True):
     """New tokens of one request, and its end. `seq0` is the index of the first id in the request's log.
 
@@ -27,6 +50,7 @@ class Delta(Packed, frozen=True):
     finish: str = ""  # FinishReason or "" while running
     error: str = ""  # JSON of `ErrorInfo` when finish == "error"
     usage: Usage | None = None
+    timing: Timing | None = None  # with the first token of an assignment, and with its end
 
 
 class ErrorInfo(Wire, frozen=True):

@@ -121,3 +121,4 @@ class Submit(Wire, frozen=True):
     call: str = ""  # first request of its call; "": itself. This and the next are set by `Bus.submit`
     part: int = 0  # which of the call's bodies is its own
     needs: list[str] = []  # fields that its worker must know, see `fields_in_use`
+    trace: str = ""  # W3C traceparent of the span that submitted it; "" without one

@@ -38,6 +38,10 @@ class StepModel(Wire, frozen=True):
         return (self.b + self.e) * num_seqs + self.c * num_kv_tokens > self.a
 
 
+LOAD_BUCKETS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
+"""Upper bounds of how long adapters took to load, in `WorkerBeat.load_seconds`."""
+
+
 class WorkerCounters(msgspec.Struct, omit_defaults=True):
     """Totals since a worker's start. The worker adds to its own; a beat carries a copy."""
 
@@ -79,6 +83,12 @@ class WorkerBeat(Wire, frozen=True):
     pinned: dict[str, str] = {}  # digest to keep in the pool -> why it is not there, "" if it is or is coming
     num_loads: int = 0  # adapters copied into the pool since its start
     num_fetches: int = 0  # adapters fetched from a store
+    load_seconds: dict[str, list[float]] = {}
+    """Where adapters came from (store, host) -> of its loads, how many are in each of `LOAD_BUCKETS_S` and beyond, and
+    the sum of their seconds."""
+    kv_bytes_total: int = 0
+    host_bytes_used: int = 0  # of packed adapters
+    host_bytes_total: int = 0
     counters: WorkerCounters = msgspec.field(default_factory=WorkerCounters)
     draining: bool = False
     sent_ms: int = 0
@@ -97,4 +107,9 @@ class SchedulerStatus(Wire, frozen=True):
     used_bytes: int = 0  # of the queue server's memory
     max_bytes: int = 0  # that it may hold; 0: no limit
     sent_ms: int = 0
+    oldest_ms: dict[str, int] = {}  # class -> unix time when the oldest request that waits was submitted
+    dead_letters: int = 0
+    leader: str = ""  # its token, "<id>:<epoch>"
+    running_adapters: list[str] = []  # digests of the adapters with most requests on workers, at most 64
+    waiting_adapters: list[str] = []  # the same of requests that wait
     knows: list[str] = []  # of `WorkerBeat`: those of the worker that knows most

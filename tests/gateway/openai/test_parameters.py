@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from helpers.scripted_fleet import BASE_NAME, MAX_MODEL_LEN, RunningGateway, Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import BASE_NAME, MAX_MODEL_LEN, Script, ScriptedFleet, running_gateway
 from openai import AsyncOpenAI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -438,61 +438,3 @@ async def test_request_ids_are_kept_or_made(http: httpx2.AsyncClient, client: As
     assert int(answer.headers["openai-processing-ms"]) >= 0
     completion = await client.completions.create(model="base", prompt="hi")
     assert (completion._request_id or "").startswith("req_")
-
-
-async def test_metrics_count_without_naming_adapters(
-    http: httpx2.AsyncClient, fleet: ScriptedFleet, gateway: RunningGateway, bus: Bus
-) -> None:
-    await fleet.add_adapter("undisclosed-name", "undisclosed-digest")
-
-    async def value(line: str) -> float:
-        text = (await http.get("/metrics")).text
-        assert "undisclosed" not in text
-        return next((float(row.split()[-1]) for row in text.splitlines() if row.startswith(line)), 0.0)
-
-    lines = {
-        'lorafleet_http_requests_total{method="POST",route="/v1/completions",status="200"}': 1,
-        'lorafleet_generations_total{finish="stop"}': 1,
-        'lorafleet_output_tokens_total{kind="adapter"}': len(fleet.tokenizer.encode("abc").ids) + 1,
-        'lorafleet_time_to_first_token_seconds_count{kind="adapter"}': 1,
-    }
-    before = {line: await value(line) for line in lines}
-    fleet.script = lambda submit, body: Script(text="abc")
-    await http.post("/v1/completions", json={**COMPLETION, "model": "undisclosed-name"})
-    assert {line: await value(line) - before[line] for line in lines} == lines
-    assert await value("lorafleet_workers ") == 1
-    assert "text/plain" in (await http.get("/metrics")).headers["content-type"]
-
-
-async def test_metrics_tell_of_every_live_worker(
-    http: httpx2.AsyncClient, fleet: ScriptedFleet, gateway: RunningGateway, bus: Bus
-) -> None:
-    counters = m.WorkerCounters(num_steps=7, num_cached_tokens=32, num_evictions=3, plan_s=0.25, publish_s=0.5)
-    facts: dict[str, Any] = {"capacity": 8, "resident": ["undisclosed"], "num_loads": 5}
-    facts |= {"kv_blocks_free": 10, "kv_blocks_total": 12}
-    beats = [
-        m.WorkerBeat(wid="w1", name="one", sent_ms=2, counters=counters, **facts),
-        m.WorkerBeat(wid="w0", name="one", sent_ms=1, **facts),  # what it was before it was started again
-        m.WorkerBeat(wid="w2", name="two", sent_ms=1, **facts),
-    ]
-    for beat in beats:
-        await bus.members.beat(bus.keys.worker_beat(beat.wid), bus.keys.workers, beat.wid, m.encode(beat), 60_000)
-
-    rows = (await http.get("/metrics")).text.splitlines()
-    lines = {
-        'lorafleet_worker_steps_total{worker="one"}': 7,
-        'lorafleet_worker_phase_seconds_total{phase="plan",worker="one"}': 0.25,
-        'lorafleet_worker_phase_seconds_total{phase="publish",worker="one"}': 0.5,
-        'lorafleet_worker_tokens_total{kind="cached",worker="one"}': 32,
-        'lorafleet_worker_adapter_events_total{event="load",worker="one"}': 5,
-        'lorafleet_worker_adapter_events_total{event="eviction",worker="one"}': 3,
-        'lorafleet_worker_kv_blocks{state="used",worker="one"}': 2,
-        'lorafleet_worker_resident_adapters{worker="one"}': 1,
-        'lorafleet_worker_steps_total{worker="two"}': 0,
-    }
-    for line, value in lines.items():
-        assert [float(row.split()[-1]) for row in rows if row.startswith(f"{line} ")] == [value], line
-    assert not any("undisclosed" in row for row in rows)
-
-    await bus.members.leave("w2")
-    assert 'worker="two"' not in (await http.get("/metrics")).text

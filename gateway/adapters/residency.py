@@ -1,0 +1,75 @@
+"""Where the fleet's adapters are, by name, as metrics: for dashboards, and for routers that choose between fleets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from gateway.adapters.fleet_view import FleetView
+from protocol.metrics.fleet import Holding, Seen
+from protocol.queue.bus import Bus
+from protocol.wire import messages as m
+
+MAX_HOLDINGS = 1000
+"""Adapters of a worker that are shown: those in the pool first, then those that load, then those in host memory."""
+
+NameOf = Callable[[str], str | None]
+"""Returns a name of an adapter by its digest, None if none is known."""
+
+
+async def look(bus: Bus, fleet: FleetView, beats: Sequence[m.WorkerBeat], name_of: NameOf) -> Seen:
+    """Return where adapters are. Reads the records of those shown. Raises a connection error."""
+    held = {beat.name: _levels(beat) for beat in beats}
+    status = fleet.status
+    asked = (status.running_adapters, status.waiting_adapters) if status is not None else ([], [])
+    records = await bus.adapters.records(
+        {digest for levels in held.values() for digest in levels} | {*asked[0], *asked[1]}
+    )
+
+    def name(digest: str) -> str:
+        return name_of(digest) or _name_in(records, digest)
+
+    total, free = (sum(getattr(beat, f"kv_blocks_{what}") for beat in beats) for what in ("total", "free"))
+    return Seen(
+        fleet.base.name if fleet.base is not None else "",
+        status.running if status is not None else 0,
+        status.queued if status is not None else 0,
+        1 - free / total if total else 0.0,
+        [
+            Holding(beat.name, name(digest), level, digest in beat.pinned, _rank_in(records, digest))
+            for beat in beats
+            for digest, level in held[beat.name].items()
+        ],
+        [name(digest) for digest in asked[0]],
+        [name(digest) for digest in asked[1]],
+        sum(map(_room, beats)),
+    )
+
+
+def _levels(beat: m.WorkerBeat) -> dict[str, str]:
+    """Return the level of each adapter of a worker that is shown."""
+    levels: dict[str, str] = {}
+    for level, digests in (("resident", beat.resident), ("loading", beat.loading), ("host", beat.host)):
+        for digest in digests:
+            if len(levels) == MAX_HOLDINGS:
+                return levels
+            levels.setdefault(digest, level)
+    return levels
+
+
+def _name_in(records: Mapping[str, m.AdapterRecord], digest: str) -> str:
+    """Return an adapter's name at its source, without kind and version; the beginning of its digest if that is gone."""
+    record = records.get(digest)
+    if record is None or not record.source:
+        return digest[:12]
+    return record.source if "://" in record.source else record.source.partition(":")[2].partition("@")[0]
+
+
+def _rank_in(records: Mapping[str, m.AdapterRecord], digest: str) -> int:
+    record = records.get(digest)
+    return record.rank if record is not None else 0
+
+
+def _room(beat: m.WorkerBeat) -> int:
+    """Return about how many adapters fit a worker's pool: of the size of those that are in it."""
+    used = beat.pool_bytes_total - beat.pool_bytes_free
+    return round(len(beat.resident) * beat.pool_bytes_total / used) if used and beat.resident else len(beat.resident)

@@ -1,0 +1,93 @@
+"""Runs a request again, with the same prompt, seed and adapter, and compares what comes out token by token."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from msgspec import structs
+
+from gateway.auth.callers import Caller
+from gateway.calls.pipeline import Pipeline
+from gateway.calls.submit import cancel, rid_of
+from gateway.overload.admission import Load
+from protocol.queue.bus import now_ms
+from protocol.wire import messages as m
+from protocol.wire.error_codec import error_from
+from protocol.wire.errors import Conflict, DeadlineExceeded, NotFound
+
+NUM_SHOWN = 8
+"""Token ids that are shown of each answer, from the first difference on."""
+
+LOOK_S = 5.0
+"""Pause after which the log is looked at, in case a message about it was lost."""
+
+
+async def replay(pipeline: Pipeline, rid: str, caller: Caller) -> dict[str, Any]:
+    """Return how a request that has ended compares with itself, run now.
+
+    Raises Conflict while it runs, or where its prompt is not kept; Overloaded, Unavailable, DeadlineExceeded, and the
+    error with which it ends now.
+    """
+    bus = pipeline.bus
+    owned, record = (await bus.owned([rid]))[0], await bus.record(rid)
+    if owned is None or record is None:
+        raise NotFound(f"there is no request {rid}", code="request_not_found")
+    if record.facts.state != "completed":
+        raise Conflict(f"the request is {record.facts.state}: only one that has completed is compared")
+    body = (await bus.inputs([owned.submit]))[0].body()
+    if body is None:
+        text = "the prompts of requests that have ended are kept with --keep-prompts only, and as long as their records"
+        raise Conflict(text, code="prompt_not_kept")
+    before = await bus.tokens(rid) or b""
+    call = uuid.uuid4().hex
+    again = structs.replace(
+        owned.submit, rid=rid_of(call, 0), call="", part=0, gateway=pipeline.replies.gid, stored=False,
+        submitted_ms=now_ms(), deadline_ms=now_ms() + int(pipeline.settings.request_timeout_s * 1000), trace="",
+    )  # fmt: skip
+    now = await _run(pipeline, again, body, caller)
+    return compared(rid, again.rid, before, now)
+
+
+async def _run(pipeline: Pipeline, submit: m.Submit, body: m.Body, caller: Caller) -> bytes:
+    """Run a request to its end and return its tokens (int32). It counts against the caller's limits."""
+    bus, replies = pipeline.bus, pipeline.replies
+    load = Load(submit.cls, 1, submit.num_prompt_tokens + submit.max_new_tokens, pipeline.settings.request_timeout_s)
+    quota = pipeline.admission.quota_of(caller)
+    pipeline.admission.check_again(load, quota)
+    mail = replies.subscribe([submit.rid], eager=False)
+    ended = False
+    try:
+        outcome, told = await bus.submit(
+            submit.cls, [(submit, body)], max_queued=pipeline.settings.max_queued, quota=quota
+        )
+        pipeline.admission.settle_again(load, quota, outcome, told)
+        while now_ms() < submit.deadline_ms:
+            await mail.take(LOOK_S)
+            facts = (await bus.requests([submit.rid]))[0]
+            if facts is None:
+                raise NotFound("the queue has lost the request", code="request_lost")
+            if facts.is_terminal:
+                ended = True
+                if facts.error:
+                    raise error_from(facts.error)
+                return await bus.tokens(submit.rid) or b""
+        raise DeadlineExceeded("the request took longer than it may")
+    finally:
+        replies.unsubscribe(mail)
+        if not ended:
+            await cancel(bus, [submit.rid])
+
+
+def compared(rid: str, again: str, before: bytes, now: bytes) -> dict[str, Any]:
+    """Return how two outputs (int32) compare. Pure."""
+    first, second = memoryview(before).cast("i"), memoryview(now).cast("i")
+    num = min(len(first), len(second))
+    at = next((i for i in range(num) if first[i] != second[i]), num)
+    equal = at == len(first) == len(second)
+    shown = slice(at, at + NUM_SHOWN)
+    return {
+        "object": "request.replay", "id": rid, "replay": again, "equal": equal,
+        "tokens": len(first), "tokens_now": len(second), "first_difference": None if equal else at,
+        "before": [] if equal else first[shown].tolist(), "now": [] if equal else second[shown].tolist(),
+    }  # fmt: skip

@@ -1,0 +1,133 @@
+"""A request's record as one timeline, in the order of time. Pure.
+
+Times are unix ms: of the queue's server, of the scheduler that placed it, and of the worker that ran it. Machines whose
+clocks differ show that here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from protocol.wire import messages as m
+from protocol.wire.error_codec import error_from
+from protocol.wire.records import Assignment, RequestRecord
+
+BECAUSE = {
+    "least_wait": "the shortest estimated wait",
+    "only_place": "no other worker could take it",
+    "all_crowded": "the shortest estimated wait; all had more than their share of the requests",
+    "held_enough": "it had waited for a worker with its adapter for as long as loading it takes",
+    "resumed": "a worker had it before; the shortest estimated wait of those with room",
+}
+"""What `messages.Placed.because` means."""
+
+TIERS = {
+    "resident": "its adapter was in the pool",
+    "loading": "its adapter was on its way",
+    "host": "its adapter was in host memory",
+    "store": "its adapter was at the store",
+    "": "it needs no adapter",
+}
+
+
+def described(rid: str, record: RequestRecord, name_of: Callable[[str], str | None]) -> dict[str, Any]:
+    """Return the object of `GET /v1/requests/{id}`. name_of: a name of an adapter by its digest, None for none."""
+    facts = record.facts
+    error = error_from(facts.error) if facts.error else None
+    return {
+        "id": rid,
+        "object": "request",
+        "call": record.call or rid,
+        "state": facts.state,
+        "finish": facts.finish or None,
+        "error": {"message": error.message, "code": error.code} if error is not None else None,
+        "tenant": record.tenant,
+        "class": record.cls,
+        "adapter": {"digest": record.digest, "name": name_of(record.digest)} if record.digest else None,
+        "prompt_tokens": facts.num_prompt_tokens,
+        "cached_tokens": record.num_cached_tokens,
+        "output_tokens": facts.num_output_tokens,
+        "attempts": facts.attempts,
+        "deadline_ms": record.deadline_ms,
+        "timeline": timeline(record),
+    }
+
+
+def timeline(record: RequestRecord) -> list[dict[str, Any]]:
+    """Return what happened to a request: each with `ms`, `event`, a sentence `text`, and what belongs to it."""
+    facts = record.facts
+    events = [_event(facts.submitted_ms, "accepted", f"queued behind {record.num_ahead}", ahead=record.num_ahead)]
+    for number, one in enumerate(record.assignments, start=1):
+        events += _of_assignment(number, one)
+    if facts.first_ms:
+        events.append(_event(facts.first_ms, "first_token", "the first token was visible"))
+    if facts.ended_ms:
+        text = f"{facts.state} after {facts.num_output_tokens} tokens: {facts.finish}"
+        events.append(_event(facts.ended_ms, "ended", text, state=facts.state, finish=facts.finish))
+    return sorted(events, key=lambda event: event["ms"])
+
+
+def _event(ms: int, event: str, text: str, **more: Any) -> dict[str, Any]:
+    return {"ms": ms, "event": event, "text": text, **more}
+
+
+def _of_assignment(number: int, one: Assignment) -> list[dict[str, Any]]:
+    """Return what happened in an assignment."""
+    placed = one.placed
+    name = placed.options[0].worker if placed.options else placed.wid
+    events = [
+        _event(
+            placed.ms, "placed", f"placed on {name}: {_why(placed)}", assignment=number, worker=name, wid=placed.wid,
+            because=placed.because, held_ms=placed.held_ms, yields=placed.yields, lead_tokens=placed.lead_tokens,
+            queued=placed.num_queued, more_workers=placed.num_others,
+            options=[
+                {"worker": o.worker, "wait_ms": o.wait_ms, "adapter": o.tier or None, "crowded": o.crowded}
+                for o in placed.options
+            ],
+        )
+    ]  # fmt: skip
+    if one.timing is not None:
+        events += _of_run(number, name, one.timing)
+    if one.left_ms:
+        text = f"{name} died" if one.left_how == "died" else f"{name} handed it back"
+        event = "worker_died" if one.left_how == "died" else "handed_back"
+        events.append(_event(one.left_ms, event, f"{text}; queued again", assignment=number, worker=name))
+    return events
+
+
+def _why(placed: m.Placed) -> str:
+    words = [BECAUSE.get(placed.because, placed.because) or "no reason was kept"]
+    if placed.options:
+        words[0] += f", {placed.options[0].wait_ms} ms"
+    others = [f"{o.worker} {o.wait_ms} ms{' (crowded)' if o.crowded else ''}" for o in placed.options[1:]]
+    if others:
+        words.append(f"others: {', '.join(others)}")
+    if placed.held_ms:
+        words.append(f"kept for {placed.held_ms} ms for a worker with its adapter")
+    if placed.yields:
+        words.append("it yields to tenants that have less than their share")
+    return "; ".join(words)
+
+
+def _of_run(number: int, name: str, timing: m.Timing) -> list[dict[str, Any]]:
+    """Return what a worker tells of an assignment."""
+    taken, common = timing.taken_ms, {"assignment": number, "worker": name}
+    events = [_event(taken, "taken", f"{name} has it; {TIERS[timing.tier]}", adapter=timing.tier or None, **common)]
+    if timing.staged_ms >= 0:
+        text = f"its adapter came to host memory, after {timing.staged_ms} ms"
+        events.append(_event(taken + timing.staged_ms, "adapter_staged", text, after_ms=timing.staged_ms, **common))
+    if timing.ready_ms >= 0:
+        text = f"its adapter was in the pool, after {timing.ready_ms} ms"
+        events.append(_event(taken + timing.ready_ms, "adapter_ready", text, after_ms=timing.ready_ms, **common))
+    if timing.begun_ms >= 0:
+        cached = timing.num_cached_tokens
+        text = f"its first step; {cached} tokens of its prompt were cached"
+        events.append(_event(taken + timing.begun_ms, "begun", text, cached_tokens=cached, **common))
+    if timing.first_ms >= 0:
+        events.append(_event(taken + timing.first_ms, "token", f"its first token on {name}", **common))
+    if timing.ended_ms >= 0:
+        preempted = f"; it lost its KV blocks {timing.num_preempted} times" if timing.num_preempted else ""
+        text = f"done on {name}{preempted}"
+        events.append(_event(taken + timing.ended_ms, "done", text, preemptions=timing.num_preempted, **common))
+    return events

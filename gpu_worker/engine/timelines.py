@@ -1,0 +1,105 @@
+"""When what happened to the requests that an engine holds: what is told of each with its first token and its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+from gpu_worker.engine.request import EngineRequest, TokenOutput
+from protocol.wire.messages import Timing
+
+RESIDENT = "resident"
+"""The tier of an adapter that is in the pool."""
+
+
+@dataclass(slots=True)
+class _Times:
+    """Times of one request, in seconds since it was taken, below 0 for what has not happened."""
+
+    taken_s: float  # unix time
+    digest: str
+    tier: str
+    staged_s: float = -1.0
+    ready_s: float = -1.0
+    begun_s: float = -1.0
+    first_s: float = -1.0
+    num_preempted: int = 0
+
+    def timing(self, ended_s: float, num_cached: int) -> Timing:
+        times_s = (self.staged_s, self.ready_s, self.begun_s, self.first_s, ended_s)
+        times_ms = [round(1000 * seconds) if seconds >= 0 else -1 for seconds in times_s]
+        return Timing(round(1000 * self.taken_s), 0, self.tier, *times_ms, self.num_preempted, num_cached)
+
+
+class Timelines:
+    """The times of all requests of one engine, by request id. A step that changes none of them costs nothing here."""
+
+    def __init__(self, now_s: Callable[[], float] = time.time) -> None:
+        """now_s: unix time."""
+        self._now_s = now_s
+        self._all: dict[str, _Times] = {}
+        self._without_adapter: set[str] = set()
+        self._not_begun: set[str] = set()
+        self._silent: set[str] = set()  # nothing was put out yet
+
+    def take(self, request: EngineRequest, tier: str) -> None:
+        """Begin the times of a request. tier: where its adapter is; "" without one."""
+        rid = request.rid
+        self._all[rid] = _Times(self._now_s(), request.digest, tier)
+        self._not_begun.add(rid)
+        self._silent.add(rid)
+        if tier not in ("", RESIDENT):
+            self._without_adapter.add(rid)
+
+    def look(self, is_resident: Callable[[str], bool], host: Collection[str]) -> None:
+        """Note which adapters have come meanwhile."""
+        for rid in list(self._without_adapter):
+            times = self._all[rid]
+            ready = is_resident(times.digest)
+            if times.staged_s < 0 and times.tier in ("store", "loading") and (ready or times.digest in host):
+                times.staged_s = self._now_s() - times.taken_s
+            if ready:
+                times.ready_s = self._now_s() - times.taken_s
+                self._without_adapter.discard(rid)
+
+    def begin(self, rids: Iterable[str]) -> None:
+        """Note that a step computes requests."""
+        if not self._not_begun:
+            return
+        for rid in self._not_begun.intersection(rids):
+            self._all[rid].begun_s = self._now_s() - self._all[rid].taken_s
+            self._not_begun.discard(rid)
+
+    def preempt(self, rids: Iterable[str]) -> None:
+        """Note that requests have lost their KV blocks."""
+        for rid in rids:
+            if times := self._all.get(rid):
+                times.num_preempted += 1
+
+    def tell(self, outputs: Iterable[TokenOutput]) -> None:
+        """Give the first output of each request, and its last, its times so far."""
+        for output in outputs:
+            if not output.finish and output.rid not in self._silent:
+                continue
+            times = self._all.get(output.rid)
+            if times is None:
+                continue
+            since_s = self._now_s() - times.taken_s
+            self._silent.discard(output.rid)
+            if times.first_s < 0 and output.ids:
+                times.first_s = since_s
+            output.timing = times.timing(since_s if output.finish else -1.0, output.num_cached_tokens)
+            if output.finish:
+                self.forget(output.rid)
+
+    def forget(self, rid: str) -> None:
+        """Drop the times of a request."""
+        if self._all.pop(rid, None) is not None:
+            for rids in (self._without_adapter, self._not_begun, self._silent):
+                rids.discard(rid)
+
+    def clear(self) -> None:
+        """Drop all times."""
+        for rid in list(self._all):
+            self.forget(rid)

@@ -1,0 +1,39 @@
+"""What the queue keeps of a request: read from its hash, which the scripts write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from protocol.wire import messages as m
+from protocol.wire.codec import decode
+from protocol.wire.records import FIRST_NOTES, LAST_NOTES, Assignment, RequestFacts, RequestRecord
+
+
+def record_of(fields: Mapping[bytes, bytes], log_bytes: int) -> RequestRecord:
+    """Return a request's record. fields: of its hash; log_bytes: of its log. Raises ProtocolError."""
+
+    def text(name: str) -> str:
+        return fields.get(name.encode(), b"").decode()
+
+    def number(name: str) -> int:
+        return int(float(text(name) or 0))
+
+    facts = RequestFacts(
+        text("state"), number("epoch"), text("finish"), text("error"), text("gateway"), number("n_prompt"),
+        log_bytes // 4, number("attempts"), number("t_submit"), number("t_first"), number("t_end"), number("t_assign"),
+    )  # fmt: skip
+    return RequestRecord(
+        facts, text("tenant"), text("cls"), text("digest"), text("call"), number("cached"), number("ahead"),
+        number("deadline"), _assignments(fields),
+    )  # fmt: skip
+
+
+def _assignments(fields: Mapping[bytes, bytes]) -> list[Assignment]:
+    found: list[Assignment] = []
+    for slot in range(1, FIRST_NOTES + LAST_NOTES + 1):
+        placed, run, left = (fields.get(f"{kind}:{slot}".encode()) for kind in ("placed", "run", "left"))
+        if placed is not None:
+            left_ms, _, how = (left or b"0").decode().partition(" ")
+            timing = decode(run, m.Timing) if run is not None else None
+            found.append(Assignment(decode(placed, m.Placed), timing, int(left_ms), how))
+    return sorted(found, key=lambda one: one.placed.ms)

@@ -1,0 +1,225 @@
+"""What became of a request, told exactly, also where a worker died; and the same request run again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import pytest_asyncio
+from helpers.scripted_fleet import ScriptedFleet, running_gateway
+from helpers.waiting import wait_until
+
+from benchmarks.common.fake_worker import FakeEngine, fake_served, serve_fake
+from gateway.requests.replay import compared
+from lorafleet.__main__ import main
+from protocol.queue.api_keys import ApiKeys, Tenant
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from scheduler.service import serve
+
+BODY = {"model": "base", "prompt": "the dog", "max_tokens": 12, "ignore_eos": True, "temperature": 0}
+
+
+@dataclass(slots=True)
+class SmallFleet:
+    """A gateway, a scheduler and fake workers, in this process."""
+
+    http: httpx2.AsyncClient
+    settings: Settings
+    workers: dict[str, tuple[FakeEngine, asyncio.Task[int]]]
+
+    def start(self, name: str) -> FakeEngine:
+        engine = FakeEngine(step_s=0.002, vocab_size=300)
+        own = self.settings.model_copy(update={"worker_name": name})
+        task = asyncio.create_task(serve_fake(own, engine, fake_served(vocab_size=300), asyncio.Event()))
+        self.workers[name] = engine, task
+        return engine
+
+    async def kill(self, name: str) -> None:
+        """End a worker without a word to the queue."""
+        engine, task = self.workers.pop(name)
+        engine.stop()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+@asynccontextmanager
+async def small_fleet(bus: Bus, model: Path, *workers: str, **settings: Any) -> AsyncIterator[SmallFleet]:
+    own, stop = Settings(redis_url=bus.url), asyncio.Event()
+    scheduling = asyncio.create_task(serve(own, stop))
+    fleet = SmallFleet(httpx2.AsyncClient(timeout=30), own, {})
+    for name in workers:
+        fleet.start(name)
+    try:
+        async with running_gateway(bus, model, **settings) as gateway:
+            fleet.http.base_url = gateway.url
+
+            async def ready() -> bool:
+                return (await fleet.http.get("/health")).status_code == 200
+
+            await wait_until(ready, "a worker has joined")
+            yield fleet
+    finally:
+        for name in list(fleet.workers):
+            await fleet.kill(name)
+        stop.set()
+        await scheduling
+        await fleet.http.aclose()
+
+
+def events(told: dict[str, Any]) -> list[str]:
+    return [event["event"] for event in told["timeline"]]
+
+
+async def explained(http: httpx2.AsyncClient, request: str) -> dict[str, Any]:
+    answer = await http.get(f"/v1/requests/{request}")
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+@pytest_asyncio.fixture
+async def small(bus: Bus, model_folder: Path) -> AsyncIterator[SmallFleet]:
+    async with small_fleet(bus, model_folder, "one", keep_prompts=True) as fleet:
+        yield fleet
+
+
+async def test_a_request_is_told_from_its_acceptance_to_its_end(small: SmallFleet) -> None:
+    done = (await small.http.post("/v1/completions", json={**BODY, "n": 2})).json()
+    told = await explained(small.http, done["id"])
+    wanted = ["accepted", "placed", "taken", "begun", "token", "first_token", "done", "ended"]
+    assert sorted(events(told)) == sorted(wanted)  # what falls into the same ms stands in any order
+    assert events(told)[:2] == wanted[:2]
+    assert [event["ms"] for event in told["timeline"]] == sorted(event["ms"] for event in told["timeline"])
+    assert (told["state"], told["finish"]) == ("completed", "length")
+    assert (told["output_tokens"], told["prompt_tokens"]) == (12, 2)
+    placed = next(event for event in told["timeline"] if event["event"] == "placed")
+    assert (placed["worker"], placed["because"], placed["assignment"]) == ("one", "only_place", 1)
+    assert [option["worker"] for option in placed["options"]] == ["one"]
+    second = await explained(small.http, f"{done['id']}-1")
+    assert second["timeline"][0]["ahead"] == 1  # behind the first choice of its call
+    assert second["call"] == told["id"]
+
+
+async def test_a_death_is_in_the_timeline_and_the_replay_is_the_same(
+    bus: Bus, small: SmallFleet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, _ = small.workers["one"]
+    async with small.http.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 400, "stream": True}) as answer:
+        lines = answer.aiter_lines()
+        first = await anext(lines)
+        engine.steps.clear()
+        small.start("two")
+        await small.kill("one")
+        rest = [line async for line in lines]
+    assert rest[-1] == "" or "[DONE]" in rest[-1] or "[DONE]" in rest[-2]
+    call = json.loads(first.removeprefix("data: "))["id"]
+    told = await explained(small.http, call)
+    happened = events(told)
+    assert happened.count("placed") == happened.count("token") == 2
+    assert happened.count("worker_died") == 1
+    assert told["timeline"][-1]["event"] in ("ended", "done")
+    assert told["output_tokens"] == 400
+    again = next(event for event in told["timeline"] if event["event"] == "placed" and event["assignment"] == 2)
+    assert (again["worker"], again["because"]) == ("two", "resumed")
+
+    flags = ["explain", call, "--url", str(small.http.base_url)]
+    assert await asyncio.to_thread(main, [*flags, "--replay"]) == 0
+    shown = capsys.readouterr().out
+    assert "one died; queued again" in shown
+    assert "the same 400 tokens" in shown
+    assert await asyncio.to_thread(main, [*flags, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "completed"
+
+
+async def test_records_fit_what_is_counted_for_a_request(bus: Bus, small: SmallFleet) -> None:
+    done = (await small.http.post("/v1/completions", json=BODY)).json()
+    rid = (await explained(small.http, done["id"]))["id"]
+    size = await bus._redis.memory_usage(bus.keys.req(rid))
+    sub = await bus._redis.hget(bus.keys.req(rid), "sub")
+    assert size < 2048 + 2 * len(sub), size
+
+
+async def test_prompts_are_kept_only_where_that_is_asked_for(bus: Bus, model_folder: Path) -> None:
+    async with small_fleet(bus, model_folder, "one") as fleet:
+        done = (await fleet.http.post("/v1/completions", json=BODY)).json()
+        answer = await fleet.http.post(f"/v1/requests/{done['id']}/replay")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "prompt_not_kept")
+    assert not await bus._redis.keys(bus.keys.body("*"))
+
+
+async def test_kept_prompts_are_counted_and_expire(bus: Bus, small: SmallFleet) -> None:
+    done = (await small.http.post("/v1/completions", json=BODY)).json()
+    told = await explained(small.http, done["id"])
+    left_ms = await bus._redis.pttl(bus.keys.body(told["call"]))
+    assert 0 < left_ms <= 120_000
+
+
+def test_the_first_difference_is_found() -> None:
+    def ids(*values: int) -> bytes:
+        return b"".join(value.to_bytes(4, "little") for value in values)
+
+    assert compared("a", "b", ids(1, 2), ids(1, 2))["equal"]
+    told = compared("a", "b", ids(1, 2, 3), ids(1, 5))
+    assert (told["equal"], told["first_difference"], told["before"], told["now"]) == (False, 1, [2, 3], [5])
+    assert compared("a", "b", ids(1), ids(1, 2))["first_difference"] == 1
+
+
+async def test_only_the_tenant_and_operators_are_told(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
+    keys = ApiKeys(bus._redis, bus.keys)
+    names = {"mine": ["infer"], "other": ["infer"], "ops": ["admin"]}
+    heads = {
+        tenant: {"authorization": f"Bearer {(await keys.create(tenant, scopes))[0]}"}
+        for tenant, scopes in names.items()
+    }
+    async with (
+        running_gateway(bus, model_folder, api_keys=True) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url) as http,
+    ):
+        done = (await http.post("/v1/completions", json=BODY, headers=heads["mine"])).json()
+        statuses = {
+            tenant: (await http.get(f"/v1/requests/{done['id']}", headers=head)).status_code
+            for tenant, head in heads.items()
+        }
+        assert statuses == {"mine": 200, "other": 404, "ops": 200}
+        replay = await http.post(f"/v1/requests/{done['id']}/replay", headers=heads["other"])
+        assert replay.status_code == 404
+        assert (await http.get("/v1/requests/nothing-of-the-kind", headers=heads["ops"])).status_code == 404
+
+
+async def test_a_replay_counts_against_the_limits_of_who_asks(bus: Bus, model_folder: Path) -> None:
+    keys = ApiKeys(bus._redis, bus.keys)
+    await keys.set_tenant(Tenant(name="mine", requests_per_minute=1))
+    head = {"authorization": f"Bearer {(await keys.create('mine', ['infer']))[0]}"}
+    async with small_fleet(bus, model_folder, "one", keep_prompts=True, api_keys=True) as fleet:
+        done = (await fleet.http.post("/v1/completions", json=BODY, headers=head)).json()
+        answer = await fleet.http.post(f"/v1/requests/{done['id']}/replay", headers=head)
+        assert answer.status_code == 429
+
+
+async def test_many_assignments_leave_the_first_and_the_last(bus: Bus) -> None:
+    submit = m.Submit(
+        rid="r", tenant="t", cls="interactive", digest="", num_prompt_tokens=1, max_new_tokens=9, deadline_ms=1 << 42,
+        gateway="",
+    )  # fmt: skip
+    body = m.Body(prompt=b"\0\0\0\0", sampling=m.Sampling(), max_new_tokens=9)
+    await bus.submit("interactive", [(submit, body)], max_queued=9)
+    for i in range(40):
+        await bus.streams.create(bus.keys.work(f"w{i}"), 60)
+        placed = m.Placed(i, f"w{i}", "least_wait", [m.Option("w", 1, "")])
+        order = m.Assigned("r", 2 * i + 1, "")
+        assert (await bus.assign(f"w{i}", [(order, 2 * i)], placed={"r": placed}))[0] == "ok"
+        assert await bus.requeue(f"w{i}", ["r"], counts=False, max_attempts=3) == {"r": "requeued"}
+    record = await bus.record("r")
+    assert record is not None
+    assert [one.placed.ms for one in record.assignments] == [*range(8), *range(32, 40)]
+    assert {one.left_how for one in record.assignments} == {"handed back"}
+    assert await bus._redis.memory_usage(bus.keys.req("r")) < 8192
