@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 from gpu_worker.engine.request import EngineRequest, TokenOutput
@@ -27,9 +27,14 @@ class _Times:
     num_preempted: int = 0
 
     def timing(self, ended_s: float, num_cached: int) -> Timing:
-        times_s = (self.staged_s, self.ready_s, self.begun_s, self.first_s, ended_s)
-        times_ms = [round(1000 * seconds) if seconds >= 0 else -1 for seconds in times_s]
-        return Timing(round(1000 * self.taken_s), 0, self.tier, *times_ms, self.num_preempted, num_cached)
+        return Timing(
+            round(1000 * self.taken_s), 0, self.tier, _ms(self.staged_s), _ms(self.ready_s), _ms(self.begun_s),
+            _ms(self.first_s), _ms(ended_s), self.num_preempted, num_cached,
+        )  # fmt: skip
+
+
+def _ms(seconds: float) -> int:
+    return round(1000 * seconds) if seconds >= 0 else -1
 
 
 class Timelines:
@@ -52,7 +57,7 @@ class Timelines:
         if tier not in ("", RESIDENT):
             self._without_adapter.add(rid)
 
-    def look(self, is_resident: Callable[[str], bool], host: Collection[str]) -> None:
+    def look(self, is_resident: Callable[[str], bool], host: Container[str]) -> None:
         """Note which adapters have come meanwhile."""
         for rid in list(self._without_adapter):
             times = self._all[rid]

@@ -9,7 +9,6 @@ from itertools import accumulate
 
 from prometheus_client import REGISTRY, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from protocol.metrics import series
 from protocol.wire.messages import LOAD_BUCKETS_S, WorkerBeat
@@ -56,7 +55,7 @@ class Workers(Collector):
             for event, value in num.items():
                 events.add_metric([name, event], value)
             for tier, (*counts, total_s) in beat.load_seconds.items():
-                bounds = [*map(floatToGoString, LOAD_BUCKETS_S), "+Inf"]
+                bounds = [*map(str, LOAD_BUCKETS_S), "+Inf"]
                 loads.add_metric([name, tier], list(zip(bounds, accumulate(counts), strict=True)), total_s)
             requests.add_metric([name, "running"], beat.running)
             requests.add_metric([name, "waiting"], beat.waiting)

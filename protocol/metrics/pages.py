@@ -38,7 +38,8 @@ _SUFFIXED = re.compile(rb"\b(lorax_[a-z_]+)_total\b")
 def page(accept: str) -> tuple[bytes, str]:
     """Return the page of this process and its content type, in the format that an `Accept` header asks for."""
     if any(part.split(";")[0].strip() == "application/openmetrics-text" for part in accept.split(",")):
-        return openmetrics.generate_latest(_RENAMED, _AS_THEY_ARE), openmetrics.CONTENT_TYPE_LATEST
+        text: bytes = openmetrics.generate_latest(_RENAMED, _AS_THEY_ARE)  # pyright: ignore[reportUnknownMemberType]
+        return text, openmetrics.CONTENT_TYPE_LATEST
     return _SUFFIXED.sub(rb"\1", generate_latest(REGISTRY, _AS_THEY_ARE)), CONTENT_TYPE_PLAIN_0_0_4
 
 

@@ -172,7 +172,7 @@ async def test_prometheus_finds_data_for_every_panel_and_rule(tmp_path: Path) ->
         queries = {name: short.sub(f"[{WINDOW}]", expr) for name, expr in panels().items()}
         for rule in rules():  # of an alert what it compares, which is there whether it fires or not
             expr = short.sub(f"[{WINDOW}]", rule["expr"])
-            queries[rule.get("alert", rule.get("record"))] = re.sub(r"\s*(==|>|<)\s*[\d.]+\s*$", "", expr)
+            queries[rule.get("alert") or rule["record"]] = re.sub(r"\s*(==|>|<)\s*[\d.]+\s*$", "", expr)
         with (tmp_path / "prometheus.log").open("wb") as log:
             process = subprocess.Popen(  # noqa: ASYNC220  it returns at once
                 [prometheus, f"--config.file={tmp_path / 'prometheus.yml'}", f"--storage.tsdb.path={tmp_path / 'tsdb'}",
