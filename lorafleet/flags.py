@@ -17,7 +17,7 @@ from pydantic_settings import SettingsError
 
 from lorafleet.launcher import lifeline
 from protocol.runtime.redaction import redact
-from protocol.runtime.settings import CONFIG_VARIABLE, Settings, sections
+from protocol.runtime.settings import CONFIG_VARIABLE, Settings
 from protocol.wire.errors import BadRequest
 
 PREFIX = str(Settings.model_config.get("env_prefix"))
@@ -28,7 +28,26 @@ PRECEDENCE = (
 )
 NO_FLAG = ("secret",)
 """Settings that every user of this machine could read in the process list, were they flags."""
+SECTIONS = {
+    "redis_url": "every service",
+    "host": "the gateway",
+    "beat_timeout_s": "the scheduler",
+    "workers": "the workers",
+    "adapters": "the adapter store",
+}
+"""The first field of each section of `Settings`, in their order, with whom the section is for."""
+
 _UNITS = {"_s": "SECONDS", "_bytes": "BYTES", "_tokens": "TOKENS"}
+
+
+def sections() -> dict[str, list[str]]:
+    """Return the names of all settings, in the order of their declaration, by whom they are for."""
+    found: dict[str, list[str]] = {}
+    section = ""
+    for name in Settings.model_fields:
+        section = SECTIONS.get(name, section)
+        found.setdefault(section, []).append(name)
+    return found
 
 
 def add_settings(parser: argparse.ArgumentParser, first: Sequence[str] = (), skip: Sequence[str] = ()) -> None:

@@ -37,7 +37,7 @@ SHORT_STEPS_AFTER = 64
 class Settings(BaseSettings):
     """The settings of all services; each reads those it needs. Units are in the names.
 
-    The order matters: `--help` groups the fields by `SECTIONS`.
+    The order matters: `--help` groups the fields by `SECTIONS` of `lorafleet/flags.py`.
     """
 
     model_config = SettingsConfigDict(env_prefix="LORAFLEET_", frozen=True, extra="forbid", validate_default=True)
@@ -484,23 +484,3 @@ class Settings(BaseSettings):
 def names_of(text: str) -> tuple[str, ...]:
     """Return the names in a setting that separates them by commas, each once."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-SECTIONS = {
-    "redis_url": "every service",
-    "host": "the gateway",
-    "beat_timeout_s": "the scheduler",
-    "workers": "the workers",
-    "adapters": "the adapter store",
-}
-"""The first field of each section of `Settings`, in their order, with whom the section is for."""
-
-
-def sections() -> dict[str, list[str]]:
-    """Return the names of all settings, in the order of their declaration, by whom they are for."""
-    found: dict[str, list[str]] = {}
-    section = ""
-    for name in Settings.model_fields:
-        section = SECTIONS.get(name, section)
-        found.setdefault(section, []).append(name)
-    return found
