@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -85,33 +86,62 @@ class BaseModel:
     def packed_difference(self, num_blocks: int, num_states: int) -> float:
         """Return by how much packed steps differ from the untouched model, as `spread_of` does.
 
-        Random prompts are computed packed together and in two chunks. num_blocks, num_states: of the caches, which must
-        be allocated, with a state more; the first ones are overwritten.
+        Random prompts are computed packed together and in two chunks. Arguments as of `packed_logits`.
         """
-        check, context, device = self.check, self.context, self.device
+        check = self.check
         assert check is not None
         num = min(len(check.prompts), num_blocks, num_states or len(check.prompts))
         room = min(num_blocks // num * ops.BLOCK_TOKENS, self.max_positions or len(check.prompts[0]))
         prompts = [ids[:room] for ids in check.prompts[:num]]
-        lengths = np.array([len(ids) for ids in prompts])
-        firsts = lengths // 2 + 1
+        firsts = [len(ids) // 2 + 1 for ids in prompts]
+        got = self.packed_logits(prompts, [firsts, [len(ids) for ids in prompts]], num_blocks, num_states)
+        return spread_of(got, [rows[: len(ids)] for rows, ids in zip(check.logits, prompts, strict=False)])
+
+    def packed_logits(
+        self, texts: Sequence[Tensor], steps: Sequence[Sequence[int]], num_blocks: int, num_states: int
+    ) -> list[Tensor]:
+        """Return the logits [T, V] of texts, int64 [T] each, that are computed together, without adapters.
+
+        steps: how many tokens of each text are computed after each step; ascending, all of them after the last.
+        num_blocks, num_states: of the caches, which must be allocated, with a state more; the first ones are
+        overwritten. There must be enough of them.
+        """
+        context, device, num = self.context, self.device, len(texts)
         context.lora = context.lora_logits = None
         context.extras = context.extras_logits = []
-        parts: list[list[Tensor]] = [[] for _ in prompts]
-        for starts, ends in ((np.zeros_like(firsts), firsts), (firsts, lengths)):
+        parts: list[list[Tensor]] = [[] for _ in texts]
+        starts = np.zeros(num, np.int64)
+        for ends in map(np.asarray, steps):
             blocks = -(-ends // ops.BLOCK_TOKENS)
             table = np.zeros((num, blocks.max()), np.int32)
             for i in range(num):
                 table[i, : blocks[i]] = i * (num_blocks // num) + np.arange(blocks[i])
             context.attention = ops.build_attention_batch(ends - starts, ends, table, device)
             self.mixers.batch = self._check_runs(starts, ends, zero=num_states)
-            ids = torch.cat([ids[start:end] for ids, start, end in zip(prompts, starts, ends, strict=True)])
+            ids = torch.cat([ids[start:end] for ids, start, end in zip(texts, starts, ends, strict=True)])
             with torch.inference_mode():
                 logits = self.forward(ids, context.attention.positions, torch.arange(len(ids), device=device))
             for part, new in zip(parts, logits.split((ends - starts).tolist()), strict=True):
                 part.append(new)
-        expected = [rows[:n] for rows, n in zip(check.logits, lengths, strict=False)]
-        return spread_of([row for part in parts for row in part], expected)
+            starts = ends
+        return [torch.cat(part) for part in parts]
+
+    def refuse_unless_fixed(self, num_blocks: int, num_states: int) -> None:
+        """Raise BadRequest unless texts have the same bits alone and together, whole and in chunks.
+
+        Arguments as of `packed_logits`.
+        """
+        generator, room = torch.Generator().manual_seed(0), num_blocks // 3 * ops.BLOCK_TOKENS
+        lengths = [min(num, room, self.max_positions or num) for num in (41, 19, 7)]
+        texts = [torch.randint(self.vocab_size, (num,), generator=generator).to(self.device) for num in lengths]
+        alone = [self.packed_logits([ids], [[len(ids)]], num_blocks, num_states)[0] for ids in texts]
+        ways = {"beside others": [lengths], "in chunks": [[num // 2 + 1 for num in lengths], lengths],
+                "token by token at its end": [[num - 1 for num in lengths], lengths]}  # fmt: skip
+        for way, steps in ways.items():
+            together = self.packed_logits(texts, steps, num_blocks, num_states)
+            if not all(torch.equal(one, other) for one, other in zip(alone, together, strict=True)):
+                kind = self.config.model_type
+                raise BadRequest(f"deterministic is on, but {kind} computes a text {way} to other bits than alone")
 
     def _check_runs(self, starts: np.ndarray, ends: np.ndarray, zero: int) -> StateBatch | None:
         """Return the runs of chunks [start, end) of prompts, whose states are in the first slots. zero: an empty one's.

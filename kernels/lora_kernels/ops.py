@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from lora_kernels import reference
+from lora_kernels import reference, sums
 from lora_kernels.quantised import QuantisedWeight
 from lora_kernels.segments import (
     BLOCK_TOKENS,
@@ -60,6 +60,7 @@ __all__ = [
     "causal_conv",
     "decoder_stack",
     "delta_rule",
+    "fix_sums",
     "gated_act",
     "is_native",
     "kv_write_",
@@ -78,6 +79,18 @@ __all__ = [
 ]
 
 Impl = Literal["reference", "cpu", "triton"]
+
+
+def fix_sums(is_fixed: bool) -> None:
+    """Choose whether every row's sums are added in one order, whatever rows are beside it: see `sums.py`.
+
+    For the whole process, before weights are packed. It holds for `linear` with weights that are not quantised,
+    `lora_add_` and `paged_attention`; what else there is here computes row by row anyway.
+    """
+    from lora_kernels import cpu
+
+    sums.set_fixed(is_fixed)
+    cpu.fix_sums(is_fixed)
 
 
 def lora_add_(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_kernels import sums
 from lora_kernels.quantised import QuantisedWeight
 from lora_kernels.segments import BLOCK_TOKENS, PAGE_ROWS, AttentionBatch, LoraBatch
 from lora_kernels.tables import Activation, AdapterTable, DecoderLayer, LoraSite, PackedLinear, QuantisedLinear
@@ -114,6 +115,8 @@ def linear(x: Tensor, packed: PackedLinear | QuantisedLinear, bias: Tensor | Non
     if isinstance(packed, QuantisedLinear):
         out = torch.cat([F.linear(x.float(), weight.dequantise()) for weight in packed.weights], dim=-1)
         return (out if bias is None else out + bias.float()).to(x.dtype)
+    if sums.are_fixed():
+        return sums.linear_in_blocks(x, packed.weight, bias)
     return F.linear(x, packed.weight, bias)
 
 

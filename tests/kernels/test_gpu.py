@@ -1,6 +1,6 @@
 """Every operation on a CUDA device: against fp32, captured in a graph, and without waiting for the device.
 
-Written without a GPU at hand: none of it has run yet. `benchmarks/gpu_kernels.py` times the same operations.
+Written without a GPU at hand: none of it has run yet. `benchmarks/gpu/kernels.py` times the same operations.
 """
 
 from __future__ import annotations

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.fixed_sums import fixed_sums
 
 from benchmarks import triton_aot
 from lora_kernels.ops import AdapterTable, LoraSite, build_attention_batch, build_lora_batch
 from lora_kernels.triton_ops.attention import Logits, attention_kernel, plan_attention
 from lora_kernels.triton_ops.lora import plan_lora
+from lora_kernels.triton_ops.matmul import plan_linear
 from lora_kernels.triton_ops.pointwise import plan_gated_act, plan_rotary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +77,30 @@ def test_steps_of_one_shape_share_their_kernels() -> None:
     first = variants(32, site=0, kv_len=16)
     for num_tokens, site, kv_len in ((32, 1, 17), (31, 16, 1000), (30, 31, 1), (29, 2, 4096)):
         assert variants(num_tokens, site, kv_len) == first
+
+
+def test_with_fixed_sums_no_step_chooses_another_kernel() -> None:
+    """Whatever a step's sequences, adapters and tokens: the same tiles, no splits. So a row has the same bits."""
+    target, model = triton_aot.TARGETS[1], triton_aot.MODELS[1]
+
+    def variants(query_lens: list[int], num_adapters: int) -> set[str]:
+        lens, num = np.array(query_lens), sum(query_lens)
+        slots = np.arange(num) % num_adapters
+        lora = triton_aot.lora_launches(slots, 2, 256, (128, 64), torch.bfloat16, target.device, first_site=0)
+        attention = triton_aot.attention_launches(model, lens, int(lens.max()) + 900, torch.bfloat16, target.device)
+        product = plan_linear(meta(num, 128), meta(num, 256), meta(128, 256), None, target.device)
+        by_row = ("kv_write_kernel", "rms_norm_kernel", "rotary_kernel", "gated_act_kernel")
+        launches = [one for one in (*lora, *attention, product) if one.kernel.__name__ not in by_row]
+        sources = [triton_aot.source_of(launch, target.gpu) for launch in launches]
+        return {source.hash() + str(options) for source, options in sources}
+
+    with fixed_sums():
+        first = variants([1], 1)
+        assert len(first) == 4, "shrink, expand, one attention, one product"
+        for step in ([1] * 200, [700], [1, 1, 1, 300], [5] * 9):
+            assert variants(step, 1) == first
+            assert variants(step, 9) == first
+    assert variants([1] * 200, 1) != variants([1], 1), "or nothing would be fixed"
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_kernels import sums
 from lora_kernels.cpu.build import BuildError, build_library
 from lora_kernels.quantised import QuantisedWeight
 from lora_kernels.segments import AttentionBatch, LoraBatch
@@ -43,7 +44,14 @@ def load() -> bool:
         _log.warning("CPU operations run in plain torch, several times slower than the native kernels: %s", error)
         return False
     _register_fakes()
+    _ops.fix_sums(sums.are_fixed())
     return True
+
+
+def fix_sums(is_fixed: bool) -> None:
+    """Tell the kernels, if they are loaded; `load` does it otherwise."""
+    if load.cache_info().currsize and load():
+        _ops.fix_sums(is_fixed)
 
 
 def isa() -> str:
@@ -132,7 +140,7 @@ def linear(x: Tensor, packed: PackedLinear | QuantisedLinear, bias: Tensor | Non
     if isinstance(packed, QuantisedLinear):
         return _ops.quant_linear.default(x, packed.panels, packed.forms, packed.sizes, bias)
     if packed.layout == "plain":
-        return F.linear(x, packed.weight, bias)
+        return sums.linear_in_blocks(x, packed.weight, bias) if sums.are_fixed() else F.linear(x, packed.weight, bias)
     return _ops.linear.default(x, packed.weight, bias, packed.out_features)
 
 
@@ -241,9 +249,16 @@ class DecoderStack:
         )
 
 
-def decoder_stack(layers: Sequence[DecoderLayer]) -> DecoderStack:
-    """See `ops.decoder_stack`."""
+def decoder_stack(layers: Sequence[DecoderLayer]) -> DecoderStack | None:
+    """See `ops.decoder_stack`. None where sums are fixed, but the library would add those of plain weights."""
+    linears = (part for layer in layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down))
+    if sums.are_fixed() and any(_is_plain(part) for part in linears):
+        return None
     return DecoderStack(layers)
+
+
+def _is_plain(linears: SiblingLinears) -> bool:
+    return isinstance(linears.packed, PackedLinear) and linears.packed.layout == "plain"
 
 
 def _norm(norm: RmsNorm) -> tuple[Tensor, float, bool]:

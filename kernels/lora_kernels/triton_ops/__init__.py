@@ -1,13 +1,14 @@
 """The operations as Triton kernels, for CUDA and HIP tensors. Needs triton; `ops.py` imports this on first use.
 
-Matrix products with the base weights, scans, delta rules, convolutions, masks and argmax are torch's own. With
-TRITON_INTERPRET=1 in the environment before the first import the same kernels run on CPU tensors, which is how they are
-tested without a GPU.
+Matrix products with the base weights, unless sums are fixed, scans, delta rules, convolutions, masks and argmax are
+torch's own. With TRITON_INTERPRET=1 in the environment before the first import the same kernels run on CPU tensors,
+which is how they are tested without a GPU.
 """
 
-from lora_kernels.reference import argmax, causal_conv, decoder_stack, delta_rule, linear, mask_logits_, pack_linear
+from lora_kernels.reference import argmax, causal_conv, decoder_stack, delta_rule, mask_logits_, pack_linear
 from lora_kernels.triton_ops.attention import paged_attention
 from lora_kernels.triton_ops.lora import lora_add_
+from lora_kernels.triton_ops.matmul import linear
 from lora_kernels.triton_ops.pointwise import gated_act, kv_write_, rms_norm, rotary_
 from lora_kernels.triton_ops.scan import selective_scan
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 import lora_kernels.triton_ops.tuning as tuning
+from lora_kernels import sums
 from lora_kernels.segments import BLOCK_TOKENS, AttentionBatch
 from lora_kernels.triton_ops.launch import Device, Launch, Limits, device_of, pad_to_power_of_2, require_rows
 
@@ -281,6 +282,10 @@ def plan_attention(
     require_rows(q, k_cache, v_cache)
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError(f"caches of strides {k_cache.stride()} and {v_cache.stride()} must be contiguous")
+    if sums.are_fixed():  # decodes as chunks, whose keys are added in blocks that no step changes
+        args = _shared_args(q, k_cache, v_cache, batch, logits)
+        yield _plan_prefill(out, args | {"DECODE_QUERIES": 0, "UPCAST": device.upcast}, batch, device)
+        return
     group = q.shape[1] // k_cache.shape[1]
     decode_rows = _decode_rows(batch.max_query_len, group)
     decode_queries = decode_rows // group

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 import lora_kernels.triton_ops.tuning as tuning
+from lora_kernels import sums
 from lora_kernels.segments import LARGE_TILE_ROWS_PER_SEGMENT, PAGE_ROWS, TILE_LARGE, TILE_SMALL, LoraBatch
 from lora_kernels.tables import AdapterTable, LoraSite
 from lora_kernels.triton_ops.launch import Device, Launch, device_of, require_rows
@@ -253,7 +254,7 @@ def plan_lora(
     blocks = tuning.shrink_blocks(tiles.rows, max_rank, k, x.element_size(), device)
     rank_blocks = -(-max_rank // blocks.rank)
     columns = len(sites) * min(MAX_RANK_PROGRAMS, rank_blocks)
-    splits = tuning.lora_splits(tiles.max_tiles * columns, k // blocks.k, device)
+    splits = 1 if sums.are_fixed() else tuning.lora_splits(tiles.max_tiles * columns, k // blocks.k, device)
     plane_width = rank_blocks * blocks.rank
     planes = x.new_empty(splits, len(sites), batch.num_tokens, plane_width, dtype=torch.float32)
 
@@ -321,7 +322,7 @@ def _plan_expand(
 
 
 def _choose_tiles(batch: LoraBatch) -> _Tiles:
-    if batch.num_rows >= LARGE_TILE_ROWS_PER_SEGMENT * batch.num_segments:
+    if batch.num_rows >= LARGE_TILE_ROWS_PER_SEGMENT * batch.num_segments and not sums.are_fixed():
         return _Tiles(batch.large_tiles, batch.counts[3:4], batch.num_large_tiles, TILE_LARGE)
     return _Tiles(batch.small_tiles, batch.counts[2:3], batch.num_small_tiles, TILE_SMALL)
 
@@ -350,7 +351,7 @@ def _uniform_gemms_(
     pages follow one another in the pool.
     """
     host, slot = table.host, batch.uniform_slot
-    if host is None or slot is None or batch.row_scales is not None:
+    if host is None or slot is None or batch.row_scales is not None or sums.are_fixed():
         return False
     if batch.num_tokens < tuning.UNIFORM_GEMM_ROWS:
         return False

@@ -47,6 +47,23 @@ class AttentionBlocks:
     limits: Limits
 
 
+@dataclass(frozen=True, slots=True)
+class LinearBlocks:
+    """Blocks of rows, columns and K of a product with fixed sums."""
+
+    rows: int
+    n: int
+    k: int
+    limits: Limits
+
+
+def linear_blocks(element_bytes: int, device: Device) -> LinearBlocks:
+    """Return the blocks of every product with fixed sums, whatever its number of rows."""
+    if element_bytes == 4:
+        return LinearBlocks(16, 64, 32, _on(device, Limits(num_warps=4, num_stages=2), element_bytes))
+    return LinearBlocks(32, 64, 64, _on(device, Limits(num_warps=4, num_stages=3), element_bytes))
+
+
 def rank_class(max_rank: int) -> int:
     """Return the rank block for adapters of at most max_rank rows: 16, 32 or 64. Programs loop over higher ranks."""
     return 16 if max_rank <= 16 else 32 if max_rank <= 32 else 64

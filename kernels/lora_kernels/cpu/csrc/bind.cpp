@@ -51,6 +51,11 @@ const Kernels* best_kernels() {
 
 const Kernels* active = best_kernels();
 
+// Whether a row's sums are added in an order that does not depend on the rows beside it. See sums.py.
+bool fixed_sums = false;
+
+void fix_sums(bool is_fixed) { fixed_sums = is_fixed; }
+
 std::string isa() { return active ? active->name : ""; }
 
 bool set_isa(const std::string& name) {
@@ -174,6 +179,7 @@ void lora_add_(at::TensorList outs, const Tensor& x, at::TensorList a_rows, at::
       .num_tiles = num_tiles[large],
       .rows = ints<int32_t>(rows, "rows"),
       .row_scales = row_scales ? ints<float>(*row_scales, "row_scales") : nullptr,
+      .fixed_sums = fixed_sums,
   });
 }
 
@@ -225,13 +231,14 @@ struct AttentionPlan {
 AttentionPlan plan_attention(const AttentionArgs& args) {
   AttentionPlan plan;
   plan.task_queries = std::max<int64_t>(1, kTaskRows / (args.heads / args.kv_heads));
+  if (fixed_sums && args.window > 0) plan.task_queries = 1;  // rounds of keys begin where the first query's window does
   int64_t num_tasks = 0;
   for (int64_t s = 0; s < args.num_seqs; ++s) {
     const int64_t query_len = args.query_starts[s + 1] - args.query_starts[s];
     num_tasks += (query_len + plan.task_queries - 1) / plan.task_queries * args.kv_heads;
   }
   const int64_t wanted = 4 * at::get_num_threads();
-  const int64_t max_splits = num_tasks >= wanted ? 1 : (wanted + num_tasks - 1) / std::max<int64_t>(1, num_tasks);
+  const int64_t max_splits = fixed_sums || num_tasks >= wanted ? 1 : (wanted + num_tasks - 1) / std::max<int64_t>(1, num_tasks);
   plan.tasks.reserve(num_tasks * max_splits);
   for (int64_t s = args.num_seqs - 1; s >= 0; --s) {
     const int64_t query_len = args.query_starts[s + 1] - args.query_starts[s];
@@ -425,6 +432,7 @@ std::tuple<Tensor, Tensor> argmax(const Tensor& x) {
 TORCH_LIBRARY(lorafleet, m) {
   m.def("isa() -> str", &isa);
   m.def("set_isa(str name) -> bool", &set_isa);
+  m.def("fix_sums(bool is_fixed) -> ()", &fix_sums);
   m.def("pack_linear(Tensor weight) -> Tensor");
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   m.def(

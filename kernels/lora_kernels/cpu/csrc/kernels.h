@@ -77,6 +77,7 @@ struct LoraArgs {
   int64_t num_tiles;
   const int32_t* rows;
   const float* row_scales;  // by index into rows, or null
+  bool fixed_sums;          // whether a row's sums must not depend on how many rows its tile has
 };
 
 struct KvWriteArgs {

@@ -53,7 +53,7 @@ struct LoraTile {
     const auto out_row = [&](int64_t i) {
       return static_cast<T*>(site.out.data) + args.rows[first + i] * site.out.stride + col;
     };
-    if (count <= kDirectRows && num_rows <= kPageRows) {
+    if (count <= kDirectRows && num_rows <= kPageRows && !args.fixed_sums) {
       const T* b = page(site, site.b_rows, 0, site.width);
       update<DirectProduct<T>>(hidden, stride, b, site.width, out_row, count, num_rows, site.width);
       return;
