@@ -16,15 +16,16 @@ ROOT = Path(__file__).parents[2]
 SERVICES = ("gateway", "scheduler", "adapter_store", "gpu_worker")
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 COMPOSE = (ROOT / "compose.yaml").read_text()
+ON_GPUS = (ROOT / "compose.gpu.yaml").read_text()
 READERS = ("gateway", "gpu_worker")
 """Services that read the base model's files."""
 START_BYTES = 400 << 20
 """A gateway with its model's tokenizer, before anybody has asked for anything."""
 
 
-def compose(**variables: str) -> dict[str, Any]:
-    """Return the services as `docker compose` sees them with these variables set."""
-    text = VARIABLE.sub(lambda match: variables.get(match[1]) or match[2] or "", COMPOSE)
+def compose(file: str = COMPOSE, **variables: str) -> dict[str, Any]:
+    """Return the services of a file as `docker compose` sees them with these variables set."""
+    text = VARIABLE.sub(lambda match: variables.get(match[1]) or match[2] or "", file)
     return yaml.safe_load(text)["services"]
 
 
@@ -81,7 +82,7 @@ def test_every_variable_is_in_the_example_with_its_default() -> None:
     lines = (ROOT / ".env.example").read_text().splitlines()
     listed = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     used: dict[str, set[str]] = {}
-    for match in VARIABLE.finditer(COMPOSE):
+    for match in VARIABLE.finditer(COMPOSE + ON_GPUS):
         used.setdefault(match[1], set()).add(match[2] or "")
     assert used.pop("MODEL") == {"", "/data/models/SmolLM2-135M-Instruct"}  # both of which mean the quickstart model
     assert listed.pop("MODEL") == ""
@@ -90,8 +91,21 @@ def test_every_variable_is_in_the_example_with_its_default() -> None:
 
 def test_services_are_given_settings_that_exist() -> None:
     known = {f"LORAFLEET_{name.upper()}" for name in Settings.model_fields}
-    given = {name for service in compose().values() for name in service.get("environment", {})}
+    services = [*compose().values(), *compose(ON_GPUS).values()]
+    given = {name for service in services for name in service.get("environment", {})}
     assert {name for name in given if name.startswith("LORAFLEET_")} <= known
+
+
+def test_on_gpus_as_many_workers_start_as_are_wanted_each_with_its_own() -> None:
+    worker = compose(ON_GPUS, GPU_COUNT="4", GPU_IDS="0,1,2,3")["gpu_worker"]
+    assert worker["deploy"]["replicas"] == 4
+    [devices] = worker["deploy"]["resources"]["reservations"]["devices"]
+    assert devices["count"] == "all", "each sees every GPU"
+    assert worker["environment"]["LORAFLEET_GPUS"] == "0,1,2,3", "of which it takes one"
+    assert worker["environment"]["LORAFLEET_GPU_LOCKS"] in mounts(worker), "by locks that all share"
+    assert "/gpus" in (ROOT / "deploy/Dockerfile").read_text(), "and may write, whoever they run as"
+    alone = compose(ON_GPUS)["gpu_worker"]
+    assert (alone["deploy"]["replicas"], alone["environment"]["LORAFLEET_GPUS"]) == (1, 0)
 
 
 def test_each_service_enters_the_queue_as_a_user_of_its_own() -> None:
