@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE =
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
-.PHONY: demo up test test-gpu test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
+.PHONY: demo up test test-gpu bench-gpu test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test-gpu: $(VENV)/.stamp-dev  ## run the tests that need a CUDA device: kernels,
 
 test-models: $(VENV)/.stamp-dev  ## compare the engine with docs/models.md: every model type of transformers, about three minutes
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not lm_eval" tests/oracle/test_models.py tests/oracle/test_states.py tests/oracle/test_one_by_one.py tests/oracle/test_encoder_types.py $(ARGS)
+
+bench-gpu: $(VENV)/.stamp-dev  ## measure everything that a GPU is for, in less than ten minutes, and write docs/gpu.md
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 lock: $(VENV)/.stamp-dev  ## write the versions of the development environment to requirements-dev.lock
 	$(BIN)/python .ci/lock.py > .requirements-dev.lock.part && mv .requirements-dev.lock.part requirements-dev.lock
