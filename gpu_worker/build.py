@@ -20,6 +20,7 @@ from gpu_worker.adapters.packing.packer import HostAdapter, Packer, row_sites
 from gpu_worker.adapters.packing.rows import Rows, RowSite
 from gpu_worker.adapters.weights import PoolWeights
 from gpu_worker.cuda.capture import CudaRecorder
+from gpu_worker.cuda.claim import claim_gpu
 from gpu_worker.cuda.graphs import Unrecordable
 from gpu_worker.cuda.warm_up import run_steps, warm_up_steps
 from gpu_worker.cuda.workspace import CudaMeter, workspace_bytes
@@ -84,9 +85,13 @@ def load_engine(
     fetch, describe, fetch_files: how adapters come; see `build_engine` for the last. Raises BadRequest, Internal.
     """
     started = time.monotonic()
+    if settings.gpus and settings.device != "cpu":
+        gpu = claim_gpu([gpu.strip() for gpu in settings.gpus.split(",")], settings.gpu_locks or settings.data / "gpus")
+        logger.info("this worker has taken GPU %s of %s", gpu, settings.gpus)
     device = choose_device(settings.device)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.workers))
+    ops.fix_sums(settings.deterministic)
     impl: ops.Impl | None = "reference" if settings.kernels == "reference" else None
     folder = model_folder(settings.model, WEIGHT_FILES)
     if settings.quantization != "none":
@@ -156,6 +161,8 @@ def build_engine(
     cache = adapter_cache(model, served, settings, memory, fetch, fetch_files)
     with compile_errors():
         engine = Engine(model, config, cache, tokenizer)
+        if settings.deterministic:
+            refuse_unless_fixed(engine)
         if settings.compile:
             warm(model)
     record_steps(engine, settings)
@@ -166,8 +173,10 @@ def build_encoder_engine(
     model: EncoderModel, settings: Settings, fetch: Fetch, fetch_files: FetchFiles | None = None
 ) -> tuple[EncoderEngine, m.ServedModel]:
     """Put the engine of a loaded encoder together. Arguments and errors as of `build_engine`."""
-    if settings.compile or settings.cuda_graphs == "on":
-        raise BadRequest("compile and cuda_graphs are for models that generate text, not for encoders")
+    if settings.compile or settings.deterministic or "on" in (settings.cuda_graphs, settings.overlap):
+        raise BadRequest(
+            "compile, deterministic, cuda_graphs and overlap are for models that generate text, not for encoders"
+        )
     max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
     longest = model.max_positions or max_step_tokens
     if settings.max_model_len > longest:
@@ -265,6 +274,14 @@ def _files_only(fetch: Fetch) -> FetchFiles:
     return read_files
 
 
+def refuse_unless_fixed(engine: Engine) -> None:
+    """Raise BadRequest where what is beside a text changes bits of its logits, for all that sums are fixed."""
+    model, config = engine.model, engine.config
+    if model.passes is not None:
+        raise BadRequest("deterministic is on, but this model's sequences run one by one, in chunks of any length")
+    model.refuse_unless_fixed(config.num_blocks, config.num_states)
+
+
 def warm_up(engine: Engine) -> None:
     """Run steps of every form, so that no kernel is compiled while requests wait. Before the first request.
 
@@ -317,6 +334,7 @@ def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> Engine
             f"max_draft_tokens is {settings.max_draft_tokens}, but this model's {what} cannot go back by a token: "
             "leave it 0"
         )
+    overlaps = _overlaps(model, settings)
     num_states = 0
     passes = model.passes
     if passes is not None:
@@ -349,7 +367,24 @@ def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> Engine
     if room < max(max_model_len, BLOCK_TOKENS):
         raise BadRequest(f"kv_cache_bytes holds {room} tokens: too few for one request of {max_model_len}")
     num_blocks = min(num_blocks, max_num_seqs * -(-max_model_len // BLOCK_TOKENS))
-    return EngineConfig(limits, num_blocks, max_model_len, num_states, num_blocks * block_bytes, settings.max_mask_s)
+    return EngineConfig(
+        limits, num_blocks, max_model_len, num_states, num_blocks * block_bytes, settings.max_mask_s, overlaps
+    )
+
+
+def _overlaps(model: BaseModel, settings: Settings) -> bool:
+    """Return whether steps overlap. Raises BadRequest where settings demand it and it cannot be.
+
+    On a CPU the host computes the steps itself: nothing would be won, and each token come a step later.
+    """
+    against = ""
+    if settings.max_draft_tokens:
+        against = f"max_draft_tokens is {settings.max_draft_tokens}: how many are right is known from a step's tokens"
+    if model.passes is not None:
+        against = "this model's sequences run one by one"
+    if settings.overlap == "on" and against:
+        raise BadRequest(f"overlap is on, but {against}: leave it auto")
+    return settings.overlap == "on" or (settings.overlap == "auto" and model.device.type != "cpu" and not against)
 
 
 def _num_states(slot_bytes: int, num_bytes: int, max_num_seqs: int) -> tuple[int, int]:

@@ -70,3 +70,28 @@ def host_tensor(array: np.ndarray, device: torch.device) -> Tensor:
 def send(array: np.ndarray, device: torch.device) -> Tensor:
     """Return a copy of an array on a device. The host does not wait; what is launched there later sees the copy."""
     return host_tensor(array, device).to(device, non_blocking=True)
+
+
+class Arriving:
+    """Tensors on their way to the host, which goes on meanwhile: launched after what makes them, not waited for."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """tensors: of one device; they may change or be freed by what is launched there later."""
+        self._event: torch.cuda.Event | None = None
+        self._tensors = list(tensors)
+        if tensors and tensors[0].device.type == "cuda":
+            self._tensors = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in tensors]
+            for to, source in zip(self._tensors, tensors, strict=True):
+                to.copy_(source, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> None:
+        """Wait until they are here. Others may use the interpreter meanwhile."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def arrays(self) -> list[np.ndarray]:
+        """Return the tensors' contents, as soon as they are here."""
+        self.wait()
+        return [one.numpy() for one in self._tensors]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from gpu_worker.adapters.copy_stream import CopyStream
 from gpu_worker.adapters.extras import Extras, map_tensors, tensors_of
 from gpu_worker.adapters.packing.packer import EXTRA_PAGE_BYTES, MAX_RANK, HostAdapter
 from gpu_worker.adapters.pool import PagePool
-from gpu_worker.memory import zeros
+from gpu_worker.memory import send, zeros
 from gpu_worker.model.lora import GROUPS, SharedInput, SiteInfo
 from lora_kernels.ops import PAGE_ROWS, AdapterTable, LoraSite
 from protocol.wire.errors import BadRequest
@@ -43,7 +44,7 @@ class PoolWeights:
         """
         self.sites = sites
         self.extra_bytes = extra_bytes
-        self.page_bytes = [_page_bytes(sites, group) for group in range(len(GROUPS))]
+        self.page_bytes = [page_bytes(sites, group) for group in range(len(GROUPS))]
         self.capacity = split_budget(self.page_bytes, budget)
         self.num_slots = max(1, min(sum(self.capacity), MAX_SLOTS))
         max_pages = max(1, min(max(self.capacity), MAX_RANK // PAGE_ROWS))
@@ -111,10 +112,11 @@ class PoolWeights:
         for table in (self.table, self.table.host):
             if table is None:
                 continue
-            table.ranks[slot] = torch.from_numpy(adapter.ranks).to(table.ranks.device)
-            table.scales[slot] = torch.from_numpy(adapter.scales).to(table.scales.device)
+            device = table.ranks.device  # the host does not wait for it: a step may be running there
+            table.ranks[slot] = send(adapter.ranks, device)
+            table.scales[slot] = send(adapter.scales, device)
             for group, group_pages in enumerate(pages[: len(GROUPS)]):
-                table.pages[slot, group, : len(group_pages)] = torch.tensor(group_pages, dtype=torch.int32)
+                table.pages[slot, group, : len(group_pages)] = send(np.array(group_pages, np.int32), device)
 
 
 def page_runs(pages: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -145,7 +147,8 @@ def split_budget(page_bytes: Sequence[int], budget: int) -> list[int]:
     return [num if attention else 0, num if mlp else 0, num_other]
 
 
-def _page_bytes(sites: Sequence[SiteInfo], group: int) -> int:
+def page_bytes(sites: Sequence[SiteInfo], group: int) -> int:
+    """Return the bytes of a page of a group: of all sites in it."""
     widths = sum((s.in_features + s.out_features) * s.dtype.itemsize for s in sites if s.group == group)
     return PAGE_ROWS * widths
 

@@ -125,7 +125,10 @@ class Batcher:
         self.waiting.append(seq)
 
     def remove(self, seq: Sequence) -> None:
-        """Forget a sequence and free what it holds. It must not be part of a plan that is not completed yet."""
+        """Forget a sequence and free what it holds. A plan that is not completed yet must be told, see `leave`.
+
+        A step on the device may still write to its blocks: what is launched later comes after it there.
+        """
         if seq in self.running:
             self.running.remove(seq)
             self._free(seq)
@@ -150,8 +153,8 @@ class Batcher:
         has_others = any(not self._yields(seq) for seq in self)
         self._short_plans = SHORT_STEPS_AFTER if has_others else self._short_plans - 1
         plan = StepPlan(budget=self.limits.max_step_tokens, has_states=self.states is not None)
-        others = [seq for seq in self.running if not self._yields(seq) and not seq.awaits_mask]
-        yielding = [seq for seq in self.running if self._takes_turns(seq) and not seq.awaits_mask]
+        others = [seq for seq in self.running if not self._yields(seq) and not seq.sits_out]
+        yielding = [seq for seq in self.running if self._takes_turns(seq) and not seq.sits_out]
         yielding_decodes = [seq for seq in yielding if seq.num_pending == 1]
         yielding_prompts = [seq for seq in yielding if seq.num_pending != 1]
         may_pause = self._turns_of_batch or (not self._paused and self._is_worth_a_step(yielding_decodes))
@@ -187,7 +190,7 @@ class Batcher:
             if time is not None:
                 self._run([seq for seq in yielding_decodes if seq not in plan.num_new], plan, time)
         if not plan.num_new and len(self._levels) > 2:  # nobody else can run: batch work need not wait
-            self._run([seq for seq in self.running if seq.level == BATCH_LEVEL and not seq.awaits_mask], plan)
+            self._run([seq for seq in self.running if seq.level == BATCH_LEVEL and not seq.sits_out], plan)
             self._admit([seq for seq in self.waiting if seq.level == BATCH_LEVEL], plan)
         if self.limits.max_draft_tokens and not plan.preempted:
             self._add_drafts(plan, time)
@@ -312,6 +315,12 @@ class Batcher:
             self._preempt(seq, plan)
         if self.states is not None:
             self.states.end_step()
+
+    def leave(self, seq: Sequence, plan: StepPlan) -> None:
+        """Take a sequence that was removed out of a plan that is being computed: nothing of it will be used."""
+        del plan.num_new[seq]
+        if self.states is not None:
+            self.states.release(plan.saves.pop(seq, {}).values())
 
     def advance(self, seq: Sequence, num_new: int) -> None:
         """Note that the next tokens of a running sequence are computed."""

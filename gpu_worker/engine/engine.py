@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.engine.base import BaseEngine
@@ -19,18 +18,20 @@ from gpu_worker.engine.batcher import Batcher, BatchLimits
 from gpu_worker.engine.binding import RequestBinder
 from gpu_worker.engine.blocks import BlockPool
 from gpu_worker.engine.decoding import accept_tokens, check_choice, grammar_masks, sample_rows, without
+from gpu_worker.engine.flight import Flight, Launched
 from gpu_worker.engine.pooled import outputs_of
 from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput, failure_of
-from gpu_worker.engine.runner import Runner, StepInputs
+from gpu_worker.engine.runner import Runner
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.states import StatePool
 from gpu_worker.engine.step_model import StepWork
 from gpu_worker.engine.step_plan import StepPlan
+from gpu_worker.memory import Arriving
 from gpu_worker.model.model import BaseModel
 from gpu_worker.one_by_one.runner import OneByOneRunner
 from gpu_worker.sampling.grammars import Grammars
 from gpu_worker.sampling.logprobs import record_prompts
-from gpu_worker.sampling.sampling import Sampled, sample
+from gpu_worker.sampling.sampling import Sampled, begin_sample
 from peft_adapters.texts.tokenizer_json import token_table
 from protocol.wire.errors import LorafleetError, Unavailable
 
@@ -55,6 +56,12 @@ class EngineConfig:
     num_states: int = 0  # slots for the states of layers that keep states
     kv_bytes: int = 0  # of all blocks
     max_mask_s: float = 30.0  # CPU time of the masks of one request with a grammar
+    overlaps: bool = False  # whether a step is launched before the tokens of the one before are known
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for sizes that contradict each other."""
+        if self.overlaps and self.limits.max_draft_tokens:
+            raise ValueError("with draft tokens, where a sequence goes on is not known before its tokens are")
 
 
 class Engine(BaseEngine):
@@ -87,26 +94,28 @@ class Engine(BaseEngine):
             max_model_len=config.max_model_len, max_draft_tokens=limits.max_draft_tokens,
         )  # fmt: skip
         self._seqs: dict[str, Sequence] = {}  # by request id
+        self._flight: Flight | None = None  # the step whose tokens are not on the host yet
 
     # ------------------------------------------------------------ a step
 
     def step(self) -> list[TokenOutput]:
-        """Compute one batch. Returns what it made of each request that got a token or ended."""
+        """Compute one batch. Returns what became known of each request that got a token or ended.
+
+        With overlap, these are the tokens of the batch before: this one's are still being computed.
+        """
         self.meter.start()
         self._receive()
         plan = self._plan()
         has_work = bool(plan.num_new)
-        if has_work:
-            work = self._work_of(plan)
-            self.meter.lap("plan")
-            computed = self._compute(plan)
-            if computed is not None:
-                num_output = self._settle(plan, *computed)
-                self.meter.lap("finish")
-                self._count(plan, work, num_output)
-            else:
-                self._make_room(plan)
-        self.can_step = has_work and bool(self._seqs)
+        launched = self._launch(plan) if has_work else None
+        has_landed = self._land(plan)
+        if launched is not None:
+            self._flight = self._choose(launched)
+        if has_work and self._flight is None:
+            self._make_room(plan)
+        if not self.config.overlaps:
+            self._land(None)
+        self.can_step = self._flight is not None or ((has_work or has_landed) and bool(self._seqs))
         return self._put_out()
 
     def _receive(self) -> None:
@@ -132,19 +141,57 @@ class Engine(BaseEngine):
         self._request_adapters()
         return plan
 
-    def _compute(self, plan: StepPlan) -> tuple[list[Sequence], Sampled | None] | None:
-        """Compute a step and choose tokens, as `_sample` does. Returns None where the device has no memory for it."""
+    def _launch(self, plan: StepPlan) -> Launched | None:
+        """Launch a step's forward pass. Returns None where the device has no memory for it.
+
+        Tokens that the step in flight is still choosing go in on the device.
+        """
+        work = self._work_of(plan)
+        self.meter.lap("plan")
         try:
-            inputs = self.runner.prepare(plan)
+            inputs = self.runner.prepare(plan, self._flight.ids if self._flight is not None else None)
             self.meter.lap("inputs")
             logits = self.runner.run(inputs)
             self.meter.lap("forward")
-            found = self._sample(plan, inputs, logits)
-            self.meter.lap("sample")
         except torch.OutOfMemoryError as error:
-            logger.warning("no memory for a step of %d tokens: %s", plan.num_tokens, error)
+            _log_no_memory(plan, error)
             return None
-        return found
+        return Launched(plan, work, inputs, logits, self.meter.started_s)
+
+    def _land(self, behind: StepPlan | None) -> bool:
+        """Wait for the tokens of the step in flight, if there is one, and settle them. Returns whether there was.
+
+        behind: the step that was launched behind it, of which the sequences that end here are left out.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return False
+        sampled = flight.wait()
+        self.meter.lap("sample")
+        num_output = self._settle(flight, sampled)
+        if behind is not None:
+            for seq in [seq for seq in behind.num_new if not self._holds(seq)]:
+                self.batcher.leave(seq, behind)
+        self.meter.lap("finish")
+        self._count(flight, num_output)
+        return True
+
+    def _choose(self, launched: Launched) -> Flight | None:
+        """Launch the choice of a step's tokens. Returns None where the device has no memory for it."""
+        try:
+            flight = self._sample(launched)
+        except torch.OutOfMemoryError as error:
+            _log_no_memory(launched.plan, error)
+            return None
+        if self.config.overlaps:
+            for row, seq in enumerate(flight.ready):  # there are no drafts, so that each has one row
+                seq.expect(row)
+        self.meter.lap("sample")
+        return flight
+
+    def _holds(self, seq: Sequence) -> bool:
+        """Return whether a sequence has not ended, nor been given up."""
+        return self._seqs.get(seq.rid) is seq
 
     def _make_room(self, plan: StepPlan) -> None:
         """Fail the largest requests of a step for which there was no memory, half of its tokens, so that others fit.
@@ -163,22 +210,24 @@ class Engine(BaseEngine):
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _sample(self, plan: StepPlan, inputs: StepInputs, logits: Tensor) -> tuple[list[Sequence], Sampled | None]:
-        """Choose the next token of every ready sequence, and one after each draft token; None if none is ready.
+    def _sample(self, launched: Launched) -> Flight:
+        """Launch the choice of the next token of every ready sequence, and of one after each draft token.
 
-        Returns the sequences, too: not those whose mask is late.
+        Not of those that have ended since the step was launched, nor of those whose mask is late.
         """
-        started_s, ready = time.perf_counter(), inputs.ready
+        plan, inputs, logits = launched.plan, launched.inputs, launched.logits
+        started_s, gone = time.perf_counter(), {seq for seq in inputs.ready if not self._holds(seq)}
+        ready = [seq for seq in inputs.ready if seq not in gone]
         masks, late = grammar_masks(ready, plan.drafts, self.grammars, self._mask_wait_s(plan, ready))
         if masks or late:
             self.counters.mask_s += time.perf_counter() - started_s
-        if late:
-            logits = without(logits, ready, plan.drafts, late)
+        if late or gone:
+            logits = without(logits, inputs.ready, plan.drafts, late | gone)
             ready = [seq for seq in ready if seq not in late]
             for seq in late:
                 plan.postpone(seq)
         rows = sample_rows(ready, plan.drafts, masks)
-        sampled = sample(logits[: len(rows)], rows) if rows else None
+        sampled = begin_sample(logits[: len(rows)], rows) if rows else None
         num = len(logits) - sum(part.needs_logits for part in inputs.pooled)
         outputs = outputs_of(inputs.pooled, logits[num:], self.model.tasks, self.adapters.extras)
         if inputs.prompt_rows:
@@ -187,7 +236,8 @@ class Engine(BaseEngine):
         self._outputs += outputs
         for output in outputs:
             self._drop(output.rid)
-        return ready, sampled
+        end = Arriving([launched.logits[:1, :1]])
+        return Flight(plan, launched.work, launched.started_s, ready, sampled, end)
 
     def _mask_wait_s(self, plan: StepPlan, ready: list[Sequence]) -> float:
         """Return how long a step may wait for masks: hardly, if these are all of sequences for which it may not."""
@@ -195,20 +245,25 @@ class Engine(BaseEngine):
             return YIELDING_MASK_WAIT_S
         return max(MASK_WAIT_S, MASK_WAIT_SHARE * self.meter.elapsed_s)
 
-    def _settle(self, plan: StepPlan, ready: list[Sequence], sampled: Sampled | None) -> int:
+    def _settle(self, flight: Flight, sampled: Sampled | None) -> int:
         """Append the chosen tokens, end what they end, and put them out. Returns how many they are."""
         num_output = row = 0
-        for seq in ready:
+        for seq in flight.ready:
             assert sampled is not None
-            draft, num_tokens = plan.drafts.get(seq, []), seq.num_tokens
+            draft = flight.plan.drafts.get(seq, [])
+            seq.expect_none()
+            num_tokens = seq.num_tokens
             try:
+                if not self._holds(seq):  # it was cancelled meanwhile
+                    continue
                 check_choice(seq, sampled, row)
                 num_output += self._settle_one(seq, draft, sampled, row)
             except BaseException as error:  # noqa: BLE001  a request's edge: it fails alone
                 seq.num_tokens = num_tokens  # nothing of this step is put out
                 self._outputs.append(seq.fail(failure_of(seq.request, error)))
                 self._drop(seq.rid)
-            row += 1 + len(draft)
+            finally:
+                row += 1 + len(draft)
         return num_output
 
     def _settle_one(self, seq: Sequence, draft: list[int], sampled: Sampled, row: int) -> int:
@@ -238,8 +293,10 @@ class Engine(BaseEngine):
         num_passes = 0 if self.model.passes is None else len(plan.num_new)
         return StepWork(plan.num_tokens, num_kv_tokens, sum_ranks, num_passes)
 
-    def _count(self, plan: StepPlan, work: StepWork, num_output: int) -> None:
-        self.meter.stop(work, num_output, is_limited=plan.limited is not None)
+    def _count(self, flight: Flight, num_output: int) -> None:
+        """Count a step that has landed: from its start, or, if that is later, from the landing of the one before."""
+        plan = flight.plan
+        self.meter.stop(flight.work, num_output, since_s=flight.started_s, is_limited=plan.limited is not None)
         self.batcher.note_time(plan, self.meter.last_s)
         self.batcher.step_model = self.meter.model
         self.counters.num_preemptions += len(plan.preempted)
@@ -315,3 +372,7 @@ class Engine(BaseEngine):
             kv_blocks_total=self.blocks.num_blocks,
             kv_bytes_total=self.config.kv_bytes,
         )
+
+
+def _log_no_memory(plan: StepPlan, error: BaseException) -> None:
+    logger.warning("no memory for a step of %d tokens: %s", plan.num_tokens, error)

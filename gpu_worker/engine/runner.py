@@ -95,6 +95,16 @@ class StepRows:
                 parts.append(np.array(drafts[seq], np.int32))
         return np.concatenate(parts)
 
+    def put_expected_(self, input_ids: Tensor, coming: Tensor | None) -> None:
+        """Write the tokens that sequences expect, out of `coming` int64 [n], to their places in input_ids [T]."""
+        expecting = [i for i, seq in enumerate(self.seqs) if seq.expected_row >= 0 and self.complete[i]]
+        if coming is None or not expecting:
+            return
+        rows = np.array([self.seqs[i].expected_row for i in expecting])
+        places = np.cumsum(self.num_new)[expecting] - 1  # the last token of each
+        device = input_ids.device
+        input_ids.index_copy_(0, send(places, device), coming.index_select(0, send(rows, device)))
+
     def adapters(self) -> tuple[np.ndarray, np.ndarray]:
         """Return each token's adapter slot (int32 [T], -1: none) and factor on its adapter (float32 [T])."""
         slots = np.repeat(np.array([seq.slot for seq in self.seqs], np.int32), self.num_new)
@@ -155,7 +165,7 @@ class Runner:
         self.num_blocks = num_blocks
         self.num_states = num_states
         self._extras: Mapping[str, Extras] = {} if extras is None else extras
-        self._graphs: DecodeGraphs | None = None
+        self.graphs: DecodeGraphs | None = None  # of recorded decode steps, which are replayed while it is set
         for layer in model.layers:
             layer.allocate(num_blocks + 1, model.dtype, model.device)  # the last is for the padding of recorded steps
         model.mixers.allocate(num_states + 1, model.device)
@@ -168,20 +178,24 @@ class Runner:
         max_blocks = -(-max_model_len // ops.BLOCK_TOKENS)
         graphs = DecodeGraphs(self.model, max_num_seqs, max_blocks, dummy_block=self.num_blocks)
         graphs.record(recorder)
-        self._graphs = graphs
+        self.graphs = graphs
 
-    def prepare(self, plan: StepPlan) -> StepInputs:
-        """Build a plan's inputs and work lists with numpy and send them to the device; the host does not wait."""
+    def prepare(self, plan: StepPlan, coming: Tensor | None = None) -> StepInputs:
+        """Build a plan's inputs and work lists with numpy and send them to the device; the host does not wait.
+
+        coming: int64 [n], the tokens of the step in flight; some sequences expect theirs from it.
+        """
         step = StepRows.of(plan)
         ids = step.token_ids(plan.drafts).astype(np.int64)
         pooled = step.pooled()
         ready = [seq for seq, is_complete in zip(step.seqs, step.complete, strict=True) if is_complete]
         slots, scales = step.adapters()
         prompt_rows = step.prompt_rows()
-        if self._graphs is not None and not self._has_extras(step) and not prompt_rows and not pooled:
-            graph = self._graphs.find(step.num_new, step.complete)
+        if self.graphs is not None and not self._has_extras(step) and not prompt_rows and not pooled:
+            graph = self.graphs.find(step.num_new, step.complete)
             if graph is not None:
                 graph.fill(DecodeLists(ids, step.ends, block_tables(step.seqs), slots, scales))
+                step.put_expected_(graph.input_ids, coming)
                 return PackedInputs(
                     input_ids=graph.input_ids, positions=graph.attention.positions, logit_rows=graph.rows,
                     ready=ready, graph=graph,
@@ -191,8 +205,10 @@ class Runner:
         context.attention = ops.build_attention_batch(step.num_new, step.ends, block_tables(step.seqs), device)
         self.model.mixers.batch = state_batch(step, plan.saves, device) if self.model.mixers.calls else None
         vocab_sizes = self.set_adapters(step, slots, scales, rows, heads)
+        input_ids = send(ids, device)
+        step.put_expected_(input_ids, coming)
         return PackedInputs(
-            input_ids=send(ids, device),
+            input_ids=input_ids,
             positions=context.attention.positions,
             logit_rows=None if len(rows) == len(ids) and not prompt_rows and not pooled else send(rows, device),
             ready=ready,

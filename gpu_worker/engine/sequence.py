@@ -22,7 +22,8 @@ class Sequence:
     """A request's tokens and how far they are computed.
 
     Of `num_tokens` known tokens, `num_computed` have their keys and values cached. A prefill chunk, a decode, a prefix
-    hit and a resumption after preemption differ in these two numbers only.
+    hit and a resumption after preemption differ in these two numbers only. The last token may be one that is expected:
+    it is counted, and computed by the next step, but only the device knows which it is.
     """
 
     def __init__(self, request: EngineRequest, max_len: int) -> None:
@@ -55,6 +56,7 @@ class Sequence:
         self.stop_rules: StopRules | None = None  # None until the tokenizer that they need is known
         self.pending_matcher: Future[Matcher] | None = None  # result of grammar compilation
         self.matcher: Matcher | None = None  # of its grammar, if it has one
+        self.expected_row = -1  # row of the step in flight in which its last token is chosen; -1: that is known
         self.failure: BaseException | None = None  # what its own data has made a step raise; it ends with that step
         self.adjustment = Adjustment.of(request.sampling, self._tokens[: self.num_prompt])  # None: nothing to adjust
         self.drafter: Drafter | None = None  # proposes its next tokens, where the engine speculates
@@ -76,6 +78,11 @@ class Sequence:
     def awaits_mask(self) -> bool:
         """Whether it sits steps out until it is known which tokens its grammar allows."""
         return self.matcher is not None and self.matcher.is_filling
+
+    @property
+    def sits_out(self) -> bool:
+        """Whether it takes part in no step now: it awaits a mask, or the token that it is long enough with."""
+        return self.awaits_mask or (self.expected_row >= 0 and self.num_tokens >= self.max_tokens)
 
     @property
     def needs_all_rows(self) -> bool:
@@ -111,6 +118,17 @@ class Sequence:
         self._tokens[self.num_tokens] = token
         self.num_tokens += 1
 
+    def expect(self, row: int) -> None:
+        """Add a place for the token that the step in flight chooses in a row; its id is not known on the host."""
+        self.append(0)
+        self.expected_row = row
+
+    def expect_none(self) -> None:
+        """Take the place of an expected token away again, if there is one."""
+        if self.expected_row >= 0:
+            self.num_tokens -= 1
+            self.expected_row = -1
+
     def accept(self, token: int) -> str:
         """Add an output token and apply stop rules and grammar; return how it ends the request, "" if it does not."""
         assert self.stop_rules is not None
@@ -126,7 +144,7 @@ class Sequence:
         return TokenOutput(
             rid=self.rid,
             epoch=self.request.epoch,
-            seq0=self.num_output - len(ids),
+            seq0=self.num_output - (self.expected_row >= 0) - len(ids),
             ids=ids,
             logprobs=logprobs,
             finish=finish,

@@ -53,16 +53,16 @@ class StepMeter:
         self.fit = StepFit()
         self.model = StepModel()  # of the time of steps, as far as they have shown
         self.last_s = 0.0  # seconds of the last step that was counted
-        self._started_s = self._lap_s = 0.0
+        self.started_s = self._lap_s = self._stopped_s = 0.0
 
     def start(self) -> None:
         """Start the clock. A step that finds nothing to do is not stopped."""
-        self._started_s = self._lap_s = time.perf_counter()
+        self.started_s = self._lap_s = time.perf_counter()
 
     @property
     def elapsed_s(self) -> float:
         """Seconds from the start of the step to its last lap."""
-        return self._lap_s - self._started_s
+        return self._lap_s - self.started_s
 
     def lap(self, phase: Phase) -> None:
         """Count the time since the last lap as that of a phase."""
@@ -70,11 +70,17 @@ class StepMeter:
         setattr(self.counters, total, getattr(self.counters, total) + now_s - self._lap_s)
         self._lap_s = now_s
 
-    def stop(self, work: StepWork, num_output: int = 0, *, is_limited: bool = False) -> None:
-        """Count a step, up to its last lap, that put out `num_output` tokens. is_limited: its time was."""
+    def stop(self, work: StepWork, num_output: int = 0, *, since_s: float = 0.0, is_limited: bool = False) -> None:
+        """Count a step, up to the last lap, that put out `num_output` tokens. is_limited: its time was.
+
+        since_s: when it was started, if that was before the last start. The time of a step that was launched while
+        another ran begins where that one was stopped.
+        """
         self.counters.num_computed_tokens += work.num_tokens
         self.counters.num_output_tokens += num_output
-        self.learn(self.elapsed_s, work, is_limited=is_limited)
+        seconds = self._lap_s - max(since_s or self.started_s, self._stopped_s)
+        self._stopped_s = self._lap_s
+        self.learn(seconds, work, is_limited=is_limited)
 
     def learn(self, seconds: float, work: StepWork, *, is_limited: bool = False) -> None:
         """Note how long a step took."""

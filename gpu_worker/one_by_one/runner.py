@@ -46,8 +46,12 @@ class OneByOneRunner(Runner):
         """Raise Unrecordable."""
         raise Unrecordable("its sequences run one by one")
 
-    def prepare(self, plan: StepPlan) -> OneByOneInputs:
-        """Return which rows of logits a plan's passes will give; nothing is sent before they run."""
+    def prepare(self, plan: StepPlan, coming: Tensor | None = None) -> OneByOneInputs:
+        """Return which rows of logits a plan's passes will give; nothing is sent before they run.
+
+        coming: None, since steps of such a model do not overlap.
+        """
+        assert coming is None
         rows = StepRows.of(plan)
         pooled = rows.pooled()
         ready = [seq for seq, is_complete in zip(rows.seqs, rows.complete, strict=True) if is_complete]

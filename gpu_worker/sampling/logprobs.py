@@ -11,36 +11,56 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from gpu_worker.memory import Arriving, send
 from protocol.wire.messages import prompt_record_bytes
 
 _TOP = np.dtype([("id", "<i4"), ("logprob", "<f4")])
 
 
-def pack_logprobs(logprobs: Tensor, num_top: Sequence[int], ids: np.ndarray, *, ranks: bool = False) -> list[bytes]:
-    """Return a record for each row of `logprobs`, fp32 [n, V]. Waits for the device.
+class LogprobRows:
+    """The logprobs of rows, computed on the device and on their way to the host."""
 
-    num_top: for each row, how many of the most likely tokens to list. ids: int64 [n], the tokens chosen. ranks: whether
-    the records have those of the chosen tokens.
-    """
-    chosen = logprobs.gather(-1, torch.from_numpy(ids).to(logprobs.device)[:, None])
-    values, tokens = logprobs.topk(max(num_top), dim=-1)
-    top = np.empty((len(num_top), max(num_top)), _TOP)
-    top["id"], top["logprob"] = tokens.cpu().numpy(), values.cpu().numpy()
-    heads = [value.tobytes() for value in chosen[:, 0].cpu().numpy().astype("<f4")]
-    if ranks:
-        found = (logprobs >= chosen).sum(-1).cpu().numpy().astype("<i4")
-        heads = [head + rank.tobytes() for head, rank in zip(heads, found, strict=True)]
-    return [head + top[i, :num].tobytes() for i, (head, num) in enumerate(zip(heads, num_top, strict=True))]
+    def __init__(
+        self, logprobs: Tensor, ids: Tensor, num_top: Sequence[int], listed: Sequence[Sequence[int]] = (),
+        *, ranks: bool = False,
+    ) -> None:  # fmt: skip
+        """Launch what is needed of `logprobs`, fp32 [n, V]; the host does not wait.
+
+        ids: int64 [n] on the same device, the tokens chosen. num_top: for each row, how many of the most likely tokens
+        to list. listed: for each row, the tokens that are listed after these, whatever their logprobs; empty: none.
+        ranks: whether the records have those of the chosen tokens.
+        """
+        self._num_top, self._listed, self._has_ranks = num_top, listed or [()] * len(num_top), ranks
+        chosen = logprobs.gather(-1, ids[:, None])
+        values, tokens = logprobs.topk(max(num_top), dim=-1)
+        wanted = [chosen[:, 0], values, tokens, *([(logprobs >= chosen).sum(-1)] if ranks else [])]
+        for row, own in zip(logprobs, self._listed, strict=True):
+            if own:
+                wanted.append(row[send(np.array(own, np.int64), logprobs.device)])
+        self._arriving = Arriving(wanted)
+
+    def pack(self) -> list[bytes]:
+        """Return a record for each row. Waits for the device."""
+        chosen, values, tokens, *others = self._arriving.arrays()
+        top = np.empty(values.shape, _TOP)
+        top["id"], top["logprob"] = tokens, values
+        heads = [value.tobytes() for value in chosen.astype("<f4")]
+        if self._has_ranks:
+            found, *others = others
+            heads = [head + rank.tobytes() for head, rank in zip(heads, found.astype("<i4"), strict=True)]
+        own = iter(others)
+        return [
+            head + row[:num].tobytes() + (_records(ids, next(own)) if ids else b"")
+            for head, row, num, ids in zip(heads, top, self._num_top, self._listed, strict=True)
+        ]
 
 
-def pack_listed(logprobs: Tensor, listed: Sequence[int]) -> bytes:
-    """Return the end of a record that lists these tokens, whatever their logprobs [V] are. Waits for the device."""
-    top = np.empty(len(listed), _TOP)
-    top["id"] = listed
-    top["logprob"] = logprobs[torch.tensor(listed, device=logprobs.device)].cpu().numpy()
+def _records(ids: Sequence[int], logprobs: np.ndarray) -> bytes:
+    """Return the end of a record that lists tokens with their logprobs, fp32 [n]."""
+    top = np.empty(len(ids), _TOP)
+    top["id"], top["logprob"] = ids, logprobs
     return top.tobytes()
 
 
@@ -66,7 +86,8 @@ class PromptLogprobs:
         """Record the tokens at positions start + 1, start + 2, … by logits [n, V] of those before. May be repeated."""
         num = len(logits)
         ids = self._prompt[start + 1 : start + 1 + num].astype(np.int64)
-        records = pack_logprobs(logits.float().log_softmax(-1), [self._num_top] * num, ids, ranks=True)
+        logprobs = logits.float().log_softmax(-1)
+        records = LogprobRows(logprobs, send(ids, logits.device), [self._num_top] * num, ranks=True).pack()
         first = (start + 1) * self._record_bytes
         self._records[first : first + num * self._record_bytes] = b"".join(records)
 

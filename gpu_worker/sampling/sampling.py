@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_worker.memory import send
+from gpu_worker.memory import Arriving, send
 from gpu_worker.sampling.adjustment import Adjustment
-from gpu_worker.sampling.logprobs import pack_listed, pack_logprobs
+from gpu_worker.sampling.logprobs import LogprobRows
 from lora_kernels import ops
 from protocol.wire.messages import Sampling
 
@@ -89,30 +89,52 @@ class Chosen:
         return self.warped.get(row, self.logits[row])
 
 
+class PendingSample:
+    """Tokens being chosen on the device. The next step may be launched with them before the host knows them."""
+
+    def __init__(self, chosen: Chosen, num_rows: int, logprobs: LogprobRows | None, recorded: Sequence[int]) -> None:
+        """logprobs: of the rows in `recorded`, in that order; None: of none."""
+        self.ids = chosen.ids  # int64 [n], on the device; of a row that fails any id of the vocabulary
+        self._failed, self._num_rows = chosen.failed, num_rows
+        self._logprobs, self._recorded = logprobs, recorded
+        self._arriving = Arriving([chosen.ids, chosen.finite])
+
+    def result(self) -> Sampled:
+        """Return the tokens, as soon as they are on the host."""
+        ids, finite = self._arriving.arrays()
+        records = [b""] * self._num_rows
+        if self._logprobs is not None:
+            for i, record in zip(self._recorded, self._logprobs.pack(), strict=True):
+                records[i] = record
+        return Sampled(ids, finite, records, self._failed)
+
+
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
-    """Choose one token per row of logits [n, V], which may change. Waits for the device once, plus for logprobs."""
+    """Choose one token per row of logits [n, V], which may change, and wait for them."""
+    return begin_sample(logits, rows).result()
+
+
+def begin_sample(logits: Tensor, rows: Sequence[SampleRow]) -> PendingSample:
+    """Launch the choice of one token per row of logits [n, V], which may change. The host does not wait."""
     wanting = [i for i, row in enumerate(rows) if row.sampling.num_logprobs is not None]
-    recorded = logits[_index(wanting, logits.device)].float() if wanting else None  # before `choose` changes them
+    raw = logits[_index(wanting, logits.device)].float() if wanting else None  # before `choose` changes them
     chosen = choose(logits, rows)
-    ids, finite = torch.stack((chosen.ids, chosen.finite)).cpu().numpy()
-    records = [b""] * len(rows)
-    if recorded is not None:
+    logprobs = None
+    if raw is not None:
         for at, i in enumerate(wanting):
             if rows[i].sampling.logprobs_of == "choice":
-                recorded[at] = chosen.drawn_from(i)
-        recorded = recorded.log_softmax(-1)
+                raw[at] = chosen.drawn_from(i)
         listed = [rows[i].sampling.logprob_token_ids for i in wanting]
         num_top = [0 if own else rows[i].sampling.num_logprobs or 0 for i, own in zip(wanting, listed, strict=True)]
-        packed = pack_logprobs(recorded, num_top, ids[wanting])
-        for at, i in enumerate(wanting):
-            records[i] = packed[at] + (pack_listed(recorded[at], listed[at]) if listed[at] else b"")
-    return Sampled(ids, finite.astype(bool), records, chosen.failed)
+        ids = chosen.ids[_index(wanting, logits.device)]
+        logprobs = LogprobRows(raw.log_softmax(-1), ids, num_top, listed)
+    return PendingSample(chosen, len(rows), logprobs, wanting)
 
 
 def choose(logits: Tensor, rows: Sequence[SampleRow]) -> Chosen:
     """Choose a token per row of logits [n, V], on their device; what grammars do not allow becomes -inf in them.
 
-    The host waits for the device only where top-p must know whether a distribution is flat.
+    The host does not wait for the device.
     """
     failed: dict[int, BaseException] = {}
     if any(_is_adjusted(row) for row in rows):
@@ -167,7 +189,7 @@ def _apply_(adjustment: Adjustment, logits: Tensor, row: SampleRow) -> None:
     s, device = row.sampling, logits.device
     if s.watermark:
         last = row.output[-1] if len(row.output) else adjustment.prompt[-1]
-        logits[watermark_ids(int(last), len(logits)).to(device)] += WATERMARK_DELTA
+        logits[send(watermark_ids(int(last), len(logits)).numpy(), device)] += WATERMARK_DELTA
     if s.repetition_penalty != 1.0:
         seen = send(adjustment.text_counts(row.output).ids, device)
         scores = logits[seen]
@@ -242,13 +264,28 @@ def _keep_top_p_(logits: Tensor, top_p: list[float]) -> None:
         return
     index, p = _index(limited, logits.device), _floats([top_p[i] for i in limited], logits.device)
     probs = logits[index].softmax(-1)
+    threshold = _least_likely(probs, p) if logits.device.type == "cpu" else _least_likely_of_all(probs, p)
+    logits[index] = logits[index].masked_fill(probs < threshold, -torch.inf)
+
+
+def _least_likely(probs: Tensor, p: Tensor) -> Tensor:
+    """Return the probability of the last token that top-p keeps: [n, 1], of probs [n, V] and p [n].
+
+    The likeliest tokens are looked at first, which on a CPU costs a tenth. The host then knows which rows are flat; on
+    another device it would have to wait for that.
+    """
     top = probs.topk(min(TOP_P_CANDIDATES, probs.shape[-1]), dim=-1).values
     threshold = _nucleus_threshold(top, p)
-    flat = (top.sum(-1) < p).nonzero()[:, 0]
+    flat = (_mass(top).sum(-1) < _mass(p)).nonzero()[:, 0]
     if len(flat):
-        keys = _ONE_BITS - probs[flat].view(torch.int32)  # the likelier, the smaller
-        threshold[flat] = (_ONE_BITS - _mass_threshold(keys, probs[flat], p[flat])).view(torch.float32)
-    logits[index] = logits[index].masked_fill(probs < threshold, -torch.inf)
+        threshold[flat] = _least_likely_of_all(probs[flat], p[flat])
+    return threshold
+
+
+def _least_likely_of_all(probs: Tensor, p: Tensor) -> Tensor:
+    """Return the same, to the bit, by the masses of all tokens."""
+    keys = _ONE_BITS - probs.view(torch.int32)  # the likelier, the smaller
+    return (_ONE_BITS - _mass_threshold(keys, probs, p)).view(torch.float32)
 
 
 def _nucleus_threshold(probs: Tensor, p: Tensor) -> Tensor:

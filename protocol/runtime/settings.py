@@ -280,6 +280,12 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="device of the workers; auto: a GPU if there is one"
     )
+    gpus: str = Field(
+        default="", description="GPUs of which each worker takes one that no other has; empty: the first that it sees"
+    )
+    gpu_locks: Path | None = Field(
+        default=None, description="folder of the locks for this; default: in the data folder"
+    )
     quantization: Literal["none", "int8", "int4"] = Field(
         default="none",
         description="on a CPU: quantise the base's linear layers to 8 or 4 bits once, in the cache, and serve these",
@@ -334,9 +340,7 @@ class Settings(BaseSettings):
     adapter_host_bytes: int = Field(
         default=0, description="host memory for packed adapters; 0: a share of the free memory"
     )
-    merge_timeout_s: float = Field(
-        default=60.0, gt=0, description="longest time that a worker may compute a merge of adapters"
-    )
+    merge_timeout_s: float = Field(default=60.0, gt=0, description="longest time that a merge of adapters may take")
     prefix_cache: bool = Field(default=True, description="reuse the KV blocks of prompts that begin alike")
     threads: int = Field(
         default=0, description="CPU threads of a worker; 0: this machine's cores divided by its workers"
@@ -345,13 +349,16 @@ class Settings(BaseSettings):
         default="auto", description="auto: native kernels where they exist; reference: plain torch"
     )
     max_draft_tokens: int = Field(
-        default=0,
-        ge=0,
-        description="most draft tokens per sequence and step, proposed from its own text; 0: no speculation",
+        default=0, ge=0, description="most draft tokens per sequence and step, proposed from its own text; 0: none"
     )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
-        default="auto",
-        description="record decode steps as CUDA graphs; auto: if the model allows it; on: or fail at start",
+        default="auto", description="record decode steps as CUDA graphs; auto: if the model allows it; on: or fail"
+    )
+    overlap: Literal["auto", "on", "off"] = Field(
+        default="auto", description="launch a step before the tokens of the one before are known; auto: on a GPU"
+    )
+    deterministic: bool = Field(
+        default=False, description="add in one order whatever is beside a text, so that it has the same bits; slower"
     )
     compile: bool = Field(default=False, description="compile each decoder layer with torch.compile")
 
@@ -423,8 +430,9 @@ class Settings(BaseSettings):
     )
 
     @field_validator(
-        "data", "adapters", "secret_file", "redis_password_file", "redis_ca_file", "redis_cert_file", "redis_key_file"
-    )
+        "data", "adapters", "gpu_locks", "secret_file", "redis_password_file", "redis_ca_file", "redis_cert_file",
+        "redis_key_file",
+    )  # fmt: skip
     @classmethod
     def _expand(cls, path: Path | None) -> Path | None:
         return path.expanduser() if path else path

@@ -102,8 +102,14 @@ def expected(tiny: Oracle) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"max_draft_tokens": 6}, {"max_step_tokens": 12, "max_num_seqs": 12, **FEW_BLOCKS, "max_draft_tokens": 3}],
-    ids=["plain", "speculating", "preempted"],
+    [
+        {},
+        {"max_draft_tokens": 6},
+        {"max_step_tokens": 12, "max_num_seqs": 12, **FEW_BLOCKS, "max_draft_tokens": 3},
+        {"overlap": "on"},
+        {"max_step_tokens": 12, "max_num_seqs": 12, **FEW_BLOCKS, "overlap": "on"},
+    ],
+    ids=["plain", "speculating", "preempted", "overlapped", "overlapped-preempted"],
 )
 def test_every_output_is_its_grammars_likeliest(
     tiny: Oracle, expected: dict[str, list[int]], settings: dict[str, Any]
@@ -161,6 +167,7 @@ def test_drawn_outputs_follow_their_grammars_too(tiny: Oracle) -> None:
     plain, speculating = tiny.engine(TOKENIZER), tiny.engine(TOKENIZER, max_draft_tokens=5)
     asked = ask(plain, requests)
     assert ask(speculating, requests).ids == asked.ids
+    assert ask(tiny.engine(TOKENIZER, overlap="on"), requests).ids == asked.ids
     vocabulary = LLTokenizer(TOKENIZER.to_str(), n_vocab=VOCAB, eos_token=END)
     for request in requests:
         ids, finish = asked.ids[request.rid], asked.finish[request.rid]
@@ -212,7 +219,7 @@ class Impatient(MaskFiller):
         self.num_late += sum(not filling.is_done for filling in fillings)
 
 
-def assert_late_masks_change_no_token(oracle: Oracle, tokenizer: Tokenizer, max_step_tokens: int) -> None:
+def assert_late_masks_change_no_token(oracle: Oracle, tokenizer: Tokenizer, **settings: Any) -> None:
     """Ask the base and every adapter for outputs by three grammars, with most masks late.
 
     tokenizer: the model's, in place of `TOKENIZER`.
@@ -222,7 +229,7 @@ def assert_late_masks_change_no_token(oracle: Oracle, tokenizer: Tokenizer, max_
         for name in oracle.names
         for prompt, (which, text) in zip(prompts(3, 100, (3, 20, 40)), list(GRAMMARS.items())[1:4], strict=True)
     ]
-    engine = oracle.engine(tokenizer, max_step_tokens=max_step_tokens)
+    engine = oracle.engine(tokenizer, **settings)
     filler = engine.grammars._filler = Impatient(lambda: engine.grammars.on_ready())
     warm(engine, oracle.names)
     asked = ask(engine, requests)
@@ -231,7 +238,11 @@ def assert_late_masks_change_no_token(oracle: Oracle, tokenizer: Tokenizer, max_
     assert filler.num_late > 20
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_draft_tokens": 6}, FEW_BLOCKS], ids=["plain", "speculating", "few"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_draft_tokens": 6}, FEW_BLOCKS, {"overlap": "on", **FEW_BLOCKS}],
+    ids=["plain", "speculating", "few", "overlapped"],
+)
 def test_masks_that_are_late_change_no_token(
     tiny: Oracle, expected: dict[str, list[int]], settings: dict[str, Any]
 ) -> None:

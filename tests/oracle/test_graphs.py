@@ -52,7 +52,9 @@ def recorded(oracle: Oracle, recorder: Rerun, kernels: str, **settings: Any) -> 
 
 
 @pytest.mark.parametrize(("recorder", "kernels"), RECORDERS)
-@pytest.mark.parametrize("settings", [{}, {"max_num_seqs": 9, "max_step_tokens": 24}, FEW_BLOCKS], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_num_seqs": 9, "max_step_tokens": 24}, FEW_BLOCKS, {"overlap": "on"}], ids=str
+)
 def test_replayed_steps_equal_one_by_one(
     oracle: Oracle, expected: dict[str, list[int]], recorder: type[Rerun], kernels: str, settings: dict[str, Any]
 ) -> None:

@@ -54,9 +54,13 @@ def test_every_adapter_changes_the_answer(
         ({"prefix_cache": False, **FEW_BLOCKS}, False, True),
         ({"kernels": "reference"}, False, False),
         ({"max_step_tokens": 64, **FEW_BLOCKS}, True, True),
+        ({"overlap": "on"}, False, False),
+        ({"overlap": "on", "max_step_tokens": 64, **FEW_BLOCKS}, True, True),
     ],
-    ids=["plain", "prefix", "chunked", "prefix-chunked", "preempted", "reference", "all"],
-)
+    ids=[
+        "plain", "prefix", "chunked", "prefix-chunked", "preempted", "reference", "all", "overlapped", "overlapped-all",
+    ],
+)  # fmt: skip
 def test_a_mixed_batch_equals_one_by_one(
     tiny: Oracle,
     asked_prompts: dict[str, list[np.ndarray]],

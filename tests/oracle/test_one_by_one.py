@@ -220,6 +220,8 @@ def test_settings_that_need_packed_steps_are_refused() -> None:
         oracle.engine(max_draft_tokens=4)
     with pytest.raises(BadRequest, match="compile is on, but this model's sequences run one by one"):
         prepare_model(tiny_model("falcon"), frozenset(), None, compiled=True)
+    with pytest.raises(BadRequest, match="overlap is on, but this model's sequences run one by one"):
+        oracle.engine(overlap="on")
     assert not oracle.engine().config.limits.prefix_cache
 
 

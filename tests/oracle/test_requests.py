@@ -47,7 +47,10 @@ def sampled_requests(num_tokens: int = 20) -> list[EngineRequest]:
 def test_seeded_sampling_repeats_whatever_else_is_in_the_batch(tiny: Oracle) -> None:
     requests = sampled_requests()
     together = ask(tiny.engine(), requests)
-    crowded = ask(tiny.engine(kv_cache_bytes=24 * 8192, max_model_len=96, max_step_tokens=64), reversed(requests))
+    few: dict[str, Any] = {"kv_cache_bytes": 24 * 8192, "max_model_len": 96, "max_step_tokens": 64}
+    crowded = ask(tiny.engine(**few), reversed(requests))
+    for overlapped in (ask(tiny.engine(overlap="on", **own), requests) for own in ({}, few)):
+        assert overlapped.ids == together.ids
     alone = tiny.engine()
     for request in requests[::3]:
         assert ask(alone, [request]).ids[request.rid] == together.ids[request.rid]
@@ -89,7 +92,8 @@ def test_logprobs_are_those_of_the_model(tiny: Oracle) -> None:
         assert np.allclose(records["top"]["lp"], values.numpy(), atol=1e-4)
 
 
-def test_logprobs_of_prompts_are_those_of_the_model(tiny: Oracle) -> None:
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_logprobs_of_prompts_are_those_of_the_model(tiny: Oracle, overlap: str) -> None:
     """In chunks, beside others, from the cache for others only, and after a preemption."""
     size = 2 + 2 * 3
     lengths = [1, 2, 40, 100, 100, 100, 100, 33]
@@ -101,7 +105,7 @@ def test_logprobs_of_prompts_are_those_of_the_model(tiny: Oracle) -> None:
         for i, (name, prompt) in enumerate(zip(names, given, strict=True))
     ]
     asking = [replace(r, sampling=msgspec.structs.replace(r.sampling, prompt_logprobs=3)) for r in requests]
-    engine = tiny.engine(max_model_len=128, max_step_tokens=48, max_num_seqs=8)
+    engine = tiny.engine(max_model_len=128, max_step_tokens=48, max_num_seqs=8, overlap=overlap)
     plain = ask(engine, requests)
     assert plain.prompt_logprobs == {}
     torn: list[str] = []

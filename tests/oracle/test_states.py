@@ -46,9 +46,9 @@ def test_every_adapter_changes_the_answer(case: Case) -> None:
     assert all(expected != base for expected in others)
 
 
-@pytest.mark.parametrize("step_tokens", [24, 400])
-def test_prompts_in_chunks_and_saved_states_change_no_token(case: Case, step_tokens: int) -> None:
-    engine = case.oracle.engine(max_step_tokens=step_tokens, max_num_seqs=8)
+@pytest.mark.parametrize(("step_tokens", "overlap"), [(24, "off"), (400, "off"), (24, "on")])
+def test_prompts_in_chunks_and_saved_states_change_no_token(case: Case, step_tokens: int, overlap: str) -> None:
+    engine = case.oracle.engine(max_step_tokens=step_tokens, max_num_seqs=8, overlap=overlap)
     warm(engine, case.oracle.names)
     for again in range(2):
         before = engine.counters.num_cached_tokens
@@ -115,7 +115,8 @@ def test_masks_that_are_late_change_no_token() -> None:
     tokenizer = make_tokenizer().backend_tokenizer
     base = tiny_model("qwen3_5_text", vocab_size=tokenizer.get_vocab_size())
     oracle = Oracle(base, {"x": Lora(4, ("q_proj", "in_proj_qkv", "out_proj"))}, scale=0.4)
-    assert_late_masks_change_no_token(oracle, tokenizer, max_step_tokens=64)
+    for overlap in ("off", "on"):
+        assert_late_masks_change_no_token(oracle, tokenizer, max_step_tokens=64, overlap=overlap)
 
 
 def test_states_take_their_part_of_the_cache() -> None:

@@ -117,9 +117,9 @@ class Running:
         return ends
 
 
-@pytest.fixture
-def running(folder: Path) -> Iterator[Running]:
-    running = Running(folder)
+@pytest.fixture(params=["off", "on"])
+def running(folder: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+    running = Running(folder, overlap=request.param)
     yield running
     running.thread.stop()
 
@@ -454,9 +454,9 @@ class FullRunner:
         self.num_refused = 0
         self._is_too_large = False
 
-    def prepare(self, plan: StepPlan) -> StepInputs:
+    def prepare(self, plan: StepPlan, coming: torch.Tensor | None = None) -> StepInputs:
         self._is_too_large = plan.num_tokens > self._most
-        return self._runner.prepare(plan)
+        return self._runner.prepare(plan, coming)
 
     def run(self, inputs: StepInputs) -> torch.Tensor:
         logits = self._runner.run(inputs) if self._after else torch.empty(0)
@@ -466,11 +466,13 @@ class FullRunner:
         return logits if self._after else self._runner.run(inputs)
 
 
-@pytest.mark.parametrize("after_forward", [False, True])
-def test_a_step_without_memory_fails_its_largest_requests_alone(folder: Path, after_forward: bool) -> None:
+@pytest.mark.parametrize(("after_forward", "overlap"), [(False, "off"), (True, "off"), (True, "on")])
+def test_a_step_without_memory_fails_its_largest_requests_alone(
+    folder: Path, after_forward: bool, overlap: str
+) -> None:
     rng = np.random.default_rng(0)
     wanted = {f"small-{i}": ("warm" if i % 2 else "", rng.integers(5, 50, 4 + i)) for i in range(4)}
-    running = Running(folder)
+    running = Running(folder, overlap=overlap)
     for rid, (digest, prompt) in wanted.items():
         running.thread.submit(request(rid, digest, 6, prompt))
     running.ends(set(wanted))

@@ -131,6 +131,20 @@ def test_top_p_sorts_a_flat_distribution_whole() -> None:
     assert torch.equal(torch.isfinite(filtered), torch.isfinite(expected))
 
 
+def test_top_p_is_the_same_to_the_bit_where_the_host_does_not_wait() -> None:
+    """Flat rows beside pointed ones; sums of fp32 probabilities that come short of p."""
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.randn(48, 2 * sampling.TOP_P_CANDIDATES, generator=generator) * torch.logspace(-2, 1, 48)[:, None]
+    logits[::5] = (logits[::5] * 4).round() / 4  # ties
+    probs = logits.softmax(-1)
+    p = torch.tensor([0.05, 0.5, 0.9, 0.999, 1 - 2**-24, 1e-9]).repeat(8)
+    kept = sampling._least_likely(probs, p)
+    assert torch.equal(probs < kept, probs < sampling._least_likely_of_all(probs, p))
+    num = (probs >= kept).sum(-1)
+    assert num.min() == 1
+    assert num.max() > sampling.TOP_P_CANDIDATES
+
+
 def test_repetition_penalty_is_over_prompt_and_output() -> None:
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(3))
     prompt, output = np.array([1, 2, 2]), np.array([5, 6])
@@ -200,15 +214,17 @@ def test_seeds_of_any_size_are_taken() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_choosing_never_waits_for_a_gpu() -> None:
-    logits = torch.randn(6, 500, device="cuda")
+    logits = torch.randn(7, 500, device="cuda")
     rows = [
         row(temperature=0.0), row(temperature=1.0, top_k=7), row(temperature=1.0, min_p=0.1, logit_bias={3: 2.0}),
         row(temperature=0.9, typical_p=0.5), row(output=np.arange(5), temperature=0.0, presence_penalty=1.0),
-        row(prompt=np.arange(9), temperature=0.0, repetition_penalty=1.3, banned=(1, 2)),
+        row(temperature=1.1, top_p=0.9),
+        row(prompt=np.arange(9), temperature=0.0, repetition_penalty=1.3, banned=(1, 2), num_logprobs=3),
     ]  # fmt: skip
-    sampling.choose(logits, rows)
+    sampling.begin_sample(logits, rows)
     with no_waits():
-        ids = sampling.choose(logits, rows).ids
+        pending = sampling.begin_sample(logits, rows)
+    ids = pending.result().ids
     assert ids.tolist() == sample(logits.cpu(), rows).ids.tolist()
 
 
