@@ -35,6 +35,7 @@ class Report(msgspec.Struct):
     attacks: dict[str, int] = {}  # name -> rounds
     num_ended: int = 0  # jobs and batches that a webhook had to tell of
     num_webhooks: int = 0  # that arrived
+    num_unclear: int = 0  # conversations of which a queue without power may have forgotten something
 
 
 def report_of(tally: Tally, plan: Plan, words: Sequence[str]) -> Report:
@@ -54,6 +55,7 @@ def report_of(tally: Tally, plan: Plan, words: Sequence[str]) -> Report:
         attacks=dict(tally.attacks),
         num_ended=tally.num_ended,
         num_webhooks=tally.num_webhooks,
+        num_unclear=tally.num_unclear,
         violations=[f"seed {plan.seed}: {violation}" for violation in tally.violations],
     )
 
@@ -73,6 +75,7 @@ def merged(reports: Sequence[Report]) -> Report:
         first.num_tokens += other.num_tokens
         first.num_ended += other.num_ended
         first.num_webhooks += other.num_webhooks
+        first.num_unclear += other.num_unclear
         first.violations += other.violations
         first.num_runs += other.num_runs
     return first
@@ -92,13 +95,14 @@ def as_markdown(report: Report) -> str:
     told = ", ".join(f"{num} {code}" for code, num in sorted(report.told.items())) or "nothing"
     runs = "" if report.num_runs == 1 else f", {report.num_runs} such runs with a seed each"
     attacks = f"{sum(report.attacks.values())} rounds of {len(report.attacks)} attacks. " if report.attacks else ""
+    unclear = f"{report.num_unclear} conversations met a power cut. " if report.num_unclear else ""
     told_of = f"{report.num_webhooks} webhooks told of {report.num_ended} ends. " if report.num_ended else ""
     num_kills = sum(num for name, num in report.faults.items() if name.partition(": ")[2] in KILLS)
     lines = [
         f"`{report.command}`{runs} on {report.machine}, {', '.join(report.dates)}: {sum(report.faults.values()):,} "
         f"faults, {num_kills:,} of them kills, in {report.elapsed_s / 60:.0f} min, "
         f"{sum(report.calls.values()):,} calls answered whole ({calls}), "
-        f"{report.num_tokens:,} tokens. Attempts that were not: {told}. {attacks}{told_of}"
+        f"{report.num_tokens:,} tokens. Attempts that were not: {told}. {attacks}{told_of}{unclear}"
         f"**Violations: {len(report.violations)}.**",
         "",
         "| fault | times | streams concerned | pause p50, s | p99 | longest |",

@@ -23,6 +23,7 @@ from chaos.batches import BatchClient
 from chaos.client import GIVE_UP_S, STYLES, Attempt, Call, Client
 from chaos.faults import Havoc, Hit
 from chaos.fleet import ProcessFleet, Shape
+from chaos.responses import ResponseClient
 from chaos.webhooks import Receiver, receiving
 from chaos.wire_attacks import WIRE_ATTACKS
 from protocol.queue.bus import CONNECTION_ERRORS
@@ -54,6 +55,7 @@ class Plan:
     kills_only: bool = False  # once each fault has been done
     num_lines: int = 0  # of the batches that a client runs, one after the other; 0: there is no such client
     num_adapters: int = 0  # of those lines, beside which nobody asks them; 0: lines ask what clients ask
+    num_turns: int = 0  # of the conversations that a client holds, one after the other; 0: there is no such client
     num_attackers: int = 0  # if there are any, API keys are on, and they are another tenant than the clients
 
 
@@ -66,6 +68,7 @@ class Tally:
     told: Counter[str] = field(default_factory=Counter)  # error codes of unfinished attempts
     attacks: Counter[str] = field(default_factory=Counter)  # name -> rounds
     num_lost_batches: int = 0  # that a queue without power has forgotten, just made
+    num_unclear: int = 0  # conversations of which a queue without power may have forgotten something
     pauses: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))  # s, per kind and how
     num_tokens: int = 0
     hits: list[Hit] = field(default_factory=list)
@@ -138,6 +141,8 @@ class Run:
                 group.create_task(self._be_client(number, stop))
             if self.plan.num_lines:
                 group.create_task(self._run_batches(stop))
+            if self.plan.num_turns:
+                group.create_task(self._run_conversations(stop))
             for number in range(self.plan.num_attackers):
                 group.create_task(self._be_attacker(number, stop))
             timer = asyncio.get_running_loop().call_later(self.plan.max_s, stop.set)
@@ -174,6 +179,23 @@ class Run:
                 self.tally.calls["batch"] += self.plan.num_lines
         finally:
             self._ended |= client.ended
+            await client.close()
+
+    async def _run_conversations(self, stop: asyncio.Event) -> None:
+        """Hold one conversation after the other; the last one is held to its end after the faults."""
+        rng = random.Random(f"{self.plan.seed} conversations")
+        client = ResponseClient(self.fleet.urls, self._client_key, sorted({ask.model for ask in self.asks}))
+        try:
+            while not stop.is_set():
+                told = await client.converse(self.plan.num_turns, rng)
+                self.tally.violations += [f"conversation: {what}" for what in told.doubled]
+                if self._had_no_power(told.began_s - 5, told.ended_s):
+                    self.tally.num_unclear += 1
+                    continue
+                self.tally.violations += [f"conversation: {what}" for what in told.wrong]
+                self.tally.calls["turn"] += len(told.ends)
+                self._ended |= set(told.ends)
+        finally:
             await client.close()
 
     async def _be_attacker(self, number: int, stop: asyncio.Event) -> None:
@@ -251,8 +273,11 @@ class Run:
 
     def _may_be_forgotten(self, attempt: Attempt) -> bool:
         """Tell whether a queue without power may have lost what nobody was there to tell it again."""
-        cuts = [hit for hit in self.havoc.hits if hit.how == "power cut"]
-        return any(hit.at_s - 5 <= attempt.ended_s <= hit.at_s + 15 for hit in cuts)
+        return self._had_no_power(attempt.ended_s - 15, attempt.ended_s + 5)
+
+    def _had_no_power(self, from_s: float, to_s: float) -> bool:
+        """Tell whether the power of the queue was cut between two times."""
+        return any(hit.how == "power cut" and from_s <= hit.at_s <= to_s for hit in self.havoc.hits)
 
     # ------------------------------------------------------------ after
 
@@ -283,6 +308,7 @@ class Run:
         for wid in await bus.members.ids(bus.keys.workers):
             left += [f"{wid} has {item.rid}" for item in await bus.work_of(wid)]
         left += [f"{key} has no life time" for key in await bus.untimed_keys()]
+        left += [f"{turn.response} is not added" for turn in await bus.conversations.due(1 << 52, 9)]
         return left + [f"request {rid} is {state}" for rid, state in (await bus.unfinished()).items()]
 
     def _rss(self) -> dict[str, float]:

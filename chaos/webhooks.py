@@ -17,7 +17,10 @@ from chaos.fleet import until
 
 logger = logging.getLogger(__name__)
 
-EVENTS = ("batch.completed", "batch.failed", "batch.expired", "batch.cancelled", "job.completed", "job.failed")
+EVENTS = (
+    "batch.completed", "batch.failed", "batch.expired", "batch.cancelled", "job.completed", "job.failed",
+    "response.completed", "response.incomplete", "response.failed", "response.cancelled",
+)  # fmt: skip
 REFUSED = 0.2
 """Share of deliveries that are answered with 503, to be sent again."""
 

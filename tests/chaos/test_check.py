@@ -15,6 +15,7 @@ from chaos.asks import GREEDY, Ask, Expected
 from chaos.check import logged_wrongly, longest_pause, shown_wrongly, unexcused
 from chaos.client import Attempt, Call, Outcome
 from chaos.faults import KILLS, WEIGHTS, Havoc, Hit, PowerCut, draw
+from chaos.responses import doubled, misplaced, wrong_events
 from chaos.soak import Course
 from protocol.wire.records import RequestFacts
 
@@ -156,3 +157,68 @@ def test_a_power_cut_soon_after_another_adds_nothing_to_the_file(tmp_path: Path)
     file.write_bytes(bytes(18))  # the server takes a command off that is not whole
     assert power.cut(60.0) == 0
     assert file.stat().st_size == 18
+
+
+# ---------------------------------------------------------------- responses and conversations
+
+
+def response(status: str = "completed", output: str = "o") -> dict[str, Any]:
+    items = [{"id": output, "content": [{"text": output}]}]
+    return {"id": "resp_1", "status": status, "output": items, "error": None}
+
+
+def events(end: dict[str, Any], *numbers: int) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = [{"type": "response.output_text.delta", "sequence_number": n} for n in numbers]
+    return [*made, {"type": f"response.{end['status']}", "sequence_number": len(numbers), "response": end}]
+
+
+def test_events_that_are_the_same_each_time_pass() -> None:
+    assert wrong_events(response(), [events(response(), 0, 1)] * 3) == []
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        [events(response(), 0, 2)],  # a gap
+        [events(response(), 0, 0)],  # one twice
+        [[*events(response(), 0), *events(response())]],  # two ends
+        [events(response(), 0)[:-1]],  # none
+        [events(response(output="p"), 0)],  # of another response
+        [events(response(), 0), [{**event, "x": 1} for event in events(response(), 0)]],
+    ],
+)
+def test_every_wrong_stream_of_events_is_found(reads: list[list[dict[str, Any]]]) -> None:
+    assert wrong_events(response(), reads) != []
+
+
+def test_a_failed_response_is_found() -> None:
+    end = response("failed")
+    assert wrong_events(end, [events(end, 0)]) == ["it has failed: None"]
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"id": text, "content": [{"text": text}]}
+
+
+GROUPS = [[("a", response(output="A"))], [("b", response(output="B")), ("c", response(output="C"))],
+          [("d", response("cancelled"))], [("e", response("incomplete", "E"))]]  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["0aAbBcCeE", "0aAcCbBeE"])
+def test_turns_in_their_places_pass(order: str) -> None:
+    assert misplaced([said(text) for text in order], GROUPS) == []
+
+
+@pytest.mark.parametrize(
+    "order",
+    ["0aAbBcC", "0aAbBcCeEeE", "0aAbcBCeE", "0bBcCaAeE", "0aAbBcCdoeE", "0aAbBbBcCeE", "0aAbBcCe", "0aAbBeEcC", "0"],
+)
+def test_turns_that_are_lost_doubled_or_torn_are_found(order: str) -> None:
+    assert misplaced([said(text) for text in order], GROUPS) != []
+
+
+def test_an_item_that_is_there_twice_is_found() -> None:
+    items = [{**said(text), "role": "user"} for text in "0ab"]
+    assert doubled(items) == []
+    assert len(doubled([*items, {**said("a"), "role": "user", "id": "z"}])) == 1  # the same input in another item
+    assert len(doubled([*items, said("b")])) == 1

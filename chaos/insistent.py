@@ -1,0 +1,55 @@
+"""Requests that are asked again, at another gateway, until one answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import httpx2
+
+from chaos.client import GIVE_UP_S, PAUSE_S
+
+
+class Insistent:
+    """Asks the gateways at `urls`, which may die, one after the other."""
+
+    def __init__(self, urls: Sequence[str], key: str) -> None:
+        """`key`: the API key that it shows; "" for a fleet that asks for none."""
+        self._urls = urls
+        self._next = 0
+        limits = httpx2.Limits(max_keepalive_connections=0)  # a connection from before a kill would only fail
+        shown = {"authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx2.AsyncClient(timeout=30, trust_env=False, limits=limits, headers=shown)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+
+    async def ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        """Return an answer, or {"error": …}; what is refused for now, or breaks off, is asked again elsewhere."""
+        began_s = time.monotonic()
+        while time.monotonic() < began_s + GIVE_UP_S:
+            with contextlib.suppress(httpx2.TransportError):
+                answer = await self._http.request(method, self._url(path), **options)
+                if answer.status_code == 200:
+                    is_json = answer.headers["content-type"].startswith("application/json")
+                    return answer.json() if is_json else {"raw": answer.content}
+                if answer.status_code not in (429, 503):
+                    return {"error": f"{method} {path}: {answer.status_code} {answer.text}"}
+            await asyncio.sleep(PAUSE_S)
+        return {"error": f"{method} {path} was never answered"}
+
+    async def read(self, path: str) -> AsyncIterator[bytes]:
+        """Yield the bytes of one stream as they come, until it ends, breaks off or is refused."""
+        with contextlib.suppress(httpx2.TransportError):
+            async with self._http.stream("GET", self._url(path)) as answer:
+                if answer.status_code == 200:
+                    async for part in answer.aiter_raw():
+                        yield part
+
+    def _url(self, path: str) -> str:
+        self._next += 1
+        return self._urls[self._next % len(self._urls)] + path
