@@ -42,10 +42,14 @@ class Outside:
 
     def check(self, url: str) -> None:
         """Refuse a URL by its form. Raises BadRequest."""
-        parts = urlsplit(url)
         schemes = ("https", "http") if self._private else ("https",)
         if len(url) > MAX_URL_CHARACTERS:
             raise BadRequest(f"url has {len(url)} characters; the limit is {MAX_URL_CHARACTERS}", param="url")
+        try:
+            parts = urlsplit(url)
+            httpx2.URL(url)
+        except (ValueError, httpx2.InvalidURL) as error:
+            raise BadRequest(f"url is none: {url!r:.100}: {error}", param="url") from error
         if parts.scheme not in schemes or not parts.hostname or parts.username is not None:
             raise BadRequest(f"url must be {' or '.join(schemes)} with a host and no user: {url!r:.100}", param="url")
         try:

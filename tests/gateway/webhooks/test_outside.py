@@ -35,6 +35,14 @@ async def test_names_of_this_machine_are_not_asked(host: str) -> None:
     await outside.close()
 
 
+@pytest.mark.parametrize(
+    "url", ["https://[", "https://[::1", "https://a/\x01", "https://a:x", "https://\u2100.example"]
+)
+def test_what_is_no_url_is_refused(url: str) -> None:
+    with pytest.raises(BadRequest, match=r"^url"):
+        Outside(private=False).check(url)
+
+
 def test_http_is_for_private_networks() -> None:
     with pytest.raises(BadRequest, match="must be https"):
         Outside(private=False).check("http://example.com")
