@@ -98,7 +98,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
     try:
         await bus.check()
         replies = Replies(bus, uuid.uuid4().hex, beats)
-        fleet = FleetView(beats, settings.beat_timeout_s)
+        fleet = FleetView(beats, settings.beat_timeout_s, waits=settings.wait_for_worker_s > 0)
         heartbeat = Heartbeat(settings.queue_url(), replies.gid, timings.pace)
         admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, timings.overload)
         memory = MemoryAccount(settings.gateway_memory)

@@ -43,6 +43,7 @@ class SchedulerConfig:
     slack_tokens: float = 4096.0  # weighted tokens by which others may pass a tenant whose request is held
     max_attempts: int = 3  # workers that may die while they have a request, before it fails
     beat_timeout_s: float = 3.5  # silence after which a worker counts as dead
+    wait_for_worker_s: float = 0.0  # after which a call ends while there is no worker; 0: at its deadline
 
     @property
     def max_lag(self) -> float:
@@ -52,7 +53,10 @@ class SchedulerConfig:
     @classmethod
     def of(cls, settings: Settings) -> SchedulerConfig:
         """Return the part of a service's settings that concerns the scheduler's decisions."""
-        return cls(float(settings.affinity_slack_tokens), settings.max_attempts, settings.beat_timeout_s)
+        return cls(
+            float(settings.affinity_slack_tokens), settings.max_attempts, settings.beat_timeout_s,
+            settings.wait_for_worker_s,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -88,6 +92,7 @@ class Scheduler:
         """Whether requests of class batch are dispatched. Their answers stay in the queue, and may find no room."""
         self.requests: dict[str, QueuedRequest] = {}
         self._deadlines: list[tuple[int, str]] = []
+        self._alone_since_ms: float | None = None  # since when there has been no worker
         self._num_seen = 0
         self._now_ms = 0.0  # of the last plan
         self._unplaced: set[str] = set()  # digests of requests submitted since the last plan
@@ -215,6 +220,22 @@ class Scheduler:
             self._deadlines = sorted((r.submit.deadline_ms, rid) for rid, r in self.requests.items())
         return rids
 
+    def unserved(self, now_ms: float) -> list[str]:
+        """Return the requests for which no worker has come in time, while somebody waits for their answer.
+
+        Jobs, which nobody waits for, are not among them. Time counts from the last worker's end or the request's
+        submission, whichever is later.
+        """
+        if self.workers.by_id or not self.config.wait_for_worker_s:
+            self._alone_since_ms = None
+            return []
+        if self._alone_since_ms is None:
+            self._alone_since_ms = now_ms
+        before_ms = now_ms - 1000 * self.config.wait_for_worker_s
+        if self._alone_since_ms > before_ms:
+            return []
+        return [rid for rid, r in self.requests.items() if r.submit.gateway and r.submit.submitted_ms <= before_ms]
+
     def of_gateway(self, gid: str) -> list[str]:
         """Return the requests that end when a gateway dies."""
         return [rid for rid, r in self.requests.items() if r.submit.gateway == gid and not r.submit.stored]
@@ -326,6 +347,7 @@ class Scheduler:
             plan.again_ms = now_ms
             return OfferResult.FULL
         request.yields = self.shares.yields(request)
+        request.alone = request.yields and self.shares.is_alone(request.submit.tenant)
         if request.yields and not self.placement.has_room(request):
             others_have_room = self.placement.has_room(request, yields=False)
             return OfferResult.FULL_FOR_YIELDING if others_have_room else OfferResult.FULL

@@ -80,7 +80,8 @@ class FairShares:
     requests as places are reserved, so that a flood is noticed before it has filled the workers.
 
     Two more kinds of tenants yield. One that is alone, while no other has open requests or has asked recently, so that
-    whoever comes next need not wait for it. And one whose counter is more than `slack_tokens` above that of a tenant
+    whoever comes next need not wait for it; beside requests that yield for another reason, workers let those of the one
+    that was alone go first. And one whose counter is more than `slack_tokens` above that of a tenant
     over its share: otherwise a tenant with few requests at a time, but no pause between them, would always be served
     first.
 
@@ -133,6 +134,10 @@ class FairShares:
             over = (self._counters[name] for name in self.num_open if self._is_over(name))
             self._least_over = min(over, default=math.inf)
         return self._counters[tenant] > self._least_over + self._slack_tokens
+
+    def is_alone(self, tenant: str) -> bool:
+        """Return whether a tenant yields for no other reason than that it is alone."""
+        return self._is_alone and not self._is_over(tenant)
 
     def _is_over(self, tenant: str) -> bool:
         return tenant in self._weights and self.num_open[tenant] > self._share * self._weights[tenant]

@@ -61,6 +61,7 @@ class QueuedRequest:
     held_since_ms: float = -1.0  # when it was first held for a worker with its adapter; -1: never
     held_until_ms: float = 0.0
     yields: bool = False  # to requests of other tenants, see `FairShares`
+    alone: bool = False  # it yields only because its tenant was alone
     choice: Choice | None = None  # of the worker it was last offered to
 
     @property

@@ -21,7 +21,7 @@ from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
 from protocol.runtime.service import unending, wait_any
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import DeadlineExceeded, ProtocolError
+from protocol.wire.errors import DeadlineExceeded, ProtocolError, Unavailable
 from protocol.wire.keys import BATCH, CLASSES
 from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.drain import DrainRate
@@ -235,6 +235,9 @@ class Session:
             await self._watch_gateways(elapsed_s)
             for rid in self.scheduler.expired(now_ms()):
                 await self._recovery.end(rid, DeadlineExceeded("the request's deadline has passed"))
+            for rid in self.scheduler.unserved(now_ms()):
+                wait_s = self.scheduler.config.wait_for_worker_s
+                await self._recovery.end(rid, Unavailable(f"no worker has come within wait_for_worker_s, {wait_s:g} s"))
             if rounds % 2 == 0:
                 self.scheduler.tick()
                 await self._publish_status()
@@ -318,5 +321,5 @@ def _assigned(request: QueuedRequest, now: int) -> m.Assigned:
     queued_ms = max(0, now - sub.submitted_ms) if sub.submitted_ms else 0
     return m.Assigned(
         sub.rid, request.epoch + 1, sub.digest, sub.tenant, sub.gateway, request.yields, sub.choice, sub.call, sub.part,
-        sub.cls == BATCH, queued_ms, sub.trace,
+        sub.cls == BATCH, queued_ms, sub.trace, request.alone,
     )  # fmt: skip

@@ -20,9 +20,10 @@ REFRESH_S = 1.0
 class FleetView:
     """The base model, the number of live workers and the scheduler's status, read from the queue once a second."""
 
-    def __init__(self, bus: Bus, beat_timeout_s: float) -> None:
-        """`beat_timeout_s`: silence after which a worker counts as dead."""
+    def __init__(self, bus: Bus, beat_timeout_s: float, *, waits: bool = False) -> None:
+        """Take the silence after which a worker counts as dead, and whether calls wait in the queue for a worker."""
         self._bus = bus
+        self._waits = waits
         self._beat_timeout_ms = int(beat_timeout_s * 1000)
         self.base: m.ServedModel | None = None
         self.status: m.SchedulerStatus | None = None
@@ -30,8 +31,8 @@ class FleetView:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a worker is alive and the base model is known."""
-        return self.base is not None and self.num_workers > 0
+        """Whether calls are accepted: the base model is known, and a worker is alive or calls wait for one."""
+        return self.base is not None and (self.num_workers > 0 or self._waits)
 
     async def refresh(self) -> None:
         """Read all of it once. Raises a connection error."""
@@ -75,8 +76,17 @@ class FleetView:
         WORKERS.show(alive)
         return alive
 
+    @property
+    def demand(self) -> int:
+        """How many requests workers are needed for: those that wait and those that run.
+
+        At least one before any worker has told its model, since without it no call can be accepted.
+        """
+        num = self.status.queued + self.status.running if self.status is not None else 0
+        return num if self.base is not None else max(num, 1)
+
     async def require(self, *, worker: bool) -> m.ServedModel:
-        """Return the base model. Raises Unavailable while it is unknown or, with `worker`, no worker is alive."""
+        """Return the base model. Raises Unavailable while it is unknown or, with `worker`, calls are not accepted."""
         if self.base is None or (worker and not self.is_ready):
             await self.refresh()  # a worker may just have come up
         if self.base is None or (worker and not self.is_ready):

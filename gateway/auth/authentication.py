@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.auth.callers import CALLER, EVERYBODY, Caller
 from gateway.http.errors import ShapeOf, unreachable_queue
 from gateway.http.headers import header_of
-from gateway.http.paths import OLLAMA_PREFIX, PING
+from gateway.http.paths import FLEET, OLLAMA_PREFIX, PING
 from protocol.queue.api_keys import PREFIX, ApiKeys
 from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.runtime.fleet_secret import FleetSecret
@@ -42,7 +42,7 @@ class Authentication:
         `secret`: the fleet's, None where it has none. `open_pages`: whether metrics and the API's page need no key.
         """
         self._secret = secret
-        self._open = OPEN_PATHS | {METRICS, API_PAGE} if open_pages else OPEN_PATHS
+        self._open = OPEN_PATHS | {METRICS, API_PAGE, FLEET} if open_pages else OPEN_PATHS
         self._app = app
         self._keys = keys
         self._shape_of = shape_of
@@ -91,7 +91,7 @@ def check_scopes(method: str, path: str, caller: Caller) -> None:
         else:
             for_all = method == "POST" and path.endswith(("/pin", "/unpin", "/evict"))
             caller.require("admin" if for_all else "adapters")
-    elif path == METRICS:
+    elif path in (METRICS, FLEET):
         caller.require("admin")
     elif path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
         caller.require("adapters")

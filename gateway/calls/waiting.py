@@ -13,6 +13,9 @@ async def waiting_state(bus: Bus, rid: str) -> str:
     """Return in a few words what a request waits for. Raises a connection error."""
     holder = await bus.holder(rid)
     if holder.state == "queued":
+        status = await bus.get(bus.keys.status, m.SchedulerStatus)
+        if status is not None and status.workers == 0:
+            return "queued, waiting for a worker to start"
         ahead = await bus.position(rid, limit=MAX_COUNTED)
         return "queued" if ahead is None else _place(ahead)
     if holder.state == "assigned":

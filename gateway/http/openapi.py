@@ -170,6 +170,16 @@ class Load(BaseModel):
     server_load: int
 
 
+class Fleet(BaseModel):
+    """How much the fleet has to do."""
+
+    object: str
+    workers: int
+    queued: int
+    running: int
+    demand: int
+
+
 class File(BaseModel):
     """A file."""
 
@@ -396,6 +406,7 @@ DETOKENIZED: Responses = {200: {"model": Detokenized}}
 TOKENIZER_INFO: Responses = {200: {"model": TokenizerInfo}}
 VERSION: Responses = {200: {"model": Version}}
 LOAD: Responses = {200: {"model": Load}}
+FLEET: Responses = {200: {"model": Fleet}}
 _HAPPENED = _object(ms=_INTEGER, event=_TEXT, text=_TEXT)
 EXPLAINED: Responses = {
     200: _json(

@@ -38,6 +38,9 @@ GENERATION_PATHS = (
 
 FILES, BATCHES, WEBHOOKS = "/v1/files", "/v1/batches", "/v1/webhook_endpoints"
 
+FLEET = "/v1/fleet"
+"""What starts and stops workers asks it: how many requests there are, and workers for them."""
+
 BATCH_ENDPOINTS = frozenset(path for path in GENERATION_PATHS if path.startswith("/v1/"))
 """What the lines of a batch may ask."""
 

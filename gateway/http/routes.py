@@ -23,7 +23,7 @@ from gateway.calls.writers import SSE, Framing
 from gateway.http import openapi
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape
 from gateway.http.keep_alive import KeepAliveResponse
-from gateway.http.paths import CHAT, COMPLETIONS, MODELS
+from gateway.http.paths import CHAT, COMPLETIONS, FLEET, MODELS
 from gateway.http.shapes import speaks_anthropic
 from gateway.openai.bodies import AnyRequest, ChatRequest, CompletionRequest
 from gateway.openai.calls import OpenAICalls
@@ -147,6 +147,15 @@ class Endpoints:
             return json_response(body)
         return json_response({**body, "error": "unhealthy", "error_type": "healthcheck"}, 503)
 
+    async def fleet(self) -> Response:
+        """Answer `/v1/fleet`: what a program asks that starts and stops workers."""
+        fleet = self._pipeline.fleet
+        await fleet.refresh()
+        status = fleet.status
+        queued, running = (status.queued, status.running) if status is not None else (0, 0)
+        found = {"workers": fleet.num_workers, "queued": queued, "running": running, "demand": fleet.demand}
+        return json_response({"object": "fleet", **found})
+
     async def version(self) -> Response:
         """Answer vLLM's `/version`."""
         return json_response({"version": version("lorafleet")})
@@ -177,5 +186,6 @@ def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     app.get("/v1/jobs/{jid}/stream", responses=openapi.STREAMED)(endpoints.stream_job)
     app.delete("/v1/jobs/{jid}", responses=openapi.DELETED)(endpoints.delete_job)
     app.post("/v1/jobs/{jid}/cancel", responses=openapi.JOB)(endpoints.cancel_job)
+    app.get(FLEET, responses=openapi.FLEET)(endpoints.fleet)
     app.get("/version", responses=openapi.VERSION)(endpoints.version)
     app.get("/load", responses=openapi.LOAD)(endpoints.load)

@@ -73,8 +73,10 @@ class Batcher:
 
     A sequence that yields comes last in everything: it gets the tokens, places and blocks that the others leave. See
     `plan` for the tokens and `_make_room` for places and blocks. `scheduler.fairness` decides which sequences yield;
-    besides these, where steps are limited, all of the tenant that has had most of the tokens of late. Batch work yields
-    to all others: where no other sequence has anybody to yield to, these are the others, and only batch work yields.
+    besides these, where steps are limited, all of the tenant that has had most of the tokens of late. One that yields
+    because its tenant was alone does so only until another tenant's yield for a better reason: it would wait for
+    whoever has more than a share, on even terms. Batch work yields to all others: where no other sequence has anybody
+    to yield to, these are the others, and only batch work yields.
 
     fingerprint: of the base model, part of the prefix cache's keys.
     """
@@ -118,7 +120,7 @@ class Batcher:
         """
         tenant = seq.request.tenant
         seq.yields = seq.yields or bool(tenant and tenant == self._heaviest)
-        if seq.level == 1 and tenant:
+        if seq.level == 1 and tenant and not seq.request.alone:
             for other in self:
                 if other.request.tenant == tenant:
                     other.yields = other.num_skips <= MAX_SKIPS
@@ -149,6 +151,7 @@ class Batcher:
         """
         self._num_plans += 1
         self._mark_heaviest()
+        self._mark_alone()
         self._levels = sorted({seq.level for seq in self})
         has_others = any(not self._yields(seq) for seq in self)
         self._short_plans = SHORT_STEPS_AFTER if has_others else self._short_plans - 1
@@ -227,6 +230,15 @@ class Batcher:
             tenant = seq.request.tenant
             if tenant and tenant in (before, self._heaviest):
                 seq.yields = (seq.request.level > 0 or tenant == self._heaviest) and seq.num_skips <= MAX_SKIPS
+
+    def _mark_alone(self) -> None:
+        """Let sequences of tenants that were alone yield, unless those of another tenant yield for a better reason."""
+        alone = [seq for seq in self if seq.request.alone]
+        if not alone:
+            return
+        over = {seq.request.tenant for seq in self if seq.level == 1 and not seq.request.alone} | {self._heaviest}
+        for seq in alone:
+            seq.yields = not (over - {seq.request.tenant, ""}) and seq.num_skips <= MAX_SKIPS
 
     def _alone_s(self, plan: StepPlan) -> float:
         """Return the predicted seconds of a step without limit, 0 if it holds anything but others' decodes."""

@@ -33,6 +33,7 @@ class EngineRequest:
     lora_scale: float = 1.0  # multiplies the adapter's own scale
     tenant: str = ""  # whose it is; "" if that is not known
     yields: bool = False  # to requests that do not, see `Batcher`
+    alone: bool = False  # whether it yields only because its tenant was alone: not beside others that yield
     batch: bool = False  # whether it is of the class `batch`: it yields to all that are not
     grammar: str = ""  # that the output must follow, as in `messages.Body`
     task: m.Task = "generate"  # what its output is, see `messages.Body`

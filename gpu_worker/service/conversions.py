@@ -60,6 +60,7 @@ def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
         lora_scale=body.lora_scale,
         tenant=item.tenant,
         yields=item.yields,
+        alone=item.alone,
         batch=item.batch,
         grammar=body.grammar,
         task=body.task,

@@ -100,6 +100,12 @@ class Settings(BaseSettings):
         default=None,
         description="file that holds the secret, created if missing; default for `up`: a file in the data folder",
     )
+    wait_for_worker_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="how long a call waits in the queue while there is no worker, which then may be started for it;"
+        " 0: such calls get 503 at once; the same for all gateways and schedulers",
+    )
     seal_bodies: bool = Field(
         default=False,
         description="encrypt prompts while they lie in the queue, by the secret; the same for all gateways and workers",

@@ -41,3 +41,14 @@ async def test_who_dies_takes_none_of_its_tenants_limits_along(bus: Bus) -> None
         assert await bus.step("w3", Step(rows=[end])) == []
         assert await bus._redis.zcard(running) == 0
         assert float(await bus._redis.hget(used, "tokens")) <= 8 + 4 + 4
+
+
+async def test_a_worker_is_told_who_yields_because_it_is_alone(bus: Bus) -> None:
+    worker = await FakeWorker(bus, "w1").join()
+    await submit(bus, make_submit("first", tenant="a"))
+    async with running_scheduler(bus):
+        await holds(worker, "first")
+        await submit(bus, make_submit("second", tenant="b"))
+        await holds(worker, "second")
+    flags = {item.rid: (item.yields, item.alone) for batch in worker.batches for item in batch}
+    assert flags == {"first": (True, True), "second": (False, False)}

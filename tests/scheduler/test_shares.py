@@ -51,9 +51,13 @@ def test_equals_that_all_have_more_than_their_share_all_yield() -> None:
 def test_a_tenant_that_is_alone_yields_to_whoever_comes_next() -> None:
     shares = make_shares(only=1)
     assert shares.tenant_yields("only")
+    assert shares.is_alone("only")
+    flood = make_shares(only=200)
+    assert (flood.tenant_yields("only"), flood.is_alone("only")) == (True, False), "it has more than its share besides"
     shares.opened("other", 1.0, 0.0)
     shares.update(*PLACES, 0.0)
     assert not any(map(shares.tenant_yields, ("only", "other")))
+    assert not any(map(shares.is_alone, ("only", "other")))
     shares.closed("other")
     shares.update(*PLACES, RECENT_MS)
     assert not shares.tenant_yields("only"), "another has asked recently"

@@ -15,13 +15,14 @@ class Assigned(Packed, frozen=True):
     digest: str
     tenant: str = ""
     gateway: str = ""
-    yields: bool = False  # its tenant has more than its fair share: it yields to requests of tenants that have less
+    yields: bool = False  # its tenant has more than its fair share, or is alone: it yields to requests of others
     choice: int = 0  # this and the next two as in `Submit`
     call: str = ""
     part: int = 0
     batch: bool = False  # of the class `batch`: it yields to all that is not
     queued_ms: int = 0  # from its submission to this assignment
     trace: str = ""  # as in `Submit`
+    alone: bool = False  # it yields only because no other tenant asked for anything; see `FairShares`
 
 
 class Option(Packed, frozen=True):

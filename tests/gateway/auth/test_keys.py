@@ -65,6 +65,8 @@ async def test_metrics_are_an_admin_s_unless_the_pages_are_open(
 ) -> None:
     tenant, admin = await key_of(keys, "acme"), await key_of(keys, "ops", "admin")
     assert (await http.get("/metrics", headers=tenant)).status_code == 403
+    assert (await http.get("/v1/fleet", headers=tenant)).status_code == 403
+    assert (await http.get("/v1/fleet", headers=admin)).json()["object"] == "fleet"
     assert (await http.get("/openapi.json", headers=tenant)).status_code == 200
     await fleet.add_adapter("secret-name", "d1")
     body = {**CHAT, "model": "secret-name"}
@@ -77,7 +79,7 @@ async def test_metrics_are_an_admin_s_unless_the_pages_are_open(
         running_gateway(bus, model_folder, api_keys=True, open_pages=True) as gateway,
         httpx2.AsyncClient(base_url=gateway.url) as other,
     ):
-        for path in ("/metrics", "/openapi.json"):
+        for path in ("/metrics", "/openapi.json", "/v1/fleet"):
             page = await other.get(path)
             assert page.status_code == 200
             assert "secret-name" not in page.text

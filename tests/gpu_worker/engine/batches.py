@@ -41,12 +41,13 @@ def make_seq(
     output: list[int] | None = None,
     *,
     yields: bool = False,
+    alone: bool = False,
     batch: bool = False,
     tenant: str = "",
 ) -> Sequence:
     request = EngineRequest(
-        rid, 1, digest, prompt.astype(np.int32), Sampling(), max_new, output or [], yields=yields, batch=batch,
-        tenant=tenant,
+        rid, 1, digest, prompt.astype(np.int32), Sampling(), max_new, output or [], yields=yields or alone,
+        alone=alone, batch=batch, tenant=tenant,
     )  # fmt: skip
     seq = Sequence(request, 1 << 20)
     seq.is_bound = True

@@ -61,6 +61,7 @@ class BatcherMachine(RuleBasedStateMachine):
         self.batcher = Batcher(self.limits, self.blocks, self.slots, "base")
         self.batcher.step_model = StepModel(a=1.0, b=token_s, c=token_s / 100, d=token_s / 50)
         self.paused = False
+        self.has_changed = False  # whether the last plan has changed who yields
         self.idle_plans: dict[Sequence, int] = {}  # decoding sequence that yields -> plans since its last turn
         self.cache = Cache()
         self.rng = np.random.default_rng(0)
@@ -115,6 +116,7 @@ class BatcherMachine(RuleBasedStateMachine):
             assert num_tokens <= self.limits.short_step_tokens, "a yielding prompt in a long step"
         for seq in plan.preempted:
             assert not any(other.level > seq.level for other in self.batcher.running), "these are the first to go"
+        self.has_changed = before != set(self.levels)
         self.check_turns(plan, [seq for seq in running if seq.num_pending == 1 and seq not in plan.preempted])
         if any(not seq.request.digest or seq.request.digest in self.slots.resident for seq in self.batcher):
             assert plan.num_new, "nothing runs though something could"
@@ -142,7 +144,7 @@ class BatcherMachine(RuleBasedStateMachine):
         if self.limits.max_batch_slowdown and self.levels[:2][-1:] == [2]:
             self.check_batch(plan, others, taking_part)
             return
-        if len(self.levels) > 2:
+        if len(self.levels) > 2 and not self.has_changed:
             assert not plan.num_new or {seq.level for seq in plan.num_new} in ({2}, *LOWER), "batch work waits"
         is_limited = bool(self.limits.max_slowdown and others)
         was_paused, self.paused = self.paused, bool(yielding) and not taking_part

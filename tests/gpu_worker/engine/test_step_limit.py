@@ -159,6 +159,49 @@ def test_a_tenant_of_few_long_prompts_fills_no_more_than_a_step() -> None:
     assert batcher.plan().num_new == {quiet: 1, late: 30}, "long ago counts no more"
 
 
+def test_who_was_alone_yields_no_longer_to_one_who_fills_the_steps() -> None:
+    """A tenant that is alone yields to whoever comes; when that one takes most of the steps, it yields itself."""
+    batcher, _ = make_batcher(1024, max_num_seqs=16, max_step_tokens=64, max_slowdown=2.0)
+    quiet = make_seq("quiet", np.arange(4), 900, tenant="quiet", alone=True)
+    line = make_seq("line", np.arange(4) + 50, 500, tenant="quiet", batch=True)
+    batcher.add(quiet)
+    for _ in range(60):
+        finish_step(batcher, batcher.plan())
+    batcher.step_model = StepModel(a=1.0, b=0.1)
+    heavy = [make_seq(f"heavy{i}", np.arange(500) + i, 50, tenant="heavy") for i in range(3)]
+    for seq in (*heavy, line):
+        batcher.add(seq)
+    assert (batcher.plan().num_tokens, quiet.level, heavy[0].level) == (64, 1, 0), "whoever comes does not wait"
+    sizes = []
+    for _ in range(40):
+        plan = batcher.plan()
+        sizes.append(plan.num_tokens)
+        finish_step(batcher, plan)
+    assert (quiet.level, heavy[0].level, line.level) == (0, 1, 2)
+    assert max(sizes[8:]) == 12, "twice 1.1 s are 11 tokens more"
+    for seq in heavy:
+        batcher.remove(seq)
+    for _ in range(200):
+        finish_step(batcher, batcher.plan())
+    assert (quiet.level, line.level) == (1, 2), "alone again"
+
+
+def test_who_was_alone_does_not_yield_to_what_yields_itself() -> None:
+    batcher, _ = make_batcher(1024, max_slowdown=2.0)
+    batcher.step_model = StepModel(a=1.0, b=0.1)
+    quiet = make_seq("quiet", np.arange(4), 900, tenant="quiet", alone=True)
+    equal = make_seq("equal", np.arange(4) + 50, 900, tenant="equal", yields=True)
+    flood = [make_seq(f"flood{i}", np.arange(4) + 10 * i, 500, tenant="flood") for i in range(2)]
+    for seq in (quiet, *flood):
+        batcher.add(seq)
+    batcher.plan()
+    assert (quiet.level, flood[0].level) == (1, 0), "whoever comes does not wait"
+    batcher.add(make_seq("more", np.arange(4) + 30, 500, tenant="flood", yields=True))
+    batcher.add(equal)
+    batcher.plan()
+    assert (quiet.level, flood[0].level, equal.level) == (0, 1, 1), "only one that was alone goes before them"
+
+
 def test_prompts_that_yield_get_the_time_that_decodes_leave() -> None:
     batcher, quiet, flood = limited_flood(2, max_slowdown=2.0)
     plan = batcher.plan()
