@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 QUANT := build/quantised
 SUPPLY := build/supply
 LM_EVAL := build/lm-eval
+CHART := build/chart
 PIP := $(BIN)/python -m pip
 MODEL ?=
 ADAPTERS ?=
@@ -19,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE =
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
-.PHONY: demo up test test-gpu bench-gpu test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
+.PHONY: chart demo up test test-gpu bench-gpu test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +54,13 @@ lock: $(VENV)/.stamp-dev  ## write the versions of the development environment t
 lock-images: $(SUPPLY)/.stamp  ## write what the images install, with the hashes of its files, to requirements-*.lock
 	$(SUPPLY)/bin/python .ci/lock_images.py
 
+# Rules not followed: docs/kubernetes.md says why.
+chart: $(CHART)/.stamp  ## check the Helm chart by Helm's engine, the schemas of the Kubernetes API and checkov, without a cluster
+	$(CHART)/bin/python -m pytest tests/deploy/test_chart.py
+	PYTHONPATH=. $(CHART)/bin/python .ci/chart.py $(CHART)/rendered
+	$(CHART)/checkov/bin/checkov -d $(CHART)/rendered --framework kubernetes --compact --quiet --skip-download \
+		--skip-check CKV_K8S_8,CKV_K8S_9,CKV_K8S_11,CKV_K8S_15,CKV_K8S_21,CKV_K8S_43
+
 audit: $(SUPPLY)/.stamp  ## look the images' packages up among known vulnerabilities; fails where no source answers
 	$(SUPPLY)/bin/python .ci/audit.py
 
@@ -68,7 +76,7 @@ pin-images:  ## write the outside images with their digests of now to .env
 models-table: $(VENV)/.stamp-dev  ## try every model type of transformers and write docs/models.md
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests $(BIN)/python -m oracle.models_table
 
-check: $(VENV)/.stamp-dev  ## lint, format, types, file length, import graph, rights on the queue
+check: $(VENV)/.stamp-dev chart  ## lint, format, types, file length, import graph, rights on the queue, the Helm chart
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -167,6 +175,16 @@ $(LM_EVAL)/.stamp: pyproject.toml | $(VENV)/.stamp-dev
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		$$($(LM_EVAL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dev.pth
 	$(LM_EVAL)/bin/python -m pip install --disable-pip-version-check --quiet 'lm_eval[api]==0.4.13'
+	@touch $@
+
+# In its own environment: the engine and the schemas are 350 MB, and checkov brings ninety packages.
+$(CHART)/.stamp: pyproject.toml | $(VENV)/.stamp-dev
+	$(BIN)/python -m venv $(CHART)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$($(CHART)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dev.pth
+	$(CHART)/bin/python -m pip install --disable-pip-version-check --quiet 'helm-python-sdk>=0.2,<0.3' 'kubernetes-validate>=1.33,<2'
+	$(BIN)/python -m venv $(CHART)/checkov
+	$(CHART)/checkov/bin/python -m pip install --disable-pip-version-check --quiet 'checkov>=3.2,<4'
 	@touch $@
 
 # In its own environment: otherwise every worker and every PEFT model would import these libraries, which takes seconds.

@@ -1,0 +1,72 @@
+"""Write the parts of the Helm chart that the code knows best: the queue's users, and the names of settings.
+
+`python .ci/chart.py` writes them; tests/deploy/test_chart.py fails while they are not what this makes. With a folder it
+writes what each file of values is rendered to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from protocol.queue.users import acl, table
+from protocol.runtime.settings import Settings
+
+CHART = Path(__file__).parent.parent / "deploy" / "helm" / "lorafleet"
+ACL, SCHEMA = CHART / "files" / "users.acl", CHART / "values.schema.json"
+
+
+def acl_file() -> str:
+    """Return the ACL file with `{user}` where the hash of that user's password belongs."""
+    passwords = {user: user for user in table()}
+    text = acl(passwords)
+    for user in passwords:
+        text = text.replace("#" + hashlib.sha256(user.encode()).hexdigest(), f"#{{{user}}}")
+    return text
+
+
+def setting_types() -> dict[str, Any]:
+    """Return a JSON schema for each setting, by its name."""
+    found: dict[str, Any] = {}
+    for name, field in Settings.model_json_schema(mode="serialization")["properties"].items():
+        kinds = [part.get("type") for part in field.get("anyOf", [field])]
+        kind = next((kind for kind in kinds if kind != "null"), "string")
+        found[name] = {"description": field["description"], "type": kind}
+        if "enum" in field:
+            found[name]["enum"] = field["enum"]
+    return found
+
+
+def schema() -> str:
+    """Return the chart's schema of values with the settings as they are now."""
+    now = json.loads(SCHEMA.read_text())
+    now["$defs"]["settings"] = {"type": "object", "additionalProperties": False, "properties": setting_types()}
+    return json.dumps(now, indent=2) + "\n"
+
+
+def render(folder: Path) -> None:
+    """Write what Helm's engine makes of each file of values, for checkov."""
+    helm, yaml = importlib.import_module("helm_python"), importlib.import_module("yaml")
+    chart = helm.Chart.load(str(CHART))
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (CHART / "ci").glob("*-values.yaml"):
+        texts = chart.render(yaml.safe_load(file.read_text()) or {}, name="lf", namespace="ml", is_install=True)
+        objects = [text for path, text in texts.items() if path.endswith(".yaml") and text.strip()]
+        (folder / file.name).write_text("\n---\n".join(objects))
+
+
+def main(args: list[str]) -> None:
+    """Write both, or with a folder what the files of values become."""
+    if args:
+        render(Path(args[0]))
+        return
+    ACL.write_text(acl_file())
+    SCHEMA.write_text(schema())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,439 @@
+"""The Helm chart, rendered by Helm's own engine: valid for the API server, and what its values promise.
+
+`make chart` runs these, in an environment that has the engine and the API's schemas; elsewhere they are skipped.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from protocol.queue.users import acl, table
+from protocol.runtime.settings import Settings
+
+REPO = Path(__file__).parents[2]
+CHART = REPO / "deploy" / "helm" / "lorafleet"
+FILES = sorted((CHART / "ci").glob("*-values.yaml"))
+VERSIONS = ("1.27", "1.33")
+FOREIGN = {"keda.sh/v1alpha1", "monitoring.coreos.com/v1", "gateway.networking.k8s.io/v1"}
+"""API groups of other projects, for which there are no schemas here."""
+
+Values = dict[str, Any]
+Manifest = dict[str, Any]
+
+helm: Any = pytest.importorskip("helm_python", reason="the Helm engine is not here: run `make chart`")
+kubernetes_validate: Any = pytest.importorskip("kubernetes_validate")
+
+
+@pytest.fixture(scope="module")
+def chart() -> Any:
+    return helm.Chart.load(str(CHART))
+
+
+def values_of(name: str) -> Values:
+    return yaml.safe_load((CHART / "ci" / f"{name}-values.yaml").read_text()) or {}
+
+
+def render(chart: Any, values: Values, name: str = "lf") -> list[Manifest]:
+    """Return the objects of a release in the namespace ml. Raises what Helm does for values that it refuses."""
+    chart.validate_schema(values)
+    texts = chart.render(values, name=name, namespace="ml", revision=1, is_install=True)
+    return [
+        manifest
+        for path, text in texts.items() if path.endswith(".yaml")
+        for manifest in yaml.safe_load_all(text) if manifest
+    ]  # fmt: skip
+
+
+def find(manifests: list[Manifest], kind: str, name: str) -> Manifest:
+    """Return the one object of a kind whose name ends so."""
+    (found,) = (m for m in manifests if m["kind"] == kind and m["metadata"]["name"].endswith(name))
+    return found
+
+
+def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
+    """Return the templates of pods by the names of what makes them."""
+    return {m["metadata"]["name"]: m["spec"]["template"] for m in manifests if "template" in m.get("spec", {})}
+
+
+def container(pod: Manifest) -> Manifest:
+    (only,) = pod["spec"]["containers"]
+    return only
+
+
+def environment(pod: Manifest) -> dict[str, str]:
+    return {item["name"]: item.get("value", "") for item in container(pod).get("env", ())}
+
+
+def selects(selector: dict[str, Any], pod: Manifest) -> bool:
+    return selector["matchLabels"].items() <= pod["metadata"]["labels"].items()
+
+
+# ------------------------------------------------------------ valid for Helm and the API server
+
+
+def test_there_are_ten_files_of_values() -> None:
+    assert len(FILES) >= 10
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_file_of_values_lints_and_fits_the_api(chart: Any, file: Path) -> None:
+    values = yaml.safe_load(file.read_text()) or {}
+    report = helm.lint(str(CHART), values, strict=True, namespace="ml")
+    assert [m for m in report["messages"] if m["severity"] > 1] == []
+    manifests = render(chart, values)
+    names = [(m["kind"], m["metadata"]["name"]) for m in manifests]
+    assert len(names) == len(set(names))
+    checked = 0
+    for manifest, version in product(manifests, VERSIONS):
+        if manifest["apiVersion"] not in FOREIGN:
+            kubernetes_validate.validate(manifest, version, strict=True)
+            checked += 1
+    assert checked >= 20
+
+
+def test_the_api_s_schemas_find_mistakes(chart: Any) -> None:
+    service = find(render(chart, {}), "Service", "lf-lorafleet")
+    service["spec"]["ports"][0]["targetport"] = "http"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(service, VERSIONS[0], strict=True)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"gateway": {"replica": 2}},
+        {"gateway": {"settings": {"max_queue": 1}}},
+        {"workers": {"cpu": {"gpus": 2}}},
+        {"workers": {"Bad_Name": {}}},
+        {"queue": {"memory": "2GB"}},
+        {"adapters": [{"name": "a"}]},
+    ],
+    ids=lambda values: json.dumps(values),
+)
+def test_what_is_misspelt_is_refused(chart: Any, values: Values) -> None:
+    with pytest.raises(helm.HelmValuesError):
+        render(chart, values)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"queue": {"enabled": False, "external": {"host": "h"}}}, "secrets.queueUsers"),
+        ({"queue": {"enabled": False}, "secrets": {"queueUsers": "u"}}, "queue.external.host"),
+        ({"adapters": [{"name": "a", "source": "o/a"}]}, "keySecret"),
+        ({"workers": {"cpu": {"autoscaling": {"enabled": True}}}}, "keySecret"),
+        ({"metrics": {"monitors": True}}, "keySecret"),
+        ({"gateway": {"files": {"claim": "c", "s3": "s3://b"}}}, "not both"),
+        ({"gateway": {"ingress": {"enabled": True}}}, "gateway.ingress.host"),
+    ],
+    ids=lambda part: part if isinstance(part, str) else "",
+)
+def test_what_does_not_fit_together_is_refused(chart: Any, values: Values, words: str) -> None:
+    with pytest.raises(helm.HelmError, match=words):
+        render(chart, values)
+
+
+def test_a_long_name_stays_a_name(chart: Any) -> None:
+    manifests = render(chart, values_of("adapters"), name="a-release-with-a-name-of-fifty-three-characters-in-it")
+    assert max(len(m["metadata"]["name"]) for m in manifests) <= 63
+
+
+# ------------------------------------------------------------ what the code knows best
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("chart_parts", REPO / ".ci" / "chart.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_chart_has_the_rights_and_settings_of_this_version() -> None:
+    made = generator()
+    assert made.ACL.read_text() == made.acl_file(), "run python .ci/chart.py"
+    assert made.SCHEMA.read_text() == made.schema(), "run python .ci/chart.py"
+
+
+def test_the_queue_gets_the_users_and_each_service_its_own_password(chart: Any) -> None:
+    manifests = render(chart, {})
+    data = {name: base64.b64decode(text).decode() for name, text in find(manifests, "Secret", "users")["data"].items()}
+    assert data.pop("users.acl") == acl(data)
+    assert data.keys() == table().keys()
+    assert len(set(data.values())) == len(data)
+    assert min(map(len, data.values())) >= 43
+    users = {"cli": "operator", "gateway": "gateway", "scheduler": "scheduler", "store": "store", "cpu": "worker"}
+    for name, pod in pods(manifests).items():
+        component = name.rpartition("-")[2]
+        held = [
+            v["secret"] for v in pod["spec"]["volumes"] if v.get("secret", {}).get("secretName", "").endswith("users")
+        ]
+        assert [[item["key"] for item in secret["items"]] for secret in held] == [[users.get(component, "users.acl")]]
+        if component in users:
+            assert environment(pod)["REDIS_URL"] == f"redis://{users[component]}@lf-lorafleet-queue:6379/0"
+
+
+def test_only_those_who_need_the_fleet_s_secret_get_it(chart: Any) -> None:
+    holders = {
+        name.rpartition("-")[2]
+        for name, pod in pods(render(chart, {})).items() for volume in pod["spec"]["volumes"]
+        if volume.get("secret", {}).get("secretName") == "lf-lorafleet-fleet"
+    }  # fmt: skip
+    assert holders == {"gateway", "store", "cpu"}
+
+
+def test_no_secret_is_made_where_one_is_named(chart: Any) -> None:
+    assert [m for m in render(chart, values_of("external-queue")) if m["kind"] == "Secret"] == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_variable_is_a_setting(chart: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The services read what the chart writes: whole numbers as such, nothing misspelt."""
+    for pod in pods(render(chart, yaml.safe_load(file.read_text()) or {})).values():
+        given = {
+            k.removeprefix("LORAFLEET_").lower(): v for k, v in environment(pod).items() if k.startswith("LORAFLEET_")
+        }
+        assert given.keys() <= Settings.model_fields.keys()
+        for name, value in given.items():
+            monkeypatch.setenv(f"LORAFLEET_{name.upper()}", value)
+        read = Settings().model_dump(mode="json")
+        assert {name: str(read[name]).lower() for name in given if not isinstance(read[name], float)} == {
+            name: value.lower() for name, value in given.items() if not isinstance(read[name], float)
+        }
+        for name in given:
+            monkeypatch.delenv(f"LORAFLEET_{name.upper()}")
+
+
+# ------------------------------------------------------------ promises
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_no_pod_has_more_rights_than_it_needs(chart: Any, file: Path) -> None:
+    for pod in pods(render(chart, yaml.safe_load(file.read_text()) or {})).values():
+        spec = pod["spec"]
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        rights = container(pod)["securityContext"]
+        assert rights["readOnlyRootFilesystem"] is True
+        assert rights["allowPrivilegeEscalation"] is False
+        assert rights["capabilities"] == {"drop": ["ALL"]}
+        assert container(pod)["resources"]["limits"]["memory"]
+        assert all("hostPath" not in volume for volume in spec["volumes"])
+
+
+def test_a_pod_has_time_to_drain(chart: Any) -> None:
+    for values in ({}, {"graceSeconds": 300}):
+        for name, pod in pods(render(chart, values)).items():
+            component = name.rpartition("-")[2]
+            if component not in ("queue", "cli"):
+                grace_s = float(environment(pod)["LORAFLEET_GRACE_S"])
+                before = (
+                    container(pod).get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["", "0"])
+                )
+                assert pod["spec"]["terminationGracePeriodSeconds"] >= grace_s + float(before[1]) + 5
+    gateway = pods(render(chart, {}))["lf-lorafleet-gateway"]
+    assert container(gateway)["lifecycle"]["preStop"]["exec"]["command"][0] == "sleep"
+
+
+def test_a_worker_has_time_to_load_its_model(chart: Any) -> None:
+    values = {"workers": {"cpu": {"startSeconds": 3600}}}
+    probe = container(pods(render(chart, values))["lf-lorafleet-worker-cpu"])["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 3600
+
+
+def test_disruptions_take_one_of_several(chart: Any) -> None:
+    manifests = render(chart, values_of("s3"))
+    budgets = [m["spec"] for m in manifests if m["kind"] == "PodDisruptionBudget"]
+    assert [budget["maxUnavailable"] for budget in budgets] == [1] * len(budgets)
+    covered = {name for name, pod in pods(manifests).items() for b in budgets if selects(b["selector"], pod)}
+    assert covered == {f"lf-lorafleet-{name}" for name in ("gateway", "scheduler", "store", "worker-cpu")}
+    # One that would never let its only pod go would stop a node's drain.
+    alone = render(chart, values_of("open"))
+    assert not [m for m in alone if m["kind"] == "PodDisruptionBudget" and "gateway" in m["metadata"]["name"]]
+
+
+def test_every_selector_finds_its_pods_and_no_others(chart: Any) -> None:
+    manifests = render(chart, values_of("gpu"))
+    templates = pods(manifests)
+    for manifest in manifests:
+        if manifest["kind"] in ("Deployment", "StatefulSet"):
+            found = {name for name, pod in templates.items() if selects(manifest["spec"]["selector"], pod)}
+            assert found == {manifest["metadata"]["name"]}
+        elif manifest["kind"] == "Service":
+            found = {
+                name for name, pod in templates.items() if selects({"matchLabels": manifest["spec"]["selector"]}, pod)
+            }
+            name = manifest["metadata"]["name"]
+            assert found == {"lf-lorafleet-gateway" if name == "lf-lorafleet" else name}
+    affinities = [pod["spec"]["affinity"]["podAntiAffinity"] for pod in templates.values()]
+    assert len(affinities) == len(templates)
+
+
+def test_groups_of_workers_have_their_own_devices(chart: Any) -> None:
+    templates = pods(render(chart, values_of("gpu")))
+    assert {name for name in templates if "worker" in name} == {"lf-lorafleet-worker-a100", "lf-lorafleet-worker-l4"}
+    big, small = templates["lf-lorafleet-worker-a100"], templates["lf-lorafleet-worker-l4"]
+    for pod in (big, small):
+        assert container(pod)["resources"]["limits"]["nvidia.com/gpu"] == 1
+        assert environment(pod)["LORAFLEET_DEVICE"] == "cuda"
+    assert big["spec"]["nodeSelector"] == {"accelerator": "a100"}
+    assert big["spec"]["tolerations"][0]["key"] == "nvidia.com/gpu"
+    assert environment(small)["LORAFLEET_GPU_MEMORY_UTILIZATION"] == "0.85"
+    cpu = pods(render(chart, {}))["lf-lorafleet-worker-cpu"]
+    assert "nvidia.com/gpu" not in container(cpu)["resources"]["limits"]
+    assert environment(cpu)["LORAFLEET_DEVICE"] == "cpu"
+
+
+def edges(manifests: list[Manifest]) -> set[tuple[str, str, int]]:
+    """Return (from, to, port) of the connections between pods that the policies of both ends allow."""
+    templates = pods(manifests)
+    policies = [m["spec"] for m in manifests if m["kind"] == "NetworkPolicy"]
+
+    def allows(pod: Manifest, other: Manifest, port: int, direction: str, peers: str) -> bool:
+        mine = [p for p in policies if selects(p["podSelector"], pod)]
+        rules = [rule for policy in mine for rule in policy[direction]]
+        return not mine or any(
+            port in [item["port"] for item in rule["ports"]]
+            and (peers not in rule or any(selects(p["podSelector"], other) for p in rule[peers] if "podSelector" in p))
+            for rule in rules
+        )
+
+    found: set[tuple[str, str, int]] = set()
+    for (a, one), (b, two) in product(templates.items(), repeat=2):
+        for port in [item["containerPort"] for item in container(two).get("ports", ())]:
+            if a != b and allows(one, two, port, "egress", "to") and allows(two, one, port, "ingress", "from"):
+                found.add((a.removeprefix("lf-lorafleet-"), b.removeprefix("lf-lorafleet-"), port))
+    return found
+
+
+def test_only_the_edges_of_the_architecture_are_open(chart: Any) -> None:
+    queue = {(name, "queue", 6379) for name in ("gateway", "scheduler", "store", "worker-cpu", "cli")}
+    store = {(name, "store", 9000) for name in ("gateway", "worker-cpu")}
+    assert edges(render(chart, {})) == queue | store
+    with_job = edges(render(chart, values_of("adapters")))
+    assert with_job == {edge for edge in queue | store if edge[0] != "cli"} | {("adapters-1", "gateway", 8000)}
+
+
+def test_what_lies_outside_is_reached_by_those_who_fetch(chart: Any) -> None:
+    def reach(values: Values) -> set[str]:
+        policies = [m for m in render(chart, values) if m["kind"] == "NetworkPolicy"]
+        return {
+            policy["metadata"]["name"].removeprefix("lf-lorafleet-")
+            for policy in policies
+            for rule in policy["spec"]["egress"]
+            for peer in rule.get("to", ()) if "169.254.169.254/32" in peer.get("ipBlock", {}).get("except", ())
+        }  # fmt: skip
+
+    assert reach({}) == {"gateway", "store", "worker"}
+    assert reach({"model": {"claim": "models", "name": "/models/m"}}) == {"gateway", "store"}
+
+
+def test_gateways_without_keys_answer_to_their_own_names_only(chart: Any) -> None:
+    own = environment(pods(render(chart, values_of("open")))["lf-lorafleet-gateway"])
+    assert own["LORAFLEET_API_KEYS"] == "false"
+    inside = {f"lf-lorafleet{rest}" for rest in ("", ".ml", ".ml.svc", ".ml.svc.cluster.local")}
+    assert set(own["LORAFLEET_ALLOWED_HOSTS"].split(",")) == inside | {"llm.example.com"}
+    assert environment(pods(render(chart, {}))["lf-lorafleet-gateway"])["LORAFLEET_API_KEYS"] == "true"
+
+
+def test_workers_are_scaled_by_requests_and_from_none(chart: Any) -> None:
+    manifests = render(chart, values_of("zero"))
+    scaled = find(manifests, "ScaledObject", "worker-cpu")["spec"]
+    assert (scaled["minReplicaCount"], scaled["maxReplicaCount"], scaled["cooldownPeriod"]) == (0, 4, 600)
+    (trigger,) = scaled["triggers"]
+    assert trigger["type"] == "metrics-api"
+    assert trigger["metadata"]["url"] == "http://lf-lorafleet.ml.svc:80/v1/fleet"
+    assert (trigger["metadata"]["valueLocation"], trigger["metadata"]["targetValue"]) == ("demand", "16")
+    assert find(manifests, "TriggerAuthentication", "")["spec"]["secretTargetRef"][0]["name"] == "admin-key"
+    assert "replicas" not in find(manifests, "Deployment", "worker-cpu")["spec"]
+    # A gateway that waited for a worker to be ready would never be asked for one.
+    gateway = container(pods(manifests)["lf-lorafleet-gateway"])
+    assert "tcpSocket" in gateway["readinessProbe"]
+    assert "httpGet" in container(pods(render(chart, {}))["lf-lorafleet-gateway"])["readinessProbe"]
+    for name in ("lf-lorafleet-gateway", "lf-lorafleet-scheduler"):
+        assert environment(pods(manifests)[name])["LORAFLEET_WAIT_FOR_WORKER_S"] == "600"
+
+
+def test_prometheus_scales_and_scrapes(chart: Any) -> None:
+    manifests = render(chart, values_of("prometheus"))
+    (trigger,) = find(manifests, "ScaledObject", "worker-cpu")["spec"]["triggers"]
+    assert "lorafleet_queued_requests" in trigger["metadata"]["query"]
+    assert not [m for m in manifests if m["kind"] == "TriggerAuthentication"]
+    monitor = find(manifests, "ServiceMonitor", "lorafleet")
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+    gateway_service = find(manifests, "Service", "lf-lorafleet")
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= gateway_service["metadata"]["labels"].items()
+    ports = {
+        name for name, pod in pods(manifests).items() for p in container(pod).get("ports", ()) if p["name"] == "metrics"
+    }
+    assert ports == {f"lf-lorafleet-{name}" for name in ("scheduler", "store", "worker-cpu")}
+
+
+def test_the_queue_is_full_before_its_container_is(chart: Any) -> None:
+    queue = find(render(chart, {"queue": {"memory": "4Gi"}}), "StatefulSet", "queue")
+    (only,) = queue["spec"]["template"]["spec"]["containers"]
+    assert f"--maxmemory {3 << 30} " in only["command"][2]
+    assert only["resources"]["limits"]["memory"] == "4Gi"
+
+
+# ------------------------------------------------------------ registering adapters
+
+
+class Gateway(BaseHTTPRequestHandler):
+    """Refuses `bad`, is not ready once, and keeps what it is asked."""
+
+    asked: list[tuple[str, dict[str, Any]]]
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.asked.append((self.path, body))
+        status = 422 if body["name"] == "bad" else 503 if len(self.asked) == 1 else 201
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(b"told")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Keep quiet."""
+
+
+@pytest.fixture
+def gateway() -> Iterator[str]:
+    Gateway.asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a", "bad", "b"]], ids=["all are taken", "one is refused"])
+def test_adapters_are_registered_once_the_fleet_answers(
+    gateway: str, tmp_path: Path, names: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("register", CHART / "files" / "register.py")
+    assert spec is not None
+    assert spec.loader is not None
+    register = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(register)
+    file = tmp_path / "adapters.json"
+    file.write_text(json.dumps([{"name": name, "source": f"org/{name}"} for name in names]))
+    assert register.main(str(file), gateway, pause_s=0.0) == ("bad" in names)
+    assert Gateway.asked[0] == Gateway.asked[1] == ("/v1/adapters", {"replace": True, "name": "a", "source": "org/a"})
+    assert [body["name"] for _, body in Gateway.asked[1:]] == names
+    assert ("bad 422 told" in capsys.readouterr().out) == ("bad" in names)
