@@ -15,7 +15,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-IMAGES = {"control": (), "worker": ("worker", "demo")}
+IMAGES = {"control": ("tracing",), "worker": ("worker", "demo", "tracing")}
 """Image -> the extras of pyproject.toml that are installed in it."""
 
 BY_TORCH = ("torch", "triton", "nvidia-", "cuda-")

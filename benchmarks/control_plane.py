@@ -1,5 +1,6 @@
 """The capacity of the control plane alone: gateway, scheduler and queue with workers that have no model.
 
+    python -m benchmarks.control_plane --observed SHARE [--rounds N]     # what metrics and tracing cost
     python -m benchmarks.control_plane [--model FOLDER] [--before CHECKOUT] [--rounds N] [--short]
 
 FOLDER needs only a tokenizer. With `--before`, the services of another checkout are measured in the same run, each load
@@ -18,11 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import psutil
 import uvloop
@@ -146,15 +149,18 @@ async def measure(fleet: Processes, name: str, *, num: int, concurrency: int, to
 
 
 def start(
-    folder: Path, model: Path, tree: Path, *, workers: int, step_ms: float, capacity: int
+    folder: Path, model: Path, tree: Path, own: Mapping[str, str], *, workers: int, step_ms: float, capacity: int
 ) -> tuple[Processes, Any]:
-    """Start the queue, the services of a checkout, and one process with `workers` fake workers."""
+    """Start the queue, the services of a checkout, and one process with `workers` fake workers.
+
+    own: variables of the services, besides those that all have.
+    """
     queue = start_embedded(folder / "queue")
     port = claim_port("127.0.0.1", 0)
     settings = Settings(redis_url=queue.url, model=str(model), data=folder, port=port, log_level="warning")
     usual = Settings().environment()  # defaults are omitted, since another checkout may not have every setting
-    own = {name: value for name, value in settings.environment().items() if usual.get(name) != value}
-    environment = child_environment() | own | {"PYTHONPATH": f"{tree}:{tree / 'kernels'}"}
+    given = {name: value for name, value in settings.environment().items() if usual.get(name) != value}
+    environment = child_environment() | given | own | {"PYTHONPATH": f"{tree}:{tree / 'kernels'}"}
     fake_worker = next(tree.glob("benchmarks/**/fake_worker.py"))
     commands = {
         "scheduler": ["-m", "lorafleet", "serve", "scheduler"],
@@ -170,15 +176,23 @@ def start(
 
 
 async def run(
-    model: Path, tree: Path, *, workers: int, step_ms: float, capacity: int, loads: list[dict[str, Any]]
+    model: Path,
+    tree: Path,
+    own: Mapping[str, str],
+    *,
+    workers: int,
+    step_ms: float,
+    capacity: int,
+    loads: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Measure `loads` on new processes of a checkout."""
     with tempfile.TemporaryDirectory() as folder:
-        fleet, queue = start(Path(folder), model, tree, workers=workers, step_ms=step_ms, capacity=capacity)
+        fleet, queue = start(Path(folder), model, tree, own, workers=workers, step_ms=step_ms, capacity=capacity)
         try:
             await wait_until_ready(queue.url, fleet, workers)
             await load(fleet.url_port, num=16, concurrency=8, tokens=2)
-            results = [await measure(fleet, **one) for one in loads]
+            async with scraped(fleet.url_port) if own else nullcontext():
+                results = [await measure(fleet, **one) for one in loads]
         finally:
             for process in fleet.processes.values():
                 process.terminate()
@@ -186,6 +200,24 @@ async def run(
                 process.wait()
             queue.stop()
     return [{"workers": workers, "step_ms": step_ms, **result} for result in results]
+
+
+@asynccontextmanager
+async def scraped(port: int) -> AsyncIterator[None]:
+    """Read the gateway's metrics every five seconds, as Prometheus does."""
+
+    async def scrape() -> None:
+        async with httpx2.AsyncClient(trust_env=False) as http:
+            while True:
+                await http.get(f"http://127.0.0.1:{port}/metrics", headers={"accept": "application/openmetrics-text"})
+                await asyncio.sleep(5)
+
+    task = asyncio.create_task(scrape())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 async def wait_until_ready(queue_url: str, fleet: Processes, workers: int) -> None:
@@ -274,21 +306,71 @@ def draw(axes: Sequence[Any], results: dict[str, list[dict[str, Any]]]) -> None:
     cost.legend()
 
 
+def observe(model: Path, trees: Mapping[str, Path], share: float, rounds: int, out: Path) -> None:
+    """Measure 256 streams with metrics and tracing on beside off, and print the CPU time of a token.
+
+    share: of the calls that are traced.
+    """
+    fleet = next(one for one in fleets(False) if one["loads"][0]["name"] == "256 streams")
+    with sink() as url:
+        on = {"LORAFLEET_OTLP_ENDPOINT": url, "LORAFLEET_TRACE_SHARE": str(share), "LORAFLEET_VLLM_METRICS": "true"}
+        kinds = [(label, tree, {}) for label, tree in trees.items()] + [("observed", HERE, on)]
+        found: dict[str, list[dict[str, Any]]] = {label: [] for label, _, _ in kinds}
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            for i in range(rounds):
+                for label, tree, own in kinds[:: -1 if i % 2 else 1]:
+                    found[label] += runner.run(run(model, tree, own, **fleet))
+    parts = ("gateway", "queue", "workers", "scheduler")
+    us = {
+        label: [sum(result["cpu_us_per_token"][part] for part in parts) for result in results]
+        for label, results in found.items()
+    }
+    rows = []
+    for label, results in found.items():
+        ratios = [one / base for one, base in zip(us[label], us["now"], strict=True)]
+        each = [round(statistics.median(r["cpu_us_per_token"][part] for r in results), 2) for part in parts]
+        speed = round(statistics.median(r["tok_s"] for r in results))
+        rows.append([label, round(statistics.median(us[label]), 2), *each, speed,
+                     f"{statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f})"])  # fmt: skip
+    print(report.table(["", "µs/token", *parts, "tok/s", "÷ now, by pairs"], [[str(v) for v in row] for row in rows]))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"observed-{share:g}.json").write_text(json.dumps({"machine": report.machine(), "results": found}, indent=1))
+
+
+@contextmanager
+def sink() -> Iterator[str]:
+    """Run a collector in a process of its own that takes spans and forgets them; yield its URL."""
+    port = claim_port("127.0.0.1", 0)
+    code = f"from benchmarks.common.otlp_sink import serve; serve({port})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def main() -> None:
     """Measure, print a table, and save the figures and a plot."""
     parser = report.parser(__doc__)
     parser.add_argument("--before", type=Path, help="another checkout, to be measured in the same run")
+    parser.add_argument(
+        "--observed", type=float, metavar="SHARE", help="256 streams alone: unobserved, and with this share traced"
+    )
     parser.add_argument("--rounds", type=int, default=1, help="how often everything is measured")
     args = parser.parse_args()
     about = report.machine()
     model = args.model or quickstart_model()
     trees = ({"before": args.before.resolve()} if args.before else {}) | {"now": HERE}
+    if args.observed is not None:
+        observe(model, trees, args.observed, args.rounds, args.out)
+        return
     results: dict[str, list[dict[str, Any]]] = {label: [] for label in trees}
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         for i in range(args.rounds):
             for one in fleets(args.short):
                 for label in list(trees)[:: -1 if i % 2 else 1]:
-                    measured = runner.run(run(model, trees[label], **one))
+                    measured = runner.run(run(model, trees[label], {}, **one))
                     results[label] += [{"round": i, **result} for result in measured]
     found = {label: figures(result) for label, result in results.items()}
     rows = [

@@ -66,6 +66,7 @@ from protocol.runtime.model_files import TOKENIZER_FILES, model_folder
 from protocol.runtime.sealing import Seal
 from protocol.runtime.service import unending
 from protocol.runtime.settings import Settings
+from protocol.runtime.tracing import tracing
 from protocol.wire.errors import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,15 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
     """Run a gateway until `stop`, then drain. Returns the exit code. Raises BadRequest on a wrong model."""
     timings = timings or GatewayTimings()
     secret = FleetSecret.of(settings)
+    gid = uuid.uuid4().hex
+    with tracing(settings, "gateway", gid):
+        return await _serve(settings, stop, timings, secret, gid)
+
+
+async def _serve(
+    settings: Settings, stop: asyncio.Event, timings: GatewayTimings, secret: FleetSecret | None, gid: str
+) -> int:
+    """Run a gateway of this id; see `serve`."""
     files = await asyncio.to_thread(load_model_files, settings)
     bus = Bus(settings.queue_url(), seal=Seal.of(settings, secret))
     # What happens once a second has connections of its own: it would be late behind hundreds of calls that wait for a
@@ -97,7 +107,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: GatewayTimings
     beats = Bus(settings.queue_url())
     try:
         await bus.check()
-        replies = Replies(bus, uuid.uuid4().hex, beats)
+        replies = Replies(bus, gid, beats)
         fleet = FleetView(beats, settings.beat_timeout_s, waits=settings.wait_for_worker_s > 0)
         heartbeat = Heartbeat(settings.queue_url(), replies.gid, timings.pace)
         admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, timings.overload)

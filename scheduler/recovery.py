@@ -14,6 +14,7 @@ from protocol.wire.codec import MALFORMED
 from protocol.wire.errors import Internal, LorafleetError, WorkerLost
 from protocol.wire.keys import CLASSES
 from scheduler.core import Scheduler
+from scheduler.trace import tell_death
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ class Recovery:
         metrics.WORKERS_LOST.inc()
         logger.warning("worker %s is dead; it had %d requests", wid, len(rids))
         worker = self._scheduler.workers.by_id.get(wid)
+        for request in worker.requests.values() if worker is not None else ():
+            tell_death(request, worker.beat.name if worker is not None else wid)
         await self._requeue(wid, rids, counts=True, name=worker.beat.name if worker else "")
         self._scheduler.remove_worker(wid)
         await self._bus.members.leave(wid)

@@ -62,6 +62,8 @@ class QueuedRequest:
     held_until_ms: float = 0.0
     yields: bool = False  # to requests of other tenants, see `FairShares`
     alone: bool = False  # it yields only because its tenant was alone
+    since_ms: int = 0  # when it came to the backlog, unix time; 0: as it was submitted
+    assigned_ms: int = 0  # unix time, 0 while that is not known
     choice: Choice | None = None  # of the worker it was last offered to
 
     @property

@@ -17,6 +17,7 @@ from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
 from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings
+from protocol.runtime.tracing import tracing
 from scheduler.core import SchedulerConfig
 from scheduler.fairness import VirtualTokenCounters
 from scheduler.session import Deposed, Lease, Session
@@ -36,7 +37,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         SchedulerConfig.of(settings).max_lag
     )  # what tenants have had outlives a lost connection
     try:
-        with serve_metrics(settings.metrics_port):
+        with tracing(settings, "scheduler", candidate), serve_metrics(settings.metrics_port):
             while not stop.is_set():
                 try:
                     await _lead(bus, settings, candidate, counters, stop)

@@ -29,6 +29,7 @@ from scheduler.fairness import VirtualTokenCounters
 from scheduler.placement import DEFAULT_FACTS, AdapterFacts
 from scheduler.recovery import Recovery
 from scheduler.request import QueuedRequest
+from scheduler.trace import tell_placed
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +144,8 @@ class Session:
         await self._learn({sub.digest for sub, _, _ in submits})
         for sub, epoch, attempts in submits:
             self.scheduler.submit(sub, epoch, attempts)
+            if epoch and (request := self.scheduler.requests.get(sub.rid)) is not None:
+                request.since_ms = now_ms()
 
     async def _learn(self, digests: Iterable[str]) -> None:
         """Look up the rank and size of adapters that are not known yet."""
@@ -194,6 +197,8 @@ class Session:
         status, stale = await self._bus.assign(wid, pairs, leader=self._lease.token, placed=placed)
         if status == "ok":
             _count(batch)
+            for request in batch:
+                tell_placed(request, placed[request.rid])
             return
         if status == "deposed":
             raise Deposed

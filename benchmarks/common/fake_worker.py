@@ -24,6 +24,7 @@ from gpu_worker.service.service import Worker
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.service import run, set_up_logging
 from protocol.runtime.settings import Settings
+from protocol.runtime.tracing import tracing
 from protocol.wire import messages as m
 from protocol.wire.messages import AdapterEvent
 from protocol.wire.records import AdapterUse
@@ -255,7 +256,8 @@ def main() -> int:
     args = parser.parse_args()
     settings = Settings()
     set_up_logging("fake-worker", settings.log_level)
-    return run(lambda stop: serve_many(args, settings, stop))
+    with tracing(settings, "worker", f"{args.name}-workers"):
+        return run(lambda stop: serve_many(args, settings, stop))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import orjson
 from starlette.responses import Response
 
-from gateway.http.errors import REQUEST_ID_OF, cut, retry_headers
+from gateway.http.errors import REQUEST_ID_OF, cut, retry_headers, traced
 from protocol.wire.errors import LorafleetError
 
 OVERLOADED = 529
@@ -45,7 +45,7 @@ class AnthropicErrors:
         given = {"error_code": code, "param": None if error.param is None else cut(error.param)}
         details = {name: value for name, value in given.items() if value is not None}
         told = {"type": kind, "message": cut(error.message), **({"details": details} if details else {})}
-        return orjson.dumps({"type": "error", "error": told, "request_id": REQUEST_ID_OF.get() or None})
+        return orjson.dumps(traced({"type": "error", "error": told, "request_id": REQUEST_ID_OF.get() or None}))
 
     def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
         """Return the response that an error is."""

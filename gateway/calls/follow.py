@@ -13,6 +13,7 @@ from gateway.calls import observe
 from gateway.calls.choices import Choice, Piece, tokens_of
 from gateway.calls.replies import Replies
 from gateway.calls.submit import SubmittedCall, cancel
+from gateway.calls.trace import TRACE_OF
 from gateway.calls.waiting import waiting_state
 from gateway.calls.writers import Usage
 from protocol.queue.bus import CONNECTION_ERRORS, RequestFacts, now_ms
@@ -55,6 +56,10 @@ class Generation:
         self._has_token = False
         self._started_s = call.submitted_s or time.monotonic()  # one that was submitted before is followed from now on
         self._tenant = call.parsed.caller.owner
+        self._trace = TRACE_OF.get()
+        self._trace_id = self._trace.place.hex if self._trace is not None else ""
+        self._finishes: list[str] = []
+        self._first_ns = 0  # when the first token was there, where the call is traced
         self._timings: dict[str, m.Timing] = {}  # the latest of each request
         self._failure: LorafleetError | None = None  # what has ended the call, once its pieces were returned
         self._kind = observe.kind_of("".join(target.digest for target in call.targets))
@@ -124,7 +129,9 @@ class Generation:
         if pieces and not self._has_token:
             self._has_token = True
             first = self.choices[next(iter(pieces.values())).index]
-            observe.first_token(first.prompt.target, time.monotonic() - self._started_s)
+            observe.first_token(first.prompt.target, time.monotonic() - self._started_s, self._trace_id)
+            if self._trace is not None:
+                self._first_ns = time.time_ns()
         return list(pieces.values())
 
     async def waiting_for(self) -> str:
@@ -141,10 +148,14 @@ class Generation:
         """Stop following. Requests that still run are cancelled, unless an Idempotency-Key may ask for them again."""
         self._replies.unsubscribe(self._mail)
         num_tokens = sum(choice.num_output_tokens for choice in self.choices)
+        if self._trace is not None:
+            self._trace.answered(self.call.id, self.usage, self._finishes)
+            if self._first_ns:
+                self._trace.stage("stream", self._first_ns)
         for choice in self.choices:
             observe.left(self._tenant, choice.prompt.target, choice.num_output_tokens)
         if self.is_done:
-            observe.succeeded(self._kind, time.monotonic() - self._started_s, num_tokens)
+            observe.succeeded(self._kind, time.monotonic() - self._started_s, num_tokens, self._trace_id)
         elif not self.call.parsed.key:
             await cancel(self._replies.bus, list(self._open))
 
@@ -221,6 +232,7 @@ class Generation:
                 raise
             if piece.finish and choice.rid in self._open:
                 self._open.discard(choice.rid)
+                self._finishes.append(piece.finish)
                 observe.choice_ended(piece.finish)
 
     async def _read_log(self, choice: Choice) -> m.Delta:

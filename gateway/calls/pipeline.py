@@ -28,6 +28,7 @@ from gateway.calls.replies import Replies
 from gateway.calls.resolve import CallResolver
 from gateway.calls.submit import SubmittedCall, Submitter
 from gateway.calls.tokenize import check_size, tokenize
+from gateway.calls.trace import TRACE_OF, stage
 from gateway.grammars.check import GrammarCheck
 from gateway.overload import large, memory
 from gateway.overload.admission import Admission
@@ -63,7 +64,8 @@ class Pipeline:
         job: makes the job that the call is kept as, None for none.
         """
         admitted = await self.prepare(call)
-        submitted = await self.submitter.submit(admitted, job)
+        with stage("submit"):
+            submitted = await self.submitter.submit(admitted, job)
         if isinstance(submitted, m.Idempotent):  # what its key was used for, a moment ago
             return await self.attach(call, submitted)
         large.release()
@@ -79,10 +81,16 @@ class Pipeline:
         """Take a call from *parse* to *admit*: what costs least is refused first. Raises as `run`."""
         call.rules.check_number(len(call.models.names), len(call.sources), call.options.n)
         await self.admission.check_room(call)
-        resolved = await self.call_resolver.resolve(call)
+        trace = TRACE_OF.get()
+        if trace is not None:
+            trace.about(call)
+            trace.stage("admission", trace.began_ns)
+        with stage("resolve names"):
+            resolved = await self.call_resolver.resolve(call)
         check_size(resolved, self.settings.max_call_tokens)
-        tokenized = await large.work(lambda: tokenize(resolved))
-        constrained = await constrain(tokenized, self.grammars)
+        with stage("render and tokenize"):
+            tokenized = await large.work(lambda: tokenize(resolved))
+            constrained = await constrain(tokenized, self.grammars)
         return self.admission.admit(constrained)
 
     async def attach(self, call: ParsedCall, record: m.Idempotent) -> Generation:

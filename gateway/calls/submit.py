@@ -19,6 +19,7 @@ from gateway.calls.admit import AdmittedCall, CallAdmission
 from gateway.calls.parse import ParsedCall
 from gateway.calls.replies import Replies, Subscription
 from gateway.calls.tokenize import Prompt
+from gateway.calls.trace import TRACE_OF
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
 from protocol.queue.jobs import NewJob
 from protocol.runtime.settings import Settings
@@ -128,6 +129,8 @@ class Submitter:
         needs = [sorted({*fields_in_use(body.sampling), *fields_in_use(body)}) for body in bodies]
         if not options.background:
             self._admission.check_known([name for names in needs for name in names])
+        trace = TRACE_OF.get()
+        traceparent = trace.place.traceparent if trace is not None else ""
         found: Requests = []
         for index, rid in enumerate(call.rids):
             which, choice = divmod(index, options.n)
@@ -137,6 +140,7 @@ class Submitter:
                 num_prompt_tokens=prompt.num_tokens, max_new_tokens=prompt.max_new_tokens,
                 deadline_ms=call.deadline_ms, gateway=gateway, stored=stored, submitted_ms=now_ms(),
                 prefix=prefix_hash(prompt.ids), weight=weight, choice=choice, needs=needs[which],
+                trace=traceparent,
             )  # fmt: skip
             found.append((submit, bodies[which]))
         return found

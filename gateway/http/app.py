@@ -26,6 +26,7 @@ from gateway.batches.routes import BatchEndpoints, add_batch_routes
 from gateway.bodies.fields import REQUEST_ID
 from gateway.bodies.parameter_check import IGNORED_HEADER
 from gateway.calls import observe
+from gateway.calls.trace import TRACE_OF, CallTrace
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
 from gateway.files.routes import FileEndpoints, add_file_routes
 from gateway.http import openapi
@@ -51,6 +52,7 @@ from protocol.metrics.series import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
 from protocol.queue.api_keys import ApiKeys
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.settings import Settings, names_of
+from protocol.runtime.tracing import TRACE_ID, TRACING
 from protocol.wire.errors import Internal, Overloaded, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ DISCARDED_BODIES = 8
 """Multiple of the limit up to which a too large body is read and discarded, so that its client reads the error."""
 
 EXPOSED_HEADERS = (
-    "x-request-id", "request-id", "openai-processing-ms", "retry-after", "x-should-retry", IGNORED_HEADER,
+    "x-request-id", "request-id", "x-trace-id", "openai-processing-ms", "retry-after", "x-should-retry", IGNORED_HEADER,
     *(f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset") for what in ("requests", "tokens")),
     *(f"anthropic-ratelimit-{what}-{part}" for what in ("requests", "tokens")
       for part in ("limit", "remaining", "reset")),
@@ -186,6 +188,9 @@ class Envelope:
         ids = [(b"x-request-id", request_id.encode())]
         if speaks_anthropic(scope):
             ids.append((b"request-id", request_id.encode()))
+        trace = _trace_of(scope)
+        if trace is not None:
+            ids.append((b"x-trace-id", trace.place.hex.encode()))
         started_s = time.monotonic()
         status = 0
 
@@ -217,6 +222,9 @@ class Envelope:
             logger.exception("%s %s failed, x-request-id %s", scope["method"], scope["path"], request_id)
             if not status:  # not yet told by `errors.add_handlers`, which knows of exceptions but not of panics
                 await shape_of(scope).response(Internal("the gateway failed"))(scope, receive, send_marked)
+        finally:
+            if trace is not None and TRACING.tracer is not None:
+                trace.tell(TRACING.tracer, status, scope["path"])
         route = getattr(scope.get("route"), "path", "unknown")
         HTTP_REQUESTS.labels(route, scope["method"], str(status)).inc()
         if status == 429:
@@ -249,6 +257,19 @@ class Envelope:
             raise _too_large(limit)
 
         return receive_limited
+
+
+def _trace_of(scope: Scope) -> CallTrace | None:
+    """Return the trace of a call, None where it is none or is not traced; log lines and errors name it from now on."""
+    if TRACING.tracer is None:
+        return None
+    trace = None
+    if scope["method"] == "POST" and scope["path"] in GENERATION_PATHS:
+        place = TRACING.tracer.begin(header_of(scope["headers"], b"traceparent") or "")
+        trace = CallTrace(place) if place is not None else None
+    TRACE_OF.set(trace)
+    TRACE_ID.set(trace.place.hex if trace is not None else "")
+    return trace
 
 
 def _too_large(limit: int) -> HTTPException:

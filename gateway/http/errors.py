@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from gateway.http.unknown import NOT_SERVED, methods_of, unknown_url
 from protocol.queue.bus import CONNECTION_ERRORS, MemoryFull
+from protocol.runtime.tracing import TRACE_ID
 from protocol.wire.errors import (
     BadRequest,
     ClientError,
@@ -86,7 +87,7 @@ class OpenAIErrors:
         """Return the body of an error, as JSON."""
         param = None if error.param is None else cut(error.param)
         fields = {"message": cut(error.message), "type": error.type, "param": param, "code": error.code}
-        return orjson.dumps({"error": fields})
+        return orjson.dumps({"error": traced(fields)})
 
     def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
         """Return the response of an error."""
@@ -103,6 +104,12 @@ ERROR_SHAPE = "lorafleet.errors"
 def cut(text: str) -> str:
     """Return a text for a client, shortened if what the client sent has made it long."""
     return text if len(text) <= MAX_TEXT_CHARACTERS else text[: MAX_TEXT_CHARACTERS - 1] + "…"
+
+
+def traced(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of an error's body with the trace of its request, if it has one."""
+    trace_id = TRACE_ID.get()
+    return {**fields, "trace_id": trace_id} if trace_id else fields
 
 
 class HttpError(ClientError):

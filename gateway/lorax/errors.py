@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import orjson
 from starlette.responses import Response
 
-from gateway.http.errors import cut, retry_headers
+from gateway.http.errors import cut, retry_headers, traced
 from protocol.wire.errors import ClientError, LorafleetError
 
 _BY_STATUS = {  # statuses that mean the same in both APIs -> error_type
@@ -52,7 +52,7 @@ class LoraxErrors:
 
     def _parts(self, error: LorafleetError) -> tuple[int, bytes]:
         status, kind, text = self._told(error)
-        return status, orjson.dumps({"error": text, "error_type": kind})
+        return status, orjson.dumps(traced({"error": text, "error_type": kind}))
 
     def _told(self, error: LorafleetError) -> tuple[int, str, str]:
         message = cut(error.message)

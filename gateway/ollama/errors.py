@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import orjson
 from starlette.responses import Response
 
-from gateway.http.errors import cut, retry_headers
+from gateway.http.errors import cut, retry_headers, traced
 from protocol.wire.errors import LorafleetError
 
 
@@ -16,7 +16,7 @@ class OllamaErrors:
 
     def body(self, error: LorafleetError) -> bytes:
         """Return the JSON of an error."""
-        return orjson.dumps({"error": cut(error.message)})
+        return orjson.dumps(traced({"error": cut(error.message)}))
 
     def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
         """Return the response that an error is."""

@@ -27,7 +27,16 @@ def owned_request(item: m.Assigned, entry: bytes, body: m.Body | None, log: byte
     """
     if body is None:
         return OwnedRequest(
-            item.rid, item.epoch, entry, item.gateway, item.tenant, 0, 0, bytearray(log), queued_ms=item.queued_ms
+            item.rid,
+            item.epoch,
+            entry,
+            item.gateway,
+            item.tenant,
+            0,
+            0,
+            bytearray(log),
+            queued_ms=item.queued_ms,
+            trace=item.trace,
         )
     num_top = body.sampling.num_logprobs
     record_bytes = 0 if num_top is None else m.logprob_record_bytes(num_top)
@@ -35,7 +44,7 @@ def owned_request(item: m.Assigned, entry: bytes, body: m.Body | None, log: byte
         item.rid, item.epoch, entry, item.gateway, item.tenant, len(body.prompt) // 4, record_bytes,
         bytearray(log), bytearray(logprobs), body.task,
         scored_prompt=body.prompt if body.sampling.prompt_logprobs is not None else b"",
-        queued_ms=item.queued_ms,
+        queued_ms=item.queued_ms, trace=item.trace,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from gpu_worker.engine.request import TokenOutput
+from gpu_worker.service.trace import tell_step
 from protocol.queue.bus import Refused, Step, StepRow
 from protocol.wire import messages as m
 from protocol.wire.error_codec import error_json
@@ -37,6 +38,8 @@ class OwnedRequest:
     logprobs: bytearray = field(default_factory=bytearray)  # their logprob records
     task: m.Task = "generate"
     queued_ms: int = 0  # from its submission to this assignment
+    trace: str = ""  # as in `messages.Assigned`
+    timing: m.Timing | None = None  # the latest that is durable
     scored_prompt: bytes = b""  # its prompt (int32), if logprobs of it are wanted
 
     @property
@@ -89,9 +92,10 @@ class Outbox:
     A step is built, sent, and then committed or, if the queue refused it, recovered from and built again.
     """
 
-    def __init__(self, wid: str) -> None:
-        """wid: the worker's id."""
+    def __init__(self, wid: str, name: str = "") -> None:
+        """wid: the worker's id. name: the worker's, which stays when it joins again."""
         self.wid = wid
+        self.name = name
         self.owned: dict[str, OwnedRequest] = {}  # by request id
         self.released: list[bytes] = []  # work entries emptied outside a step; the next step deletes them
         self._left: dict[bytes, int] = {}  # work entry -> its requests that have not ended
@@ -152,7 +156,12 @@ class Outbox:
             request = self.owned[row.rid]
             request.log += row.ids
             request.logprobs += row.logprobs
-            if pending[row.rid].finish:
+            new, before = pending[row.rid], request.timing
+            if new.timing is not None:
+                request.timing = _timing(request, new)
+            if request.trace and (new.timing is not None or new.finish):
+                tell_step(request, before, new, self.name)
+            if new.finish:
                 del self.owned[row.rid]
                 self._left[request.entry] -= 1
                 if self._left[request.entry] == 0:

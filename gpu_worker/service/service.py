@@ -21,6 +21,7 @@ from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
 from gpu_worker.service.engine_handle import EngineHandle
 from gpu_worker.service.outbox import MAX_ROWS, Outbox, OwnedRequest, PendingOutput, Recovery, add_outputs
+from gpu_worker.service.trace import tell_handed_back
 from protocol.metrics.fleet import WORKERS
 from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode
@@ -29,6 +30,7 @@ from protocol.runtime.imports import importing
 from protocol.runtime.sealing import Seal
 from protocol.runtime.service import unending, wait_any
 from protocol.runtime.settings import Settings
+from protocol.runtime.tracing import tracing
 from protocol.runtime.watchdog import LOADING_S, WATCHDOG
 from protocol.wire import messages as m
 from protocol.wire.errors import DeadlineExceeded, Internal, LorafleetError, ProtocolError
@@ -134,7 +136,7 @@ class Worker:
 
     async def _join(self) -> None:
         self.wid = f"w{secrets.token_hex(6)}"
-        self.outbox = Outbox(self.wid)
+        self.outbox = Outbox(self.wid, self.name)
         self._pending = {}
         keys = self.bus.keys
         await self.bus.restarted()  # compare with the queue as it is from now on
@@ -178,6 +180,9 @@ class Worker:
             entries = await self.bus.streams.entries(stream)
             rids = [item.rid for entry in entries for item in assignments_in(entry)]
             if rids:
+                for rid in rids:
+                    if (request := self.outbox.owned.get(rid)) is not None and request.trace:
+                        tell_handed_back(request, self.name)
                 outcomes = await self.bus.requeue(
                     self.wid, rids, counts=crashed, max_attempts=self.settings.max_attempts, name=self.name
                 )
@@ -383,6 +388,12 @@ class Worker:
 
 async def serve(settings: Settings, stop: asyncio.Event) -> int:
     """Load the model and work for the queue until `stop`. Returns the exit code. Raises LorafleetError."""
+    with tracing(settings, "worker", settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"):
+        return await _serve(settings, stop)
+
+
+async def _serve(settings: Settings, stop: asyncio.Event) -> int:
+    """Work for the queue until `stop`; see `serve`."""
     secret = FleetSecret.of(settings)
     bus = Bus(settings.queue_url(), seal=Seal.of(settings, secret))
     loader = Loader(secret.bearer if secret else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 from prometheus_client import REGISTRY, Metric, start_http_server
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
@@ -39,7 +39,7 @@ _SUFFIXED = re.compile(rb"\b(lorax_[a-z_]+)_total\b")
 def page(accept: str) -> tuple[bytes, str]:
     """Return the page of this process and its content type, in the format that an `Accept` header asks for."""
     if any(part.split(";")[0].strip() == "application/openmetrics-text" for part in accept.split(",")):
-        write = cast("Callable[[Collector, str], bytes]", openmetrics.generate_latest)  # it has no types
+        write: Callable[[Collector, str], bytes] = cast("Any", openmetrics).generate_latest  # it has no types
         return write(_RENAMED, _AS_THEY_ARE), openmetrics.CONTENT_TYPE_LATEST
     return _SUFFIXED.sub(rb"\1", generate_latest(REGISTRY, _AS_THEY_ARE)), CONTENT_TYPE_PLAIN_0_0_4
 

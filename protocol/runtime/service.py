@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 import uvloop
 
 from protocol.runtime.redaction import redact
+from protocol.runtime.tracing import TRACE_ID
 from protocol.runtime.watchdog import WATCHDOG
 
 logger = logging.getLogger(__name__)
@@ -43,9 +44,20 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if trace_id := TRACE_ID.get():
+            line["trace_id"] = trace_id
         if record.exc_info or record.exc_text:  # the text is set where a filter has looked at it
             line["exception"] = record.exc_text or self.formatException(record.exc_info or (None, None, None))
         return json.dumps(line, ensure_ascii=False)
+
+
+class TextLines(logging.Formatter):
+    """Formats a log record as a line of text, with the trace of the request that it is about, if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's line."""
+        trace_id = TRACE_ID.get()
+        return f"{super().format(record)} [trace {trace_id}]" if trace_id else super().format(record)
 
 
 class Redacting(logging.Filter):
@@ -62,7 +74,7 @@ class Redacting(logging.Filter):
 def set_up_logging(service: str, level: str, form: str = "text") -> None:
     """Log one line per event to stderr, with time, level and service: as text, or as "json"."""
     handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter(f"%(asctime)s %(levelname).1s {service} %(name)s: %(message)s", "%H:%M:%S")
+    text = TextLines(f"%(asctime)s %(levelname).1s {service} %(name)s: %(message)s", "%H:%M:%S")
     handler.setFormatter(JsonLines(service) if form == "json" else text)
     handler.addFilter(Redacting())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

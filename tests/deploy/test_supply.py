@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = {"control": (), "worker": ("worker", "demo")}
+EXTRAS = {"control": ("tracing",), "worker": ("worker", "demo", "tracing")}
 
 
 def script(name: str) -> ModuleType:

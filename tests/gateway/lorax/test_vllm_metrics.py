@@ -15,16 +15,16 @@ from protocol.wire import messages as m
 
 
 async def test_residency_and_vllm_s_names(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
-    await fleet.add_adapter("mine", "d1")
+    await fleet.add_adapter("mine", "vllm-d1")
     fleet.beating = False
     beat = m.WorkerBeat(
-        wid="w1", name="one", capacity=8, kv_blocks_free=3, kv_blocks_total=4, resident=["d1"],
-        host=["d1", *(f"h{i}" for i in range(2000))], pinned={"d1": ""}, pool_bytes_total=40, pool_bytes_free=30,
+        wid="w1", name="one", capacity=8, kv_blocks_free=3, kv_blocks_total=4, resident=["vllm-d1"],
+        host=["vllm-d1", *(f"h{i}" for i in range(2000))], pinned={"vllm-d1": ""}, pool_bytes_total=40, pool_bytes_free=30,
         sent_ms=now_ms(),
     )  # fmt: skip
     await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), 60_000)
     status = m.SchedulerStatus(
-        queued=2, running=3, workers=1, drain_rate=1.0, running_adapters=["d1"], waiting_adapters=["h1"]
+        queued=2, running=3, workers=1, drain_rate=1.0, running_adapters=["vllm-d1"], waiting_adapters=["h1"]
     )
     await bus.set(bus.keys.status, status, 60_000)
     try:

@@ -1,0 +1,92 @@
+"""The spans of one call in its gateway: what each stage took, and what was asked and answered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from gateway.calls.parse import Conversation, ParsedCall
+from gateway.calls.writers import Usage
+from protocol.runtime.tracing import Trace, Tracer
+
+OPERATIONS = {"embed": "embeddings", "classify": "classify", "score": "score"}
+"""Task -> `gen_ai.operation.name`; text is a chat or a text_completion."""
+
+_NOTHING = nullcontext()
+
+
+@dataclass(slots=True)
+class CallTrace:
+    """A call that is traced: the place of its span, which is told when the call has been answered."""
+
+    place: Trace
+    began_ns: int = field(default_factory=time.time_ns)
+    name: str = ""
+    attributes: dict[str, Any] = field(default_factory=dict)
+    stages: list[tuple[str, int, int]] = field(default_factory=list)  # name, begin and end in unix ns
+
+    def about(self, call: ParsedCall) -> None:
+        """Note what is asked, in the words of the conventions for generative AI; neither prompts nor answers."""
+        options, models = call.options, ",".join(call.models.names)[:256]
+        is_chat = isinstance(call.inputs, Conversation)
+        operation = OPERATIONS.get(call.task) or ("chat" if is_chat else "text_completion")
+        self.name = f"{operation} {models}"
+        self.attributes |= {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": "lorafleet",
+            "gen_ai.request.model": models,
+            "gen_ai.request.choice.count": options.n,
+            "gen_ai.request.temperature": options.sampling.temperature,
+            "gen_ai.request.top_p": options.sampling.top_p,
+            "lorafleet.class": call.cls,
+            "lorafleet.tenant": call.caller.owner,
+        }
+        if options.max_tokens is not None:
+            self.attributes["gen_ai.request.max_tokens"] = options.max_tokens
+
+    def answered(self, call_id: str, usage: Usage, finishes: Sequence[str]) -> None:
+        """Note what was answered."""
+        self.attributes |= {
+            "gen_ai.response.id": call_id,
+            "gen_ai.response.finish_reasons": list(finishes),
+            "gen_ai.usage.input_tokens": usage.prompt_tokens,
+            "gen_ai.usage.output_tokens": usage.completion_tokens,
+            "lorafleet.usage.cached_tokens": usage.cached_tokens,
+        }
+
+    def stage(self, name: str, begin_ns: int, end_ns: int = 0) -> None:
+        """Note a stage that has ended, now if `end_ns` is 0."""
+        self.stages.append((name, begin_ns, end_ns or time.time_ns()))
+
+    def tell(self, tracer: Tracer, status: int, route: str) -> None:
+        """Tell the call's span, and those of its stages."""
+        for name, begin_ns, end_ns in self.stages:
+            tracer.tell(name, self.place.child(), begin_ns, end_ns, {})
+        more = {"http.request.method": "POST", "http.route": route, "http.response.status_code": status}
+        tracer.tell(
+            self.name or f"POST {route}", self.place, self.began_ns, time.time_ns(), self.attributes | more,
+            kind="SERVER", error=f"HTTP {status}" if status >= 500 or not status else "",
+        )  # fmt: skip
+
+
+TRACE_OF: ContextVar[CallTrace | None] = ContextVar("call_trace", default=None)
+"""The trace of the call that the current task works for, None for one that is not traced."""
+
+
+def stage(name: str) -> AbstractContextManager[None]:
+    """Return a context whose time is a stage of the current call."""
+    trace = TRACE_OF.get()
+    return _NOTHING if trace is None else _timed(trace, name)
+
+
+@contextmanager
+def _timed(trace: CallTrace, name: str) -> Generator[None]:
+    begin_ns = time.time_ns()
+    try:
+        yield
+    finally:
+        trace.stage(name, begin_ns)

@@ -1,0 +1,195 @@
+"""Spans of requests, told to an OpenTelemetry collector over OTLP. Off unless `otlp_endpoint` is set.
+
+A span is told once, when it has ended, with its begin: nothing is kept open, and nothing is asked of a context that
+tasks would have to carry. What belongs to the same request has the same trace id, which travels in the queue's messages
+as a W3C `traceparent`. The span of an assignment has an id that follows from the request and its epoch, so that the
+next owner can link to it and the scheduler can tell it for a worker that died before it could.
+
+Off, this module imports nothing of OpenTelemetry, `TRACING.tracer` is None, and messages carry no trace.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from hashlib import blake2b
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from protocol.wire.errors import BadRequest
+
+if TYPE_CHECKING:
+    from protocol.runtime.settings import Settings
+
+SCHEMA_URL = "https://opentelemetry.io/schemas/1.37.0"
+"""The version of the semantic conventions, those for generative AI among them, that names of attributes are from."""
+
+EXPORT_MS = 500
+"""Longest that a span waits to be told: what a worker has told survives it."""
+
+MAX_WAITING = 8192
+"""Spans that wait to be told, while a collector does not answer; further ones are dropped."""
+
+FLUSH_MS = 2000
+
+TRACE_ID: ContextVar[str] = ContextVar("trace_id", default="")
+"""The trace of the request that the current task works for, for log lines and errors; "" for none."""
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A span's place: its trace, its own id, and its parent's, 0 for none."""
+
+    trace_id: int
+    span_id: int
+    parent_id: int = 0
+
+    @property
+    def hex(self) -> str:
+        """The trace's id as it is shown."""
+        return f"{self.trace_id:032x}"
+
+    @property
+    def traceparent(self) -> str:
+        """What others need to make a span of theirs a child of this one."""
+        return f"00-{self.trace_id:032x}-{self.span_id:016x}-01"
+
+    def child(self, span_id: int = 0) -> Trace:
+        """Return the place of a child, with an id of its own."""
+        return Trace(self.trace_id, span_id or secrets.randbits(64) or 1, self.span_id)
+
+
+def place_of(traceparent: str) -> Trace | None:
+    """Return the span that a `traceparent` names, None for one that is wrong or is not sampled."""
+    found = _TRACEPARENT.fullmatch(traceparent)
+    if found is None or not int(found[3], 16) & 1 or not int(found[1], 16) or not int(found[2], 16):
+        return None
+    return Trace(int(found[1], 16), int(found[2], 16))
+
+
+def run_place(traceparent: str, rid: str, epoch: int) -> Trace | None:
+    """Return the place of a request's assignment, the same in every process; None where it has no trace."""
+    parent = place_of(traceparent) if traceparent else None
+    if parent is None:
+        return None
+    raw = blake2b(f"{traceparent}\0{rid}\0{epoch}".encode(), digest_size=8).digest()
+    return parent.child(int.from_bytes(raw, "big") or 1)
+
+
+class Tracer:
+    """Tells spans to a collector, from a thread of its own."""
+
+    def __init__(self, endpoint: str, service: str, instance: str, share: float) -> None:
+        """endpoint: URL of OTLP over HTTP. share: of requests without a `traceparent` that are traced, 0 to 1.
+
+        Raises BadRequest where OpenTelemetry is not installed.
+        """
+        try:
+            from opentelemetry import trace
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import SpanLimits, TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+        except ImportError as error:
+            raise BadRequest(f"--otlp-endpoint needs `pip install lorafleet[tracing]`: {error}") from error
+
+        class Ids(RandomIdGenerator):
+            """Gives spans the ids that their places have."""
+
+            place = Trace(0, 0)
+
+            def generate_span_id(self) -> int:
+                return self.place.span_id
+
+            def generate_trace_id(self) -> int:
+                return self.place.trace_id
+
+        self._api: Any = trace
+        self._ids = Ids()
+        self._share = share
+        resource = Resource.create(
+            {"service.name": f"lorafleet-{service}", "service.instance.id": instance,
+             "service.version": version("lorafleet")}
+        )  # fmt: skip
+        limits = SpanLimits(max_attribute_length=1024)
+        self._provider: Any = TracerProvider(resource=resource, id_generator=self._ids, span_limits=limits)
+        exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces", timeout=5)
+        self._provider.add_span_processor(
+            BatchSpanProcessor(exporter, max_queue_size=MAX_WAITING, schedule_delay_millis=EXPORT_MS)
+        )
+        self._tracer: Any = self._provider.get_tracer("lorafleet", version("lorafleet"), SCHEMA_URL)
+
+    def begin(self, traceparent: str) -> Trace | None:
+        """Return the place of a new request, below what its client sent; None for one that is not traced."""
+        if _TRACEPARENT.fullmatch(traceparent):  # the client has decided
+            above = place_of(traceparent)
+            return above.child() if above is not None else None
+        if secrets.randbelow(1 << 32) >= self._share * (1 << 32):
+            return None
+        return Trace(secrets.randbits(128) or 1, secrets.randbits(64) or 1)
+
+    def tell(
+        self, name: str, place: Trace, begin_ns: int, end_ns: int, attributes: Mapping[str, Any], *,
+        kind: str = "INTERNAL", error: str = "", links: Sequence[Trace] = (), events: Sequence[tuple[str, int]] = (),
+    ) -> None:  # fmt: skip
+        """Tell a span that has ended. Times are unix ns; kind: of `SpanKind`; error: why it failed, "" if it did not.
+
+        events: (name, unix ns) of moments in it.
+        """
+        api = self._api
+        self._ids.place = place
+        parent = None
+        if place.parent_id:
+            parent = api.set_span_in_context(api.NonRecordingSpan(self._context(place.trace_id, place.parent_id)))
+        span = self._tracer.start_span(
+            name, context=parent if parent is not None else api.set_span_in_context(api.INVALID_SPAN),
+            kind=api.SpanKind[kind], attributes=dict(attributes), start_time=begin_ns,
+            links=[api.Link(self._context(link.trace_id, link.span_id)) for link in links],
+        )  # fmt: skip
+        for event, at_ns in events:
+            span.add_event(event, timestamp=at_ns)
+        if error:
+            span.set_status(api.Status(api.StatusCode.ERROR, error[:200]))
+        span.end(max(begin_ns, end_ns))
+
+    def _context(self, trace_id: int, span_id: int) -> Any:
+        return self._api.SpanContext(trace_id, span_id, is_remote=True, trace_flags=self._api.TraceFlags(1))
+
+    def close(self) -> None:
+        """Tell what waits, for at most two seconds, and end the thread."""
+        self._provider.force_flush(FLUSH_MS)
+        self._provider.shutdown()
+
+
+@dataclass(slots=True)
+class Tracing:
+    """The tracer of this process, None while tracing is off."""
+
+    tracer: Tracer | None = None
+
+
+TRACING = Tracing()
+
+
+@contextmanager
+def tracing(settings: Settings, service: str, instance: str) -> Generator[None]:
+    """Have tracing on meanwhile, if the settings say so and no other service of this process has turned it on.
+
+    Raises BadRequest where OpenTelemetry is not installed.
+    """
+    if not settings.otlp_endpoint or TRACING.tracer is not None:
+        yield
+        return
+    TRACING.tracer = tracer = Tracer(settings.otlp_endpoint, service, instance, settings.trace_share)
+    try:
+        yield
+    finally:
+        TRACING.tracer = None
+        tracer.close()

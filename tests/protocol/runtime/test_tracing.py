@@ -1,0 +1,56 @@
+"""Places of spans; and that tracing which is off is not there at all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from protocol.runtime.settings import Settings
+from protocol.runtime.tracing import TRACING, Trace, place_of, run_place, tracing
+from protocol.wire import messages as m
+
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+def test_a_traceparent_is_read_and_written() -> None:
+    place = place_of(PARENT)
+    assert place is not None
+    assert place.traceparent == PARENT
+    assert place.child(7) == Trace(place.trace_id, 7, place.span_id)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "nothing", PARENT[:-2] + "00", PARENT.upper(), PARENT + "-more", f"00-{'0' * 32}-{'1' * 16}-01", "x" * 10_000],
+    ids=["empty", "words", "unsampled", "upper", "longer", "zero", "long"],
+)
+def test_what_is_wrong_or_not_sampled_is_no_place(text: str) -> None:
+    assert place_of(text) is None
+
+
+def test_an_assignment_has_the_same_place_everywhere() -> None:
+    first, again, other = (run_place(PARENT, "r-0", epoch) for epoch in (1, 1, 3))
+    assert first == again != other
+    assert first is not None
+    assert first.parent_id == int(PARENT[36:52], 16)
+    assert run_place("", "r-0", 1) is None
+
+
+def test_off_there_is_no_tracer_and_no_library() -> None:
+    with tracing(Settings(), "gateway", "g"):
+        assert TRACING.tracer is None
+    kinds = ("opentelemetry.sdk.trace", "opentelemetry.exporter")  # redis-py itself looks for that of metrics
+    code = (
+        "import sys, gateway.service, scheduler.service, gpu_worker.service.service;"
+        f"print([name for name in sys.modules if name.startswith({kinds})])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_off_messages_are_as_long_as_without_tracing() -> None:
+    fields = {"rid": "r", "tenant": "t", "cls": "interactive", "digest": "", "gateway": "g"}
+    submit = m.Submit(**fields, num_prompt_tokens=1, max_new_tokens=1, deadline_ms=1)
+    assert b"trace" not in m.encode(submit)
