@@ -93,38 +93,24 @@ class Tracer:
         try:
             from opentelemetry import trace
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk import trace as sdk
             from opentelemetry.sdk.resources import Resource
-            from opentelemetry.sdk.trace import SpanLimits, TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
-            from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+            from opentelemetry.sdk.util.instrumentation import InstrumentationScope
         except ImportError as error:
             raise BadRequest(f"--otlp-endpoint needs `pip install lorafleet[tracing]`: {error}") from error
-
-        class Ids(RandomIdGenerator):
-            """Gives spans the ids that their places have."""
-
-            place = Trace(0, 0)
-
-            def generate_span_id(self) -> int:
-                return self.place.span_id
-
-            def generate_trace_id(self) -> int:
-                return self.place.trace_id
-
+        own = version("lorafleet")
         self._api: Any = trace
-        self._ids = Ids()
+        self._sdk: Any = sdk
         self._share = share
-        resource = Resource.create(
-            {"service.name": f"lorafleet-{service}", "service.instance.id": instance,
-             "service.version": version("lorafleet")}
-        )  # fmt: skip
-        limits = SpanLimits(max_attribute_length=1024)
-        self._provider: Any = TracerProvider(resource=resource, id_generator=self._ids, span_limits=limits)
-        exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces", timeout=5)
-        self._provider.add_span_processor(
-            BatchSpanProcessor(exporter, max_queue_size=MAX_WAITING, schedule_delay_millis=EXPORT_MS)
+        self._sampled: Any = trace.TraceFlags(trace.TraceFlags.SAMPLED)
+        self._kinds: Any = {kind.name: kind for kind in trace.SpanKind}
+        self._scope: Any = InstrumentationScope("lorafleet", own, SCHEMA_URL)
+        self._resource: Any = Resource.create(
+            {"service.name": f"lorafleet-{service}", "service.instance.id": instance, "service.version": own}
         )
-        self._tracer: Any = self._provider.get_tracer("lorafleet", version("lorafleet"), SCHEMA_URL)
+        exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces", timeout=5)
+        self._processor: Any = BatchSpanProcessor(exporter, max_queue_size=MAX_WAITING, schedule_delay_millis=EXPORT_MS)
 
     def begin(self, traceparent: str) -> Trace | None:
         """Return the place of a new request, below what its client sent; None for one that is not traced."""
@@ -143,29 +129,25 @@ class Tracer:
 
         events: (name, unix ns) of moments in it.
         """
-        api = self._api
-        self._ids.place = place
-        parent = None
-        if place.parent_id:
-            parent = api.set_span_in_context(api.NonRecordingSpan(self._context(place.trace_id, place.parent_id)))
-        span = self._tracer.start_span(
-            name, context=parent if parent is not None else api.set_span_in_context(api.INVALID_SPAN),
-            kind=api.SpanKind[kind], attributes=dict(attributes), start_time=begin_ns,
-            links=[api.Link(self._context(link.trace_id, link.span_id)) for link in links],
+        api, sdk = self._api, self._sdk
+        status = api.Status(api.StatusCode.ERROR, error[:200]) if error else api.Status(api.StatusCode.UNSET)
+        # Made as it has ended. The library's way, by a tracer that begins a span and ends it, takes four times as long.
+        span = sdk.ReadableSpan(
+            name, self._context(place.trace_id, place.span_id),
+            self._context(place.trace_id, place.parent_id) if place.parent_id else None,
+            self._resource, attributes, [sdk.Event(event, timestamp=at_ns) for event, at_ns in events],
+            [api.Link(self._context(link.trace_id, link.span_id)) for link in links], self._kinds[kind],
+            status=status, start_time=begin_ns, end_time=max(begin_ns, end_ns), instrumentation_scope=self._scope,
         )  # fmt: skip
-        for event, at_ns in events:
-            span.add_event(event, timestamp=at_ns)
-        if error:
-            span.set_status(api.Status(api.StatusCode.ERROR, error[:200]))
-        span.end(max(begin_ns, end_ns))
+        self._processor.on_end(span)
 
     def _context(self, trace_id: int, span_id: int) -> Any:
-        return self._api.SpanContext(trace_id, span_id, is_remote=True, trace_flags=self._api.TraceFlags(1))
+        return self._api.SpanContext(trace_id, span_id, is_remote=False, trace_flags=self._sampled)
 
     def close(self) -> None:
         """Tell what waits, for at most two seconds, and end the thread."""
-        self._provider.force_flush(FLUSH_MS)
-        self._provider.shutdown()
+        self._processor.force_flush(FLUSH_MS)
+        self._processor.shutdown()
 
 
 @dataclass(slots=True)

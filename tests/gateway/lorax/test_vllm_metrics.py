@@ -19,7 +19,8 @@ async def test_residency_and_vllm_s_names(bus: Bus, fleet: ScriptedFleet, model_
     fleet.beating = False
     beat = m.WorkerBeat(
         wid="w1", name="one", capacity=8, kv_blocks_free=3, kv_blocks_total=4, resident=["vllm-d1"],
-        host=["vllm-d1", *(f"h{i}" for i in range(2000))], pinned={"vllm-d1": ""}, pool_bytes_total=40, pool_bytes_free=30,
+        host=["vllm-d1", *(f"h{i}" for i in range(2000))], pinned={"vllm-d1": ""}, pool_bytes_total=40,
+        pool_bytes_free=30,
         sent_ms=now_ms(),
     )  # fmt: skip
     await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), 60_000)
