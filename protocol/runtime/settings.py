@@ -92,7 +92,7 @@ class Settings(BaseSettings):
         default="", description="OpenTelemetry collector that spans are sent to, as http://HOST:4318; empty: no tracing"
     )
     trace_share: float = Field(
-        default=1.0, ge=0, le=1, description="part of the calls without a traceparent of their own that are traced"
+        default=0.1, ge=0, le=1, description="part of the calls without a traceparent of their own that are traced"
     )
     grace_s: float = Field(
         default=30.0, ge=0, description="how long a stopping service may take to finish or hand over its requests"

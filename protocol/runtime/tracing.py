@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -34,7 +35,8 @@ EXPORT_MS = 500
 MAX_WAITING = 8192
 """Spans that wait to be told, while a collector does not answer; further ones are dropped."""
 
-FLUSH_MS = 2000
+FLUSH_S = 2.0
+"""Longest that the end of a service waits for its last spans to be told."""
 
 TRACE_ID: ContextVar[str] = ContextVar("trace_id", default="")
 """The trace of the request that the current task works for, for log lines and errors; "" for none."""
@@ -145,9 +147,11 @@ class Tracer:
         return self._api.SpanContext(trace_id, span_id, is_remote=False, trace_flags=self._sampled)
 
     def close(self) -> None:
-        """Tell what waits, for at most two seconds, and end the thread."""
-        self._processor.force_flush(FLUSH_MS)
-        self._processor.shutdown()
+        """Tell what waits, for at most `FLUSH_S`, and end the thread."""
+        # The library's own end waits for half a minute for a collector that does not answer.
+        ending = threading.Thread(target=self._processor.shutdown, daemon=True)
+        ending.start()
+        ending.join(FLUSH_S)
 
 
 @dataclass(slots=True)

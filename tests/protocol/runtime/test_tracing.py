@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from protocol.runtime.settings import Settings
-from protocol.runtime.tracing import TRACING, Trace, place_of, run_place, tracing
+from protocol.runtime.tracing import MAX_WAITING, TRACING, Trace, place_of, run_place, tracing
 from protocol.wire import messages as m
 
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -48,6 +49,34 @@ def test_off_there_is_no_tracer_and_no_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_collector_that_does_not_answer_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("protocol.runtime.tracing.FLUSH_S", 0.05)
+    pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections and never answers
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        with tracing(Settings(otlp_endpoint=url, trace_share=1.0), "gateway", "g"):
+            assert TRACING.tracer is not None
+            place = TRACING.tracer.begin("")
+            assert place is not None
+            for _ in range(3 * MAX_WAITING):
+                TRACING.tracer.tell("span", place.child(), 1, 2, {})
+            assert len(TRACING.tracer._processor._batch_processor._queue) <= MAX_WAITING
+    assert TRACING.tracer is None
+
+
+@pytest.mark.parametrize(("share", "traced"), [(0.0, False), (1.0, True)])
+def test_a_client_s_decision_comes_before_the_share(share: float, traced: bool) -> None:
+    pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
+    with tracing(Settings(otlp_endpoint="http://127.0.0.1:9", trace_share=share), "gateway", "g"):
+        tracer = TRACING.tracer
+        assert tracer is not None
+        assert (tracer.begin("") is not None) == traced
+        below = tracer.begin(PARENT)
+        assert below is not None
+        assert (below.hex, below.parent_id) == (PARENT[3:35], int(PARENT[36:52], 16))
+        assert tracer.begin(PARENT[:-2] + "00") is None
 
 
 def test_off_messages_are_as_long_as_without_tracing() -> None:
