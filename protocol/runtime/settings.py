@@ -77,10 +77,7 @@ class Settings(BaseSettings):
     )
     log_format: Literal["text", "json"] = Field(default="text", description="format of log lines")
     metrics_port: int = Field(
-        default=0,
-        ge=0,
-        le=65535,
-        description="port of the metrics of scheduler, store and worker; 0: none",
+        default=0, ge=0, le=65535, description="port of the metrics of scheduler, store and worker; 0: none"
     )
     metrics_names: int = Field(
         default=100, ge=0, le=1000, description="adapters, and tenants, with series of their own; the rest are `other`"
@@ -88,9 +85,7 @@ class Settings(BaseSettings):
     vllm_metrics: bool = Field(
         default=False, description="show where adapters are, and vLLM's series, on the gateways' /metrics too"
     )
-    otlp_endpoint: str = Field(
-        default="", description="OpenTelemetry collector that spans are sent to, as http://HOST:4318; empty: no tracing"
-    )
+    otlp_endpoint: str = Field(default="", description="collector that spans are sent to, as http://HOST:4318")
     trace_share: float = Field(
         default=0.1, ge=0, le=1, description="part of the calls without a traceparent of their own that are traced"
     )
@@ -140,8 +135,7 @@ class Settings(BaseSettings):
         description="what a request's unknown or unsupported parameter becomes: a 400, or a header and a log line",
     )
     keep_prompts: bool = Field(
-        default=False,
-        description="keep prompts as long as the records of requests, so that these can be replayed",
+        default=False, description="keep prompts as long as the records of requests, so that these can be replayed"
     )
     max_queued: int = Field(
         default=10_000, ge=1, description="most requests that may wait in the queue; beyond that, new ones get 429"
