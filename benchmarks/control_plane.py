@@ -342,7 +342,8 @@ def sink() -> Iterator[str]:
     """Run a collector in a process of its own that takes spans and forgets them; yield its URL."""
     port = claim_port("127.0.0.1", 0)
     code = f"from benchmarks.common.otlp_sink import serve; serve({port})"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE)
+    environment = child_environment() | {"PYTHONPATH": str(HERE)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

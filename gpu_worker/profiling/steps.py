@@ -11,7 +11,8 @@ import numpy as np
 
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
-from gpu_worker.service.outbox import Outbox, OwnedRequest, PendingOutput, add_outputs
+from gpu_worker.service.outbox import Outbox, add_outputs
+from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire import messages as m

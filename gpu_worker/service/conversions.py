@@ -6,7 +6,8 @@ import msgspec
 import numpy as np
 
 from gpu_worker.engine.request import EngineRequest, EngineStats
-from gpu_worker.service.outbox import Outbox, OwnedRequest
+from gpu_worker.service.outbox import Outbox
+from gpu_worker.service.owned import OwnedRequest
 from protocol.queue.bus import Entry, decode, now_ms
 from protocol.wire import messages as m
 from protocol.wire.errors import ProtocolError

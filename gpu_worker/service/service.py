@@ -20,7 +20,8 @@ from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
 from gpu_worker.service.engine_handle import EngineHandle
-from gpu_worker.service.outbox import MAX_ROWS, Outbox, OwnedRequest, PendingOutput, Recovery, add_outputs
+from gpu_worker.service.outbox import MAX_ROWS, Outbox, Recovery, add_outputs
+from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from gpu_worker.service.trace import tell_handed_back
 from protocol.metrics.fleet import WORKERS
 from protocol.metrics.pages import serve_metrics

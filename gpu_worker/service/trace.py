@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from protocol.runtime.tracing import TRACING, Trace, run_place
 from protocol.wire import messages as m
-
-if TYPE_CHECKING:
-    from gpu_worker.service.outbox import OwnedRequest, PendingOutput
 
 MS = 1_000_000
 """Nanoseconds of a ms."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.37.0"
 """The version of the semantic conventions, those for generative AI among them, that names of attributes are from."""
 
-EXPORT_MS = 500
+EXPORT_MS = 1000
 """Longest that a span waits to be told: what a worker has told survives it."""
 
 MAX_WAITING = 8192
@@ -105,6 +105,7 @@ class Tracer:
         self._api: Any = trace
         self._sdk: Any = sdk
         self._share = share
+        self.flush_s = FLUSH_S
         self._sampled: Any = trace.TraceFlags(trace.TraceFlags.SAMPLED)
         self._kinds: Any = {kind.name: kind for kind in trace.SpanKind}
         self._scope: Any = InstrumentationScope("lorafleet", own, SCHEMA_URL)
@@ -151,7 +152,7 @@ class Tracer:
         # The library's own end waits for half a minute for a collector that does not answer.
         ending = threading.Thread(target=self._processor.shutdown, daemon=True)
         ending.start()
-        ending.join(FLUSH_S)
+        ending.join(self.flush_s)
 
 
 @dataclass(slots=True)

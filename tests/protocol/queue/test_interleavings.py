@@ -18,7 +18,8 @@ import pytest
 from redis.exceptions import ResponseError
 
 from gateway.calls.replies import Cursor
-from gpu_worker.service.outbox import Outbox, OwnedRequest, PendingOutput
+from gpu_worker.service.outbox import Outbox
+from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.bus import Bus, Refused, Step, decode, now_ms
 from protocol.queue.quota import Quota

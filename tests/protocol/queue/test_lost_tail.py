@@ -10,7 +10,8 @@ from __future__ import annotations
 import pytest
 
 from gpu_worker.engine.request import TokenOutput
-from gpu_worker.service.outbox import OwnedRequest, PendingOutput, add_outputs
+from gpu_worker.service.outbox import add_outputs
+from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.bus import decode
 from protocol.wire import messages as m

@@ -51,13 +51,13 @@ def test_off_there_is_no_tracer_and_no_library() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_collector_that_does_not_answer_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("protocol.runtime.tracing.FLUSH_S", 0.05)
+def test_a_collector_that_does_not_answer_holds_nobody_up() -> None:
     pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
     with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections and never answers
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         with tracing(Settings(otlp_endpoint=url, trace_share=1.0), "gateway", "g"):
             assert TRACING.tracer is not None
+            TRACING.tracer.flush_s = 0.05
             place = TRACING.tracer.begin("")
             assert place is not None
             for _ in range(3 * MAX_WAITING):
