@@ -160,7 +160,7 @@ def start(
     settings = Settings(redis_url=queue.url, model=str(model), data=folder, port=port, log_level="warning")
     usual = Settings().environment()  # defaults are omitted, since another checkout may not have every setting
     given = {name: value for name, value in settings.environment().items() if usual.get(name) != value}
-    environment = child_environment() | given | own | {"PYTHONPATH": f"{tree}:{tree / 'kernels'}"}
+    environment = child_environment() | given | dict(own) | {"PYTHONPATH": f"{tree}:{tree / 'kernels'}"}
     fake_worker = next(tree.glob("benchmarks/**/fake_worker.py"))
     commands = {
         "scheduler": ["-m", "lorafleet", "serve", "scheduler"],

@@ -80,6 +80,8 @@ def test_a_client_s_decision_comes_before_the_share(share: float, traced: bool) 
 
 
 def test_off_messages_are_as_long_as_without_tracing() -> None:
-    fields = {"rid": "r", "tenant": "t", "cls": "interactive", "digest": "", "gateway": "g"}
-    submit = m.Submit(**fields, num_prompt_tokens=1, max_new_tokens=1, deadline_ms=1)
+    submit = m.Submit(
+        rid="r", tenant="t", cls="interactive", digest="", gateway="g", num_prompt_tokens=1, max_new_tokens=1,
+        deadline_ms=1,
+    )  # fmt: skip
     assert b"trace" not in m.encode(submit)
