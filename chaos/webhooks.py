@@ -24,6 +24,9 @@ EVENTS = (
 REFUSED = 0.2
 """Share of deliveries that are answered with 503, to be sent again."""
 
+MAX_REFUSALS = 2
+"""Refusals of one event: a fourth attempt would come minutes later, and what is late is not lost."""
+
 
 class Receiver:
     """Takes the webhooks of one tenant."""
@@ -37,6 +40,7 @@ class Receiver:
         self._rng = random.Random(f"{seed} webhooks")
         self._openai = OpenAI(api_key="none")
         self._events: dict[str, str] = {}  # webhook-id -> the event's data
+        self._refused: Counter[str] = Counter()  # webhook-id -> how often
 
     async def subscribe(self, url: str, key: str) -> None:
         """Have the ends of all jobs and batches of an API key sent here. url: of a gateway."""
@@ -58,8 +62,11 @@ class Receiver:
             head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
             headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in head[1:] if line)}
             body = await reader.readexactly(int(headers["content-length"]))
-            status = "503 Busy" if self._rng.random() < REFUSED else "200 OK"
-            self._take(headers, body, is_counted=status == "200 OK")
+            event = headers["webhook-id"]
+            is_refused = self._rng.random() < REFUSED and self._refused[event] < MAX_REFUSALS
+            self._refused[event] += is_refused
+            status = "503 Busy" if is_refused else "200 OK"
+            self._take(headers, body, is_counted=not is_refused)
             writer.write(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
             await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError) as error:
