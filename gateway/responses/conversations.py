@@ -191,11 +191,12 @@ class Conversations:
     async def add_due_turns(self) -> None:
         """Look at each response whose time has come, and add it to its conversation if it has ended."""
         while due := await self._queue.due(now_ms(), _AT_ONCE):
-            for turn in due:
+            for conversation_id, tenant in {(turn.conversation, turn.tenant) for turn in due}:
                 try:
-                    await self._add_turns(turn.conversation, turn.tenant)
+                    await self._add_turns(conversation_id, tenant)
                 except LorafleetError as error:  # the others are not kept waiting
-                    logger.warning("%s cannot be added to its conversation now: %s", turn.response, error)
+                    logger.warning("%s cannot get its turns now: %s", conversation_id, error)
+            for turn in due:
                 await self._queue.look_again(turn, now_ms() + LOOK_AGAIN_MS)
 
     # ------------------------------------------------------------ the queue's part
