@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 from helpers.scripted_fleet import ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
+from prometheus_client import REGISTRY
 
 from benchmarks.common.fake_worker import FakeEngine, fake_served, serve_fake
 from gateway.requests.replay import compared
@@ -203,6 +204,7 @@ async def test_a_replay_counts_against_the_limits_of_who_asks(bus: Bus, model_fo
         done = (await fleet.http.post("/v1/completions", json=BODY, headers=head)).json()
         answer = await fleet.http.post(f"/v1/requests/{done['id']}/replay", headers=head)
         assert answer.status_code == 429
+    assert REGISTRY.get_sample_value("lorafleet_tenant_refused_total", {"tenant": "mine", "reason": "requests"}) == 1
 
 
 async def test_many_assignments_leave_the_first_and_the_last(bus: Bus) -> None:
