@@ -11,7 +11,9 @@ from peft_adapters.json_values import is_list, is_object, load_json_object
 from peft_adapters.reasons import Reasons, show
 from protocol.wire.errors import AdapterRefused
 
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 4 << 20
+"""An entry takes 150 bytes: adapters of all experts of a model, saved expert by expert, have some 18,000."""
+
 MAX_TENSORS = 20_000
 MAX_NAME_CHARS = 512
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}

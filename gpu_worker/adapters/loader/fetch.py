@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
@@ -33,8 +35,12 @@ class FetchedAdapter:
     """An adapter as the store keeps it."""
 
     config: dict[str, Any]
-    weights: bytes | memoryview  # a safetensors file
+    weights: bytes | bytearray | memoryview | mmap.mmap  # a safetensors file
     tokens: TokenTable | None = None  # of its own tokenizer, if it brings one
+
+
+Allocate = Callable[[int], Any]
+"""Returns memory of so many bytes, as a buffer that can be written to, for the weights of an adapter."""
 
 
 class StoreClient:
@@ -55,10 +61,11 @@ class StoreClient:
         if urls:
             self._known.set()
 
-    def fetch(self, digest: str) -> FetchedAdapter:
+    def fetch(self, digest: str, allocate: Allocate = bytearray) -> FetchedAdapter:
         """Return an adapter's files, from the first store that gives them. Blocks for about FETCH_TIMEOUT_S at most.
 
-        Raises Unavailable when no store answers, NotFound when none has the adapter, AdapterRefused, Internal.
+        allocate: gives the memory that the weights are read into, and stay in: large ones are held once. Raises
+        Unavailable when no store answers, NotFound when none has the adapter, AdapterRefused, Internal.
         """
         deadline = time.monotonic() + FETCH_TIMEOUT_S
         pause_s = 0.1
@@ -68,7 +75,7 @@ class StoreClient:
             urls = self.urls
             for url in urls:
                 try:
-                    files = self._fetch_from(url, digest)
+                    files = self._fetch_from(url, digest, allocate)
                 except NotFound:
                     missing += 1
                 except (OSError, HTTPException) as error:
@@ -84,30 +91,38 @@ class StoreClient:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 2.0)
 
-    def _fetch_from(self, url: str, digest: str) -> FetchedAdapter:
+    def _fetch_from(self, url: str, digest: str, allocate: Allocate) -> FetchedAdapter:
         """Return an adapter's files from one store, unchecked. Raises NotFound, Internal, OSError, HTTPException."""
         with closing(_connect(url)) as connection:
             folder = f"{urlsplit(url).path.rstrip('/')}/adapters/{digest}"
             config = _parse(self._get(connection, f"{folder}/adapter_config.json"))
-            weights = self._get(connection, f"{folder}/adapter_model.safetensors")
+            weights = self._get(connection, f"{folder}/adapter_model.safetensors", allocate)
             own = config.get(TEXTS_FIELD)
             texts = split_texts(self._get(connection, f"{folder}/{TEXTS_FILE}"), own) if own else {}
             tokenizer = texts.get(TOKENIZER, "")
             is_own = tokenizer and key_of(tokenizer) != self.base_tokenizer
             return FetchedAdapter(config, weights, self._tables.read(tokenizer) if is_own else None)
 
-    def _get(self, connection: HTTPConnection, path: str) -> bytes:
+    def _get(self, connection: HTTPConnection, path: str, allocate: Allocate = bytearray) -> Any:
         connection.request("GET", path, headers=self._headers)
         response = connection.getresponse()
-        with self._memory.hold(2 * int(response.getheader("Content-Length", "0"))):  # the bytes, and a copy to hand on
-            body = response.read()
         if response.status == 404:
             raise NotFound(f"{path} is not there")
         if response.status == 401:
             raise Internal("the adapter store does not know this worker: their secrets differ")
         if response.status != 200:
-            raise HTTPException(f"{response.status} {body[:200]!r}")
-        return body
+            raise HTTPException(f"{response.status} {response.read(200)!r}")
+        num_bytes = int(response.getheader("Content-Length", "0"))
+        with self._memory.hold(num_bytes):
+            memory = allocate(num_bytes) if num_bytes else bytearray()
+            with memoryview(memory) as view:
+                num_read = 0
+                while num_read < num_bytes:
+                    num = response.readinto(view[num_read:])
+                    if not num:
+                        raise HTTPException(f"{path} ends after {num_read} of {num_bytes} bytes")
+                    num_read += num
+        return memory
 
 
 class _TokenTables:

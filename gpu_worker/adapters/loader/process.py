@@ -11,10 +11,10 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Protocol
 
-from gpu_worker.adapters.loader.fetch import FetchedAdapter, StoreClient
+from gpu_worker.adapters.loader.fetch import Allocate, FetchedAdapter, StoreClient
 from gpu_worker.adapters.loader.messages import (
     Describe,
     Failed,
@@ -51,8 +51,8 @@ class Stores(Protocol):
         """Say which stores are alive."""
         ...
 
-    def fetch(self, digest: str) -> FetchedAdapter:
-        """Return an adapter's files. Raises LorafleetError."""
+    def fetch(self, digest: str, allocate: Allocate = ...) -> FetchedAdapter:
+        """Return an adapter's files, whose weights lie in what `allocate` returns. Raises LorafleetError."""
         ...
 
 
@@ -97,18 +97,24 @@ class LoaderServer:
 
     def _load(self, request: Fetch) -> tuple[Message, int]:
         """Return the answer to a request and the descriptor to send with it, which the caller closes."""
-        files = self._stores.fetch(request.digest)
-        tokens = OwnTokens.of(files.tokens) if files.tokens is not None else None
-        if self.packer is not None and not request.whole:
-            packed = self._pack(self.packer, request.number, files, tokens)
-            if packed is not None:
-                return packed
         with ExitStack() as undo:
-            fd = _anonymous_file(len(files.weights), undo)
-            with mmap.mmap(fd, len(files.weights)) as content:
-                content.write(files.weights)
-            undo.pop_all()
-            return Fetched(request.number, files.config, tokens), fd
+            fetched: list[tuple[mmap.mmap, int]] = []  # what was read into, and its descriptor
+
+            def allocate(num_bytes: int) -> mmap.mmap:
+                fd = _anonymous_file(num_bytes, undo)
+                memory = mmap.mmap(fd, num_bytes)
+                undo.callback(_release, memory)
+                fetched.append((memory, fd))
+                return memory
+
+            files = self._stores.fetch(request.digest, allocate)
+            tokens = OwnTokens.of(files.tokens) if files.tokens is not None else None
+            if self.packer is not None and not request.whole:
+                packed = self._pack(self.packer, request.number, files, tokens)
+                if packed is not None:
+                    return packed
+            fd = next(fd for memory, fd in fetched if memory is files.weights)
+            return Fetched(request.number, files.config, tokens), os.dup(fd)
 
     def _pack(
         self, packer: RowPacker, number: int, files: FetchedAdapter, tokens: OwnTokens | None
@@ -121,12 +127,22 @@ class LoaderServer:
                 fds.append(_anonymous_file(num_bytes, undo))
                 return mmap.mmap(fds[0], num_bytes)
 
-            with self._packing:
-                rows = packer.pack(files.config, files.weights, allocate)
+            view = memoryview(files.weights)
+            try:
+                with self._packing:
+                    rows = packer.pack(files.config, view, allocate)
+            finally:
+                _release(view)
             if rows is None:
                 return None
             undo.pop_all()
             return Packed(number, rows.ranks.tobytes(), rows.scales.tobytes(), rows.invocation, tokens), fds[0]
+
+
+def _release(memory: mmap.mmap | memoryview) -> None:
+    """Give up memory, or a view of it, unless an error's traceback still has one; then it ends with that."""
+    with suppress(BufferError):
+        memory.close() if isinstance(memory, mmap.mmap) else memory.release()
 
 
 def _anonymous_file(num_bytes: int, undo: ExitStack) -> int:

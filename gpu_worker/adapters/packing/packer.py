@@ -72,7 +72,8 @@ class Packer:
         view = memoryview(weights)
         tensors = parse_header(bytes(view[: 8 + MAX_HEADER_BYTES]), len(view))
         spec = read_adapter(config, tensors, self.served)
-        file = torch.frombuffer(bytearray(view), dtype=torch.uint8)
+        # What cannot be written to is copied, since a tensor can be. The loader's memory can.
+        file = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
         return spec, lambda name: _read(file, tensors[name])
 
     def wrap(self, digest: str, packed: Rows) -> HostAdapter:

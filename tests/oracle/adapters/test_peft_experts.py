@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from oracle.adapters.peft_kinds import (
+    EXPERT_PARAMETERS,
     EXPERTS,
+    GPT_OSS,
     MAX_DIFFERENCE,
     MIXTRAL,
     Base,
@@ -19,6 +21,7 @@ from oracle.adapters.peft_kinds import (
     difference,
     engine_logits,
     load,
+    make_adapter,
     make_base,
     make_engine,
     measure,
@@ -161,3 +164,49 @@ def test_the_families_are_those_of_peft() -> None:
         names = FAMILIES[model_type]
         assert names.parameters == _MOE_TARGET_MODULE_MAPPING[family]
         assert list(names.fused) == _MOE_FUSED_TARGETS[family]["gate_up_proj"]
+
+
+MANY = {**EXPERTS, "num_experts": 16, "num_local_experts": 16}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_rows_read_the_experts_that_they_go_to_alone(model_type: str, tmp_path: Path) -> None:
+    """Two of sixteen for a token: the others' weights are not touched, and may be anything."""
+    fields = {
+        **(QWEN3_MOE if model_type == "qwen3_moe" else GPT_OSS if model_type == "gpt_oss" else MIXTRAL)[1],
+        **MANY,
+    }
+    kind = Kind((model_type, fields), EXPERT_PARAMETERS)
+    make_adapter(kind, tmp_path)
+    engine = make_engine(kind.base, {"tuned": tmp_path}, prefix_cache=False)
+    prompt = asked_prompts(kind)[0]
+    ids, logits = engine_logits(engine, [greedy_request("x", "tuned", prompt, 8)])["x"]
+    expected = peft_logits(load(kind, tmp_path), prompt, ids)
+    assert difference(logits, expected) <= MAX_DIFFERENCE
+    assert (expected - model_logits(make_base(kind.base), prompt, ids)).abs().max() >= 100 * MAX_DIFFERENCE
+    modules = [module for name, module in engine.model.adaptable.modules.items() if name.endswith(".experts")]
+    assert modules
+    assert all(module.few_experts for module in modules)
+
+    parameters = engine.adapters.extras["tuned"].parameters
+    poisoned = [lora for loras in parameters.values() for lora in loras]
+    assert all(lora.lhs.shape[0] == 16 for lora in poisoned)
+    hit = {module.name: torch.zeros(16, dtype=torch.bool) for module in modules}
+
+    def watch(name: str) -> Any:
+        def hook(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            [index] = [arg for arg in args if not arg.is_floating_point()]
+            hit[name][index.unique()] = True
+
+        return hook
+
+    handles = [module.module.register_forward_pre_hook(watch(module.name)) for module in modules]
+    first = ask(engine, [greedy_request("again", "tuned", prompt, 2)]).ids["again"]
+    for handle in handles:
+        handle.remove()
+    for module in modules:
+        assert not hit[module.name].all(), "or nothing would be shown"
+        with torch.inference_mode():
+            for lora in parameters[module.name]:
+                lora.lhs[~hit[module.name]] = torch.nan
+    assert ask(engine, [greedy_request("poisoned", "tuned", prompt, 2)]).ids["poisoned"] == first == ids[:2]

@@ -144,7 +144,7 @@ def test_adapters_for_a_known_model_come_packed_also_after_a_death() -> None:
         sites=[SiteShape(name, 4, 4)],
     )  # fmt: skip
     sites = [RowSite(name, 4, 4, "bfloat16")]
-    expected = RowPacker(sites, served).pack(GOOD.config, GOOD.weights, bytearray)
+    expected = RowPacker(sites, served).pack(GOOD.config, memoryview(GOOD.weights), bytearray)
     assert expected is not None
     loader = Loader()
     with closing(loader), store(files_of(digest, GOOD)) as good:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gpu_worker.adapters.loader.fetch import FetchedAdapter
+from gpu_worker.adapters.loader.fetch import Allocate, FetchedAdapter
 from gpu_worker.adapters.loader.messages import Failed, Fetch, Fetched, receive
 from gpu_worker.adapters.loader.process import LoaderServer
 
@@ -23,8 +23,10 @@ class OneAdapter:
     def set_urls(self, urls: tuple[str, ...]) -> None:
         return
 
-    def fetch(self, digest: str) -> FetchedAdapter:
-        return FetchedAdapter({}, b"weights")
+    def fetch(self, digest: str, allocate: Allocate = bytearray) -> FetchedAdapter:
+        memory = allocate(7)
+        memory[:] = b"weights"
+        return FetchedAdapter({}, memory)
 
 
 class FailingPacker:
