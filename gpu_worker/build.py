@@ -301,7 +301,7 @@ def warm_up(engine: Engine) -> None:
 
 
 def record_steps(engine: Engine, settings: Settings) -> None:
-    """Record the decode steps where there is a GPU. Raises BadRequest if settings demand it and it cannot be done."""
+    """Record the steps where there is a GPU. Raises BadRequest if settings demand it and it cannot be done."""
     device = engine.model.device
     if device.type != "cuda" and settings.cuda_graphs == "on":
         raise BadRequest(f"cuda_graphs is on, but the device is {device.type}")
@@ -312,13 +312,16 @@ def record_steps(engine: Engine, settings: Settings) -> None:
         return
     started = time.monotonic()
     try:
-        engine.runner.record(CudaRecorder(device), engine.config.limits.max_num_seqs, engine.config.max_model_len)
+        limits = engine.config.limits
+        engine.runner.record(
+            CudaRecorder(device), limits.max_num_seqs, engine.config.max_model_len, limits.max_step_tokens
+        )
     except Unrecordable as error:
         if settings.cuda_graphs == "on":
             raise BadRequest(f"cuda_graphs is on, but this model's steps cannot be recorded: {error}") from error
-        logger.warning("no CUDA graphs, decode steps are launched kernel by kernel: %s", error)
+        logger.warning("no CUDA graphs, steps are launched kernel by kernel: %s", error)
     else:
-        logger.info("decode steps recorded in %.1f s", time.monotonic() - started)
+        logger.info("steps recorded in %.1f s", time.monotonic() - started)
 
 
 def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> EngineConfig:

@@ -20,6 +20,7 @@ from gpu_worker.adapters.weights import page_bytes, split_budget
 from gpu_worker.model.lora import GROUPS
 from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import prepare_model
+from lora_kernels import ops
 from lora_kernels.ops import PAGE_ROWS
 
 B_STD = 0.01
@@ -78,8 +79,8 @@ def equal_names(num: int, kind: str) -> list[str]:
     return [f"{kind}-{i}-r16" for i in range(num)]
 
 
-def random_model(shape: Shape, device: torch.device) -> BaseModel:
-    """Return a model with random weights, prepared."""
+def random_model(shape: Shape, device: torch.device, impl: ops.Impl | None = None) -> BaseModel:
+    """Return a model with random weights, prepared. impl: of the kernels; None: the device's own."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(shape.dtype)
     torch.manual_seed(0)
@@ -88,7 +89,7 @@ def random_model(shape: Shape, device: torch.device) -> BaseModel:
             module = LlamaForCausalLM(LlamaConfig(**shape.config)).eval()
     finally:
         torch.set_default_dtype(before)
-    return prepare_model(module, frozenset(), None)
+    return prepare_model(module, frozenset(), impl)
 
 
 class RandomAdapters:

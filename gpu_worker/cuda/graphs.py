@@ -1,4 +1,4 @@
-"""Decode steps recorded once and replayed: which steps those are, how they are padded, where their inputs are.
+"""Steps recorded once and replayed: which steps those are, how they are padded, where their inputs are.
 
 Nothing here knows CUDA: a `GraphRecorder` (`capture.py` on a GPU) keeps what a step did to the device and does it
 again. A recording fixes everything but the content of tensors, so all that changes from step to step is written into
@@ -8,9 +8,9 @@ tensors that never move.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from gpu_worker.memory import host_tensor
 from gpu_worker.model.model import BaseModel
 from lora_kernels import ops
+from lora_kernels.segments import LARGE_TILE_ROWS_PER_SEGMENT
 
 Replay = Callable[[], object]
 
@@ -35,35 +36,73 @@ class Unrecordable(Exception):
     """A model's step waits for the device, so that a recording would keep what the host read when it was made."""
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeLists:
-    """The inputs of a step in which every sequence computes one token, on the host."""
+MIXED_TOKENS = (64, 128, 192, 256, 384, 512)
+"""Tokens up to which steps with prompts are recorded. A longer step keeps a device busy for longer than its launches
+take, and padding it would cost more."""
 
-    input_ids: np.ndarray  # int64 [S]
+FEW_SEQS = 8
+"""Sequences of a small mixed step. Attention cuts the keys of decodes into more parts where they are few."""
+
+Tiles = Literal["none", "small", "large"]
+"""Of which size a step's tiles of LoRA rows are, as `triton_ops.lora` chooses them; none: no row has an adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepLists:
+    """The inputs of a step on the host: S sequences, T tokens, of which n go through the head."""
+
+    input_ids: np.ndarray  # int64 [T]
+    query_lens: np.ndarray  # int64 [S] tokens of each sequence
     kv_lens: np.ndarray  # int64 [S] tokens computed after the step
     block_tables: np.ndarray  # int32 [S, blocks]
-    slots: np.ndarray  # int32 [S] adapter slot, -1 for the base model
-    scales: np.ndarray  # float32 [S] each request's factor on its adapter
+    slots: np.ndarray  # int32 [T] adapter slot, -1 for the base model
+    scales: np.ndarray  # float32 [T] each request's factor on its adapter
+    rows: np.ndarray  # int64 [n] tokens that go through the head
 
-    def padded(self, size: int, dummy_block: int) -> DecodeLists:
-        """Return the step with sequences added up to `size`: of one token each, without an adapter.
+    def padded_decodes(self, size: int, dummy_block: int) -> StepLists:
+        """Return a step of one token each with sequences added up to `size`, without an adapter.
 
         Their only key goes to dummy_block, which nobody else reads.
         """
-        num = size - len(self.input_ids)
-        tables = np.pad(self.block_tables, ((0, num), (0, 0)))
-        tables[size - num :, 0] = dummy_block
-        return DecodeLists(
-            np.pad(self.input_ids, (0, num)),
-            np.pad(self.kv_lens, (0, num), constant_values=1),
+        return self._padded(np.ones(size - len(self.kv_lens), np.int64), size, dummy_block)
+
+    def padded(self, num_tokens: int, num_seqs: int, dummy_block: int) -> StepLists:
+        """Return the step with one more sequence that has all tokens that are missing, and others that have none.
+
+        There must be a place for it, unless no token is missing. Its keys go to dummy_block, one over the other. The
+        first token goes through the head as often as rows are missing.
+        """
+        query_lens = np.zeros(num_seqs - len(self.kv_lens), np.int64)
+        query_lens[:1] = num_tokens - len(self.input_ids)
+        return self._padded(query_lens, num_seqs, dummy_block)
+
+    def _padded(self, query_lens: np.ndarray, num_rows: int, dummy_block: int) -> StepLists:
+        num_seqs, num_tokens = len(query_lens), int(query_lens.sum())
+        kv_lens = np.maximum(query_lens, 1)
+        width = max(self.block_tables.shape[1], -(-int(kv_lens.max(initial=1)) // ops.BLOCK_TOKENS))
+        tables = np.full((len(self.kv_lens) + num_seqs, width), dummy_block, np.int32)
+        tables[: len(self.kv_lens), : self.block_tables.shape[1]] = self.block_tables
+        return StepLists(
+            np.pad(self.input_ids, (0, num_tokens)),
+            np.concatenate((self.query_lens, query_lens)),
+            np.concatenate((self.kv_lens, kv_lens)),
             tables,
-            np.pad(self.slots, (0, num), constant_values=-1),
-            np.pad(self.scales, (0, num), constant_values=1),
+            np.pad(self.slots, (0, num_tokens), constant_values=-1),
+            np.pad(self.scales, (0, num_tokens), constant_values=1),
+            np.pad(self.rows, (0, num_rows - len(self.rows))),
         )
+
+    @property
+    def tiles(self) -> Tiles:
+        """The tiles that LoRA takes for the step."""
+        adapted = self.slots[self.slots >= 0]
+        if not len(adapted):
+            return "none"
+        return "large" if len(adapted) >= LARGE_TILE_ROWS_PER_SEGMENT * len(np.unique(adapted)) else "small"
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Return the numbers of sequences to record steps for, ascending.
+    """Return the numbers of sequences to record decode steps for, ascending.
 
     They are few, yet so close that padding to the next one costs little.
     """
@@ -71,8 +110,18 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
+def mixed_sizes(max_num_seqs: int, most_tokens: int) -> list[tuple[int, int]]:
+    """Return the numbers of tokens and of sequences to record other steps for, ascending, a place for padding included.
+
+    most_tokens: of a step, and of a sequence. 0: there are none.
+    """
+    tokens = [num for num in MIXED_TOKENS if num < most_tokens] + [min(most_tokens, MIXED_TOKENS[-1])]
+    seqs = sorted({min(FEW_SEQS, max_num_seqs) + 1, max_num_seqs + 1})
+    return [(num, places) for num in sorted(set(tokens)) for places in seqs] if most_tokens else []
+
+
 def choose_size(sizes: Sequence[int], num_new: np.ndarray, complete: np.ndarray) -> int | None:
-    """Return the smallest recorded size that holds a step, None for a step that cannot be replayed.
+    """Return the smallest recorded size that holds a step of decodes, None for another step.
 
     num_new: int [S] tokens of each sequence; complete: bool [S], whether its next token can be chosen afterwards.
     """
@@ -81,78 +130,117 @@ def choose_size(sizes: Sequence[int], num_new: np.ndarray, complete: np.ndarray)
     return next((size for size in sizes if size >= len(num_new)), None)
 
 
-class DecodeGraph:
-    """Decode steps of one number of sequences: the tensors that they read and write, and their recordings."""
+class StepGraph:
+    """Steps of one padded size: the tensors that they read and write, and their recordings."""
 
-    def __init__(self, model: BaseModel, block_tables: Tensor, dummy_block: int) -> None:
-        """block_tables: int32 [size, max_blocks]; graphs of other sizes may share it."""
-        self.size = len(block_tables)
+    def __init__(
+        self, model: BaseModel, num_tokens: int, block_tables: Tensor, dummy_block: int, *, decodes: bool
+    ) -> None:
+        """block_tables: int32 [sequences, max_blocks]; graphs of other sizes may share it.
+
+        decodes: whether every sequence has one token, which goes through the head.
+        """
+        self.num_tokens, self.num_seqs = num_tokens, len(block_tables)
         device = block_tables.device
-        self.input_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
-        self.attention = ops.recordable_attention_batch(block_tables)
-        self.lora = ops.recordable_lora_batch(self.size, device)
-        self.rows = torch.arange(self.size, device=device)
-        self._model = model
-        self._dummy_block = dummy_block
+        self.input_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+        self.attention = ops.recordable_attention_batch(block_tables, num_tokens)
+        self.lora = ops.recordable_lora_batch(num_tokens, device)
+        # Every row of a decode goes through the head, so one list serves both.
+        self.lora_logits = self.lora if decodes else ops.recordable_lora_batch(self.num_seqs, device)
+        self.rows = torch.zeros(self.num_seqs, dtype=torch.int64, device=device)
+        if decodes:
+            torch.arange(self.num_seqs, out=self.rows)
+        self._model, self._dummy_block, self._decodes = model, dummy_block, decodes
+        self._kinds: tuple[Tiles, ...] = ("small", "none") if decodes else ("large", "small", "none")
         self._logits = torch.empty(0)
-        self._replays: dict[bool, Replay] = {}  # by whether any row has an adapter
-        self._num_seqs = 0  # of the step that the tensors hold
-        self._with_adapters = False
+        self._replays: dict[Tiles, Replay] = {}
+        self._num_rows = 0  # of the step that the tensors hold
+        self._tiles: Tiles = "none"
 
-    def forward(self, *, with_adapters: bool) -> Tensor:
-        """Compute the step that the tensors hold: logits [size, V]."""
+    def forward(self, tiles: Tiles) -> Tensor:
+        """Compute the step that the tensors hold: logits [rows, V]."""
         context = self._model.context
         context.attention = self.attention
-        # Every row goes through the head, so one list serves both.
-        context.lora = context.lora_logits = self.lora if with_adapters else None
+        lora = self.lora
+        if tiles == "large":  # which a batch's tiles are, if it has so many rows to a segment
+            lora = replace(lora, num_rows=LARGE_TILE_ROWS_PER_SEGMENT * lora.num_segments)
+        context.lora, context.lora_logits = (None, None) if tiles == "none" else (lora, self.lora_logits)
         context.extras, context.extras_logits = [], []
         with torch.inference_mode():
             return self._model.forward(self.input_ids, self.attention.positions, self.rows)
 
     def record(self, recorder: GraphRecorder, logits: Tensor) -> None:
-        """Record the step with adapters and the one without. Both write to logits [size, V]. Raises Unrecordable."""
+        """Record the step with adapters and the one without. All write to logits [rows, V]. Raises Unrecordable."""
         self._logits = logits
 
-        def step(with_adapters: bool) -> None:
-            logits.copy_(self.forward(with_adapters=with_adapters))
+        def step(tiles: Tiles) -> None:
+            logits.copy_(self.forward(tiles))
 
-        for with_adapters in (True, False):
-            self._replays[with_adapters] = recorder.record(partial(step, with_adapters))
+        for tiles in self._kinds:
+            self._replays[tiles] = recorder.record(partial(step, tiles))
 
-    def fill(self, lists: DecodeLists) -> None:
+    def fill(self, lists: StepLists) -> None:
         """Write a step's inputs over the last one's. The host does not wait for the device."""
         device = self.input_ids.device
-        self._num_seqs = len(lists.input_ids)
-        lists = lists.padded(self.size, self._dummy_block)
+        self._num_rows, tiles = len(lists.rows), lists.tiles
+        self._tiles = "small" if self._decodes and tiles == "large" else tiles
+        if self._decodes:
+            lists = lists.padded_decodes(self.num_seqs, self._dummy_block)
+        else:
+            lists = lists.padded(self.num_tokens, self.num_seqs, self._dummy_block)
+            self.rows.copy_(host_tensor(lists.rows, device), non_blocking=True)
         self.input_ids.copy_(host_tensor(lists.input_ids, device), non_blocking=True)
-        ones = np.ones(self.size, np.int64)
-        ops.build_attention_batch(ones, lists.kv_lens, lists.block_tables, device, into=self.attention)
-        found = ops.build_lora_batch(lists.slots, device, lists.scales, into=self.lora)
-        self._with_adapters = found is not None
+        ops.build_attention_batch(lists.query_lens, lists.kv_lens, lists.block_tables, device, into=self.attention)
+        if self._tiles == "none":
+            return
+        ops.build_lora_batch(lists.slots, device, lists.scales, into=self.lora)
+        if not self._decodes:
+            slots, scales = lists.slots[lists.rows], lists.scales[lists.rows]
+            slots[self._num_rows :] = -1
+            if ops.build_lora_batch(slots, device, scales, into=self.lora_logits) is None:
+                self.lora_logits.buffer.zero_()
 
     def replay(self) -> Tensor:
-        """Compute the step last filled in. Returns logits [S, V], valid until the next replay of any size."""
-        self._replays[self._with_adapters]()
-        return self._logits[: self._num_seqs]
+        """Compute the step last filled in. Returns its logits [n, V], valid until the next replay of any size."""
+        self._replays[self._tiles]()
+        return self._logits[: self._num_rows]
 
 
-class DecodeGraphs:
-    """The recorded decode steps of a model, by padded number of sequences."""
+class StepGraphs:
+    """The recorded steps of a model: decodes by their number, others by their numbers of tokens and sequences."""
 
-    def __init__(self, model: BaseModel, max_num_seqs: int, max_blocks: int, dummy_block: int) -> None:
-        """max_blocks: most KV blocks of one sequence. dummy_block: one that belongs to no sequence."""
+    def __init__(
+        self, model: BaseModel, max_num_seqs: int, max_blocks: int, dummy_block: int, max_step_tokens: int = 0
+    ) -> None:
+        """max_blocks: most KV blocks of one sequence. dummy_block: one that belongs to no sequence.
+
+        max_step_tokens: most tokens of a step; 0: only decodes are recorded.
+        """
         self.sizes = graph_sizes(max_num_seqs)
-        tables = torch.full((max_num_seqs, max_blocks), dummy_block, dtype=torch.int32, device=model.device)
-        self._graphs = {size: DecodeGraph(model, tables[:size], dummy_block) for size in self.sizes}
+        most = min(max_step_tokens, max_blocks * ops.BLOCK_TOKENS)
+        tables = torch.full((max_num_seqs + 1, max_blocks), dummy_block, dtype=torch.int32, device=model.device)
+        self._decodes = {size: StepGraph(model, size, tables[:size], dummy_block, decodes=True) for size in self.sizes}
+        self._mixed = [
+            StepGraph(model, num_tokens, tables[:num_seqs], dummy_block, decodes=False)
+            for num_tokens, num_seqs in mixed_sizes(max_num_seqs, most)
+        ]
 
     def record(self, recorder: GraphRecorder) -> None:
         """Record all steps. Raises Unrecordable."""
         # All sizes share one tensor of logits: each recording's own outputs would keep memory of their own.
-        logits = torch.zeros_like(self._graphs[self.sizes[-1]].forward(with_adapters=False))
-        for size in reversed(self.sizes):  # largest first: the smaller ones reuse its memory
-            self._graphs[size].record(recorder, logits[:size])
+        graphs = [*reversed(self._mixed), *(self._decodes[size] for size in reversed(self.sizes))]
+        largest = max(graphs, key=lambda graph: graph.num_seqs)
+        logits = torch.zeros_like(largest.forward("none"))
+        for graph in graphs:  # the largest ones first: the smaller ones reuse their memory
+            graph.record(recorder, logits[: graph.num_seqs])
 
-    def find(self, num_new: np.ndarray, complete: np.ndarray) -> DecodeGraph | None:
-        """Return the graph that replays a step, None if none does. Arguments as in `choose_size`."""
+    def find(self, num_new: np.ndarray, complete: np.ndarray, num_rows: int) -> StepGraph | None:
+        """Return the graph that replays a step, None if none does.
+
+        num_new, complete: as in `choose_size`. num_rows: tokens that go through the head.
+        """
         size = choose_size(self.sizes, num_new, complete)
-        return None if size is None else self._graphs[size]
+        if size is not None:
+            return self._decodes[size]
+        num_tokens, places = int(num_new.sum()), max(len(num_new) + 1, num_rows)
+        return next((one for one in self._mixed if one.num_tokens >= num_tokens and one.num_seqs >= places), None)

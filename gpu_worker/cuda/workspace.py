@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from gpu_worker.cuda.graphs import MIXED_TOKENS
 from gpu_worker.cuda.warm_up import WarmUpStep, run_steps
 from gpu_worker.model.model import BaseModel
 from gpu_worker.sampling.sampling import SampleRow, sample
@@ -51,7 +52,7 @@ def workspace_bytes(
     """Return the bytes that the largest steps take on a model without caches, which are those of the trial then.
 
     max_num_seqs, max_step_tokens, max_prompt_rows: as of `warm_up_steps`. max_model_len: most tokens of a sequence.
-    has_graphs: whether decode steps will be recorded, which keep their memory for good.
+    has_graphs: whether steps will be recorded, which keep their memory for good.
     """
     for layer in model.layers:
         layer.allocate(1, model.dtype, model.device)
@@ -67,7 +68,11 @@ def workspace_bytes(
 
     sizes = {name: run(step) for name, step in (("decodes", decodes), ("chunk", chunk), ("scored", scored))}
     sizes["sample"] = meter.peak(lambda: _sample(model, max_num_seqs))
-    return max(sizes.values()) + (sizes["decodes"] if has_graphs else 0)
+    if not has_graphs:
+        return max(sizes.values())
+    num = min(max_step_tokens, MIXED_TOKENS[-1])
+    recorded = run(WarmUpStep(np.array([num]), np.full(num, none)))
+    return max(sizes.values()) + max(sizes["decodes"], recorded)
 
 
 def _sample(model: BaseModel, num_rows: int) -> None:

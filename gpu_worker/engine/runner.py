@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.adapters.extras import Extras
-from gpu_worker.cuda.graphs import DecodeGraph, DecodeGraphs, DecodeLists, GraphRecorder
+from gpu_worker.cuda.graphs import GraphRecorder, StepGraph, StepGraphs, StepLists
 from gpu_worker.engine.pooled import PooledRows, gather
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.sequence import Sequence
@@ -45,7 +45,7 @@ class PackedInputs(StepInputs):
     positions: Tensor  # int64 [T]
     logit_rows: Tensor | None  # int64 [n], tokens that go through the head; None: all
     vocab_sizes: Tensor | None = None  # int64 [n], where an adapter of the step has a vocabulary of its own
-    graph: DecodeGraph | None = None  # replayed instead of running the model; the tensors above are its own
+    graph: StepGraph | None = None  # replayed instead of running the model; the tensors above are its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,18 +165,18 @@ class Runner:
         self.num_blocks = num_blocks
         self.num_states = num_states
         self._extras: Mapping[str, Extras] = {} if extras is None else extras
-        self.graphs: DecodeGraphs | None = None  # of recorded decode steps, which are replayed while it is set
+        self.graphs: StepGraphs | None = None  # recorded steps, which are replayed while it is set
         for layer in model.layers:
             layer.allocate(num_blocks + 1, model.dtype, model.device)  # the last is for the padding of recorded steps
         model.mixers.allocate(num_states + 1, model.device)
 
-    def record(self, recorder: GraphRecorder, max_num_seqs: int, max_model_len: int) -> None:
-        """Record the decode steps of up to max_num_seqs sequences, to be replayed from now on. Raises Unrecordable.
+    def record(self, recorder: GraphRecorder, max_num_seqs: int, max_model_len: int, max_step_tokens: int = 0) -> None:
+        """Record the steps of up to max_num_seqs sequences, to be replayed from now on. Raises Unrecordable.
 
-        The adapter pool must be there.
+        The adapter pool must be there. max_step_tokens: most tokens of a step; 0: decodes alone are recorded.
         """
         max_blocks = -(-max_model_len // ops.BLOCK_TOKENS)
-        graphs = DecodeGraphs(self.model, max_num_seqs, max_blocks, dummy_block=self.num_blocks)
+        graphs = StepGraphs(self.model, max_num_seqs, max_blocks, self.num_blocks, max_step_tokens)
         graphs.record(recorder)
         self.graphs = graphs
 
@@ -191,16 +191,17 @@ class Runner:
         ready = [seq for seq, is_complete in zip(step.seqs, step.complete, strict=True) if is_complete]
         slots, scales = step.adapters()
         prompt_rows = step.prompt_rows()
+        rows, heads = step.logit_rows(plan.drafts, prompt_rows, pooled)
         if self.graphs is not None and not self._has_extras(step) and not prompt_rows and not pooled:
-            graph = self.graphs.find(step.num_new, step.complete)
+            graph = self.graphs.find(step.num_new, step.complete, len(rows))
             if graph is not None:
-                graph.fill(DecodeLists(ids, step.ends, block_tables(step.seqs), slots, scales))
+                tables = block_tables(step.seqs)
+                graph.fill(StepLists(ids, step.num_new, step.ends, tables, slots, scales, rows))
                 step.put_expected_(graph.input_ids, coming)
                 return PackedInputs(
                     input_ids=graph.input_ids, positions=graph.attention.positions, logit_rows=graph.rows,
                     ready=ready, graph=graph,
                 )  # fmt: skip
-        rows, heads = step.logit_rows(plan.drafts, prompt_rows, pooled)
         device, context = self.model.device, self.model.context
         context.attention = ops.build_attention_batch(step.num_new, step.ends, block_tables(step.seqs), device)
         self.model.mixers.batch = state_batch(step, plan.saves, device) if self.model.mixers.calls else None

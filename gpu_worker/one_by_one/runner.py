@@ -42,7 +42,7 @@ class OneByOneRunner(Runner):
         super().__init__(model, num_blocks, extras)
         self._passes = passes
 
-    def record(self, recorder: GraphRecorder, max_num_seqs: int, max_model_len: int) -> None:
+    def record(self, recorder: GraphRecorder, max_num_seqs: int, max_model_len: int, max_step_tokens: int = 0) -> None:
         """Raise Unrecordable."""
         raise Unrecordable("its sequences run one by one")
 

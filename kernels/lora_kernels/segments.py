@@ -170,7 +170,8 @@ def build_attention_batch(
 
     query_lens, kv_lens: int [S], new tokens, and tokens after this step, with 1 <= query_len <= kv_len. block_tables:
     int [S, max_blocks], with at least ceil(kv_len / 16) valid entries a row. into: a recordable batch of S sequences
-    and as many tokens that the lists are written to, in the place of a new one; its tables may be wider.
+    and T tokens that the lists are written to, in the place of a new one; its tables may be wider, and sequences
+    without new tokens, the padding, may follow the others.
     """
     num_seqs, max_blocks = block_tables.shape
     query_starts = np.concatenate(([0], np.cumsum(query_lens)))
@@ -198,18 +199,25 @@ def build_attention_batch(
     return batch
 
 
-def recordable_attention_batch(block_tables: Tensor) -> AttentionBatch:
-    """Return a batch of decodes to capture a graph with: `build_attention_batch` writes steps of S sequences into it.
+def recordable_attention_batch(block_tables: Tensor, num_tokens: int = 0) -> AttentionBatch:
+    """Return a batch to capture a graph with: `build_attention_batch` writes steps of S sequences into it.
 
     block_tables: int32 [S, max_blocks], as wide as the longest sequence needs; batches of several sizes may share it.
-    Until a step is written, every sequence has one token, in block 0.
+    num_tokens: of every step, some of whose sequences may have none; 0: one for each sequence, a decode. Until a step
+    is written, every sequence has one token, in block 0; or the first one has all, and its table must hold them.
     """
-    num_seqs = len(block_tables)
-    buffer = torch.zeros(6 * num_seqs + 1, dtype=torch.int32, device=block_tables.device)
+    num_seqs, decodes = len(block_tables), num_tokens in (0, len(block_tables))
+    num_tokens = num_tokens or num_seqs
+    buffer = torch.zeros(4 * num_tokens + 2 * num_seqs + 1, dtype=torch.int32, device=block_tables.device)
     batch = _view_attention_buffer(buffer, block_tables)
-    batch.query_starts.copy_(torch.arange(num_seqs + 1, dtype=torch.int32))
     batch.kv_lens.fill_(1)
-    batch.max_query_len, batch.max_kv_len = 1, block_tables.shape[1] * BLOCK_TOKENS
+    if decodes:
+        batch.query_starts.copy_(torch.arange(num_seqs + 1, dtype=torch.int32))
+    else:
+        batch.query_starts[1:] = num_tokens
+        batch.kv_lens[:1] = num_tokens
+    batch.max_query_len = 1 if decodes else num_tokens
+    batch.max_kv_len = block_tables.shape[1] * BLOCK_TOKENS
     return batch
 
 

@@ -358,7 +358,7 @@ class Settings(BaseSettings):
         default=0, ge=0, description="most draft tokens per sequence and step, proposed from its own text; 0: none"
     )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
-        default="auto", description="record decode steps as CUDA graphs; auto: if the model allows it; on: or fail"
+        default="auto", description="record steps as CUDA graphs; auto: if the model allows it; on: or fail"
     )
     overlap: Literal["auto", "on", "off"] = Field(
         default="auto", description="launch a step before the tokens of the one before are known; auto: on a GPU"

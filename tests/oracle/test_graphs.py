@@ -42,11 +42,13 @@ def expected(oracle: Oracle) -> dict[str, list[int]]:
     return {rid: oracle.greedy(*wanted) for rid, wanted in lengths(oracle).items()}
 
 
-def recorded(oracle: Oracle, recorder: Rerun, kernels: str, **settings: Any) -> Engine:
+def recorded(oracle: Oracle, recorder: Rerun, kernels: str, *, mixed: bool = False, **settings: Any) -> Engine:
     engine = oracle.engine(kernels=kernels, **settings)
     for stack in stacks(engine):
         stack._stack = None  # layer by layer: one native call for all is no operator, which is what a tape records
-    engine.runner.record(recorder, engine.config.limits.max_num_seqs, engine.config.max_model_len)
+    limits = engine.config.limits
+    most_tokens = limits.max_step_tokens if mixed else 0
+    engine.runner.record(recorder, limits.max_num_seqs, engine.config.max_model_len, most_tokens)
     warm(engine, oracle.names)
     return engine
 
@@ -59,7 +61,8 @@ def test_replayed_steps_equal_one_by_one(
     oracle: Oracle, expected: dict[str, list[int]], recorder: type[Rerun], kernels: str, settings: dict[str, Any]
 ) -> None:
     recordings = recorder()
-    engine = recorded(oracle, recordings, kernels, **{"max_num_seqs": 16} | settings)
+    sizes: dict[str, Any] = {"max_num_seqs": 16, **settings}
+    engine = recorded(oracle, recordings, kernels, **sizes)
     requests = [greedy_request(rid, *wanted) for rid, wanted in lengths(oracle).items()]
     asked = ask(engine, requests)
     assert asked.ids == expected
@@ -69,6 +72,25 @@ def test_replayed_steps_equal_one_by_one(
     assert 0 < num_replays < engine.counters.num_steps, "decodes are replayed, prompts are not"
     assert np.count_nonzero(recordings.num_replays) > 2, "batches of several sizes"
     assert (engine.counters.num_preemptions > 0) == (settings is FEW_BLOCKS)
+
+
+@pytest.mark.parametrize(("recorder", "kernels"), RECORDERS)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_num_seqs": 9, "max_step_tokens": 24, "overlap": "on"}, FEW_BLOCKS, {"max_draft_tokens": 4}],
+    ids=str,
+)
+def test_steps_with_prompts_are_replayed_too(
+    oracle: Oracle, expected: dict[str, list[int]], recorder: type[Rerun], kernels: str, settings: dict[str, Any]
+) -> None:
+    recordings = recorder()
+    sizes: dict[str, Any] = {"max_num_seqs": 16, **settings}
+    engine = recorded(oracle, recordings, kernels, mixed=True, **sizes)
+    asked = ask(engine, [greedy_request(rid, *wanted) for rid, wanted in lengths(oracle).items()])
+    assert asked.ids == expected
+    assert sum(recordings.num_replays) == engine.counters.num_steps, "every one of them"
+    assert (engine.counters.num_preemptions > 0) == (settings is FEW_BLOCKS)
+    assert (engine.counters.num_drafted_tokens > 0) == ("max_draft_tokens" in settings)
 
 
 @pytest.mark.parametrize(("recorder", "kernels"), RECORDERS)

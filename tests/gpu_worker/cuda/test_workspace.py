@@ -31,7 +31,8 @@ def test_the_largest_step_counts_and_graphs_keep_theirs() -> None:
     meter = Meter(10, 40, 20, 30)
     assert workspace_bytes(model, meter, **sizes, has_graphs=False) == 40
     assert not meter.sizes
-    assert workspace_bytes(model, Meter(10, 40, 20, 30), **sizes, has_graphs=True) == 50
+    assert workspace_bytes(model, Meter(10, 40, 20, 30, 7), **sizes, has_graphs=True) == 50
+    assert workspace_bytes(model, Meter(10, 40, 20, 30, 15), **sizes, has_graphs=True) == 55, "of a recorded chunk"
     assert workspace_bytes(model, Meter(10, 40, 20, 90), **sizes, has_graphs=False) == 90
 
     prompt = prompts(3, TINY_VOCAB, (9,))[0]
