@@ -127,10 +127,7 @@ class Batcher:
         self.waiting.append(seq)
 
     def remove(self, seq: Sequence) -> None:
-        """Forget a sequence and free what it holds. A plan that is not completed yet must be told, see `leave`.
-
-        A step on the device may still write to its blocks: what is launched later comes after it there.
-        """
+        """Forget a sequence and free what it holds. `leave` takes it out of a plan that is not completed yet."""
         if seq in self.running:
             self.running.remove(seq)
             self._free(seq)
