@@ -9,6 +9,7 @@ from agents import (
     Agent,
     ModelSettings,
     OpenAIChatCompletionsModel,
+    OpenAIConversationsSession,
     OpenAIResponsesModel,
     Runner,
     function_tool,
@@ -101,6 +102,21 @@ async def tour_all(tour: Tour) -> None:
         assert more.final_output
         again = await Runner.run(responding(tour.adapter), [*run.to_input_list(), {"role": "user", "content": "Why?"}])
         assert again.final_output
+    with tour.check("conversations: a session that the client keeps there, and runs that are turns of one"):
+        session = OpenAIConversationsSession(openai_client=client)
+        for question in (QUESTION, "And of Italy?"):
+            assert (await Runner.run(responding(tour.adapter), question, session=session)).final_output
+        same([item["role"] for item in await session.get_items()], ["user", "assistant"] * 2)
+        assert await session.pop_item()
+        await session.clear_session()
+        one = (await client.conversations.create()).id
+        run = await Runner.run(responding(tour.adapter), QUESTION, conversation_id=one)
+        same(run.final_output, answer)
+        streamed = Runner.run_streamed(responding(tour.base), "Why?", conversation_id=one)
+        async for _ in streamed.stream_events():
+            pass
+        roles = [item.role async for item in client.conversations.items.list(one, order="asc")]
+        same(roles, ["user", "assistant"] * 2)
     with tour.check("errors"):
         with raises(openai.NotFoundError, "nobody-has-this"):
             await Runner.run(agent("nobody-has-this"), QUESTION)
