@@ -140,7 +140,7 @@ def _quantise(folder: Path, device: torch.device, settings: Settings) -> Path:
     name = next(iter(getattr(config, "architectures", None) or ()), "")
     if settings.task == "score" or task_of(config) != "generate" or has_no_lm_head(name):
         raise BadRequest(f"{given}, which is served for causal LMs only; this is {name or config.model_type}")
-    return quantised_folder(folder, config, settings.quantization)
+    return quantised_folder(folder, config, settings.quantization, settings.kept_models)
 
 
 def build_engine(

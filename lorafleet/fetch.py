@@ -12,7 +12,7 @@ import httpx2
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.quickstart import fetch_quickstart_model
 from protocol.runtime.environment import COMPUTE, HUB_CACHE, child_environment
-from protocol.runtime.model_files import WEIGHT_FILES, gguf_folder, is_gguf, model_folder
+from protocol.runtime.model_files import WEIGHT_FILES, gguf_folder, is_gguf, model_folder, prune_folders
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
@@ -50,7 +50,7 @@ def fetch_model(settings: Settings) -> Path:
             raise BadRequest(f"--data: cannot write to {folder}: {error.strerror}") from error
     file = Path(settings.model).expanduser()
     if is_gguf(file):
-        _make_gguf_folder(file)
+        _make_gguf_folder(file, settings.kept_models)
     try:
         return model_folder(settings.model, WEIGHT_FILES)
     except (httpx2.HTTPError, OSError) as error:  # the Hub's own errors are OSErrors: not found, gated, not reachable
@@ -58,13 +58,14 @@ def fetch_model(settings: Settings) -> Path:
         raise BadRequest(f"cannot fetch {settings.model} from the Hub: {reason}") from error
 
 
-def _make_gguf_folder(file: Path) -> None:
+def _make_gguf_folder(file: Path, num_kept: int) -> None:
     """Make the folder of a GGUF file unless it is there, in a process of its own, which needs torch once.
 
-    Raises BadRequest for a file that is not served.
+    num_kept: such folders that are left. Raises BadRequest for a file that is not served.
     """
     folder = gguf_folder(file)
     if (folder / "config.json").is_file():
+        folder.touch()
         return
     command = [sys.executable, "-m", "gpu_worker.quantised.gguf_folder", str(file), str(folder)]
     environment = child_environment(*COMPUTE, *HUB_CACHE)
@@ -72,3 +73,4 @@ def _make_gguf_folder(file: Path) -> None:
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         raise BadRequest(lines[-1] if lines else f"reading {file} ended with code {done.returncode}")
+    prune_folders(folder.parent, num_kept)

@@ -24,7 +24,7 @@ from lorafleet.launcher.fleet import Fleet, local_url, service_specs
 from lorafleet.launcher.machine import claim_port
 from lorafleet.launcher.screen import Screen
 from protocol.queue.redis_client import QueueError, ping
-from protocol.runtime.model_files import is_gguf, served_name
+from protocol.runtime.model_files import cache_folder, hold_folder, is_gguf, served_name
 from protocol.runtime.private_files import private_folder
 from protocol.runtime.redaction import redact
 from protocol.runtime.settings import Settings
@@ -92,6 +92,8 @@ def launch(settings: Settings, on_ready: OnReady) -> int:
     Raises LorafleetError when it cannot start. However it ends, no process of it is left running.
     """
     plan = prepare(settings)
+    if plan.folder.is_relative_to(cache_folder()):
+        hold_folder(plan.folder)  # restarted services read it again
     screen = Screen()
     queue: EmbeddedServer | None = None
     lifeline, held = os.pipe()

@@ -22,22 +22,22 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from gpu_worker.quantised.index import ALIGNMENT, DTYPES, FORMAT, Entry, Index, write_index
 from gpu_worker.quantised.modules import parameters_on_meta
 from lora_kernels.quantised import block_inputs, quantise
-from protocol.runtime.model_files import TOKENIZER_FILES, cache_folder
+from protocol.runtime.model_files import TOKENIZER_FILES, cache_folder, prune_folders
 from protocol.wire.errors import BadRequest
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "weights.bin"
-MAX_KEPT = 4
-"""Folders kept, least recently used first to go: each is as large as its weights."""
-
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def quantised_folder(folder: Path, config: PreTrainedConfig, quantization: Literal["int8", "int4"]) -> Path:
+def quantised_folder(
+    folder: Path, config: PreTrainedConfig, quantization: Literal["int8", "int4"], num_kept: int
+) -> Path:
     """Return the folder of a model's weights in blocks, made if it isn't there, whole or not at all.
 
-    Raises BadRequest for a model that isn't a plain causal LM in safetensors.
+    num_kept: such folders that are left when one was made. Raises BadRequest for a model that isn't a plain causal LM in
+    safetensors.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -64,8 +64,7 @@ def quantised_folder(folder: Path, config: PreTrainedConfig, quantization: Liter
         shutil.rmtree(made, ignore_errors=True)
         new.rename(made)
     logger.info("%s quantised to %s in %.1f s", folder, quantization, time.monotonic() - started)
-    for old in sorted(root.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)[MAX_KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)  # who has mapped it keeps it
+    prune_folders(root, num_kept)  # who has mapped one of them keeps it
     return made
 
 

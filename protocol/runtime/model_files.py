@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
@@ -51,6 +53,33 @@ def cache_folder() -> Path:
     """Return the folder of what is made of models once: $LORAFLEET_CACHE_DIR, else lorafleet/ in the user's cache."""
     chosen = os.environ.get("LORAFLEET_CACHE_DIR")
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafleet"
+
+
+def hold_folder(folder: Path) -> int:
+    """Keep `prune_folders` from deleting a folder, until this process ends or closes the descriptor returned."""
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(held, fcntl.LOCK_SH)
+    return held
+
+
+def prune_folders(root: Path, num_kept: int) -> None:
+    """Delete model folders in `root`, the least recently touched first, until `num_kept` are left; no held one.
+
+    What is still being made there has no config, and stays.
+    """
+    folders = [path for path in root.iterdir() if (path / "config.json").is_file()]
+    for folder in sorted(folders, key=lambda path: path.stat().st_mtime_ns, reverse=True)[num_kept:]:
+        try:
+            own = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:  # another process has deleted it
+            continue
+        try:
+            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(own)
 
 
 def model_folder(model: str, patterns: tuple[str, ...]) -> Path:

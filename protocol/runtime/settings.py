@@ -296,6 +296,12 @@ class Settings(BaseSettings):
         default="none",
         description="on a CPU: quantise the base's linear layers to 8 or 4 bits once, in the cache, and serve these",
     )
+    kept_models: int = Field(
+        default=4,
+        ge=1,
+        description="most folders in the cache that are made of GGUF files, and most quantised ones; those used least"
+        " recently are deleted",
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto",
         description="type of weights and activations; auto: bfloat16 if the hardware multiplies it, else float32",

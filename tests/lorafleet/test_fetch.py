@@ -44,8 +44,8 @@ def tiny_llama() -> PreTrainedModel:
 
 
 def look(folder: str) -> tuple[set[str], int]:
-    """Return the names of a folder's files, and when it was made."""
-    return {path.name for path in Path(folder).iterdir()}, Path(folder).stat().st_mtime_ns
+    """Return the names of a folder's files, and which folder it is."""
+    return {path.name for path in Path(folder).iterdir()}, Path(folder).stat().st_ino
 
 
 async def fetch(home: Path, model: str, **variables: str) -> tuple[int, str, list[str]]:
@@ -102,6 +102,9 @@ async def test_a_gguf_file_becomes_a_folder_once(tmp_path: Path) -> None:
     assert await fetch(tmp_path, str(file), **cache) == (0, folder, [])
     assert look(folder) == (names, made)
     assert (await python(["-c", FIND, str(file)], tmp_path, **cache))[:2] == (0, folder)
+    write_gguf(tiny_llama(), file, "q8_0")
+    code, newer, _ = await fetch(tmp_path, str(file), **cache, LORAFLEET_KEPT_MODELS="1")
+    assert (code, newer != folder, os.listdir(Path(folder).parent)) == (0, True, [Path(newer).name])
 
 
 async def test_a_gguf_file_that_is_not_served_is_one_line(tmp_path: Path) -> None:

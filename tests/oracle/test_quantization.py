@@ -13,13 +13,14 @@ from transformers import LlamaForCausalLM
 from gpu_worker.build import build_engine, load_engine
 from gpu_worker.model.checkpoint import read_config, read_model
 from gpu_worker.model.prepare import prepare_model
-from gpu_worker.quantised.quantise import MAX_KEPT, quantised_folder
+from gpu_worker.quantised.quantise import quantised_folder
 from lora_kernels import cpu
 from lora_kernels.quantised import quantise
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
 NUM_TOKENS = 12
+KEPT = 2
 LORAS = {"few": Lora(4, ("q_proj", "down_proj")), "all": Lora(7, (*ATTENTION, *MLP))}
 
 
@@ -58,9 +59,9 @@ def test_tokens_are_those_of_the_dequantised_weights(
 ) -> None:
     folder = tmp_path / "base"
     oracle = Oracle(dequantised(base(folder, tie_word_embeddings=tied), quantization), LORAS, scale=0.4)
-    made = quantised_folder(folder, read_config(folder), quantization)
+    made = quantised_folder(folder, read_config(folder), quantization, KEPT)
     written = (made / "weights.bin").stat().st_mtime_ns
-    assert quantised_folder(folder, read_config(folder), quantization) == made
+    assert quantised_folder(folder, read_config(folder), quantization, KEPT) == made
     assert (made / "weights.bin").stat().st_mtime_ns == written, "made once"
     assert [*cache.iterdir()] == [made]
     model = prepare_model(read_model(made, torch.device("cpu"), torch.float32), frozenset(), None)
@@ -76,19 +77,19 @@ def test_tokens_are_those_of_the_dequantised_weights(
 
 def test_changed_weights_are_quantised_anew_and_few_are_kept(tmp_path: Path, cache: Path) -> None:
     made: list[Path] = []
-    for i in range(MAX_KEPT + 2):
+    for i in range(KEPT + 2):
         folder = tmp_path / str(i % 2)
         base(folder)
-        made.append(quantised_folder(folder, read_config(folder), "int8"))
+        made.append(quantised_folder(folder, read_config(folder), "int8", KEPT))
     assert len(set(made)) == len(made)
-    assert {*cache.iterdir()} == {*made[-MAX_KEPT:]}
+    assert {*cache.iterdir()} == {*made[-KEPT:]}
 
 
 def test_what_cannot_be_quantised_is_refused_by_name(tmp_path: Path) -> None:
     folder = tmp_path / "base"
     base(folder)
     settings = Settings(model=str(folder), device="cpu", quantization="int4")
-    made = quantised_folder(folder, read_config(folder), "int4")
+    made = quantised_folder(folder, read_config(folder), "int4", KEPT)
     with pytest.raises(BadRequest, match=r"quantization is int4, but the weights in .* are quantised already"):
         load_engine(settings.model_copy(update={"model": str(made)}), lambda _: pytest.fail("no adapter is asked for"))
     (folder / "model.safetensors").unlink()
