@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5Tex
 
 from benchmarks.common.fleet import quickstart_model, scratch_folder
 from benchmarks.peers.make_adapters import convert, make_adapter
-from benchmarks.peers.run import compare, lab_of, parse_arguments
+from benchmarks.peers.run import compare, lab_of, parse_arguments, servers_of
 from protocol.runtime.environment import COMPUTE, child_environment
 
 RANK = 16
@@ -97,7 +98,8 @@ def main() -> None:
     with scratch_folder() as scratch:
         root = args.lab or scratch / "lab"
         make_lab(root, args.num_adapters, args.peers, args.systems)
-        compare(lab_of(root, args, cache_gib=CACHE_GIB, pool_gib=POOL_GIB), "hybrid", args)
+        lab = lab_of(root, args, cache_gib=CACHE_GIB, pool_gib=POOL_GIB)
+        compare(partial(servers_of, lab, args.systems), "hybrid", args)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ import os
 import signal
 import statistics
 import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import httpx2
@@ -91,24 +93,24 @@ def _answer(target: Target, url: str) -> str:
     return response.json()["choices"][0]["text"]
 
 
-def run_round(lab: Lab, args: argparse.Namespace, scratch: Path) -> list[Point]:
+def run_round(servers: Iterable[Server], args: argparse.Namespace, scratch: Path) -> list[Point]:
     """Start, measure and stop every server once."""
     points = []
-    for system in args.systems:
-        for server in SYSTEMS[system](lab, scratch):
-            log_path = scratch / f"{server.name.replace(', ', '-').replace(' ', '-')}.log"
-            with running(server, log_path) as url:
-                print(server.name, flush=True)
-                check_adapters_differ(server, url)
-                for scenario in (name for name in server.scenarios if not args.loads or name in args.loads):
-                    for concurrency in args.concurrency:
-                        point = measure(server, url, scenario, concurrency, args)
-                        points.append(point)
-                        print(
-                            f"  {scenario:12} × {concurrency:2}: {point.tokens_per_s:6.1f} tok/s, "
-                            f"inter-token {point.inter_token_p50_ms:6.1f} ms, {point.num_errors} errors",
-                            flush=True,
-                        )
+    for server in servers:
+        log_path = scratch / f"{server.name.replace(', ', '-').replace(' ', '-')}.log"
+        with running(server, log_path) as url:
+            print(server.name, flush=True)
+            check_adapters_differ(server, url)
+            for scenario in (name for name in server.scenarios if not args.loads or name in args.loads):
+                for concurrency in args.concurrency:
+                    point = measure(server, url, scenario, concurrency, args)
+                    points.append(point)
+                    print(
+                        f"  {scenario:12} × {concurrency:2}: {point.tokens_per_s:6.1f} tok/s, "
+                        f"inter-token {point.inter_token_p50_ms:6.1f} ms, TTFT {point.ttft_p50_ms:6.0f} ms, "
+                        f"{point.num_errors} errors",
+                        flush=True,
+                    )
     return points
 
 
@@ -149,11 +151,18 @@ def parse_arguments(parser: argparse.ArgumentParser, systems: str, waves: int = 
 def lab_of(root: Path, args: argparse.Namespace, *, cache_gib: int = 0, pool_gib: int = 0) -> Lab:
     """Return the laboratory of a folder, in the size of the command line."""
     num_threads = len(os.sched_getaffinity(0))
-    return Lab(root.resolve(), args.num_adapters, max(args.concurrency), num_threads, cache_gib, pool_gib)
+    # Words are tokens for most tokenizers, two at most for some.
+    slot_tokens = max(256, 2 * args.prompt_words + args.output_tokens)
+    return Lab(root.resolve(), args.num_adapters, max(args.concurrency), num_threads, cache_gib, pool_gib, slot_tokens)
 
 
-def compare(lab: Lab, name: str, args: argparse.Namespace) -> None:
-    """Run all rounds; save and print their medians. name: of the results."""
+def servers_of(lab: Lab, systems: Iterable[str], scratch: Path) -> list[Server]:
+    """Return the servers of some systems, in order."""
+    return [server for system in systems for server in SYSTEMS[system](lab, scratch)]
+
+
+def compare(servers: Callable[[Path], Iterable[Server]], name: str, args: argparse.Namespace) -> None:
+    """Run all rounds; save and print their medians. servers: made of the folder they may write to. name: of results."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a server must not outlive this process
     started_at = datetime.now(UTC)
     out = args.out or RESULTS / f"{name}-{started_at:%Y-%m-%d}"
@@ -163,7 +172,7 @@ def compare(lab: Lab, name: str, args: argparse.Namespace) -> None:
         for key in ("num_adapters", "prompt_words", "output_tokens", "waves", "min_requests", "rounds")
     }
     with tempfile.TemporaryDirectory(prefix="lorafleet-peers-") as scratch:
-        rounds = [run_round(lab, args, Path(scratch)) for _ in range(args.rounds)]
+        rounds = [run_round(servers(Path(scratch)), args, Path(scratch)) for _ in range(args.rounds)]
     points = median_points(rounds)
     out.parent.mkdir(parents=True, exist_ok=True)
     report = {**about, "points": [asdict(point) for point in points]}
@@ -178,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare Lorafleet with vLLM and llama.cpp.")
     parser.add_argument("--peers", type=Path, required=True, help="the folder that setup.sh made")
     args = parse_arguments(parser, ",".join(SYSTEMS))
-    compare(lab_of(args.peers, args), "peers", args)
+    compare(partial(servers_of, lab_of(args.peers, args), args.systems), "peers", args)
 
 
 if __name__ == "__main__":

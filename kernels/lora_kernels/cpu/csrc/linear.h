@@ -15,46 +15,43 @@ constexpr int kMaxRows = 2;
 #endif
 
 template <int Rows, bool Prefetch>
-inline void panel_tile(const uint16_t* x, int64_t x_stride, const uint16_t* panel, int64_t pairs,
+inline void panel_tile(const uint16_t* x, int64_t chunk_stride, const uint16_t* panel, int64_t pairs,
                        Vec (*acc)[kPanelVecs]) {
-  // Every third row has its own pointer and the rest are one or two strides off: more pointers than registers
-  // would cost a load per broadcast.
-  const char* base[(Rows + 2) / 3];
-  for (int i = 0; i < (Rows + 2) / 3; ++i) base[i] = reinterpret_cast<const char*>(x + 3 * i * x_stride);
-  const int64_t stride_bytes = 2 * x_stride;
   const int64_t panel_bytes = pairs * kPanel * 4;
   for (int i = 0; i < Rows; ++i)
     for (int v = 0; v < kPanelVecs; ++v) acc[i][v] = zero();
-  for (int64_t p = 0; p < pairs; ++p) {
-    Pairs w[kPanelVecs];
+  for (int64_t first = 0; first < pairs; first += kXChunk / 2, x += chunk_stride) {
+    const int64_t end = min(kXChunk / 2, pairs - first);
+    for (int64_t p = 0; p < end; ++p, panel += kPanel * 2) {
+      Pairs w[kPanelVecs];
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVecs; ++v) {
-      const uint16_t* from = panel + (p * kPanelVecs + v) * 2 * kLanes;
-      w[v] = load_pairs(from);
-      if (Prefetch) _mm_prefetch(reinterpret_cast<const char*>(from) + panel_bytes, _MM_HINT_T0);
-    }
+      for (int v = 0; v < kPanelVecs; ++v) {
+        w[v] = load_pairs(panel + v * 2 * kLanes);
+        if (Prefetch) _mm_prefetch(reinterpret_cast<const char*>(panel + v * 2 * kLanes) + panel_bytes, _MM_HINT_T0);
+      }
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      int pair;
-      __builtin_memcpy(&pair, base[i / 3] + (i % 3) * stride_bytes + p * 4, 4);
-      const Pairs xv = set1_pair(pair);
+      for (int i = 0; i < Rows; ++i) {
+        int pair;
+        __builtin_memcpy(&pair, x + i * kXChunk + p * 2, 4);
+        const Pairs xv = set1_pair(pair);
 #pragma GCC unroll 4
-      for (int v = 0; v < kPanelVecs; ++v) acc[i][v] = dot_pairs(acc[i][v], w[v], xv);
+        for (int v = 0; v < kPanelVecs; ++v) acc[i][v] = dot_pairs(acc[i][v], w[v], xv);
+      }
     }
   }
 }
 
 template <int Rows>
 inline void linear_tile(const LinearArgs& args, int64_t row, int64_t panel, bool prefetch) {
-  const auto* x = static_cast<const uint16_t*>(args.x.data) + row * args.x.stride;
-  const int64_t pairs = args.in_features / 2;
+  const uint16_t* x = args.x + row * kXChunk;
+  const int64_t pairs = args.in_features / 2, chunk_stride = args.rows * kXChunk;
   const uint16_t* weights = args.panels + panel * pairs * kPanel * 2;
   const int64_t col = panel * kPanel;
   Vec acc[Rows][kPanelVecs];
   if (prefetch)
-    panel_tile<Rows, true>(x, args.x.stride, weights, pairs, acc);
+    panel_tile<Rows, true>(x, chunk_stride, weights, pairs, acc);
   else
-    panel_tile<Rows, false>(x, args.x.stride, weights, pairs, acc);
+    panel_tile<Rows, false>(x, chunk_stride, weights, pairs, acc);
   auto* out = static_cast<bf16*>(args.out.data) + row * args.out.stride + col;
   for (int v = 0; v < kPanelVecs; ++v) {
     const int64_t n = min(kLanes, args.out_features - col - v * kLanes);

@@ -3,7 +3,8 @@
 // A panel is a sequence of groups of 32 inputs: their scales (and minima), then their codes. In a super form 256 inputs
 // have fp16 scales in front of their groups, which then have 8-bit factors of these. Bytes lie [inputs, columns].
 // Nibbles lie in 16-bit words, for each of four runs of 8 inputs [columns, 2]: word (c, odd) holds the inputs odd,
-// odd + 2, odd + 4, odd + 6 of column c, lowest bits first, as pairs of bf16 want them.
+// odd + 2, odd + 4, odd + 6 of column c, lowest bits first, as pairs of bf16 want them. Codes of six bits are their
+// nibbles and then, in such words for two runs of 16 inputs, their upper two bits at the places of `upper_place`.
 #pragma once
 
 #include <cstdint>
@@ -13,25 +14,25 @@ namespace lorafleet {
 constexpr int64_t kSuperInputs = 256;
 
 struct QuantForm {
-  bool bytes;  // codes are signed bytes, else nibbles
+  int bits;    // of a code: 4, 6, or 8 for signed bytes
   bool super;
   bool min;    // weight = scale * code + addend, else scale * code
   int group;   // inputs that share a scale: 32 or 16
-  int offset;  // subtracted from a nibble
+  int offset;  // subtracted from a code of 4 or 6 bits
 };
 
 constexpr QuantForm kQuantForms[] = {
-    {false, false, false, 32, 8},  // 0: Q4_0
-    {false, false, true, 32, 0},   // 1: Q4_1
-    {false, true, true, 32, 0},    // 2: Q4_K
-    {true, false, false, 32, 0},   // 3: Q8_0, Q5_0
-    {true, false, true, 32, 0},    // 4: Q5_1
-    {true, true, true, 32, 0},     // 5: Q5_K
-    {true, true, false, 16, 0},    // 6: Q6_K
+    {4, false, false, 32, 8},  // 0: Q4_0
+    {4, false, true, 32, 0},   // 1: Q4_1
+    {4, true, true, 32, 0},    // 2: Q4_K
+    {8, false, false, 32, 0},  // 3: Q8_0, Q5_0
+    {8, false, true, 32, 0},   // 4: Q5_1
+    {8, true, true, 32, 0},    // 5: Q5_K
+    {6, true, false, 16, 32},  // 6: Q6_K
 };
 constexpr int kNumQuantForms = sizeof(kQuantForms) / sizeof(QuantForm);
 
-constexpr int64_t code_bytes(const QuantForm& f) { return f.bytes ? 1024 : 512; }
+constexpr int64_t code_bytes(const QuantForm& f) { return f.bits * 128; }
 constexpr int64_t group_head_bytes(const QuantForm& f) { return !f.super && f.min ? 128 : 64; }
 constexpr int64_t group_bytes(const QuantForm& f) { return group_head_bytes(f) + code_bytes(f); }
 constexpr int64_t super_head_bytes(const QuantForm& f) { return f.super ? (f.min ? 128 : 64) : 0; }
@@ -41,14 +42,19 @@ constexpr int64_t panel_bytes(const QuantForm& f, int64_t in_features) {
   return in_features / 32 * group_bytes(f) + (f.super ? in_features / kSuperInputs * super_head_bytes(f) : 0);
 }
 
-// The bf16 integers of all nibbles, twice: a permutation by words looks at five bits.
-struct NibbleTable {
-  uint16_t bits[32];
+// Where the upper two bits of the code of pair i (0 to 7) of a run of 16 inputs lie: 4 + 2 i bits up, the last two at
+// the bottom of the word. Most are one shift to the right away from bits 4 and 5.
+constexpr int upper_place(int i) { return (4 + 2 * i) % 16; }
+
+// The bf16 integers of all codes of up to six bits. A permutation by words of one register looks at five bits, so that
+// nibbles find theirs twice.
+struct CodeTable {
+  uint16_t bits[64];
 };
-constexpr NibbleTable nibble_table(int offset) {
-  NibbleTable table = {};
-  for (int i = 0; i < 32; ++i) {
-    const int value = (i & 15) - offset, size = value < 0 ? -value : value;
+constexpr CodeTable code_table(int num_bits, int offset) {
+  CodeTable table = {};
+  for (int i = 0; i < 64; ++i) {
+    const int value = (i & ((1 << num_bits) - 1)) - offset, size = value < 0 ? -value : value;
     int exponent = 0;
     while (size >> (exponent + 1)) ++exponent;
     const int bits = size ? (exponent + 127) << 7 | ((size << 7 >> exponent) & 127) : 0;

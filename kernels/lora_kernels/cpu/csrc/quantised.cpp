@@ -16,7 +16,7 @@ namespace {
 
 // 32 inputs of one row: their codes, and what they are scaled with.
 struct Group {
-  uint8_t codes[32];       // nibbles, or signed bytes
+  uint8_t codes[32];       // of 4 or 6 bits, or signed bytes
   uint16_t d, min;         // fp16 bits; of a super-block in super forms
   uint8_t scales[2], sub;  // super forms only: factors of d (for 16 inputs each, or the first for all), and of min
 };
@@ -82,7 +82,7 @@ void read_q6_k(const uint8_t* block, int64_t i, Group& g) {
   const int64_t half = i / 4, quarter = i % 4;
   const uint8_t *low = block + half * 64 + quarter % 2 * 32, *high = block + 128 + half * 32;
   for (int j = 0; j < 32; ++j)
-    g.codes[j] = static_cast<uint8_t>(((low[j] >> (quarter / 2 * 4) & 15) | (high[j] >> (quarter * 2) & 3) << 4) - 32);
+    g.codes[j] = static_cast<uint8_t>((low[j] >> (quarter / 2 * 4) & 15) | (high[j] >> (quarter * 2) & 3) << 4);
   std::memcpy(g.scales, block + 192 + i * 2, 2);
   g.d = half_at(block + 208);
 }
@@ -120,15 +120,24 @@ void put_column(const QuantForm& form, const Group& g, int c, uint8_t* super, ui
     head[32 + c] = form.min ? g.sub : g.scales[1];
   }
   uint8_t* codes = head + group_head_bytes(form);
-  if (form.bytes) {
+  if (form.bits == 8) {
     for (int k = 0; k < 32; ++k) codes[k * kPanel + c] = g.codes[k];
     return;
   }
   for (int quad = 0; quad < 4; ++quad) {
     for (int odd = 0; odd < 2; ++odd) {
       const uint8_t* from = g.codes + quad * 8 + odd;
-      const uint16_t word = static_cast<uint16_t>(from[0] | from[2] << 4 | from[4] << 8 | from[6] << 12);
+      int word = 0;
+      for (int i = 0; i < 4; ++i) word |= (from[2 * i] & 15) << 4 * i;
       std::memcpy(codes + quad * 128 + c * 4 + odd * 2, &word, 2);
+    }
+  }
+  if (form.bits == 4) return;
+  for (int run = 0; run < 2; ++run) {
+    for (int odd = 0; odd < 2; ++odd) {
+      int word = 0;
+      for (int i = 0; i < 8; ++i) word |= g.codes[run * 16 + odd + 2 * i] >> 4 << upper_place(i);
+      std::memcpy(codes + 512 + run * 128 + c * 4 + odd * 2, &word, 2);
     }
   }
 }
@@ -143,7 +152,7 @@ std::tuple<Tensor, int64_t> pack_quantised(const Tensor& rows, c10::string_view 
   const QuantForm& form = kQuantForms[kind.form];
   const int64_t out_features = rows.size(0), row_bytes = rows.size(1), bytes = panel_bytes(form, in_features);
   const int64_t panels = (out_features + kPanel - 1) / kPanel, per_block = kind.block_inputs / 32;
-  Tensor packed = at::empty({panels, bytes}, rows.options());
+  Tensor packed = empty_weight({panels, bytes}, rows.options());
   const uint8_t* from = rows.const_data_ptr<uint8_t>();
   uint8_t* to = packed.mutable_data_ptr<uint8_t>();
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
@@ -198,6 +207,7 @@ Tensor quant_linear(const Tensor& x, at::TensorList panels, at::IntArrayRef form
       .x = rows_of(x, "x"),
       .x32 = nullptr,
       .x32_stride = in_features,
+      .x_chunks = nullptr,
       .x_sums = nullptr,
       .parts = parts.data(),
       .num_parts = num_parts,
@@ -206,11 +216,15 @@ Tensor quant_linear(const Tensor& x, at::TensorList panels, at::IntArrayRef form
       .rows = rows,
       .in_features = in_features,
   };
-  Tensor prepared;  // keeps the memory of what is made of x
+  Tensor chunks, prepared;  // keep the memory of what is made of x
   if (active->quant_uses_integers(args.dtype)) {
-    if (has_min) prepared = at::empty({rows, in_features / 32}, x.options().dtype(at::kFloat));
-    active->quant_prepare(args, nullptr, has_min ? prepared.mutable_data_ptr<float>() : nullptr);
-    args.x_sums = has_min ? prepared.const_data_ptr<float>() : nullptr;
+    chunks = chunk_rows(x);
+    args.x_chunks = static_cast<const uint16_t*>(chunks.const_data_ptr());
+    if (has_min) {
+      prepared = at::empty({rows, in_features / 32}, x.options().dtype(at::kFloat));
+      active->quant_prepare(args, nullptr, prepared.mutable_data_ptr<float>());
+      args.x_sums = prepared.const_data_ptr<float>();
+    }
   } else if (args.dtype == Dtype::kF32) {
     args.x32 = static_cast<const float*>(args.x.data), args.x32_stride = args.x.stride;
   } else {

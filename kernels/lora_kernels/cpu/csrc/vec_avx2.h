@@ -55,16 +55,16 @@ inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vec load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline Vec load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
-// kLanes integers as fp32: bytes, and the four bits above `shift` of 32-bit words.
+// kLanes integers as fp32: bytes, and bits above `shift` of 32-bit words, as many as `mask` has.
 inline Vec widen_i8(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 inline Vec widen_u8(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
-inline Vec widen_nibble(const uint8_t* p, int shift) {
+inline Vec widen_bits(const uint8_t* p, int shift, int mask) {
   const __m256i words = _mm256_srli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), shift);
-  return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(15)));
+  return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(mask)));
 }
 
 template <typename T>

@@ -1,0 +1,112 @@
+"""Models in GGUF's formats beside llama.cpp: both serve the same file, at 1, 8 and 32 in flight.
+
+    python -m benchmarks.peers.quantised --peers /opt/peers --lab FOLDER [--models smol,1b] [--kinds Q4_0,BF16]
+
+`smol` is the quickstart model; `1b` has Llama-3.2-1B's shape and random weights, because only the shape decides the
+speed. Files are made once, in the lab, by llama.cpp's converter and quantiser. Each server is measured as
+`benchmarks.peers.run` measures, the base alone. Prompts of other lengths: --prompt-words 512 --output-tokens 8
+--concurrency 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from benchmarks.common.fleet import quickstart_model
+from benchmarks.peers.run import compare, lab_of, parse_arguments
+from benchmarks.peers.servers import SYSTEMS, Lab, Server, llama_cpp_folder, scenario_names
+from protocol.runtime.environment import COMPUTE, child_environment
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+SHAPE = LlamaConfig(
+    vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=64, max_position_embeddings=131_072, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+"""Llama-3.2-1B's shape as its makers publish it."""
+
+
+def make_model(folder: Path) -> None:
+    """Write a model of `SHAPE` with random weights and the quickstart model's tokenizer."""
+    set_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = LlamaForCausalLM(SHAPE)
+    finally:
+        torch.set_default_dtype(before)
+    model.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        source = quickstart_model() / name
+        if source.exists():
+            shutil.copy(source, folder / name)
+    PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def gguf_file(lab: Path, peers: Path, model: str, kind: str) -> Path:
+    """Return a model's file of a kind, made if it isn't there."""
+    found = lab / f"{model}-{kind}.gguf"
+    if found.exists():
+        return found
+    part = found.with_suffix(".part")
+    if kind == "BF16":
+        folder = quickstart_model() if model == "smol" else lab / model
+        if not folder.exists():
+            make_model(folder)
+        script = peers / "llama.cpp/convert_hf_to_gguf.py"
+        command = [sys.executable, str(script), "--outtype", "bf16", "--outfile", str(part), str(folder)]
+    else:
+        source = gguf_file(lab, peers, model, "BF16")
+        command = [str(llama_cpp_folder(peers) / "llama-quantize"), str(source), str(part), kind, "2"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=child_environment(*COMPUTE))
+    return part.rename(found)
+
+
+def servers(lab: Lab, args: argparse.Namespace, scratch: Path) -> Iterator[Server]:
+    """Yield the servers of every model and kind, one system after the other; their load is named by these."""
+    base = scenario_names(lab)[0]
+    for model in args.models.split(","):
+        for kind in args.kinds.split(","):
+            own = lab.root / f"{model}-{kind}"
+            (own / "adapters/peft").mkdir(parents=True, exist_ok=True)
+            file = gguf_file(lab.root, args.peers, model, kind)
+            links = {"model": file, "model.bf16.gguf": file, "llama": args.peers.resolve() / "llama"}
+            for name, target in links.items():
+                if not (own / name).exists():
+                    (own / name).symlink_to(target)
+            for system in args.systems:
+                server = SYSTEMS[system](replace(lab, root=own), scratch)[0]
+                yield replace(server, scenarios={f"{model} {kind}": server.scenarios[base]})
+
+
+def main() -> None:
+    """Make what is missing, measure, and save the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path, required=True, help="the folder that setup.sh made")
+    parser.add_argument("--lab", type=Path, required=True, help="a folder to keep the models in")
+    parser.add_argument("--models", default="smol,1b", help="%(default)s")
+    parser.add_argument("--kinds", default="Q4_0,Q4_K_M,Q8_0,BF16", help="%(default)s")
+    parser.add_argument("--make", action="store_true", help="only make the files")
+    args = parse_arguments(parser, "lorafleet,llama.cpp", waves=1)
+    lab = lab_of(args.lab, args)
+    lab.root.mkdir(parents=True, exist_ok=True)
+    if args.make:
+        for model in args.models.split(","):
+            for kind in args.kinds.split(","):
+                print(gguf_file(lab.root, args.peers, model, kind))
+        return
+    compare(lambda scratch: servers(lab, args, scratch), "quantised", args)
+
+
+if __name__ == "__main__":
+    main()
