@@ -3,9 +3,9 @@
     python -m benchmarks.peers.quantised --peers /opt/peers --lab FOLDER [--models smol,1b] [--kinds Q4_0,BF16]
 
 `smol` is the quickstart model; `1b` has Llama-3.2-1B's shape and random weights, because only the shape decides the
-speed. Files are made once, in the lab, by llama.cpp's converter and quantiser. Each server is measured as
-`benchmarks.peers.run` measures, the base alone. Prompts of other lengths: --prompt-words 512 --output-tokens 8
---concurrency 1.
+speed. Files are made once, in the lab, by llama.cpp's converter and quantiser. The servers of one file run side by side
+and are asked in turns, so that a machine whose speed changes changes both; else all is as in `benchmarks.peers.run`.
+Prompts of other lengths: --prompt-words 512 --output-tokens 8 --concurrency 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +22,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from benchmarks.common.fleet import quickstart_model
-from benchmarks.peers.run import compare, lab_of, parse_arguments
-from benchmarks.peers.servers import SYSTEMS, Lab, Server, llama_cpp_folder, scenario_names
+from benchmarks.peers.run import Point, lab_of, measure, parse_arguments, save
+from benchmarks.peers.servers import SYSTEMS, Lab, Server, llama_cpp_folder, running, scenario_names
 from protocol.runtime.environment import COMPUTE, child_environment
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -68,25 +68,38 @@ def gguf_file(lab: Path, peers: Path, model: str, kind: str) -> Path:
     else:
         source = gguf_file(lab, peers, model, "BF16")
         command = [str(llama_cpp_folder(peers) / "llama-quantize"), str(source), str(part), kind, "2"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=child_environment(*COMPUTE))
+    subprocess.run(
+        command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=child_environment(*COMPUTE)
+    )
     return part.rename(found)
 
 
-def servers(lab: Lab, args: argparse.Namespace, scratch: Path) -> Iterator[Server]:
-    """Yield the servers of every model and kind, one system after the other; their load is named by these."""
-    base = scenario_names(lab)[0]
-    for model in args.models.split(","):
-        for kind in args.kinds.split(","):
-            own = lab.root / f"{model}-{kind}"
-            (own / "adapters/peft").mkdir(parents=True, exist_ok=True)
-            file = gguf_file(lab.root, args.peers, model, kind)
-            links = {"model": file, "model.bf16.gguf": file, "llama": args.peers.resolve() / "llama"}
-            for name, target in links.items():
-                if not (own / name).exists():
-                    (own / name).symlink_to(target)
-            for system in args.systems:
-                server = SYSTEMS[system](replace(lab, root=own), scratch)[0]
-                yield replace(server, scenarios={f"{model} {kind}": server.scenarios[base]})
+def servers(lab: Lab, args: argparse.Namespace, model: str, kind: str, scratch: Path) -> list[Server]:
+    """Return the servers of one file; their load is named by it."""
+    own, base = lab.root / f"{model}-{kind}", scenario_names(lab)[0]
+    (own / "adapters/peft").mkdir(parents=True, exist_ok=True)
+    file = gguf_file(lab.root, args.peers, model, kind)
+    links = {"model": file, "model.bf16.gguf": file, "llama": args.peers.resolve() / "llama"}
+    for name, target in links.items():
+        if not (own / name).exists():
+            (own / name).symlink_to(target)
+    found = [SYSTEMS[system](replace(lab, root=own), scratch)[0] for system in args.systems]
+    return [replace(server, scenarios={f"{model} {kind}": server.scenarios[base]}) for server in found]
+
+
+def in_turns(servers: list[Server], args: argparse.Namespace, scratch: Path) -> list[list[Point]]:
+    """Run servers side by side and measure them in turns, each load of each round. Returns the points by round."""
+    rounds: list[list[Point]] = [[] for _ in range(args.rounds)]
+    with ExitStack() as stack:
+        urls = [stack.enter_context(running(server, scratch / f"{server.system}.log")) for server in servers]
+        for points in rounds:
+            for concurrency in args.concurrency:
+                for server, url in zip(servers, urls, strict=True):
+                    (scenario,) = server.scenarios
+                    points.append(point := measure(server, url, scenario, concurrency, args))
+                    print(f"{scenario} × {concurrency}: {server.system} {point.tokens_per_s:.1f} tok/s, "
+                          f"TTFT {point.ttft_p50_ms:.0f} ms", flush=True)  # fmt: skip
+    return rounds
 
 
 def main() -> None:
@@ -105,7 +118,16 @@ def main() -> None:
             for kind in args.kinds.split(","):
                 print(gguf_file(lab.root, args.peers, model, kind))
         return
-    compare(lambda scratch: servers(lab, args, scratch), "quantised", args)
+
+    def measured(scratch: Path) -> list[list[Point]]:
+        rounds: list[list[Point]] = [[] for _ in range(args.rounds)]
+        for model in args.models.split(","):
+            for kind in args.kinds.split(","):
+                own = in_turns(servers(lab, args, model, kind, scratch), args, scratch)
+                rounds = [[*points, *more] for points, more in zip(rounds, own, strict=True)]
+        return rounds
+
+    save(measured, "quantised-peers", args)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,15 @@ def servers_of(lab: Lab, systems: Iterable[str], scratch: Path) -> list[Server]:
 
 def compare(servers: Callable[[Path], Iterable[Server]], name: str, args: argparse.Namespace) -> None:
     """Run all rounds; save and print their medians. servers: made of the folder they may write to. name: of results."""
+
+    def rounds(scratch: Path) -> list[list[Point]]:
+        return [run_round(servers(scratch), args, scratch) for _ in range(args.rounds)]
+
+    save(rounds, name, args)
+
+
+def save(measured: Callable[[Path], list[list[Point]]], name: str, args: argparse.Namespace) -> None:
+    """Save and print the medians of rounds that are measured with a folder to write to. name: of the results."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a server must not outlive this process
     started_at = datetime.now(UTC)
     out = args.out or RESULTS / f"{name}-{started_at:%Y-%m-%d}"
@@ -172,8 +181,7 @@ def compare(servers: Callable[[Path], Iterable[Server]], name: str, args: argpar
         for key in ("num_adapters", "prompt_words", "output_tokens", "waves", "min_requests", "rounds")
     }
     with tempfile.TemporaryDirectory(prefix="lorafleet-peers-") as scratch:
-        rounds = [run_round(servers(Path(scratch)), args, Path(scratch)) for _ in range(args.rounds)]
-    points = median_points(rounds)
+        points = median_points(measured(Path(scratch)))
     out.parent.mkdir(parents=True, exist_ok=True)
     report = {**about, "points": [asdict(point) for point in points]}
     out.with_suffix(".json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))

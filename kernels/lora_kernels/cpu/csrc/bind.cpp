@@ -1,7 +1,6 @@
 // torch's side of the native kernels: operator schemas, checks, the number of threads, scratch memory.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -100,24 +99,13 @@ Matrix rows_of(const Tensor& t, const char* name) {
   return {t.data_ptr(), t.stride(-2)};
 }
 
-Tensor empty_weight(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  Tensor tensor = at::empty(sizes, options);
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHuge = 1 << 21;
-  const auto at = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t begin = (at + kHuge - 1) / kHuge * kHuge, end = (at + tensor.nbytes()) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: no matter if refused
-#endif
-  return tensor;
-}
-
 Tensor pack_linear(const Tensor& weight) {
   TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kBFloat16 && weight.size(1) % 2 == 0,
               "a packed weight is bfloat16 [N, K] with K even");
   const Tensor source = weight.contiguous();
   const int64_t out_features = weight.size(0), pairs = weight.size(1) / 2;
   const int64_t panels = (out_features + kPanel - 1) / kPanel;
-  Tensor packed = empty_weight({panels, pairs, kPanel, 2}, weight.options());
+  Tensor packed = at::empty({panels, pairs, kPanel, 2}, weight.options());
   const auto* from = static_cast<const uint32_t*>(source.data_ptr());
   auto* to = static_cast<uint32_t*>(packed.data_ptr());
   constexpr int64_t kLinePairs = 16;  // of a row at once, which are a cache line

@@ -35,9 +35,6 @@ extern const Kernels* active;
 Dtype dtype_of(const Tensor& t);
 void check_same_dtype(const Tensor& t, const Tensor& like, const char* name);
 
-// A tensor for a weight: in large pages where the system has them, so that reading it seldom waits for a page's place.
-Tensor empty_weight(at::IntArrayRef sizes, const at::TensorOptions& options);
-
 // Rows of a bf16 tensor as LinearArgs::x has them; a single row is its own chunks.
 Tensor chunk_rows(const Tensor& x);
 

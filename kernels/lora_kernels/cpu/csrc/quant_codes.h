@@ -93,7 +93,7 @@ const uint8_t* widen_chunk(const uint8_t* at, int64_t first, int64_t inputs, flo
       if (in_super == 0 || k == 0) load_super<F>(in_super ? at - super_offset(form, in_super) : at, &super);
       if (in_super == 0) at += super_head_bytes(form);
     }
-    prefetch_ahead<group_bytes(form)>(at + kQuantAhead);
+    prefetch_once<group_bytes(form)>(at + kQuantAhead);
     for (int v = 0; v < kPanelVecs; ++v) widen_weights<F>(at, super, v, out + k * kPanel);
   }
   return at;
@@ -152,7 +152,7 @@ struct PackedChunk {
   }
   const uint8_t* group(int64_t part) const { return groups + part * kGroup / 32 * group_bytes(form); }
   void prefetch(int64_t part) const {
-    if (part * kGroup % 32 == 0) prefetch_ahead<group_bytes(form)>(group(part) + kQuantAhead);
+    if (part * kGroup % 32 == 0) prefetch_once<group_bytes(form)>(group(part) + kQuantAhead);
   }
   PackedQuad<F> quad(int64_t part, int q, int v) const {
     return {group(part) + group_head_bytes(form), static_cast<int>(part * kGroup % 32) / 8 + q, v};

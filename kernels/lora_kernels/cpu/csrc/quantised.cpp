@@ -152,7 +152,7 @@ std::tuple<Tensor, int64_t> pack_quantised(const Tensor& rows, c10::string_view 
   const QuantForm& form = kQuantForms[kind.form];
   const int64_t out_features = rows.size(0), row_bytes = rows.size(1), bytes = panel_bytes(form, in_features);
   const int64_t panels = (out_features + kPanel - 1) / kPanel, per_block = kind.block_inputs / 32;
-  Tensor packed = empty_weight({panels, bytes}, rows.options());
+  Tensor packed = at::empty({panels, bytes}, rows.options());
   const uint8_t* from = rows.const_data_ptr<uint8_t>();
   uint8_t* to = packed.mutable_data_ptr<uint8_t>();
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {

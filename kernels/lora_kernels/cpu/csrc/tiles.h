@@ -24,10 +24,11 @@ inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch_line(static_cast<const char*>(from) + i);
 }
 
+// For what is read once: it does not pass through the second-level cache.
 template <int64_t Bytes>
-inline void prefetch_ahead(const uint8_t* from) {
+inline void prefetch_once(const uint8_t* from) {
 #pragma GCC unroll 32
-  for (int64_t i = 0; i < Bytes; i += 64) prefetch_line(from + i);
+  for (int64_t i = 0; i < Bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from) + i, _MM_HINT_NTA);
 }
 
 // How left [rows, depth] times right [depth, columns] is computed. Left rows are broadcast, right rows are vectors.
