@@ -1,9 +1,11 @@
 """Products with quantised weights on a CPU, beside a read of the same bytes and beside bf16, in one run.
 
-    python -m benchmarks.quantised
+    python -m benchmarks.quantised [--cached]
 
 Eight layers of 8,192 x 2,048 in each kind, more than a cache holds, for 1 to 512 rows in bf16. Figures are the least of
-calls that take turns with a read of as many bytes (a sum of them, on all threads). Takes two minutes.
+calls that take turns with a read of as many bytes (a sum of them, on all threads). Takes two minutes. With --cached one
+layer of 1,024 x 2,048 is multiplied again and again by one thread, for arithmetic alone; that is hardly changed by what
+else runs on the machine.
 """
 
 from __future__ import annotations
@@ -26,12 +28,16 @@ SHOWN: tuple[Kind, ...] = ("q4_0", "q4_1", "q4_k", "q8_0", "q6_k")
 ROUNDS = 15
 
 
-def layers_of(kind: Kind | None) -> list[ops.PackedLinear | ops.QuantisedLinear]:
-    """Return packed layers of a kind, in bf16 for None."""
+CACHED_N, CACHED_S = 1024, 0.25
+CACHED_ROWS = (1, 2, 4, 8, 14, 32, 128, 512)
+
+
+def layers_of(kind: Kind | None, num: int = LAYERS, n: int = N) -> list[ops.PackedLinear | ops.QuantisedLinear]:
+    """Return `num` packed layers [n, K] of a kind, in bf16 for None."""
     if kind is None:
-        return [ops.pack_linear(torch.randn(N, K).to(torch.bfloat16)) for _ in range(LAYERS)]
-    blocks = torch.randint(0, 256, (N, row_bytes(kind, K)), dtype=torch.uint8)
-    return [ops.pack_quantised([QuantisedWeight(kind, blocks, K)]) for _ in range(LAYERS)]
+        return [ops.pack_linear(torch.randn(n, K).to(torch.bfloat16)) for _ in range(num)]
+    blocks = torch.randint(0, 256, (n, row_bytes(kind, K)), dtype=torch.uint8)
+    return [ops.pack_quantised([QuantisedWeight(kind, blocks, K)]) for _ in range(num)]
 
 
 def bytes_of(layers: list[ops.PackedLinear | ops.QuantisedLinear]) -> int:
@@ -59,11 +65,34 @@ def least(calls: list[Callable[[], object]]) -> list[float]:
     return [min(own[1:]) for own in times]
 
 
+def cached() -> None:
+    """Measure one thread on one layer of each kind, and print its best GFLOP/s."""
+    torch.set_num_threads(1)
+    kinds = (*SHOWN, None)
+    layers = [layers_of(kind, 1, CACHED_N) for kind in kinds]
+    rows: list[tuple[object, ...]] = []
+    for num in CACHED_ROWS:
+        x, best = torch.randn(num, K).to(torch.bfloat16), [float("inf")] * len(kinds)
+        for i, layer in enumerate(layers):
+            end = time.perf_counter() + CACHED_S
+            while (begin := time.perf_counter()) < end:
+                run(layer, x)
+                best[i] = min(best[i], time.perf_counter() - begin)
+        rows.append((num, *(f"{2e-9 * num * CACHED_N * K / least:.0f}" for least in best)))
+    print(report.table(("rows", *(kind or "bf16" for kind in kinds)), rows))
+
+
 def main() -> None:
     """Measure, print a table, and save the figures."""
-    args = report.parser(__doc__).parse_args()
+    parser = report.parser(__doc__)
+    parser.add_argument("--cached", action="store_true", help="one layer in the cache and one thread; nothing is saved")
+    args = parser.parse_args()
     if not cpu.load():
         raise SystemExit("the native operations cannot be built here; the log says why")
+    if args.cached:
+        with torch.inference_mode():
+            cached()
+        return
     points: list[dict[str, float | int | str]] = []
     with torch.inference_mode():
         for kind in (*SHOWN, None):

@@ -167,7 +167,7 @@ class _NotReadyError(Exception):
 def _wait_until_ready(process: subprocess.Popen[bytes], health_url: str, deadline_s: float) -> None:
     while time.monotonic() < deadline_s:
         try:
-            process.wait(timeout=0.25)
+            process.wait(timeout=0.05)
             raise _NotReadyError(f"exited with {process.returncode}")
         except subprocess.TimeoutExpired:
             pass
