@@ -370,7 +370,7 @@ class Placement:
 
 
 def _reason(request: QueuedRequest, candidates: list[Candidate], all_crowded: bool) -> str:
-    """Return why the worker with the least wait gets a request, one of `REASONS`."""
+    """Return why the worker with the least wait gets a request, one of `messages.REASONS`."""
     if request.resumed:
         return "resumed"
     if request.held_since_ms >= 0:

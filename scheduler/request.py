@@ -27,19 +27,9 @@ class Candidate(NamedTuple):
 class Choice:
     """Why a worker was chosen for a request."""
 
-    because: str  # one of `REASONS`
+    because: str  # one of `messages.REASONS`
     chosen: Candidate
     candidates: list[Candidate]  # in the order in which they were looked at, the chosen one among them
-
-
-REASONS = {
-    "least_wait": "the shortest estimated wait",
-    "only_place": "the only worker that could take it",
-    "all_crowded": "the shortest wait, though all that could take it had more than their share of the requests",
-    "held_enough": "it had waited for a worker with its adapter for as long as loading it here takes",
-    "resumed": "a worker had it before; of those with room, the shortest wait",
-}
-"""Why a worker was chosen, by the words of `messages.Placed.because`."""
 
 
 @dataclass(slots=True, eq=False)

@@ -13,15 +13,6 @@ from protocol.wire import messages as m
 from protocol.wire.error_codec import error_from
 from protocol.wire.records import Assignment, RequestRecord
 
-BECAUSE = {
-    "least_wait": "the shortest estimated wait",
-    "only_place": "no other worker could take it",
-    "all_crowded": "the shortest estimated wait; all had more than their share of the requests",
-    "held_enough": "it had waited for a worker with its adapter for as long as loading it takes",
-    "resumed": "a worker had it before; the shortest estimated wait of those with room",
-}
-"""What `messages.Placed.because` means."""
-
 TIERS = {
     "resident": "its adapter was in the pool",
     "loading": "its adapter was on its way",
@@ -97,7 +88,7 @@ def _of_assignment(number: int, one: Assignment) -> list[dict[str, Any]]:
 
 
 def _why(placed: m.Placed) -> str:
-    words = [BECAUSE.get(placed.because, placed.because) or "no reason was kept"]
+    words = [m.REASONS.get(placed.because, placed.because) or "no reason was kept"]
     if placed.options:
         words[0] += f", {placed.options[0].wait_ms} ms"
     others = [f"{o.worker} {o.wait_ms} ms{' (crowded)' if o.crowded else ''}" for o in placed.options[1:]]

@@ -1,7 +1,7 @@
 """The messages that cross the queue, one file per edge."""
 
 from protocol.wire.messages.adapters import AdapterEvent, AdapterRecord, AdapterState, Alias, Registration
-from protocol.wire.messages.assignments import Assigned, Control, Option, Placed
+from protocol.wire.messages.assignments import REASONS, Assigned, Control, Option, Placed
 from protocol.wire.messages.base import MAX_LABELS, TERMINAL, FinishReason, Packed, Task, Wire, encode
 from protocol.wire.messages.batches import ENDED_BATCH, Batch, BatchProblem, BatchStatus, BatchUsage, File
 from protocol.wire.messages.dead_letters import DeadLetter, Death
@@ -31,6 +31,7 @@ __all__ = [
     "LOAD_BUCKETS_S",
     "MAX_LABELS",
     "OPAQUE",
+    "REASONS",
     "TERMINAL",
     "Activation",
     "AdapterEvent",

@@ -25,6 +25,16 @@ class Assigned(Packed, frozen=True):
     alone: bool = False  # it yields only because no other tenant asked for anything; see `FairShares`
 
 
+REASONS = {
+    "least_wait": "the shortest estimated wait",
+    "only_place": "no other worker could take it",
+    "all_crowded": "the shortest estimated wait; all had more than their share of the requests",
+    "held_enough": "it had waited for a worker with its adapter for as long as loading it takes",
+    "resumed": "a worker had it before; the shortest estimated wait of those with room",
+}
+"""Why a worker was chosen for a request, by the words of `Placed.because`."""
+
+
 class Option(Packed, frozen=True):
     """A worker that might have got a request, as the scheduler saw it."""
 
@@ -39,7 +49,7 @@ class Placed(Packed, frozen=True):
 
     ms: int  # unix time
     wid: str
-    because: str  # see `scheduler.placement.Reason`
+    because: str  # one of `REASONS`
     options: list[Option]  # the one that was chosen first, then the others, the shortest wait first; at most 4
     num_others: int = 0  # workers that were looked at beyond these
     held_ms: int = 0  # for how long it was kept for a worker with its adapter
