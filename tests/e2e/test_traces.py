@@ -50,6 +50,8 @@ async def test_a_trace_goes_through_the_queue_and_shows_a_death(tmp_path: Path) 
                 error = await http.post("/v1/completions", json={**body, "model": "nobody"}, headers=other)
             assert error.status_code == 404
             assert error.json()["error"]["trace_id"] == OTHER
+            page = await fleet.http.get(f"{fleet.url}/metrics", headers={"accept": "application/openmetrics-text"})
+            assert f'# {{trace_id="{TRACE}"}}' in page.text  # an exemplar of the time to the first token
             untraced = await fleet.http.post(f"{fleet.url}/v1/completions", json=completion("base", "the dog"))
             assert "x-trace-id" not in untraced.headers
             names = ("queue wait", "decode", "publish", "stream", "text_completion pirate")
