@@ -23,15 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 NUM_LAYERS = 32
 PROMPT_TOKENS, NUM_DECODES = 40, 3
 MAKES_NOTHING = {
-    "empty",
-    "empty_like",
-    "new_empty",
-    "empty_strided",
-    "detach",
-    "lift_fresh",
-    "_unsafe_view",
-    "pin_memory",
-}
+    "promote_types", "zeros", "empty", "empty_like", "new_empty", "empty_strided", "detach", "lift_fresh",
+    "_unsafe_view", "pin_memory",
+}  # fmt: skip
 """Operators that launch nothing; zeros are lists on the host here.
 
 Views, which share memory with their input, are told by their schema."""
