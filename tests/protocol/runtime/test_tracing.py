@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import socket
 import subprocess
 import sys
 
 import pytest
 
+from protocol.runtime.service import JsonLines, TextLines
 from protocol.runtime.settings import Settings
-from protocol.runtime.tracing import MAX_WAITING, TRACING, Trace, place_of, run_place, tracing
+from protocol.runtime.tracing import MAX_WAITING, TRACE_ID, TRACING, Trace, place_of, run_place, tracing
 from protocol.wire import messages as m
 
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -85,3 +88,14 @@ def test_off_messages_are_as_long_as_without_tracing() -> None:
         deadline_ms=1,
     )  # fmt: skip
     assert b"trace" not in m.encode(submit)
+
+
+def test_log_lines_name_the_trace_of_their_request() -> None:
+    record = logging.LogRecord("gateway", logging.INFO, "", 0, "a call failed", (), None)
+    token = TRACE_ID.set("ab" * 16)
+    try:
+        assert json.loads(JsonLines("gateway").format(record))["trace_id"] == "ab" * 16
+        assert TextLines("%(message)s").format(record) == f"a call failed [trace {'ab' * 16}]"
+    finally:
+        TRACE_ID.reset(token)
+    assert "trace_id" not in json.loads(JsonLines("gateway").format(record))
