@@ -36,8 +36,8 @@ def quantised_folder(
 ) -> Path:
     """Return the folder of a model's weights in blocks, made if it isn't there, whole or not at all.
 
-    num_kept: such folders that are left when one was made. Raises BadRequest for a model that isn't a plain causal LM in
-    safetensors.
+    num_kept: such folders that are left when one was made. Raises BadRequest for a model that isn't a plain causal LM
+    in safetensors.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
