@@ -92,11 +92,12 @@ def in_turns(servers: list[Server], args: argparse.Namespace, scratch: Path) -> 
     rounds: list[list[Point]] = [[] for _ in range(args.rounds)]
     with ExitStack() as stack:
         urls = [stack.enter_context(running(server, scratch / f"{server.system}.log")) for server in servers]
-        for points in rounds:
-            for concurrency in args.concurrency:
+        for number, points in enumerate(rounds):
+            for place, concurrency in enumerate(args.concurrency):
+                seed = 2 * (number * len(args.concurrency) + place)
                 for server, url in zip(servers, urls, strict=True):
                     (scenario,) = server.scenarios
-                    points.append(point := measure(server, url, scenario, concurrency, args))
+                    points.append(point := measure(server, url, scenario, concurrency, args, seed))
                     print(f"{scenario} × {concurrency}: {server.system} {point.tokens_per_s:.1f} tok/s, "
                           f"TTFT {point.ttft_p50_ms:.0f} ms", flush=True)  # fmt: skip
     return rounds

@@ -45,18 +45,26 @@ class Point:
     generator_cpu_ms_per_chunk: float
 
 
-def measure(server: Server, url: str, scenario: str, concurrency: int, args: argparse.Namespace) -> Point:
-    """Measure one load, after a short unmeasured one that fills the caches and loads the adapters."""
+def measure(
+    server: Server, url: str, scenario: str, concurrency: int, args: argparse.Namespace, seed: int = 0
+) -> Point:
+    """Measure one load, after a short unmeasured one that fills the caches and loads the adapters.
+
+    seed: of the prompts. A server that is asked again with the same one has them in its prefix cache.
+    """
     targets = server.scenarios[scenario]
     num_warmup = max(concurrency, len(targets))
     shared = {"url": url, "targets": targets, "concurrency": concurrency}
-    run_bench(BenchConfig(**shared, num_requests=num_warmup, output_tokens=8, prompt_words=args.prompt_words, seed=1))
+    run_bench(
+        BenchConfig(**shared, num_requests=num_warmup, output_tokens=8, prompt_words=args.prompt_words, seed=seed + 1)
+    )
     result = run_bench(
         BenchConfig(
             **shared,
             num_requests=max(args.waves, -(-args.min_requests // concurrency)) * concurrency,
             prompt_words=args.prompt_words,
             output_tokens=args.output_tokens,
+            seed=seed,
         )
     )
     summary = result.summary
@@ -102,8 +110,8 @@ def run_round(servers: Iterable[Server], args: argparse.Namespace, scratch: Path
             print(server.name, flush=True)
             check_adapters_differ(server, url)
             for scenario in (name for name in server.scenarios if not args.loads or name in args.loads):
-                for concurrency in args.concurrency:
-                    point = measure(server, url, scenario, concurrency, args)
+                for place, concurrency in enumerate(args.concurrency):
+                    point = measure(server, url, scenario, concurrency, args, seed=2 * place)
                     points.append(point)
                     print(
                         f"  {scenario:12} × {concurrency:2}: {point.tokens_per_s:6.1f} tok/s, "
