@@ -292,7 +292,8 @@ def reachable(host: str, queue_url: str) -> str:
     """
     found = host
     if host in ("", "0.0.0.0", "::"):
-        queue = urlsplit(queue_url)
+        # Behind Sentinels several addresses stand there, with commas.
+        queue = urlsplit(f"//{urlsplit(queue_url).netloc.rpartition('@')[2].split(',')[0]}")
         found = _address_towards(queue.hostname, queue.port or 6379) if queue.hostname else ""
         if not found or ipaddress.ip_address(found).is_loopback:
             found = socket.gethostbyname(socket.gethostname())

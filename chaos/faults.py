@@ -12,9 +12,11 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from chaos.fleet import ProcessFleet, gateway_url, until
+from chaos.replicated import ReplicatedQueue
+from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.runtime.service import wait_any
 
@@ -108,14 +110,20 @@ class PowerCut:
 class Havoc:
     """Inflicts faults, several at a time, and restarts what they ended."""
 
-    def __init__(self, fleet: ProcessFleet, rng: random.Random, *, kills_only: bool = False) -> None:
-        """`kills_only`: after each kind of fault has been inflicted once, inflict only `KILLS`."""
+    def __init__(
+        self, fleet: ProcessFleet, rng: random.Random, *, kills_only: bool = False, only: str = ""
+    ) -> None:  # fmt: skip
+        """`kills_only`: after each kind of fault has been inflicted once, inflict only `KILLS`.
+
+        only: the kind of members that faults are inflicted on; "": on all.
+        """
         self.fleet = fleet
         self.hits: list[Hit] = []
         self.troubles: list[str] = []  # faults of members that the run did not cause
         self._rng = rng
-        self._due = rng.sample(list(WEIGHTS), len(WEIGHTS))  # every fault once, then drawn by weight
-        self._weights = {fault: w for fault, w in WEIGHTS.items() if fault[1] in KILLS or not kills_only}
+        weights = {fault: w for fault, w in WEIGHTS.items() if only in ("", fault[0])}
+        self._due = rng.sample(list(weights), len(weights))  # every fault once, then drawn by weight
+        self._weights = {fault: w for fault, w in weights.items() if fault[1] in KILLS or not kills_only}
         self._queue_is_down = False
         self._power = PowerCut(fleet.queue.folder)
         self._busy: set[str] = set()  # members that are being hit, until they are up again
@@ -208,7 +216,9 @@ class Havoc:
     async def _hit_queue(self, hit: Hit) -> None:
         queue = self.fleet.queue
         self._queue_is_down = True
-        if hit.how == "stop":
+        if not isinstance(queue, EmbeddedServer):
+            await cast(ReplicatedQueue, queue).fail_over(hit.how, self._rng, STOP_S)
+        elif hit.how == "stop":
             queue.process.send_signal(signal.SIGSTOP)
             await asyncio.sleep(STOP_S)
             queue.process.send_signal(signal.SIGCONT)

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Protocol
 import httpx2
 
 from lorafleet.launcher import lifeline
-from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
+from lorafleet.launcher.embedded import start_embedded
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.settings import Settings
 
@@ -101,13 +101,38 @@ class Shape:
     stores: int = 1
 
 
+class QueueServer(Protocol):
+    """The part of `EmbeddedServer` that a fleet uses; `ReplicatedQueue` has it too."""
+
+    folder: Path
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The process of the server that takes writes."""
+        ...
+
+    @property
+    def url(self) -> str:
+        """Where services enter."""
+        ...
+
+    @property
+    def log(self) -> Path:
+        """The file of its output."""
+        ...
+
+    def stop(self) -> None:
+        """End it."""
+        ...
+
+
 @dataclass(slots=True)
 class ProcessFleet:
     """The queue server and the members, in one folder. Whatever happens, they end with this process."""
 
     folder: Path
     settings: Settings
-    queue: EmbeddedServer
+    queue: QueueServer
     bus: Bus
     http: httpx2.AsyncClient
     members: dict[str, Member] = field(default_factory=dict)
@@ -116,10 +141,11 @@ class ProcessFleet:
 
     @classmethod
     def prepare(
-        cls, folder: Path, model: Path, adapters: Path, *, durable: bool, spawn: Spawn = spawn, **settings: object
-    ) -> ProcessFleet:
-        """Start the queue alone. spawn: how members are started. `settings` are for every member."""
-        queue = start_embedded(folder / "queue", durable=durable)
+        cls, folder: Path, model: Path, adapters: Path, *, durable: bool, spawn: Spawn = spawn,
+        queue: QueueServer | None = None, **settings: object,
+    ) -> ProcessFleet:  # fmt: skip
+        """Start the queue alone, unless it is given. spawn: how members start. `settings` are for every member."""
+        queue = queue or start_embedded(folder / "queue", durable=durable)
         values: dict[str, object] = {
             "redis_url": queue.url, "model": str(model), "adapters": adapters, "data": folder / "data", "device": "cpu",
             "dtype": "float32", "threads": 1, "kv_cache_bytes": 64 << 20, "adapter_pool_bytes": 64 << 20,

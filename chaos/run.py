@@ -23,6 +23,7 @@ from chaos.batches import BatchClient
 from chaos.client import GIVE_UP_S, STYLES, Attempt, Call, Client
 from chaos.faults import Havoc, Hit
 from chaos.fleet import ProcessFleet, Shape
+from chaos.replicated import ReplicatedQueue
 from chaos.responses import ResponseClient
 from chaos.webhooks import Receiver, receiving
 from chaos.wire_attacks import WIRE_ATTACKS
@@ -56,6 +57,8 @@ class Plan:
     num_lines: int = 0  # of the batches that a client runs, one after the other; 0: there is no such client
     num_adapters: int = 0  # of those lines, beside which nobody asks them; 0: lines ask what clients ask
     num_turns: int = 0  # of the conversations that a client holds, one after the other; 0: there is no such client
+    only: str = ""  # the kind of members that are hit; "": all
+    replicated: bool = False  # the queue is three servers that Sentinels watch over; a fault of it is a failover
     num_attackers: int = 0  # if there are any, API keys are on, and they are another tenant than the clients
 
 
@@ -98,7 +101,7 @@ class Run:
         self._ended: set[tuple[str, str]] = set()  # (type of the event, id) of what clients saw the end of
         self.expected: dict[Ask, Expected] = {}
         self.tally = Tally()
-        self.havoc = Havoc(fleet, random.Random(plan.seed), kills_only=plan.kills_only)
+        self.havoc = Havoc(fleet, random.Random(plan.seed), kills_only=plan.kills_only, only=plan.only)
         self._client_key, self._attacker_key = keys
         self._client = Client(fleet.urls, self._client_key)
         self._checks: set[asyncio.Task[None]] = set()
@@ -276,8 +279,11 @@ class Run:
         return self._had_no_power(attempt.ended_s - 15, attempt.ended_s + 5)
 
     def _had_no_power(self, from_s: float, to_s: float) -> bool:
-        """Tell whether the power of the queue was cut between two times."""
-        return any(hit.how == "power cut" and from_s <= hit.at_s <= to_s for hit in self.havoc.hits)
+        """Tell whether the queue may have lost its last writes between two times: by a power cut, or by a failover."""
+        return any(from_s <= hit.at_s <= to_s for hit in self.havoc.hits if self._loses(hit))
+
+    def _loses(self, hit: Hit) -> bool:
+        return hit.how == "power cut" or (hit.kind == "queue" and self.plan.replicated)
 
     # ------------------------------------------------------------ after
 
@@ -298,7 +304,7 @@ class Run:
             self.tally.violations.append(f"{self.tally.num_dead_letters} dead letters")
 
     def _check_lost_batches(self) -> None:
-        cuts = [hit for hit in self.havoc.hits if hit.how == "power cut"]
+        cuts = [hit for hit in self.havoc.hits if self._loses(hit)]
         if self.tally.num_lost_batches > len(cuts):
             self.tally.violations.append(f"{self.tally.num_lost_batches} batches are lost after {len(cuts)} power cuts")
 
@@ -337,7 +343,7 @@ async def prepared(
     with_keys = plan.num_attackers > 0
     fleet = ProcessFleet.prepare(
         folder, model, adapters, durable=True, max_attempts=MAX_ATTEMPTS, api_keys=with_keys, private_webhooks=True,
-        secret=secrets.token_hex(16),
+        secret=secrets.token_hex(16), queue=ReplicatedQueue(folder / "queue") if plan.replicated else None,
     )  # fmt: skip
     try:
         await fleet.start_all(plan.shape)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from lorafleet.launcher.queue_users import make_users, password_file
-from protocol.queue.users import table
+from protocol.queue.users import SERVERS, table
 from protocol.wire.errors import BadRequest
 
 
@@ -17,15 +17,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " FOLDER/USER/password, to be given to that service alone (--redis-password-file). What is there"
         " already stays."
     )
+    parser.add_argument(
+        "--replicated", action="store_true", help="also for the replicas and Sentinels of a queue of several servers"
+    )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the passwords and the ACL file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Make the users; return the exit code. Raises BadRequest when the folder cannot be written."""
     try:
-        print(make_users(args.folder, acl_mode=0o644))  # the server may run as another user, and learns nothing from it
+        # The server may run as another user, and learns nothing from the file.
+        print(make_users(args.folder, acl_mode=0o644, replicated=args.replicated))
     except OSError as error:
         raise BadRequest(f"cannot write to {args.folder}: {error}") from error
-    for user in table():
+    for user in [*table(), *(SERVERS if args.replicated else ())]:
         print(password_file(args.folder, user))
     return 0

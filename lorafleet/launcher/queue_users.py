@@ -6,7 +6,7 @@ import os
 import secrets
 from pathlib import Path
 
-from protocol.queue.users import acl, table
+from protocol.queue.users import SERVERS, acl, table
 from protocol.runtime.fleet_secret import read_or_make
 
 ACL_FILE = Path("queue") / "users.acl"
@@ -18,9 +18,13 @@ def password_file(folder: Path, user: str) -> Path:
     return folder / user / "password"
 
 
-def make_users(folder: Path, acl_mode: int = 0o600) -> Path:
-    """Make the passwords that are missing in `folder`, write the ACL file and return its path. Raises OSError."""
-    passwords = {user: read_or_make(password_file(folder, user)) for user in table()}
+def make_users(folder: Path, acl_mode: int = 0o600, *, replicated: bool = False) -> Path:
+    """Make the passwords that are missing in `folder`, write the ACL file and return its path. Raises OSError.
+
+    replicated: with users for replicas and Sentinels.
+    """
+    users = [*table(), *(SERVERS if replicated else ())]
+    passwords = {user: read_or_make(password_file(folder, user)) for user in users}
     path = folder / ACL_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

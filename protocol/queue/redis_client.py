@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 import redis
 import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry as SyncRetry
+
+from protocol.queue import failover
 
 Client: TypeAlias = Any
 """An asynchronous client. redis-py types every reply as a union for its two protocols and two client kinds."""
@@ -27,6 +30,10 @@ from a server that was started anew between being given it and being asked to ru
 
 QueueError = RedisError
 """Whatever the queue's server or the connection to it can raise."""
+
+NO_PRIMARY = ("READONLY", "NOREPLICAS", "MASTERDOWN", "UNBLOCKED")
+"""How errors of a server begin that may not be written to: a replica, an old primary that a failover has left behind,
+or a primary that does not hear its replicas (`min-replicas-to-write`)."""
 
 CONNECT_TIMEOUT_S = 5
 MAX_CONNECTIONS = 32
@@ -58,10 +65,26 @@ class _Cancellable:
         finally:
             self.socket_timeout = limit_s
 
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        """Read a reply. Raises a connection error for those of a server that is the primary no longer, or never was.
+
+        Whoever asked connects again, and then finds the one that is.
+        """
+        try:
+            return await super().read_response(*args, **options)  # type: ignore[misc]
+        except ResponseError as error:
+            if not str(error).startswith(NO_PRIMARY) and not isinstance(error, ReadOnlyError):
+                raise
+            await self.disconnect(nowait=True)  # type: ignore[attr-defined]
+            raise RedisConnectionError(f"the queue's server takes no writes: {error}") from None
+
 
 def connect(url: str, *, timeout_s: float | None) -> Client:
     """Return a client. `timeout_s` limits every read and write, with retries; None: blocking reads may take long."""
     retries = 4 if timeout_s is not None else 0
+    sentinels = None
+    if urlsplit(url).scheme in failover.SCHEMES:
+        sentinels, url = failover.split(url)
     # redis-py's default pool refuses the 101st command at a time; this one lets it wait its turn.
     pool_type: Any = aioredis.BlockingConnectionPool
     pool = pool_type.from_url(
@@ -73,6 +96,8 @@ def connect(url: str, *, timeout_s: float | None) -> Client:
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), retries),
     )
     pool.connection_class = type("CancellableConnection", (_Cancellable, pool.connection_class), {})
+    if sentinels is not None:
+        pool.connection_class = failover.found_by(sentinels, pool.connection_class)
     return aioredis.Redis.from_pool(pool)
 
 
@@ -86,9 +111,20 @@ def ping(url: str, timeout_s: float) -> None:
 
     Raises ValueError for what is no URL, and `QueueError` when the server cannot be reached or still loads its file.
     """
+    if urlsplit(url).scheme in failover.SCHEMES:
+        asyncio.run(_ping_primary(url, timeout_s))
+        return
     client_type: Any = redis.Redis
     client = client_type.from_url(
         url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=SyncRetry(NoBackoff(), 0)
     )
     with client:
         client.ping()
+
+
+async def _ping_primary(url: str, timeout_s: float) -> None:
+    client = connect(url, timeout_s=timeout_s)
+    try:
+        await client.ping()
+    finally:
+        await client.aclose()

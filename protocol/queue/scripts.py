@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from redis.exceptions import NoScriptError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from protocol.queue.line import LOST, Line, NotTakenError
 from protocol.queue.redis_client import Client
@@ -31,6 +32,7 @@ class Script:
     """
 
     def __init__(self, client: Client, line: Line, text: str) -> None:
+        self._client = client
         self._registered = client.register_script(text)
         self._line = line
 
@@ -38,8 +40,12 @@ class Script:
         """Run it. Replies are bytes, ints, and lists of them."""
         try:
             return await self._line.ask(("EVALSHA", self._registered.sha, len(keys), *keys, *args))
+        except RedisTimeoutError:
+            # Connections that were opened to the same silent server would each take as long.
+            await self._client.connection_pool.disconnect(inuse_connections=False)
         except (*LOST, NotTakenError, NoScriptError):
-            return await self._registered(keys=keys, args=args)
+            pass
+        return await self._registered(keys=keys, args=args)
 
 
 class Scripts:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, cast
+
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from protocol.queue.dead_letters import KEPT_S, MAX_LETTERS, MAX_RAW_BYTES
 from protocol.queue.redis_client import Client
@@ -17,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 Entry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 """A stream's entry: its id and its fields. A message lies in the field `b"b"`."""
+
+LATE_S = 2.0
+"""Time after which a server that should have said that nothing came counts as lost."""
 
 ORDERS_KEPT_MS = 300_000
 
@@ -42,8 +48,16 @@ class Streams:
     # ------------------------------------------------------------ reading
 
     async def read(self, last_ids: dict[str, bytes], *, block_ms: int, count: int = 256) -> dict[str, list[Entry]]:
-        """Wait for entries after `last_ids` on any of these streams; moves `last_ids` on. {} on timeout."""
-        reply = await self._blocking.xread(last_ids, count=count, block=block_ms)
+        """Wait for entries after `last_ids` on any of these streams; moves `last_ids` on. {} on timeout.
+
+        Raises a connection error when the server has not answered long after that: it may be cut off, and a failover
+        may have made another one the primary.
+        """
+        try:
+            async with asyncio.timeout(block_ms / 1000 + LATE_S):
+                reply = await self._blocking.xread(last_ids, count=count, block=block_ms)
+        except TimeoutError:
+            raise RedisTimeoutError("timeout reading from the queue") from None
         pairs = cast("dict[bytes, Any]", reply).items() if isinstance(reply, dict) else reply
         found: dict[str, list[Entry]] = {}
         for name, entries in pairs:

@@ -104,10 +104,20 @@ def table(keys: Keys | None = None) -> dict[str, Rights]:
     }  # fmt: skip
 
 
+SERVERS = {
+    "replica": "+psync +replconf +ping",
+    "sentinel": "allchannels +multi +slaveof +ping +exec +subscribe +config|rewrite +role +publish +info"
+    " +client|setname +client|kill +script|kill",
+}
+"""Users of a queue of several servers, and what each may do: replicas read the primary, and Sentinels watch and change
+who is it (as redis.io/docs/latest/operate/oss_and_stack/management/sentinel lists it)."""
+
+
 def acl(passwords: Mapping[str, str], keys: Keys | None = None) -> str:
     """Return the lines of an ACL file. It holds hashes of the passwords, which must be random and long.
 
-    `passwords` has one for each user of `table`. Nobody enters without a password but `PROBE`.
+    `passwords` has one for each user of `table`, and for those of `SERVERS` where there are several servers. Nobody
+    enters without a password but `PROBE`.
     """
     lines = ["user default reset", f"user {PROBE} reset on nopass +ping"]
     for name, rights in table(keys).items():
@@ -117,4 +127,7 @@ def acl(passwords: Mapping[str, str], keys: Keys | None = None) -> str:
         rules += [f"+{command}" for command in rights.commands]
         password = hashlib.sha256(passwords[name].encode()).hexdigest()
         lines.append(f"user {name} reset on #{password} {' '.join(rules)}")
+    for name, rules in SERVERS.items():
+        if name in passwords:
+            lines.append(f"user {name} reset on #{hashlib.sha256(passwords[name].encode()).hexdigest()} {rules}")
     return "\n".join([*lines, ""])

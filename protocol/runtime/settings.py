@@ -46,10 +46,14 @@ class Settings(BaseSettings):
     redis_url: str = Field(
         default="redis://127.0.0.1:6379/0",
         repr=False,
-        description="the queue: a Redis or Valkey server, as redis://, rediss:// (TLS) or unix:// URL",
+        description="the queue: a Redis or Valkey server, as redis://, rediss:// (TLS) or unix:// URL, or several of"
+        " them behind Sentinels, as redis-sentinel://USER@HOST:PORT,HOST:PORT/NAME/DB",
     )
     redis_password_file: Path | None = Field(
         default=None, description="file that holds the password of the user that the queue's URL names"
+    )
+    redis_sentinel_password_file: Path | None = Field(
+        default=None, description="file that holds the password of the Sentinels, if they have one"
     )
     redis_ca_file: Path | None = Field(
         default=None, description="certificates that the queue's must be signed by; default: this machine's"
@@ -442,7 +446,8 @@ class Settings(BaseSettings):
     )
 
     @field_validator(
-        "data", "adapters", "gpu_locks", "secret_file", "redis_password_file", "redis_ca_file", "redis_cert_file",
+        "data", "adapters", "gpu_locks", "secret_file", "redis_password_file",
+        "redis_sentinel_password_file", "redis_ca_file", "redis_cert_file",
         "redis_key_file",
     )  # fmt: skip
     @classmethod
@@ -471,22 +476,27 @@ class Settings(BaseSettings):
         if self.redis_password_file is not None:
             if url.password:
                 raise BadRequest("redis_password_file: the queue's URL holds a password already")
-            try:
-                password = self.redis_password_file.read_text().strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise BadRequest(f"redis_password_file: cannot read {self.redis_password_file}: {error}") from error
+            password = _secret_of("redis_password_file", self.redis_password_file)
             user, _, host = url.netloc.rpartition("@")
             url = url._replace(netloc=f"{user}:{quote(password, safe='')}@{host}")
         options = {
             "ssl_ca_certs": self.redis_ca_file, "ssl_certfile": self.redis_cert_file, "ssl_keyfile": self.redis_key_file
         }  # fmt: skip
         given = {name: str(path) for name, path in options.items() if path is not None}
-        if given and url.scheme != "rediss":
+        if given and url.scheme not in ("rediss", "rediss-sentinel"):
             raise BadRequest("redis_ca_file, redis_cert_file and redis_key_file are for a queue at rediss://")
         if (self.redis_cert_file is None) != (self.redis_key_file is None):
             raise BadRequest("redis_cert_file and redis_key_file go together")
         if given:
             url = url._replace(query="&".join(part for part in (url.query, urlencode(given)) if part))
+        if self.redis_sentinel_password_file is not None:
+            if not url.scheme.endswith("-sentinel"):
+                raise BadRequest(
+                    "redis_sentinel_password_file is for a queue at redis-sentinel:// or rediss-sentinel://"
+                )
+            secret = _secret_of("redis_sentinel_password_file", self.redis_sentinel_password_file)
+            query = urlencode({"sentinel_password": secret})
+            url = url._replace(query="&".join(part for part in (url.query, query) if part))
         # `urlunsplit` would write unix:///path as unix:/path.
         return urlunsplit(url) if url.netloc else self.redis_url
 
@@ -499,6 +509,13 @@ class Settings(BaseSettings):
         """Return the `LORAFLEET_*` variables with which another process reads exactly these settings."""
         values: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
         return {f"LORAFLEET_{name.upper()}": str(value) for name, value in values.items()}
+
+
+def _secret_of(setting: str, file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{setting}: cannot read {file}: {error}") from error
 
 
 def names_of(text: str) -> tuple[str, ...]:
