@@ -368,9 +368,20 @@ def test_workers_are_scaled_by_requests_and_from_none(chart: Any) -> None:
         assert environment(pods(manifests)[name])["LORAFLEET_WAIT_FOR_WORKER_S"] == "600"
 
 
+def test_a_queue_behind_sentinels_is_found_by_them(chart: Any) -> None:
+    manifests = render(chart, values_of("sentinels"))
+    hosts = ",".join(f"sentinel-{i}.example.com:26379" for i in range(3))
+    worker = pods(manifests)["lf-lorafleet-worker-cpu"]
+    assert environment(worker)["REDIS_URL"] == f"redis-sentinel://worker@{hosts}/fleet/0"
+    assert environment(worker)["LORAFLEET_REDIS_SENTINEL_PASSWORD_FILE"] == "/sentinel/password"
+    egress = find(manifests, "NetworkPolicy", "scheduler")["spec"]["egress"]
+    assert {port["port"] for rule in egress for port in rule["ports"]} == {53, 6379, 26379}
+
+
 def test_prometheus_scales_and_scrapes(chart: Any) -> None:
     manifests = render(chart, values_of("prometheus"))
-    (trigger,) = find(manifests, "ScaledObject", "worker-cpu")["spec"]["triggers"]
+    trigger, cron = find(manifests, "ScaledObject", "worker-cpu")["spec"]["triggers"]
+    assert cron["type"] == "cron"
     assert "lorafleet_queued_requests" in trigger["metadata"]["query"]
     assert not [m for m in manifests if m["kind"] == "TriggerAuthentication"]
     monitor = find(manifests, "ServiceMonitor", "lorafleet")

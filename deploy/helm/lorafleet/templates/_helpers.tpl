@@ -57,9 +57,14 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{- if $root.Values.queue.enabled -}}
 redis://{{ index . 1 }}@{{ include "lorafleet.name" $root }}-queue:6379/0
 {{- else -}}
-{{ $external.tls | ternary "rediss" "redis" }}://{{ default (index . 1) $external.user }}@
-{{- required "queue.external.host: with queue.enabled: false, name the queue" $external.host }}:
-{{- include "lorafleet.value" $external.port }}/{{ include "lorafleet.value" $external.database }}
+{{ $external.tls | ternary "rediss" "redis" }}{{ if $external.sentinels }}-sentinel{{ end }}://{{ default (index . 1) $external.user }}@
+{{- if $external.sentinels -}}
+{{ join "," $external.sentinels }}/{{ required "queue.external.primaryName: what the Sentinels call the primary" $external.primaryName }}
+{{- else -}}
+{{ required "queue.external.host: with queue.enabled: false, name the queue" $external.host }}:
+{{- include "lorafleet.value" $external.port }}
+{{- end -}}
+/{{ include "lorafleet.value" $external.database }}
 {{- end }}
 {{- end }}
 
@@ -82,6 +87,9 @@ A dict of settings further right goes over those to its left.
 {{- if and (not $root.Values.queue.enabled) $root.Values.queue.external.caSecret }}
 - { name: LORAFLEET_REDIS_CA_FILE, value: /queue-ca/ca.crt }
 {{- end }}
+{{- if and (not $root.Values.queue.enabled) $root.Values.queue.external.sentinelSecret }}
+- { name: LORAFLEET_REDIS_SENTINEL_PASSWORD_FILE, value: /sentinel/password }
+{{- end }}
 {{- if $root.Values.secrets.hubToken }}
 - { name: HF_TOKEN_PATH, value: /hub-token/token }
 {{- end }}
@@ -103,6 +111,9 @@ A dict of settings further right goes over those to its left.
 {{- end }}
 {{- if and (not $root.Values.queue.enabled) $root.Values.queue.external.caSecret }}
 - { name: queue-ca, mountPath: /queue-ca, readOnly: true }
+{{- end }}
+{{- if and (not $root.Values.queue.enabled) $root.Values.queue.external.sentinelSecret }}
+- { name: sentinel, mountPath: /sentinel, readOnly: true }
 {{- end }}
 {{- if $root.Values.secrets.hubToken }}
 - { name: hub-token, mountPath: /hub-token, readOnly: true }
@@ -129,6 +140,13 @@ A dict of settings further right goes over those to its left.
 {{- if and (not $root.Values.queue.enabled) $root.Values.queue.external.caSecret }}
 - name: queue-ca
   secret: { secretName: {{ $root.Values.queue.external.caSecret }}, items: [{ key: ca.crt, path: ca.crt }] }
+{{- end }}
+{{- if and (not $root.Values.queue.enabled) $root.Values.queue.external.sentinelSecret }}
+- name: sentinel
+  secret:
+    secretName: {{ $root.Values.queue.external.sentinelSecret }}
+    defaultMode: 0440
+    items: [{ key: password, path: password }]
 {{- end }}
 {{- with $root.Values.secrets.hubToken }}
 - name: hub-token

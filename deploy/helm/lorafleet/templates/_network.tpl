@@ -41,7 +41,11 @@ matchLabels:
   to:
     - podSelector: {{- include "lorafleet.pods" (list . "queue") | nindent 8 }}
 {{- else }}
-- ports: [{ protocol: TCP, port: {{ .Values.queue.external.port }} }]
+- ports:
+    - { protocol: TCP, port: {{ .Values.queue.external.port }} }
+    {{- range .Values.queue.external.sentinels }}
+    - { protocol: TCP, port: {{ regexFind "[0-9]+$" . }} }
+    {{- end }}
   to: {{- include "lorafleet.outside" . | nindent 4 }}
 {{- end }}
 {{- end }}
