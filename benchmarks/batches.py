@@ -210,7 +210,7 @@ def measure_many(model: Path, num_lines: int) -> dict[str, Any]:
     """Return lines a second and the gateway's memory, MB, of a batch of tiny calls for workers without a model."""
     with tempfile.TemporaryDirectory() as folder:
         services, queue = start(
-            Path(folder), model, Path(__file__).resolve().parents[1], workers=4, step_ms=5.0, capacity=256
+            Path(folder), model, Path(__file__).resolve().parents[1], {}, workers=4, step_ms=5.0, capacity=256
         )  # fmt: skip
         url = f"http://127.0.0.1:{services.url_port}"
         gateway, server = (

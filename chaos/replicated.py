@@ -12,16 +12,16 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
-
-import redis
+from typing import Any
 
 from chaos.fleet import free_port
 from lorafleet.launcher.embedded import server_binary
 from lorafleet.launcher.queue_users import ACL_FILE, make_users, password_file
 from protocol.queue.failover import PASSWORD
+from protocol.queue.redis_client import CONNECTION_ERRORS, QueueError, connect, ping
+from protocol.runtime.environment import child_environment
 from protocol.runtime.settings import Settings
 
 NUM = 3
@@ -46,6 +46,7 @@ class ReplicatedQueue:
         self.log = folder / "queue.log"
         self.ports = [free_port() for _ in range(NUM)]
         self._sentinel_ports = [free_port() for _ in range(NUM)]
+        self._last_primary = 0
         self.servers = [self._start_server(index) for index in range(NUM)]
         self._sentinels = [self._start_sentinel(index) for index in range(NUM)]
 
@@ -66,8 +67,8 @@ class ReplicatedQueue:
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
-        """The process of the primary, or of the first server while there is none."""
-        return self.servers[self.primary() or 0]
+        """The process of the server that was last seen to be the primary."""
+        return self.servers[self._last_primary]
 
     def _url(self, user: str) -> str:
         hosts = ",".join(f"127.0.0.1:{port}" for port in self._sentinel_ports)
@@ -86,7 +87,9 @@ class ReplicatedQueue:
         if not file.exists():
             file.write_text("\n".join(["bind 127.0.0.1", f"dir {folder}", *lines, ""]))
         with self.log.open("ab") as log:
-            return subprocess.Popen([server_binary(), str(file), *more], stdout=log, stderr=log)
+            return subprocess.Popen(
+                [server_binary(), str(file), *more], stdout=log, stderr=log, env=child_environment()
+            )  # fmt: skip
 
     def _start_server(self, index: int) -> subprocess.Popen[bytes]:
         lines = [
@@ -114,9 +117,7 @@ class ReplicatedQueue:
         if self.users is not None:
             lines += [f"sentinel auth-user {NAME} sentinel", f"sentinel auth-pass {NAME} {self._password('sentinel')}"]
         process = self._run(self.folder / f"sentinel{index}", lines, "--sentinel")
-        _insist(lambda: self._ask_sentinel(index, "MYID"))
-        # They look at their servers every ten seconds otherwise, and tell each other every two.
-        self._ask_sentinel(index, "DEBUG", "info-period", "300", "publish-period", "300")
+        _insist(lambda: ping(f"redis://:{SENTINEL_PASSWORD}@127.0.0.1:{port}", 1.0))
         return process
 
     def stop(self) -> None:
@@ -128,38 +129,40 @@ class ReplicatedQueue:
 
     # ------------------------------------------------------------ what Sentinels say
 
-    def _ask_sentinel(self, index: int, *words: str) -> Any:
-        with redis.Redis(port=self._sentinel_ports[index], password=SENTINEL_PASSWORD, socket_timeout=1) as client:
-            return cast(Any, client).execute_command("SENTINEL", *words)
+    async def _ask_sentinel(self, index: int, *words: str) -> Any:
+        url = f"redis://:{SENTINEL_PASSWORD}@127.0.0.1:{self._sentinel_ports[index]}"
+        return await _ask(url, "SENTINEL", *words)
 
-    def primary(self) -> int | None:
+    async def primary(self) -> int | None:
         """Return which server the Sentinels take for the primary, None while they do not agree or do not answer."""
-        with contextlib.suppress(redis.RedisError):
-            ports = {int(self._ask_sentinel(i, "GET-MASTER-ADDR-BY-NAME", NAME)[1]) for i in range(NUM)}
+        with contextlib.suppress(QueueError, *CONNECTION_ERRORS):
+            answers = [await self._ask_sentinel(i, "GET-MASTER-ADDR-BY-NAME", NAME) for i in range(NUM)]
+            ports = {int(port) for _, port in answers}
             if len(ports) == 1:
-                return self.ports.index(ports.pop())
+                self._last_primary = self.ports.index(ports.pop())
+                return self._last_primary
         return None
 
-    def is_whole(self) -> bool:
+    async def is_whole(self) -> bool:
         """Tell whether every Sentinel knows the others and two replicas, and these are in step with the primary."""
-        with contextlib.suppress(redis.RedisError):
+        with contextlib.suppress(QueueError, *CONNECTION_ERRORS):
             for index in range(NUM):
-                flat = [_text(word) for word in _flat(self._ask_sentinel(index, "MASTER", NAME))]
-                facts = dict(zip(flat[::2], flat[1::2], strict=True))
+                facts = _facts(await self._ask_sentinel(index, "MASTER", NAME))
                 if (facts["num-other-sentinels"], facts["num-slaves"], facts["flags"]) != ("2", "2", "master"):
+                    # They look at their servers every ten seconds otherwise, and tell each other every two.
+                    await self._ask_sentinel(index, "DEBUG", "info-period", "300", "publish-period", "300")
                     return False
-            at = self.primary()
+            at = await self.primary()
             if at is not None:
-                infos = [self._info(index) for index in range(NUM)]
+                infos = [await self._info(index) for index in range(NUM)]
                 # A primary counts replicas as good that are still fetching its first copy, and have nothing.
                 up = [info.get("master_link_status") == "up" for index, info in enumerate(infos) if index != at]
-                return all(up) and infos[at]["role"] == "master" and infos[at]["min_slaves_good_slaves"] == NUM - 1
+                return all(up) and (infos[at]["role"], infos[at]["connected_slaves"]) == ("master", NUM - 1)
         return False
 
-    def _info(self, index: int) -> dict[str, Any]:
-        who = {} if self.users is None else {"username": "operator", "password": self._password("operator")}
-        with redis.Redis(port=self.ports[index], socket_timeout=1, **who) as client:
-            return cast(Any, client).info("replication")
+    async def _info(self, index: int) -> dict[str, Any]:
+        who = "" if self.users is None else f"operator:{self._password('operator')}@"
+        return await _ask(f"redis://{who}127.0.0.1:{self.ports[index]}", "INFO", "replication")
 
     async def until_whole(self) -> None:
         """Wait until all is in step. Raises TimeoutError."""
@@ -174,7 +177,7 @@ class ReplicatedQueue:
         know that another has become the primary.
         """
         await self.until_whole()
-        at = self.primary()
+        at = await self.primary()
         assert at is not None
         others = [server for index, server in enumerate(self.servers) if index != at]
         if how == "power cut":
@@ -189,7 +192,11 @@ class ReplicatedQueue:
             self.servers[at].wait()
         for server in others:
             server.send_signal(signal.SIGCONT)
-        await _until(lambda: self.primary() not in (at, None))
+
+        async def another() -> bool:
+            return await self.primary() not in (at, None)
+
+        await _until(another)
         if how == "stop":
             self.servers[at].send_signal(signal.SIGCONT)
         else:
@@ -197,30 +204,41 @@ class ReplicatedQueue:
         await self.until_whole()
 
 
-async def _until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds that takes a while to find out. Raises TimeoutError."""
+async def _ask(url: str, *words: str) -> Any:
+    client = connect(url, timeout_s=1.0)
+    try:
+        return await client.execute_command(*words)
+    finally:
+        await client.aclose()
+
+
+async def _until(holds: Callable[[], Awaitable[bool]]) -> None:
+    """Wait until something holds. Raises TimeoutError."""
     async with asyncio.timeout(UP_S):
         while True:
-            if await asyncio.to_thread(holds):
+            if await holds():
                 return
             await asyncio.sleep(0.1)
 
 
-def _insist(ask: Callable[[], object], timeout_s: float = UP_S) -> None:
-    """Ask until there is an answer. Raises RedisError after the time."""
-    deadline = time.monotonic() + timeout_s
+def _insist(ask: Callable[[], object]) -> None:
+    """Ask until there is an answer. Raises `QueueError` after the time."""
+    deadline = time.monotonic() + UP_S
     while True:
         try:
             ask()
             return
-        except redis.RedisError:
+        except QueueError:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(0.05)
 
 
-def _flat(reply: Any) -> list[Any]:
-    return [word for pair in reply.items() for word in pair] if isinstance(reply, dict) else list(reply)
+def _facts(reply: Any) -> dict[str, str]:
+    """Return a reply of names and values, as a dict or as a flat list, as texts."""
+    words = [word for pair in reply.items() for word in pair] if isinstance(reply, dict) else list(reply)
+    texts = [_text(word) for word in words]
+    return dict(zip(texts[::2], texts[1::2], strict=True))
 
 
 def _text(value: Any) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from protocol.runtime.environment import COMPUTE, child_environment
+
 Sections = Mapping[str, Mapping[str, Any]]
 """By name, what each section returned, or {"failed": why} or {"skipped": why}."""
 
@@ -60,7 +62,8 @@ def _output(*command: str) -> str:
     """Return what a program prints, "" where it is missing or fails."""
     if shutil.which(command[0]) is None:
         return ""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = child_environment(*COMPUTE)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     return done.stdout.strip() if done.returncode == 0 else ""
 
 

@@ -230,11 +230,8 @@ class Batcher:
 
     def _mark_alone(self) -> None:
         """Let sequences of tenants that were alone yield, unless those of another tenant yield for a better reason."""
-        alone = [seq for seq in self if seq.request.alone]
-        if not alone:
-            return
         over = {seq.request.tenant for seq in self if seq.level == 1 and not seq.request.alone} | {self._heaviest}
-        for seq in alone:
+        for seq in [seq for seq in self if seq.request.alone]:
             seq.yields = not (over - {seq.request.tenant, ""}) and seq.num_skips <= MAX_SKIPS
 
     def _alone_s(self, plan: StepPlan) -> float:

@@ -7,7 +7,6 @@ TLS: the addresses are those of the Sentinels, NAME is what they call the primar
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
@@ -90,16 +89,16 @@ def _address(text: str) -> tuple[str, int]:
     return parts.hostname, parts.port or DEFAULT_PORT
 
 
-def found_by(sentinels: Sentinels, base: type[Any]) -> Callable[..., Any]:
+def found_by(sentinels: Sentinels, base: Any) -> Any:
     """Return a class of connections like `base` that go to whoever is the primary when they are opened."""
 
     class ToPrimary(base):
         async def _connect(self) -> None:
             self.host, self.port = await sentinels.primary()
-            await super()._connect()
+            await super()._connect()  # pyright: ignore[reportUnknownMemberType]
 
         async def on_connect_check_health(self, check_health: bool = True) -> None:
-            await super().on_connect_check_health(check_health)
+            await super().on_connect_check_health(check_health)  # pyright: ignore[reportUnknownMemberType]
             # INFO and not ROLE, which counts as dangerous: services may not run it.
             await self.send_command("INFO", "replication", check_health=False)
             if b"role:master" not in await self.read_response(disable_decoding=True):

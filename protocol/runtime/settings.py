@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-from protocol.wire.errors import BadRequest
+from protocol.runtime.queue_url import full_url
 
 CONFIG_VARIABLE = "LORAFLEET_CONFIG"
 """Names the TOML file."""
@@ -472,33 +471,11 @@ class Settings(BaseSettings):
 
         Raises BadRequest when the files do not fit the URL or cannot be read.
         """
-        url = urlsplit(self.redis_url)
-        if self.redis_password_file is not None:
-            if url.password:
-                raise BadRequest("redis_password_file: the queue's URL holds a password already")
-            password = _secret_of("redis_password_file", self.redis_password_file)
-            user, _, host = url.netloc.rpartition("@")
-            url = url._replace(netloc=f"{user}:{quote(password, safe='')}@{host}")
-        options = {
-            "ssl_ca_certs": self.redis_ca_file, "ssl_certfile": self.redis_cert_file, "ssl_keyfile": self.redis_key_file
-        }  # fmt: skip
-        given = {name: str(path) for name, path in options.items() if path is not None}
-        if given and url.scheme not in ("rediss", "rediss-sentinel"):
-            raise BadRequest("redis_ca_file, redis_cert_file and redis_key_file are for a queue at rediss://")
-        if (self.redis_cert_file is None) != (self.redis_key_file is None):
-            raise BadRequest("redis_cert_file and redis_key_file go together")
-        if given:
-            url = url._replace(query="&".join(part for part in (url.query, urlencode(given)) if part))
-        if self.redis_sentinel_password_file is not None:
-            if not url.scheme.endswith("-sentinel"):
-                raise BadRequest(
-                    "redis_sentinel_password_file is for a queue at redis-sentinel:// or rediss-sentinel://"
-                )
-            secret = _secret_of("redis_sentinel_password_file", self.redis_sentinel_password_file)
-            query = urlencode({"sentinel_password": secret})
-            url = url._replace(query="&".join(part for part in (url.query, query) if part))
-        # `urlunsplit` would write unix:///path as unix:/path.
-        return urlunsplit(url) if url.netloc else self.redis_url
+        return full_url(
+            self.redis_url, password_file=self.redis_password_file,
+            sentinel_password_file=self.redis_sentinel_password_file, ca_file=self.redis_ca_file,
+            cert_file=self.redis_cert_file, key_file=self.redis_key_file,
+        )  # fmt: skip
 
     @property
     def metrics_named(self) -> int:
@@ -509,13 +486,6 @@ class Settings(BaseSettings):
         """Return the `LORAFLEET_*` variables with which another process reads exactly these settings."""
         values: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
         return {f"LORAFLEET_{name.upper()}": str(value) for name, value in values.items()}
-
-
-def _secret_of(setting: str, file: Path) -> str:
-    try:
-        return file.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadRequest(f"{setting}: cannot read {file}: {error}") from error
 
 
 def names_of(text: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from helpers.waiting import wait_until
 from chaos.asks import GREEDY, Ask
 from chaos.client import Call, Client
 from chaos.fleet import ProcessFleet, Shape
+from lorafleet.launcher.embedded import EmbeddedServer
 
 NUM_TOKENS = 900
 PORT = 7001
@@ -55,6 +56,7 @@ async def started(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tup
             request_timeout_s=200,
             secret="the fleet of this test",
         )
+        assert isinstance(running.queue, EmbeddedServer)
         with relay(near, PORT, running.queue.socket) as queue:
             running.add("store", store_host=near.address).within = near.within
             running.add("worker", "far", redis_url=f"redis://{queue}").within = far.within

@@ -97,7 +97,7 @@ async def test_every_user_enters_and_goes_on_after_a_failover(replicated: Replic
 async def test_an_old_primary_that_was_cut_off_takes_nothing(replicated: ReplicatedQueue) -> None:
     """Whoever is still connected to it is told, and finds the new one."""
     await replicated.until_whole()
-    old = replicated.primary()
+    old = await replicated.primary()
     assert old is not None
     password = (replicated.folder / "users" / "gateway" / "password").read_text()
     bus = Bus(replicated.door("gateway").queue_url())
@@ -106,9 +106,11 @@ async def test_an_old_primary_that_was_cut_off_takes_nothing(replicated: Replica
         client.get(bus.keys.tag)  # it is connected to the old one, and stays so
         process = replicated.servers[old]
         process.send_signal(signal.SIGSTOP)
-        await wait_until(
-            lambda: asyncio.to_thread(lambda: replicated.primary() not in (old, None)), "another one is the primary"
-        )
+
+        async def another() -> bool:
+            return await replicated.primary() not in (old, None)
+
+        await wait_until(another, "another one is the primary")
         process.send_signal(signal.SIGCONT)
 
         def refused() -> bool:
