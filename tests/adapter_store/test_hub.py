@@ -20,7 +20,7 @@ from adapter_store.blobs import Blobs
 from adapter_store.mirror import Mirror
 from adapter_store.sources import FLEET, Access, Changed
 from adapter_store.sources.hub import HubSource
-from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.format import CONFIG_FILE, MAX_HEADER_BYTES, WEIGHTS_FILE
 from protocol.wire.errors import AdapterRefused, NotFound, PermissionDenied, Unavailable
 
 
@@ -274,11 +274,11 @@ async def test_refusals(hub: HubStub, source: HubSource, mirror: Mirror, files: 
 
 async def test_a_bad_header_costs_no_body(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
     hub.repos["org/big"] = Repo()
-    hub.repos["org/big"].commit(adapter() | {WEIGHTS_FILE: safetensors(lora_tensors())[:50] + bytes(3 << 20)})
-    mirror = Mirror(mirror.blobs, max_bytes=4 << 20)
+    hub.repos["org/big"].commit(adapter() | {WEIGHTS_FILE: safetensors(lora_tensors())[:50] + bytes(6 << 20)})
+    mirror = Mirror(mirror.blobs, max_bytes=8 << 20)
     with pytest.raises(AdapterRefused):
         await mirror.take(source, "org/big", BASE)
-    assert [seen.range for seen in hub.requests(WEIGHTS_FILE)] == [f"bytes=0-{(1 << 20) + 7}"]
+    assert [seen.range for seen in hub.requests(WEIGHTS_FILE)] == [f"bytes=0-{MAX_HEADER_BYTES + 7}"]
 
 
 async def test_size_is_checked_before_anything_is_fetched(hub: HubStub, source: HubSource, tmp_path: Path) -> None:
