@@ -144,9 +144,15 @@ async def test_a_death_is_in_the_timeline_and_the_replay_is_the_same(
 async def test_records_fit_what_is_counted_for_a_request(bus: Bus, small: SmallFleet) -> None:
     done = (await small.http.post("/v1/completions", json=BODY)).json()
     rid = (await explained(small.http, done["id"]))["id"]
-    size = await bus._redis.memory_usage(bus.keys.req(rid))
     sub = await bus._redis.hget(bus.keys.req(rid), "sub")
-    assert size < 2048 + 2 * len(sub), size
+    sizes: list[int] = []
+
+    async def fits() -> bool:
+        """While the server moves a hash from one table to a larger one, it has both."""
+        sizes.append(await bus._redis.memory_usage(bus.keys.req(rid)))
+        return sizes[-1] < 2048 + 2 * len(sub)
+
+    await wait_until(fits, lambda: f"the record is as small as that: {sizes[-1]} bytes")
 
 
 async def test_prompts_are_kept_only_where_that_is_asked_for(bus: Bus, model_folder: Path) -> None:
