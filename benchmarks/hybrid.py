@@ -11,17 +11,16 @@ two cores and 4 GB of disk for Lorafleet alone; peers are those of `benchmarks/p
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig, set_seed
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from benchmarks.common.fleet import quickstart_model, scratch_folder
+from benchmarks.common.fleet import scratch_folder
+from benchmarks.common.random_model import random_model, save_with_tokenizer
 from benchmarks.peers.make_adapters import convert, make_adapter
 from benchmarks.peers.run import compare, lab_of, parse_arguments, servers_of
 from protocol.runtime.environment import COMPUTE, child_environment
@@ -29,7 +28,6 @@ from protocol.runtime.environment import COMPUTE, child_environment
 RANK = 16
 CACHE_GIB = 4  # 32 sequences have a state of 20 MB each, or two, and as many again are saved
 POOL_GIB = 2  # an adapter of all linear layers takes 23 MB
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 SHAPE = Qwen3_5TextConfig(
     vocab_size=248_320, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24, num_attention_heads=8,
@@ -44,21 +42,10 @@ SHAPE = Qwen3_5TextConfig(
 
 def make_model(folder: Path) -> None:
     """Write a model of `SHAPE` with random weights."""
-    set_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = Qwen3_5ForCausalLM(SHAPE)
-    finally:
-        torch.set_default_dtype(before)
+    model = random_model(Qwen3_5ForCausalLM, SHAPE)
     model.generation_config.eos_token_id = None
     model.config.update({"mtp_num_hidden_layers": 1})  # llama.cpp's converters ask for it; it is not written
-    model.save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        source = quickstart_model() / name
-        if source.exists():
-            shutil.copy(source, folder / name)
-    PreTrainedTokenizerFast.from_pretrained(folder)
+    save_with_tokenizer(model, folder)
 
 
 def make_lab(root: Path, num_adapters: int, peers: Path | None, systems: Sequence[str]) -> None:

@@ -11,22 +11,19 @@ Prompts of other lengths: --prompt-words 512 --output-tokens 8 --concurrency 1.
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common.fleet import quickstart_model
+from benchmarks.common.random_model import random_model, save_with_tokenizer
 from benchmarks.peers.run import Point, lab_of, measure, parse_arguments, save
 from benchmarks.peers.servers import SYSTEMS, Lab, Server, llama_cpp_folder, running, scenario_names
 from protocol.runtime.environment import COMPUTE, child_environment
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 SHAPE = LlamaConfig(
     vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
@@ -34,23 +31,6 @@ SHAPE = LlamaConfig(
     rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 """Llama-3.2-1B's shape as its makers publish it."""
-
-
-def make_model(folder: Path) -> None:
-    """Write a model of `SHAPE` with random weights and the quickstart model's tokenizer."""
-    set_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = LlamaForCausalLM(SHAPE)
-    finally:
-        torch.set_default_dtype(before)
-    model.save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        source = quickstart_model() / name
-        if source.exists():
-            shutil.copy(source, folder / name)
-    PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def gguf_file(lab: Path, peers: Path, model: str, kind: str) -> Path:
@@ -62,7 +42,7 @@ def gguf_file(lab: Path, peers: Path, model: str, kind: str) -> Path:
     if kind == "BF16":
         folder = quickstart_model() if model == "smol" else lab / model
         if not folder.exists():
-            make_model(folder)
+            save_with_tokenizer(random_model(LlamaForCausalLM, SHAPE), folder)
         script = peers / "llama.cpp/convert_hf_to_gguf.py"
         command = [sys.executable, str(script), "--outtype", "bf16", "--outfile", str(part), str(folder)]
     else:
