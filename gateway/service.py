@@ -41,6 +41,7 @@ from gateway.http.server import BACKLOG, HttpServer, allow_connections
 from gateway.http.shapes import shape_of
 from gateway.lorax.routes import NativeEndpoints
 from gateway.ollama.routes import OllamaEndpoints
+from gateway.operators.routes import FleetEndpoints
 from gateway.overload.admission import Admission, OverloadLimits
 from gateway.overload.heartbeat import Heartbeat, Pace
 from gateway.overload.memory import MemoryAccount
@@ -153,7 +154,8 @@ async def _serve(
             anthropic, ResponseEndpoints(endpoints, Responses(pipeline, jobs, stored, conversations)),
             ConversationEndpoints(conversations),
             WebhookRoutes(WebhookService(bus, outside, sender, secret)),
-            RequestEndpoints(endpoints, pipeline), settings, admission, memory, keys, secret,
+            RequestEndpoints(endpoints, pipeline), FleetEndpoints(bus, settings),
+            settings, admission, memory, keys, secret,
         )  # fmt: skip
         means = BatchMeans(bus, replies.gid, uploads, storage, settings, inner, timings.batches)
         runner = BatchRunner(means, batch_wake)

@@ -100,7 +100,9 @@ def launch(settings: Settings, on_ready: OnReady) -> int:
     try:
         if not _has_queue(settings):
             folder = private_folder(plan.settings.data / "queue") / fleet_name(plan.settings)
-            queue = start_embedded(folder, guarded=True, max_bytes=plan.settings.queue_bytes)
+            queue = start_embedded(
+                folder, guarded=True, max_bytes=plan.settings.queue_bytes, console_keys=plan.settings.console_keys
+            )
             plan = replace(plan, settings=plan.settings.model_copy(update=queue.door("operator")), queue=queue)
             screen.say(f"[green]✓[/] {'queue':10} unix://{queue.socket}")
         specs = service_specs(plan.settings, _fresh_logs(plan.settings), queue)

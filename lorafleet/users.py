@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replicated", action="store_true", help="also for the replicas and Sentinels of a queue of several servers"
     )
+    parser.add_argument(
+        "--console-keys", action="store_true", help="let gateways write API keys, as their setting console_keys needs"
+    )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the passwords and the ACL file")
 
 
@@ -27,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     """Make the users; return the exit code. Raises BadRequest when the folder cannot be written."""
     try:
         # The server may run as another user, and learns nothing from the file.
-        print(make_users(args.folder, acl_mode=0o644, replicated=args.replicated))
+        acl = make_users(args.folder, acl_mode=0o644, replicated=args.replicated, console_keys=args.console_keys)
+        print(acl)
     except OSError as error:
         raise BadRequest(f"cannot write to {args.folder}: {error}") from error
     for user in [*table(), *(SERVERS if args.replicated else ())]:

@@ -239,6 +239,36 @@ class AdapterOperations:
         """Have every worker load and keep the adapter of a name, as soon as it is served."""
         await self._bus.adapters.pin(name, API)
 
+    async def refresh(self, name: str, caller: Caller, tenant: str | None, wait_s: float) -> bool:
+        """Have the stores look at a registered name's source again; return whether they have within `wait_s`.
+
+        Raises ModelNotFound, Conflict for a folder of the adapter root, and the reason of a refusal.
+        """
+        known = await self.seen(name, caller, tenant)
+        if known.tenant != caller.namespace(tenant) and not caller.is_admin:
+            raise PermissionDenied(f"`{name}` is everybody's: its operator refreshes it", param="name")
+        asked_ms = now_ms()
+        if not await self._bus.adapters.ask_again(name, known.tenant, asked_ms):
+            raise Conflict(
+                f"`{name}` is a folder under the adapter root, which stores look at by themselves",
+                code="adapter_folder",
+            )
+
+        def is_answered(found: m.Alias | None) -> bool:
+            return found is None or (is_settled(found) and found.asked_ms >= asked_ms)
+
+        try:
+            found = await self._aliases.wait(name, known.tenant, is_answered, wait_s)
+        except Unavailable as error:
+            if error.code != "adapter_loading":
+                raise
+            return False
+        if found is None:
+            raise ModelNotFound(name)
+        if found.status:
+            raise error_of(found)
+        return True
+
     async def is_registered(self, name: str, tenant: str = "") -> bool:
         """Return whether a name is registered or a folder; not, if only a request has named its source."""
         alias, registration = (

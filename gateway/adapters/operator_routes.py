@@ -113,6 +113,12 @@ class OperatorEndpoints:
         done = await self._operations.preload(name, wait_s, known.tenant)
         return json_response(await self._operations.get(name, caller, tenant), 200 if done else 202)
 
+    async def refresh(self, name: str, request: Request, wait_s: Wait = 30.0, tenant: str | None = None) -> Response:
+        """Answer 200 once a store has looked at the name's source again, 202 if that takes longer than `wait_s`."""
+        caller = caller_of(request)
+        done = await self._operations.refresh(name, caller, tenant, wait_s)
+        return json_response(await self._operations.get(name, caller, tenant), 200 if done else 202)
+
     async def pin(self, name: str, request: Request, wait_s: Wait = 0.0) -> Response:
         """Answer 200 once every worker has loaded the adapter to keep it, 202 if that takes longer than `wait_s`."""
         done = await self._operations.pin(name, wait_s)
@@ -177,7 +183,8 @@ def add_operator_routes(app: FastAPI, endpoints: OperatorEndpoints) -> None:
     app.get("/v1/adapters", responses=openapi.PAGE)(endpoints.list)
     app.post("/v1/adapters", responses=openapi.REGISTERED)(endpoints.register)
     for what, handler in (
-        ("preload", endpoints.preload), ("pin", endpoints.pin), ("unpin", endpoints.unpin), ("evict", endpoints.evict),
+        ("preload", endpoints.preload), ("refresh", endpoints.refresh), ("pin", endpoints.pin),
+        ("unpin", endpoints.unpin), ("evict", endpoints.evict),
     ):  # fmt: skip
         app.post(f"/v1/adapters/{{name:path}}/{what}", responses=openapi.LATER)(handler)
     app.get("/v1/adapters/{name:path}")(endpoints.get)

@@ -26,7 +26,7 @@ async def look(bus: Bus, fleet: FleetView, beats: Sequence[m.WorkerBeat], name_o
     )
 
     def name(digest: str) -> str:
-        return name_of(digest) or _name_in(records, digest)
+        return name_of(digest) or name_in(records, digest)
 
     total, free = (sum(getattr(beat, f"kv_blocks_{what}") for beat in beats) for what in ("total", "free"))
     return Seen(
@@ -56,7 +56,7 @@ def _levels(beat: m.WorkerBeat) -> dict[str, str]:
     return levels
 
 
-def _name_in(records: Mapping[str, m.AdapterRecord], digest: str) -> str:
+def name_in(records: Mapping[str, m.AdapterRecord], digest: str) -> str:
     """Return an adapter's name at its source, without kind and version; the beginning of its digest if that is gone."""
     record = records.get(digest)
     if record is None or not record.source:

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.auth.callers import CALLER, EVERYBODY, Caller
 from gateway.http.errors import ShapeOf, unreachable_queue
 from gateway.http.headers import header_of
-from gateway.http.paths import FLEET, OLLAMA_PREFIX, PING
+from gateway.http.paths import DEAD_LETTERS, FLEET, KEYS, OLLAMA_PREFIX, PING, TENANTS, WORKERS
 from protocol.queue.api_keys import PREFIX, ApiKeys
 from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.runtime.fleet_secret import FleetSecret
@@ -28,6 +28,10 @@ OPEN_PATHS = frozenset({"/", "/health", PING})
 METRICS, API_PAGE = "/metrics", "/openapi.json"
 """What may be read without a key if the operator says so. With one, metrics need the scope `admin`: they are the whole
 fleet's."""
+
+
+OPERATOR_PATHS = tuple(f"{path}/" for path in (WORKERS, DEAD_LETTERS, KEYS, TENANTS))
+"""They, and what is below them, need the scope `admin`."""
 
 
 class Authentication:
@@ -91,7 +95,7 @@ def check_scopes(method: str, path: str, caller: Caller) -> None:
         else:
             for_all = method == "POST" and path.endswith(("/pin", "/unpin", "/evict"))
             caller.require("admin" if for_all else "adapters")
-    elif path in (METRICS, FLEET):
+    elif path in (METRICS, FLEET) or f"{path}/".startswith(OPERATOR_PATHS):
         caller.require("admin")
     elif path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
         caller.require("adapters")

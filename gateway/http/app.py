@@ -40,6 +40,7 @@ from gateway.http.sse import RAW_SEND
 from gateway.lorax import metrics as lorax_metrics
 from gateway.lorax.routes import NativeEndpoints, add_native_routes
 from gateway.ollama.routes import OllamaEndpoints, add_ollama_routes
+from gateway.operators.routes import FleetEndpoints, add_fleet_routes
 from gateway.overload.admission import Admission
 from gateway.overload.large import LargeBodies
 from gateway.overload.memory import Charged, MemoryAccount
@@ -83,6 +84,7 @@ def build_app(
     conversations: ConversationEndpoints,
     webhooks: WebhookRoutes,
     requests: RequestEndpoints,
+    fleet: FleetEndpoints,
     settings: Settings,
     admission: Admission,
     memory: MemoryAccount,
@@ -109,6 +111,7 @@ def build_app(
     add_conversation_routes(app, conversations)
     add_webhook_routes(app, webhooks)
     add_request_routes(app, requests)
+    add_fleet_routes(app, fleet)
     bodies = LargeBodies(DirectCalls(app, shape_of), shape_of)
     charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)
     authentication = Authentication(charged, keys, shape_of, secret, open_pages=settings.open_pages)

@@ -407,6 +407,16 @@ TOKENIZER_INFO: Responses = {200: {"model": TokenizerInfo}}
 VERSION: Responses = {200: {"model": Version}}
 LOAD: Responses = {200: {"model": Load}}
 FLEET: Responses = {200: {"model": Fleet}}
+WORKER: Responses = {200: _json("A worker", _object(id=_TEXT, object=_TEXT, name=_MAYBE, state=_TEXT))}
+WORKER[202] = {**WORKER[200], "description": "Told; it has not answered yet"}
+LETTER: Responses = {200: _json("A request that was given up", _object(id=_TEXT, object=_TEXT, reason=_TEXT))}
+RETRIED: Responses = {200: _json("It is queued again", _object(id=_TEXT, object=_TEXT, request=_TEXT))}
+NEW_KEY: Responses = {201: _json("A new key, and its secret", _object(id=_TEXT, object=_TEXT, secret=_TEXT))}
+TENANT: Responses = {200: _json("A tenant and its limits", _object(id=_TEXT, object=_TEXT, weight=_NUMBER))}
+_CANCELLED = {"type": "array", "items": _object(id=_TEXT, state=_MAYBE)}
+CANCELLED: Responses = {
+    200: _json("Asked to end, if they had not", _object(id=_TEXT, object=_TEXT, requests=_CANCELLED))
+}
 _HAPPENED = _object(ms=_INTEGER, event=_TEXT, text=_TEXT)
 EXPLAINED: Responses = {
     200: _json(

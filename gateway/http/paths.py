@@ -38,6 +38,11 @@ GENERATION_PATHS = (
 
 FILES, BATCHES, WEBHOOKS = "/v1/files", "/v1/batches", "/v1/webhook_endpoints"
 
+REQUESTS = "/v1/requests"
+
+WORKERS, DEAD_LETTERS, KEYS, TENANTS = "/v1/workers", "/v1/dead_letters", "/v1/keys", "/v1/tenants"
+"""They, and what is below them, are for operators alone."""
+
 FLEET = "/v1/fleet"
 """What starts and stops workers asks it: how many requests there are, and workers for them."""
 

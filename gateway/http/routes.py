@@ -29,6 +29,7 @@ from gateway.openai.bodies import AnyRequest, ChatRequest, CompletionRequest
 from gateway.openai.calls import OpenAICalls
 from gateway.overload.admission import Admission
 from protocol.wire.errors import BadRequest, ModelNotFound, Unavailable
+from protocol.wire.messages import SchedulerStatus
 
 MAX_KEY_CHARACTERS = 255
 
@@ -154,7 +155,8 @@ class Endpoints:
         status = fleet.status
         queued, running = (status.queued, status.running) if status is not None else (0, 0)
         found = {"workers": fleet.num_workers, "queued": queued, "running": running, "demand": fleet.demand}
-        return json_response({"object": "fleet", **found})
+        base = fleet.base.name if fleet.base is not None else None
+        return json_response({"object": "fleet", **found, "model": base, "queue": _queue(status)})
 
     async def version(self) -> Response:
         """Answer vLLM's `/version`."""
@@ -163,6 +165,18 @@ class Endpoints:
     async def load(self) -> Response:
         """Answer vLLM's `/load`."""
         return json_response({"server_load": self._admission.num_in_flight})
+
+
+def _queue(status: SchedulerStatus | None) -> dict[str, Any] | None:
+    """Return what the leading scheduler says of the queue, None without one."""
+    if status is None:
+        return None
+    return {
+        "batch": status.queued_batch, "tokens": status.queued_tokens, "drain_rate": status.drain_rate,
+        "oldest_ms": {cls: ms or None for cls, ms in status.oldest_ms.items()}, "dead_letters": status.dead_letters,
+        "used_bytes": status.used_bytes, "max_bytes": status.max_bytes, "leader": status.leader,
+        "sent_ms": status.sent_ms,
+    }  # fmt: skip
 
 
 async def sent_of(endpoint: str, request: Request) -> Sent:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
 from gateway.auth.callers import Caller, caller_of
@@ -12,15 +13,17 @@ from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.calls import observe
 from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
+from gateway.http.paths import REQUESTS
 from gateway.http.routes import Endpoints
+from gateway.requests.listing import RequestList, State
 from gateway.requests.replay import replay
 from gateway.requests.timeline import described
 from protocol.wire.errors import NotFound
 from protocol.wire.records import RequestRecord
 
-REQUESTS = "/v1/requests"
-
 MAX_CHARACTERS = 200
+
+_AT_ONCE = 16
 
 _ID = re.compile(r"(?:(?:chatcmpl|cmpl)-|msg_|resp_)?(.+)")
 _CHOICE = re.compile(r"-\d+$")
@@ -32,6 +35,18 @@ class RequestEndpoints:
     def __init__(self, endpoints: Endpoints, pipeline: Pipeline) -> None:
         self._endpoints = endpoints
         self._pipeline = pipeline
+        self._list = RequestList(pipeline.bus)
+
+    async def list(
+        self,
+        request: Request,
+        state: State | None = None,
+        tenant: Annotated[str, Query(max_length=64)] | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 50,
+        after: Annotated[str, Query(max_length=200)] = "",
+    ) -> Response:
+        """Answer `GET /v1/requests`: those that run, that wait, and that have ended lately."""
+        return json_response(await self._list.page(caller_of(request), state, tenant, limit, after))
 
     async def explain(self, request_id: str, request: Request) -> Response:
         """Answer `GET /v1/requests/{id}`: of a call with several choices the first, or the one named: `ID-2`."""
@@ -41,6 +56,23 @@ class RequestEndpoints:
     async def replay(self, request_id: str, request: Request) -> Response:
         """Answer `POST /v1/requests/{id}/replay`."""
         return await self._endpoints.respond(self._replay(request_id, caller_of(request)))
+
+    async def cancel(self, request_id: str, request: Request) -> Response:
+        """Answer `POST /v1/requests/{id}/cancel`: of a call all its choices, or the one named."""
+        rid, _ = await self._find(request_id, caller_of(request))
+        bus, rids = self._pipeline.bus, [rid]
+        if rid not in request_id:  # a call was named, and this is its first choice
+            name = rid.removesuffix("-0")
+            more = [f"{name}-{number}" for number in range(1, self._pipeline.settings.max_choices)]
+            for begin in range(0, len(more), _AT_ONCE):
+                some = more[begin : begin + _AT_ONCE]
+                known = [one for one, facts in zip(some, await bus.requests(some), strict=True) if facts is not None]
+                rids += known
+                if len(known) < len(some):
+                    break
+        states = {one: await bus.cancel(one) for one in rids}
+        found = [{"id": one, "state": state or None} for one, state in states.items()]
+        return json_response({"id": request_id, "object": "request.cancelled", "requests": found})
 
     async def _replay(self, request_id: str, caller: Caller) -> Response:
         rid, _ = await self._find(request_id, caller)
@@ -61,5 +93,7 @@ class RequestEndpoints:
 def add_request_routes(app: FastAPI, requests: RequestEndpoints) -> None:
     """Bind paths to handlers."""
     app.router.route_class = JsonRoute
+    app.get(REQUESTS, responses=openapi.PAGE)(requests.list)
+    app.post(f"{REQUESTS}/{{request_id}}/cancel", responses=openapi.CANCELLED)(requests.cancel)
     app.get(f"{REQUESTS}/{{request_id}}", responses=openapi.EXPLAINED)(requests.explain)
     app.post(f"{REQUESTS}/{{request_id}}/replay", responses=openapi.REPLAYED)(requests.replay)

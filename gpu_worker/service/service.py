@@ -287,6 +287,9 @@ class Worker:
             self.engine.evict(order.digest, order.order)
         elif order.kind == "queued":
             self.engine.set_queued(order.digests)
+        elif order.kind in ("drain", "resume"):
+            self.draining = order.kind == "drain"
+            self._beat_now.set()
 
     # ------------------------------------------------------------ out
 

@@ -48,13 +48,14 @@ class EmbeddedServer:
     """A queue server with its data in `folder`."""
 
     def __init__(
-        self, folder: Path, *, durable: bool, guarded: bool, lock_s: float = LOCK_S, max_bytes: int = 0
-    ) -> None:
+        self, folder: Path, *, durable: bool, guarded: bool, lock_s: float = LOCK_S, max_bytes: int = 0,
+        console_keys: bool = False,
+    ) -> None:  # fmt: skip
         """Prepare without starting.
 
         A `durable` server keeps an append-only file, synced every second. A `guarded` one lets nobody in without the
         password of one of its users. `lock_s` is how long `start` waits for a folder that another server uses.
-        `max_bytes` bounds its memory; 0: a share of the machine's.
+        `max_bytes` bounds its memory; 0: a share of the machine's. `console_keys`: as in `users.table`.
         """
         self.folder = private_folder(folder)
         self.socket = _socket_path(folder)
@@ -62,6 +63,7 @@ class EmbeddedServer:
         self.process: subprocess.Popen[bytes]
         self._durable = durable
         self._lock_s = lock_s
+        self._console_keys = console_keys
         self._max_bytes = max_bytes or int(MEMORY_SHARE * memory_bytes())
 
     def door(self, user: str) -> dict[str, Any]:
@@ -92,7 +94,9 @@ class EmbeddedServer:
         """
         lock = _lock(self.folder, self._lock_s)
         _make_private(self.socket.parent)
-        users = ["--aclfile", str(make_users(self.users))] if self.users is not None else []
+        users: list[str] = []
+        if self.users is not None:
+            users = ["--aclfile", str(make_users(self.users, console_keys=self._console_keys))]
         self.socket.unlink(missing_ok=True)
         command = [
             server_binary(), "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700", "--save", "",
@@ -146,10 +150,13 @@ class EmbeddedServer:
 
 
 def start_embedded(
-    folder: Path, *, durable: bool = True, guarded: bool = False, lock_s: float = LOCK_S, max_bytes: int = 0
-) -> EmbeddedServer:
+    folder: Path, *, durable: bool = True, guarded: bool = False, lock_s: float = LOCK_S, max_bytes: int = 0,
+    console_keys: bool = False,
+) -> EmbeddedServer:  # fmt: skip
     """Start a server with its data in `folder`. The parameters and what it raises are those of `EmbeddedServer`."""
-    server = EmbeddedServer(folder, durable=durable, guarded=guarded, lock_s=lock_s, max_bytes=max_bytes)
+    server = EmbeddedServer(
+        folder, durable=durable, guarded=guarded, lock_s=lock_s, max_bytes=max_bytes, console_keys=console_keys
+    )
     server.start()
     return server
 

@@ -18,10 +18,10 @@ def password_file(folder: Path, user: str) -> Path:
     return folder / user / "password"
 
 
-def make_users(folder: Path, acl_mode: int = 0o600, *, replicated: bool = False) -> Path:
+def make_users(folder: Path, acl_mode: int = 0o600, *, replicated: bool = False, console_keys: bool = False) -> Path:
     """Make the passwords that are missing in `folder`, write the ACL file and return its path. Raises OSError.
 
-    replicated: with users for replicas and Sentinels.
+    replicated: with users for replicas and Sentinels. console_keys: gateways may write API keys, see `users.table`.
     """
     users = [*table(), *(SERVERS if replicated else ())]
     passwords = {user: read_or_make(password_file(folder, user)) for user in users}
@@ -31,6 +31,6 @@ def make_users(folder: Path, acl_mode: int = 0o600, *, replicated: bool = False)
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(fd, "w") as file:
         os.fchmod(fd, acl_mode)
-        file.write(acl(passwords))
+        file.write(acl(passwords, console_keys=console_keys))
     draft.rename(path)
     return path

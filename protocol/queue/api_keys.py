@@ -95,6 +95,18 @@ class ApiKeys:
         tenants = {name: await self.tenant(name) for name in {key.tenant for key in found}}
         return [(key, tenants[key.tenant]) for key in found]
 
+    async def tenants(self) -> list[Tenant]:
+        """Return every tenant that has limits or keys, by name."""
+        known = {tenant.name: tenant for tenant in map(_tenant_in, await self._redis.hvals(self._keys.tenants))}
+        for raw in await self._redis.hvals(self._keys.api_keys):
+            name = decode(raw, ApiKey).tenant
+            known.setdefault(name, Tenant(name=name))
+        return [known[name] for name in sorted(known)]
+
+    async def count(self) -> int:
+        """Return how many keys there are."""
+        return int(await self._redis.hlen(self._keys.api_keys))
+
     # ------------------------------------------------------------ changing
 
     async def create(
@@ -129,6 +141,10 @@ class ApiKeys:
         if min(limits) < 0 or not 0 < tenant.weight <= 1000:
             raise BadRequest("limits must not be negative, and a weight above 0 and at most 1000")
         await self._redis.hset(self._keys.tenants, tenant.name, m.encode(tenant))
+
+
+def _tenant_in(raw: bytes) -> Tenant:
+    return decode(raw, Tenant)
 
 
 def check_tenant(name: str) -> None:

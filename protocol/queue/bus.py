@@ -23,6 +23,7 @@ from protocol.queue.line import LOST, Line, NotTakenError
 from protocol.queue.members import Members
 from protocol.queue.quota import Quota, standing_of
 from protocol.queue.redis_client import CONNECTION_ERRORS, MemoryFull, QueueError, connect, read_many
+from protocol.queue.request_lists import RequestLists
 from protocol.queue.request_records import record_of
 from protocol.queue.scripts import FOLDER, Scripts
 from protocol.queue.steps import Refused, Step, StepRow, refused_rows, step_args
@@ -74,6 +75,7 @@ class Bus:
         self.webhooks = Webhooks(self._redis, self.keys, self._scripts)
         self.api_keys = ApiKeys(self._redis, self.keys)
         self.dead_letters = DeadLetters(self._redis, self.keys, self._scripts)
+        self.request_lists = RequestLists(self._redis, self.keys)
 
     async def close(self) -> None:
         """Close all connections."""

@@ -23,7 +23,7 @@ MAX_LETTERS = 1024
 MAX_RAW_BYTES = 32 << 10
 """Most bytes that are kept of a message that could not be read; so all letters together have 32 MiB at most."""
 
-_ID = re.compile(r"\d+-\d+")
+_ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 
 
 class DeadLetters:
@@ -38,15 +38,16 @@ class DeadLetters:
         """Return how many letters there are."""
         return await self._redis.xlen(self._keys.dlq)
 
-    async def newest(self, limit: int) -> list[tuple[str, m.DeadLetter]]:
-        """Return at most `limit` letters, the newest first."""
-        entries = await self._redis.xrevrange(self._keys.dlq, count=limit)
+    async def newest(self, limit: int, before: str = "") -> list[tuple[str, m.DeadLetter]]:
+        """Return at most `limit` letters, the newest first, or those before one. Raises BadRequest for a wrong id."""
+        if before:
+            _check_id(before)
+        entries = await self._redis.xrevrange(self._keys.dlq, f"({before}" if before else "+", "-", count=limit)
         return [(entry.decode(), _read(fields)) for entry, fields in entries]
 
     async def get(self, letter_id: str) -> m.DeadLetter:
         """Return one letter. Raises NotFound, and BadRequest for an id of the wrong form."""
-        if not _ID.fullmatch(letter_id):
-            raise BadRequest(f"{letter_id!r} is no dead letter's id, which looks like 1764043172123-0")
+        _check_id(letter_id)
         entries = await self._redis.xrange(self._keys.dlq, letter_id, letter_id)
         if not entries:
             gone = f"it was retried, is older than 7 days, or {MAX_LETTERS} came since"
@@ -73,6 +74,11 @@ class DeadLetters:
         if outcome == "expired":
             raise Conflict(f"the request {sub.rid} of dead letter {letter_id} has expired or was retried")
         return sub.rid
+
+
+def _check_id(letter_id: str) -> None:
+    if not _ID.fullmatch(letter_id):
+        raise BadRequest(f"{letter_id!r:.100} is no dead letter's id, which looks like 1764043172123-0")
 
 
 def _read(fields: dict[bytes, bytes]) -> m.DeadLetter:

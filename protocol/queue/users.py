@@ -44,9 +44,13 @@ class Rights:
         return (*COMMANDS, "scan") if self.scans else COMMANDS
 
 
-def table(keys: Keys | None = None) -> dict[str, Rights]:
-    """Return the rights of each user by its name: the four services, and the operator of the command line."""
+def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, Rights]:
+    """Return the rights of each user by its name: the four services, and the operator of the command line.
+
+    console_keys: gateways write API keys and tenants too, for operators who change them over HTTP.
+    """
     k = keys or Keys()
+    administered = (k.api_keys, k.tenants)
     answers = (k.tok("*"), k.lp("*"), k.plp("*"))
     request = (k.req("*"), *answers)
     use = k.quota("*")  # with all that is counted of a tenant; every script that ends a request settles it
@@ -59,13 +63,13 @@ def table(keys: Keys | None = None) -> dict[str, Rights]:
                 k.adapter_events, k.file("*"), k.files("*"), k.file_expiry, k.batch("*"), k.batches("*"),
                 k.open_batches, k.conversation("*"), k.conversations("*"), k.turns, k.webhooks, k.events,
                 k.event_cursor, k.deliveries, k.delivery_times, k.waiting_deliveries("*"), k.undelivered("*"),
-                k.sender,
+                k.sender, k.dlq, *(administered if console_keys else ()),
             ),
             reads=(
-                k.api_keys, k.tenants, k.adapters, k.adapter("*"), k.adapter_use("*"), k.workers, k.worker_beat("*"),
-                k.stores, k.store_beat("*"), k.base, k.status, k.work("*"),
+                *(() if console_keys else administered), k.ended, k.adapters, k.adapter("*"), k.adapter_use("*"),
+                k.workers, k.worker_beat("*"), k.stores, k.store_beat("*"), k.base, k.status, k.work("*"),
             ),
-            adds=(k.ctl("*"), k.own("*"), k.work("*"), k.ended, k.dlq),
+            adds=(k.ctl("*"), k.own("*"), k.work("*"), k.ended),
         ),
         "scheduler": Rights(
             writes=(
@@ -113,14 +117,14 @@ SERVERS = {
 who is it (as redis.io/docs/latest/operate/oss_and_stack/management/sentinel lists it)."""
 
 
-def acl(passwords: Mapping[str, str], keys: Keys | None = None) -> str:
+def acl(passwords: Mapping[str, str], keys: Keys | None = None, *, console_keys: bool = False) -> str:
     """Return the lines of an ACL file. It holds hashes of the passwords, which must be random and long.
 
-    `passwords` has one for each user of `table`, and for those of `SERVERS` where there are several servers. Nobody
-    enters without a password but `PROBE`.
+    `passwords` has one for each user of `table`, whose `console_keys` it takes, and for those of `SERVERS` where there
+    are several servers. Nobody enters without a password but `PROBE`.
     """
     lines = ["user default reset", f"user {PROBE} reset on nopass +ping"]
-    for name, rights in table(keys).items():
+    for name, rights in table(keys, console_keys=console_keys).items():
         rules = [f"~{pattern}" for pattern in rights.writes]
         rules += [f"%R~{pattern}" for pattern in rights.reads]
         rules += [f"%W~{pattern}" for pattern in rights.adds]

@@ -23,10 +23,8 @@ BLOCK_TOKENS = 16
 SHORT_STEP_TOKENS_PER_SEQ = 2
 """Tokens of a short step, per request that a worker may run at once.
 
-Prompts that yield are computed in short steps while the worker has requests that do not yield.
-A prompt that arrives during a step waits for its end, so steps should be short. At two tokens per sequence, the decodes
-take one each and leave as many for prompts. That is all that a worker can use in the long run where prompts are no
-longer than answers.
+Prompts that yield are computed in short steps while there are requests that do not: a prompt that arrives during a step
+waits for its end. At two tokens per sequence, decodes take one each and leave as many for prompts.
 """
 
 SHORT_STEPS_AFTER = 64
@@ -123,6 +121,9 @@ class Settings(BaseSettings):
     api_keys: bool = Field(
         default=False,
         description="require API keys (see `lorafleet keys`); otherwise anyone who reaches the gateway has full access",
+    )
+    console_keys: bool = Field(
+        default=False, description="let operators make, limit and revoke API keys over HTTP and in the console"
     )
     open_pages: bool = Field(
         default=False,

@@ -75,6 +75,31 @@ class RequestRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestSummary:
+    """What a list says of a request; times are unix milliseconds, 0 for what has not happened."""
+
+    rid: str
+    state: str
+    tenant: str
+    cls: str
+    digest: str  # of its adapter, "" for the base model
+    call: str
+    owner: str  # wid; "" while it is queued
+    finish: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+    attempts: int
+    submitted_ms: int
+    first_ms: int
+    ended_ms: int
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether it has ended."""
+        return self.state in m.TERMINAL
+
+
+@dataclass(frozen=True, slots=True)
 class Holder:
     """The present owner of a request."""
 

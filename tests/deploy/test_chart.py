@@ -168,6 +168,13 @@ def test_the_chart_has_the_rights_and_settings_of_this_version() -> None:
     assert made.SCHEMA.read_text() == made.schema(), "run python .ci/chart.py"
 
 
+def test_gateways_write_keys_if_operators_may_over_http(chart: Any) -> None:
+    manifests = render(chart, {"settings": {"console_keys": True}})
+    data = {name: base64.b64decode(text).decode() for name, text in find(manifests, "Secret", "users")["data"].items()}
+    granted = set(data.pop("users.acl").splitlines()[2].split())
+    assert granted == set(acl(data, console_keys=True).splitlines()[2].split())
+
+
 def test_the_queue_gets_the_users_and_each_service_its_own_password(chart: Any) -> None:
     manifests = render(chart, {})
     data = {name: base64.b64decode(text).decode() for name, text in find(manifests, "Secret", "users")["data"].items()}

@@ -61,7 +61,7 @@ class Placed(Packed, frozen=True):
 class Control(Wire, frozen=True):
     """An order to one worker."""
 
-    kind: Literal["cancel", "prefetch", "pin", "unpin", "evict", "queued"]
+    kind: Literal["cancel", "prefetch", "pin", "unpin", "evict", "queued", "drain", "resume"]
     rid: str = ""
     digest: str = ""
     digests: list[str] = []  # of `queued`: adapters that waiting requests need, which should stay

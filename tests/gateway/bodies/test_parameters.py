@@ -54,6 +54,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "/v1/webhook_endpoints/{endpoint_id}": {"name": "n"},
     "/v1/webhook_endpoints/{endpoint_id}/rotate_secret": {"keep_old_secret_active_for_24_hours": False},
     "/v1/webhook_endpoints/{endpoint_id}/test": {"event_type": "job.failed"},
+    "/v1/keys": {"tenant": "a"},
+    "/v1/tenants/{name}": {"weight": 2},
     "/v1/adapters": {"name": "a"},
     "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "/a"},
     "/v1/unload_lora_adapter": {"lora_name": "a"},
@@ -181,7 +183,7 @@ async def test_objects_within_a_body_are_looked_into(
 async def test_lorax_s_parameters_are_looked_into(http: httpx2.AsyncClient, path: str) -> None:
     for parameters, place, near in (
         ({"max_new_token": 1}, "parameters.max_new_token", "max_new_tokens"),
-        ({"merged_adapters": {"ids": [], "weight": []}}, "parameters.merged_adapters.weight", "weights"),
+        ({"merged_adapters": {"ids": [], "weigths": []}}, "parameters.merged_adapters.weigths", "weights"),
     ):
         answer = await http.post(path, json={"inputs": "hi", "parameters": parameters})
         assert answer.status_code == 422

@@ -119,6 +119,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "output_expires_after": {"anchor": "created_at", "seconds": 3600},
     },
     "/v1/webhook_endpoints": {"name": "n", "url": "https://example.com/", "event_types": ["job.failed"]},
+    "/v1/keys": {"tenant": "nobody", "scopes": ["infer"], "expires_in_s": 60, "note": "n"},
     "/v1/adapters": {"name": "nobody", "source": "nobody", "token": "t", "wait_s": 0.0, "pin": False, "preload": False},
     "/v1/load_lora_adapter": {"lora_name": "base", "lora_path": "nobody", "load_inplace": False},
     "/v1/unload_lora_adapter": {"lora_name": "nobody"},

@@ -29,6 +29,7 @@ from gateway.encoders.bodies import (
 from gateway.lorax.bodies import CompatRequest, Parameters
 from gateway.ollama import bodies as ollama
 from gateway.openai.bodies import ChatRequest, CompletionRequest
+from gateway.operators.keys import KeyRequest, TenantChange
 from gateway.responses.bodies import (
     ConversationChange,
     ConversationRequest,
@@ -90,6 +91,8 @@ BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
         {"name": "n", "url": "http://127.0.0.1:9/", "event_types": ["batch.expired"]},
     ),
     "/v1/webhook_endpoints/WEBHOOK": (WebhookChange, {"name": "n"}),
+    "/v1/keys": (KeyRequest, {"tenant": "nobody"}),
+    "/v1/tenants/nobody": (TenantChange, {"weight": 2}),
     "/v1/adapters": (RegisterRequest, {"name": "mine", "source": "local:one", "wait_s": 0}),
     "/v1/load_lora_adapter": (LoadRequest, {"lora_name": "one", "lora_path": "local:one"}),
     "/v1/unload_lora_adapter": (UnloadRequest, {"lora_name": "nobody"}),
@@ -225,7 +228,10 @@ PATHS = (
     "/v1/batches?after={}&limit={}", "/v1/batches/{}", "/v1/batches/{}/cancel", "/v1/jobs/RESPONSE/stream",
     "/v1/webhook_endpoints/{}", "/v1/webhook_deliveries?after={}",
     "/v1/webhook_deliveries/{}/retry", "/metrics", "/info", "/ping", "/openapi.json", "/{}", "/v1/{}",
-    "/v1/adapters/{}/evict?wait_s={}",
+    "/v1/adapters/{}/evict?wait_s={}", "/v1/adapters/{}/refresh?wait_s={}", "/v1/workers?after={}&limit={}",
+    "/v1/workers/{}/drain?wait_s=0", "/v1/workers/{}/resume?wait_s=0", "/v1/dead_letters?after={}",
+    "/v1/dead_letters/{}", "/v1/dead_letters/{}/retry", "/v1/keys/{}", "/v1/keys?after={}", "/v1/tenants?after={}",
+    "/v1/requests?after={}&limit={}", "/v1/requests?state={}&tenant={}", "/v1/requests/{}/cancel",
 )  # fmt: skip
 
 MAY_FAIL = frozenset({"503", "529"})

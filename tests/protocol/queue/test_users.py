@@ -19,6 +19,7 @@ import protocol.queue
 from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from lorafleet.launcher.queue_users import password_file
 from protocol.queue.adapters import NameLimits
+from protocol.queue.api_keys import Tenant
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Step, now_ms
 from protocol.queue.conversations import ConversationLimits
 from protocol.queue.jobs import NewJob
@@ -273,6 +274,20 @@ async def test_everything_else_is_refused(guarded: EmbeddedServer, user: str, co
             await client.execute_command(*command)
     finally:
         await client.aclose()
+
+
+async def test_gateways_write_keys_where_operators_do_so_over_http(tmp_path: Path) -> None:
+    server = start_embedded(tmp_path, durable=False, guarded=True, console_keys=True)
+    try:
+        bus = Bus(url_of(server, "gateway"))
+        _, key = await bus.api_keys.create("acme", ["infer"])
+        await bus.api_keys.set_tenant(Tenant(name="acme", concurrency=2))
+        assert (await bus.api_keys.revoke(key.id)).tenant == "acme"
+        with pytest.raises(NoPermissionError):
+            await bus.lead("me:1", "me", 1000)
+        await bus.close()
+    finally:
+        server.stop()
 
 
 async def test_nobody_enters_without_the_password(guarded: EmbeddedServer) -> None:

@@ -1,0 +1,1 @@
+"""What operators do beside adapters: workers, dead letters, API keys and tenants."""

@@ -1,0 +1,104 @@
+"""The routes of operators: workers, dead letters, API keys and tenants. All but GET /v1/fleet need the scope admin."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import FastAPI, Query, Request
+from starlette.responses import Response
+
+from gateway.bodies.json_bodies import JsonRoute, json_response
+from gateway.http import openapi
+from gateway.http.paths import DEAD_LETTERS, KEYS, TENANTS, WORKERS
+from gateway.operators.keys import KeyAdministration, KeyRequest, TenantChange
+from gateway.operators.letters import view
+from gateway.operators.workers import Workers
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
+
+MAX_WAIT_S = 60.0
+Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S)]
+Limit = Annotated[int, Query(ge=1, le=1000)]
+After = Annotated[str, Query(max_length=200)]
+
+
+class FleetEndpoints:
+    """The routes' handlers."""
+
+    def __init__(self, bus: Bus, settings: Settings) -> None:
+        self._letters = bus.dead_letters
+        self._retry_s = settings.request_timeout_s
+        self._workers = Workers(bus)
+        self._keys = KeyAdministration(bus.api_keys if settings.api_keys else None, writes=settings.console_keys)
+
+    # ------------------------------------------------------------ workers
+
+    async def workers(self, after: After = "", limit: Limit = 100) -> Response:
+        """Answer with a page of workers."""
+        return json_response(await self._workers.list(after, limit))
+
+    async def drain(self, name: str, wait_s: Wait = 5.0) -> Response:
+        """Answer 200 once a worker takes no more requests, 202 if it has not said so within `wait_s`."""
+        worker, done = await self._workers.order(name, drain=True, wait_s=wait_s)
+        return json_response(worker, 200 if done else 202)
+
+    async def resume(self, name: str, wait_s: Wait = 5.0) -> Response:
+        """Answer 200 once a worker takes requests again, 202 if it has not said so within `wait_s`."""
+        worker, done = await self._workers.order(name, drain=False, wait_s=wait_s)
+        return json_response(worker, 200 if done else 202)
+
+    # ------------------------------------------------------------ dead letters
+
+    async def letters(self, after: After = "", limit: Annotated[int, Query(ge=1, le=100)] = 50) -> Response:
+        """Answer with a page of dead letters, the newest first."""
+        found = await self._letters.newest(limit + 1, after)
+        page = [view(letter_id, letter) for letter_id, letter in found[:limit]]
+        last = page[-1]["id"] if page else None
+        return json_response({"object": "list", "data": page, "has_more": len(found) > limit, "last_id": last})
+
+    async def letter(self, letter_id: str) -> Response:
+        """Answer with one dead letter."""
+        return json_response(view(letter_id, await self._letters.get(letter_id)))
+
+    async def retry(self, letter_id: str) -> Response:
+        """Queue a dead letter's request again; answer with the request's id."""
+        rid = await self._letters.retry(letter_id, self._retry_s)
+        return json_response({"id": letter_id, "object": "dead_letter.retried", "request": rid})
+
+    # ------------------------------------------------------------ keys and tenants
+
+    async def keys(self, after: After = "", limit: Limit = 100, tenant: str | None = None) -> Response:
+        """Answer with a page of API keys, without their secrets."""
+        return json_response(await self._keys.list(after, limit, tenant))
+
+    async def create_key(self, body: KeyRequest, request: Request) -> Response:
+        """Answer 201 with a new key and, this once, its secret."""
+        return json_response(await self._keys.create(body), 201)
+
+    async def revoke_key(self, key_id: str) -> Response:
+        """Revoke a key: every gateway refuses its next request."""
+        return json_response(await self._keys.revoke(key_id))
+
+    async def tenants(self, after: After = "", limit: Limit = 100) -> Response:
+        """Answer with a page of tenants and their limits."""
+        return json_response(await self._keys.tenants(after, limit))
+
+    async def change_tenant(self, name: str, body: TenantChange, request: Request) -> Response:
+        """Set limits of a tenant; what is left out stays."""
+        return json_response(await self._keys.change(name, body))
+
+
+def add_fleet_routes(app: FastAPI, fleet: FleetEndpoints) -> None:
+    """Bind paths to handlers."""
+    app.router.route_class = JsonRoute
+    app.get(WORKERS, responses=openapi.PAGE)(fleet.workers)
+    app.post(f"{WORKERS}/{{name}}/drain", responses=openapi.WORKER)(fleet.drain)
+    app.post(f"{WORKERS}/{{name}}/resume", responses=openapi.WORKER)(fleet.resume)
+    app.get(DEAD_LETTERS, responses=openapi.PAGE)(fleet.letters)
+    app.get(f"{DEAD_LETTERS}/{{letter_id}}", responses=openapi.LETTER)(fleet.letter)
+    app.post(f"{DEAD_LETTERS}/{{letter_id}}/retry", responses=openapi.RETRIED)(fleet.retry)
+    app.get(KEYS, responses=openapi.PAGE)(fleet.keys)
+    app.post(KEYS, responses=openapi.NEW_KEY, status_code=201)(fleet.create_key)
+    app.delete(f"{KEYS}/{{key_id}}", responses=openapi.DELETED)(fleet.revoke_key)
+    app.get(TENANTS, responses=openapi.PAGE)(fleet.tenants)
+    app.post(f"{TENANTS}/{{name}}", responses=openapi.TENANT)(fleet.change_tenant)

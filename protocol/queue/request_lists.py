@@ -1,0 +1,73 @@
+"""The requests of a fleet, as lists: those that wait, those that have ended, and what a line of a list says of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from protocol.queue.redis_client import Client
+from protocol.wire import messages as m
+from protocol.wire.codec import decode
+from protocol.wire.errors import ProtocolError
+from protocol.wire.keys import Keys
+from protocol.wire.records import RequestSummary
+
+_FIELDS = (
+    "state", "tenant", "cls", "digest", "call", "owner", "finish", "n_prompt", "attempts", "t_submit", "t_first",
+    "t_end",
+)  # fmt: skip
+
+
+class RequestLists:
+    """Reads the streams that requests come by and leave by."""
+
+    def __init__(self, client: Client, keys: Keys) -> None:
+        self._redis = client
+        self._keys = keys
+
+    async def queued(self, cls: str, after: str, limit: int) -> list[tuple[str, str]]:
+        """Return (entry, rid) of requests of a class that wait, oldest first, from after an entry on; "": from all."""
+        low = f"({after}" if after else "-"
+        entries = await self._redis.xrange(self._keys.sub(cls), low, "+", count=limit)
+        found: list[tuple[str, str]] = []
+        for entry, fields in entries:
+            try:
+                found.append((entry.decode(), decode(fields.get(b"b", b""), m.Submit).rid))
+            except ProtocolError:  # the scheduler puts it aside
+                found.append((entry.decode(), ""))
+        return found
+
+    async def ended(self, until: str, limit: int) -> list[tuple[str, list[str]]]:
+        """Return (entry, rids) of ends, latest first, from an entry on, which is the first of them; "": from all."""
+        entries = await self._redis.xrevrange(self._keys.ended, until or "+", "-", count=limit)
+        found: list[tuple[str, list[str]]] = []
+        for entry, fields in entries:
+            try:
+                ends = decode(fields.get(b"b", b""), list[m.Ended])
+            except ProtocolError:
+                ends = []
+            found.append((entry.decode(), [end.rid for end in ends]))
+        return found
+
+    async def summaries(self, rids: Sequence[str]) -> list[RequestSummary | None]:
+        """Return what a list says of requests, None for one that has expired or never was."""
+        pipe = self._redis.pipeline(transaction=False)
+        for rid in rids:
+            pipe.hmget(self._keys.req(rid), _FIELDS)
+            pipe.strlen(self._keys.tok(rid))
+        replies: list[Any] = await pipe.execute() if rids else []
+        found: list[RequestSummary | None] = []
+        for rid, row, length in zip(rids, replies[::2], replies[1::2], strict=True):
+            if row[0] is None:
+                found.append(None)
+                continue
+            words: list[str] = [(value or b"").decode() for value in row]
+            state, tenant, cls, digest, call, owner, finish = words[:7]
+            num_prompt, attempts, submitted, first, ended = (int(word or 0) for word in words[7:])
+            found.append(
+                RequestSummary(
+                    rid, state, tenant, cls, digest, call, owner, finish, num_prompt, length // 4, attempts, submitted,
+                    first, ended,
+                )
+            )  # fmt: skip
+        return found
