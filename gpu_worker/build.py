@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def build_engine(
     config = engine_config(model, settings, memory.kv)
     served = served_model(model, config.max_model_len, settings)
     cache = adapter_cache(model, served, settings, memory, fetch, fetch_files)
-    with compile_errors():
+    with compile_errors() if settings.compile else nullcontext():
         engine = Engine(model, config, cache, tokenizer)
         if settings.deterministic:
             refuse_unless_fixed(engine)

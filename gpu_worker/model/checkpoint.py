@@ -33,6 +33,8 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from gpu_worker.light_imports import drawing_nothing_on_meta
+from gpu_worker.model.mapped import map_model
 from gpu_worker.quantised.index import MappedWeights, is_quantised_folder
 from gpu_worker.quantised.modules import fill_model, parameters_on_meta
 from protocol.wire.errors import BadRequest
@@ -110,10 +112,14 @@ def _read(
     if auto is AutoModel and _has_pooler(config):
         place["add_pooling_layer"] = False  # it serves the pretraining task alone, and many checkpoints lack it
     try:
-        loaded: Any = auto.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation="eager", trust_remote_code=False,
-            output_loading_info=True, ignore_mismatched_sizes=True, **place,
-        )  # fmt: skip
+        may_map = device.type == "cpu" and auto is AutoModelForCausalLM and not quantised
+        if may_map and (mapped := map_model(folder, config, dtype)) is not None:
+            return mapped, []
+        with drawing_nothing_on_meta():
+            loaded: Any = auto.from_pretrained(
+                folder, config=config, dtype=dtype, attn_implementation="eager", trust_remote_code=False,
+                output_loading_info=True, ignore_mismatched_sizes=True, **place,
+            )  # fmt: skip
     except UNREADABLE as error:
         how = f", quantised with {quantised}," if quantised else ""
         raise BadRequest(f"the model in {folder}{how} cannot be loaded: {one_line(error)}") from error

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 
 from gpu_worker.model.attention import LoopedAttention, PagedLayer, StepContext, bound_to
 from gpu_worker.model.lora import SharedInput
@@ -120,6 +119,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 @contextlib.contextmanager
 def compile_errors() -> Iterator[None]:
     """Raise BadRequest where compiling fails: the next start would fail in the same way."""
+    from torch._dynamo.exc import TorchDynamoException  # a worker that compiles nothing starts without the compiler
+
     try:
         yield
     except TorchDynamoException as error:

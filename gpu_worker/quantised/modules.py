@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gpu_worker.light_imports import drawing_nothing_on_meta
 from gpu_worker.quantised.index import MappedWeights
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest
@@ -142,6 +143,7 @@ def parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = on_meta
     try:
-        yield
+        with drawing_nothing_on_meta():
+            yield
     finally:
         nn.Module.register_parameter = register

@@ -6,6 +6,7 @@ The engine runs in a thread of its own, behind `EngineHandle`; this module never
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -18,6 +19,7 @@ import msgspec
 
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.engine.request import EngineRequest, TokenOutput
+from gpu_worker.light_imports import import_transformers
 from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
 from gpu_worker.service.engine_handle import EngineHandle
 from gpu_worker.service.outbox import MAX_ROWS, Outbox, Recovery, add_outputs
@@ -419,6 +421,9 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> int:
 def _load(settings: Settings, loader: Loader) -> tuple[EngineHandle, m.ServedModel]:
     """Build the engine. Imports torch, so it runs in a thread and is not part of importing this module."""
     with importing():
+        import_transformers(settings)
         from gpu_worker.build import load_engine
+
+        gc.freeze()  # modules stay for ever, and loading makes enough objects to look through them many times
 
     return load_engine(settings, loader.fetch, loader.describe, loader.fetch_files)

@@ -1,0 +1,110 @@
+"""A model whose weights are mapped is the one that transformers reads; what cannot be is left to transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle.tiny_models import causal_types, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from gpu_worker.model.checkpoint import read_config, read_model
+from gpu_worker.model.logits_check import ask_untouched
+from gpu_worker.model.mapped import map_model
+from gpu_worker.model.model import fingerprint_of
+
+MAPPED = {"llama", "gemma3_text", "qwen2", "gpt2", "mamba2"}
+LEFT = {"gptj", "mixtral"}
+"""Types whose computed numbers transformers rounds in its own way, or whose files have other tensors than the model."""
+
+CANNOT_BE_RUN = {"blt", "gemma4_assistant", "gemma4_unified_assistant"}
+CANNOT_BE_MADE = {"emu3", "gemma3n", "mllama", "musicgen", "musicgen_melody"}
+TYPES = [
+    pytest.param(one, marks=[] if one in MAPPED | LEFT else pytest.mark.models)
+    for one in causal_types()
+    if one not in CANNOT_BE_MADE
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_mapped_model_is_that_of_transformers(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path)
+    mapped = map_model(tmp_path, read_config(tmp_path), dtype)
+    assert mapped is None or model_type not in LEFT
+    assert mapped is not None or model_type not in MAPPED
+    if mapped is None:
+        return
+    read = AutoModelForCausalLM.from_pretrained(
+        tmp_path, config=read_config(tmp_path), dtype=dtype, attn_implementation="eager"
+    ).eval()
+    assert fingerprint_of(mapped) == fingerprint_of(read)
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = dict(getattr(mapped, kind)()), dict(getattr(read, kind)())
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert tensor.dtype == theirs[name].dtype
+            assert torch.equal(tensor, theirs[name]), name
+    if model_type not in CANNOT_BE_RUN:
+        with torch.inference_mode():
+            got, expected = (ask_untouched(model, model.config.get_text_config()).logits for model in (mapped, read))
+        assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def test_weights_are_the_memory_of_the_file(folder: Path) -> None:
+    model = read_model(folder, torch.device("cpu"), torch.float32)
+    address, file = model.get_parameter("model.norm.weight").data_ptr(), str(folder / "model.safetensors")
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(file)]
+    ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    assert any(start <= address < end for start, end in ranges)
+    converted = read_model(folder, torch.device("cpu"), torch.bfloat16)
+    assert converted.get_parameter("model.norm.weight").dtype == torch.bfloat16
+
+
+def test_a_head_that_is_tied_shares_the_embedding(tmp_path: Path) -> None:
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    model: Any = map_model(tmp_path, read_config(tmp_path), torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_weights_in_several_files_are_mapped(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert map_model(tmp_path, read_config(tmp_path), torch.float32) is not None
+
+
+def rename(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["norm.weight"] = tensors.pop("model.norm.weight")
+
+
+CHANGES: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "one is missing": lambda tensors: tensors.pop("model.norm.weight"),
+    "one has another shape": lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}),
+    "one has another name": rename,
+    "there is one more": lambda tensors: tensors.update({"more": torch.ones(3)}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_tensors_are_left_to_transformers(folder: Path, change: str) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    CHANGES[change](tensors)
+    save_file(tensors, file, {"format": "pt"})
+    assert map_model(folder, read_config(folder), torch.float32) is None
+
+
+def test_missing_files_are_left_to_transformers(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    assert map_model(folder, read_config(folder), torch.float32) is None
