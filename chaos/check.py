@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from chaos.asks import Expected
 from chaos.client import Attempt, Call
@@ -78,6 +79,47 @@ def unexcused(attempt: Attempt, hits: Iterable[Hit]) -> str:
         if hit.kind in kinds and same and hit.at_s - SLACK_S <= attempt.ended_s and attempt.began_s <= over_s:
             return ""
     return f"{attempt.outcome} {attempt.code} {attempt.detail}".strip()
+
+
+Counts = tuple[int, int, int]
+"""Requests, prompt tokens and output tokens."""
+
+
+@dataclass(slots=True)
+class Books:
+    """What the fleet's usage must come to, by model: between what clients were told and what they may have caused."""
+
+    least: dict[str, Counts] = field(default_factory=dict[str, Counts])
+    most: dict[str, Counts] = field(default_factory=dict[str, Counts])
+
+    def note(self, call: Call, expected: Expected) -> None:
+        """Note a call of a client that has got its answer, or has given up."""
+        counts = (1, expected.num_prompt_tokens, expected.num_tokens)
+        is_keyed = call.style not in ("stream", "whole")  # attempts with one key are one request
+        unfinished = [attempt for attempt in call.attempts if attempt.outcome not in ("complete", "refused")]
+        num = int(call.is_complete)
+        num_most = 1 if is_keyed else num + len(unfinished)
+        self._add(self.least, call.ask.model, num, counts)
+        self._add(self.most, call.ask.model, num_most, counts)
+
+    def _add(self, to: dict[str, Counts], model: str, times: int, counts: Counts) -> None:
+        a, b, c = to.get(model, (0, 0, 0))
+        to[model] = (a + times * counts[0], b + times * counts[1], c + times * counts[2])
+
+    def wrong(self, counted: Mapping[str, Counts], *, may_lack: bool, may_exceed: bool) -> list[str]:
+        """Return what is wrong with what was counted, by model.
+
+        may_lack: the queue has lost its last second. may_exceed: others ask the same models.
+        """
+        found: list[str] = []
+        for model in sorted({*self.least, *counted}):
+            nothing = (0, 0, 0)
+            have, least, most = (where.get(model, nothing) for where in (counted, self.least, self.most))
+            if not may_lack and any(a < b for a, b in zip(have, least, strict=True)):
+                found.append(f"usage of {model} is {have}, and clients were told {least}")
+            if not may_exceed and any(a > b for a, b in zip(have, most, strict=True)):
+                found.append(f"usage of {model} is {have}, and clients can have caused {most}")
+        return found
 
 
 def longest_pause(call: Call, at_s: float, horizon_s: float) -> float | None:

@@ -27,7 +27,8 @@ from chaos.replicated import ReplicatedQueue
 from chaos.responses import ResponseClient
 from chaos.webhooks import Receiver, receiving
 from chaos.wire_attacks import WIRE_ATTACKS
-from protocol.queue.bus import CONNECTION_ERRORS
+from protocol.queue.bus import CONNECTION_ERRORS, now_ms
+from protocol.queue.usage import DAY_S
 from protocol.wire.keys import CLASSES
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,9 @@ SETTLE_S = 120.0
 """Time within which every log must be right: a log that lost its end is repaired meanwhile."""
 
 UNREACHABLE = ["the queue cannot be reached"]
+
+CLIENTS, PUBLIC = "clients", "public"
+"""Tenant of the clients, with API keys and without."""
 
 HORIZON_S = 5.0
 MAX_ATTEMPTS = 20  # here a worker's death says nothing about its requests
@@ -103,6 +107,7 @@ class Run:
         self.tally = Tally()
         self.havoc = Havoc(fleet, random.Random(plan.seed), kills_only=plan.kills_only, only=plan.only)
         self._client_key, self._attacker_key = keys
+        self._books = check.Books()
         self._client = Client(fleet.urls, self._client_key)
         self._checks: set[asyncio.Task[None]] = set()
 
@@ -130,7 +135,9 @@ class Run:
         if not call.is_complete or len(call.attempts) > 1:
             raise RuntimeError(f"undisturbed, {ask} was not answered: {attempt.code} {attempt.detail}")
         ids = await self.fleet.bus.tokens(f"{attempt.call}-0") or b""
-        return Expected(attempt.text, ids, attempt.usage["prompt_tokens"])
+        expected = Expected(attempt.text, ids, attempt.usage["prompt_tokens"])
+        self._books.note(call, expected)
+        return expected
 
     # ------------------------------------------------------------ under fire
 
@@ -232,6 +239,7 @@ class Run:
         else:
             self._accuse(call, call.attempts[-1], ["was never answered"])
         self._note_pauses(call)
+        self._books.note(call, expected)
         task = asyncio.create_task(self._check_logs(call))
         self._checks.add(task)
         task.add_done_callback(self._checks.discard)
@@ -296,6 +304,7 @@ class Run:
                 break
             await asyncio.sleep(0.5)
         self._check_lost_batches()
+        await self._check_usage()
         if self._receiver is not None:
             self.tally.violations += await self._receiver.missing(self._ended, SETTLE_S)
             self.tally.num_ended, self.tally.num_webhooks = len(self._ended), self._receiver.arrived.total()
@@ -307,6 +316,20 @@ class Run:
         cuts = [hit for hit in self.havoc.hits if self._loses(hit)]
         if self.tally.num_lost_batches > len(cuts):
             self.tally.violations.append(f"{self.tally.num_lost_batches} batches are lost after {len(cuts)} power cuts")
+
+    async def _check_usage(self) -> None:
+        """Compare what was counted of each model with what clients were told. Lines of batches are counted apart."""
+        usage, today = self.fleet.bus.usage, now_ms() // (DAY_S * 1000)
+        counted: dict[str, check.Counts] = {}
+        for day in (today - 1, today):
+            for row in await usage.rows(day, CLIENTS if self._client_key else PUBLIC):
+                if not row.batch:
+                    model = row.model if row.digest else "base"
+                    a, b, c = counted.get(model, (0, 0, 0))
+                    counted[model] = (a + row.requests, b + row.prompt_tokens, c + row.output_tokens)
+        self.tally.violations += self._books.wrong(
+            counted, may_lack=any(map(self._loses, self.havoc.hits)), may_exceed=self.plan.num_turns > 0
+        )
 
     async def _left_over(self) -> list[str]:
         bus = self.fleet.bus
@@ -348,7 +371,7 @@ async def prepared(
     try:
         await fleet.start_all(plan.shape)
         create = fleet.bus.api_keys.create
-        keys = [(await create(name, ["infer"]))[0] for name in ("clients", "attackers")] if with_keys else ["", ""]
+        keys = [(await create(name, ["infer"]))[0] for name in (CLIENTS, "attackers")] if with_keys else ["", ""]
         async with receiving(plan.seed) as receiver:
             known = [ask for ask in asks if ask in answers]
             run = Run(fleet, plan, known, keys, [ask for ask in lines if ask in answers], receiver)

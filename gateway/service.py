@@ -26,6 +26,7 @@ from gateway.auth.authentication import is_loopback
 from gateway.batches.batches import BatchService
 from gateway.batches.routes import BatchEndpoints
 from gateway.batches.runner import BatchMeans, BatchPace, BatchRunner
+from gateway.books.usage_routes import UsageEndpoints
 from gateway.calls import observe
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.replies import Replies
@@ -154,7 +155,7 @@ async def _serve(
             anthropic, ResponseEndpoints(endpoints, Responses(pipeline, jobs, stored, conversations)),
             ConversationEndpoints(conversations),
             WebhookRoutes(WebhookService(bus, outside, sender, secret)),
-            RequestEndpoints(endpoints, pipeline), FleetEndpoints(bus, settings),
+            RequestEndpoints(endpoints, pipeline), FleetEndpoints(bus, settings), UsageEndpoints(bus.usage),
             settings, admission, memory, keys, secret,
         )  # fmt: skip
         means = BatchMeans(bus, replies.gid, uploads, storage, settings, inner, timings.batches)

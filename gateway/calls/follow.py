@@ -262,8 +262,8 @@ class Generation:
 
 
 def usage_of(choices: Sequence[Choice]) -> Usage:
-    """Return the tokens of choices so far; those that share a prompt count it once."""
-    prompts = {id(choice.prompt): choice for choice in choices}.values()
+    """Return the tokens of choices so far; those that share a prompt count it once, as their first has found it."""
+    prompts = {id(choice.prompt): choice for choice in reversed(choices)}.values()
     return Usage(
         prompt_tokens=sum(choice.prompt.num_tokens for choice in prompts),
         completion_tokens=sum(choice.num_output_tokens for choice in choices),

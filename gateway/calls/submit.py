@@ -20,10 +20,13 @@ from gateway.calls.parse import ParsedCall
 from gateway.calls.replies import Replies, Subscription
 from gateway.calls.tokenize import Prompt
 from gateway.calls.trace import TRACE_OF
+from peft_adapters.recipe import is_merge
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
 from protocol.queue.jobs import NewJob
+from protocol.queue.usage import Counted, usage_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire.keys import BATCH
 from protocol.wire.messages.requests import fields_in_use
 
 logger = logging.getLogger(__name__)
@@ -68,6 +71,7 @@ class Submitter:
         """base_ends: tokens that end a text of the base model, which workers know."""
         self._max_queued = settings.max_queued
         self._keep_bodies = settings.keep_prompts
+        self._usage_days = settings.usage_days
         self._bus = bus
         self._replies = replies
         self._admission = admission
@@ -187,6 +191,7 @@ class Submitter:
             idem_key=self._bus.keys.idem(caller.owner, key) if key else "",
             idem_value=m.encode(record) if record is not None else b"",
             quota=call.quota, forced=forced, job=job, keep_bodies=self._keep_bodies,
+            usages=usages_of(call, self._usage_days) if self._usage_days else (),
         )  # fmt: skip
 
 
@@ -202,6 +207,27 @@ async def cancel(bus: Bus, rids: Sequence[str]) -> None:
 def targets_of(parsed: ParsedCall, prompts: Sequence[Prompt]) -> list[Target]:
     """Return those who answer a call, in order."""
     return [prompt.target for prompt in prompts[:: len(parsed.sources)]]
+
+
+def usages_of(call: AdmittedCall, days: int) -> list[bytes]:
+    """Return what the requests of a call, in the order of its choices, add to its tenant's usage when they end.
+
+    It is what the answer's `usage` says: a call counts once for each of those who answer, a prompt once, whatever n is.
+    days: how long it is kept.
+    """
+    parsed, found = call.parsed, list[bytes]()
+    has_output = not parsed.options.scores_only and parsed.options.output != "numbers"
+    for which, prompt in enumerate(call.prompts):
+        target = prompt.target
+        counted = Counted(
+            parsed.caller.owner, observe.name_of(target), "" if is_merge(target.digest) else target.digest,
+            call.base.name, parsed.cls == BATCH, days,
+        )  # fmt: skip
+        for choice in range(parsed.options.n):
+            calls = int(choice == 0 and which % len(parsed.sources) == 0)
+            num = 0 if choice else prompt.num_tokens
+            found.append(usage_of(counted, calls=calls, prompt_tokens=num, has_output=has_output))
+    return found
 
 
 def record_of(call: SubmittedCall, jid: str = "") -> m.Idempotent:

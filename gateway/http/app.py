@@ -25,6 +25,7 @@ from gateway.batches.calls import InnerCalls
 from gateway.batches.routes import BatchEndpoints, add_batch_routes
 from gateway.bodies.fields import REQUEST_ID
 from gateway.bodies.parameter_check import IGNORED_HEADER
+from gateway.books.usage_routes import UsageEndpoints, add_usage_routes
 from gateway.calls import observe
 from gateway.calls.trace import TRACE_OF, CallTrace
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
@@ -85,6 +86,7 @@ def build_app(
     webhooks: WebhookRoutes,
     requests: RequestEndpoints,
     fleet: FleetEndpoints,
+    usage: UsageEndpoints,
     settings: Settings,
     admission: Admission,
     memory: MemoryAccount,
@@ -112,6 +114,7 @@ def build_app(
     add_webhook_routes(app, webhooks)
     add_request_routes(app, requests)
     add_fleet_routes(app, fleet)
+    add_usage_routes(app, usage)
     bodies = LargeBodies(DirectCalls(app, shape_of), shape_of)
     charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)
     authentication = Authentication(charged, keys, shape_of, secret, open_pages=settings.open_pages)

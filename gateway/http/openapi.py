@@ -433,6 +433,17 @@ REPLAYED: Responses = {
         _object(id=_TEXT, replay=_TEXT, equal={"type": "boolean"}, tokens=_INTEGER, tokens_now=_INTEGER),
     )
 }
+_USED = _object(object=_TEXT, input_tokens=_INTEGER, output_tokens=_INTEGER, num_model_requests=_INTEGER)
+_BUCKET = _object(object=_TEXT, start_time=_INTEGER, end_time=_INTEGER, results={"type": "array", "items": _USED})
+USAGE: Responses = {
+    200: {
+        "description": "Usage by day",
+        "content": {
+            JSON: {"schema": _object(object=_TEXT, data={"type": "array", "items": _BUCKET})},
+            "text/csv": {},
+        },
+    }
+}
 OLLAMA = _errors(_object(error=_TEXT))
 OLLAMA_GENERATED: Responses = {
     200: {

@@ -8,13 +8,16 @@ from typing import Any
 from msgspec import structs
 
 from gateway.auth.callers import Caller
+from gateway.calls import observe
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.submit import cancel, rid_of
 from gateway.overload.admission import Load
 from protocol.queue.bus import now_ms
+from protocol.queue.usage import Counted, usage_of
 from protocol.wire import messages as m
 from protocol.wire.error_codec import error_from
 from protocol.wire.errors import Conflict, DeadlineExceeded, NotFound
+from protocol.wire.keys import BATCH
 
 NUM_SHOWN = 8
 """Token ids that are shown of each answer, from the first difference on."""
@@ -55,12 +58,19 @@ async def _run(pipeline: Pipeline, submit: m.Submit, body: m.Body, caller: Calle
     load = Load(submit.cls, 1, submit.num_prompt_tokens + submit.max_new_tokens, pipeline.settings.request_timeout_s)
     quota = pipeline.admission.quota_of(caller)
     pipeline.admission.check_again(load, quota)
+    base = pipeline.fleet.base
+    name = observe.name_of_digest(submit.digest) or submit.digest if submit.digest else base.name if base else ""
+    counted = Counted(
+        caller.owner, name, submit.digest, base.name if base else "", submit.cls == BATCH, pipeline.settings.usage_days
+    )
+    usage = usage_of(counted, calls=1, prompt_tokens=submit.num_prompt_tokens, has_output=body.task == "generate")
     mail = replies.subscribe([submit.rid], eager=False)
     ended = False
     try:
         outcome, told = await bus.submit(
-            submit.cls, [(submit, body)], max_queued=pipeline.settings.max_queued, quota=quota
-        )
+            submit.cls, [(submit, body)], max_queued=pipeline.settings.max_queued, quota=quota,
+            usages=[usage] if pipeline.settings.usage_days else (),
+        )  # fmt: skip
         pipeline.admission.settle_again(load, quota, outcome, told)
         while now_ms() < submit.deadline_ms:
             await mail.take(LOOK_S)

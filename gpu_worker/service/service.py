@@ -24,6 +24,7 @@ from gpu_worker.service.conversions import assignments_in, engine_request, owned
 from gpu_worker.service.engine_handle import EngineHandle
 from gpu_worker.service.outbox import MAX_ROWS, Outbox, Recovery, add_outputs
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
+from gpu_worker.service.residency_time import ResidencyTime
 from gpu_worker.service.trace import tell_handed_back
 from protocol.metrics.fleet import WORKERS
 from protocol.metrics.pages import serve_metrics
@@ -86,6 +87,7 @@ class Worker:
         self._beat_now = asyncio.Event()
         self._engine_died = asyncio.Event()
         self._failure: BaseException | None = None  # why it died
+        self._residency = ResidencyTime(time.monotonic())
 
     # ------------------------------------------------------------ called from the engine, through the loop
 
@@ -390,6 +392,10 @@ class Worker:
             await self.bus.adapters.announce(*(msgspec.structs.replace(event, source=self.wid) for event in events))
         if uses:
             await self.bus.adapters.note_use(uses)
+        now_s, days = time.monotonic(), self.settings.usage_days
+        self._residency.look(self.engine.stats().resident, now_s)
+        if days and (times := self._residency.take(now_s, at_once=self.draining)):
+            await self.bus.usage.note_residency(times, days)
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> int:

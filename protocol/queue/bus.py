@@ -28,6 +28,7 @@ from protocol.queue.request_records import record_of
 from protocol.queue.scripts import FOLDER, Scripts
 from protocol.queue.steps import Refused, Step, StepRow, refused_rows, step_args
 from protocol.queue.streams import Entry, Streams
+from protocol.queue.usage import Usage
 from protocol.queue.webhooks import Webhooks
 from protocol.runtime.sealing import Seal
 from protocol.wire import messages as m
@@ -74,6 +75,7 @@ class Bus:
         self.conversations = Conversations(self._redis, self.keys, self._scripts, seal)
         self.webhooks = Webhooks(self._redis, self.keys, self._scripts)
         self.api_keys = ApiKeys(self._redis, self.keys)
+        self.usage = Usage(self._redis, self.keys)
         self.dead_letters = DeadLetters(self._redis, self.keys, self._scripts)
         self.request_lists = RequestLists(self._redis, self.keys)
 
@@ -133,11 +135,13 @@ class Bus:
         forced: bool = False,
         job: NewJob | None = None,
         keep_bodies: bool = False,
+        usages: Sequence[bytes] = (),
     ) -> tuple[Literal["ok", "full", "idem", "limit", "conversation"], Any]:
         """Accept the requests of a call all together, as a background `job` if given, and reserve their use.
 
         Requests with the same body, the very object, share it in the queue. `forced`: whatever the tenant's limits say.
-        `keep_bodies`: they live on with the records of requests that have ended.
+        `keep_bodies`: they live on with the records of requests that have ended. `usages`: what each request's end adds
+        to its tenant's usage, see `usage.usage_of`; () for nothing.
         Returns ("ok", `Standing` of the tenant, or None); or, not accepted, ("full", queued), ("idem", earlier value),
         ("limit", `Standing`) or ("conversation", turns that are to be added, or -1 where its tenant has none such).
         """
@@ -147,12 +151,13 @@ class Bus:
             fields = sealed_bodies(fields, keys.body(call), self._seal)
         rows: list[Any] = []
         num_bytes = sum(map(len, fields.values()))
-        for (given, body), part in zip(requests, parts, strict=True):
+        counted = usages or [b""] * len(requests)
+        for (given, body), part, usage in zip(requests, parts, counted, strict=True):
             sub = given if given.rid == call else msgspec.structs.replace(given, call=call, part=part)
             raw = m.encode(sub)
             num_bytes += 2 * len(raw) + most_log_bytes(body)
             rows += [sub.rid, raw, sub.tenant, sub.digest, sub.gateway, int(sub.stored),
-                     sub.num_prompt_tokens, sub.max_new_tokens, sub.deadline_ms]  # fmt: skip
+                     sub.num_prompt_tokens, sub.max_new_tokens, sub.deadline_ms, usage]  # fmt: skip
         kept_bytes = sum(map(len, fields.values())) if keep_bodies else 0
         record: tuple[Any, ...] = ("", b"", b"", 0, 0)
         if job:

@@ -20,8 +20,8 @@ _SCRIPTS = ("discard", "eval", "evalsha", "exec", "multi", "script|load", "time"
 _DATA = (
     "append", "del", "exists", "expire", "get", "getrange", "hdel", "hexists", "hget", "hgetall", "hincrby",
     "hincrbyfloat", "hkeys", "hlen", "hmget", "hscan", "hset", "hsetnx", "hvals", "incr", "mget", "pexpire",
-    "pexpireat", "pexpiretime", "pttl", "sadd", "scard", "set", "srem", "strlen", "unlink", "xadd", "xdel", "xlen",
-    "xrange", "xread", "xrevrange", "xtrim", "zadd", "zcard", "zcount", "zincrby", "zrange", "zrangebyscore",
+    "pexpireat", "pexpiretime", "pttl", "sadd", "scard", "set", "smembers", "srem", "strlen", "unlink", "xadd", "xdel",
+    "xlen", "xrange", "xread", "xrevrange", "xtrim", "zadd", "zcard", "zcount", "zincrby", "zrange", "zrangebyscore",
     "zrank", "zrem", "zremrangebyscore", "zrevrange", "zrevrank", "zscore",
 )  # fmt: skip
 COMMANDS = (*_CONNECTION, *_SCRIPTS, *_DATA, "info")
@@ -54,11 +54,12 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
     answers = (k.tok("*"), k.lp("*"), k.plp("*"))
     request = (k.req("*"), *answers)
     use = k.quota("*")  # with all that is counted of a tenant; every script that ends a request settles it
+    usage = k.usage_tenants("*")  # with each tenant's: every script that ends a request adds to it
     return {
         "gateway": Rights(
             # An empty name stands for a call without an Idempotency-Key among the keys of `submit.lua`.
             writes=(
-                *request, k.tag, k.call("*"), k.body("*"), k.sub("*"), k.out("*"), use, k.job("*"), k.jobs("*"),
+                *request, k.tag, k.call("*"), k.body("*"), k.sub("*"), k.out("*"), use, usage, k.job("*"), k.jobs("*"),
                 k.idem("*", "*"), "", k.gateway_beat("*"), k.gateways, k.registrations, k.registered("*", "*"), k.pins,
                 k.adapter_events, k.file("*"), k.files("*"), k.file_expiry, k.batch("*"), k.batches("*"),
                 k.open_batches, k.conversation("*"), k.conversations("*"), k.turns, k.webhooks, k.events,
@@ -68,13 +69,14 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
             reads=(
                 *(() if console_keys else administered), k.ended, k.adapters, k.adapter("*"), k.adapter_use("*"),
                 k.workers, k.worker_beat("*"), k.stores, k.store_beat("*"), k.base, k.status, k.work("*"),
+                k.residency("*"),
             ),
             adds=(k.ctl("*"), k.own("*"), k.work("*"), k.ended),
         ),
         "scheduler": Rights(
             writes=(
                 k.req("*"), k.tag, k.call("*"), k.sub("*"), k.work("*"), k.own("*"), k.ctl("*"), k.ended, k.leader,
-                k.leader_epoch, k.status, use, k.workers, k.worker_beat("*"), k.gateways, k.dlq,
+                k.leader_epoch, k.status, use, usage, k.workers, k.worker_beat("*"), k.gateways, k.dlq,
             ),
             reads=(k.gateway_beat("*"), k.adapter("*")),
             adds=(*answers, k.body("*"), k.out("*"), k.events),  # what it ends expires
@@ -82,8 +84,8 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
         ),
         "worker": Rights(
             writes=(
-                *request, k.tag, k.call("*"), k.own("*"), k.work("*"), k.ended, use, k.ctl("*"), k.worker_beat("*"),
-                k.workers, k.base, k.adapter_use("*"),
+                *request, k.tag, k.call("*"), k.own("*"), k.work("*"), k.ended, use, usage, k.ctl("*"),
+                k.worker_beat("*"), k.workers, k.base, k.adapter_use("*"), k.residency("*"),
             ),
             reads=(k.body("*"), k.stores, k.store_beat("*")),
             adds=(k.out("*"), k.body("*"), k.sub("*"), k.dlq, k.adapter_events, k.events),

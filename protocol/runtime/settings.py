@@ -247,6 +247,7 @@ class Settings(BaseSettings):
     tenant_conversations: int = Field(
         default=10_000, ge=0, description="most conversations of a tenant; 0: no limit; without keys: of all"
     )
+    usage_days: int = Field(default=62, ge=0, le=400, description="days that usage is kept; 0: it is not counted")
     files: str = Field(
         default="",
         description="where uploaded files and the answers of batches are: a folder that all gateways share, or"

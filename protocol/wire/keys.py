@@ -220,6 +220,19 @@ class Keys:
         """
         return f"{self.tag}:q:{tenant}:kept"
 
+    # Usage, for the books. Days are those since 1970, UTC; kept as many days as the settings say.
+    def usage_tenants(self, day: int | str) -> str:
+        """Set: the tenants of which there is a `usage` of a day."""
+        return f"{self.tag}:usage:{day}"
+
+    def usage(self, day: int | str, tenant: str) -> str:
+        """Hash: what a tenant has used on a day, see `protocol.queue.usage`. Written by scripts that end requests."""
+        return f"{self.tag}:usage:{day}:{tenant}"
+
+    def residency(self, day: int | str) -> str:
+        """Hash: digest -> ms for which workers had it in their pools on a day, all workers together."""
+        return f"{self.tag}:resident:{day}"
+
     # API keys. Permanent.
     @property
     def api_keys(self) -> str:

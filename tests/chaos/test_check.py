@@ -12,8 +12,8 @@ import httpx2
 import pytest
 
 from chaos.asks import GREEDY, Ask, Expected
-from chaos.check import logged_wrongly, longest_pause, shown_wrongly, unexcused
-from chaos.client import Attempt, Call, Outcome
+from chaos.check import Books, logged_wrongly, longest_pause, shown_wrongly, unexcused
+from chaos.client import Attempt, Call, Outcome, Style
 from chaos.faults import KILLS, WEIGHTS, Havoc, Hit, PowerCut, draw
 from chaos.responses import doubled, misplaced, wrong_events
 from chaos.soak import Course
@@ -88,6 +88,24 @@ def test_only_a_fault_of_the_right_kind_place_and_time_excuses_a_cut() -> None:
     assert unexcused(cut, [Hit("gateway", "g", "kill", 25.0, 27.0, url="http://a")])
     assert unexcused(cut, [Hit("worker", "w", "kill", 15.0, 17.0)])
     assert unexcused(attempt("", "failed", code="internal_error"), [Hit("queue", "queue", "kill", 15.0, 16.0)])
+
+
+def called(style: Style, *attempts: Attempt) -> Call:
+    return Call(Ask("sql", "p", 5, ()), style, 0.0, list(attempts))
+
+
+def test_usage_lies_between_what_was_told_and_what_was_caused() -> None:
+    books = Books()
+    books.note(called("stream", attempt("abcde")), EXPECTED)
+    books.note(called("whole", attempt("", "cut"), attempt("", "refused"), attempt("abcde")), EXPECTED)
+    books.note(called("keyed stream", attempt("ab", "cut"), attempt("abcde")), EXPECTED)
+    told, most = (3, 9, 15), (4, 12, 20)
+    for right in (told, (4, 9, 17), most):
+        assert books.wrong({"sql": right}, may_lack=False, may_exceed=False) == []
+    for wrong in ((2, 9, 15), (3, 9, 14), (5, 12, 20), (4, 12, 21)):
+        assert len(books.wrong({"sql": wrong}, may_lack=False, may_exceed=False)) == 1
+        assert books.wrong({"sql": wrong}, may_lack=True, may_exceed=True) == []
+    assert len(books.wrong({"sql": told, "base": (1, 1, 1)}, may_lack=False, may_exceed=False)) == 1
 
 
 def test_the_pause_of_a_fault_is_the_longest_one_that_begins_with_it() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from helpers.response_events import built, events_of
 from helpers.waiting import wait_until
 
 from chaos.asks import GREEDY, Ask
-from chaos.client import Attempt, Call, Client
+from chaos.client import Attempt, Call, Client, Style
 from chaos.fleet import Member, ProcessFleet, Shape
+from protocol.queue.bus import now_ms
+from protocol.queue.usage import DAY_S
 from protocol.wire import messages as m
 
 SHAPE = Shape(gateways=2, schedulers=2, workers=("w0", "w1"), stores=1)
@@ -198,6 +201,49 @@ async def test_another_gateway_tells_what_a_killed_one_had_begun(fleet: ProcessF
 
     await wait_until(is_cancelled, "nobody computes for nobody")
     await bus.cancel(f"{again.call}-0")
+
+
+async def test_usage_is_what_clients_were_told_though_all_die(fleet: ProcessFleet, right: dict[Ask, str]) -> None:
+    """Every call has a key, so each is told its end at last, and no request is run without being told of."""
+    before = await used(fleet)
+    styles: tuple[Style, ...] = ("keyed stream", "keyed whole", "job")
+    calls = [Call(ask, style, time.monotonic()) for ask in right for style in styles]
+    client = Client(fleet.urls)
+
+    async def is_busy() -> bool:
+        held = [seen for beat in await beats(fleet) for _, seen in beat.progress]
+        return sum(seen > 0 for seen in held) >= 4
+
+    async with asyncio.TaskGroup() as group:
+        for call in calls:
+            group.create_task(client.ask(call.ask, call.style, call))
+        await wait_until(is_busy, "both workers have begun")
+        fleet.kill("w0")
+        fleet.kill(next(member.name for member in fleet.members.values() if member.service == "gateway"))
+    await client.close()
+    told = Counter[tuple[str, str]]()
+    for call in calls:
+        assert call.attempts[-1].text == right[call.ask]
+        told[call.ask.model, "requests"] += 1
+        for count in ("prompt_tokens", "completion_tokens"):
+            told[call.ask.model, count] += call.attempts[-1].usage[count]
+        told[call.ask.model, "cached_tokens"] += call.attempts[-1].usage["prompt_tokens_details"]["cached_tokens"]
+    after = await used(fleet)
+    after.subtract(before)
+    assert after == told
+
+
+async def used(fleet: ProcessFleet) -> Counter[tuple[str, str]]:
+    found = Counter[tuple[str, str]]()
+    today = now_ms() // (DAY_S * 1000)
+    for day in (today - 1, today):
+        for row in await fleet.bus.usage.rows(day, "public"):
+            model = row.model if row.digest else "base"
+            found[model, "requests"] += row.requests
+            found[model, "prompt_tokens"] += row.prompt_tokens
+            found[model, "completion_tokens"] += row.output_tokens
+            found[model, "cached_tokens"] += row.cached_tokens
+    return found
 
 
 async def test_a_response_outlives_its_gateway_and_its_worker(fleet: ProcessFleet) -> None:

@@ -120,6 +120,41 @@ local function tell_job(job)
   tell_end(tenant, id, '')
 end
 
+-- Most rows that a tenant's usage has on one day; what is more counts in one further row, '[]'.
+local usage_rows = 1000
+
+-- Count a request that ends at `now`, ms, for its tenant's usage of that day (UTC): a hash of rows, each '<requests>
+-- <prompt tokens> <of them cached> <output tokens>'. `usage` is the request's field of that name, made by `usage.py`;
+-- `cached`: its prompt's tokens that the prefix cache had. A prompt counts if its request has completed, or made a token.
+-- Return what is still to be counted should the request be queued again.
+local function count_usage(rid, usage, state, cached, now)
+  local calls, prompt, from, days, tenant, row = unpack(cmsgpack.unpack(usage))
+  local output = from < 0 and 0 or math.max(redis.call('STRLEN', P .. ':tok:' .. rid) / 4 - from, 0)
+  local left = 0
+  if output == 0 and state ~= 'completed' then left, prompt = prompt, 0 end
+  if prompt == 0 then cached = 0 end
+  local day = math.floor(now / 86400000)
+  local key = P .. ':usage:' .. day .. ':' .. tenant
+  local before, is_first = redis.call('HGET', key, row), false
+  if not before then
+    local num = redis.call('HLEN', key)
+    is_first = num == 0
+    if num >= usage_rows then
+      row = '[]'
+      before = redis.call('HGET', key, row)
+    end
+  end
+  local a, b, c, d = string.match(before or '0 0 0 0', '(%d+) (%d+) (%d+) (%d+)')
+  redis.call('HSET', key, row, string.format('%.0f %.0f %.0f %.0f', a + calls, b + prompt, c + cached, d + output))
+  if is_first then
+    local to, tenants = (day + days + 1) * 86400000, P .. ':usage:' .. day
+    redis.call('SADD', tenants, tenant)
+    redis.call('PEXPIREAT', tenants, to)
+    redis.call('PEXPIREAT', key, to)
+  end
+  return cmsgpack.pack({0, left, from < 0 and from or from + output, days, tenant, row})
+end
+
 -- Note that a request of a call has ended and lives for `ttl` more seconds. With the last one the bodies go, unless they are kept, and the
 -- tenant keeps only what is left. `is_stored`: a client may delete that.
 local function leave_call(rid, call, ttl, now, is_stored)
@@ -157,9 +192,13 @@ end
 -- `is_dead`: it may be retried for 7 days, so it does not leave its call.
 local function write_end(rid, state, finish, error, now, is_dead)
   local key = req_key(rid)
-  local f = redis.call('HMGET', key, 'stored', 'quota', 'max_new', 'n_prompt', 't_assign', 'call')
+  local f = redis.call('HMGET', key, 'stored', 'quota', 'max_new', 'n_prompt', 't_assign', 'call', 'usage', 'cached')
   redis.call('HSET', key, 'state', state, 'finish', finish, 'error', error, 'owner', '', 't_end', now)
   if f[2] then settle(rid, f[2], f[3], f[4], f[5]) end
+  if f[7] then
+    local left = count_usage(rid, f[7], state, tonumber(f[8] or 0), now)
+    if is_dead then redis.call('HSET', key, 'usage', left) end
+  end
   -- A request that is not stored is read only by the gateway that waits for it, at once. An encoder's result
   -- (max_new is 0) is large.
   local ttl = is_dead and 604800 or f[1] == '1' and 86400 or f[3] == '0' and 60 or 120

@@ -28,9 +28,9 @@
 -- ARGV[18] int     bytes of the bodies where they live on as long as the requests, 0 where they go with the last one
 -- ARGV[19] int     number of bodies' fields
 -- ARGV[20...]      per field of the bodies' hash, 2 values: name (str), value (bytes), see `calls.py`
---                  then per request, 9 values: rid (str), `messages.Submit` (bytes, msgpack), tenant (str), digest
+--                  then per request, 10 values: rid (str), `messages.Submit` (bytes, msgpack), tenant (str), digest
 --                  (str), gateway (str), stored (int, 0 or 1), n_prompt (int, tokens), max_new (int, tokens), deadline
---                  (int, unix ms)
+--                  (int, unix ms), what it adds to its tenant's usage (bytes, see `usage.py`; '' for nothing)
 -- Reply: array. A standing is 5 ints: requests left of the minute, ms until all are left, tokens left, ms, requests
 --        running.
 --        {'ok', standing...}; without a tenant {'ok'}, and so when the requests are known: an earlier reply was lost.
@@ -40,7 +40,7 @@
 --        {'limit', standing..., 'requests' | 'tokens' | 'concurrency' (str), ms until it would fit or 0 (int)}
 --        {'limit', standing..., 'bytes', 0, bytes that the tenant keeps (int), bytes that the call adds (int)}
 local cls, max_queued, idem_value, who, forced = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[9] == '1'
-local first_field, width = 20, 9
+local first_field, width = 20, 10
 local first = first_field + ARGV[19] * 2
 local call = ARGV[first]
 -- Accepted before, and the reply was lost: a second entry, or an epoch set back, would run the request twice. The first
@@ -122,6 +122,7 @@ for a = first, #ARGV, width do
     'tenant', ARGV[a + 2], 'digest', ARGV[a + 3], 'gateway', ARGV[a + 4], 'stored', ARGV[a + 5],
     'n_prompt', ARGV[a + 6], 'max_new', ARGV[a + 7], 'deadline', deadline, 'sub', sub, 'sub_id', id, 't_submit', now,
     'call', call, 'ahead', queued + (a - first) / width)
+  if ARGV[a + 9] ~= '' then redis.call('HSET', req_key(rid), 'usage', ARGV[a + 9]) end
   redis.call('PEXPIRE', req_key(rid), ttl)
   if is_rated then
     redis.call('HSET', req_key(rid), 'quota', who)

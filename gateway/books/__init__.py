@@ -1,0 +1,1 @@
+"""The fleet's books: what tenants have used."""

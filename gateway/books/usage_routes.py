@@ -1,0 +1,119 @@
+"""`GET /v1/usage`, also under the path of OpenAI's clients: a tenant sees its own usage, operators all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from gateway.auth.callers import Caller, caller_of
+from gateway.bodies.json_bodies import JsonRoute, json_response
+from gateway.books.usage import GROUPS, NOT_COUNTED, Day, Query, check_number, csv_text, day_of_page, page
+from gateway.http import openapi
+from protocol.queue.usage import DAY_S, Usage
+from protocol.wire.errors import BadRequest, PermissionDenied
+
+PATHS = ("/v1/usage", "/v1/organization/usage/completions")
+CSV = "text/csv"
+
+MAX_DAYS = 31
+"""Most days in an answer, as OpenAI has it."""
+
+_LISTS = ("group_by", "models", "project_ids")
+_SINGLE = ("start_time", "end_time", "bucket_width", "batch", "limit", "page", "format")
+_NOT_SERVED = {f"{name}s": name for name in NOT_COUNTED[:2]}
+_LAST_S = 100_000 * DAY_S  # far beyond what is asked for
+
+
+class UsageEndpoints:
+    """The route's handler."""
+
+    def __init__(self, usage: Usage) -> None:
+        self._usage = usage
+
+    async def usage(self, request: Request) -> Response:
+        """Answer with what was used, a day at a time, as JSON or CSV."""
+        query, caller = query_of(request), caller_of(request)
+        days: list[Day] = []
+        num = 0
+        for number in query.days:
+            day = Day(number)
+            for tenant in await self._tenants(number, query, caller):
+                day.add(await self._usage.rows(number, tenant), query)
+                check_number(num + len(day.sums))
+            num += len(day.sums)
+            if caller.is_admin and query.shows_residency:
+                day.seconds = await self._usage.residency(number)
+            days.append(day)
+        answer = page(days, query)
+        if _wants_csv(request):
+            return Response(csv_text(answer), media_type=f"{CSV}; charset=utf-8")
+        return json_response(answer)
+
+    async def _tenants(self, day: int, query: Query, caller: Caller) -> Sequence[str]:
+        """Return whose usage is asked for. Raises PermissionDenied for another tenant's."""
+        if caller.is_admin:
+            return sorted(query.projects) or await self._usage.tenants(day)
+        if query.projects - {caller.owner}:
+            raise PermissionDenied("only the scope admin may see the usage of other tenants", param="project_ids")
+        return [caller.owner]
+
+
+def query_of(request: Request) -> Query:
+    """Return what a request asks for. Raises BadRequest, which names each parameter that is wrong or not served."""
+    given = request.query_params
+    for name in given:
+        plain = name.removesuffix("[]")
+        if plain in _NOT_SERVED:
+            raise BadRequest(f"usage is not counted by {_NOT_SERVED[plain]}", param=plain)
+        if plain not in _LISTS and name not in _SINGLE:
+            raise BadRequest(f"{name!r:.100} is not a parameter of this route", param=name[:100])
+    lists = {name: [*given.getlist(name), *given.getlist(f"{name}[]")] for name in _LISTS}
+    for value in lists["group_by"]:
+        if value not in GROUPS:
+            what = "is not counted here" if value in NOT_COUNTED else "is not known"
+            raise BadRequest(f"group_by: {value!r:.100} {what}; it may be {', '.join(GROUPS)}", param="group_by")
+    if (width := given.get("bucket_width", "1d")) != "1d":
+        raise BadRequest(
+            f"bucket_width: {width!r:.100} is not served; usage is counted by day: 1d", param="bucket_width"
+        )
+    if (form := given.get("format", "json")) not in ("json", "csv"):
+        raise BadRequest(f"format: {form!r:.100} is neither json nor csv", param="format")
+    if (batch := given.get("batch")) not in (None, "true", "false"):
+        raise BadRequest(f"batch: {batch!r:.100} is neither true nor false", param="batch")
+    if "start_time" not in given:
+        raise BadRequest("start_time is missing: unix time in seconds", param="start_time")
+    start_s = _number(request, "start_time", 0, 0, _LAST_S)
+    now_s = int(time.time())
+    end_s = min(_number(request, "end_time", now_s + 1, 0, _LAST_S), now_s + 1)
+    first_day = start_s // DAY_S
+    if "page" in given:
+        first_day = max(first_day, day_of_page(given["page"]))
+    return Query(
+        first_day, -(-end_s // DAY_S), _number(request, "limit", 7, 1, MAX_DAYS),
+        tuple(dict.fromkeys(lists["group_by"])), frozenset(lists["models"]), frozenset(lists["project_ids"]),
+        None if batch is None else batch == "true",
+    )  # fmt: skip
+
+
+def _number(request: Request, name: str, default: int, least: int, most: int) -> int:
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdecimal() and len(text) < 16 and least <= int(text) <= most):
+        raise BadRequest(f"{name}: {text!r:.100} is no number from {least} to {most}", param=name)
+    return int(text)
+
+
+def _wants_csv(request: Request) -> bool:
+    form = request.query_params.get("format")
+    return form == "csv" or (form is None and request.headers.get("accept", "").startswith(CSV))
+
+
+def add_usage_routes(app: FastAPI, endpoints: UsageEndpoints) -> None:
+    """Bind paths to handlers."""
+    app.router.route_class = JsonRoute
+    for path in PATHS:
+        app.get(path, responses=openapi.USAGE)(endpoints.usage)

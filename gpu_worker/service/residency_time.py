@@ -1,0 +1,39 @@
+"""For how long adapters are in this worker's pool, as it is told to the fleet's books. Pure.
+
+A worker looks once a second, so each stay is right to about a second; what it has not told yet is lost when it dies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from peft_adapters.recipe import is_merge
+
+TELL_S = 30.0
+"""How often a worker tells it. A worker that is killed takes at most so much with it, per adapter."""
+
+
+class ResidencyTime:
+    """Adds up the time of each adapter between two tellings."""
+
+    def __init__(self, now_s: float) -> None:
+        """now_s: monotonic, as everywhere here."""
+        self._looked_s = now_s
+        self._told_s = now_s
+        self._seconds: dict[str, float] = {}
+
+    def look(self, resident: Iterable[str], now_s: float) -> None:
+        """Count the time since the last look for the adapters that are in the pool now. Merges have no books."""
+        passed_s = now_s - self._looked_s
+        self._looked_s = now_s
+        for digest in resident:
+            if not is_merge(digest):
+                self._seconds[digest] = self._seconds.get(digest, 0.0) + passed_s
+
+    def take(self, now_s: float, *, at_once: bool = False) -> dict[str, int]:
+        """Return what is to be told, ms by digest, and begin anew; {} before `TELL_S` have passed, unless `at_once`."""
+        if not at_once and now_s - self._told_s < TELL_S:
+            return {}
+        found = {digest: round(seconds * 1000) for digest, seconds in self._seconds.items()}
+        self._told_s, self._seconds = now_s, {}
+        return found

@@ -1,0 +1,99 @@
+"""What tenants have used, by day: the scripts that end requests count it (`count_usage` of `lua/common.lua`).
+
+A tenant's day is a hash with a row for each model that answered it. As a row is written with the end of its request, or
+not at all, each request counts once, whoever dies and however often it was run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from protocol.queue.redis_client import Client
+from protocol.wire.codec import now_ms
+from protocol.wire.keys import Keys
+
+DAY_S = 86_400
+MAX_NAME = 128
+"""Longest name of a model in a row, in characters; longer ones end there, and their digests tell them apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """For what a request counts."""
+
+    tenant: str
+    model: str  # as the API shows it
+    digest: str  # of the adapter; "" for the base model, and for merges
+    base: str
+    batch: bool
+    days: int  # that it is kept
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """What a tenant has used of one model on one day. All are empty of what came after too many other rows."""
+
+    tenant: str
+    model: str
+    digest: str
+    base: str
+    batch: bool
+    requests: int  # calls: the choices of one count once
+    prompt_tokens: int  # a prompt with several choices counts once
+    cached_tokens: int  # of them, those that the prefix cache had
+    output_tokens: int
+
+
+def usage_of(counted: Counted, *, calls: int, prompt_tokens: int, has_output: bool) -> bytes:
+    """Return what a request adds to its tenant's usage when it ends, as `Bus.submit` takes it.
+
+    calls, prompt_tokens: 0 for a choice after the first. has_output: whether its log holds tokens that its client asked
+    for.
+    """
+    row = msgspec.json.encode([counted.model[:MAX_NAME], counted.digest, counted.base[:MAX_NAME], int(counted.batch)])
+    parts = [calls, prompt_tokens, 0 if has_output else -1, counted.days, counted.tenant, row.decode()]
+    return msgspec.msgpack.encode(parts)
+
+
+class Usage:
+    """The books of the fleet."""
+
+    def __init__(self, redis: Client, keys: Keys) -> None:
+        self._redis = redis
+        self._keys = keys
+
+    async def tenants(self, day: int) -> list[str]:
+        """Return the tenants that have used anything on a day, by name."""
+        return sorted(name.decode() for name in await self._redis.smembers(self._keys.usage_tenants(day)))
+
+    async def rows(self, day: int, tenant: str) -> list[UsageRow]:
+        """Return what a tenant has used on a day: at most 1,001 rows."""
+        found = await self._redis.hgetall(self._keys.usage(day, tenant))
+        return [_row(tenant, raw, values) for raw, values in sorted(found.items())]
+
+    async def note_residency(self, ms_by_digest: Mapping[str, int], days: int) -> None:
+        """Add to today's time for which adapters were in a pool. Repeated after a lost reply, it counts twice."""
+        day = now_ms() // (DAY_S * 1000)
+        key = self._keys.residency(day)
+        pipe = self._redis.pipeline(transaction=False)
+        for digest, ms in ms_by_digest.items():
+            pipe.hincrby(key, digest, ms)
+        pipe.expire(key, (days + 1) * DAY_S)
+        await pipe.execute()
+
+    async def residency(self, day: int) -> dict[str, float]:
+        """Return for how many seconds adapters were in pools on a day, by digest, all workers together."""
+        found = await self._redis.hgetall(self._keys.residency(day))
+        return {digest.decode(): int(ms) / 1000 for digest, ms in found.items()}
+
+
+def _row(tenant: str, raw: bytes, values: bytes) -> UsageRow:
+    names: Sequence[str | int] = msgspec.json.decode(raw)
+    model, digest, base, batch = names or ("", "", "", 0)
+    requests, prompt, cached, output = (values or b"0 0 0 0").split()
+    return UsageRow(
+        tenant, str(model), str(digest), str(base), bool(batch), int(requests), int(prompt), int(cached), int(output)
+    )
