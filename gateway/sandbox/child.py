@@ -43,6 +43,10 @@ READY, READY_UNFILTERED = b"!", b"?"
 """The second: the kernel does not filter the process's system calls."""
 
 SIZE_BYTES = 4
+WITH_VOCABULARY = "with-vocabulary"
+"""The process's last argument, if it is to read the base's vocabulary before its first job: up to a CPU second."""
+
+ANY_TEXT = '{"grammars":[{"lark_grammar":"start: /(.|\\n)*/"}]}'
 
 NOTHING_FITS = "no text is of this form: it may refer to itself, or leave no choice"
 """What llguidance calls NoExtensionBias."""
@@ -275,8 +279,12 @@ def _write(data: bytes) -> None:
         rest = rest[os.write(1, rest) :]
 
 
-def main(parent: int, tokenizer: str) -> None:
-    """Answer jobs until standard input ends. parent: who started it. tokenizer: path of the base's, "" for none."""
+def main(parent: int, tokenizer: str, with_vocabulary: bool) -> None:
+    """Answer jobs until standard input ends.
+
+    parent: who started it. tokenizer: path of the base's, "" for none. with_vocabulary: whether it is read before the
+    first job, which would otherwise pay for it if it is a grammar.
+    """
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # what the gateway has open, where it leaks
     tokenizer_file = os.open(tokenizer, os.O_RDONLY) if tokenizer else None
     for name in IMPORTED_LATE:
@@ -290,10 +298,12 @@ def main(parent: int, tokenizer: str) -> None:
     is_filtered = lock_down(parent, MAX_MEMORY_BYTES)
     most_pages = int(os.pread(statm, 64, 0).split()[0]) + WORN_BYTES // resource.getpagesize()
     worker = Worker(tokenizer_file, lambda: int(os.pread(statm, 64, 0).split()[0]) > most_pages)
+    if with_vocabulary:
+        worker.answer(msgspec.msgpack.encode(Check(ANY_TEXT)))  # whatever comes of it, the next one is told again
     _write(READY if is_filtered else READY_UNFILTERED)
     while head := _read(SIZE_BYTES):
         _write(worker.answer(_read(int.from_bytes(head, "little"))))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:] == [WITH_VOCABULARY])

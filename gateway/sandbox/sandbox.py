@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.sandbox.child import Answer, Render, SandboxJob, framed
+from gateway.sandbox.child import WITH_VOCABULARY, Answer, Check, Render, SandboxJob, framed
 from gateway.sandbox.process import START_S, Job, SandboxProcess
 from gateway.sandbox.turns import Turns
 from protocol.wire.errors import BadRequest, LorafleetError, Unavailable
@@ -40,12 +40,13 @@ class SandboxPool:
     ) -> None:  # fmt: skip
         """tokenizer: path of the base model's tokenizer.json, for grammars. on_wait: called in a task that must wait.
 
-        command: starts a process; the gateway's process id and `tokenizer` are added to it. start_s: its most
-        seconds until it is ready. template_s: most CPU seconds of a template.
+        command: starts a process; the gateway's process id, `tokenizer` and maybe a word are added to it. start_s: its
+        most seconds until it is ready. template_s: most CPU seconds of a template.
         """
         self._num_processes = num_processes
         self.on_wait = on_wait
         self._command = (*command, str(os.getpid()), tokenizer)
+        self._had_grammars = False
         self._start_s = start_s
         self._template_s = template_s
         self._turns: Turns[Job] = Turns(num_processes)
@@ -75,6 +76,7 @@ class SandboxPool:
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         mine = Job(tenant, len(payload), job.what, self._template_s if limit_s is None else limit_s, payload, answer)
         self._turns.add(mine, time.monotonic())
+        self._had_grammars |= isinstance(job, Check)
         self._dispatch()
         if mine in self._turns:
             self.on_wait()
@@ -94,9 +96,7 @@ class SandboxPool:
         """End the processes. Jobs that wait or run fail with Unavailable."""
         self._closed = True
         self._dispatch()
-        for start in self._starts:
-            start.cancel()
-        await asyncio.gather(*self._starts, return_exceptions=True)
+        await asyncio.gather(*self._starts)
         for process in list(self._processes):
             process.end(_closing())
             if process.pid:
@@ -135,7 +135,7 @@ class SandboxPool:
 
     async def _start(self, process: SandboxProcess) -> None:
         try:
-            await process.start(self._command)
+            await process.start((*self._command, WITH_VOCABULARY) if self._had_grammars else self._command)
         except OSError as error:
             logger.warning("a process for templates and grammars: %s", error)
 

@@ -38,6 +38,7 @@ def main() -> None:
         elif word == "signal":
             os.kill(os.getpid(), int(rest))
         elif word == "close":
+            os.close(0)
             os.close(1)
             signal.pause()
         elif word == "wait":

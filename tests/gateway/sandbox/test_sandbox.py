@@ -275,3 +275,21 @@ async def test_a_process_has_no_environment_and_no_rights(monkeypatch: pytest.Mo
                 "MALLOC_ARENA_MAX", "TZ",
             }  # fmt: skip
             assert len(list((proc / "fd").iterdir())) <= 6
+
+
+@pytest.mark.parametrize("had_grammars", [False, True])
+async def test_a_vocabulary_is_read_before_the_first_job(
+    had_grammars: bool, model_folder: Path, tmp_path: Path
+) -> None:
+    """From the first grammar on: what templates alone need starts without it."""
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_bytes((model_folder / "tokenizer.json").read_bytes())
+    grammar = Check('{"grammars":[{"lark_grammar":"start: /a/"}]}')
+    async with running(SandboxPool(2, tokenizer=str(tokenizer))) as pool:
+        if had_grammars:
+            assert not (await pool.do(grammar, tenant="a")).refusal
+            os.kill(pool.pids[0], signal.SIGKILL)
+            await wait_until(lambda: not pool.pids, "its end is known")
+        assert await pool.render(job("{{ messages[0].content }}"), tenant="a") == "hi"
+        tokenizer.write_text("no tokenizer any more")
+        assert bool((await pool.do(grammar, tenant="a")).refusal) != had_grammars

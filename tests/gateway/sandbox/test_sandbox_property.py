@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
+from unittest.mock import patch
 
 import msgspec
 from hypothesis import example, given, settings
@@ -18,22 +20,20 @@ NUM = 3
 
 
 class Process:
-    """A process that does what the test says: its transport, and its pipe."""
+    """A process that does what the test says, and the transport of the gateway's socket to it."""
 
-    def __init__(self, protocol: asyncio.SubprocessProtocol) -> None:
-        self.protocol = protocol
+    pid = 1 << 23  # more than Linux gives to anybody
+    started: ClassVar[list[Process]] = []
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.protocol: asyncio.Protocol | None = None
         self.unsent = READY
-        self.code: int | None = None
+        self.returncode: int | None = None
         self.asked = b""
+        self.started.append(self)
 
-    def get_pid(self) -> int:
-        return 1 << 23  # more than Linux gives to anybody
-
-    def get_returncode(self) -> int | None:
-        return self.code
-
-    def get_pipe_transport(self, fd: int) -> Process:
-        return self
+    def poll(self) -> int | None:
+        return self.returncode
 
     def write(self, data: bytes) -> None:
         self.asked += data
@@ -42,28 +42,33 @@ class Process:
 
     def send(self, num_bytes: int) -> None:
         """Write some of what is to be written."""
-        part, self.unsent = self.unsent[:num_bytes], self.unsent[num_bytes:]
-        if part and self.code is None:
-            self.protocol.pipe_data_received(1, part)
+        if self.protocol is not None:
+            part, self.unsent = self.unsent[:num_bytes], self.unsent[num_bytes:]
+            self.say(part)
+
+    def say(self, data: bytes) -> None:
+        if data and self.protocol is not None and self.returncode is None:
+            self.protocol.data_received(data)
 
     def kill(self) -> None:
         self.die(-9)
 
     def die(self, code: int) -> None:
-        if self.code is None:
-            self.code = code
-            asyncio.get_running_loop().call_soon(self.protocol.connection_lost, None)
+        if self.returncode is None:
+            self.returncode = code
+            self.abort()
 
-    def close(self) -> None:
-        assert self.code is not None
+    def abort(self) -> None:
+        if self.protocol is not None:
+            asyncio.get_running_loop().call_soon(self.protocol.connection_lost, None)
+            self.protocol = None
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """Starts processes that do what the test says."""
+    """Connects with processes that do what the test says."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.processes: list[Process] = []
         self._ahead_s = 0.0
 
     def time(self) -> float:
@@ -72,12 +77,14 @@ class Loop(asyncio.SelectorEventLoop):
     def advance(self, seconds: float) -> None:
         self._ahead_s += seconds
 
-    async def subprocess_exec(self, factory: Callable[[], Any], *command: Any, **options: Any) -> Any:
+    async def create_unix_connection(self, factory: Callable[[], Any], *_: Any, sock: socket.socket, **__: Any) -> Any:
+        sock.close()
+        process = Process.started[-1]
         await asyncio.sleep(0)
-        protocol = factory()
-        process = Process(protocol)
-        self.processes.append(process)
+        process.protocol = protocol = factory()
         protocol.connection_made(process)
+        if process.returncode is not None:  # it has died meanwhile
+            process.abort()
         await asyncio.sleep(0)
         return process, protocol
 
@@ -99,11 +106,12 @@ def test_answers_are_never_mixed_up(steps: list[tuple[Any, ...]]) -> None:
     async def play() -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, Loop)
+        Process.started.clear()
         pool = SandboxPool(NUM)
         calls: list[tuple[str, asyncio.Task[str]]] = []
 
         def living() -> list[Process]:
-            return [process for process in loop.processes if process.code is None]
+            return [process for process in Process.started if process.returncode is None]
 
         for what, *arguments in steps:
             if what == "ask":
@@ -120,7 +128,7 @@ def test_answers_are_never_mixed_up(steps: list[tuple[Any, ...]]) -> None:
                 if what == "send":
                     process.send(arguments[1])
                 elif what == "noise":
-                    process.protocol.pipe_data_received(1, arguments[1])
+                    process.say(arguments[1])
                 elif what == "die":
                     process.die(arguments[1])
             assert len(living()) <= NUM
@@ -141,6 +149,5 @@ def test_answers_are_never_mixed_up(steps: list[tuple[Any, ...]]) -> None:
         await pool.close()
         assert not living()
 
-    loop = Loop()
-    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+    with patch("gateway.sandbox.process.subprocess.Popen", Process), asyncio.Runner(loop_factory=Loop) as runner:
         runner.run(play())
