@@ -329,7 +329,7 @@ class Settings(BaseSettings):
         description="longest step; a worker that is in one for longer logs all its stacks and ends, to be restarted",
     )
     max_slowdown: float = Field(
-        default=1.8,
+        default=1.5,
         ge=0,
         description="how many times as long a step may take for tenants with more than their share; 0: any time",
     )
