@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -72,6 +73,19 @@ def packages(root: Path = Path()) -> dict[str, str]:
     return found
 
 
+def browser_files(root: Path = Path()) -> list[tuple[str, str, str, str]]:
+    """Return the rows of what the console brings to browsers, and of what its tests fetch."""
+    place = root / ".ci" / "console_assets.py"
+    spec = importlib.util.spec_from_file_location("console_assets", place)
+    assert spec is not None
+    assert spec.loader is not None
+    assets = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = assets  # dataclasses look their module up
+    spec.loader.exec_module(assets)
+    shipped = [(one.name, one.licence, "browser", one.remark) for one in assets.PACKAGES]
+    return [*shipped, (assets.AXE.name, assets.AXE.licence, "development", f"MPL-2.0: {assets.AXE.remark}")]
+
+
 def table(root: Path = Path()) -> list[tuple[str, str, str, str]]:
     """Return (package, licence, who needs it, remark) of every package that is installed, by name."""
     rows: list[tuple[str, str, str, str]] = []
@@ -81,7 +95,7 @@ def table(root: Path = Path()) -> list[tuple[str, str, str, str]]:
         except PackageNotFoundError:  # for another Python or platform
             continue
         rows.append((name, licence or "unknown", who, REVIEWED.get(name, "")))
-    return rows
+    return sorted(rows + browser_files(root))
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.auth.callers import CALLER, EVERYBODY, Caller
 from gateway.http.errors import ShapeOf, unreachable_queue
 from gateway.http.headers import header_of
-from gateway.http.paths import DEAD_LETTERS, FLEET, KEYS, OLLAMA_PREFIX, PING, TENANTS, WORKERS
+from gateway.http.paths import CONSOLE, DEAD_LETTERS, FLEET, KEYS, OLLAMA_PREFIX, PING, TENANTS, WORKERS
 from protocol.queue.api_keys import PREFIX, ApiKeys
 from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.runtime.fleet_secret import FleetSecret
@@ -73,6 +73,8 @@ class Authentication:
             return Caller(token=source_token(bearer, path), secret=self._secret)
         if path in self._open and (method in ("GET", "HEAD") or path == PING):
             return EVERYBODY
+        if f"{path}/".startswith(f"{CONSOLE}/") and method in ("GET", "HEAD"):
+            return EVERYBODY  # its files have no data: they ask for that with the operator's key
         given = header_of(headers, b"x-api-key") or ""
         key, token = (given, source_token(bearer, path)) if given else (bearer, "")
         if not key:

@@ -28,6 +28,7 @@ from gateway.bodies.parameter_check import IGNORED_HEADER
 from gateway.books.usage_routes import UsageEndpoints, add_usage_routes
 from gateway.calls import observe
 from gateway.calls.trace import TRACE_OF, CallTrace
+from gateway.console.routes import ConsolePages, add_console
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
 from gateway.files.routes import FileEndpoints, add_file_routes
 from gateway.http import openapi
@@ -115,6 +116,7 @@ def build_app(
     add_request_routes(app, requests)
     add_fleet_routes(app, fleet)
     add_usage_routes(app, usage)
+    add_console(app, ConsolePages())
     bodies = LargeBodies(DirectCalls(app, shape_of), shape_of)
     charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)
     authentication = Authentication(charged, keys, shape_of, secret, open_pages=settings.open_pages)

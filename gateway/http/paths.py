@@ -43,6 +43,9 @@ REQUESTS = "/v1/requests"
 WORKERS, DEAD_LETTERS, KEYS, TENANTS = "/v1/workers", "/v1/dead_letters", "/v1/keys", "/v1/tenants"
 """They, and what is below them, are for operators alone."""
 
+CONSOLE = "/console"
+"""It, and what is below it, are the console's files."""
+
 FLEET = "/v1/fleet"
 """What starts and stops workers asks it: how many requests there are, and workers for them."""
 

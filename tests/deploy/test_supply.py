@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,7 +27,7 @@ def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -132,3 +134,13 @@ def test_the_images_are_given_what_their_dockerfile_copies() -> None:
     assert {"requirements-control.lock", "requirements-worker.lock", "requirements-dev.lock"} <= files
     given = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     assert [name for name in files if not any(fnmatchcase(name, pattern) for pattern in given)] == []
+
+
+def test_the_console_s_files_of_others_are_those_that_are_known() -> None:
+    assets = script("console_assets")
+    known = {name: sha256 for package in assets.PACKAGES for _, name, sha256 in package.files}
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in assets.VENDOR.iterdir()}
+    assert found.pop(assets.LICENCES)
+    assert found == known
+    licences = (assets.VENDOR / assets.LICENCES).read_text()
+    assert all(f"{package.name} {package.version}" in licences for package in assets.PACKAGES)

@@ -1,0 +1,110 @@
+// The gateway's routes, asked with the operator's key. The key stays in this tab: sessionStorage forgets it with it.
+
+const KEY = "lorafleet.key";
+const ROOT = new URL("../", location.href); // the gateway, under whatever prefix the console is served
+
+export const key = {
+  get: () => sessionStorage.getItem(KEY) ?? "",
+  set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
+};
+
+export const gateway = ROOT.href.replace(/\/$/, "");
+
+// What went wrong, in the gateway's words.
+export class Refused extends Error {
+  constructor(status, message, code, reasons) {
+    super(message);
+    this.status = status;
+    this.code = code;
+    this.reasons = reasons ?? [];
+  }
+}
+
+let onLocked = () => {};
+export const whenLocked = (does) => (onLocked = does);
+
+function headers(more) {
+  const secret = key.get();
+  return { ...(secret ? { authorization: `Bearer ${secret}` } : {}), ...more };
+}
+
+async function refusal(answer) {
+  let error = {};
+  try {
+    const told = await answer.json();
+    error = typeof told.error === "object" && told.error !== null ? told.error : { message: told.error };
+  } catch {
+    error = {};
+  }
+  const refused = new Refused(answer.status, error.message || `the gateway answers ${answer.status}`, error.code, error.reasons);
+  if (answer.status === 401) onLocked(refused.message);
+  return refused;
+}
+
+// Sends a request and returns the answer, whatever it holds; throws `Refused`.
+export async function send(path, { method = "GET", body, raw, signal, more } = {}) {
+  const init = { method, signal, headers: headers(more), cache: "no-store", redirect: "error" };
+  if (body !== undefined) {
+    init.body = JSON.stringify(body);
+    init.headers["content-type"] = "application/json";
+  } else if (raw !== undefined) {
+    init.body = raw;
+  }
+  let answer;
+  try {
+    answer = await fetch(new URL(path, ROOT), init);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused(0, "the gateway cannot be reached");
+  }
+  if (!answer.ok) throw await refusal(answer);
+  return answer;
+}
+
+export const get = async (path, signal) => (await send(path, { signal })).json();
+export const post = async (path, body, signal) => (await send(path, { method: "POST", body, signal })).json();
+export const remove = async (path) => (await send(path, { method: "DELETE" })).json();
+
+// A path's part: names of adapters keep their slashes.
+export const part = (text) => text.split("/").map(encodeURIComponent).join("/");
+
+export function query(values) {
+  const given = Object.entries(values).filter(([, value]) => value !== "" && value !== undefined && value !== null);
+  return given.length ? `?${new URLSearchParams(given)}` : "";
+}
+
+// Reads a list page by page, until it ends or has `most` objects. `next` makes a page's path of a cursor.
+export async function pages(next, most, signal, cursorOf = (page) => page.last_id) {
+  const found = [];
+  let after = "";
+  for (let number = 0; number < 100; number++) {
+    const page = await get(next(after), signal);
+    found.push(...page.data);
+    after = cursorOf(page);
+    if (!page.has_more || !after) return { data: found, more: false, page };
+    if (found.length >= most) return { data: found, more: true, page };
+  }
+  return { data: found, more: true };
+}
+
+// Yields the JSON values of a stream of server-sent events.
+export async function* events(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      for (const line of lines) {
+        if (!line.startsWith("data:")) continue;
+        const data = line.slice(5).trim();
+        if (data === "[DONE]") return;
+        yield JSON.parse(data);
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}

@@ -1,0 +1,197 @@
+// What all pages are made of. Foreign text becomes text nodes only: nothing here makes markup of a string.
+
+import { html, useEffect, useLayoutEffect, useRef, useState } from "./vendor/preact-htm.js";
+
+// ------------------------------------------------------------ words
+
+export const count = (value) => (value ?? 0).toLocaleString("en");
+
+export function bytes(value) {
+  if (value === null || value === undefined) return "–";
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let size = value;
+  let unit = 0;
+  while (size >= 1000 && unit < units.length - 1) [size, unit] = [size / 1000, unit + 1];
+  return `${unit && size < 10 ? size.toFixed(1) : Math.round(size)} ${units[unit]}`;
+}
+
+export function lasted(ms) {
+  if (ms === null || ms === undefined) return "–";
+  if (ms < 1000) return `${Math.round(ms)} ms`;
+  if (ms < 60_000) return `${(ms / 1000).toFixed(1)} s`;
+  return ms < 3_600_000 ? `${Math.round(ms / 60_000)} min` : `${(ms / 3_600_000).toFixed(1)} h`;
+}
+
+export const ago = (ms) => (ms ? `${lasted(Math.max(0, Date.now() - ms))} ago` : "–");
+export const clock = (ms) => (ms ? new Date(ms).toLocaleString("en-GB") : "–");
+
+// ------------------------------------------------------------ saying things
+
+let tell = () => {};
+let number = 0;
+
+export const say = (text) => tell(text);
+
+export function Said() {
+  const [lines, setLines] = useState([]);
+  tell = (text) => {
+    const id = ++number;
+    setLines((now) => [...now.slice(-2), { id, text }]);
+    setTimeout(() => setLines((now) => now.filter((line) => line.id !== id)), 6000);
+  };
+  return html`<div class="said" role="status" aria-live="polite">
+    ${lines.map((line) => html`<div key=${line.id}>${line.text}</div>`)}
+  </div>`;
+}
+
+export const Problem = ({ error }) =>
+  error ? html`<p class="problem" role="alert">${error.message}${error.code ? html` <code>${error.code}</code>` : ""}</p>` : null;
+
+// ------------------------------------------------------------ asking again and again
+
+// Asks now and then as long as the page is seen. What was known stays while an answer fails.
+export function usePoll(ask, ms, deps = []) {
+  const [state, setState] = useState({ value: null, error: null });
+  const again = useRef(() => {});
+  useEffect(() => {
+    const abort = new AbortController();
+    let timer = 0;
+    let round = 0;
+    async function look() {
+      clearTimeout(timer);
+      const own = ++round;
+      if (!document.hidden) {
+        try {
+          const value = await ask(abort.signal);
+          if (!abort.signal.aborted && own === round) setState({ value, error: null });
+        } catch (error) {
+          if (abort.signal.aborted) return;
+          if (own === round) setState((now) => ({ ...now, error }));
+        }
+      }
+      if (ms && own === round && !abort.signal.aborted) timer = setTimeout(look, ms);
+    }
+    const seen = () => document.hidden || look();
+    document.addEventListener("visibilitychange", seen);
+    again.current = look;
+    look();
+    return () => {
+      abort.abort();
+      clearTimeout(timer);
+      document.removeEventListener("visibilitychange", seen);
+    };
+  }, deps);
+  return { ...state, again: () => again.current() };
+}
+
+// A button that does something at the gateway: it waits for that, and says what came of it.
+export function Act({ does, children, label, kind = "", disabled = false, done, after }) {
+  const [busy, setBusy] = useState(false);
+  async function run() {
+    setBusy(true);
+    try {
+      const result = await does();
+      if (done && result !== false) say(typeof done === "function" ? done(result) : done);
+    } catch (error) {
+      if (error.name !== "AbortError") say(error.reasons?.length ? `${error.message} — ${error.reasons.join("; ")}` : error.message);
+    } finally {
+      setBusy(false);
+      after?.();
+    }
+  }
+  return html`<button type="button" class=${kind} aria-label=${label} disabled=${busy || disabled} aria-busy=${busy} onClick=${run}>${children}</button>`;
+}
+
+// ------------------------------------------------------------ dialogs
+
+export function Dialog({ title, onClose, children }) {
+  const ref = useRef(null);
+  useLayoutEffect(() => {
+    const dialog = ref.current;
+    if (!dialog.open) dialog.showModal();
+    return () => dialog.close();
+  }, []);
+  return html`<dialog ref=${ref} aria-label=${title} onCancel=${onClose} onClose=${onClose}>
+    <div class="row"><h2 class="grow">${title}</h2><button type="button" onClick=${onClose}>Close</button></div>
+    ${children}
+  </dialog>`;
+}
+
+let ask = async () => false;
+
+// Resolves to whether the operator confirms.
+export const confirmed = (question, verb) => ask(question, verb);
+
+export function Confirm() {
+  const [open, setOpen] = useState(null);
+  ask = (question, verb) => new Promise((resolve) => setOpen({ question, verb, resolve }));
+  if (!open) return null;
+  const end = (answer) => {
+    open.resolve(answer);
+    setOpen(null);
+  };
+  return html`<${Dialog} title=${open.verb} onClose=${() => end(false)}>
+    <p>${open.question}</p>
+    <div class="row end"><button type="button" class="danger" onClick=${() => end(true)}>${open.verb}</button></div>
+  <//>`;
+}
+
+// ------------------------------------------------------------ tables
+
+const ROW = 40; // px, as `th, td` of style.css
+const SPARE = 8; // rows made above and below what is seen
+
+// A table of any length: only the rows that are seen are made. columns: [{ title, of, kind }].
+export function Table({ name, columns, rows, id, selected }) {
+  const ref = useRef(null);
+  const [seen, setSeen] = useState({ top: 0, height: 800 });
+  useEffect(() => {
+    const box = ref.current;
+    const look = () => setSeen({ top: box.scrollTop, height: box.clientHeight || 800 });
+    box.addEventListener("scroll", look, { passive: true });
+    const watch = new ResizeObserver(look);
+    watch.observe(box);
+    look();
+    return () => {
+      box.removeEventListener("scroll", look);
+      watch.disconnect();
+    };
+  }, []);
+  const first = Math.max(0, Math.min(Math.floor(seen.top / ROW) - SPARE, rows.length - 1));
+  const last = Math.min(rows.length, Math.ceil((seen.top + seen.height) / ROW) + SPARE);
+  const space = (num) => (num > 0 ? html`<tr class="space" aria-hidden="true"><td colspan=${columns.length} style=${{ height: `${num * ROW}px` }}></td></tr>` : null);
+  return html`<div class="scroll virtual" ref=${ref} tabindex="0" role="region" aria-label=${name}>
+    <table aria-rowcount=${rows.length + 1}>
+      <caption class="hidden">${name}, ${count(rows.length)} rows</caption>
+      <thead><tr aria-rowindex="1">${columns.map((column) => html`<th scope="col" class=${column.kind}>${column.title}</th>`)}</tr></thead>
+      <tbody>
+        ${space(first)}
+        ${rows.slice(first, last).map((row, place) => html`<tr key=${id(row)} aria-rowindex=${first + place + 2} aria-selected=${selected === id(row) ? "true" : undefined}>
+          ${columns.map((column) => html`<td class=${column.kind}>${column.of(row)}</td>`)}
+        </tr>`)}
+        ${space(rows.length - last)}
+      </tbody>
+    </table>
+  </div>`;
+}
+
+export const Cut = ({ text }) => html`<span class="cut" title=${text}>${text}</span>`;
+
+export function Share({ used, total, label }) {
+  const part = total ? Math.max(0, Math.min(1, used / total)) : 0;
+  return html`<span class="row"><span class="bar" aria-hidden="true"><span style=${{ width: `${part * 100}%` }}></span></span>
+    <span>${total ? `${Math.round(part * 100)} %` : "–"}<span class="hidden"> ${label}</span></span></span>`;
+}
+
+const GOOD = new Set(["ready", "resident", "completed", "assigned", "host"]);
+const BAD = new Set(["failed", "lost", "expired"]);
+export const State = ({ of }) => html`<span class=${`tag ${GOOD.has(of) ? "good" : BAD.has(of) ? "bad" : "warn"}`}>${of === "assigned" ? "running" : of.replaceAll("_", " ")}</span>`;
+
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    say("Copied.");
+  } catch {
+    say("The browser does not let this page copy; mark the text.");
+  }
+}
