@@ -30,6 +30,7 @@ from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.private_files import private_folder
+from protocol.runtime.release import RELEASE
 from protocol.runtime.service import unending, wait_any
 from protocol.runtime.settings import Settings
 from protocol.wire.adapter_refs import Policy
@@ -146,6 +147,7 @@ class Store:
         """Return the fields that `/health` shows."""
         return {
             "status": "ok",
+            "version": RELEASE,
             "sid": self.sid,
             "base": self.base.name if self.base else None,
             "num_names": len(self.catalogue.aliases),

@@ -26,6 +26,7 @@ from gateway.auth.authentication import is_loopback
 from gateway.batches.batches import BatchService
 from gateway.batches.routes import BatchEndpoints
 from gateway.batches.runner import BatchMeans, BatchPace, BatchRunner
+from gateway.books.audit_routes import AuditEndpoints
 from gateway.books.usage_routes import UsageEndpoints
 from gateway.calls import observe
 from gateway.calls.pipeline import Pipeline
@@ -156,6 +157,7 @@ async def _serve(
             ConversationEndpoints(conversations),
             WebhookRoutes(WebhookService(bus, outside, sender, secret)),
             RequestEndpoints(endpoints, pipeline), FleetEndpoints(bus, settings), UsageEndpoints(bus.usage),
+            AuditEndpoints(bus.audit),
             settings, admission, memory, keys, secret,
         )  # fmt: skip
         means = BatchMeans(bus, replies.gid, uploads, storage, settings, inner, timings.batches)

@@ -10,8 +10,8 @@ from datetime import datetime
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.embedded import with_queue
 from lorafleet.tables import print_list
+from protocol.queue.audit import from_command_line
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
-from protocol.queue.dead_letters import DeadLetters
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import PermissionDenied, Unavailable
@@ -39,10 +39,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _with_letters(settings: Settings, args: argparse.Namespace) -> int:
-    do: Callable[[DeadLetters, Settings, argparse.Namespace], Awaitable[None]] = args.do
+    do: Callable[[Bus, Settings, argparse.Namespace], Awaitable[None]] = args.do
     bus = Bus(settings.queue_url())
     try:
-        await do(bus.dead_letters, settings, args)
+        await do(bus, settings, args)
     except CONNECTION_ERRORS as error:
         raise Unavailable(f"no queue answers at {settings.redis_url}: {error}") from error
     except QueueError as error:
@@ -52,9 +52,9 @@ async def _with_letters(settings: Settings, args: argparse.Namespace) -> int:
     return 0
 
 
-async def _list(letters: DeadLetters, _: Settings, args: argparse.Namespace) -> None:
+async def _list(bus: Bus, _: Settings, args: argparse.Namespace) -> None:
     rows: list[list[str]] = []
-    for letter_id, letter in await letters.newest(args.limit):
+    for letter_id, letter in await bus.dead_letters.newest(args.limit):
         sub = letter.submit
         rid, digest = (sub.rid, sub.digest[:12] or "base") if sub else ("", letter.stream)
         num_tokens, num_deaths = str(letter.num_output_tokens), str(len(letter.deaths))
@@ -62,8 +62,8 @@ async def _list(letters: DeadLetters, _: Settings, args: argparse.Namespace) -> 
     print_list(("id", "when", "request", "adapter", "tokens", "deaths", "why"), rows, "no dead letters")
 
 
-async def _show(letters: DeadLetters, _: Settings, args: argparse.Namespace) -> None:
-    letter = await letters.get(args.letter)
+async def _show(bus: Bus, _: Settings, args: argparse.Namespace) -> None:
+    letter = await bus.dead_letters.get(args.letter)
     lines = [f"{args.letter}  {_time(letter.ms)}", f"why       {letter.reason}"]
     if letter.stream:
         lines += [f"stream    {letter.stream}", f"message   {letter.raw[:400]!r}"]
@@ -78,9 +78,10 @@ async def _show(letters: DeadLetters, _: Settings, args: argparse.Namespace) -> 
     print("\n".join([*lines, *(_told(death) for death in letter.deaths)]))
 
 
-async def _retry(letters: DeadLetters, settings: Settings, args: argparse.Namespace) -> None:
+async def _retry(bus: Bus, settings: Settings, args: argparse.Namespace) -> None:
     for letter_id in args.letters:
-        rid = await letters.retry(letter_id, settings.request_timeout_s)
+        rid = await bus.dead_letters.retry(letter_id, settings.request_timeout_s)
+        await bus.audit.note(from_command_line("dead_letter.retry", letter_id, rid))
         print(f"{letter_id}: {rid} is queued again")
 
 

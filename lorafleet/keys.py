@@ -15,7 +15,8 @@ from rich.console import Console
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.embedded import with_queue
 from lorafleet.tables import print_list
-from protocol.queue.api_keys import SCOPES, ApiKeys, Tenant
+from protocol.queue.api_keys import SCOPES, Tenant
+from protocol.queue.audit import from_command_line
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError, now_ms
 from protocol.runtime.settings import Settings, names_of
 from protocol.wire.errors import BadRequest, PermissionDenied, Unavailable
@@ -66,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _with_keys(settings: Settings, args: argparse.Namespace) -> int:
-    do: Callable[[ApiKeys, argparse.Namespace], Awaitable[None]] = args.do
+    do: Callable[[Bus, argparse.Namespace], Awaitable[None]] = args.do
     bus = Bus(settings.queue_url())
     try:
-        await do(bus.api_keys, args)
+        await do(bus, args)
     except CONNECTION_ERRORS as error:
         raise Unavailable(f"no queue answers at {settings.redis_url}: {error}") from error
     except QueueError as error:
@@ -79,19 +80,24 @@ async def _with_keys(settings: Settings, args: argparse.Namespace) -> int:
     return 0
 
 
-async def _create(keys: ApiKeys, args: argparse.Namespace) -> None:
+async def _create(bus: Bus, args: argparse.Namespace) -> None:
+    keys = bus.api_keys
     changes: dict[str, Any] = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
     if args.visible is not None:
         changes["adapters"] = names_of(args.visible)
     expires_ms = expiry_ms(args.expires)
     if changes:
         await keys.set_tenant(msgspec.structs.replace(await keys.tenant(args.tenant), **changes))
+        limits = " ".join(f"{name}={value}" for name, value in changes.items())
+        await bus.audit.note(from_command_line("tenant.change", args.tenant, limits))
     secret, key = await keys.create(args.tenant, names_of(args.scopes), expires_ms, args.note)
+    detail = f"{key.id} scopes={','.join(key.scopes)} expires={args.expires}"
+    await bus.audit.note(from_command_line("key.create", key.tenant, detail))
     print(secret)
     Console(stderr=True).print(f"{key.id} of {key.tenant}, {_scopes(key.scopes)}; it will not be shown again")
 
 
-async def _list(keys: ApiKeys, _: argparse.Namespace) -> None:
+async def _list(bus: Bus, _: argparse.Namespace) -> None:
     columns = (
         "id", "tenant", "scopes", "created", "expires", "requests/min", "tokens/min", "at once", "bytes", "weight",
         "adapters", "note",
@@ -99,13 +105,14 @@ async def _list(keys: ApiKeys, _: argparse.Namespace) -> None:
     rows = [
         [key.id, key.tenant, _scopes(key.scopes), _time(key.created_ms), _expiry(key.expires_ms), *_limits(tenant),
          f"{tenant.weight:g}", " ".join(tenant.adapters), key.note]
-        for key, tenant in await keys.all()
+        for key, tenant in await bus.api_keys.all()
     ]  # fmt: skip
     print_list(columns, rows, "no keys", width=160)
 
 
-async def _revoke(keys: ApiKeys, args: argparse.Namespace) -> None:
-    key = await keys.revoke(args.key)
+async def _revoke(bus: Bus, args: argparse.Namespace) -> None:
+    key = await bus.api_keys.revoke(args.key)
+    await bus.audit.note(from_command_line("key.revoke", key.id, f"of {key.tenant}"))
     print(f"{key.id} of {key.tenant} is revoked; its running requests continue")
 
 

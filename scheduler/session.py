@@ -18,6 +18,7 @@ from heapq import nlargest
 
 from protocol.metrics import series as metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
+from protocol.runtime.release import RELEASE
 from protocol.runtime.service import unending, wait_any
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -292,6 +293,7 @@ class Session:
             waiting_adapters=_most(scheduler.backlog.by_digest),
             sent_ms=now_ms(),
             knows=sorted({name for worker in workers for name in worker.knows}),
+            version=RELEASE,
         )
         await self._bus.set(self._bus.keys.status, status, STATUS_TTL_MS)
 

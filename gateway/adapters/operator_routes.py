@@ -16,6 +16,7 @@ from gateway.adapters.memory import Freed
 from gateway.adapters.operations import AdapterOperations, Unloaded, Wanted
 from gateway.auth.callers import caller_of
 from gateway.bodies.parameter_check import JsonBody
+from gateway.books.audit import AuditedRoute, about
 from gateway.http import openapi
 from gateway.http.routes import json_response
 from protocol.wire.errors import BadRequest, Conflict, NotFound, Unavailable
@@ -80,6 +81,7 @@ class OperatorEndpoints:
     async def register(self, body: RegisterRequest, request: Request) -> Response:
         """Answer 201 once a new name is served, 200 if it was registered, 202 if it is not served within `wait_s`."""
         caller = caller_of(request)
+        about(request, body.name, f"source={body.source} replace={body.replace} pin={body.pin}")
         tenant = caller.namespace(body.tenant)
         if body.pin and tenant:
             raise BadRequest("only an adapter for everybody can be pinned", param="pin")
@@ -141,6 +143,7 @@ class OperatorEndpoints:
         if not body.lora_name or not body.lora_path:
             raise BadRequest("Both 'lora_name' and 'lora_path' must be provided.")
         caller = caller_of(request)
+        about(request, body.lora_name, f"source={body.lora_path} replace={body.load_inplace}")
         tenant = caller.namespace(None)
         if not body.load_inplace and await self._operations.is_registered(body.lora_name, tenant):
             raise BadRequest(
@@ -161,6 +164,7 @@ class OperatorEndpoints:
         """Unload an adapter, as vLLM's route of this path does."""
         if not body.lora_name:
             raise BadRequest("'lora_name' needs to be provided to unload a LoRA adapter.")
+        about(request, body.lora_name)
         try:
             caller = caller_of(request)
             owner = caller.namespace(None)
@@ -180,6 +184,7 @@ class OperatorEndpoints:
 
 def add_operator_routes(app: FastAPI, endpoints: OperatorEndpoints) -> None:
     """Bind paths to handlers."""
+    app.router.route_class = AuditedRoute
     app.get("/v1/adapters", responses=openapi.PAGE)(endpoints.list)
     app.post("/v1/adapters", responses=openapi.REGISTERED)(endpoints.register)
     for what, handler in (

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.auth.callers import CALLER, EVERYBODY, Caller
 from gateway.http.errors import ShapeOf, unreachable_queue
 from gateway.http.headers import header_of
-from gateway.http.paths import CONSOLE, DEAD_LETTERS, FLEET, KEYS, OLLAMA_PREFIX, PING, TENANTS, WORKERS
+from gateway.http.paths import AUDIT, CONSOLE, DEAD_LETTERS, FLEET, KEYS, OLLAMA_PREFIX, PING, TENANTS, WORKERS
 from protocol.queue.api_keys import PREFIX, ApiKeys
 from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.runtime.fleet_secret import FleetSecret
@@ -30,7 +30,7 @@ METRICS, API_PAGE = "/metrics", "/openapi.json"
 fleet's."""
 
 
-OPERATOR_PATHS = tuple(f"{path}/" for path in (WORKERS, DEAD_LETTERS, KEYS, TENANTS))
+OPERATOR_PATHS = tuple(f"{path}/" for path in (WORKERS, DEAD_LETTERS, KEYS, TENANTS, AUDIT))
 """They, and what is below them, need the scope `admin`."""
 
 
@@ -83,7 +83,7 @@ class Authentication:
         if found is None:
             raise Unauthorized(f"the API key {_shown(key)} is not known here, has expired, or was revoked")
         api_key, tenant = found
-        caller = Caller(tenant, api_key.scopes, token, self._secret)
+        caller = Caller(tenant, api_key.scopes, api_key.id, token, self._secret)
         check_scopes(method, path, caller)
         return caller
 

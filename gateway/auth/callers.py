@@ -26,6 +26,7 @@ class Caller:
 
     tenant: Tenant | None = None  # None: there are no keys
     scopes: Sequence[str] = SCOPES
+    key_id: str = ""  # of its API key; "" without keys
     token: str = field(default="", repr=False)  # for the source of an adapter
     secret: FleetSecret | None = field(default=None, repr=False)  # of the fleet, which hashes tokens with it
     headers: dict[str, str] = field(default_factory=dict)  # of the response, about limits; filled on submission

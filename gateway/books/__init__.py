@@ -1,1 +1,1 @@
-"""The fleet's books: what tenants have used."""
+"""The fleet's books: what tenants have used, and who did what."""

@@ -25,6 +25,7 @@ from gateway.batches.calls import InnerCalls
 from gateway.batches.routes import BatchEndpoints, add_batch_routes
 from gateway.bodies.fields import REQUEST_ID
 from gateway.bodies.parameter_check import IGNORED_HEADER
+from gateway.books.audit_routes import AuditEndpoints, add_audit_routes
 from gateway.books.usage_routes import UsageEndpoints, add_usage_routes
 from gateway.calls import observe
 from gateway.calls.trace import TRACE_OF, CallTrace
@@ -88,6 +89,7 @@ def build_app(
     requests: RequestEndpoints,
     fleet: FleetEndpoints,
     usage: UsageEndpoints,
+    audit: AuditEndpoints,
     settings: Settings,
     admission: Admission,
     memory: MemoryAccount,
@@ -100,6 +102,7 @@ def build_app(
     """
     app = FastAPI(title="Lorafleet", docs_url=None, redoc_url=None, responses=openapi.OPENAI)
     app.state.settings = settings
+    app.state.audit = audit.log
     add_handlers(app, shape_of)
     add_routes(app, endpoints)
     add_native_routes(app, native)
@@ -117,6 +120,7 @@ def build_app(
     add_fleet_routes(app, fleet)
     add_usage_routes(app, usage)
     add_console(app, ConsolePages())
+    add_audit_routes(app, audit)
     bodies = LargeBodies(DirectCalls(app, shape_of), shape_of)
     charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)
     authentication = Authentication(charged, keys, shape_of, secret, open_pages=settings.open_pages)

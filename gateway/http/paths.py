@@ -41,6 +41,7 @@ FILES, BATCHES, WEBHOOKS = "/v1/files", "/v1/batches", "/v1/webhook_endpoints"
 REQUESTS = "/v1/requests"
 
 WORKERS, DEAD_LETTERS, KEYS, TENANTS = "/v1/workers", "/v1/dead_letters", "/v1/keys", "/v1/tenants"
+AUDIT = "/v1/audit"
 """They, and what is below them, are for operators alone."""
 
 CONSOLE = "/console"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Coroutine
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import orjson
@@ -28,6 +27,7 @@ from gateway.http.shapes import speaks_anthropic
 from gateway.openai.bodies import AnyRequest, ChatRequest, CompletionRequest
 from gateway.openai.calls import OpenAICalls
 from gateway.overload.admission import Admission
+from protocol.runtime.release import RELEASE
 from protocol.wire.errors import BadRequest, ModelNotFound, Unavailable
 from protocol.wire.messages import SchedulerStatus
 
@@ -160,7 +160,7 @@ class Endpoints:
 
     async def version(self) -> Response:
         """Answer vLLM's `/version`."""
-        return json_response({"version": version("lorafleet")})
+        return json_response({"version": RELEASE})
 
     async def load(self) -> Response:
         """Answer vLLM's `/load`."""

@@ -7,7 +7,8 @@ from typing import Annotated
 from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
-from gateway.bodies.json_bodies import JsonRoute, json_response
+from gateway.bodies.json_bodies import json_response
+from gateway.books.audit import AuditedRoute, about
 from gateway.http import openapi
 from gateway.http.paths import DEAD_LETTERS, KEYS, TENANTS, WORKERS
 from gateway.operators.keys import KeyAdministration, KeyRequest, TenantChange
@@ -73,7 +74,11 @@ class FleetEndpoints:
 
     async def create_key(self, body: KeyRequest, request: Request) -> Response:
         """Answer 201 with a new key and, this once, its secret."""
-        return json_response(await self._keys.create(body), 201)
+        asked = f"scopes={','.join(body.scopes)} expires_in_s={body.expires_in_s}"
+        about(request, body.tenant, asked)
+        made = await self._keys.create(body)
+        about(request, body.tenant, f"{made['id']} {asked}")
+        return json_response(made, 201)
 
     async def revoke_key(self, key_id: str) -> Response:
         """Revoke a key: every gateway refuses its next request."""
@@ -85,12 +90,13 @@ class FleetEndpoints:
 
     async def change_tenant(self, name: str, body: TenantChange, request: Request) -> Response:
         """Set limits of a tenant; what is left out stays."""
+        about(request, name, " ".join(f"{key}={value}" for key, value in body.model_dump(exclude_none=True).items()))
         return json_response(await self._keys.change(name, body))
 
 
 def add_fleet_routes(app: FastAPI, fleet: FleetEndpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = JsonRoute
+    app.router.route_class = AuditedRoute
     app.get(WORKERS, responses=openapi.PAGE)(fleet.workers)
     app.post(f"{WORKERS}/{{name}}/drain", responses=openapi.WORKER)(fleet.drain)
     app.post(f"{WORKERS}/{{name}}/resume", responses=openapi.WORKER)(fleet.resume)

@@ -9,7 +9,8 @@ from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
 from gateway.auth.callers import Caller, caller_of
-from gateway.bodies.json_bodies import JsonRoute, json_response
+from gateway.bodies.json_bodies import json_response
+from gateway.books.audit import AuditedRoute
 from gateway.calls import observe
 from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
@@ -92,7 +93,7 @@ class RequestEndpoints:
 
 def add_request_routes(app: FastAPI, requests: RequestEndpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = JsonRoute
+    app.router.route_class = AuditedRoute
     app.get(REQUESTS, responses=openapi.PAGE)(requests.list)
     app.post(f"{REQUESTS}/{{request_id}}/cancel", responses=openapi.CANCELLED)(requests.cancel)
     app.get(f"{REQUESTS}/{{request_id}}", responses=openapi.EXPLAINED)(requests.explain)

@@ -9,6 +9,7 @@ from gpu_worker.engine.request import EngineRequest, EngineStats
 from gpu_worker.service.outbox import Outbox
 from gpu_worker.service.owned import OwnedRequest
 from protocol.queue.bus import Entry, decode, now_ms
+from protocol.runtime.release import RELEASE
 from protocol.wire import messages as m
 from protocol.wire.errors import ProtocolError
 from protocol.wire.messages.requests import KNOWN_FIELDS
@@ -110,4 +111,5 @@ def worker_beat(name: str, stats: EngineStats, outbox: Outbox, *, publish_s: flo
         draining=draining,
         sent_ms=now_ms(),
         knows=KNOWN_FIELDS,
+        version=RELEASE,
     )

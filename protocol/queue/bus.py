@@ -13,6 +13,7 @@ import msgspec
 
 from protocol.queue.adapters import Adapters
 from protocol.queue.api_keys import ApiKeys
+from protocol.queue.audit import AuditLog
 from protocol.queue.batches import Batches
 from protocol.queue.calls import Input, most_log_bytes, packed_bodies, sealed_bodies
 from protocol.queue.conversations import MAX_TURNS, Conversations
@@ -26,6 +27,7 @@ from protocol.queue.redis_client import CONNECTION_ERRORS, MemoryFull, QueueErro
 from protocol.queue.request_lists import RequestLists
 from protocol.queue.request_records import record_of
 from protocol.queue.scripts import FOLDER, Scripts
+from protocol.queue.server import Server
 from protocol.queue.steps import Refused, Step, StepRow, refused_rows, step_args
 from protocol.queue.streams import Entry, Streams
 from protocol.queue.usage import Usage
@@ -75,6 +77,8 @@ class Bus:
         self.conversations = Conversations(self._redis, self.keys, self._scripts, seal)
         self.webhooks = Webhooks(self._redis, self.keys, self._scripts)
         self.api_keys = ApiKeys(self._redis, self.keys)
+        self.server = Server(self._redis)
+        self.audit = AuditLog(self._redis, self.keys, self._scripts)
         self.usage = Usage(self._redis, self.keys)
         self.dead_letters = DeadLetters(self._redis, self.keys, self._scripts)
         self.request_lists = RequestLists(self._redis, self.keys)

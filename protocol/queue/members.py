@@ -103,6 +103,12 @@ class Members:
         raws = await read_many(self._redis, [self._keys.gateway_beat(gid) for gid in gids])
         return {gid: raw is not None for gid, raw in zip(gids, raws, strict=True)}
 
+    async def gateway_urls(self) -> tuple[str, ...]:
+        """Return the addresses of the gateways that are alive."""
+        gids = await self.ids(self._keys.gateways)
+        raws = await read_many(self._redis, [self._keys.gateway_beat(gid) for gid in gids])
+        return tuple(sorted(raw.decode() for raw in raws if raw))
+
     async def store_urls(self) -> tuple[str, ...]:
         """Return the addresses of the adapter stores that are alive."""
         sids = await self.ids(self._keys.stores, MAX_STORE_SILENCE_MS)

@@ -64,7 +64,7 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
                 k.adapter_events, k.file("*"), k.files("*"), k.file_expiry, k.batch("*"), k.batches("*"),
                 k.open_batches, k.conversation("*"), k.conversations("*"), k.turns, k.webhooks, k.events,
                 k.event_cursor, k.deliveries, k.delivery_times, k.waiting_deliveries("*"), k.undelivered("*"),
-                k.sender, k.dlq, *(administered if console_keys else ()),
+                k.sender, k.dlq, k.audit, k.tenants_audit, *(administered if console_keys else ()),
             ),
             reads=(
                 *(() if console_keys else administered), k.ended, k.adapters, k.adapter("*"), k.adapter_use("*"),
@@ -105,7 +105,7 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
                 k.status, k.workers, k.worker_beat("*"), k.gateways, k.gateway_beat("*"), k.stores, k.store_beat("*"),
                 k.base, k.work("*"), k.out("*"),
             ),
-            adds=(*answers, k.body("*"), k.sub("*")),  # what it retries lives longer
+            adds=(*answers, k.body("*"), k.sub("*"), k.audit),  # what it retries lives longer
         ),
     }  # fmt: skip
 

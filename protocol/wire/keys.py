@@ -233,6 +233,17 @@ class Keys:
         """Hash: digest -> ms for which workers had it in their pools on a day, all workers together."""
         return f"{self.tag}:resident:{day}"
 
+    # Who did what. Permanent, MAXLEN.
+    @property
+    def audit(self) -> str:
+        """Stream: `audit.AuditEntry`, what operators have done."""
+        return f"{self.namespace}:audit"
+
+    @property
+    def tenants_audit(self) -> str:
+        """Stream: `audit.AuditEntry`, what tenants have done with their adapters."""
+        return f"{self.namespace}:audit:tenants"
+
     # API keys. Permanent.
     @property
     def api_keys(self) -> str:
@@ -335,7 +346,7 @@ class Keys:
             self.ended, self.workers, self.gateways, self.stores, self.leader_epoch,
             self.base, self.adapters, self.registrations, self.pins, self.adapter_events, self.api_keys, self.tenants,
             self.file_expiry, self.open_batches, self.webhooks, self.events, self.event_cursor, self.deliveries,
-            self.delivery_times, self.turns,
+            self.delivery_times, self.turns, self.audit, self.tenants_audit,
             *(self.sub(c) for c in CLASSES),
         }  # fmt: skip
         return key in fixed or key.startswith(f"{self.namespace}:adapter:")

@@ -39,10 +39,18 @@ def test_a_letter_is_listed_shown_and_retried(
     assert "3 in the prompt, 2 of at most 8 made" in shown
     assert main(["dlq", "retry", letter_id, *flags]) == 0
     assert "a-0 is queued again" in capsys.readouterr().out
+    assert asyncio.run(audited(queue_server)) == [("cli", "dead_letter.retry", letter_id)]
     assert main(["dlq", "list", *flags]) == 0
     assert "no dead letters" in capsys.readouterr().out
     assert main(["dlq", "retry", letter_id, *flags]) == 2
     assert "was retried" in capsys.readouterr().err
+
+
+async def audited(server: EmbeddedServer) -> list[tuple[str, str, str]]:
+    bus = Bus(server.url)
+    found = [(entry.who, entry.action, entry.target) for _, entry in await bus.audit.newest(10)]
+    await bus.close()
+    return found
 
 
 @pytest.mark.parametrize("guarded", [True, False])

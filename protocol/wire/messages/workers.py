@@ -93,6 +93,7 @@ class WorkerBeat(Wire, frozen=True):
     draining: bool = False
     sent_ms: int = 0
     knows: list[str] = []  # `requests.KNOWN_FIELDS` of its version
+    version: str = ""  # of its program
 
 
 class SchedulerStatus(Wire, frozen=True):
@@ -113,3 +114,4 @@ class SchedulerStatus(Wire, frozen=True):
     running_adapters: list[str] = []  # digests of the adapters with most requests on workers, at most 64
     waiting_adapters: list[str] = []  # the same of requests that wait
     knows: list[str] = []  # of `WorkerBeat`: those of the worker that knows most
+    version: str = ""  # of its program

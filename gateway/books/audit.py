@@ -1,0 +1,92 @@
+"""Who did what: a route class that notes each action of operators, and of tenants with their adapters.
+
+Every module of such routes sets it once. What an action is called, and which routes are actions, says `ACTIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gateway.auth.callers import caller_of
+from gateway.bodies.json_bodies import JsonRoute
+from protocol.queue.audit import MAX_TEXT, AuditEntry, AuditLog
+from protocol.wire.codec import now_ms
+from protocol.wire.errors import LorafleetError
+
+CANCEL = "request.cancel"
+"""Noted of operators alone: what tenants end is their own."""
+
+ACTIONS = {
+    "POST /v1/adapters": "adapter.register",
+    "DELETE /v1/adapters/{name:path}": "adapter.unload",
+    "POST /v1/adapters/{name:path}/preload": "adapter.preload",
+    "POST /v1/adapters/{name:path}/pin": "adapter.pin",
+    "POST /v1/adapters/{name:path}/unpin": "adapter.unpin",
+    "POST /v1/adapters/{name:path}/evict": "adapter.evict",
+    "POST /v1/adapters/{name:path}/refresh": "adapter.refresh",
+    "POST /v1/load_lora_adapter": "adapter.register",
+    "POST /v1/unload_lora_adapter": "adapter.unload",
+    "POST /v1/workers/{name}/drain": "worker.drain",
+    "POST /v1/workers/{name}/resume": "worker.resume",
+    "POST /v1/dead_letters/{letter_id}/retry": "dead_letter.retry",
+    "POST /v1/keys": "key.create",
+    "DELETE /v1/keys/{key_id}": "key.revoke",
+    "POST /v1/tenants/{name}": "tenant.change",
+    "POST /v1/requests/{request_id}/cancel": CANCEL,
+}
+"""Method and path of a route -> what it does."""
+
+_ABOUT = "lorafleet.audit"
+"""Key of an ASGI scope under which a handler leaves what its body names."""
+
+
+class AuditedRoute(JsonRoute):
+    """A route whose calls are noted with their outcome, if it is one of `ACTIONS`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the handler."""
+        handler = super().get_route_handler()
+        action = next((ACTIONS[name] for name in names_of(self) if name in ACTIONS), "")
+        if not action:
+            return handler
+
+        async def handle(request: Request) -> Response:
+            try:
+                response = await handler(request)
+            except LorafleetError as error:
+                await _note(request, action, error.code or str(error.status))
+                raise
+            await _note(request, action, "done" if response.status_code < 400 else str(response.status_code))
+            return response
+
+        return handle
+
+
+def names_of(route: JsonRoute) -> list[str]:
+    """Return the method and path of a route, as in `ACTIONS`."""
+    return [f"{method} {route.path}" for method in sorted(route.methods or ())]
+
+
+def about(request: Request, target: str, detail: str = "") -> None:
+    """Tell what an action is done to, where the path does not say it."""
+    request.scope[_ABOUT] = (target, detail)
+
+
+async def _note(request: Request, action: str, outcome: str) -> None:
+    caller = caller_of(request)
+    if action == CANCEL and not caller.is_admin:
+        return
+    target, detail = request.scope.get(_ABOUT, ("", ""))
+    target = target or " ".join(map(str, request.path_params.values()))
+    client = request.scope.get("client")
+    log: AuditLog = request.app.state.audit
+    await log.note(
+        AuditEntry(
+            now_ms(), caller.key_id, caller.name, str(client[0]) if client else "", action, target[:MAX_TEXT],
+            (detail or str(request.query_params))[:MAX_TEXT], outcome, caller.is_admin,
+        )
+    )  # fmt: skip

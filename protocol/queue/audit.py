@@ -1,0 +1,93 @@
+"""What operators have done, and tenants with adapters: a bounded list, the newest first, and a log line for each.
+
+Operators and tenants have lists of their own, so that no tenant can push out what an operator did.
+"""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import re
+import socket
+
+from protocol.queue.redis_client import CONNECTION_ERRORS, Client, QueueError
+from protocol.queue.scripts import Scripts
+from protocol.wire import messages as m
+from protocol.wire.codec import decode, now_ms
+from protocol.wire.errors import BadRequest
+from protocol.wire.keys import Keys
+
+logger = logging.getLogger(__name__)
+
+MAX_ENTRIES = 10_000
+"""Most entries of each list; older ones go."""
+
+MAX_TEXT = 300
+"""Longest text of an entry, in characters."""
+
+CLI = "cli"
+"""Who acts at the command line, where the queue's password stands for a key."""
+
+_ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
+
+
+class AuditEntry(m.Wire, frozen=True):
+    """One action."""
+
+    ms: int  # unix time
+    who: str  # id of the API key; `CLI`; "" without keys
+    tenant: str  # of the key; at the command line the user and the machine
+    address: str  # that the call came from; "" at the command line
+    action: str  # as "adapter.pin"
+    target: str  # what it was done to: a name or an id
+    detail: str  # what else was asked for
+    outcome: str  # "done", or the code of the error
+    by_operator: bool
+
+
+class AuditLog:
+    """The audit log of a fleet."""
+
+    def __init__(self, client: Client, keys: Keys, scripts: Scripts, max_entries: int = MAX_ENTRIES) -> None:
+        """max_entries: of each list."""
+        self._max = max_entries
+        self._redis = client
+        self._keys = keys
+        self._scripts = scripts
+
+    async def note(self, entry: AuditEntry) -> None:
+        """Add an entry, also while the server's memory is full. Without the queue only the log line is left."""
+        logger.info(
+            "audit: %s %s %s by %s of %s from %s: %s", entry.action, entry.target, entry.detail, entry.who or "anybody",
+            entry.tenant or "nobody", entry.address or "this machine", entry.outcome,
+        )  # fmt: skip
+        stream = self._keys.audit if entry.by_operator else self._keys.tenants_audit
+        try:
+            add = ("XADD", stream, "MAXLEN", "~", self._max, "*", "b", m.encode(entry))
+            await self._scripts.write_vital(self._keys.tag, add)
+        except (*CONNECTION_ERRORS, QueueError) as error:
+            logger.warning("the audit log could not be written: %s", error)
+
+    async def newest(self, limit: int, before: str = "", *, of_tenants: bool = False) -> list[tuple[str, AuditEntry]]:
+        """Return at most `limit` entries with their ids, the newest first, or those before one. Raises BadRequest.
+
+        of_tenants: those of tenants in place of operators.
+        """
+        if before and not _ID.fullmatch(before):
+            raise BadRequest(f"{before!r:.100} is no entry's id, which looks like 1764043172123-0", param="after")
+        stream = self._keys.tenants_audit if of_tenants else self._keys.audit
+        entries = await self._redis.xrevrange(stream, f"({before}" if before else "+", "-", count=limit)
+        return [(entry.decode(), decode(fields[b"b"], AuditEntry)) for entry, fields in entries]
+
+
+def from_command_line(action: str, target: str, detail: str = "", outcome: str = "done") -> AuditEntry:
+    """Return the entry of an action at the command line, by this process's user."""
+    who = f"{_user()}@{socket.gethostname()}"
+    return AuditEntry(now_ms(), CLI, who[:MAX_TEXT], "", action, target[:MAX_TEXT], detail[:MAX_TEXT], outcome, True)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "unknown"

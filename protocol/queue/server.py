@@ -1,0 +1,47 @@
+"""What the queue's server says of itself: for `lorafleet doctor`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from protocol.queue.redis_client import Client
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """The queue's server. Bytes; times in ms."""
+
+    version: str
+    policy: str  # `maxmemory-policy`
+    used_bytes: int
+    max_bytes: int  # 0: no limit
+    appends: bool  # whether it keeps its data in a file (`appendonly`)
+    append_ok: bool  # whether it could write there last
+    role: str  # "master", or a replica's
+    replicas: int
+    answer_ms: float
+    ahead_ms: float  # its clock before this machine's, as far as the time of the answer lets tell
+
+
+class Server:
+    """The server of the queue."""
+
+    def __init__(self, redis: Client) -> None:
+        self._redis = redis
+
+    async def facts(self) -> ServerFacts:
+        """Ask the server. Raises connection errors and QueueError."""
+        info: dict[str, Any] = await self._redis.info()
+        before_s, started_s = time.time(), time.perf_counter()
+        seconds, micros = await self._redis.time()
+        took_s = time.perf_counter() - started_s
+        ahead_s = int(seconds) + int(micros) / 1e6 - (before_s + took_s / 2)
+        name = "valkey" if "valkey_version" in info else "redis"
+        return ServerFacts(
+            f"{name} {info.get(f'{name}_version', '?')}", str(info.get("maxmemory_policy", "")),
+            int(info.get("used_memory", 0)), int(info.get("maxmemory", 0)), bool(info.get("aof_enabled", 0)),
+            info.get("aof_last_write_status", "ok") == "ok", str(info.get("role", "")),
+            int(info.get("connected_slaves", 0)), took_s * 1000, ahead_s * 1000,
+        )  # fmt: skip
