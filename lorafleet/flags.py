@@ -16,12 +16,13 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from lorafleet.launcher import lifeline
+from lorafleet.operate.api import PROFILE_VARIABLE, URL_VARIABLE
 from protocol.runtime.redaction import redact
 from protocol.runtime.settings import CONFIG_VARIABLE, Settings
 from protocol.wire.errors import BadRequest
 
 PREFIX = str(Settings.model_config.get("env_prefix"))
-OTHER_VARIABLES = {CONFIG_VARIABLE, lifeline.VARIABLE, "LORAFLEET_CACHE_DIR"}
+OTHER_VARIABLES = {CONFIG_VARIABLE, lifeline.VARIABLE, "LORAFLEET_CACHE_DIR", URL_VARIABLE, PROFILE_VARIABLE}
 PRECEDENCE = (
     f"Each setting is also a variable {PREFIX}NAME and a line NAME = VALUE of the --config file. "
     "A flag wins over a variable, and a variable over the file."

@@ -18,3 +18,20 @@ def print_list(columns: Sequence[str], rows: Sequence[Sequence[str]], nothing: s
     for row in rows:
         table.add_row(*map(escape, row))
     Console(width=max(width, Console().width)).print(table if rows else nothing)
+
+
+def size_text(num_bytes: int | None) -> str:
+    """Return bytes as people read them, "-" where they are not known."""
+    if num_bytes is None:
+        return "-"
+    size = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def part_text(used: float, total: float) -> str:
+    """Return a part of a whole in percent, "-" where there is no whole."""
+    return f"{100 * used / total:.0f} %" if total else "-"

@@ -160,6 +160,9 @@ def test_a_wrong_value_names_the_variable_or_file_it_is_in(
     monkeypatch.setenv("LORAFLEET_PROT", "1")
     assert "LORAFLEET_PROT: no such setting; did you mean LORAFLEET_PORT?" in error_of(["up", "x/y"], capsys)
     monkeypatch.delenv("LORAFLEET_PROT")
+    monkeypatch.setenv("LORAFLEET_URL", "http://a")  # which commands that ask a fleet read
+    assert "MODEL is missing" in error_of(["up"], capsys)
+    monkeypatch.delenv("LORAFLEET_URL")
     monkeypatch.setenv("LORAFLEET_PORT", "web")
     assert "LORAFLEET_PORT: " in error_of(["up", "x/y"], capsys)
     assert f"{config}: prot: Extra inputs" in error_of(["up", "x/y", "--config", str(config)], capsys)

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from lorafleet.api import Api, add_flags
+from lorafleet.operate.api import Api, add_flags
 from lorafleet.tables import print_list
 
 

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from lorafleet.api import Api, add_flags
+from lorafleet.operate.api import Api, add_flags
 from lorafleet.tables import print_list
 from protocol.wire.errors import Internal
 

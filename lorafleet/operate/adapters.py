@@ -1,0 +1,141 @@
+"""`lorafleet adapters` lists the adapters of a running fleet, and says where they are to be."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lorafleet.operate.api import Api, add_flags, add_json_flag, in_path, print_json
+from lorafleet.tables import print_list, size_text
+
+PATH = "/v1/adapters"
+PAGE = 1000
+ORDERS = {
+    "pin": "keep one in every worker's memory",
+    "unpin": "let one leave workers' memory again",
+    "preload": "have every worker fetch one",
+    "evict": "free what one takes in workers; it is still served",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    actions = parser.add_subparsers(metavar="list|add|pin|unpin|preload|evict|refresh|remove", required=True)
+    listing = actions.add_parser("list", help="list adapters by name, and where they are")
+    listing.add_argument("--limit", type=int, default=100, help="most that are listed (%(default)s)")
+    listing.set_defaults(do=_list)
+    add = actions.add_parser("add", help="have an adapter served under a name")
+    add.add_argument("name", metavar="NAME")
+    add.add_argument(
+        "source", metavar="SOURCE", nargs="?", default="",
+        help="where it comes from: local:FOLDER, ORG/NAME[@REVISION], s3://BUCKET/PREFIX (default: its name)",
+    )  # fmt: skip
+    add.add_argument("--replace", action="store_true", help="also if the name stands for another source now")
+    add.add_argument("--pin", action="store_true", help="keep it in every worker's memory")
+    add.add_argument("--preload", action="store_true", help="have every worker fetch it")
+    add.set_defaults(do=_add)
+    found = [listing, add]
+    for name, text in ORDERS.items():
+        order = actions.add_parser(name, help=text)
+        order.set_defaults(do=_order, order=name)
+        found.append(order)
+    refresh = actions.add_parser("refresh", help="look at one's source again, and serve what is there now")
+    refresh.set_defaults(do=_refresh)
+    remove = actions.add_parser("remove", help="stop serving one, and free what it takes")
+    remove.add_argument("--force", action="store_true", help="fail the requests that use it, in place of waiting")
+    remove.add_argument("--blob", action="store_true", help="free the stores' disks too")
+    remove.set_defaults(do=_remove)
+    found += [refresh, remove]
+    for action in found[2:]:
+        action.add_argument("name", metavar="NAME")
+    for action in found[1:]:
+        action.add_argument("--wait", type=float, default=30.0, metavar="SECONDS", help="how long (%(default)g)")
+    for action in found:
+        action.add_argument("--tenant", help="whose name it is; with an admin key (default: everybody's)")
+        add_json_flag(action)
+        add_flags(action)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
+    with Api(args) as api:
+        answer = args.do(api, args)
+    if args.json:
+        print_json(answer)
+    return 0
+
+
+def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for adapter in api.pages(PATH, limit=min(args.limit, PAGE), **_of(args)):
+        if len(found) == args.limit:
+            break
+        found.append(adapter)
+    if not args.json:
+        columns = ("name", "state", "rank", "size", "pinned", "hits", "misses", "source", "")
+        print_list(columns, list(map(_row, found)), "no adapters", width=160)
+    return found
+
+
+def _row(adapter: dict[str, Any]) -> list[str]:
+    use = adapter["use"] or {}
+    return [
+        adapter["name"], adapter["state"], _shown(adapter["rank"]), size_text(adapter["bytes"]),
+        _shown(adapter["pinned"]), _shown(use.get("hits")), _shown(use.get("misses")), _shown(adapter["source"]),
+        adapter["reason"] or adapter["warning"] or "",
+    ]  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _add(api: Api, args: argparse.Namespace) -> dict[str, Any]:
+    body = {"name": args.name, "source": args.source, "replace": args.replace, "pin": args.pin,
+            "preload": args.preload, "wait_s": args.wait, **_of(args)}  # fmt: skip
+    return _told(args, api.ask("POST", PATH, json=body, timeout=args.wait + 60))
+
+
+def _order(api: Api, args: argparse.Namespace) -> dict[str, Any]:
+    params = {} if args.order == "unpin" else {"wait_s": args.wait}
+    if args.order == "preload":
+        params |= _of(args)
+    answer = api.request("POST", f"{PATH}/{in_path(args.name)}/{args.order}", params=params, timeout=args.wait + 60)
+    told = answer.json()
+    if not args.json:
+        later = "; it is not done yet" if answer.status_code == 202 else ""
+        freed = f", {_freed(told)}" if "freed" in told else f" is {told['state']}"
+        print(f"{args.name}{freed}{later}")
+    return told
+
+
+def _refresh(api: Api, args: argparse.Namespace) -> dict[str, Any]:
+    known = api.ask("GET", f"{PATH}/{in_path(args.name)}", params=_of(args))
+    body = {"name": args.name, "source": known["source"] or "", "wait_s": args.wait, **_of(args)}
+    return _told(args, api.ask("POST", PATH, json=body, timeout=args.wait + 60))
+
+
+def _remove(api: Api, args: argparse.Namespace) -> dict[str, Any]:
+    params = {"force": args.force, "blob": args.blob, "wait_s": args.wait, **_of(args)}
+    told = api.ask("DELETE", f"{PATH}/{in_path(args.name)}", params=params, timeout=args.wait + 60)
+    if not args.json:
+        kept = f"; its content is still {', '.join(told['kept_by'])}" if told["kept_by"] else ""
+        print(f"{args.name} is not served any more, {_freed(told)}{kept}")
+    return told
+
+
+def _told(args: argparse.Namespace, adapter: dict[str, Any]) -> dict[str, Any]:
+    if not args.json:
+        why = adapter["reason"] or adapter["warning"]
+        print(f"{adapter['name']} is {adapter['state']}" + (f": {why}" if why else ""))
+    return adapter
+
+
+def _freed(told: dict[str, Any]) -> str:
+    freed = told["freed"]
+    waiting = f"; {told['waiting']} workers follow when their requests end" if told["waiting"] else ""
+    return f"freed {size_text(freed['pool_bytes'])} of pools, {size_text(freed['host_bytes'])} of host memory{waiting}"
+
+
+def _of(args: argparse.Namespace) -> dict[str, str]:
+    return {"tenant": args.tenant} if args.tenant is not None else {}

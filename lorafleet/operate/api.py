@@ -1,0 +1,143 @@
+"""A fleet's HTTP API, as the commands of this package use it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx2
+
+from lorafleet.operate.profiles import config_file, load_profile, read_key
+from protocol.wire.errors import BadRequest, LorafleetError, NotFound, PermissionDenied, Unauthorized, Unavailable
+
+URL_VARIABLE, KEY_VARIABLE, PROFILE_VARIABLE = "LORAFLEET_URL", "OPENAI_API_KEY", "LORAFLEET_PROFILE"
+DEFAULT_URL = "http://127.0.0.1:8000"
+TIMEOUT_S = 60.0
+
+_KINDS: dict[int, type[LorafleetError]] = {401: Unauthorized, 403: PermissionDenied, 404: NotFound}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare how the fleet is reached: a flag wins over a variable, and a variable over the profile."""
+    parser.add_argument(
+        "--url", help=f"the fleet's gateway (default: ${URL_VARIABLE}, the profile's, or {DEFAULT_URL})"
+    )
+    parser.add_argument(
+        "--key", metavar="KEY", help="the API key; every user of this machine sees it in the list of processes"
+    )
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE",
+        help=f"file that holds the API key (default: ${KEY_VARIABLE}, or the profile's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--profile", metavar="NAME", default=os.environ.get(PROFILE_VARIABLE, ""),
+        help=f"the fleet's name in {config_file()} (default: ${PROFILE_VARIABLE}, or what the file says)",
+    )  # fmt: skip
+
+
+def add_json_flag(parser: argparse.ArgumentParser) -> None:
+    """Declare that a command can print JSON."""
+    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON."""
+    print(json.dumps(value, indent=2))
+
+
+def in_path(text: str) -> str:
+    """Return a text as a part of a path. A name keeps its slashes."""
+    return quote(text, safe="/:@")
+
+
+class Api:
+    """A client of one gateway."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Take the flags of `add_flags`. Raises BadRequest when key or profile cannot be read."""
+        profile = load_profile(args.profile)
+        url = args.url or os.environ.get(URL_VARIABLE) or profile.url or DEFAULT_URL
+        if args.api_key_file:
+            key = read_key(args.api_key_file, "--api-key-file")
+        else:
+            key = args.key or os.environ.get(KEY_VARIABLE) or profile.key
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self.url: str = url.rstrip("/")
+        try:
+            self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_S, trust_env=False)
+        except (httpx2.InvalidURL, UnicodeEncodeError) as error:
+            raise BadRequest(f"{self.url!r:.200} cannot be asked: {error}") from error
+
+    def __enter__(self) -> Api:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        """Return the answer of a route. Raises the error that it is answered with, and Unavailable."""
+        return self.request(method, path, **options).json()
+
+    def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
+        """Return what a route answers, whatever it is. Raises as `ask`."""
+        try:
+            answer = self._client.request(method, path, **options)
+        except httpx2.HTTPError as error:
+            raise _unreachable(self.url, error) from error
+        _check(answer)
+        return answer
+
+    def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
+        """Yield the objects of a list, page by page. Raises as `ask`."""
+        while True:
+            page = self.ask("GET", path, params=params)
+            yield from page["data"]
+            if not page["has_more"]:
+                return
+            params["after"] = page.get("last_id") or page["data"][-1]["name"]
+
+    def download(self, path: str, target: Path) -> None:
+        """Write what a route answers to a file. Raises as `ask`."""
+        try:
+            with self._client.stream("GET", path) as answer, target.open("wb") as file:
+                if answer.status_code >= 400:
+                    answer.read()
+                _check(answer)
+                for chunk in answer.iter_bytes():
+                    file.write(chunk)
+        except httpx2.HTTPError as error:
+            raise _unreachable(self.url, error) from error
+
+    def events(self, path: str, method: str = "GET", **options: Any) -> Iterator[dict[str, Any]]:
+        """Yield the events of a stream, until its end. Raises as `ask`."""
+        try:
+            with self._client.stream(method, path, **options) as answer:
+                if answer.status_code >= 400:
+                    answer.read()
+                _check(answer)
+                for line in answer.iter_lines():
+                    if line.startswith("data: ") and line != "data: [DONE]":
+                        yield json.loads(line.removeprefix("data: "))
+        except httpx2.HTTPError as error:
+            raise _unreachable(self.url, error) from error
+
+
+def _check(answer: httpx2.Response) -> None:
+    """Raise the error that a route has answered with."""
+    if answer.status_code < 400:
+        return
+    try:
+        message = answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = f"the server answers {answer.status_code}: {answer.text[:200]!r}"
+    default = BadRequest if answer.status_code < 500 else Unavailable
+    raise _KINDS.get(answer.status_code, default)(message)
+
+
+def _unreachable(url: str, error: Exception) -> Unavailable:
+    return Unavailable(f"no gateway answers at {url}: {error or type(error).__name__}")

@@ -1,0 +1,44 @@
+"""`lorafleet audit` lists what operators have done, the newest first."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import datetime
+from typing import Any
+
+from lorafleet.operate.api import Api, add_flags, add_json_flag, print_json
+from lorafleet.tables import print_list
+
+PATH = "/v1/audit"
+PAGE = 1000
+COLUMNS = ("when", "who", "tenant", "from", "what", "on", "", "outcome")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.add_argument("--limit", type=int, default=50, help="most that are listed (%(default)s)")
+    parser.add_argument("--tenants", action="store_true", help="what tenants did with their adapters, instead")
+    add_json_flag(parser)
+    add_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
+    by = "tenants" if args.tenants else "operators"
+    found: list[dict[str, Any]] = []
+    with Api(args) as api:
+        for entry in api.pages(PATH, limit=min(args.limit, PAGE), by=by):
+            if len(found) == args.limit:
+                break
+            found.append(entry)
+    if args.json:
+        print_json(found)
+    else:
+        print_list(COLUMNS, list(map(_row, found)), "nothing was done", width=160)
+    return 0
+
+
+def _row(entry: dict[str, Any]) -> list[str]:
+    when = datetime.fromtimestamp(entry["ms"] / 1000).isoformat(" ", "seconds")
+    return [when, entry["who"] or "-", entry["tenant"] or "-", entry["address"] or "-", entry["action"],
+            entry["target"], entry["detail"], entry["outcome"]]  # fmt: skip

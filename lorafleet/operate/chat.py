@@ -1,0 +1,126 @@
+"""`lorafleet chat` talks with a model in the terminal: each line is a message, each answer comes as it is made."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from lorafleet.operate.api import Api, add_flags
+from protocol.wire.errors import LorafleetError
+
+HELP = "/reset begins anew, /undo takes the last question back, /model NAME goes on with another, /quit ends"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.epilog = f"In the conversation: {HELP}."
+    parser.add_argument("model", metavar="MODEL", help="the base model or an adapter")
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
+    parser.add_argument("--temperature", type=float, metavar="X")
+    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument("--json", action="store_true", help="print each answer as a line of JSON, for scripts")
+    add_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit code: 1 if a question failed without a terminal. Raises BadRequest."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives `input` a history and keys to edit with
+        print(f"{args.model}: {HELP}", file=sys.stderr)
+    failed = False
+    with Api(args) as api:
+        chat = Chat(api, args)
+        for line in _lines():
+            if line == "/quit":
+                break
+            try:
+                chat.take(line)
+            except KeyboardInterrupt:
+                chat.undo()
+                print("\n(stopped; the question is taken back)", file=sys.stderr)
+            except LorafleetError as error:
+                chat.undo()
+                failed = True
+                print(f"error: {error.message}", file=sys.stderr)
+    return int(failed and not sys.stdin.isatty())
+
+
+class Chat:
+    """A conversation and where it is printed."""
+
+    def __init__(self, api: Api, args: argparse.Namespace) -> None:
+        """Begin with the system message, if one is given."""
+        self._api = api
+        self._model: str = args.model
+        self._json: bool = args.json
+        self._first = [{"role": "system", "content": args.system}] if args.system else []
+        self.messages = list(self._first)
+        given = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
+        self._options = {name: value for name, value in given.items() if value is not None}
+
+    def take(self, line: str) -> None:
+        """Do what a line says. Raises what the fleet refuses, and Unavailable."""
+        word, _, rest = line.partition(" ")
+        if not line.strip():
+            return
+        if word == "/reset":
+            self.messages = list(self._first)
+        elif word == "/undo":
+            self.undo()
+        elif word == "/model" and rest.strip():
+            self._model = rest.strip()
+        elif word.startswith("/") and word[1:].isalpha():
+            print(f"{word}: {HELP}", file=sys.stderr)
+        else:
+            self._ask(line)
+
+    def undo(self) -> None:
+        """Take the last question back, with its answer if it has one."""
+        while len(self.messages) > len(self._first):
+            if self.messages.pop()["role"] == "user":
+                return
+
+    def _ask(self, text: str) -> None:
+        self.messages.append({"role": "user", "content": text})
+        body = {"model": self._model, "messages": self.messages, "stream": True,
+                "stream_options": {"include_usage": True}, **self._options}  # fmt: skip
+        answer, usage, finish = "", None, None
+        for event in self._api.events("/v1/chat/completions", "POST", json=body):
+            if "error" in event:
+                raise LorafleetError(event["error"]["message"])
+            usage = event.get("usage") or usage
+            for choice in event["choices"]:
+                finish = choice.get("finish_reason") or finish
+                answer += self._shown(choice["delta"])
+        self.messages.append({"role": "assistant", "content": answer})
+        if self._json:
+            print(json.dumps({"model": self._model, "content": answer, "finish_reason": finish, "usage": usage}))
+        else:
+            print("" if finish == "stop" else f" [{finish}]")
+        sys.stdout.flush()
+
+    def _shown(self, delta: dict[str, Any]) -> str:
+        """Print what an answer has gained; return what of it is the answer, and not reasoning."""
+        text, thought = delta.get("content") or "", delta.get("reasoning_content") or ""
+        if not self._json:
+            sys.stdout.write(f"\033[2m{thought}\033[0m" if thought and sys.stdout.isatty() else thought)
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        return text
+
+
+def _lines() -> Iterator[str]:
+    """Yield what is typed, or piped, until its end."""
+    while True:
+        try:
+            yield input("> ") if sys.stdin.isatty() else input()
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        except EOFError:
+            return

@@ -1,0 +1,183 @@
+"""What `lorafleet doctor` makes of the facts: findings, each with what to do. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lorafleet.tables import size_text
+from protocol.queue.server import ServerFacts
+from protocol.wire import messages as m
+
+Level = Literal["ok", "warning", "problem"]
+
+MAX_SKEW_MS = 1000
+"""Clocks that differ by more make deadlines and waits that are told wrong."""
+
+MAX_ANSWER_MS = 20.0
+"""A queue that takes longer to answer makes every step and every call late."""
+
+LEAST_FREE, LEAST_FREE_BYTES = 0.05, 2 << 30
+"""Part and bytes of a disk, or of the queue's memory, below which it is nearly full."""
+
+WEIGHTS_PART = 0.7
+"""Part of a memory that weights may take: the rest is for caches, adapters and what a step needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    level: Level
+    text: str
+    advice: str = ""  # what to do; "" if nothing
+
+
+def of_queue(facts: ServerFacts) -> list[Finding]:
+    """Judge the queue's server."""
+    found = [Finding("queue", "ok", f"{facts.version} answers in {facts.answer_ms:.1f} ms")]
+    if facts.answer_ms > MAX_ANSWER_MS:
+        text = f"{facts.version} takes {facts.answer_ms:.0f} ms to answer; every step waits for it"
+        found = [Finding("queue", "warning", text, "run it near the services, on a machine that is not overloaded")]
+    if facts.role != "master":
+        text = f"this server is a {facts.role}, which takes no writes"
+        found.append(Finding("queue's role", "problem", text, "name the primary, or the Sentinels: redis-sentinel://"))
+    if facts.policy == "noeviction":
+        found.append(Finding("queue's eviction", "ok", "maxmemory-policy is noeviction"))
+    else:
+        text = f"maxmemory-policy is {facts.policy}: the server may throw requests away, and services refuse to start"
+        found.append(Finding("queue's eviction", "problem", text, "CONFIG SET maxmemory-policy noeviction"))
+    if not facts.appends:
+        text = "appendonly is off: a restart of the server loses every request and API key"
+        found.append(Finding("queue's file", "warning", text, "CONFIG SET appendonly yes"))
+    elif not facts.append_ok:
+        text = "the server could not write its append-only file"
+        found.append(Finding("queue's file", "problem", text, "free its disk, and look at the server's log"))
+    else:
+        found.append(Finding("queue's file", "ok", "appendonly is on"))
+    return [*found, _memory(facts), _clock("queue's clock", facts.ahead_ms)]
+
+
+def _memory(facts: ServerFacts) -> Finding:
+    used = size_text(facts.used_bytes)
+    if not facts.max_bytes:
+        text = f"{used} are used, and maxmemory is not set: it may take all of its machine's"
+        return Finding("queue's memory", "warning", text, "CONFIG SET maxmemory, to less than the machine has")
+    text = f"{used} of {size_text(facts.max_bytes)} are used"
+    if facts.used_bytes > (1 - 2 * LEAST_FREE) * facts.max_bytes:
+        advice = "raise maxmemory, or lower what tenants may keep (tenant_bytes); a full queue refuses new calls"
+        return Finding("queue's memory", "problem", text, advice)
+    return Finding("queue's memory", "ok", text)
+
+
+def _clock(name: str, ahead_ms: float) -> Finding:
+    if abs(ahead_ms) <= MAX_SKEW_MS:
+        return Finding(name, "ok", f"differs by {abs(ahead_ms):.0f} ms from this machine's")
+    word = "ahead of" if ahead_ms > 0 else "behind"
+    text = f"is {abs(ahead_ms) / 1000:.1f} s {word} this machine's: deadlines and waits are told wrong"
+    return Finding(name, "problem", text, "keep time by NTP on both machines (timedatectl set-ntp true)")
+
+
+def of_members(
+    beats: Mapping[str, m.WorkerBeat | None], status: m.SchedulerStatus | None, versions: Mapping[str, str], own: str
+) -> list[Finding]:
+    """Judge who is there. versions: of gateways and stores, "" where they did not tell; own: this program's."""
+    alive = {beat.name: beat for beat in beats.values() if beat is not None}
+    found: list[Finding] = []
+    if status is None:
+        advice = "start one: lorafleet serve scheduler"
+        found.append(Finding("scheduler", "problem", "no scheduler leads: requests wait for ever", advice))
+    else:
+        found.append(Finding("scheduler", "ok", f"{status.leader.partition(':')[0] or 'one'} leads"))
+    if not alive:
+        text = "no worker is there: every call is refused"
+        found.append(Finding("workers", "problem", text, "start one: lorafleet serve worker"))
+    else:
+        draining = sorted(name for name, beat in alive.items() if beat.draining)
+        text = f"{len(alive)} are there" + (f", of them draining: {', '.join(draining)}" if draining else "")
+        all_drain = len(draining) == len(alive)
+        advice = "lorafleet workers resume NAME" if all_drain else ""
+        found.append(Finding("workers", "problem" if all_drain else "ok", text, advice))
+    lost = sorted(wid for wid, beat in beats.items() if beat is None)
+    if lost:
+        text = f"{', '.join(lost)} do not beat any more"
+        found.append(Finding("lost workers", "warning", text, "look at their logs; a scheduler takes them off in 4 s"))
+    if status is not None and status.dead_letters:
+        text = f"{status.dead_letters} requests were given up"
+        found.append(
+            Finding("dead letters", "warning", text, "lorafleet dlq list says why; dlq retry queues them again")
+        )
+    told = {f"worker {name}": beat.version for name, beat in alive.items()} | dict(versions)
+    if status is not None:
+        told["scheduler"] = status.version
+    return [*found, *_versions(told, own)]
+
+
+def _versions(told: Mapping[str, str], own: str) -> list[Finding]:
+    others = {name: version for name, version in told.items() if version and version != own}
+    silent = sorted(name for name, version in told.items() if not version)
+    found: list[Finding] = []
+    if others:
+        text = ", ".join(f"{name} {version}" for name, version in sorted(others.items())) + f"; this is {own}"
+        advice = "update workers first, then schedulers and stores, then gateways"
+        found.append(Finding("versions", "warning", text, advice))
+    elif told:
+        found.append(Finding("versions", "ok", f"{len(told) - len(silent)} services run {own}"))
+    if silent:
+        text = f"{', '.join(silent)} did not tell"
+        found.append(Finding("versions", "warning", text, "ask from a machine that reaches them, or update them"))
+    return found
+
+
+def of_disk(name: str, path: str, free: int, total: int) -> Finding:
+    """Judge a disk, in bytes."""
+    text = f"{size_text(free)} of {size_text(total)} are free at {path}"
+    if free < LEAST_FREE * total or free < LEAST_FREE_BYTES:
+        advice = "free some, or move --data; set --store-quota-bytes, so that mirrored adapters leave"
+        return Finding(name, "problem", text, advice)
+    return Finding(name, "ok", text)
+
+
+def of_model(num_bytes: int, free: Mapping[str, int], *, workers: int) -> list[Finding]:
+    """Judge whether a model's weights fit. free: bytes by device ("memory", or a GPU); workers: of this machine."""
+    found: list[Finding] = []
+    for name, room in free.items():
+        num = workers if name == "memory" else 1
+        text = f"weights of {size_text(num_bytes)}" + (f" for each of {num} workers" if num > 1 else "")
+        text += f", and {size_text(room)} are free"
+        if num * num_bytes > room:
+            advice = "take a smaller or quantised model (--quantization), fewer --workers, or a larger machine"
+            found.append(Finding(f"model in {name}", "problem", text, advice))
+        elif num * num_bytes > WEIGHTS_PART * room:
+            advice = "little is left for caches and adapters: set --kv-cache-bytes, --adapter-pool-bytes"
+            found.append(Finding(f"model in {name}", "warning", text, advice))
+        else:
+            found.append(Finding(f"model in {name}", "ok", text))
+    return found
+
+
+def of_compiler(machine: str, compiler: str | None, *, is_built: bool) -> Finding:
+    """Judge whether native kernels can be had. machine: the processor's family; compiler: its path, if there is one."""
+    name = "compiler"
+    if machine not in ("x86_64", "AMD64"):
+        text = f"native CPU kernels are for x86-64, and this is {machine}: plain torch computes, more slowly"
+        return Finding(name, "warning", text, "use a GPU, or an x86-64 machine")
+    if compiler is not None:
+        return Finding(name, "ok", f"{compiler} builds the native kernels")
+    if is_built:
+        return Finding(name, "ok", "there is none, but kernels were built before")
+    text = "there is no C++ compiler, and no kernels were built: plain torch computes, more slowly"
+    return Finding(name, "warning", text, "install g++ (apt-get install g++), or set CXX")
+
+
+def of_clock(name: str, ahead_ms: float) -> Finding:
+    """Judge a clock against this machine's."""
+    return _clock(name, ahead_ms)
+
+
+def worst(findings: Sequence[Finding]) -> Level:
+    """Return the worst level."""
+    levels = {finding.level for finding in findings}
+    return "problem" if "problem" in levels else "warning" if "warning" in levels else "ok"

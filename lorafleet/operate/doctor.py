@@ -1,0 +1,169 @@
+"""`lorafleet doctor` looks at a fleet and at this machine, and says of each thing whether it is well, or what to do."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+import httpx2
+from rich.console import Console
+from rich.markup import escape
+
+from lorafleet.flags import add_settings, load_settings
+from lorafleet.launcher.embedded import with_queue
+from lorafleet.launcher.machine import memory_bytes
+from lorafleet.operate import checkup
+from lorafleet.operate.api import Api, add_flags, add_json_flag, print_json
+from lorafleet.operate.checkup import Finding, worst
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
+from protocol.runtime.environment import child_environment
+from protocol.runtime.model_files import cache_folder, is_gguf
+from protocol.runtime.release import RELEASE
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import LorafleetError
+
+FLAGS = ("redis_url", "redis_password_file", "data", "model", "workers", "device")
+ASK_S = 3.0
+"""How long a gateway or a store may take to tell its version."""
+
+MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    add_flags(parser)
+    add_json_flag(parser)
+    add_settings(parser, first=FLAGS, skip=tuple(Settings.model_fields))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit code: 1 if anything is a problem. Raises BadRequest for wrong settings."""
+    settings = load_settings(args)
+    found = [*_of_gateway(args), *asyncio.run(_of_queue(settings)), *of_machine(settings)]
+    if args.json:
+        print_json([asdict(finding) for finding in found])
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        for one in found:
+            console.print(f"{MARKS[one.level]} {one.name:18} {escape(one.text)}")
+            if one.advice:
+                console.print(f"  {'':18} [bold]→ {escape(one.advice)}[/]")
+    return int(worst(found) == "problem")
+
+
+# ------------------------------------------------------------ the fleet
+
+
+def _of_gateway(args: argparse.Namespace) -> list[Finding]:
+    """Ask the gateway, as clients do. Raises BadRequest for a wrong profile."""
+    with Api(args) as api:
+        try:
+            answer = api.request("GET", "/version")
+            state = api.ask("GET", "/health")["status"]
+        except LorafleetError as error:
+            text, advice = error.message, "start the fleet, or name its gateway: --url, and --api-key-file"
+            return [Finding("gateway", "problem", f"{api.url}: {text}", advice)]
+    date = parsedate_to_datetime(answer.headers["date"]).timestamp() if "date" in answer.headers else None
+    found = [Finding("gateway", "ok", f"{api.url} is {state}")]
+    if date is not None:  # it tells whole seconds
+        ahead_ms = 1000 * (date + 0.5 - time.time())
+        found.append(checkup.of_clock("gateway's clock", ahead_ms if abs(ahead_ms) > 1500 else 0.0))
+    return found
+
+
+async def _of_queue(settings: Settings) -> list[Finding]:
+    try:
+        named = with_queue(settings)
+        url = named.queue_url()
+    except LorafleetError as error:
+        return [Finding("queue", "problem", error.message, "name it: --redis-url and --redis-password-file")]
+    bus = Bus(url)
+    try:
+        facts = await bus.server.facts()
+        beats = await bus.members.worker_beats()
+        status = await bus.get(bus.keys.status, m.SchedulerStatus)
+        gateways, stores = await bus.members.gateway_urls(), await bus.members.store_urls()
+    except CONNECTION_ERRORS as error:
+        text = f"no queue answers at {named.redis_url}: {error}"
+        return [Finding("queue", "problem", text, "start it, or name another: --redis-url")]
+    except QueueError as error:
+        text = f"the queue refuses: {error}"
+        return [Finding("queue", "problem", text, "give the operator's password: --redis-password-file")]
+    finally:
+        await bus.close()
+    async with httpx2.AsyncClient(timeout=ASK_S, trust_env=False) as http:
+        asked = [(f"gateway {one}", f"{one}/version") for one in gateways]
+        asked += [(f"store {one}", f"{one}/health") for one in stores]
+        told = await asyncio.gather(*(_version(http, url) for _, url in asked))
+    versions = {name: found for (name, _), found in zip(asked, told, strict=True)}
+    return [*checkup.of_queue(facts), *checkup.of_members(beats, status, versions, RELEASE)]
+
+
+async def _version(http: httpx2.AsyncClient, url: str) -> str:
+    """Return what a service says of its version, "" if it does not answer."""
+    try:
+        return str((await http.get(url)).json().get("version", ""))
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, AttributeError):
+        return ""
+
+
+# ------------------------------------------------------------ this machine
+
+
+def of_machine(settings: Settings) -> list[Finding]:
+    """Look at this machine's disks, memory and compiler."""
+    data = next(path for path in (settings.data, *settings.data.absolute().parents) if path.exists())
+    disk = shutil.disk_usage(data)
+    found = [checkup.of_disk("disk", str(settings.data), disk.free, disk.total)]
+    if settings.model:
+        found += _of_model(settings)
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    is_built = any(cache_folder().glob("lora_kernels-*.so"))
+    return [*found, checkup.of_compiler(platform.machine(), compiler, is_built=is_built)]
+
+
+def _of_model(settings: Settings) -> list[Finding]:
+    num_bytes = weight_bytes(Path(settings.model).expanduser())
+    if num_bytes is None:
+        text = f"{settings.model} is not on this machine as a folder or file, so its size is not known"
+        return [Finding("model", "warning", text, f"lorafleet fetch {settings.model}, and name its folder: --model")]
+    gpus = free_gpu_bytes() if settings.device != "cpu" else {}
+    return checkup.of_model(num_bytes, gpus or {"memory": free_memory_bytes()}, workers=settings.workers)
+
+
+def weight_bytes(model: Path) -> int | None:
+    """Return the bytes of a model's weights as they lie on disk, None where there are none."""
+    if is_gguf(model):
+        return model.stat().st_size
+    files = list(model.glob("*.safetensors")) if model.is_dir() else []
+    return sum(file.stat().st_size for file in files) if files else None
+
+
+def free_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Return the bytes of memory that a new process may take: what is free of this machine's, or of the container's."""
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        return min(int(lines["MemAvailable"].split()[0]) * 1024, memory_bytes())
+    except (OSError, KeyError, ValueError):
+        return memory_bytes()
+
+
+def free_gpu_bytes() -> Mapping[str, int]:
+    """Return the free bytes of each GPU, as nvidia-smi tells them; {} without one."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    command = ["nvidia-smi", "--query-gpu=index,memory.free", "--format=csv,noheader,nounits"]
+    environment = child_environment("CUDA_*", "NVIDIA_*")
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=environment)
+    rows = [line.split(",") for line in listed.stdout.splitlines()] if listed.returncode == 0 else []
+    return {f"GPU {index.strip()}": int(free) << 20 for index, free in rows if free.strip().isdecimal()}

@@ -1,0 +1,120 @@
+"""`lorafleet top` shows what a running fleet does, again and again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from lorafleet.operate.api import Api, add_flags
+from lorafleet.operate.workers import COLUMNS, row
+from lorafleet.operate.workers import PATH as WORKERS
+from lorafleet.tables import part_text, size_text
+
+FLEET = "/v1/fleet"
+
+Sample = dict[str, Any]
+"""What was asked at one moment: `s` (monotonic), `fleet` and `workers`, as the API answers them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (%(default)g)")
+    parser.add_argument("--once", action="store_true", help="show it once, after two looks, and end")
+    parser.add_argument("--json", action="store_true", help="print each look as a line of JSON, for scripts")
+    add_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command until it is interrupted; return the exit code. Raises what the fleet refuses, and Unavailable."""
+    every_s = max(args.every, 0.1)
+    with Api(args) as api:
+        before = sample(api)
+        if args.json or args.once:
+            while True:
+                time.sleep(every_s)
+                now = sample(api)
+                if args.json:
+                    print(json.dumps(figures(before, now)), flush=True)
+                else:
+                    Console(width=max(120, Console().width)).print(frame(api.url, figures(before, now)))
+                if args.once:
+                    return 0
+                before = now
+        with Live(Text(f"asking {api.url} …"), screen=True, auto_refresh=False) as live:
+            while True:
+                time.sleep(every_s)
+                now = sample(api)
+                live.update(frame(api.url, figures(before, now)), refresh=True)
+                before = now
+
+
+def sample(api: Api) -> Sample:
+    """Ask a fleet. Raises as `Api.ask`."""
+    fleet = api.ask("GET", FLEET)
+    return {"s": time.monotonic(), "fleet": fleet, "workers": list(api.pages(WORKERS))}
+
+
+def figures(before: Sample, now: Sample) -> dict[str, Any]:
+    """Return what happened between two looks, and how things are at the second. Pure."""
+    passed_s = max(now["s"] - before["s"], 1e-9)
+    earlier = {worker["id"]: worker["counters"] for worker in before["workers"] if "counters" in worker}
+    workers: list[dict[str, Any]] = []
+    for worker in now["workers"]:
+        counters = worker.get("counters", {})
+        gained = {name: value - earlier.get(worker["id"], counters)[name] for name, value in counters.items()}
+        steps = gained.get("num_steps", 0)
+        step_s = sum(gained.get(name, 0.0) for name in ("plan_s", "inputs_s", "forward_s", "sample_s", "finish_s"))
+        workers.append(worker | {
+            "tokens_per_s": gained.get("num_output_tokens", 0) / passed_s,
+            "step_ms": 1000 * step_s / steps if steps else None,
+            "preemptions_per_s": gained.get("num_preemptions", 0) / passed_s,
+        })  # fmt: skip
+    total = sum(worker["tokens_per_s"] for worker in workers)
+    return {"fleet": now["fleet"], "workers": workers, "tokens_per_s": total, "passed_s": passed_s}
+
+
+def frame(url: str, told: dict[str, Any]) -> RenderableType:
+    """Return one picture of a fleet."""
+    fleet, queue = told["fleet"], told["fleet"].get("queue") or {}
+    head = Table.grid(padding=(0, 3))
+    oldest = [f"{cls} {_age(ms)}" for cls, ms in sorted((queue.get("oldest_ms") or {}).items()) if ms]
+    head.add_row(f"[bold]{escape(str(fleet.get('model') or 'no model'))}[/]", escape(url), time.strftime("%H:%M:%S"))
+    head.add_row(
+        f"queued [bold]{fleet['queued']}[/]" + (f" (oldest: {', '.join(oldest)})" if oldest else ""),
+        f"running [bold]{fleet['running']}[/]",
+        f"[bold]{told['tokens_per_s']:.0f}[/] tokens/s",
+    )
+    letters = queue.get("dead_letters", 0)
+    head.add_row(
+        f"queue's memory {size_text(queue.get('used_bytes'))}"
+        + (f" ({part_text(queue['used_bytes'], queue['max_bytes'])})" if queue.get("max_bytes") else ""),
+        f"[red]{letters} dead letters[/]" if letters else "no dead letters",
+        f"leader {escape(queue.get('leader') or 'none')}" if queue else "[red]no scheduler leads[/]",
+    )
+    return Group(head, Text(), _workers(told["workers"]))
+
+
+def _workers(workers: Sequence[dict[str, Any]]) -> RenderableType:
+    if not workers:
+        return Text("no workers", style="red")
+    columns = (*COLUMNS[:-1], "tokens/s", "step ms", "preempted/s")
+    table = Table(*columns, box=None, header_style="bold")
+    for worker in workers:
+        step_ms = worker["step_ms"]
+        cells = [*row(worker)[:-1], f"{worker['tokens_per_s']:.0f}", "-" if step_ms is None else f"{step_ms:.1f}",
+                 f"{worker['preemptions_per_s']:.1f}"]  # fmt: skip
+        table.add_row(*map(escape, cells), style=None if worker["state"] == "ready" else "yellow")
+    return table
+
+
+def _age(ms: int) -> str:
+    return f"{max(0.0, time.time() - ms / 1000):.0f} s"

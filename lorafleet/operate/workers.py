@@ -1,0 +1,63 @@
+"""`lorafleet workers` lists the workers of a running fleet, and takes one out of its work and back."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lorafleet.operate.api import Api, add_flags, add_json_flag, in_path, print_json
+from lorafleet.tables import part_text, print_list
+
+PATH = "/v1/workers"
+COLUMNS = ("name", "state", "running", "waiting", "places", "kv", "pool", "resident", "host", "id")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    actions = parser.add_subparsers(metavar="list|drain|resume", required=True)
+    listing = actions.add_parser("list", help="list workers and what they do")
+    listing.set_defaults(do=_list)
+    for name, text in (("drain", "have one take no more requests"), ("resume", "have one take requests again")):
+        order = actions.add_parser(name, help=text)
+        order.add_argument("name", metavar="NAME", help="its name or id")
+        order.add_argument("--wait", type=float, default=5.0, metavar="SECONDS", help="how long (%(default)g)")
+        order.set_defaults(do=_order, order=name)
+    for action in actions.choices.values():
+        add_json_flag(action)
+        add_flags(action)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
+    with Api(args) as api:
+        answer = args.do(api, args)
+    if args.json:
+        print_json(answer)
+    return 0
+
+
+def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:
+    found = list(api.pages(PATH))
+    if not args.json:
+        print_list(COLUMNS, list(map(row, found)), "no workers")
+    return found
+
+
+def row(worker: dict[str, Any]) -> list[str]:
+    """Return a worker as the cells of `COLUMNS`."""
+    if worker["state"] == "lost":
+        return ["-", "lost", *["-"] * 7, worker["id"]]
+    kv, pool, adapters = worker["kv"], worker["pool"], worker["adapters"]
+    return [
+        worker["name"], worker["state"], str(worker["running"]), str(worker["waiting"]), str(worker["capacity"]),
+        part_text(kv["blocks"] - kv["free"], kv["blocks"]), part_text(pool["bytes"] - pool["free"], pool["bytes"]),
+        str(adapters["resident"]), str(adapters["host"]), worker["id"],
+    ]  # fmt: skip
+
+
+def _order(api: Api, args: argparse.Namespace) -> dict[str, Any]:
+    path = f"{PATH}/{in_path(args.name)}/{args.order}"
+    worker = api.ask("POST", path, params={"wait_s": args.wait}, timeout=args.wait + 60)
+    if not args.json:
+        print(f"{worker['name']} is {worker['state']}, {worker['running']} requests run there")
+    return worker

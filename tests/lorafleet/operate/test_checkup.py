@@ -1,0 +1,98 @@
+"""What the doctor makes of each fault: its line says what to do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lorafleet.operate.checkup import (
+    MAX_ANSWER_MS,
+    MAX_SKEW_MS,
+    Finding,
+    Level,
+    of_compiler,
+    of_disk,
+    of_members,
+    of_model,
+    of_queue,
+    worst,
+)
+from protocol.queue.server import ServerFacts
+from protocol.wire import messages as m
+
+GOOD = ServerFacts("valkey 8.1", "noeviction", 1 << 20, 1 << 30, True, True, "master", 0, 0.3, 2.0)
+BEAT = m.WorkerBeat(wid="w1", name="gpu-0", capacity=8, version="1")
+STATUS = m.SchedulerStatus(queued=0, running=0, workers=1, drain_rate=0.0, leader="s:1", version="1")
+GiB = 1 << 30
+
+
+def bad(findings: list[Finding]) -> list[tuple[str, Level]]:
+    for finding in findings:
+        assert bool(finding.advice) == (finding.level != "ok"), finding
+    return [(finding.name, finding.level) for finding in findings if finding.level != "ok"]
+
+
+def test_a_good_queue_is_said_to_be_good() -> None:
+    assert bad(of_queue(GOOD)) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "level"),
+    [
+        ({"policy": "allkeys-lru"}, "queue's eviction", "problem"),
+        ({"appends": False}, "queue's file", "warning"),
+        ({"append_ok": False}, "queue's file", "problem"),
+        ({"role": "slave"}, "queue's role", "problem"),
+        ({"max_bytes": 0}, "queue's memory", "warning"),
+        ({"used_bytes": (1 << 30) - 1}, "queue's memory", "problem"),
+        ({"answer_ms": MAX_ANSWER_MS + 1}, "queue", "warning"),
+        ({"ahead_ms": MAX_SKEW_MS + 1.0}, "queue's clock", "problem"),
+        ({"ahead_ms": -60_000.0}, "queue's clock", "problem"),
+    ],
+)
+def test_each_fault_of_a_queue_is_named(fault: dict[str, object], name: str, level: Level) -> None:
+    assert bad(of_queue(replace(GOOD, **fault))) == [(name, level)]
+
+
+def test_members_that_lack_or_differ_are_named() -> None:
+    versions = {"gateway a": "1", "store b": "1"}
+    assert bad(of_members({"w1": BEAT}, STATUS, versions, "1")) == []
+    assert bad(of_members({}, STATUS, versions, "1")) == [("workers", "problem")]
+    assert bad(of_members({"w1": BEAT}, None, versions, "1")) == [("scheduler", "problem")]
+    assert bad(of_members({"w1": BEAT, "w2": None}, STATUS, versions, "1")) == [("lost workers", "warning")]
+    draining = m.WorkerBeat(wid="w1", name="gpu-0", capacity=0, draining=True, version="1")
+    assert bad(of_members({"w1": draining}, STATUS, versions, "1")) == [("workers", "problem")]
+    letters = m.SchedulerStatus(queued=0, running=0, workers=1, drain_rate=0.0, dead_letters=3, version="1")
+    assert bad(of_members({"w1": BEAT}, letters, versions, "1")) == [("dead letters", "warning")]
+    assert bad(of_members({"w1": BEAT}, STATUS, {"gateway a": "2"}, "1")) == [("versions", "warning")]
+    (silent,) = [one for one in of_members({"w1": BEAT}, STATUS, {"store b": ""}, "1") if one.level != "ok"]
+    assert "store b" in silent.text
+
+
+def test_a_disk_that_is_nearly_full_is_a_problem() -> None:
+    assert bad([of_disk("disk", "/data", 100 * GiB, 500 * GiB)]) == []
+    assert bad([of_disk("disk", "/data", 20 * GiB, 500 * GiB)]) == [("disk", "problem")]
+    assert bad([of_disk("disk", "/data", GiB, 10 * GiB)]) == [("disk", "problem")]
+
+
+def test_a_model_must_leave_room() -> None:
+    assert bad(of_model(4 * GiB, {"memory": 16 * GiB}, workers=1)) == []
+    assert bad(of_model(4 * GiB, {"memory": 16 * GiB}, workers=3)) == [("model in memory", "warning")]
+    assert bad(of_model(4 * GiB, {"memory": 16 * GiB}, workers=5)) == [("model in memory", "problem")]
+    gpus = {"GPU 0": 80 * GiB, "GPU 1": 3 * GiB}
+    assert bad(of_model(4 * GiB, gpus, workers=2)) == [("model in GPU 1", "problem")]
+
+
+def test_a_compiler_is_needed_once() -> None:
+    assert bad([of_compiler("x86_64", "/usr/bin/g++", is_built=False)]) == []
+    assert bad([of_compiler("x86_64", None, is_built=True)]) == []
+    assert bad([of_compiler("x86_64", None, is_built=False)]) == [("compiler", "warning")]
+    assert bad([of_compiler("aarch64", "/usr/bin/g++", is_built=False)]) == [("compiler", "warning")]
+
+
+def test_the_worst_decides() -> None:
+    ok, warning, problem = (Finding("x", level, "") for level in ("ok", "warning", "problem"))
+    assert [worst([]), worst([ok]), worst([ok, warning]), worst([problem, warning])] == [
+        "ok", "ok", "warning", "problem",
+    ]  # fmt: skip

@@ -1,0 +1,146 @@
+"""The commands for operators against one real fleet: what they print, and what scripts read."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from helpers.fleets import tiny_fleet
+from helpers.waiting import wait_until
+
+from chaos.fleet import ProcessFleet
+from lorafleet.__main__ import main
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
+
+Command = Callable[..., Awaitable[str]]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ProcessFleet]:
+    async with tiny_fleet(tmp_path_factory.mktemp("fleet"), ["one", "two"]) as running:
+
+        async def are_mirrored() -> bool:
+            aliases = await running.bus.adapters.aliases()
+            return len(aliases) == 2 and all(alias.digest for alias in aliases)
+
+        await wait_until(are_mirrored, "the store has both adapters")
+        yield running
+
+
+@pytest.fixture
+def command(fleet: ProcessFleet, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run a command on the fleet as a user would; return what it prints."""
+    monkeypatch.setenv("LORAFLEET_URL", fleet.url)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    async def run(*words: str, code: int = 0, typed: str = "") -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        capsys.readouterr()
+        assert await asyncio.to_thread(main, words) == code, capsys.readouterr()
+        told = capsys.readouterr()
+        return told.out if not code else told.err
+
+    return run
+
+
+async def read(command: Command, *words: str) -> Any:
+    return json.loads(await command(*words, "--json"))
+
+
+async def test_adapters_are_listed_added_moved_and_removed(command: Command, fleet: ProcessFleet) -> None:
+    listed = await read(command, "adapters", "list")
+    assert {one["name"] for one in listed} == {"one", "two"}
+    assert await read(command, "adapters", "list", "--limit", "1") == listed[:1]
+    assert "local:one" in await command("adapters", "list")
+    added = await read(command, "adapters", "add", "mine", "local:one", "--preload")
+    assert (added["name"], added["digest"]) == ("mine", next(one["digest"] for one in listed if one["name"] == "one"))
+    assert (await read(command, "adapters", "pin", "mine"))["pinned"] == "api"
+    assert "is resident" in await command("adapters", "pin", "mine")
+    assert "is pinned" in await command("adapters", "evict", "mine", code=2)
+    assert (await read(command, "adapters", "unpin", "mine"))["pinned"] is None
+    assert (await read(command, "adapters", "refresh", "mine"))["digest"] == added["digest"]
+    assert (await read(command, "adapters", "preload", "two"))["state"] in ("resident", "loading", "host")
+    assert (await read(command, "adapters", "evict", "mine"))["freed"]["pool_bytes"] > 0
+    assert "not served any more" in await command("adapters", "remove", "mine")
+    assert {one["name"] for one in await read(command, "adapters", "list")} == {"one", "two"}
+    assert "nobody" in await command("adapters", "pin", "nobody", code=2)
+
+
+async def test_workers_are_listed_drained_and_resumed(command: Command) -> None:
+    (worker,) = await read(command, "workers", "list")
+    assert worker["state"] == "ready"
+    assert worker["name"] in await command("workers", "list")
+    assert f"{worker['name']} is draining" in await command("workers", "drain", worker["name"], "--wait", "30")
+    assert (await read(command, "workers", "resume", worker["id"], "--wait", "30"))["state"] == "ready"
+    assert "no live worker" in await command("workers", "drain", "nobody", code=2)
+
+
+async def test_a_conversation_goes_on_and_can_begin_anew(command: Command) -> None:
+    flags = ("--max-tokens", "4", "--temperature", "0", "--json")
+    typed = "hello\nand now?\n/undo\nand now?\n/reset\nhello\n/nonsense\n\n/model one\nhello\n/quit\nnever asked\n"
+    told = [json.loads(line) for line in (await command("chat", "base", *flags, typed=typed)).splitlines()]
+    assert [one["model"] for one in told] == ["base", "base", "base", "base", "one"]
+    first, second, again, anew, other = told
+    assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]
+    assert (again["content"], again["usage"]["prompt_tokens"]) == (second["content"], second["usage"]["prompt_tokens"])
+    assert anew["content"] == first["content"]
+    assert other["content"] != first["content"]
+    shown = await command("chat", "base", "--max-tokens", "4", "--temperature", "0", typed="hello\n")
+    assert shown == f"{first['content']} [length]\n" or first["finish_reason"] == "stop"
+    assert "does not exist" in await command("chat", "nobody", typed="hello\n", code=1)
+
+
+async def test_top_shows_a_frame(command: Command, fleet: ProcessFleet) -> None:
+    shown = await command("top", "--once", "--every", "0.2")
+    (worker,) = await read(command, "workers", "list")
+    for text in (worker["name"], "tokens/s", "no dead letters", "queued 0"):
+        assert text in shown
+    told = json.loads(await command("top", "--once", "--every", "0.2", "--json"))
+    assert told["fleet"]["queued"] == 0
+    assert told["workers"][0]["tokens_per_s"] >= 0
+
+
+async def test_the_audit_log_tells_who_did_what(command: Command) -> None:
+    await command("adapters", "pin", "one")
+    await command("adapters", "unpin", "one")
+    await command("adapters", "pin", "nobody", code=2)
+    told = await read(command, "audit", "--limit", "3")
+    assert [(entry["action"], entry["target"], entry["outcome"]) for entry in told] == [
+        ("adapter.pin", "nobody", "model_not_found"), ("adapter.unpin", "one", "done"), ("adapter.pin", "one", "done"),
+    ]  # fmt: skip
+    assert "adapter.unpin" in await command("audit", "--limit", "3")
+
+
+async def test_usage_is_told_by_model(command: Command) -> None:
+    await command("chat", "two", "--max-tokens", "3", typed="hello\n")
+    told = await read(command, "usage")
+    (row,) = [row for bucket in told["data"] for row in bucket["results"] if row["model"] == "two"]
+    assert row["num_model_requests"] == 1
+    assert "two" in await command("usage")
+    assert (await command("usage", "--csv")).startswith("date,")
+
+
+async def test_the_doctor_finds_a_fleet_well_and_its_queue_at_risk(
+    command: Command, fleet: ProcessFleet, tmp_path: Path
+) -> None:
+    flags = ("--redis-url", fleet.bus.url, "--data", str(tmp_path), "--workers", "1")
+    told = json.loads(await command("doctor", *flags, "--json"))
+    levels = {one["name"]: one["level"] for one in told}
+    for name in ("gateway", "queue", "queue's eviction", "queue's clock", "scheduler", "workers", "versions"):
+        assert levels[name] == "ok", told
+    assert levels["queue's file"] == "warning"  # this one has none
+    assert "→ CONFIG SET appendonly yes" in await command("doctor", *flags)
+    gone = await command("doctor", "--redis-url", f"unix://{tmp_path}/none.sock", "--data", str(tmp_path), code=1)
+    assert gone == ""
+
+
+async def test_a_fleet_that_is_not_there_is_said(command: Command) -> None:
+    for words in (("top", "--once"), ("workers", "list"), ("audit",), ("adapters", "list")):
+        assert "no gateway answers" in await command(*words, "--url", "http://127.0.0.1:9", code=1)
