@@ -119,6 +119,7 @@ async def _serve(
             names.set_limit(settings.metrics_named)
         GATEWAY_HELD_BYTES.set_function(lambda: memory.num_bytes)
         aliases = Aliases(bus, settings, secret, admission.leave_inbound, timings.alias_poll_s)
+        aliases.listeners.append(observe.adapter_event)
         tokenizer = model_folder(settings.model, TOKENIZER_FILES) / TOKENIZER
         sandbox = SandboxPool(
             settings.sandboxes, str(tokenizer), admission.leave_inbound, template_s=settings.template_timeout_s

@@ -104,6 +104,10 @@ DASHBOARDS: dict[str, list[Panel]] = {
         Panel("Time of loads, p95", {
             "from {{tier}}": quantile(0.95, "lorafleet_worker_adapter_load_seconds", "tier"),
         }, "s"),
+        Panel("Mean time of loads by adapter", {
+            "{{adapter}} from {{tier}}": "topk(10, max by (adapter, tier) (rate(lorafleet_adapter_load_seconds_sum"
+            "[$__rate_interval]) / rate(lorafleet_adapter_load_seconds_count[$__rate_interval])))",
+        }, "s"),
         Panel("Hottest", {
             "{{adapter}}": f"topk(10, {rate('lorafleet_adapter_requests_total', 'adapter')})",
         }, "reqps"),

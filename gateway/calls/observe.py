@@ -16,7 +16,7 @@ from gateway.calls.tokenize import Prompt
 from gateway.lorax import metrics as lorax
 from peft_adapters.recipe import is_merge
 from protocol.metrics import series
-from protocol.metrics.names import TopNames
+from protocol.metrics.names import OTHER, TopNames
 from protocol.wire import messages as m
 
 MERGES = "merged"
@@ -24,7 +24,7 @@ MERGES = "merged"
 
 ADAPTERS = TopNames(
     "adapter", series.ADAPTER_REQUESTS, series.ADAPTER_TOKENS, series.ADAPTER_FIRST_TOKEN_SECONDS, series.ADAPTER_USES,
-    series.ADAPTER_WAIT_SECONDS,
+    series.ADAPTER_WAIT_SECONDS, series.ADAPTER_LOAD_SECONDS,
 )  # fmt: skip
 TENANTS = TopNames("tenant", series.TENANT_TOKENS, series.TENANT_REFUSED, series.TENANT_QUEUE_SECONDS)
 
@@ -33,6 +33,9 @@ _CHILDREN: dict[str, dict[tuple[Any, ...], Any]] = {}
 
 ADAPTERS.on_drop = TENANTS.on_drop = lambda name: _CHILDREN.pop(name, None)
 
+
+_TIERS = {"staged": "store", "resident": "host"}
+"""What happened to an adapter -> where it came from."""
 
 MAX_NAMES = 4096
 _NAMES: dict[str, str] = {}  # digest -> a name by which it was asked for; the one learnt first leaves first
@@ -97,6 +100,14 @@ def placed(tenant: str, target: Target, timing: m.Timing) -> None:
         _named(series.ADAPTER_USES, adapter, timing.tier).inc()
         if timing.ready_ms >= 0:
             _named(series.ADAPTER_WAIT_SECONDS, adapter, timing.tier).observe(timing.ready_ms / 1000)
+
+
+def adapter_event(event: m.AdapterEvent) -> None:
+    """Count an adapter's way to a worker, or there into the pool. Names are known of what was asked for here lately."""
+    tier = _TIERS.get(event.kind)
+    if tier is not None:
+        name = MERGES if is_merge(event.digest) else _NAMES.get(event.digest, OTHER)
+        _named(series.ADAPTER_LOAD_SECONDS, ADAPTERS.shown(name), tier).observe(event.ms / 1000)
 
 
 def first_token(target: Target, seconds: float, trace_id: str = "") -> None:

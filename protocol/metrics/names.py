@@ -59,6 +59,10 @@ class TopNames:
             return name
         return OTHER
 
+    def shown(self, name: str) -> str:
+        """Return the label's value for a name, without counting a use of it."""
+        return name if name in self._named else OTHER
+
     def _choose(self) -> None:
         """Give the series to the most used names, and forget the least used candidates."""
         uses, named = self._uses, self._named

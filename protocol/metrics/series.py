@@ -129,6 +129,12 @@ ADAPTER_WAIT_SECONDS = _gateway.histogram(
     "How long requests waited on their worker for their adapter, by where it was; of the time to the first token.",
     ["adapter", "tier"], _NAMED_S,
 )  # fmt: skip
+ADAPTER_LOAD_SECONDS = _gateway.histogram(
+    "lorafleet_adapter_load_seconds",
+    "How long an adapter took to come on any worker, by where it was: from the store to host memory (store), and from"
+    " there into the pool (host). Every gateway counts all.",
+    ["adapter", "tier"], _NAMED_S,
+)  # fmt: skip
 TENANT_TOKENS = _gateway.counter(
     "lorafleet_tenant_tokens_total", "Prompt tokens queued, and output tokens delivered.", ["tenant", "kind"]
 )
