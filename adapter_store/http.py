@@ -3,6 +3,8 @@
     GET|HEAD /adapters/{digest}/{adapter_config.json|adapter_model.safetensors|texts.json}
                                     Range, If-None-Match; ETag = digest
     DELETE   /adapters/{digest}     200 with the bytes freed, 409 while a name refers to it
+    POST     /uploads               200 with the source of the adapter in a zip, see `uploads`; Content-Length is needed
+    DELETE   /uploads/{name}        200, 404 if there is none
     GET      /health
 
 Every path but `/health` requires the fleet's bearer token. The server is hand-written on asyncio because ASGI servers
@@ -17,12 +19,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from adapter_store.sources import FILES
+from adapter_store.uploads import Uploads
 from peft_adapters.texts.files import TEXTS_FILE
 from protocol.wire.errors import Conflict, LorafleetError
 
@@ -39,10 +42,15 @@ Locate = Callable[[str], Awaitable[Path | None]]
 Drop = Callable[[str], Awaitable[int]]
 """Deletes a digest from the disk and returns the bytes freed. Raises Conflict while a name refers to it."""
 
+UPLOADS = "/uploads"
+READ_S = 60.0  # how long the next part of an upload may take
+READ_BYTES = 1 << 18
+
 _PATH = re.compile(r"/adapters/([0-9a-f]{64})(?:/([a-z_.]+))?")
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 _REASONS = {200: "OK", 206: "Partial Content", 304: "Not Modified", 400: "Bad Request", 401: "Unauthorized",
-            404: "Not Found", 405: "Method Not Allowed", 409: "Conflict", 416: "Range Not Satisfiable",
+            404: "Not Found", 405: "Method Not Allowed", 409: "Conflict", 411: "Length Required",
+            413: "Content Too Large", 416: "Range Not Satisfiable", 429: "Too Many Requests",
             500: "Internal Server Error", 503: "Service Unavailable"}  # fmt: skip
 
 
@@ -53,11 +61,12 @@ class HttpRequest:
     method: str
     path: str
     headers: dict[str, str]  # names in lower case
+    length: int = 0  # of its body, which only an upload has
 
     @property
     def keep_alive(self) -> bool:
-        """Whether the client keeps the connection for another request."""
-        return self.headers.get("connection", "").lower() != "close"
+        """Whether the client keeps the connection for another request: not after a body."""
+        return not self.length and self.headers.get("connection", "").lower() != "close"
 
 
 @dataclass(slots=True)
@@ -75,8 +84,12 @@ class HttpResponse:
 class BlobServer:
     """Serves blobs over HTTP until it is closed."""
 
-    def __init__(self, locate: Locate, drop: Drop, health: Callable[[], dict[str, object]], bearer: str = "") -> None:
+    def __init__(
+        self, locate: Locate, drop: Drop, health: Callable[[], dict[str, object]], bearer: str = "",
+        uploads: Uploads | None = None,
+    ) -> None:  # fmt: skip
         """Prepare without listening. `bearer` is the token that clients must present; "" means none."""
+        self._uploads = uploads
         self._locate = locate
         self._drop = drop
         self._health = health
@@ -118,7 +131,7 @@ class BlobServer:
         async with asyncio.timeout(IDLE_S):
             head = await reader.readuntil(b"\r\n\r\n")
         request = _parse(head)
-        answer = HttpResponse(400) if request is None else await self._answer(request)
+        answer = HttpResponse(400) if request is None else await self._answer(request, reader)
         keep = request is not None and request.keep_alive
         length = answer.count if answer.file else len(answer.body)
         lines = [f"HTTP/1.1 {answer.status} {_REASONS[answer.status]}"]
@@ -138,8 +151,9 @@ class BlobServer:
                 await writer.drain()
         return keep
 
-    async def _answer(self, request: HttpRequest) -> HttpResponse:
-        if request.method not in ("GET", "HEAD", "DELETE"):
+    async def _answer(self, request: HttpRequest, reader: asyncio.StreamReader) -> HttpResponse:
+        is_upload = request.method == "POST" and request.path == UPLOADS
+        if request.method not in ("GET", "HEAD", "DELETE") and not is_upload:
             return HttpResponse(405, {"Allow": "GET, HEAD, DELETE"})
         if request.path == "/health" and request.method != "DELETE":
             return _json(200, self._health())
@@ -150,6 +164,8 @@ class BlobServer:
                 "the bearer token is missing or wrong",
                 {"WWW-Authenticate": "Bearer"},
             )
+        if request.path.startswith(UPLOADS) and self._uploads is not None:
+            return await self._upload(request, reader, self._uploads)
         match = _PATH.fullmatch(request.path)
         if match is None or (match[2] not in (*FILES, TEXTS_FILE) if request.method != "DELETE" else match[2]):
             return _error(404, f"no such path: {request.path}")
@@ -170,6 +186,36 @@ class BlobServer:
                 return _error(404, f"the adapter has no texts: {match[1]}")
             return _error(503, "the adapter left the disk: ask again")
         return _file_answer(request, folder / match[2], size, match[1])
+
+    async def _upload(self, request: HttpRequest, reader: asyncio.StreamReader, uploads: Uploads) -> HttpResponse:
+        """Keep or delete an uploaded adapter."""
+        name = request.path.removeprefix(f"{UPLOADS}/")
+        if request.method == "DELETE":
+            dropped = await asyncio.to_thread(uploads.drop, name)
+            return _json(200, {"deleted": name}) if dropped else _error(404, f"no such upload: {name}")
+        if request.method != "POST":
+            return _error(404, f"no such path: {request.path}")
+        if not request.length:
+            return _error(411, "an upload says its length first")
+        body = _body(reader, request.length)
+        try:
+            return _json(200, {"source": await uploads.take(body, request.length)})
+        except LorafleetError as error:
+            async for _ in body:  # a client that is still sending would not read the answer
+                pass
+            answer = _json(error.status, {"error": {"message": error.message, "code": error.code}})
+            return answer if error.status in _REASONS else _error(409, error.message)
+
+
+async def _body(reader: asyncio.StreamReader, length: int) -> AsyncIterator[bytes]:
+    """Yield a body. Raises IncompleteReadError if its client leaves, TimeoutError if it pauses."""
+    while length:
+        async with asyncio.timeout(READ_S):
+            chunk = await reader.read(min(length, READ_BYTES))
+        if not chunk:
+            raise asyncio.IncompleteReadError(b"", length)
+        length -= len(chunk)
+        yield chunk
 
 
 def _file_answer(request: HttpRequest, path: Path, size: int, digest: str) -> HttpResponse:
@@ -213,7 +259,7 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
 
 
 def _parse(head: bytes) -> HttpRequest | None:
-    """Parse a request's head; None unless it is HTTP/1.1 without a body, which no request here needs."""
+    """Parse a request's head; None unless it is HTTP/1.1 without a body, which an upload alone has."""
     first, *lines = head.decode("latin-1").split("\r\n")[:-2]
     parts = first.split(" ")
     if len(parts) != 3 or parts[2] != "HTTP/1.1":
@@ -224,6 +270,9 @@ def _parse(head: bytes) -> HttpRequest | None:
         if not colon:
             return None
         headers[name.strip().lower()] = value.strip()
-    if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+    length, path = headers.get("content-length", "0"), parts[1].partition("?")[0]
+    if not re.fullmatch(r"[0-9]{1,15}", length) or "transfer-encoding" in headers:
         return None
-    return HttpRequest(parts[0], parts[1].partition("?")[0], headers)
+    if int(length) and (parts[0] != "POST" or path != UPLOADS):
+        return None
+    return HttpRequest(parts[0], path, headers, int(length))

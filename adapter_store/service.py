@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import secrets
 import socket
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from adapter_store.sources.hub import HubSource
 from adapter_store.sources.local import LocalSource
 from adapter_store.sources.s3 import S3Source, make_client
 from adapter_store.timings import StoreTimings
+from adapter_store.uploads import Uploads
 from protocol.metrics import series as metrics
 from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode
@@ -48,6 +50,7 @@ from protocol.wire.messages import AdapterEvent, ServedModel
 logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
+SWEEP_S = 60.0  # pause between looks for uploads that no name stands for
 BEAT_TTL_MS = 5000
 FORGET_MS = 60_000
 """Silence after which a store is removed from the register."""
@@ -109,7 +112,9 @@ class Store:
             shared_bucket=self.shared_bucket, effect_test=settings.effect_test,
         )  # fmt: skip
         self.catalogue = Catalogue(bus, self.sid, record_kept_s=timings.record_kept_s)
-        self.server = BlobServer(self.locate, self.drop, self.health, secret.bearer if secret else "")
+        self.uploads = Uploads(settings.adapters, settings.upload_bytes, settings.max_adapter_bytes)
+        self.server = BlobServer(self.locate, self.drop, self.health, secret.bearer if secret else "", self.uploads)
+        self._sweep_at_s = 0.0  # monotonic
         self.base: ServedModel | None = None
         self.hub = HubSource(settings.hub_endpoint, retries=timings.retries)
         self.sources: dict[str, Source] = {"hub": self.hub}
@@ -183,10 +188,18 @@ class Store:
                 await self.registrar.tick(tasks, self.settings.refresh_s, reload=changed)
                 await self.pin_controller.tick()
                 await self.catalogue.sweep()
+                await self._sweep_uploads()
                 self._measure()
             except CONNECTION_ERRORS as error:
                 logger.warning("cannot update the catalogue: %s", error)
             await wait_any(wake, self.settings.scan_interval_s)
+
+    async def _sweep_uploads(self) -> None:
+        """Delete uploads that no registration has named for long."""
+        if time.monotonic() >= self._sweep_at_s:
+            self._sweep_at_s = time.monotonic() + SWEEP_S
+            sources = {one.source for one in (await self.bus.adapters.registrations()).values()}
+            await asyncio.to_thread(self.uploads.sweep, sources)
 
     def _measure(self) -> None:
         metrics.STORE_BLOBS.set(len(self.blobs))

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import httpx2
@@ -18,11 +19,12 @@ from peft_adapters.recipe import merge_of
 from protocol.queue.bus import Bus, decode
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire import messages as m
-from protocol.wire.errors import Conflict, LorafleetError, Unavailable
+from protocol.wire.errors import BadRequest, Conflict, LorafleetError, Overloaded, TooLarge, Unavailable
 from protocol.wire.keys import CLASSES
 
 POLL_S = 0.25
 STORE_TIMEOUT_S = 30.0
+UPLOAD_TIMEOUT = httpx2.Timeout(60.0, read=600.0)  # a store unpacks before it answers
 
 
 @dataclass(slots=True)
@@ -40,7 +42,7 @@ class AdapterMemory:
 
     def __init__(self, bus: Bus, secret: FleetSecret | None) -> None:
         self._bus = bus
-        self._secret = secret
+        self._headers = {"Authorization": f"Bearer {secret.bearer}"} if secret else {}
         self._open: dict[str, asyncio.Queue[m.AdapterEvent]] = {}  # id of an order -> the answers to it
 
     def on_event(self, event: m.AdapterEvent) -> None:
@@ -126,9 +128,8 @@ class AdapterMemory:
 
     async def drop_blob(self, digest: str) -> int:
         """Delete an adapter's blob from every store; return the bytes freed. Raises Conflict, Unavailable."""
-        headers = {"Authorization": f"Bearer {self._secret.bearer}"} if self._secret else {}
         freed = 0
-        async with httpx2.AsyncClient(timeout=STORE_TIMEOUT_S, headers=headers, trust_env=False) as http:
+        async with httpx2.AsyncClient(timeout=STORE_TIMEOUT_S, headers=self._headers, trust_env=False) as http:
             for url in await self._bus.members.store_urls():
                 try:
                     answer = await http.delete(f"{url}/adapters/{digest}")
@@ -140,6 +141,30 @@ class AdapterMemory:
                     raise Unavailable(f"an adapter store answers {answer.status_code}", code="no_store")
                 freed += msgspec.json.decode(answer.content, type=dict[str, int])["freed_bytes"]
         return freed
+
+    async def send_upload(self, body: AsyncIterator[bytes], length: int) -> tuple[str, str]:
+        """Stream a zip to a store. Returns the source that now names its adapter, and the store's URL.
+
+        Raises what the store refuses it with, and Unavailable.
+        """
+        urls = await self._bus.members.store_urls()
+        if not urls:
+            raise Unavailable("no adapter store is running", code="no_store")
+        headers = {**self._headers, "Content-Length": str(length)}
+        try:
+            async with httpx2.AsyncClient(timeout=UPLOAD_TIMEOUT, trust_env=False) as http:
+                answer = await http.post(f"{urls[0]}/uploads", content=body, headers=headers)
+        except httpx2.HTTPError as error:
+            raise Unavailable(f"an adapter store does not take the upload: {error!r}", code="no_store") from error
+        if answer.status_code != 200:
+            raise _refusal(answer)
+        return msgspec.json.decode(answer.content, type=dict[str, str])["source"], urls[0]
+
+    async def drop_upload(self, source: str, url: str) -> None:
+        """Delete an upload from the store that took it; one that cannot be asked deletes it by itself later."""
+        with suppress(httpx2.HTTPError):
+            async with httpx2.AsyncClient(timeout=STORE_TIMEOUT_S, headers=self._headers, trust_env=False) as http:
+                await http.delete(f"{url}/uploads/{source.rpartition('/')[2]}")
 
 
 def involves(held: str, digest: str) -> bool:
@@ -158,3 +183,17 @@ def held_with(digest: str, beats: Iterable[m.WorkerBeat]) -> set[str]:
 
 def _message(answer: httpx2.Response) -> str:
     return msgspec.json.decode(answer.content, type=dict[str, dict[str, str]])["error"]["message"]
+
+
+def _refusal(answer: httpx2.Response) -> LorafleetError:
+    """Return why a store has refused an upload."""
+    try:
+        told = msgspec.json.decode(answer.content, type=dict[str, dict[str, str | None]])["error"]
+    except (msgspec.DecodeError, KeyError):
+        told = {}
+    message, code = told.get("message") or f"the store answers {answer.status_code}", told.get("code")
+    kinds = {400: BadRequest, 409: Conflict, 413: TooLarge}
+    if answer.status_code == 429:
+        return Overloaded(message, 5.0)
+    kind = kinds.get(answer.status_code)
+    return kind(message, code=code) if kind is not None else Unavailable(message, code="no_store")

@@ -9,9 +9,9 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -135,7 +135,7 @@ class AdapterOperations:
         stays as before. Raises Conflict, BadRequest, PermissionDenied, Unavailable, and the reason of a refusal.
         """
         reference = self.reference_of(wanted.source or wanted.name)
-        _check_name(wanted.name)
+        check_name(wanted.name)
         as_fleet = self._check_place(reference, wanted.caller)
         tenant = wanted.tenant
         alias, before = (
@@ -173,6 +173,24 @@ class AdapterOperations:
                 await self._take_back(registration, before)
             raise error_of(found)
         return True, not is_known
+
+    async def upload(
+        self, wanted: Wanted, body: AsyncIterator[bytes], length: int
+    ) -> tuple[bool, bool]:  # fmt: skip
+        """Keep the adapter in a zip at a store and serve it under the wanted name. Returns and raises as `register`.
+
+        What is refused is not kept. Raises also BadRequest for a bad zip, TooLarge, Overloaded, and Conflict where the
+        name is taken or the store takes no uploads.
+        """
+        check_name(wanted.name)
+        if not wanted.replace and await self.is_registered(wanted.name, wanted.tenant):
+            raise Conflict(f"`{wanted.name}` is served already: replace it", code="name_taken")
+        source, url = await self.memory.send_upload(body, length)
+        try:
+            return await self.register(replace(wanted, source=source))
+        except LorafleetError:
+            await self.memory.drop_upload(source, url)
+            raise
 
     def _check_place(self, reference: Reference, caller: Caller) -> bool:
         """Return whether a place is read for a caller with the fleet's own credentials. Raises PermissionDenied.
@@ -382,7 +400,7 @@ def _not_a_folder(path: str) -> BadRequest:
     )
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     """Raise BadRequest unless a text can be an adapter's name."""
     if name == BASE or not (FOLDER.fullmatch(name) or parse_reference(name)):
         raise BadRequest(

@@ -18,6 +18,7 @@ from gateway.auth.callers import caller_of
 from gateway.bodies.parameter_check import JsonBody
 from gateway.books.audit import AuditedRoute, about
 from gateway.http import openapi
+from gateway.http.paths import UPLOAD
 from gateway.http.routes import json_response
 from protocol.wire.errors import BadRequest, Conflict, NotFound, Unavailable
 
@@ -93,6 +94,24 @@ class OperatorEndpoints:
             await self._operations.preload(body.name, 0.0, tenant)
         status = (201 if is_new else 200) if is_served else 202
         return json_response(await self._operations.get(body.name, caller, tenant), status)
+
+    async def upload(
+        self,
+        request: Request,
+        name: Annotated[str, Query(min_length=1, max_length=200)],
+        replace: bool = False,
+        wait_s: Wait = 60.0,
+    ) -> Response:
+        """Answer 201 once the adapter in a zip, the body, is served; 200 if its name was; 202 as `register`."""
+        caller, length = caller_of(request), request.headers.get("content-length", "")
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/zip":
+            raise BadRequest("an adapter is uploaded as application/zip", code="bad_zip")
+        if not length.isdecimal() or not int(length):
+            raise BadRequest("an upload says its length first, as Content-Length", code="bad_zip")
+        wanted = Wanted(name, "", "", replace, wait_s, "", caller)
+        is_served, is_new = await self._operations.upload(wanted, request.stream(), int(length))
+        status = (201 if is_new else 200) if is_served else 202
+        return json_response(await self._operations.get(name, caller, ""), status)
 
     async def unload(
         self,
@@ -187,6 +206,7 @@ def add_operator_routes(app: FastAPI, endpoints: OperatorEndpoints) -> None:
     app.router.route_class = AuditedRoute
     app.get("/v1/adapters", responses=openapi.PAGE)(endpoints.list)
     app.post("/v1/adapters", responses=openapi.REGISTERED)(endpoints.register)
+    app.post(UPLOAD, responses=openapi.REGISTERED, openapi_extra=openapi.ZIP)(endpoints.upload)
     for what, handler in (
         ("preload", endpoints.preload), ("refresh", endpoints.refresh), ("pin", endpoints.pin),
         ("unpin", endpoints.unpin), ("evict", endpoints.evict),

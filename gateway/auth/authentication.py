@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.auth.callers import CALLER, EVERYBODY, Caller
 from gateway.http.errors import ShapeOf, unreachable_queue
 from gateway.http.headers import header_of
-from gateway.http.paths import AUDIT, CONSOLE, DEAD_LETTERS, FLEET, KEYS, OLLAMA_PREFIX, PING, TENANTS, WORKERS
+from gateway.http.paths import AUDIT, CONSOLE, DEAD_LETTERS, FLEET, KEYS, OLLAMA_PREFIX, PING, TENANTS, UPLOAD, WORKERS
 from protocol.queue.api_keys import PREFIX, ApiKeys
 from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.runtime.fleet_secret import FleetSecret
@@ -95,7 +95,7 @@ def check_scopes(method: str, path: str, caller: Caller) -> None:
             if "adapters" not in caller.scopes:
                 caller.require("infer")
         else:
-            for_all = method == "POST" and path.endswith(("/pin", "/unpin", "/evict"))
+            for_all = method == "POST" and (path == UPLOAD or path.endswith(("/pin", "/unpin", "/evict")))
             caller.require("admin" if for_all else "adapters")
     elif path in (METRICS, FLEET) or f"{path}/".startswith(OPERATOR_PATHS):
         caller.require("admin")

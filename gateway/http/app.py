@@ -36,7 +36,7 @@ from gateway.http import openapi
 from gateway.http.direct import DirectCalls
 from gateway.http.errors import REFUSALS_OF, REQUEST_ID_OF, add_handlers, is_failure
 from gateway.http.headers import header_of
-from gateway.http.paths import FILES, GENERATION_PATHS, LARGE_BODY_PATHS, SMALL_BODY_BYTES
+from gateway.http.paths import FILES, GENERATION_PATHS, LARGE_BODY_PATHS, SMALL_BODY_BYTES, UPLOAD
 from gateway.http.routes import Endpoints, add_routes
 from gateway.http.shapes import shape_of, speaks_anthropic
 from gateway.http.sse import RAW_SEND
@@ -247,7 +247,7 @@ class Envelope:
     def _limited(self, path: str, headers: Sequence[tuple[bytes, bytes]], receive: Receive) -> Receive:
         """Return a `receive` that refuses a body once it has become too large."""
         limit = self._max_body_bytes
-        if path == FILES:
+        if path in (FILES, UPLOAD):
             limit = self._max_form_bytes
         elif path not in LARGE_BODY_PATHS:
             limit = min(limit, SMALL_BODY_BYTES)

@@ -392,6 +392,12 @@ UPLOAD: dict[str, Any] = {
         },
     }
 }
+ZIP: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
 METRICS: Responses = {200: {"content": {"text/plain": {"schema": _TEXT}}}}
 _TOKENS = {"type": "array", "items": _object(id=_INTEGER, text=_TEXT, start=_INTEGER, stop=_INTEGER)}
 _COUNTED = _object(

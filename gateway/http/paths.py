@@ -47,6 +47,8 @@ AUDIT = "/v1/audit"
 CONSOLE = "/console"
 """It, and what is below it, are the console's files."""
 
+UPLOAD = "/v1/adapters/upload"
+
 FLEET = "/v1/fleet"
 """What starts and stops workers asks it: how many requests there are, and workers for them."""
 

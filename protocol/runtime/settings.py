@@ -390,6 +390,9 @@ class Settings(BaseSettings):
     )
     scan_interval_s: float = Field(default=1.0, description="pause between scans of the adapter folder")
     max_adapter_bytes: int = Field(default=8 << 30, ge=1, description="largest file of an adapter")
+    upload_bytes: int = Field(
+        default=20 << 30, ge=0, description="most bytes of uploaded adapters in the adapter folder; 0: none are taken"
+    )
     effect_test: Literal["off", "folders", "all"] = Field(
         default="folders",
         description="which adapters are looked through for having no effect: all that they add is zero",

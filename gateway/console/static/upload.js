@@ -130,7 +130,7 @@ function Place({ onClose, again }) {
 }
 
 export function Upload(means) {
-  const [way, setWay] = useState("place");
+  const [way, setWay] = useState("files");
   return html`<${Dialog} title="Add an adapter" onClose=${means.onClose}>
     <div class="row" role="group" aria-label="From where">
       <button type="button" aria-pressed=${way === "files" ? "true" : "false"} onClick=${() => setWay("files")}>From this machine</button>

@@ -1,0 +1,210 @@
+"""Adapters that operators upload: zips, unpacked into folders under the adapter root, which registrations then name.
+
+A folder has only the files that a store reads of any adapter, under their own names: no name in a zip becomes a path.
+A registration keeps it; one that none names is deleted after KEPT_S, so that a replaced one can be named again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import secrets
+import shutil
+import time
+import zipfile
+import zlib
+from collections.abc import AsyncIterator, Collection
+from pathlib import Path
+from typing import IO, Any, cast
+
+from adapter_store.sources import MORE_FILES, choose_weights
+from peft_adapters.format import CONFIG_FILE
+from protocol.wire.errors import BadRequest, Conflict, LorafleetError, Overloaded, TooLarge
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "uploads/kept"
+"""Below the adapter root: one level deeper than folders that are served by themselves."""
+
+MAX_ENTRIES = 1000
+"""Entries of a zip."""
+
+MAX_READ_BYTES = 1 << 20
+"""Most bytes that are read of a zip at once: so large is its directory at most."""
+
+MAX_TEXT_BYTES = 64 << 20
+"""Most bytes of a file that is not the weights."""
+
+CHUNK_BYTES = 1 << 20
+AT_ONCE = 2
+KEPT_S = 7 * 86_400
+PART_S = 3600  # a part of an upload that is so old was left by a process that died
+
+_ID = re.compile(r"u[0-9a-f]{24}")
+
+
+class Uploads:
+    """The uploaded adapters of an adapter root."""
+
+    def __init__(self, root: Path | None, max_bytes: int, max_file_bytes: int) -> None:
+        """root: None without an adapter root. max_bytes: of all uploads; 0: none are taken."""
+        self._root = root / FOLDER if root is not None else None
+        self._max_bytes = max_bytes
+        self._max_file_bytes = max_file_bytes
+        self._busy = 0
+
+    def check(self, length: int) -> Path:
+        """Return the folder of uploads, made if it is missing. Raises Conflict, TooLarge, Overloaded."""
+        if self._root is None or not self._max_bytes:
+            what = "no adapter root: set --adapters" if self._root is None else "upload_bytes at 0"
+            raise Conflict(f"the store has {what}", code="uploads_off")
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            used = _size(self._root)
+        except OSError as error:
+            raise Conflict(
+                f"the store cannot write to its adapter root: {error.strerror}", code="uploads_off"
+            ) from error
+        # The zip and what is in it lie on the disk at once.
+        if used + 2 * length > self._max_bytes:
+            text = f"uploads have {used} bytes, and this one takes twice its {length} while it is unpacked"
+            raise TooLarge(f"{text}; upload_bytes is {self._max_bytes}")
+        if self._busy >= AT_ONCE:
+            raise Overloaded(f"{AT_ONCE} uploads are being taken: try again later", 5.0)
+        return self._root
+
+    async def take(self, chunks: AsyncIterator[bytes], length: int) -> str:
+        """Keep a zip's adapter; return the source that names it. Raises as `check`, BadRequest for a bad zip."""
+        folder = self.check(length)
+        self._busy += 1
+        name = f"u{secrets.token_hex(12)}"
+        archive, part = folder / f".{name}.zip", folder / f".{name}"
+        try:
+            with archive.open("wb") as out:
+                async for chunk in chunks:
+                    await asyncio.to_thread(out.write, chunk)
+            room = self._max_bytes - await asyncio.to_thread(_size, folder)
+            await asyncio.to_thread(unpack, archive, part, min(room, self._max_file_bytes))
+            part.rename(folder / name)
+        except OSError as error:
+            raise Conflict(f"the upload cannot be kept: {error.strerror}", code="uploads_off") from error
+        finally:
+            self._busy -= 1
+            await asyncio.to_thread(_remove, archive, part)
+        return f"local:{FOLDER}/{name}"
+
+    def drop(self, name: str) -> bool:
+        """Delete an uploaded adapter's folder; return whether there was one of this name."""
+        if self._root is None or not _ID.fullmatch(name) or not (self._root / name).is_dir():
+            return False
+        _remove(self._root / name)
+        return True
+
+    def sweep(self, sources: Collection[str]) -> None:
+        """Delete what no registration has named for KEPT_S; sources: those of all registrations."""
+        if self._root is None or not self._root.is_dir():
+            return
+        now_s = time.time()
+        for entry in list(os.scandir(self._root)):
+            age_s = now_s - entry.stat(follow_symlinks=False).st_mtime
+            if f"local:{FOLDER}/{entry.name}" in sources:
+                if age_s > KEPT_S / 100:
+                    os.utime(entry.path)
+            elif age_s > (PART_S if entry.name.startswith(".") else KEPT_S):
+                logger.info("the upload %s is deleted: no name stands for it", entry.name)
+                _remove(Path(entry.path))
+
+
+class _Bounded:
+    """A file of which nothing large is read at once: a zip's directory is, by its reader, as large as it says."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size if 0 <= size <= MAX_READ_BYTES else MAX_READ_BYTES + 1)
+        if len(data) > MAX_READ_BYTES:
+            raise BadRequest("the zip's directory is too large for an adapter", code="bad_zip")
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def unpack(archive: Path, folder: Path, max_bytes: int) -> None:
+    """Write an adapter's files in a zip to a new folder, at most `max_bytes` together. Raises BadRequest, TooLarge."""
+    try:
+        with archive.open("rb") as raw, zipfile.ZipFile(cast("IO[bytes]", _Bounded(raw))) as found:
+            entries = _chosen(found)
+            if sum(entry.file_size for entry in entries.values()) > max_bytes:
+                raise TooLarge(f"the adapter in the zip has more than {max_bytes} bytes")
+            folder.mkdir()
+            left = max_bytes
+            for name, entry in entries.items():
+                text = name in (CONFIG_FILE, *MORE_FILES)
+                left -= _write(found, entry, folder / name, min(left, MAX_TEXT_BYTES) if text else left)
+    except LorafleetError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
+        raise BadRequest(f"the zip cannot be read: {error}"[:300], code="bad_zip") from error
+
+
+def _chosen(found: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return the entries that are an adapter's files, by name: those beside its weights. Raises BadRequest."""
+    entries = [entry for entry in found.infolist() if not entry.is_dir()]
+    if len(entries) > MAX_ENTRIES:
+        raise BadRequest(f"the zip has {len(entries)} entries; an adapter's may have {MAX_ENTRIES}", code="bad_zip")
+    folders: dict[str, dict[str, zipfile.ZipInfo]] = {}
+    for entry in entries:
+        place, _, name = entry.filename.replace("\\", "/").rpartition("/")
+        if name in folders.setdefault(place, {}):
+            raise BadRequest(f"the zip has {name!r:.100} twice", code="bad_zip")
+        folders[place][name] = entry
+    holding = [(place, weights) for place, names in folders.items() if (weights := choose_weights(names))]
+    if not holding:
+        raise BadRequest(
+            "the zip has no adapter: adapter_config.json with adapter_model.safetensors, or one .gguf", code="bad_zip"
+        )
+    depth = min(place.count("/") + bool(place) for place, _ in holding)
+    nearest = [(place, weights) for place, weights in holding if place.count("/") + bool(place) == depth]
+    if len(nearest) > 1:
+        raise BadRequest(f"the zip has {len(nearest)} adapters side by side: upload one", code="bad_zip")
+    place, weights = nearest[0]
+    wanted = (weights, CONFIG_FILE, *MORE_FILES)
+    return {name: folders[place][name] for name in wanted if name in folders[place]}
+
+
+def _write(found: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, max_bytes: int) -> int:
+    """Write one entry, whatever it says of its size at most `max_bytes`; return its bytes."""
+    if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise BadRequest(f"{path.name} in the zip is encrypted, or packed in another way than deflate", code="bad_zip")
+    num = 0
+    with found.open(entry) as source, path.open("xb") as out:
+        while chunk := source.read(CHUNK_BYTES):
+            num += len(chunk)
+            if num > max_bytes:
+                raise TooLarge(f"{path.name} in the zip has more than {max_bytes} bytes")
+            out.write(chunk)
+    return num
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of all files below a folder; one that leaves meanwhile counts or not."""
+    num = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                num += os.stat(os.path.join(place, name), follow_symlinks=False).st_size
+            except FileNotFoundError:
+                continue
+    return num
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

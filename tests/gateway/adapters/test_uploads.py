@@ -1,0 +1,125 @@
+"""Adapters uploaded through a gateway: a real gateway, store and scheduler, only the worker's engine is a fake."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import zipfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import msgspec
+import pytest
+import pytest_asyncio
+from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
+from helpers.scripted_fleet import running_gateway
+from helpers.waiting import wait_until
+
+from adapter_store.service import serve as serve_store
+from adapter_store.uploads import FOLDER
+from benchmarks.common.fake_worker import fake_served
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
+
+SECRET = "a secret of the tests"
+ZIP = {"content-type": "application/zip"}
+
+
+def zipped(seed: int = 0, prefix: str = "mine/", **fields: Any) -> bytes:
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w") as archive:
+        archive.writestr(f"{prefix}{CONFIG_FILE}", json.dumps(lora_config(**fields)))
+        archive.writestr(f"{prefix}{WEIGHTS_FILE}", safetensors(lora_tensors(seed)))
+    return raw.getvalue()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+@pytest_asyncio.fixture
+async def http(bus: Bus, model_folder: Path, root: Path, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
+    stop = asyncio.Event()
+    own: dict[str, Any] = {"secret": SECRET, "adapters": str(root), "max_file_bytes": 1 << 20, "api_keys": True}
+    settings = Settings(redis_url=bus.url, data=tmp_path / "data", scan_interval_s=0.05, upload_bytes=4 << 20, **own)
+    served = msgspec.structs.replace(fake_served(vocab_size=300), sites=BASE.sites)
+    await bus.set(bus.keys.base, served)
+    secret, _ = await bus.api_keys.create("ops", ["admin"])
+    async with asyncio.TaskGroup() as group:
+        group.create_task(serve_store(settings, stop))
+
+        async def is_there() -> bool:
+            return bool(await bus.members.store_urls())
+
+        await wait_until(is_there, "the store is there")
+        try:
+            async with (
+                running_gateway(bus, model_folder, **own) as gateway,
+                httpx2.AsyncClient(
+                    base_url=gateway.url, timeout=60, headers={"authorization": f"Bearer {secret}"}
+                ) as client,
+            ):
+                yield client
+        finally:
+            stop.set()
+
+
+async def upload(http: httpx2.AsyncClient, status: int, raw: bytes, **query: Any) -> Any:
+    answer = await http.post("/v1/adapters/upload", params=query, content=raw, headers=ZIP)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def kept(root: Path) -> list[str]:
+    return sorted(path.name for path in (root / FOLDER).iterdir()) if (root / FOLDER).exists() else []
+
+
+async def test_a_zip_is_served_replaced_and_unloaded(http: httpx2.AsyncClient, root: Path) -> None:
+    shown = await upload(http, 201, zipped(), name="mine")
+    assert (shown["name"], shown["state"], shown["rank"]) == ("mine", "on_disk", 4)
+    assert kept(root) == [shown["source"].rpartition("/")[2]]
+    taken = await upload(http, 409, zipped(), name="mine")
+    assert taken["error"]["code"] == "name_taken"
+    other = await upload(http, 200, zipped(seed=5), name="mine", replace=True)
+    assert other["digest"] != shown["digest"]
+    assert (await http.post("/v1/adapters/mine/refresh?wait_s=30")).status_code == 200
+    assert (await http.delete("/v1/adapters/mine")).status_code == 200
+    assert (await http.get("/v1/adapters/mine")).status_code == 404
+
+
+async def test_what_a_store_refuses_is_told_and_not_kept(http: httpx2.AsyncClient, root: Path) -> None:
+    refused = await upload(http, 422, zipped(peft_type="PREFIX_TUNING"), name="mine")
+    assert refused["error"]["code"] == "adapter_refused"
+    assert kept(root) == []
+    assert (await upload(http, 400, b"no zip at all", name="mine"))["error"]["code"] == "bad_zip"
+    assert (await upload(http, 400, zipped(), name="no such name!"))["error"]["param"] == "name"
+    assert (await http.get("/v1/adapters/mine")).status_code == 404
+
+
+async def test_uploads_have_limits_before_they_are_read(http: httpx2.AsyncClient, root: Path) -> None:
+    assert (await upload(http, 413, bytes(2 << 20), name="mine"))["error"]["code"] == "body_too_large"
+    for number in range(3):
+        (root / FOLDER / f"u{number:024}").mkdir(parents=True, exist_ok=True)
+        (root / FOLDER / f"u{number:024}" / "x").write_bytes(bytes(1_397_000))
+    assert "upload_bytes is 4194304" in (await upload(http, 413, zipped(), name="mine"))["error"]["message"]
+    unsized = await http.post("/v1/adapters/upload?name=mine", content=_pieces(), headers=ZIP)
+    assert (unsized.status_code, unsized.json()["error"]["code"]) == (400, "bad_zip")
+    plain = await http.post("/v1/adapters/upload?name=mine", content=b"x")
+    assert plain.status_code == 400
+
+
+async def test_only_operators_upload(bus: Bus, http: httpx2.AsyncClient, root: Path) -> None:
+    secret, _ = await bus.api_keys.create("acme", ["infer", "adapters"])
+    http.headers["authorization"] = f"Bearer {secret}"
+    assert (await upload(http, 403, zipped(), name="mine"))["error"]["code"] == "insufficient_scope"
+    assert kept(root) == []
+
+
+async def _pieces() -> AsyncIterator[bytes]:
+    yield zipped()
