@@ -103,6 +103,7 @@ class OperatorEndpoints:
         wait_s: Wait = 60.0,
     ) -> Response:
         """Answer 201 once the adapter in a zip, the body, is served; 200 if its name was; 202 as `register`."""
+        about(request, name)
         caller, length = caller_of(request), request.headers.get("content-length", "")
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/zip":
             raise BadRequest("an adapter is uploaded as application/zip", code="bad_zip")

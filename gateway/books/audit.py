@@ -22,6 +22,7 @@ CANCEL = "request.cancel"
 
 ACTIONS = {
     "POST /v1/adapters": "adapter.register",
+    "POST /v1/adapters/upload": "adapter.upload",
     "DELETE /v1/adapters/{name:path}": "adapter.unload",
     "POST /v1/adapters/{name:path}/preload": "adapter.preload",
     "POST /v1/adapters/{name:path}/pin": "adapter.pin",
