@@ -15,6 +15,7 @@ from scheduler.fairness import FairShares, VirtualTokenCounters
 from scheduler.ledger import Ledger
 from scheduler.placement import AdapterFacts, Placement
 from scheduler.request import BASE, QueuedRequest
+from scheduler.scale_in import Popularity, least_valuable
 from scheduler.workers import Worker, Workers
 
 MAX_REFUSED = 32
@@ -87,6 +88,7 @@ class Scheduler:
         self.placement = Placement(self.workers, config.max_attempts)
         self.ledger = Ledger(self.workers, self.counters, self.placement.rank_of)
         self.backlog = Backlog(self.counters)
+        self.popularity = Popularity()
         self.shares = FairShares(self.counters, config.slack_tokens)
         self.takes_batch = True
         """Whether requests of class batch are dispatched. Their answers stay in the queue, and may find no room."""
@@ -268,6 +270,14 @@ class Scheduler:
             round(held_ms), request.yields, round(lead), self.backlog.num_queued,
         )  # fmt: skip
 
+    def drain_next(self, now_ms: float) -> str:
+        """Return the name of the worker whose end costs the others least, "" without any."""
+        placement = self.placement
+        return least_valuable(
+            list(self.workers.available()), lambda digest: self.popularity.of(digest, now_ms), placement.facts_of,
+            placement.bandwidths,
+        )  # fmt: skip
+
     def assigned_to(self, wid: str) -> list[str]:
         """Return the requests that a worker has."""
         worker = self.workers.by_id.get(wid)
@@ -367,6 +377,8 @@ class Scheduler:
         self.backlog.remove(request)
         self.ledger.assign(request, worker)
         self.placement.note_assigned(request, worker, now_ms)
+        if request.submit.digest != BASE:
+            self.popularity.note(request.submit.digest, now_ms)
         plan.batches.setdefault(worker.wid, []).append(request)
         plan.num_placed += 1
 

@@ -210,9 +210,13 @@ class Placement:
         """Return those of the adapters, each once, of which nothing has been learnt, or it was forgotten."""
         return [digest for digest in dict.fromkeys(digests) if digest != BASE and digest not in self._facts]
 
+    def facts_of(self, digest: str) -> AdapterFacts:
+        """Return what is known of an adapter, or is assumed."""
+        return self._facts.get(digest, DEFAULT_FACTS)
+
     def rank_of(self, digest: str) -> int:
         """Return an adapter's rank, as far as it is known."""
-        return self._facts.get(digest, DEFAULT_FACTS).rank
+        return self.facts_of(digest).rank
 
     def home(self, digest: str) -> str | None:
         """Return an adapter's first home, None without workers."""
@@ -264,7 +268,7 @@ class Placement:
         more than twice as long as with the better of both choices. With `final` it is not held at all.
         """
         digest = request.submit.digest
-        facts = self._facts.get(digest, DEFAULT_FACTS)
+        facts = self.facts_of(digest)
         holders = self._workers.holders.get(digest, ())
         homes = self._rendezvous.order(digest)[: self.homes[digest]] if digest != BASE else ()
         best, crowded = _Best(), _Best()

@@ -60,6 +60,9 @@ MEMORY_ALARM = 0.8
 MAX_TOLD = 64
 """Adapters of running and of waiting requests that the status names."""
 
+DRAIN_ROUNDS = 10
+"""Looks at the workers until it is said anew which should go first: thousands of adapters are compared for that."""
+
 MEMORY_FOR_BATCH = 0.95
 """Share of its memory up to which the queue's jobs are dispatched: their answers stay there for a day."""
 
@@ -90,6 +93,7 @@ class Session:
         self._assigning = asyncio.Lock()
         self._silent_gateways: dict[str, float] = {}
         self._drain = DrainRate()
+        self._drain_next = ""  # name of the worker that should go first
         self._memory_is_short = False
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -244,6 +248,8 @@ class Session:
             for rid in self.scheduler.unserved(now_ms()):
                 wait_s = self.scheduler.config.wait_for_worker_s
                 await self._recovery.end(rid, Unavailable(f"no worker has come within wait_for_worker_s, {wait_s:g} s"))
+            if rounds % DRAIN_ROUNDS == 0:
+                self._drain_next = self.scheduler.drain_next(now_ms())
             if rounds % 2 == 0:
                 self.scheduler.tick()
                 await self._publish_status()
@@ -292,6 +298,7 @@ class Session:
             running_adapters=_most(sum((worker.by_digest for worker in workers), Counter[str]())),
             waiting_adapters=_most(scheduler.backlog.by_digest),
             sent_ms=now_ms(),
+            drain_next=self._drain_next,
             knows=sorted({name for worker in workers for name in worker.knows}),
             version=RELEASE,
         )

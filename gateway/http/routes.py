@@ -154,9 +154,11 @@ class Endpoints:
         await fleet.refresh()
         status = fleet.status
         queued, running = (status.queued, status.running) if status is not None else (0, 0)
+        drain_next = status.drain_next or None if status is not None else None
         found = {"workers": fleet.num_workers, "queued": queued, "running": running, "demand": fleet.demand}
         base = fleet.base.name if fleet.base is not None else None
-        return json_response({"object": "fleet", **found, "model": base, "queue": _queue(status)})
+        more = {"drain_next": drain_next, "model": base, "queue": _queue(status)}
+        return json_response({"object": "fleet", **found, **more})
 
     async def version(self) -> Response:
         """Answer vLLM's `/version`."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from heapq import heappop, heappush
 
+import msgspec
+
 from protocol.wire import messages as m
 from scheduler.placement import AdapterFacts
 from scheduler.simulation.policies import Dispatcher
@@ -34,6 +36,7 @@ class SimulationResult:
     end_ms: float = 0.0
     num_loads: int = 0  # adapters copied into pools
     num_fetches: int = 0  # adapters fetched from the store
+    num_fetched_before: int = 0  # of these, those before a worker began to drain
     busy: float = 0.0  # mean share of the time in which a worker computed
 
     @property
@@ -81,8 +84,10 @@ class Simulation:
     """One run of a policy, for a number of equal workers."""
 
     def __init__(
-        self, dispatcher: Dispatcher, model: WorkerModel, num_workers: int, facts: Mapping[str, AdapterFacts]
-    ) -> None:
+        self, dispatcher: Dispatcher, model: WorkerModel, num_workers: int, facts: Mapping[str, AdapterFacts],
+        scale_in: tuple[float, Callable[[float], str]] | None = None,
+    ) -> None:  # fmt: skip
+        """scale_in: when a worker begins to drain, and which, chosen then (given the time in ms)."""
         self._dispatcher = dispatcher
         self._workers = {f"w{i}": SimWorker(f"w{i}", model, facts) for i in range(num_workers)}
         self._events: list[tuple[float, _Event, int, str]] = []
@@ -90,6 +95,8 @@ class Simulation:
         self._open: dict[str, SimulatedRequest] = {}
         self._next_plan_ms: float | None = None
         self._result = SimulationResult()
+        self._scale_in = scale_in
+        self._draining = ""
 
     def run(self, trace: Sequence[Arrival]) -> SimulationResult:
         """Run a trace, ordered by time, to the end of its last request."""
@@ -143,7 +150,13 @@ class Simulation:
         self._plan_at(arrival.at_ms)
 
     def _send_beats(self, now_ms: float) -> None:
-        self._dispatcher.beats({wid: worker.beat(now_ms) for wid, worker in self._workers.items()}, BEATS_MS / 1000)
+        if self._scale_in is not None and now_ms >= self._scale_in[0]:
+            self._draining, self._scale_in = self._scale_in[1](now_ms), None
+            self._result.num_fetched_before = sum(worker.num_fetches for worker in self._workers.values())
+        beats = {wid: worker.beat(now_ms) for wid, worker in self._workers.items()}
+        if self._draining:
+            beats[self._draining] = msgspec.structs.replace(beats[self._draining], draining=True)
+        self._dispatcher.beats(beats, BEATS_MS / 1000)
         self._dispatcher.tick()
         self._plan_at(now_ms)
 

@@ -115,3 +115,4 @@ class SchedulerStatus(Wire, frozen=True):
     waiting_adapters: list[str] = []  # the same of requests that wait
     knows: list[str] = []  # of `WorkerBeat`: those of the worker that knows most
     version: str = ""  # of its program
+    drain_next: str = ""  # name of the worker that should go first when there are to be fewer; "": none is there
